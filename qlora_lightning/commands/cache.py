@@ -1,0 +1,94 @@
+"""``qlora-lightning cache``: what the cache holds, and clearing it."""
+
+import argparse
+import sys
+from datetime import datetime
+from typing import get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from qlora_lightning.base.byte_size import format_bytes
+from qlora_lightning.base.cache import cache_root
+from qlora_lightning.base.cache_clear import clear_entries, list_entries
+from qlora_lightning.base.cache_entry import Kind
+from qlora_lightning.errors import UserError
+
+_EPILOG = """examples:
+  qlora-lightning cache list
+  qlora-lightning cache clear --kind quantized --yes
+
+The cache lies in $QLORA_LIGHTNING_CACHE, else in ~/.cache/qlora_lightning. All of it can be made again:
+clearing costs time at the next start, nothing else."""
+
+
+def main(argv: list[str]) -> int:
+    """List or clear the cache; return the exit code.
+
+    Raises:
+        UserError: clearing is not confirmed and cannot be asked for, or a file cannot be removed.
+    """
+    arguments = _parser().parse_args(argv)
+    if arguments.action == "clear":
+        return _clear(arguments.kind, confirmed=arguments.yes)
+    _list()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qlora-lightning cache",
+        description="Unpacked and quantized bases and tokenized data, kept for the next start.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = parser.add_subparsers(dest="action", metavar="list | clear", required=True)
+    actions.add_parser("list", help="what the cache holds, with sizes and paths")
+    clear = actions.add_parser("clear", help="remove it, or one kind of it")
+    clear.add_argument("--kind", choices=get_args(Kind), help="remove this kind only")
+    clear.add_argument("--yes", action="store_true", help="do not ask")
+    return parser
+
+
+def _list() -> None:
+    entries = list_entries()
+    if not entries:
+        print(f"The cache is empty ({cache_root()}). It fills when a base is first loaded.")
+        return
+    table = Table("kind", "what", "size", "made", "last used", "path", box=None, pad_edge=False)
+    table.columns[2].justify = "right"
+    table.columns[5].overflow = "fold"  # a path that is cut off cannot be copied
+    for entry in entries:
+        size, made, used = format_bytes(entry.size_bytes), _format_time(entry.created), _format_time(entry.last_used)
+        table.add_row(entry.kind, entry.label, size, made, used, str(entry.path))
+    # In a pipe, rich would assume 80 columns and fold the paths that a script looks for.
+    Console(width=None if sys.stdout.isatty() else 500, markup=False, highlight=False).print(table)
+    print(f"total {format_bytes(sum(entry.size_bytes for entry in entries))} in {cache_root()}")
+
+
+def _clear(kind: Kind | None, *, confirmed: bool) -> int:
+    entries = list_entries(kind)
+    size = format_bytes(sum(entry.size_bytes for entry in entries))
+    for entry in entries:
+        print(f"  {entry.kind}  {entry.label}  {format_bytes(entry.size_bytes)}  {entry.path}")
+    if not entries:
+        print(f"Nothing to remove in {cache_root()}.")
+    elif not confirmed and not _ask(f"Remove {'it' if len(entries) == 1 else 'all of these'} and free {size}?"):
+        print("Nothing removed.")
+        return 1
+    report = clear_entries(kind)
+    for entry in report.busy:
+        print(f"Left {entry.path}: a process is building it now.")
+    if entries:
+        print(f"Removed {len(report.removed)}, freed {format_bytes(report.freed_bytes)}.")
+    return 0
+
+
+def _ask(question: str) -> bool:
+    if not sys.stdin.isatty():
+        raise UserError("Clearing the cache asks for a yes, and there is no terminal to ask on. Add --yes.")
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _format_time(time: datetime) -> str:
+    return time.astimezone().strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,54 @@
+"""Rows to predict: prompts for generation, and what the row itself answers."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypedDict
+
+from qlora_lightning.data.order import count_batches, rank_batches
+
+
+class Prompt(NamedTuple):
+    """One row to predict: the ids that generation starts from, the row's own answer if it has one, and the row."""
+
+    ids: list[int]
+    reference: str | None
+    row_id: int
+    values: dict[str, Any]
+
+
+class PromptBatch(TypedDict):
+    """Several rows to predict; plain lists, all of the same length, which is 0 on a rank that has no row left."""
+
+    prompt_ids: list[list[int]]
+    references: list[str | None]
+    row_ids: list[int]
+    rows: list[dict[str, Any]]
+
+
+class PromptLoader:
+    """One rank's prompts in file order; every rank has the same number of batches.
+
+    Args:
+        prompts: all prompts, the same on every rank.
+        batch_size: rows per batch on each rank.
+        rank: of this process.
+        world_size: number of processes that share the rows.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.prompts = prompts
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return count_batches(len(self.prompts), self.batch_size, self.world_size)
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        for rows, filler in rank_batches(range(len(self.prompts)), self.batch_size, self.rank, self.world_size):
+            prompts = [] if filler else [self.prompts[row] for row in rows]
+            yield {
+                "prompt_ids": [prompt.ids for prompt in prompts],
+                "references": [prompt.reference for prompt in prompts],
+                "row_ids": [prompt.row_id for prompt in prompts],
+                "rows": [prompt.values for prompt in prompts],
+            }

@@ -1,0 +1,228 @@
+import jsonargparse
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from qlora_lightning.data.datamodule import InstructionDataModule
+from qlora_lightning.errors import UserError
+
+# Lightning 2.6.6 still asks torch 2.13 with isinstance whether a loader is a leaf.
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def _no_seed_left(monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
+
+
+@pytest.fixture
+def files(write):
+    pairs = [{"prompt": f"q{number}", "completion": "k" * (1 + number % 3)} for number in range(26)]
+    return {"train": write("train.jsonl", pairs), "val": write("val.jsonl", pairs[:5])}
+
+
+@pytest.fixture
+def make(files, characters):
+    return lambda **kwargs: InstructionDataModule(**files | {"tokenizer": characters, "batch_size": 2} | kwargs)
+
+
+class Recorder(pl.LightningModule):
+    """A line that is fitted to token ids, with the rows that it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = True
+        self.line = torch.nn.Linear(1, 1)
+        self.seen = []
+
+    def training_step(self, batch, _):
+        self.seen.append(batch["row_ids"].tolist())
+        return self.line(batch["input_ids"].float().T / 200).square().mean()
+
+    def validation_step(self, batch, _):
+        self.seen.append("val")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["seen"] = len(self.seen)
+
+
+class SaveAlways(pl.Callback):
+    def __init__(self, folder):
+        self.folder, self.files = folder, []
+
+    def save(self, trainer, hook):
+        self.files.append(str(self.folder / f"{len(self.files):03d}-{hook}.ckpt"))
+        trainer.save_checkpoint(self.files[-1])
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if (
+            batch_idx + 1
+        ) % 5:  # where validation is due, Lightning skips it on resume: AdapterCheckpoint saves after it
+            self.save(trainer, "batch")
+
+    def on_validation_end(self, trainer, module):
+        self.save(trainer, "validation")
+
+    def on_train_epoch_end(self, trainer, module):
+        if (
+            trainer.max_steps == -1
+        ):  # with max_steps Lightning 2.6.6 runs one batch of the next epoch and skips the rest
+            self.save(trainer, "epoch")
+
+
+def train(make, callbacks=(), ckpt_path=None, **kwargs):
+    model = Recorder()
+    options = {"max_epochs": 3, "accumulate_grad_batches": 4, "val_check_interval": 5} | kwargs
+    trainer = pl.Trainer(
+        **options, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, callbacks=list(callbacks),
+    )  # fmt: skip
+    trainer.fit(model, datamodule=make(), ckpt_path=ckpt_path)
+    return model.seen
+
+
+@pytest.mark.parametrize("options", [{}, {"max_epochs": -1, "max_steps": 10}, {"limit_train_batches": 11}])
+def test_a_run_goes_on_exactly_from_every_save_point(make, tmp_path, monkeypatch, options):
+    saver = SaveAlways(tmp_path)
+    seen = train(make, [saver], **options)
+    assert len({str(seen[at : at + 5]) for at in (0, 15, 30)}) > 1
+    monkeypatch.setenv("PL_GLOBAL_SEED", "6")  # the checkpoint's seed is kept
+    wrong = []
+    for file in saver.files:
+        saved = torch.load(file, weights_only=True)["seen"]
+        if train(make, ckpt_path=file, **options) != seen[saved:]:
+            wrong.append(file)
+    assert wrong == []
+
+
+def test_every_epoch_runs_every_row_once_in_another_order(make):
+    seen = [batch for batch in train(make) if batch != "val"]
+    epochs = [[row for batch in seen[at : at + 13] for row in batch] for at in (0, 13, 26)]
+    assert all(sorted(epoch) == list(range(26)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 3
+
+
+def test_overfitting_repeats_the_same_rows(make):
+    seen = [batch for batch in train(make, overfit_batches=2, val_check_interval=1.0) if batch != "val"]
+    assert seen == [[0, 1], [2, 3]] * 3
+
+
+def test_the_global_generator_is_left_alone(make):
+    data = make()
+    before = torch.get_rng_state()
+    data.setup("fit")
+    assert len(list(data.train_dataloader())) == 13
+    assert len(list(data.val_dataloader())) == 3
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_stage_builds_only_what_it_needs_and_only_once(make):
+    data = make(train="missing.jsonl")
+    data.setup("validate")
+    before = data.val_dataloader().samples
+    data.setup("validate")
+    assert data.val_dataloader().samples is before
+    with pytest.raises(UserError, match=r"missing.jsonl does not exist"):
+        data.setup("fit")
+
+
+def test_validation_is_optional_in_fit_but_not_in_validate(make):
+    data = make(val=None)
+    data.setup("fit")
+    assert data.val_dataloader() == []
+    for stage, split in (("validate", "val"), ("test", "test"), ("predict", "predict")):
+        with pytest.raises(UserError, match=f"{stage} needs rows, but {split} is not given"):
+            data.setup(stage)
+
+
+def test_val_fraction_holds_rows_out_by_the_checkpoints_seed(make, monkeypatch):
+    def held(data):
+        return [sample.row_id for sample in data.val_dataloader().samples]
+
+    data = make(val=None, val_fraction=0.25)
+    data.setup("validate")
+    assert len(held(data)) == 6
+    assert data.reports["train"].rows == 20
+    monkeypatch.setenv("PL_GLOBAL_SEED", "6")
+    other = make(val=None, val_fraction=0.25)
+    other.setup("fit")
+    assert held(other) != held(data)
+    other.load_state_dict(data.state_dict())
+    assert held(other) == held(data)
+    with pytest.raises(UserError, match="val and val_fraction are both given"):
+        make(val_fraction=0.25).setup("fit")
+
+
+def test_the_seed_is_torchs_where_seed_everything_was_not_called(make, monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    data = make()
+    assert data.state_dict() == {}
+    data.setup("fit")
+    assert data.state_dict() == {"seed": torch.initial_seed()}
+
+
+def test_bad_rows_stop_or_are_skipped(make, write):
+    write("bad.jsonl", [{"prompt": "q", "completion": "k"}, {"prompt": "q", "completion": ""}])
+    with open("bad.jsonl", "a") as file:
+        file.write("no json\n")
+    with pytest.raises(UserError) as error:
+        make(train="bad.jsonl").setup("fit")
+    assert str(error.value).startswith("2 rows cannot be used:\n  bad.jsonl:3: not JSON")
+    data = make(train="bad.jsonl", on_bad_row="skip")
+    data.setup("fit")
+    assert (data.reports["train"].rows, data.reports["train"].dropped.total()) == (3, 2)
+    write("worse.jsonl", [{"prompt": "q", "completion": ""}])
+    with pytest.raises(UserError, match=r"worse.jsonl:1: the answer .message 2. is empty"):
+        make(train="worse.jsonl", on_bad_row="skip").setup("fit")
+    with pytest.raises(UserError, match="on_bad_row: expected error or skip, found 'ignore'"):
+        make(on_bad_row="ignore").setup("fit")
+
+
+def test_rows_from_elsewhere(characters):
+    class Mine(InstructionDataModule):
+        def load_rows(self, split):
+            return [{"prompt": "q", "completion": "k" if split == "train" else ""}]
+
+    data = Mine(tokenizer=characters)
+    with pytest.raises(UserError, match="val:1: the answer"):
+        data.setup("fit")
+    assert len(data.train_dataloader().samples) == 1
+
+
+def test_rows_to_predict(make, write):
+    write("ask.jsonl", [{"prompt": "q"}, {"prompt": "r"}, {"prompt": "s", "completion": "k"}])
+    data = make(predict="ask.jsonl", system="S")
+    data.setup("predict")
+    first, second = data.predict_dataloader()
+    assert "".join(map(chr, first["prompt_ids"][0])) == "{s\nS}\n{u\nq}\n{a\n"
+    assert (first["references"], second["references"], second["row_ids"]) == ([None, None], ["k"], [2])
+    assert data.stop_ids == [125]
+
+
+def test_ranks_share_the_rows_of_the_trainer(make):
+    data = make()
+    data.setup("fit")
+    data.trainer = type("Trainer", (), {"global_rank": 1, "world_size": 2, "overfit_batches": 0})()
+    assert [batch["row_ids"].tolist() for batch in data.val_dataloader()] == [[2, 3], [-1]]
+
+
+def test_a_tokenizer_is_asked_for():
+    with pytest.raises(UserError, match="tokenizer: expected a hub id"):
+        _ = InstructionDataModule().tokenizer
+
+
+def test_the_arguments_are_the_keys_of_the_yaml():
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(InstructionDataModule, "data")
+    parser.set_defaults({"data": {"class_path": "qlora_lightning.data.datamodule.InstructionDataModule"}})
+    given = parser.parse_args(["--data.train=a.jsonl", "--data.tokenizer=package:x", "--data.val_fraction=0.1"])
+    data = parser.instantiate(given).data
+    assert data.files["train"] == "a.jsonl"
+    assert data.val_fraction == 0.1
+    assert data._tokenizer_name == "package:x"
+    for wrong in ("--data.train_on=user", "--data.batch_size=many", "--data.colums=3"):
+        with pytest.raises(jsonargparse.ArgumentError):
+            parser.parse_args([wrong])

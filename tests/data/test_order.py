@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from qlora_lightning.data.order import count_batches, epoch_order, rank_batches
+
+
+def test_the_order_is_a_permutation_told_by_seed_and_epoch():
+    assert sorted(epoch_order(50, 1, 2)) == list(range(50))
+    assert epoch_order(50, 1, 2) == epoch_order(50, 1, 2)
+    assert len({tuple(epoch_order(50, seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16
+
+
+def test_the_order_draws_nothing_from_the_global_generator():
+    before = torch.get_rng_state()
+    epoch_order(50, 1, 2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_ranks_share_each_micro_batch():
+    order = list("abcdefghij")
+    assert rank_batches(order, 2, 0, 2) == [(["a", "b"], False), (["e", "f"], False), (["i"], False)]
+    assert rank_batches(order, 2, 1, 2) == [(["c", "d"], False), (["g", "h"], False), (["j"], False)]
+
+
+def test_a_rank_without_rows_gets_a_filler():
+    assert [rank_batches("abcde", 2, rank, 4)[0] for rank in range(4)] == [
+        (["a", "b"], False),
+        (["c"], False),
+        (["d"], False),
+        (["e"], False),
+    ]
+    assert rank_batches("abcde", 2, 1, 2)[1] == (["e"], True)
+
+
+@pytest.mark.parametrize("n", [1, 5, 8, 13])
+@pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (2, 3), (4, 2), (8, 1)])
+def test_every_row_runs_once_and_windows_do_not_depend_on_ranks(n, batch_size, world_size):
+    ranks = [rank_batches(range(n), batch_size, rank, world_size) for rank in range(world_size)]
+    assert {len(batches) for batches in ranks} == {count_batches(n, batch_size, world_size)}
+    together = [
+        sorted(row for batch in step if not batch.filler for row in batch.rows) for step in zip(*ranks, strict=True)
+    ]
+    alone = [batch.rows for batch in rank_batches(range(n), batch_size * world_size, 0, 1)]
+    assert together == alone

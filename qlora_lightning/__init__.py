@@ -1,3 +1,46 @@
-"""QLoRA fine-tuning of LLaMA-family models with PyTorch Lightning."""
+"""QLoRA fine-tuning of LLaMA-family models with PyTorch Lightning.
+
+Importing this package loads nothing heavy: each public name is imported when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora_lightning.callbacks import (
+        AdapterCheckpoint,
+        BaseComparison,
+        GPUMemoryMonitor,
+        GradientCheckpointing,
+        PredictionWriter,
+        ThroughputMonitor,
+    )
+    from qlora_lightning.data.datamodule import InstructionDataModule
+    from qlora_lightning.model.loss import LossSums
+    from qlora_lightning.model.module import QLoRAModule
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdapterCheckpoint",
+    "BaseComparison",
+    "GPUMemoryMonitor",
+    "GradientCheckpointing",
+    "InstructionDataModule",
+    "LossSums",
+    "PredictionWriter",
+    "QLoRAModule",
+    "ThroughputMonitor",
+]
+
+_HOMES = {
+    "InstructionDataModule": "qlora_lightning.data.datamodule",
+    "LossSums": "qlora_lightning.model.loss",
+    "QLoRAModule": "qlora_lightning.model.module",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES.get(name, "qlora_lightning.callbacks")), name)

@@ -124,6 +124,10 @@ class InstructionDataModule(LightningDataModule):
             if not optional and split not in self.reports:
                 raise UserError(f"{stage} needs rows, but {split} is not given: name a file in `{split}:`.")
 
+    def count_train_batches(self) -> int:
+        """Count the micro-batches of one epoch on each rank: what a schedule is planned with."""
+        return len(self._make_loader("train"))
+
     @override
     def train_dataloader(self) -> FlatLoader:
         # `overfit_batches` is Lightning's wish for the same batches in every epoch.
@@ -139,7 +143,7 @@ class InstructionDataModule(LightningDataModule):
 
     @override
     def predict_dataloader(self) -> PromptLoader:
-        return PromptLoader(self._prompts, self.batch_size, *self._rank_and_world_size())
+        return PromptLoader(self._prompts, self.batch_size, self.stop_ids, *self._rank_and_world_size())
 
     @override
     def state_dict(self) -> dict[str, Any]:

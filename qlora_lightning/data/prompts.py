@@ -16,9 +16,10 @@ class Prompt(NamedTuple):
 
 
 class PromptBatch(TypedDict):
-    """Several rows to predict; plain lists, all of the same length, which is 0 on a rank that has no row left."""
+    """Several rows to predict; plain lists. A rank that has no row left gets no prompts."""
 
     prompt_ids: list[list[int]]
+    stop_ids: list[int]
     references: list[str | None]
     row_ids: list[int]
     rows: list[dict[str, Any]]
@@ -30,13 +31,17 @@ class PromptLoader:
     Args:
         prompts: all prompts, the same on every rank.
         batch_size: rows per batch on each rank.
+        stop_ids: tokens that end an answer.
         rank: of this process.
         world_size: number of processes that share the rows.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, prompts: Sequence[Prompt], batch_size: int, stop_ids: Sequence[int], rank: int = 0, world_size: int = 1
+    ) -> None:
         self.prompts = prompts
         self.batch_size = batch_size
+        self.stop_ids = list(stop_ids)
         self.rank = rank
         self.world_size = world_size
 
@@ -48,6 +53,7 @@ class PromptLoader:
             prompts = [] if filler else [self.prompts[row] for row in rows]
             yield {
                 "prompt_ids": [prompt.ids for prompt in prompts],
+                "stop_ids": self.stop_ids,
                 "references": [prompt.reference for prompt in prompts],
                 "row_ids": [prompt.row_id for prompt in prompts],
                 "rows": [prompt.values for prompt in prompts],

@@ -1,0 +1,17 @@
+"""What happens around the loop: each callback works with any Trainer, and has a key of its own in the YAML."""
+
+from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+from qlora_lightning.callbacks.base_comparison import BaseComparison
+from qlora_lightning.callbacks.gpu_memory import GPUMemoryMonitor
+from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
+from qlora_lightning.callbacks.prediction_writer import PredictionWriter
+from qlora_lightning.callbacks.throughput import ThroughputMonitor
+
+__all__ = [
+    "AdapterCheckpoint",
+    "BaseComparison",
+    "GPUMemoryMonitor",
+    "GradientCheckpointing",
+    "PredictionWriter",
+    "ThroughputMonitor",
+]

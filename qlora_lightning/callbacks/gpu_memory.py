@@ -1,0 +1,94 @@
+"""How much memory training takes, on the GPU where there is one, in the process elsewhere."""
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import rich
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+_GIB = 1024**3
+_REMEDIES = (
+    "The cheapest ways down: gradient_checkpointing.enabled: true; half the data.batch_size with twice the "
+    "trainer.accumulate_grad_batches (the result stays the same); a smaller data.max_length."
+)
+
+
+class GPUMemoryMonitor(Callback):
+    """Log memory in GiB per logging interval, and say it after loading, after the first step and at the end.
+
+    On CUDA it logs ``memory_allocated_gib``, ``memory_reserved_gib`` and ``memory_peak_gib`` (the most allocated since
+    the last logging; the peak is reset then). Elsewhere ``private_memory_gib`` (memory of this process alone; a base
+    mapped from a file is not in it) and ``peak_rss_gib`` (the most that was resident since the process began).
+
+    It warns once, with the cheapest remedies, when the peak passes 95 % of the device's memory.
+
+    Args:
+        enabled: ``False`` logs nothing.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._warned = False
+        self._first = True
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._say(trainer, pl_module, "after loading")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.enabled:
+            return
+        if self._first:
+            self._first = False
+            self._say(trainer, pl_module, "after the first step")
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            values = read_memory(pl_module.device)
+            self._warn_if_full(pl_module.device, values)
+            shown = "memory_peak_gib" if "memory_peak_gib" in values else "private_memory_gib"
+            for name, gib in values.items():
+                self.log(name, gib, prog_bar=name == shown)
+            if pl_module.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._say(trainer, pl_module, "at the end")
+
+    def _say(self, trainer: Trainer, pl_module: LightningModule, when: str) -> None:
+        if self.enabled and trainer.is_global_zero:
+            values = read_memory(pl_module.device)
+            parts = [f"{gib:.2f} GiB {name.removesuffix('_gib').replace('_', ' ')}" for name, gib in values.items()]
+            rich.print(f"Memory {when}: {', '.join(parts)}")
+
+    def _warn_if_full(self, device: torch.device, values: dict[str, float]) -> None:
+        peak = values.get("memory_peak_gib", values.get("peak_rss_gib", 0.0))
+        capacity = device_memory_gib(device)
+        if peak > 0.95 * capacity and not self._warned:
+            self._warned = True
+            rich.print(f"[yellow]Peak memory {peak:.2f} GiB is over 95 % of {capacity:.2f} GiB.[/yellow] {_REMEDIES}")
+
+
+def read_memory(device: torch.device) -> dict[str, float]:
+    """Read memory in use and its peak, in GiB: of the CUDA device, or of this process."""
+    if device.type == "cuda":
+        return {
+            "memory_allocated_gib": torch.cuda.memory_allocated(device) / _GIB,
+            "memory_reserved_gib": torch.cuda.memory_reserved(device) / _GIB,
+            "memory_peak_gib": torch.cuda.max_memory_allocated(device) / _GIB,
+        }
+    status = Path("/proc/self/status")
+    if not status.exists():  # not Linux: what psutil knows everywhere
+        resident = psutil.Process().memory_info().rss / _GIB
+        return {"private_memory_gib": resident, "peak_rss_gib": resident}
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    kib = {name: int(fields[name].split()[0]) for name in ("RssAnon", "VmHWM")}
+    return {"private_memory_gib": kib["RssAnon"] * 1024 / _GIB, "peak_rss_gib": kib["VmHWM"] * 1024 / _GIB}
+
+
+def device_memory_gib(device: torch.device) -> float:
+    """Read how much memory the device, or this machine, has, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / _GIB
+    return float(psutil.virtual_memory().total / _GIB)

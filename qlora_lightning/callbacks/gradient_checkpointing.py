@@ -1,0 +1,83 @@
+"""Keep only each layer's input, and compute the rest of its activations again in backward."""
+
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qlora_lightning.errors import UserError
+from qlora_lightning.model.adapters import trainable_tensors
+
+
+class GradientCheckpointing(Callback):
+    """Switch activation checkpointing on, non-reentrant, and see that it is active.
+
+    transformers checkpoints only in training mode and says nothing when it does not. So at the first step, and at the
+    first after each validation, it is counted whether backward really ran each layer a second time.
+
+    Args:
+        enabled: ``False`` leaves the model alone.
+        every_n_layers: Checkpoint every n-th decoder layer: 1 saves most memory, more costs less time.
+
+    Raises:
+        UserError: ``every_n_layers`` is less than 1.
+        RuntimeError: Checkpointing is not active although it is switched on.
+    """
+
+    def __init__(self, enabled: bool = True, every_n_layers: int = 1) -> None:
+        if every_n_layers < 1:
+            raise UserError(f"gradient_checkpointing.every_n_layers is {every_n_layers}: expected 1 or more.")
+        self.enabled = enabled
+        self.every_n_layers = every_n_layers
+        self._runs: dict[str, int] = {}
+        self._handles: list[Any] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.enabled:
+            model: Any = pl_module.causal_lm
+            # Reentrant checkpointing would need an input that requires grad, and drag gradients below the adapters.
+            model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=self.every_n_layers)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._watch(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._watch(pl_module)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._handles:
+            return
+        once = [name for name, runs in self._runs.items() if runs < 2]
+        self._forget()
+        if once:
+            raise RuntimeError(
+                f"gradient_checkpointing is enabled, but {len(once)} layers, as {once[0]}, were not run again in "
+                "backward: their activations were all kept. Is the model in training mode?"
+            )
+
+    def _watch(self, pl_module: LightningModule) -> None:
+        """Count how often each checkpointed layer with something to train runs in the next step."""
+        self._forget()
+        if not self.enabled:
+            return
+        for name, layer in pl_module.named_modules():
+            if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+                if trainable_tensors(layer):
+                    self._runs[name] = 0
+                    # On a part of the layer: the layer's own hooks stay outside what is run again.
+                    self._handles.append(next(layer.children()).register_forward_pre_hook(self._counter(name)))
+        if not self._runs:
+            raise RuntimeError("gradient_checkpointing is enabled, but no layer with an adapter can be checkpointed.")
+
+    def _counter(self, name: str) -> Any:
+        def count(module: nn.Module, inputs: Any) -> None:
+            self._runs[name] += 1
+
+        return count
+
+    def _forget(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._runs = [], {}

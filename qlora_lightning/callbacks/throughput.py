@@ -1,0 +1,59 @@
+"""How fast it trains: tokens per second, all of them and the labelled ones."""
+
+import time
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+
+class ThroughputMonitor(Callback):
+    """Log speed per optimizer step, over all ranks; there is no padding that could be counted.
+
+    Logs ``tokens_per_second``, ``labelled_tokens_per_second`` (tokens that the loss counts) and ``tokens_seen`` (since
+    the run began, resumes included). The clock runs during training steps only: validation and saving are left out.
+
+    Args:
+        enabled: ``False`` logs nothing.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.tokens_seen = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._seconds, self._tokens, self._labelled = 0.0, 0, 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step = trainer.global_step
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.enabled:
+            return
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        self._seconds += time.perf_counter() - self._began
+        self._tokens += batch["input_ids"].numel()
+        self._labelled += int((batch["labels"] != -100).sum())
+        if trainer.global_step == self._step:
+            return  # inside an accumulation window
+        counts = torch.tensor([self._tokens, self._labelled], dtype=torch.float64, device=pl_module.device)
+        tokens, labelled = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        self.tokens_seen += int(tokens)
+        self.log("tokens_per_second", tokens / self._seconds, prog_bar=True)
+        self.log("labelled_tokens_per_second", labelled / self._seconds)
+        self.log("tokens_seen", float(self.tokens_seen))
+        self._clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the tokens seen so far, an open accumulation window included."""
+        return {"tokens_seen": self.tokens_seen, "tokens": self._tokens, "labelled": self._labelled}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.tokens_seen = state_dict["tokens_seen"]
+        self._tokens, self._labelled = state_dict["tokens"], state_dict["labelled"]

@@ -1,0 +1,66 @@
+"""The command ``qlora-lightning``: finds the command, runs it, and words what went wrong.
+
+Each command is imported when it is called, so that ``--help`` answers at once.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from qlora_lightning import __version__
+from qlora_lightning.errors import UserError
+
+# command: (module with `main(argv) -> int`, whether it wants the command's own name, one line of help)
+_TRAINING = "qlora_lightning.commands.training"
+COMMANDS: dict[str, tuple[str, bool, str]] = {
+    "fit": (_TRAINING, True, "train adapters on a quantized base"),
+    "validate": (_TRAINING, True, "loss, perplexity and token accuracy on the validation rows"),
+    "test": (_TRAINING, True, "the same on the test rows"),
+    "predict": (_TRAINING, True, "answer the rows of data.predict into predictions.jsonl"),
+    "cache": ("qlora_lightning.commands.cache", False, "list or clear unpacked and quantized bases"),
+    "recipes": ("qlora_lightning.commands.recipes", False, "list the configs that travel with the package, or copy one"),
+}
+_HELP = """usage: qlora-lightning COMMAND [options]
+
+QLoRA fine-tuning of LLaMA models: a frozen base in 4 or 8 bits, small adapters trained on top.
+
+commands:
+{commands}
+
+  qlora-lightning COMMAND --help explains a command. To begin:
+
+  qlora-lightning recipes copy quickstart
+  qlora-lightning fit --config configs/quickstart.yaml
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code: 0 done, 2 the user's mistake, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = "\n".join(f"  {name:<10} {text}" for name, (_, _, text) in COMMANDS.items())
+        print(_HELP.format(commands=lines), end="")
+        return 0
+    if arguments[0] == "--version":
+        print(f"qlora-lightning {__version__}")
+        return 0
+    try:
+        return _run(arguments)
+    except UserError as error:
+        print(f"qlora-lightning: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qlora-lightning: interrupted.", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    command = arguments[0]
+    if command not in COMMANDS:
+        nearest = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"Did you mean {nearest[0]}?" if nearest else f"Commands are {', '.join(COMMANDS)}."
+        raise UserError(f"{command!r} is not a command. {hint}")
+    module, wants_name, _ = COMMANDS[command]
+    code: int = importlib.import_module(module).main(arguments if wants_name else arguments[1:])
+    return code

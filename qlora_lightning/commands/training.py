@@ -1,0 +1,147 @@
+"""``fit``, ``validate``, ``test`` and ``predict``: LightningCLI with our module, data and callbacks."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import rich
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from qlora_lightning.callbacks import (
+    AdapterCheckpoint,
+    BaseComparison,
+    GPUMemoryMonitor,
+    GradientCheckpointing,
+    PredictionWriter,
+    ThroughputMonitor,
+)
+from qlora_lightning.callbacks.metrics_logger import MetricsLogger
+from qlora_lightning.callbacks.run_folder import RunFolder, find_checkpoint, refuse_started_folder
+from qlora_lightning.commands.parse_errors import word_parse_error
+from qlora_lightning.commands.short_forms import expand_arguments, expand_config, shorten_config
+from qlora_lightning.data.datamodule import InstructionDataModule
+from qlora_lightning.model.module import QLoRAModule
+
+_DEFAULT_CLASSES = {
+    "model": "qlora_lightning.QLoRAModule",
+    "data": "qlora_lightning.InstructionDataModule",
+}
+_VERBS = ("fit", "validate", "test", "predict")
+_PARSER_MODE = "qlora_yaml"
+_TRAINER_DEFAULTS = {
+    "max_epochs": 1,
+    "gradient_clip_val": 1.0,
+    "default_root_dir": "runs/default",
+    "log_every_n_steps": 1,  # a step of a language model takes seconds: a line for each is cheap
+    "enable_model_summary": False,  # the adapter table says more
+}
+
+
+class QLoRACLI(LightningCLI):
+    """LightningCLI with our keys; what a researcher's subclass of it may change are Lightning's own hooks."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(GradientCheckpointing, "gradient_checkpointing")
+        parser.add_lightning_class_args(AdapterCheckpoint, "adapter_checkpoint")
+        parser.add_lightning_class_args(GPUMemoryMonitor, "gpu_memory")
+        parser.add_lightning_class_args(ThroughputMonitor, "throughput")
+        parser.set_defaults(
+            {
+                "model": {"class_path": _DEFAULT_CLASSES["model"]},
+                "data": {"class_path": _DEFAULT_CLASSES["data"]},
+                "gradient_checkpointing.enabled": False,
+            }
+        )
+        parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Make the Trainer: ``metrics.csv`` is always written, other loggers come beside it."""
+        settings = self._get(self.config_init, "trainer")
+        folder, chosen = settings["default_root_dir"], settings.get("logger")
+        others = [] if chosen in (None, True, False) else chosen if isinstance(chosen, list) else [chosen]
+        loggers: Any = False if chosen is False or settings.get("fast_dev_run") else [MetricsLogger(folder), *others]
+        callbacks = [
+            *(settings.get("callbacks") or []),
+            RunFolder(self._short_config()),
+            BaseComparison(),
+            PredictionWriter(),
+        ]
+        return super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
+
+    def _short_config(self) -> dict[str, Any]:
+        text = self._parser(self.subcommand).dump(self.config[str(self.subcommand)], skip_none=False)
+        config = {key: value for key, value in yaml.safe_load(text).items() if key not in ("config", "ckpt_path")}
+        return shorten_config(config, _DEFAULT_CLASSES)
+
+    def before_fit(self) -> None:
+        """Find the checkpoint to go on from; without one, keep a folder to one run."""
+        asked = self._find_checkpoint()
+        if asked is None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            refuse_started_folder(self.trainer.default_root_dir)
+
+    def _find_checkpoint(self) -> str | None:
+        settings = self.config_init[str(self.subcommand)]
+        settings["ckpt_path"] = find_checkpoint(self.trainer.default_root_dir, settings["ckpt_path"])
+        found: str | None = settings["ckpt_path"]
+        return found
+
+    def _judge_what_was_trained(self) -> None:
+        """Take the run folder's adapter unless the user names another: a fresh one would judge the base unnoticed."""
+        if self._find_checkpoint() is not None or getattr(self.model, "adapter", "other") is not None:
+            return
+        folder = AdapterCheckpoint.adapter_folder(self.trainer.default_root_dir)
+        if (folder / "adapter_config.json").exists():
+            rich.print(f"Adapter: {folder}")
+            self.model.adapter = str(folder)
+        else:
+            rich.print("No --ckpt_path, no model.adapter and no adapter in the run folder: this judges the base alone.")
+
+    before_validate = before_test = before_predict = _judge_what_was_trained
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one of the four commands.
+
+    Raises:
+        UserError: A key or value is wrong.
+    """
+    _log_to_terminal()
+    jsonargparse.set_loader(_PARSER_MODE, _load_yaml, exceptions=(yaml.YAMLError,))
+    options = {"exit_on_error": False, "parser_mode": _PARSER_MODE}
+    try:
+        QLoRACLI(
+            QLoRAModule,
+            InstructionDataModule,
+            save_config_callback=None,  # RunFolder writes it
+            trainer_defaults=_TRAINER_DEFAULTS,
+            seed_everything_default=42,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={**options, **{verb: dict(options) for verb in _VERBS}},
+            args=expand_arguments(list(argv)),
+        )
+    except jsonargparse.ArgumentError as error:
+        raise word_parse_error(str(error), argv) from error
+    return 0
+
+
+def _load_yaml(text: str) -> Any:
+    return expand_config(yaml.safe_load(text))
+
+
+def _log_to_terminal() -> None:
+    """Show what our own code says; a library's chatter on import stays away."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("qlora_lightning")
+    if not logger.handlers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+
+
+__all__ = ["Path", "QLoRACLI", "main"]

@@ -1,0 +1,112 @@
+"""Writes the adapter folder: what plain PEFT, transformers and the tools around them load."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qlora_lightning.errors import UserError
+
+CARD = """---
+base_model: {base}
+library_name: peft
+tags: [lora, qlora]
+---
+
+# LoRA adapter for {base}
+
+Trained with qlora_lightning on the base quantized as {quantization}. Load it with plain PEFT:
+
+```python
+{snippet}
+```
+"""
+
+
+def save_adapter_folder(
+    folder: Path, model: peft.PeftModel, tensors: Mapping[str, Tensor], tokenizer: Any, identity: Mapping[str, Any]
+) -> None:
+    """Write weights (safetensors, fp32), PEFT config, tokenizer, chat template, identity and a card, without network.
+
+    Each file is written beside and renamed, the weights last, so that a reader never finds half a file.
+
+    Args:
+        folder: Where to; it may hold an earlier adapter of the same run.
+        model: The model with the adapter.
+        tensors: The adapter's tensors by the model's names.
+        tokenizer: Saved beside, with its chat template; may be ``None``.
+        identity: Written as ``qlora_lightning.json``: the base's name, quantization and fingerprint.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        _replace_each(folder, lambda place: tokenizer.save_pretrained(place))
+    _replace_each(folder, lambda place: _saved_config(model).save_pretrained(place))
+    snippet = loading_snippet(folder, identity)
+    card = CARD.format(base=identity["base"], quantization=identity["quantization"], snippet=snippet)
+    _replace_each(folder, lambda place: (place / "README.md").write_text(card, encoding="utf-8"))
+    text = json.dumps(dict(identity), indent=2) + "\n"
+    _replace_each(folder, lambda place: (place / "qlora_lightning.json").write_text(text, encoding="utf-8"))
+    # The explicit state dict keeps PEFT from walking the quantized base, the flag from asking the hub.
+    weights = peft.get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
+    weights = {name: tensor.detach().float().contiguous().cpu() for name, tensor in weights.items()}
+    _replace_each(folder, lambda place: save_file(weights, place / "adapter_model.safetensors", {"format": "pt"}))
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """Read what an adapter folder says of its base; nothing where other tools wrote the folder.
+
+    Raises:
+        UserError: The folder is not an adapter folder.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} is not an adapter folder: expected adapter_config.json and adapter_model.safetensors in it."
+        )
+    file = folder / "qlora_lightning.json"
+    identity: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return identity
+
+
+def loading_snippet(folder: Path, identity: Mapping[str, Any]) -> str:
+    """Give the lines of Python that load the adapter with plain PEFT."""
+    return (
+        "from peft import AutoPeftModelForCausalLM; from transformers import BitsAndBytesConfig\n"
+        if identity["quantization"] != "none"
+        else "from peft import AutoPeftModelForCausalLM; from transformers import AutoTokenizer\n"
+    ) + _loading_lines(folder, identity)
+
+
+def _loading_lines(folder: Path, identity: Mapping[str, Any]) -> str:
+    quantize = {
+        "none": "",
+        "int8": ", quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
+    }.get(
+        identity["quantization"],
+        f", quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={identity['quantization']!r}, "
+        f"bnb_4bit_use_double_quant={identity['double_quant']}, bnb_4bit_compute_dtype={identity['compute_dtype']!r})",
+    )
+    return f'model = AutoPeftModelForCausalLM.from_pretrained("{folder}", dtype="{identity["compute_dtype"]}"{quantize})'
+
+
+def _saved_config(model: peft.PeftModel) -> peft.PeftConfig:
+    config = model.peft_config["default"]
+    saved = type(config)(**{name: value for name, value in config.to_dict().items() if name != "auto_mapping"})
+    saved.inference_mode = True  # as PEFT writes it: who loads the folder uses it, unless asked to train
+    return saved
+
+
+def _replace_each(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a folder beside, then move each of its files into ``folder``."""
+    staging = folder / ".writing"
+    staging.mkdir(exist_ok=True)
+    write(staging)
+    for file in sorted(staging.iterdir()):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(file, folder / file.name)
+    staging.rmdir()

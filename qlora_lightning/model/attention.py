@@ -1,0 +1,119 @@
+"""Attention over a flat batch: samples lie end to end in one stream, and each attends to itself alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+FLAT_ATTENTION = "qlora_flat"
+
+
+def register_flat_attention() -> str:
+    """Make flat attention known to transformers, and return the name for ``attn_implementation``.
+
+    Registration is transformers' public way in: the model keeps its own code and calls our function by name.
+    """
+    AttentionInterface.register(FLAT_ATTENTION, flat_attention)
+    AttentionMaskInterface.register(FLAT_ATTENTION, flat_mask)
+    return FLAT_ATTENTION
+
+
+def flat_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    longest: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend within each sample of the stream; without ``cu_seqlens`` (generation) behave as plain SDPA.
+
+    Args:
+        module: The attention module that calls.
+        query: Queries, ``(1, heads, tokens, head_dim)``.
+        key: Keys, ``(1, kv_heads, tokens, head_dim)``.
+        value: Values, ``(1, kv_heads, tokens, head_dim)``.
+        attention_mask: Only read without ``cu_seqlens``.
+        scaling: Factor on the scores; ``None`` means ``head_dim ** -0.5``.
+        dropout: Probability with which attention weights are dropped.
+        cu_seqlens: Where samples begin and the last one ends, ``(samples + 1,)``, int32.
+        longest: Tokens of the longest sample.
+        kwargs: Handed on to transformers' SDPA.
+
+    Returns:
+        The mixed values ``(1, tokens, heads, head_dim)``, and no weights.
+    """
+    if cu_seqlens is None:
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+        return output, None
+    if longest is not None and dropout == 0.0 and _has_varlen_kernel(query):
+        return _attend_varlen(query, key, value, cu_seqlens, longest, scaling), None
+    return _attend_per_sample(query, key, value, cu_seqlens, scaling, dropout), None
+
+
+def flat_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """No mask without padding; with padding (generation pads on the left) the mask that SDPA needs."""
+    if attention_mask is None:
+        return None
+    mask: Tensor | None = sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    return mask
+
+
+def _has_varlen_kernel(query: Tensor) -> bool:
+    """FlashAttention over ragged samples: CUDA cards of compute capability 8.0 and newer, in 16 bits."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scaling: float | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    output: Tensor = varlen_attn(
+        query[0].transpose(0, 1),  # (tokens, heads, head_dim)
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),  # every earlier token, no later one
+        enable_gqa=True,
+    )
+    return output[None]
+
+
+def _attend_per_sample(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float | None, dropout: float
+) -> Tensor:
+    attend: Callable[..., Tensor] = F.scaled_dot_product_attention
+    bounds = cu_seqlens.tolist()
+    outputs = [
+        attend(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            is_causal=True,
+            scale=scaling,
+            dropout_p=dropout,
+            enable_gqa=True,
+        )
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()

@@ -1,0 +1,77 @@
+"""Checks of the first step, and of the first after each validation: does what should train really train?"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from qlora_lightning.errors import UserError
+
+
+def check_training_mode(model: nn.Module) -> None:
+    """Refuse a model left in evaluation mode: no dropout, and no activation checkpointing without a word.
+
+    Hugging Face models come in ``eval()``, generation leaves them there, and Lightning keeps what it finds.
+
+    Raises:
+        RuntimeError: The model is not in training mode.
+    """
+    if not model.training:
+        raise RuntimeError(
+            "The model is in evaluation mode in a training step: dropout and activation checkpointing would be off. "
+            "A callback or hook called `model.eval()` or `generate`; call `model.train()` after it."
+        )
+
+
+def check_gradients(trainable: Mapping[str, nn.Parameter]) -> None:
+    """Refuse adapters that get no gradient.
+
+    B has one from the first step. A's is exactly zero until B has moved away from zero, so A is asked only then.
+
+    Args:
+        trainable: The tensors that train, by name, after backward.
+
+    Raises:
+        RuntimeError: A tensor has no gradient, or one of zeros only.
+    """
+    dead = [name for name, parameter in trainable.items() if parameter.grad is None]
+    for name, parameter in trainable.items():
+        if parameter.grad is None or not _owes_gradient(name, trainable):
+            continue
+        if not parameter.grad.any():
+            dead.append(name)
+    if dead:
+        raise RuntimeError(
+            f"{len(dead)} of {len(trainable)} trainable tensors get no gradient, as {', '.join(dead[:3])}: they would "
+            "never learn. A frozen layer passes no gradient, or compute_loss does not use them."
+        )
+
+
+def _owes_gradient(name: str, trainable: Mapping[str, nn.Parameter]) -> bool:
+    if ".lora_A." in name:
+        partner = trainable.get(name.replace(".lora_A.", ".lora_B."))
+        return partner is not None and bool(partner.detach().any())
+    return ".lora_B." in name
+
+
+def check_trainer(precision: str, strategy: str, quantization: str) -> None:
+    """Refuse Trainer settings under which training would go wrong without a word.
+
+    Args:
+        precision: Lightning's name, as ``32-true``.
+        strategy: Class name of Lightning's strategy.
+        quantization: How the base is stored.
+
+    Raises:
+        UserError: The adapters would lose precision, or the strategy would break a quantized base.
+    """
+    if precision.endswith("-true") and precision != "32-true":
+        raise UserError(
+            f"trainer.precision is {precision}: it would cast the adapters' float32 masters down, and small updates "
+            "would vanish. Leave it at 32-true; the products are computed in model.compute_dtype anyway."
+        )
+    if "FSDP" in strategy or "DeepSpeed" in strategy or "ModelParallel" in strategy:
+        raise UserError(
+            f"trainer.strategy is {strategy}, which shards parameters: with a base quantized as {quantization} that is "
+            "silently wrong or unverified. Use `trainer.strategy: ddp`: each device holds its own small base."
+        )

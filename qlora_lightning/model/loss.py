@@ -1,0 +1,98 @@
+"""Next-token loss on the labelled tokens only; the full ``(tokens, vocabulary)`` logits never exist."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100
+CHUNK = 256  # labelled tokens whose logits exist at a time: 256 x 128,256 x 4 bytes are 131 MB
+
+
+class LossSums(NamedTuple):
+    """Sums over labelled tokens: they add up over batches, windows and ranks, as means would not.
+
+    Attributes:
+        nll_sum: Negative log-likelihood in nats, float32 scalar, with a gradient.
+        labelled_tokens: How many tokens were counted, int64 scalar.
+        correct: For how many of them the most likely token was the label, int64 scalar.
+    """
+
+    nll_sum: Tensor
+    labelled_tokens: Tensor
+    correct: Tensor
+
+
+def head_loss(hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int = CHUNK) -> LossSums:
+    """Sum the loss of the labelled tokens of one stream.
+
+    Args:
+        hidden: Last hidden states after the final norm, ``(tokens, width)``.
+        labels: ``(tokens,)``, aligned with the input ids: the label at position t is predicted from t - 1. The label
+            at each sample's start is -100, so nothing is predicted across samples.
+        head: Maps hidden states to logits.
+        chunk: Labelled tokens whose logits exist at a time.
+    """
+    # The one place where labels are shifted.
+    positions = (labels[1:] != IGNORED).nonzero()[:, 0]
+    targets = labels[positions + 1]
+    hidden = hidden[positions]
+    if _is_frozen_linear(head):
+        nll_sum, correct = _FrozenHeadLoss.apply(hidden, head.weight, targets, chunk)
+    else:
+        nll_sum, correct = _checkpointed_head_loss(hidden, head, targets, chunk)
+    return LossSums(nll_sum, torch.tensor(len(targets), device=labels.device), correct)
+
+
+def _is_frozen_linear(head: nn.Module) -> bool:
+    return type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Cross-entropy of a frozen linear head; the gradient of the hidden states is made while the logits exist.
+
+    d nll / d hidden = (softmax(logits) - onehot(target)) @ weight, so that backward only scales what forward kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        nll_sum = torch.zeros((), device=hidden.device)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            target = targets[part, None]
+            logits = F.linear(hidden[part].to(weight.dtype), weight).float()  # (chunk, vocabulary)
+            log_total = torch.logsumexp(logits, dim=-1, keepdim=True)
+            nll_sum += (log_total - logits.gather(1, target)).sum()
+            correct += (logits.argmax(-1, keepdim=True) == target).sum()
+            if gradient is not None:
+                probabilities = logits.sub_(log_total).exp_()
+                probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+                gradient[part] = probabilities.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(correct)
+        return nll_sum, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad_nll: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return None if gradient is None else gradient * grad_nll.to(gradient.dtype), None, None, None
+
+
+def _checkpointed_head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Compute the same sums for a head that trains or carries an adapter: logits again in backward, by autograd."""
+
+    def sums(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(hidden).float()
+        return F.cross_entropy(logits, target, reduction="sum"), (logits.argmax(-1) == target).sum()
+
+    nll_sum = hidden.sum().float() * 0.0  # keeps the graph connected where nothing is labelled
+    correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    for start in range(0, len(targets), chunk):
+        part = slice(start, start + chunk)
+        nll, right = checkpoint(sums, hidden[part], targets[part], use_reentrant=False)
+        nll_sum, correct = nll_sum + nll, correct + right
+    return nll_sum, correct

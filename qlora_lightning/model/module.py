@@ -1,0 +1,369 @@
+"""The LightningModule: a quantized base with its adapters, and the steps that train and judge them."""
+
+import contextlib
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self, cast
+
+import lightning
+import peft
+import rich
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+
+from qlora_lightning.errors import UserError
+from qlora_lightning.model.adapter_folder import read_identity, save_adapter_folder
+from qlora_lightning.model.adapters import add_adapters, copy_tensors, load_adapters, trainable_tensors
+from qlora_lightning.model.checkpoint import FORMAT_VERSION, KEY, check_identity, read_content
+from qlora_lightning.model.checks import check_gradients, check_trainer, check_training_mode
+from qlora_lightning.model.dtypes import ComputeDtype, choose_compute_dtype
+from qlora_lightning.model.generation import generate_answers
+from qlora_lightning.model.generators import capture_generators, restore_generators
+from qlora_lightning.model.linear import fuse_lora_linears
+from qlora_lightning.model.loss import LossSums, head_loss
+from qlora_lightning.model.optimizer import ParameterGroups, build_optimizer
+from qlora_lightning.model.quantized import Quantization, load_base
+from qlora_lightning.model.schedule import build_schedule, count_optimizer_steps
+from qlora_lightning.model.statistics import TokenStatistics
+from qlora_lightning.model.summary import adapter_table
+from qlora_lightning.model.window import Window
+
+
+class LoadedKeys(NamedTuple):
+    """What torch's ``load_state_dict`` returns; both stay empty, since a misfit is an error here."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class QLoRAModule(lightning.LightningModule):
+    """A frozen, quantized LLaMA with LoRA adapters.
+
+    Doors for subclasses: :meth:`build_model`, :meth:`compute_loss` and :meth:`parameter_groups`.
+
+    Logs ``train_loss`` (nats per labelled token of the optimizer step) and ``grad_norm`` (before clipping) per
+    optimizer step; ``val_loss``, ``val_perplexity`` and ``val_token_accuracy`` per validation, ``test_…`` likewise.
+
+    Args:
+        base: Hub id, folder, ``.gguf`` file, or ``package:NAME`` (a GGUF inside an installed Python package).
+        revision: Branch, tag or commit of a hub id.
+        trust_remote_code: Let Python code that comes with the base run.
+        quantization: How the base's linears are stored.
+        double_quant: Quantize the 4-bit scales too: 0.4 bits less per weight.
+        compute_dtype: Dtype of the products; ``auto`` is bf16 where the hardware has it, else fp16 on CUDA and fp32
+            on a CPU.
+        cache: Keep the quantized base for the next start.
+        rank: Rank of the update: rows of A, columns of B. Start at 8; double it while that pays.
+        alpha: Multiplier of the update; ``None`` means 2 × rank. PEFT computes ``alpha / rank · B A x``, with rsLoRA
+            ``alpha / sqrt(rank) · B A x``: at a fixed alpha a larger rank acts weaker.
+        dropout: Probability with which inputs of A are dropped in training.
+        target_modules: ``all-linear``, ``attention``, ``mlp``, a list of names, or a regular expression.
+        layers: ``all``, ``last:N`` or a list of layer indices.
+        lora_options: More for ``peft.LoraConfig``: ``use_rslora``, ``use_dora``, ``init_lora_weights``, …
+        adapter: Adapter folder to go on training; its own rank, alpha and targets rule.
+        learning_rate: Peak learning rate.
+        optimizer: Class path, or class_path and init_args without lr; ``None``: torch's AdamW, fused.
+        weight_decay: Of all adapters.
+        schedule: Name of a schedule of ``transformers.get_scheduler``, or ``{name: …, its arguments}``.
+        warmup_ratio: Share of the optimizer steps over which the learning rate rises.
+        fast: ``False`` takes every plain path of PEFT instead of ours.
+        on_nonfinite: What to do when a gradient is NaN or infinite: ``stop`` the run, or ``skip`` the step.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        quantization: Quantization = "nf4",
+        double_quant: bool = True,
+        compute_dtype: ComputeDtype = "auto",
+        cache: bool = True,
+        rank: int = 8,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        target_modules: str | list[str] = "all-linear",
+        layers: str | list[int] = "all",
+        lora_options: dict[str, Any] | None = None,
+        adapter: str | None = None,
+        learning_rate: float = 2e-4,
+        optimizer: str | dict[str, Any] | None = None,
+        weight_decay: float = 0.0,
+        schedule: str | dict[str, Any] = "cosine",
+        warmup_ratio: float = 0.03,
+        fast: bool = True,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)  # for load_from_checkpoint; see on_save_checkpoint
+        self.base, self.revision, self.trust_remote_code = base, revision, trust_remote_code
+        self.quantization, self.double_quant, self.cache = quantization, double_quant, cache
+        self.compute_dtype = compute_dtype
+        self.adapter_options: dict[str, Any] = {
+            "rank": rank,
+            "alpha": alpha,
+            "dropout": dropout,
+            "target_modules": target_modules,
+            "layers": layers,
+            "lora_options": lora_options,
+        }
+        self.adapter = adapter
+        self.learning_rate, self.weight_decay, self.optimizer_choice = learning_rate, weight_decay, optimizer
+        self.schedule, self.warmup_ratio = schedule, warmup_ratio
+        self.fast, self.on_nonfinite = fast, on_nonfinite
+        self.model: Any = None  # made late, on the process's own device: see configure_model
+        self.identity: dict[str, Any] = {"base": base, "quantization": quantization}
+        self.strict_loading = True
+        self.val_statistics, self.test_statistics = TokenStatistics(), TokenStatistics()
+        self.skipped_steps = 0
+        self._window = Window()
+        self._checks_due = True
+        self._autocast_dtype: torch.dtype | None = None
+        self._to_restore: dict[str, Any] | None = None
+
+    # ---- the model -------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Make the model once, on the device of this process."""
+        if self.model is not None:
+            return
+        self.model = self.build_model()
+        self.model.train()  # Hugging Face models come in eval()
+
+    def build_model(self) -> nn.Module:
+        """Load the base and put adapters on it. Override it for another base or other adapters.
+
+        Returns:
+            A causal language model of transformers, or of PEFT around one, in which only adapters require gradients.
+        """
+        device = self._device_of_process()
+        dtype = choose_compute_dtype(self.compute_dtype, device)
+        loaded = load_base(
+            self.base,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            quantization=self.quantization,
+            double_quant=self.double_quant,
+            compute_dtype=dtype,
+            cache=self.cache,
+            device=device,
+        )
+        self.identity = {
+            "base": self.base,
+            "base_folder": str(loaded.source.folder),
+            "revision": loaded.source.revision,
+            "fingerprint": loaded.fingerprint,
+            "quantization": self.quantization,
+            "double_quant": self.double_quant,
+            "compute_dtype": str(dtype).removeprefix("torch."),
+        }
+        if self.adapter is None:
+            model = add_adapters(loaded.model, base_name=loaded.loadable_name, **self.adapter_options)
+        else:
+            check_identity(read_identity(Path(self.adapter)), self.identity, f"The adapter folder {self.adapter}")
+            model = load_adapters(loaded.model, self.adapter)
+        plain = fuse_lora_linears(model) if self.fast else list(trainable_tensors(model))
+        if plain and dtype != torch.float32:
+            self._autocast_dtype = dtype  # PEFT's own layers would compute the fp32 adapters in fp32
+        return model
+
+    def _device_of_process(self) -> torch.device:
+        return self.device if self._trainer is None else self.trainer.strategy.root_device
+
+    @property
+    def causal_lm(self) -> Any:
+        """The model of transformers inside PEFT's wrapper."""
+        return self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
+
+    # ---- the loss --------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, batch: dict[str, Any]) -> LossSums:
+        """Sum the loss over a flat batch. Override it for another objective; sums, not means, are wanted.
+
+        Args:
+            batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens`` ``(samples + 1,)``.
+        """
+        with self._autocast():
+            hidden = self.causal_lm.base_model(
+                input_ids=batch["input_ids"],
+                position_ids=batch["position_ids"],
+                cu_seqlens=batch["cu_seqlens"],
+                longest=batch["longest"],
+                use_cache=False,
+            ).last_hidden_state
+            return head_loss(hidden[0], batch["labels"][0], self.causal_lm.get_output_embeddings())
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self._autocast_dtype)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Give the *sum* of the losses of a micro-batch; on_before_optimizer_step turns sums into the mean."""
+        if self._checks_due:
+            check_training_mode(self.model)
+        sums = self.compute_loss(batch)
+        self._window.add(sums, batch.get("row_ids"))
+        return sums.nll_sum
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        trainable = trainable_tensors(self)
+        loss = self._window.divide_gradients(
+            trainable.values(),
+            divided_by=self.trainer.accumulate_grad_batches * self.trainer.world_size,
+            reduce_sum=lambda sums: cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum")),
+        )
+        if self._checks_due:
+            check_gradients(trainable)
+            self._checks_due = not all(_has_moved(name, p) for name, p in trainable.items())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trainable.values() if p.grad is not None])
+        self.log_dict({"train_loss": loss}, prog_bar=True)
+        self.log_dict({"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]})
+        # Under 16-mixed the scaler itself skips steps with infinities: they are how it finds its scale.
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None and not norm.isfinite():
+            self._handle_nonfinite(optimizer)
+        self._window.clear()
+
+    def _handle_nonfinite(self, optimizer: torch.optim.Optimizer) -> None:
+        rows = ", ".join(map(str, self._window.row_ids[:20]))
+        found = f"A gradient at step {self.trainer.global_step} is NaN or infinite; the step's rows are {rows}"
+        if self.on_nonfinite == "stop":
+            raise UserError(
+                f"{found}. The run stops before the adapters are spoilt. Look at these rows, lower "
+                "model.learning_rate, or set model.on_nonfinite: skip to leave such steps out."
+            )
+        self.skipped_steps += 1
+        self.print(f"{found}: step skipped (model.on_nonfinite: skip).")
+        optimizer.zero_grad(set_to_none=True)
+
+    # ---- validation, test, prediction ------------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.val_statistics.update(self.compute_loss(batch))
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.test_statistics.update(self.compute_loss(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_statistics("val", self.val_statistics)
+        self._checks_due = True  # an evaluation pass is what breaks training elsewhere
+
+    def on_test_epoch_end(self) -> None:
+        self._log_statistics("test", self.test_statistics)
+
+    def _log_statistics(self, split: str, statistics: TokenStatistics) -> None:
+        values = {f"{split}_{name}": value.float() for name, value in statistics.compute().items()}
+        self.log_dict(values, prog_bar=True)
+        statistics.reset()
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[list[int]]:
+        """Answer each prompt of a prediction batch greedily; gives token ids."""
+        return generate_answers(self.model, batch["prompt_ids"], stop_ids=batch["stop_ids"])
+
+    # ---- optimization ----------------------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> ParameterGroups:
+        """Give the optimizer's parameter groups. Override it for other learning rates per group."""
+        return [{"params": list(trainable_tensors(self).values())}]
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        clips = bool(self.trainer.gradient_clip_val)
+        optimizer = build_optimizer(
+            self.parameter_groups(),
+            self.optimizer_choice,
+            self.learning_rate,
+            self.weight_decay,
+            fused=not (clips and self.trainer.precision == "16-mixed"),  # Lightning forbids the two together
+        )
+        schedule = build_schedule(optimizer, self.schedule, self._count_steps(), self.warmup_ratio)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _count_steps(self) -> int:
+        count_batches = getattr(getattr(self.trainer, "datamodule", None), "count_train_batches", None)
+        if count_batches is None:
+            return int(self.trainer.estimated_stepping_batches)
+        batches, limit = count_batches(), self.trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * (limit or 1.0))
+        return count_optimizer_steps(
+            batches, self.trainer.accumulate_grad_batches, self.trainer.max_epochs, self.trainer.max_steps
+        )
+
+    def save_adapter(self, folder: str | Path, tokenizer: Any = None) -> None:
+        """Write the adapter folder: PEFT's files, the tokenizer with its chat template, and what the base was."""
+        tensors = trainable_tensors(self.model)
+        save_adapter_folder(Path(folder), self.model, tensors, tokenizer, self.identity)
+
+    # ---- start, stop and resume ------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        check_trainer(str(self.trainer.precision), type(self.trainer.strategy).__name__, self.quantization)
+
+    @rank_zero_only
+    def on_fit_start(self) -> None:
+        rich.print(adapter_table(self.model))
+        if self._autocast_dtype is not None and self.fast:
+            rich.print("Some adapters take PEFT's own, slower layers: dropout, DoRA, int8 or lora_bias.")
+
+    def on_train_start(self) -> None:
+        self._checks_due = True
+        if self._to_restore is not None:
+            self._window.load_state_dict(self._to_restore["window"], trainable_tensors(self))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._to_restore is not None:  # at the last moment: making loaders and iterators draws numbers too
+            restore_generators(self._to_restore["generators"])
+            self._to_restore = None
+
+    def state_dict(
+        self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """Give the adapter's tensors only. The base is never walked: it is large, frozen, and made anew from its name."""
+        destination = {} if destination is None else destination
+        for name, tensor in trainable_tensors(self).items():
+            destination[prefix + name] = tensor if keep_vars else tensor.detach()
+        return destination
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Set the adapter's tensors; always strict: every one must be there with its shape, and no other."""
+        self.configure_model()
+        copy_tensors(self, state_dict, "The checkpoint")
+        return LoadedKeys([], [])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        settings = checkpoint.pop("hyper_parameters", dict(self.hparams))
+        checkpoint[KEY] = {
+            "format_version": FORMAT_VERSION,
+            "settings": dict(settings),
+            "identity": dict(self.identity),
+            "generators": capture_generators(),
+            "window": self._window.state_dict(trainable_tensors(self)),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        content = read_content(checkpoint, "The checkpoint")
+        check_identity(content["identity"], self.identity, "The checkpoint")
+        self._to_restore = content
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # our settings lie under our own key, and no hparams file exists
+        cls, checkpoint_path: str | Path, map_location: Any = "cpu", **overrides: Any
+    ) -> Self:
+        """Make a module from a checkpoint: settings, base and adapter. ``overrides`` replace saved settings.
+
+        Raises:
+            UserError: The checkpoint is foreign, or belongs to another base.
+        """
+        checkpoint = torch.load(checkpoint_path, map_location=map_location, weights_only=True)
+        content = read_content(checkpoint, str(checkpoint_path))
+        module = cls(**{**content["settings"], **overrides})
+        module.to(map_location)
+        module.configure_model()
+        check_identity(content["identity"], module.identity, str(checkpoint_path))
+        module.load_state_dict(checkpoint["state_dict"])
+        return module
+
+
+def _has_moved(name: str, parameter: nn.Parameter) -> bool:
+    """Whether A owes a gradient by now: its B is no longer all zero."""
+    return ".lora_B." not in name or bool(parameter.detach().any())

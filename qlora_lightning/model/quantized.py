@@ -1,0 +1,217 @@
+"""Loads a base frozen and quantized: from its folder the first time, from the cache afterwards."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import bitsandbytes as bnb
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+from qlora_lightning.base.cache import cached_folder
+from qlora_lightning.base.fingerprint import fingerprint
+from qlora_lightning.base.base_folder import BaseFolder, open_base
+from qlora_lightning.errors import UserError
+from qlora_lightning.model.attention import register_flat_attention
+
+Quantization = Literal["nf4", "fp4", "int8", "none"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class QuantizedBase:
+    """A frozen base and what it was made from.
+
+    Attributes:
+        model: The frozen model.
+        source: Where the weights before quantization lie.
+        fingerprint: A hash over the source's tensors.
+        quantization: How the linears are stored.
+    """
+
+    model: PreTrainedModel
+    source: BaseFolder
+    fingerprint: str
+    quantization: Quantization
+
+    @property
+    def loadable_name(self) -> str:
+        """What transformers' ``from_pretrained`` takes for the base before quantization."""
+        return self.source.name if self.source.kind == "hub" else str(self.source.folder)
+
+
+def load_base(
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: Quantization = "nf4",
+    double_quant: bool = True,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    cache: bool = True,
+    device: torch.device | str = "cpu",
+) -> QuantizedBase:
+    """Load a base onto ``device``, frozen, its linears quantized and all else in ``compute_dtype``.
+
+    Args:
+        name: Hub id, folder, ``.gguf`` file or ``package:NAME``.
+        revision: Of a hub id.
+        trust_remote_code: Whether code that comes with the base may run.
+        quantization: ``nf4``, ``fp4`` (4 bits), ``int8`` or ``none``.
+        double_quant: Quantize the 4-bit scales too (Dettmers et al. 2023, section 3): 0.4 bits less per weight.
+        compute_dtype: Dtype of the products, the embedding, the norms and the head.
+        cache: Keep the quantized base for the next start.
+        device: Where the model shall live.
+
+    Raises:
+        UserError: The name, or what it names, cannot be used.
+        RuntimeError: A linear did not get quantized.
+    """
+    source = open_base(name, revision)
+    config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    load = _Loader(torch.device(device), compute_dtype, trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        _check_stored_quantization(config, quantization, name)
+        model = load(source.folder)
+    elif quantization == "none":
+        model = load(source.folder)
+    else:
+        settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
+        if cache:
+            model = load(_quantized_folder(source, settings, load))
+        else:
+            model = load(source.folder, settings)
+    _freeze(model)
+    _check_quantized(model, quantization)
+    return QuantizedBase(model, source, fingerprint(source.folder), quantization)
+
+
+class _Loader:
+    """``from_pretrained`` with the arguments that every load here shares."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> None:
+        self.device, self.dtype, self.trust_remote_code = device, dtype, trust_remote_code
+
+    def __call__(self, folder: Path, settings: BitsAndBytesConfig | None = None) -> PreTrainedModel:
+        quantize: dict[str, Any] = {} if settings is None else {"quantization_config": settings}
+        with _quiet_bars(quiet=settings is None):  # quantizing takes minutes and shows its bar; reading does not
+            return AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=self.dtype,
+                device_map={"": self.device},
+                attn_implementation=register_flat_attention(),
+                local_files_only=True,
+                trust_remote_code=self.trust_remote_code,
+                use_safetensors=True,
+                **quantize,
+            )
+
+
+def _quantized_folder(source: BaseFolder, settings: BitsAndBytesConfig, load: _Loader) -> Path:
+    def build(folder: Path) -> None:
+        _log.info("Quantizing %s, once; later starts read it from the cache.", source.name)
+        model = load(source.folder, settings)
+        _freeze(model)  # packed weights would be saved wrongly, see there
+        with _quiet_bars(quiet=True):
+            model.save_pretrained(folder, max_shard_size="200MB")  # a shard is held in memory while it is written
+
+    key = {
+        "source": fingerprint(source.folder),
+        "settings": settings.to_diff_dict(),
+        "dtype": str(load.dtype),
+        "device": load.device.type,
+        "bitsandbytes": bnb.__version__,
+        "transformers": transformers.__version__,
+    }
+    kind = settings.bnb_4bit_quant_type if settings.load_in_4bit else "int8"
+    return cached_folder("quantized", key, build, label=f"{source.name} {kind}")
+
+
+def _bitsandbytes_config(quantization: Quantization, double_quant: bool, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _check_stored_quantization(config: PretrainedConfig, quantization: Quantization, name: str) -> None:
+    stored = config.quantization_config
+    if not isinstance(stored, dict):
+        stored = stored.to_dict()
+    found = (
+        "int8"
+        if stored.get("load_in_8bit")
+        else stored.get("bnb_4bit_quant_type")
+        if stored.get("load_in_4bit")
+        else stored.get("quant_method", "unknown")
+    )
+    if found != quantization:
+        raise UserError(
+            f"model.base {name} is stored quantized as {found}, but model.quantization is {quantization}: "
+            f"set model.quantization: {found}"
+            + ("." if found in ("nf4", "fp4", "int8") else ", which is not supported: name a base in 16 bits instead.")
+        )
+
+
+def _freeze(model: nn.Module) -> None:
+    """Freeze by hand: nothing changes its dtype, and no layer its function.
+
+    On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a 4-bit weight in place at the first evaluation forward: after
+    that frozen layers pass no gradient and ``state_dict()`` corrupts the weight. And its int8 layers on a CPU compute
+    another function in ``eval()`` than in ``train()``: held in training mode, validation judges what is trained.
+    """
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+        elif type(module) is bnb.nn.Linear8bitLt:
+            module.__class__ = _AlwaysTrainingLinear8bit
+            module.training = True
+
+
+class _AlwaysTrainingLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]  # bitsandbytes ships no types
+    def train(self, mode: bool = True) -> nn.Module:
+        return self
+
+
+def _check_quantized(model: nn.Module, quantization: Quantization) -> None:
+    """Every linear of the decoder layers is stored as asked, and there is one."""
+    expected: dict[str, type[nn.Module]] = {"int8": bnb.nn.Linear8bitLt, "none": nn.Linear}
+    wanted = expected.get(quantization, bnb.nn.Linear4bit)
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name]
+    wrong = [name for name, module in linears if not (isinstance(module, wanted) and _is_stored(module))]
+    if wrong or not linears:
+        shown = ", ".join(wrong[:3]) or "no linear in any decoder layer"
+        raise RuntimeError(
+            f"After loading with quantization {quantization}, {len(wrong)} of {len(linears)} linears are not stored so "
+            f"({shown}). Clear the cache with `qlora-lightning cache clear` and start again."
+        )
+
+
+def _is_stored(module: nn.Module) -> bool:
+    if isinstance(module, bnb.nn.Linear4bit):
+        return isinstance(module.weight, bnb.nn.Params4bit) and module.weight.quant_state is not None
+    return not isinstance(module, bnb.nn.Linear8bitLt) or module.weight.dtype == torch.int8
+
+
+@contextlib.contextmanager
+def _quiet_bars(quiet: bool) -> Iterator[None]:
+    bars = transformers.utils.logging
+    if not quiet or not bars.is_progress_bar_enabled():
+        yield
+        return
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bar()

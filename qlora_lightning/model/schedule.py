@@ -1,0 +1,76 @@
+"""Builds a learning-rate schedule by its transformers name, for the optimizer steps that the run will have."""
+
+import math
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import SchedulerType, get_scheduler
+
+from qlora_lightning.errors import UserError
+
+# Schedules that look at a metric or at gradients do not fit «once per optimizer step».
+_NEED_METRICS = {"reduce_lr_on_plateau", "greedy"}
+
+
+def count_optimizer_steps(
+    batches_per_epoch: int, accumulate: int, max_epochs: int | None, max_steps: int | None
+) -> int:
+    """Count the optimizer steps of a run from plain numbers.
+
+    Lightning's ``estimated_stepping_batches`` loads the data loader early, and a stateful loader then loses its place
+    on resume: hence this arithmetic.
+
+    Args:
+        batches_per_epoch: Micro-batches of one epoch on one rank.
+        accumulate: Micro-batches of one optimizer step; the last step of an epoch may have fewer.
+        max_epochs: Epochs, or ``None`` or -1 for no limit.
+        max_steps: Optimizer steps, or ``None`` or -1 for no limit.
+
+    Raises:
+        UserError: Neither limit is set.
+    """
+    limits = []
+    if max_epochs is not None and max_epochs >= 0:
+        limits.append(max_epochs * math.ceil(batches_per_epoch / accumulate))
+    if max_steps is not None and max_steps >= 0:
+        limits.append(max_steps)
+    if not limits:
+        raise UserError("A schedule needs an end: set trainer.max_epochs or trainer.max_steps.")
+    return min(limits)
+
+
+def build_schedule(
+    optimizer: Optimizer, choice: str | dict[str, Any], total_steps: int, warmup_ratio: float
+) -> LRScheduler:
+    """Build one of transformers' schedules, to be stepped once per optimizer step.
+
+    Args:
+        optimizer: Whose learning rates it sets.
+        choice: A name, or ``{"name": …, …}`` with the schedule's own arguments, as ``min_lr_rate``.
+        total_steps: Optimizer steps of the whole run.
+        warmup_ratio: Share of ``total_steps`` over which the rate rises from 0, rounded up to whole steps.
+
+    Raises:
+        UserError: The name is unknown, or an argument is missing or wrong.
+    """
+    if not 0.0 <= warmup_ratio < 1.0:
+        raise UserError(f"model.warmup_ratio is {warmup_ratio}: expected a share of the steps in [0, 1).")
+    arguments = {"name": choice} if isinstance(choice, str) else dict(choice)
+    name = arguments.pop("name", None)
+    known = sorted({kind.value for kind in SchedulerType} - _NEED_METRICS)
+    if name not in known:
+        raise UserError(f"model.schedule is {choice!r}: expected a name among {', '.join(known)}.")
+    try:
+        return get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=math.ceil(warmup_ratio * total_steps),
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=arguments,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"model.schedule {name!r} does not take {arguments}: {error}. Give its arguments beside the name: "
+            "`schedule: {name: …, …}`."
+        ) from error

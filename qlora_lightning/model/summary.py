@@ -1,0 +1,65 @@
+"""The table at the start: what is adapted, what trains, and how many bytes lie in which dtype."""
+
+from collections import defaultdict
+
+from peft.tuners.lora import LoraLayer
+from rich.table import Table
+from torch import nn
+
+from qlora_lightning.base.byte_size import format_bytes
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Count trainable and all parameters; a 4-bit weight counts as the numbers that it stands for."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trainable, sum(_count(p) for p in model.parameters())
+
+
+def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
+    """Sum the bytes of all parameters by dtype, the scales of quantized weights included."""
+    sizes: dict[str, int] = defaultdict(int)
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is None:
+            sizes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel() * parameter.element_size()
+            continue
+        tensors = [parameter, state.absmax] + ([] if state.state2 is None else [state.state2.absmax])
+        sizes[state.quant_type] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return dict(sizes)
+
+
+def adapter_table(model: nn.Module) -> Table:
+    """List the adapted modules by kind, with the shapes and counts of A and B, and the totals below."""
+    groups: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0])
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            weights = _matrices(layer)
+            key = (name.rpartition(".")[2], *(" × ".join(map(str, weight.shape)) for weight in weights))
+            groups[key][0] += 1
+            groups[key][1] += sum(weight.numel() for weight in weights)
+    trainable, total = count_parameters(model)
+    table = Table(title="Adapter", caption=_caption(model, trainable, total), title_justify="left")
+    for heading, justify in (("module", "left"), ("layers", "right"), ("A", "right"), ("B", "right"), ("trains", "right")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]  # rich's Literal, spelt in a tuple
+    for (module, a, b), (layers, count) in groups.items():
+        table.add_row(module, str(layers), a, b, f"{count:,}")
+    others = trainable - sum(count for _, count in groups.values())
+    if others:
+        table.add_row("trained beside", "", "", "", f"{others:,}")
+    return table
+
+
+def _matrices(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
+    if layer.lora_A:
+        return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+
+
+def _caption(model: nn.Module, trainable: int, total: int) -> str:
+    sizes = ", ".join(f"{dtype} {format_bytes(size)}" for dtype, size in bytes_by_dtype(model).items())
+    return f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%}); in memory: {sizes}"
+
+
+def _count(parameter: nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return int(parameter.numel()) if state is None else int(state.shape.numel())

@@ -1,0 +1,83 @@
+"""The micro-batches of one optimizer step: their sums, and the gradient of their mean."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lightning.model.loss import LossSums
+
+
+class Window:
+    """Adds up what the micro-batches of one optimizer step have counted.
+
+    Each micro-batch gives the gradient of a *sum* of losses. At the end of the window the gradients are divided by the
+    labelled tokens of the whole window over all ranks, so that every token weighs the same, however the rows were cut
+    into micro-batches and ranks. A mean of means would weigh tokens of short micro-batches more.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a new window."""
+        self.nll_sum: Tensor | None = None
+        self.labelled_tokens: Tensor | None = None
+        self.row_ids: list[int] = []
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a micro-batch has been added since the last optimizer step."""
+        return self.nll_sum is not None
+
+    def add(self, sums: LossSums, row_ids: Tensor | None = None) -> None:
+        """Count one micro-batch."""
+        nll_sum = sums.nll_sum.detach()
+        self.nll_sum = nll_sum if self.nll_sum is None else self.nll_sum + nll_sum
+        tokens = sums.labelled_tokens
+        self.labelled_tokens = tokens if self.labelled_tokens is None else self.labelled_tokens + tokens
+        if row_ids is not None:
+            self.row_ids += row_ids.tolist()
+
+    def divide_gradients(
+        self, parameters: Iterable[nn.Parameter], divided_by: int, reduce_sum: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Turn accumulated gradients into those of the window's mean loss, and return that loss.
+
+        Args:
+            parameters: What trains.
+            divided_by: What Lightning (accumulation) and DDP (ranks) have divided the gradients by already.
+            reduce_sum: Sums a tensor over all ranks.
+        """
+        if self.nll_sum is None or self.labelled_tokens is None:
+            raise RuntimeError("An optimizer step without a micro-batch: call compute_loss in training_step.")
+        sums = reduce_sum(torch.stack([self.nll_sum.double(), self.labelled_tokens.double()]))
+        tokens = sums[1].clamp(min=1.0)  # a window without labels has gradients of zero
+        factor = divided_by / tokens
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor.to(parameter.grad.dtype))
+        return (sums[0] / tokens).float()
+
+    def state_dict(self, trainable: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+        """Take down an open window with its gradients, to go on inside it."""
+        if not self.is_open:
+            return {}
+        return {
+            "nll_sum": self.nll_sum,
+            "labelled_tokens": self.labelled_tokens,
+            "row_ids": list(self.row_ids),
+            "gradients": {name: p.grad.clone() for name, p in trainable.items() if p.grad is not None},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], trainable: Mapping[str, nn.Parameter]) -> None:
+        """Go on inside the window that :meth:`state_dict` took down."""
+        self.clear()
+        if not state:
+            return
+        self.nll_sum, self.labelled_tokens = state["nll_sum"], state["labelled_tokens"]
+        self.row_ids = list(state["row_ids"])
+        for name, gradient in state["gradients"].items():
+            parameter = trainable[name]
+            parameter.grad = gradient.to(parameter.device).clone()

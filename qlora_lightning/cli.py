@@ -5,7 +5,9 @@ Each command is imported when it is called, so that ``--help`` answers at once.
 
 import difflib
 import importlib
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
 from qlora_lightning import __version__
@@ -19,7 +21,11 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "test": (_TRAINING, True, "the same on the test rows"),
     "predict": (_TRAINING, True, "answer the rows of data.predict into predictions.jsonl"),
     "cache": ("qlora_lightning.commands.cache", False, "list or clear unpacked and quantized bases"),
-    "recipes": ("qlora_lightning.commands.recipes", False, "list the configs that travel with the package, or copy one"),
+    "recipes": (
+        "qlora_lightning.commands.recipes",
+        False,
+        "list the configs that travel with the package, or copy one",
+    ),
 }
 _HELP = """usage: qlora-lightning COMMAND [options]
 
@@ -45,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"qlora-lightning {__version__}")
         return 0
+    _quiet_libraries()
     try:
         return _run(arguments)
     except UserError as error:
@@ -53,6 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("qlora-lightning: interrupted.", file=sys.stderr)
         return 130
+
+
+def _quiet_libraries() -> None:
+    """Keep away what libraries say that a user of this command can do nothing about; in this process only."""
+    # bitsandbytes offers a kernel from a hub at import
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Lightning's tip to install a product of its maker
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+    # Lightning 2.6 on torch 2.13
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*deprecated")
 
 
 def _run(arguments: list[str]) -> int:

@@ -77,7 +77,9 @@ class AdapterCheckpoint(Checkpoint):
         value = trainer.callback_metrics.get(self.monitor)
         if value is None:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val_")))
-            raise UserError(f"adapter_checkpoint.monitor is {self.monitor!r}, which no validation logs: it logs {known}.")
+            raise UserError(
+                f"adapter_checkpoint.monitor is {self.monitor!r}, which no validation logs: it logs {known}."
+            )
         self._save(trainer, pl_module, value=float(value))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,7 +94,7 @@ class AdapterCheckpoint(Checkpoint):
         name = f"step-{trainer.global_step:06d}.ckpt"
         dropped = self._rank(name, value)
         unfinished, last = folder / "unfinished.ckpt", folder / "last.ckpt"
-        trainer.save_checkpoint(unfinished)  # every rank takes part; the first writes
+        trainer.save_checkpoint(unfinished, weights_only=False)  # every rank takes part; the first writes
         if trainer.is_global_zero:
             _flush(unfinished)
             os.replace(unfinished, last)
@@ -141,10 +143,11 @@ def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
     every_epochs = trainer.check_val_every_n_epoch
     if every_epochs is not None and (trainer.current_epoch + 1) % every_epochs:
         return False
-    if trainer.val_check_batch == float("inf"):
+    interval = trainer.val_check_batch
+    if interval is None or interval == float("inf"):
         return bool(trainer.is_last_batch)
     batches = trainer.fit_loop.total_batch_idx if every_epochs is None else batch_idx
-    return (batches + 1) % int(trainer.val_check_batch) == 0
+    return (batches + 1) % int(interval) == 0
 
 
 def _flush(file: Path) -> None:

@@ -1,6 +1,7 @@
 """What training has changed: base and adapter on the same validation rows, side by side."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,7 +34,7 @@ class BaseComparison(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
-        if trainer.fast_dev_run or not hasattr(module.model, "disable_adapter"):
+        if trainer.fast_dev_run or not hasattr(module.model, "disable_adapter"):  # type: ignore[attr-defined]  # set by a connector
             return
         if trainer.val_dataloaders and trainer.global_step:
             with _best_adapter(trainer, module), torch.no_grad():
@@ -68,7 +69,7 @@ class BaseComparison(Callback):
             table.add_column(style="dim", no_wrap=True)
             table.add_column(overflow="fold")
             expected = tokenizer.decode(reference, skip_special_tokens=True)
-            question = tokenizer.decode(prompt, skip_special_tokens=False)[-600:]
+            question = tokenizer.decode(_last_turn(prompt, stop_ids), skip_special_tokens=True)
             for name, text in (("prompt", question), ("expected", expected), ("base", before), ("adapter", after)):
                 table.add_row(name, escape(text.strip()))
             rich.print(table)
@@ -77,7 +78,7 @@ class BaseComparison(Callback):
 @contextlib.contextmanager
 def _best_adapter(trainer: Trainer, module: Any) -> Iterator[None]:
     """Hold the best adapter in the model, and put the last one back."""
-    writer = next((c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint)), None)
+    writer = next((c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint)), None)  # type: ignore[attr-defined]  # set by a connector
     file = writer.best_file(trainer.default_root_dir) if writer else None
     if file is None:
         yield
@@ -114,8 +115,14 @@ def _metrics_table(base: dict[str, float], adapter: dict[str, float]) -> Table:
 def _split(batch: Any) -> Iterator[tuple[list[int], list[int]]]:
     """Give the samples of a flat batch, each as the ids before its first label and the labelled ids."""
     bounds = batch["cu_seqlens"].tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         labels = batch["labels"][0, start:end].tolist()
         first = next((place for place, label in enumerate(labels) if label != -100), None)
         if first is not None:
             yield batch["input_ids"][0, start : start + first].tolist(), [t for t in labels if t != -100]
+
+
+def _last_turn(prompt: list[int], stop_ids: list[int]) -> list[int]:
+    """Give the part of a prompt between its last two stop tokens: what was asked, without system prompt and header."""
+    stops = [place for place, token in enumerate(prompt) if token in stop_ids]
+    return prompt[(stops[-2] + 1 if len(stops) > 1 else 0) : (stops[-1] if stops else len(prompt))]

@@ -44,12 +44,12 @@ class GPUMemoryMonitor(Callback):
         if self._first:
             self._first = False
             self._say(trainer, pl_module, "after the first step")
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set by a connector
             values = read_memory(pl_module.device)
             self._warn_if_full(pl_module.device, values)
             shown = "memory_peak_gib" if "memory_peak_gib" in values else "private_memory_gib"
             for name, gib in values.items():
-                self.log(name, gib, prog_bar=name == shown)
+                pl_module.log(name, gib, prog_bar=name == shown)
             if pl_module.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(pl_module.device)
 

@@ -63,11 +63,12 @@ class GradientCheckpointing(Callback):
         if not self.enabled:
             return
         for name, layer in pl_module.named_modules():
-            if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
-                if trainable_tensors(layer):
-                    self._runs[name] = 0
-                    # On a part of the layer: the layer's own hooks stay outside what is run again.
-                    self._handles.append(next(layer.children()).register_forward_pre_hook(self._counter(name)))
+            if not isinstance(layer, GradientCheckpointingLayer) or not layer.gradient_checkpointing:
+                continue
+            if trainable_tensors(layer):
+                self._runs[name] = 0
+                # On a part of the layer: the layer's own hooks stay outside what is run again.
+                self._handles.append(next(layer.children()).register_forward_pre_hook(self._counter(name)))
         if not self._runs:
             raise RuntimeError("gradient_checkpointing is enabled, but no layer with an adapter can be checkpointed.")
 

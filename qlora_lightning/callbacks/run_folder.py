@@ -22,7 +22,7 @@ class RunFolder(Callback):
         self.config = config
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
+        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             unfinished = folder / "config.yaml.unfinished"

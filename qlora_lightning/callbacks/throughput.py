@@ -44,9 +44,9 @@ class ThroughputMonitor(Callback):
         counts = torch.tensor([self._tokens, self._labelled], dtype=torch.float64, device=pl_module.device)
         tokens, labelled = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         self.tokens_seen += int(tokens)
-        self.log("tokens_per_second", tokens / self._seconds, prog_bar=True)
-        self.log("labelled_tokens_per_second", labelled / self._seconds)
-        self.log("tokens_seen", float(self.tokens_seen))
+        pl_module.log("tokens_per_second", tokens / self._seconds, prog_bar=True)
+        pl_module.log("labelled_tokens_per_second", labelled / self._seconds)
+        pl_module.log("tokens_seen", float(self.tokens_seen))
         self._clear()
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,15 +1,120 @@
 """Turns what jsonargparse says of a wrong key or value into one sentence, with the nearest right key."""
 
-from collections.abc import Sequence
+import difflib
+import inspect
+import itertools
+import re
+from collections.abc import Mapping, Sequence
 
 from qlora_lightning.errors import UserError
 
 
-def word_parse_error(message: str, arguments: Sequence[str]) -> UserError:
+def word_parse_error(message: str, arguments: Sequence[str], known: Mapping[str, type | None]) -> UserError:
     """Word a parse error.
 
     Args:
-        message: jsonargparse's own words.
+        message: jsonargparse's own words, over several lines.
         arguments: The command line.
+        known: The top-level keys, each with the class whose arguments its own keys are.
     """
-    return UserError("RAW " + message)
+    command = arguments[0] if arguments else ""
+    for pattern, word in (
+        (r"File does not exist: '?(?P<file>[^'\n]+)'?", _missing_file),
+        (r"Problems parsing config: (?P<fault>[\s\S]+)", _bad_yaml),
+        (r"unrecognized arguments: --(?P<key>[^\s=]+)", _unknown_key),
+        (r"does not accept option '(?P<key>[^']+)'", _unknown_key),
+        (r"Parser key \"(?P<parent>\w+)\"[\s\S]*Option '(?P<name>[^']+)' is not accepted", _unknown_nested_key),
+        (r"the following arguments are required: (?P<name>\w+)", _missing_key),
+        (
+            r"given class_path '(?P<path>[^']+)':\s*(?P<fault>No module[^\n]*|[^\n]*(import|found|subclass)[^\n]*)",
+            _bad_class,
+        ),
+        (r"Parser key \"(?P<key>[\w.]+)\"[\s\S]*?Expected an? (?P<type>.+)\. Got value: (?P<value>.+)", _bad_value),
+        (r"Parser key \"(?P<key>[\w.]+)\"[\s\S]*Given value: (?P<value>.+)", _bad_union_value),
+    ):
+        match = re.search(pattern, message)
+        if match:
+            sentence = word(match, message, known)
+            return UserError(f"{sentence} ({_where(match, arguments)})" if word in _NAMES_KEY else sentence)
+    first = message.strip().splitlines()[0] if message.strip() else "the command line is not understood"
+    return UserError(f"{first}. See `qlora-lightning {command} --help`.")
+
+
+def _missing_file(match: re.Match[str], message: str, known: Mapping[str, type | None]) -> str:
+    return f"--config names {match['file']}, but there is no such file. Paths are relative to the current folder."
+
+
+def _bad_yaml(match: re.Match[str], message: str, known: Mapping[str, type | None]) -> str:
+    place = re.search(r"line \d+, column \d+", match["fault"])
+    reason = " ".join(line.strip() for line in match["fault"].splitlines() if line.strip(" ^") and 'in "' not in line)
+    return f"The config is not YAML: {reason}{f' ({place[0]})' if place else ''}."
+
+
+def _unknown_key(match: re.Match[str], message: str, known: Mapping[str, type | None]) -> str:
+    parent, _, name = match["key"].partition(".")
+    if parent not in known:
+        return f"There is no key {parent!r}.{_nearest(parent, known)}"
+    return _unknown(parent, name, known)
+
+
+def _unknown_nested_key(match: re.Match[str], message: str, known: Mapping[str, type | None]) -> str:
+    return _unknown(match["parent"], match["name"], known)
+
+
+def _unknown(parent: str, name: str, known: Mapping[str, type | None]) -> str:
+    owner = known[parent]
+    names = [] if owner is None else [key for key in inspect.signature(owner).parameters if key != "kwargs"]
+    return f"There is no key {f'{parent}.{name}'!r}.{_nearest(name, names, parent)}"
+
+
+def _missing_key(match: re.Match[str], message: str, known: Mapping[str, type | None]) -> str:
+    if match["name"] == "base":
+        return (
+            "model.base is missing: name a hub id, a folder, a .gguf file or package:NAME, in the YAML given by "
+            "--config or by --model.base."
+        )
+    return f"{match['name']} is missing: it has no default."
+
+
+def _bad_class(match: re.Match[str], message: str, known: Mapping[str, type | None]) -> str:
+    return f"class_path {match['path']!r} cannot be used: {match['fault'].strip().rstrip('.')}."
+
+
+def _bad_value(match: re.Match[str], message: str, known: Mapping[str, type | None]) -> str:
+    keys = re.findall(r"Parser key \"([\w.]+)\"", message)
+    return f"{'.'.join(keys)} is {match['value'].strip()}: expected {_plain_type(match['type'])}."
+
+
+def _bad_union_value(match: re.Match[str], message: str, known: Mapping[str, type | None]) -> str:
+    types = re.findall(r"- Expected an? (.+)", message)
+    expected = " or ".join(dict.fromkeys(_plain_type(name) for name in types)) or "another value"
+    return f"{match['key']} is {match['value'].strip()}: expected {expected}."
+
+
+_NAMES_KEY = (_unknown_key, _unknown_nested_key)
+
+
+def _plain_type(text: str) -> str:
+    """``<class 'int'>`` and ``typing.Literal['a', 'b']`` as a person would say them."""
+    choices = re.search(r"Literal\[(.+)\]", text)
+    if choices:
+        return f"one of {choices[1]}".replace("'", "")
+    name = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text.split(". Got value")[0]).strip()
+    return {"NoneType": "null", "int": "an integer", "float": "a number", "bool": "true or false"}.get(name, name)
+
+
+def _nearest(name: str, names: Sequence[str] | Mapping[str, type | None], parent: str = "") -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    prefix = f"{parent}." if parent else ""
+    if close:
+        return f" Did you mean {prefix}{close[0]}?"
+    return f" Keys here are {', '.join(names)}."
+
+
+def _where(match: re.Match[str], arguments: Sequence[str]) -> str:
+    key = match.groupdict().get("key") or f"{match['parent']}.{match['name']}"
+    if any(argument.split("=")[0] == f"--{key}" for argument in arguments):
+        return "on the command line"
+    files = [after for before, after in itertools.pairwise(arguments) if before in ("--config", "-c")]
+    files += [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+    return f"in {', '.join(files)}" if files else "on the command line"

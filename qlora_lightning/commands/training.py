@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import rich
 import yaml
+from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from qlora_lightning.callbacks import (
@@ -40,6 +40,20 @@ _TRAINER_DEFAULTS = {
 }
 
 
+_KNOWN_KEYS: dict[str, type | None] = {
+    "seed_everything": None,
+    "trainer": Trainer,
+    "model": QLoRAModule,
+    "data": InstructionDataModule,
+    "gradient_checkpointing": GradientCheckpointing,
+    "adapter_checkpoint": AdapterCheckpoint,
+    "gpu_memory": GPUMemoryMonitor,
+    "throughput": ThroughputMonitor,
+    "ckpt_path": None,
+    "config": None,
+}
+
+
 class QLoRACLI(LightningCLI):
     """LightningCLI with our keys; what a researcher's subclass of it may change are Lightning's own hooks."""
 
@@ -56,6 +70,10 @@ class QLoRACLI(LightningCLI):
             }
         )
         parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse without Lightning's warning that arguments come both from Python and from the command line."""
+        self.config = parser.parse_args(args)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Make the Trainer: ``metrics.csv`` is always written, other loggers come beside it."""
@@ -79,7 +97,7 @@ class QLoRACLI(LightningCLI):
     def before_fit(self) -> None:
         """Find the checkpoint to go on from; without one, keep a folder to one run."""
         asked = self._find_checkpoint()
-        if asked is None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+        if asked is None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             refuse_started_folder(self.trainer.default_root_dir)
 
     def _find_checkpoint(self) -> str | None:
@@ -110,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
     """
     _log_to_terminal()
     jsonargparse.set_loader(_PARSER_MODE, _load_yaml, exceptions=(yaml.YAMLError,))
-    options = {"exit_on_error": False, "parser_mode": _PARSER_MODE}
+    options = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
     try:
         QLoRACLI(
             QLoRAModule,
@@ -126,7 +144,7 @@ def main(argv: Sequence[str]) -> int:
             args=expand_arguments(list(argv)),
         )
     except jsonargparse.ArgumentError as error:
-        raise word_parse_error(str(error), argv) from error
+        raise word_parse_error(str(error), argv, _KNOWN_KEYS) from error
     return 0
 
 
@@ -135,13 +153,10 @@ def _load_yaml(text: str) -> Any:
 
 
 def _log_to_terminal() -> None:
-    """Show what our own code says; a library's chatter on import stays away."""
+    """Show what our own code says."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("qlora_lightning")
     if not logger.handlers:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-
-
-__all__ = ["Path", "QLoRACLI", "main"]

@@ -73,29 +73,26 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 
 def loading_snippet(folder: Path, identity: Mapping[str, Any]) -> str:
-    """Give the lines of Python that load the adapter with plain PEFT."""
-    return (
-        "from peft import AutoPeftModelForCausalLM; from transformers import BitsAndBytesConfig\n"
-        if identity["quantization"] != "none"
-        else "from peft import AutoPeftModelForCausalLM; from transformers import AutoTokenizer\n"
-    ) + _loading_lines(folder, identity)
-
-
-def _loading_lines(folder: Path, identity: Mapping[str, Any]) -> str:
-    quantize = {
-        "none": "",
-        "int8": ", quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
-    }.get(
-        identity["quantization"],
-        f", quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={identity['quantization']!r}, "
-        f"bnb_4bit_use_double_quant={identity['double_quant']}, bnb_4bit_compute_dtype={identity['compute_dtype']!r})",
+    """Give three lines of Python that load the adapter with plain PEFT onto the base as it was trained."""
+    dtype, quantization = identity.get("compute_dtype", "bfloat16"), identity["quantization"]
+    four_bits = (
+        f'load_in_4bit=True, bnb_4bit_quant_type="{quantization}", '
+        f'bnb_4bit_use_double_quant={identity.get("double_quant", True)}, bnb_4bit_compute_dtype="{dtype}"'
     )
-    return f'model = AutoPeftModelForCausalLM.from_pretrained("{folder}", dtype="{identity["compute_dtype"]}"{quantize})'
+    settings = {"none": "", "int8": "load_in_8bit=True"}.get(quantization, four_bits)
+    quantize = f", quantization_config=BitsAndBytesConfig({settings})" if settings else ""
+    return (
+        "from peft import AutoPeftModelForCausalLM; from transformers import AutoTokenizer, BitsAndBytesConfig\n"
+        f'model = AutoPeftModelForCausalLM.from_pretrained("{folder}", dtype="{dtype}"{quantize})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'
+    )
 
 
 def _saved_config(model: peft.PeftModel) -> peft.PeftConfig:
     config = model.peft_config["default"]
     saved = type(config)(**{name: value for name, value in config.to_dict().items() if name != "auto_mapping"})
+    if not isinstance(saved.target_modules, str):
+        saved.target_modules = sorted(saved.target_modules)  # a set: its order would differ from run to run
     saved.inference_mode = True  # as PEFT writes it: who loads the folder uses it, unless asked to train
     return saved
 

@@ -1,6 +1,7 @@
 """Puts LoRA adapters on a frozen base, by PEFT, and names the tensors that train."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,14 +53,13 @@ def add_adapters(
     targets = resolve_targets(model, target_modules, layers)
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
-        base_model_name_or_path=base_name,
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=compact_targets(model, targets),
         **options,
     )
-    with _seeded_initialization():
+    with _seeded_initialization(), _without_peft_deprecation():
         adapted = peft.get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base_name
     return _with_float32_masters(adapted)
@@ -67,7 +67,8 @@ def add_adapters(
 
 def load_adapters(model: PreTrainedModel, folder: str) -> peft.PeftModel:
     """Put the adapter of an adapter folder on the base, to go on training it; its own rank and targets rule."""
-    adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+    with _without_peft_deprecation():
+        adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     return _with_float32_masters(adapted)
 
 
@@ -118,4 +119,12 @@ def _seeded_initialization() -> Iterator[None]:
     """Draw A from the seed alone, not from what else drew before, and leave the generators as they were."""
     with torch.random.fork_rng():
         torch.manual_seed(torch.initial_seed())
+        yield
+
+
+@contextlib.contextmanager
+def _without_peft_deprecation() -> Iterator[None]:
+    """PEFT 0.21 asks transformers 5.24 for an attribute by its old name; users can do nothing about that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield

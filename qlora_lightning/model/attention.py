@@ -1,7 +1,8 @@
 """Attention over a flat batch: samples lie end to end in one stream, and each attends to itself alone."""
 
+import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,7 @@ def _attend_varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    output: Tensor = varlen_attn(
+    output = varlen_attn(
         query[0].transpose(0, 1),  # (tokens, heads, head_dim)
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
@@ -96,7 +97,7 @@ def _attend_varlen(
         window_size=(-1, 0),  # every earlier token, no later one
         enable_gqa=True,
     )
-    return output[None]
+    return cast(Tensor, output)[None]
 
 
 def _attend_per_sample(
@@ -114,6 +115,6 @@ def _attend_per_sample(
             dropout_p=dropout,
             enable_gqa=True,
         )
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+        for start, end in itertools.pairwise(bounds)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()

@@ -98,7 +98,8 @@ def _apply(layer: LoraLayer, x: Tensor, compute_dtype: torch.dtype, bias: Tensor
         bias = bias.to(compute_dtype)
     lora_a, lora_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     scaling = layer.scaling[ADAPTER]
-    output: Tensor = LoRALinearFunction.apply(x.to(compute_dtype), lora_a, lora_b, scaling, bias, dense)
+    arguments = (x.to(compute_dtype), lora_a, lora_b, scaling, bias, dense)
+    output: Tensor = LoRALinearFunction.apply(*arguments)  # type: ignore[no-untyped-call]  # torch does not type it
     return output.to(x.dtype)
 
 

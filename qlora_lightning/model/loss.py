@@ -40,7 +40,9 @@ def head_loss(hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int = CHUN
     targets = labels[positions + 1]
     hidden = hidden[positions]
     if _is_frozen_linear(head):
-        nll_sum, correct = _FrozenHeadLoss.apply(hidden, head.weight, targets, chunk)
+        nll_sum, correct = _FrozenHeadLoss.apply(  # type: ignore[no-untyped-call]  # torch does not type it
+            hidden, head.weight, targets, chunk
+        )
     else:
         nll_sum, correct = _checkpointed_head_loss(hidden, head, targets, chunk)
     return LossSums(nll_sum, torch.tensor(len(targets), device=labels.device), correct)

@@ -26,7 +26,7 @@ from qlora_lightning.model.optimizer import ParameterGroups, build_optimizer
 from qlora_lightning.model.quantized import Quantization, load_base
 from qlora_lightning.model.schedule import build_schedule, count_optimizer_steps
 from qlora_lightning.model.statistics import TokenStatistics
-from qlora_lightning.model.summary import adapter_table
+from qlora_lightning.model.summary import adapter_table, describe_sizes
 from qlora_lightning.model.window import Window
 
 
@@ -166,7 +166,7 @@ class QLoRAModule(lightning.LightningModule):
         plain = fuse_lora_linears(model) if self.fast else list(trainable_tensors(model))
         if plain and dtype != torch.float32:
             self._autocast_dtype = dtype  # PEFT's own layers would compute the fp32 adapters in fp32
-        return model
+        return cast(nn.Module, model)
 
     def _device_of_process(self) -> torch.device:
         return self.device if self._trainer is None else self.trainer.strategy.root_device
@@ -254,7 +254,8 @@ class QLoRAModule(lightning.LightningModule):
 
     def _log_statistics(self, split: str, statistics: TokenStatistics) -> None:
         values = {f"{split}_{name}": value.float() for name, value in statistics.compute().items()}
-        self.log_dict(values, prog_bar=True)
+        self.log(f"{split}_loss", values.pop(f"{split}_loss"), prog_bar=True)
+        self.log_dict(values)
         statistics.reset()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[list[int]]:
@@ -302,6 +303,7 @@ class QLoRAModule(lightning.LightningModule):
     @rank_zero_only
     def on_fit_start(self) -> None:
         rich.print(adapter_table(self.model))
+        rich.print(describe_sizes(self.model))
         if self._autocast_dtype is not None and self.fast:
             rich.print("Some adapters take PEFT's own, slower layers: dropout, DoRA, int8 or lora_bias.")
 
@@ -315,10 +317,10 @@ class QLoRAModule(lightning.LightningModule):
             restore_generators(self._to_restore["generators"])
             self._to_restore = None
 
-    def state_dict(
+    def state_dict(  # type: ignore[override]  # torch's overloads, in one signature
         self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """Give the adapter's tensors only. The base is never walked: it is large, frozen, and made anew from its name."""
+        """Give the adapter's tensors only; the base, large and frozen, is never walked but made anew from its name."""
         destination = {} if destination is None else destination
         for name, tensor in trainable_tensors(self).items():
             destination[prefix + name] = tensor if keep_vars else tensor.detach()

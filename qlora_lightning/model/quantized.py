@@ -13,9 +13,9 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
+from qlora_lightning.base.base_folder import BaseFolder, open_base
 from qlora_lightning.base.cache import cached_folder
 from qlora_lightning.base.fingerprint import fingerprint
-from qlora_lightning.base.base_folder import BaseFolder, open_base
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.attention import register_flat_attention
 
@@ -83,10 +83,7 @@ def load_base(
         model = load(source.folder)
     else:
         settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
-        if cache:
-            model = load(_quantized_folder(source, settings, load))
-        else:
-            model = load(source.folder, settings)
+        model = load(_quantized_folder(source, settings, load)) if cache else load(source.folder, settings)
     _freeze(model)
     _check_quantized(model, quantization)
     return QuantizedBase(model, source, fingerprint(source.folder), quantization)

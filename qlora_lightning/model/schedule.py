@@ -62,13 +62,14 @@ def build_schedule(
     if name not in known:
         raise UserError(f"model.schedule is {choice!r}: expected a name among {', '.join(known)}.")
     try:
-        return get_scheduler(
+        schedule: LRScheduler = get_scheduler(
             name,
             optimizer,
             num_warmup_steps=math.ceil(warmup_ratio * total_steps),
             num_training_steps=total_steps,
             scheduler_specific_kwargs=arguments,
         )
+        return schedule
     except (TypeError, ValueError) as error:
         raise UserError(
             f"model.schedule {name!r} does not take {arguments}: {error}. Give its arguments beside the name: "

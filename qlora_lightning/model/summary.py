@@ -37,13 +37,18 @@ def adapter_table(model: nn.Module) -> Table:
             key = (name.rpartition(".")[2], *(" × ".join(map(str, weight.shape)) for weight in weights))
             groups[key][0] += 1
             groups[key][1] += sum(weight.numel() for weight in weights)
-    trainable, total = count_parameters(model)
-    table = Table(title="Adapter", caption=_caption(model, trainable, total), title_justify="left")
-    for heading, justify in (("module", "left"), ("layers", "right"), ("A", "right"), ("B", "right"), ("trains", "right")):
+    table = Table(title="Adapter", title_justify="left")
+    for heading, justify in (
+        ("module", "left"),
+        ("layers", "right"),
+        ("A", "right"),
+        ("B", "right"),
+        ("trains", "right"),
+    ):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]  # rich's Literal, spelt in a tuple
     for (module, a, b), (layers, count) in groups.items():
         table.add_row(module, str(layers), a, b, f"{count:,}")
-    others = trainable - sum(count for _, count in groups.values())
+    others = count_parameters(model)[0] - sum(count for _, count in groups.values())
     if others:
         table.add_row("trained beside", "", "", "", f"{others:,}")
     return table
@@ -55,7 +60,9 @@ def _matrices(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
 
 
-def _caption(model: nn.Module, trainable: int, total: int) -> str:
+def describe_sizes(model: nn.Module) -> str:
+    """Say in a line how many parameters train, and the bytes of all of them by dtype."""
+    trainable, total = count_parameters(model)
     sizes = ", ".join(f"{dtype} {format_bytes(size)}" for dtype, size in bytes_by_dtype(model).items())
     return f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%}); in memory: {sizes}"
 

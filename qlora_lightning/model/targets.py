@@ -97,7 +97,9 @@ def _choose_layers(candidates: Iterable[str], layers: str | list[int]) -> set[in
         return set(range(count - wanted, count))
     outside = [index for index in layers if not 0 <= index < count]
     if outside or not layers:
-        raise UserError(f"model.layers is {layers}, but the base's layers are 0 … {count - 1}: name at least one of them.")
+        raise UserError(
+            f"model.layers is {layers}, but the base's layers are 0 … {count - 1}: name at least one of them."
+        )
     return set(layers)
 
 

@@ -1,6 +1,6 @@
 """Checks of the first step, and of the first after each validation: does what should train really train?"""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -19,6 +19,19 @@ def check_training_mode(model: nn.Module) -> None:
         raise RuntimeError(
             "The model is in evaluation mode in a training step: dropout and activation checkpointing would be off. "
             "A callback or hook called `model.eval()` or `generate`; call `model.train()` after it."
+        )
+
+
+def check_callbacks(callbacks: Iterable[object], needed: type) -> None:
+    """Refuse to train without a callback that the module itself brings along.
+
+    Raises:
+        RuntimeError: A subclass overrides ``configure_callbacks`` and leaves it out.
+    """
+    if not any(isinstance(callback, needed) for callback in callbacks):
+        raise RuntimeError(
+            f"{needed.__name__} is missing, and checkpoints would not resume: return "
+            "`[*super().configure_callbacks(), …]` from `configure_callbacks`."
         )
 
 

@@ -8,22 +8,22 @@ import lightning
 import peft
 import rich
 import torch
+from lightning import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.adapter_folder import read_identity, save_adapter_folder
-from qlora_lightning.model.adapters import add_adapters, copy_tensors, load_adapters, trainable_tensors
-from qlora_lightning.model.checkpoint import FORMAT_VERSION, KEY, check_identity, read_content
-from qlora_lightning.model.checks import check_gradients, check_trainer, check_training_mode
+from qlora_lightning.model.adapter_folder import save_adapter_folder
+from qlora_lightning.model.adapters import copy_tensors, trainable_tensors
+from qlora_lightning.model.assembly import assemble_model
+from qlora_lightning.model.checks import check_callbacks, check_gradients, check_trainer, check_training_mode
 from qlora_lightning.model.dtypes import ComputeDtype, choose_compute_dtype
 from qlora_lightning.model.generation import generate_answers
-from qlora_lightning.model.generators import capture_generators, restore_generators
-from qlora_lightning.model.linear import fuse_lora_linears
 from qlora_lightning.model.loss import LossSums, head_loss
 from qlora_lightning.model.optimizer import ParameterGroups, build_optimizer
-from qlora_lightning.model.quantized import Quantization, load_base
+from qlora_lightning.model.quantized import Quantization
+from qlora_lightning.model.resume import ExactResume, check_identity, read_content
 from qlora_lightning.model.schedule import build_schedule, count_optimizer_steps
 from qlora_lightning.model.statistics import TokenStatistics
 from qlora_lightning.model.summary import adapter_table, describe_sizes
@@ -96,7 +96,7 @@ class QLoRAModule(lightning.LightningModule):
         on_nonfinite: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)  # for load_from_checkpoint; see on_save_checkpoint
+        self.save_hyperparameters(logger=False)  # for load_from_checkpoint; see ExactResume
         self.base, self.revision, self.trust_remote_code = base, revision, trust_remote_code
         self.quantization, self.double_quant, self.cache = quantization, double_quant, cache
         self.compute_dtype = compute_dtype
@@ -117,10 +117,9 @@ class QLoRAModule(lightning.LightningModule):
         self.strict_loading = True
         self.val_statistics, self.test_statistics = TokenStatistics(), TokenStatistics()
         self.skipped_steps = 0
-        self._window = Window()
+        self.window = Window()
         self._checks_due = True
         self._autocast_dtype: torch.dtype | None = None
-        self._to_restore: dict[str, Any] | None = None
 
     # ---- the model -------------------------------------------------------------------------------------------------
 
@@ -128,6 +127,9 @@ class QLoRAModule(lightning.LightningModule):
         """Make the model once, on the device of this process."""
         if self.model is not None:
             return
+        if self._trainer is not None:
+            strategy = type(self.trainer.strategy).__name__
+            check_trainer(str(self.trainer.precision), strategy, self.quantization)
         self.model = self.build_model()
         self.model.train()  # Hugging Face models come in eval()
 
@@ -139,34 +141,23 @@ class QLoRAModule(lightning.LightningModule):
         """
         device = self._device_of_process()
         dtype = choose_compute_dtype(self.compute_dtype, device)
-        loaded = load_base(
+        made = assemble_model(
             self.base,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
+            device=device,
+            compute_dtype=dtype,
             quantization=self.quantization,
             double_quant=self.double_quant,
-            compute_dtype=dtype,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
             cache=self.cache,
-            device=device,
+            adapter=self.adapter,
+            adapter_options=self.adapter_options,
+            fast=self.fast,
         )
-        self.identity = {
-            "base": self.base,
-            "base_folder": str(loaded.source.folder),
-            "revision": loaded.source.revision,
-            "fingerprint": loaded.fingerprint,
-            "quantization": self.quantization,
-            "double_quant": self.double_quant,
-            "compute_dtype": str(dtype).removeprefix("torch."),
-        }
-        if self.adapter is None:
-            model = add_adapters(loaded.model, base_name=loaded.loadable_name, **self.adapter_options)
-        else:
-            check_identity(read_identity(Path(self.adapter)), self.identity, f"The adapter folder {self.adapter}")
-            model = load_adapters(loaded.model, self.adapter)
-        plain = fuse_lora_linears(model) if self.fast else list(trainable_tensors(model))
-        if plain and dtype != torch.float32:
+        self.identity = made.identity
+        if made.unfused and dtype != torch.float32:
             self._autocast_dtype = dtype  # PEFT's own layers would compute the fp32 adapters in fp32
-        return cast(nn.Module, model)
+        return cast(nn.Module, made.model)
 
     def _device_of_process(self) -> torch.device:
         return self.device if self._trainer is None else self.trainer.strategy.root_device
@@ -203,13 +194,14 @@ class QLoRAModule(lightning.LightningModule):
         """Give the *sum* of the losses of a micro-batch; on_before_optimizer_step turns sums into the mean."""
         if self._checks_due:
             check_training_mode(self.model)
+            check_callbacks(self.trainer.callbacks, ExactResume)  # type: ignore[attr-defined]  # set by a connector
         sums = self.compute_loss(batch)
-        self._window.add(sums, batch.get("row_ids"))
+        self.window.add(sums, self.trainer.accumulate_grad_batches, batch.get("row_ids"))
         return sums.nll_sum
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         trainable = trainable_tensors(self)
-        loss = self._window.divide_gradients(
+        loss = self.window.divide_gradients(
             trainable.values(),
             divided_by=self.trainer.accumulate_grad_batches * self.trainer.world_size,
             reduce_sum=lambda sums: cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum")),
@@ -223,10 +215,10 @@ class QLoRAModule(lightning.LightningModule):
         # Under 16-mixed the scaler itself skips steps with infinities: they are how it finds its scale.
         if getattr(self.trainer.precision_plugin, "scaler", None) is None and not norm.isfinite():
             self._handle_nonfinite(optimizer)
-        self._window.clear()
+        self.window.clear()
 
     def _handle_nonfinite(self, optimizer: torch.optim.Optimizer) -> None:
-        rows = ", ".join(map(str, self._window.row_ids[:20]))
+        rows = ", ".join(map(str, self.window.row_ids[:20]))
         found = f"A gradient at step {self.trainer.global_step} is NaN or infinite; the step's rows are {rows}"
         if self.on_nonfinite == "stop":
             raise UserError(
@@ -297,8 +289,8 @@ class QLoRAModule(lightning.LightningModule):
 
     # ---- start, stop and resume ------------------------------------------------------------------------------------
 
-    def setup(self, stage: str) -> None:
-        check_trainer(str(self.trainer.precision), type(self.trainer.strategy).__name__, self.quantization)
+    def configure_callbacks(self) -> list[Callback]:
+        return [ExactResume()]
 
     @rank_zero_only
     def on_fit_start(self) -> None:
@@ -306,16 +298,6 @@ class QLoRAModule(lightning.LightningModule):
         rich.print(describe_sizes(self.model))
         if self._autocast_dtype is not None and self.fast:
             rich.print("Some adapters take PEFT's own, slower layers: dropout, DoRA, int8 or lora_bias.")
-
-    def on_train_start(self) -> None:
-        self._checks_due = True
-        if self._to_restore is not None:
-            self._window.load_state_dict(self._to_restore["window"], trainable_tensors(self))
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self._to_restore is not None:  # at the last moment: making loaders and iterators draws numbers too
-            restore_generators(self._to_restore["generators"])
-            self._to_restore = None
 
     def state_dict(  # type: ignore[override]  # torch's overloads, in one signature
         self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
@@ -331,21 +313,6 @@ class QLoRAModule(lightning.LightningModule):
         self.configure_model()
         copy_tensors(self, state_dict, "The checkpoint")
         return LoadedKeys([], [])
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        settings = checkpoint.pop("hyper_parameters", dict(self.hparams))
-        checkpoint[KEY] = {
-            "format_version": FORMAT_VERSION,
-            "settings": dict(settings),
-            "identity": dict(self.identity),
-            "generators": capture_generators(),
-            "window": self._window.state_dict(trainable_tensors(self)),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        content = read_content(checkpoint, "The checkpoint")
-        check_identity(content["identity"], self.identity, "The checkpoint")
-        self._to_restore = content
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # our settings lie under our own key, and no hparams file exists

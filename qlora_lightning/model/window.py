@@ -24,15 +24,31 @@ class Window:
         """Begin a new window."""
         self.nll_sum: Tensor | None = None
         self.labelled_tokens: Tensor | None = None
+        self.micro_batches = 0
         self.row_ids: list[int] = []
 
     @property
     def is_open(self) -> bool:
         """Whether a micro-batch has been added since the last optimizer step."""
-        return self.nll_sum is not None
+        return self.micro_batches > 0
 
-    def add(self, sums: LossSums, row_ids: Tensor | None = None) -> None:
-        """Count one micro-batch."""
+    def add(self, sums: LossSums, most: int, row_ids: Tensor | None = None) -> None:
+        """Count one micro-batch.
+
+        Args:
+            sums: What the micro-batch counted.
+            most: Micro-batches that a window has at most.
+            row_ids: Which rows it held.
+
+        Raises:
+            RuntimeError: The last window was never closed, so its gradients are sums still.
+        """
+        if self.micro_batches >= most:
+            raise RuntimeError(
+                "The last optimizer step left the gradients of a sum undivided: a subclass overrides "
+                "`on_before_optimizer_step` without calling `super().on_before_optimizer_step(optimizer)`."
+            )
+        self.micro_batches += 1
         nll_sum = sums.nll_sum.detach()
         self.nll_sum = nll_sum if self.nll_sum is None else self.nll_sum + nll_sum
         tokens = sums.labelled_tokens
@@ -65,6 +81,7 @@ class Window:
         if not self.is_open:
             return {}
         return {
+            "micro_batches": self.micro_batches,
             "nll_sum": self.nll_sum,
             "labelled_tokens": self.labelled_tokens,
             "row_ids": list(self.row_ids),
@@ -77,7 +94,7 @@ class Window:
         if not state:
             return
         self.nll_sum, self.labelled_tokens = state["nll_sum"], state["labelled_tokens"]
-        self.row_ids = list(state["row_ids"])
+        self.micro_batches, self.row_ids = state["micro_batches"], list(state["row_ids"])
         for name, gradient in state["gradients"].items():
             parameter = trainable[name]
             parameter.grad = gradient.to(parameter.device).clone()

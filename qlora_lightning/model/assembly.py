@@ -1,0 +1,89 @@
+"""Base and adapters put together: the model that QLoRA trains, and a record of what it was made from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+
+from qlora_lightning.model.adapter_folder import read_identity
+from qlora_lightning.model.adapters import add_adapters, load_adapters
+from qlora_lightning.model.linear import fuse_lora_linears
+from qlora_lightning.model.quantized import Quantization, load_base
+from qlora_lightning.model.resume import check_identity
+
+
+@dataclass(frozen=True)
+class QLoRAModel:
+    """A model ready to train.
+
+    Attributes:
+        model: The frozen base with adapters that require gradients.
+        identity: Name, folder, fingerprint and quantization of the base: checkpoints and adapter folders carry it.
+        unfused: Names of the LoRA layers that run PEFT's own forward.
+    """
+
+    model: peft.PeftModel
+    identity: dict[str, Any]
+    unfused: list[str]
+
+
+def assemble_model(
+    base: str,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    quantization: Quantization,
+    double_quant: bool,
+    revision: str | None,
+    trust_remote_code: bool,
+    cache: bool,
+    adapter: str | None,
+    adapter_options: dict[str, Any],
+    fast: bool,
+) -> QLoRAModel:
+    """Load a base, and put new adapters on it or those of an adapter folder.
+
+    Args:
+        base: See :func:`qlora_lightning.model.quantized.load_base`, as for all down to ``cache``.
+        device: Likewise.
+        compute_dtype: Likewise.
+        quantization: Likewise.
+        double_quant: Likewise.
+        revision: Likewise.
+        trust_remote_code: Likewise.
+        cache: Likewise.
+        adapter: Adapter folder to go on with, or ``None`` for new adapters.
+        adapter_options: Arguments of :func:`qlora_lightning.model.adapters.add_adapters`.
+        fast: Whether LoRA linears may be fused.
+
+    Raises:
+        UserError: The base, the adapter folder or an option cannot be used, or the adapter belongs to another base.
+    """
+    loaded = load_base(
+        base,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        quantization=quantization,
+        double_quant=double_quant,
+        compute_dtype=compute_dtype,
+        cache=cache,
+        device=device,
+    )
+    identity = {
+        "base": base,
+        "base_folder": str(loaded.source.folder),
+        "revision": loaded.source.revision,
+        "fingerprint": loaded.fingerprint,
+        "quantization": quantization,
+        "double_quant": double_quant,
+        "compute_dtype": str(compute_dtype).removeprefix("torch."),
+    }
+    if adapter is None:
+        model = add_adapters(loaded.model, base_name=loaded.loadable_name, **adapter_options)
+    else:
+        check_identity(read_identity(Path(adapter)), identity, f"The adapter folder {adapter}")
+        model = load_adapters(loaded.model, adapter)
+    unfused = fuse_lora_linears(model) if fast else [name for name, _ in model.named_parameters() if ".lora_A." in name]
+    return QLoRAModel(model, identity, unfused)

@@ -123,6 +123,9 @@ class InstructionDataModule(LightningDataModule):
             optional = stage is None or (stage == "fit" and split == "val")
             if not optional and split not in self.reports:
                 raise UserError(f"{stage} needs rows, but {split} is not given: name a file in `{split}:`.")
+        if "val" in needed and "val" not in self._samples:
+            # Lightning validates wherever the hook is overridden, and warns of loaders without batches.
+            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
     def count_train_batches(self) -> int:
         """Count the micro-batches of one epoch on each rank: what a schedule is planned with."""
@@ -134,8 +137,8 @@ class InstructionDataModule(LightningDataModule):
         return self._make_loader("train", shuffle=not getattr(self.trainer, "overfit_batches", 0))
 
     @override
-    def val_dataloader(self) -> FlatLoader | list[Any]:
-        return self._make_loader("val") if "val" in self._samples else []
+    def val_dataloader(self) -> FlatLoader:
+        return self._make_loader("val")
 
     @override
     def test_dataloader(self) -> FlatLoader:

@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qlora_lightning.cli import main
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def test_the_recipes_that_the_readme_promises_are_here():
+    assert [config.stem for config in CONFIGS] == [
+        "llama-3.1-8b-16gb",
+        "llama-3.1-8b-24gb",
+        "llama-3.1-8b-multi-gpu",
+        "llama-3.2-1b",
+        "quickstart",
+    ]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_each_config_begins_with_a_sentence_and_runs_for_a_step(config, tiny_base, rows_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config.read_text().startswith("# ")
+    settings = yaml.safe_load(config.read_text())
+    assert settings["data"]["train"].startswith(("data/", "configs/quickstart/"))
+
+    replaced = {  # what this machine does not have: the base, the data, the devices
+        "model.base": tiny_base,
+        "data.train": rows_file,
+        "data.val": rows_file,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 1,
+        "trainer.strategy": "auto",
+        "trainer.max_steps": 1,
+        "trainer.val_check_interval": 1.0,
+        "trainer.enable_progress_bar": "false",
+    }
+    arguments = [f"--{key}={value}" for key, value in replaced.items()]
+    assert main(["fit", "--config", str(config), *arguments]) == 0
+
+    run = Path(settings["trainer"]["default_root_dir"])
+    assert (run / "checkpoints" / "last.ckpt").exists()
+    assert (run / "adapter" / "adapter_model.safetensors").exists()
+    assert len((run / "metrics.csv").read_text().splitlines()) > 1

@@ -1,0 +1,249 @@
+import copy
+
+import lightning
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qlora_lightning import InstructionDataModule, LossSums, QLoRAModule
+from qlora_lightning.data.batches import collate
+from qlora_lightning.data.samples import make_sample
+from qlora_lightning.errors import UserError
+from qlora_lightning.model.adapters import trainable_tensors
+
+
+def make_module(base, **settings):
+    torch.manual_seed(3)
+    module = QLoRAModule(str(base), **{"compute_dtype": "fp32", "warmup_ratio": 0.0, "schedule": "constant", **settings})
+    module.configure_model()
+    with torch.no_grad():  # B away from zero, so that every gradient is alive
+        for name, tensor in trainable_tensors(module).items():
+            if ".lora_B." in name:
+                tensor.normal_(std=0.02)
+    return module
+
+
+def make_trainer(tmp_path, **settings):
+    defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    return lightning.Trainer(
+        **{**defaults, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False, **settings},
+        default_root_dir=tmp_path,
+    )
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for number, (length, prompt) in enumerate([(7, 3), (19, 4), (2, 1), (30, 11)]):
+        ids = torch.randint(5, 40_000, (length,), generator=generator).tolist()
+        samples.append(make_sample(ids, [-100] * prompt + ids[prompt:], number))
+    return collate(samples)
+
+
+def rows_of(batch):
+    bounds = batch["cu_seqlens"].tolist()
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        yield batch["input_ids"][:, start:end], batch["labels"][:, start:end]
+
+
+def gradients(module, batch):
+    module.zero_grad(set_to_none=True)
+    module.compute_loss(batch).nll_sum.backward()
+    return {name: tensor.grad.clone() for name, tensor in trainable_tensors(module).items()}
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_loss_and_gradients_equal_those_of_the_plain_model_row_by_row(tiny_base, batch, quantization):
+    module = make_module(tiny_base, quantization=quantization)
+    plain = make_module(tiny_base, quantization=quantization, fast=False)
+    plain.load_state_dict(module.state_dict())
+    plain.causal_lm.set_attn_implementation("eager")
+
+    expected = torch.zeros(())
+    for ids, labels in rows_of(batch):  # Hugging Face's own forward over whole logits, PEFT's own layers
+        logits = plain.model(input_ids=ids).logits
+        expected = expected + F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum")
+    expected.backward()
+    sums = module.compute_loss(batch)
+    sums.nll_sum.backward()
+
+    assert sums.labelled_tokens == sum(int((labels != -100).sum()) for _, labels in rows_of(batch))
+    torch.testing.assert_close(sums.nll_sum, expected, rtol=1e-6, atol=0)
+    reference = trainable_tensors(plain)
+    for name, tensor in trainable_tensors(module).items():
+        difference = (tensor.grad - reference[name].grad).norm()
+        assert difference <= 1e-5 * reference[name].grad.norm(), name
+
+
+def test_hidden_states_of_a_real_sample_in_a_batch_are_bit_equal_to_its_own_alone(smollm2_folder, batch):
+    module = make_module(smollm2_folder, compute_dtype="bf16")
+    backbone = module.causal_lm.base_model
+
+    def hidden(ids, position_ids, cu_seqlens):
+        with torch.no_grad():
+            arguments = {"position_ids": position_ids, "cu_seqlens": cu_seqlens, "use_cache": False}
+            return backbone(input_ids=ids, **arguments).last_hidden_state[0]
+
+    together = hidden(batch["input_ids"], batch["position_ids"], batch["cu_seqlens"])
+    alone = [
+        hidden(ids, torch.arange(ids.shape[1])[None], torch.tensor([0, ids.shape[1]], dtype=torch.int32))
+        for ids, _ in rows_of(batch)
+    ]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def fit_adapter(tiny_base, rows_file, tmp_path, batch_size, accumulate):
+    lightning.seed_everything(1, verbose=False)
+    module = QLoRAModule(str(tiny_base), compute_dtype="fp32", learning_rate=1e-2, warmup_ratio=0.0)
+    data = InstructionDataModule(train=str(rows_file), tokenizer=str(tiny_base), batch_size=batch_size)
+    trainer = make_trainer(tmp_path, accumulate_grad_batches=accumulate, gradient_clip_val=1.0)
+    module.configure_model()
+    before = copy.deepcopy(module.state_dict())
+    trainer.fit(module, data)
+    assert trainer.global_step == 3  # 16 rows: windows of 6, 6 and a short one of 4
+    return before, module.state_dict()
+
+
+def test_batch_and_accumulation_are_one_thing_on_ragged_rows_a_short_window_included(tiny_base, rows_file, tmp_path):
+    before, whole = fit_adapter(tiny_base, rows_file, tmp_path, batch_size=6, accumulate=1)
+    for batch_size, accumulate in ((1, 6), (2, 3)):
+        _, cut = fit_adapter(tiny_base, rows_file, tmp_path, batch_size, accumulate)
+        update = torch.cat([(whole[name] - before[name]).flatten() for name in whole]).norm()
+        difference = torch.cat([(whole[name] - cut[name]).flatten() for name in whole]).norm()
+        assert update > 0
+        assert difference <= 1e-4 * update
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+def test_gradients_and_base_are_bit_equal_after_a_validation_and_a_save(
+    tiny_base, rows_file, batch, tmp_path, quantization
+):
+    module = make_module(tiny_base, quantization=quantization, compute_dtype="bf16", double_quant=False)
+    base = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
+    before = gradients(module, batch)
+
+    data = InstructionDataModule(val=str(rows_file), tokenizer=str(tiny_base))
+    make_trainer(tmp_path).validate(module, data, verbose=False)
+    module.save_adapter(tmp_path / "adapter", data.tokenizer)
+    module.model.state_dict()  # what corrupts a packed base
+    module.train()
+
+    after = gradients(module, batch)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(base[name], dict(module.named_parameters())[name]) for name in base)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
+def test_every_quantization_trains_every_adapter_and_validation_judges_what_is_trained(
+    tiny_base, rows_file, tmp_path, quantization
+):
+    module = QLoRAModule(str(tiny_base), quantization=quantization, compute_dtype="bf16", warmup_ratio=0.0)
+    data = InstructionDataModule(train=str(rows_file), val=str(rows_file), tokenizer=str(tiny_base), batch_size=4)
+    trainer = make_trainer(tmp_path)
+    trainer.fit(module, data)  # four steps: the checks of B, and then of A, have passed
+    moved = trainable_tensors(module)
+    assert all(tensor.any() for tensor in moved.values())
+
+    module.train()
+    sums = [module.compute_loss(batch) for batch in data.val_dataloader()]
+    loss = sum(s.nll_sum.double() for s in sums) / sum(s.labelled_tokens for s in sums)
+    assert trainer.callback_metrics["val_loss"] == loss.float()
+
+
+def test_validation_loss_depends_neither_on_batch_size_nor_on_order(tiny_base, rows_file, tmp_path):
+    module = make_module(tiny_base)
+    lines = rows_file.read_text().splitlines()
+    turned = tmp_path / "turned.jsonl"
+    turned.write_text("\n".join(reversed(lines)) + "\n")
+    losses = [
+        make_trainer(tmp_path).validate(
+            module, InstructionDataModule(val=str(file), tokenizer=str(tiny_base), batch_size=size), verbose=False
+        )[0]["val_loss"]
+        for file, size in ((rows_file, 16), (rows_file, 3), (turned, 5))
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_a_checkpoint_makes_the_module_again(tiny_base, rows_file, tmp_path):
+    module = make_module(tiny_base, rank=4, target_modules="attention")
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(module, InstructionDataModule(train=str(rows_file), tokenizer=str(tiny_base)))
+    trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
+
+    again = QLoRAModule.load_from_checkpoint(tmp_path / "x.ckpt")
+    assert again.adapter_options["rank"] == 4
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in module.state_dict().items())
+    with pytest.raises(UserError, match="rank"):
+        QLoRAModule.load_from_checkpoint(tmp_path / "x.ckpt", rank=8)
+    with pytest.raises(UserError, match="quantization is nf4"):
+        QLoRAModule.load_from_checkpoint(tmp_path / "x.ckpt", quantization="fp4")
+
+
+def test_state_dict_holds_the_adapter_only_and_honours_its_arguments(tiny_base):
+    module = make_module(tiny_base, rank=2)
+    state = module.state_dict()
+    assert len(state) == 2 * 7 * 2  # layers × linears × (A, B)
+    assert all("lora_" in name for name in state)
+    outer = nn.ModuleDict({"inner": module})
+    assert outer.state_dict().keys() == {f"inner.{name}" for name in state}
+    assert next(iter(module.state_dict(keep_vars=True).values())).requires_grad
+
+
+class SpoiltLoss(QLoRAModule):
+    """The loss of the second step is infinite."""
+
+    def compute_loss(self, batch):
+        sums = super().compute_loss(batch)
+        return LossSums(sums.nll_sum * (float("inf") if self.trainer.global_step == 1 else 1), *sums[1:])
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_rows(tiny_base, rows_file, tmp_path):
+    module = SpoiltLoss(str(tiny_base), compute_dtype="fp32", warmup_ratio=0.0)
+    with pytest.raises(UserError, match=r"step 1 .*rows are \d+"):
+        make_trainer(tmp_path).fit(module, InstructionDataModule(train=str(rows_file), tokenizer=str(tiny_base)))
+    assert all(tensor.isfinite().all() for tensor in module.state_dict().values())
+
+
+def test_or_the_step_is_skipped(tiny_base, rows_file, tmp_path):
+    module = SpoiltLoss(str(tiny_base), compute_dtype="fp32", warmup_ratio=0.0, on_nonfinite="skip")
+    data = InstructionDataModule(train=str(rows_file), tokenizer=str(tiny_base), batch_size=4)
+    make_trainer(tmp_path).fit(module, data)
+    assert module.skipped_steps == 1
+    assert all(tensor.isfinite().all() for tensor in module.state_dict().values())
+
+
+class ForgetsToDivide(QLoRAModule):
+    def on_before_optimizer_step(self, optimizer):
+        """Say nothing to the parent."""
+
+
+class ForgetsCallbacks(QLoRAModule):
+    def configure_callbacks(self):
+        return []
+
+
+class LeavesEvaluationMode(QLoRAModule):
+    def on_train_start(self):
+        self.model.eval()
+
+
+@pytest.mark.parametrize(
+    ("broken", "sentence"),
+    [
+        (ForgetsToDivide, "without calling `super"),
+        (ForgetsCallbacks, "ExactResume is missing"),
+        (LeavesEvaluationMode, "evaluation mode"),
+    ],
+)
+def test_a_subclass_that_would_train_wrongly_is_stopped(tiny_base, rows_file, tmp_path, broken, sentence):
+    data = InstructionDataModule(train=str(rows_file), tokenizer=str(tiny_base))
+    with pytest.raises(RuntimeError, match=sentence):
+        make_trainer(tmp_path).fit(broken(str(tiny_base), warmup_ratio=0.0), data)
+
+
+def test_precisions_that_would_cast_the_masters_are_refused(tiny_base, rows_file, tmp_path):
+    data = InstructionDataModule(train=str(rows_file), tokenizer=str(tiny_base))
+    with pytest.raises(UserError, match="bf16-true"):
+        make_trainer(tmp_path, precision="bf16-true").fit(QLoRAModule(str(tiny_base)), data)

@@ -90,7 +90,7 @@ class QLoRACLI(LightningCLI):
         return super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
 
     def _short_config(self) -> dict[str, Any]:
-        text = self._parser(self.subcommand).dump(self.config[str(self.subcommand)], skip_none=False)
+        text = self._parser(self.subcommand).dump(self.config[str(self.subcommand)], skip_unset=False)
         config = {key: value for key, value in yaml.safe_load(text).items() if key not in ("config", "ckpt_path")}
         return shorten_config(config, _DEFAULT_CLASSES)
 

@@ -1,41 +1,37 @@
 """Writes what ``predict`` answers, a line of JSON per row."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import rich
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning import Callback, LightningModule, Trainer
 
 
-class PredictionWriter(BasePredictionWriter):
+class PredictionWriter(Callback):
     """Write ``predictions.jsonl`` into the run folder: the row, its own answer if it has one, and the model's.
 
     Each rank writes a part, and the first puts the parts together in the order of the rows.
     """
 
     def __init__(self) -> None:
-        super().__init__(write_interval="batch")
         self._lines: list[dict[str, Any]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._lines = []
 
-    def write_on_batch_end(
+    def on_predict_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
+        outputs: Any,
         batch: Any,
         batch_idx: int,
-        dataloader_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         tokenizer: Any = trainer.datamodule.tokenizer  # type: ignore[attr-defined]  # Trainer has it, untyped
         for answer, row_id, reference, row in zip(
-            prediction, batch["row_ids"], batch["references"], batch["rows"], strict=True
+            outputs, batch["row_ids"], batch["references"], batch["rows"], strict=True
         ):
             text = tokenizer.decode(answer)
             self._lines.append({"row": row_id, "prediction": text, "reference": reference, "input": row})

@@ -1,0 +1,132 @@
+"""Makes a base of Llama-3.1-8B's shape with random weights, shard by shard, and measures what quantizing it takes.
+
+Usage: python -m tests.benchmarks.llama_8b FOLDER [--layers 32]
+Writes the base into FOLDER (16.1 GB with all layers) unless it is there, quantizes it into the cache, and prints a line
+of JSON: seconds, the most private memory (RssAnon) at any time, and the bytes of the quantized model.
+"""
+
+import argparse
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig
+
+from qlora_lightning.callbacks.gpu_memory import read_memory
+from qlora_lightning.model.quantized import load_base
+from qlora_lightning.model.summary import bytes_by_dtype
+
+
+def make_config(layers: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131_072,
+        rope_theta=500_000.0,
+        dtype="bfloat16",
+    )
+
+
+def make_base(folder: Path, layers: int) -> None:
+    """Write config and shards, one decoder layer each: never more than one layer in memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = make_config(layers)
+    names: dict[str, str] = {}
+    total = 0
+    for number, tensors in enumerate(_shards(config)):
+        file = f"model-{number:05d}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        names |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+
+
+def _shards(config: LlamaConfig) -> Iterator[dict[str, Tensor]]:
+    width, inner = config.hidden_size, config.intermediate_size
+    kv_width = width // config.num_attention_heads * config.num_key_value_heads
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+
+    yield {"model.embed_tokens.weight": random(config.vocab_size, width)}
+    for layer in range(config.num_hidden_layers):
+        start = f"model.layers.{layer}."
+        yield {
+            f"{start}self_attn.q_proj.weight": random(width, width),
+            f"{start}self_attn.k_proj.weight": random(kv_width, width),
+            f"{start}self_attn.v_proj.weight": random(kv_width, width),
+            f"{start}self_attn.o_proj.weight": random(width, width),
+            f"{start}mlp.gate_proj.weight": random(inner, width),
+            f"{start}mlp.up_proj.weight": random(inner, width),
+            f"{start}mlp.down_proj.weight": random(width, inner),
+            f"{start}input_layernorm.weight": torch.ones(width, dtype=torch.bfloat16),
+            f"{start}post_attention_layernorm.weight": torch.ones(width, dtype=torch.bfloat16),
+        }
+    yield {"model.norm.weight": torch.ones(width, dtype=torch.bfloat16)}
+    yield {"lm_head.weight": random(config.vocab_size, width)}
+
+
+class PeakMemory:
+    """Watches this process's private memory from a thread; the kernel keeps a peak of resident memory only."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.gib = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.005):
+            self.gib = max(self.gib, read_memory(torch.device("cpu"))["private_memory_gib"])
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """Quantize the base and load it again from the cache."""
+    began = time.perf_counter()
+    with PeakMemory() as first:
+        loaded = load_base(str(folder), compute_dtype=torch.bfloat16)
+    first_seconds = time.perf_counter() - began
+    size = sum(bytes_by_dtype(loaded.model).values()) / 1024**3
+    del loaded
+    began = time.perf_counter()
+    with PeakMemory() as second:
+        load_base(str(folder), compute_dtype=torch.bfloat16)
+    return {
+        "quantized_gib": size,
+        "first_seconds": first_seconds,
+        "first_private_peak_gib": first.gib,
+        "second_seconds": time.perf_counter() - began,
+        "second_private_peak_gib": second.gib,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=32)
+    arguments = parser.parse_args()
+    if not (arguments.folder / "config.json").exists():
+        make_base(arguments.folder, arguments.layers)
+    print(json.dumps({name: round(value, 3) for name, value in measure(arguments.folder).items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from qlora_lightning.errors import UserError
+from qlora_lightning.model.adapter_folder import loading_snippet, read_identity, save_adapter_folder
+from qlora_lightning.model.adapters import add_adapters, trainable_tensors
+from qlora_lightning.model.linear import fuse_lora_linears
+from qlora_lightning.model.quantized import load_base
+
+IDS = [5, 6, 7, 8, 9, 10]
+FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "qlora_lightning.json"}
+
+
+def make(tiny_base, quantization="nf4", base_name=None, **settings):
+    base = load_base(str(tiny_base), quantization=quantization, compute_dtype=torch.float32).model
+    model = add_adapters(base, base_name=base_name or str(tiny_base), **settings)
+    fuse_lora_linears(model)
+    with torch.no_grad():
+        for tensor in trainable_tensors(model).values():
+            tensor.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    return model.eval()
+
+
+def identity(tiny_base, quantization="nf4"):
+    return {"base": str(tiny_base), "quantization": quantization, "double_quant": True, "compute_dtype": "float32"}
+
+
+def save(folder, model, tiny_base, quantization="nf4", tokenizer=None):
+    save_adapter_folder(folder, model, trainable_tensors(model), tokenizer, identity(tiny_base, quantization))
+    return folder
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([IDS])).logits
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+PLAIN_PEFT = """
+import sys, torch, warnings
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+base, adapter, place, ids = sys.argv[1], sys.argv[2], sys.argv[3], [int(token) for token in sys.argv[4:]]
+settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=torch.float32)
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=settings)
+model = PeftModel.from_pretrained(model, adapter).train()  # no dropout; eval() may compute in bf16 on a CPU
+with torch.no_grad():
+    torch.save(model(input_ids=torch.tensor([ids])).logits, place)
+assert "qlora_lightning" not in sys.modules
+"""
+
+
+def test_plain_peft_in_another_process_computes_the_same_logits(tiny_base, tmp_path):
+    model = make(tiny_base)
+    folder = save(tmp_path / "adapter", model, tiny_base)
+    place = tmp_path / "logits"
+    arguments = [str(tiny_base), str(folder), str(place), *map(str, IDS)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", PLAIN_PEFT, *arguments], check=True, env=environment, capture_output=True)
+    ours = logits(model)
+    torch.testing.assert_close(torch.load(place, weights_only=True), ours, rtol=1e-4, atol=1e-4)
+    with model.disable_adapter():
+        assert (logits(model) - ours).abs().max() > 0.1  # the adapter does something
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
+def test_the_snippet_of_the_card_runs_and_computes_the_same_logits(tiny_base, tmp_path, quantization):
+    model = make(tiny_base, quantization)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    folder = save(tmp_path, model, tiny_base, quantization, tokenizer)
+    snippet = loading_snippet(folder, read_identity(folder))
+    assert snippet.count("\n") == 2
+    assert f"```python\n{snippet}\n```" in (folder / "README.md").read_text()
+    names = {}
+    exec(snippet, names)
+    # in eval() bitsandbytes' layers on a CPU compute another function; without dropout, train() is what was trained
+    torch.testing.assert_close(logits(names["model"].train()), logits(model), rtol=1e-4, atol=1e-4)
+    assert names["tokenizer"].get_vocab() == tokenizer.get_vocab()
+
+
+def test_the_folder_holds_weights_config_identity_card_and_tokenizer_with_its_template(tiny_base, tmp_path):
+    model = make(tiny_base, rank=2, target_modules=["v_proj", "q_proj"], base_name="org/base")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    save(tmp_path, model, tiny_base, tokenizer=tokenizer)
+    assert contents(tmp_path).keys() >= FILES | {"tokenizer.json", "tokenizer_config.json"}
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/base"
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 4, ["q_proj", "v_proj"])
+    assert config["inference_mode"]
+    assert read_identity(tmp_path) == identity(tiny_base)
+
+
+def test_weights_are_the_adapters_in_float32_under_pefts_names(tiny_base, tmp_path):
+    model = make(tiny_base, target_modules=["q_proj"])
+    save(tmp_path, model, tiny_base)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    own = trainable_tensors(model)
+    assert weights.keys() == {name.replace(".default", "") for name in own}
+    assert all(torch.equal(weights[name.replace(".default", "")], tensor) for name, tensor in own.items())
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_saving_twice_gives_the_same_bytes_and_leaves_nothing_beside(tiny_base, tmp_path):
+    model = make(tiny_base)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    first = contents(save(tmp_path / "adapter", model, tiny_base, tokenizer=tokenizer))
+    assert contents(save(tmp_path / "adapter", model, tiny_base, tokenizer=tokenizer)) == first
+    other = contents(save(tmp_path / "other", model, tiny_base, tokenizer=tokenizer))
+    other.pop("README.md")  # its snippet names the folder
+    assert other == {name: first[name] for name in other}
+
+
+def test_saving_into_a_folder_replaces_the_earlier_adapter(tiny_base, tmp_path):
+    model = make(tiny_base)
+    before = contents(save(tmp_path, model, tiny_base))
+    with torch.no_grad():
+        next(iter(trainable_tensors(model).values())).add_(1.0)
+    after = contents(save(tmp_path, model, tiny_base))
+    assert {name for name in after if after[name] != before[name]} == {"adapter_model.safetensors"}
+
+
+def test_what_a_killed_save_left_does_not_stop_the_next(tiny_base, tmp_path):
+    (tmp_path / ".writing").mkdir()
+    (tmp_path / ".writing" / "adapter_model.safetensors").write_bytes(b"half")
+    save(tmp_path, make(tiny_base), tiny_base)
+    assert contents(tmp_path).keys() == FILES
+    assert load_file(tmp_path / "adapter_model.safetensors")
+
+
+def test_saving_asks_no_network(tiny_base, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a socket was opened")
+
+    model = make(tiny_base, base_name="org/base")  # a hub id: what PEFT would ask the hub about
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    save(tmp_path, model, tiny_base, tokenizer=tokenizer)
+
+
+def test_a_folder_without_adapter_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"is not an adapter folder: expected adapter_config.json"):
+        read_identity(tmp_path)
+
+
+def test_a_folder_of_another_tool_says_nothing_of_its_base(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert read_identity(tmp_path) == {}

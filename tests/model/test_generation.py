@@ -1,0 +1,80 @@
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from qlora_lightning.model.adapters import add_adapters
+from qlora_lightning.model.generation import generate_answers
+from qlora_lightning.model.quantized import load_base
+
+PROMPTS = [[11, 12, 13, 14, 15, 16], [21], [31, 32, 33]]
+NEVER = 49_151  # a stop token that is not generated within a few tokens
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base):
+    made = add_adapters(load_base(str(tiny_base), compute_dtype=torch.float32).model)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    return made
+
+
+def answer(model, *prompts, stop_ids=(NEVER,), max_new_tokens=6):
+    return generate_answers(model, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
+
+
+def test_answers_of_a_batch_equal_answers_alone(model):
+    together = answer(model, *PROMPTS)
+    assert together == [answer(model, prompt)[0] for prompt in PROMPTS]
+    assert [len(ids) for ids in together] == [6, 6, 6]
+
+
+def test_an_answer_is_the_most_likely_token_each_time(model):
+    ids = list(PROMPTS[0])
+    model.eval()
+    for _ in range(6):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    assert answer(model, PROMPTS[0]) == [ids[len(PROMPTS[0]) :]]
+
+
+def test_an_answer_ends_before_its_first_stop_token_and_the_others_go_on(model):
+    first, second, third = answer(model, *PROMPTS)
+    stop = first[2]
+    expected = [ids[: ids.index(stop)] if stop in ids else ids for ids in (first, second, third)]
+    assert answer(model, *PROMPTS, stop_ids=(stop, NEVER)) == expected
+    assert len(expected[0]) <= 2
+
+
+def test_a_prompt_may_hold_the_stop_token(model):
+    assert answer(model, [11, NEVER, 12]) == [answer(model, [11, NEVER, 12], [21])[0]]
+    assert len(answer(model, [11, NEVER, 12])[0]) == 6
+
+
+def test_without_prompts_there_are_no_answers(model):
+    assert answer(model) == []
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_training_mode_is_put_back(model, training):
+    model.train(training)
+    answer(model, [11], max_new_tokens=1)
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_the_training_mode_is_put_back_after_an_error_too(model, monkeypatch):
+    def fail(**settings):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "generate", fail)
+    model.train()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        answer(model, [11])
+    assert model.training
+
+
+def test_a_bases_own_sampling_settings_change_nothing_and_warn_of_nothing(model, monkeypatch):
+    greedy = answer(model, *PROMPTS)
+    sampling = GenerationConfig(do_sample=True, temperature=5.0, top_p=0.9, top_k=50, eos_token_id=2, pad_token_id=2)
+    monkeypatch.setattr(model.get_base_model(), "generation_config", sampling)
+    assert answer(model, *PROMPTS) == greedy

@@ -1,0 +1,117 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qlora_lightning.model import loss as loss_module
+from qlora_lightning.model.loss import head_loss
+
+TOKENS, WIDTH, VOCABULARY = 20, 16, 50
+UNLABELLED = [0, 1, 2, 7, 8, 13, 14, 15]  # 12 labelled tokens are left
+
+
+def draw(trainable_head=False, bias=False):
+    torch.manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH, requires_grad=True)
+    labels = torch.randint(0, VOCABULARY, (TOKENS,))
+    labels[UNLABELLED] = -100
+    head = nn.Linear(WIDTH, VOCABULARY, bias=bias).requires_grad_(trainable_head)
+    return hidden, labels, head
+
+
+def full_cross_entropy(hidden, labels, head):
+    return F.cross_entropy(head(hidden)[:-1], labels[1:], ignore_index=-100, reduction="sum")
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 12, 100])  # of 12 labelled tokens: dividing them and not
+@pytest.mark.parametrize(("trainable_head", "bias"), [(False, False), (True, False), (False, True)])
+def test_loss_and_gradients_equal_cross_entropy_over_whole_logits(chunk, trainable_head, bias):
+    hidden, labels, head = draw(trainable_head, bias)
+    inputs = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    expected = full_cross_entropy(hidden, labels, head)
+    expected_gradients = torch.autograd.grad(expected, inputs)
+
+    sums = head_loss(hidden, labels, head, chunk)
+    gradients = torch.autograd.grad(sums.nll_sum, inputs)
+
+    assert sums.labelled_tokens == 12
+    torch.testing.assert_close(sums.nll_sum, expected, rtol=1e-6, atol=0)
+    for gradient, reference in zip(gradients, expected_gradients, strict=True):
+        assert (gradient - reference).norm() <= 1e-6 * reference.norm()
+
+
+@pytest.mark.parametrize("trainable_head", [False, True])
+def test_gradient_scales_with_what_the_loss_is_multiplied_by(trainable_head):
+    hidden, labels, head = draw(trainable_head)
+    (single,) = torch.autograd.grad(head_loss(hidden, labels, head).nll_sum, hidden)
+    (triple,) = torch.autograd.grad(3 * head_loss(hidden, labels, head).nll_sum, hidden)
+    torch.testing.assert_close(triple, 3 * single)
+
+
+@pytest.mark.parametrize("trainable_head", [False, True])
+def test_without_labelled_tokens_loss_and_gradient_are_zero(trainable_head):
+    hidden, labels, head = draw(trainable_head)
+    sums = head_loss(hidden, torch.full_like(labels, -100), head)
+    sums.nll_sum.backward()
+    assert [value.item() for value in sums] == [0, 0, 0]
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+
+
+def test_nothing_is_predicted_across_samples():
+    hidden, labels, head = draw()
+    labels[10] = -100  # a second sample begins at 10: its first label is never one
+    together = head_loss(hidden, labels, head)
+    first, second = head_loss(hidden[:10], labels[:10], head), head_loss(hidden[10:], labels[10:], head)
+    torch.testing.assert_close(together.nll_sum, first.nll_sum + second.nll_sum)
+    assert together.labelled_tokens == first.labelled_tokens + second.labelled_tokens
+    (gradient,) = torch.autograd.grad(together.nll_sum, hidden)
+    assert not gradient[9].any()  # the first sample's last token predicts nothing
+    assert gradient[10].any()  # label 11 counts, and 10 predicts it
+
+
+def test_each_token_is_predicted_from_the_one_before_it():
+    # the head is the identity, so that token t predicts the index of its largest number
+    hidden = 10 * F.one_hot(torch.tensor([1, 2, 3, 0])).float()
+    sums = head_loss(hidden, torch.tensor([-100, 1, 2, 0]), head=identity_head(4))
+    assert sums.correct == 2  # 1 and 2 are right, 3 is not 0
+    right = torch.tensor(3.0).add(torch.tensor(10.0).exp()).log() - 10  # -log softmax of the largest
+    torch.testing.assert_close(sums.nll_sum, 3 * right + 10)
+
+
+def identity_head(size):
+    head = nn.Linear(size, size, bias=False).requires_grad_(False)
+    head.weight.copy_(torch.eye(size))
+    return head
+
+
+@pytest.mark.parametrize(("trainable_head", "calls"), [(False, 0), (True, 3)])
+def test_only_a_trainable_head_is_checkpointed_chunk_by_chunk(monkeypatch, trainable_head, calls):
+    made = []
+    original = loss_module.checkpoint
+
+    def spy(function, hidden, *args, **kwargs):
+        made.append(len(hidden))
+        return original(function, hidden, *args, **kwargs)
+
+    monkeypatch.setattr(loss_module, "checkpoint", spy)
+    hidden, labels, head = draw(trainable_head)
+    head_loss(hidden, labels, head, chunk=5)
+    assert made == [5, 5, 2][:calls]
+
+
+def test_in_bfloat16_the_sum_is_float32_and_the_gradient_bfloat16():
+    hidden, labels, head = draw()
+    expected = full_cross_entropy(hidden, labels, head)
+    low = hidden.detach().bfloat16().requires_grad_()
+    sums = head_loss(low, labels, head.bfloat16())
+    sums.nll_sum.backward()
+    assert sums.nll_sum.dtype == torch.float32
+    assert low.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(sums.nll_sum, expected, rtol=1e-2, atol=0)
+
+
+def test_evaluation_without_gradients_gives_the_same_sums():
+    hidden, labels, head = draw()
+    with torch.no_grad():
+        evaluated = head_loss(hidden, labels, head)
+    assert all(torch.equal(a, b) for a, b in zip(evaluated, head_loss(hidden, labels, head), strict=True))

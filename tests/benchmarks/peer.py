@@ -1,0 +1,103 @@
+"""The peer: TRL's SFTTrainer set to the same work. It needs no more of this project than this folder."""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from tests.benchmarks import settings
+from tests.benchmarks.figures import print_figures
+
+
+class Clock(TrainerCallback):
+    """Time the training loop."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._began = 0.0
+
+    def on_train_begin(self, *arguments: Any, **states: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_train_end(self, *arguments: Any, **states: Any) -> None:
+        self.seconds = time.perf_counter() - self._began
+
+
+def main() -> None:
+    """Train one epoch over the file's pairs, from top to bottom, and print the figures."""
+    parser = argparse.ArgumentParser(description="The peer's side of tests.benchmarks.")
+    parser.add_argument("base")
+    parser.add_argument("data")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    arguments = parser.parse_args()
+    lines = Path(arguments.data).read_text(encoding="utf-8").splitlines()
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SFTTrainer(
+            model=load_quantized(arguments.base),
+            processing_class=AutoTokenizer.from_pretrained(arguments.base),
+            train_dataset=Dataset.from_list([json.loads(line) for line in lines]),
+            peft_config=LoraConfig(
+                task_type="CAUSAL_LM",
+                r=settings.RANK,
+                lora_alpha=settings.ALPHA,
+                lora_dropout=0.0,
+                target_modules="all-linear",
+            ),
+            args=configure(folder, arguments.gradient_checkpointing),
+            callbacks=[clock],
+        )
+        tokens = sum(len(ids) for ids in trainer.train_dataset["input_ids"])
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    print_figures(tokens, clock.seconds, losses, ["torch", "trl", "transformers", "peft", "bitsandbytes"])
+
+
+def load_quantized(base: str) -> Any:
+    """Load the base in NF4 with double quantization, computing in bf16."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, device_map={"": "cpu"}, quantization_config=quantization
+    )
+
+
+def configure(folder: str, gradient_checkpointing: bool) -> SFTConfig:
+    """Give the trainer's settings; all that is not named is TRL's default."""
+    return SFTConfig(
+        output_dir=folder,
+        seed=settings.SEED,
+        num_train_epochs=1,
+        per_device_train_batch_size=settings.BATCH_SIZE,
+        max_length=settings.MAX_LENGTH,
+        completion_only_loss=True,
+        train_sampling_strategy="sequential",
+        optim="adamw_torch_fused",
+        learning_rate=settings.LEARNING_RATE,
+        lr_scheduler_type="linear",
+        max_grad_norm=settings.GRADIENT_CLIP,
+        gradient_checkpointing=gradient_checkpointing,
+        bf16=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""The rows of any data file as prompt and completion, the form that both sides read."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qlora_lightning.data.conversations import to_conversation
+from qlora_lightning.data.formats import Conversation, choose_format
+from qlora_lightning.data.order import epoch_order
+from qlora_lightning.data.reader import read_rows
+from tests.benchmarks.settings import SEED
+
+
+def read_pairs(file: str, rows: int) -> list[dict[str, Conversation]]:
+    """Read the first rows of a file that ``InstructionDataModule`` reads; what follows the last answer is left out.
+
+    Raises:
+        UserError: the file or a row of it cannot be used.
+    """
+    first = read_rows(file)[:rows]
+    form = choose_format(first, "auto")
+    return [_divide(to_conversation(row.values, form)) for row in first]
+
+
+def order_as_trained(pairs: list[dict[str, Conversation]]) -> list[dict[str, Conversation]]:
+    """Put pairs in the order that our side's first epoch takes, for a peer that reads its file from top to bottom."""
+    return [pairs[at] for at in epoch_order(len(pairs), SEED, 0)]
+
+
+def write_pairs(pairs: Iterable[dict[str, Any]], file: Path) -> None:
+    """Write JSON lines."""
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+
+
+def _divide(conversation: Conversation) -> dict[str, Conversation]:
+    last = max(at for at, message in enumerate(conversation) if message["role"] == "assistant")
+    return {"prompt": conversation[:last], "completion": [conversation[last]]}

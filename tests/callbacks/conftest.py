@@ -1,0 +1,109 @@
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+
+from qlora_lightning import InstructionDataModule, QLoRAModule
+from qlora_lightning.base.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def make_module(tiny_base):
+    """A module on the tiny base with a constant, large learning rate: its adapter moves visibly in one step."""
+    defaults = {"rank": 2, "learning_rate": 1e-2, "schedule": "constant", "warmup_ratio": 0.0}
+    return lambda cls=QLoRAModule, **options: cls(base=str(tiny_base), **(defaults | options))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_base):
+    return load_tokenizer(str(tiny_base))
+
+
+@pytest.fixture
+def make_data(tokenizer, rows_file):
+    """Sixteen rows to train on and to validate on, two a batch: eight batches an epoch."""
+    defaults = {"train": str(rows_file), "val": str(rows_file), "batch_size": 2, "tokenizer": tokenizer}
+    return lambda **options: InstructionDataModule(**(defaults | options))
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """A Trainer as Python users make it, with a run folder in the test's own folder."""
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+
+    def make(*callbacks, folder="run", **options):
+        if not any(isinstance(callback, lightning.pytorch.callbacks.Checkpoint) for callback in callbacks):
+            options.setdefault("enable_checkpointing", False)
+        root = Path(tmp_path) / folder
+        return lightning.Trainer(**(defaults | options), callbacks=list(callbacks), default_root_dir=root)
+
+    return make
+
+
+@pytest.fixture
+def fit(make_module, make_data, make_trainer):
+    """Train with some callbacks; gives trainer and module."""
+
+    def run(*callbacks, module=None, data=None, ckpt_path=None, seed=7, **options):
+        lightning.seed_everything(seed, verbose=False)
+        module, data = module or make_module(), data or make_data()
+        trainer = make_trainer(*callbacks, **options)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        return trainer, module
+
+    return run
+
+
+@pytest.fixture
+def adapter_of():
+    """Copies of the tensors that train, by name."""
+    return lambda module: {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture
+def assert_same():
+    """Bit for bit: the same names, and equal tensors."""
+
+    def check(found, expected):
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+    return check
+
+
+class Stop(lightning.Callback):
+    """Dies after a micro-batch, as a machine would."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def on_train_batch_end(self, *_):
+        self.left -= 1
+        if not self.left:
+            raise MachineFailed
+
+
+class MachineFailed(BaseException):
+    """Not an Exception: nobody between the callback and the test should handle it."""
+
+
+@pytest.fixture
+def killed_fit(fit):
+    """Train as `fit` does, and die right after so many micro-batches."""
+
+    def run(*callbacks, after, **options):
+        # In front of the others, whose checkpoint of that batch is then not written.
+        with pytest.raises(MachineFailed):
+            fit(Stop(after), *callbacks, **options)
+
+    return run

@@ -1,0 +1,279 @@
+import contextlib
+import csv
+import json
+import logging
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from qlora_lightning.cli import main
+from qlora_lightning.model import generation
+
+CONFIG = {
+    "seed_everything": 3,
+    "model": {"base": "tiny", "rank": 2, "dropout": 0.1, "learning_rate": 0.01, "schedule": "constant"},
+    "data": {"train": "rows.jsonl", "val": "rows.jsonl", "test": "rows.jsonl", "predict": "questions.jsonl"},
+    "trainer": {
+        "accelerator": "cpu",
+        "devices": 1,
+        "accumulate_grad_batches": 2,
+        "limit_val_batches": 1,
+        "limit_train_batches": 5,
+        "enable_progress_bar": False,
+        "default_root_dir": "run",
+    },
+}
+CONFIG["model"]["warmup_ratio"] = 0.0
+CONFIG["data"]["batch_size"] = 2
+MODULE = """
+import lightning
+from qlora_lightning import InstructionDataModule, QLoRAModule
+
+
+class Mine(QLoRAModule):
+    def __init__(self, loud: int = 1, **kwargs):
+        super().__init__(**kwargs)
+        print(f"loud is {loud}")
+
+
+class MyRows(InstructionDataModule):
+    def __init__(self, count: int, **kwargs):
+        super().__init__(**kwargs)
+        self.count = count
+
+    def load_rows(self, split):
+        return [{"instruction": "Say it.", "output": "it"}] * self.count if split == "train" else []
+
+
+class Interrupt(lightning.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.current_epoch == 1 and batch_idx == 2:
+            raise KeyboardInterrupt
+"""
+
+
+@pytest.fixture
+def run(tiny_base, rows_file, tmp_path, monkeypatch, capsys, caplog):
+    """Run a command in a folder with c.yaml and its data; gives what it printed and logged."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    monkeypatch.setenv("COLUMNS", "300")
+    plain = generation._generate  # answers of a random base run on until they are cut: two tokens will do
+    monkeypatch.setattr(generation, "_generate", lambda *arguments: plain(*arguments[:-1], 2))
+    (tmp_path / "tiny").symlink_to(tiny_base)
+    (tmp_path / "researcher.py").write_text(MODULE)
+    rows = [{"instruction": "Say one.", "output": "one"}, {"instruction": "Say two."}]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
+
+    def call(command, *arguments, config="c.yaml", code=0):
+        capsys.readouterr()
+        caplog.clear()
+        assert main([command, "--config", str(config), *map(str, arguments)]) == code
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return captured.out + captured.err + caplog.text
+
+    yield call
+    logging.getLogger("qlora_lightning").handlers.clear()
+
+
+def adapter_bytes(folder):
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def metrics(folder):
+    with (folder / "metrics.csv").open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def write_config(folder, **sections):
+    config = {name: dict(section) if isinstance(section, dict) else section for name, section in CONFIG.items()}
+    for name, section in sections.items():
+        config[name] = {**config.get(name, {}), **section} if isinstance(section, dict) else section
+    (folder / "other.yaml").write_text(yaml.safe_dump(config))
+    return "other.yaml"
+
+
+def test_fit_fills_the_run_folder_and_its_config_gives_the_same_adapter_again(run, tmp_path):
+    out = run("fit")
+    assert {"config.yaml", "metrics.csv", "checkpoints", "adapter"} <= {
+        file.name for file in (tmp_path / "run").iterdir()
+    }
+    assert "Validation rows, base → adapter" in out
+    assert "Memory after loading" in out
+    rows = [row for row in metrics(tmp_path / "run") if row["train_loss"]]
+    assert [row["step"] for row in rows] == ["0", "1", "2"]
+    assert all(float(row["tokens_per_second"]) > 0 for row in rows)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["model"]["rank"] == 2
+    assert "class_path" not in config["model"]
+    assert config["trainer"]["gradient_clip_val"] == 1.0
+    run("fit", "--trainer.default_root_dir", "again", config="run/config.yaml")
+    assert adapter_bytes(tmp_path / "again") == adapter_bytes(tmp_path / "run")
+    again = yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())
+    again["trainer"]["default_root_dir"] = "run"
+    assert again == config
+
+
+def test_the_run_folders_config_serves_validate_test_and_predict(run, tmp_path):
+    run("fit")
+    logged = [float(row["val_loss"]) for row in metrics(tmp_path / "run") if row["val_loss"]][-1]
+    config = tmp_path / "run" / "config.yaml"
+    out = run("validate", config=config)
+    assert "Adapter: run/adapter" in out
+    assert f"{logged:.4f}"[:6] in out
+    out = run("test", config=config)
+    assert "Adapter: run/adapter" in out
+    assert all(name in out for name in ("test_loss", "test_perplexity", "test_token_accuracy"))
+    out = run("predict", config=config)
+    assert "2 predictions: run/predictions.jsonl" in out
+    lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["reference"]) for line in lines] == [(0, "one"), (1, None)]
+    assert all(isinstance(line["prediction"], str) for line in lines)
+
+
+@pytest.mark.xfail(reason="they append their own line, of step 0, to metrics.csv")
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_judging_leaves_the_files_of_the_run_as_they_are(run, tmp_path, command):
+    run("fit")
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    run(command)
+    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.xfail(reason="they write metrics.csv, which then counts as a started run")
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_the_base_can_be_judged_before_the_first_fit(run, command):
+    assert "this judges the base alone" in run(command)
+    run("fit")
+
+
+def test_the_checkpoint_and_the_adapter_folder_are_judged_alike(run, tmp_path):
+    run("fit")
+    folder = run("validate")
+    checkpoint = run("validate", "--ckpt_path", "last")
+    assert "Adapter:" not in checkpoint
+    base = run("validate", "--trainer.default_root_dir", "elsewhere")
+    assert "this judges the base alone" in base
+
+    def loss(text):
+        return next(line.split("│")[2] for line in text.splitlines() if "val_loss" in line)
+
+    assert loss(folder) == loss(checkpoint) != loss(base)
+
+
+def test_a_started_folder_is_refused_with_the_two_ways_out(run, tmp_path):
+    run("fit")
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    out = run("fit", code=2)
+    assert "run holds a run already" in out
+    assert "--ckpt_path last" in out
+    assert "--trainer.default_root_dir runs/NAME" in out
+    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+
+
+def test_ckpt_path_last_starts_fresh_and_then_goes_on_to_the_same_end(run, tmp_path):
+    run("fit", "--trainer.max_epochs", 2, "--trainer.default_root_dir", "whole")
+    run("fit", "--ckpt_path", "last")
+    out = run("fit", "--ckpt_path", "last", "--trainer.max_epochs", 2)
+    assert "Restored all states from the checkpoint" in out
+    whole, cut = (torch.load(tmp_path / f / "checkpoints" / "last.ckpt", weights_only=True) for f in ("whole", "run"))
+    assert whole["global_step"] == cut["global_step"] == 6
+    assert all(torch.equal(cut["state_dict"][name], tensor) for name, tensor in whole["state_dict"].items())
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
+    columns = ("step", "train_loss", "val_loss", "tokens_seen")
+    assert [[row[c] for c in columns] for row in metrics(tmp_path / "run")] == [
+        [row[c] for c in columns] for row in metrics(tmp_path / "whole")
+    ]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(run, tmp_path):
+    run("fit", "--trainer.max_epochs", 2, "--trainer.default_root_dir", "whole")
+    config = write_config(
+        tmp_path,
+        trainer={"callbacks": [{"class_path": "researcher.Interrupt"}], "max_epochs": 2},
+        adapter_checkpoint={"every_n_train_steps": 1},
+    )
+    with contextlib.suppress(SystemExit):
+        run("fit", config=config, code=130)
+    run("fit", "--ckpt_path", "last", "--trainer.max_epochs", 2)
+    whole, cut = (load_file(tmp_path / f / "adapter" / "adapter_model.safetensors") for f in ("whole", "run"))
+    assert all(torch.equal(cut[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.xfail(reason="Lightning turns an interrupt into SystemExit(1), past our own 130")
+def test_an_interrupted_run_ends_with_code_130(run, tmp_path):
+    config = write_config(tmp_path, trainer={"callbacks": [{"class_path": "researcher.Interrupt"}], "max_epochs": 2})
+    try:
+        assert "interrupted" in run("fit", config=config, code=130)
+    except SystemExit as error:
+        pytest.fail(f"exit code {error.code}")
+
+
+def test_a_value_on_the_command_line_beats_the_config_which_beats_the_checkpoint(run, tmp_path):
+    run("fit")
+    run("fit", "--ckpt_path", "last", "--trainer.max_epochs", 2, "--model.dropout", 0.0)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["dropout"] == 0.0
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["qlora_lightning"]["settings"]["dropout"] == 0.0
+    assert "hyper_parameters" not in checkpoint
+
+
+@pytest.mark.parametrize("value", [None, False])
+def test_null_and_false_switch_callbacks_off_in_yaml(run, tmp_path, value):
+    config = write_config(tmp_path, trainer={"limit_train_batches": 2, "limit_val_batches": 0})
+    (tmp_path / config).write_text(
+        (tmp_path / config).read_text() + yaml.safe_dump({"gpu_memory": value, "throughput": value})
+    )
+    assert "Memory" not in run("fit", config=config)
+    assert not {"private_memory_gib", "tokens_seen"} & metrics(tmp_path / "run")[0].keys()
+
+
+@pytest.mark.parametrize("switch", [["--gpu_memory", "null"], ["--gpu_memory=false"]])
+def test_null_and_false_switch_callbacks_off_on_the_command_line(run, tmp_path, switch):
+    assert "Memory" not in run("fit", *switch, "--trainer.limit_train_batches", 2, "--trainer.limit_val_batches", 0)
+    columns = metrics(tmp_path / "run")[0].keys()
+    assert "tokens_seen" in columns
+    assert "private_memory_gib" not in columns
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_subclass_is_named_by_class_path_beside_flat_keys_or_with_init_args(run, tmp_path, nested):
+    model, data = {"base": "tiny", "loud": 7}, {"count": 4, "batch_size": 2}
+    if nested:
+        model, data = {"init_args": model}, {"init_args": data}
+    config = {
+        "model": {"class_path": "researcher.Mine", **model},
+        "data": {"class_path": "researcher.MyRows", **data},
+        "trainer": CONFIG["trainer"],
+    }
+    (tmp_path / "sub.yaml").write_text(yaml.safe_dump(config))
+    out = run("fit", config="sub.yaml")
+    assert "loud is 7" in out
+    assert "train: 4 rows" in out
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (saved["model"]["class_path"], saved["model"]["loud"]) == ("researcher.Mine", 7)
+    assert (saved["data"]["class_path"], saved["data"]["count"]) == ("researcher.MyRows", 4)
+    out = run("fit", "--trainer.default_root_dir", "again", config="run/config.yaml")
+    assert "loud is 7" in out
+
+
+@pytest.mark.xfail(reason="AdapterCheckpoint saves in a trial run")
+def test_a_trial_run_leaves_a_finished_run_alone(run, tmp_path):
+    run("fit")
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    run("fit", "--trainer.fast_dev_run", "true")
+    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.xfail(reason="names Lightning's enumeration, TrainerFn.TESTING, and not the key data.test")
+@pytest.mark.parametrize(("command", "key"), [("test", "test"), ("predict", "predict"), ("validate", "val")])
+def test_rows_that_are_missing_are_asked_for_by_their_key(run, tmp_path, command, key):
+    config = write_config(tmp_path, data={key: None})
+    out = run(command, config=config, code=2)
+    assert "TrainerFn" not in out
+    assert f"data.{key}" in out

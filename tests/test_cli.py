@@ -1,0 +1,108 @@
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+
+import qlora_lightning
+from qlora_lightning import cli
+from qlora_lightning.cli import COMMANDS, main
+from qlora_lightning.errors import UserError
+
+
+def python(code):
+    """Run code in a fresh interpreter, with warnings as errors."""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_importing_is_silent_and_leaves_no_trace():
+    code = """
+import logging, os, sys, warnings
+before = (list(warnings.filters), dict(os.environ), list(sys.path), list(logging.root.handlers))
+import qlora_lightning
+assert before == (list(warnings.filters), dict(os.environ), list(sys.path), list(logging.root.handlers))
+assert not logging.getLogger("qlora_lightning").handlers
+print({"torch", "lightning", "transformers", "peft", "bitsandbytes"} & set(sys.modules))
+"""
+    done = python(code)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+def test_every_public_name_is_found():
+    assert all(getattr(qlora_lightning, name) is not None for name in qlora_lightning.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = qlora_lightning.Nothing
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_help_lists_every_command_in_a_line_each(arguments, capsys):
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, (_, _, text) in COMMANDS.items():
+        assert sum(line.split() == [name, *text.split()] for line in lines) == 1
+    assert max(len(line) for line in lines) <= 100
+
+
+def test_help_imports_nothing_heavy():
+    done = python("""
+import sys
+from qlora_lightning.cli import main
+main(["--help"])
+print("heavy:", {"torch", "lightning", "transformers", "jsonargparse", "numpy"} & set(sys.modules))
+""")
+    assert done.stdout.endswith("heavy: set()\n")
+
+
+def test_the_program_is_installed_and_runs_as_a_module():
+    scripts = {script.name: script.value for script in importlib.metadata.entry_points(group="console_scripts")}
+    assert scripts["qlora-lightning"] == "qlora_lightning.cli:main"
+    done = subprocess.run([sys.executable, "-m", "qlora_lightning", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"qlora-lightning {qlora_lightning.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "hint"),
+    [("fti", "Did you mean fit?"), ("vaildate", "Did you mean validate?"), ("zzz", "Commands are ")],
+)
+def test_an_unknown_command_gets_the_nearest(command, hint, capsys):
+    assert main([command, "--config", "x.yaml"]) == 2
+    assert capsys.readouterr().err.startswith(f"qlora-lightning: {command!r} is not a command. {hint}")
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (UserError("a sentence."), 2, "qlora-lightning: a sentence.\n"),
+        (KeyboardInterrupt(), 130, "qlora-lightning: interrupted.\n"),
+    ],
+)
+def test_mistakes_and_interrupts_have_exit_codes_and_no_traceback(raised, code, said, monkeypatch, capsys):
+    def fail(arguments):
+        raise raised
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert main(["fit"]) == code
+    assert capsys.readouterr() == ("", said)
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "_run", lambda arguments: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["fit"])
+
+
+def test_the_arguments_are_those_of_the_process_by_default(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["qlora-lightning", "--version"])
+    assert main() == 0
+    assert capsys.readouterr().out == f"qlora-lightning {qlora_lightning.__version__}\n"
+
+
+def test_a_user_mistake_in_a_real_process_has_code_2_and_one_line(tmp_path):
+    command = [sys.executable, "-m", "qlora_lightning", "fit", "--config", "none.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("qlora-lightning: --config names ")
+    assert done.stderr.count("\n") == 1

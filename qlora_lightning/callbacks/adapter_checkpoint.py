@@ -2,11 +2,14 @@
 
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
 
 from qlora_lightning.errors import UserError
 
@@ -44,6 +47,7 @@ class AdapterCheckpoint(Checkpoint):
         self.mode = mode
         self.enabled = enabled
         self.best: list[tuple[float, str]] = []  # (monitored value, file name), the best first
+        self._best_tensors: dict[str, Tensor] | None = None  # of the best adapter, if this process trained it
         self._saved_step = -1
 
     @staticmethod
@@ -56,10 +60,15 @@ class AdapterCheckpoint(Checkpoint):
         """Where the best adapter of a run lies."""
         return Path(run_folder) / "adapter"
 
-    def best_file(self, run_folder: str | Path) -> Path | None:
-        """The checkpoint that the best adapter came from, if there is a best and its file was kept."""
-        file = self.checkpoint_folder(run_folder) / self.best[0][1] if self.best else None
-        return file if file is not None and file.exists() else None
+    def read_best(self, run_folder: str | Path) -> dict[str, Tensor] | None:
+        """Give the best adapter's tensors by the module's names, if there is a best and it was kept."""
+        if self._best_tensors is not None or not self.best:
+            return self._best_tensors
+        file = self.checkpoint_folder(run_folder) / self.best[0][1]
+        if not file.exists():
+            return None
+        tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+        return tensors
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step  # nothing new yet, also after a resume
@@ -88,21 +97,22 @@ class AdapterCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, value: float | None) -> None:
         """Write ``last.ckpt`` beside and rename it, then keep it under its own name if it is among the best."""
-        if not self.enabled:
+        if not self.enabled or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             return
         folder = self.checkpoint_folder(trainer.default_root_dir)
         name = f"step-{trainer.global_step:06d}.ckpt"
         dropped = self._rank(name, value)
+        if self._is_best(name):
+            self._best_tensors = {key: tensor.clone() for key, tensor in pl_module.state_dict().items()}
         unfinished, last = folder / "unfinished.ckpt", folder / "last.ckpt"
         trainer.save_checkpoint(unfinished, weights_only=False)  # every rank takes part; the first writes
         if trainer.is_global_zero:
             _flush(unfinished)
-            os.replace(unfinished, last)
             if self.save_top_k and any(kept == name for _, kept in self.best):
-                (folder / name).unlink(missing_ok=True)
-                os.link(last, folder / name)
+                _link(unfinished, folder / name)
             if self._is_best(name) or not self.best:
                 self._write_adapter(trainer, pl_module)
+            os.replace(unfinished, last)  # last of all: it says that all the others are there
             for old in dropped:
                 (folder / old).unlink(missing_ok=True)
         self._saved_step = trainer.global_step
@@ -148,6 +158,15 @@ def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
         return bool(trainer.is_last_batch)
     batches = trainer.fit_loop.total_batch_idx if every_epochs is None else batch_idx
     return (batches + 1) % int(interval) == 0
+
+
+def _link(source: Path, target: Path) -> None:
+    """Let two names share one file, or copy it where the file system knows no hard links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
 
 
 def _flush(file: Path) -> None:

@@ -14,7 +14,6 @@ from rich.table import Table
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from qlora_lightning.model.adapter_folder import loading_snippet
 from qlora_lightning.model.adapters import copy_tensors, trainable_tensors
-from qlora_lightning.model.generation import generate_answers
 from qlora_lightning.model.statistics import TokenStatistics
 
 
@@ -60,13 +59,12 @@ class BaseComparison(Callback):
             return
         rows = list(_split(batch))[: self.samples]
         prompts = [prompt for prompt, _ in rows]
-        answer = {"stop_ids": stop_ids, "max_new_tokens": self.max_new_tokens}
-        adapter = tokenizer.batch_decode(generate_answers(module.model, prompts, **answer))
+        adapter = tokenizer.batch_decode(module.answer(prompts, stop_ids, self.max_new_tokens))
         with module.model.disable_adapter():
-            base = tokenizer.batch_decode(generate_answers(module.model, prompts, **answer))
+            base = tokenizer.batch_decode(module.answer(prompts, stop_ids, self.max_new_tokens))
         for (prompt, reference), before, after in zip(rows, base, adapter, strict=True):
             table = Table(show_header=False, expand=True, title_justify="left")
-            table.add_column(style="dim", no_wrap=True)
+            table.add_column(style="dim", no_wrap=True, width=8)
             table.add_column(overflow="fold")
             expected = tokenizer.decode(reference, skip_special_tokens=True)
             question = tokenizer.decode(_last_turn(prompt, stop_ids), skip_special_tokens=True)
@@ -78,13 +76,13 @@ class BaseComparison(Callback):
 @contextlib.contextmanager
 def _best_adapter(trainer: Trainer, module: Any) -> Iterator[None]:
     """Hold the best adapter in the model, and put the last one back."""
-    writer = next((c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint)), None)  # type: ignore[attr-defined]  # set by a connector
-    file = writer.best_file(trainer.default_root_dir) if writer else None
-    if file is None:
+    writer: Any = next((c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint)), None)  # type: ignore[attr-defined]  # set by a connector
+    best = writer.read_best(trainer.default_root_dir) if writer else None
+    if best is None:
         yield
         return
     last = {name: tensor.detach().clone() for name, tensor in trainable_tensors(module).items()}
-    copy_tensors(module, torch.load(file, weights_only=True)["state_dict"], str(file))
+    copy_tensors(module, best, "The best adapter")
     try:
         yield
     finally:

@@ -36,11 +36,14 @@ class GPUMemoryMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._say(trainer, pl_module, "after loading")
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self.enabled:
-            return
+        if not self.enabled or trainer.global_step == self._step:
+            return  # inside an accumulation window the peak is not reached yet
         if self._first:
             self._first = False
             self._say(trainer, pl_module, "after the first step")

@@ -30,6 +30,7 @@ class GradientCheckpointing(Callback):
             raise UserError(f"gradient_checkpointing.every_n_layers is {every_n_layers}: expected 1 or more.")
         self.enabled = enabled
         self.every_n_layers = every_n_layers
+        self._layers: list[str] = []
         self._runs: dict[str, int] = {}
         self._handles: list[Any] = []
 
@@ -38,6 +39,11 @@ class GradientCheckpointing(Callback):
             model: Any = pl_module.causal_lm
             # Reentrant checkpointing would need an input that requires grad, and drag gradients below the adapters.
             model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=self.every_n_layers)
+            self._layers = [name for name, layer in pl_module.named_modules() if _is_checkpointed(layer)]
+            if not self._layers:
+                raise RuntimeError(
+                    "gradient_checkpointing is enabled, but no layer with an adapter can be checkpointed."
+                )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._watch(pl_module)
@@ -60,17 +66,11 @@ class GradientCheckpointing(Callback):
     def _watch(self, pl_module: LightningModule) -> None:
         """Count how often each checkpointed layer with something to train runs in the next step."""
         self._forget()
-        if not self.enabled:
-            return
-        for name, layer in pl_module.named_modules():
-            if not isinstance(layer, GradientCheckpointingLayer) or not layer.gradient_checkpointing:
-                continue
-            if trainable_tensors(layer):
-                self._runs[name] = 0
-                # On a part of the layer: the layer's own hooks stay outside what is run again.
-                self._handles.append(next(layer.children()).register_forward_pre_hook(self._counter(name)))
-        if not self._runs:
-            raise RuntimeError("gradient_checkpointing is enabled, but no layer with an adapter can be checkpointed.")
+        for name in self._layers:
+            self._runs[name] = 0
+            # On a part of the layer: the layer's own hooks stay outside what is run again.
+            part = next(pl_module.get_submodule(name).children())
+            self._handles.append(part.register_forward_pre_hook(self._counter(name)))
 
     def _counter(self, name: str) -> Any:
         def count(module: nn.Module, inputs: Any) -> None:
@@ -82,3 +82,12 @@ class GradientCheckpointing(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles, self._runs = [], {}
+
+
+def _is_checkpointed(layer: nn.Module) -> bool:
+    """Switched on, and with something to train: what lies below all adapters is never run again."""
+    return (
+        isinstance(layer, GradientCheckpointingLayer)
+        and layer.gradient_checkpointing
+        and bool(trainable_tensors(layer))
+    )

@@ -57,11 +57,18 @@ class MetricsLogger(Logger):
             csv.DictWriter(handle, self._columns).writerow(row)
 
     @rank_zero_only
-    def cut(self, step: int) -> None:
-        """Forget the lines from ``step`` on: the resumed run writes them again."""
+    def cut(self, step: int, keep_validation: bool = False) -> None:
+        """Forget the lines that a resumed run writes again.
+
+        Args:
+            step: Lines before this optimizer step stay.
+            keep_validation: Keep validations at this very step too: the run goes on inside its window, behind them.
+        """
         if self.file.exists():
             self._columns, rows = self._read()
-            self._rewrite([row for row in rows if int(row["step"]) < step])
+            self._rewrite(
+                [row for row in rows if int(row["step"]) < step + bool(keep_validation and row.get("val_loss"))]
+            )
 
     def _read(self) -> tuple[list[str], list[dict[str, Any]]]:
         if not self.file.exists():

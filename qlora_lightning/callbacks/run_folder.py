@@ -9,6 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.errors import UserError
+from qlora_lightning.model.resume import KEY
 
 
 class RunFolder(Callback):
@@ -20,6 +21,7 @@ class RunFolder(Callback):
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
+        self._inside_window = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
@@ -29,10 +31,13 @@ class RunFolder(Callback):
             unfinished.write_text(yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True), encoding="utf-8")
             unfinished.replace(folder / "config.yaml")
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._inside_window = bool(checkpoint.get(KEY, {}).get("window"))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, MetricsLogger):
-                logger.cut(trainer.global_step)
+                logger.cut(trainer.global_step, keep_validation=self._inside_window)
 
 
 def refuse_started_folder(folder: str | Path) -> None:

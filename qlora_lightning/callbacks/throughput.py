@@ -51,9 +51,15 @@ class ThroughputMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Give the tokens seen so far, an open accumulation window included."""
-        return {"tokens_seen": self.tokens_seen, "tokens": self._tokens, "labelled": self._labelled}
+        return {
+            "tokens_seen": self.tokens_seen,
+            "tokens": self._tokens,
+            "labelled": self._labelled,
+            "seconds": self._seconds,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.tokens_seen = state_dict["tokens_seen"]
         self._tokens, self._labelled = state_dict["tokens"], state_dict["labelled"]
+        self._seconds = state_dict["seconds"]

@@ -9,6 +9,19 @@ from collections.abc import Mapping, Sequence
 from qlora_lightning.errors import UserError
 
 
+def check_top_level(config: object, known: Mapping[str, type | None]) -> None:
+    """Refuse a key of a whole config that nothing reads: jsonargparse lets one with nothing in it pass.
+
+    Raises:
+        UserError: There is such a key.
+    """
+    if not isinstance(config, dict) or not {"model", "data", "trainer"} & config.keys():
+        return  # a single value, which is loaded the same way
+    for key in config:
+        if key not in known:
+            raise UserError(f"There is no key {str(key)!r}.{_nearest(str(key), known)}")
+
+
 def word_parse_error(message: str, arguments: Sequence[str], known: Mapping[str, type | None]) -> UserError:
     """Word a parse error.
 
@@ -25,17 +38,16 @@ def word_parse_error(message: str, arguments: Sequence[str], known: Mapping[str,
         (r"does not accept option '(?P<key>[^']+)'", _unknown_key),
         (r"Parser key \"(?P<parent>\w+)\"[\s\S]*Option '(?P<name>[^']+)' is not accepted", _unknown_nested_key),
         (r"the following arguments are required: (?P<name>\w+)", _missing_key),
-        (
-            r"given class_path '(?P<path>[^']+)':\s*(?P<fault>No module[^\n]*|[^\n]*(import|found|subclass)[^\n]*)",
-            _bad_class,
-        ),
+        (r"given class_path '(?P<path>[^']+)':\s*(?P<fault>No module[^\n]*|module [^\n]* has no[^\n]*)", _bad_class),
+        (r"Import path (?P<path>\S+) (?P<fault>does not correspond to a subclass of \w+)", _bad_class),
+        (r"Unexpected config:", _not_a_mapping),
         (r"Parser key \"(?P<key>[\w.]+)\"[\s\S]*?Expected an? (?P<type>.+)\. Got value: (?P<value>.+)", _bad_value),
         (r"Parser key \"(?P<key>[\w.]+)\"[\s\S]*Given value: (?P<value>.+)", _bad_union_value),
     ):
         match = re.search(pattern, message)
         if match:
             sentence = word(match, message, known)
-            return UserError(f"{sentence} ({_where(match, arguments)})" if word in _NAMES_KEY else sentence)
+            return UserError(f"{sentence} ({_where(match, arguments)})" if word in _NAMES_PLACE else sentence)
     first = message.strip().splitlines()[0] if message.strip() else "the command line is not understood"
     return UserError(f"{first}. See `qlora-lightning {command} --help`.")
 
@@ -48,6 +60,10 @@ def _bad_yaml(match: re.Match[str], message: str, known: Mapping[str, type | Non
     place = re.search(r"line \d+, column \d+", match["fault"])
     reason = " ".join(line.strip() for line in match["fault"].splitlines() if line.strip(" ^") and 'in "' not in line)
     return f"The config is not YAML: {reason}{f' ({place[0]})' if place else ''}."
+
+
+def _not_a_mapping(match: re.Match[str], message: str, known: Mapping[str, type | None]) -> str:
+    return f"The config is empty, or no mapping: expected keys such as {', '.join(list(known)[:4])}."
 
 
 def _unknown_key(match: re.Match[str], message: str, known: Mapping[str, type | None]) -> str:
@@ -91,7 +107,7 @@ def _bad_union_value(match: re.Match[str], message: str, known: Mapping[str, typ
     return f"{match['key']} is {match['value'].strip()}: expected {expected}."
 
 
-_NAMES_KEY = (_unknown_key, _unknown_nested_key)
+_NAMES_PLACE = (_unknown_key, _unknown_nested_key, _not_a_mapping, _bad_class)
 
 
 def _plain_type(text: str) -> str:
@@ -112,7 +128,8 @@ def _nearest(name: str, names: Sequence[str] | Mapping[str, type | None], parent
 
 
 def _where(match: re.Match[str], arguments: Sequence[str]) -> str:
-    key = match.groupdict().get("key") or f"{match['parent']}.{match['name']}"
+    found = match.groupdict()
+    key = found.get("key") or f"{found.get('parent')}.{found.get('name')}"
     if any(argument.split("=")[0] == f"--{key}" for argument in arguments):
         return "on the command line"
     files = [after for before, after in itertools.pairwise(arguments) if before in ("--config", "-c")]

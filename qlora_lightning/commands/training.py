@@ -8,6 +8,7 @@ import jsonargparse
 import rich
 import yaml
 from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from qlora_lightning.callbacks import (
@@ -20,9 +21,10 @@ from qlora_lightning.callbacks import (
 )
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.run_folder import RunFolder, find_checkpoint, refuse_started_folder
-from qlora_lightning.commands.parse_errors import word_parse_error
+from qlora_lightning.commands.parse_errors import check_top_level, word_parse_error
 from qlora_lightning.commands.short_forms import expand_arguments, expand_config, shorten_config
 from qlora_lightning.data.datamodule import InstructionDataModule
+from qlora_lightning.errors import UserError
 from qlora_lightning.model.module import QLoRAModule
 
 _DEFAULT_CLASSES = {
@@ -51,6 +53,10 @@ _KNOWN_KEYS: dict[str, type | None] = {
     "throughput": ThroughputMonitor,
     "ckpt_path": None,
     "config": None,
+    # arguments of the Trainer's methods, which a run folder's config.yaml holds
+    "weights_only": None,
+    "verbose": None,
+    "return_predictions": None,
 }
 
 
@@ -80,14 +86,18 @@ class QLoRACLI(LightningCLI):
         settings = self._get(self.config_init, "trainer")
         folder, chosen = settings["default_root_dir"], settings.get("logger")
         others = [] if chosen in (None, True, False) else chosen if isinstance(chosen, list) else [chosen]
-        loggers: Any = False if chosen is False or settings.get("fast_dev_run") else [MetricsLogger(folder), *others]
+        own = [MetricsLogger(folder)] if self.subcommand == "fit" else []
+        loggers: Any = False if chosen is False or settings.get("fast_dev_run") else [*own, *others] or False
         callbacks = [
             *(settings.get("callbacks") or []),
             RunFolder(self._short_config()),
             BaseComparison(),
             PredictionWriter(),
         ]
-        return super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
+        try:
+            return super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
+        except (ValueError, MisconfigurationException) as error:  # what Lightning does not take, in its own words
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def _short_config(self) -> dict[str, Any]:
         text = self._parser(self.subcommand).dump(self.config[str(self.subcommand)], skip_unset=False)
@@ -145,11 +155,17 @@ def main(argv: Sequence[str]) -> int:
         )
     except jsonargparse.ArgumentError as error:
         raise word_parse_error(str(error), argv, _KNOWN_KEYS) from error
+    except SystemExit as stop:  # what Lightning makes of Ctrl-C
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
     return 0
 
 
 def _load_yaml(text: str) -> Any:
-    return expand_config(yaml.safe_load(text))
+    config = yaml.safe_load(text)
+    check_top_level(config, _KNOWN_KEYS)
+    return expand_config(config)
 
 
 def _log_to_terminal() -> None:

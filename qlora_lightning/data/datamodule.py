@@ -122,7 +122,7 @@ class InstructionDataModule(LightningDataModule):
             self._prepare(split)
             optional = stage is None or (stage == "fit" and split == "val")
             if not optional and split not in self.reports:
-                raise UserError(f"{stage} needs rows, but {split} is not given: name a file in `{split}:`.")
+                raise UserError(f"{split} rows are needed, but none are given: name a file in `data.{split}`.")
         if "val" in needed and "val" not in self._samples:
             # Lightning validates wherever the hook is overridden, and warns of loaders without batches.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]

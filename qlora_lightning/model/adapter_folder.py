@@ -38,7 +38,7 @@ def save_adapter_folder(
     Args:
         folder: Where to; it may hold an earlier adapter of the same run.
         model: The model with the adapter.
-        tensors: The adapter's tensors by the model's names.
+        tensors: The adapter's tensors by the model's names, tied ones under each of their names.
         tokenizer: Saved beside, with its chat template; may be ``None``.
         identity: Written as ``qlora_lightning.json``: the base's name, quantization and fingerprint.
     """
@@ -53,7 +53,8 @@ def save_adapter_folder(
     _replace_each(folder, lambda place: (place / "qlora_lightning.json").write_text(text, encoding="utf-8"))
     # The explicit state dict keeps PEFT from walking the quantized base, the flag from asking the hub.
     weights = peft.get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
-    weights = {name: tensor.detach().float().contiguous().cpu() for name, tensor in weights.items()}
+    # copies: tied tensors share memory, which the format refuses
+    weights = {name: tensor.detach().float().cpu().clone().contiguous() for name, tensor in weights.items()}
     _replace_each(folder, lambda place: save_file(weights, place / "adapter_model.safetensors", {"format": "pt"}))
 
 
@@ -79,12 +80,13 @@ def loading_snippet(folder: Path, identity: Mapping[str, Any]) -> str:
         f'load_in_4bit=True, bnb_4bit_quant_type="{quantization}", '
         f'bnb_4bit_use_double_quant={identity.get("double_quant", True)}, bnb_4bit_compute_dtype="{dtype}"'
     )
+    place = json.dumps(str(folder))
     settings = {"none": "", "int8": "load_in_8bit=True"}.get(quantization, four_bits)
     quantize = f", quantization_config=BitsAndBytesConfig({settings})" if settings else ""
     return (
         "from peft import AutoPeftModelForCausalLM; from transformers import AutoTokenizer, BitsAndBytesConfig\n"
-        f'model = AutoPeftModelForCausalLM.from_pretrained("{folder}", dtype="{dtype}"{quantize})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'
+        f'model = AutoPeftModelForCausalLM.from_pretrained({place}, dtype="{dtype}"{quantize})\n'
+        f"tokenizer = AutoTokenizer.from_pretrained({place})"
     )
 
 

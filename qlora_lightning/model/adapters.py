@@ -1,6 +1,7 @@
 """Puts LoRA adapters on a frozen base, by PEFT, and names the tensors that train."""
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -44,13 +45,15 @@ def add_adapters(
     Raises:
         UserError: A value cannot work.
     """
-    options = dict(lora_options or {})
+    options = copy.deepcopy(lora_options or {})  # PEFT writes into lists that it is handed
     if rank < 1:
         raise UserError(f"model.rank is {rank}: expected a positive integer, such as 8.")
     if not 0.0 <= dropout < 1.0:
         raise UserError(f"model.dropout is {dropout}: expected a probability in [0, 1).")
-    check_lora_options(options, model, bool(model.config.tie_word_embeddings))
+    tied = bool(model.config.tie_word_embeddings)
+    check_lora_options(options, model, tied)
     targets = resolve_targets(model, target_modules, layers)
+    _check_tied_targets(targets, tied)
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=rank,
@@ -75,6 +78,12 @@ def load_adapters(model: PreTrainedModel, folder: str) -> peft.PeftModel:
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every tensor that trains, by name: the adapter, and nothing of the base."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def all_names_of_trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Give them again, a tied one under each of its names: what PEFT's format wants."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: parameter for name, parameter in named if parameter.requires_grad}
 
 
 def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
@@ -105,6 +114,15 @@ def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
+
+
+def _check_tied_targets(targets: list[str], tied: bool) -> None:
+    apart = [name for name in targets if tied and name.endswith(("embed_tokens", "lm_head"))]
+    if apart:
+        raise UserError(
+            f"model.target_modules selects {apart[0]}, but this base ties head and embedding: an adapter on one would "
+            "part them. Train single tokens with lora_options: {trainable_token_indices: …} instead."
+        )
 
 
 def _with_float32_masters(model: peft.PeftModel) -> peft.PeftModel:

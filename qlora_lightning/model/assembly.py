@@ -8,7 +8,7 @@ import peft
 import torch
 
 from qlora_lightning.model.adapter_folder import read_identity
-from qlora_lightning.model.adapters import add_adapters, load_adapters
+from qlora_lightning.model.adapters import add_adapters, load_adapters, trainable_tensors
 from qlora_lightning.model.linear import fuse_lora_linears
 from qlora_lightning.model.quantized import Quantization, load_base
 from qlora_lightning.model.resume import check_identity
@@ -21,7 +21,7 @@ class QLoRAModel:
     Attributes:
         model: The frozen base with adapters that require gradients.
         identity: Name, folder, fingerprint and quantization of the base: checkpoints and adapter folders carry it.
-        unfused: Names of the LoRA layers that run PEFT's own forward.
+        unfused: Names of what trains in PEFT's own layers: unfused LoRA, whole modules, tokens.
     """
 
     model: peft.PeftModel
@@ -77,7 +77,7 @@ def assemble_model(
         "revision": loaded.source.revision,
         "fingerprint": loaded.fingerprint,
         "quantization": quantization,
-        "double_quant": double_quant,
+        "double_quant": loaded.double_quant,
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
     }
     if adapter is None:
@@ -85,5 +85,7 @@ def assemble_model(
     else:
         check_identity(read_identity(Path(adapter)), identity, f"The adapter folder {adapter}")
         model = load_adapters(loaded.model, adapter)
-    unfused = fuse_lora_linears(model) if fast else [name for name, _ in model.named_parameters() if ".lora_A." in name]
+    trainable = trainable_tensors(model)
+    unfused = fuse_lora_linears(model) if fast else list(trainable)
+    unfused += [name for name in trainable if ".lora_" not in name]
     return QLoRAModel(model, identity, unfused)

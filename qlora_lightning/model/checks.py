@@ -15,9 +15,11 @@ def check_training_mode(model: nn.Module) -> None:
     Raises:
         RuntimeError: The model is not in training mode.
     """
-    if not model.training:
+    asleep = [name for name, module in model.named_modules() if not module.training]
+    if asleep:
         raise RuntimeError(
-            "The model is in evaluation mode in a training step: dropout and activation checkpointing would be off. "
+            f"The model is in evaluation mode in a training step ({len(asleep)} modules, as {asleep[0] or 'all'}): "
+            "dropout and activation checkpointing would be off. "
             "A callback or hook called `model.eval()` or `generate`; call `model.train()` after it."
         )
 

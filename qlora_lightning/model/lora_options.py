@@ -26,7 +26,6 @@ _ALLOWED = {
     "init_lora_weights",
     "rank_pattern",
     "alpha_pattern",
-    "lora_bias",
     "modules_to_save",
     "trainable_token_indices",
     "ensure_weight_tying",
@@ -59,7 +58,7 @@ def check_lora_options(options: dict[str, Any], model: nn.Module, tied_embedding
     for name, value in options.items():
         _check_name(name)
         if name == "init_lora_weights":
-            _check_init(value)
+            _check_init(value, model)
     modules = options.get("modules_to_save") or []
     for module in modules:
         _check_module_to_save(module, model)
@@ -87,7 +86,12 @@ def _check_name(name: str) -> None:
     raise UserError(f"model.lora_options has {name!r}, which peft.LoraConfig does not know.{hint}")
 
 
-def _check_init(value: Any) -> None:
+def _check_init(value: Any, model: nn.Module) -> None:
+    if value == "orthogonal" and any(_is_quantized(module) for module in model.modules()):
+        raise UserError(
+            "model.lora_options.init_lora_weights is 'orthogonal': refused on a quantized base, since PEFT makes the "
+            "matrices in the dtype in which the weights are stored, and integers have no gradient."
+        )
     if value in _ALLOWED_INITS:
         return
     for name, reason in _REFUSED_INITS.items():
@@ -103,9 +107,12 @@ def _check_module_to_save(name: str, model: nn.Module) -> None:
     matches = [module for full, module in model.named_modules() if full == name or full.endswith(f".{name}")]
     if not matches:
         raise UserError(f"model.lora_options.modules_to_save names {name!r}, but the base has no such module.")
-    quantized = [module for module in matches if isinstance(module, nn.Linear) and type(module) is not nn.Linear]
-    if quantized:
+    if any(_is_quantized(module) for module in matches):
         raise UserError(
             f"model.lora_options.modules_to_save names {name!r}, which is quantized: integers have no gradient. "
             "Put an adapter on it with model.target_modules instead."
         )
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module) is not nn.Linear

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapter_folder import save_adapter_folder
-from qlora_lightning.model.adapters import copy_tensors, trainable_tensors
+from qlora_lightning.model.adapters import all_names_of_trainable_tensors, copy_tensors, trainable_tensors
 from qlora_lightning.model.assembly import assemble_model
 from qlora_lightning.model.checks import check_callbacks, check_gradients, check_trainer, check_training_mode
 from qlora_lightning.model.dtypes import ComputeDtype, choose_compute_dtype
@@ -252,7 +252,12 @@ class QLoRAModule(lightning.LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[list[int]]:
         """Answer each prompt of a prediction batch greedily; gives token ids."""
-        return generate_answers(self.model, batch["prompt_ids"], stop_ids=batch["stop_ids"])
+        return self.answer(batch["prompt_ids"], batch["stop_ids"])
+
+    def answer(self, prompts: list[list[int]], stop_ids: list[int], max_new_tokens: int = 128) -> list[list[int]]:
+        """Continue each prompt (token ids) greedily until a stop token; gives token ids without it."""
+        with self._autocast():
+            return generate_answers(self.model, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
 
     # ---- optimization ----------------------------------------------------------------------------------------------
 
@@ -284,7 +289,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def save_adapter(self, folder: str | Path, tokenizer: Any = None) -> None:
         """Write the adapter folder: PEFT's files, the tokenizer with its chat template, and what the base was."""
-        tensors = trainable_tensors(self.model)
+        tensors = all_names_of_trainable_tensors(self.model)
         save_adapter_folder(Path(folder), self.model, tensors, tokenizer, self.identity)
 
     # ---- start, stop and resume ------------------------------------------------------------------------------------
@@ -297,7 +302,7 @@ class QLoRAModule(lightning.LightningModule):
         rich.print(adapter_table(self.model))
         rich.print(describe_sizes(self.model))
         if self._autocast_dtype is not None and self.fast:
-            rich.print("Some adapters take PEFT's own, slower layers: dropout, DoRA, int8 or lora_bias.")
+            rich.print("Some of what trains takes PEFT's own, slower layers: dropout, DoRA, int8, whole modules.")
 
     def state_dict(  # type: ignore[override]  # torch's overloads, in one signature
         self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False

@@ -33,12 +33,14 @@ class QuantizedBase:
         source: Where the weights before quantization lie.
         fingerprint: A hash over the source's tensors.
         quantization: How the linears are stored.
+        double_quant: Whether the 4-bit scales are quantized too.
     """
 
     model: PreTrainedModel
     source: BaseFolder
     fingerprint: str
     quantization: Quantization
+    double_quant: bool
 
     @property
     def loadable_name(self) -> str:
@@ -77,8 +79,10 @@ def load_base(
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=trust_remote_code)
     load = _Loader(torch.device(device), compute_dtype, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
-        _check_stored_quantization(config, quantization, name)
+        stored = _check_stored_quantization(config, quantization, name)
+        double_quant = bool(stored.get("bnb_4bit_use_double_quant", False))
         model = load(source.folder)
+        _set_compute_dtype(model, compute_dtype)
     elif quantization == "none":
         model = load(source.folder)
     else:
@@ -86,7 +90,7 @@ def load_base(
         model = load(_quantized_folder(source, settings, load)) if cache else load(source.folder, settings)
     _freeze(model)
     _check_quantized(model, quantization)
-    return QuantizedBase(model, source, fingerprint(source.folder), quantization)
+    return QuantizedBase(model, source, fingerprint(source.folder), quantization, double_quant)
 
 
 class _Loader:
@@ -141,8 +145,19 @@ def _bitsandbytes_config(quantization: Quantization, double_quant: bool, dtype: 
     )
 
 
-def _check_stored_quantization(config: PretrainedConfig, quantization: Quantization, name: str) -> None:
-    stored = config.quantization_config
+def _set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Compute in the dtype that was asked for: with a stored quantization its own dtypes rule without a word."""
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype = dtype
+            module.weight.quant_state.dtype = dtype
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point() and tensor.dtype in (torch.float16, torch.bfloat16) and tensor.dtype != dtype:
+            tensor.data = tensor.data.to(dtype)
+
+
+def _check_stored_quantization(config: PretrainedConfig, quantization: Quantization, name: str) -> dict[str, Any]:
+    stored: Any = config.quantization_config
     if not isinstance(stored, dict):
         stored = stored.to_dict()
     found = (
@@ -158,6 +173,13 @@ def _check_stored_quantization(config: PretrainedConfig, quantization: Quantizat
             f"set model.quantization: {found}"
             + ("." if found in ("nf4", "fp4", "int8") else ", which is not supported: name a base in 16 bits instead.")
         )
+    skipped = [part for part in stored.get("llm_int8_skip_modules") or [] if part != "lm_head"]
+    if skipped:
+        raise UserError(
+            f"model.base {name} is stored quantized, but not whole: it left out {', '.join(skipped)}. "
+            "Name a base in 16 bits instead, which is quantized here."
+        )
+    return dict(stored)
 
 
 def _freeze(model: nn.Module) -> None:

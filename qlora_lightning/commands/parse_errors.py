@@ -9,8 +9,13 @@ from collections.abc import Mapping, Sequence
 from qlora_lightning.errors import UserError
 
 
-def check_top_level(config: object, known: Mapping[str, type | None]) -> None:
+def check_top_level(config: object, arguments: Sequence[str], known: Mapping[str, type | None]) -> None:
     """Refuse a key of a whole config that nothing reads: jsonargparse lets one with nothing in it pass.
+
+    Args:
+        config: What a YAML file holds.
+        arguments: The command line.
+        known: As for :func:`word_parse_error`.
 
     Raises:
         UserError: There is such a key.
@@ -19,7 +24,7 @@ def check_top_level(config: object, known: Mapping[str, type | None]) -> None:
         return  # a single value, which is loaded the same way
     for key in config:
         if key not in known:
-            raise UserError(f"There is no key {str(key)!r}.{_nearest(str(key), known)}")
+            raise UserError(f"There is no key {str(key)!r}.{_nearest(str(key), known)} ({_place(str(key), arguments)})")
 
 
 def word_parse_error(message: str, arguments: Sequence[str], known: Mapping[str, type | None]) -> UserError:
@@ -129,7 +134,10 @@ def _nearest(name: str, names: Sequence[str] | Mapping[str, type | None], parent
 
 def _where(match: re.Match[str], arguments: Sequence[str]) -> str:
     found = match.groupdict()
-    key = found.get("key") or f"{found.get('parent')}.{found.get('name')}"
+    return _place(found.get("key") or f"{found.get('parent')}.{found.get('name')}", arguments)
+
+
+def _place(key: str, arguments: Sequence[str]) -> str:
     if any(argument.split("=")[0] == f"--{key}" for argument in arguments):
         return "on the command line"
     files = [after for before, after in itertools.pairwise(arguments) if before in ("--config", "-c")]

@@ -137,7 +137,13 @@ def main(argv: Sequence[str]) -> int:
         UserError: A key or value is wrong.
     """
     _log_to_terminal()
-    jsonargparse.set_loader(_PARSER_MODE, _load_yaml, exceptions=(yaml.YAMLError,))
+
+    def load(text: str) -> Any:
+        config = yaml.safe_load(text)
+        check_top_level(config, argv, _KNOWN_KEYS)
+        return expand_config(config)
+
+    jsonargparse.set_loader(_PARSER_MODE, load, exceptions=(yaml.YAMLError,))
     options = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
     try:
         QLoRACLI(
@@ -160,12 +166,6 @@ def main(argv: Sequence[str]) -> int:
             raise KeyboardInterrupt from None
         raise
     return 0
-
-
-def _load_yaml(text: str) -> Any:
-    config = yaml.safe_load(text)
-    check_top_level(config, _KNOWN_KEYS)
-    return expand_config(config)
 
 
 def _log_to_terminal() -> None:

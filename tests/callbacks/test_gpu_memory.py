@@ -36,7 +36,6 @@ def test_it_speaks_after_loading_after_the_first_step_and_at_the_end(fit, capsys
     assert lines == ["after loading", "after the first step", "at the end"]
 
 
-@pytest.mark.xfail(reason="it speaks after the first micro-batch, before the optimizer has its state")
 def test_the_first_step_is_the_optimizers_not_the_first_micro_batch(fit, capsys):
     fit(GPUMemoryMonitor(), BatchEnds(), limit_train_batches=3, accumulate_grad_batches=3, limit_val_batches=0)
     text = spoken(capsys)
@@ -54,7 +53,8 @@ class BatchEnds(Callback):
         ({}, 6),
         ({"log_every_n_steps": 2}, 3),
         pytest.param(
-            {"accumulate_grad_batches": 3}, 2, marks=pytest.mark.xfail(reason="read, and reset, at every micro-batch")
+            {"accumulate_grad_batches": 3},
+            2,
         ),
     ],
 )

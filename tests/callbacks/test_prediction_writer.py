@@ -55,8 +55,8 @@ def test_a_second_run_replaces_the_file(predict):
     assert len(predict([{"instruction": "three"}])[0]) == 1
 
 
-@pytest.mark.xfail(reason="Lightning's BasePredictionWriter asks the loader for indices that nobody uses, and warns")
 def test_nothing_is_warned_about(predict):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own, on torch 2.13
         predict([{"instruction": "one"}])

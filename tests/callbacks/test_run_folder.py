@@ -35,7 +35,7 @@ def test_a_trial_run_and_other_stages_write_no_config(fit, make_module, make_dat
         {},
         {"every_n_train_steps": 3},
         pytest.param(
-            {"val_check_interval": 3}, marks=pytest.mark.xfail(reason="loses the line of a validation inside a window")
+            {"val_check_interval": 3},
         ),
     ],
 )

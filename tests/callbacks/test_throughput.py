@@ -77,7 +77,6 @@ def test_it_goes_on_counting_after_a_resume(fit, killed_fit, tmp_path):
     assert resumed.logged[-1]["tokens_seen"] == whole.logged[-1]["tokens_seen"] == whole.tokens
 
 
-@pytest.mark.xfail(reason="the seconds of an open window are not saved, its tokens are")
 def test_a_resume_inside_a_window_does_not_look_faster_than_it_was(fit, killed_fit, monkeypatch, tmp_path):
     monkeypatch.setattr("qlora_lightning.callbacks.throughput.time", FakeTime())
     options = {"accumulate_grad_batches": 4, "val_check_interval": 3, "limit_val_batches": 1}

@@ -136,7 +136,6 @@ def test_the_run_folders_config_serves_validate_test_and_predict(run, tmp_path):
     assert all(isinstance(line["prediction"], str) for line in lines)
 
 
-@pytest.mark.xfail(reason="they append their own line, of step 0, to metrics.csv")
 @pytest.mark.parametrize("command", ["validate", "test"])
 def test_judging_leaves_the_files_of_the_run_as_they_are(run, tmp_path, command):
     run("fit")
@@ -145,7 +144,6 @@ def test_judging_leaves_the_files_of_the_run_as_they_are(run, tmp_path, command)
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
 
 
-@pytest.mark.xfail(reason="they write metrics.csv, which then counts as a started run")
 @pytest.mark.parametrize("command", ["validate", "test"])
 def test_the_base_can_be_judged_before_the_first_fit(run, command):
     assert "this judges the base alone" in run(command)
@@ -205,7 +203,6 @@ def test_an_interrupted_run_goes_on_to_the_same_end(run, tmp_path):
     assert all(torch.equal(cut[name], tensor) for name, tensor in whole.items())
 
 
-@pytest.mark.xfail(reason="Lightning turns an interrupt into SystemExit(1), past our own 130")
 def test_an_interrupted_run_ends_with_code_130(run, tmp_path):
     config = write_config(tmp_path, trainer={"callbacks": [{"class_path": "researcher.Interrupt"}], "max_epochs": 2})
     try:
@@ -262,7 +259,6 @@ def test_a_subclass_is_named_by_class_path_beside_flat_keys_or_with_init_args(ru
     assert "loud is 7" in out
 
 
-@pytest.mark.xfail(reason="AdapterCheckpoint saves in a trial run")
 def test_a_trial_run_leaves_a_finished_run_alone(run, tmp_path):
     run("fit")
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
@@ -270,7 +266,6 @@ def test_a_trial_run_leaves_a_finished_run_alone(run, tmp_path):
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
 
 
-@pytest.mark.xfail(reason="names Lightning's enumeration, TrainerFn.TESTING, and not the key data.test")
 @pytest.mark.parametrize(("command", "key"), [("test", "test"), ("predict", "predict"), ("validate", "val")])
 def test_rows_that_are_missing_are_asked_for_by_their_key(run, tmp_path, command, key):
     config = write_config(tmp_path, data={key: None})

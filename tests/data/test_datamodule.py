@@ -135,7 +135,7 @@ def test_validation_is_optional_in_fit_but_not_in_validate(make):
     data.setup("fit")
     assert not is_overridden("val_dataloader", data)  # so Lightning does not validate
     for stage, split in (("validate", "val"), ("test", "test"), ("predict", "predict")):
-        with pytest.raises(UserError, match=f"{stage} needs rows, but {split} is not given"):
+        with pytest.raises(UserError, match=f"{split} rows are needed.*data.{split}"):
             data.setup(stage)
 
 

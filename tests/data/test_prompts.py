@@ -5,8 +5,14 @@ PROMPTS = [Prompt([number], str(number), number, {"n": number}) for number in ra
 
 def test_batches_hold_what_generation_and_its_report_need():
     assert list(PromptLoader(PROMPTS, 2, [2])) == [
-        {"prompt_ids": [[0], [1]], "references": ["0", "1"], "row_ids": [0, 1], "rows": [{"n": 0}, {"n": 1}]},
-        {"prompt_ids": [[2]], "references": ["2"], "row_ids": [2], "rows": [{"n": 2}]},
+        {
+            "prompt_ids": [[0], [1]],
+            "stop_ids": [2],
+            "references": ["0", "1"],
+            "row_ids": [0, 1],
+            "rows": [{"n": 0}, {"n": 1}],
+        },
+        {"prompt_ids": [[2]], "stop_ids": [2], "references": ["2"], "row_ids": [2], "rows": [{"n": 2}]},
     ]
 
 

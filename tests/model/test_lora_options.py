@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapter_folder import save_adapter_folder
-from qlora_lightning.model.adapters import add_adapters, trainable_tensors
+from qlora_lightning.model.adapters import add_adapters, all_names_of_trainable_tensors, trainable_tensors
 from qlora_lightning.model.generation import generate_answers
 from qlora_lightning.model.linear import fuse_lora_linears
 from qlora_lightning.model.lora_options import check_lora_options
@@ -134,15 +134,8 @@ def test_dora_trains_a_magnitude_for_each_output(tiny_base, quantization):
     assert all(layer.weight.grad.any() for layer in layers)
 
 
-@pytest.mark.parametrize(
-    "quantization",
-    [
-        "none",
-        pytest.param("nf4", marks=pytest.mark.xfail(reason="PEFT draws A as integers here", raises=RuntimeError)),
-    ],
-)
-def test_orthogonal_initialization_starts_at_the_base_with_b_away_from_zero(tiny_base, quantization):
-    model = make(tiny_base, {"init_lora_weights": "orthogonal"}, quantization)
+def test_orthogonal_initialization_starts_at_the_base_with_b_away_from_zero(tiny_base):
+    model = make(tiny_base, {"init_lora_weights": "orthogonal"}, "none")
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     assert a.any()
@@ -150,13 +143,15 @@ def test_orthogonal_initialization_starts_at_the_base_with_b_away_from_zero(tiny
     assert (b @ a).abs().max() < 1e-6  # their row and column spaces are orthogonal: nothing changes yet
 
 
+def test_orthogonal_initialization_is_refused_on_a_quantized_base(tiny_base):
+    with pytest.raises(UserError, match=r"orthogonal.*integers have no gradient"):
+        make(tiny_base, {"init_lora_weights": "orthogonal"}, "nf4")
+
+
 TIED = [
     {"trainable_token_indices": [5, 6]},
     {"modules_to_save": ["norm"]},
-    pytest.param(
-        TIED_EMBEDDING,
-        marks=pytest.mark.xfail(reason="saving: KeyError 'modules_to_save.default.weight'", raises=KeyError),
-    ),
+    TIED_EMBEDDING,
 ]
 UNTIED = [
     {"trainable_token_indices": {"embed_tokens": [5, 6], "lm_head": [5, 6]}},
@@ -168,7 +163,7 @@ def assert_reloads_with_equal_values(folder, options, quantization, place):
     model = make(folder, options, quantization)
     train(model)
     identity = {"base": str(folder), "quantization": quantization}
-    save_adapter_folder(place, model, trainable_tensors(model), None, identity)
+    save_adapter_folder(place, model, all_names_of_trainable_tensors(model), None, identity)
     base = load_base(str(folder), quantization=quantization, compute_dtype=torch.float32).model
     again = dict(peft.PeftModel.from_pretrained(base, place).named_parameters())
     own = trainable_tensors(model)
@@ -209,12 +204,6 @@ def test_only_the_chosen_tokens_train(tiny_base):
     assert moved == [False, True, True, False]
 
 
-def mismatch(options):
-    return pytest.param(
-        options, marks=pytest.mark.xfail(reason="dtypes of float32 and bfloat16 meet", raises=RuntimeError)
-    )
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -222,13 +211,14 @@ def mismatch(options):
         {"use_dora": True},
         {"trainable_token_indices": [5, 6]},
         {"modules_to_save": ["embed_tokens", "lm_head"]},
-        mismatch({"modules_to_save": ["norm"]}),
-        mismatch({"modules_to_save": ["embed_tokens"]}),
-        mismatch({"modules_to_save": ["lm_head"]}),
+        {"modules_to_save": ["norm"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
     ],
 )
 def test_over_a_bfloat16_base_it_trains_and_generates(untied_base, options):
     model = make(untied_base, options, dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in trainable_tensors(model).values()} == {torch.float32}  # masters
-    backward(model)
-    assert len(generate_answers(model, [[5, 6], [7]], stop_ids=[49], max_new_tokens=2)) == 2
+    with torch.autocast("cpu", torch.bfloat16):  # as the module does where not only fused LoRA trains
+        backward(model)
+        assert len(generate_answers(model, [[5, 6], [7]], stop_ids=[49], max_new_tokens=2)) == 2

@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import lightning
 import pytest
@@ -15,7 +16,9 @@ from qlora_lightning.model.adapters import trainable_tensors
 
 def make_module(base, **settings):
     torch.manual_seed(3)
-    module = QLoRAModule(str(base), **{"compute_dtype": "fp32", "warmup_ratio": 0.0, "schedule": "constant", **settings})
+    module = QLoRAModule(
+        str(base), **{"compute_dtype": "fp32", "warmup_ratio": 0.0, "schedule": "constant", **settings}
+    )
     module.configure_model()
     with torch.no_grad():  # B away from zero, so that every gradient is alive
         for name, tensor in trainable_tensors(module).items():
@@ -44,7 +47,7 @@ def batch():
 
 def rows_of(batch):
     bounds = batch["cu_seqlens"].tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         yield batch["input_ids"][:, start:end], batch["labels"][:, start:end]
 
 

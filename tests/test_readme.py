@@ -41,7 +41,8 @@ import json, sys, torch
 lines = open("configs/quickstart/val.jsonl", encoding="utf-8").read().splitlines()
 texts = [tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False) for line in lines[:32]]
 with torch.no_grad():
-    top = [model(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits[0].argmax(-1) for text in texts]
+    batches = [tokenizer(text, return_tensors="pt", add_special_tokens=False) for text in texts]
+    top = [model(**batch).logits[0].argmax(-1) for batch in batches]
 print(json.dumps(torch.cat(top).tolist()))
 """
 TRAINED = """

@@ -1,21 +1,18 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train and judge them."""
 
 import contextlib
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, cast
+from typing import Any, Literal, cast
 
-import lightning
 import peft
 import rich
 import torch
-from lightning import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.adapter_folder import save_adapter_folder
-from qlora_lightning.model.adapters import all_names_of_trainable_tensors, copy_tensors, trainable_tensors
+from qlora_lightning.model.adapter_state import AdapterStateModule
+from qlora_lightning.model.adapters import trainable_tensors
 from qlora_lightning.model.assembly import assemble_model
 from qlora_lightning.model.checks import check_callbacks, check_gradients, check_trainer, check_training_mode
 from qlora_lightning.model.dtypes import ComputeDtype, choose_compute_dtype
@@ -23,21 +20,13 @@ from qlora_lightning.model.generation import generate_answers
 from qlora_lightning.model.loss import LossSums, head_loss
 from qlora_lightning.model.optimizer import ParameterGroups, build_optimizer
 from qlora_lightning.model.quantized import Quantization
-from qlora_lightning.model.resume import ExactResume, check_identity, read_content
+from qlora_lightning.model.resume import ExactResume
 from qlora_lightning.model.schedule import build_schedule, count_optimizer_steps
 from qlora_lightning.model.statistics import TokenStatistics
 from qlora_lightning.model.summary import adapter_table, describe_sizes
-from qlora_lightning.model.window import Window
 
 
-class LoadedKeys(NamedTuple):
-    """What torch's ``load_state_dict`` returns; both stay empty, since a misfit is an error here."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-
-
-class QLoRAModule(lightning.LightningModule):
+class QLoRAModule(AdapterStateModule):
     """A frozen, quantized LLaMA with LoRA adapters.
 
     Doors for subclasses: :meth:`build_model`, :meth:`compute_loss` and :meth:`parameter_groups`.
@@ -112,12 +101,9 @@ class QLoRAModule(lightning.LightningModule):
         self.learning_rate, self.weight_decay, self.optimizer_choice = learning_rate, weight_decay, optimizer
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
         self.fast, self.on_nonfinite = fast, on_nonfinite
-        self.model: Any = None  # made late, on the process's own device: see configure_model
-        self.identity: dict[str, Any] = {"base": base, "quantization": quantization}
-        self.strict_loading = True
+        self.identity = {"base": base, "quantization": quantization}
         self.val_statistics, self.test_statistics = TokenStatistics(), TokenStatistics()
         self.skipped_steps = 0
-        self.window = Window()
         self._checks_due = True
         self._autocast_dtype: torch.dtype | None = None
 
@@ -287,55 +273,12 @@ class QLoRAModule(lightning.LightningModule):
             batches, self.trainer.accumulate_grad_batches, self.trainer.max_epochs, self.trainer.max_steps
         )
 
-    def save_adapter(self, folder: str | Path, tokenizer: Any = None) -> None:
-        """Write the adapter folder: PEFT's files, the tokenizer with its chat template, and what the base was."""
-        tensors = all_names_of_trainable_tensors(self.model)
-        save_adapter_folder(Path(folder), self.model, tensors, tokenizer, self.identity)
-
-    # ---- start, stop and resume ------------------------------------------------------------------------------------
-
-    def configure_callbacks(self) -> list[Callback]:
-        return [ExactResume()]
-
     @rank_zero_only
     def on_fit_start(self) -> None:
         rich.print(adapter_table(self.model))
         rich.print(describe_sizes(self.model))
         if self._autocast_dtype is not None and self.fast:
             rich.print("Some of what trains takes PEFT's own, slower layers: dropout, DoRA, int8, whole modules.")
-
-    def state_dict(  # type: ignore[override]  # torch's overloads, in one signature
-        self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
-    ) -> dict[str, Any]:
-        """Give the adapter's tensors only; the base, large and frozen, is never walked but made anew from its name."""
-        destination = {} if destination is None else destination
-        for name, tensor in trainable_tensors(self).items():
-            destination[prefix + name] = tensor if keep_vars else tensor.detach()
-        return destination
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Set the adapter's tensors; always strict: every one must be there with its shape, and no other."""
-        self.configure_model()
-        copy_tensors(self, state_dict, "The checkpoint")
-        return LoadedKeys([], [])
-
-    @classmethod
-    def load_from_checkpoint(  # type: ignore[override]  # our settings lie under our own key, and no hparams file exists
-        cls, checkpoint_path: str | Path, map_location: Any = "cpu", **overrides: Any
-    ) -> Self:
-        """Make a module from a checkpoint: settings, base and adapter. ``overrides`` replace saved settings.
-
-        Raises:
-            UserError: The checkpoint is foreign, or belongs to another base.
-        """
-        checkpoint = torch.load(checkpoint_path, map_location=map_location, weights_only=True)
-        content = read_content(checkpoint, str(checkpoint_path))
-        module = cls(**{**content["settings"], **overrides})
-        module.to(map_location)
-        module.configure_model()
-        check_identity(content["identity"], module.identity, str(checkpoint_path))
-        module.load_state_dict(checkpoint["state_dict"])
-        return module
 
 
 def _has_moved(name: str, parameter: nn.Parameter) -> bool:

@@ -68,8 +68,9 @@ class BaseComparison(Callback):
             table.add_column(overflow="fold")
             expected = tokenizer.decode(reference, skip_special_tokens=True)
             question = tokenizer.decode(_last_turn(prompt, stop_ids), skip_special_tokens=True)
+            question = question.strip().removeprefix("user\n")  # what ChatML and Llama-3 leave of the turn's header
             for name, text in (("prompt", question), ("expected", expected), ("base", before), ("adapter", after)):
-                table.add_row(name, escape(text.strip()))
+                table.add_row(name, escape(_shorten(text)))
             rich.print(table)
 
 
@@ -118,6 +119,12 @@ def _split(batch: Any) -> Iterator[tuple[list[int], list[int]]]:
         first = next((place for place, label in enumerate(labels) if label != -100), None)
         if first is not None:
             yield batch["input_ids"][0, start : start + first].tolist(), [t for t in labels if t != -100]
+
+
+def _shorten(text: str, most: int = 300) -> str:
+    """Cut what a model that does not stop would fill the screen with."""
+    text = text.strip()
+    return text if len(text) <= most else f"{text[:most]} …"
 
 
 def _last_turn(prompt: list[int], stop_ids: list[int]) -> list[int]:

@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.resume import KEY
+from qlora_lightning.model.resume import KEY, read_content
 
 
 class RunFolder(Callback):
@@ -26,10 +27,16 @@ class RunFolder(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             folder = Path(trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
             unfinished = folder / "config.yaml.unfinished"
-            unfinished.write_text(yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True), encoding="utf-8")
-            unfinished.replace(folder / "config.yaml")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                unfinished.write_text(text, encoding="utf-8")
+                unfinished.replace(folder / "config.yaml")
+            except OSError as error:
+                raise UserError(
+                    f"trainer.default_root_dir {folder} cannot be written to: {error.strerror}. Name another folder."
+                ) from error
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._inside_window = bool(checkpoint.get(KEY, {}).get("window"))
@@ -65,6 +72,19 @@ def find_checkpoint(folder: str | Path, name: str | None) -> str | None:
     if name == "last":
         file = AdapterCheckpoint.checkpoint_folder(folder) / "last.ckpt"
         return str(file) if file.exists() else None
-    if not Path(name).is_file():
-        raise UserError(f"--ckpt_path {name}: there is no such file. Expected a .ckpt file, or `last`.")
     return name
+
+
+def check_checkpoint(file: str | Path) -> None:
+    """Refuse a file that is no whole checkpoint of ours, before anything is loaded for it.
+
+    Raises:
+        UserError: It is not there, cut off, or foreign.
+    """
+    if not Path(file).is_file():
+        raise UserError(f"--ckpt_path {file}: there is no such file. Expected a .ckpt file, or `last`.")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch has no exception of its own for a file that it cannot read
+        raise UserError(f"--ckpt_path {file} is no checkpoint, or it is cut off: {type(error).__name__}.") from error
+    read_content(checkpoint if isinstance(checkpoint, dict) else {}, f"--ckpt_path {file}")

@@ -1,7 +1,8 @@
 """``fit``, ``validate``, ``test`` and ``predict``: LightningCLI with our module, data and callbacks."""
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jsonargparse
@@ -20,7 +21,7 @@ from qlora_lightning.callbacks import (
     ThroughputMonitor,
 )
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
-from qlora_lightning.callbacks.run_folder import RunFolder, find_checkpoint, refuse_started_folder
+from qlora_lightning.callbacks.run_folder import RunFolder, check_checkpoint, find_checkpoint, refuse_started_folder
 from qlora_lightning.commands.parse_errors import check_top_level, word_parse_error
 from qlora_lightning.commands.short_forms import expand_arguments, expand_config, shorten_config
 from qlora_lightning.data.datamodule import InstructionDataModule
@@ -80,10 +81,19 @@ class QLoRACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without Lightning's warning that arguments come both from Python and from the command line."""
         self.config = parser.parse_args(args)
+        asked = self.config[self.config.subcommand].get("ckpt_path")
+        if asked not in (None, "last"):
+            check_checkpoint(asked)  # before Lightning reads it
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Make the Trainer: ``metrics.csv`` is always written, other loggers come beside it."""
         settings = self._get(self.config_init, "trainer")
+        if settings["accumulate_grad_batches"] < 1:
+            raise UserError(
+                f"trainer.accumulate_grad_batches is {settings['accumulate_grad_batches']}: expected 1 or more."
+            )
+        if (settings["gradient_clip_val"] or 0) < 0:
+            raise UserError(f"trainer.gradient_clip_val is {settings['gradient_clip_val']}: expected 0 (off) or more.")
         folder, chosen = settings["default_root_dir"], settings.get("logger")
         others = [] if chosen in (None, True, False) else chosen if isinstance(chosen, list) else [chosen]
         own = [MetricsLogger(folder)] if self.subcommand == "fit" else []
@@ -106,8 +116,11 @@ class QLoRACLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Find the checkpoint to go on from; without one, keep a folder to one run."""
-        asked = self._find_checkpoint()
-        if asked is None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+        asked = self.config_init["fit"]["ckpt_path"]
+        found = self._find_checkpoint()
+        if asked is not None and found is None:
+            rich.print("No checkpoint in the run folder yet: this starts fresh.")
+        elif asked is None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             refuse_started_folder(self.trainer.default_root_dir)
 
     def _find_checkpoint(self) -> str | None:
@@ -136,7 +149,6 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: A key or value is wrong.
     """
-    _log_to_terminal()
 
     def load(text: str) -> Any:
         config = yaml.safe_load(text)
@@ -146,19 +158,20 @@ def main(argv: Sequence[str]) -> int:
     jsonargparse.set_loader(_PARSER_MODE, load, exceptions=(yaml.YAMLError,))
     options = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
     try:
-        QLoRACLI(
-            QLoRAModule,
-            InstructionDataModule,
-            save_config_callback=None,  # RunFolder writes it
-            trainer_defaults=_TRAINER_DEFAULTS,
-            seed_everything_default=42,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            parser_kwargs={**options, **{verb: dict(options) for verb in _VERBS}},
-            args=expand_arguments(list(argv)),
-        )
+        with _logging_to_terminal():
+            QLoRACLI(
+                QLoRAModule,
+                InstructionDataModule,
+                save_config_callback=None,  # RunFolder writes it
+                trainer_defaults=_TRAINER_DEFAULTS,
+                seed_everything_default=42,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                parser_kwargs={**options, **{verb: dict(options) for verb in _VERBS}},
+                args=expand_arguments(list(argv)),
+            )
     except jsonargparse.ArgumentError as error:
         raise word_parse_error(str(error), argv, _KNOWN_KEYS) from error
     except SystemExit as stop:  # what Lightning makes of Ctrl-C
@@ -168,11 +181,15 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _log_to_terminal() -> None:
-    """Show what our own code says."""
+@contextlib.contextmanager
+def _logging_to_terminal() -> Iterator[None]:
+    """Show what our own code says, while a command runs."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("qlora_lightning")
-    if not logger.handlers:
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

@@ -1,5 +1,6 @@
 """Base and adapters put together: the model that QLoRA trains, and a record of what it was made from."""
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import peft
 import torch
 
+from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapter_folder import read_identity
 from qlora_lightning.model.adapters import add_adapters, load_adapters, trainable_tensors
 from qlora_lightning.model.linear import fuse_lora_linears
@@ -85,7 +87,20 @@ def assemble_model(
     else:
         check_identity(read_identity(Path(adapter)), identity, f"The adapter folder {adapter}")
         model = load_adapters(loaded.model, adapter)
+        _check_options(model.peft_config["default"], adapter_options, adapter)
     trainable = trainable_tensors(model)
     unfused = fuse_lora_linears(model) if fast else list(trainable)
     unfused += [name for name in trainable if ".lora_" not in name]
     return QLoRAModel(model, identity, unfused)
+
+
+def _check_options(config: peft.LoraConfig, options: dict[str, Any], folder: str) -> None:
+    """Refuse options that contradict the adapter that training goes on with: they would be ignored."""
+    defaults = inspect.signature(add_adapters).parameters
+    for name, own in (("rank", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout")):
+        asked, stored = options[name], getattr(config, own)
+        if asked not in (defaults[name].default, stored):
+            raise UserError(
+                f"model.{name} is {asked}, but the adapter in {folder} has {stored}, and training goes on with that: "
+                f"leave model.{name} out, or train a new adapter without model.adapter."
+            )

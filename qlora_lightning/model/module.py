@@ -252,13 +252,12 @@ class QLoRAModule(AdapterStateModule):
         return [{"params": list(trainable_tensors(self).values())}]
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        clips = bool(self.trainer.gradient_clip_val)
         optimizer = build_optimizer(
             self.parameter_groups(),
             self.optimizer_choice,
             self.learning_rate,
             self.weight_decay,
-            fused=not (clips and self.trainer.precision == "16-mixed"),  # Lightning forbids the two together
+            fused=not str(self.trainer.precision).endswith("-mixed"),  # there Lightning clips no fused optimizer
         )
         schedule = build_schedule(optimizer, self.schedule, self._count_steps(), self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -24,8 +24,10 @@ def build_optimizer(
         fused: Whether AdamW may run as one kernel.
 
     Raises:
-        UserError: The class is not there or does not take the arguments.
+        UserError: The class is not there or does not take the arguments, or the learning rate is not positive.
     """
+    if learning_rate <= 0:
+        raise UserError(f"model.learning_rate is {learning_rate}: expected a positive number, such as 2e-4.")
     if choice is None:
         return AdamW(groups, lr=learning_rate, weight_decay=weight_decay, fused=fused)
     if isinstance(choice, str):

@@ -80,7 +80,7 @@ def test_answers_of_both_are_shown_beside_what_was_expected(fit, figures):
     assert re.findall(r"│ (\w+) +│", text[text.index("Validation rows") :]) == [
         "loss", "perplexity", *(["prompt", "expected", "base", "adapter"] * 2)
     ]  # fmt: skip
-    assert re.search(r"prompt +│ user +│\n│ +│ Count to 1\. Please\. +│", text)
+    assert re.search(r"prompt +│ Count to 1\. Please\. +│", text)
     assert re.search(r"expected +│ 1 2 ", text)
 
 

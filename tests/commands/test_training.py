@@ -272,3 +272,36 @@ def test_rows_that_are_missing_are_asked_for_by_their_key(run, tmp_path, command
     out = run(command, config=config, code=2)
     assert "TrainerFn" not in out
     assert f"data.{key}" in out
+
+
+def test_a_folder_left_by_a_kill_before_the_first_save_starts_fresh_when_asked_for_the_last(run, tmp_path):
+    """A requeued job needs one command, whatever the kill left behind."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.csv").write_text("step,train_loss\n0,9.0\n1,8.0\n")
+    assert "starts fresh" in run("fit", "--ckpt_path", "last")
+    whole = (tmp_path / "run" / "metrics.csv").read_text()
+    assert "9.0\n" not in whole
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("trainer.accumulate_grad_batches", 0),
+        ("trainer.gradient_clip_val", -1),
+        ("model.learning_rate", -1.0),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(run, key, value):
+    assert f"{key} is {value}: expected" in run("fit", f"--{key}={value}", code=2)
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused(run):
+    said = run("fit", "--trainer.default_root_dir", "/proc/no", code=2)
+    assert "trainer.default_root_dir /proc/no cannot be written to" in said
+
+
+@pytest.mark.filterwarnings("ignore:You passed `Trainer.*AMP with fp16 is not supported on CPU")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision_trains_with_clipping(run, precision):
+    run("fit", "--trainer.precision", precision)

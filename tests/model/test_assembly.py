@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from qlora_lightning import QLoRAModule
+from qlora_lightning.errors import UserError
+
+
+@pytest.fixture
+def adapter(tiny_base, tmp_path):
+    """An adapter folder of rank 4 whose B is not zero."""
+    module = QLoRAModule(str(tiny_base), compute_dtype="fp32", rank=4, target_modules="attention")
+    module.configure_model()
+    for name, tensor in module.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.ones_(tensor)
+    module.save_adapter(tmp_path / "adapter")
+    return module, tmp_path / "adapter"
+
+
+def test_training_goes_on_with_an_adapter_folder_its_rank_and_targets(tiny_base, adapter):
+    module, folder = adapter
+    again = QLoRAModule(str(tiny_base), compute_dtype="fp32", adapter=str(folder))
+    again.configure_model()
+    assert again.state_dict().keys() == module.state_dict().keys()
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in module.state_dict().items())
+    assert all(parameter.requires_grad == (".lora_" in name) for name, parameter in again.named_parameters())
+
+
+@pytest.mark.parametrize(("option", "value", "stored"), [("rank", 16, 4), ("alpha", 3.0, 8), ("dropout", 0.1, 0.0)])
+def test_options_that_contradict_the_adapter_are_refused(tiny_base, adapter, option, value, stored):
+    module = QLoRAModule(str(tiny_base), compute_dtype="fp32", adapter=str(adapter[1]), **{option: value})
+    with pytest.raises(UserError, match=rf"model.{option} is {value}, but the adapter in .* has {stored}"):
+        module.configure_model()
+
+
+def test_an_adapter_of_another_quantization_is_refused(tiny_base, adapter):
+    module = QLoRAModule(str(tiny_base), quantization="int8", adapter=str(adapter[1]))
+    with pytest.raises(UserError, match="its quantization is nf4"):
+        module.configure_model()

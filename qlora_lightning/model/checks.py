@@ -37,7 +37,7 @@ def check_callbacks(callbacks: Iterable[object], needed: type) -> None:
         )
 
 
-def check_gradients(trainable: Mapping[str, nn.Parameter]) -> None:
+def check_gradients(trainable: Mapping[str, nn.Parameter]) -> bool:
     """Refuse adapters that get no gradient.
 
     B has one from the first step. A's is exactly zero until B has moved away from zero, so A is asked only then.
@@ -45,27 +45,26 @@ def check_gradients(trainable: Mapping[str, nn.Parameter]) -> None:
     Args:
         trainable: The tensors that train, by name, after backward.
 
+    Returns:
+        Whether all could be asked: not yet while an A waits for its B.
+
     Raises:
         RuntimeError: A tensor has no gradient, or one of zeros only.
     """
-    dead = [name for name, parameter in trainable.items() if parameter.grad is None]
-    for name, parameter in trainable.items():
-        if parameter.grad is None or not _owes_gradient(name, trainable):
-            continue
-        if not parameter.grad.any():
-            dead.append(name)
+    waiting = {name for name in trainable if ".lora_A." in name and not _has_moved(name, trainable)}
+    asked = {name for name in trainable if ".lora_A." in name or ".lora_B." in name} - waiting
+    dead = [name for name, p in trainable.items() if p.grad is None or (name in asked and not p.grad.any())]
     if dead:
         raise RuntimeError(
             f"{len(dead)} of {len(trainable)} trainable tensors get no gradient, as {', '.join(dead[:3])}: they would "
             "never learn. A frozen layer passes no gradient, or compute_loss does not use them."
         )
+    return not waiting
 
 
-def _owes_gradient(name: str, trainable: Mapping[str, nn.Parameter]) -> bool:
-    if ".lora_A." in name:
-        partner = trainable.get(name.replace(".lora_A.", ".lora_B."))
-        return partner is not None and bool(partner.detach().any())
-    return ".lora_B." in name
+def _has_moved(name_of_a: str, trainable: Mapping[str, nn.Parameter]) -> bool:
+    b = trainable.get(name_of_a.replace(".lora_A.", ".lora_B."))
+    return b is not None and bool(b.detach().any())
 
 
 def check_trainer(precision: str, strategy: str, quantization: str) -> None:

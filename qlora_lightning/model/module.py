@@ -12,18 +12,19 @@ from torch import Tensor, nn
 
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapter_state import AdapterStateModule
-from qlora_lightning.model.adapters import trainable_tensors
+from qlora_lightning.model.adapters import check_adapter_settings, trainable_tensors
 from qlora_lightning.model.assembly import assemble_model
 from qlora_lightning.model.checks import check_callbacks, check_gradients, check_trainer, check_training_mode
 from qlora_lightning.model.dtypes import ComputeDtype, choose_compute_dtype
 from qlora_lightning.model.generation import generate_answers
 from qlora_lightning.model.loss import LossSums, head_loss
-from qlora_lightning.model.optimizer import ParameterGroups, build_optimizer
+from qlora_lightning.model.optimizer import ParameterGroups, build_optimizer, check_optimizer
 from qlora_lightning.model.quantized import Quantization
 from qlora_lightning.model.resume import ExactResume
-from qlora_lightning.model.schedule import build_schedule, count_optimizer_steps
+from qlora_lightning.model.schedule import build_schedule, check_schedule, count_optimizer_steps
 from qlora_lightning.model.statistics import TokenStatistics
 from qlora_lightning.model.summary import adapter_table, describe_sizes
+from qlora_lightning.model.targets import check_layers
 
 
 class QLoRAModule(AdapterStateModule):
@@ -85,6 +86,10 @@ class QLoRAModule(AdapterStateModule):
         on_nonfinite: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
+        check_adapter_settings(rank, dropout)  # here, and not first where they are used: after minutes of loading
+        check_layers(layers)
+        check_optimizer(optimizer, learning_rate, weight_decay)
+        check_schedule(schedule, warmup_ratio)
         self.save_hyperparameters(logger=False)  # for load_from_checkpoint; see ExactResume
         self.base, self.revision, self.trust_remote_code = base, revision, trust_remote_code
         self.quantization, self.double_quant, self.cache = quantization, double_quant, cache
@@ -193,8 +198,7 @@ class QLoRAModule(AdapterStateModule):
             reduce_sum=lambda sums: cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum")),
         )
         if self._checks_due:
-            check_gradients(trainable)
-            self._checks_due = not all(_has_moved(name, p) for name, p in trainable.items())
+            self._checks_due = not check_gradients(trainable)
         norm = torch.nn.utils.get_total_norm([p.grad for p in trainable.values() if p.grad is not None])
         self.log_dict({"train_loss": loss}, prog_bar=True)
         self.log_dict({"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]})
@@ -278,8 +282,3 @@ class QLoRAModule(AdapterStateModule):
         rich.print(describe_sizes(self.model))
         if self._autocast_dtype is not None and self.fast:
             rich.print("Some of what trains takes PEFT's own, slower layers: dropout, DoRA, int8, whole modules.")
-
-
-def _has_moved(name: str, parameter: nn.Parameter) -> bool:
-    """Whether A owes a gradient by now: its B is no longer all zero."""
-    return ".lora_B." not in name or bool(parameter.detach().any())

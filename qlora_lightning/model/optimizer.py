@@ -26,10 +26,28 @@ def build_optimizer(
     Raises:
         UserError: The class is not there or does not take the arguments, or the learning rate is not positive.
     """
+    optimizer_class, arguments = check_optimizer(choice, learning_rate, weight_decay)
+    if choice is None:
+        arguments["fused"] = fused
+    try:
+        return optimizer_class(groups, **arguments)
+    except (TypeError, ValueError) as error:
+        name = f"{optimizer_class.__module__}.{optimizer_class.__name__}"
+        raise UserError(f"model.optimizer {name} does not take {arguments}: {error}.") from error
+
+
+def check_optimizer(
+    choice: str | dict[str, Any] | None, learning_rate: float, weight_decay: float
+) -> tuple[type[Optimizer], dict[str, Any]]:
+    """Return class and arguments of an optimizer; see :func:`build_optimizer`.
+
+    Raises:
+        UserError: The class is not there, an argument has a key of its own, or the learning rate is not positive.
+    """
     if learning_rate <= 0:
         raise UserError(f"model.learning_rate is {learning_rate}: expected a positive number, such as 2e-4.")
     if choice is None:
-        return AdamW(groups, lr=learning_rate, weight_decay=weight_decay, fused=fused)
+        return AdamW, {"lr": learning_rate, "weight_decay": weight_decay}
     if isinstance(choice, str):
         choice = {"class_path": choice}
     foreign = choice.keys() - {"class_path", "init_args"}
@@ -45,10 +63,7 @@ def build_optimizer(
         arguments["weight_decay"] = weight_decay
     elif weight_decay:
         raise UserError(f"model.weight_decay is {weight_decay}, but {choice['class_path']} has none: set it to 0.")
-    try:
-        return optimizer_class(groups, **arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model.optimizer {choice['class_path']} does not take {arguments}: {error}.") from error
+    return optimizer_class, arguments
 
 
 def _import_class(path: str) -> type[Optimizer]:

@@ -40,6 +40,22 @@ def count_optimizer_steps(
     return min(limits)
 
 
+def check_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[str, dict[str, Any]]:
+    """Return name and arguments of a schedule; see :func:`build_schedule`.
+
+    Raises:
+        UserError: The name is unknown, or the warm-up is no share of the steps.
+    """
+    if not 0.0 <= warmup_ratio < 1.0:
+        raise UserError(f"model.warmup_ratio is {warmup_ratio}: expected a share of the steps in [0, 1).")
+    arguments: dict[str, Any] = {"name": choice} if isinstance(choice, str) else dict(choice)
+    name = arguments.pop("name", None)
+    known = sorted({kind.value for kind in SchedulerType} - _NEED_METRICS)
+    if name not in known:
+        raise UserError(f"model.schedule is {choice!r}: expected a name among {', '.join(known)}.")
+    return name, arguments
+
+
 def build_schedule(
     optimizer: Optimizer, choice: str | dict[str, Any], total_steps: int, warmup_ratio: float
 ) -> LRScheduler:
@@ -54,13 +70,7 @@ def build_schedule(
     Raises:
         UserError: The name is unknown, or an argument is missing or wrong.
     """
-    if not 0.0 <= warmup_ratio < 1.0:
-        raise UserError(f"model.warmup_ratio is {warmup_ratio}: expected a share of the steps in [0, 1).")
-    arguments = {"name": choice} if isinstance(choice, str) else dict(choice)
-    name = arguments.pop("name", None)
-    known = sorted({kind.value for kind in SchedulerType} - _NEED_METRICS)
-    if name not in known:
-        raise UserError(f"model.schedule is {choice!r}: expected a name among {', '.join(known)}.")
+    name, arguments = check_schedule(choice, warmup_ratio)
     try:
         schedule: LRScheduler = get_scheduler(
             name,

@@ -36,6 +36,16 @@ def resolve_targets(model: nn.Module, target_modules: str | list[str], layers: s
     return targets
 
 
+def check_layers(layers: str | list[int]) -> None:
+    """Refuse what selects layers of no base; see :func:`resolve_targets`.
+
+    Raises:
+        UserError: A string is neither ``all`` nor ``last:N``.
+    """
+    if isinstance(layers, str) and not re.fullmatch(r"all|last:\d+", layers):
+        raise UserError(f"model.layers is {layers!r}: expected all, last:N, or a list of layer indices.")
+
+
 def compact_targets(model: nn.Module, targets: list[str]) -> list[str]:
     """Shorten full names to endings (``q_proj``) where these select the same modules: what other tools write and read.
 
@@ -84,14 +94,12 @@ def _nothing_matches(candidates: list[str], wanted: str) -> str:
 
 
 def _choose_layers(candidates: Iterable[str], layers: str | list[int]) -> set[int]:
+    check_layers(layers)
     count = 1 + max((index for name in candidates if (index := _layer_of(name)) is not None), default=-1)
     if layers == "all":
         return set(range(count))
     if isinstance(layers, str):
-        match = re.fullmatch(r"last:(\d+)", layers)
-        if match is None:
-            raise UserError(f"model.layers is {layers!r}: expected all, last:N, or a list of layer indices.")
-        wanted = int(match[1])
+        wanted = int(layers.removeprefix("last:"))
         if not 1 <= wanted <= count:
             raise UserError(f"model.layers is {layers!r}, but the base has {count} layers: N must lie in 1 … {count}.")
         return set(range(count - wanted, count))

@@ -289,11 +289,17 @@ def test_a_folder_left_by_a_kill_before_the_first_save_starts_fresh_when_asked_f
     [
         ("trainer.accumulate_grad_batches", 0),
         ("trainer.gradient_clip_val", -1),
+        ("model.rank", 0),
+        ("model.dropout", 1.5),
+        ("model.layers", "'first:2'"),
         ("model.learning_rate", -1.0),
+        ("model.schedule", "'cosin'"),
+        ("model.warmup_ratio", 1.0),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(run, key, value):
-    assert f"{key} is {value}: expected" in run("fit", f"--{key}={value}", code=2)
+def test_settings_that_make_no_sense_are_refused_before_data_are_read(run, key, value):
+    said = run("fit", f"--{key}={str(value).strip(chr(39))}", "--data.train", "none.jsonl", code=2)
+    assert f"{key} is {value}: expected" in said
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused(run):

@@ -154,7 +154,7 @@ def test_val_fraction_holds_rows_out_by_the_checkpoints_seed(make, monkeypatch):
     other.load_state_dict(data.state_dict())
     assert held(other) == held(data)
     with pytest.raises(UserError, match="val and val_fraction are both given"):
-        make(val_fraction=0.25).setup("fit")
+        make(val_fraction=0.25)
 
 
 def test_the_seed_is_torchs_where_seed_everything_was_not_called(make, monkeypatch):
@@ -179,7 +179,7 @@ def test_bad_rows_stop_or_are_skipped(make, write):
     with pytest.raises(UserError, match=r"worse.jsonl:1: the answer .message 2. is empty"):
         make(train="worse.jsonl", on_bad_row="skip").setup("fit")
     with pytest.raises(UserError, match="on_bad_row: expected error or skip, found 'ignore'"):
-        make(on_bad_row="ignore").setup("fit")
+        make(on_bad_row="ignore")
 
 
 def test_rows_from_elsewhere(characters):

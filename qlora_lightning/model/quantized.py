@@ -17,6 +17,7 @@ from qlora_lightning.base.base_folder import BaseFolder, open_base
 from qlora_lightning.base.cache import cached_folder
 from qlora_lightning.base.fingerprint import fingerprint
 from qlora_lightning.errors import UserError
+from qlora_lightning.model.allocator import giving_memory_back
 from qlora_lightning.model.attention import register_flat_attention
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
@@ -101,7 +102,8 @@ class _Loader:
 
     def __call__(self, folder: Path, settings: BitsAndBytesConfig | None = None) -> PreTrainedModel:
         quantize: dict[str, Any] = {} if settings is None else {"quantization_config": settings}
-        with _quiet_bars(quiet=settings is None):  # quantizing takes minutes and shows its bar; reading does not
+        # Quantizing takes minutes and shows its bar; reading does not.
+        with _quiet_bars(quiet=settings is None), giving_memory_back():
             return AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=self.dtype,

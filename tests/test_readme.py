@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def test_commands_and_python_run_in_the_order_in_which_they_stand(tmp_path):
         assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    said = {line: run(line.split()) for line in commands()}
+    said = {line: run(shlex.split(line)) for line in commands()}
     first = next(iter(said.values()))
     base, adapter = map(float, re.search(r"│ loss\s+│\s*([\d.]+) │\s*([\d.]+) │", first).groups())
     assert adapter <= base / 4

@@ -134,8 +134,9 @@ class AdapterCheckpoint(Checkpoint):
     def _write_adapter(self, trainer: Trainer, pl_module: LightningModule) -> None:
         write: Any = getattr(pl_module, "save_adapter", None)
         if write is not None:
-            tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-            write(self.adapter_folder(trainer.default_root_dir), tokenizer)
+            data = getattr(trainer, "datamodule", None)
+            tokenizer, stop_ids = getattr(data, "tokenizer", None), getattr(data, "stop_ids", ())
+            write(self.adapter_folder(trainer.default_root_dir), tokenizer, stop_ids)
 
     def state_dict(self) -> dict[str, Any]:
         """Give the best values and names, so that a resumed run goes on ranking."""

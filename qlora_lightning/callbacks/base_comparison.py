@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
-from qlora_lightning.model.adapter_folder import loading_snippet
+from qlora_lightning.model.adapter_folder import loading_snippet, read_identity
 from qlora_lightning.model.adapters import copy_tensors, trainable_tensors
 from qlora_lightning.model.statistics import TokenStatistics
 
@@ -41,7 +41,7 @@ class BaseComparison(Callback):
         folder = AdapterCheckpoint.adapter_folder(trainer.default_root_dir)
         if trainer.is_global_zero and (folder / "adapter_config.json").exists():
             rich.print(f"\nAdapter: [bold]{escape(str(folder))}[/bold]. To load it with plain PEFT:\n")
-            print(loading_snippet(folder, module.identity))
+            print(loading_snippet(folder, read_identity(folder)))
 
     def _compare(self, trainer: Trainer, module: Any) -> None:
         batches = list(trainer.val_dataloaders)  # type: ignore[arg-type]  # a loader, or a list of batches

@@ -10,6 +10,7 @@ import rich
 import yaml
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from qlora_lightning.callbacks import (
@@ -21,10 +22,12 @@ from qlora_lightning.callbacks import (
     ThroughputMonitor,
 )
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
+from qlora_lightning.callbacks.progress_bar import ShortProgressBar
 from qlora_lightning.callbacks.run_folder import RunFolder, check_checkpoint, find_checkpoint, refuse_started_folder
 from qlora_lightning.commands.parse_errors import check_top_level, word_parse_error
 from qlora_lightning.commands.short_forms import expand_arguments, expand_config, shorten_config
 from qlora_lightning.data.datamodule import InstructionDataModule
+from qlora_lightning.data.tokenizers import tokenizer_of_base
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.module import QLoRAModule
 
@@ -76,7 +79,11 @@ class QLoRACLI(LightningCLI):
                 "gradient_checkpointing.enabled": False,
             }
         )
-        parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
+        parser.link_arguments(
+            ("model.init_args.base", "model.init_args.revision", "model.init_args.trust_remote_code"),
+            "data.init_args.tokenizer",
+            compute_fn=tokenizer_of_base,
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without Lightning's warning that arguments come both from Python and from the command line."""
@@ -104,6 +111,9 @@ class QLoRACLI(LightningCLI):
             BaseComparison(),
             PredictionWriter(),
         ]
+        shows = settings["enable_progress_bar"] in (None, True)
+        if shows and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            callbacks.append(ShortProgressBar())
         try:
             return super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
         except (ValueError, MisconfigurationException) as error:  # what Lightning does not take, in its own words

@@ -9,14 +9,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qlora_lightning.data.bad_rows import BadRow, RowFault
     from qlora_lightning.data.batches import Batch, collate
-    from qlora_lightning.data.chat import ChatRenderer, render, render_prompt
+    from qlora_lightning.data.chat import ChatRenderer, Rendered
     from qlora_lightning.data.datamodule import InstructionDataModule
     from qlora_lightning.data.formats import Conversation, Message
+    from qlora_lightning.data.lengths import fit_length
     from qlora_lightning.data.loader import FlatLoader
     from qlora_lightning.data.order import epoch_order, rank_batches
     from qlora_lightning.data.prompts import PromptBatch, PromptLoader
-    from qlora_lightning.data.reader import Row, read_rows
-    from qlora_lightning.data.samples import Sample, shorten
+    from qlora_lightning.data.reader import Row, RowReader, read_rows
+    from qlora_lightning.data.report import Report
+    from qlora_lightning.data.sample_set import SampleSet
+    from qlora_lightning.data.samples import Sample
+    from qlora_lightning.data.sources import Source, find_sources
+    from qlora_lightning.data.stream import StreamLoader
 
 __all__ = (
     "BadRow",
@@ -28,16 +33,21 @@ __all__ = (
     "Message",
     "PromptBatch",
     "PromptLoader",
+    "Rendered",
+    "Report",
     "Row",
     "RowFault",
+    "RowReader",
     "Sample",
+    "SampleSet",
+    "Source",
+    "StreamLoader",
     "collate",
     "epoch_order",
+    "find_sources",
+    "fit_length",
     "rank_batches",
     "read_rows",
-    "render",
-    "render_prompt",
-    "shorten",
 )
 
 _HOMES = {
@@ -50,16 +60,21 @@ _HOMES = {
     "Message": "formats",
     "PromptBatch": "prompts",
     "PromptLoader": "prompts",
+    "Rendered": "chat",
+    "Report": "report",
     "Row": "reader",
     "RowFault": "bad_rows",
+    "RowReader": "reader",
     "Sample": "samples",
+    "SampleSet": "sample_set",
+    "Source": "sources",
+    "StreamLoader": "stream",
     "collate": "batches",
     "epoch_order": "order",
+    "find_sources": "sources",
+    "fit_length": "lengths",
     "rank_batches": "order",
     "read_rows": "reader",
-    "render": "chat",
-    "render_prompt": "chat",
-    "shorten": "samples",
 }
 
 

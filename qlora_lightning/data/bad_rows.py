@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from qlora_lightning.errors import UserError
 
-_SHOWN = 20
+SHOWN = 20
 
 
 class RowFault(UserError):
@@ -19,21 +19,23 @@ class BadRow(NamedTuple):
     reason: str
 
 
-def refuse(bad: Sequence[BadRow], skippable: bool = True) -> None:
+def refuse(bad: Sequence[BadRow], skippable: bool = True, total: int | None = None) -> None:
     """Raise one error that lists the first 20 bad rows and counts the rest; do nothing when there are none.
 
     Args:
-        bad: the refused rows, in file order.
+        bad: the refused rows, or the first of them, in file order.
         skippable: whether ``on_bad_row: skip`` would help, so that the message offers it.
+        total: how many there are in all.
 
     Raises:
         UserError: if there is any bad row.
     """
     if not bad:
         return
-    rows = "1 row cannot be used:" if len(bad) == 1 else f"{len(bad)} rows cannot be used:"
-    lines = [rows, *(f"  {row.where}: {row.reason}" for row in bad[:_SHOWN])]
-    if len(bad) > _SHOWN:
-        lines.append(f"  and {len(bad) - _SHOWN} more")
+    count = total or len(bad)
+    rows = "1 row cannot be used:" if count == 1 else f"{count} rows cannot be used:"
+    lines = [rows, *(f"  {row.where}: {row.reason}" for row in bad[:SHOWN])]
+    if count > SHOWN:
+        lines.append(f"  and {count - SHOWN} more")
     lines.append("Correct them, or leave them out with `on_bad_row: skip`." if skippable else "Correct them.")
     raise UserError("\n".join(lines))

@@ -3,9 +3,11 @@
 from typing import Any
 
 from qlora_lightning.data.bad_rows import RowFault
-from qlora_lightning.data.formats import Conversation, Format, Message
+from qlora_lightning.data.formats import FORMATS, Conversation, Format
+from qlora_lightning.data.kinds import kind_of
+from qlora_lightning.data.messages import check_message
 
-ROLES = ("system", "user", "assistant")
+_MAX_SAID = 300  # an error may repeat the whole row
 
 
 def to_conversation(
@@ -32,38 +34,18 @@ def to_conversation(
     except RowFault:
         raise
     except Exception as error:  # a user's function may raise anything
-        raise RowFault(f"format function {form.name} raised {type(error).__name__}: {error}") from error
-    conversation = _check_messages(messages)
+        said = " ".join(str(error).split())[:_MAX_SAID]
+        raise RowFault(
+            f"format function {form.name} raised {type(error).__name__}{f': {said}' if said else ''}"
+        ) from error
+    if not isinstance(messages, list) or not messages:
+        source = "" if form.name in FORMATS else f" from the format function {form.name}"
+        raise RowFault(f"expected a list of messages{source}, found {kind_of(messages)}")
+    conversation = [check_message(message, number) for number, message in enumerate(messages, start=1)]
     _check_order(conversation, needs_answer)
     if system and conversation[0]["role"] != "system":
         conversation.insert(0, {"role": "system", "content": system})
     return conversation
-
-
-def _check_messages(messages: Any) -> Conversation:
-    if not isinstance(messages, list) or not messages:
-        raise RowFault(f"expected a list of messages, found {_kind(messages)}")
-    return [_check_message(message, number) for number, message in enumerate(messages, start=1)]
-
-
-def _check_message(message: Any, number: int) -> Message:
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        found = ", ".join(map(str, message)) if isinstance(message, dict) else _kind(message)
-        raise RowFault(f"message {number} must have 'role' and 'content', found {found}")
-    role, content = message["role"], message["content"]
-    if role not in ROLES:
-        raise RowFault(f"message {number} has the role {role!r}, expected {', '.join(ROLES)}")
-    if message.get("tool_calls"):
-        raise RowFault(f"message {number} calls tools, which are not read")
-    if not isinstance(content, str):
-        raise RowFault(f"the {role} content of message {number} must be a string, found {_kind(content)}")
-    if role == "assistant" and not content.strip():
-        raise RowFault(f"the answer (message {number}) is empty")
-    if "\x00" in content:
-        raise RowFault(f"message {number} contains a NUL character")
-    if not content.isascii() and any("\ud800" <= char <= "\udfff" for char in content):
-        raise RowFault(f"message {number} contains half a character (a lone surrogate, as a cut \\ud83d escape leaves)")
-    return {"role": role, "content": content}
 
 
 def _check_order(conversation: Conversation, needs_answer: bool) -> None:
@@ -75,11 +57,15 @@ def _check_order(conversation: Conversation, needs_answer: bool) -> None:
         raise RowFault("nothing but a system message")
     if turns[0] == "assistant":
         raise RowFault("the conversation begins with an assistant turn: expected a user turn before it")
+    if "tool" in turns:
+        _check_tool_turns(conversation)
     if needs_answer and "assistant" not in turns:
         raise RowFault("no assistant turn, so there is nothing to train on")
 
 
-def _kind(value: Any) -> str:
-    if value == [] and isinstance(value, list):
-        return "an empty list"
-    return "null" if value is None else type(value).__name__
+def _check_tool_turns(conversation: Conversation) -> None:
+    answerable = False  # whether a tool may speak: after an assistant, which may call it in plain text, or a tool
+    for number, message in enumerate(conversation, start=1):
+        if message["role"] == "tool" and not answerable:
+            raise RowFault(f"message {number} is a tool's, but no assistant message that calls it stands before it")
+        answerable = message["role"] in ("tool", "assistant")

@@ -1,7 +1,7 @@
 """The data module: files in, batches out, for LightningCLI and for Python alike."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,18 +9,28 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from qlora_lightning.data.bad_rows import BadRow, refuse
-from qlora_lightning.data.chat import ChatRenderer
+from qlora_lightning.data.bad_rows import BadRow
+from qlora_lightning.data.chat import TRAIN_ON, ChatRenderer
+from qlora_lightning.data.duplicates import find_overlap
+from qlora_lightning.data.lengths import check_length_settings
 from qlora_lightning.data.loader import FlatLoader
-from qlora_lightning.data.prepare import Recipe, Report, Watch, count_samples, prepare_prompts, prepare_samples
-from qlora_lightning.data.progress import watch_rows
+from qlora_lightning.data.prepare import Recipe, prepare_prompts, prepare_samples
+from qlora_lightning.data.progress import rows_bar
 from qlora_lightning.data.prompts import Prompt, PromptLoader
-from qlora_lightning.data.reader import Row, read_rows
-from qlora_lightning.data.samples import Sample
+from qlora_lightning.data.reader import Row, RowReader
+from qlora_lightning.data.report import Report
+from qlora_lightning.data.sample_builder import SampleSetBuilder
+from qlora_lightning.data.sample_cache import Prepared, cached_samples, describe_sources
+from qlora_lightning.data.sample_set import SampleSet
+from qlora_lightning.data.sources import Source, find_sources
 from qlora_lightning.data.split import hold_out
+from qlora_lightning.data.splits import as_row, check_combinations, check_word, recount, refuse_unusable
+from qlora_lightning.data.stream import StreamLoader
+from qlora_lightning.data.tokenizers import TokenizerChoice, hash_choice, load_choice
 from qlora_lightning.errors import UserError
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+DataPath = str | dict[str, Any] | list[str | dict[str, Any]]
 
 
 class InstructionDataModule(LightningDataModule):
@@ -30,67 +40,78 @@ class InstructionDataModule(LightningDataModule):
     ``PL_GLOBAL_SEED``), else ``torch.initial_seed()`` at the first ``setup``; a resumed run keeps the checkpoint's.
 
     Args:
-        train: file to train on, ``.jsonl`` or ``.json``.
-        val: file to validate on.
-        test: file that ``test`` reports on.
-        predict: file whose rows ``predict`` answers; its rows may lack answers.
-        format: ``auto``, ``alpaca``, ``messages``, ``prompt_completion``, or the dotted path of a function
-            ``row -> conversation``.
-        max_length: tokens; longer samples are shortened, out of the middle of the prompt first.
-        batch_size: rows per micro-batch on each device.
-        tokenizer: hub id, folder or ``package:NAME``; from Python also a tokenizer object.
-        val_fraction: share of the training rows to validate on instead of ``val``; the same contents stay together.
+        train: what to train on: a file (``.jsonl``, ``.json``, ``.csv``, ``.parquet``, also compressed), a folder, a
+            glob, a hub id, ``{path, weight, split, name, revision}``, or a list of these. Without weights an epoch is
+            every row once; with weights it has as many rows as all sources together, each source its share of them.
+        val: what to validate on.
+        test: what ``test`` reports on.
+        predict: rows that ``predict`` answers; they may lack answers.
+        format: ``auto`` (by the keys of the rows), ``alpaca``, ``messages``, ``sharegpt``, ``prompt_completion``,
+            ``question_answer``, or the dotted path of a function ``row -> conversation``.
+        columns: other names for columns, ``{their name: our name}``.
         system: system prompt for rows without one.
+        chat_template: ``llama3``, ``chatml``, ``alpaca`` or a ``.jinja`` file; by default the tokenizer's own.
         train_on: ``assistant``: every answer and its stop token; ``last``: the last answer only; ``all``: every token.
+        max_length: tokens of the longest sample.
+        too_long: longer ones: ``truncate``, out of the middle of the prompt first; ``drop``; or ``split`` into pieces.
         on_bad_row: ``error``: list the bad rows and stop; ``skip``: leave them out and count them.
+        batch_size: rows per micro-batch on each device; 8 by default.
+        tokens_per_batch: tokens per micro-batch instead, a budget that rows are packed into.
+        group_by_length: put rows of like length into a micro-batch.
+        val_fraction: share of the training rows to validate on instead of ``val``; the same contents stay together.
+        streaming: read the training rows while training, without end: for data larger than memory or disk.
+        tokenizer: hub id, folder or ``package:NAME``, or ``{name, revision, trust_remote_code}``; from Python also a
+            tokenizer object. By default the base's.
     """
 
     def __init__(
         self,
-        train: str | None = None,
-        val: str | None = None,
-        test: str | None = None,
-        predict: str | None = None,
+        train: DataPath | None = None,
+        val: DataPath | None = None,
+        test: DataPath | None = None,
+        predict: DataPath | None = None,
         format: str = "auto",
-        max_length: int = 2048,
-        batch_size: int = 8,
-        tokenizer: str | Any | None = None,
-        val_fraction: float | None = None,
+        columns: dict[str, str] | None = None,
         system: str | None = None,
+        chat_template: str | None = None,
         train_on: Literal["assistant", "last", "all"] = "assistant",
+        max_length: int = 2048,
+        too_long: Literal["truncate", "drop", "split"] = "truncate",
         on_bad_row: Literal["error", "skip"] = "error",
+        batch_size: int | None = None,
+        tokens_per_batch: int | None = None,
+        group_by_length: bool = False,
+        val_fraction: float | None = None,
+        streaming: bool = False,
+        tokenizer: str | dict[str, Any] | Any | None = None,
     ) -> None:
         super().__init__()
-        if on_bad_row not in ("error", "skip"):
-            raise UserError(f"on_bad_row: expected error or skip, found {on_bad_row!r}.")
-        if val is not None and val_fraction is not None:
-            raise UserError(
-                "val and val_fraction are both given: keep one, the file or the share of the training rows."
-            )
+        check_word("on_bad_row", on_bad_row, ("error", "skip"))
+        check_word("train_on", train_on, TRAIN_ON)
+        check_length_settings(max_length, too_long)
+        check_combinations(val, val_fraction, batch_size, tokens_per_batch, group_by_length, streaming)
         self.files = {"train": train, "val": val, "test": test, "predict": predict}
-        self.format = format
-        self.max_length = max_length
-        self.batch_size = batch_size
-        self.val_fraction = val_fraction
-        self.system = system
-        self.train_on = train_on
-        self.on_bad_row = on_bad_row
+        self.format, self.columns, self.system = format, columns or {}, system
+        self.chat_template, self.train_on = chat_template, train_on
+        self.max_length, self.too_long, self.on_bad_row = max_length, too_long, on_bad_row
+        self.batch_size = 8 if batch_size is None and tokens_per_batch is None else batch_size
+        self.tokens_per_batch, self.group_by_length = tokens_per_batch, group_by_length
+        self.val_fraction, self.streaming = val_fraction, streaming
         self.reports: dict[str, Report] = {}
-        self._tokenizer_name = tokenizer
+        self.samples: dict[str, SampleSet] = {}
+        self._tokenizer_choice: TokenizerChoice = tokenizer
         self._tokenizer: Any = None
         self._renderer: ChatRenderer | None = None
         self._seed: int | None = None
-        self._samples: dict[str, list[Sample]] = {}
         self._prompts: list[Prompt] = []
-        self._pool: list[Sample] = []  # training rows before validation rows are held out
-        self._formats: list[str] = []
-        self._bad: list[BadRow] = []
+        self._pool: Prepared | None = None  # training rows before validation rows are held out
+        self._weights: list[float] | None = None
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, loaded when it is first needed."""
+        """The tokenizer with the chosen chat template, loaded when it is first needed."""
         if self._tokenizer is None:
-            self._tokenizer = self._load_tokenizer()
+            self._tokenizer = load_choice(self._tokenizer_choice, self.chat_template)
         return self._tokenizer
 
     @property
@@ -105,13 +126,12 @@ class InstructionDataModule(LightningDataModule):
         """Token ids at which generation stops; every answer that is trained to its end ends in one of them."""
         return sorted(self.renderer.stop_ids)
 
-    def load_rows(self, split: str) -> Sequence[Row | dict[str, Any]]:
+    def load_rows(self, split: str) -> Iterable[Row | BadRow | dict[str, Any]]:
         """Return the rows of ``train``, ``val``, ``test`` or ``predict``; none if there is no such split.
 
         Override it to take rows from elsewhere: plain dicts will do.
         """
-        file = self.files[split]
-        return [] if file is None else read_rows(file, self._bad)
+        return (row for source in self._sources(split) for row in RowReader(source))
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -123,18 +143,21 @@ class InstructionDataModule(LightningDataModule):
             optional = stage is None or (stage == "fit" and split == "val")
             if not optional and split not in self.reports:
                 raise UserError(f"{split} rows are needed, but none are given: name a file in `data.{split}`.")
-        if "val" in needed and "val" not in self._samples:
+        if "val" in needed and "val" not in self.samples:
             # Lightning validates wherever the hook is overridden, and warns of loaders without batches.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
     def count_train_batches(self) -> int:
         """Count the micro-batches of one epoch on each rank: what a schedule is planned with."""
-        return len(self._make_loader("train"))
+        return len(self.train_dataloader())
 
     @override
-    def train_dataloader(self) -> FlatLoader:
+    def train_dataloader(self) -> FlatLoader | StreamLoader:
+        if self.streaming:
+            return self._make_stream()
         # `overfit_batches` is Lightning's wish for the same batches in every epoch.
-        return self._make_loader("train", shuffle=not getattr(self.trainer, "overfit_batches", 0))
+        shuffle = not getattr(self.trainer, "overfit_batches", 0)
+        return self._make_loader("train", shuffle, group_by_length=self.group_by_length, weights=self._weights)
 
     @override
     def val_dataloader(self) -> FlatLoader:
@@ -146,7 +169,7 @@ class InstructionDataModule(LightningDataModule):
 
     @override
     def predict_dataloader(self) -> PromptLoader:
-        return PromptLoader(self._prompts, self.batch_size, self.stop_ids, *self._rank_and_world_size())
+        return PromptLoader(self._prompts, self.batch_size or 8, self.stop_ids, *self._rank_and_world_size())
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -155,8 +178,8 @@ class InstructionDataModule(LightningDataModule):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seed = state_dict.get("seed", self._seed)
-        if self._pool:
-            self._divide()
+        if self._pool is not None:
+            self._divide(*self._pool)
 
     def _prepare(self, split: str) -> None:
         """Prepare a split unless it is ready or there is none."""
@@ -165,36 +188,115 @@ class InstructionDataModule(LightningDataModule):
         if split == "val" and self.val_fraction is not None:
             self._prepare("train")  # which holds the validation rows out
             return
-        self._bad = []
-        rows = [_as_row(row, split, number) for number, row in enumerate(self.load_rows(split), start=1)]
-        if not rows:
-            refuse(self._bad)
+        if split == "train" and self.streaming and self.files[split] is not None:
+            stream = self._make_stream(length=1 if self.trainer is None else None)
+            self.samples[split], self.reports[split] = stream.first_block()
+            rank_zero_info(f"streaming, its first rows are checked; {self.reports[split].describe()}")
             return
-        unread = list(self._bad)
-        recipe = Recipe(self.renderer, self.format, self.system, self.max_length)
-        if split == "predict":
-            self._prompts, report = prepare_prompts(rows, recipe, self._bad, self._watch(split))
-        else:
-            self._samples[split], report = prepare_samples(rows, recipe, self._bad, self._watch(split))
-        report.add_unread(unread)
-        if self.on_bad_row == "error" or report.dropped.total() == report.rows:
-            refuse(self._bad, skippable=self.on_bad_row == "error")
-        self.reports[split] = report
-        rank_zero_info(report.describe(split))
+        prepared = self._prepare_prompts() if split == "predict" else self._prepare_samples(split)
+        if prepared is None:
+            return
+        samples, report = prepared
+        refuse_unusable(report, skip=self.on_bad_row == "skip")
         if split == "train" and self.val_fraction is not None:
-            self._pool, self._formats = self._samples["train"], report.formats
-            self._divide()
+            self._pool = prepared
+            self._divide(samples, report)
+            return
+        self.samples[split], self.reports[split] = samples, report
+        if split != "train" and "train" in self.samples and split != "predict":
+            report.overlap, report.overlap_pairs = find_overlap(self.samples["train"], samples)
+        rank_zero_info(report.describe())
 
-    def _divide(self) -> None:
-        training, validation = hold_out(self._pool, self.val_fraction or 0.0, self._seed or 0)
-        self._samples.update(train=training, val=validation)
+    def _prepare_samples(self, split: str) -> Prepared | None:
+        """Take the samples of a split from the cache, or make them; rows from elsewhere are made each time."""
+
+        def prepare(rows: Sequence[Iterable[Row | BadRow]]) -> Prepared:
+            with rows_bar(split, show=self._rank_and_world_size()[0] == 0) as watch:
+                return prepare_samples(rows, self._recipe(), split, watch, check=not self.reports)
+
+        if type(self).load_rows is not InstructionDataModule.load_rows:
+            own = [as_row(row, split, number) for number, row in enumerate(self.load_rows(split), start=1)]
+            return prepare([own]) if own else None
+        sources = self._sources(split)
+        if not sources:
+            return None
+        if split == "train" and sources[0].weight is not None:
+            self._weights = [source.weight or 0.0 for source in sources]
+        key = self._key(sources, split)
+        if key is None:
+            return prepare([RowReader(source) for source in sources])
+        label = f"{', '.join(source.path for source in sources)} ({split})"
+        return cached_samples(key, label, lambda: prepare([RowReader(source) for source in sources]))
+
+    def _prepare_prompts(self) -> Prepared | None:
+        rows = [as_row(row, "predict", number) for number, row in enumerate(self.load_rows("predict"), start=1)]
+        if not rows:
+            return None
+        with rows_bar("predict", show=self._rank_and_world_size()[0] == 0) as watch:
+            self._prompts, report = prepare_prompts([rows], self._recipe(), "predict", watch, check=not self.reports)
+        builder = SampleSetBuilder()
+        for prompt in self._prompts:
+            builder.add(prompt.ids, [-100] * len(prompt.ids), prompt.row_id, 0, prompt.file, prompt.line)
+        return builder.build(), report
+
+    def _divide(self, samples: SampleSet, report: Report) -> None:
+        """Hold validation rows out of the training rows."""
+        self.samples["train"], self.samples["val"] = hold_out(samples, self.val_fraction or 0.0, self._seed or 0)
         for split in ("train", "val"):
-            self.reports[split] = count_samples(self._samples[split], self._formats)
-            rank_zero_info(self.reports[split].describe(f"{split} after the split"))
+            self.reports[split] = recount(split, self.samples[split], report)
+            rank_zero_info(self.reports[split].describe())
 
-    def _make_loader(self, split: str, shuffle: bool = False) -> FlatLoader:
+    def _recipe(self) -> Recipe:
+        return Recipe(self.renderer, self.format, self.columns, self.system, self.max_length, self.too_long)
+
+    def _sources(self, split: str) -> list[Source]:
+        value = self.files[split]
+        return [] if value is None else find_sources(value, split, streaming=self.streaming and split == "train")
+
+    def _key(self, sources: Sequence[Source], split: str) -> Mapping[str, Any] | None:
+        """Return everything that samples depend on; None where that cannot be told."""
+        tokenizer = hash_choice(self._tokenizer_choice, self.chat_template)
+        if tokenizer is None or "." in self.format:  # a function of the user's may depend on anything
+            return None
+        settings = ("format", "columns", "system", "train_on", "max_length", "too_long")
+        return {
+            "sources": describe_sources(sources),
+            "split": split,
+            "tokenizer": tokenizer,
+            **{name: getattr(self, name) for name in settings},
+        }
+
+    def _make_loader(self, split: str, shuffle: bool = False, **settings: Any) -> FlatLoader:
         rank, world_size = self._rank_and_world_size()
-        return FlatLoader(self._samples[split], self.batch_size, self._seed or 0, shuffle, rank, world_size)
+        return FlatLoader(
+            self.samples[split],
+            self.batch_size,
+            self._seed or 0,
+            shuffle,
+            rank,
+            world_size,
+            tokens_per_batch=self.tokens_per_batch,
+            **settings,
+        )
+
+    def _make_stream(self, length: int | None = None) -> StreamLoader:
+        if length is None:
+            steps = -1 if self.trainer is None else self.trainer.max_steps
+            if steps < 1:
+                raise UserError("data.streaming: a stream has no end, so trainer.max_steps must say where to stop.")
+            length = steps * self.trainer.accumulate_grad_batches  # type: ignore[union-attr]
+        rank, world_size = self._rank_and_world_size()
+        return StreamLoader(
+            self._sources("train"),
+            self._recipe(),
+            length,
+            self.batch_size,
+            self.tokens_per_batch,
+            self._seed or 0,
+            self.on_bad_row == "skip",
+            rank,
+            world_size,
+        )
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
@@ -204,29 +306,3 @@ class InstructionDataModule(LightningDataModule):
         if self.trainer is not None and self.trainer.world_size > 1:
             seed = self.trainer.strategy.broadcast(seed)  # without seed_everything each process may have its own
         return seed
-
-    def _load_tokenizer(self) -> Any:
-        if self._tokenizer_name is None:
-            raise UserError("tokenizer: expected a hub id, a folder or package:NAME, found none (the base's, usually).")
-        if not isinstance(self._tokenizer_name, str):
-            return self._tokenizer_name
-        from qlora_lightning.base.tokenizer import load_tokenizer
-
-        return load_tokenizer(self._tokenizer_name)
-
-    def _watch(self, split: str) -> Watch:
-        rank, _ = self._rank_and_world_size()
-
-        def watch(rows: Sequence[Row]) -> Iterable[Row]:
-            return watch_rows(rows, split) if rank == 0 else rows
-
-        return watch
-
-
-def _as_row(row: Row | dict[str, Any], split: str, number: int) -> Row:
-    """Give a plain dict a place, so that messages can name it."""
-    if isinstance(row, Row):
-        return row
-    if not isinstance(row, dict):
-        raise UserError(f"load_rows({split!r}): expected rows or dicts, found {type(row).__name__} as row {number}.")
-    return Row(row, split, number)

@@ -1,21 +1,23 @@
 """Batches in the order of an epoch, from which a run can stop and go on."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch.utils.data import Sampler, SequentialSampler
 
-from qlora_lightning.data.batches import Batch, collate
-from qlora_lightning.data.order import RankBatch, count_batches, epoch_order, rank_batches
-from qlora_lightning.data.samples import Sample, mute
+from qlora_lightning.data.batches import Batch, collate_rows
+from qlora_lightning.data.epoch_plan import EpochPlan
+from qlora_lightning.data.sample_builder import gather_samples
+from qlora_lightning.data.sample_set import SampleSet
+from qlora_lightning.data.samples import Sample
 from qlora_lightning.errors import UserError
 
 
 class ShuffledOrder(Sampler[int]):
     """Rows in an order that is a pure function of (seed, epoch); Lightning sets the epoch."""
 
-    def __init__(self, n: int, seed: int) -> None:
-        self.n = n
-        self.seed = seed
+    def __init__(self, plan: EpochPlan) -> None:
+        self.plan = plan
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -23,22 +25,14 @@ class ShuffledOrder(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.n
+        return len(self.plan.samples)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(epoch_order(self.n, self.seed, self.epoch))
+        return iter(self.plan.order(self.epoch).tolist())
 
 
-class FileOrder(SequentialSampler):
-    """Rows in file order, in every epoch; Lightning knows a sequential sampler as one that does not shuffle."""
-
-    def __init__(self, n: int) -> None:
-        super().__init__(range(n))
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Remember the epoch, to which a saved position belongs."""
-        self.epoch = epoch
+class FixedOrder(ShuffledOrder, SequentialSampler):
+    """Rows in one order in every epoch; Lightning knows a sequential sampler as one that does not shuffle."""
 
 
 class FlatLoader:
@@ -50,41 +44,46 @@ class FlatLoader:
 
     Args:
         samples: all samples of the split, the same on every rank.
-        batch_size: rows per micro-batch on each rank.
+        batch_size: rows per micro-batch on each rank; or
         seed: of the order.
-        shuffle: a new order each epoch; else file order.
+        shuffle: a new order each epoch; else file order, or one other order in every epoch.
         rank: of this process.
         world_size: number of processes that share the rows.
+        tokens_per_batch: tokens per micro-batch on each rank, a budget that rows are packed into by best fit.
+        group_by_length: put rows of like length into a micro-batch; only with ``batch_size``.
+        weights: of each source in an epoch's rows; without, each row is taken once.
 
     Raises:
-        UserError: if ``batch_size`` is less than 1.
+        UserError: as ``EpochPlan``.
     """
 
     batch_sampler = None  # Lightning reads it wherever there is a `sampler`
 
     def __init__(
         self,
-        samples: Sequence[Sample],
-        batch_size: int,
+        samples: SampleSet | Sequence[Sample],
+        batch_size: int | None = None,
         seed: int = 0,
         shuffle: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        *,
+        tokens_per_batch: int | None = None,
+        group_by_length: bool = False,
+        weights: Sequence[float] | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"batch_size: expected at least 1, found {batch_size}.")
-        self.samples = samples
-        self.batch_size = batch_size
+        self.samples = gather_samples(samples)
+        self.plan = EpochPlan(
+            self.samples, batch_size, tokens_per_batch, shuffle, group_by_length, weights, seed, world_size
+        )
         self.rank = rank
-        self.world_size = world_size
-        self.sampler = ShuffledOrder(len(samples), seed) if shuffle else FileOrder(len(samples))
-        self._tokens = sum(len(sample.ids) for sample in samples)
+        self.sampler = ShuffledOrder(self.plan) if shuffle else FixedOrder(self.plan)
         self._epoch = 0
         self._position = 0
         self._restored = False
 
     def __len__(self) -> int:
-        return count_batches(len(self.samples), self.batch_size, self.world_size)
+        return len(self.plan)
 
     def __iter__(self) -> Iterator[Batch]:
         # A generator: nothing below runs before the first batch is asked for, when Lightning has set the epoch.
@@ -92,39 +91,44 @@ class FlatLoader:
         goes_on = self._restored and self._epoch == epoch and self._position < len(self)
         start = self._position if goes_on else 0
         self._epoch, self._position, self._restored = epoch, start, False
-        batches = rank_batches(list(self.sampler), self.batch_size, self.rank, self.world_size)
+        batches = self.plan.batches(epoch, self.rank)
         for position in range(start, len(batches)):
             self._position = position + 1
-            yield self._collate(batches[position])
+            yield collate_rows(self.samples, *batches[position])
 
-    def _collate(self, batch: RankBatch) -> Batch:
-        samples = [self.samples[row] for row in batch.rows]
-        return collate([mute(sample) for sample in samples] if batch.filler else samples)
+    def state_dict(self) -> dict[str, Any]:
+        """Return epoch, batches consumed in it, and what they were cut from, as plain values."""
+        position = self._position if self._epoch == self.sampler.epoch else 0
+        return {"epoch": self.sampler.epoch, "position": position, "batches": len(self), **self._cut_from()}
 
-    def state_dict(self) -> dict[str, int]:
-        """Return epoch, batches consumed in it, and what they were cut from, as plain numbers."""
-        return {
-            "epoch": self.sampler.epoch,
-            "position": self._position if self._epoch == self.sampler.epoch else 0,
-            "rows": len(self.samples),
-            "tokens": self._tokens,
-            "rows_per_batch": self.batch_size * self.world_size,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on behind the batches that were consumed, if the next iteration is of the same epoch.
 
         Raises:
-            UserError: if the position lies inside an epoch of other data, or of batches of another size.
+            UserError: if the position lies inside an epoch of other data, or of batches that were cut differently.
         """
-        mine, saved = self.state_dict(), state_dict
-        inside = 0 < saved["position"] < count_batches(saved["rows"], saved["rows_per_batch"], 1)
-        for key in ("rows", "tokens", "rows_per_batch"):
-            if inside and mine[key] != saved[key]:
+        saved = state_dict
+        for key, mine in self._cut_from().items():
+            if 0 < saved["position"] < saved["batches"] and mine != saved[key]:
                 raise UserError(
-                    f"the checkpoint was saved after batch {saved['position']} of an epoch with {key} = {saved[key]} "
-                    f"(batches over all processes), but now {key} = {mine[key]}: to go on inside that epoch keep the "
-                    "training data, max_length and batch_size times processes as they were."
+                    f"the checkpoint was saved after batch {saved['position']} of an epoch with {key} = {saved[key]}, "
+                    f"but now {key} = {mine}: to go on inside that epoch keep the training data, max_length, too_long, "
+                    "batch_size times processes (tokens_per_batch and processes), group_by_length and weights as they "
+                    "were."
                 )
         self._epoch, self._position, self._restored = saved["epoch"], saved["position"], True
         self.sampler.set_epoch(saved["epoch"])
+
+    def _cut_from(self) -> dict[str, Any]:
+        """Return what decides the batches of an epoch, beside the seed."""
+        plan = self.plan
+        packed = plan.tokens_per_batch is not None
+        return {
+            "rows": len(self.samples),
+            "tokens": len(self.samples.ids),
+            "rows_per_batch": (plan.batch_size or 0) * plan.world_size,
+            "tokens_per_batch": plan.tokens_per_batch or 0,
+            "bins_per_batch": plan.world_size if packed else 0,  # two ranks of 2,048 pack other bins than one of 4,096
+            "group_by_length": plan.group_by_length,
+            "weights": None if plan.weights is None else [float(weight) for weight in plan.weights],
+        }

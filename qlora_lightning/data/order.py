@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -14,12 +16,24 @@ class RankBatch(NamedTuple):
     filler: bool
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """Return a permutation of ``range(n)``: a pure function of its arguments that draws from no global generator."""
+def permute(n: int, *key: int | str) -> npt.NDArray[np.int64]:
+    """Return a permutation of ``range(n)``, ``(n,)``: a pure function of its arguments, drawn from no global generator.
+
+    Args:
+        n: how many.
+        key: what tells this permutation from all others: the seed, the epoch, what is permuted.
+    """
     # Hashed rather than added: seed 1 in epoch 2 must not repeat seed 2 in epoch 1.
-    digest = hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(":".join(map(str, key)).encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-    return torch.randperm(n, generator=generator).tolist()
+    permutation: npt.NDArray[np.int64] = torch.randperm(n, generator=generator).numpy()
+    return permutation
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    """Return the order of an epoch that takes each of ``n`` rows once."""
+    order: list[int] = permute(n, seed, epoch).tolist()
+    return order
 
 
 def count_batches(n: int, batch_size: int, world_size: int) -> int:
@@ -42,4 +56,16 @@ def rank_batches(order: Sequence[int], batch_size: int, rank: int, world_size: i
         first = rank * each + min(rank, more)
         mine = list(rows[first : first + each + (rank < more)])
         batches.append(RankBatch(mine or [rows[0]], not mine))
+    return batches
+
+
+def rank_bins(bins: Sequence[list[int]], rank: int, world_size: int) -> list[RankBatch]:
+    """Return the bins of one rank, each a micro-batch: bin ``i*w + rank`` is its i-th.
+
+    Where the last bins do not reach to all ranks, those without one run a filler.
+    """
+    batches = []
+    for begin in range(0, len(bins), world_size):
+        mine = begin + rank < len(bins)
+        batches.append(RankBatch(bins[begin + rank] if mine else bins[begin][:1], not mine))
     return batches

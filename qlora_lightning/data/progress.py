@@ -1,17 +1,32 @@
-"""A progress bar for rows, where there are enough of them to wait for."""
+"""A progress bar for rows, where they take long enough to wait for."""
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from qlora_lightning.data.reader import Row
+from qlora_lightning.data.prepare import Watch
 
-_WORTH_A_BAR = 2_000
+_PATIENCE = 1.0  # seconds without a bar
 
 
-def watch_rows(rows: Sequence[Row], description: str) -> Iterable[Row]:
-    """Hand the rows on; beyond 2,000 rows with a bar on standard error that goes away at the end."""
-    if len(rows) <= _WORTH_A_BAR:
-        return rows
+@contextmanager
+def rows_bar(description: str, show: bool = True) -> Iterator[Watch]:
+    """Give what is told how many rows are done; after a second it draws a bar on standard error, gone at the end."""
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    return track(rows, description, console=Console(stderr=True), transient=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn()
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = progress.add_task(description, total=None)  # how many there are is known when they have been read
+    began = time.monotonic()
+
+    def watch(rows: int) -> None:
+        progress.update(task, completed=rows)
+        if show and not progress.live.is_started and time.monotonic() - began > _PATIENCE:
+            progress.start()
+
+    try:
+        yield watch
+    finally:
+        if progress.live.is_started:
+            progress.stop()

@@ -13,6 +13,8 @@ class Prompt(NamedTuple):
     reference: str | None
     row_id: int
     values: dict[str, Any]
+    file: str | None = None
+    line: int = 0
 
 
 class PromptBatch(TypedDict):

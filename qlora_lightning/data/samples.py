@@ -1,4 +1,4 @@
-"""Token ids and labels of one conversation, cut to the longest length that is trained."""
+"""Token ids and labels of one conversation, or of a piece of it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from qlora_lightning.data.chat import IGNORED
-from qlora_lightning.errors import UserError
+from qlora_lightning.data.lengths import shorten as shorten  # its old home
 
 
 class Sample(NamedTuple):
@@ -35,36 +35,3 @@ def make_sample(ids: Sequence[int], labels: Sequence[int], row_id: int, source: 
 def mute(sample: Sample) -> Sample:
     """Return the sample as a filler: same tokens, nothing labelled, no row of its own."""
     return Sample(sample.ids, torch.full_like(sample.labels, IGNORED), -1, sample.source)
-
-
-def shorten(ids: list[int], labels: list[int], max_length: int) -> tuple[list[int], list[int]]:
-    """Cut a sample to ``max_length`` tokens, out of the middle of its prompt first, then off the end of its answers.
-
-    The prompt is what stands before the first labelled token. It keeps its start (system prompt, header) and its end
-    (the header of the answer). If the answers do not fit beside a quarter of ``max_length`` (or the whole prompt, if
-    that is shorter), they lose their end, and with it the stop token: none is trained where the text does not end.
-    A sample that fits is returned as it is.
-
-    Args:
-        ids: token ids.
-        labels: aligned with ``ids``, -100 where nothing is trained.
-        max_length: tokens, at least 2.
-
-    Raises:
-        UserError: if ``max_length`` is less than 2.
-    """
-    if max_length < 2:
-        raise UserError(f"max_length: expected at least 2 (a token and the one that it predicts), found {max_length}.")
-    if len(ids) <= max_length:
-        return ids, labels
-    labelled = [at for at, label in enumerate(labels) if at > 0 and label != IGNORED]
-    if not labelled:
-        return ids[:max_length], labels[:max_length]
-    first, end = labelled[0], labelled[-1] + 1
-    quarter = -(-max_length // 4)
-    prompt = min(first, max(quarter, max_length - (end - first)))
-    end = min(end, first + max_length - prompt)
-    end = next(at for at in reversed(labelled) if at < end) + 1  # of a turn that was cut away, keep no header
-    head, tail = prompt // 2, prompt - prompt // 2
-    keep = [*range(head), *range(first - tail, end)]
-    return [ids[at] for at in keep], [labels[at] for at in keep]

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qlora_lightning.errors import UserError
 
+OWN_STOPS = "stops_only_with_its_generation_config"  # a key of qlora_lightning.json
 CARD = """---
 base_model: {base}
 library_name: peft
@@ -29,11 +30,17 @@ Trained with qlora_lightning on the base quantized as {quantization}. Load it wi
 
 
 def save_adapter_folder(
-    folder: Path, model: peft.PeftModel, tensors: Mapping[str, Tensor], tokenizer: Any, identity: Mapping[str, Any]
+    folder: Path,
+    model: peft.PeftModel,
+    tensors: Mapping[str, Tensor],
+    tokenizer: Any,
+    identity: Mapping[str, Any],
+    stop_ids: Sequence[int] = (),
 ) -> None:
     """Write weights (safetensors, fp32), PEFT config, tokenizer, chat template, identity and a card, without network.
 
-    Each file is written beside and renamed, the weights last, so that a reader never finds half a file.
+    Each file is written beside and renamed, the weights last, so that a reader never finds half a file. With the
+    tokenizer goes a ``generation_config.json``: the base's, with every token at which generation stops.
 
     Args:
         folder: Where to; it may hold an earlier adapter of the same run.
@@ -41,16 +48,21 @@ def save_adapter_folder(
         tensors: The adapter's tensors by the model's names, tied ones under each of their names.
         tokenizer: Saved beside, with its chat template; may be ``None``.
         identity: Written as ``qlora_lightning.json``: the base's name, quantization and fingerprint.
+        stop_ids: Tokens at which generation stops, beside the tokenizer's end-of-sequence token and the base's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    identity = dict(identity)
     if tokenizer is not None:
+        generation, complete = _generation_config(model, tokenizer, stop_ids)
+        if not complete:
+            identity[OWN_STOPS] = True
         _replace_each(folder, lambda place: tokenizer.save_pretrained(place))
+        _replace_each(folder, lambda place: _write_json(place / "generation_config.json", generation))
     _replace_each(folder, lambda place: _saved_config(model).save_pretrained(place))
     snippet = loading_snippet(folder, identity)
     card = CARD.format(base=identity["base"], quantization=identity["quantization"], snippet=snippet)
     _replace_each(folder, lambda place: (place / "README.md").write_text(card, encoding="utf-8"))
-    text = json.dumps(dict(identity), indent=2) + "\n"
-    _replace_each(folder, lambda place: (place / "qlora_lightning.json").write_text(text, encoding="utf-8"))
+    _replace_each(folder, lambda place: _write_json(place / "qlora_lightning.json", identity))
     # The explicit state dict keeps PEFT from walking the quantized base, the flag from asking the hub.
     weights = peft.get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
     # copies: tied tensors share memory, which the format refuses
@@ -74,7 +86,15 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 
 def loading_snippet(folder: Path, identity: Mapping[str, Any]) -> str:
-    """Give three lines of Python that load the adapter with plain PEFT onto the base as it was trained."""
+    """Give three lines of Python that load the adapter with plain PEFT onto the base as it was trained.
+
+    PEFT takes the generation config from the base and not from the adapter folder: where the base's lacks a stop token
+    (a base model trained to chat), the second line hands over the folder's, or the model would never stop.
+
+    Args:
+        folder: The adapter folder.
+        identity: What :func:`read_identity` gives of it.
+    """
     dtype, quantization = identity.get("compute_dtype", "bfloat16"), identity["quantization"]
     four_bits = (
         f'load_in_4bit=True, bnb_4bit_quant_type="{quantization}", '
@@ -83,11 +103,30 @@ def loading_snippet(folder: Path, identity: Mapping[str, Any]) -> str:
     place = json.dumps(str(folder))
     settings = {"none": "", "int8": "load_in_8bit=True"}.get(quantization, four_bits)
     quantize = f", quantization_config=BitsAndBytesConfig({settings})" if settings else ""
+    stops = f", generation_config=GenerationConfig.from_pretrained({place})" if identity.get(OWN_STOPS) else ""
+    names = "AutoTokenizer, BitsAndBytesConfig" + (", GenerationConfig" if stops else "")
     return (
-        "from peft import AutoPeftModelForCausalLM; from transformers import AutoTokenizer, BitsAndBytesConfig\n"
-        f'model = AutoPeftModelForCausalLM.from_pretrained({place}, dtype="{dtype}"{quantize})\n'
+        f"from peft import AutoPeftModelForCausalLM; from transformers import {names}\n"
+        f'model = AutoPeftModelForCausalLM.from_pretrained({place}, dtype="{dtype}"{quantize}{stops})\n'
         f"tokenizer = AutoTokenizer.from_pretrained({place})"
     )
+
+
+def _generation_config(model: peft.PeftModel, tokenizer: Any, stop_ids: Sequence[int]) -> tuple[dict[str, Any], bool]:
+    """Give the generation config to write, and whether the base's own knows all of its stop tokens."""
+    base = getattr(model.get_base_model(), "generation_config", None)
+    settings: dict[str, Any] = {} if base is None else json.loads(base.to_json_string(ignore_metadata=True))
+    known = settings.get("eos_token_id")
+    known = known if isinstance(known, list) else [known]
+    # the first is the token that ends an assistant turn, if that is the tokenizer's, as it is with a chosen template
+    stops = [number for number in dict.fromkeys([tokenizer.eos_token_id, *stop_ids, *known]) if number is not None]
+    own = {"eos_token_id": stops, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    settings.update({name: value for name, value in own.items() if value not in (None, [])})
+    return settings, set(stops) <= set(known)
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _saved_config(model: peft.PeftModel) -> peft.PeftConfig:

@@ -1,5 +1,6 @@
 """A LightningModule whose state is its adapter: what it saves, loads, and is made again from."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -39,10 +40,16 @@ class AdapterStateModule(lightning.LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         return [ExactResume()]
 
-    def save_adapter(self, folder: str | Path, tokenizer: Any = None) -> None:
-        """Write the adapter folder: PEFT's files, the tokenizer with its chat template, and what the base was."""
+    def save_adapter(self, folder: str | Path, tokenizer: Any = None, stop_ids: Sequence[int] = ()) -> None:
+        """Write the adapter folder: PEFT's files, the tokenizer with its chat template, and what the base was.
+
+        Args:
+            folder: Where to.
+            tokenizer: Saved beside.
+            stop_ids: A data module's: tokens at which generation stops, beside the tokenizer's and the base's own.
+        """
         tensors = all_names_of_trainable_tensors(self.model)
-        save_adapter_folder(Path(folder), self.model, tensors, tokenizer, self.identity)
+        save_adapter_folder(Path(folder), self.model, tensors, tokenizer, self.identity, stop_ids)
 
     def state_dict(  # type: ignore[override]  # torch's overloads, in one signature
         self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False

@@ -88,6 +88,7 @@ def test_a_fit_leaves_last_best_and_an_adapter_folder_for_plain_peft(fit, adapte
         "adapter_config.json",
         "adapter_model.safetensors",
         "chat_template.jinja",
+        "generation_config.json",
         "qlora_lightning.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -96,10 +97,20 @@ def test_a_fit_leaves_last_best_and_an_adapter_folder_for_plain_peft(fit, adapte
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert_same(tensors, adapter_of_checkpoint(read_checkpoint(run)))
     assert_same(read_checkpoint(run)["state_dict"], adapter_of(module))
+    generation = json.loads((run / "adapter" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "eos_token_id": [2], "pad_token_id": 2}
     identity = json.loads((run / "adapter" / "qlora_lightning.json").read_text())
     assert (identity["base"], identity["quantization"]) == (str(tiny_base), "nf4")
     config = peft.PeftConfig.from_pretrained(run / "adapter")
     assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (2, 4, str(tiny_base))
+
+
+def test_the_stop_tokens_of_the_data_go_into_the_adapter_folder(fit, make_data, tmp_path):
+    data = make_data(val=None)
+    data.renderer.stop_ids |= {7}
+    fit(AdapterCheckpoint(), data=data, limit_train_batches=1)
+    generation = json.loads((tmp_path / "run" / "adapter" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2, 7]
 
 
 def test_last_is_small_and_contains_adapter_tensors_only(fit, make_module, adapter_of, tmp_path):
@@ -269,7 +280,7 @@ def test_a_save_that_fails_at_the_adapter_folder_leaves_the_last_checkpoint_as_i
     last = run / "checkpoints" / "last.ckpt"
     before = last.read_bytes()
 
-    def fail(module, folder, tokenizer):
+    def fail(module, folder, tokenizer, stop_ids):
         raise OSError("disk full")
 
     monkeypatch.setattr(QLoRAModule, "save_adapter", fail)

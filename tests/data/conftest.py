@@ -1,9 +1,11 @@
+import copy
 import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
@@ -32,7 +34,7 @@ class CharTokenizer:
     def __init__(self):
         self.added_tokens_decoder = {}
 
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt, tools=None):
         assert not tokenize
         text = "".join(f"{{{m['role'][0]}\n{m['content']}}}\n" for m in messages)
         return text + "{a\n" if add_generation_prompt else text
@@ -59,10 +61,8 @@ def _smol():
 
 @pytest.fixture
 def smol(_smol):
-    """The real tokenizer, its template put back afterwards."""
-    template = _smol.chat_template
-    yield _smol
-    _smol.chat_template = template
+    """The real tokenizer, a copy that a test may change."""
+    return copy.deepcopy(_smol)
 
 
 @pytest.fixture
@@ -88,3 +88,73 @@ def talk():
     return lambda *contents: [
         {"role": ("user", "assistant")[number % 2], "content": content} for number, content in enumerate(contents)
     ]
+
+
+# what the tiny tokenizers of `families` learn their merges from
+_LINES = [
+    "The answer is four, and four is the answer.\n\nThe question was what two and two make.\n\n\n",
+    "system user assistant\n\nYou are a helpful assistant.\n<think>\nWhat is asked?\n</think>\n\n",
+    "You answer in one word:  yes or no.\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",
+]
+_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as Llama-3 and Qwen do
+_CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+_FAMILIES = {  # name: control tokens, BOS, end of sequence
+    "llama2": (["<unk>", "<s>", "</s>"], "<s>", "</s>"),
+    "llama31": (_LLAMA3, "<|begin_of_text|>", "<|eot_id|>"),
+    "qwen25": (_CHATML, None, "<|im_end|>"),
+    "qwen3": (_CHATML, None, "<|im_end|>"),
+    "mistral": (["<unk>", "<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>"),
+    "markers": (_CHATML, None, "<|im_end|>"),
+}
+
+
+def _byte_level(controls):
+    """Byte-level BPE, as Llama-3, Qwen and Mistral's newer models have it: newlines melt into one token."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(_SPLIT), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    learning = trainers.BpeTrainer(
+        vocab_size=450, special_tokens=controls, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(_LINES, learning)
+    return backend
+
+
+def _like_sentencepiece(controls):
+    """BPE with `▁` for a space, one put before a text, and bytes for what it does not know: as Llama-2 has it."""
+    learnt = Tokenizer(models.BPE())
+    learnt.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    words = [line.replace("\n", " ") for line in _LINES]
+    learnt.train_from_iterator(words, trainers.BpeTrainer(vocab_size=250, show_progress=False))
+    pieces = json.loads(learnt.to_str())["model"]
+    names = [*controls, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces["vocab"]]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    merges = [tuple(pair) for pair in pieces["merges"]]
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(spaces)
+    return backend
+
+
+@pytest.fixture(scope="session")
+def families():
+    """Small tokenizers in the style of known models: name -> tokenizer with template, BOS and end as they have it."""
+    from transformers import PreTrainedTokenizerFast
+
+    made = {}
+    for name, (controls, bos, eos) in _FAMILIES.items():
+        backend = _like_sentencepiece(controls) if name == "llama2" else _byte_level(controls)
+        backend.add_special_tokens(controls)
+        if bos:
+            first = [(bos, backend.token_to_id(bos))]
+            backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=first)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos)
+        template = Path(__file__).with_name("model_templates") / f"{name}.jinja"
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+        made[name] = tokenizer
+    return made

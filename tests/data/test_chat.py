@@ -1,8 +1,19 @@
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from qlora_lightning.data.bad_rows import RowFault
-from qlora_lightning.data.chat import ChatRenderer, render, render_prompt
+from qlora_lightning.data.chat import ChatRenderer
 from qlora_lightning.errors import UserError
+
+
+def render(tokenizer, conversation, **settings):
+    """The one sample of a conversation."""
+    (rendered,) = ChatRenderer(tokenizer, **settings).render(conversation)
+    return rendered
+
+
+def render_prompt(tokenizer, messages):
+    return ChatRenderer(tokenizer).render_prompt(messages)
 
 
 def labelled(tokenizer, rendered):
@@ -72,20 +83,107 @@ def test_control_tokens_as_text_are_refused(smol, talk):
         render_prompt(smol, talk("a<|im_start|>b"))
 
 
-def test_a_template_that_rewrites_history_trains_the_last_answer_only(smol, templates, talk):
+def test_a_template_that_rewrites_history_is_rendered_turn_by_turn(smol, templates, talk):
     smol.chat_template = templates.qwen
     conversation = talk("q", "<think>hm</think>a", "r", "b")
-    with pytest.raises(RowFault, match=r"not prefix-preserving: it renders message 2.*train_on: last"):
-        render(smol, conversation)
-    rendered = render(smol, conversation, train_on="last")
-    prompt = render_prompt(smol, conversation[:3])
-    assert rendered.ids[: len(prompt)] == prompt
-    assert labelled(smol, rendered) == "b<|im_end|>"
+    first, whole = ChatRenderer(smol).render(conversation)
+    assert labelled(smol, first) == "<think>hm</think>a<|im_end|>"
+    assert labelled(smol, whole) == "b<|im_end|>"  # the first answer, stripped there, is no answer of this model
+    for rendered, turns in ((first, 1), (whole, 3)):
+        prompt = render_prompt(smol, conversation[:turns])
+        assert rendered.ids[: len(prompt)] == prompt
+    assert ChatRenderer(smol, train_on="last").render(conversation) == [whole]
+
+
+def test_answers_that_survive_history_stay_together(smol, templates, talk):
+    smol.chat_template = templates.qwen
+    conversation = talk("q", "a", "r", "<think>hm</think>b", "s", "c")
+    second, whole = ChatRenderer(smol).render(conversation)
+    assert labelled(smol, second) == "<think>hm</think>b<|im_end|>"
+    assert labelled(smol, whole) == "a<|im_end|>c<|im_end|>"
+
+
+def test_a_template_that_writes_no_answer_as_it_begins_it_is_refused(smol, talk):
+    smol.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}Answer: {% endif %}"
+    )
+    with pytest.raises(RowFault, match=r"not prefix-preserving: it renders message 2 \(assistant\)"):
+        render(smol, talk("q", "a"))
+
+
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def test_the_templates_own_markers_say_what_is_trained(smol, talk):
+    conversation = talk("q", "a", "r", "b")
+    plain = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    smol.chat_template = plain
+    wanted = render(smol, conversation)
+    smol.chat_template = MARKED
+    assert render(smol, conversation) == wanted
+    assert labelled(smol, render(smol, conversation)) == "a<|im_end|>b<|im_end|>"
+
+
+def test_markers_that_leave_out_the_stop_token_are_refused(smol, talk):
+    smol.chat_template = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    with pytest.raises(UserError, match=r"never learn to stop: within its \{% generation %\} markers"):
+        render(smol, talk("q", "a"))
+
+
+def test_an_answer_that_is_not_to_be_trained_has_no_label(smol, talk):
+    conversation = talk("q", "a", "r", "b")
+    conversation[1]["train"] = False
+    assert labelled(smol, render(smol, conversation)) == "b<|im_end|>"
+    conversation[3]["train"] = False
+    assert labelled(smol, render(smol, conversation)) == ""
+    with pytest.raises(RowFault, match="`train: false` in a message contradicts `train_on: all`"):
+        render(smol, conversation, train_on="all")
+
+
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %}CALL {{ call['function'] | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_calls_of_tools_are_trained_and_what_tools_return_is_not(smol, talk):
+    smol.chat_template = TOOLS
+    call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+    conversation = [
+        {"role": "user", "content": "time?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "noon"},
+        {"role": "assistant", "content": "It is noon."},
+    ]
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    (rendered,) = ChatRenderer(smol).render(conversation, tools)
+    said = 'CALL {"name": "clock", "arguments": {}}<|im_end|>It is noon.<|im_end|>'
+    assert labelled(smol, rendered) == said
+    smol.chat_template = TOOLS.replace("{% if tools %}", "{% if false %}")
+    with pytest.raises(RowFault, match="leaves out the tool 'clock': it knows no tools"):
+        ChatRenderer(smol).render(conversation, tools)
+
+
+def test_many_are_rendered_as_each_alone(smol, talk):
+    conversations = [talk("q", "a"), talk("<|im_end|>", "a"), talk("q", "\n\nb", "r", "\nc")]
+    renderer = ChatRenderer(smol)
+    good, bad, cut = renderer.render_all([(conversation, None) for conversation in conversations])
+    assert good == ChatRenderer(smol).render(conversations[0])
+    assert isinstance(bad, RowFault)
+    assert cut == ChatRenderer(smol).render(conversations[2])
 
 
 @pytest.mark.parametrize(
     ("ending", "found"),
-    [("", "the first control token there there is none"), ("<|endoftext|>", "'<|endoftext|>', at which generation")],
+    [("", "the first control token there is missing"), ("<|endoftext|>", "'<|endoftext|>', at which generation")],
 )
 def test_a_template_without_stop_token_is_refused_with_the_turn(smol, talk, ending, found):
     smol.chat_template = (
@@ -98,8 +196,7 @@ def test_a_template_without_stop_token_is_refused_with_the_turn(smol, talk, endi
     assert "never learn to stop" in message
     assert "'<|im_end|>'" in message
     assert f"'the answer{ending}\\n'" in message
-    if ending:
-        assert found in message
+    assert found in message
 
 
 def test_a_template_that_drops_or_changes_a_message_is_refused(smol, talk):
@@ -114,15 +211,27 @@ def test_a_template_that_drops_or_changes_a_message_is_refused(smol, talk):
         render(smol, talk("Q", "abc"))
 
 
+def test_a_bos_that_the_tokenizer_writes_and_the_template_forgets_is_refused(smol, talk):
+    smol.add_special_tokens({"bos_token": "<|endoftext|>"})
+    smol.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    with pytest.raises(UserError, match=r"expected the BOS token '<\|endoftext\|>' first.*begins: '<\|im_start"):
+        render(smol, talk("q", "a"))
+
+
 def test_what_the_template_raises_is_the_reason(smol, talk):
     smol.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(RowFault, match="refuses the conversation: no system role"):
+        render(smol, talk("q", "a"))
+    smol.chat_template = "{{ messages[0]['content'] + 1 }}"
+    with pytest.raises(RowFault, match="fails on the conversation: TypeError"):
         render(smol, talk("q", "a"))
 
 
 def test_a_second_bos_is_refused(smol, talk):
     smol.chat_template = "{{ bos_token }}{{ bos_token }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
-    with pytest.raises(UserError, match="expected one, found two"):
+    with pytest.raises(UserError, match="expected one BOS token, found two"):
         render(smol, talk("q", "a"))
 
 

@@ -1,9 +1,12 @@
+from types import SimpleNamespace
+
 import jsonargparse
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from qlora_lightning.data import stream
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.errors import UserError
 
@@ -74,19 +77,33 @@ class SaveAlways(pl.Callback):
             self.save(trainer, "epoch")
 
 
-def train(make, callbacks=(), ckpt_path=None, **kwargs):
+def train(make, callbacks=(), ckpt_path=None, data=None, **kwargs):
     model = Recorder()
     options = {"max_epochs": 3, "accumulate_grad_batches": 4, "val_check_interval": 5} | kwargs
     trainer = pl.Trainer(
         **options, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, callbacks=list(callbacks),
     )  # fmt: skip
-    trainer.fit(model, datamodule=make(), ckpt_path=ckpt_path)
+    trainer.fit(model, datamodule=make(**data or {}), ckpt_path=ckpt_path)
     return model.seen
 
 
-@pytest.mark.parametrize("options", [{}, {"max_epochs": -1, "max_steps": 10}, {"limit_train_batches": 11}])
+TEN_STEPS = {"max_epochs": -1, "max_steps": 10}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        TEN_STEPS,
+        {"limit_train_batches": 11},
+        {"data": {"batch_size": None, "tokens_per_batch": 40}},
+        {**TEN_STEPS, "data": {"streaming": True}},
+        {**TEN_STEPS, "data": {"streaming": True, "batch_size": None, "tokens_per_batch": 40}},
+    ],
+)
 def test_a_run_goes_on_exactly_from_every_save_point(make, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(stream, "BLOCK", 12)
     saver = SaveAlways(tmp_path)
     seen = train(make, [saver], **options)
     assert len({str(seen[at : at + 5]) for at in (0, 15, 30)}) > 1
@@ -97,6 +114,7 @@ def test_a_run_goes_on_exactly_from_every_save_point(make, tmp_path, monkeypatch
         if train(make, ckpt_path=file, **options) != seen[saved:]:
             wrong.append(file)
     assert wrong == []
+    assert len(saver.files) > 20
 
 
 def test_every_epoch_runs_every_row_once_in_another_order(make):
@@ -145,8 +163,8 @@ def test_val_fraction_holds_rows_out_by_the_checkpoints_seed(make, monkeypatch):
 
     data = make(val=None, val_fraction=0.25)
     data.setup("validate")
-    assert len(held(data)) == 6
-    assert data.reports["train"].rows == 20
+    assert len(held(data)) == 6  # of 26
+    assert (data.reports["train"].rows, data.reports["val"].rows) == (20, 6)
     monkeypatch.setenv("PL_GLOBAL_SEED", "6")
     other = make(val=None, val_fraction=0.25)
     other.setup("fit")
@@ -171,10 +189,13 @@ def test_bad_rows_stop_or_are_skipped(make, write):
         file.write("no json\n")
     with pytest.raises(UserError) as error:
         make(train="bad.jsonl").setup("fit")
-    assert str(error.value).startswith("2 rows cannot be used:\n  bad.jsonl:3: not JSON")
+    lines = str(error.value).splitlines()
+    assert lines[:2] == ["2 rows cannot be used:", "  bad.jsonl:2: the answer (message 2) is empty"]
+    assert lines[2].startswith("  bad.jsonl:3: not JSON")
     data = make(train="bad.jsonl", on_bad_row="skip")
     data.setup("fit")
-    assert (data.reports["train"].rows, data.reports["train"].dropped.total()) == (3, 2)
+    report = data.reports["train"]
+    assert (report.rows, report.samples, report.bad_rows) == (3, 1, 2)
     write("worse.jsonl", [{"prompt": "q", "completion": ""}])
     with pytest.raises(UserError, match=r"worse.jsonl:1: the answer .message 2. is empty"):
         make(train="worse.jsonl", on_bad_row="skip").setup("fit")
@@ -199,6 +220,8 @@ def test_rows_to_predict(make, write):
     data.setup("predict")
     first, second = data.predict_dataloader()
     assert "".join(map(chr, first["prompt_ids"][0])) == "{s\nS}\n{u\nq}\n{a\n"
+    assert data.samples["predict"].labelled_counts.tolist() == [0, 0, 0]
+    assert data.samples["predict"].where(2) == "ask.jsonl:3"
     assert (first["references"], second["references"], second["row_ids"]) == ([None, None], ["k"], [2])
     assert data.stop_ids == [125]
 
@@ -206,7 +229,7 @@ def test_rows_to_predict(make, write):
 def test_ranks_share_the_rows_of_the_trainer(make):
     data = make()
     data.setup("fit")
-    data.trainer = type("Trainer", (), {"global_rank": 1, "world_size": 2, "overfit_batches": 0})()
+    data.trainer = SimpleNamespace(global_rank=1, world_size=2)
     assert [batch["row_ids"].tolist() for batch in data.val_dataloader()] == [[2, 3], [-1]]
 
 
@@ -223,7 +246,92 @@ def test_the_arguments_are_the_keys_of_the_yaml():
     data = parser.instantiate(given).data
     assert data.files["train"] == "a.jsonl"
     assert data.val_fraction == 0.1
-    assert data._tokenizer_name == "package:x"
-    for wrong in ("--data.train_on=user", "--data.batch_size=many", "--data.colums=3"):
+    assert (data.batch_size, data.tokens_per_batch) == (8, None)
+    for wrong in ("--data.train_on=user", "--data.batch_size=many", "--data.colums=3", "--data.streaming=maybe"):
         with pytest.raises(jsonargparse.ArgumentError):
             parser.parse_args([wrong])
+
+
+def test_yaml_gives_sources_columns_and_a_tokenizer_with_its_revision():
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(InstructionDataModule, "data")
+    given = {
+        "train": ["a.jsonl", {"path": "org/set", "split": "train[:9]", "weight": 2.0}],
+        "columns": {"ask": "prompt"},
+        "tokenizer": {"name": "org/model", "revision": "v1"},
+        "tokens_per_batch": 2048,
+    }
+    data = parser.instantiate(parser.parse_object({"data": given})).data
+    assert (data.files["train"], data.columns) == (given["train"], given["columns"])
+    assert (data.batch_size, data.tokens_per_batch) == (None, 2048)
+    with pytest.raises(UserError, match=r"org/model"):
+        _ = data.tokenizer
+
+
+def test_overlap_and_duplicates_are_counted_and_listed(make, write):
+    write("dup.jsonl", [{"prompt": "q0", "completion": "k"}] * 2)
+    data = make(val="dup.jsonl")
+    data.setup("fit")
+    report = data.reports["val"]
+    assert (report.duplicates, report.duplicate_pairs) == (1, [("dup.jsonl:2", "dup.jsonl:1")])
+    assert (report.overlap, report.overlap_pairs[0]) == (2, ("dup.jsonl:1", "train.jsonl:1"))
+    assert (data.reports["train"].overlap, data.reports["train"].duplicates) == (0, 0)
+
+
+def test_weights_give_each_source_its_share_of_an_epoch(make, write):
+    write("few.jsonl", [{"prompt": f"z{number}", "completion": "k"} for number in range(4)])
+    data = make(train=[{"path": "train.jsonl", "weight": 1}, {"path": "few.jsonl", "weight": 2}])
+    data.setup("fit")
+    sources = [source for batch in data.train_dataloader() for source in batch["source"].tolist()]
+    assert (sources.count(0), sources.count(1)) == (10, 20)  # of 26 + 4 rows
+
+
+def test_without_weights_an_epoch_takes_every_row_of_every_source(make, write):
+    write("few.jsonl", [{"prompt": f"z{number}", "completion": "k"} for number in range(4)])
+    for settings in ({}, {"batch_size": None, "tokens_per_batch": 40}, {"group_by_length": True}):
+        data = make(train=["train.jsonl", "few.jsonl"], **settings)
+        data.setup("fit")
+        rows = [row for batch in data.train_dataloader() for row in batch["row_ids"].tolist()]
+        assert sorted(rows) == list(range(30))
+        assert data.count_train_batches() == len(data.train_dataloader())
+
+
+def streaming(make, **kwargs):
+    data = make(streaming=True, **kwargs)
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1, max_steps=5, accumulate_grad_batches=4)
+    return data
+
+
+def test_a_stream_is_as_long_as_the_run(make):
+    data = streaming(make)
+    data.setup("fit")
+    assert data.count_train_batches() == len(list(data.train_dataloader())) == 20
+    assert (data.reports["train"].rows, len(data.samples["train"])) == (26, 26)  # each looked at once
+    assert len(data.val_dataloader()) == 3
+
+
+def test_a_stream_without_an_end_is_refused_before_anything_is_read(make):
+    data = streaming(make, train="train.jsonl")
+    data.trainer.max_steps = -1
+    with pytest.raises(UserError, match=r"data.streaming: a stream has no end, so trainer.max_steps must say"):
+        data.setup("fit")
+    assert data.reports == {}
+
+
+def test_without_a_trainer_a_stream_is_checked_but_not_run(make):
+    data = make(streaming=True)
+    data.setup("fit")
+    assert data.reports["train"].rows == 26
+    with pytest.raises(UserError, match=r"trainer.max_steps"):
+        data.train_dataloader()
+
+
+def test_a_stream_needs_rows_too(make):
+    with pytest.raises(UserError, match=r"train rows are needed.*data.train"):
+        streaming(make, train=None).setup("fit")
+
+
+def test_the_beginning_of_a_stream_is_checked_at_once(make, write):
+    write("bad.jsonl", [{"prompt": "q", "completion": "k"}, {"prompt": "q", "completion": ""}])
+    with pytest.raises(UserError, match=r"^1 row cannot be used:\n  bad.jsonl:2: the answer"):
+        streaming(make, train="bad.jsonl").setup("fit")

@@ -1,4 +1,7 @@
+import numpy as np
 import pytest
+import torch
+from torch.utils.data import SequentialSampler
 
 from qlora_lightning.data.loader import FlatLoader
 from qlora_lightning.data.order import epoch_order
@@ -81,9 +84,12 @@ def test_a_position_in_other_data_is_refused_but_a_finished_epoch_is_not():
     next(walk)
     state = it.state_dict()
     for changed, message in (
-        (loader(batch_size=3), "rows_per_batch = 2 .* now rows_per_batch = 3"),
-        (FlatLoader(SAMPLES[:-1], 2), "rows = 11 .* now rows = 10"),
-        (FlatLoader([*SAMPLES[:-1], make_sample([1], [1], 0)], 2), "tokens = 22 .* now tokens = 21"),
+        (loader(batch_size=3), "rows_per_batch = 2, but now rows_per_batch = 3"),
+        (loader(group_by_length=True), "group_by_length = False, but now group_by_length = True"),
+        (loader(weights=[1]), r"weights = None, but now weights = \[1.0\]"),
+        (loader(batch_size=None, tokens_per_batch=4), "rows_per_batch = 2, but now rows_per_batch = 0"),
+        (FlatLoader(SAMPLES[:-1], 2), "rows = 11, but now rows = 10"),
+        (FlatLoader([*SAMPLES[:-1], make_sample([1], [1], 0)], 2), "tokens = 22, but now tokens = 21"),
     ):
         with pytest.raises(UserError, match=message):
             changed.load_state_dict(state)
@@ -92,12 +98,55 @@ def test_a_position_in_other_data_is_refused_but_a_finished_epoch_is_not():
     loader(batch_size=3).load_state_dict(it.state_dict())
 
 
+def test_a_position_among_bins_is_of_one_budget_and_number_of_processes():
+    it = loader(batch_size=None, tokens_per_batch=4)
+    next(iter(it))
+    state = it.state_dict()
+    for changed, message in (
+        ({"tokens_per_batch": 6}, "tokens_per_batch = 4, but now tokens_per_batch = 6"),
+        ({"tokens_per_batch": 4, "world_size": 2}, "bins_per_batch = 1, but now bins_per_batch = 2"),
+        ({"batch_size": 2}, "rows_per_batch = 0, but now rows_per_batch = 2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            loader(**{"batch_size": None} | changed).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"batch_size": 2, "group_by_length": True},
+        {"batch_size": None, "tokens_per_batch": 4},
+        {"batch_size": None, "tokens_per_batch": 4, "weights": [1]},
+    ],
+)
+def test_going_on_is_exact_however_batches_are_cut(cut):
+    whole = loader(**cut)
+    whole.sampler.set_epoch(3)
+    expected = rows(whole)
+    assert len(expected) == len(whole) == 6
+    walk = iter(whole)
+    next(walk), next(walk)
+    it = loader(**cut)
+    it.load_state_dict(whole.state_dict())
+    assert rows(it) == expected[2:]
+
+
+def test_a_state_is_made_of_plain_values(tmp_path):
+    state = loader(batch_size=None, tokens_per_batch=4, weights=np.array([2.0])).state_dict()
+    torch.save(state, tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=True) == state
+
+
+def test_lightning_sees_whether_rows_are_shuffled():
+    assert not isinstance(loader().sampler, SequentialSampler)
+    assert isinstance(loader(shuffle=False).sampler, SequentialSampler)
+    assert list(loader().sampler) == epoch_order(11, 7, 0)
+    assert list(loader(shuffle=False).sampler) == list(range(11))
+
+
 def test_a_rank_without_rows_runs_one_unlabelled_row():
     batch = list(loader(batch_size=1, rank=1, world_size=2))[-1]
     assert batch["row_ids"].tolist() == [-1]
     assert set(batch["labels"].flatten().tolist()) == {-100}
-
-
-def test_a_batch_size_below_one_is_refused():
-    with pytest.raises(UserError, match="batch_size: expected at least 1, found 0"):
-        loader(batch_size=0)
+    packed = list(loader(batch_size=None, tokens_per_batch=4, rank=3, world_size=4))[-1]  # 6 bins over 4 ranks
+    assert packed["row_ids"].tolist() == [-1]

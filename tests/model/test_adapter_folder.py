@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapter_folder import loading_snippet, read_identity, save_adapter_folder
@@ -33,8 +33,9 @@ def identity(tiny_base, quantization="nf4"):
     return {"base": str(tiny_base), "quantization": quantization, "double_quant": True, "compute_dtype": "float32"}
 
 
-def save(folder, model, tiny_base, quantization="nf4", tokenizer=None):
-    save_adapter_folder(folder, model, trainable_tensors(model), tokenizer, identity(tiny_base, quantization))
+def save(folder, model, tiny_base, quantization="nf4", tokenizer=None, stop_ids=()):
+    identity_of_base = identity(tiny_base, quantization)
+    save_adapter_folder(folder, model, trainable_tensors(model), tokenizer, identity_of_base, stop_ids)
     return folder
 
 
@@ -95,13 +96,50 @@ def test_the_folder_holds_weights_config_identity_card_and_tokenizer_with_its_te
     model = make(tiny_base, rank=2, target_modules=["v_proj", "q_proj"], base_name="org/base")
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     save(tmp_path, model, tiny_base, tokenizer=tokenizer)
-    assert contents(tmp_path).keys() >= FILES | {"tokenizer.json", "tokenizer_config.json"}
+    assert contents(tmp_path).keys() >= FILES | {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "org/base"
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 4, ["q_proj", "v_proj"])
     assert config["inference_mode"]
     assert read_identity(tmp_path) == identity(tiny_base)
+
+
+def test_the_generation_config_is_the_bases_with_every_stop_token_the_tokenizers_first(tiny_base, tmp_path):
+    model = make(tiny_base)
+    model.get_base_model().generation_config.update(eos_token_id=[7, 8], pad_token_id=None, do_sample=True, top_p=0.5)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.eos_token = "<|endoftext|>"
+    save(tmp_path, model, tiny_base, tokenizer=tokenizer, stop_ids=[2, 7])
+    wanted = {"eos_token_id": [0, 2, 7, 8], "bos_token_id": 1, "pad_token_id": 2, "do_sample": True, "top_p": 0.5}
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == wanted
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [0, 2, 7, 8]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_the_snippets_model_stops_where_the_bases_generation_config_would_not(tiny_base, tmp_path):
+    model = make(tiny_base, "none")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+
+    def generate(folder):
+        names = {}
+        exec(loading_snippet(folder, read_identity(folder)), names)
+        prompt = torch.tensor([IDS])
+        answer = names["model"].generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8)
+        return answer[0, len(IDS) :].tolist()
+
+    known = save(tmp_path / "known", model, tiny_base, "none", tokenizer)  # the base's config knows the tokenizer's end
+    assert "GenerationConfig" not in loading_snippet(known, read_identity(known))
+    assert read_identity(known) == identity(tiny_base, "none")
+    endless = generate(known)
+    assert len(endless) == 8
+
+    stop = endless[3]
+    lacking = save(tmp_path / "lacking", model, tiny_base, "none", tokenizer, [stop])
+    snippet = loading_snippet(lacking, read_identity(lacking))
+    assert snippet.count("\n") == 2
+    assert f"```python\n{snippet}\n```" in (lacking / "README.md").read_text()
+    assert generate(lacking) == endless[: endless.index(stop) + 1]
 
 
 def test_weights_are_the_adapters_in_float32_under_pefts_names(tiny_base, tmp_path):

@@ -1,0 +1,77 @@
+"""``qlora-lightning inspect``: the data as the model will see them, in the terminal and as a page."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import lightning
+from rich.console import Console
+
+from qlora_lightning.commands.inspect.arguments import make_data_module, parse
+from qlora_lightning.commands.inspect.gather import Inspection, inspect_data
+from qlora_lightning.commands.inspect.page import write_page
+from qlora_lightning.commands.inspect.terminal import print_inspection
+from qlora_lightning.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Report on the data of a config; return the exit code.
+
+    Raises:
+        UserError: a key or value is wrong, the data cannot be prepared, or there are bad rows that stop ``fit``.
+    """
+    options, config = parse(argv)
+    page = None if options.html is None else _page_file(options.html)
+    if config.seed is not False:
+        # the split by val_fraction depends on it
+        lightning.seed_everything(None if config.seed is True else config.seed, verbose=False)
+    data = make_data_module(config)
+    bad_rows_stop, data.on_bad_row = data.on_bad_row == "error", "skip"  # here they are listed, and the rest goes on
+    with _quiet_lightning():
+        found = inspect_data(data, config, options)
+    if page is not None:
+        write_page(found, page)
+    print_inspection(found, Console(highlight=False))
+    if page is not None:
+        print(f"\nPage: {page}")
+    if bad_rows_stop:
+        _refuse_bad_rows(found)
+    return 0
+
+
+@contextlib.contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Keep away the lines that the data module prints for each split: the report says them."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _page_file(name: str) -> Path:
+    """Check the page's name before a second is spent.
+
+    Raises:
+        UserError: it would be written over something else, or into a folder that is not there.
+    """
+    file = Path(name)
+    if file.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--html {name}: expected a file name that ends in .html.")
+    if not file.parent.is_dir():
+        raise UserError(f"--html {name}: there is no folder {file.parent}.")
+    return file
+
+
+def _refuse_bad_rows(found: Inspection) -> None:
+    bad = [f"{split.report.bad_rows:,} in {split.name}" for split in found.splits if split.report.bad_rows]
+    if bad:
+        sys.stdout.flush()
+        raise UserError(
+            f"there are bad rows ({', '.join(bad)}), listed above: `fit` stops at them. Correct them, or leave them "
+            "out with `on_bad_row: skip`."
+        )

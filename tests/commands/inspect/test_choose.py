@@ -1,0 +1,94 @@
+import pytest
+
+from qlora_lightning.commands.inspect.arguments import Options
+from qlora_lightning.commands.inspect.choose import RowChooser
+from qlora_lightning.commands.inspect.pieces import PieceCutter
+from qlora_lightning.data.bad_rows import BadRow
+from qlora_lightning.errors import UserError
+
+
+@pytest.fixture
+def choose(sample_set, report, characters):
+    """Choose from five samples of lines 1 to 7; line 3 is bad, line 5 gave none."""
+    samples = sample_set("{one}<1}>", "{twenty}<22}>", "{Forty}<4}>", "{x}<6}>", "{seven}<7}>", lines=[1, 2, 4, 6, 7])
+    what = report(rows=7, bad=[BadRow("train.jsonl:3", "not JSON")], bad_rows=1, dropped={"too long": 1})
+    chooser = RowChooser("train", samples, what, PieceCutter(characters, [ord("}")]))
+    return lambda **options: chooser.choose(Options(**options))
+
+
+def test_the_first_two_when_none_are_asked_for(choose):
+    assert [(row.where, row.tokens, row.labelled) for row in choose()] == [
+        ("train.jsonl:1", 7, 2),
+        ("train.jsonl:2", 11, 3),
+    ]
+    assert "".join(piece.text for piece in choose()[0].pieces) == "{one}1}"
+
+
+@pytest.mark.parametrize("place", ["4", "train.jsonl:4"])
+def test_a_row_by_its_line(choose, place):
+    (row,) = choose(rows=(place,))
+    assert "".join(piece.text for piece in row.pieces) == "{Forty}4}"
+
+
+def test_rows_come_in_the_order_of_the_options(choose):
+    rows = choose(rows=("7", "1"), longest=True, shortest=True)
+    assert [(row.where, row.why) for row in rows] == [
+        ("train.jsonl:7", ""),
+        ("train.jsonl:1", ""),
+        ("train.jsonl:2", "the longest"),
+        ("train.jsonl:6", "the shortest"),
+    ]
+
+
+def test_a_bad_row_and_a_dropped_one_are_told(choose):
+    bad, dropped = choose(rows=("3", "5"))
+    assert (bad.where, bad.note) == ("train.jsonl:3", "a bad row: not JSON")
+    assert (dropped.where, dropped.pieces) == ("train line 5", ())
+    words = "no sample comes from here: no row begins in that line, or the row was dropped: too long (1)."
+    assert dropped.note == words
+
+
+def test_a_row_that_was_held_out_is_told_by_its_split(sample_set, report, characters):
+    train, val = sample_set("a<b>", lines=[1]), sample_set("c<d>", lines=[2])
+    other_file = sample_set("e<f>", "g<h>", "i<j>", lines=[2, 3, 4], file="test.jsonl")
+    cutter = PieceCutter(characters, [])
+    chooser = RowChooser("train", train, report(rows=3), cutter, {"val": val, "test": other_file})
+    assert [row.note for row in chooser.choose(Options(rows=("2", "3")))] == [
+        "is a row of val: --split val shows it.",
+        "no sample comes from here: no row begins in that line.",
+    ]
+
+
+def test_a_bad_row_beyond_the_listed_ones_may_be_it(sample_set, report, characters):
+    chooser = RowChooser("train", sample_set("a<b>"), report(rows=50, bad_rows=30), PieceCutter(characters, []))
+    (row,) = chooser.choose(Options(rows=("40",)))
+    assert row.note.endswith("or it is one of the bad rows that are not listed.")
+
+
+@pytest.mark.parametrize("place", ["0", "-1", "x", "train.jsonl:", "1.5"])
+def test_what_is_no_line_is_refused(choose, place):
+    with pytest.raises(UserError, match="expected a line number from 1, or FILE:LINE"):
+        choose(rows=(place,))
+
+
+@pytest.mark.parametrize("place", ["8", "train.jsonl:8", "other.jsonl:1"])
+def test_a_row_that_is_not_there_is_refused(choose, place):
+    with pytest.raises(UserError, match=rf"--row {place}: train has no such row; its 7 rows end at 7"):
+        choose(rows=(place,))
+
+
+def test_all_pieces_of_a_split_row_are_shown(sample_set, report, characters):
+    samples = sample_set("a<b>", "b<c>", "d<e>", lines=[1, 1, 2])
+    chooser = RowChooser("train", samples, report(rows=2), PieceCutter(characters, []))
+    assert [row.where for row in chooser.choose(Options(rows=("1",)))] == ["train.jsonl:1"] * 2
+
+
+def test_a_search_ignores_case_and_counts(choose):
+    note, *rows = choose(search="FORTY")
+    assert note.note == "1 of 5 samples hold it."
+    assert [row.where for row in rows] == ["train.jsonl:4"]
+    note, *rows = choose(search="{")
+    assert note.note == "5 of 5 samples hold it; the first 3 are shown."
+    assert [row.where for row in rows] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:4"]
+    (note,) = choose(search="nowhere")
+    assert note.note == "0 of 5 samples hold it."

@@ -1,0 +1,148 @@
+"""A file of good rows with bad ones of every kind among them, through the data module and through the command."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qlora_lightning.cli import main
+from qlora_lightning.data.datamodule import InstructionDataModule
+from qlora_lightning.errors import UserError
+
+GOOD = 200
+ASK, ANSWER = {"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}
+
+
+def row(*messages):
+    return json.dumps({"messages": list(messages)}).encode()
+
+
+# a line of the file, and how the reason begins for which it is refused
+BAD = [
+    (b"no json", "not JSON: Expecting value (column 1)"),
+    (row(ASK, ANSWER)[:60], "not JSON: the line ends in the middle of the row"),
+    (b'["messages"]', "an array, not a JSON object"),
+    (b'{"text": "Four."}', "lacks 'messages' of the format messages (found text)"),
+    (b'{"messages": null}', "'messages' must be a list, found null"),
+    (row(ASK, {"role": "assistant", "content": None}), "the assistant content of message 2 must be a string, found null"),
+    (row(ASK, {"role": "assistant", "content": 4}), "the assistant content of message 2 must be a string, found a number"),
+    (row(ASK, {"role": "assistant", "content": " \n"}), "the answer (message 2) is empty"),
+    (row(ASK, {"role": "oracle", "content": "Four."}), "message 2 has the role 'oracle', expected system, user"),
+    (row(ANSWER, ASK), "the conversation begins with an assistant turn"),
+    (row(ASK), "no assistant turn"),
+    (row(ASK, ANSWER).replace(b"Four", b"F\xfcnf"), "not UTF-8 text"),
+    (row(ASK, ANSWER).replace(b"Four", b"Fo\0r"), "not JSON: NUL byte (column"),
+    (row(ASK, {"role": "assistant", "content": "4 " * 5_000_000}), "longer than 4 MiB: two rows have probably run"),
+]
+
+
+@pytest.fixture
+def lines(tmp_path, monkeypatch):
+    """Write train.jsonl: a bad row after every ten good ones; gives the lines on which bad ones stand."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    content = []
+    for number in range(GOOD):
+        content.append(row({**ASK, "content": f"{number} and two?"}, ANSWER))
+        if number % 10 == 9 and number // 10 < len(BAD):
+            content.append(BAD[number // 10][0])
+    Path("train.jsonl").write_bytes(b"\n".join(content))
+    return [11 * (at + 1) for at in range(len(BAD))]
+
+
+@pytest.fixture
+def unusable(tmp_path):
+    """Sources without a row: a name, and what is said of it."""
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("no rows")
+    return {
+        "empty.jsonl": "empty.jsonl is empty: it holds no rows",
+        "blank.jsonl": "blank.jsonl holds no rows",
+        "folder": "no data files in folder: expected .jsonl",
+        "missing.jsonl": "missing.jsonl does not exist",
+    }
+
+
+def check_list(message, lines):
+    """Every bad row is named with its line and its reason, in file order."""
+    first, *named, last = message.splitlines()
+    assert first.endswith(f"{len(BAD)} rows cannot be used:")
+    assert last == "Correct them, or leave them out with `on_bad_row: skip`."
+    for line, found, (_, reason) in zip(lines, named, BAD, strict=True):
+        assert found.startswith(f"  train.jsonl:{line}: {reason}")
+        assert len(found) < 300
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_each_bad_row_is_named_in_one_error(characters, lines, streaming):
+    with pytest.raises(UserError) as error:
+        InstructionDataModule("train.jsonl", tokenizer=characters, streaming=streaming).setup("fit")
+    check_list(str(error.value), lines)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_where_bad_rows_are_skipped_the_good_ones_are_left(characters, lines, streaming):
+    data = InstructionDataModule("train.jsonl", tokenizer=characters, on_bad_row="skip", streaming=streaming)
+    data.setup("fit")
+    report = data.reports["train"]
+    assert (report.rows, report.bad_rows, report.samples) == (GOOD + len(BAD), len(BAD), GOOD)
+    said = ["".join(map(chr, sample.ids.tolist())) for sample in data.samples["train"]]
+    assert all(text.startswith(f"{{u\n{number} and two?") for number, text in enumerate(said))
+    assert [bad.where for bad in report.bad] == [f"train.jsonl:{line}" for line in lines]
+
+
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+@pytest.mark.parametrize("source", ["empty.jsonl", "blank.jsonl", "folder", "missing.jsonl"])
+def test_a_source_without_rows_is_refused_in_any_case(characters, lines, unusable, source, on_bad_row):
+    for train in (source, ["train.jsonl", source]):
+        with pytest.raises(UserError, match=unusable[source]):
+            InstructionDataModule(train, tokenizer=characters, on_bad_row=on_bad_row).setup("fit")
+
+
+@pytest.fixture
+def fit(tiny_base, tmp_path, monkeypatch, capsys, caplog):
+    """Run `fit` for two steps; gives the exit code and all that was said."""
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    trainer = {"accelerator": "cpu", "devices": 1, "max_steps": 2, "default_root_dir": "run"}
+    config = {
+        "seed_everything": 1,
+        "model": {"base": str(tiny_base), "rank": 2, "quantization": "none", "compute_dtype": "fp32"},
+        "data": {"train": "train.jsonl", "batch_size": 4},
+        "trainer": {**trainer, "enable_progress_bar": False},
+    }
+
+    def fit(*arguments):
+        Path("c.yaml").write_text(yaml.safe_dump(config))
+        code = main(["fit", "--config", "c.yaml", *arguments])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out + captured.err + caplog.text, captured.err
+
+    return fit
+
+
+def test_the_command_names_them_too_and_gives_2(fit, lines):
+    code, _, error = fit()
+    assert code == 2
+    check_list(error[error.index("qlora-lightning:") :].strip(), lines)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("source", ["empty.jsonl", "folder"])
+def test_the_command_refuses_a_source_without_rows(fit, lines, unusable, source):
+    code, said, _ = fit("--data.train", source, "--data.on_bad_row", "skip")
+    assert code == 2
+    assert unusable[source] in said
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_the_command_trains_on_what_is_left(fit, lines, streaming):
+    code, said, _ = fit("--data.on_bad_row", "skip", "--data.streaming", streaming)
+    assert code == 0
+    assert f"train: {GOOD + len(BAD)} rows (messages)" in said
+    assert f"{len(BAD)} bad rows skipped: train.jsonl:11 (not JSON" in said
+    assert Path("run/adapter/adapter_model.safetensors").exists()

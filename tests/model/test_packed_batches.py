@@ -1,0 +1,60 @@
+"""Rows that are packed have the losses that they have alone."""
+
+import pytest
+import torch
+
+from qlora_lightning import InstructionDataModule, QLoRAModule
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
+
+
+@pytest.fixture
+def module(tiny_base):
+    torch.manual_seed(3)
+    module = QLoRAModule(str(tiny_base), quantization="none", compute_dtype="fp32")
+    module.configure_model()
+    return module.eval()
+
+
+@pytest.fixture
+def batches(tiny_base, rows_file):
+    """The micro-batches of an epoch of 16 ragged rows."""
+
+    def batches(**settings):
+        data = InstructionDataModule(str(rows_file), tokenizer=str(tiny_base), **settings)
+        data.setup("fit")
+        return list(data.train_dataloader())
+
+    return batches
+
+
+def losses(module, batches):
+    """The loss sum of each row: of its batch with every other row's labels hidden."""
+    found = {}
+    for batch in batches:
+        bounds = batch["cu_seqlens"].tolist()
+        for row, start, end in zip(batch["row_ids"].tolist(), bounds, bounds[1:], strict=False):
+            labels = torch.full_like(batch["labels"], -100)
+            labels[:, start:end] = batch["labels"][:, start:end]
+            with torch.no_grad():
+                sums = module.compute_loss({**batch, "labels": labels})
+            found[row] = (sums.nll_sum.item(), int(sums.labelled_tokens))
+    return found
+
+
+@pytest.mark.parametrize("settings", [{"tokens_per_batch": 200}, {"batch_size": 5}])
+def test_packed_and_alone_each_row_has_the_same_loss(module, batches, settings):
+    packed, alone = batches(**settings), batches(batch_size=1)
+    assert max(len(batch["row_ids"]) for batch in packed) > 2
+    together, single = losses(module, packed), losses(module, alone)
+    assert together.keys() == single.keys() == set(range(16))
+    for row, (nll, tokens) in single.items():
+        assert together[row][1] == tokens
+        assert together[row][0] == pytest.approx(nll, rel=1e-5)
+    assert len({round(nll, 3) for nll, _ in single.values()}) == 16  # so that a swap would show
+
+
+@pytest.mark.parametrize("settings", [{"tokens_per_batch": 200}, {"batch_size": 5}, {"batch_size": 1}])
+def test_an_epoch_sees_each_row_exactly_once(batches, settings):
+    rows = [row for batch in batches(**settings) for row in batch["row_ids"].tolist()]
+    assert sorted(rows) == list(range(16))

@@ -1,0 +1,204 @@
+"""Runs training in child processes, kills them at random moments, and goes on from what lies on disk."""
+
+import contextlib
+import csv
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+_OWN_TIME = ("tokens_per_second", "labelled_tokens_per_second", "private_memory_gib", "peak_rss_gib", "seconds")
+
+
+@dataclass
+class Setting:
+    """One way to train that must survive kills.
+
+    Attributes:
+        name: as it is reported.
+        processes: how many train together.
+        streaming: whether the rows are streamed.
+    """
+
+    name: str
+    processes: int = 1
+    streaming: bool = False
+
+
+SETTINGS = {
+    "one": Setting("1 process"),
+    "two": Setting("2 processes", processes=2),
+    "stream": Setting("streaming", streaming=True),
+}
+
+
+@dataclass
+class Verdict:
+    """How often a setting was killed, and what differed in the end: nothing, or it is a fault."""
+
+    setting: str
+    kills: int
+    lives: int
+    differences: list[str]
+
+
+def torture(setting: Setting, base: str, folder: Path, kills: int, seed: int = 0) -> Verdict:
+    """Train once in peace, then again with kills at random moments until there were so many; compare the ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_rows(folder)
+    began = folder / "began"
+    assert _live(setting, base, folder, "peace", began=began) == 0
+    seconds = time.time() - float(began.read_text())
+    steps = _steps(folder / "peace")
+    chance = random.Random(seed)
+    killed, lives, differences, chain = 0, 0, [], 0
+    while killed < kills:
+        chain += 1
+        run, dead = f"killed-{chain}", True
+        while dead:
+            left = (1 - _steps(folder / run) / steps) * seconds
+            wait = chance.uniform(0, 2 * left / (kills - killed + 1)) if killed < kills else None
+            dead = _live(setting, base, folder, run, wait) != 0
+            lives += 1
+            killed += dead
+        differences += [f"{run}: {found}" for found in compare(folder / "peace", folder / run)]
+    return Verdict(setting.name, killed, lives, differences)
+
+
+def compare(one: Path, other: Path) -> list[str]:
+    """Name what differs between two finished runs, time, speed and memory aside."""
+    found = []
+    first, second = (
+        torch.load(run / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True) for run in (one, other)
+    )
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
+        if not _equal(first[part], second[part]):
+            found.append(f"{part} of last.ckpt")
+    if not _equal(first["qlora_lightning"]["generators"], second["qlora_lightning"]["generators"]):
+        found.append("random generators")
+    weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (one, other)]
+    if weights[0] != weights[1]:
+        found.append("adapter/adapter_model.safetensors")
+    tables = [_read_table(run / "metrics.csv") for run in (one, other)]
+    if tables[0] != tables[1]:
+        found.append(f"metrics.csv ({len(tables[0])} and {len(tables[1])} rows)")
+    return found
+
+
+def _live(setting: Setting, base: str, folder: Path, run: str, wait: float | None = None, began: Path | None = None):
+    """Train in forked children until they end or are killed; gives the first exit code that is not 0."""
+    port = _free_port()
+    children = [_fork(setting, base, folder, run, rank, port, wait, began) for rank in range(setting.processes)]
+    codes = []
+    while children:
+        child, status = os.waitpid(-1, 0)
+        children.remove(child)
+        codes.append(os.waitstatus_to_exitcode(status))
+        if codes[-1] != 0:  # the others of a broken group would only wait for the dead one
+            for other in children:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(other, signal.SIGKILL)
+    wrong = next((code for code in codes if code not in (0, -signal.SIGKILL)), None)
+    if wrong is not None:
+        raise RuntimeError(f"{run} ended with exit code {wrong}:\n{(folder / f'{run}.log').read_text()[-3000:]}")
+    return next((code for code in codes if code), 0)
+
+
+def _fork(setting, base, folder, run, rank, port, wait, began):
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        log = os.open(folder / f"{run}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.chdir(folder)
+        if setting.processes > 1:  # as torchrun would set them
+            os.environ |= {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(setting.processes),
+                "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(setting.processes), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "stress",
+            }  # fmt: skip
+        if wait is not None and rank == 0:
+            os.environ["KILL_AFTER"] = str(wait)
+        if began is not None:
+            os.environ["BEGAN_AT"] = str(began)
+        (folder / f"{run}.yaml").write_text(yaml.safe_dump(_config(setting, base, run)))
+        from qlora_lightning.cli import main
+
+        code = main(["fit", "--config", f"{run}.yaml", "--ckpt_path", "last"])
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _config(setting: Setting, base: str, run: str) -> dict:
+    data = {"train": "train.jsonl", "val": "val.jsonl", "batch_size": 2 // setting.processes}
+    trainer = {
+        "accelerator": "cpu",
+        "devices": setting.processes,
+        "accumulate_grad_batches": 4,
+        "val_check_interval": 6,  # inside the epoch, and inside a window
+        "max_epochs": 2,
+        "enable_progress_bar": False,
+        "default_root_dir": run,
+        "callbacks": [{"class_path": "tests.stress.killer.Killer"}],
+    }
+    if setting.processes > 1:
+        trainer["strategy"] = "ddp"
+    if setting.streaming:
+        data["streaming"] = True
+        trainer |= {"max_epochs": 1, "max_steps": 8}
+    return {
+        "seed_everything": 3,
+        "model": {"base": base, "rank": 4, "dropout": 0.1, "learning_rate": 1.0e-3},
+        "data": data,
+        "adapter_checkpoint": {"every_n_train_steps": 1},
+        "trainer": trainer,
+    }
+
+
+def _write_rows(folder: Path) -> None:
+    """Write ragged rows: 32 to train on, so that an epoch has 16 batches and 4 windows, and 6 to validate on."""
+    rows = [
+        {"prompt": f"Count to {n}." + " Please." * (n % 5), "completion": " ".join(map(str, range(1, n + 1)))}
+        for n in range(1, 39)
+    ]
+    for name, part in (("train", rows[:32]), ("val", rows[32:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+
+
+def _steps(run: Path) -> int:
+    file = run / "checkpoints" / "last.ckpt"
+    return torch.load(file, map_location="cpu", weights_only=True)["global_step"] if file.exists() else 0
+
+
+def _read_table(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as handle:
+        return [{key: row[key] for key in row if key not in _OWN_TIME} for row in csv.DictReader(handle)]
+
+
+def _equal(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return one == other
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

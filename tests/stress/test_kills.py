@@ -27,6 +27,7 @@ def test_runs_killed_five_times_end_as_ones_in_peace(tiny_base, setting):
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
+@pytest.mark.slow
 def test_what_differs_is_named(tmp_path, tiny_base):
     """The comparison itself can fail: a run of another seed is told apart."""
     code = (

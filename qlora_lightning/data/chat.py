@@ -1,5 +1,6 @@
 """From a conversation to token ids and labels, by the tokenizer's own chat template, in training and in generation."""
 
+import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -91,7 +92,7 @@ class ChatRenderer:
         Raises:
             RowFault: if the messages cannot be rendered, or hold control tokens as text.
         """
-        self._refuse_controls(messages)
+        self._refuse_controls(messages, tools)
         rendered = self._text.render_prompt(messages, tools)
         ids = self._encode_texts([rendered.text])[0]
         controls = self._controls.in_text(rendered.text)
@@ -105,7 +106,7 @@ class ChatRenderer:
         trained = [number for number in places if conversation[number].get("train", True)]
         messages = conversation[: places[-1] + 1]
         try:
-            self._refuse_controls(messages)
+            self._refuse_controls(messages, tools)
             if self.train_on == "all" and trained != places:
                 raise RowFault("`train: false` in a message contradicts `train_on: all`")
             if self.train_on != "assistant":
@@ -114,15 +115,21 @@ class ChatRenderer:
         except RowFault as fault:
             return fault
 
-    def _refuse_controls(self, messages: Sequence[Message]) -> None:
-        """Text such as ``<|im_end|>`` inside a message would be encoded as the control token itself."""
+    def _refuse_controls(self, messages: Sequence[Message], tools: Tools) -> None:
+        """Text such as ``<|im_end|>`` inside a row would be encoded as the control token itself."""
         for number, message in enumerate(messages, start=1):
-            found = self._controls.search(message["content"])
-            if found:
-                raise RowFault(
-                    f"message {number} ({message['role']}) contains the control token {found!r} as text, which "
-                    "would end or begin a turn there"
-                )
+            place = f"message {number} ({message['role']}) contains"
+            self._refuse_control(message["content"], place)
+            for key in ("tool_calls", "name", "tool_call_id"):
+                if key in message:
+                    self._refuse_control(json.dumps(message[key], ensure_ascii=False), place)
+        if tools:
+            self._refuse_control(json.dumps(tools, ensure_ascii=False), "'tools' contain")
+
+    def _refuse_control(self, text: str, place: str) -> None:
+        found = self._controls.search(text)
+        if found:
+            raise RowFault(f"{place} the control token {found!r} as text, which would end or begin a turn there")
 
     def _encode_all(self, texts: Sequence[RenderedText]) -> list[list[int]]:
         """Encode texts, and beforehand in one go the headers before their answers."""
@@ -233,7 +240,7 @@ class ChatRenderer:
             )
 
 
-_REMEMBERED = 10_000  # headers; some templates make one of the whole prompt
+_REMEMBERED = 1_000  # headers; some templates make one of the whole prompt
 
 
 def _header(text: str, controls: Sequence[Control], start: int) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -85,18 +85,23 @@ class ChatText:
         together, apart = [], []
         for number in wanted:
             answer = self._find(messages, tools, number, text, marked.get(number))
-            if answer is not None:
+            if answer is None:
+                apart.append(self._render_apart(messages[: number + 1], tools))
+            else:
                 together.append(answer)
-                continue
-            turns = self.apply(messages[: number + 1], tools)
-            alone = self._find(messages[: number + 1], tools, number, turns, None)
-            if alone is None:
-                raise RowFault(
-                    f"the chat template is not prefix-preserving: it renders message {number + 1} (assistant) "
-                    "otherwise than generation would see and continue it"
-                )
-            apart.append(RenderedText(turns, [alone]))
         return [*apart, RenderedText(text, together)] if together or not apart else apart
+
+    def _render_apart(self, messages: Conversation, tools: Tools) -> RenderedText:
+        """Render a conversation for its last answer alone."""
+        number = len(messages) - 1
+        text, spans = self._apply_marked(messages, tools) if self.has_markers else (self.apply(messages, tools), [None])
+        answer = self._find(messages, tools, number, text, spans[-1] if spans else None)
+        if answer is None:
+            raise RowFault(
+                f"the chat template is not prefix-preserving: it renders message {number + 1} (assistant) "
+                "otherwise than generation would see and continue it"
+            )
+        return RenderedText(text, [answer])
 
     def render_prompt(self, messages: Sequence[Message], tools: Tools) -> RenderedText:
         """Render what generation begins with; the earlier answers are those that training finds in the same text.
@@ -126,7 +131,7 @@ class ChatText:
         except Exception as error:  # a template is a program, and may fail in any way on what it does not expect
             raise RowFault(f"the chat template fails on the conversation: {type(error).__name__}: {error}") from error
 
-    def _apply_marked(self, messages: Conversation, tools: Tools) -> tuple[str, list[tuple[int, int]]]:
+    def _apply_marked(self, messages: Conversation, tools: Tools) -> tuple[str, list[tuple[int, int] | None]]:
         self.apply(messages, tools)  # its faults are worded there
         (text,), (spans,) = render_jinja_template(
             [without_marks(messages)],
@@ -142,18 +147,18 @@ class ChatText:
     ) -> Answer | None:
         """Find the answer that is ``messages[number]`` in the text; None where it is not what generation would see."""
         is_last = number == len(messages) - 1
-        names = [call["function"]["name"] for call in messages[number].get("tool_calls", ())]
-        parts = (messages[number]["content"].strip(), *names)
-        if marked is not None and not is_last:
-            return Answer(number, *marked, parts, bool(names), marked=True)
         prompt = self.apply(messages[:number], tools, generation=True)
-        if marked is not None:
-            same = text[: marked[0]] == prompt
-            return Answer(number, *marked, parts, bool(names), marked=True) if same else None
         turns = text if is_last else self.apply(messages[: number + 1], tools)
-        if turns.startswith(prompt) and text.startswith(turns):
-            return Answer(number, len(prompt), len(turns), parts, bool(names))
-        return None
+        if not (turns.startswith(prompt) and text.startswith(turns)):
+            return None
+        start, end = marked or (len(prompt), len(turns))
+        if start != len(prompt):
+            raise RowFault(
+                f"the chat template marks message {number + 1} with {{% generation %}} elsewhere than generation begins"
+            )
+        calls = messages[number].get("tool_calls", [])
+        parts = (messages[number]["content"].strip(), *_leaves([call["function"] for call in calls]))
+        return Answer(number, start, end, parts, bool(calls), marked is not None)
 
     def _check_messages(self, messages: Sequence[Message], tools: Tools, text: str) -> None:
         """Refuse a template that leaves out or changes what a message other than an answer says."""
@@ -161,12 +166,31 @@ class ChatText:
             content = message["content"].strip()
             if message["role"] != "assistant" and content not in text and _as_json(content) not in text:
                 raise RowFault(f"the chat template leaves out or changes message {number} ({message['role']})")
+            for call in message.get("tool_calls", []):
+                if str(call["function"]["name"]) not in text:
+                    raise RowFault(
+                        f"the chat template leaves out the tool calls of message {number}: it knows no tools"
+                    )
         if not tools:
             return
         names = [str(tool.get("function", tool).get("name")) for tool in tools]
         hidden = [name for name in names if name not in text]
         if hidden or self.apply(messages, None) == text:
             raise RowFault(f"the chat template leaves out the tool {(hidden or names)[0]!r}: it knows no tools")
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Yield the texts and numbers in a value, as they stand in JSON without quotes."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner) if key in ("name", "arguments") else (_as_json(str(key)), *_leaves(inner))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    elif isinstance(value, str):
+        yield _as_json(value)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield json.dumps(value)
 
 
 def _as_json(text: str) -> str:

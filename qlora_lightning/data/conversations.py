@@ -29,6 +29,9 @@ def to_conversation(
         raise RowFault(
             f"lacks {' and '.join(map(repr, missing))} of the format {form.name} (found {', '.join(values)})"
         )
+    null = [key for key in form.keys(needs_answer) if values[key] is None]
+    if null:
+        raise RowFault(f"{' and '.join(map(repr, null))} is null")
     try:
         messages = form.convert(dict(values))
     except RowFault:

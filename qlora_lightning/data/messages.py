@@ -15,7 +15,12 @@ ROLES = ("system", "user", "assistant", "tool")
 # Keys that say something to the model, or to be said by it, which would be lost without a word.
 _UNREAD = {
     "function_call": "write it as 'tool_calls'",
-    "reasoning_content": "write it into the content, as the chat template does (<think>…</think>)",
+    **dict.fromkeys(
+        ("reasoning_content", "reasoning", "thinking"),
+        "write it into the content, as the chat template does (<think>…</think>)",
+    ),
+    # Marks of other tools, and slips of the pen, that would train what shall not be trained.
+    **dict.fromkeys(("loss", "mask", "trian", "trained", "training", "weigth", "weights"), "write `train: false`"),
 }
 
 
@@ -76,7 +81,7 @@ def _read_part(part: Any, where: str) -> str:
 def _add_options(checked: Message, message: dict[str, Any], number: int) -> None:
     where, role = f"message {number}", message["role"]
     for key, advice in _UNREAD.items():
-        if message.get(key):
+        if message.get(key) is not None:
             raise RowFault(f"{where} has {key!r}, which is not read: {advice}")
     if message.get("tool_calls"):
         if role != "assistant":

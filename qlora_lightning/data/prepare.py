@@ -24,7 +24,6 @@ from qlora_lightning.errors import UserError
 
 TOO_LONG = "longer than max_length (too_long: drop)"
 CHUNK = 512  # rows that are rendered and encoded together, by all cores
-_MAX_UNUSABLE = 0.05
 
 Rows = Iterable[Row | BadRow]
 Watch = Callable[[int], object]  # told how many rows are done
@@ -64,7 +63,6 @@ class Preparer:
         self.recipe = recipe
         self.report = report
         self.next_row = first_row
-        self.unusable = 0
         self._formats: dict[str, Format] = {}
 
     def add(self, rows: Sequence[Row | BadRow], source: int, builder: SampleSetBuilder) -> None:
@@ -107,24 +105,14 @@ class Preparer:
         if len(self.report.bad) < SHOWN or reason.endswith(REST_UNREAD):
             self.report.bad.append(BadRow(where, reason))
 
-    def check_usable(self) -> None:
-        """Refuse a split of which too many rows are well-formed, but leave nothing to learn from.
-
-        Raises:
-            UserError: more than 5 % do.
-        """
-        if self.unusable > _MAX_UNUSABLE * self.report.rows:
-            reasons = "; ".join(f"{count:,}: {why}" for why, count in self.report.dropped.items() if why != TOO_LONG)
-            raise UserError(
-                f"{self.unusable:,} of {self.report.rows:,} rows of {self.report.split} have no labelled token (more "
-                f"than {_MAX_UNUSABLE:.0%}) and would teach nothing ({reasons}): look at max_length and train_on."
-            )
-
     def _fit(self, rendered: list[Rendered], row: Row, number: int, source: int, builder: SampleSetBuilder) -> None:
         recipe, report = self.recipe, self.report
         made = 0
         for ids, labels in rendered:
             pieces = fit_length(ids, labels, recipe.max_length, recipe.too_long)
+            if not pieces and recipe.too_long == "drop":
+                report.lost_tokens += len(ids)
+                report.lost_labels += _count(labels)
             if len(ids) > recipe.max_length and pieces and recipe.too_long == "truncate":
                 (short_ids, short_labels), *_ = pieces
                 report.shortened += 1
@@ -144,7 +132,7 @@ class Preparer:
         if recipe.too_long == "drop" and any(len(ids) > recipe.max_length for ids, _ in rendered):
             report.drop(TOO_LONG)
             return
-        self.unusable += 1
+        report.unusable += 1
         marked = not any(_count(labels) for _, labels in rendered)
         report.drop("every answer is marked `train: false`" if marked else "no labelled token within max_length")
 
@@ -174,14 +162,13 @@ def prepare_samples(
         check: whether ``columns`` must be there.
 
     Raises:
-        UserError: if a format is unclear, the template cannot be used, or more than 5 % of the rows keep no label.
+        UserError: if a format is unclear, or the template cannot be used.
     """
     report, builder = Report(split), SampleSetBuilder()
     preparer = Preparer(recipe, report)
     for number, chunk in _chunks(sources, recipe if check else None):
         preparer.add(chunk, number, builder)
         watch(report.rows)
-    preparer.check_usable()
     samples = builder.build()
     report.duplicates, report.duplicate_pairs = find_duplicates(samples)
     return samples, report

@@ -47,7 +47,14 @@ def number_rows(batches: Iterable[Any], cursor: Cursor) -> Iterator[Parsed]:
         for values in batch.to_pylist():
             cursor.count += 1
             cursor.line = cursor.count + 1
-            yield cursor.count, values, ""
+            yield cursor.count, {key: _without_fill(value) for key, value in values.items()}, ""
+
+
+def _without_fill(value: Any) -> Any:
+    """Drop the nulls inside a column: Arrow gives every struct the keys of all, those that a row lacks as null."""
+    if isinstance(value, dict):
+        return {key: _without_fill(inner) for key, inner in value.items() if inner is not None}
+    return [_without_fill(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _drop(batches: Iterable[Any], rows: int) -> Iterator[Any]:

@@ -25,6 +25,7 @@ class Report:
         lost_labels: of these, labelled ones.
         turn_by_turn: rows that became a sample per turn, since the template renders earlier answers otherwise.
         dropped: rows left out though they are well-formed, by reason.
+        unusable: of these, rows without a labelled token.
         bad_rows: malformed rows.
         bad: the first of them.
         duplicates: rows equal to an earlier one of the split.
@@ -44,6 +45,7 @@ class Report:
     lost_labels: int = 0
     turn_by_turn: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    unusable: int = 0
     bad_rows: int = 0
     bad: list[BadRow] = field(default_factory=list)
     duplicates: int = 0

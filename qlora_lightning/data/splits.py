@@ -7,10 +7,13 @@ from typing import Any
 from qlora_lightning.data.bad_rows import BadRow, refuse
 from qlora_lightning.data.cursor import REST_UNREAD
 from qlora_lightning.data.duplicates import find_duplicates
+from qlora_lightning.data.prepare import TOO_LONG
 from qlora_lightning.data.reader import Row
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.sample_set import SampleSet
 from qlora_lightning.errors import UserError
+
+_MAX_UNUSABLE = 0.05
 
 
 def check_word(name: str, value: str, known: Sequence[str]) -> None:
@@ -30,6 +33,7 @@ def check_combinations(
     tokens_per_batch: int | None,
     group_by_length: bool,
     streaming: bool,
+    own_rows: bool = False,
 ) -> None:
     """Refuse settings that contradict each other."""
     if val is not None and val_fraction is not None:
@@ -41,6 +45,8 @@ def check_combinations(
             raise UserError(f"{name}: expected at least 1, found {value}.")
     if streaming and val_fraction is not None:
         raise UserError("val_fraction needs all rows, which streaming never has: name validation rows in data.val.")
+    if streaming and own_rows:
+        raise UserError("streaming reads the files of data.train itself, so load_rows cannot be overridden beside it.")
     if streaming and group_by_length:
         raise UserError("group_by_length needs all rows, which streaming never has: use tokens_per_batch instead.")
 
@@ -87,3 +93,18 @@ def refuse_unusable(report: Report, skip: bool) -> None:
         refuse(report.bad, skippable=False, total=report.bad_rows)
         reasons = "; ".join(f"{count:,}: {reason}" for reason, count in report.dropped.items())
         raise UserError(f"{report.split}: none of {report.rows:,} rows is left ({reasons}).")
+
+
+def check_usable(report: Report) -> None:
+    """Refuse a split of which too many rows are well-formed, but leave nothing to learn from.
+
+    Raises:
+        UserError: more than 5 % do.
+    """
+    if report.unusable > _MAX_UNUSABLE * report.rows:
+        reasons = "; ".join(f"{count:,}: {why}" for why, count in report.dropped.items() if why != TOO_LONG)
+        raise UserError(
+            f"{report.unusable:,} of {report.rows:,} rows of {report.split} have no labelled token (more than "
+            f"{_MAX_UNUSABLE:.0%}) and would teach nothing ({reasons}). `qlora-lightning inspect` shows them; look at "
+            "max_length, train_on and `train: false`."
+        )

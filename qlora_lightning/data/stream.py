@@ -1,20 +1,24 @@
 """Batches from rows that are read while training: for data larger than memory or disk."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from qlora_lightning.data.batches import Batch, collate_rows
+from qlora_lightning.data.columns import check_columns
 from qlora_lightning.data.epoch_plan import EpochPlan
 from qlora_lightning.data.prepare import Preparer, Recipe
+from qlora_lightning.data.reader import Row
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.row_stream import RowStream
 from qlora_lightning.data.sample_builder import SampleSetBuilder
 from qlora_lightning.data.sample_set import SampleSet
 from qlora_lightning.data.sources import Source
-from qlora_lightning.data.splits import refuse_bad, refuse_unusable
+from qlora_lightning.data.splits import check_usable, refuse_bad, refuse_unusable
 from qlora_lightning.errors import UserError
 
+_log = logging.getLogger(__name__)
 BLOCK = 1_000  # rows that are shuffled, and packed, together
 
 
@@ -40,7 +44,7 @@ class StreamLoader:
         world_size: number of processes that share the rows.
 
     Raises:
-        UserError: from here and from iteration: a row is bad or more than 5 % of a block are unusable.
+        UserError: from here and from iteration: a row is bad, or more than 5 % of the first block are unusable.
     """
 
     def __init__(
@@ -72,6 +76,8 @@ class StreamLoader:
 
     def first_block(self) -> tuple[SampleSet, Report]:
         """Read the first block, as a check of the data before anything is trained."""
+        begun = [row for rows in RowStream(self.sources).take(self.block_rows, once=True) for row in rows]
+        check_columns([row for row in begun if isinstance(row, Row)], self.recipe.columns, self.recipe.format)
         return self._read(RowStream(self.sources), 0, once=True)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -119,7 +125,8 @@ class StreamLoader:
             preparer.add(rows, number, builder)
         # something of the first block is left, so that no pass goes by without a batch
         (refuse_bad if first_row else refuse_unusable)(report, self.skip_bad_rows)
-        preparer.check_usable()
+        if not first_row:
+            check_usable(report)
         return builder.build(), report
 
     def _plan(self, samples: SampleSet) -> EpochPlan:
@@ -133,6 +140,8 @@ class StreamLoader:
             setattr(self.report, name, getattr(self.report, name) + getattr(report, name))
         for reason, count in report.dropped.items():
             self.report.dropped[reason] = self.report.dropped.get(reason, 0) + count
+        if self.rank == 0 and (report.bad_rows or report.dropped):
+            _log.info("rows %d to %d: %s", self.report.rows - report.rows + 1, self.report.rows, report.describe())
 
     def _made_of(self) -> dict[str, Any]:
         files = [[source.path, *(_size(file) for file in source.files)] for source in self.sources]

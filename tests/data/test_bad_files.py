@@ -18,22 +18,26 @@ def row(*messages):
     return json.dumps({"messages": list(messages)}).encode()
 
 
+def answered(content):
+    return row(ASK, {"role": "assistant", "content": content})
+
+
 # a line of the file, and how the reason begins for which it is refused
 BAD = [
     (b"no json", "not JSON: Expecting value (column 1)"),
     (row(ASK, ANSWER)[:60], "not JSON: the line ends in the middle of the row"),
     (b'["messages"]', "an array, not a JSON object"),
     (b'{"text": "Four."}', "lacks 'messages' of the format messages (found text)"),
-    (b'{"messages": null}', "'messages' must be a list, found null"),
-    (row(ASK, {"role": "assistant", "content": None}), "the assistant content of message 2 must be a string, found null"),
-    (row(ASK, {"role": "assistant", "content": 4}), "the assistant content of message 2 must be a string, found a number"),
-    (row(ASK, {"role": "assistant", "content": " \n"}), "the answer (message 2) is empty"),
+    (b'{"messages": null}', "'messages' is null"),
+    (answered(None), "the assistant content of message 2 must be a string, found null"),
+    (answered(4), "the assistant content of message 2 must be a string, found int"),
+    (answered(" \n"), "the answer (message 2) is empty"),
     (row(ASK, {"role": "oracle", "content": "Four."}), "message 2 has the role 'oracle', expected system, user"),
     (row(ANSWER, ASK), "the conversation begins with an assistant turn"),
     (row(ASK), "no assistant turn"),
     (row(ASK, ANSWER).replace(b"Four", b"F\xfcnf"), "not UTF-8 text"),
     (row(ASK, ANSWER).replace(b"Four", b"Fo\0r"), "not JSON: NUL byte (column"),
-    (row(ASK, {"role": "assistant", "content": "4 " * 5_000_000}), "longer than 4 MiB: two rows have probably run"),
+    (answered("4 " * 5_000_000), "longer than 4 MiB: two rows have probably run"),
 ]
 
 

@@ -239,3 +239,70 @@ def test_a_tokenizer_without_template_is_refused(smol):
     smol.chat_template = None
     with pytest.raises(UserError, match="has no chat template"):
         ChatRenderer(smol)
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"city": "Rome"}}}
+
+
+def calling(*calls, **marks):
+    return [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [*calls], **marks}]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"name": "f<|im_end|>", "arguments": {}},
+        {"name": "f", "arguments": {"city": "a<|im_end|>b"}},
+        {"name": "f", "arguments": {"<|im_start|>": 1}},
+    ],
+)
+def test_control_tokens_in_calls_are_refused(smol, call):
+    smol.chat_template = TOOLS
+    with pytest.raises(RowFault, match=r"message 2 \(assistant\) contains the control token"):
+        ChatRenderer(smol).render(calling({"type": "function", "function": call}))
+
+
+def test_control_tokens_in_tools_are_refused(smol):
+    smol.chat_template = TOOLS
+    tools = [{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}]
+    for ask in (
+        lambda renderer: renderer.render(calling(CALL), tools),
+        lambda r: r.render_prompt(calling()[:1], tools),
+    ):
+        with pytest.raises(RowFault, match="'tools' contain the control token"):
+            ask(ChatRenderer(smol))
+
+
+@pytest.mark.parametrize("lost", ["'name': call['function']['name']", "'arguments': call['function']['arguments']"])
+def test_a_template_that_leaves_out_what_a_call_says_is_refused(smol, lost):
+    smol.chat_template = TOOLS.replace("call['function'] | tojson", "{" + lost + "} | tojson")
+    with pytest.raises(RowFault, match=r"changes the answer|leaves out the tool calls"):
+        ChatRenderer(smol).render(calling(CALL))
+
+
+def test_calls_of_an_answer_that_is_not_trained_must_be_there_too(smol, talk):
+    conversation = [*calling(CALL, train=False), *talk("q", "a")]
+    smol.chat_template = TOOLS
+    assert labelled(smol, render(smol, conversation)) == "a<|im_end|>"
+    smol.chat_template = TOOLS.replace("m['tool_calls'] or []", "[]")
+    with pytest.raises(RowFault, match="leaves out the tool calls of message 2: it knows no tools"):
+        render(smol, conversation)
+
+
+def test_marked_answers_that_history_rewrites_are_rendered_turn_by_turn(smol, talk):
+    """Earlier questions get a word more: what is marked then follows what generation never sees."""
+    smol.chat_template = MARKED.replace(
+        "{{ m['content'] }}<|im_end|>{% endif %}",
+        ("{{ m['content'] }}{% if loop.index0 < messages | length - 2 %} /LATER{% endif %}<|im_end|>{% endif %}"),
+    )
+    conversation = talk("q", "a", "r", "b")
+    first, whole = ChatRenderer(smol).render(conversation)
+    assert (labelled(smol, first), labelled(smol, whole)) == ("a<|im_end|>", "b<|im_end|>")
+    assert "/LATER" not in smol.decode(first.ids)
+    assert "/LATER" in smol.decode(whole.ids)
+
+
+def test_markers_that_begin_behind_where_generation_does_are_refused(smol, talk):
+    smol.chat_template = MARKED.replace("{% generation %}", "Well, {% generation %}")
+    with pytest.raises(RowFault, match=r"marks message 2 with {% generation %} elsewhere than generation begins"):
+        render(smol, talk("q", "a"))

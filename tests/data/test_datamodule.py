@@ -99,6 +99,7 @@ TEN_STEPS = {"max_epochs": -1, "max_steps": 10}
         {"limit_train_batches": 11},
         {"data": {"batch_size": None, "tokens_per_batch": 40}},
         {**TEN_STEPS, "data": {"streaming": True}},
+        {**TEN_STEPS, "data": {"streaming": True}, "limit_train_batches": 13},
         {**TEN_STEPS, "data": {"streaming": True, "batch_size": None, "tokens_per_batch": 40}},
     ],
 )
@@ -208,6 +209,8 @@ def test_rows_from_elsewhere(characters):
         def load_rows(self, split):
             return [{"prompt": "q", "completion": "k" if split == "train" else ""}]
 
+    with pytest.raises(UserError, match="load_rows cannot be overridden beside it"):
+        Mine(streaming=True)
     data = Mine(tokenizer=characters)
     with pytest.raises(UserError, match="val:1: the answer"):
         data.setup("fit")
@@ -294,44 +297,3 @@ def test_without_weights_an_epoch_takes_every_row_of_every_source(make, write):
         rows = [row for batch in data.train_dataloader() for row in batch["row_ids"].tolist()]
         assert sorted(rows) == list(range(30))
         assert data.count_train_batches() == len(data.train_dataloader())
-
-
-def streaming(make, **kwargs):
-    data = make(streaming=True, **kwargs)
-    data.trainer = SimpleNamespace(global_rank=0, world_size=1, max_steps=5, accumulate_grad_batches=4)
-    return data
-
-
-def test_a_stream_is_as_long_as_the_run(make):
-    data = streaming(make)
-    data.setup("fit")
-    assert data.count_train_batches() == len(list(data.train_dataloader())) == 20
-    assert (data.reports["train"].rows, len(data.samples["train"])) == (26, 26)  # each looked at once
-    assert len(data.val_dataloader()) == 3
-
-
-def test_a_stream_without_an_end_is_refused_before_anything_is_read(make):
-    data = streaming(make, train="train.jsonl")
-    data.trainer.max_steps = -1
-    with pytest.raises(UserError, match=r"data.streaming: a stream has no end, so trainer.max_steps must say"):
-        data.setup("fit")
-    assert data.reports == {}
-
-
-def test_without_a_trainer_a_stream_is_checked_but_not_run(make):
-    data = make(streaming=True)
-    data.setup("fit")
-    assert data.reports["train"].rows == 26
-    with pytest.raises(UserError, match=r"trainer.max_steps"):
-        data.train_dataloader()
-
-
-def test_a_stream_needs_rows_too(make):
-    with pytest.raises(UserError, match=r"train rows are needed.*data.train"):
-        streaming(make, train=None).setup("fit")
-
-
-def test_the_beginning_of_a_stream_is_checked_at_once(make, write):
-    write("bad.jsonl", [{"prompt": "q", "completion": "k"}, {"prompt": "q", "completion": ""}])
-    with pytest.raises(UserError, match=r"^1 row cannot be used:\n  bad.jsonl:2: the answer"):
-        streaming(make, train="bad.jsonl").setup("fit")

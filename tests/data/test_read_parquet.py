@@ -73,3 +73,11 @@ def test_memory_does_not_grow_with_the_file():
     _, python_peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak + python_peak < Path("a.parquet").stat().st_size / 4
+
+
+def test_keys_that_arrow_fills_in_are_left_out(tmp_path):
+    """Every struct of a column has the keys of all; a null inside would teach the model to write it."""
+    rows = [{"call": {"city": "Rome"}, "n": None}, {"call": {"day": "Monday", "list": [{"a": 1}, {"b": 2}]}, "n": 1}]
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    assert [values for _, values, _ in read_parquet(file, Cursor())] == rows

@@ -75,7 +75,7 @@ def test_what_preparing_refuses_is_refused_each_time_and_leaves_nothing(cache):
         raise UserError("a.jsonl:1: empty")
 
     for _ in range(2):
-        with pytest.raises(UserError, match="a.jsonl:1: empty"):
+        with pytest.raises(UserError, match=r"a\.jsonl:1: empty"):
             cached_samples(KEY, "rows", refuse)
     assert [file.suffix for file in cache.iterdir()] == [".lock"]
 
@@ -109,7 +109,7 @@ def test_what_is_refused_without_a_cache_is_the_users_error_not_a_warning(tmp_pa
 
     (tmp_path / "file").touch()
     monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="a.jsonl:1: empty"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: empty"):
         cached_samples(KEY, "rows", refuse)
 
 

@@ -5,7 +5,7 @@ from qlora_lightning.data.cursor import REST_UNREAD
 from qlora_lightning.data.reader import Row
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.sample_builder import SampleSetBuilder
-from qlora_lightning.data.splits import as_row, check_combinations, check_word, recount, refuse_unusable
+from qlora_lightning.data.splits import as_row, check_combinations, check_usable, check_word, recount, refuse_unusable
 from qlora_lightning.errors import UserError
 
 NOTHING = {
@@ -32,6 +32,7 @@ def test_a_word_is_one_of_the_known_ones():
         ({"batch_size": 0}, "batch_size: expected at least 1, found 0"),
         ({"tokens_per_batch": -1}, "tokens_per_batch: expected at least 1, found -1"),
         ({"streaming": True, "val_fraction": 0.1}, "val_fraction needs all rows"),
+        ({"streaming": True, "own_rows": True}, "streaming reads the files of data.train itself"),
         ({"streaming": True, "group_by_length": True}, "group_by_length needs all rows"),
     ],
 )
@@ -87,7 +88,7 @@ def test_bad_rows_stop_unless_they_are_to_be_skipped():
 
 
 def test_a_row_that_hides_the_rest_of_its_file_stops_in_any_case():
-    with pytest.raises(UserError, match="^1 row cannot be used:\n  a.json:9: a bracket is missing"):
+    with pytest.raises(UserError, match=r"^1 row cannot be used:\n  a.json:9: a bracket is missing"):
         refuse_unusable(Report("train", rows=3, samples=1, bad=[EMPTY, CUT], bad_rows=2), skip=True)
 
 
@@ -97,3 +98,10 @@ def test_nothing_left_is_refused_with_the_reasons():
     report = Report("val", rows=1_200, dropped={"too long": 1_200})
     with pytest.raises(UserError, match=r"val: none of 1,200 rows is left \(1,200: too long\)"):
         refuse_unusable(report, skip=False)
+
+
+def test_up_to_5_percent_of_rows_may_teach_nothing():
+    dropped = {"every answer is marked `train: false`": 1}
+    check_usable(Report("train", rows=20, dropped=dropped, unusable=1))
+    with pytest.raises(UserError, match=r"^1 of 19 rows of train have no labelled token \(more than 5%\).*1: every"):
+        check_usable(Report("train", rows=19, dropped=dropped, unusable=1))

@@ -1,5 +1,6 @@
 import itertools
 import json
+import logging
 import random
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def test_it_goes_on_exactly_from_every_position(make, batches):
 )
 def test_a_position_in_another_stream_is_refused(make, changed):
     state = make().state_dict()
-    with pytest.raises(UserError, match="saved inside a stream with .*keep files, weights and batches as they were"):
+    with pytest.raises(UserError, match=r"saved inside a stream with .*keep files, weights and batches as they were"):
         make(**changed).load_state_dict(state)
 
 
@@ -176,11 +177,13 @@ def test_a_row_that_hides_the_rest_of_its_file_stops_in_any_case(make):
 
 def test_rows_without_a_label_stop_it_where_they_are_too_many(make, write, talk):
     said, unsaid = ([*talk("q", "k")[:1], talk("q", "k")[1] | marks] for marks in ({}, {"train": False}))
-    write("train.jsonl", [{"messages": said}] * 15 + [{"messages": unsaid}])
-    walk = iter(make())
-    assert len(list(itertools.islice(walk, 4))) == 4
+    write("train.jsonl", [{"messages": unsaid}] + [{"messages": said}] * 15)
     with pytest.raises(UserError, match="1 of 8 rows of train have no labelled token"):
-        next(walk)
+        next(iter(make()))
+    write(
+        "train.jsonl", [{"messages": said}] * 15 + [{"messages": unsaid}]
+    )  # a sorted file must not stop it on its way
+    assert len(rows(make())) == 12
 
 
 def test_the_first_block_is_looked_at_beforehand_and_read_again(make):
@@ -193,7 +196,7 @@ def test_the_first_block_is_looked_at_beforehand_and_read_again(make):
 
 def test_of_few_rows_each_is_looked_at_once(make, write):
     write("train.jsonl", [*pairs(4), {"prompt": "q"}])
-    with pytest.raises(UserError, match="^1 row cannot be used"):
+    with pytest.raises(UserError, match=r"^1 row cannot be used"):
         make().first_block()
     samples, report = make(skip_bad_rows=True).first_block()
     assert samples.row_ids.tolist() == [0, 1, 2, 3]
@@ -207,3 +210,18 @@ def test_memory_does_not_grow_with_the_rows(make, write, monkeypatch):
     for batch in loader:
         used[int(batch["row_ids"].max()) // 1_000] = read_memory(torch.device("cpu"))["private_memory_gib"] * 1024
     assert used[49] - used[4] < 4  # MiB; the samples themselves would be 16
+
+
+def test_columns_are_checked_on_the_first_block(make, characters):
+    recipe = Recipe(ChatRenderer(characters), columns={"promt": "prompt"})
+    loader = StreamLoader(find_sources("train.jsonl", "train"), recipe, 1, batch_size=2)
+    with pytest.raises(UserError, match=r"columns: no row has 'promt'.*Did you mean 'prompt'"):
+        loader.first_block()
+
+
+def test_rows_that_are_skipped_on_the_way_are_told(make, write, caplog):
+    write("train.jsonl", [*pairs(12), {"prompt": "q", "completion": ""}, *pairs(3)])
+    with caplog.at_level(logging.INFO, logger="qlora_lightning"):
+        list(make(skip_bad_rows=True, length=8))
+    assert "rows 9 to 16: train: 8 rows" in caplog.text
+    assert "1 bad rows skipped: train.jsonl:13 (the answer (message 2) is empty)" in caplog.text

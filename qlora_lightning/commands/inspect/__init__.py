@@ -13,6 +13,7 @@ from qlora_lightning.commands.inspect.arguments import make_data_module, parse
 from qlora_lightning.commands.inspect.gather import Inspection, inspect_data
 from qlora_lightning.commands.inspect.page import write_page
 from qlora_lightning.commands.inspect.terminal import print_inspection
+from qlora_lightning.data.splits import check_usable
 from qlora_lightning.errors import UserError
 
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         # the split by val_fraction depends on it
         lightning.seed_everything(None if config.seed is True else config.seed, verbose=False)
     data = make_data_module(config)
-    bad_rows_stop, data.on_bad_row = data.on_bad_row == "error", "skip"  # here they are listed, and the rest goes on
+    bad_rows_stop, data.lenient = data.on_bad_row == "error", True  # here they are listed, and the rest goes on
     with _quiet_lightning():
         found = inspect_data(data, config, options)
     if page is not None:
@@ -38,6 +39,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"\nPage: {page}")
     if bad_rows_stop:
         _refuse_bad_rows(found)
+    sys.stdout.flush()
+    for split in found.splits:
+        check_usable(split.report)
     return 0
 
 

@@ -32,6 +32,7 @@ def count_ends(samples: SampleSet, stop_ids: Collection[int], bos_id: int | None
     if bos_id is None:
         return Ends(number, stopping, None, 0)
     begins = ids[starts[:-1]] == bos_id
+    begins |= np.diff(samples.row_ids, prepend=-1) == 0  # of a row that was split only the first piece has one
     longer = np.diff(starts) > 1
     doubled = begins & longer & (ids[np.minimum(starts[:-1] + 1, max(0, len(ids) - 1))] == bos_id)
     return Ends(number, stopping, int(begins.sum()), int(doubled.sum()))
@@ -45,7 +46,10 @@ def word_ends(ends: Ends, tokenizer: Any, stop_ids: Collection[int]) -> list[tup
     else:
         without = ends.samples - ends.stopping
         found = "no sample trains" if not ends.stopping else f"{without:,} of {ends.samples:,} samples do not train"
-        stop = (False, f"Stop token {stops}: {found} one (an answer that was cut has no end).")
+        stop = (
+            False,
+            f"Stop token {stops}: {found} one (an answer that was cut, or a piece before its end, has none).",
+        )
     if ends.with_bos is None:
         return [stop, (True, "BOS: this tokenizer has none.")]
     name = f"BOS {tokenizer.bos_token} ({tokenizer.bos_token_id})"

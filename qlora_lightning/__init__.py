@@ -10,9 +10,12 @@ if TYPE_CHECKING:
     from qlora_lightning.callbacks import (
         AdapterCheckpoint,
         BaseComparison,
+        DryBatch,
         GPUMemoryMonitor,
         GradientCheckpointing,
+        LossSpikeMonitor,
         PredictionWriter,
+        StopSignals,
         ThroughputMonitor,
     )
     from qlora_lightning.data.datamodule import InstructionDataModule
@@ -24,12 +27,15 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterCheckpoint",
     "BaseComparison",
+    "DryBatch",
     "GPUMemoryMonitor",
     "GradientCheckpointing",
     "InstructionDataModule",
+    "LossSpikeMonitor",
     "LossSums",
     "PredictionWriter",
     "QLoRAModule",
+    "StopSignals",
     "ThroughputMonitor",
 ]
 

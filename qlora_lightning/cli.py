@@ -6,12 +6,14 @@ Each command is imported when it is called, so that ``--help`` answers at once.
 import difflib
 import importlib
 import logging
+import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 
 from qlora_lightning import __version__
-from qlora_lightning.errors import UserError
+from qlora_lightning.errors import LostProcess, TrainingStopped, UserError
 
 # command: (module with `main(argv) -> int`, whether it wants the command's own name, one line of help)
 _TRAINING = "qlora_lightning.commands.training"
@@ -43,7 +45,7 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0 done, 2 the user's mistake, 130 interrupted."""
+    """Run one command and return the exit code: 0 done, 2 the user's mistake, 130 Ctrl-C, 143 SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = "\n".join(f"  {name:<10} {text}" for name, (_, _, text) in COMMANDS.items())
@@ -56,11 +58,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except UserError as error:
-        print(f"qlora-lightning: {error}", file=sys.stderr)
+        print(f"qlora-lightning: {_shorten_on_other_ranks(str(error))}", file=sys.stderr)
         return 2
+    except LostProcess as error:
+        print(f"qlora-lightning: {error}", file=sys.stderr)
+        return 1
+    except TrainingStopped as stop:
+        return int(str(stop.code))
     except KeyboardInterrupt:
         print("qlora-lightning: interrupted.", file=sys.stderr)
         return 130
+
+
+def _shorten_on_other_ranks(message: str) -> str:
+    """Of several processes, which mostly stumble over the same thing, let the first one say it all."""
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or 0)
+    return f"(process {rank}) {textwrap.shorten(message, 120, placeholder=' …')}" if rank else message
 
 
 def _quiet_libraries() -> None:

@@ -1,4 +1,4 @@
-"""The one exception that means: what the user gave us cannot work, and this sentence says why."""
+"""What ends a command early: a mistake in what the user gave us, or a signal that asked training to stop."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,15 @@ class UserError(ValueError):
     The message is one clear sentence or two: what was expected, what was found (file and line, key, value) and what
     to do. The command line prints it without a traceback and exits with code 2.
     """
+
+
+class TrainingStopped(SystemExit):
+    """A signal asked training to stop, and what there was to save is saved: nothing failed.
+
+    A ``SystemExit``, so that a script that trains ends with the code that a shell or a scheduler expects of the signal:
+    130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+
+class LostProcess(RuntimeError):
+    """Another process of the run is gone: this one cannot go on. The command line exits with code 1."""

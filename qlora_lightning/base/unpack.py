@@ -12,6 +12,7 @@ from qlora_lightning.base.byte_size import format_bytes
 from qlora_lightning.base.cache import cache_root, cached_folder
 from qlora_lightning.base.cache_entry import Json
 from qlora_lightning.base.resolve import BaseSource
+from qlora_lightning.base.save_model import save_model
 from qlora_lightning.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def _unpack(file: Path, folder: Path, name: str) -> None:
             "It may be cut off, or newer than the installed transformers: download it again, or give a folder."
         ) from error
     _settle_special_tokens(model, tokenizer)
-    model.save_pretrained(folder)
+    save_model(model, folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -2,16 +2,22 @@
 
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from qlora_lightning.callbacks.base_comparison import BaseComparison
+from qlora_lightning.callbacks.dry_batch import DryBatch
 from qlora_lightning.callbacks.gpu_memory import GPUMemoryMonitor
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
+from qlora_lightning.callbacks.loss_spikes import LossSpikeMonitor
 from qlora_lightning.callbacks.prediction_writer import PredictionWriter
+from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.callbacks.throughput import ThroughputMonitor
 
 __all__ = [
     "AdapterCheckpoint",
     "BaseComparison",
+    "DryBatch",
     "GPUMemoryMonitor",
     "GradientCheckpointing",
+    "LossSpikeMonitor",
     "PredictionWriter",
+    "StopSignals",
     "ThroughputMonitor",
 ]

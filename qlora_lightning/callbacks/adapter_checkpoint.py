@@ -1,8 +1,7 @@
 """Checkpoints of the adapter to resume from, and the adapter folder to use."""
 
+import contextlib
 import math
-import os
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +10,15 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
+from qlora_lightning.callbacks.checkpoint_writer import SaveFaults, write_checkpoint
+from qlora_lightning.callbacks.due_validation import rewind_validation, validation_follows
+from qlora_lightning.callbacks.metrics_logger import MetricsLogger
+from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.errors import UserError
+from qlora_lightning.model.folder_swap import settle_folder
+from qlora_lightning.safe_file import flush, put_in_place, share
+
+UNFINISHED = "unfinished.ckpt"
 
 
 class AdapterCheckpoint(Checkpoint):
@@ -28,6 +35,8 @@ class AdapterCheckpoint(Checkpoint):
         mode: Whether a small or a large ``monitor`` is good.
         enabled: ``False`` writes nothing.
     """
+
+    saves_when_stopped = True  # by StopSignals
 
     def __init__(
         self,
@@ -49,6 +58,9 @@ class AdapterCheckpoint(Checkpoint):
         self.best: list[tuple[float, str]] = []  # (monitored value, file name), the best first
         self._best_tensors: dict[str, Tensor] | None = None  # of the best adapter, if this process trained it
         self._saved_step = -1
+        self._written: Path | None = None  # a checkpoint that waits to become last.ckpt
+        self._dropped: list[str] = []  # names to prune when it has
+        self._inside_validation = False
 
     @staticmethod
     def checkpoint_folder(run_folder: str | Path) -> Path:
@@ -70,15 +82,35 @@ class AdapterCheckpoint(Checkpoint):
         tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
         return tensors
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self._writes(trainer) and trainer.is_global_zero:
+            _clear_remains(trainer.default_root_dir)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step  # nothing new yet, also after a resume
+        self._written = None
+        if self._stop(trainer):
+            self._leave(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._commit(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         every, step = self.every_n_train_steps, trainer.global_step
-        if every and step % every == 0 and step != self._saved_step and not _validation_follows(trainer, batch_idx):
-            self._save(trainer, pl_module, value=None)
+        asked = step != self._saved_step and ((every and step % every == 0) or _is_last_step(trainer))
+        if (asked or self._stop(trainer)) and not validation_follows(trainer, batch_idx):
+            self._write(trainer, pl_module)  # it counts when the line of this step in metrics.csv is written too
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._commit(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_inside_validation(trainer, pl_module)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._stop_inside_validation(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -89,34 +121,101 @@ class AdapterCheckpoint(Checkpoint):
             raise UserError(
                 f"adapter_checkpoint.monitor is {self.monitor!r}, which no validation logs: it logs {known}."
             )
-        self._save(trainer, pl_module, value=float(value))
+        self._write(trainer, pl_module, float(value))
+        self._commit(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step != self._saved_step:
-            self._save(trainer, pl_module, value=None)
+            self._write(trainer, pl_module)
+        self._commit(trainer, leaves=False)
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule, value: float | None) -> None:
-        """Write ``last.ckpt`` beside and rename it, then keep it under its own name if it is among the best."""
-        if not self.enabled or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._inside_validation:
+            rewind_validation(checkpoint)
+
+    def _stop_inside_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._stop(trainer):
+            self._inside_validation = True
+            self._write(trainer, pl_module)
+            self._inside_validation = False
+            self._commit(trainer)
+
+    def _stop(self, trainer: Trainer) -> StopSignals | None:
+        """Give the callback that has been asked to stop, if it has."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        return next((found for found in callbacks if isinstance(found, StopSignals) and found.stopping), None)
+
+    def _leave(self, trainer: Trainer) -> None:
+        stop, last = self._stop(trainer), self.checkpoint_folder(trainer.default_root_dir) / "last.ckpt"
+        if stop is not None:
+            stop.leave(trainer, last if self._writes(trainer) and last.exists() else None)
+
+    def _writes(self, trainer: Trainer) -> bool:
+        return self.enabled and not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, value: float | None = None) -> None:
+        """Write a checkpoint beside ``last.ckpt``, and under its own name and as adapter folder if it is to be kept."""
+        if not self._writes(trainer):
             return
-        folder = self.checkpoint_folder(trainer.default_root_dir)
-        name = f"step-{trainer.global_step:06d}.ckpt"
-        dropped = self._rank(name, value)
+        run_folder, name = trainer.default_root_dir, f"step-{trainer.global_step:06d}.ckpt"
+        folder = self.checkpoint_folder(run_folder)
+        self._dropped += self._rank(name, value)
         if self._is_best(name):
             self._best_tensors = {key: tensor.clone() for key, tensor in pl_module.state_dict().items()}
-        unfinished, last = folder / "unfinished.ckpt", folder / "last.ckpt"
-        trainer.save_checkpoint(unfinished, weights_only=False)  # every rank takes part; the first writes
+        unfinished, faults = folder / UNFINISHED, SaveFaults()
+        write_checkpoint(trainer, unfinished, faults)
+        if trainer.is_global_zero and not faults.first:
+            with faults.noting(unfinished):
+                flush(unfinished)
+            if self.save_top_k and any(kept == name for _, kept in self.best) and not faults.first:
+                with faults.noting(folder / name):
+                    share(unfinished, folder / name)
+            if (self._is_best(name) or not self.best) and not faults.first:
+                with faults.noting(self.adapter_folder(run_folder)):
+                    self._write_adapter(trainer, pl_module)
+        self._tell_fault(trainer, faults)
+        self._saved_step, self._written = trainer.global_step, unfinished
+
+    def _commit(self, trainer: Trainer, leaves: bool = True) -> None:
+        """Let what was written become ``last.ckpt``, prune what it replaces, and leave if that was asked for."""
+        unfinished, self._written, faults = self._written, None, SaveFaults()
+        if unfinished is not None:
+            if trainer.is_global_zero:
+                for logger in trainer.loggers:
+                    if isinstance(logger, MetricsLogger):
+                        logger.flush()  # a checkpoint counts on the lines before it
+                with faults.noting(unfinished.with_name("last.ckpt")):
+                    put_in_place(unfinished, unfinished.with_name("last.ckpt"))
+                    self._prune(unfinished.parent)
+            self._tell_fault(trainer, faults)
+        if leaves and (unfinished is not None or not self._writes(trainer)):
+            self._leave(trainer)
+
+    def _tell_fault(self, trainer: Trainer, faults: SaveFaults) -> None:
+        """End the run on every rank where the disk failed the first.
+
+        Raises:
+            UserError: It did.
+        """
+        fault = trainer.strategy.broadcast(faults.first)
+        if fault is None:
+            return
         if trainer.is_global_zero:
-            _flush(unfinished)
-            if self.save_top_k and any(kept == name for _, kept in self.best):
-                _link(unfinished, folder / name)
-            if self._is_best(name) or not self.best:
-                self._write_adapter(trainer, pl_module)
-            os.replace(unfinished, last)  # last of all: it says that all the others are there
-            for old in dropped:
-                (folder / old).unlink(missing_ok=True)
-        self._saved_step = trainer.global_step
-        trainer.strategy.barrier("adapter_checkpoint")
+            _clear_remains(trainer.default_root_dir)
+        last = self.checkpoint_folder(trainer.default_root_dir) / "last.ckpt"
+        state = (
+            f"{last} is intact, as it was before: go on from it by `--ckpt_path last`"
+            if last.exists()
+            else ("Nothing had been saved before: start again")
+        )
+        raise UserError(f"{fault} {state} when there is room, and the folder can be written to.")
+
+    def _prune(self, folder: Path) -> None:
+        kept = {name for _, name in self.best}
+        for old in self._dropped:
+            if old not in kept:
+                (folder / Path(old).name).unlink(missing_ok=True)
+        self._dropped = []
 
     def _rank(self, name: str, value: float | None) -> list[str]:
         """Put a checkpoint in its place among the best, and give the names that are no longer among them."""
@@ -140,36 +239,28 @@ class AdapterCheckpoint(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Give the best values and names, so that a resumed run goes on ranking."""
-        return {"best": [[value, name] for value, name in self.best]}
+        return {"best": [[value, name] for value, name in self.best], "dropped": list(self._dropped)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the ranking of the run that is resumed."""
         self.best = [(float(value), str(name)) for value, name in state_dict["best"]]
+        self._dropped = [str(name) for name in state_dict.get("dropped", [])]  # a kill may have kept them
 
 
-def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether a validation is due after this batch: a checkpoint from before it would make a resume skip it."""
-    if not trainer.enable_validation:
-        return False
-    every_epochs = trainer.check_val_every_n_epoch
-    if every_epochs is not None and (trainer.current_epoch + 1) % every_epochs:
-        return False
-    interval = trainer.val_check_batch
-    if interval is None or interval == float("inf"):
-        return bool(trainer.is_last_batch)
-    batches = trainer.fit_loop.total_batch_idx if every_epochs is None else batch_idx
-    return (batches + 1) % int(interval) == 0
+def _is_last_step(trainer: Trainer) -> bool:
+    """Whether training ends with this batch.
+
+    Lightning ends the epoch before ``on_train_end``, even in its middle: a longer run could not go on exactly from a
+    checkpoint that is written there.
+    """
+    ends_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+    return trainer.global_step == trainer.max_steps or ends_epoch or trainer.should_stop
 
 
-def _link(source: Path, target: Path) -> None:
-    """Let two names share one file, or copy it where the file system knows no hard links."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy(source, target)
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
+def _clear_remains(run_folder: str | Path) -> None:
+    """Remove what a kill or a full disk left half written, as far as it can be."""
+    with contextlib.suppress(OSError):
+        for file in AdapterCheckpoint.checkpoint_folder(run_folder).glob("*unfinished"):
+            file.unlink()
+        (AdapterCheckpoint.checkpoint_folder(run_folder) / UNFINISHED).unlink(missing_ok=True)
+        settle_folder(AdapterCheckpoint.adapter_folder(run_folder))

@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
-from qlora_lightning.model.adapter_folder import loading_snippet, read_identity
+from qlora_lightning.model.adapter_folder import loading_snippet
+from qlora_lightning.model.adapter_reading import read_identity
 from qlora_lightning.model.adapters import copy_tensors, trainable_tensors
 from qlora_lightning.model.statistics import TokenStatistics
 

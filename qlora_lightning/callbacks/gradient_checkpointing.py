@@ -52,6 +52,9 @@ class GradientCheckpointing(Callback):
         if not trainer.sanity_checking:
             self._watch(pl_module)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._runs = dict.fromkeys(self._runs, 0)  # what ran before the step, a dry batch, says nothing of it
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._handles:
             return

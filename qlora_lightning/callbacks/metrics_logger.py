@@ -1,7 +1,7 @@
 """Writes ``metrics.csv`` into the run folder, and goes on with it when a run is resumed."""
 
 import csv
-import os
+import io
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,24 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from qlora_lightning.errors import UserError
+from qlora_lightning.safe_file import flush, write_whole
+
 
 class MetricsLogger(Logger):
     """A line per logged step. Lightning's ``CSVLogger`` deletes the file when a run goes on; this one keeps it.
 
     Args:
         folder: The run folder.
+
+    Attributes:
+        rows: How many lines the table has, without its head.
     """
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.file = Path(folder) / "metrics.csv"
+        self.rows = 0
         self._columns: list[str] = []
 
     @property
@@ -43,45 +50,75 @@ class MetricsLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append one line; a new metric widens the table."""
+        """Append one line; a new metric widens the table.
+
+        Raises:
+            UserError: The disk is full or fails.
+        """
         row = {"step": step, **metrics}
-        if not self._columns and self.file.exists():
-            self._columns = list(self._read()[0])
-        new = [name for name in row if name not in self._columns]
-        if new:
-            _, rows = self._read()
-            self._columns += new
-            self._rewrite([*rows, row])
-            return
-        with self.file.open("a", newline="", encoding="utf-8") as handle:
-            csv.DictWriter(handle, self._columns).writerow(row)
+        try:
+            if not self._columns and self.file.exists():
+                self._open()
+            new = [name for name in row if name not in self._columns]
+            if new:
+                earlier = self._read()
+                self._columns += new
+                self._rewrite([*earlier, row])
+            else:
+                with self.file.open("a", newline="", encoding="utf-8") as handle:
+                    handle.write(self._to_text([row]))
+                self.rows += 1
+        except OSError as error:
+            raise UserError(
+                f"{self.file} could not be written: {error.strerror or error}. What was saved before is intact: go on "
+                "from it by `--ckpt_path last` when there is room, and the folder can be written to."
+            ) from error
 
     @rank_zero_only
-    def cut(self, step: int, keep_validation: bool = False) -> None:
+    def flush(self) -> None:
+        """Wait until the disk has every line."""
+        if self.file.exists():
+            flush(self.file)
+
+    @rank_zero_only
+    def cut(self, rows: int, before_step: int = 0) -> None:
         """Forget the lines that a resumed run writes again.
 
         Args:
-            step: Lines before this optimizer step stay.
-            keep_validation: Keep validations at this very step too: the run goes on inside its window, behind them.
+            rows: So many lines stay.
+            before_step: Those behind them stay that belong to an earlier optimizer step than this.
         """
         if self.file.exists():
-            self._columns, rows = self._read()
-            self._rewrite(
-                [row for row in rows if int(row["step"]) < step + bool(keep_validation and row.get("val_loss"))]
-            )
+            self._open()
+            table = self._read()
+            kept = table[:rows] + [row for row in table[rows:] if int(row["step"]) < before_step]
+            if kept != table:
+                self._rewrite(kept)
 
-    def _read(self) -> tuple[list[str], list[dict[str, Any]]]:
-        if not self.file.exists():
-            return [], []
+    def _open(self) -> None:
+        """Go on in a table that is there; half a line, as a kill leaves it, goes."""
+        whole, end, half = self.file.read_text(encoding="utf-8").rpartition("\n")
+        if half:
+            write_whole(self.file, whole + end)
         with self.file.open(newline="", encoding="utf-8") as handle:
-            reader = csv.DictReader(handle)
-            return list(reader.fieldnames or []), list(reader)
+            self._columns = next(csv.reader(handle), [])
+        self.rows = len(self._read())
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.file.exists():
+            return []
+        with self.file.open(newline="", encoding="utf-8") as handle:
+            return list(csv.DictReader(handle))
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.file.with_suffix(".unfinished")
-        with unfinished.open("w", newline="", encoding="utf-8") as handle:
-            writer = csv.DictWriter(handle, self._columns)
+        write_whole(self.file, self._to_text(rows, head=True))
+        self.rows = len(rows)
+
+    def _to_text(self, rows: list[dict[str, Any]], head: bool = False) -> str:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
+        if head:
             writer.writeheader()
-            writer.writerows(rows)
-        os.replace(unfinished, self.file)
+        writer.writerows(rows)
+        return text.getvalue()

@@ -3,18 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-import torch
+import rich
 import yaml
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.resume import KEY, read_content
+from qlora_lightning.model.resume import KEY
+from qlora_lightning.safe_file import write_whole
+
+_TABLE = "metrics_table"  # key of a checkpoint
 
 
 class RunFolder(Callback):
-    """Write ``config.yaml`` at the start of a fit, and cut ``metrics.csv`` at the step from which a run goes on.
+    """Write ``config.yaml`` at the start of a fit, and cut ``metrics.csv`` where the checkpoint was, to go on there.
 
     Args:
         config: The whole config of the run, in the form that ``--config`` reads.
@@ -22,29 +25,80 @@ class RunFolder(Callback):
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
-        self._inside_window = False
+        self._table: dict[str, Any] | None = None
+        self._planned: dict[str, Any] | None = None  # lengths and learning rate of the run that is resumed
+        self._line_follows = False  # the line of a step is written after the hooks of its batch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             folder = Path(trainer.default_root_dir)
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-            unfinished = folder / "config.yaml.unfinished"
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                unfinished.write_text(text, encoding="utf-8")
-                unfinished.replace(folder / "config.yaml")
+                write_whole(folder / "config.yaml", text)
             except OSError as error:
                 raise UserError(
                     f"trainer.default_root_dir {folder} cannot be written to: {error.strerror}. Name another folder."
                 ) from error
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for logger in _tables(trainer):
+            checkpoint[_TABLE] = {"rows": logger.rows, "line_follows": self._line_follows}
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._inside_window = bool(checkpoint.get(KEY, {}).get("window"))
+        # A checkpoint from elsewhere does not know the table: then the steps alone say what stays.
+        self._table = checkpoint.get(_TABLE, {"rows": 0, "line_follows": True})
+        rate = checkpoint["optimizer_states"][0]["param_groups"][0]["lr"]
+        self._planned = {**checkpoint.get(KEY, {}).get("trainer", {}), "rate": rate}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsLogger):
-                logger.cut(trainer.global_step, keep_validation=self._inside_window)
+        table, self._table, self._line_follows = self._table or {"rows": 0}, None, False
+        for logger in _tables(trainer):
+            logger.cut(table["rows"], before_step=trainer.global_step if table.get("line_follows") else 0)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._line_follows = False
+        if self._planned is not None:
+            words = describe_length(self._planned, trainer)
+            self._planned = None
+            if words and trainer.is_global_zero:
+                rich.get_console().print(words, markup=False, highlight=False, soft_wrap=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._line_follows = True
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._line_follows = False
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._line_follows = False
+
+
+def describe_length(planned: dict[str, Any], trainer: Trainer) -> str | None:
+    """Say which schedule follows where a resumed run is to be longer or shorter than it was planned.
+
+    Args:
+        planned: ``max_epochs`` and ``max_steps`` of the run that is resumed, and the learning ``rate`` it stopped at.
+        trainer: After the schedule has been put in its place.
+    """
+    changes = [
+        f"trainer.{name} was {planned[name]} and is {getattr(trainer, name)}"
+        for name in ("max_epochs", "max_steps")
+        if name in planned and planned[name] != getattr(trainer, name)
+    ]
+    if not changes:
+        return None
+    rate = trainer.optimizers[0].param_groups[0]["lr"]
+    return (
+        f"{' and '.join(changes)}: the schedule is planned anew for the whole new length, and goes on at step "
+        f"{trainer.global_step} with learning rate {rate:.3g} (by the old plan {planned['rate']:.3g})."
+    )
+
+
+def _tables(trainer: Trainer) -> list[MetricsLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, MetricsLogger)]
 
 
 def refuse_started_folder(folder: str | Path) -> None:
@@ -59,32 +113,3 @@ def refuse_started_folder(folder: str | Path) -> None:
             f"{folder} holds a run already, which would be lost. Go on with it by `--ckpt_path last`, or name another "
             "folder by `--trainer.default_root_dir runs/NAME`."
         )
-
-
-def find_checkpoint(folder: str | Path, name: str | None) -> str | None:
-    """Turn ``--ckpt_path last`` into the run folder's last checkpoint; nothing where there is none yet.
-
-    Raises:
-        UserError: Another name, and no such file.
-    """
-    if name is None:
-        return None
-    if name == "last":
-        file = AdapterCheckpoint.checkpoint_folder(folder) / "last.ckpt"
-        return str(file) if file.exists() else None
-    return name
-
-
-def check_checkpoint(file: str | Path) -> None:
-    """Refuse a file that is no whole checkpoint of ours, before anything is loaded for it.
-
-    Raises:
-        UserError: It is not there, cut off, or foreign.
-    """
-    if not Path(file).is_file():
-        raise UserError(f"--ckpt_path {file}: there is no such file. Expected a .ckpt file, or `last`.")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch has no exception of its own for a file that it cannot read
-        raise UserError(f"--ckpt_path {file} is no checkpoint, or it is cut off: {type(error).__name__}.") from error
-    read_content(checkpoint if isinstance(checkpoint, dict) else {}, f"--ckpt_path {file}")

@@ -20,10 +20,14 @@ class ThroughputMonitor(Callback):
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
         self.tokens_seen = 0
+        self._trainer: Trainer | None = None
         self._clear()
 
     def _clear(self) -> None:
         self._seconds, self._tokens, self._labelled = 0.0, 0, 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._trainer = trainer
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step = trainer.global_step
@@ -41,25 +45,29 @@ class ThroughputMonitor(Callback):
         self._labelled += int((batch["labels"] != -100).sum())
         if trainer.global_step == self._step:
             return  # inside an accumulation window
-        counts = torch.tensor([self._tokens, self._labelled], dtype=torch.float64, device=pl_module.device)
-        tokens, labelled = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-        self.tokens_seen += int(tokens)
+        tokens, labelled = self._count_over_ranks()
+        self.tokens_seen += tokens
         pl_module.log("tokens_per_second", tokens / self._seconds, prog_bar=True)
         pl_module.log("labelled_tokens_per_second", labelled / self._seconds)
         pl_module.log("tokens_seen", float(self.tokens_seen))
         self._clear()
 
+    def _count_over_ranks(self) -> tuple[int, int]:
+        """Add up tokens and labelled tokens of the open window; every rank must call it."""
+        if self._trainer is None:
+            return self._tokens, self._labelled
+        strategy = self._trainer.strategy
+        counts = torch.tensor([self._tokens, self._labelled], dtype=torch.float64, device=strategy.root_device)
+        tokens, labelled = strategy.reduce(counts, reduce_op="sum").tolist()
+        return int(tokens), int(labelled)
+
     def state_dict(self) -> dict[str, Any]:
-        """Give the tokens seen so far, an open accumulation window included."""
-        return {
-            "tokens_seen": self.tokens_seen,
-            "tokens": self._tokens,
-            "labelled": self._labelled,
-            "seconds": self._seconds,
-        }
+        """Give the tokens seen so far, an open accumulation window of all ranks included."""
+        tokens, labelled = self._count_over_ranks()
+        return {"tokens_seen": self.tokens_seen, "tokens": tokens, "labelled": labelled, "seconds": self._seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
-        self.tokens_seen = state_dict["tokens_seen"]
-        self._tokens, self._labelled = state_dict["tokens"], state_dict["labelled"]
-        self._seconds = state_dict["seconds"]
+        """Go on counting; the first rank takes over what all had counted in an open window."""
+        self.tokens_seen, self._seconds = state_dict["tokens_seen"], state_dict["seconds"]
+        if self._trainer is None or self._trainer.is_global_zero:
+            self._tokens, self._labelled = state_dict["tokens"], state_dict["labelled"]

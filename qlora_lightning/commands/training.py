@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,21 +11,30 @@ import rich
 import yaml
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from qlora_lightning.callbacks import (
     AdapterCheckpoint,
     BaseComparison,
+    DryBatch,
     GPUMemoryMonitor,
     GradientCheckpointing,
+    LossSpikeMonitor,
     PredictionWriter,
+    StopSignals,
     ThroughputMonitor,
 )
+from qlora_lightning.callbacks.find_checkpoint import check_checkpoint, find_checkpoint
+from qlora_lightning.callbacks.gradient_buckets import GradientBuckets
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
+from qlora_lightning.callbacks.process_watch import ProcessWatch
 from qlora_lightning.callbacks.progress_bar import ShortProgressBar
-from qlora_lightning.callbacks.run_folder import RunFolder, check_checkpoint, find_checkpoint, refuse_started_folder
+from qlora_lightning.callbacks.run_folder import RunFolder, refuse_started_folder
+from qlora_lightning.callbacks.stop_signals import was_requeued
+from qlora_lightning.commands.checkpoint_settings import with_checkpoint_settings
 from qlora_lightning.commands.parse_errors import check_top_level, word_parse_error
+from qlora_lightning.commands.processes import check_strategy, find_lost_process, set_timeout
 from qlora_lightning.commands.short_forms import expand_arguments, expand_config, shorten_config
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.tokenizers import tokenizer_of_base
@@ -64,6 +74,14 @@ _KNOWN_KEYS: dict[str, type | None] = {
 }
 
 
+_NAME_BASE = ("base", "revision", "trust_remote_code")
+
+
+def _choose_tokenizer(base: str, revision: str | None, trust_remote_code: bool, chosen: Any) -> Any:
+    """The tokenizer that the user named, else the base's."""
+    return tokenizer_of_base(base, revision, trust_remote_code) if chosen is None else chosen
+
+
 class QLoRACLI(LightningCLI):
     """LightningCLI with our keys; what a researcher's subclass of it may change are Lightning's own hooks."""
 
@@ -80,17 +98,23 @@ class QLoRACLI(LightningCLI):
             }
         )
         parser.link_arguments(
-            ("model.init_args.base", "model.init_args.revision", "model.init_args.trust_remote_code"),
+            (*(f"model.init_args.{name}" for name in _NAME_BASE), "data.init_args.tokenizer"),
             "data.init_args.tokenizer",
-            compute_fn=tokenizer_of_base,
+            compute_fn=_choose_tokenizer,
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without Lightning's warning that arguments come both from Python and from the command line."""
         self.config = parser.parse_args(args)
-        asked = self.config[self.config.subcommand].get("ckpt_path")
+        settings = self.config[self.config.subcommand]
+        asked = settings.get("ckpt_path")
+        if asked is None and self.config.subcommand == "fit" and was_requeued():
+            asked = "last"
         if asked not in (None, "last"):
             check_checkpoint(asked)  # before Lightning reads it
+        found = find_checkpoint(settings["trainer"]["default_root_dir"], asked)
+        if found is not None:  # what neither config nor command line says is the checkpoint's
+            self.config = parser.parse_args(with_checkpoint_settings(args, found))
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Make the Trainer: ``metrics.csv`` is always written, other loggers come beside it."""
@@ -101,16 +125,17 @@ class QLoRACLI(LightningCLI):
             )
         if (settings["gradient_clip_val"] or 0) < 0:
             raise UserError(f"trainer.gradient_clip_val is {settings['gradient_clip_val']}: expected 0 (off) or more.")
+        check_strategy(settings["strategy"], self.model.quantization if isinstance(self.model, QLoRAModule) else "nf4")
         folder, chosen = settings["default_root_dir"], settings.get("logger")
         others = [] if chosen in (None, True, False) else chosen if isinstance(chosen, list) else [chosen]
         own = [MetricsLogger(folder)] if self.subcommand == "fit" else []
         loggers: Any = False if chosen is False or settings.get("fast_dev_run") else [*own, *others] or False
-        callbacks = [
-            *(settings.get("callbacks") or []),
-            RunFolder(self._short_config()),
-            BaseComparison(),
-            PredictionWriter(),
-        ]
+        named = settings.get("callbacks") or []
+        named = named if isinstance(named, list) else [named]
+        usual: list[type[Callback]] = [StopSignals, DryBatch, LossSpikeMonitor, BaseComparison]
+        usual += [PredictionWriter, GradientBuckets, ProcessWatch]
+        added = [kind() for kind in usual if not any(isinstance(callback, kind) for callback in named)]
+        callbacks = [*named, RunFolder(self._short_config()), *added]
         shows = settings["enable_progress_bar"] in (None, True)
         if shows and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(ShortProgressBar())
@@ -120,16 +145,22 @@ class QLoRACLI(LightningCLI):
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def _short_config(self) -> dict[str, Any]:
-        text = self._parser(self.subcommand).dump(self.config[str(self.subcommand)], skip_unset=False)
+        settings = self.config[str(self.subcommand)]
+        text = self._parser(self.subcommand).dump(settings, skip_unset=False, skip_link_targets=False)
         config = {key: value for key, value in yaml.safe_load(text).items() if key not in ("config", "ckpt_path")}
-        return shorten_config(config, _DEFAULT_CLASSES)
+        short = shorten_config(config, _DEFAULT_CLASSES)
+        if short["data"].get("tokenizer") == tokenizer_of_base(*(short["model"].get(name) for name in _NAME_BASE)):
+            short["data"]["tokenizer"] = None  # so that it follows the base when that is changed
+        return short
 
     def before_fit(self) -> None:
         """Find the checkpoint to go on from; without one, keep a folder to one run."""
+        if self.config_init["fit"]["ckpt_path"] is None and was_requeued():
+            self.config_init["fit"]["ckpt_path"] = "last"
         asked = self.config_init["fit"]["ckpt_path"]
         found = self._find_checkpoint()
         if asked is not None and found is None:
-            rich.print("No checkpoint in the run folder yet: this starts fresh.")
+            self._say("No checkpoint in the run folder yet: this starts fresh.")
         elif asked is None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             refuse_started_folder(self.trainer.default_root_dir)
 
@@ -139,16 +170,20 @@ class QLoRACLI(LightningCLI):
         found: str | None = settings["ckpt_path"]
         return found
 
+    def _say(self, message: str) -> None:
+        if self.trainer.is_global_zero:
+            rich.print(message)
+
     def _judge_what_was_trained(self) -> None:
         """Take the run folder's adapter unless the user names another: a fresh one would judge the base unnoticed."""
         if self._find_checkpoint() is not None or getattr(self.model, "adapter", "other") is not None:
             return
         folder = AdapterCheckpoint.adapter_folder(self.trainer.default_root_dir)
         if (folder / "adapter_config.json").exists():
-            rich.print(f"Adapter: {folder}")
+            self._say(f"Adapter: {folder}")
             self.model.adapter = str(folder)
         else:
-            rich.print("No --ckpt_path, no model.adapter and no adapter in the run folder: this judges the base alone.")
+            self._say("No --ckpt_path, no model.adapter and no adapter in the run folder: this judges the base alone.")
 
     before_validate = before_test = before_predict = _judge_what_was_trained
 
@@ -165,6 +200,7 @@ def main(argv: Sequence[str]) -> int:
         check_top_level(config, argv, _KNOWN_KEYS)
         return expand_config(config)
 
+    set_timeout()
     jsonargparse.set_loader(_PARSER_MODE, load, exceptions=(yaml.YAMLError,))
     options = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
     try:
@@ -184,13 +220,24 @@ def main(argv: Sequence[str]) -> int:
             )
     except jsonargparse.ArgumentError as error:
         raise word_parse_error(str(error), argv, _KNOWN_KEYS) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"The config is not text in UTF-8: {error.reason} at byte {error.start}.") from error
     except ValueError as error:
-        raise _find_user_error(error) or error from None
+        raise _find_user_error(error) or _word_seed_error(error) or error from None
+    except RuntimeError as error:
+        raise find_lost_process(error) or error from None
     except SystemExit as stop:  # what Lightning makes of Ctrl-C
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
     return 0
+
+
+def _word_seed_error(error: ValueError) -> UserError | None:
+    if "PL_GLOBAL_SEED" not in str(error):
+        return None
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return UserError(f"The environment variable PL_GLOBAL_SEED is {seed}: expected an integer.")
 
 
 def _find_user_error(error: BaseException | None) -> UserError | None:

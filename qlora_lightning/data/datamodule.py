@@ -12,6 +12,7 @@ from typing_extensions import override
 from qlora_lightning.data.bad_rows import BadRow
 from qlora_lightning.data.chat import TRAIN_ON, ChatRenderer
 from qlora_lightning.data.duplicates import find_overlap
+from qlora_lightning.data.identity import identify
 from qlora_lightning.data.lengths import check_length_settings
 from qlora_lightning.data.loader import FlatLoader
 from qlora_lightning.data.prepare import Recipe, prepare_prompts, prepare_samples
@@ -24,12 +25,15 @@ from qlora_lightning.data.sample_cache import Prepared, cached_samples, describe
 from qlora_lightning.data.sample_set import SampleSet
 from qlora_lightning.data.sources import Source, find_sources
 from qlora_lightning.data.split import hold_out
-from qlora_lightning.data.splits import as_row, check_combinations, check_word, recount, refuse_unusable
+from qlora_lightning.data.splits import as_row, check_combinations, check_usable, check_word, recount, refuse_unusable
 from qlora_lightning.data.stream import StreamLoader
 from qlora_lightning.data.tokenizers import TokenizerChoice, hash_choice, load_choice
 from qlora_lightning.errors import UserError
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+# settings that a checkpoint remembers
+_MAKE_SAMPLES = ("format", "system", "train_on", "max_length", "too_long", "on_bad_row", "val_fraction")
+_MAKE_BATCHES = ("batch_size", "tokens_per_batch", "group_by_length", "streaming")
 DataPath = str | dict[str, Any] | list[str | dict[str, Any]]
 
 
@@ -89,7 +93,8 @@ class InstructionDataModule(LightningDataModule):
         check_word("on_bad_row", on_bad_row, ("error", "skip"))
         check_word("train_on", train_on, TRAIN_ON)
         check_length_settings(max_length, too_long)
-        check_combinations(val, val_fraction, batch_size, tokens_per_batch, group_by_length, streaming)
+        own_rows = self._has_own_rows()
+        check_combinations(val, val_fraction, batch_size, tokens_per_batch, group_by_length, streaming, own_rows)
         self.files = {"train": train, "val": val, "test": test, "predict": predict}
         self.format, self.columns, self.system = format, columns or {}, system
         self.chat_template, self.train_on = chat_template, train_on
@@ -97,6 +102,7 @@ class InstructionDataModule(LightningDataModule):
         self.batch_size = 8 if batch_size is None and tokens_per_batch is None else batch_size
         self.tokens_per_batch, self.group_by_length = tokens_per_batch, group_by_length
         self.val_fraction, self.streaming = val_fraction, streaming
+        self.lenient = False  # `inspect` looks at what training refuses
         self.reports: dict[str, Report] = {}
         self.samples: dict[str, SampleSet] = {}
         self._tokenizer_choice: TokenizerChoice = tokenizer
@@ -125,6 +131,12 @@ class InstructionDataModule(LightningDataModule):
     def stop_ids(self) -> list[int]:
         """Token ids at which generation stops; every answer that is trained to its end ends in one of them."""
         return sorted(self.renderer.stop_ids)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Hashes of training and validation samples, tokenizer and template, and the settings that made batches."""
+        settings = {name: getattr(self, name) for name in (*_MAKE_SAMPLES, *_MAKE_BATCHES)}
+        return {**identify(self.samples, self.tokenizer), "settings": settings}
 
     def load_rows(self, split: str) -> Iterable[Row | BadRow | dict[str, Any]]:
         """Return the rows of ``train``, ``val``, ``test`` or ``predict``; none if there is no such split.
@@ -197,7 +209,9 @@ class InstructionDataModule(LightningDataModule):
         if prepared is None:
             return
         samples, report = prepared
-        refuse_unusable(report, skip=self.on_bad_row == "skip")
+        refuse_unusable(report, skip=self.on_bad_row == "skip" or self.lenient)
+        if not self.lenient:
+            check_usable(report)
         if split == "train" and self.val_fraction is not None:
             self._pool = prepared
             self._divide(samples, report)
@@ -214,8 +228,8 @@ class InstructionDataModule(LightningDataModule):
             with rows_bar(split, show=self._rank_and_world_size()[0] == 0) as watch:
                 return prepare_samples(rows, self._recipe(), split, watch, check=not self.reports)
 
-        if type(self).load_rows is not InstructionDataModule.load_rows:
-            own = [as_row(row, split, number) for number, row in enumerate(self.load_rows(split), start=1)]
+        if self._has_own_rows():
+            own = [as_row(row, split, number) for number, row in enumerate(self.load_rows(split) or (), start=1)]
             return prepare([own]) if own else None
         sources = self._sources(split)
         if not sources:
@@ -246,6 +260,9 @@ class InstructionDataModule(LightningDataModule):
             self.reports[split] = recount(split, self.samples[split], report)
             rank_zero_info(self.reports[split].describe())
 
+    def _has_own_rows(self) -> bool:
+        return type(self).load_rows is not InstructionDataModule.load_rows
+
     def _recipe(self) -> Recipe:
         return Recipe(self.renderer, self.format, self.columns, self.system, self.max_length, self.too_long)
 
@@ -262,6 +279,7 @@ class InstructionDataModule(LightningDataModule):
         return {
             "sources": describe_sources(sources),
             "split": split,
+            "checks_columns": not self.reports,
             "tokenizer": tokenizer,
             **{name: getattr(self, name) for name in settings},
         }
@@ -284,6 +302,8 @@ class InstructionDataModule(LightningDataModule):
             steps = -1 if self.trainer is None else self.trainer.max_steps
             if steps < 1:
                 raise UserError("data.streaming: a stream has no end, so trainer.max_steps must say where to stop.")
+            if self.trainer.overfit_batches:  # type: ignore[union-attr]
+                raise UserError("data.streaming: trainer.overfit_batches wants the same batches again: leave one out.")
             length = steps * self.trainer.accumulate_grad_batches  # type: ignore[union-attr]
         rank, world_size = self._rank_and_world_size()
         return StreamLoader(

@@ -82,10 +82,10 @@ def hash_tokenizer_files(folder: Path) -> str:
     return total.hexdigest()
 
 
-def hash_tokenizer(tokenizer: Any) -> str | None:
-    """Hash a loaded tokenizer with its template; None where it cannot be told what it consists of."""
+def hash_tokenizer(tokenizer: Any, with_template: bool = True) -> str | None:
+    """Hash a loaded tokenizer, its template included; None where it cannot be told what it consists of."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
-    parts = [backend.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
+    parts = [backend.to_str(), tokenizer.chat_template if with_template else None, tokenizer.special_tokens_map]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

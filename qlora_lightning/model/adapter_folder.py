@@ -1,8 +1,7 @@
 """Writes the adapter folder: what plain PEFT, transformers and the tools around them load."""
 
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,10 @@ import peft
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.model.checkpoint_format import FORMAT_VERSION
+from qlora_lightning.model.folder_swap import refill_folder
 
+_WEIGHTS = "adapter_model.safetensors"
 OWN_STOPS = "stops_only_with_its_generation_config"  # a key of qlora_lightning.json
 CARD = """---
 base_model: {base}
@@ -39,50 +40,42 @@ def save_adapter_folder(
 ) -> None:
     """Write weights (safetensors, fp32), PEFT config, tokenizer, chat template, identity and a card, without network.
 
-    Each file is written beside and renamed, the weights last, so that a reader never finds half a file. With the
-    tokenizer goes a ``generation_config.json``: the base's, with every token at which generation stops.
+    All are written beside and then brought in, the weights last: a reader never finds half a file, nor the files of
+    two adapters. With the tokenizer goes a ``generation_config.json``: the base's, with every token at which generation
+    stops.
 
     Args:
         folder: Where to; it may hold an earlier adapter of the same run.
         model: The model with the adapter.
         tensors: The adapter's tensors by the model's names, tied ones under each of their names.
         tokenizer: Saved beside, with its chat template; may be ``None``.
-        identity: Written as ``qlora_lightning.json``: the base's name, quantization and fingerprint.
+        identity: Written as ``qlora_lightning.json``: base, quantization, the adapter's shape, data.
         stop_ids: Tokens at which generation stops, beside the tokenizer's end-of-sequence token and the base's own.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    identity = dict(identity)
+    identity = {"format_version": FORMAT_VERSION, **identity}
+    generation: dict[str, Any] | None = None
     if tokenizer is not None:
         generation, complete = _generation_config(model, tokenizer, stop_ids)
         if not complete:
             identity[OWN_STOPS] = True
-        _replace_each(folder, lambda place: tokenizer.save_pretrained(place))
-        _replace_each(folder, lambda place: _write_json(place / "generation_config.json", generation))
-    _replace_each(folder, lambda place: _saved_config(model).save_pretrained(place))
     snippet = loading_snippet(folder, identity)
     card = CARD.format(base=identity["base"], quantization=identity["quantization"], snippet=snippet)
-    _replace_each(folder, lambda place: (place / "README.md").write_text(card, encoding="utf-8"))
-    _replace_each(folder, lambda place: _write_json(place / "qlora_lightning.json", identity))
     # The explicit state dict keeps PEFT from walking the quantized base, the flag from asking the hub.
     weights = peft.get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
     # copies: tied tensors share memory, which the format refuses
     weights = {name: tensor.detach().float().cpu().clone().contiguous() for name, tensor in weights.items()}
-    _replace_each(folder, lambda place: save_file(weights, place / "adapter_model.safetensors", {"format": "pt"}))
 
+    def write(place: Path) -> None:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(place)
+        if generation is not None:
+            _write_json(place / "generation_config.json", generation)
+        _saved_config(model).save_pretrained(place)
+        (place / "README.md").write_text(card, encoding="utf-8")
+        _write_json(place / "qlora_lightning.json", identity)
+        save_file(weights, place / _WEIGHTS, {"format": "pt"})
 
-def read_identity(folder: Path) -> dict[str, Any]:
-    """Read what an adapter folder says of its base; nothing where other tools wrote the folder.
-
-    Raises:
-        UserError: The folder is not an adapter folder.
-    """
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"{folder} is not an adapter folder: expected adapter_config.json and adapter_model.safetensors in it."
-        )
-    file = folder / "qlora_lightning.json"
-    identity: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return identity
+    refill_folder(folder, write, key_file=_WEIGHTS, own=("chat_template.jinja", "generation_config.json"))
 
 
 def loading_snippet(folder: Path, identity: Mapping[str, Any]) -> str:
@@ -93,7 +86,7 @@ def loading_snippet(folder: Path, identity: Mapping[str, Any]) -> str:
 
     Args:
         folder: The adapter folder.
-        identity: What :func:`read_identity` gives of it.
+        identity: What :func:`qlora_lightning.model.adapter_reading.read_identity` gives of it.
     """
     dtype, quantization = identity.get("compute_dtype", "bfloat16"), identity["quantization"]
     four_bits = (
@@ -136,15 +129,3 @@ def _saved_config(model: peft.PeftModel) -> peft.PeftConfig:
         saved.target_modules = sorted(saved.target_modules)  # a set: its order would differ from run to run
     saved.inference_mode = True  # as PEFT writes it: who loads the folder uses it, unless asked to train
     return saved
-
-
-def _replace_each(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a folder beside, then move each of its files into ``folder``."""
-    staging = folder / ".writing"
-    staging.mkdir(exist_ok=True)
-    write(staging)
-    for file in sorted(staging.iterdir()):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(file, folder / file.name)
-    staging.rmdir()

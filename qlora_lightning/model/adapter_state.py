@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import lightning
+import rich
 import torch
 from lightning import Callback
 
+from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapter_folder import save_adapter_folder
 from qlora_lightning.model.adapters import all_names_of_trainable_tensors, copy_tensors, trainable_tensors
-from qlora_lightning.model.resume import ExactResume, check_identity, read_content
+from qlora_lightning.model.checkpoint_format import known_settings, read_content
+from qlora_lightning.model.identity import check_identity, identity_of_data
+from qlora_lightning.model.resume import ExactResume
 from qlora_lightning.model.window import Window
 
 
@@ -26,7 +30,7 @@ class AdapterStateModule(lightning.LightningModule):
 
     Attributes:
         model: The base with its adapter, ``None`` until ``configure_model`` has made it.
-        identity: What the base was: name, fingerprint, quantization.
+        identity: What the adapter belongs to: the base's name, fingerprint, config and quantization, its own shape.
         window: The accumulation window in progress.
     """
 
@@ -41,7 +45,7 @@ class AdapterStateModule(lightning.LightningModule):
         return [ExactResume()]
 
     def save_adapter(self, folder: str | Path, tokenizer: Any = None, stop_ids: Sequence[int] = ()) -> None:
-        """Write the adapter folder: PEFT's files, the tokenizer with its chat template, and what the base was.
+        """Write the adapter folder: PEFT's files, the tokenizer with its chat template, and what it belongs to.
 
         Args:
             folder: Where to.
@@ -49,7 +53,9 @@ class AdapterStateModule(lightning.LightningModule):
             stop_ids: A data module's: tokens at which generation stops, beside the tokenizer's and the base's own.
         """
         tensors = all_names_of_trainable_tensors(self.model)
-        save_adapter_folder(Path(folder), self.model, tensors, tokenizer, self.identity, stop_ids)
+        data = identity_of_data(self._trainer)
+        identity = {**self.identity, "data": data} if data else self.identity
+        save_adapter_folder(Path(folder), self.model, tensors, tokenizer, identity, stop_ids)
 
     def state_dict(  # type: ignore[override]  # torch's overloads, in one signature
         self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
@@ -66,20 +72,70 @@ class AdapterStateModule(lightning.LightningModule):
         copy_tensors(self, state_dict, "The checkpoint")
         return LoadedKeys([], [])
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Look before the tensors are set whether they belong here: a misfit of shapes is better told by its cause."""
+        check_identity(read_content(checkpoint, "The checkpoint")["identity"], self.identity, "The checkpoint")
+
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # our settings lie under our own key, and no hparams file exists
-        cls, checkpoint_path: str | Path, map_location: Any = "cpu", **overrides: Any
+        cls, checkpoint_path: str | Path, map_location: Any = "cpu", *, strict_identity: bool = True, **overrides: Any
     ) -> Self:
-        """Make a module from a checkpoint: settings, base and adapter. ``overrides`` replace saved settings.
+        """Make a module from a checkpoint: settings, base and adapter.
+
+        Whether code that comes with the base may run is not taken from the checkpoint: pass ``trust_remote_code``.
+
+        Args:
+            checkpoint_path: A file that a run wrote.
+            map_location: Where the module shall live.
+            strict_identity: ``False`` puts the adapter on another base too, if its tensors fit, and says what differs.
+            overrides: Arguments of the module that replace saved ones.
 
         Raises:
-            UserError: The checkpoint is foreign, or belongs to another base.
+            UserError: The file is no checkpoint or a foreign one, or belongs to another base.
         """
-        checkpoint = torch.load(checkpoint_path, map_location=map_location, weights_only=True)
+        checkpoint = read_checkpoint(checkpoint_path, map_location)
         content = read_content(checkpoint, str(checkpoint_path))
-        module = cls(**{**content["settings"], **overrides})
+        module = cls(**{**_usable_settings(cls, content["settings"]), **overrides})
         module.to(map_location)
         module.configure_model()
-        check_identity(content["identity"], module.identity, str(checkpoint_path))
+        try:
+            check_identity(content["identity"], module.identity, str(checkpoint_path))
+        except UserError as error:
+            if strict_identity:
+                raise
+            _tell(f"Loaded all the same, as strict_identity is False: {error}")
         module.load_state_dict(checkpoint["state_dict"])
         return module
+
+
+def read_checkpoint(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint file without running any code in it.
+
+    Args:
+        file: Its path.
+        map_location: Where its tensors shall live.
+        mmap: Read tensors only when they are used.
+
+    Raises:
+        UserError: The file is not there, cut off, or no checkpoint.
+    """
+    if not Path(file).is_file():
+        raise UserError(f"{file}: there is no such file. Expected a .ckpt file that a run wrote.")
+    try:
+        checkpoint = torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
+    except Exception as error:  # torch has no exception of its own for a file that it cannot read
+        raise UserError(f"{file} is no checkpoint, or it is cut off: {type(error).__name__}.") from error
+    return checkpoint if isinstance(checkpoint, dict) else {}
+
+
+def _usable_settings(cls: type, stored: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what this version does not know, and what a file must not decide."""
+    known = known_settings(cls)
+    unknown = sorted(stored.keys() - known)
+    if unknown:
+        _tell(f"Settings of the checkpoint that this version does not know, ignored: {', '.join(unknown)}.")
+    return {name: value for name, value in stored.items() if name in known - {"trust_remote_code"}}
+
+
+def _tell(line: str) -> None:
+    rich.get_console().print(line, markup=False, highlight=False, soft_wrap=True)

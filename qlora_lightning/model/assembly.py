@@ -1,6 +1,5 @@
 """Base and adapters put together: the model that QLoRA trains, and a record of what it was made from."""
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,12 @@ from typing import Any
 import peft
 import torch
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.adapter_folder import read_identity
-from qlora_lightning.model.adapters import add_adapters, load_adapters, trainable_tensors
+from qlora_lightning.model.adapter_options import check_adapter_options, chosen_targets
+from qlora_lightning.model.adapter_reading import open_adapter_folder, read_identity
+from qlora_lightning.model.adapters import add_adapters, trainable_tensors
+from qlora_lightning.model.identity import check_identity, describe_adapter, hash_config
 from qlora_lightning.model.linear import fuse_lora_linears
 from qlora_lightning.model.quantized import Quantization, load_base
-from qlora_lightning.model.resume import check_identity
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,8 @@ class QLoRAModel:
 
     Attributes:
         model: The frozen base with adapters that require gradients.
-        identity: Name, folder, fingerprint and quantization of the base: checkpoints and adapter folders carry it.
+        identity: Name, folder, fingerprint, config and quantization of the base, and the adapter's own shape:
+            checkpoints and adapter folders carry it.
         unfused: Names of what trains in PEFT's own layers: unfused LoRA, whole modules, tokens.
     """
 
@@ -63,6 +63,8 @@ def assemble_model(
     Raises:
         UserError: The base, the adapter folder or an option cannot be used, or the adapter belongs to another base.
     """
+    folder = None if adapter is None else Path(adapter).expanduser()
+    stored = {} if folder is None else read_identity(folder)  # a misspelt name is told before the base is loaded
     loaded = load_base(
         base,
         revision=revision,
@@ -73,34 +75,26 @@ def assemble_model(
         cache=cache,
         device=device,
     )
-    identity = {
+    identity: dict[str, Any] = {
         "base": base,
         "base_folder": str(loaded.source.folder),
         "revision": loaded.source.revision,
         "fingerprint": loaded.fingerprint,
+        "config_hash": hash_config(loaded.model.config),
         "quantization": quantization,
         "double_quant": loaded.double_quant,
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
     }
-    if adapter is None:
+    if folder is None:
         model = add_adapters(loaded.model, base_name=loaded.loadable_name, **adapter_options)
     else:
-        check_identity(read_identity(Path(adapter)), identity, f"The adapter folder {adapter}")
-        model = load_adapters(loaded.model, adapter)
-        _check_options(model.peft_config["default"], adapter_options, adapter)
+        check_identity(stored, identity, f"The adapter folder {adapter}")
+        targets = chosen_targets(loaded.model, adapter_options)
+        model = open_adapter_folder(loaded.model, folder)
+        check_adapter_options(model, targets, adapter_options, str(adapter))
+        identity["trained_from"] = {"adapter": str(adapter), "data": stored.get("data", {})}
+    identity["adapter"] = describe_adapter(model)
     trainable = trainable_tensors(model)
     unfused = fuse_lora_linears(model) if fast else list(trainable)
     unfused += [name for name in trainable if ".lora_" not in name]
     return QLoRAModel(model, identity, unfused)
-
-
-def _check_options(config: peft.LoraConfig, options: dict[str, Any], folder: str) -> None:
-    """Refuse options that contradict the adapter that training goes on with: they would be ignored."""
-    defaults = inspect.signature(add_adapters).parameters
-    for name, own in (("rank", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout")):
-        asked, stored = options[name], getattr(config, own)
-        if asked not in (defaults[name].default, stored):
-            raise UserError(
-                f"model.{name} is {asked}, but the adapter in {folder} has {stored}, and training goes on with that: "
-                f"leave model.{name} out, or train a new adapter without model.adapter."
-            )

@@ -1,7 +1,8 @@
-"""Checks of the first step, and of the first after each validation: does what should train really train?"""
+"""Checks of the first step, of the first after each validation, and now and then: does what should train train?"""
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 
 from qlora_lightning.errors import UserError
@@ -32,7 +33,7 @@ def check_callbacks(callbacks: Iterable[object], needed: type) -> None:
     """
     if not any(isinstance(callback, needed) for callback in callbacks):
         raise RuntimeError(
-            f"{needed.__name__} is missing, and checkpoints would not resume: return "
+            f"{needed.__name__} is missing, and runs would not resume, or not be watched over: return "
             "`[*super().configure_callbacks(), …]` from `configure_callbacks`."
         )
 
@@ -51,15 +52,27 @@ def check_gradients(trainable: Mapping[str, nn.Parameter]) -> bool:
     Raises:
         RuntimeError: A tensor has no gradient, or one of zeros only.
     """
-    waiting = {name for name in trainable if ".lora_A." in name and not _has_moved(name, trainable)}
-    asked = {name for name in trainable if ".lora_A." in name or ".lora_B." in name} - waiting
-    dead = [name for name, p in trainable.items() if p.grad is None or (name in asked and not p.grad.any())]
+    dead, waiting = find_dead_gradients(trainable)
     if dead:
         raise RuntimeError(
             f"{len(dead)} of {len(trainable)} trainable tensors get no gradient, as {', '.join(dead[:3])}: they would "
             "never learn. A frozen layer passes no gradient, or compute_loss does not use them."
         )
     return not waiting
+
+
+def find_dead_gradients(trainable: Mapping[str, nn.Parameter]) -> tuple[list[str], list[str]]:
+    """Name the tensors that have no gradient, and the A's that may have one of zeros, since their B is zero still.
+
+    Of an adapter a gradient of zeros counts as none; of an embedding's rows, say, all may be absent from a window.
+    """
+    adapters = [name for name in trainable if ".lora_A." in name or ".lora_B." in name]
+    given = [name for name in adapters if trainable[name].grad is not None]
+    alive = [trainable[name].grad.any() for name in given]  # type: ignore[union-attr]  # not None, see above
+    zero = {name for name, lives in zip(given, torch.stack(alive).tolist() if alive else [], strict=True) if not lives}
+    waiting = [name for name in adapters if ".lora_A." in name and not _has_moved(name, trainable)]
+    dead = [name for name, p in trainable.items() if p.grad is None or name in zero - set(waiting)]
+    return dead, waiting
 
 
 def _has_moved(name_of_a: str, trainable: Mapping[str, nn.Parameter]) -> bool:

@@ -1,24 +1,26 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train and judge them."""
 
 import contextlib
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import peft
 import rich
 import torch
+from lightning import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapter_state import AdapterStateModule
 from qlora_lightning.model.adapters import check_adapter_settings, trainable_tensors
 from qlora_lightning.model.assembly import assemble_model
-from qlora_lightning.model.checks import check_callbacks, check_gradients, check_trainer, check_training_mode
+from qlora_lightning.model.checks import check_callbacks, check_trainer, check_training_mode
 from qlora_lightning.model.dtypes import ComputeDtype, choose_compute_dtype
 from qlora_lightning.model.generation import generate_answers
+from qlora_lightning.model.guard import OnNonfinite, TrainingGuard
 from qlora_lightning.model.loss import LossSums, head_loss
 from qlora_lightning.model.optimizer import ParameterGroups, build_optimizer, check_optimizer
+from qlora_lightning.model.out_of_memory import telling_out_of_memory
 from qlora_lightning.model.quantized import Quantization
 from qlora_lightning.model.resume import ExactResume
 from qlora_lightning.model.schedule import build_schedule, check_schedule, count_optimizer_steps
@@ -33,7 +35,8 @@ class QLoRAModule(AdapterStateModule):
     Doors for subclasses: :meth:`build_model`, :meth:`compute_loss` and :meth:`parameter_groups`.
 
     Logs ``train_loss`` (nats per labelled token of the optimizer step) and ``grad_norm`` (before clipping) per
-    optimizer step; ``val_loss``, ``val_perplexity`` and ``val_token_accuracy`` per validation, ``test_…`` likewise.
+    optimizer step, under ``on_nonfinite: skip`` also ``skipped_steps``; ``val_loss``, ``val_perplexity`` and
+    ``val_token_accuracy`` per validation, ``test_…`` likewise.
 
     Args:
         base: Hub id, folder, ``.gguf`` file, or ``package:NAME`` (a GGUF inside an installed Python package).
@@ -58,7 +61,8 @@ class QLoRAModule(AdapterStateModule):
         schedule: Name of a schedule of ``transformers.get_scheduler``, or ``{name: …, its arguments}``.
         warmup_ratio: Share of the optimizer steps over which the learning rate rises.
         fast: ``False`` takes every plain path of PEFT instead of ours.
-        on_nonfinite: What to do when a gradient is NaN or infinite: ``stop`` the run, or ``skip`` the step.
+        on_nonfinite: What to do when a loss or gradient is NaN or infinite: ``stop`` the run, or ``skip`` the step,
+            which then moves nothing and counts as a step of the schedule. See :class:`TrainingGuard`.
     """
 
     def __init__(
@@ -83,7 +87,7 @@ class QLoRAModule(AdapterStateModule):
         schedule: str | dict[str, Any] = "cosine",
         warmup_ratio: float = 0.03,
         fast: bool = True,
-        on_nonfinite: Literal["stop", "skip"] = "stop",
+        on_nonfinite: OnNonfinite = "stop",
     ) -> None:
         super().__init__()
         check_adapter_settings(rank, dropout)  # here, and not first where they are used: after minutes of loading
@@ -105,12 +109,14 @@ class QLoRAModule(AdapterStateModule):
         self.adapter = adapter
         self.learning_rate, self.weight_decay, self.optimizer_choice = learning_rate, weight_decay, optimizer
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
-        self.fast, self.on_nonfinite = fast, on_nonfinite
+        self.fast = fast
+        self.guard = TrainingGuard(on_nonfinite)
         self.identity = {"base": base, "quantization": quantization}
         self.val_statistics, self.test_statistics = TokenStatistics(), TokenStatistics()
-        self.skipped_steps = 0
-        self._checks_due = True
         self._autocast_dtype: torch.dtype | None = None
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [*super().configure_callbacks(), self.guard]
 
     # ---- the model -------------------------------------------------------------------------------------------------
 
@@ -123,6 +129,10 @@ class QLoRAModule(AdapterStateModule):
             check_trainer(str(self.trainer.precision), strategy, self.quantization)
         self.model = self.build_model()
         self.model.train()  # Hugging Face models come in eval()
+        # DDP would send the whole base to every rank, which has it already, mapped from a file.
+        trainable = trainable_tensors(self)
+        named = [*self.named_parameters(), *self.named_buffers()]
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in named if name not in trainable]
 
     def build_model(self) -> nn.Module:
         """Load the base and put adapters on it. Override it for another base or other adapters.
@@ -183,12 +193,22 @@ class QLoRAModule(AdapterStateModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Give the *sum* of the losses of a micro-batch; on_before_optimizer_step turns sums into the mean."""
-        if self._checks_due:
+        if self.guard.checks_due:
             check_training_mode(self.model)
-            check_callbacks(self.trainer.callbacks, ExactResume)  # type: ignore[attr-defined]  # set by a connector
-        sums = self.compute_loss(batch)
-        self.window.add(sums, self.trainer.accumulate_grad_batches, batch.get("row_ids"))
+            for needed in (ExactResume, TrainingGuard):
+                check_callbacks(self.trainer.callbacks, needed)  # type: ignore[attr-defined]  # set by a connector
+        with telling_out_of_memory(self, batch):
+            sums = self.compute_loss(batch)
+        self.window.add(sums, self.trainer.accumulate_grad_batches, batch.get("row_ids"), batch)
         return sums.nll_sum
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        with telling_out_of_memory(self, next(reversed(self.window.batches), None)):
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        with telling_out_of_memory(self, None):  # its state is made at the first step
+            super().optimizer_step(*args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         trainable = trainable_tensors(self)
@@ -197,47 +217,35 @@ class QLoRAModule(AdapterStateModule):
             divided_by=self.trainer.accumulate_grad_batches * self.trainer.world_size,
             reduce_sum=lambda sums: cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum")),
         )
-        if self._checks_due:
-            self._checks_due = not check_gradients(trainable)
         norm = torch.nn.utils.get_total_norm([p.grad for p in trainable.values() if p.grad is not None])
+        self.guard.judge_step(self, optimizer, loss, norm)
         self.log_dict({"train_loss": loss}, prog_bar=True)
         self.log_dict({"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]})
-        # Under 16-mixed the scaler itself skips steps with infinities: they are how it finds its scale.
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None and not norm.isfinite():
-            self._handle_nonfinite(optimizer)
+        if self.guard.on_nonfinite == "skip":
+            self.log_dict({"skipped_steps": float(self.guard.skipped_steps)})
         self.window.clear()
-
-    def _handle_nonfinite(self, optimizer: torch.optim.Optimizer) -> None:
-        rows = ", ".join(map(str, self.window.row_ids[:20]))
-        found = f"A gradient at step {self.trainer.global_step} is NaN or infinite; the step's rows are {rows}"
-        if self.on_nonfinite == "stop":
-            raise UserError(
-                f"{found}. The run stops before the adapters are spoilt. Look at these rows, lower "
-                "model.learning_rate, or set model.on_nonfinite: skip to leave such steps out."
-            )
-        self.skipped_steps += 1
-        self.print(f"{found}: step skipped (model.on_nonfinite: skip).")
-        optimizer.zero_grad(set_to_none=True)
 
     # ---- validation, test, prediction ------------------------------------------------------------------------------
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.val_statistics.update(self.compute_loss(batch))
+        with telling_out_of_memory(self, batch):
+            self.val_statistics.update(self.compute_loss(batch))
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.test_statistics.update(self.compute_loss(batch))
+        with telling_out_of_memory(self, batch):
+            self.test_statistics.update(self.compute_loss(batch))
 
     def on_validation_epoch_end(self) -> None:
         self._log_statistics("val", self.val_statistics)
-        self._checks_due = True  # an evaluation pass is what breaks training elsewhere
 
     def on_test_epoch_end(self) -> None:
         self._log_statistics("test", self.test_statistics)
 
     def _log_statistics(self, split: str, statistics: TokenStatistics) -> None:
         values = {f"{split}_{name}": value.float() for name, value in statistics.compute().items()}
-        self.log(f"{split}_loss", values.pop(f"{split}_loss"), prog_bar=True)
-        self.log_dict(values)
+        # They are those of all ranks already; their mean over ranks is the same, and Lightning wants it.
+        self.log(f"{split}_loss", values.pop(f"{split}_loss"), prog_bar=True, sync_dist=True)
+        self.log_dict(values, sync_dist=True)
         statistics.reset()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[list[int]]:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from qlora_lightning.base.base_folder import BaseFolder, open_base
 from qlora_lightning.base.cache import cached_folder
 from qlora_lightning.base.fingerprint import fingerprint
+from qlora_lightning.base.save_model import save_model
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.allocator import giving_memory_back
 from qlora_lightning.model.attention import register_flat_attention
@@ -122,7 +123,7 @@ def _quantized_folder(source: BaseFolder, settings: BitsAndBytesConfig, load: _L
         model = load(source.folder, settings)
         _freeze(model)  # packed weights would be saved wrongly, see there
         with _quiet_bars(quiet=True):
-            model.save_pretrained(folder, max_shard_size="200MB")  # a shard is held in memory while it is written
+            save_model(model, folder, max_shard_size="200MB")  # a shard is held in memory while it is written
 
     key = {
         "source": fingerprint(source.folder),

@@ -27,7 +27,7 @@ def resolve_targets(model: nn.Module, target_modules: str | list[str], layers: s
     candidates = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
     selected = _select_modules(candidates, target_modules)
     chosen = _choose_layers(candidates, layers)
-    targets = [name for name in selected if _layer_of(name) is None or _layer_of(name) in chosen]
+    targets = [name for name in selected if layer_of(name) is None or layer_of(name) in chosen]
     if not targets:
         raise UserError(
             f"model.target_modules {target_modules!r} and model.layers {layers!r} together select no module: "
@@ -61,7 +61,7 @@ def compact_targets(model: nn.Module, targets: list[str]) -> list[str]:
 def _select_modules(candidates: list[str], target_modules: str | list[str]) -> list[str]:
     if isinstance(target_modules, str) and target_modules in _PRESETS:
         part = _PRESETS[target_modules]
-        return [name for name in candidates if _layer_of(name) is not None and part in name]
+        return [name for name in candidates if layer_of(name) is not None and part in name]
     if isinstance(target_modules, str):
         return _match_expression(candidates, target_modules)
     if not target_modules:
@@ -95,7 +95,7 @@ def _nothing_matches(candidates: list[str], wanted: str) -> str:
 
 def _choose_layers(candidates: Iterable[str], layers: str | list[int]) -> set[int]:
     check_layers(layers)
-    count = 1 + max((index for name in candidates if (index := _layer_of(name)) is not None), default=-1)
+    count = 1 + max((index for name in candidates if (index := layer_of(name)) is not None), default=-1)
     if layers == "all":
         return set(range(count))
     if isinstance(layers, str):
@@ -111,7 +111,8 @@ def _choose_layers(candidates: Iterable[str], layers: str | list[int]) -> set[in
     return set(layers)
 
 
-def _layer_of(name: str) -> int | None:
+def layer_of(name: str) -> int | None:
+    """Give the index of the decoder layer that a module lies in; ``None`` for one outside."""
     match = _LAYER.search(f".{name}")
     return int(match[1]) if match else None
 

@@ -26,19 +26,23 @@ class Window:
         self.labelled_tokens: Tensor | None = None
         self.micro_batches = 0
         self.row_ids: list[int] = []
+        self.batches: list[Any] = []  # to run again what was not finite; token ids take little
+        self.losses: list[Tensor] = []
+        self.labelled_tokens_of_all_ranks: Tensor | None = None
 
     @property
     def is_open(self) -> bool:
         """Whether a micro-batch has been added since the last optimizer step."""
         return self.micro_batches > 0
 
-    def add(self, sums: LossSums, most: int, row_ids: Tensor | None = None) -> None:
+    def add(self, sums: LossSums, most: int, row_ids: Tensor | None = None, batch: Any = None) -> None:
         """Count one micro-batch.
 
         Args:
             sums: What the micro-batch counted.
             most: Micro-batches that a window has at most.
             row_ids: Which rows it held.
+            batch: The micro-batch itself, kept until the window is closed.
 
         Raises:
             RuntimeError: The last window was never closed, so its gradients are sums still.
@@ -55,6 +59,9 @@ class Window:
         self.labelled_tokens = tokens if self.labelled_tokens is None else self.labelled_tokens + tokens
         if row_ids is not None:
             self.row_ids += row_ids.tolist()
+        if batch is not None:
+            self.batches.append(batch)
+            self.losses.append(nll_sum)
 
     def divide_gradients(
         self, parameters: Iterable[nn.Parameter], divided_by: int, reduce_sum: Callable[[Tensor], Tensor]
@@ -69,6 +76,7 @@ class Window:
         if self.nll_sum is None or self.labelled_tokens is None:
             raise RuntimeError("An optimizer step without a micro-batch: call compute_loss in training_step.")
         sums = reduce_sum(torch.stack([self.nll_sum.double(), self.labelled_tokens.double()]))
+        self.labelled_tokens_of_all_ranks = sums[1]
         tokens = sums[1].clamp(min=1.0)  # a window without labels has gradients of zero
         factor = divided_by / tokens
         for parameter in parameters:

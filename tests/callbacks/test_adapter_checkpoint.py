@@ -220,8 +220,12 @@ def test_an_interrupted_save_leaves_the_earlier_files_readable(fit, monkeypatch,
             raise OSError("disk full")
 
     monkeypatch.setattr(lightning.Trainer, "save_checkpoint", fail_at_8)
-    with pytest.raises(OSError, match="disk full"):
+    told = (
+        rf"unfinished.ckpt could not be written: disk full\. {run}/checkpoints/last.ckpt is intact.*--ckpt_path last`"
+    )
+    with pytest.raises(UserError, match=told):
         fit(AdapterCheckpoint(every_n_train_steps=4, save_top_k=save_top_k))
+    assert checkpoint_names(run) == ["last.ckpt"]
     assert read_checkpoint(run)["global_step"] == 4
     assert_same(adapter_of_folder(run), adapter_of_checkpoint(read_checkpoint(run)))
     monkeypatch.undo()
@@ -285,7 +289,7 @@ def test_a_save_that_fails_at_the_adapter_folder_leaves_the_last_checkpoint_as_i
 
     monkeypatch.setattr(QLoRAModule, "save_adapter", fail)
     again = {"max_epochs": 2, "ckpt_path": last, "limit_val_batches": 1}
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=f"{run}/adapter could not be written: disk full. {last} is intact"):
         fit(AdapterCheckpoint(monitor="val_score"), module=scored(1.0), **again)
     monkeypatch.undo()
     assert last.read_bytes() == before

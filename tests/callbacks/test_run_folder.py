@@ -2,12 +2,11 @@ import csv
 import math
 
 import pytest
-import torch
 import yaml
 
 from qlora_lightning import AdapterCheckpoint
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
-from qlora_lightning.callbacks.run_folder import RunFolder, check_checkpoint, find_checkpoint, refuse_started_folder
+from qlora_lightning.callbacks.run_folder import RunFolder, refuse_started_folder
 from qlora_lightning.errors import UserError
 
 
@@ -78,37 +77,3 @@ def test_a_folder_that_holds_a_run_is_refused_with_the_two_ways_out(tmp_path, tr
     (tmp_path / "run" / trace).touch()
     with pytest.raises(UserError, match=r"run holds a run already.*`--ckpt_path last`.*`--trainer.default_root_dir "):
         refuse_started_folder(tmp_path / "run")
-
-
-def test_last_is_the_run_folders_last_checkpoint_or_a_fresh_start(tmp_path):
-    assert find_checkpoint(tmp_path, None) is None
-    assert find_checkpoint(tmp_path, "last") is None
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    last.parent.mkdir()
-    last.touch()
-    assert find_checkpoint(tmp_path, "last") == str(last)
-    assert find_checkpoint(tmp_path / "other", str(last)) == str(last)
-
-
-def test_another_checkpoint_must_exist(tmp_path):
-    with pytest.raises(UserError, match=r"--ckpt_path .*no\.ckpt: there is no such file\. Expected a \.ckpt file, or"):
-        check_checkpoint(tmp_path / "no.ckpt")
-
-
-def test_only_whole_checkpoints_of_ours_are_taken(tmp_path):
-    for name, content in (("text", b"hi"), ("empty", b"")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name} is no checkpoint, or it is cut off"):
-            check_checkpoint(tmp_path / name)
-    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
-    with pytest.raises(UserError, match=r"foreign.ckpt was not written by qlora_lightning"):
-        check_checkpoint(tmp_path / "foreign.ckpt")
-    torch.save([1], tmp_path / "list.ckpt")
-    with pytest.raises(UserError, match=r"list.ckpt was not written by qlora_lightning"):
-        check_checkpoint(tmp_path / "list.ckpt")
-    whole = (tmp_path / "foreign.ckpt").read_bytes()
-    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"cut.ckpt is no checkpoint, or it is cut off"):
-        check_checkpoint(tmp_path / "cut.ckpt")
-    with pytest.raises(UserError, match="no such file"):
-        check_checkpoint(tmp_path / "nowhere.ckpt")

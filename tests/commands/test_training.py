@@ -2,12 +2,14 @@ import contextlib
 import csv
 import json
 import logging
+import signal
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+import qlora_lightning.commands.training  # noqa: F401  # here, and not inside a test, whose stderr Lightning would keep
 from qlora_lightning.cli import main
 from qlora_lightning.model import generation
 
@@ -28,6 +30,7 @@ CONFIG = {
 CONFIG["model"]["warmup_ratio"] = 0.0
 CONFIG["data"]["batch_size"] = 2
 MODULE = """
+import os
 import lightning
 from qlora_lightning import InstructionDataModule, QLoRAModule
 
@@ -51,6 +54,15 @@ class Interrupt(lightning.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.current_epoch == 1 and batch_idx == 2:
             raise KeyboardInterrupt
+
+
+class Ask(lightning.Callback):
+    def __init__(self, signal: int):
+        self.signal = signal
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 3:
+            os.kill(os.getpid(), self.signal)
 """
 
 
@@ -311,3 +323,78 @@ def test_a_run_folder_that_cannot_be_written_is_refused(run):
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_mixed_precision_trains_with_clipping(run, precision):
     run("fit", "--trainer.precision", precision)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_fit_with_its_code_and_one_command_goes_on_to_the_same_end(run, tmp_path, number, code):
+    run("fit", "--trainer.default_root_dir", "whole")
+    ask = {"class_path": "researcher.Ask", "init_args": {"signal": int(number)}}
+    out = run("fit", config=write_config(tmp_path, trainer={"callbacks": [ask]}), code=code)
+    assert "Stopped at step 2 in epoch 0, saved in run/checkpoints/last.ckpt. To go on, add `--ckpt_path last`" in out
+    run("fit", "--ckpt_path", "last")
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
+    columns = ("step", "train_loss", "val_loss", "tokens_seen")
+    assert [[row[c] for c in columns] for row in metrics(tmp_path / "run")] == [
+        [row[c] for c in columns] for row in metrics(tmp_path / "whole")
+    ]
+
+
+def test_a_broken_last_checkpoint_is_refused_by_name_and_nothing_is_started_over_it(run, tmp_path):
+    run("fit")
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    whole = last.read_bytes()
+    last.unlink()  # a hard link to the best until now
+    last.write_bytes(whole[:-1000])
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    good = "run/checkpoints/step-000003.ckpt"
+    for asked in ("last", "run/checkpoints/last.ckpt"):
+        said = run("fit", "--ckpt_path", asked, "--trainer.max_epochs", 2, code=2)
+        assert "run/checkpoints/last.ckpt is no checkpoint, or it is cut off. The newest good one" in said
+        assert f"go on by `--ckpt_path {good}`" in said
+        assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+    run("fit", "--ckpt_path", good, "--trainer.max_epochs", 2)
+    assert torch.load(last, weights_only=True)["global_step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"max_epochs": 1}, {"max_epochs": 2}),
+        ({"max_steps": 99, "max_epochs": 1}, {"max_steps": 99, "max_epochs": 2}),
+        ({"max_epochs": -1, "max_steps": 2}, {"max_epochs": -1, "max_steps": 5}),  # ends inside the first epoch
+        ({"max_epochs": -1, "max_steps": 3}, {"max_epochs": -1, "max_steps": 5}),  # ends with it
+    ],
+)
+@pytest.mark.parametrize("validates", [True, False])
+def test_a_longer_run_goes_on_as_if_it_had_been_so_long_from_the_start_and_says_which_schedule_follows(
+    run, tmp_path, first, then, validates
+):
+    def options(lengths):
+        limit = ["--trainer.limit_val_batches", int(validates)]
+        return [*limit, *(text for name, value in lengths.items() for text in (f"--trainer.{name}", value))]
+
+    run("fit", "--trainer.default_root_dir", "whole", *options(then))
+    run("fit", *options(first))
+    out = run("fit", "--ckpt_path", "last", *options(then))
+    name = list(first)[-1]
+    assert f"trainer.{name} was {first[name]} and is {then[name]}: the schedule is planned anew" in out
+    assert "with learning rate 0.01 (by the old plan 0.01)" in out
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
+    states = [torch.load(tmp_path / f / "checkpoints" / "last.ckpt", weights_only=True) for f in ("whole", "run")]
+    assert states[0]["global_step"] == states[1]["global_step"]
+    assert all(torch.equal(states[1]["state_dict"][name], value) for name, value in states[0]["state_dict"].items())
+    columns = ("step", "train_loss", "val_loss", "tokens_seen")
+    whole, longer = (metrics(tmp_path / name) for name in ("whole", "run"))
+    assert [[row.get(c) for c in columns] for row in longer] == [[row.get(c) for c in columns] for row in whole]
+
+
+def test_a_longer_run_takes_the_learning_rate_of_the_new_plan(run):
+    run("fit", "--model.schedule", "linear")
+    out = run("fit", "--model.schedule", "linear", "--ckpt_path", "last", "--trainer.max_epochs", 2)
+    assert "goes on at step 3 with learning rate 0.005 (by the old plan 0)" in out
+
+
+def test_a_job_that_slurm_requeued_goes_on_by_itself(run, tmp_path, monkeypatch):
+    run("fit")
+    monkeypatch.setattr("qlora_lightning.commands.training.was_requeued", lambda: True)
+    assert "Restored all states" in run("fit", "--trainer.max_epochs", 2)

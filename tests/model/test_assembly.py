@@ -33,7 +33,43 @@ def test_options_that_contradict_the_adapter_are_refused(tiny_base, adapter, opt
         module.configure_model()
 
 
+CONTRADICTIONS = [
+    ({"target_modules": "mlp"}, r"model.target_modules is mlp, but the adapter in .* has \['k_proj', 'o_proj'"),
+    ({"target_modules": ["q_proj"]}, r"model.target_modules is \['q_proj'\], but"),
+    ({"layers": "last:1"}, r"model.layers is last:1, but the adapter in .* has \[0, 1\]"),
+    ({"target_modules": "attention", "layers": [0]}, r"model.layers is \[0\], but"),
+    ({"lora_options": {"use_dora": True}}, r"model.lora_options.use_dora is True, but the adapter in .* has None"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), CONTRADICTIONS)
+def test_targets_layers_and_options_that_contradict_the_adapter_are_refused(tiny_base, adapter, options, words):
+    module = QLoRAModule(str(tiny_base), compute_dtype="fp32", adapter=str(adapter[1]), **options)
+    with pytest.raises(UserError, match=words):
+        module.configure_model()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 4, "alpha": 8, "target_modules": "attention"},
+        {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "layers": "last:2"},
+        {"layers": [0, 1]},
+        {"lora_options": {"use_dora": False, "init_lora_weights": "gaussian"}},
+    ],
+)
+def test_options_that_say_what_the_adapter_is_anyway_pass(tiny_base, adapter, options):
+    QLoRAModule(str(tiny_base), compute_dtype="fp32", adapter=str(adapter[1]), **options).configure_model()
+
+
 def test_an_adapter_of_another_quantization_is_refused(tiny_base, adapter):
     module = QLoRAModule(str(tiny_base), quantization="int8", adapter=str(adapter[1]))
-    with pytest.raises(UserError, match="its quantization is nf4"):
+    with pytest.raises(UserError, match=r"with model.quantization nf4, but here it is int8"):
         module.configure_model()
+
+
+def test_what_training_began_from_is_kept_in_the_identity(tiny_base, adapter):
+    module = QLoRAModule(str(tiny_base), compute_dtype="fp32", adapter=str(adapter[1]))
+    module.configure_model()
+    assert module.identity["trained_from"] == {"adapter": str(adapter[1]), "data": {}}
+    assert module.identity["adapter"] == adapter[0].identity["adapter"]

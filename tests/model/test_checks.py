@@ -4,7 +4,13 @@ from lightning import Callback
 from torch import nn
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.checks import check_callbacks, check_gradients, check_trainer, check_training_mode
+from qlora_lightning.model.checks import (
+    check_callbacks,
+    check_gradients,
+    check_trainer,
+    check_training_mode,
+    find_dead_gradients,
+)
 
 
 def parameter(value, gradient):
@@ -51,6 +57,14 @@ def test_checking_goes_on_until_every_b_has_moved():
 def test_adapters_without_gradient_are_named(dead, name):
     with pytest.raises(RuntimeError, match=name):
         check_gradients(dead)
+
+
+def test_dead_and_waiting_tensors_are_told_apart():
+    q = adapter(a_gradient=0.0, b=0.0, b_gradient=1.0)
+    v = {name.replace("q_", "v_"): p for name, p in adapter(a_gradient=0.0, b=0.1, b_gradient=0.0).items()}
+    dead, waiting = find_dead_gradients(q | v)
+    assert dead == list(v)
+    assert waiting == ["q_proj.lora_A.default.weight"]
 
 
 def test_evaluation_mode_is_refused_in_training():

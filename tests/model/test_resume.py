@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from qlora_lightning.errors import UserError
+from qlora_lightning.model.checkpoint_format import FORMAT_VERSION, read_content
 from qlora_lightning.model.loss import LossSums
-from qlora_lightning.model.resume import FORMAT_VERSION, KEY, ExactResume, check_identity, read_content
+from qlora_lightning.model.resume import ExactResume
 from qlora_lightning.model.window import Window
 
 OWN = {"base": "a", "fingerprint": "123", "quantization": "nf4"}
@@ -16,15 +17,20 @@ OWN = {"base": "a", "fingerprint": "123", "quantization": "nf4"}
 class Module(nn.Module):
     """What ExactResume asks of a module."""
 
-    def __init__(self, **identity):
+    def __init__(self, identity=None, **settings):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(2))
-        self.identity = {**OWN, **identity}
+        self.identity = {**OWN, **(identity or {})}
+        self.hparams = {"rank": 3, **settings}
         self.window = Window()
 
 
-def trainer(fn="fit"):
-    return SimpleNamespace(state=SimpleNamespace(fn=fn))
+def trainer(fn="fit", data=None, **settings):
+    data = SimpleNamespace(identity=data) if data else None
+    processes = {"global_rank": 0, "world_size": 1}
+    return SimpleNamespace(
+        state=SimpleNamespace(fn=fn), is_global_zero=True, datamodule=data, max_epochs=1, **processes, **settings
+    )
 
 
 def open_window(module):
@@ -32,9 +38,14 @@ def open_window(module):
     module.weight.grad = torch.tensor([1.0, 2.0])
 
 
-def save(module, place):
-    checkpoint = {"hyper_parameters": {"rank": 3}, "epoch": 1}
-    ExactResume().on_save_checkpoint(trainer(), module, checkpoint)
+def save(module, place, inside=False, **options):
+    progress = {"current": {"completed": 2}, "is_last_batch": not inside}
+    checkpoint = {
+        "hyper_parameters": module.hparams,
+        "epoch": 1,
+        "loops": {"fit_loop": {"epoch_loop.batch_progress": progress}},
+    }
+    ExactResume().on_save_checkpoint(trainer(**options), module, checkpoint)
     torch.save(checkpoint, place)
     return torch.load(place, weights_only=True)
 
@@ -45,7 +56,7 @@ def test_settings_lie_under_our_own_key(tmp_path):
     assert checkpoint["epoch"] == 1
     content = read_content(checkpoint, "The checkpoint")
     assert content["settings"] == {"rank": 3}
-    assert content["identity"] == OWN
+    assert content["identity"] == {**OWN, "data": {}}
     assert content["format_version"] == FORMAT_VERSION
 
 
@@ -81,27 +92,62 @@ def test_evaluation_restores_nothing(tmp_path):
 
 def test_a_checkpoint_of_another_base_is_refused(tmp_path):
     checkpoint = save(Module(), tmp_path / "checkpoint")
-    with pytest.raises(UserError, match=r"The checkpoint was trained on another base: its fingerprint is 123"):
-        ExactResume().on_load_checkpoint(trainer(), Module(fingerprint="999"), checkpoint)
+    with pytest.raises(UserError, match=r"The checkpoint was trained on another base: a \(weights 123\) there"):
+        ExactResume().on_load_checkpoint(trainer(), Module({"fingerprint": "999"}), checkpoint)
 
 
-@pytest.mark.parametrize(("name", "other"), [("fingerprint", "999"), ("quantization", "int8")])
-def test_another_fingerprint_or_quantization_is_refused(name, other):
-    with pytest.raises(UserError, match=f"It was trained on another base: its {name} is {other}"):
-        check_identity({**OWN, name: other}, OWN, "It")
+DATA = {"tokenizer": "t1", "chat_template": "c1", "train": "r1", "val": "v1", "settings": {"batch_size": 2}}
 
 
-@pytest.mark.parametrize("stored", [{}, {"base": "b", "fingerprint": "123"}, OWN])
-def test_what_is_not_known_or_only_named_otherwise_passes(stored):
-    check_identity(stored, OWN, "It")
+@pytest.mark.parametrize(
+    ("inside", "fn", "change", "refused"),
+    [
+        (True, "fit", {"train": "r2"}, True),
+        (True, "fit", {"train": "r2", "tokenizer": "t2"}, True),
+        (True, "fit", {"tokenizer": "t2", "train": None}, True),  # where samples are not known, what makes them
+        (True, "fit", {"tokenizer": "t2"}, False),  # the same samples all the same
+        (True, "fit", {"val": "v2"}, False),
+        (False, "fit", {"train": "r2"}, False),
+        (True, "validate", {"train": "r2", "tokenizer": "t2"}, False),
+        (True, "fit", {}, False),
+    ],
+)
+def test_other_data_are_refused_inside_an_epoch_and_else_told(tmp_path, capsys, inside, fn, change, refused):
+    checkpoint = save(Module(), tmp_path / "checkpoint", inside, data=DATA)
+    resume, now = ExactResume(), trainer(fn, data={**DATA, **change})
+    if refused:
+        with pytest.raises(UserError, match="saved inside an epoch with other"):
+            resume.on_load_checkpoint(now, Module(), checkpoint)
+        return
+    resume.on_load_checkpoint(now, Module(), checkpoint)
+    told = capsys.readouterr().out
+    for name, words in (("train", "training samples (r1 there, r2 here)"), ("val", "validation samples (v1 there")):
+        assert (words in told) == (name in change and fn == "fit")
+    assert ("tokenizer (t1 there, t2 here)" in told) == ("tokenizer" in change)
+    assert bool(told) == bool(change)
 
 
-@pytest.mark.parametrize("checkpoint", [{}, {KEY: None}, {KEY: {"settings": {}}}])
-def test_a_foreign_checkpoint_is_refused(checkpoint):
-    with pytest.raises(UserError, match=r"x.ckpt was not written by qlora_lightning"):
-        read_content(checkpoint, "x.ckpt")
+def test_settings_that_differ_from_the_checkpoints_are_told_a_line_each(tmp_path, capsys):
+    checkpoint = save(Module(learning_rate=0.1, layers="all"), tmp_path / "checkpoint", data=DATA, precision="32-true")
+    now = trainer(data={**DATA, "settings": {"batch_size": 4}}, precision="bf16-mixed")
+    ExactResume().on_load_checkpoint(now, Module(learning_rate=0.5, layers="[all]"), checkpoint)
+    assert capsys.readouterr().out.splitlines() == [
+        "Settings that differ from the checkpoint's (there → now):",
+        "  model.layers: all → [all]",
+        "  model.learning_rate: 0.1 → 0.5",
+        "  data.batch_size: 2 → 4",
+        "  trainer.precision: 32-true → bf16-mixed",
+    ]
 
 
-def test_a_newer_format_is_refused():
-    with pytest.raises(UserError, match=rf"format version {FORMAT_VERSION + 1}.*update qlora_lightning"):
-        read_content({KEY: {"format_version": FORMAT_VERSION + 1}}, "x.ckpt")
+def test_settings_of_the_checkpoint_that_are_unknown_now_are_ignored_with_a_line(tmp_path, capsys):
+    checkpoint = save(Module(gone=1), tmp_path / "checkpoint")
+    ExactResume().on_load_checkpoint(trainer(), Module(), checkpoint)
+    assert "does not know, ignored: gone." in capsys.readouterr().out
+
+
+def test_an_adapter_folder_of_another_tokenizer_is_told(capsys):
+    start = {"adapter": "old/adapter", "data": {**DATA, "tokenizer": "t2", "train": "r2"}}
+    ExactResume().on_test_start(trainer("test", data=DATA), Module({"trained_from": start}))
+    told = capsys.readouterr().out
+    assert told == "Other than in the adapter folder old/adapter: tokenizer (t2 there, t1 here).\n"

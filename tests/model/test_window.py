@@ -75,6 +75,18 @@ def test_losses_are_kept_without_their_graph():
     assert not window.nll_sum.requires_grad
 
 
+def test_it_keeps_its_micro_batches_until_cleared():
+    window = Window()
+    window.add(sums(6.0, 1), most=2, batch={"input_ids": 1})
+    window.add(sums(4.0, 4), most=2, batch={"input_ids": 2})
+    assert window.batches == [{"input_ids": 1}, {"input_ids": 2}]
+    assert window.losses == [6.0, 4.0]
+    window.divide_gradients([], 1, lambda tensor: tensor)
+    assert window.labelled_tokens_of_all_ranks == 5
+    window.clear()
+    assert window.batches == window.losses == []
+
+
 def test_an_open_window_goes_on_from_its_saved_state(tmp_path):
     window, parameter = Window(), parameter_with_gradient(10.0)
     add_two(window)

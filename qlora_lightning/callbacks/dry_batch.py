@@ -1,0 +1,131 @@
+"""Runs the largest batch to come once before the first step, so that memory runs out at the start or not at all."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import rich
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from qlora_lightning.data.batches import Batch, collate_rows
+from qlora_lightning.data.epoch_plan import EpochPlan
+from qlora_lightning.data.loader import FlatLoader
+from qlora_lightning.data.stream import StreamLoader
+from qlora_lightning.model.adapters import trainable_tensors
+from qlora_lightning.model.generators import capture_generators, restore_generators
+from qlora_lightning.model.out_of_memory import read_peak_gib, telling_out_of_memory
+
+_WORTH = 1.2  # times the tokens of the first batch: what is hardly larger is not worth a step's time
+_EPOCHS = 10  # whose batches are looked at,
+_ROWS = 500_000  # as long as they have no more rows than that: some five seconds
+
+
+class DryBatch(Callback):
+    """Run forward and backward of the largest micro-batch of the run before step 1, and forget all of it.
+
+    The largest is that with the most tokens (the longest row decides between equals) among those still to come, in
+    this epoch and, of small data, the nine after it; of a stream, among those of its first rows. It runs where it has
+    more than 1.2 times the tokens of the next batch, which runs at once anyway; on a resumed run likewise, since the
+    machine or the config may be another one. Nothing is left of it: no gradient, no step, no logged value, and every
+    random generator and the loader's place are as before, so that results are bit-equal with and without it.
+    ``fast_dev_run`` leaves it out.
+
+    It comes before :class:`GradientCheckpointing` among the callbacks, which counts the layers' runs of the first step.
+
+    Args:
+        enabled: ``False`` runs nothing.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.enabled or trainer.fast_dev_run or not hasattr(pl_module, "compute_loss"):  # type: ignore[attr-defined]  # set by a connector
+            return
+        batch = find_largest(trainer)
+        if batch is None:
+            return
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        began = time.perf_counter()
+        with _leaving_no_trace(pl_module):
+            _run(trainer, pl_module, batch)
+        seconds, peak = time.perf_counter() - began, read_peak_gib(pl_module.device)
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)  # the next peak logged is that of the first steps
+        if trainer.is_global_zero:
+            rich.print(
+                f"Dry run of the largest batch ({len(batch['row_ids']):,} rows, {batch['input_ids'].numel():,} tokens, "
+                f"the longest row {batch['longest']:,}): {seconds:.1f} s, peak {peak:.2f} GiB"
+            )
+
+
+def find_largest(trainer: Trainer) -> Batch | None:
+    """Give the largest micro-batch to come on this rank; ``None`` where it is not worth a run, or nobody knows it.
+
+    Args:
+        trainer: Of a fit that is about to take its first step.
+    """
+    loader: Any = trainer.train_dataloader
+    if isinstance(loader, FlatLoader):
+        plan, parts = loader.plan, _parts_to_come(trainer, loader)
+    elif isinstance(loader, StreamLoader):
+        plan, parts = _plan_of_first_rows(trainer, loader), [(0, 0)]
+    else:
+        return None
+    limit, lengths = int(min(trainer.num_training_batches, len(loader))), plan.samples.lengths
+    batches = [batch for epoch, done in parts for batch in plan.batches(epoch, loader.rank)[done:limit]]
+    costs = [(int(lengths[batch.rows].sum()), int(lengths[batch.rows].max())) for batch in batches]  # tokens, longest
+    if not costs or max(costs)[0] <= _WORTH * costs[0][0]:
+        return None
+    return collate_rows(plan.samples, *batches[costs.index(max(costs))])
+
+
+def _parts_to_come(trainer: Trainer, loader: FlatLoader) -> list[tuple[int, int]]:
+    """Give the epochs to look at, and how many batches of each are done."""
+    now, place = trainer.current_epoch, loader.state_dict()
+    done = place["position"] if place["epoch"] == now else 0
+    changes = loader.plan.shuffle and loader.plan.tokens_per_batch is None  # packed batches are as full in every epoch
+    last = trainer.max_epochs if changes and trainer.max_epochs is not None else now + 1
+    most = min(_EPOCHS, _ROWS // len(loader.plan.samples))
+    return [(now, done), *((epoch, 0) for epoch in range(now + 1, min(last, now + most)))]
+
+
+def _plan_of_first_rows(trainer: Any, loader: StreamLoader) -> EpochPlan:
+    samples, world_size = trainer.datamodule.samples["train"], loader.world_size
+    return EpochPlan(samples, loader.batch_size, loader.tokens_per_batch, seed=loader.seed, world_size=world_size)
+
+
+def _run(trainer: Trainer, pl_module: Any, batch: Any) -> None:
+    trainable = list(trainable_tensors(pl_module).values())
+    on_device = trainer.strategy.batch_to_device(batch)
+    with telling_out_of_memory(pl_module, batch), torch.enable_grad(), trainer.precision_plugin.train_step_context():
+        room = _room_of_optimizer(trainer, trainable)
+        loss = pl_module.compute_loss(on_device).nll_sum
+        # Not backward(): `.grad`, and what DDP hangs on it, must not notice.
+        torch.autograd.grad(loss, trainable, allow_unused=True)
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        del room
+
+
+def _room_of_optimizer(trainer: Trainer, trainable: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """Take the memory that Adam's two averages will take from the first step on."""
+    optimizer = trainer.optimizers[0] if trainer.optimizers else None
+    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) or optimizer.state:
+        return []
+    return [torch.empty_like(parameter) for parameter in trainable for _ in range(2)]
+
+
+@contextmanager
+def _leaving_no_trace(pl_module: Any) -> Iterator[None]:
+    """Put the random generators back, and let nothing that compute_loss logs be logged."""
+    generators = capture_generators()
+    pl_module.log = pl_module.log_dict = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del pl_module.log, pl_module.log_dict
+        restore_generators(generators)

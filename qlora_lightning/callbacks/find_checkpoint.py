@@ -1,0 +1,78 @@
+"""Finds the checkpoint that ``--ckpt_path`` means, and refuses one that is broken with a better one named."""
+
+import errno
+from pathlib import Path
+
+import torch
+
+from qlora_lightning.callbacks.adapter_checkpoint import UNFINISHED, AdapterCheckpoint
+from qlora_lightning.errors import UserError
+from qlora_lightning.model.resume import read_content
+
+
+def find_checkpoint(folder: str | Path, name: str | None) -> str | None:
+    """Turn ``--ckpt_path last`` into the run folder's last checkpoint; nothing where there is none yet.
+
+    A kill during the very first save may leave a whole checkpoint under its own name and no ``last.ckpt``: then it is
+    the last.
+
+    Args:
+        folder: The run folder.
+        name: What ``--ckpt_path`` says.
+
+    Raises:
+        UserError: ``last.ckpt`` is broken.
+    """
+    if name != "last":
+        return name
+    file = AdapterCheckpoint.checkpoint_folder(folder) / "last.ckpt"
+    if file.exists():
+        check_checkpoint(file)
+        return str(file)
+    found = _newest_good(file)
+    return None if found is None else str(found)
+
+
+def check_checkpoint(file: str | Path) -> None:
+    """Refuse a file that is no whole checkpoint of ours, before anything is loaded for it.
+
+    Raises:
+        UserError: It is not there, cut off, or foreign.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise UserError(f"--ckpt_path {file}: there is no such file. Expected a .ckpt file, or `last`.")
+    fault = _find_fault(file)
+    if fault is None:
+        return
+    better = _newest_good(file)
+    if better is None:
+        raise UserError(f"--ckpt_path {fault} There is no good checkpoint beside it.")
+    raise UserError(f"--ckpt_path {fault} The newest good one beside it is {better}: go on by `--ckpt_path {better}`.")
+
+
+def _newest_good(other_than: Path) -> Path | None:
+    """Give the checkpoint of most optimizer steps in a file's folder that can be resumed from."""
+    others = (file for file in other_than.parent.glob("*.ckpt") if file.name not in (other_than.name, UNFINISHED))
+    good = [(_read_step(file), file) for file in others if file.is_file() and _find_fault(file) is None]
+    return max(good)[1] if good else None
+
+
+def _find_fault(file: Path) -> str | None:
+    try:
+        if file.stat().st_size == 0:
+            return f"{file} is no checkpoint: it is empty."
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch has no exception of its own for a file that it cannot read
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: cut off, says mmap
+            return f"{file} cannot be read: {error.strerror}."
+        return f"{file} is no checkpoint, or it is cut off."
+    try:
+        read_content(checkpoint if isinstance(checkpoint, dict) else {}, str(file))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _read_step(file: Path) -> int:
+    return int(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"])

@@ -1,0 +1,134 @@
+"""Ends training when a signal asks for it, where it can go on exactly."""
+
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import rich
+from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+from qlora_lightning.errors import TrainingStopped
+
+
+class StopSignals(Callback):
+    """Let Ctrl-C, SIGTERM and SLURM's preemption signal end training at the next batch, with ``last.ckpt`` saved there.
+
+    Lightning ends inside the batch and saves nothing, or, under SLURM, saves inside it. Here a signal is only noted;
+    after the batch all ranks agree that one was noted anywhere, :class:`AdapterCheckpoint` saves, and
+    :class:`TrainingStopped` ends the fit. A second Ctrl-C ends it at once without saving. Under SLURM with automatic
+    requeueing the job is requeued, as Lightning would.
+
+    Attributes:
+        received: The first signal that this process got.
+        stopping: Whether all ranks agreed to stop.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.stopping = False
+        self._requeue_signal: int | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.received, self.stopping = None, False
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listen(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listen(trainer)
+        self._agree(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._agree(trainer)
+        if self.stopping and not any(hasattr(callback, "saves_when_stopped") for callback in trainer.callbacks):  # type: ignore[attr-defined]  # set by a connector
+            self.leave(trainer, None)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._agree(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._agree(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.stopping:  # it came with the last batch: what was to follow the training is left out
+            self._end(trainer, "Training had come to its end, and all is saved.")
+
+    def leave(self, trainer: Trainer, saved: Path | None) -> None:
+        """End the fit, and say how to go on.
+
+        Args:
+            trainer: Whose fit it is.
+            saved: The checkpoint that was written for it.
+
+        Raises:
+            TrainingStopped: Always.
+        """
+        place = f"at step {trainer.global_step} in epoch {trainer.current_epoch}"
+        if saved is None:
+            self._end(trainer, f"Stopped {place}. Nothing was saved: there is no AdapterCheckpoint, or it is off.")
+        self._end(
+            trainer,
+            f"Stopped {place}, saved in {saved}. To go on, add `--ckpt_path last` to the same command; in Python: "
+            f'trainer.fit(…, ckpt_path="{saved}").',
+        )
+
+    def _end(self, trainer: Trainer, message: str) -> None:
+        number = int(self.received or signal.SIGTERM)  # the signal may have come to another rank
+        if trainer.is_global_zero:
+            rich.get_console().print(message, markup=False, highlight=False, soft_wrap=True)
+            if number == self._requeue_signal:
+                _requeue_job()
+        raise TrainingStopped(128 + number)
+
+    def _agree(self, trainer: Trainer) -> None:
+        asked = self.received is not None
+        self.stopping = self.stopping or trainer.strategy.reduce_boolean_decision(asked, all=False)
+
+    def _listen(self, trainer: Trainer) -> None:
+        """Take the signals over from Lightning, which puts back at the end of a fit what was there before it."""
+        if threading.current_thread() is not threading.main_thread():
+            return  # only there Python allows it
+        environment = _slurm_environment(trainer)
+        asked = getattr(environment, "requeue_signal", None) or signal.SIGUSR1
+        self._requeue_signal = asked if environment is not None and environment.auto_requeue else None
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.received is None:
+                self.received = number
+                if trainer.is_global_zero:
+                    again = " Ctrl-C again leaves at once, without saving." if number == signal.SIGINT else ""
+                    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+                    # not print: the signal may have come inside one
+                    os.write(2, f"\n{name}: saving at the end of this batch.{again}\n".encode())
+            elif number == signal.SIGINT:
+                raise KeyboardInterrupt
+
+        for number in (signal.SIGINT, signal.SIGTERM, asked):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's `&` set Ctrl-C
+                signal.signal(number, note)
+
+
+def was_requeued() -> bool:
+    """Whether SLURM started this job again: then it goes on, whatever its command says."""
+    return SLURMEnvironment.detect() and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+
+
+def _slurm_environment(trainer: Trainer) -> SLURMEnvironment | None:
+    connector = getattr(trainer, "_accelerator_connector", None)  # public only where a strategy has several processes
+    environment = getattr(connector, "cluster_environment", None)
+    return environment if isinstance(environment, SLURMEnvironment) else None
+
+
+def _requeue_job() -> None:
+    array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_JOB_ID", "")
+    subprocess.run(
+        ["scontrol", "requeue", f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job], check=False
+    )

@@ -1,0 +1,51 @@
+"""Several processes: which strategies may train, how long one waits for another, what is said when one is lost."""
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+
+from qlora_lightning.errors import LostProcess
+from qlora_lightning.model.checks import check_trainer
+
+TIMEOUT = timedelta(minutes=10)
+_SHARDING = {"fsdp": "FSDPStrategy", "deepspeed": "DeepSpeedStrategy", "model_parallel": "ModelParallelStrategy"}
+
+
+def set_timeout() -> None:
+    """Let ``trainer.strategy: ddp`` give a silent process up after ten minutes; Lightning waits for thirty.
+
+    Another time: ``{class_path: DDPStrategy, init_args: {timeout: "1:00:00"}}``.
+    """
+    StrategyRegistry.register("ddp", DDPStrategy, "DDP", override=True, start_method="popen", timeout=TIMEOUT)
+
+
+def check_strategy(strategy: Any, quantization: str) -> None:
+    """Refuse by name what shards a base, before Lightning asks for the packages and devices that it would need.
+
+    Args:
+        strategy: ``trainer.strategy``, a name or a strategy.
+        quantization: How the base is stored.
+
+    Raises:
+        UserError: It shards.
+    """
+    names = [full for name, full in _SHARDING.items() if isinstance(strategy, str) and strategy.startswith(name)]
+    check_trainer("32-true", names[0] if names else type(strategy).__name__, quantization)
+
+
+def find_lost_process(error: BaseException) -> LostProcess | None:
+    """Word an error that says that another process of the run is gone or silent; nothing for any other error."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    message = " ".join(str(error).split())
+    if not (isinstance(error, distributed.DistError) or "gloo" in message):
+        return None
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    return LostProcess(
+        f"process {rank} of {world_size} (counted from 0) can no longer reach another one, which was killed (by the "
+        "system, for want of memory?), stopped with an error, or hangs; look for its last words above. What was saved "
+        f"is whole: `--ckpt_path last` goes on from it. ({message[:200]})"
+    )

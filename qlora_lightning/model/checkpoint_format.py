@@ -1,0 +1,92 @@
+"""Our own part of a checkpoint: its format version, and how what older versions wrote is read today."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qlora_lightning.errors import UserError
+
+KEY = "qlora_lightning"  # our settings lie under our own key: under Lightning's they would beat the command line
+FORMAT_VERSION = 1
+
+# A change that an older reader would misread raises FORMAT_VERSION, and adds here: old version → a function that turns
+# such a content into one of the next version. Keys that are merely new need neither: they are read with a default.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+# A renamed argument of QLoRAModule: old name → new name. Its value must mean the same.
+RENAMED_SETTINGS: dict[str, str] = {}
+
+
+def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Give our part of a checkpoint, as today's version would have written it.
+
+    Args:
+        checkpoint: What ``torch.load`` gives.
+        source: Its name, for the message.
+
+    Raises:
+        UserError: The checkpoint is foreign, or newer than this version can read.
+    """
+    content = checkpoint.get(KEY)
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not isinstance(version, int):
+        raise UserError(f"{source} was not written by qlora_lightning: expected the key {KEY!r} in it.")
+    check_version(version, source)
+    for older in range(version, FORMAT_VERSION):
+        content = {**MIGRATIONS[older](content), "format_version": older + 1}
+    return {**content, "settings": rename_settings(content.get("settings", {}))}
+
+
+def check_version(version: int, source: str) -> None:
+    """Refuse a format that a newer version of this package wrote.
+
+    Raises:
+        UserError: It is newer.
+    """
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{source} has format version {version}, and this version of qlora_lightning reads up to {FORMAT_VERSION}: "
+            "update qlora_lightning."
+        )
+
+
+def rename_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Give stored settings under today's names."""
+    return {RENAMED_SETTINGS.get(name, name): value for name, value in settings.items()}
+
+
+def known_settings(cls: type) -> set[str]:
+    """Name the arguments of a class, with those of its base classes that it hands on by ``**kwargs``."""
+    names: set[str] = set()
+    for owner in cls.__mro__:
+        if "__init__" not in vars(owner) or owner is object:
+            continue
+        parameters = inspect.signature(vars(owner)["__init__"]).parameters.values()
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return names - {"self"}
+
+
+def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep what ``torch.load(weights_only=True)`` will read again; a subclass may take arguments of any kind."""
+    return {name: _plain(value) for name, value in settings.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str | Path | Tensor)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value

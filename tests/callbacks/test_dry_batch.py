@@ -1,0 +1,231 @@
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning import Callback
+from lightning.pytorch import LightningModule
+
+from qlora_lightning import GradientCheckpointing, InstructionDataModule, LossSums, QLoRAModule
+from qlora_lightning.callbacks import dry_batch
+from qlora_lightning.callbacks.dry_batch import DryBatch, find_largest
+from qlora_lightning.data.loader import FlatLoader
+from qlora_lightning.data.samples import make_sample
+from qlora_lightning.errors import UserError
+
+LINE = re.compile(
+    r"Dry run of the largest batch \((\d+) rows, (\d+) tokens, the longest row (\d+)\): \d+\.\d s, peak \d+\.\d\d GiB"
+)
+
+
+def samples_of(lengths):
+    """Rows of these lengths, all of their tokens but the first labelled."""
+    return [make_sample(list(range(5, 5 + n)), list(range(5, 5 + n)), row) for row, n in enumerate(lengths)]
+
+
+def trainer_of(loader, **options):
+    """What find_largest asks of a Trainer."""
+    defaults = {"train_dataloader": loader, "num_training_batches": len(loader), "current_epoch": 0, "max_epochs": 1}
+    return SimpleNamespace(**{**defaults, **options})
+
+
+def largest(lengths, batch_size=2, trainer=None, **options):
+    """The rows of the largest batch, or None."""
+    found = find_largest(trainer_of(FlatLoader(samples_of(lengths), batch_size, **options), **(trainer or {})))
+    return None if found is None else found["row_ids"].tolist()
+
+
+# ---- which batch -----------------------------------------------------------------------------------------------------
+
+
+def test_the_one_with_most_tokens_not_that_with_the_longest_row():
+    assert largest([3, 3, 9, 1, 6, 6, 2, 2]) == [4, 5]
+
+
+def test_between_equals_the_longest_row_decides():
+    assert largest([3, 3, 6, 6, 9, 3]) == [4, 5]
+
+
+@pytest.mark.parametrize(("second", "found"), [(12, None), (13, [1])])
+def test_it_must_have_more_than_a_fifth_more_tokens_than_the_first(second, found):
+    assert largest([10, second], batch_size=1) == found
+
+
+def test_only_batches_that_are_trained_on_count():
+    assert largest([3, 5, 9], batch_size=1, trainer={"num_training_batches": 2}) == [1]
+
+
+@pytest.fixture
+def always_worth_it(monkeypatch):
+    monkeypatch.setattr(dry_batch, "_WORTH", 0.0)
+
+
+def test_bins_of_a_token_budget_are_batches_too(always_worth_it):
+    assert largest([2, 3, 2, 9], batch_size=None, tokens_per_batch=9, shuffle=True) == [3]  # the other bin has seven
+
+
+@pytest.mark.parametrize(("now", "epochs"), [(0, 1), (0, 3), (1, 3), (0, 12), (11, 12), (2, None), (2, -1)])
+def test_epochs_that_are_to_come_count_up_to_ten(now, epochs, always_worth_it):
+    lengths = [1, 2, 4, 8, 16, 32, 64, 128]  # each pair of rows has its own sum
+    loader = FlatLoader(samples_of(lengths), 2, shuffle=True, seed=3)
+    loader.sampler.set_epoch(now)
+    tokens = [[sum(lengths[row] for row in rows) for rows, _ in loader.plan.batches(epoch)] for epoch in range(12)]
+    found = find_largest(trainer_of(loader, current_epoch=now, max_epochs=epochs))
+    end = now + 1 if epochs in (None, -1) else min(epochs, now + 10)
+    assert found["input_ids"].numel() == max(map(max, tokens[now:end]))
+
+
+def test_of_large_data_only_the_epoch_at_hand_is_looked_at(monkeypatch, always_worth_it):
+    loader = FlatLoader(samples_of([1, 2, 4, 8]), 2, shuffle=True, seed=3)
+    tokens = [[int(loader.samples.lengths[rows].sum()) for rows, _ in loader.plan.batches(n)] for n in range(9)]
+    assert max(tokens[0]) < max(map(max, tokens))
+    monkeypatch.setattr(dry_batch, "_ROWS", 3)
+    assert find_largest(trainer_of(loader, max_epochs=9))["input_ids"].numel() == max(tokens[0])
+
+
+def test_in_the_epoch_at_hand_only_what_is_left_counts():
+    loader = FlatLoader(samples_of([3, 9, 3, 5]), 1)
+    assert find_largest(trainer_of(loader))["row_ids"].tolist() == [1]
+    batches = iter(loader)
+    next(batches)
+    assert find_largest(trainer_of(loader)) is None  # the largest is the very next
+    next(batches)
+    assert find_largest(trainer_of(loader))["row_ids"].tolist() == [3]
+    assert len(list(batches)) == 2  # the loader's place is as before
+
+
+def test_each_rank_looks_at_its_own():
+    found = [largest([3, 3, 9, 3, 3, 5], batch_size=1, rank=rank, world_size=2) for rank in (0, 1)]
+    assert found == [[2], [5]]
+
+
+def test_a_loader_of_another_make_has_no_plan():
+    assert find_largest(trainer_of(torch.utils.data.DataLoader([1]))) is None
+
+
+# ---- in a run --------------------------------------------------------------------------------------------------------
+
+
+class LongLast(InstructionDataModule):
+    """Four batches of 20 tokens, then one of 400."""
+
+    def train_dataloader(self):
+        return FlatLoader(samples_of([10] * 8 + [200] * 2), 2)
+
+
+@pytest.fixture
+def long_last(tokenizer, rows_file):
+    return lambda: LongLast(train=str(rows_file), tokenizer=tokenizer)
+
+
+class Batches(Callback):
+    """Notes the rows of each batch that is trained on."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rows.append(batch["row_ids"].tolist())
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.values.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+@pytest.fixture
+def spoken(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    return lambda: [LINE.fullmatch(line) for line in capsys.readouterr().out.splitlines() if line.startswith("Dry run")]
+
+
+class DrawsAndLogs(QLoRAModule):
+    """Draws a number, and logs, where it computes its loss."""
+
+    def compute_loss(self, batch):
+        sums = super().compute_loss(batch)
+        self.log("drawn", torch.rand(1).item())
+        return LossSums(sums.nll_sum * (1 + torch.rand(())), *sums[1:])
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_with_and_without_it_everything_is_bit_equal(
+    fit, make_module, adapter_of, assert_same, spoken, long_last, quantization
+):
+    results = []
+    for callback in (DryBatch(), DryBatch(enabled=False)):
+        module = make_module(DrawsAndLogs, dropout=0.3, quantization=quantization)
+        trainer, _ = fit(callback, losses := Losses(), seen := Batches(), module=module, data=long_last(), max_epochs=2)
+        states = {str(key): state["exp_avg_sq"] for key, state in trainer.optimizers[0].state_dict()["state"].items()}
+        results.append((adapter_of(module), states, losses.values, seen.rows))
+    assert len(spoken()) == 1
+    (adapter, states, losses, rows), (other_adapter, other_states, other_losses, other_rows) = results
+    assert_same(adapter, other_adapter)
+    assert_same(states, other_states)
+    assert losses == other_losses
+    assert rows == other_rows
+
+
+def test_its_tokens_time_and_peak_are_told(fit, long_last, spoken):
+    fit(DryBatch(), data=long_last())
+    (line,) = spoken()
+    assert line.groups() == ("2", "400", "200")
+
+
+@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"limit_train_batches": 4}])
+def test_it_is_left_out_in_a_fast_dev_run_or_where_it_is_not_worth_it(fit, long_last, spoken, options):
+    fit(DryBatch(), data=long_last(), **options)
+    assert spoken() == []
+
+
+def test_of_a_stream_the_first_rows_are_looked_at(fit, make_data, spoken, always_worth_it):
+    seen = {"max_steps": 8, "max_epochs": -1, "limit_val_batches": 0}
+    trainer, _ = fit(DryBatch(), data=make_data(streaming=True), **seen)
+    samples = trainer.datamodule.samples["train"]
+    (line,) = spoken()
+    assert int(line[3]) <= max(samples.lengths)
+    assert int(line[2]) >= 2 * samples.lengths.mean()
+
+
+class MemoryRunsOut(QLoRAModule):
+    def compute_loss(self, batch):
+        if batch["input_ids"].numel() == 400:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return super().compute_loss(batch)
+
+
+def test_memory_runs_out_before_the_first_step(fit, make_module, long_last):
+    with pytest.raises(
+        UserError, match=r"Out of memory on cpu in a batch of 2 rows and 400 tokens, the longest row 200;"
+    ):
+        fit(DryBatch(), seen := Batches(), module=make_module(MemoryRunsOut), data=long_last())
+    assert seen.rows == []
+
+
+class StopCheckpointing(Callback):
+    def on_train_start(self, trainer, pl_module):
+        for layer in pl_module.causal_lm.base_model.layers:
+            layer.gradient_checkpointing = False
+
+
+def test_checkpointing_that_is_not_active_is_noticed_all_the_same(fit, long_last, spoken):
+    with pytest.raises(RuntimeError, match="gradient_checkpointing is enabled, but 2 layers"):
+        fit(StopCheckpointing(), DryBatch(), GradientCheckpointing(), data=long_last())
+    assert len(spoken()) == 1
+
+
+def test_room_for_adams_averages_is_taken_until_it_has_them(fit, long_last, monkeypatch):
+    rooms, plain = [], dry_batch._room_of_optimizer
+    monkeypatch.setattr(dry_batch, "_room_of_optimizer", lambda *args: rooms.append(plain(*args)) or rooms[-1])
+    trainer, module = fit(DryBatch(), data=long_last())
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    assert sum(tensor.numel() for tensor in rooms[0]) == 2 * sum(parameter.numel() for parameter in trainable)
+    assert plain(trainer, trainable) == []
+
+
+def test_a_module_of_another_make_is_left_alone(spoken):
+    DryBatch().on_train_start(SimpleNamespace(fast_dev_run=False), LightningModule())
+    assert spoken() == []

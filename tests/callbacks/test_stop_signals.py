@@ -1,0 +1,234 @@
+import csv
+import os
+import signal
+import stat
+
+import lightning
+import pytest
+import torch
+
+from qlora_lightning import AdapterCheckpoint, ThroughputMonitor
+from qlora_lightning.callbacks import StopSignals
+from qlora_lightning.callbacks.metrics_logger import MetricsLogger
+from qlora_lightning.callbacks.run_folder import RunFolder
+from qlora_lightning.callbacks.stop_signals import was_requeued
+from qlora_lightning.errors import TrainingStopped
+
+OWN_TIME = ("tokens_per_second", "labelled_tokens_per_second")
+
+
+class Sender(lightning.Callback):
+    """Sends a signal to its own process when the n-th batch begins, batches of validations counted with the others."""
+
+    def __init__(self, number, at):
+        self.number, self.at, self.places = number, at, []
+
+    def _count(self, place):
+        self.places.append(place)
+        if len(self.places) - 1 == self.at:
+            os.kill(os.getpid(), self.number)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self._count(f"train {trainer.current_epoch}.{batch_idx}")
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self._count(f"val {trainer.current_epoch}.{batch_idx}")
+
+
+@pytest.fixture
+def stopped_fit(fit, make_module, tmp_path):
+    """Train with everything that a run has, in pieces: a signal ends each but the last."""
+
+    def run(folder, *stops, number=signal.SIGTERM, **options):
+        last, every = None, options.pop("every_n_train_steps", None)
+        for at in (*stops, None):
+            module = make_module(dropout=0.1, schedule="cosine")
+            sender = Sender(number, at)
+            callbacks = [
+                ThroughputMonitor(),
+                RunFolder({}),
+                StopSignals(),
+                sender,
+                AdapterCheckpoint(every_n_train_steps=every),
+            ]
+            logger = MetricsLogger(tmp_path / folder)
+            arguments = {"module": module, "folder": folder, "logger": logger, "ckpt_path": last, **options}
+            if at is None:
+                fit(*callbacks, **arguments)
+            else:
+                with pytest.raises(TrainingStopped) as stopped:
+                    fit(*callbacks, **arguments)
+                assert stopped.value.code == 128 + number
+                assert len(sender.places) in (at + 1, at + 2)  # it may have begun the batch behind, or a validation
+                last = tmp_path / folder / "checkpoints" / "last.ckpt"
+        return sender.places
+
+    return run
+
+
+def read_table(folder):
+    with (folder / "metrics.csv").open(newline="") as handle:
+        return [{key: row[key] for key in row if key not in OWN_TIME} for row in csv.DictReader(handle)]
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def assert_same_end(folder, other):
+    first, second = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (folder, other))
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
+        assert same(second[part], first[part]), part
+    assert same(second["qlora_lightning"]["generators"], first["qlora_lightning"]["generators"])
+    assert read_table(other) == read_table(folder)
+    names = [sorted(file.name for file in (run / "checkpoints").iterdir()) for run in (folder, other)]
+    assert names[0] == names[1]
+    weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (folder, other)]
+    assert weights[0] == weights[1]
+
+
+SETTINGS = {
+    # windows of 3, 3 and 2 batches; validations after the fourth and eighth: inside a window, and at the epoch's end
+    "epochs": {"max_epochs": 2, "accumulate_grad_batches": 3, "val_check_interval": 4, "limit_val_batches": 2},
+    "steps": {
+        "max_epochs": -1,
+        "max_steps": 5,
+        "accumulate_grad_batches": 3,
+        "val_check_interval": 4,
+        "limit_val_batches": 2,
+    },
+    "no validation": {"max_epochs": 2, "accumulate_grad_batches": 3, "limit_val_batches": 0, "every_n_train_steps": 2},
+    "across epochs": {
+        "max_epochs": -1,
+        "max_steps": 12,
+        "val_check_interval": 5,
+        "check_val_every_n_epoch": None,
+        "limit_val_batches": 1,
+        "every_n_train_steps": 4,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_stopped_at_any_batch_goes_on_to_the_same_end(stopped_fit, tmp_path, name):
+    places = stopped_fit("whole", **SETTINGS[name])
+    for at in range(len(places)):
+        stopped_fit(f"stop {at}", at, **SETTINGS[name])
+        try:
+            assert_same_end(tmp_path / "whole", tmp_path / f"stop {at}")
+        except AssertionError as error:
+            raise AssertionError(f"stopped in {places[at]}") from error
+
+
+@pytest.mark.parametrize(
+    ("name", "stops"),
+    [
+        ("epochs", (1, 2)),  # inside a window, and again inside the same epoch
+        ("epochs", (4,)),  # a validation inside a window
+        ("epochs", (11,)),  # the validation at the epoch's end, after its first batch
+        ("steps", (9,)),  # the last batch of an epoch, whose validation is due
+        ("no validation", (7,)),  # the last batch of an epoch, with nothing behind it
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_same_end(stopped_fit, tmp_path, name, stops):
+    stopped_fit("whole", **SETTINGS[name])
+    stopped_fit("cut", *stops, **SETTINGS[name])
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_with_its_code_and_says_how_to_go_on(fit, tmp_path, capfd, number):
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    with pytest.raises(TrainingStopped) as stopped:
+        fit(StopSignals(), Sender(number, 2), AdapterCheckpoint())
+    assert stopped.value.code == 128 + number
+    said = capfd.readouterr()
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    assert f"{name}: saving at the end of this batch." in said.err
+    assert ("again leaves at once" in said.err) is (number == signal.SIGINT)
+    assert f"Stopped at step 3 in epoch 0, saved in {last}. To go on, add `--ckpt_path last`" in said.out
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    assert {each: signal.getsignal(each) for each in before} == before
+
+
+def test_a_second_ctrl_c_leaves_at_once_and_saves_nothing(fit, tmp_path):
+    class Impatient(lightning.Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            if trainer.global_step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+                pytest.fail("it went on")
+
+    with pytest.raises(SystemExit) as left:
+        fit(StopSignals(), Impatient(), AdapterCheckpoint(every_n_train_steps=1))
+    assert not isinstance(left.value, TrainingStopped)
+    assert isinstance(left.value.__context__, KeyboardInterrupt)
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert [file.name for file in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("callbacks", [(), (AdapterCheckpoint(enabled=False),)])
+def test_where_nothing_saves_it_stops_all_the_same_and_says_so(fit, tmp_path, capsys, callbacks):
+    sender = Sender(signal.SIGTERM, 2)
+    with pytest.raises(TrainingStopped):
+        fit(StopSignals(), sender, *callbacks)
+    assert "Nothing was saved" in capsys.readouterr().out
+    assert len(sender.places) <= 4
+
+
+def test_a_signal_with_the_very_last_batch_leaves_a_finished_run(fit, tmp_path, capsys):
+    options = {"limit_val_batches": 0}
+
+    class Late(lightning.Callback):
+        def on_train_end(self, trainer, pl_module):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(TrainingStopped) as stopped:
+        fit(Late(), StopSignals(), AdapterCheckpoint(), **options)
+    assert stopped.value.code == 143
+    assert "Training had come to its end, and all is saved." in capsys.readouterr().out
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
+def test_an_ignored_ctrl_c_stays_ignored(fit, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        trainer, _ = fit(StopSignals(), Sender(signal.SIGINT, 2), AdapterCheckpoint())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert trainer.global_step == 8
+
+
+@pytest.mark.parametrize("auto_requeue", [True, False])
+def test_under_slurm_the_saved_job_is_requeued_as_lightning_would(fit, tmp_path, monkeypatch, auto_requeue):
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\nls {tmp_path}/run/checkpoints > {tmp_path}/saved\necho "$@" > {tmp_path}/asked\n')
+    scontrol.chmod(scontrol.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name, value in {"JOB_ID": "7", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    environment = SLURMEnvironment(auto_requeue=auto_requeue, requeue_signal=signal.SIGUSR2)
+    with pytest.raises(TrainingStopped):
+        fit(StopSignals(), Sender(signal.SIGUSR2, 2), AdapterCheckpoint(), plugins=[environment])
+    assert (tmp_path / "asked").exists() is auto_requeue
+    if auto_requeue:
+        assert (tmp_path / "asked").read_text() == "requeue 7\n"
+        assert (tmp_path / "saved").read_text() == "last.ckpt\n"
+    assert not list((tmp_path / "run").glob("hpc_ckpt*"))  # Lightning's own, from inside the batch
+
+
+def test_a_job_that_slurm_started_again_is_known(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert not was_requeued()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert was_requeued()

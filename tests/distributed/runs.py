@@ -1,0 +1,66 @@
+"""Runs commands on several processes of this machine's CPU, by gloo, and on one process to compare with."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+CONFIG = {
+    "seed_everything": 3,
+    "model": {
+        "base": "tiny",
+        "rank": 2,
+        "compute_dtype": "fp32",
+        "learning_rate": 0.01,
+        "schedule": "constant",
+        "warmup_ratio": 0.0,
+    },
+    "data": {"train": "rows.jsonl"},
+    "trainer": {"accelerator": "cpu", "strategy": "ddp", "devices": 2, "enable_progress_bar": False},
+}
+
+
+def environment(folder: Path) -> dict[str, str]:
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {"OMP_NUM_THREADS": "1", "QLORA_LIGHTNING_CACHE": str(folder / "cache"), "COLUMNS": "200"}
+    return {**os.environ, **own, "PYTHONPATH": path}
+
+
+def launch(folder: Path, commands: list[list[str]], processes: int = 2, timeout: float = 300.0) -> str:
+    """Run commands one after another on processes that torchrun starts at the same moment; gives what they printed."""
+    file = folder / "commands.json"
+    file.write_text(json.dumps(commands))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [*torchrun, HERE / "run_commands.py", file],
+        cwd=folder,
+        env=environment(folder),
+        timeout=timeout,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def metrics(run: Path, column: str) -> list[float]:
+    with (run / "metrics.csv").open(newline="") as handle:
+        return [float(row[column]) for row in csv.DictReader(handle) if row.get(column)]
+
+
+def distance(one: Path, other: Path) -> float:
+    """How far two runs' adapters are apart, as a share of what training has moved (at least B, which began at zero)."""
+    a, b = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, other))
+    moved = sum(tensor.square().sum() for name, tensor in a.items() if "lora_B" in name)
+    return float(torch.sqrt(sum((a[name] - b[name]).square().sum() for name in a) / moved))
+
+
+def adapter_bytes(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()

@@ -1,0 +1,75 @@
+import errno
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qlora_lightning.safe_file import find_storage_fault, flush, put_in_place, share, write_whole
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    def fail(*_):
+        raise FULL
+
+    monkeypatch.setattr("os.fsync", fail)
+
+
+def test_a_text_is_written_and_nothing_stays_beside(tmp_path):
+    write_whole(tmp_path / "a.txt", "one")
+    write_whole(tmp_path / "a.txt", "Grüße")
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "Grüße"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_the_old_file_stays_until_the_new_one_is_on_the_disk(tmp_path, full_disk):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_text("old")
+    new.write_text("new")
+    with pytest.raises(OSError, match="No space left"):
+        put_in_place(new, old)
+    assert (old.read_text(), new.read_text()) == ("old", "new")
+
+
+def test_file_and_folder_are_flushed_around_the_rename(tmp_path, monkeypatch):
+    done = []
+    replace = os.replace
+    monkeypatch.setattr("os.fsync", lambda descriptor: done.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    monkeypatch.setattr("os.replace", lambda one, other: (done.append("renamed"), replace(one, other)))
+    (tmp_path / "new").write_text("new")
+    put_in_place(tmp_path / "new", tmp_path / "old")
+    assert done == [str(tmp_path / "new"), "renamed", str(tmp_path)]
+
+
+def test_a_disk_that_cannot_flush_folders_is_used_all_the_same(tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("os.fsync", refuse)
+    flush(tmp_path)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_second_name_has_the_content_and_replaces_an_older_file(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
+    (tmp_path / "one").write_text("new")
+    (tmp_path / "two").write_text("old")
+    share(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "two").read_text() == "new"
+    assert (tmp_path / "one").samefile(tmp_path / "two") is links
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_what_the_disk_says_is_found_wherever_it_is_hidden(tmp_path):
+    assert find_storage_fault(FULL) == "No space left on device"
+    wrapped = RuntimeError("unexpected pos 3520 vs 3414")
+    wrapped.__context__ = FULL
+    assert find_storage_fault(wrapped) == "No space left on device"
+    with pytest.raises(Exception, match="os error 2") as caught:
+        save_file({"a": torch.zeros(1)}, tmp_path / "no" / "a.safetensors")
+    assert find_storage_fault(caught.value) == "No such file or directory"
+    assert find_storage_fault(ValueError("rank is 3")) is None

@@ -1,0 +1,368 @@
+"""Whatever a user gets wrong is told in one sentence, with exit code 2, and nothing of theirs is touched."""
+
+import gzip
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+
+from qlora_lightning.cli import main
+
+CONFIG = {
+    "seed_everything": 3,
+    "model": {"base": "tiny", "rank": 2, "learning_rate": 0.01, "schedule": "constant", "compute_dtype": "fp32"},
+    "data": {"train": "rows.jsonl", "batch_size": 2},
+    "adapter_checkpoint": {"every_n_train_steps": 1},
+    "gpu_memory": None,
+    "throughput": None,
+    "trainer": {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": 2,
+        "enable_progress_bar": False,
+        "default_root_dir": "new",
+    },
+}
+LAST = "run/checkpoints/last.ckpt"
+
+
+class Wrong(NamedTuple):
+    """A wrong input.
+
+    Attributes:
+        name: Of the test.
+        arguments: Behind ``fit --config c.yaml``, or a whole command line where they begin with a command.
+        words: What the message must hold.
+        prepare: Makes the files that the input needs, in the current folder.
+        lines: Lines of the message: more than one only where rows are listed.
+    """
+
+    name: str
+    arguments: str
+    words: tuple[str, ...]
+    prepare: Callable[[], object] = lambda: None
+    lines: int = 1
+
+
+def write(name: str, content: str | bytes) -> Callable[[], object]:
+    data = content.encode() if isinstance(content, str) else content
+    return lambda: (Path(name).parent.mkdir(parents=True, exist_ok=True), Path(name).write_bytes(data))
+
+
+def rows(*values: object) -> Callable[[], object]:
+    return write("wrong.jsonl", "".join(json.dumps(value) + "\n" for value in values))
+
+
+def cut(source: str, target: str, size: int) -> Callable[[], object]:
+    return lambda: Path(target).write_bytes(Path(source).read_bytes()[:size])
+
+
+def change_checkpoint(change: Callable[[dict], object]) -> Callable[[], object]:
+    def prepare() -> None:
+        checkpoint = torch.load(LAST, weights_only=True)
+        change(checkpoint)
+        torch.save(checkpoint, "wrong.ckpt")
+
+    return prepare
+
+
+def change_adapter(change: Callable[[Path], object]) -> Callable[[], object]:
+    return lambda: change(Path(shutil.copytree("run/adapter", "wrong")))
+
+
+def edit_json(name: str, **values: object) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        file = folder / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+    return edit
+
+
+def write_cut_parquet() -> None:
+    table = pyarrow.table({"instruction": ["Say it."] * 50, "output": ["it"] * 50})
+    pyarrow.parquet.write_table(table, "whole.parquet")
+    cut("whole.parquet", "wrong.parquet", 300)()
+
+
+ALPACA = {"instruction": "Say it.", "output": "it"}
+KEYS = [
+    Wrong("command", "fti", ("'fti'", "Did you mean fit?")),
+    Wrong("no_config", "fit --config none.yaml", ("none.yaml", "no such file")),
+    Wrong("empty_config", "fit --config wrong.yaml", ("empty",), write("wrong.yaml", "")),
+    Wrong("list_as_config", "fit --config wrong.yaml", ("mapping",), write("wrong.yaml", "- a\n- b\n")),
+    Wrong("no_yaml", "fit --config wrong.yaml", ("not YAML", "line 1"), write("wrong.yaml", "model: {a: 1\ndata: [\n")),
+    Wrong(
+        "code_in_config",
+        "fit --config wrong.yaml",
+        ("not YAML", "python/object"),
+        write("wrong.yaml", "model: !!python/object/apply:os.mkdir [ran]\n"),
+    ),
+    Wrong("binary_config", "fit --config wrong.yaml", ("UTF-8",), write("wrong.yaml", b"\x00\xff\xfe")),
+    Wrong(
+        "unknown_section", "fit --config wrong.yaml", ("'modle'", "model"), write("wrong.yaml", "modle: {}\ndata: {}")
+    ),
+    Wrong("unknown_model_key", "--model.rnak 3", ("model.rnak", "Did you mean model.rank?")),
+    Wrong("unknown_data_key", "--data.trian x", ("data.trian", "Did you mean data.train?")),
+    Wrong("unknown_trainer_key", "--trainer.max_epoch 3", ("trainer.max_epoch", "max_epochs")),
+    Wrong("no_base", "fit --data.train rows.jsonl", ("model.base is missing",)),
+    Wrong("unknown_class", "--model.class_path no.such.Module", ("no.such.Module", "cannot be used")),
+]
+VALUES = [
+    Wrong("rank_word", "--model.rank eight", ("model.rank is eight", "an integer")),
+    Wrong("rank_zero", "--model.rank 0", ("model.rank is 0: expected",)),
+    Wrong("dropout", "--model.dropout 1.5", ("model.dropout is 1.5: expected",)),
+    Wrong("quantization", "--model.quantization nf5", ("model.quantization is nf5", "nf4")),
+    Wrong("compute_dtype", "--model.compute_dtype fp8", ("model.compute_dtype is fp8", "bf16")),
+    Wrong("layers_word", "--model.layers first:2", ("model.layers", "last:N")),
+    Wrong("layers_beyond", "--model.layers last:9", ("model.layers", "2 layers")),
+    Wrong("target_modules", "--model.target_modules q_prj", ("model.target_modules", "q_proj")),
+    Wrong("no_targets", "--model.target_modules []", ("model.target_modules is an empty list",)),
+    Wrong("expression", "--model.target_modules (q", ("model.target_modules", "regular expression")),
+    Wrong("lora_options", "--model.lora_options {'use_rslroa':true}", ("use_rslroa", "Did you mean 'use_rslora'?")),
+    Wrong("lora_options_own", "--model.lora_options {'r':3}", ("set model.rank",)),
+    Wrong("learning_rate", "--model.learning_rate -1", ("model.learning_rate is -1", "positive")),
+    Wrong("optimizer_path", "--model.optimizer no.such.Optimizer", ("no.such.Optimizer", "cannot be imported")),
+    Wrong("optimizer_kind", "--model.optimizer os.system", ("os.system", "not a torch optimizer class")),
+    Wrong("schedule", "--model.schedule cosin", ("model.schedule", "cosine")),
+    Wrong("warmup_ratio", "--model.warmup_ratio 1.0", ("model.warmup_ratio is 1.0",)),
+    Wrong("batch_size", "--data.batch_size 0", ("batch_size", "at least 1")),
+    Wrong("two_sizes", "--data.tokens_per_batch 64", ("batch_size and tokens_per_batch",)),
+    Wrong("max_length", "--data.max_length 0", ("max_length",)),
+    Wrong("train_on", "--data.train_on everything", ("data.train_on is everything", "assistant")),
+    Wrong("format", "--data.format alpca", ("format", "alpaca")),
+    Wrong("accumulate", "--trainer.accumulate_grad_batches 0", ("accumulate_grad_batches is 0",)),
+    Wrong("clip", "--trainer.gradient_clip_val -1", ("gradient_clip_val is -1",)),
+    Wrong("max_epochs", "--trainer.max_epochs two", ("trainer.max_epochs is two", "an integer")),
+    Wrong("precision", "--trainer.precision bf16-true", ("precision", "bf16-true")),
+    Wrong("strategy", "--trainer.strategy dpp", ("trainer", "dpp")),
+    Wrong("every_n", "--adapter_checkpoint.every_n_train_steps 0", ("every_n_train_steps is 0",)),
+]
+BASES = [
+    Wrong("base_typo", "--model.base tiyn", ("'tiyn'", "no such file or folder")),
+    Wrong("base_empty", "--model.base empty", ("empty", "config.json"), lambda: Path("empty").mkdir()),
+    Wrong("base_package", "--model.base package:no_such", ("no_such", "not installed")),
+    Wrong("base_no_gguf", "--model.base wrong.gguf", ("does not begin with GGUF",), write("wrong.gguf", "<html>")),
+    Wrong("base_of_hub", "--model.base org/none", ("org/none", "HF_HUB_OFFLINE")),
+    Wrong("revision", "--model.revision main", ("only a hub id has revisions",)),
+    Wrong("tokenizer", "--data.tokenizer wrong", ("wrong",), write("wrong/a.txt", "")),
+]
+DATA = [
+    Wrong("no_train", "--data.train null", ("data.train",)),
+    Wrong("train_typo", "--data.train row.jsonl", ("row.jsonl", "rows.jsonl")),
+    Wrong("val_typo", "--data.val vla.jsonl", ("vla.jsonl",)),
+    Wrong("empty_file", "--data.train wrong.jsonl", ("wrong.jsonl", "empty"), write("wrong.jsonl", "")),
+    Wrong("suffix", "--data.train wrong.xyz", ("wrong.xyz",), write("wrong.xyz", "a")),
+    Wrong("no_data_in_folder", "--data.train wrong", ("wrong",), write("wrong/a.md", "a")),
+    Wrong(
+        "no_json", "--data.train wrong.jsonl", ("wrong.jsonl:2",), write("wrong.jsonl", json.dumps(ALPACA) + "\n{'a"), 9
+    ),
+    Wrong("no_dict", "--data.train wrong.jsonl", ("wrong.jsonl:2",), rows(ALPACA, [1, 2]), 9),
+    Wrong(
+        "no_answer", "--data.train wrong.jsonl", ("wrong.jsonl:2", "answer"), rows(ALPACA, {**ALPACA, "output": ""}), 9
+    ),
+    Wrong("no_format", "--data.train wrong.jsonl", ("wrong.jsonl", "format"), rows({"a": "b", "c": "d"})),
+    Wrong("columns", "--data.columns {'question':'instruction'}", ("columns", "question")),
+    Wrong("cut_parquet", "--data.train wrong.parquet", ("wrong.parquet",), write_cut_parquet),
+    Wrong(
+        "cut_gzip",
+        "--data.train wrong.jsonl.gz",
+        ("wrong.jsonl.gz",),
+        write("wrong.jsonl.gz", gzip.compress(b'{"instruction": "a", "output": "b"}\n' * 500)[:50]),
+        9,
+    ),
+    Wrong(
+        "utf8",
+        "--data.train wrong.jsonl",
+        ("wrong.jsonl:1", "UTF-8"),
+        write("wrong.jsonl", b'{"instruction": "\xff"}\n'),
+        9,
+    ),
+    Wrong("template", "--data.chat_template none.jinja", ("none.jinja",)),
+    Wrong("broken_template", "--data.chat_template t.jinja", ("t.jinja",), write("t.jinja", "{% for m in %}")),
+    Wrong("predict_nothing", "predict --config c.yaml", ("data.predict",)),
+]
+CHECKPOINTS = [
+    Wrong("no_checkpoint", "--ckpt_path none.ckpt", ("none.ckpt", "no such file")),
+    Wrong("folder_as_checkpoint", "--ckpt_path run", ("run", "Expected a .ckpt file")),
+    Wrong("empty_checkpoint", "--ckpt_path wrong.ckpt", ("wrong.ckpt", "empty"), write("wrong.ckpt", "")),
+    Wrong("text_checkpoint", "--ckpt_path rows.jsonl", ("rows.jsonl", "no checkpoint")),
+    Wrong("cut_checkpoint", "--ckpt_path wrong.ckpt", ("wrong.ckpt", "cut off"), cut(LAST, "wrong.ckpt", 20_000)),
+    Wrong(
+        "foreign_checkpoint",
+        "--ckpt_path wrong.ckpt",
+        ("wrong.ckpt", "not written by qlora_lightning"),
+        lambda: torch.save({"state_dict": {}, "epoch": 3}, "wrong.ckpt"),
+    ),
+    Wrong(
+        "newer_checkpoint",
+        "--ckpt_path wrong.ckpt",
+        ("format version 99", "update qlora_lightning"),
+        change_checkpoint(lambda found: found["qlora_lightning"].update(format_version=99)),
+    ),
+    Wrong(
+        "checkpoint_of_another_base",
+        "--ckpt_path wrong.ckpt",
+        ("another base", "elsewhere (weights ffffffffffff) there", "tiny (weights"),
+        change_checkpoint(lambda f: f["qlora_lightning"]["identity"].update(base="elsewhere", fingerprint="f" * 64)),
+    ),
+    Wrong("another_rank", f"--ckpt_path {LAST} --model.rank 3", ("model.rank 2", "has 3")),
+    Wrong(
+        "another_alpha_type",
+        f"--ckpt_path {LAST} --model.lora_options {{'use_dora':true}}",
+        ("lora_options", "use_dora"),
+    ),
+    Wrong("other_targets", f"--ckpt_path {LAST} --model.target_modules mlp", ("model.target_modules", "down_proj")),
+    Wrong("other_layers", f"--ckpt_path {LAST} --model.layers last:1", ("model.layers [0, 1]", "has [1]")),
+    Wrong("another_quantization", f"--ckpt_path {LAST} --model.quantization int8", ("model.quantization nf4", "int8")),
+    Wrong(
+        "judged_on_another_quantization",
+        f"validate --config c.yaml --data.val rows.jsonl --ckpt_path {LAST} --model.quantization none",
+        ("model.quantization nf4", "none"),
+    ),
+    Wrong(
+        "other_rows_inside_an_epoch",
+        f"--ckpt_path {LAST} --data.train wrong.jsonl",
+        ("inside an epoch", "training samples"),
+        lambda: write("wrong.jsonl", Path("rows.jsonl").read_text().replace("Count to 3.", "Count to 4."))(),
+    ),
+]
+ADAPTERS = [
+    Wrong("no_adapter", "--model.adapter none", ("none", "adapter_config.json")),
+    Wrong("foreign_adapter", "--model.adapter tiny", ("tiny", "not an adapter folder")),
+    Wrong("adapter_rank", "--model.adapter run/adapter --model.rank 3", ("model.rank is 3", "has 2")),
+    Wrong(
+        "adapter_targets", "--model.adapter run/adapter --model.target_modules mlp", ("model.target_modules is mlp",)
+    ),
+    Wrong(
+        "adapter_of_another_base",
+        "--model.adapter wrong",
+        ("another base", "elsewhere (weights ffffffffffff)"),
+        change_adapter(edit_json("qlora_lightning.json", base="elsewhere", fingerprint="f" * 64)),
+    ),
+    Wrong(
+        "newer_adapter",
+        "--model.adapter wrong",
+        ("format version 99",),
+        change_adapter(edit_json("qlora_lightning.json", format_version=99)),
+    ),
+    Wrong(
+        "another_kind_of_adapter",
+        "--model.adapter wrong",
+        ("IA3", "expected LORA"),
+        change_adapter(edit_json("adapter_config.json", peft_type="IA3")),
+    ),
+    Wrong(
+        "cut_adapter_config",
+        "--model.adapter wrong",
+        ("adapter_config.json", "not JSON"),
+        change_adapter(lambda folder: cut("run/adapter/adapter_config.json", "wrong/adapter_config.json", 90)()),
+    ),
+    Wrong(
+        "cut_adapter",
+        "--model.adapter wrong",
+        ("wrong", "damaged"),
+        change_adapter(
+            lambda folder: cut("run/adapter/adapter_model.safetensors", "wrong/adapter_model.safetensors", 900)()
+        ),
+    ),
+    Wrong(
+        "pickled_adapter",
+        "--model.adapter wrong",
+        ("missing adapter_model.safetensors",),
+        change_adapter(lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")),
+    ),
+]
+ENVIRONMENT = [
+    Wrong("started_folder", "--trainer.default_root_dir run", ("holds a run already", "--ckpt_path last")),
+    Wrong("unwritable_folder", "--trainer.default_root_dir /proc/no", ("/proc/no", "cannot be written to")),
+    Wrong("file_as_folder", "--trainer.default_root_dir rows.jsonl", ("rows.jsonl", "cannot be written to")),
+    Wrong("no_such_accelerator", "--trainer.accelerator cpuu", ("trainer", "cpuu")),
+    Wrong("no_devices", "--trainer.devices 0", ("trainer", "devices")),
+]
+if not torch.cuda.is_available():
+    ENVIRONMENT.append(Wrong("no_cuda", "--trainer.accelerator cuda", ("trainer", "CUDA")))
+ALL = [*KEYS, *VALUES, *BASES, *DATA, *CHECKPOINTS, *ADAPTERS, *ENVIRONMENT]
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_base, tmp_path_factory):
+    """A folder with a config, rows, a base and a run that was stopped inside an epoch."""
+    folder = tmp_path_factory.mktemp("prepared")
+    lines = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(n)))} for n in range(1, 11)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    (folder / "c.yaml").write_text(yaml.safe_dump(CONFIG))
+    (folder / "tiny").symlink_to(tiny_base)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["fit", "--config", "c.yaml", "--trainer.default_root_dir", "run"]) == 0
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = [*folder.rglob("*"), *(folder / "tiny").rglob("*")]
+    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+
+
+@pytest.fixture
+def refused(prepared, tmp_path, monkeypatch, capsys):
+    """Run a wrong input in a copy of the folder; gives the message."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True, symlinks=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read from the environment at import
+
+    def run(wrong: Wrong) -> str:
+        wrong.prepare()
+        before = contents(tmp_path)
+        arguments = wrong.arguments.split()
+        if arguments[0].startswith("--"):
+            arguments = ["fit", "--config", "c.yaml", *arguments]
+        capsys.readouterr()
+        code = main(arguments)
+        captured = capsys.readouterr()
+        assert code == 2, captured.out + captured.err
+        assert "Traceback" not in captured.out + captured.err
+        after = contents(tmp_path)
+        assert {name: after.get(name) for name in before} == before
+        assert not [name for name in after.keys() - before.keys() if not name.startswith(f"{tmp_path}/new/")]
+        _, _, message = captured.err.rpartition("qlora-lightning: ")
+        return message
+
+    yield run
+    logging.getLogger("qlora_lightning").handlers.clear()
+
+
+@pytest.mark.filterwarnings("ignore")  # what libraries warn of, before the refusal, is not at issue here
+@pytest.mark.parametrize("wrong", ALL, ids=[wrong.name for wrong in ALL])
+def test_wrong_inputs_are_told_in_one_sentence_and_touch_nothing(refused, wrong):
+    message = refused(wrong)
+    assert [word for word in wrong.words if word not in message] == [], message
+    assert message.count("\n") <= wrong.lines, message
+
+
+def test_the_table_is_long_enough_and_names_no_input_twice():
+    assert len({wrong.name for wrong in ALL}) == len(ALL) >= 40
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("PL_GLOBAL_SEED", "abc", ("PL_GLOBAL_SEED", "abc", "integer")),
+        ("QLORA_LIGHTNING_CACHE", "/proc/no", ("/proc/no", "QLORA_LIGHTNING_CACHE")),
+        ("QLORA_LIGHTNING_CACHE", "rows.jsonl", ("rows.jsonl", "QLORA_LIGHTNING_CACHE")),
+    ],
+)
+def test_wrong_variables_of_the_environment_are_told_too(refused, monkeypatch, name, value, words):
+    monkeypatch.setenv(name, value)
+    message = refused(Wrong(name, "--seed_everything true --data.train rows.jsonl", words))
+    assert all(word in message for word in words), message

@@ -132,14 +132,14 @@ def test_bad_rows_are_refused_from_the_cache_too(setup, prepared, write):
 
 
 def test_what_a_function_of_the_users_makes_is_never_kept(setup, prepared, cache, tmp_path, monkeypatch):
-    (tmp_path / "researcher.py").write_text(
+    (tmp_path / "converting.py").write_text(
         "def convert(values):\n"
         "    turns = ('user', values['prompt']), ('assistant', values['completion'])\n"
         "    return [{'role': role, 'content': content} for role, content in turns]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     for _ in range(2):
-        setup(format="researcher.convert")
+        setup(format="converting.convert")
     assert prepared == ["train", "val"] * 2
     assert not cache.exists()
 

@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qlora-lightning {__version__}")
         return 0
     _quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets question marks, not a traceback
+            stream.reconfigure(errors="replace")
     try:
         return _run(arguments)
     except UserError as error:

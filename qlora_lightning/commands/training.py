@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,6 +32,7 @@ from qlora_lightning.callbacks.progress_bar import ShortProgressBar
 from qlora_lightning.callbacks.run_folder import RunFolder, refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import was_requeued
 from qlora_lightning.commands.checkpoint_settings import with_checkpoint_settings
+from qlora_lightning.commands.foreign_errors import word_foreign_error
 from qlora_lightning.commands.parse_errors import check_top_level, word_parse_error
 from qlora_lightning.commands.processes import check_strategy, find_lost_process, set_timeout
 from qlora_lightning.commands.short_forms import expand_arguments, expand_config, shorten_config
@@ -220,10 +220,8 @@ def main(argv: Sequence[str]) -> int:
             )
     except jsonargparse.ArgumentError as error:
         raise word_parse_error(str(error), argv, _KNOWN_KEYS) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"The config is not text in UTF-8: {error.reason} at byte {error.start}.") from error
-    except ValueError as error:
-        raise _find_user_error(error) or _word_seed_error(error) or error from None
+    except (ValueError, MisconfigurationException) as error:
+        raise word_foreign_error(error) or error from None
     except RuntimeError as error:
         raise find_lost_process(error) or error from None
     except SystemExit as stop:  # what Lightning makes of Ctrl-C
@@ -231,20 +229,6 @@ def main(argv: Sequence[str]) -> int:
             raise KeyboardInterrupt from None
         raise
     return 0
-
-
-def _word_seed_error(error: ValueError) -> UserError | None:
-    if "PL_GLOBAL_SEED" not in str(error):
-        return None
-    seed = os.environ.get("PL_GLOBAL_SEED")
-    return UserError(f"The environment variable PL_GLOBAL_SEED is {seed}: expected an integer.")
-
-
-def _find_user_error(error: BaseException | None) -> UserError | None:
-    """Find what a constructor of ours said, which jsonargparse wraps in words of its own."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__
-    return error
 
 
 @contextlib.contextmanager

@@ -17,16 +17,15 @@ from qlora_lightning.data.lengths import check_length_settings
 from qlora_lightning.data.loader import FlatLoader
 from qlora_lightning.data.prepare import Recipe, prepare_prompts, prepare_samples
 from qlora_lightning.data.progress import rows_bar
-from qlora_lightning.data.prompts import Prompt, PromptLoader
+from qlora_lightning.data.prompts import Prompt, PromptLoader, as_samples
 from qlora_lightning.data.reader import Row, RowReader
 from qlora_lightning.data.report import Report
-from qlora_lightning.data.sample_builder import SampleSetBuilder
 from qlora_lightning.data.sample_cache import Prepared, cached_samples, describe_sources
 from qlora_lightning.data.sample_set import SampleSet
 from qlora_lightning.data.sources import Source, find_sources
 from qlora_lightning.data.split import hold_out
 from qlora_lightning.data.splits import as_row, check_combinations, check_usable, check_word, recount, refuse_unusable
-from qlora_lightning.data.stream import StreamLoader
+from qlora_lightning.data.stream import StreamLoader, check_stream_length
 from qlora_lightning.data.tokenizers import TokenizerChoice, hash_choice, load_choice
 from qlora_lightning.errors import UserError
 
@@ -248,10 +247,7 @@ class InstructionDataModule(LightningDataModule):
             return None
         with rows_bar("predict", show=self._rank_and_world_size()[0] == 0) as watch:
             self._prompts, report = prepare_prompts([rows], self._recipe(), "predict", watch, check=not self.reports)
-        builder = SampleSetBuilder()
-        for prompt in self._prompts:
-            builder.add(prompt.ids, [-100] * len(prompt.ids), prompt.row_id, 0, prompt.file, prompt.line)
-        return builder.build(), report
+        return as_samples(self._prompts), report
 
     def _divide(self, samples: SampleSet, report: Report) -> None:
         """Hold validation rows out of the training rows."""
@@ -275,14 +271,9 @@ class InstructionDataModule(LightningDataModule):
         tokenizer = hash_choice(self._tokenizer_choice, self.chat_template)
         if tokenizer is None or "." in self.format:  # a function of the user's may depend on anything
             return None
-        settings = ("format", "columns", "system", "train_on", "max_length", "too_long")
-        return {
-            "sources": describe_sources(sources),
-            "split": split,
-            "checks_columns": not self.reports,
-            "tokenizer": tokenizer,
-            **{name: getattr(self, name) for name in settings},
-        }
+        settings = {name: getattr(self, name) for name in ("columns", *_MAKE_SAMPLES[:5])}
+        key = {"sources": describe_sources(sources), "split": split, "checks_columns": not self.reports}
+        return {**key, "tokenizer": tokenizer, **settings}
 
     def _make_loader(self, split: str, shuffle: bool = False, **settings: Any) -> FlatLoader:
         rank, world_size = self._rank_and_world_size()
@@ -299,12 +290,12 @@ class InstructionDataModule(LightningDataModule):
 
     def _make_stream(self, length: int | None = None) -> StreamLoader:
         if length is None:
-            steps = -1 if self.trainer is None else self.trainer.max_steps
-            if steps < 1:
-                raise UserError("data.streaming: a stream has no end, so trainer.max_steps must say where to stop.")
-            if self.trainer.overfit_batches:  # type: ignore[union-attr]
-                raise UserError("data.streaming: trainer.overfit_batches wants the same batches again: leave one out.")
-            length = steps * self.trainer.accumulate_grad_batches  # type: ignore[union-attr]
+            trainer: Any = self.trainer
+            steps = -1 if trainer is None else trainer.max_steps
+            accumulate, overfits = (
+                (1, 0) if trainer is None else (trainer.accumulate_grad_batches, trainer.overfit_batches)
+            )
+            length = check_stream_length(steps, accumulate, bool(overfits))
         rank, world_size = self._rank_and_world_size()
         return StreamLoader(
             self._sources("train"),

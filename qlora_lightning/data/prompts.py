@@ -3,7 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypedDict
 
+from qlora_lightning.data.chat import IGNORED
 from qlora_lightning.data.order import count_batches, rank_batches
+from qlora_lightning.data.sample_builder import SampleSetBuilder
+from qlora_lightning.data.sample_set import SampleSet
 
 
 class Prompt(NamedTuple):
@@ -15,6 +18,14 @@ class Prompt(NamedTuple):
     values: dict[str, Any]
     file: str | None = None
     line: int = 0
+
+
+def as_samples(prompts: Sequence[Prompt]) -> SampleSet:
+    """Return prompts as samples without labels: what can be looked at like the rows of another split."""
+    builder = SampleSetBuilder()
+    for prompt in prompts:
+        builder.add(prompt.ids, [IGNORED] * len(prompt.ids), prompt.row_id, 0, prompt.file, prompt.line)
+    return builder.build()
 
 
 class PromptBatch(TypedDict):

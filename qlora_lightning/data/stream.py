@@ -22,6 +22,19 @@ _log = logging.getLogger(__name__)
 BLOCK = 1_000  # rows that are shuffled, and packed, together
 
 
+def check_stream_length(max_steps: int, accumulate: int, overfits: bool) -> int:
+    """Return the micro-batches of a run on each rank.
+
+    Raises:
+        UserError: the run has no end, or shall see the same batches again.
+    """
+    if max_steps < 1:
+        raise UserError("data.streaming: a stream has no end, so trainer.max_steps must say where to stop.")
+    if overfits:
+        raise UserError("data.streaming: trainer.overfit_batches wants the same batches again: leave one out.")
+    return max_steps * accumulate
+
+
 class StreamLoader:
     """One rank's batches of a stream, with a position that Lightning saves and restores.
 

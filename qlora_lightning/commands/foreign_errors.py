@@ -1,0 +1,30 @@
+"""Errors that libraries raise over what the user gave, as one sentence."""
+
+import os
+import traceback
+from pathlib import Path
+
+from qlora_lightning.errors import UserError
+
+
+def word_foreign_error(error: Exception) -> UserError | None:
+    """Find or make the sentence for an error; None where it is a fault of the program, not of the user's.
+
+    Args:
+        error: what came out of the command: what a constructor of ours said, wrapped by jsonargparse in words of its
+            own; a file that is no text; a seed that is no number; or a setting that Lightning does not take.
+    """
+    own: BaseException | None = error
+    while own is not None and not isinstance(own, UserError):
+        own = own.__cause__
+    if own is not None:
+        return own
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(f"The config is not text in UTF-8: {error.reason} at byte {error.start}.")
+    if "PL_GLOBAL_SEED" in str(error):
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        return UserError(f"The environment variable PL_GLOBAL_SEED is {seed}: expected an integer.")
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and "lightning/pytorch/" in Path(frames[-1].filename).as_posix():
+        return UserError(f"trainer: {' '.join(str(error).split())}")
+    return None

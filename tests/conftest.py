@@ -1,8 +1,12 @@
 """What tests share: one cache for the session, the real SmolLM2, a tiny random LLaMA with its tokenizer, and rows."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# Tiny models are quicker on one thread, and tests with several processes would fight for the cores; before torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -14,8 +14,9 @@ from qlora_lightning.data.epoch_plan import EpochPlan
 from qlora_lightning.data.loader import FlatLoader
 from qlora_lightning.data.stream import StreamLoader
 from qlora_lightning.model.adapters import trainable_tensors
+from qlora_lightning.model.device_memory import read_peak_gib
 from qlora_lightning.model.generators import capture_generators, restore_generators
-from qlora_lightning.model.out_of_memory import read_peak_gib, telling_out_of_memory
+from qlora_lightning.model.out_of_memory import telling_out_of_memory
 
 _WORTH = 1.2  # times the tokens of the first batch: what is hardly larger is not worth a step's time
 _EPOCHS = 10  # whose batches are looked at,

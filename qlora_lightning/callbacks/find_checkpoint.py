@@ -7,7 +7,7 @@ import torch
 
 from qlora_lightning.callbacks.adapter_checkpoint import UNFINISHED, AdapterCheckpoint
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.resume import read_content
+from qlora_lightning.model.checkpoint_format import read_content
 
 
 def find_checkpoint(folder: str | Path, name: str | None) -> str | None:

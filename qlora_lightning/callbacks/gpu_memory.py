@@ -1,14 +1,13 @@
 """How much memory training takes, on the GPU where there is one, in the process elsewhere."""
 
-from pathlib import Path
 from typing import Any
 
-import psutil
 import rich
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-_GIB = 1024**3
+from qlora_lightning.model.device_memory import device_memory_gib, read_memory
+
 _REMEDIES = (
     "The cheapest ways down: gradient_checkpointing.enabled: true; half the data.batch_size with twice the "
     "trainer.accumulate_grad_batches (the result stays the same); a smaller data.max_length."
@@ -71,27 +70,3 @@ class GPUMemoryMonitor(Callback):
         if peak > 0.95 * capacity and not self._warned:
             self._warned = True
             rich.print(f"[yellow]Peak memory {peak:.2f} GiB is over 95 % of {capacity:.2f} GiB.[/yellow] {_REMEDIES}")
-
-
-def read_memory(device: torch.device) -> dict[str, float]:
-    """Read memory in use and its peak, in GiB: of the CUDA device, or of this process."""
-    if device.type == "cuda":
-        return {
-            "memory_allocated_gib": torch.cuda.memory_allocated(device) / _GIB,
-            "memory_reserved_gib": torch.cuda.memory_reserved(device) / _GIB,
-            "memory_peak_gib": torch.cuda.max_memory_allocated(device) / _GIB,
-        }
-    status = Path("/proc/self/status")
-    if not status.exists():  # not Linux: what psutil knows everywhere
-        resident = psutil.Process().memory_info().rss / _GIB
-        return {"private_memory_gib": resident, "peak_rss_gib": resident}
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    kib = {name: int(fields[name].split()[0]) for name in ("RssAnon", "VmHWM")}
-    return {"private_memory_gib": kib["RssAnon"] * 1024 / _GIB, "peak_rss_gib": kib["VmHWM"] * 1024 / _GIB}
-
-
-def device_memory_gib(device: torch.device) -> float:
-    """Read how much memory the device, or this machine, has, in GiB."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / _GIB
-    return float(psutil.virtual_memory().total / _GIB)

@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-import rich
 import yaml
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
+from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.resume import KEY
+from qlora_lightning.model.checkpoint_format import KEY
 from qlora_lightning.safe_file import write_whole
 
 _TABLE = "metrics_table"  # key of a checkpoint
@@ -62,7 +62,7 @@ class RunFolder(Callback):
             words = describe_length(self._planned, trainer)
             self._planned = None
             if words and trainer.is_global_zero:
-                rich.get_console().print(words, markup=False, highlight=False, soft_wrap=True)
+                say(words)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

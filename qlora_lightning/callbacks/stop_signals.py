@@ -8,10 +8,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import rich
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
+from qlora_lightning.console import say
 from qlora_lightning.errors import TrainingStopped
 
 
@@ -83,7 +83,7 @@ class StopSignals(Callback):
     def _end(self, trainer: Trainer, message: str) -> None:
         number = int(self.received or signal.SIGTERM)  # the signal may have come to another rank
         if trainer.is_global_zero:
-            rich.get_console().print(message, markup=False, highlight=False, soft_wrap=True)
+            say(message)
             if number == self._requeue_signal:
                 _requeue_job()
         raise TrainingStopped(128 + number)

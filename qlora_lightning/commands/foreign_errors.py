@@ -14,9 +14,7 @@ def word_foreign_error(error: Exception) -> UserError | None:
         error: what came out of the command: what a constructor of ours said, wrapped by jsonargparse in words of its
             own; a file that is no text; a seed that is no number; or a setting that Lightning does not take.
     """
-    own: BaseException | None = error
-    while own is not None and not isinstance(own, UserError):
-        own = own.__cause__
+    own = find_user_error(error)
     if own is not None:
         return own
     if isinstance(error, UnicodeDecodeError):
@@ -28,3 +26,10 @@ def word_foreign_error(error: Exception) -> UserError | None:
     if frames and "lightning/pytorch/" in Path(frames[-1].filename).as_posix():
         return UserError(f"trainer: {' '.join(str(error).split())}")
     return None
+
+
+def find_user_error(error: BaseException | None) -> UserError | None:
+    """Find what a constructor of ours said, which jsonargparse wraps in words of its own."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__
+    return error

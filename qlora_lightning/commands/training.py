@@ -115,6 +115,7 @@ class QLoRACLI(LightningCLI):
         found = find_checkpoint(settings["trainer"]["default_root_dir"], asked)
         if found is not None:  # what neither config nor command line says is the checkpoint's
             self.config = parser.parse_args(with_checkpoint_settings(args, found))
+        self.config[self.config.subcommand]["ckpt_path"] = asked
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Make the Trainer: ``metrics.csv`` is always written, other loggers come beside it."""
@@ -155,8 +156,6 @@ class QLoRACLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Find the checkpoint to go on from; without one, keep a folder to one run."""
-        if self.config_init["fit"]["ckpt_path"] is None and was_requeued():
-            self.config_init["fit"]["ckpt_path"] = "last"
         asked = self.config_init["fit"]["ckpt_path"]
         found = self._find_checkpoint()
         if asked is not None and found is None:

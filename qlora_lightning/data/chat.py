@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from qlora_lightning.data.bad_rows import RowFault
 from qlora_lightning.data.chat_text import Answer, ChatText, RenderedText, Tools
-from qlora_lightning.data.control_tokens import Control, ControlTokens
+from qlora_lightning.data.control_tokens import Control, ControlTokens, writes_bos
 from qlora_lightning.data.formats import Conversation, Message
 from qlora_lightning.data.stops import find_stop_ids
 from qlora_lightning.data.templates import find_presets
@@ -56,7 +56,7 @@ class ChatRenderer:
         self.stop_ids = frozenset(stop_ids) | find_stop_ids(tokenizer)
         self._text = ChatText(tokenizer)
         self._controls = ControlTokens(tokenizer, self.stop_ids)
-        self._writes_bos = _writes_bos(tokenizer)
+        self._writes_bos = writes_bos(tokenizer)
         self._headers: dict[str, list[int]] = {}
 
     def render(self, conversation: Conversation, tools: Tools = None) -> list[Rendered]:
@@ -247,9 +247,3 @@ def _header(text: str, controls: Sequence[Control], start: int) -> str:
     """The text between the last control token before an answer, included, and the answer."""
     begin = next((control.start for control in reversed(controls) if control.end <= start), 0)
     return text[begin:start]
-
-
-def _writes_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a BOS before a text by itself."""
-    ids = tokenizer.encode("a", add_special_tokens=True) if hasattr(tokenizer, "backend_tokenizer") else []
-    return bool(ids) and ids[0] == tokenizer.bos_token_id

@@ -42,3 +42,9 @@ class ControlTokens:
         """Return where control tokens stand among ids."""
         known = self._known
         return [at for at, number in enumerate(ids) if number in known]
+
+
+def writes_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a BOS before a text by itself."""
+    ids = tokenizer.encode("a", add_special_tokens=True) if hasattr(tokenizer, "backend_tokenizer") else []
+    return bool(ids) and ids[0] == tokenizer.bos_token_id

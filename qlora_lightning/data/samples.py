@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 
 from qlora_lightning.data.chat import IGNORED
-from qlora_lightning.data.lengths import shorten as shorten  # its old home
 
 
 class Sample(NamedTuple):

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from qlora_lightning.data.control_tokens import ControlTokens
 from qlora_lightning.errors import UserError
 
 _ANSWER = "An answer, to be found again."
@@ -46,16 +47,13 @@ def find_turn_end(tokenizer: Any) -> int | None:
     _, found, after = str(text).rpartition(_ANSWER)
     if not found:
         raise UserError(f"the chat template does not write what an assistant message says: it makes {text!r} of one.")
-    special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.update(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    longest_first = sorted(special, key=len, reverse=True)
-    match = re.search("|".join(map(re.escape, longest_first)) or r"(?!)", after)
+    first = next(iter(ControlTokens(tokenizer, ()).in_text(after)), None)
     shaped = _SHAPED_LIKE_A_CONTROL_TOKEN.match(after)
-    if shaped and (match is None or shaped.start(1) < match.start()):
+    if shaped and (first is None or shaped.start(1) < first.start):
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         if shaped[1] in vocabulary:
             return vocabulary[shaped[1]]
-    return special[match[0]] if match else None
+    return first.id if first else None
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_lightning.data.bad_rows import BadRow
 from qlora_lightning.data.batches import Batch, collate_rows
 from qlora_lightning.data.columns import check_columns
 from qlora_lightning.data.epoch_plan import EpochPlan
@@ -89,14 +90,15 @@ class StreamLoader:
 
     def first_block(self) -> tuple[SampleSet, Report]:
         """Read the first block, as a check of the data before anything is trained."""
-        begun = [row for rows in RowStream(self.sources).take(self.block_rows, once=True) for row in rows]
-        check_columns([row for row in begun if isinstance(row, Row)], self.recipe.columns, self.recipe.format)
-        return self._read(RowStream(self.sources), 0, once=True)
+        taken = RowStream(self.sources).take(self.block_rows, once=True)
+        rows = [row for of_source in taken for row in of_source if isinstance(row, Row)]
+        check_columns(rows, self.recipe.columns, self.recipe.format)
+        return self._prepare(taken, 0)
 
     def __iter__(self) -> Iterator[Batch]:
         stream = RowStream(self.sources, self._start)
         while self._handed_out < self.length:
-            samples, report = self._read(stream, sum(self._start["drawn"]))
+            samples, report = self._prepare(stream.take(self.block_rows), sum(self._start["drawn"]))
             self._count(report)
             batches = self._plan(samples).batches(self._block, self.rank) if len(samples) else []
             for rows, filler in batches[self._done : self._done + self.length - self._handed_out]:
@@ -131,10 +133,11 @@ class StreamLoader:
         self._block, self._start = state_dict["block"], state_dict["start"]
         self._done, self._handed_out = state_dict["done"], state_dict["handed_out"]
 
-    def _read(self, stream: RowStream, first_row: int, once: bool = False) -> tuple[SampleSet, Report]:
+    def _prepare(self, taken: list[list[Row | BadRow]], first_row: int) -> tuple[SampleSet, Report]:
+        """Turn a block of rows, a list for each source, into samples."""
         report, builder = Report("train"), SampleSetBuilder()
         preparer = Preparer(self.recipe, report, first_row)
-        for number, rows in enumerate(stream.take(self.block_rows, once)):
+        for number, rows in enumerate(taken):
             preparer.add(rows, number, builder)
         # something of the first block is left, so that no pass goes by without a batch
         (refuse_bad if first_row else refuse_unusable)(report, self.skip_bad_rows)

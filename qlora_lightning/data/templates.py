@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateSyntaxError
 
+from qlora_lightning.data.control_tokens import writes_bos
 from qlora_lightning.data.stops import find_stop_ids, find_turn_end
 from qlora_lightning.errors import UserError
 
@@ -100,8 +101,7 @@ def _read_preset(tokenizer: Any, name: str) -> str:
 
 
 def _writes_bos(tokenizer: Any, name: str) -> bool:
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer.bos_token not in PRESETS[name] and tokenizer.encode("a")[:1] == [bos]
+    return tokenizer.bos_token not in PRESETS[name] and writes_bos(tokenizer)
 
 
 def _read_file(choice: str) -> str:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import lightning
-import rich
 import torch
 from lightning import Callback
 
+from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapter_folder import save_adapter_folder
 from qlora_lightning.model.adapters import all_names_of_trainable_tensors, copy_tensors, trainable_tensors
@@ -103,7 +103,7 @@ class AdapterStateModule(lightning.LightningModule):
         except UserError as error:
             if strict_identity:
                 raise
-            _tell(f"Loaded all the same, as strict_identity is False: {error}")
+            say(f"Loaded all the same, as strict_identity is False: {error}")
         module.load_state_dict(checkpoint["state_dict"])
         return module
 
@@ -133,9 +133,5 @@ def _usable_settings(cls: type, stored: dict[str, Any]) -> dict[str, Any]:
     known = known_settings(cls)
     unknown = sorted(stored.keys() - known)
     if unknown:
-        _tell(f"Settings of the checkpoint that this version does not know, ignored: {', '.join(unknown)}.")
+        say(f"Settings of the checkpoint that this version does not know, ignored: {', '.join(unknown)}.")
     return {name: value for name, value in stored.items() if name in known - {"trust_remote_code"}}
-
-
-def _tell(line: str) -> None:
-    rich.get_console().print(line, markup=False, highlight=False, soft_wrap=True)

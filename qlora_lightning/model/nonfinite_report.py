@@ -8,6 +8,7 @@ from typing import Any
 
 from qlora_lightning.model.nonfinite import Finding
 from qlora_lightning.model.rows import describe_row, join_places, row_places
+from qlora_lightning.safe_file import write_whole
 
 
 def describe_finding(finding: Finding, data: Any, row_ids: Sequence[int], rank: int = 0) -> dict[str, Any]:
@@ -50,9 +51,7 @@ def write_report(file: Path, step: int, what: str, ranks: Sequence[dict[str, Any
     """
     content = {"step": step, "what": what, "ranks": list(ranks)}
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    unfinished.replace(file)
+    write_whole(file, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def word_findings(ranks: Sequence[dict[str, Any]]) -> str:

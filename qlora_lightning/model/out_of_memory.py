@@ -4,13 +4,12 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import psutil
 import torch
 
 from qlora_lightning.errors import UserError
+from qlora_lightning.model.device_memory import device_memory_gib, read_peak_gib
 from qlora_lightning.model.memory_remedies import MemorySettings, cheapest_changes
 
-_GIB = 1024**3
 # What torch raises as a plain RuntimeError: its CPU allocator, the driver, and cuBLAS when it finds no workspace.
 _SIGNS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -41,25 +40,10 @@ def telling_out_of_memory(pl_module: Any, batch: Any) -> Iterator[None]:
         raise UserError(_tell(pl_module, batch)) from error
 
 
-def read_peak_gib(device: torch.device) -> float:
-    """Read the most memory that was in use, in GiB: of the CUDA device, or resident of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / _GIB
-    try:
-        import resource
-    except ImportError:  # Windows
-        return float(psutil.Process().memory_info().rss / _GIB)
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-    return kib * (1 if psutil.MACOS else 1024) / _GIB
-
-
 def _tell(pl_module: Any, batch: Any) -> str:
     device = pl_module.device
     peak = read_peak_gib(device)
-    if device.type == "cuda":
-        whole = f"{torch.cuda.get_device_properties(device).total_memory / _GIB:.2f} GiB"
-    else:
-        whole = f"{psutil.virtual_memory().total / _GIB:.2f} GiB"
+    whole = f"{device_memory_gib(device):.2f} GiB"
     changes = cheapest_changes(_read_settings(pl_module, batch))
     listed = "; ".join(f"({number}) {change}" for number, change in enumerate(changes, start=1))
     return (

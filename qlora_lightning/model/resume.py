@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import rich
 from lightning import Callback, LightningModule, Trainer
 
+from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters import trainable_tensors
 from qlora_lightning.model.checkpoint_format import FORMAT_VERSION, KEY, known_settings, plain_settings, read_content
@@ -13,8 +13,6 @@ from qlora_lightning.model.generators import capture_generators, restore_generat
 from qlora_lightning.model.identity import check_identity, data_differences, identity_of_data
 from qlora_lightning.model.rank_states import describe_other_number, gather_states, share_states
 from qlora_lightning.model.setting_changes import FreshOptimizers, describe_changes, find_changes, trainer_settings
-
-__all__ = ["FORMAT_VERSION", "KEY", "ExactResume", "check_data", "read_content"]
 
 
 class ExactResume(Callback):
@@ -154,4 +152,4 @@ def _compare_with_adapter_folder(trainer: Trainer, module: Any) -> None:
 
 def _tell(lines: list[str]) -> None:
     for line in lines:
-        rich.get_console().print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from qlora_lightning.callbacks.gpu_memory import read_memory
+from qlora_lightning.model.device_memory import read_memory
 from qlora_lightning.model.quantized import load_base
 from qlora_lightning.model.summary import bytes_by_dtype
 

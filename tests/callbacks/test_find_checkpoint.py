@@ -3,7 +3,7 @@ import torch
 
 from qlora_lightning.callbacks.find_checkpoint import check_checkpoint, find_checkpoint
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.resume import FORMAT_VERSION, KEY
+from qlora_lightning.model.checkpoint_format import FORMAT_VERSION, KEY
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_lightning.callbacks.gpu_memory import read_memory
 from qlora_lightning.data import stream
 from qlora_lightning.data.chat import ChatRenderer
 from qlora_lightning.data.prepare import Recipe
 from qlora_lightning.data.sources import find_sources
 from qlora_lightning.data.stream import StreamLoader
 from qlora_lightning.errors import UserError
+from qlora_lightning.model.device_memory import read_memory
 
 
 def pairs(count, first=0):

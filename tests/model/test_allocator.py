@@ -6,7 +6,7 @@ import pytest
 # Blocks of 8 MiB, each followed by one of 64 KiB that stays: in one heap every block would be held open.
 CODE = """
 import torch
-from qlora_lightning.callbacks.gpu_memory import read_memory
+from qlora_lightning.model.device_memory import read_memory
 from qlora_lightning.model.allocator import giving_memory_back
 
 def private_mib():

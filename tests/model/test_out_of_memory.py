@@ -7,7 +7,8 @@ from lightning import Callback
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.out_of_memory import is_out_of_memory, read_peak_gib, telling_out_of_memory
+from qlora_lightning.model.device_memory import read_peak_gib
+from qlora_lightning.model.out_of_memory import is_out_of_memory, telling_out_of_memory
 
 HUGE = 1 << 60  # bytes that no allocator has
 

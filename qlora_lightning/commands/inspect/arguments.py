@@ -8,6 +8,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
+from qlora_lightning.commands.foreign_errors import find_user_error
 from qlora_lightning.commands.parse_errors import check_top_level, word_parse_error
 from qlora_lightning.commands.short_forms import CALLBACK_KEYS, expand_arguments, expand_config
 from qlora_lightning.data.datamodule import InstructionDataModule
@@ -114,7 +115,7 @@ def make_data_module(config: Config) -> InstructionDataModule:
     try:
         made = parser.instantiate(jsonargparse.Namespace(data=config.data))  # type: ignore[no-untyped-call]
     except ValueError as error:
-        raise _find_user_error(error) or error from None
+        raise find_user_error(error) or error from None
     data: InstructionDataModule = made.data
     return data
 
@@ -174,10 +175,3 @@ def _config_parser() -> jsonargparse.ArgumentParser:
     parser.add_subclass_arguments(InstructionDataModule, "data", required=False)
     parser.set_defaults(data={"class_path": _DATA_CLASS})
     return parser
-
-
-def _find_user_error(error: BaseException | None) -> UserError | None:
-    """Find what a constructor of ours said, which jsonargparse wraps in words of its own."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__
-    return error

@@ -1,6 +1,5 @@
 """Runs training in child processes, kills them at random moments, and goes on from what lies on disk."""
 
-import contextlib
 import csv
 import json
 import os
@@ -94,22 +93,24 @@ def compare(one: Path, other: Path) -> list[str]:
 
 
 def _live(setting: Setting, base: str, folder: Path, run: str, wait: float | None = None, began: Path | None = None):
-    """Train in forked children until they end or are killed; gives the first exit code that is not 0."""
+    """Train in forked children until they end or are killed; gives the exit code of rank 0, which kills itself."""
     port = _free_port()
     children = [_fork(setting, base, folder, run, rank, port, wait, began) for rank in range(setting.processes)]
-    codes = []
-    while children:
-        child, status = os.waitpid(-1, 0)
-        children.remove(child)
-        codes.append(os.waitstatus_to_exitcode(status))
-        if codes[-1] != 0:  # the others of a broken group would only wait for the dead one
-            for other in children:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(other, signal.SIGKILL)
-    wrong = next((code for code in codes if code not in (0, -signal.SIGKILL)), None)
-    if wrong is not None:
-        raise RuntimeError(f"{run} ended with exit code {wrong}:\n{(folder / f'{run}.log').read_text()[-3000:]}")
-    return next((code for code in codes if code), 0)
+    first, others = children[0], children[1:]
+    code = _wait_for(first)  # before the others: it alone is killed by itself, and they may notice and end with an error
+    if code == -signal.SIGKILL:
+        for other in others:  # they would only wait for the dead one
+            os.kill(other, signal.SIGKILL)
+            _wait_for(other)
+        return code
+    wrong = [code for code in (code, *map(_wait_for, others)) if code != 0]
+    if wrong:
+        raise RuntimeError(f"{run} ended with exit codes {wrong}:\n{(folder / f'{run}.log').read_text()[-3000:]}")
+    return 0
+
+
+def _wait_for(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def _fork(setting, base, folder, run, rank, port, wait, began):

@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from qlora_lightning.callbacks.checkpoint_writer import SaveFaults, write_checkpoint
-from qlora_lightning.callbacks.due_validation import rewind_validation, validation_follows
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.folder_swap import settle_folder
+from qlora_lightning.model.save_points import validation_follows
 from qlora_lightning.safe_file import flush, put_in_place, share
 
 UNFINISHED = "unfinished.ckpt"
@@ -24,8 +24,8 @@ UNFINISHED = "unfinished.ckpt"
 class AdapterCheckpoint(Checkpoint):
     """Write ``checkpoints/last.ckpt``, the best checkpoints, and ``adapter/`` with the best adapter.
 
-    What Lightning's ``ModelCheckpoint`` does not do: save at validations *and* every n steps, never where a resume
-    would skip a validation that is due, and write the PEFT folder. It all lies under ``trainer.default_root_dir``.
+    What Lightning's ``ModelCheckpoint`` does not do: save at validations *and* every n steps, once where both are due,
+    and write the PEFT folder. It all lies under ``trainer.default_root_dir``.
 
     Args:
         every_n_train_steps: Also write ``last.ckpt`` every so many optimizer steps; ``None``: at each validation and
@@ -60,7 +60,6 @@ class AdapterCheckpoint(Checkpoint):
         self._saved_step = -1
         self._written: Path | None = None  # a checkpoint that waits to become last.ckpt
         self._dropped: list[str] = []  # names to prune when it has
-        self._inside_validation = False
 
     @staticmethod
     def checkpoint_folder(run_folder: str | Path) -> Path:
@@ -129,15 +128,11 @@ class AdapterCheckpoint(Checkpoint):
             self._write(trainer, pl_module)
         self._commit(trainer, leaves=False)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._inside_validation:
-            rewind_validation(checkpoint)
-
     def _stop_inside_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._stop(trainer):
-            self._inside_validation = True
+        # From behind the last step Lightning would not go on, nor run the validation: it is let end.
+        ended = trainer.global_step == trainer.max_steps
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not ended and self._stop(trainer):
             self._write(trainer, pl_module)
-            self._inside_validation = False
             self._commit(trainer)
 
     def _stop(self, trainer: Trainer) -> StopSignals | None:

@@ -25,7 +25,6 @@ from qlora_lightning.callbacks import (
     ThroughputMonitor,
 )
 from qlora_lightning.callbacks.find_checkpoint import check_checkpoint, find_checkpoint
-from qlora_lightning.callbacks.gradient_buckets import GradientBuckets
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.process_watch import ProcessWatch
 from qlora_lightning.callbacks.progress_bar import ShortProgressBar
@@ -134,7 +133,7 @@ class QLoRACLI(LightningCLI):
         named = settings.get("callbacks") or []
         named = named if isinstance(named, list) else [named]
         usual: list[type[Callback]] = [StopSignals, DryBatch, LossSpikeMonitor, BaseComparison]
-        usual += [PredictionWriter, GradientBuckets, ProcessWatch]
+        usual += [PredictionWriter, ProcessWatch]
         added = [kind() for kind in usual if not any(isinstance(callback, kind) for callback in named)]
         callbacks = [*named, RunFolder(self._short_config()), *added]
         shows = settings["enable_progress_bar"] in (None, True)

@@ -17,6 +17,7 @@ from qlora_lightning.model.assembly import assemble_model
 from qlora_lightning.model.checks import check_callbacks, check_trainer, check_training_mode
 from qlora_lightning.model.dtypes import ComputeDtype, choose_compute_dtype
 from qlora_lightning.model.generation import generate_answers
+from qlora_lightning.model.gradient_buckets import GradientBuckets
 from qlora_lightning.model.guard import OnNonfinite, TrainingGuard
 from qlora_lightning.model.loss import LossSums, head_loss
 from qlora_lightning.model.optimizer import ParameterGroups, build_optimizer, check_optimizer
@@ -116,7 +117,7 @@ class QLoRAModule(AdapterStateModule):
         self._autocast_dtype: torch.dtype | None = None
 
     def configure_callbacks(self) -> list[Callback]:
-        return [*super().configure_callbacks(), self.guard]
+        return [*super().configure_callbacks(), self.guard, GradientBuckets()]
 
     # ---- the model -------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from qlora_lightning.model.checkpoint_format import FORMAT_VERSION, KEY, known_s
 from qlora_lightning.model.generators import capture_generators, restore_generators
 from qlora_lightning.model.identity import check_identity, data_differences, identity_of_data
 from qlora_lightning.model.rank_states import describe_other_number, gather_states, share_states
+from qlora_lightning.model.save_points import is_inside_batch, let_validation_follow
 from qlora_lightning.model.setting_changes import FreshOptimizers, describe_changes, find_changes, trainer_settings
 
 
@@ -36,9 +37,12 @@ class ExactResume(Callback):
             "settings": plain_settings(settings),
             "trainer": trainer_settings(trainer),
             "identity": {**module.identity, "data": identity_of_data(trainer)},
+            "inside_batch": is_inside_batch(checkpoint),
             **states[0],
             "other_ranks": states[1:],
         }
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            let_validation_follow(trainer, checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         module: Any = pl_module
@@ -50,6 +54,7 @@ class ExactResume(Callback):
         if trainer.is_global_zero:
             _tell(_words_on_data(stored, own, with_rows=resumes))
         if resumes:
+            check_save_point(content)
             self._content = content
             if trainer.is_global_zero:
                 _tell(_words_on_settings(content, trainer, module))
@@ -81,6 +86,9 @@ class ExactResume(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._put_back(trainer, pl_module)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._put_back(trainer, pl_module)  # where nothing was left to train
+
     def _put_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._content is None:
             return
@@ -95,6 +103,20 @@ class ExactResume(Callback):
 def _states_of_ranks(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     own = {"generators": content["generators"], "window": content["window"]}
     return [own, *content.get("other_ranks", [])]
+
+
+def check_save_point(content: Mapping[str, Any]) -> None:
+    """Refuse to go on from the middle of a batch: it would be lost, or count twice.
+
+    Raises:
+        UserError: The checkpoint was saved there.
+    """
+    if content.get("inside_batch"):
+        raise UserError(
+            "The checkpoint was saved inside a batch or at the start of an epoch (by a callback of yours, or when an "
+            "error came): a run cannot go on exactly there. Take one that was saved at the end of a batch, such as "
+            "`--ckpt_path last`."
+        )
 
 
 def check_data(stored: Mapping[str, Any], own: Mapping[str, Any], inside_epoch: bool) -> None:

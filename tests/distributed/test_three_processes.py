@@ -7,14 +7,18 @@ from tests.distributed.runs import CONFIG, adapter_bytes, launch
 
 
 @pytest.mark.slow
-def test_three_processes_go_on_to_the_same_bytes_too(folder):
-    saving = {"class_path": "hooks.SaveAt", "init_args": {"batches": [2, 4], "folder": "three"}}
-    trainer = {**CONFIG["trainer"], "devices": 3, "callbacks": [saving]}
-    data = {"train": "rows.jsonl", "batch_size": 1}
+@pytest.mark.parametrize("streaming", [False, True])
+def test_three_processes_go_on_to_the_same_bytes_too(folder, streaming):
+    saving = {"class_path": "hooks.SaveAt", "init_args": {"batches": [2, 3, 4], "folder": f"three-{streaming}"}}
+    trainer = {**CONFIG["trainer"], "devices": 3, "callbacks": [saving], "accumulate_grad_batches": 2, "max_steps": 3}
+    data = {"train": "rows.jsonl", "batch_size": 1, "streaming": streaming}
     model = {**CONFIG["model"], "dropout": 0.1}
-    (folder / "three.yaml").write_text(yaml.safe_dump({**CONFIG, "model": model, "data": data, "trainer": trainer}))
-    fit = ["fit", "--config", "three.yaml", "--trainer.accumulate_grad_batches", "2", "--trainer.default_root_dir"]
-    resumed = [[*fit, f"from-{n}", "--ckpt_path", f"three/{n}.ckpt", "--trainer.callbacks", "null"] for n in (2, 4)]
-    launch(folder, [[*fit, "whole"], *resumed], processes=3)
-    assert adapter_bytes(folder / "from-2") == adapter_bytes(folder / "whole")
-    assert adapter_bytes(folder / "from-4") == adapter_bytes(folder / "whole")
+    config = {**CONFIG, "model": model, "data": data, "trainer": trainer}
+    (folder / f"three-{streaming}.yaml").write_text(yaml.safe_dump(config))
+    fit = ["fit", "--config", f"three-{streaming}.yaml", "--trainer.default_root_dir"]
+    runs = {number: f"{streaming}-from-{number}" for number in (2, 3, 4)}
+    checkpoints = {number: ["--ckpt_path", f"three-{streaming}/{number}.ckpt"] for number in runs}
+    resumed = [[*fit, runs[number], *checkpoints[number], "--trainer.callbacks", "null"] for number in runs]
+    launch(folder, [[*fit, f"{streaming}-whole"], *resumed], processes=3)
+    for run in runs.values():
+        assert adapter_bytes(folder / run) == adapter_bytes(folder / f"{streaming}-whole")

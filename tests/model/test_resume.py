@@ -27,10 +27,9 @@ class Module(nn.Module):
 
 def trainer(fn="fit", data=None, **settings):
     data = SimpleNamespace(identity=data) if data else None
-    processes = {"global_rank": 0, "world_size": 1}
-    return SimpleNamespace(
-        state=SimpleNamespace(fn=fn), is_global_zero=True, datamodule=data, max_epochs=1, **processes, **settings
-    )
+    own = {"global_rank": 0, "world_size": 1, "is_global_zero": True, "max_epochs": 1}
+    stage = {"state": SimpleNamespace(fn=fn), "training": True, "validating": False, "sanity_checking": False}
+    return SimpleNamespace(datamodule=data, **own, **stage, **settings)
 
 
 def open_window(module):
@@ -39,12 +38,14 @@ def open_window(module):
 
 
 def save(module, place, inside=False, **options):
-    progress = {"current": {"completed": 2}, "is_last_batch": not inside}
-    checkpoint = {
-        "hyper_parameters": module.hparams,
-        "epoch": 1,
-        "loops": {"fit_loop": {"epoch_loop.batch_progress": progress}},
+    counts = {"ready": 2, "started": 2, "processed": 2, "completed": 2}
+    none = {"current": {name: 0 for name in counts}}
+    loops = {
+        "epoch_progress": none,
+        "epoch_loop.batch_progress": {"current": counts, "is_last_batch": not inside},
+        "epoch_loop.val_loop.batch_progress": none,
     }
+    checkpoint = {"hyper_parameters": module.hparams, "epoch": 1, "loops": {"fit_loop": loops}}
     ExactResume().on_save_checkpoint(trainer(**options), module, checkpoint)
     torch.save(checkpoint, place)
     return torch.load(place, weights_only=True)

@@ -97,7 +97,7 @@ def _live(setting: Setting, base: str, folder: Path, run: str, wait: float | Non
     port = _free_port()
     children = [_fork(setting, base, folder, run, rank, port, wait, began) for rank in range(setting.processes)]
     first, others = children[0], children[1:]
-    code = _wait_for(first)  # before the others: it alone is killed by itself, and they may notice and end with an error
+    code = _wait_for(first)  # before the others: it alone kills itself, and they may notice and end with an error
     if code == -signal.SIGKILL:
         for other in others:  # they would only wait for the dead one
             os.kill(other, signal.SIGKILL)

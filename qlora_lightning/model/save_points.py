@@ -1,0 +1,63 @@
+"""Where in a run a checkpoint is saved, and what Lightning's loops must be told to go on from there.
+
+Left alone, Lightning skips a validation that is due but has not ended, loses an epoch whose start has just been told,
+and loses a batch that has been fetched but not trained on.
+"""
+
+from typing import Any
+
+from lightning import Trainer
+
+
+def validation_follows(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether a validation is due after this batch."""
+    if not trainer.enable_validation:
+        return False
+    every_epochs = trainer.check_val_every_n_epoch
+    if every_epochs is not None and (trainer.current_epoch + 1) % every_epochs:
+        return False
+    interval = trainer.val_check_batch
+    if interval is None or interval == float("inf"):
+        return bool(trainer.is_last_batch)
+    batches = trainer.fit_loop.total_batch_idx if every_epochs is None else batch_idx
+    return (batches + 1) % int(interval) == 0
+
+
+def is_inside_batch(checkpoint: dict[str, Any]) -> bool:
+    """Whether a batch had been fetched and not trained on to its end, or an epoch was just about to start."""
+    loops = checkpoint["loops"]["fit_loop"]
+    epoch, batch = loops["epoch_progress"]["current"], loops["epoch_loop.batch_progress"]["current"]
+    return bool(epoch["ready"] > epoch["started"] or batch["ready"] > batch["processed"])
+
+
+def let_validation_follow(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let a resume begin with the validation that was due, or that had begun, when the checkpoint was made.
+
+    Lightning takes a validation up before it trains on where its very first batch is in work, so that is what the
+    checkpoint is made to say. From a later batch its counters would go on, while loader and metrics begin anew.
+
+    Args:
+        trainer: Who makes the checkpoint.
+        checkpoint: As the trainer made it.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    batches, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
+    done = validation["current"]["completed"]
+    if trainer.validating:
+        ended = validation["is_last_batch"] and done == validation["current"]["ready"]
+        if not ended:
+            _rewind(validation, before=validation["total"]["completed"] - done)
+    elif trainer.training:
+        current = batches["current"]
+        ends = current["processed"] == current["completed"] + 1  # as long as on_train_batch_end lasts
+        if ends and validation_follows(trainer, current["processed"] - 1):
+            for counts in (batches["total"], current):
+                counts["completed"] += 1
+            _rewind(validation, before=validation["total"]["completed"])
+
+
+def _rewind(progress: dict[str, Any], before: int) -> None:
+    """Put the first batch in work, behind those of the epoch's earlier validations."""
+    for counts, done in ((progress["total"], before), (progress["current"], 0)):
+        counts.update(ready=done + 1, started=done + 1, processed=done, completed=done)
+    progress["is_last_batch"] = False

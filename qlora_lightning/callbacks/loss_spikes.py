@@ -51,7 +51,6 @@ class LossSpikeMonitor(Callback):
         self.enabled, self.monitor = enabled, monitor
         self.deviations, self.least_steps, self.pause = deviations, least_steps, pause
         self._losses: deque[float] = deque(maxlen=steps)
-        self._row_ids: list[int] = []  # of the step in progress, on this rank
         self._said_at: int | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -60,20 +59,16 @@ class LossSpikeMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self.enabled:
-            return
-        if isinstance(batch, dict) and "row_ids" in batch:
-            self._row_ids += batch["row_ids"].tolist()
-        if trainer.global_step == self._step:
+        if not self.enabled or trainer.global_step == self._step:
             return  # inside an accumulation window
         loss = trainer.callback_metrics.get(self.monitor)
         if loss is not None:
             # Every rank must come to the same end, for all of them tell their rows then.
             mean = trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
-            self._judge(trainer, float(mean))
-        self._row_ids = []
+            window = getattr(pl_module, "window", None)
+            self._judge(trainer, float(mean), getattr(window, "closed_row_ids", []))
 
-    def _judge(self, trainer: Trainer, loss: float) -> None:
+    def _judge(self, trainer: Trainer, loss: float, row_ids: list[int]) -> None:
         if not math.isfinite(loss):
             return
         losses, step = self._losses, self._step
@@ -82,11 +77,10 @@ class LossSpikeMonitor(Callback):
             deviation = statistics.median(abs(other - median) for other in losses)
             if loss > median + self.deviations * max(deviation, _LEAST_SHARE * abs(median)):
                 self._said_at = step
-                self._say(trainer, loss, median)
+                self._say(trainer, loss, median, row_ids)
         losses.append(loss)
 
-    def _say(self, trainer: Trainer, loss: float, median: float) -> None:
-        row_ids = self._row_ids
+    def _say(self, trainer: Trainer, loss: float, median: float, row_ids: list[int]) -> None:
         if trainer.world_size > 1:
             ranks: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(ranks, row_ids)
@@ -97,11 +91,11 @@ class LossSpikeMonitor(Callback):
             rich.print(f"[yellow]Loss spike:[/yellow] {escape(f'{found} {median:.4g}; rows {rows}.')}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what was seen, an open accumulation window included."""
-        return {"losses": list(self._losses), "row_ids": list(self._row_ids), "said_at": self._said_at}
+        """Give what was seen."""
+        return {"losses": list(self._losses), "said_at": self._said_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on watching."""
         self._losses.clear()
         self._losses.extend(state_dict["losses"])
-        self._row_ids, self._said_at = list(state_dict["row_ids"]), state_dict["said_at"]
+        self._said_at = state_dict["said_at"]

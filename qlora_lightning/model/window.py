@@ -15,17 +15,23 @@ class Window:
     Each micro-batch gives the gradient of a *sum* of losses. At the end of the window the gradients are divided by the
     labelled tokens of the whole window over all ranks, so that every token weighs the same, however the rows were cut
     into micro-batches and ranks. A mean of means would weigh tokens of short micro-batches more.
+
+    Attributes:
+        row_ids: Of this process in the open window.
+        closed_row_ids: Of this process in the window before it.
     """
 
     def __init__(self) -> None:
+        self.row_ids: list[int] = []
         self.clear()
 
     def clear(self) -> None:
         """Begin a new window."""
+        self.closed_row_ids = self.row_ids
         self.nll_sum: Tensor | None = None
         self.labelled_tokens: Tensor | None = None
         self.micro_batches = 0
-        self.row_ids: list[int] = []
+        self.row_ids = []
         self.batches: list[Any] = []  # to run again what was not finite; token ids take little
         self.losses: list[Tensor] = []
         self.labelled_tokens_of_all_ranks: Tensor | None = None

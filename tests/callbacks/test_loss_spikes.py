@@ -16,17 +16,15 @@ def trainer(**options):
     return SimpleNamespace(**{**defaults, "strategy": strategy, **options})
 
 
-def feed(monitor, losses, first_step=0, micro_batches=1):
+def feed(monitor, losses, first_step=0):
     """Take optimizer steps with these losses, of rows numbered on; as a Trainer calls it."""
-    made = trainer(global_step=first_step)
+    made, module = trainer(global_step=first_step), SimpleNamespace(window=SimpleNamespace(closed_row_ids=[]))
     for number, loss in enumerate(losses):
-        for part in range(micro_batches):
-            batch = {"row_ids": torch.tensor([number * micro_batches + part])}
-            monitor.on_train_batch_start(made, None, batch, 0)
-            if part == micro_batches - 1:
-                made.global_step += 1
-                made.callback_metrics["train_loss"] = torch.tensor(loss)
-            monitor.on_train_batch_end(made, None, None, batch, 0)
+        monitor.on_train_batch_start(made, module, {}, 0)
+        made.global_step += 1
+        made.callback_metrics["train_loss"] = torch.tensor(loss)
+        module.window.closed_row_ids = [2 * number, 2 * number + 1]
+        monitor.on_train_batch_end(made, module, None, {}, 0)
 
 
 @pytest.fixture
@@ -40,7 +38,7 @@ STEADY = [1.0, 1.1, 0.9, 1.0, 1.2, 0.8] * 5  # median 1, median absolute deviati
 
 def test_a_spike_is_told_with_step_loss_and_rows(spoken):
     feed(LossSpikeMonitor(), [*STEADY, 1.61])
-    assert spoken() == ["Loss spike: train_loss 1.61 at step 30, the median of the last 30 is 1; rows row 30."]
+    assert spoken() == ["Loss spike: train_loss 1.61 at step 30, the median of the last 30 is 1; rows row 60, row 61."]
 
 
 @pytest.mark.parametrize("last", [1.59, 0.0, float("nan"), float("inf")])
@@ -70,12 +68,7 @@ def test_at_most_one_line_in_ten_steps(spoken):
 
 def test_only_the_last_hundred_steps_are_compared_with(spoken):
     feed(LossSpikeMonitor(), [5.0] * 60 + [1.0] * 100 + [2.0])
-    assert spoken() == ["Loss spike: train_loss 2 at step 160, the median of the last 100 is 1; rows row 160."]
-
-
-def test_rows_are_those_of_all_micro_batches_of_the_step(spoken):
-    feed(LossSpikeMonitor(), [*STEADY, 9.0], micro_batches=2)
-    assert spoken()[0].endswith("rows row 60, row 61.")
+    assert spoken() == ["Loss spike: train_loss 2 at step 160, the median of the last 100 is 1; rows row 320, row 321."]
 
 
 @pytest.mark.parametrize("stop", [10, 31, 35])
@@ -90,13 +83,6 @@ def test_it_goes_on_from_its_state_as_if_it_had_never_stopped(spoken, stop):
     steps = [re.search(r"step \d+", line)[0] for line in spoken()]
     assert steps == [re.search(r"step \d+", line)[0] for line in expected] == ["step 30", "step 40"]
     assert again.state_dict() == whole.state_dict()
-
-
-def test_the_rows_of_an_open_window_are_in_its_state(spoken):
-    monitor, made = LossSpikeMonitor(), trainer()
-    monitor.on_train_batch_start(made, None, {}, 0)
-    monitor.on_train_batch_end(made, None, None, {"row_ids": torch.tensor([3, 1])}, 0)
-    assert monitor.state_dict()["row_ids"] == [3, 1]
 
 
 @pytest.mark.parametrize("wrong", [{"deviations": 0}, {"least_steps": 1}, {"least_steps": 101}])

@@ -106,3 +106,12 @@ def test_a_closed_window_has_no_state_and_loading_it_closes():
     add_two(window)
     window.load_state_dict({}, {})
     assert not window.is_open
+
+
+def test_the_rows_of_a_closed_window_are_kept_until_the_next_is_closed():
+    window = Window()
+    window.add(sums(1.0, 1), most=2, row_ids=torch.tensor([3, 1]))
+    window.clear()
+    assert (window.row_ids, window.closed_row_ids) == ([], [3, 1])
+    window.add(sums(1.0, 1), most=2, row_ids=torch.tensor([5]))
+    assert (window.row_ids, window.closed_row_ids) == ([5], [3, 1])

@@ -10,6 +10,8 @@ import torch
 from qlora_lightning.model.adapter_options import check_adapter_options, chosen_targets
 from qlora_lightning.model.adapter_reading import open_adapter_folder, read_identity
 from qlora_lightning.model.adapters import add_adapters, trainable_tensors
+from qlora_lightning.model.attention import register_flat_attention
+from qlora_lightning.model.decoder_layer import fuse_decoder_layers
 from qlora_lightning.model.identity import check_identity, describe_adapter, hash_config
 from qlora_lightning.model.linear import fuse_lora_linears
 from qlora_lightning.model.quantized import Quantization, load_base
@@ -58,7 +60,7 @@ def assemble_model(
         cache: Likewise.
         adapter: Adapter folder to go on with, or ``None`` for new adapters.
         adapter_options: Arguments of :func:`qlora_lightning.model.adapters.add_adapters`.
-        fast: Whether LoRA linears may be fused.
+        fast: Whether layers may run fused.
 
     Raises:
         UserError: The base, the adapter folder or an option cannot be used, or the adapter belongs to another base.
@@ -96,5 +98,9 @@ def assemble_model(
     identity["adapter"] = describe_adapter(model)
     trainable = trainable_tensors(model)
     unfused = fuse_lora_linears(model) if fast else list(trainable)
+    if fast:
+        fuse_decoder_layers(model)
+    else:
+        model.get_base_model().set_attn_implementation(register_flat_attention(fast=False))
     unfused += [name for name in trainable if ".lora_" not in name]
     return QLoRAModel(model, identity, unfused)

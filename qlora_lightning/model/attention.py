@@ -11,17 +11,23 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-FLAT_ATTENTION = "qlora_flat"
+from qlora_lightning.model.block_attention import BlockAttention
+
+FLAT_ATTENTION, PLAIN_FLAT_ATTENTION = "qlora_flat", "qlora_flat_plain"
 
 
-def register_flat_attention() -> str:
+def register_flat_attention(fast: bool = True) -> str:
     """Make flat attention known to transformers, and return the name for ``attn_implementation``.
 
     Registration is transformers' public way in: the model keeps its own code and calls our function by name.
+
+    Args:
+        fast: ``False`` gives the name of torch's own attention, called for one sample after the other.
     """
-    AttentionInterface.register(FLAT_ATTENTION, flat_attention)
-    AttentionMaskInterface.register(FLAT_ATTENTION, flat_mask)
-    return FLAT_ATTENTION
+    for name, attend in ((FLAT_ATTENTION, flat_attention), (PLAIN_FLAT_ATTENTION, plain_flat_attention)):
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, flat_mask)
+    return FLAT_ATTENTION if fast else PLAIN_FLAT_ATTENTION
 
 
 def flat_attention(
@@ -53,13 +59,35 @@ def flat_attention(
     Returns:
         The mixed values ``(1, tokens, heads, head_dim)``, and no weights.
     """
+    if cu_seqlens is not None and dropout == 0.0:
+        if longest is not None and _has_varlen_kernel(query):
+            return _attend_varlen(query, key, value, cu_seqlens, longest, scaling), None
+        if query.device.type == "cpu":
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            return BlockAttention.apply(query, key, value, cu_seqlens.tolist(), scale), None  # type: ignore[no-untyped-call]
+    return plain_flat_attention(
+        module, query, key, value, attention_mask, scaling, dropout, cu_seqlens, longest, **kwargs
+    )
+
+
+def plain_flat_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    longest: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend as :func:`flat_attention` by torch's SDPA, for one sample after the other."""
     if cu_seqlens is None:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
         return output, None
-    if longest is not None and dropout == 0.0 and _has_varlen_kernel(query):
-        return _attend_varlen(query, key, value, cu_seqlens, longest, scaling), None
     return _attend_per_sample(query, key, value, cu_seqlens, scaling, dropout), None
 
 

@@ -1,7 +1,7 @@
 """A LoRA linear over a frozen weight as one autograd function: the weight is made dense once per direction."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import torch
@@ -12,11 +12,24 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
 
 ADAPTER = "default"  # PEFT's name for the only adapter that we put on
-DenseWeight = Callable[[torch.dtype], Tensor]
+
+
+class Frozen(NamedTuple):
+    """What of a linear does not train.
+
+    Attributes:
+        dense: Makes the weight ``(out, in)`` in a dtype.
+        bias: ``(out,)``, or none.
+        scaling: Factor on the adapter's part.
+    """
+
+    dense: Callable[[torch.dtype], Tensor]
+    bias: Tensor | None
+    scaling: float
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """Compute ``y = x Wᵀ + bias + scaling (x Aᵀ) Bᵀ``, keeping only ``x`` and ``x Aᵀ`` for backward.
+    """Compute ``y = (residual +) x Wᵀ + bias + scaling (x Aᵀ) Bᵀ``, keeping only ``x`` and ``x Aᵀ`` for backward.
 
     A and B are float32 masters, used in x's dtype (Hu et al. 2021, LoRA; Dettmers et al. 2023, QLoRA). W and bias are
     frozen and get no gradient.
@@ -24,28 +37,61 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None, dense: DenseWeight
+        ctx: Any, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, frozen: Frozen, residual: Tensor | None
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        low = flat @ lora_a.to(x.dtype).t()  # (tokens, rank)
-        output = F.linear(flat, dense(x.dtype), bias)
-        output.addmm_(low, lora_b.to(x.dtype).t(), alpha=scaling)
-        ctx.save_for_backward(flat, low, lora_a, lora_b)
-        ctx.dense, ctx.scaling, ctx.shape = dense, scaling, x.shape
+        low = None if lora_a is None else flat @ lora_a.to(x.dtype).t()  # (tokens, rank)
+        output = project(flat, low, lora_b, frozen, residual)
+        ctx.save_for_backward(None if lora_a is None else flat, low, lora_a, lora_b)
+        ctx.frozen, ctx.shape = frozen, x.shape
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat, low, lora_a, lora_b = ctx.saved_tensors
+        grad_residual = grad if ctx.needs_input_grad[4] else None
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        grad_low = (grad @ lora_b.to(grad.dtype)).mul_(ctx.scaling)  # (tokens, rank)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ ctx.dense(grad.dtype)
-            grad_x = grad_x.addmm_(grad_low, lora_a.to(grad.dtype)).view(ctx.shape)
-        grad_a = (grad_low.t() @ flat).to(lora_a.dtype)
-        grad_b = (grad.t() @ low).mul_(ctx.scaling).to(lora_b.dtype)
-        return grad_x, grad_a, grad_b, None, None, None
+        grad_x = grad @ ctx.frozen.dense(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_a = grad_b = None
+        if lora_a is not None:
+            grad_low = gradient_of_low(grad, lora_b, ctx.frozen)
+            grad_x = None if grad_x is None else grad_x.addmm_(grad_low, lora_a.to(grad.dtype))
+            grad_a = (grad_low.t() @ flat).to(lora_a.dtype)
+            grad_b = gradient_of_b(grad, low, lora_b, ctx.frozen)
+        return None if grad_x is None else grad_x.view(ctx.shape), grad_a, grad_b, None, grad_residual
+
+
+def project(
+    x: Tensor, low: Tensor | None, lora_b: Tensor | None, frozen: Frozen, residual: Tensor | None = None
+) -> Tensor:
+    """Compute ``(residual +) x Wᵀ + bias + scaling · low Bᵀ``; all in x's dtype.
+
+    Args:
+        x: ``(tokens, in)``.
+        low: ``x Aᵀ``, ``(tokens, rank)``.
+        lora_b: ``(out, rank)``; ``None`` without an adapter.
+        frozen: Of the linear.
+        residual: ``(…, out)``, as many rows; left as it is.
+    """
+    weight = frozen.dense(x.dtype)
+    if residual is None:
+        output = F.linear(x, weight, frozen.bias)
+    else:
+        output = torch.addmm(residual.reshape(-1, residual.shape[-1]), x, weight.t())
+        output = output if frozen.bias is None else output.add_(frozen.bias)
+    if low is not None and lora_b is not None:
+        output.addmm_(low, lora_b.to(x.dtype).t(), alpha=frozen.scaling)
+    return output
+
+
+def gradient_of_low(grad: Tensor, lora_b: Tensor, frozen: Frozen) -> Tensor:
+    """Give the gradient of ``x Aᵀ``, ``(tokens, rank)``, from that of the output, ``(tokens, out)``."""
+    return (grad @ lora_b.to(grad.dtype)).mul_(frozen.scaling)
+
+
+def gradient_of_b(grad: Tensor, low: Tensor, lora_b: Tensor, frozen: Frozen) -> Tensor:
+    """Give the gradient of B, ``(out, rank)``, from that of the output, ``(tokens, out)``."""
+    return (grad.t() @ low).mul_(frozen.scaling).to(lora_b.dtype)
 
 
 class FusedLinear4bit(PeftLinear4bit):  # type: ignore[misc]  # PEFT ships no types
@@ -53,16 +99,10 @@ class FusedLinear4bit(PeftLinear4bit):  # type: ignore[misc]  # PEFT ships no ty
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``; whatever is not plain LoRA goes PEFT's own way."""
-        if args or kwargs or not _is_plain(self):
+        if args or kwargs or not is_plain(self):
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
-        base = self.base_layer
-        return _apply(self, x, base.compute_dtype or x.dtype, base.bias, self._dense)
-
-    def _dense(self, dtype: torch.dtype) -> Tensor:
-        weight = self.base_layer.weight
-        dense: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-        return dense.to(dtype)
+        return _apply(self, x)
 
 
 class FusedLinear(PeftLinear):  # type: ignore[misc]  # PEFT ships no types
@@ -70,18 +110,25 @@ class FusedLinear(PeftLinear):  # type: ignore[misc]  # PEFT ships no types
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``; whatever is not plain LoRA goes PEFT's own way."""
-        if args or kwargs or not _is_plain(self):
+        if args or kwargs or not is_plain(self):
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
-        return _apply(self, x, self.base_layer.weight.dtype, self.base_layer.bias, self._dense)
-
-    def _dense(self, dtype: torch.dtype) -> Tensor:
-        weight: Tensor = self.base_layer.weight
-        return weight.to(dtype)
+        return _apply(self, x)
 
 
-def _is_plain(layer: LoraLayer) -> bool:
-    """One enabled adapter, unmerged, without dropout at work, a bias or a variant such as DoRA."""
+def _apply(layer: LoraLayer, x: Tensor) -> Tensor:
+    dtype = compute_dtype_of(layer) or x.dtype
+    arguments = (x.to(dtype), *adapters_of(layer), frozen_part(layer, dtype), None)
+    output: Tensor = LoRALinearFunction.apply(*arguments)  # type: ignore[no-untyped-call]  # torch does not type it
+    return output.to(x.dtype)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a linear is frozen and has at most one enabled, unmerged adapter without dropout, bias or variant."""
+    if type(layer) in (nn.Linear, bnb.nn.Linear4bit):
+        return not any(parameter.requires_grad for parameter in layer.parameters())
+    if not isinstance(layer, FusedLinear4bit | FusedLinear):
+        return False
     dropout = layer.lora_dropout[ADAPTER]
     return (
         not layer.disable_adapters
@@ -93,14 +140,38 @@ def _is_plain(layer: LoraLayer) -> bool:
     )
 
 
-def _apply(layer: LoraLayer, x: Tensor, compute_dtype: torch.dtype, bias: Tensor | None, dense: DenseWeight) -> Tensor:
-    if bias is not None:
-        bias = bias.to(compute_dtype)
-    lora_a, lora_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    scaling = layer.scaling[ADAPTER]
-    arguments = (x.to(compute_dtype), lora_a, lora_b, scaling, bias, dense)
-    output: Tensor = LoRALinearFunction.apply(*arguments)  # type: ignore[no-untyped-call]  # torch does not type it
-    return output.to(x.dtype)
+def compute_dtype_of(layer: nn.Module) -> torch.dtype | None:
+    """Give the dtype of a linear's products; ``None`` where it is that of the input."""
+    base = _base_of(layer)
+    dtype: torch.dtype | None = base.compute_dtype if isinstance(base, bnb.nn.Linear4bit) else base.weight.dtype
+    return dtype
+
+
+def adapters_of(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Give A ``(rank, in)`` and B ``(out, rank)`` of a plain linear, if it has an adapter."""
+    if not isinstance(layer, LoraLayer):
+        return None, None
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+
+
+def frozen_part(layer: nn.Module, dtype: torch.dtype) -> Frozen:
+    """Give what of a plain linear does not train; the bias in ``dtype``."""
+    base = _base_of(layer)
+    bias = None if base.bias is None else base.bias.to(dtype)
+    scaling = layer.scaling[ADAPTER] if isinstance(layer, LoraLayer) else 1.0
+
+    def dense(dtype: torch.dtype) -> Tensor:
+        weight: Any = base.weight
+        if isinstance(base, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        made: Tensor = weight.to(dtype)
+        return made
+
+    return Frozen(dense, bias, scaling)
+
+
+def _base_of(layer: nn.Module) -> Any:
+    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 
 def fuse_lora_linears(model: nn.Module) -> list[str]:

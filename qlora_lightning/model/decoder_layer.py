@@ -1,0 +1,96 @@
+"""A LLaMA layer in few autograd functions, which save little and share what can be shared."""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.models.llama import modeling_llama as llama
+
+from qlora_lightning.model.attention import flat_attention
+from qlora_lightning.model.linear import LoRALinearFunction, adapters_of, compute_dtype_of, frozen_part, is_plain
+from qlora_lightning.model.normed_linears import NormedLinears
+from qlora_lightning.model.rotary import Rotary
+from qlora_lightning.model.swiglu import SwiGLUDown
+
+
+class FusedDecoderLayer(llama.LlamaDecoderLayer):  # type: ignore[misc]  # to mypy transformers is untyped
+    """transformers' layer with a fused forward for flat batches; parameters and their names stay as they are."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map ``(1, tokens, width)`` to the same; what is not a flat batch over plain linears goes the usual way."""
+        if args or not self._can_fuse(hidden_states, kwargs):
+            return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
+        attention, mlp = self.self_attn, self.mlp
+        linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+        projected = _apply_norm_and_linears(hidden_states, self.input_layernorm, *linears)
+        by_heads = (*hidden_states.shape[:2], -1, attention.head_dim)
+        query, key, value = (each.view(by_heads).transpose(1, 2) for each in projected)
+        query, key = (_apply(Rotary, each, *kwargs["position_embeddings"]) for each in (query, key))
+        samples = {"cu_seqlens": kwargs["cu_seqlens"], "longest": kwargs.get("longest")}
+        mixed, _ = flat_attention(attention, query, key, value, None, scaling=attention.scaling, **samples)
+        hidden_states = _apply_linear(mixed.flatten(-2), attention.o_proj, hidden_states)
+        gate, up = _apply_norm_and_linears(hidden_states, self.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
+        down = frozen_part(mlp.down_proj, gate.dtype)
+        return cast(Tensor, _apply(SwiGLUDown, gate, up, hidden_states, down, *adapters_of(mlp.down_proj)))
+
+    def _can_fuse(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether this is a flat batch, in the dtype of all products, and nobody watches parts that are skipped."""
+        if kwargs.get("cu_seqlens") is None or kwargs.get("cache") is not None:
+            return False
+        if torch.is_autocast_enabled(hidden_states.device.type) or (self.training and self.self_attn.attention_dropout):
+            return False
+        linears = list(self._linears())
+        skipped = (self.self_attn, self.mlp, self.mlp.act_fn, *self._norms(), *linears)
+        return (
+            all(is_plain(linear) and compute_dtype_of(linear) == hidden_states.dtype for linear in linears)
+            and not any(norm.weight.requires_grad for norm in self._norms())
+            and not any(map(_is_watched, skipped))
+        )
+
+    def _norms(self) -> tuple[Any, Any]:
+        return self.input_layernorm, self.post_attention_layernorm
+
+    def _linears(self) -> Iterator[nn.Module]:
+        attention, mlp = self.self_attn, self.mlp
+        yield from (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        yield from (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+
+
+def fuse_decoder_layers(model: nn.Module) -> None:
+    """Let each layer of a LLaMA that is put together as transformers does run fused.
+
+    Only the layers' class, and so their ``forward``, changes.
+    """
+    for layer in model.modules():
+        if type(layer) is llama.LlamaDecoderLayer and _is_usual(layer):
+            layer.__class__ = FusedDecoderLayer
+
+
+def _is_usual(layer: nn.Module) -> bool:
+    usual = {"self_attn": llama.LlamaAttention, "mlp": llama.LlamaMLP}
+    usual |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), llama.LlamaRMSNorm)
+    usual["mlp.act_fn"] = SiLUActivation
+    return all(type(layer.get_submodule(name)) is kind for name, kind in usual.items())
+
+
+def _is_watched(part: nn.Module) -> bool:
+    """Whether hooks would go uncalled."""
+    return bool(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    )  # torch has no public way to ask
+
+
+def _apply_norm_and_linears(x: Tensor, norm: Any, *linears: nn.Module) -> tuple[Tensor, ...]:
+    frozen = tuple(frozen_part(linear, x.dtype) for linear in linears)
+    adapters = [matrix for linear in linears for matrix in adapters_of(linear)]
+    return cast(tuple[Tensor, ...], _apply(NormedLinears, x, norm.weight, norm.variance_epsilon, frozen, *adapters))
+
+
+def _apply_linear(x: Tensor, linear: nn.Module, residual: Tensor) -> Tensor:
+    return cast(Tensor, _apply(LoRALinearFunction, x, *adapters_of(linear), frozen_part(linear, x.dtype), residual))
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    return function.apply(*arguments)  # type: ignore[no-untyped-call]  # torch does not type it

@@ -1,0 +1,99 @@
+"""An RMSNorm and the LoRA linears that read it as one autograd function: queries, keys and values; gate and up."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_lightning.model.linear import Frozen, gradient_of_b, gradient_of_low, project
+
+
+class NormedLinears(torch.autograd.Function):
+    """Compute ``y = linear(RMSNorm(x))`` of several linears that share their input.
+
+    Kept for backward are x, its inverse root mean squares and the products with A; the normed input is made again. The
+    adapters' A act as one matrix. RMSNorm (Zhang and Sennrich 2019) is computed in float32 and rounded as transformers
+    does; its weight is frozen.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, linears: tuple[Frozen, ...], *adapters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Compute.
+
+        Args:
+            ctx: Of the function.
+            x: ``(…, in)``.
+            weight: Of the norm, ``(in,)``.
+            eps: Of the norm.
+            linears: What of each linear is frozen.
+            adapters: A and B of each linear in turn, ``None`` where it has none.
+
+        Returns:
+            ``(…, out)`` of each linear.
+        """
+        flat = x.reshape(-1, x.shape[-1])
+        inverse = _inverse_rms(flat, eps)
+        normed = _normalize(flat, inverse).mul_(weight)
+        all_a, all_b = adapters[::2], adapters[1::2]
+        lows = normed @ _stack(all_a, x).t()  # (tokens, sum of ranks)
+        outputs = [
+            project(normed, low, b, frozen) for low, b, frozen in zip(_split(lows, all_a), all_b, linears, strict=True)
+        ]
+        ctx.save_for_backward(flat, inverse, lows, weight, *adapters)
+        ctx.linears, ctx.shape = linears, x.shape
+        return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        flat, inverse, lows, weight, *adapters = ctx.saved_tensors
+        all_a, all_b = adapters[::2], adapters[1::2]
+        flat_grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        stacked, grad_lows = _stack(all_a, flat), torch.empty_like(lows)
+        grads_b: list[Tensor | None] = []
+        parts = zip(flat_grads, _split(lows, all_a), _split(grad_lows, all_a), all_b, ctx.linears, strict=True)
+        for grad, low, grad_low, b, frozen in parts:
+            if b is not None:
+                grad_low.copy_(gradient_of_low(grad, b, frozen))
+            grads_b.append(None if b is None else gradient_of_b(grad, low, b, frozen))
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_normed = grad_lows @ stacked
+            for grad, frozen in zip(flat_grads, ctx.linears, strict=True):
+                grad_normed.addmm_(grad, frozen.dense(grad.dtype))
+            grad_x = _gradient_of_norm(grad_normed.mul_(weight), flat, inverse).view(ctx.shape)
+        grad_stacked = grad_lows.t() @ _normalize(flat, inverse).mul_(weight)
+        pairs = zip(all_a, _split(grad_stacked, all_a, 0), strict=True)
+        grads_a = [None if a is None else grad.to(a.dtype) for a, grad in pairs]
+        of_adapters = [grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair]
+        return grad_x, None, None, None, *of_adapters
+
+
+def _stack(all_a: Any, like: Tensor) -> Tensor:
+    """Put the linears' A under each other: ``(sum of ranks, in)`` in the dtype of ``like``."""
+    there = [a.to(like.dtype) for a in all_a if a is not None]
+    return torch.cat(there) if there else like.new_empty(0, like.shape[-1])
+
+
+def _split(stacked: Tensor, all_a: Any, dim: int = 1) -> tuple[Tensor, ...]:
+    """Give each linear its part, of no width where it has no adapter."""
+    return torch.split(stacked, [0 if a is None else len(a) for a in all_a], dim)
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """Give ``1 / sqrt(mean(x²) + eps)`` of each row, ``(rows, 1)`` in float32."""
+    precise = torch.promote_types(x.dtype, torch.float32)
+    squares: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise).square_()
+    return squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _normalize(x: Tensor, inverse: Tensor) -> Tensor:
+    return (x * inverse).to(x.dtype)
+
+
+def _gradient_of_norm(grad: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
+    """Give the gradient of x from that of ``x · inverse``: ``inverse (g - x̂ mean(g x̂))`` with ``x̂ = x · inverse``."""
+    normed = x * inverse  # float32
+    mean = (normed * grad).mean(-1, keepdim=True)
+    return normed.mul_(mean).neg_().add_(grad).mul_(inverse).to(x.dtype)

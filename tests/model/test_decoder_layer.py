@@ -1,0 +1,157 @@
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_lightning import QLoRAModule
+from qlora_lightning.model.adapters import trainable_tensors
+from qlora_lightning.model.decoder_layer import FusedDecoderLayer
+from qlora_lightning.model.loss import IGNORED
+
+LENGTHS = (9, 1, 30, 17)
+
+
+def make(tiny_base, fast, compute_dtype="fp32", **options):
+    """A module whose adapters are random, not zero, and the same in each."""
+    module = QLoRAModule(str(tiny_base), compute_dtype=compute_dtype, rank=4, fast=fast, **options)
+    module.configure_model()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in trainable_tensors(module).values():
+            tensor.normal_(std=0.1, generator=generator)
+    return module
+
+
+def batch(lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 40_000, (1, sum(lengths)), generator=generator)
+    labels, bounds = ids.clone(), [0, *itertools.accumulate(lengths)]
+    labels[0, bounds[:-1]] = IGNORED
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
+        "longest": max(lengths),
+    }
+
+
+def loss_and_gradients(module):
+    sums = module.compute_loss(batch())
+    loss = sums.nll_sum / sums.labelled_tokens
+    loss.backward()
+    trainable = trainable_tensors(module)
+    gradients = torch.cat([tensor.grad.flatten() for tensor in trainable.values()])
+    for tensor in trainable.values():
+        tensor.grad = None
+    return float(loss.detach()), gradients
+
+
+def distance(one, other):
+    return float((one - other).norm() / other.norm())
+
+
+def layers_of(module):
+    return list(module.causal_lm.base_model.layers)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["down_proj", "k_proj"]}, {"layers": "last:1"}],
+)
+def test_loss_and_gradients_equal_those_of_the_plain_path(tiny_base, quantization, options):
+    fast, plain = (make(tiny_base, fast, quantization=quantization, **options) for fast in (True, False))
+    assert {type(layer) for layer in layers_of(fast)} == {FusedDecoderLayer}
+    assert FusedDecoderLayer not in {type(layer) for layer in layers_of(plain)}
+    loss, gradients = loss_and_gradients(fast)
+    expected_loss, expected_gradients = loss_and_gradients(plain)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert distance(gradients, expected_gradients) <= 1e-5
+
+
+def test_with_gradient_checkpointing_they_are_the_same_numbers(tiny_base):
+    module = make(tiny_base, fast=True)
+    expected = loss_and_gradients(module)
+    module.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+    loss, gradients = loss_and_gradients(module)
+    assert loss == expected[0]
+    assert torch.equal(gradients, expected[1])
+
+
+def test_in_bfloat16_it_errs_no_more_than_the_plain_path(tiny_base):
+    exact_loss, exact = loss_and_gradients(make(tiny_base, fast=False))
+    fast_loss, fast = loss_and_gradients(make(tiny_base, fast=True, compute_dtype="bf16"))
+    plain_loss, plain = loss_and_gradients(make(tiny_base, fast=False, compute_dtype="bf16"))
+    assert 0 < distance(fast, exact) <= 1.1 * distance(plain, exact)
+    assert abs(fast_loss - exact_loss) <= abs(plain_loss - exact_loss) + 1e-3
+
+
+def test_a_sample_in_a_batch_has_the_hidden_states_that_it_has_alone(tiny_base):
+    module = make(tiny_base, fast=True, compute_dtype="bf16")
+
+    def hidden(inputs):
+        inputs = {name: inputs[name] for name in ("input_ids", "position_ids", "cu_seqlens", "longest")}
+        return module.causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
+
+    together = hidden(whole := batch())
+    for start, end in itertools.pairwise(whole["cu_seqlens"].tolist()):
+        alone = batch((end - start,)) | {"input_ids": whole["input_ids"][:, start:end]}
+        assert torch.equal(hidden(alone), together[:, start:end])
+
+
+def count_plain_calls(module, monkeypatch):
+    calls = []
+    plain = FusedDecoderLayer.__mro__[1].forward
+    spy = lambda self, *args, **kwargs: calls.append(self) or plain(self, *args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(FusedDecoderLayer.__mro__[1], "forward", spy)
+    module.compute_loss(batch())
+    return len(calls)
+
+
+def test_hooks_on_skipped_parts_are_called(tiny_base, monkeypatch):
+    module, seen = make(tiny_base, fast=True), []
+    layers_of(module)[1].mlp.up_proj.register_forward_hook(lambda *_: seen.append("up_proj"))
+    assert count_plain_calls(module, monkeypatch) == 1  # of two layers
+    assert seen == ["up_proj"]
+
+
+def test_a_disabled_adapter_takes_no_part(tiny_base):
+    module, plain = make(tiny_base, fast=True), make(tiny_base, fast=False)
+    with torch.no_grad(), module.model.disable_adapter(), plain.model.disable_adapter():
+        ours, theirs = (each.compute_loss(batch()).nll_sum for each in (module, plain))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("options", [{"dropout": 0.1}, {"lora_options": {"use_dora": True}}, {"quantization": "int8"}])
+def test_what_cannot_be_fused_takes_the_plain_way(tiny_base, monkeypatch, options):
+    assert count_plain_calls(make(tiny_base, fast=True, **options), monkeypatch) == 2
+
+
+def test_a_layer_with_another_part_keeps_its_own_forward(tiny_base, monkeypatch):
+    class Gated(nn.SiLU):
+        pass
+
+    module = make(tiny_base, fast=False)
+    layer = layers_of(module)[0]
+    layer.mlp.act_fn = Gated()
+    from qlora_lightning.model.decoder_layer import fuse_decoder_layers
+
+    fuse_decoder_layers(module)
+    assert [type(each) is FusedDecoderLayer for each in layers_of(module)] == [False, True]
+
+
+def test_below_the_lowest_adapter_nothing_is_kept_for_backward(tiny_base):
+    module, kept = make(tiny_base, fast=True, layers="last:1"), []
+
+    def pack(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    first, _ = layers_of(module)
+    first.register_forward_hook(lambda *_: kept.append("first ends"))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module.compute_loss(batch())
+    assert kept.index("first ends") == 0
+    assert len(kept) > 1

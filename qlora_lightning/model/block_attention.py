@@ -34,64 +34,88 @@ class BlockAttention(torch.autograd.Function):
         Returns:
             ``(1, tokens, heads, head_dim)``.
         """
-        _, heads, tokens, _ = query.shape
-        kv_heads = key.shape[1]
-        queries, keys, values = _group(query[0], kv_heads), key[0].contiguous(), value[0].contiguous()
-        output, shared = torch.empty_like(queries), heads // kv_heads
-        for start, first, end in _blocks(bounds, heads):
-            rows, seen = slice(first * shared, end * shared), slice(start, end)
-            weights = _probabilities(queries[:, rows], keys[:, seen], first - start, shared, scale)
-            output[:, rows] = torch.bmm(weights, values[:, seen])
-        ctx.save_for_backward(queries, keys, values)
-        ctx.bounds, ctx.scale, ctx.heads = bounds, scale, heads
-        return output.view(kv_heads, tokens, shared, -1).transpose(0, 1).reshape(1, tokens, heads, -1)
+        heads, kv_heads = query.shape[1], key.shape[1]
+        shared, shape = heads // kv_heads, (kv_heads, query.shape[-1])
+        packed = [_pack(states[0], bounds, kv_heads) for states in (query, key, value)]
+        output = torch.empty_like(packed[0])
+        samples = (_samples(each, bounds, *shape) for each in (*packed, output))
+        for queries, keys, values, mixed in zip(*samples, strict=True):
+            for first, end in _blocks(keys.shape[1], heads):
+                rows = slice(first * shared, end * shared)
+                weights = _probabilities(queries[:, rows], keys[:, :end], first, shared, scale)
+                mixed[:, rows] = torch.bmm(weights, values[:, :end])
+        ctx.save_for_backward(*packed)
+        ctx.bounds, ctx.scale, ctx.heads, ctx.shape = bounds, scale, heads, shape
+        return _unpack(output, bounds, heads, *shape)[None]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        queries, keys, values = ctx.saved_tensors
-        kv_heads, tokens, _ = keys.shape
+        packed, (kv_heads, _) = ctx.saved_tensors, ctx.shape
         shared = ctx.heads // kv_heads
-        grad = _group(grad[0].transpose(0, 1), kv_heads)
-        grad_queries = torch.empty_like(queries)
-        grad_keys, grad_values = (torch.empty_like(keys) for _ in range(2))
-        for start, blocks in itertools.groupby(_blocks(ctx.bounds, ctx.heads), key=lambda block: block[0]):
-            sums: tuple[Tensor, Tensor] | None = None  # of keys and values, over the blocks of a sample
-            for _, first, end in reversed(list(blocks)):  # the last block sees all keys
-                rows, seen = slice(first * shared, end * shared), slice(start, end)
-                of_output, of_queries = grad[:, rows], queries[:, rows]
-                weights = _probabilities(of_queries, keys[:, seen], first - start, shared, ctx.scale)
-                of_weights = torch.bmm(of_output, values[:, seen].transpose(1, 2))
-                of_values = torch.bmm(weights.transpose(1, 2), of_output)
+        grads = [torch.empty_like(each) for each in packed]
+        all_packed = (*packed, _pack(grad[0].transpose(0, 1), ctx.bounds, kv_heads), *grads)
+        samples = (_samples(each, ctx.bounds, *ctx.shape) for each in all_packed)
+        for queries, keys, values, of_mixed, grad_queries, grad_keys, grad_values in zip(*samples, strict=True):
+            blocks = list(_blocks(keys.shape[1], ctx.heads))
+            # Sums over several blocks are float32.
+            sums = [grad_keys, grad_values] if len(blocks) == 1 else [torch.zeros(keys.shape) for _ in range(2)]
+            for first, end in blocks:
+                rows = slice(first * shared, end * shared)
+                weights = _probabilities(queries[:, rows], keys[:, :end], first, shared, ctx.scale)
+                of_weights = torch.bmm(of_mixed[:, rows], values[:, :end].transpose(1, 2))
                 of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-                grad_queries[:, rows] = torch.bmm(of_scores, keys[:, seen])
-                of_keys = torch.bmm(of_scores.transpose(1, 2), of_queries)
-                if sums is None:  # in float32 where there are several
-                    whole = (of_keys, of_values)
-                    sums = whole if first == start else (of_keys.float(), of_values.float())
-                    sample = seen
-                else:
-                    for total, part in zip(sums, (of_keys, of_values), strict=True):
-                        total[:, : end - start] += part
-            if sums is not None:
-                grad_keys[:, sample], grad_values[:, sample] = sums
-        grad_queries = grad_queries.mul_(ctx.scale).view(kv_heads, tokens, shared, -1)
-        grad_queries = grad_queries.transpose(1, 2).reshape(1, ctx.heads, tokens, -1)
-        return grad_queries, grad_keys.mul_(ctx.scale)[None], grad_values[None], None, None
+                grad_queries[:, rows] = torch.bmm(of_scores, keys[:, :end])
+                for total, left, right in zip(sums, (of_scores, weights), (queries, of_mixed), strict=True):
+                    part = torch.bmm(left.transpose(1, 2), right[:, rows])
+                    total[:, :end] = part if len(blocks) == 1 else total[:, :end] + part
+            if len(blocks) > 1:
+                grad_keys.copy_(sums[0])
+                grad_values.copy_(sums[1])
+        for each in grads[:2]:
+            each.mul_(ctx.scale)
+        heads = (ctx.heads, kv_heads, kv_heads)
+        of_query, of_key, of_value = (
+            _unpack(each, ctx.bounds, number, *ctx.shape).transpose(0, 1)[None]
+            for each, number in zip(grads, heads, strict=True)
+        )
+        return of_query, of_key, of_value, None, None
 
 
-def _group(states: Tensor, kv_heads: int) -> Tensor:
-    """Lay ``(heads, tokens, head_dim)`` out as ``(kv_heads, tokens · shared, head_dim)``, a token's heads together."""
-    heads, tokens, head_dim = states.shape
-    return states.view(kv_heads, heads // kv_heads, tokens, head_dim).transpose(1, 2).reshape(kv_heads, -1, head_dim)
+def _pack(states: Tensor, bounds: Sequence[int], kv_heads: int) -> Tensor:
+    """Copy ``(heads, tokens, head_dim)`` sample by sample, so that a sample's part of each key head is one matrix.
+
+    Within it a token's query heads lie together.
+    """
+    heads, _, head_dim = states.shape
+    packed = states.new_empty(states.numel())
+    samples = zip(itertools.pairwise(bounds), _samples(packed, bounds, kv_heads, head_dim), strict=True)
+    for (start, end), sample in samples:
+        by_head = states[:, start:end].view(kv_heads, heads // kv_heads, end - start, head_dim)
+        sample.view(kv_heads, end - start, -1, head_dim).copy_(by_head.transpose(1, 2))
+    return packed
 
 
-def _blocks(bounds: Sequence[int], heads: int) -> Iterator[tuple[int, int, int]]:
-    """Give ``(sample's start, block's first row, block's end)``, in order."""
+def _unpack(packed: Tensor, bounds: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> Tensor:
+    """Give ``(tokens, heads, head_dim)`` again."""
+    states = packed.new_empty(bounds[-1], kv_heads, heads // kv_heads, head_dim)
+    samples = zip(itertools.pairwise(bounds), _samples(packed, bounds, kv_heads, head_dim), strict=True)
+    for (start, end), sample in samples:
+        states[start:end] = sample.view(kv_heads, end - start, -1, head_dim).transpose(0, 1)
+    return states.view(-1, heads, head_dim)
+
+
+def _samples(packed: Tensor, bounds: Sequence[int], kv_heads: int, head_dim: int) -> Iterator[Tensor]:
+    """Give each sample's ``(kv_heads, tokens · heads of a key head, head_dim)``."""
+    per_token = len(packed) // bounds[-1]
     for start, end in itertools.pairwise(bounds):
-        most = _MOST_SCORES // (heads * (end - start))
-        rows = max(_FEWEST_ROWS, min(_MOST_ROWS, most))
-        for first in range(start, end, rows):
-            yield start, first, min(first + rows, end)
+        yield packed[start * per_token : end * per_token].view(kv_heads, -1, head_dim)
+
+
+def _blocks(tokens: int, heads: int) -> Iterator[tuple[int, int]]:
+    """Give the first row and the end of each block of a sample, in order."""
+    rows = max(_FEWEST_ROWS, min(_MOST_ROWS, _MOST_SCORES // (heads * tokens)))
+    for first in range(0, tokens, rows):
+        yield first, min(first + rows, tokens)
 
 
 def _probabilities(queries: Tensor, keys: Tensor, before: int, shared: int, scale: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qlora_lightning.model.adapter_state import AdapterStateModule
 from qlora_lightning.model.adapters import check_adapter_settings, trainable_tensors
+from qlora_lightning.model.allocator import keep_freed_memory
 from qlora_lightning.model.assembly import assemble_model
 from qlora_lightning.model.checks import check_callbacks, check_trainer, check_training_mode
 from qlora_lightning.model.dtypes import ComputeDtype, choose_compute_dtype
@@ -130,6 +131,8 @@ class QLoRAModule(AdapterStateModule):
             check_trainer(str(self.trainer.precision), strategy, self.quantization)
         self.model = self.build_model()
         self.model.train()  # Hugging Face models come in eval()
+        if self._device_of_process().type == "cpu":
+            keep_freed_memory()
         # DDP would send the whole base to every rank, which has it already, mapped from a file.
         trainable = trainable_tensors(self)
         named = [*self.named_parameters(), *self.named_buffers()]

@@ -31,3 +31,27 @@ assert len(stay) == 30
 def test_small_tensors_that_stay_do_not_hold_freed_ones():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# Without it a tensor of 8 MiB gets fresh pages, 2,048 of 4 KiB, each time.
+KEEPING = """
+import resource
+import torch
+from qlora_lightning.model.allocator import keep_freed_memory
+
+def faults_of_a_tensor():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2 * 1024**2)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+keep_freed_memory()
+first, *others = [faults_of_a_tensor() for _ in range(5)]
+assert first > 2, first
+assert max(others) <= 2, others
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_kept_memory_is_taken_again_without_page_faults():
+    done = subprocess.run([sys.executable, "-c", KEEPING], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

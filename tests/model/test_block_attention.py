@@ -53,9 +53,10 @@ def test_output_and_gradients_are_those_of_attention_written_out(rows):
 
 
 def test_blocks_grow_shorter_as_samples_grow_longer():
-    assert list(block_attention._blocks([0, 300, 1100], heads=4)) == [(0, 0, 300), (300, 300, 812), (300, 812, 1100)]
-    long = list(block_attention._blocks([0, 32_768], heads=32))
-    assert {end - first for _, first, end in long} == {16}
+    assert list(block_attention._blocks(300, heads=4)) == [(0, 300)]
+    assert list(block_attention._blocks(800, heads=4)) == [(0, 512), (512, 800)]
+    long = list(block_attention._blocks(32_768, heads=32))
+    assert {end - first for first, end in long} == {16}
     assert block_attention._MOST_SCORES == 16 * 32 * 32_768
 
 

@@ -32,7 +32,7 @@ class GradientCheckpointing(Callback):
         self.every_n_layers = every_n_layers
         self._layers: list[str] = []
         self._runs: dict[str, int] = {}
-        self._handles: list[Any] = []
+        self._usual: dict[str, Any] = {}  # how the watched layers are checkpointed
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled:
@@ -56,10 +56,10 @@ class GradientCheckpointing(Callback):
         self._runs = dict.fromkeys(self._runs, 0)  # what ran before the step, a dry batch, says nothing of it
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._handles:
+        if not self._usual:
             return
         once = [name for name, runs in self._runs.items() if runs < 2]
-        self._forget()
+        self._forget(pl_module)
         if once:
             raise RuntimeError(
                 f"gradient_checkpointing is enabled, but {len(once)} layers, as {once[0]}, were not run again in "
@@ -67,24 +67,34 @@ class GradientCheckpointing(Callback):
             )
 
     def _watch(self, pl_module: LightningModule) -> None:
-        """Count how often each checkpointed layer with something to train runs in the next step."""
-        self._forget()
+        """Count how often each checkpointed layer with something to train runs in the next step.
+
+        By the function that transformers checkpoints with, and not by hooks: a layer whose parts have hooks is not
+        fused, and its sums are rounded otherwise.
+        """
+        self._forget(pl_module)
         for name in self._layers:
-            self._runs[name] = 0
-            # On a part of the layer: the layer's own hooks stay outside what is run again.
-            part = next(pl_module.get_submodule(name).children())
-            self._handles.append(part.register_forward_pre_hook(self._counter(name)))
+            layer: Any = pl_module.get_submodule(name)
+            self._runs[name], self._usual[name] = 0, layer._gradient_checkpointing_func
+            layer._gradient_checkpointing_func = self._counting(name)
 
-    def _counter(self, name: str) -> Any:
-        def count(module: nn.Module, inputs: Any) -> None:
-            self._runs[name] += 1
+    def _counting(self, name: str) -> Any:
+        usual = self._usual[name]
 
-        return count
+        def checkpoint(function: Any, *inputs: Any) -> Any:
+            def counted(*inputs: Any) -> Any:
+                self._runs[name] += 1
+                return function(*inputs)
 
-    def _forget(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._runs = [], {}
+            return usual(counted, *inputs)
+
+        return checkpoint
+
+    def _forget(self, pl_module: LightningModule) -> None:
+        for name, usual in self._usual.items():
+            layer: Any = pl_module.get_submodule(name)
+            layer._gradient_checkpointing_func = usual
+        self._usual, self._runs = {}, {}
 
 
 def _is_checkpointed(layer: nn.Module) -> bool:

@@ -1,8 +1,8 @@
 """Causal attention within each sample of a flat batch as plain matrix products, some rows at a time.
 
 On a CPU torch's flash kernel runs at a fraction of the speed of its matrix products. Here the query heads that share a
-key head go into one product, a block of rows at a time, so that the scores of a long sample never exist as a whole; the
-probabilities are made again in backward (as in Dao et al. 2022, FlashAttention).
+key head go into one product, a block of rows at a time, so that the scores of a long sample never exist as a whole; its
+probabilities are made again in backward (as in Dao et al. 2022, FlashAttention). Those of a short sample are kept.
 """
 
 import itertools
@@ -14,10 +14,11 @@ from torch import Tensor
 
 _MOST_SCORES = 2**24  # at a time: 32 MiB in bf16
 _MOST_ROWS, _FEWEST_ROWS = 512, 16  # of queries at a time
+_SHORT = 320  # tokens: up to here the probabilities of a sample take less memory than its other activations
 
 
 class BlockAttention(torch.autograd.Function):
-    """Compute ``softmax(scale · Q Kᵀ + causal) V`` per sample; keeps Q, K and V only."""
+    """Compute ``softmax(scale · Q Kᵀ + causal) V`` per sample; keeps Q, K and V, and short samples' probabilities."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bounds: Sequence[int], scale: float) -> Tensor:
@@ -37,20 +38,23 @@ class BlockAttention(torch.autograd.Function):
         heads, kv_heads = query.shape[1], key.shape[1]
         shared, shape = heads // kv_heads, (kv_heads, query.shape[-1])
         packed = [_pack(states[0], bounds, kv_heads) for states in (query, key, value)]
-        output = torch.empty_like(packed[0])
+        output, kept = torch.empty_like(packed[0]), []
         samples = (_samples(each, bounds, *shape) for each in (*packed, output))
         for queries, keys, values, mixed in zip(*samples, strict=True):
             for first, end in _blocks(keys.shape[1], heads):
                 rows = slice(first * shared, end * shared)
                 weights = _probabilities(queries[:, rows], keys[:, :end], first, shared, scale)
                 mixed[:, rows] = torch.bmm(weights, values[:, :end])
-        ctx.save_for_backward(*packed)
+                if end - first == keys.shape[1] <= _SHORT:
+                    kept.append(weights)
+        ctx.save_for_backward(*packed, *kept)
         ctx.bounds, ctx.scale, ctx.heads, ctx.shape = bounds, scale, heads, shape
         return _unpack(output, bounds, heads, *shape)[None]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        packed, (kv_heads, _) = ctx.saved_tensors, ctx.shape
+        saved, kv_heads = iter(ctx.saved_tensors), ctx.shape[0]
+        packed = [next(saved) for _ in range(3)]
         shared = ctx.heads // kv_heads
         grads = [torch.empty_like(each) for each in packed]
         all_packed = (*packed, _pack(grad[0].transpose(0, 1), ctx.bounds, kv_heads), *grads)
@@ -61,7 +65,10 @@ class BlockAttention(torch.autograd.Function):
             sums = [grad_keys, grad_values] if len(blocks) == 1 else [torch.zeros(keys.shape) for _ in range(2)]
             for first, end in blocks:
                 rows = slice(first * shared, end * shared)
-                weights = _probabilities(queries[:, rows], keys[:, :end], first, shared, ctx.scale)
+                if end - first == keys.shape[1] <= _SHORT:
+                    weights = next(saved)
+                else:
+                    weights = _probabilities(queries[:, rows], keys[:, :end], first, shared, ctx.scale)
                 of_weights = torch.bmm(of_mixed[:, rows], values[:, :end].transpose(1, 2))
                 of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
                 grad_queries[:, rows] = torch.bmm(of_scores, keys[:, :end])

@@ -69,7 +69,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             logits = torch.mm(hidden[part].to(weight.dtype), weight.t(), out=buffer[: len(targets[part])])
-            for few, target in zip(logits.split(rows), targets[part, None].split(rows), strict=True):
+            for few, target in zip(torch.split(logits, rows), torch.split(targets[part, None], rows), strict=True):
                 probabilities = torch.softmax(few, -1, dtype=torch.float32)  # (rows, vocabulary)
                 best, prediction = few.max(-1, keepdim=True)
                 # log p(target) = log p(best) + logit(target) - logit(best): p(target) may be too small for a float

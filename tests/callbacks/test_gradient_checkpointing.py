@@ -51,10 +51,11 @@ def test_gradients_are_bit_for_bit_those_without_it(fit, make_module, assert_sam
     assert_same(checkpointed.gradients, plain.gradients)
 
 
-def test_a_whole_run_is_bit_for_bit_that_without_it(fit, make_module, adapter_of, assert_same):
+@pytest.mark.parametrize("dropout", [0.0, 0.1])  # fused layers, and plain ones
+def test_a_whole_run_is_bit_for_bit_that_without_it(fit, make_module, adapter_of, assert_same, dropout):
     options = {"accumulate_grad_batches": 2, "val_check_interval": 4, "limit_val_batches": 1}
-    _, plain = fit(module=make_module(dropout=0.1), **options)
-    _, checkpointed = fit(GradientCheckpointing(), module=make_module(dropout=0.1), **options)
+    _, plain = fit(module=make_module(dropout=dropout), **options)
+    _, checkpointed = fit(GradientCheckpointing(), module=make_module(dropout=dropout), **options)
     assert_same(adapter_of(checkpointed), adapter_of(plain))
 
 

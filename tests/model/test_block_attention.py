@@ -40,6 +40,7 @@ def rows(request, monkeypatch):
     """Rows of a block: all of a sample at once, or several blocks."""
     monkeypatch.setattr(block_attention, "_MOST_ROWS", request.param)
     monkeypatch.setattr(block_attention, "_FEWEST_ROWS", 1)
+    monkeypatch.setattr(block_attention, "_SHORT", min(request.param, 19))
     monkeypatch.setattr(block_attention, "_biases", {})
     return request.param
 
@@ -60,11 +61,13 @@ def test_blocks_grow_shorter_as_samples_grow_longer():
     assert block_attention._MOST_SCORES == 16 * 32 * 32_768
 
 
-def test_q_k_and_v_are_all_that_is_kept(monkeypatch):
+def test_q_k_v_and_the_probabilities_of_short_samples_are_all_that_is_kept(monkeypatch):
+    monkeypatch.setattr(block_attention, "_SHORT", 20)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()), lambda _: None):
         BlockAttention.apply(*draw(), BOUNDS, 0.3)
-    assert kept == [heads * sum(LENGTHS) * WIDTH for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    packed = [heads * sum(LENGTHS) * WIDTH for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    assert kept == [*packed, *(HEADS * length**2 for length in LENGTHS if length != 37)]
 
 
 def test_in_bfloat16_it_errs_no_more_than_transformers_attention_does():

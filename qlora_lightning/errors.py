@@ -10,7 +10,7 @@ class UserError(ValueError):
 
 
 class TrainingStopped(SystemExit):
-    """A signal asked training to stop, and what there was to save is saved: nothing failed.
+    """A signal asked a command to stop, and what there was to save is saved: nothing failed.
 
     A ``SystemExit``, so that a script that trains ends with the code that a shell or a scheduler expects of the signal:
     130 for Ctrl-C, 143 for SIGTERM.

@@ -66,6 +66,11 @@ def cut(source: str, target: str, size: int) -> Callable[[], object]:
     return lambda: Path(target).write_bytes(Path(source).read_bytes()[:size])
 
 
+def flip(content: bytes, at: bytes) -> bytes:
+    place = content.index(at)
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
 def change_checkpoint(change: Callable[[dict], object]) -> Callable[[], object]:
     def prepare() -> None:
         checkpoint = torch.load(LAST, weights_only=True)
@@ -144,6 +149,7 @@ VALUES = [
     Wrong("max_epochs", "--trainer.max_epochs two", ("trainer.max_epochs is two", "an integer")),
     Wrong("precision", "--trainer.precision bf16-true", ("precision", "bf16-true")),
     Wrong("strategy", "--trainer.strategy dpp", ("trainer", "dpp")),
+    Wrong("spawn", "--trainer.strategy ddp_spawn --trainer.devices 2", ("trainer.strategy is ddp_spawn", "ddp`")),
     Wrong("every_n", "--adapter_checkpoint.every_n_train_steps 0", ("every_n_train_steps is 0",)),
 ]
 BASES = [
@@ -214,6 +220,24 @@ CHECKPOINTS = [
         ("another base", "elsewhere (weights ffffffffffff) there", "tiny (weights"),
         change_checkpoint(lambda f: f["qlora_lightning"]["identity"].update(base="elsewhere", fingerprint="f" * 64)),
     ),
+    Wrong(
+        "stripped_checkpoint",
+        "--ckpt_path wrong.ckpt",
+        ("wrong.ckpt lacks optimizer_states, lr_schedulers",),
+        change_checkpoint(lambda found: (found.pop("optimizer_states"), found.pop("lr_schedulers"))),
+    ),
+    Wrong(
+        "flipped_bit",
+        f"--ckpt_path {LAST}",
+        ("last.ckpt is damaged", "checksums"),
+        lambda: Path(LAST).write_bytes(flip(Path(LAST).read_bytes(), b".lora_A.")),
+    ),
+    Wrong(
+        "optimizer_of_a_checkpoint",
+        "validate --config c.yaml --data.val rows.jsonl --ckpt_path wrong.ckpt",
+        ("wrong.ckpt names the optimizer evil.X", "`--model.optimizer evil.X`"),
+        change_checkpoint(lambda found: found["qlora_lightning"]["settings"].update(optimizer="evil.X")),
+    ),
     Wrong("another_rank", f"--ckpt_path {LAST} --model.rank 3", ("model.rank 2", "has 3")),
     Wrong(
         "another_alpha_type",
@@ -283,6 +307,18 @@ ADAPTERS = [
 ]
 ENVIRONMENT = [
     Wrong("started_folder", "--trainer.default_root_dir run", ("holds a run already", "--ckpt_path last")),
+    Wrong(
+        "started_folder_of_another_run",
+        "--trainer.default_root_dir run --ckpt_path other/last.ckpt",
+        ("run holds a run already", "other/last.ckpt is not of it"),
+        lambda: shutil.copytree("run/checkpoints", "other"),
+    ),
+    Wrong(
+        "folder_as_metrics_table",
+        f"--trainer.default_root_dir run --ckpt_path {LAST} --trainer.max_steps 3",
+        ("metrics.csv is a folder", "move it away"),
+        lambda: (Path("run/metrics.csv").unlink(), Path("run/metrics.csv").mkdir()),
+    ),
     Wrong("unwritable_folder", "--trainer.default_root_dir /proc/no", ("/proc/no", "cannot be written to")),
     Wrong("file_as_folder", "--trainer.default_root_dir rows.jsonl", ("rows.jsonl", "cannot be written to")),
     Wrong("no_such_accelerator", "--trainer.accelerator cpuu", ("trainer", "cpuu")),

@@ -1,6 +1,5 @@
 """Checkpoints of the adapter to resume from, and the adapter folder to use."""
 
-import contextlib
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -10,22 +9,29 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from qlora_lightning.callbacks.checkpoint_writer import SaveFaults, write_checkpoint
+from qlora_lightning.callbacks.checkpoint_writer import SaveFaults, clear_remains, write_checkpoint
+from qlora_lightning.callbacks.folder_lock import FolderLock
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
+from qlora_lightning.callbacks.started_folder import (
+    CHECKPOINTS,
+    UNFINISHED,
+    goes_on,
+    refuse_everywhere,
+    refuse_started_folder,
+)
 from qlora_lightning.callbacks.stop_signals import StopSignals
+from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.folder_swap import settle_folder
 from qlora_lightning.model.save_points import validation_follows
 from qlora_lightning.safe_file import flush, put_in_place, share
-
-UNFINISHED = "unfinished.ckpt"
 
 
 class AdapterCheckpoint(Checkpoint):
     """Write ``checkpoints/last.ckpt``, the best checkpoints, and ``adapter/`` with the best adapter.
 
     What Lightning's ``ModelCheckpoint`` does not do: save at validations *and* every n steps, once where both are due,
-    and write the PEFT folder. It all lies under ``trainer.default_root_dir``.
+    and write the PEFT folder. It all lies under ``trainer.default_root_dir``, which is kept to one run, and to one
+    process that trains at a time.
 
     Args:
         every_n_train_steps: Also write ``last.ckpt`` every so many optimizer steps; ``None``: at each validation and
@@ -60,11 +66,12 @@ class AdapterCheckpoint(Checkpoint):
         self._saved_step = -1
         self._written: Path | None = None  # a checkpoint that waits to become last.ckpt
         self._dropped: list[str] = []  # names to prune when it has
+        self._lock = FolderLock()
 
     @staticmethod
     def checkpoint_folder(run_folder: str | Path) -> Path:
         """Where the checkpoints of a run lie."""
-        return Path(run_folder) / "checkpoints"
+        return Path(run_folder) / CHECKPOINTS
 
     @staticmethod
     def adapter_folder(run_folder: str | Path) -> Path:
@@ -82,8 +89,30 @@ class AdapterCheckpoint(Checkpoint):
         return tensors
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and self._writes(trainer) and trainer.is_global_zero:
-            _clear_remains(trainer.default_root_dir)
+        if stage == "fit" and self._writes(trainer):
+            refuse_everywhere(trainer, lambda: self._lock.take(trainer.default_root_dir))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not goes_on(trainer):
+            self._rank_anew(trainer)
+            if self._writes(trainer):
+                refuse_everywhere(trainer, lambda: refuse_started_folder(trainer.default_root_dir, trainer.ckpt_path))
+        if self._writes(trainer) and trainer.is_global_zero:
+            self._clear_remains(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._lock.release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._lock.release()
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.enabled and self.monitor not in trainer.callback_metrics and trainer.is_global_zero:
+            known = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+            say(
+                f"adapter_checkpoint.monitor is {self.monitor!r}, which the sanity check did not log (it logged "
+                f"{known}): unless the first validation does, that will end the run."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step  # nothing new yet, also after a resume
@@ -115,12 +144,12 @@ class AdapterCheckpoint(Checkpoint):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         value = trainer.callback_metrics.get(self.monitor)
-        if value is None:
+        if value is None and self.enabled:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val_")))
             raise UserError(
                 f"adapter_checkpoint.monitor is {self.monitor!r}, which no validation logs: it logs {known}."
             )
-        self._write(trainer, pl_module, float(value))
+        self._write(trainer, pl_module, None if value is None else float(value))
         self._commit(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -187,23 +216,27 @@ class AdapterCheckpoint(Checkpoint):
             self._leave(trainer)
 
     def _tell_fault(self, trainer: Trainer, faults: SaveFaults) -> None:
-        """End the run on every rank where the disk failed the first.
+        """End the run on every rank where the first could not save.
 
         Raises:
-            UserError: It did.
+            UserError: It could not.
         """
         fault = trainer.strategy.broadcast(faults.first)
         if fault is None:
             return
         if trainer.is_global_zero:
-            _clear_remains(trainer.default_root_dir)
+            self._clear_remains(trainer)
         last = self.checkpoint_folder(trainer.default_root_dir) / "last.ckpt"
         state = (
             f"{last} is intact, as it was before: go on from it by `--ckpt_path last`"
             if last.exists()
             else ("Nothing had been saved before: start again")
         )
-        raise UserError(f"{fault} {state} when there is room, and the folder can be written to.")
+        raise UserError(f"{fault.sentence} {state} {fault.remedy}.")
+
+    def _clear_remains(self, trainer: Trainer) -> None:
+        root = trainer.default_root_dir
+        clear_remains(self.checkpoint_folder(root), self.adapter_folder(root))
 
     def _prune(self, folder: Path) -> None:
         kept = {name for _, name in self.best}
@@ -221,6 +254,17 @@ class AdapterCheckpoint(Checkpoint):
         keep = max(self.save_top_k, 1)  # the best is remembered even where no file of it is kept
         self.best, dropped = entries[:keep], entries[keep:]
         return [name for _, name in dropped]
+
+    def _rank_anew(self, trainer: Trainer) -> None:
+        """Forget a ranking of another folder's checkpoints, and say where they lie."""
+        if self.best and trainer.ckpt_path and self._writes(trainer) and trainer.is_global_zero:
+            value, name = self.best[0]
+            file = Path(trainer.ckpt_path).with_name(name)
+            say(
+                f"{trainer.ckpt_path} is of another run folder: the ranking of checkpoints begins anew here. The best "
+                f"so far, with {self.monitor} {value:.4g}, {f'is {file}' if file.exists() else f'was {name}'}."
+            )
+        self.best, self._dropped, self._best_tensors = [], [], None
 
     def _is_best(self, name: str) -> bool:
         return bool(self.best) and self.best[0][1] == name
@@ -240,6 +284,7 @@ class AdapterCheckpoint(Checkpoint):
         """Take up the ranking of the run that is resumed."""
         self.best = [(float(value), str(name)) for value, name in state_dict["best"]]
         self._dropped = [str(name) for name in state_dict.get("dropped", [])]  # a kill may have kept them
+        self._best_tensors = None
 
 
 def _is_last_step(trainer: Trainer) -> bool:
@@ -250,12 +295,3 @@ def _is_last_step(trainer: Trainer) -> bool:
     """
     ends_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
     return trainer.global_step == trainer.max_steps or ends_epoch or trainer.should_stop
-
-
-def _clear_remains(run_folder: str | Path) -> None:
-    """Remove what a kill or a full disk left half written, as far as it can be."""
-    with contextlib.suppress(OSError):
-        for file in AdapterCheckpoint.checkpoint_folder(run_folder).glob("*unfinished"):
-            file.unlink()
-        (AdapterCheckpoint.checkpoint_folder(run_folder) / UNFINISHED).unlink(missing_ok=True)
-        settle_folder(AdapterCheckpoint.adapter_folder(run_folder))

@@ -1,11 +1,14 @@
 """Finds the checkpoint that ``--ckpt_path`` means, and refuses one that is broken with a better one named."""
 
 import errno
+import re
+import zipfile
 from pathlib import Path
 
 import torch
 
-from qlora_lightning.callbacks.adapter_checkpoint import UNFINISHED, AdapterCheckpoint
+from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+from qlora_lightning.callbacks.started_folder import UNFINISHED
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.checkpoint_format import read_content
 
@@ -37,7 +40,7 @@ def check_checkpoint(file: str | Path) -> None:
     """Refuse a file that is no whole checkpoint of ours, before anything is loaded for it.
 
     Raises:
-        UserError: It is not there, cut off, or foreign.
+        UserError: It is not there, cut off, damaged, foreign, or lacks a part.
     """
     file = Path(file)
     if not file.is_file():
@@ -66,12 +69,32 @@ def _find_fault(file: Path) -> str | None:
     except Exception as error:  # torch has no exception of its own for a file that it cannot read
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: cut off, says mmap
             return f"{file} cannot be read: {error.strerror}."
-        return f"{file} is no checkpoint, or it is cut off."
+        if not _is_whole(file):
+            return f"{file} is no checkpoint, or it is cut off."
+        return f"{file} is whole, but torch does not read it without running code: {_shorten(error)}."
+    if not _is_whole(file):  # torch.load does not look at the checksums of tensors
+        return f"{file} is damaged: what it holds does not fit its checksums."
     try:
         read_content(checkpoint if isinstance(checkpoint, dict) else {}, str(file))
     except UserError as error:
         return str(error)
     return None
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether every part of the zip file that a checkpoint is fits its checksum."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except Exception:  # a flipped bit may show as many: a bad header, an unknown compression, an encrypted part
+        return False
+
+
+def _shorten(error: Exception) -> str:
+    """What was in the way, of torch's long explanation: a class that plain data have not, or its last words."""
+    reason = str(error).strip() or type(error).__name__
+    found = re.search(r"GLOBAL (\S+) was not an allowed global", reason)
+    return f"it holds a {found[1]}" if found else reason.splitlines()[-1].strip().rstrip(".")
 
 
 def _read_step(file: Path) -> int:

@@ -1,8 +1,10 @@
 """Writes ``metrics.csv`` into the run folder, and goes on with it when a run is resumed."""
 
+import contextlib
 import csv
 import io
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,16 @@ class MetricsLogger(Logger):
 
     Attributes:
         rows: How many lines the table has, without its head.
+
+    Raises:
+        UserError: A folder lies where the table goes.
     """
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.file = Path(folder) / "metrics.csv"
+        if self.file.is_dir():
+            raise UserError(f"{self.file} is a folder, and the table of metrics goes there: move it away.")
         self.rows = 0
         self._columns: list[str] = []
 
@@ -56,7 +63,7 @@ class MetricsLogger(Logger):
             UserError: The disk is full or fails.
         """
         row = {"step": step, **metrics}
-        try:
+        with self._telling_faults():
             if not self._columns and self.file.exists():
                 self._open()
             new = [name for name in row if name not in self._columns]
@@ -68,11 +75,6 @@ class MetricsLogger(Logger):
                 with self.file.open("a", newline="", encoding="utf-8") as handle:
                     handle.write(self._to_text([row]))
                 self.rows += 1
-        except OSError as error:
-            raise UserError(
-                f"{self.file} could not be written: {error.strerror or error}. What was saved before is intact: go on "
-                "from it by `--ckpt_path last` when there is room, and the folder can be written to."
-            ) from error
 
     @rank_zero_only
     def flush(self) -> None:
@@ -87,13 +89,27 @@ class MetricsLogger(Logger):
         Args:
             rows: So many lines stay.
             before_step: Those behind them stay that belong to an earlier optimizer step than this.
+
+        Raises:
+            UserError: The file cannot be read or written.
         """
-        if self.file.exists():
-            self._open()
-            table = self._read()
-            kept = table[:rows] + [row for row in table[rows:] if int(row["step"]) < before_step]
-            if kept != table:
-                self._rewrite(kept)
+        with self._telling_faults():
+            if self.file.exists():
+                self._open()
+                table = self._read()
+                kept = table[:rows] + [row for row in table[rows:] if int(row["step"]) < before_step]
+                if kept != table:
+                    self._rewrite(kept)
+
+    @contextlib.contextmanager
+    def _telling_faults(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.file} could not be read or written: {error.strerror or error}. What was saved is intact: "
+                "go on from it by `--ckpt_path last` when there is room, and the folder can be written to."
+            ) from error
 
     def _open(self) -> None:
         """Go on in a table that is there; half a line, as a kill leaves it, goes."""

@@ -1,4 +1,4 @@
-"""Keeps a run folder to one run: nothing is started over, and what is resumed goes on in the same files."""
+"""Writes the config of a run into its folder, and goes on in the same files where it is resumed."""
 
 from pathlib import Path
 from typing import Any
@@ -6,10 +6,9 @@ from typing import Any
 import yaml
 from lightning import Callback, LightningModule, Trainer
 
-from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
+from qlora_lightning.callbacks.started_folder import goes_on, refuse_everywhere, refuse_started_folder, writing_to
 from qlora_lightning.console import say
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.checkpoint_format import KEY
 from qlora_lightning.safe_file import write_whole
 
@@ -29,17 +28,17 @@ class RunFolder(Callback):
         self._planned: dict[str, Any] | None = None  # lengths and learning rate of the run that is resumed
         self._line_follows = False  # the line of a step is written after the hooks of its batch
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
-            folder = Path(trainer.default_root_dir)
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+            return
+        folder = Path(trainer.default_root_dir)
+        if not goes_on(trainer):  # the command line has looked; but a run may have come and gone since
+            refuse_everywhere(trainer, lambda: refuse_started_folder(folder, trainer.ckpt_path))
+        if trainer.is_global_zero:
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-            try:
+            with writing_to(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 write_whole(folder / "config.yaml", text)
-            except OSError as error:
-                raise UserError(
-                    f"trainer.default_root_dir {folder} cannot be written to: {error.strerror}. Name another folder."
-                ) from error
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for logger in _tables(trainer):
@@ -48,8 +47,9 @@ class RunFolder(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # A checkpoint from elsewhere does not know the table: then the steps alone say what stays.
         self._table = checkpoint.get(_TABLE, {"rows": 0, "line_follows": True})
-        rate = checkpoint["optimizer_states"][0]["param_groups"][0]["lr"]
-        self._planned = {**checkpoint.get(KEY, {}).get("trainer", {}), "rate": rate}
+        for optimizer in checkpoint["optimizer_states"][:1]:  # none in one that was saved before a fit
+            rate = optimizer["param_groups"][0]["lr"]
+            self._planned = {**checkpoint.get(KEY, {}).get("trainer", {}), "rate": rate}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         table, self._table, self._line_follows = self._table or {"rows": 0}, None, False
@@ -80,12 +80,16 @@ def describe_length(planned: dict[str, Any], trainer: Trainer) -> str | None:
     """Say which schedule follows where a resumed run is to be longer or shorter than it was planned.
 
     Args:
-        planned: ``max_epochs`` and ``max_steps`` of the run that is resumed, and the learning ``rate`` it stopped at.
+        planned: ``max_epochs``, ``max_steps`` and ``accumulate_grad_batches`` of the run that is resumed, and the
+            learning ``rate`` it stopped at.
         trainer: After the schedule has been put in its place.
     """
+    names = ["max_epochs", "max_steps"]
+    if trainer.max_steps == -1:  # then epochs count, which have more steps the fewer micro-batches a step has
+        names.append("accumulate_grad_batches")
     changes = [
         f"trainer.{name} was {planned[name]} and is {getattr(trainer, name)}"
-        for name in ("max_epochs", "max_steps")
+        for name in names
         if name in planned and planned[name] != getattr(trainer, name)
     ]
     if not changes:
@@ -99,17 +103,3 @@ def describe_length(planned: dict[str, Any], trainer: Trainer) -> str | None:
 
 def _tables(trainer: Trainer) -> list[MetricsLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, MetricsLogger)]
-
-
-def refuse_started_folder(folder: str | Path) -> None:
-    """Refuse a folder that holds a run already.
-
-    Raises:
-        UserError: It does.
-    """
-    folder = Path(folder)
-    if (folder / "metrics.csv").exists() or any(AdapterCheckpoint.checkpoint_folder(folder).glob("*.ckpt")):
-        raise UserError(
-            f"{folder} holds a run already, which would be lost. Go on with it by `--ckpt_path last`, or name another "
-            "folder by `--trainer.default_root_dir runs/NAME`."
-        )

@@ -1,4 +1,4 @@
-"""Ends training when a signal asks for it, where it can go on exactly."""
+"""Ends a command when a signal asks for it: training where it can go on exactly, all else at once."""
 
 import os
 import signal
@@ -22,6 +22,9 @@ class StopSignals(Callback):
     after the batch all ranks agree that one was noted anywhere, :class:`AdapterCheckpoint` saves, and
     :class:`TrainingStopped` ends the fit. A second Ctrl-C ends it at once without saving. Under SLURM with automatic
     requeueing the job is requeued, as Lightning would.
+
+    In ``validate``, ``test`` and ``predict`` there is nothing to save: SIGTERM ends them at once. Lightning would note
+    it there and go on.
 
     Attributes:
         received: The first signal that this process got.
@@ -60,6 +63,16 @@ class StopSignals(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.stopping:  # it came with the last batch: what was to follow the training is left out
             self._end(trainer, "Training had come to its end, and all is saved.")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            _end_at_sigterm(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _end_at_sigterm(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _end_at_sigterm(trainer)
 
     def leave(self, trainer: Trainer, saved: Path | None) -> None:
         """End the fit, and say how to go on.
@@ -114,6 +127,23 @@ class StopSignals(Callback):
         for number in (signal.SIGINT, signal.SIGTERM, asked):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's `&` set Ctrl-C
                 signal.signal(number, note)
+
+
+def _end_at_sigterm(trainer: Trainer) -> None:
+    """Let SIGTERM end the process where it is, until Lightning puts back what was there before it."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if trainer.is_global_zero:
+            os.write(2, b"\nSIGTERM: the command ends here, unfinished.\n")
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(number)  # the processes that this one has started
+        raise TrainingStopped(128 + number)
+
+    if trainer.received_sigterm:  # while the loaders were made
+        end(signal.SIGTERM, None)
+    signal.signal(signal.SIGTERM, end)
 
 
 def was_requeued() -> bool:

@@ -1,29 +1,41 @@
 """What neither command line nor config says on a resume is taken from the checkpoint."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapter_state import read_checkpoint
-from qlora_lightning.model.checkpoint_format import known_settings, read_content
+from qlora_lightning.model.checkpoint_format import find_foreign_class, known_settings, read_content
 from qlora_lightning.model.module import QLoRAModule
 
 # A file must not decide that code which comes with a base may run.
 _NEVER = {"trust_remote_code"}
 
 
-def with_checkpoint_settings(arguments: Sequence[str], file: str | Path) -> list[str]:
+def with_checkpoint_settings(arguments: Sequence[str], file: str | Path, own: Mapping[str, Any]) -> list[str]:
     """Put the model's settings of a checkpoint in front of all configs, which then beat them one by one.
 
-    Arguments of a subclass are not among them: a file that named a class would decide which code runs.
+    Arguments of a subclass are not among them: a file that named a class would decide which code runs. An optimizer
+    is, if it is torch's or bitsandbytes' own.
 
     Args:
         arguments: The command line, the command first.
         file: The checkpoint.
+        own: The model's settings as configs and command line give them.
 
     Raises:
-        UserError: The file is no checkpoint, or a foreign one.
+        UserError: The file is no checkpoint, or a foreign one, or only it names an optimizer from elsewhere.
     """
     settings = read_content(read_checkpoint(file, mmap=True), str(file))["settings"]
-    usable = {name: settings[name] for name in sorted(settings.keys() & known_settings(QLoRAModule) - _NEVER)}
+    foreign, never = find_foreign_class(settings), set(_NEVER)
+    if foreign is not None:
+        if own.get("optimizer") is None:
+            raise UserError(
+                f"{file} names the optimizer {foreign}, and a file must not decide which module is imported: if you "
+                f"trust it, name it yourself by `--model.optimizer {foreign}`."
+            )
+        never.add("optimizer")
+    usable = {name: settings[name] for name in sorted(settings.keys() & known_settings(QLoRAModule) - never)}
     return [arguments[0], "--config", json.dumps({"model": usable}), *arguments[1:]]

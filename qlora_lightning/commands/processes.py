@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
-from qlora_lightning.errors import LostProcess
+from qlora_lightning.errors import LostProcess, UserError
 from qlora_lightning.model.checks import check_trainer
 
 TIMEOUT = timedelta(minutes=10)
 _SHARDING = {"fsdp": "FSDPStrategy", "deepspeed": "DeepSpeedStrategy", "model_parallel": "ModelParallelStrategy"}
+_COPYING = ("ddp_spawn", "ddp_fork", "ddp_notebook")
 
 
 def set_timeout() -> None:
@@ -22,15 +23,21 @@ def set_timeout() -> None:
 
 
 def check_strategy(strategy: Any, quantization: str) -> None:
-    """Refuse by name what shards a base, before Lightning asks for the packages and devices that it would need.
+    """Refuse by name what shards or copies a base, before Lightning asks for packages and devices, or starts processes.
 
     Args:
         strategy: ``trainer.strategy``, a name or a strategy.
         quantization: How the base is stored.
 
     Raises:
-        UserError: It shards.
+        UserError: It shards, or starts its processes with copies of the trainer.
     """
+    if isinstance(strategy, str) and strategy.startswith(_COPYING):
+        raise UserError(
+            f"trainer.strategy is {strategy}, which starts processes with copies of a trainer that is made already, by "
+            "pickle or fork: neither loaders nor GPUs in use can be handed over so. Use `trainer.strategy: ddp`, which "
+            "starts the command once for each device."
+        )
     names = [full for name, full in _SHARDING.items() if isinstance(strategy, str) and strategy.startswith(name)]
     check_trainer("32-true", names[0] if names else type(strategy).__name__, quantization)
 

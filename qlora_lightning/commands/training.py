@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jsonargparse
@@ -28,7 +28,8 @@ from qlora_lightning.callbacks.find_checkpoint import check_checkpoint, find_che
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.process_watch import ProcessWatch
 from qlora_lightning.callbacks.progress_bar import ShortProgressBar
-from qlora_lightning.callbacks.run_folder import RunFolder, refuse_started_folder
+from qlora_lightning.callbacks.run_folder import RunFolder
+from qlora_lightning.callbacks.started_folder import refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import was_requeued
 from qlora_lightning.commands.checkpoint_settings import with_checkpoint_settings
 from qlora_lightning.commands.foreign_errors import word_foreign_error
@@ -113,8 +114,10 @@ class QLoRACLI(LightningCLI):
             check_checkpoint(asked)  # before Lightning reads it
         found = find_checkpoint(settings["trainer"]["default_root_dir"], asked)
         if found is not None:  # what neither config nor command line says is the checkpoint's
-            self.config = parser.parse_args(with_checkpoint_settings(args, found))
-        self.config[self.config.subcommand]["ckpt_path"] = asked
+            own = settings["model"].get("init_args") or {}
+            self.config = parser.parse_args(with_checkpoint_settings(args, found, own))
+        self.config[self.config.subcommand]["ckpt_path"] = found
+        self._starts_fresh = asked is not None and found is None  # `last` of a folder that has none yet
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Make the Trainer: ``metrics.csv`` is always written, other loggers come beside it."""
@@ -154,18 +157,15 @@ class QLoRACLI(LightningCLI):
         return short
 
     def before_fit(self) -> None:
-        """Find the checkpoint to go on from; without one, keep a folder to one run."""
-        asked = self.config_init["fit"]["ckpt_path"]
-        found = self._find_checkpoint()
-        if asked is not None and found is None:
+        """Keep a folder to one run, before anything large is loaded."""
+        if self._starts_fresh:
             self._say("No checkpoint in the run folder yet: this starts fresh.")
-        elif asked is None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
-            refuse_started_folder(self.trainer.default_root_dir)
+        elif self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+            refuse_started_folder(self.trainer.default_root_dir, self._found, table=True)
 
-    def _find_checkpoint(self) -> str | None:
-        settings = self.config_init[str(self.subcommand)]
-        settings["ckpt_path"] = find_checkpoint(self.trainer.default_root_dir, settings["ckpt_path"])
-        found: str | None = settings["ckpt_path"]
+    @property
+    def _found(self) -> str | None:
+        found: str | None = self.config_init[str(self.subcommand)]["ckpt_path"]
         return found
 
     def _say(self, message: str) -> None:
@@ -174,7 +174,7 @@ class QLoRACLI(LightningCLI):
 
     def _judge_what_was_trained(self) -> None:
         """Take the run folder's adapter unless the user names another: a fresh one would judge the base unnoticed."""
-        if self._find_checkpoint() is not None or getattr(self.model, "adapter", "other") is not None:
+        if self._found is not None or getattr(self.model, "adapter", "other") is not None:
             return
         folder = AdapterCheckpoint.adapter_folder(self.trainer.default_root_dir)
         if (folder / "adapter_config.json").exists():
@@ -186,8 +186,12 @@ class QLoRACLI(LightningCLI):
     before_validate = before_test = before_predict = _judge_what_was_trained
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], cli: Callable[..., object] = QLoRACLI) -> int:
     """Run one of the four commands.
+
+    Args:
+        argv: The command and its options.
+        cli: Reads and runs it.
 
     Raises:
         UserError: A key or value is wrong.
@@ -203,7 +207,7 @@ def main(argv: Sequence[str]) -> int:
     options = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
     try:
         with _logging_to_terminal():
-            QLoRACLI(
+            cli(
                 QLoRAModule,
                 InstructionDataModule,
                 save_config_callback=None,  # RunFolder writes it

@@ -1,10 +1,8 @@
 """The data module: files in, batches out, for LightningCLI and for Python alike."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
@@ -22,6 +20,7 @@ from qlora_lightning.data.reader import Row, RowReader
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.sample_cache import Prepared, cached_samples, describe_sources
 from qlora_lightning.data.sample_set import SampleSet
+from qlora_lightning.data.seed import choose_seed, describe_other_seed
 from qlora_lightning.data.sources import Source, find_sources
 from qlora_lightning.data.split import hold_out
 from qlora_lightning.data.splits import as_row, check_combinations, check_usable, check_word, recount, refuse_unusable
@@ -147,7 +146,7 @@ class InstructionDataModule(LightningDataModule):
     @override
     def setup(self, stage: str | None = None) -> None:
         if self._seed is None:
-            self._seed = self._choose_seed()
+            self._seed = choose_seed(self.trainer)
         needed = _STAGES.get(stage or "", tuple(self.files))
         for split in needed:
             self._prepare(split)
@@ -188,6 +187,9 @@ class InstructionDataModule(LightningDataModule):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        words = describe_other_seed(state_dict.get("seed"), self._seed)
+        if words and (self.val_fraction is not None or (self.trainer is not None and self.trainer.training)):
+            rank_zero_info(words)
         self._seed = state_dict.get("seed", self._seed)
         if self._pool is not None:
             self._divide(*self._pool)
@@ -311,9 +313,3 @@ class InstructionDataModule(LightningDataModule):
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
-    def _choose_seed(self) -> int:
-        seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
-        if self.trainer is not None and self.trainer.world_size > 1:
-            seed = self.trainer.strategy.broadcast(seed)  # without seed_everything each process may have its own
-        return seed

@@ -12,7 +12,7 @@ from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapter_folder import save_adapter_folder
 from qlora_lightning.model.adapters import all_names_of_trainable_tensors, copy_tensors, trainable_tensors
-from qlora_lightning.model.checkpoint_format import known_settings, read_content
+from qlora_lightning.model.checkpoint_format import find_foreign_class, known_settings, read_content
 from qlora_lightning.model.identity import check_identity, identity_of_data
 from qlora_lightning.model.resume import ExactResume
 from qlora_lightning.model.window import Window
@@ -134,4 +134,8 @@ def _usable_settings(cls: type, stored: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(stored.keys() - known)
     if unknown:
         say(f"Settings of the checkpoint that this version does not know, ignored: {', '.join(unknown)}.")
-    return {name: value for name, value in stored.items() if name in known - {"trust_remote_code"}}
+    never = {"trust_remote_code"}
+    if foreign := find_foreign_class(stored):
+        say(f"The checkpoint's optimizer {foreign} is not taken over: a file must not choose which code runs.")
+        never.add("optimizer")
+    return {name: value for name, value in stored.items() if name in known - never}

@@ -12,6 +12,20 @@ from qlora_lightning.errors import UserError
 KEY = "qlora_lightning"  # our settings lie under our own key: under Lightning's they would beat the command line
 FORMAT_VERSION = 1
 
+# What a run cannot go on exactly without: Lightning's parts of a checkpoint, and those of ours.
+PARTS = (
+    "pytorch-lightning_version",
+    "state_dict",
+    "optimizer_states",
+    "lr_schedulers",
+    "loops",
+    "callbacks",
+    "global_step",
+)
+OWN_PARTS = ("identity", "generators", "window")
+
+_OPTIMIZERS = ("torch.optim", "bitsandbytes.optim")
+
 # A change that an older reader would misread raises FORMAT_VERSION, and adds here: old version → a function that turns
 # such a content into one of the next version. Keys that are merely new need neither: they are read with a default.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
@@ -28,15 +42,27 @@ def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
         source: Its name, for the message.
 
     Raises:
-        UserError: The checkpoint is foreign, or newer than this version can read.
+        UserError: The checkpoint is foreign, newer than this version can read, or lacks a part.
     """
     content = checkpoint.get(KEY)
     version = content.get("format_version") if isinstance(content, dict) else None
     if not isinstance(content, dict) or not isinstance(version, int):
+        if "optimizer_states" not in checkpoint and any(".lora_" in name for name in checkpoint.get("state_dict", ())):
+            raise UserError(
+                f"{source} holds the tensors of an adapter and nothing else of its run, as Lightning's ModelCheckpoint "
+                "writes with save_weights_only=True: expected a checkpoint of AdapterCheckpoint, such as last.ckpt."
+            )
         raise UserError(f"{source} was not written by qlora_lightning: expected the key {KEY!r} in it.")
     check_version(version, source)
     for older in range(version, FORMAT_VERSION):
         content = {**MIGRATIONS[older](content), "format_version": older + 1}
+    missing = [name for name in PARTS if name not in checkpoint]
+    missing += [f"{KEY}.{name}" for name in OWN_PARTS if name not in content]
+    if missing:
+        raise UserError(
+            f"{source} lacks {', '.join(missing)}, which every checkpoint of a run holds: something else has changed "
+            "it. Take another."
+        )
     return {**content, "settings": rename_settings(content.get("settings", {}))}
 
 
@@ -56,6 +82,18 @@ def check_version(version: int, source: str) -> None:
 def rename_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Give stored settings under today's names."""
     return {RENAMED_SETTINGS.get(name, name): value for name, value in settings.items()}
+
+
+def find_foreign_class(settings: Mapping[str, Any]) -> str | None:
+    """Name the optimizer's class among stored settings where it is neither torch's nor bitsandbytes'.
+
+    To use it would import its module: a file would decide which code runs.
+    """
+    choice = settings.get("optimizer")
+    path = choice.get("class_path") if isinstance(choice, Mapping) else choice
+    module = str(path).rpartition(".")[0]
+    known = path is None or any(module == home or module.startswith(f"{home}.") for home in _OPTIMIZERS)
+    return None if known else str(path)
 
 
 def known_settings(cls: type) -> set[str]:

@@ -1,11 +1,14 @@
 """Checks of the first step, of the first after each validation, and now and then: does what should train train?"""
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from qlora_lightning.errors import UserError
+
+_GROWN = 1.0  # A begins below it, B at zero, and sound training leaves both far below
 
 
 def check_training_mode(model: nn.Module) -> None:
@@ -59,6 +62,31 @@ def check_gradients(trainable: Mapping[str, nn.Parameter]) -> bool:
             "never learn. A frozen layer passes no gradient, or compute_loss does not use them."
         )
     return not waiting
+
+
+def find_divergence(trainable: Mapping[str, nn.Parameter], step: int, learning_rate: float) -> UserError | None:
+    """Find adapters that have grown beyond use: their gradients vanish, or their steps are too small for their size.
+
+    Args:
+        trainable: The tensors that train, by name.
+        step: Optimizer step, from 0.
+        learning_rate: Of that step.
+
+    Returns:
+        The error to raise for it; ``None`` where they are of a usual size.
+    """
+    sizes = {name: tensor.detach().abs().max() for name, tensor in trainable.items() if ".lora_" in name}
+    if not sizes:
+        return None
+    values = dict(zip(sizes, torch.stack(list(sizes.values())).tolist(), strict=True))
+    name = max(values, key=lambda each: values[each] if math.isfinite(values[each]) else math.inf)
+    if values[name] <= _GROWN:  # False of a NaN
+        return None
+    return UserError(
+        f"Training has diverged by step {step}, at learning rate {learning_rate:.3g}: adapters hold weights up to "
+        f"{values[name]:.3g} ({name}; usual are less than 0.1), and no longer learn. Lower model.learning_rate, let it "
+        "rise by model.warmup_ratio, and start again, or go on from a checkpoint before it."
+    )
 
 
 def find_dead_gradients(trainable: Mapping[str, nn.Parameter]) -> tuple[list[str], list[str]]:

@@ -5,15 +5,21 @@ from typing import Any, Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters import trainable_tensors
-from qlora_lightning.model.checks import check_gradients, find_dead_gradients
+from qlora_lightning.model.checks import check_gradients, find_dead_gradients, find_divergence
 from qlora_lightning.model.frozen import check_frozen, checksum_frozen
 from qlora_lightning.model.movement import STEPS, AdapterMovement
 from qlora_lightning.model.nonfinite import Finding, find_nonfinite
-from qlora_lightning.model.nonfinite_report import describe_finding, report_file, word_findings, write_report
+from qlora_lightning.model.nonfinite_report import (
+    describe_finding,
+    report_file,
+    word_findings,
+    word_remedy,
+    write_report,
+)
 
 OnNonfinite = Literal["stop", "skip"]
 _MOST_REPORTS = 10  # of skipped steps: a run that skips often would fill its folder
@@ -30,7 +36,8 @@ class TrainingGuard(Callback):
     Args:
         on_nonfinite: What to do when a loss or a gradient is NaN or infinite: ``stop`` the run, or ``skip`` the step.
             A skipped step moves neither the adapters nor the optimizer's state; it counts as a step, so that the
-            schedule goes on. After 20 skipped steps in a row the run stops all the same.
+            schedule goes on. After 20 skipped steps in a row the run stops all the same. A validation loss of that
+            kind stops the run too, or is told.
 
     Attributes:
         checks_due: Whether the next step is looked at closely: the first one, and the first after each validation.
@@ -59,6 +66,7 @@ class TrainingGuard(Callback):
 
         Raises:
             UserError: The loss or a gradient is not finite, and the run is to stop then.
+            UserError: The adapters have diverged and no longer learn.
             RuntimeError: An adapter gets no gradient, or stays as it is.
         """
         trainer = pl_module.trainer
@@ -70,10 +78,16 @@ class TrainingGuard(Callback):
             self._handle_nonfinite(pl_module, optimizer, "loss" if bad_loss else "gradient")
         elif not bad_gradient:
             self._skipped_in_a_row = 0
-            self._check_adapters(pl_module, optimizer)
+            trainable = trainable_tensors(pl_module)
+            try:
+                self._check_adapters(pl_module, trainable, optimizer)
+            except RuntimeError as fault:
+                rate = float(optimizer.param_groups[0]["lr"])
+                raise find_divergence(trainable, trainer.global_step, rate) or fault from None
 
-    def _check_adapters(self, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        trainable = trainable_tensors(pl_module)
+    def _check_adapters(
+        self, pl_module: Any, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> None:
         looks = self._movement.check(trainable, optimizer)
         if not (self.checks_due or looks) or not pl_module.window.labelled_tokens_of_all_ranks:
             return  # nothing is labelled: gradients of zero are right
@@ -94,12 +108,10 @@ class TrainingGuard(Callback):
         step, stops = pl_module.trainer.global_step, self.on_nonfinite == "stop"
         found = f"The {what} of step {step} is NaN or infinite."
         if stops or self.skipped_steps < _MOST_REPORTS:
-            found = f"{found} {_report(pl_module, step, what)}"
-        if stops:
-            raise UserError(
-                f"{found} The run stops before the adapters are spoilt: look at these rows, lower model.learning_rate, "
-                "or set model.on_nonfinite: skip to leave such steps out."
-            )
+            words, remedy = _report(pl_module, step, what)
+            found = f"{found} {words}"
+            if stops:
+                raise UserError(f"{found} {remedy}")
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= _MOST_SKIPPED:
@@ -120,6 +132,22 @@ class TrainingGuard(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.checks_due = True  # an evaluation pass is what breaks training elsewhere
             check_frozen(self._frozen, checksum_frozen(pl_module))
+            self._judge_validation(trainer)
+
+    def _judge_validation(self, trainer: Trainer) -> None:
+        """Look at a validation's loss, before callbacks that write checkpoints, which come last, save what gave it."""
+        loss = trainer.callback_metrics.get("val_loss")
+        if loss is None or loss.isfinite():
+            return
+        found = f"The validation at step {trainer.global_step} gave a val_loss of {float(loss)}."
+        if self.on_nonfinite == "stop":
+            raise UserError(
+                f"{found} The run stops, and does not save what gave it: a checkpoint from before is intact "
+                "(`--ckpt_path last`). Lower model.learning_rate, look at the validation rows, or set "
+                "model.on_nonfinite: skip to go on all the same."
+            )
+        if trainer.is_global_zero:
+            _log.warning("%s The run goes on (model.on_nonfinite: skip).", found)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_frozen(self._frozen, checksum_frozen(pl_module))
@@ -134,8 +162,8 @@ class TrainingGuard(Callback):
         self._skipped_in_a_row = state_dict["skipped_in_a_row"]
 
 
-def _report(pl_module: Any, step: int, what: str) -> str:
-    """Find where it comes from, on every rank, write it down, and say it.
+def _report(pl_module: Any, step: int, what: str) -> tuple[str, str]:
+    """Find where it comes from, on every rank, and write it down; gives that in words, and what to do about it.
 
     It never fails: the step is decided, and other ranks wait.
     """
@@ -154,7 +182,7 @@ def _report(pl_module: Any, step: int, what: str) -> str:
         written = f"Rows and text: {file}."
     except OSError as error:
         written = f"{file} could not be written: {error.strerror}."
-    return f"{word_findings(ranks)} {written}"
+    return f"{word_findings(ranks)} {written}", word_remedy(ranks)
 
 
 def _gather(mine: dict[str, Any], world_size: int) -> list[dict[str, Any]]:

@@ -99,7 +99,7 @@ class FusedLinear4bit(PeftLinear4bit):  # type: ignore[misc]  # PEFT ships no ty
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``; whatever is not plain LoRA goes PEFT's own way."""
-        if args or kwargs or not is_plain(self):
+        if args or kwargs or self.disable_adapters or not is_plain(self):
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
         return _apply(self, x)
@@ -110,7 +110,7 @@ class FusedLinear(PeftLinear):  # type: ignore[misc]  # PEFT ships no types
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``; whatever is not plain LoRA goes PEFT's own way."""
-        if args or kwargs or not is_plain(self):
+        if args or kwargs or self.disable_adapters or not is_plain(self):
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
         return _apply(self, x)
@@ -124,15 +124,14 @@ def _apply(layer: LoraLayer, x: Tensor) -> Tensor:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a linear is frozen and has at most one enabled, unmerged adapter without dropout, bias or variant."""
+    """Whether a linear is frozen and has at most one active, unmerged adapter without dropout, bias or variant."""
     if type(layer) in (nn.Linear, bnb.nn.Linear4bit):
         return not any(parameter.requires_grad for parameter in layer.parameters())
     if not isinstance(layer, FusedLinear4bit | FusedLinear):
         return False
     dropout = layer.lora_dropout[ADAPTER]
     return (
-        not layer.disable_adapters
-        and not layer.merged
+        not layer.merged
         and layer.active_adapters == [ADAPTER]
         and ADAPTER not in layer.lora_variant
         and not layer.lora_bias[ADAPTER]
@@ -148,8 +147,8 @@ def compute_dtype_of(layer: nn.Module) -> torch.dtype | None:
 
 
 def adapters_of(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Give A ``(rank, in)`` and B ``(out, rank)`` of a plain linear, if it has an adapter."""
-    if not isinstance(layer, LoraLayer):
+    """Give A ``(rank, in)`` and B ``(out, rank)`` of a plain linear, if it has an adapter that is not disabled."""
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters:
         return None, None
     return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ class Finding:
         batch: Number of the micro-batch in its window, from 0; ``None`` where each came out finite.
         loss: Its summed loss.
         module: The first module whose output was not finite; ``None`` where each forward was.
+        base_weight: A frozen weight of that module, or of any where there is none, which is not finite itself.
         gradients: The trainable tensors whose gradient is not finite, in the order of the forward pass.
         adapters: The trainable tensors that are not finite themselves.
         rows: The rows that give it alone, each a batch of its own; all of the micro-batch where none does.
@@ -33,6 +35,7 @@ class Finding:
     batch: int | None = None
     loss: float | None = None
     module: str | None = None
+    base_weight: str | None = None
     gradients: list[str] = field(default_factory=list)
     adapters: list[str] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -63,6 +66,7 @@ def find_nonfinite(
                 bad = [row for row in rows if _is_bad(model, compute_loss, row)]
                 finding.batch, finding.loss, finding.module, finding.gradients = number, loss, module, gradients
                 finding.rows, finding.alone = bad or rows, bool(bad)
+                finding.base_weight = _bad_base_weight(model, module)
                 return finding
     finally:
         restore_generators(generators)
@@ -105,6 +109,29 @@ def _watching_outputs(model: nn.Module) -> Iterator[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _bad_base_weight(model: nn.Module, name: str | None) -> str | None:
+    """Name a frozen weight that is not finite: of a module, or of the model where none has shown itself.
+
+    A head, which the loss applies in pieces, is called by no module.
+    """
+    name = name if name and name in dict(model.named_modules()) else ""
+    for key, module in model.get_submodule(name).named_modules(prefix=name):
+        for own, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad and not _dense(parameter, module).isfinite().all():
+                return f"{key}.{own}".removeprefix(".")
+    return None
+
+
+def _dense(weight: nn.Parameter, module: nn.Module) -> Tensor:
+    """What tells whether a weight is finite: itself, made dense from 4 bits, or the scales of int8."""
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        dense: Tensor = bnb.functional.dequantize_4bit(weight.data, state)
+        return dense
+    scales = [getattr(holder, "SCB", None) for holder in (weight, getattr(module, "state", None))]
+    return next((scale for scale in scales if scale is not None), weight.detach())
 
 
 def _floats(output: Any) -> Iterator[Tensor]:

@@ -27,6 +27,7 @@ def describe_finding(finding: Finding, data: Any, row_ids: Sequence[int], rank: 
         "micro_batch": finding.batch,
         "loss": None if loss is None else loss if math.isfinite(loss) else str(loss),  # JSON knows no NaN
         "first_module": finding.module,
+        "base_weight": finding.base_weight,
         "gradients": finding.gradients,
         "adapter_tensors": finding.adapters,
         "rows": [describe_row(data, row) for row in finding.rows],
@@ -63,6 +64,8 @@ def word_findings(ranks: Sequence[dict[str, Any]]) -> str:
         tensors = f"; the gradient of {len(bad)} tensors is not, as {bad[0]}" if bad else ""
         return f"Run again, each micro-batch is finite{tensors}. The step's rows: {join_places(places)}."
     first = found[0]
+    if first["base_weight"]:
+        return f"It comes from the base's frozen weight {first['base_weight']}, which is not finite itself."
     places = [row["place"] for rank in found for row in rank["rows"]]
     source = (
         f"first from {first['first_module']}"
@@ -74,6 +77,19 @@ def word_findings(ranks: Sequence[dict[str, Any]]) -> str:
     )
     spoilt = f" Adapter tensors are not finite themselves, as {_first(found)}." if _first(found) else ""
     return f"It comes {source}; rows: {join_places(places)}.{spoilt}"
+
+
+def word_remedy(ranks: Sequence[dict[str, Any]]) -> str:
+    """Say what to do about it, after the run was stopped."""
+    if any(rank["base_weight"] for rank in ranks):
+        return (
+            "No row is at fault, nor a setting of the training: is the file of model.base damaged, do its weights "
+            "exceed model.compute_dtype, or does a callback write to them?"
+        )
+    return (
+        "The run stops before the adapters are spoilt: look at these rows, lower model.learning_rate, "
+        "or set model.on_nonfinite: skip to leave such steps out."
+    )
 
 
 def _first(ranks: Sequence[dict[str, Any]]) -> str | None:

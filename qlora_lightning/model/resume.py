@@ -6,14 +6,25 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.console import say
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters import trainable_tensors
 from qlora_lightning.model.checkpoint_format import FORMAT_VERSION, KEY, known_settings, plain_settings, read_content
 from qlora_lightning.model.generators import capture_generators, restore_generators
 from qlora_lightning.model.identity import check_identity, data_differences, identity_of_data
 from qlora_lightning.model.rank_states import describe_other_number, gather_states, share_states
+from qlora_lightning.model.resume_checks import (
+    check_data,
+    check_save_point,
+    check_window,
+    is_inside_epoch,
+    leaves_validation_out,
+)
 from qlora_lightning.model.save_points import is_inside_batch, let_validation_follow
 from qlora_lightning.model.setting_changes import FreshOptimizers, describe_changes, find_changes, trainer_settings
+
+_VALIDATION_LEFT_OUT = (
+    "All steps of trainer.max_steps are taken, but the validation after the last one had not ended: nothing is left to "
+    "train, and that validation is not run. `qlora-lightning validate --ckpt_path last` judges the adapter."
+)
 
 
 class ExactResume(Callback):
@@ -25,7 +36,8 @@ class ExactResume(Callback):
 
     def __init__(self) -> None:
         self._content: dict[str, Any] | None = None
-        self._fresh: FreshOptimizers | None = None
+        self._optimizer_states: list[dict[str, Any]] = []  # those that Lightning is about to restore
+        self._configured: FreshOptimizers | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         module: Any = pl_module
@@ -36,6 +48,7 @@ class ExactResume(Callback):
             "format_version": FORMAT_VERSION,
             "settings": plain_settings(settings),
             "trainer": trainer_settings(trainer),
+            "optimizers": self._configured.state_dict() if self._configured else [],
             "identity": {**module.identity, "data": identity_of_data(trainer)},
             "inside_batch": is_inside_batch(checkpoint),
             **states[0],
@@ -50,26 +63,31 @@ class ExactResume(Callback):
         check_identity(content["identity"], module.identity, "The checkpoint")
         stored, own = content["identity"].get("data", {}), identity_of_data(trainer)
         resumes = trainer.state.fn == "fit"
-        check_data(stored, own, inside_epoch=resumes and _inside_epoch(checkpoint))
+        check_data(stored, own, inside_epoch=resumes and is_inside_epoch(checkpoint))
         if trainer.is_global_zero:
             _tell(_words_on_data(stored, own, with_rows=resumes))
         if resumes:
             check_save_point(content)
-            self._content = content
+            check_window(content, trainer.accumulate_grad_batches)
+            self._content, self._optimizer_states = content, checkpoint.get("optimizer_states", [])
             if trainer.is_global_zero:
                 _tell(_words_on_settings(content, trainer, module))
+                _tell([_VALIDATION_LEFT_OUT] if leaves_validation_out(checkpoint, trainer.max_steps) else [])
                 saved = len(_states_of_ranks(content))
                 _tell([describe_other_number(saved, trainer.world_size)] if saved != trainer.world_size else [])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._content is not None:
-            self._fresh = FreshOptimizers(trainer)
+        self._configured = FreshOptimizers(trainer)
+        if self._content is not None:  # Lightning restores the optimizers after this hook
+            stored = self._content.get("optimizers", [])
+            words = self._configured.replace_foreign_states(trainer, self._optimizer_states, stored)
+            _tell(words if trainer.is_global_zero else [])
+        self._optimizer_states = []
         _compare_with_adapter_folder(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._fresh is not None:
-            self._fresh.put_back(trainer)
-            self._fresh = None
+        if self._content is not None and self._configured is not None:
+            self._configured.put_back(trainer, self._content.get("optimizers", []))
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _compare_with_adapter_folder(trainer, pl_module)
@@ -103,45 +121,6 @@ class ExactResume(Callback):
 def _states_of_ranks(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     own = {"generators": content["generators"], "window": content["window"]}
     return [own, *content.get("other_ranks", [])]
-
-
-def check_save_point(content: Mapping[str, Any]) -> None:
-    """Refuse to go on from the middle of a batch: it would be lost, or count twice.
-
-    Raises:
-        UserError: The checkpoint was saved there.
-    """
-    if content.get("inside_batch"):
-        raise UserError(
-            "The checkpoint was saved inside a batch or at the start of an epoch (by a callback of yours, or when an "
-            "error came): a run cannot go on exactly there. Take one that was saved at the end of a batch, such as "
-            "`--ckpt_path last`."
-        )
-
-
-def check_data(stored: Mapping[str, Any], own: Mapping[str, Any], inside_epoch: bool) -> None:
-    """Refuse other training samples inside an epoch, of which some would come twice and others never.
-
-    Another tokenizer or template that gives the same samples is none of that.
-
-    Raises:
-        UserError: Training stopped inside an epoch of other samples.
-    """
-    differences = data_differences(stored, own)
-    if stored.get("train") and own.get("train"):
-        differences = {"train": differences["train"]} if "train" in differences else {}
-    differences.pop("val", None)
-    if inside_epoch and differences:
-        raise UserError(
-            f"The checkpoint was saved inside an epoch with other {', other '.join(differences.values())}: a run "
-            "cannot go on exactly there. Put data, tokenizer and chat template back as they were, or begin a new run "
-            "from the adapter folder with model.adapter."
-        )
-
-
-def _inside_epoch(checkpoint: Mapping[str, Any]) -> bool:
-    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
-    return bool(progress.get("current", {}).get("completed")) and not progress.get("is_last_batch", False)
 
 
 def _words_on_data(stored: Mapping[str, Any], own: Mapping[str, Any], with_rows: bool) -> list[str]:

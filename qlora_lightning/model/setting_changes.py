@@ -7,6 +7,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 Change = tuple[str, Any, Any]
 """A setting's name, its value in the checkpoint, and its value now."""
+Configured = dict[str, Any]
+"""``class`` of an optimizer, and ``groups``: the options of each of its parameter groups."""
 
 _OF_TRAINER = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision", "world_size")
 
@@ -42,14 +44,59 @@ class FreshOptimizers:
     """
 
     def __init__(self, trainer: Any) -> None:
+        self._classes = [_class_name(optimizer) for optimizer in trainer.optimizers]
         self._options = [[_options(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
         self._rates = [list(schedule.base_lrs) for schedule in _lambda_schedules(trainer)]
 
-    def put_back(self, trainer: Any) -> None:
-        """Let what was configured rule again; where it equals what was restored, that changes no bit."""
-        for optimizer, groups in zip(trainer.optimizers, self._options, strict=True):
-            for group, options in zip(optimizer.param_groups, groups, strict=True):
-                group.update(options)
+    def state_dict(self) -> list[Configured]:
+        """Give each optimizer's class, and the options of its groups, as plain values."""
+        return [
+            {"class": name, "groups": [{key: _plain(value) for key, value in options.items()} for options in groups]}
+            for name, groups in zip(self._classes, self._options, strict=True)
+        ]
+
+    def replace_foreign_states(
+        self, trainer: Any, states: list[dict[str, Any]], stored: Sequence[Configured]
+    ) -> list[str]:
+        """Let an optimizer of another class than the checkpoint's begin anew: the old state means nothing to it.
+
+        Args:
+            trainer: Whose optimizers are about to be restored.
+            states: What they are restored from; changed in place.
+            stored: What :meth:`state_dict` gave when the checkpoint was made; nothing in an older one.
+
+        Returns:
+            A line for each.
+        """
+        lines = []
+        for number, (before, name) in enumerate(zip(stored, self._classes, strict=False)):
+            if before["class"] != name:
+                fresh = trainer.optimizers[number].state_dict()
+                for group, old in zip(fresh["param_groups"], states[number]["param_groups"], strict=False):
+                    group["lr"] = old["lr"]  # the schedule's, which goes on
+                states[number] = fresh
+                lines.append(
+                    f"The optimizer was {before['class']} and is {name}: it begins with a fresh state, while the "
+                    "learning rate's schedule goes on."
+                )
+        return lines
+
+    def put_back(self, trainer: Any, stored: Sequence[Configured]) -> None:
+        """Let the options that are configured otherwise than they were rule again.
+
+        The others stay as restored: a schedule may have changed them since, as OneCycleLR does betas.
+
+        Args:
+            trainer: After its optimizers are restored.
+            stored: What :meth:`state_dict` gave when the checkpoint was made; from an older one, that holds nothing,
+                all options count as changed.
+        """
+        for number, (optimizer, groups) in enumerate(zip(trainer.optimizers, self._options, strict=True)):
+            before = stored[number]["groups"] if number < len(stored) else []
+            for place, (group, options) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+                known = before[place] if place < len(before) else {}
+                same = {name for name, value in options.items() if name in known and known[name] == _plain(value)}
+                group.update({name: value for name, value in options.items() if name not in same})
         for schedule, rates in zip(_lambda_schedules(trainer), self._rates, strict=True):
             schedule.base_lrs = rates
             schedule._last_lr = [
@@ -68,6 +115,10 @@ def _lambda_schedules(trainer: Any) -> list[LambdaLR]:
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a parameter group; its learning rate is its schedule's matter."""
     return {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
+
+
+def _class_name(optimizer: Any) -> str:
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,7 @@
 import json
 
 import lightning
+import numpy as np
 import peft
 import pytest
 import torch
@@ -239,6 +240,16 @@ def test_a_monitor_that_is_never_logged_is_refused_with_those_that_are(fit):
         fit(AdapterCheckpoint(monitor="val_los"))
 
 
+def test_the_sanity_check_says_already_that_the_monitor_is_not_logged(fit, capsys):
+    fit(AdapterCheckpoint(monitor="val_los"), num_sanity_val_steps=1, max_steps=1, limit_val_batches=0.5)
+    told = (
+        "'val_los', which the sanity check did not log (it logged val_loss, val_perplexity, val_token_accuracy): unless"
+    )
+    assert told in capsys.readouterr().out
+    fit(AdapterCheckpoint(), num_sanity_val_steps=1, max_steps=1, limit_val_batches=0.5, folder="right")
+    assert "sanity" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("options", [{"every_n_train_steps": 0}, {"save_top_k": -1}])
 def test_numbers_that_make_no_sense_are_refused(options):
     name, value = next(iter(options.items()))
@@ -247,7 +258,7 @@ def test_numbers_that_make_no_sense_are_refused(options):
 
 
 def test_switched_off_it_writes_nothing(fit, tmp_path):
-    fit(AdapterCheckpoint(enabled=False, every_n_train_steps=1))
+    fit(AdapterCheckpoint(enabled=False, every_n_train_steps=1, monitor="none"))
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert not (tmp_path / "run" / "adapter").exists()
 
@@ -342,3 +353,93 @@ def test_a_finished_run_goes_on_to_more_epochs_as_if_it_had_never_stopped(
     fit(AdapterCheckpoint(), module=module, folder="cut", max_epochs=2, ckpt_path=last, seed=99, **options)
     assert_same(adapter_of(module), adapter_of(expected))
     assert_same(adapter_of_folder(tmp_path / "cut"), adapter_of_folder(tmp_path / "whole"))
+
+
+SHORT = {"limit_train_batches": 2, "limit_val_batches": 1}
+
+
+def contents(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_run_is_never_written_over_by_another(fit, tmp_path):
+    checkpoint = AdapterCheckpoint()
+    trainer, module = fit(checkpoint, **SHORT)
+    fit(AdapterCheckpoint(), folder="other", **SHORT)
+    before = contents(tmp_path / "run")
+    with pytest.raises(UserError, match=r"run holds a run already.*ckpt_path=.*run/checkpoints/last\.ckpt"):
+        fit(AdapterCheckpoint(), **SHORT)
+    other = tmp_path / "other" / "checkpoints" / "last.ckpt"
+    with pytest.raises(UserError, match=rf"run holds a run already, which would be lost. {other} is not of it"):
+        fit(AdapterCheckpoint(), ckpt_path=other, max_epochs=2, **SHORT)
+    assert contents(tmp_path / "run") == before
+    fit(AdapterCheckpoint(enabled=False), **SHORT)
+    assert contents(tmp_path / "run") == before
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, datamodule=trainer.datamodule)  # the Trainer that made it may go on
+    assert read_checkpoint(tmp_path / "run")["global_step"] == 4
+
+
+def test_a_run_that_goes_on_in_another_folder_ranks_anew_and_says_where_the_best_lies(fit, scored, tmp_path, capsys):
+    options = {"monitor": "val_score", "save_top_k": 2}
+    fit(AdapterCheckpoint(**options), module=scored(1.0), **SHORT)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    moved = AdapterCheckpoint(**options)
+    fit(moved, module=scored(2.0), folder="new", ckpt_path=last, max_epochs=2, **SHORT)
+    best = last.with_name("step-000002.ckpt")
+    assert f"begins anew here. The best so far, with val_score 1, is {best}.\n" in capsys.readouterr().out
+    assert moved.best == [(2.0, "step-000004.ckpt")]
+    assert checkpoint_names(tmp_path / "new") == ["last.ckpt", "step-000004.ckpt"]
+    assert adapter_of_folder(tmp_path / "new")
+    assert checkpoint_names(tmp_path / "run") == ["last.ckpt", "step-000002.ckpt"]
+
+
+def test_the_same_callback_in_another_run_begins_anew(fit, scored, tmp_path):
+    checkpoint = AdapterCheckpoint(monitor="val_score")
+    fit(checkpoint, module=scored(1.0), **SHORT)
+    fit(checkpoint, module=scored(2.0), folder="new", **SHORT)
+    assert checkpoint.best == [(2.0, "step-000002.ckpt")]
+    assert adapter_of_folder(tmp_path / "new")
+
+
+def test_no_second_fit_runs_in_a_folder_at_once(fit, tmp_path):
+    class Second(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            with pytest.raises(UserError, match=r"A run is going on in .*/run: wait until it has ended"):
+                AdapterCheckpoint().setup(trainer, pl_module, "fit")
+
+    fit(AdapterCheckpoint(), Second(), **SHORT)
+    fit(AdapterCheckpoint(), ckpt_path=tmp_path / "run" / "checkpoints" / "last.ckpt", max_epochs=2, **SHORT)
+
+
+def test_a_state_that_could_not_be_read_again_ends_the_run_and_the_last_checkpoint_stays(fit, tmp_path):
+    class Odd(lightning.Callback):
+        value = 1.0
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.value = np.float64(1) if trainer.global_step == 3 else 1.0
+
+        def state_dict(self):
+            return {"value": self.value, "fine": 1}
+
+    told = (
+        r"Odd'\]\['value'\] is a numpy\.float64; expected .*last.ckpt is intact.* go on from it by "
+        r"`--ckpt_path last` when every state_dict holds nothing else\.$"
+    )
+    with pytest.raises(UserError, match=told):
+        fit(AdapterCheckpoint(every_n_train_steps=2), Odd())
+    assert checkpoint_names(tmp_path / "run") == ["last.ckpt"]
+    assert read_checkpoint(tmp_path / "run")["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    "part", ["optimizer_states", "lr_schedulers", "loops", "callbacks", "state_dict", "global_step"]
+)
+def test_a_checkpoint_that_lacks_a_part_is_refused_before_anything_is_restored(fit, tmp_path, part):
+    fit(AdapterCheckpoint(), **SHORT)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint.pop(part)
+    torch.save(checkpoint, last)
+    with pytest.raises(UserError, match=f"The checkpoint lacks {part}"):
+        fit(AdapterCheckpoint(), ckpt_path=last, max_epochs=2, **SHORT)

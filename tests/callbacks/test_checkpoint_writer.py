@@ -1,8 +1,11 @@
+import datetime
+
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from qlora_lightning.callbacks.checkpoint_writer import SaveFaults, write_checkpoint
+from qlora_lightning.callbacks.checkpoint_writer import SaveFaults, find_odd_values, write_checkpoint
 
 
 class Strategy:
@@ -39,12 +42,39 @@ def test_a_failing_disk_is_noted_and_not_raised(tmp_path, monkeypatch, writes):
     monkeypatch.setattr("torch.save", fail)
     faults = SaveFaults()
     write_checkpoint(Trainer({}), tmp_path / "a.ckpt", faults)
-    assert faults.first == f"{tmp_path}/a.ckpt could not be written: No space left on device."
+    assert faults.first.sentence == f"{tmp_path}/a.ckpt could not be written: No space left on device."
 
 
-def test_any_other_error_is_raised(tmp_path):
-    with pytest.raises(Exception, match="pickle"):
-        write_checkpoint(Trainer({"callback": lambda: None}), tmp_path / "a.ckpt", SaveFaults())
+def test_any_other_error_is_raised(tmp_path, monkeypatch):
+    class Broken(Trainer):
+        def save_checkpoint(self, file, weights_only):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_checkpoint(Broken({}), tmp_path / "a.ckpt", SaveFaults())
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        ({"n": np.float64(1)}, "callbacks['Mine']['n'] is a numpy.float64"),
+        ({"seen": [1, datetime.date(2020, 1, 1)]}, "callbacks['Mine']['seen'][1] is a datetime.date"),
+        ({"f": lambda: None}, "callbacks['Mine']['f'] is a builtins.function"),  # that no pickle holds at all
+        (
+            {"a": {"b": np.zeros(2)}, "n": np.float32(1)},
+            "callbacks['Mine']['a']['b'] is a numpy.ndarray, callbacks['Mine']['n'] is a numpy.float32",
+        ),
+    ],
+)
+def test_a_state_that_weights_only_would_not_read_again_is_noted_by_its_keys(tmp_path, state, told):
+    faults = SaveFaults()
+    checkpoint = {"global_step": 3, "callbacks": {"Fine": {"seen": {1, 2}}, "Mine": state}}
+    write_checkpoint(Trainer(checkpoint), tmp_path / "a.ckpt", faults)
+    assert f"would not be read again: {told}; expected tensors, numbers" in faults.first.sentence
+
+
+def test_what_weights_only_reads_is_not_odd():
+    assert find_odd_values({"a": torch.ones(2), "b": [1, 2.5, None, True, "c", (b"d", {3})], 4: {}}) == []
 
 
 def test_of_several_failures_the_first_is_told(tmp_path):
@@ -52,4 +82,4 @@ def test_of_several_failures_the_first_is_told(tmp_path):
     for name in ("one", "two"):
         with faults.noting(tmp_path / name):
             raise OSError(30, "Read-only file system")
-    assert faults.first == f"{tmp_path}/one could not be written: Read-only file system."
+    assert faults.first.sentence == f"{tmp_path}/one could not be written: Read-only file system."

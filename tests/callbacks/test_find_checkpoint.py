@@ -1,9 +1,11 @@
+import datetime
+
 import pytest
 import torch
 
 from qlora_lightning.callbacks.find_checkpoint import check_checkpoint, find_checkpoint
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.checkpoint_format import FORMAT_VERSION, KEY
+from qlora_lightning.model.checkpoint_format import FORMAT_VERSION, KEY, OWN_PARTS, PARTS
 
 
 @pytest.fixture
@@ -14,9 +16,17 @@ def folder(tmp_path):
 
 
 def write(file, step, version=FORMAT_VERSION):
-    content = {"format_version": version, "settings": {}, "identity": {}}
-    torch.save({"global_step": step, "weights": torch.arange(5000.0), KEY: content}, file)
+    content = {"format_version": version, "settings": {}, **{name: {} for name in OWN_PARTS}}
+    parts = {**{name: {} for name in PARTS}, "global_step": step, "state_dict": {"w": torch.arange(5000.0)}}
+    torch.save({**parts, KEY: content}, file)
     return file
+
+
+def change(file, edit):
+    """Write a checkpoint again with something else in it."""
+    checkpoint = torch.load(file, weights_only=True)
+    edit(checkpoint)
+    torch.save(checkpoint, file)
 
 
 def test_last_is_the_run_folders_last_checkpoint_or_a_fresh_start(folder, tmp_path):
@@ -70,3 +80,37 @@ def test_a_foreign_checkpoint_is_refused(folder):
     with pytest.raises(UserError, match=rf"update qlora_lightning.* {good}: go on by"):
         check_checkpoint(foreign)
     check_checkpoint(good)
+
+
+@pytest.mark.parametrize("tenth", range(10))
+def test_a_flipped_bit_is_refused_and_the_newest_good_one_named(folder, tmp_path, tenth):
+    good = write(folder / "step-000008.ckpt", 8)
+    last = write(folder / "last.ckpt", 9)
+    content, tensor = bytearray(last.read_bytes()), torch.arange(5000.0).numpy().tobytes()
+    content[content.index(tensor) + len(tensor) * tenth // 10] ^= 1
+    last.write_bytes(content)
+    torch.load(last, weights_only=True)  # torch does not notice
+    with pytest.raises(UserError, match=rf"{last} is damaged: .* checksums\. The newest good one .* {good}: go on by"):
+        find_checkpoint(tmp_path, "last")
+
+
+def test_what_torch_does_not_read_is_told_by_its_reason(folder):
+    odd = write(folder / "odd.ckpt", 8)
+    change(odd, lambda found: found["callbacks"].update(day=datetime.date(2020, 1, 1)))
+    with pytest.raises(UserError, match=r"odd.ckpt is whole, but torch does not .*: it holds a datetime\.date\. There"):
+        check_checkpoint(odd)
+
+
+@pytest.mark.parametrize("part", [*PARTS, *OWN_PARTS])
+def test_a_checkpoint_that_lacks_a_part_is_refused_and_never_named(folder, part):
+    stripped = write(folder / "step-000009.ckpt", 9)
+    change(stripped, lambda found: found[KEY].pop(part) if part in OWN_PARTS else found.pop(part))
+    with pytest.raises(UserError, match=rf"step-000009.ckpt lacks \S*{part}, which every checkpoint of a run holds"):
+        check_checkpoint(stripped)
+    assert find_checkpoint(folder.parent, "last") is None
+
+
+def test_an_adapter_without_its_run_is_told_by_the_likely_reason(folder):
+    torch.save({"state_dict": {"model.q_proj.lora_A.weight": torch.ones(2)}, "loops": {}}, folder / "weights.ckpt")
+    with pytest.raises(UserError, match=r"nothing else of its run, as .* ModelCheckpoint .* save_weights_only=True"):
+        check_checkpoint(folder / "weights.ckpt")

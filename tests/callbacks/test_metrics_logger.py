@@ -80,6 +80,19 @@ def test_cut_of_no_file_makes_none(logger):
     assert not logger.file.exists()
 
 
+def test_a_folder_in_the_tables_place_is_told(tmp_path):
+    (tmp_path / "metrics.csv").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.csv is a folder, and the table of metrics goes there: move it away"):
+        MetricsLogger(tmp_path)
+
+
+def test_a_table_that_cannot_be_read_is_told(logger, monkeypatch):
+    logger.log_metrics({"train_loss": 1.0}, step=0)
+    monkeypatch.setattr("pathlib.Path.read_text", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "I/O error")))
+    with pytest.raises(UserError, match=r"metrics\.csv could not be read or written: I/O error\."):
+        logger.cut(1)
+
+
 def test_a_second_logger_goes_on_in_the_same_file(logger, tmp_path):
     logger.log_metrics({"train_loss": 1.0, "grad_norm": 2.0}, step=0)
     again = MetricsLogger(tmp_path / "run")
@@ -96,6 +109,6 @@ def test_a_full_disk_while_widening_leaves_the_table_and_is_told(logger, monkeyp
     logger.log_metrics({"train_loss": 1.0}, step=0)
     before = logger.file.read_text()
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(UserError, match=r"metrics.csv could not be written: disk full.*`--ckpt_path last`"):
+    with pytest.raises(UserError, match=r"metrics.csv could not be read or written: disk full.*`--ckpt_path last`"):
         logger.log_metrics({"val_loss": 1.0}, step=1)
     assert logger.file.read_text() == before

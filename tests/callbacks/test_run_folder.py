@@ -1,12 +1,13 @@
 import csv
 import math
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from qlora_lightning import AdapterCheckpoint
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
-from qlora_lightning.callbacks.run_folder import RunFolder, refuse_started_folder
+from qlora_lightning.callbacks.run_folder import RunFolder, describe_length
 from qlora_lightning.errors import UserError
 
 
@@ -69,11 +70,35 @@ def test_the_metrics_have_a_line_per_step_and_per_validation(fit, tmp_path):
     assert sum(bool(row["val_loss"]) for row in rows) == 2
 
 
-@pytest.mark.parametrize("trace", ["metrics.csv", "checkpoints/last.ckpt"])
-def test_a_folder_that_holds_a_run_is_refused_with_the_two_ways_out(tmp_path, trace):
-    refuse_started_folder(tmp_path / "run")
-    (tmp_path / "run" / trace).parent.mkdir(parents=True)
-    refuse_started_folder(tmp_path / "run")
-    (tmp_path / "run" / trace).touch()
-    with pytest.raises(UserError, match=r"run holds a run already.*`--ckpt_path last`.*`--trainer.default_root_dir "):
-        refuse_started_folder(tmp_path / "run")
+def test_a_fit_into_a_folder_that_has_meanwhile_got_a_run_leaves_its_config(fit, tmp_path):
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.touch()
+    with pytest.raises(UserError, match="run holds a run already"):
+        fit(RunFolder({}), limit_train_batches=1, limit_val_batches=0)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(fit, tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(UserError, match=r"default_root_dir .*run cannot be written to: (File exists|Not a directory)"):
+        fit(RunFolder({}), limit_train_batches=1, limit_val_batches=0)
+
+
+@pytest.mark.parametrize(
+    ("max_epochs", "max_steps", "accumulate", "words"),
+    [
+        (2, -1, 4, None),
+        (3, -1, 4, "trainer.max_epochs was 2 and is 3: the schedule is planned anew"),
+        (2, -1, 2, "trainer.accumulate_grad_batches was 4 and is 2: the schedule is planned anew"),
+        (2, 9, 4, "trainer.max_steps was -1 and is 9: the schedule"),
+        (2, 9, 2, "trainer.max_steps was -1 and is 9: the schedule"),  # steps count, however many batches each has
+    ],
+)
+def test_a_new_length_of_the_schedule_is_told(max_epochs, max_steps, accumulate, words):
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.5}])
+    lengths = {"max_epochs": max_epochs, "max_steps": max_steps, "accumulate_grad_batches": accumulate}
+    now = SimpleNamespace(optimizers=[optimizer], global_step=3, **lengths)
+    told = describe_length({"max_epochs": 2, "max_steps": -1, "accumulate_grad_batches": 4, "rate": 0.25}, now)
+    assert (told is None) if words is None else told.startswith(words)
+    assert words is None or told.endswith("at step 3 with learning rate 0.5 (by the old plan 0.25).")

@@ -118,7 +118,9 @@ def test_a_full_disk_in_the_metrics_table_is_told(run, monkeypatch, tmp_path):
     def fill():
         monkeypatch.setattr(MetricsLogger, "_to_text", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
 
-    with pytest.raises(UserError, match=r"full/metrics.csv could not be written: No space left\..*`--ckpt_path last`"):
+    with pytest.raises(
+        UserError, match=r"full/metrics.csv could not be read or written: No space left\..*`--ckpt_path last`"
+    ):
         run("full", At(4, fill))
     assert torch.load(tmp_path / "full" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
 

@@ -2,6 +2,7 @@ import csv
 import os
 import signal
 import stat
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -10,6 +11,7 @@ import torch
 from qlora_lightning import AdapterCheckpoint, ThroughputMonitor
 from qlora_lightning.callbacks import StopSignals
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
+from qlora_lightning.callbacks.prediction_writer import PredictionWriter
 from qlora_lightning.callbacks.run_folder import RunFolder
 from qlora_lightning.callbacks.stop_signals import was_requeued
 from qlora_lightning.errors import TrainingStopped
@@ -218,6 +220,67 @@ def test_a_signal_with_the_very_last_batch_leaves_a_finished_run(fit, tmp_path, 
     assert stopped.value.code == 143
     assert "Training had come to its end, and all is saved." in capsys.readouterr().out
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
+class EvaluationSender(lightning.Callback):
+    """Sends SIGTERM to its own process inside an evaluation, and counts what is begun behind it."""
+
+    def __init__(self):
+        self.batches = 0
+
+    def _send(self, *_):
+        self.batches += 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it went on")
+
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _send
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_sigterm_ends_an_evaluation_at_once_and_leaves_no_output(
+    make_module, make_data, make_trainer, rows_file, tmp_path, capfd, verb
+):
+    before = signal.getsignal(signal.SIGTERM)
+    sender, module = EvaluationSender(), make_module()
+    data = make_data(test=str(rows_file), predict=str(rows_file))
+    trainer = make_trainer(StopSignals(), sender, PredictionWriter())
+    with pytest.raises(TrainingStopped) as stopped:
+        getattr(trainer, verb)(module, datamodule=data)
+    assert stopped.value.code == 143
+    assert sender.batches == 1
+    assert "SIGTERM: the command ends here, unfinished." in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not (tmp_path / "run").exists() or list((tmp_path / "run").iterdir()) == []
+
+
+def test_sigterm_that_came_while_loaders_were_made_counts_too(make_module, make_data, make_trainer):
+    class Early(lightning.Callback):
+        def on_validation_start(self, trainer, pl_module):
+            os.kill(os.getpid(), signal.SIGTERM)  # in front of StopSignals, so that Lightning has noted it
+
+    sender = EvaluationSender()
+    with pytest.raises(TrainingStopped):
+        make_trainer(Early(), StopSignals(), sender).validate(make_module(), datamodule=make_data())
+    assert sender.batches == 0
+
+
+def test_the_processes_that_were_started_are_ended_too():
+    class Launcher:
+        killed = ()
+
+        def kill(self, number):
+            self.killed = (*self.killed, number)
+
+    launcher = Launcher()
+    trainer = SimpleNamespace(
+        is_global_zero=True,
+        received_sigterm=True,
+        strategy=SimpleNamespace(launcher=launcher),
+        state=SimpleNamespace(fn="validate"),
+    )
+    with pytest.raises(TrainingStopped):
+        StopSignals().on_validation_start(trainer, None)
+    assert launcher.killed == (signal.SIGTERM,)
 
 
 def test_an_ignored_ctrl_c_stays_ignored(fit, tmp_path):

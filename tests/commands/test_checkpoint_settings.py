@@ -84,7 +84,7 @@ def test_code_that_comes_with_a_base_is_never_allowed_by_a_file(stopped, tmp_pat
     checkpoint = torch.load(stopped / LAST, weights_only=True)
     checkpoint["qlora_lightning"]["settings"] |= {"trust_remote_code": True, "of_a_subclass": 1}
     torch.save(checkpoint, tmp_path / "other.ckpt")
-    arguments = with_checkpoint_settings(["fit", "--seed_everything", "1"], tmp_path / "other.ckpt")
+    arguments = with_checkpoint_settings(["fit", "--seed_everything", "1"], tmp_path / "other.ckpt", {})
     assert (arguments[:2], arguments[3:]) == (["fit", "--config"], ["--seed_everything", "1"])
     settings = yaml.safe_load(arguments[2])["model"]
     assert settings["rank"] == 3
@@ -94,4 +94,23 @@ def test_code_that_comes_with_a_base_is_never_allowed_by_a_file(stopped, tmp_pat
 def test_a_foreign_file_is_refused(tmp_path):
     torch.save({}, tmp_path / "foreign.ckpt")
     with pytest.raises(UserError, match=r"foreign.ckpt was not written by qlora_lightning"):
-        with_checkpoint_settings(["fit"], tmp_path / "foreign.ckpt")
+        with_checkpoint_settings(["fit"], tmp_path / "foreign.ckpt", {})
+
+
+def test_a_file_does_not_decide_which_module_is_imported(stopped, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(stopped)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    checkpoint = torch.load(LAST, weights_only=True)
+    checkpoint["qlora_lightning"]["settings"]["optimizer"] = {"class_path": "evil.X", "init_args": {}}
+    other = tmp_path / "other.ckpt"
+    torch.save(checkpoint, other)
+    assert main(["validate", "--config", "c.yaml", "--ckpt_path", str(other)]) == 2
+    told = f"{other} names the optimizer evil.X, and a file must not decide which module is imported"
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "ran").exists()
+    arguments = with_checkpoint_settings(["fit"], other, {"optimizer": "torch.optim.SGD"})
+    assert "optimizer" not in yaml.safe_load(arguments[2])["model"]
+    checkpoint["qlora_lightning"]["settings"]["optimizer"] = "torch.optim.SGD"
+    torch.save(checkpoint, other)
+    assert yaml.safe_load(with_checkpoint_settings(["fit"], other, {})[2])["model"]["optimizer"] == "torch.optim.SGD"

@@ -17,7 +17,13 @@ def test_strategies_that_shard_the_base_are_refused_by_name(name, strategy):
         check_strategy(name, "nf4")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "auto", DDPStrategy()])
+@pytest.mark.parametrize("name", ["ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_spawn_find_unused_parameters_true"])
+def test_strategies_that_copy_a_trainer_into_their_processes_are_refused(name):
+    with pytest.raises(UserError, match=rf"trainer.strategy is {name}, .*Use `trainer.strategy: ddp`"):
+        check_strategy(name, "nf4")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_find_unused_parameters_true", "auto", DDPStrategy()])
 def test_other_strategies_pass(strategy):
     check_strategy(strategy, "nf4")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from qlora_lightning.data import stream
+from qlora_lightning.data import datamodule, stream
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.errors import UserError
 
@@ -156,6 +156,19 @@ def test_validation_is_optional_in_fit_but_not_in_validate(make):
     for stage, split in (("validate", "val"), ("test", "test"), ("predict", "predict")):
         with pytest.raises(UserError, match=f"{split} rows are needed.*data.{split}"):
             data.setup(stage)
+
+
+@pytest.mark.parametrize("fraction", [None, 0.25])
+def test_that_the_checkpoints_seed_rules_is_told_where_rows_depend_on_it(make, monkeypatch, fraction):
+    told = []
+    data = make(val=None, val_fraction=fraction)
+    data.setup("fit")
+    monkeypatch.setattr(datamodule, "rank_zero_info", told.append)
+    data.load_state_dict({"seed": 6})  # without a trainer that trains: only a share held out depends on it
+    assert any("seed_everything is 5, but the checkpoint's 6" in line for line in told) is (fraction is not None)
+    data.trainer = SimpleNamespace(training=True, global_rank=0, world_size=1)
+    data.load_state_dict({"seed": 7})
+    assert any("seed_everything is 6, but the checkpoint's 7" in line for line in told)
 
 
 def test_val_fraction_holds_rows_out_by_the_checkpoints_seed(make, monkeypatch):

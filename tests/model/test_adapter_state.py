@@ -79,6 +79,12 @@ def test_a_checkpoint_does_not_decide_that_code_of_a_base_may_run(change):
     assert QLoRAModule.load_from_checkpoint(file, trust_remote_code=True).trust_remote_code is True
 
 
+def test_a_checkpoint_does_not_choose_which_module_is_imported(change, capsys):
+    file = change(settings={"optimizer": "no_such_module.Optimizer"})
+    assert QLoRAModule.load_from_checkpoint(file).optimizer_choice is None
+    assert "optimizer no_such_module.Optimizer is not taken over" in capsys.readouterr().out
+
+
 OTHER_BASE = {"fingerprint": "f" * 64, "base": "elsewhere"}
 
 

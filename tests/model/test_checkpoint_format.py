@@ -10,7 +10,10 @@ from qlora_lightning.model.checkpoint_format import (
     FORMAT_VERSION,
     KEY,
     MIGRATIONS,
+    OWN_PARTS,
+    PARTS,
     RENAMED_SETTINGS,
+    find_foreign_class,
     known_settings,
     plain_settings,
     read_content,
@@ -23,6 +26,7 @@ FIRST = {  # what version 1 wrote when it was new: no key beside these
     "generators": {},
     "window": {},
 }
+WHOLE = {**{name: {} for name in PARTS}, KEY: FIRST}
 
 
 def test_every_older_version_has_its_migration():
@@ -30,7 +34,7 @@ def test_every_older_version_has_its_migration():
 
 
 def test_a_checkpoint_of_version_1_is_read(tmp_path):
-    torch.save({KEY: FIRST}, tmp_path / "old.ckpt")
+    torch.save(WHOLE, tmp_path / "old.ckpt")
     content = read_content(torch.load(tmp_path / "old.ckpt", weights_only=True), "old.ckpt")
     assert content["settings"] == {"base": "a", "rank": 3}
     assert content["identity"] == FIRST["identity"]
@@ -45,7 +49,7 @@ def test_older_versions_are_migrated_one_by_one(monkeypatch):
 
     monkeypatch.setattr(checkpoint_format, "FORMAT_VERSION", 3)
     monkeypatch.setattr(checkpoint_format, "MIGRATIONS", {1: to_2, 2: to_3})
-    content = read_content({KEY: FIRST}, "old.ckpt")
+    content = read_content(WHOLE, "old.ckpt")
     assert content["settings"] == {"base": "a", "rank": 3, "alpha": 6}
     assert (content["seen_by_3"], content["format_version"]) == (2, 3)
 
@@ -61,9 +65,34 @@ def test_a_newer_format_is_refused():
         read_content({KEY: {"format_version": FORMAT_VERSION + 1}}, "x.ckpt")
 
 
+@pytest.mark.parametrize("part", [*PARTS, *OWN_PARTS])
+def test_a_checkpoint_that_lacks_a_part_is_refused(part):
+    checkpoint = {name: value for name, value in WHOLE.items() if name != part}
+    checkpoint[KEY] = {name: value for name, value in FIRST.items() if name != part}
+    with pytest.raises(UserError, match=rf"x.ckpt lacks \S*{part}, which every checkpoint of a run holds"):
+        read_content(checkpoint, "x.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "foreign"),
+    [
+        (None, None),
+        ("torch.optim.SGD", None),
+        ("torch.optim.adamw.AdamW", None),
+        ({"class_path": "bitsandbytes.optim.AdamW8bit", "init_args": {"eps": 1e-6}}, None),
+        ({"class_path": "evil.X"}, "evil.X"),
+        ("torch.optimizers.X", "torch.optimizers.X"),
+        ("evil.torch.optim.SGD", "evil.torch.optim.SGD"),
+        ("SGD", "SGD"),
+    ],
+)
+def test_an_optimizer_counts_only_where_a_file_does_not_decide_what_is_imported(optimizer, foreign):
+    assert find_foreign_class({"rank": 3, "optimizer": optimizer}) == foreign
+
+
 def test_renamed_settings_are_read_under_their_new_name(monkeypatch):
     monkeypatch.setitem(RENAMED_SETTINGS, "lora_rank", "rank")
-    content = read_content({KEY: {**FIRST, "settings": {"base": "a", "lora_rank": 3}}}, "x.ckpt")
+    content = read_content({**WHOLE, KEY: {**FIRST, "settings": {"base": "a", "lora_rank": 3}}}, "x.ckpt")
     assert content["settings"] == {"base": "a", "rank": 3}
 
 

@@ -1,3 +1,6 @@
+import math
+import re
+
 import pytest
 import torch
 from lightning import Callback
@@ -10,6 +13,7 @@ from qlora_lightning.model.checks import (
     check_trainer,
     check_training_mode,
     find_dead_gradients,
+    find_divergence,
 )
 
 
@@ -65,6 +69,20 @@ def test_dead_and_waiting_tensors_are_told_apart():
     dead, waiting = find_dead_gradients(q | v)
     assert dead == list(v)
     assert waiting == ["q_proj.lora_A.default.weight"]
+
+
+@pytest.mark.parametrize(("value", "shown"), [(3e10, "3e\\+10"), (-5.0, "5"), (math.nan, "nan"), (math.inf, "inf")])
+def test_adapters_that_have_grown_beyond_use_are_a_divergence(value, shown):
+    trainable = adapter(a_gradient=0.0, b=value, b_gradient=0.0)
+    found = find_divergence({**trainable, "k_proj.lora_B.default.weight": parameter(2.0, 0.0)}, 3, 0.5)
+    words = rf"diverged by step 3, at learning rate 0\.5: .* up to {shown} \(q_proj\.lora_B\.default\.weight"
+    assert re.search(words, str(found))
+
+
+def test_adapters_of_a_usual_size_are_none():
+    trainable = {**adapter(a_gradient=0.0, b=-0.1, b_gradient=0.0), "embedding.weight": parameter(9.0, 0.0)}
+    assert find_divergence(trainable, 3, 0.5) is None
+    assert find_divergence({}, 3, 0.5) is None
 
 
 def test_evaluation_mode_is_refused_in_training():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning import Callback
 
-from qlora_lightning import InstructionDataModule, LossSums, QLoRAModule
+from qlora_lightning import AdapterCheckpoint, InstructionDataModule, LossSums, QLoRAModule
 from qlora_lightning.errors import UserError
 from qlora_lightning.model import guard
 from qlora_lightning.model.adapters import trainable_tensors
@@ -85,9 +85,26 @@ class SpoilWeight(Callback):
     name = "base_model.model.model.layers.1.input_layernorm"
 
 
-def test_the_first_module_that_gave_it_is_named(fit):
-    with pytest.raises(UserError, match=rf"loss of step 1 .*first from {SpoilWeight.name}; rows: .*rows.jsonl:\d"):
+def test_a_weight_of_the_base_that_gave_it_is_named_and_no_row_blamed(fit, tmp_path):
+    with pytest.raises(
+        UserError, match=rf"loss of step 1 .*frozen weight {SpoilWeight.name}.weight, .*file of"
+    ) as stop:
         fit(QLoRAModule, SpoilWeight())
+    assert "rows.jsonl" not in str(stop.value)
+    report = json.loads((tmp_path / "run" / "nonfinite-step-1.json").read_text())
+    assert report["ranks"][0]["first_module"] == SpoilWeight.name
+
+
+class SpoilOutput(Callback):
+    """Lets a norm of the base give an infinity, its weight being sound."""
+
+    def on_train_start(self, trainer, pl_module):
+        pl_module.get_submodule(f"model.{SpoilWeight.name}").register_forward_hook(lambda *_: _[2] * math.inf)
+
+
+def test_the_first_module_that_gave_it_is_named(fit):
+    with pytest.raises(UserError, match=rf"loss of step 0 .*first from {SpoilWeight.name}; rows: .*rows.jsonl:\d"):
+        fit(QLoRAModule, SpoilOutput())
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_too(fit):
@@ -241,6 +258,47 @@ def test_a_gradient_that_dies_later_is_noticed_where_it_stays_dead(fit):
     with pytest.raises(RuntimeError, match=r"1 of 28 trainable tensors have had a gradient of zeros for 10 steps"):
         fit(QLoRAModule, LosesGradient(STEPS, 20), trainer_options=options)
     assert fit.trainer.global_step == 2 * STEPS
+
+
+@pytest.mark.parametrize("rate", [1e3, 1e10])
+def test_adapters_that_diverge_are_told_so_and_no_wiring_is_blamed(fit, rate):
+    words = r"Training has diverged by step [1-9], at learning rate 1e\+\d+: .*\.lora_.*Lower model\.learning_rate"
+    with pytest.raises(UserError, match=words):
+        fit(QLoRAModule, learning_rate=rate, trainer_options={"max_epochs": 3})
+
+
+class SpoiltValidation(QLoRAModule):
+    """The loss of the second validation is not finite."""
+
+    def __init__(self, base, value=math.nan, **settings):
+        super().__init__(base, **settings)
+        self.value, self.validations = value, 0
+
+    def on_validation_epoch_end(self):
+        self.validations += 1
+        if self.validations == 2:
+            self.val_statistics.nll_sum *= self.value
+        super().on_validation_epoch_end()
+
+
+VALIDATIONS = {"max_epochs": 2, "logger": False, "enable_checkpointing": True}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_validation_loss_that_is_not_finite_stops_the_run_before_it_is_saved(fit, tmp_path, value):
+    with pytest.raises(UserError, match=r"validation at step 8 gave a val_loss of (nan|inf)\. .*--ckpt_path last"):
+        fit(SpoiltValidation, AdapterCheckpoint(), val=True, value=value, trainer_options=VALIDATIONS)
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(file.name for file in folder.iterdir()) == ["last.ckpt", "step-000004.ckpt"]
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_by_skip_it_is_told_and_the_run_goes_on(fit, caplog):
+    with caplog.at_level(logging.WARNING, "qlora_lightning"):
+        trainer, _ = fit(SpoiltValidation, val=True, on_nonfinite="skip", trainer_options={"max_epochs": 3})
+    assert trainer.global_step == 12
+    told = [record.message for record in caplog.records if "val_loss" in record.message]
+    assert told == ["The validation at step 8 gave a val_loss of nan. The run goes on (model.on_nonfinite: skip)."]
 
 
 class NothingLabelled(QLoRAModule):

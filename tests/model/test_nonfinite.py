@@ -2,6 +2,7 @@ import copy
 import json
 import math
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
@@ -10,7 +11,13 @@ from qlora_lightning.data.batches import collate
 from qlora_lightning.data.samples import make_sample
 from qlora_lightning.model.loss import LossSums
 from qlora_lightning.model.nonfinite import Finding, find_nonfinite
-from qlora_lightning.model.nonfinite_report import describe_finding, report_file, word_findings, write_report
+from qlora_lightning.model.nonfinite_report import (
+    describe_finding,
+    report_file,
+    word_findings,
+    word_remedy,
+    write_report,
+)
 
 
 class Bad(torch.autograd.Function):
@@ -91,6 +98,65 @@ def test_adapters_that_are_spoilt_already_are_named():
     assert (finding.batch, finding.module) == (0, None)
 
 
+def spoil(weight, place):
+    with torch.no_grad():
+        weight[place] = math.nan
+    return weight.requires_grad_(False)
+
+
+def test_a_frozen_weight_that_is_not_finite_is_named():
+    model, batch = Model(), batch_of([3])
+    spoil(model.first.weight, (3, 0))
+    finding = find_nonfinite(model, model.compute_loss, [batch], [torch.tensor(math.nan)])
+    assert (finding.module, finding.base_weight) == ("first", "first.weight")
+
+
+def test_so_is_one_that_no_module_has_shown():
+    model, batch = Model(), batch_of([3])
+    model.head = nn.Parameter(torch.ones(1))
+    spoil(model.head, 0)
+
+    def compute_loss(batch):
+        sums = model.compute_loss(batch)
+        return LossSums(sums.nll_sum * model.head.sum(), *sums[1:])
+
+    finding = find_nonfinite(model, compute_loss, [batch], [torch.tensor(math.nan)])
+    assert (finding.module, finding.base_weight) == (None, "head")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_so_is_one_that_is_quantized(kind):
+    weight = spoil(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), (2, 3))
+    if kind == "nf4":
+        layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+        layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    else:
+        layer = bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+        layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    layer.to("cpu")
+    model = nn.ModuleDict({"q": layer})
+    model.scale = nn.Parameter(torch.ones(1))
+
+    def compute_loss(batch):
+        return LossSums((model["q"](torch.ones(1, 64)) * model.scale).sum(), torch.tensor(1), torch.tensor(0))
+
+    finding = find_nonfinite(model, compute_loss, [batch_of([3])], [torch.tensor(math.nan)])
+    assert (finding.module, finding.base_weight) == ("q", "q.weight")
+
+
+def test_sound_weights_are_not_named():
+    model, batch = Model(), batch_of([1])
+    model.first.weight.requires_grad_(False)
+    finding = find_nonfinite(model, model.compute_loss, [batch], [torch.tensor(math.inf)])
+    assert (finding.module, finding.base_weight) == ("second", None)
+
+
+@pytest.mark.parametrize(("weight", "words"), [("q.weight", "the file of model.base"), (None, "look at these rows")])
+def test_the_remedy_follows_from_the_cause(weight, words):
+    described = describe_finding(Finding(batch=0, module="q", base_weight=weight), None, [])
+    assert words in word_remedy([describe_finding(Finding(), None, []), described])
+
+
 def test_hooks_are_gone_afterwards():
     model, batch = Model(), batch_of([1])
     before = copy.deepcopy([module._forward_hooks for module in model.modules()])
@@ -114,6 +180,10 @@ def test_the_report_is_plain_json_and_beside_nothing_unfinished(tmp_path):
     ("finding", "sentence"),
     [
         (Finding(batch=0, loss=math.inf, module="m.q"), "It comes first from m.q; rows: unknown."),
+        (
+            Finding(batch=0, loss=math.nan, module="m.q", base_weight="m.q.weight"),
+            "It comes from the base's frozen weight m.q.weight, which is not finite itself.",
+        ),
         (
             Finding(batch=0, loss=1.0, gradients=["a", "b"]),
             "It comes in the gradient of 2 tensors, as b, all modules' outputs being finite; rows: unknown.",

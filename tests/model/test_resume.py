@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.checkpoint_format import FORMAT_VERSION, read_content
+from qlora_lightning.model.checkpoint_format import FORMAT_VERSION, PARTS, read_content
 from qlora_lightning.model.loss import LossSums
 from qlora_lightning.model.resume import ExactResume
 from qlora_lightning.model.window import Window
@@ -28,8 +28,9 @@ class Module(nn.Module):
 def trainer(fn="fit", data=None, **settings):
     data = SimpleNamespace(identity=data) if data else None
     own = {"global_rank": 0, "world_size": 1, "is_global_zero": True, "max_epochs": 1}
+    own |= {"max_steps": -1, "accumulate_grad_batches": 2}
     stage = {"state": SimpleNamespace(fn=fn), "training": True, "validating": False, "sanity_checking": False}
-    return SimpleNamespace(datamodule=data, **own, **stage, **settings)
+    return SimpleNamespace(**{"datamodule": data, **own, **stage, **settings})
 
 
 def open_window(module):
@@ -45,7 +46,8 @@ def save(module, place, inside=False, **options):
         "epoch_loop.batch_progress": {"current": counts, "is_last_batch": not inside},
         "epoch_loop.val_loop.batch_progress": none,
     }
-    checkpoint = {"hyper_parameters": module.hparams, "epoch": 1, "loops": {"fit_loop": loops}}
+    checkpoint = {**{key: [] for key in PARTS}, "global_step": 3, "loops": {"fit_loop": loops}}
+    checkpoint |= {"hyper_parameters": module.hparams, "epoch": 1}
     ExactResume().on_save_checkpoint(trainer(**options), module, checkpoint)
     torch.save(checkpoint, place)
     return torch.load(place, weights_only=True)
@@ -79,6 +81,28 @@ def test_window_and_generators_go_on_with_the_first_batch(tmp_path):
     again.window.clear()
     resume.on_train_batch_start(trainer(), again, {}, 1)
     assert not again.window.is_open  # once only
+
+
+def test_an_open_window_is_refused_for_another_accumulation_and_a_closed_one_is_not(tmp_path, capsys):
+    module = Module()
+    closed = save(module, tmp_path / "closed")
+    open_window(module)
+    opened, now = save(module, tmp_path / "open"), trainer(accumulate_grad_batches=3)
+    with pytest.raises(UserError, match="accumulate_grad_batches was 2 and is 3"):
+        ExactResume().on_load_checkpoint(now, Module(), opened)
+    ExactResume().on_load_checkpoint(now, Module(), closed)
+    assert "trainer.accumulate_grad_batches: 2 → 3" in capsys.readouterr().out
+    ExactResume().on_load_checkpoint(trainer("validate", accumulate_grad_batches=3), Module(), opened)
+
+
+def test_a_validation_that_will_not_be_run_is_told(tmp_path, capsys):
+    checkpoint = {**save(Module(), tmp_path / "checkpoint"), "global_step": 4}
+    now = trainer(max_steps=4)
+    ExactResume().on_load_checkpoint(now, Module(), checkpoint)
+    assert "validate --ckpt_path last" not in capsys.readouterr().out
+    checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["current"]["ready"] = 1
+    ExactResume().on_load_checkpoint(now, Module(), checkpoint)
+    assert "that validation is not run. `qlora-lightning validate --ckpt_path last` judges" in capsys.readouterr().out
 
 
 def test_evaluation_restores_nothing(tmp_path):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _MOST_SCORES = 2**24  # at a time: 32 MiB in bf16
-_MOST_ROWS, _FEWEST_ROWS = 512, 16  # of queries at a time
+_MOST_ROWS, _FEWEST_ROWS = 320, 16  # of queries at a time
 _SHORT = 320  # tokens: up to here the probabilities of a sample take less memory than its other activations
 
 

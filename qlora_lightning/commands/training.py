@@ -45,7 +45,6 @@ _DEFAULT_CLASSES = {
     "model": "qlora_lightning.QLoRAModule",
     "data": "qlora_lightning.InstructionDataModule",
 }
-_VERBS = ("fit", "validate", "test", "predict")
 _PARSER_MODE = "qlora_yaml"
 _TRAINER_DEFAULTS = {
     "max_epochs": 1,
@@ -84,6 +83,13 @@ def _choose_tokenizer(base: str, revision: str | None, trust_remote_code: bool, 
 
 class QLoRACLI(LightningCLI):
     """LightningCLI with our keys; what a researcher's subclass of it may change are Lightning's own hooks."""
+
+    verb: str | None = None  # the only subcommand to make a parser for, which takes a while; None: all
+
+    @classmethod
+    def subcommands(cls) -> dict[str, set[str]]:
+        known = LightningCLI.subcommands()
+        return known if cls.verb is None else {cls.verb: known[cls.verb]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(GradientCheckpointing, "gradient_checkpointing")
@@ -217,7 +223,7 @@ def main(argv: Sequence[str], cli: Callable[..., object] = QLoRACLI) -> int:
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
-                parser_kwargs={**options, **{verb: dict(options) for verb in _VERBS}},
+                parser_kwargs={**options, argv[0]: dict(options)},
                 args=expand_arguments(list(argv)),
             )
     except jsonargparse.ArgumentError as error:

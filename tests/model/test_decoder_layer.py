@@ -12,14 +12,14 @@ from qlora_lightning.model.loss import IGNORED
 LENGTHS = (9, 1, 30, 17)
 
 
-def make(tiny_base, fast, compute_dtype="fp32", **options):
+def make(tiny_base, fast, compute_dtype="fp32", device="cpu", **options):
     """A module whose adapters are random, not zero, and the same in each."""
-    module = QLoRAModule(str(tiny_base), compute_dtype=compute_dtype, rank=4, fast=fast, **options)
+    module = QLoRAModule(str(tiny_base), compute_dtype=compute_dtype, rank=4, fast=fast, **options).to(device)
     module.configure_model()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in trainable_tensors(module).values():
-            tensor.normal_(std=0.1, generator=generator)
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
     return module
 
 
@@ -38,11 +38,12 @@ def batch(lengths=LENGTHS):
 
 
 def loss_and_gradients(module):
-    sums = module.compute_loss(batch())
+    inputs = {name: each if isinstance(each, int) else each.to(module.device) for name, each in batch().items()}
+    sums = module.compute_loss(inputs)
     loss = sums.nll_sum / sums.labelled_tokens
     loss.backward()
     trainable = trainable_tensors(module)
-    gradients = torch.cat([tensor.grad.flatten() for tensor in trainable.values()])
+    gradients = torch.cat([tensor.grad.flatten().cpu() for tensor in trainable.values()])
     for tensor in trainable.values():
         tensor.grad = None
     return float(loss.detach()), gradients
@@ -86,6 +87,15 @@ def test_in_bfloat16_it_errs_no_more_than_the_plain_path(tiny_base):
     plain_loss, plain = loss_and_gradients(make(tiny_base, fast=False, compute_dtype="bf16"))
     assert 0 < distance(fast, exact) <= 1.1 * distance(plain, exact)
     assert abs(fast_loss - exact_loss) <= abs(plain_loss - exact_loss) + 1e-3
+
+
+@pytest.mark.gpu
+def test_on_cuda_in_bfloat16_it_errs_no_more_than_the_plain_path(tiny_base):
+    exact_loss, exact = loss_and_gradients(make(tiny_base, fast=False))
+    fast_loss, fast = loss_and_gradients(make(tiny_base, fast=True, compute_dtype="bf16", device="cuda"))
+    _, plain = loss_and_gradients(make(tiny_base, fast=False, compute_dtype="bf16", device="cuda"))
+    assert 0 < distance(fast, exact) <= 1.1 * distance(plain, exact)
+    assert fast_loss == pytest.approx(exact_loss, abs=0.05)
 
 
 def test_a_sample_in_a_batch_has_the_hidden_states_that_it_has_alone(tiny_base):

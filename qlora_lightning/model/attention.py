@@ -63,8 +63,7 @@ def flat_attention(
         if longest is not None and _has_varlen_kernel(query):
             return _attend_varlen(query, key, value, cu_seqlens, longest, scaling), None
         if query.device.type == "cpu":
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            return BlockAttention.apply(query, key, value, cu_seqlens.tolist(), scale), None  # type: ignore[no-untyped-call]
+            return _attend_in_blocks(query, key, value, cu_seqlens, scaling), None
     return plain_flat_attention(
         module, query, key, value, attention_mask, scaling, dropout, cu_seqlens, longest, **kwargs
     )
@@ -126,6 +125,17 @@ def _attend_varlen(
         enable_gqa=True,
     )
     return cast(Tensor, output)[None]
+
+
+def _attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float | None) -> Tensor:
+    # As SDPA does under autocast, where what trains in float32 makes some of them float32.
+    autocasts = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocasts else value.dtype
+    states = [each.to(dtype) for each in (query, key, value)]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    with torch.autocast("cpu", enabled=False):
+        output = BlockAttention.apply(*states, cu_seqlens.tolist(), scale)  # type: ignore[no-untyped-call]
+    return cast(Tensor, output)
 
 
 def _attend_per_sample(

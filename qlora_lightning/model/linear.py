@@ -91,7 +91,8 @@ def gradient_of_low(grad: Tensor, lora_b: Tensor, frozen: Frozen) -> Tensor:
 
 def gradient_of_b(grad: Tensor, low: Tensor, lora_b: Tensor, frozen: Frozen) -> Tensor:
     """Give the gradient of B, ``(out, rank)``, from that of the output, ``(tokens, out)``."""
-    return (grad.t() @ low).mul_(frozen.scaling).to(lora_b.dtype)
+    # As low' grad, and then turned: with the wide side last the product is quicker.
+    return (low.t() @ grad).mul_(frozen.scaling).t().to(lora_b.dtype)
 
 
 class FusedLinear4bit(PeftLinear4bit):  # type: ignore[misc]  # PEFT ships no types

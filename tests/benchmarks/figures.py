@@ -1,11 +1,13 @@
-"""The figures of one run, and the line of JSON in which a child process hands them to its parent."""
+"""The figures of one run of one side."""
 
-import json
 import resource
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -15,16 +17,23 @@ class Figures:
     Attributes:
         tokens: real tokens of the epoch; padding is not counted.
         seconds: of the training loop, without imports, loading and tokenizing.
-        peak_rss_gib: of the whole process, imports and loading included.
+        peak_bytes: resident memory of the whole process until training ends, imports and loading included; on CUDA
+            the memory allocated on the card.
+        start_seconds: from the start of the process until the first step begins.
         losses: of each optimizer step, nats per labelled token.
         versions: of the packages that did the work.
+        ceiling: the step's matrix products alone (``measure_ceiling``), ours only.
+        validation: ``tokens``, ``seconds`` and ``ceiling`` of a validation pass, ours only.
     """
 
     tokens: int
     seconds: float
-    peak_rss_gib: float
+    peak_bytes: int
+    start_seconds: float
     losses: list[float]
     versions: dict[str, str]
+    ceiling: dict[str, Any] | None = None
+    validation: dict[str, Any] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -32,23 +41,19 @@ class Figures:
         return self.tokens / self.seconds
 
 
-def print_figures(tokens: int, seconds: float, losses: Sequence[float], packages: Sequence[str]) -> None:
-    """Print the figures of this process as the last thing that it says."""
-    versions = {package: version(package) for package in packages}
-    print(json.dumps(asdict(Figures(tokens, seconds, _peak_rss_gib(), list(losses), versions))), flush=True)
+def versions_of(packages: Sequence[str]) -> dict[str, str]:
+    """Name the installed version of each package."""
+    return {package: version(package) for package in packages}
 
 
-def read_figures(output: str) -> Figures:
-    """Read what :func:`print_figures` printed, below whatever else the process had to say."""
-    return Figures(**json.loads(output.strip().splitlines()[-1]))
-
-
-def _peak_rss_gib() -> float:
-    """Return the peak of this process's own memory.
+def read_peak_bytes(on_gpu: bool) -> int:
+    """Return the most memory that this process has held: on the card, or resident.
 
     ``getrusage`` carries over from the parent what it held when it started us; Linux's VmHWM begins anew.
     """
+    if on_gpu:
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="ascii").splitlines() if status.exists() else []
     peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
-    return (peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20
+    return (peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024

@@ -1,25 +1,31 @@
-"""Makes a base of Llama-3.1-8B's shape with random weights, shard by shard, and measures what quantizing it takes.
+"""Makes a base of Llama-3.1-8B's shape with random weights, and measures what quantizing and training it takes.
 
 Usage: python -m tests.benchmarks.llama_8b FOLDER [--layers 32]
-Writes the base into FOLDER (16.1 GB with all layers) unless it is there, quantizes it into the cache, and prints a line
-of JSON: seconds, the most private memory (RssAnon) at any time, and the bytes of the quantized model.
+Writes the base into FOLDER (16.1 GB with all layers) unless it is there, quantizes it into the cache, and trains a step
+of 512 tokens with gradient checkpointing in a process of its own, from the cached base. Prints a line of JSON: seconds,
+the most private memory (RssAnon) at any time, the bytes of the quantized model, and under ``step`` those of the step.
 """
 
 import argparse
 import json
-import threading
+import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from qlora_lightning.model.device_memory import read_memory
 from qlora_lightning.model.quantized import load_base
 from qlora_lightning.model.summary import bytes_by_dtype
+from tests.benchmarks.children import run_child
+from tests.benchmarks.peak_memory import PeakMemory
+
+_TOKENS, _ROW_TOKENS = 512, 256
 
 
 def make_config(layers: int) -> LlamaConfig:
@@ -79,25 +85,6 @@ def _shards(config: LlamaConfig) -> Iterator[dict[str, Tensor]]:
     yield {"lm_head.weight": random(config.vocab_size, width)}
 
 
-class PeakMemory:
-    """Watches this process's private memory from a thread; the kernel keeps a peak of resident memory only."""
-
-    def __enter__(self) -> "PeakMemory":
-        self.gib = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.005):
-            self.gib = max(self.gib, read_memory(torch.device("cpu"))["private_memory_gib"])
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
 def measure(folder: Path) -> dict[str, float]:
     """Quantize the base and load it again from the cache."""
     began = time.perf_counter()
@@ -112,20 +99,31 @@ def measure(folder: Path) -> dict[str, float]:
     return {
         "quantized_gib": size,
         "first_seconds": first_seconds,
-        "first_private_peak_gib": first.gib,
+        "first_private_peak_gib": first.private / 1024**3,
         "second_seconds": time.perf_counter() - began,
-        "second_private_peak_gib": second.gib,
+        "second_private_peak_gib": second.private / 1024**3,
     }
+
+
+def measure_step(folder: Path, threads: int) -> dict[str, Any]:
+    """Train one step from the cached base; see ``one_batch``."""
+    sizes = [f"--tokens={_TOKENS}", f"--row-tokens={_ROW_TOKENS}"]
+    return run_child(
+        sys.executable, "one_batch", [str(folder), *sizes, "--gradient-checkpointing", "--ceiling"], threads
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the step's process")
     arguments = parser.parse_args()
     if not (arguments.folder / "config.json").exists():
         make_base(arguments.folder, arguments.layers)
-    print(json.dumps({name: round(value, 3) for name, value in measure(arguments.folder).items()}))
+    folder = arguments.folder.absolute()
+    figures: dict[str, Any] = {name: round(value, 3) for name, value in measure(folder).items()}
+    print(json.dumps(figures | {"step": measure_step(folder, arguments.threads)}))
 
 
 if __name__ == "__main__":

@@ -2,49 +2,52 @@
 
 import argparse
 import tempfile
-import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import lightning
-from lightning import Callback, LightningModule, Trainer
+import torch
+from lightning import Callback, Trainer
 
 from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule
 from tests.benchmarks import settings
-from tests.benchmarks.figures import print_figures
-
-
-class Meter(Callback):
-    """Time the training loop; count its tokens and collect its losses."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.seconds = 0.0
-        self.losses: list[float] = []
-        self._began = 0.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._began = time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.tokens += batch["input_ids"].numel()
-        self.losses.append(trainer.callback_metrics["train_loss"].item())
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.seconds = time.perf_counter() - self._began
+from tests.benchmarks.ceiling import measure_ceiling
+from tests.benchmarks.children import print_figures
+from tests.benchmarks.figures import Figures, versions_of
+from tests.benchmarks.meter import Meter, ValidationMeter
+from tests.benchmarks.products import Product, Rows, forward_products, shape_of, step_products
 
 
 def main() -> None:
-    """Train one epoch and print the figures."""
+    """Train one epoch, then measure its ceiling and, after a plain epoch, validation; print the figures."""
     parser = argparse.ArgumentParser(description="Our side of tests.benchmarks.")
     parser.add_argument("base")
     parser.add_argument("data")
+    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--max-steps", type=int, default=-1, help="stop there, and measure no ceiling")
     arguments = parser.parse_args()
     lightning.seed_everything(settings.SEED)
-    module = QLoRAModule(
-        arguments.base,
+    module, meter = make_module(arguments.base), Meter()
+    train(module, make_data(arguments, train=arguments.data), arguments, meter)
+    ceiling = validation = None
+    if arguments.max_steps == -1:
+        ceiling = step_ceiling(module, meter.batches, arguments.accelerator, arguments.gradient_checkpointing)
+        if not arguments.gradient_checkpointing:
+            validation = validate(module, make_data(arguments, val=arguments.data), arguments.accelerator)
+    versions = versions_of(["torch", "lightning", "transformers", "peft", "bitsandbytes"])
+    figures = Figures(
+        meter.tokens, meter.seconds, meter.peak_bytes, meter.start_seconds, meter.losses, versions, ceiling, validation
+    )
+    print_figures(asdict(figures))
+
+
+def make_module(base: str) -> QLoRAModule:
+    """Make the module that both sides agree on."""
+    return QLoRAModule(
+        base,
         quantization="nf4",
         double_quant=True,
         compute_dtype="bf16",
@@ -55,31 +58,79 @@ def main() -> None:
         schedule="linear",
         warmup_ratio=0.0,
     )
-    data = InstructionDataModule(
-        train=arguments.data,
+
+
+def make_data(arguments: argparse.Namespace, **files: str) -> InstructionDataModule:
+    """Make the data of one split."""
+    return InstructionDataModule(
+        **files,
         format="prompt_completion",
         max_length=settings.MAX_LENGTH,
         batch_size=settings.BATCH_SIZE,
         tokenizer=arguments.base,
         train_on="last",  # the completion, as the peer does
     )
-    meter = Meter()
+
+
+def train(module: QLoRAModule, data: InstructionDataModule, arguments: argparse.Namespace, meter: Meter) -> None:
+    """Train one epoch, or fewer steps."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
+        trainer = make_trainer(
+            folder,
+            arguments.accelerator,
+            [GradientCheckpointing(enabled=arguments.gradient_checkpointing), meter],
             max_epochs=1,
-            gradient_clip_val=settings.GRADIENT_CLIP,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-            callbacks=[GradientCheckpointing(enabled=arguments.gradient_checkpointing), meter],
+            max_steps=arguments.max_steps,
         )
         trainer.fit(module, data)
-    packages = ["torch", "lightning", "transformers", "peft", "bitsandbytes"]
-    print_figures(meter.tokens, meter.seconds, meter.losses, packages)
+
+
+def validate(module: QLoRAModule, data: InstructionDataModule, accelerator: str) -> dict[str, Any]:
+    """Time a validation pass and its ceiling."""
+    meter = ValidationMeter()
+    with tempfile.TemporaryDirectory() as folder:
+        make_trainer(folder, accelerator, [meter]).validate(module, data, verbose=False)
+    shape = shape_of(module.causal_lm)
+    products: Counter[Product] = Counter()
+    for batch in meter.batches:
+        products += forward_products(shape, batch)
+    tokens = sum(sum(batch.lengths) for batch in meter.batches)
+    return {
+        "tokens": tokens,
+        "seconds": meter.seconds,
+        "ceiling": measure_ceiling(products, torch.bfloat16, _device(accelerator)),
+    }
+
+
+def step_ceiling(
+    module: QLoRAModule, batches: Sequence[Rows], accelerator: str, gradient_checkpointing: bool
+) -> dict[str, Any]:
+    """Time the products of all steps on these batches."""
+    shape = shape_of(module.causal_lm)
+    products: Counter[Product] = Counter()
+    for batch in batches:
+        products += step_products(shape, batch, gradient_checkpointing)
+    return measure_ceiling(products, torch.bfloat16, _device(accelerator))
+
+
+def make_trainer(folder: str, accelerator: str, callbacks: list[Callback], **limits: int) -> Trainer:
+    """Make a quiet trainer for one device."""
+    return Trainer(
+        accelerator=accelerator,
+        devices=1,
+        gradient_clip_val=settings.GRADIENT_CLIP,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=callbacks,
+        **limits,
+    )
+
+
+def _device(accelerator: str) -> torch.device:
+    return torch.device("cuda" if accelerator == "gpu" else "cpu")
 
 
 if __name__ == "__main__":

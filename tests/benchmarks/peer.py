@@ -4,6 +4,7 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from tests.benchmarks import settings
-from tests.benchmarks.figures import print_figures
+from tests.benchmarks.children import print_figures, seconds_since_spawn
+from tests.benchmarks.figures import Figures, read_peak_bytes, versions_of
 
 
 class Clock(TrainerCallback):
-    """Time the training loop."""
+    """Time the start and the training loop."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds = self.start_seconds = 0.0
         self._began = 0.0
 
     def on_train_begin(self, *arguments: Any, **states: Any) -> None:
         self._began = time.perf_counter()
+
+    def on_step_begin(self, *arguments: Any, **states: Any) -> None:
+        self.start_seconds = self.start_seconds or seconds_since_spawn()
 
     def on_train_end(self, *arguments: Any, **states: Any) -> None:
         self.seconds = time.perf_counter() - self._began
@@ -36,13 +41,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The peer's side of tests.benchmarks.")
     parser.add_argument("base")
     parser.add_argument("data")
+    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--max-steps", type=int, default=-1, help="stop there")
     arguments = parser.parse_args()
     lines = Path(arguments.data).read_text(encoding="utf-8").splitlines()
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
-            model=load_quantized(arguments.base),
+            model=load_quantized(arguments.base, arguments.accelerator),
             processing_class=AutoTokenizer.from_pretrained(arguments.base),
             train_dataset=Dataset.from_list([json.loads(line) for line in lines]),
             peft_config=LoraConfig(
@@ -52,16 +59,18 @@ def main() -> None:
                 lora_dropout=0.0,
                 target_modules="all-linear",
             ),
-            args=configure(folder, arguments.gradient_checkpointing),
+            args=configure(folder, arguments),
             callbacks=[clock],
         )
         tokens = sum(len(ids) for ids in trainer.train_dataset["input_ids"])
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    print_figures(tokens, clock.seconds, losses, ["torch", "trl", "transformers", "peft", "bitsandbytes"])
+    peak = read_peak_bytes(on_gpu=arguments.accelerator == "gpu")
+    versions = versions_of(["torch", "trl", "transformers", "peft", "bitsandbytes"])
+    print_figures(asdict(Figures(tokens, clock.seconds, peak, clock.start_seconds, losses, versions)))
 
 
-def load_quantized(base: str) -> Any:
+def load_quantized(base: str, accelerator: str) -> Any:
     """Load the base in NF4 with double quantization, computing in bf16."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -69,17 +78,20 @@ def load_quantized(base: str) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+    device: str | int = 0 if accelerator == "gpu" else "cpu"
     return AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.bfloat16, device_map={"": "cpu"}, quantization_config=quantization
+        base, dtype=torch.bfloat16, device_map={"": device}, quantization_config=quantization
     )
 
 
-def configure(folder: str, gradient_checkpointing: bool) -> SFTConfig:
+def configure(folder: str, arguments: argparse.Namespace) -> SFTConfig:
     """Give the trainer's settings; all that is not named is TRL's default."""
+    on_gpu = arguments.accelerator == "gpu"
     return SFTConfig(
         output_dir=folder,
         seed=settings.SEED,
         num_train_epochs=1,
+        max_steps=arguments.max_steps,
         per_device_train_batch_size=settings.BATCH_SIZE,
         max_length=settings.MAX_LENGTH,
         completion_only_loss=True,
@@ -88,10 +100,10 @@ def configure(folder: str, gradient_checkpointing: bool) -> SFTConfig:
         learning_rate=settings.LEARNING_RATE,
         lr_scheduler_type="linear",
         max_grad_norm=settings.GRADIENT_CLIP,
-        gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing=arguments.gradient_checkpointing,
         bf16=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
         logging_steps=1,
         save_strategy="no",
         report_to="none",

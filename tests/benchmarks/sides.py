@@ -1,14 +1,13 @@
-"""The two sides as fresh processes: each run imports, loads and trains on its own."""
+"""The two sides of the comparison, and how each is run."""
 
-import os
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_lightning.errors import UserError
-from tests.benchmarks.figures import Figures, read_figures
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.benchmarks.children import ROOT, run_child
+from tests.benchmarks.figures import Figures
 
 
 @dataclass(frozen=True)
@@ -19,28 +18,29 @@ class Side:
         name: ``ours`` or ``peer``, the name of its module here.
         python: the interpreter that runs it.
         data: the file of its rows.
+        base: folder of the base.
+        accelerator: ``cpu`` or ``gpu``.
+        threads: of its process.
     """
 
     name: str
     python: str
     data: Path
+    base: Path
+    accelerator: str
+    threads: int
 
-    def measure(self, base: Path, threads: int, gradient_checkpointing: bool) -> Figures:
+    def measure(self, *options: str) -> Figures:
         """Run one epoch in a process of its own.
+
+        Args:
+            options: more for its command line: ``--gradient-checkpointing``, ``--max-steps=1``.
 
         Raises:
             RuntimeError: the process failed; the message holds what it said.
         """
-        command = [self.python, "-m", f"tests.benchmarks.{self.name}", str(base), str(self.data)]
-        command += ["--gradient-checkpointing"] if gradient_checkpointing else []
-        # By the environment, so that every library's pool of threads hears of it.
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        environment |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-20:])
-            raise RuntimeError(f"{self.name} failed (exit code {done.returncode}). Its last words:\n{said}")
-        return read_figures(done.stdout)
+        arguments: Sequence[str] = (str(self.base), str(self.data), "--accelerator", self.accelerator, *options)
+        return Figures(**run_child(self.python, self.name, arguments, self.threads))
 
 
 def has_trl(python: str) -> bool:

@@ -13,26 +13,48 @@ def run_benchmarks(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_our_side_alone_gives_a_table_and_json(tiny_base: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_our_side_alone_gives_the_whole_table_and_json(tiny_base: Path, rows_file: Path, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
+    options = ("--rows", "4", "--repeats", "1", "--threads", "1", "--without-peer", "--json", file)
 
-    done = run_benchmarks(rows_file, "--rows", "4", "--base", tiny_base, "--without-peer", "--json", file)
+    done = run_benchmarks(rows_file, "--base", tiny_base, *options)
 
     assert done.returncode == 0, done.stderr
-    for title in ("tokens/s", "peak RSS (GiB)", "first loss", "last loss"):
-        assert title in done.stdout
-    assert "ours, run 1 of 1" in done.stdout
+    assert "ours, gradient checkpointing, run 1 of 1" in done.stdout
     summary = json.loads(file.read_text(encoding="utf-8"))
-    assert summary.keys() == {"setup", "sides", "ratios", "machine", "runs"}
+    assert summary.keys() == {"setup", "rows", "machine", "runs", "scaling", "llama_8b"}
     assert summary["setup"]["rows"] == 4
-    assert summary["sides"].keys() == {"ours"}
-    ours = summary["sides"]["ours"]
-    assert ours.keys() == {"tokens", "tokens_per_second", "peak_rss_gib", "first_loss", "last_loss"}
-    assert all(value > 0 for value in ours.values())
-    assert summary["machine"].keys() == {"cpu", "cores", "versions", "date"}
-    (run,) = summary["runs"]["ours"]
-    assert len(run["losses"]) == 1  # four rows are one batch
-    assert run["tokens"] == ours["tokens"]
+    rows = {row["what"]: row for row in summary["rows"]}
+    for title in ("tokens/s, plain", "peak RSS, checkpointed (GB)", "share of ceiling, validation", "second start (s)"):
+        assert title in done.stdout
+        assert rows[title]["ours"] > 0
+        assert rows[title]["peer"] is rows[title]["ratio"] is None
+    (plain,), (checkpointing,) = summary["runs"]["plain"]["ours"], summary["runs"]["checkpointing"]["ours"]
+    assert len(plain["losses"]) == 1  # four rows are one batch
+    assert plain["tokens"] == checkpointing["tokens"] == plain["validation"]["tokens"]
+    again = checkpointing["ceiling"]["parts"].pop("base again")
+    assert again["flop"] == plain["ceiling"]["parts"]["base forward"]["flop"]
+    flop = {part: found["flop"] for part, found in plain["ceiling"]["parts"].items()}
+    assert flop == {part: found["flop"] for part, found in checkpointing["ceiling"]["parts"].items()}
+
+
+@pytest.mark.slow
+def test_sizes_are_measured_in_short_rows_and_in_one(tiny_base: Path) -> None:
+    from tests.benchmarks.scaling import measure_scaling
+
+    said: list[str] = []
+    sizes = measure_scaling(str(tiny_base), "cpu", 1, said.append, tokens=(300,))
+
+    assert [(size["rows"], size["tokens"]) for size in sizes] == [("short", 300), ("long", 300)]
+    assert all(size["tokens_per_second"] > 0 for size in sizes)
+    assert len(said) == 2
+
+
+def test_batch_of_random_tokens_has_rows_of_the_length_asked_for() -> None:
+    from tests.benchmarks.meter import rows_of
+    from tests.benchmarks.one_batch import random_batch
+
+    assert rows_of(random_batch(500, 200)) == ((200, 200, 100), 250)
 
 
 def test_peer_reads_the_rows_in_the_order_in_which_ours_trains(
@@ -59,16 +81,3 @@ def test_interpreter_that_does_not_exist_is_refused_in_a_sentence(rows_file: Pat
 
     assert done.returncode == 2
     assert done.stderr == "--peer-python: /nowhere/python cannot be run: No such file or directory.\n"
-
-
-def test_ratios_are_of_medians() -> None:
-    from tests.benchmarks.figures import Figures
-    from tests.benchmarks.report import summarize
-
-    ours = [Figures(1200, seconds, 2.0, [1.5, 1.4], {"torch": "1"}) for seconds in (3.0, 2.0, 9.0)]
-    peer = [Figures(1200, seconds, 8.0, [1.5, 1.4], {"torch": "2", "trl": "3"}) for seconds in (12.0, 9.0, 20.0)]
-
-    summary = summarize({"ours": ours, "peer": peer}, {})
-
-    assert summary["ratios"] == {"tokens_per_second": 4.0, "peak_rss_gib": 0.25}
-    assert summary["machine"]["versions"] == {"torch": "1", "the peer's torch": "2", "trl": "3"}

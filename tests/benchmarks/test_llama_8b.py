@@ -20,3 +20,7 @@ def test_quantizing_needs_no_more_private_memory_than_the_result_and_one_gibibyt
     assert figures["first_private_peak_gib"] <= figures["quantized_gib"] + 1.0
     # mapped, not read: what is private then are imports, and what the first load left behind
     assert figures["second_private_peak_gib"] <= figures["quantized_gib"] / 2
+    step = figures["step"]  # from the cached base: nothing of it is private
+    assert step["tokens"] == 512
+    assert step["private_bytes"] < step["together_bytes"]
+    assert step["ceiling"]["seconds"] > 0

@@ -1,0 +1,41 @@
+"""What the table's words mean."""
+
+
+def explain(repeats: int, accelerator: str, scaling: bool, llama_8b: bool) -> list[str]:
+    """Give the legend, a line for each kind of row."""
+    memory = (
+        "the most that was allocated on the card until training ended"
+        if accelerator == "gpu"
+        else "the most resident memory of the whole process until training ended, imports and loading included"
+    )
+    lines = [
+        f"Each figure is the median of {repeats} run{'s' if repeats > 1 else ''}, each in a process of its own, "
+        "the sides in turns; ratio: ours over the peer's. checkpointed: with gradient checkpointing on both sides.",
+        "tokens/s: real tokens over the seconds of the training loop; padding, imports, loading and tokenizing are not "
+        "counted.",
+        f"memory: {memory}; 1 GB is 10⁹ bytes.",
+        "ceiling: the matrix products of the same steps and nothing else, each shape timed alone in bf16 in the same "
+        "process right after training, its best of several tries, as often as it occurs: base linears forward and "
+        "their input gradients, products with A and B and their gradients, attention on full squares per head, the "
+        "head on labelled tokens. Nothing below the lowest adapter has a gradient. Nothing that is computed again "
+        "counts; only in the checkpointed row the base's products of the second forward pass do.",
+        "validation: a pass over the same rows; its ceiling holds the forward products.",
+        "second start: from the start of the process to the begin of the first step, all caches being filled; imports: "
+        "a process that imports what ours imports.",
+    ]
+    if scaling:
+        lines.append(
+            "scaling: the better of two steps with gradient checkpointing on one random batch, a process for each "
+            "size; short rows have 200 tokens; memory per token is what the steps needed beyond what was there before."
+        )
+    if llama_8b:
+        lines.append(
+            "8B: random weights in Llama-3.1-8B's shape, one step, the first, of 512 tokens (two rows, half of them "
+            "labelled) with gradient checkpointing; private memory is RssAnon; the base, and libraries, lie in memory "
+            "as mapped files (RssFile)."
+        )
+    lines.append(
+        "Goals were set for SmolLM2-135M in NF4 with double quantization, rank 8 on all linears, batches of 8 Alpaca "
+        "rows, on 2 CPU cores."
+    )
+    return lines

@@ -1,0 +1,50 @@
+"""Runs both sides in turns, with and without gradient checkpointing, as often as asked."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Console
+
+from tests.benchmarks.children import run_child
+from tests.benchmarks.figures import Figures
+from tests.benchmarks.sides import Side
+
+
+@dataclass
+class Measured:
+    """All runs.
+
+    Attributes:
+        plain: of each side without gradient checkpointing.
+        checkpointing: of each side with it.
+        imports: seconds of processes that import what ours imports.
+    """
+
+    plain: dict[str, list[Figures]] = field(default_factory=dict)
+    checkpointing: dict[str, list[Figures]] = field(default_factory=dict)
+    imports: list[float] = field(default_factory=list)
+
+
+def measure_sides(sides: Sequence[Side], repeats: int, console: Console) -> Measured:
+    """Run every side in turns; before them, one step each that fills the caches, so that all starts are second ones."""
+    measured = Measured()
+    for side in sides:
+        console.print(f"{side.name}, a step to fill the caches …")
+        side.measure("--max-steps=1")
+    for repeat in range(1, repeats + 1):
+        measured.imports.append(run_child(sys.executable, "imports", (), sides[0].threads)["seconds"])
+        for runs, option in ((measured.plain, ()), (measured.checkpointing, ("--gradient-checkpointing",))):
+            for side in sides:
+                with_checkpointing = ", gradient checkpointing" if option else ""
+                console.print(f"{side.name}{with_checkpointing}, run {repeat} of {repeats} … ", end="")
+                figures = side.measure(*option)
+                runs.setdefault(side.name, []).append(figures)
+                console.print(_describe(figures))
+    return measured
+
+
+def _describe(figures: Figures) -> str:
+    loss = f"loss {figures.losses[0]:.3f} to {figures.losses[-1]:.3f}"
+    speed = f"{figures.tokens_per_second:.1f} tokens/s, {figures.peak_bytes / 1e9:.2f} GB"
+    return f"{len(figures.losses)} steps, started in {figures.start_seconds:.1f} s, {speed}, {loss}"

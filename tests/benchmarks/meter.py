@@ -1,0 +1,77 @@
+"""Callbacks that time training and validation, and note the rows of each batch."""
+
+import time
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+from tests.benchmarks.children import seconds_since_spawn
+from tests.benchmarks.figures import read_peak_bytes
+from tests.benchmarks.products import Rows
+
+
+class Meter(Callback):
+    """Time the training loop and each step; note batches, losses, the start and the most memory."""
+
+    def __init__(self) -> None:
+        self.batches: list[Rows] = []
+        self.losses: list[float] = []
+        self.step_seconds: list[float] = []
+        self.seconds = self.start_seconds = 0.0
+        self.peak_bytes = 0
+        self._began = self._step_began = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all batches."""
+        return sum(sum(batch.lengths) for batch in self.batches)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.start_seconds = self.start_seconds or seconds_since_spawn()
+        self._step_began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        self.losses.append(trainer.callback_metrics["train_loss"].item())  # waits for a card to be done
+        self.step_seconds.append(time.perf_counter() - self._step_began)
+        self.batches.append(rows_of(batch))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds = time.perf_counter() - self._began
+        self.peak_bytes = read_peak_bytes(pl_module.device.type == "cuda")
+
+
+class ValidationMeter(Callback):
+    """Time a validation pass; note its batches."""
+
+    def __init__(self) -> None:
+        self.batches: list[Rows] = []
+        self.seconds = 0.0
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.perf_counter()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.batches.append(rows_of(batch))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.callback_metrics["val_loss"].item()  # waits for a card to be done
+        self.seconds = time.perf_counter() - self._began
+
+
+def rows_of(batch: Any) -> Rows:
+    """Note the rows of a flat batch."""
+    return Rows(tuple(batch["cu_seqlens"].diff().tolist()), int((batch["labels"] != -100).sum()))

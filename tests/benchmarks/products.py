@@ -1,0 +1,165 @@
+"""The matrix products of a training step: what a LLaMA with LoRA adapters cannot do without.
+
+Nothing that an implementation computes again belongs to them.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from peft.tuners.lora import LoraLayer
+
+# The linears of a layer in the order in which they run; those of one line share their input.
+_STAGES = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
+class Product(NamedTuple):
+    """One shape of matrix product: ``(rows, inner)`` times ``(inner, columns)``.
+
+    Attributes:
+        part: of the step that it belongs to.
+        rows: of the result.
+        inner: summed over.
+        columns: of the result.
+        layout: which operand lies transposed in memory: none (``nn``), the right (``nt``), the left (``tn``).
+        batch: how many at once.
+    """
+
+    part: str
+    rows: int
+    inner: int
+    columns: int
+    layout: Literal["nn", "nt", "tn"]
+    batch: int = 1
+
+    @property
+    def flop(self) -> int:
+        """Multiplications and additions."""
+        return 2 * self.batch * self.rows * self.inner * self.columns
+
+
+class Linear(NamedTuple):
+    """A linear: numbers of inputs, of outputs, and the rank of its adapter, 0 without one."""
+
+    inputs: int
+    outputs: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides its products.
+
+    Attributes:
+        layers: the linears of each by name.
+        heads: of the queries.
+        head_dim: width of a head.
+        head: the language model's head.
+    """
+
+    layers: Sequence[Mapping[str, Linear]]
+    heads: int
+    head_dim: int
+    head: Linear
+
+
+class Rows(NamedTuple):
+    """A batch: the tokens of each row, and how many tokens of all are labelled."""
+
+    lengths: tuple[int, ...]
+    labelled: int
+
+
+def shape_of(causal_lm: Any) -> Shape:
+    """Read the shape of a LLaMA of transformers, with or without PEFT's layers in it."""
+    names = [name for stage in _STAGES for name in stage]
+    config = causal_lm.config
+    layers = [{name: _linear(layer.get_submodule(name)) for name in names} for layer in causal_lm.model.layers]
+    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    return Shape(layers, config.num_attention_heads, head_dim, _linear(causal_lm.get_output_embeddings()))
+
+
+def forward_products(shape: Shape, batch: Rows) -> Counter[Product]:
+    """Count the products of a forward pass; the head sees labelled tokens only."""
+    products: Counter[Product] = Counter()
+    for layer in shape.layers:
+        for linear in layer.values():
+            products.update(_linear_forward(linear, sum(batch.lengths)))
+        products.update(_attention_forward(shape, batch.lengths))
+    products[Product("head", batch.labelled, shape.head.inputs, shape.head.outputs, "nt")] += 1
+    return products
+
+
+def backward_products(shape: Shape, batch: Rows) -> Counter[Product]:
+    """Count the products of a backward pass: none below the lowest adapter, none for the base's weights."""
+    products: Counter[Product] = Counter()
+    tokens, flows = sum(batch.lengths), False  # whether the gradient of what flows in is wanted
+    for layer in shape.layers:
+        for stage in _STAGES:
+            for name in stage:
+                products.update(_linear_backward(layer[name], tokens, flows))
+            flows = flows or any(layer[name].rank for name in stage)
+            if stage == _STAGES[0] and flows:
+                products.update(_attention_backward(shape, batch.lengths))
+    if flows:
+        products[Product("head", batch.labelled, shape.head.outputs, shape.head.inputs, "nn")] += 1
+    return products
+
+
+def second_forward_products(shape: Shape, batch: Rows) -> Counter[Product]:
+    """Count the base's products that gradient checkpointing runs again: of the lowest layer with adapters and above."""
+    lowest = next(at for at, layer in enumerate(shape.layers) if any(linear.rank for linear in layer.values()))
+    linears = [linear for layer in shape.layers[lowest:] for linear in layer.values()]
+    tokens = sum(batch.lengths)
+    return Counter(Product("base again", tokens, linear.inputs, linear.outputs, "nt") for linear in linears)
+
+
+def step_products(shape: Shape, batch: Rows, gradient_checkpointing: bool) -> Counter[Product]:
+    """Count the products of a training step."""
+    products = forward_products(shape, batch) + backward_products(shape, batch)
+    return products + second_forward_products(shape, batch) if gradient_checkpointing else products
+
+
+def _linear(layer: Any) -> Linear:
+    adapters = layer.r if isinstance(layer, LoraLayer) else {}
+    return Linear(layer.in_features, layer.out_features, sum(adapters.values()))
+
+
+def _linear_forward(linear: Linear, tokens: int) -> Iterator[Product]:
+    inputs, outputs, rank = linear
+    yield Product("base forward", tokens, inputs, outputs, "nt")  # x Wᵀ
+    if rank:
+        yield Product("adapters", tokens, inputs, rank, "nt")  # low = x Aᵀ
+        yield Product("adapters", tokens, rank, outputs, "nt")  # low Bᵀ
+
+
+def _linear_backward(linear: Linear, tokens: int, wants_input: bool) -> Iterator[Product]:
+    inputs, outputs, rank = linear
+    if wants_input:
+        yield Product("base backward", tokens, outputs, inputs, "nn")  # g W
+    if rank:
+        yield Product("adapters", tokens, outputs, rank, "nn")  # of low: g B
+        yield Product("adapters", rank, tokens, outputs, "tn")  # of B, transposed: lowᵀ g
+        yield Product("adapters", rank, tokens, inputs, "tn")  # of A: (g B)ᵀ x
+        if wants_input:
+            yield Product("adapters", tokens, rank, inputs, "nn")  # g B A
+
+
+def _attention_forward(shape: Shape, lengths: Sequence[int]) -> Iterator[Product]:
+    for tokens in lengths:
+        yield Product("attention", tokens, shape.head_dim, tokens, "nt", shape.heads)  # Q Kᵀ
+        yield Product("attention", tokens, tokens, shape.head_dim, "nn", shape.heads)  # P V
+
+
+def _attention_backward(shape: Shape, lengths: Sequence[int]) -> Iterator[Product]:
+    for tokens in lengths:
+        yield Product("attention", tokens, shape.head_dim, tokens, "nt", shape.heads)  # of P: g Vᵀ
+        yield Product("attention", tokens, tokens, shape.head_dim, "tn", shape.heads)  # of V: Pᵀ g
+        yield Product("attention", tokens, tokens, shape.head_dim, "nn", shape.heads)  # of Q: dS K
+        yield Product("attention", tokens, tokens, shape.head_dim, "tn", shape.heads)  # of K: dSᵀ Q

@@ -1,0 +1,75 @@
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.figures import Figures
+from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.table import Goal, Row, compare_ceilings, compare_sides, compare_starts
+
+CEILING = {"seconds": 3.0, "flop": 6e9, "parts": {}}
+
+
+def run(tokens: int = 1200, seconds: float = 4.0, gigabytes: float = 2.0, start: float = 6.0, **more) -> Figures:
+    return Figures(tokens, seconds, int(gigabytes * 1e9), start, [1.5, 1.4], {"torch": "1"}, **more)
+
+
+def test_rows_of_both_sides_are_of_medians() -> None:
+    plain = {
+        "ours": [run(seconds=seconds) for seconds in (3.0, 2.0, 9.0)],
+        "peer": [run(seconds=seconds, gigabytes=8.0) for seconds in (12.0, 9.0, 20.0)],
+    }
+
+    speed, _, memory, _ = compare_sides(plain, {"ours": [run()]}, "cpu")
+
+    assert (speed.ours, speed.peer, speed.ratio, speed.reached) == (400.0, 100.0, 4.0, False)
+    assert (memory.ours, memory.peer, memory.ratio, memory.reached) == (2.0, 8.0, 0.25, True)
+
+
+def test_without_a_peer_no_goal_over_it_is_judged() -> None:
+    ours = {"ours": [run()]}
+
+    assert [row.reached for row in compare_sides(ours, ours, "cpu")] == [None] * 4
+
+
+def test_share_of_the_ceiling_is_its_seconds_over_ours() -> None:
+    validation = {"tokens": 1200, "seconds": 2.0, "ceiling": {"seconds": 1.0, "flop": 2e9, "parts": {}}}
+    plain = {"ours": [run(seconds=4.0, ceiling=CEILING, validation=validation)]}
+
+    rows = {row.what.strip(): row for row in compare_ceilings(plain, {"ours": [run(seconds=6.0, ceiling=CEILING)]})}
+
+    assert (rows["share of ceiling, plain"].ours, rows["share of ceiling, plain"].reached) == (0.75, True)
+    assert rows["ceiling tokens/s, plain"].ours == 400.0
+    assert rows["ceiling GFLOP/s, plain"].ours == 2.0
+    assert (rows["share of ceiling, checkpointed"].ours, rows["share of ceiling, checkpointed"].reached) == (0.5, False)
+    assert (rows["share of ceiling, validation"].ours, rows["share of ceiling, validation"].reached) == (0.5, False)
+    assert rows["tokens/s, validation"].ours == 600.0
+
+
+def test_start_is_divided_into_imports_and_the_rest() -> None:
+    start, imports, rest = compare_starts({"ours": [run(start=5.5)], "peer": [run(start=8.0)]}, [4.0, 5.0, 4.5])
+
+    assert (start.ratio, start.reached) == (5.5 / 8.0, True)
+    assert (imports.ours, rest.ours, rest.reached) == (4.5, 1.0, True)
+
+
+def test_versions_that_differ_are_both_named() -> None:
+    machine = describe_machine({"torch": "1"}, {"torch": "2", "trl": "3"}, "cpu")
+
+    assert machine["versions"] == {"torch": "1", "the peer's torch": "2", "trl": "3"}
+
+
+def test_rows_and_sizes_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from tests.benchmarks.plot import draw_plot
+
+    ours = {"ours": [run(ceiling=CEILING)]}
+    rows = [*compare_sides(ours, ours, "cpu"), *compare_ceilings(ours, ours), Row("other", 1.0, goal=Goal("≥", 1, ""))]
+    sizes = [
+        {"rows": rows, "tokens": tokens, "tokens_per_second": 300.0, "bytes_per_token": 5e5}
+        for rows in ("short", "long")
+        for tokens in (1024, 2048)
+    ]
+
+    draw_plot(rows, sizes, tmp_path / "figures.png")
+
+    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")

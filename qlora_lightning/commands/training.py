@@ -133,7 +133,9 @@ class QLoRACLI(LightningCLI):
                 f"trainer.accumulate_grad_batches is {settings['accumulate_grad_batches']}: expected 1 or more."
             )
         if (settings["gradient_clip_val"] or 0) < 0:
-            raise UserError(f"trainer.gradient_clip_val is {settings['gradient_clip_val']}: expected 0 (off) or more.")
+            raise UserError(
+                f"trainer.gradient_clip_val is {settings['gradient_clip_val']:g}: expected 0 (off) or more."
+            )
         check_strategy(settings["strategy"], self.model.quantization if isinstance(self.model, QLoRAModule) else "nf4")
         folder, chosen = settings["default_root_dir"], settings.get("logger")
         others = [] if chosen in (None, True, False) else chosen if isinstance(chosen, list) else [chosen]

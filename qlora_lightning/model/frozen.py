@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
@@ -49,16 +50,21 @@ def _frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if not parameter.requires_grad:
             yield name, parameter.detach()
             yield from _scales(name, parameter)
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            # The first forward moves it from the weight to the module.
+            scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB
+            if scale is not None:
+                yield f"{name}.weight.SCB", scale
 
 
 def _scales(name: str, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
-    """What bitsandbytes multiplies a quantized weight by, kept beside it as plain attributes."""
+    """What bitsandbytes multiplies a weight in 4 bits by, kept beside it as plain attributes."""
     state = getattr(parameter, "quant_state", None)  # of Params4bit
     nested = getattr(state, "state2", None)  # double quantization: the scales' own scales
     scales = {
         "absmax": getattr(state, "absmax", None),
         "nested_absmax": getattr(nested, "absmax", None),
-        "SCB": getattr(parameter, "SCB", None),  # of Int8Params
     }
     yield from ((f"{name}.{key}", scale) for key, scale in scales.items() if isinstance(scale, Tensor))
 

@@ -72,3 +72,13 @@ def test_the_scales_of_quantized_weights_count(tiny_base, quantization, double_q
     scale[0] += 1
     with pytest.raises(RuntimeError, match=r"up_proj\.weight\.(absmax|SCB)"):
         check_frozen(before, checksum_frozen(base))
+
+
+def test_the_first_forward_of_an_int8_base_changes_nothing(tiny_base):
+    """It moves the scales from the weights to their modules."""
+    base = load_base(str(tiny_base), quantization="int8", compute_dtype=torch.float32).model
+    base.requires_grad_(False)
+    before = checksum_frozen(base)
+    base(input_ids=torch.tensor([[5, 6, 7]]))
+    assert base.model.layers[0].mlp.up_proj.weight.SCB is None
+    check_frozen(before, checksum_frozen(base))

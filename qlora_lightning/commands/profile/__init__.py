@@ -1,0 +1,101 @@
+"""``qlora-lightning profile``: where the time and the memory of a training step go, by part."""
+
+import argparse
+import contextlib
+import functools
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from qlora_lightning.errors import UserError
+
+_DESCRIPTION = """Run a few optimizer steps of a config under torch's profiler, and say where their time and memory go.
+
+The config is the one that `fit` takes, and so is every other option: --model.fast false, --data.batch_size 4.
+It runs on one device, validates nothing and writes nothing but what --json names."""
+_EPILOG = """examples:
+  qlora-lightning profile --config configs/quickstart.yaml
+  qlora-lightning profile --config configs/quickstart.yaml --steps 2 --gradient_checkpointing true --json profile.json
+
+Two steps come first: one warms up, of the other the memory is measured. Operators outside the named parts, and the
+time between operators, count as the part that calls them. Calls are how often a step enters a part."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Profile a config; return the exit code.
+
+    Raises:
+        UserError: A key or value is wrong, or no step could be profiled.
+    """
+    try:
+        own, rest = _parser().parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}. See `qlora-lightning profile --help`.") from error
+    if own.steps < 1:
+        raise UserError(f"--steps is {own.steps}: expected 1 or more.")
+    file = None if own.json is None else _json_file(own.json)
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch: its profiler tells of each start and stop
+    # here, so that --help and mistakes answer at once
+    from qlora_lightning.commands import training
+    from qlora_lightning.commands.profile.fit import ProfileCLI
+    from qlora_lightning.commands.profile.recorder import StepRecorder
+    from qlora_lightning.commands.profile.report import print_summary, summarize, write_json
+
+    recorder = StepRecorder(own.steps)
+    with tempfile.TemporaryDirectory(prefix="qlora-lightning-profile-") as folder, _quiet_lightning():
+        training.main(["fit", *rest], functools.partial(ProfileCLI, recorder=recorder, folder=folder))
+    if not recorder.recorded:
+        raise UserError("No step was profiled: the run ended before. trainer.limit_train_batches must not be 0.")
+    summary = summarize(recorder)
+    if file is not None:
+        write_json(summary, file)
+    print_summary(summary, Console(highlight=False))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qlora-lightning profile",
+        usage="qlora-lightning profile --config FILE [--steps N] [--json FILE] [options of fit]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="optimizer steps to profile (default: 5)")
+    parser.add_argument("--json", metavar="FILE", help="write all figures there too")
+    return parser
+
+
+def _json_file(name: str) -> Path:
+    """Check the file's name before a second is spent.
+
+    Raises:
+        UserError: There is no such folder, or it is no file.
+    """
+    file = Path(name)
+    if not file.parent.is_dir():
+        raise UserError(f"--json {name}: there is no folder {file.parent}.")
+    if file.is_dir():
+        raise UserError(f"--json {name}: that is a folder; name a file.")
+    return file
+
+
+@contextlib.contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Keep away what a fit says of its devices, its data and its end."""
+    loggers = {name: logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    for logger in loggers.values():
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for name, logger in loggers.items():
+            logger.setLevel(levels[name])

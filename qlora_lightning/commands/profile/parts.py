@@ -1,0 +1,152 @@
+"""The parts of a training step, and the rules by which an operator, or an autograd function, belongs to one."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+BASE = "base products"
+DEQUANTIZATION = "dequantization"
+ADAPTERS = "adapters"
+ATTENTION = "attention"
+NORMS = "norms"
+ROTARY = "rotary"
+ACTIVATION = "SwiGLU"
+HEAD = "head and loss"
+OPTIMIZER = "optimizer and clipping"
+DATA = "data"
+RECOMPUTATION = "recomputation"  # of gradient checkpointing
+REST = "Lightning and the rest"
+PARTS = (
+    *(BASE, DEQUANTIZATION, ADAPTERS, ATTENTION, NORMS, ROTARY, ACTIVATION, HEAD),
+    *(OPTIMIZER, DATA, RECOMPUTATION, REST),
+)
+
+
+class Rule(NamedTuple):
+    """A part by name.
+
+    Attributes:
+        names: Regular expression for the whole name of an operator or autograd function.
+        part: What it belongs to.
+        whole: Whether all that runs inside belongs to it too; else products, dequantization and the adapters' narrow
+            matrices inside are told apart.
+    """
+
+    names: str
+    part: str
+    whole: bool
+
+
+RULES = (
+    # autograd functions of qlora_lightning.model; a backward has the name of its forward
+    Rule("NormedLinears", NORMS, False),
+    Rule("LoRALinearFunction", ADAPTERS, False),
+    Rule("SwiGLUDown", ACTIVATION, False),
+    Rule("Rotary", ROTARY, True),
+    Rule("BlockAttention", ATTENTION, True),
+    Rule("_FrozenHeadLoss", HEAD, True),
+    # bitsandbytes
+    Rule("MatMul4Bit", BASE, False),
+    Rule("MatMul8bitLt", BASE, True),
+    Rule(".*dequantize.*", DEQUANTIZATION, True),
+    # torch
+    Rule("(?i).*(scaled_?dot_?product|varlen|flash|efficient_?attention).*", ATTENTION, True),
+    Rule("aten::(bmm|baddbmm_?)|Bmm|Baddbmm", ATTENTION, True),
+    Rule("aten::(cross_entropy_loss|_?log_softmax.*|nll_loss.*)|LogSoftmax|NllLoss", HEAD, True),
+    Rule("aten::silu.*|Silu", ACTIVATION, True),
+    Rule("torch::autograd::AccumulateGrad", ADAPTERS, True),
+    Rule(r"Optimizer\..*", OPTIMIZER, False),  # its step runs forward and backward inside
+)
+_PRODUCT = re.compile("aten::(linear|matmul|mm|addmm_?|mv|addmv_?|_int_mm)")
+_SCOPE = re.compile("(whole )?part: (.*)")
+_RULES = [(re.compile(rule.names), rule) for rule in RULES]
+
+
+class Widths(NamedTuple):
+    """What tells products apart.
+
+    Attributes:
+        narrow: Ranks of the adapters, and of neighbours stacked into one matrix.
+        hidden: Of the base.
+        vocabulary: Rows of the head.
+        clashing: Ranks of that kind that are widths of the base too: such products count as the base's.
+    """
+
+    narrow: frozenset[int]
+    hidden: int
+    vocabulary: int
+    clashing: frozenset[int] = frozenset()
+
+
+def name_scope(part: str, whole: bool) -> str:
+    """Name a range of code as :func:`find_part` knows it."""
+    return f"{'whole ' if whole else ''}part: {part}"
+
+
+def is_scope(name: str) -> bool:
+    """Whether :func:`name_scope` made the name."""
+    return _SCOPE.fullmatch(name) is not None
+
+
+def find_part(name: str, shapes: Sequence[Any], around: str, widths: Widths) -> tuple[str, bool] | None:
+    """Find the part that an operator belongs to by itself, and whether with all that runs inside.
+
+    Args:
+        name: Of the operator, of an autograd function without its ``Backward``, or of a range.
+        shapes: Of its inputs.
+        around: The part of what calls it.
+        widths: Of the model.
+
+    Returns:
+        ``None`` where it belongs to what calls it.
+    """
+    scope = _SCOPE.fullmatch(name)
+    if scope:
+        return scope[2], scope[1] is not None
+    rule = find_rule(name)
+    if rule is not None:
+        return rule.part, rule.whole
+    if around == OPTIMIZER or not name.startswith("aten::"):
+        return None
+    sizes = {size for shape in shapes for size in shape if isinstance(size, int)}
+    if _PRODUCT.fullmatch(name):
+        if any(len(shape) > 3 for shape in shapes):
+            return ATTENTION, True
+        if sizes & widths.narrow:
+            return ADAPTERS, True
+        return (HEAD if widths.vocabulary in sizes else BASE), True
+    if any(len(shape) == 2 and set(shape) & widths.narrow - {1} for shape in shapes):
+        return ADAPTERS, True  # casts, scales or stacks the adapters' matrices
+    return None
+
+
+def find_rule(name: str) -> Rule | None:
+    """Find the rule for a name."""
+    return next((rule for pattern, rule in _RULES if pattern.fullmatch(name)), None)
+
+
+def count_logit_rows(name: str, shapes: Sequence[Any], widths: Widths) -> int:
+    """Count the tokens whose logits a product makes or reads; 0 of any other operator."""
+    sizes = {size for shape in shapes for size in shape if isinstance(size, int)}
+    if not _PRODUCT.fullmatch(name) or not {widths.vocabulary, widths.hidden} <= sizes or sizes & widths.narrow:
+        return 0
+    return max(sizes - {widths.vocabulary, widths.hidden}, default=0)
+
+
+def read_widths(model: nn.Module, hidden: int, vocabulary: int) -> Widths:
+    """Read ranks and widths from a PEFT model."""
+    wide = {hidden, vocabulary}
+    narrow: set[int] = set()
+    for parent in model.modules():
+        layers = [child for child in parent.children() if isinstance(child, LoraLayer)]
+        wide |= {width for layer in layers for width in (layer.in_features, layer.out_features)}
+        narrow |= _sums_of_neighbours([rank for layer in layers for rank in layer.r.values()])
+    return Widths(frozenset(narrow - wide), hidden, vocabulary, frozenset(narrow & wide))
+
+
+def _sums_of_neighbours(ranks: Sequence[int]) -> set[int]:
+    """Give what up to three come to: the A's of queries, keys and values, or of gate and up, act as one matrix."""
+    return {sum(ranks[first:end]) for first in range(len(ranks)) for end in range(first + 1, first + 4)}

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _GIVES_BACK = 1 << 20  # bytes: nearly every tensor gets pages of its own
+_USUAL = 32 << 20  # bytes: where glibc's own threshold ends up in a process that frees large blocks
 _KEEPS = 1 << 28  # bytes: more than a dense weight, or a chunk of logits
-_NEVER = (1 << 31) - 1  # bytes
+_NEVER = -1
 
 
 @contextlib.contextmanager
@@ -26,7 +27,7 @@ def giving_memory_back() -> Iterator[None]:
     try:
         yield
     finally:
-        keep_freed_memory()
+        glibc.mallopt(_M_MMAP_THRESHOLD, _USUAL)
         glibc.malloc_trim(0)
 
 
@@ -40,6 +41,13 @@ def keep_freed_memory() -> None:
     if glibc is not None:
         glibc.mallopt(_M_MMAP_THRESHOLD, _KEEPS)
         glibc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
+
+
+def give_back_freed_memory() -> None:
+    """Give all that is free back to the system; does nothing without glibc."""
+    glibc = _find_glibc()
+    if glibc is not None:
+        glibc.malloc_trim(0)
 
 
 def _find_glibc() -> ctypes.CDLL | None:

@@ -14,6 +14,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from qlora_lightning.model.block_attention import BlockAttention
 
 FLAT_ATTENTION, PLAIN_FLAT_ATTENTION = "qlora_flat", "qlora_flat_plain"
+# As attention_mask of a flat batch it keeps transformers from making one of (tokens, tokens) for its many samples.
+NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
 
 
 def register_flat_attention(fast: bool = True) -> str:
@@ -26,7 +28,7 @@ def register_flat_attention(fast: bool = True) -> str:
     """
     for name, attend in ((FLAT_ATTENTION, flat_attention), (PLAIN_FLAT_ATTENTION, plain_flat_attention)):
         AttentionInterface.register(name, attend)
-        AttentionMaskInterface.register(name, flat_mask)
+        AttentionMaskInterface.register(name, sdpa_mask)
     return FLAT_ATTENTION if fast else PLAIN_FLAT_ATTENTION
 
 
@@ -90,14 +92,6 @@ def plain_flat_attention(
     return _attend_per_sample(query, key, value, cu_seqlens, scaling, dropout), None
 
 
-def flat_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """No mask without padding; with padding (generation pads on the left) the mask that SDPA needs."""
-    if attention_mask is None:
-        return None
-    mask: Tensor | None = sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
-    return mask
-
-
 def _has_varlen_kernel(query: Tensor) -> bool:
     """FlashAttention over ragged samples: CUDA cards of compute capability 8.0 and newer, in 16 bits."""
     return (
@@ -127,14 +121,18 @@ def _attend_varlen(
     return cast(Tensor, output)[None]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float | None) -> Tensor:
     # As SDPA does under autocast, where what trains in float32 makes some of them float32.
     autocasts = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocasts else value.dtype
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != query.shape[2] or any(end <= start for start, end in itertools.pairwise(bounds)):
+        raise ValueError(f"cu_seqlens must rise from 0 to {query.shape[2]}, the tokens of the batch; found {bounds}.")
     states = [each.to(dtype) for each in (query, key, value)]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast("cpu", enabled=False):
-        output = BlockAttention.apply(*states, cu_seqlens.tolist(), scale)  # type: ignore[no-untyped-call]
+        output = BlockAttention.apply(*states, bounds, scale)  # type: ignore[no-untyped-call]
     return cast(Tensor, output)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _MOST_SCORES = 2**24  # at a time: 32 MiB in bf16
 _MOST_ROWS, _FEWEST_ROWS = 320, 16  # of queries at a time
@@ -52,6 +53,7 @@ class BlockAttention(torch.autograd.Function):
         return _unpack(output, bounds, heads, *shape)[None]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         saved, kv_heads = iter(ctx.saved_tensors), ctx.shape[0]
         packed = [next(saved) for _ in range(3)]

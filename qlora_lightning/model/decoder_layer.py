@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
 
-from qlora_lightning.model.attention import flat_attention
+from qlora_lightning.model.attention import FLAT_ATTENTION, flat_attention
+from qlora_lightning.model.hooks import is_watched
 from qlora_lightning.model.linear import LoRALinearFunction, adapters_of, compute_dtype_of, frozen_part, is_plain
 from qlora_lightning.model.normed_linears import NormedLinears
 from qlora_lightning.model.rotary import Rotary
@@ -42,11 +43,12 @@ class FusedDecoderLayer(llama.LlamaDecoderLayer):  # type: ignore[misc]  # to my
         if torch.is_autocast_enabled(hidden_states.device.type) or (self.training and self.self_attn.attention_dropout):
             return False
         linears = list(self._linears())
-        skipped = (self.self_attn, self.mlp, self.mlp.act_fn, *self._norms(), *linears)
         return (
-            all(is_plain(linear) and compute_dtype_of(linear) == hidden_states.dtype for linear in linears)
+            _is_usual(self)
+            and self.self_attn.config._attn_implementation == FLAT_ATTENTION
+            and all(is_plain(linear) and compute_dtype_of(linear) == hidden_states.dtype for linear in linears)
             and not any(norm.weight.requires_grad for norm in self._norms())
-            and not any(map(_is_watched, skipped))
+            and not any(map(is_watched, self.children()))
         )
 
     def _norms(self) -> tuple[Any, Any]:
@@ -72,14 +74,8 @@ def _is_usual(layer: nn.Module) -> bool:
     usual = {"self_attn": llama.LlamaAttention, "mlp": llama.LlamaMLP}
     usual |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), llama.LlamaRMSNorm)
     usual["mlp.act_fn"] = SiLUActivation
-    return all(type(layer.get_submodule(name)) is kind for name, kind in usual.items())
-
-
-def _is_watched(part: nn.Module) -> bool:
-    """Whether hooks would go uncalled."""
-    return bool(
-        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-    )  # torch has no public way to ask
+    parts = {layer.get_submodule(name): kind for name, kind in usual.items()}
+    return all(type(part) is kind and "forward" not in vars(part) for part, kind in parts.items())
 
 
 def _apply_norm_and_linears(x: Tensor, norm: Any, *linears: nn.Module) -> tuple[Tensor, ...]:

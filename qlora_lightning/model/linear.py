@@ -10,6 +10,9 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from qlora_lightning.model.hooks import is_watched
 
 ADAPTER = "default"  # PEFT's name for the only adapter that we put on
 
@@ -44,9 +47,10 @@ class LoRALinearFunction(torch.autograd.Function):
         output = project(flat, low, lora_b, frozen, residual)
         ctx.save_for_backward(None if lora_a is None else flat, low, lora_a, lora_b)
         ctx.frozen, ctx.shape = frozen, x.shape
-        return output.view(*x.shape[:-1], -1)
+        return output.view(*x.shape[:-1], output.shape[-1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat, low, lora_a, lora_b = ctx.saved_tensors
         grad_residual = grad if ctx.needs_input_grad[4] else None
@@ -100,7 +104,7 @@ class FusedLinear4bit(PeftLinear4bit):  # type: ignore[misc]  # PEFT ships no ty
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``; whatever is not plain LoRA goes PEFT's own way."""
-        if args or kwargs or self.disable_adapters or not is_plain(self):
+        if args or kwargs or self.disable_adapters or not is_plain(self) or any(map(is_watched, self.children())):
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
         return _apply(self, x)
@@ -111,29 +115,38 @@ class FusedLinear(PeftLinear):  # type: ignore[misc]  # PEFT ships no types
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``; whatever is not plain LoRA goes PEFT's own way."""
-        if args or kwargs or self.disable_adapters or not is_plain(self):
+        if args or kwargs or self.disable_adapters or not is_plain(self) or any(map(is_watched, self.children())):
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
         return _apply(self, x)
 
 
 def _apply(layer: LoraLayer, x: Tensor) -> Tensor:
-    dtype = compute_dtype_of(layer) or x.dtype
+    device = x.device.type
+    autocasts = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocasts else compute_dtype_of(layer) or x.dtype
     arguments = (x.to(dtype), *adapters_of(layer), frozen_part(layer, dtype), None)
-    output: Tensor = LoRALinearFunction.apply(*arguments)  # type: ignore[no-untyped-call]  # torch does not type it
-    return output.to(x.dtype)
+    with torch.autocast(device, enabled=False):
+        output: Tensor = LoRALinearFunction.apply(*arguments)  # type: ignore[no-untyped-call]  # torch does not type it
+    return output if autocasts else output.to(x.dtype)
 
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether a linear is frozen and has at most one active, unmerged adapter without dropout, bias or variant."""
+    if "forward" in vars(layer):
+        return False  # somebody put another one there
     if type(layer) in (nn.Linear, bnb.nn.Linear4bit):
         return not any(parameter.requires_grad for parameter in layer.parameters())
-    if not isinstance(layer, FusedLinear4bit | FusedLinear):
+    if not isinstance(layer, FusedLinear4bit | FusedLinear) or layer.active_adapters != [ADAPTER]:
+        return False
+    if ADAPTER not in layer.lora_A or any(
+        type(each[ADAPTER]) is not nn.Linear for each in (layer.lora_A, layer.lora_B)
+    ):
         return False
     dropout = layer.lora_dropout[ADAPTER]
     return (
-        not layer.merged
-        and layer.active_adapters == [ADAPTER]
+        is_plain(layer.get_base_layer())
+        and not layer.merged
         and ADAPTER not in layer.lora_variant
         and not layer.lora_bias[ADAPTER]
         and (isinstance(dropout, nn.Identity) or not layer.training)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
@@ -50,7 +51,8 @@ def head_loss(hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int = CHUN
 
 
 def _is_frozen_linear(head: nn.Module) -> bool:
-    return type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+    plain = type(head) is nn.Linear and "forward" not in vars(head)
+    return plain and head.bias is None and not head.weight.requires_grad
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -79,15 +81,16 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 if gradient is not None:
                     few.copy_(probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32)))
             if gradient is not None:
-                gradient[part] = logits @ weight
+                gradient[part] = (weight.t() @ logits.t()).t()  # a sum this long is quicker with its sides swapped
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(correct)
         return nll_sum, correct
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_nll: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return None if gradient is None else gradient * grad_nll.to(gradient.dtype), None, None, None
+        return None if gradient is None else gradient * grad_nll, None, None, None
 
 
 def _checkpointed_head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from qlora_lightning.model.adapter_state import AdapterStateModule
 from qlora_lightning.model.adapters import check_adapter_settings, trainable_tensors
-from qlora_lightning.model.allocator import keep_freed_memory
+from qlora_lightning.model.allocator import give_back_freed_memory, keep_freed_memory
 from qlora_lightning.model.assembly import assemble_model
+from qlora_lightning.model.attention import NO_MASK
 from qlora_lightning.model.checks import check_callbacks, check_trainer, check_training_mode
 from qlora_lightning.model.dtypes import ComputeDtype, choose_compute_dtype
 from qlora_lightning.model.generation import generate_answers
@@ -172,6 +173,9 @@ class QLoRAModule(AdapterStateModule):
         """The model of transformers inside PEFT's wrapper."""
         return self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
 
+    def on_fit_end(self) -> None:
+        give_back_freed_memory()
+
     # ---- the loss --------------------------------------------------------------------------------------------------
 
     def compute_loss(self, batch: dict[str, Any]) -> LossSums:
@@ -184,6 +188,7 @@ class QLoRAModule(AdapterStateModule):
             hidden = self.causal_lm.base_model(
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],
+                attention_mask=NO_MASK,
                 cu_seqlens=batch["cu_seqlens"],
                 longest=batch["longest"],
                 use_cache=False,

@@ -81,14 +81,15 @@ def _is_bad(model: nn.Module, compute_loss: ComputeLoss, row: Any) -> bool:
 
 def _examine(model: nn.Module, compute_loss: ComputeLoss, batch: Any) -> tuple[float, str | None, list[str]]:
     """Run a micro-batch forward and backward; gives its loss, the first bad module, and bad gradients by name."""
-    with torch.enable_grad():
-        with _watching_outputs(model) as found:
-            loss = compute_loss(batch).nll_sum
+    # Watched to the end: layers with hooks are not fused, and checkpointed ones must run alike in backward.
+    with torch.enable_grad(), _watching_outputs(model) as found:
+        loss = compute_loss(batch).nll_sum
+        first = found[0] if found else None
         trainable = trainable_tensors(model)
         # Not backward(): `.grad`, and what DDP hangs on it, must not notice.
         made = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True) if loss.requires_grad else ()
     gradients = {name: gradient for name, gradient in zip(trainable, made, strict=False) if gradient is not None}
-    return float(loss.detach()), found[0] if found else None, _nonfinite(gradients)
+    return float(loss.detach()), first, _nonfinite(gradients)
 
 
 @contextmanager

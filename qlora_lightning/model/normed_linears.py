@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qlora_lightning.model.linear import Frozen, gradient_of_b, gradient_of_low, project
 
@@ -46,6 +47,7 @@ class NormedLinears(torch.autograd.Function):
         return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat, inverse, lows, weight, *adapters = ctx.saved_tensors
         all_a, all_b = adapters[::2], adapters[1::2]

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class Rotary(torch.autograd.Function):
@@ -23,6 +24,7 @@ class Rotary(torch.autograd.Function):
         return turned
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = (angle[:, None] for angle in ctx.saved_tensors)
         half = grad.shape[-1] // 2

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qlora_lightning.model.linear import Frozen, gradient_of_b, gradient_of_low, project
 
@@ -29,6 +30,7 @@ class SwiGLUDown(torch.autograd.Function):
         return output.view(residual.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, low, a, b = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])

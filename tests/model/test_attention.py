@@ -2,9 +2,9 @@ import itertools
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
-from qlora_lightning.model.attention import flat_attention, flat_mask, register_flat_attention
+from qlora_lightning.model.attention import flat_attention, register_flat_attention
 
 LENGTHS = (5, 1, 12, 7)
 BOUNDS = list(itertools.pairwise(itertools.accumulate(LENGTHS, initial=0)))
@@ -99,15 +99,30 @@ def test_gradients_of_a_batch_are_the_sum_of_those_of_its_samples(tiny_base):
         assert (gradient - alone).norm() <= 1e-5 * alone.norm(), name
 
 
-def test_without_attention_mask_there_is_no_mask():
-    arguments = {"batch_size": 1, "q_length": 3, "kv_length": 3, "q_offset": 0, "kv_offset": 0}
-    assert flat_mask(**arguments, attention_mask=None) is None
+def test_tokens_behind_a_filled_cache_see_it_and_their_own_past(tiny_base):
+    model, ids = load(tiny_base, torch.float32).eval(), sample_ids()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        model(input_ids=ids[:, :10], cache=cache)
+        behind = model(input_ids=ids[:, 10:], cache=cache).logits
+    torch.testing.assert_close(behind, whole[:, 10:], rtol=1e-4, atol=1e-4)
 
 
-def test_left_padding_is_masked():
-    arguments = {"batch_size": 1, "q_length": 3, "kv_length": 3, "q_offset": 0, "kv_offset": 0}
-    mask = flat_mask(**arguments, attention_mask=torch.tensor([[False, True, True]]))
-    assert mask[0, 0, 1:].tolist() == [[False, True, False], [False, True, True]]
+def test_samples_that_only_their_positions_tell_apart_do_not_see_each_other(tiny_base):
+    model, ids = load(tiny_base, torch.float32).eval(), sample_ids()
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    with torch.no_grad():
+        together = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        for start, end in BOUNDS:
+            alone = model(input_ids=ids[:, start:end], use_cache=False).logits
+            torch.testing.assert_close(together[:, start:end], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bounds", [[3, 25], [0, 5, 5, 25], [0, 24]])
+def test_bounds_that_are_none_are_refused(bounds):
+    with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to 25, the tokens of the batch; found \["):
+        flat_attention(None, *draw_qkv(torch.float32), None, cu_seqlens=torch.tensor(bounds))
 
 
 def test_left_padded_generation_equals_generation_alone(tiny_base):

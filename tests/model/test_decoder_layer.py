@@ -6,7 +6,8 @@ from torch import nn
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model.adapters import trainable_tensors
-from qlora_lightning.model.decoder_layer import FusedDecoderLayer
+from qlora_lightning.model.attention import register_flat_attention
+from qlora_lightning.model.decoder_layer import FusedDecoderLayer, fuse_decoder_layers
 from qlora_lightning.model.loss import IGNORED
 
 LENGTHS = (9, 1, 30, 17)
@@ -117,14 +118,50 @@ def count_plain_calls(module, monkeypatch):
     spy = lambda self, *args, **kwargs: calls.append(self) or plain(self, *args, **kwargs)  # noqa: E731
     monkeypatch.setattr(FusedDecoderLayer.__mro__[1], "forward", spy)
     module.compute_loss(batch())
+    monkeypatch.undo()
     return len(calls)
 
 
-def test_hooks_on_skipped_parts_are_called(tiny_base, monkeypatch):
+@pytest.mark.parametrize("part", ["mlp.up_proj", "self_attn.q_proj.lora_A.default", "mlp.down_proj.base_layer"])
+def test_hooks_on_skipped_parts_are_called(tiny_base, monkeypatch, part):
     module, seen = make(tiny_base, fast=True), []
-    layers_of(module)[1].mlp.up_proj.register_forward_hook(lambda *_: seen.append("up_proj"))
+    layers_of(module)[1].get_submodule(part).register_forward_hook(lambda *_: seen.append(part))
     assert count_plain_calls(module, monkeypatch) == 1  # of two layers
-    assert seen == ["up_proj"]
+    assert seen == [part]
+
+
+def test_parts_that_are_replaced_after_loading_are_used(tiny_base, monkeypatch):
+    class OwnNorm(nn.Module):
+        def forward(self, x):
+            return x
+
+    def replace_forward(layer):
+        layer.mlp.forward = lambda x: x
+
+    for change in (
+        replace_forward,
+        lambda layer: setattr(layer, "input_layernorm", OwnNorm()),
+        lambda layer: setattr(layer.mlp, "act_fn", nn.GELU()),
+        lambda layer: layer.self_attn.q_proj.get_base_layer().weight.requires_grad_(),
+    ):
+        module = make(tiny_base, fast=True, quantization="none")
+        change(layers_of(module)[0])
+        assert count_plain_calls(module, monkeypatch) == 1
+
+
+def test_another_attention_is_called(tiny_base, monkeypatch):
+    module = make(tiny_base, fast=True)
+    module.causal_lm.set_attn_implementation(register_flat_attention(fast=False))
+    assert count_plain_calls(module, monkeypatch) == 2
+
+
+def test_under_autocast_of_the_user_it_trains(tiny_base):
+    module = make(tiny_base, fast=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = loss_and_gradients(module)
+    exact_loss, exact = loss_and_gradients(module)
+    assert loss == pytest.approx(exact_loss, abs=0.05)
+    assert 0 < distance(gradients, exact) < 0.1
 
 
 def test_a_disabled_adapter_takes_no_part(tiny_base):
@@ -146,8 +183,6 @@ def test_a_layer_with_another_part_keeps_its_own_forward(tiny_base, monkeypatch)
     module = make(tiny_base, fast=False)
     layer = layers_of(module)[0]
     layer.mlp.act_fn = Gated()
-    from qlora_lightning.model.decoder_layer import fuse_decoder_layers
-
     fuse_decoder_layers(module)
     assert [type(each) is FusedDecoderLayer for each in layers_of(module)] == [False, True]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning import Callback
 
-from qlora_lightning import AdapterCheckpoint, InstructionDataModule, LossSums, QLoRAModule
+from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, InstructionDataModule, LossSums, QLoRAModule
 from qlora_lightning.errors import UserError
 from qlora_lightning.model import guard
 from qlora_lightning.model.adapters import trainable_tensors
@@ -102,9 +102,10 @@ class SpoilOutput(Callback):
         pl_module.get_submodule(f"model.{SpoilWeight.name}").register_forward_hook(lambda *_: _[2] * math.inf)
 
 
-def test_the_first_module_that_gave_it_is_named(fit):
+@pytest.mark.parametrize("others", [[], [GradientCheckpointing()]])
+def test_the_first_module_that_gave_it_is_named(fit, others):
     with pytest.raises(UserError, match=rf"loss of step 0 .*first from {SpoilWeight.name}; rows: .*rows.jsonl:\d"):
-        fit(QLoRAModule, SpoilOutput())
+        fit(QLoRAModule, SpoilOutput(), *others)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_too(fit):

@@ -179,3 +179,28 @@ def test_dropout_drops_in_training():
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))
+
+
+def test_without_rows_the_output_has_none():
+    model, _ = make_lora()
+    fuse_lora_linears(model)
+    assert model(torch.randn(2, 0, IN)).shape == (2, 0, OUT)
+
+
+def test_the_adapter_that_is_left_when_ours_is_deleted_is_used():
+    model, layer = make_lora()
+    fuse_lora_linears(model)
+    model.add_adapter("second", peft.LoraConfig(r=RANK, target_modules=["proj"], init_lora_weights=False))
+    model.set_adapter("second")
+    model.delete_adapter("default")
+    x = torch.randn(3, IN)
+    assert not torch.equal(model(x), layer.base_layer(x))
+
+
+def test_a_second_derivative_is_refused():
+    model, layer = make_lora()
+    fuse_lora_linears(model)
+    x = torch.randn(3, IN, requires_grad=True)
+    (first,) = torch.autograd.grad(model(x).square().sum(), layer.lora_A["default"].weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()

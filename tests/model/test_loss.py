@@ -115,3 +115,12 @@ def test_evaluation_without_gradients_gives_the_same_sums():
     with torch.no_grad():
         evaluated = head_loss(hidden, labels, head)
     assert all(torch.equal(a, b) for a, b in zip(evaluated, head_loss(hidden, labels, head), strict=True))
+
+
+def test_a_factor_on_the_loss_is_not_rounded_to_the_gradients_dtype():
+    hidden, labels, head = draw()
+    hidden, head = hidden.detach().bfloat16().requires_grad_(), head.bfloat16()
+    (whole,) = torch.autograd.grad(head_loss(hidden, labels, head).nll_sum, hidden)
+    (third,) = torch.autograd.grad(head_loss(hidden, labels, head).nll_sum / 3, hidden)
+    assert torch.equal(third, (whole.float() / 3).bfloat16())
+    assert not torch.equal(third, whole * torch.tensor(1 / 3).bfloat16())

@@ -18,7 +18,7 @@ from qlora_lightning.model.resume_checks import (
     is_inside_epoch,
     leaves_validation_out,
 )
-from qlora_lightning.model.save_points import is_inside_batch, let_validation_follow
+from qlora_lightning.model.save_points import count_epoch, is_inside_batch, let_validation_follow
 from qlora_lightning.model.setting_changes import FreshOptimizers, describe_changes, find_changes, trainer_settings
 
 _VALIDATION_LEFT_OUT = (
@@ -102,6 +102,7 @@ class ExactResume(Callback):
             self._put_back(trainer, pl_module)  # a run that stopped inside a validation begins with it
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        count_epoch(trainer)
         self._put_back(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

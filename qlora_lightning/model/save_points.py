@@ -56,6 +56,20 @@ def let_validation_follow(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             _rewind(validation, before=validation["total"]["completed"])
 
 
+def count_epoch(trainer: Trainer) -> None:
+    """Count the epoch that has begun, where Lightning did not: after a resume at the end of the one before it.
+
+    A checkpoint from inside such an epoch would be read as one from its end: the rest of it would be lost.
+
+    Args:
+        trainer: At the start of a batch.
+    """
+    progress = trainer.fit_loop.epoch_progress
+    if progress.current.ready == progress.current.processed:
+        progress.increment_ready()
+        progress.increment_started()
+
+
 def _rewind(progress: dict[str, Any], before: int) -> None:
     """Put the first batch in work, behind those of the epoch's earlier validations."""
     for counts, done in ((progress["total"], before), (progress["current"], 0)):

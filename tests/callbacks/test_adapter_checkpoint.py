@@ -443,3 +443,28 @@ def test_a_checkpoint_that_lacks_a_part_is_refused_before_anything_is_restored(f
     torch.save(checkpoint, last)
     with pytest.raises(UserError, match=f"The checkpoint lacks {part}"):
         fit(AdapterCheckpoint(), ckpt_path=last, max_epochs=2, **SHORT)
+
+
+@pytest.mark.parametrize(
+    "second", [pytest.param(second, marks=[] if second in (8, 14) else pytest.mark.slow) for second in range(1, 17)]
+)
+def test_a_run_killed_at_an_epochs_end_and_again_in_the_next_epoch_ends_the_same(
+    fit, killed_fit, make_module, make_data, adapter_of, assert_same, tmp_path, second
+):
+    """Lightning does not count the epoch after such a resume, and would lose its rest at the next one."""
+    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+
+    def parts():
+        module, data = make_module(dropout=0.1, schedule="cosine"), make_data(batch_size=1)  # 16 batches an epoch
+        return {"module": module, "data": data, "max_epochs": 2, "accumulate_grad_batches": 4, "val_check_interval": 6}
+
+    def checkpoint():
+        return AdapterCheckpoint(every_n_train_steps=1)
+
+    _, whole = fit(checkpoint(), folder="whole", limit_val_batches=1, **parts())
+    options = {"folder": "killed", "limit_val_batches": 1}
+    killed_fit(checkpoint(), after=17, **options, **parts())
+    killed_fit(checkpoint(), after=second, ckpt_path=last, **options, **parts())
+    trainer, module = fit(checkpoint(), ckpt_path=last, **options, **parts())
+    assert trainer.global_step == 8
+    assert_same(adapter_of(module), adapter_of(whole))

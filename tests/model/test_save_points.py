@@ -1,8 +1,10 @@
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch.loops.progress import _ProcessedTracker as _Counts
+from lightning.pytorch.loops.progress import _Progress
 
-from qlora_lightning.model.save_points import is_inside_batch, let_validation_follow, validation_follows
+from qlora_lightning.model.save_points import count_epoch, is_inside_batch, let_validation_follow, validation_follows
 
 
 def trainer(**options):
@@ -103,3 +105,12 @@ def test_where_no_validation_is_due_nothing_changes(batch):
 )
 def test_the_inside_of_a_batch_is_known(batch, epoch, expected):
     assert is_inside_batch(checkpoint(batch, epoch=epoch)) is expected
+
+
+def test_an_epoch_that_was_not_counted_is_counted_once():
+    loop = SimpleNamespace(epoch_progress=_Progress())
+    made = trainer(fit_loop=loop)
+    loop.epoch_progress.current = _Counts(ready=1, started=1, processed=1, completed=1)  # as after such a resume
+    count_epoch(made)
+    count_epoch(made)
+    assert loop.epoch_progress.current == _Counts(ready=2, started=2, processed=1, completed=1)

@@ -65,7 +65,7 @@ def count_epoch(trainer: Trainer) -> None:
         trainer: At the start of a batch.
     """
     progress = trainer.fit_loop.epoch_progress
-    if progress.current.ready == progress.current.processed:
+    if progress.current.ready == trainer.current_epoch:  # epochs that have been gone through
         progress.increment_ready()
         progress.increment_started()
 

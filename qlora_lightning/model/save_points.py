@@ -64,8 +64,8 @@ def count_epoch(trainer: Trainer) -> None:
     Args:
         trainer: At the start of a batch.
     """
-    progress = trainer.fit_loop.epoch_progress
-    if progress.current.ready == trainer.current_epoch:  # epochs that have been gone through
+    progress: Any = trainer.fit_loop.epoch_progress
+    if progress.current.ready == progress.current.processed:
         progress.increment_ready()
         progress.increment_started()
 

@@ -109,7 +109,7 @@ def test_the_inside_of_a_batch_is_known(batch, epoch, expected):
 
 def test_an_epoch_that_was_not_counted_is_counted_once():
     loop = SimpleNamespace(epoch_progress=_Progress())
-    made = trainer(fit_loop=loop, current_epoch=1)
+    made = trainer(fit_loop=loop)
     loop.epoch_progress.current = _Counts(ready=1, started=1, processed=1, completed=1)  # as after such a resume
     count_epoch(made)
     count_epoch(made)

@@ -30,6 +30,8 @@ def trainer(fn="fit", data=None, **settings):
     own = {"global_rank": 0, "world_size": 1, "is_global_zero": True, "max_epochs": 1}
     own |= {"max_steps": -1, "accumulate_grad_batches": 2}
     stage = {"state": SimpleNamespace(fn=fn), "training": True, "validating": False, "sanity_checking": False}
+    epochs = SimpleNamespace(current=SimpleNamespace(ready=1, processed=0))  # in the first one
+    own["fit_loop"] = SimpleNamespace(epoch_progress=epochs)
     return SimpleNamespace(**{"datamodule": data, **own, **stage, **settings})
 
 

@@ -6,6 +6,7 @@ import torch
 
 from qlora_lightning import ThroughputMonitor
 from qlora_lightning.errors import UserError
+from tests.equality import same
 
 # windows of 3, 3 and 2 batches; validations after the fourth and eighth: inside a window, and at the epoch's end
 OPTIONS = {"max_epochs": 2, "accumulate_grad_batches": 3, "val_check_interval": 4, "limit_val_batches": 2}
@@ -58,16 +59,6 @@ def run(fit, make_module, tmp_path):
         return {part: content[part] for part in parts} | {"generators": content["qlora_lightning"]["generators"]}
 
     return run
-
-
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 @pytest.mark.parametrize("hook", EXACT)

@@ -15,6 +15,7 @@ from qlora_lightning.callbacks.prediction_writer import PredictionWriter
 from qlora_lightning.callbacks.run_folder import RunFolder
 from qlora_lightning.callbacks.stop_signals import was_requeued
 from qlora_lightning.errors import TrainingStopped
+from tests.equality import same
 
 OWN_TIME = ("tokens_per_second", "labelled_tokens_per_second")
 
@@ -79,16 +80,6 @@ def stopped_fit(fit, make_module, make_data, tmp_path):
 def read_table(folder):
     with (folder / "metrics.csv").open(newline="") as handle:
         return [{key: row[key] for key in row if key not in OWN_TIME} for row in csv.DictReader(handle)]
-
-
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 def assert_same_end(folder, other):

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import yaml
 
+from tests.equality import same
+
 _OWN_TIME = ("tokens_per_second", "labelled_tokens_per_second", "private_memory_gib", "peak_rss_gib", "seconds")
 
 
@@ -79,9 +81,9 @@ def compare(one: Path, other: Path) -> list[str]:
         torch.load(run / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True) for run in (one, other)
     )
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
-        if not _equal(first[part], second[part]):
+        if not same(first[part], second[part]):
             found.append(f"{part} of last.ckpt")
-    if not _equal(first["qlora_lightning"]["generators"], second["qlora_lightning"]["generators"]):
+    if not same(first["qlora_lightning"]["generators"], second["qlora_lightning"]["generators"]):
         found.append("random generators")
     weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (one, other)]
     if weights[0] != weights[1]:
@@ -187,16 +189,6 @@ def _steps(run: Path) -> int:
 def _read_table(file: Path) -> list[dict[str, str]]:
     with file.open(newline="") as handle:
         return [{key: row[key] for key in row if key not in _OWN_TIME} for row in csv.DictReader(handle)]
-
-
-def _equal(one, other) -> bool:
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
-    if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    return one == other
 
 
 def _free_port() -> int:

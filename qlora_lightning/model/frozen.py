@@ -51,11 +51,18 @@ def _frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter.detach()
             yield from _scales(name, parameter)
     for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear8bitLt):
-            # The first forward moves it from the weight to the module.
-            scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB
-            if scale is not None:
-                yield f"{name}.weight.SCB", scale
+        scales = int8_scales(module)
+        if scales is not None:
+            yield f"{name}.weight.SCB", scales
+
+
+def int8_scales(module: nn.Module) -> Tensor | None:
+    """Give what an int8 linear's weight is scaled by; ``None`` of any other module."""
+    if not isinstance(module, bnb.nn.Linear8bitLt):
+        return None
+    # The first forward moves it from the weight to the module.
+    scales: Tensor | None = module.state.SCB if module.weight.SCB is None else module.weight.SCB
+    return scales
 
 
 def _scales(name: str, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lightning.model.adapters import trainable_tensors
+from qlora_lightning.model.frozen import int8_scales
 from qlora_lightning.model.generators import capture_generators, restore_generators
 from qlora_lightning.model.loss import LossSums
 from qlora_lightning.model.rows import cut_into_rows
@@ -131,8 +132,8 @@ def _dense(weight: nn.Parameter, module: nn.Module) -> Tensor:
     if state is not None:
         dense: Tensor = bnb.functional.dequantize_4bit(weight.data, state)
         return dense
-    scales = [getattr(holder, "SCB", None) for holder in (weight, getattr(module, "state", None))]
-    return next((scale for scale in scales if scale is not None), weight.detach())
+    scales = int8_scales(module)
+    return weight.detach() if scales is None else scales
 
 
 def _floats(output: Any) -> Iterator[Tensor]:

@@ -36,7 +36,7 @@ class NormedLinears(torch.autograd.Function):
         """
         flat = x.reshape(-1, x.shape[-1])
         inverse = _inverse_rms(flat, eps)
-        normed = _normalize(flat, inverse).mul_(weight)
+        normed = (flat * inverse).to(x.dtype).mul_(weight)
         all_a, all_b = adapters[::2], adapters[1::2]
         lows = normed @ _stack(all_a, x).t()  # (tokens, sum of ranks)
         outputs = [
@@ -59,13 +59,14 @@ class NormedLinears(torch.autograd.Function):
             if b is not None:
                 grad_low.copy_(gradient_of_low(grad, b, frozen))
             grads_b.append(None if b is None else gradient_of_b(grad, low, b, frozen))
+        scaled = flat * inverse  # float32
+        grad_stacked = grad_lows.t() @ (scaled.to(flat.dtype) * weight)  # a float32 x makes no copy: not in place
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_normed = grad_lows @ stacked
             for grad, frozen in zip(flat_grads, ctx.linears, strict=True):
                 grad_normed.addmm_(grad, frozen.dense(grad.dtype))
-            grad_x = _gradient_of_norm(grad_normed.mul_(weight), flat, inverse).view(ctx.shape)
-        grad_stacked = grad_lows.t() @ _normalize(flat, inverse).mul_(weight)
+            grad_x = _gradient_of_norm(grad_normed.mul_(weight), scaled, inverse).to(flat.dtype).view(ctx.shape)
         pairs = zip(all_a, _split(grad_stacked, all_a, 0), strict=True)
         grads_a = [None if a is None else grad.to(a.dtype) for a, grad in pairs]
         of_adapters = [grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair]
@@ -90,12 +91,7 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     return squares.div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
-def _normalize(x: Tensor, inverse: Tensor) -> Tensor:
-    return (x * inverse).to(x.dtype)
-
-
-def _gradient_of_norm(grad: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
-    """Give the gradient of x from that of ``x · inverse``: ``inverse (g - x̂ mean(g x̂))`` with ``x̂ = x · inverse``."""
-    normed = x * inverse  # float32
-    mean = (normed * grad).mean(-1, keepdim=True)
-    return normed.mul_(mean).neg_().add_(grad).mul_(inverse).to(x.dtype)
+def _gradient_of_norm(grad: Tensor, scaled: Tensor, inverse: Tensor) -> Tensor:
+    """Give the gradient of x from that of ``x̂ = x · inverse``: ``inverse (g - x̂ mean(g x̂))``, in the place of x̂."""
+    mean = (scaled * grad).mean(-1, keepdim=True)
+    return scaled.mul_(mean).neg_().add_(grad).mul_(inverse)

@@ -24,6 +24,7 @@ from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.save_points import validation_follows
 from qlora_lightning.safe_file import flush, put_in_place, share
+from qlora_lightning.trainer import callbacks_of, is_trial_run
 
 
 class AdapterCheckpoint(Checkpoint):
@@ -166,8 +167,9 @@ class AdapterCheckpoint(Checkpoint):
 
     def _stop(self, trainer: Trainer) -> StopSignals | None:
         """Give the callback that has been asked to stop, if it has."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        return next((found for found in callbacks if isinstance(found, StopSignals) and found.stopping), None)
+        return next(
+            (found for found in callbacks_of(trainer) if isinstance(found, StopSignals) and found.stopping), None
+        )
 
     def _leave(self, trainer: Trainer) -> None:
         stop, last = self._stop(trainer), self.checkpoint_folder(trainer.default_root_dir) / "last.ckpt"
@@ -175,7 +177,7 @@ class AdapterCheckpoint(Checkpoint):
             stop.leave(trainer, last if self._writes(trainer) and last.exists() else None)
 
     def _writes(self, trainer: Trainer) -> bool:
-        return self.enabled and not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
+        return self.enabled and not is_trial_run(trainer)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, value: float | None = None) -> None:
         """Write a checkpoint beside ``last.ckpt``, and under its own name and as adapter folder if it is to be kept."""

@@ -16,6 +16,7 @@ from qlora_lightning.model.adapter_folder import loading_snippet
 from qlora_lightning.model.adapter_reading import read_identity
 from qlora_lightning.model.adapters import copy_tensors, trainable_tensors
 from qlora_lightning.model.statistics import TokenStatistics
+from qlora_lightning.trainer import callbacks_of, is_trial_run
 
 
 class BaseComparison(Callback):
@@ -34,7 +35,7 @@ class BaseComparison(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
-        if trainer.fast_dev_run or not hasattr(module.model, "disable_adapter"):  # type: ignore[attr-defined]  # set by a connector
+        if is_trial_run(trainer) or not hasattr(module.model, "disable_adapter"):
             return
         if trainer.val_dataloaders and trainer.global_step:
             with _best_adapter(trainer, module), torch.no_grad():
@@ -78,7 +79,7 @@ class BaseComparison(Callback):
 @contextlib.contextmanager
 def _best_adapter(trainer: Trainer, module: Any) -> Iterator[None]:
     """Hold the best adapter in the model, and put the last one back."""
-    writer: Any = next((c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint)), None)  # type: ignore[attr-defined]  # set by a connector
+    writer: Any = next((c for c in callbacks_of(trainer) if isinstance(c, AdapterCheckpoint)), None)
     best = writer.read_best(trainer.default_root_dir) if writer else None
     if best is None:
         yield

@@ -17,6 +17,7 @@ from qlora_lightning.model.adapters import trainable_tensors
 from qlora_lightning.model.device_memory import read_peak_gib
 from qlora_lightning.model.generators import capture_generators, restore_generators
 from qlora_lightning.model.out_of_memory import telling_out_of_memory
+from qlora_lightning.trainer import is_trial_run
 
 _WORTH = 1.2  # times the tokens of the first batch: what is hardly larger is not worth a step's time
 _EPOCHS = 10  # whose batches are looked at,
@@ -43,7 +44,7 @@ class DryBatch(Callback):
         self.enabled = enabled
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.enabled or trainer.fast_dev_run or not hasattr(pl_module, "compute_loss"):  # type: ignore[attr-defined]  # set by a connector
+        if not self.enabled or is_trial_run(trainer) or not hasattr(pl_module, "compute_loss"):
             return
         batch = find_largest(trainer)
         if batch is None:

@@ -7,6 +7,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.model.device_memory import device_memory_gib, read_memory
+from qlora_lightning.trainer import log_interval
 
 _REMEDIES = (
     "The cheapest ways down: gradient_checkpointing.enabled: true; half the data.batch_size with twice the "
@@ -46,7 +47,7 @@ class GPUMemoryMonitor(Callback):
         if self._first:
             self._first = False
             self._say(trainer, pl_module, "after the first step")
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set by a connector
+        if trainer.global_step % log_interval(trainer) == 0:
             values = read_memory(pl_module.device)
             self._warn_if_full(pl_module.device, values)
             shown = "memory_peak_gib" if "memory_peak_gib" in values else "private_memory_gib"

@@ -11,6 +11,7 @@ from qlora_lightning.callbacks.started_folder import goes_on, refuse_everywhere,
 from qlora_lightning.console import say
 from qlora_lightning.model.checkpoint_format import KEY
 from qlora_lightning.safe_file import write_whole
+from qlora_lightning.trainer import is_trial_run
 
 _TABLE = "metrics_table"  # key of a checkpoint
 
@@ -29,7 +30,7 @@ class RunFolder(Callback):
         self._line_follows = False  # the line of a step is written after the hooks of its batch
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+        if is_trial_run(trainer):
             return
         folder = Path(trainer.default_root_dir)
         if not goes_on(trainer):  # the command line has looked; but a run may have come and gone since

@@ -13,6 +13,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from qlora_lightning.console import say
 from qlora_lightning.errors import TrainingStopped
+from qlora_lightning.trainer import callbacks_of
 
 
 class StopSignals(Callback):
@@ -50,7 +51,7 @@ class StopSignals(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._agree(trainer)
-        if self.stopping and not any(hasattr(callback, "saves_when_stopped") for callback in trainer.callbacks):  # type: ignore[attr-defined]  # set by a connector
+        if self.stopping and not any(hasattr(callback, "saves_when_stopped") for callback in callbacks_of(trainer)):
             self.leave(trainer, None)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:

@@ -40,6 +40,7 @@ from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.tokenizers import tokenizer_of_base
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.module import QLoRAModule
+from qlora_lightning.trainer import is_trial_run
 
 _DEFAULT_CLASSES = {
     "model": "qlora_lightning.QLoRAModule",
@@ -84,12 +85,13 @@ def _choose_tokenizer(base: str, revision: str | None, trust_remote_code: bool, 
 class QLoRACLI(LightningCLI):
     """LightningCLI with our keys; what a researcher's subclass of it may change are Lightning's own hooks."""
 
-    verb: str | None = None  # the only subcommand to make a parser for, which takes a while; None: all
+    def __init__(self, *args: Any, verb: str | None = None, **kwargs: Any) -> None:
+        self._verb = verb  # the only subcommand to make a parser for, which takes a while; None: all
+        super().__init__(*args, **kwargs)
 
-    @classmethod
-    def subcommands(cls) -> dict[str, set[str]]:
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static there, but called by self
         known = LightningCLI.subcommands()
-        return known if cls.verb is None else {cls.verb: known[cls.verb]}
+        return known if self._verb is None else {self._verb: known[self._verb]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(GradientCheckpointing, "gradient_checkpointing")
@@ -168,7 +170,7 @@ class QLoRACLI(LightningCLI):
         """Keep a folder to one run, before anything large is loaded."""
         if self._starts_fresh:
             self._say("No checkpoint in the run folder yet: this starts fresh.")
-        elif self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+        elif self.trainer.is_global_zero and not is_trial_run(self.trainer):
             refuse_started_folder(self.trainer.default_root_dir, self._found, table=True)
 
     @property
@@ -218,6 +220,7 @@ def main(argv: Sequence[str], cli: Callable[..., object] = QLoRACLI) -> int:
             cli(
                 QLoRAModule,
                 InstructionDataModule,
+                verb=argv[0],
                 save_config_callback=None,  # RunFolder writes it
                 trainer_defaults=_TRAINER_DEFAULTS,
                 seed_everything_default=42,

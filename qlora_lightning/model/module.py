@@ -30,6 +30,7 @@ from qlora_lightning.model.schedule import build_schedule, check_schedule, count
 from qlora_lightning.model.statistics import TokenStatistics
 from qlora_lightning.model.summary import adapter_table, describe_sizes
 from qlora_lightning.model.targets import check_layers
+from qlora_lightning.trainer import callbacks_of
 
 
 class QLoRAModule(AdapterStateModule):
@@ -205,7 +206,7 @@ class QLoRAModule(AdapterStateModule):
         if self.guard.checks_due:
             check_training_mode(self.model)
             for needed in (ExactResume, TrainingGuard):
-                check_callbacks(self.trainer.callbacks, needed)  # type: ignore[attr-defined]  # set by a connector
+                check_callbacks(callbacks_of(self.trainer), needed)
         with telling_out_of_memory(self, batch):
             sums = self.compute_loss(batch)
         self.window.add(sums, self.trainer.accumulate_grad_batches, batch.get("row_ids"), batch)

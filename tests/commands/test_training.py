@@ -9,8 +9,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import qlora_lightning.commands.training  # noqa: F401  # here, and not inside a test, whose stderr Lightning would keep
 from qlora_lightning.cli import main
+from qlora_lightning.commands import training  # here, and not inside a test, whose stderr Lightning would keep
+from qlora_lightning.errors import UserError
 from qlora_lightning.model import generation
 
 CONFIG = {
@@ -398,3 +399,15 @@ def test_a_job_that_slurm_requeued_goes_on_by_itself(run, tmp_path, monkeypatch)
     run("fit")
     monkeypatch.setattr("qlora_lightning.commands.training.was_requeued", lambda: True)
     assert "Restored all states" in run("fit", "--trainer.max_epochs", 2)
+
+
+def test_a_parser_is_made_for_the_command_that_runs_and_no_other():
+    class Cli(training.QLoRACLI):
+        def parse_arguments(self, parser, args):
+            made.extend(self.subcommands())
+            raise UserError("that is enough")
+
+    made = []
+    with pytest.raises(UserError, match="that is enough"):
+        training.main(["validate"], Cli)
+    assert made == ["validate"]

@@ -6,6 +6,8 @@ Importing this package loads nothing heavy: each public name is imported when it
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from qlora_lightning.heavy_imports import without_garbage_collection
+
 if TYPE_CHECKING:
     from qlora_lightning.callbacks import (
         AdapterCheckpoint,
@@ -49,4 +51,6 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES.get(name, "qlora_lightning.callbacks")), name)
+    with without_garbage_collection():
+        home = importlib.import_module(_HOMES.get(name, "qlora_lightning.callbacks"))
+    return getattr(home, name)

@@ -4,6 +4,7 @@ Each command is imported when it is called, so that ``--help`` answers at once.
 """
 
 import difflib
+import gc
 import importlib
 import logging
 import os
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 
 from qlora_lightning import __version__
 from qlora_lightning.errors import LostProcess, TrainingStopped, UserError
+from qlora_lightning.heavy_imports import without_garbage_collection
 
 # command: (module with `main(argv) -> int`, whether it wants the command's own name, one line of help)
 _TRAINING = "qlora_lightning.commands.training"
@@ -97,5 +99,8 @@ def _run(arguments: list[str]) -> int:
         hint = f"Did you mean {nearest[0]}?" if nearest else f"Commands are {', '.join(COMMANDS)}."
         raise UserError(f"{command!r} is not a command. {hint}")
     module, wants_name, _ = COMMANDS[command]
-    code: int = importlib.import_module(module).main(arguments if wants_name else arguments[1:])
+    with without_garbage_collection():
+        found = importlib.import_module(module)
+    gc.freeze()  # what was imported stays: no later collection looks through it
+    code: int = found.main(arguments if wants_name else arguments[1:])
     return code

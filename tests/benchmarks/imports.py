@@ -1,17 +1,20 @@
 """Imports what a run imports, and nothing else: the part of a start that is not ours to shorten."""
 
 # ruff: noqa: F401
-import bitsandbytes
-import lightning
-import peft
-import torch
-from transformers import AutoTokenizer
-from transformers.models.llama import modeling_llama
-
-import qlora_lightning.callbacks
-import qlora_lightning.data.datamodule
-import qlora_lightning.model.module
+from qlora_lightning.heavy_imports import without_garbage_collection
 from tests.benchmarks.children import print_figures, seconds_since_spawn
+
+with without_garbage_collection():
+    import bitsandbytes
+    import lightning
+    import peft
+    import torch
+    from transformers import AutoTokenizer
+    from transformers.models.llama import modeling_llama
+
+    import qlora_lightning.callbacks
+    import qlora_lightning.data.datamodule
+    import qlora_lightning.model.module
 
 if __name__ == "__main__":
     print_figures({"seconds": seconds_since_spawn()})

@@ -1,5 +1,9 @@
 """Steps on one batch of random tokens: any base, any sizes, for what no file of rows has."""
 
+from qlora_lightning import GradientCheckpointing  # first: it imports quicker
+
+# isort: split
+
 import argparse
 import tempfile
 from typing import Any
@@ -9,7 +13,6 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from qlora_lightning import GradientCheckpointing
 from qlora_lightning.data.batches import Batch, collate
 from qlora_lightning.data.samples import make_sample
 from tests.benchmarks import settings

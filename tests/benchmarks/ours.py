@@ -1,5 +1,9 @@
 """Our side: one epoch with QLoRAModule and InstructionDataModule, as research code would write it."""
 
+from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule  # first: it imports quicker
+
+# isort: split
+
 import argparse
 import tempfile
 from collections import Counter
@@ -11,7 +15,6 @@ import lightning
 import torch
 from lightning import Callback, Trainer
 
-from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule
 from tests.benchmarks import settings
 from tests.benchmarks.ceiling import measure_ceiling
 from tests.benchmarks.children import print_figures

@@ -35,8 +35,9 @@ class NormedLinears(torch.autograd.Function):
             ``(…, out)`` of each linear.
         """
         flat = x.reshape(-1, x.shape[-1])
-        inverse = _inverse_rms(flat, eps)
-        normed = (flat * inverse).to(x.dtype).mul_(weight)
+        scaled = _precise(flat)
+        inverse = _inverse_rms(scaled, eps)
+        normed = _weigh(_scale(scaled, inverse), weight, x.dtype)
         all_a, all_b = adapters[::2], adapters[1::2]
         lows = normed @ _stack(all_a, x).t()  # (tokens, sum of ranks)
         outputs = [
@@ -59,8 +60,8 @@ class NormedLinears(torch.autograd.Function):
             if b is not None:
                 grad_low.copy_(gradient_of_low(grad, b, frozen))
             grads_b.append(None if b is None else gradient_of_b(grad, low, b, frozen))
-        scaled = flat * inverse  # float32
-        grad_stacked = grad_lows.t() @ (scaled.to(flat.dtype) * weight)  # a float32 x makes no copy: not in place
+        scaled = _scale(_precise(flat), inverse)
+        grad_stacked = grad_lows.t() @ _weigh(scaled, weight, flat.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_normed = grad_lows @ stacked
@@ -84,14 +85,29 @@ def _split(stacked: Tensor, all_a: Any, dim: int = 1) -> tuple[Tensor, ...]:
     return torch.split(stacked, [0 if a is None else len(a) for a in all_a], dim)
 
 
-def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """Give ``1 / sqrt(mean(x²) + eps)`` of each row, ``(rows, 1)`` in float32."""
-    precise = torch.promote_types(x.dtype, torch.float32)
-    squares: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise).square_()
-    return squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+def _precise(x: Tensor) -> Tensor:
+    """Copy in float32, or better, once: an operation on mixed dtypes would make such a copy each time."""
+    return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+
+
+def _inverse_rms(precise: Tensor, eps: float) -> Tensor:
+    """Give ``1 / sqrt(mean(x²) + eps)`` of each row, ``(rows, 1)``."""
+    squares: Tensor = torch.linalg.vector_norm(precise, dim=-1, keepdim=True).square_()
+    return squares.div_(precise.shape[-1]).add_(eps).rsqrt_()
+
+
+def _scale(precise: Tensor, inverse: Tensor) -> Tensor:
+    """Give ``x̂ = x · inverse`` in the place of x."""
+    return precise.mul_(inverse)
+
+
+def _weigh(scaled: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give the norm's output, rounded before the weight as transformers does."""
+    return scaled.to(dtype, copy=True).mul_(weight)
 
 
 def _gradient_of_norm(grad: Tensor, scaled: Tensor, inverse: Tensor) -> Tensor:
-    """Give the gradient of x from that of ``x̂ = x · inverse``: ``inverse (g - x̂ mean(g x̂))``, in the place of x̂."""
-    mean = (scaled * grad).mean(-1, keepdim=True)
-    return scaled.mul_(mean).neg_().add_(grad).mul_(inverse)
+    """Give the gradient of x from that of ``x̂ = x · inverse``: ``inverse (g - x̂ mean(g x̂))``."""
+    precise = grad.to(scaled.dtype)
+    mean = (scaled * precise).mean(-1, keepdim=True)
+    return precise.addcmul_(scaled, mean, value=-1).mul_(inverse)

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
 CHUNK = 512  # labelled tokens whose logits exist at a time: 512 x 128,256 x 2 bytes are 131 MB
+_BLOCK = 64  # of logits; it divides the vocabulary of nearly every LLaMA
 _CACHED_ROWS = 32  # of which a CPU turns so many into probabilities at a time: in float32 they stay in its cache
 
 
@@ -73,9 +74,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
             logits = torch.mm(hidden[part].to(weight.dtype), weight.t(), out=buffer[: len(targets[part])])
             for few, target in zip(torch.split(logits, rows), torch.split(targets[part, None], rows), strict=True):
                 probabilities = torch.softmax(few, -1, dtype=torch.float32)  # (rows, vocabulary)
-                best, prediction = few.max(-1, keepdim=True)
+                prediction = _find_largest(probabilities)
                 # log p(target) = log p(best) + logit(target) - logit(best): p(target) may be too small for a float
-                behind = best.float() - few.gather(1, target).float()
+                behind = few.gather(1, prediction).float() - few.gather(1, target).float()
                 nll_sum += (behind - probabilities.gather(1, prediction).log_()).sum()
                 correct += (prediction == target).sum()
                 if gradient is not None:
@@ -91,6 +92,19 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_nll: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return None if gradient is None else gradient * grad_nll, None, None, None
+
+
+def _find_largest(rows: Tensor) -> Tensor:
+    """Give where the first of the largest numbers of each row is, ``(rows, 1)``.
+
+    As ``rows.max(-1)`` does, which on a CPU takes five times as long: there only the value alone is sought by vectors.
+    """
+    if rows.shape[-1] % _BLOCK:
+        return rows.argmax(-1, keepdim=True)
+    blocks = rows.unflatten(-1, (-1, _BLOCK))
+    block = blocks.amax(-1).argmax(-1)  # (rows,)
+    within = blocks[torch.arange(len(rows), device=rows.device), block].argmax(-1)
+    return (block * _BLOCK + within)[:, None]
 
 
 def _checkpointed_head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ class Figures:
         start_seconds: from the start of the process until the first step begins.
         losses: of each optimizer step, nats per labelled token.
         versions: of the packages that did the work.
+        steady_seconds: of another epoch, when the system has already handed over the memory that steps use, ours only.
         ceiling: the step's matrix products alone (``measure_ceiling``), ours only.
         validation: ``tokens``, ``seconds`` and ``ceiling`` of a validation pass, ours only.
     """
@@ -32,6 +33,7 @@ class Figures:
     start_seconds: float
     losses: list[float]
     versions: dict[str, str]
+    steady_seconds: float | None = None
     ceiling: dict[str, Any] | None = None
     validation: dict[str, Any] | None = None
 

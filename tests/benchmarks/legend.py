@@ -14,10 +14,11 @@ def explain(repeats: int, accelerator: str, scaling: bool, llama_8b: bool) -> li
         "tokens/s: real tokens over the seconds of the training loop; padding, imports, loading and tokenizing are not "
         "counted.",
         f"memory: {memory}; 1 GB is 10⁹ bytes.",
-        "ceiling: the matrix products of the same steps and nothing else, run in bf16 in the same process "
-        "right after training, each as often as it occurs: base linears forward and their input gradients, products with A and B and their gradients, attention on full squares per head, the "
-        "head on labelled tokens. Nothing below the lowest adapter has a gradient. Nothing that is computed again "
-        "counts; only in the checkpointed row the base's products of the second forward pass do.",
+        "ceiling: the matrix products of the same steps and nothing else, run in bf16 in the same process, each as "
+        "often as it occurs: base linears forward and their input gradients, products with A and B and their "
+        "gradients, attention on full squares per head, the head on labelled tokens. Nothing below the lowest adapter "
+        "has a gradient. Nothing that is computed again counts; only in the checkpointed row the base's products of "
+        "the second forward pass do. Its share is of a second epoch: in the first the system hands over fresh memory.",
         "validation: a pass over the same rows; its ceiling holds the forward products.",
         "second start: from the start of the process to the begin of the first step, all caches being filled; imports: "
         "a process that imports what ours imports.",

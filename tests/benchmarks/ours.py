@@ -24,7 +24,7 @@ from tests.benchmarks.products import Product, Rows, forward_products, shape_of,
 
 
 def main() -> None:
-    """Train one epoch, then measure its ceiling and, after a plain epoch, validation; print the figures."""
+    """Train one epoch, and another beside its ceiling; after plain epochs, validate; print the figures."""
     parser = argparse.ArgumentParser(description="Our side of tests.benchmarks.")
     parser.add_argument("base")
     parser.add_argument("data")
@@ -34,15 +34,27 @@ def main() -> None:
     arguments = parser.parse_args()
     lightning.seed_everything(settings.SEED)
     module, meter = make_module(arguments.base), Meter()
-    train(module, make_data(arguments, train=arguments.data), arguments, meter)
-    ceiling = validation = None
+    data = make_data(arguments, train=arguments.data)
+    train(module, data, arguments, meter)
+    ceiling = steady_seconds = validation = None
     if arguments.max_steps == -1:
+        steady = Meter()
+        train(module, data, arguments, steady)
+        steady_seconds = steady.seconds
         ceiling = step_ceiling(module, meter.batches, arguments.accelerator, arguments.gradient_checkpointing)
         if not arguments.gradient_checkpointing:
             validation = validate(module, make_data(arguments, val=arguments.data), arguments.accelerator)
     versions = versions_of(["torch", "lightning", "transformers", "peft", "bitsandbytes"])
     figures = Figures(
-        meter.tokens, meter.seconds, meter.peak_bytes, meter.start_seconds, meter.losses, versions, ceiling, validation
+        meter.tokens,
+        meter.seconds,
+        meter.peak_bytes,
+        meter.start_seconds,
+        meter.losses,
+        versions,
+        steady_seconds,
+        ceiling,
+        validation,
     )
     print_figures(asdict(figures))
 

@@ -76,7 +76,11 @@ def compare_ceilings(plain: Runs, checkpointing: Runs) -> list[Row]:
     """Make the roofline rows: ours against its products alone, in training and in validation."""
     rows = []
     for name, runs in (("plain", plain["ours"]), ("checkpointed", checkpointing["ours"])):
-        steps = [(run.ceiling, run.tokens, run.seconds) for run in runs if run.ceiling is not None]
+        steps = [
+            (run.ceiling, run.tokens, run.steady_seconds)
+            for run in runs
+            if run.ceiling is not None and run.steady_seconds is not None
+        ]
         rows += ceiling_rows(name, steps, Goal("≥", 0.65, ""))
     passes = [run.validation for run in plain["ours"] if run.validation is not None]
     validations = [(found["ceiling"], found["tokens"], found["seconds"]) for found in passes]

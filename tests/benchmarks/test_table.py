@@ -33,9 +33,11 @@ def test_without_a_peer_no_goal_over_it_is_judged() -> None:
 
 def test_share_of_the_ceiling_is_its_seconds_over_ours() -> None:
     validation = {"tokens": 1200, "seconds": 2.0, "ceiling": {"seconds": 1.0, "flop": 2e9, "parts": {}}}
-    plain = {"ours": [run(seconds=4.0, ceiling=CEILING, validation=validation)]}
+    plain = {"ours": [run(seconds=9.0, steady_seconds=4.0, ceiling=CEILING, validation=validation)]}
 
-    rows = {row.what.strip(): row for row in compare_ceilings(plain, {"ours": [run(seconds=6.0, ceiling=CEILING)]})}
+    checkpointing = {"ours": [run(seconds=9.0, steady_seconds=6.0, ceiling=CEILING)]}
+
+    rows = {row.what.strip(): row for row in compare_ceilings(plain, checkpointing)}
 
     assert (rows["share of ceiling, plain"].ours, rows["share of ceiling, plain"].reached) == (0.75, True)
     assert rows["ceiling tokens/s, plain"].ours == 400.0
@@ -62,7 +64,7 @@ def test_rows_and_sizes_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from tests.benchmarks.plot import draw_plot
 
-    ours = {"ours": [run(ceiling=CEILING)]}
+    ours = {"ours": [run(ceiling=CEILING, steady_seconds=4.0)]}
     rows = [*compare_sides(ours, ours, "cpu"), *compare_ceilings(ours, ours), Row("other", 1.0, goal=Goal("≥", 1, ""))]
     sizes = [
         {"rows": rows, "tokens": tokens, "tokens_per_second": 300.0, "bytes_per_token": 5e5}

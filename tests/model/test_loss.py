@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qlora_lightning.model import loss as loss_module
-from qlora_lightning.model.loss import head_loss
+from qlora_lightning.model.loss import _find_largest, head_loss
 
 TOKENS, WIDTH, VOCABULARY = 20, 16, 50
 UNLABELLED = [0, 1, 2, 7, 8, 13, 14, 15]  # 12 labelled tokens are left
@@ -124,3 +124,11 @@ def test_a_factor_on_the_loss_is_not_rounded_to_the_gradients_dtype():
     (third,) = torch.autograd.grad(head_loss(hidden, labels, head).nll_sum / 3, hidden)
     assert torch.equal(third, (whole.float() / 3).bfloat16())
     assert not torch.equal(third, whole * torch.tensor(1 / 3).bfloat16())
+
+
+@pytest.mark.parametrize("vocabulary", [64, 192, 100])
+def test_prediction_is_the_first_of_the_largest(vocabulary):
+    rows = torch.randint(0, 5, (50, vocabulary), generator=torch.Generator().manual_seed(0)).float()
+    expected = [[row.index(max(row))] for row in rows.tolist()]
+
+    assert _find_largest(rows).tolist() == expected

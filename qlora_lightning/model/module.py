@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from qlora_lightning.heavy_imports import without_garbage_collection
 from qlora_lightning.model.adapter_state import AdapterStateModule
 from qlora_lightning.model.adapters import check_adapter_settings, trainable_tensors
 from qlora_lightning.model.allocator import give_back_freed_memory, keep_freed_memory
@@ -131,7 +132,8 @@ class QLoRAModule(AdapterStateModule):
         if self._trainer is not None:
             strategy = type(self.trainer.strategy).__name__
             check_trainer(str(self.trainer.precision), strategy, self.quantization)
-        self.model = self.build_model()
+        with without_garbage_collection():  # loading imports much, and makes many objects that stay
+            self.model = self.build_model()
         self.model.train()  # Hugging Face models come in eval()
         if self._device_of_process().type == "cpu":
             keep_freed_memory()

@@ -23,7 +23,7 @@ from tests.benchmarks.report import print_scaling, print_table, rows_as_json, wr
 from tests.benchmarks.rows import order_as_trained, read_pairs, write_pairs
 from tests.benchmarks.scaling import measure_scaling
 from tests.benchmarks.sides import Side, has_trl
-from tests.benchmarks.table import compare_ceilings, compare_sides, compare_starts, rows_of_8b
+from tests.benchmarks.table import compare_ceilings, compare_sides, compare_starts, rows_of_8b, rows_of_selective
 
 
 def main() -> int:
@@ -138,6 +138,7 @@ def _report(
 ) -> None:
     rows = [
         *compare_sides(measured.plain, measured.checkpointing, arguments.accelerator),
+        *rows_of_selective(measured.selective, arguments.accelerator),
         *compare_ceilings(measured.plain, measured.checkpointing),
         *compare_starts(measured.plain, measured.imports),
         *([] if llama_8b is None else rows_of_8b(llama_8b["step"])),

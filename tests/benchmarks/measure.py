@@ -18,11 +18,13 @@ class Measured:
     Attributes:
         plain: of each side without gradient checkpointing.
         checkpointing: of each side with it.
+        selective: ours with every second layer checkpointed.
         imports: seconds of processes that import what ours imports.
     """
 
     plain: dict[str, list[Figures]] = field(default_factory=dict)
     checkpointing: dict[str, list[Figures]] = field(default_factory=dict)
+    selective: list[Figures] = field(default_factory=list)
     imports: list[float] = field(default_factory=list)
 
 
@@ -41,6 +43,9 @@ def measure_sides(sides: Sequence[Side], repeats: int, console: Console) -> Meas
                 figures = side.measure(*option)
                 runs.setdefault(side.name, []).append(figures)
                 console.print(_describe(figures))
+        console.print(f"ours, every second layer checkpointed, run {repeat} of {repeats} … ", end="")
+        measured.selective.append(sides[0].measure("--gradient-checkpointing", "--every-n-layers=2"))
+        console.print(_describe(measured.selective[-1]))
     return measured
 
 

@@ -30,6 +30,9 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument(
+        "--every-n-layers", type=int, default=1, help="of gradient checkpointing; more than 1: no ceiling"
+    )
     parser.add_argument("--max-steps", type=int, default=-1, help="stop there, and measure no ceiling")
     arguments = parser.parse_args()
     lightning.seed_everything(settings.SEED)
@@ -37,7 +40,7 @@ def main() -> None:
     data = make_data(arguments, train=arguments.data)
     train(module, data, arguments, meter)
     ceiling = steady_seconds = validation = None
-    if arguments.max_steps == -1:
+    if arguments.max_steps == -1 and arguments.every_n_layers == 1:
         steady = Meter()
         train(module, data, arguments, steady)
         steady_seconds = steady.seconds
@@ -89,11 +92,12 @@ def make_data(arguments: argparse.Namespace, **files: str) -> InstructionDataMod
 
 def train(module: QLoRAModule, data: InstructionDataModule, arguments: argparse.Namespace, meter: Meter) -> None:
     """Train one epoch, or fewer steps."""
+    checkpointing = GradientCheckpointing(arguments.gradient_checkpointing, arguments.every_n_layers)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(
             folder,
             arguments.accelerator,
-            [GradientCheckpointing(enabled=arguments.gradient_checkpointing), meter],
+            [checkpointing, meter],
             max_epochs=1,
             max_steps=arguments.max_steps,
         )

@@ -72,6 +72,15 @@ def compare_sides(plain: Runs, checkpointing: Runs, accelerator: str) -> list[Ro
     ]
 
 
+def rows_of_selective(runs: Sequence[Figures], accelerator: str) -> list[Row]:
+    """Make the rows of ours with every second layer checkpointed: between the two settings in speed and in memory."""
+    memory = "GPU memory" if accelerator == "gpu" else "peak RSS"
+    return [
+        Row("tokens/s, every 2nd layer checkpointed", median(run.tokens_per_second for run in runs), digits=1),
+        Row(f"{memory}, every 2nd layer checkpointed (GB)", median(run.peak_bytes / _GB for run in runs)),
+    ]
+
+
 def compare_ceilings(plain: Runs, checkpointing: Runs) -> list[Row]:
     """Make the roofline rows: ours against its products alone, in training and in validation."""
     rows = []

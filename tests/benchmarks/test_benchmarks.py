@@ -21,6 +21,7 @@ def test_our_side_alone_gives_the_whole_table_and_json(tiny_base: Path, rows_fil
 
     assert done.returncode == 0, done.stderr
     assert "ours, gradient checkpointing, run 1 of 1" in done.stdout
+    assert "tokens/s, every 2nd layer checkpointed" in done.stdout
     summary = json.loads(file.read_text(encoding="utf-8"))
     assert summary.keys() == {"setup", "rows", "machine", "runs", "scaling", "llama_8b"}
     assert summary["setup"]["rows"] == 4

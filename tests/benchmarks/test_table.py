@@ -4,7 +4,7 @@ import pytest
 
 from tests.benchmarks.figures import Figures
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.table import Goal, Row, compare_ceilings, compare_sides, compare_starts
+from tests.benchmarks.table import Goal, Row, compare_ceilings, compare_sides, compare_starts, rows_of_selective
 
 CEILING = {"seconds": 3.0, "flop": 6e9, "parts": {}}
 
@@ -45,6 +45,12 @@ def test_share_of_the_ceiling_is_its_seconds_over_ours() -> None:
     assert (rows["share of ceiling, checkpointed"].ours, rows["share of ceiling, checkpointed"].reached) == (0.5, False)
     assert (rows["share of ceiling, validation"].ours, rows["share of ceiling, validation"].reached) == (0.5, False)
     assert rows["tokens/s, validation"].ours == 600.0
+
+
+def test_rows_of_selective_checkpointing_are_medians_of_ours() -> None:
+    speed, memory = rows_of_selective([run(seconds=seconds, gigabytes=1.5) for seconds in (2.0, 3.0, 4.0)], "cpu")
+
+    assert (speed.ours, memory.ours) == (400.0, 1.5)
 
 
 def test_start_is_divided_into_imports_and_the_rest() -> None:

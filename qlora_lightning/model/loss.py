@@ -101,10 +101,10 @@ def _find_largest(rows: Tensor) -> Tensor:
     """
     if rows.shape[-1] % _BLOCK:
         return rows.argmax(-1, keepdim=True)
-    blocks = rows.unflatten(-1, (-1, _BLOCK))
-    block = blocks.amax(-1).argmax(-1)  # (rows,)
-    within = blocks[torch.arange(len(rows), device=rows.device), block].argmax(-1)
-    return (block * _BLOCK + within)[:, None]
+    blocks = rows.view(len(rows), -1, _BLOCK)
+    block = blocks.amax(-1).argmax(-1, keepdim=True)  # (rows, 1)
+    within = blocks.take_along_dim(block[..., None], 1).argmax(-1)
+    return block * _BLOCK + within
 
 
 def _checkpointed_head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:

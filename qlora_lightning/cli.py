@@ -4,7 +4,6 @@ Each command is imported when it is called, so that ``--help`` answers at once.
 """
 
 import difflib
-import gc
 import importlib
 import logging
 import os
@@ -101,6 +100,5 @@ def _run(arguments: list[str]) -> int:
     module, wants_name, _ = COMMANDS[command]
     with without_garbage_collection():
         found = importlib.import_module(module)
-    gc.freeze()  # what was imported stays: no later collection looks through it
     code: int = found.main(arguments if wants_name else arguments[1:])
     return code

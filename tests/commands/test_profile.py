@@ -9,6 +9,7 @@ import yaml
 from qlora_lightning.cli import main
 from qlora_lightning.commands.profile import _parser
 from qlora_lightning.commands.profile.parts import PARTS, RECOMPUTATION
+from qlora_lightning.model.quantized import load_base
 
 CONFIG = {
     "model": {"base": "tiny", "rank": 2, "compute_dtype": "bf16"},
@@ -117,7 +118,8 @@ def test_all_time_and_memory_is_told(settings, folder, run):
         (["--trainer.limit_train_batches", "0"], "No step was profiled"),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(arguments, words, run):
+def test_mistakes_are_told_in_a_sentence(arguments, words, tiny_base, run):
+    load_base(str(tiny_base))  # once, which tells of it
     _, err = run(*arguments, code=2)
     assert words in err
     assert err.count("\n") == 1

@@ -7,9 +7,14 @@ from pathlib import Path
 
 # Tiny models are quicker on one thread, and tests with several processes would fight for the cores; before torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A width that the test runner sets, or one test, would be that of rich's console for good: it is made without one.
+os.environ.pop("COLUMNS", None)
 
 import pytest
+import rich
 import torch
+
+rich.get_console()
 
 
 @pytest.fixture(scope="session", autouse=True)

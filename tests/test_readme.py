@@ -33,7 +33,7 @@ def test_the_yaml_that_the_readme_shows_is_the_quickstart():
 
 
 def test_ci_runs_the_readmes_test_command_as_it_stands():
-    (line,) = [line for line in "".join(blocks("bash")).splitlines() if line.endswith("&& pytest")]
+    (line,) = [line for line in "".join(blocks("bash")).splitlines() if line.endswith("&& pytest -n auto")]
     assert line in (ROOT / ".ci" / "run").read_text().splitlines()
 
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qlora_lightning.callbacks import (
         AdapterCheckpoint,
-        BaseComparison,
         DryBatch,
+        Evaluation,
         GPUMemoryMonitor,
         GradientCheckpointing,
+        LoadingLines,
         LossSpikeMonitor,
         PredictionWriter,
         StopSignals,
@@ -26,11 +27,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterCheckpoint",
-    "BaseComparison",
     "DryBatch",
+    "Evaluation",
     "GPUMemoryMonitor",
     "GradientCheckpointing",
     "InstructionDataModule",
+    "LoadingLines",
     "LossSpikeMonitor",
     "LossSums",
     "PredictionWriter",

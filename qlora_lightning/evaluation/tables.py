@@ -1,0 +1,108 @@
+"""A comparison as tables for the terminal."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from qlora_lightning.evaluation.bootstrap import Interval
+from qlora_lightning.evaluation.comparison import BASE, Duel, Measured
+
+_WORDS = {"rouge_l": "ROUGE-L", "chrf": "chrF++", "json_f1": "JSON field F1", "json_valid": "valid JSON"}
+
+
+def metrics_table(measured: Mapping[str, Measured], title: str) -> Table:
+    """Show each metric of base and adapters with its interval; with one adapter also their difference."""
+    sides = list(next(iter(measured.values())).sides)
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("")
+    for side in sides:
+        table.add_column(escape(side), justify="right")
+    one = len(sides) == 2
+    if one:
+        table.add_column("difference", justify="right")
+    for name, metric in measured.items():
+        cells = [format_interval(metric.sides[side], metric.percent) for side in sides]
+        if one:
+            cells.append(format_interval(metric.differences[sides[1]], metric.percent, sign="+"))
+        table.add_row(describe_metric(name), *cells)
+    return table
+
+
+def differences_table(measured: Mapping[str, Measured]) -> Table:
+    """Show the difference of each of several adapters from the base."""
+    sides = [side for side in next(iter(measured.values())).sides if side != BASE]
+    table = Table(title="Differences from the base, on the same rows", title_justify="left")
+    table.add_column("")
+    for side in sides:
+        table.add_column(escape(side), justify="right")
+    for name, metric in measured.items():
+        cells = [format_interval(metric.differences[side], metric.percent, sign="+") for side in sides]
+        table.add_row(describe_metric(name), *cells)
+    return table
+
+
+def parts_table(parts: Mapping[str, tuple[int, Mapping[str, Measured]]], title: str, metrics: Sequence[str]) -> Table:
+    """Show some metrics of parts of the rows: data sets, or groups.
+
+    Args:
+        parts: By name: how many rows, and what was measured on them.
+        title: Over the table.
+        metrics: Names of those to show.
+    """
+    sides = list(next(iter(next(iter(parts.values()))[1].values())).sides)
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("", overflow="fold")
+    table.add_column("rows", justify="right")
+    for name in metrics:
+        for side in sides:
+            table.add_column(f"{describe_metric(name)}, {escape(side)}", justify="right")
+    for part, (rows, measured) in parts.items():
+        cells = [
+            format_interval(measured[name].sides[side], measured[name].percent) if name in measured else "–"
+            for name in metrics
+            for side in sides
+        ]
+        table.add_row(escape(part), f"{rows:,}", *cells)
+    return table
+
+
+def describe_duel(duel: Duel, adapter: str = "the adapter") -> str:
+    """Say who was better how often."""
+    words = "lower loss" if duel.score == "loss" else describe_metric(duel.score)
+    return (
+        f"By {words}, {adapter} is better on {len(duel.wins):,} rows, the base on {len(duel.losses):,}; "
+        f"{duel.ties:,} alike."
+    )
+
+
+def samples_table(entries: Mapping[str, str], title: str = "") -> Table:
+    """Show a row: what was asked, what was expected, and what each side answered."""
+    table = Table(show_header=False, expand=True, title=escape(title) or None, title_justify="left")
+    table.add_column(style="dim", no_wrap=True, width=max(8, *(len(name) for name in entries)))
+    table.add_column(overflow="fold")
+    for name, text in entries.items():
+        table.add_row(escape(name), escape(_shorten(text)))
+    return table
+
+
+def describe_metric(name: str) -> str:
+    """Give a metric's name as people read it."""
+    return _WORDS.get(name, name.replace("_", " "))
+
+
+def format_interval(interval: Interval, percent: bool, sign: str = "") -> str:
+    """Write ``98.0 % [93.0, 99.4]``, or four digits of what is no share; a difference with its sign."""
+    if math.isnan(interval.value):
+        return "–"
+    factor, digits = (100, 1) if percent else (1, 4 if abs(interval.value) < 10 else 1)
+    value, low, high = (format(part * factor, f"{sign}.{digits}f") for part in interval)
+    unit = " %" if percent and not sign else ""
+    return f"{value}{unit} [{low}, {high}]"
+
+
+def _shorten(text: str, most: int = 300) -> str:
+    """Cut what a model that does not stop would fill the screen with."""
+    text = text.strip()
+    return text if len(text) <= most else f"{text[:most]} …"

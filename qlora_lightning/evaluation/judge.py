@@ -1,5 +1,6 @@
 """Lets a model judge and answer rows: loss and scores of each."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,8 +75,8 @@ class Judgement:
 
     @property
     def loss(self) -> float:
-        """Nats per labelled token."""
-        return self.nll / self.labelled_tokens
+        """Nats per labelled token; NaN where none is labelled."""
+        return self.nll / self.labelled_tokens if self.labelled_tokens else math.nan
 
 
 @torch.no_grad()

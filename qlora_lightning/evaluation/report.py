@@ -102,7 +102,8 @@ def prediction_lines(
             line["expected"] = answering.decode(row.expected)
         for side, judgements in judged.items():
             judgement = judgements[place]
-            line[side] = {"answer": judgement.answer, "loss": judgement.loss, "scores": judgement.scores}
+            loss = judgement.loss if math.isfinite(judgement.loss) else None
+            line[side] = {"answer": judgement.answer, "loss": loss, "scores": judgement.scores}
             line[side] |= {"stopped": judgement.stopped, "answer_tokens": judgement.answer_tokens}
         lines.append(line)
     return lines

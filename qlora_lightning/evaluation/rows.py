@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_lightning.model.loss import IGNORED
-from qlora_lightning.model.rows import cut_into_rows
+from qlora_lightning.model.rows import cut_into_rows, is_flat
 
 _MOST_NEW, _FEWEST_NEW = 512, 32
 
@@ -34,7 +34,12 @@ class EvaluationRow:
 
 
 def cut_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:
-    """Cut a flat batch into rows to judge; fillers, and rows without a labelled token, are left out."""
+    """Cut a flat batch into rows to judge; fillers, and rows without a labelled token, are left out.
+
+    A batch of another make is judged as a whole, by its loss.
+    """
+    if not is_flat(batch):
+        return [EvaluationRow(dict(batch), -1, 0, None, [])]
     rows = []
     for alone in cut_into_rows(batch):
         ids, labels = alone["input_ids"][0].tolist(), alone["labels"][0].tolist()

@@ -39,3 +39,8 @@ def test_the_limit_is_twice_the_longest_answer_within_bounds():
     assert choose_max_new_tokens(cut_rows(collate([make_sample([1, 2, 3], [NO, NO, 3], 0)]))) == 32
     long = cut_rows(collate([make_sample([0] * 900, [NO] * 2 + [1] * 898, 0)]))
     assert choose_max_new_tokens(long) == 512
+
+
+def test_a_batch_of_another_make_is_judged_as_a_whole():
+    (row,) = cut_rows({"x": 1})
+    assert (row.batch, row.prompt, row.expected) == ({"x": 1}, None, [])

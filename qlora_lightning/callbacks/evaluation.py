@@ -173,7 +173,9 @@ class Evaluation(Callback):
         rich.print(describe_duel(duels[ADAPTER]))
         for sample in summary["samples"]:
             rich.print(samples_table(sample))
-        write_json(summary, Path(trainer.default_root_dir) / EVALUATION_FILE)
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(summary, folder / EVALUATION_FILE)
 
 
 def _has_tokenizer(trainer: Trainer) -> bool:

@@ -42,7 +42,8 @@ def percentile_interval(value: float, resampled: Floats) -> Interval:
     """Give a value with the middle 95 % of what resamples give for it; NaN where there is no row."""
     if not len(resampled) or np.isnan(resampled).all():
         return Interval(value, math.nan, math.nan)
-    low, high = np.nanpercentile(resampled, [2.5, 97.5]).tolist()
+    with np.errstate(invalid="ignore"):  # between infinities there is nothing to interpolate
+        low, high = np.nanpercentile(resampled, [2.5, 97.5]).tolist()
     return Interval(value, low, high)
 
 

@@ -93,13 +93,15 @@ def describe_metric(name: str) -> str:
 
 
 def format_interval(interval: Interval, percent: bool, sign: str = "") -> str:
-    """Write ``98.0 % [93.0, 99.4]``, or four digits of what is no share; a difference with its sign."""
+    """Write ``98.0 % [93.0, 99.4]``, or ``2.098 [2.010, 2.201]`` of what is no share; a difference with its sign."""
     if math.isnan(interval.value):
         return "–"
-    factor, digits = (100, 1) if percent else (1, 4 if abs(interval.value) < 10 else 1)
-    value, low, high = (format(part * factor, f"{sign}.{digits}f") for part in interval)
-    unit = " %" if percent and not sign else ""
-    return f"{value}{unit} [{low}, {high}]"
+    size = abs(interval.value)
+    factor, digits = (100, 1) if percent else (1, 1 if size >= 10 else 3 if size >= 0.1 else 4)
+    value, low, high = (part * factor for part in interval)
+    unit = "\N{NO-BREAK SPACE}%" if percent and not sign else ""
+    # a narrow terminal breaks the line before the bracket, and not inside it
+    return f"{value:{sign}.{digits}f}{unit} [{low:.{digits}f},\N{NO-BREAK SPACE}{high:.{digits}f}]"
 
 
 def _shorten(text: str, most: int = 300) -> str:

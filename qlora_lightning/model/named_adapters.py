@@ -43,10 +43,11 @@ def add_named_adapter(
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).strip().splitlines()[-1:]).strip().rstrip(".")
         raise UserError(f"The adapter folder {folder} cannot be put on this base: {reason}.") from error
-    lost = [*result.missing_keys, *result.unexpected_keys]
+    missing = [key for key in result.missing_keys if f".{name}." in key]  # PEFT's own filter takes others' for its own
+    lost = [*missing, *result.unexpected_keys]
     if lost:
         raise UserError(
-            f"The adapter folder {folder} does not fit this base: {len(result.missing_keys)} tensors are missing in it "
+            f"The adapter folder {folder} does not fit this base: {len(missing)} tensors are missing in it "
             f"and {len(result.unexpected_keys)} are foreign ({', '.join(lost[:3])}, …)."
         )
     return fast and not fuse_lora_linears(model)

@@ -27,14 +27,18 @@ def measured(percent, base, adapter, difference):
 
 
 def test_intervals_are_written_as_people_read_them():
-    assert format_interval(Interval(0.98, 0.93, 0.994), percent=True) == "98.0 % [93.0, 99.4]"
-    assert format_interval(Interval(0.98, 0.93, 0.994), percent=True, sign="+") == "+98.0 [+93.0, +99.4]"
-    assert format_interval(Interval(2.0981, 2.01, 2.2), percent=False) == "2.0981 [2.0100, 2.2000]"
-    assert format_interval(Interval(88.25, 80.0, 96.0), percent=False) == "88.2 [80.0, 96.0]"
-    assert format_interval(Interval(math.nan, math.nan, math.nan), percent=True) == "–"
+    def written(*interval, **options):
+        return format_interval(Interval(*interval), **options).replace("\xa0", " ")
+
+    assert written(0.98, 0.93, 0.994, percent=True) == "98.0 % [93.0, 99.4]"
+    assert written(0.98, 0.93, 0.994, percent=True, sign="+") == "+98.0 [93.0, 99.4]"
+    assert written(-2.0981, -2.2, -2.01, percent=False, sign="+") == "-2.098 [-2.200, -2.010]"
+    assert written(0.0104, 0.008, 0.013, percent=False) == "0.0104 [0.0080, 0.0130]"
+    assert written(88.25, 80.0, 96.0, percent=False) == "88.2 [80.0, 96.0]"
+    assert written(math.nan, math.nan, math.nan, percent=True) == "–"
 
 
-def test_a_table_of_one_adapter_fits_into_80_columns_with_its_difference():
+def test_in_80_columns_a_table_breaks_before_an_interval_and_not_inside_it():
     table = metrics_table(
         {
             "loss": measured(False, (2.0981, 2.01, 2.2), (0.0104, 0.008, 0.013), (-2.0877, -2.2, -1.99)),
@@ -42,11 +46,12 @@ def test_a_table_of_one_adapter_fits_into_80_columns_with_its_difference():
         },
         "100 rows",
     )
-    text = draw(table)
-    assert "exact match │" in text
-    assert "98.0 % [93.0, 99.4]" in text
-    assert "+98.0 [+95.0, +100.0]" in text
-    assert "-2.0877 [-2.2000, -1.9900]" in text
+    for width in (80, 120):
+        text = draw(table, width).replace("\xa0", " ")
+        assert max(map(len, text.splitlines())) <= width
+        assert "exact match │" in text
+        for cell in ("[93.0, 99.4]", "+98.0", "[95.0, 100.0]", "-2.088", "[-2.200, -1.990]"):
+            assert cell in text
 
 
 def test_parts_show_rows_and_a_dash_where_nothing_was_answered():

@@ -55,7 +55,9 @@ def _dtype_of(linear: Any) -> torch.dtype:
 @torch.no_grad()
 def _made_dense(linear: Any) -> nn.Linear:
     weight = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state).to(_dtype_of(linear))
-    dense = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    has_bias = linear.bias is not None
+    dense = nn.Linear(linear.in_features, linear.out_features, bias=has_bias, device="meta")
     dense.weight = nn.Parameter(weight, requires_grad=False)
-    dense.bias = None if linear.bias is None else nn.Parameter(linear.bias.to(weight.dtype), requires_grad=False)
+    if has_bias:
+        dense.bias = nn.Parameter(linear.bias.to(weight.dtype), requires_grad=False)
     return dense.train(linear.training)

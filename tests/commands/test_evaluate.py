@@ -108,13 +108,13 @@ def test_several_adapters_of_other_shapes_are_judged_as_each_is_alone(run, tmp_p
     for name in ("quickstart", "b"):
         run("--adapter", f"runs/{name}/adapter", "--json", "f.json")
         alone[name] = json.loads((tmp_path / "f.json").read_text())["metrics"]
-    out = run("--adapter", "runs/quickstart/adapter", "--adapter", "runs/b/adapter", "--json", "f.json")
+    out = run("--adapter", "runs/quickstart/adapter", "--adapter", "b.2=runs/b/adapter", "--json", "f.json")
     both = json.loads((tmp_path / "f.json").read_text())
-    assert list(both["adapters"]) == ["quickstart", "b"]
+    assert list(both["adapters"]) == ["quickstart", "b.2"]
     for metric, found in both["metrics"].items():
-        for name in ("quickstart", "b"):
-            assert found[name]["value"] == pytest.approx(alone[name][metric]["adapter"]["value"], rel=1e-5)
-            assert found["differences"][name]["value"] == pytest.approx(
+        for name, given in (("quickstart", "quickstart"), ("b", "b.2")):
+            assert found[given]["value"] == pytest.approx(alone[name][metric]["adapter"]["value"], rel=1e-5)
+            assert found["differences"][given]["value"] == pytest.approx(
                 alone[name][metric]["difference"]["value"], rel=1e-4, abs=1e-6
             )
     assert alone["quickstart"]["loss"]["adapter"] != alone["b"]["loss"]["adapter"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from qlora_lightning.errors import UserError
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
-_TAKEN = ("base", "difference", "differences", "default")  # words of evaluation.json, and PEFT's name for the first
+_TAKEN = ("base", "difference", "differences")  # words of evaluation.json
 
 
 @dataclass(frozen=True)
@@ -67,4 +67,4 @@ def named_adapters(values: Sequence[str]) -> dict[str, Path]:
 
 def _name_of_run(folder: Path) -> str:
     whole = folder.absolute()
-    return (whole.parent if whole.name == "adapter" else whole).name.replace(".", "_")
+    return (whole.parent if whole.name == "adapter" else whole).name

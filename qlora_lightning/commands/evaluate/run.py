@@ -22,7 +22,10 @@ from qlora_lightning.evaluation.rows import EvaluationRow
 from qlora_lightning.evaluation.scores import check_scores
 from qlora_lightning.model.adapter_reading import read_identity
 
-_FIRST = "default"  # PEFT's name for the adapter that a module is made with
+
+def _peft_name(place: int) -> str:
+    """PEFT's name for an adapter: a user's own may hold what PEFT does not take."""
+    return f"adapter_{place}" if place else "default"  # the one that a module is made with
 
 
 def evaluate(options: Options, arguments: Sequence[str]) -> None:
@@ -85,14 +88,14 @@ class _EvaluateCLI(training.QLoRACLI):
 
 def _load(module: Any, adapters: Mapping[str, Path]) -> None:
     """Make the model with the first adapter, and put the others beside it."""
-    (_, first), *others = adapters.items()
+    first, *others = adapters.values()
     module.adapter = str(first)
     module.configure_model()
     module.to(module.trainer.strategy.root_device)
     if not isinstance(module.model, peft.PeftModel):
         raise UserError("evaluate needs a model with PEFT's adapters, which this build_model does not make.")
-    for name, folder in others:
-        module.add_adapter(name, folder)
+    for place, folder in enumerate(others, start=1):
+        module.add_adapter(_peft_name(place), folder)
 
 
 def _judge(
@@ -104,6 +107,6 @@ def _judge(
         with module.model.disable_adapter():
             judged[BASE] = judge_rows(module, rows, answering, len(rows), watch)
         for place, name in enumerate(adapters):
-            module.model.set_adapter(name if place else _FIRST)
+            module.model.set_adapter(_peft_name(place))
             judged[name] = judge_rows(module, rows, answering, len(rows), watch)
     return judged

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import rich
 from rich.markup import escape
 from rich.table import Table
 
@@ -12,34 +13,44 @@ from qlora_lightning.evaluation.comparison import BASE, Duel, Measured
 _WORDS = {"rouge_l": "ROUGE-L", "chrf": "chrF++", "json_f1": "JSON field F1", "json_valid": "valid JSON"}
 
 
-def metrics_table(measured: Mapping[str, Measured], title: str) -> Table:
-    """Show each metric of base and adapters with its interval; with one adapter also their difference."""
+def metrics_table(measured: Mapping[str, Measured], title: str, width: int | None = None) -> Table:
+    """Show each metric of base and adapters with its interval; with one adapter also their difference.
+
+    Args:
+        measured: By metric.
+        title: Over the table.
+        width: Of the terminal, in characters; ``None``: asked for. In a narrow one intervals stand below their values.
+    """
     sides = list(next(iter(measured.values())).sides)
-    table = Table(title=escape(title), title_justify="left")
-    table.add_column("")
-    for side in sides:
-        table.add_column(escape(side), justify="right")
     one = len(sides) == 2
-    if one:
-        table.add_column("difference", justify="right")
+    rows = []
     for name, metric in measured.items():
         cells = [format_interval(metric.sides[side], metric.percent) for side in sides]
         if one:
             cells.append(format_interval(metric.differences[sides[1]], metric.percent, sign="+"))
-        table.add_row(describe_metric(name), *cells)
-    return table
+        rows.append([describe_metric(name), *cells])
+    return _figures_table(title, [*sides, *(["difference"] if one else [])], rows, width)
 
 
-def differences_table(measured: Mapping[str, Measured]) -> Table:
-    """Show the difference of each of several adapters from the base."""
+def differences_table(measured: Mapping[str, Measured], width: int | None = None) -> Table:
+    """Show the difference of each of several adapters from the base; ``width`` as of :func:`metrics_table`."""
     sides = [side for side in next(iter(measured.values())).sides if side != BASE]
-    table = Table(title="Differences from the base, on the same rows", title_justify="left")
-    table.add_column("")
-    for side in sides:
-        table.add_column(escape(side), justify="right")
-    for name, metric in measured.items():
-        cells = [format_interval(metric.differences[side], metric.percent, sign="+") for side in sides]
-        table.add_row(describe_metric(name), *cells)
+    rows = [
+        [describe_metric(name), *(format_interval(metric.differences[side], metric.percent, "+") for side in sides)]
+        for name, metric in measured.items()
+    ]
+    return _figures_table("Differences from the base, on the same rows", sides, rows, width)
+
+
+def _figures_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], width: int | None) -> Table:
+    table = Table(title=escape(title), title_justify="left")
+    for heading in ("", *headings):
+        table.add_column(escape(heading), justify="right" if heading else "left")
+    lines = [["", *headings], *rows]
+    needed = sum(3 + max(len(line[column]) for line in lines) for column in range(len(headings) + 1)) + 1
+    fits = needed <= (rich.get_console().width if width is None else width)
+    for name, *cells in rows:
+        table.add_row(name, *(escape(cell if fits else cell.replace(" [", "\n[")) for cell in cells))
     return table
 
 
@@ -99,9 +110,8 @@ def format_interval(interval: Interval, percent: bool, sign: str = "") -> str:
     size = abs(interval.value)
     factor, digits = (100, 1) if percent else (1, 1 if size >= 10 else 3 if size >= 0.1 else 4)
     value, low, high = (part * factor for part in interval)
-    unit = "\N{NO-BREAK SPACE}%" if percent and not sign else ""
-    # a narrow terminal breaks the line before the bracket, and not inside it
-    return f"{value:{sign}.{digits}f}{unit} [{low:.{digits}f},\N{NO-BREAK SPACE}{high:.{digits}f}]"
+    unit = " %" if percent and not sign else ""
+    return f"{value:{sign}.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _shorten(text: str, most: int = 300) -> str:

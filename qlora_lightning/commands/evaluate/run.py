@@ -90,6 +90,7 @@ def _load(module: Any, adapters: Mapping[str, Path]) -> None:
     """Make the model with the first adapter, and put the others beside it."""
     first, *others = adapters.values()
     module.adapter = str(first)
+    module.adapter_options = {}  # rank and targets are those of the folders, whatever the config trains
     module.configure_model()
     module.to(module.trainer.strategy.root_device)
     if not isinstance(module.model, peft.PeftModel):

@@ -169,7 +169,7 @@ class Evaluation(Callback):
         measured = compare(judged, scores)
         duels = {ADAPTER: duel(judged[BASE], judged[ADAPTER], next(iter(scores), None))}
         summary = summarize(rows, judged, measured, answering, duels, self.samples)
-        rich.print(metrics_table(measured, f"{len(rows):,} validation rows, base → adapter, with 95 % intervals"))
+        rich.print(metrics_table(measured, f"Validation rows, base → adapter ({len(rows):,}; 95 % intervals)"))
         rich.print(describe_duel(duels[ADAPTER]))
         for sample in summary["samples"]:
             rich.print(samples_table(sample))

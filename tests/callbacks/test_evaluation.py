@@ -83,7 +83,7 @@ def test_the_best_adapter_is_judged_where_no_checkpoint_of_it_is_kept(fit, figur
 def test_answers_of_both_are_scored_and_shown_beside_what_was_expected(fit, figures, capsys, tmp_path):
     fit(Evaluation(rows=4, samples=2, max_new_tokens=3), AdapterCheckpoint(), limit_train_batches=1)
     text = capsys.readouterr().out
-    table = text[text.index("validation rows") :]
+    table = text[text.index("Validation rows") :]
     first_words = ["loss", "perplexity", "token", "exact", "ROUGE-L", "chrF++", "stop", "answer"]
     assert re.findall(r"│ ([\w+-]+) .*│", table)[: len(first_words)] == first_words
     assert re.search(r"prompt +│ Count to 1\. Please\. +│", text)

@@ -11,10 +11,11 @@ from qlora_lightning.heavy_imports import without_garbage_collection
 if TYPE_CHECKING:
     from qlora_lightning.callbacks import (
         AdapterCheckpoint,
-        BaseComparison,
         DryBatch,
+        Evaluation,
         GPUMemoryMonitor,
         GradientCheckpointing,
+        LoadingLines,
         LossSpikeMonitor,
         PredictionWriter,
         StopSignals,
@@ -28,11 +29,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterCheckpoint",
-    "BaseComparison",
     "DryBatch",
+    "Evaluation",
     "GPUMemoryMonitor",
     "GradientCheckpointing",
     "InstructionDataModule",
+    "LoadingLines",
     "LossSpikeMonitor",
     "LossSums",
     "PredictionWriter",

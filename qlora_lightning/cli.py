@@ -24,6 +24,11 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "test": (_TRAINING, True, "the same on the test rows"),
     "predict": (_TRAINING, True, "answer the rows of data.predict into predictions.jsonl"),
     "inspect": ("qlora_lightning.commands.inspect", False, "report on the data, and show rows as the model sees them"),
+    "evaluate": (
+        "qlora_lightning.commands.evaluate",
+        False,
+        "base against adapters on the same rows",
+    ),
     "profile": ("qlora_lightning.commands.profile", False, "say where a step's time and memory go, by part"),
     "cache": ("qlora_lightning.commands.cache", False, "list or clear unpacked and quantized bases"),
     "recipes": (

@@ -84,8 +84,10 @@ def test_commands_and_python_run_in_the_order_in_which_they_stand(tmp_path):
 
     said = {line: run(shlex.split(line)) for line in commands()}
     first = next(iter(said.values()))
-    base, adapter = map(float, re.search(r"│ loss\s+│\s*([\d.]+) │\s*([\d.]+) │", first).groups())
-    assert adapter <= base / 4
+    judged = json.loads((tmp_path / "runs" / "quickstart" / "evaluation.json").read_text())["metrics"]
+    assert judged["loss"]["adapter"]["value"] <= judged["loss"]["base"]["value"] / 4
+    assert judged["exact_match"]["base"]["high"] < 0.1
+    assert judged["exact_match"]["adapter"]["value"] >= 0.9
     loading = blocks("python")[0]
     assert loading.strip() in first  # what the run prints last is what the README shows
     assert top_tokens_agree(run, loading) >= 0.99

@@ -1,10 +1,11 @@
 """What happens around the loop: each callback works with any Trainer, and has a key of its own in the YAML."""
 
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
-from qlora_lightning.callbacks.base_comparison import BaseComparison
 from qlora_lightning.callbacks.dry_batch import DryBatch
+from qlora_lightning.callbacks.evaluation import Evaluation
 from qlora_lightning.callbacks.gpu_memory import GPUMemoryMonitor
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
+from qlora_lightning.callbacks.loading_lines import LoadingLines
 from qlora_lightning.callbacks.loss_spikes import LossSpikeMonitor
 from qlora_lightning.callbacks.prediction_writer import PredictionWriter
 from qlora_lightning.callbacks.stop_signals import StopSignals
@@ -12,10 +13,11 @@ from qlora_lightning.callbacks.throughput import ThroughputMonitor
 
 __all__ = [
     "AdapterCheckpoint",
-    "BaseComparison",
     "DryBatch",
+    "Evaluation",
     "GPUMemoryMonitor",
     "GradientCheckpointing",
+    "LoadingLines",
     "LossSpikeMonitor",
     "PredictionWriter",
     "StopSignals",

@@ -15,10 +15,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from qlora_lightning.callbacks import (
     AdapterCheckpoint,
-    BaseComparison,
     DryBatch,
+    Evaluation,
     GPUMemoryMonitor,
     GradientCheckpointing,
+    LoadingLines,
     LossSpikeMonitor,
     PredictionWriter,
     StopSignals,
@@ -65,6 +66,7 @@ _KNOWN_KEYS: dict[str, type | None] = {
     "adapter_checkpoint": AdapterCheckpoint,
     "gpu_memory": GPUMemoryMonitor,
     "throughput": ThroughputMonitor,
+    "evaluation": Evaluation,
     "ckpt_path": None,
     "config": None,
     # arguments of the Trainer's methods, which a run folder's config.yaml holds
@@ -98,6 +100,7 @@ class QLoRACLI(LightningCLI):
         parser.add_lightning_class_args(AdapterCheckpoint, "adapter_checkpoint")
         parser.add_lightning_class_args(GPUMemoryMonitor, "gpu_memory")
         parser.add_lightning_class_args(ThroughputMonitor, "throughput")
+        parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.set_defaults(
             {
                 "model": {"class_path": _DEFAULT_CLASSES["model"]},
@@ -145,7 +148,7 @@ class QLoRACLI(LightningCLI):
         loggers: Any = False if chosen is False or settings.get("fast_dev_run") else [*own, *others] or False
         named = settings.get("callbacks") or []
         named = named if isinstance(named, list) else [named]
-        usual: list[type[Callback]] = [StopSignals, DryBatch, LossSpikeMonitor, BaseComparison]
+        usual: list[type[Callback]] = [StopSignals, DryBatch, LossSpikeMonitor, LoadingLines]
         usual += [PredictionWriter, ProcessWatch]
         added = [kind() for kind in usual if not any(isinstance(callback, kind) for callback in named)]
         callbacks = [*named, RunFolder(self._short_config()), *added]

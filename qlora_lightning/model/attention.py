@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from qlora_lightning.model.block_attention import BlockAttention
+from qlora_lightning.model.kv_cache import KeyValueCache
 
 FLAT_ATTENTION, PLAIN_FLAT_ATTENTION = "qlora_flat", "qlora_flat_plain"
 # As attention_mask of a flat batch it keeps transformers from making one of (tokens, tokens) for its many samples.
@@ -42,6 +43,7 @@ def flat_attention(
     dropout: float = 0.0,
     cu_seqlens: Tensor | None = None,
     longest: int | None = None,
+    kv_cache: KeyValueCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each sample of the stream; without ``cu_seqlens`` (generation) behave as plain SDPA.
@@ -56,11 +58,14 @@ def flat_attention(
         dropout: Probability with which attention weights are dropped.
         cu_seqlens: Where samples begin and the last one ends, ``(samples + 1,)``, int32.
         longest: Tokens of the longest sample.
+        kv_cache: Of rows that are being answered: takes in their prompts, then attends for one token of each.
         kwargs: Handed on to transformers' SDPA.
 
     Returns:
         The mixed values ``(1, tokens, heads, head_dim)``, and no weights.
     """
+    if (mixed := _through_cache(kv_cache, module, query, key, value, scaling)) is not None:
+        return mixed, None
     if cu_seqlens is not None and dropout == 0.0:
         if longest is not None and _has_varlen_kernel(query):
             return _attend_varlen(query, key, value, cu_seqlens, longest, scaling), None
@@ -81,15 +86,30 @@ def plain_flat_attention(
     dropout: float = 0.0,
     cu_seqlens: Tensor | None = None,
     longest: int | None = None,
+    kv_cache: KeyValueCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend as :func:`flat_attention` by torch's SDPA, for one sample after the other."""
+    if (mixed := _through_cache(kv_cache, module, query, key, value, scaling)) is not None:
+        return mixed, None
     if cu_seqlens is None:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
         return output, None
     return _attend_per_sample(query, key, value, cu_seqlens, scaling, dropout), None
+
+
+def _through_cache(
+    kv_cache: KeyValueCache | None, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+) -> Tensor | None:
+    """Let a cache attend for single tokens; it takes in prompts, which attend to themselves, and gives nothing."""
+    if kv_cache is None:
+        return None
+    if kv_cache.decoding:
+        return kv_cache.attend(module.layer_idx, query, key, value, scaling)
+    kv_cache.fill(module.layer_idx, key, value)
+    return None
 
 
 def _has_varlen_kernel(query: Tensor) -> bool:

@@ -29,7 +29,7 @@ class FusedDecoderLayer(llama.LlamaDecoderLayer):  # type: ignore[misc]  # to my
         by_heads = (*hidden_states.shape[:2], -1, attention.head_dim)
         query, key, value = (each.view(by_heads).transpose(1, 2) for each in projected)
         query, key = (_apply(Rotary, each, *kwargs["position_embeddings"]) for each in (query, key))
-        samples = {"cu_seqlens": kwargs["cu_seqlens"], "longest": kwargs.get("longest")}
+        samples: dict[str, Any] = {name: kwargs.get(name) for name in ("cu_seqlens", "longest", "kv_cache")}
         mixed, _ = flat_attention(attention, query, key, value, None, scaling=attention.scaling, **samples)
         hidden_states = _apply_linear(mixed.flatten(-2), attention.o_proj, hidden_states)
         gate, up = _apply_norm_and_linears(hidden_states, self.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)

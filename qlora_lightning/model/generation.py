@@ -1,63 +1,155 @@
-"""Greedy answers of a model to rendered prompts."""
+"""Greedy answers of a model to rendered prompts: many rows at a time, nothing padded."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import peft
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from qlora_lightning.model.attention import FLAT_ATTENTION, NO_MASK, PLAIN_FLAT_ATTENTION
+from qlora_lightning.model.dense import dense_weights
+from qlora_lightning.model.kv_cache import KeyValueCache
+from qlora_lightning.model.padded_generation import generate_padded
+
+BATCH_SIZE = 64  # rows that are answered together
+TOKEN_BUDGET = 32_768  # keys and values that are kept at a time: of SmolLM2-135M 0.75 GB, of Llama-3.1-8B 4.3 GB
 
 
 def generate_answers(
-    model: nn.Module, prompts: Sequence[Sequence[int]], *, stop_ids: Sequence[int], max_new_tokens: int = 128
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_ids: Sequence[int],
+    max_new_tokens: int = 128,
+    batch_size: int = BATCH_SIZE,
+    watch: Callable[[int], None] = lambda rows: None,
 ) -> list[list[int]]:
-    """Continue each prompt greedily until a stop token; the prompts form one batch, padded on the left.
+    """Continue each prompt greedily until a stop token; in float32 an answer is the same whatever it is batched with.
 
-    The model's training mode is put back afterwards: a model that generated would else stay in ``eval()``.
+    Rows of like length go together. The prompts of a batch run as one flat stream, then one token of each row at a time
+    against its keys and values; a row that stops leaves the batch. 4-bit weights are dequantized once for all of it,
+    where there is memory for that. The model's training mode is put back afterwards: a model that generated would else
+    stay in ``eval()``.
 
     Args:
-        model: A causal language model of transformers or PEFT.
+        model: A causal language model of transformers or PEFT; one whose attention is not ours takes transformers'
+            own ``generate``, padded on the left.
         prompts: Token ids of each prompt.
         stop_ids: Tokens that end an answer.
         max_new_tokens: Tokens after which an answer is cut.
+        batch_size: Rows of a batch at most; fewer where ``TOKEN_BUDGET`` would be passed.
+        watch: Told how many more rows are done.
 
     Returns:
-        The ids of each answer, without the stop token.
+        The ids of each answer, without the stop token: one shorter than ``max_new_tokens`` has stopped by itself.
     """
-    if not prompts:  # a rank without rows
-        return []
-    device = next(model.parameters()).device
-    longest = max(len(prompt) for prompt in prompts)
-    padding: int = stop_ids[0]  # any id will do: the mask hides it
-    ids = torch.tensor([[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    answers: list[list[int]] = [[] for _ in prompts]
     was_training = model.training
     model.eval()
     try:
-        output = _generate(model, ids, mask, list(stop_ids), padding, max_new_tokens)
+        with torch.no_grad(), dense_weights(model):
+            for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size):
+                batch = [list(prompts[row]) for row in rows]
+                generate = _generate_flat if _attends_flat(model) else generate_padded
+                found = generate(model, batch, frozenset(stop_ids), max_new_tokens)
+                for row, answer in zip(rows, found, strict=True):
+                    answers[row] = answer
+                watch(len(rows))
     finally:
         model.train(was_training)
-    return [_cut(row, stop_ids) for row in output[:, longest:].tolist()]
+    return answers
 
 
-@torch.no_grad()
-def _generate(
-    model: Any, ids: torch.Tensor, mask: torch.Tensor, stop_ids: list[int], padding: int, max_new_tokens: int
-) -> torch.Tensor:
-    output: torch.Tensor = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        do_sample=False,
-        # a base's own sampling settings would be warned about, since this is greedy
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stop_ids,
-        pad_token_id=padding,
-    )
-    return output
+def _batches(lengths: list[int], max_new_tokens: int, batch_size: int) -> Iterator[list[int]]:
+    """Put rows of like length together, the longest first: memory that does not suffice fails at once."""
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        tokens = (len(batch) + 1) * (lengths[batch[0] if batch else row] + max_new_tokens)
+        if batch and (len(batch) == batch_size or tokens > TOKEN_BUDGET):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
-def _cut(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    ends = [position for position, token in enumerate(ids) if token in stop_ids]
-    return ids[: ends[0]] if ends else ids
+def _causal_lm(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+
+
+def _attends_flat(model: nn.Module) -> bool:
+    return _causal_lm(model).config._attn_implementation in (FLAT_ATTENTION, PLAIN_FLAT_ATTENTION)
+
+
+def _generate_flat(
+    model: nn.Module, prompts: list[list[int]], stop_ids: frozenset[int], max_new_tokens: int
+) -> list[list[int]]:
+    answers: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))  # that go on
+    step = _Step(model, prompts, max_new_tokens)
+    chosen = step.read_prompts(prompts)
+    for left in range(max_new_tokens, 0, -1):
+        tokens: list[int] = chosen.tolist()
+        going = [place for place, token in enumerate(tokens) if token not in stop_ids]
+        for place in going:
+            answers[rows[place]].append(tokens[place])
+        if not going or left == 1:
+            break
+        if len(going) < len(rows):
+            rows = [rows[place] for place in going]
+            step.cache.keep(going)
+            chosen = chosen[going]
+        chosen = step.read_tokens(chosen)
+    return answers
+
+
+class _Step:
+    """Runs the model over a flat batch, and chooses the most likely next token of each row.
+
+    Args:
+        model: The model.
+        prompts: Ids of each.
+        max_new_tokens: That may follow.
+    """
+
+    def __init__(self, model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> None:
+        self.causal_lm = _causal_lm(model)
+        self.device = self.causal_lm.get_input_embeddings().weight.device
+        self._bounds = [0]
+        for prompt in prompts:
+            self._bounds.append(self._bounds[-1] + len(prompt))
+        self.cache = KeyValueCache(self._bounds, max_new_tokens, self.device)
+
+    def read_prompts(self, prompts: list[list[int]]) -> Tensor:
+        """Give the first token of each answer, ``(rows,)``."""
+        ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
+        positions = torch.cat([torch.arange(len(prompt), device=self.device) for prompt in prompts])
+        ends = torch.tensor(self._bounds, dtype=torch.int32, device=self.device)
+        hidden = self._run(ids, positions, ends, max(map(len, prompts)))
+        return self._choose(hidden[ends[1:] - 1])
+
+    def read_tokens(self, tokens: Tensor) -> Tensor:
+        """Give the token behind the latest one of each row, ``(rows,)``."""
+        self.cache.begin_step()
+        ends = torch.arange(len(tokens) + 1, dtype=torch.int32, device=self.device)
+        hidden = self._run(tokens, self.cache.lengths, ends, 1)
+        self.cache.end_step()
+        return self._choose(hidden)
+
+    def _run(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        output = self.causal_lm.base_model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            attention_mask=NO_MASK,
+            cu_seqlens=cu_seqlens,
+            longest=longest,
+            kv_cache=self.cache,
+            use_cache=False,
+        )
+        hidden: Tensor = output.last_hidden_state[0]  # (tokens, width)
+        return hidden
+
+    def _choose(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.causal_lm.get_output_embeddings()(hidden)
+        return logits.argmax(-1)

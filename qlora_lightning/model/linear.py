@@ -14,8 +14,6 @@ from torch.autograd.function import once_differentiable
 
 from qlora_lightning.model.hooks import is_watched
 
-ADAPTER = "default"  # PEFT's name for the only adapter that we put on
-
 
 class Frozen(NamedTuple):
     """What of a linear does not train.
@@ -137,18 +135,18 @@ def is_plain(layer: nn.Module) -> bool:
         return False  # somebody put another one there
     if type(layer) in (nn.Linear, bnb.nn.Linear4bit):
         return not any(parameter.requires_grad for parameter in layer.parameters())
-    if not isinstance(layer, FusedLinear4bit | FusedLinear) or layer.active_adapters != [ADAPTER]:
+    if not isinstance(layer, FusedLinear4bit | FusedLinear) or len(layer.active_adapters) != 1 or layer.merged:
         return False
-    if ADAPTER not in layer.lora_A or any(
-        type(each[ADAPTER]) is not nn.Linear for each in (layer.lora_A, layer.lora_B)
-    ):
+    (adapter,) = layer.active_adapters
+    if adapter not in layer.lora_A:  # it leaves this linear as it is
+        return is_plain(layer.get_base_layer())
+    if any(type(each[adapter]) is not nn.Linear for each in (layer.lora_A, layer.lora_B)):
         return False
-    dropout = layer.lora_dropout[ADAPTER]
+    dropout = layer.lora_dropout[adapter]
     return (
         is_plain(layer.get_base_layer())
-        and not layer.merged
-        and ADAPTER not in layer.lora_variant
-        and not layer.lora_bias[ADAPTER]
+        and adapter not in layer.lora_variant
+        and not layer.lora_bias[adapter]
         and (isinstance(dropout, nn.Identity) or not layer.training)
     )
 
@@ -162,16 +160,17 @@ def compute_dtype_of(layer: nn.Module) -> torch.dtype | None:
 
 def adapters_of(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """Give A ``(rank, in)`` and B ``(out, rank)`` of a plain linear, if it has an adapter that is not disabled."""
-    if not isinstance(layer, LoraLayer) or layer.disable_adapters:
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.active_adapters[0] not in layer.lora_A:
         return None, None
-    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    (adapter,) = layer.active_adapters
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
 def frozen_part(layer: nn.Module, dtype: torch.dtype) -> Frozen:
     """Give what of a plain linear does not train; the bias in ``dtype``."""
     base = _base_of(layer)
     bias = None if base.bias is None else base.bias.to(dtype)
-    scaling = layer.scaling[ADAPTER] if isinstance(layer, LoraLayer) else 1.0
+    scaling = layer.scaling.get(layer.active_adapters[0], 1.0) if isinstance(layer, LoraLayer) else 1.0
 
     def dense(dtype: torch.dtype) -> Tensor:
         weight: Any = base.weight
@@ -210,7 +209,7 @@ def fuse_lora_linears(model: nn.Module) -> list[str]:
 def _can_be_plain(layer: LoraLayer) -> bool:
     return (
         type(layer.get_base_layer()) in (nn.Linear, bnb.nn.Linear4bit)
-        and ADAPTER not in layer.lora_variant
-        and not layer.lora_bias[ADAPTER]
-        and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
+        and not layer.lora_variant
+        and not any(layer.lora_bias.values())
+        and all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
     )

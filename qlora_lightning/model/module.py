@@ -1,9 +1,7 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train and judge them."""
 
-import contextlib
 from typing import Any, cast
 
-import peft
 import rich
 import torch
 from lightning import Callback
@@ -12,14 +10,13 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from qlora_lightning.heavy_imports import without_garbage_collection
-from qlora_lightning.model.adapter_state import AdapterStateModule
 from qlora_lightning.model.adapters import check_adapter_settings, trainable_tensors
 from qlora_lightning.model.allocator import give_back_freed_memory, keep_freed_memory
+from qlora_lightning.model.answering import AnsweringModule
 from qlora_lightning.model.assembly import assemble_model
 from qlora_lightning.model.attention import NO_MASK
 from qlora_lightning.model.checks import check_callbacks, check_trainer, check_training_mode
 from qlora_lightning.model.dtypes import ComputeDtype, choose_compute_dtype
-from qlora_lightning.model.generation import generate_answers
 from qlora_lightning.model.gradient_buckets import GradientBuckets
 from qlora_lightning.model.guard import OnNonfinite, TrainingGuard
 from qlora_lightning.model.loss import LossSums, head_loss
@@ -34,7 +31,7 @@ from qlora_lightning.model.targets import check_layers
 from qlora_lightning.trainer import callbacks_of
 
 
-class QLoRAModule(AdapterStateModule):
+class QLoRAModule(AnsweringModule):
     """A frozen, quantized LLaMA with LoRA adapters.
 
     Doors for subclasses: :meth:`build_model`, :meth:`compute_loss` and :meth:`parameter_groups`.
@@ -118,7 +115,6 @@ class QLoRAModule(AdapterStateModule):
         self.guard = TrainingGuard(on_nonfinite)
         self.identity = {"base": base, "quantization": quantization}
         self.val_statistics, self.test_statistics = TokenStatistics(), TokenStatistics()
-        self._autocast_dtype: torch.dtype | None = None
 
     def configure_callbacks(self) -> list[Callback]:
         return [*super().configure_callbacks(), self.guard, GradientBuckets()]
@@ -165,16 +161,11 @@ class QLoRAModule(AdapterStateModule):
         )
         self.identity = made.identity
         if made.unfused and dtype != torch.float32:
-            self._autocast_dtype = dtype  # PEFT's own layers would compute the fp32 adapters in fp32
+            self.autocast_dtype = dtype  # PEFT's own layers would compute the fp32 adapters in fp32
         return cast(nn.Module, made.model)
 
     def _device_of_process(self) -> torch.device:
         return self.device if self._trainer is None else self.trainer.strategy.root_device
-
-    @property
-    def causal_lm(self) -> Any:
-        """The model of transformers inside PEFT's wrapper."""
-        return self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
 
     def on_fit_end(self) -> None:
         give_back_freed_memory()
@@ -187,7 +178,7 @@ class QLoRAModule(AdapterStateModule):
         Args:
             batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens`` ``(samples + 1,)``.
         """
-        with self._autocast():
+        with self.autocast():
             hidden = self.causal_lm.base_model(
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],
@@ -197,11 +188,6 @@ class QLoRAModule(AdapterStateModule):
                 use_cache=False,
             ).last_hidden_state
             return head_loss(hidden[0], batch["labels"][0], self.causal_lm.get_output_embeddings())
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self._autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self._autocast_dtype)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Give the *sum* of the losses of a micro-batch; on_before_optimizer_step turns sums into the mean."""
@@ -237,7 +223,7 @@ class QLoRAModule(AdapterStateModule):
             self.log_dict({"skipped_steps": float(self.guard.skipped_steps)})
         self.window.clear()
 
-    # ---- validation, test, prediction ------------------------------------------------------------------------------
+    # ---- validation, test ------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         with telling_out_of_memory(self, batch):
@@ -259,15 +245,6 @@ class QLoRAModule(AdapterStateModule):
         self.log(f"{split}_loss", values.pop(f"{split}_loss"), prog_bar=True, sync_dist=True)
         self.log_dict(values, sync_dist=True)
         statistics.reset()
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[list[int]]:
-        """Answer each prompt of a prediction batch greedily; gives token ids."""
-        return self.answer(batch["prompt_ids"], batch["stop_ids"])
-
-    def answer(self, prompts: list[list[int]], stop_ids: list[int], max_new_tokens: int = 128) -> list[list[int]]:
-        """Continue each prompt (token ids) greedily until a stop token; gives token ids without it."""
-        with self._autocast():
-            return generate_answers(self.model, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
 
     # ---- optimization ----------------------------------------------------------------------------------------------
 
@@ -300,5 +277,5 @@ class QLoRAModule(AdapterStateModule):
     def on_fit_start(self) -> None:
         rich.print(adapter_table(self.model))
         rich.print(describe_sizes(self.model))
-        if self._autocast_dtype is not None and self.fast:
+        if self.autocast_dtype is not None and self.fast:
             rich.print("Some of what trains takes PEFT's own, slower layers: dropout, DoRA, int8, whole modules.")

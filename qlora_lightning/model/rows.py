@@ -31,10 +31,15 @@ def join_places(places: Sequence[str], most: int = 8) -> str:
     return (", ".join(places[:most]) or "unknown") + more
 
 
+def is_flat(batch: Any) -> bool:
+    """Whether a batch is one flat stream whose rows are known."""
+    needed = {"input_ids", "position_ids", "labels", "cu_seqlens", "row_ids", "source"}
+    return isinstance(batch, Mapping) and needed <= batch.keys()
+
+
 def cut_into_rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Cut a flat batch into one of each row, as if it came alone; a batch of another make stays whole."""
-    needed = {"input_ids", "position_ids", "labels", "cu_seqlens", "row_ids", "source"}
-    if not isinstance(batch, Mapping) or not needed <= batch.keys():
+    if not is_flat(batch):
         return []
     bounds: Tensor = batch["cu_seqlens"]
     ends = bounds.tolist()

@@ -13,8 +13,8 @@ def predict(make_module, make_data, make_trainer, monkeypatch, tmp_path):
     # Answers of a random base run on until they are cut: two tokens will do.
     from qlora_lightning.model import generation
 
-    plain = generation._generate
-    monkeypatch.setattr(generation, "_generate", lambda *arguments: plain(*arguments[:-1], 2))
+    plain = generation._generate_flat
+    monkeypatch.setattr(generation, "_generate_flat", lambda *arguments: plain(*arguments[:-1], 2))
 
     def run(rows, **options):
         file = tmp_path / "questions.jsonl"

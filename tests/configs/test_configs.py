@@ -16,6 +16,7 @@ def test_the_recipes_that_the_readme_promises_are_here():
         "llama-3.1-8b-multi-gpu",
         "llama-3.2-1b",
         "quickstart",
+        "smollm2-gsm8k",
     ]
 
 

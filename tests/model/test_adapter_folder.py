@@ -4,11 +4,15 @@ import socket
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from qlora_lightning import QLoRAModule
+from qlora_lightning.base.cache_clear import list_entries
+from qlora_lightning.base.tokenizer import load_tokenizer
 from qlora_lightning.model.adapter_folder import loading_snippet, save_adapter_folder
 from qlora_lightning.model.adapter_reading import read_identity
 from qlora_lightning.model.adapters import add_adapters, trainable_tensors
@@ -192,3 +196,26 @@ def test_saving_asks_no_network(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     save(tmp_path, model, tiny_base, tokenizer=tokenizer)
+
+
+# PEFT 0.21 asks transformers 5.24 for an attribute by its old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_cached_base_and_the_folder_load_as_lm_evaluation_harness_loads_them(tiny_base, tmp_path, monkeypatch):
+    """What its class HFLM does with `pretrained=…,peft=…,tokenizer=…,dtype=…` (lm-eval 0.4.13, checked by hand)."""
+    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    module = QLoRAModule(base=str(tiny_base), compute_dtype="fp32")
+    module.configure_model()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    module.save_adapter(tmp_path / "adapter", load_tokenizer(str(tiny_base)))
+    (entry,) = list_entries("quantized")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(entry.path, dtype=torch.float32)
+    assert base.config.vocab_size == len(tokenizer)  # else it would resize the embedding
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"), revision="main").train()  # as above
+    ids = torch.tensor([tokenizer("Count to 3.")["input_ids"]])
+    with torch.no_grad():
+        ours = module.model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(theirs(input_ids=ids).logits, ours, rtol=1e-4, atol=1e-4)

@@ -2,8 +2,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from qlora_lightning.model import generation
 from qlora_lightning.model.adapters import add_adapters
+from qlora_lightning.model.attention import register_flat_attention
 from qlora_lightning.model.generation import generate_answers
+from qlora_lightning.model.padded_generation import generate_padded
 from qlora_lightning.model.quantized import load_base
 
 PROMPTS = [[11, 12, 13, 14, 15, 16], [21], [31, 32, 33]]
@@ -20,8 +23,8 @@ def model(tiny_base):
     return made
 
 
-def answer(model, *prompts, stop_ids=(NEVER,), max_new_tokens=6):
-    return generate_answers(model, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
+def answer(model, *prompts, stop_ids=(NEVER,), max_new_tokens=6, **options):
+    return generate_answers(model, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, **options)
 
 
 def test_answers_of_a_batch_equal_answers_alone(model):
@@ -63,14 +66,50 @@ def test_the_training_mode_is_put_back(model, training):
 
 
 def test_the_training_mode_is_put_back_after_an_error_too(model, monkeypatch):
-    def fail(**settings):
+    def fail(*arguments):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(model, "generate", fail)
+    monkeypatch.setattr(generation, "KeyValueCache", fail)
     model.train()
     with pytest.raises(RuntimeError, match="out of memory"):
         answer(model, [11])
     assert model.training
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_the_size_of_a_batch_changes_nothing(model, batch_size):
+    done = []
+    found = answer(model, *PROMPTS, batch_size=batch_size, watch=done.append)
+    assert found == answer(model, *PROMPTS)
+    assert sum(done) == 3
+    assert max(done) == min(batch_size, 3)
+
+
+def test_a_batch_holds_no_more_tokens_than_its_budget(model, monkeypatch):
+    together = answer(model, *PROMPTS)
+    monkeypatch.setattr(generation, "TOKEN_BUDGET", 24)  # two rows of at most 6 + 6 tokens
+    assert answer(model, *PROMPTS, watch=(done := []).append) == together
+    assert done == [2, 1]
+
+
+def test_with_the_adapter_off_the_base_answers(model, tiny_base):
+    base = load_base(str(tiny_base), compute_dtype=torch.float32).model
+    with model.disable_adapter():
+        assert answer(model, *PROMPTS) == answer(base, *PROMPTS)
+    assert answer(model, *PROMPTS) != answer(base, *PROMPTS)
+
+
+@pytest.mark.parametrize("attention", ["qlora_flat", "qlora_flat_plain"])
+def test_answers_equal_those_of_transformers_own_generate_padded_on_the_left(model, attention):
+    implementation = model.get_base_model().config._attn_implementation
+    register_flat_attention()
+    model.get_base_model().set_attn_implementation(attention)
+    ours = answer(model, *PROMPTS, max_new_tokens=12)
+    model.get_base_model().set_attn_implementation("sdpa")
+    theirs = answer(model, *PROMPTS, max_new_tokens=12)  # of an attention that is not ours
+    model.get_base_model().set_attn_implementation(implementation)
+    assert ours == theirs
+    assert ours == generate_padded(model.eval(), PROMPTS, [NEVER], 12)
 
 
 def test_a_bases_own_sampling_settings_change_nothing_and_warn_of_nothing(model, monkeypatch):

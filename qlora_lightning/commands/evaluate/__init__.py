@@ -1,0 +1,104 @@
+"""``qlora-lightning evaluate``: base against adapters on the same rows, by loss and by scored answers."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlora_lightning.commands.evaluate.options import Options, named_adapters
+from qlora_lightning.errors import UserError
+
+_DESCRIPTION = """Judge a base and one or several adapters on the same rows: loss, perplexity, token accuracy, and
+greedy answers from the prompts alone, scored against the rows' own. With 95 % intervals and paired differences.
+
+The config is the one that `fit` takes, and so are its options: --data.test rows.jsonl, --data.system "…"."""
+_EPILOG = """examples:
+  qlora-lightning evaluate --config runs/quickstart/config.yaml --rows 20
+  qlora-lightning evaluate --config configs/quickstart.yaml --adapter a=runs/a/adapter --adapter b=runs/b/adapter
+  qlora-lightning evaluate --config runs/quickstart/config.yaml --data.test more.jsonl --split test --out judged
+
+Without --adapter it is the run folder's own. Nothing is written but what --out and --json name: --out makes
+evaluation.json (all figures) and predictions.jsonl (a line per row, the hardest first) in a folder.
+
+Scores: exact_match; json_valid and json_f1 (fields) of JSON; numeric_match (GSM8K's `#### 18`, else the last number);
+rouge_l; chrf. Those that fit the expected answers are taken, unless --scores names some. stop_rate is the share of
+answers that end by themselves. A row is an answer's last turn, answered from all turns before it."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate; return the exit code.
+
+    Raises:
+        UserError: A key, value, adapter or file is wrong.
+    """
+    try:
+        own, rest = _parser().parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}. See `qlora-lightning evaluate --help`.") from error
+    options = _checked(own)
+
+    from qlora_lightning.commands.evaluate.run import evaluate  # here, so that --help and mistakes answer at once
+
+    evaluate(options, rest)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qlora-lightning evaluate",
+        usage="qlora-lightning evaluate --config FILE [--adapter [NAME=]DIR …] [options] [options of fit]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    add = parser.add_argument
+    add("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="adapter folder; may be given again")
+    add("--split", choices=("val", "test"), default="val", help="rows of data.val (default) or data.test")
+    add("--rows", type=int, metavar="N", help="only the first N rows")
+    add("--max-new-tokens", type=int, metavar="N", help="cut answers there (default: twice the longest expected one)")
+    add("--batch-size", type=int, default=64, metavar="N", help="rows answered together, at most (default: 64)")
+    add("--scores", default="auto", metavar="NAMES", help="auto, or names with commas between them")
+    add("--group-by", metavar="COLUMN", help="also a table by the values of a column of the rows")
+    add("--show", type=int, default=3, metavar="N", help="print the N hardest rows (default: 3)")
+    add("--out", metavar="DIR", help="write evaluation.json and predictions.jsonl there")
+    add("--force", action="store_true", help="overwrite them")
+    add("--json", metavar="FILE", help="write evaluation.json's figures to this file")
+    return parser
+
+
+def _checked(own: argparse.Namespace) -> Options:
+    """Check what can be checked before a second is spent.
+
+    Raises:
+        UserError: A value cannot work, or would overwrite a file.
+    """
+    for name, least in (("rows", 1), ("max_new_tokens", 1), ("batch_size", 1), ("show", 0)):
+        value = getattr(own, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: expected {least} or more.")
+    if own.json is not None:
+        file = Path(own.json)
+        if not file.parent.is_dir():
+            raise UserError(f"--json {own.json}: there is no folder {file.parent}.")
+        if file.is_dir():
+            raise UserError(f"--json {own.json}: that is a folder; name a file.")
+    options = Options(
+        adapters=named_adapters(own.adapter),
+        split=own.split,
+        rows=own.rows,
+        max_new_tokens=own.max_new_tokens,
+        batch_size=own.batch_size,
+        scores=own.scores,
+        group_by=own.group_by,
+        show=own.show,
+        out=None if own.out is None else Path(own.out),
+        json=None if own.json is None else Path(own.json),
+    )
+    if options.out is not None:
+        if options.out.exists() and not options.out.is_dir():
+            raise UserError(f"--out {options.out}: that is a file; name a folder.")
+        there = [file for file in options.files() if file.exists()]
+        if there and not own.force:
+            raise UserError(f"{there[0]} is there already: name another folder in --out, or overwrite it with --force.")
+    return options

@@ -1,0 +1,109 @@
+"""What ``evaluate`` prints and writes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from qlora_lightning.commands.evaluate.options import Options
+from qlora_lightning.evaluation.comparison import BASE, Judged, Measured, compare, duel, hardest_first
+from qlora_lightning.evaluation.judge import Answering
+from qlora_lightning.evaluation.report import (
+    metrics_as_json,
+    prediction_lines,
+    show_row,
+    summarize,
+    write_json,
+    write_lines,
+)
+from qlora_lightning.evaluation.rows import EvaluationRow
+from qlora_lightning.evaluation.tables import (
+    describe_duel,
+    differences_table,
+    metrics_table,
+    parts_table,
+    samples_table,
+)
+from qlora_lightning.model.rows import join_places
+
+Parts = dict[str, tuple[int, dict[str, Measured]]]
+
+
+def report(
+    rows: Sequence[EvaluationRow],
+    judged: Judged,
+    answering: Answering | None,
+    sources: Sequence[str],
+    adapters: Mapping[str, Path],
+    options: Options,
+) -> None:
+    """Print the tables, and write the files that were asked for.
+
+    Args:
+        rows: That were judged.
+        judged: What base and adapters made of them.
+        answering: How they were answered.
+        sources: Names of the split's sources.
+        adapters: Folder of each adapter.
+        options: Of the command.
+    """
+    scores = answering.scores if answering else []
+    first = next(iter(scores), None)
+    measured = compare(judged, scores)
+    duels = {name: duel(judged[BASE], judged[name], first) for name in adapters}
+    hardest = hardest_first(judged[next(iter(adapters))], first)
+    by_source = _measure_parts(rows, judged, scores, lambda row: _name_source(row, sources))
+    by_group = _measure_parts(rows, judged, scores, lambda row: row.group or "") if options.group_by else {}
+
+    console = Console(highlight=False)
+    console.print(metrics_table(measured, f"{len(rows):,} rows of {options.split}, with 95 % intervals"))
+    if len(adapters) > 1:
+        console.print(differences_table(measured))
+    for name, found in duels.items():
+        console.print(describe_duel(found, name if len(adapters) > 1 else "the adapter"))
+        for words, places in (("better", found.wins), ("worse", found.losses)):
+            if places:
+                console.print(f"  {words}: {join_places([rows[place].place for place in places])}", markup=False)
+    shown = ["loss", *scores[:1]]
+    if len(by_source) > 1:
+        console.print(parts_table(by_source, "By data set", shown))
+    if by_group:
+        console.print(parts_table(by_group, f"By {options.group_by}", shown))
+    if answering is not None:
+        for place in [place for place in hardest if rows[place].prompt is not None][: options.show]:
+            title = f"Hard for {next(iter(adapters))}: {rows[place].place}"
+            console.print(samples_table(show_row(rows[place], judged, place, answering), title))
+
+    summary = summarize(rows, judged, measured, answering, duels, samples=options.show)
+    summary |= {"split": options.split, "adapters": {name: str(folder) for name, folder in adapters.items()}}
+    summary |= {"hardest": [rows[place].number for place in hardest]}
+    summary |= {"sources": _as_json(by_source), "groups": _as_json(by_group)}
+    if options.json is not None:
+        write_json(summary, options.json)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        figures, predictions = options.files()
+        write_lines(prediction_lines(rows, judged, hardest, answering, sources), predictions)
+        write_json(summary, figures)
+        console.print(f"Written: {figures}, {predictions}", markup=False, soft_wrap=True)
+
+
+def _measure_parts(
+    rows: Sequence[EvaluationRow], judged: Judged, scores: Sequence[str], name_of: Callable[[EvaluationRow], str]
+) -> Parts:
+    parts: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        parts.setdefault(name_of(row), []).append(place)
+    return {
+        name: (len(places), compare({side: [all_[place] for place in places] for side, all_ in judged.items()}, scores))
+        for name, places in parts.items()
+    }
+
+
+def _name_source(row: EvaluationRow, sources: Sequence[str]) -> str:
+    return sources[row.source] if row.source < len(sources) else str(row.source)
+
+
+def _as_json(parts: Parts) -> dict[str, Any]:
+    return {name: {"rows": rows, "metrics": metrics_as_json(measured)} for name, (rows, measured) in parts.items()}

@@ -1,0 +1,62 @@
+"""The rows that ``evaluate`` judges, with where they come from."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from qlora_lightning.data.bad_rows import BadRow
+from qlora_lightning.data.reader import Row
+from qlora_lightning.data.sources import find_sources
+from qlora_lightning.errors import UserError
+from qlora_lightning.evaluation.rows import EvaluationRow, cut_rows
+
+
+def read_rows(data: Any, split: str, most: int | None, group_by: str | None) -> list[EvaluationRow]:
+    """Give the first rows of a split, in order, each with its place and its group.
+
+    Args:
+        data: The data module, set up.
+        split: ``val`` or ``test``.
+        most: How many rows; ``None``: all.
+        group_by: A column of the rows.
+
+    Raises:
+        UserError: No row has a labelled token, or none has that column.
+    """
+    rows: list[EvaluationRow] = []
+    for batch in data.val_dataloader() if split == "val" else data.test_dataloader():
+        if most is not None and len(rows) >= most:
+            break
+        rows += cut_rows(batch)
+    rows = rows[:most]
+    if not rows:
+        raise UserError(f"There is nothing to judge: no row of {split} has a labelled token.")
+    samples = data.samples.get(split)
+    places = {} if samples is None else {int(row_id): samples.where(n) for n, row_id in enumerate(samples.row_ids)}
+    groups = {} if group_by is None else _read_groups(data, split, group_by)
+    for row in rows:
+        row.place = places.get(row.number, f"row {row.number}")
+        row.group = None if group_by is None else groups.get(row.number, "(none)")
+    return rows
+
+
+def source_names(data: Any, split: str) -> list[str]:
+    """Name the sources of a split as the user wrote them, in the order of their numbers."""
+    value = data.files.get(_read_from(data, split))
+    return [] if value is None else [source.path for source in find_sources(value, split)]
+
+
+def _read_groups(data: Any, split: str, column: str) -> dict[int, str]:
+    found: dict[int, str] = {}
+    rows: Iterable[Row | BadRow | dict[str, Any]] = data.load_rows(_read_from(data, split))
+    for number, row in enumerate(rows):
+        values = row.values if isinstance(row, Row) else row if isinstance(row, dict) else {}
+        if column in values:
+            found[number] = str(values[column])
+    if not found:
+        raise UserError(f"--group-by {column}: no row of {split} has that column.")
+    return found
+
+
+def _read_from(data: Any, split: str) -> str:
+    """Give the split whose files hold the rows: validation rows may be held out of the training rows."""
+    return "train" if split == "val" and data.val_fraction is not None else split

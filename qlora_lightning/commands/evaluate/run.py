@@ -1,0 +1,113 @@
+"""Loads the base once, and judges it and each adapter on the same rows."""
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+from lightning.pytorch.cli import LightningArgumentParser
+
+from qlora_lightning.callbacks import AdapterCheckpoint
+from qlora_lightning.commands import training
+from qlora_lightning.commands.evaluate.options import Options
+from qlora_lightning.commands.evaluate.output import report
+from qlora_lightning.commands.evaluate.rows import read_rows, source_names
+from qlora_lightning.errors import UserError
+from qlora_lightning.evaluation.comparison import BASE
+from qlora_lightning.evaluation.judge import Answering, Judgement, judge_rows
+from qlora_lightning.evaluation.progress import steps_bar
+from qlora_lightning.evaluation.rows import EvaluationRow
+from qlora_lightning.evaluation.scores import check_scores
+from qlora_lightning.model.adapter_reading import read_identity
+
+
+def _peft_name(place: int) -> str:
+    """PEFT's name for an adapter: a user's own may hold what PEFT does not take."""
+    return f"adapter_{place}" if place else "default"  # the one that a module is made with
+
+
+def evaluate(options: Options, arguments: Sequence[str]) -> None:
+    """Evaluate, print and write.
+
+    Args:
+        options: The command's own.
+        arguments: Those of ``fit``.
+
+    Raises:
+        UserError: A key, value, adapter or row is wrong.
+    """
+    check_scores(options.scores)
+    for folder in options.adapters.values():
+        read_identity(folder)  # a misspelt name is told before anything is loaded
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    training.main(["validate", *arguments], functools.partial(_EvaluateCLI, options=options))
+
+
+class _EvaluateCLI(training.QLoRACLI):
+    """Reads what ``validate`` reads, on one device, and does another thing with it."""
+
+    def __init__(self, *args: Any, options: Options, **kwargs: Any) -> None:
+        self._options = options
+        super().__init__(*args, **kwargs)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+        settings = self.config["validate"]
+        settings["ckpt_path"] = None
+        alone = {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False, "enable_progress_bar": False}
+        for key, value in alone.items():
+            settings["trainer"][key] = value
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.validate = self._evaluate  # what LightningCLI calls when all is made
+        return trainer
+
+    def before_validate(self) -> None:
+        """Find the adapters of the run folder, if none are named."""
+        run_folder = AdapterCheckpoint.adapter_folder(self.trainer.default_root_dir)
+        self._adapters = self._options.adapters or {"adapter": run_folder}
+        if not self._options.adapters and not (run_folder / "adapter_config.json").is_file():
+            raise UserError(f"There is no adapter in {run_folder}: name one by --adapter DIR, or run `fit` first.")
+
+    def _evaluate(self, model: Any, datamodule: Any, **kwargs: Any) -> None:
+        options = self._options
+        datamodule.trainer = self.trainer
+        datamodule.setup("validate" if options.split == "val" else "test")
+        rows = read_rows(datamodule, options.split, options.rows, options.group_by)
+        asked = [row for row in rows if row.prompt is not None]
+        chosen = (options.scores, options.max_new_tokens, options.batch_size)
+        answering = Answering.of(asked, datamodule.tokenizer, datamodule.stop_ids, *chosen) if asked else None
+        model.trainer = self.trainer
+        _load(model, self._adapters)
+        judged = _judge(model, rows, answering, self._adapters)
+        report(rows, judged, answering, source_names(datamodule, options.split), self._adapters, options)
+
+
+def _load(module: Any, adapters: Mapping[str, Path]) -> None:
+    """Make the model with the first adapter, and put the others beside it."""
+    first, *others = adapters.values()
+    module.adapter = str(first)
+    module.adapter_options = {}  # rank and targets are those of the folders, whatever the config trains
+    module.configure_model()
+    module.to(module.trainer.strategy.root_device)
+    if not isinstance(module.model, peft.PeftModel):
+        raise UserError("evaluate needs a model with PEFT's adapters, which this build_model does not make.")
+    for place, folder in enumerate(others, start=1):
+        module.add_adapter(_peft_name(place), folder)
+
+
+def _judge(
+    module: Any, rows: Sequence[EvaluationRow], answering: Answering | None, adapters: Mapping[str, Path]
+) -> dict[str, list[Judgement]]:
+    steps = (1 + len(adapters)) * len(rows) * (2 if answering else 1)
+    judged = {}
+    with steps_bar(f"base and {', '.join(adapters)}", steps) as watch:
+        with module.model.disable_adapter():
+            judged[BASE] = judge_rows(module, rows, answering, len(rows), watch)
+        for place, name in enumerate(adapters):
+            module.model.set_adapter(_peft_name(place))
+            judged[name] = judge_rows(module, rows, answering, len(rows), watch)
+    return judged

@@ -1,0 +1,1 @@
+"""What a model is worth on rows it has not seen: answers, scores, and base beside adapter with intervals."""

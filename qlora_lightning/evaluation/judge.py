@@ -1,0 +1,142 @@
+"""Lets a model judge and answer rows: loss and scores of each."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from qlora_lightning.evaluation.rows import EvaluationRow, choose_max_new_tokens
+from qlora_lightning.evaluation.scores import choose_scores, judge_answer
+from qlora_lightning.model.dense import dense_weights
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How rows are answered and scored.
+
+    Attributes:
+        tokenizer: Of the model.
+        stop_ids: Tokens that end an answer.
+        scores: Names of the scores, the one that counts most first.
+        max_new_tokens: Where an answer is cut.
+        batch_size: Rows that are answered together, at most.
+    """
+
+    tokenizer: Any
+    stop_ids: list[int]
+    scores: list[str]
+    max_new_tokens: int
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[EvaluationRow],
+        tokenizer: Any,
+        stop_ids: Sequence[int],
+        scores: str | Sequence[str] = "auto",
+        max_new_tokens: int | None = None,
+        batch_size: int = 64,
+    ) -> "Answering":
+        """Choose what the user left open by the answers that the rows hold."""
+        references = tokenizer.batch_decode([row.expected for row in rows], skip_special_tokens=True)
+        chosen = choose_scores([text.strip() for text in references], scores)
+        return cls(tokenizer, list(stop_ids), chosen, max_new_tokens or choose_max_new_tokens(rows), batch_size)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Give the text of an answer, without control tokens and space around it."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip()
+
+
+@dataclass
+class Judgement:
+    """What one model makes of one row.
+
+    Attributes:
+        nll: Sum of the loss over its labelled tokens, in nats.
+        labelled_tokens: How many they are.
+        correct: Of how many the label was the most likely token.
+        answer: What the model answers; ``None`` where it was not asked.
+        answer_tokens: Of it.
+        stopped: Whether it ended by a stop token.
+        scores: By name.
+    """
+
+    nll: float
+    labelled_tokens: int
+    correct: int
+    answer: str | None = None
+    answer_tokens: int = 0
+    stopped: bool = False
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        """Nats per labelled token; NaN where none is labelled."""
+        return self.nll / self.labelled_tokens if self.labelled_tokens else math.nan
+
+
+@torch.no_grad()
+def judge_rows(
+    module: Any,
+    rows: Sequence[EvaluationRow],
+    answering: Answering | None = None,
+    answered: int = 0,
+    watch: Callable[[int], None] = lambda steps: None,
+) -> list[Judgement]:
+    """Judge rows by a module as it is now; its training mode is put back.
+
+    Args:
+        module: A :class:`~qlora_lightning.model.module.QLoRAModule`: ``compute_loss`` and ``answer`` are called.
+        rows: To judge.
+        answering: How to answer; ``None``: by the loss alone.
+        answered: How many of the rows, the first, are answered.
+        watch: Told of each loss and each answer that is done.
+    """
+    was_training = module.training
+    module.eval()
+    try:
+        with dense_weights(module.model):
+            judgements = [_judge_loss(module, row, watch) for row in rows]
+            if answering is not None:
+                _add_answers(module, rows[:answered], judgements, answering, watch)
+    finally:
+        module.train(was_training)
+    return judgements
+
+
+def answer_rows(
+    module: Any, rows: Sequence[EvaluationRow], answering: Answering, watch: Callable[[int], None] = lambda steps: None
+) -> list[list[int]]:
+    """Answer rows, each of which has a prompt; gives token ids."""
+    prompts = [row.prompt for row in rows]
+    limit, size = answering.max_new_tokens, answering.batch_size
+    answers: list[list[int]] = module.answer(prompts, answering.stop_ids, limit, batch_size=size, watch=watch)
+    return answers
+
+
+def _judge_loss(module: Any, row: EvaluationRow, watch: Callable[[int], None]) -> Judgement:
+    batch = {
+        name: value.to(module.device) if isinstance(value, torch.Tensor) else value for name, value in row.batch.items()
+    }
+    sums = module.compute_loss(batch)
+    watch(1)
+    return Judgement(float(sums.nll_sum), int(sums.labelled_tokens), int(sums.correct))
+
+
+def _add_answers(
+    module: Any,
+    rows: Sequence[EvaluationRow],
+    judgements: Sequence[Judgement],
+    answering: Answering,
+    watch: Callable[[int], None],
+) -> None:
+    asked = [(row, judgement) for row, judgement in zip(rows, judgements, strict=False) if row.prompt is not None]
+    answers = answer_rows(module, [row for row, _ in asked], answering, watch)
+    for (row, judgement), ids in zip(asked, answers, strict=True):
+        judgement.answer = answering.decode(ids)
+        judgement.answer_tokens, judgement.stopped = len(ids), len(ids) < answering.max_new_tokens
+        judgement.scores = judge_answer(judgement.answer, answering.decode(row.expected), answering.scores)

@@ -1,0 +1,120 @@
+"""A comparison as tables for the terminal."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import rich
+from rich.markup import escape
+from rich.table import Table
+
+from qlora_lightning.evaluation.bootstrap import Interval
+from qlora_lightning.evaluation.comparison import BASE, Duel, Measured
+
+_WORDS = {"rouge_l": "ROUGE-L", "chrf": "chrF++", "json_f1": "JSON field F1", "json_valid": "valid JSON"}
+
+
+def metrics_table(measured: Mapping[str, Measured], title: str, width: int | None = None) -> Table:
+    """Show each metric of base and adapters with its interval; with one adapter also their difference.
+
+    Args:
+        measured: By metric.
+        title: Over the table.
+        width: Of the terminal, in characters; ``None``: asked for. In a narrow one intervals stand below their values.
+    """
+    sides = list(next(iter(measured.values())).sides)
+    one = len(sides) == 2
+    rows = []
+    for name, metric in measured.items():
+        cells = [format_interval(metric.sides[side], metric.percent) for side in sides]
+        if one:
+            cells.append(format_interval(metric.differences[sides[1]], metric.percent, sign="+"))
+        rows.append([describe_metric(name), *cells])
+    return _figures_table(title, [*sides, *(["difference"] if one else [])], rows, width)
+
+
+def differences_table(measured: Mapping[str, Measured], width: int | None = None) -> Table:
+    """Show the difference of each of several adapters from the base; ``width`` as of :func:`metrics_table`."""
+    sides = [side for side in next(iter(measured.values())).sides if side != BASE]
+    rows = [
+        [describe_metric(name), *(format_interval(metric.differences[side], metric.percent, "+") for side in sides)]
+        for name, metric in measured.items()
+    ]
+    return _figures_table("Differences from the base, on the same rows", sides, rows, width)
+
+
+def _figures_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], width: int | None) -> Table:
+    table = Table(title=escape(title), title_justify="left")
+    for heading in ("", *headings):
+        table.add_column(escape(heading), justify="right" if heading else "left")
+    lines = [["", *headings], *rows]
+    needed = sum(3 + max(len(line[column]) for line in lines) for column in range(len(headings) + 1)) + 1
+    fits = needed <= (rich.get_console().width if width is None else width)
+    for name, *cells in rows:
+        table.add_row(name, *(escape(cell if fits else cell.replace(" [", "\n[")) for cell in cells))
+    return table
+
+
+def parts_table(parts: Mapping[str, tuple[int, Mapping[str, Measured]]], title: str, metrics: Sequence[str]) -> Table:
+    """Show some metrics of parts of the rows: data sets, or groups.
+
+    Args:
+        parts: By name: how many rows, and what was measured on them.
+        title: Over the table.
+        metrics: Names of those to show.
+    """
+    sides = list(next(iter(next(iter(parts.values()))[1].values())).sides)
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("", overflow="fold")
+    table.add_column("rows", justify="right")
+    for name in metrics:
+        for side in sides:
+            table.add_column(f"{describe_metric(name)}, {escape(side)}", justify="right")
+    for part, (rows, measured) in parts.items():
+        cells = [
+            format_interval(measured[name].sides[side], measured[name].percent) if name in measured else "–"
+            for name in metrics
+            for side in sides
+        ]
+        table.add_row(escape(part), f"{rows:,}", *cells)
+    return table
+
+
+def describe_duel(duel: Duel, adapter: str = "the adapter") -> str:
+    """Say who was better how often."""
+    words = "lower loss" if duel.score == "loss" else describe_metric(duel.score)
+    return (
+        f"By {words}, {adapter} is better on {len(duel.wins):,} rows, the base on {len(duel.losses):,}; "
+        f"{duel.ties:,} alike."
+    )
+
+
+def samples_table(entries: Mapping[str, str], title: str = "") -> Table:
+    """Show a row: what was asked, what was expected, and what each side answered."""
+    table = Table(show_header=False, expand=True, title=escape(title) or None, title_justify="left")
+    table.add_column(style="dim", no_wrap=True, width=max(8, *(len(name) for name in entries)))
+    table.add_column(overflow="fold")
+    for name, text in entries.items():
+        table.add_row(escape(name), escape(_shorten(text)))
+    return table
+
+
+def describe_metric(name: str) -> str:
+    """Give a metric's name as people read it."""
+    return _WORDS.get(name, name.replace("_", " "))
+
+
+def format_interval(interval: Interval, percent: bool, sign: str = "") -> str:
+    """Write ``98.0 % [93.0, 99.4]``, or ``2.098 [2.010, 2.201]`` of what is no share; a difference with its sign."""
+    if math.isnan(interval.value):
+        return "–"
+    size = abs(interval.value)
+    factor, digits = (100, 1) if percent else (1, 1 if size >= 10 else 3 if size >= 0.1 else 4)
+    value, low, high = (part * factor for part in interval)
+    unit = " %" if percent and not sign else ""
+    return f"{value:{sign}.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _shorten(text: str, most: int = 300) -> str:
+    """Cut what a model that does not stop would fill the screen with."""
+    text = text.strip()
+    return text if len(text) <= most else f"{text[:most]} …"

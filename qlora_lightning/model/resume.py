@@ -81,6 +81,7 @@ class ExactResume(Callback):
         if self._content is not None:  # Lightning restores the optimizers after this hook
             stored = self._content.get("optimizers", [])
             words = self._configured.replace_foreign_states(trainer, self._optimizer_states, stored)
+            self._configured.check_groups(trainer, self._optimizer_states)
             _tell(words if trainer.is_global_zero else [])
         self._optimizer_states = []
         _compare_with_adapter_folder(trainer, pl_module)

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "inspect": ("qlora_lightning.commands.inspect", False, "report on the data, and show rows as the model sees them"),
     "profile": ("qlora_lightning.commands.profile", False, "say where a step's time and memory go, by part"),
     "sweep-rank": ("qlora_lightning.commands.sweep", False, "double the rank until it stops paying, and say where"),
+    "lr-find": ("qlora_lightning.commands.lr_find", False, "try rising learning rates for some steps, suggest one"),
     "cache": ("qlora_lightning.commands.cache", False, "list or clear unpacked and quantized bases"),
     "recipes": (
         "qlora_lightning.commands.recipes",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qlora_lightning.callbacks import (
         AdapterCheckpoint,
+        AdapterEMA,
         BaseComparison,
         DryBatch,
         GPUMemoryMonitor,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterCheckpoint",
+    "AdapterEMA",
     "BaseComparison",
     "DryBatch",
     "GPUMemoryMonitor",

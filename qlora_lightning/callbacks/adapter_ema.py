@@ -54,7 +54,7 @@ class AdapterEMA(Callback):
             self._updates, self._step = stored["updates"], checkpoint["global_step"]
         if stored is not None:
             copy_tensors(pl_module, stored["trained"], "The trained adapter of the checkpoint")
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and checkpoint["global_step"]:  # Lightning's learning-rate finder loads one of step 0
             _tell(self._words_on(stored))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -39,6 +39,9 @@ class ExactResume(Callback):
         self._optimizer_states: list[dict[str, Any]] = []  # those that Lightning is about to restore
         self._configured: FreshOptimizers | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._content = None  # Lightning's learning-rate finder loads a checkpoint, and ends before a batch
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         module: Any = pl_module
         settings = checkpoint.pop("hyper_parameters", {})

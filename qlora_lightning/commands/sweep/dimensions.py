@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ class Dimension:
 
     def place(self, value: Any) -> str:
         """Name a trial's folder inside the sweep's: ``rank-8``."""
-        return f"{self.setting.replace('_', '-')}-{show_value(value)}"
+        return re.sub(r"[^\w.+-]", "_", f"{self.setting.replace('_', '-')}-{show_value(value)}")
 
     def options(self, value: Any) -> list[str]:
         """Give the options of ``fit`` that a trial has beside the user's."""
@@ -75,7 +76,7 @@ def choose_dimension(own: argparse.Namespace) -> Dimension:
         rates = _split("--learning-rates", own.learning_rates, float, "1e-4,2e-4,4e-4")
         _check_all("--learning-rates", rates, all(0 < rate < float("inf") for rate in rates), "positive numbers")
         return Dimension("learning_rate", "learning rate", rates)
-    ranks = _split("--ranks", own.ranks or DEFAULT_RANKS, int, DEFAULT_RANKS)
+    ranks = _split("--ranks", DEFAULT_RANKS if own.ranks is None else own.ranks, int, DEFAULT_RANKS)
     rise = ranks[0] > 0 and all(before < after for before, after in itertools.pairwise(ranks))
     _check_all("--ranks", ranks, rise, "positive integers that rise")
     return Dimension("rank", "rank", ranks, stops=True)

@@ -29,18 +29,16 @@ def compared(dimension: Dimension, trials: Sequence[Trial]) -> list[Gain | None]
 
 def print_table(dimension: Dimension, trials: Sequence[Trial], console: Console) -> None:
     """Print a line for each trial."""
-    against = "gain over the one before" if dimension.stops else "gain over the best"
-    rows = f"{len(trials[0].rows.nll):,} validation rows"
-    title = f"{dimension.title.capitalize()} by loss on {rows}, nats per token"
+    against = "the one before" if dimension.stops else "the best"
+    title = f"val_loss of {len(trials[0].rows.nll):,} rows in nats per token; gain over {against}"
     table = Table(title=title, title_justify="left")
-    for heading in (dimension.title, "parameters", "steps", "val_loss", f"{against} (95 %)", "time"):
+    for heading in (dimension.title, "parameters", "val_loss", "gain, 95 % interval", "time"):
         table.add_column(heading, justify="left" if heading == "target modules" else "right", no_wrap=True)
     for trial, gain in zip(trials, compared(dimension, trials), strict=True):
         words = "" if gain is None else f"{gain.value:.4f} [{gain.low:.4f}, {gain.high:.4f}]"
         table.add_row(
             show_value(trial.value),
             f"{trial.parameters:,}",
-            f"{trial.steps:,}",
             f"{trial.loss:.4f}",
             words,
             "" if trial.seconds is None else f"{trial.seconds:,.0f} s",

@@ -73,7 +73,9 @@ def test_training_goes_as_without_and_what_is_saved_is_the_average(fit, tmp_path
     assert_same(adapter_of(again), read(tmp_path / "run", best.name)["state_dict"])
 
 
-@pytest.mark.parametrize("after", [5, 7])  # inside a window, behind a validation; and in the one before an epoch's end
+@pytest.mark.parametrize(
+    "after", [5, pytest.param(7, marks=pytest.mark.slow)]
+)  # inside a window, behind a validation; and in the one before an epoch's end
 def test_a_run_that_is_killed_and_resumed_ends_as_one_in_peace(after, fit, killed_fit, tmp_path):
     options = {"accumulate_grad_batches": 2, "val_check_interval": 4, "max_epochs": 2}
 
@@ -90,6 +92,7 @@ def test_a_run_that_is_killed_and_resumed_ends_as_one_in_peace(after, fit, kille
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_it_may_be_switched_off_or_on_or_otherwise_where_a_run_goes_on(fit, tmp_path, capsys, assert_same):
     fit(AdapterEMA(0.9), AdapterCheckpoint(), max_steps=4)
     last, trained = (

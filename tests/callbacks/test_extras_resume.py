@@ -7,7 +7,7 @@ from qlora_lightning import AdapterCheckpoint
 from qlora_lightning.errors import UserError
 
 
-@pytest.mark.parametrize("after", [3, 6])
+@pytest.mark.parametrize("after", [3, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_run_with_noise_resumes_exactly(after, fit, killed_fit, make_module, tmp_path, adapter_of, assert_same):
     def noisy():
         return make_module(neftune_alpha=5.0)

@@ -67,6 +67,7 @@ def adapter(folder):
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_early_stopping_by_config_counts_on_where_a_run_goes_on(fit, tmp_path, monkeypatch):
     peace = fit("peace")
     assert peace["global_step"] == 3 * 4  # validations behind 4, 8 and 12 of 24 steps

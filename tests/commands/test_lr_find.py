@@ -58,6 +58,7 @@ def test_the_first_example_of_help_runs_as_it_stands(folder, capsys):
     assert "Suggested: --model.learning_rate" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_it_suggests_a_rate_and_leaves_nothing_behind(folder, find):
     out = find("--steps", "20", "--min-lr", "1e-4", "--max-lr", "1e-1", "--json", "lr.json", "--plot", "lr.png")
     found = json.loads((folder / "lr.json").read_text())

@@ -135,6 +135,7 @@ def test_the_chosen_config_is_one_that_fit_takes_and_it_gives_the_chosen_adapter
     assert all(torch.equal(alone[name], trial[name]) for name in alone)
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on_and_ends_as_one_in_peace(folder, sweep, monkeypatch):
     stopping = ("--ranks", "2,4", "--trainer.callbacks", "stopping.Ask")
     sweep(*stopping, "--trainer.default_root_dir", "peace")

@@ -11,6 +11,7 @@ from qlora_lightning.heavy_imports import without_garbage_collection
 if TYPE_CHECKING:
     from qlora_lightning.callbacks import (
         AdapterCheckpoint,
+        AdapterEMA,
         DryBatch,
         Evaluation,
         GPUMemoryMonitor,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterCheckpoint",
+    "AdapterEMA",
     "DryBatch",
     "Evaluation",
     "GPUMemoryMonitor",

@@ -30,6 +30,9 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
         "base against adapters on the same rows",
     ),
     "profile": ("qlora_lightning.commands.profile", False, "say where a step's time and memory go, by part"),
+    "sweep-rank": ("qlora_lightning.commands.sweep", False, "double the rank until it stops paying, and say where"),
+    "lr-find": ("qlora_lightning.commands.lr_find", False, "try rising learning rates for some steps, suggest one"),
+    "push": ("qlora_lightning.commands.push", False, "upload an adapter folder to the hub"),
     "cache": ("qlora_lightning.commands.cache", False, "list or clear unpacked and quantized bases"),
     "recipes": (
         "qlora_lightning.commands.recipes",

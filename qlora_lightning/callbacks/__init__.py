@@ -1,6 +1,7 @@
 """What happens around the loop: each callback works with any Trainer, and has a key of its own in the YAML."""
 
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+from qlora_lightning.callbacks.adapter_ema import AdapterEMA
 from qlora_lightning.callbacks.dry_batch import DryBatch
 from qlora_lightning.callbacks.evaluation import Evaluation
 from qlora_lightning.callbacks.gpu_memory import GPUMemoryMonitor
@@ -13,6 +14,7 @@ from qlora_lightning.callbacks.throughput import ThroughputMonitor
 
 __all__ = [
     "AdapterCheckpoint",
+    "AdapterEMA",
     "DryBatch",
     "Evaluation",
     "GPUMemoryMonitor",

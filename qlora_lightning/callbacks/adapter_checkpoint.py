@@ -9,6 +9,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
+from qlora_lightning.callbacks.adapter_ema import holding_average
 from qlora_lightning.callbacks.checkpoint_writer import SaveFaults, clear_remains, write_checkpoint
 from qlora_lightning.callbacks.folder_lock import FolderLock
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
@@ -22,7 +23,7 @@ from qlora_lightning.callbacks.started_folder import (
 from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.save_points import validation_follows
+from qlora_lightning.model.save_points import ends_training, validation_follows
 from qlora_lightning.safe_file import flush, put_in_place, share
 from qlora_lightning.trainer import callbacks_of, is_trial_run
 
@@ -128,7 +129,7 @@ class AdapterCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         every, step = self.every_n_train_steps, trainer.global_step
-        asked = step != self._saved_step and ((every and step % every == 0) or _is_last_step(trainer))
+        asked = step != self._saved_step and ((every and step % every == 0) or ends_training(trainer))
         if (asked or self._stop(trainer)) and not validation_follows(trainer, batch_idx):
             self._write(trainer, pl_module)  # it counts when the line of this step in metrics.csv is written too
 
@@ -181,8 +182,11 @@ class AdapterCheckpoint(Checkpoint):
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, value: float | None = None) -> None:
         """Write a checkpoint beside ``last.ckpt``, and under its own name and as adapter folder if it is to be kept."""
-        if not self._writes(trainer):
-            return
+        if self._writes(trainer):
+            with holding_average(trainer, pl_module):
+                self._write_held(trainer, pl_module, value)
+
+    def _write_held(self, trainer: Trainer, pl_module: LightningModule, value: float | None) -> None:
         run_folder, name = trainer.default_root_dir, f"step-{trainer.global_step:06d}.ckpt"
         folder = self.checkpoint_folder(run_folder)
         self._dropped += self._rank(name, value)
@@ -287,13 +291,3 @@ class AdapterCheckpoint(Checkpoint):
         self.best = [(float(value), str(name)) for value, name in state_dict["best"]]
         self._dropped = [str(name) for name in state_dict.get("dropped", [])]  # a kill may have kept them
         self._best_tensors = None
-
-
-def _is_last_step(trainer: Trainer) -> bool:
-    """Whether training ends with this batch.
-
-    Lightning ends the epoch before ``on_train_end``, even in its middle: a longer run could not go on exactly from a
-    checkpoint that is written there.
-    """
-    ends_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
-    return trainer.global_step == trainer.max_steps or ends_epoch or trainer.should_stop

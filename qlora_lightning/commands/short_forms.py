@@ -2,7 +2,7 @@
 
 from typing import Any
 
-CALLBACK_KEYS = ("gradient_checkpointing", "adapter_checkpoint", "gpu_memory", "throughput", "evaluation")
+CALLBACK_KEYS = ("gradient_checkpointing", "adapter_checkpoint", "gpu_memory", "throughput", "evaluation", "ema")
 _OFF, _ON = ("null", "none", "false", "~"), ("true",)
 
 

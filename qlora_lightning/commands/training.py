@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from qlora_lightning.callbacks import (
     AdapterCheckpoint,
+    AdapterEMA,
     DryBatch,
     Evaluation,
     GPUMemoryMonitor,
@@ -67,6 +68,7 @@ _KNOWN_KEYS: dict[str, type | None] = {
     "gpu_memory": GPUMemoryMonitor,
     "throughput": ThroughputMonitor,
     "evaluation": Evaluation,
+    "ema": AdapterEMA,
     "ckpt_path": None,
     "config": None,
     # arguments of the Trainer's methods, which a run folder's config.yaml holds
@@ -101,11 +103,13 @@ class QLoRACLI(LightningCLI):
         parser.add_lightning_class_args(GPUMemoryMonitor, "gpu_memory")
         parser.add_lightning_class_args(ThroughputMonitor, "throughput")
         parser.add_lightning_class_args(Evaluation, "evaluation")
+        parser.add_lightning_class_args(AdapterEMA, "ema")
         parser.set_defaults(
             {
                 "model": {"class_path": _DEFAULT_CLASSES["model"]},
                 "data": {"class_path": _DEFAULT_CLASSES["data"]},
                 "gradient_checkpointing.enabled": False,
+                "ema.enabled": None,  # on where a decay is given
             }
         )
         parser.link_arguments(

@@ -58,8 +58,7 @@ def save_adapter_folder(
         generation, complete = _generation_config(model, tokenizer, stop_ids)
         if not complete:
             identity[OWN_STOPS] = True
-    snippet = loading_snippet(folder, identity)
-    card = CARD.format(base=identity["base"], quantization=identity["quantization"], snippet=snippet)
+    card = describe_card(folder, identity)
     # The explicit state dict keeps PEFT from walking the quantized base, the flag from asking the hub.
     weights = peft.get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
     # copies: tied tensors share memory, which the format refuses
@@ -78,7 +77,13 @@ def save_adapter_folder(
     refill_folder(folder, write, key_file=_WEIGHTS, own=("chat_template.jinja", "generation_config.json"))
 
 
-def loading_snippet(folder: Path, identity: Mapping[str, Any]) -> str:
+def describe_card(folder: Path | str, identity: Mapping[str, Any]) -> str:
+    """Give the card, ``README.md``, of an adapter that is loaded from ``folder``, which may be a hub id."""
+    snippet = loading_snippet(folder, identity)
+    return CARD.format(base=identity["base"], quantization=identity["quantization"], snippet=snippet)
+
+
+def loading_snippet(folder: Path | str, identity: Mapping[str, Any]) -> str:
     """Give three lines of Python that load the adapter with plain PEFT onto the base as it was trained.
 
     PEFT takes the generation config from the base and not from the adapter folder: where the base's lacks a stop token

@@ -13,8 +13,9 @@ from qlora_lightning.model.adapters import add_adapters, trainable_tensors
 from qlora_lightning.model.attention import register_flat_attention
 from qlora_lightning.model.decoder_layer import fuse_decoder_layers
 from qlora_lightning.model.identity import check_identity, describe_adapter, hash_config
+from qlora_lightning.model.kept_base import lend_base
 from qlora_lightning.model.linear import fuse_lora_linears
-from qlora_lightning.model.quantized import Quantization, load_base
+from qlora_lightning.model.quantized import Quantization, QuantizedBase, load_base
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,17 @@ def assemble_model(
     """
     folder = None if adapter is None else Path(adapter).expanduser()
     stored = {} if folder is None else read_identity(folder)  # a misspelt name is told before the base is loaded
-    loaded = load_base(
-        base,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        quantization=quantization,
-        double_quant=double_quant,
-        compute_dtype=compute_dtype,
-        cache=cache,
-        device=device,
-    )
+    asked: dict[str, Any] = {
+        "name": base,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "quantization": quantization,
+        "double_quant": double_quant,
+        "compute_dtype": compute_dtype,
+        "cache": cache,
+        "device": device,
+    }
+    loaded: QuantizedBase = lend_base(asked, lambda: load_base(**asked))
     identity: dict[str, Any] = {
         "base": base,
         "base_folder": str(loaded.source.folder),

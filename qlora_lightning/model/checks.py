@@ -28,15 +28,17 @@ def check_training_mode(model: nn.Module) -> None:
         )
 
 
-def check_callbacks(callbacks: Iterable[object], needed: type) -> None:
-    """Refuse to train without a callback that the module itself brings along.
+def check_callbacks(callbacks: Iterable[object], *needed: type) -> None:
+    """Refuse to train without the callbacks that the module itself brings along.
 
     Raises:
         RuntimeError: A subclass overrides ``configure_callbacks`` and leaves it out.
     """
-    if not any(isinstance(callback, needed) for callback in callbacks):
+    present = list(callbacks)
+    missing = [kind for kind in needed if not any(isinstance(callback, kind) for callback in present)]
+    if missing:
         raise RuntimeError(
-            f"{needed.__name__} is missing, and runs would not resume, or not be watched over: return "
+            f"{missing[0].__name__} is missing, and runs would not resume, or not be watched over: return "
             "`[*super().configure_callbacks(), …]` from `configure_callbacks`."
         )
 

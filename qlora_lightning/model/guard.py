@@ -20,6 +20,7 @@ from qlora_lightning.model.nonfinite_report import (
     word_remedy,
     write_report,
 )
+from qlora_lightning.trainer import callbacks_of
 
 OnNonfinite = Literal["stop", "skip"]
 _MOST_REPORTS = 10  # of skipped steps: a run that skips often would fill its folder
@@ -74,6 +75,10 @@ class TrainingGuard(Callback):
         scales = getattr(trainer.precision_plugin, "scaler", None) is not None
         flags = torch.stack([~loss.isfinite(), ~norm.isfinite()]).float()
         bad_loss, bad_gradient = trainer.strategy.reduce(flags, reduce_op="sum").tolist()  # all ranks decide alike
+        if self not in callbacks_of(trainer):
+            # Lightning's search for a learning rate runs without them, and ends where training diverges.
+            trainer.should_stop = trainer.should_stop or bool(bad_loss or bad_gradient)
+            return
         if bad_loss or (bad_gradient and not scales):
             self._handle_nonfinite(pl_module, optimizer, "loss" if bad_loss else "gradient")
         elif not bad_gradient:
@@ -126,6 +131,7 @@ class TrainingGuard(Callback):
     # ---- around validations ----------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.checks_due, self._movement, self._dead = True, AdapterMovement(), set()
         self._frozen = checksum_frozen(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -51,6 +51,16 @@ def head_loss(hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int = CHUN
     return LossSums(nll_sum, torch.tensor(len(targets), device=labels.device), correct)
 
 
+def mean_with_gradient_of_sum(sums: LossSums) -> Tensor:
+    """Give a scalar with the value of the mean per labelled token, and the gradient of the sum.
+
+    A :class:`qlora_lightning.model.window.Window` wants sums; who watches the loss (Lightning's learning-rate finder,
+    callbacks) compares batches of different size.
+    """
+    value = sums.nll_sum.detach()
+    return value / sums.labelled_tokens.clamp(min=1) + (sums.nll_sum - value)
+
+
 def _is_frozen_linear(head: nn.Module) -> bool:
     plain = type(head) is nn.Linear and "forward" not in vars(head)
     return plain and head.bias is None and not head.weight.requires_grad

@@ -19,12 +19,14 @@ from qlora_lightning.model.checks import check_callbacks, check_trainer, check_t
 from qlora_lightning.model.dtypes import ComputeDtype, choose_compute_dtype
 from qlora_lightning.model.gradient_buckets import GradientBuckets
 from qlora_lightning.model.guard import OnNonfinite, TrainingGuard
-from qlora_lightning.model.loss import LossSums, head_loss
+from qlora_lightning.model.loraplus import check_loraplus_ratio, group_parameters
+from qlora_lightning.model.loss import LossSums, head_loss, mean_with_gradient_of_sum
+from qlora_lightning.model.neftune import check_neftune_alpha, embed_or_name
 from qlora_lightning.model.optimizer import ParameterGroups, build_optimizer, check_optimizer
 from qlora_lightning.model.out_of_memory import telling_out_of_memory
 from qlora_lightning.model.quantized import Quantization
 from qlora_lightning.model.resume import ExactResume
-from qlora_lightning.model.schedule import build_schedule, check_schedule, count_optimizer_steps
+from qlora_lightning.model.schedule import build_schedule, check_schedule, plan_steps
 from qlora_lightning.model.statistics import TokenStatistics
 from qlora_lightning.model.summary import adapter_table, describe_sizes
 from qlora_lightning.model.targets import check_layers
@@ -62,6 +64,8 @@ class QLoRAModule(AnsweringModule):
         weight_decay: Of all adapters.
         schedule: Name of a schedule of ``transformers.get_scheduler``, or ``{name: …, its arguments}``.
         warmup_ratio: Share of the optimizer steps over which the learning rate rises.
+        loraplus_ratio: How many times as fast B learns as A (LoRA+, Hayou et al. 2024), as 16; ``None``: as fast.
+        neftune_alpha: Of noise on the embeddings in training (NEFTune, Jain et al. 2023), as 5; ``None``: no noise.
         fast: ``False`` takes every plain path of PEFT instead of ours.
         on_nonfinite: What to do when a loss or gradient is NaN or infinite: ``stop`` the run, or ``skip`` the step,
             which then moves nothing and counts as a step of the schedule. See :class:`TrainingGuard`.
@@ -88,6 +92,8 @@ class QLoRAModule(AnsweringModule):
         weight_decay: float = 0.0,
         schedule: str | dict[str, Any] = "cosine",
         warmup_ratio: float = 0.03,
+        loraplus_ratio: float | None = None,
+        neftune_alpha: float | None = None,
         fast: bool = True,
         on_nonfinite: OnNonfinite = "stop",
     ) -> None:
@@ -96,10 +102,12 @@ class QLoRAModule(AnsweringModule):
         check_layers(layers)
         check_optimizer(optimizer, learning_rate, weight_decay)
         check_schedule(schedule, warmup_ratio)
+        check_loraplus_ratio(loraplus_ratio)
+        check_neftune_alpha(neftune_alpha)
         self.save_hyperparameters(logger=False)  # for load_from_checkpoint; see ExactResume
         self.base, self.revision, self.trust_remote_code = base, revision, trust_remote_code
         self.quantization, self.double_quant, self.cache = quantization, double_quant, cache
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.fast = compute_dtype, fast
         self.adapter_options: dict[str, Any] = {
             "rank": rank,
             "alpha": alpha,
@@ -111,7 +119,7 @@ class QLoRAModule(AnsweringModule):
         self.adapter = adapter
         self.learning_rate, self.weight_decay, self.optimizer_choice = learning_rate, weight_decay, optimizer
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
-        self.fast = fast
+        self.loraplus_ratio, self.neftune_alpha = loraplus_ratio, neftune_alpha
         self.guard = TrainingGuard(on_nonfinite)
         self.identity = {"base": base, "quantization": quantization}
         self.val_statistics, self.test_statistics = TokenStatistics(), TokenStatistics()
@@ -123,6 +131,8 @@ class QLoRAModule(AnsweringModule):
 
     def configure_model(self) -> None:
         """Make the model once, on the device of this process."""
+        if self._trainer is not None:
+            check_callbacks(callbacks_of(self.trainer), ExactResume, TrainingGuard)
         if self.model is not None:
             return
         if self._trainer is not None:
@@ -180,7 +190,7 @@ class QLoRAModule(AnsweringModule):
         """
         with self.autocast():
             hidden = self.causal_lm.base_model(
-                input_ids=batch["input_ids"],
+                **embed_or_name(self.causal_lm, batch, self.neftune_alpha if self.training else None),
                 position_ids=batch["position_ids"],
                 attention_mask=NO_MASK,
                 cu_seqlens=batch["cu_seqlens"],
@@ -190,15 +200,13 @@ class QLoRAModule(AnsweringModule):
             return head_loss(hidden[0], batch["labels"][0], self.causal_lm.get_output_embeddings())
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Give the *sum* of the losses of a micro-batch; on_before_optimizer_step turns sums into the mean."""
+        """Give a loss with the gradient of a *sum*; on_before_optimizer_step turns sums into the mean."""
         if self.guard.checks_due:
             check_training_mode(self.model)
-            for needed in (ExactResume, TrainingGuard):
-                check_callbacks(callbacks_of(self.trainer), needed)
         with telling_out_of_memory(self, batch):
             sums = self.compute_loss(batch)
         self.window.add(sums, self.trainer.accumulate_grad_batches, batch.get("row_ids"), batch)
-        return sums.nll_sum
+        return mean_with_gradient_of_sum(sums)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         with telling_out_of_memory(self, next(reversed(self.window.batches), None)):
@@ -250,7 +258,7 @@ class QLoRAModule(AnsweringModule):
 
     def parameter_groups(self) -> ParameterGroups:
         """Give the optimizer's parameter groups. Override it for other learning rates per group."""
-        return [{"params": list(trainable_tensors(self).values())}]
+        return group_parameters(trainable_tensors(self), self.learning_rate, self.loraplus_ratio)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = build_optimizer(
@@ -260,18 +268,8 @@ class QLoRAModule(AnsweringModule):
             self.weight_decay,
             fused=not str(self.trainer.precision).endswith("-mixed"),  # there Lightning clips no fused optimizer
         )
-        schedule = build_schedule(optimizer, self.schedule, self._count_steps(), self.warmup_ratio)
+        schedule = build_schedule(optimizer, self.schedule, plan_steps(self.trainer), self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _count_steps(self) -> int:
-        count_batches = getattr(getattr(self.trainer, "datamodule", None), "count_train_batches", None)
-        if count_batches is None:
-            return int(self.trainer.estimated_stepping_batches)
-        batches, limit = count_batches(), self.trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * (limit or 1.0))
-        return count_optimizer_steps(
-            batches, self.trainer.accumulate_grad_batches, self.trainer.max_epochs, self.trainer.max_steps
-        )
 
     @rank_zero_only
     def on_fit_start(self) -> None:

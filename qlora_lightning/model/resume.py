@@ -39,6 +39,9 @@ class ExactResume(Callback):
         self._optimizer_states: list[dict[str, Any]] = []  # those that Lightning is about to restore
         self._configured: FreshOptimizers | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._content = None  # Lightning's learning-rate finder loads a checkpoint, and ends before a batch
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         module: Any = pl_module
         settings = checkpoint.pop("hyper_parameters", {})
@@ -81,6 +84,7 @@ class ExactResume(Callback):
         if self._content is not None:  # Lightning restores the optimizers after this hook
             stored = self._content.get("optimizers", [])
             words = self._configured.replace_foreign_states(trainer, self._optimizer_states, stored)
+            self._configured.check_groups(trainer, self._optimizer_states)
             _tell(words if trainer.is_global_zero else [])
         self._optimizer_states = []
         _compare_with_adapter_folder(trainer, pl_module)

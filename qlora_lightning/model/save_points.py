@@ -23,6 +23,16 @@ def validation_follows(trainer: Trainer, batch_idx: int) -> bool:
     return (batches + 1) % int(interval) == 0
 
 
+def ends_training(trainer: Trainer) -> bool:
+    """Whether training ends with this batch.
+
+    Lightning ends the epoch before ``on_train_end``, even in its middle: a longer run could not go on exactly from a
+    checkpoint that is written there.
+    """
+    ends_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+    return trainer.global_step == trainer.max_steps or ends_epoch or trainer.should_stop
+
+
 def is_inside_batch(checkpoint: dict[str, Any]) -> bool:
     """Whether a batch had been fetched and not trained on to its end, or an epoch was just about to start."""
     loops = checkpoint["loops"]["fit_loop"]

@@ -40,6 +40,16 @@ def count_optimizer_steps(
     return min(limits)
 
 
+def plan_steps(trainer: Any) -> int:
+    """Count the optimizer steps of a Trainer's whole run; see :func:`count_optimizer_steps`."""
+    count_batches = getattr(getattr(trainer, "datamodule", None), "count_train_batches", None)
+    if count_batches is None:
+        return int(trainer.estimated_stepping_batches)
+    batches, limit = count_batches(), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (limit or 1.0))
+    return count_optimizer_steps(batches, trainer.accumulate_grad_batches, trainer.max_epochs, trainer.max_steps)
+
+
 def check_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[str, dict[str, Any]]:
     """Return name and arguments of a schedule; see :func:`build_schedule`.
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
 
+from qlora_lightning.errors import UserError
+
 Change = tuple[str, Any, Any]
 """A setting's name, its value in the checkpoint, and its value now."""
 Configured = dict[str, Any]
@@ -81,6 +83,28 @@ class FreshOptimizers:
                 )
         return lines
 
+    @staticmethod
+    def check_groups(trainer: Any, states: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse states of other parameter groups: torch would, in words of its own.
+
+        Args:
+            trainer: Whose optimizers are about to be restored.
+            states: What they are restored from.
+
+        Raises:
+            UserError: The groups hold other numbers of tensors.
+        """
+        for optimizer, state in zip(trainer.optimizers, states, strict=False):
+            before, now = (
+                [len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)
+            )
+            if before != now:
+                raise UserError(
+                    f"The optimizer's parameter groups held {_join(before)} tensors in the checkpoint and hold "
+                    f"{_join(now)}: model.loraplus_ratio is switched on or off, or parameter_groups() is another. Put "
+                    "it back, or begin a new run from the adapter folder with model.adapter."
+                )
+
     def put_back(self, trainer: Any, stored: Sequence[Configured]) -> None:
         """Let the options that are configured otherwise than they were rule again.
 
@@ -119,6 +143,10 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _class_name(optimizer: Any) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+
+
+def _join(counts: Sequence[int]) -> str:
+    return " + ".join(map(str, counts))
 
 
 def _plain(value: Any) -> Any:

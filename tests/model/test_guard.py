@@ -194,9 +194,9 @@ def test_a_rank_whose_own_numbers_are_finite_skips_with_the_others(tmp_path, mon
     trainer = SimpleNamespace(
         strategy=strategy, precision_plugin=None, global_step=3, global_rank=0, world_size=2, is_global_zero=True
     )
-    trainer.default_root_dir = tmp_path
-    module = SimpleNamespace(trainer=trainer, window=Window(), model=torch.nn.Linear(1, 1), compute_loss=None)
     judge = guard.TrainingGuard("skip")
+    trainer.default_root_dir, trainer.callbacks = tmp_path, [judge]
+    module = SimpleNamespace(trainer=trainer, window=Window(), model=torch.nn.Linear(1, 1), compute_loss=None)
     judge.judge_step(module, optimizer, torch.tensor(1.0), torch.tensor(1.0))
     assert judge.skipped_steps == 1
     assert parameter.grad is None

@@ -1,0 +1,92 @@
+"""``qlora-lightning lr-find``: Lightning's learning-rate finder on a config, leaving nothing behind."""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlora_lightning.commands.json_output import json_file, write_json
+from qlora_lightning.errors import UserError
+
+_DESCRIPTION = """Train a config for some steps with a learning rate that rises from one to the next, and suggest one.
+
+This is Lightning's finder: it suggests the rate at which the smoothed training loss falls most steeply, and ends where
+the loss is four times its lowest. The config's own warm-up and schedule wait, accumulation counts as in training.
+Every other option is one of `fit`. It runs on one device, validates nothing and writes nothing but what --json and
+--plot name."""
+_EPILOG = """examples:
+  qlora-lightning lr-find --config configs/quickstart.yaml --steps 16
+  qlora-lightning lr-find --config configs/quickstart.yaml --steps 16 --max-lr 1e-2 --plot lr.png --json lr.json
+
+A suggestion is a start: `qlora-lightning sweep-rank --learning-rates …` compares rates by whole trainings."""
+_LEAST_STEPS = 13  # Lightning leaves out the first ten losses and the last one, and needs two
+
+
+def main(argv: Sequence[str]) -> int:
+    """Search; return the exit code.
+
+    Raises:
+        UserError: A key or value is wrong, or the search ended too early to suggest anything.
+    """
+    try:
+        own, rest = _parser().parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}. See `qlora-lightning lr-find --help`.") from error
+    if own.steps < _LEAST_STEPS:
+        raise UserError(f"--steps is {own.steps}: expected {_LEAST_STEPS} or more.")
+    if not 0 < own.min_lr < own.max_lr < float("inf"):
+        given = f"--min-lr is {own.min_lr:g} and --max-lr {own.max_lr:g}"
+        raise UserError(f"{given}: expected positive numbers, the first the smaller one.")
+    file, picture = json_file(own.json), _picture(own.plot)
+
+    # here, so that --help and mistakes answer at once
+    from qlora_lightning.commands.lr_find.report import plot_search, print_search
+    from qlora_lightning.commands.lr_find.search import search
+
+    with tempfile.TemporaryDirectory(prefix="qlora-lightning-lr-find-") as folder:
+        found = search(rest, folder, own.min_lr, own.max_lr, own.steps)
+    if file is not None:
+        write_json(file, found)
+    if picture is not None:
+        try:
+            plot_search(picture, found)
+        except OSError as error:
+            raise UserError(f"{picture} could not be written: {error.strerror or error}.") from error
+    print_search(found)
+    if found["suggestion"] is None:
+        raise UserError(
+            f"The search ended after {len(found['loss'])} steps, too early to suggest a rate: the loss diverged. Lower "
+            "--min-lr and --max-lr."
+        )
+    return 0
+
+
+def _picture(name: str | None) -> Path | None:
+    if name is None:
+        return None
+    file = Path(name)
+    if file.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--plot {name}: expected a file that ends in .png, .svg or .pdf.")
+    if not file.parent.is_dir():
+        raise UserError(f"--plot {name}: there is no folder {file.parent}.")
+    return file
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qlora-lightning lr-find",
+        usage="qlora-lightning lr-find --config FILE [--steps N] [--min-lr X] [--max-lr X] [options of fit]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps (default: 100)")
+    parser.add_argument(
+        "--min-lr", type=float, default=1e-6, metavar="X", help="rate of the first step (default: 1e-6)"
+    )
+    parser.add_argument("--max-lr", type=float, default=1e-1, metavar="X", help="rate of the last one (default: 0.1)")
+    parser.add_argument("--plot", metavar="FILE", help="draw the losses into a .png, .svg or .pdf")
+    parser.add_argument("--json", metavar="FILE", help="write all figures there")
+    return parser

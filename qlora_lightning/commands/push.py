@@ -1,0 +1,178 @@
+"""``qlora-lightning push``: an adapter folder to the Hugging Face hub, when it is asked for, and nothing else."""
+
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qlora_lightning.base.byte_size import format_bytes
+from qlora_lightning.errors import UserError
+
+_DESCRIPTION = """Upload an adapter folder to the Hugging Face hub, in one commit.
+
+Only the files of an adapter folder go, and a folder that holds others is refused. The card names the repository
+instead of the folder, and where base and earlier adapter lay on this machine is left out. It says what will be
+uploaded, and asks."""
+_EPILOG = """examples:
+  qlora-lightning push --adapter runs/quickstart/adapter --repo me/calendar-adapter --private
+  qlora-lightning push --adapter runs/quickstart/adapter --repo me/calendar-adapter --yes \\
+    --base HuggingFaceTB/SmolLM2-135M-Instruct
+
+It uses the token of `hf auth login` or of HF_TOKEN."""
+_CARD, _CONFIG, _IDENTITY = "README.md", "adapter_config.json", "qlora_lightning.json"
+_NEEDED = (_CONFIG, "adapter_model.safetensors", _IDENTITY)
+# what AdapterCheckpoint and the tokenizers of transformers write
+_KNOWN = {
+    *_NEEDED,
+    _CARD,
+    "generation_config.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+}
+_REPO = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def main(argv: list[str], api: Any = None) -> int:
+    """Upload an adapter folder; return the exit code.
+
+    Args:
+        argv: The options.
+        api: Stands in for huggingface_hub's ``HfApi()``.
+
+    Raises:
+        UserError: The folder is odd, the upload is not confirmed, or the hub refuses it.
+    """
+    arguments = _parser().parse_args(argv)
+    if not _REPO.fullmatch(arguments.repo):
+        raise UserError(f"--repo is {arguments.repo!r}: expected OWNER/NAME, such as me/calendar-adapter.")
+    if arguments.base is not None and not _REPO.fullmatch(arguments.base):
+        raise UserError(f"--base is {arguments.base!r}: expected the base's OWNER/NAME on the hub.")
+    contents = read_folder(Path(arguments.adapter).expanduser(), arguments.repo, arguments.base)
+    _show(contents, arguments.repo, arguments.private)
+    base = str(json.loads(contents[_CONFIG]).get("base_model_name_or_path"))
+    if not _REPO.fullmatch(base) or Path(base).exists():
+        print(
+            f"Others could not load it: its base is {base}, on this machine. Name it on the hub by --base OWNER/NAME."
+        )
+    if _is_offline():
+        raise UserError("HF_HUB_OFFLINE is set, and uploading needs the hub: unset it, and run this again.")
+    if not arguments.yes and not _ask("Upload?"):
+        print("Nothing uploaded.")
+        return 1
+    print(f"Uploaded: {_upload(contents, arguments.repo, arguments.private, api)}")
+    return 0
+
+
+def read_folder(folder: Path, repo: str, base: str | None = None) -> dict[str, bytes]:
+    """Read what is to be uploaded: the files as they are, but for what names this machine's folders.
+
+    Args:
+        folder: An adapter folder.
+        repo: Takes the folder's place in the card.
+        base: Takes the base's place, where that is not named as on the hub.
+
+    Raises:
+        UserError: It is no adapter folder of ours, or holds something else too.
+    """
+    from qlora_lightning.model.adapter_folder import describe_card
+    from qlora_lightning.model.adapter_reading import read_identity
+
+    read_identity(folder)
+    missing = [name for name in _NEEDED if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} was not written by qlora_lightning: {', '.join(missing)} is missing. Nothing is sent."
+        )
+    odd = sorted(entry.name for entry in folder.iterdir() if entry.name not in _KNOWN or not _is_plain_file(entry))
+    if odd:
+        raise UserError(
+            f"{folder} holds {', '.join(odd[:5])}, which no adapter folder does: only what a run wrote is uploaded. "
+            "Move it elsewhere."
+        )
+    contents = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    local = ("base_folder", "trained_from")
+    identity = {name: value for name, value in json.loads(contents[_IDENTITY]).items() if name not in local}
+    if base is not None:
+        identity["base"] = base
+        config = {**json.loads(contents[_CONFIG]), "base_model_name_or_path": base}
+        contents[_CONFIG] = _to_json(config)
+    contents[_IDENTITY] = _to_json(identity)
+    card = describe_card(repo, identity)
+    if not _REPO.fullmatch(identity["base"]):
+        card = re.sub(r"^base_model: .*\n", "", card, flags=re.MULTILINE)  # the hub takes none but its own
+    contents[_CARD] = card.encode()
+    return contents
+
+
+def _to_json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _is_plain_file(entry: Path) -> bool:
+    return entry.is_file() and not entry.is_symlink()
+
+
+def _upload(contents: dict[str, bytes], repo: str, private: bool, api: Any) -> str:
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api = HfApi() if api is None else api
+    added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]
+    try:
+        api.create_repo(repo_id=repo, private=private, exist_ok=True)
+        api.create_commit(repo_id=repo, operations=added, commit_message="LoRA adapter of qlora_lightning")
+    except LocalTokenNotFoundError as error:
+        raise UserError("There is no token for the hub: log in by `hf auth login`, or set HF_TOKEN.") from error
+    except (HfHubHTTPError, OSError) as error:  # connection errors are OSErrors
+        reason = " ".join(str(error).split())
+        raise UserError(f"The hub did not take {repo}, of which nothing was sent: {reason[:300]}") from error
+    return f"https://huggingface.co/{repo}"
+
+
+def _show(contents: dict[str, bytes], repo: str, private: bool) -> None:
+    table = Table(title=f"To {repo} ({'private' if private else 'public'})", title_justify="left")
+    table.add_column("file")
+    table.add_column("size", justify="right")
+    for name, content in contents.items():
+        table.add_row(name, format_bytes(len(content)))
+    Console(highlight=False).print(table)
+
+
+def _ask(question: str) -> bool:
+    if not sys.stdin.isatty():
+        raise UserError("Uploading asks for a yes, and there is no terminal to ask on. Add --yes.")
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qlora-lightning push",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter folder of a run")
+    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="where to; made if it is not there")
+    parser.add_argument(
+        "--base", metavar="OWNER/NAME", help="the base's name on the hub, if it was loaded from elsewhere"
+    )
+    parser.add_argument("--private", action="store_true", help="make the repository private if it is made")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    return parser

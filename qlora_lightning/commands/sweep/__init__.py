@@ -1,0 +1,94 @@
+"""``qlora-lightning sweep-rank``: double the rank while it pays; likewise target modules and learning rates."""
+
+import argparse
+from collections.abc import Sequence
+
+from qlora_lightning.commands.json_output import json_file
+from qlora_lightning.commands.sweep.dimensions import add_dimension_options, choose_dimension, show_value
+from qlora_lightning.errors import TrainingStopped, UserError
+
+_DESCRIPTION = """Train a config with one rank after the other, and stop where the next one no longer pays.
+
+Start at 8 and double: the sweep goes on while the loss on the validation rows falls by more than its noise, which is
+a paired bootstrap over these rows. alpha is 2 × rank, data and their order are the same, the base is loaded once.
+Every other option is one of `fit`. Each trial has a folder of its own in RUN/sweep-rank; the same command goes on
+after a kill. With --target-modules or --learning-rates all values are tried, and the one with the fewest parameters
+is chosen among those that the best does not beat by more than noise, of equals the one of the lowest loss."""
+_EPILOG = """examples:
+  qlora-lightning sweep-rank --config configs/quickstart.yaml --ranks 4,8 --trainer.max_steps 8
+  qlora-lightning sweep-rank --config configs/quickstart.yaml --learning-rates 5e-4,1e-3 --trainer.max_steps 8
+
+RUN/sweep-rank then holds sweep.json, sweep.png, and chosen.yaml, which `fit` takes."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Sweep; return the exit code.
+
+    Raises:
+        UserError: A key or value is wrong, or a trial cannot go on.
+    """
+    try:
+        own, rest = _parser().parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}. See `qlora-lightning sweep-rank --help`.") from error
+    dimension, file = choose_dimension(own), json_file(own.json)
+    if not 0 <= own.min_gain < float("inf"):
+        raise UserError(f"--min-gain is {own.min_gain:g}: expected 0 or more nats per token.")
+
+    # here, so that --help and mistakes answer at once
+    from rich.console import Console
+
+    from qlora_lightning.commands.json_output import write_json
+    from qlora_lightning.commands.sweep.choice import choose, is_done
+    from qlora_lightning.commands.sweep.fit import run_trial
+    from qlora_lightning.commands.sweep.plot import plot_sweep
+    from qlora_lightning.commands.sweep.report import print_table, summarize, write_results
+    from qlora_lightning.commands.sweep.trial import Trial, check_same_rows
+    from qlora_lightning.model.kept_base import keeping_base
+
+    console, trials = Console(highlight=False), list[Trial]()
+    try:
+        with keeping_base() as kept:
+            while not is_done(dimension, trials, own.min_gain):
+                trial, folder, run_folder = run_trial(rest, dimension, dimension.values[len(trials)], kept)
+                trials.append(trial)
+                check_same_rows(trials)
+    except (UserError, TrainingStopped) as stop:
+        if trials:
+            print_table(dimension, trials, console)
+        if isinstance(stop, TrainingStopped):
+            console.print("The same command goes on with the sweep: finished trials count, this one is taken up.")
+        raise
+    chosen, why = choose(dimension, trials, own.min_gain)
+    summary = summarize(dimension, trials, chosen, why, own.min_gain)
+    try:
+        config = write_results(folder, run_folder, chosen, summary)
+        plot_sweep(folder / "sweep.png", dimension, trials, chosen)
+    except OSError as error:
+        raise UserError(f"{folder} could not be written to: {error.strerror or error}.") from error
+    if file is not None:
+        write_json(file, summary)
+    console.print()
+    print_table(dimension, trials, console)
+    console.print(f"Chosen: [bold]{dimension.title} {show_value(chosen.value)}[/bold]. {why}")
+    for words, path in (("adapter", folder / chosen.name / "adapter"), ("config", config)):
+        console.print(f"Its {words}: {path}", markup=False, soft_wrap=True)
+    console.print(f"The plot: {folder / 'sweep.png'}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qlora-lightning sweep-rank",
+        usage="qlora-lightning sweep-rank --config FILE [--ranks N,N,…] [--json FILE] [options of fit]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    add_dimension_options(parser)
+    least = "nats per token that a gain must reach beside being above noise (default: 0)"
+    parser.add_argument("--min-gain", type=float, default=0.0, metavar="X", help=least)
+    parser.add_argument("--json", metavar="FILE", help="write all figures there too")
+    return parser

@@ -1,0 +1,164 @@
+import lightning
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_lightning import AdapterCheckpoint, AdapterEMA
+from qlora_lightning.commands import training
+from qlora_lightning.commands.training import QLoRACLI
+from qlora_lightning.errors import UserError
+from tests.equality import same
+
+
+class Steps(lightning.Callback):
+    """The adapter after each optimizer step, and the one that is validated."""
+
+    def __init__(self):
+        self.after, self.validated = [], []
+
+    def on_train_start(self, trainer, pl_module):
+        self.after.append(copies(pl_module))
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step == len(self.after):
+            self.after.append(copies(pl_module))
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        self.validated.append(copies(pl_module))
+
+
+def copies(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def average_of(after, decay):
+    """By the formula in the docstring."""
+    average = {name: tensor.clone() for name, tensor in after[0].items()}
+    for n, adapter in enumerate(after[1:], start=1):
+        d = min(decay, (1 + n) / (10 + n))
+        for name in average:
+            average[name].lerp_(adapter[name], 1 - d)
+    return average
+
+
+def read(folder, name="last.ckpt"):
+    return torch.load(folder / "checkpoints" / name, weights_only=True)
+
+
+def test_the_average_follows_each_optimizer_step_and_the_model_holds_it_in_the_end(fit, adapter_of, assert_same):
+    steps = Steps()
+    _, module = fit(steps, AdapterEMA(0.2), accumulate_grad_batches=2)
+    assert len(steps.after) == 1 + 4
+    # 2/11, then 0.2
+    assert_same(adapter_of(module), average_of(steps.after, 0.2))
+    assert_same(steps.validated[-1], adapter_of(module))
+
+
+def test_training_goes_as_without_and_what_is_saved_is_the_average(fit, tmp_path, adapter_of, assert_same):
+    _, plain = fit(AdapterCheckpoint(), folder="plain", val_check_interval=4)
+    steps = Steps()
+    _, module = fit(steps, AdapterEMA(0.5), AdapterCheckpoint(), val_check_interval=4)
+    assert_same(steps.after[-1], adapter_of(plain))
+    last = read(tmp_path / "run")
+    assert_same(last["adapter_ema"]["trained"], adapter_of(plain))
+    assert_same(last["state_dict"], average_of(steps.after, 0.5))
+    assert_same(steps.validated[0], average_of(steps.after[:5], 0.5))
+    best = min((tmp_path / "run" / "checkpoints").glob("step-*"))
+    averages = {
+        name.removeprefix("model.").replace(".default.", "."): tensor
+        for name, tensor in read(tmp_path / "run", best.name)["state_dict"].items()
+    }
+    assert_same(load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors"), averages)
+    again = type(module).load_from_checkpoint(best)
+    assert_same(adapter_of(again), read(tmp_path / "run", best.name)["state_dict"])
+
+
+@pytest.mark.parametrize(
+    "after", [5, pytest.param(7, marks=pytest.mark.slow)]
+)  # inside a window, behind a validation; and in the one before an epoch's end
+def test_a_run_that_is_killed_and_resumed_ends_as_one_in_peace(after, fit, killed_fit, tmp_path):
+    options = {"accumulate_grad_batches": 2, "val_check_interval": 4, "max_epochs": 2}
+
+    def callbacks():
+        return AdapterEMA(0.9), AdapterCheckpoint(every_n_train_steps=1)
+
+    fit(*callbacks(), folder="peace", **options)
+    killed_fit(*callbacks(), after=after, **options)
+    fit(*callbacks(), ckpt_path=str(tmp_path / "run" / "checkpoints" / "last.ckpt"), **options)
+    ended, peace = read(tmp_path / "run"), read(tmp_path / "peace")
+    for part in ("state_dict", "adapter_ema", "optimizer_states", "lr_schedulers"):
+        assert same(ended[part], peace[part])
+    adapters = [tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("run", "peace")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_it_may_be_switched_off_or_on_or_otherwise_where_a_run_goes_on(fit, tmp_path, capsys, assert_same):
+    fit(AdapterEMA(0.9), AdapterCheckpoint(), max_steps=4)
+    last, trained = (
+        str(tmp_path / "run" / "checkpoints" / "last.ckpt"),
+        read(tmp_path / "run")["adapter_ema"]["trained"],
+    )
+    steps, capsys = Steps(), capsys
+    fit(steps, AdapterEMA(enabled=False), AdapterCheckpoint(), ckpt_path=last, max_steps=6)
+    assert_same(steps.after[0], trained)
+    assert "ema is off now: training goes on from the trained adapter" in capsys.readouterr().out
+    assert "adapter_ema" not in read(tmp_path / "run")
+    fit(AdapterEMA(0.5), AdapterCheckpoint(), ckpt_path=last, max_steps=7)
+    assert "The checkpoint holds no average of the adapter: it begins here." in capsys.readouterr().out
+    fit(AdapterEMA(0.6), AdapterCheckpoint(), ckpt_path=last, max_steps=8)
+    assert "ema.decay: 0.5 → 0.6" in capsys.readouterr().out
+
+
+def test_evaluation_of_a_checkpoint_judges_the_average(fit, make_module, make_data, make_trainer, tmp_path):
+    trainer, _ = fit(AdapterEMA(0.9), AdapterCheckpoint())
+    found = float(trainer.callback_metrics["val_loss"])
+    file = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    judge = make_trainer(AdapterEMA(0.9), AdapterCheckpoint())
+    (judged,) = judge.validate(make_module(), make_data(), ckpt_path=str(file), verbose=False)
+    assert judged["val_loss"] == found
+
+
+def test_switched_off_it_holds_nothing(fit):
+    off = AdapterEMA(enabled=None)
+    fit(off)
+    assert not off._average
+    assert off.state_dict() == {}
+
+
+def test_decay_out_of_range_is_refused():
+    with pytest.raises(UserError, match=r"ema\.decay is 1: expected a number from 0 to below 1"):
+        AdapterEMA(1.0)
+
+
+class Reading(QLoRACLI):
+    """Reads the config and trains nothing."""
+
+    found = None
+
+    def before_fit(self):
+        (ema,) = (each for each in self.trainer.callbacks if isinstance(each, AdapterEMA))
+        Reading.found = ema.enabled, ema.decay
+
+    def fit(self, model, **_):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("yaml", "arguments", "expected"),
+    [
+        ("", [], (False, 0.999)),
+        ("ema: {decay: 0.9}", [], (True, 0.9)),
+        ("ema: {decay: 0.9}", ["--ema", "null"], (False, 0.9)),
+        ("ema: null", ["--ema.decay", "0.5"], (False, 0.5)),
+        ("", ["--ema.decay", "0.5"], (True, 0.5)),
+        ("ema: true", [], (True, 0.999)),
+    ],
+)
+def test_its_key_switches_it_on(yaml, arguments, expected, tiny_base, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"model: {{base: {tiny_base}}}\ntrainer: {{accelerator: cpu, default_root_dir: {tmp_path}}}\n{yaml}\n"
+    )
+    training.main(["fit", "--config", str(config), *arguments], Reading)
+    assert Reading.found == expected

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         GradientCheckpointing,
         LossSpikeMonitor,
         PredictionWriter,
+        RunReport,
         StopSignals,
         ThroughputMonitor,
     )
@@ -35,6 +36,7 @@ __all__ = [
     "LossSums",
     "PredictionWriter",
     "QLoRAModule",
+    "RunReport",
     "StopSignals",
     "ThroughputMonitor",
 ]

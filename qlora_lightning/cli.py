@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "predict": (_TRAINING, True, "answer the rows of data.predict into predictions.jsonl"),
     "inspect": ("qlora_lightning.commands.inspect", False, "report on the data, and show rows as the model sees them"),
     "profile": ("qlora_lightning.commands.profile", False, "say where a step's time and memory go, by part"),
+    "report": ("qlora_lightning.commands.report", False, "make the page of a run again, or compare several runs"),
     "cache": ("qlora_lightning.commands.cache", False, "list or clear unpacked and quantized bases"),
     "recipes": (
         "qlora_lightning.commands.recipes",

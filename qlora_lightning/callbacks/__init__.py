@@ -7,6 +7,7 @@ from qlora_lightning.callbacks.gpu_memory import GPUMemoryMonitor
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
 from qlora_lightning.callbacks.loss_spikes import LossSpikeMonitor
 from qlora_lightning.callbacks.prediction_writer import PredictionWriter
+from qlora_lightning.callbacks.run_report import RunReport
 from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.callbacks.throughput import ThroughputMonitor
 
@@ -18,6 +19,7 @@ __all__ = [
     "GradientCheckpointing",
     "LossSpikeMonitor",
     "PredictionWriter",
+    "RunReport",
     "StopSignals",
     "ThroughputMonitor",
 ]

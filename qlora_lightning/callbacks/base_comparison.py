@@ -27,14 +27,20 @@ class BaseComparison(Callback):
     Args:
         samples: How many validation rows to answer with both.
         max_new_tokens: Where an answer is cut.
+
+    Attributes:
+        result: ``base`` and ``adapter`` with their metrics, and ``samples`` (``prompt``, ``expected``, ``base``,
+            ``adapter``); ``None`` where nothing was compared.
     """
 
     def __init__(self, samples: int = 3, max_new_tokens: int = 96) -> None:
         self.samples = samples
         self.max_new_tokens = max_new_tokens
+        self.result: dict[str, Any] | None = None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
+        self.result = None
         if is_trial_run(trainer) or not hasattr(module.model, "disable_adapter"):
             return
         if trainer.val_dataloaders and trainer.global_step:
@@ -52,9 +58,10 @@ class BaseComparison(Callback):
             base = _judge(trainer, module, batches)
         if trainer.is_global_zero:
             rich.print(_metrics_table(base, adapter))
-            self._show_answers(trainer, module, batches[0])
+            self.result = {"base": base, "adapter": adapter, "samples": []}
+            self._show_answers(trainer, module, batches[0], self.result["samples"])
 
-    def _show_answers(self, trainer: Trainer, module: Any, batch: Any) -> None:
+    def _show_answers(self, trainer: Trainer, module: Any, batch: Any, shown: list[dict[str, str]]) -> None:
         data = getattr(trainer, "datamodule", None)
         tokenizer, stop_ids = getattr(data, "tokenizer", None), getattr(data, "stop_ids", None)
         if tokenizer is None or not stop_ids:
@@ -71,7 +78,8 @@ class BaseComparison(Callback):
             expected = tokenizer.decode(reference, skip_special_tokens=True)
             question = tokenizer.decode(_last_turn(prompt, stop_ids), skip_special_tokens=True)
             question = question.strip().removeprefix("user\n")  # what ChatML and Llama-3 leave of the turn's header
-            for name, text in (("prompt", question), ("expected", expected), ("base", before), ("adapter", after)):
+            shown.append({"prompt": question, "expected": expected, "base": before, "adapter": after})
+            for name, text in shown[-1].items():
                 table.add_row(name, escape(_shorten(text)))
             rich.print(table)
 

@@ -107,6 +107,7 @@ class RunReport(TakesWarnings):
             return
         folder = Path(trainer.default_root_dir)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             write_manifest(folder, self._content(trainer, status, error))
             if with_page:
                 say(f"Report: {write_run_page(folder)}")

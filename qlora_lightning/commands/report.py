@@ -38,17 +38,14 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: A folder holds no run, a file of it is damaged, or a file cannot be written or would be lost.
     """
-    try:
-        options = _parser().parse_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}. See `qlora-lightning report --help`.") from error
+    options = _parse(argv)
     folders = _distinct(options.runs)
+    runs = [read_run(folder, name) for folder, name in zip(folders, name_runs(folders), strict=True)]
     page = Path(options.out) if options.out else folders[0] / NAME if len(folders) == 1 else _SEVERAL
     figures = Path(options.json) if options.json else None
     _check_target("--out", page, MARK, options.force)
     if figures is not None:
         _check_target("--json", figures, f'"format": "{_FORMAT}"', options.force)
-    runs = [read_run(folder, name) for folder, name in zip(folders, name_runs(folders), strict=True)]
     _write(page, render_run(runs[0]) if len(runs) == 1 else render_comparison(runs))
     if figures is not None:
         _write(figures, json.dumps(summarize(runs), indent=2, ensure_ascii=False) + "\n")
@@ -77,16 +74,29 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    try:
+        options, unknown = _parser().parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}. See `qlora-lightning report --help`.") from error
+    if unknown:
+        raise UserError(f"There is no option {unknown[0]}. See `qlora-lightning report --help`.")
+    if not options.runs:
+        raise UserError("Name a run folder, or several: `qlora-lightning report runs/quickstart`.")
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qlora-lightning report",
+        usage="qlora-lightning report RUN [RUN …] [--out FILE] [--json FILE] [--force]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder")
     parser.add_argument("--out", metavar="FILE", help="write the page there")
     parser.add_argument("--json", metavar="FILE", help="write results and settings there")
     parser.add_argument("--force", action="store_true", help="write over any file")

@@ -10,6 +10,7 @@ from qlora_lightning.report.series import Series, thin
 from qlora_lightning.report.ticks import linear_ticks, log_ticks, write_number
 
 _SIDE = 1000  # of the square that curves are drawn in, before it is stretched over the plot
+_ROOM = 1.15  # factor that a logarithmic axis goes beyond its values
 _LOG_FROM = 20.0  # times the lowest value: from there on a linear axis would flatten what matters
 
 
@@ -22,7 +23,8 @@ class Chart:
         unit: Of the y axis, in words; empty where there is none.
         series: The curves, the hindmost first.
         x_label: Of the x axis.
-        from_zero: Whether a linear y axis begins at 0.
+        from_zero: Whether a linear y axis begins at 0; another may be logarithmic.
+        x_range: First and last x; ``None``: those of the curves.
     """
 
     title: str
@@ -30,6 +32,7 @@ class Chart:
     series: Sequence[Series]
     x_label: str = "optimizer steps"
     from_zero: bool = True
+    x_range: tuple[float, float] | None = None
 
 
 class Axis:
@@ -62,7 +65,7 @@ def draw(chart: Chart) -> dict[str, Any] | None:
     shown = [series for series in chart.series if series.points]
     if not shown:
         return None
-    x_axis, x_ticks = _x_axis([x for series in shown for x, _ in series.points])
+    x_axis, x_ticks = _x_axis(*(chart.x_range or find_x_range([chart])))
     y_axis, y_ticks = _y_axis([y for series in shown for _, y in series.points], chart.from_zero)
     curves = [_curve(series, x_axis, y_axis) for series in shown]
     axes = {"x": [x_axis.low, x_axis.high], "y": [y_axis.low, y_axis.high], "log": y_axis.logarithmic}
@@ -83,8 +86,14 @@ def draw(chart: Chart) -> dict[str, Any] | None:
     }
 
 
-def _x_axis(values: Sequence[float]) -> tuple[Axis, list[float]]:
-    low, high = min(values), max(values)
+def find_x_range(charts: Sequence[Chart]) -> tuple[float, float]:
+    """Give the first and the last x of all curves; a level has none."""
+    curves = [series.points for chart in charts for series in chart.series if series.style != "limit"]
+    values = [x for points in curves for x, _ in points]
+    return min(values, default=0.0), max(values, default=0.0)
+
+
+def _x_axis(low: float, high: float) -> tuple[Axis, list[float]]:
     ticks = [tick for tick in linear_ticks(low, high, 5) if low <= tick <= high and tick == int(tick)]
     return Axis(low, high), ticks or [low]
 
@@ -92,8 +101,8 @@ def _x_axis(values: Sequence[float]) -> tuple[Axis, list[float]]:
 def _y_axis(values: Sequence[float], from_zero: bool) -> tuple[Axis, list[float]]:
     low, high = min(values), max(values)
     if low > 0 and high / low > _LOG_FROM and not from_zero:
-        ticks = log_ticks(low, high)
-        return Axis(ticks[0], ticks[-1], logarithmic=True), ticks
+        low, high = low / _ROOM, high * _ROOM
+        return Axis(low, high, logarithmic=True), log_ticks(low, high)
     ticks = linear_ticks(min(low, 0.0) if from_zero else low, max(high, 0.0) if from_zero else high)
     return Axis(ticks[0], ticks[-1]), ticks
 

@@ -25,21 +25,14 @@ _UNLIKE = 1.05  # tokens per step that differ by more: steps of one run are then
 
 def charts_of(run: Run) -> list[Chart]:
     """Give the charts of one run; a chart without points is left out when it is drawn."""
-    metrics, clip = run.metrics, flatten(run.config).get("trainer.gradient_clip_val")
-    norms = metrics.get("grad_norm", [])
-    above = isinstance(clip, int | float) and any(value > clip for _, value in norms)
+    metrics = run.metrics
     return [
         Chart("Loss", "nats per labelled token", _losses(run), from_zero=False),
         Chart("Learning rate", "", [Series("learning rate", metrics.get("learning_rate", []))]),
-        Chart(
-            "Gradient norm",
-            "before clipping",
-            [*_smoothed("gradient norm", norms), *([Series(f"clipped to {clip:g}", [(0, clip)], "limit", 3)] * above)],
-            from_zero=False,
-        ),
+        Chart("Gradient norm", "before clipping", _norms(run), from_zero=False),
         Chart("Speed", "tokens/s", [*_smoothed("tokens/s", metrics.get("tokens_per_second", []))]),
         Chart("Memory", "GiB", _memory(run)),
-        *(Chart(_heading(name), "", [_validation(name, metrics[name])]) for name in _others([run])),
+        *(Chart(_heading(name), "", [_validation(name, metrics[name])], from_zero=False) for name in _others([run])),
     ]
 
 
@@ -63,7 +56,7 @@ def charts_of_all(runs: Sequence[Run]) -> list[Chart]:
         Chart("Gradient norm", "before clipping, smoothed", curves("grad_norm", True), label, from_zero=False),
         Chart("Speed", "tokens/s, smoothed", curves("tokens_per_second", True), label),
         Chart("Memory", f"GiB, {_MEMORY.get(peak, '')}", curves(peak), label),
-        *(Chart(_heading(name), "", curves(name, style="dots"), label) for name in _others(runs)),
+        *(Chart(_heading(name), "", curves(name, style="dots"), label, from_zero=False) for name in _others(runs)),
     ]
 
 
@@ -73,6 +66,14 @@ def _losses(run: Run) -> list[Series]:
     if curves and base is not None and base > 0:
         curves.append(Series("base, validation", [(0, base)], "limit", 3))
     return [*curves, Series("validation", run.metrics.get("val_loss", []), "dots", 1)]
+
+
+def _norms(run: Run) -> list[Series]:
+    points, clip = run.metrics.get("grad_norm", []), flatten(run.config).get("trainer.gradient_clip_val")
+    curves = [*_smoothed("gradient norm", points)]
+    if isinstance(clip, int | float) and any(value > clip > 0 for _, value in points):
+        curves.append(Series(f"clipped to {clip:g}", [(0, clip)], "limit", 3))
+    return curves
 
 
 def _memory(run: Run) -> list[Series]:

@@ -1,6 +1,7 @@
 """The report as one HTML page that needs nothing beside itself: of one run, or of several side by side."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import yaml
 
 from qlora_lightning import __version__
 from qlora_lightning.page.render import render_page
-from qlora_lightning.report.chart import Chart, draw
+from qlora_lightning.report.chart import Chart, draw, find_x_range
 from qlora_lightning.report.curves import charts_of, charts_of_all
 from qlora_lightning.report.data_table import data_rows, data_warnings
 from qlora_lightning.report.results import RESULTS, find_results, write_result
@@ -102,7 +103,9 @@ def _render(template: str, **values: Any) -> str:
 
 
 def _drawn(charts: Sequence[Chart]) -> list[dict[str, Any]]:
-    return [drawn for chart in charts if (drawn := draw(chart)) is not None]
+    """Draw charts over one range of steps, so that what happens at a step stands in the same place in all of them."""
+    shared = find_x_range(charts)
+    return [drawn for chart in charts if (drawn := draw(replace(chart, x_range=shared))) is not None]
 
 
 def _life(life: dict[str, Any]) -> list[str]:

@@ -2,6 +2,8 @@
 
 import math
 
+_NEAR = 1e-6  # of a step: a value that is stored in float32 is on the tick that it was meant to be on
+
 
 def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Give multiples of 1, 2 or 5 times a power of ten, the first not above ``low``, the last not below ``high``."""
@@ -10,19 +12,20 @@ def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
         span = abs(high) or 1.0
         low, high = low - span / 2, high + span / 2
     step = _round_up(span / (most - 1))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    first, last = math.floor(low / step + _NEAR), math.ceil(high / step - _NEAR)
     return [_exact(number * step) for number in range(first, last + 1)]
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """Give powers of ten around a range of positive numbers; with 2 and 5 times them where it is short."""
-    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
-    if last - first > 2:
-        step = -(-(last - first) // 6)
-        return [_exact(10.0**power) for power in range(first, last + step, step)]
-    every = [_exact(factor * 10.0**power) for power in range(first, last + 1) for factor in (1, 2, 5)]
-    below, above = [tick for tick in every if tick <= low], [tick for tick in every if tick >= high]
-    return [tick for tick in every if (below[-1:] or every)[0] <= tick <= (above or every[-1:])[0]]
+def log_ticks(low: float, high: float, most: int = 8) -> list[float]:
+    """Give 1, 2 and 5 times the powers of ten inside a range of positive numbers; of many, fewer."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    ticks: list[float] = []
+    for factors, step in (((1, 2, 5), 1), *(((1,), step) for step in range(1, last - first + 2))):
+        every = [_exact(factor * 10.0**power) for power in range(first, last + 1, step) for factor in factors]
+        ticks = [tick for tick in every if low <= tick <= high]
+        if len(ticks) <= most:
+            break
+    return ticks
 
 
 def write_number(value: float) -> str:

@@ -14,15 +14,20 @@ def noted():
     found.stop()
 
 
-def test_warnings_of_python_and_of_loggers_are_counted_and_go_where_they_go(noted, caplog):
+def test_warnings_of_python_and_of_loggers_are_counted_and_go_where_they_go(caplog):
+    shown, found = [], RunWarnings()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *where: shown.append(str(message))
+        found.listen()
         for _ in range(2):
             warnings.warn("slow", UserWarning, stacklevel=1)
-    logging.getLogger("some.library").warning("%d rows", 3)
-    logging.getLogger("some.library").info("nothing to see")
-    noted.note("Loss spike: 9")
-    assert noted.counts == {"UserWarning: slow": 2, "3 rows": 1, "Loss spike: 9": 1}
+        logging.getLogger("some.library").warning("%d rows", 3)
+        logging.getLogger("some.library").info("nothing to see")
+        found.note("Loss spike: 9")
+        found.stop()
+    assert found.counts == {"UserWarning: slow": 2, "3 rows": 1, "Loss spike: 9": 1}
+    assert shown == ["slow", "slow"]
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == ["3 rows"]
 
 

@@ -26,7 +26,9 @@ def make_run(tmp_path, monkeypatch):
             f"step,train_loss,tokens_per_second,val_loss\n0,2.0,{speed},\n1,1.0,{speed},\n1,,,{loss}\n"
         )
         config = {"model": {"rank": rank}, "trainer": {"default_root_dir": f"runs/{name}"}}
-        write_manifest(folder, {"status": "finished", "config": config, "progress": {"steps": 2, "seconds": 90}} | manifest)
+        write_manifest(
+            folder, {"status": "finished", "config": config, "progress": {"steps": 2, "seconds": 90}} | manifest
+        )
         return folder
 
     return make
@@ -88,12 +90,12 @@ def test_a_report_html_of_somebody_else_in_the_run_folder_is_kept_too(make_run):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "required: RUN"),
+        ([], "Name a run folder"),
         (["runs/none"], "There is no folder runs/none"),
         (["runs"], r"runs holds no run.*Runs lie in it: runs/one\."),
         (["runs/one", "--out", "none/page.html"], "there is no folder none"),
         (["runs/one", "--out", "runs"], "that is a folder"),
-        (["runs/one", "--jsn", "x"], "unrecognized arguments: --jsn"),
+        (["runs/one", "--jsn", "x"], "There is no option --jsn"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(make_run, capsys, arguments, words):

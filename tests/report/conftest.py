@@ -42,7 +42,14 @@ def manifest_of(config, **changes):
         "git": {"commit": "1234567890abcdef1234", "branch": "main", "dirty": True},
         "command": "qlora-lightning fit --config a.yaml",
         "reproduce": "qlora-lightning fit --config runs/a/config.yaml",
-        "progress": {"steps": 20, "planned_steps": 40, "epoch": 1, "tokens": 2000, "labelled_tokens": 500, "seconds": 90.0},
+        "progress": {
+            "steps": 20,
+            "planned_steps": 40,
+            "epoch": 1,
+            "tokens": 2000,
+            "labelled_tokens": 500,
+            "seconds": 90.0,
+        },
         "peak_memory_gib": {"peak_rss_gib": 1.5},
         "metrics": {"val_loss": 0.5},
         "best": {"monitor": "val_loss", "value": 0.5, "checkpoint": "step-000020.ckpt"},
@@ -70,8 +77,10 @@ def make_run(tmp_path):
             with (folder / "metrics.csv").open("w", newline="") as handle:
                 writer = csv.writer(handle, lineterminator="\n")
                 writer.writerow(
-                    ["step", "train_loss", "grad_norm", "learning_rate", "tokens_per_second", "tokens_seen"]
-                    + ["private_memory_gib", "peak_rss_gib", "epoch", "val_loss", "val_perplexity"]
+                    [
+                        *("step", "train_loss", "grad_norm", "learning_rate", "tokens_per_second", "tokens_seen"),
+                        *("private_memory_gib", "peak_rss_gib", "epoch", "val_loss", "val_perplexity"),
+                    ]
                 )
                 for step in range(steps):
                     seen = tokens_per_step * (step + 1)

@@ -28,6 +28,7 @@ def browser(tmp_path_factory):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     service = webdriver.ChromeService(shutil.which("chromedriver"))  # named, so that selenium looks for none
     found = webdriver.Chrome(options=options, service=service)
+    found.get("about:blank")  # away from the browser's own first page, which asks for much
     yield found
     found.quit()
 

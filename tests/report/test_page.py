@@ -61,7 +61,14 @@ def test_a_run_has_every_section_and_a_curve_of_each_kind(make_run):
         ["peak RSS", "private"],
     ]
     assert all(svg["aria-label"] for svg in page.of("svg") if svg.get("role") == "img")
-    for told in ("UserWarning: slow", "× 3", "qlora-lightning fit --config a.yaml", "2.000 → 0.450", "1 ✓", "1234567890"):
+    for told in (
+        "UserWarning: slow",
+        "× 3",
+        "qlora-lightning fit --config a.yaml",
+        "2.000 → 0.450",
+        "1 ✓",
+        "1234567890",
+    ):
         assert told in page.text
 
 
@@ -103,7 +110,9 @@ def test_a_page_is_small_however_long_the_run_was(make_run):
     assert len(render_run(read_run(make_run(steps=20_000)))) < 400_000
 
 
-@pytest.mark.parametrize("text", ["step,train_loss\n", "step,train_loss\n0,nan\n1,inf\n", "step,train_loss\n0,1\n1,2.5"])
+@pytest.mark.parametrize(
+    "text", ["step,train_loss\n", "step,train_loss\n0,nan\n1,inf\n", "step,train_loss\n0,1\n1,2.5"]
+)
 def test_a_run_that_has_hardly_begun_has_a_page(make_run, text):
     folder = make_run(manifest=False, metrics=False)
     (folder / "metrics.csv").write_text(text)

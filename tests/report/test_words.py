@@ -23,9 +23,7 @@ def test_the_headline_shows_before_and_after(make_run):
 
 
 def test_the_subject_is_a_sentence(make_run):
-    assert word_subject(read_run(make_run())) == (
-        "LoRA of rank 8 on package:tiny, trained on rows.jsonl (12 rows)."
-    )
+    assert word_subject(read_run(make_run())) == ("LoRA of rank 8 on package:tiny, trained on rows.jsonl (12 rows).")
     assert word_subject(read_run(make_run("b", manifest=False))) == (
         "LoRA of rank 8 on package:tiny, trained on rows.jsonl."
     )
@@ -56,8 +54,6 @@ def test_machine_and_versions_are_told(make_run):
     }
 
 
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(42.4, "42 s"), (250, "4.2 min"), (900, "15 min"), (12_600, "3.5 h")]
-)
+@pytest.mark.parametrize(("seconds", "words"), [(42.4, "42 s"), (250, "4.2 min"), (900, "15 min"), (12_600, "3.5 h")])
 def test_durations_are_short(seconds, words):
     assert word_seconds(seconds) == words

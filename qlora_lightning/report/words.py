@@ -65,7 +65,9 @@ def word_subject(run: Run) -> str:
 
 def training_facts(run: Run) -> Facts:
     """Tell base, adapter, data, length and settings of the training."""
-    flat, manifest = flatten(run.config), run.manifest
+    manifest = run.manifest
+    applied = (manifest.get("data") or {}).get("settings") or {}  # null has become what it stands for
+    flat = {**flatten(run.config), **flatten(applied, "data.")}
     base, adapter = _base(run), manifest.get("adapter") or run.adapter.get("adapter") or {}
     parameters, progress = manifest.get("parameters") or {}, manifest.get("progress") or {}
     facts: Facts = []
@@ -82,7 +84,7 @@ def training_facts(run: Run) -> Facts:
         facts.append(("trained", ", ".join(parts)))
     for heading, names in _SETTINGS.items():
         told = [
-            f"{name.rpartition('.')[2]} {write_setting(flat[name])}" for name in names if flat.get(name) is not None
+            f"{_short_name(name)} {write_setting(flat[name])}" for name in names if flat.get(name) not in (None, -1)
         ]
         facts += [(heading, ", ".join(told))] if told else []
     best = manifest.get("best")
@@ -148,6 +150,12 @@ def word_seconds(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{write_number(float(f'{seconds / 60:.2g}'))} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _short_name(name: str) -> str:
+    """A setting by its own name, or by that of the callback that it switches on."""
+    section, _, own = name.rpartition(".")
+    return section if own == "enabled" else own
 
 
 def _word_base(base: Mapping[str, Any], flat: Mapping[str, Any]) -> str:

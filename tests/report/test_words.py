@@ -37,6 +37,8 @@ def test_training_is_told_with_its_settings(make_run):
     )
     assert facts["trained"] == "20 optimizer steps, 2,000 tokens, 500 labelled tokens"
     assert facts["optimization"] == "learning_rate 0.001, gradient_clip_val 1.0"
+    assert facts["batches"] == "batch_size 4"
+    assert facts["length"] == "max_epochs 1"
     assert facts["best checkpoint"] == "step-000020.ckpt, val_loss 0.5000"
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         LoadingLines,
         LossSpikeMonitor,
         PredictionWriter,
+        RunReport,
         StopSignals,
         ThroughputMonitor,
     )
@@ -41,6 +42,7 @@ __all__ = [
     "LossSums",
     "PredictionWriter",
     "QLoRAModule",
+    "RunReport",
     "StopSignals",
     "ThroughputMonitor",
 ]

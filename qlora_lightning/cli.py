@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "sweep-rank": ("qlora_lightning.commands.sweep", False, "double the rank until it stops paying, and say where"),
     "lr-find": ("qlora_lightning.commands.lr_find", False, "try rising learning rates for some steps, suggest one"),
     "push": ("qlora_lightning.commands.push", False, "upload an adapter folder to the hub"),
+    "report": ("qlora_lightning.commands.report", False, "make the page of a run again, or compare several runs"),
     "cache": ("qlora_lightning.commands.cache", False, "list or clear unpacked and quantized bases"),
     "recipes": (
         "qlora_lightning.commands.recipes",

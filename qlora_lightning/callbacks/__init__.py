@@ -9,6 +9,7 @@ from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointi
 from qlora_lightning.callbacks.loading_lines import LoadingLines
 from qlora_lightning.callbacks.loss_spikes import LossSpikeMonitor
 from qlora_lightning.callbacks.prediction_writer import PredictionWriter
+from qlora_lightning.callbacks.run_report import RunReport
 from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.callbacks.throughput import ThroughputMonitor
 
@@ -22,6 +23,7 @@ __all__ = [
     "LoadingLines",
     "LossSpikeMonitor",
     "PredictionWriter",
+    "RunReport",
     "StopSignals",
     "ThroughputMonitor",
 ]

@@ -6,6 +6,7 @@ import rich
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from qlora_lightning.callbacks.run_warnings import note_warning
 from qlora_lightning.model.device_memory import device_memory_gib, read_memory
 from qlora_lightning.trainer import log_interval
 
@@ -49,7 +50,9 @@ class GPUMemoryMonitor(Callback):
             self._say(trainer, pl_module, "after the first step")
         if trainer.global_step % log_interval(trainer) == 0:
             values = read_memory(pl_module.device)
-            self._warn_if_full(pl_module.device, values)
+            warned = self._warn_if_full(pl_module.device, values)
+            if warned:
+                note_warning(trainer, warned)
             shown = "memory_peak_gib" if "memory_peak_gib" in values else "private_memory_gib"
             for name, gib in values.items():
                 pl_module.log(name, gib, prog_bar=name == shown)
@@ -65,9 +68,13 @@ class GPUMemoryMonitor(Callback):
             parts = [f"{gib:.2f} GiB {name.removesuffix('_gib').replace('_', ' ')}" for name, gib in values.items()]
             rich.print(f"Memory {when}: {', '.join(parts)}")
 
-    def _warn_if_full(self, device: torch.device, values: dict[str, float]) -> None:
+    def _warn_if_full(self, device: torch.device, values: dict[str, float]) -> str | None:
+        """Warn, if there is cause to and it was not said before; gives what it said."""
         peak = values.get("memory_peak_gib", values.get("peak_rss_gib", 0.0))
         capacity = device_memory_gib(device)
         if peak > 0.95 * capacity and not self._warned:
             self._warned = True
-            rich.print(f"[yellow]Peak memory {peak:.2f} GiB is over 95 % of {capacity:.2f} GiB.[/yellow] {_REMEDIES}")
+            found = f"Peak memory {peak:.2f} GiB is over 95 % of {capacity:.2f} GiB."
+            rich.print(f"[yellow]{found}[/yellow] {_REMEDIES}")
+            return found
+        return None

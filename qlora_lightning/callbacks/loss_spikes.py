@@ -10,6 +10,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from rich.markup import escape
 
+from qlora_lightning.callbacks.run_warnings import note_warning
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.rows import join_places, row_places
 
@@ -88,7 +89,9 @@ class LossSpikeMonitor(Callback):
         if trainer.is_global_zero:
             rows = join_places(row_places(getattr(trainer, "datamodule", None), row_ids), most=16)
             found = f"{self.monitor} {loss:.4g} at step {self._step}, the median of the last {len(self._losses)} is"
-            rich.print(f"[yellow]Loss spike:[/yellow] {escape(f'{found} {median:.4g}; rows {rows}.')}")
+            found = f"{found} {median:.4g}; rows {rows}."
+            rich.print(f"[yellow]Loss spike:[/yellow] {escape(found)}")
+            note_warning(trainer, f"Loss spike: {found}")
 
     def state_dict(self) -> dict[str, Any]:
         """Give what was seen."""

@@ -19,7 +19,7 @@ class ThroughputMonitor(Callback):
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
-        self.tokens_seen = 0
+        self.tokens_seen = self.labelled_seen = 0
         self._trainer: Trainer | None = None
         self._clear()
 
@@ -47,6 +47,7 @@ class ThroughputMonitor(Callback):
             return  # inside an accumulation window
         tokens, labelled = self._count_over_ranks()
         self.tokens_seen += tokens
+        self.labelled_seen += labelled
         pl_module.log("tokens_per_second", tokens / self._seconds, prog_bar=True)
         pl_module.log("labelled_tokens_per_second", labelled / self._seconds)
         pl_module.log("tokens_seen", float(self.tokens_seen))
@@ -64,10 +65,12 @@ class ThroughputMonitor(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Give the tokens seen so far, an open accumulation window of all ranks included."""
         tokens, labelled = self._count_over_ranks()
-        return {"tokens_seen": self.tokens_seen, "tokens": tokens, "labelled": labelled, "seconds": self._seconds}
+        seen = {"tokens_seen": self.tokens_seen, "labelled_seen": self.labelled_seen}
+        return {**seen, "tokens": tokens, "labelled": labelled, "seconds": self._seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting; the first rank takes over what all had counted in an open window."""
         self.tokens_seen, self._seconds = state_dict["tokens_seen"], state_dict["seconds"]
+        self.labelled_seen = state_dict.get("labelled_seen", 0)  # checkpoints of 0.1.0 do not know it
         if self._trainer is None or self._trainer.is_global_zero:
             self._tokens, self._labelled = state_dict["tokens"], state_dict["labelled"]

@@ -23,6 +23,7 @@ from qlora_lightning.callbacks import (
     LoadingLines,
     LossSpikeMonitor,
     PredictionWriter,
+    RunReport,
     StopSignals,
     ThroughputMonitor,
 )
@@ -90,6 +91,7 @@ class QLoRACLI(LightningCLI):
     """LightningCLI with our keys; what a researcher's subclass of it may change are Lightning's own hooks."""
 
     def __init__(self, *args: Any, verb: str | None = None, **kwargs: Any) -> None:
+        self._command = ["qlora-lightning", *(kwargs.get("args") or [])]
         self._verb = verb  # the only subcommand to make a parser for, which takes a while; None: all
         super().__init__(*args, **kwargs)
 
@@ -155,7 +157,9 @@ class QLoRACLI(LightningCLI):
         usual: list[type[Callback]] = [StopSignals, DryBatch, LossSpikeMonitor, LoadingLines]
         usual += [PredictionWriter, ProcessWatch]
         added = [kind() for kind in usual if not any(isinstance(callback, kind) for callback in named)]
-        callbacks = [*named, RunFolder(self._short_config()), *added]
+        config = self._short_config()
+        told = [] if any(isinstance(each, RunReport) for each in named) else [RunReport(config, self._command)]
+        callbacks = [*named, RunFolder(config), *told, *added]
         shows = settings["enable_progress_bar"] in (None, True)
         if shows and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(ShortProgressBar())

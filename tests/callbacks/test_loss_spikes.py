@@ -12,6 +12,7 @@ from qlora_lightning.errors import UserError
 
 def trainer(**options):
     defaults = {"global_step": 0, "callback_metrics": {}, "world_size": 1, "is_global_zero": True, "datamodule": None}
+    defaults["callbacks"] = []
     strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
     return SimpleNamespace(**{**defaults, "strategy": strategy, **options})
 

@@ -22,6 +22,18 @@ def test_our_own_sentence_is_found_inside_what_wraps_it():
     assert word_foreign_error(catch(wrapped)) is said
 
 
+def test_a_logger_without_its_package_is_one_sentence():
+    text = (
+        "Does not validate against any of the Union subtypes\nSubtypes: [Logger, bool]\nErrors:\n"
+        "  - Problem with given class_path 'lightning.pytorch.loggers.X':\n      Requirement 'x>=1' not met.\n"
+        "  - Expected a <class 'bool'>\n"
+        "Given value: Namespace(class_path='lightning.pytorch.loggers.X', init_args=None)"
+    )
+    said = word_foreign_error(ValueError(text))
+    assert str(said) == "lightning.pytorch.loggers.X could not be made: Requirement 'x>=1' not met."
+    assert word_foreign_error(ValueError(text.replace("lightning.pytorch.loggers.X", "mine.X"))) is None
+
+
 def test_what_lightning_refuses_is_one_sentence():
     error = catch(lambda: Trainer(max_steps=-5, accelerator="cpu"))
     assert str(word_foreign_error(error)).startswith("trainer: ")

@@ -4,14 +4,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from qlora_lightning import __version__
 from qlora_lightning.commands.inspect.facts import SplitFacts, find_faults, headline, table_rows, word_epoch
 from qlora_lightning.commands.inspect.gather import Inspection
 from qlora_lightning.commands.inspect.numbers import PERCENTILES
-from qlora_lightning.commands.inspect.pieces import Piece, show_controls
+from qlora_lightning.commands.inspect.pieces import Piece
 from qlora_lightning.errors import UserError
+from qlora_lightning.page.render import render_page as _render
+from qlora_lightning.page.visible import show_controls
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _HEIGHT, _PITCH = 180, 46  # of the bars, in units of the drawing
@@ -31,12 +31,8 @@ def write_page(found: Inspection, file: Path) -> None:
 
 def render_page(found: Inspection) -> str:
     """Return the page's HTML; every text from outside is escaped."""
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["visible"] = show_controls
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    return _render(
+        _TEMPLATE,
         found=found,
         version=__version__,
         headline=headline(found.splits[0], found.epoch),

@@ -1,12 +1,10 @@
 """A sample as the pieces of text that its tokens stand for."""
 
-import unicodedata
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no character yet
 _LONGEST_GROUP = 16
-_JOINER = "\N{ZERO WIDTH JOINER}"  # inside emoji
 
 
 class Piece(NamedTuple):
@@ -81,22 +79,3 @@ class PieceCutter:
             return ""
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
-
-
-def show_controls(text: str) -> str:
-    """Make characters visible that would not be, or that would act on a terminal; newlines stay."""
-    return "".join(map(_show_control, text))
-
-
-def _show_control(character: str) -> str:
-    code = ord(character)
-    if character == "\t":
-        return "⇥"
-    if code < 32 and character != "\n":
-        return chr(0x2400 + code)  # Unicode's pictures of control characters
-    if code == 127:
-        return "␡"
-    invisible = unicodedata.category(character) in ("Cc", "Cf") and character not in ("\n", _JOINER)
-    if not invisible:
-        return character
-    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"

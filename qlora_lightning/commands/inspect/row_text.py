@@ -6,7 +6,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from qlora_lightning.commands.inspect.pieces import Piece, show_controls
+from qlora_lightning.commands.inspect.pieces import Piece
+from qlora_lightning.page.visible import show_controls
 
 _MARGIN = "  "
 _NEWLINE, _BORDER, _OPEN, _CLOSE, _STOP = "↵", "│", "⟦", "⟧", "■"

@@ -8,8 +8,8 @@ from rich.text import Text
 from qlora_lightning.commands.inspect.facts import SplitFacts, find_faults, table_rows, word_epoch
 from qlora_lightning.commands.inspect.gather import Inspection
 from qlora_lightning.commands.inspect.numbers import PERCENTILES, Bar
-from qlora_lightning.commands.inspect.pieces import show_controls
 from qlora_lightning.commands.inspect.row_text import RowWriter
+from qlora_lightning.page.visible import show_controls
 
 _BAR_WIDTH = 40
 _EIGHTHS = "▏▎▍▌▋▊▉█"

@@ -11,6 +11,7 @@ from qlora_lightning.callbacks import (
     GPUMemoryMonitor,
     LoadingLines,
     PredictionWriter,
+    RunReport,
     StopSignals,
 )
 from qlora_lightning.callbacks.run_folder import RunFolder
@@ -21,7 +22,7 @@ from qlora_lightning.commands.training import QLoRACLI
 # They write, take part in no step, or reset the peak of the device's memory.
 _LEFT_OUT = (
     *(Checkpoint, RunFolder, StopSignals, PredictionWriter, Evaluation, LoadingLines, DryBatch),
-    *(GPUMemoryMonitor, ProgressBar),
+    *(GPUMemoryMonitor, ProgressBar, RunReport),
 )
 _TRAINER: dict[str, Any] = {
     "devices": 1,

@@ -9,7 +9,7 @@ import rich
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-from qlora_lightning.callbacks import BaseComparison
+from qlora_lightning.callbacks import Evaluation, RunReport
 from qlora_lightning.commands import training
 from qlora_lightning.commands.sweep.dimensions import Dimension, show_value
 from qlora_lightning.commands.sweep.judge import TrialJudge
@@ -65,7 +65,7 @@ class TrialCLI(QLoRACLI):
             raise UserError(f"A sweep trains on one device, found {trainer.world_size}: add --trainer.devices 1.")
         if is_trial_run(trainer):
             raise UserError("trainer.fast_dev_run keeps nothing that trials could be compared by: leave it out.")
-        kept = [each for each in callbacks_of(trainer) if not isinstance(each, BaseComparison)]
+        kept = [each for each in callbacks_of(trainer) if not isinstance(each, Evaluation | RunReport)]
         trainer.callbacks = [*kept, self._judge]
         return trainer
 

@@ -1,0 +1,153 @@
+"""``qlora-lightning report``: the page of a run again, or several runs side by side."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qlora_lightning.errors import UserError
+from qlora_lightning.report.page import MARK, NAME, render_comparison, render_run, result_table
+from qlora_lightning.report.results import RESULTS, find_results, write_result
+from qlora_lightning.report.run import Run, name_runs, read_run
+from qlora_lightning.report.settings import find_differences
+from qlora_lightning.safe_file import write_whole
+
+_FORMAT, _VERSION = "qlora_lightning report", 1
+_SEVERAL = Path("comparison.html")
+_DESCRIPTION = """Make the report of a run again, from what its folder holds now, or compare several runs.
+
+The page is one file that needs no network: curves, base against adapter, samples, data, versions, and the command to
+reproduce. With several runs it holds the curves of all in one picture, and the settings and results that differ."""
+_EPILOG = """examples:
+  qlora-lightning report runs/quickstart
+  qlora-lightning report runs/a runs/b --out a-and-b.html --json a-and-b.json
+
+RUN is what trainer.default_root_dir of a fit was; one that is still going will do. Without --out the page of one run
+is its report.html, that of several is comparison.html here. A file that is no page of ours is kept, unless --force."""
+_TABLE = ("val_loss", "exact_match", "tokens_per_second", "peak_memory_gib", "minutes")  # what fits a terminal
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the page of one run or several; return the exit code.
+
+    Raises:
+        UserError: A folder holds no run, a file of it is damaged, or a file cannot be written or would be lost.
+    """
+    options = _parse(argv)
+    folders = _distinct(options.runs)
+    runs = [read_run(folder, name) for folder, name in zip(folders, name_runs(folders), strict=True)]
+    page = Path(options.out) if options.out else folders[0] / NAME if len(folders) == 1 else _SEVERAL
+    figures = Path(options.json) if options.json else None
+    _check_target("--out", page, MARK, options.force)
+    if figures is not None:
+        _check_target("--json", figures, f'"format": "{_FORMAT}"', options.force)
+    _write(page, render_run(runs[0]) if len(runs) == 1 else render_comparison(runs))
+    if figures is not None:
+        _write(figures, json.dumps(summarize(runs), indent=2, ensure_ascii=False) + "\n")
+    console = Console(highlight=False)
+    console.print(_table(runs))
+    console.print(f"Page: {page}", markup=False, soft_wrap=True)
+    return 0
+
+
+def summarize(runs: Sequence[Run]) -> dict[str, Any]:
+    """Gather figures and settings of runs, in the form of the JSON; names of figures end in their units."""
+    return {
+        "format": _FORMAT,
+        "format_version": _VERSION,
+        "runs": [
+            {
+                "folder": str(run.folder),
+                "name": run.name,
+                "status": run.status,
+                "results": find_results(run),
+                "config": dict(run.config),
+            }
+            for run in runs
+        ],
+        "differing_settings": find_differences([run.config for run in runs]) if len(runs) > 1 else {},
+    }
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    try:
+        options, unknown = _parser().parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}. See `qlora-lightning report --help`.") from error
+    if unknown:
+        raise UserError(f"There is no option {unknown[0]}. See `qlora-lightning report --help`.")
+    if not options.runs:
+        raise UserError("Name a run folder, or several: `qlora-lightning report runs/quickstart`.")
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qlora-lightning report",
+        usage="qlora-lightning report RUN [RUN …] [--out FILE] [--json FILE] [--force]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder")
+    parser.add_argument("--out", metavar="FILE", help="write the page there")
+    parser.add_argument("--json", metavar="FILE", help="write results and settings there")
+    parser.add_argument("--force", action="store_true", help="write over any file")
+    return parser
+
+
+def _distinct(names: Sequence[str]) -> list[Path]:
+    """Give each folder once, however it was spelt."""
+    return list({Path(name).resolve(): Path(name) for name in reversed(names)}.values())[::-1]
+
+
+def _check_target(option: str, file: Path, mark: str, force: bool) -> None:
+    """Refuse, before anything is read, a file that cannot be written or is somebody else's.
+
+    Raises:
+        UserError: It is.
+    """
+    if not file.parent.is_dir():
+        raise UserError(f"{option} {file}: there is no folder {file.parent}.")
+    if file.is_dir():
+        raise UserError(f"{option} {file}: that is a folder; name a file.")
+    if force or not file.exists():
+        return
+    with file.open(encoding="utf-8", errors="replace") as handle:
+        if mark not in handle.read(1000):
+            raise UserError(f"{option} {file}: the file is there, and is no report. Name another, or add --force.")
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        write_whole(file, text)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror}).") from error
+
+
+def _table(runs: Sequence[Run]) -> Table:
+    """The figures that fit a terminal, a line a run; columns that no run fills are left out."""
+    found = [find_results(run) for run in runs]
+    shown = [
+        result for result in RESULTS if result.name in _TABLE and any(each[result.name] is not None for each in found)
+    ]
+    best = dict(result_table(runs))
+    table = Table(title="Runs" if len(runs) > 1 else None, title_justify="left")
+    table.add_column("run", overflow="fold")
+    table.add_column("")
+    for result in shown:
+        table.add_column(result.heading.replace("validation", "val"), justify="right")
+    for number, (run, figures) in enumerate(zip(runs, found, strict=True)):
+        cells = []
+        for result in shown:
+            style = "bold green" if best[result.heading][number][1] else ""
+            cells.append(Text(write_result(figures[result.name], result.style), style))
+        table.add_row(Text(run.name), Text(run.status, "" if run.status == "finished" else "yellow"), *cells)
+    return table

@@ -1,0 +1,121 @@
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from qlora_lightning.cli import main as cli
+from qlora_lightning.commands.report import main
+from qlora_lightning.errors import UserError
+from qlora_lightning.report.manifest import write_manifest
+
+
+@pytest.fixture
+def make_run(tmp_path, monkeypatch):
+    """Write a run folder under runs/, and go where it lies."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def make(name, rank=8, loss=0.5, **manifest):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        speed = 100 * rank
+        (folder / "metrics.csv").write_text(
+            f"step,train_loss,tokens_per_second,val_loss\n0,2.0,{speed},\n1,1.0,{speed},\n1,,,{loss}\n"
+        )
+        config = {"model": {"rank": rank}, "trainer": {"default_root_dir": f"runs/{name}"}}
+        write_manifest(
+            folder, {"status": "finished", "config": config, "progress": {"steps": 2, "seconds": 90}} | manifest
+        )
+        return folder
+
+    return make
+
+
+def test_a_run_gets_its_page_again_and_a_table(make_run, capsys):
+    folder = make_run("one")
+    assert cli(["report", "runs/one"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"│ one +│ finished │ +0.5000 │ +800 │ +1.5 │", out)
+    assert out.rstrip().endswith("Page: runs/one/report.html")
+    assert "exact match" not in out
+    first = (folder / "report.html").read_bytes()
+    assert cli(["report", "runs/one", "runs/../runs/one/"]) == 0  # one run, however often it is named
+    assert (folder / "report.html").read_bytes() == first
+
+
+def test_several_runs_are_compared_as_a_page_and_as_json(make_run, capsys, tmp_path):
+    make_run("one")
+    make_run("two", rank=16, loss=0.25, status="running")
+    assert cli(["report", "runs/one", "runs/two", "--json", "both.json"]) == 0
+    out = capsys.readouterr().out
+    assert out.rstrip().endswith("Page: comparison.html")
+    assert re.search(r"│ two +│ killed +│ +0.2500 │ +1,600 │", out)
+    assert not (tmp_path / "runs/one/report.html").exists()
+    found = json.loads((tmp_path / "both.json").read_text())
+    assert (found["format"], found["format_version"]) == ("qlora_lightning report", 1)
+    assert found["differing_settings"] == {"model.rank": [8, 16]}
+    assert [run["results"]["val_loss"] for run in found["runs"]] == [0.5, 0.25]
+    assert [run["folder"] for run in found["runs"]] == ["runs/one", "runs/two"]
+    assert cli(["report", "runs/two", "runs/one", "--json", "both.json"]) == 0  # its own files are made anew
+
+
+def test_exact_match_is_in_the_table_where_it_was_measured(make_run, capsys):
+    folder = make_run("one")
+    (folder / "evaluation.json").write_text('{"metrics": {"exact_match": {"adapter": {"value": 0.97}}}}')
+    main(["runs/one"])
+    assert re.search(r"exact match.*\n.*\n.*│ +97.0% │", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("option", ["--out", "--json"])
+def test_a_file_of_somebody_else_is_kept_unless_forced(make_run, option, tmp_path):
+    make_run("one")
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=rf"{option} mine\.txt: the file is there"):
+        main(["runs/one", option, "mine.txt"])
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert not (tmp_path / "runs/one/report.html").exists()
+    assert main(["runs/one", option, "mine.txt", "--force"]) == 0
+    assert (tmp_path / "mine.txt").read_text() != "mine"
+
+
+def test_a_report_html_of_somebody_else_in_the_run_folder_is_kept_too(make_run):
+    (make_run("one") / "report.html").write_text("<p>notes</p>")
+    with pytest.raises(UserError, match="no report"):
+        main(["runs/one"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "Name a run folder"),
+        (["runs/none"], "There is no folder runs/none"),
+        (["runs"], r"runs holds no run.*Runs lie in it: runs/one\."),
+        (["runs/one", "--out", "none/page.html"], "there is no folder none"),
+        (["runs/one", "--out", "runs"], "that is a folder"),
+        (["runs/one", "--jsn", "x"], "There is no option --jsn"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(make_run, capsys, arguments, words):
+    make_run("one")
+    assert cli(["report", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert re.search(words, error)
+    assert len(error.splitlines()) == 1
+
+
+def test_the_examples_of_the_help_run_and_need_no_torch(make_run, capsys, tmp_path):
+    for name in ("quickstart", "a", "b"):
+        make_run(name)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    examples = re.findall(r"^  qlora-lightning (report .*)$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert len(examples) == 2
+    program = "import sys\nfrom qlora_lightning.cli import main\n"
+    program += "".join(f"assert main({shlex.split(example)}) == 0\n" for example in examples)
+    program += "assert not {'torch', 'lightning', 'transformers'} & set(sys.modules)\n"
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "a-and-b.html").exists()
+    assert (tmp_path / "a-and-b.json").exists()

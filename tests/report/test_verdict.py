@@ -1,0 +1,43 @@
+from qlora_lightning.report.run import Run
+from qlora_lightning.report.verdict import Sample, metric_rows, samples_of
+
+
+def make(**files):
+    return Run(folder="a", name="a", status="finished", **files)
+
+
+def test_metrics_are_shown_with_their_difference():
+    loss = {"base": {"value": 2.0}, "adapter": {"value": 0.5}, "difference": {"value": -1.5}}
+    (row,) = metric_rows(make(evaluation={"metrics": {"loss": loss}}))
+    assert row == ("loss", [("2", ""), ("0.5", ""), ("−1.5", "")])
+        ("loss", [("2", ""), ("0.5", ""), ("−1.5", "")])
+    ]
+
+
+def test_intervals_stand_beside():
+    match = {
+        "base": {"value": 0.0, "low": 0.0, "high": 0.04},
+        "adapter": {"value": 0.97, "low": 0.92, "high": 0.99},
+        "difference": {"value": 0.97, "low": 0.91, "high": 0.99},
+    }
+    (row,) = metric_rows(make(evaluation={"metrics": {"exact_match": match}}))
+    assert row == (
+        "exact match",
+        [("0.0%", "0.0% to 4.0%"), ("97.0%", "92.0% to 99.0%"), ("+97.0%", "+91.0% to +99.0%")],
+    )
+
+
+def test_samples_tell_right_from_wrong_and_are_cut():
+    right = {"samples": [{"prompt": "p", "expected": "x", "base": "y", "adapter": " x\n"}]}
+    (sample,) = samples_of(make(evaluation=right))
+    assert sample == Sample("p", "x", "y", "x")
+    assert sample.is_right
+    found = {"samples": [{"prompt": "q", "expected": "1", "base": "z" * 5000, "adapter": None}]}
+    (other,) = samples_of(make(evaluation=found))
+    assert not other.is_right
+    assert other.base == "z" * 1200 + " …"
+
+
+def test_a_run_without_validation_has_neither():
+    assert metric_rows(make()) == []
+    assert samples_of(make()) == []

@@ -23,6 +23,11 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "test": (_TRAINING, True, "the same on the test rows"),
     "predict": (_TRAINING, True, "answer the rows of data.predict into predictions.jsonl"),
     "inspect": ("qlora_lightning.commands.inspect", False, "report on the data, and show rows as the model sees them"),
+    "plan": (
+        "qlora_lightning.commands.plan",
+        False,
+        "show the model, its memory and the run's length, before loading",
+    ),
     "profile": ("qlora_lightning.commands.profile", False, "say where a step's time and memory go, by part"),
     "cache": ("qlora_lightning.commands.cache", False, "list or clear unpacked and quantized bases"),
     "recipes": (

@@ -6,6 +6,7 @@ from qlora_lightning.callbacks.dry_batch import DryBatch
 from qlora_lightning.callbacks.gpu_memory import GPUMemoryMonitor
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
 from qlora_lightning.callbacks.loss_spikes import LossSpikeMonitor
+from qlora_lightning.callbacks.memory_comparison import MemoryComparison
 from qlora_lightning.callbacks.prediction_writer import PredictionWriter
 from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.callbacks.throughput import ThroughputMonitor
@@ -17,6 +18,7 @@ __all__ = [
     "GPUMemoryMonitor",
     "GradientCheckpointing",
     "LossSpikeMonitor",
+    "MemoryComparison",
     "PredictionWriter",
     "StopSignals",
     "ThroughputMonitor",

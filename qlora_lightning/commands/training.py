@@ -20,6 +20,7 @@ from qlora_lightning.callbacks import (
     GPUMemoryMonitor,
     GradientCheckpointing,
     LossSpikeMonitor,
+    MemoryComparison,
     PredictionWriter,
     StopSignals,
     ThroughputMonitor,
@@ -145,7 +146,7 @@ class QLoRACLI(LightningCLI):
         loggers: Any = False if chosen is False or settings.get("fast_dev_run") else [*own, *others] or False
         named = settings.get("callbacks") or []
         named = named if isinstance(named, list) else [named]
-        usual: list[type[Callback]] = [StopSignals, DryBatch, LossSpikeMonitor, BaseComparison]
+        usual: list[type[Callback]] = [StopSignals, MemoryComparison, DryBatch, LossSpikeMonitor, BaseComparison]
         usual += [PredictionWriter, ProcessWatch]
         added = [kind() for kind in usual if not any(isinstance(callback, kind) for callback in named)]
         callbacks = [*named, RunFolder(self._short_config()), *added]

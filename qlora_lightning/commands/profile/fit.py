@@ -5,7 +5,14 @@ from typing import Any
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 
-from qlora_lightning.callbacks import BaseComparison, DryBatch, GPUMemoryMonitor, PredictionWriter, StopSignals
+from qlora_lightning.callbacks import (
+    BaseComparison,
+    DryBatch,
+    GPUMemoryMonitor,
+    MemoryComparison,
+    PredictionWriter,
+    StopSignals,
+)
 from qlora_lightning.callbacks.run_folder import RunFolder
 from qlora_lightning.commands.profile.recorder import BEFORE, StepRecorder
 from qlora_lightning.commands.profile.scopes import ActionRanges
@@ -14,7 +21,7 @@ from qlora_lightning.commands.training import QLoRACLI
 # They write, take part in no step, or reset the peak of the device's memory.
 _LEFT_OUT = (
     *(Checkpoint, RunFolder, StopSignals, PredictionWriter, BaseComparison, DryBatch),
-    *(GPUMemoryMonitor, ProgressBar),
+    *(GPUMemoryMonitor, MemoryComparison, ProgressBar),
 )
 _TRAINER: dict[str, Any] = {
     "devices": 1,

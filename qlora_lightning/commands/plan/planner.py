@@ -1,0 +1,145 @@
+"""A config as a plan: the weightless model, and the memory of its steps."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_lightning.errors import UserError
+from qlora_lightning.model.dtypes import choose_compute_dtype
+from qlora_lightning.model.layer_shapes import BatchShape
+from qlora_lightning.model.memory_plan import MemoryPlan, StepSettings, plan_memory
+from qlora_lightning.model.quantized import Quantization, check_stored_quantization
+from qlora_lightning.model.skeleton import build_skeleton
+from qlora_lightning.model.stored_bytes import name_storage
+
+_CONTEXT = 600_000_000  # bytes that CUDA, cuBLAS and the kernels take on a card, beside tensors; an estimate
+
+
+@dataclass(frozen=True)
+class Choice:
+    """All that a plan depends on, beside the base and the data.
+
+    Attributes:
+        quantization: ``model.quantization``.
+        double_quant: ``model.double_quant``.
+        optimizer: ``model.optimizer``.
+        adapter: ``model.adapter``.
+        adapter_options: Arguments of :func:`qlora_lightning.model.adapters.add_adapters`.
+        fast: ``model.fast``.
+        every_n_layers: Every n-th layer is checkpointed; 0: none.
+        batch: The largest micro-batch.
+    """
+
+    quantization: Quantization
+    double_quant: bool
+    optimizer: str | dict[str, Any] | None
+    adapter: str | None
+    adapter_options: dict[str, Any]
+    fast: bool
+    every_n_layers: int
+    batch: BatchShape
+
+
+class Planner:
+    """Plans choices on one base and one kind of device.
+
+    Args:
+        config: transformers' config of the base.
+        device: ``cpu`` or ``cuda``.
+        compute_dtype: ``model.compute_dtype``.
+        process: Bytes of this process without a model.
+    """
+
+    def __init__(self, config: Any, device: str, compute_dtype: Any, process: int) -> None:
+        self.config, self.device = config, device
+        self.dtype = _choose_dtype(compute_dtype, device)
+        self.process = process if device == "cpu" else _CONTEXT
+        self._models: dict[str, nn.Module] = {}
+
+    def model(self, choice: Choice) -> nn.Module:
+        """Give the weightless model of a choice.
+
+        Raises:
+            UserError: A setting of the adapters cannot be used.
+        """
+        key = repr((choice.quantization, choice.adapter, choice.adapter_options, choice.fast))
+        if key not in self._models:
+            self._models[key] = build_skeleton(
+                self.config,
+                compute_dtype=self.dtype,
+                quantization=choice.quantization,
+                adapter=choice.adapter,
+                adapter_options=choice.adapter_options,
+                fast=choice.fast,
+            )
+        return self._models[key]
+
+    def plan(self, choice: Choice) -> MemoryPlan:
+        """Plan the memory of a choice."""
+        settings = StepSettings(
+            storage=name_storage(choice.quantization, choice.double_quant),
+            number_bytes=self.dtype.itemsize,
+            every_n_layers=choice.every_n_layers,
+            optimizer=choice.optimizer,
+            device=self.device,
+            process=self.process,
+        )
+        return plan_memory(self.model(choice), choice.batch, settings)
+
+
+def read_choice(module: Any, checkpointing: dict[str, Any], batch: BatchShape, config: Any) -> Choice:
+    """Read the choice of a config.
+
+    Args:
+        module: A ``QLoRAModule`` without its model.
+        checkpointing: The section of that name.
+        batch: The largest micro-batch.
+        config: transformers' config of the base, which may be stored quantized.
+
+    Raises:
+        UserError: The base is stored quantized in another way than the config says.
+    """
+    double_quant = module.double_quant
+    if getattr(config, "quantization_config", None) is not None:
+        stored = check_stored_quantization(config, module.quantization, module.base)
+        double_quant = bool(stored.get("bnb_4bit_use_double_quant", False))
+        del config.quantization_config
+    return Choice(
+        quantization=module.quantization,
+        double_quant=double_quant,
+        optimizer=module.optimizer_choice,
+        adapter=module.adapter,
+        adapter_options=module.adapter_options,
+        fast=module.fast,
+        every_n_layers=checkpointing["every_n_layers"] if checkpointing["enabled"] else 0,
+        batch=batch,
+    )
+
+
+def choose_device(accelerator: str, *, named_memory: bool) -> str:
+    """Choose whose memory is planned: ``cpu`` or ``cuda``.
+
+    ``auto`` is CUDA where this machine has it, or where the user names the memory of a device.
+
+    Args:
+        accelerator: ``trainer.accelerator``.
+        named_memory: Whether ``--device-memory`` is given.
+
+    Raises:
+        UserError: It is another kind of device.
+    """
+    if accelerator == "auto":
+        return "cuda" if named_memory or torch.cuda.is_available() else "cpu"
+    if accelerator in ("gpu", "cuda"):
+        return "cuda"
+    if accelerator == "cpu":
+        return "cpu"
+    raise UserError(f"trainer.accelerator is {accelerator}: plan knows cpu, gpu and auto.")
+
+
+def _choose_dtype(name: Any, device: str) -> torch.dtype:
+    if device == "cuda" and not torch.cuda.is_available():  # a config for another machine: a card of this decade
+        return torch.bfloat16 if name == "auto" else choose_compute_dtype(name, torch.device("meta"))
+    return choose_compute_dtype(name, torch.device(device))

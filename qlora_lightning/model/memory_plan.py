@@ -1,0 +1,93 @@
+"""The memory of a training step by part, before it runs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qlora_lightning.model.kept_memory import (
+    kept_by_layers,
+    kept_outside,
+    room_of_backward,
+    room_of_logits,
+    room_of_loss,
+)
+from qlora_lightning.model.layer_shapes import BatchShape, read_layers
+from qlora_lightning.model.optimizer_bytes import count_optimizer_bytes
+from qlora_lightning.model.stored_bytes import count_base_bytes, count_trained_parameters
+
+_MASTER = 4  # bytes: adapters and their gradients are float32
+PARTS = {
+    "base": "frozen, as stored",
+    "adapters": "float32",
+    "gradients": "of the adapters, float32",
+    "optimizer": "its state",
+    "activations": "kept from forward until backward",
+    "logits": "at a time",
+    "workspace": "beside logits, made and dropped in a step",
+    "process": "Python, libraries, data",
+}
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What of a config decides how much memory a step takes.
+
+    Attributes:
+        storage: Of the base; see :data:`qlora_lightning.model.stored_bytes.STORAGES`.
+        number_bytes: Of a number in the dtype of the products.
+        every_n_layers: Every n-th layer is checkpointed; 0: none.
+        optimizer: As ``model.optimizer`` takes it.
+        device: ``cpu`` or ``cuda``.
+        process: Bytes of the process without the model, on a CPU; of the context on CUDA.
+    """
+
+    storage: str
+    number_bytes: int
+    every_n_layers: int
+    optimizer: str | dict[str, Any] | None
+    device: str
+    process: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by part, in the order of :data:`PARTS`; they add up to the peak."""
+
+    parts: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most at a time."""
+        return sum(self.parts.values())
+
+
+def plan_memory(model: nn.Module, batch: BatchShape, settings: StepSettings) -> MemoryPlan:
+    """Predict the memory of training steps on a micro-batch.
+
+    The peak is that of a step after the first, when the optimizer has its state: either where the loss is computed or
+    in the backward of a layer.
+
+    Args:
+        model: A causal language model with its adapters; it may be on the meta device.
+        batch: The largest micro-batch.
+        settings: Of the config.
+    """
+    e, device = settings.number_bytes, settings.device
+    layers = read_layers(model, settings.every_n_layers)
+    trained = count_trained_parameters(model)
+    vocabulary = model.get_output_embeddings().out_features  # type: ignore[operator,union-attr]
+    logits = room_of_logits(batch, vocabulary, e)
+    of_loss = room_of_loss(layers, batch, vocabulary, e, device)
+    workspace = max(of_loss, room_of_backward(layers, batch, e, device) - logits)
+    sizes = (
+        count_base_bytes(model, settings.storage, e),
+        _MASTER * trained,
+        _MASTER * trained,
+        count_optimizer_bytes(model, settings.optimizer),
+        kept_by_layers(layers, batch, e, device) + kept_outside(layers, batch, e),
+        logits,
+        workspace,
+        settings.process,
+    )
+    return MemoryPlan(dict(zip(PARTS, sizes, strict=True)))

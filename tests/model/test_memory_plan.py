@@ -1,0 +1,60 @@
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from qlora_lightning.model.layer_shapes import BatchShape
+from qlora_lightning.model.memory_plan import PARTS, StepSettings, plan_memory
+from qlora_lightning.model.optimizer_bytes import count_optimizer_bytes
+from qlora_lightning.model.skeleton import build_skeleton
+from qlora_lightning.model.stored_bytes import count_base_bytes
+
+BATCH = BatchShape((40, 24), labelled=32)
+# A and B of rank 2 of seven linears in two layers: 64 → 64, 32, 32, 64; 64 → 128 twice; 128 → 64
+TRAINED = 2 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base):
+    settings = {"compute_dtype": torch.bfloat16, "quantization": "nf4", "adapter": None, "fast": True}
+    return build_skeleton(LlamaConfig.from_pretrained(tiny_base), adapter_options={"rank": 2}, **settings)
+
+
+def settings(**changes):
+    usual = {"storage": "nf4", "number_bytes": 2, "every_n_layers": 0, "optimizer": None, "device": "cpu"}
+    return StepSettings(**{**usual, "process": 1000, **changes})
+
+
+def test_every_part_is_there_and_they_add_up(model):
+    plan = plan_memory(model, BATCH, settings())
+    assert list(plan.parts) == list(PARTS)
+    assert plan.peak_bytes == sum(plan.parts.values())
+    assert plan.parts["base"] == count_base_bytes(model, "nf4")
+    assert plan.parts["adapters"] == plan.parts["gradients"] == 4 * TRAINED
+    assert plan.parts["process"] == 1000
+    assert plan.parts["logits"] == 32 * model.get_output_embeddings().out_features * 2
+    assert plan.parts["workspace"] > 0
+
+
+def test_more_tokens_take_more_and_checkpoints_less(model):
+    usual = plan_memory(model, BATCH, settings()).parts
+    double = plan_memory(model, BatchShape((40, 24) * 2, 64), settings()).parts
+    assert double["activations"] == 2 * usual["activations"]
+    assert plan_memory(model, BATCH, settings(every_n_layers=1)).parts["activations"] < usual["activations"] / 2
+
+
+def test_adamw_has_two_averages_and_a_count_for_each_tensor(model):
+    assert count_optimizer_bytes(model, None) == 8 * TRAINED + 4 * 2 * 2 * 7
+
+
+def test_other_optimizers_are_asked(model):
+    assert count_optimizer_bytes(model, "torch.optim.AdamW") == count_optimizer_bytes(model, None)
+    assert count_optimizer_bytes(model, "torch.optim.SGD") == 0
+    momentum = {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}
+    assert count_optimizer_bytes(model, momentum) == 4 * TRAINED
+
+
+def test_eight_bit_averages_take_a_quarter(tiny_base):
+    linear = torch.nn.Linear(1024, 64, bias=False)
+    eight = count_optimizer_bytes(linear, "bitsandbytes.optim.AdamW8bit")
+    # a scale for each 256 numbers
+    assert eight == pytest.approx(2 * (65_536 + 4 * 256), rel=0.1)

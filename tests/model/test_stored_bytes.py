@@ -1,0 +1,108 @@
+import json
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from qlora_lightning.model.quantized import load_base
+from qlora_lightning.model.skeleton import build_skeleton
+from qlora_lightning.model.stored_bytes import (
+    STORAGES,
+    count_base_bytes,
+    count_base_parameters,
+    count_trained_parameters,
+    name_storage,
+)
+from qlora_lightning.model.summary import bytes_by_dtype
+
+ROOT = Path(__file__).parents[2]
+
+
+def skeleton(config, quantization="nf4", **options):
+    import torch
+
+    options = {"rank": 8, **options}
+    settings = {"compute_dtype": torch.bfloat16, "adapter": None, "fast": True}
+    return build_skeleton(config, quantization=quantization, adapter_options=options, **settings)
+
+
+def small(**settings):
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaConfig(vocab_size=100, num_hidden_layers=2, tie_word_embeddings=False, **{**shape, **settings})
+
+
+# by hand: queries and output 64 × 64, keys and values 32 × 64, gate, up and down 128 × 64
+IN_LINEARS = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
+ROWS = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
+NORMS, EMBEDDING = 5 * 64, 100 * 64
+
+
+def test_a_small_base_is_counted_by_hand():
+    model = skeleton(small())
+    others = NORMS + 2 * EMBEDDING
+    assert count_base_parameters(model) == IN_LINEARS + others
+    # scales: one for 64 numbers; of a weight of 4,096 numbers 64, which share one outer scale
+    outer = 2 * 7
+    expected = {
+        "fp32": 4 * (IN_LINEARS + others),
+        "bf16": 2 * (IN_LINEARS + others),
+        "int8": IN_LINEARS + 4 * ROWS + 2 * others,
+        "nf4": IN_LINEARS // 2 + 4 * IN_LINEARS // 64 + 2 * others,
+        "nf4 + double quantization": IN_LINEARS // 2 + IN_LINEARS // 64 + 4 * outer + 2 * others,
+    }
+    assert {storage: count_base_bytes(model, storage) for storage in STORAGES} == expected
+    # A 8 × in, B out × 8
+    pairs = 2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128)
+    assert count_trained_parameters(model) == 2 * 8 * pairs
+
+
+def test_a_tied_head_counts_once():
+    assert count_base_parameters(skeleton(small(tie_word_embeddings=True))) == IN_LINEARS + NORMS + EMBEDDING
+
+
+@pytest.mark.parametrize("quantization", ["int8", "none"])
+def test_the_way_the_skeleton_is_stored_changes_no_count(quantization):
+    assert count_base_bytes(skeleton(small(), quantization), "nf4") == count_base_bytes(skeleton(small()), "nf4")
+
+
+def test_llama_3_1_8b_has_its_known_sizes():
+    config = LlamaConfig(**json.loads((ROOT / "configs/shapes/llama-3.1-8b/config.json").read_text()))
+    model = skeleton(config, rank=16)
+    assert count_base_parameters(model) == 8_030_261_248  # as its model card says: 8.03 billion
+    sizes = {storage: count_base_bytes(model, storage) / 1e9 for storage in STORAGES}
+    rounded = {storage: round(size, 2) for storage, size in sizes.items()}
+    assert rounded == {"fp32": 32.12, "bf16": 16.06, "int8": 9.09, "nf4": 6.03, "nf4 + double quantization": 5.70}
+    assert count_trained_parameters(model) == 41_943_040  # rank 16 on all linears, as PEFT prints it
+
+
+def test_llama_3_2_1b_has_its_known_size():
+    config = LlamaConfig(**json.loads((ROOT / "configs/shapes/llama-3.2-1b/config.json").read_text()))
+    assert count_base_parameters(skeleton(config)) == 1_235_814_400
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_a_loaded_base_takes_as_much_as_planned(tiny_base, quantization, double_quant):
+    import torch
+
+    loaded = load_base(str(tiny_base), quantization=quantization, double_quant=double_quant, cache=False).model
+    found = sum(bytes_by_dtype(loaded).values())
+    if quantization == "int8":  # whose scales are no parameters
+        found += sum(module.weight.SCB.nbytes for module in loaded.modules() if hasattr(module.weight, "SCB"))
+    planned = count_base_bytes(
+        skeleton(LlamaConfig.from_pretrained(tiny_base)), name_storage(quantization, double_quant)
+    )
+    assert loaded.dtype == torch.bfloat16
+    assert planned == found
+
+
+def test_a_loaded_model_is_counted_as_its_skeleton(tiny_base):
+    from qlora_lightning import QLoRAModule
+
+    module = QLoRAModule(str(tiny_base), rank=8, compute_dtype="bf16")
+    module.configure_model()
+    planned = skeleton(LlamaConfig.from_pretrained(tiny_base))
+    for count in (count_base_parameters, count_trained_parameters):
+        assert count(module.model) == count(planned)
+    for storage in STORAGES:
+        assert count_base_bytes(module.model, storage) == count_base_bytes(planned, storage)

@@ -88,8 +88,10 @@ class MemoryComparison(Callback):
                 "labelled": self._largest.labelled,
             },
         }
-        with writing_to(Path(trainer.default_root_dir)):
-            write_whole(Path(trainer.default_root_dir) / _FILE, json.dumps(found, indent=2) + "\n")
+        folder = Path(trainer.default_root_dir)
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / _FILE, json.dumps(found, indent=2) + "\n")
         say(describe(plan.peak_bytes, self._measured))
 
     def _settings(self, trainer: Trainer, module: QLoRAModule) -> StepSettings:

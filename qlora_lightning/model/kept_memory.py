@@ -8,16 +8,15 @@ from qlora_lightning.model.layer_shapes import BatchShape, LayerShape, LinearSha
 from qlora_lightning.model.loss import CHUNK
 
 _SHORT = 320  # tokens: BlockAttention keeps the probabilities of samples up to here
-_FLOAT = 4  # bytes of a float32
+_FLOAT, _INDEX = 4, 8  # bytes of a float32, of a position
 
 
 def kept_by_layers(layers: list[LayerShape], batch: BatchShape, e: int, device: str) -> int:
     """Count what the decoder layers keep from forward until backward; of checkpointed ones their inputs."""
-    kept = 0
-    for layer in layers:
-        whole = kept_by_layer(layer, batch, e, device)
-        kept += min(whole, batch.tokens * layer.width * e) if layer.checkpointed else whole
-    return kept
+    return sum(
+        batch.tokens * layer.width * e if layer.checkpointed else kept_by_layer(layer, batch, e, device)
+        for layer in layers
+    )
 
 
 def kept_by_layer(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
@@ -28,10 +27,10 @@ def kept_by_layer(layer: LayerShape, batch: BatchShape, e: int, device: str) -> 
 
 def kept_outside(layers: list[LayerShape], batch: BatchShape, e: int) -> int:
     """Count what the last norm, in float32, the angles of rotary embedding and the loss keep."""
-    head_width = layers[0].linears["q_proj"].outputs // layers[0].heads
-    norm = batch.tokens * (layers[0].width * _FLOAT + _FLOAT)
-    angles = 2 * batch.tokens * head_width * e
-    return norm + angles + batch.labelled * layers[0].width * e
+    width, head_width = layers[0].width, layers[0].linears["q_proj"].outputs // layers[0].heads
+    norm = batch.tokens * (width * _FLOAT + _FLOAT)
+    angles = 2 * batch.tokens * head_width * e if any(not each.checkpointed and each.trains for each in layers) else 0
+    return norm + angles + batch.labelled * (width * e + _INDEX)
 
 
 def room_of_logits(batch: BatchShape, vocabulary: int, e: int) -> int:
@@ -41,9 +40,10 @@ def room_of_logits(batch: BatchShape, vocabulary: int, e: int) -> int:
 
 def room_of_loss(layers: list[LayerShape], batch: BatchShape, vocabulary: int, e: int, device: str) -> int:
     """Count what the loss makes and drops beside logits: hidden states, some rows' probabilities."""
-    rows = min(32 if device == "cpu" else CHUNK, batch.labelled)
-    width = layers[0].width
-    return (batch.tokens + batch.labelled) * width * e + 2 * rows * vocabulary * _FLOAT
+    # probabilities in float32, on a CPU of few rows at a time, and what softmax turns to float32 first
+    rows, copies = (32, 2) if device == "cpu" else (CHUNK, 1)
+    probabilities = copies * min(rows, batch.labelled) * vocabulary * _FLOAT
+    return (batch.tokens + batch.labelled) * layers[0].width * e + probabilities
 
 
 def room_of_backward(layers: list[LayerShape], batch: BatchShape, e: int, device: str) -> int:
@@ -113,10 +113,12 @@ def _kept_plain(layer: LayerShape, batch: BatchShape, e: int, device: str) -> in
     if not layer.trains:
         return 0
     t = batch.tokens
-    norms = 2 * t * (layer.width * (_FLOAT + e) + _FLOAT)  # their input in float32, their output
+    norms = 2 * t * (layer.width * _FLOAT + _FLOAT)  # their input in float32
+    normed = 5 * t * layer.width * e  # cast for each linear that reads it
     queries = layer.linears["q_proj"].outputs
     attention = t * (sum(layer.linears[name].outputs for name in ("q_proj", "k_proj", "v_proj")) + 2 * queries) * e
     swiglu = 4 * t * layer.inner_width * e  # gate, silu(gate), up, and their product
     adapted = [linear for linear in layer.linears.values() if linear.rank]
     adapters = sum(t * linear.rank * e + linear.dropout * t * linear.inputs * (e + 1) for linear in adapted)
-    return norms + attention + swiglu + adapters
+    int8 = sum(t * linear.inputs * (e + 1) for linear in layer.linears.values() if linear.int8)  # and their inputs
+    return norms + normed + attention + swiglu + adapters + int8

@@ -22,9 +22,9 @@ PARTS = {
     "adapters": "float32",
     "gradients": "of the adapters, float32",
     "optimizer": "its state",
-    "activations": "kept from forward until backward",
+    "activations": "kept until backward",
     "logits": "at a time",
-    "workspace": "beside logits, made and dropped in a step",
+    "workspace": "what else a step makes and drops",
     "process": "Python, libraries, data",
 }
 
@@ -74,7 +74,7 @@ def plan_memory(model: nn.Module, batch: BatchShape, settings: StepSettings) -> 
         settings: Of the config.
     """
     e, device = settings.number_bytes, settings.device
-    layers = read_layers(model, settings.every_n_layers)
+    layers = read_layers(model, settings.every_n_layers, e)
     trained = count_trained_parameters(model)
     vocabulary = model.get_output_embeddings().out_features  # type: ignore[operator,union-attr]
     logits = room_of_logits(batch, vocabulary, e)

@@ -48,12 +48,27 @@ def build_skeleton(
         attention = register_flat_attention(fast)
         model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, attn_implementation=attention)
         model.requires_grad_(False)
-        _quantize(model, quantization, compute_dtype)
+        if not _has_dora(adapter, adapter_options):  # which PEFT measures weights for, in the making
+            _quantize(model, quantization, compute_dtype)
         adapted = _adapt(model, adapter, adapter_options)
     if fast:
         fuse_lora_linears(adapted)
         fuse_decoder_layers(adapted)
     return adapted
+
+
+def _has_dora(adapter: str | None, options: dict[str, Any]) -> bool:
+    if adapter is None:
+        return bool((options.get("lora_options") or {}).get("use_dora"))
+    return bool(_read_folder(adapter).use_dora)
+
+
+def _read_folder(adapter: str) -> peft.LoraConfig:
+    folder = Path(adapter).expanduser()
+    read_identity(folder)  # words a misspelt name
+    settings = peft.LoraConfig.from_pretrained(str(folder))
+    settings.base_model_name_or_path, settings.inference_mode = None, False
+    return cast(peft.LoraConfig, settings)
 
 
 def _quantize(model: PreTrainedModel, quantization: Quantization, compute_dtype: torch.dtype) -> None:
@@ -75,9 +90,7 @@ def _quantize(model: PreTrainedModel, quantization: Quantization, compute_dtype:
 def _adapt(model: PreTrainedModel, adapter: str | None, options: dict[str, Any]) -> peft.PeftModel:
     if adapter is None:
         return add_adapters(model, **options)
-    folder = Path(adapter).expanduser()
-    read_identity(folder)  # words a misspelt name
     targets = chosen_targets(model, options)
-    adapted = cast(peft.PeftModel, peft.get_peft_model(model, peft.PeftConfig.from_pretrained(str(folder))))
+    adapted = cast(peft.PeftModel, peft.get_peft_model(model, _read_folder(adapter)))
     check_adapter_options(adapted, targets, options, adapter)
     return adapted

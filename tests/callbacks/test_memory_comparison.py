@@ -66,7 +66,7 @@ def test_a_peak_within_a_step_is_seen(fit, tmp_path):
 
 
 def test_batches_that_nobody_knows_before_are_planned_as_they_came(fit, make_data, tmp_path):
-    data = make_data(batch_size=3, val=None)
+    data = make_data(batch_size=3)
     data.prepare_data()
     data.setup("fit")
     batches = list(data.train_dataloader())[:2]

@@ -63,7 +63,8 @@ def test_help_has_examples(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["plan", "--help"])
     assert stop.value.code == 0
-    assert all(line in capsys.readouterr().out for line in examples())
+    out = capsys.readouterr().out
+    assert all(line in out for line in examples())
     assert len(examples()) == 2
 
 
@@ -107,7 +108,7 @@ def test_llama_8b_is_planned_without_weights_data_or_network(run):
     assert found["memory"]["parts"]["base"] == pytest.approx(5.70e9, rel=0.01)
     assert found["run"] is None
     assert found["largest_batch"] == {"rows": 1, "tokens": 2048, "longest": 2048, "labelled": 2047}
-    for words in ("32 × decoder layer", "4,096 → 14,336", "A 4,096 → 16, B 16 → 1,024", "128,256 × 4,096"):
+    for words in ("32 × decoder layer", "4,096 → 14,336", "A 16 × 4,096, B 1,024 × 16", "128,256 × 4,096"):
         assert words in out
     for size in ("32.1 GB", "16.1 GB", "9.1 GB", "6.0 GB", "5.7 GB"):
         assert size in out
@@ -166,9 +167,9 @@ def test_knobs_follow_the_config(run, options, change):
 def test_what_is_adapted_is_drawn(run):
     out, _ = run("--model.layers", "last:1", "--model.target_modules", "[q_proj, down_proj]")
     lines = {line.split()[2]: line for line in out.splitlines() if "_proj " in line and line.startswith("│")}
-    assert "A 64 → 2, B 2 → 64, layers 1" in lines["q_proj"]
+    assert "A 2 × 64, B 64 × 2, layers 1" in lines["q_proj"]
     assert "frozen" in lines["k_proj"]
-    assert "A 128 → 2, B 2 → 64, layers 1" in lines["down_proj"]
+    assert "A 2 × 128, B 64 × 2, layers 1" in lines["down_proj"]
 
 
 def test_missing_data_are_told_and_the_rest_is_planned(run):

@@ -67,7 +67,6 @@ def kept_by_formula(module, batch, every_n_layers=0, e=2):
         {"target_modules": ["down_proj"], "layers": [0]},
         {"target_modules": ["o_proj"]},
         {"compute_dtype": "fp32", "quantization": "none"},
-        {"lora_options": {"trainable_token_indices": [7]}, "layers": "last:1"},
     ],
     ids=str,
 )
@@ -86,12 +85,16 @@ def test_checkpointed_layers_keep_their_input(tiny_base, every_n_layers, options
     assert kept_by_formula(module, batch, every_n_layers) == pytest.approx(truth, rel=0.03)
 
 
-@pytest.mark.parametrize("options", [{"fast": False}, {"dropout": 0.1}, {"quantization": "int8"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"fast": False}, {"dropout": 0.1}, {"quantization": "int8"}, {"lora_options": {"trainable_token_indices": [7]}}],
+    ids=str,
+)
 def test_the_plain_path_is_an_estimate(tiny_base, options):
     module = make(tiny_base, **options)
     truth, batch = kept_in_truth(module, (150, 150))
     assert not any(layer.fused for layer in read_layers(module.model))
-    assert kept_by_formula(module, batch) == pytest.approx(truth, rel=0.35)
+    assert kept_by_formula(module, batch) == pytest.approx(truth, rel=0.2)
 
 
 def layer(**settings):

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import bitsandbytes as bnb
 import pytest
 from transformers import LlamaConfig
 
@@ -28,7 +29,8 @@ def skeleton(config, quantization="nf4", **options):
 
 def small(**settings):
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaConfig(vocab_size=100, num_hidden_layers=2, tie_word_embeddings=False, **{**shape, **settings})
+    shape |= {"vocab_size": 100, "num_hidden_layers": 2, "tie_word_embeddings": False}
+    return LlamaConfig(**{**shape, **settings})
 
 
 # by hand: queries and output 64 × 64, keys and values 32 × 64, gate, up and down 128 × 64
@@ -88,7 +90,7 @@ def test_a_loaded_base_takes_as_much_as_planned(tiny_base, quantization, double_
     loaded = load_base(str(tiny_base), quantization=quantization, double_quant=double_quant, cache=False).model
     found = sum(bytes_by_dtype(loaded).values())
     if quantization == "int8":  # whose scales are no parameters
-        found += sum(module.weight.SCB.nbytes for module in loaded.modules() if hasattr(module.weight, "SCB"))
+        found += sum(m.weight.SCB.nbytes for m in loaded.modules() if isinstance(m, bnb.nn.Linear8bitLt))
     planned = count_base_bytes(
         skeleton(LlamaConfig.from_pretrained(tiny_base)), name_storage(quantization, double_quant)
     )

@@ -78,7 +78,8 @@ def _read(folder: Path, name: str, trust_remote_code: bool) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    # Each of its checks raises a class of its own.
+    except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(f"Base {name}: transformers cannot use {folder / 'config.json'}: {first_line}") from error
 

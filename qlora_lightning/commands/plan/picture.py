@@ -5,14 +5,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
+from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from qlora_lightning.model.targets import layer_of
-
 _ADAPTED = "green"
+_DOWN = Text("     │")
 _BLOCKS = (
     ("input_layernorm", ("input_layernorm",)),
     ("attention", ("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -28,29 +28,33 @@ def draw_model(model: Any) -> Panel:
         model: A causal language model with its adapters; it may be on the meta device.
     """
     inner = model.get_base_model()
-    config = inner.config
-    layers = list(inner.model.layers)
-    picture = Table.grid(padding=(0, 1))
-    picture.add_row(Text("embed_tokens", "bold"), _describe(inner.model.embed_tokens))
-    picture.add_row("", Text("│"))
+    config, layers = inner.config, list(inner.model.layers)
     title = f"{len(layers)} × decoder layer, {config.num_attention_heads} heads over {config.num_key_value_heads}"
-    picture.add_row("", Panel(_draw_layer(layers, config), title=title, title_align="left", expand=False))
-    picture.add_row("", Text("│"))
-    picture.add_row(Text("norm", "bold"), _describe(inner.model.norm))
-    tied = "  tied to embed_tokens" if config.tie_word_embeddings else ""
-    picture.add_row(Text("lm_head", "bold"), _describe(inner.lm_head) + Text(tied, "dim"))
-    return Panel(picture, title=f"LLaMA, {config.hidden_size:,} wide", title_align="left", expand=False)
+    tied = Text("  tied to embed_tokens" if config.tie_word_embeddings else "", "dim")
+    return Panel(
+        Group(
+            Text.assemble(("embed_tokens  ", "bold"), _describe(inner.model.embed_tokens)),
+            _DOWN,
+            Panel(_draw_layer(layers, config), title=title, title_align="left", expand=False),
+            _DOWN,
+            Text.assemble(("RMSNorm       ", "bold"), _describe(inner.model.norm)),
+            Text.assemble(("lm_head       ", "bold"), _describe(inner.lm_head), tied),
+        ),
+        title=f"LLaMA, {config.hidden_size:,} wide",
+        title_align="left",
+        expand=False,
+    )
 
 
 def _draw_layer(layers: list[nn.Module], config: Any) -> Table:
-    drawing = Table.grid(padding=(0, 1))
+    drawing = Table.grid(padding=(0, 2, 0, 0))
     for block, names in _BLOCKS:
         if len(names) == 1:
             drawing.add_row(Text("RMSNorm", "bold"), Text(f"{config.hidden_size:,}"), "")
             continue
         attends = block == "attention"
-        note = f"head width {config.head_dim}, rotary θ = {_theta(config):,.0f}" if attends else "down(silu(gate) · up)"
-        drawing.add_row(Text(block, "bold"), Text(note, "dim"), "")
+        note = f"head width {config.head_dim}, rotary θ {_theta(config):,.0f}" if attends else "down(silu(gate) · up)"
+        drawing.add_row(Text(block, "bold"), "", Text(note, "dim"))
         for name in names:
             drawing.add_row(Text(f"  {name}"), *_draw_linear([_find(layer, name) for layer in layers]))
         drawing.add_row(Text("  + residual", "dim"), "", "")
@@ -76,7 +80,7 @@ def _draw_linear(linears: list[Any]) -> tuple[Text, Text]:
         return shape, Text("frozen", "dim")
     numbers = ", ".join(str(rank) for rank in sorted(ranks) if rank)
     where = "" if len(adapted) == len(linears) else f", layers {name_ranges(adapted)}"
-    return shape, Text(f"A {base.in_features:,} → {numbers}, B {numbers} → {base.out_features:,}{where}", _ADAPTED)
+    return shape, Text(f"A {numbers} × {base.in_features:,}, B {base.out_features:,} × {numbers}{where}", _ADAPTED)
 
 
 def _rank(linear: Any) -> int:
@@ -102,14 +106,3 @@ def _describe(module: Any) -> Text:
     if adapted:
         return Text(f"{words}  adapter of rank {_rank(module)}", _ADAPTED)
     return Text(f"{words}  trains", _ADAPTED) if trains else Text(words)
-
-
-def count_adapted(model: nn.Module) -> int:
-    """Count the modules with an adapter."""
-    return sum(isinstance(module, LoraLayer) for module in model.modules())
-
-
-def adapted_layers(model: nn.Module) -> list[int]:
-    """List the decoder layers that have an adapter."""
-    found = {layer_of(name) for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    return sorted(number for number in found if number is not None)

@@ -20,7 +20,7 @@ from qlora_lightning.model.stored_bytes import (
 )
 
 _GIB = 2**30
-_BAR = 24  # characters
+_BAR = 18  # characters
 
 
 @dataclass(frozen=True)
@@ -120,16 +120,20 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _sizes(plan: Plan) -> Table:
-    table = _table("Parameters and bytes", "", "parameters", *STORAGES)
-    sizes = [format_bytes(count_base_bytes(plan.model, storage)) for storage in STORAGES]
-    table.add_row("base", f"{count_base_parameters(plan.model):,}", *sizes)
-    trained = count_trained_parameters(plan.model)
-    table.add_row("adapters", f"{trained:,}", format_bytes(4 * trained), *[""] * (len(STORAGES) - 1))
+    base, trained = count_base_parameters(plan.model), count_trained_parameters(plan.model)
+    table = _table(f"The base, {base:,} parameters", "stored as", "bytes", "")
+    for storage in STORAGES:
+        here = Text("← this config" if storage == plan.storage else "", "green")
+        table.add_row(storage, format_bytes(count_base_bytes(plan.model, storage)), here)
+    table.add_section()
+    share = f"{trained:,} parameters, {trained / (base + trained):.2%}, in float32"
+    table.add_row("adapters", format_bytes(4 * trained), share)
+    table.columns[2].justify = "left"
     return table
 
 
 def _memory(plan: Plan) -> Table:
-    table = _table(f"Memory of a step, base in {plan.storage}", "part", "bytes", "", "")
+    table = _table("Memory of a step", "part", "bytes", "", "")
     for column in table.columns[2:]:
         column.justify = "left"
     peak = plan.memory.peak_bytes
@@ -137,7 +141,7 @@ def _memory(plan: Plan) -> Table:
         what = "CUDA's context, an estimate" if part == "process" and plan.device.kind == "cuda" else PARTS[part]
         table.add_row(part, format_bytes(size), Text("█" * round(_BAR * size / peak), "cyan"), Text(what, "dim"))
     table.add_section()
-    table.add_row("peak", format_bytes(peak), _gib(peak), "")
+    table.add_row("peak", format_bytes(peak), "", _gib(peak))
     return table
 
 
@@ -168,6 +172,7 @@ def _run(plan: Plan) -> Table:
     table.add_row("micro-batch", f"{run.batch.tokens:,} tokens in {rows:,} row{'s' * (rows != 1)}, {whose}")
     if epoch is None:
         table.add_row("steps, tokens", "unknown: the data were not read")
+        table.columns[1].justify = "left"
         return table
     steps = "no end: set trainer.max_steps" if epoch.all_steps is None else f"{epoch.all_steps:,}"
     table.add_row("optimizer steps", steps)
@@ -175,6 +180,7 @@ def _run(plan: Plan) -> Table:
     table.add_row("tokens of a step", f"{per_step:,.0f} on average")
     if run.tokens is not None:
         table.add_row("tokens of the run", f"{run.tokens:,}")
+    table.columns[1].justify = "left"
     return table
 
 

@@ -97,9 +97,10 @@ class MemoryComparison(Callback):
     def _settings(self, trainer: Trainer, module: QLoRAModule) -> StepSettings:
         checkpointing = (each for each in callbacks_of(trainer) if isinstance(each, GradientCheckpointing))
         every = next((each.every_n_layers for each in checkpointing if each.enabled), 0)
+        number_bytes = getattr(torch, module.identity["compute_dtype"]).itemsize
         return StepSettings(
-            storage=name_storage(module.quantization, module.identity["double_quant"]),
-            number_bytes=getattr(torch, module.identity["compute_dtype"]).itemsize,
+            storage=name_storage(module.quantization, module.identity["double_quant"], number_bytes),
+            number_bytes=number_bytes,
             every_n_layers=every,
             optimizer=module.optimizer_choice,
             device=module.device.type,

@@ -10,11 +10,19 @@ STORAGES = ("fp32", "bf16", "int8", "nf4", "nf4 + double quantization")
 _BLOCK, _OUTER_BLOCK = 64, 256  # numbers that share a scale, scales that share one in turn (QLoRA, section 3)
 
 
-def name_storage(quantization: str, double_quant: bool) -> str:
-    """Give the storage of a config's base; fp4 takes as much as nf4, and what is not quantized its 16 bits."""
+def name_storage(quantization: str, double_quant: bool, number_bytes: int) -> str:
+    """Give the storage of a config's base; fp4 takes as much as nf4, fp16 as much as bf16.
+
+    Args:
+        quantization: As ``model.quantization`` has it.
+        double_quant: As ``model.double_quant`` has it.
+        number_bytes: Of a number in the dtype of the products, in which a base that is not quantized is held.
+    """
     if quantization in ("nf4", "fp4"):
         return STORAGES[4] if double_quant else STORAGES[3]
-    return "int8" if quantization == "int8" else "bf16"
+    if quantization == "int8":
+        return STORAGES[2]
+    return STORAGES[0] if number_bytes > 2 else STORAGES[1]
 
 
 def count_base_bytes(model: nn.Module, storage: str, other_bytes: int = 2) -> int:

@@ -92,7 +92,7 @@ def test_a_loaded_base_takes_as_much_as_planned(tiny_base, quantization, double_
     if quantization == "int8":  # whose scales are no parameters
         found += sum(m.weight.SCB.nbytes for m in loaded.modules() if isinstance(m, bnb.nn.Linear8bitLt))
     planned = count_base_bytes(
-        skeleton(LlamaConfig.from_pretrained(tiny_base)), name_storage(quantization, double_quant)
+        skeleton(LlamaConfig.from_pretrained(tiny_base)), name_storage(quantization, double_quant, number_bytes=2)
     )
     assert loaded.dtype == torch.bfloat16
     assert planned == found
@@ -108,3 +108,8 @@ def test_a_loaded_model_is_counted_as_its_skeleton(tiny_base):
         assert count(module.model) == count(planned)
     for storage in STORAGES:
         assert count_base_bytes(module.model, storage) == count_base_bytes(planned, storage)
+
+
+def test_a_base_that_is_not_quantized_has_the_dtype_of_the_products():
+    assert [name_storage("none", True, number_bytes) for number_bytes in (2, 4)] == ["bf16", "fp32"]
+    assert [name_storage("fp4", double, 2) for double in (False, True)] == ["nf4", "nf4 + double quantization"]

@@ -49,6 +49,7 @@ def turn_knobs(
 
 
 _Change = tuple[str, Choice, str]
+_SHORTEST = 256  # tokens: rows that are shorter already are not cut
 
 
 def _checkpoint(now: Choice) -> list[_Change]:
@@ -74,7 +75,7 @@ def _fewer_tokens(now: Choice, accumulate: int, batch_size: int | None, budget: 
 
 def _shorter(now: Choice) -> list[_Change]:
     half = max(now.batch.lengths) // 2
-    if half < 2:
+    if half < _SHORTEST:
         return []
     shorter = [min(length, half) for length in now.batch.lengths]
     return [(f"data.max_length: {half}", _with_batch(now, shorter), "longer rows are cut, see data.too_long")]

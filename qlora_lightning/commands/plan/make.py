@@ -42,7 +42,7 @@ def make_plan(module: Any, data: Any, no_tokenizer: str | None, settings: dict[s
     return Plan(
         base=module.base,
         origin=base.origin,
-        storage=name_storage(choice.quantization, choice.double_quant),
+        storage=name_storage(choice.quantization, choice.double_quant, planner.dtype.itemsize),
         model=planner.model(choice),
         dtype=planner.dtype,
         memory=planner.plan(choice),

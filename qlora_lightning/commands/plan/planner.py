@@ -79,7 +79,7 @@ class Planner:
     def plan(self, choice: Choice) -> MemoryPlan:
         """Plan the memory of a choice."""
         settings = StepSettings(
-            storage=name_storage(choice.quantization, choice.double_quant),
+            storage=name_storage(choice.quantization, choice.double_quant, self.dtype.itemsize),
             number_bytes=self.dtype.itemsize,
             every_n_layers=choice.every_n_layers,
             optimizer=choice.optimizer,

@@ -100,12 +100,12 @@ def read_layers(model: nn.Module, every_n_layers: int = 0, number_bytes: int = 2
     causal_lm: Any = model
     input_trains = any(parameter.requires_grad for parameter in causal_lm.get_input_embeddings().parameters())
     found = []
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for number, layer in enumerate(layers):
         linears = _linears_of(layer)
         usual = isinstance(layer, FusedDecoderLayer) and all(is_plain(linear) for linear in linears.values())
         shapes = {name: _read_linear(linear) for name, linear in linears.items()}
-        heads = shapes["q_proj"].outputs // int(layer.self_attn.head_dim)  # type: ignore[union-attr,arg-type]
+        heads = shapes["q_proj"].outputs // int(layer.self_attn.head_dim)
         checkpointed = every_n_layers > 0 and number % every_n_layers == 0
         found.append(LayerShape(shapes, heads, usual and not plain, input_trains, checkpointed))
         input_trains = input_trains or any(parameter.requires_grad for parameter in layer.parameters())

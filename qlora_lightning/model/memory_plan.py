@@ -76,7 +76,8 @@ def plan_memory(model: nn.Module, batch: BatchShape, settings: StepSettings) -> 
     e, device = settings.number_bytes, settings.device
     layers = read_layers(model, settings.every_n_layers, e)
     trained = count_trained_parameters(model)
-    vocabulary = model.get_output_embeddings().out_features  # type: ignore[operator,union-attr]
+    causal_lm: Any = model
+    vocabulary = int(causal_lm.get_output_embeddings().out_features)
     logits = room_of_logits(batch, vocabulary, e)
     of_loss = room_of_loss(layers, batch, vocabulary, e, device)
     workspace = max(of_loss, room_of_backward(layers, batch, e, device) - logits)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_lightning.model.adapter_options import check_adapter_options, chosen_targets
 from qlora_lightning.model.adapter_reading import read_identity
-from qlora_lightning.model.adapters import add_adapters
+from qlora_lightning.model.adapters import add_adapters, without_peft_deprecation
 from qlora_lightning.model.attention import register_flat_attention
 from qlora_lightning.model.decoder_layer import fuse_decoder_layers
 from qlora_lightning.model.linear import fuse_lora_linears
@@ -91,6 +91,7 @@ def _adapt(model: PreTrainedModel, adapter: str | None, options: dict[str, Any])
     if adapter is None:
         return add_adapters(model, **options)
     targets = chosen_targets(model, options)
-    adapted = cast(peft.PeftModel, peft.get_peft_model(model, _read_folder(adapter)))
+    with without_peft_deprecation():
+        adapted = cast(peft.PeftModel, peft.get_peft_model(model, _read_folder(adapter)))
     check_adapter_options(adapted, targets, options, adapter)
     return adapted

@@ -70,7 +70,7 @@ def _notes(module: QLoRAModule, run: RunLength, kind: str) -> list[str]:
     if kind == "cpu":
         # measured on SmolLM2: 0.6 GB over the 40 steps of the quickstart that have lengths of their own
         notes.append(
-            "Planned is what a step holds. On a CPU a run whose batches differ in length grows beyond it, by some 20 MB "
+            "Planned is what a step holds. On a CPU a run whose batches differ in length grows beyond it, some 20 MB "
             "for each new length: kernels made for it, and holes in the heap."
         )
     if kind == "cuda":

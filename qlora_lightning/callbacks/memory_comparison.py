@@ -40,6 +40,7 @@ class MemoryComparison(Callback):
         self._largest: BatchShape | None = None
         self._watch: PeakWatch | None = None
         self._measured = 0
+        self._lengths: set[int] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._process = read_resident_bytes()  # imports and data; the model comes next
@@ -58,6 +59,7 @@ class MemoryComparison(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._watch is not None:
             shape = BatchShape(tuple(batch["cu_seqlens"].diff().tolist()), int((batch["labels"] != -100).sum()))
+            self._lengths.add(shape.tokens)
             if self._largest is None or shape.tokens > self._largest.tokens:
                 self._largest = shape
 
@@ -97,6 +99,7 @@ class MemoryComparison(Callback):
     def _settings(self, trainer: Trainer, module: QLoRAModule) -> StepSettings:
         checkpointing = (each for each in callbacks_of(trainer) if isinstance(each, GradientCheckpointing))
         every = next((each.every_n_layers for each in checkpointing if each.enabled), 0)
+        on_cpu = module.device.type == "cpu"
         number_bytes = getattr(torch, module.identity["compute_dtype"]).itemsize
         return StepSettings(
             storage=name_storage(module.quantization, module.identity["double_quant"], number_bytes),
@@ -104,9 +107,8 @@ class MemoryComparison(Callback):
             every_n_layers=every,
             optimizer=module.optimizer_choice,
             device=module.device.type,
-            process=self._process
-            if module.device.type == "cpu"
-            else 0,  # of CUDA only what torch allocates is measured
+            process=self._process if on_cpu else 0,  # of CUDA only what torch allocates is measured
+            batch_lengths=max(1, len(self._lengths)),
         )
 
     def _stop(self) -> int:

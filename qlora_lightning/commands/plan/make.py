@@ -36,7 +36,7 @@ def make_plan(module: Any, data: Any, no_tokenizer: str | None, settings: dict[s
     kind = choose_device(str(trainer["accelerator"]), named_memory=memory is not None)
     base = find_config(module.base, module.revision, module.trust_remote_code)
     run = measure_run(data, trainer, no_tokenizer)
-    choice = read_choice(module, settings["gradient_checkpointing"], run.batch, base.config)
+    choice = read_choice(module, settings["gradient_checkpointing"], run.batch, run.batch_lengths, base.config)
     planner = Planner(base.config, kind, module.compute_dtype, read_resident_bytes())
     batches = data.batch_size, data.tokens_per_batch
     return Plan(
@@ -67,12 +67,6 @@ def _notes(module: QLoRAModule, run: RunLength, kind: str) -> list[str]:
     notes = []
     if run.why_not is not None:
         notes.append(f"The data were not read. {run.why_not}")
-    if kind == "cpu":
-        # measured on SmolLM2: 0.6 GB over the 40 steps of the quickstart that have lengths of their own
-        notes.append(
-            "Planned is what a step holds. On a CPU a run whose batches differ in length grows beyond it, some 20 MB "
-            "for each new length: kernels made for it, and holes in the heap."
-        )
     if kind == "cuda":
         notes.append("Figures for GPUs are an estimate: their formulas were checked on CPUs only.")
     for name in ("build_model", "compute_loss"):

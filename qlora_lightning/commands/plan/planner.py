@@ -30,6 +30,7 @@ class Choice:
         fast: ``model.fast``.
         every_n_layers: Every n-th layer is checkpointed; 0: none.
         batch: The largest micro-batch.
+        batch_lengths: How many numbers of tokens the run's micro-batches have.
     """
 
     quantization: Quantization
@@ -40,6 +41,7 @@ class Choice:
     fast: bool
     every_n_layers: int
     batch: BatchShape
+    batch_lengths: int = 1
 
 
 class Planner:
@@ -85,17 +87,21 @@ class Planner:
             optimizer=choice.optimizer,
             device=self.device,
             process=self.process,
+            batch_lengths=choice.batch_lengths,
         )
         return plan_memory(self.model(choice), choice.batch, settings)
 
 
-def read_choice(module: Any, checkpointing: dict[str, Any], batch: BatchShape, config: Any) -> Choice:
+def read_choice(
+    module: Any, checkpointing: dict[str, Any], batch: BatchShape, batch_lengths: int, config: Any
+) -> Choice:
     """Read the choice of a config.
 
     Args:
         module: A ``QLoRAModule`` without its model.
         checkpointing: The section of that name.
         batch: The largest micro-batch.
+        batch_lengths: How many numbers of tokens there are.
         config: transformers' config of the base, which may be stored quantized.
 
     Raises:
@@ -115,6 +121,7 @@ def read_choice(module: Any, checkpointing: dict[str, Any], batch: BatchShape, c
         fast=module.fast,
         every_n_layers=checkpointing["every_n_layers"] if checkpointing["enabled"] else 0,
         batch=batch,
+        batch_lengths=batch_lengths,
     )
 
 

@@ -17,12 +17,14 @@ class RunLength:
 
     Attributes:
         batch: The largest micro-batch, or the largest that the settings allow.
+        batch_lengths: How many numbers of tokens the micro-batches have.
         epoch: One epoch, and the steps of the run; ``None`` where the data were not read.
         why_not: Why they were not, in a sentence.
     """
 
     batch: BatchShape
     epoch: Epoch | None = None
+    batch_lengths: int = 1
     why_not: str | None = None
 
     @property
@@ -59,8 +61,11 @@ def measure_run(data: Any, trainer: dict[str, Any], no_tokenizer: str | None) ->
     if found is None:
         return RunLength(largest_allowed(data), why_not="There are no training rows.")
     rows = found[1].rows
+    batches = [batch for number in epochs for batch in plan.batches(number)[: epoch.batches]]
+    batches = batches[: None if epoch.all_steps is None else epoch.all_steps * epoch.accumulate]
+    count = len({int(plan.samples.lengths[batch.rows].sum()) for batch in batches})
     lengths = tuple(plan.samples.lengths[rows].tolist())
-    return RunLength(BatchShape(lengths, int(plan.samples.labelled_counts[rows].sum())), epoch)
+    return RunLength(BatchShape(lengths, int(plan.samples.labelled_counts[rows].sum())), epoch, count)
 
 
 def largest_allowed(data: Any) -> BatchShape:

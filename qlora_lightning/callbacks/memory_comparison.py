@@ -15,6 +15,7 @@ from qlora_lightning.console import say
 from qlora_lightning.model.device_memory import read_resident_bytes
 from qlora_lightning.model.layer_shapes import BatchShape
 from qlora_lightning.model.memory_plan import StepSettings, plan_memory
+from qlora_lightning.model.model_shape import checkpoint_layers, read_model
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.peak_watch import PeakWatch
 from qlora_lightning.model.stored_bytes import name_storage
@@ -79,7 +80,9 @@ class MemoryComparison(Callback):
         if self._largest is None or not self._measured or not trainer.is_global_zero:
             return
         module: Any = pl_module
-        plan = plan_memory(module.model, self._largest, self._settings(trainer, module))
+        settings = self._settings(module)
+        shape = checkpoint_layers(read_model(module.model, settings.number_bytes), _checkpointed(trainer))
+        plan = plan_memory(shape, self._largest, settings)
         found = {
             "predicted": {"parts": plan.parts, "peak_bytes": plan.peak_bytes},
             "measured": {"peak_bytes": self._measured, "device": module.device.type},
@@ -96,15 +99,12 @@ class MemoryComparison(Callback):
             write_whole(folder / _FILE, json.dumps(found, indent=2) + "\n")
         say(describe(plan.peak_bytes, self._measured))
 
-    def _settings(self, trainer: Trainer, module: QLoRAModule) -> StepSettings:
-        checkpointing = (each for each in callbacks_of(trainer) if isinstance(each, GradientCheckpointing))
-        every = next((each.every_n_layers for each in checkpointing if each.enabled), 0)
+    def _settings(self, module: QLoRAModule) -> StepSettings:
         on_cpu = module.device.type == "cpu"
         number_bytes = getattr(torch, module.identity["compute_dtype"]).itemsize
         return StepSettings(
             storage=name_storage(module.quantization, module.identity["double_quant"], number_bytes),
             number_bytes=number_bytes,
-            every_n_layers=every,
             optimizer=module.optimizer_choice,
             device=module.device.type,
             process=self._process if on_cpu else 0,  # of CUDA only what torch allocates is measured
@@ -114,6 +114,12 @@ class MemoryComparison(Callback):
     def _stop(self) -> int:
         watch, self._watch = self._watch, None
         return 0 if watch is None else watch.stop()
+
+
+def _checkpointed(trainer: Trainer) -> int:
+    """Give how many layers share one checkpoint; 0: none has one."""
+    found = (each for each in callbacks_of(trainer) if isinstance(each, GradientCheckpointing))
+    return next((each.every_n_layers for each in found if each.enabled), 0)
 
 
 def describe(predicted: int, measured: int) -> str:

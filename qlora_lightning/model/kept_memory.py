@@ -4,14 +4,18 @@ The one place to adapt when a function of :mod:`qlora_lightning.model.decoder_la
 ``t`` are the tokens of a micro-batch, ``e`` the bytes of a number in the dtype of the products.
 """
 
+import math
+from collections.abc import Sequence
+
 from qlora_lightning.model.layer_shapes import BatchShape, LayerShape, LinearShape
 from qlora_lightning.model.loss import CHUNK
 
 _SHORT = 320  # tokens: BlockAttention keeps the probabilities of samples up to here
+_VECTOR = 32  # and fills the keys of each sample up to a multiple of this
 _FLOAT, _INDEX = 4, 8  # bytes of a float32, of a position
 
 
-def kept_by_layers(layers: list[LayerShape], batch: BatchShape, e: int, device: str) -> int:
+def kept_by_layers(layers: Sequence[LayerShape], batch: BatchShape, e: int, device: str) -> int:
     """Count what the decoder layers keep from forward until backward; of checkpointed ones their inputs."""
     return sum(
         batch.tokens * layer.width * e if layer.checkpointed else kept_by_layer(layer, batch, e, device)
@@ -25,7 +29,7 @@ def kept_by_layer(layer: LayerShape, batch: BatchShape, e: int, device: str) -> 
     return kept(layer, batch, e, device)
 
 
-def kept_outside(layers: list[LayerShape], batch: BatchShape, e: int) -> int:
+def kept_outside(layers: Sequence[LayerShape], batch: BatchShape, e: int) -> int:
     """Count what the last norm, in float32, the angles of rotary embedding and the loss keep."""
     width, head_width = layers[0].width, layers[0].linears["q_proj"].outputs // layers[0].heads
     norm = batch.tokens * (width * _FLOAT + _FLOAT)
@@ -38,7 +42,7 @@ def room_of_logits(batch: BatchShape, vocabulary: int, e: int) -> int:
     return min(CHUNK, batch.labelled) * vocabulary * e
 
 
-def room_of_loss(layers: list[LayerShape], batch: BatchShape, vocabulary: int, e: int, device: str) -> int:
+def room_of_loss(layers: Sequence[LayerShape], batch: BatchShape, vocabulary: int, e: int, device: str) -> int:
     """Count what the loss makes and drops beside logits: hidden states, some rows' probabilities."""
     # probabilities in float32, on a CPU of few rows at a time, and what softmax turns to float32 first
     rows, copies = (32, 2) if device == "cpu" else (CHUNK, 1)
@@ -46,7 +50,7 @@ def room_of_loss(layers: list[LayerShape], batch: BatchShape, vocabulary: int, e
     return (batch.tokens + batch.labelled) * layers[0].width * e + probabilities
 
 
-def room_of_backward(layers: list[LayerShape], batch: BatchShape, e: int, device: str) -> int:
+def room_of_backward(layers: Sequence[LayerShape], batch: BatchShape, e: int, device: str) -> int:
     """Count the most that backward makes and drops in a layer, beyond what the model keeps.
 
     A checkpointed layer makes all that it would have kept again.
@@ -101,11 +105,14 @@ def _kept_fused(layer: LayerShape, batch: BatchShape, e: int, device: str) -> in
 
 
 def _kept_by_attention(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
-    states = batch.tokens * sum(layer.linears[name].outputs for name in ("q_proj", "k_proj", "v_proj")) * e
+    queries, keys_and_values = layer.linears["q_proj"].outputs, 2 * layer.linears["k_proj"].outputs
     if device == "cpu":  # BlockAttention
-        return states + sum(layer.heads * length**2 * e for length in batch.lengths if length <= _SHORT)
-    # FlashAttention: its output, and a logarithm for each row
-    return states + batch.tokens * (layer.linears["q_proj"].outputs * e + layer.heads * _FLOAT)
+        filled = [math.ceil(length / _VECTOR) * _VECTOR for length in batch.lengths]
+        seen = zip(batch.lengths, filled, strict=True)
+        probabilities = layer.heads * sum(length * keys for length, keys in seen if length <= _SHORT)
+        return (batch.tokens * queries + sum(filled) * keys_and_values + probabilities) * e
+    # FlashAttention: its output too, and a logarithm for each row
+    return batch.tokens * ((2 * queries + keys_and_values) * e + layer.heads * _FLOAT)
 
 
 def _kept_plain(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from qlora_lightning.model.kept_memory import (
     kept_by_layers,
     kept_outside,
@@ -12,9 +10,9 @@ from qlora_lightning.model.kept_memory import (
     room_of_logits,
     room_of_loss,
 )
-from qlora_lightning.model.layer_shapes import BatchShape, read_layers
+from qlora_lightning.model.layer_shapes import BatchShape
+from qlora_lightning.model.model_shape import ModelShape
 from qlora_lightning.model.optimizer_bytes import count_optimizer_bytes
-from qlora_lightning.model.stored_bytes import count_base_bytes, count_trained_parameters
 
 _MASTER = 4  # bytes: adapters and their gradients are float32
 _FIRST_STEP, _NEW_LENGTH, _MOST_LENGTHS = 60_000_000, 29_000_000, 25
@@ -38,7 +36,6 @@ class StepSettings:
     Attributes:
         storage: Of the base; see :data:`qlora_lightning.model.stored_bytes.STORAGES`.
         number_bytes: Of a number in the dtype of the products.
-        every_n_layers: Every n-th layer is checkpointed; 0: none.
         optimizer: As ``model.optimizer`` takes it.
         device: ``cpu`` or ``cuda``.
         process: Bytes of the process without the model, on a CPU; of the context on CUDA.
@@ -47,7 +44,6 @@ class StepSettings:
 
     storage: str
     number_bytes: int
-    every_n_layers: int
     optimizer: str | dict[str, Any] | None
     device: str
     process: int
@@ -76,30 +72,27 @@ def _kernels(settings: StepSettings) -> int:
     return _FIRST_STEP + _NEW_LENGTH * (min(settings.batch_lengths, _MOST_LENGTHS) - 1)
 
 
-def plan_memory(model: nn.Module, batch: BatchShape, settings: StepSettings) -> MemoryPlan:
+def plan_memory(model: ModelShape, batch: BatchShape, settings: StepSettings) -> MemoryPlan:
     """Predict the memory of training steps on a micro-batch.
 
     The peak is that of a step after the first, when the optimizer has its state: either where the loss is computed or
     in the backward of a layer.
 
     Args:
-        model: A causal language model with its adapters; it may be on the meta device.
+        model: Base and adapters.
         batch: The largest micro-batch.
         settings: Of the config.
     """
     e, device = settings.number_bytes, settings.device
-    layers = read_layers(model, settings.every_n_layers, e)
-    trained = count_trained_parameters(model)
-    causal_lm: Any = model
-    vocabulary = int(causal_lm.get_output_embeddings().out_features)
+    layers, vocabulary, trained = model.layers, model.vocabulary, model.count_trained()
     logits = room_of_logits(batch, vocabulary, e)
     of_loss = room_of_loss(layers, batch, vocabulary, e, device)
     workspace = max(of_loss, room_of_backward(layers, batch, e, device) - logits)
     sizes = (
-        count_base_bytes(model, settings.storage, e),
+        model.base.count_bytes(settings.storage, e),
         _MASTER * trained,
         _MASTER * trained,
-        count_optimizer_bytes(model, settings.optimizer),
+        count_optimizer_bytes(model.trained(), settings.optimizer),
         kept_by_layers(layers, batch, e, device) + kept_outside(layers, batch, e),
         logits,
         workspace,

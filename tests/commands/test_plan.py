@@ -1,8 +1,6 @@
 """The command as a user runs it: on a tiny base, and on the recipes, whose bases are not here."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -115,22 +113,6 @@ def test_llama_8b_is_planned_without_weights_data_or_network(run):
     assert "The data were not read." in out
     assert "It fits: " in out
     assert "It does not fit" in run("--device-memory", "6GB", config="llama-3.1-8b-16gb")[0]
-
-
-def test_a_plan_takes_a_second_beyond_its_imports(folder):
-    program = """
-import sys, time
-from qlora_lightning.commands import training
-from qlora_lightning.commands.plan import make, report, cli
-from qlora_lightning.cli import main
-began = time.perf_counter()
-assert main(sys.argv[1:]) == 0
-print("SECONDS", time.perf_counter() - began)
-"""
-    command = [sys.executable, "-c", program, "plan", "--config", "configs/llama-3.1-8b-16gb.yaml"]
-    done = subprocess.run([*command, "--device-memory", "16GiB"], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "SECONDS" in done.stdout
 
 
 def test_each_knob_says_what_a_plan_with_it_says(run):

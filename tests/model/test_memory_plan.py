@@ -4,9 +4,9 @@ from transformers import LlamaConfig
 
 from qlora_lightning.model.layer_shapes import BatchShape
 from qlora_lightning.model.memory_plan import PARTS, StepSettings, plan_memory
+from qlora_lightning.model.model_shape import checkpoint_layers, read_model
 from qlora_lightning.model.optimizer_bytes import count_optimizer_bytes
 from qlora_lightning.model.skeleton import build_skeleton
-from qlora_lightning.model.stored_bytes import count_base_bytes
 
 BATCH = BatchShape((40, 24), labelled=32)
 # A and B of rank 2 of seven linears in two layers: 64 → 64, 32, 32, 64; 64 → 128 twice; 128 → 64
@@ -16,11 +16,11 @@ TRAINED = 2 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
 @pytest.fixture(scope="module")
 def model(tiny_base):
     settings = {"compute_dtype": torch.bfloat16, "quantization": "nf4", "adapter": None, "fast": True}
-    return build_skeleton(LlamaConfig.from_pretrained(tiny_base), adapter_options={"rank": 2}, **settings)
+    return read_model(build_skeleton(LlamaConfig.from_pretrained(tiny_base), adapter_options={"rank": 2}, **settings))
 
 
 def settings(**changes):
-    usual = {"storage": "nf4", "number_bytes": 2, "every_n_layers": 0, "optimizer": None, "device": "cpu"}
+    usual = {"storage": "nf4", "number_bytes": 2, "optimizer": None, "device": "cpu"}
     return StepSettings(**{**usual, "process": 1000, **changes})
 
 
@@ -28,10 +28,10 @@ def test_every_part_is_there_and_they_add_up(model):
     plan = plan_memory(model, BATCH, settings())
     assert list(plan.parts) == list(PARTS)
     assert plan.peak_bytes == sum(plan.parts.values())
-    assert plan.parts["base"] == count_base_bytes(model, "nf4")
+    assert plan.parts["base"] == model.base.count_bytes("nf4")
     assert plan.parts["adapters"] == plan.parts["gradients"] == 4 * TRAINED
     assert plan.parts["process"] == 1000
-    assert plan.parts["logits"] == 32 * model.get_output_embeddings().out_features * 2
+    assert plan.parts["logits"] == 32 * model.vocabulary * 2
     assert plan.parts["workspace"] > 0
 
 
@@ -39,22 +39,39 @@ def test_more_tokens_take_more_and_checkpoints_less(model):
     usual = plan_memory(model, BATCH, settings()).parts
     double = plan_memory(model, BatchShape((40, 24) * 2, 64), settings()).parts
     assert double["activations"] == 2 * usual["activations"]
-    assert plan_memory(model, BATCH, settings(every_n_layers=1)).parts["activations"] < usual["activations"] / 2
+    assert plan_memory(checkpoint_layers(model, 1), BATCH, settings()).parts["activations"] < usual["activations"] / 2
 
 
 def test_adamw_has_two_averages_and_a_count_for_each_tensor(model):
-    assert count_optimizer_bytes(model, None) == 8 * TRAINED + 4 * 2 * 2 * 7
+    assert count_optimizer_bytes(model.trained(), None) == 8 * TRAINED + 4 * 2 * 2 * 7
 
 
 def test_other_optimizers_are_asked(model):
-    assert count_optimizer_bytes(model, "torch.optim.AdamW") == count_optimizer_bytes(model, None)
-    assert count_optimizer_bytes(model, "torch.optim.SGD") == 0
+    assert count_optimizer_bytes(model.trained(), "torch.optim.AdamW") == count_optimizer_bytes(model.trained(), None)
+    assert count_optimizer_bytes(model.trained(), "torch.optim.SGD") == 0
     momentum = {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}
-    assert count_optimizer_bytes(model, momentum) == 4 * TRAINED
+    assert count_optimizer_bytes(model.trained(), momentum) == 4 * TRAINED
 
 
-def test_eight_bit_averages_take_a_quarter(tiny_base):
-    linear = torch.nn.Linear(1024, 64, bias=False)
-    eight = count_optimizer_bytes(linear, "bitsandbytes.optim.AdamW8bit")
-    # a scale for each 256 numbers
-    assert eight == pytest.approx(2 * (65_536 + 4 * 256), rel=0.1)
+def test_eight_bit_averages_take_a_quarter():
+    # a scale for each 256 numbers; tensors under 4,096 numbers stay in float32
+    shapes = {(64, 1024): 3, (16, 16): 1}
+    eight = 3 * 2 * (65_536 + 4 * 256) + 8 * 256
+    assert count_optimizer_bytes(shapes, "bitsandbytes.optim.AdamW8bit") == eight
+    assert count_optimizer_bytes(shapes, "bitsandbytes.optim.PagedAdamW8bit") == eight
+
+
+@pytest.mark.parametrize("shape", [(64, 1024), (16, 16), (7, 640)])
+def test_eight_bit_averages_are_as_large_as_those_of_bitsandbytes(shape):
+    choice = "bitsandbytes.optim.AdamW8bit"
+    asked = count_optimizer_bytes({shape: 1}, {"class_path": choice, "init_args": {}})
+    assert count_optimizer_bytes({shape: 1}, choice) == asked
+
+
+def test_a_cpu_keeps_kernels_for_each_length_of_a_batch_up_to_a_number(model):
+    one, two, many, more = (
+        plan_memory(model, BATCH, settings(batch_lengths=count)).parts["kernels"] for count in (1, 2, 25, 1000)
+    )
+    assert 0 < one < two < many == more
+    assert many - one == 24 * (two - one)
+    assert plan_memory(model, BATCH, settings(device="cuda")).parts["kernels"] == 0

@@ -5,7 +5,7 @@ from transformers import LlamaConfig
 from qlora_lightning import QLoRAModule
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters import trainable_tensors
-from qlora_lightning.model.layer_shapes import read_layers
+from qlora_lightning.model.model_shape import checkpoint_layers, read_model
 from qlora_lightning.model.skeleton import build_skeleton
 
 OPTIONS = [
@@ -32,12 +32,13 @@ def test_a_skeleton_is_the_model_without_its_numbers(tiny_base, options):
     planned, real = (trainable_tensors(model) for model in (skeleton, module.model))
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in real.items()}
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in planned.items()} == shapes
-    for every_n_layers in (0, 1):
-        assert read_layers(skeleton, every_n_layers) == read_layers(module.model, every_n_layers)
+    assert read_model(skeleton) == read_model(module.model)
+    assert read_model(skeleton).trained().total() == len(real)
 
 
 def test_layers_are_read_as_they_are(tiny_base):
-    lower, upper = read_layers(build(tiny_base, target_modules=["q_proj"], layers=[0]), every_n_layers=2)
+    model = read_model(build(tiny_base, target_modules=["q_proj"], layers=[0]))
+    lower, upper = checkpoint_layers(model, every_n_layers=2).layers
     assert (lower.linears["q_proj"].rank, upper.linears["q_proj"].rank) == (4, 0)
     assert (lower.input_trains, upper.input_trains) == (False, True)
     assert (lower.checkpointed, upper.checkpointed) == (True, False)
@@ -53,7 +54,7 @@ def test_an_adapter_folder_brings_its_own_shape(tiny_base, tmp_path):
     made.configure_model()
     made.model.save_pretrained(tmp_path)
     skeleton = build(tiny_base, adapter=str(tmp_path), rank=8)
-    assert read_layers(skeleton) == read_layers(made.model)
+    assert read_model(skeleton) == read_model(made.model)
     with pytest.raises(UserError, match=r"model\.rank is 4, but the adapter in .* has 3"):
         build(tiny_base, adapter=str(tmp_path))
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_lightning.commands.plan.planner import Choice, Planner
-from qlora_lightning.model.layer_shapes import BatchShape
+from qlora_lightning.model.layer_shapes import BatchShape, LayerShape
+from qlora_lightning.model.model_shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,12 @@ def turn_knobs(
         *_fewer_tokens(now, accumulate, batch_size, budget),
         *_shorter(now),
         *_store_smaller(now),
-        *_train_less(now, int(planner.config.num_hidden_layers)),
     ]
     knobs = [Knob(change, peak - planner.plan(choice).peak_bytes, costs) for change, choice, costs in changes]
+    knobs += [
+        Knob(change, peak - planner.plan(now, shape).peak_bytes, costs)
+        for change, shape, costs in _train_less(now, planner.shape(now))
+    ]
     return sorted((knob for knob in knobs if knob.saves > 0), key=lambda knob: -knob.saves)
 
 
@@ -89,29 +93,52 @@ def _with_batch(now: Choice, lengths: Any) -> Choice:
 
 
 def _store_smaller(now: Choice) -> list[_Change]:
+    found: list[_Change] = []
     if now.quantization in ("int8", "none"):
         four = dataclasses.replace(now, quantization="nf4", double_quant=True)
-        return [("model.quantization: nf4", four, "a base in 4 bits: small losses of quality")]
-    if not now.double_quant:
-        return [("model.double_quant: true", dataclasses.replace(now, double_quant=True), "none that was measured")]
-    return []
-
-
-def _train_less(now: Choice, layers: int) -> list[_Change]:
-    found: list[_Change] = []
+        found.append(("model.quantization: nf4", four, "a base in 4 bits: small losses of quality"))
+    elif not now.double_quant:
+        double = dataclasses.replace(now, double_quant=True)
+        found.append(("model.double_quant: true", double, "next to nothing"))
     if now.optimizer is None:
         eight = dataclasses.replace(now, optimizer="bitsandbytes.optim.AdamW8bit")
         found.append(("model.optimizer: bitsandbytes.optim.AdamW8bit", eight, "averages in 8 bits"))
-    if now.adapter is not None:
-        return found
-    rank = int(now.adapter_options["rank"])
-    if rank > 1:
-        options = {**now.adapter_options, "rank": rank // 2}
-        found.append(
-            (f"model.rank: {rank // 2}", dataclasses.replace(now, adapter_options=options), "a smaller adapter")
-        )
-    if now.adapter_options["layers"] == "all" and layers > 1:
-        options = {**now.adapter_options, "layers": f"last:{layers // 2}"}
-        upper = dataclasses.replace(now, adapter_options=options)
-        found.append((f"model.layers: last:{layers // 2}", upper, "trains the upper half of the layers only; faster"))
     return found
+
+
+def _train_less(now: Choice, model: ModelShape) -> list[tuple[str, ModelShape, str]]:
+    """Give the model with half the rank, and with adapters on the upper half of its layers.
+
+    Worked out from the model as it is: putting adapters on once more would take as long as all the rest.
+    """
+    options = now.adapter_options
+    if now.adapter is not None or model.beside or options["lora_options"]:
+        return []
+    found = []
+    half = int(options["rank"]) // 2
+    if half:
+        found.append((f"model.rank: {half}", _with_rank(model, half), "a smaller adapter"))
+    upper = len(model.layers) // 2
+    if options["layers"] == "all" and upper:
+        costs = "trains the upper half of the layers only; faster"
+        found.append((f"model.layers: last:{upper}", _with_upper_layers(model, upper), costs))
+    return found
+
+
+def _with_rank(model: ModelShape, rank: int) -> ModelShape:
+    layers = [_with_ranks(layer, rank) for layer in model.layers]
+    return dataclasses.replace(model, layers=tuple(layers))
+
+
+def _with_upper_layers(model: ModelShape, upper: int) -> ModelShape:
+    bare = [dataclasses.replace(_with_ranks(layer, 0), input_trains=False) for layer in model.layers[:-upper]]
+    first, *others = model.layers[-upper:]
+    return dataclasses.replace(model, layers=(*bare, dataclasses.replace(first, input_trains=False), *others))
+
+
+def _with_ranks(layer: LayerShape, rank: int) -> LayerShape:
+    """Give the layer with another rank of the adapters that it has."""
+    linears = {
+        name: dataclasses.replace(linear, rank=rank if linear.rank else 0) for name, linear in layer.linears.items()
+    }
+    return dataclasses.replace(layer, linears=linears)

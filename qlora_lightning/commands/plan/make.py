@@ -44,6 +44,7 @@ def make_plan(module: Any, data: Any, no_tokenizer: str | None, settings: dict[s
         origin=base.origin,
         storage=name_storage(choice.quantization, choice.double_quant, planner.dtype.itemsize),
         model=planner.model(choice),
+        shape=planner.shape(choice),
         dtype=planner.dtype,
         memory=planner.plan(choice),
         device=_device(kind, memory),

@@ -10,6 +10,7 @@ from qlora_lightning.errors import UserError
 from qlora_lightning.model.dtypes import choose_compute_dtype
 from qlora_lightning.model.layer_shapes import BatchShape
 from qlora_lightning.model.memory_plan import MemoryPlan, StepSettings, plan_memory
+from qlora_lightning.model.model_shape import ModelShape, checkpoint_layers, read_model
 from qlora_lightning.model.quantized import Quantization, check_stored_quantization
 from qlora_lightning.model.skeleton import build_skeleton
 from qlora_lightning.model.stored_bytes import name_storage
@@ -59,6 +60,7 @@ class Planner:
         self.dtype = _choose_dtype(compute_dtype, device)
         self.process = process if device == "cpu" else _CONTEXT
         self._models: dict[str, nn.Module] = {}
+        self._shapes: dict[str, ModelShape] = {}
 
     def model(self, choice: Choice) -> nn.Module:
         """Give the weightless model of a choice.
@@ -66,7 +68,7 @@ class Planner:
         Raises:
             UserError: A setting of the adapters cannot be used.
         """
-        key = repr((choice.quantization, choice.adapter, choice.adapter_options, choice.fast))
+        key = _key(choice)
         if key not in self._models:
             self._models[key] = build_skeleton(
                 self.config,
@@ -78,18 +80,33 @@ class Planner:
             )
         return self._models[key]
 
-    def plan(self, choice: Choice) -> MemoryPlan:
-        """Plan the memory of a choice."""
+    def shape(self, choice: Choice) -> ModelShape:
+        """Give the shape of that model, the layers checkpointed as chosen."""
+        key = _key(choice)
+        if key not in self._shapes:
+            self._shapes[key] = read_model(self.model(choice), number_bytes=self.dtype.itemsize)
+        return checkpoint_layers(self._shapes[key], choice.every_n_layers)
+
+    def plan(self, choice: Choice, shape: ModelShape | None = None) -> MemoryPlan:
+        """Plan the memory of a choice.
+
+        Args:
+            choice: What to plan.
+            shape: The model, if it is another than the choice's own.
+        """
         settings = StepSettings(
             storage=name_storage(choice.quantization, choice.double_quant, self.dtype.itemsize),
             number_bytes=self.dtype.itemsize,
-            every_n_layers=choice.every_n_layers,
             optimizer=choice.optimizer,
             device=self.device,
             process=self.process,
             batch_lengths=choice.batch_lengths,
         )
-        return plan_memory(self.model(choice), choice.batch, settings)
+        return plan_memory(self.shape(choice) if shape is None else shape, choice.batch, settings)
+
+
+def _key(choice: Choice) -> str:
+    return repr((choice.quantization, choice.adapter, choice.adapter_options, choice.fast))
 
 
 def read_choice(

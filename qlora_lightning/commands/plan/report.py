@@ -12,15 +12,11 @@ from qlora_lightning.commands.plan.knobs import Knob
 from qlora_lightning.commands.plan.picture import draw_model
 from qlora_lightning.commands.plan.run_length import RunLength
 from qlora_lightning.model.memory_plan import PARTS, MemoryPlan
-from qlora_lightning.model.stored_bytes import (
-    STORAGES,
-    count_base_bytes,
-    count_base_parameters,
-    count_trained_parameters,
-)
+from qlora_lightning.model.model_shape import ModelShape
+from qlora_lightning.model.stored_bytes import STORAGES
 
 _GIB = 2**30
-_BAR = 18  # characters
+_BAR = 16  # characters
 
 
 @dataclass(frozen=True)
@@ -53,6 +49,7 @@ class Plan:
         origin: Where its config comes from.
         storage: How it is stored.
         model: The weightless model.
+        shape: Of it.
         dtype: Of the products.
         memory: By part.
         device: Where it shall run.
@@ -65,6 +62,7 @@ class Plan:
     origin: str
     storage: str
     model: Any
+    shape: ModelShape
     dtype: Any
     memory: MemoryPlan
     device: Device
@@ -86,10 +84,10 @@ def summarize(plan: Plan) -> dict[str, Any]:
             "name": plan.base,
             "config": plan.origin,
             "stored": plan.storage,
-            "parameters": count_base_parameters(plan.model),
-            "bytes": {storage: count_base_bytes(plan.model, storage) for storage in STORAGES},
+            "parameters": plan.shape.base.parameters,
+            "bytes": {storage: plan.shape.base.count_bytes(storage) for storage in STORAGES},
         },
-        "adapters": {"parameters": count_trained_parameters(plan.model)},
+        "adapters": {"parameters": plan.shape.count_trained()},
         "compute_dtype": str(plan.dtype).removeprefix("torch."),
         "device": asdict(plan.device),
         "memory": {"parts": plan.memory.parts, "peak_bytes": plan.memory.peak_bytes, "fits": plan.fits},
@@ -120,13 +118,13 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _sizes(plan: Plan) -> Table:
-    base, trained = count_base_parameters(plan.model), count_trained_parameters(plan.model)
+    base, trained = plan.shape.base.parameters, plan.shape.count_trained()
     table = _table(f"The base, {base:,} parameters", "stored as", "bytes", "")
     for storage in STORAGES:
         here = Text("← this config" if storage == plan.storage else "", "green")
-        table.add_row(storage, format_bytes(count_base_bytes(plan.model, storage)), here)
+        table.add_row(storage, format_bytes(plan.shape.base.count_bytes(storage)), here)
     table.add_section()
-    share = f"{trained:,} parameters, {trained / (base + trained):.2%}, in float32"
+    share = f"{trained:,} parameters ({trained / (base + trained):.2%}), float32"
     table.add_row("adapters", format_bytes(4 * trained), share)
     table.columns[2].justify = "left"
     return table
@@ -138,6 +136,8 @@ def _memory(plan: Plan) -> Table:
         column.justify = "left"
     peak = plan.memory.peak_bytes
     for part, size in plan.memory.parts.items():
+        if not size:
+            continue
         what = "CUDA's context, an estimate" if part == "process" and plan.device.kind == "cuda" else PARTS[part]
         table.add_row(part, format_bytes(size), Text("█" * round(_BAR * size / peak), "cyan"), Text(what, "dim"))
     table.add_section()

@@ -14,11 +14,11 @@ from qlora_lightning.callbacks.started_folder import writing_to
 from qlora_lightning.console import say
 from qlora_lightning.model.device_memory import read_resident_bytes
 from qlora_lightning.model.layer_shapes import BatchShape
-from qlora_lightning.model.memory_plan import StepSettings, plan_memory
+from qlora_lightning.model.memory_plan import StepSettings, plan_memory, share_unread
 from qlora_lightning.model.model_shape import checkpoint_layers, read_model
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.peak_watch import PeakWatch
-from qlora_lightning.model.stored_bytes import name_storage
+from qlora_lightning.model.stored_bytes import BaseShape, name_storage
 from qlora_lightning.safe_file import write_whole
 from qlora_lightning.trainer import callbacks_of, is_trial_run
 
@@ -42,6 +42,7 @@ class MemoryComparison(Callback):
         self._watch: PeakWatch | None = None
         self._measured = 0
         self._lengths: set[int] = set()
+        self._ids: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._process = read_resident_bytes()  # imports and data; the model comes next
@@ -52,6 +53,7 @@ class MemoryComparison(Callback):
         ahead = look_ahead(trainer)
         if ahead is not None:
             plan, _, largest = ahead
+            self._ids = plan.samples.ids
             lengths, labelled = plan.samples.lengths[largest.rows], plan.samples.labelled_counts[largest.rows]
             self._largest = BatchShape(tuple(lengths.tolist()), int(labelled.sum()))
         self._watch = PeakWatch(pl_module.device)
@@ -80,9 +82,9 @@ class MemoryComparison(Callback):
         if self._largest is None or not self._measured or not trainer.is_global_zero:
             return
         module: Any = pl_module
-        settings = self._settings(module)
-        shape = checkpoint_layers(read_model(module.model, settings.number_bytes), _checkpointed(trainer))
-        plan = plan_memory(shape, self._largest, settings)
+        number_bytes = getattr(torch, module.identity["compute_dtype"]).itemsize
+        shape = checkpoint_layers(read_model(module.model, number_bytes), _checkpointed(trainer))
+        plan = plan_memory(shape, self._largest, self._settings(module, shape.base, number_bytes))
         found = {
             "predicted": {"parts": plan.parts, "peak_bytes": plan.peak_bytes},
             "measured": {"peak_bytes": self._measured, "device": module.device.type},
@@ -99,9 +101,8 @@ class MemoryComparison(Callback):
             write_whole(folder / _FILE, json.dumps(found, indent=2) + "\n")
         say(describe(plan.peak_bytes, self._measured))
 
-    def _settings(self, module: QLoRAModule) -> StepSettings:
+    def _settings(self, module: QLoRAModule, base: BaseShape, number_bytes: int) -> StepSettings:
         on_cpu = module.device.type == "cpu"
-        number_bytes = getattr(torch, module.identity["compute_dtype"]).itemsize
         return StepSettings(
             storage=name_storage(module.quantization, module.identity["double_quant"], number_bytes),
             number_bytes=number_bytes,
@@ -109,6 +110,7 @@ class MemoryComparison(Callback):
             device=module.device.type,
             process=self._process if on_cpu else 0,  # of CUDA only what torch allocates is measured
             batch_lengths=max(1, len(self._lengths)),
+            unread=0.0 if self._ids is None or not module.cache else share_unread(self._ids, base, number_bytes),
         )
 
     def _stop(self) -> int:

@@ -63,11 +63,16 @@ def _room_of_layer(layer: LayerShape, batch: BatchShape, e: int, device: str) ->
         return _room_of_forward(layer, batch, e)
     t, wide = batch.tokens, layer.inner_width
     again = kept_by_layer(layer, batch, e, device) if layer.checkpointed else 0
-    gradients = t * layer.width * e  # of the stream
-    of_hidden = t * wide * e
-    # SwiGLUDown: first its weight and the gradient of its input, then that, silu(gate) and their products
-    largest = _dense(layer.linears["down_proj"], e) + of_hidden, 3 * of_hidden
-    return again + gradients + max(largest)
+    stream, of_hidden = t * layer.width * e, t * wide * e
+    moments = (
+        # SwiGLUDown: first its weight and the gradient of its input, then that, silu(gate) and their products
+        _dense(layer.linears["down_proj"], e) + of_hidden,
+        3 * of_hidden,
+        # NormedLinears behind it, when gate and up are gone and their gradients there: a weight, the norm's input in
+        # float32 and rounded, its gradient
+        _dense(layer.linears["gate_proj"], e) + t * layer.width * _FLOAT + 3 * stream,
+    )
+    return again + stream + max(moments)
 
 
 def _room_of_forward(layer: LayerShape, batch: BatchShape, e: int) -> int:

@@ -1,7 +1,11 @@
 """The memory of a training step by part, before it runs."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from qlora_lightning.model.kept_memory import (
     kept_by_layers,
@@ -13,8 +17,10 @@ from qlora_lightning.model.kept_memory import (
 from qlora_lightning.model.layer_shapes import BatchShape
 from qlora_lightning.model.model_shape import ModelShape
 from qlora_lightning.model.optimizer_bytes import count_optimizer_bytes
+from qlora_lightning.model.stored_bytes import BaseShape
 
 _MASTER = 4  # bytes: adapters and their gradients are float32
+_FAULT = 65_536  # bytes that Linux maps around an address that is read, where the file lies in its cache
 _FIRST_STEP, _NEW_LENGTH, _MOST_LENGTHS = 60_000_000, 29_000_000, 25
 PARTS = {
     "base": "frozen, as stored",
@@ -40,6 +46,8 @@ class StepSettings:
         device: ``cpu`` or ``cuda``.
         process: Bytes of the process without the model, on a CPU; of the context on CUDA.
         batch_lengths: How many numbers of tokens the run's micro-batches have.
+        unread: Share of the embedding that is never read: on a CPU a base that is mapped from the cache lies in memory
+            only where it was read.
     """
 
     storage: str
@@ -48,6 +56,7 @@ class StepSettings:
     device: str
     process: int
     batch_lengths: int = 1
+    unread: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,26 @@ class MemoryPlan:
     def peak_bytes(self) -> int:
         """The most at a time."""
         return sum(self.parts.values())
+
+
+def _unread(base: BaseShape, settings: StepSettings) -> int:
+    rows, width = base.embedding
+    return round(settings.unread * rows * width * settings.number_bytes) if settings.device == "cpu" else 0
+
+
+def share_unread(ids: npt.NDArray[np.int32], base: BaseShape, number_bytes: int) -> float:
+    """Give the share of an embedding that no token of the data reads.
+
+    Args:
+        ids: Token ids of the data.
+        base: Whose embedding it is.
+        number_bytes: Of a number of it.
+    """
+    rows, width = base.embedding
+    if not rows:
+        return 0.0
+    together = max(1, _FAULT // (width * number_bytes))
+    return 1 - len(np.unique(ids // together)) / math.ceil(rows / together)
 
 
 def _kernels(settings: StepSettings) -> int:
@@ -89,7 +118,7 @@ def plan_memory(model: ModelShape, batch: BatchShape, settings: StepSettings) ->
     of_loss = room_of_loss(layers, batch, vocabulary, e, device)
     workspace = max(of_loss, room_of_backward(layers, batch, e, device) - logits)
     sizes = (
-        model.base.count_bytes(settings.storage, e),
+        model.base.count_bytes(settings.storage, e) - _unread(model.base, settings),
         _MASTER * trained,
         _MASTER * trained,
         count_optimizer_bytes(model.trained(), settings.optimizer),

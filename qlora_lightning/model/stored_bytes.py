@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -18,10 +19,12 @@ class BaseShape:
     Attributes:
         weights: ``(out, in)`` of the linears in decoder layers: what is quantized.
         others: Numbers of embedding, norms, biases and head; a weight shared by embedding and head counts once.
+        embedding: ``(rows, width)`` of an embedding that the head does not share, else ``(0, 0)``: of others.
     """
 
     weights: tuple[tuple[int, int], ...]
     others: int
+    embedding: tuple[int, int] = (0, 0)
 
     @property
     def parameters(self) -> int:
@@ -53,7 +56,16 @@ def read_base(model: nn.Module) -> BaseShape:
     frozen = [linear for linear in linears if not linear.weight.requires_grad]
     weights = {id(linear.weight) for linear in frozen}
     others = sum(p.numel() for p in model.parameters() if not p.requires_grad and id(p) not in weights)
-    return BaseShape(tuple((linear.out_features, linear.in_features) for linear in frozen), others)
+    shapes = tuple((linear.out_features, linear.in_features) for linear in frozen)
+    return BaseShape(shapes, others, _shape_of_embedding(model))
+
+
+def _shape_of_embedding(model: Any) -> tuple[int, int]:
+    weight, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if weight is head or weight.requires_grad:
+        return 0, 0
+    rows, width = weight.shape
+    return int(rows), int(width)
 
 
 def name_storage(quantization: str, double_quant: bool, number_bytes: int) -> str:

@@ -1,12 +1,16 @@
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from qlora_lightning.model.layer_shapes import BatchShape
-from qlora_lightning.model.memory_plan import PARTS, StepSettings, plan_memory
+from qlora_lightning.model.memory_plan import PARTS, StepSettings, plan_memory, share_unread
 from qlora_lightning.model.model_shape import checkpoint_layers, read_model
 from qlora_lightning.model.optimizer_bytes import count_optimizer_bytes
 from qlora_lightning.model.skeleton import build_skeleton
+from qlora_lightning.model.stored_bytes import BaseShape
 
 BATCH = BatchShape((40, 24), labelled=32)
 # A and B of rank 2 of seven linears in two layers: 64 → 64, 32, 32, 64; 64 → 128 twice; 128 → 64
@@ -75,3 +79,17 @@ def test_a_cpu_keeps_kernels_for_each_length_of_a_batch_up_to_a_number(model):
     assert 0 < one < two < many == more
     assert many - one == 24 * (two - one)
     assert plan_memory(model, BATCH, settings(device="cuda")).parts["kernels"] == 0
+
+
+def test_of_a_mapped_embedding_only_what_tokens_read_lies_in_memory(model):
+    base = BaseShape(weights=(), others=64_000_000, embedding=(1000, 32_768))  # a row in bf16 is as much as is mapped
+    ids = np.array([0, 1, 1, 999], dtype=np.int32)
+    assert share_unread(ids, base, number_bytes=2) == pytest.approx(0.997)
+    narrow = BaseShape(weights=(), others=64_000, embedding=(64, 1024))  # 32 rows are
+    assert share_unread(np.array([0, 31], dtype=np.int32), narrow, number_bytes=2) == 0.5
+    assert share_unread(ids, BaseShape((), 10), number_bytes=2) == 0.0  # the head reads all of one that it shares
+    untied = dataclasses.replace(model, base=dataclasses.replace(model.base, embedding=(100, 64)))
+    whole, half = (plan_memory(untied, BATCH, settings(unread=share)).parts["base"] for share in (0.0, 0.5))
+    assert whole - half == 50 * 64 * 2
+    on_cuda = plan_memory(untied, BATCH, settings(unread=0.5, device="cuda"))
+    assert on_cuda.parts["base"] == whole

@@ -36,7 +36,7 @@ def make_plan(module: Any, data: Any, no_tokenizer: str | None, settings: dict[s
     kind = choose_device(str(trainer["accelerator"]), named_memory=memory is not None)
     base = find_config(module.base, module.revision, module.trust_remote_code)
     run = measure_run(data, trainer, no_tokenizer)
-    choice = read_choice(module, settings["gradient_checkpointing"], run.batch, run.batch_lengths, base.config)
+    choice = read_choice(module, settings["gradient_checkpointing"], run, base.config)
     planner = Planner(base.config, kind, module.compute_dtype, read_resident_bytes())
     batches = data.batch_size, data.tokens_per_batch
     return Plan(

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_lightning.commands.plan.run_length import RunLength
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.dtypes import choose_compute_dtype
 from qlora_lightning.model.layer_shapes import BatchShape
-from qlora_lightning.model.memory_plan import MemoryPlan, StepSettings, plan_memory
+from qlora_lightning.model.memory_plan import MemoryPlan, StepSettings, plan_memory, share_unread
 from qlora_lightning.model.model_shape import ModelShape, checkpoint_layers, read_model
 from qlora_lightning.model.quantized import Quantization, check_stored_quantization
 from qlora_lightning.model.skeleton import build_skeleton
@@ -32,6 +33,7 @@ class Choice:
         every_n_layers: Every n-th layer is checkpointed; 0: none.
         batch: The largest micro-batch.
         batch_lengths: How many numbers of tokens the run's micro-batches have.
+        ids: Token ids of the data, where only what is read of the embedding lies in memory; ``None``: all of it does.
     """
 
     quantization: Quantization
@@ -43,6 +45,7 @@ class Choice:
     every_n_layers: int
     batch: BatchShape
     batch_lengths: int = 1
+    ids: Any = None
 
 
 class Planner:
@@ -94,38 +97,38 @@ class Planner:
             choice: What to plan.
             shape: The model, if it is another than the choice's own.
         """
+        shape = self.shape(choice) if shape is None else shape
+        number_bytes = self.dtype.itemsize
         settings = StepSettings(
-            storage=name_storage(choice.quantization, choice.double_quant, self.dtype.itemsize),
-            number_bytes=self.dtype.itemsize,
+            storage=name_storage(choice.quantization, choice.double_quant, number_bytes),
+            number_bytes=number_bytes,
             optimizer=choice.optimizer,
             device=self.device,
             process=self.process,
             batch_lengths=choice.batch_lengths,
+            unread=0.0 if choice.ids is None else share_unread(choice.ids, shape.base, number_bytes),
         )
-        return plan_memory(self.shape(choice) if shape is None else shape, choice.batch, settings)
+        return plan_memory(shape, choice.batch, settings)
 
 
 def _key(choice: Choice) -> str:
     return repr((choice.quantization, choice.adapter, choice.adapter_options, choice.fast))
 
 
-def read_choice(
-    module: Any, checkpointing: dict[str, Any], batch: BatchShape, batch_lengths: int, config: Any
-) -> Choice:
+def read_choice(module: Any, checkpointing: dict[str, Any], run: RunLength, config: Any) -> Choice:
     """Read the choice of a config.
 
     Args:
         module: A ``QLoRAModule`` without its model.
         checkpointing: The section of that name.
-        batch: The largest micro-batch.
-        batch_lengths: How many numbers of tokens there are.
+        run: On the data.
         config: transformers' config of the base, which may be stored quantized.
 
     Raises:
         UserError: The base is stored quantized in another way than the config says.
     """
-    double_quant = module.double_quant
-    if getattr(config, "quantization_config", None) is not None:
+    double_quant, stored_so = module.double_quant, getattr(config, "quantization_config", None) is not None
+    if stored_so:
         stored = check_stored_quantization(config, module.quantization, module.base)
         double_quant = bool(stored.get("bnb_4bit_use_double_quant", False))
         del config.quantization_config
@@ -137,8 +140,9 @@ def read_choice(
         adapter_options=module.adapter_options,
         fast=module.fast,
         every_n_layers=checkpointing["every_n_layers"] if checkpointing["enabled"] else 0,
-        batch=batch,
-        batch_lengths=batch_lengths,
+        batch=run.batch,
+        batch_lengths=run.batch_lengths,
+        ids=run.ids if module.cache or stored_so or module.quantization == "none" else None,  # mapped from a file
     )
 
 

@@ -19,12 +19,14 @@ class RunLength:
         batch: The largest micro-batch, or the largest that the settings allow.
         batch_lengths: How many numbers of tokens the micro-batches have.
         epoch: One epoch, and the steps of the run; ``None`` where the data were not read.
+        ids: Token ids of all training rows that were read.
         why_not: Why they were not, in a sentence.
     """
 
     batch: BatchShape
     epoch: Epoch | None = None
     batch_lengths: int = 1
+    ids: Any = None
     why_not: str | None = None
 
     @property
@@ -65,7 +67,7 @@ def measure_run(data: Any, trainer: dict[str, Any], no_tokenizer: str | None) ->
     batches = batches[: None if epoch.all_steps is None else epoch.all_steps * epoch.accumulate]
     count = len({int(plan.samples.lengths[batch.rows].sum()) for batch in batches})
     lengths = tuple(plan.samples.lengths[rows].tolist())
-    return RunLength(BatchShape(lengths, int(plan.samples.labelled_counts[rows].sum())), epoch, count)
+    return RunLength(BatchShape(lengths, int(plan.samples.labelled_counts[rows].sum())), epoch, count, plan.samples.ids)
 
 
 def largest_allowed(data: Any) -> BatchShape:

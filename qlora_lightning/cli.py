@@ -24,11 +24,12 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "test": (_TRAINING, True, "the same on the test rows"),
     "predict": (_TRAINING, True, "answer the rows of data.predict into predictions.jsonl"),
     "inspect": ("qlora_lightning.commands.inspect", False, "report on the data, and show rows as the model sees them"),
-    "evaluate": (
-        "qlora_lightning.commands.evaluate",
+    "plan": (
+        "qlora_lightning.commands.plan",
         False,
-        "base against adapters on the same rows",
+        "show the model, its memory and the run's length, before loading",
     ),
+    "evaluate": ("qlora_lightning.commands.evaluate", False, "base against adapters on the same rows"),
     "profile": ("qlora_lightning.commands.profile", False, "say where a step's time and memory go, by part"),
     "sweep-rank": ("qlora_lightning.commands.sweep", False, "double the rank until it stops paying, and say where"),
     "lr-find": ("qlora_lightning.commands.lr_find", False, "try rising learning rates for some steps, suggest one"),

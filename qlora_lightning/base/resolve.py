@@ -37,11 +37,10 @@ def resolve_base(name: str, revision: str | None = None, *, weights: bool = True
         UserError: nothing is found under the name, or a revision is given for something that has none.
     """
     path = Path(name).expanduser()
-    is_local = name.startswith("package:") or path.exists()
-    if not is_local and _HUB_ID.fullmatch(name):
+    if is_hub_id(name):
         folder = download_snapshot(name, revision, weights=weights)
         return BaseSource(name, "hub", folder, folder.name)
-    if not is_local:
+    if not _is_local(name):
         raise UserError(
             f"Base {name!r}: no such file or folder. A base is a hub id (org/name), a folder with config.json, "
             "a .gguf file, or package:NAME (a .gguf inside an installed Python package)."
@@ -56,6 +55,15 @@ def resolve_base(name: str, revision: str | None = None, *, weights: bool = True
         return BaseSource(name, "folder", path.absolute(), None)
     _check_gguf(path, name)
     return BaseSource(name, "gguf", path.absolute(), None)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name means the hub: it has the form of a hub id, and nothing of that name lies here."""
+    return not _is_local(name) and _HUB_ID.fullmatch(name) is not None
+
+
+def _is_local(name: str) -> bool:
+    return name.startswith("package:") or Path(name).expanduser().exists()
 
 
 def _find_in_package(name: str) -> Path:

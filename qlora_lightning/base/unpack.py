@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lightning.base.byte_size import format_bytes
-from qlora_lightning.base.cache import cache_root, cached_folder
-from qlora_lightning.base.cache_entry import Json
+from qlora_lightning.base.cache import cache_root, cached_folder, hash_key
+from qlora_lightning.base.cache_entry import Json, read_entry
 from qlora_lightning.base.resolve import BaseSource
 from qlora_lightning.base.save_model import save_model
 from qlora_lightning.errors import UserError
@@ -29,22 +29,32 @@ def unpack_gguf(source: BaseSource) -> Path:
         UserError: the file is damaged or no LLaMA, or the cache cannot be written.
     """
     file = source.path.resolve()
+
+    def build(folder: Path) -> None:
+        where = cache_root() / "unpacked"
+        _log.info("Unpacking %s (%s), once; kept in %s", file.name, format_bytes(file.stat().st_size), where)
+        with _silence_transformers():
+            _unpack(file, folder, source.name)
+
+    return cached_folder("unpacked", _key(file), build, label=file.name)
+
+
+def find_unpacked(source: BaseSource) -> Path | None:
+    """Return the folder that :func:`unpack_gguf` has made of a GGUF; None where it would have to make it."""
+    folder = cache_root() / "unpacked" / hash_key(_key(source.path.resolve()))
+    return None if read_entry(folder, "unpacked") is None else folder
+
+
+def _key(file: Path) -> dict[str, Json]:
+    """Give all that the unpacked folder depends on."""
     status = file.stat()
-    key: dict[str, Json] = {
+    return {
         "path": str(file),
         "size": status.st_size,
         "mtime_ns": status.st_mtime_ns,
         "format": _FORMAT,
         "transformers": version("transformers"),
     }
-
-    def build(folder: Path) -> None:
-        where = cache_root() / "unpacked"
-        _log.info("Unpacking %s (%s), once; kept in %s", file.name, format_bytes(status.st_size), where)
-        with _silence_transformers():
-            _unpack(file, folder, source.name)
-
-    return cached_folder("unpacked", key, build, label=file.name)
 
 
 def _unpack(file: Path, folder: Path, name: str) -> None:

@@ -8,6 +8,7 @@ from qlora_lightning.callbacks.gpu_memory import GPUMemoryMonitor
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
 from qlora_lightning.callbacks.loading_lines import LoadingLines
 from qlora_lightning.callbacks.loss_spikes import LossSpikeMonitor
+from qlora_lightning.callbacks.memory_comparison import MemoryComparison
 from qlora_lightning.callbacks.prediction_writer import PredictionWriter
 from qlora_lightning.callbacks.run_report import RunReport
 from qlora_lightning.callbacks.stop_signals import StopSignals
@@ -22,6 +23,7 @@ __all__ = [
     "GradientCheckpointing",
     "LoadingLines",
     "LossSpikeMonitor",
+    "MemoryComparison",
     "PredictionWriter",
     "RunReport",
     "StopSignals",

@@ -11,7 +11,9 @@ from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.data.batches import Batch, collate_rows
 from qlora_lightning.data.epoch_plan import EpochPlan
+from qlora_lightning.data.largest_batch import epochs_to_look_at, first_and_largest
 from qlora_lightning.data.loader import FlatLoader
+from qlora_lightning.data.order import RankBatch
 from qlora_lightning.data.stream import StreamLoader
 from qlora_lightning.model.adapters import trainable_tensors
 from qlora_lightning.model.device_memory import read_peak_gib
@@ -20,8 +22,6 @@ from qlora_lightning.model.out_of_memory import telling_out_of_memory
 from qlora_lightning.trainer import is_trial_run
 
 _WORTH = 1.2  # times the tokens of the first batch: what is hardly larger is not worth a step's time
-_EPOCHS = 10  # whose batches are looked at,
-_ROWS = 500_000  # as long as they have no more rows than that: some five seconds
 
 
 class DryBatch(Callback):
@@ -70,29 +70,32 @@ def find_largest(trainer: Trainer) -> Batch | None:
     Args:
         trainer: Of a fit that is about to take its first step.
     """
+    ahead = look_ahead(trainer)
+    if ahead is None:
+        return None
+    plan, *batches = ahead
+    first, largest = (int(plan.samples.lengths[batch.rows].sum()) for batch in batches)
+    return None if largest <= _WORTH * first else collate_rows(plan.samples, *ahead[2])
+
+
+def look_ahead(trainer: Trainer) -> tuple[EpochPlan, RankBatch, RankBatch] | None:
+    """Give the plan of batches to come, the first of them and the largest; ``None`` where nobody knows them.
+
+    Args:
+        trainer: Of a fit that is about to take its first step.
+    """
     loader: Any = trainer.train_dataloader
     if isinstance(loader, FlatLoader):
-        plan, parts = loader.plan, _parts_to_come(trainer, loader)
+        place, now = loader.state_dict(), trainer.current_epoch
+        plan, epochs = loader.plan, epochs_to_look_at(loader.plan, now, trainer.max_epochs)
+        done = place["position"] if place["epoch"] == now else 0
     elif isinstance(loader, StreamLoader):
-        plan, parts = _plan_of_first_rows(trainer, loader), [(0, 0)]
+        plan, epochs, done = _plan_of_first_rows(trainer, loader), range(1), 0
     else:
         return None
-    limit, lengths = int(min(trainer.num_training_batches, len(loader))), plan.samples.lengths
-    batches = [batch for epoch, done in parts for batch in plan.batches(epoch, loader.rank)[done:limit]]
-    costs = [(int(lengths[batch.rows].sum()), int(lengths[batch.rows].max())) for batch in batches]  # tokens, longest
-    if not costs or max(costs)[0] <= _WORTH * costs[0][0]:
-        return None
-    return collate_rows(plan.samples, *batches[costs.index(max(costs))])
-
-
-def _parts_to_come(trainer: Trainer, loader: FlatLoader) -> list[tuple[int, int]]:
-    """Give the epochs to look at, and how many batches of each are done."""
-    now, place = trainer.current_epoch, loader.state_dict()
-    done = place["position"] if place["epoch"] == now else 0
-    changes = loader.plan.shuffle and loader.plan.tokens_per_batch is None  # packed batches are as full in every epoch
-    last = trainer.max_epochs if changes and trainer.max_epochs is not None else now + 1
-    most = min(_EPOCHS, _ROWS // len(loader.plan.samples))
-    return [(now, done), *((epoch, 0) for epoch in range(now + 1, min(last, now + most)))]
+    limit = int(min(trainer.num_training_batches, len(loader)))
+    found = first_and_largest(plan, epochs, done, limit, loader.rank)
+    return None if found is None else (plan, *found)
 
 
 def _plan_of_first_rows(trainer: Any, loader: StreamLoader) -> EpochPlan:

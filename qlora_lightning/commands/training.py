@@ -22,6 +22,7 @@ from qlora_lightning.callbacks import (
     GradientCheckpointing,
     LoadingLines,
     LossSpikeMonitor,
+    MemoryComparison,
     PredictionWriter,
     RunReport,
     StopSignals,
@@ -154,7 +155,7 @@ class QLoRACLI(LightningCLI):
         loggers: Any = False if chosen is False or settings.get("fast_dev_run") else [*own, *others] or False
         named = settings.get("callbacks") or []
         named = named if isinstance(named, list) else [named]
-        usual: list[type[Callback]] = [StopSignals, DryBatch, LossSpikeMonitor, LoadingLines]
+        usual: list[type[Callback]] = [StopSignals, MemoryComparison, DryBatch, LossSpikeMonitor, LoadingLines]
         usual += [PredictionWriter, ProcessWatch]
         added = [kind() for kind in usual if not any(isinstance(callback, kind) for callback in named)]
         config = self._short_config()

@@ -59,7 +59,7 @@ def add_adapters(
         target_modules=compact_targets(model, targets),
         **options,
     )
-    with _seeded_initialization(), _without_peft_deprecation():
+    with _seeded_initialization(), without_peft_deprecation():
         adapted = peft.get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base_name
     return _with_float32_masters(adapted)
@@ -79,7 +79,7 @@ def check_adapter_settings(rank: int, dropout: float) -> None:
 
 def load_adapters(model: PreTrainedModel, folder: str) -> peft.PeftModel:
     """Put the adapter of an adapter folder on the base, to go on training it; its own rank and targets rule."""
-    with _without_peft_deprecation():
+    with without_peft_deprecation():
         adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     return _with_float32_masters(adapted)
 
@@ -150,7 +150,7 @@ def _seeded_initialization() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_peft_deprecation() -> Iterator[None]:
+def without_peft_deprecation() -> Iterator[None]:
     """PEFT 0.21 asks transformers 5.24 for an attribute by its old name; users can do nothing about that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

@@ -42,3 +42,8 @@ def read_peak_gib(device: torch.device) -> float:
         return float(psutil.Process().memory_info().rss / _GIB)
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
     return kib * (1 if psutil.MACOS else 1024) / _GIB
+
+
+def read_resident_bytes() -> int:
+    """Read how much of this process lies in memory now, mapped files included."""
+    return int(psutil.Process().memory_info().rss)

@@ -81,7 +81,7 @@ def load_base(
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=trust_remote_code)
     load = _Loader(torch.device(device), compute_dtype, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
-        stored = _check_stored_quantization(config, quantization, name)
+        stored = check_stored_quantization(config, quantization, name)
         double_quant = bool(stored.get("bnb_4bit_use_double_quant", False))
         model = load(source.folder)
         _set_compute_dtype(model, compute_dtype)
@@ -159,7 +159,17 @@ def _set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(dtype)
 
 
-def _check_stored_quantization(config: PretrainedConfig, quantization: Quantization, name: str) -> dict[str, Any]:
+def check_stored_quantization(config: PretrainedConfig, quantization: Quantization, name: str) -> dict[str, Any]:
+    """Give the settings with which a base is stored quantized.
+
+    Args:
+        config: Of the base.
+        quantization: What the user asks for.
+        name: Of the base.
+
+    Raises:
+        UserError: They differ, or a part was left out.
+    """
     stored: Any = config.quantization_config
     if not isinstance(stored, dict):
         stored = stored.to_dict()

@@ -10,8 +10,6 @@ def test_metrics_are_shown_with_their_difference():
     loss = {"base": {"value": 2.0}, "adapter": {"value": 0.5}, "difference": {"value": -1.5}}
     (row,) = metric_rows(make(evaluation={"metrics": {"loss": loss}}))
     assert row == ("loss", [("2", ""), ("0.5", ""), ("−1.5", "")])
-        ("loss", [("2", ""), ("0.5", ""), ("−1.5", "")])
-    ]
 
 
 def test_intervals_stand_beside():

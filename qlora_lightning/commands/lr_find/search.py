@@ -7,14 +7,14 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.tuner.tuning import Tuner
 
-from qlora_lightning.callbacks import DryBatch, Evaluation, LoadingLines, PredictionWriter, RunReport
+from qlora_lightning.callbacks import DryBatch, Evaluation, LoadingLines, MemoryComparison, PredictionWriter, RunReport
 from qlora_lightning.callbacks.run_folder import RunFolder
 from qlora_lightning.commands import training
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.errors import UserError
 from qlora_lightning.trainer import callbacks_of
 
-_LEFT_OUT = (Checkpoint, RunFolder, PredictionWriter, Evaluation, LoadingLines, RunReport, DryBatch)
+_LEFT_OUT = (Checkpoint, RunFolder, PredictionWriter, Evaluation, LoadingLines, MemoryComparison, RunReport, DryBatch)
 _BETA = 0.98  # of Lightning's smoothing
 _TRAINER: dict[str, Any] = {
     "devices": 1,

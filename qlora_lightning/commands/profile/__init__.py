@@ -1,16 +1,15 @@
 """``qlora-lightning profile``: where the time and the memory of a training step go, by part."""
 
 import argparse
-import contextlib
 import functools
-import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from qlora_lightning.commands.quiet import quiet_lightning
 from qlora_lightning.errors import UserError
 
 _DESCRIPTION = """Run a few optimizer steps of a config under torch's profiler, and say where their time and memory go.
@@ -47,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     from qlora_lightning.commands.profile.report import print_summary, summarize, write_json
 
     recorder = StepRecorder(own.steps)
-    with tempfile.TemporaryDirectory(prefix="qlora-lightning-profile-") as folder, _quiet_lightning():
+    with tempfile.TemporaryDirectory(prefix="qlora-lightning-profile-") as folder, quiet_lightning():
         training.main(["fit", *rest], functools.partial(ProfileCLI, recorder=recorder, folder=folder))
     if not recorder.recorded:
         raise UserError("No step was profiled: the run ended before. trainer.limit_train_batches must not be 0.")
@@ -85,17 +84,3 @@ def _json_file(name: str) -> Path:
     if file.is_dir():
         raise UserError(f"--json {name}: that is a folder; name a file.")
     return file
-
-
-@contextlib.contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Keep away what a fit says of its devices, its data and its end."""
-    loggers = {name: logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")}
-    levels = {name: logger.level for name, logger in loggers.items()}
-    for logger in loggers.values():
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for name, logger in loggers.items():
-            logger.setLevel(levels[name])

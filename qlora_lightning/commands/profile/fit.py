@@ -10,6 +10,7 @@ from qlora_lightning.callbacks import (
     Evaluation,
     GPUMemoryMonitor,
     LoadingLines,
+    MemoryComparison,
     PredictionWriter,
     RunReport,
     StopSignals,
@@ -22,7 +23,7 @@ from qlora_lightning.commands.training import QLoRACLI
 # They write, take part in no step, or reset the peak of the device's memory.
 _LEFT_OUT = (
     *(Checkpoint, RunFolder, StopSignals, PredictionWriter, Evaluation, LoadingLines, DryBatch),
-    *(GPUMemoryMonitor, ProgressBar, RunReport),
+    *(GPUMemoryMonitor, MemoryComparison, ProgressBar, RunReport),
 )
 _TRAINER: dict[str, Any] = {
     "devices": 1,

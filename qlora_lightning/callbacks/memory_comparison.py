@@ -1,0 +1,136 @@
+"""The memory that was planned for a run beside what it took."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from qlora_lightning.base.byte_size import format_bytes
+from qlora_lightning.callbacks.dry_batch import look_ahead
+from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
+from qlora_lightning.callbacks.started_folder import writing_to
+from qlora_lightning.console import say
+from qlora_lightning.model.device_memory import read_resident_bytes
+from qlora_lightning.model.layer_shapes import BatchShape
+from qlora_lightning.model.memory_plan import StepSettings, plan_memory, share_unread
+from qlora_lightning.model.model_shape import checkpoint_layers, read_model
+from qlora_lightning.model.module import QLoRAModule
+from qlora_lightning.model.peak_watch import PeakWatch
+from qlora_lightning.model.stored_bytes import BaseShape, name_storage
+from qlora_lightning.safe_file import write_whole
+from qlora_lightning.trainer import callbacks_of, is_trial_run
+
+_FILE = "plan.json"
+
+
+class MemoryComparison(Callback):
+    """Write ``plan.json`` into the run folder at the end of a fit, and say in a line how well memory was planned.
+
+    Predicted is what ``qlora-lightning plan`` says of the config: for the largest micro-batch of the epochs to come, or
+    a larger one if it came. Measured is the most from the first step to the last: on a CPU what is resident of the
+    process, on CUDA what torch allocates.
+
+    It comes before :class:`DryBatch` among the callbacks, whose batch is one of those that are measured. A module with
+    a ``build_model`` of its own is left alone.
+    """
+
+    def __init__(self) -> None:
+        self._process = 0
+        self._largest: BatchShape | None = None
+        self._watch: PeakWatch | None = None
+        self._measured = 0
+        self._lengths: set[int] = set()
+        self._ids: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._process = read_resident_bytes()  # imports and data; the model comes next
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if is_trial_run(trainer) or not _is_planned(pl_module):
+            return
+        ahead = look_ahead(trainer)
+        if ahead is not None:
+            plan, _, largest = ahead
+            self._ids = plan.samples.ids
+            lengths, labelled = plan.samples.lengths[largest.rows], plan.samples.labelled_counts[largest.rows]
+            self._largest = BatchShape(tuple(lengths.tolist()), int(labelled.sum()))
+        self._watch = PeakWatch(pl_module.device)
+        self._watch.start()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._watch is not None:
+            shape = BatchShape(tuple(batch["cu_seqlens"].diff().tolist()), int((batch["labels"] != -100).sum()))
+            self._lengths.add(shape.tokens)
+            if self._largest is None or shape.tokens > self._largest.tokens:
+                self._largest = shape
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._watch is not None:
+            self._watch.look()  # before GPUMemoryMonitor resets what CUDA remembers
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._measured = self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._largest is None or not self._measured or not trainer.is_global_zero:
+            return
+        module: Any = pl_module
+        number_bytes = getattr(torch, module.identity["compute_dtype"]).itemsize
+        shape = checkpoint_layers(read_model(module.model, number_bytes), _checkpointed(trainer))
+        plan = plan_memory(shape, self._largest, self._settings(module, shape.base, number_bytes))
+        found = {
+            "predicted": {"parts": plan.parts, "peak_bytes": plan.peak_bytes},
+            "measured": {"peak_bytes": self._measured, "device": module.device.type},
+            "largest_batch": {
+                "rows": len(self._largest.lengths),
+                "tokens": self._largest.tokens,
+                "longest": max(self._largest.lengths),
+                "labelled": self._largest.labelled,
+            },
+        }
+        folder = Path(trainer.default_root_dir)
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / _FILE, json.dumps(found, indent=2) + "\n")
+        say(describe(plan.peak_bytes, self._measured))
+
+    def _settings(self, module: QLoRAModule, base: BaseShape, number_bytes: int) -> StepSettings:
+        on_cpu = module.device.type == "cpu"
+        return StepSettings(
+            storage=name_storage(module.quantization, module.identity["double_quant"], number_bytes),
+            number_bytes=number_bytes,
+            optimizer=module.optimizer_choice,
+            device=module.device.type,
+            process=self._process if on_cpu else 0,  # of CUDA only what torch allocates is measured
+            batch_lengths=max(1, len(self._lengths)),
+            unread=0.0 if self._ids is None or not module.cache else share_unread(self._ids, base, number_bytes),
+        )
+
+    def _stop(self) -> int:
+        watch, self._watch = self._watch, None
+        return 0 if watch is None else watch.stop()
+
+
+def _checkpointed(trainer: Trainer) -> int:
+    """Give how many layers share one checkpoint; 0: none has one."""
+    found = (each for each in callbacks_of(trainer) if isinstance(each, GradientCheckpointing))
+    return next((each.every_n_layers for each in found if each.enabled), 0)
+
+
+def describe(predicted: int, measured: int) -> str:
+    """Say in a line how far off a plan was, both in bytes."""
+    return (
+        f"Memory: planned {format_bytes(predicted)}, measured {format_bytes(measured)} at the most "
+        f"({measured / predicted - 1:+.1%})"
+    )
+
+
+def _is_planned(module: LightningModule) -> bool:
+    return isinstance(module, QLoRAModule) and type(module).build_model is QLoRAModule.build_model

@@ -1,0 +1,96 @@
+"""``qlora-lightning plan``: what a config trains, and the memory and steps that it takes, before it is loaded."""
+
+import argparse
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from qlora_lightning.commands.json_output import json_file, write_json
+from qlora_lightning.commands.quiet import quiet_lightning
+from qlora_lightning.errors import UserError
+
+_DESCRIPTION = """Show the model of a config and plan its memory, steps and tokens before anything is loaded.
+
+The config is the one that `fit` takes, and so is every other option: --model.rank 16, --data.batch_size 4. No weight
+is read and nothing is fetched; the data are read where they are on this machine. Nothing is written but what --json
+names."""
+_EPILOG = """examples:
+  qlora-lightning plan --config configs/quickstart.yaml
+  qlora-lightning plan --config configs/llama-3.1-8b-16gb.yaml --device-memory 16GiB --json plan.json
+
+GB are 10^9 bytes, GiB 2^30. The device is that of trainer.accelerator; `auto` means a GPU where there is one or where
+--device-memory is given. Figures for GPUs come from the same formulas, which were checked on CPUs only."""
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_UNITS |= {"tib": 2**40}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Plan a config; return the exit code.
+
+    Raises:
+        UserError: A key or value is wrong, or the base's config is not on this machine.
+    """
+    try:
+        own, rest = _parser().parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}. See `qlora-lightning plan --help`.") from error
+    memory = None if own.device_memory is None else read_size(own.device_memory)
+    file = json_file(own.json)
+
+    # here, so that --help and mistakes answer at once
+    from qlora_lightning.commands import training
+    from qlora_lightning.commands.plan.cli import PlanCLI
+
+    with quiet_lightning():
+        use = functools.partial(_plan, memory=memory, file=file)
+        training.main(["fit", *rest], functools.partial(PlanCLI, use=use))
+    return 0
+
+
+def _plan(
+    module: Any, data: Any, no_tokenizer: str | None, settings: dict[str, Any], memory: int | None, file: Path | None
+) -> None:
+    from qlora_lightning.commands.plan.make import make_plan
+    from qlora_lightning.commands.plan.report import print_plan, summarize
+
+    plan = make_plan(module, data, no_tokenizer, settings, memory)
+    if file is not None:
+        write_json(file, summarize(plan))
+    print_plan(plan, Console(highlight=False))
+
+
+def read_size(text: str) -> int:
+    """Read a number of bytes with a unit: ``16GiB``, ``24 GB``.
+
+    Raises:
+        UserError: It is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in _UNITS or not float(match[1]):
+        raise UserError(f"--device-memory is {text!r}: expected a size with its unit, such as 16GiB or 24GB.")
+    if not match[2] and float(match[1]) < _UNITS["mib"]:
+        raise UserError(f"--device-memory is {text!r}, so many bytes: write the unit, such as {text.strip()}GiB.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qlora-lightning plan",
+        usage="qlora-lightning plan --config FILE [--device-memory SIZE] [--json FILE] [options of fit]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--device-memory",
+        metavar="SIZE",
+        help="memory of the device, such as 16GiB or 24GB (default: of this machine's GPU, or its own)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all figures there too")
+    return parser

@@ -1,0 +1,108 @@
+"""The architecture as a picture in the terminal, with what is adapted."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from rich.console import Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+_ADAPTED = "green"
+_DOWN = Text("     │")
+_BLOCKS = (
+    ("input_layernorm", ("input_layernorm",)),
+    ("attention", ("q_proj", "k_proj", "v_proj", "o_proj")),
+    ("post_attention_layernorm", ("post_attention_layernorm",)),
+    ("SwiGLU MLP", ("gate_proj", "up_proj", "down_proj")),
+)
+
+
+def draw_model(model: Any) -> Panel:
+    """Draw embedding, decoder layers, norm and head; adapted linears in green, with the shapes of A and B.
+
+    Args:
+        model: A causal language model with its adapters; it may be on the meta device.
+    """
+    inner = model.get_base_model()
+    config, layers = inner.config, list(inner.model.layers)
+    title = f"{len(layers)} × decoder layer, {config.num_attention_heads} heads over {config.num_key_value_heads}"
+    tied = Text("  tied to embed_tokens" if config.tie_word_embeddings else "", "dim")
+    return Panel(
+        Group(
+            Text.assemble(("embed_tokens  ", "bold"), _describe(inner.model.embed_tokens)),
+            _DOWN,
+            Panel(_draw_layer(layers, config), title=title, title_align="left", expand=False),
+            _DOWN,
+            Text.assemble(("RMSNorm       ", "bold"), _describe(inner.model.norm)),
+            Text.assemble(("lm_head       ", "bold"), _describe(inner.lm_head), tied),
+        ),
+        title=f"LLaMA, {config.hidden_size:,} wide",
+        title_align="left",
+        expand=False,
+    )
+
+
+def _draw_layer(layers: list[nn.Module], config: Any) -> Table:
+    drawing = Table.grid(padding=(0, 2, 0, 0))
+    for block, names in _BLOCKS:
+        if len(names) == 1:
+            drawing.add_row(Text("RMSNorm", "bold"), Text(f"{config.hidden_size:,}"), "")
+            continue
+        attends = block == "attention"
+        note = f"head width {config.head_dim}, rotary θ {_theta(config):,.0f}" if attends else "down(silu(gate) · up)"
+        drawing.add_row(Text(block, "bold"), "", Text(note, "dim"))
+        for name in names:
+            drawing.add_row(Text(f"  {name}"), *_draw_linear([_find(layer, name) for layer in layers]))
+        drawing.add_row(Text("  + residual", "dim"), "", "")
+    return drawing
+
+
+def _theta(config: Any) -> float:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return float(parameters.get("rope_theta", getattr(config, "rope_theta", None) or 10_000.0))
+
+
+def _find(layer: nn.Module, name: str) -> Any:
+    return next(module for full, module in layer.named_modules() if full.rpartition(".")[2] == name)
+
+
+def _draw_linear(linears: list[Any]) -> tuple[Text, Text]:
+    """Give the shape of a linear, and the adapter on it with the layers that have it."""
+    base = linears[0].get_base_layer() if isinstance(linears[0], LoraLayer) else linears[0]
+    shape = Text(f"{base.in_features:,} → {base.out_features:,}")
+    ranks = Counter(_rank(linear) for linear in linears)
+    adapted = [number for number, linear in enumerate(linears) if _rank(linear)]
+    if not adapted:
+        return shape, Text("frozen", "dim")
+    numbers = ", ".join(str(rank) for rank in sorted(ranks) if rank)
+    where = "" if len(adapted) == len(linears) else f", layers {name_ranges(adapted)}"
+    return shape, Text(f"A {numbers} × {base.in_features:,}, B {base.out_features:,} × {numbers}{where}", _ADAPTED)
+
+
+def _rank(linear: Any) -> int:
+    return int(linear.r["default"]) if isinstance(linear, LoraLayer) else 0
+
+
+def name_ranges(numbers: Iterable[int]) -> str:
+    """Write ascending numbers shortly: ``0, 4–7``."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in ranges)
+
+
+def _describe(module: Any) -> Text:
+    adapted = isinstance(module, LoraLayer)
+    base = module.get_base_layer() if adapted else module
+    trains = any(parameter.requires_grad for parameter in module.parameters())
+    words = " × ".join(f"{size:,}" for size in base.weight.shape) if hasattr(base, "weight") else ""
+    if adapted:
+        return Text(f"{words}  adapter of rank {_rank(module)}", _ADAPTED)
+    return Text(f"{words}  trains", _ADAPTED) if trains else Text(words)

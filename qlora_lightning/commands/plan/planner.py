@@ -1,0 +1,173 @@
+"""A config as a plan: the weightless model, and the memory of its steps."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_lightning.commands.plan.run_length import RunLength
+from qlora_lightning.errors import UserError
+from qlora_lightning.model.dtypes import choose_compute_dtype
+from qlora_lightning.model.layer_shapes import BatchShape
+from qlora_lightning.model.memory_plan import MemoryPlan, StepSettings, plan_memory, share_unread
+from qlora_lightning.model.model_shape import ModelShape, checkpoint_layers, read_model
+from qlora_lightning.model.quantized import Quantization, check_stored_quantization
+from qlora_lightning.model.skeleton import build_skeleton
+from qlora_lightning.model.stored_bytes import name_storage
+
+_CONTEXT = 600_000_000  # bytes that CUDA, cuBLAS and the kernels take on a card, beside tensors; an estimate
+
+
+@dataclass(frozen=True)
+class Choice:
+    """All that a plan depends on, beside the base and the data.
+
+    Attributes:
+        quantization: ``model.quantization``.
+        double_quant: ``model.double_quant``.
+        optimizer: ``model.optimizer``.
+        adapter: ``model.adapter``.
+        adapter_options: Arguments of :func:`qlora_lightning.model.adapters.add_adapters`.
+        fast: ``model.fast``.
+        every_n_layers: Every n-th layer is checkpointed; 0: none.
+        batch: The largest micro-batch.
+        batch_lengths: How many numbers of tokens the run's micro-batches have.
+        ids: Token ids of the data, where only what is read of the embedding lies in memory; ``None``: all of it does.
+    """
+
+    quantization: Quantization
+    double_quant: bool
+    optimizer: str | dict[str, Any] | None
+    adapter: str | None
+    adapter_options: dict[str, Any]
+    fast: bool
+    every_n_layers: int
+    batch: BatchShape
+    batch_lengths: int = 1
+    ids: Any = None
+
+
+class Planner:
+    """Plans choices on one base and one kind of device.
+
+    Args:
+        config: transformers' config of the base.
+        device: ``cpu`` or ``cuda``.
+        compute_dtype: ``model.compute_dtype``.
+        process: Bytes of this process without a model.
+    """
+
+    def __init__(self, config: Any, device: str, compute_dtype: Any, process: int) -> None:
+        self.config, self.device = config, device
+        self.dtype = _choose_dtype(compute_dtype, device)
+        self.process = process if device == "cpu" else _CONTEXT
+        self._models: dict[str, nn.Module] = {}
+        self._shapes: dict[str, ModelShape] = {}
+
+    def model(self, choice: Choice) -> nn.Module:
+        """Give the weightless model of a choice.
+
+        Raises:
+            UserError: A setting of the adapters cannot be used.
+        """
+        key = _key(choice)
+        if key not in self._models:
+            self._models[key] = build_skeleton(
+                self.config,
+                compute_dtype=self.dtype,
+                quantization=choice.quantization,
+                adapter=choice.adapter,
+                adapter_options=choice.adapter_options,
+                fast=choice.fast,
+            )
+        return self._models[key]
+
+    def shape(self, choice: Choice) -> ModelShape:
+        """Give the shape of that model, the layers checkpointed as chosen."""
+        key = _key(choice)
+        if key not in self._shapes:
+            self._shapes[key] = read_model(self.model(choice), number_bytes=self.dtype.itemsize)
+        return checkpoint_layers(self._shapes[key], choice.every_n_layers)
+
+    def plan(self, choice: Choice, shape: ModelShape | None = None) -> MemoryPlan:
+        """Plan the memory of a choice.
+
+        Args:
+            choice: What to plan.
+            shape: The model, if it is another than the choice's own.
+        """
+        shape = self.shape(choice) if shape is None else shape
+        number_bytes = self.dtype.itemsize
+        settings = StepSettings(
+            storage=name_storage(choice.quantization, choice.double_quant, number_bytes),
+            number_bytes=number_bytes,
+            optimizer=choice.optimizer,
+            device=self.device,
+            process=self.process,
+            batch_lengths=choice.batch_lengths,
+            unread=0.0 if choice.ids is None else share_unread(choice.ids, shape.base, number_bytes),
+        )
+        return plan_memory(shape, choice.batch, settings)
+
+
+def _key(choice: Choice) -> str:
+    return repr((choice.quantization, choice.adapter, choice.adapter_options, choice.fast))
+
+
+def read_choice(module: Any, checkpointing: dict[str, Any], run: RunLength, config: Any) -> Choice:
+    """Read the choice of a config.
+
+    Args:
+        module: A ``QLoRAModule`` without its model.
+        checkpointing: The section of that name.
+        run: On the data.
+        config: transformers' config of the base, which may be stored quantized.
+
+    Raises:
+        UserError: The base is stored quantized in another way than the config says.
+    """
+    double_quant, stored_so = module.double_quant, getattr(config, "quantization_config", None) is not None
+    if stored_so:
+        stored = check_stored_quantization(config, module.quantization, module.base)
+        double_quant = bool(stored.get("bnb_4bit_use_double_quant", False))
+        del config.quantization_config
+    return Choice(
+        quantization=module.quantization,
+        double_quant=double_quant,
+        optimizer=module.optimizer_choice,
+        adapter=module.adapter,
+        adapter_options=module.adapter_options,
+        fast=module.fast,
+        every_n_layers=checkpointing["every_n_layers"] if checkpointing["enabled"] else 0,
+        batch=run.batch,
+        batch_lengths=run.batch_lengths,
+        ids=run.ids if module.cache or stored_so or module.quantization == "none" else None,  # mapped from a file
+    )
+
+
+def choose_device(accelerator: str, *, named_memory: bool) -> str:
+    """Choose whose memory is planned: ``cpu`` or ``cuda``.
+
+    ``auto`` is CUDA where this machine has it, or where the user names the memory of a device.
+
+    Args:
+        accelerator: ``trainer.accelerator``.
+        named_memory: Whether ``--device-memory`` is given.
+
+    Raises:
+        UserError: It is another kind of device.
+    """
+    if accelerator == "auto":
+        return "cuda" if named_memory or torch.cuda.is_available() else "cpu"
+    if accelerator in ("gpu", "cuda"):
+        return "cuda"
+    if accelerator == "cpu":
+        return "cpu"
+    raise UserError(f"trainer.accelerator is {accelerator}: plan knows cpu, gpu and auto.")
+
+
+def _choose_dtype(name: Any, device: str) -> torch.dtype:
+    if device == "cuda" and not torch.cuda.is_available():  # a config for another machine: a card of this decade
+        return torch.bfloat16 if name == "auto" else choose_compute_dtype(name, torch.device("meta"))
+    return choose_compute_dtype(name, torch.device(device))

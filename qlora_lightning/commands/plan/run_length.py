@@ -1,0 +1,96 @@
+"""How long the run of a config is, and its largest micro-batch: from its data where they can be read."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_lightning.commands.inspect.epoch import Epoch, plan_epoch
+from qlora_lightning.data.epoch_plan import EpochPlan
+from qlora_lightning.data.largest_batch import epochs_to_look_at, first_and_largest
+from qlora_lightning.data.sources import find_sources
+from qlora_lightning.errors import UserError
+from qlora_lightning.model.layer_shapes import BatchShape
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """What a run trains on.
+
+    Attributes:
+        batch: The largest micro-batch, or the largest that the settings allow.
+        batch_lengths: How many numbers of tokens the micro-batches have.
+        epoch: One epoch, and the steps of the run; ``None`` where the data were not read.
+        ids: Token ids of all training rows that were read.
+        why_not: Why they were not, in a sentence.
+    """
+
+    batch: BatchShape
+    epoch: Epoch | None = None
+    batch_lengths: int = 1
+    ids: Any = None
+    why_not: str | None = None
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of all optimizer steps; ``None`` where nobody knows."""
+        epoch = self.epoch
+        if epoch is None or epoch.all_steps is None:
+            return None
+        if not epoch.streaming and epoch.epochs is not None and epoch.all_steps == epoch.epochs * epoch.steps:
+            return round(epoch.epochs * epoch.batches * epoch.devices * epoch.mean_tokens)
+        return round(epoch.all_steps * epoch.accumulate * epoch.devices * epoch.mean_tokens)
+
+
+def measure_run(data: Any, trainer: dict[str, Any], no_tokenizer: str | None) -> RunLength:
+    """Read the training data and plan their batches; where that cannot be done, take the largest batch there can be.
+
+    Args:
+        data: The data module, not yet set up.
+        trainer: The trainer section of the config.
+        no_tokenizer: Why the data cannot be rendered here.
+    """
+    try:
+        _refuse_fetching(data)
+        if no_tokenizer is not None:
+            raise UserError(no_tokenizer)
+        data.setup("fit")
+    except UserError as error:
+        if "train" not in data.samples:
+            return RunLength(largest_allowed(data), why_not=str(error))
+    plan = _plan_of(data)
+    epoch = plan_epoch(plan, trainer, streaming=data.streaming)
+    epochs = range(1) if data.streaming else epochs_to_look_at(plan, max_epochs=epoch.epochs)
+    found = first_and_largest(plan, epochs, limit=epoch.batches)
+    if found is None:
+        return RunLength(largest_allowed(data), why_not="There are no training rows.")
+    rows = found[1].rows
+    batches = [batch for number in epochs for batch in plan.batches(number)[: epoch.batches]]
+    batches = batches[: None if epoch.all_steps is None else epoch.all_steps * epoch.accumulate]
+    count = len({int(plan.samples.lengths[batch.rows].sum()) for batch in batches})
+    lengths = tuple(plan.samples.lengths[rows].tolist())
+    return RunLength(BatchShape(lengths, int(plan.samples.labelled_counts[rows].sum())), epoch, count, plan.samples.ids)
+
+
+def largest_allowed(data: Any) -> BatchShape:
+    """Give the largest micro-batch that the settings allow: rows of ``max_length``, every token of them labelled."""
+    if data.tokens_per_batch is None:
+        lengths = (data.max_length,) * data.batch_size
+    else:
+        whole, rest = divmod(data.tokens_per_batch, data.max_length)
+        lengths = (data.max_length,) * whole + ((rest,) if rest else ())
+    return BatchShape(lengths, sum(lengths) - len(lengths))
+
+
+def _plan_of(data: Any) -> EpochPlan:
+    if data.streaming:
+        return EpochPlan(data.samples["train"], data.batch_size, data.tokens_per_batch, shuffle=True)
+    plan: EpochPlan = data.train_dataloader().plan
+    return plan
+
+
+def _refuse_fetching(data: Any) -> None:
+    """Raise what would have to be fetched."""
+    for split in ("train", "val"):
+        value = data.files[split]
+        for source in [] if value is None else find_sources(value, split):
+            if not source.files:
+                raise UserError(f"{source.path} in data.{split} is a data set of the hub, and plan fetches nothing.")

@@ -1,0 +1,136 @@
+"""What a training step needs beside weights, in bytes: by what each function keeps and makes.
+
+The one place to adapt when a function of :mod:`qlora_lightning.model.decoder_layer` keeps more or less than before.
+``t`` are the tokens of a micro-batch, ``e`` the bytes of a number in the dtype of the products.
+"""
+
+import math
+from collections.abc import Sequence
+
+from qlora_lightning.model.layer_shapes import BatchShape, LayerShape, LinearShape
+from qlora_lightning.model.loss import CHUNK
+
+_SHORT = 320  # tokens: BlockAttention keeps the probabilities of samples up to here
+_VECTOR = 32  # and fills the keys of each sample up to a multiple of this
+_FLOAT, _INDEX = 4, 8  # bytes of a float32, of a position
+
+
+def kept_by_layers(layers: Sequence[LayerShape], batch: BatchShape, e: int, device: str) -> int:
+    """Count what the decoder layers keep from forward until backward; of checkpointed ones their inputs."""
+    return sum(
+        batch.tokens * layer.width * e if layer.checkpointed else kept_by_layer(layer, batch, e, device)
+        for layer in layers
+    )
+
+
+def kept_by_layer(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
+    """Count what one layer keeps; nothing where neither it nor what lies below it trains."""
+    kept = _kept_fused if layer.fused else _kept_plain
+    return kept(layer, batch, e, device)
+
+
+def kept_outside(layers: Sequence[LayerShape], batch: BatchShape, e: int) -> int:
+    """Count what the last norm, in float32, the angles of rotary embedding and the loss keep."""
+    width, head_width = layers[0].width, layers[0].linears["q_proj"].outputs // layers[0].heads
+    norm = batch.tokens * (width * _FLOAT + _FLOAT)
+    angles = 2 * batch.tokens * head_width * e if any(not each.checkpointed and each.trains for each in layers) else 0
+    return norm + angles + batch.labelled * (width * e + _INDEX)
+
+
+def room_of_logits(batch: BatchShape, vocabulary: int, e: int) -> int:
+    """Count the logits that are there at a time."""
+    return min(CHUNK, batch.labelled) * vocabulary * e
+
+
+def room_of_loss(layers: Sequence[LayerShape], batch: BatchShape, vocabulary: int, e: int, device: str) -> int:
+    """Count what the loss makes and drops beside logits: hidden states, some rows' probabilities."""
+    # probabilities in float32, on a CPU of few rows at a time, and what softmax turns to float32 first
+    rows, copies = (32, 2) if device == "cpu" else (CHUNK, 1)
+    probabilities = copies * min(rows, batch.labelled) * vocabulary * _FLOAT
+    return (batch.tokens + batch.labelled) * layers[0].width * e + probabilities
+
+
+def room_of_backward(layers: Sequence[LayerShape], batch: BatchShape, e: int, device: str) -> int:
+    """Count the most that backward makes and drops in a layer, beyond what the model keeps.
+
+    A checkpointed layer makes all that it would have kept again.
+    """
+    return max(_room_of_layer(layer, batch, e, device) for layer in layers)
+
+
+def _room_of_layer(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
+    if not layer.trains:
+        return _room_of_forward(layer, batch, e)
+    t, wide = batch.tokens, layer.inner_width
+    again = kept_by_layer(layer, batch, e, device) if layer.checkpointed else 0
+    stream, of_hidden = t * layer.width * e, t * wide * e
+    moments = (
+        # SwiGLUDown: first its weight and the gradient of its input, then that, silu(gate) and their products
+        _dense(layer.linears["down_proj"], e) + of_hidden,
+        3 * of_hidden,
+        # NormedLinears behind it, when gate and up are gone and their gradients there: a weight, the norm's input in
+        # float32 and rounded, its gradient
+        _dense(layer.linears["gate_proj"], e) + t * layer.width * _FLOAT + 3 * stream,
+    )
+    return again + stream + max(moments)
+
+
+def _room_of_forward(layer: LayerShape, batch: BatchShape, e: int) -> int:
+    return 3 * batch.tokens * layer.inner_width * e + _dense(layer.linears["down_proj"], e)
+
+
+def _dense(linear: LinearShape, e: int) -> int:
+    """Count a quantized weight as it is made for a product."""
+    return linear.inputs * linear.outputs * e
+
+
+# ---- by function ----------------------------------------------------------------------------------------------------
+
+
+def _kept_fused(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
+    t, flows, kept = batch.tokens, layer.input_trains, 0
+    norm = t * (layer.width * e + _FLOAT)  # NormedLinears: its input and the inverse root mean squares
+
+    rank = layer.rank_of("q_proj", "k_proj", "v_proj")
+    flows = flows or rank > 0
+    kept += flows * (norm + t * rank * e)
+    kept += flows * _kept_by_attention(layer, batch, e, device)
+
+    rank = layer.rank_of("o_proj")  # LoRALinearFunction: nothing without an adapter
+    flows = flows or rank > 0
+    kept += (rank > 0) * t * (layer.linears["o_proj"].inputs + rank) * e
+
+    rank = layer.rank_of("gate_proj", "up_proj")
+    flows = flows or rank > 0
+    kept += flows * (norm + t * rank * e)
+
+    rank = layer.rank_of("down_proj")
+    flows = flows or rank > 0
+    return kept + flows * t * (2 * layer.inner_width + rank) * e  # SwiGLUDown: gate, up and the product with A
+
+
+def _kept_by_attention(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
+    queries, keys_and_values = layer.linears["q_proj"].outputs, 2 * layer.linears["k_proj"].outputs
+    if device == "cpu":  # BlockAttention
+        filled = [math.ceil(length / _VECTOR) * _VECTOR for length in batch.lengths]
+        seen = zip(batch.lengths, filled, strict=True)
+        probabilities = layer.heads * sum(length * keys for length, keys in seen if length <= _SHORT)
+        return (batch.tokens * queries + sum(filled) * keys_and_values + probabilities) * e
+    # FlashAttention: its output too, and a logarithm for each row
+    return batch.tokens * ((2 * queries + keys_and_values) * e + layer.heads * _FLOAT)
+
+
+def _kept_plain(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
+    """Count what the layer of transformers with PEFT's linears keeps, roughly."""
+    if not layer.trains:
+        return 0
+    t = batch.tokens
+    norms = 2 * t * (layer.width * _FLOAT + _FLOAT)  # their input in float32
+    normed = 5 * t * layer.width * e  # cast for each linear that reads it
+    queries = layer.linears["q_proj"].outputs
+    attention = t * (sum(layer.linears[name].outputs for name in ("q_proj", "k_proj", "v_proj")) + 2 * queries) * e
+    swiglu = 4 * t * layer.inner_width * e  # gate, silu(gate), up, and their product
+    adapted = [linear for linear in layer.linears.values() if linear.rank]
+    adapters = sum(t * linear.rank * e + linear.dropout * t * linear.inputs * (e + 1) for linear in adapted)
+    int8 = sum(t * linear.inputs * (e + 1) for linear in layer.linears.values() if linear.int8)  # and their inputs
+    return norms + normed + attention + swiglu + adapters + int8

@@ -24,6 +24,9 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "predict": (_TRAINING, True, "answer the rows of data.predict into predictions.jsonl"),
     "inspect": ("qlora_lightning.commands.inspect", False, "report on the data, and show rows as the model sees them"),
     "profile": ("qlora_lightning.commands.profile", False, "say where a step's time and memory go, by part"),
+    "merge": ("qlora_lightning.commands.merge", False, "work an adapter into its base, checked, for any tool to load"),
+    "chat": ("qlora_lightning.commands.chat", False, "talk with an adapter, or ask it once with --prompt"),
+    "diagnose": ("qlora_lightning.commands.diagnose", False, "say of each module how far its adapter moved it"),
     "cache": ("qlora_lightning.commands.cache", False, "list or clear unpacked and quantized bases"),
     "recipes": (
         "qlora_lightning.commands.recipes",

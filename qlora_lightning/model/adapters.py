@@ -77,11 +77,29 @@ def check_adapter_settings(rank: int, dropout: float) -> None:
         raise UserError(f"model.dropout is {dropout}: expected a probability in [0, 1).")
 
 
-def load_adapters(model: PreTrainedModel, folder: str) -> peft.PeftModel:
-    """Put the adapter of an adapter folder on the base, to go on training it; its own rank and targets rule."""
+def load_adapters(model: PreTrainedModel, folder: str, *, bare: bool = False) -> peft.PeftModel:
+    """Put the adapter of an adapter folder on the base, to go on training it; its own rank and targets rule.
+
+    Args:
+        model: The base.
+        folder: The adapter folder.
+        bare: The base lies on the meta device, and so will the adapter: shapes alone.
+    """
     with _without_peft_deprecation():
-        adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+        adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=True, low_cpu_mem_usage=bare)
     return _with_float32_masters(adapted)
+
+
+def load_beside(model: peft.PeftModel, folder: str, name: str) -> list[str]:
+    """Put the adapter of another folder beside those that are there, to be switched to by its name.
+
+    Returns:
+        The names of tensors that found no place, or of places that found no tensor.
+    """
+    with _without_peft_deprecation(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        found = model.load_adapter(folder, adapter_name=name)
+    return sorted([*found.unexpected_keys, *(key for key in found.missing_keys if f".{name}." in key)])
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:

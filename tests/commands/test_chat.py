@@ -22,8 +22,8 @@ SHORT = ("--max-new-tokens", "4")
 def place(tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat")
     make_run(folder / "runs" / "quickstart", tiny_base)
-    make_run(folder / "runs" / "a", tiny_base, seed=1)
-    make_run(folder / "runs" / "b", tiny_base, seed=2, std=0.3, rank=2, target_modules="mlp")
+    make_run(folder / "runs" / "a", tiny_base, seed=1, std=1.0)
+    make_run(folder / "runs" / "b", tiny_base, seed=2, std=1.0, rank=2, target_modules="mlp")
     return folder
 
 
@@ -109,6 +109,13 @@ def test_the_base_that_answers_is_the_base_without_an_adapter(chat, place, tiny_
     other = json.loads((place / "said.json").read_text())["turns"][0]["answers"]
     assert compared["base"]["text"] == other["base"]["text"]
     assert compared["a"]["text"] != other["b"]["text"]
+
+
+def test_an_adapter_answers_beside_others_as_it_does_alone(chat, place):
+    chat("--adapter", BOLD, "--prompt", "Hi.", *SHORT, "--json", "said.json")
+    alone = json.loads((place / "said.json").read_text())["turns"][0]["answers"]["b"]["text"]
+    chat("--adapter", CALM, "--adapter", BOLD, *SHORT, "--json", "said.json", lines=["/adapter b", "Hi."])
+    assert json.loads((place / "said.json").read_text())["turns"][0]["answers"]["b"]["text"] == alone
 
 
 def test_a_seed_makes_samples_again(chat, place):

@@ -22,7 +22,7 @@ def dense(module):
         module.weight.quant_state.dtype = torch.float32
         return bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
     if isinstance(module, bnb.nn.Linear8bitLt):
-        return module.weight.data.float() * module.weight.SCB.unsqueeze(1) / 127
+        return module.weight.data.float() * (module.weight.SCB.unsqueeze(1) / 127)
     return module.weight.float()
 
 

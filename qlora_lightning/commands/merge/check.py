@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from qlora_lightning.base.base_folder import BaseFolder
+from qlora_lightning.base.unpack import silence_transformers
 from qlora_lightning.model.attention import register_flat_attention
 from qlora_lightning.model.base_weights import OriginalWeights, Weights
 from qlora_lightning.model.layerwise import labels_of, run_layerwise
@@ -48,17 +49,16 @@ class Checker:
 
     def judge_gguf(self, file: Path) -> Comparison:
         """Judge a GGUF file as transformers reads it: the whole model in memory, in fp32."""
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            config=make_skeleton(
-                file.parent
-            ).config,  # of Llama 3.1's rope scaling transformers reads nothing in a GGUF
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-            attn_implementation=register_flat_attention(),
-            local_files_only=True,
-        )
+        with silence_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                config=make_skeleton(file.parent).config,  # transformers reads no llama3 rope scaling in a GGUF
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                attn_implementation=register_flat_attention(),
+                local_files_only=True,
+            )
         return self._judge(model.eval(), _nothing_is_empty)
 
     def _judge(self, model: PreTrainedModel, weights: Weights) -> Comparison:

@@ -116,9 +116,9 @@ def _check(
         if ways.dequantized is not None:
             found = checker.judge_merge(ways.dequantized, source.base)
             # the merge itself, whatever is written: were this not so, the arithmetic would be wrong
-            told(Verdict("merged onto the dequantized base, fp32", found, MAX_KL["exact"], MIN_TOP1))
+            told(Verdict("onto dequantized, fp32", found, MAX_KL["exact"], MIN_TOP1))
         if onto_original is not None:
-            told(Verdict("merged onto the original weights, fp32", checker.judge_merge(onto_original, source.base)))
+            told(Verdict("onto original, fp32", checker.judge_merge(onto_original, source.base)))
         name = f"written: onto {chosen}, {stored}"
         told(Verdict(name, checker.judge_folder(folder), allowed, MIN_TOP1 if exact else 0.0))
         if options.gguf is not None:

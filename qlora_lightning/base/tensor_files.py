@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_lightning.base.model_folder import weight_files
 from qlora_lightning.base.safetensors_header import TensorSpan, read_spans
@@ -65,7 +65,8 @@ class TensorFiles:
         tensor = torch.empty(span.shape, dtype=dtype)
         with span.file.open("rb", buffering=0) as stream:
             stream.seek(span.start)
-            view = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+            content: Any = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+            view = memoryview(content)
             while view:
                 count = stream.readinto(view)
                 if not count:

@@ -31,7 +31,7 @@ class Judged:
         if _dtype_of(self.head) is not None or self.head.bias is not None:
             logits: Tensor = self.head(hidden)
             return logits
-        rows: Any = self.head.weight.split(_HEAD_ROWS)  # type: ignore[operator]  # torch types no module's weight
+        rows: Any = self.head.weight.split(_HEAD_ROWS)
         return torch.cat([hidden @ some.float().t() for some in rows], dim=-1)
 
 

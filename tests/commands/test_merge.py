@@ -140,7 +140,7 @@ def test_nothing_is_written_over_unless_it_is_a_merged_model_and_force_is_given(
         (("--out", "x", "--json", "none/x.json"), "there is no folder none"),
         (("--out", "x", "--adapter", "none"), "none is not an adapter folder"),
         (("--out", "x", "--base", "none"), "Base 'none': no such file or folder"),
-        (("--out", "x", "--config", "none.yaml"), "--config names none.yaml, but there is no such file"),
+        (("--out", "x", "--config", "none.yaml"), "none.yaml, but there is no such file"),
         (("--out", "x", "--data.val", "none.jsonl"), "none.jsonl"),
         (("--out", "x", "--nothing"), "unrecognized arguments: --nothing"),
     ],
@@ -173,7 +173,7 @@ def test_an_adapter_of_another_tool_is_merged_onto_the_original(folder, made, ca
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+@pytest.mark.parametrize("kind", ["f16", pytest.param("q8_0", marks=pytest.mark.slow)])
 def test_a_gguf_file_holds_the_same_model(kind, folder, made, tiny_base):
     merge("--out", "merged", "--gguf", kind)
     check = json.loads((folder / "merged" / "merge.json").read_text())["check"]

@@ -1,5 +1,6 @@
 """Tensors as llama.cpp wants them: their names, the order of rows in queries and keys, and how they are stored."""
 
+import functools
 import re
 from typing import Any, NamedTuple
 
@@ -27,10 +28,15 @@ def map_name(name: str, layers: int) -> str:
     Raises:
         UserError: llama.cpp knows no such tensor.
     """
-    found: str | None = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers).get_name(name, (".weight", ".bias"))
+    found: str | None = _name_map(layers).get_name(name, (".weight", ".bias"))
     if found is None:
         raise UserError(f"--gguf: llama.cpp has no place for the tensor {name}. Leave --gguf out.")
     return found
+
+
+@functools.cache  # it takes 10 ms to make
+def _name_map(layers: int) -> Any:
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
 
 
 def permute_rows(name: str, rows: Array, config: Any) -> Array:

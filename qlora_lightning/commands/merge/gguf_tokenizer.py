@@ -39,8 +39,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, split:
     tokens = {number: (text, types.NORMAL) for text, number in model["vocab"].items()}
     for token in content.get("added_tokens", []):
         tokens[token["id"]] = (token["content"], types.CONTROL if token["special"] else types.USER_DEFINED)
-    unused = {number: (f"[PAD{number}]", types.UNUSED) for number in range(vocabulary)}
-    listed = [{**unused, **tokens}[number] for number in range(vocabulary)]
+    listed = [tokens.get(number, (f"[PAD{number}]", types.UNUSED)) for number in range(vocabulary)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(split or _name_split(content.get("pre_tokenizer")))
     writer.add_token_list([text for text, _ in listed])

@@ -178,7 +178,7 @@ def test_a_gguf_file_holds_the_same_model(kind, folder, made, tiny_base):
     merge("--out", "merged", "--gguf", kind)
     check = json.loads((folder / "merged" / "merge.json").read_text())["check"]
     assert check[f"written: model-{kind}.gguf"]["kl"] < (1e-6 if kind == "f16" else 1e-3)
-    reader = gguf.GGUFReader(f"merged/model-{kind}.gguf")
+    reader = gguf.GGUFReader(f"merged/gguf/model-{kind}.gguf")
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert types["output_norm.weight"] == "F32"
     assert types["blk.1.attn_q.weight"] == types["token_embd.weight"] == kind.upper()
@@ -190,9 +190,10 @@ def test_a_gguf_file_holds_the_same_model(kind, folder, made, tiny_base):
     assert field("tokenizer.ggml.eos_token_id") == tokenizer.eos_token_id
     assert field("tokenizer.chat_template") == tokenizer.chat_template
     assert field("tokenizer.ggml.tokens")[:300] == tokenizer.convert_ids_to_tokens(range(300))
-    again = AutoTokenizer.from_pretrained("merged", gguf_file=f"model-{kind}.gguf")
+    again = AutoTokenizer.from_pretrained("merged/gguf", gguf_file=f"model-{kind}.gguf")
     text = "<|im_start|>user\nIt's 12:30, I'd say.\n\nGrüße 🙂<|im_end|>"
     assert again(text).input_ids == tokenizer(text).input_ids
+    assert (again.chat_template, again.eos_token_id) == (tokenizer.chat_template, tokenizer.eos_token_id)
 
 
 def test_an_adapter_alone_as_gguf_is_the_same_update(folder, made):
@@ -220,9 +221,9 @@ def test_an_adapter_alone_as_gguf_is_the_same_update(folder, made):
 PLAIN = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-for options in ({}, {"gguf_file": "model-f16.gguf"}):
-    model = AutoModelForCausalLM.from_pretrained("merged", **options)
-    tokenizer = AutoTokenizer.from_pretrained("merged", **options)
+for place, options in ("merged", {}), ("merged/gguf", {"gguf_file": "model-f16.gguf"}):
+    model = AutoModelForCausalLM.from_pretrained(place, **options)
+    tokenizer = AutoTokenizer.from_pretrained(place, **options)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Count to 3."}], add_generation_prompt=True,
                                         return_dict=True, return_tensors="pt")
     print(model.generate(**ids, max_new_tokens=8, do_sample=False)[0].tolist())

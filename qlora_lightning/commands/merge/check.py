@@ -53,7 +53,7 @@ class Checker:
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 gguf_file=file.name,
-                config=make_skeleton(file.parent).config,  # transformers reads no llama3 rope scaling in a GGUF
+                config=make_skeleton(file.parents[1]).config,  # transformers reads no llama3 rope scaling in a GGUF
                 dtype=torch.float32,
                 quantization_config=GgufConfig(dequantize=True),
                 attn_implementation=register_flat_attention(),

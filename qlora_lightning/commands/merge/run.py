@@ -26,6 +26,7 @@ from qlora_lightning.errors import UserError
 from qlora_lightning.model.merging import MergedWeights, MergePlan, plan_merge
 from qlora_lightning.model.opened_adapter import AdapterSource, find_adapter
 
+_GGUF = "gguf"  # a folder of its own: beside a tokenizer's files transformers misreads the tokenizer in a GGUF
 _ONTO = {"dequantized": "onto the dequantized base that it was trained on", "original": "onto the original weights"}
 
 
@@ -68,15 +69,16 @@ def _merge_model(options: Options, out: Path, source: AdapterSource, plan: Merge
         write_companions(source, folder, dtype, out, _ONTO[options.onto])
         sinks: list[TensorSink] = [RoundingShards(folder, dtype)]
         if options.gguf is not None:
-            file = folder / f"model-{options.gguf}.gguf"
+            file = folder / _GGUF / f"model-{options.gguf}.gguf"
+            file.parent.mkdir()
             split = split_of_base(source.base)
             sinks.append(GGUFModelWriter(file, plan, options.gguf, folder, title, split))
         with _bar("merging", len(plan.shapes)) as advance:
             write_tensors(plan, MergedWeights(plan, ways.chosen), sinks, advance)
         if batches:
             _check(options, source, plan, ways, folder, batches, report)
-        files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf"))
-        report.facts["files"] = {file.name: file.stat().st_size for file in files}
+        files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".gguf"))
+        report.facts["files"] = {str(file.relative_to(folder)): file.stat().st_size for file in files}
         report.facts["seconds"] = round(time.monotonic() - began, 1)
         write_json(report.as_json(), folder / RECORD)
         report.print(Console(highlight=False))
@@ -122,7 +124,7 @@ def _check(
         name = f"written: onto {chosen}, {stored}"
         told(Verdict(name, checker.judge_folder(folder), allowed, MIN_TOP1 if exact else 0.0))
         if options.gguf is not None:
-            file = folder / f"model-{options.gguf}.gguf"
+            file = folder / _GGUF / f"model-{options.gguf}.gguf"
             told(Verdict(f"written: {file.name}", checker.judge_gguf(file), max(allowed, MAX_KL["rounded"])))
 
 

@@ -33,7 +33,7 @@ def unpack_gguf(source: BaseSource) -> Path:
     def build(folder: Path) -> None:
         where = cache_root() / "unpacked"
         _log.info("Unpacking %s (%s), once; kept in %s", file.name, format_bytes(file.stat().st_size), where)
-        with _silence_transformers():
+        with silence_transformers():
             _unpack(file, folder, source.name)
 
     return cached_folder("unpacked", _key(file), build, label=file.name)
@@ -124,7 +124,7 @@ def _with_eos(known: int | list[int] | None, eos: int | None) -> int | list[int]
 
 
 @contextmanager
-def _silence_transformers() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """Switch off transformers' progress bars and notices: one line of ours says what goes on, errors are raised."""
     from transformers.utils import logging as noise
 

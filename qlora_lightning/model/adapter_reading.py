@@ -2,16 +2,21 @@
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import peft
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters import all_names_of_trainable_tensors, load_adapters
 from qlora_lightning.model.checkpoint_format import check_version
+
+LOADING_FAULTS = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError)
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
@@ -26,7 +31,7 @@ def read_identity(folder: Path) -> dict[str, Any]:
             f"{folder} is not an adapter folder: expected adapter_config.json and adapter_model.safetensors in it, "
             f"missing {' and '.join(missing)}."
         )
-    kind = _read_json(folder / "adapter_config.json").get("peft_type")
+    kind = read_adapter_config(folder).get("peft_type")
     if kind != "LORA":
         raise UserError(f"{folder} holds an adapter of peft_type {kind}: expected LORA.")
     identity = _read_json(folder / "qlora_lightning.json") if (folder / "qlora_lightning.json").is_file() else {}
@@ -34,8 +39,22 @@ def read_identity(folder: Path) -> dict[str, Any]:
     return identity
 
 
-def open_adapter_folder(base: PreTrainedModel, folder: Path) -> peft.PeftModel:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Read the ``adapter_config.json`` of an adapter folder that :func:`read_identity` has seen.
+
+    Raises:
+        UserError: It is not a JSON object.
+    """
+    return _read_json(folder / "adapter_config.json")
+
+
+def open_adapter_folder(base: PreTrainedModel, folder: Path, *, bare: bool = False) -> peft.PeftModel:
     """Put the adapter of a folder on the base, to go on training it; every tensor must find its place.
+
+    Args:
+        base: The base.
+        folder: The adapter folder.
+        bare: The base has shapes alone (it lies on the meta device); the adapter gets its tensors all the same.
 
     Raises:
         UserError: The folder does not fit the base, or a file in it is damaged.
@@ -45,22 +64,37 @@ def open_adapter_folder(base: PreTrainedModel, folder: Path) -> peft.PeftModel:
             stored = set(file.keys())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below
-            model = load_adapters(base, str(folder))
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).strip().splitlines()[-1:]).strip().rstrip(".")
-        raise UserError(
-            f"The adapter folder {folder} cannot be put on this base: {reason}. Name the base that "
-            "it was trained on, or copy the folder again if a file in it is damaged."
-        ) from error
+            model = load_adapters(base, str(folder), bare=bare)
+    except LOADING_FAULTS as error:
+        raise word_misfit(folder, error) from error
     tensors = all_names_of_trainable_tensors(model)
-    own = peft.get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False).keys()
-    if own != stored:
-        shown = ", ".join(sorted(own ^ stored)[:3])
+    own = peft.get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
+    if own.keys() != stored:
+        shown = ", ".join(sorted(own.keys() ^ stored)[:3])
         raise UserError(
-            f"The adapter folder {folder} does not fit this base: {len(own - stored)} tensors are missing in it and "
-            f"{len(stored - own)} are foreign ({shown}, …). Name the base that it was trained on."
+            f"The adapter folder {folder} does not fit this base: {len(own.keys() - stored)} tensors are missing in it "
+            f"and {len(stored - own.keys())} are foreign ({shown}, …). Name the base that it was trained on."
         )
+    if bare:
+        _fill(model, tensors, own, folder)
     return model
+
+
+def _fill(model: peft.PeftModel, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], folder: Path) -> None:
+    """Give an adapter of shapes its tensors, which PEFT leaves where the base is."""
+    stored = load_file(folder / "adapter_model.safetensors")
+    keys = {id(tensor): key for key, tensor in own.items()}
+    values = {name: stored[keys[id(tensor)]].float() for name, tensor in tensors.items() if id(tensor) in keys}
+    model.load_state_dict(values, strict=False, assign=True)
+
+
+def word_misfit(folder: Path, error: Exception) -> UserError:
+    """Say why an adapter folder cannot be put on a base, in the last line of what PEFT said."""
+    reason = " ".join(str(error).strip().splitlines()[-1:]).strip().rstrip(".")
+    return UserError(
+        f"The adapter folder {folder} cannot be put on this base: {reason}. Name the base that "
+        "it was trained on, or copy the folder again if a file in it is damaged."
+    )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from qlora_lightning.errors import UserError
 from qlora_lightning.model.lora_options import check_lora_options
 from qlora_lightning.model.targets import compact_targets, resolve_targets
 
+ADAPTER = "default"  # PEFT's name for the adapter that a model is made with
+
 
 def add_adapters(
     model: PreTrainedModel,
@@ -61,7 +63,7 @@ def add_adapters(
     )
     with _seeded_initialization(), without_peft_deprecation():
         adapted = peft.get_peft_model(model, config)
-    adapted.peft_config["default"].base_model_name_or_path = base_name
+    adapted.peft_config[ADAPTER].base_model_name_or_path = base_name
     return _with_float32_masters(adapted)
 
 
@@ -77,10 +79,16 @@ def check_adapter_settings(rank: int, dropout: float) -> None:
         raise UserError(f"model.dropout is {dropout}: expected a probability in [0, 1).")
 
 
-def load_adapters(model: PreTrainedModel, folder: str) -> peft.PeftModel:
-    """Put the adapter of an adapter folder on the base, to go on training it; its own rank and targets rule."""
+def load_adapters(model: PreTrainedModel, folder: str, *, bare: bool = False) -> peft.PeftModel:
+    """Put the adapter of an adapter folder on the base, to go on training it; its own rank and targets rule.
+
+    Args:
+        model: The base.
+        folder: The adapter folder.
+        bare: The base lies on the meta device, and so will the adapter: shapes alone.
+    """
     with without_peft_deprecation():
-        adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+        adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=True, low_cpu_mem_usage=bare)
     return _with_float32_masters(adapted)
 
 

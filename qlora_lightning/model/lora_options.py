@@ -9,7 +9,7 @@ from torch import nn
 
 from qlora_lightning.errors import UserError
 
-_OURS = {
+OURS = {
     "r": "model.rank",
     "lora_alpha": "model.alpha",
     "lora_dropout": "model.dropout",
@@ -71,8 +71,8 @@ def check_lora_options(options: dict[str, Any], model: nn.Module, tied_embedding
 
 
 def _check_name(name: str) -> None:
-    if name in _OURS:
-        raise UserError(f"model.lora_options sets {name!r}, which has a key of its own: set {_OURS[name]}.")
+    if name in OURS:
+        raise UserError(f"model.lora_options sets {name!r}, which has a key of its own: set {OURS[name]}.")
     if name in _ALLOWED:
         return
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}

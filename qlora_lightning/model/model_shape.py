@@ -11,10 +11,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_lightning.model.adapters import trainable_tensors
+from qlora_lightning.model.adapters import ADAPTER, trainable_tensors
 from qlora_lightning.model.decoder_layer import FusedDecoderLayer
 from qlora_lightning.model.layer_shapes import LayerShape, LinearShape
-from qlora_lightning.model.linear import ADAPTER, FusedLinear, FusedLinear4bit, is_plain
+from qlora_lightning.model.linear import FusedLinear, FusedLinear4bit, is_plain
 from qlora_lightning.model.stored_bytes import BaseShape, read_base
 
 

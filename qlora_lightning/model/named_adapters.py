@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import peft
-from safetensors import SafetensorError
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.adapter_reading import read_identity
+from qlora_lightning.model.adapter_reading import LOADING_FAULTS, read_identity, word_misfit
+from qlora_lightning.model.adapters import without_peft_deprecation
 from qlora_lightning.model.identity import check_identity
 from qlora_lightning.model.linear import fuse_lora_linears
 
@@ -36,13 +36,11 @@ def add_named_adapter(
     check_identity(read_identity(folder), of_base, f"The adapter folder {folder}")
     device = next(model.parameters()).device
     try:
-        with warnings.catch_warnings():
+        with without_peft_deprecation(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             result = model.load_adapter(str(folder), name, torch_device=str(device))
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).strip().splitlines()[-1:]).strip().rstrip(".")
-        raise UserError(f"The adapter folder {folder} cannot be put on this base: {reason}.") from error
+    except LOADING_FAULTS as error:
+        raise word_misfit(folder, error) from error
     missing = [key for key in result.missing_keys if f".{name}." in key]  # PEFT's own filter takes others' for its own
     lost = [*missing, *result.unexpected_keys]
     if lost:

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -159,6 +159,14 @@ def _set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(dtype)
 
 
+def stored_quantization(settings: Mapping[str, Any]) -> str:
+    """Name how a base is stored, by the ``quantization_config`` of its ``config.json``: ``nf4``, or what else it is."""
+    if settings.get("load_in_8bit"):
+        return "int8"
+    four_bits = settings.get("load_in_4bit")
+    return str(settings.get("bnb_4bit_quant_type") if four_bits else settings.get("quant_method", "unknown"))
+
+
 def check_stored_quantization(config: PretrainedConfig, quantization: Quantization, name: str) -> dict[str, Any]:
     """Give the settings with which a base is stored quantized.
 
@@ -173,13 +181,7 @@ def check_stored_quantization(config: PretrainedConfig, quantization: Quantizati
     stored: Any = config.quantization_config
     if not isinstance(stored, dict):
         stored = stored.to_dict()
-    found = (
-        "int8"
-        if stored.get("load_in_8bit")
-        else stored.get("bnb_4bit_quant_type")
-        if stored.get("load_in_4bit")
-        else stored.get("quant_method", "unknown")
-    )
+    found = stored_quantization(stored)
     if found != quantization:
         raise UserError(
             f"model.base {name} is stored quantized as {found}, but model.quantization is {quantization}: "

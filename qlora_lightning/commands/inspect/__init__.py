@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
         lightning.seed_everything(None if config.seed is True else config.seed, verbose=False)
     data = make_data_module(config)
     bad_rows_stop, data.lenient = data.on_bad_row == "error", True  # here they are listed, and the rest goes on
-    with _quiet_lightning():
+    with quiet_lightning():
         found = inspect_data(data, config, options)
     if page is not None:
         write_page(found, page)
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 @contextlib.contextmanager
-def _quiet_lightning() -> Iterator[None]:
+def quiet_lightning() -> Iterator[None]:
     """Keep away the lines that the data module prints for each split: the report says them."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level

@@ -44,7 +44,7 @@ def write_json(summary: dict[str, Any], file: Path) -> None:
         UserError: The file cannot be written.
     """
     try:
-        write_whole(file, json.dumps(summary, indent=2) + "\n")
+        write_whole(file, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"--json {file}: cannot be written ({error.strerror}).") from error
 

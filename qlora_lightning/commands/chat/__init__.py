@@ -1,0 +1,51 @@
+"""``qlora-lightning chat``: talk with an adapter, or ask it once."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from qlora_lightning.commands.chat.arguments import Options, parse
+from qlora_lightning.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Talk; return the exit code.
+
+    Raises:
+        UserError: An option, an adapter or the one message cannot be used.
+    """
+    options = parse(argv)
+    _talk(options)
+    return 0
+
+
+def _talk(options: Options) -> None:
+    # here, so that --help and mistakes answer at once
+    import torch
+
+    from qlora_lightning.commands.chat.answer import Sampling
+    from qlora_lightning.commands.chat.screen import Screen
+    from qlora_lightning.commands.chat.session import Session
+    from qlora_lightning.commands.chat.speakers import Speakers
+    from qlora_lightning.commands.profile.report import write_json
+
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
+    sampling = Sampling(options.temperature, options.top_p, options.max_new_tokens)
+    speakers, screen = Speakers(options.adapters, options.base), Screen(Console(highlight=False))
+    session = Session(speakers, sampling, screen, options.system, options.compare)
+    try:
+        if options.prompt is not None:
+            if not session.say(options.prompt, named=False):
+                raise UserError("--prompt was not answered, see above.")
+            return
+        screen.tell(f"{session.speaker.name} answers. /help says what else there is.")
+        while (line := screen.read()) is not None:
+            if line.startswith("/"):
+                if not session.obey(line):
+                    break
+            elif line.strip():
+                session.say(line.strip())
+    finally:
+        if options.json is not None and session.turns:
+            write_json(session.as_json(), options.json)

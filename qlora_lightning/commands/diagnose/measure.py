@@ -1,0 +1,54 @@
+"""Measures every module that an adapter moves."""
+
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import track
+
+from qlora_lightning.errors import UserError
+from qlora_lightning.model.adapter_norms import Movement, measure_movement
+from qlora_lightning.model.base_weights import OriginalWeights, TrainedWeights, quantized_names
+from qlora_lightning.model.hollow_base import make_skeleton
+from qlora_lightning.model.merging import adapted_layers, plan_merge
+from qlora_lightning.model.opened_adapter import find_adapter
+
+
+class Diagnosis(NamedTuple):
+    """An adapter folder, its base, and what was measured of each module, in the model's order."""
+
+    adapter: str
+    base: str
+    movements: list[Movement]
+
+
+def measure_adapter(folder: str, base: str | None) -> Diagnosis:
+    """Measure an adapter folder.
+
+    Args:
+        folder: The adapter folder.
+        base: Another name of its base.
+
+    Raises:
+        UserError: The adapter or the base cannot be used, or the adapter has no LoRA in it.
+    """
+    source = find_adapter(folder, base)
+    plan = plan_merge(source.base.folder, source.folder)
+    layers = adapted_layers(plan)
+    if not layers:
+        raise UserError(f"The adapter folder {source.folder} has no LoRA in it: there is nothing to measure.")
+    # quantization changes a weight's norm by less than 1 %: what is stored will do, and is quicker
+    weights = (
+        TrainedWeights(
+            source.base,
+            quantized_names(make_skeleton(source.base.folder)),
+            source.quantization or "nf4",
+            source.double_quant,
+            source.compute_dtype,
+        )
+        if source.is_stored_quantized
+        else OriginalWeights(source.base)
+    )
+    console = Console(stderr=True)
+    steps = track(layers.items(), "measuring", console=console, transient=True, disable=not console.is_terminal)
+    movements = [measure_movement(layer, name, weights) for name, layer in steps]
+    return Diagnosis(str(source.folder), source.identity.get("base", source.base.name), movements)

@@ -1,0 +1,50 @@
+"""argparse for commands with a few options of their own: mistakes in one sentence, files checked at once."""
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from qlora_lightning.errors import UserError
+
+
+class OptionParser(argparse.ArgumentParser):
+    """argparse whose mistakes are a sentence of ours, without a page of usage.
+
+    Args:
+        command: Behind ``qlora-lightning``.
+        description: What it does.
+        examples: Shown at the end of the help.
+        usage: Where argparse's own would mislead.
+    """
+
+    def __init__(self, command: str, description: str, examples: str, usage: str | None = None) -> None:
+        super().__init__(
+            prog=f"qlora-lightning {command}",
+            usage=usage,
+            description=description,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse what was typed.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(f"{message}. See `{self.prog} --help`.")
+
+
+def check_new_file(option: str, file: Path | None) -> None:
+    """Check a file's name before a second is spent.
+
+    Raises:
+        UserError: There is no such folder, or it is no file.
+    """
+    if file is None:
+        return
+    if file.is_dir():
+        raise UserError(f"{option} {file}: that is a folder; name a file.")
+    if not file.parent.is_dir():
+        raise UserError(f"{option} {file}: there is no folder {file.parent}.")

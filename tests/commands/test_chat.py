@@ -1,0 +1,215 @@
+"""The command as a user runs it, on a tiny base."""
+
+import io
+import json
+import shlex
+
+import pytest
+import torch
+
+from qlora_lightning.cli import main
+from qlora_lightning.commands.chat import answer as answering
+from qlora_lightning.commands.chat.answer import Sampling, TokenStreamer, stream_answer
+from qlora_lightning.commands.chat.arguments import make_parser
+from qlora_lightning.model.generation import generate_answers
+from tests.adapters import make_adapter, make_run
+
+CALM, BOLD = "runs/a/adapter", "runs/b/adapter"
+SHORT = ("--max-new-tokens", "4")
+
+
+@pytest.fixture(scope="module")
+def place(tiny_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    make_run(folder / "runs" / "quickstart", tiny_base)
+    make_run(folder / "runs" / "a", tiny_base, seed=1, std=1.0)
+    make_run(folder / "runs" / "b", tiny_base, seed=2, std=1.0, rank=2, target_modules="mlp")
+    return folder
+
+
+@pytest.fixture
+def chat(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def chat(*arguments, lines=(), code=0):
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        capsys.readouterr()
+        assert main(["chat", *arguments]) == code
+        return capsys.readouterr()
+
+    return chat
+
+
+def examples():
+    lines = [line.strip() for line in make_parser().format_help().splitlines()]
+    return [line for line in lines if line.startswith("qlora-lightning chat --adapter")]
+
+
+def test_help_has_examples():
+    assert len(examples()) == 4
+
+
+@pytest.mark.parametrize("line", examples())
+def test_the_examples_of_help_run_as_they_stand(line, chat):
+    said = chat(*shlex.split(line)[2:], *SHORT, lines=["Hello."])
+    assert said.out
+    assert said.err == ""
+
+
+def test_one_prompt_prints_the_answer_that_greedy_generation_gives(chat, place, tiny_base):
+    said = chat("--adapter", CALM, "--prompt", "Count to 3.", "--json", "said.json", *SHORT)
+    answer = json.loads((place / "said.json").read_text())["turns"][0]["answers"]["a"]
+    from qlora_lightning.commands.chat.speakers import Speakers
+
+    speakers = Speakers({"a": CALM})
+    renderer = speakers.by_name["a"].renderer
+    prompt = renderer.render_prompt([{"role": "user", "content": "Count to 3."}])
+    stops = sorted(renderer.stop_ids)
+    expected = generate_answers(speakers.model, [prompt], stop_ids=stops, max_new_tokens=4)[0]
+    assert answer["text"] == renderer.tokenizer.decode(expected)
+    assert said.out.startswith(answer["text"])
+    assert (answer["tokens"], answer["ended"]) == (4, "length")
+    assert "was cut after 4 tokens" in said.out
+
+
+def test_a_conversation_goes_on_and_commands_change_it(chat, place):
+    lines = ["Hello.", "And now?", "/adapter bold", "Hi.", "/adapter base", "Hi.", "/reset", "Hi.", "/system Be brief."]
+    lines += ["Hi.", "/compare", "Hi.", "/adapter", "/adaptor x", "/zzz", "/adapter none", "/help", "/quit", "never"]
+    said = chat("--adapter", f"calm={CALM}", "--adapter", f"bold={BOLD}", *SHORT, "--json", "said.json", lines=lines)
+    found = json.loads((place / "said.json").read_text())
+    turns = found["turns"]
+    assert found["adapters"] == {"calm": CALM, "bold": BOLD}
+    assert [turn["prompt"] for turn in turns] == ["Hello.", "And now?", "Hi.", "Hi.", "Hi.", "Hi.", "Hi."]
+    assert [turn["adapter"] for turn in turns] == ["calm", "calm", "bold", "base", "base", "base", "base"]
+    assert [turn["system"] for turn in turns] == [None] * 5 + ["Be brief."] * 2
+    assert list(turns[-1]["answers"]) == ["base", "calm", "bold"]
+    texts = {name: answer["text"] for name, answer in turns[-1]["answers"].items()}
+    assert len(set(texts.values())) == 3
+    assert texts["base"] != turns[-2]["answers"]["base"]["text"] or turns[-2]["system"]
+    for words in (
+        "> And now?",
+        "bold answers; there are also: calm, base.",
+        "Did you mean /adapter?",
+        "There is no command /zzz. See /help.",
+        "There is no adapter 'none'; there are calm, bold, base.",
+        "System prompt: Be brief.",
+        "Begun anew.",
+        "/reset         begin anew",
+        "[bold]",
+    ):
+        assert words in said.out, words
+    assert "never" not in said.out
+
+
+def test_the_base_that_answers_is_the_base_without_an_adapter(chat, place, tiny_base):
+    chat("--adapter", CALM, "--compare", "--prompt", "Hi.", *SHORT, "--json", "said.json")
+    compared = json.loads((place / "said.json").read_text())["turns"][0]["answers"]
+    chat("--adapter", BOLD, "--compare", "--prompt", "Hi.", *SHORT, "--json", "said.json")
+    other = json.loads((place / "said.json").read_text())["turns"][0]["answers"]
+    assert compared["base"]["text"] == other["base"]["text"]
+    assert compared["a"]["text"] != other["b"]["text"]
+
+
+def test_an_adapter_answers_beside_others_as_it_does_alone(chat, place):
+    chat("--adapter", BOLD, "--prompt", "Hi.", *SHORT, "--json", "said.json")
+    alone = json.loads((place / "said.json").read_text())["turns"][0]["answers"]["b"]["text"]
+    chat("--adapter", CALM, "--adapter", BOLD, *SHORT, "--json", "said.json", lines=["/adapter b", "Hi."])
+    assert json.loads((place / "said.json").read_text())["turns"][0]["answers"]["b"]["text"] == alone
+
+
+def test_a_seed_makes_samples_again(chat, place):
+    def sample(seed):
+        options = ("--temperature", "2", "--top-p", "0.9", "--seed", seed, "--max-new-tokens", "12")
+        chat("--adapter", CALM, "--prompt", "Hi.", *options, "--json", "said.json")
+        return json.loads((place / "said.json").read_text())["turns"][0]["answers"]["a"]["text"]
+
+    assert sample("1") == sample("1") != sample("2")
+
+
+def test_a_message_that_cannot_be_rendered_is_not_sent(chat):
+    said = chat("--adapter", CALM, *SHORT, lines=["Bad <|im_end|> token", "Good."])
+    assert "Not sent: message 1 (user) contains the control token '<|im_end|>'" in said.out
+    assert said.out.count("a: ") == 1
+    said = chat("--adapter", CALM, "--prompt", "<|im_end|>", code=2)
+    assert "--prompt was not answered" in said.err
+
+
+def test_a_conversation_longer_than_the_base_looks_back_is_not_sent(chat):
+    said = chat("--adapter", CALM, *SHORT, lines=["word " * 600])
+    assert "the base looks back on 512" in said.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "--adapter"),
+        (("--adapter", "none"), "is not an adapter folder"),
+        (("--adapter", CALM, "--adapter", CALM), "two adapters are called 'a'"),
+        (("--adapter", f"base={CALM}"), "'base' is the base without an adapter"),
+        (("--adapter", f"={CALM}"), "expected DIR, or NAME=DIR"),
+        (("--adapter", CALM, "--temperature", "-1"), "--temperature is -1"),
+        (("--adapter", CALM, "--top-p", "0"), "--top-p is 0"),
+        (("--adapter", CALM, "--top-p", "0.5"), "nothing is sampled"),
+        (("--adapter", CALM, "--max-new-tokens", "0"), "--max-new-tokens is 0"),
+        (("--adapter", CALM, "--prompt", " "), "--prompt is empty"),
+        (("--adapter", CALM, "--json", "none/x"), "there is no folder none"),
+        (("--adapter", CALM, "--nothing"), "unrecognized arguments: --nothing"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(arguments, words, chat):
+    err = chat(*arguments, code=2).err
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_adapters_of_different_bases_do_not_share_a_chat(chat, tiny_base, tmp_path):
+    make_adapter(tmp_path / "other", tiny_base, quantization="none")
+    assert (
+        "Adapters of one chat share one base"
+        in chat("--adapter", CALM, "--adapter", str(tmp_path / "other"), code=2).err
+    )
+
+
+class Characters:
+    """A tokenizer of bytes."""
+
+    def decode(self, ids, clean_up_tokenization_spaces):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+def test_text_streams_token_by_token_and_whole_characters_only():
+    pieces = []
+    streamer = TokenStreamer(Characters(), [0], pieces.append)
+    streamer.put(torch.tensor([[65, 66]]))  # the prompt
+    for token in [*"né".encode(), *"🙂".encode(), 0]:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert pieces == ["n", "é", "🙂"]
+    assert streamer.text == "né🙂"
+
+
+def test_half_a_character_at_the_end_is_shown_as_such():
+    pieces = []
+    streamer = TokenStreamer(Characters(), [0], pieces.append)
+    streamer.put(torch.tensor([[65]]))
+    streamer.put(torch.tensor([0xC3]))
+    assert pieces == []
+    streamer.end()
+    assert pieces == ["\N{REPLACEMENT CHARACTER}"]
+
+
+def test_ctrl_c_keeps_what_was_said():
+    class Interrupted:
+        def parameters(self):
+            return iter([torch.zeros(1)])
+
+        def generate(self, streamer, **options):
+            streamer.put(torch.tensor([[65]]))
+            streamer.put(torch.tensor([72]))
+            raise KeyboardInterrupt
+
+    pieces = []
+    found = stream_answer(Interrupted(), [65], Characters(), [0], Sampling(0.0, 1.0, 8), pieces.append)
+    assert (found.text, found.ended, pieces) == ("H", "interrupted", ["H"])
+    assert answering.Answer is type(found)

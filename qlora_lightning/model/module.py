@@ -5,6 +5,7 @@ from typing import Any, cast
 import rich
 import torch
 from lightning import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -131,7 +132,7 @@ class QLoRAModule(AnsweringModule):
 
     def configure_model(self) -> None:
         """Make the model once, on the device of this process."""
-        if self._trainer is not None:
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             check_callbacks(callbacks_of(self.trainer), ExactResume, TrainingGuard)
         if self.model is not None:
             return

@@ -239,13 +239,15 @@ def test_null_and_false_switch_callbacks_off_in_yaml(run, tmp_path, value):
     (tmp_path / config).write_text(
         (tmp_path / config).read_text() + yaml.safe_dump({"gpu_memory": value, "throughput": value})
     )
-    assert "Memory" not in run("fit", config=config)
+    assert "Memory after loading" not in run("fit", config=config)
     assert not {"private_memory_gib", "tokens_seen"} & metrics(tmp_path / "run")[0].keys()
 
 
 @pytest.mark.parametrize("switch", [["--gpu_memory", "null"], ["--gpu_memory=false"]])
 def test_null_and_false_switch_callbacks_off_on_the_command_line(run, tmp_path, switch):
-    assert "Memory" not in run("fit", *switch, "--trainer.limit_train_batches", 2, "--trainer.limit_val_batches", 0)
+    assert "Memory after loading" not in run(
+        "fit", *switch, "--trainer.limit_train_batches", 2, "--trainer.limit_val_batches", 0
+    )
     columns = metrics(tmp_path / "run")[0].keys()
     assert "tokens_seen" in columns
     assert "private_memory_gib" not in columns

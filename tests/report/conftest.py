@@ -114,7 +114,7 @@ def make_run(tmp_path):
                         writer.writerow([step, *[""] * 7, 0, 1.5 - step / steps, 2.0])
         if manifest:
             write_manifest(folder, manifest_of(config, **changes))
-        if comparison:
+        if manifest and comparison:
             (folder / "evaluation.json").write_text(json.dumps(evaluation_of(comparison)))
         return folder
 

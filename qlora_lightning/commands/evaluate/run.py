@@ -1,7 +1,6 @@
 """Loads the base once, and judges it and each adapter on the same rows."""
 
 import functools
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from qlora_lightning.commands import training
 from qlora_lightning.commands.evaluate.options import Options
 from qlora_lightning.commands.evaluate.output import report
 from qlora_lightning.commands.evaluate.rows import read_rows, source_names
+from qlora_lightning.commands.quiet import quiet_lightning
 from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.comparison import BASE
 from qlora_lightning.evaluation.judge import Answering, Judgement, judge_rows
@@ -41,8 +41,8 @@ def evaluate(options: Options, arguments: Sequence[str]) -> None:
     check_scores(options.scores)
     for folder in options.adapters.values():
         read_identity(folder)  # a misspelt name is told before anything is loaded
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    training.main(["validate", *arguments], functools.partial(_EvaluateCLI, options=options))
+    with quiet_lightning():
+        training.main(["validate", *arguments], functools.partial(_EvaluateCLI, options=options))
 
 
 class _EvaluateCLI(training.QLoRACLI):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from qlora_lightning import __version__
 from qlora_lightning.errors import LostProcess, TrainingStopped, UserError
-from qlora_lightning.heavy_imports import without_garbage_collection
+from qlora_lightning.heavy_imports import quick_imports
 
 # command: (module with `main(argv) -> int`, whether it wants the command's own name, one line of help)
 _TRAINING = "qlora_lightning.commands.training"
@@ -111,7 +111,7 @@ def _run(arguments: list[str]) -> int:
         hint = f"Did you mean {nearest[0]}?" if nearest else f"Commands are {', '.join(COMMANDS)}."
         raise UserError(f"{command!r} is not a command. {hint}")
     module, wants_name, _ = COMMANDS[command]
-    with without_garbage_collection():
+    with quick_imports():
         found = importlib.import_module(module)
     code: int = found.main(arguments if wants_name else arguments[1:])
     return code

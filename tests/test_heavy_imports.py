@@ -1,8 +1,11 @@
 import gc
+import os
+import subprocess
+import sys
 
 import pytest
 
-from qlora_lightning.heavy_imports import without_garbage_collection
+from qlora_lightning.heavy_imports import quick_imports, without_garbage_collection
 
 
 def test_collector_is_paused_inside_and_on_again_afterwards() -> None:
@@ -25,3 +28,25 @@ def test_failed_import_leaves_the_collector_on() -> None:
     with pytest.raises(ImportError), without_garbage_collection():
         raise ImportError
     assert gc.isenabled()
+
+
+def test_nothing_is_compiled_while_modules_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    with quick_imports():
+        assert os.environ["TORCHDYNAMO_DISABLE"] == "1"
+        assert not gc.isenabled()
+    assert "TORCHDYNAMO_DISABLE" not in os.environ
+    assert gc.isenabled()
+
+
+def test_what_the_user_says_of_the_compiler_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    with quick_imports():
+        assert os.environ["TORCHDYNAMO_DISABLE"] == "0"
+    assert os.environ["TORCHDYNAMO_DISABLE"] == "0"
+
+
+def test_the_package_imports_no_compiler() -> None:
+    code = "import sys; from qlora_lightning import QLoRAModule; print('torch._inductor.compile_fx' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"

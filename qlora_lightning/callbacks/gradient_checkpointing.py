@@ -8,6 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters import trainable_tensors
+from qlora_lightning.model.layer_inputs import keep_inputs_apart
 
 
 class GradientCheckpointing(Callback):
@@ -44,6 +45,7 @@ class GradientCheckpointing(Callback):
                 raise RuntimeError(
                     "gradient_checkpointing is enabled, but no layer with an adapter can be checkpointed."
                 )
+            keep_inputs_apart(pl_module.get_submodule(name) for name in self._layers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._watch(pl_module)

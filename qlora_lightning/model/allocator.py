@@ -8,7 +8,7 @@ from collections.abc import Iterator
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _GIVES_BACK = 1 << 20  # bytes: nearly every tensor gets pages of its own
 _USUAL = 32 << 20  # bytes: where glibc's own threshold ends up in a process that frees large blocks
-_KEEPS = 1 << 28  # bytes: more than a dense weight, or a chunk of logits
+_KEEPS = 1 << 28  # bytes: more than any tensor of a step but a very long batch's
 _NEVER = -1
 
 

@@ -7,8 +7,9 @@ The one place to adapt when a function of :mod:`qlora_lightning.model.decoder_la
 import math
 from collections.abc import Sequence
 
+from qlora_lightning.model.frozen_weight import TILE_BYTES
 from qlora_lightning.model.layer_shapes import BatchShape, LayerShape, LinearShape
-from qlora_lightning.model.loss import CHUNK
+from qlora_lightning.model.loss import rows_of_logits, rows_of_probabilities
 
 _SHORT = 320  # tokens: BlockAttention keeps the probabilities of samples up to here
 _VECTOR = 32  # and fills the keys of each sample up to a multiple of this
@@ -39,13 +40,13 @@ def kept_outside(layers: Sequence[LayerShape], batch: BatchShape, e: int) -> int
 
 def room_of_logits(batch: BatchShape, vocabulary: int, e: int) -> int:
     """Count the logits that are there at a time."""
-    return min(CHUNK, batch.labelled) * vocabulary * e
+    return min(rows_of_logits(vocabulary, e), batch.labelled) * vocabulary * e
 
 
 def room_of_loss(layers: Sequence[LayerShape], batch: BatchShape, vocabulary: int, e: int, device: str) -> int:
     """Count what the loss makes and drops beside logits: hidden states, some rows' probabilities."""
-    # probabilities in float32, on a CPU of few rows at a time, and what softmax turns to float32 first
-    rows, copies = (32, 2) if device == "cpu" else (CHUNK, 1)
+    rows = rows_of_probabilities(vocabulary, e, device)
+    copies = 2 if device == "cpu" else 1  # softmax turns logits to float32 first
     probabilities = copies * min(rows, batch.labelled) * vocabulary * _FLOAT
     return (batch.tokens + batch.labelled) * layers[0].width * e + probabilities
 
@@ -60,28 +61,28 @@ def room_of_backward(layers: Sequence[LayerShape], batch: BatchShape, e: int, de
 
 def _room_of_layer(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
     if not layer.trains:
-        return _room_of_forward(layer, batch, e)
+        return _room_of_forward(layer, batch, e, device)
     t, wide = batch.tokens, layer.inner_width
     again = kept_by_layer(layer, batch, e, device) if layer.checkpointed else 0
     stream, of_hidden = t * layer.width * e, t * wide * e
     moments = (
-        # SwiGLUDown: first its weight and the gradient of its input, then that, silu(gate) and their products
-        _dense(layer.linears["down_proj"], e) + of_hidden,
-        3 * of_hidden,
+        # SwiGLUDown: silu(gate), the product with up or the gradient of its input, and the weight
+        2 * of_hidden + _dense(layer.linears["down_proj"], e, device),
         # NormedLinears behind it, when gate and up are gone and their gradients there: a weight, the norm's input in
         # float32 and rounded, its gradient
-        _dense(layer.linears["gate_proj"], e) + t * layer.width * _FLOAT + 3 * stream,
+        _dense(layer.linears["gate_proj"], e, device) + t * layer.width * _FLOAT + 3 * stream,
     )
     return again + stream + max(moments)
 
 
-def _room_of_forward(layer: LayerShape, batch: BatchShape, e: int) -> int:
-    return 3 * batch.tokens * layer.inner_width * e + _dense(layer.linears["down_proj"], e)
+def _room_of_forward(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
+    return 3 * batch.tokens * layer.inner_width * e + _dense(layer.linears["down_proj"], e, device)
 
 
-def _dense(linear: LinearShape, e: int) -> int:
-    """Count a quantized weight as it is made for a product."""
-    return linear.inputs * linear.outputs * e
+def _dense(linear: LinearShape, e: int, device: str) -> int:
+    """Count what is made of a quantized weight for a product; a CPU makes a large one in parts."""
+    whole = linear.inputs * linear.outputs * e
+    return min(whole, TILE_BYTES) if device == "cpu" else whole
 
 
 # ---- by function ----------------------------------------------------------------------------------------------------

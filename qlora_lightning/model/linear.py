@@ -1,17 +1,16 @@
 """A LoRA linear over a frozen weight as one autograd function: the weight is made dense once per direction."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qlora_lightning.model.frozen_weight import FrozenWeight
 from qlora_lightning.model.hooks import is_watched
 
 
@@ -19,12 +18,12 @@ class Frozen(NamedTuple):
     """What of a linear does not train.
 
     Attributes:
-        dense: Makes the weight ``(out, in)`` in a dtype.
+        weight: ``(out, in)``.
         bias: ``(out,)``, or none.
         scaling: Factor on the adapter's part.
     """
 
-    dense: Callable[[torch.dtype], Tensor]
+    weight: FrozenWeight
     bias: Tensor | None
     scaling: float
 
@@ -53,7 +52,7 @@ class LoRALinearFunction(torch.autograd.Function):
         flat, low, lora_a, lora_b = ctx.saved_tensors
         grad_residual = grad if ctx.needs_input_grad[4] else None
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        grad_x = grad @ ctx.frozen.dense(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = ctx.frozen.weight.multiply_back(grad) if ctx.needs_input_grad[0] else None
         grad_a = grad_b = None
         if lora_a is not None:
             grad_low = gradient_of_low(grad, lora_b, ctx.frozen)
@@ -75,11 +74,10 @@ def project(
         frozen: Of the linear.
         residual: ``(…, out)``, as many rows; left as it is.
     """
-    weight = frozen.dense(x.dtype)
     if residual is None:
-        output = F.linear(x, weight, frozen.bias)
+        output = frozen.weight.multiply(x, frozen.bias)
     else:
-        output = torch.addmm(residual.reshape(-1, residual.shape[-1]), x, weight.t())
+        output = frozen.weight.multiply(x, residual.reshape(-1, residual.shape[-1]))
         output = output if frozen.bias is None else output.add_(frozen.bias)
     if low is not None and lora_b is not None:
         output.addmm_(low, lora_b.to(x.dtype).t(), alpha=frozen.scaling)
@@ -171,15 +169,7 @@ def frozen_part(layer: nn.Module, dtype: torch.dtype) -> Frozen:
     base = _base_of(layer)
     bias = None if base.bias is None else base.bias.to(dtype)
     scaling = layer.scaling.get(layer.active_adapters[0], 1.0) if isinstance(layer, LoraLayer) else 1.0
-
-    def dense(dtype: torch.dtype) -> Tensor:
-        weight: Any = base.weight
-        if isinstance(base, bnb.nn.Linear4bit):
-            weight = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-        made: Tensor = weight.to(dtype)
-        return made
-
-    return Frozen(dense, bias, scaling)
+    return Frozen(FrozenWeight(base.weight), bias, scaling)
 
 
 def _base_of(layer: nn.Module) -> Any:

@@ -9,9 +9,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
-CHUNK = 512  # labelled tokens whose logits exist at a time: 512 x 128,256 x 2 bytes are 131 MB
+_MOST_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no quicker
+_LOGIT_BYTES = 64 << 20  # nor shall their logits be more than this; of 128,256 tokens in bf16 261 rows
+_CACHED_BYTES = 6 << 20  # of probabilities in float32 that a CPU makes at a time: they stay in its cache
 _BLOCK = 64  # of logits; it divides the vocabulary of nearly every LLaMA
-_CACHED_ROWS = 32  # of which a CPU turns so many into probabilities at a time: in float32 they stay in its cache
 
 
 class LossSums(NamedTuple):
@@ -28,7 +29,18 @@ class LossSums(NamedTuple):
     correct: Tensor
 
 
-def head_loss(hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int = CHUNK) -> LossSums:
+def rows_of_logits(vocabulary: int, number_bytes: int) -> int:
+    """Give how many labelled tokens' logits exist at a time."""
+    return max(1, min(_MOST_ROWS, _LOGIT_BYTES // (vocabulary * number_bytes)))
+
+
+def rows_of_probabilities(vocabulary: int, number_bytes: int, device: str) -> int:
+    """Give of how many labelled tokens the probabilities exist at a time."""
+    most = rows_of_logits(vocabulary, number_bytes)
+    return max(1, min(most, _CACHED_BYTES // (vocabulary * 4))) if device == "cpu" else most
+
+
+def head_loss(hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int | None = None) -> LossSums:
     """Sum the loss of the labelled tokens of one stream.
 
     Args:
@@ -36,18 +48,20 @@ def head_loss(hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int = CHUN
         labels: ``(tokens,)``, aligned with the input ids: the label at position t is predicted from t - 1. The label
             at each sample's start is -100, so nothing is predicted across samples.
         head: Maps hidden states to logits.
-        chunk: Labelled tokens whose logits exist at a time.
+        chunk: Labelled tokens whose logits exist at a time; by default as many as 64 MiB hold, but at most 512.
     """
     # The one place where labels are shifted.
     positions = (labels[1:] != IGNORED).nonzero()[:, 0]
     targets = labels[positions + 1]
     hidden = hidden[positions]
     if _is_frozen_linear(head):
+        weight: Tensor = head.weight  # type: ignore[assignment]  # it is one of a plain linear
+        chunk = chunk or rows_of_logits(len(weight), weight.element_size())
         nll_sum, correct = _FrozenHeadLoss.apply(  # type: ignore[no-untyped-call]  # torch does not type it
-            hidden, head.weight, targets, chunk
+            hidden, weight, targets, chunk
         )
     else:
-        nll_sum, correct = _checkpointed_head_loss(hidden, head, targets, chunk)
+        nll_sum, correct = _checkpointed_head_loss(hidden, head, targets, chunk or _MOST_ROWS)
     return LossSums(nll_sum, torch.tensor(len(targets), device=labels.device), correct)
 
 
@@ -78,7 +92,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         nll_sum = torch.zeros((), device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         buffer = weight.new_empty(min(chunk, len(targets)), len(weight))  # of logits, then of their gradient
-        rows = _CACHED_ROWS if hidden.device.type == "cpu" else chunk
+        rows = min(chunk, rows_of_probabilities(len(weight), weight.element_size(), hidden.device.type))
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             logits = torch.mm(hidden[part].to(weight.dtype), weight.t(), out=buffer[: len(targets[part])])

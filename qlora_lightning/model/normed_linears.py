@@ -66,7 +66,7 @@ class NormedLinears(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_normed = grad_lows @ stacked
             for grad, frozen in zip(flat_grads, ctx.linears, strict=True):
-                grad_normed.addmm_(grad, frozen.dense(grad.dtype))
+                frozen.weight.multiply_back(grad, onto=grad_normed)
             grad_x = _gradient_of_norm(grad_normed.mul_(weight), scaled, inverse).to(flat.dtype).view(ctx.shape)
         pairs = zip(all_a, _split(grad_stacked, all_a, 0), strict=True)
         grads_a = [None if a is None else grad.to(a.dtype) for a, grad in pairs]

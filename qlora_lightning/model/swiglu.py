@@ -34,13 +34,15 @@ class SwiGLUDown(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, low, a, b = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        grad_hidden = flat @ ctx.frozen.dense(flat.dtype)  # (tokens, wide)
         active, grad_a, grad_b = F.silu(gate), None, None
         if a is not None:
             grad_low = gradient_of_low(flat, b, ctx.frozen)
-            grad_hidden.addmm_(grad_low, a.to(flat.dtype))
             grad_a = (grad_low.t() @ (active * up)).to(a.dtype)
             grad_b = gradient_of_b(flat, low, b, ctx.frozen)
+        grad_hidden = ctx.frozen.weight.multiply_back(flat)  # (tokens, wide)
+        if a is not None:
+            grad_hidden.addmm_(grad_low, a.to(flat.dtype))
         grad_up = active.mul_(grad_hidden)
-        grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
+        grad_gate = grad_hidden.mul_(up)
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
         return grad_gate.view(ctx.shape), grad_up.view(ctx.shape), grad, None, grad_a, grad_b

@@ -1,10 +1,10 @@
 """Imports what a run imports, and nothing else: the part of a start that is not ours to shorten."""
 
 # ruff: noqa: F401
-from qlora_lightning.heavy_imports import without_garbage_collection
+from qlora_lightning.heavy_imports import quick_imports
 from tests.benchmarks.children import print_figures, seconds_since_spawn
 
-with without_garbage_collection():
+with quick_imports():
     import bitsandbytes
     import lightning
     import peft

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from qlora_lightning.model.frozen_weight import FrozenWeight
 from qlora_lightning.model.linear import Frozen
 from qlora_lightning.model.normed_linears import NormedLinears
 
@@ -33,8 +34,7 @@ def written_out(x, weight, weights, biases, adapters):
 
 def fused(x, weight, weights, biases, adapters):
     linears = tuple(
-        Frozen(lambda dtype, w=w: w.to(dtype), bias, scaling)
-        for w, bias, scaling in zip(weights, biases, SCALINGS, strict=True)
+        Frozen(FrozenWeight(w), bias, scaling) for w, bias, scaling in zip(weights, biases, SCALINGS, strict=True)
     )
     return NormedLinears.apply(x, weight, EPS, linears, *adapters)
 

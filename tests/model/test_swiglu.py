@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from qlora_lightning.model.frozen_weight import FrozenWeight
 from qlora_lightning.model.linear import Frozen
 from qlora_lightning.model.swiglu import SwiGLUDown
 
@@ -19,7 +20,7 @@ def test_output_and_gradients_are_those_of_swiglu_and_linear_written_out(adapted
     weight, bias, a, b = draw(WIDTH, WIDE).detach(), draw(WIDTH).detach(), draw(3, WIDE), draw(WIDTH, 3)
     hidden = F.silu(gate) * up
     expected = residual + F.linear(hidden, weight, bias) + (SCALING * (hidden @ a.t()) @ b.t() if adapted else 0)
-    frozen, adapter = Frozen(lambda dtype: weight.to(dtype), bias, SCALING), (a, b) if adapted else (None, None)
+    frozen, adapter = Frozen(FrozenWeight(weight), bias, SCALING), (a, b) if adapted else (None, None)
     output = SwiGLUDown.apply(gate, up, residual, frozen, *adapter)
     inputs, weights = [gate, up, residual, *(adapter if adapted else ())], draw(2, 5, WIDTH).detach()
     ours, theirs = (torch.autograd.grad((each * weights).sum(), inputs) for each in (output, expected))

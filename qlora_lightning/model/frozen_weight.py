@@ -1,0 +1,103 @@
+"""The products of a linear's frozen weight: one in 4 bits is made dense for each, a large one a tile at a time."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+from torch import Tensor
+
+TILE_BYTES = 8 << 20  # dense: what a product has just made is still in the CPU's cache, and the memory is used again
+
+
+class FrozenWeight:
+    """A weight W ``(out, in)`` that does not train.
+
+    On a CPU the dense form of one in 4 bits is never there as a whole if it is larger than :data:`TILE_BYTES`: of
+    Llama-3.1-8B's widest linears it has 117 MB. The products are the same to the last bit, as each of their numbers
+    comes from one tile.
+    """
+
+    def __init__(self, stored: Any) -> None:
+        """Wrap a parameter of a linear, ``Params4bit`` or plain."""
+        self._stored = stored
+
+    def multiply(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Compute ``(onto +) x Wᵀ``, ``(tokens, out)``.
+
+        Args:
+            x: ``(tokens, in)``.
+            onto: ``(tokens, out)`` or ``(out,)``, in x's dtype; left as it is.
+        """
+        if not self._has_tiles(x.dtype):
+            transposed = self._make_dense(x.dtype).t()
+            return x @ transposed if onto is None else torch.addmm(onto, x, transposed)
+        output = x.new_empty(len(x), self._stored.quant_state.shape[0])
+        for rows, tile in self._tiles(0, x.dtype):
+            if onto is None:
+                torch.mm(x, tile.t(), out=output[:, rows])
+            else:
+                torch.addmm(onto[..., rows], x, tile.t(), out=output[:, rows])
+        return output
+
+    def multiply_back(self, grad: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Compute ``(onto +) g W``, ``(tokens, in)``: the gradient of x from that of the output.
+
+        Args:
+            grad: ``(tokens, out)``.
+            onto: ``(tokens, in)``, in the gradient's dtype; the sum takes its place.
+        """
+        if not self._has_tiles(grad.dtype):
+            dense = self._make_dense(grad.dtype)
+            return grad @ dense if onto is None else onto.addmm_(grad, dense)
+        output = grad.new_empty(len(grad), self._stored.quant_state.shape[1]) if onto is None else onto
+        for columns, tile in self._tiles(1, grad.dtype):
+            if onto is None:
+                torch.mm(grad, tile, out=output[:, columns])
+            else:
+                output[:, columns].addmm_(grad, tile)
+        return output
+
+    def _make_dense(self, dtype: torch.dtype) -> Tensor:
+        weight = self._stored
+        if isinstance(weight, bnb.nn.Params4bit):
+            weight = dequantize_4bit(weight.data, weight.quant_state)
+        made: Tensor = weight.to(dtype)
+        return made
+
+    def _has_tiles(self, dtype: torch.dtype) -> bool:
+        weight = self._stored
+        if not isinstance(weight, bnb.nn.Params4bit) or weight.device.type != "cpu" or weight.dtype != torch.uint8:
+            return False
+        outputs, inputs = weight.quant_state.shape
+        is_large = outputs * inputs * dtype.itemsize > TILE_BYTES
+        return bool(is_large and inputs % weight.quant_state.blocksize == 0)
+
+    def _tiles(self, dim: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Give the weight dense in strips of rows (``dim`` 0) or columns (1), and where each lies."""
+        state = self._stored.quant_state
+        packed = self._stored.data.view(state.shape[0], -1)  # two numbers a byte
+        scales = _scales(state).view(state.shape[0], -1)  # one for each block of numbers
+        count = math.ceil(state.shape.numel() * dtype.itemsize / TILE_BYTES)
+        width = math.ceil(state.shape[dim] / count / state.blocksize) * state.blocksize
+        for start in range(0, state.shape[dim], width):
+            length = min(width, state.shape[dim] - start)
+            per_byte, per_scale = (1, 1) if dim == 0 else (2, state.blocksize)
+            strip = packed.narrow(dim, start // per_byte, length // per_byte).contiguous()
+            of_strip = QuantState(
+                scales.narrow(dim, start // per_scale, length // per_scale).contiguous(),
+                torch.Size((length, state.shape[1]) if dim == 0 else (state.shape[0], length)),
+                state.code,
+                state.blocksize,
+                state.quant_type,
+                state.dtype,
+            )
+            yield slice(start, start + length), dequantize_4bit(strip.view(-1, 1), of_strip).to(dtype)
+
+
+def _scales(state: QuantState) -> Tensor:
+    """Give the blocks' scales, which double quantization keeps in 8 bits."""
+    scales: Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    return scales

@@ -10,10 +10,17 @@ from transformers.models.llama import modeling_llama as llama
 
 from qlora_lightning.model.attention import FLAT_ATTENTION, flat_attention
 from qlora_lightning.model.hooks import is_watched
-from qlora_lightning.model.linear import LoRALinearFunction, adapters_of, compute_dtype_of, frozen_part, is_plain
+from qlora_lightning.model.linear import (
+    LoRALinearFunction,
+    LoRAProjection,
+    adapters_of,
+    compute_dtype_of,
+    frozen_part,
+    is_plain,
+)
 from qlora_lightning.model.normed_linears import NormedLinears
 from qlora_lightning.model.rotary import Rotary
-from qlora_lightning.model.swiglu import SwiGLUDown
+from qlora_lightning.model.swiglu import SwiGLU
 
 
 class FusedDecoderLayer(llama.LlamaDecoderLayer):  # type: ignore[misc]  # to mypy transformers is untyped
@@ -33,8 +40,10 @@ class FusedDecoderLayer(llama.LlamaDecoderLayer):  # type: ignore[misc]  # to my
         mixed, _ = flat_attention(attention, query, key, value, None, scaling=attention.scaling, **samples)
         hidden_states = _apply_linear(mixed.flatten(-2), attention.o_proj, hidden_states)
         gate, up = _apply_norm_and_linears(hidden_states, self.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
+        lora_a, lora_b = adapters_of(mlp.down_proj)
+        hidden, low = _apply(SwiGLU, gate, up, lora_a)
         down = frozen_part(mlp.down_proj, gate.dtype)
-        return cast(Tensor, _apply(SwiGLUDown, gate, up, hidden_states, down, *adapters_of(mlp.down_proj)))
+        return cast(Tensor, _apply(LoRAProjection, hidden, low, lora_b, down, hidden_states))
 
     def _can_fuse(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether this is a flat batch, in the dtype of all products, and nobody watches parts that are skipped."""

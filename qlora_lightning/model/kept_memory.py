@@ -17,9 +17,14 @@ _FLOAT, _INDEX = 4, 8  # bytes of a float32, of a position
 
 
 def kept_by_layers(layers: Sequence[LayerShape], batch: BatchShape, e: int, device: str) -> int:
-    """Count what the decoder layers keep from forward until backward; of checkpointed ones their inputs."""
+    """Count what the decoder layers keep from forward until backward.
+
+    Of checkpointed ones their inputs, and the product with the A of the last linear.
+    """
     return sum(
-        batch.tokens * layer.width * e if layer.checkpointed else kept_by_layer(layer, batch, e, device)
+        batch.tokens * (layer.width + layer.fused * layer.rank_of("down_proj")) * e
+        if layer.checkpointed
+        else kept_by_layer(layer, batch, e, device)
         for layer in layers
     )
 
@@ -66,8 +71,9 @@ def _room_of_layer(layer: LayerShape, batch: BatchShape, e: int, device: str) ->
     again = kept_by_layer(layer, batch, e, device) if layer.checkpointed else 0
     stream, of_hidden = t * layer.width * e, t * wide * e
     moments = (
-        # SwiGLUDown: silu(gate), the product with up or the gradient of its input, and the weight
-        2 * of_hidden + _dense(layer.linears["down_proj"], e, device),
+        # LoRAProjection: its weight, and the gradient of its input; then SwiGLU: silu(gate) and its product with up too
+        of_hidden + _dense(layer.linears["down_proj"], e, device),
+        3 * of_hidden,
         # NormedLinears behind it, when gate and up are gone and their gradients there: a weight, the norm's input in
         # float32 and rounded, its gradient
         _dense(layer.linears["gate_proj"], e, device) + t * layer.width * _FLOAT + 3 * stream,
@@ -107,7 +113,9 @@ def _kept_fused(layer: LayerShape, batch: BatchShape, e: int, device: str) -> in
 
     rank = layer.rank_of("down_proj")
     flows = flows or rank > 0
-    return kept + flows * t * (2 * layer.inner_width + rank) * e  # SwiGLUDown: gate, up and the product with A
+    return (
+        kept + flows * t * (2 * layer.inner_width + rank) * e
+    )  # SwiGLU: gate and up; LoRAProjection: the product with A
 
 
 def _kept_by_attention(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:

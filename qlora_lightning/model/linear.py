@@ -62,6 +62,33 @@ class LoRALinearFunction(torch.autograd.Function):
         return None if grad_x is None else grad_x.view(ctx.shape), grad_a, grad_b, None, grad_residual
 
 
+class LoRAProjection(torch.autograd.Function):
+    """Compute ``residual + x Wᵀ + bias + scaling · low Bᵀ`` of ``low = x Aᵀ`` that is made with x.
+
+    The last of a decoder layer. It saves nothing through autograd, so that a checkpointed layer that is run again stops
+    before its product; ``low``, narrow, is kept by hand. What made x keeps what A's gradient takes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, low: Tensor | None, lora_b: Tensor | None, frozen: Frozen, residual: Tensor
+    ) -> Tensor:
+        """Map x, ``(tokens, in)``, and low, ``(tokens, rank)``, to the shape of the residual, ``(…, out)``."""
+        ctx.low, ctx.lora_b, ctx.frozen = None if low is None else low.detach(), lora_b, frozen
+        return project(x, low, lora_b, frozen, residual).view(residual.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        flat = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
+        grad_x = ctx.frozen.weight.multiply_back(flat) if ctx.needs_input_grad[0] else None
+        grad_low = grad_b = None
+        if ctx.low is not None:
+            grad_low = gradient_of_low(flat, ctx.lora_b, ctx.frozen)
+            grad_b = gradient_of_b(flat, ctx.low, ctx.lora_b, ctx.frozen)
+        return grad_x, grad_low, grad_b, None, grad
+
+
 def project(
     x: Tensor, low: Tensor | None, lora_b: Tensor | None, frozen: Frozen, residual: Tensor | None = None
 ) -> Tensor:

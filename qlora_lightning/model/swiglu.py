@@ -1,4 +1,4 @@
-"""SwiGLU and the LoRA linear behind it as one autograd function."""
+"""SwiGLU, and its product with the A of the LoRA linear behind it, as one autograd function."""
 
 from typing import Any
 
@@ -7,42 +7,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_lightning.model.linear import Frozen, gradient_of_b, gradient_of_low, project
 
+class SwiGLU(torch.autograd.Function):
+    """Compute ``h = silu(gate) · up`` (Shazeer 2020, GLU variants) and ``h Aᵀ``.
 
-class SwiGLUDown(torch.autograd.Function):
-    """Compute ``residual + down(silu(gate) · up)`` (Shazeer 2020, GLU variants).
-
-    Kept for backward are gate, up and the product with A; the product of gate and up is made again.
+    Kept for backward are gate and up; h is made again.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, gate: Tensor, up: Tensor, residual: Tensor, frozen: Frozen, a: Tensor | None, b: Tensor | None
-    ) -> Tensor:
-        """Map gate and up ``(…, wide)`` to ``(…, width)``, the shape of ``residual``."""
+    def forward(ctx: Any, gate: Tensor, up: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Map gate and up, ``(…, wide)``, and A, ``(rank, wide)``, to ``(tokens, wide)`` and ``(tokens, rank)``."""
         flat_gate, flat_up = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
         hidden = F.silu(flat_gate).mul_(flat_up)
-        low = None if a is None else hidden @ a.to(hidden.dtype).t()
-        output = project(hidden, low, b, frozen, residual)
-        ctx.save_for_backward(flat_gate, flat_up, low, a, b)
-        ctx.frozen, ctx.shape = frozen, gate.shape
-        return output.view(residual.shape)
+        ctx.save_for_backward(flat_gate, flat_up, a)
+        ctx.shape = gate.shape
+        return hidden, None if a is None else hidden @ a.to(hidden.dtype).t()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, low, a, b = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        active, grad_a, grad_b = F.silu(gate), None, None
-        if a is not None:
-            grad_low = gradient_of_low(flat, b, ctx.frozen)
+    def backward(ctx: Any, grad_hidden: Tensor, grad_low: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        gate, up, a = ctx.saved_tensors
+        active, grad_a = F.silu(gate), None
+        if a is not None and grad_low is not None:
             grad_a = (grad_low.t() @ (active * up)).to(a.dtype)
-            grad_b = gradient_of_b(flat, low, b, ctx.frozen)
-        grad_hidden = ctx.frozen.weight.multiply_back(flat)  # (tokens, wide)
-        if a is not None:
-            grad_hidden.addmm_(grad_low, a.to(flat.dtype))
+            grad_hidden = grad_hidden.addmm_(grad_low, a.to(grad_low.dtype))
         grad_up = active.mul_(grad_hidden)
         grad_gate = grad_hidden.mul_(up)
         torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
-        return grad_gate.view(ctx.shape), grad_up.view(ctx.shape), grad, None, grad_a, grad_b
+        return grad_gate.view(ctx.shape), grad_up.view(ctx.shape), grad_a

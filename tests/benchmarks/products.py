@@ -113,9 +113,13 @@ def backward_products(shape: Shape, batch: Rows) -> Counter[Product]:
 
 
 def second_forward_products(shape: Shape, batch: Rows) -> Counter[Product]:
-    """Count the base's products that gradient checkpointing runs again: of the lowest layer with adapters and above."""
+    """Count the base's products that gradient checkpointing runs again: of the lowest layer with adapters and above.
+
+    Backward needs nothing of what a layer's last linear gives.
+    """
     lowest = next(at for at, layer in enumerate(shape.layers) if any(linear.rank for linear in layer.values()))
-    linears = [linear for layer in shape.layers[lowest:] for linear in layer.values()]
+    *needed, _ = (name for stage in _STAGES for name in stage)
+    linears = [layer[name] for layer in shape.layers[lowest:] for name in needed]
     tokens = sum(batch.lengths)
     return Counter(Product("base again", tokens, linear.inputs, linear.outputs, "nt") for linear in linears)
 

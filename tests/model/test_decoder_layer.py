@@ -8,6 +8,7 @@ from qlora_lightning import QLoRAModule
 from qlora_lightning.model.adapters import trainable_tensors
 from qlora_lightning.model.attention import register_flat_attention
 from qlora_lightning.model.decoder_layer import FusedDecoderLayer, fuse_decoder_layers
+from qlora_lightning.model.frozen_weight import FrozenWeight
 from qlora_lightning.model.loss import IGNORED
 
 LENGTHS = (9, 1, 30, 17)
@@ -80,6 +81,16 @@ def test_with_gradient_checkpointing_they_are_the_same_numbers(tiny_base):
     loss, gradients = loss_and_gradients(module)
     assert loss == expected[0]
     assert torch.equal(gradients, expected[1])
+
+
+def test_a_checkpointed_layer_runs_again_up_to_its_last_product(tiny_base, monkeypatch):
+    module = make(tiny_base, fast=True)
+    module.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+    ran = []
+    multiply = FrozenWeight.multiply
+    monkeypatch.setattr(FrozenWeight, "multiply", lambda *inputs: ran.append(1) or multiply(*inputs))
+    loss_and_gradients(module)
+    assert len(ran) == len(layers_of(module)) * (7 + 6)
 
 
 def test_in_bfloat16_it_errs_no_more_than_the_plain_path(tiny_base):

@@ -111,7 +111,8 @@ def test_a_layer_is_counted_by_hand():
     # keys and values are filled up to 32 for each of the two samples; probabilities of two heads
     filled = 2 * 8 * (2 * 32 - 5) * 2 + 2 * (3 * 32 + 2 * 32) * 2
     assert kept_by_layers([layer()], batch, 2, "cpu") == 5 * per_token + filled
-    assert kept_by_layers([layer(checkpointed=True)] * 3, batch, 2, "cpu") == 3 * 5 * 8 * 2
+    # inputs, and the last linear's product with A
+    assert kept_by_layers([layer(checkpointed=True)] * 3, batch, 2, "cpu") == 3 * 5 * (8 + 2) * 2
     on_cuda = 5 * (per_token + 8 * 2 + 2 * 4)  # attention's output and a logarithm for each head instead
     assert kept_by_layers([layer()], batch, 2, "cuda") == on_cuda
 

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from qlora_lightning.model.frozen_weight import FrozenWeight
-from qlora_lightning.model.linear import Frozen
-from qlora_lightning.model.swiglu import SwiGLUDown
+from qlora_lightning.model.linear import Frozen, LoRAProjection
+from qlora_lightning.model.swiglu import SwiGLU
 
 WIDTH, WIDE, SCALING = 4, 6, 2.0
 
@@ -20,9 +20,10 @@ def test_output_and_gradients_are_those_of_swiglu_and_linear_written_out(adapted
     weight, bias, a, b = draw(WIDTH, WIDE).detach(), draw(WIDTH).detach(), draw(3, WIDE), draw(WIDTH, 3)
     hidden = F.silu(gate) * up
     expected = residual + F.linear(hidden, weight, bias) + (SCALING * (hidden @ a.t()) @ b.t() if adapted else 0)
-    frozen, adapter = Frozen(FrozenWeight(weight), bias, SCALING), (a, b) if adapted else (None, None)
-    output = SwiGLUDown.apply(gate, up, residual, frozen, *adapter)
-    inputs, weights = [gate, up, residual, *(adapter if adapted else ())], draw(2, 5, WIDTH).detach()
+    hidden, low = SwiGLU.apply(gate, up, a if adapted else None)
+    frozen = Frozen(FrozenWeight(weight), bias, SCALING)
+    output = LoRAProjection.apply(hidden, low, b if adapted else None, frozen, residual)
+    inputs, weights = [gate, up, residual, *((a, b) if adapted else ())], draw(2, 5, WIDTH).detach()
     ours, theirs = (torch.autograd.grad((each * weights).sum(), inputs) for each in (output, expected))
     for one, other in zip([output, *ours], [expected, *theirs], strict=True):
         torch.testing.assert_close(one, other)

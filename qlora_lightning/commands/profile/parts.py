@@ -43,11 +43,12 @@ class Rule(NamedTuple):
 RULES = (
     # autograd functions of qlora_lightning.model; a backward has the name of its forward
     Rule("NormedLinears", NORMS, False),
-    Rule("LoRALinearFunction", ADAPTERS, False),
-    Rule("SwiGLUDown", ACTIVATION, False),
+    Rule("LoRALinearFunction|LoRAProjection", ADAPTERS, False),
+    Rule("SwiGLU", ACTIVATION, False),
     Rule("Rotary", ROTARY, True),
     Rule("BlockAttention", ATTENTION, True),
     Rule("_FrozenHeadLoss", HEAD, True),
+    Rule("_CopyApart", RECOMPUTATION, True),
     # bitsandbytes
     Rule("MatMul4Bit", BASE, False),
     Rule("MatMul8bitLt", BASE, True),

@@ -17,8 +17,8 @@ def explain(repeats: int, accelerator: str, scaling: bool, llama_8b: bool) -> li
         "ceiling: the matrix products of the same steps and nothing else, run in bf16 in the same process, each as "
         "often as it occurs: base linears forward and their input gradients, products with A and B and their "
         "gradients, attention on full squares per head, the head on labelled tokens. Nothing below the lowest adapter "
-        "has a gradient. Nothing that is computed again counts; only in the checkpointed row the base's products of "
-        "the second forward pass do. Its share is of a second epoch: in the first the system hands over fresh memory.",
+        "has a gradient. Nothing that is computed again counts; only in the checkpointed row the products of the "
+        "second forward pass do, up to the last of each layer, which backward does not need. Its share is of a second epoch: in the first the system hands over fresh memory.",
         "validation: a pass over the same rows; its ceiling holds the forward products.",
         "second start: from the start of the process to the begin of the first step, all caches being filled; imports: "
         "a process that imports what ours imports.",
@@ -30,9 +30,10 @@ def explain(repeats: int, accelerator: str, scaling: bool, llama_8b: bool) -> li
         )
     if llama_8b:
         lines.append(
-            "8B: random weights in Llama-3.1-8B's shape, one step, the first, of 512 tokens (two rows, half of them "
-            "labelled) with gradient checkpointing; private memory is RssAnon; the base, and libraries, lie in memory "
-            "as mapped files (RssFile)."
+            "8B: random weights in Llama-3.1-8B's shape, steps of 512 tokens (two rows, half of them labelled) with "
+            "gradient checkpointing; memory is that of the first two; the speed is of the middle one of three more, by "
+            "share, each beside its ceiling. Private memory is RssAnon; the base, and libraries, lie in memory as "
+            "mapped files (RssFile)."
         )
     lines.append(
         "Goals were set for SmolLM2-135M in NF4 with double quantization, rank 8 on all linears, batches of 8 Alpaca "

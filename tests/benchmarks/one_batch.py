@@ -1,6 +1,6 @@
 """Steps on one batch of random tokens: any base, any sizes, for what no file of rows has."""
 
-from qlora_lightning import GradientCheckpointing  # first: it imports quicker
+from qlora_lightning import GradientCheckpointing, QLoRAModule  # first: it imports quicker
 
 # isort: split
 
@@ -11,68 +11,93 @@ from typing import Any
 import lightning
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.utils.data import DataLoader
 
 from qlora_lightning.data.batches import Batch, collate
 from qlora_lightning.data.samples import make_sample
 from tests.benchmarks import settings
 from tests.benchmarks.children import print_figures
-from tests.benchmarks.meter import Meter
+from tests.benchmarks.meter import Meter, rows_of
 from tests.benchmarks.ours import make_module, make_trainer, step_ceiling
-from tests.benchmarks.peak_memory import PeakMemory, read_bytes
+from tests.benchmarks.peak_memory import PeakMemory
 
 
-class StepMemory(Callback):
-    """Watch memory from the first step's begin to the last step's end."""
+class Memory(Callback):
+    """Watch the process, and of it the steps from the first one's begin, until so many steps are done."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int) -> None:
+        self.whole, self.step = PeakMemory().__enter__(), PeakMemory()
         self.before = 0
-        self.peak: PeakMemory | None = None
+        self._steps = steps
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.peak is None:
-            self.before, _ = read_bytes(pl_module.device)
-            self.peak = PeakMemory(pl_module.device).__enter__()
+        if batch_idx == 0:
+            self.step = PeakMemory(pl_module.device).__enter__()
+            self.before = self.step.private
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.peak is not None:
-            self.peak.__exit__()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == self._steps - 1:
+            self.step.__exit__()
+            self.whole.__exit__()
+
+
+class Ceilings(Callback):
+    """After each step but the first ones, measure the ceiling: right beside it, as machines are not always as quick."""
+
+    def __init__(self, steps: int, accelerator: str, gradient_checkpointing: bool) -> None:
+        self.measured: list[dict[str, Any]] = []
+        self._steps, self._accelerator, self._checkpointing = steps, accelerator, gradient_checkpointing
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx >= self._steps and isinstance(pl_module, QLoRAModule):
+            self.measured.append(
+                step_ceiling(pl_module, [rows_of(batch)], self._accelerator, gradient_checkpointing=self._checkpointing)
+            )
 
 
 def main() -> None:
-    """Train and print the figures of the quickest step, in bytes and seconds."""
+    """Train and print the figures, in bytes and seconds: those of the quickest step, or of one beside its ceiling."""
     parser = argparse.ArgumentParser(description="Steps on one random batch.")
     parser.add_argument("base")
     parser.add_argument("--tokens", type=int, required=True, help="of the batch")
     parser.add_argument("--row-tokens", type=int, required=True, help="of each row; the last may be shorter")
-    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=1, help="whose memory is watched")
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--ceiling", action="store_true", help="measure the step's products too")
+    parser.add_argument("--ceilings", type=int, default=0, help="so many more steps, each beside its products alone")
     arguments = parser.parse_args()
     lightning.seed_everything(settings.SEED)
-    module, meter, memory = make_module(arguments.base), Meter(), StepMemory()
-    with tempfile.TemporaryDirectory() as folder, PeakMemory() as whole:
-        callbacks = [GradientCheckpointing(enabled=arguments.gradient_checkpointing), memory, meter]
+    module, meter, memory = make_module(arguments.base), Meter(), Memory(arguments.steps)
+    ceilings = Ceilings(arguments.steps, arguments.accelerator, arguments.gradient_checkpointing)
+    with tempfile.TemporaryDirectory() as folder:
+        callbacks = [GradientCheckpointing(enabled=arguments.gradient_checkpointing), meter, memory, ceilings]
         trainer = make_trainer(folder, arguments.accelerator, callbacks, max_epochs=1)
-        batches: Any = [random_batch(arguments.tokens, arguments.row_tokens)] * arguments.steps
+        batch = random_batch(arguments.tokens, arguments.row_tokens)
+        batches: Any = [batch] * (arguments.steps + arguments.ceilings)
         trainer.fit(module, DataLoader(batches, batch_size=None))
-    seconds = min(meter.step_seconds)
+    seconds, ceiling = min(meter.step_seconds), None
+    if ceilings.measured:
+        beside = zip(meter.step_seconds[arguments.steps :], ceilings.measured, strict=True)
+        by_share = sorted(beside, key=lambda pair: pair[1]["seconds"] / pair[0])
+        seconds, ceiling = by_share[len(by_share) // 2]
     figures: dict[str, Any] = {
         "tokens": arguments.tokens,
         "seconds": seconds,
         "tokens_per_second": arguments.tokens / seconds,
         "start_seconds": meter.start_seconds,
-        "step_private_bytes": 0 if memory.peak is None else memory.peak.private - memory.before,
-        "private_bytes": whole.private,
-        "mapped_bytes": whole.mapped,
-        "together_bytes": whole.together,
+        "step_private_bytes": memory.step.private - memory.before,
+        "private_bytes": memory.whole.private,
+        "mapped_bytes": memory.whole.mapped,
+        "together_bytes": memory.whole.together,
+        "all_seconds": meter.step_seconds,
+        "ceiling": ceiling,
+        "all_ceiling_seconds": [each["seconds"] for each in ceilings.measured],
     }
-    if arguments.ceiling:
-        batches = meter.batches[:1]
-        figures["ceiling"] = step_ceiling(
-            module, batches, arguments.accelerator, gradient_checkpointing=arguments.gradient_checkpointing
-        )
     print_figures(figures)
 
 

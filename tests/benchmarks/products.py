@@ -113,15 +113,18 @@ def backward_products(shape: Shape, batch: Rows) -> Counter[Product]:
 
 
 def second_forward_products(shape: Shape, batch: Rows) -> Counter[Product]:
-    """Count the base's products that gradient checkpointing runs again: of the lowest layer with adapters and above.
+    """Count the products that gradient checkpointing runs again: of the lowest layer with adapters and above.
 
     Backward needs nothing of what a layer's last linear gives.
     """
     lowest = next(at for at, layer in enumerate(shape.layers) if any(linear.rank for linear in layer.values()))
     *needed, _ = (name for stage in _STAGES for name in stage)
-    linears = [layer[name] for layer in shape.layers[lowest:] for name in needed]
-    tokens = sum(batch.lengths)
-    return Counter(Product("base again", tokens, linear.inputs, linear.outputs, "nt") for linear in linears)
+    products: Counter[Product] = Counter()
+    for layer in shape.layers[lowest:]:
+        for name in needed:
+            products.update(_linear_forward(layer[name], sum(batch.lengths)))
+        products.update(_attention_forward(shape, batch.lengths))
+    return Counter({product._replace(part=f"{product.part} again"): count for product, count in products.items()})
 
 
 def step_products(shape: Shape, batch: Rows, gradient_checkpointing: bool) -> Counter[Product]:
@@ -137,7 +140,7 @@ def _linear(layer: Any) -> Linear:
 
 def _linear_forward(linear: Linear, tokens: int) -> Iterator[Product]:
     inputs, outputs, rank = linear
-    yield Product("base forward", tokens, inputs, outputs, "nt")  # x Wᵀ
+    yield Product("base", tokens, inputs, outputs, "nt")  # x Wᵀ
     if rank:
         yield Product("adapters", tokens, inputs, rank, "nt")  # low = x Aᵀ
         yield Product("adapters", tokens, rank, outputs, "nt")  # low Bᵀ

@@ -10,6 +10,7 @@ from transformers.models.llama import modeling_llama as llama
 
 from qlora_lightning.model.attention import FLAT_ATTENTION, flat_attention
 from qlora_lightning.model.hooks import is_watched
+from qlora_lightning.model.kv_cache import KeyValueCache
 from qlora_lightning.model.linear import (
     LoRALinearFunction,
     LoRAProjection,
@@ -28,7 +29,7 @@ class FusedDecoderLayer(llama.LlamaDecoderLayer):  # type: ignore[misc]  # to my
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(1, tokens, width)`` to the same; what is not a flat batch over plain linears goes the usual way."""
-        if args or not self._can_fuse(hidden_states, kwargs):
+        if args or not self._fuses(hidden_states, kwargs):
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
         attention, mlp = self.self_attn, self.mlp
         linears = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -44,6 +45,15 @@ class FusedDecoderLayer(llama.LlamaDecoderLayer):  # type: ignore[misc]  # to my
         hidden, low = _apply(SwiGLU, gate, up, lora_a)
         down = frozen_part(mlp.down_proj, gate.dtype)
         return cast(Tensor, _apply(LoRAProjection, hidden, low, lora_b, down, hidden_states))
+
+    def _fuses(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
+        cache: KeyValueCache | None = kwargs.get("kv_cache")
+        if cache is None:
+            return self._can_fuse(hidden_states, kwargs)
+        index = self.self_attn.layer_idx
+        if not cache.decoding:  # the prompts decide for the tokens behind them: to ask takes a tenth of a token's time
+            cache.fused[index] = self._can_fuse(hidden_states, kwargs)
+        return cache.fused[index]
 
     def _can_fuse(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether this is a flat batch, in the dtype of all products, and nobody watches parts that are skipped."""

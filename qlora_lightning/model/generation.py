@@ -13,6 +13,7 @@ from qlora_lightning.model.kv_cache import KeyValueCache
 from qlora_lightning.model.padded_generation import generate_padded
 
 BATCH_SIZE = 64  # rows that are answered together
+_STILL_GOING = 0.75  # of a batch: with no more the others leave it, which copies all keys and values
 TOKEN_BUDGET = 32_768  # keys and values that are kept at a time: of SmolLM2-135M 0.75 GB, of Llama-3.1-8B 4.3 GB
 
 
@@ -28,9 +29,9 @@ def generate_answers(
     """Continue each prompt greedily until a stop token; in float32 an answer is the same whatever it is batched with.
 
     Rows of like length go together. The prompts of a batch run as one flat stream, then one token of each row at a time
-    against its keys and values; a row that stops leaves the batch. 4-bit weights are dequantized once for all of it,
-    where there is memory for that. The model's training mode is put back afterwards: a model that generated would else
-    stay in ``eval()``.
+    against its keys and values; rows that have stopped leave the batch, some at a time. 4-bit weights are dequantized
+    once for all of it, where there is memory for that. The model's training mode is put back afterwards: a model that
+    generated would else stay in ``eval()``.
 
     Args:
         model: A causal language model of transformers or PEFT; one whose attention is not ours takes transformers'
@@ -86,20 +87,23 @@ def _generate_flat(
     model: nn.Module, prompts: list[list[int]], stop_ids: frozenset[int], max_new_tokens: int
 ) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # that go on
-    step = _Step(model, prompts, max_new_tokens)
+    batch = list(range(len(prompts)))  # which row is where
+    going = set(batch)
+    step = _Step(model, prompts)
     chosen = step.read_prompts(prompts)
     for left in range(max_new_tokens, 0, -1):
-        tokens: list[int] = chosen.tolist()
-        going = [place for place, token in enumerate(tokens) if token not in stop_ids]
-        for place in going:
-            answers[rows[place]].append(tokens[place])
+        for row, token in zip(batch, chosen.tolist(), strict=True):
+            if token in stop_ids:
+                going.discard(row)
+            elif row in going:
+                answers[row].append(token)
         if not going or left == 1:
             break
-        if len(going) < len(rows):
-            rows = [rows[place] for place in going]
-            step.cache.keep(going)
-            chosen = chosen[going]
+        if len(going) <= _STILL_GOING * len(batch):
+            places = [place for place, row in enumerate(batch) if row in going]
+            batch = [batch[place] for place in places]
+            step.cache.keep(places)
+            chosen = chosen[places]
         chosen = step.read_tokens(chosen)
     return answers
 
@@ -110,16 +114,15 @@ class _Step:
     Args:
         model: The model.
         prompts: Ids of each.
-        max_new_tokens: That may follow.
     """
 
-    def __init__(self, model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> None:
+    def __init__(self, model: nn.Module, prompts: list[list[int]]) -> None:
         self.causal_lm = _causal_lm(model)
         self.device = self.causal_lm.get_input_embeddings().weight.device
         self._bounds = [0]
         for prompt in prompts:
             self._bounds.append(self._bounds[-1] + len(prompt))
-        self.cache = KeyValueCache(self._bounds, max_new_tokens, self.device)
+        self.cache = KeyValueCache(self._bounds, self.device)
 
     def read_prompts(self, prompts: list[list[int]]) -> Tensor:
         """Give the first token of each answer, ``(rows,)``."""

@@ -1,10 +1,12 @@
 """Keys and values of rows that are being answered, each row with a length of its own, nothing padded."""
 
 import itertools
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+_ROOM = 64  # tokens that the cache grows by; what is free is read too, so not many
 
 
 class KeyValueCache:
@@ -15,22 +17,24 @@ class KeyValueCache:
 
     Args:
         bounds: Where the prompts begin in the flat batch, and the end of the last: ``rows + 1`` numbers.
-        most_new: Tokens that each row may get behind its prompt.
         device: Where the model is.
 
     Attributes:
         lengths: Tokens of each row so far, ``(rows,)`` int64: also the position of its next one.
         decoding: Whether the prompts are in, and single tokens follow.
+        fused: Of each layer, whether it ran the prompts fused; so it runs the tokens.
     """
 
-    def __init__(self, bounds: list[int], most_new: int, device: torch.device) -> None:
+    def __init__(self, bounds: list[int], device: torch.device) -> None:
         self._bounds = bounds
         sizes = [end - start for start, end in itertools.pairwise(bounds)]
-        self._capacity = max(sizes) + most_new
         self._longest = max(sizes)  # of the rows that are left; known without asking the device
+        self._capacity = _with_room(self._longest)
         self.lengths = torch.tensor(sizes, device=device)
         self.decoding = False
+        self.fused: dict[int, bool] = {}
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # (rows, kv_heads, capacity, head_dim) each
+        self._rows = torch.arange(len(sizes), device=device)
         self._hidden: Tensor | None = None  # 0 where a row has a token, else minus infinity
 
     def fill(self, layer: int, key: Tensor, value: Tensor) -> None:
@@ -47,7 +51,13 @@ class KeyValueCache:
         """Make room for one more token of each row."""
         self.decoding = True
         self._longest += 1
-        places = torch.arange(self._longest, device=self.lengths.device)
+        if self._longest > self._capacity:
+            more = _with_room(self._longest) - self._capacity
+            self._capacity += more
+            for layer, states in self._layers.items():
+                keys, values = (F.pad(each, (0, 0, 0, more)) for each in states)
+                self._layers[layer] = (keys, values)
+        places = torch.arange(self._capacity, device=self.lengths.device)
         self._hidden = torch.where(places <= self.lengths[:, None], 0.0, -torch.inf)[:, None, None]
 
     def end_step(self) -> None:
@@ -68,24 +78,40 @@ class KeyValueCache:
             The mixed values, ``(1, rows, heads, head_dim)``.
         """
         keys, values = self._layers[layer]
-        rows = torch.arange(len(keys), device=keys.device)
-        keys[rows, :, self.lengths] = key[0].transpose(0, 1).to(keys.dtype)
-        values[rows, :, self.lengths] = value[0].transpose(0, 1).to(values.dtype)
-        by_key_head: Any = query[0].transpose(0, 1).reshape(len(keys), keys.shape[1], -1, query.shape[-1])
-        attend = torch.nn.functional.scaled_dot_product_attention
+        keys[self._rows, :, self.lengths] = key[0].transpose(0, 1).to(keys.dtype)
+        values[self._rows, :, self.lengths] = value[0].transpose(0, 1).to(values.dtype)
+        # the heads that share a key head are like queries of one position
+        queries = query[0].transpose(0, 1).reshape(len(keys), keys.shape[1], -1, query.shape[-1]).to(keys.dtype)
         assert self._hidden is not None, "begin_step comes first"
-        mixed = attend(
-            by_key_head.to(keys.dtype),  # the heads that share a key head are like queries of one position
-            keys[:, :, : self._longest],
-            values[:, :, : self._longest],
-            attn_mask=self._hidden.to(keys.dtype),
-            scale=scale,
-        )
+        hidden = self._hidden.to(keys.dtype)
+        attend = _attend_by_products if keys.device.type == "cpu" else F.scaled_dot_product_attention
+        mixed: Tensor = attend(queries, keys, values, attn_mask=hidden, scale=scale)
         return mixed.reshape(1, len(keys), -1, query.shape[-1])
 
     def keep(self, rows: list[int]) -> None:
         """Let go of all rows but these."""
         chosen = torch.tensor(rows, device=self.lengths.device)
-        self.lengths = self.lengths[chosen]
+        self.lengths, self._rows = self.lengths[chosen], self._rows[: len(rows)]
         self._longest = int(self.lengths.max())
         self._layers = {layer: (keys[chosen], values[chosen]) for layer, (keys, values) in self._layers.items()}
+
+
+def _with_room(tokens: int) -> int:
+    return (tokens // _ROOM + 1) * _ROOM
+
+
+def _attend_by_products(
+    queries: Tensor, keys: Tensor, values: Tensor, *, attn_mask: Tensor, scale: float | None
+) -> Tensor:
+    """Attend as torch's SDPA; for single tokens of many rows its kernels for a CPU are slower than plain products.
+
+    Args:
+        queries: ``(rows, kv_heads, queries, head_dim)``.
+        keys: ``(rows, kv_heads, capacity, head_dim)``.
+        values: Likewise.
+        attn_mask: ``(rows, 1, 1, capacity)``, added to the scores.
+        scale: Factor on the scores before that.
+    """
+    factor = queries.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.matmul(queries, keys.transpose(-2, -1)).mul_(factor).add_(attn_mask)
+    return torch.matmul(torch.softmax(scores, -1), values)

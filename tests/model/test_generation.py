@@ -49,6 +49,16 @@ def test_an_answer_ends_before_its_first_stop_token_and_the_others_go_on(model):
     assert len(expected[0]) <= 2
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])  # none leaves before all have stopped; each leaves at once
+def test_when_stopped_rows_leave_changes_no_answer(model, monkeypatch, share):
+    prompts = [*PROMPTS, [41, 42], [51]]
+    stop_ids = (answer(model, *prompts)[0][2], NEVER)
+    expected = [answer(model, prompt, stop_ids=stop_ids)[0] for prompt in prompts]
+    monkeypatch.setattr(generation, "_STILL_GOING", share)
+    assert answer(model, *prompts, stop_ids=stop_ids) == expected
+    assert len(set(map(len, expected))) > 1
+
+
 def test_a_prompt_may_hold_the_stop_token(model):
     assert answer(model, [11, NEVER, 12]) == [answer(model, [11, NEVER, 12], [21])[0]]
     assert len(answer(model, [11, NEVER, 12])[0]) == 6

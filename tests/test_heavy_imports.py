@@ -46,7 +46,10 @@ def test_what_the_user_says_of_the_compiler_stays(monkeypatch: pytest.MonkeyPatc
     assert os.environ["TORCHDYNAMO_DISABLE"] == "0"
 
 
-def test_the_package_imports_no_compiler() -> None:
-    code = "import sys; from qlora_lightning import QLoRAModule; print('torch._inductor.compile_fx' in sys.modules)"
+@pytest.mark.parametrize(
+    "imported", ["from qlora_lightning import QLoRAModule", "import qlora_lightning.commands.training"]
+)
+def test_no_way_into_the_package_imports_the_compiler(imported: str) -> None:
+    code = f"import sys; {imported}; print('torch._inductor.compile_fx' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"

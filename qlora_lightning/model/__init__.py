@@ -2,5 +2,5 @@
 
 from qlora_lightning.heavy_imports import quick_imports
 
-with quick_imports():  # whichever way a program comes here
+with quick_imports():  # before any module of this package imports it, whichever way a program comes here
     import bitsandbytes  # noqa: F401

@@ -13,11 +13,14 @@ def keep_inputs_apart(layers: Iterable[nn.Module]) -> None:
     """Let checkpointed layers keep each input in pages of its own, which the system has back as soon as it is used.
 
     An input stays until backward, between larger tensors that come and go with every layer. In glibc's heap it lands
-    in the place of one of these, which then fits nowhere. On a GPU, whose allocator is another, nothing changes.
+    in the place of one of these, which then fits nowhere. On a GPU, whose allocator is another, and on Windows nothing
+    changes.
 
     Args:
         layers: With transformers' checkpointing switched on; switching it on again undoes this.
     """
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        return
     for layer in layers:
         module: Any = layer
         module._gradient_checkpointing_func = _storing(module._gradient_checkpointing_func)

@@ -1,6 +1,6 @@
 """Next-token loss on the labelled tokens only; the full ``(tokens, vocabulary)`` logits never exist."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -55,10 +55,9 @@ def head_loss(hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int | None
     targets = labels[positions + 1]
     hidden = hidden[positions]
     if _is_frozen_linear(head):
-        weight: Tensor = head.weight  # type: ignore[assignment]  # it is one of a plain linear
-        chunk = chunk or rows_of_logits(len(weight), weight.element_size())
+        chunk = chunk or rows_of_logits(len(head.weight), head.weight.element_size())
         nll_sum, correct = _FrozenHeadLoss.apply(  # type: ignore[no-untyped-call]  # torch does not type it
-            hidden, weight, targets, chunk
+            hidden, head.weight, targets, chunk
         )
     else:
         nll_sum, correct = _checkpointed_head_loss(hidden, head, targets, chunk or _MOST_ROWS)
@@ -75,7 +74,7 @@ def mean_with_gradient_of_sum(sums: LossSums) -> Tensor:
     return value / sums.labelled_tokens.clamp(min=1) + (sums.nll_sum - value)
 
 
-def _is_frozen_linear(head: nn.Module) -> bool:
+def _is_frozen_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
     plain = type(head) is nn.Linear and "forward" not in vars(head)
     return plain and head.bias is None and not head.weight.requires_grad
 

@@ -28,6 +28,7 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad_hidden: Tensor, grad_low: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         gate, up, a = ctx.saved_tensors
         active, grad_a = F.silu(gate), None
+        # Written over below: nothing but LoRAProjection reads h, and the gradient that it gives is its own.
         if a is not None and grad_low is not None:
             grad_a = (grad_low.t() @ (active * up)).to(a.dtype)
             grad_hidden = grad_hidden.addmm_(grad_low, a.to(grad_low.dtype))

@@ -1,7 +1,7 @@
 """Attention over a flat batch: samples lie end to end in one stream, and each attends to itself alone."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,8 +11,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from qlora_lightning.model.block_attention import BlockAttention
 from qlora_lightning.model.kv_cache import KeyValueCache
+from qlora_lightning.model.long_attention import LongAttention
+from qlora_lightning.model.short_attention import SHORT, ShortAttention
 
 FLAT_ATTENTION, PLAIN_FLAT_ATTENTION = "qlora_flat", "qlora_flat_plain"
 # As attention_mask of a flat batch it keeps transformers from making one of (tokens, tokens) for its many samples.
@@ -70,7 +71,7 @@ def flat_attention(
         if longest is not None and _has_varlen_kernel(query):
             return _attend_varlen(query, key, value, cu_seqlens, longest, scaling), None
         if query.device.type == "cpu":
-            return _attend_in_blocks(query, key, value, cu_seqlens, scaling), None
+            return _attend_by_products(query, key, value, cu_seqlens, scaling), None
     return plain_flat_attention(
         module, query, key, value, attention_mask, scaling, dropout, cu_seqlens, longest, **kwargs
     )
@@ -142,7 +143,7 @@ def _attend_varlen(
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float | None) -> Tensor:
+def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float | None) -> Tensor:
     # As SDPA does under autocast, where what trains in float32 makes some of them float32.
     autocasts = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocasts else value.dtype
@@ -151,9 +152,31 @@ def _attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Ten
         raise ValueError(f"cu_seqlens must rise from 0 to {query.shape[2]}, the tokens of the batch; found {bounds}.")
     states = [each.to(dtype) for each in (query, key, value)]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    runs = list(_runs(bounds))
+    sizes = [run[-1] for run in runs]
+    pieces = zip(*(torch.split(each, sizes, 2) for each in states), strict=True) if len(runs) > 1 else [states]
     with torch.autocast("cpu", enabled=False):
-        output = BlockAttention.apply(*states, bounds, scale)  # type: ignore[no-untyped-call]
-    return cast(Tensor, output)
+        outputs = [
+            _apply(LongAttention, *piece, scale)
+            if run[-1] > SHORT and len(run) == 2
+            else _apply(ShortAttention, *piece, run, scale)
+            for run, piece in zip(runs, pieces, strict=True)
+        ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+def _runs(bounds: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Cut a stream before and behind each long sample; give the bounds of each piece, which begin at 0."""
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    for is_long, group in itertools.groupby(lengths, lambda length: length > SHORT):
+        if is_long:
+            yield from ((0, length) for length in group)
+        else:
+            yield 0, *itertools.accumulate(group)
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    return cast(Tensor, function.apply(*arguments))  # type: ignore[no-untyped-call]  # torch does not type it
 
 
 def _attend_per_sample(

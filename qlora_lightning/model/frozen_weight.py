@@ -69,11 +69,16 @@ class FrozenWeight:
 
     def _has_tiles(self, dtype: torch.dtype) -> bool:
         weight = self._stored
-        if not isinstance(weight, bnb.nn.Params4bit) or weight.device.type != "cpu" or weight.dtype != torch.uint8:
+        if not isinstance(weight, bnb.nn.Params4bit):
             return False
-        outputs, inputs = weight.quant_state.shape
-        is_large = outputs * inputs * dtype.itemsize > TILE_BYTES
-        return bool(is_large and inputs % weight.quant_state.blocksize == 0)
+        state = weight.quant_state
+        is_large = state.shape.numel() * dtype.itemsize > TILE_BYTES  # first: to ask a Params4bit for more takes longer
+        return bool(
+            is_large
+            and state.shape[1] % state.blocksize == 0
+            and weight.device.type == "cpu"
+            and weight.dtype == torch.uint8
+        )
 
     def _tiles(self, dim: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Give the weight dense in strips of rows (``dim`` 0) or columns (1), and where each lies."""

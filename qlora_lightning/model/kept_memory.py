@@ -4,15 +4,15 @@ The one place to adapt when a function of :mod:`qlora_lightning.model.decoder_la
 ``t`` are the tokens of a micro-batch, ``e`` the bytes of a number in the dtype of the products.
 """
 
-import math
 from collections.abc import Sequence
 
+from qlora_lightning.model.attention_tiles import TILE, tiles_of
 from qlora_lightning.model.frozen_weight import TILE_BYTES
 from qlora_lightning.model.layer_shapes import BatchShape, LayerShape, LinearShape
+from qlora_lightning.model.long_attention import whole_vectors
 from qlora_lightning.model.loss import rows_of_logits, rows_of_probabilities
+from qlora_lightning.model.short_attention import SHORT
 
-_SHORT = 320  # tokens: BlockAttention keeps the probabilities of samples up to here
-_VECTOR = 32  # and fills the keys of each sample up to a multiple of this
 _FLOAT, _INDEX = 4, 8  # bytes of a float32, of a position
 
 
@@ -77,8 +77,19 @@ def _room_of_layer(layer: LayerShape, batch: BatchShape, e: int, device: str) ->
         # NormedLinears behind it, when gate and up are gone and their gradients there: a weight, the norm's input in
         # float32 and rounded, its gradient
         _dense(layer.linears["gate_proj"], e, device) + t * layer.width * _FLOAT + 3 * stream,
+        _room_of_attention(layer, batch, e, device),
     )
     return again + stream + max(moments)
+
+
+def _room_of_attention(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
+    """Count what ShortAttention lays out in tiles: gradients beside queries, keys and values, a tile's scores."""
+    tiles = list(tiles_of([length for length in batch.lengths if length <= SHORT])) if device == "cpu" else []
+    queries, keys = layer.linears["q_proj"].outputs, layer.linears["k_proj"].outputs
+    by_rows = sum(tile.samples * TILE * 2 * queries for tile in tiles)  # gradients of the output and of the queries
+    by_keys = sum(tile.samples * tile.keys * 4 * keys for tile in tiles)  # keys, values, and their gradients
+    scores = max((tile.samples * TILE * tile.keys * 2 * layer.heads for tile in tiles), default=0)
+    return (by_rows + by_keys + scores) * e
 
 
 def _room_of_forward(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
@@ -120,11 +131,16 @@ def _kept_fused(layer: LayerShape, batch: BatchShape, e: int, device: str) -> in
 
 def _kept_by_attention(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
     queries, keys_and_values = layer.linears["q_proj"].outputs, 2 * layer.linears["k_proj"].outputs
-    if device == "cpu":  # BlockAttention
-        filled = [math.ceil(length / _VECTOR) * _VECTOR for length in batch.lengths]
-        seen = zip(batch.lengths, filled, strict=True)
-        probabilities = layer.heads * sum(length * keys for length, keys in seen if length <= _SHORT)
-        return (batch.tokens * queries + sum(filled) * keys_and_values + probabilities) * e
+    if device == "cpu":
+        short = [length for length in batch.lengths if length <= SHORT]
+        tiles = list(tiles_of(short))
+        # ShortAttention: queries in tiles, the stream's keys and values, probabilities up to the diagonal
+        kept = sum(tile.samples * TILE * (queries + layer.heads * tile.keys) for tile in tiles)
+        kept += bool(short) * batch.tokens * keys_and_values
+        long = (length for length in batch.lengths if length > SHORT)
+        # LongAttention: keys and values are filled up
+        kept += sum(length * queries + whole_vectors(length) * keys_and_values for length in long)
+        return kept * e
     # FlashAttention: its output too, and a logarithm for each row
     return batch.tokens * ((2 * queries + keys_and_values) * e + layer.heads * _FLOAT)
 

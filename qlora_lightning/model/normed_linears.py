@@ -61,13 +61,13 @@ class NormedLinears(torch.autograd.Function):
                 grad_low.copy_(gradient_of_low(grad, b, frozen))
             grads_b.append(None if b is None else gradient_of_b(grad, low, b, frozen))
         scaled = _scale(_precise(flat), inverse)
-        grad_stacked = grad_lows.t() @ _weigh(scaled, weight, flat.dtype)
+        grad_stacked = (grad_lows.t() @ scaled.to(flat.dtype)).mul_(weight)  # the norm's weight only now: few rows
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_normed = grad_lows @ stacked
             for grad, frozen in zip(flat_grads, ctx.linears, strict=True):
                 frozen.weight.multiply_back(grad, onto=grad_normed)
-            grad_x = _gradient_of_norm(grad_normed.mul_(weight), scaled, inverse).to(flat.dtype).view(ctx.shape)
+            grad_x = _gradient_of_norm(grad_normed, weight, scaled, inverse).to(flat.dtype).view(ctx.shape)
         pairs = zip(all_a, _split(grad_stacked, all_a, 0), strict=True)
         grads_a = [None if a is None else grad.to(a.dtype) for a, grad in pairs]
         of_adapters = [grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair]
@@ -106,8 +106,8 @@ def _weigh(scaled: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return scaled.to(dtype, copy=True).mul_(weight)
 
 
-def _gradient_of_norm(grad: Tensor, scaled: Tensor, inverse: Tensor) -> Tensor:
-    """Give the gradient of x from that of ``x̂ = x · inverse``: ``inverse (g - x̂ mean(g x̂))``."""
-    precise = grad.to(scaled.dtype)
+def _gradient_of_norm(grad: Tensor, weight: Tensor, scaled: Tensor, inverse: Tensor) -> Tensor:
+    """Give the gradient of x from g, that of ``w · x̂`` where ``x̂ = x · inverse``: ``inverse (w g - x̂ mean(w g x̂))``."""
+    precise = _precise(grad).mul_(weight.to(scaled.dtype))
     mean = (scaled * precise).mean(-1, keepdim=True)
     return precise.addcmul_(scaled, mean, value=-1).mul_(inverse)

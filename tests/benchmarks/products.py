@@ -10,6 +10,10 @@ from typing import Any, Literal, NamedTuple
 
 from peft.tuners.lora import LoraLayer
 
+from qlora_lightning.model.attention_tiles import TILE, tiles_of
+from qlora_lightning.model.long_attention import blocks, whole_vectors
+from qlora_lightning.model.short_attention import SHORT
+
 # The linears of a layer in the order in which they run; those of one line share their input.
 _STAGES = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -59,12 +63,14 @@ class Shape:
     Attributes:
         layers: the linears of each by name.
         heads: of the queries.
+        kv_heads: of the keys and values.
         head_dim: width of a head.
         head: the language model's head.
     """
 
     layers: Sequence[Mapping[str, Linear]]
     heads: int
+    kv_heads: int
     head_dim: int
     head: Linear
 
@@ -82,7 +88,8 @@ def shape_of(causal_lm: Any) -> Shape:
     config = causal_lm.config
     layers = [{name: _linear(layer.get_submodule(name)) for name in names} for layer in causal_lm.model.layers]
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-    return Shape(layers, config.num_attention_heads, head_dim, _linear(causal_lm.get_output_embeddings()))
+    heads = config.num_attention_heads, config.num_key_value_heads
+    return Shape(layers, *heads, head_dim, _linear(causal_lm.get_output_embeddings()))
 
 
 def forward_products(shape: Shape, batch: Rows) -> Counter[Product]:
@@ -159,14 +166,24 @@ def _linear_backward(linear: Linear, tokens: int, wants_input: bool) -> Iterator
 
 
 def _attention_forward(shape: Shape, lengths: Sequence[int]) -> Iterator[Product]:
-    for tokens in lengths:
-        yield Product("attention", tokens, shape.head_dim, tokens, "nt", shape.heads)  # Q Kᵀ
-        yield Product("attention", tokens, tokens, shape.head_dim, "nn", shape.heads)  # P V
+    for matrices, rows, seen in _attention_shapes(shape, lengths):
+        yield Product("attention", rows, shape.head_dim, seen, "nt", matrices)  # Q Kᵀ
+        yield Product("attention", rows, seen, shape.head_dim, "nn", matrices)  # P V
 
 
 def _attention_backward(shape: Shape, lengths: Sequence[int]) -> Iterator[Product]:
-    for tokens in lengths:
-        yield Product("attention", tokens, shape.head_dim, tokens, "nt", shape.heads)  # of P: g Vᵀ
-        yield Product("attention", tokens, tokens, shape.head_dim, "tn", shape.heads)  # of V: Pᵀ g
-        yield Product("attention", tokens, tokens, shape.head_dim, "nn", shape.heads)  # of Q: dS K
-        yield Product("attention", tokens, tokens, shape.head_dim, "tn", shape.heads)  # of K: dSᵀ Q
+    for matrices, rows, seen in _attention_shapes(shape, lengths):
+        yield Product("attention", rows, shape.head_dim, seen, "nt", matrices)  # of P: g Vᵀ
+        yield Product("attention", seen, rows, shape.head_dim, "tn", matrices)  # of V: Pᵀ g
+        yield Product("attention", rows, seen, shape.head_dim, "nn", matrices)  # of Q: dS K
+        yield Product("attention", seen, rows, shape.head_dim, "tn", matrices)  # of K: dSᵀ Q
+
+
+def _attention_shapes(shape: Shape, lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Give how many matrices go into each product, their rows, and the keys that these see, as a CPU runs them."""
+    shared = shape.heads // shape.kv_heads
+    for tile in tiles_of([length for length in lengths if length <= SHORT]):
+        yield tile.samples * shape.kv_heads, TILE * shared, tile.keys
+    for length in lengths:
+        for first, end in blocks(length, shape.heads) if length > SHORT else ():
+            yield shape.kv_heads, (end - first) * shared, whole_vectors(end)

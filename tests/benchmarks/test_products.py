@@ -15,7 +15,7 @@ BATCH = Rows(lengths=(3, 2), labelled=2)
 WEIGHTS = 16 + 8 + 8 + 16 + 24 + 24 + 24
 ENDS = 8 + 6 + 6 + 8 + 10 + 10 + 10
 BY_TOKEN = 2 * 5  # a multiplication and an addition for each of five tokens
-SQUARES = 2 * 2 * 2 * (3 * 3 + 2 * 2)  # one product of attention: two heads, two wide
+TILES = 2 * 2 * 2 * (64 * 64 + 64 * 64)  # one product of attention: two heads, two wide; each sample fills a tile
 HEAD = 2 * 2 * 4 * 10  # two labelled tokens
 
 
@@ -43,7 +43,7 @@ def test_step_has_the_products_counted_by_hand() -> None:
         "base": 2 * BY_TOKEN * WEIGHTS,
         "base backward": BY_TOKEN * (2 * WEIGHTS - 32),  # the first layer's q, k and v pass nothing on
         "adapters": BY_TOKEN * (2 * 3 * ENDS - 3 * 4),  # forward once, backward twice
-        "attention": 2 * (2 + 4) * SQUARES,
+        "attention": 2 * (2 + 4) * TILES,
         "head": 2 * HEAD,
     }
 
@@ -56,9 +56,9 @@ def test_nothing_flows_below_the_lowest_adapter() -> None:
         "base backward": BY_TOKEN * (WEIGHTS - 32),
         "base again": BY_TOKEN * (WEIGHTS - 24),  # nothing needs what down gives
         "adapters again": BY_TOKEN * (ENDS - 10),
-        "attention again": 2 * SQUARES,
+        "attention again": 2 * TILES,
         "adapters": BY_TOKEN * (3 * ENDS - 3 * 4),
-        "attention": (2 * 2 + 4) * SQUARES,
+        "attention": (2 * 2 + 4) * TILES,
         "head": 2 * HEAD,
     }
 
@@ -67,7 +67,7 @@ def test_validation_has_the_forward_products_only() -> None:
     assert flop_by_part(forward_products(shape_with_adapters(), BATCH)) == {
         "base": 2 * BY_TOKEN * WEIGHTS,
         "adapters": 2 * BY_TOKEN * ENDS,
-        "attention": 2 * 2 * SQUARES,
+        "attention": 2 * 2 * TILES,
         "head": HEAD,
     }
 

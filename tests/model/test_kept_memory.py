@@ -57,7 +57,7 @@ def kept_by_formula(module, batch, every_n_layers=0, e=2):
     return kept_by_layers(layers, batch, e, "cpu") + kept_outside(layers, batch, e)
 
 
-@pytest.mark.parametrize("lengths", [(64, 32, 128), (320, 352)], ids=["short samples", "about 320 tokens"])
+@pytest.mark.parametrize("lengths", [(64, 32, 130), (512, 7, 520)], ids=["short samples", "about 512 tokens"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -108,8 +108,8 @@ def test_a_layer_is_counted_by_hand():
     batch = BatchShape((3, 2), labelled=4)
     # two norms' inputs and inverse roots, products with A of seven linears, queries, keys, values, output, gate, up
     per_token = 2 * (8 * 2 + 4) + 7 * 2 * 2 + 3 * 8 * 2 + 8 * 2 + 2 * 32 * 2
-    # keys and values are filled up to 32 for each of the two samples; probabilities of two heads
-    filled = 2 * 8 * (2 * 32 - 5) * 2 + 2 * (3 * 32 + 2 * 32) * 2
+    # queries are filled up to 64 for each of the two samples; probabilities of two heads
+    filled = 8 * (2 * 64 - 5) * 2 + 2 * 2 * 64 * 64 * 2
     assert kept_by_layers([layer()], batch, 2, "cpu") == 5 * per_token + filled
     # inputs, and the last linear's product with A
     assert kept_by_layers([layer(checkpointed=True)] * 3, batch, 2, "cpu") == 3 * 5 * (8 + 2) * 2

@@ -46,7 +46,7 @@ RULES = (
     Rule("LoRALinearFunction|LoRAProjection", ADAPTERS, False),
     Rule("SwiGLU", ACTIVATION, False),
     Rule("Rotary", ROTARY, True),
-    Rule("BlockAttention", ATTENTION, True),
+    Rule("ShortAttention|LongAttention", ATTENTION, True),
     Rule("_FrozenHeadLoss", HEAD, True),
     Rule("_CopyApart", RECOMPUTATION, True),
     # bitsandbytes

@@ -1,0 +1,99 @@
+"""How the rows and keys of short samples lie in tiles: index arithmetic, once for all layers of a batch.
+
+Tile i of a sample holds its tokens from ``i · TILE`` on and sees the keys up to its end. Samples are sorted by length,
+so that those which reach a tile come first, and the tile is one batched product over all of them.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE = 64  # tokens: shorter ones make more products than they save, longer ones more scores behind the diagonal
+
+
+class Tile(NamedTuple):
+    """One tile of all samples that reach it: how many, and how many keys each of them sees."""
+
+    samples: int
+    keys: int
+
+
+class Layout:
+    """Where tokens lie in the tiles of a stream of samples, as rows of ``(tokens · kv_heads, …)``.
+
+    In order of tile, sample, key head, token. What is behind a sample's end is filled up with its last token.
+
+    Attributes:
+        tiles: Of the stream, in order.
+        kv_heads: Heads of keys and values.
+        rows: The row of each place of a query.
+        filled: The places of queries that are behind their sample's end.
+        places: The place of each row among the queries.
+        keys: The row of each place of a key: a key has one in each tile that sees it.
+    """
+
+    def __init__(self, bounds: Sequence[int], kv_heads: int) -> None:
+        """Lay out samples.
+
+        Args:
+            bounds: Where samples begin, and the end of the last.
+            kv_heads: Heads of keys and values.
+        """
+        self.tiles = tuple(tiles_of([end - start for start, end in itertools.pairwise(bounds)]))
+        self.kv_heads, self._count = kv_heads, bounds[-1] * kv_heads
+        lengths, order = torch.tensor(bounds).diff().sort(descending=True, stable=True)
+        starts = torch.tensor(bounds)[order]
+        rows, keys, row_is_there, key_is_there = [], [], [], []
+        for samples, seen in self.tiles:
+            last = lengths[:samples, None] - 1
+            tokens = torch.arange(seen).expand(samples, kv_heads, seen)
+            token = starts[:samples, None] + torch.minimum(torch.arange(seen), last)  # (samples, seen)
+            row = token[:, None] * kv_heads + torch.arange(kv_heads)[:, None]  # (samples, kv_heads, seen)
+            is_there = tokens <= last[:, None]
+            keys.append(row.flatten())
+            key_is_there.append(is_there.flatten())
+            rows.append(row[..., -TILE:].flatten())
+            row_is_there.append(is_there[..., -TILE:].flatten())
+        self.rows, self.keys, self._key_is_there = torch.cat(rows), torch.cat(keys), torch.cat(key_is_there)
+        there = torch.cat(row_is_there)
+        self.filled = (~there).nonzero()[:, 0]
+        self.places = torch.empty(self._count, dtype=torch.int64)
+        self.places[self.rows[there]] = there.nonzero()[:, 0]
+
+    @functools.cached_property
+    def places_of_keys(self) -> tuple[Tensor, Tensor]:
+        """The places of each row among the keys, one row after the other, and where those of each row begin."""
+        places = self._key_is_there.nonzero()[:, 0]
+        rows, order = self.keys[places].sort(stable=True)
+        counts = torch.bincount(rows, minlength=self._count)
+        return places[order], counts.cumsum(0) - counts
+
+    def split_rows(self, queries: Tensor, head_dim: int) -> Iterator[Tensor]:
+        """Give the part of each tile, ``(samples · kv_heads, TILE · heads of a key head, head_dim)``."""
+        return self._split(queries, [TILE] * len(self.tiles), head_dim)
+
+    def split_keys(self, keys: Tensor, head_dim: int) -> Iterator[Tensor]:
+        """Give the part of each tile, ``(samples · kv_heads, keys, head_dim)``."""
+        return self._split(keys, [tile.keys for tile in self.tiles], head_dim)
+
+    def _split(self, states: Tensor, tokens: Sequence[int], head_dim: int) -> Iterator[Tensor]:
+        matrices = [tile.samples * self.kv_heads for tile in self.tiles]
+        parts = torch.split(states, [count * each for count, each in zip(matrices, tokens, strict=True)])
+        for part, count in zip(parts, matrices, strict=True):
+            yield part.view(count, -1, head_dim)
+
+
+@functools.lru_cache(maxsize=2)
+def lay_out(bounds: tuple[int, ...], kv_heads: int) -> Layout:
+    """Give the layout of a stream; all layers of a batch share it."""
+    return Layout(bounds, kv_heads)
+
+
+def tiles_of(lengths: Sequence[int]) -> Iterator[Tile]:
+    """Give the tiles of samples with so many tokens."""
+    for first in range(0, max(lengths, default=0), TILE):
+        yield Tile(sum(length > first for length in lengths), first + TILE)

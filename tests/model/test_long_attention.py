@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from qlora_lightning.model import long_attention
+from qlora_lightning.model.long_attention import LongAttention, blocks
+from tests.model.written_attention import attend, draw, error_of_transformers, with_gradients
+
+HEADS, TOKENS = 6, 37
+
+
+@pytest.fixture(params=[320, 16, 7])
+def rows(request, monkeypatch):
+    """Rows of a block: all of the sample at once, or several blocks."""
+    monkeypatch.setattr(long_attention, "_MOST_ROWS", request.param)
+    monkeypatch.setattr(long_attention, "_FEWEST_ROWS", 1)
+    monkeypatch.setattr(long_attention, "_biases", {})
+    return request.param
+
+
+@pytest.mark.usefixtures("rows")
+def test_output_and_gradients_are_those_of_attention_written_out():
+    ours = with_gradients(lambda *qkv: LongAttention.apply(*qkv, 0.3), draw((TOKENS,)))
+    theirs = with_gradients(lambda *qkv: attend(*qkv, (TOKENS,), 0.3), draw((TOKENS,)))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)  # sums over blocks are float32
+
+
+def test_blocks_grow_shorter_as_samples_grow_longer():
+    assert list(blocks(800, heads=4)) == [(0, 320), (320, 640), (640, 800)]
+    long = list(blocks(32_768, heads=32))
+    assert {end - first for first, end in long} == {16}
+    assert long_attention._MOST_SCORES == 16 * 32 * 32_768
+
+
+def test_q_k_and_v_are_all_that_is_kept():
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()), lambda _: None):
+        LongAttention.apply(*draw((TOKENS,)), 0.3)
+    keys = 2 * 64 * 8  # filled up to whole vectors
+    assert kept == [HEADS * TOKENS * 8, keys, keys]
+
+
+def test_in_bfloat16_it_errs_no_more_than_transformers_attention_does():
+    inputs = [each.detach() for each in draw((TOKENS,), torch.bfloat16)]
+    exact = attend(*(each.double() for each in inputs), (TOKENS,), 0.3)
+    error = (LongAttention.apply(*inputs, 0.3) - exact).norm()
+    assert 0 < error <= 1.1 * error_of_transformers(inputs, (TOKENS,), 0.3)

@@ -1,5 +1,6 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train and judge them."""
 
+import gc
 from typing import Any, cast
 
 import rich
@@ -178,6 +179,13 @@ class QLoRAModule(AnsweringModule):
     def _device_of_process(self) -> torch.device:
         return self.device if self._trainer is None else self.trainer.strategy.root_device
 
+    def on_train_start(self) -> None:
+        # To look through a million objects of imports and layers again and again costs 0.4 seconds each time.
+        gc.freeze()
+
+    def on_train_end(self) -> None:
+        gc.unfreeze()
+
     def on_fit_end(self) -> None:
         give_back_freed_memory()
 
@@ -218,13 +226,13 @@ class QLoRAModule(AnsweringModule):
             super().optimizer_step(*args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        trainable = trainable_tensors(self)
+        trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         loss = self.window.divide_gradients(
-            trainable.values(),
+            trainable,
             divided_by=self.trainer.accumulate_grad_batches * self.trainer.world_size,
             reduce_sum=lambda sums: cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum")),
         )
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trainable.values() if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
         self.guard.judge_step(self, optimizer, loss, norm)
         self.log_dict({"train_loss": loss}, prog_bar=True)
         self.log_dict({"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]})

@@ -159,7 +159,7 @@ def is_plain(layer: nn.Module) -> bool:
     if "forward" in vars(layer):
         return False  # somebody put another one there
     if type(layer) in (nn.Linear, bnb.nn.Linear4bit):
-        return not any(parameter.requires_grad for parameter in layer.parameters())
+        return not (layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad))
     if not isinstance(layer, FusedLinear4bit | FusedLinear) or len(layer.active_adapters) != 1 or layer.merged:
         return False
     (adapter,) = layer.active_adapters

@@ -19,6 +19,7 @@ from qlora_lightning.model.assembly import assemble_model
 from qlora_lightning.model.attention import NO_MASK
 from qlora_lightning.model.checks import check_callbacks, check_trainer, check_training_mode
 from qlora_lightning.model.dtypes import ComputeDtype, choose_compute_dtype
+from qlora_lightning.model.filled_batch import fill_up
 from qlora_lightning.model.gradient_buckets import GradientBuckets
 from qlora_lightning.model.guard import OnNonfinite, TrainingGuard
 from qlora_lightning.model.loraplus import check_loraplus_ratio, group_parameters
@@ -197,6 +198,8 @@ class QLoRAModule(AnsweringModule):
         Args:
             batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens`` ``(samples + 1,)``.
         """
+        if self.device.type == "cpu":
+            batch = fill_up(batch)
         with self.autocast():
             hidden = self.causal_lm.base_model(
                 **embed_or_name(self.causal_lm, batch, self.neftune_alpha if self.training else None),

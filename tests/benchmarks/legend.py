@@ -19,7 +19,7 @@ def explain(repeats: int, accelerator: str, scaling: bool, llama_8b: bool) -> li
         "gradients, attention in tiles up to the diagonal, the head on labelled tokens. Nothing below the lowest "
         "adapter has a gradient. Nothing that is computed again counts; only in the checkpointed row the products of "
         "the second forward pass do, up to the last of each layer, which backward does not need. Its share is of a "
-        "second epoch: in the first the system hands over fresh memory.",
+        "second epoch, each step beside its own ceiling: in the first the system hands over fresh memory.",
         "validation: a pass over the same rows; its ceiling holds the forward products.",
         "second start: from the start of the process to the begin of the first step, all caches being filled; imports: "
         "a process that imports what ours imports.",

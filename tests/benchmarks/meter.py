@@ -47,10 +47,10 @@ class Meter(Callback):
 
 
 class ValidationMeter(Callback):
-    """Time a validation pass; note its batches."""
+    """Time a validation pass; count its tokens."""
 
     def __init__(self) -> None:
-        self.batches: list[Rows] = []
+        self.tokens = 0
         self.seconds = 0.0
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,7 +65,7 @@ class ValidationMeter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self.batches.append(rows_of(batch))
+        self.tokens += batch["input_ids"].numel()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.callback_metrics["val_loss"].item()  # waits for a card to be done

@@ -1,6 +1,6 @@
 """Steps on one batch of random tokens: any base, any sizes, for what no file of rows has."""
 
-from qlora_lightning import GradientCheckpointing, QLoRAModule  # first: it imports quicker
+from qlora_lightning import GradientCheckpointing  # first: it imports quicker
 
 # isort: split
 
@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 from qlora_lightning.data.batches import Batch, collate
 from qlora_lightning.data.samples import make_sample
 from tests.benchmarks import settings
+from tests.benchmarks.ceilings import Ceilings
 from tests.benchmarks.children import print_figures
-from tests.benchmarks.meter import Meter, rows_of
-from tests.benchmarks.ours import make_module, make_trainer, step_ceiling
+from tests.benchmarks.meter import Meter
+from tests.benchmarks.ours import make_module, make_trainer
 from tests.benchmarks.peak_memory import PeakMemory
 
 
@@ -44,22 +45,6 @@ class Memory(Callback):
             self.whole.__exit__()
 
 
-class Ceilings(Callback):
-    """After each step but the first ones, measure the ceiling: right beside it, as machines are not always as quick."""
-
-    def __init__(self, steps: int, accelerator: str, gradient_checkpointing: bool) -> None:
-        self.measured: list[dict[str, Any]] = []
-        self._steps, self._accelerator, self._checkpointing = steps, accelerator, gradient_checkpointing
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx >= self._steps and isinstance(pl_module, QLoRAModule):
-            self.measured.append(
-                step_ceiling(pl_module, [rows_of(batch)], self._accelerator, gradient_checkpointing=self._checkpointing)
-            )
-
-
 def main() -> None:
     """Train and print the figures, in bytes and seconds: those of the quickest step, or of one beside its ceiling."""
     parser = argparse.ArgumentParser(description="Steps on one random batch.")
@@ -73,7 +58,7 @@ def main() -> None:
     arguments = parser.parse_args()
     lightning.seed_everything(settings.SEED)
     module, meter, memory = make_module(arguments.base), Meter(), Memory(arguments.steps)
-    ceilings = Ceilings(arguments.steps, arguments.accelerator, arguments.gradient_checkpointing)
+    ceilings = Ceilings(arguments.gradient_checkpointing, skipped=arguments.steps)
     with tempfile.TemporaryDirectory() as folder:
         callbacks = [GradientCheckpointing(enabled=arguments.gradient_checkpointing), meter, memory, ceilings]
         trainer = make_trainer(folder, arguments.accelerator, callbacks, max_epochs=1)

@@ -6,25 +6,21 @@ from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAM
 
 import argparse
 import tempfile
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import lightning
-import torch
 from lightning import Callback, Trainer
 
 from tests.benchmarks import settings
-from tests.benchmarks.ceiling import measure_ceiling
+from tests.benchmarks.ceilings import Ceilings, add_ceilings
 from tests.benchmarks.children import print_figures
 from tests.benchmarks.figures import Figures, versions_of
 from tests.benchmarks.meter import Meter, ValidationMeter
-from tests.benchmarks.products import Product, Rows, forward_products, shape_of, step_products
 
 
 def main() -> None:
-    """Train one epoch, and another beside its ceiling; after plain epochs, validate; print the figures."""
+    """Train one epoch, and another whose steps stand beside their ceilings; after plain ones validate; print."""
     parser = argparse.ArgumentParser(description="Our side of tests.benchmarks.")
     parser.add_argument("base")
     parser.add_argument("data")
@@ -38,13 +34,13 @@ def main() -> None:
     lightning.seed_everything(settings.SEED)
     module, meter = make_module(arguments.base), Meter()
     data = make_data(arguments, train=arguments.data)
-    train(module, data, arguments, meter)
+    train(module, data, arguments, [meter])
     ceiling = steady_seconds = validation = None
     if arguments.max_steps == -1 and arguments.every_n_layers == 1:
-        steady = Meter()
-        train(module, data, arguments, steady)
-        steady_seconds = steady.seconds
-        ceiling = step_ceiling(module, meter.batches, arguments.accelerator, arguments.gradient_checkpointing)
+        steady, ceilings = Meter(), Ceilings(arguments.gradient_checkpointing)
+        train(module, data, arguments, [steady, ceilings])
+        steady_seconds = steady.seconds - ceilings.seconds
+        ceiling = add_ceilings(ceilings.measured)
         if not arguments.gradient_checkpointing:
             validation = validate(module, make_data(arguments, val=arguments.data), arguments.accelerator)
     versions = versions_of(["torch", "lightning", "transformers", "peft", "bitsandbytes"])
@@ -90,14 +86,16 @@ def make_data(arguments: argparse.Namespace, **files: str) -> InstructionDataMod
     )
 
 
-def train(module: QLoRAModule, data: InstructionDataModule, arguments: argparse.Namespace, meter: Meter) -> None:
+def train(
+    module: QLoRAModule, data: InstructionDataModule, arguments: argparse.Namespace, meters: list[Callback]
+) -> None:
     """Train one epoch, or fewer steps."""
     checkpointing = GradientCheckpointing(arguments.gradient_checkpointing, arguments.every_n_layers)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(
             folder,
             arguments.accelerator,
-            [checkpointing, meter],
+            [checkpointing, *meters],
             max_epochs=1,
             max_steps=arguments.max_steps,
         )
@@ -106,30 +104,15 @@ def train(module: QLoRAModule, data: InstructionDataModule, arguments: argparse.
 
 def validate(module: QLoRAModule, data: InstructionDataModule, accelerator: str) -> dict[str, Any]:
     """Time a validation pass and its ceiling."""
-    meter = ValidationMeter()
     with tempfile.TemporaryDirectory() as folder:
-        make_trainer(folder, accelerator, [meter]).validate(module, data, verbose=False)
-    shape = shape_of(module.causal_lm)
-    products: Counter[Product] = Counter()
-    for batch in meter.batches:
-        products += forward_products(shape, batch)
-    tokens = sum(sum(batch.lengths) for batch in meter.batches)
+        for _ in range(2):  # the second pass counts: in the first the system hands over fresh memory
+            meter, ceilings = ValidationMeter(), Ceilings()
+            make_trainer(folder, accelerator, [meter, ceilings]).validate(module, data, verbose=False)
     return {
-        "tokens": tokens,
-        "seconds": meter.seconds,
-        "ceiling": measure_ceiling(products, torch.bfloat16, _device(accelerator)),
+        "tokens": meter.tokens,
+        "seconds": meter.seconds - ceilings.seconds,
+        "ceiling": add_ceilings(ceilings.measured),
     }
-
-
-def step_ceiling(
-    module: QLoRAModule, batches: Sequence[Rows], accelerator: str, gradient_checkpointing: bool
-) -> dict[str, Any]:
-    """Time the products of all steps on these batches."""
-    shape = shape_of(module.causal_lm)
-    products: Counter[Product] = Counter()
-    for batch in batches:
-        products += step_products(shape, batch, gradient_checkpointing)
-    return measure_ceiling(products, torch.bfloat16, _device(accelerator))
 
 
 def make_trainer(folder: str, accelerator: str, callbacks: list[Callback], **limits: int) -> Trainer:
@@ -146,10 +129,6 @@ def make_trainer(folder: str, accelerator: str, callbacks: list[Callback], **lim
         callbacks=callbacks,
         **limits,
     )
-
-
-def _device(accelerator: str) -> torch.device:
-    return torch.device("cuda" if accelerator == "gpu" else "cpu")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def kept_by_formula(module, batch, every_n_layers=0, e=2):
     return kept_by_layers(layers, batch, e, "cpu") + kept_outside(layers, batch, e)
 
 
-@pytest.mark.parametrize("lengths", [(64, 32, 130), (512, 7, 520)], ids=["short samples", "about 512 tokens"])
+@pytest.mark.parametrize("lengths", [(64, 32, 128), (512, 8, 520)], ids=["short samples", "about 512 tokens"])
 @pytest.mark.parametrize(
     "options",
     [

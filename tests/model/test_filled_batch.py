@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from qlora_lightning import QLoRAModule
+from qlora_lightning.data.batches import collate
+from qlora_lightning.data.samples import make_sample
+from qlora_lightning.model import module as module_file
+from qlora_lightning.model.filled_batch import fill_up
+
+
+def batch_of(*lengths):
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randint(5, 40_000, (length,), generator=generator).tolist() for length in lengths]
+    return collate([make_sample(ids, [-100, *ids[1:]], row) for row, ids in enumerate(drawn)])
+
+
+def test_a_sample_without_labels_fills_the_last_block():
+    filled = fill_up(batch_of(10, 9))
+    assert [filled[name].shape for name in ("input_ids", "position_ids", "labels")] == [(1, 32)] * 3
+    assert filled["cu_seqlens"].tolist() == [0, 10, 19, 32]
+    assert filled["cu_seqlens"].dtype == torch.int32
+    assert filled["position_ids"][0, 19:].tolist() == list(range(13))
+    assert filled["labels"][0, 19:].tolist() == [-100] * 13
+    assert filled["longest"] == 13
+
+
+def test_a_batch_of_whole_blocks_stays_as_it_is():
+    batch = batch_of(10, 6)
+    assert fill_up(batch) == dict(batch)
+
+
+@pytest.mark.parametrize("options", [{}, {"fast": False}, {"neftune_alpha": 5.0}], ids=str)
+def test_loss_and_gradients_are_those_of_the_batch_alone(tiny_base, options, monkeypatch):
+    def train():
+        torch.manual_seed(0)
+        module = QLoRAModule(str(tiny_base), rank=4, compute_dtype="fp32", quantization="none", **options)
+        module.configure_model()
+        sums = module.train().compute_loss(batch_of(70, 13))
+        sums.nll_sum.backward()
+        return [sums.nll_sum.detach(), sums.labelled_tokens, sums.correct, *(p.grad for p in module.parameters())]
+
+    filled = train()
+    monkeypatch.setattr(module_file, "fill_up", lambda batch: batch)
+    for one, other in zip(filled, train(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)

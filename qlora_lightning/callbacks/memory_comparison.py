@@ -13,6 +13,7 @@ from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointi
 from qlora_lightning.callbacks.started_folder import writing_to
 from qlora_lightning.console import say
 from qlora_lightning.model.device_memory import read_resident_bytes
+from qlora_lightning.model.filled_batch import filled
 from qlora_lightning.model.layer_shapes import BatchShape
 from qlora_lightning.model.memory_plan import StepSettings, plan_memory, share_unread
 from qlora_lightning.model.model_shape import checkpoint_layers, read_model
@@ -62,7 +63,7 @@ class MemoryComparison(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._watch is not None:
             shape = BatchShape(tuple(batch["cu_seqlens"].diff().tolist()), int((batch["labels"] != -100).sum()))
-            self._lengths.add(shape.tokens)
+            self._lengths.add(filled(shape.tokens))
             if self._largest is None or shape.tokens > self._largest.tokens:
                 self._largest = shape
 

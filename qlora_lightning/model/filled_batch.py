@@ -18,7 +18,8 @@ def fill_up(batch: Mapping[str, Any]) -> dict[str, Any]:
         batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)``, ``cu_seqlens`` ``(samples + 1,)`` and
             ``longest``.
     """
-    more = -batch["input_ids"].shape[1] % _ROWS
+    tokens = batch["input_ids"].shape[1]
+    more = filled(tokens) - tokens
     if not more:
         return dict(batch)
     bounds, positions = batch["cu_seqlens"], batch["position_ids"]
@@ -30,3 +31,8 @@ def fill_up(batch: Mapping[str, Any]) -> dict[str, Any]:
         "cu_seqlens": torch.cat([bounds, bounds[-1:] + more]),
         "longest": max(batch["longest"], more),
     }
+
+
+def filled(tokens: int) -> int:
+    """Give the tokens of a batch that is filled up."""
+    return -(-tokens // _ROWS) * _ROWS

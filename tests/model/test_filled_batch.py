@@ -5,7 +5,7 @@ from qlora_lightning import QLoRAModule
 from qlora_lightning.data.batches import collate
 from qlora_lightning.data.samples import make_sample
 from qlora_lightning.model import module as module_file
-from qlora_lightning.model.filled_batch import fill_up
+from qlora_lightning.model.filled_batch import fill_up, filled
 
 
 def batch_of(*lengths):
@@ -27,6 +27,10 @@ def test_a_sample_without_labels_fills_the_last_block():
 def test_a_batch_of_whole_blocks_stays_as_it_is():
     batch = batch_of(10, 6)
     assert fill_up(batch) == dict(batch)
+
+
+def test_tokens_are_counted_as_they_are_filled_up():
+    assert [filled(tokens) for tokens in (1, 16, 17)] == [16, 16, 32]
 
 
 @pytest.mark.parametrize("options", [{}, {"fast": False}, {"neftune_alpha": 5.0}], ids=str)

@@ -8,6 +8,7 @@ from qlora_lightning.data.epoch_plan import EpochPlan
 from qlora_lightning.data.largest_batch import epochs_to_look_at, first_and_largest
 from qlora_lightning.data.sources import find_sources
 from qlora_lightning.errors import UserError
+from qlora_lightning.model.filled_batch import filled
 from qlora_lightning.model.layer_shapes import BatchShape
 
 
@@ -65,7 +66,7 @@ def measure_run(data: Any, trainer: dict[str, Any], no_tokenizer: str | None) ->
     rows = found[1].rows
     batches = [batch for number in epochs for batch in plan.batches(number)[: epoch.batches]]
     batches = batches[: None if epoch.all_steps is None else epoch.all_steps * epoch.accumulate]
-    count = len({int(plan.samples.lengths[batch.rows].sum()) for batch in batches})
+    count = len({filled(int(plan.samples.lengths[batch.rows].sum())) for batch in batches})
     lengths = tuple(plan.samples.lengths[rows].tolist())
     return RunLength(BatchShape(lengths, int(plan.samples.labelled_counts[rows].sum())), epoch, count, plan.samples.ids)
 

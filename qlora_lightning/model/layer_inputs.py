@@ -40,9 +40,7 @@ class _CopyApart(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        # Linux hands over all pages at once, in place of one after the other as they are written.
-        at_once = getattr(mmap, "MAP_POPULATE", 0)
-        pages = mmap.mmap(-1, x.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | at_once)
+        pages = mmap.mmap(-1, x.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return torch.frombuffer(pages, dtype=x.dtype).view(x.shape).copy_(x)
 
     @staticmethod

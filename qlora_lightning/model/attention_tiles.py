@@ -87,7 +87,7 @@ class Layout:
             yield part.view(count, -1, head_dim)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=16)  # several where long samples cut a stream
 def lay_out(bounds: tuple[int, ...], kv_heads: int) -> Layout:
     """Give the layout of a stream; all layers of a batch share it."""
     return Layout(bounds, kv_heads)

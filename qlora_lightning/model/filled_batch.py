@@ -18,14 +18,14 @@ def fill_up(batch: Mapping[str, Any]) -> dict[str, Any]:
         batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)``, ``cu_seqlens`` ``(samples + 1,)`` and
             ``longest``.
     """
-    tokens = batch["input_ids"].shape[1]
-    more = filled(tokens) - tokens
+    ids = batch["input_ids"]
+    more = filled(ids.shape[1]) - ids.shape[1]
     if not more:
         return dict(batch)
     bounds, positions = batch["cu_seqlens"], batch["position_ids"]
     return {
         **batch,
-        "input_ids": F.pad(batch["input_ids"], (0, more)),
+        "input_ids": torch.cat([ids, ids[:, -1:].expand(-1, more)], 1),  # token 0 may be bad where it is never read
         "position_ids": torch.cat([positions, torch.arange(more, device=positions.device)[None]], 1),
         "labels": F.pad(batch["labels"], (0, more), value=IGNORED),
         "cu_seqlens": torch.cat([bounds, bounds[-1:] + more]),

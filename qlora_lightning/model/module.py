@@ -1,6 +1,5 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train and judge them."""
 
-import gc
 from typing import Any, cast
 
 import rich
@@ -28,6 +27,7 @@ from qlora_lightning.model.neftune import check_neftune_alpha, embed_or_name
 from qlora_lightning.model.optimizer import ParameterGroups, build_optimizer, check_optimizer
 from qlora_lightning.model.out_of_memory import telling_out_of_memory
 from qlora_lightning.model.quantized import Quantization
+from qlora_lightning.model.quiet_collector import QuietCollector
 from qlora_lightning.model.resume import ExactResume
 from qlora_lightning.model.schedule import build_schedule, check_schedule, plan_steps
 from qlora_lightning.model.statistics import TokenStatistics
@@ -128,7 +128,7 @@ class QLoRAModule(AnsweringModule):
         self.val_statistics, self.test_statistics = TokenStatistics(), TokenStatistics()
 
     def configure_callbacks(self) -> list[Callback]:
-        return [*super().configure_callbacks(), self.guard, GradientBuckets()]
+        return [*super().configure_callbacks(), self.guard, GradientBuckets(), QuietCollector()]
 
     # ---- the model -------------------------------------------------------------------------------------------------
 
@@ -180,13 +180,6 @@ class QLoRAModule(AnsweringModule):
     def _device_of_process(self) -> torch.device:
         return self.device if self._trainer is None else self.trainer.strategy.root_device
 
-    def on_train_start(self) -> None:
-        # To look through a million objects of imports and layers again and again costs 0.4 seconds each time.
-        gc.freeze()
-
-    def on_train_end(self) -> None:
-        gc.unfreeze()
-
     def on_fit_end(self) -> None:
         give_back_freed_memory()
 
@@ -198,7 +191,7 @@ class QLoRAModule(AnsweringModule):
         Args:
             batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens`` ``(samples + 1,)``.
         """
-        if self.device.type == "cpu":
+        if self.fast and self.device.type == "cpu":
             batch = fill_up(batch)
         with self.autocast():
             hidden = self.causal_lm.base_model(

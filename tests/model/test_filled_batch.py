@@ -22,6 +22,7 @@ def test_a_sample_without_labels_fills_the_last_block():
     assert filled["position_ids"][0, 19:].tolist() == list(range(13))
     assert filled["labels"][0, 19:].tolist() == [-100] * 13
     assert filled["longest"] == 13
+    assert filled["input_ids"][0, 18:].unique().numel() == 1  # the last token again
 
 
 def test_a_batch_of_whole_blocks_stays_as_it_is():

@@ -2,11 +2,12 @@
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -67,17 +68,47 @@ def open_adapter_folder(base: PreTrainedModel, folder: Path, *, bare: bool = Fal
             model = load_adapters(base, str(folder), bare=bare)
     except LOADING_FAULTS as error:
         raise word_misfit(folder, error) from error
-    tensors = all_names_of_trainable_tensors(model)
-    own = peft.get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
-    if own.keys() != stored:
-        shown = ", ".join(sorted(own.keys() ^ stored)[:3])
-        raise UserError(
-            f"The adapter folder {folder} does not fit this base: {len(own.keys() - stored)} tensors are missing in it "
-            f"and {len(stored - own.keys())} are foreign ({shown}, …). Name the base that it was trained on."
-        )
+    own = _tensors_by_key(model)
+    _check_keys(own.keys(), stored, folder)
     if bare:
-        _fill(model, tensors, own, folder)
+        _fill(model, all_names_of_trainable_tensors(model), own, folder)
     return model
+
+
+def fill_adapter(model: peft.PeftModel, folder: Path) -> None:
+    """Give the adapter that a model has the tensors of a folder; every one must find its place.
+
+    Args:
+        model: With an adapter of the folder's kind, however it was made.
+        folder: The adapter folder.
+
+    Raises:
+        UserError: The folder does not fit the model, or a file in it is damaged.
+    """
+    own = _tensors_by_key(model)
+    try:
+        stored = load_file(folder / "adapter_model.safetensors")
+        _check_keys(own.keys(), stored.keys(), folder)
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(stored[key])
+    except LOADING_FAULTS as error:
+        raise word_misfit(folder, error) from error
+
+
+def _tensors_by_key(model: peft.PeftModel) -> dict[str, Tensor]:
+    tensors: dict[str, Any] = dict(all_names_of_trainable_tensors(model))
+    own: dict[str, Tensor] = peft.get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False)
+    return own
+
+
+def _check_keys(own: Set[str], stored: Set[str], folder: Path) -> None:
+    if own != stored:
+        shown = ", ".join(sorted(own ^ stored)[:3])
+        raise UserError(
+            f"The adapter folder {folder} does not fit this base: {len(own - stored)} tensors are missing in it "
+            f"and {len(stored - own)} are foreign ({shown}, …). Name the base that it was trained on."
+        )
 
 
 def _fill(model: peft.PeftModel, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], folder: Path) -> None:

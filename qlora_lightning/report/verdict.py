@@ -29,7 +29,10 @@ def metric_rows(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     evaluated: Mapping[str, Any] = run.evaluation.get("metrics") or {}
     rows = {name: {side: _cell(found.get(side)) for side in _SIDES} for name, found in evaluated.items()}
     return [
-        (name.replace("_", " "), [_write(*sides[side], _is_share(sides), side == "difference") for side in _SIDES])
+        (
+            name.replace("_", " "),
+            [_write(*sides[side], _is_share(name, sides), side == "difference") for side in _SIDES],
+        )
         for name, sides in rows.items()
     ]
 
@@ -50,8 +53,10 @@ def _cell(found: Any) -> _Cell:
     return found.get("value"), (None if low is None or high is None else (low, high))
 
 
-def _is_share(sides: Mapping[str, _Cell]) -> bool:
-    """Whether a metric is read as a percentage: all of it lies between 0 and 1, as that of a loss hardly does."""
+def _is_share(name: str, sides: Mapping[str, _Cell]) -> bool:
+    """Whether a metric is read as a percentage: it lies between 0 and 1, and is no loss."""
+    if name in ("loss", "perplexity"):
+        return False
     values = [value for value, _ in (sides["base"], sides["adapter"]) if value is not None]
     return bool(values) and all(0 <= value <= 1 for value in values)
 

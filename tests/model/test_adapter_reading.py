@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.adapter_reading import open_adapter_folder, read_identity
+from qlora_lightning.model.adapter_reading import fill_adapter, open_adapter_folder, read_identity
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,26 @@ def test_the_identity_says_what_the_adapter_belongs_to(written, tiny_base):
     assert identity["base"] == str(tiny_base)
     assert len(identity["fingerprint"]) == len(identity["config_hash"]) == 64
     assert (identity["adapter"]["rank"], identity["adapter"]["layers"]) == (2, [0, 1])
+
+
+def test_an_adapter_made_otherwise_is_given_the_tensors_of_a_folder(written, tiny_base, tmp_path):
+    module = QLoRAModule(str(tiny_base), compute_dtype="fp32", rank=2, target_modules="attention")
+    module.configure_model()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(3.0)
+    fill_adapter(module.model, written)
+    module.save_adapter(tmp_path / "again")
+    assert weights(tmp_path / "again").read_bytes() == weights(written).read_bytes()
+
+
+def test_an_adapter_of_another_rank_or_other_modules_is_not_filled(written, tiny_base):
+    for options in ({"rank": 4, "target_modules": "attention"}, {"rank": 2, "target_modules": "mlp"}):
+        module = QLoRAModule(str(tiny_base), compute_dtype="fp32", **options)
+        module.configure_model()
+        with pytest.raises(UserError, match=re.escape(str(written))):
+            fill_adapter(module.model, written)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])

@@ -12,6 +12,12 @@ def test_metrics_are_shown_with_their_difference():
     assert row == ("loss", [("2", ""), ("0.5", ""), ("−1.5", "")])
 
 
+def test_a_loss_below_one_is_no_percentage():
+    loss = {"base": {"value": 0.82}, "adapter": {"value": 0.61}, "difference": {"value": -0.21}}
+    (row,) = metric_rows(make(evaluation={"metrics": {"loss": loss}}))
+    assert row == ("loss", [("0.82", ""), ("0.61", ""), ("−0.21", "")])
+
+
 def test_intervals_stand_beside():
     match = {
         "base": {"value": 0.0, "low": 0.0, "high": 0.04},

@@ -20,7 +20,8 @@ from qlora_lightning.evaluation.judge import Answering, Judgement, judge_rows
 from qlora_lightning.evaluation.progress import steps_bar
 from qlora_lightning.evaluation.rows import EvaluationRow
 from qlora_lightning.evaluation.scores import check_scores
-from qlora_lightning.model.adapter_reading import read_identity
+from qlora_lightning.model.adapter_reading import fill_adapter, read_identity
+from qlora_lightning.model.module import QLoRAModule
 
 
 def _peft_name(place: int) -> str:
@@ -95,6 +96,8 @@ def _load(module: Any, adapters: Mapping[str, Path]) -> None:
     module.to(module.trainer.strategy.root_device)
     if not isinstance(module.model, peft.PeftModel):
         raise UserError("evaluate needs a model with PEFT's adapters, which this build_model does not make.")
+    if type(module).build_model is not QLoRAModule.build_model:  # which need not read module.adapter
+        fill_adapter(module.model, first)
     for place, folder in enumerate(others, start=1):
         module.add_adapter(_peft_name(place), folder)
 

@@ -11,6 +11,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from qlora_lightning.model.autograd import apply
 from qlora_lightning.model.kv_cache import KeyValueCache
 from qlora_lightning.model.long_attention import LongAttention
 from qlora_lightning.model.short_attention import SHORT, ShortAttention
@@ -156,10 +157,8 @@ def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: T
     sizes = [run[-1] for run in runs]
     pieces = zip(*(torch.split(each, sizes, 2) for each in states), strict=True) if len(runs) > 1 else [states]
     with torch.autocast("cpu", enabled=False):
-        outputs = [
-            _apply(LongAttention, *piece, scale)
-            if run[-1] > SHORT and len(run) == 2
-            else _apply(ShortAttention, *piece, run, scale)
+        outputs: list[Tensor] = [
+            apply(LongAttention, *piece, scale) if run[1] > SHORT else apply(ShortAttention, *piece, run, scale)
             for run, piece in zip(runs, pieces, strict=True)
         ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
@@ -173,10 +172,6 @@ def _runs(bounds: Sequence[int]) -> Iterator[tuple[int, ...]]:
             yield from ((0, length) for length in group)
         else:
             yield 0, *itertools.accumulate(group)
-
-
-def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
-    return cast(Tensor, function.apply(*arguments))  # type: ignore[no-untyped-call]  # torch does not type it
 
 
 def _attend_per_sample(

@@ -9,6 +9,7 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
 
 from qlora_lightning.model.attention import FLAT_ATTENTION, flat_attention
+from qlora_lightning.model.autograd import apply
 from qlora_lightning.model.hooks import is_watched
 from qlora_lightning.model.kv_cache import KeyValueCache
 from qlora_lightning.model.linear import (
@@ -36,15 +37,15 @@ class FusedDecoderLayer(llama.LlamaDecoderLayer):  # type: ignore[misc]  # to my
         projected = _apply_norm_and_linears(hidden_states, self.input_layernorm, *linears)
         by_heads = (*hidden_states.shape[:2], -1, attention.head_dim)
         query, key, value = (each.view(by_heads).transpose(1, 2) for each in projected)
-        query, key = (_apply(Rotary, each, *kwargs["position_embeddings"]) for each in (query, key))
+        query, key = (apply(Rotary, each, *kwargs["position_embeddings"]) for each in (query, key))
         samples: dict[str, Any] = {name: kwargs.get(name) for name in ("cu_seqlens", "longest", "kv_cache")}
         mixed, _ = flat_attention(attention, query, key, value, None, scaling=attention.scaling, **samples)
         hidden_states = _apply_linear(mixed.flatten(-2), attention.o_proj, hidden_states)
         gate, up = _apply_norm_and_linears(hidden_states, self.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
         lora_a, lora_b = adapters_of(mlp.down_proj)
-        hidden, low = _apply(SwiGLU, gate, up, lora_a)
+        hidden, low = apply(SwiGLU, gate, up, lora_a)
         down = frozen_part(mlp.down_proj, gate.dtype)
-        return cast(Tensor, _apply(LoRAProjection, hidden, low, lora_b, down, hidden_states))
+        return cast(Tensor, apply(LoRAProjection, hidden, low, lora_b, down, hidden_states))
 
     def _fuses(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
         cache: KeyValueCache | None = kwargs.get("kv_cache")
@@ -100,12 +101,8 @@ def _is_usual(layer: nn.Module) -> bool:
 def _apply_norm_and_linears(x: Tensor, norm: Any, *linears: nn.Module) -> tuple[Tensor, ...]:
     frozen = tuple(frozen_part(linear, x.dtype) for linear in linears)
     adapters = [matrix for linear in linears for matrix in adapters_of(linear)]
-    return cast(tuple[Tensor, ...], _apply(NormedLinears, x, norm.weight, norm.variance_epsilon, frozen, *adapters))
+    return cast(tuple[Tensor, ...], apply(NormedLinears, x, norm.weight, norm.variance_epsilon, frozen, *adapters))
 
 
 def _apply_linear(x: Tensor, linear: nn.Module, residual: Tensor) -> Tensor:
-    return cast(Tensor, _apply(LoRALinearFunction, x, *adapters_of(linear), frozen_part(linear, x.dtype), residual))
-
-
-def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    return function.apply(*arguments)  # type: ignore[no-untyped-call]  # torch does not type it
+    return cast(Tensor, apply(LoRALinearFunction, x, *adapters_of(linear), frozen_part(linear, x.dtype), residual))

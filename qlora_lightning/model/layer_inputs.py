@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qlora_lightning.model.autograd import apply
+
 
 def keep_inputs_apart(layers: Iterable[nn.Module]) -> None:
     """Let checkpointed layers keep each input in pages of its own, which the system has back as soon as it is used.
@@ -29,7 +31,7 @@ def keep_inputs_apart(layers: Iterable[nn.Module]) -> None:
 def _storing(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     def checkpoint_stored(function: Callable[..., Any], hidden: Tensor, *rest: Any) -> Any:
         if hidden.device.type == "cpu" and hidden.numel():
-            hidden = cast(Tensor, _CopyApart.apply(hidden))  # type: ignore[no-untyped-call]  # torch does not type it
+            hidden = cast(Tensor, apply(_CopyApart, hidden))
         return checkpoint(function, hidden, *rest)
 
     return checkpoint_stored

@@ -10,6 +10,7 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qlora_lightning.model.autograd import apply
 from qlora_lightning.model.frozen_weight import FrozenWeight
 from qlora_lightning.model.hooks import is_watched
 
@@ -150,7 +151,7 @@ def _apply(layer: LoraLayer, x: Tensor) -> Tensor:
     dtype = torch.get_autocast_dtype(device) if autocasts else compute_dtype_of(layer) or x.dtype
     arguments = (x.to(dtype), *adapters_of(layer), frozen_part(layer, dtype), None)
     with torch.autocast(device, enabled=False):
-        output: Tensor = LoRALinearFunction.apply(*arguments)  # type: ignore[no-untyped-call]  # torch does not type it
+        output: Tensor = apply(LoRALinearFunction, *arguments)
     return output if autocasts else output.to(x.dtype)
 
 

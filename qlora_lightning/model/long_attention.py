@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_lightning.model.causal_bias import causal_bias
+
 _MOST_SCORES = 2**24  # at a time: 32 MiB in bf16
 _VECTOR = 32  # numbers of 16 bits that AVX-512 takes at a time
 _MOST_ROWS, _FEWEST_ROWS = 320, 16  # of queries at a time
@@ -103,20 +105,9 @@ def _fill_up(states: Tensor) -> Tensor:
 def _probabilities(queries: Tensor, keys: Tensor, before: int, shared: int, scale: float) -> Tensor:
     """Give ``(kv_heads, rows · shared, keys)``; ``before`` keys come before the first row's own."""
     rows = queries.shape[1] // shared
-    bias = _causal_bias(queries.dtype, shared)[: rows * shared, : keys.shape[1] - before]
+    bias = causal_bias(queries.dtype, _MOST_ROWS, _MOST_ROWS + _VECTOR, shared)
+    bias = bias[: rows * shared, : keys.shape[1] - before]  # of a shorter block it is the corner
     if before:
         bias = F.pad(bias, (before, 0))
     scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=scale)
     return torch.softmax(scores, -1, out=scores)
-
-
-_biases: dict[tuple[torch.dtype, int], Tensor] = {}
-
-
-def _causal_bias(dtype: torch.dtype, shared: int) -> Tensor:
-    """Give 0 where a key is no later than the row, else minus infinity; of a shorter block it is the corner."""
-    if (dtype, shared) not in _biases:
-        later = torch.ones(_MOST_ROWS, _MOST_ROWS + _VECTOR, dtype=torch.bool).triu(1)
-        bias = torch.zeros(later.shape, dtype=dtype).masked_fill_(later, -torch.inf)
-        _biases[dtype, shared] = bias.repeat_interleave(shared, 0)
-    return _biases[dtype, shared]

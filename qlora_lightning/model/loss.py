@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from qlora_lightning.model.autograd import apply
+
 IGNORED = -100
 _MOST_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no quicker
 _LOGIT_BYTES = 64 << 20  # nor shall their logits be more than this; of 128,256 tokens in bf16 261 rows
@@ -56,9 +58,7 @@ def head_loss(hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int | None
     hidden = hidden[positions]
     if _is_frozen_linear(head):
         chunk = chunk or rows_of_logits(len(head.weight), head.weight.element_size())
-        nll_sum, correct = _FrozenHeadLoss.apply(  # type: ignore[no-untyped-call]  # torch does not type it
-            hidden, head.weight, targets, chunk
-        )
+        nll_sum, correct = apply(_FrozenHeadLoss, hidden, head.weight, targets, chunk)
     else:
         nll_sum, correct = _checkpointed_head_loss(hidden, head, targets, chunk or _MOST_ROWS)
     return LossSums(nll_sum, torch.tensor(len(targets), device=labels.device), correct)

@@ -5,7 +5,6 @@ too small to fill the machine. Here a tile of rows of every sample, and of all q
 into one batched product with the keys up to the tile's end; scores behind the diagonal hardly exist.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_lightning.model.attention_tiles import TILE, Layout, lay_out
+from qlora_lightning.model.causal_bias import causal_bias
 
-SHORT = 512  # tokens: up to here the probabilities of a sample take less memory than its other activations
+SHORT = 512  # tokens: beyond, what is kept of the probabilities would outgrow a sample's other activations
 
 
 class ShortAttention(torch.autograd.Function):
@@ -94,17 +94,10 @@ def _by_key_head(states: Tensor, layout: Layout) -> Tensor:
 def _probabilities(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Give ``(matrices, rows, keys)``; the keys end with those of the rows' own tile, which see none behind them."""
     scores = _multiply(queries, keys.transpose(1, 2), scale)
-    scores[..., -TILE:].add_(_causal_bias(scores.dtype, scores.shape[1] // TILE))
+    scores[..., -TILE:].add_(causal_bias(scores.dtype, TILE, TILE, scores.shape[1] // TILE))
     return torch.softmax(scores, -1, out=scores)
 
 
 def _multiply(left: Tensor, right: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
     nothing = left.new_empty(()) if out is None else out
     return torch.baddbmm(nothing, left, right, beta=0, alpha=factor, out=out)
-
-
-@functools.cache
-def _causal_bias(dtype: torch.dtype, shared: int) -> Tensor:
-    """Give 0 where a key is no later than the row, else minus infinity: ``(TILE · shared, TILE)``."""
-    later = torch.ones(TILE, TILE, dtype=torch.bool).triu(1)
-    return torch.zeros(later.shape, dtype=dtype).masked_fill_(later, -torch.inf).repeat_interleave(shared, 0)

@@ -35,15 +35,16 @@ def time_product(product: Product, count: int, dtype: torch.dtype, device: torch
     right = _operand(product.batch, product.inner, product.columns, product.layout == "nt", dtype, device)
     multiply = torch.mm if product.batch == 1 else torch.bmm
     multiply(left, right)  # warms up
-    _synchronize(device)
+    synchronize(device)
     began = time.perf_counter()
     for _ in range(count):
         multiply(left, right)
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - began
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what a card has yet to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from qlora_lightning import QLoRAModule
-from tests.benchmarks.ceiling import measure_ceiling
+from tests.benchmarks.ceiling import measure_ceiling, synchronize
 from tests.benchmarks.meter import rows_of
 from tests.benchmarks.products import forward_products, shape_of, step_products
 
@@ -25,6 +25,7 @@ class Ceilings(Callback):
             skipped: so many first batches have none.
         """
         self.measured: list[dict[str, Any]] = []
+        self.tokens = 0  # of the batches
         self.seconds = 0.0  # that all this took
         self._checkpointing, self._skipped = gradient_checkpointing, skipped
 
@@ -48,10 +49,12 @@ class Ceilings(Callback):
     def _measure(self, module: LightningModule, batch: Any, trains: bool) -> None:
         if not isinstance(module, QLoRAModule):
             raise TypeError(f"expected a QLoRAModule, found {type(module).__name__}")
+        synchronize(module.device)  # what a card has yet to do is the batch's own
         began = time.perf_counter()
         shape, rows = shape_of(module.causal_lm), rows_of(batch)
         products = step_products(shape, rows, self._checkpointing) if trains else forward_products(shape, rows)
         self.measured.append(measure_ceiling(products, torch.bfloat16, module.device))
+        self.tokens += sum(rows.lengths)
         self.seconds += time.perf_counter() - began
 
 

@@ -47,25 +47,13 @@ class Meter(Callback):
 
 
 class ValidationMeter(Callback):
-    """Time a validation pass; count its tokens."""
+    """Time a validation pass."""
 
     def __init__(self) -> None:
-        self.tokens = 0
         self.seconds = 0.0
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.perf_counter()
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.tokens += batch["input_ids"].numel()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.callback_metrics["val_loss"].item()  # waits for a card to be done

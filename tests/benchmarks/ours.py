@@ -109,7 +109,7 @@ def validate(module: QLoRAModule, data: InstructionDataModule, accelerator: str)
             meter, ceilings = ValidationMeter(), Ceilings()
             make_trainer(folder, accelerator, [meter, ceilings]).validate(module, data, verbose=False)
     return {
-        "tokens": meter.tokens,
+        "tokens": ceilings.tokens,
         "seconds": meter.seconds - ceilings.seconds,
         "ceiling": add_ceilings(ceilings.measured),
     }

@@ -1,6 +1,7 @@
 """The matrix products of a training step: what a LLaMA with LoRA adapters cannot do without.
 
-Nothing that an implementation computes again belongs to them.
+Nothing that an implementation computes again belongs to them. Attention has the tiles in which a CPU runs it: they hold
+somewhat more than the triangle up to the diagonal.
 """
 
 from collections import Counter

@@ -13,7 +13,6 @@ def rows(request, monkeypatch):
     """Rows of a block: all of the sample at once, or several blocks."""
     monkeypatch.setattr(long_attention, "_MOST_ROWS", request.param)
     monkeypatch.setattr(long_attention, "_FEWEST_ROWS", 1)
-    monkeypatch.setattr(long_attention, "_biases", {})
     return request.param
 
 

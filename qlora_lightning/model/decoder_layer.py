@@ -22,7 +22,7 @@ from qlora_lightning.model.linear import (
 )
 from qlora_lightning.model.normed_linears import NormedLinears
 from qlora_lightning.model.rotary import Rotary
-from qlora_lightning.model.swiglu import SwiGLU
+from qlora_lightning.model.swiglu import swiglu
 
 
 class FusedDecoderLayer(llama.LlamaDecoderLayer):  # type: ignore[misc]  # to mypy transformers is untyped
@@ -43,7 +43,7 @@ class FusedDecoderLayer(llama.LlamaDecoderLayer):  # type: ignore[misc]  # to my
         hidden_states = _apply_linear(mixed.flatten(-2), attention.o_proj, hidden_states)
         gate, up = _apply_norm_and_linears(hidden_states, self.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
         lora_a, lora_b = adapters_of(mlp.down_proj)
-        hidden, low = apply(SwiGLU, gate, up, lora_a)
+        hidden, low = swiglu(gate, up, lora_a)
         down = frozen_part(mlp.down_proj, gate.dtype)
         return cast(Tensor, apply(LoRAProjection, hidden, low, lora_b, down, hidden_states))
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_lightning.model.causal_bias import causal_bias
+from qlora_lightning.model.float32_products import multiply_to_float32
 
-_MOST_SCORES = 2**24  # at a time: 32 MiB in bf16
+_MOST_SCORES = 2**24  # at a time: 64 MiB in float32
 _VECTOR = 32  # numbers of 16 bits that AVX-512 takes at a time
 _MOST_ROWS, _FEWEST_ROWS = 320, 16  # of queries at a time
 
@@ -105,9 +106,7 @@ def _fill_up(states: Tensor) -> Tensor:
 def _probabilities(queries: Tensor, keys: Tensor, before: int, shared: int, scale: float) -> Tensor:
     """Give ``(kv_heads, rows · shared, keys)``; ``before`` keys come before the first row's own."""
     rows = queries.shape[1] // shared
-    bias = causal_bias(queries.dtype, _MOST_ROWS, _MOST_ROWS + _VECTOR, shared)
-    bias = bias[: rows * shared, : keys.shape[1] - before]  # of a shorter block it is the corner
-    if before:
-        bias = F.pad(bias, (before, 0))
-    scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=scale)
-    return torch.softmax(scores, -1, out=scores)
+    scores = multiply_to_float32(queries, keys.transpose(1, 2), scale)
+    bias = causal_bias(scores.dtype, _MOST_ROWS, _MOST_ROWS + _VECTOR, shared)
+    scores[..., before:].add_(bias[: rows * shared, : keys.shape[1] - before])  # of a shorter block it is the corner
+    return torch.softmax(scores, -1, out=scores).to(queries.dtype)

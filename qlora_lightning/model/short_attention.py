@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from qlora_lightning.model.attention_tiles import TILE, Layout, lay_out
 from qlora_lightning.model.causal_bias import causal_bias
+from qlora_lightning.model.float32_products import multiply_to_float32
 
 SHORT = 512  # tokens: beyond, what is kept of the probabilities would outgrow a sample's other activations
 
@@ -93,9 +94,9 @@ def _by_key_head(states: Tensor, layout: Layout) -> Tensor:
 
 def _probabilities(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Give ``(matrices, rows, keys)``; the keys end with those of the rows' own tile, which see none behind them."""
-    scores = _multiply(queries, keys.transpose(1, 2), scale)
+    scores = multiply_to_float32(queries, keys.transpose(1, 2), scale)
     scores[..., -TILE:].add_(causal_bias(scores.dtype, TILE, TILE, scores.shape[1] // TILE))
-    return torch.softmax(scores, -1, out=scores)
+    return torch.softmax(scores, -1, out=scores).to(queries.dtype)
 
 
 def _multiply(left: Tensor, right: Tensor, factor: float, out: Tensor | None = None) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from qlora_lightning import QLoRAModule
+from qlora_lightning.model import swiglu
 from qlora_lightning.model.adapters import trainable_tensors
 from qlora_lightning.model.attention import register_flat_attention
 from qlora_lightning.model.decoder_layer import FusedDecoderLayer, fuse_decoder_layers
@@ -91,6 +92,16 @@ def test_a_checkpointed_layer_runs_again_up_to_its_last_product(tiny_base, monke
     monkeypatch.setattr(FrozenWeight, "multiply", lambda *inputs: ran.append(1) or multiply(*inputs))
     loss_and_gradients(module)
     assert len(ran) == len(layers_of(module)) * (7 + 6)
+
+
+def test_a_layer_that_runs_again_stops_before_swiglu(tiny_base, monkeypatch):
+    module = make(tiny_base, fast=True)
+    module.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+    ran = []
+    silu = swiglu.F.silu
+    monkeypatch.setattr(swiglu.F, "silu", lambda gate: ran.append(1) or silu(gate))
+    loss_and_gradients(module)
+    assert len(ran) == len(layers_of(module)) * 2  # forward, and once for backward
 
 
 def test_in_bfloat16_it_errs_no_more_than_the_plain_path(tiny_base):

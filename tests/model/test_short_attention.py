@@ -1,8 +1,10 @@
+import statistics
+
 import pytest
 import torch
 
 from qlora_lightning.model.short_attention import ShortAttention
-from tests.model.written_attention import attend, bounds_of, draw, error_of_transformers, with_gradients
+from tests.model.written_attention import attend, bounds_of, draw, errors, errors_of_torch, with_gradients
 
 LENGTHS = (5, 1, 137, 64, 70)  # three tiles, and one that is just full
 
@@ -49,11 +51,13 @@ def test_q_in_tiles_k_v_and_probabilities_up_to_the_diagonal_are_all_that_is_kep
     assert kept == [queries, keys, keys, 6 * 5 * 64 * 64, 6 * 2 * 64 * 128, 6 * 64 * 192]
 
 
-def test_in_bfloat16_it_errs_no_more_than_transformers_attention_does():
-    inputs = [each.detach() for each in draw(LENGTHS, torch.bfloat16)]
-    exact = attend(*(each.double() for each in inputs), LENGTHS, 0.3)
-    error = (short(LENGTHS)(*inputs) - exact).norm()
-    assert 0 < error <= 1.1 * error_of_transformers(inputs, LENGTHS, 0.3)
+@pytest.mark.parametrize("scale", [0.3, 4.0])  # scores of deviation 1 and 11
+def test_in_bfloat16_it_errs_no_more_than_torchs_attention_does(scale):
+    ours, theirs = errors(short(LENGTHS, scale), LENGTHS, scale), errors_of_torch(LENGTHS, scale)
+    assert (ours > 0).all()
+    output, *gradients = (ours / theirs).tolist()
+    assert output <= 1.3  # probabilities are rounded after they have been divided by their sum, torch's before
+    assert statistics.mean(gradients) <= 1.1
 
 
 def test_parts_of_a_keys_gradient_are_summed_up_in_float32():

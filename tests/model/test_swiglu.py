@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from qlora_lightning.model.frozen_weight import FrozenWeight
 from qlora_lightning.model.linear import Frozen, LoRAProjection
-from qlora_lightning.model.swiglu import SwiGLU
+from qlora_lightning.model.swiglu import swiglu
 
 WIDTH, WIDE, SCALING = 4, 6, 2.0
 
@@ -20,7 +20,7 @@ def test_output_and_gradients_are_those_of_swiglu_and_linear_written_out(adapted
     weight, bias, a, b = draw(WIDTH, WIDE).detach(), draw(WIDTH).detach(), draw(3, WIDE), draw(WIDTH, 3)
     hidden = F.silu(gate) * up
     expected = residual + F.linear(hidden, weight, bias) + (SCALING * (hidden @ a.t()) @ b.t() if adapted else 0)
-    hidden, low = SwiGLU.apply(gate, up, a if adapted else None)
+    hidden, low = swiglu(gate, up, a if adapted else None)
     frozen = Frozen(FrozenWeight(weight), bias, SCALING)
     output = LoRAProjection.apply(hidden, low, b if adapted else None, frozen, residual)
     inputs, weights = [gate, up, residual, *((a, b) if adapted else ())], draw(2, 5, WIDTH).detach()

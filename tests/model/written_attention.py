@@ -1,10 +1,10 @@
-"""Attention within samples as its formula says, and transformers' own: what ours is held against."""
+"""Attention within samples as its formula says, and torch's own: what ours is held against."""
 
 import itertools
-from types import SimpleNamespace
 
 import torch
-from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from qlora_lightning.model.attention import plain_flat_attention
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
 
@@ -33,15 +33,23 @@ def with_gradients(function, inputs):
     return [output, *torch.autograd.grad((output * weights).sum(), inputs)]
 
 
-def error_of_transformers(inputs, lengths, scale):
-    """Give the norm of what transformers' attention errs in the dtype of its inputs."""
-    module = SimpleNamespace(num_key_value_groups=HEADS // KV_HEADS, training=False)
-    mixed = []
-    for sample in zip(*(each.split(lengths, 2) for each in inputs), strict=True):
-        mask = torch.zeros(1, dtype=inputs[0].dtype).masked_fill(_later(sample[0].shape[2]), -torch.inf)
-        mixed.append(eager_attention_forward(module, *sample, mask, scale)[0])
-    exact = attend(*(each.double() for each in inputs), lengths, scale)
-    return (torch.cat(mixed, 1) - exact).norm()
+def errors(function, lengths, scale):
+    """Give the norms of what attention in bfloat16 errs: in its output, and in the gradients of its inputs."""
+    inputs = draw(lengths, torch.bfloat16)
+    exact = with_gradients(lambda *qkv: attend(*qkv, lengths, scale), [each.double() for each in inputs])
+    return torch.stack(
+        [(one - other).norm() for one, other in zip(with_gradients(function, inputs), exact, strict=True)]
+    )
+
+
+def errors_of_torch(lengths, scale):
+    """Give what torch's attention errs, which keeps scores in float32: the plain path's."""
+    bounds = torch.tensor(bounds_of(lengths), dtype=torch.int32)
+
+    def plain(*qkv):
+        return plain_flat_attention(None, *qkv, None, scaling=scale, cu_seqlens=bounds)[0]
+
+    return errors(plain, lengths, scale)
 
 
 def _later(tokens):

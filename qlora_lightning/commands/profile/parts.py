@@ -44,7 +44,7 @@ RULES = (
     # autograd functions of qlora_lightning.model; a backward has the name of its forward
     Rule("NormedLinears", NORMS, False),
     Rule("LoRALinearFunction|LoRAProjection", ADAPTERS, False),
-    Rule("SwiGLU", ACTIVATION, False),
+    Rule("SwiGLU|KeptForSwiGLU", ACTIVATION, False),
     Rule("Rotary", ROTARY, True),
     Rule("ShortAttention|LongAttention", ATTENTION, True),
     Rule("_FrozenHeadLoss", HEAD, True),

@@ -14,9 +14,7 @@ from qlora_lightning.model.autograd import apply
 from qlora_lightning.model.hooks import is_watched
 from qlora_lightning.model.kv_cache import KeyValueCache
 from qlora_lightning.model.linear import (
-    ORIGINALS as ORIGINALS_OF_LINEARS,
-)
-from qlora_lightning.model.linear import (
+    ORIGINAL_LINEARS,
     LoRALinearFunction,
     LoRAProjection,
     adapters_of,
@@ -30,9 +28,9 @@ from qlora_lightning.model.rotary import Rotary
 from qlora_lightning.model.swiglu import SwiGLU
 
 _PARTS = (LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRMSNorm)
-_SILU = (SiLUActivation, nn.SiLU)  # hidden_act: silu, and swish
+ACTIVATIONS = (SiLUActivation, nn.SiLU)  # of hidden_act silu, and of swish, which is the same function
 _ORIGINALS = Originals(
-    *((kind, "forward") for kind in (LlamaDecoderLayer, *_PARTS[:3], *_SILU)),
+    *((kind, "forward") for kind in (LlamaDecoderLayer, *_PARTS[:3], *ACTIVATIONS)),
     (llama, "apply_rotary_pos_emb"),
     (llama, "rotate_half"),
 )
@@ -87,7 +85,7 @@ class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy tra
             and all(map(is_plain, self._linears()))
             and not any(norm.weight.requires_grad for norm in self._norms())
             and not any(map(is_watched, self.children()))
-            and ORIGINALS_OF_LINEARS.are_there()
+            and ORIGINAL_LINEARS.are_there()
         )
 
     def _norms(self) -> tuple[Any, Any]:
@@ -111,7 +109,7 @@ def fuse_decoder_layers(model: nn.Module) -> None:
 
 def _has_usual_parts(layer: Any) -> bool:
     parts = (layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
-    return tuple(map(type, parts)) == _PARTS and type(layer.mlp.act_fn) in _SILU and _ORIGINALS.are_there()
+    return tuple(map(type, parts)) == _PARTS and type(layer.mlp.act_fn) in ACTIVATIONS and _ORIGINALS.are_there()
 
 
 def _apply_norm_and_linears(x: Tensor, norm: Any, *linears: nn.Module) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from qlora_lightning.model.frozen_weight import FrozenWeight
 from qlora_lightning.model.hooks import is_watched
 from qlora_lightning.model.originals import Originals
 
-ORIGINALS = Originals(
+ORIGINAL_LINEARS = Originals(
     *((kind, "forward") for kind in (nn.Linear, bnb.nn.Linear4bit, nn.Identity, nn.Dropout, PeftLinear, PeftLinear4bit))
 )
 
@@ -151,7 +151,7 @@ class FusedLinear(PeftLinear):  # type: ignore[misc]  # PEFT ships no types
 
 
 def _can_fuse(layer: LoraLayer) -> bool:
-    usual = is_plain(layer) and ORIGINALS.are_there() and not any(map(is_watched, layer.children()))
+    usual = is_plain(layer) and ORIGINAL_LINEARS.are_there() and not any(map(is_watched, layer.children()))
     return usual and not layer.disable_adapters
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from qlora_lightning.console import say
 from qlora_lightning.heavy_imports import without_garbage_collection
 from qlora_lightning.model.adapters import check_adapter_settings, trainable_tensors
 from qlora_lightning.model.allocator import give_back_freed_memory, keep_freed_memory
@@ -26,6 +27,7 @@ from qlora_lightning.model.loss import LossSums, head_loss, mean_with_gradient_o
 from qlora_lightning.model.neftune import check_neftune_alpha, embed_or_name
 from qlora_lightning.model.optimizer import ParameterGroups, build_optimizer, check_optimizer
 from qlora_lightning.model.out_of_memory import telling_out_of_memory
+from qlora_lightning.model.plain_path import explain_plain_layers
 from qlora_lightning.model.quantized import Quantization
 from qlora_lightning.model.quiet_collector import QuietCollector
 from qlora_lightning.model.resume import ExactResume
@@ -280,5 +282,9 @@ class QLoRAModule(AnsweringModule):
     def on_fit_start(self) -> None:
         rich.print(adapter_table(self.model))
         rich.print(describe_sizes(self.model))
-        if self.autocast_dtype is not None and self.fast:
-            rich.print("Some of what trains takes PEFT's own, slower layers: dropout, DoRA, int8, whole modules.")
+        if self.fast:
+            plain = explain_plain_layers(
+                self.causal_lm, autocasts=self.autocast_dtype is not None, precision=str(self.trainer.precision)
+            )
+            if plain is not None:
+                say(plain)

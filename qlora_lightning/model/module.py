@@ -71,7 +71,10 @@ class QLoRAModule(AnsweringModule):
         warmup_ratio: Share of the optimizer steps over which the learning rate rises.
         loraplus_ratio: How many times as fast B learns as A (LoRA+, Hayou et al. 2024), as 16; ``None``: as fast.
         neftune_alpha: Of noise on the embeddings in training (NEFTune, Jain et al. 2023), as 5; ``None``: no noise.
-        fast: ``False`` takes every plain path of PEFT instead of ours.
+        fast: ``False`` takes every plain path of PEFT, transformers and torch instead of ours: layers, attention, the
+            head's loss, the inputs of checkpointed layers; and no batch is filled up. What computes nothing of a step
+            stays: flat batches, logits of some labelled tokens at a time, freed memory that is kept for the next
+            step, the collector's rest. So does the cache against which answers are generated.
         on_nonfinite: What to do when a loss or gradient is NaN or infinite: ``stop`` the run, or ``skip`` the step,
             which then moves nothing and counts as a step of the schedule. See :class:`TrainingGuard`.
     """
@@ -204,7 +207,8 @@ class QLoRAModule(AnsweringModule):
                 longest=batch["longest"],
                 use_cache=False,
             ).last_hidden_state
-            return head_loss(hidden[0], batch["labels"][0], self.causal_lm.get_output_embeddings())
+            head = self.causal_lm.get_output_embeddings()
+            return head_loss(hidden[0], batch["labels"][0], head, fast=self.fast)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Give a loss with the gradient of a *sum*; on_before_optimizer_step turns sums into the mean."""

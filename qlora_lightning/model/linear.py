@@ -60,10 +60,11 @@ class LoRALinearFunction(torch.autograd.Function):
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         grad_x = ctx.frozen.weight.multiply_back(grad) if ctx.needs_input_grad[0] else None
         grad_a = grad_b = None
-        if lora_a is not None:
+        if lora_a is not None and (grad_x is not None or ctx.needs_input_grad[1]):
             grad_low = gradient_of_low(grad, lora_b, ctx.frozen)
             grad_x = None if grad_x is None else grad_x.addmm_(grad_low, lora_a.to(grad.dtype))
-            grad_a = (grad_low.t() @ flat).to(lora_a.dtype)
+            grad_a = (grad_low.t() @ flat).to(lora_a.dtype) if ctx.needs_input_grad[1] else None
+        if ctx.needs_input_grad[2]:
             grad_b = gradient_of_b(grad, low, lora_b, ctx.frozen)
         return None if grad_x is None else grad_x.view(ctx.shape), grad_a, grad_b, None, grad_residual
 
@@ -88,11 +89,9 @@ class LoRAProjection(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         grad_x = ctx.frozen.weight.multiply_back(flat) if ctx.needs_input_grad[0] else None
-        grad_low = grad_b = None
-        if ctx.low is not None:
-            grad_low = gradient_of_low(flat, ctx.lora_b, ctx.frozen)
-            grad_b = gradient_of_b(flat, ctx.low, ctx.lora_b, ctx.frozen)
-        return grad_x, grad_low, grad_b, None, grad
+        grad_low = gradient_of_low(flat, ctx.lora_b, ctx.frozen) if ctx.needs_input_grad[1] else None
+        grad_b = gradient_of_b(flat, ctx.low, ctx.lora_b, ctx.frozen) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_low, grad_b, None, grad if ctx.needs_input_grad[4] else None
 
 
 def project(

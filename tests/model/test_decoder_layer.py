@@ -7,6 +7,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
 
@@ -282,3 +283,54 @@ def test_below_the_lowest_adapter_nothing_is_kept_for_backward(tiny_base):
         module.compute_loss(batch())
     assert kept.index("first ends") == 0
     assert len(kept) > 1
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers", "products", "activations"),
+    [
+        (["down_proj"], "last:1", 0, 0),
+        (["gate_proj"], "last:1", 1, 1),  # of down
+        (["up_proj"], "last:1", 1, 0),
+        (["o_proj"], "last:1", 3, 1),  # of down, gate and up
+        (["k_proj"], "last:1", 4, 1),  # and of o
+        ("all-linear", "last:1", 4, 1),
+        ("all-linear", "all", 7 + 4, 2),
+        (["down_proj"], "all", 7, 1),
+    ],
+)
+def test_only_gradients_that_something_needs_are_computed(
+    tiny_base, monkeypatch, targets, layers, products, activations
+):
+    fast, plain = (make(tiny_base, fast=fast, target_modules=targets, layers=layers) for fast in (True, False))
+    made = []
+    multiply = FrozenWeight.multiply_back
+    with monkeypatch.context() as patch, Count(torch.ops.aten.silu_backward.grad_input) as silu:
+        patch.setattr(
+            FrozenWeight, "multiply_back", lambda *args, **kwargs: made.append(1) or multiply(*args, **kwargs)
+        )
+        loss, gradients = loss_and_gradients(fast)
+    assert (len(made), silu.calls) == (products, activations)
+    expected_loss, expected = loss_and_gradients(plain)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert distance(gradients, expected) <= 1e-5
+
+
+def test_an_adapter_half_of_which_is_frozen_has_the_gradients_of_the_plain_path(tiny_base):
+    for half in (".lora_A.", ".lora_B."):
+        fast, plain = (make(tiny_base, fast=fast) for fast in (True, False))
+        for module in (fast, plain):
+            for name, tensor in module.named_parameters():
+                tensor.requires_grad_(half in name)
+        assert distance(loss_and_gradients(fast)[1], loss_and_gradients(plain)[1]) <= 1e-5
+
+
+class Count(TorchDispatchMode):
+    """Counts the calls of an operator."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.operator, self.calls = operator, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += function is self.operator
+        return function(*args, **(kwargs or {}))

@@ -60,13 +60,11 @@ def head_loss(
     positions = (labels[1:] != IGNORED).nonzero()[:, 0]
     targets = labels[positions + 1]
     hidden = hidden[positions]
-    frozen = _is_frozen_linear(head)
-    if frozen and fast:
+    if fast and _is_frozen_linear(head):
         chunk = chunk or rows_of_logits(len(head.weight), head.weight.element_size())
         nll_sum, correct = apply(_FrozenHeadLoss, hidden, head.weight, targets, chunk)
     else:
-        chunk = chunk or (rows_of_logits(len(head.weight), _FLOAT) if frozen else _MOST_ROWS)
-        nll_sum, correct = _checkpointed_head_loss(hidden, head, targets, chunk)
+        nll_sum, correct = _checkpointed_head_loss(hidden, head, targets, chunk or _rows_of_plain_logits(head))
     return LossSums(nll_sum, torch.tensor(len(targets), device=labels.device), correct)
 
 
@@ -134,6 +132,10 @@ def _find_largest(rows: Tensor) -> Tensor:
     block = blocks.amax(-1).argmax(-1, keepdim=True)  # (rows, 1)
     within = blocks.take_along_dim(block[..., None], 1).argmax(-1)
     return block * _BLOCK + within
+
+
+def _rows_of_plain_logits(head: nn.Module) -> int:
+    return rows_of_logits(len(head.weight), _FLOAT) if _is_frozen_linear(head) else _MOST_ROWS
 
 
 def _checkpointed_head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:

@@ -152,7 +152,7 @@ def rows_of_8b(step: Mapping[str, Any], layers: int) -> list[Row]:
 
 def name_8b(layers: int) -> str:
     """Name a base of Llama-3.1-8B's shape."""
-    return "8B" if layers == ALL_LAYERS else f"{layers} layers of 8B"
+    return "8B" if layers == ALL_LAYERS else f"{layers} layer{'s' if layers > 1 else ''} of 8B"
 
 
 def _row(what: str, runs: Runs, figure: Callable[[Figures], float], goal: Goal, digits: int = 2) -> Row:

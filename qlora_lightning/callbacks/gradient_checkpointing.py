@@ -10,12 +10,15 @@ from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters import trainable_tensors
 from qlora_lightning.model.layer_inputs import keep_inputs_apart
 
+_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")  # that transformers sets in a module
+
 
 class GradientCheckpointing(Callback):
     """Switch activation checkpointing on, non-reentrant, and see that it is active.
 
     transformers checkpoints only in training mode and says nothing when it does not. So at the first step, and at the
-    first after each validation, it is counted whether backward really ran each layer a second time.
+    first after each validation, it is counted whether backward really ran each layer a second time. After the fit the
+    model is as it was before.
 
     Args:
         enabled: ``False`` leaves the model alone.
@@ -34,18 +37,23 @@ class GradientCheckpointing(Callback):
         self._layers: list[str] = []
         self._runs: dict[str, int] = {}
         self._usual: dict[str, Any] = {}  # how the watched layers are checkpointed
+        self._before: list[tuple[nn.Module, dict[str, Any]]] = []  # what the fit found
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled:
             model: Any = pl_module.causal_lm
-            # Reentrant checkpointing would need an input that requires grad, and drag gradients below the adapters.
+            self._before = [(part, _settings_of(part)) for part in model.modules() if hasattr(part, _SETTINGS[0])]
             model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=self.every_n_layers)
+            # It lets the embedding's output take a gradient, which reentrant checkpointing alone would need, and which
+            # would go on down through all layers below the adapters.
+            model.disable_input_require_grads()
             self._layers = [name for name, layer in pl_module.named_modules() if _is_checkpointed(layer)]
             if not self._layers:
                 raise RuntimeError(
                     "gradient_checkpointing is enabled, but no layer with an adapter can be checkpointed."
                 )
-            keep_inputs_apart(pl_module.get_submodule(name) for name in self._layers)
+            if getattr(pl_module, "fast", True):
+                keep_inputs_apart(pl_module.get_submodule(name) for name in self._layers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._watch(pl_module)
@@ -56,6 +64,12 @@ class GradientCheckpointing(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._runs = dict.fromkeys(self._runs, 0)  # what ran before the step, a dry batch, says nothing of it
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._put_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._put_back()  # no teardown follows
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._usual:
@@ -92,11 +106,22 @@ class GradientCheckpointing(Callback):
 
         return checkpoint
 
+    def _put_back(self) -> None:
+        for module, settings in self._before:
+            for name in _SETTINGS:
+                vars(module).pop(name, None)
+            vars(module).update(settings)
+        self._before, self._layers, self._usual, self._runs = [], [], {}, {}
+
     def _forget(self, pl_module: LightningModule) -> None:
         for name, usual in self._usual.items():
             layer: Any = pl_module.get_submodule(name)
             layer._gradient_checkpointing_func = usual
         self._usual, self._runs = {}, {}
+
+
+def _settings_of(module: nn.Module) -> dict[str, Any]:
+    return {name: vars(module)[name] for name in _SETTINGS if name in vars(module)}
 
 
 def _is_checkpointed(layer: nn.Module) -> bool:

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from qlora_lightning.model.attention import FLAT_ATTENTION, flat_attention
 from qlora_lightning.model.autograd import apply
 from qlora_lightning.model.hooks import is_watched
 from qlora_lightning.model.kv_cache import KeyValueCache
 from qlora_lightning.model.linear import (
+    ORIGINAL_LINEARS,
     LoRALinearFunction,
     LoRAProjection,
     adapters_of,
@@ -21,11 +23,20 @@ from qlora_lightning.model.linear import (
     is_plain,
 )
 from qlora_lightning.model.normed_linears import NormedLinears
+from qlora_lightning.model.originals import Originals
 from qlora_lightning.model.rotary import Rotary
 from qlora_lightning.model.swiglu import swiglu
 
+_PARTS = (LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRMSNorm)
+ACTIVATIONS = (SiLUActivation, nn.SiLU)  # of hidden_act silu, and of swish, which is the same function
+_ORIGINALS = Originals(
+    *((kind, "forward") for kind in (LlamaDecoderLayer, *_PARTS[:3], *ACTIVATIONS)),
+    (llama, "apply_rotary_pos_emb"),
+    (llama, "rotate_half"),
+)
 
-class FusedDecoderLayer(llama.LlamaDecoderLayer):  # type: ignore[misc]  # to mypy transformers is untyped
+
+class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy transformers is untyped
     """transformers' layer with a fused forward for flat batches; parameters and their names stay as they are."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -57,18 +68,24 @@ class FusedDecoderLayer(llama.LlamaDecoderLayer):  # type: ignore[misc]  # to my
         return cache.fused[index]
 
     def _can_fuse(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether this is a flat batch, in the dtype of all products, and nobody watches parts that are skipped."""
+        """Whether this is a flat batch, in the dtype of all products, through a layer that is as it was made."""
         if kwargs.get("cu_seqlens") is None or kwargs.get("cache") is not None:
             return False
-        if torch.is_autocast_enabled(hidden_states.device.type) or (self.training and self.self_attn.attention_dropout):
+        if torch.is_autocast_enabled(hidden_states.device.type):
             return False
-        linears = list(self._linears())
-        return (
-            _is_usual(self)
-            and self.self_attn.config._attn_implementation == FLAT_ATTENTION
-            and all(is_plain(linear) and compute_dtype_of(linear) == hidden_states.dtype for linear in linears)
+        return self.is_usual() and all(compute_dtype_of(each) == hidden_states.dtype for each in self._linears())
+
+    def is_usual(self) -> bool:
+        """Whether the layer computes what its fused forward does, and nobody watches parts that this skips."""
+        attention = self.self_attn
+        return bool(
+            _has_usual_parts(self)
+            and not (attention.training and attention.attention_dropout)
+            and attention.config._attn_implementation == FLAT_ATTENTION
+            and all(map(is_plain, self._linears()))
             and not any(norm.weight.requires_grad for norm in self._norms())
             and not any(map(is_watched, self.children()))
+            and ORIGINAL_LINEARS.are_there()
         )
 
     def _norms(self) -> tuple[Any, Any]:
@@ -86,16 +103,13 @@ def fuse_decoder_layers(model: nn.Module) -> None:
     Only the layers' class, and so their ``forward``, changes.
     """
     for layer in model.modules():
-        if type(layer) is llama.LlamaDecoderLayer and _is_usual(layer):
+        if type(layer) is LlamaDecoderLayer and _has_usual_parts(layer):
             layer.__class__ = FusedDecoderLayer
 
 
-def _is_usual(layer: nn.Module) -> bool:
-    usual = {"self_attn": llama.LlamaAttention, "mlp": llama.LlamaMLP}
-    usual |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), llama.LlamaRMSNorm)
-    usual["mlp.act_fn"] = SiLUActivation
-    parts = {layer.get_submodule(name): kind for name, kind in usual.items()}
-    return all(type(part) is kind and "forward" not in vars(part) for part, kind in parts.items())
+def _has_usual_parts(layer: Any) -> bool:
+    parts = (layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
+    return tuple(map(type, parts)) == _PARTS and type(layer.mlp.act_fn) in ACTIVATIONS and _ORIGINALS.are_there()
 
 
 def _apply_norm_and_linears(x: Tensor, norm: Any, *linears: nn.Module) -> tuple[Tensor, ...]:

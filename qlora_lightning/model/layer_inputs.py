@@ -25,16 +25,19 @@ def keep_inputs_apart(layers: Iterable[nn.Module]) -> None:
         return
     for layer in layers:
         module: Any = layer
-        module._gradient_checkpointing_func = _storing(module._gradient_checkpointing_func)
+        module._gradient_checkpointing_func = _Storing(module._gradient_checkpointing_func)
 
 
-def _storing(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    def checkpoint_stored(function: Callable[..., Any], hidden: Tensor, *rest: Any) -> Any:
+class _Storing:
+    """What a layer is checkpointed with, behind a copy of its input; a class, so that it can be pickled."""
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], hidden: Tensor, *rest: Any) -> Any:
         if hidden.device.type == "cpu" and hidden.numel():
             hidden = cast(Tensor, apply(_CopyApart, hidden))
-        return checkpoint(function, hidden, *rest)
-
-    return checkpoint_stored
+        return self.checkpoint(function, hidden, *rest)
 
 
 class _CopyApart(torch.autograd.Function):

@@ -13,6 +13,11 @@ from torch.autograd.function import once_differentiable
 from qlora_lightning.model.autograd import apply
 from qlora_lightning.model.frozen_weight import FrozenWeight
 from qlora_lightning.model.hooks import is_watched
+from qlora_lightning.model.originals import Originals
+
+ORIGINAL_LINEARS = Originals(
+    *((kind, "forward") for kind in (nn.Linear, bnb.nn.Linear4bit, nn.Identity, nn.Dropout, PeftLinear, PeftLinear4bit))
+)
 
 
 class Frozen(NamedTuple):
@@ -55,10 +60,11 @@ class LoRALinearFunction(torch.autograd.Function):
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         grad_x = ctx.frozen.weight.multiply_back(grad) if ctx.needs_input_grad[0] else None
         grad_a = grad_b = None
-        if lora_a is not None:
+        if lora_a is not None and (grad_x is not None or ctx.needs_input_grad[1]):
             grad_low = gradient_of_low(grad, lora_b, ctx.frozen)
             grad_x = None if grad_x is None else grad_x.addmm_(grad_low, lora_a.to(grad.dtype))
-            grad_a = (grad_low.t() @ flat).to(lora_a.dtype)
+            grad_a = (grad_low.t() @ flat).to(lora_a.dtype) if ctx.needs_input_grad[1] else None
+        if ctx.needs_input_grad[2]:
             grad_b = gradient_of_b(grad, low, lora_b, ctx.frozen)
         return None if grad_x is None else grad_x.view(ctx.shape), grad_a, grad_b, None, grad_residual
 
@@ -83,11 +89,9 @@ class LoRAProjection(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         grad_x = ctx.frozen.weight.multiply_back(flat) if ctx.needs_input_grad[0] else None
-        grad_low = grad_b = None
-        if ctx.low is not None:
-            grad_low = gradient_of_low(flat, ctx.lora_b, ctx.frozen)
-            grad_b = gradient_of_b(flat, ctx.low, ctx.lora_b, ctx.frozen)
-        return grad_x, grad_low, grad_b, None, grad
+        grad_low = gradient_of_low(flat, ctx.lora_b, ctx.frozen) if ctx.needs_input_grad[1] else None
+        grad_b = gradient_of_b(flat, ctx.low, ctx.lora_b, ctx.frozen) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_low, grad_b, None, grad if ctx.needs_input_grad[4] else None
 
 
 def project(
@@ -128,7 +132,7 @@ class FusedLinear4bit(PeftLinear4bit):  # type: ignore[misc]  # PEFT ships no ty
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``; whatever is not plain LoRA goes PEFT's own way."""
-        if args or kwargs or self.disable_adapters or not is_plain(self) or any(map(is_watched, self.children())):
+        if args or kwargs or not _can_fuse(self):
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
         return _apply(self, x)
@@ -139,10 +143,15 @@ class FusedLinear(PeftLinear):  # type: ignore[misc]  # PEFT ships no types
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``; whatever is not plain LoRA goes PEFT's own way."""
-        if args or kwargs or self.disable_adapters or not is_plain(self) or any(map(is_watched, self.children())):
+        if args or kwargs or not _can_fuse(self):
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
         return _apply(self, x)
+
+
+def _can_fuse(layer: LoraLayer) -> bool:
+    usual = is_plain(layer) and ORIGINAL_LINEARS.are_there() and not any(map(is_watched, layer.children()))
+    return usual and not layer.disable_adapters
 
 
 def _apply(layer: LoraLayer, x: Tensor) -> Tensor:
@@ -157,24 +166,27 @@ def _apply(layer: LoraLayer, x: Tensor) -> Tensor:
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether a linear is frozen and has at most one active, unmerged adapter without dropout, bias or variant."""
-    if "forward" in vars(layer):
-        return False  # somebody put another one there
-    if type(layer) in (nn.Linear, bnb.nn.Linear4bit):
-        return not (layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad))
-    if not isinstance(layer, FusedLinear4bit | FusedLinear) or len(layer.active_adapters) != 1 or layer.merged:
+    if not isinstance(layer, FusedLinear4bit | FusedLinear):
+        return _is_frozen(layer)
+    if "forward" in vars(layer) or len(layer.active_adapters) != 1 or layer.merged or not _is_frozen(layer.base_layer):
         return False
     (adapter,) = layer.active_adapters
     if adapter not in layer.lora_A:  # it leaves this linear as it is
-        return is_plain(layer.get_base_layer())
+        return True
     if any(type(each[adapter]) is not nn.Linear for each in (layer.lora_A, layer.lora_B)):
         return False
     dropout = layer.lora_dropout[adapter]
     return (
-        is_plain(layer.get_base_layer())
-        and adapter not in layer.lora_variant
+        adapter not in layer.lora_variant
         and not layer.lora_bias[adapter]
-        and (isinstance(dropout, nn.Identity) or not layer.training)
+        and (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training))
     )
+
+
+def _is_frozen(linear: Any) -> bool:
+    if type(linear) not in (nn.Linear, bnb.nn.Linear4bit) or "forward" in vars(linear):
+        return False
+    return not (linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad))
 
 
 def compute_dtype_of(layer: nn.Module) -> torch.dtype | None:
@@ -201,7 +213,7 @@ def frozen_part(layer: nn.Module, dtype: torch.dtype) -> Frozen:
 
 
 def _base_of(layer: nn.Module) -> Any:
-    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    return layer.base_layer if isinstance(layer, LoraLayer) else layer
 
 
 def fuse_lora_linears(model: nn.Module) -> list[str]:
@@ -229,5 +241,5 @@ def _can_be_plain(layer: LoraLayer) -> bool:
         type(layer.get_base_layer()) in (nn.Linear, bnb.nn.Linear4bit)
         and not layer.lora_variant
         and not any(layer.lora_bias.values())
-        and all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
+        and all(type(dropout) is nn.Identity for dropout in layer.lora_dropout.values())
     )

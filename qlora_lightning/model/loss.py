@@ -13,6 +13,7 @@ from qlora_lightning.model.autograd import apply
 IGNORED = -100
 _MOST_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no quicker
 _LOGIT_BYTES = 64 << 20  # nor shall their logits be more than this; of 128,256 tokens in bf16 261 rows
+_FLOAT = 4  # bytes
 _CACHED_BYTES = 6 << 20  # of probabilities in float32 that a CPU makes at a time: they stay in its cache
 _BLOCK = 64  # of logits; it divides the vocabulary of nearly every LLaMA
 
@@ -39,10 +40,12 @@ def rows_of_logits(vocabulary: int, number_bytes: int) -> int:
 def rows_of_probabilities(vocabulary: int, number_bytes: int, device: str) -> int:
     """Give of how many labelled tokens the probabilities exist at a time."""
     most = rows_of_logits(vocabulary, number_bytes)
-    return max(1, min(most, _CACHED_BYTES // (vocabulary * 4))) if device == "cpu" else most
+    return max(1, min(most, _CACHED_BYTES // (vocabulary * _FLOAT))) if device == "cpu" else most
 
 
-def head_loss(hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int | None = None) -> LossSums:
+def head_loss(
+    hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int | None = None, *, fast: bool = True
+) -> LossSums:
     """Sum the loss of the labelled tokens of one stream.
 
     Args:
@@ -51,16 +54,17 @@ def head_loss(hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int | None
             at each sample's start is -100, so nothing is predicted across samples.
         head: Maps hidden states to logits.
         chunk: Labelled tokens whose logits exist at a time; by default as many as 64 MiB hold, but at most 512.
+        fast: Whether a frozen head's gradient may be made while the logits exist; ``False`` leaves it to autograd.
     """
     # The one place where labels are shifted.
     positions = (labels[1:] != IGNORED).nonzero()[:, 0]
     targets = labels[positions + 1]
     hidden = hidden[positions]
-    if _is_frozen_linear(head):
+    if fast and _is_frozen_linear(head):
         chunk = chunk or rows_of_logits(len(head.weight), head.weight.element_size())
         nll_sum, correct = apply(_FrozenHeadLoss, hidden, head.weight, targets, chunk)
     else:
-        nll_sum, correct = _checkpointed_head_loss(hidden, head, targets, chunk or _MOST_ROWS)
+        nll_sum, correct = _checkpointed_head_loss(hidden, head, targets, chunk or _rows_of_plain_logits(head))
     return LossSums(nll_sum, torch.tensor(len(targets), device=labels.device), correct)
 
 
@@ -130,8 +134,12 @@ def _find_largest(rows: Tensor) -> Tensor:
     return block * _BLOCK + within
 
 
+def _rows_of_plain_logits(head: nn.Module) -> int:
+    return rows_of_logits(len(head.weight), _FLOAT) if _is_frozen_linear(head) else _MOST_ROWS
+
+
 def _checkpointed_head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Compute the same sums for a head that trains or carries an adapter: logits again in backward, by autograd."""
+    """Compute the same sums by autograd, logits again in backward: for a head that trains, and as the plain path."""
 
     def sums(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(hidden).float()

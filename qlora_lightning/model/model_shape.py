@@ -12,9 +12,9 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.adapters import ADAPTER, trainable_tensors
-from qlora_lightning.model.decoder_layer import FusedDecoderLayer
 from qlora_lightning.model.layer_shapes import LayerShape, LinearShape
-from qlora_lightning.model.linear import FusedLinear, FusedLinear4bit, is_plain
+from qlora_lightning.model.linear import FusedLinear, FusedLinear4bit
+from qlora_lightning.model.plain_path import runs_fused
 from qlora_lightning.model.stored_bytes import BaseShape, read_base
 
 
@@ -82,10 +82,9 @@ def _read_layers(model: nn.Module, number_bytes: int) -> list[LayerShape]:
     layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
         linears = _linears_of(layer)
-        usual = isinstance(layer, FusedDecoderLayer) and all(is_plain(linear) for linear in linears.values())
         shapes = {name: _read_linear(linear) for name, linear in linears.items()}
         heads = shapes["q_proj"].outputs // int(layer.self_attn.head_dim)
-        found.append(LayerShape(shapes, heads, usual and not plain, input_trains))
+        found.append(LayerShape(shapes, heads, runs_fused(layer) and not plain, input_trains))
         input_trains = input_trains or any(parameter.requires_grad for parameter in layer.parameters())
     return found
 

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from qlora_lightning.console import say
 from qlora_lightning.heavy_imports import without_garbage_collection
 from qlora_lightning.model.adapters import check_adapter_settings, trainable_tensors
 from qlora_lightning.model.allocator import give_back_freed_memory, keep_freed_memory
@@ -26,6 +27,7 @@ from qlora_lightning.model.loss import LossSums, head_loss, mean_with_gradient_o
 from qlora_lightning.model.neftune import check_neftune_alpha, embed_or_name
 from qlora_lightning.model.optimizer import ParameterGroups, build_optimizer, check_optimizer
 from qlora_lightning.model.out_of_memory import telling_out_of_memory
+from qlora_lightning.model.plain_path import explain_plain_layers
 from qlora_lightning.model.quantized import Quantization
 from qlora_lightning.model.quiet_collector import QuietCollector
 from qlora_lightning.model.resume import ExactResume
@@ -69,7 +71,10 @@ class QLoRAModule(AnsweringModule):
         warmup_ratio: Share of the optimizer steps over which the learning rate rises.
         loraplus_ratio: How many times as fast B learns as A (LoRA+, Hayou et al. 2024), as 16; ``None``: as fast.
         neftune_alpha: Of noise on the embeddings in training (NEFTune, Jain et al. 2023), as 5; ``None``: no noise.
-        fast: ``False`` takes every plain path of PEFT instead of ours.
+        fast: ``False`` takes every plain path of PEFT, transformers and torch instead of ours: layers, attention, the
+            head's loss, the inputs of checkpointed layers; and no batch is filled up. What computes nothing of a step
+            stays: flat batches, logits of some labelled tokens at a time, freed memory that is kept for the next
+            step, the collector's rest. So does the cache against which answers are generated.
         on_nonfinite: What to do when a loss or gradient is NaN or infinite: ``stop`` the run, or ``skip`` the step,
             which then moves nothing and counts as a step of the schedule. See :class:`TrainingGuard`.
     """
@@ -202,7 +207,8 @@ class QLoRAModule(AnsweringModule):
                 longest=batch["longest"],
                 use_cache=False,
             ).last_hidden_state
-            return head_loss(hidden[0], batch["labels"][0], self.causal_lm.get_output_embeddings())
+            head = self.causal_lm.get_output_embeddings()
+            return head_loss(hidden[0], batch["labels"][0], head, fast=self.fast)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Give a loss with the gradient of a *sum*; on_before_optimizer_step turns sums into the mean."""
@@ -280,5 +286,9 @@ class QLoRAModule(AnsweringModule):
     def on_fit_start(self) -> None:
         rich.print(adapter_table(self.model))
         rich.print(describe_sizes(self.model))
-        if self.autocast_dtype is not None and self.fast:
-            rich.print("Some of what trains takes PEFT's own, slower layers: dropout, DoRA, int8, whole modules.")
+        if self.fast:
+            plain = explain_plain_layers(
+                self.causal_lm, autocasts=self.autocast_dtype is not None, precision=str(self.trainer.precision)
+            )
+            if plain is not None:
+                say(plain)

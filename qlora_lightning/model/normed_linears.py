@@ -13,8 +13,8 @@ class NormedLinears(torch.autograd.Function):
     """Compute ``y = linear(RMSNorm(x))`` of several linears that share their input.
 
     Kept for backward are x, its inverse root mean squares and the products with A; the normed input is made again. The
-    adapters' A act as one matrix. RMSNorm (Zhang and Sennrich 2019) is computed in float32 and rounded as transformers
-    does; its weight is frozen.
+    adapters' A act as one matrix. Where x takes no gradient, an output takes one only for the adapter of its linear.
+    RMSNorm (Zhang and Sennrich 2019) is computed in float32 and rounded as transformers does; its weight is frozen.
     """
 
     @staticmethod
@@ -45,31 +45,42 @@ class NormedLinears(torch.autograd.Function):
         ]
         ctx.save_for_backward(flat, inverse, lows, weight, *adapters)
         ctx.linears, ctx.shape = linears, x.shape
-        return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+        ctx.set_materialize_grads(False)
+        shaped = tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+        needs_x, _, _, _, *needed = ctx.needs_input_grad
+        if not needs_x:
+            pairs = zip(shaped, needed[::2], needed[1::2], strict=True)
+            ctx.mark_non_differentiable(*(output for output, of_a, of_b in pairs if not (of_a or of_b)))
+        return shaped
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         flat, inverse, lows, weight, *adapters = ctx.saved_tensors
-        all_a, all_b = adapters[::2], adapters[1::2]
-        flat_grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        stacked, grad_lows = _stack(all_a, flat), torch.empty_like(lows)
+        all_a, all_b, (_, _, _, _, *needed) = adapters[::2], adapters[1::2], ctx.needs_input_grad
+        flat_grads = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        stacked, grad_lows = _stack(all_a, flat), torch.zeros_like(lows)
         grads_b: list[Tensor | None] = []
-        parts = zip(flat_grads, _split(lows, all_a), _split(grad_lows, all_a), all_b, ctx.linears, strict=True)
-        for grad, low, grad_low, b, frozen in parts:
-            if b is not None:
+        parts = zip(
+            flat_grads, _split(lows, all_a), _split(grad_lows, all_a), all_b, needed[1::2], ctx.linears, strict=True
+        )
+        for grad, low, grad_low, b, b_needs, frozen in parts:
+            if b is not None and grad is not None:
                 grad_low.copy_(gradient_of_low(grad, b, frozen))
-            grads_b.append(None if b is None else gradient_of_b(grad, low, b, frozen))
+            grads_b.append(gradient_of_b(grad, low, b, frozen) if b_needs and grad is not None else None)
         scaled = _scale(_precise(flat), inverse)
-        grad_stacked = (grad_lows.t() @ scaled.to(flat.dtype)).mul_(weight)  # the norm's weight only now: few rows
+        grads_a: list[Tensor | None] = [None] * len(all_a)
+        if any(needed[::2]):
+            grad_stacked = (grad_lows.t() @ scaled.to(flat.dtype)).mul_(weight)  # the norm's weight only now: few rows
+            pairs = zip(all_a, _split(grad_stacked, all_a, 0), strict=True)
+            grads_a = [None if a is None else grad.to(a.dtype) for a, grad in pairs]
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_normed = grad_lows @ stacked
             for grad, frozen in zip(flat_grads, ctx.linears, strict=True):
-                frozen.weight.multiply_back(grad, onto=grad_normed)
+                if grad is not None:
+                    frozen.weight.multiply_back(grad, onto=grad_normed)
             grad_x = _gradient_of_norm(grad_normed, weight, scaled, inverse).to(flat.dtype).view(ctx.shape)
-        pairs = zip(all_a, _split(grad_stacked, all_a, 0), strict=True)
-        grads_a = [None if a is None else grad.to(a.dtype) for a, grad in pairs]
         of_adapters = [grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair]
         return grad_x, None, None, None, *of_adapters
 

@@ -1,6 +1,7 @@
 """Tells a user what ran out of memory, and the cheapest changes of the config against it."""
 
 import contextlib
+import errno
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that memory ran out, on a GPU or a CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM  # of mmap, for the pages of checkpointed inputs
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
@@ -34,7 +37,7 @@ def telling_out_of_memory(pl_module: Any, batch: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(_tell(pl_module, batch)) from error

@@ -23,6 +23,8 @@ from qlora_lightning.model.attention import register_flat_attention
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 
+_OF_THE_COPY = ("_name_or_path", "transformers_version", "dtype")  # of a config: nothing that the model computes
+
 _log = logging.getLogger(__name__)
 
 
@@ -89,7 +91,7 @@ def load_base(
         model = load(source.folder)
     else:
         settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
-        model = load(_quantized_folder(source, settings, load)) if cache else load(source.folder, settings)
+        model = load(_quantized_folder(source, config, settings, load)) if cache else load(source.folder, settings)
     _freeze(model)
     _check_quantized(model, quantization)
     return QuantizedBase(model, source, fingerprint(source.folder), quantization, double_quant)
@@ -117,7 +119,9 @@ class _Loader:
             )
 
 
-def _quantized_folder(source: BaseFolder, settings: BitsAndBytesConfig, load: _Loader) -> Path:
+def _quantized_folder(
+    source: BaseFolder, config: PretrainedConfig, settings: BitsAndBytesConfig, load: _Loader
+) -> Path:
     def build(folder: Path) -> None:
         _log.info("Quantizing %s, once; later starts read it from the cache.", source.name)
         model = load(source.folder, settings)
@@ -127,6 +131,7 @@ def _quantized_folder(source: BaseFolder, settings: BitsAndBytesConfig, load: _L
 
     key = {
         "source": fingerprint(source.folder),
+        "config": {name: value for name, value in config.to_diff_dict().items() if name not in _OF_THE_COPY},
         "settings": settings.to_diff_dict(),
         "dtype": str(load.dtype),
         "device": load.device.type,

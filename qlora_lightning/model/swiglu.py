@@ -13,7 +13,8 @@ from qlora_lightning.model.autograd import apply
 def swiglu(gate: Tensor, up: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Compute ``h = silu(gate) · up`` (Shazeer 2020, GLU variants) and ``h Aᵀ``.
 
-    Kept for backward are gate and up; h is made again.
+    Kept for backward are gate and up; h is made again. Where neither takes a gradient, h takes none: A's comes from
+    ``h Aᵀ`` alone.
 
     Args:
         gate: ``(…, wide)``.
@@ -24,7 +25,9 @@ def swiglu(gate: Tensor, up: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor |
         ``(tokens, wide)`` and ``(tokens, rank)``.
     """
     gate, up = (each.reshape(-1, each.shape[-1]) for each in (gate, up))
-    return cast(tuple[Tensor, Tensor | None], apply(SwiGLU, *apply(KeptForSwiGLU, gate, up), a))
+    needed = gate.requires_grad, up.requires_grad
+    gate, up = apply(KeptForSwiGLU, gate, up)
+    return cast(tuple[Tensor, Tensor | None], apply(SwiGLU, gate, up, a, needed))
 
 
 class KeptForSwiGLU(torch.autograd.Function):
@@ -37,11 +40,12 @@ class KeptForSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(gate, up)
+        ctx.set_materialize_grads(False)
         return gate.view_as(gate), up.view_as(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_gate: Tensor, grad_up: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad_gate: Tensor | None, grad_up: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         return grad_gate, grad_up
 
 
@@ -49,23 +53,34 @@ class SwiGLU(torch.autograd.Function):
     """Compute h and ``h Aᵀ`` of what :class:`KeptForSwiGLU` keeps."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, a: Tensor | None, needed: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor | None]:
         hidden = F.silu(gate).mul_(up)
-        ctx.keeper, ctx.a = gate.grad_fn, a
-        if ctx.keeper is None:  # neither gate nor up takes a gradient, and nothing was kept
+        ctx.keeper, ctx.a, ctx.needed = gate.grad_fn, a, needed
+        ctx.set_materialize_grads(False)
+        if ctx.keeper is None:  # neither gate nor up takes a gradient: nothing was kept
             ctx.save_for_backward(gate, up)
+            ctx.mark_non_differentiable(hidden)
         return hidden, None if a is None else hidden @ a.to(hidden.dtype).t()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_hidden: Tensor, grad_low: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(ctx: Any, grad_hidden: Tensor | None, grad_low: Tensor | None) -> tuple[Tensor | None, ...]:
         gate, up = (ctx.keeper or ctx).saved_tensors
-        active, grad_a = F.silu(gate), None
+        (gate_needs, up_needs), a = ctx.needed, ctx.a
+        active = F.silu(gate)
+        grad_a = None
+        if grad_low is not None and ctx.needs_input_grad[2]:
+            grad_a = (grad_low.t() @ (active * up)).to(a.dtype)
+        if grad_hidden is None:
+            return None, None, grad_a, None
         # Written over below: nothing but LoRAProjection reads h, and the gradient that it gives is its own.
-        if ctx.a is not None and grad_low is not None:
-            grad_a = (grad_low.t() @ (active * up)).to(ctx.a.dtype)
-            grad_hidden = grad_hidden.addmm_(grad_low, ctx.a.to(grad_low.dtype))
-        grad_up = active.mul_(grad_hidden)
+        if grad_low is not None:
+            grad_hidden = grad_hidden.addmm_(grad_low, a.to(grad_low.dtype))
+        grad_up = active.mul_(grad_hidden) if up_needs else None
+        if not gate_needs:
+            return None, grad_up, grad_a, None
         grad_gate = grad_hidden.mul_(up)
         torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
-        return grad_gate, grad_up, grad_a
+        return grad_gate, grad_up, grad_a, None

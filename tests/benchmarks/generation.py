@@ -11,7 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from qlora_lightning.errors import UserError
 from tests.benchmarks.children import ROOT, print_figures, run_child
+from tests.benchmarks.report import check_file
 
 
 def main() -> int:
@@ -22,6 +24,12 @@ def main() -> int:
         measure = _measure_ours if arguments.side == "ours" else _measure_plain
         print_figures(measure(arguments, prompts["prompts"], prompts["stop_ids"]))
         return 0
+    if arguments.json is not None:
+        try:
+            check_file("--json", arguments.json)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return 2
     found = []
     with tempfile.TemporaryDirectory() as folder:
         prompts_file = Path(folder) / "prompts.json"

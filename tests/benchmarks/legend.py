@@ -1,8 +1,17 @@
 """What the table's words mean."""
 
+from tests.benchmarks.table import name_8b
 
-def explain(repeats: int, accelerator: str, scaling: bool, llama_8b: bool) -> list[str]:
-    """Give the legend, a line for each kind of row."""
+
+def explain(repeats: int, accelerator: str, scaling: bool, llama_8b: int | None) -> list[str]:
+    """Give the legend, a line for each kind of row.
+
+    Args:
+        repeats: of every run.
+        accelerator: ``cpu`` or ``gpu``.
+        scaling: whether there are rows of it.
+        llama_8b: layers of the 8B-shaped base, if there are rows of one.
+    """
     memory = (
         "the most that was allocated on the card until training ended"
         if accelerator == "gpu"
@@ -29,12 +38,12 @@ def explain(repeats: int, accelerator: str, scaling: bool, llama_8b: bool) -> li
             "scaling: the better of two steps with gradient checkpointing on one random batch, a process for each "
             "size; short rows have 200 tokens; memory per token is what the steps needed beyond what was there before."
         )
-    if llama_8b:
+    if llama_8b is not None:
         lines.append(
-            "8B: random weights in Llama-3.1-8B's shape, steps of 512 tokens (two rows, half of them labelled) with "
-            "gradient checkpointing; memory is that of the first two; the speed is of the middle one of three more, by "
-            "share, each beside its ceiling. Private memory is RssAnon; the base, and libraries, lie in memory as "
-            "mapped files (RssFile)."
+            f"{name_8b(llama_8b)}: random weights in Llama-3.1-8B's shape, steps of 512 tokens (two rows, half of them "
+            "labelled) with gradient checkpointing; memory is that of the first two; the speed is of the middle one of "
+            "three more, by share, each beside its ceiling. Private memory is RssAnon; the base, and libraries, lie in "
+            "memory as mapped files (RssFile)."
         )
     lines.append(
         "Goals were set for SmolLM2-135M in NF4 with double quantization, rank 8 on all linears, batches of 8 Alpaca "

@@ -20,27 +20,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
+from qlora_lightning.errors import UserError
 from qlora_lightning.model.quantized import load_base
 from qlora_lightning.model.summary import bytes_by_dtype
 from tests.benchmarks.children import run_child
 from tests.benchmarks.peak_memory import PeakMemory
+from tests.benchmarks.settings import ALL_LAYERS
+from tests.benchmarks.shape_8b import check_folder, make_config
 
 _TOKENS, _ROW_TOKENS = 512, 256
 _STEPS, _CEILINGS = 2, 3  # the optimizer has its state from the second step on
-
-
-def make_config(layers: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131_072,
-        rope_theta=500_000.0,
-        dtype="bfloat16",
-    )
 
 
 def make_base(folder: Path, layers: int) -> None:
@@ -115,14 +104,18 @@ def measure_step(folder: Path, threads: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=ALL_LAYERS)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the step's process")
     arguments = parser.parse_args()
+    try:
+        check_folder(arguments.folder, arguments.layers)
+    except UserError as error:
+        sys.exit(str(error))
     if not (arguments.folder / "config.json").exists():
         make_base(arguments.folder, arguments.layers)
     folder = arguments.folder.absolute()
     figures: dict[str, Any] = {name: round(value, 3) for name, value in measure(folder).items()}
-    print(json.dumps(figures | {"step": measure_step(folder, arguments.threads)}))
+    print(json.dumps(figures | {"layers": arguments.layers, "step": measure_step(folder, arguments.threads)}))
 
 
 if __name__ == "__main__":

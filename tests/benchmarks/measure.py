@@ -1,7 +1,7 @@
 """Runs both sides in turns, with and without gradient checkpointing, as often as asked."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -28,9 +28,18 @@ class Measured:
     imports: list[float] = field(default_factory=list)
 
 
-def measure_sides(sides: Sequence[Side], repeats: int, console: Console) -> Measured:
-    """Run every side in turns; before them, one step each that fills the caches, so that all starts are second ones."""
-    measured = Measured()
+def measure_sides(sides: Sequence[Side], repeats: int, measured: Measured, console: Console) -> Iterator[None]:
+    """Run every side in turns; before them, one step each that fills the caches, so that all starts are second ones.
+
+    Args:
+        sides: ours first.
+        repeats: of every run.
+        measured: gets all runs.
+        console: told of each.
+
+    Yields:
+        After each run.
+    """
     for side in sides:
         console.print(f"{side.name}, a step to fill the caches …")
         side.measure("--max-steps=1")
@@ -43,10 +52,11 @@ def measure_sides(sides: Sequence[Side], repeats: int, console: Console) -> Meas
                 figures = side.measure(*option)
                 runs.setdefault(side.name, []).append(figures)
                 console.print(_describe(figures))
+                yield
         console.print(f"ours, every second layer checkpointed, run {repeat} of {repeats} … ", end="")
         measured.selective.append(sides[0].measure("--gradient-checkpointing", "--every-n-layers=2"))
         console.print(_describe(measured.selective[-1]))
-    return measured
+        yield
 
 
 def _describe(figures: Figures) -> str:

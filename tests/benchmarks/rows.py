@@ -9,6 +9,7 @@ from qlora_lightning.data.conversations import to_conversation
 from qlora_lightning.data.formats import Conversation, choose_format
 from qlora_lightning.data.order import epoch_order
 from qlora_lightning.data.reader import read_rows
+from qlora_lightning.errors import UserError
 from tests.benchmarks.settings import SEED
 
 
@@ -20,7 +21,13 @@ def read_pairs(file: str, rows: int) -> list[dict[str, Conversation]]:
     """
     first = read_rows(file)[:rows]
     form = choose_format(first, "auto")
-    return [_divide(to_conversation(row.values, form)) for row in first]
+    pairs = []
+    for row in first:
+        try:
+            pairs.append(_divide(to_conversation(row.values, form)))
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from error
+    return pairs
 
 
 def order_as_trained(pairs: list[dict[str, Conversation]]) -> list[dict[str, Conversation]]:

@@ -1,7 +1,7 @@
 """Whether cost grows linearly: batches of more and more short rows, and one longer and longer row."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tests.benchmarks.children import run_child
@@ -12,8 +12,8 @@ _SHORT_ROW = 200  # tokens
 
 def measure_scaling(
     base: str, accelerator: str, threads: int, say: Callable[[str], None], tokens: Sequence[int] = TOKENS
-) -> list[dict[str, Any]]:
-    """Time the second of two steps for each size in a process of its own, with gradient checkpointing.
+) -> Iterator[dict[str, Any]]:
+    """Time the quicker of two steps for each size in a process of its own, with gradient checkpointing.
 
     Args:
         base: as in ``model.base``.
@@ -22,11 +22,10 @@ def measure_scaling(
         say: told of each size when it is done.
         tokens: of the batches.
 
-    Returns:
-        For each size ``tokens``, ``rows`` (``short`` or ``long``), ``tokens_per_second``, and ``bytes_per_token``: the
+    Yields:
+        Of each size ``tokens``, ``rows`` (``short`` or ``long``), ``tokens_per_second``, and ``bytes_per_token``: the
         memory that the steps needed beyond what was there before them.
     """
-    found = []
     for rows in ("short", "long"):
         for size in tokens:
             row_tokens = min(_SHORT_ROW, size) if rows == "short" else size
@@ -38,7 +37,6 @@ def measure_scaling(
                 "tokens_per_second": figures["tokens_per_second"],
                 "bytes_per_token": figures["step_private_bytes"] / size,
             }
-            found.append(line)
             laid = "short rows" if rows == "short" else "one row"
             say(f"{size:,} tokens in {laid}: {line['tokens_per_second']:.1f} tokens/s")
-    return found
+            yield line

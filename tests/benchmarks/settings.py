@@ -7,3 +7,4 @@ ALPHA = 16
 LEARNING_RATE = 2e-4  # falls linearly to 0, without warm-up
 GRADIENT_CLIP = 0.3
 SEED = 0
+ALL_LAYERS = 32  # of Llama-3.1-8B

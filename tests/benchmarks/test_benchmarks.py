@@ -1,9 +1,13 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.benchmarks.figures import Figures
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,7 +27,8 @@ def test_our_side_alone_gives_the_whole_table_and_json(tiny_base: Path, rows_fil
     assert "ours, gradient checkpointing, run 1 of 1" in done.stdout
     assert "tokens/s, every 2nd layer checkpointed" in done.stdout
     summary = json.loads(file.read_text(encoding="utf-8"))
-    assert summary.keys() == {"setup", "rows", "machine", "runs", "scaling", "llama_8b"}
+    assert summary.keys() == {"setup", "complete", "rows", "machine", "runs", "scaling", "llama_8b"}
+    assert summary["complete"] is True
     assert summary["setup"]["rows"] == 4
     rows = {row["what"]: row for row in summary["rows"]}
     for title in ("tokens/s, plain", "peak RSS, checkpointed (GB)", "share of ceiling, validation", "second start (s)"):
@@ -47,7 +52,7 @@ def test_sizes_are_measured_in_short_rows_and_in_one(tiny_base: Path) -> None:
     from tests.benchmarks.scaling import measure_scaling
 
     said: list[str] = []
-    sizes = measure_scaling(str(tiny_base), "cpu", 1, said.append, tokens=(300,))
+    sizes = list(measure_scaling(str(tiny_base), "cpu", 1, said.append, tokens=(300,)))
 
     assert [(size["rows"], size["tokens"]) for size in sizes] == [("short", 300), ("long", 300)]
     assert all(size["tokens_per_second"] > 0 for size in sizes)
@@ -78,6 +83,80 @@ def test_peer_reads_the_rows_in_the_order_in_which_ours_trains(
     order = [row_id for batch in data.train_dataloader() for row_id in batch["row_ids"].tolist()]
 
     assert [pairs[row_id] for row_id in order] == order_as_trained(pairs)
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command in this process; each run of a side is what the test says, an error or figures."""
+    from tests.benchmarks.__main__ import main
+
+    def run(*arguments: str | Path, runs: Sequence[Figures | Exception] = ()) -> int:
+        left = list(runs)
+
+        def measure(*_: Any) -> Any:
+            if isinstance(left[0], Exception):
+                raise left[0]
+            return left.pop(0)
+
+        monkeypatch.setattr("tests.benchmarks.sides.Side.measure", measure)
+        monkeypatch.setattr("tests.benchmarks.measure.run_child", lambda *_: {"seconds": 1.0})
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *map(str, arguments), "--without-peer"])
+        return main()
+
+    return run
+
+
+def test_what_would_fail_at_the_end_is_refused_before_anything_is_measured(
+    main: Callable[..., int], rows_file: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").touch()
+    (tmp_path / "no_answer.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
+    base = ("--base", tiny_base)
+    for arguments, message in (
+        ((rows_file, *base, "--json", tmp_path), f"--json {tmp_path}: expected a file to write, found a folder"),
+        ((rows_file, *base, "--json", tmp_path / "no" / "x.json"), "there is no folder"),
+        ((rows_file, *base, "--plot", tmp_path / "x.abc"), "x.abc: expected a name that ends in one of"),
+        ((rows_file, *base, "--plot", tmp_path / "x"), "x: expected a name that ends in one of"),
+        ((rows_file, *base, "--llama-8b", rows_file), "expected a folder, found a file"),
+        ((rows_file, *base, "--llama-8b", tmp_path / "folder"), "an empty folder, found notes.txt"),
+        ((rows_file, *base, "--llama-8b", tiny_base), "expected num_hidden_layers 32, found 2; name another folder"),
+        ((tmp_path / "none.jsonl", *base), "none.jsonl does not exist"),
+        ((tmp_path / "no_answer.jsonl", *base), "no_answer.jsonl:1: no assistant turn"),
+        ((rows_file, "--base", tmp_path / "none"), "none"),
+    ):
+        assert main(*arguments, runs=[AssertionError("it measures")]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_layers_of_no_base_are_refused(main: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main("--llama-8b-layers", "2")
+    assert "of which base? Name it by --llama-8b FOLDER" in capsys.readouterr().err
+
+
+def test_every_run_is_kept_when_a_later_one_fails(
+    main: Callable[..., int], rows_file: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.json"
+    figures = Figures(1200, 4.0, 2 << 30, 6.0, [1.5, 1.4], {"torch": "1"})
+    arguments = (rows_file, "--base", tiny_base, "--json", file)
+
+    assert main(*arguments, runs=[*[figures] * 3, RuntimeError("ours failed")]) == 1
+
+    kept = json.loads(file.read_text())
+    assert {name: len(kept["runs"][name].get("ours", [])) for name in ("plain", "checkpointing")} == {
+        "plain": 1,
+        "checkpointing": 1,
+    }
+    assert (kept["complete"], kept["rows"]) == (False, [])
+    assert main(*arguments, runs=[*[figures] * 5, RuntimeError("ours failed")]) == 1
+    kept = json.loads(file.read_text())
+    assert {"what": "tokens/s, plain", "ours": 300.0}.items() <= kept["rows"][0].items()
+    assert "tokens/s, plain" in capsys.readouterr().out
 
 
 def test_interpreter_that_does_not_exist_is_refused_in_a_sentence(rows_file: Path, tiny_base: Path) -> None:

@@ -4,7 +4,15 @@ import pytest
 
 from tests.benchmarks.figures import Figures
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.table import Goal, Row, compare_ceilings, compare_sides, compare_starts, rows_of_selective
+from tests.benchmarks.table import (
+    Goal,
+    Row,
+    compare_ceilings,
+    compare_sides,
+    compare_starts,
+    rows_of_8b,
+    rows_of_selective,
+)
 
 CEILING = {"seconds": 3.0, "flop": 6e9, "parts": {}}
 
@@ -51,6 +59,22 @@ def test_rows_of_selective_checkpointing_are_medians_of_ours() -> None:
     speed, memory = rows_of_selective([run(seconds=seconds, gigabytes=1.5) for seconds in (2.0, 3.0, 4.0)], "cpu")
 
     assert (speed.ours, memory.ours) == (400.0, 1.5)
+
+
+STEP = {
+    **{"tokens": 512, "seconds": 8.0, "tokens_per_second": 64.0, "start_seconds": 5.0, "ceiling": CEILING},
+    **{"together_bytes": 6e9, "private_bytes": 9e8, "mapped_bytes": 5e9},
+}
+
+
+def test_rows_of_a_part_of_an_8b_name_its_layers_and_have_no_goals() -> None:
+    whole, part = rows_of_8b(STEP, 32), rows_of_8b(STEP, 2)
+
+    assert [row.what for row in whole[:2]] == ["8B: tokens/s", "8B: private + base (GB)"]
+    assert [row.what for row in part[:2]] == ["2 layers of 8B: tokens/s", "2 layers of 8B: private + base (GB)"]
+    assert part[5].what == "share of ceiling, 2 layers of 8B"
+    assert [row.reached for row in whole if row.goal is not None] == [True, True, True, False]
+    assert not any(row.goal for row in part)
 
 
 def test_start_is_divided_into_imports_and_the_rest() -> None:

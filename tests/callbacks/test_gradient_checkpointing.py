@@ -61,7 +61,46 @@ def test_a_whole_run_is_bit_for_bit_that_without_it(fit, make_module, adapter_of
 
 def test_adapters_in_the_last_layer_only_are_enough(fit, make_module):
     fit(GradientCheckpointing(), counter := LayerRuns(), module=make_module(layers="last:1"), **ONE_BATCH)
-    assert counter.runs[1] == 2
+    assert counter.runs == [1, 2]  # nothing below them has a backward
+
+
+def checkpointing_of(module):
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    found = {part: [vars(part).get(name) for name in names] for part in module.causal_lm.modules()}
+    return found | {"embedding": dict(module.causal_lm.get_input_embeddings()._forward_hooks)}
+
+
+@pytest.mark.parametrize("callbacks", [[], [GradientCheckpointing(enabled=False)]])
+def test_a_second_fit_without_it_keeps_activations_again(fit, callbacks):
+    _, module = fit(GradientCheckpointing(), **ONE_BATCH)
+    fit(*callbacks, counter := LayerRuns(), module=module, **ONE_BATCH)
+    assert counter.runs == [1, 1]
+
+
+class Fails(Callback):
+    def on_train_batch_end(self, *_):
+        raise KeyError
+
+
+def test_a_model_is_left_as_it_was_also_by_a_fit_that_fails(fit, make_module):
+    module = make_module()
+    module.configure_model()
+    before = checkpointing_of(module)
+    fit(GradientCheckpointing(every_n_layers=2), module=module, **ONE_BATCH)
+    assert checkpointing_of(module) == before
+    with pytest.raises(KeyError):
+        fit(GradientCheckpointing(), Fails(), module=module, **ONE_BATCH)
+    assert checkpointing_of(module) == before
+
+
+def test_checkpointing_that_the_user_switched_on_stays(fit, make_module):
+    module = make_module()
+    module.configure_model()
+    module.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+    module.causal_lm.disable_input_require_grads()
+    before = checkpointing_of(module)
+    fit(GradientCheckpointing(every_n_layers=2), module=module, **ONE_BATCH)
+    assert checkpointing_of(module) == before
 
 
 @pytest.mark.parametrize("every_n_layers", [0, -1])
@@ -160,3 +199,26 @@ def test_less_is_kept_between_forward_and_backward(fit):
     fit(Saved("plain"), **ONE_BATCH)
     fit(Saved("checkpointed"), GradientCheckpointing(), **ONE_BATCH)
     assert kept["checkpointed"] < kept["plain"] / 2
+
+
+class OwnFunctions(Callback):
+    """Names the autograd functions of ours behind a loss."""
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        nodes, self.names = {loss.grad_fn}, set()
+        for node in (ahead := list(nodes)):
+            function = getattr(node, "_forward_cls", None)
+            if function is not None and function.__module__.startswith("qlora_lightning"):
+                self.names.add(function.__name__)
+            new = {each for each, _ in node.next_functions if each is not None} - nodes
+            nodes |= new
+            ahead += new
+
+
+@pytest.mark.parametrize("callbacks", [[], [GradientCheckpointing()]])
+def test_without_fast_no_function_of_ours_is_behind_the_loss(fit, make_module, callbacks):
+    fit(*callbacks, fast := OwnFunctions(), **ONE_BATCH)
+    fit(*callbacks, plain := OwnFunctions(), module=make_module(fast=False), **ONE_BATCH)
+    assert "_FrozenHeadLoss" in fast.names
+    assert ("_CopyApart" in fast.names) == bool(callbacks)
+    assert plain.names == set()

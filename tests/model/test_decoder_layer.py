@@ -1,8 +1,15 @@
+import functools
 import itertools
+import json
+import shutil
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.activations import SiLUActivation
+from transformers.models.llama import modeling_llama as llama
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model import swiglu
@@ -135,13 +142,12 @@ def test_a_sample_in_a_batch_has_the_hidden_states_that_it_has_alone(tiny_base):
 
 
 def count_plain_calls(module, monkeypatch):
-    calls = []
-    plain = FusedDecoderLayer.__mro__[1].forward
-    spy = lambda self, *args, **kwargs: calls.append(self) or plain(self, *args, **kwargs)  # noqa: E731
-    monkeypatch.setattr(FusedDecoderLayer.__mro__[1], "forward", spy)
-    module.compute_loss(batch())
-    monkeypatch.undo()
-    return len(calls)
+    fused = []
+    asked = FusedDecoderLayer._fuses
+    with monkeypatch.context() as patch:
+        patch.setattr(FusedDecoderLayer, "_fuses", lambda *inputs: fused.append(asked(*inputs)) or fused[-1])
+        module.compute_loss(batch())
+    return fused.count(False)
 
 
 @pytest.mark.parametrize("part", ["mlp.up_proj", "self_attn.q_proj.lora_A.default", "mlp.down_proj.base_layer"])
@@ -169,6 +175,72 @@ def test_parts_that_are_replaced_after_loading_are_used(tiny_base, monkeypatch):
         module = make(tiny_base, fast=True, quantization="none")
         change(layers_of(module)[0])
         assert count_plain_calls(module, monkeypatch) == 1
+
+
+@pytest.mark.parametrize("part", ["lora_A.default", "lora_B.default", "lora_dropout.default", "base_layer"])
+@pytest.mark.parametrize("linear", ["self_attn.k_proj", "mlp.down_proj"])
+def test_a_forward_put_inside_a_linear_is_called(tiny_base, monkeypatch, linear, part):
+    module, called = make(tiny_base, fast=True), []
+    inner = layers_of(module)[0].get_submodule(f"{linear}.{part}")
+    usual = inner.forward
+    inner.forward = lambda *inputs: called.append(part) or usual(*inputs)
+    assert count_plain_calls(module, monkeypatch) == 1
+    assert called == [part]
+
+
+def test_dropout_that_is_put_where_none_was_drops(tiny_base, monkeypatch):
+    module = make(tiny_base, fast=True)
+    layers_of(module)[0].mlp.up_proj.lora_dropout["default"] = nn.Dropout(0.5)
+    assert count_plain_calls(module, monkeypatch) == 1
+    module.eval()
+    assert count_plain_calls(module, monkeypatch) == 0
+    layers_of(module)[0].mlp.up_proj.lora_dropout["default"].train()
+    assert count_plain_calls(module, monkeypatch) == 1
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        *((kind, "forward") for kind in (llama.LlamaDecoderLayer, llama.LlamaAttention)),
+        *((kind, "forward") for kind in (llama.LlamaMLP, llama.LlamaRMSNorm, SiLUActivation, nn.Linear)),
+        (bnb.nn.Linear4bit, "forward"),
+        (llama, "apply_rotary_pos_emb"),
+        (llama, "rotate_half"),
+    ],
+)
+def test_what_is_replaced_for_all_models_is_called(tiny_base, monkeypatch, owner, name):
+    module, called = make(tiny_base, fast=True), []
+    usual = getattr(owner, name)
+
+    @functools.wraps(usual)
+    def replaced(*args, **kwargs):
+        called.append(name)
+        return usual(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, replaced)
+        assert count_plain_calls(module, monkeypatch) == 2
+    assert called
+    assert count_plain_calls(module, monkeypatch) == 0
+
+
+def test_a_class_that_is_replaced_before_the_base_is_made_keeps_its_forward(tiny_base, monkeypatch):
+    class OwnNorm(llama.LlamaRMSNorm):
+        pass
+
+    monkeypatch.setattr(llama, "LlamaRMSNorm", OwnNorm)
+    module = make(tiny_base, fast=True)
+    assert not any(isinstance(layer, FusedDecoderLayer) for layer in layers_of(module))
+
+
+@pytest.mark.parametrize("name", ["silu", "swish"])
+def test_both_names_of_silu_run_fused(tiny_base, tmp_path, name, monkeypatch):
+    shutil.copytree(tiny_base, base := tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"hidden_act": name}))
+    fast, plain = make(base, fast=True), make(base, fast=False)
+    assert count_plain_calls(fast, monkeypatch) == 0
+    assert distance(loss_and_gradients(fast)[1], loss_and_gradients(plain)[1]) <= 1e-5
 
 
 def test_another_attention_is_called(tiny_base, monkeypatch):
@@ -222,3 +294,54 @@ def test_below_the_lowest_adapter_nothing_is_kept_for_backward(tiny_base):
         module.compute_loss(batch())
     assert kept.index("first ends") == 0
     assert len(kept) > 1
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers", "products", "activations"),
+    [
+        (["down_proj"], "last:1", 0, 0),
+        (["gate_proj"], "last:1", 1, 1),  # of down
+        (["up_proj"], "last:1", 1, 0),
+        (["o_proj"], "last:1", 3, 1),  # of down, gate and up
+        (["k_proj"], "last:1", 4, 1),  # and of o
+        ("all-linear", "last:1", 4, 1),
+        ("all-linear", "all", 7 + 4, 2),
+        (["down_proj"], "all", 7, 1),
+    ],
+)
+def test_only_gradients_that_something_needs_are_computed(
+    tiny_base, monkeypatch, targets, layers, products, activations
+):
+    fast, plain = (make(tiny_base, fast=fast, target_modules=targets, layers=layers) for fast in (True, False))
+    made = []
+    multiply = FrozenWeight.multiply_back
+    with monkeypatch.context() as patch, Count(torch.ops.aten.silu_backward.grad_input) as silu:
+        patch.setattr(
+            FrozenWeight, "multiply_back", lambda *args, **kwargs: made.append(1) or multiply(*args, **kwargs)
+        )
+        loss, gradients = loss_and_gradients(fast)
+    assert (len(made), silu.calls) == (products, activations)
+    expected_loss, expected = loss_and_gradients(plain)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert distance(gradients, expected) <= 1e-5
+
+
+def test_an_adapter_half_of_which_is_frozen_has_the_gradients_of_the_plain_path(tiny_base):
+    for half in (".lora_A.", ".lora_B."):
+        fast, plain = (make(tiny_base, fast=fast) for fast in (True, False))
+        for module in (fast, plain):
+            for name, tensor in module.named_parameters():
+                tensor.requires_grad_(half in name)
+        assert distance(loss_and_gradients(fast)[1], loss_and_gradients(plain)[1]) <= 1e-5
+
+
+class Count(TorchDispatchMode):
+    """Counts the calls of an operator."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.operator, self.calls = operator, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += function is self.operator
+        return function(*args, **(kwargs or {}))

@@ -1,4 +1,7 @@
+import copy
+import functools
 import gc
+import pickle
 
 import psutil
 import torch
@@ -17,7 +20,7 @@ class Layer(nn.Module):
         super().__init__()
         self.linear = nn.Linear(4, 4)
         self.seen = None
-        self._gradient_checkpointing_func = lambda function, *args: checkpoint(function, *args, use_reentrant=False)
+        self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)  # as transformers does
 
     def inside(self, hidden, factor):
         self.seen = hidden
@@ -61,3 +64,11 @@ def test_a_dropped_input_goes_back_to_the_system():
     layer.seen = None
     gc.collect()
     assert with_input - psutil.Process().memory_info().rss > 60 * MIB
+
+
+def test_a_layer_can_be_copied_and_pickled():
+    _, x, layers = run(True)
+    layers[0].seen = None
+    for copied in (copy.deepcopy(layers[0]), pickle.loads(pickle.dumps(layers[0]))):
+        assert torch.equal(copied(x, 2.0), layers[0](x, 2.0))
+        assert copied.seen.data_ptr() != x.data_ptr()

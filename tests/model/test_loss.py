@@ -25,13 +25,14 @@ def full_cross_entropy(hidden, labels, head):
 
 @pytest.mark.parametrize("chunk", [1, 4, 5, 12, 100])  # of 12 labelled tokens: dividing them and not
 @pytest.mark.parametrize(("trainable_head", "bias"), [(False, False), (True, False), (False, True)])
-def test_loss_and_gradients_equal_cross_entropy_over_whole_logits(chunk, trainable_head, bias):
+@pytest.mark.parametrize("fast", [True, False])
+def test_loss_and_gradients_equal_cross_entropy_over_whole_logits(chunk, trainable_head, bias, fast):
     hidden, labels, head = draw(trainable_head, bias)
     inputs = [hidden, *(p for p in head.parameters() if p.requires_grad)]
     expected = full_cross_entropy(hidden, labels, head)
     expected_gradients = torch.autograd.grad(expected, inputs)
 
-    sums = head_loss(hidden, labels, head, chunk)
+    sums = head_loss(hidden, labels, head, chunk, fast=fast)
     gradients = torch.autograd.grad(sums.nll_sum, inputs)
 
     assert sums.labelled_tokens == 12
@@ -84,8 +85,10 @@ def identity_head(size):
     return head
 
 
-@pytest.mark.parametrize(("trainable_head", "calls"), [(False, 0), (True, 3)])
-def test_only_a_trainable_head_is_checkpointed_chunk_by_chunk(monkeypatch, trainable_head, calls):
+@pytest.mark.parametrize(
+    ("trainable_head", "fast", "calls"), [(False, True, 0), (True, True, 3), (False, False, 3), (True, False, 3)]
+)
+def test_a_head_that_trains_or_shall_be_plain_is_checkpointed_chunk_by_chunk(monkeypatch, trainable_head, fast, calls):
     made = []
     original = loss_module.checkpoint
 
@@ -95,7 +98,7 @@ def test_only_a_trainable_head_is_checkpointed_chunk_by_chunk(monkeypatch, train
 
     monkeypatch.setattr(loss_module, "checkpoint", spy)
     hidden, labels, head = draw(trainable_head)
-    head_loss(hidden, labels, head, chunk=5)
+    head_loss(hidden, labels, head, chunk=5, fast=fast)
     assert made == [5, 5, 2][:calls]
 
 

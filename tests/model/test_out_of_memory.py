@@ -1,3 +1,5 @@
+import errno
+import mmap
 import re
 
 import lightning
@@ -5,7 +7,7 @@ import pytest
 import torch
 from lightning import Callback
 
-from qlora_lightning import InstructionDataModule, QLoRAModule
+from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.device_memory import read_peak_gib
 from qlora_lightning.model.out_of_memory import is_out_of_memory, telling_out_of_memory
@@ -37,9 +39,18 @@ def test_what_the_allocators_raise_is_known():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert is_out_of_memory(MemoryError())
+    with pytest.raises(OSError, match="Cannot allocate memory") as refused:
+        mmap.mmap(-1, HUGE)
+    assert is_out_of_memory(refused.value)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), ValueError("DefaultCPUAllocator"), KeyError("x")])
+OTHERS = [
+    *(RuntimeError("shapes do not fit"), ValueError("DefaultCPUAllocator"), KeyError("x")),
+    OSError(errno.ENOSPC, "No space left on device"),
+]
+
+
+@pytest.mark.parametrize("error", OTHERS)
 def test_other_errors_pass_through_as_they_are(error):
     assert not is_out_of_memory(error)
     with pytest.raises(type(error)) as found, telling_out_of_memory(None, None):
@@ -76,6 +87,14 @@ def test_a_training_step_tells_its_batch_the_peak_and_three_changes(fit, cls):
     tokens, longest = map(int, TOLD.fullmatch(str(told.value)).groups())
     assert longest < tokens <= 4 * longest
     assert isinstance(told.value.__cause__, RuntimeError)
+
+
+def test_no_pages_for_a_checkpointed_input_are_told_too(fit, monkeypatch):
+    usual = mmap.mmap
+    refuse = lambda file, *more, **options: usual(file, *((HUGE,) if file == -1 else more), **options)  # noqa: E731
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(UserError, match=r"Out of memory on cpu in a batch of 4 rows"):
+        fit(QLoRAModule, GradientCheckpointing())
 
 
 class InOptimizer(Callback):

@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -119,6 +122,16 @@ def test_what_decides_the_bits_decides_the_cache_entry(tiny_base, own_cache):
     for settings in ({}, {"double_quant": False}, {"compute_dtype": torch.float32}, {}):
         load(tiny_base, "nf4", **settings)
     assert len(list((own_cache / "quantized").glob("*/entry.json"))) == 3
+
+
+def test_a_base_whose_config_was_edited_computes_what_it_says_now(tiny_base, tmp_path, own_cache):
+    shutil.copytree(tiny_base, base := tmp_path / "base")
+    before = forward(load(base, "nf4"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu", "attention_dropout": 0.5}))
+    edited = load(base, "nf4")
+    assert edited.config.attention_dropout == 0.5
+    assert not torch.equal(forward(edited.eval()), before)
 
 
 @pytest.mark.parametrize("quantization", [*QUANTIZED, "none"])

@@ -54,7 +54,8 @@ class StepRecorder(Callback):
         self._bytes_per_row = widths.vocabulary * head.weight.element_size()
         self.time = Attribution(widths, on_cuda=pl_module.device.type == "cuda")
         self.device = _describe(pl_module.device)
-        self._undo.enter_context(marking_parts(pl_module, self.scopes))
+        autocasts = module.autocast_dtype is not None or str(trainer.precision).endswith("-mixed")
+        self._undo.enter_context(marking_parts(pl_module, self.scopes, autocasts))
         self.memory.base = read_base(module.model)
         self.memory.adapters = count_bytes(trainable_tensors(module).values())
 

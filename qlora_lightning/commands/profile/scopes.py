@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.profilers import Profiler
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from torch.profiler import record_function
 from transformers import AttentionInterface
 
@@ -24,6 +25,8 @@ from qlora_lightning.commands.profile.parts import (
     ROTARY,
     name_scope,
 )
+from qlora_lightning.model.linear import FusedLinear, FusedLinear4bit
+from qlora_lightning.model.plain_path import runs_fused
 
 # modules of a LLaMA, by the end of their names: part, and whether with all inside
 _MODULES = (
@@ -81,14 +84,23 @@ class Scopes:
 
 
 @contextlib.contextmanager
-def marking_parts(pl_module: Any, scopes: Scopes) -> Iterator[None]:
-    """Put ranges around the loss, the parts of the model and its attention.
+def marking_parts(pl_module: Any, scopes: Scopes, autocasts: bool = False) -> Iterator[None]:
+    """Put ranges around the loss, the parts of the model and its attention, but for what runs fused.
 
-    Hooks would do it too, but a layer that runs fused goes the slow way when one of its parts is watched.
+    That would go the slow way if one of its parts were watched or replaced; the names of its autograd functions tell
+    its parts.
+
+    Args:
+        pl_module: What trains.
+        scopes: Where ranges open.
+        autocasts: Whether it computes under autocast, where no layer runs fused.
     """
+    skipped = set(_inside_fused(pl_module.causal_lm, autocasts))
     with contextlib.ExitStack() as undo:
         _replace(pl_module, "compute_loss", scopes.wrap(pl_module.compute_loss, HEAD), undo)
         for name, module in pl_module.causal_lm.named_modules():
+            if module in skipped:
+                continue
             for pattern, part, whole in _MODULES:
                 if re.search(rf"(^|\.)({pattern})$", name):
                     bare = part == ADAPTERS and not isinstance(module, LoraLayer)
@@ -100,6 +112,14 @@ def marking_parts(pl_module: Any, scopes: Scopes) -> Iterator[None]:
             AttentionInterface.register(kind, scopes.wrap(attend, ATTENTION, whole=True))
             undo.callback(AttentionInterface.register, kind, attend)
         yield
+
+
+def _inside_fused(model: nn.Module, autocasts: bool) -> Iterator[nn.Module]:
+    for module in model.modules():
+        if isinstance(module, FusedLinear | FusedLinear4bit):
+            yield from module.modules()
+        elif runs_fused(module) and not autocasts:
+            yield from (part for part in module.modules() if part is not module)
 
 
 def _replace(owner: Any, name: str, value: Any, undo: contextlib.ExitStack) -> None:

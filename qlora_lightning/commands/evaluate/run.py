@@ -20,7 +20,7 @@ from qlora_lightning.evaluation.judge import Answering, Judgement, judge_rows
 from qlora_lightning.evaluation.progress import steps_bar
 from qlora_lightning.evaluation.rows import EvaluationRow
 from qlora_lightning.evaluation.scores import check_scores
-from qlora_lightning.model.adapter_reading import fill_adapter, read_identity
+from qlora_lightning.model.adapter_reading import read_identity
 from qlora_lightning.model.module import QLoRAModule
 
 
@@ -91,13 +91,12 @@ def _load(module: Any, adapters: Mapping[str, Path]) -> None:
     """Make the model with the first adapter, and put the others beside it."""
     first, *others = adapters.values()
     module.adapter = str(first)
-    module.adapter_options = {}  # rank and targets are those of the folders, whatever the config trains
+    if type(module).build_model is QLoRAModule.build_model:  # another one may ask for them
+        module.adapter_options = {}  # rank and targets are those of the folders, whatever the config trains
     module.configure_model()
     module.to(module.trainer.strategy.root_device)
     if not isinstance(module.model, peft.PeftModel):
         raise UserError("evaluate needs a model with PEFT's adapters, which this build_model does not make.")
-    if type(module).build_model is not QLoRAModule.build_model:  # which need not read module.adapter
-        fill_adapter(module.model, first)
     for place, folder in enumerate(others, start=1):
         module.add_adapter(_peft_name(place), folder)
 

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from qlora_lightning.callbacks import Evaluation, MemoryComparison, RunReport
 from qlora_lightning.commands import training
+from qlora_lightning.commands.sweep.built import check_built
 from qlora_lightning.commands.sweep.dimensions import Dimension, show_value
 from qlora_lightning.commands.sweep.judge import TrialJudge
 from qlora_lightning.commands.sweep.trial import Trial, read_trial, write_trial
@@ -42,7 +43,7 @@ class TrialCLI(QLoRACLI):
 
     def __init__(self, *args: Any, dimension: Dimension, value: Any, kept: KeptBase, **kwargs: Any) -> None:
         self._dimension, self._value, self._kept = dimension, value, kept
-        self._judge = TrialJudge()
+        self._judge = TrialJudge(functools.partial(check_built, dimension=dimension, value=value))
         self.trial: Trial | None = None
         super().__init__(*args, **kwargs)
 

@@ -109,9 +109,10 @@ def format_interval(interval: Interval, percent: bool, sign: str = "") -> str:
         return "–"
     size = abs(interval.value)
     factor, digits = (100, 1) if percent else (1, 1 if size >= 10 else 3 if size >= 0.1 else 4)
-    value, low, high = (part * factor for part in interval)
+    value, low, high = (round(part * factor, digits) + 0.0 for part in interval)  # + 0.0: no -0.0
     unit = " %" if percent and not sign else ""
-    return f"{value:{sign}.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
+    reach = "" if math.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{value:{sign}.{digits}f}{unit}{reach}"
 
 
 def _shorten(text: str, most: int = 300) -> str:

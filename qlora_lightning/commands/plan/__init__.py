@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
     with quiet_lightning():
         use = functools.partial(_plan, memory=memory, file=file)
-        training.main(["fit", *rest], functools.partial(PlanCLI, use=use))
+        training.main(["fit", *rest], functools.partial(PlanCLI, use=use), name="plan")
     return 0
 
 

@@ -138,7 +138,7 @@ def run_trial(arguments: Sequence[str], dimension: Dimension, value: Any, kept: 
     def cli(*args: Any, **kwargs: Any) -> None:
         made.append(TrialCLI(*args, dimension=dimension, value=value, kept=kept, **kwargs))
 
-    training.main(["fit", *arguments], functools.partial(cli))
+    training.main(["fit", *arguments], functools.partial(cli), name="sweep-rank")
     (done,) = made
     assert done.trial is not None
     return done.trial, done.folder, done.root

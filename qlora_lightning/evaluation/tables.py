@@ -9,8 +9,7 @@ from rich.table import Table
 
 from qlora_lightning.evaluation.bootstrap import Interval
 from qlora_lightning.evaluation.comparison import BASE, Duel, Measured
-
-_WORDS = {"rouge_l": "ROUGE-L", "chrf": "chrF++", "json_f1": "JSON field F1", "json_valid": "valid JSON"}
+from qlora_lightning.evaluation.names import describe_metric
 
 
 def metrics_table(measured: Mapping[str, Measured], title: str, width: int | None = None) -> Table:
@@ -96,11 +95,6 @@ def samples_table(entries: Mapping[str, str], title: str = "") -> Table:
     for name, text in entries.items():
         table.add_row(escape(name), escape(_shorten(text)))
     return table
-
-
-def describe_metric(name: str) -> str:
-    """Give a metric's name as people read it."""
-    return _WORDS.get(name, name.replace("_", " "))
 
 
 def format_interval(interval: Interval, percent: bool, sign: str = "") -> str:

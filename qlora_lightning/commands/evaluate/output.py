@@ -10,6 +10,7 @@ from qlora_lightning.commands.evaluate.options import Options
 from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.comparison import BASE, Judged, Measured, compare, duel, hardest_first
 from qlora_lightning.evaluation.judge import Answering
+from qlora_lightning.evaluation.names import describe_metric
 from qlora_lightning.evaluation.report import (
     metrics_as_json,
     prediction_lines,
@@ -21,7 +22,6 @@ from qlora_lightning.evaluation.report import (
 from qlora_lightning.evaluation.rows import EvaluationRow
 from qlora_lightning.evaluation.tables import (
     describe_duel,
-    describe_metric,
     differences_table,
     metrics_table,
     parts_table,

@@ -18,7 +18,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         UserError: The file is cut off, or a tensor holds NaN or an infinite number: every answer would be nonsense.
     """
     try:
-        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors: dict[str, Tensor] = load_file(folder / "adapter_model.safetensors")
     except LOADING_FAULTS as error:
         raise word_misfit(folder, error) from error
     for name, tensor in tensors.items():

@@ -254,6 +254,11 @@ def test_nothing_is_overwritten_unless_forced(run, tmp_path):
     assert json.loads((tmp_path / "judged" / "evaluation.json").read_text())["rows"] == 2
 
 
+def test_without_config_and_adapter_it_says_what_it_needs(capsys):
+    assert main(["evaluate"]) == 2
+    assert "Name an adapter folder by --adapter DIR, or a config by --config FILE." in capsys.readouterr().err
+
+
 def test_ctrl_c_leaves_nothing_half_written(run, tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt

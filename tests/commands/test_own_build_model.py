@@ -9,15 +9,23 @@ import yaml
 from qlora_lightning.cli import main
 
 MODULE = """
+import peft
 import torch
 from qlora_lightning import QLoRAModule
-from qlora_lightning.model.adapters import add_adapters
+from qlora_lightning.model.adapters import add_adapters, without_peft_deprecation
 from qlora_lightning.model.quantized import load_base
 
 
 class Own(QLoRAModule):
     def build_model(self):
         return add_adapters(load_base(self.base, compute_dtype=torch.float32).model, rank=4)
+
+
+class Other(QLoRAModule):
+    def build_model(self):
+        base = load_base(self.base, compute_dtype=torch.float32).model
+        with without_peft_deprecation():
+            return peft.get_peft_model(base, peft.IA3Config(task_type="CAUSAL_LM"))
 
 
 class Heeding(QLoRAModule):
@@ -64,6 +72,15 @@ def test_validate_and_evaluate_judge_what_was_trained(run, tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())["metrics"]["loss"]
     assert found["adapter"]["value"] == pytest.approx(trained, rel=1e-5)
     assert found["difference"]["value"] < -0.1
+
+
+def test_validate_judges_an_adapter_of_another_kind_too(run, tmp_path):
+    run("fit", "--model", "own_modules.Other")
+    trained = last_loss(tmp_path / "run")
+    shown = run("validate", "--model", "own_modules.Other").split()
+    assert float(shown[shown.index("val_loss") + 2]) == pytest.approx(trained, rel=1e-5)
+    untrained = run("validate", "--model", "own_modules.Other", "--trainer.default_root_dir", "empty").split()
+    assert float(untrained[untrained.index("val_loss") + 2]) != pytest.approx(trained, rel=1e-3)
 
 
 def test_an_adapter_that_does_not_fit_what_is_built_is_refused(run, tmp_path):

@@ -40,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
     except argparse.ArgumentError as error:
         raise UserError(f"{error}. See `qlora-lightning evaluate --help`.") from error
     options = _checked(own)
+    if not (options.adapters or rest):
+        raise UserError("What shall be judged? Name an adapter folder by --adapter DIR, or a config by --config FILE.")
     rest = add_config(next(iter(options.adapters.values()), None), rest)
 
     from qlora_lightning.commands.evaluate.run import evaluate  # here, so that --help and mistakes answer at once

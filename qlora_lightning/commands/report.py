@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_lightning.errors import UserError
+from qlora_lightning.report.judged import is_of_test
 from qlora_lightning.report.page import MARK, NAME, render_comparison, render_run, result_table
 from qlora_lightning.report.results import find_results, list_results, main_score, write_result
 from qlora_lightning.report.run import Run, name_runs, read_run
@@ -135,7 +136,8 @@ def _write(file: Path, text: str) -> None:
 def _table(runs: Sequence[Run]) -> Table:
     """The figures that fit a terminal, a line a run; columns that no run fills are left out."""
     found = [find_results(run) for run in runs]
-    names = {*_TABLE, *(main_score(run) for run in runs)}
+    crowded = {"minutes"} if any(is_of_test(run) for run in runs) else set()
+    names = {*_TABLE, *(main_score(run) for run in runs)} - crowded
     known = [result for result in list_results(runs) if any(each.get(result.name) is not None for each in found)]
     shown = [result for result in known if result.name in names]
     best = dict(result_table(runs))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qlora_lightning.errors import UserError
 
-LOADING_FAULTS = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError)
+LOADING_FAULTS = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -58,7 +58,7 @@ def metric_rows(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     """Give each metric's name with (value, interval) for each of the columns, as far as known."""
     rows = []
     for name, sides in metrics_of(run).items():
-        share = _is_share(name, [_cell(found) for side, found in sides.items() if not side.startswith("difference")])
+        share = _is_share(name, [_cell(sides.get(side)) for side in (BASE, *adapter_names(run))])
         cells = [(_cell(_find(sides, column)), column.is_difference) for column in columns_of(run)]
         rows.append((describe_metric(name), [_write(*cell, share, signed) for cell, signed in cells]))
     return rows

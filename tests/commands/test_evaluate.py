@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -130,7 +131,7 @@ def test_a_config_judges_as_at_the_end_of_its_fit(run, tmp_path):
     assert len(other["samples"]) == 1
 
 
-def test_an_adapter_folder_stands_for_the_config_of_its_run(run, tmp_path, capsys):
+def test_an_adapter_folder_stands_for_the_config_of_its_run(run, tmp_path, capsys, monkeypatch):
     def judge(*arguments, code=0):
         capsys.readouterr()
         options = ["--rows", "4", "--max-new-tokens", "2", "--json", "f.json"]
@@ -144,7 +145,10 @@ def test_an_adapter_folder_stands_for_the_config_of_its_run(run, tmp_path, capsy
     err = judge("--adapter", str(alone), code=2)
     assert "Which rows? There is no config.yaml beside the adapter folder" in err
     assert err.count("\n") == 1
-    found = judge("--adapter", str(alone), "--data.val", "rows.jsonl")
+    found = judge("--adapter", str(alone), "--data.val", str(tmp_path / "rows.jsonl"))
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where the base's relative path leads nowhere
+    assert main(["evaluate", "--adapter", "b", "--data.val", "../rows.jsonl", "--rows", "4", "--json", "g.json"]) == 0
+    assert json.loads(Path("g.json").read_text())["metrics"]["loss"] == found["metrics"]["loss"]
     assert found["metrics"]["loss"]["adapter"]["value"] == pytest.approx(named["metrics"]["loss"]["adapter"]["value"])
 
 
@@ -222,6 +226,7 @@ def test_without_prompts_the_loss_alone_is_judged(run, tmp_path):
         (["--split", "train"], "invalid choice: 'train'"),
         (["--adapter", "nowhere"], "nowhere is not an adapter folder"),
         (["--adapter", "base=runs/a/adapter"], "an adapter cannot be called 'base'"),
+        (["--adapter", "prompt=runs/a/adapter"], "an adapter cannot be called 'prompt'"),
         (["--adapter", "x=runs/a/adapter", "--adapter", "x=runs/b/adapter"], "there are two of the name 'x'"),
         (["--scores", "bleu"], "There is no score 'bleu'"),
         (["--scores", "json_f1"], "The score json_f1 needs JSON objects or arrays"),
@@ -252,6 +257,12 @@ def test_nothing_is_overwritten_unless_forced(run, tmp_path):
     assert (tmp_path / "judged" / "evaluation.json").read_bytes() == before
     run("--out", "judged", "--rows", "2", "--force")
     assert json.loads((tmp_path / "judged" / "evaluation.json").read_text())["rows"] == 2
+
+
+def test_a_limit_that_leaves_no_row_is_named(run, capsys):
+    assert main([*RUN, "--trainer.limit_val_batches", "0"]) == 2
+    assert "trainer.limit_val_batches is 0 and leaves no row" in capsys.readouterr().err
+    assert run("--trainer.limit_val_batches", "0", "--scores", "chrf")  # with --rows 5
 
 
 def test_without_config_and_adapter_it_says_what_it_needs(capsys):

@@ -10,7 +10,8 @@ from qlora_lightning.adapter_place import find_adapter_folder
 from qlora_lightning.errors import UserError
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
-_TAKEN = ("base", "difference", "differences")  # words of evaluation.json
+# words of evaluation.json and predictions.jsonl
+_TAKEN = ("base", "difference", "differences", "prompt", "expected", "row", "place", "source", "group")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ def read_rows(data: Any, split: str, most: int | None, group_by: str | None, lim
             break
         rows += cut_rows(batch)
     rows = rows[:most]
+    if not rows and most is None and not _batches(loader, limit) and limit != 1:
+        raise UserError(f"trainer.limit_{split}_batches is {limit:g} and leaves no row: raise it, or give --rows N.")
     if not rows:
         raise UserError(f"There is nothing to judge: no row of {split} has a labelled token.")
     samples = data.samples.get(split)

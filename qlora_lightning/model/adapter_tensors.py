@@ -17,10 +17,13 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: The file is cut off, or a tensor holds NaN or an infinite number: every answer would be nonsense.
     """
+    file = folder / "adapter_model.safetensors"
     try:
-        tensors: dict[str, Tensor] = load_file(folder / "adapter_model.safetensors")
-    except LOADING_FAULTS as error:
-        raise word_misfit(folder, error) from error
+        tensors: dict[str, Tensor] = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file} is not a whole safetensors file, but cut off or damaged ({error}). Copy the adapter folder again."
+        ) from error
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             bad = int((~tensor.isfinite()).sum())

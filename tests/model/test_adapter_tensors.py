@@ -34,7 +34,5 @@ def test_what_is_no_number_is_refused_by_the_name_of_its_tensor(folder, value):
 def test_a_file_that_is_cut_off_is_refused(folder):
     file = folder(a=[1.0, 2.0]) / FILE
     file.write_bytes(file.read_bytes()[:-2])
-    with pytest.raises(
-        UserError, match=r"adapter_model\.safetensors is not a whole safetensors file \(.*Copy the adapter folder"
-    ):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is not a whole safetensors file, but cut off"):
         read_tensors(file.parent)

@@ -169,7 +169,9 @@ class Evaluation(Callback):
         measured = compare(judged, scores)
         duels = {ADAPTER: duel(judged[BASE], judged[ADAPTER], next(iter(scores), None))}
         summary = summarize(rows, judged, measured, answering, duels, self.samples)
-        rich.print(metrics_table(measured, f"Validation rows, base → adapter ({len(rows):,}; 95 % intervals)"))
+        answered = summary["answered_rows"]
+        some = f", {answered:,} of them answered" if answered < len(rows) else ""
+        rich.print(metrics_table(measured, f"Validation rows, base → adapter ({len(rows):,}{some}; 95 % intervals)"))
         rich.print(describe_duel(duels[ADAPTER]))
         for sample in summary["samples"]:
             rich.print(samples_table(sample))

@@ -1,12 +1,13 @@
 """The last lines of a fit: where the adapter is, and how plain PEFT loads it."""
 
+import json
+
 import rich
 from lightning import Callback, LightningModule, Trainer
 from rich.markup import escape
 
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from qlora_lightning.model.adapter_folder import loading_snippet
-from qlora_lightning.model.adapter_reading import read_identity
 from qlora_lightning.trainer import is_trial_run
 
 
@@ -17,6 +18,8 @@ class LoadingLines(Callback):
         if stage != "fit":
             return
         folder = AdapterCheckpoint.adapter_folder(trainer.default_root_dir)
-        if trainer.is_global_zero and not is_trial_run(trainer) and (folder / "adapter_config.json").exists():
+        identity = folder / "qlora_lightning.json"
+        if trainer.is_global_zero and not is_trial_run(trainer) and identity.exists():
             rich.print(f"\nAdapter: [bold]{escape(str(folder))}[/bold]. To load it with plain PEFT:\n")
-            print(loading_snippet(folder, read_identity(folder)))
+            # Not read_identity, which is for who builds on it: a build_model may have made another kind than LoRA.
+            print(loading_snippet(folder, json.loads(identity.read_text(encoding="utf-8"))))

@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_lightning.errors import UserError
+from qlora_lightning.report.judged import is_of_test
 from qlora_lightning.report.page import MARK, NAME, render_comparison, render_run, result_table
-from qlora_lightning.report.results import RESULTS, find_results, write_result
+from qlora_lightning.report.results import find_results, list_results, main_score, write_result
 from qlora_lightning.report.run import Run, name_runs, read_run
 from qlora_lightning.report.settings import find_differences
 from qlora_lightning.safe_file import write_whole
@@ -29,7 +30,7 @@ _EPILOG = """examples:
 
 RUN is what trainer.default_root_dir of a fit was; one that is still going will do. Without --out the page of one run
 is its report.html, that of several is comparison.html here. A file that is no page of ours is kept, unless --force."""
-_TABLE = ("val_loss", "exact_match", "tokens_per_second", "peak_memory_gib", "minutes")  # what fits a terminal
+_TABLE = ("val_loss", "test_loss", "tokens_per_second", "peak_memory_gib", "minutes")  # what fits a terminal
 
 
 def main(argv: Sequence[str]) -> int:
@@ -135,9 +136,10 @@ def _write(file: Path, text: str) -> None:
 def _table(runs: Sequence[Run]) -> Table:
     """The figures that fit a terminal, a line a run; columns that no run fills are left out."""
     found = [find_results(run) for run in runs]
-    shown = [
-        result for result in RESULTS if result.name in _TABLE and any(each[result.name] is not None for each in found)
-    ]
+    crowded = {"minutes"} if any(is_of_test(run) for run in runs) else set()
+    names = {*_TABLE, *(main_score(run) for run in runs)} - crowded
+    known = [result for result in list_results(runs) if any(each.get(result.name) is not None for each in found)]
+    shown = [result for result in known if result.name in names]
     best = dict(result_table(runs))
     table = Table(title="Runs" if len(runs) > 1 else None, title_justify="left")
     table.add_column("run", overflow="fold")
@@ -148,6 +150,6 @@ def _table(runs: Sequence[Run]) -> Table:
         cells = []
         for result in shown:
             style = "bold green" if best[result.heading][number][1] else ""
-            cells.append(Text(write_result(figures[result.name], result.style), style))
+            cells.append(Text(write_result(figures.get(result.name), result.style), style))
         table.add_row(Text(run.name), Text(run.status, "" if run.status == "finished" else "yellow"), *cells)
     return table

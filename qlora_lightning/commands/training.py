@@ -208,12 +208,13 @@ class QLoRACLI(LightningCLI):
     before_validate = before_test = before_predict = _judge_what_was_trained
 
 
-def main(argv: Sequence[str], cli: Callable[..., object] = QLoRACLI) -> int:
+def main(argv: Sequence[str], cli: Callable[..., object] = QLoRACLI, name: str | None = None) -> int:
     """Run one of the four commands.
 
     Args:
         argv: The command and its options.
         cli: Reads and runs it.
+        name: What the user typed for it, where another command reads its options.
 
     Raises:
         UserError: A key or value is wrong.
@@ -244,7 +245,7 @@ def main(argv: Sequence[str], cli: Callable[..., object] = QLoRACLI) -> int:
                 args=expand_arguments(list(argv)),
             )
     except jsonargparse.ArgumentError as error:
-        raise word_parse_error(str(error), argv, _KNOWN_KEYS) from error
+        raise word_parse_error(str(error), [name or argv[0], *argv[1:]], _KNOWN_KEYS) from error
     except (ValueError, MisconfigurationException) as error:
         raise word_foreign_error(error) or error from None
     except RuntimeError as error:

@@ -18,7 +18,7 @@ class Metric:
 
     Attributes:
         parts: Numerator and denominator of a row.
-        percent: Whether it is shown in percent.
+        percent: Whether it is a share, from 0 to 1, shown in percent.
         shape: Applied to the ratio.
         binary: Whether each row counts as 0 or 1.
     """
@@ -136,21 +136,30 @@ def _measure(judged: Judged, metrics: Mapping[str, Metric]) -> dict[str, Measure
         drawn = _shaped(metric, resampled[:, number])  # (resamples, sides)
         found[name] = Measured(
             metric.percent,
-            {side: _interval(metric, values, drawn, totals[number], place) for place, side in enumerate(sides)},
-            {side: _difference(values, drawn, place) for place, side in enumerate(sides) if side != BASE},
+            {
+                side: _interval(metric, values, drawn, totals[number], place, len(table))
+                for place, side in enumerate(sides)
+            },
+            {
+                side: _difference(metric, values, drawn, place, len(table))
+                for place, side in enumerate(sides)
+                if side != BASE
+            },
         )
     return found
 
 
-def _interval(metric: Metric, values: Floats, drawn: Floats, totals: Floats, side: int) -> Interval:
+def _interval(metric: Metric, values: Floats, drawn: Floats, totals: Floats, side: int, rows: int) -> Interval:
     if metric.binary:
         return wilson_interval(float(totals[side, 0]), int(totals[side, 1]))
-    return percentile_interval(float(values[side]), drawn[:, side])
+    return percentile_interval(float(values[side]), drawn[:, side], rows, (0.0, 1.0) if metric.percent else None)
 
 
-def _difference(values: Floats, drawn: Floats, side: int) -> Interval:
+def _difference(metric: Metric, values: Floats, drawn: Floats, side: int, rows: int) -> Interval:
     with np.errstate(invalid="ignore"):  # infinite minus infinite
-        return percentile_interval(float(values[side] - values[0]), drawn[:, side] - drawn[:, 0])
+        gains = drawn[:, side] - drawn[:, 0]
+        value = float(values[side] - values[0])
+    return percentile_interval(value, gains, rows, (-1.0, 1.0) if metric.percent else None)
 
 
 def _shaped(metric: Metric, sums: Floats) -> Floats:

@@ -9,8 +9,7 @@ from rich.table import Table
 
 from qlora_lightning.evaluation.bootstrap import Interval
 from qlora_lightning.evaluation.comparison import BASE, Duel, Measured
-
-_WORDS = {"rouge_l": "ROUGE-L", "chrf": "chrF++", "json_f1": "JSON field F1", "json_valid": "valid JSON"}
+from qlora_lightning.evaluation.names import describe_metric
 
 
 def metrics_table(measured: Mapping[str, Measured], title: str, width: int | None = None) -> Table:
@@ -98,20 +97,16 @@ def samples_table(entries: Mapping[str, str], title: str = "") -> Table:
     return table
 
 
-def describe_metric(name: str) -> str:
-    """Give a metric's name as people read it."""
-    return _WORDS.get(name, name.replace("_", " "))
-
-
 def format_interval(interval: Interval, percent: bool, sign: str = "") -> str:
     """Write ``98.0 % [93.0, 99.4]``, or ``2.098 [2.010, 2.201]`` of what is no share; a difference with its sign."""
     if math.isnan(interval.value):
         return "–"
     size = abs(interval.value)
     factor, digits = (100, 1) if percent else (1, 1 if size >= 10 else 3 if size >= 0.1 else 4)
-    value, low, high = (part * factor for part in interval)
+    value, low, high = (round(part * factor, digits) + 0.0 for part in interval)  # + 0.0: no -0.0
     unit = " %" if percent and not sign else ""
-    return f"{value:{sign}.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
+    reach = "" if math.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{value:{sign}.{digits}f}{unit}{reach}"
 
 
 def _shorten(text: str, most: int = 300) -> str:

@@ -8,16 +8,13 @@ from typing import Any
 
 import peft
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_lightning.errors import UserError
+from qlora_lightning.model.adapter_tensors import LOADING_FAULTS, read_tensors, word_misfit
 from qlora_lightning.model.adapters import all_names_of_trainable_tensors, load_adapters
 from qlora_lightning.model.checkpoint_format import check_version
-
-LOADING_FAULTS = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError)
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
@@ -60,22 +57,21 @@ def open_adapter_folder(base: PreTrainedModel, folder: Path, *, bare: bool = Fal
     Raises:
         UserError: The folder does not fit the base, or a file in it is damaged.
     """
+    stored = read_tensors(folder)
     try:
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            stored = set(file.keys())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below
             model = load_adapters(base, str(folder), bare=bare)
     except LOADING_FAULTS as error:
         raise word_misfit(folder, error) from error
     own = _tensors_by_key(model)
-    _check_keys(own.keys(), stored, folder)
+    _check_keys(own.keys(), stored.keys(), folder)
     if bare:
-        _fill(model, all_names_of_trainable_tensors(model), own, folder)
+        _fill(model, all_names_of_trainable_tensors(model), own, stored)
     return model
 
 
-def fill_adapter(model: peft.PeftModel, folder: Path) -> None:
+def fill_adapter(model: nn.Module, folder: Path) -> None:
     """Give the adapter that a model has the tensors of a folder; every one must find its place.
 
     Args:
@@ -85,15 +81,23 @@ def fill_adapter(model: peft.PeftModel, folder: Path) -> None:
     Raises:
         UserError: The folder does not fit the model, or a file in it is damaged.
     """
+    stored = read_tensors(folder)
+    if not isinstance(model, peft.PeftModel):
+        raise UserError(
+            f"The adapter folder {folder} cannot be put on a {type(model).__name__}: build_model must return a model "
+            "of PEFT, with adapters."
+        )
     own = _tensors_by_key(model)
-    try:
-        stored = load_file(folder / "adapter_model.safetensors")
-        _check_keys(own.keys(), stored.keys(), folder)
-        with torch.no_grad():
-            for key, tensor in own.items():
-                tensor.copy_(stored[key])
-    except LOADING_FAULTS as error:
-        raise word_misfit(folder, error) from error
+    _check_keys(own.keys(), stored.keys(), folder)
+    for key, tensor in own.items():
+        if tensor.shape != stored[key].shape:
+            raise UserError(
+                f"The adapter folder {folder} does not fit this adapter: {key} has shape {tuple(stored[key].shape)} "
+                f"there and {tuple(tensor.shape)} here. Build it with the rank that it was trained with."
+            )
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(stored[key])
 
 
 def _tensors_by_key(model: peft.PeftModel) -> dict[str, Tensor]:
@@ -111,21 +115,13 @@ def _check_keys(own: Set[str], stored: Set[str], folder: Path) -> None:
         )
 
 
-def _fill(model: peft.PeftModel, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], folder: Path) -> None:
+def _fill(
+    model: peft.PeftModel, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], stored: Mapping[str, Tensor]
+) -> None:
     """Give an adapter of shapes its tensors, which PEFT leaves where the base is."""
-    stored = load_file(folder / "adapter_model.safetensors")
     keys = {id(tensor): key for key, tensor in own.items()}
     values = {name: stored[keys[id(tensor)]].float() for name, tensor in tensors.items() if id(tensor) in keys}
     model.load_state_dict(values, strict=False, assign=True)
-
-
-def word_misfit(folder: Path, error: Exception) -> UserError:
-    """Say why an adapter folder cannot be put on a base, in the last line of what PEFT said."""
-    reason = " ".join(str(error).strip().splitlines()[-1:]).strip().rstrip(".")
-    return UserError(
-        f"The adapter folder {folder} cannot be put on this base: {reason}. Name the base that "
-        "it was trained on, or copy the folder again if a file in it is damaged."
-    )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train and judge them."""
 
+from pathlib import Path
 from typing import Any, cast
 
 import rich
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from qlora_lightning.console import say
 from qlora_lightning.heavy_imports import without_garbage_collection
+from qlora_lightning.model.adapter_reading import fill_adapter
 from qlora_lightning.model.adapters import check_adapter_settings, trainable_tensors
 from qlora_lightning.model.allocator import give_back_freed_memory, keep_freed_memory
 from qlora_lightning.model.answering import AnsweringModule
@@ -148,6 +150,8 @@ class QLoRAModule(AnsweringModule):
             check_trainer(str(self.trainer.precision), strategy, self.quantization)
         with without_garbage_collection():  # loading imports much, and makes many objects that stay
             self.model = self.build_model()
+            if self.adapter is not None and type(self).build_model is not QLoRAModule.build_model:
+                fill_adapter(self.model, Path(self.adapter).expanduser())  # it need not have read self.adapter
         self.model.train()  # Hugging Face models come in eval()
         if self._device_of_process().type == "cpu":
             keep_freed_memory()
@@ -158,6 +162,8 @@ class QLoRAModule(AnsweringModule):
 
     def build_model(self) -> nn.Module:
         """Load the base and put adapters on it. Override it for another base or other adapters.
+
+        Where ``adapter`` names a folder, its tensors are put into what an override returns, which must fit them.
 
         Returns:
             A causal language model of transformers, or of PEFT around one, in which only adapters require gradients.

@@ -8,7 +8,8 @@ from typing import Any
 import peft
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.adapter_reading import LOADING_FAULTS, read_identity, word_misfit
+from qlora_lightning.model.adapter_reading import read_identity
+from qlora_lightning.model.adapter_tensors import LOADING_FAULTS, read_tensors, word_misfit
 from qlora_lightning.model.adapters import without_peft_deprecation
 from qlora_lightning.model.identity import check_identity
 from qlora_lightning.model.linear import fuse_lora_linears
@@ -34,6 +35,7 @@ def add_named_adapter(
     """
     of_base = {key: value for key, value in identity.items() if key != "adapter"}  # its shape may be another
     check_identity(read_identity(folder), of_base, f"The adapter folder {folder}")
+    read_tensors(folder)  # PEFT would take NaN without a word
     device = next(model.parameters()).device
     try:
         with without_peft_deprecation(), warnings.catch_warnings():

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import torch
 
+from qlora_lightning.adapter_place import find_adapter_folder
 from qlora_lightning.base.base_folder import BaseFolder, open_base
 from qlora_lightning.base.fingerprint import fingerprint
 from qlora_lightning.base.model_folder import read_config
@@ -54,9 +55,7 @@ def find_adapter(folder: str | Path, base: str | None = None, revision: str | No
     Raises:
         UserError: There is no such adapter or base, or the adapter was trained on another base.
     """
-    place = Path(folder).expanduser()
-    if not (place / "adapter_config.json").is_file() and (place / "adapter" / "adapter_config.json").is_file():
-        place = place / "adapter"
+    place = find_adapter_folder(folder)
     identity = read_identity(place)
     found = _find_base(place, identity, base, revision)
     own = {"base": found.name, "fingerprint": fingerprint(found.folder)}

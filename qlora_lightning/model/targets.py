@@ -25,6 +25,15 @@ def resolve_targets(model: nn.Module, target_modules: str | list[str], layers: s
         UserError: A name, the expression or the layers select nothing.
     """
     candidates = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    return select_targets(candidates, target_modules, layers)
+
+
+def select_targets(candidates: list[str], target_modules: str | list[str], layers: str | list[int]) -> list[str]:
+    """Do :func:`resolve_targets` with the names of all modules that could carry an adapter.
+
+    Raises:
+        UserError: As there.
+    """
     selected = _select_modules(candidates, target_modules)
     chosen = _choose_layers(candidates, layers)
     targets = [name for name in selected if layer_of(name) is None or layer_of(name) in chosen]

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qlora_lightning.report.chart import Chart
+from qlora_lightning.report.judged import is_of_test, judged
 from qlora_lightning.report.metrics import Points
-from qlora_lightning.report.results import judged
 from qlora_lightning.report.run import Run
 from qlora_lightning.report.series import Series, running_mean, smoothing_width
 from qlora_lightning.report.settings import flatten
@@ -62,7 +62,7 @@ def charts_of_all(runs: Sequence[Run]) -> list[Chart]:
 
 def _losses(run: Run) -> list[Series]:
     curves = [*_smoothed("training", run.metrics.get("train_loss", []))]
-    base = judged(run, "loss", "base")
+    base = None if is_of_test(run) else judged(run, "loss", "base")
     if curves and base is not None and base > 0:
         curves.append(Series("base, validation", [(0, base)], "limit", 3))
     return [*curves, Series("validation", run.metrics.get("val_loss", []), "dots", 1)]

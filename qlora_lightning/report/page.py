@@ -12,10 +12,10 @@ from qlora_lightning.page.render import render_page
 from qlora_lightning.report.chart import Chart, draw, find_x_range
 from qlora_lightning.report.curves import charts_of, charts_of_all
 from qlora_lightning.report.data_table import data_rows, data_warnings
-from qlora_lightning.report.results import RESULTS, find_results, write_result
+from qlora_lightning.report.results import find_results, list_results, write_result
 from qlora_lightning.report.run import Run, read_run
 from qlora_lightning.report.settings import find_differences, write_setting
-from qlora_lightning.report.verdict import metric_rows, samples_of
+from qlora_lightning.report.verdict import columns_of, describe_rows, metric_rows, samples_of
 from qlora_lightning.report.words import (
     STATUS,
     headline,
@@ -56,7 +56,8 @@ def render_run(run: Run) -> str:
         error=run.manifest.get("error"),
         metrics=metric_rows(run),
         samples=samples_of(run),
-        evaluated=run.evaluation.get("rows"),
+        columns=columns_of(run),
+        evaluated=describe_rows(run),
         charts=_drawn(charts_of(run)),
         warnings=[(line, 1) for line in data_warnings(run)] + warnings,
         training=training_facts(run),
@@ -87,8 +88,8 @@ def result_table(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, bool]]]
     """Give each figure that a run has: its heading, and for each run how it is written and whether it is the best."""
     found = [find_results(run) for run in runs]
     table = []
-    for result in RESULTS:
-        values = [each[result.name] for each in found]
+    for result in list_results(runs):
+        values = [each.get(result.name) for each in found]
         known = [value for value in values if value is not None]
         if known:
             best = {"low": min, "high": max}[result.better](known) if result.better and len(set(known)) > 1 else None

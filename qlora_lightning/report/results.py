@@ -1,9 +1,11 @@
 """The figures by which runs are judged."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from qlora_lightning.evaluation.names import describe_metric
+from qlora_lightning.report.judged import ADAPTER, is_of_test, judged, score_names
 from qlora_lightning.report.metrics import highest, last
 from qlora_lightning.report.run import Run
 from qlora_lightning.report.ticks import write_number
@@ -27,10 +29,10 @@ class Result(NamedTuple):
     better: str = ""
 
 
-RESULTS = (
-    Result("val_loss", "validation loss", "loss", "low"),
-    Result("exact_match", "exact match", "share", "high"),
+_LOSSES = (Result("val_loss", "validation loss", "loss", "low"), Result("test_loss", "test loss", "loss", "low"))
+_OTHERS = (
     Result("token_accuracy", "token accuracy", "share", "high"),
+    Result("test_token_accuracy", "token accuracy, test rows", "share", "high"),
     Result("train_loss", "training loss, last", "loss", "low"),
     Result("tokens_per_second", "tokens/s", "whole", "high"),
     Result("peak_memory_gib", "peak memory, GiB", "number", "low"),
@@ -40,18 +42,40 @@ RESULTS = (
 )
 
 
+def list_results(runs: Sequence[Run]) -> list[Result]:
+    """Give the figures that runs may have: besides those of every run, whichever scores were measured in one."""
+    scores = {
+        name: Result(name, f"{describe_metric(score)}{', test rows' if is_of_test(run) else ''}", "share", "high")
+        for run in runs
+        for name, score in _scores(run).items()
+    }
+    return [*_LOSSES, *scores.values(), *_OTHERS]
+
+
+def main_score(run: Run) -> str | None:
+    """Name the score that counts most, as in :func:`find_results`; ``None`` where none was measured."""
+    return next(iter(_scores(run)), None)
+
+
 def find_results(run: Run) -> dict[str, float | None]:
-    """Give every figure of :data:`RESULTS` by name; ``None`` where the folder does not tell it."""
+    """Give every figure of :func:`list_results` by name; ``None`` where the folder does not tell it.
+
+    What was measured on test rows has a name of its own.
+    """
     manifest, metrics = run.manifest, run.metrics
     progress: Mapping[str, Any] = manifest.get("progress") or {}
     best = min((value for _, value in metrics.get("val_loss", [])), default=None)
     speeds = [value for _, value in metrics.get("tokens_per_second", [])]
     steps = max((points[-1][0] for points in metrics.values() if points), default=None)
     seconds = progress.get("seconds")
+    loss, accuracy = (judged(run, metric, ADAPTER) for metric in ("loss", "token_accuracy"))
+    test = is_of_test(run)
     return {
-        "val_loss": _first(judged(run, "loss", "adapter"), best),
-        "exact_match": judged(run, "exact_match", "adapter"),
-        "token_accuracy": _first(judged(run, "token_accuracy", "adapter"), highest(metrics, "val_token_accuracy")),
+        "val_loss": best if test else _first(loss, best),
+        "test_loss": loss if test else None,
+        **{name: judged(run, score, ADAPTER) for name, score in _scores(run).items()},
+        "token_accuracy": _first(None if test else accuracy, highest(metrics, "val_token_accuracy")),
+        "test_token_accuracy": accuracy if test else None,
         "train_loss": last(metrics, "train_loss"),
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         "peak_memory_gib": _peak(run),
@@ -59,13 +83,6 @@ def find_results(run: Run) -> dict[str, float | None]:
         "steps": _first(progress.get("steps"), steps),
         "tokens": _first(progress.get("tokens"), last(metrics, "tokens_seen")),
     }
-
-
-def judged(run: Run, metric: str, side: str) -> float | None:
-    """Give a metric of ``base`` or ``adapter``, as ``evaluation.json`` has it."""
-    found = ((run.evaluation.get("metrics") or {}).get(metric) or {}).get(side)
-    value = found.get("value") if isinstance(found, Mapping) else found
-    return float(value) if isinstance(value, int | float) else None
 
 
 def write_result(value: float | None, style: str) -> str:
@@ -79,6 +96,11 @@ def write_result(value: float | None, style: str) -> str:
     if style == "loss":
         return f"{value:.4f}"
     return write_number(float(f"{value:.3g}"))
+
+
+def _scores(run: Run) -> dict[str, str]:
+    """Give the scores of a run by the names of their figures."""
+    return {f"test_{score}" if is_of_test(run) else score: score for score in score_names(run)}
 
 
 def _peak(run: Run) -> float | None:

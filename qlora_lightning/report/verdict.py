@@ -1,46 +1,88 @@
-"""Base against adapter: the table of metrics, and answers of both."""
+"""Base against adapters: the table of metrics, and answers of all."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from qlora_lightning.evaluation.names import describe_metric
+from qlora_lightning.report.judged import BASE, adapter_names, is_of_test, metrics_of
 from qlora_lightning.report.run import Run
 from qlora_lightning.report.ticks import write_number
 
-_SIDES = ("base", "adapter", "difference")
 _LONGEST = 1_200  # characters shown of an answer: a model that does not stop would fill the page
 
 
+class Column(NamedTuple):
+    """A column of the table: a side, or how much an adapter differs from the base."""
+
+    heading: str
+    side: str
+    is_difference: bool = False
+
+
+class Answer(NamedTuple):
+    """What one side answered, and whether it is an adapter's and what was expected."""
+
+    side: str
+    text: str
+    is_right: bool
+
+
 class Sample(NamedTuple):
-    """A validation row, answered by both."""
+    """A row that was answered by base and adapters."""
 
     prompt: str
     expected: str
-    base: str
-    adapter: str
+    answers: list[Answer]
 
-    @property
-    def is_right(self) -> bool:
-        """Whether the adapter answered what was expected."""
-        return self.adapter.strip() == self.expected.strip()
+
+def columns_of(run: Run) -> list[Column]:
+    """Give the columns of the table: the base, and each adapter with its difference."""
+    names = adapter_names(run)
+    columns = [Column(BASE, BASE)]
+    for name in names:
+        columns += [Column(name, name), Column("difference" if len(names) == 1 else f"{name} − base", name, True)]
+    return columns
+
+
+def describe_rows(run: Run) -> str:
+    """Say which rows were judged, and how many."""
+    rows, answered = run.evaluation.get("rows"), run.evaluation.get("answered_rows")
+    split = "test" if is_of_test(run) else "validation"
+    if not isinstance(rows, int):
+        return f"{split} rows"
+    some = isinstance(answered, int) and 0 < answered < rows
+    return f"{rows:,} {split} rows{f', {answered:,} of them answered' if some else ''}"
 
 
 def metric_rows(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Give each metric's heading with (value, interval) of base, adapter and their difference, as far as known."""
-    evaluated: Mapping[str, Any] = run.evaluation.get("metrics") or {}
-    rows = {name: {side: _cell(found.get(side)) for side in _SIDES} for name, found in evaluated.items()}
-    return [
-        (
-            name.replace("_", " "),
-            [_write(*sides[side], _is_share(name, sides), side == "difference") for side in _SIDES],
-        )
-        for name, sides in rows.items()
-    ]
+    """Give each metric's name with (value, interval) for each of the columns, as far as known."""
+    rows = []
+    for name, sides in metrics_of(run).items():
+        share = _is_share(name, [_cell(sides.get(side)) for side in (BASE, *adapter_names(run))])
+        cells = [(_cell(_find(sides, column)), column.is_difference) for column in columns_of(run)]
+        rows.append((describe_metric(name), [_write(*cell, share, signed) for cell, signed in cells]))
+    return rows
 
 
 def samples_of(run: Run) -> list[Sample]:
-    """Give the answers of both."""
-    found = run.evaluation.get("samples") or []
-    return [Sample(*(_shorten(sample.get(name)) for name in Sample._fields)) for sample in found]
+    """Give the answers of all sides."""
+    return [_sample(found, adapter_names(run)) for found in run.evaluation.get("samples") or []]
+
+
+def _sample(found: Mapping[str, Any], adapters: Sequence[str]) -> Sample:
+    expected = _shorten(found.get("expected"))
+    answers = [Answer(BASE, _shorten(found.get(BASE)), False)]
+    for name in adapters:
+        text = str(found.get(name) or "").strip()
+        answers.append(Answer(name, _shorten(text), text == str(found.get("expected") or "").strip()))
+    return Sample(_shorten(found.get("prompt")), expected, answers)
+
+
+def _find(sides: Mapping[str, Any], column: Column) -> Any:
+    if not column.is_difference:
+        return sides.get(column.side)
+    several = sides.get("differences")
+    return several.get(column.side) if isinstance(several, Mapping) else sides.get("difference")
 
 
 _Cell = tuple[float | None, tuple[float, float] | None]
@@ -53,11 +95,11 @@ def _cell(found: Any) -> _Cell:
     return found.get("value"), (None if low is None or high is None else (low, high))
 
 
-def _is_share(name: str, sides: Mapping[str, _Cell]) -> bool:
+def _is_share(name: str, cells: Sequence[_Cell]) -> bool:
     """Whether a metric is read as a percentage: it lies between 0 and 1, and is no loss."""
     if name in ("loss", "perplexity"):
         return False
-    values = [value for value, _ in (sides["base"], sides["adapter"]) if value is not None]
+    values = [value for value, _ in cells if value is not None]
     return bool(values) and all(0 <= value <= 1 for value in values)
 
 

@@ -1,9 +1,11 @@
 """What a run was, in words for a person: headings, each with a line."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qlora_lightning.report.results import find_results, judged, write_result
+from qlora_lightning.evaluation.names import describe_metric
+from qlora_lightning.report.judged import BASE, is_of_test, judged, score_names
+from qlora_lightning.report.results import find_results, main_score, write_result
 from qlora_lightning.report.run import Run
 from qlora_lightning.report.settings import flatten, write_setting
 from qlora_lightning.report.ticks import write_number
@@ -24,19 +26,13 @@ _HASH = 16  # digits shown of one; manifest.json has all
 
 def headline(run: Run) -> Facts:
     """Give the figures at the top of the page, each with what it is."""
-    found = find_results(run)
-    base = judged(run, "loss", "base")
-    figures: Facts = []
-    if found["val_loss"] is not None:
-        before = "" if base is None else f"{base:.3f} → "
-        label = "validation loss" if base is None else "validation loss, base → adapter"
-        figures.append((f"{before}{found['val_loss']:.3f}", label))
-    if found["exact_match"] is not None:
-        before_match = judged(run, "exact_match", "base")
-        before = "" if before_match is None else f"{before_match:.0%} → "
-        figures.append((f"{before}{found['exact_match']:.0%}", "exact match, base → adapter"))
-    elif found["token_accuracy"] is not None:
-        figures.append((f"{found['token_accuracy']:.1%}", "token accuracy, validation"))
+    found, score, test = find_results(run), main_score(run), is_of_test(run)
+    figures: Facts = [*_before_and_after(run, found)]
+    if test and found["val_loss"] is not None:
+        figures.append((f"{found['val_loss']:.3f}", "validation loss, best"))
+    accuracy = found["test_token_accuracy" if test else "token_accuracy"]
+    if score is None and accuracy is not None:
+        figures.append((f"{accuracy:.1%}", f"token accuracy, {'test' if test else 'validation'}"))
     planned = (run.manifest.get("progress") or {}).get("planned_steps")
     if found["steps"] is not None:
         of = f" of {planned:,}" if planned and planned != found["steps"] else ""
@@ -48,6 +44,20 @@ def headline(run: Run) -> Facts:
     if found["peak_memory_gib"] is not None:
         figures.append((f"{write_result(found['peak_memory_gib'], 'number')} GiB", "peak memory"))
     return figures
+
+
+def _before_and_after(run: Run, found: Mapping[str, float | None]) -> Iterator[tuple[str, str]]:
+    """Yield the loss, and the score that counts most, of base and adapter."""
+    split, score = ("test" if is_of_test(run) else "validation"), main_score(run)
+    loss, base = found["test_loss" if is_of_test(run) else "val_loss"], judged(run, "loss", BASE)
+    if loss is not None:
+        before, sides = ("", "") if base is None else (f"{base:.3f} → ", ", base → adapter")
+        yield f"{before}{loss:.3f}", f"{split} loss{sides}"
+    share = None if score is None else found[score]
+    if score is not None and share is not None:
+        base = judged(run, score_names(run)[0], BASE)
+        before, sides = ("", "") if base is None else (f"{base:.0%} → ", ", base → adapter")
+        yield f"{before}{share:.0%}", f"{describe_metric(score_names(run)[0])}{sides}"
 
 
 def word_subject(run: Run) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -36,6 +37,7 @@ def trained(tiny_base, tmp_path_factory):
     for name, content in {"rows": rows, "events": EVENTS, "more": rows[:3]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     (folder / "configs").mkdir()
+    (folder / "taken" / "evaluation.json").mkdir(parents=True)
     (folder / "configs" / "quickstart.yaml").write_text(yaml.safe_dump(CONFIG))
     (folder / "tiny").symlink_to(tiny_base)
     with pytest.MonkeyPatch.context() as patch:
@@ -65,14 +67,14 @@ def run(trained, tmp_path, monkeypatch, capsys):
 
 def examples():
     lines = [line.strip() for line in _parser().format_help().splitlines()]
-    return [line for line in lines if line.startswith("qlora-lightning evaluate --config")]
+    return [line for line in lines if line.startswith("qlora-lightning evaluate --")]
 
 
 def test_help_answers_without_loading_anything(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", "--help"])
     assert stop.value.code == 0
-    assert len(examples()) == 3
+    assert len(examples()) == 4
 
 
 @pytest.mark.parametrize("line", examples())
@@ -101,6 +103,71 @@ def test_figures_and_predictions_are_written_and_agree(run, tmp_path):
     assert "judged/predictions.jsonl" in out
     assert figures["metrics"]["loss"]["difference"]["value"] < 0  # it was trained on these rows
     assert figures["adapters"] == {"adapter": "runs/quickstart/adapter"}
+
+
+def test_a_config_judges_as_at_the_end_of_its_fit(run, tmp_path):
+    section = {"rows": 3, "max_new_tokens": 3, "scores": ["chrf", "rouge_l"], "samples": 2}
+    config = yaml.safe_load((tmp_path / "configs" / "quickstart.yaml").read_text()) | {"evaluation": section}
+    config["trainer"] |= {"default_root_dir": "runs/c", "limit_val_batches": 2}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", "c.yaml"]) == 0
+    fitted = json.loads((tmp_path / "runs" / "c" / "evaluation.json").read_text())
+    assert main(["evaluate", "--config", "runs/c/config.yaml", "--json", "f.json"]) == 0
+    again = json.loads((tmp_path / "f.json").read_text())
+    for key in ("rows", "answered_rows", "max_new_tokens", "scores", "samples"):
+        assert again[key] == fitted[key]
+    assert (again["rows"], again["answered_rows"]) == (8, 3)
+    for name, found in fitted["metrics"].items():
+        for side, interval in found.items():
+            interval = {key: value for key, value in interval.items() if value is not None}
+            shown = {key: again["metrics"][name][side][key] for key in interval}
+            assert shown == pytest.approx(interval, rel=1e-5, abs=1e-7), name
+    # what is typed counts more
+    typed = ["--rows", "9", "--scores", "exact_match", "--max-new-tokens", "2", "--show", "1"]
+    assert main(["evaluate", "--config", "runs/c/config.yaml", "--json", "f.json", *typed]) == 0
+    other = json.loads((tmp_path / "f.json").read_text())
+    assert (other["rows"], other["answered_rows"], other["max_new_tokens"]) == (9, 9, 2)
+    assert other["scores"] == ["exact_match"]
+    assert len(other["samples"]) == 1
+
+
+def test_an_adapter_folder_stands_for_the_config_of_its_run(run, tmp_path, capsys, monkeypatch):
+    def judge(*arguments, code=0):
+        capsys.readouterr()
+        options = ["--rows", "4", "--max-new-tokens", "2", "--json", "f.json"]
+        assert main(["evaluate", *options, *arguments]) == code
+        return capsys.readouterr().err if code else json.loads((tmp_path / "f.json").read_text())
+
+    named = judge("--config", "runs/b/config.yaml", "--adapter", "runs/b/adapter")
+    assert judge("--adapter", "runs/b/adapter") == named
+    assert judge("--adapter", "runs/b") == named
+    alone = shutil.copytree(tmp_path / "runs" / "b" / "adapter", tmp_path / "elsewhere" / "b")
+    err = judge("--adapter", str(alone), code=2)
+    assert "Which rows? There is no config.yaml beside the adapter folder" in err
+    assert err.count("\n") == 1
+    found = judge("--adapter", str(alone), "--data.val", str(tmp_path / "rows.jsonl"))
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where the base's relative path leads nowhere
+    assert main(["evaluate", "--adapter", "b", "--data.val", "../rows.jsonl", "--rows", "4", "--json", "g.json"]) == 0
+    assert json.loads(Path("g.json").read_text())["metrics"]["loss"] == found["metrics"]["loss"]
+    assert found["metrics"]["loss"]["adapter"]["value"] == pytest.approx(named["metrics"]["loss"]["adapter"]["value"])
+
+
+def test_prompts_that_an_adapter_was_not_trained_on_are_told(run):
+    words = "Warning: adapter was trained with another"
+    assert words not in run()
+    out = " ".join(run("--data.chat_template", "chatml", "--data.system", "Be [b]brief.").split())
+    assert f"{words} chat template (" in out
+    assert "and another system prompt (None there, 'Be [b]brief.' here)" in out
+    assert "set data.chat_template and data.system as in its training." in out
+
+
+def test_a_row_that_is_right_is_not_called_hard(run, monkeypatch):
+    monkeypatch.setattr(
+        "qlora_lightning.evaluation.judge.judge_answer", lambda answer, expected, scores: dict.fromkeys(scores, 1.0)
+    )
+    out = run()
+    assert "Hard for" not in out
+    assert "By exact match, adapter has all 5 answers right." in out
 
 
 def test_several_adapters_of_other_shapes_are_judged_as_each_is_alone(run, tmp_path):
@@ -159,11 +226,16 @@ def test_without_prompts_the_loss_alone_is_judged(run, tmp_path):
         (["--split", "train"], "invalid choice: 'train'"),
         (["--adapter", "nowhere"], "nowhere is not an adapter folder"),
         (["--adapter", "base=runs/a/adapter"], "an adapter cannot be called 'base'"),
+        (["--adapter", "prompt=runs/a/adapter"], "an adapter cannot be called 'prompt'"),
         (["--adapter", "x=runs/a/adapter", "--adapter", "x=runs/b/adapter"], "there are two of the name 'x'"),
         (["--scores", "bleu"], "There is no score 'bleu'"),
         (["--scores", "json_f1"], "The score json_f1 needs JSON objects or arrays"),
         (["--json", "none/f.json"], "--json none/f.json: there is no folder none."),
         (["--out", "rows.jsonl"], "--out rows.jsonl: that is a file"),
+        (["--out", "rows.jsonl/judged"], "rows.jsonl is a file; name a folder."),
+        (["--out", "/proc/judged"], "--out /proc/judged: nothing can be written there"),
+        (["--out", "taken", "--force"], "taken/evaluation.json is a folder"),
+        (["stray"], "stray. See `qlora-lightning evaluate --help`."),
         (["--split", "test"], "name a file in `data.test`"),
         (["--group-by", "colour"], "--group-by colour: no row of val has that column."),
         (["--trainer.default_root_dir", "empty"], "There is no adapter in empty/adapter: name one by --adapter DIR"),
@@ -185,6 +257,17 @@ def test_nothing_is_overwritten_unless_forced(run, tmp_path):
     assert (tmp_path / "judged" / "evaluation.json").read_bytes() == before
     run("--out", "judged", "--rows", "2", "--force")
     assert json.loads((tmp_path / "judged" / "evaluation.json").read_text())["rows"] == 2
+
+
+def test_a_limit_that_leaves_no_row_is_named(run, capsys):
+    assert main([*RUN, "--trainer.limit_val_batches", "0"]) == 2
+    assert "trainer.limit_val_batches is 0 and leaves no row" in capsys.readouterr().err
+    assert run("--trainer.limit_val_batches", "0", "--scores", "chrf")  # with --rows 5
+
+
+def test_without_config_and_adapter_it_says_what_it_needs(capsys):
+    assert main(["evaluate"]) == 2
+    assert "Name an adapter folder by --adapter DIR, or a config by --config FILE." in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_nothing_half_written(run, tmp_path, monkeypatch):

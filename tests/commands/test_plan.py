@@ -9,6 +9,7 @@ import yaml
 from qlora_lightning.cli import main
 from qlora_lightning.commands.plan import _parser, read_size
 from qlora_lightning.errors import UserError
+from tests.adapters import make_adapter
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {
@@ -54,7 +55,7 @@ def run(folder, capsys):
 
 def examples():
     lines = [line.strip() for line in _parser().format_help().splitlines()]
-    return [line for line in lines if line.startswith("qlora-lightning plan --config configs/")]
+    return [line for line in lines if line.startswith("qlora-lightning plan --")]
 
 
 def test_help_has_examples(capsys):
@@ -63,11 +64,47 @@ def test_help_has_examples(capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert all(line in out for line in examples())
-    assert len(examples()) == 2
+    assert len(examples()) == 3
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    make_adapter(folder / "adapter", tiny_base, rank=2, target_modules="attention")
+    return folder / "adapter"
+
+
+@pytest.fixture
+def quickstart(folder, adapter):
+    """A run folder with an adapter of half of the modules, where the example has it."""
+    config = {**CONFIG, "model": {"base": "tiny", "compute_dtype": "bf16"}}
+    (folder / "runs" / "quickstart").mkdir(parents=True)
+    (folder / "runs" / "quickstart" / "adapter").symlink_to(adapter)
+    (folder / "runs" / "quickstart" / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_an_adapter_folder_stands_for_the_config_of_its_run(quickstart, folder, adapter, capsys):
+    def plan(*arguments):
+        assert main(["plan", "--json", "plan.json", *arguments]) == 0
+        return json.loads((folder / "plan.json").read_text())
+
+    parameters = 2 * 2 * (2 * (64 + 64) + 2 * (64 + 32))
+    named = plan("--config", "runs/quickstart/config.yaml", "--model.adapter", "runs/quickstart/adapter")
+    assert named["adapters"]["parameters"] == parameters
+    assert named["run"]["steps"] == 2
+    for place in ("runs/quickstart/adapter", "runs/quickstart"):
+        assert plan("--adapter", place)["run"] == named["run"]
+        assert plan("--adapter", place)["adapters"] == named["adapters"]
+    assert plan("--adapter", "runs/quickstart", "--trainer.max_epochs", "3")["run"]["steps"] == 6
+    alone = plan("--adapter", str(adapter))  # no config beside it: the model is planned, and no run
+    assert (alone["adapters"]["parameters"], alone["run"]) == (parameters, None)
+    capsys.readouterr()
+    assert main(["plan", "--adapter", "configs"]) == 2
+    assert "configs is not an adapter folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", examples())
-def test_the_examples_of_help_run_as_they_stand(line, folder, capsys):
+def test_the_examples_of_help_run_as_they_stand(line, folder, quickstart, capsys):
     assert main(line.split()[1:]) == 0
     out = capsys.readouterr().out
     for words in ("decoder layer", "q_proj", "Memory of a step", "What one change would save", "The run"):
@@ -170,6 +207,7 @@ def test_missing_data_are_told_and_the_rest_is_planned(run):
         (["--device-memory", "16"], "write the unit, such as 16GiB"),
         (["--device-memory", "much"], "expected a size with its unit"),
         (["--json", "none/plan.json"], "--json none/plan.json: there is no folder none."),
+        (["stray"], "stray. See `qlora-lightning plan --help`."),
         (["--model.rank", "0"], "model.rank is 0"),
         (["--model.rnk", "4"], "Did you mean model.rank?"),
         (["--model.target_modules", "[q_prj]"], "Did you mean 'q_proj'?"),

@@ -69,6 +69,28 @@ def test_exact_match_is_in_the_table_where_it_was_measured(make_run, capsys):
     assert re.search(r"exact match.*\n.*\n.*│ +97.0% │", capsys.readouterr().out)
 
 
+def test_other_scores_and_test_rows_are_in_the_table_and_on_the_page(make_run, capsys, tmp_path):
+    folder = make_run("one")
+    metrics = {name: {"base": {"value": 0.1}, "mine": {"value": 0.25}} for name in ("loss", "numeric_match", "rouge_l")}
+    evaluation = {"metrics": metrics, "scores": ["numeric_match", "rouge_l"], "split": "test", "rows": 7}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    make_run("two")
+    main(["runs/one", "runs/two", "--out", "both.html", "--json", "both.json"])
+    out = capsys.readouterr().out
+    assert re.search(r"│ one +│ finished │ +0.5000 │ +0.2500 │ +25.0% │", out)
+    assert re.search(r"│ two +│ finished │ +0.5000 │ +– │ +– │", out)
+    page = (tmp_path / "both.html").read_text()
+    for heading in ("test loss", "numeric match, test rows", "ROUGE-L, test rows"):
+        assert f"<td>{heading}</td>" in page
+    one, two = (run["results"] for run in json.loads((tmp_path / "both.json").read_text())["runs"])
+    assert one["test_numeric_match"] == 0.25
+    assert "test_numeric_match" not in two
+    main(["runs/one"])
+    page = (folder / "report.html").read_text()
+    assert "<th>7 test rows</th><th>base</th><th>mine</th><th>difference</th>" in page
+    assert "test loss, base → adapter" in page
+
+
 @pytest.mark.parametrize("option", ["--out", "--json"])
 def test_a_file_of_somebody_else_is_kept_unless_forced(make_run, option, tmp_path):
     make_run("one")

@@ -124,11 +124,13 @@ def test_each_trial_is_the_fit_that_it_stands_for_and_the_base_is_loaded_once(fo
 
 @pytest.mark.slow
 def test_the_chosen_config_is_one_that_fit_takes_and_it_gives_the_chosen_adapter(folder, sweep):
-    sweep("--ranks", "2,4,8", "--min-gain", "100", "--model.alpha", "3")  # nothing pays so much
+    config = {**CONFIG, "model": {**CONFIG["model"], "alpha": 3}}
+    (folder / "configs" / "quickstart.yaml").write_text(yaml.safe_dump(config))
+    sweep("--ranks", "2,4,8", "--min-gain", "100")  # nothing pays so much
     place = folder / "run" / "sweep-rank"
     assert {file.name for file in place.iterdir()} == {"rank-2", "rank-4", "sweep.json", "sweep.png", "chosen.yaml"}
     chosen = yaml.safe_load((place / "chosen.yaml").read_text())
-    assert (chosen["model"]["rank"], chosen["model"]["alpha"]) == (2, None)
+    assert (chosen["model"]["rank"], chosen["model"]["alpha"]) == (2, None)  # the config's alpha was of its own rank
     assert chosen["trainer"]["default_root_dir"] == "run"
     assert main(["fit", "--config", str(place / "chosen.yaml")]) == 0
     alone, trial = adapter(folder / "run"), adapter(place / "rank-2")
@@ -207,6 +209,9 @@ def test_other_settings_and_other_rows_are_not_compared(folder, sweep, rows_file
         (["--json", "no/such.json"], "there is no folder no"),
         (["--data.val", "null"], "A sweep compares trials on validation rows, and there are none"),
         (["--trainer.limit_val_batches", "0"], "there are none"),
+        (["--model.alpha", "3"], "--model.alpha 3: in a sweep of ranks alpha follows the rank"),
+        (["--model.alpha=3"], "--model.alpha 3: in a sweep of ranks alpha follows the rank"),
+        (["stray"], "stray. See `qlora-lightning sweep-rank --help`."),
         (["--ckpt_path", "x.ckpt"], "goes on from its own folder by itself"),
         (["--model.adapter", "run/adapter"], "model.adapter: its own rank rules"),
         (["--trainer.fast_dev_run", "true"], "leave it out"),

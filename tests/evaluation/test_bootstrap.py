@@ -3,7 +3,12 @@ import math
 import numpy as np
 import pytest
 
-from qlora_lightning.evaluation.bootstrap import percentile_interval, resample_sums, wilson_interval
+from qlora_lightning.evaluation.bootstrap import (
+    alike_interval,
+    percentile_interval,
+    resample_sums,
+    wilson_interval,
+)
 
 
 def test_resamples_hold_as_many_rows_and_are_the_same_each_time():
@@ -23,7 +28,7 @@ def test_columns_share_their_rows():
 def test_the_interval_of_a_mean_is_that_of_the_normal_distribution_for_many_rows():
     values = np.random.default_rng(1).normal(5.0, 2.0, 400)
     means = resample_sums(values[:, None])[:, 0] / 400
-    interval = percentile_interval(float(values.mean()), means)
+    interval = percentile_interval(float(values.mean()), means, 400)
     reach = 1.96 * values.std() / math.sqrt(400)
     assert interval.low == pytest.approx(values.mean() - reach, abs=0.1 * reach)
     assert interval.high == pytest.approx(values.mean() + reach, abs=0.1 * reach)
@@ -36,6 +41,25 @@ def test_wilson_knows_that_all_of_a_hundred_may_be_luck():
     assert wilson_interval(50, 100) == pytest.approx((0.5, 0.4038, 0.5962), abs=1e-4)
 
 
+def test_the_interval_of_a_share_ends_at_0_and_1():
+    for rows in range(1, 400):
+        none, all_ = wilson_interval(0, rows), wilson_interval(rows, rows)
+        assert (str(none.low), all_.high) == ("0.0", 1.0)
+        assert 0 < none.high < 1
+        assert 0 < all_.low < 1
+
+
+def test_rows_that_are_all_alike_may_be_luck():
+    # none of 100 rows is otherwise: z²/(n + z²) of all rows may be, 3.70 %
+    assert alike_interval(0.0, 100, (0.0, 1.0)) == pytest.approx((0.0, 0.0, 0.0370), abs=1e-4)
+    assert alike_interval(1.0, 100, (0.0, 1.0)) == pytest.approx((1.0, 0.9630, 1.0), abs=1e-4)
+    assert alike_interval(0.5, 100, (0.0, 1.0)) == pytest.approx((0.5, 0.4815, 0.5185), abs=1e-4)
+    assert alike_interval(1.0, 100, (-1.0, 1.0)) == pytest.approx((1.0, 0.9260, 1.0), abs=1e-4)
+    alike = np.full(2000, 0.5) + np.array([0, 1e-16] * 1000)
+    assert percentile_interval(0.5, alike, 100, (0.0, 1.0)) == alike_interval(0.5, 100, (0.0, 1.0))
+    assert math.isnan(percentile_interval(0.5, alike, 100).low)  # of a loss nobody knows how high it may be elsewhere
+
+
 def test_without_rows_there_is_no_number():
     assert all(map(math.isnan, wilson_interval(0, 0)))
-    assert math.isnan(percentile_interval(math.nan, np.full(2000, math.nan)).low)
+    assert math.isnan(percentile_interval(math.nan, np.full(2000, math.nan), 0).low)

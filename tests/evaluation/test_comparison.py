@@ -13,8 +13,8 @@ def test_losses_are_weighted_by_tokens_and_differences_are_paired(judged):
     loss = measured["loss"]
     assert loss.sides["base"].value == pytest.approx(5 / 4)
     assert loss.sides["adapter"].value == pytest.approx(1 / 4)
-    # Each row is better by exactly one nat a token: so is every resample, and the paired interval has no width.
-    assert loss.differences["adapter"] == pytest.approx((-1.0, -1.0, -1.0))
+    # Each row is better by exactly one nat a token: so is every resample, which tells nothing of other rows.
+    assert loss.differences["adapter"] == pytest.approx((-1.0, math.nan, math.nan), nan_ok=True)
     assert loss.sides["base"].low == pytest.approx(1.0)
     assert loss.sides["base"].high == pytest.approx(2.0)
     assert measured["perplexity"].sides["base"].value == pytest.approx(math.exp(5 / 4))
@@ -34,9 +34,21 @@ def test_scores_are_means_over_the_rows_that_were_answered(judged):
 
 def test_an_interval_of_a_share_is_wilsons_and_of_another_mean_a_bootstraps(judged):
     rows = [judged(answer="a", exact_match=1.0, chrf=1.0)] * 100
+    rows = [*rows, judged(answer="a", exact_match=1.0, chrf=0.0)]
     measured = compare({"base": rows, "adapter": rows}, ["exact_match", "chrf"])
     assert measured["exact_match"].sides["base"].low == pytest.approx(0.963, abs=1e-3)
-    assert measured["chrf"].sides["base"].low == 1.0
+    assert measured["chrf"].sides["base"].high == 1.0
+
+
+def test_no_interval_says_that_a_share_is_certain(judged):
+    base = [judged(answer="a", exact_match=0.0, chrf=0.0)] * 100
+    adapter = [judged(answer="a", exact_match=1.0, chrf=1.0, correct=1)] * 100
+    measured = compare({"base": base, "adapter": adapter}, ["exact_match", "chrf"])
+    for name in ("exact_match", "chrf", "token_accuracy", "stop_rate"):
+        for interval in (*measured[name].sides.values(), *measured[name].differences.values()):
+            assert interval.high - interval.low > 0.03, name
+    assert measured["chrf"].differences["adapter"] == pytest.approx((1.0, 0.926, 1.0), abs=1e-4)
+    assert math.isnan(measured["loss"].sides["base"].low)
 
 
 def test_several_adapters_are_each_compared_with_the_base(judged):

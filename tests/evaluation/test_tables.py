@@ -36,6 +36,8 @@ def test_intervals_are_written_as_people_read_them():
     assert written(0.0104, 0.008, 0.013, percent=False) == "0.0104 [0.0080, 0.0130]"
     assert written(88.25, 80.0, 96.0, percent=False) == "88.2 [80.0, 96.0]"
     assert written(math.nan, math.nan, math.nan, percent=True) == "–"
+    assert written(2.0981, math.nan, math.nan, percent=False) == "2.098"
+    assert written(-1e-7, -1e-6, 0.0, percent=True, sign="+") == "+0.0 [0.0, 0.0]"
 
 
 def test_in_80_columns_an_interval_stands_below_its_value_where_both_do_not_fit():

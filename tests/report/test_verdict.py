@@ -1,5 +1,5 @@
 from qlora_lightning.report.run import Run
-from qlora_lightning.report.verdict import Sample, metric_rows, samples_of
+from qlora_lightning.report.verdict import Answer, Sample, columns_of, describe_rows, metric_rows, samples_of
 
 
 def make(**files):
@@ -31,15 +31,34 @@ def test_intervals_stand_beside():
     )
 
 
+def test_a_named_adapter_has_a_column_and_several_have_one_each():
+    one = {"loss": {"base": {"value": 2.0}, "mine": {"value": 0.5}, "difference": {"value": -1.5}}}
+    run = make(evaluation={"metrics": one, "rows": 9, "answered_rows": 4, "split": "test"})
+    assert [column.heading for column in columns_of(run)] == ["base", "mine", "difference"]
+    assert metric_rows(run) == [("loss", [("2", ""), ("0.5", ""), ("−1.5", "")])]
+    assert describe_rows(run) == "9 test rows, 4 of them answered"
+    two = {"base": {"value": 0.25}, "a": {"value": 0.5}, "b": {"value": 0.75}, "difference": {"value": 0.25}}
+    two["differences"] = {"a": {"value": 0.25}, "b": {"value": 0.5}}
+    run = make(
+        evaluation={"metrics": {"json_f1": two}, "samples": [{"expected": "x", "base": "x", "a": "x", "b": "y"}]}
+    )
+    assert [column.heading for column in columns_of(run)] == ["base", "a", "a − base", "b", "b − base"]
+    assert metric_rows(run) == [
+        ("JSON field F1", [(f"{value}%", "") for value in ("25.0", "50.0", "+25.0", "75.0", "+50.0")])
+    ]
+    (sample,) = samples_of(run)
+    assert [(answer.side, answer.is_right) for answer in sample.answers] == [("base", False), ("a", True), ("b", False)]
+
+
 def test_samples_tell_right_from_wrong_and_are_cut():
     right = {"samples": [{"prompt": "p", "expected": "x", "base": "y", "adapter": " x\n"}]}
     (sample,) = samples_of(make(evaluation=right))
-    assert sample == Sample("p", "x", "y", "x")
-    assert sample.is_right
+    assert sample == Sample("p", "x", [Answer("base", "y", False), Answer("adapter", "x", True)])
     found = {"samples": [{"prompt": "q", "expected": "1", "base": "z" * 5000, "adapter": None}]}
     (other,) = samples_of(make(evaluation=found))
-    assert not other.is_right
-    assert other.base == "z" * 1200 + " …"
+    base, adapter = other.answers
+    assert not adapter.is_right
+    assert base.text == "z" * 1200 + " …"
 
 
 def test_a_run_without_validation_has_neither():

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from qlora_lightning.report.run import read_run
@@ -19,6 +21,24 @@ def test_the_headline_shows_before_and_after(make_run):
         ("90 s", "wall time of the fit"),
         ("60", "tokens/s, median"),
         ("1.5 GiB", "peak memory"),
+    ]
+
+
+def test_the_headline_shows_the_score_that_counts_most_and_names_test_rows(make_run):
+    folder = make_run()
+    metrics = {"loss": {"base": {"value": 2.0}, "mine": {"value": 0.5}}, "rouge_l": {"mine": {"value": 0.5}}}
+    metrics["numeric_match"] = {"base": {"value": 0.02}, "mine": {"value": 0.25}}
+    evaluation = {"metrics": metrics, "scores": ["numeric_match", "rouge_l"], "split": "val"}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    assert headline(read_run(folder))[:2] == [
+        ("2.000 → 0.500", "validation loss, base → adapter"),
+        ("2% → 25%", "numeric match, base → adapter"),
+    ]
+    (folder / "evaluation.json").write_text(json.dumps({**evaluation, "split": "test"}))
+    assert headline(read_run(folder))[:3] == [
+        ("2.000 → 0.500", "test loss, base → adapter"),
+        ("2% → 25%", "numeric match, base → adapter"),
+        ("0.550", "validation loss, best"),
     ]
 
 

@@ -4,15 +4,20 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from qlora_lightning.commands.adapter_config import add_config
 from qlora_lightning.commands.evaluate.options import Options, named_adapters
+from qlora_lightning.commands.evaluate.targets import check_targets
 from qlora_lightning.errors import UserError
 
 _DESCRIPTION = """Judge a base and one or several adapters on the same rows: loss, perplexity, token accuracy, and
 greedy answers from the prompts alone, scored against the rows' own. With 95 % intervals and paired differences.
 
-The config is the one that `fit` takes, and so are its options: --data.test rows.jsonl, --data.system "…"."""
+The config is the one that `fit` takes, and so are its options: --data.test rows.jsonl, --data.system "…". Without
+--config it is that of the run folder around the adapter. Its section `evaluation:` and trainer.limit_val_batches hold
+as during `fit`: the same rows are judged, and the first 100 (evaluation.rows) answered."""
 _EPILOG = """examples:
   qlora-lightning evaluate --config runs/quickstart/config.yaml --rows 20
+  qlora-lightning evaluate --adapter runs/quickstart/adapter --scores chrf
   qlora-lightning evaluate --config configs/quickstart.yaml --adapter a=runs/a/adapter --adapter b=runs/b/adapter
   qlora-lightning evaluate --config runs/quickstart/config.yaml --data.test more.jsonl --split test --out judged
 
@@ -35,6 +40,9 @@ def main(argv: Sequence[str]) -> int:
     except argparse.ArgumentError as error:
         raise UserError(f"{error}. See `qlora-lightning evaluate --help`.") from error
     options = _checked(own)
+    if not (options.adapters or rest):
+        raise UserError("What shall be judged? Name an adapter folder by --adapter DIR, or a config by --config FILE.")
+    rest = add_config(next(iter(options.adapters.values()), None), rest)
 
     from qlora_lightning.commands.evaluate.run import evaluate  # here, so that --help and mistakes answer at once
 
@@ -45,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qlora-lightning evaluate",
-        usage="qlora-lightning evaluate --config FILE [--adapter [NAME=]DIR …] [options] [options of fit]",
+        usage="qlora-lightning evaluate [--config FILE] [--adapter [NAME=]DIR …] [options] [options of fit]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -55,12 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="adapter folder; may be given again")
     add("--split", choices=("val", "test"), default="val", help="rows of data.val (default) or data.test")
-    add("--rows", type=int, metavar="N", help="only the first N rows")
-    add("--max-new-tokens", type=int, metavar="N", help="cut answers there (default: twice the longest expected one)")
-    add("--batch-size", type=int, default=64, metavar="N", help="rows answered together, at most (default: 64)")
-    add("--scores", default="auto", metavar="NAMES", help="auto, or names with commas between them")
+    add("--rows", type=int, metavar="N", help="only the first N rows, and answer all of them")
+    add("--max-new-tokens", type=int, metavar="N", help="cut answers there (evaluation.max_new_tokens)")
+    add("--batch-size", type=int, metavar="N", help="rows answered together, at most (evaluation.batch_size)")
+    add("--scores", metavar="NAMES", help="auto, or names with commas between them (evaluation.scores)")
     add("--group-by", metavar="COLUMN", help="also a table by the values of a column of the rows")
-    add("--show", type=int, default=3, metavar="N", help="print the N hardest rows (default: 3)")
+    add("--show", type=int, metavar="N", help="print the N hardest rows (evaluation.samples)")
     add("--out", metavar="DIR", help="write evaluation.json and predictions.jsonl there")
     add("--force", action="store_true", help="overwrite them")
     add("--json", metavar="FILE", help="write evaluation.json's figures to this file")
@@ -77,12 +85,6 @@ def _checked(own: argparse.Namespace) -> Options:
         value = getattr(own, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}: expected {least} or more.")
-    if own.json is not None:
-        file = Path(own.json)
-        if not file.parent.is_dir():
-            raise UserError(f"--json {own.json}: there is no folder {file.parent}.")
-        if file.is_dir():
-            raise UserError(f"--json {own.json}: that is a folder; name a file.")
     options = Options(
         adapters=named_adapters(own.adapter),
         split=own.split,
@@ -95,10 +97,5 @@ def _checked(own: argparse.Namespace) -> Options:
         out=None if own.out is None else Path(own.out),
         json=None if own.json is None else Path(own.json),
     )
-    if options.out is not None:
-        if options.out.exists() and not options.out.is_dir():
-            raise UserError(f"--out {options.out}: that is a file; name a folder.")
-        there = [file for file in options.files() if file.exists()]
-        if there and not own.force:
-            raise UserError(f"{there[0]} is there already: name another folder in --out, or overwrite it with --force.")
+    check_targets(options, own.force)
     return options

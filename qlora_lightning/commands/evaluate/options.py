@@ -2,13 +2,16 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from qlora_lightning.adapter_place import find_adapter_folder
 from qlora_lightning.errors import UserError
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
-_TAKEN = ("base", "difference", "differences")  # words of evaluation.json
+# words of evaluation.json and predictions.jsonl
+_TAKEN = ("base", "difference", "differences", "prompt", "expected", "row", "place", "source", "group")
 
 
 @dataclass(frozen=True)
@@ -18,10 +21,11 @@ class Options:
     Attributes:
         adapters: Folder by name; none: the run folder's.
         split: ``val`` or ``test``.
-        rows: How many rows at most.
+        rows: How many rows at most, all of them answered; ``None``: as during ``fit``.
+        answered: How many rows at most are answered.
         max_new_tokens: Where an answer is cut; ``None``: chosen by the expected answers.
         batch_size: Rows that are answered together.
-        scores: ``auto``, or names with commas between them.
+        scores: ``auto``, or names.
         group_by: Column to count rows by.
         show: How many of the hardest rows to print.
         out: Folder for all that is written.
@@ -31,13 +35,29 @@ class Options:
     adapters: dict[str, Path]
     split: str = "val"
     rows: int | None = None
+    answered: int | None = None
     max_new_tokens: int | None = None
-    batch_size: int = 64
-    scores: str = "auto"
+    batch_size: int | None = None
+    scores: str | Sequence[str] | None = None
     group_by: str | None = None
-    show: int = 3
+    show: int | None = None
     out: Path | None = None
     json: Path | None = None
+
+    def with_section(self, section: Any) -> "Options":
+        """Take what was not asked for from the config's section ``evaluation``, so that it is as during ``fit``.
+
+        Args:
+            section: The callback ``Evaluation``.
+        """
+        return replace(
+            self,
+            answered=section.rows if self.rows is None else self.rows,
+            max_new_tokens=self.max_new_tokens or section.max_new_tokens,
+            batch_size=self.batch_size or section.batch_size,
+            scores=self.scores or section.scores,
+            show=section.samples if self.show is None else self.show,
+        )
 
     def files(self) -> tuple[Path, Path]:
         """The two files in ``out``: figures and predictions."""
@@ -54,7 +74,7 @@ def named_adapters(values: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for value in values:
         match = None if Path(value).expanduser().is_dir() else _NAMED.fullmatch(value)
-        folder = Path(match[2] if match else value).expanduser()
+        folder = find_adapter_folder(match[2] if match else value)
         unnamed = "adapter" if len(values) == 1 else _name_of_run(folder)
         name = match[1] if match else unnamed
         if name in _TAKEN:

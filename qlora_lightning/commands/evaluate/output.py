@@ -7,8 +7,10 @@ from typing import Any
 from rich.console import Console
 
 from qlora_lightning.commands.evaluate.options import Options
+from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.comparison import BASE, Judged, Measured, compare, duel, hardest_first
 from qlora_lightning.evaluation.judge import Answering
+from qlora_lightning.evaluation.names import describe_metric
 from qlora_lightning.evaluation.report import (
     metrics_as_json,
     prediction_lines,
@@ -57,7 +59,9 @@ def report(
     by_group = _measure_parts(rows, judged, scores, lambda row: row.group or "") if options.group_by else {}
 
     console = Console(highlight=False)
-    console.print(metrics_table(measured, f"{len(rows):,} rows of {options.split}, with 95 % intervals"))
+    answered = {place for place, each in enumerate(judged[BASE]) if each.answer is not None}
+    some = f", {len(answered):,} of them answered" if len(answered) < len(rows) else ""
+    console.print(metrics_table(measured, f"{len(rows):,} rows of {options.split}{some}, with 95 % intervals"))
     if len(adapters) > 1:
         console.print(differences_table(measured))
     for name, found in duels.items():
@@ -70,15 +74,35 @@ def report(
         console.print(parts_table(by_source, "By data set", shown))
     if by_group:
         console.print(parts_table(by_group, f"By {options.group_by}", shown))
-    if answering is not None:
-        for place in [place for place in hardest if rows[place].prompt is not None][: options.show]:
-            title = f"Hard for {next(iter(adapters))}: {rows[place].place}"
-            console.print(samples_table(show_row(rows[place], judged, place, answering), title))
+    if answering is not None and first is not None:
+        name = next(iter(adapters))
+        wrong = [place for place in hardest if place in answered and judged[name][place].scores[first] < 1]
+        for place in wrong[: options.show]:
+            shown_row = show_row(rows[place], judged, place, answering)
+            console.print(samples_table(shown_row, f"Hard for {name}: {rows[place].place}"))
+        if not wrong:
+            console.print(f"By {describe_metric(first)}, {name} has all {len(answered):,} answers right.", markup=False)
 
-    summary = summarize(rows, judged, measured, answering, duels, samples=options.show)
+    summary = summarize(rows, judged, measured, answering, duels, samples=options.show or 0)
     summary |= {"split": options.split, "adapters": {name: str(folder) for name, folder in adapters.items()}}
     summary |= {"hardest": [rows[place].number for place in hardest]}
     summary |= {"sources": _as_json(by_source), "groups": _as_json(by_group)}
+    try:
+        _write(rows, judged, hardest, answering, sources, summary, options, console)
+    except OSError as error:
+        raise UserError(f"{error.filename or 'The results'} cannot be written: {error.strerror or error}.") from error
+
+
+def _write(
+    rows: Sequence[EvaluationRow],
+    judged: Judged,
+    hardest: Sequence[int],
+    answering: Answering | None,
+    sources: Sequence[str],
+    summary: Mapping[str, Any],
+    options: Options,
+    console: Console,
+) -> None:
     if options.json is not None:
         write_json(summary, options.json)
     if options.out is not None:

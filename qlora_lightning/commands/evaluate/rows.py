@@ -1,5 +1,6 @@
 """The rows that ``evaluate`` judges, with where they come from."""
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,24 +11,28 @@ from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.rows import EvaluationRow, cut_rows
 
 
-def read_rows(data: Any, split: str, most: int | None, group_by: str | None) -> list[EvaluationRow]:
+def read_rows(data: Any, split: str, most: int | None, group_by: str | None, limit: float = 1.0) -> list[EvaluationRow]:
     """Give the first rows of a split, in order, each with its place and its group.
 
     Args:
         data: The data module, set up.
         split: ``val`` or ``test``.
-        most: How many rows; ``None``: all.
+        most: How many rows; ``None``: those of the batches that ``limit`` leaves.
         group_by: A column of the rows.
+        limit: The trainer's ``limit_val_batches`` or ``limit_test_batches``: a number of batches, or their share.
 
     Raises:
         UserError: No row has a labelled token, or none has that column.
     """
     rows: list[EvaluationRow] = []
-    for batch in data.val_dataloader() if split == "val" else data.test_dataloader():
+    loader = data.val_dataloader() if split == "val" else data.test_dataloader()
+    for batch in itertools.islice(loader, None if most is not None else _batches(loader, limit)):
         if most is not None and len(rows) >= most:
             break
         rows += cut_rows(batch)
     rows = rows[:most]
+    if not rows and most is None and not _batches(loader, limit) and limit != 1:
+        raise UserError(f"trainer.limit_{split}_batches is {limit:g} and leaves no row: raise it, or give --rows N.")
     if not rows:
         raise UserError(f"There is nothing to judge: no row of {split} has a labelled token.")
     samples = data.samples.get(split)
@@ -37,6 +42,13 @@ def read_rows(data: Any, split: str, most: int | None, group_by: str | None) -> 
         row.place = places.get(row.number, f"row {row.number}")
         row.group = None if group_by is None else groups.get(row.number, "(none)")
     return rows
+
+
+def _batches(loader: Any, limit: float) -> int | None:
+    """Give how many batches Lightning takes; ``None``: all."""
+    if isinstance(limit, int):
+        return limit
+    return None if limit == 1 else int(len(loader) * limit)
 
 
 def source_names(data: Any, split: str) -> list[str]:

@@ -8,10 +8,11 @@ from typing import Any
 import peft
 from lightning.pytorch.cli import LightningArgumentParser
 
-from qlora_lightning.callbacks import AdapterCheckpoint
+from qlora_lightning.callbacks import AdapterCheckpoint, Evaluation
 from qlora_lightning.commands import training
 from qlora_lightning.commands.evaluate.options import Options
 from qlora_lightning.commands.evaluate.output import report
+from qlora_lightning.commands.evaluate.prompts import warn_of_other_prompts
 from qlora_lightning.commands.evaluate.rows import read_rows, source_names
 from qlora_lightning.commands.quiet import quiet_lightning
 from qlora_lightning.errors import UserError
@@ -20,8 +21,9 @@ from qlora_lightning.evaluation.judge import Answering, Judgement, judge_rows
 from qlora_lightning.evaluation.progress import steps_bar
 from qlora_lightning.evaluation.rows import EvaluationRow
 from qlora_lightning.evaluation.scores import check_scores
-from qlora_lightning.model.adapter_reading import fill_adapter, read_identity
+from qlora_lightning.model.adapter_reading import read_identity
 from qlora_lightning.model.module import QLoRAModule
+from qlora_lightning.trainer import callbacks_of
 
 
 def _peft_name(place: int) -> str:
@@ -39,11 +41,12 @@ def evaluate(options: Options, arguments: Sequence[str]) -> None:
     Raises:
         UserError: A key, value, adapter or row is wrong.
     """
-    check_scores(options.scores)
+    if options.scores is not None:
+        check_scores(options.scores)
     for folder in options.adapters.values():
         read_identity(folder)  # a misspelt name is told before anything is loaded
     with quiet_lightning():
-        training.main(["validate", *arguments], functools.partial(_EvaluateCLI, options=options))
+        training.main(["validate", *arguments], functools.partial(_EvaluateCLI, options=options), name="evaluate")
 
 
 class _EvaluateCLI(training.QLoRACLI):
@@ -74,16 +77,20 @@ class _EvaluateCLI(training.QLoRACLI):
             raise UserError(f"There is no adapter in {run_folder}: name one by --adapter DIR, or run `fit` first.")
 
     def _evaluate(self, model: Any, datamodule: Any, **kwargs: Any) -> None:
-        options = self._options
+        section = next(each for each in callbacks_of(self.trainer) if isinstance(each, Evaluation))
+        options = self._options.with_section(section)
         datamodule.trainer = self.trainer
         datamodule.setup("validate" if options.split == "val" else "test")
-        rows = read_rows(datamodule, options.split, options.rows, options.group_by)
-        asked = [row for row in rows if row.prompt is not None]
-        chosen = (options.scores, options.max_new_tokens, options.batch_size)
+        limit = self.trainer.limit_val_batches if options.split == "val" else self.trainer.limit_test_batches
+        rows = read_rows(datamodule, options.split, options.rows, options.group_by, limit)
+        for name, folder in self._adapters.items():
+            warn_of_other_prompts(name, folder, getattr(datamodule, "identity", {}))
+        asked = [row for row in rows[: options.answered] if row.prompt is not None]
+        chosen = (options.scores or "auto", options.max_new_tokens, options.batch_size or len(asked))
         answering = Answering.of(asked, datamodule.tokenizer, datamodule.stop_ids, *chosen) if asked else None
         model.trainer = self.trainer
         _load(model, self._adapters)
-        judged = _judge(model, rows, answering, self._adapters)
+        judged = _judge(model, rows, answering, options.answered or 0, self._adapters)
         report(rows, judged, answering, source_names(datamodule, options.split), self._adapters, options)
 
 
@@ -91,26 +98,25 @@ def _load(module: Any, adapters: Mapping[str, Path]) -> None:
     """Make the model with the first adapter, and put the others beside it."""
     first, *others = adapters.values()
     module.adapter = str(first)
-    module.adapter_options = {}  # rank and targets are those of the folders, whatever the config trains
+    if type(module).build_model is QLoRAModule.build_model:  # another one may ask for them
+        module.adapter_options = {}  # rank and targets are those of the folders, whatever the config trains
     module.configure_model()
     module.to(module.trainer.strategy.root_device)
     if not isinstance(module.model, peft.PeftModel):
         raise UserError("evaluate needs a model with PEFT's adapters, which this build_model does not make.")
-    if type(module).build_model is not QLoRAModule.build_model:  # which need not read module.adapter
-        fill_adapter(module.model, first)
     for place, folder in enumerate(others, start=1):
         module.add_adapter(_peft_name(place), folder)
 
 
 def _judge(
-    module: Any, rows: Sequence[EvaluationRow], answering: Answering | None, adapters: Mapping[str, Path]
+    module: Any, rows: Sequence[EvaluationRow], answering: Answering | None, answered: int, adapters: Mapping[str, Path]
 ) -> dict[str, list[Judgement]]:
-    steps = (1 + len(adapters)) * len(rows) * (2 if answering else 1)
+    steps = (1 + len(adapters)) * (len(rows) + (min(answered, len(rows)) if answering else 0))
     judged = {}
     with steps_bar(f"base and {', '.join(adapters)}", steps) as watch:
         with module.model.disable_adapter():
-            judged[BASE] = judge_rows(module, rows, answering, len(rows), watch)
+            judged[BASE] = judge_rows(module, rows, answering, answered, watch)
         for place, name in enumerate(adapters):
             module.model.set_adapter(_peft_name(place))
-            judged[name] = judge_rows(module, rows, answering, len(rows), watch)
+            judged[name] = judge_rows(module, rows, answering, answered, watch)
     return judged

@@ -118,7 +118,7 @@ def search(arguments: Sequence[str], folder: str, min_lr: float, max_lr: float, 
     def cli(*args: Any, **kwargs: Any) -> None:
         made.append(SearchCLI(*args, folder=folder, rates=(min_lr, max_lr), steps=steps, **kwargs))
 
-    training.main(["fit", *arguments], cli)
+    training.main(["fit", *arguments], cli, name="lr-find")
     finder = made[0].finder
     suggestion = finder.suggestion()
     return {

@@ -7,6 +7,7 @@ from typing import Any
 import lightning
 import numpy as np
 
+from qlora_lightning.adapter_place import find_run_config
 from qlora_lightning.commands.inspect import quiet_lightning
 from qlora_lightning.commands.inspect.arguments import make_data_module, parse
 from qlora_lightning.data.batches import collate_rows
@@ -19,10 +20,7 @@ _LOGIT_BYTES = 500_000_000  # the reference's logits are kept
 
 def find_config(adapter: Path, chosen: str | None) -> Path | None:
     """Find the config that names validation rows: the one that was named, else that of the adapter's run folder."""
-    if chosen is not None:
-        return Path(chosen)
-    beside = adapter.absolute().parent / "config.yaml"
-    return beside if beside.is_file() else None
+    return find_run_config(adapter) if chosen is None else Path(chosen)
 
 
 def load_rows(config: Path | None, overrides: Sequence[str], count: int, vocabulary: int) -> list[Mapping[str, Any]]:

@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
+from qlora_lightning.adapter_place import find_adapter_folder
+from qlora_lightning.commands.adapter_config import add_config
 from qlora_lightning.commands.json_output import json_file, write_json
 from qlora_lightning.commands.quiet import quiet_lightning
 from qlora_lightning.errors import UserError
@@ -17,10 +19,11 @@ _DESCRIPTION = """Show the model of a config and plan its memory, steps and toke
 
 The config is the one that `fit` takes, and so is every other option: --model.rank 16, --data.batch_size 4. No weight
 is read and nothing is fetched; the data are read where they are on this machine. Nothing is written but what --json
-names."""
+names. With --adapter it is planned to go on with that adapter; its run's config.yaml will do as config."""
 _EPILOG = """examples:
   qlora-lightning plan --config configs/quickstart.yaml
   qlora-lightning plan --config configs/llama-3.1-8b-16gb.yaml --device-memory 16GiB --json plan.json
+  qlora-lightning plan --adapter runs/quickstart/adapter
 
 GB are 10^9 bytes, GiB 2^30. The device is that of trainer.accelerator; `auto` means a GPU where there is one or where
 --device-memory is given. Figures for GPUs come from the same formulas, which were checked on CPUs only."""
@@ -41,13 +44,17 @@ def main(argv: Sequence[str]) -> int:
     memory = None if own.device_memory is None else read_size(own.device_memory)
     file = json_file(own.json)
 
+    if own.adapter is not None:
+        adapter = find_adapter_folder(own.adapter)
+        rest = [*add_config(adapter, rest, needs_rows=False), "--model.adapter", str(adapter)]
+
     # here, so that --help and mistakes answer at once
     from qlora_lightning.commands import training
     from qlora_lightning.commands.plan.cli import PlanCLI
 
     with quiet_lightning():
         use = functools.partial(_plan, memory=memory, file=file)
-        training.main(["fit", *rest], functools.partial(PlanCLI, use=use))
+        training.main(["fit", *rest], functools.partial(PlanCLI, use=use), name="plan")
     return 0
 
 
@@ -80,13 +87,14 @@ def read_size(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qlora-lightning plan",
-        usage="qlora-lightning plan --config FILE [--device-memory SIZE] [--json FILE] [options of fit]",
+        usage="qlora-lightning plan --config FILE [--adapter DIR] [options] [options of fit]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
     )
+    parser.add_argument("--adapter", metavar="DIR", help="adapter folder to go on with (model.adapter)")
     parser.add_argument(
         "--device-memory",
         metavar="SIZE",

@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
     recorder = StepRecorder(own.steps)
     with tempfile.TemporaryDirectory(prefix="qlora-lightning-profile-") as folder, quiet_lightning():
-        training.main(["fit", *rest], functools.partial(ProfileCLI, recorder=recorder, folder=folder))
+        training.main(["fit", *rest], functools.partial(ProfileCLI, recorder=recorder, folder=folder), name="profile")
     if not recorder.recorded:
         raise UserError("No step was profiled: the run ended before. trainer.limit_train_batches must not be 0.")
     summary = summarize(recorder)

@@ -1,6 +1,7 @@
 """One trial: a fit like any other, in a folder of its own, on the base of the trial before it."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from qlora_lightning.callbacks import Evaluation, MemoryComparison, RunReport
 from qlora_lightning.commands import training
+from qlora_lightning.commands.sweep.built import check_built
 from qlora_lightning.commands.sweep.dimensions import Dimension, show_value
 from qlora_lightning.commands.sweep.judge import TrialJudge
 from qlora_lightning.commands.sweep.trial import Trial, read_trial, write_trial
@@ -42,11 +44,12 @@ class TrialCLI(QLoRACLI):
 
     def __init__(self, *args: Any, dimension: Dimension, value: Any, kept: KeptBase, **kwargs: Any) -> None:
         self._dimension, self._value, self._kept = dimension, value, kept
-        self._judge = TrialJudge()
+        self._judge = TrialJudge(functools.partial(check_built, dimension=dimension, value=value))
         self.trial: Trial | None = None
         super().__init__(*args, **kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self._refuse_alpha(args)
         args = [*args, *self._dimension.options(self._value)]
         asked = parser.parse_args(args)["fit"]
         if asked.get("ckpt_path") not in (None, "last"):
@@ -60,6 +63,17 @@ class TrialCLI(QLoRACLI):
         self.folder = self.root / self._dimension.folder
         own = self.folder / self._dimension.place(self._value)
         super().parse_arguments(parser, [*args, "--trainer.default_root_dir", str(own), "--ckpt_path", "last"])
+
+    def _refuse_alpha(self, args: Sequence[str]) -> None:
+        """Refuse what would be dropped: of a config, alpha belongs to that config's own rank."""
+        for before, after in itertools.pairwise([*args, ""]):
+            name, equals, value = before.partition("=")
+            given = value if equals else after
+            if self._dimension.setting == "rank" and name.endswith(".alpha") and given.lower() not in ("null", "~"):
+                raise UserError(
+                    f"{name} {given}: in a sweep of ranks alpha follows the rank, 2 × rank, so that each acts as "
+                    "strongly. Leave it out, or sweep --target-modules or --learning-rates."
+                )
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         trainer = super().instantiate_trainer(**kwargs)
@@ -137,7 +151,7 @@ def run_trial(arguments: Sequence[str], dimension: Dimension, value: Any, kept: 
     def cli(*args: Any, **kwargs: Any) -> None:
         made.append(TrialCLI(*args, dimension=dimension, value=value, kept=kept, **kwargs))
 
-    training.main(["fit", *arguments], functools.partial(cli))
+    training.main(["fit", *arguments], functools.partial(cli), name="sweep-rank")
     (done,) = made
     assert done.trial is not None
     return done.trial, done.folder, done.root

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -16,7 +16,10 @@ from qlora_lightning.trainer import callbacks_of
 
 
 class TrialJudge(Callback):
-    """Refuse a trial without validation rows, and judge it when its training has ended.
+    """Refuse a trial without validation rows or with another adapter, and judge it when its training has ended.
+
+    Args:
+        check_built: Told of the module when its model is made.
 
     Attributes:
         rows: Losses of the validation rows; ``None`` until they are judged.
@@ -26,7 +29,8 @@ class TrialJudge(Callback):
         validation: Hash of the validation samples, where the data module knows one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, check_built: Callable[[Any], None]) -> None:
+        self._check_built = check_built
         self.rows: RowLosses | None = None
         self.parameters = self.steps = 0
         self.seconds: float | None = None
@@ -40,6 +44,9 @@ class TrialJudge(Callback):
                 "A sweep compares trials on validation rows, and there are none: name a file in data.val, or hold "
                 "some out by data.val_fraction: 0.1 (and leave trainer.limit_val_batches above 0)."
             )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_built(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.monotonic() if trainer.global_step == 0 else None

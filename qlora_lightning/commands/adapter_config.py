@@ -1,0 +1,59 @@
+"""An adapter folder in place of a config: what its run's config, or the folder itself, says."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_lightning.adapter_place import find_run_config
+from qlora_lightning.errors import UserError
+
+_RENDERING = ("system", "train_on", "max_length", "too_long")  # what data settings of the training other rows share
+
+
+def add_config(adapter: Path | None, arguments: Sequence[str], needs_rows: bool = True) -> list[str]:
+    """Give options of ``fit`` with the config of an adapter's run in front, where they name no config themselves.
+
+    Args:
+        adapter: The adapter folder, if there is one.
+        arguments: Options of ``fit``.
+        needs_rows: Whether there must be rows: without a run's config some ``--data`` option names them.
+
+    Raises:
+        UserError: Nothing names rows, or the folder is no adapter folder.
+    """
+    if adapter is None or any(each in ("--config", "-c") or each.startswith("--config=") for each in arguments):
+        return list(arguments)
+    from qlora_lightning.model.adapter_reading import read_identity  # here, since it imports torch
+
+    identity = read_identity(adapter)
+    config = find_run_config(adapter)
+    if config is not None:
+        return ["--config", os.path.relpath(config), *arguments]
+    if needs_rows and not any(each.startswith("--data") for each in arguments):
+        raise UserError(
+            f"Which rows? There is no config.yaml beside the adapter folder {adapter} that names them: give "
+            "--config FILE, or --data.val FILE."
+        )
+    return ["--config", json.dumps(_settings_of(adapter, identity)), *arguments]
+
+
+def _settings_of(adapter: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Give what the folder itself says of its base and of how its rows were rendered, in the form of a config."""
+    from qlora_lightning.model.adapter_reading import read_adapter_config
+
+    names = ("revision", "quantization", "double_quant")
+    model = {name: identity[name] for name in names if identity.get(name) is not None}
+    base = str(identity.get("base") or read_adapter_config(adapter).get("base_model_name_or_path"))
+    loaded_from = identity.get("base_folder")
+    is_path = identity.get("revision") is None and not base.startswith("package:")  # a hub id has a revision
+    is_lost = is_path and not Path(base).expanduser().exists()
+    model["base"] = loaded_from if is_lost and loaded_from else base  # a path is relative to where it was trained
+    if identity.get("compute_dtype") == "float32":
+        model["compute_dtype"] = "fp32"
+    trained = (identity.get("data") or {}).get("settings") or {}
+    data = {name: trained[name] for name in _RENDERING if trained.get(name) is not None}
+    if (adapter / "tokenizer_config.json").is_file():
+        data["tokenizer"] = str(adapter)  # with the chat template of the training
+    return {"model": model, "data": data}

@@ -1,0 +1,43 @@
+"""The tensors of an adapter folder: read whole, and refused where one holds what no model can compute with."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qlora_lightning.errors import UserError
+
+LOADING_FAULTS = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors of an adapter folder, by PEFT's names.
+
+    Raises:
+        UserError: The file is cut off, or a tensor holds NaN or an infinite number: every answer would be nonsense.
+    """
+    file = folder / "adapter_model.safetensors"
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file} is not a whole safetensors file, but cut off or damaged ({error}). Copy the adapter folder again."
+        ) from error
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            bad = int((~tensor.isfinite()).sum())
+            raise UserError(
+                f"The adapter folder {folder} is damaged: {bad:,} of {tensor.numel():,} values of {name} are NaN or "
+                "infinite. Copy the folder again, or train anew with a lower learning rate."
+            )
+    return tensors
+
+
+def word_misfit(folder: Path, error: Exception) -> UserError:
+    """Say why an adapter folder cannot be put on a base, in the last line of what PEFT said."""
+    reason = " ".join(str(error).strip().splitlines()[-1:]).strip().rstrip(".")
+    return UserError(
+        f"The adapter folder {folder} cannot be put on this base: {reason}. Name the base that "
+        "it was trained on, or copy the folder again if a file in it is damaged."
+    )

@@ -1,0 +1,107 @@
+"""Commands on a module whose ``build_model`` makes the adapter by itself, and reads no setting."""
+
+import csv
+import json
+
+import pytest
+import yaml
+
+from qlora_lightning.cli import main
+
+MODULE = """
+import peft
+import torch
+from qlora_lightning import QLoRAModule
+from qlora_lightning.model.adapters import add_adapters, without_peft_deprecation
+from qlora_lightning.model.quantized import load_base
+
+
+class Own(QLoRAModule):
+    def build_model(self):
+        return add_adapters(load_base(self.base, compute_dtype=torch.float32).model, rank=4)
+
+
+class Other(QLoRAModule):
+    def build_model(self):
+        base = load_base(self.base, compute_dtype=torch.float32).model
+        with without_peft_deprecation():
+            return peft.get_peft_model(base, peft.IA3Config(task_type="CAUSAL_LM"))
+
+
+class Heeding(QLoRAModule):
+    def build_model(self):
+        return add_adapters(load_base(self.base, compute_dtype=torch.float32).model, **self.adapter_options)
+"""
+CONFIG = {
+    "model": {"class_path": "own_modules.Own", "base": "tiny", "compute_dtype": "fp32", "learning_rate": 0.03},
+    "data": {"train": "rows.jsonl", "val": "rows.jsonl", "batch_size": 4},
+    "evaluation": {"rows": 0},
+    "trainer": {"accelerator": "cpu", "max_steps": 4, "enable_progress_bar": False, "default_root_dir": "run"},
+}
+
+
+@pytest.fixture
+def run(tiny_base, rows_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    (tmp_path / "tiny").symlink_to(tiny_base)
+    (tmp_path / "own_modules.py").write_text(MODULE)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+
+    def run(command, *arguments, code=0):
+        capsys.readouterr()
+        assert main([command, "--config", "config.yaml", *arguments]) == code
+        captured = capsys.readouterr()
+        return captured.err if code else captured.out
+
+    return run
+
+
+def last_loss(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [float(line["val_loss"]) for line in csv.DictReader(file) if line.get("val_loss")][-1]
+
+
+def test_validate_and_evaluate_judge_what_was_trained(run, tmp_path):
+    run("fit")
+    trained = last_loss(tmp_path / "run")
+    shown = run("validate").split()
+    assert float(shown[shown.index("val_loss") + 2]) == pytest.approx(trained, rel=1e-5)
+    run("evaluate", "--json", "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())["metrics"]["loss"]
+    assert found["adapter"]["value"] == pytest.approx(trained, rel=1e-5)
+    assert found["difference"]["value"] < -0.1
+
+
+def test_validate_judges_an_adapter_of_another_kind_too(run, tmp_path):
+    run("fit", "--model", "own_modules.Other")
+    trained = last_loss(tmp_path / "run")
+    shown = run("validate", "--model", "own_modules.Other").split()
+    assert float(shown[shown.index("val_loss") + 2]) == pytest.approx(trained, rel=1e-5)
+    untrained = run("validate", "--model", "own_modules.Other", "--trainer.default_root_dir", "empty").split()
+    assert float(untrained[untrained.index("val_loss") + 2]) != pytest.approx(trained, rel=1e-3)
+
+
+def test_an_adapter_that_does_not_fit_what_is_built_is_refused(run, tmp_path):
+    run("fit", "--model", "own_modules.Heeding", "--model.rank", "2")
+    err = run("validate", code=2)
+    assert "does not fit this adapter" in err
+    assert "Build it with the rank that it was trained with" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ranks", "2,4"], "A trial of model.rank 2 would train rank 4: build_model of Own"),
+        (["--target-modules", "attention,mlp"], "A trial of model.target_modules attention would train adapters on"),
+    ],
+)
+def test_a_sweep_refuses_a_trial_that_would_train_something_else(arguments, words, run, tmp_path):
+    assert words in run("sweep-rank", *arguments, code=2)
+    assert not list(tmp_path.glob("run/*/*/trial.json"))
+
+
+def test_a_sweep_takes_a_module_that_builds_what_it_is_asked_for(run, tmp_path):
+    run("sweep-rank", "--target-modules", "attention,mlp", "--model", "own_modules.Heeding", "--model.layers", "last:1")
+    assert (tmp_path / "run" / "sweep-target-modules" / "sweep.json").exists()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from qlora_lightning.commands.chat.arguments import Options, parse
+from qlora_lightning.commands.json_output import write_json
 from qlora_lightning.errors import UserError
 
 
@@ -27,7 +28,6 @@ def _talk(options: Options) -> None:
     from qlora_lightning.commands.chat.screen import Screen
     from qlora_lightning.commands.chat.session import Session
     from qlora_lightning.commands.chat.speakers import Speakers
-    from qlora_lightning.commands.profile.report import write_json
 
     if options.seed is not None:
         torch.manual_seed(options.seed)
@@ -48,4 +48,4 @@ def _talk(options: Options) -> None:
                 session.say(line.strip())
     finally:
         if options.json is not None and session.turns:
-            write_json(session.as_json(), options.json)
+            write_json(options.json, session.as_json())

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_lightning.commands.option_parser import OptionParser, check_new_file
+from qlora_lightning.commands.json_output import json_file
+from qlora_lightning.commands.option_parser import OptionParser
 from qlora_lightning.errors import UserError
 
 BASE = "base"  # the speaker without an adapter
@@ -58,7 +59,7 @@ def parse(argv: Sequence[str]) -> Options:
         raise UserError(f"--max-new-tokens is {own.max_new_tokens}: expected 1 or more.")
     if own.prompt is not None and not own.prompt.strip():
         raise UserError("--prompt is empty: expected a message.")
-    check_new_file("--json", own.json)
+    json_file(own.json)
     settings = vars(own)
     return Options(adapters=_name_adapters(settings.pop("adapter")), **settings)
 

@@ -58,9 +58,9 @@ def _plan(
     from qlora_lightning.commands.plan.report import print_plan, summarize
 
     plan = make_plan(module, data, no_tokenizer, settings, memory)
+    print_plan(plan, Console(highlight=False))
     if file is not None:
         write_json(file, summarize(plan))
-    print_plan(plan, Console(highlight=False))
 
 
 def read_size(text: str) -> int:

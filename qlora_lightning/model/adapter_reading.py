@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_lightning.errors import UserError
+from qlora_lightning.json_shape import Shape, find_fault
+from qlora_lightning.model.adapter_shape import CONFIG, IDENTITY
 from qlora_lightning.model.adapters import all_names_of_trainable_tensors, load_adapters
 from qlora_lightning.model.checkpoint_format import check_version
 
-LOADING_FAULTS = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError)
+LOADING_FAULTS = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
@@ -35,9 +37,12 @@ def read_identity(folder: Path) -> dict[str, Any]:
     kind = read_adapter_config(folder).get("peft_type")
     if kind != "LORA":
         raise UserError(f"{folder} holds an adapter of peft_type {kind}: expected LORA.")
-    identity = _read_json(folder / "qlora_lightning.json") if (folder / "qlora_lightning.json").is_file() else {}
-    check_version(identity.get("format_version", 1), f"The adapter folder {folder}")
-    return identity
+    file = folder / "qlora_lightning.json"
+    identity = _read_json(file) if file.is_file() else {}
+    version = identity.get("format_version", 1)
+    check_version(version if isinstance(version, int) else 0, f"The adapter folder {folder}")
+    _check_types(file, identity, IDENTITY)
+    return {name: value for name, value in identity.items() if value is not None}
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -46,7 +51,22 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: It is not a JSON object.
     """
-    return _read_json(folder / "adapter_config.json")
+    config = _read_json(folder / "adapter_config.json")
+    _check_types(folder / "adapter_config.json", config, CONFIG)
+    return config
+
+
+def check_tensors(file: Path) -> None:
+    """Refuse a safetensors file that is cut off, or no such file: header and length must agree.
+
+    Raises:
+        UserError: It is.
+    """
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a whole safetensors file ({error}). Copy the adapter folder again.") from error
 
 
 def open_adapter_folder(base: PreTrainedModel, folder: Path, *, bare: bool = False) -> peft.PeftModel:
@@ -128,10 +148,18 @@ def word_misfit(folder: Path, error: Exception) -> UserError:
     )
 
 
+def _check_types(file: Path, content: dict[str, Any], shape: Shape) -> None:
+    fault = find_fault(content, shape)
+    if fault:
+        raise UserError(f"{file} is damaged: {fault}. Copy the adapter folder again.")
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON, or it is cut off: {error}. Copy the adapter folder again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}.")

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,6 +215,26 @@ def test_all_files_of_a_merged_model_have_the_mode_of_the_umask(folder):
 def test_mistakes_are_told_in_a_sentence(arguments, words, folder, capsys):
     before = written(folder)
     merge(*arguments, code=2)
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+    assert written(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("qlora_lightning.json", '{"base": 3}', "qlora_lightning.json is damaged: base is 3"),
+        ("generation_config.json", '{"eos_token_id": [', "generation_config.json is not JSON"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "generation_config.json is damaged"),
+        ("chat_template.jinja", "{% for message in messages %}{{", "The chat template of"),
+    ],
+)
+def test_a_damaged_file_of_the_adapter_ends_the_merge(name, text, words, made, folder, capsys):
+    shutil.copytree(made[0] / ADAPTER, folder / "damaged")
+    (folder / "damaged" / name).write_text(text)
+    before = written(folder)
+    assert main(["merge", "--adapter", "damaged", "--out", "merged", "--rows", "0"]) == 2
     err = capsys.readouterr().err
     assert words in err
     assert err.count("\n") == 1

@@ -97,10 +97,10 @@ def test_a_base_that_nobody_else_has_is_refused(base, folder):
     assert not api.repos
 
 
-@pytest.mark.parametrize("size", [0, 5, 70, 100])
+@pytest.mark.parametrize("size", [0, 5, 40, 95])
 def test_weights_that_are_cut_off_are_refused(size, folder):
     file = folder / "adapter_model.safetensors"
-    assert file.stat().st_size > 100
+    assert file.stat().st_size == 96
     file.write_bytes(file.read_bytes()[:size])
     api = FakeApi()
     with pytest.raises(UserError, match=r"adapter_model\.safetensors is not a whole safetensors file"):

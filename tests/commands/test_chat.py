@@ -6,11 +6,13 @@ import shlex
 
 import pytest
 import torch
+from rich.console import Console
 
 from qlora_lightning.cli import main
 from qlora_lightning.commands.chat import answer as answering
 from qlora_lightning.commands.chat.answer import Sampling, TokenStreamer, stream_answer
 from qlora_lightning.commands.chat.arguments import make_parser
+from qlora_lightning.commands.chat.screen import Screen
 from qlora_lightning.model.generation import generate_answers
 from tests.adapters import make_adapter, make_run
 
@@ -109,6 +111,14 @@ def test_the_base_that_answers_is_the_base_without_an_adapter(chat, place, tiny_
     other = json.loads((place / "said.json").read_text())["turns"][0]["answers"]
     assert compared["base"]["text"] == other["base"]["text"]
     assert compared["a"]["text"] != other["b"]["text"]
+
+
+def test_names_with_brackets_are_shown_as_they_are_in_columns():
+    console = Console(file=io.StringIO(), force_terminal=True, width=60)
+    with Screen(console).several(["base", "[/b]"]) as writer:
+        writer("[/b]")("Said [/i].")
+    assert "[/b]" in console.file.getvalue()
+    assert "Said [/i]." in console.file.getvalue()
 
 
 def test_an_adapter_answers_beside_others_as_it_does_alone(chat, place):

@@ -90,9 +90,7 @@ def test_a_base_from_the_hub_needs_no_other_name(folder):
 def test_a_base_that_nobody_else_has_is_refused(base, folder):
     (folder / "adapter_config.json").write_text(json.dumps(CONFIG | {"base_model_name_or_path": base}))
     api = FakeApi()
-    with pytest.raises(
-        UserError, match=f"The base of .* is {base or 'not named'}, on this machine.*--base OWNER/NAME"
-    ):
+    with pytest.raises(UserError, match=f"The base of .* is {base or 'not named'}, on this machine.*--base OWNER/NAME"):
         push(folder, "--yes", api=api, base=None)
     assert not api.repos
 

@@ -1,17 +1,52 @@
 """Files that are whole or not there: written beside, flushed to the disk, renamed."""
 
+import contextlib
 import errno
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a small text file so that a reader, and a machine that dies, leave the old or the new one, never half."""
-    unfinished = file.with_name(f"{file.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    put_in_place(unfinished, file)
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a small file so that a reader, and a machine that dies, leave the old or the new one, never half.
+
+    A link is followed: the file that it leads to is replaced, and keeps its mode. What is no regular file (a pipe, a
+    terminal, ``/dev/stdout``) cannot be replaced, and is written into.
+
+    Raises:
+        OSError: The disk is full or fails, or who reads the pipe has gone.
+    """
+    # a file name may hold bytes that are no UTF-8, which Python keeps as lone surrogates
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    stream = _find_stream(file)
+    if stream is not None:
+        with os.fdopen(stream, "wb") as opened:
+            opened.write(data)
+        return
+    target = Path(os.path.realpath(file))
+    unfinished = target.with_name(f"{target.name}.unfinished")
+    try:
+        unfinished.write_bytes(data)
+        if target.exists():
+            shutil.copymode(target, unfinished)
+        put_in_place(unfinished, target)
+    except BaseException:  # Ctrl-C too
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def is_stream(file: Path) -> bool:
+    """Whether a name leads to what is written into and not replaced: a pipe, a terminal, this process's own output."""
+    return (file.exists() and not file.is_file() and not file.is_dir()) or _find_own_output(file) is not None
+
+
+def set_usual_mode(file: Path) -> None:
+    """Give a file the mode that the umask wants: safetensors lets nobody but its owner read what it writes."""
+    mask = os.umask(0)  # which can only be read by setting it
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 def put_in_place(unfinished: Path, target: Path) -> None:
@@ -50,6 +85,28 @@ def flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _find_stream(file: Path) -> int | None:
+    """Open what is no regular file for writing; of this process's own output, a second handle to the same place in it.
+
+    Opened by its name, ``/dev/stdout`` that leads into a file would be written from its beginning again.
+    """
+    own = _find_own_output(file)
+    if own is not None:
+        for printed in (sys.stdout, sys.stderr):
+            printed.flush()
+        return os.dup(own)
+    return os.open(file, os.O_WRONLY) if is_stream(file) else None
+
+
+def _find_own_output(file: Path) -> int | None:
+    """Give the descriptor of this process's output that a name leads to."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(file.stat(), os.fstat(descriptor)):
+                return descriptor
+    return None
 
 
 def find_storage_fault(error: BaseException | None) -> str | None:

@@ -1,5 +1,7 @@
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -23,6 +25,48 @@ def test_a_text_is_written_and_nothing_stays_beside(tmp_path):
     write_whole(tmp_path / "a.txt", "Grüße")
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "Grüße"
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_link_is_written_through_and_the_mode_of_the_file_stays(tmp_path):
+    (tmp_path / "disk").mkdir()
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    real.write_text("old")
+    real.chmod(0o604)
+    link.symlink_to("disk/real")
+    write_whole(link, b"new")
+    assert (link.is_symlink(), real.read_text(), oct(real.stat().st_mode & 0o777)) == (True, "new", "0o604")
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["disk", "link", "real"]
+
+
+def test_a_pipe_is_written_into(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
+    write_whole(pipe, "new")
+    assert reader.communicate()[0] == b"new"
+    assert pipe.is_fifo()
+    assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
+
+
+@pytest.mark.parametrize("piped", [True, False])
+def test_standard_output_is_written_on_in_its_place(tmp_path, piped):
+    program = "import pathlib, qlora_lightning.safe_file as s\nprint('before')\n"
+    program += "s.write_whole(pathlib.Path('/dev/stdout'), 'written\\n')\nprint('after')"
+    file = tmp_path / "out.txt"
+    if piped:
+        found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    else:
+        with file.open("w") as opened:
+            subprocess.run([sys.executable, "-c", program], check=True, stdout=opened)
+        found = file.read_text()
+    assert found == "before\nwritten\nafter\n"
+
+
+def test_a_write_that_fails_leaves_nothing_beside(tmp_path, full_disk):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "a.txt", "new")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a.txt": "old"}
 
 
 def test_the_old_file_stays_until_the_new_one_is_on_the_disk(tmp_path, full_disk):

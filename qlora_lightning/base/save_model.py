@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from qlora_lightning.safe_file import set_usual_mode
+
 
 def save_model(model: Any, folder: Path, **options: Any) -> None:
     """Write a model of transformers with its configs.
@@ -23,5 +25,8 @@ def save_model(model: Any, folder: Path, **options: Any) -> None:
         model.save_pretrained(folder, **options)
     finally:
         del model.should_save_on_this_rank
-    if not any(folder.glob("*.safetensors")):
+    files = list(folder.glob("*.safetensors"))
+    for file in files:
+        set_usual_mode(file)
+    if not files:
         raise RuntimeError(f"transformers wrote no weights into {folder}: do other processes share this training?")

@@ -1,9 +1,10 @@
 """Writes a model's tensors as safetensors shards while they come, holding one shard in memory."""
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from qlora_lightning.safe_file import set_usual_mode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,8 +57,6 @@ class ShardWriter:
 
         file = self.folder / f"model-{len(self._written) + 1:05d}.safetensors"
         save_file(self._shard, file, {"format": "pt"})
-        mask = os.umask(0)  # which can only be read by setting it
-        os.umask(mask)
-        file.chmod(0o666 & ~mask)  # safetensors lets nobody else read what it writes; a server may be another user
+        set_usual_mode(file)  # a server may be another user
         self._written.append((file, list(self._shard)))
         self._shard, self._size = {}, 0

@@ -6,6 +6,7 @@ from typing import Any
 
 import rich
 from lightning import Callback, LightningModule, Trainer
+from rich.markup import escape
 
 
 class PredictionWriter(Callback):
@@ -52,4 +53,4 @@ class PredictionWriter(Callback):
                 "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
             )
             unfinished.replace(file)
-            rich.print(f"{len(lines)} predictions: {file}")
+            rich.print(escape(f"{len(lines)} predictions: {file}"))

@@ -1,7 +1,6 @@
-"""argparse for commands with a few options of their own: mistakes in one sentence, files checked at once."""
+"""argparse for commands with a few options of their own: mistakes in one sentence."""
 
 import argparse
-from pathlib import Path
 from typing import NoReturn
 
 from qlora_lightning.errors import UserError
@@ -34,17 +33,3 @@ class OptionParser(argparse.ArgumentParser):
             UserError: Always.
         """
         raise UserError(f"{message}. See `{self.prog} --help`.")
-
-
-def check_new_file(option: str, file: Path | None) -> None:
-    """Check a file's name before a second is spent.
-
-    Raises:
-        UserError: There is no such folder, or it is no file.
-    """
-    if file is None:
-        return
-    if file.is_dir():
-        raise UserError(f"{option} {file}: that is a folder; name a file.")
-    if not file.parent.is_dir():
-        raise UserError(f"{option} {file}: there is no folder {file.parent}.")

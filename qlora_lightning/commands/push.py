@@ -17,16 +17,17 @@ from qlora_lightning.errors import UserError
 _DESCRIPTION = """Upload an adapter folder to the Hugging Face hub, in one commit.
 
 Only the files of an adapter folder go, and a folder that holds others is refused. The card names the repository
-instead of the folder, and where base and earlier adapter lay on this machine is left out. It says what will be
-uploaded, and asks."""
+instead of the folder, and where base and earlier adapter lay on this machine is left out; a base that was not loaded
+from the hub is named by --base. It says what will be uploaded, and asks."""
 _EPILOG = """examples:
-  qlora-lightning push --adapter runs/quickstart/adapter --repo me/calendar-adapter --private
+  qlora-lightning push --adapter runs/mine/adapter --repo me/mine --private
   qlora-lightning push --adapter runs/quickstart/adapter --repo me/calendar-adapter --yes \\
     --base HuggingFaceTB/SmolLM2-135M-Instruct
 
 It uses the token of `hf auth login` or of HF_TOKEN."""
 _CARD, _CONFIG, _IDENTITY = "README.md", "adapter_config.json", "qlora_lightning.json"
-_NEEDED = (_CONFIG, "adapter_model.safetensors", _IDENTITY)
+_WEIGHTS = "adapter_model.safetensors"
+_NEEDED = (_CONFIG, _WEIGHTS, _IDENTITY)
 # what AdapterCheckpoint and the tokenizers of transformers write
 _KNOWN = {
     *_NEEDED,
@@ -61,11 +62,6 @@ def main(argv: list[str], api: Any = None) -> int:
         raise UserError(f"--base is {arguments.base!r}: expected the base's OWNER/NAME on the hub.")
     contents = read_folder(Path(arguments.adapter).expanduser(), arguments.repo, arguments.base)
     _show(contents, arguments.repo, arguments.private)
-    base = str(json.loads(contents[_CONFIG]).get("base_model_name_or_path"))
-    if not _REPO.fullmatch(base) or Path(base).exists():
-        print(
-            f"Others could not load it: its base is {base}, on this machine. Name it on the hub by --base OWNER/NAME."
-        )
     if _is_offline():
         raise UserError("HF_HUB_OFFLINE is set, and uploading needs the hub: unset it, and run this again.")
     if not arguments.yes and not _ask("Upload?"):
@@ -88,32 +84,42 @@ def read_folder(folder: Path, repo: str, base: str | None = None) -> dict[str, b
     """
     from qlora_lightning.model.adapter_folder import describe_card
     from qlora_lightning.model.adapter_reading import read_identity
+    from qlora_lightning.model.adapter_tensors import read_tensors
 
-    read_identity(folder)
+    identity = read_identity(folder)
     missing = [name for name in _NEEDED if not (folder / name).is_file()]
     if missing:
         raise UserError(
             f"{folder} was not written by qlora_lightning: {', '.join(missing)} is missing. Nothing is sent."
         )
+    if "quantization" not in identity:
+        raise UserError(f"{folder / _IDENTITY} is damaged: quantization is missing. Copy the adapter folder again.")
     odd = sorted(entry.name for entry in folder.iterdir() if entry.name not in _KNOWN or not _is_plain_file(entry))
     if odd:
         raise UserError(
             f"{folder} holds {', '.join(odd[:5])}, which no adapter folder does: only what a run wrote is uploaded. "
             "Move it elsewhere."
         )
+    read_tensors(folder)
     contents = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    config = json.loads(contents[_CONFIG])
+    named = base or config.get("base_model_name_or_path") or ""
+    if base is None and _is_local(named, str(identity.get("base_folder"))):
+        raise UserError(
+            f"The base of {folder} is {named or 'not named'}, on this machine: others could not load the adapter, and "
+            "the path would be uploaded. Name the base as on the hub: --base OWNER/NAME."
+        )
+    contents[_CONFIG] = _to_json({**config, "base_model_name_or_path": named})
     local = ("base_folder", "trained_from")
-    identity = {name: value for name, value in json.loads(contents[_IDENTITY]).items() if name not in local}
-    if base is not None:
-        identity["base"] = base
-        config = {**json.loads(contents[_CONFIG]), "base_model_name_or_path": base}
-        contents[_CONFIG] = _to_json(config)
+    identity = {name: value for name, value in identity.items() if name not in local} | {"base": named}
     contents[_IDENTITY] = _to_json(identity)
-    card = describe_card(repo, identity)
-    if not _REPO.fullmatch(identity["base"]):
-        card = re.sub(r"^base_model: .*\n", "", card, flags=re.MULTILINE)  # the hub takes none but its own
-    contents[_CARD] = card.encode()
+    contents[_CARD] = describe_card(repo, identity).encode()
     return contents
+
+
+def _is_local(base: str, folder: str) -> bool:
+    """Whether a base is a folder of this machine, perhaps seen from another working directory, and no hub id."""
+    return not _REPO.fullmatch(base) or Path(base).exists() or f"/{folder}".endswith(f"/{base}")
 
 
 def _to_json(content: dict[str, Any]) -> bytes:

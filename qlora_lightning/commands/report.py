@@ -1,7 +1,6 @@
 """``qlora-lightning report``: the page of a run again, or several runs side by side."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qlora_lightning.commands.json_output import check_distinct, check_output_file, write_json, write_output
 from qlora_lightning.errors import UserError
 from qlora_lightning.report.judged import is_of_test
 from qlora_lightning.report.page import MARK, NAME, render_comparison, render_run, result_table
 from qlora_lightning.report.results import find_results, list_results, main_score, write_result
 from qlora_lightning.report.run import Run, name_runs, read_run
 from qlora_lightning.report.settings import find_differences
-from qlora_lightning.safe_file import write_whole
+from qlora_lightning.safe_file import is_stream
 
 _FORMAT, _VERSION = "qlora_lightning report", 1
 _SEVERAL = Path("comparison.html")
@@ -47,11 +47,13 @@ def main(argv: Sequence[str]) -> int:
     _check_target("--out", page, MARK, options.force)
     if figures is not None:
         _check_target("--json", figures, f'"format": "{_FORMAT}"', options.force)
-    _write(page, render_run(runs[0]) if len(runs) == 1 else render_comparison(runs))
-    if figures is not None:
-        _write(figures, json.dumps(summarize(runs), indent=2, ensure_ascii=False) + "\n")
+    check_distinct({"--out": page, "--json": figures})
+    rendered = render_run(runs[0]) if len(runs) == 1 else render_comparison(runs)
     console = Console(highlight=False)
     console.print(_table(runs))
+    write_output(page, rendered)
+    if figures is not None:
+        write_json(figures, summarize(runs))
     console.print(f"Page: {page}", markup=False, soft_wrap=True)
     return 0
 
@@ -115,22 +117,12 @@ def _check_target(option: str, file: Path, mark: str, force: bool) -> None:
     Raises:
         UserError: It is.
     """
-    if not file.parent.is_dir():
-        raise UserError(f"{option} {file}: there is no folder {file.parent}.")
-    if file.is_dir():
-        raise UserError(f"{option} {file}: that is a folder; name a file.")
-    if force or not file.exists():
+    check_output_file(option, file)
+    if force or not file.exists() or is_stream(file):
         return
     with file.open(encoding="utf-8", errors="replace") as handle:
         if mark not in handle.read(1000):
             raise UserError(f"{option} {file}: the file is there, and is no report. Name another, or add --force.")
-
-
-def _write(file: Path, text: str) -> None:
-    try:
-        write_whole(file, text)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written ({error.strerror}).") from error
 
 
 def _table(runs: Sequence[Run]) -> Table:

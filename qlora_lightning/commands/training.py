@@ -12,6 +12,7 @@ from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.markup import escape
 
 from qlora_lightning.callbacks import (
     AdapterCheckpoint,
@@ -192,7 +193,7 @@ class QLoRACLI(LightningCLI):
 
     def _say(self, message: str) -> None:
         if self.trainer.is_global_zero:
-            rich.print(message)
+            rich.print(escape(message))
 
     def _judge_what_was_trained(self) -> None:
         """Take the run folder's adapter unless the user names another: a fresh one would judge the base unnoticed."""

@@ -1,10 +1,10 @@
 """The tokens at which generation stops, and the one that ends an assistant turn."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+from qlora_lightning.base.generation_config import read_generation_config
 from qlora_lightning.data.control_tokens import ControlTokens
 from qlora_lightning.errors import UserError
 
@@ -21,14 +21,14 @@ def find_stop_ids(tokenizer: Any) -> frozenset[int]:
     disagree (Llama 3.1 ends a turn with another token than a text), and generation stops at either.
 
     Raises:
-        UserError: if that file is not JSON.
+        UserError: if that file is damaged.
     """
     ids = {tokenizer.eos_token_id, *getattr(tokenizer, "former_stop_ids", ())}
     name = str(getattr(tokenizer, "name_or_path", ""))
     files = [Path(name) / file for file in ("generation_config.json", "config.json")] if name else []
     config = next((file for file in files if file.is_file()), None)
     if config is not None:
-        found = _read(config).get("eos_token_id")
+        found = read_generation_config(config).get("eos_token_id")
         ids.update(found if isinstance(found, list) else [found])
     return frozenset(number for number in ids if number is not None)
 
@@ -54,11 +54,3 @@ def find_turn_end(tokenizer: Any) -> int | None:
         if shaped[1] in vocabulary:
             return vocabulary[shaped[1]]
     return first.id if first else None
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}): the stop tokens stand there. Mend or delete it.") from error
-    return content

@@ -63,6 +63,11 @@ def _keep_template(tokenizer: Any) -> Any:
         return tokenizer  # the renderer refuses it
     try:
         end = find_turn_end(tokenizer)
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"The chat template of {_name(tokenizer)} is damaged, line {error.lineno}: {error.message} Copy the folder "
+            "again, or choose another template with data.chat_template."
+        ) from error
     except Exception:  # a template may raise anything; the renderer says so of the row that it cannot render
         return tokenizer
     if end is None or end in find_stop_ids(tokenizer):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qlora_lightning.model.checkpoint_format import FORMAT_VERSION
 from qlora_lightning.model.folder_swap import refill_folder
+from qlora_lightning.safe_file import set_usual_mode
 
 _WEIGHTS = "adapter_model.safetensors"
 OWN_STOPS = "stops_only_with_its_generation_config"  # a key of qlora_lightning.json
@@ -73,6 +74,7 @@ def save_adapter_folder(
         (place / "README.md").write_text(card, encoding="utf-8")
         _write_json(place / "qlora_lightning.json", identity)
         save_file(weights, place / _WEIGHTS, {"format": "pt"})
+        set_usual_mode(place / _WEIGHTS)
 
     refill_folder(folder, write, key_file=_WEIGHTS, own=("chat_template.jinja", "generation_config.json"))
 

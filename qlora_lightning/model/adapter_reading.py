@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_lightning.errors import UserError
+from qlora_lightning.json_shape import Shape, find_fault
+from qlora_lightning.model.adapter_shape import CONFIG, IDENTITY
 from qlora_lightning.model.adapter_tensors import LOADING_FAULTS, read_tensors, word_misfit
 from qlora_lightning.model.adapters import all_names_of_trainable_tensors, load_adapters
 from qlora_lightning.model.checkpoint_format import check_version
@@ -32,9 +34,12 @@ def read_identity(folder: Path) -> dict[str, Any]:
     kind = read_adapter_config(folder).get("peft_type")
     if kind != "LORA":
         raise UserError(f"{folder} holds an adapter of peft_type {kind}: expected LORA.")
-    identity = _read_json(folder / "qlora_lightning.json") if (folder / "qlora_lightning.json").is_file() else {}
-    check_version(identity.get("format_version", 1), f"The adapter folder {folder}")
-    return identity
+    file = folder / "qlora_lightning.json"
+    identity = _read_json(file) if file.is_file() else {}
+    version = identity.get("format_version", 1)
+    check_version(version if isinstance(version, int) else 0, f"The adapter folder {folder}")
+    _check_types(file, identity, IDENTITY)
+    return {name: value for name, value in identity.items() if value is not None}
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -43,7 +48,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: It is not a JSON object.
     """
-    return _read_json(folder / "adapter_config.json")
+    config = _read_json(folder / "adapter_config.json")
+    _check_types(folder / "adapter_config.json", config, CONFIG)
+    return config
 
 
 def open_adapter_folder(base: PreTrainedModel, folder: Path, *, bare: bool = False) -> peft.PeftModel:
@@ -124,10 +131,18 @@ def _fill(
     model.load_state_dict(values, strict=False, assign=True)
 
 
+def _check_types(file: Path, content: dict[str, Any], shape: Shape) -> None:
+    fault = find_fault(content, shape)
+    if fault:
+        raise UserError(f"{file} is damaged: {fault}. Copy the adapter folder again.")
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON, or it is cut off: {error}. Copy the adapter folder again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}.")

@@ -26,6 +26,7 @@ def refill_folder(folder: Path, write: Callable[[Path], Any], key_file: str, own
     Raises:
         OSError: The disk is full or fails; the folder is as it was.
     """
+    folder = Path(os.path.realpath(folder))  # where the user has it elsewhere, by a link
     settle_folder(folder)
     staging = folder / _STAGING
     staging.mkdir(parents=True)
@@ -51,11 +52,12 @@ def refill_folder(folder: Path, write: Callable[[Path], Any], key_file: str, own
             (old / name).unlink()
         _finish(folder, old)
     flush(folder)
-    flush(folder.absolute().parent)
+    flush(folder.parent)
 
 
 def settle_folder(folder: Path) -> None:
     """Put right what a kill inside :func:`refill_folder` left; does nothing where there is nothing to do."""
+    folder = Path(os.path.realpath(folder))
     new, old = _beside(folder)
     if old.exists() and not folder.exists():
         os.replace(old, folder)
@@ -67,8 +69,7 @@ def settle_folder(folder: Path) -> None:
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:
-    place = folder.absolute()
-    return place.with_name(f"{place.name}.new"), place.with_name(f"{place.name}.old")
+    return folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.old")
 
 
 def _finish(folder: Path, old: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from qlora_lightning.report.chart import Chart
 from qlora_lightning.report.judged import is_of_test, judged
-from qlora_lightning.report.metrics import Points
+from qlora_lightning.report.metrics import LARGEST, Points
 from qlora_lightning.report.run import Run
 from qlora_lightning.report.series import Series, running_mean, smoothing_width
 from qlora_lightning.report.settings import flatten
@@ -63,7 +63,7 @@ def charts_of_all(runs: Sequence[Run]) -> list[Chart]:
 def _losses(run: Run) -> list[Series]:
     curves = [*_smoothed("training", run.metrics.get("train_loss", []))]
     base = None if is_of_test(run) else judged(run, "loss", "base")
-    if curves and base is not None and base > 0:
+    if curves and base is not None and 0 < base <= LARGEST:
         curves.append(Series("base, validation", [(0, base)], "limit", 3))
     return [*curves, Series("validation", run.metrics.get("val_loss", []), "dots", 1)]
 
@@ -81,7 +81,7 @@ def _memory(run: Run) -> list[Series]:
     curves = [Series(label, points, colour=number) for number, (label, points) in enumerate(drawn)]
     predicted: Mapping[str, Any] = run.plan.get("predicted") or {}
     size = predicted.get("peak_bytes")
-    if curves and isinstance(size, int | float):
+    if curves and isinstance(size, int | float) and abs(size) <= LARGEST:
         curves.append(Series("peak as predicted", [(0, size / _GIB)], "limit", 3))
     return curves
 

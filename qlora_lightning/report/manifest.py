@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lightning.errors import UserError
+from qlora_lightning.json_shape import Shape, find_fault
+from qlora_lightning.report.shapes import MANIFEST
 from qlora_lightning.safe_file import write_whole
 
 NAME = "manifest.json"
@@ -44,25 +46,32 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             f"{folder / NAME} has format_version {version}, and this version reads up to {VERSION}: update "
             "qlora_lightning."
         )
-    return content
+    return read_json(folder / NAME, MANIFEST)
 
 
-def read_json(file: Path) -> dict[str, Any] | None:
+def read_json(file: Path, shape: Shape = None) -> dict[str, Any] | None:
     """Read a JSON object of a run folder; ``None`` where there is no such file.
 
+    Args:
+        file: To read.
+        shape: What it must look like.
+
     Raises:
-        UserError: It cannot be read, or is no JSON object.
+        UserError: It cannot be read, is no JSON object, or has another shape.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON ({error}): move it away, and the report goes without it.") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object: move it away, and the report goes without it.")
+    fault = find_fault(content, shape)
+    if fault:
+        raise UserError(f"{file} is damaged: {fault}. Move it away, and the report goes without it.")
     return content
 
 

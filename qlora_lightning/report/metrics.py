@@ -1,18 +1,18 @@
 """Reads ``metrics.csv``: each column as the points of a curve."""
 
 import csv
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qlora_lightning.errors import UserError
 
+LARGEST = 3.5e38  # just beyond what float32 holds
 Points = list[tuple[float, float]]
 """(optimizer steps done, value), in the order of the file."""
 
 
 def read_metrics(file: Path) -> dict[str, Points]:
-    """Read every column as points; cells that are empty, or no finite number, are left out.
+    """Read every column as points; cells that are empty, or no number that a run can measure, are left out.
 
     Half a line at the end, as a kill or a run that is going on leaves it, is left out too. No file gives no columns.
 
@@ -20,15 +20,22 @@ def read_metrics(file: Path) -> dict[str, Points]:
         UserError: It cannot be read, or has no column ``step``.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # a spreadsheet writes a mark of its own before the first name
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     whole, _, _ = text.rpartition("\n")
-    rows = csv.DictReader(whole.splitlines())
     if not whole:
         return {}
+    try:
+        return _read_columns(whole.splitlines(), file)
+    except csv.Error as error:
+        raise UserError(f"{file} is no table of metrics: {error}.") from error
+
+
+def _read_columns(lines: Sequence[str], file: Path) -> dict[str, Points]:
+    rows = csv.DictReader(lines)
     if "step" not in (rows.fieldnames or ()):
         raise UserError(f"{file} is no table of metrics: expected a column `step` in its first line.")
     columns: dict[str, Points] = {name: [] for name in rows.fieldnames or () if name != "step"}
@@ -58,4 +65,4 @@ def _number(text: str | None) -> float | None:
         value = float(text or "")
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= LARGEST else None  # not a number is not

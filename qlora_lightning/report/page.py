@@ -110,7 +110,7 @@ def _drawn(charts: Sequence[Chart]) -> list[dict[str, Any]]:
 
 
 def _life(life: dict[str, Any]) -> list[str]:
-    steps = f"{life.get('from_step', 0):,} to {life.get('to_step', 0):,}"
-    ended = life.get("error") or life.get("status", "")
-    started = str(life.get("started", "")).replace("T", " ").replace("+00:00", " UTC")
-    return [started, steps, word_seconds(life.get("seconds", 0.0)), ended]
+    steps = f"{life.get('from_step') or 0:,} to {life.get('to_step') or 0:,}"
+    ended = life.get("error") or life.get("status") or ""
+    started = str(life.get("started") or "").replace("T", " ").replace("+00:00", " UTC")
+    return [started, steps, word_seconds(life.get("seconds") or 0.0), ended]

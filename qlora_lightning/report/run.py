@@ -9,8 +9,10 @@ from typing import Any
 import yaml
 
 from qlora_lightning.errors import UserError
+from qlora_lightning.json_shape import find_fault
 from qlora_lightning.report.manifest import NAME, read_json, read_manifest
 from qlora_lightning.report.metrics import Points, read_metrics
+from qlora_lightning.report.shapes import ADAPTER, CONFIG, EVALUATION, PLAN
 
 try:
     import fcntl
@@ -63,9 +65,9 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         manifest=manifest or {},
         config=(manifest or {}).get("config") or _read_config(folder / "config.yaml"),
         metrics=read_metrics(folder / "metrics.csv"),
-        evaluation=read_json(folder / "evaluation.json") or {},
-        plan=read_json(folder / "plan.json") or {},
-        adapter=read_json(folder / "adapter" / "qlora_lightning.json") or {},
+        evaluation=read_json(folder / "evaluation.json", EVALUATION) or {},
+        plan=read_json(folder / "plan.json", PLAN) or {},
+        adapter=read_json(folder / "adapter" / "qlora_lightning.json", ADAPTER) or {},
     )
 
 
@@ -121,6 +123,11 @@ def _read_config(file: Path) -> dict[str, Any]:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        return {}
+    fault = find_fault(config, CONFIG)
+    if fault:
+        raise UserError(f"{file} is damaged: {fault}. Move it away, and the report goes without it.")
+    return config

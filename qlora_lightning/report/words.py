@@ -127,7 +127,11 @@ def machine_facts(run: Run) -> Facts:
         facts.append(("threads", f"{device['threads']} on {device['cores']} cores"))
         several = f", strategy {device['strategy']}" if device["processes"] > 1 else ""
         facts.append(("processes", f"{device['processes']} on {device['nodes']} machine(s){several}"))
-    facts += [(name.removesuffix("_gib").replace("_", " "), f"{gib:.2f} GiB") for name, gib in sorted(peaks.items())]
+    facts += [
+        (name.removesuffix("_gib").replace("_", " "), f"{gib:.2f} GiB")
+        for name, gib in sorted(peaks.items())
+        if gib is not None
+    ]
     for side in ("predicted", "measured"):
         size = (run.plan.get(side) or {}).get("peak_bytes")
         facts += [(f"peak, {side}", f"{size / _GIB:.2f} GiB")] if size else []
@@ -151,7 +155,7 @@ def version_facts(run: Run) -> Facts:
     packages = manifest.get("packages") or {}
     if packages:
         facts.append(("packages", ", ".join(f"{name} {version}" for name, version in packages.items())))
-        facts.append(("python", f"{manifest['python']} on {manifest['platform']}"))
+        facts.append(("python", f"{manifest.get('python')} on {manifest.get('platform')}"))
     return facts
 
 
@@ -181,7 +185,7 @@ def _word_adapter(adapter: Mapping[str, Any], parameters: Mapping[str, Any]) -> 
     told = f"rank {adapter.get('rank')}, alpha {adapter.get('alpha')}, dropout {adapter.get('dropout')}"
     targets, layers = adapter.get("target_modules") or [], adapter.get("layers") or []
     told += f", on {', '.join(targets)} of {len(layers)} layers" if targets else ""
-    if parameters.get("all"):
+    if parameters.get("all") and parameters.get("trainable") is not None:
         share = parameters["trainable"] / parameters["all"]
         told += f": {parameters['trainable']:,} of {parameters['all']:,} parameters ({share:.2%})"
     return told

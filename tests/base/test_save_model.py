@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,12 @@ def test_a_folder_without_weights_is_no_model(
     monkeypatch.setattr(model, "save_pretrained", lambda folder: None)
     with pytest.raises(RuntimeError, match="wrote no weights"):
         save_model(model, tmp_path)
+
+
+def test_weights_have_the_mode_of_the_umask(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        save_model(model, tmp_path)
+    finally:
+        os.umask(old)
+    assert {oct(file.stat().st_mode & 0o777) for file in tmp_path.iterdir()} == {"0o640"}

@@ -60,3 +60,15 @@ def test_nothing_is_warned_about(predict):
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own, on torch 2.13
         predict([{"instruction": "one"}])
+
+
+def test_a_folder_with_brackets_is_named_as_it_is(make_module, make_data, make_trainer, tmp_path, capsys, monkeypatch):
+    from qlora_lightning.model import generation
+
+    plain = generation._generate_flat
+    monkeypatch.setattr(generation, "_generate_flat", lambda *arguments: plain(*arguments[:-1], 2))
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"instruction": "Hi."}\n')
+    trainer = make_trainer(PredictionWriter(), folder="[/b]")
+    trainer.predict(make_module(), datamodule=make_data(predict=str(file)))
+    assert "[/b]/predictions.jsonl" in "".join(capsys.readouterr().out.split())

@@ -6,11 +6,15 @@ import shlex
 
 import pytest
 import torch
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lightning.cli import main
 from qlora_lightning.commands.chat import answer as answering
-from qlora_lightning.commands.chat.answer import Sampling, TokenStreamer, stream_answer
+from qlora_lightning.commands.chat.answer import TokenStreamer, stream_answer
 from qlora_lightning.commands.chat.arguments import make_parser
+from qlora_lightning.commands.chat.sampling import Sampling
+from qlora_lightning.commands.chat.screen import Screen
 from qlora_lightning.model.generation import generate_answers
 from tests.adapters import make_adapter, make_run
 
@@ -111,6 +115,14 @@ def test_the_base_that_answers_is_the_base_without_an_adapter(chat, place, tiny_
     assert compared["a"]["text"] != other["b"]["text"]
 
 
+def test_names_with_brackets_are_shown_as_they_are_in_columns():
+    console = Console(file=io.StringIO(), force_terminal=True, width=60)
+    with Screen(console).several(["base", "[/b]"]) as writer:
+        writer("[/b]")("Said [/i].")
+    assert "[/b]" in console.file.getvalue()
+    assert "Said [/i]." in console.file.getvalue()
+
+
 def test_an_adapter_answers_beside_others_as_it_does_alone(chat, place):
     chat("--adapter", BOLD, "--prompt", "Hi.", *SHORT, "--json", "said.json")
     alone = json.loads((place / "said.json").read_text())["turns"][0]["answers"]["b"]["text"]
@@ -125,6 +137,83 @@ def test_a_seed_makes_samples_again(chat, place):
         return json.loads((place / "said.json").read_text())["turns"][0]["answers"]["a"]["text"]
 
     assert sample("1") == sample("1") != sample("2")
+
+
+def answer_of(place):
+    return json.loads((place / "said.json").read_text())["turns"][-1]["answers"]["a"]
+
+
+@pytest.mark.parametrize("narrowed", [("--top-k", "1"), ("--min-p", "0.9999999"), ("--top-p", "1e-9")])
+def test_sampling_from_the_likeliest_token_alone_is_greedy(narrowed, chat, place):
+    told = ("--adapter", CALM, "--prompt", "Hi.", "--json", "said.json", "--max-new-tokens", "8")
+    chat(*told)
+    greedy = answer_of(place)["text"]
+    chat(*told, "--temperature", "5", "--seed", "1")
+    assert answer_of(place)["text"] != greedy
+    chat(*told, "--temperature", "5", "--seed", "1", *narrowed)
+    assert answer_of(place)["text"] == greedy
+
+
+@pytest.mark.parametrize(("penalty", "third"), [("1", "b"), ("2", "c")])
+def test_a_repetition_penalty_counts_against_what_was_said(penalty, third, tiny_base):
+    """A model that likes b best, then c, and knows nothing else; b has been said."""
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_base, vocab_size=128)).eval()
+    model.lm_head = torch.nn.Linear(64, 128, bias=True)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.bias.zero_()
+        model.lm_head.bias[ord("b")], model.lm_head.bias[ord("c")] = 3.0, 2.0
+    sampling = Sampling(repetition_penalty=float(penalty), max_new_tokens=1)
+    found = stream_answer(model, list(b"ab"), Characters(), [0], sampling, lambda _: None)
+    assert found.text == third
+
+
+def test_an_answer_ends_at_a_stop_text_which_is_not_shown(chat, place):
+    told = ("--adapter", CALM, "--prompt", "Hi.", "--json", "said.json", "--max-new-tokens", "8")
+    chat(*told)
+    whole = answer_of(place)
+    stop = whole["text"][4:7]
+    said = chat(*told, "--stop", "never there", "--stop", stop)
+    cut = answer_of(place)
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)]
+    assert (cut["ended"], cut["tokens"] < whole["tokens"]) == ("stop", True)
+    assert said.out == f"{cut['text']}\n"
+
+
+def test_settings_change_while_talking(chat, place):
+    lines = ["/set max-new-tokens 2", "Hi.", "/set temperature 1e-40", "/set heat 3", "/set temperature warm", "/set"]
+    said = chat("--adapter", CALM, *SHORT, "--json", "said.json", lines=[*lines, "/set seed 1", "/set stop a b"])
+    assert answer_of(place)["tokens"] == 2
+    assert "--temperature is 1e-40" in said.out
+    assert "There is no setting 'heat'; there are stop, seed, temperature, top-k" in said.out
+    assert "temperature is 'warm': expected a number" in said.out
+    assert "Set: temperature 0.0, top-k 0, top-p 1.0, min-p 0.0, repetition-penalty 1.0, max-new-tokens 2." in said.out
+    sampling = json.loads((place / "said.json").read_text())["sampling"]
+    assert (sampling["seed"], sampling["stop"], sampling["max_new_tokens"]) == (1, ["a b"], 2)
+
+
+def test_a_line_that_is_no_utf_8_is_told_and_the_next_one_answered(chat, place, monkeypatch):
+    def typed(*_):
+        return io.TextIOWrapper(io.BytesIO(b"Gr\xfc\xdfe\n/system \xff\nHi.\n"), encoding="utf-8")
+
+    monkeypatch.setattr(io, "StringIO", typed)
+    said = chat("--adapter", CALM, "--json", "said.json", *SHORT)
+    assert "Not sent: the message holds bytes that are no UTF-8." in said.out
+    assert "/system: that holds bytes that are no UTF-8." in said.out
+    assert [turn["prompt"] for turn in json.loads((place / "said.json").read_text())["turns"]] == ["Hi."]
+
+
+@pytest.mark.parametrize("arguments", [("--prompt", "Hi."), ()])
+def test_ctrl_c_ends_what_nobody_types_and_keeps_the_conversation(arguments, chat, place, monkeypatch):
+    from qlora_lightning.commands.chat import session
+
+    def interrupted(*arguments):
+        return answering.Answer("half", 1, "interrupted", 0.1)
+
+    monkeypatch.setattr(session, "stream_answer", interrupted)
+    said = chat("--adapter", CALM, "--json", "said.json", *arguments, lines=["Hi.", "And?"], code=130)
+    assert said.err == "qlora-lightning: interrupted.\n"
+    assert len(json.loads((place / "said.json").read_text())["turns"]) == 1
 
 
 def test_a_message_that_cannot_be_rendered_is_not_sent(chat):
@@ -152,6 +241,22 @@ def test_a_conversation_longer_than_the_base_looks_back_is_not_sent(chat):
         (("--adapter", CALM, "--top-p", "0"), "--top-p is 0"),
         (("--adapter", CALM, "--top-p", "0.5"), "nothing is sampled"),
         (("--adapter", CALM, "--max-new-tokens", "0"), "--max-new-tokens is 0"),
+        (("--adapter", CALM, "--temperature", "1e-40"), "--temperature is 1e-40: expected 0 (greedy), or 0.001 to"),
+        (("--adapter", CALM, "--temperature", "nan"), "--temperature is nan"),
+        (("--adapter", CALM, "--temperature", "inf"), "--temperature is inf"),
+        (("--adapter", CALM, "--top-p", "nan"), "--top-p is nan"),
+        (("--adapter", CALM, "--top-k", "-1", "--temperature", "1"), "--top-k is -1"),
+        (("--adapter", CALM, "--top-k", "5"), "nothing is sampled"),
+        (("--adapter", CALM, "--min-p", "1", "--temperature", "1"), "--min-p is 1: expected 0 or more, less than 1"),
+        (("--adapter", CALM, "--min-p", "0.1"), "nothing is sampled"),
+        (("--adapter", CALM, "--repetition-penalty", "0"), "--repetition-penalty is 0"),
+        (("--adapter", CALM, "--repetition-penalty", "nan"), "--repetition-penalty is nan"),
+        (("--adapter", CALM, "--stop", ""), "--stop is"),
+        (("--adapter", CALM, "--seed", str(2**64)), "--seed is 18446744073709551616: expected 0 to 2^64 - 1"),
+        (("--adapter", CALM, "--seed", "-1"), "--seed is -1"),
+        (("--adapter", CALM, "--prompt", "\udcff"), "--prompt holds bytes that are no UTF-8"),
+        (("--adapter", CALM, "--system", "\udcff"), "--system holds bytes that are no UTF-8"),
+        (("--adapter", CALM, "--json", "/proc/x"), "no file can be written there"),
         (("--adapter", CALM, "--prompt", " "), "--prompt is empty"),
         (("--adapter", CALM, "--json", "none/x"), "there is no folder none"),
         (("--adapter", CALM, "--nothing"), "unrecognized arguments: --nothing"),
@@ -189,6 +294,19 @@ def test_text_streams_token_by_token_and_whole_characters_only():
     assert streamer.text == "né🙂"
 
 
+def test_what_may_become_a_stop_is_held_back():
+    pieces = []
+    streamer = TokenStreamer(Characters(), [0], pieces.append, ["abc", "xy"])
+    streamer.put(torch.tensor([[65]]))
+    for token in b"1ab2abxabc":
+        assert not streamer.met
+        streamer.put(torch.tensor([token]))
+    assert streamer.met
+    streamer.end()
+    assert pieces == ["1", "ab2", "ab", "x"]
+    assert streamer.text == "1ab2abx"
+
+
 def test_half_a_character_at_the_end_is_shown_as_such():
     pieces = []
     streamer = TokenStreamer(Characters(), [0], pieces.append)
@@ -210,6 +328,6 @@ def test_ctrl_c_keeps_what_was_said():
             raise KeyboardInterrupt
 
     pieces = []
-    found = stream_answer(Interrupted(), [65], Characters(), [0], Sampling(0.0, 1.0, 8), pieces.append)
+    found = stream_answer(Interrupted(), [65], Characters(), [0], Sampling(max_new_tokens=8), pieces.append)
     assert (found.text, found.ended, pieces) == ("H", "interrupted", ["H"])
     assert answering.Answer is type(found)

@@ -80,3 +80,10 @@ def moved(ratio, effective, rank=8, count=4):
 def test_hints_say_what_the_figures_mean(movements, words):
     said = " ".join(give_hints(movements))
     assert all(word in said for word in words), said
+
+
+def test_a_folder_with_brackets_is_named_as_it_is(run, capsys):
+    (run / "[").mkdir()
+    (run / "[" / "b]").symlink_to(run / "runs")
+    assert main(["diagnose", "--adapter", "[/b]/quickstart"]) == 0
+    assert "[/b]/quickstart/adapter on" in capsys.readouterr().out

@@ -76,12 +76,16 @@ def test_it_suggests_a_rate_and_leaves_nothing_behind(folder, find):
     [
         (["--steps", "12"], "--steps is 12: expected 13 or more."),
         (["--min-lr", "1e-2", "--max-lr", "1e-3"], "expected positive numbers, the first the smaller one"),
+        (["--plot", "folder.png"], "--plot folder.png: that is a folder"),
+        (["--plot", "/proc/lr.png"], "--plot /proc/lr.png: no file can be written there"),
+        (["--plot", "lr.png", "--json", "./lr.png"], "--json and --plot both name"),
         (["--plot", "lr.txt"], "expected a file that ends in .png, .svg or .pdf"),
         (["--model.loraplus_ratio", "16"], "model.loraplus_ratio: Lightning's finder gives A and B the same rate"),
         (["--model.rnk", "3"], "There is no key 'model.rnk'"),
     ],
 )
-def test_a_mistake_is_told_in_a_sentence(arguments, words, find):
+def test_a_mistake_is_told_in_a_sentence(arguments, words, find, folder):
+    (folder / "folder.png").mkdir()
     assert words in find(*arguments, code=2)
 
 

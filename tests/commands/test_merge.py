@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,14 +126,80 @@ def test_nothing_is_written_over_unless_it_is_a_merged_model_and_force_is_given(
     assert not list(folder.glob(".merged*"))
     merge("--out", "runs/quickstart", "--force", code=2)
     assert "holds something else than a merged model" in capsys.readouterr().err
+    (folder / "merge.json").write_text('{"files": {}}')  # somebody else's
+    merge("--out", ".", "--force", code=2)
+    assert "holds something else than a merged model" in capsys.readouterr().err
     merge("--adapter-gguf", f"{ADAPTER}/adapter_config.json", code=2)
     assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "mine/notes.txt", "gguf"])
+def test_force_does_not_remove_what_merge_did_not_write(name, folder, capsys):
+    merge("--out", "merged", "--rows", "0")
+    place = folder / "merged" / name
+    place.parent.mkdir(exist_ok=True)
+    place.mkdir() if name == "gguf" else place.write_text("mine")
+    before = written(folder)
+    merge("--out", "merged", "--rows", "0", "--force", code=2)
+    assert f"--out merged holds {name}, which merge did not write" in capsys.readouterr().err
+    assert written(folder) == before
+
+
+def test_what_comes_into_the_folder_while_it_is_merged_is_not_removed(folder, capsys, monkeypatch):
+    from qlora_lightning.commands.merge import run
+
+    def write_and_be_overtaken(*arguments):
+        write_tensors(*arguments)
+        (folder / "merged").mkdir()
+        (folder / "merged" / "other").write_text("of another process")
+
+    write_tensors = run.write_tensors
+    monkeypatch.setattr(run, "write_tensors", write_and_be_overtaken)
+    merge("--out", "merged", "--rows", "0", code=2)
+    assert "--out merged exists" in capsys.readouterr().err
+    assert written(folder / "merged") == ["other"]
+
+
+def test_a_folder_behind_a_link_is_replaced_and_the_link_stays(folder):
+    (folder / "disk").mkdir()
+    (folder / "merged").symlink_to("disk/model")
+    merge("--out", "merged", "--rows", "0", "--json", "found.json")
+    merge("--out", "merged", "--rows", "0", "--dtype", "fp16", "--force")
+    assert (folder / "merged").is_symlink()
+    assert load_file("disk/model/model.safetensors")["model.norm.weight"].dtype == torch.float16
+    assert sorted(entry.name for entry in folder.iterdir()) == ["disk", "found.json", "merged", "runs"]
+    assert [entry.name for entry in (folder / "disk").iterdir()] == ["model"]
+
+
+def test_all_files_of_a_merged_model_have_the_mode_of_the_umask(folder):
+    old = os.umask(0o027)
+    try:
+        merge("--out", "merged", "--rows", "0", "--adapter-gguf", "a.gguf")
+    finally:
+        os.umask(old)
+    files = [folder / "a.gguf", *(file for file in (folder / "merged").rglob("*"))]
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in files} == {file.name: "0o640" for file in files}
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ((), "--out is missing"),
+        (("--out", "x", "--adapter-gguf", "x/a.gguf"), "there is no folder x"),
+        (("--out", "runs", "--adapter-gguf", "runs/a.gguf"), "--adapter-gguf runs/a.gguf lies in --out runs"),
+        (("--out", "runs", "--json", "runs/../runs/a.json"), "lies in --out runs"),
+        (("--adapter-gguf", "a", "--json", "./a"), "--adapter-gguf and --json both name a"),
+        (("--adapter-gguf", f"{ADAPTER}/adapter_model.safetensors", "--force"), "is no GGUF file"),
+        (("--out", "runs/quickstart/val.jsonl", "--force"), "that is a file; name a folder"),
+        (("--out", "runs/quickstart/val.jsonl/x"), "val.jsonl is a file; name a folder"),
+        (("--out", "/proc/merged"), "--out /proc/merged: nothing can be written there"),
+        (("--out", "/proc/merged", "--force"), "nothing can be written there"),
+        (("--out", "x", "stray"), "unrecognized arguments: stray"),
+        (("--out", "x", "--data.val", "runs/quickstart/val.jsonl", "stray"), "unrecognized arguments: stray"),
+        (("--out", "x", "--data.val"), "--data.val: expected a value"),
+        (("--out", "x", "--model.rank", "3"), "--model.rank: the model is what the adapter folder says"),
+        (("--out", "x", "--rows", "0", "--data.nothing", "3"), "--data.nothing chooses rows for the check"),
+        (("--out", "x", "--max-kl", "nan"), "--max-kl is nan"),
         (("--out", "x", "--gguf", "q4_0"), "invalid choice: 'q4_0'"),
         (("--gguf", "f16", "--adapter-gguf", "x.gguf"), "--gguf writes the merged model"),
         (("--out", "x", "--rows", "-1"), "--rows is -1"),
@@ -154,6 +221,26 @@ def test_mistakes_are_told_in_a_sentence(arguments, words, folder, capsys):
     assert written(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("qlora_lightning.json", '{"base": 3}', "qlora_lightning.json is damaged: base is 3"),
+        ("generation_config.json", '{"eos_token_id": [', "generation_config.json is not JSON"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "generation_config.json is damaged"),
+        ("chat_template.jinja", "{% for message in messages %}{{", "The chat template of"),
+    ],
+)
+def test_a_damaged_file_of_the_adapter_ends_the_merge(name, text, words, made, folder, capsys):
+    shutil.copytree(made[0] / ADAPTER, folder / "damaged")
+    (folder / "damaged" / name).write_text(text)
+    before = written(folder)
+    assert main(["merge", "--adapter", "damaged", "--out", "merged", "--rows", "0"]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+    assert written(folder) == before
+
+
 def test_an_adapter_of_another_tool_is_merged_onto_the_original(folder, made, capsys):
     files = ("adapter_config.json", "adapter_model.safetensors")
     (folder / "foreign").mkdir()
@@ -163,7 +250,7 @@ def test_an_adapter_of_another_tool_is_merged_onto_the_original(folder, made, ca
     assert "does not say how its base was quantized" in capsys.readouterr().err
     assert main(["merge", "--adapter", "foreign", "--out", "merged", "--onto", "original"]) == 2
     assert "there is no config.yaml beside the adapter folder" in capsys.readouterr().err
-    rows = ("--data.val", "runs/quickstart/val.jsonl", "--model.base", str(folder / "tiny"))
+    rows = ("--data.val", "runs/quickstart/val.jsonl", "--data.tokenizer", str(folder / "tiny"))
     (folder / "tiny").symlink_to(json.loads((folder / ADAPTER / "qlora_lightning.json").read_text())["base"])
     assert main(["merge", "--adapter", "foreign", "--out", "merged", "--onto", "original", *rows]) == 0
     check = json.loads((folder / "merged" / "merge.json").read_text())["check"]

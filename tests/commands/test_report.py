@@ -117,6 +117,8 @@ def test_a_report_html_of_somebody_else_in_the_run_folder_is_kept_too(make_run):
         (["runs"], r"runs holds no run.*Runs lie in it: runs/one\."),
         (["runs/one", "--out", "none/page.html"], "there is no folder none"),
         (["runs/one", "--out", "runs"], "that is a folder"),
+        (["runs/one", "--out", "x", "--json", "./x"], "--out and --json both name x"),
+        (["runs/one", "--out", "/proc/x"], "no file can be written there"),
         (["runs/one", "--jsn", "x"], "There is no option --jsn"),
     ],
 )

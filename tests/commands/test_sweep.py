@@ -249,3 +249,11 @@ def test_a_signal_while_rows_are_judged_ends_the_sweep(folder, sweep, monkeypatc
         sweep("--ranks", "2,4", code=130)
     assert not list(folder.glob("run/*/*/trial.json"))
     sweep("--ranks", "2,4")
+
+
+def test_names_with_brackets_are_shown_as_they_are(folder, sweep):
+    one = ("--trainer.max_steps", 1, "--trainer.default_root_dir", "[/b]")
+    said = sweep("--target-modules", ".*[qk]_proj,v_proj", *one)
+    assert "[/b]/sweep-target-modules/" in said
+    assert "│ .*[qk]_proj" in said
+    assert "target modules .*[qk]_proj" in said

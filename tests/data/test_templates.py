@@ -239,3 +239,10 @@ def test_a_file_that_cannot_work_is_refused_with_the_reason(base, write, text, f
     Path("own.jinja").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=f"chat_template: .*{found}"):
         choose_chat_template(base("qwen25"), "own.jinja")
+
+
+def test_a_template_of_the_tokenizer_that_does_not_parse_is_refused(base):
+    tokenizer = base("llama31")
+    tokenizer.chat_template = "{% for message in messages %}\n{{ message['content'] }"
+    with pytest.raises(UserError, match=r"The chat template of .* is damaged, line 2: .*Copy the folder again"):
+        choose_chat_template(tokenizer, None)

@@ -219,3 +219,13 @@ def test_the_cached_base_and_the_folder_load_as_lm_evaluation_harness_loads_them
     with torch.no_grad():
         ours = module.model.eval()(input_ids=ids).logits
         torch.testing.assert_close(theirs(input_ids=ids).logits, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_every_file_has_the_mode_of_the_umask(tiny_base, tmp_path):
+    old = os.umask(0o027)
+    try:
+        save(tmp_path / "adapter", make(tiny_base), tiny_base)
+    finally:
+        os.umask(old)
+    modes = {file.name: oct(file.stat().st_mode & 0o777) for file in (tmp_path / "adapter").iterdir()}
+    assert modes == dict.fromkeys(FILES, "0o640")

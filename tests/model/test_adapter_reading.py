@@ -129,3 +129,25 @@ def test_weights_that_are_cut_off_are_refused(folder, base, size):
     weights(folder).write_bytes(weights(folder).read_bytes()[:size])
     with pytest.raises(UserError, match=r"adapter_model\.safetensors is not a whole safetensors file"):
         open_adapter_folder(base, folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "words"),
+    [
+        ("qlora_lightning.json", "base", 3, "base is 3, expected text"),
+        ("qlora_lightning.json", "quantization", "q4", 'quantization is "q4", expected nf4 or fp4'),
+        ("qlora_lightning.json", "adapter", [], "adapter is a list, expected an object"),
+        ("qlora_lightning.json", "adapter", {"rank": "8"}, 'adapter.rank is "8", expected a whole number'),
+        ("qlora_lightning.json", "data", {"settings": 3}, "data.settings is 3"),
+        ("qlora_lightning.json", "data", {"settings": {"system": []}}, "data.settings.system is a list, expected text"),
+        ("qlora_lightning.json", "format_version", "1", 'format_version is "1"'),
+        ("adapter_config.json", "base_model_name_or_path", 3, "base_model_name_or_path is 3"),
+        ("adapter_config.json", "r", "x", 'r is "x", expected a whole number'),
+        ("adapter_config.json", "target_modules", 3, "target_modules is 3, expected text or a list"),
+    ],
+)
+def test_values_of_wrong_types_are_refused(folder, name, key, value, words):
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(content | {key: value}))
+    with pytest.raises(UserError, match=re.escape(f"{name} is damaged: {words}")):
+        read_identity(folder)

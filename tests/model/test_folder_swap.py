@@ -104,3 +104,14 @@ def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path):
     assert read(tmp_path / "a") == as_files(*OLD)
     settle_folder(tmp_path / "a")
     assert sorted(file.name for file in (tmp_path / "a").iterdir()) == ["card", "config", "weights"]
+
+
+def test_a_folder_behind_a_link_is_filled_there_and_the_link_stays(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "adapter").symlink_to("disk")
+    refill(tmp_path / "adapter", "one", "1")
+    (tmp_path / "adapter" / "notes").write_text("mine")
+    refill(tmp_path / "adapter", "two", "2")
+    assert read(tmp_path / "disk") == {"config": "two", "card": "card", "weights": "2", "notes": "mine"}
+    assert (tmp_path / "adapter").is_symlink()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapter", "disk"]

@@ -18,8 +18,9 @@ def test_columns_become_points_and_steps_count_from_one(tmp_path):
     assert last(found, "other") is highest(found, "other") is None
 
 
-def test_half_a_line_and_what_is_no_finite_number_is_left_out(tmp_path):
-    found = read_metrics(write(tmp_path, "step,loss\n0,1.0\n1,nan\n2,inf\n3,x\n4\n5,2.0\n6,0.12"))
+def test_half_a_line_and_what_no_run_can_measure_is_left_out(tmp_path):
+    lines = ["step,loss", "0,1.0", "1,nan", "2,inf", "3,x", "4", "5,2.0", "6,1e308", "1e308,1", "7,-1e308", "8,0.12"]
+    found = read_metrics(write(tmp_path, "\n".join(lines)))
     assert found == {"loss": [(1, 1.0), (6, 2.0)]}
 
 

@@ -148,3 +148,13 @@ def test_the_page_is_written_whole(make_run):
     assert write_run_page(folder) == folder / "report.html"
     assert not list(folder.glob("*.unfinished"))
     assert (folder / "report.html").read_text().rstrip().endswith("</html>")
+
+
+def test_figures_of_any_size_are_shown(make_run):
+    comparison = {"base": {"loss": 8e307, "share": -8e307}, "adapter": {"loss": -8e307, "share": 8e307}, "samples": []}
+    huge = {"steps": 2**62, "tokens": 2**62, "seconds": 1e308}
+    folder = make_run(comparison=comparison, progress=huge, peak_memory_gib={"peak_rss_gib": 1e308})
+    (folder / "plan.json").write_text('{"predicted": {"peak_bytes": 1e308}, "measured": {"peak_bytes": 1e308}}')
+    run = read_run(folder)
+    assert "<svg" in render_run(run)
+    assert "<svg" in render_comparison([run, run])

@@ -1,11 +1,18 @@
 """``qlora-lightning chat``: talk with an adapter, or ask it once."""
 
+import io
+import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from qlora_lightning.commands.chat.arguments import Options, parse
+from qlora_lightning.commands.json_output import write_json
 from qlora_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from qlora_lightning.commands.chat.session import Session
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,23 +28,19 @@ def main(argv: Sequence[str]) -> int:
 
 def _talk(options: Options) -> None:
     # here, so that --help and mistakes answer at once
-    import torch
-
-    from qlora_lightning.commands.chat.answer import Sampling
     from qlora_lightning.commands.chat.screen import Screen
     from qlora_lightning.commands.chat.session import Session
     from qlora_lightning.commands.chat.speakers import Speakers
-    from qlora_lightning.commands.profile.report import write_json
 
-    if options.seed is not None:
-        torch.manual_seed(options.seed)
-    sampling = Sampling(options.temperature, options.top_p, options.max_new_tokens)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is told, and the next one read
     speakers, screen = Speakers(options.adapters, options.base), Screen(Console(highlight=False))
-    session = Session(speakers, sampling, screen, options.system, options.compare)
+    session = Session(speakers, options.sampling, screen, options.system, options.compare)
     try:
         if options.prompt is not None:
             if not session.say(options.prompt, named=False):
                 raise UserError("--prompt was not answered, see above.")
+            _end_if_interrupted(session)
             return
         screen.tell(f"{session.speaker.name} answers. /help says what else there is.")
         while (line := screen.read()) is not None:
@@ -46,6 +49,14 @@ def _talk(options: Options) -> None:
                     break
             elif line.strip():
                 session.say(line.strip())
+                if not sys.stdin.isatty():
+                    _end_if_interrupted(session)
     finally:
         if options.json is not None and session.turns:
-            write_json(session.as_json(), options.json)
+            write_json(options.json, session.as_json())
+
+
+def _end_if_interrupted(session: "Session") -> None:
+    """Let Ctrl-C end a conversation that nobody types."""
+    if session.was_interrupted:
+        raise KeyboardInterrupt

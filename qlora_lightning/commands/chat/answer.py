@@ -6,18 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from qlora_lightning.commands.chat.sampling import Sampling
+
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes half a character to
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen: greedily at temperature 0."""
-
-    temperature: float
-    top_p: float
-    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -27,7 +21,7 @@ class Answer:
     Attributes:
         text: Without the stop token.
         tokens: New tokens, the stop token included.
-        ended: ``stop`` at a stop token, ``length`` at the limit, ``interrupted`` by Ctrl-C.
+        ended: ``stop`` at a stop token or text, ``length`` at the limit, ``interrupted`` by Ctrl-C.
         seconds: From the prompt to the last token.
     """
 
@@ -44,10 +38,17 @@ class TokenStreamer(BaseStreamer):  # type: ignore[misc]  # transformers ships n
         tokenizer: Decodes.
         stop_ids: Tokens that end an answer, and are not shown.
         write: Is handed each new piece of text.
+        stops: Texts at which the answer ends, and which are not shown either.
+
+    Attributes:
+        met: Whether one of them has come.
     """
 
-    def __init__(self, tokenizer: Any, stop_ids: Sequence[int], write: Callable[[str], object]) -> None:
-        self._tokenizer, self._stop_ids, self._write = tokenizer, frozenset(stop_ids), write
+    def __init__(
+        self, tokenizer: Any, stop_ids: Sequence[int], write: Callable[[str], object], stops: Sequence[str] = ()
+    ) -> None:
+        self._tokenizer, self._stop_ids, self._write, self._stops = tokenizer, frozenset(stop_ids), write, stops
+        self.met = False
         self._prompt_is_next = True
         self.ids: list[int] = []
         self.text = ""
@@ -61,17 +62,44 @@ class TokenStreamer(BaseStreamer):  # type: ignore[misc]  # transformers ships n
         said = [token for token in self.ids if token not in self._stop_ids]
         text = self._tokenizer.decode(said, clean_up_tokenization_spaces=False)
         if not text.endswith(_UNFINISHED):
-            self._show(text)
+            text = self._cut(text)
+            self._show(text[: len(text) - (0 if self.met else self._count_held_back(text))])
 
     def end(self) -> None:
-        """Show what is left: half a character at which an answer was cut."""
+        """Show what is left: half a character at which an answer was cut, or what might have become a stop."""
         said = [token for token in self.ids if token not in self._stop_ids]
-        self._show(self._tokenizer.decode(said, clean_up_tokenization_spaces=False))
+        self._show(self._cut(self._tokenizer.decode(said, clean_up_tokenization_spaces=False)))
+
+    def _cut(self, text: str) -> str:
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        self.met = bool(places)
+        return text[: min(places)] if places else text
+
+    def _count_held_back(self, text: str) -> int:
+        """Count the last characters that may be the first ones of a stop."""
+        sizes = (size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
+        return max(sizes, default=0)
 
     def _show(self, text: str) -> None:
-        new, self.text = text[len(self.text) :], text
+        new = text[len(self.text) :]
         if new:
+            self.text = text
             self._write(new)
+
+
+class StopAtText(StoppingCriteria):  # type: ignore[misc]  # transformers ships no types
+    """Ends generation where a streamer has met a stop.
+
+    Args:
+        streamer: Is handed each token first.
+    """
+
+    def __init__(self, streamer: TokenStreamer) -> None:
+        self._streamer = streamer
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Say of each sequence whether it ends."""
+        return torch.full((len(input_ids),), self._streamer.met, device=input_ids.device)
 
 
 @torch.no_grad()
@@ -93,7 +121,7 @@ def stream_answer(
         sampling: How tokens are chosen.
         write: Is handed each new piece of text.
     """
-    streamer = TokenStreamer(tokenizer, stop_ids, write)
+    streamer = TokenStreamer(tokenizer, stop_ids, write, sampling.stop)
     ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
     samples = sampling.temperature > 0
     began, interrupted = time.monotonic(), False
@@ -104,7 +132,10 @@ def stream_answer(
             do_sample=samples,
             temperature=sampling.temperature if samples else None,
             top_p=sampling.top_p if samples else None,
-            top_k=0 if samples else None,  # transformers' default would cut at 50 unasked
+            top_k=sampling.top_k if samples else None,  # transformers' default would cut at 50 unasked
+            min_p=sampling.min_p or None if samples else None,
+            repetition_penalty=sampling.repetition_penalty,
+            stopping_criteria=StoppingCriteriaList([StopAtText(streamer)]),
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=list(stop_ids),
             pad_token_id=stop_ids[0],
@@ -113,6 +144,6 @@ def stream_answer(
     except KeyboardInterrupt:
         interrupted = True
         streamer.end()
-    stopped = bool(streamer.ids) and streamer.ids[-1] in stop_ids
+    stopped = streamer.met or (bool(streamer.ids) and streamer.ids[-1] in stop_ids)
     ended = "interrupted" if interrupted else "stop" if stopped else "length"
     return Answer(streamer.text, len(streamer.ids), ended, time.monotonic() - began)

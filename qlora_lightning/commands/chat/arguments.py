@@ -1,10 +1,12 @@
 """What is typed after ``qlora-lightning chat``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from qlora_lightning.commands.option_parser import OptionParser, check_new_file
+from qlora_lightning.commands.chat.sampling import Sampling
+from qlora_lightning.commands.json_output import json_file
+from qlora_lightning.commands.option_parser import OptionParser
 from qlora_lightning.errors import UserError
 
 BASE = "base"  # the speaker without an adapter
@@ -17,8 +19,8 @@ _EPILOG = """examples:
   qlora-lightning chat --adapter runs/quickstart/adapter
   qlora-lightning chat --adapter calm=runs/a/adapter --adapter bold=runs/b/adapter --temperature 0.7 --seed 1
 
-While talking: /adapter NAME, /compare, /system TEXT, /reset, /help, /quit. Ctrl-C stops an answer. Lines that come
-through a pipe are turns of one conversation."""
+While talking: /adapter NAME, /compare, /system TEXT, /set NAME VALUE, /reset, /help, /quit. Ctrl-C stops an answer.
+Lines that come through a pipe are turns of one conversation."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,7 @@ class Options:
     prompt: str | None
     compare: bool
     system: str | None
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-    seed: int | None
+    sampling: Sampling
     json: Path | None
 
 
@@ -48,19 +47,21 @@ def parse(argv: Sequence[str]) -> Options:
         UserError: An option is unknown or has a value that cannot be.
     """
     own = make_parser().parse_args(argv)
-    if own.temperature < 0:
-        raise UserError(f"--temperature is {own.temperature:g}: expected 0 (greedy) or more.")
-    if not 0 < own.top_p <= 1:
-        raise UserError(f"--top-p is {own.top_p:g}: expected more than 0, at most 1.")
-    if own.top_p < 1 and own.temperature == 0:
-        raise UserError("--top-p chooses among samples, and without --temperature nothing is sampled: add one.")
-    if own.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens is {own.max_new_tokens}: expected 1 or more.")
+    settings = vars(own)
+    sampling = {field.name: settings.pop(field.name) for field in fields(Sampling)}
+    sampling["stop"] = tuple(sampling["stop"])
     if own.prompt is not None and not own.prompt.strip():
         raise UserError("--prompt is empty: expected a message.")
-    check_new_file("--json", own.json)
-    settings = vars(own)
-    return Options(adapters=_name_adapters(settings.pop("adapter")), **settings)
+    for option, text in (("--prompt", own.prompt), ("--system", own.system)):
+        if text is not None and not is_text(text):
+            raise UserError(f"{option} holds bytes that are no UTF-8.")
+    json_file(own.json)
+    return Options(adapters=_name_adapters(settings.pop("adapter")), sampling=Sampling(**sampling), **settings)
+
+
+def is_text(text: str) -> bool:
+    """Whether what was typed is text: Python keeps bytes that are no UTF-8 as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _name_adapters(given: Sequence[str]) -> dict[str, str]:
@@ -91,7 +92,17 @@ def make_parser() -> OptionParser:
     add("--compare", action="store_true", help="let the base answer beside the adapters")
     add("--system", metavar="TEXT", help="system prompt (default: the one that data.system gave in training)")
     add("--temperature", type=float, default=0.0, metavar="T", help="of sampling (default: 0, greedy)")
+    add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (default: 0, from all)")
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that make up P")
+    add("--min-p", type=float, default=0.0, metavar="P", help="sample from tokens P times as likely as the likeliest")
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="divide by X what speaks for a token that was there already (default: 1, none)",
+    )
+    add("--stop", action="append", default=[], metavar="TEXT", help="end an answer at TEXT, too; may be repeated")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="where an answer is cut (default: 512)")
     add("--seed", type=int, help="of sampling")
     add("--json", type=Path, metavar="FILE", help="write the conversation there when it ends")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -86,6 +87,6 @@ class Screen:
 def _columns(texts: dict[str, str]) -> Table:
     table = Table(expand=True)
     for name in texts:
-        table.add_column(name, ratio=1, overflow="fold")
+        table.add_column(escape(name), ratio=1, overflow="fold")
     table.add_row(*(Text(text) for text in texts.values()))
     return table

@@ -1,19 +1,24 @@
 """A conversation: what was said, who answers, and the commands that begin with a slash."""
 
 import difflib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from qlora_lightning.commands.chat.answer import Answer, Sampling, stream_answer
-from qlora_lightning.commands.chat.arguments import BASE
+import torch
+
+from qlora_lightning.commands.chat.answer import Answer, stream_answer
+from qlora_lightning.commands.chat.arguments import BASE, is_text
+from qlora_lightning.commands.chat.sampling import Sampling
 from qlora_lightning.commands.chat.screen import Screen, Write
 from qlora_lightning.commands.chat.speakers import Speaker, Speakers
 from qlora_lightning.data.bad_rows import RowFault
 from qlora_lightning.data.formats import Message
+from qlora_lightning.errors import UserError
 
 _HELP = """/adapter NAME  let another adapter answer, or `base`; alone: who there is
 /compare       let the base answer beside the adapters, or no longer
 /system TEXT   set the system prompt and begin anew; alone: without one
+/set NAME X    set temperature, top-k, max-new-tokens, …; alone: what is set
 /reset         begin anew
 /quit          end (or Ctrl-D)"""
 
@@ -39,6 +44,9 @@ class Session:
         self.system = self.speaker.system if system is None else system
         self.messages: list[Message] = []
         self.turns: list[dict[str, Any]] = []
+        self.was_interrupted = False
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
 
     def say(self, text: str, named: bool = True) -> bool:
         """Answer a message; False where it cannot be rendered or is too long, which is told.
@@ -47,6 +55,9 @@ class Session:
             text: Of the user.
             named: Whether an answer begins with the name of who gives it.
         """
+        if not is_text(text):
+            self.screen.tell("Not sent: the message holds bytes that are no UTF-8.")
+            return False
         answering = list(self.speakers.by_name.values()) if self.compare else [self.speaker]
         if self.compare:  # the base first
             answering.sort(key=lambda speaker: speaker.name != BASE)
@@ -87,6 +98,8 @@ class Session:
             self.screen.tell(_HELP)
         elif command == "/reset":
             self._reset("Begun anew.")
+        elif not is_text(rest):
+            self.screen.tell(f"{command}: that holds bytes that are no UTF-8.")
         elif command == "/system":
             self.system = rest or None
             self._reset(f"System prompt: {rest}" if rest else "No system prompt.")
@@ -95,8 +108,11 @@ class Session:
             self.screen.tell("Base and adapters answer." if self.compare else f"{self.speaker.name} answers.")
         elif command == "/adapter":
             self._choose(rest)
+        elif command == "/set":
+            self._set(rest)
         else:
-            near = difflib.get_close_matches(command, ("/adapter", "/compare", "/system", "/reset", "/quit"), n=1)
+            known = ("/adapter", "/compare", "/system", "/set", "/reset", "/quit")
+            near = difflib.get_close_matches(command, known, n=1)
             self.screen.tell(
                 f"There is no command {command}. " + (f"Did you mean {near[0]}?" if near else "See /help.")
             )
@@ -108,13 +124,14 @@ class Session:
 
     def _answer(self, speaker: Speaker, prompt: list[int], write: Write) -> Answer:
         room = min(self.sampling.max_new_tokens, self.speakers.longest - len(prompt))
-        sampling = Sampling(self.sampling.temperature, self.sampling.top_p, room)
+        sampling = replace(self.sampling, max_new_tokens=room)
         renderer = speaker.renderer
         with self.speakers.speaking(speaker) as model:
             return stream_answer(model, prompt, renderer.tokenizer, sorted(renderer.stop_ids), sampling, write)
 
     def _keep(self, asked: list[Message], answers: dict[str, Answer]) -> None:
         own = answers[self.speaker.name]
+        self.was_interrupted = any(answer.ended == "interrupted" for answer in answers.values())
         self.messages = [*asked, {"role": "assistant", "content": own.text}]
         self.turns.append(
             {
@@ -127,6 +144,16 @@ class Session:
         for name, answer in answers.items():
             if answer.ended == "length":
                 self.screen.tell(f"({name} was cut after {answer.tokens} tokens: it had not stopped.)")
+
+    def _set(self, text: str) -> None:
+        try:
+            self.sampling = self.sampling.changed(text) if text else self.sampling
+        except UserError as error:
+            self.screen.tell(str(error))
+            return
+        if text.startswith("seed") and self.sampling.seed is not None:
+            torch.manual_seed(self.sampling.seed)
+        self.screen.tell(f"Set: {self.sampling}.")
 
     def _choose(self, name: str) -> None:
         known = self.speakers.by_name

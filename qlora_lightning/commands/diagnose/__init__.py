@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_lightning.commands.option_parser import OptionParser, check_new_file
+from qlora_lightning.commands.json_output import json_file, write_json
+from qlora_lightning.commands.option_parser import OptionParser
 
 _DESCRIPTION = """Say of each module how far its adapter moved the weight, ‖ΔW‖/‖W‖, and how many directions it uses.
 
@@ -23,18 +24,17 @@ def main(argv: Sequence[str]) -> int:
         UserError: An option, the adapter or the base cannot be used.
     """
     own = make_parser().parse_args(argv)
-    check_new_file("--json", own.json)
+    file = json_file(own.json)
     # here, so that --help and mistakes answer at once
     from rich.console import Console
 
     from qlora_lightning.commands.diagnose.measure import measure_adapter
     from qlora_lightning.commands.diagnose.report import as_json, print_report
-    from qlora_lightning.commands.profile.report import write_json
 
     found = measure_adapter(own.adapter, own.base)
-    if own.json is not None:
-        write_json(as_json(found), own.json)
     print_report(found, Console(highlight=False), every_module=own.all)
+    if file is not None:
+        write_json(file, as_json(found))
     return 0
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from qlora_lightning.commands.diagnose.measure import Diagnosis
@@ -68,7 +69,7 @@ def give_hints(movements: Sequence[Movement]) -> list[str]:
 
 
 def _table_of_kinds(found: Diagnosis) -> Table:
-    table = Table(title=f"{found.adapter} on {found.base}", title_justify="left")
+    table = Table(title=escape(f"{found.adapter} on {found.base}"), title_justify="left")
     for heading in ("module", "count", "rank", "‖ΔW‖/‖W‖", "from – to", "effective rank"):
         table.add_column(heading, justify="left" if heading == "module" else "right", no_wrap=True)
     table.add_column("‖ΔW‖/‖W‖ by layer", overflow="fold")

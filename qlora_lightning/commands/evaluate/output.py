@@ -65,7 +65,7 @@ def report(
     if len(adapters) > 1:
         console.print(differences_table(measured))
     for name, found in duels.items():
-        console.print(describe_duel(found, name if len(adapters) > 1 else "the adapter"))
+        console.print(describe_duel(found, name if len(adapters) > 1 else "the adapter"), markup=False)
         for words, places in (("better", found.wins), ("worse", found.losses)):
             if places:
                 console.print(f"  {words}: {join_places([rows[place].place for place in places])}", markup=False)

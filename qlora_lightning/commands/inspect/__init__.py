@@ -13,6 +13,7 @@ from qlora_lightning.commands.inspect.arguments import make_data_module, parse
 from qlora_lightning.commands.inspect.gather import Inspection, inspect_data
 from qlora_lightning.commands.inspect.page import write_page
 from qlora_lightning.commands.inspect.terminal import print_inspection
+from qlora_lightning.commands.json_output import check_output_file
 from qlora_lightning.data.splits import check_usable
 from qlora_lightning.errors import UserError
 
@@ -32,10 +33,9 @@ def main(argv: Sequence[str]) -> int:
     bad_rows_stop, data.lenient = data.on_bad_row == "error", True  # here they are listed, and the rest goes on
     with quiet_lightning():
         found = inspect_data(data, config, options)
-    if page is not None:
-        write_page(found, page)
     print_inspection(found, Console(highlight=False))
     if page is not None:
+        write_page(found, page)
         print(f"\nPage: {page}")
     if bad_rows_stop:
         _refuse_bad_rows(found)
@@ -66,9 +66,7 @@ def _page_file(name: str) -> Path:
     file = Path(name)
     if file.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--html {name}: expected a file name that ends in .html.")
-    if not file.parent.is_dir():
-        raise UserError(f"--html {name}: there is no folder {file.parent}.")
-    return file
+    return check_output_file("--html", file)
 
 
 def _refuse_bad_rows(found: Inspection) -> None:

@@ -9,7 +9,7 @@ from qlora_lightning.commands.inspect.facts import SplitFacts, find_faults, head
 from qlora_lightning.commands.inspect.gather import Inspection
 from qlora_lightning.commands.inspect.numbers import PERCENTILES
 from qlora_lightning.commands.inspect.pieces import Piece
-from qlora_lightning.errors import UserError
+from qlora_lightning.commands.json_output import write_output
 from qlora_lightning.page.render import render_page as _render
 from qlora_lightning.page.visible import show_controls
 
@@ -23,10 +23,7 @@ def write_page(found: Inspection, file: Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    try:
-        file.write_text(render_page(found), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--html {file}: cannot be written ({error.strerror}).") from error
+    write_output(file, render_page(found))
 
 
 def render_page(found: Inspection) -> str:

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_lightning.commands.json_output import json_file, write_json
+from qlora_lightning.commands.json_output import check_distinct, check_output_file, json_file, write_json, write_output
 from qlora_lightning.errors import UserError
 
 _DESCRIPTION = """Train a config for some steps with a learning rate that rises from one to the next, and suggest one.
@@ -38,21 +38,19 @@ def main(argv: Sequence[str]) -> int:
         given = f"--min-lr is {own.min_lr:g} and --max-lr {own.max_lr:g}"
         raise UserError(f"{given}: expected positive numbers, the first the smaller one.")
     file, picture = json_file(own.json), _picture(own.plot)
+    check_distinct({"--json": file, "--plot": picture})
 
     # here, so that --help and mistakes answer at once
-    from qlora_lightning.commands.lr_find.report import plot_search, print_search
+    from qlora_lightning.commands.lr_find.report import draw_search, print_search
     from qlora_lightning.commands.lr_find.search import search
 
     with tempfile.TemporaryDirectory(prefix="qlora-lightning-lr-find-") as folder:
         found = search(rest, folder, own.min_lr, own.max_lr, own.steps)
+    print_search(found)
     if file is not None:
         write_json(file, found)
     if picture is not None:
-        try:
-            plot_search(picture, found)
-        except OSError as error:
-            raise UserError(f"{picture} could not be written: {error.strerror or error}.") from error
-    print_search(found)
+        write_output(picture, draw_search(found, picture.suffix[1:]))
     if found["suggestion"] is None:
         raise UserError(
             f"The search ended after {len(found['loss'])} steps, too early to suggest a rate: the loss diverged. Lower "
@@ -67,9 +65,7 @@ def _picture(name: str | None) -> Path | None:
     file = Path(name)
     if file.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--plot {name}: expected a file that ends in .png, .svg or .pdf.")
-    if not file.parent.is_dir():
-        raise UserError(f"--plot {name}: there is no folder {file.parent}.")
-    return file
+    return check_output_file("--plot", file)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,13 +1,11 @@
 """What a search has found, as a table and as a picture."""
 
+import io
 import math
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-
-from qlora_lightning.safe_file import put_in_place
 
 _LINES = 12  # of the table
 
@@ -27,8 +25,8 @@ def print_search(found: dict[str, Any]) -> None:
         console.print(f"Suggested: [bold]--model.learning_rate {suggestion:.1e}[/bold]")
 
 
-def plot_search(file: Path, found: dict[str, Any]) -> None:
-    """Draw losses over rates, the suggested one marked."""
+def draw_search(found: dict[str, Any], kind: str) -> bytes:
+    """Draw losses over rates, the suggested one marked, as a picture of that kind: png, svg or pdf."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a screen
 
     rates, losses, suggestion = found["learning_rate"], found["loss"], found["suggestion"]
@@ -43,9 +41,9 @@ def plot_search(file: Path, found: dict[str, Any]) -> None:
     axes.set_xlabel("learning rate")
     axes.set_ylabel("training loss, smoothed (nats per token)")
     axes.spines[["top", "right"]].set_visible(False)
-    unfinished = file.with_name(f"{file.stem}.unfinished{file.suffix}")
-    figure.savefig(unfinished)
-    put_in_place(unfinished, file)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=kind)
+    return picture.getvalue()
 
 
 def _shown(count: int, suggested: int | None) -> list[int]:

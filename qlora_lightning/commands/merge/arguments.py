@@ -1,10 +1,12 @@
 """What is typed after ``qlora-lightning merge``."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_lightning.commands.option_parser import OptionParser, check_new_file
+from qlora_lightning.commands.json_output import check_distinct, check_output_file, json_file
+from qlora_lightning.commands.option_parser import OptionParser
 from qlora_lightning.errors import UserError
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -48,20 +50,47 @@ def parse(argv: Sequence[str]) -> Options:
         UserError: An option is unknown or has a value that cannot be.
     """
     own, rest = make_parser().parse_known_args(argv)
-    foreign = [each for each in rest if each.startswith("-") and not each.startswith(("--data.", "--model."))]
-    if foreign:
-        raise UserError(f"unrecognized arguments: {foreign[0]}. See `qlora-lightning merge --help`.")
+    _check_overrides(rest)
     if own.out is None and own.adapter_gguf is None:
         raise UserError("--out is missing: name the folder to write the merged model into (or --adapter-gguf FILE).")
     if own.gguf is not None and own.out is None:
         raise UserError("--gguf writes the merged model: name a folder with --out. The adapter alone: --adapter-gguf.")
     if own.rows < 0:
         raise UserError(f"--rows is {own.rows}: expected 1 or more, or 0 to leave the check out.")
-    if own.max_kl is not None and own.max_kl < 0:
+    if own.max_kl is not None and not own.max_kl >= 0:
         raise UserError(f"--max-kl is {own.max_kl:g}: expected 0 or more.")
-    check_new_file("--json", own.json)
-    check_new_file("--adapter-gguf", own.adapter_gguf)
+    if rest and (own.out is None or not own.rows):
+        raise UserError(f"{rest[0]} chooses rows for the check of a merged model, and there is no check.")
+    json_file(own.json)
+    if own.adapter_gguf is not None:
+        check_output_file("--adapter-gguf", own.adapter_gguf)
+    check_distinct({"--adapter-gguf": own.adapter_gguf, "--json": own.json})
+    for option, file in (("--adapter-gguf", own.adapter_gguf), ("--json", own.json)):
+        if own.out is not None and file is not None and _lies_in(file, own.out):
+            raise UserError(f"{option} {file} lies in --out {own.out}, which is made as a whole: name a file outside.")
     return Options(**vars(own), overrides=tuple(rest))
+
+
+def _check_overrides(rest: Sequence[str]) -> None:
+    """Refuse what is neither an option of the command nor ``--data.KEY VALUE``.
+
+    Raises:
+        UserError: There is such a word, or a value is missing.
+    """
+    words = iter(rest)
+    for word in words:
+        if word.startswith("--model."):
+            raise UserError(
+                f"{word}: the model is what the adapter folder says; another place of its base goes by --base."
+            )
+        if not word.startswith("--data."):
+            raise UserError(f"unrecognized arguments: {word}. See `qlora-lightning merge --help`.")
+        if "=" not in word and next(words, "--").startswith("--"):
+            raise UserError(f"{word}: expected a value behind it.")
+
+
+def _lies_in(file: Path, folder: Path) -> bool:
+    return Path(os.path.realpath(folder)) in Path(os.path.realpath(file)).parents
 
 
 def make_parser() -> OptionParser:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qlora_lightning.base.byte_size import format_bytes
+from qlora_lightning.commands.json_output import write_json
 from qlora_lightning.commands.merge.arguments import DTYPES, Options
 from qlora_lightning.commands.merge.check import Checker
 from qlora_lightning.commands.merge.gguf_adapter import write_adapter
@@ -18,10 +19,16 @@ from qlora_lightning.commands.merge.gguf_model import GGUFModelWriter
 from qlora_lightning.commands.merge.gguf_tokenizer import split_of_base
 from qlora_lightning.commands.merge.report import MAX_KL, MIN_TOP1, Report, Verdict
 from qlora_lightning.commands.merge.rows import find_config, load_rows
-from qlora_lightning.commands.merge.staging import RECORD, check_target, staged_file, staged_folder
+from qlora_lightning.commands.merge.staging import (
+    RECORD,
+    check_file,
+    check_folder,
+    list_files,
+    staged_file,
+    staged_folder,
+)
 from qlora_lightning.commands.merge.ways import Ways
 from qlora_lightning.commands.merge.write import RoundingShards, TensorSink, write_companions, write_tensors
-from qlora_lightning.commands.profile.report import write_json
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.merging import MergedWeights, MergePlan, plan_merge
 from qlora_lightning.model.opened_adapter import AdapterSource, find_adapter
@@ -36,9 +43,10 @@ def merge(options: Options) -> None:
     Raises:
         UserError: The adapter, the base or an option cannot be used, or the merged model disagrees with them.
     """
-    for target, name in ((options.out, "--out"), (options.adapter_gguf, "--adapter-gguf")):
-        if target is not None:
-            check_target(target, name, options.force)
+    if options.out is not None:
+        check_folder(options.out, options.force)
+    if options.adapter_gguf is not None:
+        check_file(options.adapter_gguf, options.force)
     source = find_adapter(options.adapter, options.base)
     weights = Ways(source, options.onto)
     plan = plan_merge(source.base.folder, source.folder)
@@ -65,7 +73,7 @@ def _merge_model(options: Options, out: Path, source: AdapterSource, plan: Merge
         }
     )
     began = time.monotonic()
-    with staged_folder(out) as folder:
+    with staged_folder(out, options.force) as folder:
         write_companions(source, folder, dtype, out, _ONTO[options.onto])
         sinks: list[TensorSink] = [RoundingShards(folder, dtype)]
         if options.gguf is not None:
@@ -77,10 +85,9 @@ def _merge_model(options: Options, out: Path, source: AdapterSource, plan: Merge
             write_tensors(plan, MergedWeights(plan, ways.chosen), sinks, advance)
         if batches:
             _check(options, source, plan, ways, folder, batches, report)
-        files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".gguf"))
-        report.facts["files"] = {str(file.relative_to(folder)): file.stat().st_size for file in files}
+        report.facts["files"] = {name: (folder / name).stat().st_size for name in list_files(folder)}
         report.facts["seconds"] = round(time.monotonic() - began, 1)
-        write_json(report.as_json(), folder / RECORD)
+        write_json(folder / RECORD, report.as_json())
         report.print(Console(highlight=False))
         faults = [verdict.fault for verdict in report.verdicts if verdict.fault]
         if faults:
@@ -89,9 +96,10 @@ def _merge_model(options: Options, out: Path, source: AdapterSource, plan: Merge
                 "Merge in fp32 or onto the dequantized base, or allow more with --max-kl."
             )
     if options.json is not None:
-        write_json(report.as_json(), options.json)
+        write_json(options.json, report.as_json())
     for name, size in report.facts["files"].items():
-        print(f"{out / name}  {format_bytes(size)}")
+        if name.endswith((".safetensors", ".gguf")):
+            print(f"{out / name}  {format_bytes(size)}")
 
 
 def _check(

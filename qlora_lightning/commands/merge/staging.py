@@ -1,6 +1,7 @@
 """Outputs that are whole or not there: written beside, renamed when all has gone well."""
 
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -10,37 +11,76 @@ from pathlib import Path
 
 import psutil
 
+from qlora_lightning.commands.json_output import check_output_folder
 from qlora_lightning.errors import UserError
-from qlora_lightning.safe_file import find_storage_fault, flush, put_in_place
+from qlora_lightning.safe_file import find_storage_fault, flush, is_stream, put_in_place
 
 RECORD = "merge.json"  # in every folder that this command has written
 
 
-def check_target(target: Path, option: str, force: bool) -> None:
+def check_folder(target: Path, force: bool) -> None:
     """Refuse to write over what is there, before a second is spent.
 
     Raises:
-        UserError: There is something, and it is not to be replaced, or not what this command writes.
+        UserError: There is something, and it is not to be replaced, or holds what this command did not write.
     """
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not force:
-        raise UserError(f"{option} {target} exists: name another, or add --force to replace it.")
-    if target.is_dir() and not (target / RECORD).is_file():
+    check_output_folder("--out", target, made_beside=True)
+    try:
+        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+            return
+        if not target.is_dir():
+            raise UserError(f"--out {target}: that is a file; name a folder.")
+        if not force:
+            raise UserError(f"--out {target} exists: name another, or add --force to replace it.")
+        own = _read_record(target)
+        if own is None:
+            raise UserError(
+                f"--out {target} holds something else than a merged model (no {RECORD} of one), which --force does not "
+                "remove. Name another folder."
+            )
+        foreign = [name for name in list_files(target) if name not in own]
+    except OSError as error:
+        raise UserError(f"--out {target} cannot be read: {error.strerror}.") from error
+    if foreign:
         raise UserError(
-            f"{option} {target} holds something else than a merged model (no {RECORD}), which --force does not "
-            "remove. Name another folder."
+            f"--out {target} holds {foreign[0]}, which merge did not write and --force does not remove. Move it "
+            "away, or name another folder."
         )
 
 
+def check_file(target: Path, force: bool) -> None:
+    """Refuse to write a GGUF file over another file.
+
+    Raises:
+        UserError: There is one, and it is not to be replaced, or no GGUF file.
+    """
+    if is_stream(target):
+        raise UserError(f"--adapter-gguf {target} is a pipe or a device: name a file.")
+    if not target.exists():
+        return
+    if not force:
+        raise UserError(f"--adapter-gguf {target} exists: name another, or add --force to replace it.")
+    with target.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"--adapter-gguf {target} is no GGUF file, which --force does not replace. Name another.")
+
+
+def list_files(folder: Path) -> list[str]:
+    """Give the paths of all files in a folder, and of folders without one, relative to it."""
+    found = (each for each in folder.rglob("*") if each.is_symlink() or not each.is_dir() or not any(each.iterdir()))
+    return sorted(each.relative_to(folder).as_posix() for each in found)
+
+
 @contextlib.contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
+def staged_folder(target: Path, force: bool) -> Iterator[Path]:
     """Give an empty folder beside ``target``, which takes its name at the end, and is gone where anything fails.
+
+    A link is followed: the folder that it leads to is replaced. What came into it meanwhile is not.
 
     Raises:
         UserError: The disk is full or cannot be written.
     """
-    place = target.absolute()
+    place = Path(os.path.realpath(target))
     staging = place.with_name(f".{place.name}.{os.getpid()}.{secrets.token_hex(4)}")
     with _explained(target):
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +91,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
             yield staging
             for file in [*staging.rglob("*"), staging]:
                 flush(file)
+            check_folder(target, force)
             _replace(staging, place)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -63,11 +104,12 @@ def staged_file(target: Path) -> Iterator[Path]:
     Raises:
         UserError: The disk is full or cannot be written.
     """
-    staging = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
+    place = Path(os.path.realpath(target))
+    staging = place.with_name(f".{place.name}.{os.getpid()}.unfinished")
     try:
         with _explained(target):
             yield staging
-            put_in_place(staging, target)
+            put_in_place(staging, place)
     finally:
         staging.unlink(missing_ok=True)
 
@@ -78,6 +120,15 @@ def _remove_remains(place: Path) -> None:
         found = re.fullmatch(rf"\.{re.escape(place.name)}\.(\d+)\.[0-9a-f]{{8}}", remains.name)
         if found and not psutil.pid_exists(int(found[1])):
             shutil.rmtree(remains)
+
+
+def _read_record(folder: Path) -> set[str] | None:
+    """Give the names of the files that the command wrote into a folder; ``None`` where its record is not there."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return {RECORD, *record["files"]} if "onto" in record else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _replace(staging: Path, place: Path) -> None:

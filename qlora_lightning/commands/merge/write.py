@@ -9,9 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qlora_lightning.base.generation_config import read_generation_config
 from qlora_lightning.base.model_folder import read_config
 from qlora_lightning.base.shard_writer import ShardWriter
 from qlora_lightning.base.tokenizer import load_tokenizer
+from qlora_lightning.data.templates import choose_chat_template
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.base_weights import Weights
 from qlora_lightning.model.merging import MergePlan
@@ -107,7 +109,7 @@ def write_companions(source: AdapterSource, folder: Path, dtype: torch.dtype, ou
     config = read_config(source.base.folder, source.base.name)
     config = {name: value for name, value in config.items() if name not in ("quantization_config", "torch_dtype")}
     config["dtype"] = str(dtype).removeprefix("torch.")
-    settings = {} if generation is None else json.loads(generation.read_text(encoding="utf-8"))
+    settings = {} if generation is None else read_generation_config(generation)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if settings.get(name) is not None:
             config[name] = settings[name]
@@ -115,7 +117,9 @@ def write_companions(source: AdapterSource, folder: Path, dtype: torch.dtype, ou
     holder = _first(source, "tokenizer.json", "tokenizer_config.json")
     if holder is None:
         raise UserError(f"Neither {source.folder} nor {source.base.folder} holds a tokenizer. Copy one into the first.")
-    load_tokenizer(str(holder.parent)).save_pretrained(folder)
+    tokenizer = load_tokenizer(str(holder.parent))
+    choose_chat_template(tokenizer, None)  # refuses one that is damaged
+    tokenizer.save_pretrained(folder)
     card = _CARD.format(
         base=source.identity.get("base", source.base.name), onto=onto, dtype=config["dtype"], folder=out
     )

@@ -65,9 +65,9 @@ def _plan(
     from qlora_lightning.commands.plan.report import print_plan, summarize
 
     plan = make_plan(module, data, no_tokenizer, settings, memory)
+    print_plan(plan, Console(highlight=False))
     if file is not None:
         write_json(file, summarize(plan))
-    print_plan(plan, Console(highlight=False))
 
 
 def read_size(text: str) -> int:
@@ -76,12 +76,14 @@ def read_size(text: str) -> int:
     Raises:
         UserError: It is none.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    if match is None or match[2] not in _UNITS or not float(match[1]):
-        raise UserError(f"--device-memory is {text!r}: expected a size with its unit, such as 16GiB or 24GB.")
-    if not match[2] and float(match[1]) < _UNITS["mib"]:
-        raise UserError(f"--device-memory is {text!r}, so many bytes: write the unit, such as {text.strip()}GiB.")
-    return int(float(match[1]) * _UNITS[match[2]])
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([a-z]*)", text.strip().lower(), re.ASCII)
+    given = f"--device-memory is {text!r}" if len(text) <= 40 else f"--device-memory is {text[:39]!r}…"
+    size = 0 if match is None or match[2] not in _UNITS else int(float(match[1]) * _UNITS[match[2]])
+    if match is None or not size:
+        raise UserError(f"{given}: expected a size with its unit, such as 16GiB or 24GB.")
+    if not match[2] and size < _UNITS["mib"]:
+        raise UserError(f"{given}, so many bytes: write the unit, such as {text.strip()}GiB.")
+    return size
 
 
 def _parser() -> argparse.ArgumentParser:

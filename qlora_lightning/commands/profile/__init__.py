@@ -5,10 +5,10 @@ import functools
 import os
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
+from qlora_lightning.commands.json_output import json_file, write_json
 from qlora_lightning.commands.quiet import quiet_lightning
 from qlora_lightning.errors import UserError
 
@@ -36,14 +36,14 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{error}. See `qlora-lightning profile --help`.") from error
     if own.steps < 1:
         raise UserError(f"--steps is {own.steps}: expected 1 or more.")
-    file = None if own.json is None else _json_file(own.json)
+    file = json_file(own.json)
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch: its profiler tells of each start and stop
     # here, so that --help and mistakes answer at once
     from qlora_lightning.commands import training
     from qlora_lightning.commands.profile.fit import ProfileCLI
     from qlora_lightning.commands.profile.recorder import StepRecorder
-    from qlora_lightning.commands.profile.report import print_summary, summarize, write_json
+    from qlora_lightning.commands.profile.report import print_summary, summarize
 
     recorder = StepRecorder(own.steps)
     with tempfile.TemporaryDirectory(prefix="qlora-lightning-profile-") as folder, quiet_lightning():
@@ -51,9 +51,9 @@ def main(argv: Sequence[str]) -> int:
     if not recorder.recorded:
         raise UserError("No step was profiled: the run ended before. trainer.limit_train_batches must not be 0.")
     summary = summarize(recorder)
-    if file is not None:
-        write_json(summary, file)
     print_summary(summary, Console(highlight=False))
+    if file is not None:
+        write_json(file, summary)
     return 0
 
 
@@ -70,17 +70,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="optimizer steps to profile (default: 5)")
     parser.add_argument("--json", metavar="FILE", help="write all figures there too")
     return parser
-
-
-def _json_file(name: str) -> Path:
-    """Check the file's name before a second is spent.
-
-    Raises:
-        UserError: There is no such folder, or it is no file.
-    """
-    file = Path(name)
-    if not file.parent.is_dir():
-        raise UserError(f"--json {name}: there is no folder {file.parent}.")
-    if file.is_dir():
-        raise UserError(f"--json {name}: that is a folder; name a file.")
-    return file

@@ -1,7 +1,5 @@
 """The recorded steps as tables and as JSON."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,8 +8,6 @@ from rich.table import Table
 from qlora_lightning.base.byte_size import format_bytes
 from qlora_lightning.commands.profile.parts import PARTS, RECOMPUTATION
 from qlora_lightning.commands.profile.recorder import StepRecorder
-from qlora_lightning.errors import UserError
-from qlora_lightning.safe_file import write_whole
 
 
 def summarize(record: StepRecorder) -> dict[str, Any]:
@@ -35,18 +31,6 @@ def summarize(record: StepRecorder) -> dict[str, Any]:
         "memory": vars(record.memory),
         "ranks_counted_as_base": sorted(record.time.widths.clashing),
     }
-
-
-def write_json(summary: dict[str, Any], file: Path) -> None:
-    """Write all figures.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
-    try:
-        write_whole(file, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise UserError(f"--json {file}: cannot be written ({error.strerror}).") from error
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:

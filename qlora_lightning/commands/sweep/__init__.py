@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
     # here, so that --help and mistakes answer at once
     from rich.console import Console
+    from rich.text import Text
 
     from qlora_lightning.commands.json_output import write_json
     from qlora_lightning.commands.sweep.choice import choose, is_done
@@ -66,14 +67,14 @@ def main(argv: Sequence[str]) -> int:
         plot_sweep(folder / "sweep.png", dimension, trials, chosen)
     except OSError as error:
         raise UserError(f"{folder} could not be written to: {error.strerror or error}.") from error
-    if file is not None:
-        write_json(file, summary)
     console.print()
     print_table(dimension, trials, console)
-    console.print(f"Chosen: [bold]{dimension.title} {show_value(chosen.value)}[/bold]. {why}")
+    console.print(Text.assemble("Chosen: ", (f"{dimension.title} {show_value(chosen.value)}", "bold"), f". {why}"))
     for words, path in (("adapter", folder / chosen.name / "adapter"), ("config", config)):
         console.print(f"Its {words}: {path}", markup=False, soft_wrap=True)
     console.print(f"The plot: {folder / 'sweep.png'}", markup=False, soft_wrap=True)
+    if file is not None:
+        write_json(file, summary)
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import rich
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
+from rich.text import Text
 
 from qlora_lightning.callbacks import Evaluation, MemoryComparison, RunReport
 from qlora_lightning.commands import training
@@ -94,7 +95,7 @@ class TrialCLI(QLoRACLI):
         self.trial = read_trial(folder)
         name = f"{self._dimension.title} {show_value(self._value)}"
         words = "done before" if self.trial else f"goes on in {folder}" if self._found else str(folder)
-        rich.get_console().rule(f"[bold]{name}[/bold] [dim]{words}[/dim]", align="left")
+        rich.get_console().rule(Text.assemble((name, "bold"), " ", (words, "dim")), align="left")
 
     def fit(self, model: Any, **kwargs: Any) -> None:
         """Train and judge, unless that was done; in place of the trainer's own method."""

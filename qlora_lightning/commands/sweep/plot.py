@@ -1,12 +1,13 @@
 """A picture of a sweep: the validation loss of each trial, with the noise of its comparison."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_lightning.commands.sweep.dimensions import Dimension, show_value
 from qlora_lightning.commands.sweep.report import compared
 from qlora_lightning.commands.sweep.trial import Trial
-from qlora_lightning.safe_file import put_in_place
+from qlora_lightning.safe_file import write_whole
 
 
 def plot_sweep(file: Path, dimension: Dimension, trials: Sequence[Trial], chosen: Trial) -> None:
@@ -39,6 +40,6 @@ def plot_sweep(file: Path, dimension: Dimension, trials: Sequence[Trial], chosen
     axes.set_title(f"Filled: chosen. Bars: 95 % interval of the difference from {over}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.1)
-    unfinished = file.with_name(f"{file.stem}.unfinished{file.suffix}")
-    figure.savefig(unfinished)
-    put_in_place(unfinished, file)
+    picture = io.BytesIO()
+    figure.savefig(picture)
+    write_whole(file, picture.getvalue())

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from qlora_lightning.commands.json_output import write_json
 from qlora_lightning.commands.sweep.dimensions import Dimension, show_value
@@ -37,7 +38,7 @@ def print_table(dimension: Dimension, trials: Sequence[Trial], console: Console)
     for trial, gain in zip(trials, compared(dimension, trials), strict=True):
         words = "" if gain is None else f"{gain.value:.4f} [{gain.low:.4f}, {gain.high:.4f}]"
         table.add_row(
-            show_value(trial.value),
+            Text(show_value(trial.value)),
             f"{trial.parameters:,}",
             f"{trial.loss:.4f}",
             words,

@@ -95,5 +95,5 @@ def test_a_page_of_predict_rows_has_no_labels(page, data_module):
 
 def test_writing_where_nothing_can_be_written_is_refused(inspection, tmp_path):
     (tmp_path / "page.html").mkdir()
-    with pytest.raises(UserError, match=r"page\.html: cannot be written"):
+    with pytest.raises(UserError, match=r"page\.html cannot be written: Is a directory"):
         write_page(inspection(), tmp_path / "page.html")

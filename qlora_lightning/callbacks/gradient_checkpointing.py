@@ -38,11 +38,14 @@ class GradientCheckpointing(Callback):
         self._runs: dict[str, int] = {}
         self._usual: dict[str, Any] = {}  # how the watched layers are checkpointed
         self._before: list[tuple[nn.Module, dict[str, Any]]] = []  # what the fit found
+        self._with_input_gradients: Any = None  # a model whose embedding's output took a gradient before the fit
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled:
             model: Any = pl_module.causal_lm
             self._before = [(part, _settings_of(part)) for part in model.modules() if hasattr(part, _SETTINGS[0])]
+            self._with_input_gradients = model if getattr(model, "_require_grads_hooks", None) else None
+            model.disable_input_require_grads()
             model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=self.every_n_layers)
             # It lets the embedding's output take a gradient, which reentrant checkpointing alone would need, and which
             # would go on down through all layers below the adapters.
@@ -111,7 +114,10 @@ class GradientCheckpointing(Callback):
             for name in _SETTINGS:
                 vars(module).pop(name, None)
             vars(module).update(settings)
+        if self._with_input_gradients is not None:
+            self._with_input_gradients.enable_input_require_grads()
         self._before, self._layers, self._usual, self._runs = [], [], {}, {}
+        self._with_input_gradients = None
 
     def _forget(self, pl_module: LightningModule) -> None:
         for name, usual in self._usual.items():

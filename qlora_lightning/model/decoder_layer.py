@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
@@ -33,6 +34,7 @@ _ORIGINALS = Originals(
     *((kind, "forward") for kind in (LlamaDecoderLayer, *_PARTS[:3], *ACTIVATIONS)),
     (llama, "apply_rotary_pos_emb"),
     (llama, "rotate_half"),
+    (F, "silu"),
 )
 
 

@@ -5,8 +5,9 @@ probability with it. torch has no such product for a CPU, but oneDNN does: given
 them to bfloat16, it multiplies as quickly as those. What comes from bfloat16 loses nothing by that.
 """
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,18 +27,26 @@ def multiply_to_float32(left: Tensor, right: Tensor, factor: float = 1.0) -> Ten
     """
     dtype = torch.promote_types(left.dtype, torch.float32)
     nothing = torch.empty((), dtype=dtype)
-    with _may_round_to_bfloat16(left.dtype == torch.bfloat16):
+    with _rounding_to_bfloat16() if left.dtype == torch.bfloat16 else nullcontext():
         return torch.baddbmm(nothing, left.to(dtype), right.to(dtype), beta=0, alpha=factor)
 
 
+_lock = threading.Lock()  # the setting is the whole process's: of two threads each would put back the other's
+
+
 @contextmanager
-def _may_round_to_bfloat16(may: bool) -> Iterator[None]:
+def _rounding_to_bfloat16() -> Iterator[None]:
     """Let float32 products on the CPU round their inputs, as long as the context lasts."""
-    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    if may:
+    backend: Any = torch.backends.mkldnn
+    settings = backend.matmul
+    with _lock:
+        before = settings.fp32_precision
+        if before == "bf16":  # as the user wants it everywhere
+            yield
+            return
         settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+        try:
+            yield
+        finally:
+            # what comes from the backend as a whole goes on coming from there
+            settings.fp32_precision = "none" if before == backend.fp32_precision else before

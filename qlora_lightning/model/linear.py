@@ -82,11 +82,14 @@ class LoRAProjection(torch.autograd.Function):
     ) -> Tensor:
         """Map x, ``(tokens, in)``, and low, ``(tokens, rank)``, to the shape of the residual, ``(…, out)``."""
         ctx.low, ctx.lora_b, ctx.frozen = None if low is None else low.detach(), lora_b, frozen
+        ctx.version = None if lora_b is None else lora_b._version
         return project(x, low, lora_b, frozen, residual).view(residual.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.lora_b is not None and ctx.lora_b._version != ctx.version:  # as autograd sees to what it saves
+            raise RuntimeError("An adapter's B was modified in place between forward and backward.")
         flat = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         grad_x = ctx.frozen.weight.multiply_back(flat) if ctx.needs_input_grad[0] else None
         grad_low = gradient_of_low(flat, ctx.lora_b, ctx.frozen) if ctx.needs_input_grad[1] else None

@@ -9,6 +9,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from qlora_lightning.model.autograd import apply
+from qlora_lightning.model.hooks import is_watched
+from qlora_lightning.model.linear import ORIGINAL_LINEARS
 
 IGNORED = -100
 _MOST_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no quicker
@@ -79,7 +81,7 @@ def mean_with_gradient_of_sum(sums: LossSums) -> Tensor:
 
 
 def _is_frozen_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
-    plain = type(head) is nn.Linear and "forward" not in vars(head)
+    plain = type(head) is nn.Linear and ORIGINAL_LINEARS.are_there() and not is_watched(head)
     return plain and head.bias is None and not head.weight.requires_grad
 
 

@@ -38,6 +38,8 @@ def explain_plain_layers(model: Any, *, autocasts: bool, precision: str) -> str 
         reasons += _of_what_trains_beside(model)
     if mixed:
         reasons.append(f"trainer.precision is {precision} (32-true computes products in model.compute_dtype anyway)")
+    if not reasons and not any(isinstance(layer, FusedDecoderLayer) for layer in layers):
+        reasons.append("build_model put them together itself (those of QLoRAModule.build_model run fused)")
     if not reasons:
         reasons.append("their parts have hooks, or are not plain LoRA on frozen linears of transformers' LLaMA")
     count = f"All {len(layers)}" if len(plain) == len(layers) else f"{len(plain)} of {len(layers)}"

@@ -26,27 +26,27 @@ def swiglu(gate: Tensor, up: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor |
     """
     gate, up = (each.reshape(-1, each.shape[-1]) for each in (gate, up))
     needed = gate.requires_grad, up.requires_grad
-    gate, up = apply(KeptForSwiGLU, gate, up)
+    gate, up = apply(KeptForSwiGLU, gate, up, a)
     return cast(tuple[Tensor, Tensor | None], apply(SwiGLU, gate, up, a, needed))
 
 
 class KeptForSwiGLU(torch.autograd.Function):
-    """Hand gate and up on, and keep them for the function behind.
+    """Hand gate and up on, and keep them and A for the function behind.
 
     A function of its own, so that a checkpointed layer that is run again has all that it must keep, and stops, before
     SwiGLU: backward makes h in any case.
     """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(gate, up)
+    def forward(ctx: Any, gate: Tensor, up: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(gate, up, a)
         ctx.set_materialize_grads(False)
         return gate.view_as(gate), up.view_as(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_gate: Tensor | None, grad_up: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        return grad_gate, grad_up
+    def backward(ctx: Any, grad_gate: Tensor | None, grad_up: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grad_gate, grad_up, None
 
 
 class SwiGLU(torch.autograd.Function):
@@ -57,18 +57,21 @@ class SwiGLU(torch.autograd.Function):
         ctx: Any, gate: Tensor, up: Tensor, a: Tensor | None, needed: tuple[bool, bool]
     ) -> tuple[Tensor, Tensor | None]:
         hidden = F.silu(gate).mul_(up)
-        ctx.keeper, ctx.a, ctx.needed = gate.grad_fn, a, needed
+        # torch's compiler knows no way from a function to the one before
+        ctx.keeper = gate.grad_fn if any(needed) and not torch.compiler.is_compiling() else None
+        ctx.needed = needed
         ctx.set_materialize_grads(False)
-        if ctx.keeper is None:  # neither gate nor up takes a gradient: nothing was kept
-            ctx.save_for_backward(gate, up)
+        if ctx.keeper is None:
+            ctx.save_for_backward(gate, up, a)
+        if not any(needed):
             ctx.mark_non_differentiable(hidden)
         return hidden, None if a is None else hidden @ a.to(hidden.dtype).t()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_hidden: Tensor | None, grad_low: Tensor | None) -> tuple[Tensor | None, ...]:
-        gate, up = (ctx.keeper or ctx).saved_tensors
-        (gate_needs, up_needs), a = ctx.needed, ctx.a
+        gate, up, a = (ctx.keeper or ctx).saved_tensors
+        gate_needs, up_needs = ctx.needed
         active = F.silu(gate)
         grad_a = None
         if grad_low is not None and ctx.needs_input_grad[2]:

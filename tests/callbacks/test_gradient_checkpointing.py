@@ -103,6 +103,16 @@ def test_checkpointing_that_the_user_switched_on_stays(fit, make_module):
     assert checkpointing_of(module) == before
 
 
+def test_an_embedding_whose_output_took_a_gradient_before_does_so_again(fit, make_module):
+    module = make_module()
+    module.configure_model()
+    module.causal_lm.enable_input_require_grads()
+    fit(GradientCheckpointing(), module=module, **ONE_BATCH)
+    assert module.causal_lm.get_input_embeddings()(torch.tensor([1])).requires_grad
+    module.causal_lm.disable_input_require_grads()
+    assert not module.causal_lm.get_input_embeddings()(torch.tensor([1])).requires_grad
+
+
 @pytest.mark.parametrize("every_n_layers", [0, -1])
 def test_every_n_layers_below_one_is_refused(every_n_layers):
     with pytest.raises(UserError, match=rf"gradient_checkpointing\.every_n_layers is {every_n_layers}: expected 1"):

@@ -119,6 +119,28 @@ def test_in_bfloat16_it_errs_no_more_than_the_plain_path(tiny_base):
     assert abs(fast_loss - exact_loss) <= abs(plain_loss - exact_loss) + 1e-3
 
 
+@pytest.mark.filterwarnings("ignore")  # torch warns of what its own compiler does
+def test_compiled_it_gives_the_same_gradients(tiny_base):
+    module = make(tiny_base, fast=True)
+    loss, gradients = loss_and_gradients(module)
+    module.zero_grad()
+    module.causal_lm.base_model.compile(backend="eager")
+    compiled_loss, compiled = loss_and_gradients(module)
+    torch._dynamo.reset()
+    assert compiled_loss == pytest.approx(loss, rel=1e-5)
+    assert distance(compiled, gradients) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["down_proj.lora_A", "down_proj.lora_B", "gate_proj.lora_A"])
+def test_an_adapter_that_is_changed_between_forward_and_backward_is_refused(tiny_base, name):
+    module = make(tiny_base, fast=True)
+    sums = module.compute_loss(batch())
+    with torch.no_grad():
+        next(tensor for each, tensor in trainable_tensors(module).items() if name in each).add_(1)
+    with pytest.raises(RuntimeError, match="modified"):
+        sums.nll_sum.backward()
+
+
 @pytest.mark.gpu
 def test_on_cuda_in_bfloat16_it_errs_no_more_than_the_plain_path(tiny_base):
     exact_loss, exact = loss_and_gradients(make(tiny_base, fast=False))

@@ -102,6 +102,16 @@ def test_a_head_that_trains_or_shall_be_plain_is_checkpointed_chunk_by_chunk(mon
     assert made == [5, 5, 2][:calls]
 
 
+def test_a_hook_on_the_head_is_called():
+    hidden, labels, head = draw()
+    head.weight.requires_grad_(False)
+    doubled = head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    loss = head_loss(hidden, labels, head).nll_sum
+    doubled.remove()
+    head.weight.mul_(2)
+    torch.testing.assert_close(loss, head_loss(hidden, labels, head).nll_sum)
+
+
 def test_in_bfloat16_the_sum_is_float32_and_the_gradient_bfloat16():
     hidden, labels, head = draw()
     expected = full_cross_entropy(hidden, labels, head)

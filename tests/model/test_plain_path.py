@@ -3,6 +3,7 @@ import shutil
 
 import lightning
 import pytest
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
 
@@ -79,3 +80,12 @@ def test_tokens_that_train_beside_and_mixed_precision_are_named(told):
     assert "1 tensors train beside the adapters, as model.embed_tokens.token_adapter" in line
     (line,) = told(precision="bf16-mixed")
     assert "trainer.precision is bf16-mixed (32-true computes" in line
+
+
+def test_layers_that_a_build_model_put_together_are_named_as_such(told):
+    def unfuse(module):
+        for layer in module.causal_lm.base_model.layers:
+            layer.__class__ = LlamaDecoderLayer
+
+    (line,) = told(change=unfuse)
+    assert "build_model put them together itself (those of QLoRAModule.build_model run fused)" in line

@@ -19,7 +19,7 @@ from qlora_lightning.commands.json_output import (
     write_output,
 )
 from qlora_lightning.errors import UserError
-from qlora_lightning.report.judged import is_of_test
+from qlora_lightning.report.judged import is_of_fit
 from qlora_lightning.report.page import MARK, NAME, render_comparison, render_run, result_table
 from qlora_lightning.report.results import find_results, list_results, main_score, write_result
 from qlora_lightning.report.run import READ, Run, name_runs, read_run
@@ -37,7 +37,14 @@ _EPILOG = """examples:
 
 RUN is what trainer.default_root_dir of a fit was; one that is still going will do. Without --out the page of one run
 is its report.html, that of several is comparison.html here. A file that is no page of ours is kept, unless --force."""
-_TABLE = ("val_loss", "test_loss", "tokens_per_second", "peak_memory_gib", "minutes")  # what fits a terminal
+_TABLE = (
+    "val_loss",
+    "test_loss",
+    "evaluated_loss",
+    "tokens_per_second",
+    "peak_memory_gib",
+    "minutes",
+)  # what fits a terminal
 
 
 def main(argv: Sequence[str]) -> int:
@@ -128,7 +135,7 @@ def _is_page(file: Path) -> bool:
 def _table(runs: Sequence[Run]) -> Table:
     """The figures that fit a terminal, a line a run; columns that no run fills are left out."""
     found = [find_results(run) for run in runs]
-    crowded = {"minutes"} if any(is_of_test(run) for run in runs) else set()
+    crowded = {"minutes"} if not all(is_of_fit(run) for run in runs) else set()
     names = {*_TABLE, *(main_score(run) for run in runs)} - crowded
     known = [result for result in list_results(runs) if any(each.get(result.name) is not None for each in found)]
     shown = [result for result in known if result.name in names]

@@ -1,7 +1,6 @@
 """``qlora-lightning evaluate``: base against adapters on the same rows, by loss and by scored answers."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,13 +46,12 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("What shall be judged? Name an adapter folder by --adapter DIR, or a config by --config FILE.")
     first = next(iter(options.adapters.values()), None)
     asked, rest = rest, add_config(first, rest)
-    if len(options.adapters) > 1 and rest != asked:
-        words = f"Config, rows and limits are those of {first}, the first adapter; --config FILE names others."
-        print(words, file=sys.stdout if options.json is None else sys.stderr)
 
     from qlora_lightning.commands.evaluate.run import evaluate  # here, so that --help and mistakes answer at once
 
     with tables_beside(options.json):
+        if len(options.adapters) > 1 and rest != asked:
+            print(f"Config, rows and limits are those of {first}, the first adapter; --config FILE names others.")
         evaluate(options, rest)
     return 0
 

@@ -235,7 +235,7 @@ def test_without_prompts_the_loss_alone_is_judged(run, tmp_path):
         (["--adapter", "=runs/a/adapter"], "--adapter =runs/a/adapter: there is no name before the =."),
         (["--adapter", "a b=runs/a/adapter"], "'a b' is no name: expected letters, digits, _, . and -."),
         (["--adapter", "a="], "--adapter a=: names no folder."),
-        (["--data.val", "none.jsonl"], "(of a run: where it was started), or give --data.val FILE."),
+        (["--data.val", "none/x.jsonl"], "(of a run: where it was started), or give --data.val FILE."),
         (["--scores", "bleu"], "There is no score 'bleu'"),
         (["--scores", "json_f1"], "The score json_f1 needs JSON objects or arrays"),
         (["--json", "none/f.json"], "--json none/f.json: there is no folder none."),

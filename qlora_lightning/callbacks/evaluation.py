@@ -170,7 +170,7 @@ class Evaluation(Callback):
         duels = {ADAPTER: duel(judged[BASE], judged[ADAPTER], next(iter(scores), None))}
         summary = summarize(rows, judged, measured, answering, duels, self.samples)
         answered = summary["answered_rows"]
-        some = f", {answered:,} of them answered" if answered < len(rows) else ""
+        some = f", {answered:,} of them answered" if 0 < answered < len(rows) else ""
         rich.print(metrics_table(measured, f"Validation rows, base → adapter ({len(rows):,}{some}; 95 % intervals)"))
         rich.print(describe_duel(duels[ADAPTER]))
         for sample in summary["samples"]:

@@ -9,14 +9,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_lightning.commands.json_output import check_distinct, check_output_file, write_json, write_output
+from qlora_lightning.commands.json_output import (
+    check_distinct,
+    check_output_file,
+    json_file,
+    name_file,
+    tables_beside,
+    write_json,
+    write_output,
+)
 from qlora_lightning.errors import UserError
-from qlora_lightning.report.judged import is_of_test
+from qlora_lightning.report.judged import is_of_fit
 from qlora_lightning.report.page import MARK, NAME, render_comparison, render_run, result_table
 from qlora_lightning.report.results import find_results, list_results, main_score, write_result
-from qlora_lightning.report.run import Run, name_runs, read_run
+from qlora_lightning.report.run import READ, Run, name_runs, read_run
 from qlora_lightning.report.settings import find_differences
-from qlora_lightning.safe_file import is_stream
 
 _FORMAT, _VERSION = "qlora_lightning report", 1
 _SEVERAL = Path("comparison.html")
@@ -30,7 +37,14 @@ _EPILOG = """examples:
 
 RUN is what trainer.default_root_dir of a fit was; one that is still going will do. Without --out the page of one run
 is its report.html, that of several is comparison.html here. A file that is no page of ours is kept, unless --force."""
-_TABLE = ("val_loss", "test_loss", "tokens_per_second", "peak_memory_gib", "minutes")  # what fits a terminal
+_TABLE = (
+    "val_loss",
+    "test_loss",
+    "evaluated_loss",
+    "tokens_per_second",
+    "peak_memory_gib",
+    "minutes",
+)  # what fits a terminal
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,19 +56,21 @@ def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
     folders = _distinct(options.runs)
     runs = [read_run(folder, name) for folder, name in zip(folders, name_runs(folders), strict=True)]
-    page = Path(options.out) if options.out else folders[0] / NAME if len(folders) == 1 else _SEVERAL
-    figures = Path(options.json) if options.json else None
-    _check_target("--out", page, MARK, options.force)
-    if figures is not None:
-        _check_target("--json", figures, f'"format": "{_FORMAT}"', options.force)
+    page = folders[0] / NAME if len(folders) == 1 else _SEVERAL
+    page = page if options.out is None else name_file("--out", options.out)
+    inputs = [folder / name for folder in folders for name in READ]
+    check_output_file("--out", page, _is_page, inputs, force=options.force)
+    figures = json_file(options.json, ("format", "runs", "differing_settings"), inputs, force=options.force)
     check_distinct({"--out": page, "--json": figures})
     rendered = render_run(runs[0]) if len(runs) == 1 else render_comparison(runs)
     console = Console(highlight=False)
-    console.print(_table(runs))
+    with tables_beside(figures):
+        console.print(_table(runs))
     write_output(page, rendered)
     if figures is not None:
         write_json(figures, summarize(runs))
-    console.print(f"Page: {page}", markup=False, soft_wrap=True)
+    with tables_beside(figures):
+        console.print(f"Page: {page}", markup=False, soft_wrap=True)
     return 0
 
 
@@ -111,24 +127,15 @@ def _distinct(names: Sequence[str]) -> list[Path]:
     return list({Path(name).resolve(): Path(name) for name in reversed(names)}.values())[::-1]
 
 
-def _check_target(option: str, file: Path, mark: str, force: bool) -> None:
-    """Refuse, before anything is read, a file that cannot be written or is somebody else's.
-
-    Raises:
-        UserError: It is.
-    """
-    check_output_file(option, file)
-    if force or not file.exists() or is_stream(file):
-        return
+def _is_page(file: Path) -> bool:
     with file.open(encoding="utf-8", errors="replace") as handle:
-        if mark not in handle.read(1000):
-            raise UserError(f"{option} {file}: the file is there, and is no report. Name another, or add --force.")
+        return MARK in handle.read(1000)
 
 
 def _table(runs: Sequence[Run]) -> Table:
     """The figures that fit a terminal, a line a run; columns that no run fills are left out."""
     found = [find_results(run) for run in runs]
-    crowded = {"minutes"} if any(is_of_test(run) for run in runs) else set()
+    crowded = {"minutes"} if not all(is_of_fit(run) for run in runs) else set()
     names = {*_TABLE, *(main_score(run) for run in runs)} - crowded
     known = [result for result in list_results(runs) if any(each.get(result.name) is not None for each in found)]
     shown = [result for result in known if result.name in names]

@@ -119,7 +119,7 @@ def _find_files(path: str, file: Path, split: str) -> list[Path]:
     if file.exists():
         return [file]
     if not glob.has_magic(path):
-        raise UserError(f"data.{split}: {_describe_missing(path, file)}")
+        raise UserError(f"data.{split}: {_describe_missing(path, file, split)}")
     matches = [Path(match) for match in glob.glob(str(file), recursive=True)]
     if not matches:
         raise UserError(f"data.{split}: nothing matches {path} (relative to the current folder, {Path.cwd()}).")
@@ -149,12 +149,14 @@ def _check_file(file: Path, split: str) -> None:
         raise UserError(f"data.{split}: {file} is empty: it holds no rows.")
 
 
-def _describe_missing(name: str, file: Path) -> str:
+def _describe_missing(name: str, file: Path, split: str) -> str:
     message = f"data file {name} does not exist (paths are relative to the current folder, {Path.cwd()})"
+    change = "Change to the folder that it is relative to (of a run: where it was started)"
+    remedy = "" if file.is_absolute() else f" {change}, or give --data.{split} FILE."
     if not file.parent.is_dir():
-        return f"{message}: there is no folder {file.parent} either."
+        return f"{message}: there is no folder {file.parent} either.{remedy}"
     near = difflib.get_close_matches(file.name, [entry.name for entry in file.parent.iterdir()], n=1)
     if near:
         return f"{message}: did you mean {file.parent / near[0]}?"
     hub = f" For the data set of the hub write {{path: {name}, split: train}}." if _HUB_ID.fullmatch(name) else ""
-    return f"{message}.{hub}"
+    return f"{message}.{hub or remedy}"

@@ -24,9 +24,10 @@ def metrics_table(measured: Mapping[str, Measured], title: str, width: int | Non
     one = len(sides) == 2
     rows = []
     for name, metric in measured.items():
-        cells = [format_interval(metric.sides[side], metric.percent) for side in sides]
+        digits = choose_digits([*metric.sides.values(), *metric.differences.values()])
+        cells = [format_interval(metric.sides[side], metric.percent, digits=digits) for side in sides]
         if one:
-            cells.append(format_interval(metric.differences[sides[1]], metric.percent, sign="+"))
+            cells.append(format_interval(metric.differences[sides[1]], metric.percent, sign="+", digits=digits))
         rows.append([describe_metric(name), *cells])
     return _figures_table(title, [*sides, *(["difference"] if one else [])], rows, width)
 
@@ -34,10 +35,11 @@ def metrics_table(measured: Mapping[str, Measured], title: str, width: int | Non
 def differences_table(measured: Mapping[str, Measured], width: int | None = None) -> Table:
     """Show the difference of each of several adapters from the base; ``width`` as of :func:`metrics_table`."""
     sides = [side for side in next(iter(measured.values())).sides if side != BASE]
-    rows = [
-        [describe_metric(name), *(format_interval(metric.differences[side], metric.percent, "+") for side in sides)]
-        for name, metric in measured.items()
-    ]
+    rows = []
+    for name, metric in measured.items():
+        digits = choose_digits([*metric.sides.values(), *metric.differences.values()])
+        cells = (format_interval(metric.differences[side], metric.percent, "+", digits) for side in sides)
+        rows.append([describe_metric(name), *cells])
     return _figures_table("Differences from the base, on the same rows", sides, rows, width)
 
 
@@ -69,11 +71,12 @@ def parts_table(parts: Mapping[str, tuple[int, Mapping[str, Measured]]], title: 
         for side in sides:
             table.add_column(f"{describe_metric(name)}, {escape(side)}", justify="right")
     for part, (rows, measured) in parts.items():
-        cells = [
-            format_interval(measured[name].sides[side], measured[name].percent) if name in measured else "–"
-            for name in metrics
-            for side in sides
-        ]
+        cells = []
+        for name in metrics:
+            metric = measured.get(name)
+            digits = choose_digits(list(metric.sides.values())) if metric else 0
+            for side in sides:
+                cells.append(format_interval(metric.sides[side], metric.percent, digits=digits) if metric else "–")
         table.add_row(escape(part), f"{rows:,}", *cells)
     return table
 
@@ -97,19 +100,33 @@ def samples_table(entries: Mapping[str, str], title: str = "") -> Table:
     return table
 
 
-def format_interval(interval: Interval, percent: bool, sign: str = "") -> str:
-    """Write ``98.0 % [93.0, 99.4]``, or ``2.098 [2.010, 2.201]`` of what is no share; a difference with its sign."""
+def choose_digits(intervals: Sequence[Interval]) -> int:
+    """Give the decimals that show the smallest of some values, differences among them, of what is no share."""
+    sizes = [abs(interval.value) for interval in intervals if interval.value and math.isfinite(interval.value)]
+    smallest = min(sizes, default=1.0)
+    return 1 if smallest >= 10 else 3 if smallest >= 0.1 else 4
+
+
+def format_interval(interval: Interval, percent: bool, sign: str = "", digits: int | None = None) -> str:
+    """Write ``98.0 % [93.0, 99.4]``, or ``2.098 [2.010, 2.201]`` of what is no share; a difference with its sign.
+
+    Args:
+        interval: To write.
+        percent: Whether it is a share, which always has one decimal.
+        sign: ``+`` for a difference.
+        digits: Decimals of what is no share; ``None``: those that show the value.
+    """
     if math.isnan(interval.value):
         return "–"
-    size = abs(interval.value)
-    factor, digits = (100, 1) if percent else (1, 1 if size >= 10 else 3 if size >= 0.1 else 4)
+    factor = 100 if percent else 1
+    digits = 1 if percent else choose_digits([interval]) if digits is None else digits
     value, low, high = (round(part * factor, digits) + 0.0 for part in interval)  # + 0.0: no -0.0
     unit = " %" if percent and not sign else ""
-    reach = "" if math.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]"
-    return f"{value:{sign}.{digits}f}{unit}{reach}"
+    reach = "" if math.isnan(low) else f" [{low:,.{digits}f}, {high:,.{digits}f}]"
+    return f"{value:{sign},.{digits}f}{unit}{reach}"
 
 
 def _shorten(text: str, most: int = 300) -> str:
     """Cut what a model that does not stop would fill the screen with."""
-    text = text.strip()
+    text = text.strip() or "(empty)"
     return text if len(text) <= most else f"{text[:most]} …"

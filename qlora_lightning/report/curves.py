@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qlora_lightning.report.chart import Chart
-from qlora_lightning.report.judged import is_of_test, judged
+from qlora_lightning.report.judged import is_of_fit, judged
 from qlora_lightning.report.metrics import LARGEST, Points
 from qlora_lightning.report.run import Run
 from qlora_lightning.report.series import Series, running_mean, smoothing_width
@@ -62,7 +62,7 @@ def charts_of_all(runs: Sequence[Run]) -> list[Chart]:
 
 def _losses(run: Run) -> list[Series]:
     curves = [*_smoothed("training", run.metrics.get("train_loss", []))]
-    base = None if is_of_test(run) else judged(run, "loss", "base")
+    base = judged(run, "loss", "base") if is_of_fit(run) else None
     if curves and base is not None and 0 < base <= LARGEST:
         curves.append(Series("base, validation", [(0, base)], "limit", 3))
     return [*curves, Series("validation", run.metrics.get("val_loss", []), "dots", 1)]

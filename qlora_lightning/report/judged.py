@@ -22,6 +22,27 @@ def is_of_test(run: Run) -> bool:
     return run.evaluation.get("split") == "test"
 
 
+def is_of_fit(run: Run) -> bool:
+    """Whether the run's own fit judged, all its validation rows, and not `evaluate` later on whichever rows."""
+    return not is_of_test(run) and not isinstance(run.evaluation.get("adapters"), Mapping)
+
+
+def is_of_run(run: Run) -> bool:
+    """Whether the run's own adapter is among those that were judged, so that figures are the run's."""
+    folders = run.evaluation.get("adapters")
+    return not isinstance(folders, Mapping) or any(_is_own(run, folder) for folder in folders.values())
+
+
+def describe_rows(run: Run) -> str:
+    """Say which rows were judged, and how many."""
+    rows, answered = run.evaluation.get("rows"), run.evaluation.get("answered_rows")
+    split = "test" if is_of_test(run) else "validation"
+    if not isinstance(rows, int):
+        return f"{split} rows"
+    some = isinstance(answered, int) and 0 < answered < rows
+    return f"{rows:,} {split} rows{f', {answered:,} of them answered' if some else ''}"
+
+
 def score_names(run: Run) -> list[str]:
     """Name the scores of answers that were measured, the one that counts most first."""
     metrics = metrics_of(run)
@@ -38,11 +59,17 @@ def adapter_names(run: Run) -> list[str]:
 def main_adapter(run: Run) -> str:
     """Name the adapter that stands for the run: its own, where that is among those that were judged, else the first."""
     names, folders = adapter_names(run), run.evaluation.get("adapters")
-    own = (run.folder / "adapter").resolve()
     for name, folder in folders.items() if isinstance(folders, Mapping) else ():
-        if name in names and Path(str(folder)).resolve() == own:
+        if name in names and _is_own(run, folder):
             return str(name)
     return names[0]
+
+
+def _is_own(run: Run, folder: Any) -> bool:
+    """Whether a folder, relative perhaps to where `evaluate` was started, is that of the run's own adapter."""
+    own, named = (run.folder / "adapter").resolve(), Path(str(folder))
+    as_named = not named.is_absolute() and named.parts and own.parts[-len(named.parts) :] == named.parts
+    return bool(as_named) or named.resolve() == own
 
 
 def judged(run: Run, metric: str, side: str) -> float | None:

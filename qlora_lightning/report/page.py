@@ -12,10 +12,11 @@ from qlora_lightning.page.render import render_page
 from qlora_lightning.report.chart import Chart, draw, find_x_range
 from qlora_lightning.report.curves import charts_of, charts_of_all
 from qlora_lightning.report.data_table import data_rows, data_warnings
+from qlora_lightning.report.judged import describe_rows
 from qlora_lightning.report.results import find_results, list_results, write_result
 from qlora_lightning.report.run import Run, read_run
 from qlora_lightning.report.settings import find_differences, write_setting
-from qlora_lightning.report.verdict import columns_of, describe_rows, metric_rows, samples_of
+from qlora_lightning.report.verdict import columns_of, metric_rows, samples_of
 from qlora_lightning.report.words import (
     STATUS,
     headline,

@@ -19,6 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+READ = (NAME, "metrics.csv", "config.yaml", "evaluation.json", "plan.json", "adapter/qlora_lightning.json")
 _MARKS = (NAME, "metrics.csv")  # a folder with one of these is a run's
 
 

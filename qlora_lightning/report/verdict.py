@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qlora_lightning.evaluation.names import describe_metric
-from qlora_lightning.report.judged import BASE, adapter_names, is_of_test, metrics_of
+from qlora_lightning.report.judged import BASE, adapter_names, metrics_of
 from qlora_lightning.report.run import Run
 from qlora_lightning.report.ticks import write_number
 
@@ -42,16 +42,6 @@ def columns_of(run: Run) -> list[Column]:
     for name in names:
         columns += [Column(name, name), Column("difference" if len(names) == 1 else f"{name} − base", name, True)]
     return columns
-
-
-def describe_rows(run: Run) -> str:
-    """Say which rows were judged, and how many."""
-    rows, answered = run.evaluation.get("rows"), run.evaluation.get("answered_rows")
-    split = "test" if is_of_test(run) else "validation"
-    if not isinstance(rows, int):
-        return f"{split} rows"
-    some = isinstance(answered, int) and 0 < answered < rows
-    return f"{rows:,} {split} rows{f', {answered:,} of them answered' if some else ''}"
 
 
 def metric_rows(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qlora_lightning.evaluation.names import describe_metric
-from qlora_lightning.report.judged import BASE, is_of_test, judged, score_names
+from qlora_lightning.report.judged import BASE, describe_rows, is_of_fit, is_of_test, judged, score_names
 from qlora_lightning.report.results import find_results, main_score, write_result
 from qlora_lightning.report.run import Run
 from qlora_lightning.report.settings import flatten, write_setting
@@ -28,7 +28,7 @@ def headline(run: Run) -> Facts:
     """Give the figures at the top of the page, each with what it is."""
     found, score, test = find_results(run), main_score(run), is_of_test(run)
     figures: Facts = [*_before_and_after(run, found)]
-    if test and found["val_loss"] is not None:
+    if not is_of_fit(run) and found["val_loss"] is not None:
         figures.append((f"{found['val_loss']:.3f}", "validation loss, best"))
     accuracy = found["test_token_accuracy" if test else "token_accuracy"]
     if score is None and accuracy is not None:
@@ -48,16 +48,20 @@ def headline(run: Run) -> Facts:
 
 def _before_and_after(run: Run, found: Mapping[str, float | None]) -> Iterator[tuple[str, str]]:
     """Yield the loss, and the score that counts most, of base and adapter."""
-    split, score = ("test" if is_of_test(run) else "validation"), main_score(run)
-    loss, base = found["test_loss" if is_of_test(run) else "val_loss"], judged(run, "loss", BASE)
+    score, base = main_score(run), judged(run, "loss", BASE)
+    split, name = ("test", "test_loss") if is_of_test(run) else ("validation", "val_loss")
+    if not is_of_fit(run) and not is_of_test(run):
+        name = "evaluated_loss"
+    rows = f" of {describe_rows(run)}" if name == "evaluated_loss" else ""
+    loss = found.get(name)
     if loss is not None:
         before, sides = ("", "") if base is None else (f"{base:.3f} → ", ", base → adapter")
-        yield f"{before}{loss:.3f}", f"{split} loss{sides}"
+        yield f"{before}{loss:.3f}", f"{f'loss{rows}' if rows else f'{split} loss'}{sides}"
     share = None if score is None else found[score]
     if score is not None and share is not None:
         base = judged(run, score_names(run)[0], BASE)
         before, sides = ("", "") if base is None else (f"{base:.0%} → ", ", base → adapter")
-        yield f"{before}{share:.0%}", f"{describe_metric(score_names(run)[0])}{sides}"
+        yield f"{before}{share:.0%}", f"{describe_metric(score_names(run)[0])}{rows}{sides}"
 
 
 def word_subject(run: Run) -> str:

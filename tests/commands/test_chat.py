@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shlex
 
 import pytest
@@ -15,6 +16,8 @@ from qlora_lightning.commands.chat.answer import TokenStreamer, stream_answer
 from qlora_lightning.commands.chat.arguments import make_parser
 from qlora_lightning.commands.chat.sampling import Sampling
 from qlora_lightning.commands.chat.screen import Screen
+from qlora_lightning.commands.chat.session import _HELP
+from qlora_lightning.errors import UserError
 from qlora_lightning.model.generation import generate_answers
 from tests.adapters import make_adapter, make_run
 
@@ -184,12 +187,45 @@ def test_settings_change_while_talking(chat, place):
     lines = ["/set max-new-tokens 2", "Hi.", "/set temperature 1e-40", "/set heat 3", "/set temperature warm", "/set"]
     said = chat("--adapter", CALM, *SHORT, "--json", "said.json", lines=[*lines, "/set seed 1", "/set stop a b"])
     assert answer_of(place)["tokens"] == 2
-    assert "--temperature is 1e-40" in said.out
-    assert "There is no setting 'heat'; there are stop, seed, temperature, top-k" in said.out
+    assert "\ntemperature is 1e-40: expected 0 (greedy)" in said.out
+    assert "There is no setting 'heat'; there are temperature, top-k, top-p" in said.out
     assert "temperature is 'warm': expected a number" in said.out
     assert "Set: temperature 0.0, top-k 0, top-p 1.0, min-p 0.0, repetition-penalty 1.0, max-new-tokens 2." in said.out
     sampling = json.loads((place / "said.json").read_text())["sampling"]
     assert (sampling["seed"], sampling["stop"], sampling["max_new_tokens"]) == (1, ["a b"], 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("top-k 1.5", "top-k is '1.5': expected a whole number."),
+        ("seed x", "seed is 'x': expected a whole number."),
+        ("temperature -1", "temperature is -1: expected 0 (greedy), or 0.001 to 1000."),
+        ("top-k 5", "top-k chooses among samples, and without temperature nothing is sampled: add one."),
+        ("stop ''", "stop is empty: expected a text that is not empty."),
+    ],
+)
+def test_what_cannot_be_set_is_told_as_it_was_typed(text, words):
+    with pytest.raises(UserError, match=f"^{re.escape(words)}$"):
+        Sampling().changed(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop"),
+    [('stop "}"', "}"), ("stop '\"} '", '"} '), ("stop a b", "a b"), ("stop it's", "it's"), ('stop "', '"')],
+)
+def test_a_stop_text_is_read_without_the_quotes_around_it(text, stop):
+    assert Sampling().changed(text).stop == (stop,)
+
+
+def test_settings_are_shown_as_they_are_typed_and_help_names_each():
+    assert str(Sampling(stop=('"}', "x"))).endswith('max-new-tokens 512, stop "\\"}" "x"')
+    assert Sampling(stop=("a",)).changed("stop").stop == ()
+    assert all(name.replace("_", "-") in _HELP for name in Sampling.__dataclass_fields__)
+
+
+def test_an_empty_stop_text_is_refused(chat):
+    assert "--stop is empty: expected a text that is not empty." in chat("--adapter", CALM, "--stop", "", code=2).err
 
 
 def test_a_line_that_is_no_utf_8_is_told_and_the_next_one_answered(chat, place, monkeypatch):

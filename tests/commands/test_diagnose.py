@@ -52,6 +52,8 @@ def test_the_examples_of_help_run_as_they_stand(line, run, capsys):
         ("--adapter none", "is not an adapter folder"),
         ("--adapter runs/quickstart/adapter --json none/x.json", "there is no folder none"),
         ("--adapter runs/quickstart/adapter --json runs", "that is a folder"),
+        ("--adapter runs/quickstart/adapter --json=", "--json is empty: name a file."),
+        ("--adapter runs/quickstart --json runs/quickstart/adapter/adapter_config.json", "reads that file"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(arguments, words, capsys):

@@ -156,8 +156,8 @@ def test_prompts_that_an_adapter_was_not_trained_on_are_told(run):
     words = "Warning: adapter was trained with another"
     assert words not in run()
     out = " ".join(run("--data.chat_template", "chatml", "--data.system", "Be [b]brief.").split())
-    assert f"{words} chat template (" in out
-    assert "and another system prompt (None there, 'Be [b]brief.' here)" in out
+    assert f"{words} chat template and another" in out  # without hashes, which tell nobody anything
+    assert "and another system prompt (none there, 'Be [b]brief.' here)" in out
     assert "set data.chat_template and data.system as in its training." in out
 
 
@@ -170,7 +170,7 @@ def test_a_row_that_is_right_is_not_called_hard(run, monkeypatch):
     assert "By exact match, adapter has all 5 answers right." in out
 
 
-def test_several_adapters_of_other_shapes_are_judged_as_each_is_alone(run, tmp_path):
+def test_several_adapters_of_other_shapes_are_judged_as_each_is_alone(run, tmp_path, capsys):
     alone = {}
     for name in ("quickstart", "b"):
         run("--adapter", f"runs/{name}/adapter", "--json", "f.json")
@@ -186,6 +186,10 @@ def test_several_adapters_of_other_shapes_are_judged_as_each_is_alone(run, tmp_p
             )
     assert alone["quickstart"]["loss"]["adapter"] != alone["b"]["loss"]["adapter"]
     assert "Differences from the base" in out
+    assert "Config, rows and limits" not in out  # --config says which
+    arguments = ["--adapter", "runs/b", "--adapter", "runs/a", "--rows", "2", "--max-new-tokens", "2"]
+    assert main(["evaluate", *arguments]) == 0
+    assert "Config, rows and limits are those of runs/b/adapter, the first adapter;" in capsys.readouterr().out
     assert "By exact match, quickstart is better on" in out
 
 
@@ -228,9 +232,19 @@ def test_without_prompts_the_loss_alone_is_judged(run, tmp_path):
         (["--adapter", "base=runs/a/adapter"], "an adapter cannot be called 'base'"),
         (["--adapter", "prompt=runs/a/adapter"], "an adapter cannot be called 'prompt'"),
         (["--adapter", "x=runs/a/adapter", "--adapter", "x=runs/b/adapter"], "there are two of the name 'x'"),
+        (["--adapter", "=runs/a/adapter"], "--adapter =runs/a/adapter: there is no name before the =."),
+        (["--adapter", "a b=runs/a/adapter"], "'a b' is no name: expected letters, digits, _, . and -."),
+        (["--adapter", "a="], "--adapter a=: names no folder."),
+        (["--data.val", "none/x.jsonl"], "(of a run: where it was started), or give --data.val FILE."),
         (["--scores", "bleu"], "There is no score 'bleu'"),
         (["--scores", "json_f1"], "The score json_f1 needs JSON objects or arrays"),
         (["--json", "none/f.json"], "--json none/f.json: there is no folder none."),
+        (["--json", ""], "--json is empty: name a file."),
+        (["--json", "rows.jsonl", "--force"], "--json rows.jsonl: this command reads that file."),
+        (["--json", "runs/quickstart/adapter/adapter_config.json"], "this command reads that file."),
+        (["--json", "more.jsonl"], "--json more.jsonl: that file is there, and was not written by this command."),
+        (["--out", "judged", "--json", "judged/evaluation.json"], "there is no folder judged"),
+        (["--out", "runs", "--json", "runs/predictions.jsonl"], "--json and --out both name runs/predictions.jsonl"),
         (["--out", "rows.jsonl"], "--out rows.jsonl: that is a file"),
         (["--out", "rows.jsonl/judged"], "rows.jsonl is a file; name a folder."),
         (["--out", "/proc/judged"], "--out /proc/judged: nothing can be written there"),

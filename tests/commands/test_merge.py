@@ -129,8 +129,11 @@ def test_nothing_is_written_over_unless_it_is_a_merged_model_and_force_is_given(
     (folder / "merge.json").write_text('{"files": {}}')  # somebody else's
     merge("--out", ".", "--force", code=2)
     assert "holds something else than a merged model" in capsys.readouterr().err
-    merge("--adapter-gguf", f"{ADAPTER}/adapter_config.json", code=2)
+    (folder / "notes.txt").write_text("mine")
+    merge("--adapter-gguf", "notes.txt", code=2)
     assert "exists" in capsys.readouterr().err
+    merge("--adapter-gguf", "notes.txt", "--force", code=2)
+    assert "is no GGUF file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "mine/notes.txt", "gguf"])
@@ -185,11 +188,14 @@ def test_all_files_of_a_merged_model_have_the_mode_of_the_umask(folder):
     ("arguments", "words"),
     [
         ((), "--out is missing"),
-        (("--out", "x", "--adapter-gguf", "x/a.gguf"), "there is no folder x"),
         (("--out", "runs", "--adapter-gguf", "runs/a.gguf"), "--adapter-gguf runs/a.gguf lies in --out runs"),
         (("--out", "runs", "--json", "runs/../runs/a.json"), "lies in --out runs"),
+        (("--out", "new", "--adapter-gguf", "new/a.gguf"), "--adapter-gguf new/a.gguf lies in --out new"),
+        (("--out", "new", "--adapter-gguf", "new"), "--out and --adapter-gguf both name new"),
+        (("--out", "x", "--json", "runs/quickstart/val.jsonl", "--force"), "val.jsonl: this command reads that file"),
+        (("--out", "x", "--json", f"{ADAPTER}/adapter_config.json"), "this command reads that file"),
         (("--adapter-gguf", "a", "--json", "./a"), "--adapter-gguf and --json both name a"),
-        (("--adapter-gguf", f"{ADAPTER}/adapter_model.safetensors", "--force"), "is no GGUF file"),
+        (("--adapter-gguf", f"{ADAPTER}/adapter_model.safetensors", "--force"), "this command reads that file"),
         (("--out", "runs/quickstart/val.jsonl", "--force"), "that is a file; name a folder"),
         (("--out", "runs/quickstart/val.jsonl/x"), "val.jsonl is a file; name a folder"),
         (("--out", "/proc/merged"), "--out /proc/merged: nothing can be written there"),

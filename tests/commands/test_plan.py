@@ -1,6 +1,7 @@
 """The command as a user runs it: on a tiny base, and on the recipes, whose bases are not here."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,14 @@ def test_an_adapter_folder_stands_for_the_config_of_its_run(quickstart, folder, 
     assert "configs is not an adapter folder" in capsys.readouterr().err
 
 
+def test_a_file_of_adapter_tensors_that_is_cut_off_is_refused(folder, adapter, capsys):
+    shutil.copytree(adapter, folder / "cut")
+    weights = folder / "cut" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["plan", "--adapter", "cut"]) == 2
+    assert "cut/adapter_model.safetensors is cut off: its header promises" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("line", examples())
 def test_the_examples_of_help_run_as_they_stand(line, folder, quickstart, capsys):
     assert main(line.split()[1:]) == 0
@@ -196,6 +205,8 @@ def test_missing_data_are_told_and_the_rest_is_planned(run):
     assert "The data were not read. data.train: data file nothing.jsonl does not exist" in out
     assert found["run"] is None
     assert found["largest_batch"]["tokens"] == 4 * 2048
+    assert "for the longest possible batch, since the data were not read, " in out
+    assert "the longest possible batch" not in run()[0]
     out, found = run("--data.train", "owner/rows")
     assert "plan fetches nothing" in out
     assert found["run"] is None
@@ -207,6 +218,9 @@ def test_missing_data_are_told_and_the_rest_is_planned(run):
         (["--device-memory", "16"], "write the unit, such as 16GiB"),
         (["--device-memory", "much"], "expected a size with its unit"),
         (["--json", "none/plan.json"], "--json none/plan.json: there is no folder none."),
+        (["--json", "rows.jsonl"], "--json rows.jsonl: this command reads that file. Name another."),
+        (["--json", "configs/quickstart.yaml"], "configs/quickstart.yaml: this command reads that file."),
+        (["--json", ""], "--json is empty: name a file."),
         (["stray"], "stray. See `qlora-lightning plan --help`."),
         (["--model.rank", "0"], "model.rank is 0"),
         (["--model.rnk", "4"], "Did you mean model.rank?"),

@@ -95,7 +95,7 @@ def test_other_scores_and_test_rows_are_in_the_table_and_on_the_page(make_run, c
 def test_a_file_of_somebody_else_is_kept_unless_forced(make_run, option, tmp_path):
     make_run("one")
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match=rf"{option} mine\.txt: the file is there"):
+    with pytest.raises(UserError, match=rf"{option} mine\.txt: that file is there"):
         main(["runs/one", option, "mine.txt"])
     assert (tmp_path / "mine.txt").read_text() == "mine"
     assert not (tmp_path / "runs/one/report.html").exists()
@@ -105,8 +105,17 @@ def test_a_file_of_somebody_else_is_kept_unless_forced(make_run, option, tmp_pat
 
 def test_a_report_html_of_somebody_else_in_the_run_folder_is_kept_too(make_run):
     (make_run("one") / "report.html").write_text("<p>notes</p>")
-    with pytest.raises(UserError, match="no report"):
+    with pytest.raises(UserError, match="was not written by this command"):
         main(["runs/one"])
+
+
+def test_what_a_report_is_made_of_is_kept_even_if_forced(make_run):
+    folder = make_run("one")
+    for name in ("manifest.json", "metrics.csv"):
+        before = (folder / name).read_bytes()
+        with pytest.raises(UserError, match="this command reads that file"):
+            main(["runs/one", "--json", f"runs/one/{name}", "--force"])
+        assert (folder / name).read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ def test_intervals_are_written_as_people_read_them():
     assert written(88.25, 80.0, 96.0, percent=False) == "88.2 [80.0, 96.0]"
     assert written(math.nan, math.nan, math.nan, percent=True) == "–"
     assert written(2.0981, math.nan, math.nan, percent=False) == "2.098"
+    assert written(12345.678, 9876.5, 23456.0, percent=False) == "12,345.7 [9,876.5, 23,456.0]"
     assert written(-1e-7, -1e-6, 0.0, percent=True, sign="+") == "+0.0 [0.0, 0.0]"
 
 
@@ -47,11 +48,25 @@ def test_in_80_columns_an_interval_stands_below_its_value_where_both_do_not_fit(
     }
     narrow, wide = (draw(metrics_table(figures, "100 rows", width), width) for width in (80, 120))
     for text in (narrow, wide):
-        for cell in ("[93.0, 99.4]", "+98.0", "[95.0, 100.0]", "-2.088", "[-2.200, -1.990]"):
+        for cell in ("[93.0, 99.4]", "+98.0", "[95.0, 100.0]", "-2.0877", "[-2.2000, -1.9900]"):
             assert cell in text
     assert "+98.0 [95.0, 100.0]" in wide
     assert "+98.0 [95.0, 100.0]" not in narrow
     assert max(map(len, narrow.splitlines())) <= 80
+
+
+def test_values_have_the_decimals_that_their_difference_needs():
+    near = measured(False, (10.9151, 9.0, 12.0), (10.91, 9.0, 12.0), (-0.0051, -1.0, 1.0))
+    text = draw(metrics_table({"loss": near}, "", 160), 160)
+    for cell in ("10.9151 [9.0000, 12.0000]", "10.9100", "-0.0051 [-1.0000, 1.0000]"):
+        assert cell in text
+    alike = measured(False, (10.9, 9.0, 12.0), (10.9, 9.0, 12.0), (0.0, 0.0, 0.0))
+    assert "│ 10.9 [9.0, 12.0] │ +0.0 [0.0, 0.0] │" in draw(metrics_table({"loss": alike}, "", 160), 160)
+
+
+def test_an_answer_of_nothing_but_space_is_called_empty():
+    text = draw(samples_table({"expected": "one", "base": "", "adapter": " \n"}))
+    assert [line.split("│")[2].strip() for line in text.splitlines()[1:-1]] == ["one", "(empty)", "(empty)"]
 
 
 def test_parts_show_rows_and_a_dash_where_nothing_was_answered():

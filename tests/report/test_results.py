@@ -56,7 +56,8 @@ def test_an_adapter_counts_whatever_it_was_called(make_run):
     folder = make_run("b")
     loss = {"base": {"value": 2.0}, "other": {"value": 0.1}, "mine": {"value": 0.3}}
     folders = {"other": "elsewhere", "mine": str(folder / "adapter")}
-    assert find_results(write(folder, metrics={"loss": loss}, adapters=folders))["val_loss"] == 0.3  # the run's own
+    found = find_results(write(folder, metrics={"loss": loss}, adapters=folders))
+    assert found["evaluated_loss"] == 0.3  # the run's own
     assert find_results(write(folder, metrics={"loss": loss}))["val_loss"] == 0.1  # the first
 
 
@@ -70,6 +71,32 @@ def test_what_test_rows_gave_is_not_called_validation(make_run):
     headings = {result.name: result.heading for result in list_results([run])}
     assert headings["test_loss"] == "test loss"
     assert headings["test_exact_match"] == "exact match, test rows"
+
+
+def test_a_later_evaluation_does_not_stand_for_the_validation_of_the_fit(make_run):
+    metrics = {"loss": sides(2.0, 0.3), "exact_match": sides(0.0, 0.75), "token_accuracy": sides(0.1, 0.8)}
+    folders = {"adapter": "a/adapter"}  # as named where evaluate was started
+    run = write(make_run("a"), metrics=metrics, rows=3, split="val", adapters=folders)
+    found = find_results(run)
+    assert (found["val_loss"], found["token_accuracy"]) == (pytest.approx(0.55), None)  # of metrics.csv
+    assert [found[f"evaluated_{name}"] for name in ("loss", "exact_match", "token_accuracy")] == [0.3, 0.75, 0.8]
+    results = {result.name: result for result in list_results([run])}
+    assert results["evaluated_loss"].heading == "loss, evaluated on 3 validation rows"
+    other = write(make_run("b"), metrics=metrics, rows=5, split="val", adapters={"adapter": "b/adapter"})
+    results = {result.name: result for result in list_results([run, other])}
+    assert results["evaluated_loss"].heading == "loss, evaluated on 3 and 5 validation rows"
+    assert results["evaluated_loss"].better == ""  # of other rows, neither is better
+    assert results["val_loss"].better == "low"
+
+
+def test_figures_of_another_runs_adapter_are_none_of_the_run(make_run):
+    metrics = {"loss": sides(2.0, 0.3), "exact_match": sides(0.0, 0.75)}
+    for split in ("val", "test"):
+        run = write(make_run(split), metrics=metrics, rows=3, split=split, adapters={"adapter": "runs/x/adapter"})
+        found = find_results(run)
+        assert found["val_loss"] == pytest.approx(0.55)
+        assert 0.3 not in found.values()
+        assert 0.75 not in found.values()
 
 
 def test_an_empty_run_has_no_figures(make_run):

@@ -1,5 +1,6 @@
+from qlora_lightning.report.judged import describe_rows
 from qlora_lightning.report.run import Run
-from qlora_lightning.report.verdict import Answer, Sample, columns_of, describe_rows, metric_rows, samples_of
+from qlora_lightning.report.verdict import Answer, Sample, columns_of, metric_rows, samples_of
 
 
 def make(**files):

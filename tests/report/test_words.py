@@ -34,6 +34,10 @@ def test_the_headline_shows_the_score_that_counts_most_and_names_test_rows(make_
         ("2.000 → 0.500", "validation loss, base → adapter"),
         ("2% → 25%", "numeric match, base → adapter"),
     ]
+    later = {**evaluation, "rows": 3, "adapters": {"mine": str(folder / "adapter")}}
+    (folder / "evaluation.json").write_text(json.dumps(later))
+    assert headline(read_run(folder))[0] == ("2.000 → 0.500", "loss of 3 validation rows, base → adapter")
+    assert ("0.550", "validation loss, best") in headline(read_run(folder))
     (folder / "evaluation.json").write_text(json.dumps({**evaluation, "split": "test"}))
     assert headline(read_run(folder))[:3] == [
         ("2.000 → 0.500", "test loss, base → adapter"),

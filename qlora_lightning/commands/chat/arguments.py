@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from qlora_lightning.commands.chat.sampling import Sampling
+from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.json_output import json_file
 from qlora_lightning.commands.option_parser import OptionParser
 from qlora_lightning.errors import UserError
@@ -55,7 +56,7 @@ def parse(argv: Sequence[str]) -> Options:
     for option, text in (("--prompt", own.prompt), ("--system", own.system)):
         if text is not None and not is_text(text):
             raise UserError(f"{option} holds bytes that are no UTF-8.")
-    json_file(own.json)
+    settings["json"] = json_file(own.json, ("adapters", "sampling", "turns"), find_inputs([*own.adapter, own.base]))
     return Options(adapters=_name_adapters(settings.pop("adapter")), sampling=Sampling(**sampling), **settings)
 
 
@@ -105,5 +106,5 @@ def make_parser() -> OptionParser:
     add("--stop", action="append", default=[], metavar="TEXT", help="end an answer at TEXT, too; may be repeated")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="where an answer is cut (default: 512)")
     add("--seed", type=int, help="of sampling")
-    add("--json", type=Path, metavar="FILE", help="write the conversation there when it ends")
+    add("--json", metavar="FILE", help="write the conversation there when it ends")
     return parser

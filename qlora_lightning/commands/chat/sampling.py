@@ -1,5 +1,9 @@
 """How tokens of an answer are chosen."""
 
+import contextlib
+import json
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -58,7 +62,7 @@ class Sampling:
     def _expect(self, name: str, holds: bool, words: str) -> None:
         if not holds:
             value = getattr(self, name)
-            shown = f"{value:g}" if isinstance(value, float) else value
+            shown = f"{value:g}" if isinstance(value, float) else "empty" if isinstance(value, tuple) else value
             raise UserError(f"{_option(name)} is {shown}: expected {words}.")
 
     def changed(self, text: str) -> "Sampling":
@@ -72,21 +76,43 @@ class Sampling:
         """
         given, _, value = text.partition(" ")
         name = given.removeprefix("--").replace("-", "_")
-        kinds: dict[str, Callable[[str], Any]] = {"stop": lambda text: (text,) if text else (), "seed": int}
+        kinds: dict[str, Callable[[str], Any]] = {"stop": _read_stop, "seed": int}
         kinds |= {field.name: type(field.default) for field in fields(self) if field.name not in kinds}
         if name not in kinds:
-            known = ", ".join(each.replace("_", "-") for each in kinds)
-            raise UserError(f"There is no setting {given!r}; there are {known}.")
+            raise UserError(f"There is no setting {given!r}; there are {', '.join(setting_names())}.")
         try:
             parsed = kinds[name](value.strip())
         except (ValueError, OverflowError):
-            raise UserError(f"{given} is {value.strip()!r}: expected a number.") from None
-        return replace(self, **{name: parsed})
+            expected = "a whole number" if kinds[name] is int else "a number"
+            raise UserError(f"{given} is {value.strip()!r}: expected {expected}.") from None
+        try:
+            return replace(self, **{name: parsed})
+        except UserError as error:  # told as it was typed, and not as an option
+            raise UserError(re.sub(r"--(?=[a-z])", "", str(error))) from None
 
     def __str__(self) -> str:
         """Give the settings as a user types them."""
         shown = ((field.name.replace("_", "-"), getattr(self, field.name)) for field in fields(self))
-        return ", ".join(f"{name} {value}" for name, value in shown if value not in ((), None))
+        return ", ".join(f"{name} {_write(value)}" for name, value in shown if value not in ((), None))
+
+
+def setting_names() -> list[str]:
+    """Name what can be set, as a user types it."""
+    return [field.name.replace("_", "-") for field in fields(Sampling)]
+
+
+def _read_stop(text: str) -> tuple[str, ...]:
+    """Read a text as a shell would, quotes around it left out; what has a lone quote in it is taken as it is."""
+    if not text:
+        return ()
+    if text[:1] in ("'", '"'):
+        with contextlib.suppress(ValueError):
+            text = " ".join(shlex.split(text))
+    return (text,)
+
+
+def _write(value: Any) -> str:
+    return " ".join(json.dumps(text, ensure_ascii=False) for text in value) if isinstance(value, tuple) else str(value)
 
 
 def _option(name: str) -> str:

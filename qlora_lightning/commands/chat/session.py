@@ -8,17 +8,17 @@ import torch
 
 from qlora_lightning.commands.chat.answer import Answer, stream_answer
 from qlora_lightning.commands.chat.arguments import BASE, is_text
-from qlora_lightning.commands.chat.sampling import Sampling
+from qlora_lightning.commands.chat.sampling import Sampling, setting_names
 from qlora_lightning.commands.chat.screen import Screen, Write
 from qlora_lightning.commands.chat.speakers import Speaker, Speakers
 from qlora_lightning.data.bad_rows import RowFault
 from qlora_lightning.data.formats import Message
 from qlora_lightning.errors import UserError
 
-_HELP = """/adapter NAME  let another adapter answer, or `base`; alone: who there is
+_HELP = f"""/adapter NAME  let another adapter answer, or `base`; alone: who there is
 /compare       let the base answer beside the adapters, or no longer
 /system TEXT   set the system prompt and begin anew; alone: without one
-/set NAME X    set temperature, top-k, max-new-tokens, …; alone: what is set
+/set NAME X    set one of {", ".join(setting_names())}; alone: what is set
 /reset         begin anew
 /quit          end (or Ctrl-D)"""
 

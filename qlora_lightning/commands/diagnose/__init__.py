@@ -1,9 +1,9 @@
 """``qlora-lightning diagnose``: how far an adapter moved each module, and how much of its rank it uses."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from qlora_lightning.commands.json_output import json_file, write_json
+from qlora_lightning.commands.input_files import find_inputs
+from qlora_lightning.commands.json_output import json_file, tables_beside, write_json
 from qlora_lightning.commands.option_parser import OptionParser
 
 _DESCRIPTION = """Say of each module how far its adapter moved the weight, ‖ΔW‖/‖W‖, and how many directions it uses.
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
         UserError: An option, the adapter or the base cannot be used.
     """
     own = make_parser().parse_args(argv)
-    file = json_file(own.json)
+    file = json_file(own.json, ("adapter", "base", "hints", "modules"), find_inputs([own.adapter, own.base]))
     # here, so that --help and mistakes answer at once
     from rich.console import Console
 
@@ -32,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
     from qlora_lightning.commands.diagnose.report import as_json, print_report
 
     found = measure_adapter(own.adapter, own.base)
-    print_report(found, Console(highlight=False), every_module=own.all)
+    with tables_beside(file):
+        print_report(found, Console(highlight=False), every_module=own.all)
     if file is not None:
         write_json(file, as_json(found))
     return 0
@@ -45,5 +46,5 @@ def make_parser() -> OptionParser:
     add("--adapter", required=True, metavar="DIR", help="the adapter folder, or the run folder around it")
     add("--base", metavar="NAME", help="the base, where it is no longer found under the name it was trained under")
     add("--all", action="store_true", help="list every module, too")
-    add("--json", type=Path, metavar="FILE", help="write the figures of every module there")
+    add("--json", metavar="FILE", help="write the figures of every module there")
     return parser

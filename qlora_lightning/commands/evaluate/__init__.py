@@ -7,6 +7,8 @@ from pathlib import Path
 from qlora_lightning.commands.adapter_config import add_config
 from qlora_lightning.commands.evaluate.options import Options, named_adapters
 from qlora_lightning.commands.evaluate.targets import check_targets
+from qlora_lightning.commands.input_files import find_inputs
+from qlora_lightning.commands.json_output import name_file, tables_beside
 from qlora_lightning.errors import UserError
 
 _DESCRIPTION = """Judge a base and one or several adapters on the same rows: loss, perplexity, token accuracy, and
@@ -39,14 +41,18 @@ def main(argv: Sequence[str]) -> int:
         own, rest = _parser().parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(f"{error}. See `qlora-lightning evaluate --help`.") from error
-    options = _checked(own)
+    options = _checked(own, rest)
     if not (options.adapters or rest):
         raise UserError("What shall be judged? Name an adapter folder by --adapter DIR, or a config by --config FILE.")
-    rest = add_config(next(iter(options.adapters.values()), None), rest)
+    first = next(iter(options.adapters.values()), None)
+    asked, rest = rest, add_config(first, rest)
 
     from qlora_lightning.commands.evaluate.run import evaluate  # here, so that --help and mistakes answer at once
 
-    evaluate(options, rest)
+    with tables_beside(options.json):
+        if len(options.adapters) > 1 and rest != asked:
+            print(f"Config, rows and limits are those of {first}, the first adapter; --config FILE names others.")
+        evaluate(options, rest)
     return 0
 
 
@@ -70,12 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--group-by", metavar="COLUMN", help="also a table by the values of a column of the rows")
     add("--show", type=int, metavar="N", help="print the N hardest rows (evaluation.samples)")
     add("--out", metavar="DIR", help="write evaluation.json and predictions.jsonl there")
-    add("--force", action="store_true", help="overwrite them")
+    add("--force", action="store_true", help="overwrite them, and what --json names")
     add("--json", metavar="FILE", help="write evaluation.json's figures to this file")
     return parser
 
 
-def _checked(own: argparse.Namespace) -> Options:
+def _checked(own: argparse.Namespace, rest: Sequence[str]) -> Options:
     """Check what can be checked before a second is spent.
 
     Raises:
@@ -95,7 +101,7 @@ def _checked(own: argparse.Namespace) -> Options:
         group_by=own.group_by,
         show=own.show,
         out=None if own.out is None else Path(own.out),
-        json=None if own.json is None else Path(own.json),
+        json=None if own.json is None else name_file("--json", own.json),
     )
-    check_targets(options, own.force)
+    check_targets(options, find_inputs([*options.adapters.values(), *rest]), own.force)
     return options

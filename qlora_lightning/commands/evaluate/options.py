@@ -73,7 +73,10 @@ def named_adapters(values: Sequence[str]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for value in values:
+        given, equals, _ = value.partition("=")
         match = None if Path(value).expanduser().is_dir() else _NAMED.fullmatch(value)
+        if match is None and equals and "/" not in given and not Path(value).expanduser().is_dir():
+            raise UserError(_misnamed(value, given))
         folder = find_adapter_folder(match[2] if match else value)
         unnamed = "adapter" if len(values) == 1 else _name_of_run(folder)
         name = match[1] if match else unnamed
@@ -83,6 +86,11 @@ def named_adapters(values: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"--adapter {value}: there are two of the name {name!r}. Tell them apart by NAME=DIR.")
         found[name] = folder
     return found
+
+
+def _misnamed(value: str, name: str) -> str:
+    what = "names no folder" if value.endswith("=") else f"{name!r} is no name: expected letters, digits, _, . and -"
+    return f"--adapter {value}: {'there is no name before the =' if not name else what}. Write NAME=DIR, or DIR alone."
 
 
 def _name_of_run(folder: Path) -> str:

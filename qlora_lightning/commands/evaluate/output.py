@@ -60,7 +60,7 @@ def report(
 
     console = Console(highlight=False)
     answered = {place for place, each in enumerate(judged[BASE]) if each.answer is not None}
-    some = f", {len(answered):,} of them answered" if len(answered) < len(rows) else ""
+    some = f", {len(answered):,} of them answered" if 0 < len(answered) < len(rows) else ""
     console.print(metrics_table(measured, f"{len(rows):,} rows of {options.split}{some}, with 95 % intervals"))
     if len(adapters) > 1:
         console.print(differences_table(measured))

@@ -22,10 +22,11 @@ def warn_of_other_prompts(name: str, folder: Path, own: Mapping[str, Any]) -> No
         own: What the data module says of its rows, tokenizer and template.
     """
     stored = read_identity(folder).get("data") or {}
-    differs = {key: words for key, words in data_differences(stored, own).items() if key in _RENDER}
+    differs = {key: words.partition(" (")[0] for key, words in data_differences(stored, own).items() if key in _RENDER}
     trained, asked = ((each.get("settings") or {}).get("system") for each in (stored, own))
     if "settings" in stored and trained != asked:
-        differs["system"] = f"system prompt ({trained!r} there, {asked!r} here)"
+        there, here = ("none" if text is None else repr(text) for text in (trained, asked))
+        differs["system"] = f"system prompt ({there} there, {here} here)"
     if differs:
         what, keys = " and another ".join(differs.values()), " and ".join(f"data.{key}" for key in differs)
         rich.print(

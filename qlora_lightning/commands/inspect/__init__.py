@@ -9,9 +9,10 @@ from pathlib import Path
 import lightning
 from rich.console import Console
 
+from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.inspect.arguments import make_data_module, parse
 from qlora_lightning.commands.inspect.gather import Inspection, inspect_data
-from qlora_lightning.commands.inspect.page import write_page
+from qlora_lightning.commands.inspect.page import is_page, write_page
 from qlora_lightning.commands.inspect.terminal import print_inspection
 from qlora_lightning.commands.json_output import check_output_file
 from qlora_lightning.data.splits import check_usable
@@ -25,7 +26,8 @@ def main(argv: Sequence[str]) -> int:
         UserError: a key or value is wrong, the data cannot be prepared, or there are bad rows that stop ``fit``.
     """
     options, config = parse(argv)
-    page = None if options.html is None else _page_file(options.html)
+    words = [word for word in argv if word.removeprefix("--html=") != options.html]
+    page = None if options.html is None else _page_file(options.html, find_inputs(words))
     if config.seed is not False:
         # the split by val_fraction depends on it
         lightning.seed_everything(None if config.seed is True else config.seed, verbose=False)
@@ -57,7 +59,7 @@ def quiet_lightning() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _page_file(name: str) -> Path:
+def _page_file(name: str, inputs: Sequence[Path]) -> Path:
     """Check the page's name before a second is spent.
 
     Raises:
@@ -66,7 +68,7 @@ def _page_file(name: str) -> Path:
     file = Path(name)
     if file.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--html {name}: expected a file name that ends in .html.")
-    return check_output_file("--html", file)
+    return check_output_file("--html", file, is_page, inputs)
 
 
 def _refuse_bad_rows(found: Inspection) -> None:

@@ -13,6 +13,7 @@ from qlora_lightning.commands.json_output import write_output
 from qlora_lightning.page.render import render_page as _render
 from qlora_lightning.page.visible import show_controls
 
+_MARK = b'<meta name="generator" content="qlora_lightning inspect">'
 _TEMPLATE = Path(__file__).with_name("page.html")
 _HEIGHT, _PITCH = 180, 46  # of the bars, in units of the drawing
 
@@ -24,6 +25,12 @@ def write_page(found: Inspection, file: Path) -> None:
         UserError: the file cannot be written.
     """
     write_output(file, render_page(found))
+
+
+def is_page(file: Path) -> bool:
+    """Whether a file is a page of this command."""
+    with file.open("rb") as opened:
+        return _MARK in opened.read(1000)
 
 
 def render_page(found: Inspection) -> str:

@@ -5,7 +5,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_lightning.commands.json_output import check_distinct, check_output_file, json_file, write_json, write_output
+from qlora_lightning.commands.input_files import find_inputs
+from qlora_lightning.commands.json_output import (
+    check_distinct,
+    check_output_file,
+    json_file,
+    tables_beside,
+    write_json,
+    write_output,
+)
 from qlora_lightning.errors import UserError
 
 _DESCRIPTION = """Train a config for some steps with a learning rate that rises from one to the next, and suggest one.
@@ -19,6 +27,7 @@ _EPILOG = """examples:
   qlora-lightning lr-find --config configs/quickstart.yaml --steps 16 --max-lr 1e-2 --plot lr.png --json lr.json
 
 A suggestion is a start: `qlora-lightning sweep-rank --learning-rates …` compares rates by whole trainings."""
+_PICTURES = (".png", ".svg", ".pdf")
 _LEAST_STEPS = 13  # Lightning leaves out the first ten losses and the last one, and needs two
 
 
@@ -37,7 +46,9 @@ def main(argv: Sequence[str]) -> int:
     if not 0 < own.min_lr < own.max_lr < float("inf"):
         given = f"--min-lr is {own.min_lr:g} and --max-lr {own.max_lr:g}"
         raise UserError(f"{given}: expected positive numbers, the first the smaller one.")
-    file, picture = json_file(own.json), _picture(own.plot)
+    inputs = find_inputs(rest)
+    file = json_file(own.json, ("learning_rate", "loss", "suggestion"), inputs)
+    picture = _picture(own.plot, inputs)
     check_distinct({"--json": file, "--plot": picture})
 
     # here, so that --help and mistakes answer at once
@@ -46,7 +57,8 @@ def main(argv: Sequence[str]) -> int:
 
     with tempfile.TemporaryDirectory(prefix="qlora-lightning-lr-find-") as folder:
         found = search(rest, folder, own.min_lr, own.max_lr, own.steps)
-    print_search(found)
+    with tables_beside(file):
+        print_search(found)
     if file is not None:
         write_json(file, found)
     if picture is not None:
@@ -59,13 +71,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _picture(name: str | None) -> Path | None:
+def _picture(name: str | None, inputs: Sequence[Path]) -> Path | None:
     if name is None:
         return None
     file = Path(name)
-    if file.suffix not in (".png", ".svg", ".pdf"):
+    if file.suffix not in _PICTURES:
         raise UserError(f"--plot {name}: expected a file that ends in .png, .svg or .pdf.")
-    return check_output_file("--plot", file)
+    return check_output_file("--plot", file, lambda file: file.suffix in _PICTURES, inputs)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from qlora_lightning.commands.json_output import tables_beside
 from qlora_lightning.commands.merge.arguments import parse
 
 
@@ -14,5 +15,6 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     from qlora_lightning.commands.merge.run import merge  # here, so that --help and mistakes answer at once
 
-    merge(options)
+    with tables_beside(options.json):
+        merge(options)
     return 0

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_lightning.commands.json_output import check_distinct, check_output_file, json_file
+from qlora_lightning.commands.input_files import find_inputs
+from qlora_lightning.commands.json_output import check_distinct, check_output_file, json_file, name_file
 from qlora_lightning.commands.option_parser import OptionParser
 from qlora_lightning.errors import UserError
 
@@ -61,13 +62,16 @@ def parse(argv: Sequence[str]) -> Options:
         raise UserError(f"--max-kl is {own.max_kl:g}: expected 0 or more.")
     if rest and (own.out is None or not own.rows):
         raise UserError(f"{rest[0]} chooses rows for the check of a merged model, and there is no check.")
-    json_file(own.json)
-    if own.adapter_gguf is not None:
-        check_output_file("--adapter-gguf", own.adapter_gguf)
-    check_distinct({"--adapter-gguf": own.adapter_gguf, "--json": own.json})
-    for option, file in (("--adapter-gguf", own.adapter_gguf), ("--json", own.json)):
-        if own.out is not None and file is not None and _lies_in(file, own.out):
+    inputs = find_inputs([own.adapter, own.base, own.config, *rest])
+    files = {"--adapter-gguf": own.adapter_gguf, "--json": own.json}
+    named = {option: name_file(option, name) for option, name in files.items() if name is not None}
+    check_distinct({"--out": own.out, **named})
+    for option, file in named.items():
+        if own.out is not None and _lies_in(file, own.out):
             raise UserError(f"{option} {file} lies in --out {own.out}, which is made as a whole: name a file outside.")
+    own.json = json_file(own.json, ("adapter", "onto", "dtype"), inputs, force=own.force)
+    if own.adapter_gguf is not None:  # check_file looks at what is there
+        own.adapter_gguf = check_output_file("--adapter-gguf", own.adapter_gguf, lambda file: True, inputs)
     return Options(**vars(own), overrides=tuple(rest))
 
 
@@ -111,7 +115,6 @@ def make_parser() -> OptionParser:
     add("--gguf", choices=("q8_0", "f16"), help="write a GGUF file for llama.cpp into the folder, too")
     add(
         "--adapter-gguf",
-        type=Path,
         metavar="FILE",
         help="write the adapter alone as a GGUF file, for llama.cpp's --lora",
     )
@@ -124,6 +127,6 @@ def make_parser() -> OptionParser:
         help="keep nothing if what is written diverges from base and adapter by more, in nats per token "
         "(default: 0.001 in fp32 and 0.01 rounded, onto dequantized; 0.5 onto original)",
     )
-    add("--force", action="store_true", help="replace what --out and --adapter-gguf name")
-    add("--json", type=Path, metavar="FILE", help="write all figures there too")
+    add("--force", action="store_true", help="replace what --out, --adapter-gguf and --json name")
+    add("--json", metavar="FILE", help="write all figures there too")
     return parser

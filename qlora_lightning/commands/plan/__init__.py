@@ -11,7 +11,8 @@ from rich.console import Console
 
 from qlora_lightning.adapter_place import find_adapter_folder
 from qlora_lightning.commands.adapter_config import add_config
-from qlora_lightning.commands.json_output import json_file, write_json
+from qlora_lightning.commands.input_files import find_inputs
+from qlora_lightning.commands.json_output import json_file, tables_beside, write_json
 from qlora_lightning.commands.quiet import quiet_lightning
 from qlora_lightning.errors import UserError
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     except argparse.ArgumentError as error:
         raise UserError(f"{error}. See `qlora-lightning plan --help`.") from error
     memory = None if own.device_memory is None else read_size(own.device_memory)
-    file = json_file(own.json)
+    file = json_file(own.json, ("base", "largest_batch", "knobs"), find_inputs([own.adapter, *rest]))
 
     if own.adapter is not None:
         adapter = find_adapter_folder(own.adapter)
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     from qlora_lightning.commands import training
     from qlora_lightning.commands.plan.cli import PlanCLI
 
-    with quiet_lightning():
+    with quiet_lightning(), tables_beside(file):
         use = functools.partial(_plan, memory=memory, file=file)
         training.main(["fit", *rest], functools.partial(PlanCLI, use=use), name="plan")
     return 0

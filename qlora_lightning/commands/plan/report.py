@@ -147,7 +147,9 @@ def _memory(plan: Plan) -> Table:
 
 def _print_verdict(plan: Plan, console: Console) -> None:
     peak, room = plan.memory.peak_bytes, plan.device.memory
-    words = f"{_gib(peak)} of {plan.device.words}"
+    unread = plan.run.why_not is not None
+    longest = " for the longest possible batch, since the data were not read" if unread else ""
+    words = f"{_gib(peak)} of {plan.device.words}{longest}"
     if plan.fits:
         console.print(Text.assemble(("It fits", "bold green"), f": {words}, {_gib(room - peak)} to spare."))
     else:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from qlora_lightning.commands.json_output import json_file, write_json
+from qlora_lightning.commands.input_files import find_inputs
+from qlora_lightning.commands.json_output import json_file, tables_beside, write_json
 from qlora_lightning.commands.quiet import quiet_lightning
 from qlora_lightning.errors import UserError
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{error}. See `qlora-lightning profile --help`.") from error
     if own.steps < 1:
         raise UserError(f"--steps is {own.steps}: expected 1 or more.")
-    file = json_file(own.json)
+    file = json_file(own.json, ("ms_per_step", "time", "memory"), find_inputs(rest))
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch: its profiler tells of each start and stop
     # here, so that --help and mistakes answer at once
@@ -51,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
     if not recorder.recorded:
         raise UserError("No step was profiled: the run ended before. trainer.limit_train_batches must not be 0.")
     summary = summarize(recorder)
-    print_summary(summary, Console(highlight=False))
+    with tables_beside(file):
+        print_summary(summary, Console(highlight=False))
     if file is not None:
         write_json(file, summary)
     return 0

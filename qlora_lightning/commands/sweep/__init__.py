@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.json_output import json_file
 from qlora_lightning.commands.sweep.dimensions import add_dimension_options, choose_dimension, show_value
 from qlora_lightning.errors import TrainingStopped, UserError
@@ -31,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
         own, rest = _parser().parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(f"{error}. See `qlora-lightning sweep-rank --help`.") from error
-    dimension, file = choose_dimension(own), json_file(own.json)
+    dimension = choose_dimension(own)
+    file = json_file(own.json, ("setting", "trials", "chosen"), find_inputs(rest))
     if not 0 <= own.min_gain < float("inf"):
         raise UserError(f"--min-gain is {own.min_gain:g}: expected 0 or more nats per token.")
 

@@ -52,9 +52,12 @@ def _choose_rising(dimension: Dimension, trials: Sequence[Trial], min_gain: floa
     gain, last = gain_of_last(trials), trials[-1]
     if gain.pays(min_gain):
         return last, f"Each {dimension.title} paid over the one before it: a larger one may pay too."
-    found = f"{dimension.title} {show_value(last.value)} gained {gain.value:.4f} [{gain.low:.4f}, {gain.high:.4f}]"
-    reason = "no more than noise" if gain.low <= 0 else f"less than --min-gain {min_gain:g}"
-    return trials[-2], f"{found} nats per token over it: {reason}.".capitalize()
+    name = f"{dimension.title} {show_value(last.value)}".capitalize()
+    if gain.high < 0:
+        low, high = -gain.high, -gain.low
+        return trials[-2], f"{name} lost {-gain.value:.4f} [{low:.4f}, {high:.4f}] nats per token: more than noise."
+    found = f"{name} gained {gain.value:.4f} [{gain.low:.4f}, {gain.high:.4f}] nats per token over it"
+    return trials[-2], f"{found}: {'no more than noise' if gain.low <= 0 else f'less than --min-gain {min_gain:g}'}."
 
 
 def _join(names: Sequence[str]) -> str:

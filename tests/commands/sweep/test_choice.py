@@ -31,6 +31,14 @@ def test_ranks_go_on_while_they_pay():
     assert why.endswith("nats per token over it: no more than noise.")
 
 
+def test_a_rank_that_is_worse_by_more_than_noise_is_said_to_have_lost():
+    trials = [trial(8, BETTER), trial(16, [1.0, 1.1, 0.9, 1.0, 1.1, 0.9])]
+    chosen, why = choose(RANKS, trials, 0.0)
+    assert chosen.value == 8
+    assert why.startswith("Rank 16 lost 0.2000 [0.1")
+    assert why.endswith("] nats per token: more than noise.")
+
+
 def test_where_all_ranks_paid_the_last_is_chosen_and_more_may_pay():
     trials = [trial(8, FLAT), trial(16, BETTER), trial(32, [0.6] * 6)]
     chosen, why = choose(RANKS, trials, 0.0)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,7 +14,7 @@ from qlora_lightning.errors import UserError
 from qlora_lightning.json_shape import Shape, find_fault
 from qlora_lightning.model.adapter_shape import CONFIG, IDENTITY
 from qlora_lightning.model.adapter_tensors import LOADING_FAULTS, read_tensors, word_misfit
-from qlora_lightning.model.adapters import all_names_of_trainable_tensors, load_adapters
+from qlora_lightning.model.adapters import all_names_of_trainable_tensors, copy_matching, load_adapters
 from qlora_lightning.model.checkpoint_format import check_version
 
 
@@ -96,15 +95,8 @@ def fill_adapter(model: nn.Module, folder: Path) -> None:
         )
     own = _tensors_by_key(model)
     _check_keys(own.keys(), stored.keys(), folder)
-    for key, tensor in own.items():
-        if tensor.shape != stored[key].shape:
-            raise UserError(
-                f"The adapter folder {folder} does not fit this adapter: {key} has shape {tuple(stored[key].shape)} "
-                f"there and {tuple(tensor.shape)} here. Build it with the rank that it was trained with."
-            )
-    with torch.no_grad():
-        for key, tensor in own.items():
-            tensor.copy_(stored[key])
+    remedy = "Build it with the rank that it was trained with."
+    copy_matching(own, stored, f"The adapter folder {folder} does not fit this adapter", remedy)
 
 
 def _tensors_by_key(model: peft.PeftModel) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import peft
@@ -122,15 +122,29 @@ def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
             f"{source} does not fit the adapter of this model: {len(missing)} tensors are missing and {len(foreign)} "
             f"are foreign ({shown}, …). Use the target_modules, layers and lora_options that it was trained with."
         )
-    for name, parameter in own.items():
-        if parameter.shape != tensors[name].shape:
-            raise UserError(
-                f"{source} does not fit the adapter of this model: {name} has shape {tuple(tensors[name].shape)} there "
-                f"and {tuple(parameter.shape)} here. Use the model.rank that it was trained with."
-            )
+    remedy = "Use the model.rank that it was trained with."
+    copy_matching(own, tensors, f"{source} does not fit the adapter of this model", remedy)
+
+
+def copy_matching(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], misfit: str, remedy: str) -> None:
+    """Set tensors to others of the same names, if all have the same shapes; else none is touched.
+
+    Args:
+        own: What is written to.
+        tensors: Values by name, each of them there.
+        misfit: How the sentence about another shape begins.
+        remedy: How it ends.
+
+    Raises:
+        UserError: A shape differs.
+    """
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            there, here = tuple(tensors[name].shape), tuple(tensor.shape)
+            raise UserError(f"{misfit}: {name} has shape {there} there and {here} here. {remedy}")
     with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
 
 
 def _check_tied_targets(targets: list[str], tied: bool) -> None:

@@ -91,7 +91,10 @@ def test_a_training_step_tells_its_batch_the_peak_and_three_changes(fit, cls):
 
 def test_no_pages_for_a_checkpointed_input_are_told_too(fit, monkeypatch):
     usual = mmap.mmap
-    refuse = lambda file, *more, **options: usual(file, *((HUGE,) if file == -1 else more), **options)  # noqa: E731
+
+    def refuse(file, *more, **options):
+        return usual(file, *((HUGE,) if file == -1 else more), **options)
+
     monkeypatch.setattr(mmap, "mmap", refuse)
     with pytest.raises(UserError, match=r"Out of memory on cpu in a batch of 4 rows"):
         fit(QLoRAModule, GradientCheckpointing())

@@ -16,6 +16,7 @@ from qlora_lightning.callbacks.gather import gather_lists
 from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.comparison import BASE, compare, duel
 from qlora_lightning.evaluation.judge import Answering, Judgement, answer_rows, judge_rows
+from qlora_lightning.evaluation.names import describe_answered
 from qlora_lightning.evaluation.progress import steps_bar
 from qlora_lightning.evaluation.report import EVALUATION_FILE, summarize, write_json
 from qlora_lightning.evaluation.rows import EvaluationRow, cut_rows
@@ -169,8 +170,7 @@ class Evaluation(Callback):
         measured = compare(judged, scores)
         duels = {ADAPTER: duel(judged[BASE], judged[ADAPTER], next(iter(scores), None))}
         summary = summarize(rows, judged, measured, answering, duels, self.samples)
-        answered = summary["answered_rows"]
-        some = f", {answered:,} of them answered" if 0 < answered < len(rows) else ""
+        some = describe_answered(summary["answered_rows"], len(rows))
         rich.print(metrics_table(measured, f"Validation rows, base → adapter ({len(rows):,}{some}; 95 % intervals)"))
         rich.print(describe_duel(duels[ADAPTER]))
         for sample in summary["samples"]:

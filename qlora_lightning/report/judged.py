@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qlora_lightning.evaluation.names import describe_answered
 from qlora_lightning.report.run import Run
 
 BASE, ADAPTER = "base", "adapter"
@@ -39,8 +40,8 @@ def describe_rows(run: Run) -> str:
     split = "test" if is_of_test(run) else "validation"
     if not isinstance(rows, int):
         return f"{split} rows"
-    some = isinstance(answered, int) and 0 < answered < rows
-    return f"{rows:,} {split} rows{f', {answered:,} of them answered' if some else ''}"
+    some = describe_answered(answered, rows) if isinstance(answered, int) else ""
+    return f"{rows:,} {split} rows{some}"
 
 
 def score_names(run: Run) -> list[str]:

@@ -10,7 +10,7 @@ from qlora_lightning.commands.evaluate.options import Options
 from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.comparison import BASE, Judged, Measured, compare, duel, hardest_first
 from qlora_lightning.evaluation.judge import Answering
-from qlora_lightning.evaluation.names import describe_metric
+from qlora_lightning.evaluation.names import describe_answered, describe_metric
 from qlora_lightning.evaluation.report import (
     metrics_as_json,
     prediction_lines,
@@ -60,7 +60,7 @@ def report(
 
     console = Console(highlight=False)
     answered = {place for place, each in enumerate(judged[BASE]) if each.answer is not None}
-    some = f", {len(answered):,} of them answered" if 0 < len(answered) < len(rows) else ""
+    some = describe_answered(len(answered), len(rows))
     console.print(metrics_table(measured, f"{len(rows):,} rows of {options.split}{some}, with 95 % intervals"))
     if len(adapters) > 1:
         console.print(differences_table(measured))

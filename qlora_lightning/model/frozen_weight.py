@@ -29,17 +29,17 @@ class FrozenWeight:
 
         Args:
             x: ``(tokens, in)``.
-            onto: ``(tokens, out)`` or ``(out,)``, in x's dtype; left as it is.
+            onto: ``(tokens, out)``, in x's dtype; the sum takes its place.
         """
         if not self._has_tiles(x.dtype):
             transposed = self._make_dense(x.dtype).t()
-            return x @ transposed if onto is None else torch.addmm(onto, x, transposed)
-        output = x.new_empty(len(x), self._stored.quant_state.shape[0])
+            return x @ transposed if onto is None else onto.addmm_(x, transposed)
+        output = x.new_empty(len(x), self._stored.quant_state.shape[0]) if onto is None else onto
         for rows, tile in self._tiles(0, x.dtype):
             if onto is None:
                 torch.mm(x, tile.t(), out=output[:, rows])
             else:
-                torch.addmm(onto[..., rows], x, tile.t(), out=output[:, rows])
+                output[:, rows].addmm_(x, tile.t())
         return output
 
     def multiply_back(self, grad: Tensor, onto: Tensor | None = None) -> Tensor:

@@ -58,12 +58,13 @@ class LoRALinearFunction(torch.autograd.Function):
         flat, low, lora_a, lora_b = ctx.saved_tensors
         grad_residual = grad if ctx.needs_input_grad[4] else None
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        grad_x = ctx.frozen.weight.multiply_back(grad) if ctx.needs_input_grad[0] else None
-        grad_a = grad_b = None
-        if lora_a is not None and (grad_x is not None or ctx.needs_input_grad[1]):
+        grad_x = grad_a = grad_b = None
+        if lora_a is not None and any(ctx.needs_input_grad[:2]):
             grad_low = gradient_of_low(grad, lora_b, ctx.frozen)
-            grad_x = None if grad_x is None else grad_x.addmm_(grad_low, lora_a.to(grad.dtype))
+            grad_x = grad_low @ lora_a.to(grad.dtype) if ctx.needs_input_grad[0] else None
             grad_a = (grad_low.t() @ flat).to(lora_a.dtype) if ctx.needs_input_grad[1] else None
+        if ctx.needs_input_grad[0]:
+            grad_x = ctx.frozen.weight.multiply_back(grad, onto=grad_x)
         if ctx.needs_input_grad[2]:
             grad_b = gradient_of_b(grad, low, lora_b, ctx.frozen)
         return None if grad_x is None else grad_x.view(ctx.shape), grad_a, grad_b, None, grad_residual
@@ -109,14 +110,15 @@ def project(
         frozen: Of the linear.
         residual: ``(…, out)``, as many rows; left as it is.
     """
-    if residual is None:
-        output = frozen.weight.multiply(x, frozen.bias)
-    else:
-        output = frozen.weight.multiply(x, residual.reshape(-1, residual.shape[-1]))
-        output = output if frozen.bias is None else output.add_(frozen.bias)
+    output = None
     if low is not None and lora_b is not None:
-        output.addmm_(low, lora_b.to(x.dtype).t(), alpha=frozen.scaling)
-    return output
+        # First the thin product, which so has no numbers to read but its own.
+        output = torch.addmm(x.new_empty(()), low, lora_b.to(x.dtype).t(), beta=0, alpha=frozen.scaling)
+    output = frozen.weight.multiply(x, output)
+    if frozen.bias is not None:
+        output.add_(frozen.bias)
+    # Last the residual: its numbers are larger, and each sum with them is rounded as they are.
+    return output if residual is None else output.add_(residual.reshape(-1, residual.shape[-1]))
 
 
 def gradient_of_low(grad: Tensor, lora_b: Tensor, frozen: Frozen) -> Tensor:

@@ -26,14 +26,13 @@ def products(stored, dtype):
         return torch.randn(*shape, generator=generator).to(dtype)
 
     outputs, inputs = stored.quant_state.shape
-    x, grad, residual, bias = random(TOKENS, inputs), random(TOKENS, outputs), random(TOKENS, outputs), random(outputs)
-    weight, onto = FrozenWeight(stored), random(TOKENS, inputs)
+    x, grad = random(TOKENS, inputs), random(TOKENS, outputs)
+    weight, onto, onto_back = FrozenWeight(stored), random(TOKENS, outputs), random(TOKENS, inputs)
     return [
         weight.multiply(x),
-        weight.multiply(x, residual),
-        weight.multiply(x, bias),
+        weight.multiply(x, onto),
         weight.multiply_back(grad),
-        weight.multiply_back(grad, onto),
+        weight.multiply_back(grad, onto_back),
     ]
 
 
@@ -60,14 +59,13 @@ def test_tiles_are_as_small_as_told_and_cover_the_weight(monkeypatch):
         assert max(tile.nbytes for _, tile in tiles) <= 64 * max(OUT, IN) * 2 + SMALL  # whole blocks of 64
 
 
-def test_a_sum_takes_the_place_of_what_it_is_added_onto_only_backward(monkeypatch):
-    monkeypatch.setattr(frozen_weight, "TILE_BYTES", SMALL)
+@pytest.mark.parametrize("tile_bytes", [SMALL, 1 << 30])
+def test_a_sum_takes_the_place_of_what_it_is_added_onto(monkeypatch, tile_bytes):
+    monkeypatch.setattr(frozen_weight, "TILE_BYTES", tile_bytes)
     weight = FrozenWeight(quantized())
-    residual = torch.ones(TOKENS, OUT, dtype=torch.bfloat16)
-    assert weight.multiply(torch.ones(TOKENS, IN, dtype=torch.bfloat16), residual) is not residual
-    assert torch.equal(residual, torch.ones_like(residual))
-    onto = torch.ones(TOKENS, IN, dtype=torch.bfloat16)
-    assert weight.multiply_back(torch.ones(TOKENS, OUT, dtype=torch.bfloat16), onto) is onto
+    by_output, by_input = (torch.ones(TOKENS, width, dtype=torch.bfloat16) for width in (OUT, IN))
+    assert weight.multiply(torch.ones_like(by_input), by_output) is by_output
+    assert weight.multiply_back(torch.ones(TOKENS, OUT, dtype=torch.bfloat16), by_input) is by_input
 
 
 def test_a_weight_whose_rows_are_no_whole_blocks_is_made_dense_as_a_whole(monkeypatch):

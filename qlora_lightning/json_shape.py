@@ -3,14 +3,25 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-Shape = type | str | dict[str, Any] | list[Any] | tuple[Any, ...] | None
+
+@dataclass(frozen=True)
+class Positive:
+    """A number above zero, of that kind, up to ``most``."""
+
+    kind: type
+    most: int
+
+
+Shape = type | str | Positive | dict[str, Any] | list[Any] | tuple[Any, ...] | None
 """What is expected of a value.
 
-``str``, ``bool``, ``int`` (of 64 bits) or ``float`` (any finite number); a string, which is the one allowed value;
-``{key: shape}``, an object whose keys may be missing, ``"key!"`` one that must be there, ``"*"`` and ``"*!"`` all the
-others; ``[shape]``, a list; ``(shape, …)``, one of several; ``None``, anything. Null counts as missing.
+``str``, ``bool``, ``int`` (of 64 bits) or ``float`` (any finite number); ``Positive(int, 8)``, one from 1 to 8;
+a string, which is the one allowed value; ``{key: shape}``, an object whose keys may be missing, ``"key!"`` one that
+must be there, ``"*"`` and ``"*!"`` all the others; ``[shape]``, a list; ``(shape, …)``, one of several; ``None``,
+anything. Null counts as missing.
 """
 _WORDS: dict[type, str] = {str: "text", bool: "true or false", int: "a whole number", float: "a finite number"}
 
@@ -62,6 +73,8 @@ def _find_in_object(value: Mapping[str, Any], shape: dict[str, Any], place: str)
 
 
 def _fits(value: Any, shape: Shape) -> bool:
+    if isinstance(shape, Positive):
+        return _fits(value, shape.kind) and 0 < value <= shape.most
     if isinstance(shape, str):
         return bool(value == shape)
     if shape is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -83,6 +96,8 @@ def _word(value: Any, shape: Shape, place: str) -> str:
 def _word_shape(shape: Shape) -> str:
     if isinstance(shape, tuple):
         return " or ".join(_word_shape(each) for each in shape)
+    if isinstance(shape, Positive):
+        return f"a positive {'whole ' if shape.kind is int else ''}number up to {shape.most:,}"
     if isinstance(shape, type):
         return _WORDS[shape]
     return shape if isinstance(shape, str) else "an object" if isinstance(shape, dict) else "a list"

@@ -2,9 +2,10 @@ import json
 
 import pytest
 
-from qlora_lightning.json_shape import find_fault
+from qlora_lightning.json_shape import Positive, find_fault
 
 SHAPE = {"name!": str, "size": int, "share": float, "on": bool, "kind": ("a", "b"), "each": [int], "of": {"*!": float}}
+SHAPE |= {"few": Positive(int, 8), "part": Positive(float, 1000)}
 
 
 @pytest.mark.parametrize(
@@ -12,6 +13,7 @@ SHAPE = {"name!": str, "size": int, "share": float, "on": bool, "kind": ("a", "b
     [
         '{"name": "x"}',
         '{"name": "x", "size": 3, "share": 3, "on": false, "kind": "b", "each": [], "of": {"p": 0.5}}',
+        '{"name": "x", "few": 8, "part": 1e-9}',
         '{"name": "x", "size": null, "each": null, "of": null, "more": {"anything": [null]}}',
     ],
 )
@@ -30,6 +32,11 @@ def test_what_has_the_shape_has_no_fault(text):
         ('"size": 10000000000000000000', "size is 10000000000000000000, expected a whole number"),
         ('"share": NaN', "share is NaN, expected a finite number"),
         ('"share": 1' + 400 * "0", f"share is 1{38 * '0'}…, expected a finite number"),
+        ('"few": 0', "few is 0, expected a positive whole number up to 8"),
+        ('"few": 2.0', "few is 2.0, expected a positive whole number up to 8"),
+        ('"part": 1e308', "part is 1e+308, expected a positive number up to 1,000"),
+        ('"part": NaN', "part is NaN, expected a positive number up to 1,000"),
+        ('"part": -Infinity', "part is -Infinity, expected a positive number up to 1,000"),
         ('"on": 1', "on is 1, expected true or false"),
         ('"kind": "c"', 'kind is "c", expected a or b'),
         ('"each": {}', "each is an object, expected a list"),

@@ -30,9 +30,7 @@ def read_identity(folder: Path) -> dict[str, Any]:
             f"{folder} is not an adapter folder: expected adapter_config.json and adapter_model.safetensors in it, "
             f"missing {' and '.join(missing)}."
         )
-    kind = read_adapter_config(folder).get("peft_type")
-    if kind != "LORA":
-        raise UserError(f"{folder} holds an adapter of peft_type {kind}: expected LORA.")
+    read_adapter_config(folder)  # told here, before a base is loaded
     file = folder / "qlora_lightning.json"
     identity = _read_json(file) if file.is_file() else {}
     version = identity.get("format_version", 1)
@@ -45,9 +43,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Read the ``adapter_config.json`` of an adapter folder that :func:`read_identity` has seen.
 
     Raises:
-        UserError: It is not a JSON object.
+        UserError: It is not a JSON object, of another kind of adapter, or holds what no model can compute with.
     """
     config = _read_json(folder / "adapter_config.json")
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"{folder} holds an adapter of peft_type {kind}: expected LORA.")
     _check_types(folder / "adapter_config.json", config, CONFIG)
     return config
 

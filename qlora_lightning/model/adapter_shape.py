@@ -1,7 +1,13 @@
 """The types of what an adapter folder says in JSON, as far as it is read."""
 
-from qlora_lightning.json_shape import Shape
+from typing import Any
 
+from qlora_lightning.json_shape import Positive, Shape
+
+ALPHA = Positive(float, 1_000_000)  # more overflows in what is computed with it, and nobody trains with more
+_RANK = Positive(int, 65_536)
+PATTERNS: dict[str, Any] = {"rank_pattern": {"*!": _RANK}, "alpha_pattern": {"*!": ALPHA}}
+"""Of the two among the LoRA options that give some modules another rank or alpha."""
 _SHAPE_OF_LORA: Shape = {
     "rank": int,
     "alpha": float,
@@ -27,15 +33,14 @@ IDENTITY: Shape = {
 """Of ``qlora_lightning.json``."""
 CONFIG: Shape = {
     "base_model_name_or_path": str,
-    "r": int,
-    "lora_alpha": float,
+    "r!": _RANK,
+    "lora_alpha!": ALPHA,
     "lora_dropout": float,
     "target_modules": (str, [str]),
     "layers_to_transform": (int, [int]),
     "modules_to_save": [str],
-    "rank_pattern": {"*": int},
-    "alpha_pattern": {"*": float},
     "use_dora": bool,
     "use_rslora": bool,
+    **PATTERNS,
 }
 """Of PEFT's ``adapter_config.json``."""

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_lightning.errors import UserError
+from qlora_lightning.json_shape import find_fault
+from qlora_lightning.model.adapter_shape import ALPHA
 from qlora_lightning.model.lora_options import check_lora_options
 from qlora_lightning.model.targets import compact_targets, resolve_targets
 
@@ -48,7 +50,7 @@ def add_adapters(
         UserError: A value cannot work.
     """
     options = copy.deepcopy(lora_options or {})  # PEFT writes into lists that it is handed
-    check_adapter_settings(rank, dropout)
+    check_adapter_settings(rank, alpha, dropout)
     tied = bool(model.config.tie_word_embeddings)
     check_lora_options(options, model, tied)
     targets = resolve_targets(model, target_modules, layers)
@@ -67,7 +69,7 @@ def add_adapters(
     return _with_float32_masters(adapted)
 
 
-def check_adapter_settings(rank: int, dropout: float) -> None:
+def check_adapter_settings(rank: int, alpha: float | None, dropout: float) -> None:
     """Refuse what no base could take; see :func:`add_adapters`.
 
     Raises:
@@ -75,6 +77,9 @@ def check_adapter_settings(rank: int, dropout: float) -> None:
     """
     if rank < 1:
         raise UserError(f"model.rank is {rank}: expected a positive integer, such as 8.")
+    fault = find_fault(alpha, ALPHA, "model.alpha")
+    if fault:
+        raise UserError(f"{fault}, such as {2 * rank}.")
     if not 0.0 <= dropout < 1.0:
         raise UserError(f"model.dropout is {dropout}: expected a probability in [0, 1).")
 

@@ -8,6 +8,8 @@ import peft
 from torch import nn
 
 from qlora_lightning.errors import UserError
+from qlora_lightning.json_shape import find_fault
+from qlora_lightning.model.adapter_shape import PATTERNS
 
 OURS = {
     "r": "model.rank",
@@ -59,6 +61,9 @@ def check_lora_options(options: dict[str, Any], model: nn.Module, tied_embedding
         _check_name(name)
         if name == "init_lora_weights":
             _check_init(value, model)
+    fault = find_fault(options, PATTERNS, "model.lora_options")
+    if fault:
+        raise UserError(f"{fault}.")
     modules = options.get("modules_to_save") or []
     for module in modules:
         _check_module_to_save(module, model)

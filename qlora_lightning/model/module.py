@@ -108,7 +108,7 @@ class QLoRAModule(AnsweringModule):
         on_nonfinite: OnNonfinite = "stop",
     ) -> None:
         super().__init__()
-        check_adapter_settings(rank, dropout)  # here, and not first where they are used: after minutes of loading
+        check_adapter_settings(rank, alpha, dropout)  # here, and not only where they are used: after minutes of loading
         check_layers(layers)
         check_optimizer(optimizer, learning_rate, weight_decay)
         check_schedule(schedule, warmup_ratio)

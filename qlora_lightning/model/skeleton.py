@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_lightning.model.adapter_options import check_adapter_options, chosen_targets
 from qlora_lightning.model.adapter_reading import read_identity
+from qlora_lightning.model.adapter_tensors import LOADING_FAULTS, word_misfit
 from qlora_lightning.model.adapters import add_adapters, without_peft_deprecation
 from qlora_lightning.model.attention import register_flat_attention
 from qlora_lightning.model.decoder_layer import fuse_decoder_layers
@@ -91,7 +92,11 @@ def _adapt(model: PreTrainedModel, adapter: str | None, options: dict[str, Any])
     if adapter is None:
         return add_adapters(model, **options)
     targets = chosen_targets(model, options)
-    with without_peft_deprecation():
-        adapted = cast(peft.PeftModel, peft.get_peft_model(model, _read_folder(adapter)))
+    settings = _read_folder(adapter)
+    try:
+        with without_peft_deprecation():
+            adapted = cast(peft.PeftModel, peft.get_peft_model(model, settings))
+    except LOADING_FAULTS as error:
+        raise word_misfit(Path(adapter), error) from error
     check_adapter_options(adapted, targets, options, adapter)
     return adapted

@@ -142,7 +142,11 @@ def test_weights_that_are_cut_off_are_refused(folder, base, size):
         ("qlora_lightning.json", "data", {"settings": {"system": []}}, "data.settings.system is a list, expected text"),
         ("qlora_lightning.json", "format_version", "1", 'format_version is "1"'),
         ("adapter_config.json", "base_model_name_or_path", 3, "base_model_name_or_path is 3"),
-        ("adapter_config.json", "r", "x", 'r is "x", expected a whole number'),
+        ("adapter_config.json", "r", "x", 'r is "x", expected a positive whole number up to 65,536'),
+        ("adapter_config.json", "r", None, "r is missing"),
+        ("adapter_config.json", "lora_alpha", -16, "lora_alpha is -16, expected a positive number up to 1,000,000"),
+        ("adapter_config.json", "lora_alpha", [16], "lora_alpha is a list, expected a positive number up to 1,000,000"),
+        ("adapter_config.json", "alpha_pattern", {"q_proj": -1}, "alpha_pattern.q_proj is -1, expected a positive"),
         ("adapter_config.json", "target_modules", 3, "target_modules is 3, expected text or a list"),
     ],
 )

@@ -100,6 +100,8 @@ def test_the_config_names_base_and_short_targets(tiny_base):
         ({"rank": 0}, "model.rank is 0: expected a positive integer"),
         ({"dropout": 1.0}, r"model.dropout is 1.0: expected a probability in \[0, 1\)"),
         ({"dropout": -0.1}, "model.dropout is -0.1"),
+        ({"alpha": -16.0}, r"model.alpha is -16.0, expected a positive number up to 1,000,000, such as 16\."),
+        ({"alpha": float("nan"), "rank": 4}, r"model.alpha is NaN, .* such as 8\."),
         ({"target_modules": ["q_prj"]}, "Did you mean 'q_proj'"),
         ({"layers": "last:3"}, "the base has 2 layers"),
         ({"lora_options": {"r": 3}}, "set model.rank"),

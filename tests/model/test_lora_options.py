@@ -94,6 +94,7 @@ def train(model):
         ({"init_lora_weights": "loftq"}, "'loftq': refused, since it needs the weights before quantization"),
         ({"init_lora_weights": "mica"}, "'mica': refused, since it needs the weights before quantization"),
         ({"init_lora_weights": "xavier"}, "'xavier': expected one of True, False, gaussian, orthogonal"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj is 0, expected a positive whole number"),
         ({"modules_to_save": ["embedding"]}, "names 'embedding', but the base has no such module"),
         ({"modules_to_save": ["q_proj"]}, "names 'q_proj', which is quantized: integers have no gradient"),
         ({"modules_to_save": ["embed_tokens"]}, "ties head and embedding.*Add `ensure_weight_tying: true`"),

@@ -39,7 +39,7 @@ def write_adapter(file: Path, plan: MergePlan, title: str) -> None:
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     for name, layer in layers.items():
         a, b = (each[ADAPTER].weight.detach().float() for each in (layer.lora_A, layer.lora_B))
-        factor = layer.scaling[ADAPTER] / (alpha / len(a)) if alpha else 0.0
+        factor = layer.scaling[ADAPTER] / (alpha / len(a))
         factor = 1.0 if math.isclose(factor, 1.0) else factor
         rows = permute_rows(f"{name}.weight", (b * factor).numpy(), config)
         place = map_name(f"{name}.weight", config.num_hidden_layers)

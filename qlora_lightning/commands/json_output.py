@@ -21,7 +21,7 @@ def json_file(
     """Check the file of ``--json``, see :func:`check_output_file`.
 
     Args:
-        name: Of the file; ``None`` where the option was not given.
+        name: Of the file, ``-`` for standard output; ``None`` where the option was not given.
         keys: What every JSON of the command holds, so that an earlier one is known, and may be replaced.
         inputs: Files that the command reads.
         force: Whether any other file may be replaced; ``None`` where the command has no ``--force``.
@@ -75,14 +75,14 @@ def check_output_file(
 
 
 def name_file(option: str, name: str | Path) -> Path:
-    """Give the file that an option names.
+    """Give the file that an option names; ``-`` is standard output.
 
     Raises:
         UserError: The option is empty.
     """
     if not str(name).strip():
         raise UserError(f"{option} is empty: name a file.")
-    return Path(name)
+    return Path("/dev/stdout" if str(name) == "-" else name)
 
 
 def check_not_read(option: str, file: Path, inputs: Sequence[Path]) -> None:
@@ -139,9 +139,9 @@ def check_distinct(named: Mapping[str, Path | None]) -> None:
 
 
 @contextlib.contextmanager
-def tables_beside(file: Path | None) -> Iterator[None]:
-    """Let what is printed go to standard error where the JSON goes to standard output, so that it can be piped."""
-    if file is None or not _is_standard_output(file):
+def tables_beside(*files: Path | None) -> Iterator[None]:
+    """Let what is printed go to standard error where a file is standard output, so that it can be piped."""
+    if not any(file is not None and _is_standard_output(file) for file in files):
         yield
         return
     with contextlib.redirect_stdout(sys.stderr):

@@ -64,12 +64,11 @@ def main(argv: Sequence[str]) -> int:
     check_distinct({"--out": page, "--json": figures})
     rendered = render_run(runs[0]) if len(runs) == 1 else render_comparison(runs)
     console = Console(highlight=False)
-    with tables_beside(figures):
+    with tables_beside(figures, page):
         console.print(_table(runs))
-    write_output(page, rendered)
-    if figures is not None:
-        write_json(figures, summarize(runs))
-    with tables_beside(figures):
+        write_output(page, rendered)
+        if figures is not None:
+            write_json(figures, summarize(runs))
         console.print(f"Page: {page}", markup=False, soft_wrap=True)
     return 0
 

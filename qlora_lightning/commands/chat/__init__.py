@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from qlora_lightning.commands.chat.arguments import Options, parse
-from qlora_lightning.commands.json_output import write_json
+from qlora_lightning.commands.json_output import tables_beside, write_json
 from qlora_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ def main(argv: Sequence[str]) -> int:
         UserError: An option, an adapter or the one message cannot be used.
     """
     options = parse(argv)
-    _talk(options)
+    with tables_beside(options.json):
+        _talk(options)
     return 0
 
 

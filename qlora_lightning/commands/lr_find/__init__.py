@@ -55,9 +55,9 @@ def main(argv: Sequence[str]) -> int:
     from qlora_lightning.commands.lr_find.report import draw_search, print_search
     from qlora_lightning.commands.lr_find.search import search
 
-    with tempfile.TemporaryDirectory(prefix="qlora-lightning-lr-find-") as folder:
-        found = search(rest, folder, own.min_lr, own.max_lr, own.steps)
     with tables_beside(file):
+        with tempfile.TemporaryDirectory(prefix="qlora-lightning-lr-find-") as folder:
+            found = search(rest, folder, own.min_lr, own.max_lr, own.steps)
         print_search(found)
     if file is not None:
         write_json(file, found)

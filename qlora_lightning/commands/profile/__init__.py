@@ -47,12 +47,13 @@ def main(argv: Sequence[str]) -> int:
     from qlora_lightning.commands.profile.report import print_summary, summarize
 
     recorder = StepRecorder(own.steps)
-    with tempfile.TemporaryDirectory(prefix="qlora-lightning-profile-") as folder, quiet_lightning():
-        training.main(["fit", *rest], functools.partial(ProfileCLI, recorder=recorder, folder=folder), name="profile")
-    if not recorder.recorded:
-        raise UserError("No step was profiled: the run ended before. trainer.limit_train_batches must not be 0.")
-    summary = summarize(recorder)
     with tables_beside(file):
+        with tempfile.TemporaryDirectory(prefix="qlora-lightning-profile-") as folder, quiet_lightning():
+            use = functools.partial(ProfileCLI, recorder=recorder, folder=folder)
+            training.main(["fit", *rest], use, name="profile")
+        if not recorder.recorded:
+            raise UserError("No step was profiled: the run ended before. trainer.limit_train_batches must not be 0.")
+        summary = summarize(recorder)
         print_summary(summary, Console(highlight=False))
     if file is not None:
         write_json(file, summary)

@@ -2,10 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from qlora_lightning.commands.input_files import find_inputs
-from qlora_lightning.commands.json_output import json_file
-from qlora_lightning.commands.sweep.dimensions import add_dimension_options, choose_dimension, show_value
+from qlora_lightning.commands.json_output import json_file, tables_beside, write_json
+from qlora_lightning.commands.sweep.dimensions import Dimension, add_dimension_options, choose_dimension, show_value
 from qlora_lightning.errors import TrainingStopped, UserError
 
 _DESCRIPTION = """Train a config with one rank after the other, and stop where the next one no longer pays.
@@ -36,12 +37,16 @@ def main(argv: Sequence[str]) -> int:
     file = json_file(own.json, ("setting", "trials", "chosen"), find_inputs(rest))
     if not 0 <= own.min_gain < float("inf"):
         raise UserError(f"--min-gain is {own.min_gain:g}: expected 0 or more nats per token.")
+    with tables_beside(file):
+        _sweep(rest, dimension, own.min_gain, file)
+    return 0
 
+
+def _sweep(rest: Sequence[str], dimension: Dimension, min_gain: float, file: Path | None) -> None:
     # here, so that --help and mistakes answer at once
     from rich.console import Console
     from rich.text import Text
 
-    from qlora_lightning.commands.json_output import write_json
     from qlora_lightning.commands.sweep.choice import choose, is_done
     from qlora_lightning.commands.sweep.fit import run_trial
     from qlora_lightning.commands.sweep.plot import plot_sweep
@@ -52,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     console, trials = Console(highlight=False), list[Trial]()
     try:
         with keeping_base() as kept:
-            while not is_done(dimension, trials, own.min_gain):
+            while not is_done(dimension, trials, min_gain):
                 trial, folder, run_folder = run_trial(rest, dimension, dimension.values[len(trials)], kept)
                 trials.append(trial)
                 check_same_rows(trials)
@@ -62,8 +67,8 @@ def main(argv: Sequence[str]) -> int:
         if isinstance(stop, TrainingStopped):
             console.print("The same command goes on with the sweep: finished trials count, this one is taken up.")
         raise
-    chosen, why = choose(dimension, trials, own.min_gain)
-    summary = summarize(dimension, trials, chosen, why, own.min_gain)
+    chosen, why = choose(dimension, trials, min_gain)
+    summary = summarize(dimension, trials, chosen, why, min_gain)
     try:
         config = write_results(folder, run_folder, chosen, summary)
         plot_sweep(folder / "sweep.png", dimension, trials, chosen)
@@ -77,7 +82,6 @@ def main(argv: Sequence[str]) -> int:
     console.print(f"The plot: {folder / 'sweep.png'}", markup=False, soft_wrap=True)
     if file is not None:
         write_json(file, summary)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import sys
 from pathlib import Path
 
@@ -40,6 +41,21 @@ def write_whole(file: Path, content: str | bytes) -> None:
 def is_stream(file: Path) -> bool:
     """Whether a name leads to what is written into and not replaced: a pipe, a terminal, this process's own output."""
     return (file.exists() and not file.is_file() and not file.is_dir()) or _find_own_output(file) is not None
+
+
+def find_stream_fault(file: Path) -> str | None:
+    """Say what a name that leads to a stream is, where it is none to write into; nothing where it is.
+
+    A named pipe is none: to wait for who reads it may be for ever, and to try whether somebody does would end him.
+    """
+    if _find_own_output(file) is not None:
+        return None
+    mode, place = file.stat().st_mode, Path(os.path.realpath(file))
+    if stat.S_ISFIFO(mode) and place.exists() and place.parts[:2] != ("/", "dev"):
+        return "a named pipe"
+    if not stat.S_ISFIFO(mode) and not stat.S_ISCHR(mode):
+        return "a socket or a disk"
+    return None
 
 
 def set_usual_mode(file: Path) -> None:

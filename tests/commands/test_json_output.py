@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -25,10 +26,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["new.json", "there/new.json", "file", "link", "/dev/stdout", "/dev/null", "pipe"])
+@pytest.mark.parametrize("name", ["new.json", "there/new.json", "file", "link", "/dev/stdout", "-", "/dev/null"])
 def test_what_can_be_written_passes_and_nothing_is_left_of_the_trial(name, folder):
     (folder / "link").symlink_to("there/behind.json")
-    os.mkfifo(folder / "pipe")
     before = sorted(folder.rglob("*"))
     check_output_file("--json", name, lambda file: True)
     assert sorted(folder.rglob("*")) == before
@@ -43,11 +43,16 @@ def test_what_can_be_written_passes_and_nothing_is_left_of_the_trial(name, folde
         ("link", "--json link: there is no folder .*none."),
         ("/proc/new.json", "--json /proc/new.json: no file can be written there"),
         ("", "--json is empty: name a file."),
+        ("pipe", "--json pipe: that is a named pipe; name a file, or /dev/stdout to pipe it."),
+        ("socket", "--json socket: that is a socket or a disk; name a file"),
         ("x" * 300, "no file can be written there .File name too long"),
     ],
 )
 def test_what_cannot_is_refused_in_a_sentence(name, words, folder):
     (folder / "link").symlink_to("none/behind.json")
+    os.mkfifo(folder / "pipe")
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind("socket")
     with pytest.raises(UserError, match=words):
         check_output_file("--json", name, lambda file: True)
 
@@ -135,6 +140,17 @@ def test_tables_make_way_for_a_json_on_standard_output():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ('{\n  "a": 1\n}\nend\n', "table\n")
+
+
+def test_what_a_shell_opens_for_another_program_is_written_into_while_that_reads():
+    reading, writing = os.pipe()
+    file = check_output_file("--json", f"/dev/fd/{writing}", lambda file: True)
+    write_json(file, {"a": 1})
+    assert os.read(reading, 100) == b'{\n  "a": 1\n}\n'
+    os.close(reading)
+    with pytest.raises(UserError, match=r"/dev/fd/\d+ cannot be written: Broken pipe"):
+        write_json(file, {"a": 1})
+    os.close(writing)
 
 
 def test_tables_stay_where_they_are_beside_a_json_in_a_file(folder, capsys):

@@ -1,12 +1,13 @@
 """``qlora-lightning report``: the page of a run again, or several runs side by side."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 from rich.text import Text
 
 from qlora_lightning.commands.json_output import (
@@ -21,7 +22,7 @@ from qlora_lightning.commands.json_output import (
 from qlora_lightning.errors import UserError
 from qlora_lightning.report.judged import is_of_fit
 from qlora_lightning.report.page import MARK, NAME, render_comparison, render_run, result_table
-from qlora_lightning.report.results import find_results, list_results, main_score, write_result
+from qlora_lightning.report.results import find_results, list_results, main_score
 from qlora_lightning.report.run import READ, Run, name_runs, read_run
 from qlora_lightning.report.settings import find_differences
 
@@ -45,6 +46,7 @@ _TABLE = (
     "peak_memory_gib",
     "minutes",
 )  # what fits a terminal
+_HEADING, _COLUMN = 24, 14  # characters for what a figure is called, and for a run beside it
 
 
 def main(argv: Sequence[str]) -> int:
@@ -65,7 +67,8 @@ def main(argv: Sequence[str]) -> int:
     rendered = render_run(runs[0]) if len(runs) == 1 else render_comparison(runs)
     console = Console(highlight=False)
     with tables_beside(figures, page):
-        console.print(_table(runs))
+        for table in _tables(runs, console.width):
+            console.print(table)
         write_output(page, rendered)
         if figures is not None:
             write_json(figures, summarize(runs))
@@ -131,23 +134,22 @@ def _is_page(file: Path) -> bool:
         return MARK in handle.read(1000)
 
 
-def _table(runs: Sequence[Run]) -> Table:
-    """The figures that fit a terminal, a line a run; columns that no run fills are left out."""
-    found = [find_results(run) for run in runs]
+def _tables(runs: Sequence[Run], width: int) -> Iterator[Table]:
+    """Give the figures that fit a terminal, a line each and a column for each run; figures of no run are left out."""
     crowded = {"minutes"} if not all(is_of_fit(run) for run in runs) else set()
     names = {*_TABLE, *(main_score(run) for run in runs)} - crowded
-    known = [result for result in list_results(runs) if any(each.get(result.name) is not None for each in found)]
-    shown = [result for result in known if result.name in names]
-    best = dict(result_table(runs))
-    table = Table(title="Runs" if len(runs) > 1 else None, title_justify="left")
-    table.add_column("run", overflow="fold")
-    table.add_column("")
-    for result in shown:
-        table.add_column(result.heading.replace("validation", "val"), justify="right")
-    for number, (run, figures) in enumerate(zip(runs, found, strict=True)):
-        cells = []
-        for result in shown:
-            style = "bold green" if best[result.heading][number][1] else ""
-            cells.append(Text(write_result(figures.get(result.name), result.style), style))
-        table.add_row(Text(run.name), Text(run.status, "" if run.status == "finished" else "yellow"), *cells)
-    return table
+    headings = {result.heading for result in list_results(runs) if result.name in names}
+    figures = [(heading, cells) for heading, cells in result_table(runs) if heading in headings]
+    beside = max(1, (width - _HEADING) // _COLUMN)
+    for first in range(0, len(runs), beside):
+        places = range(first, min(first + beside, len(runs)))
+        shown = [runs[place] for place in places]
+        table = Table("run", *(Column(escape(run.name), justify="right", overflow="fold") for run in shown))
+        table.add_row("status", *(_mark(run.status, run.status != "finished", "yellow") for run in shown))
+        for heading, cells in figures:
+            table.add_row(heading, *(_mark(*cells[place], "bold green") for place in places))
+        yield table
+
+
+def _mark(text: str, marked: bool, style: str) -> Text:
+    return Text(text, style if marked else "")

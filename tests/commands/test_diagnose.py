@@ -1,10 +1,12 @@
 import json
 
 import pytest
+from rich.console import Console
 
 from qlora_lightning.cli import main
 from qlora_lightning.commands.diagnose import make_parser
-from qlora_lightning.commands.diagnose.report import give_hints
+from qlora_lightning.commands.diagnose.measure import Diagnosis
+from qlora_lightning.commands.diagnose.report import give_hints, print_report
 from qlora_lightning.model.adapter_norms import Movement
 from tests.adapters import make_run
 
@@ -82,6 +84,20 @@ def moved(ratio, effective, rank=8, count=4):
 def test_hints_say_what_the_figures_mean(movements, words):
     said = " ".join(give_hints(movements))
     assert all(word in said for word in words), said
+
+
+def test_nothing_is_cut_in_a_terminal_of_80_columns(capsys):
+    kinds = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")
+    names = [f"model.layers.{layer}.{kind}" for layer in range(32) for kind in kinds]
+    movements = [Movement(name, 64, 9.99, 12.5, 55.5) for name in names]
+    found = Diagnosis("runs/one/adapter", "meta-llama/" + 16 * "long-", movements)
+    print_report(found, Console(width=80), every_module=True)
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert heading == f"{found.adapter} on {found.base}"
+    assert max(map(len, lines[: -len(give_hints(movements))])) <= 80
+    assert not any("…" in line for line in lines)
+    assert any("│ 55.5 of 64 │ 79.92% │  79.92% │ ████████████████████████████████ │" in line for line in lines)
+    assert all(any(f"│ {name}" in line for line in lines) for name in names)
 
 
 def test_a_folder_with_brackets_is_named_as_it_is(run, capsys):

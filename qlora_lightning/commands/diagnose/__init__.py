@@ -13,8 +13,8 @@ _EPILOG = """examples:
   qlora-lightning diagnose --adapter runs/quickstart/adapter
   qlora-lightning diagnose --adapter runs/quickstart/adapter --all --json diagnosis.json
 
-The effective rank is the number of equal directions that would be as spread out as those of the update: near the
-rank, all of it is used; near 1, a smaller rank would hold the same."""
+The rank used is the effective rank: the number of equal directions that would be as spread out as those of the
+update. Near the rank, all of it is used; near 1, a smaller rank would hold the same."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from qlora_lightning.commands.diagnose.measure import Diagnosis
@@ -28,6 +27,7 @@ def as_json(found: Diagnosis) -> dict[str, Any]:
 
 def print_report(found: Diagnosis, console: Console, every_module: bool = False) -> None:
     """Print the table by kind of module, that of every module where wanted, and the hints."""
+    console.print(f"{found.adapter} on {found.base}", markup=False, soft_wrap=True)
     console.print(_table_of_kinds(found))
     if every_module:
         console.print(_table_of_modules(found.movements))
@@ -69,21 +69,20 @@ def give_hints(movements: Sequence[Movement]) -> list[str]:
 
 
 def _table_of_kinds(found: Diagnosis) -> Table:
-    table = Table(title=escape(f"{found.adapter} on {found.base}"), title_justify="left")
-    for heading in ("module", "count", "rank", "‖ΔW‖/‖W‖", "from – to", "effective rank"):
+    table = Table(title="‖ΔW‖/‖W‖ by kind of module", title_justify="left")
+    for heading in ("module", "rank used", "median", "highest"):
         table.add_column(heading, justify="left" if heading == "module" else "right", no_wrap=True)
-    table.add_column("‖ΔW‖/‖W‖ by layer", overflow="fold")
+    table.add_column("by layer", overflow="fold")  # 32 of them fit a terminal of 80 columns
     highest = max(each.ratio for each in found.movements) or 1.0
     for kind, group in _by_kind(found.movements).items():
         ratios = [each.ratio for each in group]
         ranks = sorted({each.rank for each in group})
+        used = statistics.median(each.effective_rank for each in group)
         table.add_row(
             kind,
-            str(len(group)),
-            "–".join(str(rank) for rank in (ranks if len(ranks) < 2 else (ranks[0], ranks[-1]))),
+            f"{used:.1f} of {'–'.join(str(rank) for rank in (ranks if len(ranks) < 2 else (ranks[0], ranks[-1])))}",
             f"{statistics.median(ratios):.2%}",
-            f"{min(ratios):.2%} – {max(ratios):.2%}",
-            f"{statistics.median(each.effective_rank for each in group):.1f}",
+            f"{max(ratios):.2%}",
             "".join(_BARS[min(7, int(8 * ratio / highest))] for ratio in ratios),
         )
     return table
@@ -91,11 +90,12 @@ def _table_of_kinds(found: Diagnosis) -> Table:
 
 def _table_of_modules(movements: Sequence[Movement]) -> Table:
     table = Table()
-    for heading in ("module", "rank", "‖ΔW‖", "‖W‖", "‖ΔW‖/‖W‖", "effective rank"):
-        table.add_column(heading, justify="left" if heading == "module" else "right", no_wrap=heading != "module")
+    table.add_column("module", overflow="fold")
+    for heading in ("rank used", "‖ΔW‖", "‖W‖", "‖ΔW‖/‖W‖"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for each in movements:
-        figures = f"{each.update_norm:.3g}", f"{each.base_norm:.4g}", f"{each.ratio:.2%}", f"{each.effective_rank:.1f}"
-        table.add_row(each.module, str(each.rank), *figures)
+        used = f"{each.effective_rank:.1f} of {each.rank}"
+        table.add_row(each.module, used, f"{each.update_norm:.3g}", f"{each.base_norm:.4g}", f"{each.ratio:.2%}")
     return table
 
 

@@ -55,17 +55,16 @@ def metric_rows(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def samples_of(run: Run) -> list[Sample]:
-    """Give the answers of all sides."""
+    """Give the answers of all sides that gave one."""
     return [_sample(found, adapter_names(run)) for found in run.evaluation.get("samples") or []]
 
 
 def _sample(found: Mapping[str, Any], adapters: Sequence[str]) -> Sample:
-    expected = _shorten(found.get("expected"))
-    answers = [Answer(BASE, _shorten(found.get(BASE)), False)]
-    for name in adapters:
-        text = str(found.get(name) or "").strip()
-        answers.append(Answer(name, _shorten(text), text == str(found.get("expected") or "").strip()))
-    return Sample(_shorten(found.get("prompt")), expected, answers)
+    expected = found.get("expected")
+    right = None if expected is None else str(expected).strip()
+    sides = {name: str(found[name]).strip() for name in (BASE, *adapters) if found.get(name) is not None}
+    answers = [Answer(name, _shorten(text), name != BASE and text == right) for name, text in sides.items()]
+    return Sample(_shorten(found.get("prompt")), _shorten(expected), answers)
 
 
 def _find(sides: Mapping[str, Any], column: Column) -> Any:
@@ -104,5 +103,7 @@ def _write(value: float | None, interval: tuple[float, float] | None, share: boo
 
 
 def _shorten(text: Any) -> str:
-    words = str(text or "").strip()
+    if text is None:
+        return "–"
+    words = str(text).strip() or "(empty)"  # as in the terminal
     return words if len(words) <= _LONGEST else f"{words[:_LONGEST]} …"

@@ -159,7 +159,9 @@ def version_facts(run: Run) -> Facts:
     packages = manifest.get("packages") or {}
     if packages:
         facts.append(("packages", ", ".join(f"{name} {version}" for name, version in packages.items())))
-        facts.append(("python", f"{manifest.get('python')} on {manifest.get('platform')}"))
+    if manifest.get("python"):
+        platform = manifest.get("platform")
+        facts.append(("python", f"{manifest['python']}{f' on {platform}' if platform else ''}"))
     return facts
 
 
@@ -186,13 +188,14 @@ def _word_base(base: Mapping[str, Any], flat: Mapping[str, Any]) -> str:
 
 
 def _word_adapter(adapter: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
-    told = f"rank {adapter.get('rank')}, alpha {adapter.get('alpha')}, dropout {adapter.get('dropout')}"
+    parts = [f"{name} {adapter[name]}" for name in ("rank", "alpha", "dropout") if adapter.get(name) is not None]
     targets, layers = adapter.get("target_modules") or [], adapter.get("layers") or []
-    told += f", on {', '.join(targets)} of {len(layers)} layers" if targets else ""
+    parts += [f"on {', '.join(targets)} of {len(layers)} layers"] if targets else []
+    told = [", ".join(parts)] if parts else []
     if parameters.get("all") and parameters.get("trainable") is not None:
         share = parameters["trainable"] / parameters["all"]
-        told += f": {parameters['trainable']:,} of {parameters['all']:,} parameters ({share:.2%})"
-    return told
+        told.append(f"{parameters['trainable']:,} of {parameters['all']:,} parameters ({share:.2%})")
+    return ": ".join(told)
 
 
 def _base(run: Run) -> Mapping[str, Any]:
@@ -201,7 +204,5 @@ def _base(run: Run) -> Mapping[str, Any]:
 
 def _files(run: Run) -> dict[str, Any]:
     named = (run.manifest.get("data") or {}).get("files")
-    if named is not None:
-        return {split: file for split, file in named.items() if split in ("train", "val")}
-    flat: Mapping[str, Any] = run.config.get("data") or {}
-    return {split: flat[split] for split in ("train", "val") if flat.get(split) is not None}
+    files: Mapping[str, Any] = (run.config.get("data") or {}) if named is None else named
+    return {split: files[split] for split in ("train", "val") if files.get(split) is not None}

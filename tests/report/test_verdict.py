@@ -55,11 +55,18 @@ def test_samples_tell_right_from_wrong_and_are_cut():
     right = {"samples": [{"prompt": "p", "expected": "x", "base": "y", "adapter": " x\n"}]}
     (sample,) = samples_of(make(evaluation=right))
     assert sample == Sample("p", "x", [Answer("base", "y", False), Answer("adapter", "x", True)])
-    found = {"samples": [{"prompt": "q", "expected": "1", "base": "z" * 5000, "adapter": None}]}
+    found = {"samples": [{"prompt": "q", "expected": "1", "base": "z" * 5000, "adapter": ""}]}
     (other,) = samples_of(make(evaluation=found))
-    base, adapter = other.answers
-    assert not adapter.is_right
-    assert base.text == "z" * 1200 + " …"
+    assert other.answers == [Answer("base", "z" * 1200 + " …", False), Answer("adapter", "(empty)", False)]
+
+
+def test_an_answer_that_is_not_there_is_left_out_and_one_of_nothing_but_space_is_called_empty():
+    found = {
+        "samples": [{"prompt": "p", "adapter": " \n"}, {"prompt": None, "expected": "", "base": "", "adapter": ""}]
+    }
+    one, other = samples_of(make(evaluation=found))
+    assert one == Sample("p", "–", [Answer("adapter", "(empty)", False)])
+    assert other == Sample("–", "(empty)", [Answer("base", "(empty)", False), Answer("adapter", "(empty)", True)])
 
 
 def test_a_run_without_validation_has_neither():

@@ -80,6 +80,18 @@ def test_machine_and_versions_are_told(make_run):
     }
 
 
+def test_what_a_manifest_does_not_tell_is_left_out(make_run):
+    folder = make_run()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest |= {"adapter": {"rank": 8, "alpha": None}, "parameters": {}, "python": None}
+    manifest["data"]["files"] = {"train": "rows.jsonl", "val": None}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    facts = dict(training_facts(read_run(folder)))
+    assert facts["adapter"] == "rank 8"
+    assert (facts["train"], "val" in facts) == ("rows.jsonl", False)
+    assert "python" not in dict(version_facts(read_run(folder)))
+
+
 @pytest.mark.parametrize(("seconds", "words"), [(42.4, "42 s"), (250, "4.2 min"), (900, "15 min"), (12_600, "3.5 h")])
 def test_durations_are_short(seconds, words):
     assert word_seconds(seconds) == words

@@ -78,6 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"qlora-lightning: {_shorten_on_other_ranks(str(error))}", file=sys.stderr)
         return 2
+    except PermissionError as error:  # of a folder that may not be looked into
+        if error.filename is None:
+            raise
+        print(f"qlora-lightning: {error.filename} cannot be read: you have no right to. Name another.", file=sys.stderr)
+        return 2
     except LostProcess as error:
         print(f"qlora-lightning: {error}", file=sys.stderr)
         return 1
@@ -105,6 +110,10 @@ def _quiet_libraries() -> None:
 
 
 def _run(arguments: list[str]) -> int:
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("The current folder is no longer there: change to another.") from error
     command = arguments[0]
     if command not in COMMANDS:
         nearest = difflib.get_close_matches(command, COMMANDS, n=1)

@@ -1,3 +1,4 @@
+import errno
 import importlib.metadata
 import subprocess
 import sys
@@ -76,6 +77,11 @@ def test_an_unknown_command_gets_the_nearest(command, hint, capsys):
     [
         (UserError("a sentence."), 2, "qlora-lightning: a sentence.\n"),
         (KeyboardInterrupt(), 130, "qlora-lightning: interrupted.\n"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "run/x"),
+            2,
+            "qlora-lightning: run/x cannot be read: you have no right to. Name another.\n",
+        ),
     ],
 )
 def test_mistakes_and_interrupts_have_exit_codes_and_no_traceback(raised, code, said, monkeypatch, capsys):
@@ -85,6 +91,14 @@ def test_mistakes_and_interrupts_have_exit_codes_and_no_traceback(raised, code, 
     monkeypatch.setattr(cli, "_run", fail)
     assert main(["fit"]) == code
     assert capsys.readouterr() == ("", said)
+
+
+def test_a_current_folder_that_is_gone_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    for command in (["report", "x"], ["recipes", "copy", "quickstart"]):
+        assert main(command) == 2
+        assert capsys.readouterr().err == "qlora-lightning: The current folder is no longer there: change to another.\n"
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch):

@@ -18,6 +18,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         UserError: The file is cut off, or a tensor holds NaN or an infinite number: every answer would be nonsense.
     """
     file = folder / "adapter_model.safetensors"
+    with file.open("rb"):  # safetensors would say of a file that may not be read that it is missing
+        pass
     try:
         tensors: dict[str, Tensor] = load_file(file)
     except (SafetensorError, OSError) as error:

@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from qlora_lightning import QLoRAModule
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapter_reading import fill_adapter, open_adapter_folder, read_identity
+from qlora_lightning.model.adapter_tensors import read_tensors
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,15 @@ def test_weights_that_are_cut_off_are_refused(folder, base, size):
     weights(folder).write_bytes(weights(folder).read_bytes()[:size])
     with pytest.raises(UserError, match=r"adapter_model\.safetensors is not a whole safetensors file"):
         open_adapter_folder(base, folder)
+
+
+def test_weights_that_may_not_be_read_are_not_called_damaged(folder, monkeypatch):
+    def deny(file, mode="r", **options):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(Path, "open", deny)
+    with pytest.raises(PermissionError, match=r"adapter_model\.safetensors"):
+        read_tensors(folder)
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,8 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     Raises:
         UserError: The disk does not take them.
     """
-    write_output(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    # a config that is echoed may hold what YAML has beyond JSON, as a date
+    write_output(file, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def write_output(file: Path, content: str | bytes) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.json_output import (
@@ -84,6 +85,11 @@ def test_one_file_under_two_options_is_refused(folder):
 def test_a_file_name_that_is_no_utf_8_is_written_as_json(folder):
     write_json(folder / "new.json", {"file": "ü\udcff"})
     assert json.loads((folder / "new.json").read_text()) == {"file": "ü\udcff"}
+
+
+def test_a_date_as_yaml_reads_it_is_written_as_text(folder):
+    write_json(folder / "new.json", yaml.safe_load("{config: {day: 2026-11-25}}"))
+    assert json.loads((folder / "new.json").read_text()) == {"config": {"day": "2026-11-25"}}
 
 
 FOREIGN = ["words", "[]", "[1, 2]", "{}", '{"rows": 1}', '{"rows": 1, "metrics"', '"rows metrics"']

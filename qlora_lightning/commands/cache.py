@@ -1,6 +1,5 @@
 """``qlora-lightning cache``: what the cache holds, and clearing it."""
 
-import argparse
 import sys
 from datetime import datetime
 from typing import get_args
@@ -12,6 +11,8 @@ from qlora_lightning.base.byte_size import format_bytes
 from qlora_lightning.base.cache import cache_root
 from qlora_lightning.base.cache_clear import clear_entries, list_entries
 from qlora_lightning.base.cache_entry import Kind
+from qlora_lightning.commands.confirm import confirm
+from qlora_lightning.commands.option_parser import OptionParser, SentenceParser
 from qlora_lightning.errors import UserError
 
 _EPILOG = """examples:
@@ -26,23 +27,20 @@ def main(argv: list[str]) -> int:
     """List or clear the cache; return the exit code.
 
     Raises:
-        UserError: clearing is not confirmed and cannot be asked for, or a file cannot be removed.
+        UserError: its folder is a file, clearing is not confirmed and cannot be asked for, or a file cannot be removed.
     """
     arguments = _parser().parse_args(argv)
+    if cache_root().is_file():
+        raise UserError(f"The cache's folder {cache_root()} is a file: name a folder by QLORA_LIGHTNING_CACHE.")
     if arguments.action == "clear":
         return _clear(arguments.kind, confirmed=arguments.yes)
     _list()
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qlora-lightning cache",
-        description="Unpacked and quantized bases and tokenized data, kept for the next start.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    actions = parser.add_subparsers(dest="action", metavar="list | clear", required=True)
+def _parser() -> OptionParser:
+    parser = OptionParser("cache", "Unpacked and quantized bases and tokenized data, kept for the next start.", _EPILOG)
+    actions = parser.add_subparsers(dest="action", metavar="list | clear", required=True, parser_class=SentenceParser)
     actions.add_parser("list", help="what the cache holds, with sizes and paths")
     clear = actions.add_parser("clear", help="remove it, or one kind of it")
     clear.add_argument("--kind", choices=get_args(Kind), help="remove this kind only")
@@ -69,11 +67,12 @@ def _list() -> None:
 def _clear(kind: Kind | None, *, confirmed: bool) -> int:
     entries = list_entries(kind)
     size = format_bytes(sum(entry.size_bytes for entry in entries))
+    those = "it" if len(entries) == 1 else "all of these"
     for entry in entries:
         print(f"  {entry.kind}  {entry.label}  {format_bytes(entry.size_bytes)}  {entry.path}")
     if not entries:
         print(f"Nothing to remove in {cache_root()}.")
-    elif not confirmed and not _ask(f"Remove {'it' if len(entries) == 1 else 'all of these'} and free {size}?"):
+    elif not confirmed and not confirm(f"Remove {those} and free {size}?", "Clearing the cache"):
         print("Nothing removed.")
         return 1
     report = clear_entries(kind)
@@ -82,12 +81,6 @@ def _clear(kind: Kind | None, *, confirmed: bool) -> int:
     if entries:
         print(f"Removed {len(report.removed)}, freed {format_bytes(report.freed_bytes)}.")
     return 0
-
-
-def _ask(question: str) -> bool:
-    if not sys.stdin.isatty():
-        raise UserError("Clearing the cache asks for a yes, and there is no terminal to ask on. Add --yes.")
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
 def _format_time(time: datetime) -> str:

@@ -6,8 +6,20 @@ from typing import NoReturn
 from qlora_lightning.errors import UserError
 
 
-class OptionParser(argparse.ArgumentParser):
-    """argparse whose mistakes are a sentence of ours, without a page of usage.
+class SentenceParser(argparse.ArgumentParser):
+    """argparse whose mistakes are a sentence of ours, without a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse what was typed.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(f"{message}. See `{self.prog} --help`.")
+
+
+class OptionParser(SentenceParser):
+    """The parser of a command.
 
     Args:
         command: Behind ``qlora-lightning``.
@@ -25,11 +37,3 @@ class OptionParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse what was typed.
-
-        Raises:
-            UserError: Always.
-        """
-        raise UserError(f"{message}. See `{self.prog} --help`.")

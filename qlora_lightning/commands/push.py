@@ -1,17 +1,18 @@
 """``qlora-lightning push``: an adapter folder to the Hugging Face hub, when it is asked for, and nothing else."""
 
-import argparse
 import json
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from qlora_lightning.adapter_place import find_adapter_folder
 from qlora_lightning.base.byte_size import format_bytes
+from qlora_lightning.commands.confirm import confirm
+from qlora_lightning.commands.option_parser import OptionParser
 from qlora_lightning.errors import UserError
 
 _DESCRIPTION = """Upload an adapter folder to the Hugging Face hub, in one commit.
@@ -42,7 +43,7 @@ _KNOWN = {
     "merges.txt",
     "tokenizer.model",
 }
-_REPO = re.compile(r"[\w.-]+/[\w.-]+")
+_REPO = re.compile(r"\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 
 
 def main(argv: list[str], api: Any = None) -> int:
@@ -60,11 +61,11 @@ def main(argv: list[str], api: Any = None) -> int:
         raise UserError(f"--repo is {arguments.repo!r}: expected OWNER/NAME, such as me/calendar-adapter.")
     if arguments.base is not None and not _REPO.fullmatch(arguments.base):
         raise UserError(f"--base is {arguments.base!r}: expected the base's OWNER/NAME on the hub.")
-    contents = read_folder(Path(arguments.adapter).expanduser(), arguments.repo, arguments.base)
+    contents = read_folder(find_adapter_folder(arguments.adapter), arguments.repo, arguments.base)
     _show(contents, arguments.repo, arguments.private)
     if _is_offline():
         raise UserError("HF_HUB_OFFLINE is set, and uploading needs the hub: unset it, and run this again.")
-    if not arguments.yes and not _ask("Upload?"):
+    if not arguments.yes and not confirm("Upload?", "Uploading"):
         print("Nothing uploaded.")
         return 1
     print(f"Uploaded: {_upload(contents, arguments.repo, arguments.private, api)}")
@@ -132,7 +133,7 @@ def _is_plain_file(entry: Path) -> bool:
 
 def _upload(contents: dict[str, bytes], repo: str, private: bool, api: Any) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
     api = HfApi() if api is None else api
     added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]
@@ -141,7 +142,7 @@ def _upload(contents: dict[str, bytes], repo: str, private: bool, api: Any) -> s
         api.create_commit(repo_id=repo, operations=added, commit_message="LoRA adapter of qlora_lightning")
     except LocalTokenNotFoundError as error:
         raise UserError("There is no token for the hub: log in by `hf auth login`, or set HF_TOKEN.") from error
-    except (HfHubHTTPError, OSError) as error:  # connection errors are OSErrors
+    except Exception as error:  # the hub raises classes of its own, of its HTTP library, OSError and ValueError
         reason = " ".join(str(error).split())
         raise UserError(f"The hub did not take {repo}, of which nothing was sent: {reason[:300]}") from error
     return f"https://huggingface.co/{repo}"
@@ -156,29 +157,16 @@ def _show(contents: dict[str, bytes], repo: str, private: bool) -> None:
     Console(highlight=False).print(table)
 
 
-def _ask(question: str) -> bool:
-    if not sys.stdin.isatty():
-        raise UserError("Uploading asks for a yes, and there is no terminal to ask on. Add --yes.")
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-
-
 def _is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qlora-lightning push",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter folder of a run")
-    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="where to; made if it is not there")
-    parser.add_argument(
-        "--base", metavar="OWNER/NAME", help="the base's name on the hub, if it was loaded from elsewhere"
-    )
-    parser.add_argument("--private", action="store_true", help="make the repository private if it is made")
-    parser.add_argument("--yes", action="store_true", help="do not ask")
+def _parser() -> OptionParser:
+    parser = OptionParser("push", _DESCRIPTION, _EPILOG)
+    add = parser.add_argument
+    add("--adapter", required=True, metavar="DIR", help="the adapter folder, or the run folder around it")
+    add("--repo", required=True, metavar="OWNER/NAME", help="where to; made if it is not there")
+    add("--base", metavar="OWNER/NAME", help="the base's name on the hub, if it was loaded from elsewhere")
+    add("--private", action="store_true", help="make the repository private if it is made")
+    add("--yes", action="store_true", help="do not ask")
     return parser

@@ -1,6 +1,5 @@
 """``qlora-lightning recipes``: the configs that travel with the package."""
 
-import argparse
 import difflib
 import shlex
 import shutil
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 import qlora_lightning
+from qlora_lightning.commands.option_parser import OptionParser, SentenceParser
 from qlora_lightning.errors import UserError
 
 _EPILOG = """examples:
@@ -40,14 +40,9 @@ def recipes_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qlora-lightning recipes",
-        description="The configs that travel with the package.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    actions = parser.add_subparsers(dest="action", metavar="[list | copy NAME]")
+def _parser() -> OptionParser:
+    parser = OptionParser("recipes", "The configs that travel with the package.", _EPILOG)
+    actions = parser.add_subparsers(dest="action", metavar="[list | copy NAME]", parser_class=SentenceParser)
     actions.add_parser("list", help="their names, a line each (the default)")
     copy = actions.add_parser("copy", help="write one and its data into the current folder")
     copy.add_argument("name", metavar="NAME", help="as `qlora-lightning recipes` lists it")

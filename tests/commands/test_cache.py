@@ -1,3 +1,4 @@
+import re
 import sys
 from pathlib import Path
 
@@ -85,3 +86,17 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     assert "qlora-lightning cache clear --kind quantized --yes" in capsys.readouterr().out
+
+
+def test_mistakes_are_told_in_a_sentence(cache: Path) -> None:
+    for arguments, words in (
+        ([], "the following arguments are required: list | clear. See `qlora-lightning cache --help`."),
+        (["lst"], "argument list | clear: invalid choice: 'lst'"),
+        (["clear", "--kind", "x"], "argument --kind: invalid choice: 'x'"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            main(arguments)
+    cache.write_text("x")
+    for action in ("list", "clear"):
+        with pytest.raises(UserError, match=r"cache is a file: name a folder by QLORA_LIGHTNING_CACHE\.$"):
+            main([action])

@@ -20,7 +20,11 @@ IDENTITY = {
     "double_quant": True,
     "compute_dtype": "bfloat16",
 }
-CONFIG = {"peft_type": "LORA", "base_model_name_or_path": "/home/me/.cache/base", "r": 8}
+CONFIG = {"peft_type": "LORA", "base_model_name_or_path": "/home/me/.cache/base", "r": 8, "lora_alpha": 16}
+
+
+class HTTPError(Exception):
+    """As the hub's library for HTTP raises it."""
 
 
 class FakeApi:
@@ -74,6 +78,12 @@ def test_the_files_go_in_one_commit_and_nothing_names_this_machine(folder, capsy
     assert all(name in out for name in files)
     assert "Uploaded: https://huggingface.co/me/mine" in out
     assert (folder / "README.md").read_text() == f"load {folder}"
+
+
+def test_the_run_folder_around_it_will_do(folder):
+    api = FakeApi()
+    assert push(folder.parent, "--yes", api=api) == 0
+    assert "adapter_model.safetensors" in api.commits[0][1]
 
 
 def test_a_base_from_the_hub_needs_no_other_name(folder):
@@ -139,7 +149,9 @@ def test_what_is_no_adapter_folder_of_ours_is_refused(folder):
         push(folder, "--yes", api=FakeApi())
 
 
-@pytest.mark.parametrize("repo", ["mine", "me/mine/again", "me/mi ne", "https://huggingface.co/me/mine"])
+@pytest.mark.parametrize(
+    "repo", ["mine", "me/mine/again", "me/mi ne", "https://huggingface.co/me/mine", "me/..", "ü/mine"]
+)
 def test_a_repository_has_an_owner_and_a_name(repo, folder):
     with pytest.raises(UserError, match="expected OWNER/NAME"):
         push(folder, "--yes", api=FakeApi(), repo=repo)
@@ -163,7 +175,7 @@ def test_offline_and_a_missing_token_are_told(folder, monkeypatch):
     with pytest.raises(UserError, match="log in by `hf auth login`"):
         push(folder, "--yes", api=FakeApi(LocalTokenNotFoundError("no token")))
     with pytest.raises(UserError, match="The hub did not take me/mine, of which nothing was sent: no route"):
-        push(folder, "--yes", api=FakeApi(ConnectionError("no route")))
+        push(folder, "--yes", api=FakeApi(HTTPError("no route")))  # no OSError
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         push(folder, "--yes", api=FakeApi())
@@ -172,6 +184,8 @@ def test_offline_and_a_missing_token_are_told(folder, monkeypatch):
 def test_a_mistake_is_a_sentence_and_help_has_examples(capsys):
     assert command(["push", "--adapter", "no/such", "--repo", "me/mine"]) == 2
     assert "is not an adapter folder" in capsys.readouterr().err
+    assert command(["push", "--repo", "me/mine"]) == 2
+    assert capsys.readouterr().err.startswith("qlora-lightning: the following arguments are required: --adapter. See")
     with pytest.raises(SystemExit):
         command(["push", "--help"])
     assert "qlora-lightning push --adapter runs/quickstart/adapter --repo me/" in capsys.readouterr().out

@@ -81,3 +81,9 @@ def test_recipes_lie_in_the_package_or_beside_it(tmp_path: Path, monkeypatch: py
     assert recipes_folder() == tmp_path / "site" / "configs"
     (package / "recipes").mkdir()
     assert recipes_folder() == package / "recipes"
+
+
+@pytest.mark.parametrize(("arguments", "words"), [(["bogus"], "invalid choice: 'bogus'"), (["copy"], "required: NAME")])
+def test_mistakes_are_told_in_a_sentence(arguments, words):
+    with pytest.raises(UserError, match=f"{words}.* See `qlora-lightning recipes"):
+        main(arguments)

@@ -80,7 +80,7 @@ def test_an_unknown_command_gets_the_nearest(command, hint, capsys):
         (
             PermissionError(errno.EACCES, "Permission denied", "run/x"),
             2,
-            "qlora-lightning: run/x cannot be read: you have no right to. Name another.\n",
+            "qlora-lightning: run/x cannot be opened: you have no right to. Name another.\n",
         ),
     ],
 )

@@ -81,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PermissionError as error:  # of a folder that may not be looked into
         if error.filename is None:
             raise
-        print(f"qlora-lightning: {error.filename} cannot be opened: you have no right to. Name another.", file=sys.stderr)
+        print(
+            f"qlora-lightning: {error.filename} cannot be opened: you have no right to. Name another.", file=sys.stderr
+        )
         return 2
     except LostProcess as error:
         print(f"qlora-lightning: {error}", file=sys.stderr)

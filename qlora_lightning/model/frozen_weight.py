@@ -31,16 +31,7 @@ class FrozenWeight:
             x: ``(tokens, in)``.
             onto: ``(tokens, out)``, in x's dtype; the sum takes its place.
         """
-        if not self._has_tiles(x.dtype):
-            transposed = self._make_dense(x.dtype).t()
-            return x @ transposed if onto is None else onto.addmm_(x, transposed)
-        output = x.new_empty(len(x), self._stored.quant_state.shape[0]) if onto is None else onto
-        for rows, tile in self._tiles(0, x.dtype):
-            if onto is None:
-                torch.mm(x, tile.t(), out=output[:, rows])
-            else:
-                output[:, rows].addmm_(x, tile.t())
-        return output
+        return self._multiply(x, 0, onto)
 
     def multiply_back(self, grad: Tensor, onto: Tensor | None = None) -> Tensor:
         """Compute ``(onto +) g W``, ``(tokens, in)``: the gradient of x from that of the output.
@@ -49,15 +40,20 @@ class FrozenWeight:
             grad: ``(tokens, out)``.
             onto: ``(tokens, in)``, in the gradient's dtype; the sum takes its place.
         """
-        if not self._has_tiles(grad.dtype):
-            dense = self._make_dense(grad.dtype)
-            return grad @ dense if onto is None else onto.addmm_(grad, dense)
-        output = grad.new_empty(len(grad), self._stored.quant_state.shape[1]) if onto is None else onto
-        for columns, tile in self._tiles(1, grad.dtype):
+        return self._multiply(grad, 1, onto)
+
+    def _multiply(self, left: Tensor, dim: int, onto: Tensor | None) -> Tensor:
+        """Multiply by W so that the result is as wide as W's dimension ``dim``: by Wᵀ (0) or by W (1)."""
+        if not self._has_tiles(left.dtype):
+            right = _turn(self._make_dense(left.dtype), dim)
+            return left @ right if onto is None else onto.addmm_(left, right)
+        output = left.new_empty(len(left), self._stored.quant_state.shape[dim]) if onto is None else onto
+        for columns, tile in self._tiles(dim, left.dtype):
+            right, part = _turn(tile, dim), output[:, columns]
             if onto is None:
-                torch.mm(grad, tile, out=output[:, columns])
+                torch.mm(left, right, out=part)
             else:
-                output[:, columns].addmm_(grad, tile)
+                part.addmm_(left, right)
         return output
 
     def _make_dense(self, dtype: torch.dtype) -> Tensor:
@@ -100,6 +96,10 @@ class FrozenWeight:
                 state.dtype,
             )
             yield slice(start, start + length), dequantize_4bit(strip.view(-1, 1), of_strip).to(dtype)
+
+
+def _turn(dense: Tensor, dim: int) -> Tensor:
+    return dense.t() if dim == 0 else dense
 
 
 def _scales(state: QuantState) -> Tensor:

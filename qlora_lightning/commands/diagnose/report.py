@@ -76,11 +76,12 @@ def _table_of_kinds(found: Diagnosis) -> Table:
     highest = max(each.ratio for each in found.movements) or 1.0
     for kind, group in _by_kind(found.movements).items():
         ratios = [each.ratio for each in group]
-        ranks = sorted({each.rank for each in group})
+        ranks = [each.rank for each in group]
+        bounds = "–".join(str(rank) for rank in sorted({min(ranks), max(ranks)}))
         used = statistics.median(each.effective_rank for each in group)
         table.add_row(
             kind,
-            f"{used:.1f} of {'–'.join(str(rank) for rank in (ranks if len(ranks) < 2 else (ranks[0], ranks[-1])))}",
+            f"{used:.1f} of {bounds}",
             f"{statistics.median(ratios):.2%}",
             f"{max(ratios):.2%}",
             "".join(_BARS[min(7, int(8 * ratio / highest))] for ratio in ratios),

@@ -12,9 +12,9 @@ from qlora_lightning.callbacks.dry_batch import look_ahead
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
 from qlora_lightning.callbacks.started_folder import writing_to
 from qlora_lightning.console import say
+from qlora_lightning.model.batch_shape import BatchShape, shape_of_batch, shape_of_rows
 from qlora_lightning.model.device_memory import read_resident_bytes
 from qlora_lightning.model.filled_batch import filled
-from qlora_lightning.model.layer_shapes import BatchShape
 from qlora_lightning.model.memory_plan import StepSettings, plan_memory, share_unread
 from qlora_lightning.model.model_shape import checkpoint_layers, read_model
 from qlora_lightning.model.module import QLoRAModule
@@ -55,16 +55,15 @@ class MemoryComparison(Callback):
         if ahead is not None:
             plan, _, largest = ahead
             self._ids = plan.samples.ids
-            lengths, labelled = plan.samples.lengths[largest.rows], plan.samples.labelled_counts[largest.rows]
-            self._largest = BatchShape(tuple(lengths.tolist()), int(labelled.sum()))
+            self._largest = _computed(shape_of_rows(plan.samples, largest.rows), pl_module)
         self._watch = PeakWatch(pl_module.device)
         self._watch.start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._watch is not None:
-            shape = BatchShape(tuple(batch["cu_seqlens"].diff().tolist()), int((batch["labels"] != -100).sum()))
-            self._lengths.add(filled(shape.tokens))
-            if self._largest is None or shape.tokens > self._largest.tokens:
+            shape = _computed(shape_of_batch(batch), pl_module)
+            self._lengths.add(filled(shape.computed))
+            if self._largest is None or shape.computed > self._largest.computed:
                 self._largest = shape
 
     def on_train_batch_end(
@@ -117,6 +116,10 @@ class MemoryComparison(Callback):
     def _stop(self) -> int:
         watch, self._watch = self._watch, None
         return 0 if watch is None else watch.stop()
+
+
+def _computed(shape: BatchShape, module: Any) -> BatchShape:
+    return shape if module.leaves_out_unneeded else shape.whole()
 
 
 def _checkpointed(trainer: Trainer) -> int:

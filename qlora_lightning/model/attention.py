@@ -1,5 +1,6 @@
 """Attention over a flat batch: samples lie end to end in one stream, and each attends to itself alone."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -11,10 +12,12 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from qlora_lightning.model.attention_tiles import lay_out
 from qlora_lightning.model.autograd import apply
 from qlora_lightning.model.kv_cache import KeyValueCache
 from qlora_lightning.model.long_attention import LongAttention
 from qlora_lightning.model.short_attention import SHORT, ShortAttention
+from qlora_lightning.model.whole_samples import lay_out_samples, sort_by_place
 
 FLAT_ATTENTION, PLAIN_FLAT_ATTENTION = "qlora_flat", "qlora_flat_plain"
 # As attention_mask of a flat batch it keeps transformers from making one of (tokens, tokens) for its many samples.
@@ -35,6 +38,11 @@ def register_flat_attention(fast: bool = True) -> str:
     return FLAT_ATTENTION if fast else PLAIN_FLAT_ATTENTION
 
 
+def attends_flatly(causal_lm: Any) -> bool:
+    """Whether a causal language model of transformers attends by one of these functions."""
+    return causal_lm.config._attn_implementation in (FLAT_ATTENTION, PLAIN_FLAT_ATTENTION)
+
+
 def flat_attention(
     module: nn.Module,
     query: Tensor,
@@ -45,6 +53,7 @@ def flat_attention(
     dropout: float = 0.0,
     cu_seqlens: Tensor | None = None,
     longest: int | None = None,
+    places: Tensor | None = None,
     kv_cache: KeyValueCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -60,6 +69,8 @@ def flat_attention(
         dropout: Probability with which attention weights are dropped.
         cu_seqlens: Where samples begin and the last one ends, ``(samples + 1,)``, int32.
         longest: Tokens of the longest sample.
+        places: Where in the stream the tokens of the samples are, ``(cu_seqlens[-1],)``, if it holds what they begin
+            with in common once; ``None``: in order.
         kv_cache: Of rows that are being answered: takes in their prompts, then attends for one token of each.
         kwargs: Handed on to transformers' SDPA.
 
@@ -69,12 +80,13 @@ def flat_attention(
     if (mixed := _through_cache(kv_cache, module, query, key, value, scaling)) is not None:
         return mixed, None
     if cu_seqlens is not None and dropout == 0.0:
-        if longest is not None and _has_varlen_kernel(query):
-            return _attend_varlen(query, key, value, cu_seqlens, longest, scaling), None
         if query.device.type == "cpu":
-            return _attend_by_products(query, key, value, cu_seqlens, scaling), None
+            return _attend_by_products(query, key, value, cu_seqlens, places, scaling), None
+        if longest is not None and _has_varlen_kernel(query):
+            attend = functools.partial(_attend_varlen, cu_seqlens=cu_seqlens, longest=longest, scaling=scaling)
+            return _attend_in_full(attend, query, key, value, places), None
     return plain_flat_attention(
-        module, query, key, value, attention_mask, scaling, dropout, cu_seqlens, longest, **kwargs
+        module, query, key, value, attention_mask, scaling, dropout, cu_seqlens, longest, places, **kwargs
     )
 
 
@@ -88,6 +100,7 @@ def plain_flat_attention(
     dropout: float = 0.0,
     cu_seqlens: Tensor | None = None,
     longest: int | None = None,
+    places: Tensor | None = None,
     kv_cache: KeyValueCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -99,7 +112,19 @@ def plain_flat_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
         return output, None
-    return _attend_per_sample(query, key, value, cu_seqlens, scaling, dropout), None
+    attend = functools.partial(_attend_per_sample, cu_seqlens=cu_seqlens, scaling=scaling, dropout=dropout)
+    return _attend_in_full(attend, query, key, value, places), None
+
+
+def _attend_in_full(
+    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, places: Tensor | None
+) -> Tensor:
+    """Lay all tokens of the samples out, let them attend, and give what the stream holds of it."""
+    if places is None:
+        return attend(query, key, value)
+    order, begins = sort_by_place(places, query.shape[2])
+    whole = (lay_out_samples(each, places, order, begins) for each in (query, key, value))
+    return attend(*whole).index_select(1, order[begins])  # one of each place: all are the same
 
 
 def _through_cache(
@@ -124,7 +149,7 @@ def _has_varlen_kernel(query: Tensor) -> bool:
 
 
 def _attend_varlen(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scaling: float | None
+    query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, longest: int, scaling: float | None
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -144,23 +169,41 @@ def _attend_varlen(
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float | None) -> Tensor:
+def _attend_by_products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    places: Tensor | None,
+    scaling: float | None,
+) -> Tensor:
     # As SDPA does under autocast, where what trains in float32 makes some of them float32.
     autocasts = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocasts else value.dtype
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != query.shape[2] or any(end <= start for start, end in itertools.pairwise(bounds)):
-        raise ValueError(f"cu_seqlens must rise from 0 to {query.shape[2]}, the tokens of the batch; found {bounds}.")
-    states = [each.to(dtype) for each in (query, key, value)]
+    bounds = tuple(cu_seqlens.tolist())
+    tokens = query.shape[2] if places is None else len(places)
+    if bounds[0] != 0 or bounds[-1] != tokens or any(end <= start for start, end in itertools.pairwise(bounds)):
+        raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, the tokens of the batch; found {list(bounds)}.")
+    query, key, value = (each.to(dtype) for each in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    runs = list(_runs(bounds))
-    sizes = [run[-1] for run in runs]
-    pieces = zip(*(torch.split(each, sizes, 2) for each in states), strict=True) if len(runs) > 1 else [states]
     with torch.autocast("cpu", enabled=False):
-        outputs: list[Tensor] = [
-            apply(LongAttention, *piece, scale) if run[1] > SHORT else apply(ShortAttention, *piece, run, scale)
-            for run, piece in zip(runs, pieces, strict=True)
-        ]
+        if places is not None and all(end - start <= SHORT for start, end in itertools.pairwise(bounds)):
+            layout = lay_out(bounds, key.shape[1], places.numpy().tobytes())
+            return cast(Tensor, apply(ShortAttention, query, key, value, layout, scale))
+        attend = functools.partial(_attend_by_length, bounds=bounds, scale=scale)
+        return _attend_in_full(attend, query, key, value, places)
+
+
+def _attend_by_length(query: Tensor, key: Tensor, value: Tensor, *, bounds: tuple[int, ...], scale: float) -> Tensor:
+    runs = list(_runs(bounds))
+    sizes, states = [run[-1] for run in runs], (query, key, value)
+    pieces = zip(*(torch.split(each, sizes, 2) for each in states), strict=True) if len(runs) > 1 else [states]
+    outputs: list[Tensor] = [
+        apply(LongAttention, *piece, scale)
+        if run[1] > SHORT
+        else apply(ShortAttention, *piece, lay_out(run, key.shape[1]), scale)
+        for run, piece in zip(runs, pieces, strict=True)
+    ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
@@ -175,7 +218,7 @@ def _runs(bounds: Sequence[int]) -> Iterator[tuple[int, ...]]:
 
 
 def _attend_per_sample(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float | None, dropout: float
+    query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, scaling: float | None, dropout: float
 ) -> Tensor:
     attend: Callable[..., Tensor] = F.scaled_dot_product_attention
     bounds = cu_seqlens.tolist()

@@ -1,11 +1,11 @@
 """How the rows and keys of short samples lie in tiles: index arithmetic, once for all layers of a batch.
 
-Tile i of a sample holds its tokens from ``i · TILE`` on and sees the keys up to its end. Samples are sorted by length,
-so that those which reach a tile come first, and the tile is one batched product over all of them.
+Tile i of a sample holds its tokens from ``i · TILE`` on and sees the keys up to its end; over all samples that have a
+token of their own in it, it is one batched product. What a sample begins with may be computed with another one: then it
+has keys there, and no queries.
 """
 
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ TILE = 64  # tokens: shorter ones make more products than they save, longer ones
 
 
 class Tile(NamedTuple):
-    """One tile of all samples that reach it: how many, and how many keys each of them sees."""
+    """One tile of all samples with a token of their own in it: how many, and how many keys each of them sees."""
 
     samples: int
     keys: int
@@ -31,33 +31,36 @@ class Layout:
         tiles: Of the stream, in order.
         kv_heads: Heads of keys and values.
         rows: The row of each place of a query.
-        filled: The places of queries that are behind their sample's end.
+        filled: The places of queries that are behind their sample's end, or another sample's.
         places: The place of each row among the queries.
         keys: The row of each place of a key: a key has one in each tile that sees it.
     """
 
-    def __init__(self, bounds: Sequence[int], kv_heads: int) -> None:
+    def __init__(self, bounds: Sequence[int], kv_heads: int, stream_places: Tensor | None = None) -> None:
         """Lay out samples.
 
         Args:
             bounds: Where samples begin, and the end of the last.
             kv_heads: Heads of keys and values.
+            stream_places: Where in the stream each token of the samples is, ``(bounds[-1],)``; ``None``: in order.
         """
-        self.tiles = tuple(tiles_of([end - start for start, end in itertools.pairwise(bounds)]))
-        self.kv_heads, self._count = kv_heads, bounds[-1] * kv_heads
-        lengths, order = torch.tensor(bounds).diff().sort(descending=True, stable=True)
-        starts = torch.tensor(bounds)[order]
+        lengths = torch.tensor(bounds).diff()
+        shared = torch.zeros_like(lengths) if stream_places is None else shared_tokens(bounds, stream_places)
+        self.tiles = tuple(tiles_of(lengths.tolist(), shared.tolist()))
+        self.kv_heads, self._count = kv_heads, (bounds[-1] - int(shared.sum())) * kv_heads
         rows, keys, row_is_there, key_is_there = [], [], [], []
         for samples, seen in self.tiles:
-            last = lengths[:samples, None] - 1
+            chosen = (lengths > seen - TILE) & (shared < seen)
+            first, last = shared[chosen, None], lengths[chosen, None] - 1
             tokens = torch.arange(seen).expand(samples, kv_heads, seen)
-            token = starts[:samples, None] + torch.minimum(torch.arange(seen), last)  # (samples, seen)
+            token = torch.tensor(bounds[:-1])[chosen, None] + torch.minimum(torch.arange(seen), last)  # (samples, seen)
+            token = token if stream_places is None else stream_places[token]
             row = token[:, None] * kv_heads + torch.arange(kv_heads)[:, None]  # (samples, kv_heads, seen)
             is_there = tokens <= last[:, None]
             keys.append(row.flatten())
             key_is_there.append(is_there.flatten())
             rows.append(row[..., -TILE:].flatten())
-            row_is_there.append(is_there[..., -TILE:].flatten())
+            row_is_there.append((is_there & (tokens >= first[:, None]))[..., -TILE:].flatten())
         self.rows, self.keys, self._key_is_there = torch.cat(rows), torch.cat(keys), torch.cat(key_is_there)
         there = torch.cat(row_is_there)
         self.filled = (~there).nonzero()[:, 0]
@@ -88,12 +91,29 @@ class Layout:
 
 
 @functools.lru_cache(maxsize=16)  # several where long samples cut a stream
-def lay_out(bounds: tuple[int, ...], kv_heads: int) -> Layout:
-    """Give the layout of a stream; all layers of a batch share it."""
-    return Layout(bounds, kv_heads)
+def lay_out(bounds: tuple[int, ...], kv_heads: int, stream_places: bytes | None = None) -> Layout:
+    """Give the layout of a stream; all layers of a batch share it. Places are the bytes of int64 numbers."""
+    places = None if stream_places is None else torch.frombuffer(bytearray(stream_places), dtype=torch.int64)
+    return Layout(bounds, kv_heads, places)
 
 
-def tiles_of(lengths: Sequence[int]) -> Iterator[Tile]:
-    """Give the tiles of samples with so many tokens."""
+def tiles_of(lengths: Sequence[int], shared: Sequence[int] = ()) -> Iterator[Tile]:
+    """Give the tiles of samples.
+
+    Args:
+        lengths: Tokens of each.
+        shared: How many of them, at its begin, are computed with another sample; empty: none of any.
+    """
+    spans = list(zip(shared or [0] * len(lengths), lengths, strict=True))
     for first in range(0, max(lengths, default=0), TILE):
-        yield Tile(sum(length > first for length in lengths), first + TILE)
+        samples = sum(begin < first + TILE and end > first for begin, end in spans)
+        yield Tile(samples, first + TILE)
+
+
+def shared_tokens(bounds: Sequence[int], stream_places: Tensor) -> Tensor:
+    """Give how many tokens at the begin of each sample are computed with another one, ``(samples,)``.
+
+    A sample's own tokens are those behind them, and lie together, in the order of samples.
+    """
+    ends = stream_places[torch.tensor(bounds[1:]) - 1] + 1
+    return torch.tensor(bounds).diff() - ends.diff(prepend=ends.new_zeros(1))

@@ -28,6 +28,7 @@ from qlora_lightning.model.originals import Originals
 from qlora_lightning.model.rotary import Rotary
 from qlora_lightning.model.swiglu import swiglu
 
+_OF_SAMPLES = ("cu_seqlens", "longest", "places", "kv_cache")  # what attention is told of them
 _PARTS = (LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRMSNorm)
 ACTIVATIONS = (SiLUActivation, nn.SiLU)  # of hidden_act silu, and of swish, which is the same function
 _ORIGINALS = Originals(
@@ -51,7 +52,7 @@ class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy tra
         by_heads = (*hidden_states.shape[:2], -1, attention.head_dim)
         query, key, value = (each.view(by_heads).transpose(1, 2) for each in projected)
         query, key = (apply(Rotary, each, *kwargs["position_embeddings"]) for each in (query, key))
-        samples: dict[str, Any] = {name: kwargs.get(name) for name in ("cu_seqlens", "longest", "kv_cache")}
+        samples: dict[str, Any] = {name: kwargs.get(name) for name in _OF_SAMPLES}
         mixed, _ = flat_attention(attention, query, key, value, None, scaling=attention.scaling, **samples)
         hidden_states = _apply_linear(mixed.flatten(-2), attention.o_proj, hidden_states)
         gate, up = _apply_norm_and_linears(hidden_states, self.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)

@@ -15,21 +15,23 @@ def fill_up(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Give the batch with up to 15 more tokens, a sample of their own without labels: no result changes.
 
     Args:
-        batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)``, ``cu_seqlens`` ``(samples + 1,)`` and
-            ``longest``.
+        batch: ``input_ids``, ``position_ids``, ``targets`` ``(1, tokens)``, ``cu_seqlens`` ``(samples + 1,)`` and
+            ``longest``; where samples share beginnings also ``places``.
     """
     ids = batch["input_ids"]
     more = filled(ids.shape[1]) - ids.shape[1]
     if not more:
         return dict(batch)
-    bounds, positions = batch["cu_seqlens"], batch["position_ids"]
+    bounds, positions, places = batch["cu_seqlens"], batch["position_ids"], batch.get("places")
+    filler = torch.arange(ids.shape[1], ids.shape[1] + more, device=ids.device)
     return {
         **batch,
         "input_ids": torch.cat([ids, ids[:, -1:].expand(-1, more)], 1),  # token 0 may be bad where it is never read
         "position_ids": torch.cat([positions, torch.arange(more, device=positions.device)[None]], 1),
-        "labels": F.pad(batch["labels"], (0, more), value=IGNORED),
+        "targets": F.pad(batch["targets"], (0, more), value=IGNORED),
         "cu_seqlens": torch.cat([bounds, bounds[-1:] + more]),
         "longest": max(batch["longest"], more),
+        **({} if places is None else {"places": torch.cat([places, filler])}),
     }
 
 

@@ -7,7 +7,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from qlora_lightning.model.attention import FLAT_ATTENTION, NO_MASK, PLAIN_FLAT_ATTENTION
+from qlora_lightning.model.attention import NO_MASK, attends_flatly
 from qlora_lightning.model.dense import dense_weights
 from qlora_lightning.model.kv_cache import KeyValueCache
 from qlora_lightning.model.padded_generation import generate_padded
@@ -52,7 +52,7 @@ def generate_answers(
         with torch.no_grad(), dense_weights(model):
             for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size):
                 batch = [list(prompts[row]) for row in rows]
-                generate = _generate_flat if _attends_flat(model) else generate_padded
+                generate = _generate_flat if attends_flatly(_causal_lm(model)) else generate_padded
                 found = generate(model, batch, frozenset(stop_ids), max_new_tokens)
                 for row, answer in zip(rows, found, strict=True):
                     answers[row] = answer
@@ -77,10 +77,6 @@ def _batches(lengths: list[int], max_new_tokens: int, batch_size: int) -> Iterat
 
 def _causal_lm(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model
-
-
-def _attends_flat(model: nn.Module) -> bool:
-    return _causal_lm(model).config._attn_implementation in (FLAT_ATTENTION, PLAIN_FLAT_ATTENTION)
 
 
 def _generate_flat(

@@ -1,14 +1,15 @@
 """What a training step needs beside weights, in bytes: by what each function keeps and makes.
 
 The one place to adapt when a function of :mod:`qlora_lightning.model.decoder_layer` keeps more or less than before.
-``t`` are the tokens of a micro-batch, ``e`` the bytes of a number in the dtype of the products.
+``t`` are the tokens of a micro-batch that are computed, ``e`` the bytes of a number in the dtype of the products.
 """
 
 from collections.abc import Sequence
 
-from qlora_lightning.model.attention_tiles import TILE, tiles_of
+from qlora_lightning.model.attention_tiles import TILE, Tile, tiles_of
+from qlora_lightning.model.batch_shape import BatchShape
 from qlora_lightning.model.frozen_weight import TILE_BYTES
-from qlora_lightning.model.layer_shapes import BatchShape, LayerShape, LinearShape
+from qlora_lightning.model.layer_shapes import LayerShape, LinearShape
 from qlora_lightning.model.long_attention import whole_vectors
 from qlora_lightning.model.loss import rows_of_logits, rows_of_probabilities
 from qlora_lightning.model.short_attention import SHORT
@@ -22,7 +23,7 @@ def kept_by_layers(layers: Sequence[LayerShape], batch: BatchShape, e: int, devi
     Of checkpointed ones their inputs, and the product with the A of the last linear.
     """
     return sum(
-        batch.tokens * (layer.width + layer.fused * layer.rank_of("down_proj")) * e
+        batch.computed * (layer.width + layer.fused * layer.rank_of("down_proj")) * e
         if layer.checkpointed
         else kept_by_layer(layer, batch, e, device)
         for layer in layers
@@ -38,8 +39,8 @@ def kept_by_layer(layer: LayerShape, batch: BatchShape, e: int, device: str) -> 
 def kept_outside(layers: Sequence[LayerShape], batch: BatchShape, e: int) -> int:
     """Count what the last norm, in float32, the angles of rotary embedding and the loss keep."""
     width, head_width = layers[0].width, layers[0].linears["q_proj"].outputs // layers[0].heads
-    norm = batch.tokens * (width * _FLOAT + _FLOAT)
-    angles = 2 * batch.tokens * head_width * e if any(not each.checkpointed and each.trains for each in layers) else 0
+    norm = batch.computed * (width * _FLOAT + _FLOAT)
+    angles = 2 * batch.computed * head_width * e if any(not each.checkpointed and each.trains for each in layers) else 0
     return norm + angles + batch.labelled * (width * e + _INDEX)
 
 
@@ -53,7 +54,7 @@ def room_of_loss(layers: Sequence[LayerShape], batch: BatchShape, vocabulary: in
     rows = rows_of_probabilities(vocabulary, e, device)
     copies = 2 if device == "cpu" else 1  # softmax turns logits to float32 first
     probabilities = copies * min(rows, batch.labelled) * vocabulary * _FLOAT
-    return (batch.tokens + batch.labelled) * layers[0].width * e + probabilities
+    return (batch.computed + batch.labelled) * layers[0].width * e + probabilities
 
 
 def room_of_backward(layers: Sequence[LayerShape], batch: BatchShape, e: int, device: str) -> int:
@@ -67,7 +68,7 @@ def room_of_backward(layers: Sequence[LayerShape], batch: BatchShape, e: int, de
 def _room_of_layer(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
     if not layer.trains:
         return _room_of_forward(layer, batch, e, device)
-    t, wide = batch.tokens, layer.inner_width
+    t, wide = batch.computed, layer.inner_width
     again = kept_by_layer(layer, batch, e, device) if layer.checkpointed else 0
     stream, of_hidden = t * layer.width * e, t * wide * e
     moments = (
@@ -84,7 +85,7 @@ def _room_of_layer(layer: LayerShape, batch: BatchShape, e: int, device: str) ->
 
 def _room_of_attention(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
     """Count what ShortAttention lays out in tiles: gradients beside queries, keys and values, a tile's scores."""
-    tiles = list(tiles_of([length for length in batch.lengths if length <= SHORT])) if device == "cpu" else []
+    tiles = tiles_of_batch(batch) if device == "cpu" else []
     queries, keys = layer.linears["q_proj"].outputs, layer.linears["k_proj"].outputs
     by_rows = sum(tile.samples * TILE * 2 * queries for tile in tiles)  # gradients of the output and of the queries
     by_keys = sum(tile.samples * tile.keys * 4 * keys for tile in tiles)  # keys, values, and their gradients
@@ -93,7 +94,7 @@ def _room_of_attention(layer: LayerShape, batch: BatchShape, e: int, device: str
 
 
 def _room_of_forward(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
-    return 3 * batch.tokens * layer.inner_width * e + _dense(layer.linears["down_proj"], e, device)
+    return 3 * batch.computed * layer.inner_width * e + _dense(layer.linears["down_proj"], e, device)
 
 
 def _dense(linear: LinearShape, e: int, device: str) -> int:
@@ -106,7 +107,7 @@ def _dense(linear: LinearShape, e: int, device: str) -> int:
 
 
 def _kept_fused(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
-    t, flows, kept = batch.tokens, layer.input_trains, 0
+    t, flows, kept = batch.computed, layer.input_trains, 0
     norm = t * (layer.width * e + _FLOAT)  # NormedLinears: its input and the inverse root mean squares
 
     rank = layer.rank_of("q_proj", "k_proj", "v_proj")
@@ -131,25 +132,36 @@ def _kept_fused(layer: LayerShape, batch: BatchShape, e: int, device: str) -> in
 
 def _kept_by_attention(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
     queries, keys_and_values = layer.linears["q_proj"].outputs, 2 * layer.linears["k_proj"].outputs
+    tokens = batch.computed if _looks_up(batch, device) else sum(batch.attended)
     if device == "cpu":
-        short = [length for length in batch.lengths if length <= SHORT]
-        tiles = list(tiles_of(short))
         # ShortAttention: queries in tiles, the stream's keys and values, probabilities up to the diagonal
+        tiles = tiles_of_batch(batch)
         kept = sum(tile.samples * TILE * (queries + layer.heads * tile.keys) for tile in tiles)
-        kept += bool(short) * batch.tokens * keys_and_values
-        long = (length for length in batch.lengths if length > SHORT)
+        kept += bool(tiles) * tokens * keys_and_values
+        long = (length for length in batch.attended if length > SHORT)
         # LongAttention: keys and values are filled up
         kept += sum(length * queries + whole_vectors(length) * keys_and_values for length in long)
         return kept * e
     # FlashAttention: its output too, and a logarithm for each row
-    return batch.tokens * ((2 * queries + keys_and_values) * e + layer.heads * _FLOAT)
+    return tokens * ((2 * queries + keys_and_values) * e + layer.heads * _FLOAT)
+
+
+def _looks_up(batch: BatchShape, device: str) -> bool:
+    """Whether attention finds what samples share in the stream; else all of them are laid out whole."""
+    return device == "cpu" and max(batch.attended) <= SHORT
+
+
+def tiles_of_batch(batch: BatchShape) -> list[Tile]:
+    """Give the tiles of the short samples of a batch on a CPU."""
+    shared = batch.shared if _looks_up(batch, "cpu") else ()
+    return list(tiles_of([length for length in batch.attended if length <= SHORT], shared))
 
 
 def _kept_plain(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
     """Count what the layer of transformers with PEFT's linears keeps, roughly."""
     if not layer.trains:
         return 0
-    t = batch.tokens
+    t = batch.computed
     norms = 2 * t * (layer.width * _FLOAT + _FLOAT)  # their input in float32
     normed = 5 * t * layer.width * e  # cast for each linear that reads it
     queries = layer.linears["q_proj"].outputs

@@ -1,24 +1,6 @@
-"""The shapes of micro-batches and decoder layers."""
+"""The shapes of decoder layers."""
 
 from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class BatchShape:
-    """The shape of a micro-batch.
-
-    Attributes:
-        lengths: Tokens of each sample.
-        labelled: Labelled tokens of all samples.
-    """
-
-    lengths: tuple[int, ...]
-    labelled: int
-
-    @property
-    def tokens(self) -> int:
-        """Of all samples."""
-        return sum(self.lengths)
 
 
 @dataclass(frozen=True)

@@ -45,29 +45,34 @@ def rows_of_probabilities(vocabulary: int, number_bytes: int, device: str) -> in
     return max(1, min(most, _CACHED_BYTES // (vocabulary * _FLOAT))) if device == "cpu" else most
 
 
+def next_labels(labels: Tensor) -> Tensor:
+    """Give the target of each token of a stream ``(tokens,)``: the label of the next one; the last has none.
+
+    The one place where labels are shifted. A sample's first token has no label, so nothing is predicted across samples.
+    """
+    return F.pad(labels[1:], (0, 1), value=IGNORED)
+
+
 def head_loss(
-    hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int | None = None, *, fast: bool = True
+    hidden: Tensor, targets: Tensor, head: nn.Module, chunk: int | None = None, *, fast: bool = True
 ) -> LossSums:
     """Sum the loss of the labelled tokens of one stream.
 
     Args:
         hidden: Last hidden states after the final norm, ``(tokens, width)``.
-        labels: ``(tokens,)``, aligned with the input ids: the label at position t is predicted from t - 1. The label
-            at each sample's start is -100, so nothing is predicted across samples.
+        targets: What is to be predicted from each, ``(tokens,)``; -100 for nothing.
         head: Maps hidden states to logits.
         chunk: Labelled tokens whose logits exist at a time; by default as many as 64 MiB hold, but at most 512.
         fast: Whether a frozen head's gradient may be made while the logits exist; ``False`` leaves it to autograd.
     """
-    # The one place where labels are shifted.
-    positions = (labels[1:] != IGNORED).nonzero()[:, 0]
-    targets = labels[positions + 1]
-    hidden = hidden[positions]
+    positions = (targets != IGNORED).nonzero()[:, 0]
+    targets, hidden = targets[positions], hidden[positions]
     if fast and _is_frozen_linear(head):
         chunk = chunk or rows_of_logits(len(head.weight), head.weight.element_size())
         nll_sum, correct = apply(_FrozenHeadLoss, hidden, head.weight, targets, chunk)
     else:
         nll_sum, correct = _checkpointed_head_loss(hidden, head, targets, chunk or _rows_of_plain_logits(head))
-    return LossSums(nll_sum, torch.tensor(len(targets), device=labels.device), correct)
+    return LossSums(nll_sum, torch.tensor(len(targets), device=hidden.device), correct)
 
 
 def mean_with_gradient_of_sum(sums: LossSums) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qlora_lightning.model.batch_shape import BatchShape
 from qlora_lightning.model.kept_memory import (
     kept_by_layers,
     kept_outside,
@@ -14,7 +15,6 @@ from qlora_lightning.model.kept_memory import (
     room_of_logits,
     room_of_loss,
 )
-from qlora_lightning.model.layer_shapes import BatchShape
 from qlora_lightning.model.model_shape import ModelShape
 from qlora_lightning.model.optimizer_bytes import count_optimizer_bytes
 from qlora_lightning.model.stored_bytes import BaseShape

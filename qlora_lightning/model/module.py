@@ -1,5 +1,6 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train and judge them."""
 
+import functools
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,14 +19,15 @@ from qlora_lightning.model.adapters import check_adapter_settings, trainable_ten
 from qlora_lightning.model.allocator import give_back_freed_memory, keep_freed_memory
 from qlora_lightning.model.answering import AnsweringModule
 from qlora_lightning.model.assembly import assemble_model
-from qlora_lightning.model.attention import NO_MASK
+from qlora_lightning.model.attention import NO_MASK, attends_flatly
 from qlora_lightning.model.checks import check_callbacks, check_trainer, check_training_mode
 from qlora_lightning.model.dtypes import ComputeDtype, choose_compute_dtype
 from qlora_lightning.model.filled_batch import fill_up
 from qlora_lightning.model.gradient_buckets import GradientBuckets
 from qlora_lightning.model.guard import OnNonfinite, TrainingGuard
 from qlora_lightning.model.loraplus import check_loraplus_ratio, group_parameters
-from qlora_lightning.model.loss import LossSums, head_loss, mean_with_gradient_of_sum
+from qlora_lightning.model.loss import LossSums, head_loss, mean_with_gradient_of_sum, next_labels
+from qlora_lightning.model.needed_tokens import has_dropout, leave_out_unneeded
 from qlora_lightning.model.neftune import check_neftune_alpha, embed_or_name
 from qlora_lightning.model.optimizer import ParameterGroups, build_optimizer, check_optimizer
 from qlora_lightning.model.out_of_memory import telling_out_of_memory
@@ -202,6 +204,9 @@ class QLoRAModule(AnsweringModule):
         Args:
             batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens`` ``(samples + 1,)``.
         """
+        batch = {**batch, "targets": next_labels(batch["labels"][0])[None]}
+        if self.leaves_out_unneeded:
+            batch = leave_out_unneeded(batch)
         if self.fast and self.device.type == "cpu":
             batch = fill_up(batch)
         with self.autocast():
@@ -211,10 +216,24 @@ class QLoRAModule(AnsweringModule):
                 attention_mask=NO_MASK,
                 cu_seqlens=batch["cu_seqlens"],
                 longest=batch["longest"],
+                places=batch.get("places"),
                 use_cache=False,
             ).last_hidden_state
             head = self.causal_lm.get_output_embeddings()
-            return head_loss(hidden[0], batch["labels"][0], head, fast=self.fast)
+            return head_loss(hidden[0], batch["targets"][0], head, fast=self.fast)
+
+    @property
+    def leaves_out_unneeded(self) -> bool:
+        """Whether the loss is computed without the tokens that it does not need.
+
+        Not where every sample shall have noise of its own, nor with attention that cannot look them up.
+        """
+        is_random = self.training and (self.neftune_alpha is not None or self._drops)
+        return self.fast and not is_random and attends_flatly(self.causal_lm)
+
+    @functools.cached_property
+    def _drops(self) -> bool:
+        return has_dropout(self.causal_lm)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Give a loss with the gradient of a *sum*; on_before_optimizer_step turns sums into the mean."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_lightning.model.attention_tiles import TILE, Layout, lay_out
+from qlora_lightning.model.attention_tiles import TILE, Layout
 from qlora_lightning.model.causal_bias import causal_bias
 from qlora_lightning.model.float32_products import multiply_to_float32
 
@@ -24,7 +24,7 @@ class ShortAttention(torch.autograd.Function):
     """Compute ``softmax(scale · Q Kᵀ + causal) V`` per sample, keeping Q in tiles, K, V and the probabilities."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
         """Attend.
 
         Args:
@@ -32,13 +32,13 @@ class ShortAttention(torch.autograd.Function):
             query: ``(1, heads, tokens, head_dim)``.
             key: ``(1, kv_heads, tokens, head_dim)``.
             value: Likewise.
-            bounds: Where samples begin, and the end of the last.
+            layout: Of the stream of samples.
             scale: Factor on the scores.
 
         Returns:
             ``(1, tokens, heads, head_dim)``.
         """
-        layout, head_dim = lay_out(bounds, key.shape[1]), query.shape[-1]
+        head_dim = query.shape[-1]
         rows = _by_key_head(query, layout).index_select(0, layout.rows)
         keys, values = _spread_keys(layout, key, value)
         mixed, kept = torch.empty_like(rows), []
@@ -58,7 +58,7 @@ class ShortAttention(torch.autograd.Function):
         rows, key, value, *kept = ctx.saved_tensors
         layout, scale, head_dim = ctx.layout, ctx.scale, key.shape[-1]
         keys, values = _spread_keys(layout, key, value)
-        # What fills samples up has no gradient: so it adds nothing to that of any key.
+        # What fills samples up, or is another sample's, has no gradient: so it adds nothing to that of any key.
         grad_mixed = _by_key_head(grad.transpose(1, 2), layout).index_select(0, layout.rows)
         grad_mixed.index_fill_(0, layout.filled, 0)
         grads = [torch.empty_like(each) for each in (rows, keys, values)]

@@ -9,8 +9,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from qlora_lightning import QLoRAModule
+from qlora_lightning.model.batch_shape import shape_of_batch
 from tests.benchmarks.ceiling import measure_ceiling, synchronize
-from tests.benchmarks.meter import rows_of
 from tests.benchmarks.products import forward_products, shape_of, step_products
 
 
@@ -51,10 +51,10 @@ class Ceilings(Callback):
             raise TypeError(f"expected a QLoRAModule, found {type(module).__name__}")
         synchronize(module.device)  # what a card has yet to do is the batch's own
         began = time.perf_counter()
-        shape, rows = shape_of(module.causal_lm), rows_of(batch)
+        shape, rows = shape_of(module.causal_lm), shape_of_batch(batch)
         products = step_products(shape, rows, self._checkpointing) if trains else forward_products(shape, rows)
         self.measured.append(measure_ceiling(products, torch.bfloat16, module.device))
-        self.tokens += sum(rows.lengths)
+        self.tokens += rows.tokens
         self.seconds += time.perf_counter() - began
 
 

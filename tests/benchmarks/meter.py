@@ -6,16 +6,16 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from qlora_lightning.model.batch_shape import BatchShape, shape_of_batch
 from tests.benchmarks.children import seconds_since_spawn
 from tests.benchmarks.figures import read_peak_bytes
-from tests.benchmarks.products import Rows
 
 
 class Meter(Callback):
     """Time the training loop and each step; note batches, losses, the start and the most memory."""
 
     def __init__(self) -> None:
-        self.batches: list[Rows] = []
+        self.batches: list[BatchShape] = []
         self.losses: list[float] = []
         self.step_seconds: list[float] = []
         self.seconds = self.start_seconds = 0.0
@@ -25,7 +25,7 @@ class Meter(Callback):
     @property
     def tokens(self) -> int:
         """Tokens of all batches."""
-        return sum(sum(batch.lengths) for batch in self.batches)
+        return sum(batch.tokens for batch in self.batches)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.perf_counter()
@@ -39,7 +39,7 @@ class Meter(Callback):
     ) -> None:
         self.losses.append(trainer.callback_metrics["train_loss"].item())  # waits for a card to be done
         self.step_seconds.append(time.perf_counter() - self._step_began)
-        self.batches.append(rows_of(batch))
+        self.batches.append(shape_of_batch(batch))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.seconds = time.perf_counter() - self._began
@@ -58,8 +58,3 @@ class ValidationMeter(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.callback_metrics["val_loss"].item()  # waits for a card to be done
         self.seconds = time.perf_counter() - self._began
-
-
-def rows_of(batch: Any) -> Rows:
-    """Note the rows of a flat batch."""
-    return Rows(tuple(batch["cu_seqlens"].diff().tolist()), int((batch["labels"] != -100).sum()))

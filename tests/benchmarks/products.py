@@ -1,7 +1,7 @@
 """The matrix products of a training step: what a LLaMA with LoRA adapters cannot do without.
 
-Nothing that an implementation computes again belongs to them. Attention has the tiles in which a CPU runs it: they hold
-somewhat more than the triangle up to the diagonal.
+Nothing that an implementation computes again belongs to them, and no token that no label needs. Attention has the tiles
+in which a CPU runs it: they hold somewhat more than the triangle up to the diagonal.
 """
 
 from collections import Counter
@@ -11,7 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 from peft.tuners.lora import LoraLayer
 
-from qlora_lightning.model.attention_tiles import TILE, tiles_of
+from qlora_lightning.model.attention_tiles import TILE
+from qlora_lightning.model.batch_shape import BatchShape
+from qlora_lightning.model.kept_memory import tiles_of_batch
 from qlora_lightning.model.long_attention import blocks, whole_vectors
 from qlora_lightning.model.short_attention import SHORT
 
@@ -76,13 +78,6 @@ class Shape:
     head: Linear
 
 
-class Rows(NamedTuple):
-    """A batch: the tokens of each row, and how many tokens of all are labelled."""
-
-    lengths: tuple[int, ...]
-    labelled: int
-
-
 def shape_of(causal_lm: Any) -> Shape:
     """Read the shape of a LLaMA of transformers, with or without PEFT's layers in it."""
     names = [name for stage in _STAGES for name in stage]
@@ -93,34 +88,34 @@ def shape_of(causal_lm: Any) -> Shape:
     return Shape(layers, *heads, head_dim, _linear(causal_lm.get_output_embeddings()))
 
 
-def forward_products(shape: Shape, batch: Rows) -> Counter[Product]:
+def forward_products(shape: Shape, batch: BatchShape) -> Counter[Product]:
     """Count the products of a forward pass; the head sees labelled tokens only."""
     products: Counter[Product] = Counter()
     for layer in shape.layers:
         for linear in layer.values():
-            products.update(_linear_forward(linear, sum(batch.lengths)))
-        products.update(_attention_forward(shape, batch.lengths))
+            products.update(_linear_forward(linear, batch.computed))
+        products.update(_attention_forward(shape, batch))
     products[Product("head", batch.labelled, shape.head.inputs, shape.head.outputs, "nt")] += 1
     return products
 
 
-def backward_products(shape: Shape, batch: Rows) -> Counter[Product]:
+def backward_products(shape: Shape, batch: BatchShape) -> Counter[Product]:
     """Count the products of a backward pass: none below the lowest adapter, none for the base's weights."""
     products: Counter[Product] = Counter()
-    tokens, flows = sum(batch.lengths), False  # whether the gradient of what flows in is wanted
+    tokens, flows = batch.computed, False  # whether the gradient of what flows in is wanted
     for layer in shape.layers:
         for stage in _STAGES:
             for name in stage:
                 products.update(_linear_backward(layer[name], tokens, flows))
             flows = flows or any(layer[name].rank for name in stage)
             if stage == _STAGES[0] and flows:
-                products.update(_attention_backward(shape, batch.lengths))
+                products.update(_attention_backward(shape, batch))
     if flows:
         products[Product("head", batch.labelled, shape.head.outputs, shape.head.inputs, "nn")] += 1
     return products
 
 
-def second_forward_products(shape: Shape, batch: Rows) -> Counter[Product]:
+def second_forward_products(shape: Shape, batch: BatchShape) -> Counter[Product]:
     """Count the products that gradient checkpointing runs again: of the lowest layer with adapters and above.
 
     Backward needs nothing of what a layer's last linear gives.
@@ -130,12 +125,12 @@ def second_forward_products(shape: Shape, batch: Rows) -> Counter[Product]:
     products: Counter[Product] = Counter()
     for layer in shape.layers[lowest:]:
         for name in needed:
-            products.update(_linear_forward(layer[name], sum(batch.lengths)))
-        products.update(_attention_forward(shape, batch.lengths))
+            products.update(_linear_forward(layer[name], batch.computed))
+        products.update(_attention_forward(shape, batch))
     return Counter({product._replace(part=f"{product.part} again"): count for product, count in products.items()})
 
 
-def step_products(shape: Shape, batch: Rows, gradient_checkpointing: bool) -> Counter[Product]:
+def step_products(shape: Shape, batch: BatchShape, gradient_checkpointing: bool) -> Counter[Product]:
     """Count the products of a training step."""
     products = forward_products(shape, batch) + backward_products(shape, batch)
     return products + second_forward_products(shape, batch) if gradient_checkpointing else products
@@ -166,25 +161,25 @@ def _linear_backward(linear: Linear, tokens: int, wants_input: bool) -> Iterator
             yield Product("adapters", tokens, rank, inputs, "nn")  # g B A
 
 
-def _attention_forward(shape: Shape, lengths: Sequence[int]) -> Iterator[Product]:
-    for matrices, rows, seen in _attention_shapes(shape, lengths):
+def _attention_forward(shape: Shape, batch: BatchShape) -> Iterator[Product]:
+    for matrices, rows, seen in _attention_shapes(shape, batch):
         yield Product("attention", rows, shape.head_dim, seen, "nt", matrices)  # Q Kᵀ
         yield Product("attention", rows, seen, shape.head_dim, "nn", matrices)  # P V
 
 
-def _attention_backward(shape: Shape, lengths: Sequence[int]) -> Iterator[Product]:
-    for matrices, rows, seen in _attention_shapes(shape, lengths):
+def _attention_backward(shape: Shape, batch: BatchShape) -> Iterator[Product]:
+    for matrices, rows, seen in _attention_shapes(shape, batch):
         yield Product("attention", rows, shape.head_dim, seen, "nt", matrices)  # of P: g Vᵀ
         yield Product("attention", seen, rows, shape.head_dim, "tn", matrices)  # of V: Pᵀ g
         yield Product("attention", rows, seen, shape.head_dim, "nn", matrices)  # of Q: dS K
         yield Product("attention", seen, rows, shape.head_dim, "tn", matrices)  # of K: dSᵀ Q
 
 
-def _attention_shapes(shape: Shape, lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+def _attention_shapes(shape: Shape, batch: BatchShape) -> Iterator[tuple[int, int, int]]:
     """Give how many matrices go into each product, their rows, and the keys that these see, as a CPU runs them."""
     shared = shape.heads // shape.kv_heads
-    for tile in tiles_of([length for length in lengths if length <= SHORT]):
+    for tile in tiles_of_batch(batch):
         yield tile.samples * shape.kv_heads, TILE * shared, tile.keys
-    for length in lengths:
+    for length in batch.attended:
         for first, end in blocks(length, shape.heads) if length > SHORT else ():
             yield shape.kv_heads, (end - first) * shared, whole_vectors(end)

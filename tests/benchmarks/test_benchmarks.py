@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from qlora_lightning.model.batch_shape import shape_of_batch
 from tests.benchmarks.figures import Figures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,10 +61,14 @@ def test_sizes_are_measured_in_short_rows_and_in_one(tiny_base: Path) -> None:
 
 
 def test_batch_of_random_tokens_has_rows_of_the_length_asked_for() -> None:
-    from tests.benchmarks.meter import rows_of
     from tests.benchmarks.one_batch import random_batch
 
-    assert rows_of(random_batch(500, 200)) == ((200, 200, 100), 250)
+    batch = shape_of_batch(random_batch(500, 200))
+    assert (batch.lengths, batch.labelled, batch.computed) == (
+        (200, 200, 100),
+        250,
+        497,
+    )  # nothing follows the last tokens
 
 
 def test_peer_reads_the_rows_in_the_order_in_which_ours_trains(

@@ -7,10 +7,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lightning.model.adapters import add_adapters
+from qlora_lightning.model.batch_shape import BatchShape
 from tests.benchmarks.ceiling import measure_ceiling
-from tests.benchmarks.products import Product, Rows, Shape, forward_products, shape_of, step_products
+from tests.benchmarks.products import Product, Shape, forward_products, shape_of, step_products
 
-BATCH = Rows(lengths=(3, 2), labelled=2)
+BATCH = BatchShape(lengths=(3, 2), labelled=2)
 # Of one layer: the weights of q, k, v, o, gate, up and down, and their inputs and outputs, once each.
 WEIGHTS = 16 + 8 + 8 + 16 + 24 + 24 + 24
 ENDS = 8 + 6 + 6 + 8 + 10 + 10 + 10

@@ -6,6 +6,7 @@ from qlora_lightning.data.batches import collate
 from qlora_lightning.data.samples import make_sample
 from qlora_lightning.model import module as module_file
 from qlora_lightning.model.filled_batch import fill_up, filled
+from qlora_lightning.model.loss import next_labels
 
 
 def batch_of(*lengths):
@@ -14,20 +15,29 @@ def batch_of(*lengths):
     return collate([make_sample(ids, [-100, *ids[1:]], row) for row, ids in enumerate(drawn)])
 
 
+def with_targets(batch):
+    return {**batch, "targets": next_labels(batch["labels"][0])[None]}
+
+
 def test_a_sample_without_labels_fills_the_last_block():
-    filled = fill_up(batch_of(10, 9))
-    assert [filled[name].shape for name in ("input_ids", "position_ids", "labels")] == [(1, 32)] * 3
+    filled = fill_up(with_targets(batch_of(10, 9)))
+    assert [filled[name].shape for name in ("input_ids", "position_ids", "targets")] == [(1, 32)] * 3
     assert filled["cu_seqlens"].tolist() == [0, 10, 19, 32]
     assert filled["cu_seqlens"].dtype == torch.int32
     assert filled["position_ids"][0, 19:].tolist() == list(range(13))
-    assert filled["labels"][0, 19:].tolist() == [-100] * 13
+    assert filled["targets"][0, 19:].tolist() == [-100] * 13
     assert filled["longest"] == 13
     assert filled["input_ids"][0, 18:].unique().numel() == 1  # the last token again
 
 
 def test_a_batch_of_whole_blocks_stays_as_it_is():
-    batch = batch_of(10, 6)
+    batch = with_targets(batch_of(10, 6))
     assert fill_up(batch) == dict(batch)
+
+
+def test_the_tokens_that_fill_up_have_places_behind_all_others():
+    batch = {**with_targets(batch_of(10, 9)), "places": torch.arange(19)}
+    assert fill_up(batch)["places"].tolist() == list(range(32))
 
 
 def test_tokens_are_counted_as_they_are_filled_up():
@@ -40,7 +50,7 @@ def test_loss_and_gradients_are_those_of_the_batch_alone(tiny_base, options, mon
         torch.manual_seed(0)
         module = QLoRAModule(str(tiny_base), rank=4, compute_dtype="fp32", quantization="none", **options)
         module.configure_model()
-        sums = module.train().compute_loss(batch_of(70, 13))
+        sums = module.train().compute_loss(batch_of(70, 14))
         sums.nll_sum.backward()
         return [sums.nll_sum.detach(), sums.labelled_tokens, sums.correct, *(p.grad for p in module.parameters())]
 

@@ -9,13 +9,14 @@ from qlora_lightning import QLoRAModule
 from qlora_lightning.commands.profile.kept import KeptTensors
 from qlora_lightning.commands.profile.parts import Widths
 from qlora_lightning.commands.profile.scopes import Scopes
+from qlora_lightning.model.batch_shape import BatchShape, shape_of_batch
 from qlora_lightning.model.kept_memory import (
     kept_by_layers,
     kept_outside,
     room_of_backward,
     room_of_logits,
 )
-from qlora_lightning.model.layer_shapes import BatchShape, LayerShape, LinearShape
+from qlora_lightning.model.layer_shapes import LayerShape, LinearShape
 from qlora_lightning.model.loss import IGNORED
 from qlora_lightning.model.model_shape import checkpoint_layers, read_model
 
@@ -31,10 +32,15 @@ def make(tiny_base, every_n_layers=0, **options):
     return module
 
 
-def kept_in_truth(module, lengths):
-    """Give the bytes that a forward pass keeps, and the shape of its batch; half of each sample is labelled."""
+def kept_in_truth(module, lengths, shared=0):
+    """Give the bytes that a forward pass keeps, and the shape of its batch; half of each sample is labelled.
+
+    So many tokens at the begin of each sample are those of all others.
+    """
     bounds = [0, *itertools.accumulate(lengths)]
     ids = torch.randint(5, 40_000, (1, bounds[-1]), generator=torch.Generator().manual_seed(1))
+    for start in bounds[:-1]:
+        ids[0, start : start + shared] = torch.arange(shared)
     labels = ids.clone()
     for start, length in zip(bounds, lengths, strict=False):
         labels[0, start : start + (length + 1) // 2] = IGNORED
@@ -49,7 +55,8 @@ def kept_in_truth(module, lengths):
     watched.start()
     loss = module.compute_loss(batch).nll_sum
     watched.stop()
-    return sum(watched.bytes_by_part(loss).values()), BatchShape(tuple(lengths), int((labels != IGNORED).sum()))
+    shape = shape_of_batch(batch)
+    return sum(watched.bytes_by_part(loss).values()), shape if module.leaves_out_unneeded else shape.whole()
 
 
 def kept_by_formula(module, batch, every_n_layers=0, e=2):
@@ -57,7 +64,7 @@ def kept_by_formula(module, batch, every_n_layers=0, e=2):
     return kept_by_layers(layers, batch, e, "cpu") + kept_outside(layers, batch, e)
 
 
-@pytest.mark.parametrize("lengths", [(64, 32, 128), (512, 8, 520)], ids=["short samples", "about 512 tokens"])
+@pytest.mark.parametrize("lengths", [(65, 33, 129), (513, 9, 521)], ids=["short samples", "about 512 tokens"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -78,11 +85,19 @@ def test_the_fused_path_keeps_what_the_formulas_say(tiny_base, options, lengths)
     assert kept_by_formula(module, batch, e=e) == pytest.approx(truth, rel=0.02)
 
 
+@pytest.mark.parametrize("lengths", [(97, 145, 97), (513, 105, 137)], ids=["short samples", "about 512 tokens"])
+def test_what_samples_share_is_kept_once(tiny_base, lengths):
+    module = make(tiny_base)
+    truth, batch = kept_in_truth(module, lengths, shared=48)
+    assert batch.computed == sum(lengths) - 3 - 2 * 48
+    assert kept_by_formula(module, batch) == pytest.approx(truth, rel=0.02)
+
+
 @pytest.mark.parametrize("options", [{}, {"layers": "last:1"}], ids=str)
 @pytest.mark.parametrize("every_n_layers", [1, 2])
 def test_checkpointed_layers_keep_their_input(tiny_base, every_n_layers, options):
     module = make(tiny_base, every_n_layers, **options)
-    truth, batch = kept_in_truth(module, (160, 160))
+    truth, batch = kept_in_truth(module, (161, 161))
     assert kept_by_formula(module, batch, every_n_layers) == pytest.approx(truth, rel=0.03)
 
 
@@ -93,7 +108,7 @@ def test_checkpointed_layers_keep_their_input(tiny_base, every_n_layers, options
 )
 def test_the_plain_path_is_an_estimate(tiny_base, options):
     module = make(tiny_base, **options)
-    truth, batch = kept_in_truth(module, (160, 160))
+    truth, batch = kept_in_truth(module, (161, 161))
     assert not any(layer.fused for layer in read_model(module.model).layers)
     assert kept_by_formula(module, batch) == pytest.approx(truth, rel=0.25)
 

@@ -12,7 +12,7 @@ from qlora_lightning.model.adapters import add_adapters, all_names_of_trainable_
 from qlora_lightning.model.generation import generate_answers
 from qlora_lightning.model.linear import fuse_lora_linears
 from qlora_lightning.model.lora_options import check_lora_options
-from qlora_lightning.model.loss import head_loss
+from qlora_lightning.model.loss import head_loss, next_labels
 from qlora_lightning.model.quantized import load_base
 
 TIED_EMBEDDING = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
@@ -50,7 +50,7 @@ def backward(model):
     positions = torch.arange(IDS.shape[1])[None]
     hidden = causal_lm.base_model(input_ids=IDS, position_ids=positions, cu_seqlens=bounds, use_cache=False)
     labels = torch.cat([torch.tensor([-100]), IDS[0, 1:]])
-    loss = head_loss(hidden.last_hidden_state[0], labels, causal_lm.get_output_embeddings()).nll_sum
+    loss = head_loss(hidden.last_hidden_state[0], next_labels(labels), causal_lm.get_output_embeddings()).nll_sum
     loss.backward()
     return loss.item()
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qlora_lightning.model import loss as loss_module
-from qlora_lightning.model.loss import _find_largest, head_loss
+from qlora_lightning.model.loss import _find_largest, head_loss, next_labels
 
 TOKENS, WIDTH, VOCABULARY = 20, 16, 50
 UNLABELLED = [0, 1, 2, 7, 8, 13, 14, 15]  # 12 labelled tokens are left
@@ -32,7 +32,7 @@ def test_loss_and_gradients_equal_cross_entropy_over_whole_logits(chunk, trainab
     expected = full_cross_entropy(hidden, labels, head)
     expected_gradients = torch.autograd.grad(expected, inputs)
 
-    sums = head_loss(hidden, labels, head, chunk, fast=fast)
+    sums = head_loss(hidden, next_labels(labels), head, chunk, fast=fast)
     gradients = torch.autograd.grad(sums.nll_sum, inputs)
 
     assert sums.labelled_tokens == 12
@@ -44,8 +44,8 @@ def test_loss_and_gradients_equal_cross_entropy_over_whole_logits(chunk, trainab
 @pytest.mark.parametrize("trainable_head", [False, True])
 def test_gradient_scales_with_what_the_loss_is_multiplied_by(trainable_head):
     hidden, labels, head = draw(trainable_head)
-    (single,) = torch.autograd.grad(head_loss(hidden, labels, head).nll_sum, hidden)
-    (triple,) = torch.autograd.grad(3 * head_loss(hidden, labels, head).nll_sum, hidden)
+    (single,) = torch.autograd.grad(head_loss(hidden, next_labels(labels), head).nll_sum, hidden)
+    (triple,) = torch.autograd.grad(3 * head_loss(hidden, next_labels(labels), head).nll_sum, hidden)
     torch.testing.assert_close(triple, 3 * single)
 
 
@@ -61,8 +61,11 @@ def test_without_labelled_tokens_loss_and_gradient_are_zero(trainable_head):
 def test_nothing_is_predicted_across_samples():
     hidden, labels, head = draw()
     labels[10] = -100  # a second sample begins at 10: its first label is never one
-    together = head_loss(hidden, labels, head)
-    first, second = head_loss(hidden[:10], labels[:10], head), head_loss(hidden[10:], labels[10:], head)
+    together = head_loss(hidden, next_labels(labels), head)
+    first, second = (
+        head_loss(hidden[:10], next_labels(labels[:10]), head),
+        head_loss(hidden[10:], next_labels(labels[10:]), head),
+    )
     torch.testing.assert_close(together.nll_sum, first.nll_sum + second.nll_sum)
     assert together.labelled_tokens == first.labelled_tokens + second.labelled_tokens
     (gradient,) = torch.autograd.grad(together.nll_sum, hidden)
@@ -73,7 +76,7 @@ def test_nothing_is_predicted_across_samples():
 def test_each_token_is_predicted_from_the_one_before_it():
     # the head is the identity, so that token t predicts the index of its largest number
     hidden = 10 * F.one_hot(torch.tensor([1, 2, 3, 0])).float()
-    sums = head_loss(hidden, torch.tensor([-100, 1, 2, 0]), head=identity_head(4))
+    sums = head_loss(hidden, next_labels(torch.tensor([-100, 1, 2, 0])), head=identity_head(4))
     assert sums.correct == 2  # 1 and 2 are right, 3 is not 0
     right = torch.tensor(3.0).add(torch.tensor(10.0).exp()).log() - 10  # -log softmax of the largest
     torch.testing.assert_close(sums.nll_sum, 3 * right + 10)
@@ -98,7 +101,7 @@ def test_a_head_that_trains_or_shall_be_plain_is_checkpointed_chunk_by_chunk(mon
 
     monkeypatch.setattr(loss_module, "checkpoint", spy)
     hidden, labels, head = draw(trainable_head)
-    head_loss(hidden, labels, head, chunk=5, fast=fast)
+    head_loss(hidden, next_labels(labels), head, chunk=5, fast=fast)
     assert made == [5, 5, 2][:calls]
 
 
@@ -106,17 +109,17 @@ def test_a_hook_on_the_head_is_called():
     hidden, labels, head = draw()
     head.weight.requires_grad_(False)
     doubled = head.register_forward_hook(lambda module, inputs, output: 2 * output)
-    loss = head_loss(hidden, labels, head).nll_sum
+    loss = head_loss(hidden, next_labels(labels), head).nll_sum
     doubled.remove()
     head.weight.mul_(2)
-    torch.testing.assert_close(loss, head_loss(hidden, labels, head).nll_sum)
+    torch.testing.assert_close(loss, head_loss(hidden, next_labels(labels), head).nll_sum)
 
 
 def test_in_bfloat16_the_sum_is_float32_and_the_gradient_bfloat16():
     hidden, labels, head = draw()
     expected = full_cross_entropy(hidden, labels, head)
     low = hidden.detach().bfloat16().requires_grad_()
-    sums = head_loss(low, labels, head.bfloat16())
+    sums = head_loss(low, next_labels(labels), head.bfloat16())
     sums.nll_sum.backward()
     assert sums.nll_sum.dtype == torch.float32
     assert low.grad.dtype == torch.bfloat16
@@ -126,15 +129,15 @@ def test_in_bfloat16_the_sum_is_float32_and_the_gradient_bfloat16():
 def test_evaluation_without_gradients_gives_the_same_sums():
     hidden, labels, head = draw()
     with torch.no_grad():
-        evaluated = head_loss(hidden, labels, head)
-    assert all(torch.equal(a, b) for a, b in zip(evaluated, head_loss(hidden, labels, head), strict=True))
+        evaluated = head_loss(hidden, next_labels(labels), head)
+    assert all(torch.equal(a, b) for a, b in zip(evaluated, head_loss(hidden, next_labels(labels), head), strict=True))
 
 
 def test_a_factor_on_the_loss_is_not_rounded_to_the_gradients_dtype():
     hidden, labels, head = draw()
     hidden, head = hidden.detach().bfloat16().requires_grad_(), head.bfloat16()
-    (whole,) = torch.autograd.grad(head_loss(hidden, labels, head).nll_sum, hidden)
-    (third,) = torch.autograd.grad(head_loss(hidden, labels, head).nll_sum / 3, hidden)
+    (whole,) = torch.autograd.grad(head_loss(hidden, next_labels(labels), head).nll_sum, hidden)
+    (third,) = torch.autograd.grad(head_loss(hidden, next_labels(labels), head).nll_sum / 3, hidden)
     assert torch.equal(third, (whole.float() / 3).bfloat16())
     assert not torch.equal(third, whole * torch.tensor(1 / 3).bfloat16())
 

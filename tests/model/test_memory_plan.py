@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from qlora_lightning.model.layer_shapes import BatchShape
+from qlora_lightning.model.batch_shape import BatchShape
 from qlora_lightning.model.memory_plan import PARTS, StepSettings, plan_memory, share_unread
 from qlora_lightning.model.model_shape import checkpoint_layers, read_model
 from qlora_lightning.model.optimizer_bytes import count_optimizer_bytes

@@ -3,14 +3,15 @@ import statistics
 import pytest
 import torch
 
+from qlora_lightning.model.attention_tiles import Layout
 from qlora_lightning.model.short_attention import ShortAttention
-from tests.model.written_attention import attend, bounds_of, draw, errors, errors_of_torch, with_gradients
+from tests.model.written_attention import KV_HEADS, attend, bounds_of, draw, errors, errors_of_torch, with_gradients
 
 LENGTHS = (5, 1, 137, 64, 70)  # three tiles, and one that is just full
 
 
 def short(lengths, scale=0.3):
-    return lambda *qkv: ShortAttention.apply(*qkv, bounds_of(lengths), scale)
+    return lambda *qkv: ShortAttention.apply(*qkv, Layout(bounds_of(lengths), KV_HEADS), scale)
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (1,), (64,), (65, 65)], ids=str)

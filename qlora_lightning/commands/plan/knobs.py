@@ -1,12 +1,10 @@
 """What one change of a setting would save."""
 
-import dataclasses
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from qlora_lightning.commands.plan.planner import Choice, Planner
-from qlora_lightning.model.layer_shapes import BatchShape, LayerShape
+from qlora_lightning.model.layer_shapes import LayerShape
 from qlora_lightning.model.model_shape import ModelShape
 
 
@@ -60,7 +58,7 @@ def _checkpoint(now: Choice) -> list[_Change]:
     if now.every_n_layers == 1:
         return []
     option = "enabled: true" if now.every_n_layers == 0 else "every_n_layers: 1"
-    changed = dataclasses.replace(now, every_n_layers=1)
+    changed = replace(now, every_n_layers=1)
     return [(f"gradient_checkpointing.{option}", changed, "same result, about a third slower")]
 
 
@@ -69,11 +67,11 @@ def _fewer_tokens(now: Choice, accumulate: int, batch_size: int | None, budget: 
     if batch_size is not None and batch_size > 1 and len(lengths) > 1:
         rows = next(n for n in range(batch_size // 2, 0, -1) if batch_size % n == 0)
         change = f"data.batch_size: {rows}, trainer.accumulate_grad_batches: {accumulate * batch_size // rows}"
-        return [(change, _with_batch(now, sorted(lengths, reverse=True)[:rows]), "same result, a little slower")]
+        return [(change, replace(now, batch=now.batch.longest(rows)), "same result, a little slower")]
     if budget is not None and max(lengths) <= budget // 2:
         change = f"data.tokens_per_batch: {budget // 2}, trainer.accumulate_grad_batches: {2 * accumulate}"
-        half = lengths[: max(1, math.ceil(len(lengths) / 2))]
-        return [(change, _with_batch(now, half), "nearly the same result, a little slower")]
+        half = now.batch.longest(math.ceil(len(lengths) / 2))
+        return [(change, replace(now, batch=half), "nearly the same result, a little slower")]
     return []
 
 
@@ -81,27 +79,21 @@ def _shorter(now: Choice) -> list[_Change]:
     half = max(now.batch.lengths) // 2
     if half < _SHORTEST:
         return []
-    shorter = [min(length, half) for length in now.batch.lengths]
-    return [(f"data.max_length: {half}", _with_batch(now, shorter), "longer rows are cut, see data.too_long")]
-
-
-def _with_batch(now: Choice, lengths: Any) -> Choice:
-    """Give the choice with other lengths; labelled tokens in proportion."""
-    batch = BatchShape(tuple(lengths), 0)
-    labelled = math.ceil(now.batch.labelled * batch.tokens / now.batch.tokens)
-    return dataclasses.replace(now, batch=dataclasses.replace(batch, labelled=labelled))
+    return [
+        (f"data.max_length: {half}", replace(now, batch=now.batch.cut(half)), "longer rows are cut, see data.too_long")
+    ]
 
 
 def _store_smaller(now: Choice) -> list[_Change]:
     found: list[_Change] = []
     if now.quantization in ("int8", "none"):
-        four = dataclasses.replace(now, quantization="nf4", double_quant=True)
+        four = replace(now, quantization="nf4", double_quant=True)
         found.append(("model.quantization: nf4", four, "a base in 4 bits: small losses of quality"))
     elif not now.double_quant:
-        double = dataclasses.replace(now, double_quant=True)
+        double = replace(now, double_quant=True)
         found.append(("model.double_quant: true", double, "next to nothing"))
     if now.optimizer is None:
-        eight = dataclasses.replace(now, optimizer="bitsandbytes.optim.AdamW8bit")
+        eight = replace(now, optimizer="bitsandbytes.optim.AdamW8bit")
         found.append(("model.optimizer: bitsandbytes.optim.AdamW8bit", eight, "averages in 8 bits"))
     return found
 
@@ -127,18 +119,16 @@ def _train_less(now: Choice, model: ModelShape) -> list[tuple[str, ModelShape, s
 
 def _with_rank(model: ModelShape, rank: int) -> ModelShape:
     layers = [_with_ranks(layer, rank) for layer in model.layers]
-    return dataclasses.replace(model, layers=tuple(layers))
+    return replace(model, layers=tuple(layers))
 
 
 def _with_upper_layers(model: ModelShape, upper: int) -> ModelShape:
-    bare = [dataclasses.replace(_with_ranks(layer, 0), input_trains=False) for layer in model.layers[:-upper]]
+    bare = [replace(_with_ranks(layer, 0), input_trains=False) for layer in model.layers[:-upper]]
     first, *others = model.layers[-upper:]
-    return dataclasses.replace(model, layers=(*bare, dataclasses.replace(first, input_trains=False), *others))
+    return replace(model, layers=(*bare, replace(first, input_trains=False), *others))
 
 
 def _with_ranks(layer: LayerShape, rank: int) -> LayerShape:
     """Give the layer with another rank of the adapters that it has."""
-    linears = {
-        name: dataclasses.replace(linear, rank=rank if linear.rank else 0) for name, linear in layer.linears.items()
-    }
-    return dataclasses.replace(layer, linears=linears)
+    linears = {name: replace(linear, rank=rank if linear.rank else 0) for name, linear in layer.linears.items()}
+    return replace(layer, linears=linears)

@@ -8,10 +8,11 @@ from torch import nn
 
 from qlora_lightning.commands.plan.run_length import RunLength
 from qlora_lightning.errors import UserError
+from qlora_lightning.model.batch_shape import BatchShape
 from qlora_lightning.model.dtypes import choose_compute_dtype
-from qlora_lightning.model.layer_shapes import BatchShape
 from qlora_lightning.model.memory_plan import MemoryPlan, StepSettings, plan_memory, share_unread
 from qlora_lightning.model.model_shape import ModelShape, checkpoint_layers, read_model
+from qlora_lightning.model.needed_tokens import has_dropout
 from qlora_lightning.model.quantized import Quantization, check_stored_quantization
 from qlora_lightning.model.skeleton import build_skeleton
 from qlora_lightning.model.stored_bytes import name_storage
@@ -30,6 +31,7 @@ class Choice:
         adapter: ``model.adapter``.
         adapter_options: Arguments of :func:`qlora_lightning.model.adapters.add_adapters`.
         fast: ``model.fast``.
+        has_noise: Whether there is a ``model.neftune_alpha``.
         every_n_layers: Every n-th layer is checkpointed; 0: none.
         batch: The largest micro-batch.
         batch_lengths: How many numbers of tokens the run's micro-batches have.
@@ -42,6 +44,7 @@ class Choice:
     adapter: str | None
     adapter_options: dict[str, Any]
     fast: bool
+    has_noise: bool
     every_n_layers: int
     batch: BatchShape
     batch_lengths: int = 1
@@ -108,7 +111,8 @@ class Planner:
             batch_lengths=choice.batch_lengths,
             unread=0.0 if choice.ids is None else share_unread(choice.ids, shape.base, number_bytes),
         )
-        return plan_memory(shape, choice.batch, settings)
+        leaves_out = choice.fast and not choice.has_noise and not has_dropout(self.model(choice))
+        return plan_memory(shape, choice.batch if leaves_out else choice.batch.whole(), settings)
 
 
 def _key(choice: Choice) -> str:
@@ -139,6 +143,7 @@ def read_choice(module: Any, checkpointing: dict[str, Any], run: RunLength, conf
         adapter=module.adapter,
         adapter_options=module.adapter_options,
         fast=module.fast,
+        has_noise=module.neftune_alpha is not None,
         every_n_layers=checkpointing["every_n_layers"] if checkpointing["enabled"] else 0,
         batch=run.batch,
         batch_lengths=run.batch_lengths,

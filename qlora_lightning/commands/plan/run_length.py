@@ -8,8 +8,8 @@ from qlora_lightning.data.epoch_plan import EpochPlan
 from qlora_lightning.data.largest_batch import epochs_to_look_at, first_and_largest
 from qlora_lightning.data.sources import find_sources
 from qlora_lightning.errors import UserError
+from qlora_lightning.model.batch_shape import BatchShape, shape_of_rows
 from qlora_lightning.model.filled_batch import filled
-from qlora_lightning.model.layer_shapes import BatchShape
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,10 @@ def measure_run(data: Any, trainer: dict[str, Any], no_tokenizer: str | None) ->
     found = first_and_largest(plan, epochs, limit=epoch.batches)
     if found is None:
         return RunLength(largest_allowed(data), why_not="There are no training rows.")
-    rows = found[1].rows
     batches = [batch for number in epochs for batch in plan.batches(number)[: epoch.batches]]
     batches = batches[: None if epoch.all_steps is None else epoch.all_steps * epoch.accumulate]
     count = len({filled(int(plan.samples.lengths[batch.rows].sum())) for batch in batches})
-    lengths = tuple(plan.samples.lengths[rows].tolist())
-    return RunLength(BatchShape(lengths, int(plan.samples.labelled_counts[rows].sum())), epoch, count, plan.samples.ids)
+    return RunLength(shape_of_rows(plan.samples, found[1].rows), epoch, count, plan.samples.ids)
 
 
 def largest_allowed(data: Any) -> BatchShape:

@@ -1,5 +1,7 @@
 """Runs the largest batch to come once before the first step, so that memory runs out at the start or not at all."""
 
+import functools
+import operator
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from qlora_lightning.data.loader import FlatLoader
 from qlora_lightning.data.order import RankBatch
 from qlora_lightning.data.stream import StreamLoader
 from qlora_lightning.model.adapters import trainable_tensors
+from qlora_lightning.model.batch_shape import count_computed, shape_of_rows
 from qlora_lightning.model.device_memory import read_peak_gib
 from qlora_lightning.model.generators import capture_generators, restore_generators
 from qlora_lightning.model.out_of_memory import telling_out_of_memory
@@ -27,11 +30,12 @@ _WORTH = 1.2  # times the tokens of the first batch: what is hardly larger is no
 class DryBatch(Callback):
     """Run forward and backward of the largest micro-batch of the run before step 1, and forget all of it.
 
-    The largest is that with the most tokens (the longest row decides between equals) among those still to come, in
-    this epoch and, of small data, the nine after it; of a stream, among those of its first rows. It runs where it has
-    more than 1.2 times the tokens of the next batch, which runs at once anyway; on a resumed run likewise, since the
-    machine or the config may be another one. Nothing is left of it: no gradient, no step, no logged value, and every
-    random generator and the loader's place are as before, so that results are bit-equal with and without it.
+    The largest is that with the most tokens that are computed (the longest row decides between equals) among those
+    still to come, in this epoch and, of small data, the nine after it; of a stream, among those of its first rows. It
+    runs where it has more than 1.2 times the tokens of the next batch, which runs at once anyway; on a resumed run
+    likewise, since the machine or the config may be another one. Nothing is left of it: no gradient, no step, no
+    logged value, and every random generator and the loader's place are as before, so that results are bit-equal with
+    and without it.
     ``fast_dev_run`` leaves it out.
 
     It comes before :class:`GradientCheckpointing` among the callbacks, which counts the layers' runs of the first step.
@@ -46,7 +50,7 @@ class DryBatch(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.enabled or is_trial_run(trainer) or not hasattr(pl_module, "compute_loss"):
             return
-        batch = find_largest(trainer)
+        batch = find_largest(trainer, pl_module)
         if batch is None:
             return
         if pl_module.device.type == "cuda":
@@ -64,25 +68,33 @@ class DryBatch(Callback):
             )
 
 
-def find_largest(trainer: Trainer) -> Batch | None:
+def find_largest(trainer: Trainer, module: Any) -> Batch | None:
     """Give the largest micro-batch to come on this rank; ``None`` where it is not worth a run, or nobody knows it.
 
     Args:
         trainer: Of a fit that is about to take its first step.
+        module: That is fitted.
     """
-    ahead = look_ahead(trainer)
+    ahead = look_ahead(trainer, module)
     if ahead is None:
         return None
     plan, *batches = ahead
-    first, largest = (int(plan.samples.lengths[batch.rows].sum()) for batch in batches)
-    return None if largest <= _WORTH * first else collate_rows(plan.samples, *ahead[2])
+    first, largest = (shape_of_rows(plan.samples, batch.rows) for batch in batches)
+    tokens = operator.attrgetter("computed" if leaves_out(module) else "tokens")
+    return None if tokens(largest) <= _WORTH * tokens(first) else collate_rows(plan.samples, *ahead[2])
 
 
-def look_ahead(trainer: Trainer) -> tuple[EpochPlan, RankBatch, RankBatch] | None:
+def leaves_out(module: Any) -> bool:
+    """Whether a module, which may be another than ours, leaves out tokens that its loss does not need."""
+    return bool(getattr(module, "leaves_out_unneeded", False))
+
+
+def look_ahead(trainer: Trainer, module: Any) -> tuple[EpochPlan, RankBatch, RankBatch] | None:
     """Give the plan of batches to come, the first of them and the largest; ``None`` where nobody knows them.
 
     Args:
         trainer: Of a fit that is about to take its first step.
+        module: That is fitted.
     """
     loader: Any = trainer.train_dataloader
     if isinstance(loader, FlatLoader):
@@ -94,7 +106,8 @@ def look_ahead(trainer: Trainer) -> tuple[EpochPlan, RankBatch, RankBatch] | Non
     else:
         return None
     limit = int(min(trainer.num_training_batches, len(loader)))
-    found = first_and_largest(plan, epochs, done, limit, loader.rank)
+    count = functools.partial(count_computed, plan.samples) if leaves_out(module) else None
+    found = first_and_largest(plan, epochs, done, limit, loader.rank, count)
     return None if found is None else (plan, *found)
 
 

@@ -8,7 +8,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.base.byte_size import format_bytes
-from qlora_lightning.callbacks.dry_batch import look_ahead
+from qlora_lightning.callbacks.dry_batch import leaves_out, look_ahead
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
 from qlora_lightning.callbacks.started_folder import writing_to
 from qlora_lightning.console import say
@@ -51,7 +51,7 @@ class MemoryComparison(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_trial_run(trainer) or not _is_planned(pl_module):
             return
-        ahead = look_ahead(trainer)
+        ahead = look_ahead(trainer, pl_module)
         if ahead is not None:
             plan, _, largest = ahead
             self._ids = plan.samples.ids
@@ -119,7 +119,7 @@ class MemoryComparison(Callback):
 
 
 def _computed(shape: BatchShape, module: Any) -> BatchShape:
-    return shape if module.leaves_out_unneeded else shape.whole()
+    return shape if leaves_out(module) else shape.whole()
 
 
 def _checkpointed(trainer: Trainer) -> int:

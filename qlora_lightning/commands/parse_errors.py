@@ -112,7 +112,7 @@ def _bad_union_value(match: re.Match[str], message: str, known: Mapping[str, typ
     return f"{match['key']} is {match['value'].strip()}: expected {expected}."
 
 
-_NAMES_PLACE = (_unknown_key, _unknown_nested_key, _not_a_mapping, _bad_class)
+_NAMES_PLACE = (_bad_yaml, _unknown_key, _unknown_nested_key, _not_a_mapping, _bad_class)
 
 
 def _plain_type(text: str) -> str:

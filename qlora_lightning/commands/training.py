@@ -41,6 +41,7 @@ from qlora_lightning.commands.foreign_errors import word_foreign_error
 from qlora_lightning.commands.parse_errors import check_top_level, word_parse_error
 from qlora_lightning.commands.processes import check_strategy, find_lost_process, set_timeout
 from qlora_lightning.commands.short_forms import expand_arguments, expand_config, shorten_config
+from qlora_lightning.commands.whole_numbers import read_whole_numbers_first
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.tokenizers import tokenizer_of_base
 from qlora_lightning.errors import UserError
@@ -95,6 +96,7 @@ class QLoRACLI(LightningCLI):
     def __init__(self, *args: Any, verb: str | None = None, **kwargs: Any) -> None:
         self._command = ["qlora-lightning", *(kwargs.get("args") or [])]
         self._verb = verb  # the only subcommand to make a parser for, which takes a while; None: all
+        read_whole_numbers_first()
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static there, but called by self

@@ -1,5 +1,7 @@
 """Which micro-batch of a run is the largest."""
 
+from collections.abc import Callable, Sequence
+
 from qlora_lightning.data.epoch_plan import EpochPlan
 from qlora_lightning.data.order import RankBatch
 
@@ -22,11 +24,16 @@ def epochs_to_look_at(plan: EpochPlan, now: int = 0, max_epochs: int | None = No
 
 
 def first_and_largest(
-    plan: EpochPlan, epochs: range, done: int = 0, limit: int | None = None, rank: int = 0
+    plan: EpochPlan,
+    epochs: range,
+    done: int = 0,
+    limit: int | None = None,
+    rank: int = 0,
+    count: Callable[[Sequence[int]], int] | None = None,
 ) -> tuple[RankBatch, RankBatch] | None:
     """Give the first micro-batch to come and the largest; ``None`` where none is to come.
 
-    The largest has the most tokens; the longest row decides between equals.
+    The largest has the most tokens that are computed; the longest row decides between equals.
 
     Args:
         plan: Of all epochs.
@@ -34,6 +41,7 @@ def first_and_largest(
         done: Micro-batches of the first of them that are done.
         limit: Micro-batches of each epoch; ``None`` for all.
         rank: Whose.
+        count: Counts the tokens that are computed of a batch of rows; ``None``: all of them are.
     """
     lengths = plan.samples.lengths
     starts = [done, *[0] * (len(epochs) - 1)]
@@ -42,4 +50,12 @@ def first_and_largest(
     if not batches:
         return None
     costs = [(int(lengths[batch.rows].sum()), int(lengths[batch.rows].max())) for batch in batches]
-    return batches[0], batches[costs.index(max(costs))]
+    largest, most = 0, (-1, -1)
+    for number in sorted(range(len(batches)), key=costs.__getitem__, reverse=True):
+        tokens, longest = costs[number]
+        if tokens < most[0]:
+            break  # no more are computed than there are
+        cost = (tokens if count is None else count(batches[number].rows), longest)
+        if cost > most:
+            largest, most = number, cost
+    return batches[0], batches[largest]

@@ -10,6 +10,7 @@ from rich.table import Table
 from qlora_lightning.evaluation.bootstrap import Interval
 from qlora_lightning.evaluation.comparison import BASE, Duel, Measured
 from qlora_lightning.evaluation.names import describe_metric
+from qlora_lightning.page.visible import show_controls
 
 
 def metrics_table(measured: Mapping[str, Measured], title: str, width: int | None = None) -> Table:
@@ -96,7 +97,7 @@ def samples_table(entries: Mapping[str, str], title: str = "") -> Table:
     table.add_column(style="dim", no_wrap=True, width=max(8, *(len(name) for name in entries)))
     table.add_column(overflow="fold")
     for name, text in entries.items():
-        table.add_row(escape(name), escape(_shorten(text)))
+        table.add_row(escape(name), escape(_shorten(show_controls(text))))
     return table
 
 

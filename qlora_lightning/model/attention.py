@@ -16,6 +16,7 @@ from qlora_lightning.model.attention_tiles import lay_out
 from qlora_lightning.model.autograd import apply
 from qlora_lightning.model.kv_cache import KeyValueCache
 from qlora_lightning.model.long_attention import LongAttention
+from qlora_lightning.model.needed_tokens import check_bounds
 from qlora_lightning.model.short_attention import SHORT, ShortAttention
 from qlora_lightning.model.whole_samples import lay_out_samples, sort_by_place
 
@@ -53,7 +54,7 @@ def flat_attention(
     dropout: float = 0.0,
     cu_seqlens: Tensor | None = None,
     longest: int | None = None,
-    places: Tensor | None = None,
+    stream_places: Tensor | None = None,
     kv_cache: KeyValueCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -69,8 +70,8 @@ def flat_attention(
         dropout: Probability with which attention weights are dropped.
         cu_seqlens: Where samples begin and the last one ends, ``(samples + 1,)``, int32.
         longest: Tokens of the longest sample.
-        places: Where in the stream the tokens of the samples are, ``(cu_seqlens[-1],)``, if it holds what they begin
-            with in common once; ``None``: in order.
+        stream_places: Where in the stream the tokens of the samples are, ``(cu_seqlens[-1],)``, if it holds what they
+            begin with in common once; ``None``: in order.
         kv_cache: Of rows that are being answered: takes in their prompts, then attends for one token of each.
         kwargs: Handed on to transformers' SDPA.
 
@@ -81,12 +82,12 @@ def flat_attention(
         return mixed, None
     if cu_seqlens is not None and dropout == 0.0:
         if query.device.type == "cpu":
-            return _attend_by_products(query, key, value, cu_seqlens, places, scaling), None
+            return _attend_by_products(query, key, value, cu_seqlens, stream_places, scaling), None
         if longest is not None and _has_varlen_kernel(query):
             attend = functools.partial(_attend_varlen, cu_seqlens=cu_seqlens, longest=longest, scaling=scaling)
-            return _attend_in_full(attend, query, key, value, places), None
+            return _attend_in_full(attend, query, key, value, stream_places), None
     return plain_flat_attention(
-        module, query, key, value, attention_mask, scaling, dropout, cu_seqlens, longest, places, **kwargs
+        module, query, key, value, attention_mask, scaling, dropout, cu_seqlens, longest, stream_places, **kwargs
     )
 
 
@@ -100,7 +101,7 @@ def plain_flat_attention(
     dropout: float = 0.0,
     cu_seqlens: Tensor | None = None,
     longest: int | None = None,
-    places: Tensor | None = None,
+    stream_places: Tensor | None = None,
     kv_cache: KeyValueCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -113,17 +114,17 @@ def plain_flat_attention(
         )
         return output, None
     attend = functools.partial(_attend_per_sample, cu_seqlens=cu_seqlens, scaling=scaling, dropout=dropout)
-    return _attend_in_full(attend, query, key, value, places), None
+    return _attend_in_full(attend, query, key, value, stream_places), None
 
 
 def _attend_in_full(
-    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, places: Tensor | None
+    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, stream_places: Tensor | None
 ) -> Tensor:
     """Lay all tokens of the samples out, let them attend, and give what the stream holds of it."""
-    if places is None:
+    if stream_places is None:
         return attend(query, key, value)
-    order, begins = sort_by_place(places, query.shape[2])
-    whole = (lay_out_samples(each, places, order, begins) for each in (query, key, value))
+    order, begins = sort_by_place(stream_places, query.shape[2])
+    whole = (lay_out_samples(each, stream_places, order, begins) for each in (query, key, value))
     return attend(*whole).index_select(1, order[begins])  # one of each place: all are the same
 
 
@@ -174,24 +175,23 @@ def _attend_by_products(
     key: Tensor,
     value: Tensor,
     cu_seqlens: Tensor,
-    places: Tensor | None,
+    stream_places: Tensor | None,
     scaling: float | None,
 ) -> Tensor:
     # As SDPA does under autocast, where what trains in float32 makes some of them float32.
     autocasts = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocasts else value.dtype
     bounds = tuple(cu_seqlens.tolist())
-    tokens = query.shape[2] if places is None else len(places)
-    if bounds[0] != 0 or bounds[-1] != tokens or any(end <= start for start, end in itertools.pairwise(bounds)):
-        raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, the tokens of the batch; found {list(bounds)}.")
+    tokens = query.shape[2] if stream_places is None else len(stream_places)
+    check_bounds(bounds, tokens)
     query, key, value = (each.to(dtype) for each in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast("cpu", enabled=False):
-        if places is not None and all(end - start <= SHORT for start, end in itertools.pairwise(bounds)):
-            layout = lay_out(bounds, key.shape[1], places.numpy().tobytes())
+        if stream_places is not None and all(end - start <= SHORT for start, end in itertools.pairwise(bounds)):
+            layout = lay_out(bounds, key.shape[1], stream_places.numpy().tobytes())
             return cast(Tensor, apply(ShortAttention, query, key, value, layout, scale))
         attend = functools.partial(_attend_by_length, bounds=bounds, scale=scale)
-        return _attend_in_full(attend, query, key, value, places)
+        return _attend_in_full(attend, query, key, value, stream_places)
 
 
 def _attend_by_length(query: Tensor, key: Tensor, value: Tensor, *, bounds: tuple[int, ...], scale: float) -> Tensor:

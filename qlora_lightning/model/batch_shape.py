@@ -45,14 +45,14 @@ class BatchShape:
         return BatchShape(self.lengths, self.labelled)
 
     def cut(self, most: int) -> "BatchShape":
-        """Give the batch with samples of at most so many tokens, labelled ones in proportion."""
+        """Give about the batch with samples of at most so many tokens, labelled ones in proportion."""
         lengths, seen, shared = (
             tuple(min(each, most) for each in counts) for counts in (self.lengths, self.seen, self.shared)
         )
         return BatchShape(lengths, self._labelled_of(lengths), seen, shared)
 
     def longest(self, samples: int) -> "BatchShape":
-        """Give the batch of its longest samples, so many, labelled tokens in proportion."""
+        """Give about the batch of its longest samples: labelled tokens in proportion, and they share as much."""
         order = sorted(range(len(self.lengths)), key=lambda sample: -self.lengths[sample])[:samples]
         lengths, seen, shared = (
             tuple(counts[sample] for sample in order if counts) for counts in (self.lengths, self.seen, self.shared)
@@ -74,6 +74,11 @@ def shape_of_rows(samples: Any, rows: Sequence[int]) -> BatchShape:
     """Read the shape of the batch of some rows of a :class:`~qlora_lightning.data.sample_set.SampleSet`."""
     spans = [slice(samples.starts[row], samples.starts[row + 1]) for row in rows]
     return _shape_of([samples.ids[span] for span in spans], [samples.labelled[span] for span in spans])
+
+
+def count_computed(samples: Any, rows: Sequence[int]) -> int:
+    """Count the tokens that are computed of the batch of some rows."""
+    return shape_of_rows(samples, rows).computed
 
 
 def _shape_of(ids: Sequence[Any], labelled: Sequence[Any]) -> BatchShape:

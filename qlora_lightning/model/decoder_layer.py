@@ -28,7 +28,7 @@ from qlora_lightning.model.originals import Originals
 from qlora_lightning.model.rotary import Rotary
 from qlora_lightning.model.swiglu import swiglu
 
-_OF_SAMPLES = ("cu_seqlens", "longest", "places", "kv_cache")  # what attention is told of them
+_OF_SAMPLES = ("cu_seqlens", "longest", "stream_places", "kv_cache")  # what attention is told of them
 _PARTS = (LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRMSNorm)
 ACTIVATIONS = (SiLUActivation, nn.SiLU)  # of hidden_act silu, and of swish, which is the same function
 _ORIGINALS = Originals(

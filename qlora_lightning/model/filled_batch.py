@@ -16,13 +16,13 @@ def fill_up(batch: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         batch: ``input_ids``, ``position_ids``, ``targets`` ``(1, tokens)``, ``cu_seqlens`` ``(samples + 1,)`` and
-            ``longest``; where samples share beginnings also ``places``.
+            ``longest``; where samples share beginnings also ``stream_places``.
     """
     ids = batch["input_ids"]
     more = filled(ids.shape[1]) - ids.shape[1]
     if not more:
         return dict(batch)
-    bounds, positions, places = batch["cu_seqlens"], batch["position_ids"], batch.get("places")
+    bounds, positions, stream_places = batch["cu_seqlens"], batch["position_ids"], batch.get("stream_places")
     filler = torch.arange(ids.shape[1], ids.shape[1] + more, device=ids.device)
     return {
         **batch,
@@ -31,7 +31,7 @@ def fill_up(batch: Mapping[str, Any]) -> dict[str, Any]:
         "targets": F.pad(batch["targets"], (0, more), value=IGNORED),
         "cu_seqlens": torch.cat([bounds, bounds[-1:] + more]),
         "longest": max(batch["longest"], more),
-        **({} if places is None else {"places": torch.cat([places, filler])}),
+        **({} if stream_places is None else {"stream_places": torch.cat([stream_places, filler])}),
     }
 
 

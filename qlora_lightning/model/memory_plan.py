@@ -21,7 +21,7 @@ from qlora_lightning.model.stored_bytes import BaseShape
 
 _MASTER = 4  # bytes: adapters and their gradients are float32
 _FAULT = 65_536  # bytes that Linux maps around an address that is read, where the file lies in its cache
-_FIRST_STEP, _NEW_LENGTH, _MOST_LENGTHS = 92_000_000, 46_000_000, 25
+_FIRST_STEP, _NEW_LENGTH, MOST_LENGTHS = 92_000_000, 46_000_000, 25
 PARTS = {
     "base": "frozen, as stored",
     "adapters": "float32",
@@ -98,7 +98,7 @@ def _kernels(settings: StepSettings) -> int:
     """
     if settings.device != "cpu":
         return 0
-    return _FIRST_STEP + _NEW_LENGTH * (min(settings.batch_lengths, _MOST_LENGTHS) - 1)
+    return _FIRST_STEP + _NEW_LENGTH * (min(settings.batch_lengths, MOST_LENGTHS) - 1)
 
 
 def plan_memory(model: ModelShape, batch: BatchShape, settings: StepSettings) -> MemoryPlan:

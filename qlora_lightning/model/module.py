@@ -1,6 +1,5 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train and judge them."""
 
-import functools
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +26,7 @@ from qlora_lightning.model.gradient_buckets import GradientBuckets
 from qlora_lightning.model.guard import OnNonfinite, TrainingGuard
 from qlora_lightning.model.loraplus import check_loraplus_ratio, group_parameters
 from qlora_lightning.model.loss import LossSums, head_loss, mean_with_gradient_of_sum, next_labels
-from qlora_lightning.model.needed_tokens import has_dropout, leave_out_unneeded
+from qlora_lightning.model.needed_tokens import has_dropout, leave_out_unneeded, turns_by_longest
 from qlora_lightning.model.neftune import check_neftune_alpha, embed_or_name
 from qlora_lightning.model.optimizer import ParameterGroups, build_optimizer, check_optimizer
 from qlora_lightning.model.out_of_memory import telling_out_of_memory
@@ -76,9 +75,9 @@ class QLoRAModule(AnsweringModule):
         loraplus_ratio: How many times as fast B learns as A (LoRA+, Hayou et al. 2024), as 16; ``None``: as fast.
         neftune_alpha: Of noise on the embeddings in training (NEFTune, Jain et al. 2023), as 5; ``None``: no noise.
         fast: ``False`` takes every plain path of PEFT, transformers and torch instead of ours: layers, attention, the
-            head's loss, the inputs of checkpointed layers; and no batch is filled up. What computes nothing of a step
-            stays: flat batches, logits of some labelled tokens at a time, freed memory that is kept for the next
-            step, the collector's rest. So does the cache against which answers are generated.
+            head's loss, the inputs of checkpointed layers; all tokens are computed, and no batch is filled up. What
+            computes nothing of a step stays: flat batches, logits of some labelled tokens at a time, freed memory that
+            is kept for the next step, the collector's rest. So does the cache against which answers are generated.
         on_nonfinite: What to do when a loss or gradient is NaN or infinite: ``stop`` the run, or ``skip`` the step,
             which then moves nothing and counts as a step of the schedule. See :class:`TrainingGuard`.
     """
@@ -201,8 +200,12 @@ class QLoRAModule(AnsweringModule):
     def compute_loss(self, batch: dict[str, Any]) -> LossSums:
         """Sum the loss over a flat batch. Override it for another objective; sums, not means, are wanted.
 
+        Only tokens that a label of this batch needs are computed (:attr:`leaves_out_unneeded`): what hooks on the
+        model see is shorter than the batch.
+
         Args:
-            batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens`` ``(samples + 1,)``.
+            batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)``, ``cu_seqlens`` ``(samples + 1,)``, and
+                ``longest``, the tokens of the longest sample.
         """
         batch = {**batch, "targets": next_labels(batch["labels"][0])[None]}
         if self.leaves_out_unneeded:
@@ -216,7 +219,7 @@ class QLoRAModule(AnsweringModule):
                 attention_mask=NO_MASK,
                 cu_seqlens=batch["cu_seqlens"],
                 longest=batch["longest"],
-                places=batch.get("places"),
+                stream_places=batch.get("stream_places"),
                 use_cache=False,
             ).last_hidden_state
             head = self.causal_lm.get_output_embeddings()
@@ -226,14 +229,13 @@ class QLoRAModule(AnsweringModule):
     def leaves_out_unneeded(self) -> bool:
         """Whether the loss is computed without the tokens that it does not need.
 
-        Not where every sample shall have noise of its own, nor with attention that cannot look them up.
+        Not where every sample shall have noise of its own, nor with attention that cannot look them up, nor where
+        positions turn by another angle in a longer batch.
         """
-        is_random = self.training and (self.neftune_alpha is not None or self._drops)
-        return self.fast and not is_random and attends_flatly(self.causal_lm)
-
-    @functools.cached_property
-    def _drops(self) -> bool:
-        return has_dropout(self.causal_lm)
+        model = self.causal_lm
+        if not self.fast or not attends_flatly(model) or turns_by_longest(model):
+            return False
+        return not self.training or (self.neftune_alpha is None and not has_dropout(model))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Give a loss with the gradient of a *sum*; on_before_optimizer_step turns sums into the mean."""

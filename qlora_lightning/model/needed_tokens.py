@@ -21,6 +21,7 @@ from qlora_lightning.model.loss import IGNORED
 
 _LEAST_SHARED = 32  # one token in so many: fewer are not worth that attention looks them up
 
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _Numbers = npt.NDArray[np.int64]
 
 
@@ -62,7 +63,7 @@ def find_needed(tokens: Sequence[npt.NDArray[np.integer]], predicts: Sequence[np
     found = [np.flatnonzero(each).tolist() for each in predicts]
     seen = [places[-1] + 1 if places else 1 for places in found]
     shareable = [places[0] if places else 0 for places in found]
-    # In the order of a dictionary neighbours have most in common.
+    # Whatever order sorts by the first token that differs: neighbours have most in common.
     order = sorted(range(len(tokens)), key=lambda sample: tokens[sample].tobytes())
     shared = [0] * len(tokens)
     for before, sample in itertools.pairwise(order):
@@ -82,16 +83,17 @@ def leave_out_unneeded(batch: Mapping[str, Any]) -> dict[str, Any]:
             target of a token is the label of the one behind it.
 
     Returns:
-        The batch with fewer tokens; where samples share some, with ``places`` too: where in the stream the tokens of
-        the samples are. These begin and end there where the new ``cu_seqlens`` says.
+        The batch with fewer tokens; where samples share some, with ``stream_places`` too: where in the stream the
+        tokens of the samples are. These begin and end there where the new ``cu_seqlens`` says.
     """
     bounds, device = batch["cu_seqlens"], batch["input_ids"].device
+    check_bounds(bounds.tolist(), batch["input_ids"].shape[1])
     starts = bounds[:-1].tolist()
     ids, positions, targets = (batch[name][0].cpu().numpy() for name in ("input_ids", "position_ids", "targets"))
-    tokens = ids + (positions << 32)  # at another position a token has another state
+    tokens = ids + (positions.astype(np.int64) << 32)  # at another position a token has another state
     needed = find_needed(np.split(tokens, starts[1:]), np.split(targets != IGNORED, starts[1:]))
     kept = torch.from_numpy(needed.kept(starts)).to(device)
-    places = {"places": torch.from_numpy(needed.places()).to(device)} if any(needed.shared) else {}
+    places = {"stream_places": torch.from_numpy(needed.places()).to(device)} if any(needed.shared) else {}
     return {
         **batch,
         **{name: batch[name][:, kept] for name in ("input_ids", "position_ids", "targets")},
@@ -101,7 +103,23 @@ def leave_out_unneeded(batch: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_bounds(bounds: Sequence[int], tokens: int) -> None:
+    """Refuse bounds of samples that are none.
+
+    Raises:
+        ValueError: They do not rise from 0 to the tokens of the batch.
+    """
+    if bounds[0] != 0 or bounds[-1] != tokens or any(end <= start for start, end in itertools.pairwise(bounds)):
+        raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, the tokens of the batch; found {list(bounds)}.")
+
+
 def has_dropout(causal_lm: Any) -> bool:
     """Whether something is dropped in training: then samples do not have the same states, though the same tokens."""
-    dropouts = (each.p for each in causal_lm.modules() if isinstance(each, nn.Dropout))
+    dropouts = (each.p for each in causal_lm.modules() if isinstance(each, _DROPOUTS))
     return any(dropouts) or bool(getattr(causal_lm.config, "attention_dropout", 0))
+
+
+def turns_by_longest(causal_lm: Any) -> bool:
+    """Whether rotary embedding changes with the last position of a batch, so that all tokens must be there."""
+    kind = str((getattr(causal_lm.config, "rope_parameters", None) or {}).get("rope_type"))
+    return "dynamic" in kind or kind == "longrope"  # as transformers' dynamic_rope_update says

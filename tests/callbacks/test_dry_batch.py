@@ -32,7 +32,7 @@ def trainer_of(loader, **options):
 
 def largest(lengths, batch_size=2, trainer=None, **options):
     """The rows of the largest batch, or None."""
-    found = find_largest(trainer_of(FlatLoader(samples_of(lengths), batch_size, **options), **(trainer or {})))
+    found = find_largest(trainer_of(FlatLoader(samples_of(lengths), batch_size, **options), **(trainer or {})), None)
     return None if found is None else found["row_ids"].tolist()
 
 
@@ -71,7 +71,7 @@ def test_epochs_that_are_to_come_count_up_to_ten(now, epochs, always_worth_it):
     loader = FlatLoader(samples_of(lengths), 2, shuffle=True, seed=3)
     loader.sampler.set_epoch(now)
     tokens = [[sum(lengths[row] for row in rows) for rows, _ in loader.plan.batches(epoch)] for epoch in range(12)]
-    found = find_largest(trainer_of(loader, current_epoch=now, max_epochs=epochs))
+    found = find_largest(trainer_of(loader, current_epoch=now, max_epochs=epochs), None)
     end = now + 1 if epochs in (None, -1) else min(epochs, now + 10)
     assert found["input_ids"].numel() == max(map(max, tokens[now:end]))
 
@@ -81,17 +81,17 @@ def test_of_large_data_only_the_epoch_at_hand_is_looked_at(monkeypatch, always_w
     tokens = [[int(loader.samples.lengths[rows].sum()) for rows, _ in loader.plan.batches(n)] for n in range(9)]
     assert max(tokens[0]) < max(map(max, tokens))
     monkeypatch.setattr(largest_batch, "_ROWS", 3)
-    assert find_largest(trainer_of(loader, max_epochs=9))["input_ids"].numel() == max(tokens[0])
+    assert find_largest(trainer_of(loader, max_epochs=9), None)["input_ids"].numel() == max(tokens[0])
 
 
 def test_in_the_epoch_at_hand_only_what_is_left_counts():
     loader = FlatLoader(samples_of([3, 9, 3, 5]), 1)
-    assert find_largest(trainer_of(loader))["row_ids"].tolist() == [1]
+    assert find_largest(trainer_of(loader), None)["row_ids"].tolist() == [1]
     batches = iter(loader)
     next(batches)
-    assert find_largest(trainer_of(loader)) is None  # the largest is the very next
+    assert find_largest(trainer_of(loader), None) is None  # the largest is the very next
     next(batches)
-    assert find_largest(trainer_of(loader))["row_ids"].tolist() == [3]
+    assert find_largest(trainer_of(loader), None)["row_ids"].tolist() == [3]
     assert len(list(batches)) == 2  # the loader's place is as before
 
 

@@ -292,3 +292,10 @@ def test_ctrl_c_leaves_nothing_half_written(run, tmp_path, monkeypatch):
     assert run("--out", "judged", "--json", "f.json", code=130) == "qlora-lightning: interrupted.\n"
     assert not (tmp_path / "judged").exists()
     assert not (tmp_path / "f.json").exists()
+
+
+def test_answers_that_were_cut_and_prompts_that_were_shortened_are_told(run):
+    told = run()
+    assert "Answers are cut at 3 tokens (--max-new-tokens): 5 of 5 of the base, 5 of 5 of adapter had not" in told
+    assert "shortened" not in told
+    assert "3 shortened" in run("--data.max_length", "20", "--data.val", "more.jsonl", "--data.too_long", "truncate")

@@ -133,6 +133,7 @@ def test_broken_yaml_is_refused_with_its_place(refuse):
     sentence = refuse(config="model: {base: tiny\ndata: {}\n")
     assert sentence.startswith("The config is not YAML: while parsing a flow mapping")
     assert "(line " in sentence
+    assert sentence.endswith(".yaml)")  # of which file
 
 
 def test_a_missing_base_is_refused_with_where_to_name_it(refuse):

@@ -28,6 +28,12 @@ def test_the_longest_row_decides_between_equals():
     assert first_and_largest(plan, range(1), limit=4)[1].rows == [2]
 
 
+def test_only_tokens_that_are_computed_count():
+    computed = {(4, 5): 3, (6, 7): 7, (2, 3): 5, (0, 1): 4}
+    _, largest = first_and_largest(make_plan(batch_size=2), range(1), count=lambda rows: computed[tuple(rows)])
+    assert largest.rows == [6, 7]
+
+
 def test_batches_that_are_done_or_beyond_the_limit_do_not_count():
     plan = make_plan(batch_size=2)
     first, largest = first_and_largest(plan, range(1), done=3)

@@ -90,3 +90,8 @@ def test_markup_in_rows_is_shown_as_it_is_and_long_text_is_cut():
     assert "[bold]x[/bold]" in text
     assert text.count("y") == 300
     assert "…" in text
+
+
+def test_what_would_act_on_the_terminal_is_shown():
+    text = draw(samples_table({"prompt": "a\x1b[31mred"}))
+    assert "a␛[31mred" in text

@@ -36,8 +36,8 @@ def test_a_batch_of_whole_blocks_stays_as_it_is():
 
 
 def test_the_tokens_that_fill_up_have_places_behind_all_others():
-    batch = {**with_targets(batch_of(10, 9)), "places": torch.arange(19)}
-    assert fill_up(batch)["places"].tolist() == list(range(32))
+    batch = {**with_targets(batch_of(10, 9)), "stream_places": torch.arange(19)}
+    assert fill_up(batch)["stream_places"].tolist() == list(range(32))
 
 
 def test_tokens_are_counted_as_they_are_filled_up():

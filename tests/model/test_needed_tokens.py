@@ -41,7 +41,7 @@ def test_what_two_samples_begin_with_is_there_once_and_what_nothing_is_predicted
     assert found["input_ids"].tolist() == [[7, *SYSTEM, 5]]
     assert found["position_ids"].tolist() == [[3, 0, 1, 2, 3]]
     assert found["targets"].tolist() == [[8, -100, -100, -100, 6]]
-    assert found["places"].tolist() == [1, 2, 3, 0, 1, 2, 3, 4]
+    assert found["stream_places"].tolist() == [1, 2, 3, 0, 1, 2, 3, 4]
     assert found["cu_seqlens"].tolist() == [0, 4, 8]
     assert found["cu_seqlens"].dtype == torch.int32
     assert found["longest"] == 4
@@ -57,20 +57,36 @@ def test_beginnings_are_shared_in_a_chain():
     found = leave_out(batch_of(([1, 2, 9], 2, 0), ([1, 2, 3, 4, 9], 4, 0), ([1, 2, 3, 5, 9], 4, 0)))
     # Sorted: (1 2 3 4), (1 2 3 5), (1 2): the third computes no more than 5, the first no more than its 2.
     assert found["input_ids"].tolist() == [[2, 1, 2, 3, 4, 5]]
-    assert found["places"].tolist() == [1, 0, 1, 2, 3, 4, 1, 2, 3, 5]
+    assert found["stream_places"].tolist() == [1, 0, 1, 2, 3, 4, 1, 2, 3, 5]
 
 
 def test_samples_without_labels_have_one_token():
     found = leave_out(batch_of(([4, 5, 6], 3, 0), ([4, 5, 6], 3, 0)))
     assert found["input_ids"].tolist() == [[4, 4]]
-    assert "places" not in found
+    assert "stream_places" not in found
 
 
 def test_tokens_at_other_positions_are_other_tokens():
     batch = batch_of(([*SYSTEM, 7], 3, 0), ([*SYSTEM, 8], 3, 0))
-    assert "places" in leave_out(batch)
+    assert "stream_places" in leave_out(batch)
     batch["position_ids"][0, 4:] += 1
-    assert "places" not in leave_out(batch)
+    assert "stream_places" not in leave_out(batch)
+
+
+def test_positions_may_be_of_32_bits():
+    batch = batch_of(([*SYSTEM, 7], 3, 0), ([*SYSTEM, 8], 3, 0))
+    batch["position_ids"] = batch["position_ids"].int()
+    assert "stream_places" in leave_out(batch)
+    batch["position_ids"][0, 4:] += 1
+    assert "stream_places" not in leave_out(batch)
+
+
+@pytest.mark.parametrize("bounds", [[1, 4, 8], [0, 5, 4, 8], [0, 4, 4, 8], [0, 4, 7], [0, 4, 9]], ids=str)
+def test_bounds_that_are_none_are_refused(bounds):
+    batch = batch_of(([*SYSTEM, 7], 3, 0), ([*SYSTEM, 8], 3, 0))
+    batch["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 8, the tokens of the batch; found"):
+        leave_out(batch)
 
 
 def test_a_few_shared_tokens_among_many_are_left_alone():
@@ -123,7 +139,7 @@ def test_loss_and_gradients_are_those_of_the_plain_path_over_all_tokens(tiny_bas
     if every_n_layers:
         module.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
     batch = batch_of(*rows)
-    assert "places" in leave_out(batch)
+    assert "stream_places" in leave_out(batch)
     assert module.leaves_out_unneeded
     assert not plain.leaves_out_unneeded
     for one, other in zip(results(module, batch), results(plain, batch), strict=True):
@@ -160,4 +176,20 @@ def test_with_noise_all_tokens_are_computed_in_training_alone(tiny_base, options
 def test_with_another_attention_all_tokens_are_computed(tiny_base):
     module = make(tiny_base)
     module.causal_lm.set_attn_implementation("sdpa")
+    assert not module.leaves_out_unneeded
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_where_positions_turn_by_the_longest_all_tokens_are_computed(tiny_base, kind):
+    module = make(tiny_base)
+    module.causal_lm.config.rope_parameters = {"rope_type": kind}
+    assert not module.leaves_out_unneeded
+    module.causal_lm.config.rope_parameters = {"rope_type": "llama3"}
+    assert module.leaves_out_unneeded
+
+
+def test_dropout_that_is_put_in_later_is_noticed(tiny_base):
+    module = make(tiny_base)
+    assert module.leaves_out_unneeded
+    module.causal_lm.model.layers[0].mlp.down_proj.lora_dropout["default"] = torch.nn.Dropout(0.5)
     assert not module.leaves_out_unneeded

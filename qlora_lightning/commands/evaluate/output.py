@@ -64,6 +64,8 @@ def report(
     console.print(metrics_table(measured, f"{len(rows):,} rows of {options.split}{some}, with 95 % intervals"))
     if len(adapters) > 1:
         console.print(differences_table(measured))
+    if answering is not None and (cut := _describe_cut(judged, answering.max_new_tokens)):
+        console.print(cut, markup=False)
     for name, found in duels.items():
         console.print(describe_duel(found, name if len(adapters) > 1 else "the adapter"), markup=False)
         for words, places in (("better", found.wins), ("worse", found.losses)):
@@ -91,6 +93,18 @@ def report(
         _write(rows, judged, hardest, answering, sources, summary, options, console)
     except OSError as error:
         raise UserError(f"{error.filename or 'The results'} cannot be written: {error.strerror or error}.") from error
+
+
+def _describe_cut(judged: Judged, limit: int) -> str | None:
+    """Say how many answers had not stopped when they were cut; ``None`` where all had."""
+    parts = []
+    for name, judgements in judged.items():
+        stopped = [each.stopped for each in judgements if each.answer is not None]
+        if not all(stopped):
+            parts.append(f"{stopped.count(False):,} of {len(stopped):,} of {'the base' if name == BASE else name}")
+    if not parts:
+        return None
+    return f"Answers are cut at {limit:,} tokens (--max-new-tokens): {', '.join(parts)} had not stopped by then."
 
 
 def _write(

@@ -15,6 +15,7 @@ from qlora_lightning.commands.evaluate.output import report
 from qlora_lightning.commands.evaluate.prompts import warn_of_other_prompts
 from qlora_lightning.commands.evaluate.rows import read_rows, source_names
 from qlora_lightning.commands.quiet import quiet_lightning
+from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.comparison import BASE
 from qlora_lightning.evaluation.judge import Answering, Judgement, judge_rows
@@ -83,6 +84,8 @@ class _EvaluateCLI(training.QLoRACLI):
         datamodule.setup("validate" if options.split == "val" else "test")
         limit = self.trainer.limit_val_batches if options.split == "val" else self.trainer.limit_test_batches
         rows = read_rows(datamodule, options.split, options.rows, options.group_by, limit)
+        if (of_split := datamodule.reports.get(options.split)) is not None and of_split.shortened:
+            say(f"{of_split.describe()}: see data.max_length, data.too_long.")
         for name, folder in self._adapters.items():
             warn_of_other_prompts(name, folder, getattr(datamodule, "identity", {}))
         asked = [row for row in rows[: options.answered] if row.prompt is not None]

@@ -145,6 +145,9 @@ def _rows(options: Options, source: AdapterSource, plan: MergePlan) -> list[Mapp
 def _bar(description: str, total: int) -> Iterator[Callable[[], None]]:
     """Give what is told of every step that is done; the bar stands on standard error and is gone at the end."""
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(f"{description} …")  # a bar would not show in a file, and this may take long
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(description, total=total)
         yield lambda: progress.advance(task)

@@ -40,7 +40,8 @@ def make_plan(module: Any, data: Any, no_tokenizer: str | None, settings: dict[s
     if module.adapter is not None:
         _check_whole(find_adapter_folder(module.adapter))
     base = find_config(module.base, module.revision, module.trust_remote_code)
-    run = measure_run(data, trainer, no_tokenizer)
+    leaves_out = module.fast and module.neftune_alpha is None and not module.adapter_options["dropout"]
+    run = measure_run(data, trainer, no_tokenizer, leaves_out)
     choice = read_choice(module, settings["gradient_checkpointing"], run, base.config)
     planner = Planner(base.config, kind, module.compute_dtype, read_resident_bytes())
     batches = data.batch_size, data.tokens_per_batch

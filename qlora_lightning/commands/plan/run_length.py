@@ -1,5 +1,6 @@
 """How long the run of a config is, and its largest micro-batch: from its data where they can be read."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,9 @@ from qlora_lightning.data.epoch_plan import EpochPlan
 from qlora_lightning.data.largest_batch import epochs_to_look_at, first_and_largest
 from qlora_lightning.data.sources import find_sources
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.batch_shape import BatchShape, shape_of_rows
+from qlora_lightning.model.batch_shape import BatchShape, count_computed, shape_of_rows
 from qlora_lightning.model.filled_batch import filled
+from qlora_lightning.model.memory_plan import MOST_LENGTHS
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class RunLength:
 
     Attributes:
         batch: The largest micro-batch, or the largest that the settings allow.
-        batch_lengths: How many numbers of tokens the micro-batches have.
+        batch_lengths: How many numbers of tokens the micro-batches have, as far as it matters.
         epoch: One epoch, and the steps of the run; ``None`` where the data were not read.
         ids: Token ids of all training rows that were read.
         why_not: Why they were not, in a sentence.
@@ -41,13 +43,14 @@ class RunLength:
         return round(epoch.all_steps * epoch.accumulate * epoch.devices * epoch.mean_tokens)
 
 
-def measure_run(data: Any, trainer: dict[str, Any], no_tokenizer: str | None) -> RunLength:
+def measure_run(data: Any, trainer: dict[str, Any], no_tokenizer: str | None, leaves_out: bool = True) -> RunLength:
     """Read the training data and plan their batches; where that cannot be done, take the largest batch there can be.
 
     Args:
         data: The data module, not yet set up.
         trainer: The trainer section of the config.
         no_tokenizer: Why the data cannot be rendered here.
+        leaves_out: Whether tokens that the loss does not need are left out.
     """
     try:
         _refuse_fetching(data)
@@ -60,13 +63,19 @@ def measure_run(data: Any, trainer: dict[str, Any], no_tokenizer: str | None) ->
     plan = _plan_of(data)
     epoch = plan_epoch(plan, trainer, streaming=data.streaming)
     epochs = range(1) if data.streaming else epochs_to_look_at(plan, max_epochs=epoch.epochs)
-    found = first_and_largest(plan, epochs, limit=epoch.batches)
+    count = functools.partial(count_computed, plan.samples) if leaves_out else None
+    found = first_and_largest(plan, epochs, limit=epoch.batches, count=count)
     if found is None:
         return RunLength(largest_allowed(data), why_not="There are no training rows.")
     batches = [batch for number in epochs for batch in plan.batches(number)[: epoch.batches]]
     batches = batches[: None if epoch.all_steps is None else epoch.all_steps * epoch.accumulate]
-    count = len({filled(int(plan.samples.lengths[batch.rows].sum())) for batch in batches})
-    return RunLength(shape_of_rows(plan.samples, found[1].rows), epoch, count, plan.samples.ids)
+    lengths: set[int] = set()
+    for batch in batches:
+        tokens = count(batch.rows) if count else int(plan.samples.lengths[batch.rows].sum())
+        lengths.add(filled(tokens))
+        if len(lengths) == MOST_LENGTHS:
+            break
+    return RunLength(shape_of_rows(plan.samples, found[1].rows), epoch, len(lengths), plan.samples.ids)
 
 
 def largest_allowed(data: Any) -> BatchShape:

@@ -101,7 +101,7 @@ def test_each_rank_looks_at_its_own():
 
 
 def test_a_loader_of_another_make_has_no_plan():
-    assert find_largest(trainer_of(torch.utils.data.DataLoader([1]))) is None
+    assert find_largest(trainer_of(torch.utils.data.DataLoader([1])), None) is None
 
 
 # ---- in a run --------------------------------------------------------------------------------------------------------

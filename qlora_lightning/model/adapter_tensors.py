@@ -1,5 +1,6 @@
 """The tensors of an adapter folder: read whole, and refused where one holds what no model can compute with."""
 
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -36,9 +37,20 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+_MISMATCH = re.compile(
+    r"size mismatch for (?P<name>\S+): copying a param with shape torch\.Size\((?P<found>\[[\d, ]*\])\) from "
+    r"checkpoint, the shape in current model is torch\.Size\((?P<wanted>\[[\d, ]*\])\)"
+)
+
+
 def word_misfit(folder: Path, error: Exception) -> UserError:
     """Say why an adapter folder cannot be put on a base, in the last line of what PEFT said."""
     reason = " ".join(str(error).strip().splitlines()[-1:]).strip().rstrip(".")
+    if mismatch := _MISMATCH.search(reason):
+        reason = (
+            f"{mismatch['name']} is {mismatch['found']} in the file, where this base and "
+            f"adapter_config.json want {mismatch['wanted']}"
+        )
     return UserError(
         f"The adapter folder {folder} cannot be put on this base: {reason}. Name the base that "
         "it was trained on, or copy the folder again if a file in it is damaged."

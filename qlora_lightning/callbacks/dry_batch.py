@@ -1,7 +1,5 @@
 """Runs the largest batch to come once before the first step, so that memory runs out at the start or not at all."""
 
-import functools
-import operator
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ from qlora_lightning.data.loader import FlatLoader
 from qlora_lightning.data.order import RankBatch
 from qlora_lightning.data.stream import StreamLoader
 from qlora_lightning.model.adapters import trainable_tensors
-from qlora_lightning.model.batch_shape import count_computed, shape_of_rows
+from qlora_lightning.model.batch_shape import computed_counter
 from qlora_lightning.model.device_memory import read_peak_gib
 from qlora_lightning.model.generators import capture_generators, restore_generators
 from qlora_lightning.model.out_of_memory import telling_out_of_memory
@@ -78,10 +76,9 @@ def find_largest(trainer: Trainer, module: Any) -> Batch | None:
     ahead = look_ahead(trainer, module)
     if ahead is None:
         return None
-    plan, *batches = ahead
-    first, largest = (shape_of_rows(plan.samples, batch.rows) for batch in batches)
-    tokens = operator.attrgetter("computed" if leaves_out(module) else "tokens")
-    return None if tokens(largest) <= _WORTH * tokens(first) else collate_rows(plan.samples, *ahead[2])
+    plan, first, largest = ahead
+    count = computed_counter(plan.samples, leaves_out(module))
+    return None if count(largest.rows) <= _WORTH * count(first.rows) else collate_rows(plan.samples, *largest)
 
 
 def leaves_out(module: Any) -> bool:
@@ -106,7 +103,7 @@ def look_ahead(trainer: Trainer, module: Any) -> tuple[EpochPlan, RankBatch, Ran
     else:
         return None
     limit = int(min(trainer.num_training_batches, len(loader)))
-    count = functools.partial(count_computed, plan.samples) if leaves_out(module) else None
+    count = computed_counter(plan.samples, leaves_out(module))
     found = first_and_largest(plan, epochs, done, limit, loader.rank, count)
     return None if found is None else (plan, *found)
 

@@ -40,6 +40,7 @@ class MemoryComparison(Callback):
     def __init__(self) -> None:
         self._process = 0
         self._largest: BatchShape | None = None
+        self._leaves_out = False
         self._watch: PeakWatch | None = None
         self._measured = 0
         self._lengths: set[int] = set()
@@ -51,17 +52,18 @@ class MemoryComparison(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_trial_run(trainer) or not _is_planned(pl_module):
             return
+        self._leaves_out = leaves_out(pl_module)
         ahead = look_ahead(trainer, pl_module)
         if ahead is not None:
             plan, _, largest = ahead
             self._ids = plan.samples.ids
-            self._largest = _computed(shape_of_rows(plan.samples, largest.rows), pl_module)
+            self._largest = self._computed(shape_of_rows(plan.samples, largest.rows))
         self._watch = PeakWatch(pl_module.device)
         self._watch.start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._watch is not None:
-            shape = _computed(shape_of_batch(batch), pl_module)
+            shape = self._computed(shape_of_batch(batch))
             self._lengths.add(filled(shape.computed))
             if self._largest is None or shape.computed > self._largest.computed:
                 self._largest = shape
@@ -113,13 +115,12 @@ class MemoryComparison(Callback):
             unread=0.0 if self._ids is None or not module.cache else share_unread(self._ids, base, number_bytes),
         )
 
+    def _computed(self, shape: BatchShape) -> BatchShape:
+        return shape if self._leaves_out else shape.whole()
+
     def _stop(self) -> int:
         watch, self._watch = self._watch, None
         return 0 if watch is None else watch.stop()
-
-
-def _computed(shape: BatchShape, module: Any) -> BatchShape:
-    return shape if leaves_out(module) else shape.whole()
 
 
 def _checkpointed(trainer: Trainer) -> int:

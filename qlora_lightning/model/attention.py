@@ -16,7 +16,6 @@ from qlora_lightning.model.attention_tiles import lay_out
 from qlora_lightning.model.autograd import apply
 from qlora_lightning.model.kv_cache import KeyValueCache
 from qlora_lightning.model.long_attention import LongAttention
-from qlora_lightning.model.needed_tokens import check_bounds
 from qlora_lightning.model.short_attention import SHORT, ShortAttention
 from qlora_lightning.model.whole_samples import lay_out_samples, sort_by_place
 
@@ -167,6 +166,16 @@ def _attend_varlen(
         enable_gqa=True,
     )
     return cast(Tensor, output)[None]
+
+
+def check_bounds(bounds: Sequence[int], tokens: int) -> None:
+    """Refuse bounds of samples that are none.
+
+    Raises:
+        ValueError: They do not rise from 0 to the tokens of the batch.
+    """
+    if bounds[0] != 0 or bounds[-1] != tokens or any(end <= start for start, end in itertools.pairwise(bounds)):
+        raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, the tokens of the batch; found {list(bounds)}.")
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qlora_lightning.model.whole_samples import sort_by_place
+
 TILE = 64  # tokens: shorter ones make more products than they save, longer ones more scores behind the diagonal
 
 
@@ -71,9 +73,8 @@ class Layout:
     def places_of_keys(self) -> tuple[Tensor, Tensor]:
         """The places of each row among the keys, one row after the other, and where those of each row begin."""
         places = self._key_is_there.nonzero()[:, 0]
-        rows, order = self.keys[places].sort(stable=True)
-        counts = torch.bincount(rows, minlength=self._count)
-        return places[order], counts.cumsum(0) - counts
+        order, begins = sort_by_place(self.keys[places], self._count)
+        return places[order], begins
 
     def split_rows(self, queries: Tensor, head_dim: int) -> Iterator[Tensor]:
         """Give the part of each tile, ``(samples · kv_heads, TILE · heads of a key head, head_dim)``."""

@@ -1,11 +1,12 @@
 """The shape of a micro-batch: how many tokens it has, and how many of them are computed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from qlora_lightning.model.loss import IGNORED
 from qlora_lightning.model.needed_tokens import find_needed
 
 
@@ -67,7 +68,7 @@ def shape_of_batch(batch: Any) -> BatchShape:
     """Read the shape of a flat batch."""
     bounds = batch["cu_seqlens"].tolist()
     ids, labels = (batch[name][0].cpu().numpy() for name in ("input_ids", "labels"))
-    return _shape_of(np.split(ids, bounds[1:-1]), np.split(labels != -100, bounds[1:-1]))
+    return _shape_of(np.split(ids, bounds[1:-1]), np.split(labels != IGNORED, bounds[1:-1]))
 
 
 def shape_of_rows(samples: Any, rows: Sequence[int]) -> BatchShape:
@@ -76,9 +77,16 @@ def shape_of_rows(samples: Any, rows: Sequence[int]) -> BatchShape:
     return _shape_of([samples.ids[span] for span in spans], [samples.labelled[span] for span in spans])
 
 
-def count_computed(samples: Any, rows: Sequence[int]) -> int:
-    """Count the tokens that are computed of the batch of some rows."""
-    return shape_of_rows(samples, rows).computed
+def computed_counter(samples: Any, leaves_out: bool) -> Callable[[Sequence[int]], int]:
+    """Give what counts the tokens that are computed of the batch of some rows.
+
+    Args:
+        samples: The rows' set.
+        leaves_out: Whether tokens that the loss does not need are left out.
+    """
+    if leaves_out:
+        return lambda rows: shape_of_rows(samples, rows).computed
+    return lambda rows: int(samples.lengths[rows].sum())
 
 
 def _shape_of(ids: Sequence[Any], labelled: Sequence[Any]) -> BatchShape:

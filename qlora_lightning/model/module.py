@@ -18,7 +18,7 @@ from qlora_lightning.model.adapters import check_adapter_settings, trainable_ten
 from qlora_lightning.model.allocator import give_back_freed_memory, keep_freed_memory
 from qlora_lightning.model.answering import AnsweringModule
 from qlora_lightning.model.assembly import assemble_model
-from qlora_lightning.model.attention import NO_MASK, attends_flatly
+from qlora_lightning.model.attention import NO_MASK
 from qlora_lightning.model.checks import check_callbacks, check_trainer, check_training_mode
 from qlora_lightning.model.dtypes import ComputeDtype, choose_compute_dtype
 from qlora_lightning.model.filled_batch import fill_up
@@ -26,7 +26,7 @@ from qlora_lightning.model.gradient_buckets import GradientBuckets
 from qlora_lightning.model.guard import OnNonfinite, TrainingGuard
 from qlora_lightning.model.loraplus import check_loraplus_ratio, group_parameters
 from qlora_lightning.model.loss import LossSums, head_loss, mean_with_gradient_of_sum, next_labels
-from qlora_lightning.model.needed_tokens import has_dropout, leave_out_unneeded, turns_by_longest
+from qlora_lightning.model.needed_tokens import can_leave_out, leave_out_unneeded
 from qlora_lightning.model.neftune import check_neftune_alpha, embed_or_name
 from qlora_lightning.model.optimizer import ParameterGroups, build_optimizer, check_optimizer
 from qlora_lightning.model.out_of_memory import telling_out_of_memory
@@ -227,15 +227,9 @@ class QLoRAModule(AnsweringModule):
 
     @property
     def leaves_out_unneeded(self) -> bool:
-        """Whether the loss is computed without the tokens that it does not need.
-
-        Not where every sample shall have noise of its own, nor with attention that cannot look them up, nor where
-        positions turn by another angle in a longer batch.
-        """
-        model = self.causal_lm
-        if not self.fast or not attends_flatly(model) or turns_by_longest(model):
-            return False
-        return not self.training or (self.neftune_alpha is None and not has_dropout(model))
+        """Whether the loss is computed without the tokens that it does not need; not under NEFTune's noise."""
+        has_noise = self.training and self.neftune_alpha is not None
+        return self.fast and not has_noise and can_leave_out(self.causal_lm, self.training)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Give a loss with the gradient of a *sum*; on_before_optimizer_step turns sums into the mean."""

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qlora_lightning.model.attention import attends_flatly, check_bounds
 from qlora_lightning.model.loss import IGNORED
 
 _LEAST_SHARED = 32  # one token in so many: fewer are not worth that attention looks them up
@@ -87,8 +88,8 @@ def leave_out_unneeded(batch: Mapping[str, Any]) -> dict[str, Any]:
         tokens of the samples are. These begin and end there where the new ``cu_seqlens`` says.
     """
     bounds, device = batch["cu_seqlens"], batch["input_ids"].device
-    check_bounds(bounds.tolist(), batch["input_ids"].shape[1])
-    starts = bounds[:-1].tolist()
+    *starts, end = bounds.tolist()
+    check_bounds((*starts, end), batch["input_ids"].shape[1])
     ids, positions, targets = (batch[name][0].cpu().numpy() for name in ("input_ids", "position_ids", "targets"))
     tokens = ids + (positions.astype(np.int64) << 32)  # at another position a token has another state
     needed = find_needed(np.split(tokens, starts[1:]), np.split(targets != IGNORED, starts[1:]))
@@ -103,23 +104,22 @@ def leave_out_unneeded(batch: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_bounds(bounds: Sequence[int], tokens: int) -> None:
-    """Refuse bounds of samples that are none.
+def can_leave_out(causal_lm: Any, training: bool) -> bool:
+    """Whether a model's states at a token are the same without the tokens behind it and in whichever sample it is.
 
-    Raises:
-        ValueError: They do not rise from 0 to the tokens of the batch.
+    Not with attention that cannot look shared tokens up, nor where rotary embedding turns by other angles in a longer
+    batch, nor where every sample is to drop inputs of its own.
     """
-    if bounds[0] != 0 or bounds[-1] != tokens or any(end <= start for start, end in itertools.pairwise(bounds)):
-        raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, the tokens of the batch; found {list(bounds)}.")
+    if not attends_flatly(causal_lm) or _turns_by_longest(causal_lm):
+        return False
+    return not (training and _has_dropout(causal_lm))
 
 
-def has_dropout(causal_lm: Any) -> bool:
-    """Whether something is dropped in training: then samples do not have the same states, though the same tokens."""
+def _has_dropout(causal_lm: Any) -> bool:
     dropouts = (each.p for each in causal_lm.modules() if isinstance(each, _DROPOUTS))
     return any(dropouts) or bool(getattr(causal_lm.config, "attention_dropout", 0))
 
 
-def turns_by_longest(causal_lm: Any) -> bool:
-    """Whether rotary embedding changes with the last position of a batch, so that all tokens must be there."""
+def _turns_by_longest(causal_lm: Any) -> bool:
     kind = str((getattr(causal_lm.config, "rope_parameters", None) or {}).get("rope_type"))
     return "dynamic" in kind or kind == "longrope"  # as transformers' dynamic_rope_update says

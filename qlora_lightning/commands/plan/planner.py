@@ -12,7 +12,7 @@ from qlora_lightning.model.batch_shape import BatchShape
 from qlora_lightning.model.dtypes import choose_compute_dtype
 from qlora_lightning.model.memory_plan import MemoryPlan, StepSettings, plan_memory, share_unread
 from qlora_lightning.model.model_shape import ModelShape, checkpoint_layers, read_model
-from qlora_lightning.model.needed_tokens import has_dropout
+from qlora_lightning.model.needed_tokens import can_leave_out
 from qlora_lightning.model.quantized import Quantization, check_stored_quantization
 from qlora_lightning.model.skeleton import build_skeleton
 from qlora_lightning.model.stored_bytes import name_storage
@@ -111,7 +111,7 @@ class Planner:
             batch_lengths=choice.batch_lengths,
             unread=0.0 if choice.ids is None else share_unread(choice.ids, shape.base, number_bytes),
         )
-        leaves_out = choice.fast and not choice.has_noise and not has_dropout(self.model(choice))
+        leaves_out = choice.fast and not choice.has_noise and can_leave_out(self.model(choice), training=True)
         return plan_memory(shape, choice.batch if leaves_out else choice.batch.whole(), settings)
 
 

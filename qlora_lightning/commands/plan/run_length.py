@@ -1,6 +1,5 @@
 """How long the run of a config is, and its largest micro-batch: from its data where they can be read."""
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,7 @@ from qlora_lightning.data.epoch_plan import EpochPlan
 from qlora_lightning.data.largest_batch import epochs_to_look_at, first_and_largest
 from qlora_lightning.data.sources import find_sources
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.batch_shape import BatchShape, count_computed, shape_of_rows
+from qlora_lightning.model.batch_shape import BatchShape, computed_counter, shape_of_rows
 from qlora_lightning.model.filled_batch import filled
 from qlora_lightning.model.memory_plan import MOST_LENGTHS
 
@@ -63,7 +62,7 @@ def measure_run(data: Any, trainer: dict[str, Any], no_tokenizer: str | None, le
     plan = _plan_of(data)
     epoch = plan_epoch(plan, trainer, streaming=data.streaming)
     epochs = range(1) if data.streaming else epochs_to_look_at(plan, max_epochs=epoch.epochs)
-    count = functools.partial(count_computed, plan.samples) if leaves_out else None
+    count = computed_counter(plan.samples, leaves_out)
     found = first_and_largest(plan, epochs, limit=epoch.batches, count=count)
     if found is None:
         return RunLength(largest_allowed(data), why_not="There are no training rows.")
@@ -71,8 +70,7 @@ def measure_run(data: Any, trainer: dict[str, Any], no_tokenizer: str | None, le
     batches = batches[: None if epoch.all_steps is None else epoch.all_steps * epoch.accumulate]
     lengths: set[int] = set()
     for batch in batches:
-        tokens = count(batch.rows) if count else int(plan.samples.lengths[batch.rows].sum())
-        lengths.add(filled(tokens))
+        lengths.add(filled(count(batch.rows)))
         if len(lengths) == MOST_LENGTHS:
             break
     return RunLength(shape_of_rows(plan.samples, found[1].rows), epoch, len(lengths), plan.samples.ids)

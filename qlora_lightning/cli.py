@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 
 from qlora_lightning import __version__
+from qlora_lightning.commands.config_files import check_configs
 from qlora_lightning.errors import LostProcess, TrainingStopped, UserError
 from qlora_lightning.heavy_imports import quick_imports
 
@@ -121,6 +122,7 @@ def _run(arguments: list[str]) -> int:
         nearest = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"Did you mean {nearest[0]}?" if nearest else f"Commands are {', '.join(COMMANDS)}."
         raise UserError(f"{command!r} is not a command. {hint}")
+    check_configs(arguments)
     module, wants_name, _ = COMMANDS[command]
     with quick_imports():
         found = importlib.import_module(module)

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.adapter_place import find_run_config
+from qlora_lightning.adapter.identity import read_adapter_config, read_identity
+from qlora_lightning.adapter.place import find_run_config
+from qlora_lightning.commands.config_files import find_configs
 from qlora_lightning.errors import UserError
 
 _RENDERING = ("system", "train_on", "max_length", "too_long")  # what data settings of the training other rows share
@@ -23,10 +25,8 @@ def add_config(adapter: Path | None, arguments: Sequence[str], needs_rows: bool 
     Raises:
         UserError: Nothing names rows, or the folder is no adapter folder.
     """
-    if adapter is None or any(each in ("--config", "-c") or each.startswith("--config=") for each in arguments):
+    if adapter is None or find_configs(arguments):
         return list(arguments)
-    from qlora_lightning.model.adapter_reading import read_identity  # here, since it imports torch
-
     identity = read_identity(adapter)
     config = find_run_config(adapter)
     if config is not None:
@@ -41,8 +41,6 @@ def add_config(adapter: Path | None, arguments: Sequence[str], needs_rows: bool 
 
 def _settings_of(adapter: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Give what the folder itself says of its base and of how its rows were rendered, in the form of a config."""
-    from qlora_lightning.model.adapter_reading import read_adapter_config
-
     names = ("revision", "quantization", "double_quant")
     model = {name: identity[name] for name in names if identity.get(name) is not None}
     base = str(identity.get("base") or read_adapter_config(adapter).get("base_model_name_or_path"))

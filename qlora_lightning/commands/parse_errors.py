@@ -2,10 +2,10 @@
 
 import difflib
 import inspect
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 
+from qlora_lightning.commands.config_files import find_configs
 from qlora_lightning.errors import UserError
 
 
@@ -140,6 +140,5 @@ def _where(match: re.Match[str], arguments: Sequence[str]) -> str:
 def _place(key: str, arguments: Sequence[str]) -> str:
     if any(argument.split("=")[0] == f"--{key}" for argument in arguments):
         return "on the command line"
-    files = [after for before, after in itertools.pairwise(arguments) if before in ("--config", "-c")]
-    files += [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+    files = find_configs(arguments)
     return f"in {', '.join(files)}" if files else "on the command line"

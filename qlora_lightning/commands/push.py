@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qlora_lightning.adapter_place import find_adapter_folder
+from qlora_lightning.adapter.identity import read_identity
+from qlora_lightning.adapter.place import find_adapter_folder
 from qlora_lightning.base.byte_size import format_bytes
 from qlora_lightning.commands.confirm import confirm
 from qlora_lightning.commands.option_parser import OptionParser
@@ -83,10 +84,6 @@ def read_folder(folder: Path, repo: str, base: str | None = None) -> dict[str, b
     Raises:
         UserError: It is no adapter folder of ours, or holds something else too.
     """
-    from qlora_lightning.model.adapter_folder import describe_card
-    from qlora_lightning.model.adapter_reading import read_identity
-    from qlora_lightning.model.adapter_tensors import read_tensors
-
     identity = read_identity(folder)
     missing = [name for name in _NEEDED if not (folder / name).is_file()]
     if missing:
@@ -101,6 +98,13 @@ def read_folder(folder: Path, repo: str, base: str | None = None) -> dict[str, b
             f"{folder} holds {', '.join(odd[:5])}, which no adapter folder does: only what a run wrote is uploaded. "
             "Move it elsewhere."
         )
+    empty = [file.name for file in folder.iterdir() if not file.stat().st_size]
+    if empty:
+        raise UserError(f"{folder / empty[0]} is empty: copy the adapter folder again. Nothing is sent.")
+    # here, so that --help and mistakes answer at once
+    from qlora_lightning.model.adapter_folder import describe_card
+    from qlora_lightning.model.adapter_tensors import read_tensors
+
     read_tensors(folder)
     contents = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
     config = json.loads(contents[_CONFIG])

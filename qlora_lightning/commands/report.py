@@ -19,6 +19,7 @@ from qlora_lightning.commands.json_output import (
     write_json,
     write_output,
 )
+from qlora_lightning.commands.option_parser import OptionParser
 from qlora_lightning.errors import UserError
 from qlora_lightning.report.judged import is_of_fit
 from qlora_lightning.report.page import MARK, NAME, render_comparison, render_run, result_table
@@ -96,10 +97,7 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    try:
-        options, unknown = _parser().parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}. See `qlora-lightning report --help`.") from error
+    options, unknown = _parser().parse_known_args(argv)
     if unknown:
         raise UserError(f"There is no option {unknown[0]}. See `qlora-lightning report --help`.")
     if not options.runs:
@@ -107,16 +105,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qlora-lightning report",
-        usage="qlora-lightning report RUN [RUN …] [--out FILE] [--json FILE] [--force]",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+def _parser() -> OptionParser:
+    usage = "qlora-lightning report RUN [RUN …] [--out FILE] [--json FILE] [--force]"
+    parser = OptionParser("report", _DESCRIPTION, _EPILOG, usage)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder")
     parser.add_argument("--out", metavar="FILE", help="write the page there")
     parser.add_argument("--json", metavar="FILE", help="write results and settings there")

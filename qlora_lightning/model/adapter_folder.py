@@ -9,7 +9,7 @@ import peft
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora_lightning.model.checkpoint_format import FORMAT_VERSION
+from qlora_lightning.format_version import FORMAT_VERSION
 from qlora_lightning.model.folder_swap import refill_folder
 from qlora_lightning.safe_file import set_usual_mode
 
@@ -93,7 +93,7 @@ def loading_snippet(folder: Path | str, identity: Mapping[str, Any]) -> str:
 
     Args:
         folder: The adapter folder.
-        identity: What :func:`qlora_lightning.model.adapter_reading.read_identity` gives of it.
+        identity: What :func:`qlora_lightning.adapter.identity.read_identity` gives of it.
     """
     dtype, quantization = identity.get("compute_dtype", "bfloat16"), identity["quantization"]
     four_bits = (

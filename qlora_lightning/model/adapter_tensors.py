@@ -1,12 +1,14 @@
 """The tensors of an adapter folder: read whole, and refused where one holds what no model can compute with."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qlora_lightning.base.safetensors_header import read_spans
 from qlora_lightning.errors import UserError
 
 LOADING_FAULTS = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
@@ -37,6 +39,15 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of the tensors of an adapter folder, by PEFT's names; no number is read.
+
+    Raises:
+        UserError: The file is cut off.
+    """
+    return {span.name: span.shape for span in read_spans(folder / "adapter_model.safetensors")}
+
+
 _MISMATCH = re.compile(
     r"size mismatch for (?P<name>\S+): copying a param with shape torch\.Size\((?P<found>\[[\d, ]*\])\) from "
     r"checkpoint, the shape in current model is torch\.Size\((?P<wanted>\[[\d, ]*\])\)"
@@ -47,10 +58,31 @@ def word_misfit(folder: Path, error: Exception) -> UserError:
     """Say why an adapter folder cannot be put on a base, in the last line of what PEFT said."""
     reason = " ".join(str(error).strip().splitlines()[-1:]).strip().rstrip(".")
     if mismatch := _MISMATCH.search(reason):
-        reason = (
-            f"{mismatch['name']} is {mismatch['found']} in the file, where this base and "
-            f"adapter_config.json want {mismatch['wanted']}"
-        )
+        reason = _word_shapes(mismatch["name"], mismatch["found"], mismatch["wanted"])
+    return _misfit(folder, reason)
+
+
+def check_shapes(folder: Path, found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
+    """Refuse tensors of other shapes than the model's.
+
+    Args:
+        folder: The adapter folder.
+        found: In its file, by name.
+        wanted: In the model, by the same names.
+
+    Raises:
+        UserError: There is one.
+    """
+    for name, shape in wanted.items():
+        if list(found[name]) != list(shape):
+            raise _misfit(folder, _word_shapes(name, list(found[name]), list(shape)))
+
+
+def _word_shapes(name: str, found: object, wanted: object) -> str:
+    return f"{name} is {found} in the file, where this base and adapter_config.json want {wanted}"
+
+
+def _misfit(folder: Path, reason: str) -> UserError:
     return UserError(
         f"The adapter folder {folder} cannot be put on this base: {reason}. Name the base that "
         "it was trained on, or copy the folder again if a file in it is damaged."

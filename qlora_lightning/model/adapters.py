@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlora_lightning.adapter.shape import ALPHA
 from qlora_lightning.errors import UserError
 from qlora_lightning.json_shape import find_fault
-from qlora_lightning.model.adapter_shape import ALPHA
 from qlora_lightning.model.lora_options import check_lora_options
 from qlora_lightning.model.targets import compact_targets, resolve_targets
 

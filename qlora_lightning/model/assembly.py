@@ -7,8 +7,9 @@ from typing import Any
 import peft
 import torch
 
+from qlora_lightning.adapter.identity import read_identity
 from qlora_lightning.model.adapter_options import check_adapter_options, chosen_targets
-from qlora_lightning.model.adapter_reading import open_adapter_folder, read_identity
+from qlora_lightning.model.adapter_reading import open_adapter_folder
 from qlora_lightning.model.adapters import add_adapters, trainable_tensors
 from qlora_lightning.model.attention import register_flat_attention
 from qlora_lightning.model.decoder_layer import fuse_decoder_layers

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from qlora_lightning.errors import UserError
+from qlora_lightning.format_version import FORMAT_VERSION, check_version
 
 KEY = "qlora_lightning"  # our settings lie under our own key: under Lightning's they would beat the command line
-FORMAT_VERSION = 1
 
 # What a run cannot go on exactly without: Lightning's parts of a checkpoint, and those of ours.
 PARTS = (
@@ -64,19 +64,6 @@ def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
             "it. Take another."
         )
     return {**content, "settings": rename_settings(content.get("settings", {}))}
-
-
-def check_version(version: int, source: str) -> None:
-    """Refuse a format that a newer version of this package wrote.
-
-    Raises:
-        UserError: It is newer.
-    """
-    if version > FORMAT_VERSION:
-        raise UserError(
-            f"{source} has format version {version}, and this version of qlora_lightning reads up to {FORMAT_VERSION}: "
-            "update qlora_lightning."
-        )
 
 
 def rename_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 import peft
 from torch import nn
 
+from qlora_lightning.adapter.shape import PATTERNS
 from qlora_lightning.errors import UserError
 from qlora_lightning.json_shape import find_fault
-from qlora_lightning.model.adapter_shape import PATTERNS
 
 OURS = {
     "r": "model.rank",

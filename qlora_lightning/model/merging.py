@@ -13,8 +13,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlora_lightning.adapter.identity import read_adapter_config
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.adapter_reading import read_adapter_config
 from qlora_lightning.model.adapters import ADAPTER
 from qlora_lightning.model.base_weights import EMBEDDING, HEAD, Weights
 from qlora_lightning.model.hollow_base import filled, make_skeleton, name_in_base, put_adapter_on

@@ -7,8 +7,8 @@ from typing import Any
 
 import peft
 
+from qlora_lightning.adapter.identity import read_identity
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.adapter_reading import read_identity
 from qlora_lightning.model.adapter_tensors import LOADING_FAULTS, read_tensors, word_misfit
 from qlora_lightning.model.adapters import without_peft_deprecation
 from qlora_lightning.model.identity import check_identity

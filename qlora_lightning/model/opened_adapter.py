@@ -6,12 +6,12 @@ from typing import Any, get_args
 
 import torch
 
-from qlora_lightning.adapter_place import find_adapter_folder
+from qlora_lightning.adapter.identity import read_adapter_config, read_identity
+from qlora_lightning.adapter.place import find_adapter_folder
 from qlora_lightning.base.base_folder import BaseFolder, open_base
 from qlora_lightning.base.fingerprint import fingerprint
 from qlora_lightning.base.model_folder import read_config
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.adapter_reading import read_adapter_config, read_identity
 from qlora_lightning.model.assembly import QLoRAModel, assemble_model
 from qlora_lightning.model.dtypes import ComputeDtype, choose_compute_dtype
 from qlora_lightning.model.identity import check_identity

@@ -6,8 +6,9 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.console import say
+from qlora_lightning.format_version import FORMAT_VERSION
 from qlora_lightning.model.adapters import trainable_tensors
-from qlora_lightning.model.checkpoint_format import FORMAT_VERSION, KEY, known_settings, plain_settings, read_content
+from qlora_lightning.model.checkpoint_format import KEY, known_settings, plain_settings, read_content
 from qlora_lightning.model.generators import capture_generators, restore_generators
 from qlora_lightning.model.identity import check_identity, data_differences, identity_of_data
 from qlora_lightning.model.rank_states import describe_other_number, gather_states, share_states

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qlora_lightning.adapter.identity import read_identity
 from qlora_lightning.model.adapter_options import check_adapter_options, chosen_targets
-from qlora_lightning.model.adapter_reading import read_identity
+from qlora_lightning.model.adapter_reading import check_folder_fits
 from qlora_lightning.model.adapter_tensors import LOADING_FAULTS, word_misfit
 from qlora_lightning.model.adapters import add_adapters, without_peft_deprecation
 from qlora_lightning.model.attention import register_flat_attention
@@ -99,4 +100,5 @@ def _adapt(model: PreTrainedModel, adapter: str | None, options: dict[str, Any])
     except LOADING_FAULTS as error:
         raise word_misfit(Path(adapter), error) from error
     check_adapter_options(adapted, targets, options, adapter)
+    check_folder_fits(adapted, Path(adapter).expanduser())
     return adapted

@@ -104,6 +104,16 @@ def test_an_adapter_folder_stands_for_the_config_of_its_run(quickstart, folder, 
     assert "configs is not an adapter folder" in capsys.readouterr().err
 
 
+def test_an_adapter_whose_tensors_have_another_rank_than_its_config_is_refused(folder, adapter, capsys):
+    shutil.copytree(adapter, folder / "other")
+    config = json.loads((folder / "other" / "adapter_config.json").read_text())
+    (folder / "other" / "adapter_config.json").write_text(json.dumps({**config, "r": 3}))
+    assert main(["plan", "--adapter", "other"]) == 2
+    assert "lora_A.weight is [2, 64] in the file, where this base and adapter_config.json want [3, 64]" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_file_of_adapter_tensors_that_is_cut_off_is_refused(folder, adapter, capsys):
     shutil.copytree(adapter, folder / "cut")
     weights = folder / "cut" / "adapter_model.safetensors"

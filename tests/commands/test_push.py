@@ -105,7 +105,14 @@ def test_a_base_that_nobody_else_has_is_refused(base, folder):
     assert not api.repos
 
 
-@pytest.mark.parametrize("size", [0, 5, 40, 95])
+@pytest.mark.parametrize("name", ["tokenizer.json", "adapter_model.safetensors"])
+def test_an_empty_file_is_refused(name, folder):
+    (folder / name).write_bytes(b"")
+    with pytest.raises(UserError, match=f"{name} is empty: copy the adapter folder again. Nothing is sent"):
+        push(folder, api=FakeApi())
+
+
+@pytest.mark.parametrize("size", [5, 40, 95])
 def test_weights_that_are_cut_off_are_refused(size, folder):
     file = folder / "adapter_model.safetensors"
     assert file.stat().st_size == 96

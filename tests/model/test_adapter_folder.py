@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qlora_lightning import QLoRAModule
+from qlora_lightning.adapter.identity import read_identity
 from qlora_lightning.base.cache_clear import list_entries
 from qlora_lightning.base.tokenizer import load_tokenizer
 from qlora_lightning.model.adapter_folder import loading_snippet, save_adapter_folder
-from qlora_lightning.model.adapter_reading import read_identity
 from qlora_lightning.model.adapters import add_adapters, trainable_tensors
 from qlora_lightning.model.linear import fuse_lora_linears
 from qlora_lightning.model.quantized import load_base

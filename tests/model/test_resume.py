@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.checkpoint_format import FORMAT_VERSION, PARTS, read_content
+from qlora_lightning.format_version import FORMAT_VERSION
+from qlora_lightning.model.checkpoint_format import PARTS, read_content
 from qlora_lightning.model.loss import LossSums
 from qlora_lightning.model.resume import ExactResume
 from qlora_lightning.model.window import Window

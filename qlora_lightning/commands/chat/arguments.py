@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from qlora_lightning.adapter.identity import read_identity
+from qlora_lightning.adapter.place import find_adapter_folder
 from qlora_lightning.commands.chat.sampling import Sampling
 from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.json_output import json_file
@@ -57,7 +59,11 @@ def parse(argv: Sequence[str]) -> Options:
         if text is not None and not is_text(text):
             raise UserError(f"{option} holds bytes that are no UTF-8.")
     settings["json"] = json_file(own.json, ("adapters", "sampling", "turns"), find_inputs([*own.adapter, own.base]))
-    return Options(adapters=_name_adapters(settings.pop("adapter")), sampling=Sampling(**sampling), **settings)
+    adapters = _name_adapters(settings.pop("adapter"))
+    options = Options(adapters=adapters, sampling=Sampling(**sampling), **settings)
+    for folder in adapters.values():
+        read_identity(find_adapter_folder(folder))  # a misspelt folder is told before anything is imported
+    return options
 
 
 def is_text(text: str) -> bool:

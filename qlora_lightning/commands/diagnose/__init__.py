@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from qlora_lightning.adapter.identity import read_identity
+from qlora_lightning.adapter.place import find_adapter_folder
 from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.json_output import json_file, tables_beside, write_json
 from qlora_lightning.commands.option_parser import OptionParser
@@ -25,6 +27,8 @@ def main(argv: Sequence[str]) -> int:
     """
     own = make_parser().parse_args(argv)
     file = json_file(own.json, ("adapter", "base", "hints", "modules"), find_inputs([own.adapter, own.base]))
+    read_identity(find_adapter_folder(own.adapter))  # a misspelt folder is told before anything is imported
+
     # here, so that --help and mistakes answer at once
     from rich.console import Console
 

@@ -4,12 +4,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from qlora_lightning.adapter.identity import read_identity
 from qlora_lightning.commands.adapter_config import add_config
 from qlora_lightning.commands.evaluate.options import Options, named_adapters
 from qlora_lightning.commands.evaluate.targets import check_targets
 from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.json_output import name_file, tables_beside
+from qlora_lightning.commands.option_parser import OptionParser
 from qlora_lightning.errors import UserError
+from qlora_lightning.evaluation.scores import check_scores
 
 _DESCRIPTION = """Judge a base and one or several adapters on the same rows: loss, perplexity, token accuracy, and
 greedy answers from the prompts alone, scored against the rows' own. With 95 % intervals and paired differences.
@@ -37,10 +40,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: A key, value, adapter or file is wrong.
     """
-    try:
-        own, rest = _parser().parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}. See `qlora-lightning evaluate --help`.") from error
+    own, rest = _parser().parse_known_args(argv)
     options = _checked(own, rest)
     if not (options.adapters or rest):
         raise UserError("What shall be judged? Name an adapter folder by --adapter DIR, or a config by --config FILE.")
@@ -56,16 +56,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qlora-lightning evaluate",
-        usage="qlora-lightning evaluate [--config FILE] [--adapter [NAME=]DIR …] [options] [options of fit]",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+def _parser() -> OptionParser:
+    usage = "qlora-lightning evaluate [--config FILE] [--adapter [NAME=]DIR …] [options] [options of fit]"
+    parser = OptionParser("evaluate", _DESCRIPTION, _EPILOG, usage)
     add = parser.add_argument
     add("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="adapter folder; may be given again")
     add("--split", choices=("val", "test"), default="val", help="rows of data.val (default) or data.test")
@@ -91,6 +84,8 @@ def _checked(own: argparse.Namespace, rest: Sequence[str]) -> Options:
         value = getattr(own, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}: expected {least} or more.")
+    if own.scores is not None:
+        check_scores(own.scores)
     options = Options(
         adapters=named_adapters(own.adapter),
         split=own.split,
@@ -103,5 +98,7 @@ def _checked(own: argparse.Namespace, rest: Sequence[str]) -> Options:
         out=None if own.out is None else Path(own.out),
         json=None if own.json is None else name_file("--json", own.json),
     )
+    for folder in options.adapters.values():
+        read_identity(folder)
     check_targets(options, find_inputs([*options.adapters.values(), *rest]), own.force)
     return options

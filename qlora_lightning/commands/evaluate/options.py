@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.adapter_place import find_adapter_folder
+from qlora_lightning.adapter.place import find_adapter_folder
 from qlora_lightning.errors import UserError
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")

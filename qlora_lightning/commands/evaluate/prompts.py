@@ -7,7 +7,7 @@ from typing import Any
 import rich
 from rich.markup import escape
 
-from qlora_lightning.model.adapter_reading import read_identity
+from qlora_lightning.adapter.identity import read_identity
 from qlora_lightning.model.identity import data_differences
 
 _RENDER = ("tokenizer", "chat_template")

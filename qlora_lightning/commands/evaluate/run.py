@@ -21,8 +21,6 @@ from qlora_lightning.evaluation.comparison import BASE
 from qlora_lightning.evaluation.judge import Answering, Judgement, judge_rows
 from qlora_lightning.evaluation.progress import steps_bar
 from qlora_lightning.evaluation.rows import EvaluationRow
-from qlora_lightning.evaluation.scores import check_scores
-from qlora_lightning.model.adapter_reading import read_identity
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.trainer import callbacks_of
 
@@ -42,10 +40,6 @@ def evaluate(options: Options, arguments: Sequence[str]) -> None:
     Raises:
         UserError: A key, value, adapter or row is wrong.
     """
-    if options.scores is not None:
-        check_scores(options.scores)
-    for folder in options.adapters.values():
-        read_identity(folder)  # a misspelt name is told before anything is loaded
     with quiet_lightning():
         training.main(["validate", *arguments], functools.partial(_EvaluateCLI, options=options), name="evaluate")
 

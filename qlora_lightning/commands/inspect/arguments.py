@@ -1,6 +1,5 @@
 """What is typed after ``qlora-lightning inspect``: options of its own, and the config of ``fit``."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +8,7 @@ import jsonargparse
 import yaml
 
 from qlora_lightning.commands.foreign_errors import find_user_error
+from qlora_lightning.commands.option_parser import OptionParser
 from qlora_lightning.commands.parse_errors import check_top_level, word_parse_error
 from qlora_lightning.commands.short_forms import CALLBACK_KEYS, expand_arguments, expand_config
 from qlora_lightning.data.datamodule import InstructionDataModule
@@ -88,10 +88,7 @@ def parse(argv: Sequence[str]) -> tuple[Options, Config]:
     Raises:
         UserError: an option, a key or a value is wrong.
     """
-    try:
-        own, rest = _own_parser().parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}. See `qlora-lightning inspect --help`.") from error
+    own, rest = _own_parser().parse_known_args(argv)
     options = Options(own.split, tuple(own.row), own.longest, own.shortest, own.search, own.html)
     return options, _parse_config(["inspect", *rest])
 
@@ -120,16 +117,9 @@ def make_data_module(config: Config) -> InstructionDataModule:
     return data
 
 
-def _own_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qlora-lightning inspect",
-        usage="qlora-lightning inspect --config FILE [options] [--data.KEY VALUE …]",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+def _own_parser() -> OptionParser:
+    usage = "qlora-lightning inspect --config FILE [options] [--data.KEY VALUE …]"
+    parser = OptionParser("inspect", _DESCRIPTION, _EPILOG, usage)
     add = parser.add_argument
     add("--split", choices=SPLITS, help="report on this split only (default: all; rows are shown from train)")
     add(

@@ -1,6 +1,5 @@
 """``qlora-lightning lr-find``: Lightning's learning-rate finder on a config, leaving nothing behind."""
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from qlora_lightning.commands.json_output import (
     write_json,
     write_output,
 )
+from qlora_lightning.commands.option_parser import OptionParser
 from qlora_lightning.errors import UserError
 
 _DESCRIPTION = """Train a config for some steps with a learning rate that rises from one to the next, and suggest one.
@@ -37,10 +37,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: A key or value is wrong, or the search ended too early to suggest anything.
     """
-    try:
-        own, rest = _parser().parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}. See `qlora-lightning lr-find --help`.") from error
+    own, rest = _parser().parse_known_args(argv)
     if own.steps < _LEAST_STEPS:
         raise UserError(f"--steps is {own.steps}: expected {_LEAST_STEPS} or more.")
     if not 0 < own.min_lr < own.max_lr < float("inf"):
@@ -80,16 +77,9 @@ def _picture(name: str | None, inputs: Sequence[Path]) -> Path | None:
     return check_output_file("--plot", file, lambda file: file.suffix in _PICTURES, inputs)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qlora-lightning lr-find",
-        usage="qlora-lightning lr-find --config FILE [--steps N] [--min-lr X] [--max-lr X] [options of fit]",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+def _parser() -> OptionParser:
+    usage = "qlora-lightning lr-find --config FILE [--steps N] [--min-lr X] [--max-lr X] [options of fit]"
+    parser = OptionParser("lr-find", _DESCRIPTION, _EPILOG, usage)
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps (default: 100)")
     parser.add_argument(
         "--min-lr", type=float, default=1e-6, metavar="X", help="rate of the first step (default: 1e-6)"

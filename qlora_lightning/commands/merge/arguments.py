@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_lightning.adapter.identity import read_identity
+from qlora_lightning.adapter.place import find_adapter_folder
 from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.json_output import check_distinct, check_output_file, json_file, name_file
+from qlora_lightning.commands.merge.staging import check_file, check_folder
 from qlora_lightning.commands.option_parser import OptionParser
 from qlora_lightning.errors import UserError
 
@@ -48,7 +51,7 @@ def parse(argv: Sequence[str]) -> Options:
     """Parse the command line.
 
     Raises:
-        UserError: An option is unknown or has a value that cannot be.
+        UserError: An option is unknown or has a value that cannot be, or a file is there that is not to be replaced.
     """
     own, rest = make_parser().parse_known_args(argv)
     _check_overrides(rest)
@@ -72,6 +75,11 @@ def parse(argv: Sequence[str]) -> Options:
     own.json = json_file(own.json, ("adapter", "onto", "dtype"), inputs, force=own.force)
     if own.adapter_gguf is not None:  # check_file looks at what is there
         own.adapter_gguf = check_output_file("--adapter-gguf", own.adapter_gguf, lambda file: True, inputs)
+    if own.out is not None:
+        check_folder(own.out, own.force)
+    if own.adapter_gguf is not None:
+        check_file(own.adapter_gguf, own.force)
+    read_identity(find_adapter_folder(own.adapter))  # a misspelt folder is told before anything is imported
     return Options(**vars(own), overrides=tuple(rest))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import lightning
 import numpy as np
 
-from qlora_lightning.adapter_place import find_run_config
+from qlora_lightning.adapter.place import find_run_config
 from qlora_lightning.commands.inspect import quiet_lightning
 from qlora_lightning.commands.inspect.arguments import make_data_module, parse
 from qlora_lightning.data.batches import collate_rows

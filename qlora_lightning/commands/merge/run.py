@@ -21,8 +21,6 @@ from qlora_lightning.commands.merge.report import MAX_KL, MIN_TOP1, Report, Verd
 from qlora_lightning.commands.merge.rows import find_config, load_rows
 from qlora_lightning.commands.merge.staging import (
     RECORD,
-    check_file,
-    check_folder,
     list_files,
     staged_file,
     staged_folder,
@@ -43,10 +41,6 @@ def merge(options: Options) -> None:
     Raises:
         UserError: The adapter, the base or an option cannot be used, or the merged model disagrees with them.
     """
-    if options.out is not None:
-        check_folder(options.out, options.force)
-    if options.adapter_gguf is not None:
-        check_file(options.adapter_gguf, options.force)
     source = find_adapter(options.adapter, options.base)
     weights = Ways(source, options.onto)
     plan = plan_merge(source.base.folder, source.folder)

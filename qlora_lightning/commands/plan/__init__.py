@@ -1,6 +1,5 @@
 """``qlora-lightning plan``: what a config trains, and the memory and steps that it takes, before it is loaded."""
 
-import argparse
 import functools
 import re
 from collections.abc import Sequence
@@ -9,10 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
-from qlora_lightning.adapter_place import find_adapter_folder
+from qlora_lightning.adapter.place import find_adapter_folder
 from qlora_lightning.commands.adapter_config import add_config
 from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.json_output import json_file, tables_beside, write_json
+from qlora_lightning.commands.option_parser import OptionParser
 from qlora_lightning.commands.quiet import quiet_lightning
 from qlora_lightning.errors import UserError
 
@@ -38,10 +38,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: A key or value is wrong, or the base's config is not on this machine.
     """
-    try:
-        own, rest = _parser().parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}. See `qlora-lightning plan --help`.") from error
+    own, rest = _parser().parse_known_args(argv)
     memory = None if own.device_memory is None else read_size(own.device_memory)
     file = json_file(own.json, ("base", "largest_batch", "knobs"), find_inputs([own.adapter, *rest]))
 
@@ -87,16 +84,9 @@ def read_size(text: str) -> int:
     return size
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qlora-lightning plan",
-        usage="qlora-lightning plan --config FILE [--adapter DIR] [options] [options of fit]",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+def _parser() -> OptionParser:
+    usage = "qlora-lightning plan --config FILE [--adapter DIR] [options] [options of fit]"
+    parser = OptionParser("plan", _DESCRIPTION, _EPILOG, usage)
     parser.add_argument("--adapter", metavar="DIR", help="adapter folder to go on with (model.adapter)")
     parser.add_argument(
         "--device-memory",

@@ -1,12 +1,9 @@
 """Puts a plan together from what the parser of ``fit`` has read."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora_lightning.adapter_place import find_adapter_folder
-from qlora_lightning.base.safetensors_header import read_spans
 from qlora_lightning.commands.plan.base_config import find_config
 from qlora_lightning.commands.plan.knobs import turn_knobs
 from qlora_lightning.commands.plan.planner import Planner, choose_device, read_choice
@@ -37,13 +34,11 @@ def make_plan(module: Any, data: Any, no_tokenizer: str | None, settings: dict[s
         raise UserError(f"model.class_path names {type(module).__name__}: plan knows QLoRAModule and its subclasses.")
     trainer = settings["trainer"]
     kind = choose_device(str(trainer["accelerator"]), named_memory=memory is not None)
-    if module.adapter is not None:
-        _check_whole(find_adapter_folder(module.adapter))
     base = find_config(module.base, module.revision, module.trust_remote_code)
-    leaves_out = module.fast and module.neftune_alpha is None and not module.adapter_options["dropout"]
-    run = measure_run(data, trainer, no_tokenizer, leaves_out)
-    choice = read_choice(module, settings["gradient_checkpointing"], run, base.config)
+    choice = read_choice(module, settings["gradient_checkpointing"], base.config)
     planner = Planner(base.config, kind, module.compute_dtype, read_resident_bytes())
+    run = measure_run(data, trainer, no_tokenizer, planner.leaves_out(choice))
+    choice = choice.on(run)
     batches = data.batch_size, data.tokens_per_batch
     return Plan(
         base=module.base,
@@ -58,17 +53,6 @@ def make_plan(module: Any, data: Any, no_tokenizer: str | None, settings: dict[s
         run=run,
         notes=_notes(module, run, kind),
     )
-
-
-def _check_whole(adapter: Path) -> None:
-    """Refuse a file of adapter tensors that is cut off, by its header: no weight is read.
-
-    Raises:
-        UserError: It is.
-    """
-    file = adapter / "adapter_model.safetensors"
-    if file.is_file():  # a folder without it is told of where it is opened
-        read_spans(file)
 
 
 def _device(kind: str, memory: int | None) -> Device:

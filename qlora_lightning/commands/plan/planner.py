@@ -1,6 +1,6 @@
 """A config as a plan: the weightless model, and the memory of its steps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from qlora_lightning.model.skeleton import build_skeleton
 from qlora_lightning.model.stored_bytes import name_storage
 
 _CONTEXT = 600_000_000  # bytes that CUDA, cuBLAS and the kernels take on a card, beside tensors; an estimate
+_NOT_READ = BatchShape((), 0)
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Choice:
         fast: ``model.fast``.
         has_noise: Whether there is a ``model.neftune_alpha``.
         every_n_layers: Every n-th layer is checkpointed; 0: none.
-        batch: The largest micro-batch.
+        is_mapped: Whether the base is mapped from a file.
+        batch: The largest micro-batch; none before the data are read.
         batch_lengths: How many numbers of tokens the run's micro-batches have.
         ids: Token ids of the data, where only what is read of the embedding lies in memory; ``None``: all of it does.
     """
@@ -46,9 +48,15 @@ class Choice:
     fast: bool
     has_noise: bool
     every_n_layers: int
-    batch: BatchShape
+    is_mapped: bool
+    batch: BatchShape = _NOT_READ
     batch_lengths: int = 1
     ids: Any = None
+
+    def on(self, run: RunLength) -> "Choice":
+        """Give the same with the batches of a run."""
+        ids = run.ids if self.is_mapped else None
+        return replace(self, batch=run.batch, batch_lengths=run.batch_lengths, ids=ids)
 
 
 class Planner:
@@ -111,21 +119,23 @@ class Planner:
             batch_lengths=choice.batch_lengths,
             unread=0.0 if choice.ids is None else share_unread(choice.ids, shape.base, number_bytes),
         )
-        leaves_out = choice.fast and not choice.has_noise and can_leave_out(self.model(choice), training=True)
-        return plan_memory(shape, choice.batch if leaves_out else choice.batch.whole(), settings)
+        return plan_memory(shape, choice.batch if self.leaves_out(choice) else choice.batch.whole(), settings)
+
+    def leaves_out(self, choice: Choice) -> bool:
+        """Say whether tokens that no label needs are left out, as ``QLoRAModule.leaves_out_unneeded`` would."""
+        return choice.fast and not choice.has_noise and can_leave_out(self.model(choice), training=True)
 
 
 def _key(choice: Choice) -> str:
     return repr((choice.quantization, choice.adapter, choice.adapter_options, choice.fast))
 
 
-def read_choice(module: Any, checkpointing: dict[str, Any], run: RunLength, config: Any) -> Choice:
+def read_choice(module: Any, checkpointing: dict[str, Any], config: Any) -> Choice:
     """Read the choice of a config.
 
     Args:
         module: A ``QLoRAModule`` without its model.
         checkpointing: The section of that name.
-        run: On the data.
         config: transformers' config of the base, which may be stored quantized.
 
     Raises:
@@ -145,9 +155,7 @@ def read_choice(module: Any, checkpointing: dict[str, Any], run: RunLength, conf
         fast=module.fast,
         has_noise=module.neftune_alpha is not None,
         every_n_layers=checkpointing["every_n_layers"] if checkpointing["enabled"] else 0,
-        batch=run.batch,
-        batch_lengths=run.batch_lengths,
-        ids=run.ids if module.cache or stored_so or module.quantization == "none" else None,  # mapped from a file
+        is_mapped=module.cache or stored_so or module.quantization == "none",
     )
 
 

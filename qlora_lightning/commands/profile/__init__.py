@@ -1,6 +1,5 @@
 """``qlora-lightning profile``: where the time and the memory of a training step go, by part."""
 
-import argparse
 import functools
 import os
 import tempfile
@@ -10,6 +9,7 @@ from rich.console import Console
 
 from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.json_output import json_file, tables_beside, write_json
+from qlora_lightning.commands.option_parser import OptionParser
 from qlora_lightning.commands.quiet import quiet_lightning
 from qlora_lightning.errors import UserError
 
@@ -31,10 +31,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: A key or value is wrong, or no step could be profiled.
     """
-    try:
-        own, rest = _parser().parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}. See `qlora-lightning profile --help`.") from error
+    own, rest = _parser().parse_known_args(argv)
     if own.steps < 1:
         raise UserError(f"--steps is {own.steps}: expected 1 or more.")
     file = json_file(own.json, ("ms_per_step", "time", "memory"), find_inputs(rest))
@@ -60,16 +57,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qlora-lightning profile",
-        usage="qlora-lightning profile --config FILE [--steps N] [--json FILE] [options of fit]",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+def _parser() -> OptionParser:
+    usage = "qlora-lightning profile --config FILE [--steps N] [--json FILE] [options of fit]"
+    parser = OptionParser("profile", _DESCRIPTION, _EPILOG, usage)
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="optimizer steps to profile (default: 5)")
     parser.add_argument("--json", metavar="FILE", help="write all figures there too")
     return parser

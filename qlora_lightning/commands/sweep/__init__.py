@@ -1,12 +1,18 @@
 """``qlora-lightning sweep-rank``: double the rank while it pays; likewise target modules and learning rates."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.json_output import json_file, tables_beside, write_json
-from qlora_lightning.commands.sweep.dimensions import Dimension, add_dimension_options, choose_dimension, show_value
+from qlora_lightning.commands.option_parser import OptionParser
+from qlora_lightning.commands.sweep.dimensions import (
+    Dimension,
+    add_dimension_options,
+    choose_dimension,
+    refuse_alpha,
+    show_value,
+)
 from qlora_lightning.errors import TrainingStopped, UserError
 
 _DESCRIPTION = """Train a config with one rank after the other, and stop where the next one no longer pays.
@@ -29,11 +35,9 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: A key or value is wrong, or a trial cannot go on.
     """
-    try:
-        own, rest = _parser().parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}. See `qlora-lightning sweep-rank --help`.") from error
+    own, rest = _parser().parse_known_args(argv)
     dimension = choose_dimension(own)
+    refuse_alpha(dimension, rest)
     file = json_file(own.json, ("setting", "trials", "chosen"), find_inputs(rest))
     if not 0 <= own.min_gain < float("inf"):
         raise UserError(f"--min-gain is {own.min_gain:g}: expected 0 or more nats per token.")
@@ -84,16 +88,9 @@ def _sweep(rest: Sequence[str], dimension: Dimension, min_gain: float, file: Pat
         write_json(file, summary)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qlora-lightning sweep-rank",
-        usage="qlora-lightning sweep-rank --config FILE [--ranks N,N,…] [--json FILE] [options of fit]",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+def _parser() -> OptionParser:
+    usage = "qlora-lightning sweep-rank --config FILE [--ranks N,N,…] [--json FILE] [options of fit]"
+    parser = OptionParser("sweep-rank", _DESCRIPTION, _EPILOG, usage)
     add_dimension_options(parser)
     least = "nats per token that a gain must reach beside being above noise (default: 0)"
     parser.add_argument("--min-gain", type=float, default=0.0, metavar="X", help=least)

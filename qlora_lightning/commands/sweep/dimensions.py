@@ -3,7 +3,7 @@
 import argparse
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,28 @@ def choose_dimension(own: argparse.Namespace) -> Dimension:
     rise = ranks[0] > 0 and all(before < after for before, after in itertools.pairwise(ranks))
     _check_all("--ranks", ranks, rise, "positive integers that rise")
     return Dimension("rank", "rank", ranks, stops=True)
+
+
+def refuse_alpha(dimension: Dimension, arguments: Sequence[str]) -> None:
+    """Refuse an alpha on the command line of a sweep of ranks, where it would be dropped.
+
+    That of a config belongs to that config's own rank.
+
+    Args:
+        dimension: What is varied.
+        arguments: Options of ``fit``.
+
+    Raises:
+        UserError: There is one.
+    """
+    for before, after in itertools.pairwise([*arguments, ""]):
+        name, equals, value = before.partition("=")
+        given = value if equals else after
+        if dimension.setting == "rank" and name.endswith(".alpha") and given.lower() not in ("null", "~"):
+            raise UserError(
+                f"{name} {given}: in a sweep of ranks alpha follows the rank, 2 × rank, so that each acts as "
+                "strongly. Leave it out, or sweep --target-modules or --learning-rates."
+            )
 
 
 def _split(option: str, text: str, kind: Callable[[str], Any], example: str) -> tuple[Any, ...]:

@@ -1,7 +1,6 @@
 """One trial: a fit like any other, in a folder of its own, on the base of the trial before it."""
 
 import functools
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,6 @@ class TrialCLI(QLoRACLI):
         super().__init__(*args, **kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self._refuse_alpha(args)
         args = [*args, *self._dimension.options(self._value)]
         asked = parser.parse_args(args)["fit"]
         if asked.get("ckpt_path") not in (None, "last"):
@@ -64,17 +62,6 @@ class TrialCLI(QLoRACLI):
         self.folder = self.root / self._dimension.folder
         own = self.folder / self._dimension.place(self._value)
         super().parse_arguments(parser, [*args, "--trainer.default_root_dir", str(own), "--ckpt_path", "last"])
-
-    def _refuse_alpha(self, args: Sequence[str]) -> None:
-        """Refuse what would be dropped: of a config, alpha belongs to that config's own rank."""
-        for before, after in itertools.pairwise([*args, ""]):
-            name, equals, value = before.partition("=")
-            given = value if equals else after
-            if self._dimension.setting == "rank" and name.endswith(".alpha") and given.lower() not in ("null", "~"):
-                raise UserError(
-                    f"{name} {given}: in a sweep of ranks alpha follows the rank, 2 × rank, so that each acts as "
-                    "strongly. Leave it out, or sweep --target-modules or --learning-rates."
-                )
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         trainer = super().instantiate_trainer(**kwargs)

@@ -41,6 +41,7 @@ from qlora_lightning.commands.foreign_errors import word_foreign_error
 from qlora_lightning.commands.parse_errors import check_top_level, word_parse_error
 from qlora_lightning.commands.processes import check_strategy, find_lost_process, set_timeout
 from qlora_lightning.commands.short_forms import expand_arguments, expand_config, shorten_config
+from qlora_lightning.commands.training_help import HelpFormatter, help_of
 from qlora_lightning.commands.whole_numbers import read_whole_numbers_first
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.tokenizers import tokenizer_of_base
@@ -244,7 +245,11 @@ def main(argv: Sequence[str], cli: Callable[..., object] = QLoRACLI, name: str |
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
-                parser_kwargs={**options, argv[0]: dict(options)},
+                parser_kwargs={
+                    **options,
+                    "formatter_class": HelpFormatter,
+                    argv[0]: {**options, **help_of(argv[0])},
+                },
                 args=expand_arguments(list(argv)),
             )
     except jsonargparse.ArgumentError as error:

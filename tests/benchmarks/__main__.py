@@ -7,11 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from qlora_lightning.base import open_base
 from qlora_lightning.data.formats import Conversation
 from qlora_lightning.errors import UserError
+from qlora_lightning.model.dtypes import choose_compute_dtype
 from tests.benchmarks.checks import check_options
 from tests.benchmarks.children import ROOT, run_child
 from tests.benchmarks.legend import explain
@@ -24,6 +26,8 @@ from tests.benchmarks.rows import order_as_trained, read_pairs, write_pairs
 from tests.benchmarks.scaling import measure_scaling
 from tests.benchmarks.settings import ALL_LAYERS
 from tests.benchmarks.sides import Side, has_trl
+
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def main() -> int:
@@ -59,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=48, help="take the file's first N")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each side, in turns; medians are reported")
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
+    dtype_help = "of products on both sides (default: auto, as in `model.compute_dtype`)"
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help=dtype_help)
     parser.add_argument("--threads", type=int, default=2, help="of each process")
     parser.add_argument("--peer-python", metavar="PATH", default=sys.executable, help="an interpreter that has TRL")
     parser.add_argument("--without-peer", action="store_true", help="measure ours alone")
@@ -77,16 +83,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _benchmark(arguments: argparse.Namespace, console: Console) -> None:
     check_options(arguments)
+    device = torch.device("cuda" if arguments.accelerator == "gpu" else "cpu")
+    arguments.dtype = _NAMES[choose_compute_dtype(arguments.dtype, device)]
     load = round(os.getloadavg()[0], 2)  # of others: with few cores, a neighbour at work spoils the figures
     pairs = read_pairs(arguments.data, arguments.rows)
     with_peer = not arguments.without_peer and _finds_trl(arguments.peer_python, console)
     base = open_base(arguments.base).folder.absolute()
     console.print(
         f"{len(pairs)} rows of {arguments.data}, base {arguments.base}, {arguments.accelerator}, "
-        f"{arguments.threads} threads",
+        f"{arguments.threads} threads, {arguments.dtype}",
         soft_wrap=True,
     )
-    setup = {key: getattr(arguments, key) for key in ("data", "base", "accelerator", "threads", "repeats")}
+    setup = {key: getattr(arguments, key) for key in ("data", "base", "accelerator", "threads", "dtype", "repeats")}
     results = Results(setup | {"rows": len(pairs), "load_average": load}, arguments.json)
     try:
         _measure(pairs, base, with_peer, results, arguments, console)
@@ -107,13 +115,15 @@ def _measure(
         ours, peer = Path(folder) / "ours.jsonl", Path(folder) / "peer.jsonl"
         write_pairs(pairs, ours)
         write_pairs(order_as_trained(pairs), peer)
-        sides = [Side("ours", sys.executable, ours, base, arguments.accelerator, arguments.threads)]
+        settings = arguments.accelerator, arguments.threads, arguments.dtype
+        sides = [Side("ours", sys.executable, ours, base, *settings)]
         if with_peer:
-            sides.append(Side("peer", arguments.peer_python, peer, base, arguments.accelerator, arguments.threads))
+            sides.append(Side("peer", arguments.peer_python, peer, base, *settings))
         for _ in measure_sides(sides, arguments.repeats, results.measured, console):
             results.keep()
     if arguments.scaling:
-        for size in measure_scaling(arguments.base, arguments.accelerator, arguments.threads, console.print):
+        settings = arguments.accelerator, arguments.threads, arguments.dtype
+        for size in measure_scaling(arguments.base, *settings, console.print):
             results.sizes.append(size)
             results.keep()
     if arguments.llama_8b is not None:
@@ -137,7 +147,7 @@ def _llama_8b(arguments: argparse.Namespace, console: Console) -> dict[str, Any]
     console.print(
         f"8B-shaped base of {layers} layers in {folder}: made and quantized unless it is there …", soft_wrap=True
     )
-    options = [str(folder), f"--layers={layers}", f"--threads={threads}"]
+    options = [str(folder), f"--layers={layers}", f"--threads={threads}", f"--dtype={arguments.dtype}"]
     figures = run_child(sys.executable, "llama_8b", options, threads)
     console.print(f"8B-shaped, {layers} layers, {figures['step']['seconds']:.1f} s a step")
     return figures
@@ -149,7 +159,7 @@ def _report(results: Results, arguments: argparse.Namespace, console: Console) -
     if results.sizes:
         print_scaling(results.sizes, console)
     layers = None if results.llama_8b is None else results.llama_8b["layers"]
-    for line in explain(arguments.repeats, arguments.accelerator, bool(results.sizes), layers):
+    for line in explain(arguments.repeats, arguments.accelerator, arguments.dtype, bool(results.sizes), layers):
         console.print(line, soft_wrap=True)
     console.print(describe_in_words(results.machine(), results.setup["load_average"]), soft_wrap=True)
     if arguments.plot is not None:

@@ -3,12 +3,13 @@
 from tests.benchmarks.table import name_8b
 
 
-def explain(repeats: int, accelerator: str, scaling: bool, llama_8b: int | None) -> list[str]:
+def explain(repeats: int, accelerator: str, dtype: str, scaling: bool, llama_8b: int | None) -> list[str]:
     """Give the legend, a line for each kind of row.
 
     Args:
         repeats: of every run.
         accelerator: ``cpu`` or ``gpu``.
+        dtype: of the products.
         scaling: whether there are rows of it.
         llama_8b: layers of the 8B-shaped base, if there are rows of one.
     """
@@ -23,7 +24,7 @@ def explain(repeats: int, accelerator: str, scaling: bool, llama_8b: int | None)
         "tokens/s: real tokens over the seconds of the training loop; padding, imports, loading and tokenizing are not "
         "counted.",
         f"memory: {memory}; 1 GB is 10⁹ bytes.",
-        "ceiling: the matrix products of the same steps and nothing else, run in bf16 in the same process, each as "
+        f"ceiling: the matrix products of the same steps and nothing else, run in {dtype} in the same process, each as "
         "often as it occurs: base linears forward and their input gradients, products with A and B and their "
         "gradients, attention in tiles up to the diagonal, the head on labelled tokens. Nothing below the lowest "
         "adapter has a gradient. Nothing that is computed again counts; only in the checkpointed row the products of "

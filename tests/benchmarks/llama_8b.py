@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from qlora_lightning.errors import UserError
+from qlora_lightning.model.dtypes import choose_compute_dtype
 from qlora_lightning.model.quantized import load_base
 from qlora_lightning.model.summary import bytes_by_dtype
 from tests.benchmarks.children import run_child
@@ -75,17 +76,17 @@ def _shards(config: LlamaConfig) -> Iterator[dict[str, Tensor]]:
     yield {"lm_head.weight": random(config.vocab_size, width)}
 
 
-def measure(folder: Path) -> dict[str, float]:
+def measure(folder: Path, dtype: torch.dtype) -> dict[str, float]:
     """Quantize the base and load it again from the cache."""
     began = time.perf_counter()
     with PeakMemory() as first:
-        loaded = load_base(str(folder), compute_dtype=torch.bfloat16)
+        loaded = load_base(str(folder), compute_dtype=dtype)
     first_seconds = time.perf_counter() - began
     size = sum(bytes_by_dtype(loaded.model).values()) / 1024**3
     del loaded
     began = time.perf_counter()
     with PeakMemory() as second:
-        load_base(str(folder), compute_dtype=torch.bfloat16)
+        load_base(str(folder), compute_dtype=dtype)
     return {
         "quantized_gib": size,
         "first_seconds": first_seconds,
@@ -95,16 +96,18 @@ def measure(folder: Path) -> dict[str, float]:
     }
 
 
-def measure_step(folder: Path, threads: int) -> dict[str, Any]:
+def measure_step(folder: Path, threads: int, dtype: str) -> dict[str, Any]:
     """Train some steps from the cached base; see ``one_batch``."""
     sizes = [f"--tokens={_TOKENS}", f"--row-tokens={_ROW_TOKENS}", f"--steps={_STEPS}", f"--ceilings={_CEILINGS}"]
-    return run_child(sys.executable, "one_batch", [str(folder), *sizes, "--gradient-checkpointing"], threads)
+    options = [str(folder), *sizes, f"--dtype={dtype}", "--gradient-checkpointing"]
+    return run_child(sys.executable, "one_batch", options, threads)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=ALL_LAYERS)
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of products")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the step's process")
     arguments = parser.parse_args()
     try:
@@ -114,8 +117,10 @@ def main() -> None:
     if not (arguments.folder / "config.json").exists():
         make_base(arguments.folder, arguments.layers)
     folder = arguments.folder.absolute()
-    figures: dict[str, Any] = {name: round(value, 3) for name, value in measure(folder).items()}
-    print(json.dumps(figures | {"layers": arguments.layers, "step": measure_step(folder, arguments.threads)}))
+    dtype = choose_compute_dtype(arguments.dtype, torch.device("cpu"))
+    figures: dict[str, Any] = {name: round(value, 3) for name, value in measure(folder, dtype).items()}
+    step = measure_step(folder, arguments.threads, arguments.dtype)
+    print(json.dumps(figures | {"layers": arguments.layers, "step": step}))
 
 
 if __name__ == "__main__":

@@ -53,11 +53,12 @@ def main() -> None:
     parser.add_argument("--row-tokens", type=int, required=True, help="of each row; the last may be shorter")
     parser.add_argument("--steps", type=int, default=1, help="whose memory is watched")
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of products")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--ceilings", type=int, default=0, help="so many more steps, each beside its products alone")
     arguments = parser.parse_args()
     lightning.seed_everything(settings.SEED)
-    module, meter, memory = make_module(arguments.base), Meter(), Memory(arguments.steps)
+    module, meter, memory = make_module(arguments.base, arguments.dtype), Meter(), Memory(arguments.steps)
     ceilings = Ceilings(arguments.gradient_checkpointing, skipped=arguments.steps)
     with tempfile.TemporaryDirectory() as folder:
         callbacks = [GradientCheckpointing(enabled=arguments.gradient_checkpointing), meter, memory, ceilings]

@@ -12,6 +12,7 @@ from typing import Any
 import lightning
 from lightning import Callback, Trainer
 
+from qlora_lightning.model.dtypes import ComputeDtype
 from tests.benchmarks import settings
 from tests.benchmarks.ceilings import Ceilings, add_ceilings
 from tests.benchmarks.children import print_figures
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("base")
     parser.add_argument("data")
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of products")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument(
         "--every-n-layers", type=int, default=1, help="of gradient checkpointing; more than 1: no ceiling"
@@ -32,7 +34,7 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=-1, help="stop there, and measure no ceiling")
     arguments = parser.parse_args()
     lightning.seed_everything(settings.SEED)
-    module, meter = make_module(arguments.base), Meter()
+    module, meter = make_module(arguments.base, arguments.dtype), Meter()
     data = make_data(arguments, train=arguments.data)
     train(module, data, arguments, [meter])
     ceiling = steady_seconds = validation = None
@@ -58,13 +60,13 @@ def main() -> None:
     print_figures(asdict(figures))
 
 
-def make_module(base: str) -> QLoRAModule:
+def make_module(base: str, dtype: ComputeDtype) -> QLoRAModule:
     """Make the module that both sides agree on."""
     return QLoRAModule(
         base,
         quantization="nf4",
         double_quant=True,
-        compute_dtype="bf16",
+        compute_dtype=dtype,
         rank=settings.RANK,
         alpha=settings.ALPHA,
         target_modules="all-linear",

@@ -18,6 +18,8 @@ from tests.benchmarks import settings
 from tests.benchmarks.children import print_figures, seconds_since_spawn
 from tests.benchmarks.figures import Figures, read_peak_bytes, versions_of
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 class Clock(TrainerCallback):
     """Time the start and the training loop."""
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("base")
     parser.add_argument("data")
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of products")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop there")
     arguments = parser.parse_args()
@@ -49,7 +52,7 @@ def main() -> None:
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
-            model=load_quantized(arguments.base, arguments.accelerator),
+            model=load_quantized(arguments.base, arguments.accelerator, _DTYPES[arguments.dtype]),
             processing_class=AutoTokenizer.from_pretrained(arguments.base),
             train_dataset=Dataset.from_list([json.loads(line) for line in lines]),
             peft_config=LoraConfig(
@@ -70,17 +73,17 @@ def main() -> None:
     print_figures(asdict(Figures(tokens, clock.seconds, peak, clock.start_seconds, losses, versions)))
 
 
-def load_quantized(base: str, accelerator: str) -> Any:
-    """Load the base in NF4 with double quantization, computing in bf16."""
+def load_quantized(base: str, accelerator: str, dtype: torch.dtype) -> Any:
+    """Load the base in NF4 with double quantization."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
     device: str | int = 0 if accelerator == "gpu" else "cpu"
     return AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.bfloat16, device_map={"": device}, quantization_config=quantization
+        base, dtype=dtype, device_map={"": device}, quantization_config=quantization
     )
 
 
@@ -101,7 +104,8 @@ def configure(folder: str, arguments: argparse.Namespace) -> SFTConfig:
         lr_scheduler_type="linear",
         max_grad_norm=settings.GRADIENT_CLIP,
         gradient_checkpointing=arguments.gradient_checkpointing,
-        bf16=True,
+        bf16=arguments.dtype == "bf16",
+        fp16=arguments.dtype == "fp16",
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
         logging_steps=1,

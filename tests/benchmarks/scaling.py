@@ -11,7 +11,7 @@ _SHORT_ROW = 200  # tokens
 
 
 def measure_scaling(
-    base: str, accelerator: str, threads: int, say: Callable[[str], None], tokens: Sequence[int] = TOKENS
+    base: str, accelerator: str, threads: int, dtype: str, say: Callable[[str], None], tokens: Sequence[int] = TOKENS
 ) -> Iterator[dict[str, Any]]:
     """Time the quicker of two steps for each size in a process of its own, with gradient checkpointing.
 
@@ -19,6 +19,7 @@ def measure_scaling(
         base: as in ``model.base``.
         accelerator: ``cpu`` or ``gpu``.
         threads: of each process.
+        dtype: of the products.
         say: told of each size when it is done.
         tokens: of the batches.
 
@@ -30,6 +31,7 @@ def measure_scaling(
         for size in tokens:
             row_tokens = min(_SHORT_ROW, size) if rows == "short" else size
             options = [f"--tokens={size}", f"--row-tokens={row_tokens}", "--steps=2", f"--accelerator={accelerator}"]
+            options.append(f"--dtype={dtype}")
             figures = run_child(sys.executable, "one_batch", [base, *options, "--gradient-checkpointing"], threads)
             line = {
                 "rows": rows,

@@ -21,6 +21,7 @@ class Side:
         base: folder of the base.
         accelerator: ``cpu`` or ``gpu``.
         threads: of its process.
+        dtype: of the products: ``bf16``, ``fp16`` or ``fp32``.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Side:
     base: Path
     accelerator: str
     threads: int
+    dtype: str
 
     def measure(self, *options: str) -> Figures:
         """Run one epoch in a process of its own.
@@ -39,7 +41,8 @@ class Side:
         Raises:
             RuntimeError: the process failed; the message holds what it said.
         """
-        arguments: Sequence[str] = (str(self.base), str(self.data), "--accelerator", self.accelerator, *options)
+        choices = ("--accelerator", self.accelerator, "--dtype", self.dtype)
+        arguments: Sequence[str] = (str(self.base), str(self.data), *choices, *options)
         return Figures(**run_child(self.python, self.name, arguments, self.threads))
 
 

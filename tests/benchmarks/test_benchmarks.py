@@ -53,7 +53,7 @@ def test_sizes_are_measured_in_short_rows_and_in_one(tiny_base: Path) -> None:
     from tests.benchmarks.scaling import measure_scaling
 
     said: list[str] = []
-    sizes = list(measure_scaling(str(tiny_base), "cpu", 1, said.append, tokens=(300,)))
+    sizes = list(measure_scaling(str(tiny_base), "cpu", 1, "fp32", said.append, tokens=(300,)))
 
     assert [(size["rows"], size["tokens"]) for size in sizes] == [("short", 300), ("long", 300)]
     assert all(size["tokens_per_second"] > 0 for size in sizes)

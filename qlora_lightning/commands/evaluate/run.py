@@ -79,7 +79,7 @@ class _EvaluateCLI(training.QLoRACLI):
         limit = self.trainer.limit_val_batches if options.split == "val" else self.trainer.limit_test_batches
         rows = read_rows(datamodule, options.split, options.rows, options.group_by, limit)
         if (of_split := datamodule.reports.get(options.split)) is not None and of_split.shortened:
-            say(f"{of_split.describe()}: see data.max_length, data.too_long.")
+            say(f"{of_split.describe()}\n  what shortens rows: data.max_length, data.too_long")
         for name, folder in self._adapters.items():
             warn_of_other_prompts(name, folder, getattr(datamodule, "identity", {}))
         asked = [row for row in rows[: options.answered] if row.prompt is not None]

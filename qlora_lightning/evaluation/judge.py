@@ -1,7 +1,7 @@
 """Lets a model judge and answer rows: loss and scores of each."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from qlora_lightning.evaluation.rows import EvaluationRow, choose_max_new_tokens
 from qlora_lightning.evaluation.scores import choose_scores, judge_answer
 from qlora_lightning.model.dense import dense_weights
+from qlora_lightning.model.row_losses import losses_of_rows
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def judge_rows(
     module.eval()
     try:
         with dense_weights(module.model):
-            judgements = [_judge_loss(module, row, watch) for row in rows]
+            judgements = list(_judge_losses(module, rows, watch))
             if answering is not None:
                 _add_answers(module, rows[:answered], judgements, answering, watch)
     finally:
@@ -118,13 +119,15 @@ def answer_rows(
     return answers
 
 
-def _judge_loss(module: Any, row: EvaluationRow, watch: Callable[[int], None]) -> Judgement:
-    batch = {
-        name: value.to(module.device) if isinstance(value, torch.Tensor) else value for name, value in row.batch.items()
-    }
-    sums = module.compute_loss(batch)
-    watch(1)
-    return Judgement(float(sums.nll_sum), int(sums.labelled_tokens), int(sums.correct))
+def _judge_losses(module: Any, rows: Sequence[EvaluationRow], watch: Callable[[int], None]) -> Iterator[Judgement]:
+    batches = [_on(module.device, row.batch) for row in rows]
+    for sums in losses_of_rows(module, batches):
+        watch(1)
+        yield Judgement(float(sums.nll_sum), int(sums.labelled_tokens), int(sums.correct))
+
+
+def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def _add_answers(

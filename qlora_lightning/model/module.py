@@ -200,12 +200,26 @@ class QLoRAModule(AnsweringModule):
     def compute_loss(self, batch: dict[str, Any]) -> LossSums:
         """Sum the loss over a flat batch. Override it for another objective; sums, not means, are wanted.
 
+        Args:
+            batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)``, ``cu_seqlens`` ``(samples + 1,)``, and
+                ``longest``, the tokens of the longest sample.
+        """
+        hidden, targets = self.last_states(batch)
+        with self.autocast():
+            return head_loss(hidden, targets, self.causal_lm.get_output_embeddings(), fast=self.fast)
+
+    def last_states(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Compute the states that the head reads, and name what is to be predicted from each.
+
         Only tokens that a label of this batch needs are computed (:attr:`leaves_out_unneeded`): what hooks on the
         model see is shorter than the batch.
 
         Args:
-            batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)``, ``cu_seqlens`` ``(samples + 1,)``, and
-                ``longest``, the tokens of the longest sample.
+            batch: As of :meth:`compute_loss`.
+
+        Returns:
+            The last hidden states ``(K, width)`` and their targets ``(K,)``, -100 for nothing; the targets of a sample
+            stand together, in the order of the samples.
         """
         batch = {**batch, "targets": next_labels(batch["labels"][0])[None]}
         if self.leaves_out_unneeded:
@@ -222,8 +236,7 @@ class QLoRAModule(AnsweringModule):
                 stream_places=batch.get("stream_places"),
                 use_cache=False,
             ).last_hidden_state
-            head = self.causal_lm.get_output_embeddings()
-            return head_loss(hidden[0], batch["targets"][0], head, fast=self.fast)
+        return hidden[0], batch["targets"][0]
 
     @property
     def leaves_out_unneeded(self) -> bool:

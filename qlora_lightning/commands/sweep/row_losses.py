@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from qlora_lightning.errors import UserError
+from qlora_lightning.model.row_losses import losses_of_rows
 from qlora_lightning.model.rows import cut_into_rows
 
 
@@ -52,8 +53,7 @@ def judge_rows(module: Any, batches: Iterable[Any], move: Any = lambda batch: ba
                         "A sweep compares validation rows one by one, and the validation loader gives batches of "
                         "another make than InstructionDataModule's: they cannot be cut into rows."
                     )
-                for row in rows:
-                    sums = module.compute_loss(move(row))
+                for sums in losses_of_rows(module, [move(row) for row in rows]):
                     if int(sums.labelled_tokens):  # a filler has none
                         nll.append(float(sums.nll_sum))
                         tokens.append(int(sums.labelled_tokens))

@@ -20,7 +20,7 @@ from qlora_lightning.model.answering import AnsweringModule
 from qlora_lightning.model.assembly import assemble_model
 from qlora_lightning.model.attention import NO_MASK
 from qlora_lightning.model.checks import check_callbacks, check_trainer, check_training_mode
-from qlora_lightning.model.dtypes import ComputeDtype, choose_compute_dtype
+from qlora_lightning.model.dtypes import ComputeDtype, choose_compute_dtype, explain_dtype
 from qlora_lightning.model.filled_batch import fill_up
 from qlora_lightning.model.gradient_buckets import GradientBuckets
 from qlora_lightning.model.guard import OnNonfinite, TrainingGuard
@@ -318,6 +318,9 @@ class QLoRAModule(AnsweringModule):
 
     @rank_zero_only
     def on_fit_start(self) -> None:
+        slow = explain_dtype(self.compute_dtype, self.device)
+        if slow is not None:
+            say(slow)
         rich.print(adapter_table(self.model))
         rich.print(describe_sizes(self.model))
         if self.fast:

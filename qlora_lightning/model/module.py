@@ -1,4 +1,4 @@
-"""The LightningModule: a quantized base with its adapters, and the steps that train and judge them."""
+"""The LightningModule: a quantized base with its adapters, and the steps that train them."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -16,18 +16,15 @@ from qlora_lightning.heavy_imports import without_garbage_collection
 from qlora_lightning.model.adapter_reading import fill_adapter
 from qlora_lightning.model.adapters import check_adapter_settings, trainable_tensors
 from qlora_lightning.model.allocator import give_back_freed_memory, keep_freed_memory
-from qlora_lightning.model.answering import AnsweringModule
 from qlora_lightning.model.assembly import assemble_model
-from qlora_lightning.model.attention import NO_MASK
 from qlora_lightning.model.checks import check_callbacks, check_trainer, check_training_mode
 from qlora_lightning.model.dtypes import ComputeDtype, choose_compute_dtype, explain_dtype
-from qlora_lightning.model.filled_batch import fill_up
 from qlora_lightning.model.gradient_buckets import GradientBuckets
 from qlora_lightning.model.guard import OnNonfinite, TrainingGuard
+from qlora_lightning.model.judging import JudgingModule
 from qlora_lightning.model.loraplus import check_loraplus_ratio, group_parameters
-from qlora_lightning.model.loss import LossSums, head_loss, mean_with_gradient_of_sum, next_labels
-from qlora_lightning.model.needed_tokens import can_leave_out, leave_out_unneeded
-from qlora_lightning.model.neftune import check_neftune_alpha, embed_or_name
+from qlora_lightning.model.loss import mean_with_gradient_of_sum
+from qlora_lightning.model.neftune import check_neftune_alpha
 from qlora_lightning.model.optimizer import ParameterGroups, build_optimizer, check_optimizer
 from qlora_lightning.model.out_of_memory import telling_out_of_memory
 from qlora_lightning.model.plain_path import explain_plain_layers
@@ -35,13 +32,12 @@ from qlora_lightning.model.quantized import Quantization
 from qlora_lightning.model.quiet_collector import QuietCollector
 from qlora_lightning.model.resume import ExactResume
 from qlora_lightning.model.schedule import build_schedule, check_schedule, plan_steps
-from qlora_lightning.model.statistics import TokenStatistics
 from qlora_lightning.model.summary import adapter_table, describe_sizes
 from qlora_lightning.model.targets import check_layers
 from qlora_lightning.trainer import callbacks_of
 
 
-class QLoRAModule(AnsweringModule):
+class QLoRAModule(JudgingModule):
     """A frozen, quantized LLaMA with LoRA adapters.
 
     Doors for subclasses: :meth:`build_model`, :meth:`compute_loss` and :meth:`parameter_groups`.
@@ -133,7 +129,6 @@ class QLoRAModule(AnsweringModule):
         self.loraplus_ratio, self.neftune_alpha = loraplus_ratio, neftune_alpha
         self.guard = TrainingGuard(on_nonfinite)
         self.identity = {"base": base, "quantization": quantization}
-        self.val_statistics, self.test_statistics = TokenStatistics(), TokenStatistics()
 
     def configure_callbacks(self) -> list[Callback]:
         return [*super().configure_callbacks(), self.guard, GradientBuckets(), QuietCollector()]
@@ -195,54 +190,7 @@ class QLoRAModule(AnsweringModule):
     def on_fit_end(self) -> None:
         give_back_freed_memory()
 
-    # ---- the loss --------------------------------------------------------------------------------------------------
-
-    def compute_loss(self, batch: dict[str, Any]) -> LossSums:
-        """Sum the loss over a flat batch. Override it for another objective; sums, not means, are wanted.
-
-        Args:
-            batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)``, ``cu_seqlens`` ``(samples + 1,)``, and
-                ``longest``, the tokens of the longest sample.
-        """
-        hidden, targets = self.last_states(batch)
-        with self.autocast():
-            return head_loss(hidden, targets, self.causal_lm.get_output_embeddings(), fast=self.fast)
-
-    def last_states(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Compute the states that the head reads, and name what is to be predicted from each.
-
-        Only tokens that a label of this batch needs are computed (:attr:`leaves_out_unneeded`): what hooks on the
-        model see is shorter than the batch.
-
-        Args:
-            batch: As of :meth:`compute_loss`.
-
-        Returns:
-            The last hidden states ``(K, width)`` and their targets ``(K,)``, -100 for nothing; the targets of a sample
-            stand together, in the order of the samples.
-        """
-        batch = {**batch, "targets": next_labels(batch["labels"][0])[None]}
-        if self.leaves_out_unneeded:
-            batch = leave_out_unneeded(batch)
-        if self.fast and self.device.type == "cpu":
-            batch = fill_up(batch)
-        with self.autocast():
-            hidden = self.causal_lm.base_model(
-                **embed_or_name(self.causal_lm, batch, self.neftune_alpha if self.training else None),
-                position_ids=batch["position_ids"],
-                attention_mask=NO_MASK,
-                cu_seqlens=batch["cu_seqlens"],
-                longest=batch["longest"],
-                stream_places=batch.get("stream_places"),
-                use_cache=False,
-            ).last_hidden_state
-        return hidden[0], batch["targets"][0]
-
-    @property
-    def leaves_out_unneeded(self) -> bool:
-        """Whether the loss is computed without the tokens that it does not need; not under NEFTune's noise."""
-        has_noise = self.training and self.neftune_alpha is not None
-        return self.fast and not has_noise and can_leave_out(self.causal_lm, self.training)
+    # ---- training --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Give a loss with the gradient of a *sum*; on_before_optimizer_step turns sums into the mean."""
@@ -275,29 +223,6 @@ class QLoRAModule(AnsweringModule):
         if self.guard.on_nonfinite == "skip":
             self.log_dict({"skipped_steps": float(self.guard.skipped_steps)})
         self.window.clear()
-
-    # ---- validation, test ------------------------------------------------------------------------------------------
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        with telling_out_of_memory(self, batch):
-            self.val_statistics.update(self.compute_loss(batch))
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        with telling_out_of_memory(self, batch):
-            self.test_statistics.update(self.compute_loss(batch))
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_statistics("val", self.val_statistics)
-
-    def on_test_epoch_end(self) -> None:
-        self._log_statistics("test", self.test_statistics)
-
-    def _log_statistics(self, split: str, statistics: TokenStatistics) -> None:
-        values = {f"{split}_{name}": value.float() for name, value in statistics.compute().items()}
-        # They are those of all ranks already; their mean over ranks is the same, and Lightning wants it.
-        self.log(f"{split}_loss", values.pop(f"{split}_loss"), prog_bar=True, sync_dist=True)
-        self.log_dict(values, sync_dist=True)
-        statistics.reset()
 
     # ---- optimization ----------------------------------------------------------------------------------------------
 

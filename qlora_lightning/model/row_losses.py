@@ -6,8 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from qlora_lightning.model.judging import JudgingModule
 from qlora_lightning.model.loss import IGNORED, LossSums, head_loss, next_labels
-from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.rows import is_flat
 
 _MOST_TOKENS = 2048  # of a pass, unless one row has more: further ones make it no quicker
@@ -16,14 +16,14 @@ _MOST_TOKENS = 2048  # of a pass, unless one row has more: further ones make it 
 def losses_of_rows(module: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[LossSums]:
     """Compute what ``module.compute_loss`` gives for each row alone.
 
-    Where that is :class:`QLoRAModule`'s own, rows go through the model together, which is two to three times as quick.
-    Whoever overrides it gets one row after the other: only they know how their loss is made up.
+    Where that is not overridden, rows go through the model together, which is two to three times as quick.
+    Whoever overrides it is given one row after the other: only they know how their loss is made up.
 
     Args:
         module: A :class:`~qlora_lightning.model.module.QLoRAModule`; its mode is not changed.
         rows: Each a batch, on the module's device.
     """
-    knows = type(module).compute_loss is QLoRAModule.compute_loss and "compute_loss" not in vars(module)
+    knows = type(module).compute_loss is JudgingModule.compute_loss and "compute_loss" not in vars(module)
     if not (knows and all(map(is_flat, rows))):
         yield from map(module.compute_loss, rows)
         return
@@ -45,7 +45,7 @@ def _group(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]
         yield group
 
 
-def _losses_of_group(module: QLoRAModule, rows: Sequence[Mapping[str, Any]]) -> Iterator[LossSums]:
+def _losses_of_group(module: JudgingModule, rows: Sequence[Mapping[str, Any]]) -> Iterator[LossSums]:
     states, targets = module.last_states(_join(rows))
     predicts = targets != IGNORED
     counts = [int((next_labels(row["labels"][0]) != IGNORED).sum()) for row in rows]

@@ -7,6 +7,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks.run_warnings import note_warning
+from qlora_lightning.console import describe
 from qlora_lightning.model.device_memory import device_memory_gib, read_memory
 from qlora_lightning.trainer import log_interval
 
@@ -66,7 +67,7 @@ class GPUMemoryMonitor(Callback):
         if self.enabled and trainer.is_global_zero:
             values = read_memory(pl_module.device)
             parts = [f"{gib:.2f} GiB {name.removesuffix('_gib').replace('_', ' ')}" for name, gib in values.items()]
-            rich.print(f"Memory {when}: {', '.join(parts)}")
+            describe(f"Memory {when}: {', '.join(parts)}")
 
     def _warn_if_full(self, device: torch.device, values: dict[str, float]) -> str | None:
         """Warn, if there is cause to and it was not said before; gives what it said."""

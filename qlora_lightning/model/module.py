@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any, cast
 
-import rich
 import torch
 from lightning import Callback
 from lightning.pytorch.trainer.states import TrainerFn
@@ -11,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from qlora_lightning.console import say
+from qlora_lightning.console import describe
 from qlora_lightning.heavy_imports import without_garbage_collection
 from qlora_lightning.model.adapter_reading import fill_adapter
 from qlora_lightning.model.adapters import check_adapter_settings, trainable_tensors
@@ -245,12 +244,12 @@ class QLoRAModule(JudgingModule):
     def on_fit_start(self) -> None:
         slow = explain_dtype(self.compute_dtype, self.device)
         if slow is not None:
-            say(slow)
-        rich.print(adapter_table(self.model))
-        rich.print(describe_sizes(self.model))
+            describe(slow)
+        describe(adapter_table(self.model))
+        describe(describe_sizes(self.model))
         if self.fast:
             plain = explain_plain_layers(
                 self.causal_lm, autocasts=self.autocast_dtype is not None, precision=str(self.trainer.precision)
             )
             if plain is not None:
-                say(plain)
+                describe(plain)

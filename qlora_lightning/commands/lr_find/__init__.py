@@ -14,6 +14,7 @@ from qlora_lightning.commands.json_output import (
     write_output,
 )
 from qlora_lightning.commands.option_parser import OptionParser
+from qlora_lightning.commands.quiet import quiet_lightning
 from qlora_lightning.errors import UserError
 
 _DESCRIPTION = """Train a config for some steps with a learning rate that rises from one to the next, and suggest one.
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     from qlora_lightning.commands.lr_find.search import search
 
     with tables_beside(file):
-        with tempfile.TemporaryDirectory(prefix="qlora-lightning-lr-find-") as folder:
+        with tempfile.TemporaryDirectory(prefix="qlora-lightning-lr-find-") as folder, quiet_lightning():
             found = search(rest, folder, own.min_lr, own.max_lr, own.steps)
         print_search(found)
     if file is not None:

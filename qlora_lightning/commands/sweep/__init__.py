@@ -1,11 +1,13 @@
 """``qlora-lightning sweep-rank``: double the rank while it pays; likewise target modules and learning rates."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.json_output import json_file, tables_beside, write_json
 from qlora_lightning.commands.option_parser import OptionParser
+from qlora_lightning.commands.quiet import quiet_lightning
 from qlora_lightning.commands.sweep.dimensions import (
     Dimension,
     add_dimension_options,
@@ -13,6 +15,7 @@ from qlora_lightning.commands.sweep.dimensions import (
     refuse_alpha,
     show_value,
 )
+from qlora_lightning.console import brief
 from qlora_lightning.errors import TrainingStopped, UserError
 
 _DESCRIPTION = """Train a config with one rank after the other, and stop where the next one no longer pays.
@@ -54,7 +57,7 @@ def _sweep(rest: Sequence[str], dimension: Dimension, min_gain: float, file: Pat
     from qlora_lightning.commands.sweep.choice import choose, is_done
     from qlora_lightning.commands.sweep.fit import run_trial
     from qlora_lightning.commands.sweep.plot import plot_sweep
-    from qlora_lightning.commands.sweep.report import print_table, summarize, write_results
+    from qlora_lightning.commands.sweep.report import describe_last, print_table, summarize, write_results
     from qlora_lightning.commands.sweep.trial import Trial, check_same_rows
     from qlora_lightning.model.kept_base import keeping_base
 
@@ -62,9 +65,11 @@ def _sweep(rest: Sequence[str], dimension: Dimension, min_gain: float, file: Pat
     try:
         with keeping_base() as kept:
             while not is_done(dimension, trials, min_gain):
-                trial, folder, run_folder = run_trial(rest, dimension, dimension.values[len(trials)], kept)
+                with _briefly() if trials else contextlib.nullcontext():  # the first tells of base and data for all
+                    trial, folder, run_folder = run_trial(rest, dimension, dimension.values[len(trials)], kept)
                 trials.append(trial)
                 check_same_rows(trials)
+                console.print(describe_last(dimension, trials))
     except (UserError, TrainingStopped) as stop:
         if trials:
             print_table(dimension, trials, console)
@@ -86,6 +91,13 @@ def _sweep(rest: Sequence[str], dimension: Dimension, min_gain: float, file: Pat
     console.print(f"The plot: {folder / 'sweep.png'}", markup=False, soft_wrap=True)
     if file is not None:
         write_json(file, summary)
+
+
+@contextlib.contextmanager
+def _briefly() -> Iterator[None]:
+    """Leave out what the trials before have said."""
+    with quiet_lightning(), brief():
+        yield
 
 
 def _parser() -> OptionParser:

@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.text import Text
 
-from qlora_lightning.callbacks import Evaluation, MemoryComparison, RunReport
+from qlora_lightning.callbacks import Evaluation, LoadingLines, MemoryComparison, RunReport
 from qlora_lightning.commands import training
 from qlora_lightning.commands.sweep.built import check_built
 from qlora_lightning.commands.sweep.dimensions import Dimension, show_value
@@ -23,7 +23,7 @@ from qlora_lightning.model.setting_changes import describe_changes, find_changes
 from qlora_lightning.trainer import callbacks_of, is_trial_run
 
 # They tell of a run, or judge it, at its end: a sweep does that for all of its trials.
-_LEFT_OUT = (Evaluation, MemoryComparison, RunReport)
+_LEFT_OUT = (Evaluation, MemoryComparison, RunReport, LoadingLines)
 _MAY_DIFFER = {"trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.logger"}
 
 
@@ -69,10 +69,7 @@ class TrialCLI(QLoRACLI):
             raise UserError(f"A sweep trains on one device, found {trainer.world_size}: add --trainer.devices 1.")
         if is_trial_run(trainer):
             raise UserError("trainer.fast_dev_run keeps nothing that trials could be compared by: leave it out.")
-        kept = [
-            each for each in callbacks_of(trainer) if not isinstance(each, Evaluation | MemoryComparison | RunReport)
-        ]
-        trainer.callbacks = [*kept, self._judge]
+        trainer.callbacks = [*(each for each in callbacks_of(trainer) if not isinstance(each, _LEFT_OUT)), self._judge]
         return trainer
 
     def before_fit(self) -> None:

@@ -28,6 +28,19 @@ def compared(dimension: Dimension, trials: Sequence[Trial]) -> list[Gain | None]
     return [None if trial is best else measure_gain(best.rows, trial.rows) for trial in trials]
 
 
+def describe_last(dimension: Dimension, trials: Sequence[Trial]) -> Text:
+    """Say in a line what came of the trial that has just ended."""
+    trial, gain = trials[-1], compared(dimension, trials)[-1]
+    words = f"val_loss {trial.loss:.4f}"
+    if gain is not None:
+        words += f", gain over {'the one before' if dimension.stops else 'the best'} {_show(gain)}"
+    return Text(f"{dimension.title} {show_value(trial.value)}: {words}")
+
+
+def _show(gain: Gain) -> str:
+    return f"{gain.value:.4f} [{gain.low:.4f}, {gain.high:.4f}]"
+
+
 def print_table(dimension: Dimension, trials: Sequence[Trial], console: Console) -> None:
     """Print a line for each trial."""
     against = "the one before" if dimension.stops else "the best"
@@ -36,7 +49,7 @@ def print_table(dimension: Dimension, trials: Sequence[Trial], console: Console)
     for heading in (dimension.title, "parameters", "val_loss", "gain, 95 % interval", "time"):
         table.add_column(heading, justify="left" if heading == "target modules" else "right", no_wrap=True)
     for trial, gain in zip(trials, compared(dimension, trials), strict=True):
-        words = "" if gain is None else f"{gain.value:.4f} [{gain.low:.4f}, {gain.high:.4f}]"
+        words = "" if gain is None else _show(gain)
         table.add_row(
             Text(show_value(trial.value)),
             f"{trial.parameters:,}",

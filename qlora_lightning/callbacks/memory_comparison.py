@@ -12,6 +12,7 @@ from qlora_lightning.callbacks.dry_batch import leaves_out, look_ahead
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
 from qlora_lightning.callbacks.started_folder import writing_to
 from qlora_lightning.console import say
+from qlora_lightning.model.allocator import give_back_freed_memory
 from qlora_lightning.model.batch_shape import BatchShape, shape_of_batch, shape_of_rows
 from qlora_lightning.model.device_memory import read_resident_bytes
 from qlora_lightning.model.filled_batch import filled
@@ -47,6 +48,7 @@ class MemoryComparison(Callback):
         self._ids: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        give_back_freed_memory()  # what unpacking a base and reading the data have left
         self._process = read_resident_bytes()  # imports and data; the model comes next
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -78,6 +78,8 @@ def test_a_cpu_keeps_kernels_for_each_length_of_a_batch_up_to_a_number(model):
     )
     assert 0 < one < two < many == more
     assert many - one == 24 * (two - one)
+    in_fp32 = plan_memory(model, BATCH, settings(number_bytes=4, batch_lengths=25)).parts["kernels"]
+    assert in_fp32 == one  # its products make no kernels
     assert plan_memory(model, BATCH, settings(device="cuda")).parts["kernels"] == 0
 
 

@@ -1,41 +1,33 @@
 """The data module: files in, batches out, for LightningCLI and for Python alike."""
 
-from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from qlora_lightning.data.bad_rows import BadRow
-from qlora_lightning.data.chat import TRAIN_ON, ChatRenderer
+from qlora_lightning.data.chat import TRAIN_ON
 from qlora_lightning.data.duplicates import find_overlap
 from qlora_lightning.data.identity import identify
 from qlora_lightning.data.lengths import check_length_settings
 from qlora_lightning.data.loader import FlatLoader
-from qlora_lightning.data.prepare import Recipe, prepare_prompts, prepare_samples
-from qlora_lightning.data.progress import rows_bar
-from qlora_lightning.data.prompts import Prompt, PromptLoader, as_samples
-from qlora_lightning.data.reader import Row, RowReader
+from qlora_lightning.data.prepared_rows import MAKE_SAMPLES, PreparedRows
+from qlora_lightning.data.prompts import PromptLoader
 from qlora_lightning.data.report import Report
-from qlora_lightning.data.sample_cache import Prepared, cached_samples, describe_sources
+from qlora_lightning.data.sample_cache import Prepared
 from qlora_lightning.data.sample_set import SampleSet
 from qlora_lightning.data.seed import choose_seed, describe_other_seed
-from qlora_lightning.data.sources import Source, find_sources
 from qlora_lightning.data.split import hold_out
-from qlora_lightning.data.splits import as_row, check_combinations, check_usable, check_word, recount, refuse_unusable
+from qlora_lightning.data.splits import check_combinations, check_usable, check_word, recount, refuse_unusable
 from qlora_lightning.data.stream import StreamLoader, check_stream_length
-from qlora_lightning.data.tokenizers import TokenizerChoice, hash_choice, load_choice
 from qlora_lightning.errors import UserError
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
-# settings that a checkpoint remembers
-_MAKE_SAMPLES = ("format", "system", "train_on", "max_length", "too_long", "on_bad_row", "val_fraction")
+# settings that a checkpoint remembers, beside those that make samples
 _MAKE_BATCHES = ("batch_size", "tokens_per_batch", "group_by_length", "streaming")
 DataPath = str | dict[str, Any] | list[str | dict[str, Any]]
 
 
-class InstructionDataModule(LightningDataModule):
+class InstructionDataModule(PreparedRows):
     """Instruction data as flat batches without padding, in an order from which a run can stop and go on exactly.
 
     The order is a pure function of seed and epoch. The seed is that of ``seed_everything`` (the environment variable
@@ -101,47 +93,16 @@ class InstructionDataModule(LightningDataModule):
         self.tokens_per_batch, self.group_by_length = tokens_per_batch, group_by_length
         self.val_fraction, self.streaming = val_fraction, streaming
         self.lenient = False  # `inspect` looks at what training refuses
-        self.reports: dict[str, Report] = {}
         self.samples: dict[str, SampleSet] = {}
-        self._tokenizer_choice: TokenizerChoice = tokenizer
-        self._tokenizer: Any = None
-        self._renderer: ChatRenderer | None = None
+        self._tokenizer_choice = tokenizer
         self._seed: int | None = None
-        self._prompts: list[Prompt] = []
         self._pool: Prepared | None = None  # training rows before validation rows are held out
-        self._weights: list[float] | None = None
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer with the chosen chat template, loaded when it is first needed."""
-        if self._tokenizer is None:
-            self._tokenizer = load_choice(self._tokenizer_choice, self.chat_template)
-        return self._tokenizer
-
-    @property
-    def renderer(self) -> ChatRenderer:
-        """Renders conversations and prompts with the tokenizer and the settings of this data module."""
-        if self._renderer is None:
-            self._renderer = ChatRenderer(self.tokenizer, train_on=self.train_on)
-        return self._renderer
-
-    @property
-    def stop_ids(self) -> list[int]:
-        """Token ids at which generation stops; every answer that is trained to its end ends in one of them."""
-        return sorted(self.renderer.stop_ids)
 
     @property
     def identity(self) -> dict[str, Any]:
         """Hashes of training and validation samples, tokenizer and template, and the settings that made batches."""
-        settings = {name: getattr(self, name) for name in (*_MAKE_SAMPLES, *_MAKE_BATCHES)}
+        settings = {name: getattr(self, name) for name in (*MAKE_SAMPLES, *_MAKE_BATCHES)}
         return {**identify(self.samples, self.tokenizer), "settings": settings}
-
-    def load_rows(self, split: str) -> Iterable[Row | BadRow | dict[str, Any]]:
-        """Return the rows of ``train``, ``val``, ``test`` or ``predict``; none if there is no such split.
-
-        Override it to take rows from elsewhere: plain dicts will do.
-        """
-        return (row for source in self._sources(split) for row in RowReader(source))
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -222,60 +183,12 @@ class InstructionDataModule(LightningDataModule):
             report.overlap, report.overlap_pairs = find_overlap(self.samples["train"], samples)
         rank_zero_info(report.describe())
 
-    def _prepare_samples(self, split: str) -> Prepared | None:
-        """Take the samples of a split from the cache, or make them; rows from elsewhere are made each time."""
-
-        def prepare(rows: Sequence[Iterable[Row | BadRow]]) -> Prepared:
-            with rows_bar(split, show=self._rank_and_world_size()[0] == 0) as watch:
-                return prepare_samples(rows, self._recipe(), split, watch, check=not self.reports)
-
-        if self._has_own_rows():
-            own = [as_row(row, split, number) for number, row in enumerate(self.load_rows(split) or (), start=1)]
-            return prepare([own]) if own else None
-        sources = self._sources(split)
-        if not sources:
-            return None
-        if split == "train" and sources[0].weight is not None:
-            self._weights = [source.weight or 0.0 for source in sources]
-        key = self._key(sources, split)
-        if key is None:
-            return prepare([RowReader(source) for source in sources])
-        label = f"{', '.join(source.path for source in sources)} ({split})"
-        return cached_samples(key, label, lambda: prepare([RowReader(source) for source in sources]))
-
-    def _prepare_prompts(self) -> Prepared | None:
-        rows = [as_row(row, "predict", number) for number, row in enumerate(self.load_rows("predict"), start=1)]
-        if not rows:
-            return None
-        with rows_bar("predict", show=self._rank_and_world_size()[0] == 0) as watch:
-            self._prompts, report = prepare_prompts([rows], self._recipe(), "predict", watch, check=not self.reports)
-        return as_samples(self._prompts), report
-
     def _divide(self, samples: SampleSet, report: Report) -> None:
         """Hold validation rows out of the training rows."""
         self.samples["train"], self.samples["val"] = hold_out(samples, self.val_fraction or 0.0, self._seed or 0)
         for split in ("train", "val"):
             self.reports[split] = recount(split, self.samples[split], report)
             rank_zero_info(self.reports[split].describe())
-
-    def _has_own_rows(self) -> bool:
-        return type(self).load_rows is not InstructionDataModule.load_rows
-
-    def _recipe(self) -> Recipe:
-        return Recipe(self.renderer, self.format, self.columns, self.system, self.max_length, self.too_long)
-
-    def _sources(self, split: str) -> list[Source]:
-        value = self.files[split]
-        return [] if value is None else find_sources(value, split, streaming=self.streaming and split == "train")
-
-    def _key(self, sources: Sequence[Source], split: str) -> Mapping[str, Any] | None:
-        """Return everything that samples depend on; None where that cannot be told."""
-        tokenizer = hash_choice(self._tokenizer_choice, self.chat_template)
-        if tokenizer is None or "." in self.format:  # a function of the user's may depend on anything
-            return None
-        settings = {name: getattr(self, name) for name in ("columns", *_MAKE_SAMPLES[:5])}
-        key = {"sources": describe_sources(sources), "split": split, "checks_columns": not self.reports}
-        return {**key, "tokenizer": tokenizer, **settings}
 
     def _make_loader(self, split: str, shuffle: bool = False, **settings: Any) -> FlatLoader:
         rank, world_size = self._rank_and_world_size()
@@ -310,6 +223,3 @@ class InstructionDataModule(LightningDataModule):
             rank,
             world_size,
         )
-
-    def _rank_and_world_size(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

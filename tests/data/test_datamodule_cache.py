@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_lightning.data import datamodule
+from qlora_lightning.data import prepared_rows
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.errors import UserError
 
@@ -20,13 +20,13 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def prepared(monkeypatch):
     """The splits that were prepared, rather than taken from the cache."""
-    splits, prepare = [], datamodule.prepare_samples
+    splits, prepare = [], prepared_rows.prepare_samples
 
     def record(rows, recipe, split, *arguments, **settings):
         splits.append(split)
         return prepare(rows, recipe, split, *arguments, **settings)
 
-    monkeypatch.setattr(datamodule, "prepare_samples", record)
+    monkeypatch.setattr(prepared_rows, "prepare_samples", record)
     return splits
 
 
@@ -56,7 +56,7 @@ def contents(data):
 def test_the_second_time_samples_are_mapped_and_no_tokenizer_is_loaded(setup, prepared, monkeypatch):
     first = setup()
     assert prepared == ["train", "val"]
-    monkeypatch.setattr(datamodule, "load_choice", lambda *arguments: pytest.fail("the tokenizer was loaded"))
+    monkeypatch.setattr(prepared_rows, "load_choice", lambda *arguments: pytest.fail("the tokenizer was loaded"))
     second = setup()
     assert prepared == ["train", "val"]
     assert contents(first) == contents(second)
@@ -168,7 +168,7 @@ def test_an_interrupted_preparation_leaves_nothing_that_counts(setup, prepared, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(datamodule, "prepare_samples", interrupt)
+        patch.setattr(prepared_rows, "prepare_samples", interrupt)
         with pytest.raises(KeyboardInterrupt):
             setup()
     assert [file.suffix for file in cache.iterdir()] == [".lock"]

@@ -109,7 +109,9 @@ class AdapterCheckpoint(Checkpoint):
         self._lock.release()
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.enabled and self.monitor not in trainer.callback_metrics and trainer.is_global_zero:
+        answers = any(getattr(each, "every_n_validations", None) for each in callbacks_of(trainer))  # logs scores later
+        known_now = self.monitor in trainer.callback_metrics
+        if self.enabled and not known_now and not answers and trainer.is_global_zero:
             known = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             say(
                 f"adapter_checkpoint.monitor is {self.monitor!r}, which the sanity check did not log (it logged "

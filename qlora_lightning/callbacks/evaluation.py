@@ -57,7 +57,8 @@ class Evaluation(Callback):
         samples: int = 3,
     ) -> None:
         least = {"rows": (rows, 0), "batch_size": (batch_size, 1), "samples": (samples, 0)}
-        least |= {"every_n_validations": (every_n_validations or 1, 1), "max_new_tokens": (max_new_tokens or 1, 1)}
+        optional = {"every_n_validations": every_n_validations, "max_new_tokens": max_new_tokens}
+        least |= {name: (value, 1) for name, value in optional.items() if value is not None}
         for name, (value, smallest) in least.items():
             if value < smallest:
                 raise UserError(f"evaluation.{name} is {value}: expected {smallest} or more.")

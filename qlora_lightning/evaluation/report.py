@@ -104,6 +104,7 @@ def prediction_lines(
             judgement = judgements[place]
             loss = judgement.loss if math.isfinite(judgement.loss) else None
             line[side] = {"answer": judgement.answer, "loss": loss, "scores": judgement.scores}
+            line[side] |= {"labelled_tokens": judgement.labelled_tokens, "correct_tokens": judgement.correct}
             line[side] |= {"stopped": judgement.stopped, "answer_tokens": judgement.answer_tokens}
         lines.append(line)
     return lines

@@ -75,7 +75,7 @@ def parts_table(parts: Mapping[str, tuple[int, Mapping[str, Measured]]], title: 
         cells = []
         for name in metrics:
             metric = measured.get(name)
-            digits = choose_digits(list(metric.sides.values())) if metric else 0
+            digits = choose_digits([*metric.sides.values(), *metric.differences.values()]) if metric else 0
             for side in sides:
                 cells.append(format_interval(metric.sides[side], metric.percent, digits=digits) if metric else "–")
         table.add_row(escape(part), f"{rows:,}", *cells)

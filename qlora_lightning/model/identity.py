@@ -92,8 +92,8 @@ def check_identity(stored: Mapping[str, Any], own: Mapping[str, Any], source: st
         if _differ(stored, own, name):
             raise UserError(
                 f"{source} was trained on another base: {stored.get('base')} ({words} {_short(stored[name])}) there, "
-                f"{own.get('base')} ({words} {_short(own[name])}) here. Set model.base and model.revision to what it "
-                "was trained on."
+                f"{own.get('base')} ({words} {_short(own[name])}) here. Name the base that it was trained on, by "
+                "model.base and model.revision, or by --base where a command has that."
             )
     _check_quantization(stored, own, source)
     theirs, mine = stored.get("adapter") or {}, own.get("adapter") or {}

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.console import say
@@ -21,6 +22,7 @@ from qlora_lightning.model.resume_checks import (
 )
 from qlora_lightning.model.save_points import count_epoch, is_inside_batch, let_validation_follow
 from qlora_lightning.model.setting_changes import FreshOptimizers, describe_changes, find_changes, trainer_settings
+from qlora_lightning.trainer import callbacks_of
 
 _VALIDATION_LEFT_OUT = (
     "All steps of trainer.max_steps are taken, but the validation after the last one had not ended: nothing is left to "
@@ -55,6 +57,7 @@ class ExactResume(Callback):
             "optimizers": self._configured.state_dict() if self._configured else [],
             "identity": {**module.identity, "data": identity_of_data(trainer)},
             "inside_batch": is_inside_batch(checkpoint),
+            "monitored": _monitored(trainer),
             **states[0],
             "other_ranks": states[1:],
         }
@@ -93,6 +96,9 @@ class ExactResume(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._content is not None and self._configured is not None:
             self._configured.put_back(trainer, self._content.get("optimizers", []))
+            # Lightning may end an epoch first, whose validation was before: there early stopping looks at them.
+            monitored = self._content.get("monitored", {})
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in monitored.items()})
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _compare_with_adapter_folder(trainer, pl_module)
@@ -122,6 +128,12 @@ class ExactResume(Callback):
         if own["generators"]:  # a rank that there was not has none
             restore_generators(own["generators"])  # last: making loaders and iterators draws numbers too
         self._content = None
+
+
+def _monitored(trainer: Trainer) -> dict[str, float]:
+    """Give the metrics that callbacks look at, early stopping for one, as far as they are known."""
+    names = {getattr(callback, "monitor", None) for callback in callbacks_of(trainer)}
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name in names}
 
 
 def _states_of_ranks(content: Mapping[str, Any]) -> list[dict[str, Any]]:

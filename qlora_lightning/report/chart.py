@@ -25,6 +25,7 @@ class Chart:
         x_label: Of the x axis.
         from_zero: Whether a linear y axis begins at 0; another may be logarithmic.
         x_range: First and last x; ``None``: those of the curves.
+        are_shares: Whether the values are shares, which lie from 0 to 1.
     """
 
     title: str
@@ -33,6 +34,7 @@ class Chart:
     x_label: str = "optimizer steps"
     from_zero: bool = True
     x_range: tuple[float, float] | None = None
+    are_shares: bool = False
 
 
 class Axis:
@@ -66,7 +68,7 @@ def draw(chart: Chart) -> dict[str, Any] | None:
     if not shown:
         return None
     x_axis, x_ticks = _x_axis(*(chart.x_range or find_x_range([chart])))
-    y_axis, y_ticks = _y_axis([y for series in shown for _, y in series.points], chart.from_zero)
+    y_axis, y_ticks = _y_axis([y for series in shown for _, y in series.points], chart.from_zero, chart.are_shares)
     curves = [_curve(series, x_axis, y_axis) for series in shown]
     axes = {"x": [x_axis.low, x_axis.high], "y": [y_axis.low, y_axis.high], "log": y_axis.logarithmic}
     named = [
@@ -98,12 +100,14 @@ def _x_axis(low: float, high: float) -> tuple[Axis, list[float]]:
     return Axis(low, high), ticks or [low]
 
 
-def _y_axis(values: Sequence[float], from_zero: bool) -> tuple[Axis, list[float]]:
+def _y_axis(values: Sequence[float], from_zero: bool, are_shares: bool) -> tuple[Axis, list[float]]:
     low, high = min(values), max(values)
-    if low > 0 and high / low > _LOG_FROM and not from_zero:
+    if low > 0 and high / low > _LOG_FROM and not from_zero and not are_shares:
         low, high = low / _ROOM, high * _ROOM
         return Axis(low, high, logarithmic=True), log_ticks(low, high)
     ticks = linear_ticks(min(low, 0.0) if from_zero else low, max(high, 0.0) if from_zero else high)
+    if are_shares:
+        ticks = [tick for tick in ticks if 0 <= tick <= 1]  # the rest covers the values all the same
     return Axis(ticks[0], ticks[-1]), ticks
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from qlora_lightning.evaluation.names import describe_metric
 from qlora_lightning.report.chart import Chart
 from qlora_lightning.report.judged import is_of_fit, judged
 from qlora_lightning.report.metrics import LARGEST, Points
@@ -32,7 +33,7 @@ def charts_of(run: Run) -> list[Chart]:
         Chart("Gradient norm", "before clipping", _norms(run), from_zero=False),
         Chart("Speed", "tokens/s", [*_smoothed("tokens/s", metrics.get("tokens_per_second", []))]),
         Chart("Memory", "GiB", _memory(run)),
-        *(Chart(_heading(name), "", [_validation(name, metrics[name])], from_zero=False) for name in _others([run])),
+        *(_other_chart(name, [_validation(name, metrics[name])]) for name in _others([run])),
     ]
 
 
@@ -56,7 +57,7 @@ def charts_of_all(runs: Sequence[Run]) -> list[Chart]:
         Chart("Gradient norm", "before clipping, smoothed", curves("grad_norm", True), label, from_zero=False),
         Chart("Speed", "tokens/s, smoothed", curves("tokens_per_second", True), label),
         Chart("Memory", f"GiB, {_MEMORY.get(peak, '')}", curves(peak), label),
-        *(Chart(_heading(name), "", curves(name, style="dots"), label, from_zero=False) for name in _others(runs)),
+        *(_other_chart(name, curves(name, style="dots"), label) for name in _others(runs)),
     ]
 
 
@@ -100,6 +101,12 @@ def _smooth(points: Points) -> Points:
     return running_mean(points, smoothing_width(len(points)))
 
 
+def _other_chart(name: str, curves: Sequence[Series], label: str = "optimizer steps") -> Chart:
+    """Draw a metric that has no chart of its own kind: mostly a score, which is a share."""
+    are_shares = all(0 <= value <= 1 for series in curves for _, value in series.points)
+    return Chart(_heading(name), "", curves, label, from_zero=False, are_shares=are_shares)
+
+
 def _validation(name: str, points: Points) -> Series:
     return Series(_heading(name), points, "dots" if name.startswith("val_") else "line", 1)
 
@@ -111,7 +118,7 @@ def _others(runs: Iterable[Run]) -> list[str]:
 
 
 def _heading(name: str) -> str:
-    words = name.removeprefix("val_").replace("_", " ")
+    words = describe_metric(name.removeprefix("val_"))
     text = f"{words}, validation" if name.startswith("val_") else words
     return text[:1].upper() + text[1:]
 

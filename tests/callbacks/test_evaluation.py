@@ -189,6 +189,8 @@ def test_a_resumed_run_goes_on_counting_validations(fit, tmp_path):
         ({"rows": -1}, "evaluation.rows is -1: expected 0 or more"),
         ({"batch_size": 0}, "evaluation.batch_size is 0: expected 1 or more"),
         ({"every_n_validations": -2}, "evaluation.every_n_validations is -2: expected 1 or more"),
+        ({"every_n_validations": 0}, "evaluation.every_n_validations is 0: expected 1 or more"),
+        ({"max_new_tokens": 0}, "evaluation.max_new_tokens is 0: expected 1 or more"),
         ({"scores": ["bleu"]}, "no score 'bleu'"),
     ],
 )

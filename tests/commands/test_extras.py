@@ -82,6 +82,19 @@ def test_early_stopping_by_config_counts_on_where_a_run_goes_on(fit, tmp_path, m
     assert states[0]["stopped_epoch"] == 1
 
 
+def test_early_stopping_counts_on_behind_the_validation_of_a_whole_epoch(fit):
+    whole = ("--trainer.val_check_interval", "1.0")
+    peace = fit("peace", *whole, "--trainer.max_epochs", "6")
+    assert peace["global_step"] == 3 * 8  # validations behind each of 6 epochs
+    fit("run", *whole, "--trainer.max_epochs", "1")
+    fit("run", *whole, "--trainer.max_epochs", "2", "--ckpt_path", "last")
+    ended = fit("run", *whole, "--trainer.max_epochs", "6", "--ckpt_path", "last")
+    assert ended["global_step"] == 3 * 8
+    assert all(torch.equal(ended["state_dict"][name], peace["state_dict"][name]) for name in peace["state_dict"])
+    states = [next(s for n, s in c["callbacks"].items() if n.startswith("EarlyStopping")) for c in (ended, peace)]
+    assert states[0] == states[1]
+
+
 def test_training_goes_on_with_an_adapter_folder_by_its_key(fit, tmp_path):
     fit("first", "--trainer.max_steps", "4", "--model.rank", "3")
     # a warm-up over the whole run begins with a learning rate of zero: the first step moves nothing

@@ -207,6 +207,7 @@ def test_all_files_of_a_merged_model_have_the_mode_of_the_umask(folder):
         (("--out", "x", "--rows", "0", "--data.nothing", "3"), "--data.nothing chooses rows for the check"),
         (("--out", "x", "--max-kl", "nan"), "--max-kl is nan"),
         (("--out", "x", "--gguf", "q4_0"), "invalid choice: 'q4_0'"),
+        (("--json", "x.json", "--adapter-gguf", "x.gguf"), "--json holds the figures of a merged model"),
         (("--gguf", "f16", "--adapter-gguf", "x.gguf"), "--gguf writes the merged model"),
         (("--out", "x", "--rows", "-1"), "--rows is -1"),
         (("--out", "x", "--max-kl", "-1"), "--max-kl is -1"),

@@ -211,6 +211,8 @@ def test_other_settings_and_other_rows_are_not_compared(folder, sweep, rows_file
         (["--trainer.limit_val_batches", "0"], "there are none"),
         (["--model.alpha", "3"], "--model.alpha 3: in a sweep of ranks alpha follows the rank"),
         (["--model.alpha=3"], "--model.alpha 3: in a sweep of ranks alpha follows the rank"),
+        (["--model.rank", "3"], "--model.rank 3: the sweep sets model.rank itself, to 2, 4. Leave it out."),
+        (["--target-modules", "attention,foo"], "model.target_modules is 'foo', but the base has no such module"),
         (["stray"], "stray. See `qlora-lightning sweep-rank --help`."),
         (["--ckpt_path", "x.ckpt"], "goes on from its own folder by itself"),
         (["--model.adapter", "run/adapter"], "model.adapter: its own rank rules"),
@@ -219,7 +221,9 @@ def test_other_settings_and_other_rows_are_not_compared(folder, sweep, rows_file
     ],
 )
 def test_what_cannot_be_swept_is_told_in_a_sentence(arguments, words, folder, sweep):
-    ranks = [] if any(a in arguments for a in ("--ranks", "--learning-rates")) else ["--ranks", "2,4"]
+    ranks = (
+        [] if any(a in arguments for a in ("--ranks", "--learning-rates", "--target-modules")) else ["--ranks", "2,4"]
+    )
     out = sweep(*arguments, *ranks, code=2)
     assert words in out
     assert len([line for line in out.splitlines() if line.startswith("qlora-lightning: ")]) == 1

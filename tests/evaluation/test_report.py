@@ -63,7 +63,8 @@ def test_predictions_hold_whole_prompts_and_each_sides_answer_in_the_order_asked
     assert "prompt" not in first
     assert (second["prompt"], second["expected"], second["source"]) == ("user\nhi<stop>", "ho", "a.jsonl")
     assert second["adapter"] == {
-        "answer": "ho", "loss": 1.0, "scores": {"exact_match": 1.0}, "stopped": True, "answer_tokens": 0
+        "answer": "ho", "loss": 1.0, "scores": {"exact_match": 1.0}, "labelled_tokens": 1, "correct_tokens": 0,
+        "stopped": True, "answer_tokens": 0,
     }  # fmt: skip
 
 

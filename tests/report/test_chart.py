@@ -43,3 +43,14 @@ def test_a_level_goes_all_across_and_single_points_are_seen():
 
 def test_nothing_to_draw_is_no_chart():
     assert draw(Chart("Loss", "nats", [Series("loss", [])])) is None
+
+
+def test_axes_of_shares_stay_between_0_and_1():
+    def labels(*values):
+        points = list(enumerate(values))
+        drawn = draw(Chart("exact match", "", [Series("val", points)], from_zero=False, are_shares=True))
+        return [label for _, label in drawn["y_ticks"]]
+
+    assert labels(1.0) == ["0.4", "0.6", "0.8", "1"]
+    assert labels(0.0, 0.0) == ["0", "0.2", "0.4", "0.6"]
+    assert labels(0.02, 0.9) == ["0", "0.2", "0.4", "0.6", "0.8", "1"]

@@ -12,6 +12,7 @@ from qlora_lightning.commands.json_output import tables_beside, write_json
 from qlora_lightning.errors import UserError
 
 if TYPE_CHECKING:
+    from qlora_lightning.commands.chat.screen import Screen
     from qlora_lightning.commands.chat.session import Session
 
 
@@ -37,6 +38,11 @@ def _talk(options: Options) -> None:
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is told, and the next one read
     speakers, screen = Speakers(options.adapters, options.base), Screen(Console(highlight=False))
     session = Session(speakers, options.sampling, screen, options.system, options.compare)
+    with speakers.ready():
+        _converse(options, session, screen)
+
+
+def _converse(options: Options, session: "Session", screen: "Screen") -> None:
     try:
         if options.prompt is not None:
             if not session.say(options.prompt, named=False):

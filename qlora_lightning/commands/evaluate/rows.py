@@ -62,7 +62,7 @@ def _read_groups(data: Any, split: str, column: str) -> dict[int, str]:
     rows: Iterable[Row | BadRow | dict[str, Any]] = data.load_rows(_read_from(data, split))
     for number, row in enumerate(rows):
         values = row.values if isinstance(row, Row) else row if isinstance(row, dict) else {}
-        if column in values:
+        if values.get(column) is not None:
             found[number] = str(values[column])
     if not found:
         raise UserError(f"--group-by {column}: no row of {split} has that column.")

@@ -19,10 +19,10 @@ from qlora_lightning.errors import UserError
 
 _DESCRIPTION = """Train a config for some steps with a learning rate that rises from one to the next, and suggest one.
 
-This is Lightning's finder: it suggests the rate at which the smoothed training loss falls most steeply, and ends where
-the loss is four times its lowest. The config's own warm-up and schedule wait, accumulation counts as in training.
-Every other option is one of `fit`. It runs on one device, validates nothing and writes nothing but what --json and
---plot name."""
+This is Lightning's finder; it ends where the loss is four times its lowest. Suggested is the rate at which the smoothed
+training loss falls most steeply over the logarithm of the rate. The config's own warm-up and schedule wait,
+accumulation counts as in training. Every other option is one of `fit`. It runs on one device, validates nothing and
+writes nothing but what --json and --plot name."""
 _EPILOG = """examples:
   qlora-lightning lr-find --config configs/quickstart.yaml --steps 16
   qlora-lightning lr-find --config configs/quickstart.yaml --steps 16 --max-lr 1e-2 --plot lr.png --json lr.json

@@ -1,8 +1,10 @@
 """The search itself: a fit that Lightning's tuner runs, in a folder that goes afterwards."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.tuner.tuning import Tuner
@@ -16,6 +18,7 @@ from qlora_lightning.trainer import callbacks_of
 
 _LEFT_OUT = (Checkpoint, RunFolder, PredictionWriter, Evaluation, LoadingLines, MemoryComparison, RunReport, DryBatch)
 _BETA = 0.98  # of Lightning's smoothing
+_SKIPPED_FIRST = 10  # steps, whose smoothed losses know too few of them
 _TRAINER: dict[str, Any] = {
     "devices": 1,
     "num_nodes": 1,
@@ -97,6 +100,27 @@ def correct_smoothing(losses: Sequence[float], accumulate: int) -> list[float]:
     return [accumulate * loss * (1 - _BETA ** (n + 1)) / (1 - _BETA**n) for n, loss in enumerate(losses, start=1)]
 
 
+def suggest_rate(rates: Sequence[float], losses: Sequence[float]) -> float | None:
+    """Give the rate at which the loss falls most steeply over the logarithm of the rate (Smith 2017).
+
+    Lightning 2.6 takes the slope over the rate itself, which is steepest wherever rates lie closest: at the first ones.
+
+    Args:
+        rates: Of the steps, rising.
+        losses: Of the same steps, smoothed.
+
+    Returns:
+        The rate, ``None`` where there are too few finite losses. As in Lightning's finder the first ten and the last
+        one are left out.
+    """
+    own = range(_SKIPPED_FIRST, len(losses) - 1)
+    found = [(math.log(rates[step]), losses[step], rates[step]) for step in own if math.isfinite(losses[step])]
+    if len(found) < 2:
+        return None
+    places, values, kept = (np.array(column) for column in zip(*found, strict=True))
+    return float(kept[np.gradient(values, places).argmin()])
+
+
 def search(arguments: Sequence[str], folder: str, min_lr: float, max_lr: float, steps: int) -> dict[str, Any]:
     """Search for a learning rate.
 
@@ -120,9 +144,9 @@ def search(arguments: Sequence[str], folder: str, min_lr: float, max_lr: float, 
 
     training.main(["fit", *arguments], cli, name="lr-find")
     finder = made[0].finder
-    suggestion = finder.suggestion()
+    suggestion = suggest_rate(finder.results["lr"], finder.results["loss"])
     return {
         "learning_rate": [float(rate) for rate in finder.results["lr"]],
         "loss": [float(loss) for loss in finder.results["loss"]],
-        "suggestion": None if suggestion is None else float(suggestion),
+        "suggestion": suggestion,
     }

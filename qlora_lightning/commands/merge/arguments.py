@@ -72,6 +72,8 @@ def parse(argv: Sequence[str]) -> Options:
     for option, file in named.items():
         if own.out is not None and _lies_in(file, own.out):
             raise UserError(f"{option} {file} lies in --out {own.out}, which is made as a whole: name a file outside.")
+    if own.json is not None and own.out is None:
+        raise UserError("--json holds the figures of a merged model, and there is none: add --out, or leave it out.")
     own.json = json_file(own.json, ("adapter", "onto", "dtype"), inputs, force=own.force)
     if own.adapter_gguf is not None:  # check_file looks at what is there
         own.adapter_gguf = check_output_file("--adapter-gguf", own.adapter_gguf, lambda file: True, inputs)

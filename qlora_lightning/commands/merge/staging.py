@@ -16,6 +16,7 @@ from qlora_lightning.errors import UserError
 from qlora_lightning.safe_file import find_storage_fault, flush, is_stream, put_in_place
 
 RECORD = "merge.json"  # in every folder that this command has written
+_OLD = ".old"
 
 
 def check_folder(target: Path, force: bool) -> None:
@@ -26,6 +27,7 @@ def check_folder(target: Path, force: bool) -> None:
     """
     check_output_folder("--out", target, made_beside=True)
     try:
+        _put_back(Path(os.path.realpath(target)))
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):
             return
         if not target.is_dir():
@@ -116,10 +118,22 @@ def staged_file(target: Path) -> Iterator[Path]:
 
 def _remove_remains(place: Path) -> None:
     """Remove what a killed merge into the same folder has left."""
-    for remains in place.parent.glob(f".{place.name}.*"):
-        found = re.fullmatch(rf"\.{re.escape(place.name)}\.(\d+)\.[0-9a-f]{{8}}", remains.name)
-        if found and not psutil.pid_exists(int(found[1])):
-            shutil.rmtree(remains)
+    for remains in _find_remains(place):
+        shutil.rmtree(remains)
+
+
+def _put_back(place: Path) -> None:
+    """Give an earlier result its name again, where a merge was killed between hiding it and naming its own."""
+    hidden = [remains for remains in _find_remains(place) if remains.suffix == _OLD]
+    if hidden and not place.exists():
+        os.replace(hidden[0], place)
+
+
+def _find_remains(place: Path) -> list[Path]:
+    """Find folders that merges which run no more have left beside a folder."""
+    pattern = re.compile(rf"\.{re.escape(place.name)}\.(\d+)\.[0-9a-f]{{8}}({re.escape(_OLD)})?")
+    named = ((remains, pattern.fullmatch(remains.name)) for remains in place.parent.glob(f".{place.name}.*"))
+    return [remains for remains, match in named if match and not psutil.pid_exists(int(match[1]))]
 
 
 def _read_record(folder: Path) -> set[str] | None:
@@ -132,10 +146,15 @@ def _read_record(folder: Path) -> set[str] | None:
 
 
 def _replace(staging: Path, place: Path) -> None:
-    old = staging.with_name(f"{staging.name}.old")
+    old = staging.with_name(f"{staging.name}{_OLD}")
     if place.exists():
         os.replace(place, old)
-    os.replace(staging, place)
+    try:
+        os.replace(staging, place)
+    except BaseException:  # Ctrl-C between the two
+        if old.exists() and not place.exists():
+            os.replace(old, place)
+        raise
     shutil.rmtree(old, ignore_errors=True)
     flush(place.parent)
 

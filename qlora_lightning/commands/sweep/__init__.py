@@ -12,7 +12,7 @@ from qlora_lightning.commands.sweep.dimensions import (
     Dimension,
     add_dimension_options,
     choose_dimension,
-    refuse_alpha,
+    refuse_ignored,
     show_value,
 )
 from qlora_lightning.console import brief
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     """
     own, rest = _parser().parse_known_args(argv)
     dimension = choose_dimension(own)
-    refuse_alpha(dimension, rest)
+    refuse_ignored(dimension, rest)
     file = json_file(own.json, ("setting", "trials", "chosen"), find_inputs(rest))
     if not 0 <= own.min_gain < float("inf"):
         raise UserError(f"--min-gain is {own.min_gain:g}: expected 0 or more nats per token.")

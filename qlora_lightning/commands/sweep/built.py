@@ -35,6 +35,8 @@ def check_built(module: Any, dimension: Dimension, value: Any) -> None:
         inside = tuple(f"{name}." for name in adapted)
         linears = [name for name, layer in base.named_modules() if isinstance(layer, nn.Linear | nn.Embedding)]
         candidates = [*adapted, *(name for name in linears if not name.startswith(inside))]
+        for other in dimension.values:  # a misspelt one is told before the first trial, not after it
+            select_targets(candidates, other, module.adapter_options["layers"])
         if set(select_targets(candidates, value, module.adapter_options["layers"])) != set(adapted):
             kinds = ", ".join(sorted({name.rpartition(".")[2] for name in adapted})) or "no module"
             raise _ignored(module, dimension, value, f"adapters on {kinds}")

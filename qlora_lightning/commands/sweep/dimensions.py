@@ -82,10 +82,10 @@ def choose_dimension(own: argparse.Namespace) -> Dimension:
     return Dimension("rank", "rank", ranks, stops=True)
 
 
-def refuse_alpha(dimension: Dimension, arguments: Sequence[str]) -> None:
-    """Refuse an alpha on the command line of a sweep of ranks, where it would be dropped.
+def refuse_ignored(dimension: Dimension, arguments: Sequence[str]) -> None:
+    """Refuse on the command line what a sweep would drop: its own setting, and alpha where ranks are swept.
 
-    That of a config belongs to that config's own rank.
+    Those of a config belong to that config's own training.
 
     Args:
         dimension: What is varied.
@@ -97,6 +97,11 @@ def refuse_alpha(dimension: Dimension, arguments: Sequence[str]) -> None:
     for before, after in itertools.pairwise([*arguments, ""]):
         name, equals, value = before.partition("=")
         given = value if equals else after
+        if name.endswith(f".{dimension.setting}"):
+            raise UserError(
+                f"{name} {given}: the sweep sets model.{dimension.setting} itself, to "
+                f"{', '.join(map(show_value, dimension.values))}. Leave it out."
+            )
         if dimension.setting == "rank" and name.endswith(".alpha") and given.lower() not in ("null", "~"):
             raise UserError(
                 f"{name} {given}: in a sweep of ranks alpha follows the rank, 2 × rank, so that each acts as "

@@ -17,7 +17,11 @@ def say(line: str) -> None:
 
 def describe(what: Any) -> None:
     """Print what a run says of itself: its adapter, its memory; within :func:`brief` it says nothing of them."""
-    if not _is_brief.get():
+    if _is_brief.get():
+        return
+    if isinstance(what, str):
+        say(what)
+    else:
         rich.print(what)
 
 

@@ -4,7 +4,7 @@ import torch
 from qlora_lightning import QLoRAModule
 from qlora_lightning.data.batches import collate
 from qlora_lightning.data.samples import make_sample
-from qlora_lightning.model import module as module_file
+from qlora_lightning.model import judging
 from qlora_lightning.model.filled_batch import fill_up, filled
 from qlora_lightning.model.loss import next_labels
 
@@ -55,6 +55,6 @@ def test_loss_and_gradients_are_those_of_the_batch_alone(tiny_base, options, mon
         return [sums.nll_sum.detach(), sums.labelled_tokens, sums.correct, *(p.grad for p in module.parameters())]
 
     filled = train()
-    monkeypatch.setattr(module_file, "fill_up", lambda batch: batch)
+    monkeypatch.setattr(judging, "fill_up", lambda batch: batch)
     for one, other in zip(filled, train(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)

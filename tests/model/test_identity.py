@@ -29,7 +29,10 @@ OWN = {
     ("change", "words"),
     [
         ({"base": "b", "fingerprint": HASHES[1]}, ["b (weights fedcba987654) there", "a (weights 0123456789ab) here"]),
-        ({"config_hash": HASHES[1]}, ["config fedcba987654", "config 0123456789ab", "Set model.base"]),
+        (
+            {"config_hash": HASHES[1]},
+            ["config fedcba987654", "config 0123456789ab", "or by --base"],
+        ),
         ({"quantization": "int8"}, ["model.quantization int8", "here it is nf4", "Set model.quantization to int8"]),
         ({"double_quant": False}, ["model.double_quant false", "here it is true"]),
         ({"adapter": {"rank": 3}}, ["model.rank 3, this model's has 2"]),

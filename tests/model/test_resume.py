@@ -33,7 +33,8 @@ def trainer(fn="fit", data=None, **settings):
     stage = {"state": SimpleNamespace(fn=fn), "training": True, "validating": False, "sanity_checking": False}
     epochs = SimpleNamespace(current=SimpleNamespace(ready=1, processed=0))  # in the first one
     own["fit_loop"] = SimpleNamespace(epoch_progress=epochs)
-    return SimpleNamespace(**{"datamodule": data, **own, **stage, **settings})
+    watched = {"callbacks": [], "callback_metrics": {}}
+    return SimpleNamespace(**{"datamodule": data, **own, **watched, **stage, **settings})
 
 
 def open_window(module):

@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.dtypes import choose_compute_dtype
 from qlora_lightning.model.quantized import load_base
 from qlora_lightning.model.summary import bytes_by_dtype
 from tests.benchmarks.children import run_child
@@ -76,17 +75,17 @@ def _shards(config: LlamaConfig) -> Iterator[dict[str, Tensor]]:
     yield {"lm_head.weight": random(config.vocab_size, width)}
 
 
-def measure(folder: Path, dtype: torch.dtype) -> dict[str, float]:
+def measure(folder: Path) -> dict[str, float]:
     """Quantize the base and load it again from the cache."""
     began = time.perf_counter()
     with PeakMemory() as first:
-        loaded = load_base(str(folder), compute_dtype=dtype)
+        loaded = load_base(str(folder), compute_dtype=torch.bfloat16)
     first_seconds = time.perf_counter() - began
     size = sum(bytes_by_dtype(loaded.model).values()) / 1024**3
     del loaded
     began = time.perf_counter()
     with PeakMemory() as second:
-        load_base(str(folder), compute_dtype=dtype)
+        load_base(str(folder), compute_dtype=torch.bfloat16)
     return {
         "quantized_gib": size,
         "first_seconds": first_seconds,
@@ -117,8 +116,7 @@ def main() -> None:
     if not (arguments.folder / "config.json").exists():
         make_base(arguments.folder, arguments.layers)
     folder = arguments.folder.absolute()
-    dtype = choose_compute_dtype(arguments.dtype, torch.device("cpu"))
-    figures: dict[str, Any] = {name: round(value, 3) for name, value in measure(folder, dtype).items()}
+    figures: dict[str, Any] = {name: round(value, 3) for name, value in measure(folder).items()}
     step = measure_step(folder, arguments.threads, arguments.dtype)
     print(json.dumps(figures | {"layers": arguments.layers, "step": step}))
 

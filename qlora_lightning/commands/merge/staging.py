@@ -147,9 +147,9 @@ def _read_record(folder: Path) -> set[str] | None:
 
 def _replace(staging: Path, place: Path) -> None:
     old = staging.with_name(f"{staging.name}{_OLD}")
-    if place.exists():
-        os.replace(place, old)
     try:
+        if place.exists():
+            os.replace(place, old)
         os.replace(staging, place)
     except BaseException:  # Ctrl-C between the two
         if old.exists() and not place.exists():

@@ -1,13 +1,14 @@
 """What an adapter folder says it belongs to."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from qlora_lightning.adapter.shape import CONFIG, IDENTITY
 from qlora_lightning.errors import UserError
 from qlora_lightning.format_version import check_version
-from qlora_lightning.json_shape import Shape, find_fault
+from qlora_lightning.json_file import read_json_object
+
+_REMEDY = "Copy the adapter folder again."
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
@@ -24,10 +25,10 @@ def read_identity(folder: Path) -> dict[str, Any]:
         )
     read_adapter_config(folder)  # told here, before a base is loaded
     file = folder / "qlora_lightning.json"
-    identity = _read_json(file) if file.is_file() else {}
+    identity = read_json_object(file, _REMEDY) if file.is_file() else {}
     version = identity.get("format_version", 1)
     check_version(version if isinstance(version, int) else 0, f"The adapter folder {folder}")
-    _check_types(file, identity, IDENTITY)
+    identity = read_json_object(file, _REMEDY, IDENTITY) if identity else {}  # only now: newer ones have another shape
     return {name: value for name, value in identity.items() if value is not None}
 
 
@@ -37,27 +38,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: It is not a JSON object, of another kind of adapter, or holds what no model can compute with.
     """
-    config = _read_json(folder / "adapter_config.json")
-    kind = config.get("peft_type")
+    file = folder / "adapter_config.json"
+    kind = read_json_object(file, _REMEDY).get("peft_type")
     if kind != "LORA":
         raise UserError(f"{folder} holds an adapter of peft_type {kind}: expected LORA.")
-    _check_types(folder / "adapter_config.json", config, CONFIG)
-    return config
-
-
-def _check_types(file: Path, content: dict[str, Any], shape: Shape) -> None:
-    fault = find_fault(content, shape)
-    if fault:
-        raise UserError(f"{file} is damaged: {fault}. Copy the adapter folder again.")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON, or it is cut off: {error}. Copy the adapter folder again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}.")
-    return content
+    return read_json_object(file, _REMEDY, CONFIG)

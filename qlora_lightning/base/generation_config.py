@@ -1,11 +1,9 @@
 """``generation_config.json``: where generation stops."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.json_shape import find_fault
+from qlora_lightning.json_file import read_json_object
 
 _TOKENS = {"eos_token_id": (int, [int]), "bos_token_id": (int, [int]), "pad_token_id": int}
 
@@ -16,12 +14,4 @@ def read_generation_config(file: Path) -> dict[str, Any]:
     Raises:
         UserError: It is not a JSON object, or the tokens in it are none.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON ({error}): the stop tokens stand there. Mend or delete it.") from error
-    fault = find_fault(content, _TOKENS) if isinstance(content, dict) else "it is no object"
-    if fault:
-        raise UserError(f"{file} is damaged: {fault}. The stop tokens stand there: mend or delete it.")
-    found: dict[str, Any] = content
-    return found
+    return read_json_object(file, "The stop tokens stand there: mend or delete it.", _TOKENS)

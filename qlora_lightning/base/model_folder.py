@@ -6,6 +6,7 @@ from typing import Any
 
 from qlora_lightning.base.safetensors_header import read_spans
 from qlora_lightning.errors import UserError
+from qlora_lightning.json_file import read_json_object
 
 # What a config can ask for, and our attention and transformers' LLaMA would pass over in silence.
 _UNSUPPORTED = {
@@ -54,13 +55,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             hint = " It is an adapter folder: give it as model.adapter, and its base as model.base."
         raise UserError(f"Base {name}: expected a transformers folder, found no config.json in {folder}.{hint}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"Base {name}: {file} is not JSON ({error}). Download or save the base again.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"Base {name}: expected a JSON object in {file}, found {type(config).__name__}.")
-    return config
+    return read_json_object(file, "Download or save the base again.")
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:

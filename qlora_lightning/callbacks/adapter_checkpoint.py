@@ -109,13 +109,14 @@ class AdapterCheckpoint(Checkpoint):
         self._lock.release()
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        answers = any(getattr(each, "every_n_validations", None) for each in callbacks_of(trainer))  # logs scores later
-        known_now = self.monitor in trainer.callback_metrics
-        if self.enabled and not known_now and not answers and trainer.is_global_zero:
-            known = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+        # Some log only at later validations, and say so: see Evaluation.logs.
+        later = any(each.logs(self.monitor) for each in callbacks_of(trainer) if hasattr(each, "logs"))
+        known = later or self.monitor in trainer.callback_metrics
+        if self.enabled and not known and trainer.is_global_zero:
+            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             say(
                 f"adapter_checkpoint.monitor is {self.monitor!r}, which the sanity check did not log (it logged "
-                f"{known}): unless the first validation does, that will end the run."
+                f"{logged}): unless the first validation does, that will end the run."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -20,11 +20,12 @@ from qlora_lightning.evaluation.names import describe_answered
 from qlora_lightning.evaluation.progress import steps_bar
 from qlora_lightning.evaluation.report import EVALUATION_FILE, summarize, write_json
 from qlora_lightning.evaluation.rows import EvaluationRow, cut_rows
-from qlora_lightning.evaluation.scores import check_scores, judge_answer
+from qlora_lightning.evaluation.scores import SCORES, check_scores, judge_answer
 from qlora_lightning.evaluation.tables import describe_duel, metrics_table, samples_table
 from qlora_lightning.trainer import is_trial_run
 
 ADAPTER = "adapter"
+_BESIDES = ("stop_rate", "answer_tokens")  # logged with the scores
 
 
 class Evaluation(Callback):
@@ -75,6 +76,11 @@ class Evaluation(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.validations = state_dict["validations"]
 
+    def logs(self, name: str) -> bool:
+        """Whether some validation of a fit logs a metric of that name."""
+        score = name.removeprefix("val_")
+        return self.enabled and bool(self.every_n_validations) and score != name and score in {*SCORES, *_BESIDES}
+
     # ---- during validation -----------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,7 +126,7 @@ class Evaluation(Callback):
             sums += torch.tensor([*scores.values(), stopped, float(len(ids)), 1.0], dtype=torch.float64)
         reduced: Any = trainer.strategy.reduce(sums.to(module.device), reduce_op="sum")
         *totals, count = reduced.tolist()
-        names = [*answering.scores, "stop_rate", "answer_tokens"]
+        names = [*answering.scores, *_BESIDES]
         means = {f"val_{name}": total / count for name, total in zip(names, totals, strict=True)}
         # They are those of all ranks already; their mean over ranks is the same, and Lightning wants it.
         module.log_dict(means, sync_dist=True)

@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.json_shape import Shape, find_fault
+from qlora_lightning.json_file import read_json_object
+from qlora_lightning.json_shape import Shape
 from qlora_lightning.report.shapes import MANIFEST
 from qlora_lightning.safe_file import write_whole
 
 NAME = "manifest.json"
 FORMAT = "qlora_lightning manifest"
 VERSION = 1  # a reader of version N reads every file up to N; keys are only ever added within a version
+_REMEDY = "Move it away, and the report goes without it."
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
@@ -59,20 +61,7 @@ def read_json(file: Path, shape: Shape = None) -> dict[str, Any] | None:
     Raises:
         UserError: It cannot be read, is no JSON object, or has another shape.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON ({error}): move it away, and the report goes without it.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object: move it away, and the report goes without it.")
-    fault = find_fault(content, shape)
-    if fault:
-        raise UserError(f"{file} is damaged: {fault}. Move it away, and the report goes without it.")
-    return content
+    return read_json_object(file, _REMEDY, shape) if file.exists() else None
 
 
 def _finite(value: Any) -> Any:

@@ -13,7 +13,7 @@ def test_it_is_read(tmp_path):
     ("text", "words"),
     [
         ('{"eos_token_id": [1', "is not JSON"),
-        ("[1]", "it is no object"),
+        ("[1]", "expected a JSON object, found list"),
         ('{"eos_token_id": "x"}', 'eos_token_id is "x", expected a whole number or a list'),
         ('{"eos_token_id": ["x"]}', r'eos_token_id\[0\] is "x"'),
     ],

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_lightning import AdapterCheckpoint, QLoRAModule
+from qlora_lightning import AdapterCheckpoint, Evaluation, QLoRAModule
 from qlora_lightning.errors import UserError
 
 
@@ -248,6 +248,23 @@ def test_the_sanity_check_says_already_that_the_monitor_is_not_logged(fit, capsy
     assert told in capsys.readouterr().out
     fit(AdapterCheckpoint(), num_sanity_val_steps=1, max_steps=1, limit_val_batches=0.5, folder="right")
     assert "sanity" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("monitor", "evaluation", "told"),
+    [
+        ("val_exact_match", {"every_n_validations": 2}, False),
+        ("val_stop_rate", {"every_n_validations": 2}, False),
+        ("val_exact_mach", {"every_n_validations": 2}, True),
+        ("exact_match", {"every_n_validations": 2}, True),
+        ("val_exact_match", {"every_n_validations": 2, "enabled": False}, True),
+        ("val_exact_match", {}, True),
+    ],
+)
+def test_a_score_that_validations_log_later_is_no_unknown_monitor(fit, capsys, monitor, evaluation, told):
+    callbacks = [AdapterCheckpoint(monitor=monitor), Evaluation(rows=2, **evaluation)]
+    fit(*callbacks, num_sanity_val_steps=1, max_steps=1, limit_val_batches=0.5)
+    assert ("which the sanity check did not log" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("options", [{"every_n_train_steps": 0}, {"save_top_k": -1}])

@@ -33,7 +33,7 @@ def test_no_manifest_is_none(tmp_path):
     ("text", "words"),
     [
         ('{"format": "qlora_lightning man', "is not JSON"),
-        ("[]", "no JSON object"),
+        ("[]", "expected a JSON object, found list"),
         ("{}", "not a manifest of ours"),
         ('{"format": "qlora_lightning manifest", "format_version": 2}', "update qlora_lightning"),
     ],

@@ -87,7 +87,7 @@ def test_a_file_with_wrong_types_is_named_with_the_place(make_run, name, content
     (folder / name).write_text(content)
     with pytest.raises(UserError, match=f"{name}.*{words}") as caught:
         read_run(folder)
-    assert "Move it away" in str(caught.value) or "move it away" in str(caught.value)
+    assert "Move it away" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -140,4 +140,4 @@ def describe(predicted: int, measured: int) -> str:
 
 
 def _is_planned(module: LightningModule) -> bool:
-    return isinstance(module, QLoRAModule) and type(module).build_model is QLoRAModule.build_model
+    return isinstance(module, QLoRAModule) and not module.overrides("build_model")

@@ -145,7 +145,7 @@ class QLoRAModule(JudgingModule):
             check_trainer(str(self.trainer.precision), strategy, self.quantization)
         with without_garbage_collection():  # loading imports much, and makes many objects that stay
             self.model = self.build_model()
-            if self.adapter is not None and type(self).build_model is not QLoRAModule.build_model:
+            if self.adapter is not None and self.overrides("build_model"):
                 fill_adapter(self.model, Path(self.adapter).expanduser())  # it need not have read self.adapter
         self.model.train()  # Hugging Face models come in eval()
         if self._device_of_process().type == "cpu":
@@ -182,6 +182,10 @@ class QLoRAModule(JudgingModule):
         if made.unfused and dtype != torch.float32:
             self.autocast_dtype = dtype  # PEFT's own layers would compute the fp32 adapters in fp32
         return cast(nn.Module, made.model)
+
+    def overrides(self, name: str) -> bool:
+        """Whether a method is other than QLoRAModule's: what follows from how that works does not hold then."""
+        return name in vars(self) or getattr(type(self), name) is not getattr(QLoRAModule, name)
 
     def _device_of_process(self) -> torch.device:
         return self.device if self._trainer is None else self.trainer.strategy.root_device

@@ -23,8 +23,7 @@ def losses_of_rows(module: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[L
         module: A :class:`~qlora_lightning.model.module.QLoRAModule`; its mode is not changed.
         rows: Each a batch, on the module's device.
     """
-    knows = type(module).compute_loss is JudgingModule.compute_loss and "compute_loss" not in vars(module)
-    if not (knows and all(map(is_flat, rows))):
+    if module.overrides("compute_loss") or not all(map(is_flat, rows)):
         yield from map(module.compute_loss, rows)
         return
     for group in _group(rows):

@@ -50,23 +50,23 @@ def build_skeleton(
         attention = register_flat_attention(fast)
         model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, attn_implementation=attention)
         model.requires_grad_(False)
-        if not _has_dora(adapter, adapter_options):  # which PEFT measures weights for, in the making
+        folder = None if adapter is None else Path(adapter).expanduser()
+        if not _has_dora(folder, adapter_options):  # which PEFT measures weights for, in the making
             _quantize(model, quantization, compute_dtype)
-        adapted = _adapt(model, adapter, adapter_options)
+        adapted = _adapt(model, folder, adapter_options)
     if fast:
         fuse_lora_linears(adapted)
         fuse_decoder_layers(adapted)
     return adapted
 
 
-def _has_dora(adapter: str | None, options: dict[str, Any]) -> bool:
-    if adapter is None:
+def _has_dora(folder: Path | None, options: dict[str, Any]) -> bool:
+    if folder is None:
         return bool((options.get("lora_options") or {}).get("use_dora"))
-    return bool(_read_folder(adapter).use_dora)
+    return bool(_read_folder(folder).use_dora)
 
 
-def _read_folder(adapter: str) -> peft.LoraConfig:
-    folder = Path(adapter).expanduser()
+def _read_folder(folder: Path) -> peft.LoraConfig:
     read_identity(folder)  # words a misspelt name
     settings = peft.LoraConfig.from_pretrained(str(folder))
     settings.base_model_name_or_path, settings.inference_mode = None, False
@@ -89,16 +89,16 @@ def _quantize(model: PreTrainedModel, quantization: Quantization, compute_dtype:
     model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantization == "int8", quantization != "int8"  # PEFT asks
 
 
-def _adapt(model: PreTrainedModel, adapter: str | None, options: dict[str, Any]) -> peft.PeftModel:
-    if adapter is None:
+def _adapt(model: PreTrainedModel, folder: Path | None, options: dict[str, Any]) -> peft.PeftModel:
+    if folder is None:
         return add_adapters(model, **options)
     targets = chosen_targets(model, options)
-    settings = _read_folder(adapter)
+    settings = _read_folder(folder)
     try:
         with without_peft_deprecation():
             adapted = cast(peft.PeftModel, peft.get_peft_model(model, settings))
     except LOADING_FAULTS as error:
-        raise word_misfit(Path(adapter), error) from error
-    check_adapter_options(adapted, targets, options, adapter)
-    check_folder_fits(adapted, Path(adapter).expanduser())
+        raise word_misfit(folder, error) from error
+    check_adapter_options(adapted, targets, options, str(folder))
+    check_folder_fits(adapted, folder)
     return adapted

@@ -21,7 +21,6 @@ from qlora_lightning.evaluation.comparison import BASE
 from qlora_lightning.evaluation.judge import Answering, Judgement, judge_rows
 from qlora_lightning.evaluation.progress import steps_bar
 from qlora_lightning.evaluation.rows import EvaluationRow
-from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.trainer import callbacks_of
 
 
@@ -95,7 +94,7 @@ def _load(module: Any, adapters: Mapping[str, Path]) -> None:
     """Make the model with the first adapter, and put the others beside it."""
     first, *others = adapters.values()
     module.adapter = str(first)
-    if type(module).build_model is QLoRAModule.build_model:  # another one may ask for them
+    if not module.overrides("build_model"):  # another one may ask for them
         module.adapter_options = {}  # rank and targets are those of the folders, whatever the config trains
     module.configure_model()
     module.to(module.trainer.strategy.root_device)

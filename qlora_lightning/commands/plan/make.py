@@ -72,6 +72,6 @@ def _notes(module: QLoRAModule, run: RunLength, kind: str) -> list[str]:
     if kind == "cuda":
         notes.append("Figures for GPUs are an estimate: their formulas were checked on CPUs only.")
     for name in ("build_model", "compute_loss"):
-        if getattr(type(module), name) is not getattr(QLoRAModule, name):
+        if module.overrides(name):
             notes.append(f"{type(module).__name__} has a {name} of its own: planned is the usual one.")
     return notes

@@ -1,8 +1,8 @@
 """Makes a base of Llama-3.1-8B's shape with random weights, and measures what quantizing and training it takes.
 
-Usage: python -m tests.benchmarks.llama_8b FOLDER [--layers 32]
+Usage: python -m tests.benchmarks.llama_8b FOLDER [--layers 32] [--tokens 512]
 Writes the base into FOLDER (16.1 GB with all layers) unless it is there, quantizes it into the cache, and trains steps
-of 512 tokens with gradient checkpointing in a process of its own, from the cached base. Prints a line of JSON: seconds,
+of two rows with gradient checkpointing in a process of its own, from the cached base. Prints a line of JSON: seconds,
 the most private memory (RssAnon) at any time, the bytes of the quantized model, and under ``step`` those of the step.
 """
 
@@ -28,7 +28,7 @@ from tests.benchmarks.peak_memory import PeakMemory
 from tests.benchmarks.settings import ALL_LAYERS
 from tests.benchmarks.shape_8b import check_folder, make_config
 
-_TOKENS, _ROW_TOKENS = 512, 256
+_TOKENS = 512
 _STEPS, _CEILINGS = 2, 3  # the optimizer has its state from the second step on
 
 
@@ -95,9 +95,9 @@ def measure(folder: Path) -> dict[str, float]:
     }
 
 
-def measure_step(folder: Path, threads: int, dtype: str) -> dict[str, Any]:
+def measure_step(folder: Path, threads: int, dtype: str, tokens: int = _TOKENS) -> dict[str, Any]:
     """Train some steps from the cached base; see ``one_batch``."""
-    sizes = [f"--tokens={_TOKENS}", f"--row-tokens={_ROW_TOKENS}", f"--steps={_STEPS}", f"--ceilings={_CEILINGS}"]
+    sizes = [f"--tokens={tokens}", f"--row-tokens={tokens // 2}", f"--steps={_STEPS}", f"--ceilings={_CEILINGS}"]
     options = [str(folder), *sizes, f"--dtype={dtype}", "--gradient-checkpointing"]
     return run_child(sys.executable, "one_batch", options, threads)
 
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=ALL_LAYERS)
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of products")
+    parser.add_argument("--tokens", type=int, default=_TOKENS, help="of a step, in two rows")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the step's process")
     arguments = parser.parse_args()
     try:
@@ -117,7 +118,7 @@ def main() -> None:
         make_base(arguments.folder, arguments.layers)
     folder = arguments.folder.absolute()
     figures: dict[str, Any] = {name: round(value, 3) for name, value in measure(folder).items()}
-    step = measure_step(folder, arguments.threads, arguments.dtype)
+    step = measure_step(folder, arguments.threads, arguments.dtype, arguments.tokens)
     print(json.dumps(figures | {"layers": arguments.layers, "step": step}))
 
 

@@ -144,6 +144,7 @@ def test_a_stopped_sweep_goes_on_and_ends_as_one_in_peace(folder, sweep, monkeyp
     monkeypatch.setenv("ASK", str(int(signal.SIGTERM)))
     out = sweep(*stopping, code=143)
     assert "The same command goes on with the sweep" in out
+    assert "--ckpt_path" not in out
     place = folder / "run" / "sweep-rank"
     assert (place / "rank-2" / "trial.json").exists()
     assert not (place / "rank-4" / "trial.json").exists()
@@ -250,7 +251,8 @@ def test_a_signal_while_rows_are_judged_ends_the_sweep(folder, sweep, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(judge, "judge_rows", asked)
-        sweep("--ranks", "2,4", code=130)
+        out = sweep("--ranks", "2,4", code=130)
+    assert "Stopped while the trial was judged. The same command goes on with the sweep" in out
     assert not list(folder.glob("run/*/*/trial.json"))
     sweep("--ranks", "2,4")
 

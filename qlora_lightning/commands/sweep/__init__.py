@@ -70,11 +70,9 @@ def _sweep(rest: Sequence[str], dimension: Dimension, min_gain: float, file: Pat
                 trials.append(trial)
                 check_same_rows(trials)
                 console.print(describe_last(dimension, trials))
-    except (UserError, TrainingStopped) as stop:
+    except (UserError, TrainingStopped):
         if trials:
             print_table(dimension, trials, console)
-        if isinstance(stop, TrainingStopped):
-            console.print("The same command goes on with the sweep: finished trials count, this one is taken up.")
         raise
     chosen, why = choose(dimension, trials, min_gain)
     summary = summarize(dimension, trials, chosen, why, min_gain)

@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.text import Text
 
-from qlora_lightning.callbacks import Evaluation, LoadingLines, MemoryComparison, RunReport
+from qlora_lightning.callbacks import Evaluation, LoadingLines, MemoryComparison, RunReport, StopSignals
 from qlora_lightning.commands import training
 from qlora_lightning.commands.sweep.built import check_built
 from qlora_lightning.commands.sweep.dimensions import Dimension, show_value
@@ -24,6 +24,7 @@ from qlora_lightning.trainer import callbacks_of, is_trial_run
 
 # They tell of a run, or judge it, at its end: a sweep does that for all of its trials.
 _LEFT_OUT = (Evaluation, MemoryComparison, RunReport, LoadingLines)
+HOW_TO_GO_ON = "The same command goes on with the sweep: finished trials count, this one is taken up."
 _MAY_DIFFER = {"trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.logger"}
 
 
@@ -69,7 +70,10 @@ class TrialCLI(QLoRACLI):
             raise UserError(f"A sweep trains on one device, found {trainer.world_size}: add --trainer.devices 1.")
         if is_trial_run(trainer):
             raise UserError("trainer.fast_dev_run keeps nothing that trials could be compared by: leave it out.")
-        trainer.callbacks = [*(each for each in callbacks_of(trainer) if not isinstance(each, _LEFT_OUT)), self._judge]
+        kept = [each for each in callbacks_of(trainer) if not isinstance(each, _LEFT_OUT)]
+        for stops in (each for each in kept if isinstance(each, StopSignals)):
+            stops.how_to_go_on = HOW_TO_GO_ON
+        trainer.callbacks = [*kept, self._judge]
         return trainer
 
     def before_fit(self) -> None:

@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks import AdapterCheckpoint, StopSignals
 from qlora_lightning.commands.sweep.row_losses import RowLosses, judge_rows
-from qlora_lightning.errors import TrainingStopped, UserError
+from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters import copy_tensors, trainable_tensors
 from qlora_lightning.model.identity import identity_of_data
 from qlora_lightning.trainer import callbacks_of
@@ -76,5 +76,5 @@ def _batches(trainer: Any) -> Iterator[Any]:
     stop = next((each for each in callbacks_of(trainer) if isinstance(each, StopSignals)), None)
     for batch in itertools.islice(iter(loader), most):
         if stop is not None and stop.received is not None:
-            raise TrainingStopped(128 + stop.received)
+            stop.end(trainer, f"Stopped while the trial was judged. {stop.how_to_go_on}")
         yield batch

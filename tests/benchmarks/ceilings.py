@@ -4,12 +4,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model.batch_shape import shape_of_batch
+from qlora_lightning.model.dtypes import choose_compute_dtype
 from tests.benchmarks.ceiling import measure_ceiling, synchronize
 from tests.benchmarks.products import forward_products, shape_of, step_products
 
@@ -53,7 +53,8 @@ class Ceilings(Callback):
         began = time.perf_counter()
         shape, rows = shape_of(module.causal_lm), shape_of_batch(batch)
         products = step_products(shape, rows, self._checkpointing) if trains else forward_products(shape, rows)
-        self.measured.append(measure_ceiling(products, torch.bfloat16, module.device))
+        dtype = choose_compute_dtype(module.compute_dtype, module.device)
+        self.measured.append(measure_ceiling(products, dtype, module.device))
         self.tokens += rows.tokens
         self.seconds += time.perf_counter() - began
 

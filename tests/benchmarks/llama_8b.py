@@ -28,8 +28,8 @@ from tests.benchmarks.peak_memory import PeakMemory
 from tests.benchmarks.settings import ALL_LAYERS
 from tests.benchmarks.shape_8b import check_folder, make_config
 
-_TOKENS = 512
-_STEPS, _CEILINGS = 2, 3  # the optimizer has its state from the second step on
+_TOKENS, _CEILINGS = 512, 3
+_STEPS = 2  # the optimizer has its state from the second step on
 
 
 def make_base(folder: Path, layers: int) -> None:
@@ -95,9 +95,11 @@ def measure(folder: Path) -> dict[str, float]:
     }
 
 
-def measure_step(folder: Path, threads: int, dtype: str, tokens: int = _TOKENS) -> dict[str, Any]:
+def measure_step(
+    folder: Path, threads: int, dtype: str, tokens: int = _TOKENS, ceilings: int = _CEILINGS
+) -> dict[str, Any]:
     """Train some steps from the cached base; see ``one_batch``."""
-    sizes = [f"--tokens={tokens}", f"--row-tokens={tokens // 2}", f"--steps={_STEPS}", f"--ceilings={_CEILINGS}"]
+    sizes = [f"--tokens={tokens}", f"--row-tokens={tokens // 2}", f"--steps={_STEPS}", f"--ceilings={ceilings}"]
     options = [str(folder), *sizes, f"--dtype={dtype}", "--gradient-checkpointing"]
     return run_child(sys.executable, "one_batch", options, threads)
 
@@ -108,6 +110,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=ALL_LAYERS)
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of products")
     parser.add_argument("--tokens", type=int, default=_TOKENS, help="of a step, in two rows")
+    parser.add_argument("--ceilings", type=int, default=_CEILINGS, help="how often the step's products alone are timed")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the step's process")
     arguments = parser.parse_args()
     try:
@@ -118,7 +121,7 @@ def main() -> None:
         make_base(arguments.folder, arguments.layers)
     folder = arguments.folder.absolute()
     figures: dict[str, Any] = {name: round(value, 3) for name, value in measure(folder).items()}
-    step = measure_step(folder, arguments.threads, arguments.dtype, arguments.tokens)
+    step = measure_step(folder, arguments.threads, arguments.dtype, arguments.tokens, arguments.ceilings)
     print(json.dumps(figures | {"layers": arguments.layers, "step": step}))
 
 

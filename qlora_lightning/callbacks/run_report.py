@@ -13,7 +13,7 @@ from lightning import LightningModule, Trainer
 from qlora_lightning.callbacks.run_facts import fixed_facts, planned_steps, progress_facts
 from qlora_lightning.callbacks.run_warnings import RunWarnings, TakesWarnings
 from qlora_lightning.callbacks.started_folder import goes_on
-from qlora_lightning.console import say
+from qlora_lightning.console import describe, say
 from qlora_lightning.errors import TrainingStopped, UserError
 from qlora_lightning.report.manifest import read_manifest, write_manifest
 from qlora_lightning.report.page import write_run_page
@@ -110,7 +110,7 @@ class RunReport(TakesWarnings):
             folder.mkdir(parents=True, exist_ok=True)
             write_manifest(folder, self._content(trainer, status, error))
             if with_page:
-                say(f"Report: {write_run_page(folder)}")
+                describe(f"Report: {write_run_page(folder)}")
         except Exception as fault:  # a run that has trained does not fail for its report, nor one that fails for both
             say(f"The report of the run could not be written: {type(fault).__name__}: {fault}")
 

@@ -1,13 +1,13 @@
 """Base and adapters put together: the model that QLoRA trains, and a record of what it was made from."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 
 from qlora_lightning.adapter.identity import read_identity
+from qlora_lightning.adapter.place import find_adapter_folder
 from qlora_lightning.model.adapter_options import check_adapter_options, chosen_targets
 from qlora_lightning.model.adapter_reading import open_adapter_folder
 from qlora_lightning.model.adapters import add_adapters, trainable_tensors
@@ -60,14 +60,14 @@ def assemble_model(
         revision: Likewise.
         trust_remote_code: Likewise.
         cache: Likewise.
-        adapter: Adapter folder to go on with, or ``None`` for new adapters.
+        adapter: Adapter folder to go on with, or the run folder around it; ``None`` for new adapters.
         adapter_options: Arguments of :func:`qlora_lightning.model.adapters.add_adapters`.
         fast: Whether layers may run fused.
 
     Raises:
         UserError: The base, the adapter folder or an option cannot be used, or the adapter belongs to another base.
     """
-    folder = None if adapter is None else Path(adapter).expanduser()
+    folder = None if adapter is None else find_adapter_folder(adapter)
     stored = {} if folder is None else read_identity(folder)  # a misspelt name is told before the base is loaded
     asked: dict[str, Any] = {
         "name": base,
@@ -93,11 +93,11 @@ def assemble_model(
     if folder is None:
         model = add_adapters(loaded.model, base_name=loaded.loadable_name, **adapter_options)
     else:
-        check_identity(stored, identity, f"The adapter folder {adapter}")
+        check_identity(stored, identity, f"The adapter folder {folder}")
         targets = chosen_targets(loaded.model, adapter_options)
         model = open_adapter_folder(loaded.model, folder)
-        check_adapter_options(model, targets, adapter_options, str(adapter))
-        identity["trained_from"] = {"adapter": str(adapter), "data": stored.get("data", {})}
+        check_adapter_options(model, targets, adapter_options, str(folder))
+        identity["trained_from"] = {"adapter": str(folder), "data": stored.get("data", {})}
     identity["adapter"] = describe_adapter(model)
     trainable = trainable_tensors(model)
     unfused = fuse_lora_linears(model) if fast else list(trainable)

@@ -1,6 +1,5 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train them."""
 
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -10,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from qlora_lightning.adapter.place import find_adapter_folder
 from qlora_lightning.console import describe
 from qlora_lightning.heavy_imports import without_garbage_collection
 from qlora_lightning.model.adapter_reading import fill_adapter
@@ -61,7 +61,7 @@ class QLoRAModule(JudgingModule):
         target_modules: ``all-linear``, ``attention``, ``mlp``, a list of names, or a regular expression.
         layers: ``all``, ``last:N`` or a list of layer indices.
         lora_options: More for ``peft.LoraConfig``: ``use_rslora``, ``use_dora``, ``init_lora_weights``, …
-        adapter: Adapter folder to go on training; its own rank, alpha and targets rule.
+        adapter: Adapter folder, or run folder with one, to go on training; its own rank, alpha and targets rule.
         learning_rate: Peak learning rate.
         optimizer: Class path, or class_path and init_args without lr; ``None``: torch's AdamW, fused.
         weight_decay: Of all adapters.
@@ -146,7 +146,7 @@ class QLoRAModule(JudgingModule):
         with without_garbage_collection():  # loading imports much, and makes many objects that stay
             self.model = self.build_model()
             if self.adapter is not None and self.overrides("build_model"):
-                fill_adapter(self.model, Path(self.adapter).expanduser())  # it need not have read self.adapter
+                fill_adapter(self.model, find_adapter_folder(self.adapter))  # it need not have read self.adapter
         self.model.train()  # Hugging Face models come in eval()
         if self._device_of_process().type == "cpu":
             keep_freed_memory()

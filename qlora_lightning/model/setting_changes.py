@@ -29,10 +29,10 @@ def find_changes(stored: Mapping[str, Any], own: Mapping[str, Any], prefix: str)
     ]
 
 
-def describe_changes(changes: Sequence[Change]) -> str:
-    """Word changes, a line for each."""
+def describe_changes(changes: Sequence[Change], whose: str = "the checkpoint's") -> str:
+    """Word changes, a line for each, under what they differ from."""
     lines = [f"  {name}: {_short(before)} → {_short(now)}" for name, before, now in changes]
-    return "\n".join(["Settings that differ from the checkpoint's (there → now):", *lines])
+    return "\n".join([f"Settings that differ from {whose} (there → now):", *lines])
 
 
 class FreshOptimizers:

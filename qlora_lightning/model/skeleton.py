@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_lightning.adapter.identity import read_identity
+from qlora_lightning.adapter.place import find_adapter_folder
 from qlora_lightning.model.adapter_options import check_adapter_options, chosen_targets
 from qlora_lightning.model.adapter_reading import check_folder_fits
 from qlora_lightning.model.adapter_tensors import LOADING_FAULTS, word_misfit
@@ -50,7 +51,7 @@ def build_skeleton(
         attention = register_flat_attention(fast)
         model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, attn_implementation=attention)
         model.requires_grad_(False)
-        folder = None if adapter is None else Path(adapter).expanduser()
+        folder = None if adapter is None else find_adapter_folder(adapter)
         if not _has_dora(folder, adapter_options):  # which PEFT measures weights for, in the making
             _quantize(model, quantization, compute_dtype)
         adapted = _adapt(model, folder, adapter_options)

@@ -202,9 +202,9 @@ def test_other_settings_and_other_rows_are_not_compared(folder, sweep, rows_file
     [
         (["--ranks", "8,x"], "--ranks is '8,x': expected values with commas between, such as 8,16,32,64."),
         (["--ranks", "8"], "expected two values or more"),
-        (["--ranks", "16,8"], "--ranks is 16,8: expected positive integers that rise."),
+        (["--ranks", "16,8"], "--ranks is '16,8': expected positive integers that rise."),
         (["--ranks", "2,4", "--learning-rates", "1e-4,1e-3"], "a sweep varies one thing at a time"),
-        (["--learning-rates", "0,1e-3"], "--learning-rates is 0e0,1e-3: expected positive numbers."),
+        (["--learning-rates", "0,1e-3"], "--learning-rates is '0,1e-3': expected positive numbers."),
         (["--min-gain", "-1"], "--min-gain is -1: expected 0 or more"),
         (["--min-gain", "much"], "invalid float value: 'much'"),
         (["--json", "no/such.json"], "there is no folder no"),

@@ -74,11 +74,14 @@ def choose_dimension(own: argparse.Namespace) -> Dimension:
         return Dimension("target_modules", "target modules", names)
     if given == ["learning_rates"]:
         rates = _split("--learning-rates", own.learning_rates, float, "1e-4,2e-4,4e-4")
-        _check_all("--learning-rates", rates, all(0 < rate < float("inf") for rate in rates), "positive numbers")
+        _check(
+            "--learning-rates", own.learning_rates, all(0 < rate < float("inf") for rate in rates), "positive numbers"
+        )
         return Dimension("learning_rate", "learning rate", rates)
-    ranks = _split("--ranks", DEFAULT_RANKS if own.ranks is None else own.ranks, int, DEFAULT_RANKS)
+    text = DEFAULT_RANKS if own.ranks is None else own.ranks
+    ranks = _split("--ranks", text, int, DEFAULT_RANKS)
     rise = ranks[0] > 0 and all(before < after for before, after in itertools.pairwise(ranks))
-    _check_all("--ranks", ranks, rise, "positive integers that rise")
+    _check("--ranks", text, rise, "positive integers that rise")
     return Dimension("rank", "rank", ranks, stops=True)
 
 
@@ -119,6 +122,6 @@ def _split(option: str, text: str, kind: Callable[[str], Any], example: str) -> 
     return values
 
 
-def _check_all(option: str, values: tuple[Any, ...], good: bool, words: str) -> None:
+def _check(option: str, text: str, good: bool, words: str) -> None:
     if not good:
-        raise UserError(f"{option} is {','.join(map(show_value, values))}: expected {words}.")
+        raise UserError(f"{option} is {text!r}: expected {words}.")

@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.text import Text
 
-from qlora_lightning.callbacks import Evaluation, LoadingLines, MemoryComparison, RunReport, StopSignals
+from qlora_lightning.callbacks import Evaluation, LoadingLines, MemoryComparison, StopSignals
 from qlora_lightning.commands import training
 from qlora_lightning.commands.sweep.built import check_built
 from qlora_lightning.commands.sweep.dimensions import Dimension, show_value
@@ -22,8 +22,8 @@ from qlora_lightning.model.kept_base import KeptBase
 from qlora_lightning.model.setting_changes import describe_changes, find_changes
 from qlora_lightning.trainer import callbacks_of, is_trial_run
 
-# They tell of a run, or judge it, at its end: a sweep does that for all of its trials.
-_LEFT_OUT = (Evaluation, MemoryComparison, RunReport, LoadingLines)
+# They judge a run at its end, or tell how to use it: a sweep does that for all of its trials.
+_LEFT_OUT = (Evaluation, MemoryComparison, LoadingLines)
 HOW_TO_GO_ON = "The same command goes on with the sweep: finished trials count, this one is taken up."
 _MAY_DIFFER = {"trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.logger"}
 
@@ -118,7 +118,7 @@ class TrialCLI(QLoRACLI):
             changes = [(name.lstrip("."), before, now) for name, before, now in changes]
             raise UserError(
                 f"{folder} holds a trial with other settings, which would be compared with these.\n"
-                f"{describe_changes(changes)}\nPut them back, or name another folder by "
+                f"{describe_changes(changes, "the trial's")}\nPut them back, or name another folder by "
                 "`--trainer.default_root_dir runs/NAME`."
             )
 

@@ -116,9 +116,10 @@ class TrialCLI(QLoRACLI):
         changes = [change for change in find_changes(stored, own, "") if change[0].lstrip(".") not in _MAY_DIFFER]
         if changes:
             changes = [(name.lstrip("."), before, now) for name, before, now in changes]
+            told = describe_changes(changes, "the trial's")
             raise UserError(
                 f"{folder} holds a trial with other settings, which would be compared with these.\n"
-                f"{describe_changes(changes, "the trial's")}\nPut them back, or name another folder by "
+                f"{told}\nPut them back, or name another folder by "
                 "`--trainer.default_root_dir runs/NAME`."
             )
 

@@ -24,7 +24,7 @@ _FLOAT32 = 4  # bytes of a number
 _FAULT = 65_536  # bytes that Linux maps around an address that is read, where the file lies in its cache
 _FIRST_STEP, _NEW_LENGTH, MOST_LENGTHS = 92_000_000, 46_000_000, 25
 PARTS = {
-    "base": "frozen, as stored",
+    "base": "frozen",
     "adapters": "float32",
     "gradients": "of the adapters, float32",
     "optimizer": "its state",

@@ -127,6 +127,7 @@ def _sizes(plan: Plan) -> Table:
     share = f"{trained:,} parameters ({trained / (base + trained):.2%}), float32"
     table.add_row("adapters", format_bytes(4 * trained), share)
     table.columns[2].justify = "left"
+    table.caption = "int8 and nf4: the linears of the layers, embedding, norms and head in bf16"
     return table
 
 
@@ -138,7 +139,11 @@ def _memory(plan: Plan) -> Table:
     for part, size in plan.memory.parts.items():
         if not size:
             continue
-        what = "CUDA's context, an estimate" if part == "process" and plan.device.kind == "cuda" else PARTS[part]
+        what = PARTS[part]
+        if part == "base" and plan.storage not in ("fp32", "bf16"):
+            what = f"frozen: {plan.storage.split(',')[0]}, the rest {str(plan.dtype).removeprefix('torch.')}"
+        elif part == "process" and plan.device.kind == "cuda":
+            what = "CUDA's context, an estimate"
         table.add_row(part, format_bytes(size), Text("█" * round(_BAR * size / peak), "cyan"), Text(what, "dim"))
     table.add_section()
     table.add_row("peak", format_bytes(peak), "", _gib(peak))

@@ -42,7 +42,7 @@ def headline(run: Run) -> Facts:
     if found["tokens_per_second"] is not None:
         figures.append((write_result(found["tokens_per_second"], "whole"), "tokens/s, median"))
     if found["peak_memory_gib"] is not None:
-        figures.append((f"{write_result(found['peak_memory_gib'], 'number')} GiB", "peak memory"))
+        figures.append((f"{write_result(found['peak_memory_gib'], 'number')} GiB", "peak memory, with loading"))
     return figures
 
 

@@ -20,7 +20,7 @@ def test_the_headline_shows_before_and_after(make_run):
         ("20 of 40", "optimizer steps"),
         ("90 s", "wall time of the fit"),
         ("60", "tokens/s, median"),
-        ("1.5 GiB", "peak memory"),
+        ("1.5 GiB", "peak memory, with loading"),
     ]
 
 

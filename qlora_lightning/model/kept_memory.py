@@ -97,6 +97,16 @@ def _room_of_forward(layer: LayerShape, batch: BatchShape, e: int, device: str) 
     return 3 * batch.computed * layer.inner_width * e + _dense(layer.linears["down_proj"], e, device)
 
 
+def holes_of_checkpoints(layers: Sequence[LayerShape], e: int, device: str) -> int:
+    """Count what a CPU's heap cannot use again: for each checkpointed layer, one dense weight fits nowhere.
+
+    What stays of the layer until backward, small as it is, lands where such a weight has been. Measured on SmolLM2 in
+    fp32: 110 MB after 4 steps, 140 after 40, where this gives 106.
+    """
+    run_again = (layer for layer in layers if layer.checkpointed and device == "cpu")
+    return sum(max(_dense(each, e, device) for each in layer.linears.values()) for layer in run_again)
+
+
 def _dense(linear: LinearShape, e: int, device: str) -> int:
     """Count what is made of a quantized weight for a product; a CPU makes a large one in parts."""
     whole = linear.inputs * linear.outputs * e

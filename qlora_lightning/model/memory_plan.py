@@ -1,6 +1,7 @@
 """The memory of a training step by part, before it runs."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +10,14 @@ import numpy.typing as npt
 
 from qlora_lightning.model.batch_shape import BatchShape
 from qlora_lightning.model.kept_memory import (
+    holes_of_checkpoints,
     kept_by_layers,
     kept_outside,
     room_of_backward,
     room_of_logits,
     room_of_loss,
 )
+from qlora_lightning.model.layer_shapes import LayerShape
 from qlora_lightning.model.model_shape import ModelShape
 from qlora_lightning.model.optimizer_bytes import count_optimizer_bytes
 from qlora_lightning.model.stored_bytes import BaseShape
@@ -31,7 +34,7 @@ PARTS = {
     "activations": "kept until backward",
     "logits": "at a time",
     "workspace": "what else a step makes and drops",
-    "kernels": "of a CPU, made for each batch length",
+    "kernels": "of a CPU, and holes in its heap",
     "process": "Python, libraries, data",
 }
 
@@ -92,8 +95,8 @@ def share_unread(ids: npt.NDArray[np.int32], base: BaseShape, number_bytes: int)
     return 1 - len(np.unique(ids // together)) / math.ceil(rows / together)
 
 
-def _kernels(settings: StepSettings) -> int:
-    """Count what torch's products keep on a CPU; measured on SmolLM2 in bf16, over 6 to 100 steps.
+def _kernels(settings: StepSettings, layers: Sequence[LayerShape]) -> int:
+    """Count what torch's products keep on a CPU; measured on SmolLM2 in bf16, over 6 to 100 steps, holes included.
 
     oneDNN makes kernels for each number of rows and keeps the last 1,024; between tensors they also break up the heap.
     Products of float32 are another library's, which makes none (measured over 6 and 75 steps).
@@ -101,7 +104,7 @@ def _kernels(settings: StepSettings) -> int:
     if settings.device != "cpu":
         return 0
     if settings.number_bytes == _FLOAT32:
-        return _FIRST_STEP
+        return _FIRST_STEP + holes_of_checkpoints(layers, settings.number_bytes, settings.device)
     return _FIRST_STEP + _NEW_LENGTH * (min(settings.batch_lengths, MOST_LENGTHS) - 1)
 
 
@@ -129,7 +132,7 @@ def plan_memory(model: ModelShape, batch: BatchShape, settings: StepSettings) ->
         kept_by_layers(layers, batch, e, device) + kept_outside(layers, batch, e),
         logits,
         workspace,
-        _kernels(settings),
+        _kernels(settings, layers),
         settings.process,
     )
     return MemoryPlan(dict(zip(PARTS, sizes, strict=True)))

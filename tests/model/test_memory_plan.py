@@ -80,6 +80,8 @@ def test_a_cpu_keeps_kernels_for_each_length_of_a_batch_up_to_a_number(model):
     assert many - one == 24 * (two - one)
     in_fp32 = plan_memory(model, BATCH, settings(number_bytes=4, batch_lengths=25)).parts["kernels"]
     assert in_fp32 == one  # its products make no kernels
+    checkpointed = plan_memory(checkpoint_layers(model, 1), BATCH, settings(number_bytes=4)).parts["kernels"]
+    assert checkpointed == one + 2 * 64 * 128 * 4  # a hole for each layer, as large as its largest weight
     assert plan_memory(model, BATCH, settings(device="cuda")).parts["kernels"] == 0
 
 

@@ -71,6 +71,7 @@ def top_tokens_agree(run, loading):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_commands_and_python_run_in_the_order_in_which_they_stand(tmp_path):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

@@ -13,6 +13,7 @@ QUICKSTART = ("--config", "configs/quickstart.yaml", "--trainer.max_steps", "6",
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_smollm2_takes_what_was_planned_within_a_tenth(checkpointing, smollm2_folder, tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}

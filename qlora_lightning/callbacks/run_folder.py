@@ -17,7 +17,9 @@ _TABLE = "metrics_table"  # key of a checkpoint
 
 
 class RunFolder(Callback):
-    """Write ``config.yaml`` at the start of a fit, and cut ``metrics.csv`` where the checkpoint was, to go on there.
+    """Write ``config.yaml`` at the start of a fit, hand it to loggers, and go on in ``metrics.csv``.
+
+    A run that is resumed cuts that table where its checkpoint was.
 
     Args:
         config: The whole config of the run, in the form that ``--config`` reads.
@@ -40,6 +42,11 @@ class RunFolder(Callback):
             with writing_to(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 write_whole(folder / "config.yaml", text)
+        for logger in trainer.loggers:
+            try:
+                logger.log_hyperparams(self.config)
+            except Exception as fault:  # as MLflow, where a resumed run has other values: no reason not to train
+                say(f"{type(logger).__name__} does not take the config: {type(fault).__name__}: {fault}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for logger in _tables(trainer):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from qlora_lightning import AdapterCheckpoint
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
@@ -22,6 +23,25 @@ def test_the_config_is_written_at_the_start_of_a_fit(fit, tmp_path):
     file = tmp_path / "run" / "config.yaml"
     assert yaml.safe_load(file.read_text(encoding="utf-8")) == config
     assert "Grüße, 日本" in file.read_text(encoding="utf-8")
+
+
+class Kept(DummyLogger):
+    def __init__(self, fault=None):
+        super().__init__()
+        self.fault, self.params = fault, None
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        if self.fault:
+            raise self.fault
+        self.params = params
+
+
+def test_the_loggers_have_the_config_and_one_that_refuses_it_ends_no_run(fit, capsys):
+    logger, refusing = Kept(), Kept(ValueError("rank was 4"))
+    trainer, _ = fit(RunFolder({"model": {"rank": 2}}), logger=[refusing, logger], max_steps=1, limit_val_batches=0)
+    assert logger.params == {"model": {"rank": 2}}
+    assert trainer.global_step == 1
+    assert "Kept does not take the config: ValueError: rank was 4" in capsys.readouterr().out
 
 
 def test_a_trial_run_and_other_stages_write_no_config(fit, make_module, make_data, make_trainer, tmp_path):

@@ -28,13 +28,13 @@ class StopSignals(Callback):
     it there and go on.
 
     Attributes:
-        how_to_go_on: What is said of a stopped fit; ``None``: how ``fit`` and Python scripts go on.
+        tells_how: Whether a stopped fit says how it goes on: so do ``fit`` and Python scripts.
         received: The first signal that this process got.
         stopping: Whether all ranks agreed to stop.
     """
 
     def __init__(self) -> None:
-        self.how_to_go_on: str | None = None
+        self.tells_how = True
         self.received: int | None = None
         self.stopping = False
         self._requeue_signal: int | None = None
@@ -65,7 +65,7 @@ class StopSignals(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.stopping:  # it came with the last batch: what was to follow the training is left out
-            self.end(trainer, f"Training had come to its end, and all is saved. {self.how_to_go_on or ''}".rstrip())
+            self.end(trainer, "Training had come to its end, and all is saved.")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
@@ -90,8 +90,8 @@ class StopSignals(Callback):
         place = f"at step {trainer.global_step} in epoch {trainer.current_epoch}"
         if saved is None:
             self.end(trainer, f"Stopped {place}. Nothing was saved: there is no AdapterCheckpoint, or it is off.")
-        usual = f'To go on, add `--ckpt_path last` to the same command; in Python: trainer.fit(…, ckpt_path="{saved}").'
-        self.end(trainer, f"Stopped {place}, saved in {saved}. {self.how_to_go_on or usual}")
+        how = f' To go on, add `--ckpt_path last` to the same command; in Python: trainer.fit(…, ckpt_path="{saved}").'
+        self.end(trainer, f"Stopped {place}, saved in {saved}.{how if self.tells_how else ''}")
 
     def end(self, trainer: Trainer, message: str) -> None:
         """Say a last word, and end with the code of the signal.

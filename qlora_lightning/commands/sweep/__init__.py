@@ -70,9 +70,11 @@ def _sweep(rest: Sequence[str], dimension: Dimension, min_gain: float, file: Pat
                 trials.append(trial)
                 check_same_rows(trials)
                 console.print(describe_last(dimension, trials))
-    except (UserError, TrainingStopped):
+    except (UserError, TrainingStopped, KeyboardInterrupt) as stop:
         if trials:
             print_table(dimension, trials, console)
+        if not isinstance(stop, UserError):
+            console.print("The same command goes on with the sweep: finished trials count, this one is taken up.")
         raise
     chosen, why = choose(dimension, trials, min_gain)
     summary = summarize(dimension, trials, chosen, why, min_gain)

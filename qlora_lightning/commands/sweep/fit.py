@@ -24,7 +24,6 @@ from qlora_lightning.trainer import callbacks_of, is_trial_run
 
 # They judge a run at its end, or tell how to use it: a sweep does that for all of its trials.
 _LEFT_OUT = (Evaluation, MemoryComparison, LoadingLines)
-HOW_TO_GO_ON = "The same command goes on with the sweep: finished trials count, this one is taken up."
 _MAY_DIFFER = {"trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.logger"}
 
 
@@ -72,7 +71,7 @@ class TrialCLI(QLoRACLI):
             raise UserError("trainer.fast_dev_run keeps nothing that trials could be compared by: leave it out.")
         kept = [each for each in callbacks_of(trainer) if not isinstance(each, _LEFT_OUT)]
         for stops in (each for each in kept if isinstance(each, StopSignals)):
-            stops.how_to_go_on = HOW_TO_GO_ON
+            stops.tells_how = False  # the sweep does
         trainer.callbacks = [*kept, self._judge]
         return trainer
 

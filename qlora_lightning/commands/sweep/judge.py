@@ -76,5 +76,5 @@ def _batches(trainer: Any) -> Iterator[Any]:
     stop = next((each for each in callbacks_of(trainer) if isinstance(each, StopSignals)), None)
     for batch in itertools.islice(iter(loader), most):
         if stop is not None and stop.received is not None:
-            stop.end(trainer, f"Stopped while the trial was judged. {stop.how_to_go_on}")
+            stop.end(trainer, "Stopped while the trial was judged.")
         yield batch

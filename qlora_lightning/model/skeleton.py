@@ -8,6 +8,7 @@ import peft
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from qlora_lightning.adapter.identity import read_identity
 from qlora_lightning.adapter.place import find_adapter_folder
@@ -47,9 +48,10 @@ def build_skeleton(
     Raises:
         UserError: The adapter folder or an option cannot be used.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():  # there are no numbers to initialize
         attention = register_flat_attention(fast)
         model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, attn_implementation=attention)
+        model.tie_weights()  # which was to come with the initialization
         model.requires_grad_(False)
         folder = None if adapter is None else find_adapter_folder(adapter)
         if not _has_dora(folder, adapter_options):  # which PEFT measures weights for, in the making

@@ -75,6 +75,7 @@ class Planner:
         self.process = process if device == "cpu" else _CONTEXT
         self._models: dict[str, nn.Module] = {}
         self._shapes: dict[str, ModelShape] = {}
+        self._can_leave_out: dict[str, bool] = {}
 
     def model(self, choice: Choice) -> nn.Module:
         """Give the weightless model of a choice.
@@ -123,7 +124,10 @@ class Planner:
 
     def leaves_out(self, choice: Choice) -> bool:
         """Say whether tokens that no label needs are left out, as ``QLoRAModule.leaves_out_unneeded`` would."""
-        return choice.fast and not choice.has_noise and can_leave_out(self.model(choice), training=True)
+        key = _key(choice)
+        if key not in self._can_leave_out:
+            self._can_leave_out[key] = can_leave_out(self.model(choice), training=True)
+        return choice.fast and not choice.has_noise and self._can_leave_out[key]
 
 
 def _key(choice: Choice) -> str:

@@ -27,7 +27,18 @@ def read_json_object(file: Path, remedy: str, shape: Shape = None) -> dict[str, 
         raise UserError(f"{file} is not JSON, or it is cut off ({error}). {remedy}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}. {remedy}")
+    check_shape(file, content, remedy, shape)
+    return content
+
+
+def check_shape(file: Path, content: dict[str, Any], remedy: str, shape: Shape) -> None:
+    """Refuse an object that :func:`read_json_object` gave and that has another shape.
+
+    For files of which something must be known first: which version wrote them, of which kind they are.
+
+    Raises:
+        UserError: It has another shape.
+    """
     fault = find_fault(content, shape)
     if fault:
         raise UserError(f"{file} is damaged: {fault}. {remedy}")
-    return content

@@ -6,7 +6,7 @@ from typing import Any
 from qlora_lightning.adapter.shape import CONFIG, IDENTITY
 from qlora_lightning.errors import UserError
 from qlora_lightning.format_version import check_version
-from qlora_lightning.json_file import read_json_object
+from qlora_lightning.json_file import check_shape, read_json_object
 
 _REMEDY = "Copy the adapter folder again."
 
@@ -28,7 +28,7 @@ def read_identity(folder: Path) -> dict[str, Any]:
     identity = read_json_object(file, _REMEDY) if file.is_file() else {}
     version = identity.get("format_version", 1)
     check_version(version if isinstance(version, int) else 0, f"The adapter folder {folder}")
-    identity = read_json_object(file, _REMEDY, IDENTITY) if identity else {}  # only now: newer ones have another shape
+    check_shape(file, identity, _REMEDY, IDENTITY)
     return {name: value for name, value in identity.items() if value is not None}
 
 
@@ -39,7 +39,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         UserError: It is not a JSON object, of another kind of adapter, or holds what no model can compute with.
     """
     file = folder / "adapter_config.json"
-    kind = read_json_object(file, _REMEDY).get("peft_type")
+    config = read_json_object(file, _REMEDY)
+    kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f"{folder} holds an adapter of peft_type {kind}: expected LORA.")
-    return read_json_object(file, _REMEDY, CONFIG)
+    check_shape(file, config, _REMEDY, CONFIG)
+    return config

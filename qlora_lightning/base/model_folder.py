@@ -55,7 +55,10 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             hint = " It is an adapter folder: give it as model.adapter, and its base as model.base."
         raise UserError(f"Base {name}: expected a transformers folder, found no config.json in {folder}.{hint}")
-    return read_json_object(file, "Download or save the base again.")
+    try:
+        return read_json_object(file, "Download or save the base again.")
+    except UserError as error:
+        raise UserError(f"Base {name}: {error}") from error
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:

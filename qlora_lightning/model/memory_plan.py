@@ -104,7 +104,7 @@ def _kernels(settings: StepSettings, layers: Sequence[LayerShape]) -> int:
     if settings.device != "cpu":
         return 0
     if settings.number_bytes == _FLOAT32:
-        return _FIRST_STEP + holes_of_checkpoints(layers, settings.number_bytes, settings.device)
+        return _FIRST_STEP + holes_of_checkpoints(layers, settings.number_bytes)
     return _FIRST_STEP + _NEW_LENGTH * (min(settings.batch_lengths, MOST_LENGTHS) - 1)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.json_file import read_json_object
+from qlora_lightning.json_file import check_shape, read_json_object
 from qlora_lightning.json_shape import Shape
 from qlora_lightning.report.shapes import MANIFEST
 from qlora_lightning.safe_file import write_whole
@@ -48,7 +48,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             f"{folder / NAME} has format_version {version}, and this version reads up to {VERSION}: update "
             "qlora_lightning."
         )
-    return read_json(folder / NAME, MANIFEST)
+    check_shape(folder / NAME, content, _REMEDY, MANIFEST)
+    return content
 
 
 def read_json(file: Path, shape: Shape = None) -> dict[str, Any] | None:

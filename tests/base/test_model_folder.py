@@ -24,10 +24,10 @@ def test_a_llama_folder_passes(model_folder: Path) -> None:
 
 def test_the_config_must_be_there_and_be_json(model_folder: Path) -> None:
     (model_folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+    with pytest.raises(UserError, match=r"Base tiny: .*config\.json is not JSON"):
         check_model_folder(model_folder, "tiny")
     (model_folder / "config.json").write_text("[]")
-    with pytest.raises(UserError, match=r"config\.json: expected a JSON object, found list\. Download"):
+    with pytest.raises(UserError, match=r"Base tiny: .*config\.json: expected a JSON object, found list\. Download"):
         check_model_folder(model_folder, "tiny")
     (model_folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"Base tiny: .*found no config\.json in .*tiny-llama"):

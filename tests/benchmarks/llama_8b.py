@@ -95,9 +95,7 @@ def measure(folder: Path) -> dict[str, float]:
     }
 
 
-def measure_step(
-    folder: Path, threads: int, dtype: str, tokens: int = _TOKENS, ceilings: int = _CEILINGS
-) -> dict[str, Any]:
+def measure_step(folder: Path, threads: int, dtype: str, tokens: int, ceilings: int) -> dict[str, Any]:
     """Train some steps from the cached base; see ``one_batch``."""
     sizes = [f"--tokens={tokens}", f"--row-tokens={tokens // 2}", f"--steps={_STEPS}", f"--ceilings={ceilings}"]
     options = [str(folder), *sizes, f"--dtype={dtype}", "--gradient-checkpointing"]

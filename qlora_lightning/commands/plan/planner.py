@@ -124,10 +124,12 @@ class Planner:
 
     def leaves_out(self, choice: Choice) -> bool:
         """Say whether tokens that no label needs are left out, as ``QLoRAModule.leaves_out_unneeded`` would."""
+        if not choice.fast or choice.has_noise:
+            return False
         key = _key(choice)
         if key not in self._can_leave_out:
             self._can_leave_out[key] = can_leave_out(self.model(choice), training=True)
-        return choice.fast and not choice.has_noise and self._can_leave_out[key]
+        return self._can_leave_out[key]
 
 
 def _key(choice: Choice) -> str:

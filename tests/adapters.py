@@ -6,9 +6,9 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from qlora_lightning.model.adapter_folder import save_adapter_folder
-from qlora_lightning.model.adapters import add_adapters, all_names_of_trainable_tensors, trainable_tensors
-from qlora_lightning.model.identity import describe_adapter, hash_config
+from qlora_lightning.model.adapters.folder import save_adapter_folder
+from qlora_lightning.model.adapters.identity import describe_adapter, hash_config
+from qlora_lightning.model.adapters.lora import add_adapters, all_names_of_trainable_tensors, trainable_tensors
 from qlora_lightning.model.quantized import load_base
 
 

@@ -23,7 +23,7 @@ from qlora_lightning.callbacks.started_folder import (
 from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.save_points import ends_training, validation_follows
+from qlora_lightning.model.checkpoint.save_points import ends_training, validation_follows
 from qlora_lightning.safe_file import flush, put_in_place, share
 from qlora_lightning.trainer import callbacks_of, is_trial_run
 

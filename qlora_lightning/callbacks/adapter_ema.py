@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.adapters import copy_tensors, trainable_tensors
+from qlora_lightning.model.adapters.lora import copy_tensors, trainable_tensors
 from qlora_lightning.trainer import callbacks_of
 
 _KEY = "adapter_ema"  # of a checkpoint

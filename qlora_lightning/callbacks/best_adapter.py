@@ -7,7 +7,7 @@ from typing import Any
 from lightning import Trainer
 
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
-from qlora_lightning.model.adapters import copy_tensors, trainable_tensors
+from qlora_lightning.model.adapters.lora import copy_tensors, trainable_tensors
 from qlora_lightning.trainer import callbacks_of
 
 

@@ -15,11 +15,11 @@ from qlora_lightning.data.largest_batch import epochs_to_look_at, first_and_larg
 from qlora_lightning.data.loader import FlatLoader
 from qlora_lightning.data.order import RankBatch
 from qlora_lightning.data.stream import StreamLoader
-from qlora_lightning.model.adapters import trainable_tensors
-from qlora_lightning.model.batch_shape import computed_counter
-from qlora_lightning.model.device_memory import read_peak_gib
-from qlora_lightning.model.generators import capture_generators, restore_generators
-from qlora_lightning.model.out_of_memory import telling_out_of_memory
+from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.batch.shape import computed_counter
+from qlora_lightning.model.checkpoint.generators import capture_generators, restore_generators
+from qlora_lightning.model.machine.device_memory import read_peak_gib
+from qlora_lightning.model.memory.out_of_memory import telling_out_of_memory
 from qlora_lightning.trainer import is_trial_run
 
 _WORTH = 1.2  # times the tokens of the first batch: what is hardly larger is not worth a step's time

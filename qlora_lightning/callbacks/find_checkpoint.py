@@ -10,7 +10,7 @@ import torch
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from qlora_lightning.callbacks.started_folder import UNFINISHED
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.checkpoint_format import read_content
+from qlora_lightning.model.checkpoint.format import read_content
 
 
 def find_checkpoint(folder: str | Path, name: str | None) -> str | None:

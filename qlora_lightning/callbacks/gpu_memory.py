@@ -8,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks.run_warnings import note_warning
 from qlora_lightning.console import describe
-from qlora_lightning.model.device_memory import device_memory_gib, read_memory
+from qlora_lightning.model.machine.device_memory import device_memory_gib, read_memory
 from qlora_lightning.trainer import log_interval
 
 _REMEDIES = (

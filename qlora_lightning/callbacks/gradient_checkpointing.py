@@ -7,8 +7,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.adapters import trainable_tensors
-from qlora_lightning.model.layer_inputs import keep_inputs_apart
+from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.layers.layer_inputs import keep_inputs_apart
 
 _SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")  # that transformers sets in a module
 

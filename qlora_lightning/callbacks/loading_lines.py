@@ -7,7 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 from rich.markup import escape
 
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
-from qlora_lightning.model.adapter_folder import loading_snippet
+from qlora_lightning.model.adapters.folder import loading_snippet
 from qlora_lightning.trainer import is_trial_run
 
 

@@ -12,15 +12,15 @@ from qlora_lightning.callbacks.dry_batch import leaves_out, look_ahead
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
 from qlora_lightning.callbacks.started_folder import writing_to
 from qlora_lightning.console import say
-from qlora_lightning.model.allocator import give_back_freed_memory
-from qlora_lightning.model.batch_shape import BatchShape, shape_of_batch, shape_of_rows
-from qlora_lightning.model.device_memory import read_resident_bytes
-from qlora_lightning.model.filled_batch import filled
-from qlora_lightning.model.memory_plan import StepSettings, plan_memory, share_unread
-from qlora_lightning.model.model_shape import checkpoint_layers, read_model
+from qlora_lightning.model.batch.filling import filled
+from qlora_lightning.model.batch.shape import BatchShape, shape_of_batch, shape_of_rows
+from qlora_lightning.model.machine.allocator import give_back_freed_memory
+from qlora_lightning.model.machine.device_memory import read_resident_bytes
+from qlora_lightning.model.machine.peak_watch import PeakWatch
+from qlora_lightning.model.memory.model_shape import checkpoint_layers, read_model
+from qlora_lightning.model.memory.plan import StepSettings, plan_memory, share_unread
+from qlora_lightning.model.memory.stored_bytes import BaseShape, name_storage
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.model.peak_watch import PeakWatch
-from qlora_lightning.model.stored_bytes import BaseShape, name_storage
 from qlora_lightning.safe_file import write_whole
 from qlora_lightning.trainer import callbacks_of, is_trial_run
 

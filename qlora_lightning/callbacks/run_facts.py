@@ -13,10 +13,10 @@ from lightning import LightningModule, Trainer
 from qlora_lightning import __version__
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from qlora_lightning.callbacks.throughput import ThroughputMonitor
-from qlora_lightning.model.checkpoint_format import plain_settings
-from qlora_lightning.model.device_memory import device_memory_gib, read_peak_gib
-from qlora_lightning.model.identity import identity_of_data
-from qlora_lightning.model.setting_changes import trainer_settings
+from qlora_lightning.model.adapters.identity import identity_of_data
+from qlora_lightning.model.checkpoint.format import plain_settings
+from qlora_lightning.model.checkpoint.setting_changes import trainer_settings
+from qlora_lightning.model.machine.device_memory import device_memory_gib, read_peak_gib
 from qlora_lightning.model.summary import count_parameters
 from qlora_lightning.report.environment import git_state, package_versions, processor_name
 from qlora_lightning.report.metrics import highest, read_metrics

@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapter_state import read_checkpoint
-from qlora_lightning.model.checkpoint_format import find_foreign_class, known_settings, read_content
+from qlora_lightning.model.checkpoint.format import find_foreign_class, known_settings, read_content
 from qlora_lightning.model.module import QLoRAModule
 
 # A file must not decide that code which comes with a base may run.

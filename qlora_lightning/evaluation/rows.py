@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_lightning.model.batch.rows import cut_into_rows, is_flat
 from qlora_lightning.model.loss import IGNORED
-from qlora_lightning.model.rows import cut_into_rows, is_flat
 
 _MOST_NEW, _FEWEST_NEW = 512, 32
 

@@ -8,14 +8,14 @@ import torch
 
 from qlora_lightning.adapter.identity import read_identity
 from qlora_lightning.adapter.place import find_adapter_folder
-from qlora_lightning.model.adapter_options import check_adapter_options, chosen_targets
-from qlora_lightning.model.adapter_reading import open_adapter_folder
-from qlora_lightning.model.adapters import add_adapters, trainable_tensors
-from qlora_lightning.model.attention import register_flat_attention
-from qlora_lightning.model.decoder_layer import fuse_decoder_layers
-from qlora_lightning.model.identity import check_identity, describe_adapter, hash_config
+from qlora_lightning.model.adapters.identity import check_identity, describe_adapter, hash_config
+from qlora_lightning.model.adapters.lora import add_adapters, trainable_tensors
+from qlora_lightning.model.adapters.options import check_adapter_options, chosen_targets
+from qlora_lightning.model.adapters.reading import open_adapter_folder
 from qlora_lightning.model.kept_base import lend_base
-from qlora_lightning.model.linear import fuse_lora_linears
+from qlora_lightning.model.layers.attention import register_flat_attention
+from qlora_lightning.model.layers.decoder_layer import fuse_decoder_layers
+from qlora_lightning.model.layers.linear import fuse_lora_linears
 from qlora_lightning.model.quantized import Quantization, QuantizedBase, load_base
 
 
@@ -61,7 +61,7 @@ def assemble_model(
         trust_remote_code: Likewise.
         cache: Likewise.
         adapter: Adapter folder to go on with, or the run folder around it; ``None`` for new adapters.
-        adapter_options: Arguments of :func:`qlora_lightning.model.adapters.add_adapters`.
+        adapter_options: Arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`.
         fast: Whether layers may run fused.
 
     Raises:

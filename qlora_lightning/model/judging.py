@@ -5,12 +5,12 @@ from typing import Any
 from torch import Tensor
 
 from qlora_lightning.model.answering import AnsweringModule
-from qlora_lightning.model.attention import NO_MASK
-from qlora_lightning.model.filled_batch import fill_up
+from qlora_lightning.model.batch.filling import fill_up
+from qlora_lightning.model.batch.needed_tokens import can_leave_out, leave_out_unneeded
+from qlora_lightning.model.layers.attention import NO_MASK
 from qlora_lightning.model.loss import LossSums, head_loss, next_labels
-from qlora_lightning.model.needed_tokens import can_leave_out, leave_out_unneeded
+from qlora_lightning.model.memory.out_of_memory import telling_out_of_memory
 from qlora_lightning.model.neftune import embed_or_name
-from qlora_lightning.model.out_of_memory import telling_out_of_memory
 from qlora_lightning.model.statistics import TokenStatistics
 
 

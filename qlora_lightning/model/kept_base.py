@@ -7,7 +7,7 @@ from typing import Any
 
 import peft
 
-from qlora_lightning.model.adapters import trainable_tensors
+from qlora_lightning.model.adapters.lora import trainable_tensors
 
 
 class KeptBase:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lightning.model.autograd import apply
-from qlora_lightning.model.hooks import is_watched
-from qlora_lightning.model.linear import ORIGINAL_LINEARS
+from qlora_lightning.model.layers.autograd import apply
+from qlora_lightning.model.layers.hooks import is_watched
+from qlora_lightning.model.layers.linear import ORIGINAL_LINEARS
 
 IGNORED = -100
 _MOST_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no quicker
@@ -78,8 +78,8 @@ def head_loss(
 def mean_with_gradient_of_sum(sums: LossSums) -> Tensor:
     """Give a scalar with the value of the mean per labelled token, and the gradient of the sum.
 
-    A :class:`qlora_lightning.model.window.Window` wants sums; who watches the loss (Lightning's learning-rate finder,
-    callbacks) compares batches of different size.
+    A :class:`qlora_lightning.model.optimization.window.Window` wants sums; who watches the loss (Lightning's
+    learning-rate finder, callbacks) compares batches of different size.
     """
     value = sums.nll_sum.detach()
     return value / sums.labelled_tokens.clamp(min=1) + (sums.nll_sum - value)

@@ -12,9 +12,9 @@ from qlora_lightning.base.base_folder import BaseFolder, open_base
 from qlora_lightning.base.fingerprint import fingerprint
 from qlora_lightning.base.model_folder import read_config
 from qlora_lightning.errors import UserError
+from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.assembly import QLoRAModel, assemble_model
-from qlora_lightning.model.dtypes import ComputeDtype, choose_compute_dtype
-from qlora_lightning.model.identity import check_identity
+from qlora_lightning.model.machine.dtypes import ComputeDtype, choose_compute_dtype
 from qlora_lightning.model.quantized import Quantization, stored_quantization
 
 

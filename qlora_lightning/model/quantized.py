@@ -18,8 +18,8 @@ from qlora_lightning.base.cache import cached_folder
 from qlora_lightning.base.fingerprint import fingerprint
 from qlora_lightning.base.save_model import save_model
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.allocator import giving_memory_back
-from qlora_lightning.model.attention import register_flat_attention
+from qlora_lightning.model.layers.attention import register_flat_attention
+from qlora_lightning.model.machine.allocator import giving_memory_back
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 

@@ -90,7 +90,7 @@ def _measure_plain(arguments: argparse.Namespace, prompts: list[list[int]], stop
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from qlora_lightning.base import open_base
-    from qlora_lightning.model.padded_generation import generate_padded
+    from qlora_lightning.model.answers.padded_generation import generate_padded
 
     dtype = getattr(torch, arguments.dtype)
     quantization = BitsAndBytesConfig(

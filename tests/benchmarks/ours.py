@@ -12,7 +12,7 @@ from typing import Any
 import lightning
 from lightning import Callback, Trainer
 
-from qlora_lightning.model.dtypes import ComputeDtype
+from qlora_lightning.model.machine.dtypes import ComputeDtype
 from tests.benchmarks import settings
 from tests.benchmarks.ceilings import Ceilings, add_ceilings
 from tests.benchmarks.children import print_figures

@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple
 
 from peft.tuners.lora import LoraLayer
 
-from qlora_lightning.model.attention_tiles import TILE
-from qlora_lightning.model.batch_shape import BatchShape
-from qlora_lightning.model.kept_memory import tiles_of_batch
-from qlora_lightning.model.long_attention import blocks, whole_vectors
-from qlora_lightning.model.short_attention import SHORT
+from qlora_lightning.model.batch.shape import BatchShape
+from qlora_lightning.model.layers.attention_tiles import TILE
+from qlora_lightning.model.layers.long_attention import blocks, whole_vectors
+from qlora_lightning.model.layers.short_attention import SHORT
+from qlora_lightning.model.memory.kept import tiles_of_batch
 
 # The linears of a layer in the order in which they run; those of one line share their input.
 _STAGES = (

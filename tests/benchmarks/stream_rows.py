@@ -15,7 +15,7 @@ from qlora_lightning.data.prepare import Recipe
 from qlora_lightning.data.sources import find_sources
 from qlora_lightning.data.stream import StreamLoader
 from qlora_lightning.data.tokenizers import load_choice
-from qlora_lightning.model.device_memory import read_memory
+from qlora_lightning.model.machine.device_memory import read_memory
 
 WORDS = ["two", "and", "apples", "in", "a", "box", "cost", "seven", "more", "than", "each", "of", "them", "has", "so"]
 

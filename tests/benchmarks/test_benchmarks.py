@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_lightning.model.batch_shape import shape_of_batch
+from qlora_lightning.model.batch.shape import shape_of_batch
 from tests.benchmarks.figures import Figures
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ from qlora_lightning import GradientCheckpointing, QLoRAModule
 from qlora_lightning.callbacks import memory_comparison
 from qlora_lightning.callbacks.dry_batch import DryBatch
 from qlora_lightning.callbacks.memory_comparison import MemoryComparison, describe
-from qlora_lightning.model.memory_plan import PARTS
+from qlora_lightning.model.memory.plan import PARTS
 
 
 def read(tmp_path):

@@ -18,7 +18,7 @@ from qlora_lightning.commands.chat.sampling import Sampling
 from qlora_lightning.commands.chat.screen import Screen
 from qlora_lightning.commands.chat.session import _HELP
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.generation import generate_answers
+from qlora_lightning.model.answers.generation import generate_answers
 from tests.adapters import make_adapter, make_run
 
 CALM, BOLD = "runs/a/adapter", "runs/b/adapter"

@@ -12,7 +12,7 @@ MODULE = """
 import peft
 import torch
 from qlora_lightning import QLoRAModule
-from qlora_lightning.model.adapters import add_adapters, without_peft_deprecation
+from qlora_lightning.model.adapters.lora import add_adapters, without_peft_deprecation
 from qlora_lightning.model.quantized import load_base
 
 

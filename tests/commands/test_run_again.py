@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from qlora_lightning.cli import main
-from qlora_lightning.model import generation
+from qlora_lightning.model.answers import generation
 
 
 def test_the_command_in_the_manifest_gives_the_same_adapter(tiny_base, rows_file, tmp_path, monkeypatch, capsys):

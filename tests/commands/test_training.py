@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from qlora_lightning.cli import main
 from qlora_lightning.commands import training  # here, and not inside a test, whose stderr Lightning would keep
 from qlora_lightning.errors import UserError
-from qlora_lightning.model import generation
+from qlora_lightning.model.answers import generation
 
 CONFIG = {
     "seed_everything": 3,

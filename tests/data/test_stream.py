@@ -13,7 +13,7 @@ from qlora_lightning.data.prepare import Recipe
 from qlora_lightning.data.sources import find_sources
 from qlora_lightning.data.stream import StreamLoader
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.device_memory import read_memory
+from qlora_lightning.model.machine.device_memory import read_memory
 
 
 def pairs(count, first=0):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from qlora_lightning.cli import main
-from qlora_lightning.model import generation
+from qlora_lightning.model.answers import generation
 
 if __name__ == "__main__":
     plain = generation._generate_flat  # answers of a random base run on until they are cut: two tokens will do

@@ -1,4 +1,4 @@
-from qlora_lightning.model.adapters import trainable_tensors
+from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.module import QLoRAModule
 
 

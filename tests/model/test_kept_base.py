@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.model.adapters import trainable_tensors
-from qlora_lightning.model.frozen import checksum_frozen
+from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.guards.frozen import checksum_frozen
 from qlora_lightning.model.kept_base import keeping_base, lend_base
 
 

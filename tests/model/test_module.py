@@ -11,7 +11,7 @@ from qlora_lightning import InstructionDataModule, QLoRAModule
 from qlora_lightning.data.batches import collate
 from qlora_lightning.data.samples import make_sample
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.adapters import trainable_tensors
+from qlora_lightning.model.adapters.lora import trainable_tensors
 
 
 def make_module(base, **settings):

@@ -3,8 +3,8 @@ import torch
 
 from qlora_lightning import InstructionDataModule, LossSums, QLoRAModule
 from qlora_lightning.model import row_losses
+from qlora_lightning.model.batch.rows import cut_into_rows
 from qlora_lightning.model.row_losses import losses_of_rows
-from qlora_lightning.model.rows import cut_into_rows
 
 
 class HalfLoss(QLoRAModule):

@@ -11,9 +11,9 @@ from qlora_lightning.commands.chat.arguments import BASE
 from qlora_lightning.data.chat import ChatRenderer
 from qlora_lightning.data.tokenizers import load_choice
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.adapters import ADAPTER
-from qlora_lightning.model.dense import dense_weights
-from qlora_lightning.model.named_adapters import add_named_adapter
+from qlora_lightning.model.adapters.lora import ADAPTER
+from qlora_lightning.model.answers.dense import dense_weights
+from qlora_lightning.model.answers.named_adapters import add_named_adapter
 from qlora_lightning.model.opened_adapter import AdapterSource, find_adapter, open_adapter
 
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_lightning.commands.diagnose.measure import Diagnosis
-from qlora_lightning.model.adapter_norms import Movement
-from qlora_lightning.model.targets import layer_of
+from qlora_lightning.model.adapters.targets import layer_of
+from qlora_lightning.model.weights.adapter_norms import Movement
 
 _BARS = "▁▂▃▄▅▆▇█"
 _LITTLE, _MUCH = 1e-3, 0.5  # median ‖ΔW‖/‖W‖

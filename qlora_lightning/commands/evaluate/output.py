@@ -27,7 +27,7 @@ from qlora_lightning.evaluation.tables import (
     parts_table,
     samples_table,
 )
-from qlora_lightning.model.rows import join_places
+from qlora_lightning.model.batch.rows import join_places
 
 Parts = dict[str, tuple[int, dict[str, Measured]]]
 

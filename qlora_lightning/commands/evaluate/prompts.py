@@ -8,7 +8,7 @@ import rich
 from rich.markup import escape
 
 from qlora_lightning.adapter.identity import read_identity
-from qlora_lightning.model.identity import data_differences
+from qlora_lightning.model.adapters.identity import data_differences
 
 _RENDER = ("tokenizer", "chat_template")
 

@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from qlora_lightning.base.base_folder import BaseFolder
 from qlora_lightning.base.unpack import silence_transformers
-from qlora_lightning.model.attention import register_flat_attention
-from qlora_lightning.model.base_weights import OriginalWeights, Weights
-from qlora_lightning.model.hollow_base import make_skeleton
-from qlora_lightning.model.layerwise import labels_of, run_layerwise
-from qlora_lightning.model.logit_comparison import Comparison, Reference
-from qlora_lightning.model.merging import MergedWeights, MergePlan
+from qlora_lightning.model.layers.attention import register_flat_attention
+from qlora_lightning.model.weights.base_weights import OriginalWeights, Weights
+from qlora_lightning.model.weights.hollow_base import make_skeleton
+from qlora_lightning.model.weights.layerwise import labels_of, run_layerwise
+from qlora_lightning.model.weights.logit_comparison import Comparison, Reference
+from qlora_lightning.model.weights.merging import MergedWeights, MergePlan
 
 Advance = Callable[[], object]
 

@@ -28,8 +28,8 @@ from qlora_lightning.commands.merge.staging import (
 from qlora_lightning.commands.merge.ways import Ways
 from qlora_lightning.commands.merge.write import RoundingShards, TensorSink, write_companions, write_tensors
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.merging import MergedWeights, MergePlan, plan_merge
 from qlora_lightning.model.opened_adapter import AdapterSource, find_adapter
+from qlora_lightning.model.weights.merging import MergedWeights, MergePlan, plan_merge
 
 _GGUF = "gguf"  # a folder of its own: beside a tokenizer's files transformers misreads the tokenizer in a GGUF
 _ONTO = {"dequantized": "onto the dequantized base that it was trained on", "original": "onto the original weights"}

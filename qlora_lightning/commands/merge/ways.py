@@ -1,9 +1,9 @@
 """The base's weights both ways: as the adapter saw them, and as they were before quantization."""
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.base_weights import OriginalWeights, TrainedWeights, Weights, quantized_names
-from qlora_lightning.model.hollow_base import make_skeleton
 from qlora_lightning.model.opened_adapter import AdapterSource
+from qlora_lightning.model.weights.base_weights import OriginalWeights, TrainedWeights, Weights, quantized_names
+from qlora_lightning.model.weights.hollow_base import make_skeleton
 
 
 class Ways:

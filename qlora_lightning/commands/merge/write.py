@@ -15,9 +15,9 @@ from qlora_lightning.base.shard_writer import ShardWriter
 from qlora_lightning.base.tokenizer import load_tokenizer
 from qlora_lightning.data.templates import choose_chat_template
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.base_weights import Weights
-from qlora_lightning.model.merging import MergePlan
 from qlora_lightning.model.opened_adapter import AdapterSource
+from qlora_lightning.model.weights.base_weights import Weights
+from qlora_lightning.model.weights.merging import MergePlan
 
 _CARD = """---
 base_model: {base}

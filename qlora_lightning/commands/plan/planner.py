@@ -8,14 +8,14 @@ from torch import nn
 
 from qlora_lightning.commands.plan.run_length import RunLength
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.batch_shape import BatchShape
-from qlora_lightning.model.dtypes import choose_compute_dtype
-from qlora_lightning.model.memory_plan import MemoryPlan, StepSettings, plan_memory, share_unread
-from qlora_lightning.model.model_shape import ModelShape, checkpoint_layers, read_model
-from qlora_lightning.model.needed_tokens import can_leave_out
+from qlora_lightning.model.batch.needed_tokens import can_leave_out
+from qlora_lightning.model.batch.shape import BatchShape
+from qlora_lightning.model.machine.dtypes import choose_compute_dtype
+from qlora_lightning.model.memory.model_shape import ModelShape, checkpoint_layers, read_model
+from qlora_lightning.model.memory.plan import MemoryPlan, StepSettings, plan_memory, share_unread
+from qlora_lightning.model.memory.skeleton import build_skeleton
+from qlora_lightning.model.memory.stored_bytes import name_storage
 from qlora_lightning.model.quantized import Quantization, check_stored_quantization
-from qlora_lightning.model.skeleton import build_skeleton
-from qlora_lightning.model.stored_bytes import name_storage
 
 _CONTEXT = 600_000_000  # bytes that CUDA, cuBLAS and the kernels take on a card, beside tensors; an estimate
 _NOT_READ = BatchShape((), 0)
@@ -30,7 +30,7 @@ class Choice:
         double_quant: ``model.double_quant``.
         optimizer: ``model.optimizer``.
         adapter: ``model.adapter``.
-        adapter_options: Arguments of :func:`qlora_lightning.model.adapters.add_adapters`.
+        adapter_options: Arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`.
         fast: ``model.fast``.
         has_noise: Whether there is a ``model.neftune_alpha``.
         every_n_layers: Every n-th layer is checkpointed; 0: none.

@@ -11,9 +11,9 @@ from qlora_lightning.base.byte_size import format_bytes
 from qlora_lightning.commands.plan.knobs import Knob
 from qlora_lightning.commands.plan.picture import draw_model
 from qlora_lightning.commands.plan.run_length import RunLength
-from qlora_lightning.model.memory_plan import PARTS, MemoryPlan
-from qlora_lightning.model.model_shape import ModelShape
-from qlora_lightning.model.stored_bytes import STORAGES
+from qlora_lightning.model.memory.model_shape import ModelShape
+from qlora_lightning.model.memory.plan import PARTS, MemoryPlan
+from qlora_lightning.model.memory.stored_bytes import STORAGES
 
 _GIB = 2**30
 _BAR = 16  # characters

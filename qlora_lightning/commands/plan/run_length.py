@@ -8,9 +8,9 @@ from qlora_lightning.data.epoch_plan import EpochPlan
 from qlora_lightning.data.largest_batch import epochs_to_look_at, first_and_largest
 from qlora_lightning.data.sources import find_sources
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.batch_shape import BatchShape, computed_counter, shape_of_rows
-from qlora_lightning.model.filled_batch import filled
-from qlora_lightning.model.memory_plan import MOST_LENGTHS
+from qlora_lightning.model.batch.filling import filled
+from qlora_lightning.model.batch.shape import BatchShape, computed_counter, shape_of_rows
+from qlora_lightning.model.memory.plan import MOST_LENGTHS
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from qlora_lightning.commands.profile.kept import KeptTensors
 from qlora_lightning.commands.profile.memory import Memory, PeakWatch, count_bytes, read_base, tensors_of_optimizer
 from qlora_lightning.commands.profile.parts import Widths, read_widths
 from qlora_lightning.commands.profile.scopes import Scopes, marking_parts
-from qlora_lightning.model.adapters import trainable_tensors
+from qlora_lightning.model.adapters.lora import trainable_tensors
 
 BEFORE = 2  # optimizer steps: one to warm up, one whose memory is measured, which costs time
 

@@ -18,8 +18,8 @@ from qlora_lightning.commands.sweep.judge import TrialJudge
 from qlora_lightning.commands.sweep.trial import Trial, read_trial, write_trial
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.errors import UserError
+from qlora_lightning.model.checkpoint.setting_changes import describe_changes, find_changes
 from qlora_lightning.model.kept_base import KeptBase
-from qlora_lightning.model.setting_changes import describe_changes, find_changes
 from qlora_lightning.trainer import callbacks_of, is_trial_run
 
 # They judge a run at its end, or tell how to use it: a sweep does that for all of its trials.

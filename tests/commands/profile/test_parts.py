@@ -82,7 +82,7 @@ def test_ranks_and_their_sums_are_read_from_the_model():
 
 
 def test_every_autograd_function_of_the_model_has_a_rule():
-    for module in pkgutil.iter_modules(qlora_lightning.model.__path__):
-        for value in vars(importlib.import_module(f"qlora_lightning.model.{module.name}")).values():
+    for module in pkgutil.walk_packages(qlora_lightning.model.__path__, "qlora_lightning.model."):
+        for value in vars(importlib.import_module(module.name)).values():
             if isinstance(value, type) and issubclass(value, torch.autograd.Function):
                 assert find_rule(value.__name__), f"commands/profile/parts.py has no rule for {value.__name__}"

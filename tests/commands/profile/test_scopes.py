@@ -9,7 +9,7 @@ from transformers import AttentionInterface
 from qlora_lightning import QLoRAModule
 from qlora_lightning.commands.profile.parts import ACTIVATION, ATTENTION, BASE, DATA, HEAD, NORMS, REST, name_scope
 from qlora_lightning.commands.profile.scopes import ActionRanges, Scopes, marking_parts
-from qlora_lightning.model.decoder_layer import FusedDecoderLayer
+from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
 
 
 class Part(nn.Module):

@@ -1,0 +1,1 @@
+"""What a checkpoint holds beside tensors, and how a run goes on exactly where it stopped."""

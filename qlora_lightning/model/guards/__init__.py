@@ -1,0 +1,1 @@
+"""What stops a run that would go on for nothing."""

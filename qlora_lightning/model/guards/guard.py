@@ -1,0 +1,199 @@
+"""Stops a run that would go on for nothing: losses that are not finite, adapters that stay, a base that changes."""
+
+import logging
+from typing import Any, Literal
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from qlora_lightning.errors import UserError
+from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.guards.checks import check_gradients, find_dead_gradients, find_divergence
+from qlora_lightning.model.guards.frozen import check_frozen, checksum_frozen
+from qlora_lightning.model.guards.movement import STEPS, AdapterMovement
+from qlora_lightning.model.guards.nonfinite import Finding, find_nonfinite
+from qlora_lightning.model.guards.nonfinite_report import (
+    describe_finding,
+    report_file,
+    word_findings,
+    word_remedy,
+    write_report,
+)
+from qlora_lightning.trainer import callbacks_of
+
+OnNonfinite = Literal["stop", "skip"]
+_MOST_REPORTS = 10  # of skipped steps: a run that skips often would fill its folder
+_MOST_SKIPPED = 20  # in a row
+
+_log = logging.getLogger(__name__)
+
+
+class TrainingGuard(Callback):
+    """Judges each optimizer step before it is taken, and the base after each validation.
+
+    The module brings it along by ``configure_callbacks`` and asks it by :meth:`judge_step`.
+
+    Args:
+        on_nonfinite: What to do when a loss or a gradient is NaN or infinite: ``stop`` the run, or ``skip`` the step.
+            A skipped step moves neither the adapters nor the optimizer's state; it counts as a step, so that the
+            schedule goes on. After 20 skipped steps in a row the run stops all the same. A validation loss of that
+            kind stops the run too, or is told.
+
+    Attributes:
+        checks_due: Whether the next step is looked at closely: the first one, and the first after each validation.
+        skipped_steps: How many steps were left out since the run began, resumes included.
+    """
+
+    def __init__(self, on_nonfinite: OnNonfinite = "stop") -> None:
+        self.on_nonfinite = on_nonfinite
+        self.checks_due = True
+        self.skipped_steps = 0
+        self._skipped_in_a_row = 0
+        self._movement = AdapterMovement()
+        self._dead: set[str] = set()
+        self._frozen: dict[str, int] = {}
+
+    # ---- before each optimizer step --------------------------------------------------------------------------------
+
+    def judge_step(self, pl_module: Any, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> None:
+        """Look at a window's loss and gradients; leaves no gradient where the step is skipped.
+
+        Args:
+            pl_module: The module, with its window still open.
+            optimizer: What takes the step.
+            loss: Mean over the window of all ranks.
+            norm: Of all gradients.
+
+        Raises:
+            UserError: The loss or a gradient is not finite, and the run is to stop then.
+            UserError: The adapters have diverged and no longer learn.
+            RuntimeError: An adapter gets no gradient, or stays as it is.
+        """
+        trainer = pl_module.trainer
+        # Under 16-mixed the scaler itself skips steps with infinite gradients: they are how it finds its scale.
+        scales = getattr(trainer.precision_plugin, "scaler", None) is not None
+        flags = torch.stack([~loss.isfinite(), ~norm.isfinite()]).float()
+        bad_loss, bad_gradient = trainer.strategy.reduce(flags, reduce_op="sum").tolist()  # all ranks decide alike
+        if self not in callbacks_of(trainer):
+            # Lightning's search for a learning rate runs without them, and ends where training diverges.
+            trainer.should_stop = trainer.should_stop or bool(bad_loss or bad_gradient)
+            return
+        if bad_loss or (bad_gradient and not scales):
+            self._handle_nonfinite(pl_module, optimizer, "loss" if bad_loss else "gradient")
+        elif not bad_gradient:
+            self._skipped_in_a_row = 0
+            trainable = trainable_tensors(pl_module)
+            try:
+                self._check_adapters(pl_module, trainable, optimizer)
+            except RuntimeError as fault:
+                rate = float(optimizer.param_groups[0]["lr"])
+                raise find_divergence(trainable, trainer.global_step, rate) or fault from None
+
+    def _check_adapters(
+        self, pl_module: Any, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> None:
+        looks = self._movement.check(trainable, optimizer)
+        if not (self.checks_due or looks) or not pl_module.window.labelled_tokens_of_all_ranks:
+            return  # nothing is labelled: gradients of zero are right
+        if self.checks_due:
+            self.checks_due = not check_gradients(trainable)
+            return
+        dead = set(find_dead_gradients(trainable)[0])
+        stays_dead = dead & self._dead  # one window of zeros may be an underflow or a loss of zero
+        self._dead = dead
+        if stays_dead:
+            raise RuntimeError(
+                f"{len(stays_dead)} of {len(trainable)} trainable tensors have had a gradient of zeros for {STEPS} "
+                f"steps, as {', '.join(sorted(stays_dead)[:3])}: they no longer learn. Has a callback or hook put "
+                "the model into evaluation mode, or frozen or detached a part of it?"
+            )
+
+    def _handle_nonfinite(self, pl_module: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
+        step, stops = pl_module.trainer.global_step, self.on_nonfinite == "stop"
+        found = f"The {what} of step {step} is NaN or infinite."
+        if stops or self.skipped_steps < _MOST_REPORTS:
+            words, remedy = _report(pl_module, step, what)
+            found = f"{found} {words}"
+            if stops:
+                raise UserError(f"{found} {remedy}")
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= _MOST_SKIPPED:
+            raise UserError(
+                f"{found} So were the {_MOST_SKIPPED} steps up to it, all of them skipped (model.on_nonfinite: skip): "
+                "this is not a bad row. Lower model.learning_rate, or set model.compute_dtype: fp32 to compare."
+            )
+        if pl_module.trainer.is_global_zero:
+            _log.warning("%s Step skipped (model.on_nonfinite: skip), %d so far.", found, self.skipped_steps)
+        optimizer.zero_grad(set_to_none=True)
+
+    # ---- around validations ----------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.checks_due, self._movement, self._dead = True, AdapterMovement(), set()
+        self._frozen = checksum_frozen(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.checks_due = True  # an evaluation pass is what breaks training elsewhere
+            check_frozen(self._frozen, checksum_frozen(pl_module))
+            self._judge_validation(trainer)
+
+    def _judge_validation(self, trainer: Trainer) -> None:
+        """Look at a validation's loss, before callbacks that write checkpoints, which come last, save what gave it."""
+        loss = trainer.callback_metrics.get("val_loss")
+        if loss is None or loss.isfinite():
+            return
+        found = f"The validation at step {trainer.global_step} gave a val_loss of {float(loss)}."
+        if self.on_nonfinite == "stop":
+            raise UserError(
+                f"{found} The run stops, and does not save what gave it: a checkpoint from before is intact "
+                "(`--ckpt_path last`). Lower model.learning_rate, look at the validation rows, or set "
+                "model.on_nonfinite: skip to go on all the same."
+            )
+        if trainer.is_global_zero:
+            _log.warning("%s The run goes on (model.on_nonfinite: skip).", found)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_frozen(self._frozen, checksum_frozen(pl_module))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the counts of skipped steps."""
+        return {"skipped_steps": self.skipped_steps, "skipped_in_a_row": self._skipped_in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.skipped_steps = state_dict["skipped_steps"]
+        self._skipped_in_a_row = state_dict["skipped_in_a_row"]
+
+
+def _report(pl_module: Any, step: int, what: str) -> tuple[str, str]:
+    """Find where it comes from, on every rank, and write it down; gives that in words, and what to do about it.
+
+    It never fails: the step is decided, and other ranks wait.
+    """
+    trainer, window = pl_module.trainer, pl_module.window
+    data, rank = getattr(trainer, "datamodule", None), trainer.global_rank
+    try:
+        finding = find_nonfinite(pl_module.model, pl_module.compute_loss, window.batches, window.losses)
+        mine = describe_finding(finding, data, window.row_ids, rank)
+    except Exception as error:
+        mine = {**describe_finding(Finding(), None, window.row_ids, rank), "error": f"{type(error).__name__}: {error}"}
+    ranks = _gather(mine, trainer.world_size)
+    file = report_file(trainer.default_root_dir, step)
+    try:
+        if trainer.is_global_zero:
+            write_report(file, step, what, ranks)
+        written = f"Rows and text: {file}."
+    except OSError as error:
+        written = f"{file} could not be written: {error.strerror}."
+    return f"{word_findings(ranks)} {written}", word_remedy(ranks)
+
+
+def _gather(mine: dict[str, Any], world_size: int) -> list[dict[str, Any]]:
+    if world_size == 1:
+        return [mine]
+    ranks: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(ranks, mine)
+    return ranks

@@ -1,0 +1,246 @@
+"""Attention over a flat batch: samples lie end to end in one stream, and each attends to itself alone."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from qlora_lightning.model.layers.attention_tiles import lay_out
+from qlora_lightning.model.layers.autograd import apply
+from qlora_lightning.model.layers.kv_cache import KeyValueCache
+from qlora_lightning.model.layers.long_attention import LongAttention
+from qlora_lightning.model.layers.short_attention import SHORT, ShortAttention
+from qlora_lightning.model.layers.whole_samples import lay_out_samples, sort_by_place
+
+FLAT_ATTENTION, PLAIN_FLAT_ATTENTION = "qlora_flat", "qlora_flat_plain"
+# As attention_mask of a flat batch it keeps transformers from making one of (tokens, tokens) for its many samples.
+NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+
+
+def register_flat_attention(fast: bool = True) -> str:
+    """Make flat attention known to transformers, and return the name for ``attn_implementation``.
+
+    Registration is transformers' public way in: the model keeps its own code and calls our function by name.
+
+    Args:
+        fast: ``False`` gives the name of torch's own attention, called for one sample after the other.
+    """
+    for name, attend in ((FLAT_ATTENTION, flat_attention), (PLAIN_FLAT_ATTENTION, plain_flat_attention)):
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, sdpa_mask)
+    return FLAT_ATTENTION if fast else PLAIN_FLAT_ATTENTION
+
+
+def attends_flatly(causal_lm: Any) -> bool:
+    """Whether a causal language model of transformers attends by one of these functions."""
+    return causal_lm.config._attn_implementation in (FLAT_ATTENTION, PLAIN_FLAT_ATTENTION)
+
+
+def flat_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    longest: int | None = None,
+    stream_places: Tensor | None = None,
+    kv_cache: KeyValueCache | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend within each sample of the stream; without ``cu_seqlens`` (generation) behave as plain SDPA.
+
+    Args:
+        module: The attention module that calls.
+        query: Queries, ``(1, heads, tokens, head_dim)``.
+        key: Keys, ``(1, kv_heads, tokens, head_dim)``.
+        value: Values, ``(1, kv_heads, tokens, head_dim)``.
+        attention_mask: Only read without ``cu_seqlens``.
+        scaling: Factor on the scores; ``None`` means ``head_dim ** -0.5``.
+        dropout: Probability with which attention weights are dropped.
+        cu_seqlens: Where samples begin and the last one ends, ``(samples + 1,)``, int32.
+        longest: Tokens of the longest sample.
+        stream_places: Where in the stream the tokens of the samples are, ``(cu_seqlens[-1],)``, if it holds what they
+            begin with in common once; ``None``: in order.
+        kv_cache: Of rows that are being answered: takes in their prompts, then attends for one token of each.
+        kwargs: Handed on to transformers' SDPA.
+
+    Returns:
+        The mixed values ``(1, tokens, heads, head_dim)``, and no weights.
+    """
+    if (mixed := _through_cache(kv_cache, module, query, key, value, scaling)) is not None:
+        return mixed, None
+    if cu_seqlens is not None and dropout == 0.0:
+        if query.device.type == "cpu":
+            return _attend_by_products(query, key, value, cu_seqlens, stream_places, scaling), None
+        if longest is not None and _has_varlen_kernel(query):
+            attend = functools.partial(_attend_varlen, cu_seqlens=cu_seqlens, longest=longest, scaling=scaling)
+            return _attend_in_full(attend, query, key, value, stream_places), None
+    return plain_flat_attention(
+        module, query, key, value, attention_mask, scaling, dropout, cu_seqlens, longest, stream_places, **kwargs
+    )
+
+
+def plain_flat_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    longest: int | None = None,
+    stream_places: Tensor | None = None,
+    kv_cache: KeyValueCache | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend as :func:`flat_attention` by torch's SDPA, for one sample after the other."""
+    if (mixed := _through_cache(kv_cache, module, query, key, value, scaling)) is not None:
+        return mixed, None
+    if cu_seqlens is None:
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+        return output, None
+    attend = functools.partial(_attend_per_sample, cu_seqlens=cu_seqlens, scaling=scaling, dropout=dropout)
+    return _attend_in_full(attend, query, key, value, stream_places), None
+
+
+def _attend_in_full(
+    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, stream_places: Tensor | None
+) -> Tensor:
+    """Lay all tokens of the samples out, let them attend, and give what the stream holds of it."""
+    if stream_places is None:
+        return attend(query, key, value)
+    order, begins = sort_by_place(stream_places, query.shape[2])
+    whole = (lay_out_samples(each, stream_places, order, begins) for each in (query, key, value))
+    return attend(*whole).index_select(1, order[begins])  # one of each place: all are the same
+
+
+def _through_cache(
+    kv_cache: KeyValueCache | None, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+) -> Tensor | None:
+    """Let a cache attend for single tokens; it takes in prompts, which attend to themselves, and gives nothing."""
+    if kv_cache is None:
+        return None
+    if kv_cache.decoding:
+        return kv_cache.attend(module.layer_idx, query, key, value, scaling)
+    kv_cache.fill(module.layer_idx, key, value)
+    return None
+
+
+def _has_varlen_kernel(query: Tensor) -> bool:
+    """FlashAttention over ragged samples: CUDA cards of compute capability 8.0 and newer, in 16 bits."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, longest: int, scaling: float | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    output = varlen_attn(
+        query[0].transpose(0, 1),  # (tokens, heads, head_dim)
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),  # every earlier token, no later one
+        enable_gqa=True,
+    )
+    return cast(Tensor, output)[None]
+
+
+def check_bounds(bounds: Sequence[int], tokens: int) -> None:
+    """Refuse bounds of samples that are none.
+
+    Raises:
+        ValueError: They do not rise from 0 to the tokens of the batch.
+    """
+    if bounds[0] != 0 or bounds[-1] != tokens or any(end <= start for start, end in itertools.pairwise(bounds)):
+        raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, the tokens of the batch; found {list(bounds)}.")
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_by_products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    stream_places: Tensor | None,
+    scaling: float | None,
+) -> Tensor:
+    # As SDPA does under autocast, where what trains in float32 makes some of them float32.
+    autocasts = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocasts else value.dtype
+    bounds = tuple(cu_seqlens.tolist())
+    tokens = query.shape[2] if stream_places is None else len(stream_places)
+    check_bounds(bounds, tokens)
+    query, key, value = (each.to(dtype) for each in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    with torch.autocast("cpu", enabled=False):
+        if stream_places is not None and all(end - start <= SHORT for start, end in itertools.pairwise(bounds)):
+            layout = lay_out(bounds, key.shape[1], stream_places.numpy().tobytes())
+            return cast(Tensor, apply(ShortAttention, query, key, value, layout, scale))
+        attend = functools.partial(_attend_by_length, bounds=bounds, scale=scale)
+        return _attend_in_full(attend, query, key, value, stream_places)
+
+
+def _attend_by_length(query: Tensor, key: Tensor, value: Tensor, *, bounds: tuple[int, ...], scale: float) -> Tensor:
+    runs = list(_runs(bounds))
+    sizes, states = [run[-1] for run in runs], (query, key, value)
+    pieces = zip(*(torch.split(each, sizes, 2) for each in states), strict=True) if len(runs) > 1 else [states]
+    outputs: list[Tensor] = [
+        apply(LongAttention, *piece, scale)
+        if run[1] > SHORT
+        else apply(ShortAttention, *piece, lay_out(run, key.shape[1]), scale)
+        for run, piece in zip(runs, pieces, strict=True)
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+def _runs(bounds: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Cut a stream before and behind each long sample; give the bounds of each piece, which begin at 0."""
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    for is_long, group in itertools.groupby(lengths, lambda length: length > SHORT):
+        if is_long:
+            yield from ((0, length) for length in group)
+        else:
+            yield 0, *itertools.accumulate(group)
+
+
+def _attend_per_sample(
+    query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, scaling: float | None, dropout: float
+) -> Tensor:
+    attend: Callable[..., Tensor] = F.scaled_dot_product_attention
+    bounds = cu_seqlens.tolist()
+    outputs = [
+        attend(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            is_causal=True,
+            scale=scaling,
+            dropout_p=dropout,
+            enable_gqa=True,
+        )
+        for start, end in itertools.pairwise(bounds)
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()

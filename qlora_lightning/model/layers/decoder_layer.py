@@ -1,0 +1,125 @@
+"""A LLaMA layer in few autograd functions, which save little and share what can be shared."""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+
+from qlora_lightning.model.layers.attention import FLAT_ATTENTION, flat_attention
+from qlora_lightning.model.layers.autograd import apply
+from qlora_lightning.model.layers.hooks import is_watched
+from qlora_lightning.model.layers.kv_cache import KeyValueCache
+from qlora_lightning.model.layers.linear import (
+    ORIGINAL_LINEARS,
+    LoRALinearFunction,
+    LoRAProjection,
+    adapters_of,
+    compute_dtype_of,
+    frozen_part,
+    is_plain,
+)
+from qlora_lightning.model.layers.normed_linears import NormedLinears
+from qlora_lightning.model.layers.originals import Originals
+from qlora_lightning.model.layers.rotary import Rotary
+from qlora_lightning.model.layers.swiglu import swiglu
+
+_OF_SAMPLES = ("cu_seqlens", "longest", "stream_places", "kv_cache")  # what attention is told of them
+_PARTS = (LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRMSNorm)
+ACTIVATIONS = (SiLUActivation, nn.SiLU)  # of hidden_act silu, and of swish, which is the same function
+_ORIGINALS = Originals(
+    *((kind, "forward") for kind in (LlamaDecoderLayer, *_PARTS[:3], *ACTIVATIONS)),
+    (llama, "apply_rotary_pos_emb"),
+    (llama, "rotate_half"),
+    (F, "silu"),
+)
+
+
+class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy transformers is untyped
+    """transformers' layer with a fused forward for flat batches; parameters and their names stay as they are."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map ``(1, tokens, width)`` to the same; what is not a flat batch over plain linears goes the usual way."""
+        if args or not self._fuses(hidden_states, kwargs):
+            return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
+        attention, mlp = self.self_attn, self.mlp
+        linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+        projected = _apply_norm_and_linears(hidden_states, self.input_layernorm, *linears)
+        by_heads = (*hidden_states.shape[:2], -1, attention.head_dim)
+        query, key, value = (each.view(by_heads).transpose(1, 2) for each in projected)
+        query, key = (apply(Rotary, each, *kwargs["position_embeddings"]) for each in (query, key))
+        samples: dict[str, Any] = {name: kwargs.get(name) for name in _OF_SAMPLES}
+        mixed, _ = flat_attention(attention, query, key, value, None, scaling=attention.scaling, **samples)
+        hidden_states = _apply_linear(mixed.flatten(-2), attention.o_proj, hidden_states)
+        gate, up = _apply_norm_and_linears(hidden_states, self.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
+        lora_a, lora_b = adapters_of(mlp.down_proj)
+        hidden, low = swiglu(gate, up, lora_a)
+        down = frozen_part(mlp.down_proj, gate.dtype)
+        return cast(Tensor, apply(LoRAProjection, hidden, low, lora_b, down, hidden_states))
+
+    def _fuses(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
+        cache: KeyValueCache | None = kwargs.get("kv_cache")
+        if cache is None:
+            return self._can_fuse(hidden_states, kwargs)
+        index = self.self_attn.layer_idx
+        if not cache.decoding:  # the prompts decide for the tokens behind them: to ask takes a tenth of a token's time
+            cache.fused[index] = self._can_fuse(hidden_states, kwargs)
+        return cache.fused[index]
+
+    def _can_fuse(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether this is a flat batch, in the dtype of all products, through a layer that is as it was made."""
+        if kwargs.get("cu_seqlens") is None or kwargs.get("cache") is not None:
+            return False
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            return False
+        return self.is_usual() and all(compute_dtype_of(each) == hidden_states.dtype for each in self._linears())
+
+    def is_usual(self) -> bool:
+        """Whether the layer computes what its fused forward does, and nobody watches parts that this skips."""
+        attention = self.self_attn
+        return bool(
+            _has_usual_parts(self)
+            and not (attention.training and attention.attention_dropout)
+            and attention.config._attn_implementation == FLAT_ATTENTION
+            and all(map(is_plain, self._linears()))
+            and not any(norm.weight.requires_grad for norm in self._norms())
+            and not any(map(is_watched, self.children()))
+            and ORIGINAL_LINEARS.are_there()
+        )
+
+    def _norms(self) -> tuple[Any, Any]:
+        return self.input_layernorm, self.post_attention_layernorm
+
+    def _linears(self) -> Iterator[nn.Module]:
+        attention, mlp = self.self_attn, self.mlp
+        yield from (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        yield from (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+
+
+def fuse_decoder_layers(model: nn.Module) -> None:
+    """Let each layer of a LLaMA that is put together as transformers does run fused.
+
+    Only the layers' class, and so their ``forward``, changes.
+    """
+    for layer in model.modules():
+        if type(layer) is LlamaDecoderLayer and _has_usual_parts(layer):
+            layer.__class__ = FusedDecoderLayer
+
+
+def _has_usual_parts(layer: Any) -> bool:
+    parts = (layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
+    return tuple(map(type, parts)) == _PARTS and type(layer.mlp.act_fn) in ACTIVATIONS and _ORIGINALS.are_there()
+
+
+def _apply_norm_and_linears(x: Tensor, norm: Any, *linears: nn.Module) -> tuple[Tensor, ...]:
+    frozen = tuple(frozen_part(linear, x.dtype) for linear in linears)
+    adapters = [matrix for linear in linears for matrix in adapters_of(linear)]
+    return cast(tuple[Tensor, ...], apply(NormedLinears, x, norm.weight, norm.variance_epsilon, frozen, *adapters))
+
+
+def _apply_linear(x: Tensor, linear: nn.Module, residual: Tensor) -> Tensor:
+    return cast(Tensor, apply(LoRALinearFunction, x, *adapters_of(linear), frozen_part(linear, x.dtype), residual))

@@ -1,0 +1,124 @@
+"""An RMSNorm and the LoRA linears that read it as one autograd function: queries, keys and values; gate and up."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qlora_lightning.model.layers.linear import Frozen, gradient_of_b, gradient_of_low, project
+
+
+class NormedLinears(torch.autograd.Function):
+    """Compute ``y = linear(RMSNorm(x))`` of several linears that share their input.
+
+    Kept for backward are x, its inverse root mean squares and the products with A; the normed input is made again. The
+    adapters' A act as one matrix. Where x takes no gradient, an output takes one only for the adapter of its linear.
+    RMSNorm (Zhang and Sennrich 2019) is computed in float32 and rounded as transformers does; its weight is frozen.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, linears: tuple[Frozen, ...], *adapters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Compute.
+
+        Args:
+            ctx: Of the function.
+            x: ``(…, in)``.
+            weight: Of the norm, ``(in,)``.
+            eps: Of the norm.
+            linears: What of each linear is frozen.
+            adapters: A and B of each linear in turn, ``None`` where it has none.
+
+        Returns:
+            ``(…, out)`` of each linear.
+        """
+        flat = x.reshape(-1, x.shape[-1])
+        scaled = _precise(flat)
+        inverse = _inverse_rms(scaled, eps)
+        normed = _weigh(_scale(scaled, inverse), weight, x.dtype)
+        all_a, all_b = adapters[::2], adapters[1::2]
+        lows = normed @ _stack(all_a, x).t()  # (tokens, sum of ranks)
+        outputs = [
+            project(normed, low, b, frozen) for low, b, frozen in zip(_split(lows, all_a), all_b, linears, strict=True)
+        ]
+        ctx.save_for_backward(flat, inverse, lows, weight, *adapters)
+        ctx.linears, ctx.shape = linears, x.shape
+        ctx.set_materialize_grads(False)
+        shaped = tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+        needs_x, _, _, _, *needed = ctx.needs_input_grad
+        if not needs_x:
+            pairs = zip(shaped, needed[::2], needed[1::2], strict=True)
+            ctx.mark_non_differentiable(*(output for output, of_a, of_b in pairs if not (of_a or of_b)))
+        return shaped
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        flat, inverse, lows, weight, *adapters = ctx.saved_tensors
+        all_a, all_b, (_, _, _, _, *needed) = adapters[::2], adapters[1::2], ctx.needs_input_grad
+        flat_grads = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        stacked, grad_lows = _stack(all_a, flat), torch.zeros_like(lows)
+        grads_b: list[Tensor | None] = []
+        parts = zip(
+            flat_grads, _split(lows, all_a), _split(grad_lows, all_a), all_b, needed[1::2], ctx.linears, strict=True
+        )
+        for grad, low, grad_low, b, b_needs, frozen in parts:
+            if b is not None and grad is not None:
+                grad_low.copy_(gradient_of_low(grad, b, frozen))
+            grads_b.append(gradient_of_b(grad, low, b, frozen) if b_needs and grad is not None else None)
+        scaled = _scale(_precise(flat), inverse)
+        grads_a: list[Tensor | None] = [None] * len(all_a)
+        if any(needed[::2]):
+            grad_stacked = (grad_lows.t() @ scaled.to(flat.dtype)).mul_(weight)  # the norm's weight only now: few rows
+            pairs = zip(all_a, _split(grad_stacked, all_a, 0), strict=True)
+            grads_a = [None if a is None else grad.to(a.dtype) for a, grad in pairs]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_normed = grad_lows @ stacked
+            for grad, frozen in zip(flat_grads, ctx.linears, strict=True):
+                if grad is not None:
+                    frozen.weight.multiply_back(grad, onto=grad_normed)
+            grad_x = _gradient_of_norm(grad_normed, weight, scaled, inverse).to(flat.dtype).view(ctx.shape)
+        of_adapters = [grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair]
+        return grad_x, None, None, None, *of_adapters
+
+
+def _stack(all_a: Any, like: Tensor) -> Tensor:
+    """Put the linears' A under each other: ``(sum of ranks, in)`` in the dtype of ``like``."""
+    there = [a.to(like.dtype) for a in all_a if a is not None]
+    return torch.cat(there) if there else like.new_empty(0, like.shape[-1])
+
+
+def _split(stacked: Tensor, all_a: Any, dim: int = 1) -> tuple[Tensor, ...]:
+    """Give each linear its part, of no width where it has no adapter."""
+    return torch.split(stacked, [0 if a is None else len(a) for a in all_a], dim)
+
+
+def _precise(x: Tensor) -> Tensor:
+    """Copy in float32, or better, once: an operation on mixed dtypes would make such a copy each time."""
+    return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+
+
+def _inverse_rms(precise: Tensor, eps: float) -> Tensor:
+    """Give ``1 / sqrt(mean(x²) + eps)`` of each row, ``(rows, 1)``."""
+    squares: Tensor = torch.linalg.vector_norm(precise, dim=-1, keepdim=True).square_()
+    return squares.div_(precise.shape[-1]).add_(eps).rsqrt_()
+
+
+def _scale(precise: Tensor, inverse: Tensor) -> Tensor:
+    """Give ``x̂ = x · inverse`` in the place of x."""
+    return precise.mul_(inverse)
+
+
+def _weigh(scaled: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give the norm's output, rounded before the weight as transformers does."""
+    return scaled.to(dtype, copy=True).mul_(weight)
+
+
+def _gradient_of_norm(grad: Tensor, weight: Tensor, scaled: Tensor, inverse: Tensor) -> Tensor:
+    """Give the gradient of x from g, that of ``w · x̂`` where ``x̂ = x · inverse``: ``inverse (w g - x̂ mean(w g x̂))``."""
+    precise = _precise(grad).mul_(weight.to(scaled.dtype))
+    mean = (scaled * precise).mean(-1, keepdim=True)
+    return precise.addcmul_(scaled, mean, value=-1).mul_(inverse)

@@ -1,0 +1,1 @@
+"""An optimizer step: its micro-batches, its gradient, its parameter groups and its schedule."""

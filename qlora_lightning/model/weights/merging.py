@@ -1,0 +1,149 @@
+"""An adapter worked into the weights of its base, tensor by tensor, in fp32."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qlora_lightning.adapter.identity import read_adapter_config
+from qlora_lightning.errors import UserError
+from qlora_lightning.model.adapters.lora import ADAPTER
+from qlora_lightning.model.adapters.lora_options import OURS, check_lora_options
+from qlora_lightning.model.weights.base_weights import EMBEDDING, HEAD, Weights
+from qlora_lightning.model.weights.hollow_base import filled, make_skeleton, name_in_base, put_adapter_on
+
+# Fields of an adapter's config that say nothing of the function it computes.
+_INDIFFERENT = {"task_type", "peft_type", "inference_mode", "auto_mapping", "peft_version", "init_lora_weights"}
+
+
+@dataclasses.dataclass(frozen=True)
+class MergePlan:
+    """A base of shapes alone with a real adapter on it.
+
+    Attributes:
+        model: Base and adapter.
+        shapes: Shapes of the tensors of the merged model by name, in the model's order; tied ones once.
+    """
+
+    model: peft.PeftModel
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def config(self) -> Any:
+        """The base's config, without quantization."""
+        return self.model.get_base_model().config
+
+
+def plan_merge(base_folder: Path, adapter: Path) -> MergePlan:
+    """Put an adapter on a skeleton of its base.
+
+    Raises:
+        UserError: The adapter does not fit the base, or is of a kind whose merge is not verified.
+    """
+    skeleton = make_skeleton(base_folder)
+    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    _check_options(adapter, skeleton)
+    model = put_adapter_on(skeleton, adapter)
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, BaseTunerLayer) and not _can_merge(module):
+            raise UserError(f"The adapter folder {adapter} has a {type(module).__name__} on {name}: it is not merged.")
+    return MergePlan(model, shapes)
+
+
+class MergedWeights:
+    """Weights with an adapter worked in. Called with a name, it gives the tensor.
+
+    PEFT's own layers merge, on weights in fp32; a tensor that the adapter leaves alone comes as ``weights`` gives it.
+
+    Args:
+        plan: From :func:`plan_merge`.
+        weights: Of the base.
+    """
+
+    def __init__(self, plan: MergePlan, weights: Weights) -> None:
+        self._names, self._weights = plan.shapes.keys(), weights
+        self._changed = changed_modules(plan.model.get_base_model())
+
+    def __call__(self, name: str) -> Tensor:
+        """Give a tensor of the merged model.
+
+        Raises:
+            UserError: The merged weights are not finite.
+        """
+        if name == HEAD and name not in self._names:
+            name = EMBEDDING  # tied
+        owner, _, kind = name.rpartition(".")
+        module = self._changed.get(owner)
+        return self._weights(name) if module is None else merge_module(module, owner, kind, self._weights)
+
+
+def merge_module(module: nn.Module, name: str, kind: str, weights: Weights) -> Tensor:
+    """Give one tensor of a module that an adapter changes, merged, in fp32.
+
+    Args:
+        module: PEFT's layer.
+        name: Its name in the base.
+        kind: Which of its tensors: ``weight`` or ``bias``.
+        weights: Of the base.
+
+    Raises:
+        UserError: The merged weights are not finite.
+    """
+    if isinstance(module, ModulesToSaveWrapper):
+        tensor: Tensor = getattr(module.modules_to_save[ADAPTER], kind)
+        return tensor.detach().float()
+    layer: Any = module
+    with torch.no_grad(), filled(layer, name, weights, torch.float32):
+        try:
+            layer.merge(safe_merge=True, adapter_names=[ADAPTER])
+        except ValueError as error:
+            raise UserError(
+                f"The adapter cannot be merged into {name}: {error}. It has diverged, or its file is damaged."
+            ) from error
+        merged: Tensor = getattr(layer.get_base_layer(), kind).detach()
+    layer.merged_adapters.clear()
+    return merged
+
+
+def adapted_layers(plan: MergePlan) -> dict[str, LoraLayer]:
+    """Give the LoRA layers of a plan by their names in the base."""
+    modules = changed_modules(plan.model.get_base_model())
+    return {name: module for name, module in modules.items() if isinstance(module, LoraLayer)}
+
+
+def changed_modules(base: nn.Module) -> dict[str, nn.Module]:
+    """Give PEFT's layers by the names of what they change: LoRA, modules trained whole, tokens."""
+    kinds = (LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer)
+    found = ((name_in_base(name), module) for name, module in base.named_modules() if isinstance(module, kinds))
+    return {name: module for name, module in found if not getattr(module, "tied_adapter", None)}
+
+
+def _can_merge(module: BaseTunerLayer) -> bool:
+    if isinstance(module, TrainableTokensLayer):
+        return True
+    return isinstance(module, LoraLayer) and type(module.get_base_layer()) in (nn.Linear, nn.Embedding)
+
+
+def _check_options(adapter: Path, skeleton: PreTrainedModel) -> None:
+    """Refuse by name what was not verified, by the same rules as where an adapter is made."""
+    stored = read_adapter_config(adapter)
+    usual = peft.LoraConfig().to_dict()
+    options = {
+        name: value
+        for name, value in stored.items()
+        if name not in _INDIFFERENT and name not in OURS and value not in (usual.get(name), None, False, [], {})
+    }
+    if isinstance(stored.get("init_lora_weights"), str):
+        options["init_lora_weights"] = stored["init_lora_weights"]
+    try:
+        check_lora_options(options, skeleton, bool(skeleton.config.tie_word_embeddings))
+    except UserError as error:
+        raise UserError(f"The adapter folder {adapter} cannot be merged: {error}") from error

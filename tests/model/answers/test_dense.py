@@ -1,0 +1,68 @@
+import types
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from qlora_lightning.model.adapters.lora import add_adapters
+from qlora_lightning.model.answers import dense
+from qlora_lightning.model.answers.dense import dense_weights
+from qlora_lightning.model.layers.linear import fuse_lora_linears
+from qlora_lightning.model.quantized import load_base
+
+IDS = torch.tensor([[11, 12, 13]])
+
+
+@pytest.fixture(params=["fp32", "bf16"])
+def model(request, tiny_base):
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[request.param]
+    made = add_adapters(load_base(str(tiny_base), compute_dtype=dtype).model).eval()
+    fuse_lora_linears(made)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    return made
+
+
+def quantized(model):
+    return {name: part for name, part in model.named_modules() if isinstance(part, bnb.nn.Linear4bit)}
+
+
+@torch.no_grad()
+def test_every_product_is_bit_for_bit_what_it_was_with_and_without_the_adapter(model):
+    before = quantized(model)
+    assert len(before) == 14
+    with model.disable_adapter():
+        base = model(input_ids=IDS).logits
+    adapted = model(input_ids=IDS).logits
+    with dense_weights(model) as is_dense:
+        assert is_dense
+        assert quantized(model) == {}
+        assert torch.equal(model(input_ids=IDS).logits, adapted)
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=IDS).logits, base)
+        with dense_weights(model):  # inside one another
+            pass
+        assert quantized(model) == {}
+    assert quantized(model) == before
+    assert not torch.equal(base, adapted)
+
+
+def test_the_4_bit_linears_come_back_after_an_error(model):
+    before = quantized(model)
+    with pytest.raises(ZeroDivisionError), dense_weights(model):
+        raise ZeroDivisionError
+    assert quantized(model) == before
+
+
+def test_without_memory_for_it_nothing_is_made_dense(model, monkeypatch):
+    needed = sum(
+        part.in_features * part.out_features * part.compute_dtype.itemsize for part in quantized(model).values()
+    )
+    for available, expected in ((2 * needed - 2, False), (2 * needed, True)):
+        free = types.SimpleNamespace(available=available)
+        monkeypatch.setattr(dense.psutil, "virtual_memory", lambda free=free: free)
+        with dense_weights(model) as is_dense:
+            assert is_dense == expected
+            assert len(quantized(model)) == (0 if expected else 14)

@@ -1,0 +1,151 @@
+import itertools
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from qlora_lightning.model.layers.attention import flat_attention, register_flat_attention
+
+LENGTHS = (5, 1, 12, 7)
+BOUNDS = list(itertools.pairwise(itertools.accumulate(LENGTHS, initial=0)))
+
+
+def cu_seqlens(*lengths, device="cpu"):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def draw_qkv(dtype, device="cpu", head_dim=16):
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(1, heads, sum(LENGTHS), head_dim, generator=generator) for heads in (4, 2, 2)]
+    return [tensor.to(device, dtype) for tensor in drawn]
+
+
+def causal_attention_by_hand(query, key, value):
+    key, value = (tensor.repeat_interleave(2, dim=1) for tensor in (key, value))  # two query heads per key head
+    scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return (scores.masked_fill(later, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_a_sample_in_a_batch_is_bit_equal_to_its_own_alone(dtype):
+    qkv = draw_qkv(dtype)
+    together, weights = flat_attention(None, *qkv, None, cu_seqlens=cu_seqlens(*LENGTHS), longest=max(LENGTHS))
+    assert weights is None
+    assert together.shape == (1, sum(LENGTHS), 4, 16)
+    for start, end in BOUNDS:
+        sample = [tensor[:, :, start:end].clone() for tensor in qkv]
+        alone, _ = flat_attention(None, *sample, None, cu_seqlens=cu_seqlens(end - start), longest=end - start)
+        assert torch.equal(together[:, start:end], alone)
+
+
+def test_attention_is_softmax_of_scaled_products_with_earlier_tokens_of_the_same_sample():
+    qkv = draw_qkv(torch.float32)
+    together, _ = flat_attention(None, *qkv, None, cu_seqlens=cu_seqlens(*LENGTHS))
+    expected = [causal_attention_by_hand(*(tensor[:, :, start:end] for tensor in qkv)) for start, end in BOUNDS]
+    torch.testing.assert_close(together, torch.cat(expected, dim=1), rtol=1e-5, atol=1e-6)
+
+
+def test_scaling_replaces_the_default_factor():
+    query, key, value = draw_qkv(torch.float32)
+    doubled, _ = flat_attention(None, query, key, value, None, scaling=0.5, cu_seqlens=cu_seqlens(*LENGTHS))
+    expected, _ = flat_attention(None, 2 * query, key, value, None, cu_seqlens=cu_seqlens(*LENGTHS))
+    torch.testing.assert_close(doubled, expected)  # 16 ** -0.5 = 0.25
+
+
+def load(folder, dtype):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=register_flat_attention())
+
+
+def sample_ids():
+    return torch.randint(5, 40_000, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(1))
+
+
+def hidden_states(model, ids, lengths):
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    arguments = {"cu_seqlens": cu_seqlens(*lengths), "longest": max(lengths), "use_cache": False}
+    return model.base_model(input_ids=ids, position_ids=positions, **arguments).last_hidden_state
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.0), (torch.float32, 1e-6)])
+def test_hidden_states_of_a_sample_in_a_batch_equal_its_own_alone(tiny_base, dtype, tolerance):
+    model, ids = load(tiny_base, dtype), sample_ids()
+    with torch.no_grad():
+        together = hidden_states(model, ids, LENGTHS)
+        alone = [hidden_states(model, ids[:, start:end], (end - start,)) for start, end in BOUNDS]
+    # in float32 MKL chooses its kernel by the number of rows
+    torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=tolerance, atol=tolerance)
+
+
+def test_hidden_states_alone_equal_those_of_transformers_own_attention(tiny_base):
+    model, ids = load(tiny_base, torch.float32), sample_ids()
+    with torch.no_grad():
+        ours = hidden_states(model, ids, (sum(LENGTHS),))
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(ours, model.base_model(input_ids=ids).last_hidden_state, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_a_batch_are_the_sum_of_those_of_its_samples(tiny_base):
+    model, ids = load(tiny_base, torch.float32), sample_ids()
+    weights = torch.randn(1, sum(LENGTHS), 64, generator=torch.Generator().manual_seed(2))
+    (hidden_states(model, ids, LENGTHS) * weights).sum().backward()
+    together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for start, end in BOUNDS:
+        (hidden_states(model, ids[:, start:end], (end - start,)) * weights[:, start:end]).sum().backward()
+    assert len(together) == 2 * 9 + 2  # layers × (linears and norms), embedding, last norm
+    for name, gradient in together.items():
+        alone = model.get_parameter(name).grad
+        assert (gradient - alone).norm() <= 1e-5 * alone.norm(), name
+
+
+def test_tokens_behind_a_filled_cache_see_it_and_their_own_past(tiny_base):
+    model, ids = load(tiny_base, torch.float32).eval(), sample_ids()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        model(input_ids=ids[:, :10], cache=cache)
+        behind = model(input_ids=ids[:, 10:], cache=cache).logits
+    torch.testing.assert_close(behind, whole[:, 10:], rtol=1e-4, atol=1e-4)
+
+
+def test_samples_that_only_their_positions_tell_apart_do_not_see_each_other(tiny_base):
+    model, ids = load(tiny_base, torch.float32).eval(), sample_ids()
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    with torch.no_grad():
+        together = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        for start, end in BOUNDS:
+            alone = model(input_ids=ids[:, start:end], use_cache=False).logits
+            torch.testing.assert_close(together[:, start:end], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bounds", [[3, 25], [0, 5, 5, 25], [0, 24]])
+def test_bounds_that_are_none_are_refused(bounds):
+    with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to 25, the tokens of the batch; found \["):
+        flat_attention(None, *draw_qkv(torch.float32), None, cu_seqlens=torch.tensor(bounds))
+
+
+def test_left_padded_generation_equals_generation_alone(tiny_base):
+    model = load(tiny_base, torch.float32).eval()
+    prompts = [sample_ids()[0, start:end] for start, end in BOUNDS]
+    longest = max(LENGTHS)
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    ids = torch.stack([torch.cat([torch.full((longest - len(p),), 2), p]) for p in prompts])
+    mask = torch.stack([(torch.arange(longest) >= longest - len(p)).long() for p in prompts])
+    together = model.generate(input_ids=ids, attention_mask=mask, **settings)[:, longest:]
+    for prompt, answer in zip(prompts, together, strict=True):
+        alone = model.generate(input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None], **settings)
+        assert alone[0, len(prompt) :].tolist() == answer.tolist()
+
+
+@pytest.mark.gpu
+def test_ragged_kernel_equals_attention_sample_by_sample():
+    qkv = [tensor.requires_grad_() for tensor in draw_qkv(torch.bfloat16, "cuda", head_dim=64)]
+    bounds = cu_seqlens(*LENGTHS, device="cuda")
+    ragged, _ = flat_attention(None, *qkv, None, cu_seqlens=bounds, longest=max(LENGTHS))
+    ragged_gradients = torch.autograd.grad(ragged.float().square().sum(), qkv)
+    single, _ = flat_attention(None, *qkv, None, cu_seqlens=bounds, longest=None)  # no longest: sample by sample
+    single_gradients = torch.autograd.grad(single.float().square().sum(), qkv)
+    torch.testing.assert_close(ragged, single, rtol=1e-2, atol=1e-2)
+    for gradient, expected in zip(ragged_gradients, single_gradients, strict=True):
+        assert (gradient - expected).norm() <= 1e-2 * expected.norm()

@@ -1,0 +1,57 @@
+import subprocess
+import sys
+
+import pytest
+
+# Blocks of 8 MiB, each followed by one of 64 KiB that stays: in one heap every block would be held open.
+CODE = """
+import torch
+from qlora_lightning.model.machine.device_memory import read_memory
+from qlora_lightning.model.machine.allocator import giving_memory_back
+
+def private_mib():
+    return read_memory(torch.device("cpu"))["private_memory_gib"] * 1024
+
+torch.ones(1024).sum()
+before = private_mib()
+stay = []
+with giving_memory_back():
+    blocks = []
+    for _ in range(30):
+        blocks.append(torch.ones(2 * 1024**2))
+        stay.append(torch.ones(16 * 1024))
+    assert private_mib() - before > 230
+    blocks.clear()
+    assert private_mib() - before < 20, private_mib() - before
+assert len(stay) == 30
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_small_tensors_that_stay_do_not_hold_freed_ones():
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# Without it a tensor of 8 MiB gets fresh pages, 2,048 of 4 KiB, each time.
+KEEPING = """
+import resource
+import torch
+from qlora_lightning.model.machine.allocator import keep_freed_memory
+
+def faults_of_a_tensor():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2 * 1024**2)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+keep_freed_memory()
+first, *others = [faults_of_a_tensor() for _ in range(5)]
+assert first > 2, first
+assert max(others) <= 2, others
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_kept_memory_is_taken_again_without_page_faults():
+    done = subprocess.run([sys.executable, "-c", KEEPING], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

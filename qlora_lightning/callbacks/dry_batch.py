@@ -9,12 +9,12 @@ import rich
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from qlora_lightning.data.batches import Batch, collate_rows
-from qlora_lightning.data.epoch_plan import EpochPlan
-from qlora_lightning.data.largest_batch import epochs_to_look_at, first_and_largest
-from qlora_lightning.data.loader import FlatLoader
-from qlora_lightning.data.order import RankBatch
-from qlora_lightning.data.stream import StreamLoader
+from qlora_lightning.data.batches.collate import Batch, collate_rows
+from qlora_lightning.data.batches.epoch_plan import EpochPlan
+from qlora_lightning.data.batches.largest_batch import epochs_to_look_at, first_and_largest
+from qlora_lightning.data.batches.loader import FlatLoader
+from qlora_lightning.data.batches.order import RankBatch
+from qlora_lightning.data.batches.stream import StreamLoader
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.batch.shape import computed_counter
 from qlora_lightning.model.checkpoint.generators import capture_generators, restore_generators

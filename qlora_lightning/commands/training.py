@@ -43,8 +43,8 @@ from qlora_lightning.commands.processes import check_strategy, find_lost_process
 from qlora_lightning.commands.short_forms import expand_arguments, expand_config, shorten_config
 from qlora_lightning.commands.training_help import HelpFormatter, help_of
 from qlora_lightning.commands.whole_numbers import read_whole_numbers_first
+from qlora_lightning.data.chat.tokenizers import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
-from qlora_lightning.data.tokenizers import tokenizer_of_base
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.trainer import is_trial_run

@@ -7,21 +7,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qlora_lightning.data.bad_rows import BadRow, RowFault
-    from qlora_lightning.data.batches import Batch, collate
-    from qlora_lightning.data.chat import ChatRenderer, Rendered
+    from qlora_lightning.data.batches.collate import Batch, collate
+    from qlora_lightning.data.batches.loader import FlatLoader
+    from qlora_lightning.data.batches.order import epoch_order, rank_batches
+    from qlora_lightning.data.batches.prompt_loader import PromptBatch, PromptLoader
+    from qlora_lightning.data.batches.stream import StreamLoader
+    from qlora_lightning.data.chat.lengths import fit_length
+    from qlora_lightning.data.chat.renderer import ChatRenderer, Rendered
     from qlora_lightning.data.datamodule import InstructionDataModule
-    from qlora_lightning.data.formats import Conversation, Message
-    from qlora_lightning.data.lengths import fit_length
-    from qlora_lightning.data.loader import FlatLoader
-    from qlora_lightning.data.order import epoch_order, rank_batches
-    from qlora_lightning.data.prompts import PromptBatch, PromptLoader
-    from qlora_lightning.data.reader import Row, RowReader, read_rows
-    from qlora_lightning.data.report import Report
-    from qlora_lightning.data.sample_set import SampleSet
-    from qlora_lightning.data.samples import Sample
-    from qlora_lightning.data.sources import Source, find_sources
-    from qlora_lightning.data.stream import StreamLoader
+    from qlora_lightning.data.reading.bad_rows import BadRow, RowFault
+    from qlora_lightning.data.reading.reader import Row, RowReader, read_rows
+    from qlora_lightning.data.reading.sources import Source, find_sources
+    from qlora_lightning.data.rows.formats import Conversation, Message
+    from qlora_lightning.data.samples.report import Report
+    from qlora_lightning.data.samples.sample import Sample
+    from qlora_lightning.data.samples.sample_set import SampleSet
 
 __all__ = (
     "BadRow",
@@ -51,30 +51,30 @@ __all__ = (
 )
 
 _HOMES = {
-    "BadRow": "bad_rows",
-    "Batch": "batches",
-    "ChatRenderer": "chat",
-    "Conversation": "formats",
-    "FlatLoader": "loader",
+    "BadRow": "reading.bad_rows",
+    "Batch": "batches.collate",
+    "ChatRenderer": "chat.renderer",
+    "Conversation": "rows.formats",
+    "FlatLoader": "batches.loader",
     "InstructionDataModule": "datamodule",
-    "Message": "formats",
-    "PromptBatch": "prompts",
-    "PromptLoader": "prompts",
-    "Rendered": "chat",
-    "Report": "report",
-    "Row": "reader",
-    "RowFault": "bad_rows",
-    "RowReader": "reader",
-    "Sample": "samples",
-    "SampleSet": "sample_set",
-    "Source": "sources",
-    "StreamLoader": "stream",
-    "collate": "batches",
-    "epoch_order": "order",
-    "find_sources": "sources",
-    "fit_length": "lengths",
-    "rank_batches": "order",
-    "read_rows": "reader",
+    "Message": "rows.formats",
+    "PromptBatch": "batches.prompt_loader",
+    "PromptLoader": "batches.prompt_loader",
+    "Rendered": "chat.renderer",
+    "Report": "samples.report",
+    "Row": "reading.reader",
+    "RowFault": "reading.bad_rows",
+    "RowReader": "reading.reader",
+    "Sample": "samples.sample",
+    "SampleSet": "samples.sample_set",
+    "Source": "reading.sources",
+    "StreamLoader": "batches.stream",
+    "collate": "batches.collate",
+    "epoch_order": "batches.order",
+    "find_sources": "reading.sources",
+    "fit_length": "chat.lengths",
+    "rank_batches": "batches.order",
+    "read_rows": "reading.reader",
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from qlora_lightning.base import open_base
-from qlora_lightning.data.formats import Conversation
+from qlora_lightning.data.rows.formats import Conversation
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.machine.dtypes import choose_compute_dtype
 from tests.benchmarks.checks import check_options

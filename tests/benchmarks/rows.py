@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.data.conversations import to_conversation
-from qlora_lightning.data.formats import Conversation, choose_format
-from qlora_lightning.data.order import epoch_order
-from qlora_lightning.data.reader import read_rows
+from qlora_lightning.data.batches.order import epoch_order
+from qlora_lightning.data.reading.reader import read_rows
+from qlora_lightning.data.rows.conversations import to_conversation
+from qlora_lightning.data.rows.formats import Conversation, choose_format
 from qlora_lightning.errors import UserError
 from tests.benchmarks.settings import SEED
 

@@ -9,9 +9,9 @@ from lightning.pytorch import LightningModule
 from qlora_lightning import GradientCheckpointing, InstructionDataModule, LossSums, QLoRAModule
 from qlora_lightning.callbacks import dry_batch
 from qlora_lightning.callbacks.dry_batch import DryBatch, find_largest
-from qlora_lightning.data import largest_batch
-from qlora_lightning.data.loader import FlatLoader
-from qlora_lightning.data.samples import make_sample
+from qlora_lightning.data.batches import largest_batch
+from qlora_lightning.data.batches.loader import FlatLoader
+from qlora_lightning.data.samples.sample import make_sample
 from qlora_lightning.errors import UserError
 
 LINE = re.compile(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from qlora_lightning.data import datamodule, stream
+from qlora_lightning.data import datamodule
+from qlora_lightning.data.batches import stream
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.errors import UserError
 

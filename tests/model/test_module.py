@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
-from qlora_lightning.data.batches import collate
-from qlora_lightning.data.samples import make_sample
+from qlora_lightning.data.batches.collate import collate
+from qlora_lightning.data.samples.sample import make_sample
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters.lora import trainable_tensors
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.data.batches import collate
-from qlora_lightning.data.samples import make_sample
+from qlora_lightning.data.batches.collate import collate
+from qlora_lightning.data.samples.sample import make_sample
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.neftune import add_noise, check_neftune_alpha
 

@@ -8,8 +8,8 @@ from typing import Any
 import peft
 
 from qlora_lightning.commands.chat.arguments import BASE
-from qlora_lightning.data.chat import ChatRenderer
-from qlora_lightning.data.tokenizers import load_choice
+from qlora_lightning.data.chat.renderer import ChatRenderer
+from qlora_lightning.data.chat.tokenizers import load_choice
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters.lora import ADAPTER
 from qlora_lightning.model.answers.dense import dense_weights

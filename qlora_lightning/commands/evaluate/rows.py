@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
-from qlora_lightning.data.bad_rows import BadRow
-from qlora_lightning.data.reader import Row
-from qlora_lightning.data.sources import find_sources
+from qlora_lightning.data.reading.bad_rows import BadRow
+from qlora_lightning.data.reading.reader import Row
+from qlora_lightning.data.reading.sources import find_sources
 from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.rows import EvaluationRow, cut_rows
 

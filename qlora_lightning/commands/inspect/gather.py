@@ -10,7 +10,7 @@ from qlora_lightning.commands.inspect.epoch import Epoch, plan_epoch
 from qlora_lightning.commands.inspect.facts import SplitFacts
 from qlora_lightning.commands.inspect.numbers import histogram, percentiles
 from qlora_lightning.commands.inspect.pieces import PieceCutter
-from qlora_lightning.data.epoch_plan import EpochPlan
+from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.errors import UserError
 
 

@@ -13,7 +13,7 @@ from qlora_lightning.base.generation_config import read_generation_config
 from qlora_lightning.base.model_folder import read_config
 from qlora_lightning.base.shard_writer import ShardWriter
 from qlora_lightning.base.tokenizer import load_tokenizer
-from qlora_lightning.data.templates import choose_chat_template
+from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.opened_adapter import AdapterSource
 from qlora_lightning.model.weights.base_weights import Weights

@@ -4,9 +4,9 @@ import pytest
 
 from qlora_lightning.commands.inspect.arguments import Config, Options
 from qlora_lightning.commands.inspect.gather import inspect_data
-from qlora_lightning.data.loader import FlatLoader
-from qlora_lightning.data.report import Report
-from qlora_lightning.data.sample_builder import SampleSetBuilder
+from qlora_lightning.data.batches.loader import FlatLoader
+from qlora_lightning.data.samples.report import Report
+from qlora_lightning.data.samples.sample_builder import SampleSetBuilder
 
 
 class CharTokenizer:

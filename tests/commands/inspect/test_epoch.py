@@ -2,7 +2,7 @@ import pytest
 
 from qlora_lightning.commands.inspect import epoch as epoch_module
 from qlora_lightning.commands.inspect.epoch import count_devices, plan_epoch
-from qlora_lightning.data.epoch_plan import EpochPlan
+from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.errors import UserError
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lightning.data.batches import collate
-from qlora_lightning.data.samples import make_sample
+from qlora_lightning.data.batches.collate import collate
+from qlora_lightning.data.samples.sample import make_sample
 from qlora_lightning.model.guards.nonfinite import Finding, find_nonfinite
 from qlora_lightning.model.guards.nonfinite_report import (
     describe_finding,

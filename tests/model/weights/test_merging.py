@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora_lightning.base import open_base
-from qlora_lightning.data.batches import collate
-from qlora_lightning.data.samples import Sample
+from qlora_lightning.data.batches.collate import collate
+from qlora_lightning.data.samples.sample import Sample
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.weights.base_weights import OriginalWeights, TrainedWeights, quantized_names
 from qlora_lightning.model.weights.hollow_base import make_skeleton

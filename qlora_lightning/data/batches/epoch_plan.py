@@ -1,0 +1,112 @@
+"""Which rows make up each micro-batch of an epoch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from qlora_lightning.data.batches.grouping import group_by_length
+from qlora_lightning.data.batches.mixing import check_weights, mix_sources
+from qlora_lightning.data.batches.order import RankBatch, count_batches, permute, rank_batches, rank_bins
+from qlora_lightning.data.batches.packing import best_fit, make_count
+from qlora_lightning.data.samples.sample_set import SampleSet
+from qlora_lightning.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class EpochPlan:
+    """Cuts epochs into micro-batches: a pure function of the settings and the epoch, the same on every rank.
+
+    Without ``shuffle`` every epoch is the same: rows in file order, or, packed, bins of them with the longest row
+    first. Every epoch has the same number of batches. Under ``weights`` the number of bins may come out
+    differently: it is made that of epoch 0, by leaving out the emptiest bins or cutting the fullest in two.
+
+    Attributes:
+        samples: all samples of the split.
+        batch_size: rows per micro-batch on each rank; or
+        tokens_per_batch: tokens per micro-batch on each rank, which best-fit bins stay within.
+        shuffle: a new order each epoch; else file order.
+        group_by_length: rows of like length in a micro-batch (see ``group_by_length``); only with ``batch_size``.
+        weights: of each source (see ``mix_sources``); without, each row is taken once an epoch.
+        seed: of every order.
+        world_size: number of ranks that share the rows.
+
+    Raises:
+        UserError: if the settings do not fit each other or the samples, or a sample exceeds ``tokens_per_batch``.
+    """
+
+    samples: SampleSet
+    batch_size: int | None = None
+    tokens_per_batch: int | None = None
+    shuffle: bool = False
+    group_by_length: bool = False
+    weights: Sequence[float] | None = None
+    seed: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.batch_size is None) == (self.tokens_per_batch is None):
+            raise UserError(
+                f"expected one of batch_size (rows) and tokens_per_batch, found batch_size = {self.batch_size} and "
+                f"tokens_per_batch = {self.tokens_per_batch}: leave one out."
+            )
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserError(f"batch_size: expected at least 1, found {self.batch_size}.")
+        if self.tokens_per_batch is not None:
+            self._check_budget(self.tokens_per_batch)
+        if self.weights is not None:
+            check_weights(self.samples.source, self.weights)
+
+    def _check_budget(self, budget: int) -> None:
+        if self.group_by_length:
+            raise UserError(
+                "group_by_length: expected batch_size beside it, found tokens_per_batch, whose batches are of like "
+                "size already: leave one of the two out."
+            )
+        lengths = self.samples.lengths
+        longer = np.flatnonzero(lengths > budget)
+        if len(longer):
+            worst = int(longer[lengths[longer].argmax()])
+            raise UserError(
+                f"tokens_per_batch: expected room for the longest sample, {lengths[worst]:,} tokens "
+                f"({self.samples.where(worst)}), found {budget:,}, for which {len(longer):,} of {len(lengths):,} "
+                "samples are too long: raise it, or lower max_length, which shortens them (or as too_long says)."
+            )
+
+    def order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Return the rows of an epoch in their order, ``(N,)``."""
+        n = len(self.samples)
+        epoch = epoch if self.shuffle else 0
+        if self.weights is not None:
+            order = mix_sources(self.samples.source, self.weights, self.seed, epoch)
+        else:
+            order = permute(n, self.seed, epoch) if self.shuffle else np.arange(n)
+        if self.group_by_length and self.batch_size is not None:
+            stride = self.batch_size * self.world_size
+            order = group_by_length(order, self.samples.lengths, stride, self.seed, epoch)
+        return order
+
+    def batches(self, epoch: int, rank: int = 0) -> list[RankBatch]:
+        """Return one rank's micro-batches of an epoch."""
+        if self.batch_size is not None:
+            return rank_batches(self.order(epoch).tolist(), self.batch_size, rank, self.world_size)
+        bins = make_count(self._pack(epoch), self.samples.lengths, self._bins)
+        if self.shuffle:
+            bins = [bins[number] for number in permute(len(bins), self.seed, epoch, "bins")]
+        return rank_bins(bins, rank, self.world_size)
+
+    def __len__(self) -> int:
+        """Micro-batches of each rank in any epoch."""
+        if self.batch_size is not None:
+            return count_batches(len(self.samples), self.batch_size, self.world_size)
+        return count_batches(self._bins, 1, self.world_size)
+
+    @cached_property
+    def _bins(self) -> int:
+        return len(self._pack(0))
+
+    def _pack(self, epoch: int) -> list[list[int]]:
+        assert self.tokens_per_batch is not None
+        return best_fit(self.samples.lengths, self.order(epoch), self.tokens_per_batch)

@@ -1,0 +1,134 @@
+"""Batches in the order of an epoch, from which a run can stop and go on."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import Sampler, SequentialSampler
+
+from qlora_lightning.data.batches.collate import Batch, collate_rows
+from qlora_lightning.data.batches.epoch_plan import EpochPlan
+from qlora_lightning.data.samples.sample import Sample
+from qlora_lightning.data.samples.sample_builder import gather_samples
+from qlora_lightning.data.samples.sample_set import SampleSet
+from qlora_lightning.errors import UserError
+
+
+class ShuffledOrder(Sampler[int]):
+    """Rows in an order that is a pure function of (seed, epoch); Lightning sets the epoch."""
+
+    def __init__(self, plan: EpochPlan) -> None:
+        self.plan = plan
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration takes."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.plan.samples)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.plan.order(self.epoch).tolist())
+
+
+class FixedOrder(ShuffledOrder, SequentialSampler):
+    """Rows in one order in every epoch; Lightning knows a sequential sampler as one that does not shuffle."""
+
+
+class FlatLoader:
+    """One rank's batches of a split, with a position that Lightning saves and restores.
+
+    torch's ``DataLoader`` has no position to save. Here the state counts batches handed out, which under Lightning
+    (it fetches nothing ahead from a sized loader) are batches consumed. There are no worker processes: laying ready
+    tokens end to end takes less time than sending them.
+
+    Args:
+        samples: all samples of the split, the same on every rank.
+        batch_size: rows per micro-batch on each rank; or
+        seed: of the order.
+        shuffle: a new order each epoch; else file order, or one other order in every epoch.
+        rank: of this process.
+        world_size: number of processes that share the rows.
+        tokens_per_batch: tokens per micro-batch on each rank, a budget that rows are packed into by best fit.
+        group_by_length: put rows of like length into a micro-batch; only with ``batch_size``.
+        weights: of each source in an epoch's rows; without, each row is taken once.
+
+    Raises:
+        UserError: as ``EpochPlan``.
+    """
+
+    batch_sampler = None  # Lightning reads it wherever there is a `sampler`
+
+    def __init__(
+        self,
+        samples: SampleSet | Sequence[Sample],
+        batch_size: int | None = None,
+        seed: int = 0,
+        shuffle: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        tokens_per_batch: int | None = None,
+        group_by_length: bool = False,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self.samples = gather_samples(samples)
+        self.plan = EpochPlan(
+            self.samples, batch_size, tokens_per_batch, shuffle, group_by_length, weights, seed, world_size
+        )
+        self.rank = rank
+        self.sampler = ShuffledOrder(self.plan) if shuffle else FixedOrder(self.plan)
+        self._epoch = 0
+        self._position = 0
+        self._restored = False
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator: nothing below runs before the first batch is asked for, when Lightning has set the epoch.
+        epoch = self.sampler.epoch
+        goes_on = self._restored and self._epoch == epoch and self._position < len(self)
+        start = self._position if goes_on else 0
+        self._epoch, self._position, self._restored = epoch, start, False
+        batches = self.plan.batches(epoch, self.rank)
+        for position in range(start, len(batches)):
+            self._position = position + 1
+            yield collate_rows(self.samples, *batches[position])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return epoch, batches consumed in it, and what they were cut from, as plain values."""
+        position = self._position if self._epoch == self.sampler.epoch else 0
+        return {"epoch": self.sampler.epoch, "position": position, "batches": len(self), **self._cut_from()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on behind the batches that were consumed, if the next iteration is of the same epoch.
+
+        Raises:
+            UserError: if the position lies inside an epoch of other data, or of batches that were cut differently.
+        """
+        saved = state_dict
+        for key, mine in self._cut_from().items():
+            if 0 < saved["position"] < saved["batches"] and mine != saved[key]:
+                raise UserError(
+                    f"the checkpoint was saved after batch {saved['position']} of an epoch with {key} = {saved[key]}, "
+                    f"but now {key} = {mine}: to go on inside that epoch keep the training data, max_length, too_long, "
+                    "batch_size times processes (tokens_per_batch and processes), group_by_length and weights as they "
+                    "were."
+                )
+        self._epoch, self._position, self._restored = saved["epoch"], saved["position"], True
+        self.sampler.set_epoch(saved["epoch"])
+
+    def _cut_from(self) -> dict[str, Any]:
+        """Return what decides the batches of an epoch, beside the seed."""
+        plan = self.plan
+        packed = plan.tokens_per_batch is not None
+        return {
+            "rows": len(self.samples),
+            "tokens": len(self.samples.ids),
+            "rows_per_batch": (plan.batch_size or 0) * plan.world_size,
+            "tokens_per_batch": plan.tokens_per_batch or 0,
+            "bins_per_batch": plan.world_size if packed else 0,  # two ranks of 2,048 pack other bins than one of 4,096
+            "group_by_length": plan.group_by_length,
+            "weights": None if plan.weights is None else [float(weight) for weight in plan.weights],
+        }

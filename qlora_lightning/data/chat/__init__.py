@@ -1,0 +1,1 @@
+"""A conversation as token ids and labels, by the tokenizer's own chat template."""

@@ -1,0 +1,1 @@
+"""A row of any known shape as a checked conversation."""

@@ -1,0 +1,89 @@
+"""Tools: the schemas that a row offers, and the calls that an assistant message makes."""
+
+import json
+import reprlib
+from typing import Any
+
+from qlora_lightning.data.reading.bad_rows import RowFault
+from qlora_lightning.data.rows.kinds import kind_of
+from qlora_lightning.data.rows.text import check_characters, read_string
+
+
+def find_tools(values: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the tools of a row as a chat template takes them, or None if it has none.
+
+    Args:
+        values: the row. Its ``tools`` are a list of JSON schemas, or such a list as a JSON string: each one as OpenAI
+            has it (``type`` and ``function``), or the function alone (``name``, ``description``, ``parameters``).
+
+    Raises:
+        RowFault: if ``tools`` is anything else.
+    """
+    tools = values.get("tools")
+    if isinstance(tools, str) and tools:
+        tools = parse_json(tools, "'tools'")
+    if tools in (None, "", []):
+        return None
+    if not isinstance(tools, list):
+        raise RowFault(f"'tools' must be a list of JSON schemas, found {kind_of(tools)}")
+    functions = [_read_function(tool, f"tool {number}") for number, tool in enumerate(tools, start=1)]
+    check_characters(functions, "'tools'")
+    return [{"type": "function", "function": function} for function in functions]
+
+
+def read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Return the ``tool_calls`` of a message with their arguments as objects, which is what templates expect.
+
+    Args:
+        calls: a list of ``{"type": "function", "function": {"name": …, "arguments": …}}``, each with an ``id`` or
+            without; the arguments are an object or, as OpenAI writes them, a JSON string of one.
+        where: how a message names the place, ``message 2``.
+
+    Raises:
+        RowFault: if the calls are anything else.
+    """
+    if not isinstance(calls, list):
+        raise RowFault(f"the tool_calls of {where} must be a list, found {kind_of(calls)}")
+    return [_read_call(call, f"tool call {number} of {where}") for number, call in enumerate(calls, start=1)]
+
+
+def parse_json(value: Any, what: str) -> Any:
+    """Return what a JSON string holds; any other value as it is.
+
+    Raises:
+        RowFault: if the string is not JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError, as a number of 5,000 digits is
+        reason = getattr(error, "msg", None) or type(error).__name__
+        raise RowFault(f"{what}: not JSON ({reason})") from error
+
+
+def _read_call(call: Any, where: str) -> dict[str, Any]:
+    function = _read_function(call, where)
+    arguments = parse_json(function.get("arguments"), f"the arguments of {where}")
+    if not isinstance(arguments, dict):
+        raise RowFault(
+            f"the arguments of {where} must be an object, or a JSON string of one, found {kind_of(arguments)}"
+        )
+    check_characters(arguments, where)
+    read: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    if call.get("id") is not None:
+        read["id"] = read_string(call["id"], f"the id of {where}")
+    return read
+
+
+def _read_function(value: Any, where: str) -> dict[str, Any]:
+    """Return what stands under ``function``, or the value itself where it is the function alone."""
+    if not isinstance(value, dict):
+        raise RowFault(f"{where} must be an object, found {kind_of(value)}")
+    if value.get("type") not in (None, "function"):
+        raise RowFault(f"{where} is of the type {reprlib.repr(value['type'])}, expected 'function'")
+    function = value.get("function") or {key: inner for key, inner in value.items() if key != "type"}
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowFault(f"{where} must have a function with a 'name', found {', '.join(map(str, value))}")
+    check_characters(function["name"], where)
+    return function

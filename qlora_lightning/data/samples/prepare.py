@@ -1,0 +1,228 @@
+"""From rows to samples or prompts, in chunks, with a report of what became of them."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+from qlora_lightning.data.chat.chat_text import Tools
+from qlora_lightning.data.chat.lengths import fit_length
+from qlora_lightning.data.chat.renderer import IGNORED, ChatRenderer, Rendered
+from qlora_lightning.data.reading.bad_rows import SHOWN, BadRow, RowFault
+from qlora_lightning.data.reading.cursor import REST_UNREAD
+from qlora_lightning.data.reading.reader import Row
+from qlora_lightning.data.rows.columns import check_columns, rename_columns
+from qlora_lightning.data.rows.conversations import to_conversation
+from qlora_lightning.data.rows.formats import Conversation, Format, choose_format
+from qlora_lightning.data.rows.tools import find_tools
+from qlora_lightning.data.samples.duplicates import find_duplicates
+from qlora_lightning.data.samples.prompts import Prompt
+from qlora_lightning.data.samples.report import Report
+from qlora_lightning.data.samples.sample_builder import SampleSetBuilder
+from qlora_lightning.data.samples.sample_set import SampleSet
+from qlora_lightning.errors import UserError
+
+TOO_LONG = "longer than max_length (too_long: drop)"
+CHUNK = 512  # rows that are rendered and encoded together, by all cores
+
+Rows = Iterable[Row | BadRow]
+Watch = Callable[[int], object]  # told how many rows are done
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How rows are turned into samples: the settings that every split shares."""
+
+    renderer: ChatRenderer
+    format: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    system: str | None = None
+    max_length: int = 2048
+    too_long: str = "truncate"
+
+
+class GoodRow(NamedTuple):
+    """A row that is a conversation, with its number in the split and the tools that it names."""
+
+    number: int
+    row: Row
+    conversation: Conversation
+    tools: Tools
+
+
+class Preparer:
+    """Turns rows into samples, chunk by chunk.
+
+    Args:
+        recipe: the settings.
+        report: where it is counted what becomes of rows.
+        first_row: number of the first row that is added.
+    """
+
+    def __init__(self, recipe: Recipe, report: Report, first_row: int = 0) -> None:
+        self.recipe = recipe
+        self.report = report
+        self.next_row = first_row
+        self._formats: dict[str, Format] = {}
+
+    def add(self, rows: Sequence[Row | BadRow], source: int, builder: SampleSetBuilder) -> None:
+        """Append the samples of a chunk of rows of one source.
+
+        Raises:
+            UserError: if a file's format is unclear, or the template cannot be used.
+        """
+        good = list(self.converse(rows, needs_answer=True))
+        all_rendered = self.recipe.renderer.render_all((row.conversation, row.tools) for row in good)
+        for (number, row, _, _), rendered in zip(good, all_rendered, strict=True):
+            if isinstance(rendered, RowFault):
+                self.refuse(row.where, str(rendered))
+            elif isinstance(rendered, UserError):
+                raise UserError(f"{row.where}: {rendered}") from rendered
+            else:
+                self._fit(rendered, row, number, source, builder)
+
+    def converse(self, rows: Sequence[Row | BadRow], needs_answer: bool) -> Iterator["GoodRow"]:
+        """Yield the good rows of a chunk as conversations; the bad ones are reported."""
+        self._choose_formats([row for row in rows if isinstance(row, Row)], needs_answer)
+        for row in rows:
+            number, self.next_row = self.next_row, self.next_row + 1
+            self.report.rows += 1
+            if isinstance(row, BadRow):
+                self.refuse(*row)
+                continue
+            try:
+                values = rename_columns(row.values, self.recipe.columns)
+                conversation = to_conversation(values, self._formats[row.file], self.recipe.system, needs_answer)
+                tools = find_tools(values)
+            except RowFault as fault:
+                self.refuse(row.where, str(fault))
+                continue
+            yield GoodRow(number, row, conversation, tools)
+
+    def refuse(self, where: str, reason: str) -> None:
+        """Count a bad row, and keep the first of them, and each that ends the reading of its file."""
+        self.report.bad_rows += 1
+        if len(self.report.bad) < SHOWN or reason.endswith(REST_UNREAD):
+            self.report.bad.append(BadRow(where, reason))
+
+    def _fit(self, rendered: list[Rendered], row: Row, number: int, source: int, builder: SampleSetBuilder) -> None:
+        recipe, report = self.recipe, self.report
+        made = 0
+        for ids, labels in rendered:
+            pieces = fit_length(ids, labels, recipe.max_length, recipe.too_long)
+            if not pieces and recipe.too_long == "drop":
+                report.lost_tokens += len(ids)
+                report.lost_labels += _count(labels)
+            if len(ids) > recipe.max_length and pieces and recipe.too_long == "truncate":
+                (short_ids, short_labels), *_ = pieces
+                report.shortened += 1
+                report.lost_tokens += len(ids) - len(short_ids)
+                report.lost_labels += _count(labels) - _count(short_labels)
+            for piece_ids, piece_labels in pieces:
+                labelled = _count(piece_labels)
+                if labelled:
+                    builder.add(piece_ids, piece_labels, number, source, row.file, row.line)
+                    report.samples += 1
+                    report.tokens += len(piece_ids)
+                    report.labelled += labelled
+                    made += 1
+        report.turn_by_turn += len(rendered) > 1
+        if made:
+            return
+        if recipe.too_long == "drop" and any(len(ids) > recipe.max_length for ids, _ in rendered):
+            report.drop(TOO_LONG)
+            return
+        report.unusable += 1
+        marked = not any(_count(labels) for _, labels in rendered)
+        report.drop("every answer is marked `train: false`" if marked else "no labelled token within max_length")
+
+    def _choose_formats(self, rows: Sequence[Row], needs_answer: bool) -> None:
+        files: dict[str, list[Row]] = {}
+        for row in rows:
+            if row.file not in self._formats:
+                files.setdefault(row.file, []).append(row)
+        for file, of_file in files.items():
+            renamed = [row._replace(values=_rename(row, self.recipe.columns)) for row in of_file]
+            form = choose_format(renamed, self.recipe.format, needs_answer)
+            self._formats[file] = form
+            if form.name not in self.report.formats:
+                self.report.formats.append(form.name)
+
+
+def prepare_samples(
+    sources: Sequence[Rows], recipe: Recipe, split: str, watch: Watch = lambda rows: None, check: bool = True
+) -> tuple[SampleSet, Report]:
+    """Turn the rows of a split into samples to train or validate on; bad ones are reported and left out.
+
+    Args:
+        sources: the rows of each source, in order.
+        recipe: the settings.
+        split: its name.
+        watch: told now and then how many rows are done.
+        check: whether ``columns`` must be there.
+
+    Raises:
+        UserError: if a format is unclear, or the template cannot be used.
+    """
+    report, builder = Report(split), SampleSetBuilder()
+    preparer = Preparer(recipe, report)
+    for number, chunk in _chunks(sources, recipe if check else None):
+        preparer.add(chunk, number, builder)
+        watch(report.rows)
+    samples = builder.build()
+    report.duplicates, report.duplicate_pairs = find_duplicates(samples)
+    return samples, report
+
+
+def prepare_prompts(
+    sources: Sequence[Rows], recipe: Recipe, split: str, watch: Watch = lambda rows: None, check: bool = True
+) -> tuple[list[Prompt], Report]:
+    """Turn rows into prompts, whole whatever their length; an answer that a row ends in becomes its reference.
+
+    Raises:
+        UserError: if a format is unclear or the template cannot be used.
+    """
+    report, prompts = Report(split), list[Prompt]()
+    preparer = Preparer(recipe, report)
+    for _, chunk in _chunks(sources, recipe if check else None):
+        for number, row, conversation, tools in preparer.converse(chunk, needs_answer=False):
+            answered = conversation[-1]["role"] == "assistant"
+            reference = conversation[-1]["content"] if answered else None
+            messages = conversation[:-1] if answered else conversation
+            try:
+                ids = recipe.renderer.render_prompt(messages, tools)
+            except RowFault as fault:
+                preparer.refuse(row.where, str(fault))
+                continue
+            except UserError as error:
+                raise UserError(f"{row.where}: {error}") from error
+            report.samples += 1
+            report.tokens += len(ids)
+            prompts.append(Prompt(ids, reference, number, row.values, row.file, row.line))
+        watch(report.rows)
+    return prompts, report
+
+
+def _chunks(sources: Sequence[Rows], recipe: Recipe | None) -> Iterator[tuple[int, list[Row | BadRow]]]:
+    """Yield (source, chunk); first the beginning of each source is looked at together, for ``columns``."""
+    streams = [iter(source) for source in sources]
+    begun = [list(islice(stream, CHUNK)) for stream in streams]
+    rows = [row for chunk in begun for row in chunk if isinstance(row, Row)]
+    if recipe is not None and rows:
+        check_columns(rows, recipe.columns, recipe.format)
+    for number, (chunk, stream) in enumerate(zip(begun, streams, strict=True)):
+        while chunk:
+            yield number, chunk
+            chunk = list(islice(stream, CHUNK))
+
+
+def _rename(row: Row, columns: Mapping[str, str]) -> dict[str, object]:
+    try:
+        return rename_columns(row.values, columns)
+    except RowFault:  # told when the row itself is converted
+        return row.values
+
+
+def _count(labels: list[int]) -> int:
+    """Count labelled tokens; nothing predicts the first one."""
+    return len(labels) - 1 - labels[1:].count(IGNORED)

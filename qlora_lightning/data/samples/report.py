@@ -1,0 +1,100 @@
+"""What became of the rows of one split."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from qlora_lightning.data.reading.bad_rows import BadRow
+
+_LISTED = 5
+
+
+@dataclass
+class Report:
+    """What became of the rows of one split; plain values.
+
+    Attributes:
+        split: ``train``, ``val``, ``test`` or ``predict``.
+        rows: rows read, bad and dropped ones included.
+        samples: samples made of them.
+        formats: names of the formats found.
+        tokens: tokens of all samples.
+        labelled: of these, labelled ones.
+        shortened: samples cut to ``max_length``.
+        lost_tokens: tokens cut away.
+        lost_labels: of these, labelled ones.
+        turn_by_turn: rows that became a sample per turn, since the template renders earlier answers otherwise.
+        dropped: rows left out though they are well-formed, by reason.
+        unusable: of these, rows without a labelled token.
+        bad_rows: malformed rows.
+        bad: the first of them.
+        duplicates: rows equal to an earlier one of the split.
+        duplicate_pairs: places of the first of these, each with that of the row that it equals.
+        overlap: rows of this split that are trained on too.
+        overlap_pairs: places of the first of these, each with that in the training rows.
+    """
+
+    split: str
+    rows: int = 0
+    samples: int = 0
+    formats: list[str] = field(default_factory=list)
+    tokens: int = 0
+    labelled: int = 0
+    shortened: int = 0
+    lost_tokens: int = 0
+    lost_labels: int = 0
+    turn_by_turn: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    unusable: int = 0
+    bad_rows: int = 0
+    bad: list[BadRow] = field(default_factory=list)
+    duplicates: int = 0
+    duplicate_pairs: list[tuple[str, str]] = field(default_factory=list)
+    overlap: int = 0
+    overlap_pairs: list[tuple[str, str]] = field(default_factory=list)
+
+    def drop(self, reason: str) -> None:
+        """Count a well-formed row that is left out."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    def describe(self) -> str:
+        """Return what is printed for the split: one line, and one more for each thing to look at."""
+        formats = f" ({', '.join(self.formats)})" if self.formats else ""
+        parts = [f"{self.split}: {self.rows:,} rows{formats}", f"{self.tokens:,} tokens"]
+        if self.labelled:
+            parts.append(f"{self.labelled / self.tokens:.0%} labelled")
+        if self.samples != self.rows:
+            parts.append(f"{self.samples:,} samples")
+        if self.shortened:
+            parts.append(f"{self.shortened:,} shortened ({self.lost_labels:,} labelled tokens lost)")
+        if self.turn_by_turn:
+            parts.append(f"{self.turn_by_turn:,} rendered turn by turn")
+        lines = [", ".join(parts)]
+        lines += [f"  {count:,} rows dropped: {reason}" for reason, count in self.dropped.items()]
+        if self.bad_rows:
+            lines += _list(f"{self.bad_rows:,} bad rows skipped", [f"{row.where} ({row.reason})" for row in self.bad])
+        if self.duplicates:
+            pairs = [f"{here} = {first}" for here, first in self.duplicate_pairs]
+            lines += _list(f"{self.duplicates:,} rows equal an earlier one", pairs)
+        if self.overlap:
+            pairs = [f"{here} = {first}" for here, first in self.overlap_pairs]
+            lines += _list(f"{self.overlap:,} rows are trained on too, so {self.split}_loss is too good", pairs)
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Report":
+        """Make it of what ``as_dict`` gave, back from JSON."""
+        report = cls(**values)
+        report.bad = [BadRow(*row) for row in report.bad]
+        for pairs in (report.duplicate_pairs, report.overlap_pairs):
+            pairs[:] = [(here, first) for here, first in pairs]
+        return report
+
+
+def _list(title: str, places: list[str]) -> list[str]:
+    more = ", …" if len(places) > _LISTED else ""
+    return [f"  {title}: {', '.join(places[:_LISTED])}{more}"]

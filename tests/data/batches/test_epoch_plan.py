@@ -1,0 +1,141 @@
+from collections import Counter
+
+import pytest
+
+from qlora_lightning.data.batches.epoch_plan import EpochPlan
+from qlora_lightning.data.batches.order import epoch_order
+from qlora_lightning.data.samples.sample_builder import SampleSetBuilder
+from qlora_lightning.errors import UserError
+
+LENGTHS = [(7 * n) % 23 + 1 for n in range(100)]  # from 1 to 23
+
+
+def build(lengths=LENGTHS):
+    """Row n of ``lengths[n]`` tokens; of 10 rows the first 7 are of source 0."""
+    builder = SampleSetBuilder()
+    for number, length in enumerate(lengths):
+        builder.add([1] * length, [1] * length, number, int(number % 10 > 6), "train.jsonl", number + 1)
+    return builder.build()
+
+
+SAMPLES = build()
+
+
+def plan(**kwargs):
+    return EpochPlan(SAMPLES, **{"shuffle": True, "seed": 7} | kwargs)
+
+
+def rows(batches):
+    return [batch.rows for batch in batches]
+
+
+def together(epoch=0, world_size=1, **kwargs):
+    """The rows of each micro-batch over all ranks, fillers left out."""
+    it = plan(world_size=world_size, **kwargs)
+    ranks = [it.batches(epoch, rank) for rank in range(world_size)]
+    assert {len(batches) for batches in ranks} == {len(it)}
+    return [[row for batch in step if not batch.filler for row in batch.rows] for step in zip(*ranks, strict=True)]
+
+
+CUTS = [
+    {"batch_size": 8},
+    {"batch_size": 8, "group_by_length": True},
+    {"tokens_per_batch": 64},
+]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_without_weights_every_row_runs_once_an_epoch(cut, world_size, shuffle):
+    for epoch in range(3):
+        steps = together(epoch, world_size, shuffle=shuffle, **cut)
+        assert sorted(row for step in steps for row in step) == list(range(100))
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("weights", [None, [1, 3]])
+def test_an_epoch_is_told_by_seed_and_number_and_without_shuffling_never_changes(cut, weights):
+    first = rows(plan(weights=weights, **cut).batches(3))
+    assert first == rows(plan(weights=weights, **cut).batches(3))
+    assert (
+        first != rows(plan(weights=weights, **cut).batches(4)) != rows(plan(weights=weights, seed=8, **cut).batches(4))
+    )
+    fixed = plan(weights=weights, shuffle=False, **cut)
+    assert rows(fixed.batches(0)) == rows(fixed.batches(1))
+
+
+def test_rows_follow_the_order_of_the_epoch():
+    order = epoch_order(100, 7, 2)
+    assert rows(plan(batch_size=8).batches(2)) == [order[at : at + 8] for at in range(0, 100, 8)]
+    assert rows(plan(batch_size=60, shuffle=False).batches(2)) == [list(range(60)), list(range(60, 100))]
+
+
+def test_bins_stay_within_the_budget_and_are_shuffled():
+    bins = rows(plan(tokens_per_batch=64).batches(0))
+    fills = [sum(LENGTHS[row] for row in bin_) for bin_ in bins]
+    assert max(fills) <= 64
+    assert len(bins) == -(-sum(LENGTHS) // 64)
+    longest = [max(LENGTHS[row] for row in bin_) for bin_ in bins]
+    assert longest != sorted(longest, reverse=True)
+    unshuffled = rows(plan(tokens_per_batch=64, shuffle=False).batches(0))
+    assert LENGTHS[unshuffled[0][0]] == 23  # memory runs out in the first batch or never
+
+
+def test_ranks_take_the_bins_of_one_process_in_turn():
+    alone = rows(plan(tokens_per_batch=64).batches(1))
+    second = plan(tokens_per_batch=64, world_size=2).batches(1, rank=1)
+    assert rows(second)[: len(alone) // 2] == alone[1::2]
+
+
+def test_groups_are_of_like_length_over_all_ranks():
+    for step in together(world_size=2, batch_size=4, group_by_length=True):
+        lengths = [LENGTHS[row] for row in step]
+        assert max(lengths) - min(lengths) <= 4
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_weights_give_each_source_its_share_in_epochs_of_one_size(cut, world_size):
+    steps = [together(epoch, world_size, weights=[1, 1], **cut) for epoch in range(6)]
+    assert {len(epoch) for epoch in steps} == {len(plan(weights=[1, 1], world_size=world_size, **cut))}
+    for epoch in steps:
+        counts = Counter(SAMPLES.source[row] for step in epoch for row in step)
+        if "batch_size" in cut:
+            assert counts == {0: 50, 1: 50}
+        else:  # the emptiest bins may be left out
+            assert all(45 <= counts[source] <= 50 for source in (0, 1))
+
+
+def test_bins_under_weights_are_as_many_as_in_epoch_0():
+    lengths = [60] * 10 + [1] * 90  # an epoch takes a few of the long rows or many, and needs a bin for each
+    it = EpochPlan(build(lengths), tokens_per_batch=64, shuffle=True, weights=[1, 30], seed=3)
+    own = {len(it._pack(epoch)) for epoch in range(12)}
+    assert min(own) < len(it) < max(own)  # so bins are cut in two in some epochs and left out in others
+    assert {len(it.batches(epoch)) for epoch in range(12)} == {len(it)}
+
+
+def test_one_of_batch_size_and_tokens_per_batch():
+    for both in ({}, {"batch_size": 8, "tokens_per_batch": 64}):
+        with pytest.raises(UserError, match="expected one of batch_size \\(rows\\) and tokens_per_batch, found"):
+            plan(**both)
+
+
+def test_a_batch_size_below_one_is_refused():
+    with pytest.raises(UserError, match="batch_size: expected at least 1, found 0"):
+        plan(batch_size=0)
+
+
+def test_a_sample_above_the_budget_is_named():
+    with pytest.raises(UserError, match=r"longest sample, 23 tokens \(train.jsonl:14\), found 22, for which 4 of 100"):
+        plan(tokens_per_batch=22)
+
+
+def test_grouping_is_refused_beside_a_budget():
+    with pytest.raises(UserError, match="group_by_length: expected batch_size beside it, found tokens_per_batch"):
+        plan(tokens_per_batch=64, group_by_length=True)
+
+
+def test_weights_that_cannot_be_kept_are_refused_at_once():
+    with pytest.raises(UserError, match="source 3 has no usable row"):
+        plan(batch_size=8, weights=[1, 1, 1])

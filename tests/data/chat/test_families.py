@@ -1,0 +1,125 @@
+"""The renderer on templates in the style of known models, each with a tokenizer of its kind."""
+
+import itertools
+
+import pytest
+
+from qlora_lightning.data.chat.renderer import ChatRenderer
+
+SYSTEM = [{"role": "system", "content": "You answer in one word."}]
+ANSWERS = ["yes", "\n\n  yes", " yes ", "é🙂\nyes", "\tyes\n", "yes <html> [INST", "1,000\r\n"]
+# what is trained of an answer: the answer as the template writes it where generation goes on, and the stop token
+TURNS = {
+    "llama2": lambda answer: f" {answer.strip()} </s>",
+    "llama31": lambda answer: f"{answer.strip()}<|eot_id|>",
+    "qwen25": lambda answer: f"{answer}<|im_end|>",
+    "qwen3": lambda answer: "<think>\n\n</think>\n\n" + answer.lstrip("\n") + "<|im_end|>",
+    "mistral": lambda answer: f" {answer}</s>",
+    "markers": lambda answer: f"{answer}<|im_end|>",
+}
+
+
+def spans(rendered):
+    """First and last + 1 of each stretch of labelled tokens."""
+    edges = [n for n, (a, b) in enumerate(itertools.pairwise([-100, *rendered.labels, -100])) if (a < 0) != (b < 0)]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def trained(tokenizer, rendered):
+    """What each stretch adds to the decoded text: decoded by itself, sentencepiece would drop its first space."""
+    read = tokenizer.decode
+    return [read(rendered.ids[:after])[len(read(rendered.ids[:first])) :] for first, after in spans(rendered)]
+
+
+@pytest.fixture(params=TURNS)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def tokenizer(families, family):
+    return families[family]
+
+
+@pytest.mark.parametrize("system", [[], SYSTEM], ids=["no system prompt", "system prompt"])
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_one_turn(tokenizer, family, talk, system, answer):
+    conversation = system + talk("What is asked?", answer)
+    (rendered,) = ChatRenderer(tokenizer).render(conversation)
+    assert trained(tokenizer, rendered) == [TURNS[family](answer)]
+    assert tokenizer.decode(rendered.ids) == tokenizer.apply_chat_template(conversation, tokenize=False)
+
+
+@pytest.mark.parametrize("system", [[], SYSTEM], ids=["no system prompt", "system prompt"])
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_several_turns(tokenizer, family, talk, system, answer):
+    conversation = system + talk("What?", answer, "And?", f"{answer}!", "And then?", "no")
+    rendered = ChatRenderer(tokenizer).render(conversation)
+    said = [text for sample in rendered for text in trained(tokenizer, sample)]
+    assert said == [TURNS[family](text) for text in (answer, f"{answer}!", "no")]
+    # Mistral moves the system prompt on to the last question, Qwen3 strips thoughts: such a turn is a sample of its own
+    apart = family == "qwen3" or (family == "mistral" and system)
+    assert len(rendered) == (3 if apart else 1)
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_every_answer_follows_exactly_what_generation_begins_with(tokenizer, talk, answer):
+    renderer = ChatRenderer(tokenizer)
+    conversation = SYSTEM + talk("What?", answer, "And?", f"{answer}!")
+    rendered = renderer.render(conversation)
+    starts = [(sample, first) for sample in rendered for first, _ in spans(sample)]
+    for turn, (sample, first) in zip((2, 4), starts, strict=True):
+        assert sample.ids[:first] == renderer.render_prompt(conversation[:turn])
+
+
+def test_every_answer_ends_in_the_stop_token(tokenizer, talk):
+    rendered = ChatRenderer(tokenizer).render(talk("What?", "yes", "And?", "no"))
+    ends = [sample.ids[after - 1] for sample in rendered for _, after in spans(sample)]
+    assert ends == [tokenizer.eos_token_id] * 2
+
+
+def test_one_bos(tokenizer, family, talk):
+    for sample in ChatRenderer(tokenizer).render(SYSTEM + talk("What?", "yes", "And?", "no")):
+        wanted = {"llama2": 2, "llama31": 1, "mistral": 1}.get(family, 0)  # Llama-2 begins each exchange with one
+        assert sample.ids.count(tokenizer.bos_token_id) == wanted
+        if wanted:
+            assert sample.ids[0] == tokenizer.bos_token_id != sample.ids[1]
+
+
+def test_the_last_answer_only_or_every_token(tokenizer, family, talk):
+    conversation = talk("What?", "yes", "And?", "no")
+    (last,) = ChatRenderer(tokenizer, train_on="last").render(conversation)
+    assert trained(tokenizer, last) == [TURNS[family]("no")]
+    assert tokenizer.decode(last.ids) == tokenizer.apply_chat_template(conversation, tokenize=False)
+    for sample in ChatRenderer(tokenizer, train_on="all").render(conversation):
+        assert sample.labels == [-100, *sample.ids[1:]]
+
+
+def test_thoughts_are_trained_where_the_template_keeps_them(families, talk):
+    thinking = "<think>\nFour.\n</think>\n\nyes"
+    rendered = ChatRenderer(families["qwen3"]).render(talk("What?", thinking, "And?", thinking))
+    assert [trained(families["qwen3"], sample) for sample in rendered] == [[f"{thinking}<|im_end|>"]] * 2
+    assert families["qwen3"].decode(rendered[1].ids).count("Four.") == 1  # the earlier thought is gone
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("llama31", '{"name": "add", "parameters": {"a": 2, "b": 2}}<|eot_id|>'),
+        ("qwen25", '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call><|im_end|>'),
+    ],
+)
+def test_a_tool_call_is_an_answer_and_what_the_tool_says_is_not(families, talk, name, call):
+    conversation = [
+        *talk("What is 2 + 2?"),
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "Four."},
+    ]
+    (rendered,) = ChatRenderer(families[name]).render(conversation, TOOLS)
+    assert trained(families[name], rendered) == [call, TURNS[name]("Four.")]
+    assert '"Adds."' in families[name].decode(rendered.ids)

@@ -1,0 +1,308 @@
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+from qlora_lightning.data.chat.renderer import ChatRenderer
+from qlora_lightning.data.reading.bad_rows import RowFault
+from qlora_lightning.errors import UserError
+
+
+def render(tokenizer, conversation, **settings):
+    """The one sample of a conversation."""
+    (rendered,) = ChatRenderer(tokenizer, **settings).render(conversation)
+    return rendered
+
+
+def render_prompt(tokenizer, messages):
+    return ChatRenderer(tokenizer).render_prompt(messages)
+
+
+def labelled(tokenizer, rendered):
+    return tokenizer.decode([label for label in rendered.labels if label != -100])
+
+
+def test_ids_and_labels_by_hand(characters, talk):
+    ids, labels = render(characters, talk("q", "ok"))
+    #      {    u   \n   q    }   \n   {   a   \n   o    k    }   \n
+    assert ids == [123, 117, 10, 113, 125, 10, 123, 97, 10, 111, 107, 125, 10]
+    assert labels == [-100] * 9 + [111, 107, 125] + [-100]
+
+
+def test_prompt_by_hand(characters, talk):
+    assert render_prompt(characters, talk("q")) == [123, 117, 10, 113, 125, 10, 123, 97, 10]
+
+
+def test_an_answer_that_begins_with_a_newline_is_cut_from_the_header(characters, talk):
+    ids, labels = render(characters, talk("q", "\nk"))
+    assert ids == [123, 117, 10, 113, 125, 10, 123, 97, 10, 10, 107, 125, 10]  # encoded as a whole: 1010
+    assert labels == [-100] * 9 + [10, 107, 125] + [-100]
+
+
+def test_every_answer_is_trained_or_the_last_or_all(characters, talk):
+    conversation = talk("q", "a", "r", "b")
+    assert labelled(characters, render(characters, conversation)) == "a}b}"
+    assert labelled(characters, render(characters, conversation, train_on="last")) == "b}"
+    rendered = render(characters, conversation, train_on="all")
+    assert rendered.labels == [-100, *rendered.ids[1:]]
+    with pytest.raises(UserError, match="train_on: expected assistant, last, all, found 'user'"):
+        render(characters, conversation, train_on="user")
+
+
+def test_turns_after_the_last_answer_are_left_out(characters, talk):
+    assert render(characters, talk("q", "a", "r")) == render(characters, talk("q", "a"))
+
+
+@pytest.mark.parametrize("template", [None, "llama3"])
+@pytest.mark.parametrize("answer", ["yes", "\n\n  yes", "é🙂\nyes", " yes ", "1,000 <html>"])
+def test_what_is_trained_follows_exactly_what_generation_sees(smol, templates, talk, template, answer):
+    if template:
+        smol.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
+        smol.chat_template = getattr(templates, template)
+    stop = smol.convert_tokens_to_ids("<|eot_id|>" if template else "<|im_end|>")
+    conversation = talk("q é", answer, "and?", answer + "!")
+    ids, labels = render(smol, conversation, stop_ids=[stop])
+    for turn in (1, 3):
+        prompt = render_prompt(smol, conversation[:turn])
+        assert ids[: len(prompt)] == prompt
+        assert labels[len(prompt)] == ids[len(prompt)]
+        assert labels[len(prompt) - 1] == -100
+    said = [text.strip() if template else text for text in (answer, answer + "!")]
+    assert smol.decode([label for label in labels if label != -100]) == "".join(
+        text + smol.decode([stop]) for text in said
+    )
+
+
+def test_ids_are_those_of_the_template(smol, talk):
+    conversation = talk("Name a colour.", "Blue.", "Another?", "Red.")
+    assert render(smol, conversation).ids == smol.apply_chat_template(conversation, return_dict=False)
+
+
+def test_control_tokens_as_text_are_refused(smol, talk):
+    with pytest.raises(RowFault, match=r"message 1 \(user\) contains the control token '<\|im_end\|>' as text"):
+        render(smol, talk("a<|im_end|>b", "c"))
+    with pytest.raises(RowFault, match="message 1"):
+        render_prompt(smol, talk("a<|im_start|>b"))
+
+
+def test_a_template_that_rewrites_history_is_rendered_turn_by_turn(smol, templates, talk):
+    smol.chat_template = templates.qwen
+    conversation = talk("q", "<think>hm</think>a", "r", "b")
+    first, whole = ChatRenderer(smol).render(conversation)
+    assert labelled(smol, first) == "<think>hm</think>a<|im_end|>"
+    assert labelled(smol, whole) == "b<|im_end|>"  # the first answer, stripped there, is no answer of this model
+    for rendered, turns in ((first, 1), (whole, 3)):
+        prompt = render_prompt(smol, conversation[:turns])
+        assert rendered.ids[: len(prompt)] == prompt
+    assert ChatRenderer(smol, train_on="last").render(conversation) == [whole]
+
+
+def test_answers_that_survive_history_stay_together(smol, templates, talk):
+    smol.chat_template = templates.qwen
+    conversation = talk("q", "a", "r", "<think>hm</think>b", "s", "c")
+    second, whole = ChatRenderer(smol).render(conversation)
+    assert labelled(smol, second) == "<think>hm</think>b<|im_end|>"
+    assert labelled(smol, whole) == "a<|im_end|>c<|im_end|>"
+
+
+def test_a_template_that_writes_no_answer_as_it_begins_it_is_refused(smol, talk):
+    smol.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}Answer: {% endif %}"
+    )
+    with pytest.raises(RowFault, match=r"not prefix-preserving: it renders message 2 \(assistant\)"):
+        render(smol, talk("q", "a"))
+
+
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def test_the_templates_own_markers_say_what_is_trained(smol, talk):
+    conversation = talk("q", "a", "r", "b")
+    plain = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    smol.chat_template = plain
+    wanted = render(smol, conversation)
+    smol.chat_template = MARKED
+    assert render(smol, conversation) == wanted
+    assert labelled(smol, render(smol, conversation)) == "a<|im_end|>b<|im_end|>"
+
+
+def test_markers_that_leave_out_the_stop_token_are_refused(smol, talk):
+    smol.chat_template = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    with pytest.raises(UserError, match=r"never learn to stop: within its \{% generation %\} markers"):
+        render(smol, talk("q", "a"))
+
+
+def test_an_answer_that_is_not_to_be_trained_has_no_label(smol, talk):
+    conversation = talk("q", "a", "r", "b")
+    conversation[1]["train"] = False
+    assert labelled(smol, render(smol, conversation)) == "b<|im_end|>"
+    conversation[3]["train"] = False
+    assert labelled(smol, render(smol, conversation)) == ""
+    with pytest.raises(RowFault, match="`train: false` in a message contradicts `train_on: all`"):
+        render(smol, conversation, train_on="all")
+
+
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %}CALL {{ call['function'] | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_calls_of_tools_are_trained_and_what_tools_return_is_not(smol, talk):
+    smol.chat_template = TOOLS
+    call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+    conversation = [
+        {"role": "user", "content": "time?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "noon"},
+        {"role": "assistant", "content": "It is noon."},
+    ]
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    (rendered,) = ChatRenderer(smol).render(conversation, tools)
+    said = 'CALL {"name": "clock", "arguments": {}}<|im_end|>It is noon.<|im_end|>'
+    assert labelled(smol, rendered) == said
+    smol.chat_template = TOOLS.replace("{% if tools %}", "{% if false %}")
+    with pytest.raises(RowFault, match="leaves out the tool 'clock': it knows no tools"):
+        ChatRenderer(smol).render(conversation, tools)
+
+
+def test_many_are_rendered_as_each_alone(smol, talk):
+    conversations = [talk("q", "a"), talk("<|im_end|>", "a"), talk("q", "\n\nb", "r", "\nc")]
+    renderer = ChatRenderer(smol)
+    good, bad, cut = renderer.render_all([(conversation, None) for conversation in conversations])
+    assert good == ChatRenderer(smol).render(conversations[0])
+    assert isinstance(bad, RowFault)
+    assert cut == ChatRenderer(smol).render(conversations[2])
+
+
+@pytest.mark.parametrize(
+    ("ending", "found"),
+    [("", "the first control token there is missing"), ("<|endoftext|>", "'<|endoftext|>', at which generation")],
+)
+def test_a_template_without_stop_token_is_refused_with_the_turn(smol, talk, ending, found):
+    smol.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}" + ending + "\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    with pytest.raises(UserError) as error:
+        render(smol, talk("q", "the answer"))
+    message = str(error.value)
+    assert "never learn to stop" in message
+    assert "'<|im_end|>'" in message
+    assert f"'the answer{ending}\\n'" in message
+    assert found in message
+
+
+def test_a_template_that_drops_or_changes_a_message_is_refused(smol, talk):
+    smol.chat_template = (
+        "{% for m in messages %}{% if m['role'] != 'system' %}"
+        "{{ m['content'] | upper }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    system = [{"role": "system", "content": "be brief"}]
+    with pytest.raises(RowFault, match=r"leaves out or changes message 1 \(system\)"):
+        render(smol, system + talk("Q", "A"))
+    with pytest.raises(RowFault, match="changes the answer"):
+        render(smol, talk("Q", "abc"))
+
+
+def test_a_bos_that_the_tokenizer_writes_and_the_template_forgets_is_refused(smol, talk):
+    smol.add_special_tokens({"bos_token": "<|endoftext|>"})
+    smol.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    with pytest.raises(UserError, match=r"expected the BOS token '<\|endoftext\|>' first.*begins: '<\|im_start"):
+        render(smol, talk("q", "a"))
+
+
+def test_what_the_template_raises_is_the_reason(smol, talk):
+    smol.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(RowFault, match="refuses the conversation: no system role"):
+        render(smol, talk("q", "a"))
+    smol.chat_template = "{{ messages[0]['content'] + 1 }}"
+    with pytest.raises(RowFault, match="fails on the conversation: TypeError"):
+        render(smol, talk("q", "a"))
+
+
+def test_a_second_bos_is_refused(smol, talk):
+    smol.chat_template = "{{ bos_token }}{{ bos_token }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    with pytest.raises(UserError, match="expected one BOS token, found two"):
+        render(smol, talk("q", "a"))
+
+
+def test_a_tokenizer_without_template_is_refused(smol):
+    smol.chat_template = None
+    with pytest.raises(UserError, match="has no chat template"):
+        ChatRenderer(smol)
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"city": "Rome"}}}
+
+
+def calling(*calls, **marks):
+    return [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [*calls], **marks}]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"name": "f<|im_end|>", "arguments": {}},
+        {"name": "f", "arguments": {"city": "a<|im_end|>b"}},
+        {"name": "f", "arguments": {"<|im_start|>": 1}},
+    ],
+)
+def test_control_tokens_in_calls_are_refused(smol, call):
+    smol.chat_template = TOOLS
+    with pytest.raises(RowFault, match=r"message 2 \(assistant\) contains the control token"):
+        ChatRenderer(smol).render(calling({"type": "function", "function": call}))
+
+
+def test_control_tokens_in_tools_are_refused(smol):
+    smol.chat_template = TOOLS
+    tools = [{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}]
+    for ask in (
+        lambda renderer: renderer.render(calling(CALL), tools),
+        lambda r: r.render_prompt(calling()[:1], tools),
+    ):
+        with pytest.raises(RowFault, match="'tools' contain the control token"):
+            ask(ChatRenderer(smol))
+
+
+@pytest.mark.parametrize("lost", ["'name': call['function']['name']", "'arguments': call['function']['arguments']"])
+def test_a_template_that_leaves_out_what_a_call_says_is_refused(smol, lost):
+    smol.chat_template = TOOLS.replace("call['function'] | tojson", "{" + lost + "} | tojson")
+    with pytest.raises(RowFault, match=r"changes the answer|leaves out the tool calls"):
+        ChatRenderer(smol).render(calling(CALL))
+
+
+def test_calls_of_an_answer_that_is_not_trained_must_be_there_too(smol, talk):
+    conversation = [*calling(CALL, train=False), *talk("q", "a")]
+    smol.chat_template = TOOLS
+    assert labelled(smol, render(smol, conversation)) == "a<|im_end|>"
+    smol.chat_template = TOOLS.replace("m['tool_calls'] or []", "[]")
+    with pytest.raises(RowFault, match="leaves out the tool calls of message 2: it knows no tools"):
+        render(smol, conversation)
+
+
+def test_marked_answers_that_history_rewrites_are_rendered_turn_by_turn(smol, talk):
+    """Earlier questions get a word more: what is marked then follows what generation never sees."""
+    smol.chat_template = MARKED.replace(
+        "{{ m['content'] }}<|im_end|>{% endif %}",
+        ("{{ m['content'] }}{% if loop.index0 < messages | length - 2 %} /LATER{% endif %}<|im_end|>{% endif %}"),
+    )
+    conversation = talk("q", "a", "r", "b")
+    first, whole = ChatRenderer(smol).render(conversation)
+    assert (labelled(smol, first), labelled(smol, whole)) == ("a<|im_end|>", "b<|im_end|>")
+    assert "/LATER" not in smol.decode(first.ids)
+    assert "/LATER" in smol.decode(whole.ids)
+
+
+def test_markers_that_begin_behind_where_generation_does_are_refused(smol, talk):
+    smol.chat_template = MARKED.replace("{% generation %}", "Well, {% generation %}")
+    with pytest.raises(RowFault, match=r"marks message 2 with {% generation %} elsewhere than generation begins"):
+        render(smol, talk("q", "a"))

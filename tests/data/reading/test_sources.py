@@ -1,0 +1,127 @@
+from pathlib import Path
+
+import pytest
+
+from qlora_lightning.data.reading.sources import Source, find_sources
+from qlora_lightning.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def touch(*names):
+    """Make files that are not empty, and their folders."""
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("{}\n")
+
+
+def find(value, split="train"):
+    return [[str(file) for file in source.files] for source in find_sources(value, split)]
+
+
+def refusal(value, split="train"):
+    with pytest.raises(UserError) as error:
+        find_sources(value, split)
+    return str(error.value)
+
+
+def test_a_file_a_folder_and_a_glob():
+    touch("d/b.jsonl", "d/a.json", "d/deep/c.csv.gz", "d/README.md", "d/.hidden.jsonl", "d/.git/x.json", "e.PARQUET")
+    assert find("e.PARQUET") == [["e.PARQUET"]]
+    assert find(Path("d")) == find("d/") == [["d/a.json", "d/b.jsonl", "d/deep/c.csv.gz"]]
+    assert find("d/*") == find("d/**") == [["d/a.json", "d/b.jsonl", "d/deep/c.csv.gz"]]
+    assert find("d/[ab].*") == [["d/a.json", "d/b.jsonl"]]
+    assert find("**/*.jsonl") == [["d/b.jsonl"]]
+    assert find(["d/b.jsonl", {"path": "d/a.json"}]) == [["d/b.jsonl"], ["d/a.json"]]
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_that_file():
+    touch("a[1].jsonl", "a1.jsonl")
+    assert find("a[1].jsonl") == [["a[1].jsonl"]]
+
+
+def test_the_home_folder_is_found(monkeypatch):
+    touch("home/a.jsonl")
+    monkeypatch.setenv("HOME", str(Path("home").absolute()))
+    assert find("~/a.jsonl") == find("~/*.jsonl") == [[str(Path("home/a.jsonl").absolute())]]
+
+
+def test_names_that_are_no_paths_are_data_sets_of_the_hub():
+    assert find_sources("org/data-v1.5", "train") == [Source("org/data-v1.5", split="train")]
+    assert find_sources("org/data", "val")[0].split == "validation"
+    assert find_sources("org/data", "test")[0].split == "test"
+    assert find_sources("org/data", "predict", streaming=True) == [Source("org/data", split="test", streaming=True)]
+    entry = {"path": "org/data", "weight": 2, "split": "train[:10%]", "name": "main", "revision": "v1"}
+    assert find_sources(entry, "train") == [Source("org/data", (), 2.0, "train[:10%]", "main", "v1")]
+
+
+def test_a_misspelt_path_does_not_become_a_data_set_of_the_hub():
+    touch("data/train.jsonl", "data/other/a.jsonl")
+    assert "data/trian.jsonl does not exist" in refusal("data/trian.jsonl")
+    assert "did you mean data/train.jsonl?" in refusal("data/trian.jsonl")
+    assert "did you mean data/other?" in refusal("data/othr")
+    assert "data/xyz does not exist" in refusal("data/xyz")
+    assert "For the data set of the hub write {path: data/xyz, split: train}." in refusal("data/xyz")
+    assert find_sources({"path": "data/xyz", "split": "train"}, "train") == [Source("data/xyz", split="train")]
+    assert "there is no folder org either" in refusal("org/train.jsonl")
+    assert "there is no folder org either" in refusal("org/train.txt")
+    assert "there is no folder ../org either" in refusal("../org/data")
+    assert "does not exist" in refusal("./data/xyz")
+    assert "does not exist" in refusal("/no/data")
+    assert "does not exist" in refusal("~/data")
+    assert "does not exist" in refusal("a/b/c")
+    assert "does not exist" in refusal("squad")
+
+
+def test_a_missing_file_names_the_folder():
+    touch("train.jsonl")
+    message = refusal("trian.jsonl", "val")
+    assert message.startswith(
+        "data.val: data file trian.jsonl does not exist (paths are relative to the current folder"
+    )
+    assert str(Path.cwd()) in message
+    assert message.endswith("did you mean train.jsonl?")
+
+
+def test_a_folder_or_a_glob_without_data_an_unknown_kind_and_an_empty_file_are_refused():
+    touch("d/README.md", "d/.hidden.jsonl", "a.txt", "b")
+    Path("empty.jsonl").touch()
+    Path("e").mkdir()
+    Path("e/empty.csv").touch()
+    assert "no data files in d: expected .jsonl, .json, .csv or .parquet, each also compressed" in refusal("d")
+    assert "no data files in d/*.md: expected" in refusal("d/*.md")
+    assert "nothing matches d/*.jsonl (relative to the current folder" in refusal("d/*.jsonl")
+    assert "a.txt ends in '.txt': expected .jsonl" in refusal("a.txt")
+    assert "b ends in 'nothing': expected .jsonl" in refusal("b")
+    assert "empty.jsonl is empty" in refusal("empty.jsonl")
+    assert "e/empty.csv is empty" in refusal("e")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ([], "data.train: expected at least one file, folder, glob or hub id, found an empty list."),
+        ("", "data.train: expected a file, folder, glob or hub id, or a mapping with `path`, found {'path': ''}."),
+        (3, "or a mapping with `path`, found 3."),
+        ([None], "or a mapping with `path`, found None."),
+        ({"weight": 1}, "or a mapping with `path`, found {'weight': 1}."),
+        ({"path": "a.jsonl", "wieght": 1}, "found 'wieght'; did you mean 'weight'?"),
+        ({"path": "a.jsonl", "weight": 0}, "the weight of a.jsonl must be a number above 0, found 0."),
+        ({"path": "a.jsonl", "weight": -1.5}, "found -1.5."),
+        ({"path": "a.jsonl", "weight": True}, "found True."),
+        ({"path": "a.jsonl", "weight": float("nan")}, "found nan."),
+        ({"path": "a.jsonl", "weight": "2"}, "found '2'."),
+        (
+            {"path": "a.jsonl", "split": "train"},
+            "data.train: split is for data sets of the hub, but a.jsonl is a path.",
+        ),
+        ({"path": "org/a", "split": 3}, "split of org/a must be text, found 3."),
+        ([{"path": "a.jsonl", "weight": 1}, "b.jsonl"], "a.jsonl has a weight, b.jsonl has none: give all or none."),
+    ],
+)
+def test_an_entry_that_is_none_is_refused(value, expected):
+    touch("a.jsonl", "b.jsonl")
+    assert expected in refusal(value)

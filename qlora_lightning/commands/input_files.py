@@ -22,34 +22,45 @@ def find_inputs(words: Sequence[str | Path | None]) -> list[Path]:
         words: Arguments: ``--data.val=rows.jsonl``, ``a=runs/a/adapter``, a path, or anything else, which names none.
     """
     found: dict[Path, None] = {}
+    parsed: set[str] = set()
     for word in words:
         if word is not None:
             for name in dict.fromkeys((str(word), str(word).partition("=")[2])):
-                found.update(dict.fromkeys(_find(name, configs=True)))
+                found.update(dict.fromkeys(_find(name, parsed, configs=True)))
     return list(found)
 
 
-def _find(name: str, configs: bool) -> Iterator[Path]:
-    """Yield the files that a name, or a pattern, stands for."""
+def _find(name: str, parsed: set[str], configs: bool) -> Iterator[Path]:
+    """Yield the files that a name, or a pattern, stands for.
+
+    Args:
+        name: The name.
+        parsed: Configs that need not be looked into again: a run's names the run's own folder, where it lies.
+        configs: Whether to look into configs.
+    """
     if not name or "\0" in name or len(name) > _LONGEST_NAME:
         return
     whole = os.path.expanduser(name)
     for path in map(Path, [whole] if os.path.exists(whole) else glob.glob(whole)):
         if path.is_dir():
-            yield from _lying_in(path)
+            yield from _lying_in(path, parsed)
             continue
         yield path
-        if configs and path.suffix in _CONFIGS and path.is_file() and path.stat().st_size < _LARGEST_CONFIG:
+        real = os.path.realpath(path)
+        if not configs or real in parsed or path.suffix not in _CONFIGS or not path.is_file():
+            continue
+        parsed.add(real)
+        if path.stat().st_size < _LARGEST_CONFIG:
             for inner in _strings(_load(path)):
-                yield from _find(inner, configs=False)
+                yield from _find(inner, parsed, configs=False)
 
 
-def _lying_in(folder: Path) -> Iterator[Path]:
+def _lying_in(folder: Path, parsed: set[str]) -> Iterator[Path]:
     is_run = (folder / "adapter").is_dir()
     adapter = folder / "adapter" if is_run else folder
     config = adapter.absolute().parent / "config.yaml"
     if (adapter / "adapter_config.json").is_file() and config.is_file():
-        yield from _find(str(config), configs=True)
+        yield from _find(str(config), parsed, configs=True)
     yield from (each for each in adapter.iterdir() if each.is_file())
 
 

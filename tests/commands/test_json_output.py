@@ -120,23 +120,6 @@ def test_a_file_that_is_read_is_never_replaced_whatever_it_is_called(folder):
             json_file(name, ("rows", "metrics"), find_inputs(["--data.val=data.json"]), force=True)
 
 
-def test_what_is_read_are_the_files_named_by_words_by_configs_and_those_of_an_adapter(folder):
-    run = folder / "runs/a[1]"
-    (run / "adapter").mkdir(parents=True)
-    for name in ("adapter/adapter_config.json", "metrics.csv", "val-1.jsonl"):
-        (run / name).write_text("{}")
-    (run / "config.yaml").write_text("data: {train: [{path: file}], val: 'runs/*/val-*.jsonl', none: [1, null]}")
-    expected = {run / "adapter/adapter_config.json", run / "config.yaml", folder / "file", run / "val-1.jsonl"}
-    for words in (["runs/a[1]"], ["x=runs/a[1]/adapter"], ["--adapter", "runs/a[1]/adapter", "--data.system", "?*["]):
-        assert {each.absolute() for each in find_inputs(words)} == expected
-    assert {each.absolute() for each in find_inputs(["--config", "runs/a[1]/config.yaml"])} == {
-        run / "config.yaml",
-        folder / "file",
-        run / "val-1.jsonl",
-    }
-    assert find_inputs(["nothing", "", "a=", None, "x" * 10_000, "a\0b"]) == []
-
-
 def test_tables_make_way_for_a_json_on_standard_output():
     code = (
         "from pathlib import Path; import rich; from qlora_lightning.commands.json_output import *\n"

@@ -1,0 +1,42 @@
+import pytest
+
+from qlora_lightning.commands import input_files
+from qlora_lightning.commands.input_files import find_inputs
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    return tmp_path
+
+
+def test_what_is_read_are_the_files_named_by_words_by_configs_and_those_of_an_adapter(folder):
+    run = folder / "runs/a[1]"
+    (run / "adapter").mkdir(parents=True)
+    for name in ("adapter/adapter_config.json", "metrics.csv", "val-1.jsonl"):
+        (run / name).write_text("{}")
+    (run / "config.yaml").write_text("data: {train: [{path: file}], val: 'runs/*/val-*.jsonl', none: [1, null]}")
+    expected = {run / "adapter/adapter_config.json", run / "config.yaml", folder / "file", run / "val-1.jsonl"}
+    for words in (["runs/a[1]"], ["x=runs/a[1]/adapter"], ["--adapter", "runs/a[1]/adapter", "--data.system", "?*["]):
+        assert {each.absolute() for each in find_inputs(words)} == expected
+    assert {each.absolute() for each in find_inputs(["--config", "runs/a[1]/config.yaml"])} == {
+        run / "config.yaml",
+        folder / "file",
+        run / "val-1.jsonl",
+    }
+    assert find_inputs(["nothing", "", "a=", None, "x" * 10_000, "a\0b"]) == []
+
+
+def test_runs_that_name_themselves_and_each_other_are_parsed_once_each(folder, monkeypatch):
+    for run, other in (("a", "b"), ("b", "a")):
+        (folder / run / "adapter").mkdir(parents=True)
+        (folder / run / "adapter/adapter_config.json").write_text("{}")
+        (folder / run / "config.yaml").write_text(
+            f"trainer: {{root: {run}, logger: {run}}}\nmodel: {{adapter: {other}}}"
+        )
+    parsed, load = [], input_files._load
+    monkeypatch.setattr(input_files, "_load", lambda config: (parsed.append(str(config)), load(config))[1])
+    found = {str(each.absolute().relative_to(folder)) for each in find_inputs(["a/config.yaml", "b/adapter", "a"])}
+    assert found == {"a/config.yaml", "b/config.yaml", "a/adapter/adapter_config.json", "b/adapter/adapter_config.json"}
+    assert len(parsed) == 2

@@ -10,6 +10,7 @@ from typing import Any
 import rich
 import torch
 from lightning import Callback, LightningModule, Trainer
+from rich.markup import escape
 
 from qlora_lightning.callbacks.best_adapter import best_adapter
 from qlora_lightning.callbacks.gather import gather_lists
@@ -179,6 +180,8 @@ class Evaluation(Callback):
         summary = summarize(rows, judged, measured, answering, duels, self.samples)
         some = describe_answered(summary["answered_rows"], len(rows))
         rich.print(metrics_table(measured, f"Validation rows, base → adapter ({len(rows):,}{some}; 95 % intervals)"))
+        if answering is not None and answering.mixture is not None:
+            rich.print(escape(answering.mixture))
         rich.print(describe_duel(duels[ADAPTER]))
         for sample in summary["samples"]:
             rich.print(samples_table(sample))

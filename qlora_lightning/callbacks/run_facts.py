@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 
 from qlora_lightning import __version__
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
@@ -74,9 +75,18 @@ def progress_facts(trainer: Trainer, ended: bool) -> dict[str, Any]:
             "labelled_tokens": speed.labelled_seen if counted else None,
         },
         "peak_memory_gib": _peaks(trainer, ended),
+        "stopped_early": find_early_stop(trainer),
         "metrics": {name: float(value) for name, value in sorted(trainer.callback_metrics.items())},
         "best": best,
     }
+
+
+def find_early_stop(trainer: Trainer) -> str | None:
+    """Give what Lightning's EarlyStopping says of why it ended this fit; ``None`` where it did not."""
+    if not trainer.should_stop:  # what a checkpoint says of the run before does not count
+        return None
+    said = [each.stopping_reason_message for each in callbacks_of(trainer) if isinstance(each, EarlyStopping)]
+    return next((words.removesuffix(" Signaling Trainer to stop.") for words in said if words), None)
 
 
 def planned_steps(trainer: Trainer) -> int | None:

@@ -108,8 +108,11 @@ class RunReport(TakesWarnings):
         folder = Path(trainer.default_root_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_manifest(folder, self._content(trainer, status, error))
+            content = self._content(trainer, status, error)
+            write_manifest(folder, content)
             if with_page:
+                if content["stopped_early"] is not None:  # Lightning says that max_epochs was reached
+                    describe(f"Stopped early, at step {trainer.global_step:,}: {content['stopped_early']}")
                 describe(f"Report: {write_run_page(folder)}")
         except Exception as fault:  # a run that has trained does not fail for its report, nor one that fails for both
             say(f"The report of the run could not be written: {type(fault).__name__}: {fault}")

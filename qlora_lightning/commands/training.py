@@ -38,6 +38,7 @@ from qlora_lightning.callbacks.started_folder import refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import was_requeued
 from qlora_lightning.commands.checkpoint_settings import with_checkpoint_settings
 from qlora_lightning.commands.foreign_errors import word_foreign_error
+from qlora_lightning.commands.moved_run import refuse_moved_run
 from qlora_lightning.commands.parse_errors import check_top_level, word_parse_error
 from qlora_lightning.commands.processes import check_strategy, find_lost_process, set_timeout
 from qlora_lightning.commands.short_forms import expand_arguments, expand_config, shorten_config
@@ -129,6 +130,7 @@ class QLoRACLI(LightningCLI):
         """Parse without Lightning's warning that arguments come both from Python and from the command line."""
         self.config = parser.parse_args(args)
         settings = self.config[self.config.subcommand]
+        refuse_moved_run(args, settings["trainer"]["default_root_dir"])
         asked = settings.get("ckpt_path")
         if asked is None and self.config.subcommand == "fit" and was_requeued():
             asked = "last"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,6 +43,20 @@ class Measured:
     percent: bool
     sides: dict[str, Interval]
     differences: dict[str, Interval]
+
+
+class Part(NamedTuple):
+    """What was measured on some of the rows: a data set, or a group.
+
+    Attributes:
+        rows: How many they are.
+        answered: How many of them were answered.
+        measured: By metric.
+    """
+
+    rows: int
+    answered: int
+    measured: dict[str, Measured]
 
 
 @dataclass(frozen=True)

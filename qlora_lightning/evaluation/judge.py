@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qlora_lightning.evaluation.rows import EvaluationRow, choose_max_new_tokens
-from qlora_lightning.evaluation.scores import choose_scores, judge_answer
+from qlora_lightning.evaluation.scores import choose_scores, describe_mixture, judge_answer
 from qlora_lightning.model.answers.dense import dense_weights
 from qlora_lightning.model.row_losses import losses_of_rows
 
@@ -23,6 +23,7 @@ class Answering:
         scores: Names of the scores, the one that counts most first.
         max_new_tokens: Where an answer is cut.
         batch_size: Rows that are answered together, at most.
+        mixture: What to tell the user of answers of several kinds; ``None``: nothing.
     """
 
     tokenizer: Any
@@ -30,6 +31,7 @@ class Answering:
     scores: list[str]
     max_new_tokens: int
     batch_size: int
+    mixture: str | None = None
 
     @classmethod
     def of(
@@ -43,8 +45,10 @@ class Answering:
     ) -> "Answering":
         """Choose what the user left open by the answers that the rows hold."""
         references = tokenizer.batch_decode([row.expected for row in rows], skip_special_tokens=True)
-        chosen = choose_scores([text.strip() for text in references], scores)
-        return cls(tokenizer, list(stop_ids), chosen, max_new_tokens or choose_max_new_tokens(rows), batch_size)
+        texts = [text.strip() for text in references]
+        limit = max_new_tokens or choose_max_new_tokens(rows)
+        mixture = describe_mixture(texts, scores)
+        return cls(tokenizer, list(stop_ids), choose_scores(texts, scores), limit, batch_size, mixture)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Give the text of an answer, without control tokens and space around it."""

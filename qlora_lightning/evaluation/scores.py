@@ -83,6 +83,18 @@ def choose_scores(references: Sequence[str], named: str | Sequence[str] = "auto"
     return _as_list(named)
 
 
+def describe_mixture(references: Sequence[str], named: str | Sequence[str] = "auto") -> str | None:
+    """Say that answers of several kinds are all judged as text; ``None`` where they are of one, or the user chose."""
+    kinds = {"JSON": sum(map(_is_json, references)), f"`{MARK}`": sum(MARK in text for text in references)}
+    some = [f"{count:,} with {kind}" for kind, count in kinds.items() if 0 < count < len(references)]
+    if named != "auto" or not some or len(references) in kinds.values():
+        return None
+    return (
+        f"The {len(references):,} expected answers are of several kinds ({', '.join(some)}): all are judged as text. "
+        "`evaluate --data.val FILE` judges one file by the scores that fit it."
+    )
+
+
 def judge_answer(answer: str, expected: str, scores: Sequence[str]) -> dict[str, float]:
     """Judge an answer by some scores; space around it does not count."""
     return {name: SCORES[name].judge(answer.strip(), expected.strip()) for name in scores}

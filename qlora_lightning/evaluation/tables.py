@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qlora_lightning.evaluation.bootstrap import Interval
-from qlora_lightning.evaluation.comparison import BASE, Duel, Measured
+from qlora_lightning.evaluation.comparison import BASE, Duel, Measured, Part
 from qlora_lightning.evaluation.names import describe_metric
 from qlora_lightning.page.visible import show_controls
 
@@ -56,23 +56,28 @@ def _figures_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[
     return table
 
 
-def parts_table(parts: Mapping[str, tuple[int, Mapping[str, Measured]]], title: str, metrics: Sequence[str]) -> Table:
+def parts_table(parts: Mapping[str, Part], title: str, metrics: Sequence[str]) -> Table:
     """Show some metrics of parts of the rows: data sets, or groups.
 
     Args:
-        parts: By name: how many rows, and what was measured on them.
+        parts: By name.
         title: Over the table.
         metrics: Names of those to show.
     """
-    sides = list(next(iter(next(iter(parts.values()))[1].values())).sides)
+    sides = list(next(iter(next(iter(parts.values())).measured.values())).sides)
+    some_answered = any(part.answered > 0 for part in parts.values())
+    all_answered = all(part.answered == part.rows for part in parts.values())
+    shows_answered = some_answered and not all_answered  # whose number the scores' intervals go by
     table = Table(title=escape(title), title_justify="left")
     table.add_column("", overflow="fold")
     table.add_column("rows", justify="right")
+    if shows_answered:
+        table.add_column("answered", justify="right")
     for name in metrics:
         for side in sides:
             table.add_column(f"{describe_metric(name)}, {escape(side)}", justify="right")
-    for part, (rows, measured) in parts.items():
-        cells = []
+    for part, (rows, answered, measured) in parts.items():
+        cells = [f"{answered:,}"] if shows_answered else []
         for name in metrics:
             metric = measured.get(name)
             digits = choose_digits([*metric.sides.values(), *metric.differences.values()]) if metric else 0

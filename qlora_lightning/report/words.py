@@ -73,8 +73,10 @@ def word_subject(run: Run) -> str:
     trained = f"LoRA of rank {rank}" if rank else "Adapters"
     on = f" on {name}" if name else ""
     rows = ((run.manifest.get("data") or {}).get("splits") or {}).get("train", {}).get("rows")
+    begun = flat.get("model.adapter")
+    went_on = f", going on from {begun}" if begun else ""
     data = f", trained on {write_setting(files)}" if files else ""
-    return f"{trained}{on}{data}{f' ({rows:,} rows)' if rows else ''}."
+    return f"{trained}{on}{went_on}{data}{f' ({rows:,} rows)' if rows else ''}."
 
 
 def training_facts(run: Run) -> Facts:
@@ -89,6 +91,8 @@ def training_facts(run: Run) -> Facts:
         facts.append(("base", _word_base(base, flat)))
     if adapter:
         facts.append(("adapter", _word_adapter(adapter, parameters)))
+    if flat.get("model.adapter"):
+        facts.append(("began from", str(flat["model.adapter"])))
     facts += [(split, write_setting(file)) for split, file in _files(run).items()]
     if progress:
         parts = [f"{progress['steps']:,} optimizer steps"]
@@ -96,11 +100,15 @@ def training_facts(run: Run) -> Facts:
             if progress.get(name) is not None:
                 parts.append(f"{progress[name]:,} {words}")
         facts.append(("trained", ", ".join(parts)))
+    if manifest.get("stopped_early"):
+        facts.append(("stopped early", str(manifest["stopped_early"])))
     for heading, names in _SETTINGS.items():
         told = [
             f"{_short_name(name)} {write_setting(flat[name])}" for name in names if flat.get(name) not in (None, -1)
         ]
         facts += [(heading, ", ".join(told))] if told else []
+    extras = [*_word_extras(flat), *_word_callbacks(run.config)]
+    facts += [("extras", ", ".join(extras))] if extras else []
     best = manifest.get("best")
     if best:
         facts.append(("best checkpoint", f"{best['checkpoint']}, {best['monitor']} {best['value']:.4f}"))
@@ -118,6 +126,26 @@ _SETTINGS = {
     ),
     "length": ("trainer.max_epochs", "trainer.max_steps"),
 }
+
+
+_EXTRAS = {"model.neftune_alpha": "NEFTune alpha", "model.loraplus_ratio": "LoRA+ ratio", "ema.decay": "EMA decay"}
+
+
+def _word_extras(flat: Mapping[str, Any]) -> Iterator[str]:
+    for name, words in _EXTRAS.items():
+        is_off = flat.get(f"{name.partition('.')[0]}.enabled") is False
+        if flat.get(name) is not None and not is_off:
+            yield f"{words} {write_setting(flat[name])}"
+
+
+def _word_callbacks(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the callbacks that the config names, with what it says of them."""
+    named = (config.get("trainer") or {}).get("callbacks") or []
+    for each in named if isinstance(named, list) else [named]:
+        if isinstance(each, Mapping) and each.get("class_path"):
+            arguments = [f"{name} {write_setting(value)}" for name, value in (each.get("init_args") or {}).items()]
+            kind = str(each["class_path"]).rpartition(".")[2]
+            yield f"{kind} ({', '.join(arguments)})" if arguments else kind
 
 
 def machine_facts(run: Run) -> Facts:

@@ -82,6 +82,18 @@ def test_early_stopping_by_config_counts_on_where_a_run_goes_on(fit, tmp_path, m
     assert states[0]["stopped_epoch"] == 1
 
 
+def test_a_run_that_is_stopped_early_says_so_and_why(fit, tmp_path, capsys):
+    assert main(["fit", "--config", "c.yaml", "--trainer.default_root_dir", "run"]) == 0
+    why = "Monitored metric val_loss did not improve in the last 2 records."
+    assert f"Stopped early, at step 12: {why}" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["stopped_early"].startswith(why)
+    assert (manifest["progress"]["steps"], manifest["progress"]["planned_steps"]) == (12, 24)
+    assert why in (tmp_path / "run" / "report.html").read_text()
+    fit("whole", "--trainer.max_steps", "4")
+    assert json.loads((tmp_path / "whole" / "manifest.json").read_text())["stopped_early"] is None
+
+
 def test_early_stopping_counts_on_behind_the_validation_of_a_whole_epoch(fit):
     whole = ("--trainer.val_check_interval", "1.0")
     peace = fit("peace", *whole, "--trainer.max_epochs", "6")

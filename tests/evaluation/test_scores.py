@@ -1,7 +1,7 @@
 import pytest
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.scores import check_scores, choose_scores, judge_answer
+from qlora_lightning.evaluation.scores import check_scores, choose_scores, describe_mixture, judge_answer
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,22 @@ from qlora_lightning.evaluation.scores import check_scores, choose_scores, judge
 )
 def test_scores_are_chosen_by_the_references(references, expected):
     assert choose_scores(references) == expected
+
+
+@pytest.mark.parametrize(
+    ("references", "named", "told"),
+    [
+        (["#### 3", "Hello.", "{}"], "auto", "3 expected answers are of several kinds (1 with JSON, 1 with `####`)"),
+        (["#### 3", "Hello."], "exact_match", None),
+        (["#### 3", "#### 4"], "auto", None),
+        (['{"a": "#### 3"}', "{}"], "auto", None),
+        (["Hello."], "auto", None),
+        ([], "auto", None),
+    ],
+)
+def test_answers_of_several_kinds_are_told(references, named, told):
+    said = describe_mixture(references, named)
+    assert said is told or told in said
 
 
 def test_named_scores_are_taken_as_they_are():

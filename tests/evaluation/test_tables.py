@@ -4,7 +4,7 @@ import math
 from rich.console import Console
 
 from qlora_lightning.evaluation.bootstrap import Interval
-from qlora_lightning.evaluation.comparison import Duel, Measured
+from qlora_lightning.evaluation.comparison import Duel, Measured, Part
 from qlora_lightning.evaluation.tables import (
     describe_duel,
     format_interval,
@@ -71,10 +71,19 @@ def test_an_answer_of_nothing_but_space_is_called_empty():
 
 def test_parts_show_rows_and_a_dash_where_nothing_was_answered():
     loss = measured(False, (2.0, 1.9, 2.1), (1.0, 0.9, 1.1), (-1.0, -1.1, -0.9))
-    text = draw(parts_table({"a.jsonl": (7, {"loss": loss})}, "By data set", ["loss", "exact_match"]), width=160)
+    text = draw(parts_table({"a.jsonl": Part(7, 7, {"loss": loss})}, "By data set", ["loss", "exact_match"]), width=160)
     assert "a.jsonl" in text
     assert "7" in text
     assert "–" in text
+    assert "answered" not in text
+
+
+def test_scores_of_parts_stand_beside_the_rows_that_they_are_of():
+    loss = measured(False, (2.0, 1.0, 3.0), (1.0, 0.5, 1.5), (-1.0, -1.5, -0.5))
+    parts = {"a": Part(7, 2, {"loss": loss}), "b": Part(9, 9, {"loss": loss})}
+    lines = draw(parts_table(parts, "By data set", ["loss"]), width=160).splitlines()
+    cells = [[cell.strip() for cell in line.split("│")[1:4]] for line in lines if "│" in line]
+    assert cells == [["a", "7", "2"], ["b", "9", "9"]]
 
 
 def test_a_duel_is_told_in_a_sentence():

@@ -66,6 +66,25 @@ def test_training_is_told_with_its_settings(make_run):
     assert facts["best checkpoint"] == "step-000020.ckpt, val_loss 0.5000"
 
 
+def test_what_is_beyond_plain_training_is_told(make_run):
+    stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val_loss"}}
+    config = {
+        "model": {"base": "tiny", "adapter": "runs/b/adapter", "neftune_alpha": 5.0, "loraplus_ratio": 16},
+        "trainer": {"callbacks": [stopping, {"class_path": "mine.Printer"}]},
+        "ema": {"enabled": None, "decay": 0.9},
+    }
+    run = read_run(make_run(config=config, stopped_early="val_loss did not improve."))
+    facts = dict(training_facts(run))
+    assert facts["began from"] == "runs/b/adapter"
+    assert facts["stopped early"] == "val_loss did not improve."
+    assert facts["extras"] == (
+        "NEFTune alpha 5.0, LoRA+ ratio 16, EMA decay 0.9, EarlyStopping (monitor val_loss), Printer"
+    )
+    assert "on package:tiny, going on from runs/b/adapter, trained on" in word_subject(run)
+    config["ema"]["enabled"] = False
+    assert "EMA" not in dict(training_facts(read_run(make_run("b", config=config))))["extras"]
+
+
 def test_machine_and_versions_are_told(make_run):
     folder = make_run()
     (folder / "plan.json").write_text('{"predicted": {"peak_bytes": 1073741824}, "measured": {}}')

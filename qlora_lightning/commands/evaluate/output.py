@@ -8,7 +8,7 @@ from rich.console import Console
 
 from qlora_lightning.commands.evaluate.options import Options
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.comparison import BASE, Judged, Measured, compare, duel, hardest_first
+from qlora_lightning.evaluation.comparison import BASE, Judged, Part, compare, duel, hardest_first
 from qlora_lightning.evaluation.judge import Answering
 from qlora_lightning.evaluation.names import describe_answered, describe_metric
 from qlora_lightning.evaluation.report import (
@@ -28,8 +28,6 @@ from qlora_lightning.evaluation.tables import (
     samples_table,
 )
 from qlora_lightning.model.batch.rows import join_places
-
-Parts = dict[str, tuple[int, dict[str, Measured]]]
 
 
 def report(
@@ -64,8 +62,10 @@ def report(
     console.print(metrics_table(measured, f"{len(rows):,} rows of {options.split}{some}, with 95 % intervals"))
     if len(adapters) > 1:
         console.print(differences_table(measured))
-    if answering is not None and (cut := _describe_cut(judged, answering.max_new_tokens)):
-        console.print(cut, markup=False)
+    if answering is not None:
+        for note in (answering.mixture, _describe_cut(judged, answering.max_new_tokens)):
+            if note is not None:
+                console.print(note, markup=False)
     for name, found in duels.items():
         console.print(describe_duel(found, name if len(adapters) > 1 else "the adapter"), markup=False)
         for words, places in (("better", found.wins), ("worse", found.losses)):
@@ -129,19 +129,24 @@ def _write(
 
 def _measure_parts(
     rows: Sequence[EvaluationRow], judged: Judged, scores: Sequence[str], name_of: Callable[[EvaluationRow], str]
-) -> Parts:
+) -> dict[str, Part]:
     parts: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
         parts.setdefault(name_of(row), []).append(place)
-    return {
-        name: (len(places), compare({side: [all_[place] for place in places] for side, all_ in judged.items()}, scores))
-        for name, places in parts.items()
-    }
+    found = {}
+    for name, places in parts.items():
+        own = {side: [judgements[place] for place in places] for side, judgements in judged.items()}
+        answered = sum(each.answer is not None for each in own[BASE])
+        found[name] = Part(len(places), answered, compare(own, scores))
+    return found
 
 
 def _name_source(row: EvaluationRow, sources: Sequence[str]) -> str:
     return sources[row.source] if row.source < len(sources) else str(row.source)
 
 
-def _as_json(parts: Parts) -> dict[str, Any]:
-    return {name: {"rows": rows, "metrics": metrics_as_json(measured)} for name, (rows, measured) in parts.items()}
+def _as_json(parts: Mapping[str, Part]) -> dict[str, Any]:
+    return {
+        name: {"rows": part.rows, "answered_rows": part.answered, "metrics": metrics_as_json(part.measured)}
+        for name, part in parts.items()
+    }

@@ -14,6 +14,7 @@ from qlora_lightning.commands.evaluate.options import Options
 from qlora_lightning.commands.evaluate.output import report
 from qlora_lightning.commands.evaluate.prompts import warn_of_other_prompts
 from qlora_lightning.commands.evaluate.rows import read_rows, source_names
+from qlora_lightning.commands.moved_run import refuse_moved_run
 from qlora_lightning.commands.quiet import quiet_lightning
 from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
@@ -54,6 +55,8 @@ class _EvaluateCLI(training.QLoRACLI):
         self.config = parser.parse_args(args)
         settings = self.config["validate"]
         settings["ckpt_path"] = None
+        if not self._options.adapters:  # those of the run folder
+            refuse_moved_run(args, settings["trainer"]["default_root_dir"])
         alone = {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False, "enable_progress_bar": False}
         for key, value in alone.items():
             settings["trainer"][key] = value

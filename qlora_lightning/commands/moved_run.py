@@ -1,0 +1,46 @@
+"""The config of a run that no longer lies where it says."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlora_lightning.commands.config_files import find_configs
+from qlora_lightning.errors import UserError
+
+_OF_A_RUN = ("checkpoints", "adapter", "manifest.json")
+
+
+def refuse_moved_run(arguments: Sequence[str], run_folder: str | Path) -> None:
+    """Refuse a run's own config where it names another folder than the one that it lies in.
+
+    There would be no checkpoint and no adapter: ``fit`` would start anew, ``validate`` would judge the base.
+
+    Args:
+        arguments: Of the command line; its configs can be read.
+        run_folder: ``trainer.default_root_dir``, wherever it was said.
+
+    Raises:
+        UserError: A config does.
+    """
+    for name in find_configs(arguments):
+        config = Path(name).expanduser()
+        lies_in = config.parent
+        if config.name != "config.yaml" or not any((lies_in / each).exists() for each in _OF_A_RUN):
+            continue
+        says = _read_run_folder(config)
+        if says is None or Path(says) != Path(run_folder) or Path(says).resolve() == lies_in.resolve():
+            continue
+        raise UserError(
+            f"--config {name} is that of the run in {lies_in}, but says trainer.default_root_dir: {says}, which is "
+            "another folder: the run was moved, or the current folder is another. Add "
+            f"`--trainer.default_root_dir {lies_in}` to go on with that run, or name another to begin one."
+        )
+
+
+def _read_run_folder(config: Path) -> str | None:
+    settings: Any = yaml.safe_load(config.read_text(encoding="utf-8"))
+    trainer = settings.get("trainer") if isinstance(settings, dict) else None
+    says = trainer.get("default_root_dir") if isinstance(trainer, dict) else None
+    return says if isinstance(says, str) else None

@@ -1,7 +1,6 @@
 """The architecture as a picture in the terminal, with what is adapted."""
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -9,7 +8,9 @@ from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from torch import nn
+
+from qlora_lightning.model.adapters.lora import ADAPTER
+from qlora_lightning.model.memory.layer_shapes import LayerShape, LinearShape
 
 _ADAPTED = "green"
 _DOWN = Text("     │")
@@ -21,14 +22,15 @@ _BLOCKS = (
 )
 
 
-def draw_model(model: Any) -> Panel:
+def draw_model(model: Any, layers: Sequence[LayerShape]) -> Panel:
     """Draw embedding, decoder layers, norm and head; adapted linears in green, with the shapes of A and B.
 
     Args:
-        model: A causal language model with its adapters; it may be on the meta device.
+        model: A causal language model with its adapters, on the meta device; its layers are not looked at.
+        layers: Those that are drawn.
     """
     inner = model.get_base_model()
-    config, layers = inner.config, list(inner.model.layers)
+    config = inner.config
     title = f"{len(layers)} × decoder layer, {config.num_attention_heads} heads over {config.num_key_value_heads}"
     tied = Text("  tied to embed_tokens" if config.tie_word_embeddings else "", "dim")
     return Panel(
@@ -46,7 +48,7 @@ def draw_model(model: Any) -> Panel:
     )
 
 
-def _draw_layer(layers: list[nn.Module], config: Any) -> Table:
+def _draw_layer(layers: Sequence[LayerShape], config: Any) -> Table:
     drawing = Table.grid(padding=(0, 2, 0, 0))
     for block, names in _BLOCKS:
         if len(names) == 1:
@@ -56,7 +58,7 @@ def _draw_layer(layers: list[nn.Module], config: Any) -> Table:
         note = f"head width {config.head_dim}, rotary θ {_theta(config):,.0f}" if attends else "down(silu(gate) · up)"
         drawing.add_row(Text(block, "bold"), "", Text(note, "dim"))
         for name in names:
-            drawing.add_row(Text(f"  {name}"), *_draw_linear([_find(layer, name) for layer in layers]))
+            drawing.add_row(Text(f"  {name}"), *_draw_linear([layer.linears[name] for layer in layers]))
         drawing.add_row(Text("  + residual", "dim"), "", "")
     return drawing
 
@@ -66,25 +68,16 @@ def _theta(config: Any) -> float:
     return float(parameters.get("rope_theta", getattr(config, "rope_theta", None) or 10_000.0))
 
 
-def _find(layer: nn.Module, name: str) -> Any:
-    return next(module for full, module in layer.named_modules() if full.rpartition(".")[2] == name)
-
-
-def _draw_linear(linears: list[Any]) -> tuple[Text, Text]:
+def _draw_linear(linears: Sequence[LinearShape]) -> tuple[Text, Text]:
     """Give the shape of a linear, and the adapter on it with the layers that have it."""
-    base = linears[0].get_base_layer() if isinstance(linears[0], LoraLayer) else linears[0]
-    shape = Text(f"{base.in_features:,} → {base.out_features:,}")
-    ranks = Counter(_rank(linear) for linear in linears)
-    adapted = [number for number, linear in enumerate(linears) if _rank(linear)]
+    inputs, outputs = linears[0].inputs, linears[0].outputs
+    shape = Text(f"{inputs:,} → {outputs:,}")
+    adapted = [number for number, linear in enumerate(linears) if linear.rank]
     if not adapted:
         return shape, Text("frozen", "dim")
-    numbers = ", ".join(str(rank) for rank in sorted(ranks) if rank)
+    numbers = ", ".join(str(rank) for rank in sorted({linear.rank for linear in linears} - {0}))
     where = "" if len(adapted) == len(linears) else f", layers {name_ranges(adapted)}"
-    return shape, Text(f"A {numbers} × {base.in_features:,}, B {base.out_features:,} × {numbers}{where}", _ADAPTED)
-
-
-def _rank(linear: Any) -> int:
-    return int(linear.r["default"]) if isinstance(linear, LoraLayer) else 0
+    return shape, Text(f"A {numbers} × {inputs:,}, B {outputs:,} × {numbers}{where}", _ADAPTED)
 
 
 def name_ranges(numbers: Iterable[int]) -> str:
@@ -104,5 +97,5 @@ def _describe(module: Any) -> Text:
     trains = any(parameter.requires_grad for parameter in module.parameters())
     words = " × ".join(f"{size:,}" for size in base.weight.shape) if hasattr(base, "weight") else ""
     if adapted:
-        return Text(f"{words}  adapter of rank {_rank(module)}", _ADAPTED)
+        return Text(f"{words}  adapter of rank {module.r[ADAPTER]}", _ADAPTED)
     return Text(f"{words}  trains", _ADAPTED) if trains else Text(words)

@@ -11,6 +11,7 @@ from qlora_lightning.errors import UserError
 from qlora_lightning.model.batch.needed_tokens import can_leave_out
 from qlora_lightning.model.batch.shape import BatchShape
 from qlora_lightning.model.machine.dtypes import choose_compute_dtype
+from qlora_lightning.model.memory.alike_layers import are_alike, deepen, shorten
 from qlora_lightning.model.memory.model_shape import ModelShape, checkpoint_layers, read_model
 from qlora_lightning.model.memory.plan import MemoryPlan, StepSettings, plan_memory, share_unread
 from qlora_lightning.model.memory.skeleton import build_skeleton
@@ -78,29 +79,42 @@ class Planner:
         self._can_leave_out: dict[str, bool] = {}
 
     def model(self, choice: Choice) -> nn.Module:
-        """Give the weightless model of a choice.
+        """Give the weightless model of a choice; of layers that are alike it has two.
 
         Raises:
             UserError: A setting of the adapters cannot be used.
         """
         key = _key(choice)
         if key not in self._models:
-            self._models[key] = build_skeleton(
-                self.config,
-                compute_dtype=self.dtype,
-                quantization=choice.quantization,
-                adapter=choice.adapter,
-                adapter_options=choice.adapter_options,
-                fast=choice.fast,
+            shortens = self.config.num_hidden_layers > 2 and are_alike(
+                self.config, choice.adapter, choice.adapter_options
             )
+            self._models[key] = self._build(choice, shorten(self.config, 2) if shortens else self.config)
         return self._models[key]
 
     def shape(self, choice: Choice) -> ModelShape:
-        """Give the shape of that model, the layers checkpointed as chosen."""
+        """Give the shape of the model with all its layers, checkpointed as chosen."""
         key = _key(choice)
         if key not in self._shapes:
-            self._shapes[key] = read_model(self.model(choice), number_bytes=self.dtype.itemsize)
+            self._shapes[key] = self._read_shape(choice)
         return checkpoint_layers(self._shapes[key], choice.every_n_layers)
+
+    def _read_shape(self, choice: Choice) -> ModelShape:
+        shape, layers = read_model(self.model(choice), self.dtype.itemsize), self.config.num_hidden_layers
+        if len(shape.layers) == layers:
+            return shape
+        one = read_model(self._build(choice, shorten(self.config, 1)), self.dtype.itemsize)
+        return deepen(one, shape, layers)
+
+    def _build(self, choice: Choice, config: Any) -> Any:
+        return build_skeleton(
+            config,
+            compute_dtype=self.dtype,
+            quantization=choice.quantization,
+            adapter=choice.adapter,
+            adapter_options=choice.adapter_options,
+            fast=choice.fast,
+        )
 
     def plan(self, choice: Choice, shape: ModelShape | None = None) -> MemoryPlan:
         """Plan the memory of a choice.

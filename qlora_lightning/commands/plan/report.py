@@ -48,8 +48,8 @@ class Plan:
         base: ``model.base``.
         origin: Where its config comes from.
         storage: How it is stored.
-        model: The weightless model.
-        shape: Of it.
+        model: The weightless model, of which the layers may be fewer.
+        shape: Of the whole model.
         dtype: Of the products.
         memory: By part.
         device: Where it shall run.
@@ -106,7 +106,7 @@ def summarize(plan: Plan) -> dict[str, Any]:
 def print_plan(plan: Plan, console: Console) -> None:
     """Print picture and tables."""
     console.print(Text.assemble((plan.base, "bold"), f", by {plan.origin}"))
-    console.print(draw_model(plan.model))
+    console.print(draw_model(plan.model, plan.shape.layers))
     console.print(_sizes(plan))
     console.print(_memory(plan))
     _print_verdict(plan, console)

@@ -24,7 +24,8 @@ def are_alike(config: Any, adapter: str | None, options: dict[str, Any]) -> bool
         isinstance(targets, list) and not any("." in name for name in targets)  # layers.3.q_proj
     )
     plain = options.get("layers", "all") == "all" and not options.get("lora_options") and by_name
-    return plain and adapter is None and getattr(config, "layer_types", None) is None
+    differ = getattr(config, "layer_types", None) is not None or getattr(config, "is_heterogeneous", False)
+    return plain and adapter is None and not differ
 
 
 def shorten(config: Any, layers: int) -> Any:

@@ -63,3 +63,4 @@ def test_what_may_set_layers_apart_is_not_alike(options):
 def test_an_adapter_folder_and_layers_of_several_types_are_not_alike():
     assert not are_alike(LlamaConfig(**BASE), "runs/a/adapter", {})
     assert not are_alike(LlamaConfig(**BASE, layer_types=["full_attention"] * 5), None, {})
+    assert not are_alike(LlamaConfig(**BASE, per_layer_config={1: {"intermediate_size": 32}}), None, {})

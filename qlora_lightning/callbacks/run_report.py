@@ -123,7 +123,9 @@ class RunReport(TakesWarnings):
         life["to_step"] = trainer.global_step
         facts["progress"]["seconds"] = sum(each["seconds"] for each in self._lives)
         fixed = dict(self._facts or {})
-        facts["progress"]["planned_steps"] = fixed.pop("planned_steps", None)
+        planned = facts["progress"]["planned_steps"] = fixed.pop("planned_steps", None)
+        if planned is not None and trainer.global_step >= planned:
+            facts["stopped_early"] = None  # it would have ended here anyhow
         noted = [{"text": text, "count": count} for text, count in self.warnings.counts.items()]
         again = _reproduction(Path(trainer.default_root_dir)) if self.config is not None else None
         return {

@@ -71,9 +71,13 @@ def _load(config: Path) -> Any:
         return None  # it is no config, or told of where it is parsed
 
 
-def _strings(value: Any) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _strings(inner)
+def _strings(config: Any) -> Iterable[str]:
+    """Yield the strings of a config, whose parts YAML lets hold each other, and be held many times."""
+    open_, seen = [config], set[int]()
+    while open_:
+        value = open_.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list) and id(value) not in seen:
+            seen.add(id(value))
+            open_ += value.values() if isinstance(value, dict) else value

@@ -9,7 +9,7 @@ import yaml
 from qlora_lightning.commands.config_files import find_configs
 from qlora_lightning.errors import UserError
 
-_OF_A_RUN = ("checkpoints", "adapter", "manifest.json")
+_OF_A_RUN = ("manifest.json", "checkpoints/last.ckpt", "adapter/adapter_config.json")
 
 
 def refuse_moved_run(arguments: Sequence[str], run_folder: str | Path) -> None:
@@ -30,7 +30,7 @@ def refuse_moved_run(arguments: Sequence[str], run_folder: str | Path) -> None:
         if config.name != "config.yaml" or not any((lies_in / each).exists() for each in _OF_A_RUN):
             continue
         says = _read_run_folder(config)
-        if says is None or Path(says) != Path(run_folder) or Path(says).resolve() == lies_in.resolve():
+        if says is None or says != Path(run_folder).expanduser() or says.resolve() == lies_in.resolve():
             continue
         raise UserError(
             f"--config {name} is that of the run in {lies_in}, but says trainer.default_root_dir: {says}, which is "
@@ -39,8 +39,8 @@ def refuse_moved_run(arguments: Sequence[str], run_folder: str | Path) -> None:
         )
 
 
-def _read_run_folder(config: Path) -> str | None:
+def _read_run_folder(config: Path) -> Path | None:
     settings: Any = yaml.safe_load(config.read_text(encoding="utf-8"))
     trainer = settings.get("trainer") if isinstance(settings, dict) else None
     says = trainer.get("default_root_dir") if isinstance(trainer, dict) else None
-    return says if isinstance(says, str) else None
+    return Path(says).expanduser() if isinstance(says, str) else None

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -128,7 +129,7 @@ class QLoRACLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without Lightning's warning that arguments come both from Python and from the command line."""
-        self.config = parser.parse_args(args)
+        self.config = self._parse(parser, args)
         settings = self.config[self.config.subcommand]
         refuse_moved_run(args, settings["trainer"]["default_root_dir"])
         asked = settings.get("ckpt_path")
@@ -139,9 +140,17 @@ class QLoRACLI(LightningCLI):
         found = find_checkpoint(settings["trainer"]["default_root_dir"], asked)
         if found is not None:  # what neither config nor command line says is the checkpoint's
             own = settings["model"].get("init_args") or {}
-            self.config = parser.parse_args(with_checkpoint_settings(args, found, own))
+            self.config = self._parse(parser, with_checkpoint_settings(args, found, own))
         self.config[self.config.subcommand]["ckpt_path"] = found
         self._starts_fresh = asked is not None and found is None  # `last` of a folder that has none yet
+
+    @staticmethod
+    def _parse(parser: LightningArgumentParser, args: Any) -> Any:
+        """Parse, and let ``~`` in the run folder be what it is to the Trainer, for all that is kept there."""
+        config = parser.parse_args(args)
+        trainer = config[config.subcommand]["trainer"]
+        trainer["default_root_dir"] = os.path.expanduser(trainer["default_root_dir"])
+        return config
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Make the Trainer: ``metrics.csv`` is always written, other loggers come beside it."""

@@ -90,8 +90,8 @@ def describe_mixture(references: Sequence[str], named: str | Sequence[str] = "au
     if named != "auto" or not some or len(references) in kinds.values():
         return None
     return (
-        f"The {len(references):,} expected answers are of several kinds ({', '.join(some)}): all are judged as text. "
-        "`evaluate --data.val FILE` judges one file by the scores that fit it."
+        f"Of the {len(references):,} expected answers some are of a kind of their own ({', '.join(some)}): "
+        "all are judged as text. One of one kind, by `evaluate --data.val FILE`, is judged by the scores that fit it."
     )
 
 

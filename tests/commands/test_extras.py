@@ -90,6 +90,8 @@ def test_a_run_that_is_stopped_early_says_so_and_why(fit, tmp_path, capsys):
     assert manifest["stopped_early"].startswith(why)
     assert (manifest["progress"]["steps"], manifest["progress"]["planned_steps"]) == (12, 24)
     assert why in (tmp_path / "run" / "report.html").read_text()
+    fit("last", "--trainer.max_steps", "12")  # it would have ended there anyhow
+    assert json.loads((tmp_path / "last" / "manifest.json").read_text())["stopped_early"] is None
     fit("whole", "--trainer.max_steps", "4")
     assert json.loads((tmp_path / "whole" / "manifest.json").read_text())["stopped_early"] is None
 

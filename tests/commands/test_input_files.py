@@ -28,6 +28,12 @@ def test_what_is_read_are_the_files_named_by_words_by_configs_and_those_of_an_ad
     assert find_inputs(["nothing", "", "a=", None, "x" * 10_000, "a\0b"]) == []
 
 
+def test_a_config_whose_parts_hold_themselves_and_each_other_is_read_in_a_moment(folder):
+    lines = ["a: &a [*a, file]", "l0: &l0 [file]", *(f"l{n}: &l{n} [*l{n - 1}, *l{n - 1}]" for n in range(1, 60))]
+    (folder / "config.yaml").write_text("\n".join(lines))
+    assert {str(each) for each in find_inputs(["config.yaml"])} == {"config.yaml", "file"}
+
+
 def test_runs_that_name_themselves_and_each_other_are_parsed_once_each(folder, monkeypatch):
     for run, other in (("a", "b"), ("b", "a")):
         (folder / run / "adapter").mkdir(parents=True)

@@ -11,6 +11,7 @@ def moved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs/new"
     (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter/adapter_config.json").write_text("{}")
     (folder / "config.yaml").write_text("trainer: {default_root_dir: runs/old}\nmodel: {base: tiny}\n")
     return folder
 
@@ -42,7 +43,8 @@ def test_a_link_to_the_run_is_the_run(moved, tmp_path):
 def test_a_config_that_is_no_runs_own_passes(moved):
     (moved / "other.yaml").write_text("trainer: {default_root_dir: runs/old}")
     refuse_moved_run(["--config", "runs/new/other.yaml"], "runs/old")
-    (moved / "adapter").rmdir()
+    (moved / "adapter/adapter_config.json").unlink()
+    (moved / "checkpoints").mkdir()
     refuse_moved_run(["--config", "runs/new/config.yaml"], "runs/old")
 
 
@@ -52,6 +54,15 @@ def test_a_config_that_is_no_runs_own_passes(moved):
 def test_a_config_that_names_no_folder_passes(moved, text):
     (moved / "config.yaml").write_text(text)
     refuse_moved_run(["--config", "runs/new/config.yaml"], "runs/default")
+
+
+def test_a_run_in_the_home_folder_is_where_it_says(moved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (moved / "config.yaml").write_text("trainer: {default_root_dir: ~/runs/new}")
+    refuse_moved_run(["--config", "runs/new/config.yaml"], "~/runs/new")
+    (moved / "config.yaml").write_text("trainer: {default_root_dir: ~/runs/old}")
+    with pytest.raises(UserError, match="the run was moved"):
+        refuse_moved_run(["--config", "runs/new/config.yaml"], str(tmp_path / "runs/old"))
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "evaluate", "sweep-rank"])

@@ -132,6 +132,15 @@ def test_fit_fills_the_run_folder_and_its_config_gives_the_same_adapter_again(ru
     assert again == config
 
 
+def test_a_run_folder_in_the_home_folder_is_one_folder(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run("fit", "--trainer.default_root_dir", "~/mine", "--trainer.max_steps", 1)
+    run("fit", "--trainer.default_root_dir", "~/mine", "--trainer.max_steps", 2, "--ckpt_path", "last")
+    assert {row["step"] for row in metrics(tmp_path / "home" / "mine") if row["train_loss"]} == {"0", "1"}
+    assert not (tmp_path / "~").exists()
+    run("validate", config="home/mine/config.yaml")
+
+
 def test_the_run_folders_config_serves_validate_test_and_predict(run, tmp_path):
     run("fit")
     logged = [float(row["val_loss"]) for row in metrics(tmp_path / "run") if row["val_loss"]][-1]

@@ -91,7 +91,8 @@ def describe_mixture(references: Sequence[str], named: str | Sequence[str] = "au
         return None
     return (
         f"Of the {len(references):,} expected answers some are of a kind of their own ({', '.join(some)}): "
-        "all are judged as text. One of one kind, by `evaluate --data.val FILE`, is judged by the scores that fit it."
+        "all are judged as text. A file of one kind, by `evaluate --data.val FILE`, is judged by the scores that fit "
+        "it."
     )
 
 

@@ -96,6 +96,16 @@ def test_a_run_that_is_stopped_early_says_so_and_why(fit, tmp_path, capsys):
     assert json.loads((tmp_path / "whole" / "manifest.json").read_text())["stopped_early"] is None
 
 
+def test_a_run_that_was_stopped_early_goes_on_with_more_patience(fit, tmp_path, capsys):
+    assert fit("run")["global_step"] == 12
+    text = (tmp_path / "c.yaml").read_text()
+    (tmp_path / "c.yaml").write_text(text.replace("patience: 2", "patience: 9"))
+    assert main(["fit", "--config", "c.yaml", "--trainer.default_root_dir", "run", "--ckpt_path", "last"]) == 0
+    assert "EarlyStopping(val_loss).patience: 2 → 9" in capsys.readouterr().out
+    ended = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert ended["global_step"] == 24
+
+
 def test_early_stopping_counts_on_behind_the_validation_of_a_whole_epoch(fit):
     whole = ("--trainer.val_check_interval", "1.0")
     peace = fit("peace", *whole, "--trainer.max_epochs", "6")

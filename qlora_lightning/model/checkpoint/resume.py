@@ -1,6 +1,6 @@
 """Goes on exactly where a run stopped: what a checkpoint holds beside tensors, and when it is put back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,11 @@ from qlora_lightning.model.checkpoint.resume_checks import (
 )
 from qlora_lightning.model.checkpoint.save_points import count_epoch, is_inside_batch, let_validation_follow
 from qlora_lightning.model.checkpoint.setting_changes import (
+    Change,
     FreshOptimizers,
     describe_changes,
     find_changes,
+    keep_patience,
     trainer_settings,
 )
 from qlora_lightning.trainer import callbacks_of
@@ -82,8 +84,9 @@ class ExactResume(Callback):
             check_save_point(content)
             check_window(content, trainer.accumulate_grad_batches)
             self._content, self._optimizer_states = content, checkpoint.get("optimizer_states", [])
+            patience = keep_patience(trainer, checkpoint.get("callbacks", {}))
             if trainer.is_global_zero:
-                _tell(_words_on_settings(content, trainer, module))
+                _tell(_words_on_settings(content, trainer, module, patience))
                 _tell([_VALIDATION_LEFT_OUT] if leaves_validation_out(checkpoint, trainer.max_steps) else [])
                 saved = len(_states_of_ranks(content))
                 _tell([describe_other_number(saved, trainer.world_size)] if saved != trainer.world_size else [])
@@ -152,13 +155,16 @@ def _words_on_data(stored: Mapping[str, Any], own: Mapping[str, Any], with_rows:
     return [f"Other than in the checkpoint: {', '.join(shown)}."] if shown else []
 
 
-def _words_on_settings(content: Mapping[str, Any], trainer: Trainer, module: Any) -> list[str]:
+def _words_on_settings(
+    content: Mapping[str, Any], trainer: Trainer, module: Any, further: Sequence[Change]
+) -> list[str]:
     stored, own = content["settings"], plain_settings(getattr(module, "hparams", {}))
     data = content["identity"].get("data", {}).get("settings", {})
     changes = [
         *find_changes(stored, own, "model"),
         *find_changes(data, identity_of_data(trainer).get("settings", {}), "data"),
         *find_changes(content.get("trainer", {}), trainer_settings(trainer), "trainer"),
+        *further,
     ]
     unknown = sorted(stored.keys() - own.keys() - known_settings(type(module)))
     words = [f"Settings of the checkpoint that this version does not know, ignored: {', '.join(unknown)}."]

@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch.callbacks import EarlyStopping
 from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_lightning.errors import UserError
+from qlora_lightning.trainer import callbacks_of
 
 Change = tuple[str, Any, Any]
 """A setting's name, its value in the checkpoint, and its value now."""
@@ -33,6 +35,25 @@ def describe_changes(changes: Sequence[Change], whose: str = "the checkpoint's")
     """Word changes, a line for each, under what they differ from."""
     lines = [f"  {name}: {_short(before)} → {_short(now)}" for name, before, now in changes]
     return "\n".join([f"Settings that differ from {whose} (there → now):", *lines])
+
+
+def keep_patience(trainer: Any, states: Mapping[str, dict[str, Any]]) -> list[Change]:
+    """Let the configured patience of Lightning's EarlyStopping rule: it would restore the checkpoint's.
+
+    Args:
+        trainer: Whose callbacks are about to be restored.
+        states: What they are restored from, by their keys; changed in place.
+
+    Returns:
+        Each patience that differs.
+    """
+    changes: list[Change] = []
+    for stopping in (each for each in callbacks_of(trainer) if isinstance(each, EarlyStopping)):
+        state = states.get(stopping.state_key)
+        if state is not None and state["patience"] != stopping.patience:
+            changes.append((f"EarlyStopping({stopping.monitor}).patience", state["patience"], stopping.patience))
+            state["patience"] = stopping.patience
+    return changes
 
 
 class FreshOptimizers:

@@ -75,7 +75,6 @@ def progress_facts(trainer: Trainer, ended: bool) -> dict[str, Any]:
             "labelled_tokens": speed.labelled_seen if counted else None,
         },
         "peak_memory_gib": _peaks(trainer, ended),
-        "stopped_early": find_early_stop(trainer),
         "metrics": {name: float(value) for name, value in sorted(trainer.callback_metrics.items())},
         "best": best,
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 
-from qlora_lightning.callbacks.run_facts import fixed_facts, planned_steps, progress_facts
+from qlora_lightning.callbacks.run_facts import find_early_stop, fixed_facts, planned_steps, progress_facts
 from qlora_lightning.callbacks.run_warnings import RunWarnings, TakesWarnings
 from qlora_lightning.callbacks.started_folder import goes_on
 from qlora_lightning.console import describe, say
@@ -124,8 +124,7 @@ class RunReport(TakesWarnings):
         facts["progress"]["seconds"] = sum(each["seconds"] for each in self._lives)
         fixed = dict(self._facts or {})
         planned = facts["progress"]["planned_steps"] = fixed.pop("planned_steps", None)
-        if planned is not None and trainer.global_step >= planned:
-            facts["stopped_early"] = None  # it would have ended here anyhow
+        would_end_here = planned is not None and trainer.global_step >= planned
         noted = [{"text": text, "count": count} for text, count in self.warnings.counts.items()]
         again = _reproduction(Path(trainer.default_root_dir)) if self.config is not None else None
         return {
@@ -135,6 +134,7 @@ class RunReport(TakesWarnings):
             "command": life["command"],
             "reproduce": again,
             **facts,
+            "stopped_early": None if would_end_here else find_early_stop(trainer),
             "lives": self._lives,
             "warnings": noted,
         }

@@ -52,7 +52,7 @@ class _EvaluateCLI(training.QLoRACLI):
         super().__init__(*args, **kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
+        self.config = self._parse(parser, args)
         settings = self.config["validate"]
         settings["ckpt_path"] = None
         if not self._options.adapters:  # those of the run folder

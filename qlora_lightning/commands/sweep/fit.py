@@ -51,7 +51,7 @@ class TrialCLI(QLoRACLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         args = [*args, *self._dimension.options(self._value)]
-        asked = parser.parse_args(args)["fit"]
+        asked = self._parse(parser, args)["fit"]
         if asked.get("ckpt_path") not in (None, "last"):
             raise UserError("--ckpt_path: each trial of a sweep goes on from its own folder by itself; leave it out.")
         if self._dimension.setting != "learning_rate" and (asked["model"].get("init_args") or {}).get("adapter"):

@@ -8,7 +8,7 @@ from torch import nn
 
 from qlora_lightning.errors import UserError
 
-_PRESETS = {"all-linear": ".", "attention": ".self_attn.", "mlp": ".mlp."}
+PRESETS = {"all-linear": ".", "attention": ".self_attn.", "mlp": ".mlp."}  # what the names of their modules hold
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -68,8 +68,8 @@ def compact_targets(model: nn.Module, targets: list[str]) -> list[str]:
 
 
 def _select_modules(candidates: list[str], target_modules: str | list[str]) -> list[str]:
-    if isinstance(target_modules, str) and target_modules in _PRESETS:
-        part = _PRESETS[target_modules]
+    if isinstance(target_modules, str) and target_modules in PRESETS:
+        part = PRESETS[target_modules]
         return [name for name in candidates if layer_of(name) is not None and part in name]
     if isinstance(target_modules, str):
         return _match_expression(candidates, target_modules)
@@ -90,14 +90,14 @@ def _match_expression(candidates: list[str], expression: str) -> list[str]:
     if not selected:
         raise UserError(
             f"model.target_modules is {expression!r}, {_nothing_matches(candidates, expression)} "
-            f"Presets are {', '.join(_PRESETS)}; an expression must match a full name such as {candidates[1]}."
+            f"Presets are {', '.join(PRESETS)}; an expression must match a full name such as {candidates[1]}."
         )
     return selected
 
 
 def _nothing_matches(candidates: list[str], wanted: str) -> str:
     endings = list(dict.fromkeys(name.rpartition(".")[2] for name in candidates))
-    nearest = difflib.get_close_matches(wanted, [*endings, *_PRESETS], n=1)
+    nearest = difflib.get_close_matches(wanted, [*endings, *PRESETS], n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     return f"but the base has no such module; it has {', '.join(endings)}.{hint}"
 

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+from qlora_lightning.model.adapters.targets import PRESETS
 from qlora_lightning.model.memory.model_shape import ModelShape
 
 
@@ -20,9 +21,8 @@ def are_alike(config: Any, adapter: str | None, options: dict[str, Any]) -> bool
         options: Arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`.
     """
     targets = options.get("target_modules", "all-linear")
-    by_name = targets in ("all-linear", "attention", "mlp") or (
-        isinstance(targets, list) and not any("." in name for name in targets)  # layers.3.q_proj
-    )
+    # neither a regular expression nor a name with a layer in it, such as layers.3.q_proj
+    by_name = targets in PRESETS if isinstance(targets, str) else not any("." in name for name in targets)
     plain = options.get("layers", "all") == "all" and not options.get("lora_options") and by_name
     differ = getattr(config, "layer_types", None) is not None or getattr(config, "is_heterogeneous", False)
     return plain and adapter is None and not differ

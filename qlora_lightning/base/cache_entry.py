@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 Json: TypeAlias = "str | int | float | bool | list[Json] | Mapping[str, Json] | None"
-Kind: TypeAlias = Literal["unpacked", "quantized", "samples"]
+Kind: TypeAlias = Literal["unpacked", "quantized", "samples", "kernels"]
 
 _ENTRY_FILE = "entry.json"
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_lightning.model.layers.linear import Frozen, gradient_of_b, gradient_of_low, project
+from qlora_lightning.model.layers.rms_norm import gradient, normalize, normalize_again
 
 
 class NormedLinears(torch.autograd.Function):
@@ -14,7 +15,6 @@ class NormedLinears(torch.autograd.Function):
 
     Kept for backward are x, its inverse root mean squares and the products with A; the normed input is made again. The
     adapters' A act as one matrix. Where x takes no gradient, an output takes one only for the adapter of its linear.
-    RMSNorm (Zhang and Sennrich 2019) is computed in float32 and rounded as transformers does; its weight is frozen.
     """
 
     @staticmethod
@@ -35,9 +35,7 @@ class NormedLinears(torch.autograd.Function):
             ``(…, out)`` of each linear.
         """
         flat = x.reshape(-1, x.shape[-1])
-        scaled = _precise(flat)
-        inverse = _inverse_rms(scaled, eps)
-        normed = _weigh(_scale(scaled, inverse), weight, x.dtype)
+        normed, inverse = normalize(flat, weight, eps)
         all_a, all_b = adapters[::2], adapters[1::2]
         lows = normed @ _stack(all_a, x).t()  # (tokens, sum of ranks)
         outputs = [
@@ -68,11 +66,10 @@ class NormedLinears(torch.autograd.Function):
             if b is not None and grad is not None:
                 grad_low.copy_(gradient_of_low(grad, b, frozen))
             grads_b.append(gradient_of_b(grad, low, b, frozen) if b_needs and grad is not None else None)
-        scaled = _scale(_precise(flat), inverse)
+        again = normalize_again(flat, weight, inverse)
         grads_a: list[Tensor | None] = [None] * len(all_a)
         if any(needed[::2]):
-            grad_stacked = (grad_lows.t() @ scaled.to(flat.dtype)).mul_(weight)  # the norm's weight only now: few rows
-            pairs = zip(all_a, _split(grad_stacked, all_a, 0), strict=True)
+            pairs = zip(all_a, _split(grad_lows.t() @ again.normed, all_a, 0), strict=True)
             grads_a = [None if a is None else grad.to(a.dtype) for a, grad in pairs]
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -80,7 +77,7 @@ class NormedLinears(torch.autograd.Function):
             for grad, frozen in zip(flat_grads, ctx.linears, strict=True):
                 if grad is not None:
                     frozen.weight.multiply_back(grad, onto=grad_normed)
-            grad_x = _gradient_of_norm(grad_normed, weight, scaled, inverse).to(flat.dtype).view(ctx.shape)
+            grad_x = gradient(grad_normed, flat, weight, inverse, again).view(ctx.shape)
         of_adapters = [grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair]
         return grad_x, None, None, None, *of_adapters
 
@@ -94,31 +91,3 @@ def _stack(all_a: Any, like: Tensor) -> Tensor:
 def _split(stacked: Tensor, all_a: Any, dim: int = 1) -> tuple[Tensor, ...]:
     """Give each linear its part, of no width where it has no adapter."""
     return torch.split(stacked, [0 if a is None else len(a) for a in all_a], dim)
-
-
-def _precise(x: Tensor) -> Tensor:
-    """Copy in float32, or better, once: an operation on mixed dtypes would make such a copy each time."""
-    return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
-
-
-def _inverse_rms(precise: Tensor, eps: float) -> Tensor:
-    """Give ``1 / sqrt(mean(x²) + eps)`` of each row, ``(rows, 1)``."""
-    squares: Tensor = torch.linalg.vector_norm(precise, dim=-1, keepdim=True).square_()
-    return squares.div_(precise.shape[-1]).add_(eps).rsqrt_()
-
-
-def _scale(precise: Tensor, inverse: Tensor) -> Tensor:
-    """Give ``x̂ = x · inverse`` in the place of x."""
-    return precise.mul_(inverse)
-
-
-def _weigh(scaled: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Give the norm's output, rounded before the weight as transformers does."""
-    return scaled.to(dtype, copy=True).mul_(weight)
-
-
-def _gradient_of_norm(grad: Tensor, weight: Tensor, scaled: Tensor, inverse: Tensor) -> Tensor:
-    """Give the gradient of x from g, that of ``w · x̂`` where ``x̂ = x · inverse``: ``inverse (w g - x̂ mean(w g x̂))``."""
-    precise = _precise(grad).mul_(weight.to(scaled.dtype))
-    mean = (scaled * precise).mean(-1, keepdim=True)
-    return precise.addcmul_(scaled, mean, value=-1).mul_(inverse)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_lightning.model.kernels import loops
 from qlora_lightning.model.layers.autograd import apply
 
 
@@ -56,7 +57,7 @@ class SwiGLU(torch.autograd.Function):
     def forward(
         ctx: Any, gate: Tensor, up: Tensor, a: Tensor | None, needed: tuple[bool, bool]
     ) -> tuple[Tensor, Tensor | None]:
-        hidden = F.silu(gate).mul_(up)
+        hidden = _activate(gate, up)
         # torch's compiler knows no way from a function to the one before
         ctx.keeper = gate.grad_fn if any(needed) and not torch.compiler.is_compiling() else None
         ctx.needed = needed
@@ -72,18 +73,36 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad_hidden: Tensor | None, grad_low: Tensor | None) -> tuple[Tensor | None, ...]:
         gate, up, a = (ctx.keeper or ctx).saved_tensors
         gate_needs, up_needs = ctx.needed
-        active = F.silu(gate)
-        grad_a = None
-        if grad_low is not None and ctx.needs_input_grad[2]:
-            grad_a = (grad_low.t() @ (active * up)).to(a.dtype)
-        if grad_hidden is None:
-            return None, None, grad_a, None
-        # Written over below: nothing but LoRAProjection reads h, and the gradient that it gives is its own.
-        if grad_low is not None:
-            grad_hidden = grad_hidden.addmm_(grad_low, a.to(grad_low.dtype))
-        grad_up = active.mul_(grad_hidden) if up_needs else None
-        if not gate_needs:
-            return None, grad_up, grad_a, None
-        grad_gate = grad_hidden.mul_(up)
-        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
-        return grad_gate, grad_up, grad_a, None
+        a_needs = grad_low is not None and ctx.needs_input_grad[2]
+        hidden = grad_gate = grad_up = grad_a = None
+        if grad_hidden is not None:
+            # Written over below: nothing but LoRAProjection reads h, and the gradient that it gives is its own.
+            if grad_low is not None:
+                grad_hidden = grad_hidden.addmm_(grad_low, a.to(grad_low.dtype))
+            hidden, grad_gate, grad_up = _activate_backward(gate, up, grad_hidden, (a_needs, gate_needs, up_needs))
+        elif a_needs:
+            hidden = _activate(gate, up)
+        if grad_low is not None and hidden is not None:
+            grad_a = (grad_low.t() @ hidden).to(a.dtype)
+        return grad_gate, grad_up, grad_a if a_needs else None, None
+
+
+def _activate(gate: Tensor, up: Tensor) -> Tensor:
+    return loops.swiglu(gate, up) if loops.can_run(gate, up) else F.silu(gate).mul_(up)
+
+
+def _activate_backward(
+    gate: Tensor, up: Tensor, grad: Tensor, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Make h again, and the gradients of gate and up from that of h, which is written over: those that are needed."""
+    hidden_is_needed, gate_needs, up_needs = needed
+    if gate_needs and up_needs and loops.can_run(gate, up, grad):
+        return loops.swiglu_backward(gate, up, grad)
+    active = F.silu(gate)
+    hidden = active * up if hidden_is_needed else None
+    grad_up = active.mul_(grad) if up_needs else None
+    if not gate_needs:
+        return hidden, None, grad_up
+    grad_gate = grad.mul_(up)
+    torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+    return hidden, grad_gate, grad_up

@@ -1,0 +1,65 @@
+"""Compiles ``loops.cpp`` for this CPU, once: the library is kept in the cache."""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from qlora_lightning.base.cache import cached_folder
+from qlora_lightning.base.cache_entry import Json
+from qlora_lightning.errors import UserError
+
+_SOURCE = Path(__file__).with_name("loops.cpp")
+_COMPILER = "g++"  # torch's threads are GNU's, and another compiler's would stand beside them
+_OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
+_WIDEST = {"x86_64": ("-mprefer-vector-width=512",)}
+_LIBRARY = "loops.so"
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """Give the compiled loops; ``None`` where there is no compiler, or not torch's kind of threads.
+
+    To compile takes a second or two, the first time that this CPU is asked for it.
+    """
+    if not sys.platform.startswith("linux") or not _has_gnu_threads():
+        return None
+    compiler = shutil.which(_COMPILER)
+    if compiler is None:
+        return None
+    source = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()
+    key: dict[str, Json] = {"source": source, "options": " ".join(_options()), "cpu": _cpu()}
+    try:
+        folder = cached_folder("kernels", key, functools.partial(_compile, compiler), "C++ loops for this CPU")
+        return ctypes.CDLL(str(folder / _LIBRARY))
+    except (UserError, OSError, subprocess.CalledProcessError) as error:
+        reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+        _log.warning("Norms, rotary embedding and SwiGLU go the slower way, without C++: %s", reason.strip())
+        return None
+
+
+def _compile(compiler: str, folder: Path) -> None:
+    command = [compiler, *_options(), "-shared", "-fPIC", str(_SOURCE), "-o", str(folder / _LIBRARY)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def _options() -> tuple[str, ...]:
+    return _OPTIONS + _WIDEST.get(platform.machine(), ())
+
+
+def _cpu() -> str:
+    """Describe the instructions of this CPU, for which the loops are compiled: a cache may serve several machines."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    told = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return hashlib.sha256("\n".join(sorted(set(told))).encode()).hexdigest()
+
+
+def _has_gnu_threads() -> bool:
+    """Whether torch brought the library of threads that the loops ask for, so that both share them."""
+    return "/libgomp.so.1\n" in Path("/proc/self/maps").read_text(encoding="utf-8")

@@ -1,0 +1,164 @@
+// Element-wise parts of a LLaMA layer, each in one pass; sums are taken in float32, results rounded once.
+// What they compute, in torch's words: rms_norm.py, rotary.py and swiglu.py of ../layers.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float read(float number) { return number; }
+
+inline float read(bf16 number) {
+    const uint32_t bits = static_cast<uint32_t>(number.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+inline void write(float &place, float number) { place = number; }
+
+inline void write(bf16 &place, float number) {  // to the nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &number, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    place.bits = number != number ? 0x7fc0 : static_cast<uint16_t>(rounded);
+}
+
+// e^x to 2e-7 relative: 2^n by the exponent's bits, 2^r for |r| <= 1/2 by its Taylor series. Beyond 2^127 it is
+// infinite, below 2^-126 that; NaN stays NaN.
+inline float exponential(float x) {
+    float power = x * 1.44269504f;
+    power = power < -126.0f ? -126.0f : power;
+    power = power > 128.0f ? 128.0f : power;
+    const float whole = __builtin_rintf(power), rest = power - whole;
+    float sum = 1.52527338e-5f;
+    sum = sum * rest + 1.54035304e-4f;
+    sum = sum * rest + 1.33335581e-3f;
+    sum = sum * rest + 9.61812911e-3f;
+    sum = sum * rest + 5.55041087e-2f;
+    sum = sum * rest + 2.40226507e-1f;
+    sum = sum * rest + 6.93147181e-1f;
+    sum = sum * rest + 1.0f;
+    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &bits, sizeof scale);
+    return sum * scale;
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+template <class T>
+void normalize(const T *__restrict x, const T *__restrict weight, const float *given, float eps, T *__restrict out,
+               float *inverse, int64_t rows, int64_t width) {
+#pragma omp parallel for
+    for (int64_t row = 0; row < rows; row++) {
+        const T *from = x + row * width;
+        T *to = out + row * width;
+        if (given == nullptr) {
+            float squares = 0;
+#pragma omp simd reduction(+ : squares)
+            for (int64_t i = 0; i < width; i++) squares += read(from[i]) * read(from[i]);
+            inverse[row] = 1.0f / std::sqrt(squares / width + eps);
+        }
+        const float factor = given == nullptr ? inverse[row] : given[row];
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) write(to[i], read(from[i]) * factor * read(weight[i]));
+    }
+}
+
+template <class T>
+void normalize_backward(const T *__restrict x, const T *__restrict weight, const float *__restrict inverse,
+                        T *__restrict grad, int64_t rows, int64_t width) {
+#pragma omp parallel for
+    for (int64_t row = 0; row < rows; row++) {
+        const T *from = x + row * width;
+        T *to = grad + row * width;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < width; i++) sum += read(to[i]) * read(weight[i]) * read(from[i]);
+        const float factor = inverse[row], mean = sum * factor * factor / width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++)
+            write(to[i], factor * (read(to[i]) * read(weight[i]) - read(from[i]) * mean));
+    }
+}
+
+constexpr int64_t BLOCK = 4096;  // numbers that a thread takes at a time
+
+template <class T>
+void swiglu(const T *__restrict gate, const T *__restrict up, T *__restrict out, int64_t count) {
+#pragma omp parallel for
+    for (int64_t start = 0; start < count; start += BLOCK) {
+        const int64_t end = start + BLOCK < count ? start + BLOCK : count;
+#pragma omp simd
+        for (int64_t i = start; i < end; i++) write(out[i], read(gate[i]) * sigmoid(read(gate[i])) * read(up[i]));
+    }
+}
+
+template <class T>
+void swiglu_backward(const T *__restrict gate, const T *__restrict up, T *__restrict grad, T *__restrict grad_up,
+                     T *__restrict out, int64_t count) {
+#pragma omp parallel for
+    for (int64_t start = 0; start < count; start += BLOCK) {
+        const int64_t end = start + BLOCK < count ? start + BLOCK : count;
+#pragma omp simd
+        for (int64_t i = start; i < end; i++) {
+            const float x = read(gate[i]), y = read(up[i]), of_out = read(grad[i]);
+            const float part = sigmoid(x), active = x * part;
+            write(out[i], active * y);
+            write(grad_up[i], of_out * active);
+            write(grad[i], of_out * y * part * (1.0f + x * (1.0f - part)));
+        }
+    }
+}
+
+template <class T>
+void rotate(const T *__restrict x, const T *__restrict cos, const T *__restrict sin, float sign, T *__restrict out,
+            int64_t tokens, int64_t heads, int64_t width) {
+    const int64_t half = width / 2;
+#pragma omp parallel for
+    for (int64_t token = 0; token < tokens; token++) {
+        const T *c = cos + token * width, *s = sin + token * width;
+        for (int64_t head = 0; head < heads; head++) {
+            const T *from = x + (token * heads + head) * width;
+            T *to = out + (token * heads + head) * width;
+            // which half's sine: backward takes each number's from where forward had put it
+            const T *first = sign > 0 ? s : s + half, *second = sign > 0 ? s + half : s;
+#pragma omp simd
+            for (int64_t i = 0; i < half; i++) {
+                write(to[i], read(from[i]) * read(c[i]) - sign * read(from[half + i]) * read(first[i]));
+                write(to[half + i], read(from[half + i]) * read(c[half + i]) + sign * read(from[i]) * read(second[i]));
+            }
+        }
+    }
+}
+
+}  // namespace
+
+#define FOR_TYPE(T, NAME)                                                                                              \
+    extern "C" void normalize_##NAME(const T *x, const T *weight, const float *given, float eps, T *out,               \
+                                     float *inverse, int64_t rows, int64_t width) {                                    \
+        normalize(x, weight, given, eps, out, inverse, rows, width);                                                   \
+    }                                                                                                                  \
+    extern "C" void normalize_backward_##NAME(const T *x, const T *weight, const float *inverse, T *grad,              \
+                                              int64_t rows, int64_t width) {                                           \
+        normalize_backward(x, weight, inverse, grad, rows, width);                                                     \
+    }                                                                                                                  \
+    extern "C" void swiglu_##NAME(const T *gate, const T *up, T *out, int64_t count) {                                 \
+        swiglu(gate, up, out, count);                                                                                  \
+    }                                                                                                                  \
+    extern "C" void swiglu_backward_##NAME(const T *gate, const T *up, T *grad, T *grad_up, T *out, int64_t count) {   \
+        swiglu_backward(gate, up, grad, grad_up, out, count);                                                          \
+    }                                                                                                                  \
+    extern "C" void rotate_##NAME(const T *x, const T *cos, const T *sin, float sign, T *out, int64_t tokens,          \
+                                  int64_t heads, int64_t width) {                                                      \
+        rotate(x, cos, sin, sign, out, tokens, heads, width);                                                          \
+    }
+
+FOR_TYPE(float, float32)
+FOR_TYPE(bf16, bfloat16)

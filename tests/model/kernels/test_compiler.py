@@ -1,0 +1,80 @@
+import logging
+import shutil
+import subprocess
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qlora_lightning.base.cache_clear import list_entries
+from qlora_lightning.model.kernels import compiler, loops
+from qlora_lightning.model.layers.rms_norm import gradient, normalize, normalize_again
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="takes g++")
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    """A cache that holds nothing yet, and a process that has not looked for the loops."""
+    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    compiler.load_library.cache_clear()
+    yield
+    compiler.load_library.cache_clear()
+
+
+def test_the_loops_are_compiled_once_and_kept(monkeypatch):
+    ran, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: ran.append(args) or run(*args, **options))
+    assert compiler.load_library() is not None
+    compiler.load_library.cache_clear()
+    assert compiler.load_library() is not None
+    assert len(ran) == 1
+    (entry,) = list_entries("kernels")
+    assert entry.label == "C++ loops for this CPU"
+
+
+def test_another_cpu_takes_loops_of_its_own(monkeypatch):
+    compiler.load_library()
+    compiler.load_library.cache_clear()
+    monkeypatch.setattr(compiler, "_cpu", lambda: "another")
+    compiler.load_library()
+    assert len(list_entries("kernels")) == 2
+
+
+def test_without_a_compiler_torch_computes_the_same(monkeypatch, caplog):
+    x, weight = torch.randn(5, 8), torch.randn(8)
+    normed, inverse = normalize(x, weight, 1e-5)
+    compiled = normed, inverse, gradient(x.clone(), x, weight, inverse, normalize_again(x, weight, inverse))
+    compiler.load_library.cache_clear()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    normed, inverse = normalize(x, weight, 1e-5)
+    again = normalize_again(x, weight, inverse)
+    assert again.scaled is not None
+    for ours, theirs in zip(compiled, (normed, inverse, gradient(x.clone(), x, weight, inverse, again)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert not caplog.records
+
+
+def test_a_compiler_that_fails_is_told_and_torch_goes_on(monkeypatch, caplog):
+    monkeypatch.setattr(compiler, "_OPTIONS", ("--no-such-option",))
+    with caplog.at_level(logging.WARNING):
+        x = torch.randn(2, 8)
+        torch.testing.assert_close(normalize(x, torch.ones(8), 1e-5)[0], F.rms_norm(x, (8,), eps=1e-5))
+        normalize(x, torch.ones(8), 1e-5)
+    (record,) = caplog.records
+    assert "go the slower way, without C++" in record.getMessage()
+    assert "--no-such-option" in record.getMessage()
+    assert not list_entries("kernels")
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_torch_goes_on(monkeypatch, tmp_path, caplog):
+    (tmp_path / "cache").write_text("a file")
+    assert not loops.can_run(torch.randn(2, 8))
+    (record,) = caplog.records
+    assert "The cache cannot keep" in record.getMessage()
+
+
+def test_where_torch_has_other_threads_nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr(compiler, "_has_gnu_threads", lambda: False)
+    assert compiler.load_library() is None
+    assert not list_entries("kernels")

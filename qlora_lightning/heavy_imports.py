@@ -2,10 +2,14 @@
 
 import contextlib
 import gc
+import logging
 import os
+import sys
 from collections.abc import Iterator
+from typing import Any, cast
 
 _SWITCH = "TORCHDYNAMO_DISABLE"
+_FETCHER = "kernels"  # Hugging Face's package of that name
 
 
 @contextlib.contextmanager
@@ -39,3 +43,23 @@ def without_garbage_collection() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+@contextlib.contextmanager
+def without_fetched_kernels() -> Iterator[None]:
+    """Keep bitsandbytes, while it is imported, from fetching code off the hub and running it.
+
+    On a CPU with AVX512-BF16 it would, by the package ``kernels``, and complains where that is not installed. Only its
+    product of a single token would use it, which none of our layers takes.
+    """
+    modules = cast(dict[str, Any], sys.modules)
+    before = {name: module for name, module in modules.items() if name == _FETCHER}
+    complaints = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    was_disabled = complaints.disabled
+    modules[_FETCHER], complaints.disabled = None, True  # None: Python refuses to import it
+    try:
+        yield
+    finally:
+        del modules[_FETCHER]
+        modules.update(before)
+        complaints.disabled = was_disabled

@@ -2,6 +2,7 @@ import gc
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +54,19 @@ def test_no_way_into_the_package_imports_the_compiler(imported: str) -> None:
     code = f"import sys; {imported}; print('torch._inductor.compile_fx' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_bitsandbytes_fetches_no_code_and_says_nothing(tmp_path: Path, is_installed: bool) -> None:
+    if is_installed:
+        (tmp_path / "kernels.py").write_text("def get_kernel(*args, **options):\n    print('fetched', args)\n")
+    program = (
+        "import importlib.util, sys, qlora_lightning.model\n"
+        "assert 'bitsandbytes' in sys.modules and 'kernels' not in sys.modules\n"
+        f"assert (importlib.util.find_spec('kernels') is not None) >= {is_installed}"  # for whoever wants it
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -39,7 +39,8 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> OptionParser:
-    parser = OptionParser("cache", "Unpacked and quantized bases and tokenized data, kept for the next start.", _EPILOG)
+    what = "Unpacked and quantized bases, tokenized data and compiled loops, kept for the next start."
+    parser = OptionParser("cache", what, _EPILOG)
     actions = parser.add_subparsers(dest="action", metavar="list | clear", required=True, parser_class=SentenceParser)
     actions.add_parser("list", help="what the cache holds, with sizes and paths")
     clear = actions.add_parser("clear", help="remove it, or one kind of it")

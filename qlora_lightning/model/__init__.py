@@ -1,6 +1,7 @@
 """What is trained: the quantized base with its adapters, its loss and its optimizer."""
 
-from qlora_lightning.heavy_imports import quick_imports
+from qlora_lightning.heavy_imports import quick_imports, without_fetched_kernels
 
-with quick_imports():  # before any module of this package imports it, whichever way a program comes here
+# Before any module of this package imports it, whichever way a program comes here.
+with quick_imports(), without_fetched_kernels():
     import bitsandbytes  # noqa: F401

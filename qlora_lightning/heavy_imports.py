@@ -53,7 +53,7 @@ def without_fetched_kernels() -> Iterator[None]:
     product of a single token would use it, which none of our layers takes.
     """
     modules = cast(dict[str, Any], sys.modules)
-    before = {name: module for name, module in modules.items() if name == _FETCHER}
+    before = {_FETCHER: modules[_FETCHER]} if _FETCHER in modules else {}
     complaints = logging.getLogger("bitsandbytes.backends.cpu.ops")
     was_disabled = complaints.disabled
     modules[_FETCHER], complaints.disabled = None, True  # None: Python refuses to import it

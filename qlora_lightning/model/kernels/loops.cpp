@@ -53,19 +53,19 @@ inline float exponential(float x) {
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 template <class T>
-void normalize(const T *__restrict x, const T *__restrict weight, const float *given, float eps, T *__restrict out,
-               float *inverse, int64_t rows, int64_t width) {
+void normalize(const T *__restrict x, const T *__restrict weight, float eps, int64_t again, T *__restrict out,
+               float *__restrict inverse, int64_t rows, int64_t width) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
         const T *from = x + row * width;
         T *to = out + row * width;
-        if (given == nullptr) {
+        if (!again) {  // else backward gives what forward has found
             float squares = 0;
 #pragma omp simd reduction(+ : squares)
             for (int64_t i = 0; i < width; i++) squares += read(from[i]) * read(from[i]);
             inverse[row] = 1.0f / std::sqrt(squares / width + eps);
         }
-        const float factor = given == nullptr ? inverse[row] : given[row];
+        const float factor = inverse[row];
 #pragma omp simd
         for (int64_t i = 0; i < width; i++) write(to[i], read(from[i]) * factor * read(weight[i]));
     }
@@ -141,9 +141,9 @@ void rotate(const T *__restrict x, const T *__restrict cos, const T *__restrict 
 }  // namespace
 
 #define FOR_TYPE(T, NAME)                                                                                              \
-    extern "C" void normalize_##NAME(const T *x, const T *weight, const float *given, float eps, T *out,               \
+    extern "C" void normalize_##NAME(const T *x, const T *weight, float eps, int64_t again, T *out,                    \
                                      float *inverse, int64_t rows, int64_t width) {                                    \
-        normalize(x, weight, given, eps, out, inverse, rows, width);                                                   \
+        normalize(x, weight, eps, again, out, inverse, rows, width);                                                   \
     }                                                                                                                  \
     extern "C" void normalize_backward_##NAME(const T *x, const T *weight, const float *inverse, T *grad,              \
                                               int64_t rows, int64_t width) {                                           \

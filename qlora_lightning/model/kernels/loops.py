@@ -29,14 +29,14 @@ def can_run(*tensors: Tensor) -> bool:
 def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Give ``weight · x / rms(x)`` of each row, ``(rows, width)``, and ``1 / rms(x)``, ``(rows, 1)`` in float32."""
     normed, inverse = torch.empty_like(x), torch.empty(len(x), 1)
-    _call("normalize", x, x, weight, None, ctypes.c_float(eps), normed, inverse, *x.shape)
+    _call("normalize", x, x, weight, ctypes.c_float(eps), False, normed, inverse, *x.shape)
     return normed, inverse
 
 
 def normalize_again(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """Give the first of what :func:`normalize` gives, from the second."""
     normed = torch.empty_like(x)
-    _call("normalize", x, x, weight, inverse, ctypes.c_float(0), normed, None, *x.shape)
+    _call("normalize", x, x, weight, ctypes.c_float(0), True, normed, inverse, *x.shape)
     return normed
 
 

@@ -19,27 +19,24 @@ class Rotary(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turn ``(1, heads, tokens, head_dim)`` by ``cos`` and ``sin`` ``(1, tokens, head_dim)``."""
         ctx.save_for_backward(cos, sin)
-        if _can_loop(states, cos, sin):
-            return loops.rotate(states.transpose(1, 2)[0], cos[0], sin[0], back=False)[None].transpose(1, 2)
-        cos, sin, half = cos[:, None], sin[:, None], states.shape[-1] // 2
-        turned = states * cos
-        turned[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
-        turned[..., half:].addcmul_(states[..., :half], sin[..., half:])
-        return turned
+        return _turn(states, cos, sin, back=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        if _can_loop(grad, cos, sin):
-            return loops.rotate(grad.transpose(1, 2)[0], cos[0], sin[0], back=True)[None].transpose(1, 2), None, None
-        cos, sin, half = cos[:, None], sin[:, None], grad.shape[-1] // 2
-        turned = grad * cos
-        turned[..., :half].addcmul_(grad[..., half:], sin[..., half:])
-        turned[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1)
-        return turned, None, None
+        return _turn(grad, *ctx.saved_tensors, back=True), None, None
 
 
-def _can_loop(states: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether it is one stream, of which each token's heads lie together."""
-    return len(states) == len(cos) == 1 and loops.can_run(states.transpose(1, 2), cos, sin)
+def _turn(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+    """Turn, or give the gradient of that: the other way, each number by the angle where forward had put it."""
+    by_token = states.transpose(1, 2)
+    if len(states) == len(cos) == 1 and loops.can_run(by_token, cos, sin):
+        return loops.rotate(by_token[0], cos[0], sin[0], back=back)[None].transpose(1, 2)
+    cos, sin, half = cos[:, None], sin[:, None], states.shape[-1] // 2
+    first, second = sin[..., :half], sin[..., half:]
+    if back:
+        first, second = second, first
+    turned = states * cos
+    turned[..., :half].addcmul_(states[..., half:], first, value=1 if back else -1)
+    turned[..., half:].addcmul_(states[..., :half], second, value=-1 if back else 1)
+    return turned

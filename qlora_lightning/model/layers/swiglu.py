@@ -82,9 +82,9 @@ class SwiGLU(torch.autograd.Function):
             hidden, grad_gate, grad_up = _activate_backward(gate, up, grad_hidden, (a_needs, gate_needs, up_needs))
         elif a_needs:
             hidden = _activate(gate, up)
-        if grad_low is not None and hidden is not None:
+        if a_needs and grad_low is not None and hidden is not None:
             grad_a = (grad_low.t() @ hidden).to(a.dtype)
-        return grad_gate, grad_up, grad_a if a_needs else None, None
+        return grad_gate, grad_up, grad_a, None
 
 
 def _activate(gate: Tensor, up: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from qlora_lightning.errors import UserError
 
-_SUFFIXES = (".yaml", ".yml", ".json")
+SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def find_configs(arguments: Sequence[str]) -> list[str]:
@@ -32,7 +32,7 @@ def check_configs(arguments: Sequence[str]) -> None:
             inner = os.path.join(name, "config.yaml")
             remedy = inner if os.path.isfile(os.path.join(place, "config.yaml")) else "a YAML file"
             raise UserError(f"--config names {name}, which is a folder: name {remedy}.")
-        if place.endswith(_SUFFIXES) and not os.path.exists(place):
+        if place.endswith(SUFFIXES) and not os.path.exists(place):
             raise UserError(
                 f"--config names {name}, but there is no such file. Paths are relative to the current folder."
             )

@@ -2,78 +2,123 @@
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-_CONFIGS = (".yaml", ".yml")
+from qlora_lightning.commands.config_files import SUFFIXES, find_configs
+from qlora_lightning.data.reading.sources import list_folder
+
 _LARGEST_CONFIG = 1_000_000  # bytes; a larger file is data
 _LONGEST_NAME = 4096  # bytes that Linux takes in a path
+_YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times quicker, where PyYAML was built with it
 
 
 def find_inputs(words: Sequence[str | Path | None]) -> list[Path]:
     """Find the files that are named on a command line, and by the configs among them.
 
-    Of a folder it is what lies in it; of a run folder its config and its adapter.
+    Of a folder it is what lies in it; of a folder of rows what lies below it, too; of a run folder its config and its
+    adapter. Folders of the ``trainer`` section are written into, not read.
 
     Args:
         words: Arguments: ``--data.val=rows.jsonl``, ``a=runs/a/adapter``, a path, or anything else, which names none.
     """
-    found: dict[Path, None] = {}
-    parsed: set[str] = set()
-    for word in words:
-        if word is not None:
-            for name in dict.fromkeys((str(word), str(word).partition("=")[2])):
-                found.update(dict.fromkeys(_find(name, parsed, configs=True)))
-    return list(found)
+    given = [str(word) for word in words if word is not None]
+    search = _Search(find_configs(given))
+    option = ""  # to which a word without one belongs
+    for word in given:
+        name, equals, value = word.partition("=")
+        section = _section_of(name if name.startswith("-") else option)
+        for text in dict.fromkeys((word, value)):
+            search.look_at(text, section)
+            if text.startswith(("[", "{")):  # a value in YAML; else it may be a pattern
+                search.look_into(_parse(text), section)
+        option = "" if equals else name
+    return list(search.found)
 
 
-def _find(name: str, parsed: set[str], configs: bool) -> Iterator[Path]:
-    """Yield the files that a name, or a pattern, stands for.
+def _section_of(option: str) -> str:
+    section = option.removeprefix("--").partition(".")[0]
+    return section if section in ("data", "trainer") else ""
+
+
+class _Search:
+    """Collects files.
 
     Args:
-        name: The name.
-        parsed: Configs that need not be looked into again: a run's names the run's own folder, where it lies.
-        configs: Whether to look into configs.
+        configs: Names of configs, whatever they end in.
+
+    Attributes:
+        found: The files, in the order in which they were come across.
     """
-    if not name or "\0" in name or len(name) > _LONGEST_NAME:
-        return
-    whole = os.path.expanduser(name)
-    for path in map(Path, [whole] if os.path.exists(whole) else glob.glob(whole)):
-        if path.is_dir():
-            yield from _lying_in(path, parsed)
-            continue
-        yield path
-        real = os.path.realpath(path)
-        if not configs or real in parsed or path.suffix not in _CONFIGS or not path.is_file():
-            continue
-        parsed.add(real)
-        if path.stat().st_size < _LARGEST_CONFIG:
-            for inner in _strings(_load(path)):
-                yield from _find(inner, parsed, configs=False)
+
+    def __init__(self, configs: Sequence[str]) -> None:
+        self.found: dict[Path, None] = {}
+        self._configs = configs
+        self._read = set[str]()  # a run's config names the run's own folder, where it lies
+
+    def look_at(self, name: str, section: str) -> None:
+        """Collect the files that a name, or a pattern, stands for.
+
+        Args:
+            name: The name.
+            section: Of a config, in which it stands; empty on the command line.
+        """
+        if not name or "\0" in name or len(name) > _LONGEST_NAME:
+            return
+        whole = os.path.expanduser(name)
+        for path in map(Path, [whole] if os.path.exists(whole) else glob.glob(whole, recursive=True)):
+            if path.is_dir():
+                self._look_into_folder(path, section)
+                continue
+            self.found[path] = None
+            if path.suffix in SUFFIXES or name in self._configs:
+                self._look_into_config(path, section)
+
+    def look_into(self, config: Any, section: str) -> None:
+        """Collect the files that a config, or one value of it, names."""
+        parts = config.items() if isinstance(config, dict) and not section else [(section, config)]
+        for key, value in parts:
+            for text in _strings(value):
+                self.look_at(text, section or _section_of(str(key)))
+
+    def _look_into_config(self, file: Path, section: str) -> None:
+        real = os.path.realpath(file)
+        if real in self._read or not file.is_file() or file.stat().st_size > _LARGEST_CONFIG:
+            return
+        self._read.add(real)
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return  # it is no config, or told of where it is parsed
+        if not text.lstrip().startswith("["):  # those are rows
+            self.look_into(_parse(text), section)
+
+    def _look_into_folder(self, folder: Path, section: str) -> None:
+        if section == "trainer":
+            return
+        is_run = (folder / "adapter").is_dir()
+        adapter = folder / "adapter" if is_run else folder
+        config = adapter.absolute().parent / "config.yaml"
+        if (adapter / "adapter_config.json").is_file() and config.is_file():
+            self.look_at(str(config), "")
+        files = [each for each in adapter.iterdir() if each.is_file()]
+        rows = list_folder(folder) if section == "data" else []
+        self.found.update(dict.fromkeys([*files, *rows]))
 
 
-def _lying_in(folder: Path, parsed: set[str]) -> Iterator[Path]:
-    is_run = (folder / "adapter").is_dir()
-    adapter = folder / "adapter" if is_run else folder
-    config = adapter.absolute().parent / "config.yaml"
-    if (adapter / "adapter_config.json").is_file() and config.is_file():
-        yield from _find(str(config), parsed, configs=True)
-    yield from (each for each in adapter.iterdir() if each.is_file())
-
-
-def _load(config: Path) -> Any:
+def _parse(text: str) -> Any:
     try:
-        return yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return None  # it is no config, or told of where it is parsed
+        return yaml.load(text, _YamlLoader)
+    except (ValueError, RecursionError, yaml.YAMLError):
+        return None
 
 
-def _strings(config: Any) -> Iterable[str]:
-    """Yield the strings of a config, whose parts YAML lets hold each other, and be held many times."""
-    open_, seen = [config], set[int]()
+def _strings(value: Any) -> Iterator[str]:
+    """Yield the strings of a value, whose parts YAML lets hold each other, and be held many times."""
+    open_, seen = [value], set[int]()
     while open_:
         value = open_.pop()
         if isinstance(value, str):

@@ -28,6 +28,40 @@ def test_what_is_read_are_the_files_named_by_words_by_configs_and_those_of_an_ad
     assert find_inputs(["nothing", "", "a=", None, "x" * 10_000, "a\0b"]) == []
 
 
+def test_of_a_folder_of_rows_it_is_all_that_the_reader_would_read(folder):
+    for name in ("rows/a.jsonl", "rows/deep/er/b.json.gz", "rows/deep/notes.txt", "rows/.hidden/c.csv", "rows/notes"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    (folder / "config.yaml").write_text("data: {train: [{path: rows, weight: 1}]}")
+    (folder / "data.yaml").write_text("train: rows")
+    (folder / "config.json").write_text('{"data": {"train": "rows/**/*.gz"}}')
+    (folder / "whole").write_text("data: data.yaml")
+    rows = {"rows/a.jsonl", "rows/deep/er/b.json.gz"}
+    for words, expected in (
+        (["--data.train=rows"], {*rows, "rows/notes"}),
+        (["--data.train", "rows"], {*rows, "rows/notes"}),
+        (
+            ["--data.train", "[rows/deep, {path: file, weight: 2}]"],
+            {"rows/deep/er/b.json.gz", "rows/deep/notes.txt", "file"},
+        ),
+        (["--data={train: {path: rows}}"], {*rows, "rows/notes"}),
+        (["--config", "config.yaml"], {*rows, "rows/notes", "config.yaml"}),
+        (["--config", "config.json"], {"config.json", "rows/deep/er/b.json.gz"}),
+        (["-c", "whole"], {*rows, "rows/notes", "data.yaml", "whole"}),
+        (["--config", '{"data": {"val": "rows/deep/er"}}'], {"rows/deep/er/b.json.gz"}),
+        (["--model.base", "rows"], {"rows/a.jsonl", "rows/notes"}),
+    ):
+        assert {str(each) for each in find_inputs(words)} == expected, words
+
+
+def test_folders_of_the_trainer_are_written_into_and_may_hold_what_a_command_wrote_before(folder):
+    (folder / "run").mkdir()
+    (folder / "run/lr.json").write_text("{}")
+    (folder / "config.yaml").write_text("trainer: {default_root_dir: run, logger: {save_dir: run}, profiler: file}")
+    words = ["--trainer.default_root_dir=run", "--trainer.default_root_dir", "run", "--config", "config.yaml"]
+    assert {str(each) for each in find_inputs(words)} == {"config.yaml", "file"}
+
+
 def test_a_config_whose_parts_hold_themselves_and_each_other_is_read_in_a_moment(folder):
     lines = ["a: &a [*a, file]", "l0: &l0 [file]", *(f"l{n}: &l{n} [*l{n - 1}, *l{n - 1}]" for n in range(1, 60))]
     (folder / "config.yaml").write_text("\n".join(lines))
@@ -41,8 +75,8 @@ def test_runs_that_name_themselves_and_each_other_are_parsed_once_each(folder, m
         (folder / run / "config.yaml").write_text(
             f"trainer: {{root: {run}, logger: {run}}}\nmodel: {{adapter: {other}}}"
         )
-    parsed, load = [], input_files._load
-    monkeypatch.setattr(input_files, "_load", lambda config: (parsed.append(str(config)), load(config))[1])
+    parsed, parse = [], input_files._parse
+    monkeypatch.setattr(input_files, "_parse", lambda text: (parsed.append(text), parse(text))[1])
     found = {str(each.absolute().relative_to(folder)) for each in find_inputs(["a/config.yaml", "b/adapter", "a"])}
     assert found == {"a/config.yaml", "b/config.yaml", "a/adapter/adapter_config.json", "b/adapter/adapter_config.json"}
     assert len(parsed) == 2

@@ -115,7 +115,7 @@ def _find(entry: dict[str, Any], split: str, streaming: bool) -> Source:
 def _find_files(path: str, file: Path, split: str) -> list[Path]:
     """Return the files of a path, a folder or a glob; ``file`` is the path without ``~``."""
     if file.is_dir():
-        return _list_folder(file)
+        return list_folder(file)
     if file.exists():
         return [file]
     if not glob.has_magic(path):
@@ -123,7 +123,7 @@ def _find_files(path: str, file: Path, split: str) -> list[Path]:
     matches = [Path(match) for match in glob.glob(str(file), recursive=True)]
     if not matches:
         raise UserError(f"data.{split}: nothing matches {path} (relative to the current folder, {Path.cwd()}).")
-    files = [each for match in matches for each in (_list_folder(match) if match.is_dir() else [match])]
+    files = [each for match in matches for each in (list_folder(match) if match.is_dir() else [match])]
     return sorted({each for each in files if kind_of(each)[0]})
 
 
@@ -134,7 +134,7 @@ def _is_hub_id(path: str, explicit: bool) -> bool:
     return explicit or not (_SUFFIX.search(path) or Path(path).parent.is_dir())
 
 
-def _list_folder(folder: Path) -> list[Path]:
+def list_folder(folder: Path) -> list[Path]:
     """List data files at any depth; hidden ones and those of other kinds are passed over."""
     files = (file for file in folder.rglob("*") if kind_of(file)[0] and file.is_file())
     return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))

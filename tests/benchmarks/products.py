@@ -1,7 +1,7 @@
 """The matrix products of a training step: what a LLaMA with LoRA adapters cannot do without.
 
-Nothing that an implementation computes again belongs to them, and no token that no label needs. Attention has the tiles
-in which a CPU runs it: they hold somewhat more than the triangle up to the diagonal.
+Nothing that an implementation computes again belongs to them, and no token that no label needs. Attention has tiles of
+64 queries of all samples that reach so far, with the keys up to there: somewhat more than up to the diagonal.
 """
 
 from collections import Counter
@@ -12,11 +12,8 @@ from typing import Any, Literal, NamedTuple
 from peft.tuners.lora import LoraLayer
 
 from qlora_lightning.model.batch.shape import BatchShape
-from qlora_lightning.model.layers.attention_tiles import TILE
-from qlora_lightning.model.layers.long_attention import blocks, whole_vectors
-from qlora_lightning.model.layers.short_attention import SHORT
-from qlora_lightning.model.memory.kept import tiles_of_batch
 
+TILE = 64  # queries: smaller products are slower, larger ones hold more scores behind the diagonal
 # The linears of a layer in the order in which they run; those of one line share their input.
 _STAGES = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -176,10 +173,9 @@ def _attention_backward(shape: Shape, batch: BatchShape) -> Iterator[Product]:
 
 
 def _attention_shapes(shape: Shape, batch: BatchShape) -> Iterator[tuple[int, int, int]]:
-    """Give how many matrices go into each product, their rows, and the keys that these see, as a CPU runs them."""
-    shared = shape.heads // shape.kv_heads
-    for tile in tiles_of_batch(batch):
-        yield tile.samples * shape.kv_heads, TILE * shared, tile.keys
-    for length in batch.attended:
-        for first, end in blocks(length, shape.heads) if length > SHORT else ():
-            yield shape.kv_heads, (end - first) * shared, whole_vectors(end)
+    """Give how many matrices go into each product, their rows, and the keys that these see."""
+    shared = batch.shared or [0] * len(batch.attended)
+    for first in range(0, max(batch.attended), TILE):
+        end = first + TILE
+        samples = sum(begin < end and length > first for begin, length in zip(shared, batch.attended, strict=True))
+        yield samples * shape.kv_heads, TILE * shape.heads // shape.kv_heads, end

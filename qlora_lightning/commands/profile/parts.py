@@ -46,7 +46,7 @@ RULES = (
     Rule("LoRALinearFunction|LoRAProjection", ADAPTERS, False),
     Rule("SwiGLU|KeptForSwiGLU", ACTIVATION, False),
     Rule("Rotary", ROTARY, True),
-    Rule("ShortAttention|LongAttention|_LayOut", ATTENTION, True),
+    Rule("SampleAttention|_LayOut", ATTENTION, True),
     Rule("_FrozenHeadLoss", HEAD, True),
     Rule("_CopyApart", RECOMPUTATION, True),
     # bitsandbytes

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qlora_lightning.model.layers.attention import attends_flatly, check_bounds
+from qlora_lightning.model.layers.attention import attends_flatly
+from qlora_lightning.model.layers.sample_attention import check_bounds
 from qlora_lightning.model.loss import IGNORED
 
 _LEAST_SHARED = 32  # one token in so many: fewer are not worth that attention looks them up

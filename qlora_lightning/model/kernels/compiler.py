@@ -1,4 +1,4 @@
-"""Compiles ``loops.cpp`` for this CPU, once: the library is kept in the cache."""
+"""Compiles the loops in C++ for this CPU, once: the library is kept in the cache."""
 
 import ctypes
 import functools
@@ -14,9 +14,19 @@ from qlora_lightning.base.cache import cached_folder
 from qlora_lightning.base.cache_entry import Json
 from qlora_lightning.errors import UserError
 
-_SOURCE = Path(__file__).with_name("loops.cpp")
+_FOLDER = Path(__file__).parent
+_SOURCES = tuple(_FOLDER / name for name in ("loops.cpp", "attention.cpp"))
+_HEADER = _FOLDER / "numbers.h"
 _COMPILER = "g++"  # torch's threads are GNU's, and another compiler's would stand beside them
-_OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
+_OPTIONS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-strict-aliasing",
+    "-fopenmp",
+)
 _WIDEST = {"x86_64": ("-mprefer-vector-width=512",)}
 _LIBRARY = "loops.so"
 _log = logging.getLogger(__name__)
@@ -33,7 +43,7 @@ def load_library() -> ctypes.CDLL | None:
     compiler = shutil.which(_COMPILER)
     if compiler is None:
         return None
-    source = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()
+    source = hashlib.sha256(b"".join(each.read_bytes() for each in (*_SOURCES, _HEADER))).hexdigest()
     key: dict[str, Json] = {"source": source, "options": " ".join(_options()), "cpu": _cpu()}
     try:
         folder = cached_folder("kernels", key, functools.partial(_compile, compiler), "C++ loops for this CPU")
@@ -45,7 +55,7 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def _compile(compiler: str, folder: Path) -> None:
-    command = [compiler, *_options(), "-shared", "-fPIC", str(_SOURCE), "-o", str(folder / _LIBRARY)]
+    command = [compiler, *_options(), "-shared", "-fPIC", *map(str, _SOURCES), "-o", str(folder / _LIBRARY)]
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 

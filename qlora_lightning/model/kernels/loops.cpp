@@ -1,54 +1,9 @@
 // Element-wise parts of a LLaMA layer, each in one pass; sums are taken in float32, results rounded once.
 // What they compute, in torch's words: rms_norm.py, rotary.py and swiglu.py of ../layers.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "numbers.h"
 
 namespace {
-
-struct bf16 {
-    uint16_t bits;
-};
-
-inline float read(float number) { return number; }
-
-inline float read(bf16 number) {
-    const uint32_t bits = static_cast<uint32_t>(number.bits) << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
-inline void write(float &place, float number) { place = number; }
-
-inline void write(bf16 &place, float number) {  // to the nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &number, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    place.bits = number != number ? 0x7fc0 : static_cast<uint16_t>(rounded);
-}
-
-// e^x to 2e-7 relative: 2^n by the exponent's bits, 2^r for |r| <= 1/2 by its Taylor series. Beyond 2^127 it is
-// infinite, below 2^-126 that; NaN stays NaN.
-inline float exponential(float x) {
-    float power = x * 1.44269504f;
-    power = power < -126.0f ? -126.0f : power;
-    power = power > 128.0f ? 128.0f : power;
-    const float whole = __builtin_rintf(power), rest = power - whole;
-    float sum = 1.52527338e-5f;
-    sum = sum * rest + 1.54035304e-4f;
-    sum = sum * rest + 1.33335581e-3f;
-    sum = sum * rest + 9.61812911e-3f;
-    sum = sum * rest + 5.55041087e-2f;
-    sum = sum * rest + 2.40226507e-1f;
-    sum = sum * rest + 6.93147181e-1f;
-    sum = sum * rest + 1.0f;
-    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, sizeof scale);
-    return sum * scale;
-}
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -12,11 +12,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from qlora_lightning.model.layers.attention_tiles import lay_out
-from qlora_lightning.model.layers.autograd import apply
+from qlora_lightning.model.kernels import loops
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
-from qlora_lightning.model.layers.long_attention import LongAttention
-from qlora_lightning.model.layers.short_attention import SHORT, ShortAttention
+from qlora_lightning.model.layers.sample_attention import attend_within, find_samples
 from qlora_lightning.model.layers.whole_samples import lay_out_samples, sort_by_place
 
 FLAT_ATTENTION, PLAIN_FLAT_ATTENTION = "qlora_flat", "qlora_flat_plain"
@@ -80,8 +78,9 @@ def flat_attention(
     if (mixed := _through_cache(kv_cache, module, query, key, value, scaling)) is not None:
         return mixed, None
     if cu_seqlens is not None and dropout == 0.0:
-        if query.device.type == "cpu":
-            return _attend_by_products(query, key, value, cu_seqlens, stream_places, scaling), None
+        mixed = _attend_by_loops(query, key, value, cu_seqlens, stream_places, scaling)
+        if mixed is not None:
+            return mixed, None
         if longest is not None and _has_varlen_kernel(query):
             attend = functools.partial(_attend_varlen, cu_seqlens=cu_seqlens, longest=longest, scaling=scaling)
             return _attend_in_full(attend, query, key, value, stream_places), None
@@ -168,62 +167,24 @@ def _attend_varlen(
     return cast(Tensor, output)[None]
 
 
-def check_bounds(bounds: Sequence[int], tokens: int) -> None:
-    """Refuse bounds of samples that are none.
-
-    Raises:
-        ValueError: They do not rise from 0 to the tokens of the batch.
-    """
-    if bounds[0] != 0 or bounds[-1] != tokens or any(end <= start for start, end in itertools.pairwise(bounds)):
-        raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, the tokens of the batch; found {list(bounds)}.")
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _attend_by_products(
+def _attend_by_loops(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     cu_seqlens: Tensor,
     stream_places: Tensor | None,
     scaling: float | None,
-) -> Tensor:
+) -> Tensor | None:
+    """Attend by the C++ loops; ``None`` where they cannot run."""
     # As SDPA does under autocast, where what trains in float32 makes some of them float32.
     autocasts = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocasts else value.dtype
-    bounds = tuple(cu_seqlens.tolist())
-    tokens = query.shape[2] if stream_places is None else len(stream_places)
-    check_bounds(bounds, tokens)
-    query, key, value = (each.to(dtype) for each in (query, key, value))
+    if not loops.can_attend(value, dtype):
+        return None
+    samples = find_samples(cu_seqlens.tolist(), query.shape[2], stream_places)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    with torch.autocast("cpu", enabled=False):
-        if stream_places is not None and all(end - start <= SHORT for start, end in itertools.pairwise(bounds)):
-            layout = lay_out(bounds, key.shape[1], stream_places.numpy().tobytes())
-            return cast(Tensor, apply(ShortAttention, query, key, value, layout, scale))
-        attend = functools.partial(_attend_by_length, bounds=bounds, scale=scale)
-        return _attend_in_full(attend, query, key, value, stream_places)
-
-
-def _attend_by_length(query: Tensor, key: Tensor, value: Tensor, *, bounds: tuple[int, ...], scale: float) -> Tensor:
-    runs = list(_runs(bounds))
-    sizes, states = [run[-1] for run in runs], (query, key, value)
-    pieces = zip(*(torch.split(each, sizes, 2) for each in states), strict=True) if len(runs) > 1 else [states]
-    outputs: list[Tensor] = [
-        apply(LongAttention, *piece, scale)
-        if run[1] > SHORT
-        else apply(ShortAttention, *piece, lay_out(run, key.shape[1]), scale)
-        for run, piece in zip(runs, pieces, strict=True)
-    ]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-
-
-def _runs(bounds: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Cut a stream before and behind each long sample; give the bounds of each piece, which begin at 0."""
-    lengths = [end - start for start, end in itertools.pairwise(bounds)]
-    for is_long, group in itertools.groupby(lengths, lambda length: length > SHORT):
-        if is_long:
-            yield from ((0, length) for length in group)
-        else:
-            yield 0, *itertools.accumulate(group)
+    return attend_within(samples, query.to(dtype), key.to(dtype), value.to(dtype), scale)
 
 
 def _attend_per_sample(

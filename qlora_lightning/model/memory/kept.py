@@ -7,11 +7,11 @@ products.
 
 from collections.abc import Sequence
 
+import torch
+
 from qlora_lightning.model.batch.shape import BatchShape
-from qlora_lightning.model.layers.attention_tiles import TILE, Tile, tiles_of
+from qlora_lightning.model.kernels.loops import attends_in
 from qlora_lightning.model.layers.frozen_weight import TILE_BYTES
-from qlora_lightning.model.layers.long_attention import whole_vectors
-from qlora_lightning.model.layers.short_attention import SHORT
 from qlora_lightning.model.loss import rows_of_logits, rows_of_probabilities
 from qlora_lightning.model.memory.layer_shapes import LayerShape, LinearShape
 
@@ -37,12 +37,14 @@ def kept_by_layer(layer: LayerShape, batch: BatchShape, e: int, device: str) -> 
     return kept(layer, batch, e, device)
 
 
-def kept_outside(layers: Sequence[LayerShape], batch: BatchShape, e: int) -> int:
-    """Count what the last norm, in float32, the angles of rotary embedding and the loss keep."""
+def kept_outside(layers: Sequence[LayerShape], batch: BatchShape, e: int, device: str) -> int:
+    """Count what the last norm, in float32, the angles of rotary embedding and the loss keep; and samples' places."""
     width, head_width = layers[0].width, layers[0].linears["q_proj"].outputs // layers[0].heads
     norm = batch.computed * (width * _FLOAT + _FLOAT)
     angles = 2 * batch.computed * head_width * e if any(not each.checkpointed and each.trains for each in layers) else 0
-    return norm + angles + batch.labelled * (width * e + _INDEX)
+    looked_up = _looks_up(e, device) and any(each.trains and each.fused for each in layers)
+    places = 3 * sum(batch.attended) * _INDEX if looked_up else 0
+    return norm + angles + places + batch.labelled * (width * e + _INDEX)
 
 
 def room_of_logits(batch: BatchShape, vocabulary: int, e: int) -> int:
@@ -85,13 +87,10 @@ def _room_of_layer(layer: LayerShape, batch: BatchShape, e: int, device: str) ->
 
 
 def _room_of_attention(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
-    """Count what ShortAttention lays out in tiles: gradients beside queries, keys and values, a tile's scores."""
-    tiles = tiles_of_batch(batch) if device == "cpu" else []
-    queries, keys = layer.linears["q_proj"].outputs, layer.linears["k_proj"].outputs
-    by_rows = sum(tile.samples * TILE * 2 * queries for tile in tiles)  # gradients of the output and of the queries
-    by_keys = sum(tile.samples * tile.keys * 4 * keys for tile in tiles)  # keys, values, and their gradients
-    scores = max((tile.samples * TILE * tile.keys * 2 * layer.heads for tile in tiles), default=0)
-    return (by_rows + by_keys + scores) * e
+    """Count the gradients of queries, keys and values; of what samples share, their parts in float32."""
+    queries, keys_and_values = layer.linears["q_proj"].outputs, 2 * layer.linears["k_proj"].outputs
+    parts = sum(batch.attended) * keys_and_values * _FLOAT if _looks_up(e, device) and any(batch.shared) else 0
+    return batch.computed * (queries + keys_and_values) * e + parts
 
 
 def _room_of_forward(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
@@ -143,29 +142,15 @@ def _kept_fused(layer: LayerShape, batch: BatchShape, e: int, device: str) -> in
 
 def _kept_by_attention(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
     queries, keys_and_values = layer.linears["q_proj"].outputs, 2 * layer.linears["k_proj"].outputs
-    tokens = batch.computed if _looks_up(batch, device) else sum(batch.attended)
-    if device == "cpu":
-        # ShortAttention: queries in tiles, the stream's keys and values, probabilities up to the diagonal
-        tiles = tiles_of_batch(batch)
-        kept = sum(tile.samples * TILE * (queries + layer.heads * tile.keys) for tile in tiles)
-        kept += bool(tiles) * tokens * keys_and_values
-        long = (length for length in batch.attended if length > SHORT)
-        # LongAttention: keys and values are filled up
-        kept += sum(length * queries + whole_vectors(length) * keys_and_values for length in long)
-        return kept * e
-    # FlashAttention: its output too, and a logarithm for each row
-    return tokens * ((2 * queries + keys_and_values) * e + layer.heads * _FLOAT)
+    if _looks_up(e, device):  # SampleAttention: they, and a normalizer for each row
+        return batch.computed * ((queries + keys_and_values) * e + layer.heads * _FLOAT)
+    # torch's kernels: of all tokens, and the output too
+    return sum(batch.attended) * ((2 * queries + keys_and_values) * e + layer.heads * _FLOAT)
 
 
-def _looks_up(batch: BatchShape, device: str) -> bool:
+def _looks_up(e: int, device: str) -> bool:
     """Whether attention finds what samples share in the stream; else all of them are laid out whole."""
-    return device == "cpu" and max(batch.attended) <= SHORT
-
-
-def tiles_of_batch(batch: BatchShape) -> list[Tile]:
-    """Give the tiles of the short samples of a batch on a CPU."""
-    shared = batch.shared if _looks_up(batch, "cpu") else ()
-    return list(tiles_of([length for length in batch.attended if length <= SHORT], shared))
+    return device == "cpu" and attends_in(torch.float32 if e == _FLOAT else torch.bfloat16)
 
 
 def _kept_plain(layer: LayerShape, batch: BatchShape, e: int, device: str) -> int:
@@ -180,5 +165,5 @@ def _kept_plain(layer: LayerShape, batch: BatchShape, e: int, device: str) -> in
     swiglu = 4 * t * layer.inner_width * e  # gate, silu(gate), up, and their product
     adapted = [linear for linear in layer.linears.values() if linear.rank]
     adapters = sum(t * linear.rank * e + linear.dropout * t * linear.inputs * (e + 1) for linear in adapted)
-    int8 = sum(t * linear.inputs * (e + 1) for linear in layer.linears.values() if linear.int8)  # and their inputs
+    int8 = sum(t * linear.inputs for linear in layer.linears.values() if linear.int8)  # inputs in 8 bits
     return norms + normed + attention + swiglu + adapters + int8

@@ -99,7 +99,7 @@ def test_backward_belongs_to_the_part_of_its_forward():
         [Event("MulBackward0", 4, [Event("aten::mul", 8)], sequence_nr=5, scope=1)],
         sequence_nr=5,
     )
-    of_attention = Event(f"{ENGINE}ShortAttentionBackward", 16, [Event("ShortAttentionBackward", 32, scope=1)])
+    of_attention = Event(f"{ENGINE}SampleAttentionBackward", 16, [Event("SampleAttentionBackward", 32, scope=1)])
     assert share_out(rotary, backward, of_attention) == {ROTARY: 15, ATTENTION: 48}
 
 

@@ -263,7 +263,7 @@ def test_a_gradient_that_dies_later_is_noticed_where_it_stays_dead(fit):
 
 @pytest.mark.parametrize("rate", [1e3, 1e10])
 def test_adapters_that_diverge_are_told_so_and_no_wiring_is_blamed(fit, rate):
-    words = r"Training has diverged by step [1-9], at learning rate 1e\+\d+: .*\.lora_.*Lower model\.learning_rate"
+    words = r"Training has diverged by step \d+, at learning rate 1e\+\d+: .*\.lora_.*Lower model\.learning_rate"
     with pytest.raises(UserError, match=words):
         fit(QLoRAModule, learning_rate=rate, trainer_options={"max_epochs": 3})
 

@@ -6,7 +6,7 @@ import torch
 
 from qlora_lightning.model.layers.attention import plain_flat_attention
 
-HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
+HEADS, KV_HEADS, HEAD_DIM = 6, 2, 16
 
 
 def draw(lengths, dtype=torch.float64):

@@ -49,6 +49,7 @@ RULES = (
     Rule("SampleAttention|_LayOut", ATTENTION, True),
     Rule("_FrozenHeadLoss", HEAD, True),
     Rule("_CopyApart", RECOMPUTATION, True),
+    Rule("loops::multiply", BASE, True),  # the adapter's wide product with it, and making the weight dense
     # bitsandbytes
     Rule("MatMul4Bit", BASE, False),
     Rule("MatMul8bitLt", BASE, True),

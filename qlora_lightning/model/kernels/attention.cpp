@@ -5,69 +5,14 @@
 // them again. Products are summed up in float32. What is computed is said in ../layers/sample_attention.py.
 
 #include <algorithm>
-#include <vector>
 
-#include "numbers.h"
-
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int64_t LANES = 16, VECTORS = 2;  // of a block of products, which fits into the registers
-#else
-constexpr int64_t LANES = 8, VECTORS = 1;
-#endif
-constexpr int64_t ROWS = 8;   // of a strip of queries
-constexpr int64_t TILE = 64;  // queries whose gradients of keys and values are one product
+constexpr int64_t TILE = 64;        // queries whose gradients of keys and values are one product
 constexpr int64_t MOST_WIDE = 256;  // numbers of a head
-constexpr int64_t ALIGNED = 16;  // keys are filled up to a multiple of it
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4)));
-
-inline Floats load(const float *from) {
-    Floats numbers;
-    std::memcpy(&numbers, from, sizeof numbers);
-    return numbers;
-}
-
-inline void store(Floats numbers, float *to) { std::memcpy(to, &numbers, sizeof numbers); }
-
-inline void store(Floats numbers, bf16 *to) {
-#ifdef __AVX512BF16__
-    const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(numbers));
-    std::memcpy(to, &rounded, sizeof rounded);
-#else
-    for (int64_t i = 0; i < LANES; i++) write(to[i], numbers[i]);
-#endif
-}
-
-// Products take 32 bits of each factor at a time: a float, or a pair of bfloat16 along the depth of the product.
-template <class T>
-constexpr int64_t PAIR = sizeof(uint32_t) / sizeof(T);
-
-template <class T>
-Floats multiply_add(uint32_t left, Words right, Floats sum);
-
-template <>
-inline Floats multiply_add<float>(uint32_t left, Words right, Floats sum) {
-    float factor;
-    std::memcpy(&factor, &left, sizeof factor);
-    return sum + factor * reinterpret_cast<Floats>(right);
-}
-
-#ifdef __AVX512BF16__
-template <>
-inline Floats multiply_add<bf16>(uint32_t left, Words right, Floats sum) {
-    return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
-                                                     reinterpret_cast<__m512bh>(_mm512_set1_epi32(left)),
-                                                     reinterpret_cast<__m512bh>(right)));
-}
-#endif
+constexpr int64_t ALIGNED = 16;     // keys are filled up to a multiple of it
 
 // The left factor of a product: word (row, depth) stands at row * by_row + depth * by_depth.
 struct Left {
@@ -111,19 +56,6 @@ void multiply(Left left, int64_t rows, const uint32_t *right, int64_t by_depth, 
     }
 }
 
-// Lay two rows into pairs; of floats there is one.
-inline void pack(const float *first, const float *, uint32_t *to, int64_t width) {
-    std::memcpy(to, first, width * sizeof(float));
-}
-
-inline void pack(const bf16 *first, const bf16 *second, uint32_t *to, int64_t width) {
-#pragma omp simd
-    for (int64_t i = 0; i < width; i++)
-        to[i] = first[i].bits | static_cast<uint32_t>(second[i].bits) << 16;
-}
-
-int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
-
 // Where the tokens of samples are: token t of sample i at places[bounds[i] + t]; its own are those from own[i] on.
 struct Samples {
     const int64_t *bounds, *own, *places;
@@ -133,15 +65,6 @@ struct Samples {
 struct Shape {
     int64_t heads, kv_heads, width;
 };
-
-// Memory of a thread, kept from call to call.
-uint32_t *scratch(int64_t words) {
-    thread_local std::vector<uint32_t> kept;
-    const int64_t spare = 16;
-    if (static_cast<int64_t>(kept.size()) < words + spare) kept.resize(words + spare);
-    const uintptr_t start = reinterpret_cast<uintptr_t>(kept.data());
-    return reinterpret_cast<uint32_t *>((start + 63) / 64 * 64);
-}
 
 // The states of one head of a sample's tokens.
 template <class T>
@@ -156,11 +79,18 @@ struct Head {
     void pack_columns(uint32_t *to, int64_t filled) const {
         static const std::vector<T> nothing(MOST_WIDE);
         for (int64_t start = 0; start < filled; start += ALIGNED) {
-            const uint32_t *from[ALIGNED];
-            for (int64_t i = 0; i < ALIGNED; i++)
-                from[i] = reinterpret_cast<const uint32_t *>(start + i < length ? row(start + i) : nothing.data());
-            for (int64_t k = 0; k < width / PAIR<T>; k++)
-                for (int64_t i = 0; i < ALIGNED; i++) to[k * filled + start + i] = from[i][k];
+            for (int64_t k = 0; k < width / PAIR<T>; k += LANES)
+                for (int64_t part = start; part < start + ALIGNED; part += LANES) {
+                    const int64_t count = std::min(LANES, width / PAIR<T> - k);
+                    Words words[LANES] = {};
+                    for (int64_t i = 0; i < LANES; i++) {
+                        const T *from = part + i < length ? row(part + i) : nothing.data();
+                        std::memcpy(&words[i], from + k * PAIR<T>, count * sizeof(uint32_t));
+                    }
+                    transpose(words);
+                    for (int64_t i = 0; i < count; i++)
+                        std::memcpy(to + (k + i) * filled + part, &words[i], sizeof(Words));
+                }
         }
     }
 
@@ -204,16 +134,10 @@ std::vector<int64_t> order_units(Samples samples, int64_t kv_heads) {
     return units;
 }
 
-constexpr Integers count_up() {
-    Integers numbers{};
-    for (int i = 0; i < LANES; i++) numbers[i] = i;
-    return numbers;
-}
-
 // What lies behind `seen` of the numbers from `start` on is another number.
 inline Floats hide(Floats numbers, int64_t start, int64_t seen, float other) {
     if (start + LANES <= seen) return numbers;
-    return count_up() < static_cast<int32_t>(seen - start) ? numbers : Floats{} + other;
+    return count_up() < static_cast<uint32_t>(std::max<int64_t>(seen - start, 0)) ? numbers : Floats{} + other;
 }
 
 inline Floats larger(Floats left, Floats right) { return left > right ? left : right; }

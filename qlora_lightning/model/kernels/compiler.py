@@ -15,8 +15,8 @@ from qlora_lightning.base.cache_entry import Json
 from qlora_lightning.errors import UserError
 
 _FOLDER = Path(__file__).parent
-_SOURCES = tuple(_FOLDER / name for name in ("loops.cpp", "attention.cpp"))
-_HEADER = _FOLDER / "numbers.h"
+_SOURCES = tuple(_FOLDER / name for name in ("loops.cpp", "attention.cpp", "products.cpp"))
+_HEADERS = tuple(_FOLDER / name for name in ("numbers.h", "vectors.h"))
 _COMPILER = "g++"  # torch's threads are GNU's, and another compiler's would stand beside them
 _OPTIONS = (
     "-std=c++17",
@@ -43,7 +43,7 @@ def load_library() -> ctypes.CDLL | None:
     compiler = shutil.which(_COMPILER)
     if compiler is None:
         return None
-    source = hashlib.sha256(b"".join(each.read_bytes() for each in (*_SOURCES, _HEADER))).hexdigest()
+    source = hashlib.sha256(b"".join(each.read_bytes() for each in (*_SOURCES, *_HEADERS))).hexdigest()
     key: dict[str, Json] = {"source": source, "options": " ".join(_options()), "cpu": _cpu()}
     try:
         folder = cached_folder("kernels", key, functools.partial(_compile, compiler), "C++ loops for this CPU")

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from qlora_lightning.model.kernels import loops
+from qlora_lightning.model.kernels.attention import can_attend
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
 from qlora_lightning.model.layers.sample_attention import attend_within, find_samples
 from qlora_lightning.model.layers.whole_samples import lay_out_samples, sort_by_place
@@ -180,7 +180,7 @@ def _attend_by_loops(
     # As SDPA does under autocast, where what trains in float32 makes some of them float32.
     autocasts = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocasts else value.dtype
-    if not loops.can_attend(value, dtype):
+    if not can_attend(value, dtype):
         return None
     samples = find_samples(cu_seqlens.tolist(), query.shape[2], stream_places)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

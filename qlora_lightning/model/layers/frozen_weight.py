@@ -22,7 +22,7 @@ class FrozenWeight:
 
     def __init__(self, stored: Any) -> None:
         """Wrap a parameter of a linear, ``Params4bit`` or plain."""
-        self._stored = stored
+        self.stored = stored
 
     def multiply(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """Compute ``(onto +) x Wᵀ``, ``(tokens, out)``.
@@ -47,7 +47,7 @@ class FrozenWeight:
         if not self._has_tiles(left.dtype):
             right = _turn(self._make_dense(left.dtype), dim)
             return left @ right if onto is None else onto.addmm_(left, right)
-        output = left.new_empty(len(left), self._stored.quant_state.shape[dim]) if onto is None else onto
+        output = left.new_empty(len(left), self.stored.quant_state.shape[dim]) if onto is None else onto
         for columns, tile in self._tiles(dim, left.dtype):
             right, part = _turn(tile, dim), output[:, columns]
             if onto is None:
@@ -57,14 +57,14 @@ class FrozenWeight:
         return output
 
     def _make_dense(self, dtype: torch.dtype) -> Tensor:
-        weight = self._stored
+        weight = self.stored
         if isinstance(weight, bnb.nn.Params4bit):
             weight = dequantize_4bit(weight.data, weight.quant_state)
         made: Tensor = weight.to(dtype)
         return made
 
     def _has_tiles(self, dtype: torch.dtype) -> bool:
-        weight = self._stored
+        weight = self.stored
         if not isinstance(weight, bnb.nn.Params4bit):
             return False
         state = weight.quant_state
@@ -78,8 +78,8 @@ class FrozenWeight:
 
     def _tiles(self, dim: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Give the weight dense in strips of rows (``dim`` 0) or columns (1), and where each lies."""
-        state = self._stored.quant_state
-        packed = self._stored.data.view(state.shape[0], -1)  # two numbers a byte
+        state = self.stored.quant_state
+        packed = self.stored.data.view(state.shape[0], -1)  # two numbers a byte
         scales = _scales(state).view(state.shape[0], -1)  # one for each block of numbers
         count = math.ceil(state.shape.numel() * dtype.itemsize / TILE_BYTES)
         width = math.ceil(state.shape[dim] / count / state.blocksize) * state.blocksize

@@ -1,6 +1,6 @@
 """A LoRA linear over a frozen weight as one autograd function: the weight is made dense once per direction."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -14,24 +14,17 @@ from qlora_lightning.model.layers.autograd import apply
 from qlora_lightning.model.layers.frozen_weight import FrozenWeight
 from qlora_lightning.model.layers.hooks import is_watched
 from qlora_lightning.model.layers.originals import Originals
+from qlora_lightning.model.layers.projection import (
+    Frozen,
+    gradient_of_b,
+    gradient_of_low,
+    project,
+    project_back,
+)
 
 ORIGINAL_LINEARS = Originals(
     *((kind, "forward") for kind in (nn.Linear, bnb.nn.Linear4bit, nn.Identity, nn.Dropout, PeftLinear, PeftLinear4bit))
 )
-
-
-class Frozen(NamedTuple):
-    """What of a linear does not train.
-
-    Attributes:
-        weight: ``(out, in)``.
-        bias: ``(out,)``, or none.
-        scaling: Factor on the adapter's part.
-    """
-
-    weight: FrozenWeight
-    bias: Tensor | None
-    scaling: float
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -58,13 +51,12 @@ class LoRALinearFunction(torch.autograd.Function):
         flat, low, lora_a, lora_b = ctx.saved_tensors
         grad_residual = grad if ctx.needs_input_grad[4] else None
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        grad_x = grad_a = grad_b = None
+        grad_low = grad_x = grad_a = grad_b = None
         if lora_a is not None and any(ctx.needs_input_grad[:2]):
             grad_low = gradient_of_low(grad, lora_b, ctx.frozen)
-            grad_x = grad_low @ lora_a.to(grad.dtype) if ctx.needs_input_grad[0] else None
             grad_a = (grad_low.t() @ flat).to(lora_a.dtype) if ctx.needs_input_grad[1] else None
         if ctx.needs_input_grad[0]:
-            grad_x = ctx.frozen.weight.multiply_back(grad, onto=grad_x)
+            grad_x = project_back([grad], [ctx.frozen], grad_low, lora_a)
         if ctx.needs_input_grad[2]:
             grad_b = gradient_of_b(grad, low, lora_b, ctx.frozen)
         return None if grad_x is None else grad_x.view(ctx.shape), grad_a, grad_b, None, grad_residual
@@ -92,44 +84,10 @@ class LoRAProjection(torch.autograd.Function):
         if ctx.lora_b is not None and ctx.lora_b._version != ctx.version:  # as autograd sees to what it saves
             raise RuntimeError("An adapter's B was modified in place between forward and backward.")
         flat = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        grad_x = ctx.frozen.weight.multiply_back(flat) if ctx.needs_input_grad[0] else None
+        grad_x = project_back([flat], [ctx.frozen], None, None) if ctx.needs_input_grad[0] else None
         grad_low = gradient_of_low(flat, ctx.lora_b, ctx.frozen) if ctx.needs_input_grad[1] else None
         grad_b = gradient_of_b(flat, ctx.low, ctx.lora_b, ctx.frozen) if ctx.needs_input_grad[2] else None
         return grad_x, grad_low, grad_b, None, grad if ctx.needs_input_grad[4] else None
-
-
-def project(
-    x: Tensor, low: Tensor | None, lora_b: Tensor | None, frozen: Frozen, residual: Tensor | None = None
-) -> Tensor:
-    """Compute ``(residual +) x Wᵀ + bias + scaling · low Bᵀ``; all in x's dtype.
-
-    Args:
-        x: ``(tokens, in)``.
-        low: ``x Aᵀ``, ``(tokens, rank)``.
-        lora_b: ``(out, rank)``; ``None`` without an adapter.
-        frozen: Of the linear.
-        residual: ``(…, out)``, as many rows; left as it is.
-    """
-    output = None
-    if low is not None and lora_b is not None:
-        # First the thin product, which so has no numbers to read but its own.
-        output = torch.addmm(x.new_empty(()), low, lora_b.to(x.dtype).t(), beta=0, alpha=frozen.scaling)
-    output = frozen.weight.multiply(x, output)
-    if frozen.bias is not None:
-        output.add_(frozen.bias)
-    # Last the residual: its numbers are larger, and each sum with them is rounded as they are.
-    return output if residual is None else output.add_(residual.reshape(-1, residual.shape[-1]))
-
-
-def gradient_of_low(grad: Tensor, lora_b: Tensor, frozen: Frozen) -> Tensor:
-    """Give the gradient of ``x Aᵀ``, ``(tokens, rank)``, from that of the output, ``(tokens, out)``."""
-    return (grad @ lora_b.to(grad.dtype)).mul_(frozen.scaling)
-
-
-def gradient_of_b(grad: Tensor, low: Tensor, lora_b: Tensor, frozen: Frozen) -> Tensor:
-    """Give the gradient of B, ``(out, rank)``, from that of the output, ``(tokens, out)``."""
-    # As low' grad, and then turned: with the wide side last the product is quicker.
-    return (low.t() @ grad).mul_(frozen.scaling).t().to(lora_b.dtype)
 
 
 class FusedLinear4bit(PeftLinear4bit):  # type: ignore[misc]  # PEFT ships no types

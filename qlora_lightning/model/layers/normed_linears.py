@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_lightning.model.layers.linear import Frozen, gradient_of_b, gradient_of_low, project
+from qlora_lightning.model.layers.projection import Frozen, gradient_of_b, gradient_of_low, project, project_back
 from qlora_lightning.model.layers.rms_norm import gradient, normalize, normalize_again
 
 
@@ -56,7 +56,7 @@ class NormedLinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         flat, inverse, lows, weight, *adapters = ctx.saved_tensors
         all_a, all_b, (_, _, _, _, *needed) = adapters[::2], adapters[1::2], ctx.needs_input_grad
-        flat_grads = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        flat_grads: list[Any] = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
         stacked, grad_lows = _stack(all_a, flat), torch.zeros_like(lows)
         grads_b: list[Tensor | None] = []
         parts = zip(
@@ -73,10 +73,9 @@ class NormedLinears(torch.autograd.Function):
             grads_a = [None if a is None else grad.to(a.dtype) for a, grad in pairs]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_normed = grad_lows @ stacked
-            for grad, frozen in zip(flat_grads, ctx.linears, strict=True):
-                if grad is not None:
-                    frozen.weight.multiply_back(grad, onto=grad_normed)
+            there = [number for number, grad in enumerate(flat_grads) if grad is not None]
+            of_outputs = [flat_grads[number] for number in there]
+            grad_normed = project_back(of_outputs, [ctx.linears[number] for number in there], grad_lows, stacked)
             grad_x = gradient(grad_normed, flat, weight, inverse, again).view(ctx.shape)
         of_adapters = [grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair]
         return grad_x, None, None, None, *of_adapters

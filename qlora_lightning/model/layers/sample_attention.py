@@ -8,38 +8,16 @@ from a normalizer of each row (as in Dao et al. 2022, FlashAttention).
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_lightning.model.kernels import loops
+from qlora_lightning.model.kernels import attention as kernel
+from qlora_lightning.model.kernels.attention import Samples
 from qlora_lightning.model.layers.autograd import apply
 from qlora_lightning.model.layers.whole_samples import sort_by_place
-
-
-class Samples(NamedTuple):
-    """Where the tokens of samples are in a stream; all numbers are int64.
-
-    Attributes:
-        bounds: Where the tokens of each sample begin among those of all samples, and the end of the last.
-        own: From which of its tokens on each sample has queries: those before are computed with another sample.
-        places: Where in the stream each token is, ``(bounds[-1],)``.
-        order: The tokens of the samples by their place.
-        begins: Where in ``order`` those of each place begin, and the end of the last.
-    """
-
-    bounds: Tensor
-    own: Tensor
-    places: Tensor
-    order: Tensor
-    begins: Tensor
-
-    @property
-    def share(self) -> bool:
-        """Whether there are tokens that several samples have in common."""
-        return len(self.places) > len(self.begins) - 1
 
 
 def attend_within(samples: Samples, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -64,7 +42,7 @@ class SampleAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, samples: Samples, scale: float) -> Tensor:
         query, key, value = (each[0].transpose(0, 1).contiguous() for each in (query, key, value))
-        mixed, normalizers = loops.attend(query, key, value, samples, scale)
+        mixed, normalizers = kernel.attend(query, key, value, samples, scale)
         ctx.save_for_backward(query, key, value, normalizers)
         ctx.samples, ctx.scale = samples, scale
         return mixed[None]
@@ -74,7 +52,7 @@ class SampleAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, normalizers = ctx.saved_tensors
         grad = grad[0].contiguous()
-        grads = loops.attend_backward(query, key, value, grad, normalizers, ctx.samples, ctx.scale)
+        grads = kernel.attend_backward(query, key, value, grad, normalizers, ctx.samples, ctx.scale)
         of_query, of_key, of_value = (each.transpose(0, 1)[None] for each in grads)
         return of_query, of_key, of_value, None, None
 

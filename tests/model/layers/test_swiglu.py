@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from qlora_lightning.model.layers.frozen_weight import FrozenWeight
-from qlora_lightning.model.layers.linear import Frozen, LoRAProjection
+from qlora_lightning.model.layers.linear import LoRAProjection
+from qlora_lightning.model.layers.projection import Frozen
 from qlora_lightning.model.layers.swiglu import swiglu
 
 WIDTH, WIDE, SCALING = 4, 6, 2.0

@@ -1,0 +1,77 @@
+"""What ``attention.cpp`` computes, for tensors."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora_lightning.model.kernels.calls import call, has_numbers, is_there
+
+_LANES, _MOST_WIDE = 16, 256  # numbers of a head: a multiple of the first, up to the second
+
+
+class Samples(NamedTuple):
+    """Where the tokens of samples are in a stream; all numbers are int64.
+
+    Attributes:
+        bounds: Where the tokens of each sample begin among those of all samples, and the end of the last.
+        own: From which of its tokens on each sample has queries: those before are computed with another sample.
+        places: Where in the stream each token is, ``(bounds[-1],)``.
+        order: The tokens of the samples by their place.
+        begins: Where in ``order`` those of each place begin, and the end of the last.
+    """
+
+    bounds: Tensor
+    own: Tensor
+    places: Tensor
+    order: Tensor
+    begins: Tensor
+
+    @property
+    def share(self) -> bool:
+        """Whether there are tokens that several samples have in common."""
+        return len(self.places) > len(self.begins) - 1
+
+
+def can_attend(value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether there is attention in a dtype for such values, ``(…, head_dim)``."""
+    width = value.shape[-1]
+    return has_numbers(value) and width % _LANES == 0 and width <= _MOST_WIDE and attends_in(dtype)
+
+
+def attends_in(dtype: torch.dtype) -> bool:
+    """Whether this CPU has attention in a dtype; in bfloat16 it takes AVX512-BF16."""
+    return is_there("attend", dtype)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, samples: Samples, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend within samples.
+
+    Args:
+        query: ``(tokens, heads, head_dim)``, as all states without gaps.
+        key: ``(tokens, kv_heads, head_dim)``.
+        value: Likewise.
+        samples: Of the stream.
+        scale: Factor on the scores.
+
+    Returns:
+        The mixed values, as the queries are, and the logarithm of the sum of each row's exponentials,
+        ``(tokens, heads)`` in float32.
+    """
+    mixed, normalizers = torch.empty_like(query), torch.empty(query.shape[:2])
+    of_samples = samples.bounds, samples.own, samples.places, len(samples.own)
+    shape = query.shape[1], *key.shape[1:]
+    call("attend", query.dtype, query, key, value, *of_samples, *shape, float(scale), mixed, normalizers)
+    return mixed, normalizers
+
+
+def attend_backward(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, normalizers: Tensor, samples: Samples, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the gradients of queries, keys and values from that of the mixed values, ``(tokens, heads, head_dim)``."""
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    parts = torch.empty(2 * samples.share, len(samples.places), *key.shape[1:])
+    states = query, key, value, grad, normalizers
+    shape = len(query), query.shape[1], *key.shape[1:]
+    call("attend_backward", query.dtype, *states, *samples, len(samples.own), *shape, float(scale), parts, *grads)
+    return grads

@@ -1,0 +1,106 @@
+"""What ``products.cpp`` computes, for tensors: products with weights in 4 bits, which are never dense in memory."""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor
+
+from qlora_lightning.model.kernels.calls import call, has_numbers, is_there
+
+_COLUMNS = 32  # of a panel: a result has a multiple of them
+_DEPTH = 32  # numbers that are made dense at a time: a block of them with one scale has a multiple of it
+
+
+def can_multiply(weight: Any, left: Tensor) -> bool:
+    """Whether there is a product of rows with a linear's weight: one in 4 bits, in bfloat16, by AVX512-BF16.
+
+    Where the CPU has AMX, torch's products are several times quicker.
+    """
+    if left.dtype is not torch.bfloat16 or not isinstance(weight, bnb.nn.Params4bit):
+        return False
+    state = weight.quant_state
+    return (
+        has_numbers(left, state.code)
+        and left.stride(-1) == 1
+        and state.shape[0] % _COLUMNS == 0
+        and state.shape[1] % state.blocksize == 0
+        and state.blocksize % _DEPTH == 0
+        and is_there("multiply", left.dtype)
+        and not _has_amx()
+    )
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return " amx_bf16 " in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+
+
+def multiply(
+    lefts: Sequence[Tensor],
+    weights: Sequence[Any],
+    turned: bool,
+    low: Tensor | None = None,
+    thin: Tensor | None = None,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Compute ``Σ x Wᵀ + scaling · low Bᵀ + bias + residual``, or turned ``Σ g W + scaling · low A``, rounded once.
+
+    Args:
+        lefts: x, ``(rows, in)``, or g, ``(rows, out)``, of each weight, in bfloat16.
+        weights: Params4bit of ``(out, in)``; see :func:`can_multiply`.
+        turned: Whether to multiply by W rather than by its transpose.
+        low: ``(rows, rank)``, of an even rank.
+        thin: B, ``(out, rank)``, or turned A, ``(rank, in)``; without gaps.
+        scaling: Factor on their product.
+        bias: ``(out,)``.
+        residual: As the result, without gaps.
+
+    Returns:
+        ``(rows, out)``, turned ``(rows, in)``.
+    """
+    rows, columns = len(lefts[0]), weights[0].quant_state.shape[1 if turned else 0]
+    result = lefts[0].new_empty(rows, columns)
+    with torch._C.DisableTorchFunctionSubclass():  # asking a Params4bit is ten times quicker
+        factors = (_Weight * len(weights))(*(_describe(*each) for each in zip(lefts, weights, strict=True)))
+    of_thin = (None, 0, 0, None) if low is None else (low, low.stride(0), low.shape[1], thin)
+    sums = bias, residual, result
+    call("multiply", result.dtype, factors, len(factors), turned, *of_thin, float(scaling), *sums, rows, columns)
+    return result
+
+
+class _Weight(ctypes.Structure):
+    """``Weight`` of ``products.cpp``."""
+
+    _fields_ = (
+        ("left", ctypes.c_void_p),
+        ("by_row", ctypes.c_int64),
+        ("packed", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("table", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("scale_table", ctypes.c_void_p),
+        ("scale_scales", ctypes.c_void_p),
+        ("block", ctypes.c_int64),
+        ("block_of_scales", ctypes.c_int64),
+        ("offset", ctypes.c_double),
+    )
+
+
+def _describe(left: Tensor, weight: Any) -> _Weight:
+    state = weight.quant_state
+    of_left = left.data_ptr(), left.stride(0)
+    of_weight = weight.data_ptr(), *state.shape, state.code.data_ptr()
+    if not state.nested:
+        return _Weight(*of_left, *of_weight, state.absmax.data_ptr(), None, None, None, state.blocksize, 1, 0.0)
+    inner = state.state2
+    nested = state.absmax.data_ptr(), inner.code.data_ptr(), inner.absmax.data_ptr()
+    return _Weight(*of_left, *of_weight, None, *nested, state.blocksize, inner.blocksize, float(state.offset))

@@ -50,6 +50,7 @@ RULES = (
     Rule("_FrozenHeadLoss", HEAD, True),
     Rule("_CopyApart", RECOMPUTATION, True),
     Rule("loops::multiply", BASE, True),  # the adapter's wide product with it, and making the weight dense
+    Rule("loops::thin", ADAPTERS, True),
     # bitsandbytes
     Rule("MatMul4Bit", BASE, False),
     Rule("MatMul8bitLt", BASE, True),

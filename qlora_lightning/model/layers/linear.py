@@ -16,8 +16,9 @@ from qlora_lightning.model.layers.hooks import is_watched
 from qlora_lightning.model.layers.originals import Originals
 from qlora_lightning.model.layers.projection import (
     Frozen,
-    gradient_of_b,
-    gradient_of_low,
+    gradient_of_a,
+    gradients_of_b,
+    narrow,
     project,
     project_back,
 )
@@ -39,7 +40,7 @@ class LoRALinearFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, frozen: Frozen, residual: Tensor | None
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        low = None if lora_a is None else flat @ lora_a.to(x.dtype).t()  # (tokens, rank)
+        low = None if lora_a is None else narrow(flat, lora_a)  # (tokens, rank)
         output = project(flat, low, lora_b, frozen, residual)
         ctx.save_for_backward(None if lora_a is None else flat, low, lora_a, lora_b)
         ctx.frozen, ctx.shape = frozen, x.shape
@@ -52,13 +53,13 @@ class LoRALinearFunction(torch.autograd.Function):
         grad_residual = grad if ctx.needs_input_grad[4] else None
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         grad_low = grad_x = grad_a = grad_b = None
-        if lora_a is not None and any(ctx.needs_input_grad[:2]):
-            grad_low = gradient_of_low(grad, lora_b, ctx.frozen)
-            grad_a = (grad_low.t() @ flat).to(lora_a.dtype) if ctx.needs_input_grad[1] else None
+        if lora_a is not None:
+            needed = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2]
+            grad_low, grad_b = gradients_of_b(grad, low, lora_b, ctx.frozen, needed)
+        if grad_low is not None and ctx.needs_input_grad[1]:
+            grad_a = gradient_of_a(grad_low, flat).to(lora_a.dtype)
         if ctx.needs_input_grad[0]:
             grad_x = project_back([grad], [ctx.frozen], grad_low, lora_a)
-        if ctx.needs_input_grad[2]:
-            grad_b = gradient_of_b(grad, low, lora_b, ctx.frozen)
         return None if grad_x is None else grad_x.view(ctx.shape), grad_a, grad_b, None, grad_residual
 
 
@@ -85,8 +86,7 @@ class LoRAProjection(torch.autograd.Function):
             raise RuntimeError("An adapter's B was modified in place between forward and backward.")
         flat = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         grad_x = project_back([flat], [ctx.frozen], None, None) if ctx.needs_input_grad[0] else None
-        grad_low = gradient_of_low(flat, ctx.lora_b, ctx.frozen) if ctx.needs_input_grad[1] else None
-        grad_b = gradient_of_b(flat, ctx.low, ctx.lora_b, ctx.frozen) if ctx.needs_input_grad[2] else None
+        grad_low, grad_b = gradients_of_b(flat, ctx.low, ctx.lora_b, ctx.frozen, ctx.needs_input_grad[1:3])
         return grad_x, grad_low, grad_b, None, grad if ctx.needs_input_grad[4] else None
 
 

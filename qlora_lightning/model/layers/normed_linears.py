@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_lightning.model.layers.projection import Frozen, gradient_of_b, gradient_of_low, project, project_back
+from qlora_lightning.model.layers.projection import Frozen, gradient_of_a, gradients_of_b, narrow, project, project_back
 from qlora_lightning.model.layers.rms_norm import gradient, normalize, normalize_again
 
 
@@ -37,7 +37,7 @@ class NormedLinears(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         normed, inverse = normalize(flat, weight, eps)
         all_a, all_b = adapters[::2], adapters[1::2]
-        lows = normed @ _stack(all_a, x).t()  # (tokens, sum of ranks)
+        lows = narrow(normed, _stack(all_a, x))  # (tokens, sum of ranks)
         outputs = [
             project(normed, low, b, frozen) for low, b, frozen in zip(_split(lows, all_a), all_b, linears, strict=True)
         ]
@@ -63,13 +63,15 @@ class NormedLinears(torch.autograd.Function):
             flat_grads, _split(lows, all_a), _split(grad_lows, all_a), all_b, needed[1::2], ctx.linears, strict=True
         )
         for grad, low, grad_low, b, b_needs, frozen in parts:
+            of_b = None
             if b is not None and grad is not None:
-                grad_low.copy_(gradient_of_low(grad, b, frozen))
-            grads_b.append(gradient_of_b(grad, low, b, frozen) if b_needs and grad is not None else None)
+                of_low, of_b = gradients_of_b(grad, low, b, frozen, (True, b_needs))
+                grad_low.copy_(of_low)
+            grads_b.append(of_b)
         again = normalize_again(flat, weight, inverse)
         grads_a: list[Tensor | None] = [None] * len(all_a)
         if any(needed[::2]):
-            pairs = zip(all_a, _split(grad_lows.t() @ again.normed, all_a, 0), strict=True)
+            pairs = zip(all_a, _split(gradient_of_a(grad_lows, again.normed), all_a, 0), strict=True)
             grads_a = [None if a is None else grad.to(a.dtype) for a, grad in pairs]
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -82,8 +84,8 @@ class NormedLinears(torch.autograd.Function):
 
 
 def _stack(all_a: Any, like: Tensor) -> Tensor:
-    """Put the linears' A under each other: ``(sum of ranks, in)`` in the dtype of ``like``."""
-    there = [a.to(like.dtype) for a in all_a if a is not None]
+    """Put the linears' A under each other: ``(sum of ranks, in)``."""
+    there = [a for a in all_a if a is not None]
     return torch.cat(there) if there else like.new_empty(0, like.shape[-1])
 
 

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from qlora_lightning.model.kernels import loops
 from qlora_lightning.model.layers.autograd import apply
+from qlora_lightning.model.layers.projection import gradient_of_a, narrow
 
 
 def swiglu(gate: Tensor, up: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -66,7 +67,7 @@ class SwiGLU(torch.autograd.Function):
             ctx.save_for_backward(gate, up, a)
         if not any(needed):
             ctx.mark_non_differentiable(hidden)
-        return hidden, None if a is None else hidden @ a.to(hidden.dtype).t()
+        return hidden, None if a is None else narrow(hidden, a)
 
     @staticmethod
     @once_differentiable
@@ -83,7 +84,7 @@ class SwiGLU(torch.autograd.Function):
         elif a_needs:
             hidden = _activate(gate, up)
         if a_needs and grad_low is not None and hidden is not None:
-            grad_a = (grad_low.t() @ hidden).to(a.dtype)
+            grad_a = gradient_of_a(grad_low, hidden).to(a.dtype)
         return grad_gate, grad_up, grad_a, None
 
 

@@ -24,9 +24,9 @@ def explain(repeats: int, accelerator: str, dtype: str, scaling: bool, llama_8b:
         "tokens/s: real tokens over the seconds of the training loop; padding, imports, loading and tokenizing are not "
         "counted.",
         f"memory: {memory}; 1 GB is 10⁹ bytes.",
-        f"ceiling: the matrix products of the same steps and nothing else, run in {dtype} in the same process, each as "
-        "often as it occurs: base linears forward and their input gradients, products with A and B and their "
-        "gradients, attention in tiles up to the diagonal, the head on labelled tokens. Nothing below the lowest "
+        f"ceiling: the matrix products of the same steps and nothing else, by torch in {dtype} in the same process, "
+        "each as often as it occurs: base linears forward and their input gradients, products with A and B and their "
+        "gradients, attention in tiles of 64 queries, the head on labelled tokens. Nothing below the lowest "
         "adapter has a gradient. Nothing that is computed again counts; only in the checkpointed row the products of "
         "the second forward pass do, up to the last of each layer, which backward does not need. Its share is of a "
         "second epoch, each step beside its own ceiling: in the first the system hands over fresh memory.",

@@ -76,7 +76,7 @@ def test_runs_that_name_themselves_and_each_other_are_parsed_once_each(folder, m
             f"trainer: {{root: {run}, logger: {run}}}\nmodel: {{adapter: {other}}}"
         )
     parsed, parse = [], input_files._parse
-    monkeypatch.setattr(input_files, "_parse", lambda text: (parsed.append(text), parse(text))[1])
+    monkeypatch.setattr(input_files, "_parse", lambda *args: (parsed.append(args), parse(*args))[1])
     found = {str(each.absolute().relative_to(folder)) for each in find_inputs(["a/config.yaml", "b/adapter", "a"])}
     assert found == {"a/config.yaml", "b/config.yaml", "a/adapter/adapter_config.json", "b/adapter/adapter_config.json"}
     assert len(parsed) == 2

@@ -39,6 +39,11 @@ inline void multiply_block(Left left, const uint32_t *right, int64_t by_depth, i
         }
 }
 
+template <class T>
+Left left_of(const T *rows, int64_t by_row) {
+    return {reinterpret_cast<const uint32_t *>(rows), by_row / PAIR<T>, 1};
+}
+
 // to = factor * left * right, or to += that; right is (depth, columns) in words, columns a multiple of ALIGNED.
 template <class T>
 void multiply(Left left, int64_t rows, const uint32_t *right, int64_t by_depth, int64_t depth, int64_t columns,
@@ -64,6 +69,8 @@ struct Samples {
 
 struct Shape {
     int64_t heads, kv_heads, width;
+
+    int64_t group() const { return heads / kv_heads; }  // query heads of a key head
 };
 
 // The states of one head of a sample's tokens.
@@ -108,7 +115,7 @@ struct Head {
     // A strip of rows as the left factor; a strip that is not full is copied.
     Left strip(int64_t token, int64_t rows, uint32_t *copy) const {
         const int64_t words = width / PAIR<T>;
-        if (rows == ROWS) return {reinterpret_cast<const uint32_t *>(row(token)), by_token / PAIR<T>, 1};
+        if (rows == ROWS) return left_of(row(token), by_token);
         std::memset(copy, 0, ROWS * words * sizeof(uint32_t));
         for (int64_t i = 0; i < rows; i++) std::memcpy(copy + i * words, row(token + i), words * sizeof(uint32_t));
         return {copy, words, 1};
@@ -121,17 +128,71 @@ Head<T> head_of(const T *states, int64_t heads, int64_t head, Samples samples, i
     return {states + head * width, samples.places + start, heads * width, length, width};
 }
 
-// Samples and key heads, the longest first, so that no thread is left with one.
-std::vector<int64_t> order_units(Samples samples, int64_t kv_heads) {
-    std::vector<int64_t> units(samples.count * kv_heads);
-    for (size_t i = 0; i < units.size(); i++) units[i] = i;
-    std::stable_sort(units.begin(), units.end(), [&](int64_t left, int64_t right) {
-        const auto length = [&](int64_t unit) {
-            return samples.bounds[unit / kv_heads + 1] - samples.bounds[unit / kv_heads];
-        };
-        return length(left) > length(right);
-    });
+// A sample and a key head.
+struct Unit {
+    Samples samples;
+    Shape shape;
+    int64_t sample, kv_head, length, filled;
+
+    Unit(Samples samples, Shape shape, int64_t number)
+        : samples(samples), shape(shape), sample(number / shape.kv_heads), kv_head(number % shape.kv_heads) {
+        length = samples.bounds[sample + 1] - samples.bounds[sample];
+        filled = round_up(length, ALIGNED);
+    }
+
+    template <class T>
+    Head<T> keys(const T *states) const {
+        return head(states, shape.kv_heads, kv_head);
+    }
+
+    template <class T>
+    Head<T> queries(const T *states, int64_t member) const {
+        return head(states, shape.heads, kv_head * shape.group() + member);
+    }
+
+    int64_t place(int64_t token) const { return samples.places[samples.bounds[sample] + token]; }
+
+    // Of a query head of the group, the row of (tokens, heads) that a token has.
+    int64_t row(int64_t token, int64_t member) const {
+        return place(token) * shape.heads + kv_head * shape.group() + member;
+    }
+
+   private:
+    template <class T>
+    Head<T> head(const T *states, int64_t heads, int64_t number) const {
+        const int64_t *places = samples.places + samples.bounds[sample];
+        return {states + number * shape.width, places, heads * shape.width, length, shape.width};
+    }
+};
+
+// All of them, the longest first, so that no thread is left with one.
+std::vector<Unit> list_units(Samples samples, Shape shape) {
+    std::vector<Unit> units;
+    for (int64_t i = 0; i < samples.count * shape.kv_heads; i++) units.emplace_back(samples, shape, i);
+    std::stable_sort(units.begin(), units.end(),
+                     [](const Unit &left, const Unit &right) { return left.length > right.length; });
     return units;
+}
+
+// Pieces of a thread's memory, one behind the other.
+class Room {
+   public:
+    explicit Room(int64_t words) : next_(scratch(words)) {}
+
+    template <class Number>
+    Number *take(int64_t count) {
+        Number *piece = reinterpret_cast<Number *>(next_);
+        next_ += round_up(count * sizeof(Number) / sizeof(uint32_t), ALIGNED);
+        return piece;
+    }
+
+   private:
+    uint32_t *next_;
+};
+
+template <class T>
+void write_row(const float *numbers, float factor, int64_t width, T *to) {
+    for (int64_t i = 0; i < width; i += LANES) store(load(numbers + i) * factor, to + i);
 }
 
 // What lies behind `seen` of the numbers from `start` on is another number.
@@ -186,39 +247,34 @@ void to_weights(const float *scores, int64_t seen, int64_t filled, T *weights, f
 template <class T>
 void attend(const T *query, const T *key, const T *value, Samples samples, Shape shape, float scale, T *mixed,
             float *normalizers) {
-    const auto units = order_units(samples, shape.kv_heads);
-    const int64_t width = shape.width, group = shape.heads / shape.kv_heads;
+    const auto units = list_units(samples, shape);
+    const int64_t width = shape.width, deep = width / PAIR<T>;
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t each = 0; each < units.size(); each++) {
-        const int64_t sample = units[each] / shape.kv_heads, kv_head = units[each] % shape.kv_heads;
-        const auto keys = head_of(key, shape.kv_heads, kv_head, samples, sample, width);
-        const auto values = head_of(value, shape.kv_heads, kv_head, samples, sample, width);
-        const int64_t length = keys.length, filled = round_up(length, ALIGNED);
-        uint32_t *columns = scratch(filled * width / PAIR<T> * 2 + ROWS * (2 * filled + 2 * width));
-        uint32_t *rows_of_values = columns + filled * width / PAIR<T>;
-        uint32_t *copy = rows_of_values + filled * width / PAIR<T>, *weights = copy + ROWS * width;
-        float *scores = reinterpret_cast<float *>(weights + ROWS * filled), *sums = scores + ROWS * filled;
-        keys.pack_columns(columns, filled);
-        values.pack_rows(rows_of_values, 0, filled);
-        for (int64_t token = samples.own[sample]; token < length; token += ROWS) {
-            const int64_t rows = std::min(ROWS, length - token), seen = round_up(token + rows, ALIGNED);
-            for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
-                const auto queries = head_of(query, shape.heads, head, samples, sample, width);
-                multiply<T>(queries.strip(token, rows, copy), ROWS, columns, filled, width / PAIR<T>, seen, scale,
-                            scores, filled);
+        const Unit &unit = units[each];
+        const int64_t filled = unit.filled;
+        Room room(2 * filled * deep + ROWS * (2 * filled + 2 * width));
+        auto *columns = room.take<uint32_t>(filled * deep), *rows_of_values = room.take<uint32_t>(filled * deep);
+        auto *copy = room.take<uint32_t>(ROWS * deep);
+        auto *scores = room.take<float>(ROWS * filled), *sums = room.take<float>(ROWS * width);
+        auto *weights = room.take<T>(ROWS * filled);
+        unit.keys(key).pack_columns(columns, filled);
+        unit.keys(value).pack_rows(rows_of_values, 0, filled);
+        for (int64_t token = samples.own[unit.sample]; token < unit.length; token += ROWS) {
+            const int64_t rows = std::min(ROWS, unit.length - token), seen = round_up(token + rows, ALIGNED);
+            for (int64_t member = 0; member < shape.group(); member++) {
+                const Left queries = unit.queries(query, member).strip(token, rows, copy);
+                multiply<T>(queries, ROWS, columns, filled, deep, seen, scale, scores, filled);
                 float sum[ROWS], largest[ROWS];
                 for (int64_t row = 0; row < rows; row++)
-                    to_weights(scores + row * filled, token + row + 1, seen,
-                               reinterpret_cast<T *>(weights) + row * filled, sum[row], largest[row]);
-                multiply<T>({weights, filled / PAIR<T>, 1}, ROWS, rows_of_values, width, seen / PAIR<T>, width, 1.0f,
-                            sums, width);
+                    to_weights(scores + row * filled, token + row + 1, seen, weights + row * filled, sum[row],
+                               largest[row]);
+                multiply<T>(left_of(weights, filled), ROWS, rows_of_values, width, seen / PAIR<T>, width, 1.0f, sums,
+                            width);
                 for (int64_t row = 0; row < rows; row++) {
-                    const int64_t place = keys.places[token + row] * shape.heads + head;
-                    const float factor = 1.0f / sum[row];
-                    T *to = mixed + place * width;
-#pragma omp simd
-                    for (int64_t i = 0; i < width; i++) write(to[i], sums[row * width + i] * factor);
-                    normalizers[place] = largest[row] + std::log(sum[row]);
+                    const int64_t at = unit.row(token + row, member);
+                    write_row(sums + row * width, 1.0f / sum[row], width, mixed + at * width);
+                    normalizers[at] = largest[row] + std::log(sum[row]);
                 }
             }
         }
@@ -240,101 +296,116 @@ void differentiate(float *scores, const float *grads, int64_t seen, int64_t fill
     for (int64_t i = 0; i < filled; i += LANES) store(load(scores + i) * (load(grads + i) - mean), of_scores + i);
 }
 
-// parts: (2, tokens of all samples, kv_heads, width), the gradient of keys and of values in each sample.
+// The gradients that leave backward.
 template <class T>
-void attend_backward(const T *query, const T *key, const T *value, const T *grad, const float *normalizers,
-                     Samples samples, const int64_t *begins, Shape shape, float scale, float *parts, T *of_query, T *of_key,
-                     T *of_value) {
-    const auto units = order_units(samples, shape.kv_heads);
-    const int64_t width = shape.width, group = shape.heads / shape.kv_heads, deep = width / PAIR<T>;
-    const int64_t all = samples.bounds[samples.count] * shape.kv_heads * width;
-#pragma omp parallel for schedule(dynamic, 1)
-    for (size_t each = 0; each < units.size(); each++) {
-        const int64_t sample = units[each] / shape.kv_heads, kv_head = units[each] % shape.kv_heads;
-        const auto keys = head_of(key, shape.kv_heads, kv_head, samples, sample, width);
-        const auto values = head_of(value, shape.kv_heads, kv_head, samples, sample, width);
-        const int64_t length = keys.length, filled = round_up(length, ALIGNED);
-        uint32_t *columns = scratch(3 * filled * deep + 2 * filled * width + TILE * (2 * filled + 2 * width) / PAIR<T> +
-                                    ROWS * (4 * filled + 3 * width));
-        uint32_t *columns_of_values = columns + filled * deep, *rows_of_keys = columns_of_values + filled * deep;
-        float *of_keys = reinterpret_cast<float *>(rows_of_keys + filled * deep), *of_values = of_keys + filled * width;
-        uint32_t *weights = reinterpret_cast<uint32_t *>(of_values + filled * width);
-        uint32_t *of_scores = weights + TILE / PAIR<T> * filled;
-        uint32_t *rows_of_queries = of_scores + TILE / PAIR<T> * filled;
-        uint32_t *rows_of_grads = rows_of_queries + TILE / PAIR<T> * width;
-        uint32_t *copy = rows_of_grads + TILE / PAIR<T> * width;
-        float *scores = reinterpret_cast<float *>(copy + 2 * ROWS * width), *grads = scores + ROWS * filled;
-        float *sums = grads + ROWS * filled;
-        T *strip_of_weights = reinterpret_cast<T *>(sums + ROWS * width);
-        T *strip_of_scores = strip_of_weights + ROWS * filled;
-        keys.pack_columns(columns, filled);
-        values.pack_columns(columns_of_values, filled);
-        keys.pack_rows(rows_of_keys, 0, filled);
-        std::fill(of_keys, of_keys + 2 * filled * width, 0.0f);
-        for (int64_t start = samples.own[sample]; start < length; start += TILE) {
-            const int64_t tile = std::min(TILE, length - start), seen_by_tile = round_up(start + tile, ALIGNED);
-            for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
-                const auto queries = head_of(query, shape.heads, head, samples, sample, width);
-                const auto of_mixed = head_of(grad, shape.heads, head, samples, sample, width);
-                queries.pack_rows(rows_of_queries, start, round_up(tile, ROWS));
-                of_mixed.pack_rows(rows_of_grads, start, round_up(tile, ROWS));
-                for (int64_t first = 0; first < tile; first += ROWS) {
-                    const int64_t token = start + first, rows = std::min(ROWS, tile - first);
-                    const int64_t seen = round_up(token + rows, ALIGNED);
-                    multiply<T>(queries.strip(token, rows, copy), ROWS, columns, filled, deep, seen, scale, scores,
-                                filled);
-                    multiply<T>(of_mixed.strip(token, rows, copy + ROWS * width), ROWS, columns_of_values, filled, deep,
-                                seen, 1.0f, grads, filled);
-                    for (int64_t row = 0; row < ROWS; row++) {
-                        const bool there = row < rows;
-                        const int64_t place = keys.places[token + (there ? row : 0)] * shape.heads + head;
-                        differentiate(scores + row * filled, grads + row * filled, there ? token + row + 1 : 0, seen,
-                                      normalizers[place], strip_of_weights + row * filled,
-                                      strip_of_scores + row * filled);
-                    }
-                    for (int64_t row = 0; row < ROWS; row += PAIR<T>) {
-                        const int64_t at = (first + row) / PAIR<T> * filled, next = row + PAIR<T> - 1;
-                        pack(strip_of_weights + row * filled, strip_of_weights + next * filled, weights + at, seen);
-                        pack(strip_of_scores + row * filled, strip_of_scores + next * filled, of_scores + at, seen);
-                        std::fill(weights + at + seen, weights + at + seen_by_tile, 0);
-                        std::fill(of_scores + at + seen, of_scores + at + seen_by_tile, 0);
-                    }
-                    multiply<T>({reinterpret_cast<uint32_t *>(strip_of_scores), filled / PAIR<T>, 1}, ROWS, rows_of_keys, width, seen / PAIR<T>,
-                                width, scale, sums, width);
-                    for (int64_t row = 0; row < rows; row++) {
-                        T *to = of_query + (keys.places[token + row] * shape.heads + head) * width;
-#pragma omp simd
-                        for (int64_t i = 0; i < width; i++) write(to[i], sums[row * width + i]);
-                    }
-                }
-                const int64_t depth = round_up(tile, ROWS) / PAIR<T>;
-                multiply<T>({of_scores, 1, filled}, seen_by_tile, rows_of_queries, width, depth, width, scale, of_keys,
-                            width, true);
-                multiply<T>({weights, 1, filled}, seen_by_tile, rows_of_grads, width, depth, width, 1.0f, of_values,
-                            width, true);
-            }
+struct Gradients {
+    T *query, *key, *value;
+    float *parts;           // (2, tokens of all samples, kv_heads, width): of keys and values of shared tokens, by sample
+    const int64_t *begins;  // where the tokens of each place begin in their order
+};
+
+// Backward of one unit.
+template <class T>
+struct Backward {
+    const Unit &unit;
+    const T *query, *grad;
+    const float *normalizers;
+    float scale;
+    int64_t width, deep, filled;
+    uint32_t *columns, *columns_of_values, *rows_of_keys;   // what is packed of keys and values
+    uint32_t *weights, *of_scores;                          // of a tile, in pairs of rows, (TILE / PAIR, filled)
+    uint32_t *rows_of_queries, *rows_of_grads, *copies;     // of a tile, of a strip
+    float *of_keys, *of_values, *scores, *grads, *sums;     // gradients, (filled, width); of a strip
+    T *strip_of_weights, *strip_of_scores;
+
+    Backward(const Unit &unit, const T *query, const T *key, const T *value, const T *grad, const float *normalizers,
+             float scale)
+        : unit(unit), query(query), grad(grad), normalizers(normalizers), scale(scale), width(unit.shape.width),
+          deep(width / PAIR<T>), filled(unit.filled) {
+        Room room(5 * filled * width + 2 * TILE * (filled + width) + ROWS * (4 * filled + 3 * width));
+        columns = room.take<uint32_t>(filled * deep), columns_of_values = room.take<uint32_t>(filled * deep);
+        rows_of_keys = room.take<uint32_t>(filled * deep);
+        of_keys = room.take<float>(filled * width), of_values = room.take<float>(filled * width);
+        weights = room.take<uint32_t>(TILE / PAIR<T> * filled), of_scores = room.take<uint32_t>(TILE / PAIR<T> * filled);
+        rows_of_queries = room.take<uint32_t>(TILE * deep), rows_of_grads = room.take<uint32_t>(TILE * deep);
+        copies = room.take<uint32_t>(2 * ROWS * deep);
+        scores = room.take<float>(ROWS * filled), grads = room.take<float>(ROWS * filled);
+        sums = room.take<float>(ROWS * width);
+        strip_of_weights = room.take<T>(ROWS * filled), strip_of_scores = room.take<T>(ROWS * filled);
+        unit.keys(key).pack_columns(columns, filled);
+        unit.keys(value).pack_columns(columns_of_values, filled);
+        unit.keys(key).pack_rows(rows_of_keys, 0, filled);
+        std::fill(of_keys, of_keys + filled * width, 0.0f);
+        std::fill(of_values, of_values + filled * width, 0.0f);
+    }
+
+    void run(const Gradients<T> &to) {
+        for (int64_t start = unit.samples.own[unit.sample]; start < unit.length; start += TILE)
+            for (int64_t member = 0; member < unit.shape.group(); member++) do_tile(start, member, to.query);
+        for (int64_t token = 0; token < unit.length; token++) write_token(token, to);
+    }
+
+   private:
+    void do_tile(int64_t start, int64_t member, T *of_query) {
+        const int64_t tile = std::min(TILE, unit.length - start), seen = round_up(start + tile, ALIGNED);
+        const int64_t rows = round_up(tile, ROWS), depth = rows / PAIR<T>;
+        unit.queries(query, member).pack_rows(rows_of_queries, start, rows);
+        unit.queries(grad, member).pack_rows(rows_of_grads, start, rows);
+        for (int64_t first = 0; first < tile; first += ROWS)
+            do_strip(start + first, std::min(ROWS, tile - first), first, seen, member, of_query);
+        multiply<T>({of_scores, 1, filled}, seen, rows_of_queries, width, depth, width, scale, of_keys, width, true);
+        multiply<T>({weights, 1, filled}, seen, rows_of_grads, width, depth, width, 1.0f, of_values, width, true);
+    }
+
+    void do_strip(int64_t token, int64_t rows, int64_t first, int64_t seen_by_tile, int64_t member, T *of_query) {
+        const int64_t seen = round_up(token + rows, ALIGNED);
+        const Left queries = unit.queries(query, member).strip(token, rows, copies);
+        const Left of_mixed = unit.queries(grad, member).strip(token, rows, copies + ROWS * deep);
+        multiply<T>(queries, ROWS, columns, filled, deep, seen, scale, scores, filled);
+        multiply<T>(of_mixed, ROWS, columns_of_values, filled, deep, seen, 1.0f, grads, filled);
+        for (int64_t row = 0; row < ROWS; row++) {  // those behind the end see nothing
+            const int64_t own = row < rows ? token + row + 1 : 0, at = unit.row(token + std::min(row, rows - 1), member);
+            differentiate(scores + row * filled, grads + row * filled, own, seen, normalizers[at],
+                          strip_of_weights + row * filled, strip_of_scores + row * filled);
         }
-        for (int64_t token = 0; token < length; token++) {
-            const int64_t place = keys.places[token];
-            const float *from = of_keys + token * width, *from_values = of_values + token * width;
-            if (begins[place + 1] - begins[place] == 1) {
-                T *to = of_key + (place * shape.kv_heads + kv_head) * width;
-                T *to_values = of_value + (place * shape.kv_heads + kv_head) * width;
-#pragma omp simd
-                for (int64_t i = 0; i < width; i++) {
-                    write(to[i], from[i]);
-                    write(to_values[i], from_values[i]);
-                }
-            } else {
-                float *to = parts + ((samples.bounds[sample] + token) * shape.kv_heads + kv_head) * width;
-#pragma omp simd
-                for (int64_t i = 0; i < width; i++) {
-                    to[i] = from[i];
-                    to[all + i] = from_values[i];
-                }
-            }
+        for (int64_t row = 0; row < ROWS; row += PAIR<T>) {
+            keep_pair(strip_of_weights + row * filled, weights + (first + row) / PAIR<T> * filled, seen, seen_by_tile);
+            keep_pair(strip_of_scores + row * filled, of_scores + (first + row) / PAIR<T> * filled, seen, seen_by_tile);
+        }
+        multiply<T>(left_of(strip_of_scores, filled), ROWS, rows_of_keys, width, seen / PAIR<T>, width, scale, sums,
+                    width);
+        for (int64_t row = 0; row < rows; row++)
+            write_row(sums + row * width, 1.0f, width, of_query + unit.row(token + row, member) * width);
+    }
+
+    void keep_pair(const T *rows, uint32_t *to, int64_t seen, int64_t seen_by_tile) {
+        pack(rows, rows + (PAIR<T> - 1) * filled, to, seen);
+        std::fill(to + seen, to + seen_by_tile, 0);
+    }
+
+    void write_token(int64_t token, const Gradients<T> &to) {
+        const int64_t place = unit.place(token), kv_heads = unit.shape.kv_heads;
+        const float *from = of_keys + token * width, *from_values = of_values + token * width;
+        if (to.begins[place + 1] - to.begins[place] == 1) {
+            const int64_t at = (place * kv_heads + unit.kv_head) * width;
+            write_row(from, 1.0f, width, to.key + at);
+            write_row(from_values, 1.0f, width, to.value + at);
+        } else {
+            const Samples &samples = unit.samples;
+            const int64_t at = ((samples.bounds[unit.sample] + token) * kv_heads + unit.kv_head) * width;
+            write_row(from, 1.0f, width, to.parts + at);
+            write_row(from_values, 1.0f, width, to.parts + samples.bounds[samples.count] * kv_heads * width + at);
         }
     }
+};
+
+template <class T>
+void attend_backward(const T *query, const T *key, const T *value, const T *grad, const float *normalizers,
+                     Samples samples, Shape shape, float scale, const Gradients<T> &to) {
+    const auto units = list_units(samples, shape);
+#pragma omp parallel for schedule(dynamic, 1)
+    for (size_t each = 0; each < units.size(); each++)
+        Backward<T>(units[each], query, key, value, grad, normalizers, scale).run(to);
 }
 
 // Sum up what the tokens of samples at each place have, in their order; those of place p are order[begins[p]] and on.
@@ -365,8 +436,8 @@ void sum_up(const float *parts, const int64_t *order, const int64_t *begins, int
         const int64_t *own, const int64_t *places, const int64_t *order, const int64_t *begins, int64_t count,         \
         int64_t tokens, int64_t heads, int64_t kv_heads, int64_t width, float scale, float *parts, T *of_query,        \
         T *of_key, T *of_value) {                                                                                      \
-        attend_backward(query, key, value, grad, normalizers, {bounds, own, places, count}, begins,                    \
-                        {heads, kv_heads, width}, scale, parts, of_query, of_key, of_value);                           \
+        attend_backward(query, key, value, grad, normalizers, {bounds, own, places, count}, {heads, kv_heads, width},  \
+                        scale, Gradients<T>{of_query, of_key, of_value, parts, begins});                               \
         const int64_t wide = kv_heads * width;                                                                         \
         sum_up(parts, order, begins, tokens, wide, of_key);                                                            \
         sum_up(parts + bounds[count] * wide, order, begins, tokens, wide, of_value);                                   \

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qlora_lightning.base.cache import cached_folder
@@ -25,6 +26,7 @@ _OPTIONS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fno-strict-aliasing",
+    "-fPIC",
     "-fopenmp",
 )
 _WIDEST = {"x86_64": ("-mprefer-vector-width=512",)}
@@ -34,14 +36,15 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
-    """Give the compiled loops; ``None`` where there is no compiler, or not torch's kind of threads.
+    """Give the compiled loops; ``None`` where there is no compiler, which is told, or not torch's kind of threads.
 
-    To compile takes a second or two, the first time that this CPU is asked for it.
+    To compile takes some seconds, the first time that this CPU is asked for it.
     """
     if not sys.platform.startswith("linux") or not _has_gnu_threads():
         return None
     compiler = shutil.which(_COMPILER)
     if compiler is None:
+        _log.warning("g++ is not installed: a step on the CPU takes the slower way, without the C++ loops.")
         return None
     source = hashlib.sha256(b"".join(each.read_bytes() for each in (*_SOURCES, *_HEADERS))).hexdigest()
     key: dict[str, Json] = {"source": source, "options": " ".join(_options()), "cpu": _cpu()}
@@ -50,13 +53,25 @@ def load_library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(folder / _LIBRARY))
     except (UserError, OSError, subprocess.CalledProcessError) as error:
         reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-        _log.warning("Norms, rotary embedding and SwiGLU go the slower way, without C++: %s", reason.strip())
+        _log.warning("A step on the CPU takes the slower way, without the C++ loops: %s", reason.strip())
         return None
 
 
 def _compile(compiler: str, folder: Path) -> None:
-    command = [compiler, *_options(), "-shared", "-fPIC", *map(str, _SOURCES), "-o", str(folder / _LIBRARY)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    objects = [folder / f"{source.stem}.o" for source in _SOURCES]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(functools.partial(_compile_one, compiler), _SOURCES, objects))
+    _run(compiler, "-shared", *objects, "-o", folder / _LIBRARY)
+    for each in objects:
+        each.unlink()
+
+
+def _compile_one(compiler: str, source: Path, to: Path) -> None:
+    _run(compiler, "-c", source, "-o", to)
+
+
+def _run(compiler: str, *arguments: str | Path) -> None:
+    subprocess.run([compiler, *_options(), *map(str, arguments)], check=True, capture_output=True, text=True)
 
 
 def _options() -> tuple[str, ...]:

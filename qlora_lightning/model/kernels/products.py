@@ -57,7 +57,7 @@ def multiply(
         weights: Params4bit of ``(out, in)``; see :func:`can_multiply`.
         turned: Whether to multiply by W rather than by its transpose.
         low: ``(rows, rank)``, of an even rank.
-        thin: B, ``(out, rank)``, or turned A, ``(rank, in)``; without gaps.
+        thin: B, ``(out, rank)``, or turned A, ``(rank, in)``.
         scaling: Factor on their product.
         bias: ``(out,)``.
         residual: As the result, without gaps.
@@ -69,6 +69,7 @@ def multiply(
     result = lefts[0].new_empty(rows, columns)
     with torch._C.DisableTorchFunctionSubclass():  # asking a Params4bit is ten times quicker
         factors = (_Weight * len(weights))(*(_describe(*each) for each in zip(lefts, weights, strict=True)))
+    thin = None if thin is None else thin.contiguous()
     of_thin = (None, 0, 0, None) if low is None else (low, low.stride(0), low.shape[1], thin)
     sums = bias, residual, result
     call("multiply", result.dtype, factors, len(factors), turned, *of_thin, float(scaling), *sums, rows, columns)

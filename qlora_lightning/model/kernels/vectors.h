@@ -101,10 +101,10 @@ inline void pack(const bf16 *first, const bf16 *second, uint32_t *to, int64_t wi
         to[i] = first[i].bits | static_cast<uint32_t>(second[i].bits) << 16;
 }
 
-int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
+inline int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
 
 // Memory of a thread, kept from call to call.
-uint32_t *scratch(int64_t words) {
+inline uint32_t *scratch(int64_t words) {
     thread_local std::vector<uint32_t> kept;
     const int64_t spare = 16;
     if (static_cast<int64_t>(kept.size()) < words + spare) kept.resize(words + spare);

@@ -1,1 +1,1 @@
-"""Loops in C++ for a CPU, each in place of many passes of torch over the same numbers."""
+"""C++ for a CPU: attention, products with 4-bit weights and thin adapters, loops in place of many passes of torch."""

@@ -14,9 +14,9 @@
 
 namespace {
 
-constexpr int64_t PANEL = VECTORS * LANES;     // columns of a block of sums
-constexpr int64_t MOST_WORDS = 96 * 1024;      // of a weight that are dense at a time, if more than one panel
-constexpr int64_t LEAST_PANELS = 4;            // of a thread, before threads share out rows too
+constexpr int64_t PANEL = VECTORS * LANES;  // columns of a block of sums
+constexpr int64_t MOST_WORDS = 96 * 1024;   // of a weight that are dense at a time, if more than one panel
+constexpr int64_t LEAST_PANELS = 4;         // of a thread, before threads share out rows too
 
 // A weight W (out, in) as bitsandbytes keeps it, and the left factor of its product, (rows, depth).
 struct Weight {
@@ -27,7 +27,7 @@ struct Weight {
     const float *table;   // the 16 values
     const float *scales;  // of each block of numbers, or none: then
     const uint8_t *codes;
-    const float *scale_table, *scale_scales;  // scale = scale_table[code] * scale_scales[…] + offset
+    const float *scale_table, *scale_scales;  // scale = scale_table[code] * scale_scales[at] + offset
     int64_t block, block_of_scales;  // numbers with one scale, scales with one of their own
     double offset;
 

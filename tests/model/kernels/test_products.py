@@ -44,6 +44,15 @@ def assert_rounded_once(ours, exact):
     assert ((ours.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5 * exact.abs().max()).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("quant_type", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True)])
+def test_a_weight_is_made_dense_bit_for_bit_as_bitsandbytes_does(quant_type, double_quant, dtype):
+    weight = quantized(quant_type, double_quant, dtype=dtype)
+    rows, columns = (torch.eye(width, dtype=torch.bfloat16) for width in (IN, OUT))
+    assert torch.equal(multiply([rows], [weight], False).t().double(), dense(weight))
+    assert torch.equal(multiply([columns], [weight], True).double(), dense(weight))
+
+
 @pytest.mark.parametrize("rows", [1, 7, 8, 21, 128])
 @pytest.mark.parametrize(("quant_type", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True)])
 def test_all_that_an_output_is_the_sum_of_is_rounded_once(rows, quant_type, double_quant):

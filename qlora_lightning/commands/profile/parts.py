@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from qlora_lightning.model.kernels.calls import PROFILED
+
 BASE = "base products"
 DEQUANTIZATION = "dequantization"
 ADAPTERS = "adapters"
@@ -49,8 +51,8 @@ RULES = (
     Rule("SampleAttention|_LayOut", ATTENTION, True),
     Rule("_FrozenHeadLoss", HEAD, True),
     Rule("_CopyApart", RECOMPUTATION, True),
-    Rule("loops::multiply", BASE, True),  # the adapter's wide product with it, and making the weight dense
-    Rule("loops::thin", ADAPTERS, True),
+    Rule(f"{PROFILED}multiply", BASE, True),  # the adapter's wide product with it, and making the weight dense
+    Rule(f"{PROFILED}thin", ADAPTERS, True),
     # bitsandbytes
     Rule("MatMul4Bit", BASE, False),
     Rule("MatMul8bitLt", BASE, True),

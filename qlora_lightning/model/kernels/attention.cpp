@@ -26,7 +26,7 @@ inline void multiply_block(Left left, const uint32_t *right, int64_t by_depth, i
     Floats sums[ROWS][COUNT] = {};
     for (int64_t k = 0; k < depth; k++) {
         Words part[COUNT];
-        for (int64_t i = 0; i < COUNT; i++) std::memcpy(&part[i], right + k * by_depth + i * LANES, sizeof(Words));
+        for (int64_t i = 0; i < COUNT; i++) part[i] = load_words(right + k * by_depth + i * LANES);
         for (int64_t row = 0; row < ROWS; row++) {
             const uint32_t word = left.words[row * left.by_row + k * left.by_depth];
             for (int64_t i = 0; i < COUNT; i++) sums[row][i] = multiply_add<T>(word, part[i], sums[row][i]);
@@ -53,11 +53,9 @@ void multiply(Left left, int64_t rows, const uint32_t *right, int64_t by_depth, 
         float *place = to + row * by_row;
         int64_t column = 0;
         for (; column + VECTORS * LANES <= columns; column += VECTORS * LANES)
-            multiply_block<T, VECTORS>(strip, right + column, by_depth, depth, factor, place + column, by_row,
-                                       add);
+            multiply_block<T, VECTORS>(strip, right + column, by_depth, depth, factor, place + column, by_row, add);
         for (; column < columns; column += LANES)
-            multiply_block<T, 1>(strip, right + column, by_depth, depth, factor, place + column, by_row,
-                                       add);
+            multiply_block<T, 1>(strip, right + column, by_depth, depth, factor, place + column, by_row, add);
     }
 }
 
@@ -121,12 +119,6 @@ struct Head {
         return {copy, words, 1};
     }
 };
-
-template <class T>
-Head<T> head_of(const T *states, int64_t heads, int64_t head, Samples samples, int64_t sample, int64_t width) {
-    const int64_t start = samples.bounds[sample], length = samples.bounds[sample + 1] - start;
-    return {states + head * width, samples.places + start, heads * width, length, width};
-}
 
 // A sample and a key head.
 struct Unit {
@@ -217,15 +209,7 @@ inline float sum_of(Floats numbers) {
 inline Floats exponentials(Floats x) {
     const Floats power = larger(x * 1.44269504f, Floats{} - 126.0f), shifted = power + 12582912.0f;
     const Floats rest = power - (shifted - 12582912.0f);
-    Floats sum = Floats{} + 1.52527338e-5f;
-    sum = sum * rest + 1.54035304e-4f;
-    sum = sum * rest + 1.33335581e-3f;
-    sum = sum * rest + 9.61812911e-3f;
-    sum = sum * rest + 5.55041087e-2f;
-    sum = sum * rest + 2.40226507e-1f;
-    sum = sum * rest + 6.93147181e-1f;
-    sum = sum * rest + 1.0f;
-    return sum * reinterpret_cast<Floats>((reinterpret_cast<Integers>(shifted) << 23) + (127 << 23));
+    return power_of_two(rest) * reinterpret_cast<Floats>((reinterpret_cast<Integers>(shifted) << 23) + (127 << 23));
 }
 
 constexpr float NEVER = -__builtin_inff();

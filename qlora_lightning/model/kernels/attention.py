@@ -1,6 +1,6 @@
 """What ``attention.cpp`` computes, for tensors."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from qlora_lightning.model.kernels.calls import call, has_numbers, is_there
 _LANES, _MOST_WIDE = 16, 256  # numbers of a head: a multiple of the first, up to the second
 
 
-class Samples(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Samples:
     """Where the tokens of samples are in a stream; all numbers are int64.
 
     Attributes:
@@ -72,6 +73,7 @@ def attend_backward(
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     parts = torch.empty(2 * samples.share, len(samples.places), *key.shape[1:])
     states = query, key, value, grad, normalizers
+    of_samples = samples.bounds, samples.own, samples.places, samples.order, samples.begins, len(samples.own)
     shape = len(query), query.shape[1], *key.shape[1:]
-    call("attend_backward", query.dtype, *states, *samples, len(samples.own), *shape, float(scale), parts, *grads)
+    call("attend_backward", query.dtype, *states, *of_samples, *shape, float(scale), parts, *grads)
     return grads

@@ -16,8 +16,7 @@ from qlora_lightning.base.cache_entry import Json
 from qlora_lightning.errors import UserError
 
 _FOLDER = Path(__file__).parent
-_SOURCES = tuple(_FOLDER / name for name in ("loops.cpp", "attention.cpp", "products.cpp", "thin.cpp"))
-_HEADERS = tuple(_FOLDER / name for name in ("numbers.h", "vectors.h"))
+_SOURCES, _HEADERS = sorted(_FOLDER.glob("*.cpp")), sorted(_FOLDER.glob("*.h"))
 _COMPILER = "g++"  # torch's threads are GNU's, and another compiler's would stand beside them
 _OPTIONS = (
     "-std=c++17",

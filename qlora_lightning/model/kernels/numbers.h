@@ -30,14 +30,10 @@ inline void write(bf16 &place, float number) {  // to the nearest, ties to even
     place.bits = number != number ? 0x7fc0 : static_cast<uint16_t>(rounded);
 }
 
-// e^x to 2e-7 relative: 2^n by the exponent's bits, 2^r for |r| <= 1/2 by its Taylor series. Beyond 2^127 it is
-// infinite, below 2^-126 that; NaN stays NaN.
-inline float exponential(float x) {
-    float power = x * 1.44269504f;
-    power = power < -126.0f ? -126.0f : power;
-    power = power > 128.0f ? 128.0f : power;
-    const float whole = __builtin_rintf(power), rest = power - whole;
-    float sum = 1.52527338e-5f;
+// 2^r for |r| <= 1/2 to 2e-7 relative, by its Taylor series: of a float, or of a vector of them.
+template <class Number>
+inline Number power_of_two(Number rest) {
+    Number sum = Number{} + 1.52527338e-5f;
     sum = sum * rest + 1.54035304e-4f;
     sum = sum * rest + 1.33335581e-3f;
     sum = sum * rest + 9.61812911e-3f;
@@ -45,10 +41,19 @@ inline float exponential(float x) {
     sum = sum * rest + 2.40226507e-1f;
     sum = sum * rest + 6.93147181e-1f;
     sum = sum * rest + 1.0f;
+    return sum;
+}
+
+// e^x: 2^n by the exponent's bits, times 2^r. Beyond 2^127 it is infinite, below 2^-126 that; NaN stays NaN.
+inline float exponential(float x) {
+    float power = x * 1.44269504f;
+    power = power < -126.0f ? -126.0f : power;
+    power = power > 128.0f ? 128.0f : power;
+    const float whole = __builtin_rintf(power), rest = power - whole;
     const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23;
     float scale;
     std::memcpy(&scale, &bits, sizeof scale);
-    return sum * scale;
+    return power_of_two(rest) * scale;
 }
 
 }  // namespace

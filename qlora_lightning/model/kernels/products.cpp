@@ -52,15 +52,13 @@ struct Weight {
     }
 };
 
-// The thin product that is added: low (rows, rank) times an adapter's matrix.
-struct Thin {
+// What an adapter adds: low (rows, rank) times its matrix.
+struct Adapter {
     const bf16 *low;
     int64_t by_row, rank;
     const bf16 *matrix;
     float scaling;
 };
-
-inline uint32_t pair(bf16 first, bf16 second) { return first.bits | static_cast<uint32_t>(second.bits) << 16; }
 
 // Of W^T, whose depth is W's inputs: columns [first, first + PANEL), words along the depth.
 void pack_panel(const Weight &weight, int64_t first, uint32_t *to) {
@@ -98,10 +96,10 @@ void pack_panel_turned(const Weight &weight, int64_t first, uint32_t *to) {
     }
 }
 
-void pack_thin(const Thin &thin, bool turned, int64_t columns, int64_t first, uint32_t *to) {
-    for (int64_t k = 0; k < thin.rank; k += 2)
+void pack_adapter(const Adapter &adapter, bool turned, int64_t columns, int64_t first, uint32_t *to) {
+    for (int64_t k = 0; k < adapter.rank; k += 2)
         for (int64_t i = 0; i < PANEL; i++) {
-            const bf16 *at = turned ? thin.matrix + k * columns + first + i : thin.matrix + (first + i) * thin.rank + k;
+            const bf16 *at = turned ? adapter.matrix + k * columns + first + i : adapter.matrix + (first + i) * adapter.rank + k;
             to[k / 2 * PANEL + i] = pair(at[0], at[turned ? columns : 1]);
         }
 }
@@ -111,7 +109,7 @@ inline void add_product(Floats (&sums)[COUNT][VECTORS], const bf16 *left, int64_
                         const uint32_t *right) {
     for (int64_t k = 0; k < depth / 2; k++) {
         Words part[VECTORS];
-        for (int64_t i = 0; i < VECTORS; i++) std::memcpy(&part[i], right + k * PANEL + i * LANES, sizeof(Words));
+        for (int64_t i = 0; i < VECTORS; i++) part[i] = load_words(right + k * PANEL + i * LANES);
         for (int64_t row = 0; row < COUNT; row++) {
             uint32_t word;
             std::memcpy(&word, left + row * by_row + 2 * k, sizeof word);
@@ -124,7 +122,7 @@ struct Product {
     const Weight *weights;
     int64_t count;
     bool turned;
-    Thin thin;
+    Adapter adapter;
     const bf16 *bias, *residual;
     bf16 *to;
     int64_t rows, columns;
@@ -132,14 +130,14 @@ struct Product {
     int64_t depth_of(const Weight &weight) const { return turned ? weight.outputs : weight.inputs; }
 
     int64_t depth() const {
-        int64_t sum = thin.rank;
+        int64_t sum = adapter.rank;
         for (int64_t i = 0; i < count; i++) sum += depth_of(weights[i]);
         return sum;
     }
 
     void pack(int64_t first, uint32_t *panel) const {
-        pack_thin(thin, turned, columns, first, panel);
-        panel += thin.rank / 2 * PANEL;
+        pack_adapter(adapter, turned, columns, first, panel);
+        panel += adapter.rank / 2 * PANEL;
         for (int64_t i = 0; i < count; i++) {
             (turned ? pack_panel_turned : pack_panel)(weights[i], first, panel);
             panel += depth_of(weights[i]) / 2 * PANEL;
@@ -149,11 +147,11 @@ struct Product {
     template <int64_t COUNT>
     void block(int64_t row, int64_t first, const uint32_t *panel) const {
         Floats sums[COUNT][VECTORS] = {};
-        if (thin.rank) {
-            add_product<COUNT>(sums, thin.low + row * thin.by_row, thin.by_row, thin.rank, panel);
+        if (adapter.rank) {
+            add_product<COUNT>(sums, adapter.low + row * adapter.by_row, adapter.by_row, adapter.rank, panel);
             for (auto &sum : sums)
-                for (Floats &part : sum) part *= thin.scaling;
-            panel += thin.rank / 2 * PANEL;
+                for (Floats &part : sum) part *= adapter.scaling;
+            panel += adapter.rank / 2 * PANEL;
         }
         for (int64_t i = 0; i < count; i++) {
             const Weight &weight = weights[i];

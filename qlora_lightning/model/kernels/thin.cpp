@@ -17,17 +17,6 @@ constexpr int64_t CHUNK = 128;            // rows that stay in the cache from th
 constexpr int64_t GROUP = 8;              // of the rank, at a time: their sums fit into the registers
 constexpr int64_t PANEL = 2 * LANES;      // numbers of a vector
 
-inline Words load_pairs(const bf16 *from) {
-    Words pairs;
-    std::memcpy(&pairs, from, sizeof pairs);
-    return pairs;
-}
-
-inline Floats multiply_add_pairs(Words left, Words right, Floats sum) {
-    return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(left),
-                                                     reinterpret_cast<__m512bh>(right)));
-}
-
 struct Wide {
     const bf16 *numbers;
     int64_t by_row, rows, width;
@@ -50,11 +39,11 @@ void narrow(const bf16 *wide, int64_t by_row, const bf16 *matrix, int64_t width,
     Floats sums[COUNT][GROUP] = {};
     for (int64_t i = 0; i < width; i += PANEL) {
         Words part[COUNT];
-        for (int64_t row = 0; row < COUNT; row++) part[row] = load_pairs(wide + row * by_row + i);
+        for (int64_t row = 0; row < COUNT; row++) part[row] = load_words(wide + row * by_row + i);
         for (int64_t rank = 0; rank < GROUP; rank++) {
-            const Words other = load_pairs(matrix + rank * width + i);
+            const Words other = load_words(matrix + rank * width + i);
             for (int64_t row = 0; row < COUNT; row++)
-                sums[row][rank] = multiply_add_pairs(part[row], other, sums[row][rank]);
+                sums[row][rank] = multiply_add(part[row], other, sums[row][rank]);
         }
     }
     for (int64_t row = 0; row < COUNT; row++)
@@ -69,7 +58,7 @@ void add_partner(const uint32_t *low, int64_t by_pair, const bf16 *wide, int64_t
     for (int64_t rank = 0; rank < GROUP; rank++)
         even[rank] = load(to + rank * by_rank), odd[rank] = load(to + rank * by_rank + LANES);
     for (int64_t k = 0; k < pairs; k++) {
-        const Words first = load_pairs(wide + 2 * k * by_row), second = load_pairs(wide + (2 * k + 1) * by_row);
+        const Words first = load_words(wide + 2 * k * by_row), second = load_words(wide + (2 * k + 1) * by_row);
         const Words of_even = (first & 0xffff) | (second << 16), of_odd = (first >> 16) | (second & 0xffff0000);
         for (int64_t rank = 0; rank < GROUP; rank++) {
             even[rank] = multiply_add<bf16>(low[k * by_pair + rank], of_even, even[rank]);
@@ -138,9 +127,8 @@ struct Thin {
         for (int64_t k = 0; k < (count + 1) / 2; k++)
             for (int64_t each = 0; each < filled(); each++) {
                 const bf16 *at = low.numbers + (first + 2 * k) * low.by_row + each;
-                const uint32_t lower = each < rank ? at[0].bits : 0;
-                const uint32_t upper = each < rank && 2 * k + 1 < count ? at[low.by_row].bits : 0;
-                pairs[k * filled() + each] = lower | upper << 16;
+                const bool is_there = each < rank, has_next = is_there && 2 * k + 1 < count;
+                pairs[k * filled() + each] = pair(is_there ? at[0] : bf16{}, has_next ? at[low.by_row] : bf16{});
             }
         // of an odd row at the end the partner is itself, times zero: it may not be a number, and is then none alone
         for (int64_t start = 0; start < filled(); start += GROUP)

@@ -29,6 +29,12 @@ inline Floats load(const float *from) {
     return numbers;
 }
 
+inline Words load_words(const void *from) {
+    Words words;
+    std::memcpy(&words, from, sizeof words);
+    return words;
+}
+
 inline Floats load(const bf16 *from) {
     uint16_t bits __attribute__((vector_size(2 * LANES)));
     std::memcpy(&bits, from, sizeof bits);
@@ -61,11 +67,14 @@ inline Floats multiply_add<float>(uint32_t left, Words right, Floats sum) {
 }
 
 #ifdef __AVX512BF16__
+inline Floats multiply_add(Words left, Words right, Floats sum) {
+    return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(left),
+                                                     reinterpret_cast<__m512bh>(right)));
+}
+
 template <>
 inline Floats multiply_add<bf16>(uint32_t left, Words right, Floats sum) {
-    return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
-                                                     reinterpret_cast<__m512bh>(_mm512_set1_epi32(left)),
-                                                     reinterpret_cast<__m512bh>(right)));
+    return multiply_add(reinterpret_cast<Words>(_mm512_set1_epi32(left)), right, sum);
 }
 #endif
 
@@ -90,6 +99,8 @@ inline void transpose(Words (&rows)[LANES]) {
     if constexpr (2 * SIZE < LANES) transpose<2 * SIZE>(rows);
 }
 
+inline uint32_t pair(bf16 first, bf16 second) { return first.bits | static_cast<uint32_t>(second.bits) << 16; }
+
 // Lay two rows into pairs; of floats there is one.
 inline void pack(const float *first, const float *, uint32_t *to, int64_t width) {
     std::memcpy(to, first, width * sizeof(float));
@@ -97,8 +108,7 @@ inline void pack(const float *first, const float *, uint32_t *to, int64_t width)
 
 inline void pack(const bf16 *first, const bf16 *second, uint32_t *to, int64_t width) {
 #pragma omp simd
-    for (int64_t i = 0; i < width; i++)
-        to[i] = first[i].bits | static_cast<uint32_t>(second[i].bits) << 16;
+    for (int64_t i = 0; i < width; i++) to[i] = pair(first[i], second[i]);
 }
 
 inline int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }

@@ -1,5 +1,6 @@
 """An RMSNorm and the LoRA linears that read it as one autograd function: queries, keys and values; gate and up."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class NormedLinears(torch.autograd.Function):
         flat, inverse, lows, weight, *adapters = ctx.saved_tensors
         all_a, all_b, (_, _, _, _, *needed) = adapters[::2], adapters[1::2], ctx.needs_input_grad
         flat_grads: list[Any] = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        stacked, grad_lows = _stack(all_a, flat), torch.zeros_like(lows)
+        grad_lows = torch.zeros_like(lows)
         grads_b: list[Tensor | None] = []
         parts = zip(
             flat_grads, _split(lows, all_a), _split(grad_lows, all_a), all_b, needed[1::2], ctx.linears, strict=True
@@ -75,9 +76,9 @@ class NormedLinears(torch.autograd.Function):
             grads_a = [None if a is None else grad.to(a.dtype) for a, grad in pairs]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            there = [number for number, grad in enumerate(flat_grads) if grad is not None]
-            of_outputs = [flat_grads[number] for number in there]
-            grad_normed = project_back(of_outputs, [ctx.linears[number] for number in there], grad_lows, stacked)
+            there = [grad is not None for grad in flat_grads]
+            of_outputs, linears = (list(itertools.compress(each, there)) for each in (flat_grads, ctx.linears))
+            grad_normed = project_back(of_outputs, linears, grad_lows, _stack(all_a, flat))
             grad_x = gradient(grad_normed, flat, weight, inverse, again).view(ctx.shape)
         of_adapters = [grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair]
         return grad_x, None, None, None, *of_adapters

@@ -37,14 +37,12 @@ def kept_by_layer(layer: LayerShape, batch: BatchShape, e: int, device: str) -> 
     return kept(layer, batch, e, device)
 
 
-def kept_outside(layers: Sequence[LayerShape], batch: BatchShape, e: int, device: str) -> int:
-    """Count what the last norm, in float32, the angles of rotary embedding and the loss keep; and samples' places."""
+def kept_outside(layers: Sequence[LayerShape], batch: BatchShape, e: int) -> int:
+    """Count what the last norm, in float32, the angles of rotary embedding and the loss keep."""
     width, head_width = layers[0].width, layers[0].linears["q_proj"].outputs // layers[0].heads
     norm = batch.computed * (width * _FLOAT + _FLOAT)
     angles = 2 * batch.computed * head_width * e if any(not each.checkpointed and each.trains for each in layers) else 0
-    looked_up = _looks_up(e, device) and any(each.trains and each.fused for each in layers)
-    places = 3 * sum(batch.attended) * _INDEX if looked_up else 0
-    return norm + angles + places + batch.labelled * (width * e + _INDEX)
+    return norm + angles + batch.labelled * (width * e + _INDEX)
 
 
 def room_of_logits(batch: BatchShape, vocabulary: int, e: int) -> int:

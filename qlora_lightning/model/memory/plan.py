@@ -129,7 +129,7 @@ def plan_memory(model: ModelShape, batch: BatchShape, settings: StepSettings) ->
         _MASTER * trained,
         _MASTER * trained,
         count_optimizer_bytes(model.trained(), settings.optimizer),
-        kept_by_layers(layers, batch, e, device) + kept_outside(layers, batch, e, device),
+        kept_by_layers(layers, batch, e, device) + kept_outside(layers, batch, e),
         logits,
         workspace,
         _kernels(settings, layers),

@@ -64,7 +64,7 @@ def kept_in_truth(module, lengths, shared=0):
 
 def kept_by_formula(module, batch, every_n_layers=0, e=2):
     layers = checkpoint_layers(read_model(module.model, e), every_n_layers).layers
-    return kept_by_layers(layers, batch, e, "cpu") + kept_outside(layers, batch, e, "cpu")
+    return kept_by_layers(layers, batch, e, "cpu") + kept_outside(layers, batch, e)
 
 
 @pytest.mark.parametrize("lengths", [(65, 33, 129), (513, 9, 521)], ids=["short samples", "about 512 tokens"])

@@ -34,7 +34,8 @@ def without_garbage_collection() -> Iterator[None]:
     """Pause the collector while many objects are made that stay.
 
     It would look through all of them again and again: of 4.2 seconds of imports it took 1.2 (measured on a CPU of
-    2026). Afterwards it is as it was.
+    2026). Afterwards it is as it was, and takes the new objects for old ones: its next quick look, at the young, would
+    else be one at all of them (0.2 seconds).
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -42,6 +43,9 @@ def without_garbage_collection() -> Iterator[None]:
         yield
     finally:
         if was_on:
+            if not gc.get_freeze_count():  # what a program froze itself stays frozen
+                gc.freeze()
+                gc.unfreeze()  # into the oldest generation
             gc.enable()
 
 

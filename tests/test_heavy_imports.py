@@ -25,6 +25,25 @@ def test_collector_that_was_off_stays_off() -> None:
         gc.enable()
 
 
+def test_what_was_made_meanwhile_is_old_afterwards() -> None:
+    with without_garbage_collection():
+        made: list[object] = [[]]
+        assert any(item is made for item in gc.get_objects(generation=0))
+    assert any(item is made for item in gc.get_objects(generation=2))
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_a_program_froze_stays_frozen() -> None:
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        with without_garbage_collection():
+            pass
+        assert gc.get_freeze_count() == frozen > 0
+    finally:
+        gc.unfreeze()
+
+
 def test_failed_import_leaves_the_collector_on() -> None:
     with pytest.raises(ImportError), without_garbage_collection():
         raise ImportError

@@ -1,5 +1,6 @@
 """Next-token loss on the labelled tokens only; the full ``(tokens, vocabulary)`` logits never exist."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from qlora_lightning.model.kernels import loops, products
 from qlora_lightning.model.layers.autograd import apply
 from qlora_lightning.model.layers.hooks import is_watched
 from qlora_lightning.model.layers.linear import ORIGINAL_LINEARS
@@ -102,21 +104,14 @@ class _FrozenHeadLoss(torch.autograd.Function):
         nll_sum = torch.zeros((), device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         buffer = weight.new_empty(min(chunk, len(targets)), len(weight))  # of logits, then of their gradient
-        rows = min(chunk, rows_of_probabilities(len(weight), weight.element_size(), hidden.device.type))
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            logits = torch.mm(hidden[part].to(weight.dtype), weight.t(), out=buffer[: len(targets[part])])
-            for few, target in zip(torch.split(logits, rows), torch.split(targets[part, None], rows), strict=True):
-                probabilities = torch.softmax(few, -1, dtype=torch.float32)  # (rows, vocabulary)
-                prediction = _find_largest(probabilities)
-                # log p(target) = log p(best) + logit(target) - logit(best): p(target) may be too small for a float
-                behind = few.gather(1, prediction).float() - few.gather(1, target).float()
-                nll_sum += (behind - probabilities.gather(1, prediction).log_()).sum()
-                correct += (prediction == target).sum()
-                if gradient is not None:
-                    few.copy_(probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32)))
+            logits = _multiply(hidden[part].to(weight.dtype), weight, turned=False, out=buffer[: len(targets[part])])
+            for nll, right in _cross_entropies(logits, targets[part], gradient is not None):
+                nll_sum += nll.sum()
+                correct += right.sum()
             if gradient is not None:
-                gradient[part] = logits @ weight
+                gradient[part] = _multiply(logits, weight, turned=True)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(correct)
         return nll_sum, correct
@@ -126,6 +121,32 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_nll: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return None if gradient is None else gradient * grad_nll, None, None, None
+
+
+def _multiply(left: Tensor, weight: Tensor, turned: bool, out: Tensor | None = None) -> Tensor:
+    """Multiply by ``weight.t()``, or turned by ``weight``."""
+    if products.can_multiply(weight, left):
+        return products.multiply([left], [weight], turned, out=out)
+    return torch.mm(left, weight if turned else weight.t(), out=out)
+
+
+def _cross_entropies(logits: Tensor, targets: Tensor, with_gradient: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give negative log-likelihoods and whether targets are the likeliest, some rows at a time.
+
+    With the gradient it takes the place of the logits.
+    """
+    if loops.can_run(logits):
+        yield loops.cross_entropy(logits, targets, with_gradient)
+        return
+    rows = rows_of_probabilities(logits.shape[1], logits.element_size(), logits.device.type)
+    for few, target in zip(torch.split(logits, rows), torch.split(targets[:, None], rows), strict=True):
+        probabilities = torch.softmax(few, -1, dtype=torch.float32)  # (rows, vocabulary)
+        prediction = _find_largest(probabilities)
+        # log p(target) = log p(best) + logit(target) - logit(best): p(target) may be too small for a float
+        behind = few.gather(1, prediction).float() - few.gather(1, target).float()
+        yield behind - probabilities.gather(1, prediction).log_(), prediction == target
+        if with_gradient:
+            few.copy_(probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32)))
 
 
 def _find_largest(rows: Tensor) -> Tensor:

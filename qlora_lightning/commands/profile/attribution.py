@@ -98,7 +98,7 @@ class Attribution:
         if event.sequence_nr >= 0 and (place.again or not place.backward):
             # The last operator of a number is the one that made its node of the graph.
             self._forward_parts[event.sequence_nr] = place.part
-        self.logit_rows = max(self.logit_rows, count_logit_rows(event.name, event.input_shapes, self.widths))
+        self.logit_rows = max(self.logit_rows, count_logit_rows(event.input_shapes, self.widths))
         share = self._share(place.counted)
         share.seconds += self._own_seconds(event, place.counted)
         share.calls += place.counted != caller.counted

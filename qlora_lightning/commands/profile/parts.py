@@ -133,12 +133,11 @@ def find_rule(name: str) -> Rule | None:
     return next((rule for pattern, rule in _RULES if pattern.fullmatch(name)), None)
 
 
-def count_logit_rows(name: str, shapes: Sequence[Any], widths: Widths) -> int:
-    """Count the tokens whose logits a product makes or reads; 0 of any other operator."""
-    sizes = {size for shape in shapes for size in shape if isinstance(size, int)}
-    if not _PRODUCT.fullmatch(name) or not {widths.vocabulary, widths.hidden} <= sizes or sizes & widths.narrow:
-        return 0
-    return max(sizes - {widths.vocabulary, widths.hidden}, default=0)
+def count_logit_rows(shapes: Sequence[Any], widths: Widths) -> int:
+    """Count the tokens whose logits an operator is given, by the shapes of its inputs."""
+    wide = [shape[0] for shape in shapes if len(shape) == 2 and shape[1] == widths.vocabulary]
+    of_weights = widths.narrow | {widths.hidden}  # the head's, turned, and of an adapter on it
+    return max((rows for rows in wide if rows not in of_weights), default=0)
 
 
 def read_widths(model: nn.Module, hidden: int, vocabulary: int) -> Widths:

@@ -1,5 +1,5 @@
-// Element-wise parts of a LLaMA layer, each in one pass; sums are taken in float32, results rounded once.
-// What they compute, in torch's words: rms_norm.py, rotary.py and swiglu.py of ../layers.
+// What a LLaMA computes row by row, without operators' results in between; sums are taken in float32, results rounded
+// once. The same in torch's words: rms_norm.py, rotary.py and swiglu.py of ../layers, and ../loss.py.
 
 #include "numbers.h"
 
@@ -93,6 +93,41 @@ void rotate(const T *__restrict x, const T *__restrict cos, const T *__restrict 
     }
 }
 
+// Of each row of logits the negative log-likelihood of its target, and whether that is the first of the largest; in the
+// place of the logits, if wanted, the gradient: softmax - onehot.
+template <class T>
+void cross_entropy(T *__restrict logits, const int64_t *targets, int64_t with_gradient, float *nll, bool *correct,
+                   int64_t rows, int64_t vocabulary) {
+#pragma omp parallel for
+    for (int64_t row = 0; row < rows; row++) {
+        T *of_row = logits + row * vocabulary;
+        const int64_t target = targets[row];
+        const float wanted = read(of_row[target]);
+        float largest = -__builtin_inff();
+#pragma omp simd reduction(max : largest)
+        for (int64_t i = 0; i < vocabulary; i++) largest = read(of_row[i]) > largest ? read(of_row[i]) : largest;
+        int32_t earlier = 0;
+        if (wanted == largest)
+#pragma omp simd reduction(+ : earlier)
+            for (int64_t i = 0; i < target; i++) earlier += read(of_row[i]) == largest;
+        correct[row] = wanted == largest && !earlier;
+        double sum = 0;  // of blocks' sums: a float would lose digits of a large vocabulary
+        for (int64_t start = 0; start < vocabulary; start += BLOCK) {
+            const int64_t end = start + BLOCK < vocabulary ? start + BLOCK : vocabulary;
+            float part = 0;
+#pragma omp simd reduction(+ : part)
+            for (int64_t i = start; i < end; i++) part += exponential(read(of_row[i]) - largest);
+            sum += part;
+        }
+        nll[row] = static_cast<float>(std::log(sum)) + (largest - wanted);
+        if (!with_gradient) continue;
+        const float factor = static_cast<float>(1 / sum);
+#pragma omp simd
+        for (int64_t i = 0; i < vocabulary; i++) write(of_row[i], exponential(read(of_row[i]) - largest) * factor);
+        write(of_row[target], exponential(wanted - largest) * factor - 1.0f);
+    }
+}
+
 }  // namespace
 
 #define FOR_TYPE(T, NAME)                                                                                              \
@@ -113,6 +148,10 @@ void rotate(const T *__restrict x, const T *__restrict cos, const T *__restrict 
     extern "C" void rotate_##NAME(const T *x, const T *cos, const T *sin, float sign, T *out, int64_t tokens,          \
                                   int64_t heads, int64_t width) {                                                      \
         rotate(x, cos, sin, sign, out, tokens, heads, width);                                                          \
+    }                                                                                                                  \
+    extern "C" void cross_entropy_##NAME(T *logits, const int64_t *targets, int64_t with_gradient, float *nll,         \
+                                         bool *correct, int64_t rows, int64_t vocabulary) {                            \
+        cross_entropy(logits, targets, with_gradient, nll, correct, rows, vocabulary);                                 \
     }
 
 FOR_TYPE(float, float32)

@@ -53,3 +53,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     turned = torch.empty_like(x)
     call("rotate", x.dtype, x, cos, sin, -1.0 if back else 1.0, turned, *x.shape)
     return turned
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Give each row's negative log-likelihood in float32, and whether its target is the first of the largest.
+
+    Args:
+        logits: ``(rows, vocabulary)``; with the gradient ``softmax - onehot`` takes their place.
+        targets: ``(rows,)``.
+        with_gradient: Whether it is wanted.
+    """
+    nll, correct = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.bool)
+    call("cross_entropy", logits.dtype, logits, targets.contiguous(), with_gradient, nll, correct, *logits.shape)
+    return nll, correct

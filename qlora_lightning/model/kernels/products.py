@@ -1,4 +1,4 @@
-"""What ``products.cpp`` computes, for tensors: products with weights in 4 bits, which are never dense in memory."""
+"""What ``products.cpp`` computes, for tensors: products with frozen weights; one in 4 bits is never dense in memory."""
 
 import ctypes
 import functools
@@ -13,23 +13,28 @@ from torch import Tensor
 from qlora_lightning.model.kernels.calls import call, has_numbers, is_there
 
 _COLUMNS = 32  # of a panel: a result has a multiple of them
-_DEPTH = 32  # numbers that are made dense at a time: a block of them with one scale has a multiple of it
+_DEPTH = 32  # numbers of a row that are read at a time: a block of them with one scale has a multiple of it
 
 
 def can_multiply(weight: Any, left: Tensor) -> bool:
-    """Whether there is a product of rows with a linear's weight: one in 4 bits, in bfloat16, by AVX512-BF16.
+    """Whether there is a product of rows with a frozen weight, in 4 bits or dense: in bfloat16, by AVX512-BF16.
 
     Where the CPU has AMX, torch's products are several times quicker.
     """
-    if left.dtype is not torch.bfloat16 or not isinstance(weight, bnb.nn.Params4bit):
+    if left.dtype is not torch.bfloat16 or left.stride(-1) != 1:
         return False
-    state = weight.quant_state
+    if isinstance(weight, bnb.nn.Params4bit):
+        state = weight.quant_state
+        numbers, shape, block = state.code, state.shape, state.blocksize
+    elif weight.dtype is left.dtype and weight.is_contiguous():
+        numbers, shape, block = weight, weight.shape, _DEPTH
+    else:
+        return False
     return (
-        has_numbers(left, state.code)
-        and left.stride(-1) == 1
-        and state.shape[0] % _COLUMNS == 0
-        and state.shape[1] % state.blocksize == 0
-        and state.blocksize % _DEPTH == 0
+        has_numbers(left, numbers)
+        and shape[0] % _COLUMNS == 0
+        and shape[1] % block == 0
+        and block % _DEPTH == 0
         and is_there("multiply", left.dtype)
         and not _has_amx()
     )
@@ -49,26 +54,28 @@ def multiply(
     scaling: float = 1.0,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Compute ``Σ x Wᵀ + scaling · low Bᵀ + bias + residual``, or turned ``Σ g W + scaling · low A``, rounded once.
 
     Args:
         lefts: x, ``(rows, in)``, or g, ``(rows, out)``, of each weight, in bfloat16.
-        weights: Params4bit of ``(out, in)``; see :func:`can_multiply`.
+        weights: Params4bit or dense ones of ``(out, in)``; see :func:`can_multiply`.
         turned: Whether to multiply by W rather than by its transpose.
         low: ``(rows, rank)``, of an even rank.
         thin: B, ``(out, rank)``, or turned A, ``(rank, in)``.
         scaling: Factor on their product.
         bias: ``(out,)``.
         residual: As the result, without gaps.
+        out: Where to put the result, without gaps.
 
     Returns:
         ``(rows, out)``, turned ``(rows, in)``.
     """
-    rows, columns = len(lefts[0]), weights[0].quant_state.shape[1 if turned else 0]
-    result = lefts[0].new_empty(rows, columns)
     with torch._C.DisableTorchFunctionSubclass():  # asking a Params4bit is ten times quicker
         factors = (_Weight * len(weights))(*(_describe(*each) for each in zip(lefts, weights, strict=True)))
+    rows, columns = len(lefts[0]), factors[0].inputs if turned else factors[0].outputs
+    result = lefts[0].new_empty(rows, columns) if out is None else out
     thin = None if thin is None else thin.contiguous()
     of_thin = (None, 0, 0, None) if low is None else (low, low.stride(0), low.shape[1], thin)
     sums = bias, residual, result
@@ -82,7 +89,7 @@ class _Weight(ctypes.Structure):
     _fields_ = (
         ("left", ctypes.c_void_p),
         ("by_row", ctypes.c_int64),
-        ("packed", ctypes.c_void_p),
+        ("numbers", ctypes.c_void_p),
         ("outputs", ctypes.c_int64),
         ("inputs", ctypes.c_int64),
         ("table", ctypes.c_void_p),
@@ -97,8 +104,10 @@ class _Weight(ctypes.Structure):
 
 
 def _describe(left: Tensor, weight: Any) -> _Weight:
-    state = weight.quant_state
     of_left = left.data_ptr(), left.stride(0)
+    if not isinstance(weight, bnb.nn.Params4bit):
+        return _Weight(*of_left, weight.data_ptr(), *weight.shape, None, None, None, None, None, _DEPTH, 1, 0.0)
+    state = weight.quant_state
     of_weight = weight.data_ptr(), *state.shape, state.code.data_ptr()
     if not state.nested:
         return _Weight(*of_left, *of_weight, state.absmax.data_ptr(), None, None, None, state.blocksize, 1, 0.0)

@@ -131,7 +131,7 @@ def test_calls_are_entries_into_a_part():
 
 def test_logits_are_those_of_the_largest_chunk():
     found = Attribution(WIDTHS)
-    chunks = [product(1, (rows, 64), (64, 1000)) for rows in (20, 50, 10)]
+    chunks = [product(1, (rows, 1000), (1000, 64)) for rows in (20, 50, 10)]
     found.add(Event(STEP, 0, [Event("_FrozenHeadLoss", 1, chunks)]).all())
     assert found.logit_rows == 50
 

@@ -67,10 +67,12 @@ def test_a_range_says_its_part():
 
 
 def test_logits_are_found_by_the_vocabulary():
-    assert count_logit_rows("aten::mm", [[30, 64], [64, 1000], [30, 1000]], WIDTHS) == 30
-    assert count_logit_rows("aten::mm", [[30, 1000], [1000, 64]], WIDTHS) == 30
-    assert count_logit_rows("aten::mm", [[30, 64], [64, 128]], WIDTHS) == 0
-    assert count_logit_rows("aten::add", [[30, 64], [64, 1000]], WIDTHS) == 0
+    assert count_logit_rows([[30, 1000], [1000, 64]], WIDTHS) == 30
+    assert count_logit_rows([[20, 1000], [], [30, 1000]], WIDTHS) == 30
+    assert count_logit_rows([[30, 64], [64, 128]], WIDTHS) == 0
+    assert count_logit_rows([[30, 64], [64, 1000]], WIDTHS) == 0  # the head's weight
+    assert count_logit_rows([[30, 8], [8, 1000]], WIDTHS) == 0  # an adapter's
+    assert count_logit_rows([[1000]], WIDTHS) == 0
 
 
 def test_ranks_and_their_sums_are_read_from_the_model():

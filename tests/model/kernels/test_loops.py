@@ -114,6 +114,38 @@ def test_one_number_that_is_none_spoils_its_row_alone(dtype):
     assert grad.isnan().all(-1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (5, 50), (3, 4096), (7, 10000)])
+def test_cross_entropy_and_its_gradient_are_those_of_torch_in_float64(rows, vocabulary, dtype):
+    logits = (20 * draw(rows, vocabulary, dtype=dtype)).to(dtype)
+    targets = torch.randint(vocabulary, (rows,), generator=draw.generator)
+    targets[0] = logits[0].argmax()
+    exact_logits = logits.double().requires_grad_()
+    exact = F.cross_entropy(exact_logits, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(exact.sum(), exact_logits)
+    before = logits.clone()
+    for with_gradient in (False, True):
+        nll, correct = loops.cross_entropy(logits, targets, with_gradient)
+        torch.testing.assert_close(nll.double(), exact.detach(), rtol=1e-6, atol=1e-6)
+        assert torch.equal(correct, before.argmax(-1) == targets)
+        if not with_gradient:
+            assert torch.equal(logits, before)
+    assert_near(logits, gradient, dtype)
+
+
+def test_of_equal_logits_the_first_is_the_prediction(dtype):
+    logits = torch.tensor([[1.0, 3, 3], [1, 3, 3], [3, 1, 2]], dtype=dtype)
+    assert loops.cross_entropy(logits, torch.tensor([1, 2, 2]), False)[1].tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("spoilt", [math.nan, math.inf])
+def test_a_logit_that_is_no_number_spoils_its_row_alone(spoilt, dtype):
+    logits = draw(3, 40, dtype=dtype)
+    logits[1, 7] = spoilt
+    nll, _ = loops.cross_entropy(logits, torch.tensor([0, 1, 2]), True)
+    assert nll.isfinite().tolist() == [True, False, True]
+    assert logits.isfinite().all(1).tolist() == [True, False, True]
+
+
 def test_what_the_loops_do_not_know_goes_torchs_way():
     x = torch.randn(4, 8)
     assert loops.can_run(x, nn.Parameter(torch.ones(8)))

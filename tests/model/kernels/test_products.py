@@ -34,7 +34,13 @@ def quantized(quant_type="nf4", double_quant=True, shape=(OUT, IN), dtype=torch.
     return linear.to("cpu").weight
 
 
+def draw_weight(kind, shape):
+    return draw(*shape) if kind is None else quantized(*kind, shape=shape)
+
+
 def dense(weight):
+    if not isinstance(weight, bnb.nn.Params4bit):
+        return weight.double()
     return dequantize_4bit(weight.data, weight.quant_state).to(torch.bfloat16).double()
 
 
@@ -54,9 +60,9 @@ def test_a_weight_is_made_dense_bit_for_bit_as_bitsandbytes_does(quant_type, dou
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 21, 128])
-@pytest.mark.parametrize(("quant_type", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True)])
-def test_all_that_an_output_is_the_sum_of_is_rounded_once(rows, quant_type, double_quant):
-    weight, x, bias, residual = quantized(quant_type, double_quant), draw(rows, IN), draw(OUT), draw(rows, OUT)
+@pytest.mark.parametrize("kind", [("nf4", True), ("nf4", False), ("fp4", True), None], ids=str)
+def test_all_that_an_output_is_the_sum_of_is_rounded_once(rows, kind):
+    weight, x, bias, residual = draw_weight(kind, (OUT, IN)), draw(rows, IN), draw(OUT), draw(rows, OUT)
     lows, b = draw(rows, 12), draw(OUT, 6)
     low = lows[:, 6:]  # of several linears the products with A lie beside each other
     ours = multiply([x], [weight], False, low, b, 0.7, bias, residual)
@@ -67,18 +73,33 @@ def test_all_that_an_output_is_the_sum_of_is_rounded_once(rows, quant_type, doub
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 21, 128])
 def test_the_gradients_of_linears_that_share_their_input_are_one_sum(rows):
-    weights = [quantized(), quantized("fp4", False, shape=(64, IN)), quantized(shape=(32, IN))]
-    grads = [draw(rows, weight.quant_state.shape[0]) for weight in weights]
+    weights = [quantized(), quantized("fp4", False, shape=(64, IN)), draw(32, IN)]
+    grads = [draw(rows, len(dense(weight))) for weight in weights]
     low, a = draw(rows, 4), draw(4, IN)
     exact = sum(grad.double() @ dense(weight) for grad, weight in zip(grads, weights, strict=True))
     assert_rounded_once(multiply(grads, weights, True, low, a), exact + low.double() @ a.double())
     assert_rounded_once(multiply(grads, weights, True), exact)
 
 
-def test_deep_products_take_a_panel_at_a_time():
-    weight, x, grad = quantized(shape=(64, 8192)), draw(9, 8192), draw(9, 64)
-    assert_rounded_once(multiply([x], [weight], False), x.double() @ dense(weight).t())
-    assert_rounded_once(multiply([grad], [weight], True), grad.double() @ dense(weight))
+@pytest.mark.parametrize("kind", [("nf4", True), None], ids=str)
+@pytest.mark.parametrize("shape", [(64, 8192), (4096, 64), (1568, 1600)])
+def test_deep_products_are_summed_up_in_several_sweeps(shape, kind):
+    weight, x, grad = draw_weight(kind, shape), draw(9, shape[1]), draw(9, shape[0])
+    low, a, b, residual = draw(9, 2), draw(2, shape[1]), draw(shape[0], 2), draw(9, shape[0])
+    thin = low.double() @ b.double().t()
+    exact = x.double() @ dense(weight).t() + 0.3 * thin + residual.double()
+    assert_rounded_once(multiply([x], [weight], False, low, b, 0.3, None, residual), exact)
+    exact = 2 * grad.double() @ dense(weight) + low.double() @ a.double()
+    assert_rounded_once(multiply([grad, grad], [weight, weight], True, low, a), exact)
+
+
+def test_the_result_is_put_where_it_shall_be():
+    weight, x = draw(OUT, IN), draw(9, IN)
+    place = draw(20, OUT)
+    kept = place[9:].clone()
+    assert multiply([x], [weight], False, out=place[:9]).data_ptr() == place.data_ptr()
+    assert torch.equal(place[:9], multiply([x], [weight], False))
+    assert torch.equal(place[9:], kept)
 
 
 def test_results_are_the_same_whatever_the_number_of_threads():
@@ -132,7 +153,11 @@ def test_what_they_do_not_know_goes_torchs_way(monkeypatch):
     assert not can_multiply(weight, x.to("meta"))
     assert not can_multiply(quantized(shape=(OUT, 96)), draw(16, 96))  # a block of 64 runs on into the next row
     assert not can_multiply(quantized(shape=(48, IN)), x)  # a panel and a half
-    assert not can_multiply(torch.nn.Parameter(draw(OUT, IN)), x)
+    plain = torch.nn.Parameter(draw(OUT, IN))
+    assert can_multiply(plain, x)
+    assert not can_multiply(plain.float(), x)
+    assert not can_multiply(draw(IN, OUT).t(), x)
+    assert not can_multiply(draw(OUT, 80), draw(16, 80))
     odd = project(x, draw(16, 3), draw(OUT, 3), frozen(weight))
     assert odd.shape == (16, OUT)
     monkeypatch.setattr(products, "_has_amx", lambda: True)

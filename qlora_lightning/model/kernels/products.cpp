@@ -161,7 +161,7 @@ struct Product {
             const int64_t depth = turned ? weight->outputs : weight->inputs;
             const int64_t step = turned ? 2 : weight->block;  // a block has one scale
             for (int64_t start = 0, stop; start < depth; start = stop) {
-                if (room < std::min(step, depth - start)) {
+                if (room < step) {
                     made.push_back({{}, made.empty(), false, made.empty() ? adapter.rank / 2 * PANEL : 0});
                     room = std::max(MOST_DEPTH, step);
                 }

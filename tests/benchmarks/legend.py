@@ -31,8 +31,8 @@ def explain(repeats: int, accelerator: str, dtype: str, scaling: bool, llama_8b:
         "the second forward pass do, up to the last of each layer, which backward does not need. Its share is of a "
         "second epoch, each step beside its own ceiling: in the first the system hands over fresh memory.",
         "validation: a pass over the same rows; its ceiling holds the forward products.",
-        "second start: from the start of the process to the begin of the first step, all caches being filled; imports: "
-        "a process that imports what ours imports.",
+        "second start: from the start of the process to the begin of the first step, all caches being filled; the "
+        "process begins with all imports.",
     ]
     if scaling:
         lines.append(

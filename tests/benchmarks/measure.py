@@ -1,12 +1,10 @@
 """Runs both sides in turns, with and without gradient checkpointing, as often as asked."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from tests.benchmarks.children import run_child
 from tests.benchmarks.figures import Figures
 from tests.benchmarks.sides import Side
 
@@ -19,13 +17,11 @@ class Measured:
         plain: of each side without gradient checkpointing.
         checkpointing: of each side with it.
         selective: ours with every second layer checkpointed.
-        imports: seconds of processes that import what ours imports.
     """
 
     plain: dict[str, list[Figures]] = field(default_factory=dict)
     checkpointing: dict[str, list[Figures]] = field(default_factory=dict)
     selective: list[Figures] = field(default_factory=list)
-    imports: list[float] = field(default_factory=list)
 
 
 def measure_sides(sides: Sequence[Side], repeats: int, measured: Measured, console: Console) -> Iterator[None]:
@@ -44,7 +40,6 @@ def measure_sides(sides: Sequence[Side], repeats: int, measured: Measured, conso
         console.print(f"{side.name}, a step to fill the caches …")
         side.measure("--max-steps=1")
     for repeat in range(1, repeats + 1):
-        measured.imports.append(run_child(sys.executable, "imports", (), sides[0].threads)["seconds"])
         for runs, option in ((measured.plain, ()), (measured.checkpointing, ("--gradient-checkpointing",))):
             for side in sides:
                 with_checkpointing = ", gradient checkpointing" if option else ""

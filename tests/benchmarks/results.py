@@ -37,7 +37,7 @@ class Results:
                 *compare_sides(plain, checkpointing, accelerator),
                 *rows_of_selective(selective, accelerator),
                 *compare_ceilings(plain, checkpointing),
-                *compare_starts(plain, self.measured.imports),
+                *compare_starts(plain),
             ]
             if selective
             else []

@@ -104,7 +104,6 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
             return left.pop(0)
 
         monkeypatch.setattr("tests.benchmarks.sides.Side.measure", measure)
-        monkeypatch.setattr("tests.benchmarks.measure.run_child", lambda *_: {"seconds": 1.0})
         monkeypatch.setattr(sys, "argv", ["benchmarks", *map(str, arguments), "--without-peer"])
         return main()
 

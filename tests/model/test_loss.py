@@ -11,7 +11,7 @@ TOKENS, WIDTH, VOCABULARY = 20, 16, 50
 UNLABELLED = [0, 1, 2, 7, 8, 13, 14, 15]  # 12 labelled tokens are left
 
 
-@pytest.fixture(params=["loops", "operators"], autouse=True)
+@pytest.fixture(params=["loops", "operators"])
 def way(request, monkeypatch):
     if request.param == "operators":
         monkeypatch.setattr(loops, "can_run", lambda *_: False)
@@ -122,6 +122,17 @@ def test_a_hook_on_the_head_is_called():
     torch.testing.assert_close(loss, head_loss(hidden, next_labels(labels), head).nll_sum)
 
 
+def test_in_float32_the_loss_is_torchs_to_the_last_bit_as_on_the_plain_path(monkeypatch):
+    hidden, labels, head = draw()
+    sums = head_loss(hidden, next_labels(labels), head)
+    (gradient,) = torch.autograd.grad(sums.nll_sum, hidden)
+    monkeypatch.setattr(loops, "can_run", lambda *_: False)
+    of_torch = head_loss(hidden, next_labels(labels), head)
+    assert torch.equal(sums.nll_sum, of_torch.nll_sum)
+    assert torch.equal(gradient, *torch.autograd.grad(of_torch.nll_sum, hidden))
+
+
+@pytest.mark.usefixtures("way")
 def test_in_bfloat16_the_sum_is_float32_and_the_gradient_bfloat16():
     hidden, labels, head = draw()
     expected = full_cross_entropy(hidden, labels, head)
@@ -140,6 +151,7 @@ def test_evaluation_without_gradients_gives_the_same_sums():
     assert all(torch.equal(a, b) for a, b in zip(evaluated, head_loss(hidden, next_labels(labels), head), strict=True))
 
 
+@pytest.mark.usefixtures("way")
 def test_a_factor_on_the_loss_is_not_rounded_to_the_gradients_dtype():
     hidden, labels, head = draw()
     hidden, head = hidden.detach().bfloat16().requires_grad_(), head.bfloat16()

@@ -44,11 +44,11 @@ def keep_freed_memory() -> None:
     if glibc is not None:
         glibc.mallopt(_M_MMAP_THRESHOLD, _KEEPS)
         glibc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
-        _stock_small_blocks()
+        _stock_small_blocks(glibc)
 
 
 @functools.cache
-def _stock_small_blocks() -> None:
+def _stock_small_blocks(glibc: ctypes.CDLL) -> None:
     """Lay in free blocks of some bytes, once, so that small objects stay out of the gaps beside tensors.
 
     torch wants tensors at multiples of 64 bytes: glibc takes a block with as much to spare, and what is left before and
@@ -57,7 +57,6 @@ def _stock_small_blocks() -> None:
     step of 8,192 tokens took up to 1.6 GB for what now takes 0.5 GB (measured). Half of what is asked for here is kept,
     else all would be one block again: 1.6 MB.
     """
-    glibc = ctypes.CDLL(None)
     glibc.malloc.restype, glibc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
     glibc.free.restype, glibc.free.argtypes = None, (ctypes.c_void_p,)
     for size in _GAPS:
@@ -73,6 +72,7 @@ def give_back_freed_memory() -> None:
         glibc.malloc_trim(0)
 
 
+@functools.cache
 def _find_glibc() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):
         return None

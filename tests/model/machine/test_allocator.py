@@ -3,6 +3,15 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+
+
+def assert_runs(code):
+    """In a process of its own: what one sets stays for good."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 # Blocks of 8 MiB, each followed by one of 64 KiB that stays: in one heap every block would be held open.
 CODE = """
 import torch
@@ -27,10 +36,8 @@ assert len(stay) == 30
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_small_tensors_that_stay_do_not_hold_freed_ones():
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert_runs(CODE)
 
 
 # Without it a tensor of 8 MiB gets fresh pages, 2,048 of 4 KiB, each time.
@@ -51,10 +58,8 @@ assert max(others) <= 2, others
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_kept_memory_is_taken_again_without_page_faults():
-    done = subprocess.run([sys.executable, "-c", KEEPING], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert_runs(KEEPING)
 
 
 # Objects as small as the gaps beside a tensor, which stay: without a stock each tensor of 4 MB would need a new place.
@@ -80,7 +85,5 @@ assert private_mib() - before < 20, private_mib() - before
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_small_objects_that_stay_do_not_take_the_gaps_beside_tensors():
-    done = subprocess.run([sys.executable, "-c", STAYING], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert_runs(STAYING)

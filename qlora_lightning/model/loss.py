@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lightning.model.kernels import loops, products
+from qlora_lightning.model.kernels import loops
 from qlora_lightning.model.layers.autograd import apply
+from qlora_lightning.model.layers.frozen_weight import FrozenWeight
 from qlora_lightning.model.layers.hooks import is_watched
 from qlora_lightning.model.layers.linear import ORIGINAL_LINEARS
+from qlora_lightning.model.layers.projection import Frozen, project, project_back
 
 IGNORED = -100
 _MOST_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no quicker
@@ -103,15 +105,16 @@ class _FrozenHeadLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         nll_sum = torch.zeros((), device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        buffer = weight.new_empty(min(chunk, len(targets)), len(weight))  # of logits, then of their gradient
+        head = Frozen(FrozenWeight(weight), bias=None, scaling=1.0)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            logits = _multiply(hidden[part].to(weight.dtype), weight, turned=False, out=buffer[: len(targets[part])])
+            logits = project(hidden[part].to(weight.dtype), None, None, head)  # then their gradient
             for nll, right in _cross_entropies(logits, targets[part], gradient is not None):
                 nll_sum += nll.sum()
                 correct += right.sum()
             if gradient is not None:
-                gradient[part] = _multiply(logits, weight, turned=True)
+                gradient[part] = project_back([logits], [head], None, None)
+            del logits  # before the next are made
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(correct)
         return nll_sum, correct
@@ -121,13 +124,6 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_nll: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return None if gradient is None else gradient * grad_nll, None, None, None
-
-
-def _multiply(left: Tensor, weight: Tensor, turned: bool, out: Tensor | None = None) -> Tensor:
-    """Multiply by ``weight.t()``, or turned by ``weight``."""
-    if products.can_multiply(weight, left):
-        return products.multiply([left], [weight], turned, out=out)
-    return torch.mm(left, weight if turned else weight.t(), out=out)
 
 
 def _cross_entropies(logits: Tensor, targets: Tensor, with_gradient: bool) -> Iterator[tuple[Tensor, Tensor]]:

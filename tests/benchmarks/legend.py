@@ -44,7 +44,7 @@ def explain(repeats: int, accelerator: str, dtype: str, scaling: bool, llama_8b:
             f"{name_8b(llama_8b)}: random weights in Llama-3.1-8B's shape, steps of 512 tokens (two rows, half of them "
             "labelled) with gradient checkpointing; memory is that of the first two; the speed is of the middle one of "
             "three more, by share, each beside its ceiling. Private memory is RssAnon; the base, and libraries, lie in "
-            "memory as mapped files (RssFile)."
+            "memory as mapped files (RssFile). The start is a second one too: the system has read those files before."
         )
     lines.append(
         "Goals were set for SmolLM2-135M in NF4 with double quantization, rank 8 on all linears, batches of 8 Alpaca "

@@ -85,12 +85,15 @@ def measure(folder: Path) -> dict[str, float]:
     del loaded
     began = time.perf_counter()
     with PeakMemory() as second:
-        load_base(str(folder), compute_dtype=torch.bfloat16)
+        loaded = load_base(str(folder), compute_dtype=torch.bfloat16)
+    second_seconds = time.perf_counter() - began
+    for parameter in loaded.model.parameters():  # the step's process shall find the files in memory, as after a run
+        parameter.detach().view(torch.uint8).sum()
     return {
         "quantized_gib": size,
         "first_seconds": first_seconds,
         "first_private_peak_gib": first.private / 1024**3,
-        "second_seconds": time.perf_counter() - began,
+        "second_seconds": second_seconds,
         "second_private_peak_gib": second.private / 1024**3,
     }
 

@@ -19,7 +19,7 @@ def draw_plot(rows: Sequence[Row], sizes: Sequence[Mapping[str, Any]], file: Pat
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 7 if sizes else 3.5), layout="constrained")
+    figure = Figure(figsize=(14, 8 if sizes else 4), layout="constrained")
     grid = figure.subplots(2 if sizes else 1, 3, squeeze=False)
     _draw_bars(
         grid[0][0], "tokens/s (more is better)", "%.0f", [row for row in rows if _is_speed(row)], _ceilings(rows)
@@ -57,7 +57,7 @@ def _draw_bars(axes: Any, title: str, form: str, rows: Sequence[Row], ceilings: 
         places = [group + at * 0.8 / len(shown) for group in range(len(rows))]
         known = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
         bars = axes.bar(*zip(*known, strict=True), width=0.8 / len(shown), label=name, color=_COLOURS[name])
-        axes.bar_label(bars, fmt=form)
+        axes.bar_label(bars, fmt=form, fontsize="small")
     axes.set_xticks([group + 0.4 - 0.4 / len(shown) for group in range(len(rows))], [_wrap(_name(row)) for row in rows])
     axes.set_title(title)
     axes.margins(y=0.15)
@@ -66,11 +66,11 @@ def _draw_bars(axes: Any, title: str, form: str, rows: Sequence[Row], ceilings: 
 
 def _draw_shares(axes: Any, rows: Sequence[Row]) -> None:
     bars = axes.bar([_wrap(_name(row)) for row in rows], [row.ours for row in rows], color=_COLOURS["ours"])
-    axes.bar_label(bars, fmt="%.2f")
+    axes.bar_label(bars, fmt="%.2f", fontsize="small")
     for at, row in enumerate(rows):
         if row.goal is not None:
             axes.hlines(row.goal.value, at - 0.4, at + 0.4, colors="black", linestyles="dashed")
-    axes.set_ylim(0, 1)
+    axes.set_ylim(0, max([1.0, *(1.1 * row.ours for row in rows)]))  # own products may be quicker than torch's
     axes.set_title("share of the ceiling (dashed: goal)")
 
 
@@ -79,6 +79,7 @@ def _draw_lines(axes: Any, sizes: Sequence[Mapping[str, Any]], key: str, unit: f
         points = [(size["tokens"], size[key] / unit) for size in sizes if size["rows"] == rows]
         axes.plot(*zip(*points, strict=True), marker="o", label=f"{rows} rows" if rows == "short" else "one long row")
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens a batch")
     axes.set_title(title)

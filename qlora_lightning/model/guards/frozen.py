@@ -6,17 +6,17 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
-_RUNS = 64  # of a large tensor as many runs of bytes are read, evenly spaced
+_WHOLE = 1 << 20  # a tensor of up to so many bytes is read whole
+_RUNS = 16  # of a larger one as many runs of bytes are read, evenly spaced: each may be a read of its own from a disk
 _RUN_BYTES = 16 << 10
-_WHOLE = _RUNS * _RUN_BYTES  # a tensor of up to 1 MiB is read whole
 
 
 def checksum_frozen(model: nn.Module) -> dict[str, int]:
     """Sum up every frozen parameter and its quantization scales; positions count, so that moved bytes show.
 
     Buffers are left out: rotary embeddings may rescale theirs to the longest row. Tensors of more than 1 MiB are read
-    in 64 evenly spaced runs: of an 8B base in 4 bits some 0.2 GB, so that one mapped from a file is not read in for
-    it. A change of a whole tensor is found, of a single row of a large one perhaps not.
+    in 16 evenly spaced runs, so that a base mapped from a file is not read in for it. A change of a whole tensor is
+    found, of a single row of a large one perhaps not.
     """
     tensors = dict(_frozen_tensors(model))
     by_device: dict[torch.device, list[str]] = {}

@@ -54,7 +54,6 @@ def multiply(
     scaling: float = 1.0,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Compute ``Σ x Wᵀ + scaling · low Bᵀ + bias + residual``, or turned ``Σ g W + scaling · low A``, rounded once.
 
@@ -67,7 +66,6 @@ def multiply(
         scaling: Factor on their product.
         bias: ``(out,)``.
         residual: As the result, without gaps.
-        out: Where to put the result, without gaps.
 
     Returns:
         ``(rows, out)``, turned ``(rows, in)``.
@@ -75,7 +73,7 @@ def multiply(
     with torch._C.DisableTorchFunctionSubclass():  # asking a Params4bit is ten times quicker
         factors = (_Weight * len(weights))(*(_describe(*each) for each in zip(lefts, weights, strict=True)))
     rows, columns = len(lefts[0]), factors[0].inputs if turned else factors[0].outputs
-    result = lefts[0].new_empty(rows, columns) if out is None else out
+    result = lefts[0].new_empty(rows, columns)
     thin = None if thin is None else thin.contiguous()
     of_thin = (None, 0, 0, None) if low is None else (low, low.stride(0), low.shape[1], thin)
     sums = bias, residual, result

@@ -39,11 +39,11 @@ def test_words_that_changed_places_are_found():
 
 
 def test_of_a_large_tensor_evenly_spaced_runs_are_read():
-    made = model(a=torch.zeros(64, 1 << 15, dtype=torch.uint8))  # 2 MiB: each run is the first half of a row
+    made = model(a=torch.zeros(16, 1 << 17, dtype=torch.uint8))  # 2 MiB: each run is the beginning of a row
     before = checksum_frozen(made)
-    made.a[40, (1 << 14) + 1] = 1
+    made.a[10, (1 << 14) + 1] = 1
     assert checksum_frozen(made) == before
-    for row in (0, 40, 63):
+    for row in (0, 10, 15):
         made.a.zero_()
         made.a[row, (1 << 14) - 1] = 1
         assert checksum_frozen(made) != before

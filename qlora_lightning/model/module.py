@@ -20,6 +20,7 @@ from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.guards.checks import check_callbacks, check_trainer, check_training_mode
 from qlora_lightning.model.guards.guard import OnNonfinite, TrainingGuard
 from qlora_lightning.model.judging import JudgingModule
+from qlora_lightning.model.layers.attention import attends_flatly, register_flat_attention
 from qlora_lightning.model.layers.plain_path import explain_plain_layers
 from qlora_lightning.model.loss import mean_with_gradient_of_sum
 from qlora_lightning.model.machine.allocator import give_back_freed_memory, keep_freed_memory
@@ -145,6 +146,8 @@ class QLoRAModule(JudgingModule):
             check_trainer(str(self.trainer.precision), strategy, self.quantization)
         with without_garbage_collection():  # loading imports much, and makes many objects that stay
             self.model = self.build_model()
+            if not attends_flatly(self.causal_lm):  # an override has loaded it otherwise
+                self.causal_lm.set_attn_implementation(register_flat_attention(self.fast))
             if self.adapter is not None and self.overrides("build_model"):
                 fill_adapter(self.model, find_adapter_folder(self.adapter))  # it need not have read self.adapter
         self.model.train()  # Hugging Face models come in eval()

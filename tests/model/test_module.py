@@ -2,16 +2,18 @@ import copy
 import itertools
 
 import lightning
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
 from qlora_lightning.data.batches.collate import collate
 from qlora_lightning.data.samples.sample import make_sample
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.adapters.lora import trainable_tensors, without_peft_deprecation
 
 
 def make_module(base, **settings):
@@ -233,3 +235,34 @@ def test_precisions_that_would_cast_the_masters_are_refused(tiny_base, rows_file
     data = InstructionDataModule(train=str(rows_file), tokenizer=str(tiny_base))
     with pytest.raises(UserError, match="bf16-true"):
         make_trainer(tmp_path, precision="bf16-true").fit(QLoRAModule(str(tiny_base)), data)
+
+
+class OwnBase(QLoRAModule):
+    """A base that transformers has loaded with its own attention."""
+
+    def build_model(self):
+        base = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+        assert base.config._attn_implementation == "sdpa"
+        with without_peft_deprecation():
+            return peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_base_that_an_override_loads_attends_within_samples(tiny_base, batch, fast):
+    ours, own = (
+        QLoRAModule(base=str(tiny_base), quantization="none", compute_dtype="fp32"),
+        OwnBase(str(tiny_base), fast=fast),
+    )
+    for module in (ours, own):
+        module.configure_model()
+    expected = ours.compute_loss(batch).nll_sum.item()
+    assert own.compute_loss(batch).nll_sum.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_an_attention_that_knows_no_samples_is_refused(tiny_base, batch, fast):
+    module = QLoRAModule(base=str(tiny_base), fast=fast)
+    module.configure_model()
+    module.causal_lm.set_attn_implementation("sdpa")
+    with pytest.raises(UserError, match="The model attends by 'sdpa', which knows nothing of the samples"):
+        module.compute_loss(batch)

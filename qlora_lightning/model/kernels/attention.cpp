@@ -5,6 +5,7 @@
 // them again. Products are summed up in float32. What is computed is said in ../layers/sample_attention.py.
 
 #include <algorithm>
+#include <atomic>
 
 #include "vectors.h"
 
@@ -171,6 +172,8 @@ class Room {
    public:
     explicit Room(int64_t words) : next_(scratch(words)) {}
 
+    bool is_there() const { return next_; }
+
     template <class Number>
     Number *take(int64_t count) {
         Number *piece = reinterpret_cast<Number *>(next_);
@@ -193,6 +196,7 @@ inline Floats hide(Floats numbers, int64_t start, int64_t seen, float other) {
     return count_up() < static_cast<uint32_t>(std::max<int64_t>(seen - start, 0)) ? numbers : Floats{} + other;
 }
 
+// Where one of them is NaN: the right one.
 inline Floats larger(Floats left, Floats right) { return left > right ? left : right; }
 
 template <class Join>
@@ -207,12 +211,18 @@ inline float sum_of(Floats numbers) {
 
 // As exponential() of numbers.h, for x <= 0 or NaN: to add 1.5 * 2^23 rounds, and leaves the integer in the last bits.
 inline Floats exponentials(Floats x) {
-    const Floats power = larger(x * 1.44269504f, Floats{} - 126.0f), shifted = power + 12582912.0f;
+    const Floats power = larger(Floats{} - 126.0f, x * 1.44269504f), shifted = power + 12582912.0f;
     const Floats rest = power - (shifted - 12582912.0f);
     return power_of_two(rest) * reinterpret_cast<Floats>((reinterpret_cast<Integers>(shifted) << 23) + (127 << 23));
 }
 
 constexpr float NEVER = -__builtin_inff();
+
+// What makes weights of a row of scores: e^(score - largest) * inverse. Not one number, the logarithm of the sum: of
+// large scores that would be as coarse as they are.
+struct Normalizer {
+    float largest, inverse;
+};
 
 // Turn scores into e^(score - largest), 0 from `seen` on; give their sum and the largest.
 template <class T>
@@ -229,15 +239,20 @@ void to_weights(const float *scores, int64_t seen, int64_t filled, T *weights, f
 }
 
 template <class T>
-void attend(const T *query, const T *key, const T *value, Samples samples, Shape shape, float scale, T *mixed,
-            float *normalizers) {
+bool attend(const T *query, const T *key, const T *value, Samples samples, Shape shape, float scale, T *mixed,
+            Normalizer *normalizers) {
     const auto units = list_units(samples, shape);
     const int64_t width = shape.width, deep = width / PAIR<T>;
+    std::atomic<bool> fits{true};
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t each = 0; each < units.size(); each++) {
         const Unit &unit = units[each];
         const int64_t filled = unit.filled;
         Room room(2 * filled * deep + ROWS * (2 * filled + 2 * width));
+        if (!room.is_there()) {
+            fits = false;
+            continue;
+        }
         auto *columns = room.take<uint32_t>(filled * deep), *rows_of_values = room.take<uint32_t>(filled * deep);
         auto *copy = room.take<uint32_t>(ROWS * deep);
         auto *scores = room.take<float>(ROWS * filled), *sums = room.take<float>(ROWS * width);
@@ -257,21 +272,23 @@ void attend(const T *query, const T *key, const T *value, Samples samples, Shape
                             width);
                 for (int64_t row = 0; row < rows; row++) {
                     const int64_t at = unit.row(token + row, member);
-                    write_row(sums + row * width, 1.0f / sum[row], width, mixed + at * width);
-                    normalizers[at] = largest[row] + std::log(sum[row]);
+                    normalizers[at] = {largest[row], 1.0f / sum[row]};
+                    write_row(sums + row * width, normalizers[at].inverse, width, mixed + at * width);
                 }
             }
         }
     }
+    return fits;
 }
 
 // Of one row: make the weights again from scores, and give the gradient of scale * scores from that of theirs.
 template <class T>
-void differentiate(float *scores, const float *grads, int64_t seen, int64_t filled, float normalizer, T *weights,
+void differentiate(float *scores, const float *grads, int64_t seen, int64_t filled, Normalizer normalizer, T *weights,
                    T *of_scores) {
     Floats total{};
     for (int64_t i = 0; i < filled; i += LANES) {
-        const Floats weight = hide(exponentials(load(scores + i) - normalizer), i, seen, 0);
+        const Floats positive = exponentials(load(scores + i) - normalizer.largest) * normalizer.inverse;
+        const Floats weight = hide(positive, i, seen, 0);
         total += weight * load(grads + i);
         store(weight, scores + i);
         store(weight, weights + i);
@@ -293,7 +310,7 @@ template <class T>
 struct Backward {
     const Unit &unit;
     const T *query, *grad;
-    const float *normalizers;
+    const Normalizer *normalizers;
     float scale;
     int64_t width, deep, filled;
     uint32_t *columns, *columns_of_values, *rows_of_keys;   // what is packed of keys and values
@@ -302,11 +319,10 @@ struct Backward {
     float *of_keys, *of_values, *scores, *grads, *sums;     // gradients, (filled, width); of a strip
     T *strip_of_weights, *strip_of_scores;
 
-    Backward(const Unit &unit, const T *query, const T *key, const T *value, const T *grad, const float *normalizers,
-             float scale)
+    Backward(const Unit &unit, const T *query, const T *key, const T *value, const T *grad,
+             const Normalizer *normalizers, float scale, Room &room)
         : unit(unit), query(query), grad(grad), normalizers(normalizers), scale(scale), width(unit.shape.width),
           deep(width / PAIR<T>), filled(unit.filled) {
-        Room room(5 * filled * width + 2 * TILE * (filled + width) + ROWS * (4 * filled + 3 * width));
         columns = room.take<uint32_t>(filled * deep), columns_of_values = room.take<uint32_t>(filled * deep);
         rows_of_keys = room.take<uint32_t>(filled * deep);
         of_keys = room.take<float>(filled * width), of_values = room.take<float>(filled * width);
@@ -321,6 +337,11 @@ struct Backward {
         unit.keys(key).pack_rows(rows_of_keys, 0, filled);
         std::fill(of_keys, of_keys + filled * width, 0.0f);
         std::fill(of_values, of_values + filled * width, 0.0f);
+    }
+
+    static int64_t words(const Unit &unit) {
+        const int64_t width = unit.shape.width, filled = unit.filled;
+        return 5 * filled * width + 2 * TILE * (filled + width) + ROWS * (4 * filled + 3 * width);
     }
 
     void run(const Gradients<T> &to) {
@@ -384,12 +405,19 @@ struct Backward {
 };
 
 template <class T>
-void attend_backward(const T *query, const T *key, const T *value, const T *grad, const float *normalizers,
+bool attend_backward(const T *query, const T *key, const T *value, const T *grad, const Normalizer *normalizers,
                      Samples samples, Shape shape, float scale, const Gradients<T> &to) {
     const auto units = list_units(samples, shape);
+    std::atomic<bool> fits{true};
 #pragma omp parallel for schedule(dynamic, 1)
-    for (size_t each = 0; each < units.size(); each++)
-        Backward<T>(units[each], query, key, value, grad, normalizers, scale).run(to);
+    for (size_t each = 0; each < units.size(); each++) {
+        Room room(Backward<T>::words(units[each]));
+        if (room.is_there())
+            Backward<T>(units[each], query, key, value, grad, normalizers, scale, room).run(to);
+        else
+            fits = false;
+    }
+    return fits;
 }
 
 // Sum up what the tokens of samples at each place have, in their order; those of place p are order[begins[p]] and on.
@@ -410,21 +438,25 @@ void sum_up(const float *parts, const int64_t *order, const int64_t *begins, int
 }  // namespace
 
 #define FOR_TYPE(T, NAME)                                                                                              \
-    extern "C" void attend_##NAME(const T *query, const T *key, const T *value, const int64_t *bounds,                 \
-                                  const int64_t *own, const int64_t *places, int64_t count, int64_t heads,             \
-                                  int64_t kv_heads, int64_t width, float scale, T *mixed, float *normalizers) {        \
-        attend(query, key, value, {bounds, own, places, count}, {heads, kv_heads, width}, scale, mixed, normalizers);  \
+    extern "C" int attend_##NAME(const T *query, const T *key, const T *value, const int64_t *bounds,                  \
+                                 const int64_t *own, const int64_t *places, int64_t count, int64_t heads,              \
+                                 int64_t kv_heads, int64_t width, float scale, T *mixed, Normalizer *normalizers) {    \
+        return attend(query, key, value, {bounds, own, places, count}, {heads, kv_heads, width}, scale, mixed,         \
+                      normalizers);                                                                                    \
     }                                                                                                                  \
-    extern "C" void attend_backward_##NAME(                                                                            \
-        const T *query, const T *key, const T *value, const T *grad, const float *normalizers, const int64_t *bounds,  \
-        const int64_t *own, const int64_t *places, const int64_t *order, const int64_t *begins, int64_t count,         \
-        int64_t tokens, int64_t heads, int64_t kv_heads, int64_t width, float scale, float *parts, T *of_query,        \
-        T *of_key, T *of_value) {                                                                                      \
-        attend_backward(query, key, value, grad, normalizers, {bounds, own, places, count}, {heads, kv_heads, width},  \
-                        scale, Gradients<T>{of_query, of_key, of_value, parts, begins});                               \
+    extern "C" int attend_backward_##NAME(                                                                             \
+        const T *query, const T *key, const T *value, const T *grad, const Normalizer *normalizers,                    \
+        const int64_t *bounds, const int64_t *own, const int64_t *places, const int64_t *order, const int64_t *begins, \
+        int64_t count, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t width, float scale, float *parts,      \
+        T *of_query, T *of_key, T *of_value) {                                                                         \
+        const Gradients<T> to{of_query, of_key, of_value, parts, begins};                                              \
+        const Samples samples{bounds, own, places, count};                                                             \
+        if (!attend_backward(query, key, value, grad, normalizers, samples, {heads, kv_heads, width}, scale, to))      \
+            return false;                                                                                              \
         const int64_t wide = kv_heads * width;                                                                         \
         sum_up(parts, order, begins, tokens, wide, of_key);                                                            \
         sum_up(parts + bounds[count] * wide, order, begins, tokens, wide, of_value);                                   \
+        return true;                                                                                                   \
     }
 
 FOR_TYPE(float, float32)

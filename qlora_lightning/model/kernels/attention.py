@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_lightning.model.kernels.calls import call, has_numbers, is_there
+from qlora_lightning.model.kernels.calls import call_with_scratch, has_numbers, is_there
 
 _LANES, _MOST_WIDE = 16, 256  # numbers of a head: a multiple of the first, up to the second
 
@@ -56,13 +56,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, samples: Samples, scale: f
         scale: Factor on the scores.
 
     Returns:
-        The mixed values, as the queries are, and the logarithm of the sum of each row's exponentials,
-        ``(tokens, heads)`` in float32.
+        The mixed values, as the queries are, and what makes weights of a row's scores, ``(tokens, heads, 2)`` in
+        float32: the largest, and 1 / Σ e^(score - largest).
     """
-    mixed, normalizers = torch.empty_like(query), torch.empty(query.shape[:2])
+    mixed, normalizers = torch.empty_like(query), query.new_empty(*query.shape[:2], 2, dtype=torch.float32)
     of_samples = samples.bounds, samples.own, samples.places, len(samples.own)
     shape = query.shape[1], *key.shape[1:]
-    call("attend", query.dtype, query, key, value, *of_samples, *shape, float(scale), mixed, normalizers)
+    call_with_scratch("attend", query.dtype, query, key, value, *of_samples, *shape, float(scale), mixed, normalizers)
     return mixed, normalizers
 
 
@@ -71,9 +71,9 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give the gradients of queries, keys and values from that of the mixed values, ``(tokens, heads, head_dim)``."""
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    parts = torch.empty(2 * samples.share, len(samples.places), *key.shape[1:])
+    parts = key.new_empty(2 * samples.share, len(samples.places), *key.shape[1:], dtype=torch.float32)
     states = query, key, value, grad, normalizers
     of_samples = samples.bounds, samples.own, samples.places, samples.order, samples.begins, len(samples.own)
     shape = len(query), query.shape[1], *key.shape[1:]
-    call("attend_backward", query.dtype, *states, *of_samples, *shape, float(scale), parts, *grads)
+    call_with_scratch("attend_backward", query.dtype, *states, *of_samples, *shape, float(scale), parts, *grads)
     return grads

@@ -19,18 +19,29 @@ def is_there(name: str, dtype: torch.dtype) -> bool:
 
 def has_numbers(*tensors: Tensor) -> bool:
     """Whether tensors lie in this machine's memory; those of torch's tracers do not."""
-    plain = all(type(each) in (Tensor, nn.Parameter) and each.device.type == "cpu" for each in tensors)
+    plain = all(
+        type(each) in (Tensor, nn.Parameter) and each.device.type == "cpu" and not each.is_neg() for each in tensors
+    )
     return plain and not torch.compiler.is_compiling()
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | ctypes.Array[Any] | None) -> None:
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | ctypes.Array[Any] | None) -> int:
     """Call a function: of a tensor its address is handed over, of ``None`` a null pointer."""
     function = getattr(load_library(), f"{name}_{NAMES[dtype]}")
     if not torch.autograd.profiler._is_profiler_enabled:
-        function(*map(_to_c, arguments))
-        return
+        return int(function(*map(_to_c, arguments)))
     with torch.profiler.record_function(f"{PROFILED}{name}"):
-        function(*map(_to_c, arguments))
+        return int(function(*map(_to_c, arguments)))
+
+
+def call_with_scratch(name: str, dtype: torch.dtype, *arguments: Tensor | float | ctypes.Array[Any] | None) -> None:
+    """Call a function whose threads take memory of their own, and which tells whether they got it.
+
+    Raises:
+        MemoryError: They did not.
+    """
+    if not call(name, dtype, *arguments):
+        raise MemoryError(f"There is no memory for what the C++ loop {name} keeps for each thread.")
 
 
 def _to_c(argument: Any) -> Any:

@@ -51,8 +51,8 @@ def load_library() -> ctypes.CDLL | None:
         folder = cached_folder("kernels", key, functools.partial(_compile, compiler), "C++ loops for this CPU")
         return ctypes.CDLL(str(folder / _LIBRARY))
     except (UserError, OSError, subprocess.CalledProcessError) as error:
-        reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-        _log.warning("A step on the CPU takes the slower way, without the C++ loops: %s", reason.strip())
+        said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else ""
+        _log.warning("A step on the CPU takes the slower way, without the C++ loops: %s", said or error)
         return None
 
 
@@ -70,7 +70,9 @@ def _compile_one(compiler: str, source: Path, to: Path) -> None:
 
 
 def _run(compiler: str, *arguments: str | Path) -> None:
-    subprocess.run([compiler, *_options(), *map(str, arguments)], check=True, capture_output=True, text=True)
+    subprocess.run(
+        [compiler, *_options(), *map(str, arguments)], check=True, capture_output=True, text=True, errors="replace"
+    )
 
 
 def _options() -> tuple[str, ...]:
@@ -86,4 +88,4 @@ def _cpu() -> str:
 
 def _has_gnu_threads() -> bool:
     """Whether torch brought the library of threads that the loops ask for, so that both share them."""
-    return "/libgomp.so.1\n" in Path("/proc/self/maps").read_text(encoding="utf-8")
+    return "/libgomp.so.1\n" in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")

@@ -16,7 +16,7 @@ def can_run(*tensors: Tensor) -> bool:
 
 def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Give ``weight · x / rms(x)`` of each row, ``(rows, width)``, and ``1 / rms(x)``, ``(rows, 1)`` in float32."""
-    normed, inverse = torch.empty_like(x), torch.empty(len(x), 1)
+    normed, inverse = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
     call("normalize", x.dtype, x, weight, float(eps), False, normed, inverse, *x.shape)
     return normed, inverse
 
@@ -62,7 +62,15 @@ def cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple
         logits: ``(rows, vocabulary)``; with the gradient ``softmax - onehot`` takes their place.
         targets: ``(rows,)``.
         with_gradient: Whether it is wanted.
+
+    Raises:
+        IndexError: A target is not in the vocabulary.
     """
-    nll, correct = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.bool)
-    call("cross_entropy", logits.dtype, logits, targets.contiguous(), with_gradient, nll, correct, *logits.shape)
+    targets = targets.to(torch.int64).contiguous()
+    outside = targets[(targets < 0) | (targets >= logits.shape[1])]
+    if len(outside):
+        raise IndexError(f"Target {int(outside[0])} is out of bounds: the vocabulary has {logits.shape[1]:,} tokens.")
+    nll = logits.new_empty(len(logits), dtype=torch.float32)
+    correct = logits.new_empty(len(logits), dtype=torch.bool)
+    call("cross_entropy", logits.dtype, logits, targets, with_gradient, nll, correct, *logits.shape)
     return nll, correct

@@ -5,6 +5,7 @@
 // float32 and rounded once.
 
 #include <algorithm>
+#include <atomic>
 
 #include <omp.h>
 
@@ -219,7 +220,8 @@ struct Product {
     }
 };
 
-void run(const Product &product) {
+bool run(const Product &product) {
+    std::atomic<bool> fits{true};
     const std::vector<Sweep> sweeps = product.sweeps();
     int64_t words = 0;
     for (const Sweep &sweep : sweeps) words = std::max(words, sweep.words);
@@ -235,8 +237,9 @@ void run(const Product &product) {
         const int64_t bottom = std::min(product.rows, strips * (thread / wide + 1) / high * ROWS);
         const int64_t by_row = together * PANEL, to_keep = sweeps.size() > 1 ? (bottom - top) * by_row : 0;
         uint32_t *dense = scratch(together * words + to_keep);
+        if (!dense) fits = false;
         float *kept = reinterpret_cast<float *>(dense + together * words);
-        for (int64_t start = begin; start < end; start += together) {
+        for (int64_t start = begin; dense && start < end; start += together) {
             const int64_t stop = std::min(end, start + together);
             for (const Sweep &sweep : sweeps) {
                 for (int64_t panel = start; panel < stop; panel++)
@@ -254,14 +257,15 @@ void run(const Product &product) {
             }
         }
     }
+    return fits;
 }
 
 }  // namespace
 
-extern "C" void multiply_bfloat16(const Weight *weights, int64_t count, int64_t turned, const bf16 *low, int64_t by_row,
-                                  int64_t rank, const bf16 *matrix, float scaling, const bf16 *bias,
-                                  const bf16 *residual, bf16 *to, int64_t rows, int64_t columns) {
-    run({weights, count, turned != 0, {low, by_row, rank, matrix, scaling}, bias, residual, to, rows, columns});
+extern "C" int multiply_bfloat16(const Weight *weights, int64_t count, int64_t turned, const bf16 *low, int64_t by_row,
+                                 int64_t rank, const bf16 *matrix, float scaling, const bf16 *bias,
+                                 const bf16 *residual, bf16 *to, int64_t rows, int64_t columns) {
+    return run({weights, count, turned != 0, {low, by_row, rank, matrix, scaling}, bias, residual, to, rows, columns});
 }
 
 #endif

@@ -10,16 +10,16 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor
 
-from qlora_lightning.model.kernels.calls import call, has_numbers, is_there
+from qlora_lightning.model.kernels.calls import call_with_scratch, has_numbers, is_there
 
 _COLUMNS = 32  # of a panel: a result has a multiple of them
 _DEPTH = 32  # numbers of a row that are read at a time: a block of them with one scale has a multiple of it
 
 
-def can_multiply(weight: Any, left: Tensor) -> bool:
+def can_multiply(weight: Any, left: Tensor, *, turned: bool) -> bool:
     """Whether there is a product of rows with a frozen weight, in 4 bits or dense: in bfloat16, by AVX512-BF16.
 
-    Where the CPU has AMX, torch's products are several times quicker.
+    Where the CPU has AMX, torch's products are several times quicker. Of shapes that do not fit torch tells.
     """
     if left.dtype is not torch.bfloat16 or left.stride(-1) != 1:
         return False
@@ -32,6 +32,7 @@ def can_multiply(weight: Any, left: Tensor) -> bool:
         return False
     return (
         has_numbers(left, numbers)
+        and left.shape[1] == shape[0 if turned else 1]
         and shape[0] % _COLUMNS == 0
         and shape[1] % block == 0
         and block % _DEPTH == 0
@@ -77,7 +78,9 @@ def multiply(
     thin = None if thin is None else thin.contiguous()
     of_thin = (None, 0, 0, None) if low is None else (low, low.stride(0), low.shape[1], thin)
     sums = bias, residual, result
-    call("multiply", result.dtype, factors, len(factors), turned, *of_thin, float(scaling), *sums, rows, columns)
+    call_with_scratch(
+        "multiply", result.dtype, factors, len(factors), turned, *of_thin, float(scaling), *sums, rows, columns
+    )
     return result
 
 

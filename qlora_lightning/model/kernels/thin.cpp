@@ -5,6 +5,7 @@
 // parts are added up in order.
 
 #include <algorithm>
+#include <atomic>
 
 #include "vectors.h"
 
@@ -80,28 +81,37 @@ struct Thin {
 
     int64_t filled() const { return round_up(rank, GROUP); }
 
-    void run() const {
-        const int64_t of_part = round_up((wide.rows + PARTS - 1) / PARTS, 2);
+    bool run() const {
+        std::atomic<bool> fits{true};
 #pragma omp parallel
         {
             bf16 *rounded = reinterpret_cast<bf16 *>(scratch(filled() * (wide.width + CHUNK) / 2));
-            uint32_t *pairs = reinterpret_cast<uint32_t *>(rounded + filled() * wide.width);
-            if (matrix.numbers) round(rounded);
+            if (!rounded) fits = false;
+#pragma omp barrier
+            if (fits) share_out(rounded);
+        }
+        return fits;
+    }
+
+    // What each of the threads does, with memory of its own.
+    void share_out(bf16 *rounded) const {
+        const int64_t of_part = round_up((wide.rows + PARTS - 1) / PARTS, 2);
+        uint32_t *pairs = reinterpret_cast<uint32_t *>(rounded + filled() * wide.width);
+        if (matrix.numbers) round(rounded);
 #pragma omp for schedule(static)
-            for (int64_t part = 0; part < PARTS; part++) {
-                const int64_t end = std::min(wide.rows, (part + 1) * of_part);
-                float *sums = parts + part * filled() * wide.width;
-                if (partner.numbers) std::fill(sums, sums + filled() * wide.width, 0.0f);
-                for (int64_t row = part * of_part; row < end; row += CHUNK) {
-                    const int64_t count = std::min(CHUNK, end - row);
-                    if (matrix.numbers) narrow_chunk(row, count, rounded);
-                    if (partner.numbers) add_partner_of_chunk(row, count, pairs, sums);
-                }
+        for (int64_t part = 0; part < PARTS; part++) {
+            const int64_t end = std::min(wide.rows, (part + 1) * of_part);
+            float *sums = parts + part * filled() * wide.width;
+            if (partner.numbers) std::fill(sums, sums + filled() * wide.width, 0.0f);
+            for (int64_t row = part * of_part; row < end; row += CHUNK) {
+                const int64_t count = std::min(CHUNK, end - row);
+                if (matrix.numbers) narrow_chunk(row, count, rounded);
+                if (partner.numbers) add_partner_of_chunk(row, count, pairs, sums);
             }
-            if (partner.numbers) {
+        }
+        if (partner.numbers) {
 #pragma omp for schedule(static)
-                for (int64_t panel = 0; panel < wide.width / PANEL; panel++) sum_up(panel * PANEL);
-            }
+            for (int64_t panel = 0; panel < wide.width / PANEL; panel++) sum_up(panel * PANEL);
         }
     }
 
@@ -158,18 +168,18 @@ struct Thin {
 
 }  // namespace
 
-extern "C" void thin_bfloat16(const bf16 *wide, int64_t by_row, int64_t rows, int64_t width, float *matrix, int64_t by_rank,
-                              int64_t by_column, int64_t rank, float factor, bf16 *narrowed, int64_t by_narrowed, bf16 *low,
-                              int64_t by_low, float *parts, float *partner, int64_t partner_by_rank,
-                              int64_t partner_by_column) {
-    Thin{{wide, by_row, rows, width},
-         {matrix, by_rank, by_column},
-         rank,
-         factor,
-         {narrowed, by_narrowed},
-         {low, by_low},
-         parts,
-         {partner, partner_by_rank, partner_by_column}}
+extern "C" int thin_bfloat16(const bf16 *wide, int64_t by_row, int64_t rows, int64_t width, float *matrix, int64_t by_rank,
+                             int64_t by_column, int64_t rank, float factor, bf16 *narrowed, int64_t by_narrowed, bf16 *low,
+                             int64_t by_low, float *parts, float *partner, int64_t partner_by_rank,
+                             int64_t partner_by_column) {
+    return Thin{{wide, by_row, rows, width},
+                {matrix, by_rank, by_column},
+                rank,
+                factor,
+                {narrowed, by_narrowed},
+                {low, by_low},
+                parts,
+                {partner, partner_by_rank, partner_by_column}}
         .run();
 }
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qlora_lightning.model.kernels.calls import call, has_numbers, is_there
+from qlora_lightning.model.kernels.calls import call_with_scratch, has_numbers, is_there
 
 _WIDTH = 32  # of the wide side: a multiple of it
 _PARTS, _GROUP = 16, 8  # as in thin.cpp
@@ -39,7 +39,7 @@ def partner(wide: Tensor, low: Tensor) -> Tensor:
         wide: ``(rows, width)``, in bfloat16.
         low: ``(rows, rank)``, likewise.
     """
-    result = torch.empty(low.shape[1], wide.shape[1])
+    result = wide.new_empty(low.shape[1], wide.shape[1], dtype=torch.float32)
     _call(wide, None, low.shape[1], 1.0, None, low, result)
     return result
 
@@ -61,10 +61,12 @@ def _call(
     result: Tensor | None,
 ) -> None:
     (rows, width), filled = wide.shape, -(-rank // _GROUP) * _GROUP
-    parts = None if result is None else torch.empty(_PARTS, filled, width)
+    parts = None if result is None else wide.new_empty(_PARTS, filled, width, dtype=torch.float32)
     of_wide = wide, wide.stride(0), rows, width
     of_low = *_by_row(narrowed), *_by_row(low)
-    call("thin", wide.dtype, *of_wide, *_by_both(matrix), rank, float(factor), *of_low, parts, *_by_both(result))
+    call_with_scratch(
+        "thin", wide.dtype, *of_wide, *_by_both(matrix), rank, float(factor), *of_low, parts, *_by_both(result)
+    )
 
 
 def _by_row(tensor: Tensor | None) -> tuple[Tensor | None, int]:

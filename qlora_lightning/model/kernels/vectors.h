@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <new>
 #include <vector>
 
 #include "numbers.h"
@@ -113,11 +114,15 @@ inline void pack(const bf16 *first, const bf16 *second, uint32_t *to, int64_t wi
 
 inline int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
 
-// Memory of a thread, kept from call to call.
+// Memory of a thread, kept from call to call; none where there is not enough: no exception leaves a thread of OpenMP.
 inline uint32_t *scratch(int64_t words) {
     thread_local std::vector<uint32_t> kept;
     const int64_t spare = 16;
-    if (static_cast<int64_t>(kept.size()) < words + spare) kept.resize(words + spare);
+    try {
+        if (static_cast<int64_t>(kept.size()) < words + spare) kept.resize(words + spare);
+    } catch (const std::bad_alloc &) {
+        return nullptr;
+    }
     const uintptr_t start = reinterpret_cast<uintptr_t>(kept.data());
     return reinterpret_cast<uint32_t *>((start + 63) / 64 * 64);
 }

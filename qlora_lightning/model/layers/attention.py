@@ -12,6 +12,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from qlora_lightning.errors import UserError
 from qlora_lightning.model.kernels.attention import can_attend
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
 from qlora_lightning.model.layers.sample_attention import attend_within, find_samples
@@ -39,6 +40,20 @@ def register_flat_attention(fast: bool = True) -> str:
 def attends_flatly(causal_lm: Any) -> bool:
     """Whether a causal language model of transformers attends by one of these functions."""
     return causal_lm.config._attn_implementation in (FLAT_ATTENTION, PLAIN_FLAT_ATTENTION)
+
+
+def check_attends_flatly(causal_lm: Any) -> None:
+    """Refuse another attention for flat batches: it would take :data:`NO_MASK` at its word, and see no token at all.
+
+    Raises:
+        UserError: The model attends by another.
+    """
+    if not attends_flatly(causal_lm):
+        raise UserError(
+            f"The model attends by {causal_lm.config._attn_implementation!r}, which knows nothing of the samples of a "
+            f"batch: expected {FLAT_ATTENTION!r}, which is set when the model is made. Does a callback or script call "
+            "set_attn_implementation? Leave that out."
+        )
 
 
 def flat_attention(

@@ -129,14 +129,15 @@ def _apply(layer: LoraLayer, x: Tensor) -> Tensor:
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether a linear is frozen and has at most one active, unmerged adapter without dropout, bias or variant."""
-    if not isinstance(layer, FusedLinear4bit | FusedLinear):
+    if type(layer) not in (FusedLinear4bit, FusedLinear):
         return _is_frozen(layer)
     if "forward" in vars(layer) or len(layer.active_adapters) != 1 or layer.merged or not _is_frozen(layer.base_layer):
         return False
     (adapter,) = layer.active_adapters
     if adapter not in layer.lora_A:  # it leaves this linear as it is
         return True
-    if any(type(each[adapter]) is not nn.Linear for each in (layer.lora_A, layer.lora_B)):
+    matrices = layer.lora_A[adapter], layer.lora_B[adapter]
+    if any(type(each) is not nn.Linear or each.bias is not None for each in matrices):
         return False
     dropout = layer.lora_dropout[adapter]
     return (
@@ -149,6 +150,8 @@ def is_plain(layer: nn.Module) -> bool:
 def _is_frozen(linear: Any) -> bool:
     if type(linear) not in (nn.Linear, bnb.nn.Linear4bit) or "forward" in vars(linear):
         return False
+    if type(linear) is bnb.nn.Linear4bit and not isinstance(linear.weight, bnb.nn.Params4bit):
+        return False  # of a model that was pickled: bitsandbytes' own forward makes it whole again
     return not (linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad))
 
 
@@ -188,6 +191,7 @@ def fuse_lora_linears(model: nn.Module) -> list[str]:
         The names of the LoRA layers that keep PEFT's forward: int8, dropout, DoRA and other variants.
     """
     fused = {PeftLinear4bit: FusedLinear4bit, PeftLinear: FusedLinear}
+    fused |= {kind: kind for kind in fused.values()}  # of an adapter before
     left: list[str] = []
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):

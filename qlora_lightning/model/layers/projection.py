@@ -39,7 +39,7 @@ def project(
     weight, b = frozen.weight, None if lora_b is None else lora_b.to(x.dtype)
     low = None if b is None else low
     residual = None if residual is None else residual.reshape(len(x), -1)
-    if _sums_up_once([x], [weight], low) and (residual is None or _is_like(residual, x)):
+    if _sums_up_once([x], [weight], low, turned=False) and (residual is None or _is_like(residual, x)):
         return products.multiply([x], [weight.stored], False, low, b, frozen.scaling, frozen.bias, residual)
     output = None
     if low is not None and b is not None:
@@ -65,7 +65,7 @@ def project_back(
     """
     weights = [each.weight for each in frozen]
     a = None if lora_a is None else lora_a.to(grads[0].dtype)
-    if _sums_up_once(grads, weights, grad_low):
+    if _sums_up_once(grads, weights, grad_low, turned=True):
         return products.multiply(grads, [each.stored for each in weights], True, grad_low, a)
     grad_x = None if grad_low is None or a is None else grad_low @ a
     for grad, weight in zip(grads, weights, strict=True):
@@ -78,17 +78,19 @@ def _is_like(residual: Tensor, x: Tensor) -> bool:
     return residual.dtype == x.dtype and residual.is_contiguous()
 
 
-def _sums_up_once(lefts: Sequence[Tensor], weights: Sequence[FrozenWeight], low: Tensor | None) -> bool:
+def _sums_up_once(
+    lefts: Sequence[Tensor], weights: Sequence[FrozenWeight], low: Tensor | None, *, turned: bool
+) -> bool:
     """Whether the C++ loops have a product that is summed up in float32 as a whole."""
     has_pairs = low is None or (low.shape[1] % 2 == 0 and low.stride(1) == 1)
     return has_pairs and all(
-        products.can_multiply(weight.stored, left) for weight, left in zip(weights, lefts, strict=True)
+        products.can_multiply(weight.stored, left, turned=turned) for weight, left in zip(weights, lefts, strict=True)
     )
 
 
 def narrow(x: Tensor, lora_a: Tensor) -> Tensor:
     """Give ``x Aᵀ``, ``(tokens, rank)``, of ``(tokens, in)`` and ``(rank, in)``."""
-    if _are_thin(x, lora_a):
+    if _are_thin(x, lora_a) and lora_a.shape[1] == x.shape[1]:
         return thin.narrow(x, lora_a)
     return x @ lora_a.to(x.dtype).t()
 

@@ -2,7 +2,7 @@
 
 On a CPU torch's flash kernel runs at a fraction of the speed of matrix products, one sample at a time. The loops take
 all samples at once, find in the stream what several begin with, and keep no probabilities: backward makes them again
-from a normalizer of each row (as in Dao et al. 2022, FlashAttention).
+from the largest score and the sum of each row (as in Dao et al. 2022, FlashAttention).
 """
 
 import functools
@@ -37,7 +37,7 @@ def attend_within(samples: Samples, query: Tensor, key: Tensor, value: Tensor, s
 
 
 class SampleAttention(torch.autograd.Function):
-    """As :func:`attend_within`, keeping Q, K, V and a normalizer of each row."""
+    """As :func:`attend_within`, keeping Q, K, V and normalizers of each row."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, samples: Samples, scale: float) -> Tensor:
@@ -75,10 +75,10 @@ def find_samples(bounds: Sequence[int], tokens: int, stream_places: Tensor | Non
 
 @functools.lru_cache(maxsize=4)
 def _find_samples(bounds: tuple[int, ...], tokens: int, of_stream: bytes | None) -> Samples:
-    in_order = torch.arange(tokens)
+    in_order = torch.arange(tokens, device="cpu")
     places = in_order if of_stream is None else torch.frombuffer(bytearray(of_stream), dtype=torch.int64)
     check_bounds(bounds, len(places))
-    starts = torch.tensor(bounds)
+    starts = torch.tensor(bounds, device="cpu")
     ends = places[starts[1:] - 1] + 1
     own = starts.diff() - ends.diff(prepend=ends.new_zeros(1))
     of_own = [places[start:end] for start, end in zip((starts[:-1] + own).tolist(), bounds[1:], strict=True)]

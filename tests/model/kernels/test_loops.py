@@ -175,3 +175,34 @@ def test_results_are_the_same_whatever_the_number_of_threads(dtype):
         torch.set_num_threads(before)
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("bad", [-1, 10, 17])
+def test_a_target_that_is_not_in_the_vocabulary_is_refused(bad, dtype):
+    with pytest.raises(IndexError, match=f"Target {bad} is out of bounds: the vocabulary has 10 tokens"):
+        loops.cross_entropy(torch.zeros(2, 10, dtype=dtype), torch.tensor([3, bad]), True)
+
+
+def test_targets_may_be_of_any_integers(dtype):
+    logits = torch.randn(2, 10, dtype=dtype)
+    losses = [
+        loops.cross_entropy(logits.clone(), torch.tensor([3, 9], dtype=kind), False)[0]
+        for kind in (torch.int64, torch.int32)
+    ]
+    assert torch.equal(*losses)
+
+
+def test_the_default_dtype_does_not_matter(dtype):
+    logits, x = torch.randn(2, 10).to(dtype), torch.randn(3, 32).to(dtype)
+
+    def results():
+        return [*loops.cross_entropy(logits.clone(), torch.tensor([3, 9]), True), *loops.normalize(x, x[0], 1e-5)]
+
+    expected = results()
+    for other in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(other)
+        try:
+            found = results()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))

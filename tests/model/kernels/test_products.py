@@ -9,7 +9,7 @@ from qlora_lightning.model.kernels import products
 from qlora_lightning.model.kernels.calls import is_there
 from qlora_lightning.model.kernels.products import can_multiply, multiply
 from qlora_lightning.model.layers.frozen_weight import FrozenWeight
-from qlora_lightning.model.layers.projection import Frozen, project, project_back
+from qlora_lightning.model.layers.projection import Frozen, narrow, project, project_back
 
 pytestmark = pytest.mark.skipif(not is_there("multiply", torch.bfloat16), reason="takes g++ and AVX512-BF16")
 
@@ -129,7 +129,7 @@ def test_a_linear_takes_them_where_it_can(monkeypatch):
 
     ours = both_ways()
     assert len(ran) == 2
-    monkeypatch.setattr(products, "can_multiply", lambda *args: False)
+    monkeypatch.setattr(products, "can_multiply", lambda *args, **kwargs: False)
     theirs = both_ways()
     assert len(ran) == 2
     for one, other in zip(ours, theirs, strict=True):
@@ -138,18 +138,27 @@ def test_a_linear_takes_them_where_it_can(monkeypatch):
 
 def test_what_they_do_not_know_goes_torchs_way(monkeypatch):
     weight, x = quantized(), draw(16, IN)
-    assert can_multiply(weight, x)
-    assert not can_multiply(weight, x.float())
-    assert not can_multiply(weight, x.t()[:16])
-    assert not can_multiply(weight, x.to("meta"))
-    assert not can_multiply(quantized(shape=(OUT, 96)), draw(16, 96))  # a block of 64 runs on into the next row
-    assert not can_multiply(quantized(shape=(48, IN)), x)  # a panel and a half
+    assert can_multiply(weight, x, turned=False)
+    assert not can_multiply(weight, x.float(), turned=False)
+    assert not can_multiply(weight, x.t()[:16], turned=False)
+    assert not can_multiply(weight, x.to("meta"), turned=False)
+    assert not can_multiply(
+        quantized(shape=(OUT, 96)), draw(16, 96), turned=False
+    )  # a block of 64 runs on into the next row
+    assert not can_multiply(quantized(shape=(48, IN)), x, turned=False)  # a panel and a half
     plain = torch.nn.Parameter(draw(OUT, IN))
-    assert can_multiply(plain, x)
-    assert not can_multiply(plain.float(), x)
-    assert not can_multiply(draw(IN, OUT).t(), x)
-    assert not can_multiply(draw(OUT, 80), draw(16, 80))
+    assert can_multiply(plain, x, turned=False)
+    assert not can_multiply(plain.float(), x, turned=False)
+    assert not can_multiply(draw(IN, OUT).t(), x, turned=False)
+    assert not can_multiply(draw(OUT, 80), draw(16, 80), turned=False)
     odd = project(x, draw(16, 3), draw(OUT, 3), frozen(weight))
     assert odd.shape == (16, OUT)
     monkeypatch.setattr(products, "_has_amx", lambda: True)
-    assert not can_multiply(weight, x)
+    assert not can_multiply(weight, x, turned=False)
+
+
+def test_shapes_that_do_not_fit_are_told_by_torch():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        project(draw(3, IN // 2), None, None, frozen(quantized()))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        narrow(draw(3, 2 * IN), torch.randn(4, IN))

@@ -1,10 +1,12 @@
+import pickle
+
 import bitsandbytes as bnb
 import peft
 import pytest
 import torch
 from torch import nn
 
-from qlora_lightning.model.layers.linear import FusedLinear, FusedLinear4bit, fuse_lora_linears
+from qlora_lightning.model.layers.linear import FusedLinear, FusedLinear4bit, fuse_lora_linears, is_plain
 
 IN, OUT, RANK = 64, 48, 4
 STORAGES = ["none", "nf4", "fp4"]
@@ -170,6 +172,38 @@ def test_what_cannot_be_fused_is_named_and_keeps_pefts_forward(storage, options)
     assert fuse_lora_linears(model) == ["base_model.model.proj"]
     assert type(layer) is own
     assert own.__module__.startswith("peft.")
+
+
+def test_what_is_fused_already_is_not_named_once_an_adapter_is_added():
+    model, layer = make_lora("nf4")
+    assert fuse_lora_linears(model) == []
+    model.add_adapter("second", peft.LoraConfig(r=RANK, target_modules=["proj"]))
+    assert fuse_lora_linears(model) == []
+    model.add_adapter("third", peft.LoraConfig(r=RANK, target_modules=["proj"], lora_dropout=0.5))
+    assert fuse_lora_linears(model) == ["base_model.model.proj"]
+    assert type(layer) is FusedLinear4bit
+
+
+def test_a_part_that_is_not_as_peft_makes_it_is_heard():
+    x = torch.randn(3, IN)
+    model, layer = make_lora()
+    fuse_lora_linears(model)
+    before = model(x)
+    with_bias = nn.Linear(RANK, OUT)
+    with_bias.weight.data = layer.lora_B["default"].weight.data
+    layer.lora_B["default"] = with_bias
+    torch.testing.assert_close(model(x), before + 3 * with_bias.bias)  # alpha / rank
+    layer.__class__ = type("Own", (type(layer),), {"forward": lambda self, x: 2 * x})
+    assert not is_plain(layer)
+
+
+@pytest.mark.parametrize("storage", ["nf4", "fp4"])
+def test_a_model_that_was_pickled_computes_the_same(storage):
+    """There bitsandbytes' parameters have become plain ones, which its own forward mends."""
+    model, _ = make_lora(storage)
+    fuse_lora_linears(model)
+    x = torch.randn(3, IN)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_drops_in_training():

@@ -1,3 +1,4 @@
+import math
 import statistics
 
 import pytest
@@ -100,6 +101,29 @@ def test_a_token_that_is_not_a_number_spoils_its_own_sample_alone():
     assert output[:, 142].isnan().all()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
+def test_each_of_them_alone_spoils_what_depends_on_it(which, bad):
+    inputs = [each.detach() for each in draw((9,), torch.float32)]
+    inputs[which][0, 1, 4, 3] = bad
+    inputs = [each.requires_grad_() for each in inputs]
+    exact, *_ = with_gradients(lambda *qkv: attend(*qkv, (9,), 0.3), inputs)
+    output, *gradients = with_gradients(ours((9,)), inputs)
+    assert torch.equal(output.isfinite(), exact.isfinite())
+    assert not gradients[1].isfinite().all()
+
+
+def test_gradients_of_large_scores_are_as_exact_as_torchs():
+    query, key, value = draw(LENGTHS, torch.float32)
+    inputs = [(query.detach() * 300).requires_grad_(), key, value]
+    exact = with_gradients(
+        lambda *qkv: attend(*qkv, LENGTHS, 0.3), [each.detach().double().requires_grad_() for each in inputs]
+    )
+    torchs = with_gradients(lambda *qkv: attend(*qkv, LENGTHS, 0.3), inputs)
+    for one, other, truth in zip(with_gradients(ours(LENGTHS), inputs), torchs, exact, strict=True):
+        assert (one - truth).norm() <= 1.5 * (other - truth).norm()
+
+
 @pytest.mark.parametrize("size", [2.0**13, -(2.0**13), 2.0**100])
 def test_scores_beyond_the_usual_are_as_in_torch(size):
     query, key, value = (each.detach().round() for each in draw(LENGTHS, torch.float32))  # their products are exact
@@ -107,13 +131,13 @@ def test_scores_beyond_the_usual_are_as_in_torch(size):
     torch.testing.assert_close(ours(LENGTHS, 0.25)(query * size, key, value).double(), exact, rtol=1e-6, atol=1e-6)
 
 
-def test_queries_keys_values_and_a_normalizer_of_each_row_are_all_that_is_kept():
+def test_queries_keys_values_and_normalizers_of_each_row_are_all_that_is_kept():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()), lambda _: None):
         ours(LENGTHS)(*draw(LENGTHS, torch.float32))
     tokens = sum(LENGTHS)
     keys = KV_HEADS * tokens * HEAD_DIM
-    assert kept == [HEADS * tokens * HEAD_DIM, keys, keys, HEADS * tokens]
+    assert kept == [HEADS * tokens * HEAD_DIM, keys, keys, 2 * HEADS * tokens]
 
 
 @in_bfloat16

@@ -2,9 +2,12 @@
 
 import argparse
 import os
+import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -43,6 +46,7 @@ def main() -> int:
             parser.error(f"--{option.replace('_', '-')}: expected at least 1, found {getattr(arguments, option)}")
     wide = None if sys.stdout.isatty() else 100  # in a file no row of the table is broken
     console = Console(markup=False, highlight=False, width=wide)
+    before = signal.signal(signal.SIGTERM, _end)  # a child that went on alone would disturb what is measured next
     try:
         _benchmark(arguments, console)
     except (UserError, RuntimeError) as error:
@@ -51,7 +55,13 @@ def main() -> int:
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,6 +97,8 @@ def _benchmark(arguments: argparse.Namespace, console: Console) -> None:
     arguments.dtype = _NAMES[choose_compute_dtype(arguments.dtype, device)]
     load = round(os.getloadavg()[0], 2)  # of others: with few cores, a neighbour at work spoils the figures
     pairs = read_pairs(arguments.data, arguments.rows)
+    found = shutil.which(arguments.peer_python)
+    arguments.peer_python = os.path.abspath(found) if found else arguments.peer_python  # children run elsewhere
     with_peer = not arguments.without_peer and _finds_trl(arguments.peer_python, console)
     base = open_base(arguments.base).folder.absolute()
     console.print(
@@ -123,7 +135,7 @@ def _measure(
             results.keep()
     if arguments.scaling:
         settings = arguments.accelerator, arguments.threads, arguments.dtype
-        for size in measure_scaling(arguments.base, *settings, console.print):
+        for size in measure_scaling(str(base), *settings, console.print):
             results.sizes.append(size)
             results.keep()
     if arguments.llama_8b is not None:

@@ -32,7 +32,10 @@ def run_child(python: str, module: str, arguments: Sequence[str], threads: int) 
     if done.returncode:
         said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-20:])
         raise RuntimeError(f"{module} failed (exit code {done.returncode}). Its last words:\n{said}")
-    figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    try:
+        figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        raise RuntimeError(f"{module} ended without figures. Is {python} an interpreter of Python?") from error
     return figures
 
 

@@ -11,9 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from qlora_lightning.adapter.identity import read_identity
+from qlora_lightning.adapter.place import find_adapter_folder
+from qlora_lightning.commands.json_output import json_file, write_json
 from qlora_lightning.errors import UserError
 from tests.benchmarks.children import ROOT, print_figures, run_child
-from tests.benchmarks.report import check_file
 
 
 def main() -> int:
@@ -24,12 +26,18 @@ def main() -> int:
         measure = _measure_ours if arguments.side == "ours" else _measure_plain
         print_figures(measure(arguments, prompts["prompts"], prompts["stop_ids"]))
         return 0
-    if arguments.json is not None:
-        try:
-            check_file("--json", arguments.json)
-        except UserError as error:
-            print(error, file=sys.stderr)
-            return 2
+    try:
+        arguments.json = json_file(arguments.json, ("adapter", "base"), [Path(arguments.data)])
+        read_identity(find_adapter_folder(arguments.adapter))
+        found = _measure(arguments)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    _report(*found, arguments)
+    return 0
+
+
+def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         prompts_file = Path(folder) / "prompts.json"
@@ -39,8 +47,7 @@ def main() -> int:
             options += ["--base", arguments.base, "--max-new-tokens", str(arguments.max_new_tokens)]
             options += ["--plain-batch", str(arguments.plain_batch), "--dtype", arguments.dtype]
             found.append(run_child(sys.executable, "generation", options, arguments.threads))
-    _report(*found, arguments)
-    return 0
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -147,7 +154,7 @@ def _report(plain: dict[str, Any], ours: dict[str, Any], arguments: argparse.Nam
         "padded on the left."
     )
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, summary)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,8 @@ def measure_step(folder: Path, threads: int, dtype: str, tokens: int, ceilings: 
     return run_child(sys.executable, "one_batch", options, threads)
 
 
-def main() -> None:
+def main() -> int:
+    """Measure, print and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=ALL_LAYERS)
@@ -117,14 +118,16 @@ def main() -> None:
     try:
         check_folder(arguments.folder, arguments.layers)
     except UserError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        return 2
     if not (arguments.folder / "config.json").exists():
         make_base(arguments.folder, arguments.layers)
     folder = arguments.folder.absolute()
     figures: dict[str, Any] = {name: round(value, 3) for name, value in measure(folder).items()}
     step = measure_step(folder, arguments.threads, arguments.dtype, arguments.tokens, arguments.ceilings)
     print(json.dumps(figures | {"layers": arguments.layers, "step": step}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

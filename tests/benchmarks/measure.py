@@ -1,11 +1,13 @@
 """Runs both sides in turns, with and without gradient checkpointing, as often as asked."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
 
+from qlora_lightning.errors import UserError
 from tests.benchmarks.figures import Figures
+from tests.benchmarks.settings import MAX_LENGTH
 from tests.benchmarks.sides import Side
 
 
@@ -48,10 +50,26 @@ def measure_sides(sides: Sequence[Side], repeats: int, measured: Measured, conso
                 runs.setdefault(side.name, []).append(figures)
                 console.print(_describe(figures))
                 yield
+        _check_same_work(measured.plain)
         console.print(f"ours, every second layer checkpointed, run {repeat} of {repeats} … ", end="")
         measured.selective.append(sides[0].measure("--gradient-checkpointing", "--every-n-layers=2"))
         console.print(_describe(measured.selective[-1]))
         yield
+
+
+def _check_same_work(runs: Mapping[str, Sequence[Figures]]) -> None:
+    """Refuse rows of which the sides train on different tokens: each cuts those that are too long in its own way.
+
+    Raises:
+        UserError: they do.
+    """
+    tokens = {side: figures[-1].tokens for side, figures in runs.items()}
+    if len(set(tokens.values())) > 1:
+        told = " and ".join(f"{side} {count:,}" for side, count in tokens.items())
+        raise UserError(
+            f"The sides trained on different tokens of the same rows ({told}): are some longer than {MAX_LENGTH} "
+            "tokens? Each side cuts those in its own way; leave them out of DATA."
+        )
 
 
 def _describe(figures: Figures) -> str:

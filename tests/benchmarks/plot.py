@@ -1,9 +1,11 @@
 """The figures as a picture: bars of both sides beside the ceiling, and lines over the size of a batch."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_lightning.commands.json_output import write_output
 from tests.benchmarks.table import Row
 
 _COLOURS = {"peer": "tab:gray", "ours": "tab:orange", "ceiling": "tab:blue"}
@@ -31,7 +33,9 @@ def draw_plot(rows: Sequence[Row], sizes: Sequence[Mapping[str, Any]], file: Pat
         _draw_lines(grid[1][0], sizes, "tokens_per_second", 1, "tokens/s")
         _draw_lines(grid[1][1], sizes, "bytes_per_token", 1e3, "memory per token, kB")
         grid[1][2].axis("off")
-    figure.savefig(file, dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=file.suffix[1:].lower(), dpi=150)
+    write_output(file, drawn.getvalue())
 
 
 def _is_speed(row: Row) -> bool:

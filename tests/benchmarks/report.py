@@ -1,17 +1,12 @@
 """What the runs came to, as a table and as JSON."""
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.safe_file import write_whole
 from tests.benchmarks.table import Row
 
 _MARKS = {True: "yes", False: "no", None: ""}
@@ -59,23 +54,3 @@ def rows_as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
         }
         for row in rows
     ]
-
-
-def write_json(summary: dict[str, Any], file: Path) -> None:
-    """Write the summary, whole or not at all."""
-    write_whole(file, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-
-
-def check_file(option: str, file: Path) -> None:
-    """Refuse, before anything is measured, a file that cannot be written afterwards.
-
-    Raises:
-        UserError: it is a folder, its folder is not there, or it is another's.
-    """
-    folder = file.absolute().parent
-    if not folder.is_dir():
-        raise UserError(f"{option} {file} cannot be written: there is no folder {file.parent}.")
-    if file.is_dir():
-        raise UserError(f"{option} {file}: expected a file to write, found a folder; name a file in it.")
-    if not os.access(file if file.exists() else folder, os.W_OK):
-        raise UserError(f"{option} {file} cannot be written: permission denied; name another file.")

@@ -4,9 +4,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_lightning.commands.json_output import write_json
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.measure import Measured
-from tests.benchmarks.report import rows_as_json, write_json
+from tests.benchmarks.report import rows_as_json
 from tests.benchmarks.table import Row, compare_ceilings, compare_sides, compare_starts, rows_of_8b, rows_of_selective
 
 
@@ -56,4 +57,4 @@ class Results:
             return
         summary = {"setup": self.setup, "complete": complete, "rows": rows_as_json(self.rows())}
         summary |= {"machine": self.machine(), "runs": asdict(self.measured)}
-        write_json(summary | {"scaling": self.sizes, "llama_8b": self.llama_8b}, self.file)
+        write_json(self.file, summary | {"scaling": self.sizes, "llama_8b": self.llama_8b})

@@ -42,4 +42,6 @@ def write_pairs(pairs: Iterable[dict[str, Any]], file: Path) -> None:
 
 def _divide(conversation: Conversation) -> dict[str, Conversation]:
     last = max(at for at, message in enumerate(conversation) if message["role"] == "assistant")
+    if conversation[last].get("train") is False:
+        raise UserError("the last answer has train: false; expected one that both sides train on.")
     return {"prompt": conversation[:last], "completion": [conversation[last]]}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from qlora_lightning.errors import UserError
 from qlora_lightning.model.batch.shape import shape_of_batch
 from tests.benchmarks.figures import Figures
 
@@ -116,10 +117,15 @@ def test_what_would_fail_at_the_end_is_refused_before_anything_is_measured(
     pytest.importorskip("matplotlib")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.txt").touch()
+    (tmp_path / "photo.png").write_bytes(b"a photo")
     (tmp_path / "no_answer.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
     base = ("--base", tiny_base)
     for arguments, message in (
-        ((rows_file, *base, "--json", tmp_path), f"--json {tmp_path}: expected a file to write, found a folder"),
+        ((rows_file, *base, "--json", tmp_path), f"--json {tmp_path}: that is a folder; name a file"),
+        ((rows_file, *base, "--json", rows_file), "rows.jsonl"),
+        ((rows_file, *base, "--json", tmp_path / "no_answer.jsonl"), "was not written by this command"),
+        ((rows_file, *base, "--plot", tmp_path / "photo.png"), "was not written by this command"),
+        ((rows_file, *base, "--json", tmp_path / "x.svg", "--plot", tmp_path / "x.svg"), "both name"),
         ((rows_file, *base, "--json", tmp_path / "no" / "x.json"), "there is no folder"),
         ((rows_file, *base, "--plot", tmp_path / "x.abc"), "x.abc: expected a name that ends in one of"),
         ((rows_file, *base, "--plot", tmp_path / "x"), "x: expected a name that ends in one of"),
@@ -168,3 +174,31 @@ def test_interpreter_that_does_not_exist_is_refused_in_a_sentence(rows_file: Pat
 
     assert done.returncode == 2
     assert done.stderr == "--peer-python: /nowhere/python cannot be run: No such file or directory.\n"
+
+
+def test_sides_that_train_on_different_tokens_are_not_compared() -> None:
+    from rich.console import Console
+
+    from tests.benchmarks.measure import Measured, measure_sides
+
+    class OfTokens:
+        def __init__(self, name: str, tokens: int) -> None:
+            self.name, self.tokens = name, tokens
+
+        def measure(self, *options: str) -> Figures:
+            return Figures(self.tokens, 4.0, 2 << 30, 6.0, [1.5, 1.4], {"torch": "1"})
+
+    def run(peers_tokens: int) -> int:
+        sides: Any = [OfTokens("ours", 1058), OfTokens("peer", peers_tokens)]
+        return len(list(measure_sides(sides, 1, Measured(), Console(quiet=True))))
+
+    assert run(1058) == 5
+    with pytest.raises(UserError, match=r"different tokens of the same rows \(ours 1,058 and peer 546\)"):
+        run(546)
+
+
+def test_what_is_no_interpreter_is_told() -> None:
+    from tests.benchmarks.children import run_child
+
+    with pytest.raises(RuntimeError, match=r"peer ended without figures\. Is /bin/echo an interpreter of Python\?"):
+        run_child("/bin/echo", "peer", [], 1)

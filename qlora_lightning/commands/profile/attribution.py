@@ -13,6 +13,7 @@ from qlora_lightning.commands.profile.parts import (
     REST,
     Widths,
     count_logit_rows,
+    count_tokens,
     find_part,
     is_scope,
 )
@@ -83,6 +84,8 @@ class Attribution:
             events: torch's ``FunctionEvent``s, with a range :data:`STEP` around the step.
         """
         events = [event for event in events if event.device_type == DeviceType.CPU]
+        tokens = (count_tokens(event.name, event.input_shapes) for event in events)
+        self.widths = self.widths._replace(tokens=frozenset(count for count in tokens if count is not None))
         (step,) = (event for event in events if event.name == STEP)
         roots = [event for event in events if event.cpu_parent is None] if self.on_cuda else [step]
         before = sum(share.seconds for share in self.shares.values())

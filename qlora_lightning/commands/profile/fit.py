@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from qlora_lightning.callbacks import (
     DryBatch,
@@ -20,10 +21,10 @@ from qlora_lightning.commands.profile.recorder import BEFORE, StepRecorder
 from qlora_lightning.commands.profile.scopes import ActionRanges
 from qlora_lightning.commands.training import QLoRACLI
 
-# They write, take part in no step, or reset the peak of the device's memory.
+# They write, take part in no step, wait for a validation, or reset the peak of the device's memory.
 _LEFT_OUT = (
     *(Checkpoint, RunFolder, StopSignals, PredictionWriter, Evaluation, LoadingLines, DryBatch),
-    *(GPUMemoryMonitor, MemoryComparison, ProgressBar, RunReport),
+    *(GPUMemoryMonitor, MemoryComparison, ProgressBar, RunReport, EarlyStopping),
 )
 _TRAINER: dict[str, Any] = {
     "devices": 1,
@@ -69,6 +70,7 @@ class ProfileCLI(QLoRACLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         trainer = super().instantiate_trainer(profiler=ActionRanges(self._recorder.scopes), **kwargs)
+        trainer.loggers = [DummyLogger()]  # callbacks may log, to nowhere
         trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, _LEFT_OUT)] + [self._recorder]
         return trainer
 

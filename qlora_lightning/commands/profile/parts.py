@@ -1,5 +1,6 @@
 """The parts of a training step, and the rules by which an operator, or an autograd function, belongs to one."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -78,12 +79,14 @@ class Widths(NamedTuple):
         hidden: Of the base.
         vocabulary: Rows of the head.
         clashing: Ranks of that kind that are widths of the base too: such products count as the base's.
+        tokens: Of the batches at hand, as many as are computed.
     """
 
     narrow: frozenset[int]
     hidden: int
     vocabulary: int
     clashing: frozenset[int] = frozenset()
+    tokens: frozenset[int] = frozenset()
 
 
 def name_scope(part: str, whole: bool) -> str:
@@ -120,12 +123,28 @@ def find_part(name: str, shapes: Sequence[Any], around: str, widths: Widths) -> 
     if _PRODUCT.fullmatch(name):
         if any(len(shape) > 3 for shape in shapes):
             return ATTENTION, True
-        if sizes & widths.narrow:
+        if _has_rank(name, shapes, widths):
             return ADAPTERS, True
         return (HEAD if widths.vocabulary in sizes else BASE), True
-    if any(len(shape) == 2 and set(shape) & widths.narrow - {1} for shape in shapes):
+    if any(len(shape) == 2 and set(shape) & widths.narrow - widths.tokens - {1} for shape in shapes):
         return ADAPTERS, True  # casts, scales or stacks the adapters' matrices
     return None
+
+
+def _has_rank(name: str, shapes: Sequence[Any], widths: Widths) -> bool:
+    """Whether one of a product's dimensions is a rank, and not just as many tokens."""
+    matrices = [shape for shape in shapes if len(shape) > 1]
+    if len(matrices) < 2:
+        return any(size in widths.narrow for shape in shapes for size in shape)
+    left, right = matrices[:2] if name == "aten::linear" else matrices[-2:]
+    dimensions = [math.prod(left[:-1]), left[-1], right[0] if name == "aten::linear" else right[-1]]
+    narrow = sum(size in widths.narrow for size in dimensions)
+    return narrow > (1 if any(size in widths.narrow & widths.tokens for size in dimensions) else 0)
+
+
+def count_tokens(name: str, shapes: Sequence[Any]) -> int | None:
+    """Count the tokens that an operator looks up in an embedding; ``None`` for another operator."""
+    return math.prod(shapes[1]) if name == "aten::embedding" else None
 
 
 def find_rule(name: str) -> Rule | None:

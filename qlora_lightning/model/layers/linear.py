@@ -127,7 +127,7 @@ def _apply(layer: LoraLayer, x: Tensor) -> Tensor:
     return output if autocasts else output.to(x.dtype)
 
 
-def is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: Any) -> bool:
     """Whether a linear is frozen and has at most one active, unmerged adapter without dropout, bias or variant."""
     if type(layer) not in (FusedLinear4bit, FusedLinear):
         return _is_frozen(layer)

@@ -19,6 +19,7 @@ from qlora_lightning.commands.profile.parts import (
     REST,
     Widths,
     count_logit_rows,
+    count_tokens,
     find_part,
     find_rule,
     is_scope,
@@ -57,6 +58,29 @@ WIDTHS = Widths(narrow=frozenset({8, 16, 24}), hidden=64, vocabulary=1000)
 def test_an_operator_has_a_part_by_name_and_shapes_or_none_of_its_own(name, shapes, around, part):
     found = find_part(name, shapes, around, WIDTHS)
     assert (None if found is None else found[0]) == part
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "part"),
+    [
+        ("aten::mm", [[24, 64], [64, 128]], BASE),
+        ("aten::linear", [[1, 24, 64], [128, 64], []], BASE),
+        ("aten::mm", [[24, 64], [64, 1000]], HEAD),
+        ("aten::mm", [[24, 64], [64, 8]], ADAPTERS),
+        ("aten::mm", [[24, 64], [64, 24]], ADAPTERS),  # x times the stacked A
+        ("aten::mm", [[8, 24], [24, 64]], ADAPTERS),  # gradient of A
+        ("aten::mul_", [[24, 64], [64]], None),
+        ("aten::_to_copy", [[8, 64], [], []], ADAPTERS),
+    ],
+)
+def test_as_many_tokens_as_a_rank_are_no_rank(name, shapes, part):
+    found = find_part(name, shapes, REST, WIDTHS._replace(tokens=frozenset({24})))
+    assert (None if found is None else found[0]) == part
+
+
+def test_tokens_are_what_an_embedding_is_asked_for():
+    assert count_tokens("aten::embedding", [[1000, 64], [1, 24], []]) == 24
+    assert count_tokens("aten::mm", [[24, 64], [64, 8]]) is None
 
 
 def test_a_range_says_its_part():

@@ -69,12 +69,14 @@ class Attribution:
         widths: Of the model.
         on_cuda: Whether device time counts.
         shares: Of each part that was met.
+        seconds: Of each step.
         logit_rows: Most tokens whose logits were there at a time.
     """
 
     widths: Widths
     on_cuda: bool = False
     shares: dict[str, Share] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
     logit_rows: int = 0
 
     def add(self, events: Iterable[Any]) -> None:
@@ -88,13 +90,16 @@ class Attribution:
         self.widths = self.widths._replace(tokens=frozenset(count for count in tokens if count is not None))
         (step,) = (event for event in events if event.name == STEP)
         roots = [event for event in events if event.cpu_parent is None] if self.on_cuda else [step]
-        before = sum(share.seconds for share in self.shares.values())
         self._forward_parts: dict[int, str] = {}
         for root in sorted(roots, key=lambda event: float(event.time_range.start)):
             self._visit(root, _Place(REST))
         if self.on_cuda:
-            counted = sum(share.seconds for share in self.shares.values()) - before
-            self._share(REST).seconds += max(0.0, step.cpu_time_total / 1e6 - counted)
+            self._share(REST).seconds += max(0.0, step.cpu_time_total / 1e6 - self._counted())
+        self.seconds.append(self._counted())
+
+    def _counted(self) -> float:
+        """Give the seconds that the parts have beyond those of the steps before."""
+        return sum(share.seconds for share in self.shares.values()) - sum(self.seconds)
 
     def _visit(self, event: Any, caller: _Place) -> None:
         place = self._place(event, caller)

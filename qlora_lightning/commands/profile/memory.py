@@ -27,7 +27,7 @@ class Memory:
         optimizer: Of its state.
         kept: What forward keeps for backward, by part; of one micro-batch.
         logits: The most that are there at a time.
-        peaks: The process's or the device's, by name.
+        peaks: The process's or the device's, by name, and before them what was there when the step began.
     """
 
     base: dict[str, int] = field(default_factory=dict)
@@ -69,6 +69,7 @@ class PeakWatch:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._done = threading.Event()
+        self._before: dict[str, float] = {}
         self._most: dict[str, float] = {}
         self._thread: Any = None
 
@@ -76,6 +77,7 @@ class PeakWatch:
         """Begin."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+        self._before = {name: gib for name, gib in read_memory(self._device).items() if "peak" not in name}
         self._thread = threading.Thread(target=self._watch, daemon=True, name="peak-watch")
         self._thread.start()
 
@@ -86,7 +88,9 @@ class PeakWatch:
         self._done.set()
         self._thread.join()
         self._look()
-        return {f"peak {name}": int(gib * _GIB) for name, gib in self._most.items()}
+        before = {f"{_word(name)} before the step": gib for name, gib in self._before.items()}
+        peaks = {f"peak {name}": gib for name, gib in self._most.items()}
+        return {name: int(gib * _GIB) for name, gib in (before | peaks).items()}
 
     def _watch(self) -> None:
         while not self._done.wait(_EVERY):
@@ -94,5 +98,9 @@ class PeakWatch:
 
     def _look(self) -> None:
         for name, gib in read_memory(self._device).items():
-            words = name.removesuffix("_gib").removeprefix("peak_").replace("_", " ")
+            words = _word(name.removeprefix("peak_"))
             self._most[words] = max(self._most.get(words, 0.0), gib)
+
+
+def _word(name: str) -> str:
+    return name.removesuffix("_gib").replace("_", " ")

@@ -20,6 +20,7 @@ def summarize(record: StepRecorder) -> dict[str, Any]:
         "tokens_per_step": record.tokens / record.recorded,
         "tokens_per_second": record.tokens / seconds,
         "ms_per_step": 1e3 * seconds / record.recorded,
+        "ms_of_steps": [1e3 * each for each in record.time.seconds],
         "time": {
             part: {
                 "ms": 1e3 * share.seconds / record.recorded,
@@ -40,6 +41,9 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         f"{summary['tokens_per_step']:,.0f} tokens per step, {summary['tokens_per_second']:,.0f} tokens/s under the "
         f"profiler; {summary['steps']} steps on {summary['device']}"
     )
+    if summary["steps"] > 1:
+        quickest, slowest = min(summary["ms_of_steps"]), max(summary["ms_of_steps"])
+        console.print(f"The quickest step took {quickest:,.0f} ms, the slowest {slowest:,.0f} ms.")
     for width in summary["ranks_counted_as_base"]:
         console.print(f"A rank, or a sum of them, is {width}, a width of the base too: such products count as base.")
     console.print(_memory_table(summary["memory"]))

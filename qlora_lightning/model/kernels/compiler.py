@@ -35,11 +35,14 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
-    """Give the compiled loops; ``None`` where there is no compiler, which is told, or not torch's kind of threads.
+    """Give the compiled loops; ``None`` where they cannot be had, which on Linux is told.
 
     To compile takes some seconds, the first time that this CPU is asked for it.
     """
-    if not sys.platform.startswith("linux") or not _has_gnu_threads():
+    if not sys.platform.startswith("linux"):
+        return None
+    if not _has_gnu_threads():
+        _log.warning("This torch has no GNU threads: a step on the CPU takes the slower way, without the C++ loops.")
         return None
     compiler = shutil.which(_COMPILER)
     if compiler is None:

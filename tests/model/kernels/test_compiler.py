@@ -76,7 +76,8 @@ def test_a_cache_that_cannot_be_written_is_told_and_torch_goes_on(monkeypatch, t
     assert "The cache cannot keep" in record.getMessage()
 
 
-def test_where_torch_has_other_threads_nothing_is_compiled(monkeypatch):
+def test_where_torch_has_other_threads_nothing_is_compiled_and_it_is_told(monkeypatch, caplog):
     monkeypatch.setattr(compiler, "_has_gnu_threads", lambda: False)
     assert compiler.load_library() is None
+    assert "This torch has no GNU threads" in caplog.text
     assert not list_entries("kernels")

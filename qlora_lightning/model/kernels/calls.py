@@ -26,7 +26,11 @@ def has_numbers(*tensors: Tensor) -> bool:
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | ctypes.Array[Any] | None) -> int:
-    """Call a function: of a tensor its address is handed over, of ``None`` a null pointer."""
+    """Call a function: of a tensor its address is handed over, of ``None`` a null pointer.
+
+    Returns:
+        What it returns; of one that returns nothing any number.
+    """
     function = getattr(load_library(), f"{name}_{NAMES[dtype]}")
     if not torch.autograd.profiler._is_profiler_enabled:
         return int(function(*map(_to_c, arguments)))

@@ -51,8 +51,8 @@ def check_attends_flatly(causal_lm: Any) -> None:
     if not attends_flatly(causal_lm):
         raise UserError(
             f"The model attends by {causal_lm.config._attn_implementation!r}, which knows nothing of the samples of a "
-            f"batch: expected {FLAT_ATTENTION!r}, which is set when the model is made. Does a callback or script call "
-            "set_attn_implementation? Leave that out."
+            f"batch: expected {FLAT_ATTENTION!r} or {PLAIN_FLAT_ATTENTION!r}, set when the model is made. Does a "
+            "callback or script call set_attn_implementation? Leave that out."
         )
 
 

@@ -142,9 +142,8 @@ def test_what_they_do_not_know_goes_torchs_way(monkeypatch):
     assert not can_multiply(weight, x.float(), turned=False)
     assert not can_multiply(weight, x.t()[:16], turned=False)
     assert not can_multiply(weight, x.to("meta"), turned=False)
-    assert not can_multiply(
-        quantized(shape=(OUT, 96)), draw(16, 96), turned=False
-    )  # a block of 64 runs on into the next row
+    runs_on = quantized(shape=(OUT, 96))  # a block of 64 into the next row
+    assert not can_multiply(runs_on, draw(16, 96), turned=False)
     assert not can_multiply(quantized(shape=(48, IN)), x, turned=False)  # a panel and a half
     plain = torch.nn.Parameter(draw(OUT, IN))
     assert can_multiply(plain, x, turned=False)

@@ -9,6 +9,7 @@ from qlora_lightning.model.batch.filling import fill_up
 from qlora_lightning.model.batch.needed_tokens import can_leave_out, leave_out_unneeded
 from qlora_lightning.model.guards.token_ids import check_token_ids
 from qlora_lightning.model.layers.attention import NO_MASK, check_attends_flatly
+from qlora_lightning.model.layers.rotary import check_row_length
 from qlora_lightning.model.loss import LossSums, head_loss, next_labels
 from qlora_lightning.model.memory.out_of_memory import telling_out_of_memory
 from qlora_lightning.model.neftune import embed_or_name
@@ -52,11 +53,13 @@ class JudgingModule(AnsweringModule):
             stand together, in the order of the samples.
 
         Raises:
-            UserError: A token is not one of the base's, or the model does not attend within samples.
+            UserError: A token is not one of the base's, a row is too long for its rotary embedding, or the model does
+                not attend within samples.
         """
         check_attends_flatly(self.causal_lm)
         trains = self._trainer is not None and self.trainer.training
         data = getattr(self.trainer, "datamodule", None) if trains else None
+        check_row_length(self.causal_lm.config, batch["longest"])
         check_token_ids(batch, len(self.causal_lm.get_input_embeddings().weight), data)
         batch = {**batch, "targets": next_labels(batch["labels"][0])[None]}
         if self.leaves_out_unneeded:

@@ -6,6 +6,7 @@ import torch
 from lightning import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from qlora_lightning.model.guards.guard import OnNonfinite, TrainingGuard
 from qlora_lightning.model.judging import JudgingModule
 from qlora_lightning.model.layers.attention import attends_flatly, register_flat_attention
 from qlora_lightning.model.layers.plain_path import explain_plain_layers
+from qlora_lightning.model.layers.rotary import check_row_length
 from qlora_lightning.model.loss import mean_with_gradient_of_sum
 from qlora_lightning.model.machine.allocator import give_back_freed_memory, keep_freed_memory
 from qlora_lightning.model.machine.dtypes import ComputeDtype, choose_compute_dtype, explain_dtype
@@ -139,6 +141,7 @@ class QLoRAModule(JudgingModule):
         """Make the model once, on the device of this process."""
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             check_callbacks(callbacks_of(self.trainer), ExactResume, TrainingGuard)
+        self._undo_compile()
         if self.model is not None:
             return
         if self._trainer is not None:
@@ -146,6 +149,7 @@ class QLoRAModule(JudgingModule):
             check_trainer(str(self.trainer.precision), strategy, self.quantization)
         with without_garbage_collection():  # loading imports much, and makes many objects that stay
             self.model = self.build_model()
+            self._undo_compile()
             if not attends_flatly(self.causal_lm):  # an override has loaded it otherwise
                 self.causal_lm.set_attn_implementation(register_flat_attention(self.fast))
             if self.adapter is not None and self.overrides("build_model"):
@@ -185,6 +189,25 @@ class QLoRAModule(JudgingModule):
         if made.unfused and dtype != torch.float32:
             self.autocast_dtype = dtype  # PEFT's own layers would compute the fp32 adapters in fp32
         return cast(nn.Module, made.model)
+
+    def _undo_compile(self) -> None:
+        """Take ``torch.compile`` off what it cannot compile, and report it.
+
+        It breaks the backward of the fused layers. A compiled ``self.model`` would never be called: the loss calls the
+        decoder inside it.
+        """
+        inner = getattr(self.model, "_orig_mod", None)
+        if inner is not None:
+            self.model = inner
+        elif self.fast and self._compiler_ctx is not None:
+            to_uncompiled(self)
+        else:
+            return
+        if self.global_rank == 0:
+            describe(
+                "torch.compile is switched off: the layers are fused already. To compile the plain layers of PEFT and "
+                "transformers, set model.fast to false and compile the module: trainer.fit(torch.compile(module), …)."
+            )
 
     def overrides(self, name: str) -> bool:
         """Whether a method is other than QLoRAModule's: what follows from how that works does not hold then."""
@@ -247,8 +270,14 @@ class QLoRAModule(JudgingModule):
         schedule = build_schedule(optimizer, self.schedule, plan_steps(self.trainer), self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    @rank_zero_only
     def on_fit_start(self) -> None:
+        self._undo_compile()  # of what an override of configure_model has compiled
+        data = getattr(self.trainer, "datamodule", None)
+        check_row_length(self.causal_lm.config, getattr(data, "max_length", 0))  # not first at a row
+        self._describe_fit()
+
+    @rank_zero_only
+    def _describe_fit(self) -> None:
         slow = explain_dtype(self.compute_dtype, self.device)
         if slow is not None:
             describe(slow)

@@ -162,3 +162,16 @@ def test_its_key_switches_it_on(yaml, arguments, expected, tiny_base, tmp_path):
     )
     training.main(["fit", "--config", str(config), *arguments], Reading)
     assert Reading.found == expected
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")  # Lightning's, before ours
+@pytest.mark.parametrize(
+    "average",
+    [
+        lightning.pytorch.callbacks.StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=0.5),
+        lightning.pytorch.callbacks.EMAWeightAveraging(),
+    ],
+)
+def test_averages_of_the_whole_model_are_refused(fit, average):
+    with pytest.raises(UserError, match=r"ema: \{decay: 0\.999\}"):
+        fit(average, max_epochs=2)

@@ -266,3 +266,31 @@ def test_an_attention_that_knows_no_samples_is_refused(tiny_base, batch, fast):
     module.causal_lm.set_attn_implementation("sdpa")
     with pytest.raises(UserError, match="The model attends by 'sdpa', which knows nothing of the samples"):
         module.compute_loss(batch)
+
+
+class CompiledInside(QLoRAModule):
+    def configure_model(self):
+        super().configure_model()
+        self.model = torch.compile(self.model)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own compiler, when it is made
+@pytest.mark.parametrize("kind", ["module", "model", "model of a subclass"])
+def test_a_compiled_module_trains_as_one_that_is_not(tiny_base, rows_file, tmp_path, capsys, kind):
+    def train(compiled):
+        lightning.seed_everything(1, verbose=False)
+        cls = CompiledInside if compiled == "model of a subclass" else QLoRAModule
+        module = cls(str(tiny_base), compute_dtype="fp32", warmup_ratio=0.0, learning_rate=1e-2)
+        if compiled == "model":
+            module.configure_model()
+            module.model = torch.compile(module.model)
+        data = InstructionDataModule(str(rows_file), val=str(rows_file), tokenizer=str(tiny_base), batch_size=8)
+        trainer = make_trainer(tmp_path)
+        trainer.fit(torch.compile(module) if compiled == "module" else module, data)
+        return module.state_dict(), {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    (expected, metrics), (found, found_metrics) = train(None), train(kind)
+    assert "torch.compile is switched off" in capsys.readouterr().out
+    assert found_metrics == metrics
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -1,9 +1,13 @@
 """Rows that are packed have the losses that they have alone."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
+from qlora_lightning.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
 
@@ -58,3 +62,36 @@ def test_packed_and_alone_each_row_has_the_same_loss(module, batches, settings):
 def test_an_epoch_sees_each_row_exactly_once(batches, settings):
     rows = [row for batch in batches(**settings) for row in batch["row_ids"].tolist()]
     assert sorted(rows) == list(range(16))
+
+
+@pytest.fixture
+def dynamic_base(tiny_base, tmp_path):
+    """The tiny base with dynamic NTK rotary embedding, which scales by the longest row of a batch beyond 40 tokens."""
+    folder = shutil.copytree(tiny_base, tmp_path / "dynamic")
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["max_position_embeddings"] = 40
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    file.write_text(json.dumps(config))
+    return folder
+
+
+def test_rows_that_would_turn_each_other_are_refused_before_the_first_step(dynamic_base, rows_file, tmp_path, capsys):
+    options = ["--model.base", str(dynamic_base), "--data.train", str(rows_file), "--data.batch_size", "4"]
+    options += ["--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]
+    assert main(["fit", *options, "--data.max_length", "41"]) == 2
+    assert "Set data.max_length to 40 or less" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_rows_within_the_length_of_pre_training_train_as_they_would_alone(dynamic_base, rows_file):
+    module = QLoRAModule(str(dynamic_base), quantization="none", compute_dtype="fp32")
+    module.configure_model()
+
+    def batches(size):
+        data = InstructionDataModule(str(rows_file), tokenizer=str(dynamic_base), batch_size=size, max_length=40)
+        data.setup("fit")
+        return list(data.train_dataloader())
+
+    together, single = losses(module.eval(), batches(5)), losses(module, batches(1))
+    assert {row: pytest.approx(value, rel=1e-5) for row, value in single.items()} == together

@@ -11,6 +11,7 @@ from qlora_lightning.model.answers.dense import dense_weights
 from qlora_lightning.model.answers.padded_generation import generate_padded
 from qlora_lightning.model.layers.attention import NO_MASK, attends_flatly
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
+from qlora_lightning.model.layers.rotary import rope_limit
 
 BATCH_SIZE = 64  # rows that are answered together
 _STILL_GOING = 0.75  # of a batch: with no more the others leave it, which copies all keys and values
@@ -50,7 +51,8 @@ def generate_answers(
     model.eval()
     try:
         with torch.no_grad(), dense_weights(model):
-            for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size):
+            limit = rope_limit(_causal_lm(model).config)
+            for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size, limit):
                 batch = [list(prompts[row]) for row in rows]
                 generate = _generate_flat if attends_flatly(_causal_lm(model)) else generate_padded
                 found = generate(model, batch, frozenset(stop_ids), max_new_tokens)
@@ -62,12 +64,16 @@ def generate_answers(
     return answers
 
 
-def _batches(lengths: list[int], max_new_tokens: int, batch_size: int) -> Iterator[list[int]]:
-    """Put rows of like length together, the longest first: memory that does not suffice fails at once."""
+def _batches(lengths: list[int], max_new_tokens: int, batch_size: int, limit: int | None) -> Iterator[list[int]]:
+    """Put rows of like length together, the longest first: memory that does not suffice fails at once.
+
+    A row that may grow beyond ``limit``, see :func:`rope_limit`, is alone.
+    """
     batch: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        tokens = (len(batch) + 1) * (lengths[batch[0] if batch else row] + max_new_tokens)
-        if batch and (len(batch) == batch_size or tokens > TOKEN_BUDGET):
+        longest = lengths[batch[0] if batch else row] + max_new_tokens
+        alone = limit is not None and longest > limit
+        if batch and (alone or len(batch) == batch_size or (len(batch) + 1) * longest > TOKEN_BUDGET):
             yield batch
             batch = []
         batch.append(row)

@@ -108,19 +108,11 @@ def leave_out_unneeded(batch: Mapping[str, Any]) -> dict[str, Any]:
 def can_leave_out(causal_lm: Any, training: bool) -> bool:
     """Whether a model's states at a token are the same without the tokens behind it and in whichever sample it is.
 
-    Not with attention that cannot look shared tokens up, nor where rotary embedding turns by other angles in a longer
-    batch, nor where every sample is to drop inputs of its own.
+    Not with attention that cannot look shared tokens up, nor where every sample is to drop inputs of its own.
     """
-    if not attends_flatly(causal_lm) or _turns_by_longest(causal_lm):
-        return False
-    return not (training and _has_dropout(causal_lm))
+    return attends_flatly(causal_lm) and not (training and _has_dropout(causal_lm))
 
 
 def _has_dropout(causal_lm: Any) -> bool:
     dropouts = (each.p for each in causal_lm.modules() if isinstance(each, _DROPOUTS))
     return any(dropouts) or bool(getattr(causal_lm.config, "attention_dropout", 0))
-
-
-def _turns_by_longest(causal_lm: Any) -> bool:
-    kind = str((getattr(causal_lm.config, "rope_parameters", None) or {}).get("rope_type"))
-    return "dynamic" in kind or kind == "longrope"  # as transformers' dynamic_rope_update says

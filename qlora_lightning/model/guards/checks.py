@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
 from qlora_lightning.errors import UserError
@@ -29,12 +30,20 @@ def check_training_mode(model: nn.Module) -> None:
 
 
 def check_callbacks(callbacks: Iterable[object], *needed: type) -> None:
-    """Refuse to train without the callbacks that the module itself brings along.
+    """Refuse to train without the callbacks that the module itself brings along, and with averages of the whole model.
 
     Raises:
         RuntimeError: A subclass overrides ``configure_callbacks`` and leaves it out.
+        UserError: A callback of Lightning averages weights: its copy is made before there is a model, and does nothing,
+            or holds the packed bytes of the base.
     """
     present = list(callbacks)
+    averages = [each for each in present if isinstance(each, StochasticWeightAveraging | WeightAveraging)]
+    if averages:
+        raise UserError(
+            f"{type(averages[0]).__name__} averages the weights of a whole model, which here are the packed bytes of a "
+            "frozen base. Average the adapter instead: `ema: {decay: 0.999}` in the config, AdapterEMA() in Python."
+        )
     missing = [kind for kind in needed if not any(isinstance(callback, kind) for callback in present)]
     if missing:
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Rotary position embedding that keeps only its angles for backward."""
+"""Rotary position embedding that keeps only its angles for backward, and how long rows may be for it."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_lightning.errors import UserError
 from qlora_lightning.model.kernels import loops
 
 
@@ -40,3 +41,39 @@ def _turn(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     turned[..., :half].addcmul_(states[..., half:], first, value=1 if back else -1)
     turned[..., half:].addcmul_(states[..., :half], second, value=-1 if back else 1)
     return turned
+
+
+def rope_limit(config: Any) -> int | None:
+    """Return how long rows may be before the angles of all rows of a batch depend on its longest one.
+
+    The types ``dynamic`` (NTK) and ``longrope`` scale all angles by the longest row that is beyond the length of the
+    base's pre-training. All other types turn a row as if it were alone: ``None``.
+
+    Args:
+        config: Of a base, from transformers.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = str(rope.get("rope_type"))
+    if "dynamic" not in kind and kind != "longrope":  # as transformers' dynamic_rope_update asks
+        return None
+    most: int = config.max_position_embeddings
+    return rope.get("original_max_position_embeddings", most) if kind == "longrope" else most
+
+
+def check_row_length(config: Any, longest: int) -> None:
+    """Refuse rows beyond :func:`rope_limit`: they would be trained otherwise in each batch.
+
+    Args:
+        config: Of a base, from transformers.
+        longest: Tokens of the longest row.
+
+    Raises:
+        UserError: It is too long.
+    """
+    limit = rope_limit(config)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"This base scales its rotary embedding ({config.rope_parameters['rope_type']}) by the longest row of a "
+            f"batch if that has more than {limit:,} tokens, and rows here may have {longest:,}: the same row would "
+            f"train otherwise in each batch. Set data.max_length to {limit} or less."
+        )

@@ -179,15 +179,6 @@ def test_with_another_attention_all_tokens_are_computed(tiny_base):
     assert not module.leaves_out_unneeded
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_where_positions_turn_by_the_longest_all_tokens_are_computed(tiny_base, kind):
-    module = make(tiny_base)
-    module.causal_lm.config.rope_parameters = {"rope_type": kind}
-    assert not module.leaves_out_unneeded
-    module.causal_lm.config.rope_parameters = {"rope_type": "llama3"}
-    assert module.leaves_out_unneeded
-
-
 def test_dropout_that_is_put_in_later_is_noticed(tiny_base):
     module = make(tiny_base)
     assert module.leaves_out_unneeded

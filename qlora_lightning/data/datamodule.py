@@ -5,7 +5,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from qlora_lightning.data.batches.loader import FlatLoader
+from qlora_lightning.data.batches.loader import FabricLoader, FlatLoader
 from qlora_lightning.data.batches.prompt_loader import PromptLoader
 from qlora_lightning.data.batches.seed import choose_seed, describe_other_seed
 from qlora_lightning.data.batches.stream import StreamLoader, check_stream_length
@@ -55,7 +55,7 @@ class InstructionDataModule(PreparedRows):
         val_fraction: share of the training rows to validate on instead of ``val``; the same contents stay together.
         streaming: read the training rows while training, without end: for data larger than memory or disk.
         tokenizer: hub id, folder or ``package:NAME``, or ``{name, revision, trust_remote_code}``; from Python also a
-            tokenizer object. By default the base's.
+            tokenizer object. By default the base's, which the Trainer's module names; without a Trainer name it here.
     """
 
     def __init__(
@@ -108,6 +108,8 @@ class InstructionDataModule(PreparedRows):
     def setup(self, stage: str | None = None) -> None:
         if self._seed is None:
             self._seed = choose_seed(self.trainer)
+        if self._tokenizer_choice is None:
+            self._tokenizer_choice = self._tokenizer_of_trained_base()
         needed = _STAGES.get(stage or "", tuple(self.files))
         for split in needed:
             self._prepare(split)
@@ -192,7 +194,8 @@ class InstructionDataModule(PreparedRows):
 
     def _make_loader(self, split: str, shuffle: bool = False, **settings: Any) -> FlatLoader:
         rank, world_size = self._rank_and_world_size()
-        return FlatLoader(
+        loader = FlatLoader if self.trainer is not None else FabricLoader
+        return loader(
             self.samples[split],
             self.batch_size,
             self._seed or 0,

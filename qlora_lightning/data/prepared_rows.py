@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningDataModule
 
 from qlora_lightning.data.chat.renderer import ChatRenderer
-from qlora_lightning.data.chat.tokenizers import TokenizerChoice, hash_choice, load_choice
+from qlora_lightning.data.chat.tokenizers import TokenizerChoice, hash_choice, load_choice, tokenizer_of_base
 from qlora_lightning.data.reading.bad_rows import BadRow
 from qlora_lightning.data.reading.reader import Row, RowReader
 from qlora_lightning.data.reading.sources import Source, find_sources
@@ -124,5 +125,17 @@ class PreparedRows(LightningDataModule):
         key = {"sources": describe_sources(sources), "split": split, "checks_columns": not self.reports}
         return {**key, "tokenizer": tokenizer, **settings}
 
+    def _tokenizer_of_trained_base(self) -> TokenizerChoice:
+        """Return the tokenizer of the base of the Trainer's module; None if there is none."""
+        module = getattr(self.trainer, "lightning_module", None)
+        base = getattr(module, "base", None)
+        if not isinstance(base, str):
+            return None
+        return tokenizer_of_base(base, getattr(module, "revision", None), getattr(module, "trust_remote_code", False))
+
     def _rank_and_world_size(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        if self.trainer is not None:
+            return self.trainer.global_rank, self.trainer.world_size
+        if torch.distributed.is_available() and torch.distributed.is_initialized():  # as under Fabric
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1

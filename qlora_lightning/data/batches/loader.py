@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 
 from qlora_lightning.data.batches.collate import Batch, collate_rows
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
@@ -132,3 +132,12 @@ class FlatLoader:
             "group_by_length": plan.group_by_length,
             "weights": None if plan.weights is None else [float(weight) for weight in plan.weights],
         }
+
+
+class FabricLoader(FlatLoader, DataLoader[Batch], IterableDataset[Batch]):  # type: ignore[misc]  # of unlike attributes
+    """A ``FlatLoader`` for Lightning Fabric, which takes torch's class only; the Trainer would ask that for workers."""
+
+    @property
+    def dataset(self) -> IterableDataset[Batch]:  # type: ignore[override]  # a plain attribute there
+        """Itself: Fabric puts no sampler of its own before an iterable data set. Each rank has its own rows already."""
+        return self

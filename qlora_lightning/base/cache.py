@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from qlora_lightning.base.cache_entry import Json, Kind, mark_used, read_entry, seal_entry
+from qlora_lightning.base.cache_entry import Json, Kind, find_damage, mark_used, read_entry, seal_entry
 from qlora_lightning.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,13 @@ def hash_key(key: Mapping[str, Json]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:24]
 
 
-def cached_folder(kind: Kind, key: Mapping[str, Json], build: Callable[[Path], None], label: str) -> Path:
+def cached_folder(
+    kind: Kind,
+    key: Mapping[str, Json],
+    build: Callable[[Path], None],
+    label: str,
+    checked_bytes: int | None = None,
+) -> Path:
     """Return the complete folder for ``key``, building it where the cache does not hold it.
 
     Several processes that ask at once build once: the others wait. A folder under the returned path is always
@@ -47,17 +53,19 @@ def cached_folder(kind: Kind, key: Mapping[str, Json], build: Callable[[Path], N
         key: everything that the content depends on, versions of libraries included.
         build: writes the content into the empty folder that it is given.
         label: what the content is, for messages and ``qlora-lightning cache list``.
+        checked_bytes: a larger entry is not compared with its checksums here: whoever reads it does, see
+            :class:`~qlora_lightning.base.cache_entry.EntryCheck`.
 
     Raises:
         UserError: the cache cannot be written, or its disk is full.
     """
     folder = cache_root() / kind / hash_key(key)
-    if read_entry(folder, kind) is None:
+    if not _is_whole(folder, kind, checked_bytes):
         with _explain_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = _acquire_lock(folder, label)
         try:
-            if read_entry(folder, kind) is None:  # else the process that we waited for has built it
+            if not _is_whole(folder, kind, checked_bytes):  # else the process that we waited for has built it
                 with _explain_errors(folder):
                     _remove_remains(folder, label)
                 _build_entry(folder, key, build, label)
@@ -65,6 +73,18 @@ def cached_folder(kind: Kind, key: Mapping[str, Json], build: Callable[[Path], N
             lock.release()
     mark_used(folder)
     return folder
+
+
+def _is_whole(folder: Path, kind: Kind, checked_bytes: int | None) -> bool:
+    entry = read_entry(folder, kind)
+    if entry is None:
+        return False
+    if checked_bytes is not None and entry.size_bytes > checked_bytes:
+        return True
+    try:
+        return find_damage(folder) is None
+    except OSError:  # as of a bad sector
+        return False
 
 
 def lock_path(folder: Path) -> Path:
@@ -85,7 +105,7 @@ def _acquire_lock(folder: Path, label: str) -> FileLock:
 def _remove_remains(folder: Path, label: str) -> None:
     """Remove what a killed build or a damaged entry left. The lock is held, so nobody is writing it."""
     if folder.exists():
-        _log.warning("The cached %s is damaged (%s): removed, and made anew.", label, folder)
+        _log.warning("The cached %s is damaged (%s): removed, and made again.", label, folder)
         shutil.rmtree(folder)
     for partial in folder.parent.glob(f".{folder.name}.*"):
         shutil.rmtree(partial)

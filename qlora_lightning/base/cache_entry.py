@@ -1,18 +1,24 @@
-"""One entry of the cache: a folder that is complete exactly when its ``entry.json`` says so."""
+"""One entry of the cache: a folder that is complete exactly when its ``entry.json`` says so, with checksums."""
 
 import json
 import os
+import threading
+import zlib
 from collections.abc import Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from qlora_lightning.errors import UserError
+
 Json: TypeAlias = "str | int | float | bool | list[Json] | Mapping[str, Json] | None"
 Kind: TypeAlias = Literal["unpacked", "quantized", "samples", "kernels"]
 
 _ENTRY_FILE = "entry.json"
+_CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,13 @@ def seal_entry(folder: Path, label: str, key: Mapping[str, Json]) -> None:
         OSError: the disk is full or fails.
     """
     sizes: dict[str, int] = {}
+    sums: dict[str, int] = {}
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         _flush(file)
-        sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
+        name = file.relative_to(folder).as_posix()
+        sizes[name], sums[name] = file.stat().st_size, _sum_up(file)
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    content = {"label": label, "created": created, "key": key, "files": sizes}
+    content = {"label": label, "created": created, "key": key, "files": sizes, "crc32": sums}
     entry_file = folder / _ENTRY_FILE
     entry_file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _flush(entry_file)
@@ -61,6 +69,56 @@ def read_entry(folder: Path, kind: Kind) -> CacheEntry | None:
     return CacheEntry(kind, label, sum(sizes.values()), created, used, folder, complete=True)
 
 
+def find_damage(folder: Path) -> str | None:
+    """Return the name of a file that does not match the checksum of its entry; None if all do.
+
+    An entry without checksums, of an earlier version, and a folder outside the cache match.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    try:
+        sums = json.loads((folder / _ENTRY_FILE).read_text(encoding="utf-8")).get("crc32", {})
+    except FileNotFoundError:
+        return None
+    return next((name for name, expected in sums.items() if _sum_up(folder / name) != expected), None)
+
+
+class EntryCheck:
+    """Compares an entry with its checksums in a thread: a base of 8B parameters takes some seconds to read.
+
+    Args:
+        folder: of the entry.
+        label: what it is, for the message.
+    """
+
+    def __init__(self, folder: Path, label: str) -> None:
+        self._folder, self._label = folder, label
+        self._damaged: Future[str | None] = Future()
+        threading.Thread(target=self._check, daemon=True, name="cache-check").start()
+
+    def _check(self) -> None:
+        try:
+            self._damaged.set_result(find_damage(self._folder))
+        except Exception as error:  # raised again where the result is waited for
+            self._damaged.set_exception(error)
+
+    def wait(self) -> None:
+        """Wait for the result.
+
+        Raises:
+            UserError: the entry is damaged. It no longer counts: the next start makes it again.
+        """
+        name = self._damaged.result()
+        if name is not None:
+            (self._folder / _ENTRY_FILE).unlink(missing_ok=True)
+            raise UserError(
+                f"The cached {self._label} is damaged: {self._folder / name} does not match its checksum, and what was "
+                "computed with it in this run is worthless. Nothing of it was saved. Start again with the same "
+                "command: the entry is made again. If this comes back, check the disk and the memory."
+            )
+
+
 def describe_remains(folder: Path, kind: Kind) -> CacheEntry:
     """Describe a folder that ``read_entry`` does not take, so that it is listed and cleared as well."""
     status = folder.stat()
@@ -76,6 +134,15 @@ def mark_used(folder: Path) -> None:
     """Note the time of use as the modification time of ``entry.json``; a read-only cache goes without."""
     with suppress(OSError):
         os.utime(folder / _ENTRY_FILE)
+
+
+def _sum_up(file: Path) -> int:
+    """Return the CRC-32 of a file: read, not mapped, so that its pages do not count as resident."""
+    total, buffer = 0, memoryview(bytearray(_CHUNK_BYTES))
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            total = zlib.crc32(buffer[:count], total)
+    return total
 
 
 def _flush(path: Path) -> None:

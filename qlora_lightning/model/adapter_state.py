@@ -8,6 +8,7 @@ import lightning
 import torch
 from lightning import Callback
 
+from qlora_lightning.base.cache_entry import EntryCheck
 from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters.folder import save_adapter_folder
@@ -40,9 +41,19 @@ class AdapterStateModule(lightning.LightningModule):
         self.identity: dict[str, Any] = {}
         self.window = Window()
         self.strict_loading = True
+        self._base_check: EntryCheck | None = None
 
     def configure_callbacks(self) -> list[Callback]:
         return [ExactResume()]
+
+    def check_base(self) -> None:
+        """Wait until the base is known to be what was cached; called before anything of a fit is saved.
+
+        Raises:
+            UserError: It is damaged.
+        """
+        if self._base_check is not None:
+            self._base_check.wait()
 
     def save_adapter(self, folder: str | Path, tokenizer: Any = None, stop_ids: Sequence[int] = ()) -> None:
         """Write the adapter folder: PEFT's files, the tokenizer with its chat template, and what it belongs to.
@@ -52,6 +63,7 @@ class AdapterStateModule(lightning.LightningModule):
             tokenizer: Saved beside.
             stop_ids: A data module's: tokens at which generation stops, beside the tokenizer's and the base's own.
         """
+        self.check_base()
         tensors = all_names_of_trainable_tensors(self.model)
         data = identity_of_data(self._trainer)
         identity = {**self.identity, "data": data} if data else self.identity

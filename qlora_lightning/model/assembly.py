@@ -8,6 +8,7 @@ import torch
 
 from qlora_lightning.adapter.identity import read_identity
 from qlora_lightning.adapter.place import find_adapter_folder
+from qlora_lightning.base.cache_entry import EntryCheck
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter, hash_config
 from qlora_lightning.model.adapters.lora import add_adapters, trainable_tensors
 from qlora_lightning.model.adapters.options import check_adapter_options, chosen_targets
@@ -28,11 +29,13 @@ class QLoRAModel:
         identity: Name, folder, fingerprint, config and quantization of the base, and the adapter's own shape:
             checkpoints and adapter folders carry it.
         unfused: Names of what trains in PEFT's own layers: unfused LoRA, whole modules, tokens.
+        check: Of a large base from the cache, which may be going on; see :func:`load_base`.
     """
 
     model: peft.PeftModel
     identity: dict[str, Any]
     unfused: list[str]
+    check: EntryCheck | None
 
 
 def assemble_model(
@@ -48,6 +51,7 @@ def assemble_model(
     adapter: str | None,
     adapter_options: dict[str, Any],
     fast: bool,
+    check_later: bool = False,
 ) -> QLoRAModel:
     """Load a base, and put new adapters on it or those of an adapter folder.
 
@@ -63,6 +67,7 @@ def assemble_model(
         adapter: Adapter folder to go on with, or the run folder around it; ``None`` for new adapters.
         adapter_options: Arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`.
         fast: Whether layers may run fused.
+        check_later: See :func:`qlora_lightning.model.quantized.load_base`.
 
     Raises:
         UserError: The base, the adapter folder or an option cannot be used, or the adapter belongs to another base.
@@ -79,7 +84,7 @@ def assemble_model(
         "cache": cache,
         "device": device,
     }
-    loaded: QuantizedBase = lend_base(asked, lambda: load_base(**asked))
+    loaded: QuantizedBase = lend_base(asked, lambda: load_base(**asked, check_later=check_later))
     identity: dict[str, Any] = {
         "base": base,
         "base_folder": str(loaded.source.folder),
@@ -106,4 +111,4 @@ def assemble_model(
     else:
         model.get_base_model().set_attn_implementation(register_flat_attention(fast=False))
     unfused += [name for name in trainable if ".lora_" not in name]
-    return QLoRAModel(model, identity, unfused)
+    return QLoRAModel(model, identity, unfused, loaded.check)

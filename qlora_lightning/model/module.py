@@ -184,8 +184,9 @@ class QLoRAModule(JudgingModule):
             adapter=self.adapter,
             adapter_options=self.adapter_options,
             fast=self.fast,
+            check_later=self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING,
         )
-        self.identity = made.identity
+        self.identity, self._base_check = made.identity, made.check
         if made.unfused and dtype != torch.float32:
             self.autocast_dtype = dtype  # PEFT's own layers would compute the fp32 adapters in fp32
         return cast(nn.Module, made.model)

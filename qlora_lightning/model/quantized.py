@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from qlora_lightning.base.base_folder import BaseFolder, open_base
 from qlora_lightning.base.cache import cached_folder
+from qlora_lightning.base.cache_entry import EntryCheck
 from qlora_lightning.base.fingerprint import fingerprint
 from qlora_lightning.base.save_model import save_model
 from qlora_lightning.errors import UserError
@@ -24,6 +25,8 @@ from qlora_lightning.model.machine.allocator import giving_memory_back
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 
 _OF_THE_COPY = ("_name_or_path", "transformers_version", "dtype")  # of a config: nothing that the model computes
+
+_CHECKED_AT_ONCE = 256 << 20  # bytes: read in some tenths of a second; a larger base is checked while it trains
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +41,7 @@ class QuantizedBase:
         fingerprint: A hash over the source's tensors.
         quantization: How the linears are stored.
         double_quant: Whether the 4-bit scales are quantized too.
+        check: Of a large base from the cache; ``None`` if it was checked before it was loaded.
     """
 
     model: PreTrainedModel
@@ -45,6 +49,7 @@ class QuantizedBase:
     fingerprint: str
     quantization: Quantization
     double_quant: bool
+    check: EntryCheck | None = None
 
     @property
     def loadable_name(self) -> str:
@@ -62,6 +67,7 @@ def load_base(
     compute_dtype: torch.dtype = torch.bfloat16,
     cache: bool = True,
     device: torch.device | str = "cpu",
+    check_later: bool = False,
 ) -> QuantizedBase:
     """Load a base onto ``device``, frozen, its linears quantized and all else in ``compute_dtype``.
 
@@ -74,6 +80,8 @@ def load_base(
         compute_dtype: Dtype of the products, the embedding, the norms and the head.
         cache: Keep the quantized base for the next start.
         device: Where the model shall live.
+        check_later: Return while a large base from the cache is still compared with its checksums; the caller must call
+            ``wait()`` of the result's ``check`` before anything that was computed with it is kept.
 
     Raises:
         UserError: The name, or what it names, cannot be used.
@@ -82,19 +90,33 @@ def load_base(
     source = open_base(name, revision)
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=trust_remote_code)
     load = _Loader(torch.device(device), compute_dtype, trust_remote_code)
+    check = None
     if getattr(config, "quantization_config", None) is not None:
         stored = check_stored_quantization(config, quantization, name)
         double_quant = bool(stored.get("bnb_4bit_use_double_quant", False))
         model = load(source.folder)
         _set_compute_dtype(model, compute_dtype)
     elif quantization == "none":
+        check = EntryCheck(source.folder, source.name)
         model = load(source.folder)
     else:
         settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
-        model = load(_quantized_folder(source, config, settings, load)) if cache else load(source.folder, settings)
+        if cache:
+            folder = _quantized_folder(source, config, settings, load)
+            check = EntryCheck(folder, source.name) if _is_large(folder) else None
+            model = load(folder)
+        else:
+            EntryCheck(source.folder, source.name).wait()
+            model = load(source.folder, settings)
     _freeze(model)
     _check_quantized(model, quantization)
-    return QuantizedBase(model, source, fingerprint(source.folder), quantization, double_quant)
+    if check is not None and not check_later:
+        check.wait()
+    return QuantizedBase(model, source, fingerprint(source.folder), quantization, double_quant, check)
+
+
+def _is_large(folder: Path) -> bool:
+    return sum(file.stat().st_size for file in folder.iterdir()) > _CHECKED_AT_ONCE
 
 
 class _Loader:
@@ -124,6 +146,7 @@ def _quantized_folder(
 ) -> Path:
     def build(folder: Path) -> None:
         _log.info("Quantizing %s, once; later starts read it from the cache.", source.name)
+        EntryCheck(source.folder, source.name).wait()  # of an unpacked GGUF
         model = load(source.folder, settings)
         _freeze(model)  # packed weights would be saved wrongly, see there
         with _quiet_bars(quiet=True):
@@ -139,7 +162,7 @@ def _quantized_folder(
         "transformers": transformers.__version__,
     }
     kind = settings.bnb_4bit_quant_type if settings.load_in_4bit else "int8"
-    return cached_folder("quantized", key, build, label=f"{source.name} {kind}")
+    return cached_folder("quantized", key, build, label=f"{source.name} {kind}", checked_bytes=_CHECKED_AT_ONCE)
 
 
 def _bitsandbytes_config(quantization: Quantization, double_quant: bool, dtype: torch.dtype) -> BitsAndBytesConfig:

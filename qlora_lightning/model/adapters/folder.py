@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qlora_lightning.format_version import FORMAT_VERSION
 from qlora_lightning.model.adapters.folder_swap import refill_folder
+from qlora_lightning.model.adapters.tensors import hash_tensors
 from qlora_lightning.safe_file import set_usual_mode
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -59,11 +60,12 @@ def save_adapter_folder(
         generation, complete = _generation_config(model, tokenizer, stop_ids)
         if not complete:
             identity[OWN_STOPS] = True
-    card = describe_card(folder, identity)
     # The explicit state dict keeps PEFT from walking the quantized base, the flag from asking the hub.
     weights = peft.get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
     # copies: tied tensors share memory, which the format refuses
     weights = {name: tensor.detach().float().cpu().clone().contiguous() for name, tensor in weights.items()}
+    identity["tensors"] = hash_tensors(weights)
+    card = describe_card(folder, identity)
 
     def write(place: Path) -> None:
         if tokenizer is not None:

@@ -1,24 +1,37 @@
-"""The tensors of an adapter folder: read whole, and refused where one holds what no model can compute with."""
+"""The tensors of an adapter folder: read whole, and refused if they are damaged or no model can compute with them."""
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_lightning.base.safetensors_header import read_spans
 from qlora_lightning.errors import UserError
+from qlora_lightning.json_file import read_json_object
 
 LOADING_FAULTS = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Hash names, dtypes, shapes and numbers of tensors on the CPU, whatever their order."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read the tensors of an adapter folder, by PEFT's names.
 
     Raises:
-        UserError: The file is cut off, or a tensor holds NaN or an infinite number: every answer would be nonsense.
+        UserError: The file is cut off, its tensors are not those that ``qlora_lightning.json`` names, or one holds NaN
+            or an infinite number: every answer would be nonsense.
     """
     file = folder / "adapter_model.safetensors"
     with file.open("rb"):  # safetensors would say of a file that may not be read that it is missing
@@ -34,8 +47,16 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             bad = int((~tensor.isfinite()).sum())
             raise UserError(
                 f"The adapter folder {folder} is damaged: {bad:,} of {tensor.numel():,} values of {name} are NaN or "
-                "infinite. Copy the folder again, or train anew with a lower learning rate."
+                "infinite. Copy the folder again, or train again with a lower learning rate."
             )
+    about = folder / "qlora_lightning.json"  # other tools write none
+    expected = read_json_object(about, "Copy the adapter folder again.").get("tensors") if about.exists() else None
+    if expected is not None and hash_tensors(tensors) != expected:
+        raise UserError(
+            f"{file} is damaged: its numbers are not those that were saved (their hash in qlora_lightning.json is "
+            f"{expected[:12]}…). Copy the adapter folder again. If another tool changed them on purpose, delete "
+            'the line "tensors" of qlora_lightning.json.'
+        )
     return tensors
 
 

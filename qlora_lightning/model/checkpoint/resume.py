@@ -54,6 +54,7 @@ class ExactResume(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         module: Any = pl_module
+        module.check_base()
         settings = checkpoint.pop("hyper_parameters", {})
         own = {"generators": capture_generators(), "window": module.window.state_dict(trainable_tensors(module))}
         states = gather_states(own, trainer.global_rank, trainer.world_size) or [own]  # the first process writes

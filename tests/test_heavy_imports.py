@@ -89,3 +89,25 @@ def test_bitsandbytes_fetches_no_code_and_says_nothing(tmp_path: Path, is_instal
         [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="GNU's threads are Linux's")
+@pytest.mark.parametrize(
+    ("code", "own", "expected"),
+    [
+        ("from qlora_lightning.cli import main; main(['fit', '--help'])", {}, "10000"),
+        ("from qlora_lightning import QLoRAModule", {}, "10000"),
+        ("from qlora_lightning import QLoRAModule", {"GOMP_SPINCOUNT": "77"}, "77"),
+        ("from qlora_lightning import QLoRAModule", {"OMP_WAIT_POLICY": "passive"}, "0"),
+    ],
+)
+def test_threads_wait_briefly_unless_the_user_says_otherwise(code, own, expected):
+    usual = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    shown = subprocess.run(
+        [sys.executable, "-c", code + "; import os; assert os.environ.get('GOMP_SPINCOUNT') == os.getenv('OWN')"],
+        env=usual | own | {"OMP_DISPLAY_ENV": "verbose"} | ({"OWN": "77"} if "GOMP_SPINCOUNT" in own else {}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{expected}'" in shown.stderr

@@ -34,6 +34,11 @@ def explain(repeats: int, accelerator: str, dtype: str, scaling: bool, llama_8b:
         "second start: from the start of the process to the begin of the first step, all caches being filled; the "
         "process begins with all imports.",
     ]
+    if accelerator == "cpu":
+        lines.append(
+            "busy loops: as many processes that do nothing but compute as ours has threads, on the same cores; "
+            "half of the idle speed is what the system can share out."
+        )
     if scaling:
         lines.append(
             "scaling: the better of two steps with gradient checkpointing on one random batch, a process for each "

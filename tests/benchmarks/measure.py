@@ -1,5 +1,8 @@
-"""Runs both sides in turns, with and without gradient checkpointing, as often as asked."""
+"""Runs both sides in turns, with and without gradient checkpointing, as often as asked, and ours on a busy machine."""
 
+import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,11 +21,13 @@ class Measured:
     Attributes:
         plain: of each side without gradient checkpointing.
         checkpointing: of each side with it.
+        busy: ours without gradient checkpointing, beside as many busy loops as it has threads; on a CPU.
         selective: ours with every second layer checkpointed.
     """
 
     plain: dict[str, list[Figures]] = field(default_factory=dict)
     checkpointing: dict[str, list[Figures]] = field(default_factory=dict)
+    busy: list[Figures] = field(default_factory=list)
     selective: list[Figures] = field(default_factory=list)
 
 
@@ -51,10 +56,28 @@ def measure_sides(sides: Sequence[Side], repeats: int, measured: Measured, conso
                 console.print(_describe(figures))
                 yield
         _check_same_work(measured.plain)
+        if sides[0].accelerator == "cpu":
+            console.print(f"ours, beside {sides[0].threads} busy loops, run {repeat} of {repeats} … ", end="")
+            with _busy_loops(sides[0].threads):
+                measured.busy.append(sides[0].measure("--without-ceilings"))
+            console.print(_describe(measured.busy[-1]))
+            yield
         console.print(f"ours, every second layer checkpointed, run {repeat} of {repeats} … ", end="")
         measured.selective.append(sides[0].measure("--gradient-checkpointing", "--every-n-layers=2"))
         console.print(_describe(measured.selective[-1]))
         yield
+
+
+@contextlib.contextmanager
+def _busy_loops(count: int) -> Iterator[None]:
+    """Keep as many cores at work as other programs of the user might."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 def _check_same_work(runs: Mapping[str, Sequence[Figures]]) -> None:

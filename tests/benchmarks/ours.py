@@ -33,13 +33,14 @@ def main() -> None:
         "--every-n-layers", type=int, default=1, help="of gradient checkpointing; more than 1: no ceiling"
     )
     parser.add_argument("--max-steps", type=int, default=-1, help="stop there, and measure no ceiling")
+    parser.add_argument("--without-ceilings", action="store_true", help="train the epoch alone")
     arguments = parser.parse_args()
     lightning.seed_everything(settings.SEED)
     module, meter = make_module(arguments.base, arguments.dtype), Meter()
     data = make_data(arguments, train=arguments.data)
     train(module, data, arguments, [meter])
     ceiling = steady_seconds = validation = None
-    if arguments.max_steps == -1 and arguments.every_n_layers == 1:
+    if arguments.max_steps == -1 and arguments.every_n_layers == 1 and not arguments.without_ceilings:
         steady, ceilings = Meter(), Ceilings(arguments.gradient_checkpointing)
         train(module, data, arguments, [steady, ceilings])
         steady_seconds = steady.seconds - ceilings.seconds

@@ -8,7 +8,15 @@ from qlora_lightning.commands.json_output import write_json
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.measure import Measured
 from tests.benchmarks.report import rows_as_json
-from tests.benchmarks.table import Row, compare_ceilings, compare_sides, compare_starts, rows_of_8b, rows_of_selective
+from tests.benchmarks.table import (
+    Row,
+    compare_ceilings,
+    compare_sides,
+    compare_starts,
+    rows_of_8b,
+    rows_of_busy_machine,
+    rows_of_selective,
+)
 
 
 @dataclass
@@ -36,6 +44,7 @@ class Results:
         sides = (
             [
                 *compare_sides(plain, checkpointing, accelerator),
+                *rows_of_busy_machine(plain, self.measured.busy),
                 *rows_of_selective(selective, accelerator),
                 *compare_ceilings(plain, checkpointing),
                 *compare_starts(plain),

@@ -82,6 +82,17 @@ def rows_of_selective(runs: Sequence[Figures], accelerator: str) -> list[Row]:
     ]
 
 
+def rows_of_busy_machine(plain: Runs, busy: Sequence[Figures]) -> list[Row]:
+    """Make the rows of ours beside busy loops: its speed, and the share of that on an idle machine."""
+    if not busy:
+        return []
+    speed, idle = (median(run.tokens_per_second for run in runs) for runs in (busy, plain["ours"]))
+    return [
+        Row("tokens/s, beside busy loops", speed, digits=1),
+        Row("share of idle speed, beside busy loops", speed / idle, goal=Goal("≥", 0.45, "")),
+    ]
+
+
 def compare_ceilings(plain: Runs, checkpointing: Runs) -> list[Row]:
     """Make the roofline rows: ours against its products alone, in training and in validation."""
     rows = []

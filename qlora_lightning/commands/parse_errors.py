@@ -47,7 +47,7 @@ def word_parse_error(message: str, arguments: Sequence[str], known: Mapping[str,
         (r"Import path (?P<path>\S+) (?P<fault>does not correspond to a subclass of \w+)", _bad_class),
         (r"Unexpected config:", _not_a_mapping),
         (r"Parser key \"(?P<key>[\w.]+)\"[\s\S]*?Expected an? (?P<type>.+)\. Got value: (?P<value>.+)", _bad_value),
-        (r"Parser key \"(?P<key>[\w.]+)\"[\s\S]*Given value: (?P<value>.+)", _bad_union_value),
+        (r"Parser key \"(?P<key>[\w.]+)\"[\s\S]*Given value: ", _bad_union_value),
     ):
         match = re.search(pattern, message)
         if match:
@@ -107,9 +107,12 @@ def _bad_value(match: re.Match[str], message: str, known: Mapping[str, type | No
 
 
 def _bad_union_value(match: re.Match[str], message: str, known: Mapping[str, type | None]) -> str:
-    types = re.findall(r"- Expected an? (.+)", message)
+    keys = re.findall(r"Parser key \"([\w.]+)\"", message)
+    values = list(re.finditer(r"Given value: (.+)", message))  # of the inner keys first
+    inner = values[-len(keys)] if len(keys) <= len(values) else values[-1]
+    types = re.findall(r"- Expected an? (.+)", message[: inner.start()])
     expected = " or ".join(dict.fromkeys(_plain_type(name) for name in types)) or "another value"
-    return f"{match['key']} is {match['value'].strip()}: expected {expected}."
+    return f"{'.'.join(keys)} is {inner[1].strip()}: expected {expected}."
 
 
 _NAMES_PLACE = (_bad_yaml, _unknown_key, _unknown_nested_key, _not_a_mapping, _bad_class)

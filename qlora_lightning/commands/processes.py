@@ -1,9 +1,10 @@
-"""Several processes: which strategies may train, how long one waits for another, what is said when one is lost."""
+"""Devices and processes: accelerators and strategies that may train, how long one waits, what is said of a lost one."""
 
 from datetime import timedelta
 from typing import Any
 
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 from qlora_lightning.errors import LostProcess, UserError
@@ -20,6 +21,22 @@ def set_timeout() -> None:
     Another time: ``{class_path: DDPStrategy, init_args: {timeout: "1:00:00"}}``.
     """
     StrategyRegistry.register("ddp", DDPStrategy, "DDP", override=True, start_method="popen", timeout=TIMEOUT)
+
+
+def check_accelerator(accelerator: Any) -> None:
+    """Refuse a GPU that torch does not find, which Lightning words without the setting.
+
+    Raises:
+        UserError: There is none.
+    """
+    cuda, mps = CUDAAccelerator.is_available, MPSAccelerator.is_available
+    found = {"gpu": lambda: cuda() or mps(), "cuda": cuda, "mps": mps}.get(str(accelerator))
+    if found is not None and not found():
+        kind = "GPU" if accelerator == "gpu" else f"{str(accelerator).upper()} device"
+        raise UserError(
+            f"trainer.accelerator is {accelerator}, but torch finds no {kind} on this machine: leave "
+            "trainer.accelerator out, which takes the best device there is, or set it to cpu."
+        )
 
 
 def check_strategy(strategy: Any, quantization: str) -> None:

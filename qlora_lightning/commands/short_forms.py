@@ -1,5 +1,6 @@
 """The short forms that users type, turned into what jsonargparse reads, and back for the saved config."""
 
+import math
 from typing import Any
 
 CALLBACK_KEYS = ("gradient_checkpointing", "adapter_checkpoint", "gpu_memory", "throughput", "evaluation", "ema")
@@ -26,7 +27,10 @@ def expand_config(config: Any) -> Any:
 
 
 def expand_arguments(arguments: list[str]) -> list[str]:
-    """Expand ``--gpu_memory null`` (or ``false``, ``true``) on the command line."""
+    """Expand ``--gpu_memory null`` (or ``false``, ``true``) on the command line, and join ``--key -1e-3`` by ``=``.
+
+    Without it argparse takes ``-1e-3`` for an option, and finds no value for the key.
+    """
     expanded: list[str] = []
     rest = list(arguments)
     while rest:
@@ -36,8 +40,17 @@ def expand_arguments(arguments: list[str]) -> list[str]:
                 value, equals = rest.pop(0), "="
             if value.lower() in (*_OFF, *_ON):
                 name, value = f"{name}.enabled", str(value.lower() in _ON).lower()
+        elif name.startswith("--") and not equals and rest and _is_negative(rest[0]):
+            value, equals = rest.pop(0), "="
         expanded.append(f"{name}{equals}{value}")
     return expanded
+
+
+def _is_negative(text: str) -> bool:
+    try:
+        return text.startswith("-") and math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def shorten_config(config: dict[str, Any], default_classes: dict[str, str]) -> dict[str, Any]:

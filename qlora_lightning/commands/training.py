@@ -41,7 +41,7 @@ from qlora_lightning.commands.checkpoint_settings import with_checkpoint_setting
 from qlora_lightning.commands.foreign_errors import word_foreign_error
 from qlora_lightning.commands.moved_run import refuse_moved_run
 from qlora_lightning.commands.parse_errors import check_top_level, word_parse_error
-from qlora_lightning.commands.processes import check_strategy, find_lost_process, set_timeout
+from qlora_lightning.commands.processes import check_accelerator, check_strategy, find_lost_process, set_timeout
 from qlora_lightning.commands.short_forms import expand_arguments, expand_config, shorten_config
 from qlora_lightning.commands.training_help import HelpFormatter, help_of
 from qlora_lightning.commands.whole_numbers import read_whole_numbers_first
@@ -163,6 +163,7 @@ class QLoRACLI(LightningCLI):
             raise UserError(
                 f"trainer.gradient_clip_val is {settings['gradient_clip_val']:g}: expected 0 (off) or more."
             )
+        check_accelerator(settings["accelerator"])
         check_strategy(settings["strategy"], self.model.quantization if isinstance(self.model, QLoRAModule) else "nf4")
         folder, chosen = settings["default_root_dir"], settings.get("logger")
         others = [] if chosen in (None, True, False) else chosen if isinstance(chosen, list) else [chosen]

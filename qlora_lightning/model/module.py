@@ -33,9 +33,9 @@ from qlora_lightning.model.neftune import check_neftune_alpha
 from qlora_lightning.model.optimization.gradient_buckets import GradientBuckets
 from qlora_lightning.model.optimization.loraplus import check_loraplus_ratio, group_parameters
 from qlora_lightning.model.optimization.optimizer import ParameterGroups, build_optimizer, check_optimizer
-from qlora_lightning.model.optimization.schedule import build_schedule, check_schedule, plan_steps
+from qlora_lightning.model.optimization.schedule import build_schedule, check_schedule, describe_few_steps, plan_steps
 from qlora_lightning.model.quantized import Quantization
-from qlora_lightning.model.summary import adapter_table, describe_sizes
+from qlora_lightning.model.summary import adapter_table, describe_large_rank, describe_sizes
 from qlora_lightning.trainer import callbacks_of
 
 
@@ -268,7 +268,11 @@ class QLoRAModule(JudgingModule):
             self.weight_decay,
             fused=not str(self.trainer.precision).endswith("-mixed"),  # there Lightning clips no fused optimizer
         )
-        schedule = build_schedule(optimizer, self.schedule, plan_steps(self.trainer), self.warmup_ratio)
+        total_steps = plan_steps(self.trainer)
+        few = describe_few_steps(self.trainer, total_steps)
+        if few is not None and self.trainer.is_global_zero:
+            describe(few)
+        schedule = build_schedule(optimizer, self.schedule, total_steps, self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -284,6 +288,9 @@ class QLoRAModule(JudgingModule):
             describe(slow)
         describe(adapter_table(self.model))
         describe(describe_sizes(self.model))
+        large = describe_large_rank(self.model)
+        if large is not None:
+            describe(large)
         if self.fast:
             plain = explain_plain_layers(
                 self.causal_lm, autocasts=self.autocast_dtype is not None, precision=str(self.trainer.precision)

@@ -422,3 +422,27 @@ def test_a_parser_is_made_for_the_command_that_runs_and_no_other():
     with pytest.raises(UserError, match="that is enough"):
         training.main(["validate"], Cli)
     assert made == ["validate"]
+
+
+def test_a_run_with_few_steps_or_none_and_a_rank_beyond_its_matrices_are_told(run):
+    settings = ["--evaluation=null", "--model.rank=40", '--model.target_modules=["q_proj","k_proj"]']
+    out = run("fit", *settings)
+    assert "only 3 optimizer steps" in out
+    assert "k_proj (32 × 64, rank 40)" in out
+    assert "q_proj (" not in out
+    assert "Nothing" not in out
+    out = run("fit", *settings, "--ckpt_path", "last")
+    assert "Nothing is left to train" in out
+    assert "trainer.max_epochs (1)" in out
+    out = run("fit", *settings, "--ckpt_path", "last", "--trainer.max_steps", "2")
+    assert "trainer.max_steps (2)" in out
+    assert "Nothing" not in run("fit", *settings, "--ckpt_path", "last", "--trainer.max_epochs", "2")
+
+
+@pytest.mark.parametrize("limit", ["trainer.max_epochs", "trainer.max_steps", "trainer.limit_train_batches"])
+def test_a_run_without_a_step_is_told(run, limit):
+    assert f"Nothing will train: {limit} is 0" in run("fit", f"--{limit}", "0", "--evaluation", "null")
+
+
+def test_few_steps_that_were_asked_for_are_not_told(run):
+    assert "optimizer steps" not in run("fit", "--trainer.max_steps", "2", "--evaluation", "null")

@@ -19,10 +19,8 @@ def hold_out(samples: SampleSet | Sequence[Sample], fraction: float, seed: int) 
     content and the seed, not on its line.
 
     Raises:
-        UserError: if the fraction is not between 0 and 1, or there are fewer than two different rows.
+        UserError: there are fewer than two different rows.
     """
-    if not 0 < fraction < 1:
-        raise UserError(f"val_fraction: expected a number between 0 and 1, found {fraction}.")
     samples = gather_samples(samples)
     digests = digest_rows(samples, key=str(seed).encode(), labels=False)
     contents = np.unique(digests)  # sorted: those held out are the ones with the lowest hashes

@@ -38,6 +38,11 @@ def check_combinations(
     """Refuse settings that contradict each other."""
     if val is not None and val_fraction is not None:
         raise UserError("val and val_fraction are both given: keep one, the file or the share of the training rows.")
+    if val_fraction is not None and not 0 < val_fraction < 1:
+        raise UserError(
+            f"data.val_fraction is {val_fraction:g}: expected a share of the training rows between 0 and 1. For no "
+            "validation set it to null; for validation rows of their own name a file in data.val."
+        )
     if batch_size is not None and tokens_per_batch is not None:
         raise UserError("batch_size and tokens_per_batch are both given: keep one, rows or tokens per micro-batch.")
     for name, value in (("batch_size", batch_size), ("tokens_per_batch", tokens_per_batch)):

@@ -17,6 +17,7 @@ from qlora_lightning.model.checkpoint.resume_checks import (
     check_data,
     check_save_point,
     check_window,
+    describe_nothing_left,
     is_inside_epoch,
     leaves_validation_out,
 )
@@ -32,8 +33,8 @@ from qlora_lightning.model.checkpoint.setting_changes import (
 from qlora_lightning.trainer import callbacks_of
 
 _VALIDATION_LEFT_OUT = (
-    "All steps of trainer.max_steps are taken, but the validation after the last one had not ended: nothing is left to "
-    "train, and that validation is not run. `qlora-lightning validate --ckpt_path last` judges the adapter."
+    "The validation after the last step had not ended, and is not run. `qlora-lightning validate --ckpt_path last` "
+    "judges the adapter."
 )
 
 
@@ -88,6 +89,8 @@ class ExactResume(Callback):
             patience = keep_patience(trainer, checkpoint.get("callbacks", {}))
             if trainer.is_global_zero:
                 _tell(_words_on_settings(content, trainer, module, patience))
+                nothing_left = describe_nothing_left(checkpoint, trainer.max_epochs, trainer.max_steps)
+                _tell([nothing_left] if nothing_left else [])
                 _tell([_VALIDATION_LEFT_OUT] if leaves_validation_out(checkpoint, trainer.max_steps) else [])
                 saved = len(_states_of_ranks(content))
                 _tell([describe_other_number(saved, trainer.world_size)] if saved != trainer.world_size else [])

@@ -70,6 +70,28 @@ def is_inside_epoch(checkpoint: Mapping[str, Any]) -> bool:
     return bool(progress.get("current", {}).get("completed")) and not progress.get("is_last_batch", False)
 
 
+def describe_nothing_left(checkpoint: Mapping[str, Any], max_epochs: int | None, max_steps: int) -> str | None:
+    """Describe a resume that has no step left to train; ``None`` if there is one.
+
+    Args:
+        checkpoint: As Lightning loaded it.
+        max_epochs: The Trainer's; ``None`` or -1 for no limit.
+        max_steps: The Trainer's; -1 for no limit.
+    """
+    step = checkpoint.get("global_step", 0)
+    loop = _fit_loop(checkpoint)
+    epochs = loop.get("epoch_progress", {}).get("current", {})
+    batches = loop.get("epoch_loop.batch_progress", {})
+    begun = "ready" if batches.get("is_last_batch") and not is_inside_epoch(checkpoint) else "processed"
+    for limit, value, done in (("max_steps", max_steps, step), ("max_epochs", max_epochs, epochs.get(begun, 0))):
+        if value is not None and 0 <= value <= done:
+            return (
+                f"Nothing is left to train: with the checkpoint's step {step} trainer.{limit} ({value}) is reached. "
+                "Raise it to train on."
+            )
+    return None
+
+
 def leaves_validation_out(checkpoint: Mapping[str, Any], max_steps: int) -> bool:
     """Whether a validation was due that a resume does not run, since all steps are taken: Lightning then does nothing.
 

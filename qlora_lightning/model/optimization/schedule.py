@@ -8,9 +8,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import SchedulerType, get_scheduler
 
 from qlora_lightning.errors import UserError
+from qlora_lightning.trainer import is_trial_run
 
 # Schedules that look at a metric or at gradients do not fit «once per optimizer step».
 _NEED_METRICS = {"reduce_lr_on_plateau", "greedy"}
+_FEW_STEPS = 10
 
 
 def count_optimizer_steps(
@@ -48,6 +50,28 @@ def plan_steps(trainer: Any) -> int:
     batches, limit = count_batches(), trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * (limit or 1.0))
     return count_optimizer_steps(batches, trainer.accumulate_grad_batches, trainer.max_epochs, trainer.max_steps)
+
+
+def describe_few_steps(trainer: Any, total_steps: int) -> str | None:
+    """Describe a run that will train nothing, or has too few optimizer steps to learn from; else return ``None``.
+
+    Steps that ``trainer.max_steps`` limits are what the user asked for.
+
+    Args:
+        trainer: About to fit.
+        total_steps: Optimizer steps of the whole run.
+    """
+    if total_steps == 0:
+        limits = {name: getattr(trainer, name) for name in ("max_epochs", "max_steps", "limit_train_batches")}
+        zero = ", ".join(f"trainer.{name}" for name, value in limits.items() if value == 0)
+        return f"Nothing will train: {zero or 'the number of training batches'} is 0. Set it to 1 or more."
+    if total_steps >= _FEW_STEPS or total_steps == trainer.max_steps or is_trial_run(trainer):
+        return None
+    return (
+        f"The run has only {total_steps} optimizer steps in all, too few for a warm-up and a schedule: for more raise "
+        f"trainer.max_epochs (now {trainer.max_epochs}), or lower data.batch_size (or data.tokens_per_batch) or "
+        f"trainer.accumulate_grad_batches (now {trainer.accumulate_grad_batches})."
+    )
 
 
 def check_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[str, dict[str, Any]]:

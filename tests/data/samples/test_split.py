@@ -46,5 +46,3 @@ def test_each_side_has_a_row_or_the_split_is_refused():
     assert [len(side) for side in hold_out(SAMPLES[:2], 0.99, 0)] == [1, 1]
     with pytest.raises(UserError, match="at least 2 different rows"):
         hold_out(SAMPLES[:1], 0.5, 0)
-    with pytest.raises(UserError, match="between 0 and 1, found 5"):
-        hold_out(SAMPLES, 5, 0)

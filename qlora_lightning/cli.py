@@ -131,6 +131,8 @@ def _quiet_libraries() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # Lightning's tip to install a product of its maker
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+    if not sys.stderr.isatty():  # bars of tqdm, as transformers' while it quantizes, would fill a log with fragments
+        os.environ.setdefault("TQDM_DISABLE", "1")
     # Lightning 2.6 on torch 2.13
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*deprecated")
 

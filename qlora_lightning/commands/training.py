@@ -33,7 +33,7 @@ from qlora_lightning.callbacks import (
 from qlora_lightning.callbacks.find_checkpoint import check_checkpoint, find_checkpoint
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.process_watch import ProcessWatch
-from qlora_lightning.callbacks.progress_bar import ShortProgressBar
+from qlora_lightning.callbacks.progress_bar import choose_progress_display
 from qlora_lightning.callbacks.run_folder import RunFolder
 from qlora_lightning.callbacks.started_folder import refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import was_requeued
@@ -179,7 +179,7 @@ class QLoRACLI(LightningCLI):
         callbacks = [*named, RunFolder(config), *told, *added]
         shows = settings["enable_progress_bar"] in (None, True)
         if shows and not any(isinstance(callback, ProgressBar) for callback in callbacks):
-            callbacks.append(ShortProgressBar())
+            callbacks.append(choose_progress_display())
         try:
             return super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
         except (ValueError, MisconfigurationException) as error:  # what Lightning does not take, in its own words

@@ -106,7 +106,7 @@ def test_a_validation_that_will_not_be_run_is_told(tmp_path, capsys):
     assert "validate --ckpt_path last" not in capsys.readouterr().out
     checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["current"]["ready"] = 1
     ExactResume().on_load_checkpoint(now, Module(), checkpoint)
-    assert "that validation is not run. `qlora-lightning validate --ckpt_path last` judges" in capsys.readouterr().out
+    assert "and is not run. `qlora-lightning validate --ckpt_path last` judges" in capsys.readouterr().out
 
 
 def test_evaluation_restores_nothing(tmp_path):

@@ -111,6 +111,36 @@ KEYS = [
         ("not YAML", "python/object"),
         write("wrong.yaml", "model: !!python/object/apply:os.mkdir [ran]\n"),
     ),
+    Wrong(
+        "section_twice",
+        "fit --config c.yaml --config wrong.yaml",
+        ("'model'", "line 1", "line 3", "wrong.yaml"),
+        write("wrong.yaml", "model: {base: tiny}\ndata: {train: rows.jsonl}\nmodel: {rank: 2}\n"),
+    ),
+    Wrong(
+        "key_twice",
+        "inspect --config wrong.yaml",
+        ("'max_length'", "line 4", "line 6", "wrong.yaml"),
+        write(
+            "wrong.yaml",
+            "model:\n  base: tiny\ndata:\n  max_length: 64\n  train: rows.jsonl\n  max_length: 128\n",
+        ),
+    ),
+    Wrong(
+        "key_twice_in_a_line",
+        "plan --config wrong.yaml",
+        ("'rank'", "twice in line 1"),
+        write("wrong.yaml", "model: {base: tiny, rank: 2, rank: 4}\n"),
+    ),
+    Wrong(
+        "key_twice_in_a_runs_config",
+        "report run --out other.html",
+        ("'seed_everything'", "line 1", "line 2", "config.yaml"),
+        lambda: (
+            Path("run/manifest.json").unlink(),  # which would say it too
+            write("run/config.yaml", "seed_everything: 1\nseed_everything: 2\n")(),
+        ),
+    ),
     Wrong("binary_config", "fit --config wrong.yaml", ("UTF-8",), write("wrong.yaml", b"\x00\xff\xfe")),
     Wrong(
         "unknown_section", "fit --config wrong.yaml", ("'modle'", "model"), write("wrong.yaml", "modle: {}\ndata: {}")
@@ -181,6 +211,24 @@ DATA = [
     Wrong("no_data_in_folder", "--data.train wrong", ("wrong",), write("wrong/a.md", "a")),
     Wrong(
         "no_json", "--data.train wrong.jsonl", ("wrong.jsonl:2",), write("wrong.jsonl", json.dumps(ALPACA) + "\n{'a"), 9
+    ),
+    Wrong(
+        "key_twice_in_a_row",
+        "--data.train wrong.jsonl",
+        ("wrong.jsonl:2", "'output'", "twice"),
+        write("wrong.jsonl", json.dumps(ALPACA) + '\n{"instruction": "Say it.", "output": "it", "output": "no"}\n'),
+        9,
+    ),
+    Wrong(
+        "key_twice_in_an_array",
+        "--data.train wrong.json",
+        ("wrong.json:3", "element 1", "'content'", "twice"),
+        write(
+            "wrong.json",
+            '[{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},\n\n'
+            ' {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]}]',
+        ),
+        9,
     ),
     Wrong("no_dict", "--data.train wrong.jsonl", ("wrong.jsonl:2",), rows(ALPACA, [1, 2]), 9),
     Wrong(

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qlora_lightning.commands.config_files import find_configs
 from qlora_lightning.errors import UserError
+from qlora_lightning.yaml_text import load_yaml
 
 _OF_A_RUN = ("manifest.json", "checkpoints/last.ckpt", "adapter/adapter_config.json")
 
@@ -40,7 +39,7 @@ def refuse_moved_run(arguments: Sequence[str], run_folder: str | Path) -> None:
 
 
 def _read_run_folder(config: Path) -> Path | None:
-    settings: Any = yaml.safe_load(config.read_text(encoding="utf-8"))
+    settings: Any = load_yaml(config.read_text(encoding="utf-8"))
     trainer = settings.get("trainer") if isinstance(settings, dict) else None
     says = trainer.get("default_root_dir") if isinstance(trainer, dict) else None
     return Path(says).expanduser() if isinstance(says, str) else None

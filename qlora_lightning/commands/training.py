@@ -50,6 +50,7 @@ from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.trainer import is_trial_run
+from qlora_lightning.yaml_text import load_yaml
 
 _DEFAULT_CLASSES = {
     "model": "qlora_lightning.QLoRAModule",
@@ -237,7 +238,7 @@ def main(argv: Sequence[str], cli: Callable[..., object] = QLoRACLI, name: str |
     """
 
     def load(text: str) -> Any:
-        config = yaml.safe_load(text)
+        config = load_yaml(text)
         check_top_level(config, argv, _KNOWN_KEYS)
         return expand_config(config)
 

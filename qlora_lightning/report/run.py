@@ -13,6 +13,7 @@ from qlora_lightning.json_shape import find_fault
 from qlora_lightning.report.manifest import NAME, read_json, read_manifest
 from qlora_lightning.report.metrics import Points, read_metrics
 from qlora_lightning.report.shapes import ADAPTER, CONFIG, EVALUATION, PLAN
+from qlora_lightning.yaml_text import load_yaml
 
 try:
     import fcntl
@@ -121,7 +122,7 @@ def _is_going_on(folder: Path) -> bool:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config = load_yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

@@ -159,3 +159,18 @@ print("heavy:", heavy & set(sys.modules))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("heavy: set()\n")
+
+
+def test_merge_keys_bring_in_what_stands_beside_them_again(run, folder):
+    _write(folder / "val.jsonl", [{"instruction": "Say it.", "output": "it"}])
+    (folder / "c.yaml").write_text(
+        "model: {base: tiny}\ndata:\n  train: &source {path: train.jsonl}\n  val: {<<: *source, path: val.jsonl}\n"
+    )
+    out, _ = run()
+    assert _line(out, "rows read") == ["10", "1"]
+
+
+def test_a_text_on_the_command_line_may_look_like_yaml_in_which_a_key_stands_twice(run):
+    out, _ = run("--data.system", "a: 1\na: 2", "--row", "1")
+    assert "a│:│ │1│↵" in out
+    assert "a│:│ │2" in out

@@ -14,6 +14,7 @@ from qlora_lightning.commands.short_forms import CALLBACK_KEYS, expand_arguments
 from qlora_lightning.data.chat.tokenizers import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.errors import UserError
+from qlora_lightning.yaml_text import load_yaml
 
 SPLITS = ("train", "val", "test", "predict")
 _DATA_CLASS = "qlora_lightning.InstructionDataModule"
@@ -141,7 +142,7 @@ def _parse_config(arguments: list[str]) -> Config:
     known = {**KNOWN_KEYS, **dict.fromkeys(_OWN)}
 
     def load(text: str) -> Any:
-        config = yaml.safe_load(text)
+        config = load_yaml(text)
         check_top_level(config, arguments, KNOWN_KEYS)
         return expand_config(config)
 

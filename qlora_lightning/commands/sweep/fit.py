@@ -22,6 +22,7 @@ from qlora_lightning.errors import UserError
 from qlora_lightning.model.checkpoint.setting_changes import describe_changes, find_changes
 from qlora_lightning.model.kept_base import KeptBase
 from qlora_lightning.trainer import callbacks_of, is_trial_run
+from qlora_lightning.yaml_text import load_yaml
 
 # They judge a run at its end, or tell how to use it: a sweep does that for all of its trials.
 _LEFT_OUT = (Evaluation, MemoryComparison, LoadingLines)
@@ -108,7 +109,7 @@ class TrialCLI(QLoRACLI):
         if not file.exists():
             return
         try:
-            stored = _flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
+            stored = _flatten(load_yaml(file.read_text(encoding="utf-8")))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{file} is not YAML any more: remove the folder of this trial, or name another."

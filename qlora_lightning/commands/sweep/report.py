@@ -15,6 +15,7 @@ from qlora_lightning.commands.sweep.dimensions import Dimension, show_value
 from qlora_lightning.commands.sweep.gain import Gain, measure_gain
 from qlora_lightning.commands.sweep.trial import Trial
 from qlora_lightning.safe_file import write_whole
+from qlora_lightning.yaml_text import load_yaml
 
 CHOSEN = "chosen.yaml"
 
@@ -96,7 +97,7 @@ def write_results(folder: Path, run_folder: Path, chosen: Trial, summary: dict[s
         summary: See :func:`summarize`.
     """
     write_json(folder / "sweep.json", summary)
-    config = yaml.safe_load((folder / chosen.name / "config.yaml").read_text(encoding="utf-8"))
+    config = load_yaml((folder / chosen.name / "config.yaml").read_text(encoding="utf-8"))
     config["trainer"]["default_root_dir"] = str(run_folder)
     write_whole(folder / CHOSEN, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     return folder / CHOSEN

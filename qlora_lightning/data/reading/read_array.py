@@ -9,11 +9,11 @@ from typing import Any, BinaryIO
 
 from qlora_lightning.data.reading.compression import open_stream
 from qlora_lightning.data.reading.cursor import MAX_ROW_BYTES, REST_UNREAD, Cursor, Parsed
-from qlora_lightning.data.reading.read_lines import NOT_UTF8, TOO_LONG, is_cut, kind_of_value
+from qlora_lightning.data.reading.read_lines import NOT_UTF8, TOO_LONG, RowDecoder, is_cut, kind_of_value
 
 _CHUNK_BYTES = 1 << 18
 _SPACE = re.compile(r"[ \t\r\n]*")
-_DECODER = json.JSONDecoder()
+_DECODER = RowDecoder()
 
 
 def read_array(file: Path, cursor: Cursor) -> Iterator[Parsed]:
@@ -29,11 +29,11 @@ def read_array(file: Path, cursor: Cursor) -> Iterator[Parsed]:
             while window.enter_element():
                 line, value = cursor.line, window.read_value()
                 cursor.count += 1
-                if isinstance(value, dict):
-                    yield line, value, ""
+                reason = _DECODER.fault if isinstance(value, dict) else f"is {kind_of_value(value)}, not an object"
+                if reason:
+                    yield line, None, f"element {cursor.count - 1} of the array {reason}"
                 else:
-                    index = cursor.count - 1
-                    yield line, None, f"element {index} of the array is {kind_of_value(value)}, not an object"
+                    yield line, value, ""
         except _Fault as fault:
             cursor.count += 1
             cursor.end_file()

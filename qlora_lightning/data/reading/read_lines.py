@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,6 +13,34 @@ from qlora_lightning.data.reading.cursor import MAX_ROW_BYTES, Cursor, Parsed
 NOT_UTF8 = "not UTF-8 text: save the file as UTF-8"
 TOO_LONG = f"longer than {MAX_ROW_BYTES >> 20} MiB: two rows have probably run together"
 _PIECE_BYTES = 1 << 16
+
+
+class RowDecoder(json.JSONDecoder):
+    """Decodes JSON, and remembers a key that stands twice in an object, of which Python keeps the last.
+
+    Attributes:
+        fault: what is wrong with what was decoded last; empty where no key stands twice.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._make_object)
+        self.fault = ""
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        """Decode the value that begins at ``idx``, and give its end."""
+        self.fault = ""
+        return super().raw_decode(s, idx)
+
+    def _make_object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs) and not self.fault:
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in values if keys.count(key) > 1)
+            self.fault = f"has the key {reprlib.repr(twice)} twice in one object, where the last would count: keep one"
+        return values
+
+
+_DECODER = RowDecoder()
 
 
 def read_lines(file: Path, cursor: Cursor) -> Iterator[Parsed]:
@@ -47,10 +76,12 @@ def _parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
         cut = error.reason == "unexpected end of data" and not raw.endswith(b"\n")
         return None, "the line ends in the middle of a character" if cut else NOT_UTF8
     try:
-        values = json.loads(text)
+        values = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         return None, _describe_error(error, text)
-    return (values, "") if isinstance(values, dict) else (None, f"{kind_of_value(values)}, not a JSON object")
+    if not isinstance(values, dict):
+        return None, f"{kind_of_value(values)}, not a JSON object"
+    return (None, _DECODER.fault) if _DECODER.fault else (values, "")
 
 
 def _describe_error(error: ValueError | RecursionError, text: str) -> str:

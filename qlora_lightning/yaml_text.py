@@ -1,0 +1,33 @@
+"""YAML that a user wrote: read as ever, but no key stands twice, of which all but the last would be lost."""
+
+from typing import Any
+
+import yaml
+
+
+class DuplicateKey(yaml.YAMLError):
+    """A key stands twice in one mapping, which YAML forbids and PyYAML lets pass."""
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Look at the keys as they are written: what a merge key (``<<``) brings in may stand there again."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, Any], int] = {}
+        for key, _ in node.value:
+            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and name in lines:
+                first = lines[name]
+                places = f"twice in line {line}" if first == line else f"in line {first} and again in line {line}"
+                raise DuplicateKey(f"the key {key.value!r} stands {places}, where the last would count: keep one")
+            lines[name] = line
+        return node
+
+
+def load_yaml(text: str) -> Any:
+    """Give what a YAML text holds.
+
+    Raises:
+        yaml.YAMLError: It is not YAML, or a key stands twice in it.
+    """
+    return yaml.load(text, Loader=_Loader)  # which is a SafeLoader

@@ -42,7 +42,7 @@ class InstructionDataModule(PreparedRows):
         predict: rows that ``predict`` answers; they may lack answers.
         format: ``auto`` (by the keys of the rows), ``alpaca``, ``messages``, ``sharegpt``, ``prompt_completion``,
             ``question_answer``, or the dotted path of a function ``row -> conversation``.
-        columns: other names for columns, ``{their name: our name}``.
+        columns: other names for columns, ``{their name: our name}``; ``null`` leaves a column out.
         system: system prompt for rows without one.
         chat_template: ``llama3``, ``chatml``, ``alpaca`` or a ``.jinja`` file; by default the tokenizer's own.
         train_on: ``assistant``: every answer and its stop token; ``last``: the last answer only; ``all``: every token.
@@ -65,7 +65,7 @@ class InstructionDataModule(PreparedRows):
         test: DataPath | None = None,
         predict: DataPath | None = None,
         format: str = "auto",
-        columns: dict[str, str] | None = None,
+        columns: dict[str, str | None] | None = None,
         system: str | None = None,
         chat_template: str | None = None,
         train_on: Literal["assistant", "last", "all"] = "assistant",

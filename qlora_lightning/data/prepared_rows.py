@@ -34,7 +34,7 @@ class PreparedRows(LightningDataModule):
 
     files: dict[str, Any]
     format: str
-    columns: dict[str, str]
+    columns: dict[str, str | None]
     system: str | None
     chat_template: str | None
     train_on: Literal["assistant", "last", "all"]

@@ -218,6 +218,108 @@ def test_bad_rows_stop_or_are_skipped(make, write):
         make(on_bad_row="ignore")
 
 
+PAIR = {"prompt": "q", "completion": "k"}
+TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "k"}]
+OTHER_TASKS = {
+    "preference of TRL": ({"prompt": "q", "chosen": "k", "rejected": "b"}, "{chosen: completion}"),
+    "preference without prompt": ({"chosen": TALK, "rejected": TALK}, "{chosen: messages}"),
+    "preference of LLaMA-Factory": ({"instruction": "q", "chosen": "k", "rejected": "b"}, "{chosen: output}"),
+    "preference beside an answer": ({**PAIR, "chosen": TALK, "rejected": TALK}, "{chosen: null, rejected: null}"),
+    "preference after a conversation": (
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "gpt", "value": "k"},
+                {"from": "human", "value": "r"},
+            ],
+            "chosen": {"from": "gpt", "value": "k"},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+        "'chosen' and 'rejected'",
+    ),
+    "bad answer of TRL": ({**PAIR, "label": False}, "{label: null}"),
+    "good answer": ({"messages": TALK, "label": True}, "{label: null}"),
+    "bad answer of LLaMA-Factory": ({"instruction": "q", "output": "k", "kto_tag": False}, "{kto_tag: null}"),
+    "pictures": ({"messages": TALK, "images": ["a.png"]}, "{images: null}"),
+    "a picture in bytes": ({**PAIR, "image": {"bytes": None, "path": "a.png"}}, "{image: null}"),
+    "films": ({"instruction": "q", "output": "k", "videos": ["a.mp4"]}, "{videos: null}"),
+    "a sound": ({"question": "q", "answer": "k", "audio": "a.wav"}, "{audio: null}"),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("task", OTHER_TASKS)
+def test_rows_of_other_tasks_are_refused_wherever_they_stand_whatever_becomes_of_bad_rows(make, write, task, streaming):
+    row, advice = OTHER_TASKS[task]
+    write("other.jsonl", [PAIR, {"prompt": "q"}, row])
+    with pytest.raises(UserError, match=r"^other\.jsonl:3 ") as error:
+        make(train="other.jsonl", on_bad_row="skip", streaming=streaming).setup("fit")
+    assert advice in str(error.value)
+    with pytest.raises(UserError, match=r"^other\.jsonl:3 "):
+        make(val="other.jsonl", on_bad_row="skip").setup("validate")
+
+
+def test_booleans_are_words_in_csv(make, tmp_path, write):
+    write("ask.jsonl", [PAIR])
+    (tmp_path / "judged.csv").write_text("prompt,completion,label\nq,k,False\n")
+    with pytest.raises(UserError, match=r"^judged.csv:2 has 'label': false"):
+        make(train="judged.csv").setup("fit")
+
+
+def test_a_message_with_pictures_is_a_bad_row_and_one_with_an_empty_list_of_them_is_not(make, write):
+    asked, answer = TALK
+    write("seen.jsonl", [{"messages": [{**asked, "images": ["a.png"]}, answer]}])
+    with pytest.raises(UserError, match=r"seen.jsonl:1: message 1 has 'images'"):
+        make(train="seen.jsonl", on_bad_row="skip").setup("fit")
+    write("text.jsonl", [{"messages": [{**asked, "images": []}, answer]}])
+    make(train="text.jsonl").setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({**PAIR, "label": 1}, {}),  # a class
+        ({**PAIR, "label": "sport"}, {}),
+        ({**PAIR, "images": [], "image": None, "audio": {"bytes": None, "path": ""}}, {}),
+        ({**PAIR, "chosen": None, "rejected": None}, {}),  # columns of another source of the same data set
+        ({"prompt": "q", "chosen": "k", "rejected": "b"}, {"chosen": "completion"}),
+        ({"prompt": "q", "label": "k"}, {"label": "completion"}),
+        ({**PAIR, "label": True, "images": ["a.png"]}, {"label": None, "images": None}),
+    ],
+)
+def test_what_only_looks_like_another_task_and_what_the_user_names_trains(make, write, row, columns):
+    write("rows.jsonl", [row])
+    data = make(train="rows.jsonl", columns=columns)
+    data.setup("fit")
+    assert "".join(map(chr, data.samples["train"][0].ids.tolist())) == "{u\nq}\n{a\nk}\n"
+
+
+def test_rows_of_other_tasks_may_be_answered_and_be_read_by_a_function_of_the_users(make, write, tmp_path, monkeypatch):
+    write("judged.jsonl", [{**PAIR, "label": False, "image": "a.png"}])
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "reads_images.py").write_text(
+        'def read(row):\n    text = f\'{row["prompt"]} {row["image"]} {row["label"]}\'\n'
+        "    return [{'role': 'user', 'content': text}, {'role': 'assistant', 'content': 'k'}]\n"
+    )
+    data = make(train="judged.jsonl", val=None, format="reads_images.read")
+    data.setup("fit")
+    assert data.reports["train"].unread_columns == []
+    write("preferences.jsonl", [{"prompt": "q", "chosen": "k", "rejected": "b"}])
+    make(predict="preferences.jsonl").setup("predict")  # only the prompt is asked for
+    with pytest.raises(UserError, match=r"judged.jsonl:1 has 'image'"):
+        make(predict="judged.jsonl").setup("predict")
+
+
+def test_columns_that_nothing_reads_are_listed_once(make, write, caplog):
+    write("rows.jsonl", [{**PAIR, "id": 1}, {**PAIR, "sytem": "s", "id": 2}, {**PAIR, "system": "s", "tools": None}])
+    write("val.jsonl", [PAIR, {**PAIR, "completion": "l"}])
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        make(train="rows.jsonl").setup("fit")
+    lines = caplog.text.splitlines()
+    assert [line for line in lines if "not read" in line] == ["  columns not read: id, sytem"]
+    assert "train: 3 rows" in lines[lines.index("  columns not read: id, sytem") - 1]
+
+
 def test_rows_from_elsewhere(characters):
     class Mine(InstructionDataModule):
         def load_rows(self, split):

@@ -77,6 +77,8 @@ def find_faults(splits: Sequence[SplitFacts]) -> list[Finding]:
             lines = [f"{row.where}: {row.reason}" for row in report.bad]
             title = f"{name}: {_count(report.bad_rows, 'bad row')}"
             found.append(Finding(title, _and_more(lines, report.bad_rows), grave=True))
+        if report.unread_columns:
+            found.append(Finding(f"{name}: columns not read", [", ".join(report.unread_columns)]))
         if report.dropped:
             lines = [f"{count:,}: {reason}" for reason, count in report.dropped.items()]
             found.append(Finding(f"{name}: {_count(sum(report.dropped.values()), 'row')} dropped", lines))

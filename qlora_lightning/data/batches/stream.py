@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,8 @@ class StreamLoader:
         for reason, count in report.dropped.items():
             self.report.dropped[reason] = self.report.dropped.get(reason, 0) + count
         if self.rank == 0 and (report.bad_rows or report.dropped):
-            _log.info("rows %d to %d: %s", self.report.rows - report.rows + 1, self.report.rows, report.describe())
+            words = replace(report, unread_columns=[]).describe()  # told of the first rows
+            _log.info("rows %d to %d: %s", self.report.rows - report.rows + 1, self.report.rows, words)
 
     def _made_of(self) -> dict[str, Any]:
         files = [[source.path, *(_size(file) for file in source.files)] for source in self.sources]

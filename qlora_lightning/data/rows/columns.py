@@ -1,4 +1,4 @@
-"""Columns under other names: ``columns: {their name: our name}``."""
+"""Columns under other names, or left out: ``columns: {their name: our name, another: null}``."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,21 +10,22 @@ from qlora_lightning.data.rows.formats import KEYS, rows_by_keys
 from qlora_lightning.errors import UserError
 
 
-def rename_columns(values: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """Return the row under our names, in the order it had; columns that are not mapped stay.
+def rename_columns(values: dict[str, Any], columns: Mapping[str, str | None]) -> dict[str, Any]:
+    """Return the row under our names, in the order it had, without columns that are mapped to null.
 
     Raises:
         RowFault: if a column would take the place of another one.
     """
     if not columns:
         return values
-    renamed = {columns.get(key, key): value for key, value in values.items()}
-    if len(renamed) < len(values):
-        raise RowFault(_describe_clash(values, columns))
+    names = {key: ours for key in values if (ours := columns.get(key, key)) is not None}
+    renamed = {ours: values[key] for key, ours in names.items()}
+    if len(renamed) < len(names):
+        raise RowFault(_describe_clash(names))
     return renamed
 
 
-def check_columns(rows: Sequence[Row], columns: Mapping[str, str], format: str = "auto") -> None:
+def check_columns(rows: Sequence[Row], columns: Mapping[str, str | None], format: str = "auto") -> None:
     """Check ``columns`` against the rows, as they are before anything is renamed.
 
     Args:
@@ -36,11 +37,13 @@ def check_columns(rows: Sequence[Row], columns: Mapping[str, str], format: str =
         UserError: if no row has one of the columns, our name is none that is read, two columns are mapped to one name,
             or a column would take the place of another one.
     """
-    if not isinstance(columns, Mapping) or not all(isinstance(name, str) for pair in columns.items() for name in pair):
+    if not isinstance(columns, Mapping) or not all(
+        isinstance(theirs, str) and isinstance(ours, str | None) for theirs, ours in columns.items()
+    ):
         raise UserError(f"columns: expected {{their name: our name}}, found {columns!r}.")
     if not columns:
         return
-    for ours in columns.values():
+    for ours in (name for name in columns.values() if name is not None):
         twice = [repr(theirs) for theirs, name in columns.items() if name == ours]
         if len(twice) > 1:
             raise UserError(f"columns: {' and '.join(twice)} are both mapped to {ours!r}: keep one of them.")
@@ -60,14 +63,13 @@ def check_columns(rows: Sequence[Row], columns: Mapping[str, str], format: str =
             raise UserError(f"columns: {row.where} {fault}.") from fault
 
 
-def _describe_clash(values: dict[str, Any], columns: Mapping[str, str]) -> str:
-    names: dict[str, str] = {}
-    for key in values:
-        ours = columns.get(key, key)
-        if ours in names:
+def _describe_clash(names: Mapping[str, str]) -> str:
+    taken: dict[str, str] = {}
+    for key, ours in names.items():
+        if ours in taken:
             break
-        names[ours] = key
-    return f"has {names[ours]!r} and {key!r}, which would both be {ours!r} by `columns:`"
+        taken[ours] = key
+    return f"has {taken[ours]!r} and {key!r}, which would both be {ours!r} by `columns:`"
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

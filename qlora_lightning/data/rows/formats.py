@@ -28,6 +28,9 @@ class Message(TypedDict):
 Conversation = list[Message]
 
 
+_OF_EVERY_ROW = ("system", "tools")
+
+
 class Format(NamedTuple):
     """How a row becomes a conversation.
 
@@ -45,6 +48,11 @@ class Format(NamedTuple):
     convert: Callable[[dict[str, Any]], Any]
     other_keys: tuple[str, ...] = ()
 
+    @property
+    def read_keys(self) -> tuple[str, ...]:
+        """All keys of a row that are read."""
+        return (*self.keys(True), *self.other_keys, *_OF_EVERY_ROW)
+
     def keys(self, needs_answer: bool) -> tuple[str, ...]:
         """Return the keys that a row must have."""
         return self.prompt_keys + self.answer_keys if needs_answer else self.prompt_keys
@@ -61,7 +69,7 @@ FORMATS = {
     )
 }
 
-KEYS = (*(key for form in FORMATS.values() for key in (*form.keys(True), *form.other_keys)), "system", "tools")
+KEYS = (*(key for form in FORMATS.values() for key in (*form.keys(True), *form.other_keys)), *_OF_EVERY_ROW)
 
 
 def choose_format(rows: Sequence[Row], name: str, needs_answer: bool = True) -> Format:

@@ -7,6 +7,7 @@ from typing import Any
 from qlora_lightning.data.reading.bad_rows import RowFault
 from qlora_lightning.data.rows.formats import Message
 from qlora_lightning.data.rows.kinds import kind_of
+from qlora_lightning.data.rows.other_tasks import MEDIA
 from qlora_lightning.data.rows.text import check_characters, read_string
 from qlora_lightning.data.rows.tools import read_calls
 
@@ -19,6 +20,7 @@ _UNREAD = {
         ("reasoning_content", "reasoning", "thinking"),
         "write it into the content, as the chat template does (<think>…</think>)",
     ),
+    **dict.fromkeys(MEDIA, "only text is"),
     # Marks of other tools, and slips of the pen, that would train what shall not be trained.
     **dict.fromkeys(("loss", "mask", "trian", "trained", "training", "weigth", "weights"), "write `train: false`"),
 }
@@ -81,7 +83,7 @@ def _read_part(part: Any, where: str) -> str:
 def _add_options(checked: Message, message: dict[str, Any], number: int) -> None:
     where, role = f"message {number}", message["role"]
     for key, advice in _UNREAD.items():
-        if message.get(key) is not None:
+        if message.get(key) not in (None, "", []):
             raise RowFault(f"{where} has {key!r}, which is not read: {advice}")
     if message.get("tool_calls"):
         if role != "assistant":

@@ -13,7 +13,8 @@ from qlora_lightning.data.reading.cursor import REST_UNREAD
 from qlora_lightning.data.reading.reader import Row
 from qlora_lightning.data.rows.columns import check_columns, rename_columns
 from qlora_lightning.data.rows.conversations import to_conversation
-from qlora_lightning.data.rows.formats import Conversation, Format, choose_format
+from qlora_lightning.data.rows.formats import FORMATS, Conversation, Format, choose_format
+from qlora_lightning.data.rows.other_tasks import refuse_other_task
 from qlora_lightning.data.rows.tools import find_tools
 from qlora_lightning.data.samples.duplicates import find_duplicates
 from qlora_lightning.data.samples.prompts import Prompt
@@ -35,7 +36,7 @@ class Recipe:
 
     renderer: ChatRenderer
     format: str = "auto"
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str | None] = field(default_factory=dict)
     system: str | None = None
     max_length: int = 2048
     too_long: str = "truncate"
@@ -64,6 +65,7 @@ class Preparer:
         self.report = report
         self.next_row = first_row
         self._formats: dict[str, Format] = {}
+        self._columns: set[tuple[str, ...]] = set()  # of the rows so far
 
     def add(self, rows: Sequence[Row | BadRow], source: int, builder: SampleSetBuilder) -> None:
         """Append the samples of a chunk of rows of one source.
@@ -83,7 +85,11 @@ class Preparer:
 
     def converse(self, rows: Sequence[Row | BadRow], needs_answer: bool) -> Iterator["GoodRow"]:
         """Yield the good rows of a chunk as conversations; the bad ones are reported."""
-        self._choose_formats([row for row in rows if isinstance(row, Row)], needs_answer)
+        usable = [row for row in rows if isinstance(row, Row)]
+        if "." not in self.recipe.format:  # a function of the user's own may read what it likes
+            for one in usable:
+                refuse_other_task(one, _rename(one, self.recipe.columns), needs_answer)
+        self._choose_formats(usable, needs_answer)
         for row in rows:
             number, self.next_row = self.next_row, self.next_row + 1
             self.report.rows += 1
@@ -97,6 +103,8 @@ class Preparer:
             except RowFault as fault:
                 self.refuse(row.where, str(fault))
                 continue
+            if needs_answer:
+                self._note_unread(values, self._formats[row.file])
             yield GoodRow(number, row, conversation, tools)
 
     def refuse(self, where: str, reason: str) -> None:
@@ -104,6 +112,14 @@ class Preparer:
         self.report.bad_rows += 1
         if len(self.report.bad) < SHOWN or reason.endswith(REST_UNREAD):
             self.report.bad.append(BadRow(where, reason))
+
+    def _note_unread(self, values: dict[str, object], form: Format) -> None:
+        """Remember columns that the format does not read; a function of the user's own may read any."""
+        columns = tuple(values)
+        if form.name in FORMATS and columns not in self._columns:
+            self._columns.add(columns)
+            unread = self.report.unread_columns
+            unread += [name for name in columns if name not in form.read_keys and name not in unread]
 
     def _fit(self, rendered: list[Rendered], row: Row, number: int, source: int, builder: SampleSetBuilder) -> None:
         recipe, report = self.recipe, self.report
@@ -216,7 +232,7 @@ def _chunks(sources: Sequence[Rows], recipe: Recipe | None) -> Iterator[tuple[in
             chunk = list(islice(stream, CHUNK))
 
 
-def _rename(row: Row, columns: Mapping[str, str]) -> dict[str, object]:
+def _rename(row: Row, columns: Mapping[str, str | None]) -> dict[str, object]:
     try:
         return rename_columns(row.values, columns)
     except RowFault:  # told when the row itself is converted

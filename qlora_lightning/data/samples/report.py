@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from qlora_lightning.data.reading.bad_rows import BadRow
+from qlora_lightning.data.reading.bad_rows import SHOWN, BadRow
 
 _LISTED = 5
 
@@ -32,6 +32,7 @@ class Report:
         duplicate_pairs: places of the first of these, each with that of the row that it equals.
         overlap: rows of this split that are trained on too.
         overlap_pairs: places of the first of these, each with that in the training rows.
+        unread_columns: columns of the rows that nothing reads, under our names.
     """
 
     split: str
@@ -52,6 +53,7 @@ class Report:
     duplicate_pairs: list[tuple[str, str]] = field(default_factory=list)
     overlap: int = 0
     overlap_pairs: list[tuple[str, str]] = field(default_factory=list)
+    unread_columns: list[str] = field(default_factory=list)
 
     def drop(self, reason: str) -> None:
         """Count a well-formed row that is left out."""
@@ -70,6 +72,9 @@ class Report:
         if self.turn_by_turn:
             parts.append(f"{self.turn_by_turn:,} rendered turn by turn")
         lines = [", ".join(parts)]
+        if self.unread_columns:
+            more = ", …" if len(self.unread_columns) > SHOWN else ""
+            lines.append(f"  columns not read: {', '.join(self.unread_columns[:SHOWN])}{more}")
         lines += [f"  {count:,} rows dropped: {reason}" for reason, count in self.dropped.items()]
         if self.bad_rows:
             lines += _list(f"{self.bad_rows:,} bad rows skipped", [f"{row.where} ({row.reason})" for row in self.bad])

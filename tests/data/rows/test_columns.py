@@ -26,6 +26,13 @@ def test_columns_get_our_names_and_others_stay():
     assert row == {"question": "q", "id": 7, "reply": "a"}
 
 
+def test_columns_mapped_to_null_are_left_out():
+    row = {"question": "q", "label": True, "prompt": "p"}
+    assert rename_columns(row, {"question": "prompt", "label": None, "prompt": None}) == {"prompt": "q"}
+    check_columns(rows(row), {"label": None, "prompt": None})
+    assert refusal({"lable": None}, row).endswith("Did you mean 'label'?")
+
+
 def test_a_row_without_the_column_stays_and_two_columns_may_change_places():
     assert rename_columns({"id": 7}, {"question": "prompt"}) == {"id": 7}
     assert rename_columns({"question": "a", "answer": "q"}, {"question": "answer", "answer": "question"}) == {

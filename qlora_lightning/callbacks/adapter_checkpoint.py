@@ -23,6 +23,7 @@ from qlora_lightning.callbacks.started_folder import (
 from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
+from qlora_lightning.model.checkpoint.resume_checks import has_other_validation
 from qlora_lightning.model.checkpoint.save_points import ends_training, validation_follows
 from qlora_lightning.safe_file import flush, put_in_place, share
 from qlora_lightning.trainer import callbacks_of, is_trial_run
@@ -65,6 +66,7 @@ class AdapterCheckpoint(Checkpoint):
         self.enabled = enabled
         self.best: list[tuple[float, str]] = []  # (monitored value, file name), the best first
         self._best_tensors: dict[str, Tensor] | None = None  # of the best adapter, if this process trained it
+        self._has_other_validation = False  # than the checkpoint that is gone on from
         self._saved_step = -1
         self._written: Path | None = None  # a checkpoint that waits to become last.ckpt
         self._dropped: list[str] = []  # names to prune when it has
@@ -91,12 +93,18 @@ class AdapterCheckpoint(Checkpoint):
         return tensors
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._has_other_validation = False
         if stage == "fit" and self._writes(trainer):
             refuse_everywhere(trainer, lambda: self._lock.take(trainer.default_root_dir))
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._has_other_validation = has_other_validation(checkpoint, trainer)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._has_other_validation and goes_on(trainer):
+            self._rank_anew(trainer, f"The validation samples are not those of {trainer.ckpt_path}")
         if not goes_on(trainer):
-            self._rank_anew(trainer)
+            self._rank_anew(trainer, f"{trainer.ckpt_path} is of another run folder")
             if self._writes(trainer):
                 refuse_everywhere(trainer, lambda: refuse_started_folder(trainer.default_root_dir, trainer.ckpt_path))
         if self._writes(trainer) and trainer.is_global_zero:
@@ -264,14 +272,14 @@ class AdapterCheckpoint(Checkpoint):
         self.best, dropped = entries[:keep], entries[keep:]
         return [name for _, name in dropped]
 
-    def _rank_anew(self, trainer: Trainer) -> None:
-        """Forget a ranking of another folder's checkpoints, and say where they lie."""
+    def _rank_anew(self, trainer: Trainer, why: str) -> None:
+        """Forget a ranking that does not hold here, and say where the best so far lies."""
         if self.best and trainer.ckpt_path and self._writes(trainer) and trainer.is_global_zero:
             value, name = self.best[0]
             file = Path(trainer.ckpt_path).with_name(name)
             say(
-                f"{trainer.ckpt_path} is of another run folder: the ranking of checkpoints begins anew here. The best "
-                f"so far, with {self.monitor} {value:.4g}, {f'is {file}' if file.exists() else f'was {name}'}."
+                f"{why}: the ranking of checkpoints begins anew here. The best so far, with {self.monitor} "
+                f"{value:.4g}, {f'is {file}' if file.exists() else f'was {name}'}."
             )
         self.best, self._dropped, self._best_tensors = [], [], None
 

@@ -97,7 +97,7 @@ def planned_steps(trainer: Trainer) -> int | None:
 def _data_facts(trainer: Trainer) -> dict[str, Any]:
     data: Any = getattr(trainer, "datamodule", None)
     identity = identity_of_data(trainer)
-    settings = identity.pop("settings", {})
+    settings, _ = identity.pop("settings", {}), identity.pop("samples", {})
     files = {split: value for split, value in getattr(data, "files", {}).items() if value is not None}
     reports = getattr(data, "reports", {})
     return {

@@ -193,6 +193,7 @@ class QLoRACLI(LightningCLI):
         short = shorten_config(config, _DEFAULT_CLASSES)
         if short["data"].get("tokenizer") == tokenizer_of_base(*(short["model"].get(name) for name in _NAME_BASE)):
             short["data"]["tokenizer"] = None  # so that it follows the base when that is changed
+        short["data"].pop("accept_changed_data", None)  # meant once: the next resume asks again
         return short
 
     def before_fit(self) -> None:

@@ -56,6 +56,8 @@ class InstructionDataModule(PreparedRows):
         streaming: read the training rows while training, without end: for data larger than memory or disk.
         tokenizer: hub id, folder or ``package:NAME``, or ``{name, revision, trust_remote_code}``; from Python also a
             tokenizer object. By default the base's, which the Trainer's module names; without a Trainer name it here.
+        accept_changed_data: resume from a checkpoint although training or validation samples differ now. It is not
+            remembered. If validation samples differ, the ranking of the best adapter starts over.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class InstructionDataModule(PreparedRows):
         val_fraction: float | None = None,
         streaming: bool = False,
         tokenizer: str | dict[str, Any] | Any | None = None,
+        accept_changed_data: bool = False,
     ) -> None:
         super().__init__()
         check_word("on_bad_row", on_bad_row, ("error", "skip"))
@@ -92,6 +95,7 @@ class InstructionDataModule(PreparedRows):
         self.batch_size = 8 if batch_size is None and tokens_per_batch is None else batch_size
         self.tokens_per_batch, self.group_by_length = tokens_per_batch, group_by_length
         self.val_fraction, self.streaming = val_fraction, streaming
+        self.accept_changed_data = accept_changed_data
         self.lenient = False  # `inspect` looks at what training refuses
         self.samples: dict[str, SampleSet] = {}
         self._tokenizer_choice = tokenizer

@@ -211,6 +211,21 @@ def test_ckpt_path_last_starts_fresh_and_then_goes_on_to_the_same_end(run, tmp_p
     ]
 
 
+def test_other_rows_go_on_where_that_is_said_and_the_runs_config_does_not_say_it_again(run, tmp_path):
+    run("fit")
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join([*rows[1:], rows[0]]))
+    more = ("--ckpt_path", "last", "--trainer.max_epochs", 2)
+    out = run("fit", *more, config="run/config.yaml", code=2)
+    assert "other training samples (16 there and here" in out
+    assert "other validation samples" in out
+    assert "--data.accept_changed_data true" in out
+    run("fit", *more, "--data.accept_changed_data", "true", config="run/config.yaml")
+    assert "accept_changed_data" not in (tmp_path / "run" / "config.yaml").read_text()
+    assert len([row for row in metrics(tmp_path / "run") if row["train_loss"]]) == 6
+    run("validate", "--ckpt_path", "last", "--data.val", "questions.jsonl", "--data.on_bad_row", "skip")
+
+
 def test_an_interrupted_run_goes_on_to_the_same_end(run, tmp_path):
     run("fit", "--trainer.max_epochs", 2, "--trainer.default_root_dir", "whole")
     config = write_config(

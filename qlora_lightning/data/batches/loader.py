@@ -81,6 +81,7 @@ class FlatLoader:
         self._epoch = 0
         self._position = 0
         self._restored = False
+        self._has_ended = False  # the epoch that was restored: with more rows now, it would have batches left
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -89,6 +90,8 @@ class FlatLoader:
         # A generator: nothing below runs before the first batch is asked for, when Lightning has set the epoch.
         epoch = self.sampler.epoch
         goes_on = self._restored and self._epoch == epoch and self._position < len(self)
+        if goes_on and self._has_ended:
+            return
         start = self._position if goes_on else 0
         self._epoch, self._position, self._restored = epoch, start, False
         batches = self.plan.batches(epoch, self.rank)
@@ -117,6 +120,7 @@ class FlatLoader:
                     "were."
                 )
         self._epoch, self._position, self._restored = saved["epoch"], saved["position"], True
+        self._has_ended = saved["position"] >= saved["batches"]
         self.sampler.set_epoch(saved["epoch"])
 
     def _cut_from(self) -> dict[str, Any]:

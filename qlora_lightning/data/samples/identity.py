@@ -11,7 +11,7 @@ from qlora_lightning.data.samples.sample_set import SampleSet
 _hashes: WeakKeyDictionary[SampleSet, str] = WeakKeyDictionary()  # a gigabyte of tokens takes a second: once
 
 
-def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, str]:
+def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, Any]:
     """Hash each split's samples, the tokenizer without its template, and the template.
 
     Samples are hashed as they are trained on, tokens and labels in file order: whatever changes none of them (another
@@ -21,7 +21,9 @@ def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, str]
         samples: of ``train`` and ``val``, as far as there are any.
         tokenizer: with its template; one of which it cannot be told what it consists of is left out.
     """
-    found = {split: hash_samples(samples[split]) for split in ("train", "val") if split in samples}
+    found: dict[str, Any] = {split: hash_samples(samples[split]) for split in ("train", "val") if split in samples}
+    if found:
+        found["samples"] = {split: len(samples[split]) for split in found}
     hashed = hash_tokenizer(tokenizer, with_template=False)
     if hashed is not None:
         found["tokenizer"] = hashed

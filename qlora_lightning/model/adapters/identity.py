@@ -108,10 +108,20 @@ def check_identity(stored: Mapping[str, Any], own: Mapping[str, Any], source: st
 def data_differences(stored: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, str]:
     """Give what differs between two identities of data, by name, each in words that show both sides."""
     return {
-        name: f"{words} ({_short(stored[name])} there, {_short(own[name])} here)"
+        name: f"{words} ({_show_both(stored, own, name)})"
         for name, words in _DATA.items()
         if _differ(stored, own, name)
     }
+
+
+def _show_both(stored: Mapping[str, Any], own: Mapping[str, Any], name: str) -> str:
+    """Show the numbers of samples, where both sides know them; else the hashes."""
+    then, now = (each.get("samples", {}).get(name) for each in (stored, own))
+    if then is None or now is None:
+        return f"{_short(stored[name])} there, {_short(own[name])} here"
+    return (
+        f"{now:,} there and here, not the same or in another order" if then == now else f"{then:,} there, {now:,} here"
+    )
 
 
 def _check_quantization(stored: Mapping[str, Any], own: Mapping[str, Any], source: str) -> None:

@@ -18,6 +18,7 @@ from qlora_lightning.model.checkpoint.resume_checks import (
     check_save_point,
     check_window,
     describe_nothing_left,
+    has_other_validation,
     is_inside_epoch,
     leaves_validation_out,
 )
@@ -27,6 +28,7 @@ from qlora_lightning.model.checkpoint.setting_changes import (
     FreshOptimizers,
     describe_changes,
     find_changes,
+    forget_scores,
     keep_patience,
     trainer_settings,
 )
@@ -49,8 +51,10 @@ class ExactResume(Callback):
         self._content: dict[str, Any] | None = None
         self._optimizer_states: list[dict[str, Any]] = []  # those that Lightning is about to restore
         self._configured: FreshOptimizers | None = None
+        self._forgets_scores = False  # those that early stopping knows are of other validation samples
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._forgets_scores = False
         self._content = None  # Lightning's learning-rate finder loads a checkpoint, and ends before a batch
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -79,7 +83,10 @@ class ExactResume(Callback):
         check_identity(content["identity"], module.identity, "The checkpoint")
         stored, own = content["identity"].get("data", {}), identity_of_data(trainer)
         resumes = trainer.state.fn == "fit"
-        check_data(stored, own, inside_epoch=resumes and is_inside_epoch(checkpoint))
+        if resumes:
+            accepted = bool(getattr(getattr(trainer, "datamodule", None), "accept_changed_data", False))
+            check_data(stored, own, is_inside_epoch(checkpoint), accepted)
+            self._forgets_scores = has_other_validation(checkpoint, trainer)
         if trainer.is_global_zero:
             _tell(_words_on_data(stored, own, with_rows=resumes))
         if resumes:
@@ -123,6 +130,9 @@ class ExactResume(Callback):
             _compare_with_adapter_folder(trainer, pl_module)
         elif not trainer.sanity_checking:
             self._put_back(trainer, pl_module)  # a run that stopped inside a validation begins with it
+            if self._forgets_scores:
+                forget_scores(trainer)
+                self._forgets_scores = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         count_epoch(trainer)

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.adapters.identity import data_differences
+from qlora_lightning.model.adapters.identity import data_differences, identity_of_data
+from qlora_lightning.model.checkpoint.format import KEY
+from qlora_lightning.model.checkpoint.setting_changes import find_changes, show_change
 
 
 def check_save_point(content: Mapping[str, Any]) -> None:
@@ -44,24 +46,51 @@ def check_window(content: Mapping[str, Any], accumulate: int) -> None:
         )
 
 
-def check_data(stored: Mapping[str, Any], own: Mapping[str, Any], inside_epoch: bool) -> None:
-    """Refuse other training samples inside an epoch, of which some would come twice and others never.
+def check_data(stored: Mapping[str, Any], own: Mapping[str, Any], inside_epoch: bool, accepted: bool) -> None:
+    """Refuse other samples, unless they are meant; inside an epoch other training samples in any case.
 
-    Another tokenizer or template that gives the same samples is none of that.
+    There some would come twice and others never. Another tokenizer or template that gives the same samples is none of
+    that.
+
+    Args:
+        stored: The identity of the data that the checkpoint learnt.
+        own: That of the data at hand.
+        inside_epoch: Whether training stopped inside an epoch.
+        accepted: Whether the user says that the change is meant.
 
     Raises:
-        UserError: Training stopped inside an epoch of other samples.
+        UserError: The samples are others.
     """
     differences = data_differences(stored, own)
-    if stored.get("train") and own.get("train"):
-        differences = {"train": differences["train"]} if "train" in differences else {}
-    differences.pop("val", None)
-    if inside_epoch and differences:
+    samples = {name: differences.pop(name) for name in ("train", "val") if name in differences}
+    changes = find_changes(stored.get("settings", {}), own.get("settings", {}), "data")
+    causes = ", ".join([*differences.values(), *map(show_change, changes)])
+    causes = f" These differ too: {causes}." if causes else ""
+    known = stored.get("train") and own.get("train")
+    cut = [words for name, words in samples.items() if name == "train"] if known else list(differences.values())
+    if inside_epoch and cut:
         raise UserError(
-            f"The checkpoint was saved inside an epoch with other {', other '.join(differences.values())}: a run "
-            "cannot go on exactly there. Put data, tokenizer and chat template back as they were, or begin a new run "
-            "from the adapter folder with model.adapter."
+            f"The checkpoint was saved inside an epoch with other {', other '.join(cut)}: a run cannot go on exactly "
+            f"there.{causes if known else ''} Put data, tokenizer and chat template back as they were, or begin a new "
+            "run from the adapter folder with model.adapter. (data.accept_changed_data is for a checkpoint from the "
+            "end of an epoch.)"
         )
+    if samples and not accepted:
+        ranking = (
+            "begins anew, since losses on other validation samples do not compare" if "val" in samples else "stays"
+        )
+        raise UserError(
+            f"The data are not those of the checkpoint: other {' and other '.join(samples.values())}.{causes} Put them "
+            "back as they were, or say that the change is meant, by `--data.accept_changed_data true` (in Python "
+            "InstructionDataModule(accept_changed_data=True)): then the run goes on with the data of now, and the "
+            f"ranking of the best adapter {ranking}."
+        )
+
+
+def has_other_validation(checkpoint: Mapping[str, Any], trainer: Any) -> bool:
+    """Whether the checkpoint was judged on other validation samples than those at hand."""
+    stored = checkpoint.get(KEY, {}).get("identity", {}).get("data", {})
+    return "val" in data_differences(stored, identity_of_data(trainer))
 
 
 def is_inside_epoch(checkpoint: Mapping[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -33,8 +34,14 @@ def find_changes(stored: Mapping[str, Any], own: Mapping[str, Any], prefix: str)
 
 def describe_changes(changes: Sequence[Change], whose: str = "the checkpoint's") -> str:
     """Word changes, a line for each, under what they differ from."""
-    lines = [f"  {name}: {_short(before)} → {_short(now)}" for name, before, now in changes]
+    lines = [f"  {show_change(change)}" for change in changes]
     return "\n".join([f"Settings that differ from {whose} (there → now):", *lines])
+
+
+def show_change(change: Change) -> str:
+    """Show a setting with both of its values, there and now."""
+    name, before, now = change
+    return f"{name}: {_short(before)} → {_short(now)}"
 
 
 def keep_patience(trainer: Any, states: Mapping[str, dict[str, Any]]) -> list[Change]:
@@ -54,6 +61,14 @@ def keep_patience(trainer: Any, states: Mapping[str, dict[str, Any]]) -> list[Ch
             changes.append((f"EarlyStopping({stopping.monitor}).patience", state["patience"], stopping.patience))
             state["patience"] = stopping.patience
     return changes
+
+
+def forget_scores(trainer: Any) -> None:
+    """Let Lightning's EarlyStopping begin anew: it would compare losses on other validation samples."""
+    for stopping in (each for each in callbacks_of(trainer) if isinstance(each, EarlyStopping)):
+        if stopping.monitor.startswith("val_"):
+            stopping.best_score = torch.tensor(float("inf" if stopping.mode == "min" else "-inf"))
+            stopping.wait_count = 0
 
 
 class FreshOptimizers:

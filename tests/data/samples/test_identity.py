@@ -53,7 +53,7 @@ def test_a_tokenizer_that_cannot_be_looked_into_is_left_out():
     class Strange:
         chat_template = None
 
-    assert identify({"train": build()}, Strange()) == {"train": hash_samples(build())}
+    assert identify({"train": build()}, Strange()) == {"train": hash_samples(build()), "samples": {"train": 2}}
 
 
 def test_the_data_module_says_what_it_was_set_up_with(rows_file, tokenizer):
@@ -63,7 +63,8 @@ def test_the_data_module_says_what_it_was_set_up_with(rows_file, tokenizer):
         return data.identity
 
     plain, held_out = identity(), identity(val_fraction=0.25, batch_size=4)
-    assert plain.keys() == {"train", "tokenizer", "chat_template", "settings"}
-    assert held_out.keys() == {"train", "val", "tokenizer", "chat_template", "settings"}
+    assert plain.keys() == {"train", "samples", "tokenizer", "chat_template", "settings"}
+    assert held_out.keys() == {"train", "val", "samples", "tokenizer", "chat_template", "settings"}
     assert plain["train"] != held_out["train"]
+    assert (plain["samples"], held_out["samples"]) == ({"train": 16}, {"train": 12, "val": 4})
     assert (held_out["settings"]["val_fraction"], held_out["settings"]["batch_size"]) == (0.25, 4)

@@ -106,7 +106,9 @@ def test_the_folder_holds_weights_config_identity_card_and_tokenizer_with_its_te
     assert config["base_model_name_or_path"] == "org/base"
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 4, ["q_proj", "v_proj"])
     assert config["inference_mode"]
-    assert read_identity(tmp_path) == {"format_version": 1, **identity(tiny_base)}
+    found = read_identity(tmp_path)
+    assert found.pop("tensors")  # a hash, see test_damage
+    assert found == {"format_version": 1, **identity(tiny_base)}
 
 
 def test_the_generation_config_is_the_bases_with_every_stop_token_the_tokenizers_first(tiny_base, tmp_path):
@@ -134,7 +136,9 @@ def test_the_snippets_model_stops_where_the_bases_generation_config_would_not(ti
 
     known = save(tmp_path / "known", model, tiny_base, "none", tokenizer)  # the base's config knows the tokenizer's end
     assert "GenerationConfig" not in loading_snippet(known, read_identity(known))
-    assert read_identity(known) == {"format_version": 1, **identity(tiny_base, "none")}
+    found = read_identity(known)
+    assert found.pop("tensors")
+    assert found == {"format_version": 1, **identity(tiny_base, "none")}
     endless = generate(known)
     assert len(endless) == 8
 

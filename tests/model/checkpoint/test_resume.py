@@ -131,21 +131,23 @@ DATA = {"tokenizer": "t1", "chat_template": "c1", "train": "r1", "val": "v1", "s
 @pytest.mark.parametrize(
     ("inside", "fn", "change", "refused"),
     [
-        (True, "fit", {"train": "r2"}, True),
-        (True, "fit", {"train": "r2", "tokenizer": "t2"}, True),
-        (True, "fit", {"tokenizer": "t2", "train": None}, True),  # where samples are not known, what makes them
-        (True, "fit", {"tokenizer": "t2"}, False),  # the same samples all the same
-        (True, "fit", {"val": "v2"}, False),
-        (False, "fit", {"train": "r2"}, False),
-        (True, "validate", {"train": "r2", "tokenizer": "t2"}, False),
-        (True, "fit", {}, False),
+        (True, "fit", {"train": "r2"}, "saved inside an epoch with other training samples"),
+        (True, "fit", {"train": "r2", "tokenizer": "t2"}, "saved inside an epoch with other"),
+        # where samples are not known, what makes them
+        (True, "fit", {"tokenizer": "t2", "train": None}, "saved inside an epoch with other tokenizer"),
+        (True, "fit", {"tokenizer": "t2"}, None),  # the same samples all the same
+        (True, "fit", {"val": "v2"}, None),
+        (False, "fit", {"train": "r2"}, None),
+        (True, "validate", {"train": "r2", "tokenizer": "t2"}, None),
+        (True, "fit", {}, None),
     ],
 )
 def test_other_data_are_refused_inside_an_epoch_and_else_told(tmp_path, capsys, inside, fn, change, refused):
     checkpoint = save(Module(), tmp_path / "checkpoint", inside, data=DATA)
     resume, now = ExactResume(), trainer(fn, data={**DATA, **change})
+    now.datamodule.accept_changed_data = True
     if refused:
-        with pytest.raises(UserError, match="saved inside an epoch with other"):
+        with pytest.raises(UserError, match=refused):
             resume.on_load_checkpoint(now, Module(), checkpoint)
         return
     resume.on_load_checkpoint(now, Module(), checkpoint)

@@ -1,0 +1,168 @@
+"""A run goes on with other data than its checkpoint's only if that is said, and then compares only what compares."""
+
+import json
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from safetensors.torch import load_file
+
+from qlora_lightning import AdapterCheckpoint, QLoRAModule
+from qlora_lightning.errors import UserError
+
+
+class Scored(QLoRAModule):
+    """Logs a given score at each validation instead of one that happens to come out."""
+
+    scores = ()
+
+    def on_validation_epoch_end(self):
+        super().on_validation_epoch_end()
+        self.log("val_score", self.scores[0])
+        self.scores = self.scores[1:]
+
+
+class Rows(lightning.Callback):
+    """Which rows each micro-batch held, by epoch."""
+
+    def __init__(self):
+        self.of_epoch = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.of_epoch.setdefault(trainer.current_epoch, []).extend(batch["row_ids"].tolist())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def last(folder):
+    return folder / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture
+def more_rows(rows_file, tmp_path):
+    """The sixteen rows and four more."""
+    more = [{"instruction": f"Add {n} and {n}.", "output": str(2 * n)} for n in range(4)]
+    file = tmp_path / "more.jsonl"
+    file.write_text(rows_file.read_text() + "".join(json.dumps(row) + "\n" for row in more))
+    return str(file)
+
+
+@pytest.fixture
+def scored(make_module):
+    def make(*scores):
+        module = make_module(Scored)
+        module.scores = scores
+        return module
+
+    return make
+
+
+def monitored():
+    return AdapterCheckpoint(monitor="val_score")
+
+
+def step_of(file):
+    return torch.load(file, weights_only=True)["global_step"]
+
+
+def same_adapter(folder, checkpoint):
+    stored = torch.load(folder / "checkpoints" / checkpoint, weights_only=True)["state_dict"]
+    written = load_file(folder / "adapter" / "adapter_model.safetensors")
+    names = {name: name.removeprefix("model.").replace(".default.", ".") for name in stored}
+    return all(torch.equal(written[names[name]], tensor) for name, tensor in stored.items())
+
+
+def test_other_training_samples_are_refused_at_an_epochs_end_and_go_on_where_that_is_meant(
+    fit, make_data, more_rows, scored, folder, last
+):
+    fit(monitored(), module=scored(1.0))
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match=r"other training samples \(16 there, 20 here\)") as error:
+        fit(AdapterCheckpoint(), data=make_data(train=more_rows), ckpt_path=last, max_epochs=2)
+    assert "data.accept_changed_data true" in str(error.value)
+    assert "ranking of the best adapter stays" in str(error.value)
+    assert "validation" not in str(error.value)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+    rows, checkpoint = Rows(), monitored()
+    data = make_data(train=more_rows, accept_changed_data=True)
+    fit(rows, checkpoint, module=scored(2.0), data=data, ckpt_path=last, max_epochs=2)
+    assert sorted(rows.of_epoch[1]) == list(range(20))
+    assert rows.of_epoch.keys() == {1}
+    assert step_of(last) == 8 + 10
+    assert checkpoint.best == [(1.0, "step-000008.ckpt")]
+    assert same_adapter(folder, "step-000008.ckpt")
+
+    data = make_data(
+        train=more_rows
+    )  # what was meant once is the run's own now, and asked for again at the next change
+    fit(monitored(), module=scored(3.0), data=data, ckpt_path=last, max_epochs=3)
+    with pytest.raises(UserError, match=r"other training samples \(20 there, 16 here\)"):
+        fit(AdapterCheckpoint(), ckpt_path=last, max_epochs=4)
+
+
+def test_with_other_validation_samples_the_ranking_begins_anew(fit, make_data, more_rows, scored, folder, last, capsys):
+    fit(monitored(), module=scored(1.0))
+    with pytest.raises(UserError, match=r"other validation samples \(16 there, 20 here\).*ranking .* begins anew"):
+        fit(AdapterCheckpoint(), data=make_data(val=more_rows), ckpt_path=last, max_epochs=2)
+
+    checkpoint, data = monitored(), make_data(val=more_rows, accept_changed_data=True)
+    capsys.readouterr()
+    fit(checkpoint, module=scored(2.0), data=data, ckpt_path=last, max_epochs=2)
+    best = last.with_name("step-000008.ckpt")
+    assert f"begins anew here. The best so far, with val_score 1, is {best}.\n" in capsys.readouterr().out
+    assert checkpoint.best == [(2.0, "step-000016.ckpt")]
+    assert same_adapter(folder, "step-000016.ckpt")
+    assert best.exists()
+
+    again = monitored()  # the ranking goes on from there
+    fit(again, module=scored(3.0), data=make_data(val=more_rows), ckpt_path=last, max_epochs=3)
+    assert again.best == [(2.0, "step-000016.ckpt")]
+
+
+def test_early_stopping_compares_no_losses_on_other_validation_samples(fit, make_data, more_rows, scored, last):
+    options = {"limit_train_batches": 2, "limit_val_batches": 1}
+    stopping = lambda: EarlyStopping("val_score", patience=1)  # noqa: E731
+    fit(monitored(), stopping(), module=scored(1.0), **options)
+    data = make_data(val=more_rows, accept_changed_data=True)
+    fit(
+        AdapterCheckpoint(),
+        stopping(),
+        module=scored(3.0, 2.9, 2.8),
+        data=data,
+        ckpt_path=last,
+        max_epochs=4,
+        **options,
+    )
+    assert step_of(last) == 8
+
+
+def test_as_many_other_samples_are_told_with_the_settings_that_made_them(fit, make_data, last):
+    fit(AdapterCheckpoint())
+    with pytest.raises(UserError, match=r"other training samples \(16 there and here") as error:
+        fit(AdapterCheckpoint(), data=make_data(max_length=40), ckpt_path=last, max_epochs=2)
+    assert "data.max_length: 2048 → 40" in str(error.value)
+
+
+def test_inside_an_epoch_other_training_samples_are_refused_always_and_others_to_validate_on_are_not(
+    fit, make_data, more_rows, last
+):
+    fit(AdapterCheckpoint(), max_steps=3, max_epochs=-1)
+    with pytest.raises(UserError, match="inside an epoch with other training samples"):
+        fit(AdapterCheckpoint(), data=make_data(train=more_rows, accept_changed_data=True), ckpt_path=last)
+    with pytest.raises(UserError, match="other validation samples"):
+        fit(AdapterCheckpoint(), data=make_data(val=more_rows), ckpt_path=last)
+    fit(AdapterCheckpoint(), data=make_data(val=more_rows, accept_changed_data=True), ckpt_path=last)
+    assert step_of(last) == 8
+
+
+def test_other_samples_may_be_judged(fit, make_data, more_rows, last):
+    trainer, module = fit(AdapterCheckpoint())
+    data = make_data(train=more_rows, val=more_rows, test=more_rows, predict=more_rows)
+    trainer.validate(module, datamodule=data, ckpt_path=last)
+    trainer.test(module, datamodule=data, ckpt_path=last)

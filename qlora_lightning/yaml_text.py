@@ -1,4 +1,4 @@
-"""YAML that a user wrote: read as ever, but no key stands twice, of which all but the last would be lost."""
+"""YAML that a user wrote: a duplicate key, of which all but the last value would be lost, is refused."""
 
 from typing import Any
 
@@ -22,6 +22,13 @@ class _Loader(yaml.SafeLoader):
                 raise DuplicateKey(f"the key {key.value!r} stands {places}, where the last would count: keep one")
             lines[name] = line
         return node
+
+
+# A date stays text, as it was typed: jsonargparse reads it as any other value, and it is written as such again.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def load_yaml(text: str) -> Any:

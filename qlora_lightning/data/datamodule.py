@@ -45,6 +45,9 @@ class InstructionDataModule(PreparedRows):
         columns: other names for columns, ``{their name: our name}``; ``null`` leaves a column out.
         system: system prompt for rows without one.
         chat_template: ``llama3``, ``chatml``, ``alpaca`` or a ``.jinja`` file; by default the tokenizer's own.
+        template_options: values of the template's variables, ``{date_string: 27 Nov 2026, enable_thinking: false}``;
+            they are saved inside the adapter's template. A template that asks for today's date gets 26 July 2024,
+            unless ``strftime_now: 2026-11-27`` or a variable of its own names another.
         train_on: ``assistant``: every answer and its stop token; ``last``: the last answer only; ``all``: every token.
         max_length: tokens of the longest sample.
         too_long: longer ones: ``truncate``, out of the middle of the prompt first; ``drop``; or ``split`` into pieces.
@@ -70,6 +73,7 @@ class InstructionDataModule(PreparedRows):
         columns: dict[str, str | None] | None = None,
         system: str | None = None,
         chat_template: str | None = None,
+        template_options: dict[str, Any] | None = None,
         train_on: Literal["assistant", "last", "all"] = "assistant",
         max_length: int = 2048,
         too_long: Literal["truncate", "drop", "split"] = "truncate",
@@ -90,7 +94,8 @@ class InstructionDataModule(PreparedRows):
         check_combinations(val, val_fraction, batch_size, tokens_per_batch, group_by_length, streaming, own_rows)
         self.files = {"train": train, "val": val, "test": test, "predict": predict}
         self.format, self.columns, self.system = format, columns or {}, system
-        self.chat_template, self.train_on = chat_template, train_on
+        self.chat_template, self.template_options = chat_template, template_options or {}
+        self.train_on = train_on
         self.max_length, self.too_long, self.on_bad_row = max_length, too_long, on_bad_row
         self.batch_size = 8 if batch_size is None and tokens_per_batch is None else batch_size
         self.tokens_per_batch, self.group_by_length = tokens_per_batch, group_by_length

@@ -1,5 +1,6 @@
 """A data module's rows: read from files or from elsewhere, rendered, tokenized, and kept in the cache."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ class PreparedRows(LightningDataModule):
     columns: dict[str, str | None]
     system: str | None
     chat_template: str | None
+    template_options: dict[str, Any]
     train_on: Literal["assistant", "last", "all"]
     max_length: int
     too_long: Literal["truncate", "drop", "split"]
@@ -55,7 +57,7 @@ class PreparedRows(LightningDataModule):
     def tokenizer(self) -> Any:
         """The tokenizer with the chosen chat template, loaded when it is first needed."""
         if self._tokenizer is None:
-            self._tokenizer = load_choice(self._tokenizer_choice, self.chat_template)
+            self._tokenizer = load_choice(self._tokenizer_choice, self.chat_template, self.template_options)
         return self._tokenizer
 
     @property
@@ -123,7 +125,8 @@ class PreparedRows(LightningDataModule):
             return None
         settings = {name: getattr(self, name) for name in ("columns", *MAKE_SAMPLES[:5])}
         key = {"sources": describe_sources(sources), "split": split, "checks_columns": not self.reports}
-        return {**key, "tokenizer": tokenizer, **settings}
+        options = json.dumps(self.template_options, sort_keys=True, default=str)
+        return {**key, "tokenizer": tokenizer, "template_options": options, **settings}
 
     def _tokenizer_of_trained_base(self) -> TokenizerChoice:
         """Return the tokenizer of the base of the Trainer's module; None if there is none."""

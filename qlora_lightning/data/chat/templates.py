@@ -1,11 +1,16 @@
-"""Chat templates for tokenizers without one, or instead of theirs: presets, or the user's own file."""
+"""The chat template that a tokenizer renders with: its own, a preset or the user's file, and its variables."""
 
 import copy
 import difflib
+import json
+import re
+from collections.abc import Collection, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateSyntaxError
+from jinja2 import Environment, TemplateSyntaxError
+from jinja2.meta import find_undeclared_variables
 
 from qlora_lightning.data.chat.control_tokens import writes_bos
 from qlora_lightning.data.chat.stops import find_stop_ids, find_turn_end
@@ -19,10 +24,19 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 _FOLDER = Path(__file__).with_name("chat_templates")
 _BOS = "{{- bos_token }}\n"
+_CLOCK = "strftime_now"  # today's date, a function that transformers gives every template
+_FIXED_DATE = date(2024, 7, 26)  # which Llama 3's templates write where there is no clock
+_DATE_CODES = ("%d", "%m", "%y", "%Y", "%b", "%B", "%a", "%A", "%j", "%H", "%I", "%M", "%S", "%p")
+_PASSED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception"})  # to every template
+_GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")  # a tag that jinja itself does not know
+_PARSER = Environment(extensions=["jinja2.ext.loopcontrols"])  # only parses
 
 
-def choose_chat_template(tokenizer: Any, choice: str | None) -> Any:
+def choose_chat_template(tokenizer: Any, choice: str | None, options: Mapping[str, Any] | None = None) -> Any:
     """Return a tokenizer that renders with the chosen template and ends where its assistant turns end.
+
+    The same row renders the same on every day and in every program: the options become defaults inside the template,
+    which whoever renders with it may still override, and a template that asks for today's date gets a fixed one.
 
     The token that ends an assistant turn becomes its end-of-sequence token; the former one stays a stop id
     (:func:`~qlora_lightning.data.chat.stops.find_stop_ids`). The vocabulary is never enlarged.
@@ -31,12 +45,15 @@ def choose_chat_template(tokenizer: Any, choice: str | None) -> Any:
         tokenizer: a tokenizer of transformers; it stays as it is, what is returned is a copy.
         choice: a name of ``PRESETS``, or a file with a jinja template. ``None`` keeps the tokenizer's own template;
             the tokenizer itself is returned where that ends its turns in a stop token already.
+        options: values of the template's variables, such as ``date_string``; ``strftime_now`` is the date
+            (``2026-11-27``) of a template that has no variable for it.
 
     Raises:
-        UserError: there is no such template or file, or it does not fit the tokenizer.
+        UserError: there is no such template or file, it does not fit the tokenizer, or it has no such variable.
     """
+    options = options or {}
     if choice is None:
-        return _keep_template(tokenizer)
+        return _keep_template(tokenizer, options)
     chosen = copy.deepcopy(tokenizer)
     if choice in PRESETS:
         _check_preset(tokenizer, choice)
@@ -44,7 +61,7 @@ def choose_chat_template(tokenizer: Any, choice: str | None) -> Any:
         chosen.chat_template = _read_preset(tokenizer, choice)
     else:
         chosen.chat_template = _read_file(choice)
-    end = _find_end(chosen, choice)
+    chosen, end = _prepare_chosen(chosen, choice, options)
     if end is None:
         raise UserError(
             f"chat_template: {choice} writes no token of {_name(tokenizer)} after an answer at which generation could "
@@ -58,16 +75,18 @@ def find_presets(tokenizer: Any) -> list[str]:
     return [name for name in PRESETS if not _lacking(tokenizer, name)]
 
 
-def _keep_template(tokenizer: Any) -> Any:
+def _keep_template(tokenizer: Any, options: Mapping[str, Any]) -> Any:
     if getattr(tokenizer, "chat_template", None) is None:
         return tokenizer  # the renderer refuses it
     try:
-        end = find_turn_end(tokenizer)
+        tokenizer = _set_variables(tokenizer, options, f"the chat template of {_name(tokenizer)}")
     except TemplateSyntaxError as error:
         raise UserError(
             f"The chat template of {_name(tokenizer)} is damaged, line {error.lineno}: {error.message} Copy the folder "
             "again, or choose another template with data.chat_template."
         ) from error
+    try:
+        end = find_turn_end(tokenizer)
     except Exception:  # a template may raise anything; the renderer says so of the row that it cannot render
         return tokenizer
     if end is None or end in find_stop_ids(tokenizer):
@@ -126,17 +145,88 @@ def _read_file(choice: str) -> str:
     raise UserError(f"chat_template: there is no file {choice}.{hint}")
 
 
-def _find_end(tokenizer: Any, choice: str) -> int | None:
+def _prepare_chosen(tokenizer: Any, choice: str, options: Mapping[str, Any]) -> tuple[Any, int | None]:
+    """Return the tokenizer with its variables set, and the token that ends its turns."""
     try:
-        return find_turn_end(tokenizer)
-    except UserError as error:
-        raise UserError(f"chat_template: {choice}: {error}") from error
+        tokenizer = _set_variables(tokenizer, options, f"chat_template {choice}")
     except TemplateSyntaxError as error:
         raise UserError(f"chat_template: {choice}:{error.lineno} is not a template: {error.message}.") from error
+    try:
+        return tokenizer, find_turn_end(tokenizer)
+    except UserError as error:
+        raise UserError(f"chat_template: {choice}: {error}") from error
     except Exception as error:  # a template may raise anything that Python does
         raise UserError(
             f"chat_template: {choice} cannot render a question and its answer: {type(error).__name__}: {error}."
         ) from error
+
+
+def _set_variables(tokenizer: Any, options: Mapping[str, Any], whose: str) -> Any:
+    """Return a tokenizer whose template holds the options and no clock; itself if that changes nothing.
+
+    Raises:
+        UserError: the template has no such variable, or a value cannot be written into a template.
+        TemplateSyntaxError: it is not a template.
+    """
+    own = tokenizer.chat_template
+    named = own if isinstance(own, dict) else {"": own}
+    variables = {name: _find_variables(text) for name, text in named.items()}
+    if options:
+        passed = _PASSED.union(tokenizer.special_tokens_map)
+        _check_options(options, frozenset[str]().union(*variables.values()) - passed, whose)
+    defaults = "".join(
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {_as_literal(name, value)} %}}{{%- endif %}}\n"
+        for name, value in options.items()
+        if name != _CLOCK
+    )
+    clock = _stopped_clock(options.get(_CLOCK, _FIXED_DATE))
+    # jinja drops the line break after a tag; a template of an adapter folder may have the same options already
+    changed = {
+        name: ("" if text.startswith(defaults) else defaults) + (clock if _CLOCK in variables[name] else "") + text
+        for name, text in named.items()
+    }
+    if changed == named:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = changed if isinstance(own, dict) else changed[""]
+    return tokenizer
+
+
+def _find_variables(template: str) -> frozenset[str]:
+    """Return the names that a template looks up and does not set first."""
+    return frozenset(find_undeclared_variables(_PARSER.parse(_GENERATION.sub("", template))))
+
+
+def _check_options(options: Mapping[str, Any], known: Collection[str], whose: str) -> None:
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            others = f"Its variables are {', '.join(sorted(known))}." if known else "It has none that can be set."
+            raise UserError(f"template_options: {whose} has no variable {name!r}.{hint} {others}")
+
+
+def _as_literal(name: str, value: Any) -> str:
+    """Write a value as jinja reads it, whose literals are Python's."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"template_options: {name}: expected a text, a number, true, false or a list or mapping of these, found "
+            f"{value!r}."
+        ) from error
+    return repr(value)
+
+
+def _stopped_clock(value: Any) -> str:
+    """Return a macro that stands for ``strftime_now`` and writes one date, at midnight."""
+    try:
+        day = date.fromisoformat(str(value))
+    except ValueError as error:
+        raise UserError(f"template_options: {_CLOCK}: expected a date such as 2026-11-27, found {value!r}.") from error
+    codes = {code: day.strftime(code) for code in _DATE_CODES} | {"%-d": str(day.day), "%F": day.isoformat()}
+    filled = "".join(f" | replace({code!r}, {text!r})" for code, text in codes.items())
+    return f"{{%- macro {_CLOCK}(format) %}}{{{{- format{filled} }}}}{{%- endmacro %}}\n"
 
 
 def _end_turns(tokenizer: Any, end: int) -> Any:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ def tokenizer_of_base(base: str, revision: str | None = None, trust_remote_code:
     return {"name": base, "revision": revision, "trust_remote_code": trust_remote_code}
 
 
-def load_choice(choice: TokenizerChoice, chat_template: str | None) -> Any:
+def load_choice(
+    choice: TokenizerChoice, chat_template: str | None, template_options: Mapping[str, Any] | None = None
+) -> Any:
     """Load a tokenizer, and put the chosen chat template on a copy.
 
     Args:
         choice: hub id, folder or ``package:NAME``; ``{name, revision, trust_remote_code}``; or a tokenizer object.
         chat_template: as in ``choose_chat_template``.
+        template_options: its ``options``.
 
     Raises:
         UserError: there is no such tokenizer or template.
@@ -37,7 +41,7 @@ def load_choice(choice: TokenizerChoice, chat_template: str | None) -> Any:
         raise UserError("tokenizer: expected a hub id, a folder or package:NAME, found none (the base's, usually).")
     else:
         tokenizer = choice
-    return choose_chat_template(tokenizer, chat_template)
+    return choose_chat_template(tokenizer, chat_template, template_options)
 
 
 def hash_choice(choice: TokenizerChoice, chat_template: str | None) -> str | None:

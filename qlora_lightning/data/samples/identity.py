@@ -1,6 +1,7 @@
 """What samples, tokenizer and chat template are, as short hashes: what a checkpoint remembers of its data."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,8 +28,10 @@ def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, Any]
     hashed = hash_tokenizer(tokenizer, with_template=False)
     if hashed is not None:
         found["tokenizer"] = hashed
-    if isinstance(tokenizer.chat_template, str):
-        found["chat_template"] = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+    template = tokenizer.chat_template  # a text, or several by name
+    if template is not None:
+        text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+        found["chat_template"] = hashlib.sha256(text.encode()).hexdigest()
     return found
 
 

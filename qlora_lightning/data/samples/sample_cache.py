@@ -18,7 +18,7 @@ from qlora_lightning.data.samples.sample_set import SampleSet
 from qlora_lightning.errors import UserError
 
 _log = logging.getLogger(__name__)
-_LAYOUT = 2  # of what is stored; counts up when the same rows would give other samples, or would be refused
+_LAYOUT = 3  # of what is stored; counts up when the same rows would give other samples, or would be refused
 
 Prepared = tuple[SampleSet, Report]
 

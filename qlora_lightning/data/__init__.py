@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from qlora_lightning.data.batches.order import epoch_order, rank_batches
     from qlora_lightning.data.batches.prompt_loader import PromptBatch, PromptLoader
     from qlora_lightning.data.batches.stream import StreamLoader
-    from qlora_lightning.data.chat.lengths import fit_length
     from qlora_lightning.data.chat.renderer import ChatRenderer, Rendered
     from qlora_lightning.data.datamodule import InstructionDataModule
     from qlora_lightning.data.reading.bad_rows import BadRow, RowFault
@@ -45,7 +44,6 @@ __all__ = (
     "collate",
     "epoch_order",
     "find_sources",
-    "fit_length",
     "rank_batches",
     "read_rows",
 )
@@ -72,7 +70,6 @@ _HOMES = {
     "collate": "batches.collate",
     "epoch_order": "batches.order",
     "find_sources": "reading.sources",
-    "fit_length": "chat.lengths",
     "rank_batches": "batches.order",
     "read_rows": "reading.reader",
 }

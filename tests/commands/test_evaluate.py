@@ -300,4 +300,4 @@ def test_answers_that_were_cut_and_prompts_that_were_shortened_are_told(run):
     told = run()
     assert "Answers are cut at 3 tokens (--max-new-tokens): 5 of 5 of the base, 5 of 5 of adapter had not" in told
     assert "shortened" not in told
-    assert "3 shortened" in run("--data.max_length", "20", "--data.val", "more.jsonl", "--data.too_long", "truncate")
+    assert "3 shortened" in run("--data.max_length", "36", "--data.val", "more.jsonl", "--data.too_long", "truncate")

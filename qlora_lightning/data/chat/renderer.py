@@ -101,19 +101,49 @@ class ChatRenderer:
         self._check_bos(ids)
         return ids
 
+    def find_answers(self, conversation: Conversation, tools: Tools, samples: int) -> list[list[int]]:
+        """Return the places of the trained answers in each of the samples that :meth:`render` made of a conversation.
+
+        Args:
+            conversation: one that is rendered without a fault.
+            tools: what may be called.
+            samples: how many it made; one holds them all.
+        """
+        trained = self._find_trained(conversation)
+        if samples == 1:
+            return [trained]
+        texts = self._text.render(conversation[: _count_used(conversation)], tools, trained)
+        return [[answer.message for answer in text.answers] for text in texts]
+
+    def render_answers(self, messages: Conversation, tools: Tools, answers: Sequence[int]) -> Rendered:
+        """Render messages as one sample that trains the answers at these places, the last message among them."""
+        text = self._text.render(messages, tools, answers)[-1]
+        return self._label(text.text, text.answers, self._encode_all([text])[0])
+
+    def count_tokens(self, messages: Sequence[Message], tools: Tools = None, generation: bool = False) -> int:
+        """Count the tokens of messages to the stop token that ends them, or of a prompt for generation."""
+        ids = self._encode_texts([self._text.apply(messages, tools, generation)])[0]
+        stops = () if generation else (at for at, number in enumerate(ids, start=1) if number in self.stop_ids)
+        return max(stops, default=len(ids))
+
+    def find_control(self, text: str) -> str | None:
+        """Return the first control token that a text would be encoded to."""
+        return self._controls.search(text)
+
     def _render_text(self, conversation: Conversation, tools: Tools) -> list[RenderedText] | UserError:
-        places = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
-        trained = [number for number in places if conversation[number].get("train", True)]
-        messages = conversation[: places[-1] + 1]
+        messages = conversation[: _count_used(conversation)]
         try:
             self._refuse_controls(messages, tools)
-            if self.train_on == "all" and trained != places:
+            if self.train_on == "all" and not all(message.get("train", True) for message in messages):
                 raise RowFault("`train: false` in a message contradicts `train_on: all`")
-            if self.train_on != "assistant":
-                trained = [number for number in trained if number == places[-1]]
-            return self._text.render(messages, tools, trained)
+            return self._text.render(messages, tools, self._find_trained(messages))
         except RowFault as fault:
             return fault
+
+    def _find_trained(self, conversation: Conversation) -> list[int]:
+        places = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
+        wanted = places if self.train_on == "assistant" else places[-1:]
+        return [number for number in wanted if conversation[number].get("train", True)]
 
     def _refuse_controls(self, messages: Sequence[Message], tools: Tools) -> None:
         """Text such as ``<|im_end|>`` inside a row would be encoded as the control token itself."""
@@ -238,6 +268,11 @@ class ChatRenderer:
                 f"expected the BOS token {self.tokenizer.bos_token!r} first, which this tokenizer puts before every "
                 f"text, but the chat template writes none: begin it with {{{{ bos_token }}}}. {begins}"
             )
+
+
+def _count_used(conversation: Conversation) -> int:
+    """Count the messages up to the last answer; what follows it teaches nothing."""
+    return max(number for number, message in enumerate(conversation, start=1) if message["role"] == "assistant")
 
 
 _REMEMBERED = 1_000  # headers; some templates make one of the whole prompt

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from qlora_lightning.data.chat.chat_text import Tools
-from qlora_lightning.data.chat.lengths import fit_length
+from qlora_lightning.data.chat.lengths import shorten, split_up
 from qlora_lightning.data.chat.renderer import IGNORED, ChatRenderer, Rendered
 from qlora_lightning.data.reading.bad_rows import SHOWN, BadRow, RowFault
 from qlora_lightning.data.reading.cursor import REST_UNREAD
@@ -75,13 +75,15 @@ class Preparer:
         """
         good = list(self.converse(rows, needs_answer=True))
         all_rendered = self.recipe.renderer.render_all((row.conversation, row.tools) for row in good)
-        for (number, row, _, _), rendered in zip(good, all_rendered, strict=True):
-            if isinstance(rendered, RowFault):
-                self.refuse(row.where, str(rendered))
-            elif isinstance(rendered, UserError):
-                raise UserError(f"{row.where}: {rendered}") from rendered
-            else:
-                self._fit(rendered, row, number, source, builder)
+        for row, rendered in zip(good, all_rendered, strict=True):
+            try:
+                if isinstance(rendered, UserError):
+                    raise rendered
+                self._add_samples(row, rendered, source, builder)
+            except RowFault as fault:
+                self.refuse(row.row.where, str(fault))
+            except UserError as error:
+                raise UserError(f"{row.row.where}: {error}") from error
 
     def converse(self, rows: Sequence[Row | BadRow], needs_answer: bool) -> Iterator["GoodRow"]:
         """Yield the good rows of a chunk as conversations; the bad ones are reported."""
@@ -121,27 +123,17 @@ class Preparer:
             unread = self.report.unread_columns
             unread += [name for name in columns if name not in form.read_keys and name not in unread]
 
-    def _fit(self, rendered: list[Rendered], row: Row, number: int, source: int, builder: SampleSetBuilder) -> None:
+    def _add_samples(self, row: GoodRow, rendered: list[Rendered], source: int, builder: SampleSetBuilder) -> None:
         recipe, report = self.recipe, self.report
         made = 0
-        for ids, labels in rendered:
-            pieces = fit_length(ids, labels, recipe.max_length, recipe.too_long)
-            if not pieces and recipe.too_long == "drop":
-                report.lost_tokens += len(ids)
-                report.lost_labels += _count(labels)
-            if len(ids) > recipe.max_length and pieces and recipe.too_long == "truncate":
-                (short_ids, short_labels), *_ = pieces
-                report.shortened += 1
-                report.lost_tokens += len(ids) - len(short_ids)
-                report.lost_labels += _count(labels) - _count(short_labels)
-            for piece_ids, piece_labels in pieces:
-                labelled = _count(piece_labels)
-                if labelled:
-                    builder.add(piece_ids, piece_labels, number, source, row.file, row.line)
-                    report.samples += 1
-                    report.tokens += len(piece_ids)
-                    report.labelled += labelled
-                    made += 1
+        for piece in self._fit(row, rendered):
+            labelled = _count(piece.labels)
+            if labelled:
+                builder.add(piece.ids, piece.labels, row.number, source, row.row.file, row.row.line)
+                report.samples += 1
+                report.tokens += len(piece.ids)
+                report.labelled += labelled
+                made += 1
         report.turn_by_turn += len(rendered) > 1
         if made:
             return
@@ -151,6 +143,33 @@ class Preparer:
         report.unusable += 1
         marked = not any(_count(labels) for _, labels in rendered)
         report.drop("every answer is marked `train: false`" if marked else "no labelled token within max_length")
+
+    def _fit(self, row: GoodRow, rendered: list[Rendered]) -> list[Rendered]:
+        """Return what becomes of the samples of a row, those that are too long as ``too_long`` says."""
+        renderer, most, report = self.recipe.renderer, self.recipe.max_length, self.report
+        long = [len(sample.ids) > most for sample in rendered]
+        if not any(long):
+            return rendered
+        if self.recipe.too_long == "split":
+            pieces = [split_up(sample, most) if cut else [sample] for sample, cut in zip(rendered, long, strict=True)]
+            return [piece for of_sample in pieces for piece in of_sample]
+        answers: list[list[int]] = [[]] * len(rendered)  # none to keep
+        if self.recipe.too_long == "truncate":
+            answers = renderer.find_answers(row.conversation, row.tools, len(rendered))
+        fitted = []
+        for sample, cut, trained in zip(rendered, long, answers, strict=True):
+            if not cut:
+                fitted.append(sample)
+                continue
+            short = shorten(renderer, row.conversation, row.tools, trained, most)
+            report.lost_tokens += len(sample.ids)
+            report.lost_labels += _count(sample.labels)
+            if short is not None:
+                report.shortened += 1
+                report.lost_tokens -= len(short.ids)
+                report.lost_labels -= _count(short.labels)
+                fitted.append(short)
+        return fitted
 
     def _choose_formats(self, rows: Sequence[Row], needs_answer: bool) -> None:
         files: dict[str, list[Row]] = {}

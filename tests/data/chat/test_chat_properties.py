@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_lightning.data.chat.renderer import ChatRenderer
+from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.reading.bad_rows import RowFault
+from qlora_lightning.errors import UserError
 
 SPECIAL = {
     "llama2": ["<s>", "</s>", "<unk>"],
@@ -19,6 +21,7 @@ SPECIAL = {
 }
 TEXT_LIKE_MARKERS = ["[INST", "<<SYS>>\n", "<|im_", "end|>", "{% generation %}", "{{ bos_token }}", "assistant\n", "▁"]
 SPACES = ["\n", "\n\n", "\n\n\n", " ", "  ", "\t", "\r\n", "\x00", "\u2028", "\u00a0", "\u200b"]
+LONG = ["word " * 40, "a, b and c. " * 9, "é🙂" * 30]
 HUGE = ["two and two " * 2_000, "\n" * 3_000, "é🙂" * 1_000]
 
 reproducible = settings(derandomize=True, database=None, deadline=None, max_examples=100)
@@ -98,3 +101,104 @@ def test_a_control_token_inside_a_message_is_always_refused(families, data, name
     for refusing in (renderer.render, renderer.render_prompt):
         with pytest.raises(RowFault, match="contains the control token"):
             refusing(conversation)
+
+
+@st.composite
+def long_conversations(draw):
+    """Exchanges that may begin with two questions, of which some are not trained; the last one is; no two are alike."""
+    brief = plain.filter(
+        lambda text: not any(token in text for tokens in SPECIAL.values() for token in [*tokens, "\0"])
+    )
+    texts = st.one_of(brief, st.sampled_from(LONG))
+    roles = ["system"] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 4))):
+        roles += ["user"] * draw(st.integers(1, 2)) + ["assistant"]
+    conversation = [{"role": role, "content": f"{n}{draw(texts)}"} for n, role in enumerate(roles)]
+    for message in conversation[:-1]:
+        if message["role"] == "assistant":
+            message["train"] = draw(st.booleans())
+    return [*conversation[:-1], {**conversation[-1], "train": True}]
+
+
+def is_cut_of(text, content):
+    """Whether the text is the content, or a beginning and an end of it, each as a template may strip it."""
+    return any(
+        content.strip().startswith(text[:at].strip()) and content.strip().endswith(text[at:].strip())
+        for at in range(len(text) + 1)
+    )
+
+
+def explain(tokenizer, conversation, sample):
+    """Find (first message, message that lost its middle or None, text behind the sample) of a rendered conversation."""
+    ids, text = sample.ids.tolist(), tokenizer.decode(sample.ids)
+    system = conversation[:1] if conversation[0]["role"] == "system" else []
+    users = [number for number, message in enumerate(conversation) if message["role"] == "user"]
+    ends = [number for number, message in enumerate(conversation) if message.get("train")]
+    for start, end in [(start, end) for start in users for end in reversed(ends) if start < end]:
+        messages = [*system, *conversation[start : end + 1]]
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        if tokenizer.encode(whole, add_special_tokens=False)[: len(ids)] == ids:
+            return start, None, whole[len(text.rstrip("\ufffd")) :]
+        for at, message in enumerate(messages[:-1]):
+            marked = [*messages[:at], {**message, "content": "\ue000"}, *messages[at + 1 :]]
+            before, _, after = tokenizer.apply_chat_template(marked, tokenize=False).partition("\ue000")
+            if message.get("train") or not text.startswith(before):
+                continue
+            rest = text.removeprefix(before).rstrip("\ufffd")
+            for kept in range(len(rest) + 1):
+                if after.startswith(rest[kept:]) and kept < len(rest) and is_cut_of(rest[:kept], message["content"]):
+                    return start, at, after.removeprefix(rest[kept:])
+    raise AssertionError(f"not a rendered conversation: {text!r}")
+
+
+@reproducible
+@given(
+    name=st.sampled_from(["llama31", "qwen25", "mistral", "markers"]),
+    conversation=long_conversations(),
+    max_length=st.integers(2, 900),
+)
+def test_what_is_shortened_is_a_rendered_conversation(families, name, conversation, max_length):
+    tokenizer = families[name]
+    if name == "mistral":  # whose turns alternate, and whose system message moves to the last one
+        pairs = itertools.pairwise([message for message in conversation if message["role"] != "system"])
+        conversation = [one for one, other in pairs if one["role"] != other["role"]] + conversation[-1:]
+    rows = type("Rows", (InstructionDataModule,), {"load_rows": lambda self, split: [{"messages": conversation}]})
+    data = rows(tokenizer=tokenizer, max_length=max_length)
+    refused = ""
+    try:
+        data.setup("validate")
+    except UserError as error:
+        refused = str(error)
+    system = conversation[:1] if conversation[0]["role"] == "system" else []
+    users = [number for number, message in enumerate(conversation) if message["role"] == "user"]
+    if refused:  # only if no answer can begin, however much one message loses
+        assert "none of 1 rows is left (1: no labelled token within max_length)" in refused
+        asked = [*system, conversation[users[-1]]]
+        for at, message in enumerate(asked):
+            least = [*asked[:at], {**message, "content": message["content"][0] + message["content"][1:][-1:]}]
+            ids = data.renderer.render_prompt([*least, *asked[at + 1 :]])
+            assert len(ids) >= max_length
+        return
+    (sample,) = data.samples["val"]
+    assert len(sample.ids) <= max_length
+    start, cut, lost = explain(tokenizer, conversation, sample)
+    labels = [label for label in sample.labels.tolist() if label != -100]
+    stop = tokenizer.eos_token_id
+    assert labels
+    # a stop token is trained behind each trained answer that is whole, and behind no other
+    whole = tokenizer.eos_token not in lost
+    assert (labels[-1] == stop) == whole
+    said = tokenizer.decode(labels).split(tokenizer.eos_token)
+    answers = [message["content"].strip() for message in conversation[start:] if message.get("train")]
+    for text, answer in zip(said, answers, strict=False):
+        assert text.strip() == answer or (text is said[-1] and answer.startswith(text.strip().rstrip("\ufffd")))
+    last = max(number for number, message in enumerate(conversation) if message.get("train"))
+    assert len(said) - whole == len(answers)
+    # whole turns go first, and no more of them than must
+    if cut is not None or not whole:
+        assert start == max(number for number in users if number < last)
+    elif start != users[0]:
+        older = [*system, *conversation[users[users.index(start) - 1] : last + 1]]
+        text = tokenizer.apply_chat_template(older, tokenize=False)
+        text = text[: text.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)]
+        assert len(tokenizer.encode(text, add_special_tokens=False)) > max_length

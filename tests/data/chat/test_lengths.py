@@ -1,17 +1,45 @@
+import itertools
 import random
 
 import pytest
 
-from qlora_lightning.data.chat.lengths import fit_length, shorten
+from qlora_lightning.data.chat.lengths import split_up
+from qlora_lightning.data.chat.renderer import Rendered
+from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.errors import UserError
 
 STOP = 999
+SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
+TALK = ["First, a question that is earlier.", "An answer that is earlier.", "And now?", "Four."]
+
+
+@pytest.fixture
+def shorten(characters):
+    """Return text, trained text and report of the one sample that a conversation becomes, a character a token."""
+
+    def shorten(conversation, max_length, tokenizer=characters, **options):
+        class Rows(InstructionDataModule):
+            def load_rows(self, split):
+                return [{"messages": conversation}] if split == "train" else []
+
+        data = Rows(tokenizer=tokenizer, max_length=max_length, **options)
+        data.setup("fit")
+        (sample,) = data.samples["train"]
+        assert len(sample.ids) <= max_length
+        trained = tokenizer.decode([label for label in sample.labels.tolist() if label != -100])
+        return tokenizer.decode(sample.ids.tolist()), trained, data.reports["train"]
+
+    return shorten
+
+
+def turn(role, content, **marks):
+    return {"role": role, "content": content, **marks}
 
 
 def sample(prompt, answer, tail=0):
     """Ids counted from 0; the answer's are labelled."""
     ids = list(range(prompt + answer + tail))
-    return ids, [number if prompt <= number < prompt + answer else -100 for number in ids]
+    return Rendered(ids, [number if prompt <= number < prompt + answer else -100 for number in ids])
 
 
 def random_sample(rng):
@@ -22,60 +50,116 @@ def random_sample(rng):
         first = len(ids)
         ids += [*range(first, first + prompt + answer), STOP]
         labels += [-100] * prompt + ids[first + prompt :]
-    return ids, labels
+    return Rendered(ids, labels)
 
 
 def labelled(labels):
     return [label for label in labels if label != -100]
 
 
-@pytest.mark.parametrize("too_long", ["truncate", "drop", "split"])
-def test_what_fits_is_left_alone(too_long):
-    ids, labels = sample(4, 4)
-    assert fit_length(ids, labels, 8, too_long) == [(ids, labels)]
+def test_turns_are_never_welded_together(families, shorten, talk):
+    """The middle of the prompt was cut out once: "You are a helpful assistanthat is earlier.<|im_end|>"."""
+    tokenizer = families["qwen25"]
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    last = "<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\nFour.<|im_end|>"
+    first = (
+        "<|im_start|>user\nFirst, a question that is earlier.<|im_end|>\n"
+        "<|im_start|>assistant\nAn answer that is earlier.<|im_end|>\n"
+    )
+    fewest = len(tokenizer.encode(system + last))
+    most = len(tokenizer.encode(system + first + last))
+    for max_length in range(fewest, most + 2):
+        wanted = system + (first if max_length >= most else "") + last
+        text, trained, report = shorten([SYSTEM, *talk(*TALK)], max_length, tokenizer)
+        assert text.removesuffix("\n") == wanted
+        assert trained == ("An answer that is earlier.<|im_end|>" if first in wanted else "") + "Four.<|im_end|>"
+        assert report.shortened == (max_length <= most)
 
 
-def test_the_prompt_loses_its_middle_first():
-    assert shorten(*sample(8, 3), 7) == ([0, 1, 6, 7, 8, 9, 10], [-100] * 4 + [8, 9, 10])
+def test_the_oldest_turns_go_first_and_the_system_message_stays(shorten, talk):
+    conversation = [turn("system", "s"), *talk("q1", "a1", "q2", "a2", "q3", "a3")]
+    whole = "{s\ns}\n{u\nq1}\n{a\na1}\n{u\nq2}\n{a\na2}\n{u\nq3}\n{a\na3}\n"
+    assert shorten(conversation, 47)[0] == whole[:47]  # what follows the last stop token goes before any turn
+    assert shorten(conversation, 46)[:2] == ("{s\ns}\n{u\nq2}\n{a\na2}\n{u\nq3}\n{a\na3}\n", "a2}a3}")
+    text, trained, report = shorten(conversation, 32)
+    assert (text, trained) == ("{s\ns}\n{u\nq3}\n{a\na3}\n", "a3}")
+    assert (report.shortened, report.lost_tokens, report.lost_labels) == (1, 28, 6)
 
 
-def test_truncating_makes_one_sample_dropping_none():
-    assert fit_length(*sample(8, 3), 7, "truncate") == [shorten(*sample(8, 3), 7)]
-    assert fit_length(*sample(8, 3), 7, "drop") == []
+def test_what_follows_the_last_trained_answer_goes_first(shorten, talk):
+    conversation = [*talk("q1", "a1", "q2"), turn("assistant", "long" * 10, train=False)]
+    assert shorten(conversation, 20)[:2] == ("{u\nq1}\n{a\na1}\n", "a1}")
 
 
-def test_a_long_answer_leaves_a_quarter_to_the_prompt_and_loses_its_end():
-    ids, labels = shorten(*sample(10, 10), 8)
-    assert ids == [0, 9, 10, 11, 12, 13, 14, 15]
-    assert labels == [-100, -100, 10, 11, 12, 13, 14, 15]  # 19, the stop token, is neither there nor trained
+def test_the_last_prompt_loses_its_middle(shorten, talk):
+    assert shorten(talk("older", "a", "abcdefghijklmnop", "k"), 16)[:2] == ("{u\nabcnop}\n{a\nk}", "k}")
+    with_system = [turn("system", "be brief"), *talk("abcdefghijklmnop", "k")]
+    assert shorten(with_system, 30)[0] == "{s\nbe brief}\n{u\nabcdnop}\n{a\nk}"
+    long_system = [turn("system", "abcdefghijklmnopqrstuvwxyz"), *talk("why", "k")]
+    assert shorten(long_system, 30)[0] == "{s\nabcdefuvwxyz}\n{u\nwhy}\n{a\nk}"
 
 
-def test_a_short_prompt_stays_whole():
-    assert shorten(*sample(1, 10), 8)[0] == [0, 1, 2, 3, 4, 5, 6, 7]
+def test_an_answer_that_is_too_long_loses_its_end_and_its_stop_token(shorten, talk):
+    assert shorten(talk("q", "k" * 20), 16)[:2] == ("{u\nq}\n{a\nkkkkkkk", "kkkkkkk")
+    text, trained, _ = shorten(talk("abcdefghijklmnopqrstuvwxyz", "k" * 40), 40)  # the prompt keeps a quarter
+    assert (text, trained) == ("{u\naz}\n{a\n" + "k" * 30, "k" * 30)
 
 
-def test_what_follows_the_last_label_goes_before_anything_is_lost():
-    assert shorten(*sample(4, 4, tail=1), 8) == sample(4, 4)
+def test_an_exchange_of_many_calls_that_is_too_long_ends_with_an_earlier_answer(shorten):
+    steps = [turn(role, f"{role[0]}{number}") for number in range(50) for role in ("assistant", "tool")]
+    conversation = [turn("user", "task"), *steps, turn("assistant", "done")]
+    assert shorten(conversation, 40)[:2] == ("{u\ntask}\n{a\na0}\n{t\nt0}\n{a\na1}\n", "a0}a1}")
+    steps[1]["content"] = "a long result " * 10
+    text, trained, _ = shorten(conversation, 60)
+    assert text == "{u\ntask}\n{a\na0}\n{t\na lt }\n{a\na1}\n{t\nt1}\n{a\na2}\n{t\nt2}\n{a\na3}"
+    assert trained == "a0}a1}a2}a3}"
 
 
-def test_no_header_is_kept_of_a_turn_that_was_cut_away():
-    ids = list(range(10))
-    labels = [-100, -100, 2, 3, -100, -100, -100, -100, 8, 9]
-    assert shorten(ids, labels, 6) == ([0, 1, 2, 3], [-100, -100, 2, 3])
+@pytest.mark.parametrize(("train_on", "trained"), [("last", "k}"), ("all", "u\nabcop}\n{a\nk}")])
+def test_whatever_is_trained_turns_go_first(shorten, talk, train_on, trained):
+    text, found, _ = shorten(talk("older", "a", "abcdefghijklmnop", "k"), 15, train_on=train_on)
+    assert (text, found) == ("{u\nabcop}\n{a\nk}", trained)
 
 
-@pytest.mark.parametrize("max_length", range(2, 24))
-@pytest.mark.parametrize(("prompt", "answer"), [(1, 22), (11, 12), (22, 1), (20, 3)])
-def test_a_label_is_always_left_and_the_first_token_has_none(prompt, answer, max_length):
-    ids, labels = shorten(*sample(prompt, answer), max_length)
-    assert len(ids) == len(labels) <= max_length
-    assert labels[0] == -100
-    assert any(label != -100 for label in labels)
-    assert all(label in (-100, number) for number, label in zip(ids, labels, strict=True))
+def test_an_earlier_answer_that_is_not_trained_may_lose_its_middle(shorten, talk):
+    conversation = [turn("user", "q"), turn("assistant", "x" * 40), turn("tool", "t"), turn("assistant", "k")]
+    assert shorten(conversation, 30, train_on="last")[:2] == ("{u\nq}\n{a\nxxxxxxxx}\n{t\nt}\n{a\nk}", "k}")
+
+
+def test_a_middle_is_not_taken_out_so_that_a_control_token_is_left(families, shorten, talk):
+    tokenizer = families["qwen25"]
+    fewest = len(tokenizer.apply_chat_template(talk("<>", "k"), return_dict=False))
+    for max_length in range(fewest, fewest + 25):
+        text, _, _ = shorten(talk("<|im_" + "x " * 60 + "end|>", "k"), max_length, tokenizer)
+        assert text.count("<|im_end|>") == tokenizer.apply_chat_template(talk("q", "k"), tokenize=False).count("im_end")
+
+
+def test_a_row_of_which_nothing_fits_beside_what_must_stay_is_left_out(shorten, talk):
+    with pytest.raises(UserError, match="none of 1 rows is left"):
+        shorten([turn("system", "abcdefghijklmnop"), *talk("ab", "k")], 10)
+
+
+def test_each_sample_of_a_row_that_is_rendered_turn_by_turn_is_shortened_by_itself(smol, templates, talk):
+    smol.chat_template = templates.qwen
+
+    class Rows(InstructionDataModule):
+        def load_rows(self, split):
+            turns = ["one " * 30, "<think>hm</think>a", "two " * 30, "<think>oh</think>b", "three", "c"]
+            return [{"messages": talk(*turns)}] if split == "train" else []
+
+    data = Rows(tokenizer=smol, max_length=32)
+    data.setup("fit")
+    first, second, last = (smol.decode(each.ids) for each in data.samples["train"])
+    assert first.startswith("<|im_start|>user\none one")
+    assert first.endswith("one <|im_end|>\n<|im_start|>assistant\n<think>hm</think>a<|im_end|>")
+    assert second.startswith("<|im_start|>user\ntwo two")
+    assert second.endswith("two <|im_end|>\n<|im_start|>assistant\n<think>oh</think>b<|im_end|>")
+    assert last == "<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\nc<|im_end|>\n"
+    assert (data.reports["train"].shortened, data.reports["train"].lost_labels) == (3, 0)
 
 
 def test_each_later_piece_begins_with_a_quarter_of_the_one_before_as_context():
-    assert fit_length(*sample(3, 14), 8, "split") == [
+    assert split_up(sample(3, 14), 8) == [
         ([0, 1, 2, 3, 4, 5, 6, 7], [-100, -100, -100, 3, 4, 5, 6, 7]),
         ([6, 7, 8, 9, 10, 11, 12, 13], [-100, -100, 8, 9, 10, 11, 12, 13]),
         ([12, 13, 14, 15, 16], [-100, -100, 14, 15, 16]),
@@ -83,9 +167,9 @@ def test_each_later_piece_begins_with_a_quarter_of_the_one_before_as_context():
 
 
 def test_a_piece_without_labels_is_left_out():
-    assert fit_length(*sample(9, 2), 8, "split") == [([6, 7, 8, 9, 10], [-100, -100, -100, 9, 10])]
-    assert fit_length(*sample(4, 4, tail=5), 8, "split") == [sample(4, 4)]
-    assert fit_length(*sample(9, 0), 8, "split") == []
+    assert split_up(sample(9, 2), 8) == [([6, 7, 8, 9, 10], [-100, -100, -100, 9, 10])]
+    assert split_up(sample(4, 4, tail=5), 8) == [sample(4, 4)]
+    assert split_up(sample(9, 0), 8) == []
 
 
 @pytest.mark.parametrize("max_length", range(2, 14))
@@ -93,33 +177,25 @@ def test_pieces_train_each_labelled_token_once_after_what_stood_before_it(max_le
     rng = random.Random(max_length)
     for _ in range(100):
         ids, labels = random_sample(rng)
-        pieces = fit_length(ids, labels, max_length, "split")
+        pieces = split_up(Rendered(ids, labels), max_length)
         assert [label for _, piece in pieces for label in labelled(piece)] == labelled(labels)
+        true_ends = {(before, STOP) for before, after in itertools.pairwise(ids) if after == STOP}
         for piece_ids, piece_labels in pieces:
             assert 1 < len(piece_ids) == len(piece_labels) <= max_length or (piece_ids, piece_labels) == (ids, labels)
             assert piece_labels[0] == -100
             windows = [ids[at : at + len(piece_ids)] for at in range(len(ids))]
             assert piece_ids in windows  # true context, nothing left out
             assert all(label in (-100, token) for token, label in zip(piece_ids, piece_labels, strict=True))
-
-
-@pytest.mark.parametrize("too_long", ["truncate", "split"])
-def test_a_stop_token_is_trained_only_after_the_token_it_ended(too_long):
-    rng = random.Random(0)
-    for _ in range(300):
-        ids, labels = random_sample(rng)
-        true_ends = {(ids[at - 1], STOP) for at in range(1, len(ids)) if labels[at] == STOP}
-        for piece_ids, piece_labels in fit_length(ids, labels, 8, too_long):
-            ends = {(piece_ids[at - 1], STOP) for at in range(1, len(piece_ids)) if piece_labels[at] == STOP}
-            assert ends <= true_ends
+            pairs = zip(piece_ids, piece_labels[1:], strict=False)
+            assert {pair for pair in pairs if pair[1] == STOP} <= true_ends
 
 
 @pytest.mark.parametrize("too_long", ["truncate", "drop", "split"])
 def test_less_than_two_tokens_are_refused(too_long):
     with pytest.raises(UserError, match="max_length: expected at least 2"):
-        fit_length([1, 2], [-100, 2], 1, too_long)
+        InstructionDataModule(max_length=1, too_long=too_long)
 
 
 def test_another_word_is_refused():
     with pytest.raises(UserError, match="too_long: expected truncate, drop, split, found 'cut'"):
-        fit_length([1, 2], [-100, 2], 2, "cut")
+        InstructionDataModule(too_long="cut")

@@ -43,7 +43,7 @@ def test_rows_become_samples_and_a_report(recipe):
 
 def test_an_answer_cut_short_is_counted(recipe):
     _, report = prepare_samples([make_rows(pair("q", "k" * 20))], recipe(max_length=16), "train")
-    assert (report.shortened, report.lost_tokens, report.lost_labels) == (1, 15, 9)  # 12 of 21 are left, without }
+    assert (report.shortened, report.lost_tokens, report.lost_labels) == (1, 15, 14)  # 7 of 21 are left, without }
 
 
 def test_bad_rows_are_reported_with_their_place_and_left_out(recipe):

@@ -76,21 +76,6 @@ def put_in_place(unfinished: Path, target: Path) -> None:
     flush(target.parent)
 
 
-def share(source: Path, target: Path) -> None:
-    """Give a file a second name, or a copy where the file system knows no hard links; the old target stays until then.
-
-    Raises:
-        OSError: The disk is full or fails.
-    """
-    beside = target.with_name(f"{target.name}.unfinished")
-    beside.unlink(missing_ok=True)
-    try:
-        os.link(source, beside)
-    except OSError:
-        shutil.copyfile(source, beside)
-    put_in_place(beside, target)
-
-
 def flush(path: Path) -> None:
     """Wait until the disk has what was written to a file, or the names that were changed in a folder."""
     descriptor = os.open(path, os.O_RDONLY)

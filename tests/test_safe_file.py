@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora_lightning.safe_file import find_storage_fault, flush, put_in_place, share, write_whole
+from qlora_lightning.safe_file import find_storage_fault, flush, put_in_place, write_whole
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -94,18 +94,6 @@ def test_a_disk_that_cannot_flush_folders_is_used_all_the_same(tmp_path, monkeyp
 
     monkeypatch.setattr("os.fsync", refuse)
     flush(tmp_path)
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_a_second_name_has_the_content_and_replaces_an_older_file(tmp_path, monkeypatch, links):
-    if not links:
-        monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
-    (tmp_path / "one").write_text("new")
-    (tmp_path / "two").write_text("old")
-    share(tmp_path / "one", tmp_path / "two")
-    assert (tmp_path / "two").read_text() == "new"
-    assert (tmp_path / "one").samefile(tmp_path / "two") is links
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["one", "two"]
 
 
 def test_what_the_disk_says_is_found_wherever_it_is_hidden(tmp_path):

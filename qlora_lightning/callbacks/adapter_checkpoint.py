@@ -1,6 +1,7 @@
 """Checkpoints of the adapter to resume from, and the adapter folder to use."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from qlora_lightning.callbacks.adapter_ema import holding_average
 from qlora_lightning.callbacks.checkpoint_writer import SaveFaults, clear_remains, write_checkpoint
+from qlora_lightning.callbacks.find_checkpoint import find_whole
 from qlora_lightning.callbacks.folder_lock import FolderLock
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.started_folder import (
@@ -25,7 +27,7 @@ from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.checkpoint.resume_checks import has_other_validation
 from qlora_lightning.model.checkpoint.save_points import ends_training, validation_follows
-from qlora_lightning.safe_file import flush, put_in_place, share
+from qlora_lightning.safe_file import flush, put_in_place
 from qlora_lightning.trainer import callbacks_of, is_trial_run
 
 
@@ -130,6 +132,7 @@ class AdapterCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step  # nothing new yet, also after a resume
         self._written = None
+        self._mend_adapter(trainer, pl_module)
         if self._stop(trainer):
             self._leave(trainer)
 
@@ -170,6 +173,10 @@ class AdapterCheckpoint(Checkpoint):
             self._write(trainer, pl_module)
         self._commit(trainer, leaves=False)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step != self._saved_step:  # nothing was left to train
+            self._mend_adapter(trainer, pl_module)
+
     def _stop_inside_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # From behind the last step Lightning would not go on, nor run the validation: it is let end.
         ended = trainer.global_step == trainer.max_steps
@@ -209,8 +216,10 @@ class AdapterCheckpoint(Checkpoint):
             with faults.noting(unfinished):
                 flush(unfinished)
             if self.save_top_k and any(kept == name for _, kept in self.best) and not faults.first:
+                copy = folder / f"{name}.unfinished"  # no hard link: damage to one file would be damage to both
                 with faults.noting(folder / name):
-                    share(unfinished, folder / name)
+                    shutil.copyfile(unfinished, copy)
+                    put_in_place(copy, folder / name)
             if (self._is_best(name) or not self.best) and not faults.first:
                 with faults.noting(self.adapter_folder(run_folder)):
                     self._write_adapter(trainer, pl_module)
@@ -233,23 +242,22 @@ class AdapterCheckpoint(Checkpoint):
             self._leave(trainer)
 
     def _tell_fault(self, trainer: Trainer, faults: SaveFaults) -> None:
-        """End the run on every rank where the first could not save.
+        """End the run on every rank if the first could not save.
 
         Raises:
             UserError: It could not.
         """
-        fault = trainer.strategy.broadcast(faults.first)
-        if fault is None:
+        refuse_everywhere(trainer, lambda: self._refuse(trainer, faults))
+
+    def _refuse(self, trainer: Trainer, faults: SaveFaults) -> None:
+        if faults.first is None:
             return
-        if trainer.is_global_zero:
-            self._clear_remains(trainer)
-        last = self.checkpoint_folder(trainer.default_root_dir) / "last.ckpt"
-        state = (
-            f"{last} is intact, as it was before: go on from it by `--ckpt_path last`"
-            if last.exists()
-            else ("Nothing had been saved before: start again")
-        )
-        raise UserError(f"{fault.sentence} {state} {fault.remedy}.")
+        self._clear_remains(trainer)
+        whole = find_whole(self.checkpoint_folder(trainer.default_root_dir))
+        state = "Nothing had been saved before: start again"
+        if whole is not None:
+            state = f"{whole} is whole: resume from it by `--ckpt_path {'last' if whole.stem == 'last' else whole}`"
+        raise UserError(f"{faults.first.sentence} {state} {faults.first.remedy}.")
 
     def _clear_remains(self, trainer: Trainer) -> None:
         root = trainer.default_root_dir
@@ -285,6 +293,15 @@ class AdapterCheckpoint(Checkpoint):
 
     def _is_best(self, name: str) -> bool:
         return bool(self.best) and self.best[0][1] == name
+
+    def _mend_adapter(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the adapter again if the best checkpoint itself is resumed: a fault may have come between the two."""
+        if trainer.ckpt_path and self._writes(trainer) and self._is_best(Path(trainer.ckpt_path).name):
+            faults = SaveFaults()
+            with holding_average(trainer, pl_module), faults.noting(self.adapter_folder(trainer.default_root_dir)):
+                if trainer.is_global_zero:
+                    self._write_adapter(trainer, pl_module)
+            self._tell_fault(trainer, faults)
 
     def _write_adapter(self, trainer: Trainer, pl_module: LightningModule) -> None:
         write: Any = getattr(pl_module, "save_adapter", None)

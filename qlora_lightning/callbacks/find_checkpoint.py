@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
-from qlora_lightning.callbacks.started_folder import UNFINISHED
+from qlora_lightning.callbacks.started_folder import CHECKPOINTS, UNFINISHED
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.checkpoint.format import read_content
 
@@ -28,12 +27,18 @@ def find_checkpoint(folder: str | Path, name: str | None) -> str | None:
     """
     if name != "last":
         return name
-    file = AdapterCheckpoint.checkpoint_folder(folder) / "last.ckpt"
+    file = Path(folder) / CHECKPOINTS / "last.ckpt"
     if file.exists():
         check_checkpoint(file)
         return str(file)
     found = _newest_good(file)
     return None if found is None else str(found)
+
+
+def find_whole(folder: Path) -> Path | None:
+    """Return ``last.ckpt`` of a folder of checkpoints if it is whole, else the newest that is, if there is one."""
+    last = folder / "last.ckpt"
+    return last if last.exists() and _find_fault(last) is None else _newest_good(last)
 
 
 def check_checkpoint(file: str | Path) -> None:

@@ -221,9 +221,7 @@ def test_an_interrupted_save_leaves_the_earlier_files_readable(fit, monkeypatch,
             raise OSError("disk full")
 
     monkeypatch.setattr(lightning.Trainer, "save_checkpoint", fail_at_8)
-    told = (
-        rf"unfinished.ckpt could not be written: disk full\. {run}/checkpoints/last.ckpt is intact.*--ckpt_path last`"
-    )
+    told = rf"unfinished.ckpt could not be written: disk full\. {run}/checkpoints/last.ckpt is whole.*--ckpt_path last`"
     with pytest.raises(UserError, match=told):
         fit(AdapterCheckpoint(every_n_train_steps=4, save_top_k=save_top_k))
     assert checkpoint_names(run) == ["last.ckpt"]
@@ -317,7 +315,7 @@ def test_a_save_that_fails_at_the_adapter_folder_leaves_the_last_checkpoint_as_i
 
     monkeypatch.setattr(QLoRAModule, "save_adapter", fail)
     again = {"max_epochs": 2, "ckpt_path": last, "limit_val_batches": 1}
-    with pytest.raises(UserError, match=f"{run}/adapter could not be written: disk full. {last} is intact"):
+    with pytest.raises(UserError, match=f"{run}/adapter could not be written: disk full. {last} is whole"):
         fit(AdapterCheckpoint(monitor="val_score"), module=scored(1.0), **again)
     monkeypatch.undo()
     assert last.read_bytes() == before
@@ -440,7 +438,7 @@ def test_a_state_that_could_not_be_read_again_ends_the_run_and_the_last_checkpoi
             return {"value": self.value, "fine": 1}
 
     told = (
-        r"Odd'\]\['value'\] is a numpy\.float64; expected .*last.ckpt is intact.* go on from it by "
+        r"Odd'\]\['value'\] is a numpy\.float64; expected .*last.ckpt is whole: resume from it by "
         r"`--ckpt_path last` when every state_dict holds nothing else\.$"
     )
     with pytest.raises(UserError, match=told):

@@ -41,10 +41,10 @@ class At(lightning.Callback):
 def run(fit, make_module, tmp_path):
     """Train in a folder with all that writes into it, from its last checkpoint if there is one; `rank` sets sizes."""
 
-    def call(folder, *callbacks, rank=2, **options):
-        found = finding.find_checkpoint(tmp_path / folder, "last")
+    def call(folder, *callbacks, rank=2, every=2, mode="min", **options):
+        found = options.pop("ckpt_path", None) or finding.find_checkpoint(tmp_path / folder, "last")
         logger = MetricsLogger(tmp_path / folder)
-        writers = [RunFolder({}), AdapterCheckpoint(every_n_train_steps=2)]
+        writers = [RunFolder({}), AdapterCheckpoint(every_n_train_steps=every, mode=mode)]
         module = make_module(rank=rank, dropout=0.1)
         fit(*callbacks, *writers, module=module, folder=folder, logger=logger, ckpt_path=found, **OPTIONS, **options)
 
@@ -97,8 +97,8 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_it_goes_on_when_there_is_r
     folder = tmp_path / "full"
     last = folder / "checkpoints" / "last.ckpt"
     assert str(told.value) == (
-        f"{folder}/{file} could not be written: File too large. {last} is intact, as it was before: go on from it by "
-        "`--ckpt_path last` when there is room, and the folder can be written to."
+        f"{folder}/{file} could not be written: File too large. {last} is whole: resume from it by `--ckpt_path last` "
+        "when there is room, and the folder can be written to."
     )
     after = contents(folder)
     assert {name: after[name] for name in before} == before
@@ -112,6 +112,48 @@ def test_a_full_disk_at_the_first_save_says_that_nothing_is_saved(run, small_fil
     with pytest.raises(UserError, match=r"Nothing had been saved before: start again when there is room"):
         run("full", At(1, small_files(1_000_000)), rank=64)
     assert not list((tmp_path / "full" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("step", "mode", "most", "best"),
+    [
+        (1, "max", 1_000_000, 4),  # the first save has no room for tokenizer.json; it stays the best: the largest loss
+        (8, "max", 10_000, 4),  # the last save has no room for itself
+        (8, "min", 1_000_000, 8),  # the last save has no room for tokenizer.json; nothing is left to train
+    ],
+)
+def test_a_full_disk_beside_a_whole_checkpoint_names_it_and_the_run_goes_on_from_there(
+    run, small_files, tmp_path, step, mode, most, best
+):
+    every = None if step == 1 else 2
+    run("whole", every=every, mode=mode)
+    checkpoints = tmp_path / "full" / "checkpoints"
+    last, best = checkpoints / "last.ckpt", checkpoints / f"step-{best:06d}.ckpt"
+
+    def damage_and_fill():
+        if last.exists():
+            last.write_bytes(last.read_bytes()[:-100])
+        small_files(most)()
+
+    with pytest.raises(UserError) as told:
+        run("full", At(step, damage_and_fill), every=every, mode=mode)
+    small_files(resource.RLIM_INFINITY)()
+    assert f"{best} is whole: resume from it by `--ckpt_path {best}` when there is room" in str(told.value)
+    run("full", every=every, mode=mode, ckpt_path=str(best))
+    weights = [tmp_path / folder / "adapter" / "adapter_model.safetensors" for folder in ("whole", "full")]
+    assert weights[1].read_bytes() == weights[0].read_bytes()
+    if best.name != "step-000008.ckpt":  # from which no step is taken that would write another last.ckpt
+        assert_same_end(tmp_path / "whole", tmp_path / "full")
+
+
+def test_the_last_and_the_best_checkpoint_are_files_of_their_own(run, tmp_path):
+    """Damage to one may not be damage to both."""
+    run("run", limit_train_batches=4)
+    last, best = (tmp_path / "run" / "checkpoints" / name for name in ("last.ckpt", "step-000004.ckpt"))
+    assert last.read_bytes() == best.read_bytes()
+    with last.open("r+b") as handle:
+        handle.write(b"damaged")
+    finding.check_checkpoint(best)
 
 
 def test_a_full_disk_in_the_metrics_table_is_told(run, monkeypatch, tmp_path):
@@ -214,7 +256,6 @@ def test_a_last_checkpoint_cut_at_each_tenth_of_its_bytes_is_refused_and_the_goo
     run("cut", limit_train_batches=4)
     last, good = (tmp_path / "cut" / "checkpoints" / name for name in ("last.ckpt", "step-000004.ckpt"))
     whole = last.read_bytes()
-    last.unlink()  # a hard link to the other until now
     for tenth in range(10):
         last.write_bytes(whole[: len(whole) * tenth // 10])
         with pytest.raises(UserError, match=f"last.ckpt is no checkpoint.*go on by `--ckpt_path {good}`"):

@@ -191,6 +191,7 @@ VALUES = [
     Wrong("strategy", "--trainer.strategy dpp", ("trainer", "dpp")),
     Wrong("spawn", "--trainer.strategy ddp_spawn --trainer.devices 2", ("trainer.strategy is ddp_spawn", "ddp`")),
     Wrong("every_n", "--adapter_checkpoint.every_n_train_steps 0", ("every_n_train_steps is 0",)),
+    Wrong("every_minutes", "--adapter_checkpoint.every_minutes 0", ("every_minutes is 0: expected more than 0",)),
 ]
 BASES = [
     Wrong("base_typo", "--model.base tiyn", ("'tiyn'", "no such file or folder")),

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,17 +35,19 @@ from qlora_lightning.trainer import callbacks_of, is_trial_run
 class AdapterCheckpoint(Checkpoint):
     """Write ``checkpoints/last.ckpt``, the best checkpoints, and ``adapter/`` with the best adapter.
 
-    What Lightning's ``ModelCheckpoint`` does not do: save at validations *and* every n steps, once where both are due,
-    and write the PEFT folder. It all lies under ``trainer.default_root_dir``, which is kept to one run, and to one
-    process that trains at a time.
+    What Lightning's ``ModelCheckpoint`` does not do: save at validations *and* every n steps *and* every n minutes,
+    once where several are due, and write the PEFT folder. It all lies under ``trainer.default_root_dir``, which is kept
+    to one run, and to one process that trains at a time.
 
     Args:
-        every_n_train_steps: Also write ``last.ckpt`` every so many optimizer steps; ``None``: at each validation and
-            at the end.
+        every_n_train_steps: Also write ``last.ckpt`` every so many optimizer steps; ``None``: at each validation, at
+            the end and ``every_minutes``.
         monitor: Metric that says which adapter is best; without validation data the last is.
         save_top_k: How many best checkpoints to keep besides ``last.ckpt``.
         mode: Whether a small or a large ``monitor`` is good.
         enabled: ``False`` writes nothing.
+        every_minutes: Also write ``last.ckpt`` after the optimizer step that ends so many minutes after the last save;
+            ``None``: never for the time alone.
     """
 
     saves_when_stopped = True  # by StopSignals
@@ -56,9 +59,12 @@ class AdapterCheckpoint(Checkpoint):
         save_top_k: int = 1,
         mode: Literal["min", "max"] = "min",
         enabled: bool = True,
+        every_minutes: float | None = 10,
     ) -> None:
         if every_n_train_steps is not None and every_n_train_steps < 1:
             raise UserError(f"adapter_checkpoint.every_n_train_steps is {every_n_train_steps}: expected 1 or more.")
+        if every_minutes is not None and not every_minutes > 0:
+            raise UserError(f"adapter_checkpoint.every_minutes is {every_minutes:g}: expected more than 0, or null.")
         if save_top_k < 0:
             raise UserError(f"adapter_checkpoint.save_top_k is {save_top_k}: expected 0 or more.")
         self.every_n_train_steps = every_n_train_steps
@@ -66,10 +72,12 @@ class AdapterCheckpoint(Checkpoint):
         self.save_top_k = save_top_k
         self.mode = mode
         self.enabled = enabled
+        self.every_minutes = every_minutes
         self.best: list[tuple[float, str]] = []  # (monitored value, file name), the best first
         self._best_tensors: dict[str, Tensor] | None = None  # of the best adapter, if this process trained it
-        self._has_other_validation = False  # than the checkpoint that is gone on from
-        self._saved_step = -1
+        self._has_other_validation = False  # than the resumed checkpoint
+        self._saved_step = self._seen_step = -1
+        self._saved_at = 0.0  # by a clock that no change of the time moves
         self._written: Path | None = None  # a checkpoint that waits to become last.ckpt
         self._dropped: list[str] = []  # names to prune when it has
         self._lock = FolderLock()
@@ -130,7 +138,8 @@ class AdapterCheckpoint(Checkpoint):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved_step = trainer.global_step  # nothing new yet, also after a resume
+        self._saved_step = self._seen_step = trainer.global_step  # nothing new yet, also after a resume
+        self._saved_at = time.monotonic()
         self._written = None
         self._mend_adapter(trainer, pl_module)
         if self._stop(trainer):
@@ -143,8 +152,11 @@ class AdapterCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         every, step = self.every_n_train_steps, trainer.global_step
+        step_ends, self._seen_step = step != self._seen_step, step
+        if validation_follows(trainer, batch_idx):
+            return  # it saves
         asked = step != self._saved_step and ((every and step % every == 0) or ends_training(trainer))
-        if (asked or self._stop(trainer)) and not validation_follows(trainer, batch_idx):
+        if asked or self._stop(trainer) or (step_ends and self._is_time(trainer)):
             self._write(trainer, pl_module)  # it counts when the line of this step in metrics.csv is written too
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -176,6 +188,13 @@ class AdapterCheckpoint(Checkpoint):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step != self._saved_step:  # nothing was left to train
             self._mend_adapter(trainer, pl_module)
+
+    def _is_time(self, trainer: Trainer) -> bool:
+        """Whether the last save is so long ago by any rank's clock; every rank takes part."""
+        if self.every_minutes is None or not self._writes(trainer):
+            return False
+        over = time.monotonic() - self._saved_at >= 60 * self.every_minutes
+        return trainer.strategy.reduce_boolean_decision(over, all=False)
 
     def _stop_inside_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # From behind the last step Lightning would not go on, nor run the validation: it is let end.
@@ -224,7 +243,7 @@ class AdapterCheckpoint(Checkpoint):
                 with faults.noting(self.adapter_folder(run_folder)):
                     self._write_adapter(trainer, pl_module)
         self._tell_fault(trainer, faults)
-        self._saved_step, self._written = trainer.global_step, unfinished
+        self._saved_step, self._saved_at, self._written = trainer.global_step, time.monotonic(), unfinished
 
     def _commit(self, trainer: Trainer, leaves: bool = True) -> None:
         """Let what was written become ``last.ckpt``, prune what it replaces, and leave if that was asked for."""

@@ -210,6 +210,37 @@ def test_it_saves_every_n_steps_but_never_before_a_validation_that_is_due(fit, e
     assert ", ".join(f"{what} {step}" for what, step in diary.entries) == expected
 
 
+@pytest.mark.parametrize(
+    ("every_minutes", "options", "expected"),
+    [
+        (1e-6, {}, "save 1, save 2, save 3, validation 4, save 4"),  # at each step, and not inside its window
+        (1e-6, {"val_check_interval": 3}, "save 1, validation 1, save 1, save 2, validation 3, save 3, save 4"),
+        (10, {}, "validation 4, save 4"),  # not yet over
+        (None, {}, "validation 4, save 4"),
+    ],
+)
+def test_it_saves_at_the_end_of_the_step_in_which_so_many_minutes_are_over(fit, every_minutes, options, expected):
+    options = {"limit_val_batches": 1, "accumulate_grad_batches": 2} | options
+    fit(AdapterCheckpoint(every_minutes=every_minutes), diary := Diary(), **options)
+    assert ", ".join(f"{what} {step}" for what, step in diary.entries) == expected
+
+
+def test_the_minutes_are_counted_from_the_last_save(fit, monkeypatch):
+    """A step takes four minutes by this clock, and a validation nothing."""
+    callback, diary = AdapterCheckpoint(), Diary()
+
+    class Clock(lightning.Callback):
+        now = 100.0
+
+        def on_train_batch_start(self, *_):
+            self.now += 240
+
+    monkeypatch.setattr("time.monotonic", lambda: clock.now)
+    clock = Clock()
+    fit(clock, callback, diary, val_check_interval=4, limit_val_batches=1)
+    assert diary.entries == [("save", 3), ("validation", 4), ("save", 4), ("save", 7), ("validation", 8), ("save", 8)]
+
+
 @pytest.mark.parametrize("save_top_k", [1, 0])
 def test_an_interrupted_save_leaves_the_earlier_files_readable(fit, monkeypatch, assert_same, tmp_path, save_top_k):
     run, save = tmp_path / "run", lightning.Trainer.save_checkpoint
@@ -265,7 +296,9 @@ def test_a_score_that_validations_log_later_is_no_unknown_monitor(fit, capsys, m
     assert ("which the sanity check did not log" in capsys.readouterr().out) == told
 
 
-@pytest.mark.parametrize("options", [{"every_n_train_steps": 0}, {"save_top_k": -1}])
+@pytest.mark.parametrize(
+    "options", [{"every_n_train_steps": 0}, {"every_minutes": 0}, {"every_minutes": -0.5}, {"save_top_k": -1}]
+)
 def test_numbers_that_make_no_sense_are_refused(options):
     name, value = next(iter(options.items()))
     with pytest.raises(UserError, match=rf"adapter_checkpoint\.{name} is {value}"):
@@ -323,25 +356,31 @@ def test_a_save_that_fails_at_the_adapter_folder_leaves_the_last_checkpoint_as_i
     assert_same(adapter_of_folder(run), adapter_of_checkpoint(read_checkpoint(run, "step-000016.ckpt")))
 
 
+STEPS = "every_n_train_steps"
+
+
 @pytest.mark.parametrize(
-    ("after", "saved_step", "options"),
+    ("after", "saved_step", "options", "every"),
     [
-        (13, 6, {}),  # inside the second epoch, inside a window, after a step's checkpoint
-        (8, 3, {}),  # the last step of the first epoch is not saved yet: its validation was due
-        (9, 4, {}),  # after the validation at an epoch's end
-        (12, 5, {"val_check_interval": 3}),  # a validation inside a window, whose gradients go on
-        (8, 3, {"val_check_interval": 7, "check_val_every_n_epoch": None}),
-        (11, 5, {"check_val_every_n_epoch": 2}),
+        (13, 6, {}, STEPS),  # inside the second epoch, inside a window, after a step's checkpoint
+        (8, 3, {}, STEPS),  # the last step of the first epoch is not saved yet: its validation was due
+        (9, 4, {}, STEPS),  # after the validation at an epoch's end
+        (12, 5, {"val_check_interval": 3}, STEPS),  # a validation inside a window, whose gradients go on
+        (8, 3, {"val_check_interval": 7, "check_val_every_n_epoch": None}, STEPS),
+        (11, 5, {"check_val_every_n_epoch": 2}, STEPS),
+        (13, 6, {}, "every_minutes"),
+        (8, 3, {}, "every_minutes"),
+        (12, 5, {"val_check_interval": 3}, "every_minutes"),
     ],
 )
 def test_a_killed_run_resumed_ends_bit_for_bit_as_one_that_never_stopped(
-    fit, killed_fit, make_module, adapter_of, assert_same, tmp_path, after, saved_step, options
+    fit, killed_fit, make_module, adapter_of, assert_same, tmp_path, after, saved_step, options, every
 ):
     def setup(folder):
         return {"max_epochs": 2, "accumulate_grad_batches": 2, "limit_val_batches": 1, "folder": folder} | options
 
     whole, before, resumed = Diary(), Diary(), Diary()
-    every_step = {"every_n_train_steps": 1}
+    every_step = {every: 1e-6 if every == "every_minutes" else 1}
     _, expected = fit(AdapterCheckpoint(**every_step), whole, module=make_module(dropout=0.1), **setup("whole"))
     killed_fit(AdapterCheckpoint(**every_step), before, module=make_module(dropout=0.1), after=after, **setup("cut"))
     last = tmp_path / "cut" / "checkpoints" / "last.ckpt"

@@ -24,6 +24,7 @@ def said(folder) -> str:
         if stop:
             callback = {"class_path": "stop_hooks.Ask", "init_args": stop}
             config["trainer"] = {**config["trainer"], "callbacks": [callback]}
+            more = [*more, "--adapter_checkpoint.every_minutes", "1e-6"]
             again = ["--trainer.default_root_dir", f"stop/{name}", "--ckpt_path", "last"]
             resumes.append(["fit", "--config", "whole.yaml", *options, *more, *again])
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))

@@ -42,7 +42,7 @@ def check_window(content: Mapping[str, Any], accumulate: int) -> None:
             f"trainer.accumulate_grad_batches was {before} and is {accumulate}, but the checkpoint was saved inside an "
             f"optimizer step, after {done} of its {before} micro-batches. Set it to {before} to go on from here; it "
             "may change only where a step ends, as at the end of an epoch or where "
-            "adapter_checkpoint.every_n_train_steps saves."
+            "adapter_checkpoint.every_n_train_steps or every_minutes saves."
         )
 
 

@@ -18,7 +18,8 @@ from types import FrameType
 
 from qlora_lightning import __version__
 from qlora_lightning.commands.config_files import check_configs
-from qlora_lightning.errors import LostProcess, TrainingStopped, UserError
+from qlora_lightning.console import drop_lost_output
+from qlora_lightning.errors import ENDING_SIGNALS, LostProcess, TrainingStopped, UserError
 from qlora_lightning.heavy_imports import quick_imports
 
 # command: (module with `main(argv) -> int`, whether it wants the command's own name, one line of help)
@@ -65,7 +66,7 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0 done, 2 the user's mistake, 130 Ctrl-C, 143 SIGTERM."""
+    """Run one command and return the exit code: 0 done, 2 the user's mistake, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = "\n".join(f"  {name:<10} {text}" for name, (_, _, text) in COMMANDS.items())
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets question marks, not a traceback
             stream.reconfigure(errors="replace")
     try:
-        with _ending_at_sigterm():
+        with _ending_at_signals():
             return _run(arguments)
     except UserError as error:
         print(f"qlora-lightning: {_shorten_on_other_ranks(str(error))}", file=sys.stderr)
@@ -102,21 +103,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _ending_at_sigterm() -> Iterator[None]:
-    """Let SIGTERM end a command as Ctrl-C does, taking back what it has half written; a fit does better."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
+def _ending_at_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, taking back what it has half written; a fit does better."""
+    main = threading.current_thread() is threading.main_thread()
+    taken = [number for number in ENDING_SIGNALS if main and signal.getsignal(number) == signal.SIG_DFL]
 
     def end(number: int, frame: FrameType | None) -> None:
-        os.write(2, b"\nqlora-lightning: ended by SIGTERM.\n")  # not print: the signal may have come inside one
+        if number != signal.SIGTERM:  # a shell and the system both send SIGHUP: a second one may not stop the cleaning
+            signal.signal(number, signal.SIG_IGN)
+        drop_lost_output()
+        with contextlib.suppress(OSError):  # not print: the signal may have come inside one
+            os.write(2, f"\nqlora-lightning: ended by {signal.Signals(number).name}.\n".encode())
         raise TrainingStopped(128 + number)
 
-    signal.signal(signal.SIGTERM, end)
+    for number in taken:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _shorten_on_other_ranks(message: str) -> str:

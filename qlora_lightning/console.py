@@ -1,6 +1,8 @@
 """Lines for the user, as they are: paths and row texts may look like markup."""
 
 import contextlib
+import os
+import select
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -13,6 +15,19 @@ _is_brief = ContextVar("is_brief", default=False)
 def say(line: str) -> None:
     """Print a line without markup, colours or breaks of our own."""
     rich.get_console().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def drop_lost_output() -> None:
+    """Let output whose terminal or reader is gone lead nowhere: each write to it would raise an error."""
+    if not hasattr(select, "poll"):  # Windows
+        return
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if poll.poll(0):  # an error or a hangup: nothing else was asked for
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
 
 
 def describe(what: Any) -> None:

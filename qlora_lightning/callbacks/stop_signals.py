@@ -1,5 +1,6 @@
 """Ends a command when a signal asks for it: training where it can go on exactly, all else at once."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,21 +12,22 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-from qlora_lightning.console import say
-from qlora_lightning.errors import TrainingStopped
+from qlora_lightning.console import drop_lost_output, say
+from qlora_lightning.errors import ENDING_SIGNALS, TrainingStopped
 from qlora_lightning.trainer import callbacks_of
 
 
 class StopSignals(Callback):
-    """Let Ctrl-C, SIGTERM and SLURM's preemption signal end training at the next batch, with ``last.ckpt`` saved there.
+    """Let Ctrl-C, SIGTERM, SIGHUP and SLURM's preemption signal end training after a batch, with ``last.ckpt`` saved.
 
     Lightning ends inside the batch and saves nothing, or, under SLURM, saves inside it. Here a signal is only noted;
     after the batch all ranks agree that one was noted anywhere, :class:`AdapterCheckpoint` saves, and
     :class:`TrainingStopped` ends the fit. A second Ctrl-C ends it at once without saving. Under SLURM with automatic
-    requeueing the job is requeued, as Lightning would.
+    requeueing the job is requeued, as Lightning would. SIGHUP comes when the terminal is closed or the connection to
+    it drops: output then leads nowhere. Signals that are ignored, as ``nohup`` has it, stay ignored.
 
-    In ``validate``, ``test`` and ``predict`` there is nothing to save: SIGTERM ends them at once. Lightning would note
-    it there and go on.
+    In ``validate``, ``test`` and ``predict`` there is nothing to save: SIGTERM and SIGHUP end them at once. Lightning
+    would note SIGTERM there and go on.
 
     Attributes:
         tells_how: Whether a stopped fit says how it goes on: so do ``fit`` and Python scripts.
@@ -69,13 +71,13 @@ class StopSignals(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
-            _end_at_sigterm(trainer)
+            _end_at_signals(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _end_at_sigterm(trainer)
+        _end_at_signals(trainer)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _end_at_sigterm(trainer)
+        _end_at_signals(trainer)
 
     def leave(self, trainer: Trainer, saved: Path | None) -> None:
         """End the fit, and say how to go on.
@@ -108,6 +110,8 @@ class StopSignals(Callback):
 
     def _agree(self, trainer: Trainer) -> None:
         asked = self.received is not None
+        if asked:  # again: the same signal may have ended what read a pipe, such as tee, after it came here
+            drop_lost_output()
         self.stopping = self.stopping or trainer.strategy.reduce_boolean_decision(asked, all=False)
 
     def _listen(self, trainer: Trainer) -> None:
@@ -121,34 +125,41 @@ class StopSignals(Callback):
         def note(number: int, frame: FrameType | None) -> None:
             if self.received is None:
                 self.received = number
+                drop_lost_output()
                 if trainer.is_global_zero:
                     again = " Ctrl-C again leaves at once, without saving." if number == signal.SIGINT else ""
                     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-                    # not print: the signal may have come inside one
-                    os.write(2, f"\n{name}: saving at the end of this batch.{again}\n".encode())
+                    with contextlib.suppress(OSError):  # not print: the signal may have come inside one
+                        os.write(2, f"\n{name}: saving at the end of this batch.{again}\n".encode())
             elif number == signal.SIGINT:
                 raise KeyboardInterrupt
 
-        for number in (signal.SIGINT, signal.SIGTERM, asked):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's `&` set Ctrl-C
+        for number in (signal.SIGINT, *ENDING_SIGNALS, asked):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP, and a shell's `&` Ctrl-C
                 signal.signal(number, note)
 
 
-def _end_at_sigterm(trainer: Trainer) -> None:
-    """Let SIGTERM end the process where it is, until Lightning puts back what was there before it."""
+def _end_at_signals(trainer: Trainer) -> None:
+    """Let SIGTERM and SIGHUP end the process where it is, until Lightning puts back what was there before."""
     if threading.current_thread() is not threading.main_thread():
         return
 
     def end(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGTERM:  # a shell and the system both send SIGHUP: a second one may not stop the cleaning
+            signal.signal(number, signal.SIG_IGN)
+        drop_lost_output()
         if trainer.is_global_zero:
-            os.write(2, b"\nSIGTERM: the command ends here, unfinished.\n")
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{signal.Signals(number).name}: the command ends here, unfinished.\n".encode())
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(number)  # the processes that this one has started
         raise TrainingStopped(128 + number)
 
     if trainer.received_sigterm:  # while the loaders were made
         end(signal.SIGTERM, None)
-    signal.signal(signal.SIGTERM, end)
+    for number in ENDING_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, end)
 
 
 def was_requeued() -> bool:

@@ -158,9 +158,9 @@ def test_a_stopped_run_goes_on_to_the_same_end(stopped_fit, tmp_path, name, stop
     assert_same_end(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_with_its_code_and_says_how_to_go_on(fit, tmp_path, capfd, number):
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
     with pytest.raises(TrainingStopped) as stopped:
         fit(StopSignals(), Sender(number, 2), AdapterCheckpoint())
     assert stopped.value.code == 128 + number
@@ -214,33 +214,41 @@ def test_a_signal_with_the_very_last_batch_leaves_a_finished_run(fit, tmp_path, 
 
 
 class EvaluationSender(lightning.Callback):
-    """Sends SIGTERM to its own process inside an evaluation, and counts what is begun behind it."""
+    """Sends a signal to its own process inside an evaluation, and counts what is begun behind it."""
 
-    def __init__(self):
-        self.batches = 0
+    def __init__(self, number=signal.SIGTERM):
+        self.number, self.batches = number, 0
 
     def _send(self, *_):
         self.batches += 1
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), self.number)
         pytest.fail("it went on")
 
     on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _send
 
 
-@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
-def test_sigterm_ends_an_evaluation_at_once_and_leaves_no_output(
-    make_module, make_data, make_trainer, rows_file, tmp_path, capfd, verb
+@pytest.mark.parametrize(
+    ("verb", "number"),
+    [
+        ("validate", signal.SIGTERM),
+        ("test", signal.SIGTERM),
+        ("predict", signal.SIGTERM),
+        ("predict", signal.SIGHUP),
+    ],
+)
+def test_a_signal_ends_an_evaluation_at_once_and_leaves_no_output(
+    make_module, make_data, make_trainer, rows_file, tmp_path, capfd, verb, number
 ):
-    before = signal.getsignal(signal.SIGTERM)
-    sender, module = EvaluationSender(), make_module()
+    before = signal.getsignal(number)
+    sender, module = EvaluationSender(number), make_module()
     data = make_data(test=str(rows_file), predict=str(rows_file))
     trainer = make_trainer(StopSignals(), sender, PredictionWriter())
     with pytest.raises(TrainingStopped) as stopped:
         getattr(trainer, verb)(module, datamodule=data)
-    assert stopped.value.code == 143
+    assert stopped.value.code == 128 + number
     assert sender.batches == 1
-    assert "SIGTERM: the command ends here, unfinished." in capfd.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert f"{number.name}: the command ends here, unfinished." in capfd.readouterr().err
+    assert signal.getsignal(number) == before
     assert not (tmp_path / "run").exists() or list((tmp_path / "run").iterdir()) == []
 
 
@@ -274,12 +282,14 @@ def test_the_processes_that_were_started_are_ended_too():
     assert launcher.killed == (signal.SIGTERM,)
 
 
-def test_an_ignored_ctrl_c_stays_ignored(fit, tmp_path):
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_ignored_signal_stays_ignored(fit, tmp_path, number):
+    """As ``nohup`` sets SIGHUP, and a shell's ``&`` Ctrl-C."""
+    before = signal.signal(number, signal.SIG_IGN)
     try:
-        trainer, _ = fit(StopSignals(), Sender(signal.SIGINT, 2), AdapterCheckpoint())
+        trainer, _ = fit(StopSignals(), Sender(number, 2), AdapterCheckpoint())
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
     assert trainer.global_step == 8
 
 

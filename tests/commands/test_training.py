@@ -2,7 +2,11 @@ import contextlib
 import csv
 import json
 import logging
+import os
+import pty
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -32,6 +36,7 @@ CONFIG["model"]["warmup_ratio"] = 0.0
 CONFIG["data"]["batch_size"] = 2
 MODULE = """
 import os
+import time
 import lightning
 from qlora_lightning import InstructionDataModule, QLoRAModule
 
@@ -64,6 +69,21 @@ class Ask(lightning.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 3:
             os.kill(os.getpid(), self.signal)
+
+
+class Hangup(lightning.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 3:
+            print("CLOSE ME", flush=True)
+            while os.isatty(1):
+                time.sleep(0.01)
+"""
+IN_TERMINAL = """
+import os, sys
+from qlora_lightning.cli import main
+
+os.open(os.ttyname(0), os.O_RDWR)  # the first that a new session opens is its terminal
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -358,6 +378,29 @@ def test_a_signal_ends_a_fit_with_its_code_and_one_command_goes_on_to_the_same_e
     ask = {"class_path": "researcher.Ask", "init_args": {"signal": int(number)}}
     out = run("fit", config=write_config(tmp_path, trainer={"callbacks": [ask]}), code=code)
     assert "Stopped at step 2 in epoch 0, saved in run/checkpoints/last.ckpt. To go on, add `--ckpt_path last`" in out
+    run("fit", "--ckpt_path", "last")
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
+    columns = ("step", "train_loss", "val_loss", "tokens_seen")
+    assert [[row[c] for c in columns] for row in metrics(tmp_path / "run")] == [
+        [row[c] for c in columns] for row in metrics(tmp_path / "whole")
+    ]
+
+
+def test_a_fit_whose_terminal_is_closed_saves_and_one_command_goes_on_to_the_same_end(run, tmp_path):
+    run("fit", "--trainer.default_root_dir", "whole")
+    callbacks = {"callbacks": [{"class_path": "researcher.Hangup"}], "enable_progress_bar": True}
+    config = write_config(tmp_path, trainer=callbacks)
+    terminal, end = pty.openpty()
+    command = [sys.executable, "-c", IN_TERMINAL, "fit", "--config", config]
+    process = subprocess.Popen(command, start_new_session=True, stdin=end, stdout=end, stderr=end)
+    os.close(end)
+    seen = b""
+    while b"CLOSE ME" not in seen:
+        seen += os.read(terminal, 1000)
+    os.close(terminal)
+    assert process.wait(timeout=300) == 128 + signal.SIGHUP
+    last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 2
     run("fit", "--ckpt_path", "last")
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
     columns = ("step", "train_loss", "val_loss", "tokens_seen")

@@ -7,10 +7,10 @@ from lightning import Callback
 
 
 class Ask(Callback):
-    """Send SIGTERM to one rank when a batch of training or of a validation begins."""
+    """Send a signal to one rank when a batch of training or of a validation begins."""
 
-    def __init__(self, rank: int, batch: int, validation: bool = False):
-        self.rank, self.batch, self.validation = rank, batch, validation
+    def __init__(self, rank: int, batch: int, validation: bool = False, number: int = int(signal.SIGTERM)):
+        self.rank, self.batch, self.validation, self.number = rank, batch, validation, number
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if not self.validation and trainer.fit_loop.total_batch_idx == self.batch:
@@ -22,4 +22,4 @@ class Ask(Callback):
 
     def _ask(self, trainer):
         if trainer.global_rank == self.rank:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)

@@ -9,6 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.layers.layer_inputs import keep_inputs_apart
+from qlora_lightning.support.versions import enable_activation_checkpointing
 
 _SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")  # that transformers sets in a module
 
@@ -46,7 +47,7 @@ class GradientCheckpointing(Callback):
             self._before = [(part, _settings_of(part)) for part in model.modules() if hasattr(part, _SETTINGS[0])]
             self._with_input_gradients = model if getattr(model, "_require_grads_hooks", None) else None
             model.disable_input_require_grads()
-            model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=self.every_n_layers)
+            enable_activation_checkpointing(model, self.every_n_layers)
             # It lets the embedding's output take a gradient, which reentrant checkpointing alone would need, and which
             # would go on down through all layers below the adapters.
             model.disable_input_require_grads()

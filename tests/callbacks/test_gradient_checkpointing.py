@@ -5,6 +5,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning import GradientCheckpointing
 from qlora_lightning.errors import UserError
+from qlora_lightning.support.versions import enable_activation_checkpointing
 
 
 class LayerRuns(Callback):
@@ -96,7 +97,7 @@ def test_a_model_is_left_as_it_was_also_by_a_fit_that_fails(fit, make_module):
 def test_checkpointing_that_the_user_switched_on_stays(fit, make_module):
     module = make_module()
     module.configure_model()
-    module.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+    enable_activation_checkpointing(module.causal_lm)
     module.causal_lm.disable_input_require_grads()
     before = checkpointing_of(module)
     fit(GradientCheckpointing(every_n_layers=2), module=module, **ONE_BATCH)

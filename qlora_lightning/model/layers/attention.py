@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from qlora_lightning.model.kernels.attention import can_attend
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
 from qlora_lightning.model.layers.sample_attention import attend_within, find_samples
 from qlora_lightning.model.layers.whole_samples import lay_out_samples, sort_by_place
+from qlora_lightning.support.versions import attend_ragged
 
 FLAT_ATTENTION, PLAIN_FLAT_ATTENTION = "qlora_flat", "qlora_flat_plain"
 # As attention_mask of a flat batch it keeps transformers from making one of (tokens, tokens) for its many samples.
@@ -165,21 +166,8 @@ def _has_varlen_kernel(query: Tensor) -> bool:
 def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, longest: int, scaling: float | None
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    output = varlen_attn(
-        query[0].transpose(0, 1),  # (tokens, heads, head_dim)
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        cu_seqlens,
-        cu_seqlens,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1, 0),  # every earlier token, no later one
-        enable_gqa=True,
-    )
-    return cast(Tensor, output)[None]
+    query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))  # (tokens, heads, head_dim)
+    return attend_ragged(query, key, value, cu_seqlens, longest, scaling)[None]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -10,6 +10,7 @@ from qlora_lightning import QLoRAModule
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.batch.needed_tokens import find_needed, leave_out_unneeded
 from qlora_lightning.model.loss import IGNORED, next_labels
+from qlora_lightning.support.versions import enable_activation_checkpointing
 
 SYSTEM = [1, 2, 3]
 
@@ -137,7 +138,7 @@ BATCHES = {
 def test_loss_and_gradients_are_those_of_the_plain_path_over_all_tokens(tiny_base, rows, every_n_layers):
     module, plain = make(tiny_base), make(tiny_base, fast=False)
     if every_n_layers:
-        module.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+        enable_activation_checkpointing(module.causal_lm)
     batch = batch_of(*rows)
     assert "stream_places" in leave_out(batch)
     assert module.leaves_out_unneeded

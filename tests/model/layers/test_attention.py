@@ -2,9 +2,12 @@ import itertools
 
 import pytest
 import torch
+from torch.nn.attention import varlen
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from qlora_lightning.model.layers.attention import flat_attention, register_flat_attention
+from qlora_lightning.support.versions import attend_ragged
 
 LENGTHS = (5, 1, 12, 7)
 BOUNDS = list(itertools.pairwise(itertools.accumulate(LENGTHS, initial=0)))
@@ -104,8 +107,8 @@ def test_tokens_behind_a_filled_cache_see_it_and_their_own_past(tiny_base):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         whole = model(input_ids=ids).logits
-        model(input_ids=ids[:, :10], cache=cache)
-        behind = model(input_ids=ids[:, 10:], cache=cache).logits
+        model(ids[:, :10], None, None, cache)  # by place: its name differs between versions of transformers
+        behind = model(ids[:, 10:], None, None, cache).logits
     torch.testing.assert_close(behind, whole[:, 10:], rtol=1e-4, atol=1e-4)
 
 
@@ -136,6 +139,47 @@ def test_left_padded_generation_equals_generation_alone(tiny_base):
     for prompt, answer in zip(prompts, together, strict=True):
         alone = model.generate(input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None], **settings)
         assert alone[0, len(prompt) :].tolist() == answer.tolist()
+
+
+def by_token(tensors):
+    return [tensor[0].transpose(0, 1) for tensor in tensors]
+
+
+def test_the_installed_torch_s_ragged_kernel_takes_grouped_heads_as_they_are_given():
+    qkv = [tensor.to("meta").requires_grad_() for tensor in by_token(draw_qkv(torch.bfloat16, head_dim=64))]
+    mixed = attend_ragged(*qkv, cu_seqlens(*LENGTHS, device="meta"), max(LENGTHS), None)
+    assert mixed.shape == (sum(LENGTHS), 4, 64)
+    assert [gradient.shape[1] for gradient in torch.autograd.grad(mixed.sum(), qkv)] == [4, 2, 2]
+
+
+def ragged_kernel_of_torch_2_13(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    assert window_size == (-1, 0)
+    assert torch.equal(cu_q, cu_k)
+    assert max_q == max_k == max(LENGTHS)
+    of_samples = [
+        scaled_dot_product_attention(
+            *(tensor[start:end].transpose(0, 1) for tensor in (query, key, value)),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+        for start, end in itertools.pairwise(cu_q.tolist())
+    ]
+    return torch.cat(of_samples, dim=1).transpose(0, 1)
+
+
+def ragged_kernel_of_torch_2_11(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+    options = {"scale": scale, "window_size": window_size, "enable_gqa": False}
+    return ragged_kernel_of_torch_2_13(query, key, value, cu_q, cu_k, max_q, max_k, **options)
+
+
+@pytest.mark.parametrize("kernel", [ragged_kernel_of_torch_2_11, ragged_kernel_of_torch_2_13])
+def test_what_a_ragged_kernel_is_given_makes_it_flat_attention(monkeypatch, kernel):
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    qkv, bounds = draw_qkv(torch.float32), cu_seqlens(*LENGTHS)
+    expected, _ = flat_attention(None, *qkv, None, scaling=0.3, cu_seqlens=bounds)
+    ragged = attend_ragged(*by_token(qkv), bounds, max(LENGTHS), 0.3)
+    torch.testing.assert_close(ragged[None], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu

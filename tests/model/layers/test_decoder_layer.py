@@ -19,6 +19,7 @@ from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, fuse_decoder_layers
 from qlora_lightning.model.layers.frozen_weight import FrozenWeight
 from qlora_lightning.model.loss import IGNORED
+from qlora_lightning.support.versions import enable_activation_checkpointing
 
 LENGTHS = (9, 1, 30, 17)
 
@@ -86,7 +87,7 @@ def test_loss_and_gradients_equal_those_of_the_plain_path(tiny_base, quantizatio
 def test_with_gradient_checkpointing_they_are_the_same_numbers(tiny_base):
     module = make(tiny_base, fast=True)
     expected = loss_and_gradients(module)
-    module.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+    enable_activation_checkpointing(module.causal_lm)
     loss, gradients = loss_and_gradients(module)
     assert loss == expected[0]
     assert torch.equal(gradients, expected[1])
@@ -94,7 +95,7 @@ def test_with_gradient_checkpointing_they_are_the_same_numbers(tiny_base):
 
 def test_a_checkpointed_layer_runs_again_up_to_its_last_product(tiny_base, monkeypatch):
     module = make(tiny_base, fast=True)
-    module.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+    enable_activation_checkpointing(module.causal_lm)
     ran = []
     multiply = FrozenWeight.multiply
     monkeypatch.setattr(FrozenWeight, "multiply", lambda *inputs: ran.append(1) or multiply(*inputs))
@@ -104,7 +105,7 @@ def test_a_checkpointed_layer_runs_again_up_to_its_last_product(tiny_base, monke
 
 def test_a_layer_that_runs_again_stops_before_swiglu(tiny_base, monkeypatch):
     module = make(tiny_base, fast=True)
-    module.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+    enable_activation_checkpointing(module.causal_lm)
     ran = []
     silu = swiglu.F.silu
     monkeypatch.setattr(loops, "can_run", lambda *_: False)

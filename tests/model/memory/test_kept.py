@@ -22,6 +22,7 @@ from qlora_lightning.model.memory.kept import (
 )
 from qlora_lightning.model.memory.layer_shapes import LayerShape, LinearShape
 from qlora_lightning.model.memory.model_shape import checkpoint_layers, read_model
+from qlora_lightning.support.versions import enable_activation_checkpointing
 
 NO_WIDTHS = Widths(frozenset(), 0, 0)
 
@@ -30,8 +31,7 @@ def make(tiny_base, every_n_layers=0, **options):
     module = QLoRAModule(str(tiny_base), **{"rank": 4, "compute_dtype": "bf16", **options})
     module.configure_model()
     if every_n_layers:
-        settings = {"use_reentrant": False}
-        module.causal_lm.activation_checkpointing_enable(settings, every_n_layers=every_n_layers)
+        enable_activation_checkpointing(module.causal_lm, every_n_layers)
     return module
 
 

@@ -1,0 +1,49 @@
+"""What differs between the versions of torch and transformers that this package works with, and nothing else.
+
+``pyproject.toml`` says from which version on. When a floor rises, what it leaves behind goes from here.
+"""
+
+import inspect
+from typing import Any, cast
+
+from torch import Tensor
+
+
+def enable_activation_checkpointing(model: Any, every_n_layers: int = 1) -> None:
+    """Checkpoint every n-th decoder layer of a model of transformers, non-reentrant.
+
+    transformers 5.17 has this as ``gradient_checkpointing_enable``, a name that 5.24 warns of.
+    """
+    if hasattr(model, "activation_checkpointing_enable"):
+        enable = model.activation_checkpointing_enable
+    else:
+        enable = model.gradient_checkpointing_enable
+    enable({"use_reentrant": False}, every_n_layers=every_n_layers)
+
+
+def attend_ragged(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None
+) -> Tensor:
+    """Let each token attend to itself and those before it in its sample, by torch's kernel for ragged samples.
+
+    torch 2.11 wants as many heads of keys and values as of queries; later ones are told that they are shared.
+
+    Args:
+        query: ``(tokens, heads, head_dim)``.
+        key: ``(tokens, kv_heads, head_dim)``.
+        value: ``(tokens, kv_heads, head_dim)``.
+        cu_seqlens: Where samples begin and the last one ends.
+        longest: Tokens of the longest sample.
+        scale: Factor on the scores; ``None`` means ``head_dim ** -0.5``.
+
+    Returns:
+        The mixed values, ``(tokens, heads, head_dim)``.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # every earlier token, no later one
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    else:
+        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
+    return cast(Tensor, varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options))

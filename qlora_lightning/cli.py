@@ -139,6 +139,10 @@ def _quiet_libraries() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
     if not sys.stderr.isatty():  # bars of tqdm, as transformers' while it quantizes, would fill a log with fragments
         os.environ.setdefault("TQDM_DISABLE", "1")
+    # By `python -W error`, or PYTHONWARNINGS. Nothing here warns by `warnings`, libraries do, some at each start: what
+    # they warn of is shown, and ends no fit
+    if any(option.startswith("error") for option in sys.warnoptions):
+        warnings.simplefilter("default")
     # Lightning 2.6 on torch 2.13
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*deprecated")
 

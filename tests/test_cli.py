@@ -120,3 +120,13 @@ def test_a_user_mistake_in_a_real_process_has_code_2_and_one_line(tmp_path):
     assert done.stdout == ""
     assert done.stderr.startswith("qlora-lightning: --config names ")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_warning_of_a_library_ends_no_fit_though_python_was_told_to_raise_it(tiny_base, rows_file, tmp_path):
+    settings = {"model.base": tiny_base, "model.rank": 2, "data.train": rows_file, "data.batch_size": 2}
+    settings |= {"trainer.accelerator": "cpu", "trainer.max_steps": 1, "trainer.default_root_dir": tmp_path / "run"}
+    command = [sys.executable, "-W", "error", "-m", "qlora_lightning", "fit"]
+    command += [f"--{name}={value}" for name, value in settings.items()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()

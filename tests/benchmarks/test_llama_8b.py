@@ -10,7 +10,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_quantizing_needs_no_more_private_memory_than_the_result_and_one_gibibyte(tmp_path):
     """Two of the 32 layers of Llama-3.1-8B's shape, with its whole embedding and head: the largest tensors."""
     sizes = ["--layers", "2", "--tokens", "32", "--ceilings", "1"]

@@ -62,7 +62,7 @@ def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys):
     assert (train["rows"], train["samples"]) == (16, 16)
     assert found["data"]["filters"]["train"] == {"read": 16, "well_formed": 16, "kept": 16, "samples": 16}
     assert found["data"]["hashes"]["train"] == trainer.datamodule.identity["train"]
-    assert found["packages"]["torch"] == torch.__version__
+    assert found["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # one may say +cu132
     assert found["device"]["kind"] == "cpu"
     assert found["peak_memory_gib"]["peak_rss_gib"] > 0.1
     progress = found["progress"]

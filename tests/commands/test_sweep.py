@@ -161,15 +161,23 @@ def test_a_stopped_sweep_goes_on_and_ends_as_one_in_peace(folder, sweep, monkeyp
 
 
 @pytest.mark.slow
-def test_a_trial_that_was_trained_and_not_judged_is_judged(folder, sweep):
+def test_a_sweep_begun_again_judges_a_trial_that_was_only_trained_and_compares_no_others(folder, sweep, rows_file):
     sweep("--ranks", "2,4")
     file = folder / "run" / "sweep-rank" / "rank-4" / "trial.json"
-    found = read(file)
+    text, found = file.read_text(), read(file)
+    file.write_text(text[:50])
+    assert "trial.json cannot be read as the result of a trial" in sweep("--ranks", "2,4", code=2)
     file.unlink()
     sweep("--ranks", "2,4")
     again = read(file)
     assert again["rows"] == found["rows"]
     assert again["seconds"] is None
+    out = sweep("--ranks", "2,4", "--model.learning_rate", "0.001", code=2)
+    assert "holds a trial with other settings" in out
+    assert "model.learning_rate: 0.03 → 0.001" in out
+    file.unlink()
+    rows_file.write_text(rows_file.read_text().replace("Count to 3.", "Count down from 3."))
+    assert "were judged on different validation rows" in sweep("--ranks", "2,4", code=2)
 
 
 @pytest.mark.slow
@@ -184,17 +192,6 @@ def test_target_modules_and_learning_rates_are_all_tried(folder, sweep):
     assert found["chosen"] == 0.03
     assert found["trials"][0]["gain"]["high"] < 0
     assert (folder / "run" / "sweep-learning-rate" / "learning-rate-1e-9" / "trial.json").exists()
-
-
-@pytest.mark.slow
-def test_other_settings_and_other_rows_are_not_compared(folder, sweep, rows_file):
-    sweep("--ranks", "2,4")
-    out = sweep("--ranks", "2,4", "--model.learning_rate", "0.001", code=2)
-    assert "holds a trial with other settings" in out
-    assert "model.learning_rate: 0.03 → 0.001" in out
-    (folder / "run" / "sweep-rank" / "rank-4" / "trial.json").unlink()
-    rows_file.write_text(rows_file.read_text().replace("Count to 3.", "Count down from 3."))
-    assert "were judged on different validation rows" in sweep("--ranks", "2,4", code=2)
 
 
 @pytest.mark.parametrize(
@@ -229,14 +226,6 @@ def test_what_cannot_be_swept_is_told_in_a_sentence(arguments, words, folder, sw
     assert words in out
     assert len([line for line in out.splitlines() if line.startswith("qlora-lightning: ")]) == 1
     assert not list(folder.glob("run/*/*/adapter"))
-
-
-@pytest.mark.slow
-def test_a_trial_file_that_is_cut_off_is_named(folder, sweep):
-    sweep("--ranks", "2,4")
-    file = folder / "run" / "sweep-rank" / "rank-2" / "trial.json"
-    file.write_text(file.read_text()[:50])
-    assert "trial.json cannot be read as the result of a trial" in sweep("--ranks", "2,4", code=2)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ def git(folder, *arguments):
 
 def test_versions_are_those_installed():
     versions = package_versions()
-    assert versions["torch"] == torch.__version__
+    assert versions["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # only one may say +cu132
     assert {"peft", "transformers", "bitsandbytes", "lightning"} <= versions.keys()
 
 

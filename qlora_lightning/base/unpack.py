@@ -14,6 +14,7 @@ from qlora_lightning.base.cache_entry import Json, read_entry
 from qlora_lightning.base.resolve import BaseSource
 from qlora_lightning.base.save_model import save_model
 from qlora_lightning.errors import UserError
+from qlora_lightning.support.versions import mend_gguf_tokens
 
 _log = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ def _load(file: Path, name: str) -> tuple[Any, Any]:
             "Choose another base."
         )
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
+    mend_gguf_tokens(tokenizer, config)
     model, report = AutoModelForCausalLM.from_pretrained(
         file.parent,
         config=config,  # else the file's vocabulary is parsed once more, which takes seconds

@@ -1,9 +1,12 @@
-"""What differs between the versions of torch and transformers that this package works with, and nothing else.
+"""What differs between the versions of torch, transformers and PEFT that this package works with, and nothing else.
 
 ``pyproject.toml`` says from which version on. When a floor rises, what it leaves behind goes from here.
 """
 
+import contextlib
 import inspect
+import warnings
+from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import Tensor
@@ -19,6 +22,17 @@ def enable_activation_checkpointing(model: Any, every_n_layers: int = 1) -> None
     else:
         enable = model.gradient_checkpointing_enable
     enable({"use_reentrant": False}, every_n_layers=every_n_layers)
+
+
+def mend_gguf_tokens(tokenizer: Any, config: Any) -> None:
+    """Let a tokenizer that was read from a GGUF know the end and the padding token which the config of that file names.
+
+    transformers 5.17 gives it the token of the beginning as that of the end, and none for padding; 5.24 does not.
+    """
+    if tokenizer.eos_token_id == tokenizer.bos_token_id and isinstance(config.eos_token_id, int):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+    if tokenizer.pad_token_id is None and config.pad_token_id is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
 
 
 def attend_ragged(
@@ -47,3 +61,16 @@ def attend_ragged(
     else:
         key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
     return cast(Tensor, varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options))
+
+
+@contextlib.contextmanager
+def without_peft_warnings() -> Iterator[None]:
+    """Keep away what PEFT warns of without need, and what users can do nothing about.
+
+    PEFT 0.19 takes head and embedding for tied where they are not; where they are, an adapter on one of them is refused
+    before PEFT is asked. PEFT 0.21 asks transformers 5.24 for an attribute by its old name.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield

@@ -12,8 +12,9 @@ MODULE = """
 import peft
 import torch
 from qlora_lightning import QLoRAModule
-from qlora_lightning.model.adapters.lora import add_adapters, without_peft_deprecation
+from qlora_lightning.model.adapters.lora import add_adapters
 from qlora_lightning.model.quantized import load_base
+from qlora_lightning.support.versions import without_peft_warnings
 
 
 class Own(QLoRAModule):
@@ -24,7 +25,7 @@ class Own(QLoRAModule):
 class Other(QLoRAModule):
     def build_model(self):
         base = load_base(self.base, compute_dtype=torch.float32).model
-        with without_peft_deprecation():
+        with without_peft_warnings():
             return peft.get_peft_model(base, peft.IA3Config(task_type="CAUSAL_LM"))
 
 

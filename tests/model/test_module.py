@@ -13,7 +13,8 @@ from qlora_lightning import InstructionDataModule, QLoRAModule
 from qlora_lightning.data.batches.collate import collate
 from qlora_lightning.data.samples.sample import make_sample
 from qlora_lightning.errors import UserError
-from qlora_lightning.model.adapters.lora import trainable_tensors, without_peft_deprecation
+from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.support.versions import without_peft_warnings
 
 
 def make_module(base, **settings):
@@ -243,7 +244,7 @@ class OwnBase(QLoRAModule):
     def build_model(self):
         base = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
         assert base.config._attn_implementation == "sdpa"
-        with without_peft_deprecation():
+        with without_peft_warnings():
             return peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM"))
 
 

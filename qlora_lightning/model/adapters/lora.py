@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from qlora_lightning.errors import UserError
 from qlora_lightning.json_shape import find_fault
 from qlora_lightning.model.adapters.lora_options import check_lora_options
 from qlora_lightning.model.adapters.targets import compact_targets, resolve_targets
+from qlora_lightning.support.versions import without_peft_warnings
 
 ADAPTER = "default"  # PEFT's name for the adapter that a model is made with
 
@@ -63,7 +63,7 @@ def add_adapters(
         target_modules=compact_targets(model, targets),
         **options,
     )
-    with _seeded_initialization(), without_peft_deprecation():
+    with _seeded_initialization(), without_peft_warnings():
         adapted = peft.get_peft_model(model, config)
     adapted.peft_config[ADAPTER].base_model_name_or_path = base_name
     return _with_float32_masters(adapted)
@@ -92,7 +92,7 @@ def load_adapters(model: PreTrainedModel, folder: str, *, bare: bool = False) ->
         folder: The adapter folder.
         bare: The base lies on the meta device, and so will the adapter: shapes alone.
     """
-    with without_peft_deprecation():
+    with without_peft_warnings():
         adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=True, low_cpu_mem_usage=bare)
     return _with_float32_masters(adapted)
 
@@ -173,12 +173,4 @@ def _seeded_initialization() -> Iterator[None]:
     """Draw A from the seed alone, not from what else drew before, and leave the generators as they were."""
     with torch.random.fork_rng():
         torch.manual_seed(torch.initial_seed())
-        yield
-
-
-@contextlib.contextmanager
-def without_peft_deprecation() -> Iterator[None]:
-    """PEFT 0.21 asks transformers 5.24 for an attribute by its old name; users can do nothing about that."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield

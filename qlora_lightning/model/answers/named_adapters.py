@@ -10,9 +10,9 @@ import peft
 from qlora_lightning.adapter.identity import read_identity
 from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters.identity import check_identity
-from qlora_lightning.model.adapters.lora import without_peft_deprecation
 from qlora_lightning.model.adapters.tensors import LOADING_FAULTS, read_tensors, word_misfit
 from qlora_lightning.model.layers.linear import fuse_lora_linears
+from qlora_lightning.support.versions import without_peft_warnings
 
 
 def add_named_adapter(
@@ -38,7 +38,7 @@ def add_named_adapter(
     read_tensors(folder)  # PEFT would take NaN without a word
     device = next(model.parameters()).device
     try:
-        with without_peft_deprecation(), warnings.catch_warnings():
+        with without_peft_warnings(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below
             result = model.load_adapter(str(folder), name, torch_device=str(device))
     except LOADING_FAULTS as error:

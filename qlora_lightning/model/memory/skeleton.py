@@ -12,7 +12,7 @@ from transformers.initialization import no_init_weights
 
 from qlora_lightning.adapter.identity import read_identity
 from qlora_lightning.adapter.place import find_adapter_folder
-from qlora_lightning.model.adapters.lora import add_adapters, without_peft_deprecation
+from qlora_lightning.model.adapters.lora import add_adapters
 from qlora_lightning.model.adapters.options import check_adapter_options, chosen_targets
 from qlora_lightning.model.adapters.reading import check_folder_fits
 from qlora_lightning.model.adapters.targets import layer_of
@@ -21,6 +21,7 @@ from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.decoder_layer import fuse_decoder_layers
 from qlora_lightning.model.layers.linear import fuse_lora_linears
 from qlora_lightning.model.quantized import Quantization
+from qlora_lightning.support.versions import without_peft_warnings
 
 
 def build_skeleton(
@@ -98,7 +99,7 @@ def _adapt(model: PreTrainedModel, folder: Path | None, options: dict[str, Any])
     targets = chosen_targets(model, options)
     settings = _read_folder(folder)
     try:
-        with without_peft_deprecation():
+        with without_peft_warnings():
             adapted = cast(peft.PeftModel, peft.get_peft_model(model, settings))
     except LOADING_FAULTS as error:
         raise word_misfit(folder, error) from error

@@ -14,6 +14,7 @@ from qlora_lightning.model.answers.generation import generate_answers
 from qlora_lightning.model.layers.linear import fuse_lora_linears
 from qlora_lightning.model.loss import head_loss, next_labels
 from qlora_lightning.model.quantized import load_base
+from qlora_lightning.support.versions import without_peft_warnings
 
 TIED_EMBEDDING = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
 IDS = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9]])
@@ -166,20 +167,19 @@ def assert_reloads_with_equal_values(folder, options, quantization, place):
     identity = {"base": str(folder), "quantization": quantization}
     save_adapter_folder(place, model, all_names_of_trainable_tensors(model), None, identity)
     base = load_base(str(folder), quantization=quantization, compute_dtype=torch.float32).model
-    again = dict(peft.PeftModel.from_pretrained(base, place).named_parameters())
+    with without_peft_warnings():
+        again = dict(peft.PeftModel.from_pretrained(base, place).named_parameters())
     own = trainable_tensors(model)
     assert any(".lora_" not in name for name in own)
     assert all(torch.equal(again[name], tensor) for name, tensor in own.items())
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("options", TIED)
 def test_what_trains_beside_adapters_is_saved_and_loaded_by_plain_peft(tiny_base, tmp_path, options, quantization):
     assert_reloads_with_equal_values(tiny_base, copy.deepcopy(options), quantization, tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 @pytest.mark.parametrize("options", UNTIED)
 def test_likewise_where_head_and_embedding_are_apart(untied_base, tmp_path, options):
     assert_reloads_with_equal_values(untied_base, copy.deepcopy(options), "none", tmp_path)

@@ -6,7 +6,7 @@ import yaml
 
 
 class DuplicateKey(yaml.YAMLError):
-    """A key stands twice in one mapping, which YAML forbids and PyYAML lets pass."""
+    """A key appears twice in one mapping, which YAML forbids and PyYAML lets pass."""
 
 
 class _Loader(yaml.SafeLoader):

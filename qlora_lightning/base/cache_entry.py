@@ -99,9 +99,15 @@ class EntryCheck:
 
     def _check(self) -> None:
         try:
-            self._damaged.set_result(find_damage(self._folder))
-        except Exception as error:  # raised again where the result is waited for
-            self._damaged.set_exception(error)
+            name = find_damage(self._folder)
+            self._damaged.set_result(None if name is None else f"{self._folder / name} does not match its checksum")
+        except Exception as error:  # as of a bad sector
+            self._damaged.set_result(f"{self._folder} cannot be read ({error})")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the result is known."""
+        return self._damaged.done()
 
     def wait(self) -> None:
         """Wait for the result.
@@ -109,13 +115,13 @@ class EntryCheck:
         Raises:
             UserError: the entry is damaged. It no longer counts: the next start makes it again.
         """
-        name = self._damaged.result()
-        if name is not None:
+        fault = self._damaged.result()
+        if fault is not None:
             (self._folder / _ENTRY_FILE).unlink(missing_ok=True)
             raise UserError(
-                f"The cached {self._label} is damaged: {self._folder / name} does not match its checksum, and what was "
-                "computed with it in this run is worthless. Nothing of it was saved. Start again with the same "
-                "command: the entry is made again. If this comes back, check the disk and the memory."
+                f"The cached {self._label} is damaged: {fault}. Nothing that was computed with it is saved. Start "
+                "again with the same command: the entry is made again. If this comes back, check the disk and the "
+                "memory."
             )
 
 

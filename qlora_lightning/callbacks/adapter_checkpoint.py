@@ -112,9 +112,9 @@ class AdapterCheckpoint(Checkpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._has_other_validation and goes_on(trainer):
-            self._rank_anew(trainer, f"The validation samples are not those of {trainer.ckpt_path}")
+            self._reset_ranking(trainer, f"The validation samples are not those of {trainer.ckpt_path}")
         if not goes_on(trainer):
-            self._rank_anew(trainer, f"{trainer.ckpt_path} is of another run folder")
+            self._reset_ranking(trainer, f"{trainer.ckpt_path} is of another run folder")
             if self._writes(trainer):
                 refuse_everywhere(trainer, lambda: refuse_started_folder(trainer.default_root_dir, trainer.ckpt_path))
         if self._writes(trainer) and trainer.is_global_zero:
@@ -190,7 +190,7 @@ class AdapterCheckpoint(Checkpoint):
             self._mend_adapter(trainer, pl_module)
 
     def _is_time(self, trainer: Trainer) -> bool:
-        """Whether the last save is so long ago by any rank's clock; every rank takes part."""
+        """Whether ``every_minutes`` have passed since the last save by any rank's clock; every rank must call it."""
         if self.every_minutes is None or not self._writes(trainer):
             return False
         over = time.monotonic() - self._saved_at >= 60 * self.every_minutes
@@ -299,13 +299,13 @@ class AdapterCheckpoint(Checkpoint):
         self.best, dropped = entries[:keep], entries[keep:]
         return [name for _, name in dropped]
 
-    def _rank_anew(self, trainer: Trainer, why: str) -> None:
+    def _reset_ranking(self, trainer: Trainer, why: str) -> None:
         """Forget a ranking that does not hold here, and say where the best so far lies."""
         if self.best and trainer.ckpt_path and self._writes(trainer) and trainer.is_global_zero:
             value, name = self.best[0]
             file = Path(trainer.ckpt_path).with_name(name)
             say(
-                f"{why}: the ranking of checkpoints begins anew here. The best so far, with {self.monitor} "
+                f"{why}: the ranking of checkpoints starts over here. The best so far, with {self.monitor} "
                 f"{value:.4g}, {f'is {file}' if file.exists() else f'was {name}'}."
             )
         self.best, self._dropped, self._best_tensors = [], [], None
@@ -314,8 +314,11 @@ class AdapterCheckpoint(Checkpoint):
         return bool(self.best) and self.best[0][1] == name
 
     def _mend_adapter(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the adapter again if the best checkpoint itself is resumed: a fault may have come between the two."""
-        if trainer.ckpt_path and self._writes(trainer) and self._is_best(Path(trainer.ckpt_path).name):
+        """Write the adapter again if the best and newest checkpoint is resumed: a fault may have come between them."""
+        resumed = Path(trainer.ckpt_path) if trainer.ckpt_path else None
+        if resumed is None or not self._writes(trainer) or not self._is_best(resumed.name):
+            return
+        if trainer.strategy.broadcast(find_whole(resumed.parent) == resumed):
             faults = SaveFaults()
             with holding_average(trainer, pl_module), faults.noting(self.adapter_folder(trainer.default_root_dir)):
                 if trainer.is_global_zero:

@@ -36,9 +36,12 @@ def find_checkpoint(folder: str | Path, name: str | None) -> str | None:
 
 
 def find_whole(folder: Path) -> Path | None:
-    """Return ``last.ckpt`` of a folder of checkpoints if it is whole, else the newest that is, if there is one."""
+    """Return the whole checkpoint of most optimizer steps in a folder, ``last.ckpt`` before others of its step."""
     last = folder / "last.ckpt"
-    return last if last.exists() and _find_fault(last) is None else _newest_good(last)
+    newest = _newest_good(last)
+    if not last.exists() or _find_fault(last) is not None:
+        return newest
+    return newest if newest is not None and _read_step(newest) > _read_step(last) else last
 
 
 def check_checkpoint(file: str | Path) -> None:

@@ -14,6 +14,7 @@ from rich.text import Text
 from typing_extensions import override
 
 from qlora_lightning.callbacks.run_facts import planned_steps
+from qlora_lightning.console import drop_lost_output
 
 # metric: (in the bar, in a line of a log); the most important first, for a narrow terminal cuts the last ones
 _FORMATS = {
@@ -173,7 +174,10 @@ class ProgressLines(ProgressBar):
 
     def _print(self, *parts: str) -> None:
         if self._enabled:
-            print(", ".join(parts), flush=True)
+            try:
+                print(", ".join(parts), flush=True)
+            except OSError:  # who read the pipe has gone: no reason to end a run
+                drop_lost_output()
         self._told_at = time.monotonic()
 
     def _print_batch(self, name: str, batch_idx: int, total: float) -> None:

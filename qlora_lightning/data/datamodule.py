@@ -61,7 +61,7 @@ class InstructionDataModule(PreparedRows):
         tokenizer: hub id, folder or ``package:NAME``, or ``{name, revision, trust_remote_code}``; from Python also a
             tokenizer object. By default the base's, which the Trainer's module names; without a Trainer name it here.
         accept_changed_data: resume from a checkpoint although training or validation samples differ now. It is not
-            remembered. If validation samples differ, the ranking of the best adapter starts over.
+            written to config.yaml. If validation samples differ, the ranking of the best adapter starts over.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class InstructionDataModule(PreparedRows):
         self.accept_changed_data = accept_changed_data
         self.lenient = False  # `inspect` looks at what training refuses
         self.samples: dict[str, SampleSet] = {}
-        self._tokenizer_choice = tokenizer
+        self._named_tokenizer = self._tokenizer_choice = tokenizer
         self._seed: int | None = None
         self._pool: Prepared | None = None  # training rows before validation rows are held out
 
@@ -118,8 +118,8 @@ class InstructionDataModule(PreparedRows):
     def setup(self, stage: str | None = None) -> None:
         if self._seed is None:
             self._seed = choose_seed(self.trainer)
-        if self._tokenizer_choice is None:
-            self._tokenizer_choice = self._tokenizer_of_trained_base()
+        if self._named_tokenizer is None:
+            self._take_tokenizer(self._tokenizer_of_trained_base())
         needed = _STAGES.get(stage or "", tuple(self.files))
         for split in needed:
             self._prepare(split)
@@ -129,6 +129,14 @@ class InstructionDataModule(PreparedRows):
         if "val" in needed and "val" not in self.samples:
             # Lightning validates wherever the hook is overridden, and warns of loaders without batches.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
+
+    def _take_tokenizer(self, choice: Any) -> None:
+        """Take the tokenizer of a module's base; what was prepared with that of another base is made again."""
+        if choice is None or choice == self._tokenizer_choice:
+            return
+        self._tokenizer_choice, self._tokenizer, self._renderer, self._pool = choice, None, None, None
+        self.samples.clear()
+        self.reports.clear()
 
     def count_train_batches(self) -> int:
         """Count the micro-batches of one epoch on each rank: what a schedule is planned with."""

@@ -46,14 +46,18 @@ class AdapterStateModule(lightning.LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         return [ExactResume()]
 
-    def check_base(self) -> None:
-        """Wait until the base is known to be what was cached; called before anything of a fit is saved.
+    def check_base(self, wait: bool = True) -> None:
+        """Refuse a base that is not what was cached; called before anything of a fit is saved.
+
+        Args:
+            wait: Whether to wait for the result; else only one that is known counts.
 
         Raises:
             UserError: It is damaged.
         """
-        if self._base_check is not None:
+        if self._base_check is not None and (wait or self._base_check.is_done):
             self._base_check.wait()
+            self._base_check = None
 
     def save_adapter(self, folder: str | Path, tokenizer: Any = None, stop_ids: Sequence[int] = ()) -> None:
         """Write the adapter folder: PEFT's files, the tokenizer with its chat template, and what it belongs to.

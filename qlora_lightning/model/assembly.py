@@ -29,7 +29,7 @@ class QLoRAModel:
         identity: Name, folder, fingerprint, config and quantization of the base, and the adapter's own shape:
             checkpoints and adapter folders carry it.
         unfused: Names of what trains in PEFT's own layers: unfused LoRA, whole modules, tokens.
-        check: Of a large base from the cache, which may be going on; see :func:`load_base`.
+        check: Of a large base from the cache, which may still be running; see :func:`load_base`.
     """
 
     model: peft.PeftModel

@@ -199,15 +199,16 @@ class QLoRAModule(JudgingModule):
         """
         inner = getattr(self.model, "_orig_mod", None)
         if inner is not None:
-            self.model = inner
+            self.model, why = inner, "the loss does not call module.model, but the decoder inside it"
         elif self.fast and self._compiler_ctx is not None:
             to_uncompiled(self)
+            why = "the layers are fused already"
         else:
             return
         if self.global_rank == 0:
             describe(
-                "torch.compile is switched off: the layers are fused already. To compile the plain layers of PEFT and "
-                "transformers, set model.fast to false and compile the module: trainer.fit(torch.compile(module), …)."
+                f"torch.compile is switched off: {why}. To compile the plain layers of PEFT and transformers, set "
+                "model.fast to false and compile the module itself: trainer.fit(torch.compile(module), …)."
             )
 
     def overrides(self, name: str) -> bool:

@@ -182,6 +182,8 @@ def test_sides_that_train_on_different_tokens_are_not_compared() -> None:
     from tests.benchmarks.measure import Measured, measure_sides
 
     class OfTokens:
+        accelerator = "gpu"  # beside busy loops it runs on a CPU alone
+
         def __init__(self, name: str, tokens: int) -> None:
             self.name, self.tokens = name, tokens
 

@@ -158,7 +158,7 @@ def test_prompts_that_an_adapter_was_not_trained_on_are_told(run):
     out = " ".join(run("--data.chat_template", "chatml", "--data.system", "Be [b]brief.").split())
     assert f"{words} chat template and another" in out  # without hashes, which tell nobody anything
     assert "and another system prompt (none there, 'Be [b]brief.' here)" in out
-    assert "set data.chat_template and data.system as in its training." in out
+    assert "set data.chat_template and data.template_options and data.system as in its training." in out
 
 
 def test_a_row_that_is_right_is_not_called_hard(run, monkeypatch):

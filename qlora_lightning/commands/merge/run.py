@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qlora_lightning.base.byte_size import format_bytes
+from qlora_lightning.base.cache_entry import EntryCheck
 from qlora_lightning.commands.json_output import write_json
 from qlora_lightning.commands.merge.arguments import DTYPES, Options
 from qlora_lightning.commands.merge.check import Checker
@@ -43,6 +44,7 @@ def merge(options: Options) -> None:
     """
     source = find_adapter(options.adapter, options.base)
     weights = Ways(source, options.onto)
+    EntryCheck(source.base.folder, source.base.name).wait()  # of an unpacked GGUF
     plan = plan_merge(source.base.folder, source.folder)
     title = f"{Path(source.identity.get('base', source.base.name)).name} {source.folder.absolute().parent.name}"
     if options.adapter_gguf is not None:

@@ -141,6 +141,9 @@ class FlatLoader:
 class FabricLoader(FlatLoader, DataLoader[Batch], IterableDataset[Batch]):  # type: ignore[misc]  # of unlike attributes
     """A ``FlatLoader`` for Lightning Fabric, which takes torch's class only; the Trainer would ask that for workers."""
 
+    # of torch's class, whose own constructor would set another sampler; a Trainer that is given this loader reads them
+    num_workers, persistent_workers, pin_memory, multiprocessing_context = 0, False, False, None
+
     @property
     def dataset(self) -> IterableDataset[Batch]:  # type: ignore[override]  # a plain attribute there
         """Itself: Fabric puts no sampler of its own before an iterable data set. Each rank has its own rows already."""

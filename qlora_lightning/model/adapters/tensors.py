@@ -36,12 +36,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     file = folder / "adapter_model.safetensors"
     with file.open("rb"):  # safetensors would say of a file that may not be read that it is missing
         pass
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{file} is not a whole safetensors file, but cut off or damaged ({error}). Copy the adapter folder again."
-        ) from error
+    tensors = _load(file)
+    if not _match(tensors, folder):
+        tensors = _load(file)  # once more: a run may have just replaced the folder
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             bad = int((~tensor.isfinite()).sum())
@@ -49,15 +46,30 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 f"The adapter folder {folder} is damaged: {bad:,} of {tensor.numel():,} values of {name} are NaN or "
                 "infinite. Copy the folder again, or train again with a lower learning rate."
             )
-    about = folder / "qlora_lightning.json"  # other tools write none
-    expected = read_json_object(about, "Copy the adapter folder again.").get("tensors") if about.exists() else None
-    if expected is not None and hash_tensors(tensors) != expected:
+    if not _match(tensors, folder):
         raise UserError(
-            f"{file} is damaged: its numbers are not those that were saved (their hash in qlora_lightning.json is "
-            f"{expected[:12]}…). Copy the adapter folder again. If another tool changed them on purpose, delete "
-            'the line "tensors" of qlora_lightning.json.'
+            f"{file} is damaged: its numbers are not those that were saved (qlora_lightning.json holds their hash). "
+            'Copy the adapter folder again. If another tool changed them on purpose, delete the line "tensors" of '
+            "qlora_lightning.json."
         )
     return tensors
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file} is not a whole safetensors file, but cut off or damaged ({error}). Copy the adapter folder again."
+        ) from error
+    return tensors
+
+
+def _match(tensors: Mapping[str, Tensor], folder: Path) -> bool:
+    """Whether tensors have the hash that the folder names; other tools name none."""
+    about = folder / "qlora_lightning.json"
+    expected = read_json_object(about, "Copy the adapter folder again.").get("tensors") if about.exists() else None
+    return expected is None or hash_tensors(tensors) == expected
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

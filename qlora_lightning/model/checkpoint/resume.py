@@ -135,6 +135,8 @@ class ExactResume(Callback):
                 self._forgets_scores = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        module: Any = pl_module
+        module.check_base(wait=False)
         count_epoch(trainer)
         self._put_back(trainer, pl_module)
 

@@ -72,17 +72,15 @@ def check_data(stored: Mapping[str, Any], own: Mapping[str, Any], inside_epoch: 
         raise UserError(
             f"The checkpoint was saved inside an epoch with other {', other '.join(cut)}: a run cannot go on exactly "
             f"there.{causes if known else ''} Put data, tokenizer and chat template back as they were, or begin a new "
-            "run from the adapter folder with model.adapter. (data.accept_changed_data is for a checkpoint from the "
-            "end of an epoch.)"
+            "run from the adapter folder with model.adapter. (data.accept_changed_data allows other training samples "
+            "only from the end of an epoch.)"
         )
     if samples and not accepted:
-        ranking = (
-            "begins anew, since losses on other validation samples do not compare" if "val" in samples else "stays"
-        )
+        ranking = "starts over, since losses on different samples do not compare" if "val" in samples else "stays"
         raise UserError(
             f"The data are not those of the checkpoint: other {' and other '.join(samples.values())}.{causes} Put them "
             "back as they were, or say that the change is meant, by `--data.accept_changed_data true` (in Python "
-            "InstructionDataModule(accept_changed_data=True)): then the run goes on with the data of now, and the "
+            "InstructionDataModule(accept_changed_data=True)): then the run continues with the current data, and the "
             f"ranking of the best adapter {ranking}."
         )
 

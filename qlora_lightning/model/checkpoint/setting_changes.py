@@ -64,7 +64,7 @@ def keep_patience(trainer: Any, states: Mapping[str, dict[str, Any]]) -> list[Ch
 
 
 def forget_scores(trainer: Any) -> None:
-    """Let Lightning's EarlyStopping begin anew: it would compare losses on other validation samples."""
+    """Reset Lightning's EarlyStopping: it would compare losses on different validation samples."""
     for stopping in (each for each in callbacks_of(trainer) if isinstance(each, EarlyStopping)):
         if stopping.monitor.startswith("val_"):
             stopping.best_score = torch.tensor(float("inf" if stopping.mode == "min" else "-inf"))

@@ -75,5 +75,5 @@ def check_row_length(config: Any, longest: int) -> None:
         raise UserError(
             f"This base scales its rotary embedding ({config.rope_parameters['rope_type']}) by the longest row of a "
             f"batch if that has more than {limit:,} tokens, and rows here may have {longest:,}: the same row would "
-            f"train otherwise in each batch. Set data.max_length to {limit} or less."
+            f"be trained differently in each batch. Set data.max_length to {limit} or less."
         )

@@ -37,4 +37,8 @@ def load_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: It is not YAML, or a key stands twice in it.
     """
-    return yaml.load(text, Loader=_Loader)  # which is a SafeLoader
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()

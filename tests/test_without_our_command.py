@@ -1,5 +1,6 @@
 """Module and data module in Lightning's own hands: its CLI, its Trainer, Fabric."""
 
+import shutil
 import warnings
 
 import lightning
@@ -45,6 +46,27 @@ def test_lightnings_own_cli_trains_from_base_and_rows_alone(tiny_base, rows_file
 def test_a_trainers_data_take_the_tokenizer_of_its_modules_base(tiny_base, rows_file, tmp_path):
     found, expected = fit(tiny_base, rows_file, tmp_path), fit(tiny_base, rows_file, tmp_path, tokenizer=str(tiny_base))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")  # Lightning's: there are none
+def test_data_that_are_used_again_take_the_tokenizer_of_the_new_base(tiny_base, rows_file, tmp_path):
+    other, data = shutil.copytree(tiny_base, tmp_path / "other"), InstructionDataModule(str(rows_file), batch_size=8)
+    for base in (tiny_base, other):
+        trainer = lightning.Trainer(max_steps=1, accelerator="cpu", devices=1, default_root_dir=tmp_path, **_QUIET)
+        trainer.fit(QLoRAModule(str(base), **_STEADY), data)
+        assert data.tokenizer.name_or_path == str(base)
+
+
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")  # as it shall
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")  # Lightning's: there are none
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")  # Lightning's: there are none
+def test_a_loader_of_data_alone_trains_in_a_trainer(tiny_base, rows_file, tmp_path):
+    data = InstructionDataModule(str(rows_file), tokenizer=str(tiny_base), batch_size=4)
+    data.setup("fit")
+    module = QLoRAModule(str(tiny_base), **_STEADY)
+    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", devices=1, default_root_dir=tmp_path, **_QUIET)
+    trainer.fit(module, data.train_dataloader())
+    assert trainer.global_step == 4
 
 
 def test_data_alone_ask_for_a_tokenizer(rows_file):

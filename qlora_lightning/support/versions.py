@@ -7,9 +7,10 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def enable_activation_checkpointing(model: Any, every_n_layers: int = 1) -> None:
@@ -36,8 +37,8 @@ def mend_gguf_tokens(tokenizer: Any, config: Any) -> None:
 
 
 def attend_ragged(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None
-) -> Tensor:
+    query: "Tensor", key: "Tensor", value: "Tensor", cu_seqlens: "Tensor", longest: int, scale: float | None
+) -> "Tensor":
     """Let each token attend to itself and those before it in its sample, by torch's kernel for ragged samples.
 
     torch 2.11 wants as many heads of keys and values as of queries; later ones are told that they are shared.
@@ -60,7 +61,7 @@ def attend_ragged(
         options["enable_gqa"] = True
     else:
         key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
-    return cast(Tensor, varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options))
+    return cast("Tensor", varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options))
 
 
 @contextlib.contextmanager

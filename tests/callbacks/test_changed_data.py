@@ -108,14 +108,14 @@ def test_other_training_samples_are_refused_at_an_epochs_end_and_go_on_where_tha
 
 def test_with_other_validation_samples_the_ranking_begins_anew(fit, make_data, more_rows, scored, folder, last, capsys):
     fit(monitored(), module=scored(1.0))
-    with pytest.raises(UserError, match=r"other validation samples \(16 there, 20 here\).*ranking .* begins anew"):
+    with pytest.raises(UserError, match=r"other validation samples \(16 there, 20 here\).*ranking .* starts over"):
         fit(AdapterCheckpoint(), data=make_data(val=more_rows), ckpt_path=last, max_epochs=2)
 
     checkpoint, data = monitored(), make_data(val=more_rows, accept_changed_data=True)
     capsys.readouterr()
     fit(checkpoint, module=scored(2.0), data=data, ckpt_path=last, max_epochs=2)
     best = last.with_name("step-000008.ckpt")
-    assert f"begins anew here. The best so far, with val_score 1, is {best}.\n" in capsys.readouterr().out
+    assert f"starts over here. The best so far, with val_score 1, is {best}.\n" in capsys.readouterr().out
     assert checkpoint.best == [(2.0, "step-000016.ckpt")]
     assert same_adapter(folder, "step-000016.ckpt")
     assert best.exists()

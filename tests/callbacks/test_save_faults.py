@@ -96,9 +96,11 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_it_goes_on_when_there_is_r
     small_files(resource.RLIM_INFINITY)()
     folder = tmp_path / "full"
     last = folder / "checkpoints" / "last.ckpt"
+    best = folder / "checkpoints" / "step-000008.ckpt"  # which is whole when the adapter folder is not
+    whole, name = (best, best) if file == "adapter" else (last, "last")
     assert str(told.value) == (
-        f"{folder}/{file} could not be written: File too large. {last} is whole: resume from it by `--ckpt_path last` "
-        "when there is room, and the folder can be written to."
+        f"{folder}/{file} could not be written: File too large. {whole} is whole: resume from it by "
+        f"`--ckpt_path {name}` when there is room, and the folder can be written to."
     )
     after = contents(folder)
     assert {name: after[name] for name in before} == before
@@ -211,7 +213,7 @@ def test_a_kill_in_front_of_any_rename_costs_nothing(run, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("last.ckpt", 0), ("last.ckpt", 3), ("step-000004.ckpt", 0), ("adapter_model.safetensors", 1)]
+    ("name", "count"), [("last.ckpt", 0), ("last.ckpt", 3), ("step-000004.ckpt", 0), ("adapter", 0)]
 )
 def test_a_kill_between_write_and_rename_costs_nothing(run, monkeypatch, tmp_path, name, count):
     renames = Renames(monkeypatch, tmp_path)

@@ -25,6 +25,9 @@ class Module(nn.Module):
         self.hparams = {"rank": 3, **settings}
         self.window = Window()
 
+    def check_base(self, wait=True):
+        """It is sound."""
+
 
 def trainer(fn="fit", data=None, **settings):
     data = SimpleNamespace(identity=data) if data else None

@@ -177,7 +177,7 @@ def test_a_sweep_begun_again_judges_a_trial_that_was_only_trained_and_compares_n
     assert "model.learning_rate: 0.03 → 0.001" in out
     file.unlink()
     rows_file.write_text(rows_file.read_text().replace("Count to 3.", "Count down from 3."))
-    assert "were judged on different validation rows" in sweep("--ranks", "2,4", code=2)
+    assert "The data are not those of the checkpoint" in sweep("--ranks", "2,4", code=2)
 
 
 @pytest.mark.slow

@@ -4,9 +4,10 @@
 """
 
 import contextlib
+import functools
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -57,11 +58,16 @@ def attend_ragged(
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # every earlier token, no later one
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    if _takes_grouped_heads(varlen_attn):
         options["enable_gqa"] = True
     else:
         key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
     return cast("Tensor", varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options))
+
+
+@functools.cache  # every layer of every step asks
+def _takes_grouped_heads(kernel: Callable[..., Any]) -> bool:
+    return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ Importing this package loads nothing heavy: each public name is imported when it
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from qlora_lightning.heavy_imports import quick_imports
+from qlora_lightning.support.imports import quick_imports
 
 if TYPE_CHECKING:
     from qlora_lightning.callbacks import (

@@ -18,9 +18,9 @@ from types import FrameType
 
 from qlora_lightning import __version__
 from qlora_lightning.commands.config_files import check_configs
-from qlora_lightning.console import drop_lost_output
-from qlora_lightning.errors import ENDING_SIGNALS, LostProcess, TrainingStopped, UserError
-from qlora_lightning.heavy_imports import quick_imports
+from qlora_lightning.support.console import drop_lost_output
+from qlora_lightning.support.errors import ENDING_SIGNALS, LostProcess, TrainingStopped, UserError
+from qlora_lightning.support.imports import quick_imports
 
 # command: (module with `main(argv) -> int`, whether it wants the command's own name, one line of help)
 _TRAINING = "qlora_lightning.commands.training"

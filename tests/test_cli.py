@@ -8,7 +8,7 @@ import pytest
 import qlora_lightning
 from qlora_lightning import cli
 from qlora_lightning.cli import COMMANDS, main
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def python(code):

@@ -1,4 +1,4 @@
-from qlora_lightning.console import brief, describe, say
+from qlora_lightning.support.console import brief, describe, say
 
 
 def test_a_line_is_printed_as_it_is(capsys):

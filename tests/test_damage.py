@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_lightning.cli import main
-from qlora_lightning.model import quantized
+from qlora_lightning.model import base_model
 
 _TRAINED = ("model.rank=2", "model.compute_dtype=fp32", "data.batch_size=8", "trainer.accelerator=cpu")
 
@@ -62,7 +62,7 @@ def test_damaged_bases_and_samples_in_the_cache_are_made_again(cache, fit, caplo
 
 
 def test_nothing_is_saved_of_a_fit_on_a_large_base_that_is_damaged(cache, fit, monkeypatch, capsys):
-    monkeypatch.setattr(quantized, "_CHECKED_AT_ONCE", 1000)  # every base is large: it is checked while it trains
+    monkeypatch.setattr(base_model, "_CHECKED_AT_ONCE", 1000)  # every base is large: it is checked while it trains
     _, sound = fit("sound")
     flip(entry_file(cache, "quantized", "*.safetensors"), -1000)
     code, folder = fit("damaged")

@@ -1,7 +1,7 @@
 import pytest
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.format_version import FORMAT_VERSION, check_version
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.versions import FORMAT_VERSION, check_version
 
 
 def test_what_this_version_or_an_older_one_wrote_is_read():

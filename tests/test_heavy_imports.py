@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lightning.heavy_imports import quick_imports, without_garbage_collection
+from qlora_lightning.support.imports import quick_imports, without_garbage_collection
 
 
 def test_collector_is_paused_inside_and_on_again_afterwards() -> None:

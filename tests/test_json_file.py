@@ -1,7 +1,7 @@
 import pytest
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.json_file import read_json_object
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import read_json_object
 
 
 def test_an_object_is_read_also_behind_a_byte_order_mark(tmp_path):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from qlora_lightning.json_shape import Positive, find_fault
+from qlora_lightning.support.files import Positive, find_fault
 
 SHAPE = {"name!": str, "size": int, "share": float, "on": bool, "kind": ("a", "b"), "each": [int], "of": {"*!": float}}
 SHAPE |= {"few": Positive(int, 8), "part": Positive(float, 1000)}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora_lightning.safe_file import find_storage_fault, flush, put_in_place, write_whole
+from qlora_lightning.support.files import find_storage_fault, flush, put_in_place, write_whole
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -50,7 +50,7 @@ def test_a_pipe_is_written_into(tmp_path):
 
 @pytest.mark.parametrize("piped", [True, False])
 def test_standard_output_is_written_on_in_its_place(tmp_path, piped):
-    program = "import pathlib, qlora_lightning.safe_file as s\nprint('before')\n"
+    program = "import pathlib, qlora_lightning.support.files as s\nprint('before')\n"
     program += "s.write_whole(pathlib.Path('/dev/stdout'), 'written\\n')\nprint('after')"
     file = tmp_path / "out.txt"
     if piped:

@@ -1,7 +1,7 @@
 import lightning
 import pytest
 
-from qlora_lightning.trainer import callbacks_of, is_trial_run, log_interval
+from qlora_lightning.support.trainer import callbacks_of, is_trial_run, log_interval
 
 
 @pytest.mark.parametrize("trial", [False, 2])

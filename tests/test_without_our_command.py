@@ -10,7 +10,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch.cli import LightningCLI
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _STEADY = {"compute_dtype": "fp32", "learning_rate": 1e-2, "schedule": "constant", "warmup_ratio": 0.0}
 _QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}

@@ -3,16 +3,13 @@
 Importing this imports neither torch nor transformers.
 """
 
-from qlora_lightning.base.base_folder import BaseFolder, open_base
-from qlora_lightning.base.byte_size import format_bytes
-from qlora_lightning.base.cache import cache_root, cached_folder
-from qlora_lightning.base.cache_clear import ClearReport, clear_entries, list_entries
-from qlora_lightning.base.cache_entry import CacheEntry
+from qlora_lightning.base.cache import CacheEntry, ClearReport, cache_root, cached_folder, clear_entries, list_entries
+from qlora_lightning.base.find import BaseSource, resolve_base
 from qlora_lightning.base.fingerprint import fingerprint
-from qlora_lightning.base.model_folder import check_model_folder, read_config, weight_files
-from qlora_lightning.base.resolve import BaseSource, resolve_base
+from qlora_lightning.base.folder import BaseFolder, check_model_folder, open_base, read_config, weight_files
+from qlora_lightning.base.gguf import unpack_gguf
+from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.base.tokenizer import load_tokenizer
-from qlora_lightning.base.unpack import unpack_gguf
 
 __all__ = [
     "BaseFolder",

@@ -8,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from qlora_lightning.base.cache import cache_root, hash_key
-from qlora_lightning.base.cache_entry import Json
-from qlora_lightning.base.model_folder import weight_files
-from qlora_lightning.base.safetensors_header import TensorSpan, read_spans
-from qlora_lightning.errors import UserError
+from qlora_lightning.base.cache import Json, cache_root, hash_key
+from qlora_lightning.base.folder import weight_files
+from qlora_lightning.base.tensors import TensorSpan, read_spans
+from qlora_lightning.support.errors import UserError
 
 _FORMAT = 1  # raised whenever the same tensors would give another fingerprint
 _CHUNK_BYTES = 4 << 20

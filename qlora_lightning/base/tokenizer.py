@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_lightning.base.base_folder import open_base
-from qlora_lightning.errors import UserError
+from qlora_lightning.base.folder import open_base
+from qlora_lightning.support.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

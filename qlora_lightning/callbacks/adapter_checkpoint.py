@@ -24,12 +24,11 @@ from qlora_lightning.callbacks.started_folder import (
     refuse_started_folder,
 )
 from qlora_lightning.callbacks.stop_signals import StopSignals
-from qlora_lightning.console import say
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.checkpoint.resume_checks import has_other_validation
-from qlora_lightning.model.checkpoint.save_points import ends_training, validation_follows
-from qlora_lightning.safe_file import flush, put_in_place
-from qlora_lightning.trainer import callbacks_of, is_trial_run
+from qlora_lightning.model.checkpoint.resume import ends_training, has_other_validation, validation_follows
+from qlora_lightning.support.console import say
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import flush, put_in_place
+from qlora_lightning.support.trainer import callbacks_of, is_trial_run
 
 
 class AdapterCheckpoint(Checkpoint):

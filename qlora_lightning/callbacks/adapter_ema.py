@@ -7,10 +7,10 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from qlora_lightning.console import say
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters.lora import copy_tensors, trainable_tensors
-from qlora_lightning.trainer import callbacks_of
+from qlora_lightning.support.console import say
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.trainer import callbacks_of
 
 _KEY = "adapter_ema"  # of a checkpoint
 _DECAY = 0.999

@@ -8,7 +8,7 @@ from lightning import Trainer
 
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from qlora_lightning.model.adapters.lora import copy_tensors, trainable_tensors
-from qlora_lightning.trainer import callbacks_of
+from qlora_lightning.support.trainer import callbacks_of
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ from lightning import Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from qlora_lightning.callbacks.started_folder import UNFINISHED
-from qlora_lightning.model.adapters.folder_swap import settle_folder
-from qlora_lightning.safe_file import find_storage_fault
+from qlora_lightning.model.adapters.folder import settle_folder
+from qlora_lightning.support.files import find_storage_fault
 
 
 class Fault(NamedTuple):

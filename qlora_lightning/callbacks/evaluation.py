@@ -14,7 +14,6 @@ from rich.markup import escape
 
 from qlora_lightning.callbacks.best_adapter import best_adapter
 from qlora_lightning.callbacks.gather import gather_lists
-from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.comparison import BASE, compare, duel
 from qlora_lightning.evaluation.judge import Answering, Judgement, answer_rows, judge_rows
 from qlora_lightning.evaluation.names import describe_answered
@@ -23,7 +22,8 @@ from qlora_lightning.evaluation.report import EVALUATION_FILE, summarize, write_
 from qlora_lightning.evaluation.rows import EvaluationRow, cut_rows
 from qlora_lightning.evaluation.scores import SCORES, check_scores, judge_answer
 from qlora_lightning.evaluation.tables import describe_duel, metrics_table, samples_table
-from qlora_lightning.trainer import is_trial_run
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.trainer import is_trial_run
 
 ADAPTER = "adapter"
 _BESIDES = ("stop_rate", "answer_tokens")  # logged with the scores

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from qlora_lightning.callbacks.started_folder import CHECKPOINTS, UNFINISHED
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.checkpoint.format import read_content
+from qlora_lightning.support.errors import UserError
 
 
 def find_checkpoint(folder: str | Path, name: str | None) -> str | None:

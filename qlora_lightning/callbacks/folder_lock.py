@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from qlora_lightning.callbacks.started_folder import CHECKPOINTS, writing_to
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 try:
     import fcntl

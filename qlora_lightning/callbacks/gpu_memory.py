@@ -7,9 +7,9 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks.run_warnings import note_warning
-from qlora_lightning.console import describe
-from qlora_lightning.model.machine.device_memory import device_memory_gib, read_memory
-from qlora_lightning.trainer import log_interval
+from qlora_lightning.model.device import device_memory_gib, read_memory
+from qlora_lightning.support.console import describe
+from qlora_lightning.support.trainer import log_interval
 
 _REMEDIES = (
     "The cheapest ways down: gradient_checkpointing.enabled: true; half the data.batch_size with twice the "

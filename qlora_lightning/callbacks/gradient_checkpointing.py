@@ -6,9 +6,9 @@ from lightning import Callback, LightningModule, Trainer
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.model.layers.layer_inputs import keep_inputs_apart
+from qlora_lightning.model.layers.checkpointing import keep_inputs_apart
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import enable_activation_checkpointing
 
 _SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")  # that transformers sets in a module

@@ -8,7 +8,7 @@ from rich.markup import escape
 
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from qlora_lightning.model.adapters.folder import loading_snippet
-from qlora_lightning.trainer import is_trial_run
+from qlora_lightning.support.trainer import is_trial_run
 
 
 class LoadingLines(Callback):

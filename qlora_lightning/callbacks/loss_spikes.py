@@ -11,8 +11,8 @@ from lightning import Callback, LightningModule, Trainer
 from rich.markup import escape
 
 from qlora_lightning.callbacks.run_warnings import note_warning
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.batch.rows import join_places, row_places
+from qlora_lightning.model.batch import join_places, row_places
+from qlora_lightning.support.errors import UserError
 
 _LEAST_SHARE = 0.01  # of the median: where losses hardly differ, their deviation says nothing
 

@@ -7,22 +7,19 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from qlora_lightning.base.byte_size import format_bytes
+from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.callbacks.dry_batch import leaves_out, look_ahead
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
 from qlora_lightning.callbacks.started_folder import writing_to
-from qlora_lightning.console import say
-from qlora_lightning.model.batch.filling import filled
-from qlora_lightning.model.batch.shape import BatchShape, shape_of_batch, shape_of_rows
-from qlora_lightning.model.machine.allocator import give_back_freed_memory
-from qlora_lightning.model.machine.device_memory import read_resident_bytes
-from qlora_lightning.model.machine.peak_watch import PeakWatch
-from qlora_lightning.model.memory.model_shape import checkpoint_layers, read_model
+from qlora_lightning.model.batch import BatchShape, shape_of_batch, shape_of_rows
+from qlora_lightning.model.device import PeakWatch, give_back_freed_memory, read_resident_bytes
+from qlora_lightning.model.layout import filled
 from qlora_lightning.model.memory.plan import StepSettings, plan_memory, share_unread
-from qlora_lightning.model.memory.stored_bytes import BaseShape, name_storage
+from qlora_lightning.model.memory.shapes import BaseShape, checkpoint_layers, name_storage, read_model
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.safe_file import write_whole
-from qlora_lightning.trainer import callbacks_of, is_trial_run
+from qlora_lightning.support.console import say
+from qlora_lightning.support.files import write_whole
+from qlora_lightning.support.trainer import callbacks_of, is_trial_run
 
 _FILE = "plan.json"
 

@@ -11,8 +11,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.safe_file import flush, write_whole
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import flush, write_whole
 
 
 class MetricsLogger(Logger):

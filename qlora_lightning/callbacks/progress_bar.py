@@ -14,7 +14,7 @@ from rich.text import Text
 from typing_extensions import override
 
 from qlora_lightning.callbacks.run_facts import planned_steps
-from qlora_lightning.console import drop_lost_output
+from qlora_lightning.support.console import drop_lost_output
 
 # metric: (in the bar, in a line of a log); the most important first, for a narrow terminal cuts the last ones
 _FORMATS = {

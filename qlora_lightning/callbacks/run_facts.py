@@ -17,11 +17,11 @@ from qlora_lightning.callbacks.throughput import ThroughputMonitor
 from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.checkpoint.format import plain_settings
 from qlora_lightning.model.checkpoint.setting_changes import trainer_settings
-from qlora_lightning.model.machine.device_memory import device_memory_gib, read_peak_gib
+from qlora_lightning.model.device import device_memory_gib, read_peak_gib
 from qlora_lightning.model.summary import count_parameters
 from qlora_lightning.report.environment import git_state, package_versions, processor_name
 from qlora_lightning.report.metrics import highest, read_metrics
-from qlora_lightning.trainer import callbacks_of
+from qlora_lightning.support.trainer import callbacks_of
 
 
 def fixed_facts(trainer: Trainer, pl_module: LightningModule, config: Mapping[str, Any] | None) -> dict[str, Any]:

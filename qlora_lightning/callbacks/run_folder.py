@@ -8,10 +8,10 @@ from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.started_folder import goes_on, refuse_everywhere, refuse_started_folder, writing_to
-from qlora_lightning.console import say
 from qlora_lightning.model.checkpoint.format import KEY
-from qlora_lightning.safe_file import write_whole
-from qlora_lightning.trainer import is_trial_run
+from qlora_lightning.support.console import say
+from qlora_lightning.support.files import write_whole
+from qlora_lightning.support.trainer import is_trial_run
 
 _TABLE = "metrics_table"  # key of a checkpoint
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
-from qlora_lightning.trainer import callbacks_of
+from qlora_lightning.support.trainer import callbacks_of
 
 _MOST = 100  # different ones: a report is read by people
 _LONGEST = 600  # characters of one

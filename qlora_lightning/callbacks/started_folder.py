@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning import Trainer
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 CHECKPOINTS = "checkpoints"  # the folder of a run folder
 UNFINISHED = "unfinished.ckpt"

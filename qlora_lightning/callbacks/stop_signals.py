@@ -12,9 +12,9 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-from qlora_lightning.console import drop_lost_output, say
-from qlora_lightning.errors import ENDING_SIGNALS, TrainingStopped
-from qlora_lightning.trainer import callbacks_of
+from qlora_lightning.support.console import drop_lost_output, say
+from qlora_lightning.support.errors import ENDING_SIGNALS, TrainingStopped
+from qlora_lightning.support.trainer import callbacks_of
 
 
 class StopSignals(Callback):

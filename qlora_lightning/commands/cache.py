@@ -7,13 +7,11 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
-from qlora_lightning.base.byte_size import format_bytes
-from qlora_lightning.base.cache import cache_root
-from qlora_lightning.base.cache_clear import clear_entries, list_entries
-from qlora_lightning.base.cache_entry import Kind
+from qlora_lightning.base.cache import Kind, cache_root, clear_entries, list_entries
+from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.confirm import confirm
 from qlora_lightning.commands.option_parser import OptionParser, SentenceParser
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _EPILOG = """examples:
   qlora-lightning cache list

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapter_state import read_checkpoint
 from qlora_lightning.model.checkpoint.format import find_foreign_class, known_settings, read_content
 from qlora_lightning.model.module import QLoRAModule
+from qlora_lightning.support.errors import UserError
 
 # A file must not decide that code which comes with a base may run.
 _NEVER = {"trust_remote_code"}

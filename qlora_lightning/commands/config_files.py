@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 SUFFIXES = (".yaml", ".yml", ".json")
 

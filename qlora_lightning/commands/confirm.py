@@ -2,7 +2,7 @@
 
 import sys
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def confirm(question: str, action: str) -> bool:

@@ -5,7 +5,7 @@ import re
 import traceback
 from pathlib import Path
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 # what jsonargparse makes of a class of the config that could not be made, where the setting may be of other types too
 _NOT_MADE = re.compile(

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.safe_file import find_stream_fault, is_stream, write_whole
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import find_stream_fault, is_stream, write_whole
 
 _LARGEST = 256_000_000  # bytes; no command writes a larger JSON
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lightning.commands.config_files import find_configs
-from qlora_lightning.errors import UserError
-from qlora_lightning.yaml_text import load_yaml
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import load_yaml
 
 _OF_A_RUN = ("manifest.json", "checkpoints/last.ckpt", "adapter/adapter_config.json")
 

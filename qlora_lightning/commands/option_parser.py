@@ -5,7 +5,7 @@ import re
 import textwrap
 from typing import Any, NoReturn
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _BRACKETS = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]")
 _NO_BREAK = "\N{NO-BREAK SPACE}"

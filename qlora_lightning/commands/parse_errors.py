@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from qlora_lightning.commands.config_files import find_configs
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def check_top_level(config: object, arguments: Sequence[str], known: Mapping[str, type | None]) -> None:

@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
-from qlora_lightning.errors import LostProcess, UserError
 from qlora_lightning.model.guards.checks import check_trainer
+from qlora_lightning.support.errors import LostProcess, UserError
 
 TIMEOUT = timedelta(minutes=10)
 _SHARDING = {"fsdp": "FSDPStrategy", "deepspeed": "DeepSpeedStrategy", "model_parallel": "ModelParallelStrategy"}

@@ -9,12 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qlora_lightning.adapter.identity import read_identity
-from qlora_lightning.adapter.place import find_adapter_folder
-from qlora_lightning.base.byte_size import format_bytes
+from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
+from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.confirm import confirm
 from qlora_lightning.commands.option_parser import OptionParser
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _DESCRIPTION = """Upload an adapter folder to the Hugging Face hub, in one commit.
 
@@ -103,7 +102,7 @@ def read_folder(folder: Path, repo: str, base: str | None = None) -> dict[str, b
         raise UserError(f"{folder / empty[0]} is empty: copy the adapter folder again. Nothing is sent.")
     # here, so that --help and mistakes answer at once
     from qlora_lightning.model.adapters.folder import describe_card
-    from qlora_lightning.model.adapters.tensors import read_tensors
+    from qlora_lightning.model.adapters.reading import read_tensors
 
     read_tensors(folder)
     contents = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}

@@ -10,7 +10,7 @@ from rich.table import Table
 
 import qlora_lightning
 from qlora_lightning.commands.option_parser import OptionParser, SentenceParser
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _EPILOG = """examples:
   qlora-lightning recipes

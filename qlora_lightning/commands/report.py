@@ -20,12 +20,12 @@ from qlora_lightning.commands.json_output import (
     write_output,
 )
 from qlora_lightning.commands.option_parser import OptionParser
-from qlora_lightning.errors import UserError
 from qlora_lightning.report.judged import is_of_fit
 from qlora_lightning.report.page import MARK, NAME, render_comparison, render_run, result_table
 from qlora_lightning.report.results import find_results, list_results, main_score
 from qlora_lightning.report.run import READ, Run, name_runs, read_run
 from qlora_lightning.report.settings import find_differences
+from qlora_lightning.support.errors import UserError
 
 _FORMAT, _VERSION = "qlora_lightning report", 1
 _SEVERAL = Path("comparison.html")

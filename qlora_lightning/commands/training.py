@@ -47,10 +47,10 @@ from qlora_lightning.commands.training_help import HelpFormatter, help_of
 from qlora_lightning.commands.whole_numbers import read_whole_numbers_first
 from qlora_lightning.data.chat.tokenizers import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.trainer import is_trial_run
-from qlora_lightning.yaml_text import load_yaml
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import load_yaml
+from qlora_lightning.support.trainer import is_trial_run
 
 _DEFAULT_CLASSES = {
     "model": "qlora_lightning.QLoRAModule",

@@ -19,7 +19,7 @@ from qlora_lightning.data.samples.sample_cache import Prepared
 from qlora_lightning.data.samples.sample_set import SampleSet
 from qlora_lightning.data.samples.split import hold_out
 from qlora_lightning.data.samples.splits import check_combinations, check_usable, check_word, recount, refuse_unusable
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 # settings that a checkpoint remembers, beside those that make samples

@@ -10,7 +10,7 @@ from qlora_lightning.evaluation.bootstrap import METHOD, Interval
 from qlora_lightning.evaluation.comparison import BASE, Duel, Judged, Measured
 from qlora_lightning.evaluation.judge import Answering
 from qlora_lightning.evaluation.rows import EvaluationRow, last_turn
-from qlora_lightning.safe_file import write_whole
+from qlora_lightning.support.files import write_whole
 
 EVALUATION_FILE, PREDICTIONS_FILE = "evaluation.json", "predictions.jsonl"
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_lightning.model.batch.rows import cut_into_rows, is_flat
+from qlora_lightning.model.batch import cut_into_rows, is_flat
 from qlora_lightning.model.loss import IGNORED
 
 _MOST_NEW, _FEWEST_NEW = 512, 32

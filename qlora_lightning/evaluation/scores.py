@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.final_number import MARK, find_number, numeric_match
 from qlora_lightning.evaluation.json_fields import json_f1, json_valid, parse_json
 from qlora_lightning.evaluation.overlap import chrf, rouge_l
+from qlora_lightning.support.errors import UserError
 
 
 class Score(NamedTuple):

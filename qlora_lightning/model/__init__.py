@@ -1,6 +1,6 @@
 """What is trained: the quantized base with its adapters, its loss and its optimizer."""
 
-from qlora_lightning.heavy_imports import quick_imports, without_fetched_kernels
+from qlora_lightning.support.imports import quick_imports, without_fetched_kernels
 
 # Before any module of this package imports it, whichever way a program comes here.
 with quick_imports(), without_fetched_kernels():

@@ -8,15 +8,15 @@ import lightning
 import torch
 from lightning import Callback
 
-from qlora_lightning.base.cache_entry import EntryCheck
-from qlora_lightning.console import say
-from qlora_lightning.errors import UserError
+from qlora_lightning.base.cache import EntryCheck
 from qlora_lightning.model.adapters.folder import save_adapter_folder
 from qlora_lightning.model.adapters.identity import check_identity, identity_of_data
 from qlora_lightning.model.adapters.lora import all_names_of_trainable_tensors, copy_tensors, trainable_tensors
 from qlora_lightning.model.checkpoint.format import find_foreign_class, known_settings, read_content
 from qlora_lightning.model.checkpoint.resume import ExactResume
-from qlora_lightning.model.optimization.window import Window
+from qlora_lightning.model.window import Window
+from qlora_lightning.support.console import say
+from qlora_lightning.support.errors import UserError
 
 
 class LoadedKeys(NamedTuple):

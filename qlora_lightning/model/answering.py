@@ -8,8 +8,8 @@ import peft
 import torch
 
 from qlora_lightning.model.adapter_state import AdapterStateModule
-from qlora_lightning.model.answers.generation import generate_answers
-from qlora_lightning.model.answers.named_adapters import add_named_adapter
+from qlora_lightning.model.adapters.named import add_named_adapter
+from qlora_lightning.model.generate import generate_answers
 
 
 class AnsweringModule(AdapterStateModule):
@@ -56,7 +56,7 @@ class AnsweringModule(AdapterStateModule):
     ) -> list[list[int]]:
         """Continue each prompt (token ids) greedily until a stop token; gives token ids without it.
 
-        Options are more arguments of :func:`~qlora_lightning.model.answers.generation.generate_answers`.
+        Options are more arguments of :func:`~qlora_lightning.model.generate.generate_answers`.
         """
         with self.autocast():
             return generate_answers(self.model, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, **options)

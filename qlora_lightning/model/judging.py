@@ -5,11 +5,10 @@ from typing import Any
 from torch import Tensor
 
 from qlora_lightning.model.answering import AnsweringModule
-from qlora_lightning.model.batch.filling import fill_up
-from qlora_lightning.model.batch.needed_tokens import can_leave_out, leave_out_unneeded
-from qlora_lightning.model.guards.token_ids import check_token_ids
+from qlora_lightning.model.guards.checks import check_token_ids
 from qlora_lightning.model.layers.attention import NO_MASK, check_attends_flatly
-from qlora_lightning.model.layers.rotary import check_row_length
+from qlora_lightning.model.layers.elementwise import check_row_length
+from qlora_lightning.model.layout import can_leave_out, fill_up, leave_out_unneeded
 from qlora_lightning.model.loss import LossSums, head_loss, next_labels
 from qlora_lightning.model.memory.out_of_memory import telling_out_of_memory
 from qlora_lightning.model.neftune import embed_or_name

@@ -10,11 +10,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from qlora_lightning.model.kernels import loops
-from qlora_lightning.model.layers.autograd import apply
-from qlora_lightning.model.layers.frozen_weight import FrozenWeight
-from qlora_lightning.model.layers.hooks import is_watched
-from qlora_lightning.model.layers.linear import ORIGINAL_LINEARS
-from qlora_lightning.model.layers.projection import Frozen, project, project_back
+from qlora_lightning.model.layers.hooks import apply, is_watched
+from qlora_lightning.model.layers.lora import ORIGINAL_LINEARS, Frozen, FrozenWeight, project, project_back
 
 IGNORED = -100
 _MOST_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no quicker
@@ -82,7 +79,7 @@ def head_loss(
 def mean_with_gradient_of_sum(sums: LossSums) -> Tensor:
     """Give a scalar with the value of the mean per labelled token, and the gradient of the sum.
 
-    A :class:`qlora_lightning.model.optimization.window.Window` wants sums; who watches the loss (Lightning's
+    A :class:`qlora_lightning.model.window.Window` wants sums; who watches the loss (Lightning's
     learning-rate finder, callbacks) compares batches of different size.
     """
     value = sums.nll_sum.detach()

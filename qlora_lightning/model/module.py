@@ -10,33 +10,46 @@ from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from qlora_lightning.adapter.place import find_adapter_folder
-from qlora_lightning.console import describe
-from qlora_lightning.heavy_imports import without_garbage_collection
+from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.model.adapters.lora import check_adapter_settings, trainable_tensors
 from qlora_lightning.model.adapters.reading import fill_adapter
 from qlora_lightning.model.adapters.targets import check_layers
-from qlora_lightning.model.assembly import assemble_model
+from qlora_lightning.model.base_model import Quantization
+from qlora_lightning.model.build import assemble_model
 from qlora_lightning.model.checkpoint.resume import ExactResume
+from qlora_lightning.model.device import (
+    ComputeDtype,
+    QuietCollector,
+    choose_compute_dtype,
+    explain_dtype,
+    give_back_freed_memory,
+    keep_freed_memory,
+)
 from qlora_lightning.model.guards.checks import check_callbacks, check_trainer, check_training_mode
 from qlora_lightning.model.guards.guard import OnNonfinite, TrainingGuard
 from qlora_lightning.model.judging import JudgingModule
 from qlora_lightning.model.layers.attention import attends_flatly, register_flat_attention
+from qlora_lightning.model.layers.elementwise import check_row_length
 from qlora_lightning.model.layers.plain_path import explain_plain_layers
-from qlora_lightning.model.layers.rotary import check_row_length
 from qlora_lightning.model.loss import mean_with_gradient_of_sum
-from qlora_lightning.model.machine.allocator import give_back_freed_memory, keep_freed_memory
-from qlora_lightning.model.machine.dtypes import ComputeDtype, choose_compute_dtype, explain_dtype
-from qlora_lightning.model.machine.quiet_collector import QuietCollector
 from qlora_lightning.model.memory.out_of_memory import telling_out_of_memory
 from qlora_lightning.model.neftune import check_neftune_alpha
-from qlora_lightning.model.optimization.gradient_buckets import GradientBuckets
-from qlora_lightning.model.optimization.loraplus import check_loraplus_ratio, group_parameters
-from qlora_lightning.model.optimization.optimizer import ParameterGroups, build_optimizer, check_optimizer
-from qlora_lightning.model.optimization.schedule import build_schedule, check_schedule, describe_few_steps, plan_steps
-from qlora_lightning.model.quantized import Quantization
+from qlora_lightning.model.optimizer import (
+    ParameterGroups,
+    build_optimizer,
+    build_schedule,
+    check_loraplus_ratio,
+    check_optimizer,
+    check_schedule,
+    describe_few_steps,
+    group_parameters,
+    plan_steps,
+)
 from qlora_lightning.model.summary import adapter_table, describe_large_rank, describe_sizes
-from qlora_lightning.trainer import callbacks_of
+from qlora_lightning.model.window import GradientBuckets
+from qlora_lightning.support.console import describe
+from qlora_lightning.support.imports import without_garbage_collection
+from qlora_lightning.support.trainer import callbacks_of
 
 
 class QLoRAModule(JudgingModule):

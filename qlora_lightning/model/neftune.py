@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def check_neftune_alpha(alpha: float | None) -> None:

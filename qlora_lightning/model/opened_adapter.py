@@ -6,16 +6,14 @@ from typing import Any, get_args
 
 import torch
 
-from qlora_lightning.adapter.identity import read_adapter_config, read_identity
-from qlora_lightning.adapter.place import find_adapter_folder
-from qlora_lightning.base.base_folder import BaseFolder, open_base
+from qlora_lightning.base.adapter_folder import find_adapter_folder, read_adapter_config, read_identity
 from qlora_lightning.base.fingerprint import fingerprint
-from qlora_lightning.base.model_folder import read_config
-from qlora_lightning.errors import UserError
+from qlora_lightning.base.folder import BaseFolder, open_base, read_config
 from qlora_lightning.model.adapters.identity import check_identity
-from qlora_lightning.model.assembly import QLoRAModel, assemble_model
-from qlora_lightning.model.machine.dtypes import ComputeDtype, choose_compute_dtype
-from qlora_lightning.model.quantized import Quantization, stored_quantization
+from qlora_lightning.model.base_model import Quantization, stored_quantization
+from qlora_lightning.model.build import QLoRAModel, assemble_model
+from qlora_lightning.model.device import ComputeDtype, choose_compute_dtype
+from qlora_lightning.support.errors import UserError
 
 
 @dataclass(frozen=True)

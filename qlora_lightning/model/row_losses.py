@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qlora_lightning.model.batch.rows import is_flat
+from qlora_lightning.model.batch import is_flat
 from qlora_lightning.model.judging import JudgingModule
 from qlora_lightning.model.loss import IGNORED, LossSums, head_loss, next_labels
 
@@ -56,7 +56,7 @@ def _losses_of_group(module: JudgingModule, rows: Sequence[Mapping[str, Any]]) -
 
 
 def _join(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Lay rows end to end, as :func:`~qlora_lightning.model.batch.rows.cut_into_rows` found them."""
+    """Lay rows end to end, as :func:`~qlora_lightning.model.batch.cut_into_rows` found them."""
     lengths = torch.tensor([row["input_ids"].shape[1] for row in rows])
     bounds = rows[0]["cu_seqlens"]
     return {

@@ -6,7 +6,7 @@ from peft.tuners.lora import LoraLayer
 from rich.table import Table
 from torch import nn
 
-from qlora_lightning.base.byte_size import format_bytes
+from qlora_lightning.base.tensors import format_bytes
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

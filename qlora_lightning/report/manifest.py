@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.json_file import check_shape, read_json_object
-from qlora_lightning.json_shape import Shape
 from qlora_lightning.report.shapes import MANIFEST
-from qlora_lightning.safe_file import write_whole
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import Shape, check_shape, read_json_object, write_whole
 
 NAME = "manifest.json"
 FORMAT = "qlora_lightning manifest"

@@ -4,7 +4,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 LARGEST = 3.5e38  # just beyond what float32 holds
 Points = list[tuple[float, float]]

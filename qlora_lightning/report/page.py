@@ -26,7 +26,7 @@ from qlora_lightning.report.words import (
     word_seconds,
     word_subject,
 )
-from qlora_lightning.safe_file import write_whole
+from qlora_lightning.support.files import write_whole
 
 NAME = "report.html"
 MARK = '<meta name="generator" content="qlora_lightning report">'

@@ -8,12 +8,11 @@ from typing import Any
 
 import yaml
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.json_shape import find_fault
 from qlora_lightning.report.manifest import NAME, read_json, read_manifest
 from qlora_lightning.report.metrics import Points, read_metrics
 from qlora_lightning.report.shapes import ADAPTER, CONFIG, EVALUATION, PLAN
-from qlora_lightning.yaml_text import load_yaml
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import find_fault, load_yaml
 
 try:
     import fcntl

@@ -1,6 +1,6 @@
 """The types of what the JSON files of a run folder say, as far as a page shows it."""
 
-from qlora_lightning.json_shape import Shape
+from qlora_lightning.support.files import Shape
 
 _IDENTITY: dict[str, Shape] = {
     **{"base": str, "revision": str, "fingerprint": str, "quantization": str, "double_quant": bool},

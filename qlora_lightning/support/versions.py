@@ -1,7 +1,4 @@
-"""What differs between the versions of torch, transformers and PEFT that this package works with, and nothing else.
-
-``pyproject.toml`` says from which version on. When a floor rises, what it leaves behind goes from here.
-"""
+"""What differs between versions: of the libraries that this package works with, and of the files that it writes."""
 
 import contextlib
 import functools
@@ -10,8 +7,25 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
+from qlora_lightning.support.errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+FORMAT_VERSION = 1
+
+
+def check_version(version: int, source: str) -> None:
+    """Refuse a format that a newer version of this package wrote.
+
+    Raises:
+        UserError: It is newer.
+    """
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{source} has format version {version}, and this version of qlora_lightning reads up to {FORMAT_VERSION}: "
+            "update qlora_lightning."
+        )
 
 
 def enable_activation_checkpointing(model: Any, every_n_layers: int = 1) -> None:

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from qlora_lightning.adapter.identity import read_identity
-from qlora_lightning.errors import UserError
+from qlora_lightning.base.adapter_folder import read_identity
+from qlora_lightning.support.errors import UserError
 
 IDENTITY = {"format_version": 1, "base": "me/base", "adapter": {"rank": 2}, "revision": None}
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
@@ -28,7 +28,7 @@ def test_it_is_read_without_torch(folder):
     code = f"""
 import sys
 from pathlib import Path
-from qlora_lightning.adapter.identity import read_identity
+from qlora_lightning.base.adapter_folder import read_identity
 print(read_identity(Path({str(folder)!r}))["base"], "torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

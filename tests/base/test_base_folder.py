@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lightning.base.base_folder import BaseFolder, open_base
-from qlora_lightning.errors import UserError
+from qlora_lightning.base.folder import BaseFolder, open_base
+from qlora_lightning.support.errors import UserError
 
 
 def test_a_folder_is_opened_where_it_lies(model_folder: Path) -> None:

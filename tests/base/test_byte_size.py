@@ -1,6 +1,6 @@
 import pytest
 
-from qlora_lightning.base.byte_size import format_bytes
+from qlora_lightning.base.tensors import format_bytes
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qlora_lightning.base.cache import cache_root, cached_folder, hash_key
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
 

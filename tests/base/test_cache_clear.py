@@ -2,8 +2,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qlora_lightning.base.cache import cached_folder, hash_key
-from qlora_lightning.base.cache_clear import clear_entries, list_entries
+from qlora_lightning.base.cache import cached_folder, clear_entries, hash_key, list_entries
 
 
 def _build(folder: Path) -> None:

@@ -1,7 +1,7 @@
 import os
 from pathlib import Path
 
-from qlora_lightning.base.cache_entry import describe_remains, mark_used, read_entry, seal_entry
+from qlora_lightning.base.cache import describe_remains, mark_used, read_entry, seal_entry
 
 
 def test_a_sealed_folder_is_read_back(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from qlora_lightning.base import fingerprint as fingerprint_folder
 from qlora_lightning.base.fingerprint import fingerprint
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def _save(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -> Path:

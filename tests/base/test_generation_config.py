@@ -1,7 +1,7 @@
 import pytest
 
-from qlora_lightning.base.generation_config import read_generation_config
-from qlora_lightning.errors import UserError
+from qlora_lightning.base.folder import read_generation_config
+from qlora_lightning.support.errors import UserError
 
 
 def test_it_is_read(tmp_path):

@@ -5,8 +5,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
-from qlora_lightning.base.hub import download_snapshot
-from qlora_lightning.errors import UserError
+from qlora_lightning.base.find import download_snapshot
+from qlora_lightning.support.errors import UserError
 
 
 def _fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:

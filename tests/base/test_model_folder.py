@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora_lightning.base.model_folder import check_model_folder, weight_files
-from qlora_lightning.errors import UserError
+from qlora_lightning.base.folder import check_model_folder, weight_files
+from qlora_lightning.support.errors import UserError
 
 
 def _write_config(folder: Path, **changes: Any) -> None:

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lightning.base import resolve
-from qlora_lightning.base.resolve import BaseSource, resolve_base
-from qlora_lightning.errors import UserError
+from qlora_lightning.base import find
+from qlora_lightning.base.find import BaseSource, resolve_base
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(name)
         return Path("/hub/snapshots/c0ffee")
 
-    monkeypatch.setattr(resolve, "download_snapshot", download_snapshot)
+    monkeypatch.setattr(find, "download_snapshot", download_snapshot)
     return asked
 
 

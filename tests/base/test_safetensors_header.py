@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora_lightning.base.safetensors_header import read_spans
-from qlora_lightning.errors import UserError
+from qlora_lightning.base.tensors import read_spans
+from qlora_lightning.support.errors import UserError
 
 
 def test_spans_lead_to_the_tensors_bytes(tmp_path: Path) -> None:

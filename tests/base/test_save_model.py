@@ -5,7 +5,7 @@ import pytest
 import transformers.distributed.mixin as transformers_mixin
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora_lightning.base.save_model import save_model
+from qlora_lightning.base.tensors import save_model
 
 
 @pytest.fixture

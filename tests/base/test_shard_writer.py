@@ -2,8 +2,8 @@ import json
 
 import torch
 
-from qlora_lightning.base.shard_writer import ShardWriter
-from qlora_lightning.base.tensor_files import TensorFiles
+from qlora_lightning.base.folder import TensorFiles
+from qlora_lightning.base.tensors import ShardWriter
 
 
 def test_what_fits_is_one_file(tmp_path):

@@ -2,8 +2,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora_lightning.base.tensor_files import TensorFiles
-from qlora_lightning.errors import UserError
+from qlora_lightning.base.folder import TensorFiles
+from qlora_lightning.support.errors import UserError
 
 
 def test_tensors_are_read_as_they_are_stored(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_lightning.base import BaseFolder
 from qlora_lightning.base.tokenizer import load_tokenizer
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_lightning.base import BaseFolder, resolve_base, unpack
-from qlora_lightning.base.safetensors_header import read_spans
-from qlora_lightning.base.unpack import unpack_gguf
-from qlora_lightning.errors import UserError
+from qlora_lightning.base import BaseFolder, gguf, resolve_base
+from qlora_lightning.base.gguf import unpack_gguf
+from qlora_lightning.base.tensors import read_spans
+from qlora_lightning.support.errors import UserError
 
 
 def test_the_folder_is_whole_and_the_embedding_lies_in_it_once(smollm2: BaseFolder) -> None:
@@ -64,7 +64,7 @@ def test_unpacking_says_one_line_and_happens_once(
     def write(file: Path, folder: Path, name: str) -> None:
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(unpack, "_unpack", write)
+    monkeypatch.setattr(gguf, "_unpack", write)
     caplog.set_level("INFO", logger="qlora_lightning")
     file = tmp_path / "x.gguf"
     file.write_bytes(b"GGUF")
@@ -82,4 +82,4 @@ def test_unpacking_says_one_line_and_happens_once(
     [(2, 2, 2), (2, None, 2), (None, 2, [2]), (1, 2, [2, 1]), ([1, 2], 2, [1, 2]), ([1], 2, [2, 1])],
 )
 def test_generation_stops_at_the_tokenizers_end_token(known: Any, eos: int | None, expected: Any) -> None:
-    assert unpack._with_eos(known, eos) == expected
+    assert gguf._with_eos(known, eos) == expected

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from qlora_lightning.base import open_base
 from qlora_lightning.data.rows.formats import Conversation
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.machine.dtypes import choose_compute_dtype
+from qlora_lightning.model.device import choose_compute_dtype
+from qlora_lightning.support.errors import UserError
 from tests.benchmarks.checks import check_options
 from tests.benchmarks.children import ROOT, run_child
 from tests.benchmarks.legend import explain

@@ -8,8 +8,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.model.batch.shape import shape_of_batch
-from qlora_lightning.model.machine.dtypes import choose_compute_dtype
+from qlora_lightning.model.batch import shape_of_batch
+from qlora_lightning.model.device import choose_compute_dtype
 from tests.benchmarks.ceiling import measure_ceiling, synchronize
 from tests.benchmarks.products import forward_products, shape_of, step_products
 

@@ -8,7 +8,7 @@ import torch
 
 from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.json_output import check_distinct, check_output_file, json_file
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 from tests.benchmarks.shape_8b import check_folder
 
 

@@ -11,10 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qlora_lightning.adapter.identity import read_identity
-from qlora_lightning.adapter.place import find_adapter_folder
+from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
 from qlora_lightning.commands.json_output import json_file, write_json
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 from tests.benchmarks.children import ROOT, print_figures, run_child
 
 
@@ -97,7 +96,7 @@ def _measure_plain(arguments: argparse.Namespace, prompts: list[list[int]], stop
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from qlora_lightning.base import open_base
-    from qlora_lightning.model.answers.padded_generation import generate_padded
+    from qlora_lightning.model.generate import generate_padded
 
     dtype = getattr(torch, arguments.dtype)
     quantization = BitsAndBytesConfig(

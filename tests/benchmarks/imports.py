@@ -1,7 +1,7 @@
 """Imports all that a run imports, and notes how long that took: the part of a start that is not ours to shorten."""
 
 # ruff: noqa: F401
-from qlora_lightning.heavy_imports import quick_imports
+from qlora_lightning.support.imports import quick_imports
 from tests.benchmarks.children import seconds_since_spawn
 
 with quick_imports():

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.quantized import load_base
+from qlora_lightning.model.base_model import load_base
 from qlora_lightning.model.summary import bytes_by_dtype
+from qlora_lightning.support.errors import UserError
 from tests.benchmarks.children import run_child
 from tests.benchmarks.peak_memory import PeakMemory
 from tests.benchmarks.settings import ALL_LAYERS

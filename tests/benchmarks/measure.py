@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 from tests.benchmarks.figures import Figures
 from tests.benchmarks.settings import MAX_LENGTH
 from tests.benchmarks.sides import Side

@@ -6,7 +6,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from qlora_lightning.model.batch.shape import BatchShape, shape_of_batch
+from qlora_lightning.model.batch import BatchShape, shape_of_batch
 from tests.benchmarks.children import seconds_since_spawn
 from tests.benchmarks.figures import read_peak_bytes
 

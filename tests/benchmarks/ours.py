@@ -13,7 +13,7 @@ import lightning
 from lightning import Callback, Trainer
 
 from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule
-from qlora_lightning.model.machine.dtypes import ComputeDtype
+from qlora_lightning.model.device import ComputeDtype
 from tests.benchmarks import settings
 from tests.benchmarks.ceilings import Ceilings, add_ceilings
 from tests.benchmarks.children import print_figures

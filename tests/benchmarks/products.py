@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from peft.tuners.lora import LoraLayer
 
-from qlora_lightning.model.batch.shape import BatchShape
+from qlora_lightning.model.batch import BatchShape
 
 TILE = 64  # queries: smaller products are slower, larger ones hold more scores behind the diagonal
 # The linears of a layer in the order in which they run; those of one line share their input.

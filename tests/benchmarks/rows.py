@@ -9,7 +9,7 @@ from qlora_lightning.data.batches.order import epoch_order
 from qlora_lightning.data.reading.reader import read_rows
 from qlora_lightning.data.rows.conversations import to_conversation
 from qlora_lightning.data.rows.formats import Conversation, choose_format
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 from tests.benchmarks.settings import SEED
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _MADE_FILES = r"model-\d{5}\.safetensors|model\.safetensors\.index\.json"  # all but config.json, which comes last
 _SHAPE = (

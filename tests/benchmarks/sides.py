@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 from tests.benchmarks.children import ROOT, run_child
 from tests.benchmarks.figures import Figures
 

@@ -15,7 +15,7 @@ from qlora_lightning.data.chat.renderer import ChatRenderer
 from qlora_lightning.data.chat.tokenizers import load_choice
 from qlora_lightning.data.reading.sources import find_sources
 from qlora_lightning.data.samples.prepare import Recipe
-from qlora_lightning.model.machine.device_memory import read_memory
+from qlora_lightning.model.device import read_memory
 
 WORDS = ["two", "and", "apples", "in", "a", "box", "cost", "seven", "more", "than", "each", "of", "them", "has", "so"]
 

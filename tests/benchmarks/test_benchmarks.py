@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.batch.shape import shape_of_batch
+from qlora_lightning.model.batch import shape_of_batch
+from qlora_lightning.support.errors import UserError
 from tests.benchmarks.figures import Figures
 
 ROOT = Path(__file__).resolve().parents[2]

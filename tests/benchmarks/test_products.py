@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lightning.model.adapters.lora import add_adapters
-from qlora_lightning.model.batch.shape import BatchShape
+from qlora_lightning.model.batch import BatchShape
 from tests.benchmarks.ceiling import measure_ceiling
 from tests.benchmarks.products import Product, Shape, forward_products, shape_of, step_products
 

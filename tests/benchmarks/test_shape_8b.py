@@ -1,6 +1,6 @@
 import pytest
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 from tests.benchmarks.shape_8b import check_folder, make_config
 
 

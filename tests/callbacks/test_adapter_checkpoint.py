@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_lightning import AdapterCheckpoint, Evaluation, QLoRAModule
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 class Scored(QLoRAModule):

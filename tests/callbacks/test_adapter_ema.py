@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from qlora_lightning import AdapterCheckpoint, AdapterEMA
 from qlora_lightning.commands import training
 from qlora_lightning.commands.training import QLoRACLI
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 from tests.equality import same
 
 

@@ -12,7 +12,7 @@ from qlora_lightning.callbacks.dry_batch import DryBatch, find_largest
 from qlora_lightning.data.batches import largest_batch
 from qlora_lightning.data.batches.loader import FlatLoader
 from qlora_lightning.data.samples.sample import make_sample
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 LINE = re.compile(
     r"Dry run of the largest batch \((\d+) rows, (\d+) tokens, the longest row (\d+)\): \d+\.\d s, peak \d+\.\d\d GiB"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qlora_lightning import AdapterCheckpoint
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.mark.parametrize("after", [3, pytest.param(6, marks=pytest.mark.slow)])

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from qlora_lightning.callbacks.find_checkpoint import check_checkpoint, find_checkpoint
-from qlora_lightning.errors import UserError
-from qlora_lightning.format_version import FORMAT_VERSION
 from qlora_lightning.model.checkpoint.format import KEY, OWN_PARTS, PARTS
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.versions import FORMAT_VERSION
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_lightning.callbacks import folder_lock
 from qlora_lightning.callbacks.folder_lock import FolderLock
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 HOLDER = """
 import fcntl, os, sys, time

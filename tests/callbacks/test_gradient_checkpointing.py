@@ -4,7 +4,7 @@ from lightning import Callback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning import GradientCheckpointing
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import enable_activation_checkpointing
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qlora_lightning import ThroughputMonitor
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 from tests.equality import same
 
 # windows of 3, 3 and 2 batches; validations after the fourth and eighth: inside a window, and at the epoch's end

@@ -7,7 +7,7 @@ from lightning import Callback
 
 from qlora_lightning import LossSums, QLoRAModule
 from qlora_lightning.callbacks.loss_spikes import LossSpikeMonitor
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def trainer(**options):

@@ -3,7 +3,7 @@ import csv
 import pytest
 
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture

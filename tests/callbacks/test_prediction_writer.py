@@ -11,10 +11,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Couldn't infer the batch indices
 @pytest.fixture
 def predict(make_module, make_data, make_trainer, monkeypatch, tmp_path):
     # Answers of a random base run on until they are cut: two tokens will do.
-    from qlora_lightning.model.answers import generation
+    from qlora_lightning.model import generate
 
-    plain = generation._generate_flat
-    monkeypatch.setattr(generation, "_generate_flat", lambda *arguments: plain(*arguments[:-1], 2))
+    plain = generate._generate_flat
+    monkeypatch.setattr(generate, "_generate_flat", lambda *arguments: plain(*arguments[:-1], 2))
 
     def run(rows, **options):
         file = tmp_path / "questions.jsonl"
@@ -63,10 +63,10 @@ def test_nothing_is_warned_about(predict):
 
 
 def test_a_folder_with_brackets_is_named_as_it_is(make_module, make_data, make_trainer, tmp_path, capsys, monkeypatch):
-    from qlora_lightning.model.answers import generation
+    from qlora_lightning.model import generate
 
-    plain = generation._generate_flat
-    monkeypatch.setattr(generation, "_generate_flat", lambda *arguments: plain(*arguments[:-1], 2))
+    plain = generate._generate_flat
+    monkeypatch.setattr(generate, "_generate_flat", lambda *arguments: plain(*arguments[:-1], 2))
     file = tmp_path / "questions.jsonl"
     file.write_text('{"instruction": "Hi."}\n')
     trainer = make_trainer(PredictionWriter(), folder="[/b]")

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from qlora_lightning import AdapterCheckpoint
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.run_folder import RunFolder, describe_length
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def read_metrics(folder):

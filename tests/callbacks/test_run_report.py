@@ -10,7 +10,7 @@ from qlora_lightning import AdapterCheckpoint, Evaluation, RunReport, StopSignal
 from qlora_lightning.callbacks import run_report
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.run_warnings import note_warning
-from qlora_lightning.errors import TrainingStopped
+from qlora_lightning.support.errors import TrainingStopped
 
 
 @pytest.fixture

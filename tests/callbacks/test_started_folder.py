@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from qlora_lightning.callbacks.started_folder import goes_on, refuse_everywhere, refuse_started_folder
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.mark.parametrize(

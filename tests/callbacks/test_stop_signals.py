@@ -14,7 +14,7 @@ from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.prediction_writer import PredictionWriter
 from qlora_lightning.callbacks.run_folder import RunFolder
 from qlora_lightning.callbacks.stop_signals import was_requeued
-from qlora_lightning.errors import TrainingStopped
+from qlora_lightning.support.errors import TrainingStopped
 from tests.equality import same
 
 OWN_TIME = ("tokens_per_second", "labelled_tokens_per_second")

@@ -6,7 +6,7 @@ import pytest
 
 from qlora_lightning.base import cached_folder
 from qlora_lightning.commands.cache import main
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture(autouse=True)

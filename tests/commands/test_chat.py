@@ -17,8 +17,8 @@ from qlora_lightning.commands.chat.arguments import make_parser
 from qlora_lightning.commands.chat.sampling import Sampling
 from qlora_lightning.commands.chat.screen import Screen
 from qlora_lightning.commands.chat.session import _HELP
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.answers.generation import generate_answers
+from qlora_lightning.model.generate import generate_answers
+from qlora_lightning.support.errors import UserError
 from tests.adapters import make_adapter, make_run
 
 CALM, BOLD = "runs/a/adapter", "runs/b/adapter"

@@ -7,7 +7,7 @@ import yaml
 
 from qlora_lightning.cli import main
 from qlora_lightning.commands.checkpoint_settings import with_checkpoint_settings
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 CONFIG = {
     "seed_everything": 3,

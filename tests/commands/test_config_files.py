@@ -2,7 +2,7 @@ import pytest
 
 from qlora_lightning.cli import main
 from qlora_lightning.commands.config_files import check_configs, find_configs
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.mark.parametrize(

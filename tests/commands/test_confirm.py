@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from qlora_lightning.commands.confirm import confirm
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.mark.parametrize(("answer", "meant"), [("y", True), (" YES ", True), ("", False), ("n", False), ("yep", False)])

@@ -7,7 +7,7 @@ from qlora_lightning.cli import main
 from qlora_lightning.commands.diagnose import make_parser
 from qlora_lightning.commands.diagnose.measure import Diagnosis
 from qlora_lightning.commands.diagnose.report import give_hints, print_report
-from qlora_lightning.model.weights.adapter_norms import Movement
+from qlora_lightning.model.weights.merging import Movement
 from tests.adapters import make_run
 
 

@@ -2,7 +2,7 @@ import pytest
 from lightning import Trainer
 
 from qlora_lightning.commands.foreign_errors import word_foreign_error
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def catch(function):

@@ -16,7 +16,7 @@ from qlora_lightning.commands.json_output import (
     tables_beside,
     write_json,
 )
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture(autouse=True)

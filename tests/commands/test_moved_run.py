@@ -2,7 +2,7 @@ import pytest
 
 from qlora_lightning import cli
 from qlora_lightning.commands.moved_run import refuse_moved_run
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture(autouse=True)

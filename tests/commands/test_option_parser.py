@@ -2,7 +2,7 @@ import pytest
 
 from qlora_lightning.cli import COMMANDS, main
 from qlora_lightning.commands.option_parser import OptionParser
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _BY_JSONARGPARSE = ("fit", "validate", "test", "predict")
 

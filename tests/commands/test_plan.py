@@ -9,7 +9,7 @@ import yaml
 
 from qlora_lightning.cli import main
 from qlora_lightning.commands.plan import _parser, read_size
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 from tests.adapters import make_adapter
 
 ROOT = Path(__file__).parents[2]

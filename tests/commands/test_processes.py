@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 from qlora_lightning.commands.processes import TIMEOUT, check_strategy, find_lost_process, set_timeout
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import yaml
 from qlora_lightning.cli import main
 from qlora_lightning.commands.profile import _parser
 from qlora_lightning.commands.profile.parts import DEQUANTIZATION, PARTS, RECOMPUTATION
-from qlora_lightning.model.kernels.calls import is_there
+from qlora_lightning.model.base_model import load_base
+from qlora_lightning.model.kernels.library import is_there
 from qlora_lightning.model.kernels.products import _has_amx
-from qlora_lightning.model.quantized import load_base
 
 CONFIG = {
     "model": {"base": "tiny", "rank": 2, "compute_dtype": "bf16"},

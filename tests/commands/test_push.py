@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from qlora_lightning.cli import main as command
 from qlora_lightning.commands.push import main
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 IDENTITY = {

@@ -4,7 +4,7 @@ import pytest
 
 from qlora_lightning.commands import recipes
 from qlora_lightning.commands.recipes import main, recipes_folder
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import pytest
 
 from qlora_lightning.cli import main as cli
 from qlora_lightning.commands.report import main
-from qlora_lightning.errors import UserError
 from qlora_lightning.report.manifest import write_manifest
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from qlora_lightning.cli import main
 from qlora_lightning.commands import training  # noqa: F401  # here, and not inside a test, whose stderr it would keep
 from qlora_lightning.commands.sweep import _parser
-from qlora_lightning.model import quantized
+from qlora_lightning.model import base_model
 
 CONFIG = {
     "model": {"base": "tiny", "learning_rate": 0.03, "schedule": "constant", "warmup_ratio": 0.0},
@@ -93,17 +93,17 @@ def test_the_examples_of_help_run_as_they_stand(line, folder, capsys):
 
 
 def test_each_trial_is_the_fit_that_it_stands_for_and_the_base_is_loaded_once(folder, sweep, monkeypatch):
-    loads, load = [], quantized.AutoModelForCausalLM.from_pretrained
+    loads, load = [], base_model.AutoModelForCausalLM.from_pretrained
     main(["fit", "--config", "configs/quickstart.yaml", "--model.rank", "2", "--trainer.default_root_dir", "alone-2"])
     main(["fit", "--config", "configs/quickstart.yaml", "--model.rank", "4", "--trainer.default_root_dir", "alone-4"])
 
-    class Counting(quantized.AutoModelForCausalLM):
+    class Counting(base_model.AutoModelForCausalLM):
         @classmethod
         def from_pretrained(cls, *args, **options):
             loads.append(args)
             return load(*args, **options)
 
-    monkeypatch.setattr(quantized, "AutoModelForCausalLM", Counting)
+    monkeypatch.setattr(base_model, "AutoModelForCausalLM", Counting)
     out = sweep("--ranks", "2,4", "--json", "found.json")
     assert len(loads) == 1
     for rank in (2, 4):

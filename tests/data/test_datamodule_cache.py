@@ -8,7 +8,7 @@ import pytest
 
 from qlora_lightning.data import prepared_rows
 from qlora_lightning.data.datamodule import InstructionDataModule
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from qlora_lightning.data.datamodule import InstructionDataModule
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from qlora_lightning.data.datamodule import InstructionDataModule
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 # as Llama 3.2's template begins
 DATE = """{%- if not date_string is defined %}

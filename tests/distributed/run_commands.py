@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 from qlora_lightning.cli import main
-from qlora_lightning.model.answers import generation
+from qlora_lightning.model import generate
 
 if __name__ == "__main__":
-    plain = generation._generate_flat  # answers of a random base run on until they are cut: two tokens will do
-    generation._generate_flat = lambda *arguments: plain(*arguments[:-1], 2)
+    plain = generate._generate_flat  # answers of a random base run on until they are cut: two tokens will do
+    generate._generate_flat = lambda *arguments: plain(*arguments[:-1], 2)
     for argv in json.loads(Path(sys.argv[1]).read_text()):
         print(f"\ncode {main(argv)}: {argv[-1]}", flush=True)

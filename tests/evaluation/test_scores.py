@@ -1,7 +1,7 @@
 import pytest
 
-from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.scores import check_scores, choose_scores, describe_mixture, judge_answer
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from torch import nn
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.model.guards.frozen import checksum_frozen
-from qlora_lightning.model.kept_base import keeping_base, lend_base
+from qlora_lightning.model.base_model import keeping_base, lend_base
+from qlora_lightning.model.guards.checks import checksum_frozen
 
 
 def made(base, **options):

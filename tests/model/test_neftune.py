@@ -4,8 +4,8 @@ import torch
 from qlora_lightning import QLoRAModule
 from qlora_lightning.data.batches.collate import collate
 from qlora_lightning.data.samples.sample import make_sample
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.neftune import add_noise, check_neftune_alpha
+from qlora_lightning.support.errors import UserError
 
 
 def test_noise_of_a_token_follows_the_length_of_its_own_sample():

@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.opened_adapter import find_adapter, open_adapter
+from qlora_lightning.support.errors import UserError
 from tests.adapters import make_adapter
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.quantized import load_base
+from qlora_lightning.model.base_model import load_base
+from qlora_lightning.support.errors import UserError
 
 QUANTIZED = ["nf4", "fp4", "int8"]
 LINEARS = 2 * 7  # layers × linears

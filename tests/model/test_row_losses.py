@@ -3,7 +3,7 @@ import torch
 
 from qlora_lightning import InstructionDataModule, LossSums, QLoRAModule
 from qlora_lightning.model import row_losses
-from qlora_lightning.model.batch.rows import cut_into_rows
+from qlora_lightning.model.batch import cut_into_rows
 from qlora_lightning.model.row_losses import losses_of_rows
 
 

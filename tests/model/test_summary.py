@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from qlora_lightning.model.adapters.lora import add_adapters
-from qlora_lightning.model.quantized import load_base
+from qlora_lightning.model.base_model import load_base
 from qlora_lightning.model.summary import adapter_table, bytes_by_dtype, count_parameters, describe_sizes
 
 EMBEDDING = 49_152 * 64  # tied: counted once

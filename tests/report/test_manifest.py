@@ -3,8 +3,8 @@ import math
 
 import pytest
 
-from qlora_lightning.errors import UserError
 from qlora_lightning.report.manifest import read_manifest, write_manifest
+from qlora_lightning.support.errors import UserError
 
 
 def test_what_is_written_is_read_under_format_and_version(tmp_path):

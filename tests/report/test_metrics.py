@@ -1,7 +1,7 @@
 import pytest
 
-from qlora_lightning.errors import UserError
 from qlora_lightning.report.metrics import highest, last, read_metrics
+from qlora_lightning.support.errors import UserError
 
 
 def write(tmp_path, text):

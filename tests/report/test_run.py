@@ -3,8 +3,8 @@ import os
 
 import pytest
 
-from qlora_lightning.errors import UserError
 from qlora_lightning.report.run import name_runs, read_run
+from qlora_lightning.support.errors import UserError
 
 
 def test_a_folder_is_read_whole(make_run):

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from qlora_lightning.commands.chat.arguments import Options, parse
 from qlora_lightning.commands.json_output import tables_beside, write_json
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 if TYPE_CHECKING:
     from qlora_lightning.commands.chat.screen import Screen

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from qlora_lightning.adapter.identity import read_identity
-from qlora_lightning.adapter.place import find_adapter_folder
+from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
 from qlora_lightning.commands.chat.sampling import Sampling
 from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.json_output import json_file
 from qlora_lightning.commands.option_parser import OptionParser
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 BASE = "base"  # the speaker without an adapter
 _DESCRIPTION = """Talk with an adapter on its base; prompts are rendered by the code that rendered them in training.

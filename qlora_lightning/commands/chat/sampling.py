@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _COLDEST, _HOTTEST = 1e-3, 1e3  # beyond, logits divided by it leave what float32 can say
 

@@ -13,7 +13,7 @@ from qlora_lightning.commands.chat.screen import Screen, Write
 from qlora_lightning.commands.chat.speakers import Speaker, Speakers
 from qlora_lightning.data.reading.bad_rows import RowFault
 from qlora_lightning.data.rows.formats import Message
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _HELP = f"""/adapter NAME  let another adapter answer, or `base`; alone: who there is
 /compare       let the base answer beside the adapters, or no longer

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from qlora_lightning.adapter.identity import read_identity
-from qlora_lightning.adapter.place import find_adapter_folder
+from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
 from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.json_output import json_file, tables_beside, write_json
 from qlora_lightning.commands.option_parser import OptionParser

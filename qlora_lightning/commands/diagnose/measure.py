@@ -5,12 +5,10 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import track
 
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.opened_adapter import find_adapter
-from qlora_lightning.model.weights.adapter_norms import Movement, measure_movement
-from qlora_lightning.model.weights.base_weights import OriginalWeights, TrainedWeights, quantized_names
-from qlora_lightning.model.weights.hollow_base import make_skeleton
-from qlora_lightning.model.weights.merging import adapted_layers, plan_merge
+from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights, make_skeleton, quantized_names
+from qlora_lightning.model.weights.merging import Movement, adapted_layers, measure_movement, plan_merge
+from qlora_lightning.support.errors import UserError
 
 
 class Diagnosis(NamedTuple):

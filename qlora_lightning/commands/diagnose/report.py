@@ -12,7 +12,7 @@ from rich.table import Table
 
 from qlora_lightning.commands.diagnose.measure import Diagnosis
 from qlora_lightning.model.adapters.targets import layer_of
-from qlora_lightning.model.weights.adapter_norms import Movement
+from qlora_lightning.model.weights.merging import Movement
 
 _BARS = "▁▂▃▄▅▆▇█"
 _LITTLE, _MUCH = 1e-3, 0.5  # median ‖ΔW‖/‖W‖

@@ -4,15 +4,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_lightning.adapter.identity import read_identity
+from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.commands.adapter_config import add_config
 from qlora_lightning.commands.evaluate.options import Options, named_adapters
 from qlora_lightning.commands.evaluate.targets import check_targets
 from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.json_output import name_file, tables_beside
 from qlora_lightning.commands.option_parser import OptionParser
-from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.scores import check_scores
+from qlora_lightning.support.errors import UserError
 
 _DESCRIPTION = """Judge a base and one or several adapters on the same rows: loss, perplexity, token accuracy, and
 greedy answers from the prompts alone, scored against the rows' own. With 95 % intervals and paired differences.

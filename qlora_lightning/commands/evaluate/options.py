@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.adapter.place import find_adapter_folder
-from qlora_lightning.errors import UserError
+from qlora_lightning.base.adapter_folder import find_adapter_folder
+from qlora_lightning.support.errors import UserError
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 # words of evaluation.json and predictions.jsonl

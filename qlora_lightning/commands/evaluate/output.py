@@ -7,7 +7,6 @@ from typing import Any
 from rich.console import Console
 
 from qlora_lightning.commands.evaluate.options import Options
-from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.comparison import BASE, Judged, Part, compare, duel, hardest_first
 from qlora_lightning.evaluation.judge import Answering
 from qlora_lightning.evaluation.names import describe_answered, describe_metric
@@ -27,7 +26,8 @@ from qlora_lightning.evaluation.tables import (
     parts_table,
     samples_table,
 )
-from qlora_lightning.model.batch.rows import join_places
+from qlora_lightning.model.batch import join_places
+from qlora_lightning.support.errors import UserError
 
 
 def report(

@@ -7,7 +7,7 @@ from typing import Any
 import rich
 from rich.markup import escape
 
-from qlora_lightning.adapter.identity import read_identity
+from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.model.adapters.identity import data_differences
 
 _SETTINGS = {  # what makes prompts, and the settings that it comes from

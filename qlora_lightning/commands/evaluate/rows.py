@@ -7,8 +7,8 @@ from typing import Any
 from qlora_lightning.data.reading.bad_rows import BadRow
 from qlora_lightning.data.reading.reader import Row
 from qlora_lightning.data.reading.sources import find_sources
-from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.rows import EvaluationRow, cut_rows
+from qlora_lightning.support.errors import UserError
 
 
 def read_rows(data: Any, split: str, most: int | None, group_by: str | None, limit: float = 1.0) -> list[EvaluationRow]:

@@ -16,13 +16,13 @@ from qlora_lightning.commands.evaluate.prompts import warn_of_other_prompts
 from qlora_lightning.commands.evaluate.rows import read_rows, source_names
 from qlora_lightning.commands.moved_run import refuse_moved_run
 from qlora_lightning.commands.quiet import quiet_lightning
-from qlora_lightning.console import say
-from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.comparison import BASE
 from qlora_lightning.evaluation.judge import Answering, Judgement, judge_rows
 from qlora_lightning.evaluation.progress import steps_bar
 from qlora_lightning.evaluation.rows import EvaluationRow
-from qlora_lightning.trainer import callbacks_of
+from qlora_lightning.support.console import say
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.trainer import callbacks_of
 
 
 def _peft_name(place: int) -> str:

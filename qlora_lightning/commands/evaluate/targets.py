@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qlora_lightning.commands.evaluate.options import Options
 from qlora_lightning.commands.json_output import check_distinct, check_not_read, json_file
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def check_targets(options: Options, inputs: Sequence[Path], force: bool) -> None:

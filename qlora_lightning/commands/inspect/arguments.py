@@ -13,8 +13,8 @@ from qlora_lightning.commands.parse_errors import check_top_level, word_parse_er
 from qlora_lightning.commands.short_forms import CALLBACK_KEYS, expand_arguments, expand_config
 from qlora_lightning.data.chat.tokenizers import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
-from qlora_lightning.errors import UserError
-from qlora_lightning.yaml_text import load_yaml
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import load_yaml
 
 SPLITS = ("train", "val", "test", "predict")
 _DATA_CLASS = "qlora_lightning.InstructionDataModule"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _DEFAULT_EPOCHS = 1  # as `fit` has it
 

@@ -11,7 +11,7 @@ from qlora_lightning.commands.inspect.facts import SplitFacts
 from qlora_lightning.commands.inspect.numbers import histogram, percentiles
 from qlora_lightning.commands.inspect.pieces import PieceCutter
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from qlora_lightning.commands.json_output import (
 )
 from qlora_lightning.commands.option_parser import OptionParser
 from qlora_lightning.commands.quiet import quiet_lightning
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _DESCRIPTION = """Train a config for some steps with a learning rate that rises from one to the next, and suggest one.
 

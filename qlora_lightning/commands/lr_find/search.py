@@ -13,8 +13,8 @@ from qlora_lightning.callbacks import DryBatch, Evaluation, LoadingLines, Memory
 from qlora_lightning.callbacks.run_folder import RunFolder
 from qlora_lightning.commands import training
 from qlora_lightning.commands.training import QLoRACLI
-from qlora_lightning.errors import UserError
-from qlora_lightning.trainer import callbacks_of
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.trainer import callbacks_of
 
 _LEFT_OUT = (Checkpoint, RunFolder, PredictionWriter, Evaluation, LoadingLines, MemoryComparison, RunReport, DryBatch)
 _BETA = 0.98  # of Lightning's smoothing

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_lightning.adapter.identity import read_identity
-from qlora_lightning.adapter.place import find_adapter_folder
+from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
 from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.json_output import check_distinct, check_output_file, json_file, name_file
 from qlora_lightning.commands.merge.staging import check_file, check_folder
 from qlora_lightning.commands.option_parser import OptionParser
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _DESCRIPTION = """Merge an adapter into its base: a folder for plain transformers, vLLM and others, or a GGUF file.

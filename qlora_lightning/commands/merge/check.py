@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
-from qlora_lightning.base.base_folder import BaseFolder
-from qlora_lightning.base.unpack import silence_transformers
+from qlora_lightning.base.folder import BaseFolder
+from qlora_lightning.base.gguf import silence_transformers
 from qlora_lightning.model.layers.attention import register_flat_attention
-from qlora_lightning.model.weights.base_weights import OriginalWeights, Weights
-from qlora_lightning.model.weights.hollow_base import make_skeleton
-from qlora_lightning.model.weights.layerwise import labels_of, run_layerwise
-from qlora_lightning.model.weights.logit_comparison import Comparison, Reference
+from qlora_lightning.model.weights.base import OriginalWeights, Weights, make_skeleton
+from qlora_lightning.model.weights.layerwise import Comparison, Reference, labels_of, run_layerwise
 from qlora_lightning.model.weights.merging import MergedWeights, MergePlan
 
 Advance = Callable[[], object]

@@ -9,9 +9,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from qlora_lightning.commands.merge.gguf_tensors import map_name, permute_rows
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters.lora import ADAPTER
 from qlora_lightning.model.weights.merging import MergePlan, adapted_layers, changed_modules
+from qlora_lightning.support.errors import UserError
 
 
 def write_adapter(file: Path, plan: MergePlan, title: str) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qlora_lightning.commands.merge.gguf_tensors import choose_storage, encode, map_name
 from qlora_lightning.commands.merge.gguf_tokenizer import add_tokenizer
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.weights.merging import MergePlan
+from qlora_lightning.support.errors import UserError
 
 _FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
 _ROPE_FACTORS = "rope_freqs.weight"

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 Array = npt.NDArray[Any]
 _BLOCK = 32  # weights that share a scale in Q8_0

@@ -6,9 +6,9 @@ from typing import Any
 
 import gguf
 
-from qlora_lightning.base.base_folder import BaseFolder
-from qlora_lightning.base.resolve import resolve_base
-from qlora_lightning.errors import UserError
+from qlora_lightning.base.find import resolve_base
+from qlora_lightning.base.folder import BaseFolder
+from qlora_lightning.support.errors import UserError
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"

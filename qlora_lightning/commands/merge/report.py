@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qlora_lightning.model.weights.logit_comparison import Comparison
+from qlora_lightning.model.weights.layerwise import Comparison
 
 MIN_TOP1 = 0.995  # of a merge in fp32: what is computed twice in another order may turn over a tie
 MAX_KL = {"exact": 1e-3, "rounded": 1e-2, "original": 0.5}

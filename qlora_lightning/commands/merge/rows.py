@@ -7,12 +7,12 @@ from typing import Any
 import lightning
 import numpy as np
 
-from qlora_lightning.adapter.place import find_run_config
+from qlora_lightning.base.adapter_folder import find_run_config
 from qlora_lightning.commands.inspect import quiet_lightning
 from qlora_lightning.commands.inspect.arguments import make_data_module, parse
 from qlora_lightning.data.batches.collate import collate_rows
 from qlora_lightning.data.samples.sample_set import SampleSet
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _TOKENS = 1_024  # of a batch; one layer's activations of a batch exist at a time
 _LOGIT_BYTES = 500_000_000  # the reference's logits are kept

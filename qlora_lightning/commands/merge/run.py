@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from qlora_lightning.base.byte_size import format_bytes
-from qlora_lightning.base.cache_entry import EntryCheck
+from qlora_lightning.base.cache import EntryCheck
+from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.json_output import write_json
 from qlora_lightning.commands.merge.arguments import DTYPES, Options
 from qlora_lightning.commands.merge.check import Checker
@@ -28,9 +28,9 @@ from qlora_lightning.commands.merge.staging import (
 )
 from qlora_lightning.commands.merge.ways import Ways
 from qlora_lightning.commands.merge.write import RoundingShards, TensorSink, write_companions, write_tensors
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.opened_adapter import AdapterSource, find_adapter
 from qlora_lightning.model.weights.merging import MergedWeights, MergePlan, plan_merge
+from qlora_lightning.support.errors import UserError
 
 _GGUF = "gguf"  # a folder of its own: beside a tokenizer's files transformers misreads the tokenizer in a GGUF
 _ONTO = {"dequantized": "onto the dequantized base that it was trained on", "original": "onto the original weights"}

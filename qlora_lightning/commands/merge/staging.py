@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 
 from qlora_lightning.commands.json_output import check_output_folder
-from qlora_lightning.errors import UserError
-from qlora_lightning.safe_file import find_storage_fault, flush, is_stream, put_in_place
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import find_storage_fault, flush, is_stream, put_in_place
 
 RECORD = "merge.json"  # in every folder that this command has written
 _OLD = ".old"

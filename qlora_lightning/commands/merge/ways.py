@@ -1,9 +1,8 @@
 """The base's weights both ways: as the adapter saw them, and as they were before quantization."""
 
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.opened_adapter import AdapterSource
-from qlora_lightning.model.weights.base_weights import OriginalWeights, TrainedWeights, Weights, quantized_names
-from qlora_lightning.model.weights.hollow_base import make_skeleton
+from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights, Weights, make_skeleton, quantized_names
+from qlora_lightning.support.errors import UserError
 
 
 class Ways:

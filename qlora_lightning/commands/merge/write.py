@@ -9,15 +9,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qlora_lightning.base.generation_config import read_generation_config
-from qlora_lightning.base.model_folder import read_config
-from qlora_lightning.base.shard_writer import ShardWriter
+from qlora_lightning.base.folder import read_config, read_generation_config
+from qlora_lightning.base.tensors import ShardWriter
 from qlora_lightning.base.tokenizer import load_tokenizer
 from qlora_lightning.data.chat.templates import choose_chat_template
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.opened_adapter import AdapterSource
-from qlora_lightning.model.weights.base_weights import Weights
+from qlora_lightning.model.weights.base import Weights
 from qlora_lightning.model.weights.merging import MergePlan
+from qlora_lightning.support.errors import UserError
 
 _CARD = """---
 base_model: {base}

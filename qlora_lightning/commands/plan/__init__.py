@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
-from qlora_lightning.adapter.place import find_adapter_folder
+from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.commands.adapter_config import add_config
 from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.json_output import json_file, tables_beside, write_json
 from qlora_lightning.commands.option_parser import OptionParser
 from qlora_lightning.commands.quiet import quiet_lightning
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _DESCRIPTION = """Show the model of a config and plan its memory, steps and tokens before anything is loaded.
 

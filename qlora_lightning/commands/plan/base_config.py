@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.base.model_folder import check_model_folder
-from qlora_lightning.base.resolve import BaseSource, is_hub_id, resolve_base
-from qlora_lightning.base.unpack import find_unpacked
+from qlora_lightning.base.find import BaseSource, is_hub_id, resolve_base
+from qlora_lightning.base.folder import check_model_folder
+from qlora_lightning.base.gguf import find_unpacked
 from qlora_lightning.commands.recipes import recipes_folder
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from qlora_lightning.commands.plan.planner import Choice, Planner
-from qlora_lightning.model.memory.layer_shapes import LayerShape
-from qlora_lightning.model.memory.model_shape import ModelShape
+from qlora_lightning.model.memory.shapes import LayerShape, ModelShape
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from qlora_lightning.commands.plan.knobs import turn_knobs
 from qlora_lightning.commands.plan.planner import Planner, choose_device, read_choice
 from qlora_lightning.commands.plan.report import Device, Plan
 from qlora_lightning.commands.plan.run_length import RunLength, measure_run
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.machine.device_memory import device_memory_gib, read_resident_bytes
-from qlora_lightning.model.memory.stored_bytes import name_storage
+from qlora_lightning.model.device import device_memory_gib, read_resident_bytes
+from qlora_lightning.model.memory.shapes import name_storage
 from qlora_lightning.model.module import QLoRAModule
+from qlora_lightning.support.errors import UserError
 
 _GIB = 2**30
 

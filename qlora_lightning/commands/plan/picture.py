@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_lightning.model.adapters.lora import ADAPTER
-from qlora_lightning.model.memory.layer_shapes import LayerShape, LinearShape
+from qlora_lightning.model.memory.shapes import LayerShape, LinearShape
 
 _ADAPTED = "green"
 _DOWN = Text("     │")

@@ -7,16 +7,22 @@ import torch
 from torch import nn
 
 from qlora_lightning.commands.plan.run_length import RunLength
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.batch.needed_tokens import can_leave_out
-from qlora_lightning.model.batch.shape import BatchShape
-from qlora_lightning.model.machine.dtypes import choose_compute_dtype
-from qlora_lightning.model.memory.alike_layers import are_alike, deepen, shorten
-from qlora_lightning.model.memory.model_shape import ModelShape, checkpoint_layers, read_model
+from qlora_lightning.model.base_model import Quantization, check_stored_quantization
+from qlora_lightning.model.batch import BatchShape
+from qlora_lightning.model.build import build_skeleton
+from qlora_lightning.model.device import choose_compute_dtype
+from qlora_lightning.model.layout import can_leave_out
 from qlora_lightning.model.memory.plan import MemoryPlan, StepSettings, plan_memory, share_unread
-from qlora_lightning.model.memory.skeleton import build_skeleton
-from qlora_lightning.model.memory.stored_bytes import name_storage
-from qlora_lightning.model.quantized import Quantization, check_stored_quantization
+from qlora_lightning.model.memory.shapes import (
+    ModelShape,
+    are_alike,
+    checkpoint_layers,
+    deepen,
+    name_storage,
+    read_model,
+    shorten,
+)
+from qlora_lightning.support.errors import UserError
 
 _CONTEXT = 600_000_000  # bytes that CUDA, cuBLAS and the kernels take on a card, beside tensors; an estimate
 _NOT_READ = BatchShape((), 0)

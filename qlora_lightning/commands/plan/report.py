@@ -7,13 +7,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_lightning.base.byte_size import format_bytes
+from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.plan.knobs import Knob
 from qlora_lightning.commands.plan.picture import draw_model
 from qlora_lightning.commands.plan.run_length import RunLength
-from qlora_lightning.model.memory.model_shape import ModelShape
 from qlora_lightning.model.memory.plan import PARTS, MemoryPlan
-from qlora_lightning.model.memory.stored_bytes import STORAGES
+from qlora_lightning.model.memory.shapes import STORAGES, ModelShape
 
 _GIB = 2**30
 _BAR = 16  # characters

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.base.resolve import is_hub_id, resolve_base
-from qlora_lightning.base.unpack import find_unpacked
+from qlora_lightning.base.find import is_hub_id, resolve_base
+from qlora_lightning.base.gguf import find_unpacked
 from qlora_lightning.commands.plan.base_config import find_in_hub_cache
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _SMALL = 1_000_000_000  # bytes of a GGUF that is unpacked here, which `fit` would do too, for the tokenizer inside
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.model.machine.device_memory import read_memory
+from qlora_lightning.model.device import read_memory
 from qlora_lightning.model.summary import bytes_by_dtype
 
 _GIB = 1024**3

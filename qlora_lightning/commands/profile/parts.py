@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from qlora_lightning.model.kernels.calls import PROFILED
+from qlora_lightning.model.kernels.library import PROFILED
 
 BASE = "base products"
 DEQUANTIZATION = "dequantization"

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qlora_lightning.base.byte_size import format_bytes
+from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.profile.parts import PARTS, RECOMPUTATION
 from qlora_lightning.commands.profile.recorder import StepRecorder
 

@@ -15,8 +15,8 @@ from qlora_lightning.commands.sweep.dimensions import (
     refuse_ignored,
     show_value,
 )
-from qlora_lightning.console import brief
-from qlora_lightning.errors import TrainingStopped, UserError
+from qlora_lightning.support.console import brief
+from qlora_lightning.support.errors import TrainingStopped, UserError
 
 _DESCRIPTION = """Train a config with one rank after the other, and stop where the next one no longer pays.
 
@@ -59,7 +59,7 @@ def _sweep(rest: Sequence[str], dimension: Dimension, min_gain: float, file: Pat
     from qlora_lightning.commands.sweep.plot import plot_sweep
     from qlora_lightning.commands.sweep.report import describe_last, print_table, summarize, write_results
     from qlora_lightning.commands.sweep.trial import Trial, check_same_rows
-    from qlora_lightning.model.kept_base import keeping_base
+    from qlora_lightning.model.base_model import keeping_base
 
     console, trials = Console(highlight=False), list[Trial]()
     try:

@@ -7,9 +7,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from qlora_lightning.commands.sweep.dimensions import Dimension, show_value
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters.lora import ADAPTER
 from qlora_lightning.model.adapters.targets import select_targets
+from qlora_lightning.support.errors import UserError
 
 
 def check_built(module: Any, dimension: Dimension, value: Any) -> None:

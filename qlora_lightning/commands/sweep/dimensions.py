@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 DEFAULT_RANKS = "8,16,32,64"
 

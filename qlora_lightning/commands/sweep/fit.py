@@ -18,11 +18,11 @@ from qlora_lightning.commands.sweep.dimensions import Dimension, show_value
 from qlora_lightning.commands.sweep.judge import TrialJudge
 from qlora_lightning.commands.sweep.trial import Trial, read_trial, write_trial
 from qlora_lightning.commands.training import QLoRACLI
-from qlora_lightning.errors import UserError
+from qlora_lightning.model.base_model import KeptBase
 from qlora_lightning.model.checkpoint.setting_changes import describe_changes, find_changes
-from qlora_lightning.model.kept_base import KeptBase
-from qlora_lightning.trainer import callbacks_of, is_trial_run
-from qlora_lightning.yaml_text import load_yaml
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import load_yaml
+from qlora_lightning.support.trainer import callbacks_of, is_trial_run
 
 # They judge a run at its end, or tell how to use it: a sweep does that for all of its trials.
 _LEFT_OUT = (Evaluation, MemoryComparison, LoadingLines)
@@ -133,7 +133,7 @@ def run_trial(arguments: Sequence[str], dimension: Dimension, value: Any, kept: 
         arguments: Options of ``fit``.
         dimension: What is varied.
         value: Of this trial.
-        kept: Open; see :func:`qlora_lightning.model.kept_base.keeping_base`.
+        kept: Open; see :func:`qlora_lightning.model.base_model.keeping_base`.
 
     Raises:
         UserError: A key or value is wrong, or the training cannot go on.

@@ -9,10 +9,10 @@ from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks import AdapterCheckpoint, StopSignals
 from qlora_lightning.commands.sweep.row_losses import RowLosses, judge_rows
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.adapters.lora import copy_tensors, trainable_tensors
-from qlora_lightning.trainer import callbacks_of
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.trainer import callbacks_of
 
 
 class TrialJudge(Callback):

@@ -7,7 +7,7 @@ from pathlib import Path
 from qlora_lightning.commands.sweep.dimensions import Dimension, show_value
 from qlora_lightning.commands.sweep.report import compared
 from qlora_lightning.commands.sweep.trial import Trial
-from qlora_lightning.safe_file import write_whole
+from qlora_lightning.support.files import write_whole
 
 
 def plot_sweep(file: Path, dimension: Dimension, trials: Sequence[Trial], chosen: Trial) -> None:

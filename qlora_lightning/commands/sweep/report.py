@@ -14,8 +14,7 @@ from qlora_lightning.commands.json_output import write_json
 from qlora_lightning.commands.sweep.dimensions import Dimension, show_value
 from qlora_lightning.commands.sweep.gain import Gain, measure_gain
 from qlora_lightning.commands.sweep.trial import Trial
-from qlora_lightning.safe_file import write_whole
-from qlora_lightning.yaml_text import load_yaml
+from qlora_lightning.support.files import load_yaml, write_whole
 
 CHOSEN = "chosen.yaml"
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.batch.rows import cut_into_rows
+from qlora_lightning.model.batch import cut_into_rows
 from qlora_lightning.model.row_losses import losses_of_rows
+from qlora_lightning.support.errors import UserError
 
 
 @dataclass(frozen=True)

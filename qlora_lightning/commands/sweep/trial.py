@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lightning.commands.sweep.row_losses import RowLosses
-from qlora_lightning.errors import UserError
-from qlora_lightning.safe_file import write_whole
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import write_whole
 
 _FILE = "trial.json"
 _VERSION = 1

@@ -12,7 +12,7 @@ from qlora_lightning.data.batches.mixing import check_weights, mix_sources
 from qlora_lightning.data.batches.order import RankBatch, count_batches, permute, rank_batches, rank_bins
 from qlora_lightning.data.batches.packing import best_fit, make_count
 from qlora_lightning.data.samples.sample_set import SampleSet
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)

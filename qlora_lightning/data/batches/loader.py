@@ -10,7 +10,7 @@ from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.data.samples.sample import Sample
 from qlora_lightning.data.samples.sample_builder import gather_samples
 from qlora_lightning.data.samples.sample_set import SampleSet
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 class ShuffledOrder(Sampler[int]):

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_lightning.data.batches.order import permute
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def check_weights(source: npt.NDArray[np.int32], weights: Sequence[float]) -> None:

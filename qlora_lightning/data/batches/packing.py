@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _Numbers = Sequence[int] | npt.NDArray[Any]
 

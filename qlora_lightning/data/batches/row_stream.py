@@ -6,7 +6,7 @@ from typing import Any
 from qlora_lightning.data.reading.bad_rows import BadRow
 from qlora_lightning.data.reading.reader import Row, RowReader
 from qlora_lightning.data.reading.sources import Source
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 class RowStream:

@@ -18,7 +18,7 @@ from qlora_lightning.data.samples.report import Report
 from qlora_lightning.data.samples.sample_builder import SampleSetBuilder
 from qlora_lightning.data.samples.sample_set import SampleSet
 from qlora_lightning.data.samples.splits import check_usable, refuse_bad, refuse_unusable
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _log = logging.getLogger(__name__)
 BLOCK = 1_000  # rows that are shuffled, and packed, together

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from qlora_lightning.data.chat.chat_text import Tools
 from qlora_lightning.data.chat.renderer import IGNORED, ChatRenderer, Rendered
 from qlora_lightning.data.rows.formats import Conversation
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 TOO_LONG = ("truncate", "drop", "split")
 _FEWEST = 2  # characters that a shortened message keeps

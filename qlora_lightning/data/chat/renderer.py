@@ -10,7 +10,7 @@ from qlora_lightning.data.chat.stops import find_stop_ids
 from qlora_lightning.data.chat.templates import find_presets
 from qlora_lightning.data.reading.bad_rows import RowFault
 from qlora_lightning.data.rows.formats import Conversation, Message
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 IGNORED = -100  # torch's cross entropy skips this label
 TRAIN_ON = ("assistant", "last", "all")

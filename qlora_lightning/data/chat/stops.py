@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.base.generation_config import read_generation_config
+from qlora_lightning.base.folder import read_generation_config
 from qlora_lightning.data.chat.control_tokens import ControlTokens
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _ANSWER = "An answer, to be found again."
 _PROBE = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": _ANSWER}]

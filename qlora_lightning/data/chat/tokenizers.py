@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lightning.data.chat.templates import PRESETS, choose_chat_template
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 TokenizerChoice = str | dict[str, Any] | Any | None
 _KEYS = ("name", "revision", "trust_remote_code")
@@ -84,7 +84,7 @@ def _as_arguments(choice: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def _find_folder(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
-    from qlora_lightning.base.base_folder import open_base
+    from qlora_lightning.base.folder import open_base
 
     folder = Path(name).expanduser()
     return folder if revision is None and folder.is_dir() else open_base(name, revision, weights=False).folder

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 SHOWN = 20
 

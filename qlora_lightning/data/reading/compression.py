@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
 _CHUNK_BYTES = 1 << 20

@@ -9,7 +9,7 @@ from typing import BinaryIO
 from qlora_lightning.data.reading.compression import open_stream
 from qlora_lightning.data.reading.cursor import MAX_ROW_BYTES, REST_UNREAD, Cursor, Parsed
 from qlora_lightning.data.reading.read_lines import NOT_UTF8, TOO_LONG
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _PIECE_BYTES = 1 << 16
 

@@ -8,7 +8,7 @@ from typing import Any
 from qlora_lightning.data.reading.cursor import Cursor, Parsed
 from qlora_lightning.data.reading.read_parquet import BATCH_ROWS, number_rows
 from qlora_lightning.data.reading.sources import Source
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def read_hub(source: Source, cursor: Cursor) -> Iterator[Parsed]:

@@ -9,7 +9,7 @@ from qlora_lightning.data.reading.compression import open_stream
 from qlora_lightning.data.reading.cursor import MAX_ROW_BYTES, Cursor, Parsed
 from qlora_lightning.data.reading.read_array import read_array
 from qlora_lightning.data.reading.read_lines import is_cut, read_lines
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def read_json(file: Path, cursor: Cursor) -> Iterator[Parsed]:

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from qlora_lightning.data.reading.compression import kind_of, open_stream
 from qlora_lightning.data.reading.cursor import Cursor, Parsed
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 BATCH_ROWS = 256
 _BUFFER_BYTES = 1 << 20

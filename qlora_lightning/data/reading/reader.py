@@ -15,7 +15,7 @@ from qlora_lightning.data.reading.read_json import read_json
 from qlora_lightning.data.reading.read_lines import read_lines
 from qlora_lightning.data.reading.read_parquet import read_parquet
 from qlora_lightning.data.reading.sources import Source, find_sources
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _READERS: dict[str, Callable[[Path, Cursor], Iterator[Parsed]]] = {
     ".jsonl": read_lines,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lightning.data.reading.compression import describe_kinds, kind_of
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SUFFIX = re.compile(r"\.[A-Za-z]\w*$")  # a version at the end of a hub id, "-v1.5", is none

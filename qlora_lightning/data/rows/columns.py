@@ -7,7 +7,7 @@ from typing import Any
 from qlora_lightning.data.reading.bad_rows import RowFault
 from qlora_lightning.data.reading.reader import Row
 from qlora_lightning.data.rows.formats import KEYS, rows_by_keys
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def rename_columns(values: dict[str, Any], columns: Mapping[str, str | None]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def import_function(path: str) -> Callable[[dict[str, Any]], Any]:

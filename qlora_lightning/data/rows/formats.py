@@ -8,7 +8,7 @@ from qlora_lightning.data.reading.reader import Row
 from qlora_lightning.data.rows.format_function import import_function
 from qlora_lightning.data.rows.shapes import from_alpaca, from_messages, from_prompt_completion, from_question_answer
 from qlora_lightning.data.rows.sharegpt import from_sharegpt
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 class Message(TypedDict):

@@ -4,7 +4,7 @@ from typing import Any
 
 from qlora_lightning.data.reading.reader import Row
 from qlora_lightning.data.rows.formats import FORMATS
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 MEDIA = ("images", "videos", "audios", "image", "video", "audio")
 _JUDGEMENTS = ("label", "kto_tag")  # TRL's and LLaMA-Factory's names for whether an answer is a good one

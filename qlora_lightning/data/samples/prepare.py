@@ -21,7 +21,7 @@ from qlora_lightning.data.samples.prompts import Prompt
 from qlora_lightning.data.samples.report import Report
 from qlora_lightning.data.samples.sample_builder import SampleSetBuilder
 from qlora_lightning.data.samples.sample_set import SampleSet
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 TOO_LONG = "longer than max_length (too_long: drop)"
 CHUNK = 512  # rows that are rendered and encoded together, by all cores

@@ -15,7 +15,7 @@ from qlora_lightning.data.reading.reader import fingerprint
 from qlora_lightning.data.reading.sources import Source
 from qlora_lightning.data.samples.report import Report
 from qlora_lightning.data.samples.sample_set import SampleSet
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _log = logging.getLogger(__name__)
 _LAYOUT = 3  # of what is stored; counts up when the same rows would give other samples, or would be refused

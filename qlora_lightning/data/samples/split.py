@@ -8,7 +8,7 @@ from qlora_lightning.data.samples.duplicates import digest_rows
 from qlora_lightning.data.samples.sample import Sample
 from qlora_lightning.data.samples.sample_builder import gather_samples
 from qlora_lightning.data.samples.sample_set import SampleSet
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def hold_out(samples: SampleSet | Sequence[Sample], fraction: float, seed: int) -> tuple[SampleSet, SampleSet]:

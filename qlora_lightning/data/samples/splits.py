@@ -11,7 +11,7 @@ from qlora_lightning.data.samples.duplicates import find_duplicates
 from qlora_lightning.data.samples.prepare import TOO_LONG
 from qlora_lightning.data.samples.report import Report
 from qlora_lightning.data.samples.sample_set import SampleSet
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _MAX_UNUSABLE = 0.05
 

@@ -1,17 +1,130 @@
-"""Puts the tensors of an adapter folder onto a base."""
+"""Puts the tensors of an adapter folder onto a base, checked."""
 
+import hashlib
+import re
 import warnings
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import peft
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.base.tensors import read_spans
 from qlora_lightning.model.adapters.lora import all_names_of_trainable_tensors, copy_matching, load_adapters
-from qlora_lightning.model.adapters.tensors import LOADING_FAULTS, check_shapes, read_shapes, read_tensors, word_misfit
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import read_json_object
+
+LOADING_FAULTS = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Hash names, dtypes, shapes and numbers of tensors on the CPU, whatever their order."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors of an adapter folder, by PEFT's names.
+
+    Raises:
+        UserError: The file is cut off, its tensors are not those that ``qlora_lightning.json`` names, or one holds NaN
+            or an infinite number: every answer would be nonsense.
+    """
+    file = folder / "adapter_model.safetensors"
+    with file.open("rb"):  # safetensors would say of a file that may not be read that it is missing
+        pass
+    tensors = _load(file)
+    if not _match(tensors, folder):
+        tensors = _load(file)  # once more: a run may have just replaced the folder
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            bad = int((~tensor.isfinite()).sum())
+            raise UserError(
+                f"The adapter folder {folder} is damaged: {bad:,} of {tensor.numel():,} values of {name} are NaN or "
+                "infinite. Copy the folder again, or train again with a lower learning rate."
+            )
+    if not _match(tensors, folder):
+        raise UserError(
+            f"{file} is damaged: its numbers are not those that were saved (qlora_lightning.json holds their hash). "
+            'Copy the adapter folder again. If another tool changed them on purpose, delete the line "tensors" of '
+            "qlora_lightning.json."
+        )
+    return tensors
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file} is not a whole safetensors file, but cut off or damaged ({error}). Copy the adapter folder again."
+        ) from error
+    return tensors
+
+
+def _match(tensors: Mapping[str, Tensor], folder: Path) -> bool:
+    """Whether tensors have the hash that the folder names; other tools name none."""
+    about = folder / "qlora_lightning.json"
+    expected = read_json_object(about, "Copy the adapter folder again.").get("tensors") if about.exists() else None
+    return expected is None or hash_tensors(tensors) == expected
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of the tensors of an adapter folder, by PEFT's names; no number is read.
+
+    Raises:
+        UserError: The file is cut off.
+    """
+    return {span.name: span.shape for span in read_spans(folder / "adapter_model.safetensors")}
+
+
+_MISMATCH = re.compile(
+    r"size mismatch for (?P<name>\S+): copying a param with shape torch\.Size\((?P<found>\[[\d, ]*\])\) from "
+    r"checkpoint, the shape in current model is torch\.Size\((?P<wanted>\[[\d, ]*\])\)"
+)
+
+
+def word_misfit(folder: Path, error: Exception) -> UserError:
+    """Say why an adapter folder cannot be put on a base, in the last line of what PEFT said."""
+    reason = " ".join(str(error).strip().splitlines()[-1:]).strip().rstrip(".")
+    if mismatch := _MISMATCH.search(reason):
+        reason = _word_shapes(mismatch["name"], mismatch["found"], mismatch["wanted"])
+    return _misfit(folder, reason)
+
+
+def check_shapes(folder: Path, found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
+    """Refuse tensors of other shapes than the model's.
+
+    Args:
+        folder: The adapter folder.
+        found: In its file, by name.
+        wanted: In the model, by the same names.
+
+    Raises:
+        UserError: There is one.
+    """
+    for name, shape in wanted.items():
+        if list(found[name]) != list(shape):
+            raise _misfit(folder, _word_shapes(name, list(found[name]), list(shape)))
+
+
+def _word_shapes(name: str, found: object, wanted: object) -> str:
+    return f"{name} is {found} in the file, where this base and adapter_config.json want {wanted}"
+
+
+def _misfit(folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"The adapter folder {folder} cannot be put on this base: {reason}. Name the base that "
+        "it was trained on, or copy the folder again if a file in it is damaged."
+    )
 
 
 def open_adapter_folder(base: PreTrainedModel, folder: Path, *, bare: bool = False) -> peft.PeftModel:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 PRESETS = {"all-linear": ".", "attention": ".self_attn.", "mlp": ".mlp."}  # what the names of their modules hold
 _LAYER = re.compile(r"\.layers\.(\d+)\.")

@@ -1,4 +1,4 @@
-"""Our own part of a checkpoint: its format version, and how what older versions wrote is read today."""
+"""What a checkpoint holds."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.format_version import FORMAT_VERSION, check_version
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.versions import FORMAT_VERSION, check_version
 
 KEY = "qlora_lightning"  # our settings lie under our own key: under Lightning's they would beat the command line
 

@@ -6,23 +6,16 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from qlora_lightning.console import say
-from qlora_lightning.format_version import FORMAT_VERSION
 from qlora_lightning.model.adapters.identity import check_identity, data_differences, identity_of_data
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.checkpoint.format import KEY, known_settings, plain_settings, read_content
-from qlora_lightning.model.checkpoint.generators import capture_generators, restore_generators
-from qlora_lightning.model.checkpoint.rank_states import describe_other_number, gather_states, share_states
-from qlora_lightning.model.checkpoint.resume_checks import (
-    check_data,
-    check_save_point,
-    check_window,
-    describe_nothing_left,
-    has_other_validation,
-    is_inside_epoch,
-    leaves_validation_out,
+from qlora_lightning.model.checkpoint.ranks import (
+    capture_generators,
+    describe_other_number,
+    gather_states,
+    restore_generators,
+    share_states,
 )
-from qlora_lightning.model.checkpoint.save_points import count_epoch, is_inside_batch, let_validation_follow
 from qlora_lightning.model.checkpoint.setting_changes import (
     Change,
     FreshOptimizers,
@@ -30,9 +23,219 @@ from qlora_lightning.model.checkpoint.setting_changes import (
     find_changes,
     forget_scores,
     keep_patience,
+    show_change,
     trainer_settings,
 )
-from qlora_lightning.trainer import callbacks_of
+from qlora_lightning.support.console import say
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.trainer import callbacks_of
+from qlora_lightning.support.versions import FORMAT_VERSION
+
+
+def validation_follows(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether a validation is due after this batch."""
+    if not trainer.enable_validation:
+        return False
+    every_epochs = trainer.check_val_every_n_epoch
+    if every_epochs is not None and (trainer.current_epoch + 1) % every_epochs:
+        return False
+    interval = trainer.val_check_batch
+    if interval is None or interval == float("inf"):
+        return bool(trainer.is_last_batch)
+    batches = trainer.fit_loop.total_batch_idx if every_epochs is None else batch_idx
+    return (batches + 1) % int(interval) == 0
+
+
+def ends_training(trainer: Trainer) -> bool:
+    """Whether training ends with this batch.
+
+    Lightning ends the epoch before ``on_train_end``, even in its middle: a longer run could not go on exactly from a
+    checkpoint that is written there.
+    """
+    ends_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+    return trainer.global_step == trainer.max_steps or ends_epoch or trainer.should_stop
+
+
+def is_inside_batch(checkpoint: dict[str, Any]) -> bool:
+    """Whether a batch had been fetched and not trained on to its end, or an epoch was just about to start."""
+    loops = checkpoint["loops"]["fit_loop"]
+    epoch, batch = loops["epoch_progress"]["current"], loops["epoch_loop.batch_progress"]["current"]
+    return bool(epoch["ready"] > epoch["started"] or batch["ready"] > batch["processed"])
+
+
+def let_validation_follow(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let a resume begin with the validation that was due, or that had begun, when the checkpoint was made.
+
+    Lightning takes a validation up before it trains on where its very first batch is in work, so that is what the
+    checkpoint is made to say. From a later batch its counters would go on, while loader and metrics begin anew.
+
+    Args:
+        trainer: Who makes the checkpoint.
+        checkpoint: As the trainer made it.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    batches, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
+    done = validation["current"]["completed"]
+    if trainer.validating:
+        ended = validation["is_last_batch"] and done == validation["current"]["ready"]
+        if not ended:
+            _rewind(validation, before=validation["total"]["completed"] - done)
+    elif trainer.training:
+        current = batches["current"]
+        ends = current["processed"] == current["completed"] + 1  # as long as on_train_batch_end lasts
+        if ends and validation_follows(trainer, current["processed"] - 1):
+            for counts in (batches["total"], current):
+                counts["completed"] += 1
+            _rewind(validation, before=validation["total"]["completed"])
+
+
+def count_epoch(trainer: Trainer) -> None:
+    """Count the epoch that has begun, where Lightning did not: after a resume at the end of the one before it.
+
+    A checkpoint from inside such an epoch would be read as one from its end: the rest of it would be lost.
+
+    Args:
+        trainer: At the start of a batch.
+    """
+    progress: Any = trainer.fit_loop.epoch_progress
+    if progress.current.ready == progress.current.processed:
+        progress.increment_ready()
+        progress.increment_started()
+
+
+def _rewind(progress: dict[str, Any], before: int) -> None:
+    """Put the first batch in work, behind those of the epoch's earlier validations."""
+    for counts, done in ((progress["total"], before), (progress["current"], 0)):
+        counts.update(ready=done + 1, started=done + 1, processed=done, completed=done)
+    progress["is_last_batch"] = False
+
+
+def check_save_point(content: Mapping[str, Any]) -> None:
+    """Refuse to go on from the middle of a batch: it would be lost, or count twice.
+
+    Raises:
+        UserError: The checkpoint was saved there.
+    """
+    if content.get("inside_batch"):
+        raise UserError(
+            "The checkpoint was saved inside a batch or at the start of an epoch (by a callback of yours, or when an "
+            "error came): a run cannot go on exactly there. Take one that was saved at the end of a batch, such as "
+            "`--ckpt_path last`."
+        )
+
+
+def check_window(content: Mapping[str, Any], accumulate: int) -> None:
+    """Refuse to close an accumulation window with another number of micro-batches than it was opened for.
+
+    Its gradients are divided by the old number already.
+
+    Args:
+        content: Our part of the checkpoint.
+        accumulate: Micro-batches of an optimizer step now.
+
+    Raises:
+        UserError: The number was another, and a window is open.
+    """
+    before = content.get("trainer", {}).get("accumulate_grad_batches", accumulate)
+    done = content["window"].get("micro_batches", 0)
+    if done and before != accumulate:
+        raise UserError(
+            f"trainer.accumulate_grad_batches was {before} and is {accumulate}, but the checkpoint was saved inside an "
+            f"optimizer step, after {done} of its {before} micro-batches. Set it to {before} to go on from here; it "
+            "may change only where a step ends, as at the end of an epoch or where "
+            "adapter_checkpoint.every_n_train_steps or every_minutes saves."
+        )
+
+
+def check_data(stored: Mapping[str, Any], own: Mapping[str, Any], inside_epoch: bool, accepted: bool) -> None:
+    """Refuse other samples, unless they are meant; inside an epoch other training samples in any case.
+
+    There some would come twice and others never. Another tokenizer or template that gives the same samples is none of
+    that.
+
+    Args:
+        stored: The identity of the data that the checkpoint learnt.
+        own: That of the data at hand.
+        inside_epoch: Whether training stopped inside an epoch.
+        accepted: Whether the user says that the change is meant.
+
+    Raises:
+        UserError: The samples are others.
+    """
+    differences = data_differences(stored, own)
+    samples = {name: differences.pop(name) for name in ("train", "val") if name in differences}
+    changes = find_changes(stored.get("settings", {}), own.get("settings", {}), "data")
+    causes = ", ".join([*differences.values(), *map(show_change, changes)])
+    causes = f" These differ too: {causes}." if causes else ""
+    known = stored.get("train") and own.get("train")
+    cut = [words for name, words in samples.items() if name == "train"] if known else list(differences.values())
+    if inside_epoch and cut:
+        raise UserError(
+            f"The checkpoint was saved inside an epoch with other {', other '.join(cut)}: a run cannot go on exactly "
+            f"there.{causes if known else ''} Put data, tokenizer and chat template back as they were, or begin a new "
+            "run from the adapter folder with model.adapter. (data.accept_changed_data allows other training samples "
+            "only from the end of an epoch.)"
+        )
+    if samples and not accepted:
+        ranking = "starts over, since losses on different samples do not compare" if "val" in samples else "stays"
+        raise UserError(
+            f"The data are not those of the checkpoint: other {' and other '.join(samples.values())}.{causes} Put them "
+            "back as they were, or say that the change is meant, by `--data.accept_changed_data true` (in Python "
+            "InstructionDataModule(accept_changed_data=True)): then the run continues with the current data, and the "
+            f"ranking of the best adapter {ranking}."
+        )
+
+
+def has_other_validation(checkpoint: Mapping[str, Any], trainer: Any) -> bool:
+    """Whether the checkpoint was judged on other validation samples than those at hand."""
+    stored = checkpoint.get(KEY, {}).get("identity", {}).get("data", {})
+    return "val" in data_differences(stored, identity_of_data(trainer))
+
+
+def is_inside_epoch(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether some of an epoch's batches, and not all, were trained on."""
+    progress = _fit_loop(checkpoint).get("epoch_loop.batch_progress", {})
+    return bool(progress.get("current", {}).get("completed")) and not progress.get("is_last_batch", False)
+
+
+def describe_nothing_left(checkpoint: Mapping[str, Any], max_epochs: int | None, max_steps: int) -> str | None:
+    """Describe a resume that has no step left to train; ``None`` if there is one.
+
+    Args:
+        checkpoint: As Lightning loaded it.
+        max_epochs: The Trainer's; ``None`` or -1 for no limit.
+        max_steps: The Trainer's; -1 for no limit.
+    """
+    step = checkpoint.get("global_step", 0)
+    loop = _fit_loop(checkpoint)
+    epochs = loop.get("epoch_progress", {}).get("current", {})
+    batches = loop.get("epoch_loop.batch_progress", {})
+    begun = "ready" if batches.get("is_last_batch") and not is_inside_epoch(checkpoint) else "processed"
+    for limit, value, done in (("max_steps", max_steps, step), ("max_epochs", max_epochs, epochs.get(begun, 0))):
+        if value is not None and 0 <= value <= done:
+            return (
+                f"Nothing is left to train: with the checkpoint's step {step} trainer.{limit} ({value}) is reached. "
+                "Raise it to train on."
+            )
+    return None
+
+
+def leaves_validation_out(checkpoint: Mapping[str, Any], max_steps: int) -> bool:
+    """Whether a validation was due that a resume does not run, since all steps are taken: Lightning then does nothing.
+
+    Args:
+        checkpoint: As Lightning loaded it.
+        max_steps: The Trainer's; -1 for no limit.
+    """
+    counts = _fit_loop(checkpoint).get("epoch_loop.val_loop.batch_progress", {}).get("current", {})
+    due = counts.get("ready", 0) > counts.get("completed", 0)
+    return bool(due and 0 < max_steps <= checkpoint.get("global_step", 0))
+
+
+def _fit_loop(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = checkpoint.get("loops", {}).get("fit_loop", {})
+    return found
+
 
 _VALIDATION_LEFT_OUT = (
     "The validation after the last step had not ended, and is not run. `qlora-lightning validate --ckpt_path last` "

@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torch.optim.lr_scheduler import LambdaLR
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.trainer import callbacks_of
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.trainer import callbacks_of
 
 Change = tuple[str, Any, Any]
 """A setting's name, its value in the checkpoint, and its value now."""

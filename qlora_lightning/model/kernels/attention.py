@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_lightning.model.kernels.calls import call_with_scratch, has_numbers, is_there
+from qlora_lightning.model.kernels.library import call_with_scratch, has_numbers, is_there
 
 _LANES, _MOST_WIDE = 16, 256  # numbers of a head: a multiple of the first, up to the second
 

@@ -10,7 +10,7 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor
 
-from qlora_lightning.model.kernels.calls import call_with_scratch, has_numbers, is_there
+from qlora_lightning.model.kernels.library import call_with_scratch, has_numbers, is_there
 
 _COLUMNS = 32  # of a panel: a result has a multiple of them
 _DEPTH = 32  # numbers of a row that are read at a time: a block of them with one scale has a multiple of it

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qlora_lightning.model.kernels.calls import call_with_scratch, has_numbers, is_there
+from qlora_lightning.model.kernels.library import call_with_scratch, has_numbers, is_there
 
 _WIDTH = 32  # of the wide side: a multiple of it
 _PARTS, _GROUP = 16, 8  # as in thin.cpp

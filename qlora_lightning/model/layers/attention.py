@@ -2,22 +2,146 @@
 
 import functools
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.kernels.attention import can_attend
+from qlora_lightning.model.kernels import attention as kernel
+from qlora_lightning.model.kernels.attention import Samples, can_attend
+from qlora_lightning.model.layers.hooks import apply
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
-from qlora_lightning.model.layers.sample_attention import attend_within, find_samples
-from qlora_lightning.model.layers.whole_samples import lay_out_samples, sort_by_place
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import attend_ragged
+
+
+def sort_by_place(places: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Give the tokens of the samples by their place in the stream, and where those of each of its places begin.
+
+    Args:
+        places: Where in the stream each token is, ``(tokens of samples,)``.
+        count: Tokens of the stream; each has a place.
+    """
+    in_stream, order = places.sort(stable=True)
+    return order, torch.searchsorted(in_stream, torch.arange(count, device=places.device))
+
+
+def lay_out_samples(states: Tensor, places: Tensor, order: Tensor, begins: Tensor) -> Tensor:
+    """Lay states ``(1, heads, tokens, head_dim)`` of a stream out for all tokens of its samples.
+
+    Args:
+        states: Of the stream.
+        places: Where in it the tokens are.
+        order: As :func:`sort_by_place` gives it.
+        begins: Likewise.
+    """
+    return cast(Tensor, apply(_LayOut, states, places, order, begins))
+
+
+class _LayOut(torch.autograd.Function):
+    """``states[:, :, places]``; gradients of one token in several samples are summed up in float32, in their order.
+
+    The backward of an index would add them up in any order on CUDA, and round after each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, places: Tensor, order: Tensor, begins: Tensor) -> Tensor:
+        ctx.save_for_backward(order, begins)
+        return states.index_select(2, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        order, begins = ctx.saved_tensors
+        _, heads, tokens, head_dim = grad.shape
+        by_token = grad.transpose(1, 2).reshape(tokens, -1)
+        summed = F.embedding_bag(order, by_token, begins, mode="sum")
+        return summed.view(1, len(begins), heads, head_dim).transpose(1, 2), None, None, None
+
+
+def attend_within(samples: Samples, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Compute ``softmax(scale · Q Kᵀ + causal) V`` per sample.
+
+    Args:
+        samples: Of the stream.
+        query: ``(1, heads, tokens, head_dim)``.
+        key: ``(1, kv_heads, tokens, head_dim)``.
+        value: Likewise.
+        scale: Factor on the scores.
+
+    Returns:
+        ``(1, tokens, heads, head_dim)``.
+    """
+    return cast(Tensor, apply(SampleAttention, query, key, value, samples, scale))
+
+
+class SampleAttention(torch.autograd.Function):
+    """As :func:`attend_within`, keeping Q, K, V and normalizers of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, samples: Samples, scale: float) -> Tensor:
+        query, key, value = (each[0].transpose(0, 1).contiguous() for each in (query, key, value))
+        mixed, normalizers = kernel.attend(query, key, value, samples, scale)
+        ctx.save_for_backward(query, key, value, normalizers)
+        ctx.samples, ctx.scale = samples, scale
+        return mixed[None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value, normalizers = ctx.saved_tensors
+        grad = grad[0].contiguous()
+        grads = kernel.attend_backward(query, key, value, grad, normalizers, ctx.samples, ctx.scale)
+        of_query, of_key, of_value = (each.transpose(0, 1)[None] for each in grads)
+        return of_query, of_key, of_value, None, None
+
+
+def find_samples(bounds: Sequence[int], tokens: int, stream_places: Tensor | None) -> Samples:
+    """Say where the tokens of samples are; all layers of a batch share it.
+
+    Args:
+        bounds: Where samples begin, and the end of the last.
+        tokens: Of the stream.
+        stream_places: Where in it each token of the samples is, ``(bounds[-1],)``; ``None``: in order.
+
+    Raises:
+        ValueError: The bounds do not rise from 0 to the number of places, or the places are not those of a stream in
+            which each sample has its own tokens behind those that it shares, sample after sample.
+    """
+    places = None if stream_places is None else stream_places.numpy().tobytes()
+    return _find_samples(tuple(bounds), tokens, places)
+
+
+@functools.lru_cache(maxsize=4)
+def _find_samples(bounds: tuple[int, ...], tokens: int, of_stream: bytes | None) -> Samples:
+    in_order = torch.arange(tokens, device="cpu")
+    places = in_order if of_stream is None else torch.frombuffer(bytearray(of_stream), dtype=torch.int64)
+    check_bounds(bounds, len(places))
+    starts = torch.tensor(bounds, device="cpu")
+    ends = places[starts[1:] - 1] + 1
+    own = starts.diff() - ends.diff(prepend=ends.new_zeros(1))
+    of_own = [places[start:end] for start, end in zip((starts[:-1] + own).tolist(), bounds[1:], strict=True)]
+    if (own < 0).any() or places.min() < 0 or not torch.equal(torch.cat(of_own), in_order):
+        raise ValueError(f"stream_places: expected each of {tokens} places as the own token of one sample, in order.")
+    order, begins = sort_by_place(places, tokens)
+    return Samples(starts, own, places, order, torch.cat([begins, starts[-1:]]))
+
+
+def check_bounds(bounds: Sequence[int], tokens: int) -> None:
+    """Refuse bounds of samples that are none.
+
+    Raises:
+        ValueError: They do not rise from 0 to the tokens of the batch.
+    """
+    if bounds[0] != 0 or bounds[-1] != tokens or any(end <= start for start, end in itertools.pairwise(bounds)):
+        raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, the tokens of the batch; found {list(bounds)}.")
+
 
 FLAT_ATTENTION, PLAIN_FLAT_ATTENTION = "qlora_flat", "qlora_flat_plain"
 # As attention_mask of a flat batch it keeps transformers from making one of (tokens, tokens) for its many samples.

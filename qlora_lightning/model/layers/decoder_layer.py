@@ -1,32 +1,121 @@
 """A LLaMA layer in few autograd functions, which save little and share what can be shared."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from qlora_lightning.model.layers.attention import FLAT_ATTENTION, flat_attention
-from qlora_lightning.model.layers.autograd import apply
-from qlora_lightning.model.layers.hooks import is_watched
+from qlora_lightning.model.layers.elementwise import Rotary, gradient, normalize, normalize_again, swiglu
+from qlora_lightning.model.layers.hooks import Originals, apply, is_watched
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
-from qlora_lightning.model.layers.linear import (
+from qlora_lightning.model.layers.lora import (
     ORIGINAL_LINEARS,
+    Frozen,
     LoRALinearFunction,
     LoRAProjection,
     adapters_of,
     compute_dtype_of,
     frozen_part,
+    gradient_of_a,
+    gradients_of_b,
     is_plain,
+    narrow,
+    project,
+    project_back,
 )
-from qlora_lightning.model.layers.normed_linears import NormedLinears
-from qlora_lightning.model.layers.originals import Originals
-from qlora_lightning.model.layers.rotary import Rotary
-from qlora_lightning.model.layers.swiglu import swiglu
+
+
+class NormedLinears(torch.autograd.Function):
+    """Compute ``y = linear(RMSNorm(x))`` of several linears that share their input.
+
+    Kept for backward are x, its inverse root mean squares and the products with A; the normed input is made again. The
+    adapters' A act as one matrix. Where x takes no gradient, an output takes one only for the adapter of its linear.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, linears: tuple[Frozen, ...], *adapters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Compute.
+
+        Args:
+            ctx: Of the function.
+            x: ``(…, in)``.
+            weight: Of the norm, ``(in,)``.
+            eps: Of the norm.
+            linears: What of each linear is frozen.
+            adapters: A and B of each linear in turn, ``None`` where it has none.
+
+        Returns:
+            ``(…, out)`` of each linear.
+        """
+        flat = x.reshape(-1, x.shape[-1])
+        normed, inverse = normalize(flat, weight, eps)
+        all_a, all_b = adapters[::2], adapters[1::2]
+        lows = narrow(normed, _stack(all_a, x))  # (tokens, sum of ranks)
+        outputs = [
+            project(normed, low, b, frozen) for low, b, frozen in zip(_split(lows, all_a), all_b, linears, strict=True)
+        ]
+        ctx.save_for_backward(flat, inverse, lows, weight, *adapters)
+        ctx.linears, ctx.shape = linears, x.shape
+        ctx.set_materialize_grads(False)
+        shaped = tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+        needs_x, _, _, _, *needed = ctx.needs_input_grad
+        if not needs_x:
+            pairs = zip(shaped, needed[::2], needed[1::2], strict=True)
+            ctx.mark_non_differentiable(*(output for output, of_a, of_b in pairs if not (of_a or of_b)))
+        return shaped
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        flat, inverse, lows, weight, *adapters = ctx.saved_tensors
+        all_a, all_b, (_, _, _, _, *needed) = adapters[::2], adapters[1::2], ctx.needs_input_grad
+        flat_grads: list[Any] = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grad_lows = torch.zeros_like(lows)
+        grads_b: list[Tensor | None] = []
+        parts = zip(
+            flat_grads, _split(lows, all_a), _split(grad_lows, all_a), all_b, needed[1::2], ctx.linears, strict=True
+        )
+        for grad, low, grad_low, b, b_needs, frozen in parts:
+            of_b = None
+            if b is not None and grad is not None:
+                of_low, of_b = gradients_of_b(grad, low, b, frozen, (True, b_needs))
+                grad_low.copy_(of_low)
+            grads_b.append(of_b)
+        again = normalize_again(flat, weight, inverse)
+        grads_a: list[Tensor | None] = [None] * len(all_a)
+        if any(needed[::2]):
+            pairs = zip(all_a, _split(gradient_of_a(grad_lows, again.normed), all_a, 0), strict=True)
+            grads_a = [None if a is None else grad.to(a.dtype) for a, grad in pairs]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            there = [grad is not None for grad in flat_grads]
+            of_outputs, linears = (list(itertools.compress(each, there)) for each in (flat_grads, ctx.linears))
+            grad_normed = project_back(of_outputs, linears, grad_lows, _stack(all_a, flat))
+            grad_x = gradient(grad_normed, flat, weight, inverse, again).view(ctx.shape)
+        of_adapters = [grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair]
+        return grad_x, None, None, None, *of_adapters
+
+
+def _stack(all_a: Any, like: Tensor) -> Tensor:
+    """Put the linears' A under each other: ``(sum of ranks, in)``."""
+    there = [a for a in all_a if a is not None]
+    return torch.cat(there) if there else like.new_empty(0, like.shape[-1])
+
+
+def _split(stacked: Tensor, all_a: Any, dim: int = 1) -> tuple[Tensor, ...]:
+    """Give each linear its part, of no width where it has no adapter."""
+    return torch.split(stacked, [0 if a is None else len(a) for a in all_a], dim)
+
 
 _OF_SAMPLES = ("cu_seqlens", "longest", "stream_places", "kv_cache")  # what attention is told of them
 _PARTS = (LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRMSNorm)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import torch
 
-from qlora_lightning.model.batch.shape import BatchShape
+from qlora_lightning.model.batch import BatchShape
 from qlora_lightning.model.kernels.attention import attends_in
-from qlora_lightning.model.layers.frozen_weight import TILE_BYTES
+from qlora_lightning.model.layers.lora import TILE_BYTES
 from qlora_lightning.model.loss import rows_of_logits, rows_of_probabilities
-from qlora_lightning.model.memory.layer_shapes import LayerShape, LinearShape
+from qlora_lightning.model.memory.shapes import LayerShape, LinearShape
 
 _FLOAT, _INDEX = 4, 8  # bytes of a float32, of a position
 

@@ -1,14 +1,16 @@
-"""The memory of a training step by part, before it runs."""
+"""The memory of a training step, planned from shapes alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import nn
 
-from qlora_lightning.model.batch.shape import BatchShape
+from qlora_lightning.model.batch import BatchShape
 from qlora_lightning.model.memory.kept import (
     holes_of_checkpoints,
     kept_by_layers,
@@ -17,10 +19,44 @@ from qlora_lightning.model.memory.kept import (
     room_of_logits,
     room_of_loss,
 )
-from qlora_lightning.model.memory.layer_shapes import LayerShape
-from qlora_lightning.model.memory.model_shape import ModelShape
-from qlora_lightning.model.memory.optimizer_bytes import count_optimizer_bytes
-from qlora_lightning.model.memory.stored_bytes import BaseShape
+from qlora_lightning.model.memory.shapes import BaseShape, LayerShape, ModelShape
+from qlora_lightning.model.optimizer import build_optimizer, check_optimizer
+
+_TWO_AVERAGES, _STEP = 8, 4  # bytes: of each number in float32; a float32 count of steps for each tensor
+# bitsandbytes' Adams in 8 bits: two averages of a byte, in blocks with a float32 scale; small tensors stay in 32 bits
+_EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
+_BLOCK, _FEWEST = 256, 4096
+
+
+def count_optimizer_bytes(shapes: Mapping[tuple[int, ...], int], choice: str | dict[str, Any] | None) -> int:
+    """Count the bytes of the state after the first step.
+
+    torch's AdamW and bitsandbytes' Adams in 8 bits by formula; any other takes a step on a tensor of each shape.
+
+    Args:
+        shapes: How many tensors of which shape train.
+        choice: As ``model.optimizer`` takes it.
+
+    Raises:
+        UserError: The optimizer cannot be built.
+    """
+    kind, _ = check_optimizer(choice, learning_rate=1e-4, weight_decay=0.0)
+    return sum(count * _count(shape, choice, kind) for shape, count in shapes.items())
+
+
+def _count(shape: tuple[int, ...], choice: str | dict[str, Any] | None, kind: type[torch.optim.Optimizer]) -> int:
+    numbers = math.prod(shape)
+    if choice is None:
+        return _TWO_AVERAGES * numbers + _STEP
+    if kind.__module__.startswith("bitsandbytes.") and kind.__name__ in _EIGHT_BIT and isinstance(choice, str):
+        return 2 * (numbers + 4 * math.ceil(numbers / _BLOCK)) if numbers >= _FEWEST else _TWO_AVERAGES * numbers
+    parameter = nn.Parameter(torch.zeros(shape))
+    optimizer = build_optimizer([{"params": [parameter]}], choice, learning_rate=1e-4, weight_decay=0.0, fused=False)
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = optimizer.state[parameter].items()  # with code tables of bitsandbytes, which all tensors share
+    return sum(value.nbytes for name, value in state if torch.is_tensor(value) and not name.startswith("qmap"))
+
 
 _MASTER = 4  # bytes: adapters and their gradients are float32
 _FLOAT32 = 4  # bytes of a number
@@ -44,7 +80,7 @@ class StepSettings:
     """What of a config decides how much memory a step takes.
 
     Attributes:
-        storage: Of the base; see :data:`qlora_lightning.model.memory.stored_bytes.STORAGES`.
+        storage: Of the base; see :data:`qlora_lightning.model.memory.shapes.STORAGES`.
         number_bytes: Of a number in the dtype of the products.
         optimizer: As ``model.optimizer`` takes it.
         device: ``cpu`` or ``cuda``.

@@ -1,6 +1,7 @@
-"""An adapter worked into the weights of its base, tensor by tensor, in fp32."""
+"""Adapters merged into weights, and how large their updates are."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,18 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_lightning.adapter.identity import read_adapter_config
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.adapters.lora import ADAPTER
-from qlora_lightning.model.adapters.lora_options import OURS, check_lora_options
-from qlora_lightning.model.weights.base_weights import EMBEDDING, HEAD, Weights
-from qlora_lightning.model.weights.hollow_base import filled, make_skeleton, name_in_base, put_adapter_on
+from qlora_lightning.base.adapter_folder import read_adapter_config
+from qlora_lightning.model.adapters.lora import ADAPTER, OURS, check_lora_options
+from qlora_lightning.model.weights.base import (
+    EMBEDDING,
+    HEAD,
+    Weights,
+    filled,
+    make_skeleton,
+    name_in_base,
+    put_adapter_on,
+)
+from qlora_lightning.support.errors import UserError
 
 # Fields of an adapter's config that say nothing of the function it computes.
 _INDIFFERENT = {"task_type", "peft_type", "inference_mode", "auto_mapping", "peft_version", "init_lora_weights"}
@@ -147,3 +154,60 @@ def _check_options(adapter: Path, skeleton: PreTrainedModel) -> None:
         check_lora_options(options, skeleton, bool(skeleton.config.tie_word_embeddings))
     except UserError as error:
         raise UserError(f"The adapter folder {adapter} cannot be merged: {error}") from error
+
+
+@dataclass(frozen=True)
+class Movement:
+    """What an adapter does to one weight.
+
+    Attributes:
+        module: Its name in the base.
+        rank: Of the adapter there.
+        update_norm: Frobenius norm of the update, scaling included.
+        base_norm: Frobenius norm of the weight before.
+        effective_rank: How many directions the update has in effect, between 1 and ``rank``; 0 where it is zero.
+    """
+
+    module: str
+    rank: int
+    update_norm: float
+    base_norm: float
+    effective_rank: float
+
+    @property
+    def ratio(self) -> float:
+        """The update's norm as a share of the weight's."""
+        return self.update_norm / self.base_norm if self.base_norm else float("inf")
+
+
+@torch.no_grad()
+def measure_movement(layer: LoraLayer, name: str, weights: Weights) -> Movement:
+    """Measure one LoRA layer.
+
+    ``scaling · B A`` is never made: with ``B = Q_B R_B`` and ``Aᵀ = Q_A R_A`` it has the singular values of
+    ``scaling · R_B R_Aᵀ``. Effective rank is the exponential of the entropy of the singular values' shares (Roy and
+    Vetterli 2007, The effective rank).
+
+    Args:
+        layer: PEFT's layer.
+        name: Of the module in the base.
+        weights: Of the base.
+    """
+    a, b = _factors(layer)
+    small = torch.linalg.qr(b).R @ torch.linalg.qr(a.t()).R.t()  # (rank, rank)
+    values = torch.linalg.svdvals(layer.scaling[ADAPTER] * small)
+    before = weights(f"{name}.weight").float()
+    update = float(values.norm())
+    if ADAPTER in layer.lora_variant:  # DoRA scales the rows, too: the update is the difference that it makes
+        update = float((merge_module(layer, name, "weight", weights) - before).norm())
+    shares = values / values.sum()
+    entropy = -(shares * shares.clamp_min(torch.finfo(shares.dtype).tiny).log()).sum()
+    effective = float(entropy.exp()) if values.sum() > 0 else 0.0
+    return Movement(name, len(a), update, float(before.norm()), effective)
+
+
+def _factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give A ``(rank, in)`` and B ``(out, rank)`` in float64: the shares of small singular values count."""
+    if ADAPTER in layer.lora_A:
+        return layer.lora_A[ADAPTER].weight.double(), layer.lora_B[ADAPTER].weight.double()
+    return layer.lora_embedding_A[ADAPTER].double(), layer.lora_embedding_B[ADAPTER].double()

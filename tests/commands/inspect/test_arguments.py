@@ -3,7 +3,7 @@ import pytest
 from qlora_lightning.commands import training
 from qlora_lightning.commands.inspect import epoch
 from qlora_lightning.commands.inspect.arguments import KNOWN_KEYS, Options, make_data_module, parse
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 CONFIG = """
 seed_everything: 7

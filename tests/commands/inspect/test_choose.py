@@ -4,7 +4,7 @@ from qlora_lightning.commands.inspect.arguments import Options
 from qlora_lightning.commands.inspect.choose import RowChooser
 from qlora_lightning.commands.inspect.pieces import PieceCutter
 from qlora_lightning.data.reading.bad_rows import BadRow
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture

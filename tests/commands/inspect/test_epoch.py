@@ -3,7 +3,7 @@ import pytest
 from qlora_lightning.commands.inspect import epoch as epoch_module
 from qlora_lightning.commands.inspect.epoch import count_devices, plan_epoch
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 import pytest
 
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def test_all_splits_are_reported_and_rows_come_from_the_first(inspection, data_module):

@@ -4,7 +4,7 @@ import pytest
 
 from qlora_lightning.commands.inspect.page import render_page, write_page
 from qlora_lightning.data.reading.bad_rows import BadRow
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 VOID = {"meta", "br", "rect", "line"}
 HOSTILE = "</p><script>alert('1')</script>&amp;\" onmouseover=\"x"

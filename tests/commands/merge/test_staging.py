@@ -5,7 +5,7 @@ import pytest
 
 from qlora_lightning.commands.merge import staging
 from qlora_lightning.commands.merge.staging import check_folder, staged_folder
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 _NOBODY = 2**22 + 1  # no process has so high a number
 

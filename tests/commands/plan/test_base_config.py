@@ -3,11 +3,11 @@ import shutil
 
 import pytest
 
-from qlora_lightning.base.resolve import is_hub_id
+from qlora_lightning.base.find import is_hub_id
 from qlora_lightning.commands.plan import base_config
 from qlora_lightning.commands.plan.base_config import find_config, list_shapes
 from qlora_lightning.commands.plan.tokenizer import find_tokenizer
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def test_a_folder_needs_no_weights(tiny_base, tmp_path):

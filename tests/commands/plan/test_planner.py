@@ -5,8 +5,8 @@ import torch
 from transformers import LlamaConfig
 
 from qlora_lightning.commands.plan.planner import Choice, Planner
-from qlora_lightning.model.memory.model_shape import checkpoint_layers, read_model
-from qlora_lightning.model.memory.skeleton import build_skeleton
+from qlora_lightning.model.build import build_skeleton
+from qlora_lightning.model.memory.shapes import checkpoint_layers, read_model
 
 CONFIG = LlamaConfig(
     hidden_size=64,

@@ -14,7 +14,7 @@ from qlora_lightning.commands.profile.parts import (
     Widths,
 )
 from qlora_lightning.commands.profile.scopes import Scopes
-from qlora_lightning.model.layers.rotary import Rotary
+from qlora_lightning.model.layers.elementwise import Rotary
 
 WIDTHS = Widths(narrow=frozenset({2}), hidden=4, vocabulary=100)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qlora_lightning.data.batches.mixing import mix_sources, share_out
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 SOURCE = np.array([0] * 7 + [1] * 3, dtype=np.int32)  # rows 0 to 6 and rows 7 to 9
 

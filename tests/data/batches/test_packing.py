@@ -5,7 +5,7 @@ import pytest
 
 from qlora_lightning.data.batches.order import permute
 from qlora_lightning.data.batches.packing import best_fit, make_count
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def test_each_row_goes_where_it_leaves_the_least_room():

@@ -5,7 +5,7 @@ import pytest
 from qlora_lightning.data.batches.row_stream import RowStream
 from qlora_lightning.data.reading.bad_rows import BadRow
 from qlora_lightning.data.reading.sources import find_sources
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture

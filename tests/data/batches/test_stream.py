@@ -12,8 +12,8 @@ from qlora_lightning.data.batches.stream import StreamLoader
 from qlora_lightning.data.chat.renderer import ChatRenderer
 from qlora_lightning.data.reading.sources import find_sources
 from qlora_lightning.data.samples.prepare import Recipe
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.machine.device_memory import read_memory
+from qlora_lightning.model.device import read_memory
+from qlora_lightning.support.errors import UserError
 
 
 def pairs(count, first=0):

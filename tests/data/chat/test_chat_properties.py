@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from qlora_lightning.data.chat.renderer import ChatRenderer
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.reading.bad_rows import RowFault
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 SPECIAL = {
     "llama2": ["<s>", "</s>", "<unk>"],

@@ -6,7 +6,7 @@ import pytest
 from qlora_lightning.data.chat.lengths import split_up
 from qlora_lightning.data.chat.renderer import Rendered
 from qlora_lightning.data.datamodule import InstructionDataModule
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 STOP = 999
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}

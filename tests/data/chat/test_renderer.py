@@ -3,7 +3,7 @@ from tokenizers.processors import TemplateProcessing
 
 from qlora_lightning.data.chat.renderer import ChatRenderer
 from qlora_lightning.data.reading.bad_rows import RowFault
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def render(tokenizer, conversation, **settings):

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from qlora_lightning.data.chat.stops import find_stop_ids, find_turn_end
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def test_the_tokenizers_own_stop_token(characters):

@@ -7,7 +7,7 @@ from qlora_lightning.data.chat.tokenizers import (
     load_choice,
     tokenizer_of_base,
 )
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture

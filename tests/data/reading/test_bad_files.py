@@ -8,7 +8,7 @@ import yaml
 
 from qlora_lightning.cli import main
 from qlora_lightning.data.datamodule import InstructionDataModule
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 GOOD = 200
 ASK, ANSWER = {"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}

@@ -1,7 +1,7 @@
 import pytest
 
 from qlora_lightning.data.reading.bad_rows import BadRow, refuse
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def test_no_bad_row_is_no_error():

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from qlora_lightning.data.reading.compression import describe_kinds, kind_of, open_stream
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 LINES = b"".join(b'{"x": %d}\n' % number for number in range(50_000))
 

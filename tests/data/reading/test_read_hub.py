@@ -7,7 +7,7 @@ import pytest
 
 from qlora_lightning.data.reading.reader import RowReader, fingerprint
 from qlora_lightning.data.reading.sources import Source
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 ROWS = [{"x": f"row {number}", "messages": [{"role": "user", "content": "é"}]} for number in range(600)]
 

@@ -2,7 +2,7 @@ import pytest
 
 from qlora_lightning.data.reading.cursor import Cursor
 from qlora_lightning.data.reading.read_json import read_json
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture

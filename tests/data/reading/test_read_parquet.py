@@ -8,7 +8,7 @@ import pytest
 
 from qlora_lightning.data.reading.cursor import Cursor
 from qlora_lightning.data.reading.read_parquet import BATCH_ROWS, read_parquet
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture(autouse=True)

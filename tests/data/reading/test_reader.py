@@ -13,7 +13,7 @@ import pytest
 from qlora_lightning.data.reading.bad_rows import BadRow
 from qlora_lightning.data.reading.reader import Row, RowReader, fingerprint, read_rows
 from qlora_lightning.data.reading.sources import find_sources
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 ROWS = [{"x": str(number), "text": "é\n,{" * number} for number in range(7)]
 

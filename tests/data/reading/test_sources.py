@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from qlora_lightning.data.reading.sources import Source, find_sources
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture(autouse=True)

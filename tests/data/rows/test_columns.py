@@ -3,7 +3,7 @@ import pytest
 from qlora_lightning.data.reading.bad_rows import RowFault
 from qlora_lightning.data.reading.reader import Row
 from qlora_lightning.data.rows.columns import check_columns, rename_columns
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def rows(*values):

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from qlora_lightning.data.rows.format_function import import_function
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 def test_a_function_is_found_by_its_path_in_the_current_folder(tmp_path, monkeypatch):

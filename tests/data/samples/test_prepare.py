@@ -8,7 +8,7 @@ from qlora_lightning.data.samples import prepare
 from qlora_lightning.data.samples.prepare import TOO_LONG, Preparer, Recipe, prepare_prompts, prepare_samples
 from qlora_lightning.data.samples.report import Report
 from qlora_lightning.data.samples.sample_builder import SampleSetBuilder
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture

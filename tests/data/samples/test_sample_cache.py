@@ -12,7 +12,7 @@ from qlora_lightning.data.reading.sources import find_sources
 from qlora_lightning.data.samples.report import Report
 from qlora_lightning.data.samples.sample_builder import SampleSetBuilder
 from qlora_lightning.data.samples.sample_cache import cached_samples, describe_sources
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 REPOSITORY = Path(__file__).parents[3]
 KEY = {"rows": "a"}

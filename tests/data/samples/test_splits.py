@@ -13,7 +13,7 @@ from qlora_lightning.data.samples.splits import (
     recount,
     refuse_unusable,
 )
-from qlora_lightning.errors import UserError
+from qlora_lightning.support.errors import UserError
 
 NOTHING = {
     "val": None,

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.adapter.identity import read_identity
-from qlora_lightning.base.cache_clear import list_entries
+from qlora_lightning.base.adapter_folder import read_identity
+from qlora_lightning.base.cache import list_entries
 from qlora_lightning.base.tokenizer import load_tokenizer
 from qlora_lightning.model.adapters.folder import loading_snippet, save_adapter_folder
 from qlora_lightning.model.adapters.lora import add_adapters, trainable_tensors
-from qlora_lightning.model.layers.linear import fuse_lora_linears
-from qlora_lightning.model.quantized import load_base
+from qlora_lightning.model.base_model import load_base
+from qlora_lightning.model.layers.lora import fuse_lora_linears
 
 IDS = [5, 6, 7, 8, 9, 10]
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "qlora_lightning.json"}

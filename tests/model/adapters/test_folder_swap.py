@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from qlora_lightning.model.adapters.folder_swap import refill_folder, settle_folder
+from qlora_lightning.model.adapters.folder import refill_folder, settle_folder
 
 
 class KilledError(BaseException):

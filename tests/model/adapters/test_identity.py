@@ -4,7 +4,6 @@ import peft
 import pytest
 from transformers import AutoModelForCausalLM
 
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters.identity import (
     check_identity,
     data_differences,
@@ -13,6 +12,7 @@ from qlora_lightning.model.adapters.identity import (
     identity_of_data,
 )
 from qlora_lightning.model.adapters.lora import add_adapters
+from qlora_lightning.support.errors import UserError
 
 HASHES = ["0123456789abcdef" * 4, "fedcba9876543210" * 4]
 OWN = {

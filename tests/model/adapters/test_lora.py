@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters.folder import save_adapter_folder
 from qlora_lightning.model.adapters.lora import add_adapters, copy_tensors, load_adapters, trainable_tensors
-from qlora_lightning.model.quantized import load_base
+from qlora_lightning.model.base_model import load_base
+from qlora_lightning.support.errors import UserError
 
 IN_PLUS_OUT = {
     "q": 64 + 64,

@@ -6,14 +6,18 @@ import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters.folder import save_adapter_folder
-from qlora_lightning.model.adapters.lora import add_adapters, all_names_of_trainable_tensors, trainable_tensors
-from qlora_lightning.model.adapters.lora_options import check_lora_options
-from qlora_lightning.model.answers.generation import generate_answers
-from qlora_lightning.model.layers.linear import fuse_lora_linears
+from qlora_lightning.model.adapters.lora import (
+    add_adapters,
+    all_names_of_trainable_tensors,
+    check_lora_options,
+    trainable_tensors,
+)
+from qlora_lightning.model.base_model import load_base
+from qlora_lightning.model.generate import generate_answers
+from qlora_lightning.model.layers.lora import fuse_lora_linears
 from qlora_lightning.model.loss import head_loss, next_labels
-from qlora_lightning.model.quantized import load_base
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import without_peft_warnings
 
 TIED_EMBEDDING = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}

@@ -9,10 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.adapter.identity import read_identity
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.adapters.reading import fill_adapter, open_adapter_folder
-from qlora_lightning.model.adapters.tensors import read_tensors
+from qlora_lightning.base.adapter_folder import read_identity
+from qlora_lightning.model.adapters.reading import fill_adapter, open_adapter_folder, read_tensors
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters.targets import compact_targets, resolve_targets
+from qlora_lightning.support.errors import UserError
 
 LAYERS = 4
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.adapters.tensors import read_tensors
+from qlora_lightning.model.adapters.reading import read_tensors
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture

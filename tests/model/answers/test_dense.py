@@ -4,11 +4,11 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
+from qlora_lightning.model import generate
 from qlora_lightning.model.adapters.lora import add_adapters
-from qlora_lightning.model.answers import dense
-from qlora_lightning.model.answers.dense import dense_weights
-from qlora_lightning.model.layers.linear import fuse_lora_linears
-from qlora_lightning.model.quantized import load_base
+from qlora_lightning.model.base_model import load_base
+from qlora_lightning.model.generate import dense_weights
+from qlora_lightning.model.layers.lora import fuse_lora_linears
 
 IDS = torch.tensor([[11, 12, 13]])
 
@@ -64,7 +64,7 @@ def test_without_memory_for_it_nothing_is_made_dense(model, monkeypatch):
     )
     for available, expected in ((2 * needed - 2, False), (2 * needed, True)):
         free = types.SimpleNamespace(available=available)
-        monkeypatch.setattr(dense.psutil, "virtual_memory", lambda free=free: free)
+        monkeypatch.setattr(generate.psutil, "virtual_memory", lambda free=free: free)
         with dense_weights(model) as is_dense:
             assert is_dense == expected
             assert len(quantized(model)) == (0 if expected else 14)

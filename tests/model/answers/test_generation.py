@@ -2,12 +2,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from qlora_lightning.model import generate
 from qlora_lightning.model.adapters.lora import add_adapters
-from qlora_lightning.model.answers import generation
-from qlora_lightning.model.answers.generation import generate_answers
-from qlora_lightning.model.answers.padded_generation import generate_padded
+from qlora_lightning.model.base_model import load_base
+from qlora_lightning.model.generate import generate_answers, generate_padded
 from qlora_lightning.model.layers.attention import register_flat_attention
-from qlora_lightning.model.quantized import load_base
 
 PROMPTS = [[11, 12, 13, 14, 15, 16], [21], [31, 32, 33]]
 NEVER = 49_151  # a stop token that is not generated within a few tokens
@@ -54,7 +53,7 @@ def test_when_stopped_rows_leave_changes_no_answer(model, monkeypatch, share):
     prompts = [*PROMPTS, [41, 42], [51]]
     stop_ids = (answer(model, *prompts)[0][2], NEVER)
     expected = [answer(model, prompt, stop_ids=stop_ids)[0] for prompt in prompts]
-    monkeypatch.setattr(generation, "_STILL_GOING", share)
+    monkeypatch.setattr(generate, "_STILL_GOING", share)
     assert answer(model, *prompts, stop_ids=stop_ids) == expected
     assert len(set(map(len, expected))) > 1
 
@@ -79,7 +78,7 @@ def test_the_training_mode_is_put_back_after_an_error_too(model, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(generation, "KeyValueCache", fail)
+    monkeypatch.setattr(generate, "KeyValueCache", fail)
     model.train()
     with pytest.raises(RuntimeError, match="out of memory"):
         answer(model, [11])
@@ -97,7 +96,7 @@ def test_the_size_of_a_batch_changes_nothing(model, batch_size):
 
 def test_a_batch_holds_no_more_tokens_than_its_budget(model, monkeypatch):
     together = answer(model, *PROMPTS)
-    monkeypatch.setattr(generation, "TOKEN_BUDGET", 24)  # two rows of at most 6 + 6 tokens
+    monkeypatch.setattr(generate, "TOKEN_BUDGET", 24)  # two rows of at most 6 + 6 tokens
     assert answer(model, *PROMPTS, watch=(done := []).append) == together
     assert done == [2, 1]
 

@@ -5,7 +5,7 @@ from qlora_lightning import QLoRAModule
 from qlora_lightning.data.batches.collate import collate
 from qlora_lightning.data.samples.sample import make_sample
 from qlora_lightning.model import judging
-from qlora_lightning.model.batch.filling import fill_up, filled
+from qlora_lightning.model.layout import fill_up, filled
 from qlora_lightning.model.loss import next_labels
 
 

@@ -8,7 +8,7 @@ import torch
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.model.batch.needed_tokens import find_needed, leave_out_unneeded
+from qlora_lightning.model.layout import find_needed, leave_out_unneeded
 from qlora_lightning.model.loss import IGNORED, next_labels
 from qlora_lightning.support.versions import enable_activation_checkpointing
 

@@ -6,7 +6,7 @@ import torch
 from qlora_lightning.data.batches.collate import collate
 from qlora_lightning.data.samples.sample import make_sample
 from qlora_lightning.data.samples.sample_builder import SampleSetBuilder
-from qlora_lightning.model.batch.rows import cut_into_rows, describe_row, join_places, row_places
+from qlora_lightning.model.batch import cut_into_rows, describe_row, join_places, row_places
 
 
 @pytest.fixture

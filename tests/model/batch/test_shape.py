@@ -1,6 +1,6 @@
 import torch
 
-from qlora_lightning.model.batch.shape import BatchShape, shape_of_batch
+from qlora_lightning.model.batch import BatchShape, shape_of_batch
 
 SHAPE = BatchShape(lengths=(10, 20, 30), labelled=30, seen=(9, 19, 29), shared=(4, 0, 4))
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.checkpoint import format as checkpoint_format
 from qlora_lightning.model.checkpoint.format import (
     FORMAT_VERSION,
@@ -18,6 +17,7 @@ from qlora_lightning.model.checkpoint.format import (
     plain_settings,
     read_content,
 )
+from qlora_lightning.support.errors import UserError
 
 FIRST = {  # what version 1 wrote when it was new: no key beside these
     "format_version": 1,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_lightning.model.checkpoint.generators import capture_generators, restore_generators
+from qlora_lightning.model.checkpoint.ranks import capture_generators, restore_generators
 
 
 def draw():

@@ -1,6 +1,6 @@
 import torch
 
-from qlora_lightning.model.checkpoint.rank_states import describe_other_number, gather_states, share_states
+from qlora_lightning.model.checkpoint.ranks import describe_other_number, gather_states, share_states
 
 
 def state(seed, gradient, tokens):

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.format_version import FORMAT_VERSION
 from qlora_lightning.model.checkpoint.format import PARTS, read_content
 from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.loss import LossSums
-from qlora_lightning.model.optimization.window import Window
+from qlora_lightning.model.window import Window
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.versions import FORMAT_VERSION
 
 OWN = {"base": "a", "fingerprint": "123", "quantization": "nf4"}
 

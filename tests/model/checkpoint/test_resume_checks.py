@@ -1,7 +1,7 @@
 import pytest
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.checkpoint.resume_checks import check_window, leaves_validation_out
+from qlora_lightning.model.checkpoint.resume import check_window, leaves_validation_out
+from qlora_lightning.support.errors import UserError
 
 
 def content(accumulate, done):

@@ -4,7 +4,7 @@ import pytest
 from lightning.pytorch.loops.progress import _ProcessedTracker as _Counts
 from lightning.pytorch.loops.progress import _Progress
 
-from qlora_lightning.model.checkpoint.save_points import (
+from qlora_lightning.model.checkpoint.resume import (
     count_epoch,
     is_inside_batch,
     let_validation_follow,

@@ -6,7 +6,6 @@ import torch
 from lightning import Callback
 from torch import nn
 
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.guards.checks import (
     check_callbacks,
     check_gradients,
@@ -15,6 +14,7 @@ from qlora_lightning.model.guards.checks import (
     find_dead_gradients,
     find_divergence,
 )
+from qlora_lightning.support.errors import UserError
 
 
 def parameter(value, gradient):

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lightning.model.guards.frozen import check_frozen, checksum_frozen
-from qlora_lightning.model.quantized import load_base
+from qlora_lightning.model.base_model import load_base
+from qlora_lightning.model.guards.checks import check_frozen, checksum_frozen
 
 
 def model(**tensors):

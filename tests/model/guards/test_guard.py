@@ -9,11 +9,11 @@ import torch
 from lightning import Callback
 
 from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, InstructionDataModule, LossSums, QLoRAModule
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.guards import guard
-from qlora_lightning.model.guards.movement import STEPS
-from qlora_lightning.model.optimization.window import Window
+from qlora_lightning.model.guards.guard import STEPS
+from qlora_lightning.model.window import Window
+from qlora_lightning.support.errors import UserError
 
 
 class Spoilt(QLoRAModule):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lightning.model.guards.movement import STEPS, AdapterMovement
+from qlora_lightning.model.guards.guard import STEPS, AdapterMovement
 
 
 def adapter():

@@ -9,9 +9,10 @@ from torch import nn
 
 from qlora_lightning.data.batches.collate import collate
 from qlora_lightning.data.samples.sample import make_sample
-from qlora_lightning.model.guards.nonfinite import Finding, find_nonfinite
-from qlora_lightning.model.guards.nonfinite_report import (
+from qlora_lightning.model.guards.nonfinite import (
+    Finding,
     describe_finding,
+    find_nonfinite,
     report_file,
     word_findings,
     word_remedy,

@@ -4,8 +4,8 @@ import torch
 from qlora_lightning import QLoRAModule
 from qlora_lightning.data.batches.collate import collate
 from qlora_lightning.data.samples.sample import make_sample
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.guards.token_ids import check_token_ids
+from qlora_lightning.model.guards.checks import check_token_ids
+from qlora_lightning.support.errors import UserError
 
 
 def batch_of(*rows):

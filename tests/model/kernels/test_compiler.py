@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qlora_lightning.base.cache_clear import list_entries
-from qlora_lightning.model.kernels import compiler, loops
-from qlora_lightning.model.layers.rms_norm import gradient, normalize, normalize_again
+from qlora_lightning.base.cache import list_entries
+from qlora_lightning.model.kernels import library, loops
+from qlora_lightning.model.layers.elementwise import gradient, normalize, normalize_again
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="takes g++")
 
@@ -17,27 +17,27 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="takes g++")
 def fresh(tmp_path, monkeypatch):
     """A cache that holds nothing yet, and a process that has not looked for the loops."""
     monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
-    compiler.load_library.cache_clear()
+    library.load_library.cache_clear()
     yield
-    compiler.load_library.cache_clear()
+    library.load_library.cache_clear()
 
 
 def test_the_loops_are_compiled_once_and_kept(monkeypatch):
     ran, run = [], subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: ran.append(args) or run(*args, **options))
-    assert compiler.load_library() is not None
-    compiler.load_library.cache_clear()
-    assert compiler.load_library() is not None
-    assert len(ran) == len(compiler._SOURCES) + 1  # and the linker
+    assert library.load_library() is not None
+    library.load_library.cache_clear()
+    assert library.load_library() is not None
+    assert len(ran) == len(library._SOURCES) + 1  # and the linker
     (entry,) = list_entries("kernels")
     assert entry.label == "C++ loops for this CPU"
 
 
 def test_another_cpu_takes_loops_of_its_own(monkeypatch):
-    compiler.load_library()
-    compiler.load_library.cache_clear()
-    monkeypatch.setattr(compiler, "_cpu", lambda: "another")
-    compiler.load_library()
+    library.load_library()
+    library.load_library.cache_clear()
+    monkeypatch.setattr(library, "_cpu", lambda: "another")
+    library.load_library()
     assert len(list_entries("kernels")) == 2
 
 
@@ -45,7 +45,7 @@ def test_without_a_compiler_which_is_told_torch_computes_the_same(monkeypatch, c
     x, weight = torch.randn(5, 8), torch.randn(8)
     normed, inverse = normalize(x, weight, 1e-5)
     compiled = normed, inverse, gradient(x.clone(), x, weight, inverse, normalize_again(x, weight, inverse))
-    compiler.load_library.cache_clear()
+    library.load_library.cache_clear()
     monkeypatch.setattr(shutil, "which", lambda name: None)
     normed, inverse = normalize(x, weight, 1e-5)
     again = normalize_again(x, weight, inverse)
@@ -58,7 +58,7 @@ def test_without_a_compiler_which_is_told_torch_computes_the_same(monkeypatch, c
 
 
 def test_a_compiler_that_fails_is_told_and_torch_goes_on(monkeypatch, caplog):
-    monkeypatch.setattr(compiler, "_OPTIONS", ("--no-such-option",))
+    monkeypatch.setattr(library, "_OPTIONS", ("--no-such-option",))
     with caplog.at_level(logging.WARNING):
         x = torch.randn(2, 8)
         torch.testing.assert_close(normalize(x, torch.ones(8), 1e-5)[0], F.rms_norm(x, (8,), eps=1e-5))
@@ -77,7 +77,7 @@ def test_a_cache_that_cannot_be_written_is_told_and_torch_goes_on(monkeypatch, t
 
 
 def test_where_torch_has_other_threads_nothing_is_compiled_and_it_is_told(monkeypatch, caplog):
-    monkeypatch.setattr(compiler, "_has_gnu_threads", lambda: False)
-    assert compiler.load_library() is None
+    monkeypatch.setattr(library, "_has_gnu_threads", lambda: False)
+    assert library.load_library() is None
     assert "This torch has no GNU threads" in caplog.text
     assert not list_entries("kernels")

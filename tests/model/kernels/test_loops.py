@@ -6,10 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from qlora_lightning.model.kernels import loops
-from qlora_lightning.model.kernels.compiler import load_library
-from qlora_lightning.model.layers.rms_norm import gradient, normalize, normalize_again
-from qlora_lightning.model.layers.rotary import Rotary
-from qlora_lightning.model.layers.swiglu import swiglu
+from qlora_lightning.model.kernels.library import load_library
+from qlora_lightning.model.layers.elementwise import Rotary, gradient, normalize, normalize_again, swiglu
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="takes Linux and g++")
 

@@ -6,10 +6,9 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 
 from qlora_lightning.model.kernels import products
-from qlora_lightning.model.kernels.calls import is_there
+from qlora_lightning.model.kernels.library import is_there
 from qlora_lightning.model.kernels.products import can_multiply, multiply
-from qlora_lightning.model.layers.frozen_weight import FrozenWeight
-from qlora_lightning.model.layers.projection import Frozen, narrow, project, project_back
+from qlora_lightning.model.layers.lora import Frozen, FrozenWeight, narrow, project, project_back
 
 pytestmark = pytest.mark.skipif(not is_there("multiply", torch.bfloat16), reason="takes g++ and AVX512-BF16")
 

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from qlora_lightning.model.kernels import thin
-from qlora_lightning.model.kernels.calls import is_there
+from qlora_lightning.model.kernels.library import is_there
 from qlora_lightning.model.kernels.thin import can_narrow, narrow, narrow_and_partner, partner
-from qlora_lightning.model.layers.frozen_weight import FrozenWeight
-from qlora_lightning.model.layers.projection import Frozen, gradients_of_b
+from qlora_lightning.model.layers.lora import Frozen, FrozenWeight, gradients_of_b
 
 pytestmark = pytest.mark.skipif(not is_there("thin", torch.bfloat16), reason="takes g++ and AVX512-BF16")
 

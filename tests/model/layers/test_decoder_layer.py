@@ -14,10 +14,10 @@ from transformers.models.llama import modeling_llama as llama
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.kernels import loops
-from qlora_lightning.model.layers import swiglu
+from qlora_lightning.model.layers import elementwise
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, fuse_decoder_layers
-from qlora_lightning.model.layers.frozen_weight import FrozenWeight
+from qlora_lightning.model.layers.lora import FrozenWeight
 from qlora_lightning.model.loss import IGNORED
 from qlora_lightning.support.versions import enable_activation_checkpointing
 
@@ -107,9 +107,9 @@ def test_a_layer_that_runs_again_stops_before_swiglu(tiny_base, monkeypatch):
     module = make(tiny_base, fast=True)
     enable_activation_checkpointing(module.causal_lm)
     ran = []
-    silu = swiglu.F.silu
+    silu = elementwise.F.silu
     monkeypatch.setattr(loops, "can_run", lambda *_: False)
-    monkeypatch.setattr(swiglu.F, "silu", lambda gate: ran.append(1) or silu(gate))
+    monkeypatch.setattr(elementwise.F, "silu", lambda gate: ran.append(1) or silu(gate))
     loss_and_gradients(module)
     assert len(ran) == len(layers_of(module)) * 2  # forward, and once for backward
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lightning.model.layers import frozen_weight
-from qlora_lightning.model.layers.frozen_weight import FrozenWeight
+from qlora_lightning.model.layers import lora
+from qlora_lightning.model.layers.lora import FrozenWeight
 
 OUT, IN, TOKENS = 640, 384, 7
 SMALL = 100_000  # bytes: tiles of 64 to 128 rows or columns, the last one narrower
@@ -41,7 +41,7 @@ def products(stored, dtype):
 def test_tiles_give_the_whole_weights_products_to_the_last_bit(monkeypatch, quant_type, double_quant, dtype):
     stored = quantized(quant_type, double_quant, dtype)
     whole = products(stored, dtype)
-    monkeypatch.setattr(frozen_weight, "TILE_BYTES", SMALL)
+    monkeypatch.setattr(lora, "TILE_BYTES", SMALL)
     assert FrozenWeight(stored)._has_tiles(dtype)
     for tiled, expected in zip(products(stored, dtype), whole, strict=True):
         assert torch.equal(tiled, expected)
@@ -50,7 +50,7 @@ def test_tiles_give_the_whole_weights_products_to_the_last_bit(monkeypatch, quan
 def test_tiles_are_as_small_as_told_and_cover_the_weight(monkeypatch):
     stored = quantized()
     dense = bnb.functional.dequantize_4bit(stored.data, stored.quant_state)
-    monkeypatch.setattr(frozen_weight, "TILE_BYTES", SMALL)
+    monkeypatch.setattr(lora, "TILE_BYTES", SMALL)
     for dim in (0, 1):
         tiles = list(FrozenWeight(stored)._tiles(dim, torch.bfloat16))
         assert torch.equal(torch.cat([tile for _, tile in tiles], dim), dense)
@@ -61,7 +61,7 @@ def test_tiles_are_as_small_as_told_and_cover_the_weight(monkeypatch):
 
 @pytest.mark.parametrize("tile_bytes", [SMALL, 1 << 30])
 def test_a_sum_takes_the_place_of_what_it_is_added_onto(monkeypatch, tile_bytes):
-    monkeypatch.setattr(frozen_weight, "TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(lora, "TILE_BYTES", tile_bytes)
     weight = FrozenWeight(quantized())
     by_output, by_input = (torch.ones(TOKENS, width, dtype=torch.bfloat16) for width in (OUT, IN))
     assert weight.multiply(torch.ones_like(by_input), by_output) is by_output
@@ -71,7 +71,7 @@ def test_a_sum_takes_the_place_of_what_it_is_added_onto(monkeypatch, tile_bytes)
 def test_a_weight_whose_rows_are_no_whole_blocks_is_made_dense_as_a_whole(monkeypatch):
     stored = quantized(shape=(OUT, 96))  # a block of 64 runs on into the next row
     whole = products(stored, torch.bfloat16)
-    monkeypatch.setattr(frozen_weight, "TILE_BYTES", 1000)
+    monkeypatch.setattr(lora, "TILE_BYTES", 1000)
     assert not FrozenWeight(stored)._has_tiles(torch.bfloat16)
     for now, before in zip(products(stored, torch.bfloat16), whole, strict=True):
         assert torch.equal(now, before)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lightning.model.layers.layer_inputs import keep_inputs_apart
+from qlora_lightning.model.layers.checkpointing import keep_inputs_apart
 
 MIB = 1 << 20
 

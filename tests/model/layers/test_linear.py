@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lightning.model.layers.linear import FusedLinear, FusedLinear4bit, fuse_lora_linears, is_plain
+from qlora_lightning.model.layers.lora import FusedLinear, FusedLinear4bit, fuse_lora_linears, is_plain
 
 IN, OUT, RANK = 64, 48, 4
 STORAGES = ["none", "nf4", "fp4"]

@@ -2,9 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qlora_lightning.model.layers.frozen_weight import FrozenWeight
-from qlora_lightning.model.layers.normed_linears import NormedLinears
-from qlora_lightning.model.layers.projection import Frozen
+from qlora_lightning.model.layers.decoder_layer import NormedLinears
+from qlora_lightning.model.layers.lora import Frozen, FrozenWeight
 
 WIDTH, OUTS, SCALINGS, EPS = 6, (4, 3, 5), (2.0, 0.5, 1.5), 1e-3
 

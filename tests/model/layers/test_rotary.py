@@ -1,7 +1,7 @@
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from qlora_lightning.model.layers.rotary import Rotary
+from qlora_lightning.model.layers.elementwise import Rotary
 
 
 def test_output_and_gradient_are_those_of_transformers():

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from qlora_lightning.model.kernels.attention import attends_in
-from qlora_lightning.model.kernels.compiler import load_library
-from qlora_lightning.model.layers.sample_attention import attend_within, find_samples
-from qlora_lightning.model.layers.whole_samples import lay_out_samples
+from qlora_lightning.model.kernels.library import load_library
+from qlora_lightning.model.layers.attention import attend_within, find_samples, lay_out_samples
 from tests.model.layers.written_attention import (
     HEAD_DIM,
     HEADS,

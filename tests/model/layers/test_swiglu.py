@@ -2,10 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qlora_lightning.model.layers.frozen_weight import FrozenWeight
-from qlora_lightning.model.layers.linear import LoRAProjection
-from qlora_lightning.model.layers.projection import Frozen
-from qlora_lightning.model.layers.swiglu import swiglu
+from qlora_lightning.model.layers.elementwise import swiglu
+from qlora_lightning.model.layers.lora import Frozen, FrozenWeight, LoRAProjection
 
 WIDTH, WIDE, SCALING = 4, 6, 2.0
 

@@ -1,6 +1,6 @@
 import torch
 
-from qlora_lightning.model.layers.whole_samples import lay_out_samples, sort_by_place
+from qlora_lightning.model.layers.attention import lay_out_samples, sort_by_place
 
 PLACES = torch.tensor([1, 2, 0, 1, 2, 3])  # two samples of three tokens, which begin alike
 

@@ -15,8 +15,8 @@ def assert_runs(code):
 # Blocks of 8 MiB, each followed by one of 64 KiB that stays: in one heap every block would be held open.
 CODE = """
 import torch
-from qlora_lightning.model.machine.device_memory import read_memory
-from qlora_lightning.model.machine.allocator import giving_memory_back
+from qlora_lightning.model.device import read_memory
+from qlora_lightning.model.device import giving_memory_back
 
 def private_mib():
     return read_memory(torch.device("cpu"))["private_memory_gib"] * 1024
@@ -44,7 +44,7 @@ def test_small_tensors_that_stay_do_not_hold_freed_ones():
 KEEPING = """
 import resource
 import torch
-from qlora_lightning.model.machine.allocator import keep_freed_memory
+from qlora_lightning.model.device import keep_freed_memory
 
 def faults_of_a_tensor():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -66,8 +66,8 @@ def test_kept_memory_is_taken_again_without_page_faults():
 STAYING = """
 import ctypes
 import torch
-from qlora_lightning.model.machine.allocator import keep_freed_memory
-from qlora_lightning.model.machine.device_memory import read_memory
+from qlora_lightning.model.device import keep_freed_memory
+from qlora_lightning.model.device import read_memory
 
 def private_mib():
     return read_memory(torch.device("cpu"))["private_memory_gib"] * 1024

@@ -3,8 +3,8 @@ import re
 import pytest
 import torch
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.machine.dtypes import choose_compute_dtype, explain_dtype
+from qlora_lightning.model.device import choose_compute_dtype, explain_dtype
+from qlora_lightning.support.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

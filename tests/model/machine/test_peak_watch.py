@@ -2,7 +2,7 @@ import time
 
 import torch
 
-from qlora_lightning.model.machine.peak_watch import PeakWatch
+from qlora_lightning.model.device import PeakWatch
 
 
 def test_memory_that_was_taken_and_given_back_is_seen():

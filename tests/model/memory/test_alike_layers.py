@@ -2,9 +2,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from qlora_lightning.model.memory.alike_layers import are_alike, deepen, shorten
-from qlora_lightning.model.memory.model_shape import read_model
-from qlora_lightning.model.memory.skeleton import build_skeleton
+from qlora_lightning.model.build import build_skeleton
+from qlora_lightning.model.memory.shapes import are_alike, deepen, read_model, shorten
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 50, "num_attention_heads": 4}
 BASE = {**SMALL, "num_key_value_heads": 2, "num_hidden_layers": 5}

@@ -10,8 +10,8 @@ from qlora_lightning import QLoRAModule
 from qlora_lightning.commands.profile.kept import KeptTensors
 from qlora_lightning.commands.profile.parts import Widths
 from qlora_lightning.commands.profile.scopes import Scopes
-from qlora_lightning.model.batch.shape import BatchShape, shape_of_batch
-from qlora_lightning.model.kernels import compiler
+from qlora_lightning.model.batch import BatchShape, shape_of_batch
+from qlora_lightning.model.kernels import library
 from qlora_lightning.model.loss import IGNORED
 from qlora_lightning.model.memory import kept
 from qlora_lightning.model.memory.kept import (
@@ -20,8 +20,7 @@ from qlora_lightning.model.memory.kept import (
     room_of_backward,
     room_of_logits,
 )
-from qlora_lightning.model.memory.layer_shapes import LayerShape, LinearShape
-from qlora_lightning.model.memory.model_shape import checkpoint_layers, read_model
+from qlora_lightning.model.memory.shapes import LayerShape, LinearShape, checkpoint_layers, read_model
 from qlora_lightning.support.versions import enable_activation_checkpointing
 
 NO_WIDTHS = Widths(frozenset(), 0, 0)
@@ -90,13 +89,13 @@ def test_the_fused_path_keeps_what_the_formulas_say(tiny_base, options, lengths)
 
 @pytest.mark.parametrize("lengths", [(65, 33, 129), (513, 9, 521)], ids=["short samples", "about 512 tokens"])
 def test_without_the_loops_attention_keeps_what_torchs_does(tiny_base, lengths, monkeypatch):
-    compiler.load_library.cache_clear()
+    library.load_library.cache_clear()
     monkeypatch.setattr(shutil, "which", lambda name: None)
     try:
         truth, batch = kept_in_truth(module := make(tiny_base), lengths)
         assert kept_by_formula(module, batch) == pytest.approx(truth, rel=0.05)
     finally:
-        compiler.load_library.cache_clear()
+        library.load_library.cache_clear()
 
 
 @pytest.mark.parametrize("lengths", [(97, 145, 97), (513, 105, 137)], ids=["short samples", "about 512 tokens"])

@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from qlora_lightning.model.memory.model_shape import read_model
-from qlora_lightning.model.memory.skeleton import build_skeleton
+from qlora_lightning.model.build import build_skeleton
+from qlora_lightning.model.memory.shapes import read_model
 
 
 @pytest.mark.parametrize(

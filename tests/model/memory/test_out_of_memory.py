@@ -8,9 +8,9 @@ import torch
 from lightning import Callback
 
 from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.machine.device_memory import read_peak_gib
+from qlora_lightning.model.device import read_peak_gib
 from qlora_lightning.model.memory.out_of_memory import is_out_of_memory, telling_out_of_memory
+from qlora_lightning.support.errors import UserError
 
 HUGE = 1 << 60  # bytes that no allocator has
 

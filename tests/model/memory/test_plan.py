@@ -5,12 +5,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from qlora_lightning.model.batch.shape import BatchShape
-from qlora_lightning.model.memory.model_shape import checkpoint_layers, read_model
-from qlora_lightning.model.memory.optimizer_bytes import count_optimizer_bytes
-from qlora_lightning.model.memory.plan import PARTS, StepSettings, plan_memory, share_unread
-from qlora_lightning.model.memory.skeleton import build_skeleton
-from qlora_lightning.model.memory.stored_bytes import BaseShape
+from qlora_lightning.model.batch import BatchShape
+from qlora_lightning.model.build import build_skeleton
+from qlora_lightning.model.memory.plan import PARTS, StepSettings, count_optimizer_bytes, plan_memory, share_unread
+from qlora_lightning.model.memory.shapes import BaseShape, checkpoint_layers, read_model
 
 BATCH = BatchShape((40, 24), labelled=32)
 # A and B of rank 2 of seven linears in two layers: 64 → 64, 32, 32, 64; 64 → 128 twice; 128 → 64

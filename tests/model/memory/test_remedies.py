@@ -1,6 +1,6 @@
 import pytest
 
-from qlora_lightning.model.memory.remedies import MemorySettings, cheapest_changes
+from qlora_lightning.model.memory.out_of_memory import MemorySettings, cheapest_changes
 
 LENGTHS = [100] * 99 + [2_000]
 

@@ -3,10 +3,10 @@ import torch
 from transformers import LlamaConfig
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.model.memory.model_shape import checkpoint_layers, read_model
-from qlora_lightning.model.memory.skeleton import build_skeleton
+from qlora_lightning.model.build import build_skeleton
+from qlora_lightning.model.memory.shapes import checkpoint_layers, read_model
+from qlora_lightning.support.errors import UserError
 
 OPTIONS = [
     {},

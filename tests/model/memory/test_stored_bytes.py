@@ -5,10 +5,9 @@ import bitsandbytes as bnb
 import pytest
 from transformers import LlamaConfig
 
-from qlora_lightning.model.memory.model_shape import read_model
-from qlora_lightning.model.memory.skeleton import build_skeleton
-from qlora_lightning.model.memory.stored_bytes import STORAGES, name_storage, read_base
-from qlora_lightning.model.quantized import load_base
+from qlora_lightning.model.base_model import load_base
+from qlora_lightning.model.build import build_skeleton
+from qlora_lightning.model.memory.shapes import STORAGES, name_storage, read_base, read_model
 from qlora_lightning.model.summary import bytes_by_dtype
 
 ROOT = Path(__file__).parents[3]

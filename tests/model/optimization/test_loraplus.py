@@ -4,9 +4,9 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.errors import UserError
 from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.model.optimization.loraplus import check_loraplus_ratio, group_parameters
+from qlora_lightning.model.optimizer import check_loraplus_ratio, group_parameters
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture

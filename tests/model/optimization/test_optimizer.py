@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.optimization.optimizer import build_optimizer
+from qlora_lightning.model.optimizer import build_optimizer
+from qlora_lightning.support.errors import UserError
 
 
 def make_groups(**own):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.optimization.schedule import build_schedule, count_optimizer_steps
+from qlora_lightning.model.optimizer import build_schedule, count_optimizer_steps
+from qlora_lightning.support.errors import UserError
 
 
 @pytest.mark.parametrize(

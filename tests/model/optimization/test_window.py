@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from qlora_lightning.model.loss import LossSums
-from qlora_lightning.model.optimization.window import Window
+from qlora_lightning.model.window import Window
 
 
 def sums(nll, tokens):

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from qlora_lightning.base import open_base
-from qlora_lightning.model.weights.adapter_norms import measure_movement
-from qlora_lightning.model.weights.base_weights import OriginalWeights
-from qlora_lightning.model.weights.merging import MergedWeights, adapted_layers, plan_merge
+from qlora_lightning.model.weights.base import OriginalWeights
+from qlora_lightning.model.weights.merging import MergedWeights, adapted_layers, measure_movement, plan_merge
 from tests.adapters import make_adapter
 
 NAME = "model.layers.0.self_attn.q_proj"

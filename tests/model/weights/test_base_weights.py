@@ -4,9 +4,8 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_lightning.base import open_base
-from qlora_lightning.model.quantized import load_base
-from qlora_lightning.model.weights.base_weights import OriginalWeights, TrainedWeights, quantized_names
-from qlora_lightning.model.weights.hollow_base import make_skeleton
+from qlora_lightning.model.base_model import load_base
+from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights, make_skeleton, quantized_names
 
 LINEAR = "model.layers.1.mlp.down_proj"
 

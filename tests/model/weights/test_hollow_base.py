@@ -1,8 +1,7 @@
 import torch
 
 from qlora_lightning.base import open_base
-from qlora_lightning.model.weights.base_weights import OriginalWeights
-from qlora_lightning.model.weights.hollow_base import filled, make_skeleton, name_in_base
+from qlora_lightning.model.weights.base import OriginalWeights, filled, make_skeleton, name_in_base
 
 
 def test_nothing_of_a_skeleton_has_values_but_the_rotary_table(tiny_base):

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lightning.model.weights.layerwise import Judged
-from qlora_lightning.model.weights.logit_comparison import Reference
+from qlora_lightning.model.weights.layerwise import Judged, Reference
 
 
 def judged(*rows):

@@ -9,12 +9,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qlora_lightning.base import open_base
 from qlora_lightning.data.batches.collate import collate
 from qlora_lightning.data.samples.sample import Sample
-from qlora_lightning.errors import UserError
-from qlora_lightning.model.weights.base_weights import OriginalWeights, TrainedWeights, quantized_names
-from qlora_lightning.model.weights.hollow_base import make_skeleton
-from qlora_lightning.model.weights.layerwise import labels_of, run_layerwise
-from qlora_lightning.model.weights.logit_comparison import Reference
+from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights, make_skeleton, quantized_names
+from qlora_lightning.model.weights.layerwise import Reference, labels_of, run_layerwise
 from qlora_lightning.model.weights.merging import MergedWeights, plan_merge
+from qlora_lightning.support.errors import UserError
 from tests.adapters import forget_hash, make_adapter
 
 IDS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]

@@ -1,0 +1,142 @@
+"""Unpacks a GGUF into an ordinary transformers folder, once."""
+
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qlora_lightning.base.cache import Json, cache_root, cached_folder, hash_key, read_entry
+from qlora_lightning.base.find import BaseSource
+from qlora_lightning.base.tensors import format_bytes, save_model
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.versions import mend_gguf_tokens
+
+_log = logging.getLogger(__name__)
+
+_FORMAT = 1  # raised whenever the same GGUF would be unpacked into another folder
+
+
+def unpack_gguf(source: BaseSource) -> Path:
+    """Return a bf16 transformers folder with weights, configs, tokenizer and chat template of a GGUF.
+
+    It is made once and kept in the cache. While it is made, the whole model lies in memory in bf16.
+
+    Raises:
+        UserError: the file is damaged or no LLaMA, or the cache cannot be written.
+    """
+    file = source.path.resolve()
+
+    def build(folder: Path) -> None:
+        where = cache_root() / "unpacked"
+        _log.info("Unpacking %s (%s), once; kept in %s", file.name, format_bytes(file.stat().st_size), where)
+        with silence_transformers():
+            _unpack(file, folder, source.name)
+
+    # A usual start reads the tokenizer alone: the weights are checked when they are quantized.
+    return cached_folder("unpacked", _key(file), build, label=file.name, checked_bytes=0)
+
+
+def find_unpacked(source: BaseSource) -> Path | None:
+    """Return the folder that :func:`unpack_gguf` has made of a GGUF; None where it would have to make it."""
+    folder = cache_root() / "unpacked" / hash_key(_key(source.path.resolve()))
+    return None if read_entry(folder, "unpacked") is None else folder
+
+
+def _key(file: Path) -> dict[str, Json]:
+    """Give all that the unpacked folder depends on."""
+    status = file.stat()
+    return {
+        "path": str(file),
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "format": _FORMAT,
+        "transformers": version("transformers"),
+    }
+
+
+def _unpack(file: Path, folder: Path, name: str) -> None:
+    try:
+        model, tokenizer = _load(file, name)
+    except UserError:
+        raise
+    # gguf, numpy and transformers raise ValueError, KeyError, struct.error and others, wherever the file breaks off.
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"Base {name}: {file} cannot be read as a GGUF model ({type(error).__name__}: {first_line}). "
+            "It may be cut off, or newer than the installed transformers: download it again, or give a folder."
+        ) from error
+    _settle_special_tokens(model, tokenizer)
+    save_model(model, folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _load(file: Path, name: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    place: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    config = AutoConfig.from_pretrained(file.parent, **place)
+    if config.model_type != "llama":
+        raise UserError(
+            f"Base {name}: expected a GGUF of a LLaMA-family model, found model type {config.model_type!r} in {file}. "
+            "Choose another base."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
+    mend_gguf_tokens(tokenizer, config)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        config=config,  # else the file's vocabulary is parsed once more, which takes seconds
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+        output_loading_info=True,
+        **place,
+    )
+    # transformers fills what the file lacks with random numbers, and only a warning says so.
+    lacking = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+    if lacking:
+        raise UserError(
+            f"Base {name}: {file} lacks {len(lacking)} tensors of the model that it describes ({lacking[0]}, …). "
+            "Download it again."
+        )
+    return model, tokenizer
+
+
+def _settle_special_tokens(model: Any, tokenizer: Any) -> None:
+    """Make generation stop at the tokenizer's end token, and drop the model's title from the config."""
+    from transformers import GenerationConfig
+
+    config = model.config
+    config.eos_token_id = _with_eos(config.eos_token_id, tokenizer.eos_token_id)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    # The title of the GGUF ("Smollm2 135M 8k …") is no name that anything could be loaded from.
+    if hasattr(config, "_model_name_or_path"):
+        del config._model_name_or_path
+
+
+def _with_eos(known: int | list[int] | None, eos: int | None) -> int | list[int] | None:
+    ids = known if isinstance(known, list) else [known]
+    return known if eos is None or eos in ids else [eos, *(each for each in ids if each is not None)]
+
+
+@contextmanager
+def silence_transformers() -> Iterator[None]:
+    """Switch off transformers' progress bars and notices: one line of ours says what goes on, errors are raised."""
+    from transformers.utils import logging as noise
+
+    bars, verbosity = noise.is_progress_bar_enabled(), noise.get_verbosity()
+    noise.disable_progress_bar()
+    noise.set_verbosity_error()
+    try:
+        # The bar of dequantization is tqdm's own, which no switch of transformers reaches.
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        noise.set_verbosity(verbosity)
+        if bars:
+            noise.enable_progress_bar()

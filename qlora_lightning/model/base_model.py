@@ -1,0 +1,341 @@
+"""The frozen base: loaded, quantized once, checked, and lent to the next run of the same process."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import bitsandbytes as bnb
+import peft
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+from qlora_lightning.base.cache import EntryCheck, cached_folder
+from qlora_lightning.base.fingerprint import fingerprint
+from qlora_lightning.base.folder import BaseFolder, open_base
+from qlora_lightning.base.tensors import save_model
+from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.device import giving_memory_back
+from qlora_lightning.model.layers.attention import register_flat_attention
+from qlora_lightning.support.errors import UserError
+
+
+class KeptBase:
+    """Holds the base of the training that has ended until the next one asks for the same."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._lent: Any = None
+        self._is_here = False
+
+    def lend(self, key: object, load: Callable[[], Any]) -> Any:
+        """Give the kept base where it was loaded by the same key, else load it.
+
+        Args:
+            key: Everything that the base depends on.
+            load: Makes it: an object with the model in its attribute ``model``.
+        """
+        if not (self._is_here and self._key == key):
+            self._lent = None  # or two bases would be in memory
+            self._lent = load()
+        self._key, self._is_here = key, False
+        return self._lent
+
+    def take_back(self, model: Any) -> bool:
+        """Take the adapters off a model by PEFT's own means, and keep its base; gives whether it is kept.
+
+        A model that is not PEFT's around the lent base, or whose base would train, is let go: the next one is loaded.
+
+        Args:
+            model: Of a training that has ended, which is not used any more.
+        """
+        self._is_here = False
+        if isinstance(model, peft.PeftModel) and self._lent is not None:
+            base = model.unload()
+            if hasattr(base, "peft_config"):
+                del base.peft_config  # PEFT would put a second adapter beside the first one's settings
+            self._is_here = base is self._lent.model and not trainable_tensors(base)
+        return self._is_here
+
+
+_kept: ContextVar[KeptBase | None] = ContextVar("kept_base", default=None)
+
+
+@contextlib.contextmanager
+def keeping_base() -> Iterator[KeptBase]:
+    """Let :func:`lend_base` ask the keeper that this gives, as long as it is open."""
+    token = _kept.set(KeptBase())
+    try:
+        kept = _kept.get()
+        assert kept is not None
+        yield kept
+    finally:
+        _kept.reset(token)
+
+
+def lend_base(key: object, load: Callable[[], Any]) -> Any:
+    """Load a base, or have the kept one where :func:`keeping_base` is open; see :meth:`KeptBase.lend`."""
+    kept = _kept.get()
+    return load() if kept is None else kept.lend(key, load)
+
+
+Quantization = Literal["nf4", "fp4", "int8", "none"]
+
+_OF_THE_COPY = ("_name_or_path", "transformers_version", "dtype")  # of a config: nothing that the model computes
+
+_CHECKED_AT_ONCE = 256 << 20  # bytes: read in some tenths of a second; a larger base is checked while it trains
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class QuantizedBase:
+    """A frozen base and what it was made from.
+
+    Attributes:
+        model: The frozen model.
+        source: Where the weights before quantization lie.
+        fingerprint: A hash over the source's tensors.
+        quantization: How the linears are stored.
+        double_quant: Whether the 4-bit scales are quantized too.
+        check: Of a large base from the cache; ``None`` if it was checked before it was loaded.
+    """
+
+    model: PreTrainedModel
+    source: BaseFolder
+    fingerprint: str
+    quantization: Quantization
+    double_quant: bool
+    check: EntryCheck | None = None
+
+    @property
+    def loadable_name(self) -> str:
+        """What transformers' ``from_pretrained`` takes for the base before quantization."""
+        return self.source.name if self.source.kind == "hub" else str(self.source.folder)
+
+
+def load_base(
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: Quantization = "nf4",
+    double_quant: bool = True,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    cache: bool = True,
+    device: torch.device | str = "cpu",
+    check_later: bool = False,
+) -> QuantizedBase:
+    """Load a base onto ``device``, frozen, its linears quantized and all else in ``compute_dtype``.
+
+    Args:
+        name: Hub id, folder, ``.gguf`` file or ``package:NAME``.
+        revision: Of a hub id.
+        trust_remote_code: Whether code that comes with the base may run.
+        quantization: ``nf4``, ``fp4`` (4 bits), ``int8`` or ``none``.
+        double_quant: Quantize the 4-bit scales too (Dettmers et al. 2023, section 3): 0.4 bits less per weight.
+        compute_dtype: Dtype of the products, the embedding, the norms and the head.
+        cache: Keep the quantized base for the next start.
+        device: Where the model shall live.
+        check_later: Return while a large base from the cache is still compared with its checksums; the caller must call
+            ``wait()`` of the result's ``check`` before anything that was computed with it is kept.
+
+    Raises:
+        UserError: The name, or what it names, cannot be used.
+        RuntimeError: A linear did not get quantized.
+    """
+    source = open_base(name, revision)
+    config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    load = _Loader(torch.device(device), compute_dtype, trust_remote_code)
+    check = None
+    if getattr(config, "quantization_config", None) is not None:
+        stored = check_stored_quantization(config, quantization, name)
+        double_quant = bool(stored.get("bnb_4bit_use_double_quant", False))
+        model = load(source.folder)
+        _set_compute_dtype(model, compute_dtype)
+    elif quantization == "none":
+        check = EntryCheck(source.folder, source.name)
+        model = load(source.folder)
+    else:
+        settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
+        if cache:
+            folder = _quantized_folder(source, config, settings, load)
+            check = EntryCheck(folder, source.name) if _is_large(folder) else None
+            model = load(folder)
+        else:
+            EntryCheck(source.folder, source.name).wait()
+            model = load(source.folder, settings)
+    _freeze(model)
+    _check_quantized(model, quantization)
+    if check is not None and not check_later:
+        check.wait()
+    return QuantizedBase(model, source, fingerprint(source.folder), quantization, double_quant, check)
+
+
+def _is_large(folder: Path) -> bool:
+    return sum(file.stat().st_size for file in folder.iterdir()) > _CHECKED_AT_ONCE
+
+
+class _Loader:
+    """``from_pretrained`` with the arguments that every load here shares."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> None:
+        self.device, self.dtype, self.trust_remote_code = device, dtype, trust_remote_code
+
+    def __call__(self, folder: Path, settings: BitsAndBytesConfig | None = None) -> PreTrainedModel:
+        quantize: dict[str, Any] = {} if settings is None else {"quantization_config": settings}
+        # Quantizing takes minutes and shows its bar; reading does not.
+        with _quiet_bars(quiet=settings is None), giving_memory_back():
+            return AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=self.dtype,
+                device_map={"": self.device},
+                attn_implementation=register_flat_attention(),
+                local_files_only=True,
+                trust_remote_code=self.trust_remote_code,
+                use_safetensors=True,
+                **quantize,
+            )
+
+
+def _quantized_folder(
+    source: BaseFolder, config: PretrainedConfig, settings: BitsAndBytesConfig, load: _Loader
+) -> Path:
+    def build(folder: Path) -> None:
+        _log.info("Quantizing %s, once; later starts read it from the cache.", source.name)
+        EntryCheck(source.folder, source.name).wait()  # of an unpacked GGUF
+        model = load(source.folder, settings)
+        _freeze(model)  # packed weights would be saved wrongly, see there
+        with _quiet_bars(quiet=True):
+            save_model(model, folder, max_shard_size="200MB")  # a shard is held in memory while it is written
+
+    key = {
+        "source": fingerprint(source.folder),
+        "config": {name: value for name, value in config.to_diff_dict().items() if name not in _OF_THE_COPY},
+        "settings": settings.to_diff_dict(),
+        "dtype": str(load.dtype),
+        "device": load.device.type,
+        "bitsandbytes": bnb.__version__,
+        "transformers": transformers.__version__,
+    }
+    kind = settings.bnb_4bit_quant_type if settings.load_in_4bit else "int8"
+    return cached_folder("quantized", key, build, label=f"{source.name} {kind}", checked_bytes=_CHECKED_AT_ONCE)
+
+
+def _bitsandbytes_config(quantization: Quantization, double_quant: bool, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Compute in the dtype that was asked for: with a stored quantization its own dtypes rule without a word."""
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype = dtype
+            module.weight.quant_state.dtype = dtype
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point() and tensor.dtype in (torch.float16, torch.bfloat16) and tensor.dtype != dtype:
+            tensor.data = tensor.data.to(dtype)
+
+
+def stored_quantization(settings: Mapping[str, Any]) -> str:
+    """Name how a base is stored, by the ``quantization_config`` of its ``config.json``: ``nf4``, or what else it is."""
+    if settings.get("load_in_8bit"):
+        return "int8"
+    four_bits = settings.get("load_in_4bit")
+    return str(settings.get("bnb_4bit_quant_type") if four_bits else settings.get("quant_method", "unknown"))
+
+
+def check_stored_quantization(config: PretrainedConfig, quantization: Quantization, name: str) -> dict[str, Any]:
+    """Give the settings with which a base is stored quantized.
+
+    Args:
+        config: Of the base.
+        quantization: What the user asks for.
+        name: Of the base.
+
+    Raises:
+        UserError: They differ, or a part was left out.
+    """
+    stored: Any = config.quantization_config
+    if not isinstance(stored, dict):
+        stored = stored.to_dict()
+    found = stored_quantization(stored)
+    if found != quantization:
+        raise UserError(
+            f"model.base {name} is stored quantized as {found}, but model.quantization is {quantization}: "
+            f"set model.quantization: {found}"
+            + ("." if found in ("nf4", "fp4", "int8") else ", which is not supported: name a base in 16 bits instead.")
+        )
+    skipped = [part for part in stored.get("llm_int8_skip_modules") or [] if part != "lm_head"]
+    if skipped:
+        raise UserError(
+            f"model.base {name} is stored quantized, but not whole: it left out {', '.join(skipped)}. "
+            "Name a base in 16 bits instead, which is quantized here."
+        )
+    return dict(stored)
+
+
+def _freeze(model: nn.Module) -> None:
+    """Freeze by hand: nothing changes its dtype, and no layer its function.
+
+    On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a 4-bit weight in place at the first evaluation forward: after
+    that frozen layers pass no gradient and ``state_dict()`` corrupts the weight. And its int8 layers on a CPU compute
+    another function in ``eval()`` than in ``train()``: held in training mode, validation judges what is trained.
+    """
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+        elif type(module) is bnb.nn.Linear8bitLt:
+            module.__class__ = _AlwaysTrainingLinear8bit
+            module.training = True
+
+
+class _AlwaysTrainingLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]  # bitsandbytes ships no types
+    def train(self, mode: bool = True) -> nn.Module:
+        return self
+
+
+def _check_quantized(model: nn.Module, quantization: Quantization) -> None:
+    """Every linear of the decoder layers is stored as asked, and there is one."""
+    expected: dict[str, type[nn.Module]] = {"int8": bnb.nn.Linear8bitLt, "none": nn.Linear}
+    wanted = expected.get(quantization, bnb.nn.Linear4bit)
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name]
+    wrong = [name for name, module in linears if not (isinstance(module, wanted) and _is_stored(module))]
+    if wrong or not linears:
+        shown = ", ".join(wrong[:3]) or "no linear in any decoder layer"
+        raise RuntimeError(
+            f"After loading with quantization {quantization}, {len(wrong)} of {len(linears)} linears are not stored so "
+            f"({shown}). Clear the cache with `qlora-lightning cache clear` and start again."
+        )
+
+
+def _is_stored(module: nn.Module) -> bool:
+    if isinstance(module, bnb.nn.Linear4bit):
+        return isinstance(module.weight, bnb.nn.Params4bit) and module.weight.quant_state is not None
+    return not isinstance(module, bnb.nn.Linear8bitLt) or module.weight.dtype == torch.int8
+
+
+@contextlib.contextmanager
+def _quiet_bars(quiet: bool) -> Iterator[None]:
+    bars = transformers.utils.logging
+    if not quiet or not bars.is_progress_bar_enabled():
+        yield
+        return
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bar()

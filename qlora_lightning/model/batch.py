@@ -1,0 +1,158 @@
+"""A micro-batch: its rows, and the shape that memory and time depend on."""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from qlora_lightning.model.layout import find_needed
+from qlora_lightning.model.loss import IGNORED
+
+
+def row_places(data: Any, row_ids: Iterable[int]) -> list[str]:
+    """Say where training rows stand: ``train.jsonl:17``, or ``row 16`` where the data do not know.
+
+    Args:
+        data: The Trainer's data module, or ``None``; one of ours knows the places.
+        row_ids: Numbers of the rows among the training rows; negative ones are fillers and left out.
+    """
+    samples: Any = getattr(data, "samples", {}).get("train")
+    places = []
+    for row_id in row_ids:
+        if row_id < 0:
+            continue
+        found = [] if samples is None else np.flatnonzero(samples.row_ids == row_id)[:1].tolist()
+        places.append(samples.where(found[0]) if found else f"row {row_id}")
+    return places
+
+
+def join_places(places: Sequence[str], most: int = 8) -> str:
+    """Join places for a message, the first few of them."""
+    more = f" and {len(places) - most} more" if len(places) > most else ""
+    return (", ".join(places[:most]) or "unknown") + more
+
+
+def is_flat(batch: Any) -> bool:
+    """Whether a batch is one flat stream whose rows are known."""
+    needed = {"input_ids", "position_ids", "labels", "cu_seqlens", "row_ids", "source"}
+    return isinstance(batch, Mapping) and needed <= batch.keys()
+
+
+def cut_into_rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Cut a flat batch into one of each row, as if it came alone; a batch of another make stays whole."""
+    if not is_flat(batch):
+        return []
+    bounds: Tensor = batch["cu_seqlens"]
+    ends = bounds.tolist()
+    return [
+        {
+            **{name: batch[name][:, start:end] for name in ("input_ids", "position_ids", "labels")},
+            **{name: batch[name][number : number + 1] for name in ("row_ids", "source")},
+            "cu_seqlens": bounds.new_tensor([0, end - start]),
+            "longest": end - start,
+        }
+        for number, (start, end) in enumerate(itertools.pairwise(ends))
+    ]
+
+
+def describe_row(data: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe a batch of one row in plain values: id, place, tokens and, where there is a tokenizer, text."""
+    row_id = int(row["row_ids"][0])
+    ids = row["input_ids"][0].tolist()
+    tokenizer = getattr(data, "tokenizer", None)
+    return {
+        "row_id": row_id,
+        "place": next(iter(row_places(data, [row_id])), "filler"),
+        "tokens": len(ids),
+        "labelled_tokens": int((row["labels"] != -100).sum()),
+        "text": None if tokenizer is None else tokenizer.decode(ids),
+    }
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The shape of a micro-batch.
+
+    Attributes:
+        lengths: Tokens of each sample.
+        labelled: Labelled tokens of all samples.
+        seen: Of those of each sample, how many something is predicted from; empty: all.
+        shared: How many of these are computed with another sample; empty: none.
+    """
+
+    lengths: tuple[int, ...]
+    labelled: int
+    seen: tuple[int, ...] = ()
+    shared: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Of all samples."""
+        return sum(self.lengths)
+
+    @property
+    def attended(self) -> tuple[int, ...]:
+        """Tokens of each sample that attention has."""
+        return self.seen or self.lengths
+
+    @property
+    def computed(self) -> int:
+        """Tokens that are computed."""
+        return sum(self.attended) - sum(self.shared)
+
+    def whole(self) -> "BatchShape":
+        """Give the batch as it is where all its tokens are computed."""
+        return BatchShape(self.lengths, self.labelled)
+
+    def cut(self, most: int) -> "BatchShape":
+        """Give about the batch with samples of at most so many tokens, labelled ones in proportion."""
+        lengths, seen, shared = (
+            tuple(min(each, most) for each in counts) for counts in (self.lengths, self.seen, self.shared)
+        )
+        return BatchShape(lengths, self._labelled_of(lengths), seen, shared)
+
+    def longest(self, samples: int) -> "BatchShape":
+        """Give about the batch of its longest samples: labelled tokens in proportion, and they share as much."""
+        order = sorted(range(len(self.lengths)), key=lambda sample: -self.lengths[sample])[:samples]
+        lengths, seen, shared = (
+            tuple(counts[sample] for sample in order if counts) for counts in (self.lengths, self.seen, self.shared)
+        )
+        return BatchShape(lengths, self._labelled_of(lengths), seen, (0, *shared[1:]) if shared else ())
+
+    def _labelled_of(self, lengths: Sequence[int]) -> int:
+        return -(-self.labelled * sum(lengths) // self.tokens)
+
+
+def shape_of_batch(batch: Any) -> BatchShape:
+    """Read the shape of a flat batch."""
+    bounds = batch["cu_seqlens"].tolist()
+    ids, labels = (batch[name][0].cpu().numpy() for name in ("input_ids", "labels"))
+    return _shape_of(np.split(ids, bounds[1:-1]), np.split(labels != IGNORED, bounds[1:-1]))
+
+
+def shape_of_rows(samples: Any, rows: Sequence[int]) -> BatchShape:
+    """Read the shape of the batch of some rows of a :class:`~qlora_lightning.data.samples.sample_set.SampleSet`."""
+    spans = [slice(samples.starts[row], samples.starts[row + 1]) for row in rows]
+    return _shape_of([samples.ids[span] for span in spans], [samples.labelled[span] for span in spans])
+
+
+def computed_counter(samples: Any, leaves_out: bool) -> Callable[[Sequence[int]], int]:
+    """Give what counts the tokens that are computed of the batch of some rows.
+
+    Args:
+        samples: The rows' set.
+        leaves_out: Whether tokens that the loss does not need are left out.
+    """
+    if leaves_out:
+        return lambda rows: shape_of_rows(samples, rows).computed
+    return lambda rows: int(samples.lengths[rows].sum())
+
+
+def _shape_of(ids: Sequence[Any], labelled: Sequence[Any]) -> BatchShape:
+    needed = find_needed(ids, [each[1:] for each in labelled])  # from each token the next is predicted
+    return BatchShape(
+        tuple(map(len, ids)), sum(int(each.sum()) for each in labelled), tuple(needed.seen), tuple(needed.shared)
+    )

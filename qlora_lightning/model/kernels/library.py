@@ -1,0 +1,145 @@
+"""The C++ for this CPU: compiled once, kept in the cache, called with tensors."""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lightning.base.cache import Json, cached_folder
+from qlora_lightning.support.errors import UserError
+
+_FOLDER = Path(__file__).parent
+_SOURCES, _HEADERS = sorted(_FOLDER.glob("*.cpp")), sorted(_FOLDER.glob("*.h"))
+_COMPILER = "g++"  # torch's threads are GNU's, and another compiler's would stand beside them
+_OPTIONS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-strict-aliasing",
+    "-fPIC",
+    "-fopenmp",
+)
+_WIDEST = {"x86_64": ("-mprefer-vector-width=512",)}
+_LIBRARY = "loops.so"
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """Give the compiled loops; ``None`` where they cannot be had, which on Linux is told.
+
+    To compile takes some seconds, the first time that this CPU is asked for it.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    if not _has_gnu_threads():
+        _log.warning("This torch has no GNU threads: a step on the CPU takes the slower way, without the C++ loops.")
+        return None
+    compiler = shutil.which(_COMPILER)
+    if compiler is None:
+        _log.warning("g++ is not installed: a step on the CPU takes the slower way, without the C++ loops.")
+        return None
+    source = hashlib.sha256(b"".join(each.read_bytes() for each in (*_SOURCES, *_HEADERS))).hexdigest()
+    key: dict[str, Json] = {"source": source, "options": " ".join(_options()), "cpu": _cpu()}
+    try:
+        folder = cached_folder("kernels", key, functools.partial(_compile, compiler), "C++ loops for this CPU")
+        return ctypes.CDLL(str(folder / _LIBRARY))
+    except (UserError, OSError, subprocess.CalledProcessError) as error:
+        said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else ""
+        _log.warning("A step on the CPU takes the slower way, without the C++ loops: %s", said or error)
+        return None
+
+
+def _compile(compiler: str, folder: Path) -> None:
+    objects = [folder / f"{source.stem}.o" for source in _SOURCES]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(functools.partial(_compile_one, compiler), _SOURCES, objects))
+    _run(compiler, "-shared", *objects, "-o", folder / _LIBRARY)
+    for each in objects:
+        each.unlink()
+
+
+def _compile_one(compiler: str, source: Path, to: Path) -> None:
+    _run(compiler, "-c", source, "-o", to)
+
+
+def _run(compiler: str, *arguments: str | Path) -> None:
+    subprocess.run(
+        [compiler, *_options(), *map(str, arguments)], check=True, capture_output=True, text=True, errors="replace"
+    )
+
+
+def _options() -> tuple[str, ...]:
+    return _OPTIONS + _WIDEST.get(platform.machine(), ())
+
+
+def _cpu() -> str:
+    """Describe the instructions of this CPU, for which the loops are compiled: a cache may serve several machines."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    told = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return hashlib.sha256("\n".join(sorted(set(told))).encode()).hexdigest()
+
+
+def _has_gnu_threads() -> bool:
+    """Whether torch brought the library of threads that the loops ask for, so that both share them."""
+    return "/libgomp.so.1\n" in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+
+
+PROFILED = "loops::"  # what calls are called in a profile
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def is_there(name: str, dtype: torch.dtype) -> bool:
+    """Whether a function has been compiled for a dtype."""
+    return dtype in NAMES and hasattr(load_library(), f"{name}_{NAMES[dtype]}")
+
+
+def has_numbers(*tensors: Tensor) -> bool:
+    """Whether tensors lie in this machine's memory; those of torch's tracers do not."""
+    plain = all(
+        type(each) in (Tensor, nn.Parameter) and each.device.type == "cpu" and not each.is_neg() for each in tensors
+    )
+    return plain and not torch.compiler.is_compiling()
+
+
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | ctypes.Array[Any] | None) -> int:
+    """Call a function: of a tensor its address is handed over, of ``None`` a null pointer.
+
+    Returns:
+        What it returns; of one that returns nothing any number.
+    """
+    function = getattr(load_library(), f"{name}_{NAMES[dtype]}")
+    if not torch.autograd.profiler._is_profiler_enabled:
+        return int(function(*map(_to_c, arguments)))
+    with torch.profiler.record_function(f"{PROFILED}{name}"):
+        return int(function(*map(_to_c, arguments)))
+
+
+def call_with_scratch(name: str, dtype: torch.dtype, *arguments: Tensor | float | ctypes.Array[Any] | None) -> None:
+    """Call a function whose threads take memory of their own, and which tells whether they got it.
+
+    Raises:
+        MemoryError: They did not.
+    """
+    if not call(name, dtype, *arguments):
+        raise MemoryError(f"There is no memory for what the C++ loop {name} keeps for each thread.")
+
+
+def _to_c(argument: Any) -> Any:
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    if isinstance(argument, int):
+        return ctypes.c_int64(argument)
+    return ctypes.c_void_p(argument.data_ptr()) if isinstance(argument, Tensor) else argument

@@ -1,0 +1,54 @@
+"""Keeps the inputs of checkpointed layers apart from a CPU's heap, where they would leave holes."""
+
+import mmap
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from qlora_lightning.model.layers.hooks import apply
+
+
+def keep_inputs_apart(layers: Iterable[nn.Module]) -> None:
+    """Let checkpointed layers keep each input in pages of its own, which the system has back as soon as it is used.
+
+    An input stays until backward, between larger tensors that come and go with every layer. In glibc's heap it lands
+    in the place of one of these, which then fits nowhere. On a GPU, whose allocator is another, and on Windows nothing
+    changes.
+
+    Args:
+        layers: With transformers' checkpointing switched on; switching it on again undoes this.
+    """
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        return
+    for layer in layers:
+        module: Any = layer
+        module._gradient_checkpointing_func = _Storing(module._gradient_checkpointing_func)
+
+
+class _Storing:
+    """What a layer is checkpointed with, behind a copy of its input; a class, so that it can be pickled."""
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], hidden: Tensor, *rest: Any) -> Any:
+        if hidden.device.type == "cpu" and hidden.numel():
+            hidden = cast(Tensor, apply(_CopyApart, hidden))
+        return self.checkpoint(function, hidden, *rest)
+
+
+class _CopyApart(torch.autograd.Function):
+    """Copy a tensor into pages of its own; its gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        pages = mmap.mmap(-1, x.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(pages, dtype=x.dtype).view(x.shape).copy_(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad

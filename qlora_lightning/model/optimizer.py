@@ -1,0 +1,244 @@
+"""The optimizer, its parameter groups and its learning-rate schedule."""
+
+import importlib
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import SchedulerType, get_scheduler
+
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.trainer import is_trial_run
+
+ParameterGroups = list[dict[str, Any]]
+
+
+def build_optimizer(
+    groups: ParameterGroups, choice: str | dict[str, Any] | None, learning_rate: float, weight_decay: float, fused: bool
+) -> Optimizer:
+    """Build the optimizer over ``groups``.
+
+    Args:
+        groups: Parameter groups as torch's optimizers take them; a group's own ``lr`` stays.
+        choice: A class path, or ``{"class_path": …, "init_args": {…}}`` without ``lr``; ``None`` means torch's AdamW.
+        learning_rate: Of every group that has none of its own.
+        weight_decay: Likewise.
+        fused: Whether AdamW may run as one kernel.
+
+    Raises:
+        UserError: The class is not there or does not take the arguments, or the learning rate is not positive.
+    """
+    optimizer_class, arguments = check_optimizer(choice, learning_rate, weight_decay)
+    if choice is None:
+        arguments["fused"] = fused
+    try:
+        return optimizer_class(groups, **arguments)
+    except (TypeError, ValueError) as error:
+        name = f"{optimizer_class.__module__}.{optimizer_class.__name__}"
+        raise UserError(f"model.optimizer {name} does not take {arguments}: {error}.") from error
+
+
+def check_optimizer(
+    choice: str | dict[str, Any] | None, learning_rate: float, weight_decay: float
+) -> tuple[type[Optimizer], dict[str, Any]]:
+    """Return class and arguments of an optimizer; see :func:`build_optimizer`.
+
+    Raises:
+        UserError: The class is not there, an argument has a key of its own, or the learning rate is not positive.
+    """
+    if learning_rate <= 0:
+        raise UserError(f"model.learning_rate is {learning_rate}: expected a positive number, such as 2e-4.")
+    if choice is None:
+        return AdamW, {"lr": learning_rate, "weight_decay": weight_decay}
+    if isinstance(choice, str):
+        choice = {"class_path": choice}
+    foreign = choice.keys() - {"class_path", "init_args"}
+    if foreign or "class_path" not in choice:
+        raise UserError(f"model.optimizer is {choice}: expected a class_path and, if needed, init_args; nothing else.")
+    arguments = dict(choice.get("init_args") or {})
+    for name, key in (("lr", "model.learning_rate"), ("weight_decay", "model.weight_decay")):
+        if name in arguments:
+            raise UserError(f"model.optimizer.init_args sets {name}, which has a key of its own: set {key}.")
+    optimizer_class = _import_class(choice["class_path"])
+    arguments["lr"] = learning_rate
+    if "weight_decay" in inspect.signature(optimizer_class).parameters:
+        arguments["weight_decay"] = weight_decay
+    elif weight_decay:
+        raise UserError(f"model.weight_decay is {weight_decay}, but {choice['class_path']} has none: set it to 0.")
+    return optimizer_class, arguments
+
+
+def _import_class(path: str) -> type[Optimizer]:
+    module_name, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"model.optimizer.class_path {path!r} cannot be imported: {error}.") from error
+    if not (inspect.isclass(found) and issubclass(found, Optimizer)):
+        raise UserError(f"model.optimizer.class_path {path!r} is not a torch optimizer class, but {found!r}.")
+    return found
+
+
+_EMBEDDING_RATE = 1e-6  # PEFT's: an adapter on an embedding learns at this rate, whatever the others do
+
+
+def check_loraplus_ratio(ratio: float | None) -> None:
+    """Refuse a ratio that would make B the slower one.
+
+    Raises:
+        UserError: It is less than 1.
+    """
+    if ratio is not None and not 1 <= ratio < float("inf"):
+        raise UserError(f"model.loraplus_ratio is {ratio:g}: expected 1 or more, such as 16, or null.")
+
+
+def group_parameters(
+    trainable: Mapping[str, nn.Parameter], learning_rate: float, ratio: float | None
+) -> ParameterGroups:
+    """Give all that trains in one group, or, with a ratio, as ``peft.optimizers.create_loraplus_optimizer`` does.
+
+    Hayou et al. 2024 (LoRA+): with the same rate A and B of wide layers do not both learn efficiently. B, and whatever
+    has one dimension, takes ``ratio`` times the learning rate; biases have no weight decay.
+
+    Args:
+        trainable: The tensors that train, by name.
+        learning_rate: Of A.
+        ratio: Learning rate of B over that of A.
+    """
+    if ratio is None:
+        return [{"params": list(trainable.values())}]
+    kinds = {name: _kind(name, parameter) for name, parameter in trainable.items()}
+    options = {
+        "a": {"lr": learning_rate},
+        "embedding": {"lr": _EMBEDDING_RATE},
+        "b": {"lr": learning_rate * ratio},
+        "bias": {"lr": learning_rate * ratio, "weight_decay": 0.0},
+    }
+    groups = [
+        {"params": [parameter for name, parameter in trainable.items() if kinds[name] == kind], **chosen}
+        for kind, chosen in options.items()
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _kind(name: str, parameter: nn.Parameter) -> str:
+    if ".lora_embedding_" in name:
+        return "embedding"
+    if ".lora_B." in name or parameter.ndim == 1:
+        return "bias" if "bias" in name else "b"
+    return "a"
+
+
+# Schedules that look at a metric or at gradients do not fit «once per optimizer step».
+_NEED_METRICS = {"reduce_lr_on_plateau", "greedy"}
+_FEW_STEPS = 10
+
+
+def count_optimizer_steps(
+    batches_per_epoch: int, accumulate: int, max_epochs: int | None, max_steps: int | None
+) -> int:
+    """Count the optimizer steps of a run from plain numbers.
+
+    Lightning's ``estimated_stepping_batches`` loads the data loader early, and a stateful loader then loses its place
+    on resume: hence this arithmetic.
+
+    Args:
+        batches_per_epoch: Micro-batches of one epoch on one rank.
+        accumulate: Micro-batches of one optimizer step; the last step of an epoch may have fewer.
+        max_epochs: Epochs, or ``None`` or -1 for no limit.
+        max_steps: Optimizer steps, or ``None`` or -1 for no limit.
+
+    Raises:
+        UserError: Neither limit is set.
+    """
+    limits = []
+    if max_epochs is not None and max_epochs >= 0:
+        limits.append(max_epochs * math.ceil(batches_per_epoch / accumulate))
+    if max_steps is not None and max_steps >= 0:
+        limits.append(max_steps)
+    if not limits:
+        raise UserError("A schedule needs an end: set trainer.max_epochs or trainer.max_steps.")
+    return min(limits)
+
+
+def plan_steps(trainer: Any) -> int:
+    """Count the optimizer steps of a Trainer's whole run; see :func:`count_optimizer_steps`."""
+    count_batches = getattr(getattr(trainer, "datamodule", None), "count_train_batches", None)
+    if count_batches is None:
+        return int(trainer.estimated_stepping_batches)
+    batches, limit = count_batches(), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (limit or 1.0))
+    return count_optimizer_steps(batches, trainer.accumulate_grad_batches, trainer.max_epochs, trainer.max_steps)
+
+
+def describe_few_steps(trainer: Any, total_steps: int) -> str | None:
+    """Describe a run that will train nothing, or has too few optimizer steps to learn from; else return ``None``.
+
+    Steps that ``trainer.max_steps`` limits are what the user asked for.
+
+    Args:
+        trainer: About to fit.
+        total_steps: Optimizer steps of the whole run.
+    """
+    if total_steps == 0:
+        limits = {name: getattr(trainer, name) for name in ("max_epochs", "max_steps", "limit_train_batches")}
+        zero = ", ".join(f"trainer.{name}" for name, value in limits.items() if value == 0)
+        return f"Nothing will train: {zero or 'the number of training batches'} is 0. Set it to 1 or more."
+    if total_steps >= _FEW_STEPS or total_steps == trainer.max_steps or is_trial_run(trainer):
+        return None
+    return (
+        f"The run has only {total_steps} optimizer steps in all, too few for a warm-up and a schedule: for more raise "
+        f"trainer.max_epochs (now {trainer.max_epochs}), or lower data.batch_size (or data.tokens_per_batch) or "
+        f"trainer.accumulate_grad_batches (now {trainer.accumulate_grad_batches})."
+    )
+
+
+def check_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[str, dict[str, Any]]:
+    """Return name and arguments of a schedule; see :func:`build_schedule`.
+
+    Raises:
+        UserError: The name is unknown, or the warm-up is no share of the steps.
+    """
+    if not 0.0 <= warmup_ratio < 1.0:
+        raise UserError(f"model.warmup_ratio is {warmup_ratio}: expected a share of the steps in [0, 1).")
+    arguments: dict[str, Any] = {"name": choice} if isinstance(choice, str) else dict(choice)
+    name = arguments.pop("name", None)
+    known = sorted({kind.value for kind in SchedulerType} - _NEED_METRICS)
+    if name not in known:
+        raise UserError(f"model.schedule is {choice!r}: expected a name among {', '.join(known)}.")
+    return name, arguments
+
+
+def build_schedule(
+    optimizer: Optimizer, choice: str | dict[str, Any], total_steps: int, warmup_ratio: float
+) -> LRScheduler:
+    """Build one of transformers' schedules, to be stepped once per optimizer step.
+
+    Args:
+        optimizer: Whose learning rates it sets.
+        choice: A name, or ``{"name": …, …}`` with the schedule's own arguments, as ``min_lr_rate``.
+        total_steps: Optimizer steps of the whole run.
+        warmup_ratio: Share of ``total_steps`` over which the rate rises from 0, rounded up to whole steps.
+
+    Raises:
+        UserError: The name is unknown, or an argument is missing or wrong.
+    """
+    name, arguments = check_schedule(choice, warmup_ratio)
+    try:
+        schedule: LRScheduler = get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=math.ceil(warmup_ratio * total_steps),
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=arguments,
+        )
+        return schedule
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"model.schedule {name!r} does not take {arguments}: {error}. Give its arguments beside the name: "
+            "`schedule: {name: …, …}`."
+        ) from error

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.model.adapter_state import read_checkpoint
-from qlora_lightning.model.checkpoint.format import find_foreign_class, known_settings, read_content
+from qlora_lightning.model.checkpoint.format import find_foreign_class, known_settings, read_checkpoint, read_content
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.support.errors import UserError
 

@@ -1,7 +1,12 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train them."""
 
-from typing import Any, cast
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self, cast
 
+import lightning
+import peft
 import torch
 from lightning import Callback
 from lightning.pytorch.trainer.states import TrainerFn
@@ -11,11 +16,21 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.model.adapters.lora import check_adapter_settings, trainable_tensors
+from qlora_lightning.base.cache import EntryCheck
+from qlora_lightning.model.adapters.folder import save_adapter_folder
+from qlora_lightning.model.adapters.identity import check_identity, identity_of_data
+from qlora_lightning.model.adapters.lora import (
+    all_names_of_trainable_tensors,
+    check_adapter_settings,
+    copy_tensors,
+    trainable_tensors,
+)
+from qlora_lightning.model.adapters.named import add_named_adapter
 from qlora_lightning.model.adapters.reading import fill_adapter
 from qlora_lightning.model.adapters.targets import check_layers
 from qlora_lightning.model.base_model import Quantization
 from qlora_lightning.model.build import assemble_model
+from qlora_lightning.model.checkpoint.format import read_checkpoint, read_content, usable_settings
 from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.device import (
     ComputeDtype,
@@ -25,15 +40,21 @@ from qlora_lightning.model.device import (
     give_back_freed_memory,
     keep_freed_memory,
 )
-from qlora_lightning.model.guards.checks import check_callbacks, check_trainer, check_training_mode
+from qlora_lightning.model.generate import generate_answers
+from qlora_lightning.model.guards.checks import check_callbacks, check_token_ids, check_trainer, check_training_mode
 from qlora_lightning.model.guards.guard import OnNonfinite, TrainingGuard
-from qlora_lightning.model.judging import JudgingModule
-from qlora_lightning.model.layers.attention import attends_flatly, register_flat_attention
+from qlora_lightning.model.layers.attention import (
+    NO_MASK,
+    attends_flatly,
+    check_attends_flatly,
+    register_flat_attention,
+)
 from qlora_lightning.model.layers.elementwise import check_row_length
 from qlora_lightning.model.layers.plain_path import explain_plain_layers
-from qlora_lightning.model.loss import mean_with_gradient_of_sum
+from qlora_lightning.model.layout import can_leave_out, fill_up, leave_out_unneeded
+from qlora_lightning.model.loss import LossSums, TokenStatistics, head_loss, mean_with_gradient_of_sum, next_labels
 from qlora_lightning.model.memory.out_of_memory import telling_out_of_memory
-from qlora_lightning.model.neftune import check_neftune_alpha
+from qlora_lightning.model.neftune import check_neftune_alpha, embed_or_name
 from qlora_lightning.model.optimizer import (
     ParameterGroups,
     build_optimizer,
@@ -46,13 +67,21 @@ from qlora_lightning.model.optimizer import (
     plan_steps,
 )
 from qlora_lightning.model.summary import adapter_table, describe_large_rank, describe_sizes
-from qlora_lightning.model.window import GradientBuckets
-from qlora_lightning.support.console import describe
+from qlora_lightning.model.window import GradientBuckets, Window
+from qlora_lightning.support.console import describe, say
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import without_garbage_collection
 from qlora_lightning.support.trainer import callbacks_of
 
 
-class QLoRAModule(JudgingModule):
+class LoadedKeys(NamedTuple):
+    """What torch's ``load_state_dict`` returns; both stay empty, since a misfit is an error here."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class QLoRAModule(lightning.LightningModule):
     """A frozen, quantized LLaMA with LoRA adapters.
 
     Doors for subclasses: :meth:`build_model`, :meth:`compute_loss` and :meth:`parameter_groups`.
@@ -91,6 +120,13 @@ class QLoRAModule(JudgingModule):
             is kept for the next step, the collector's rest. So does the cache against which answers are generated.
         on_nonfinite: What to do when a loss or gradient is NaN or infinite: ``stop`` the run, or ``skip`` the step,
             which then moves nothing and counts as a step of the schedule. See :class:`TrainingGuard`.
+
+    Attributes:
+        model: The base with its adapter, ``None`` until ``configure_model`` has made it. ``disable_adapter()`` and
+            ``set_adapter(name)`` of it choose whose losses and answers are computed.
+        identity: What the adapter belongs to: the base's name, fingerprint, config and quantization, its own shape.
+        autocast_dtype: That of the products, where some of what trains takes PEFT's own layers.
+        window: The accumulation window in progress.
     """
 
     def __init__(
@@ -142,11 +178,17 @@ class QLoRAModule(JudgingModule):
         self.learning_rate, self.weight_decay, self.optimizer_choice = learning_rate, weight_decay, optimizer
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
         self.loraplus_ratio, self.neftune_alpha = loraplus_ratio, neftune_alpha
+        self.model: Any = None
+        self.identity: dict[str, Any] = {"base": base, "quantization": quantization}
+        self.autocast_dtype: torch.dtype | None = None
+        self.window = Window()
         self.guard = TrainingGuard(on_nonfinite)
-        self.identity = {"base": base, "quantization": quantization}
+        self.val_statistics, self.test_statistics = TokenStatistics(), TokenStatistics()
+        self.strict_loading = True
+        self._base_check: EntryCheck | None = None
 
     def configure_callbacks(self) -> list[Callback]:
-        return [*super().configure_callbacks(), self.guard, GradientBuckets(), QuietCollector()]
+        return [ExactResume(), self.guard, GradientBuckets(), QuietCollector()]
 
     # ---- the model -------------------------------------------------------------------------------------------------
 
@@ -234,6 +276,75 @@ class QLoRAModule(JudgingModule):
     def on_fit_end(self) -> None:
         give_back_freed_memory()
 
+    @property
+    def causal_lm(self) -> Any:
+        """The model of transformers inside PEFT's wrapper."""
+        return self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Compute in the compute dtype what PEFT's own layers would compute in float32."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
+
+    # ---- the loss ----------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, batch: dict[str, Any]) -> LossSums:
+        """Sum the loss over a flat batch. Override it for another objective; sums, not means, are wanted.
+
+        Args:
+            batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)``, ``cu_seqlens`` ``(samples + 1,)``, and
+                ``longest``, the tokens of the longest sample.
+        """
+        hidden, targets = self.last_states(batch)
+        with self.autocast():
+            return head_loss(hidden, targets, self.causal_lm.get_output_embeddings(), fast=self.fast)
+
+    def last_states(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Compute the states that the head reads, and name what is to be predicted from each.
+
+        Only tokens that a label of this batch needs are computed (:attr:`leaves_out_unneeded`): what hooks on the
+        model see is shorter than the batch.
+
+        Args:
+            batch: As of :meth:`compute_loss`.
+
+        Returns:
+            The last hidden states ``(K, width)`` and their targets ``(K,)``, -100 for nothing; the targets of a sample
+            stand together, in the order of the samples.
+
+        Raises:
+            UserError: A token is not one of the base's, a row is too long for its rotary embedding, or the model does
+                not attend within samples.
+        """
+        check_attends_flatly(self.causal_lm)
+        trains = self._trainer is not None and self.trainer.training
+        data = getattr(self.trainer, "datamodule", None) if trains else None
+        check_row_length(self.causal_lm.config, batch["longest"])
+        check_token_ids(batch, len(self.causal_lm.get_input_embeddings().weight), data)
+        batch = {**batch, "targets": next_labels(batch["labels"][0])[None]}
+        if self.leaves_out_unneeded:
+            batch = leave_out_unneeded(batch)
+        if self.fast and self.device.type == "cpu":
+            batch = fill_up(batch)
+        with self.autocast():
+            hidden = self.causal_lm.base_model(
+                **embed_or_name(self.causal_lm, batch, self.neftune_alpha if self.training else None),
+                position_ids=batch["position_ids"],
+                attention_mask=NO_MASK,
+                cu_seqlens=batch["cu_seqlens"],
+                longest=batch["longest"],
+                stream_places=batch.get("stream_places"),
+                use_cache=False,
+            ).last_hidden_state
+        return hidden[0], batch["targets"][0]
+
+    @property
+    def leaves_out_unneeded(self) -> bool:
+        """Whether the loss is computed without the tokens that it does not need; not under NEFTune's noise."""
+        has_noise = self.training and self.neftune_alpha is not None
+        return self.fast and not has_noise and can_leave_out(self.causal_lm, self.training)
+
     # ---- training --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -267,6 +378,29 @@ class QLoRAModule(JudgingModule):
         if self.guard.on_nonfinite == "skip":
             self.log_dict({"skipped_steps": float(self.guard.skipped_steps)})
         self.window.clear()
+
+    # ---- validation and test -----------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        with telling_out_of_memory(self, batch):
+            self.val_statistics.update(self.compute_loss(batch))
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        with telling_out_of_memory(self, batch):
+            self.test_statistics.update(self.compute_loss(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_statistics("val", self.val_statistics)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_statistics("test", self.test_statistics)
+
+    def _log_statistics(self, split: str, statistics: TokenStatistics) -> None:
+        values = {f"{split}_{name}": value.float() for name, value in statistics.compute().items()}
+        # They are those of all ranks already; their mean over ranks is the same, and Lightning wants it.
+        self.log(f"{split}_loss", values.pop(f"{split}_loss"), prog_bar=True, sync_dist=True)
+        self.log_dict(values, sync_dist=True)
+        statistics.reset()
 
     # ---- optimization ----------------------------------------------------------------------------------------------
 
@@ -311,3 +445,109 @@ class QLoRAModule(JudgingModule):
             )
             if plain is not None:
                 describe(plain)
+
+    # ---- answers -----------------------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Put the adapter of a folder beside the model's own, to judge and to answer with.
+
+        Raises:
+            UserError: It belongs to another base, or does not fit this one.
+        """
+        fused = add_named_adapter(self.model, name, folder, self.identity, self.fast)
+        dtype: torch.dtype = getattr(torch, self.identity.get("compute_dtype", "float32"))
+        if not fused and dtype != torch.float32:
+            self.autocast_dtype = dtype
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[list[int]]:
+        """Answer each prompt of a prediction batch greedily; gives token ids."""
+        return self.answer(batch["prompt_ids"], batch["stop_ids"])
+
+    def answer(
+        self, prompts: list[list[int]], stop_ids: list[int], max_new_tokens: int = 128, **options: Any
+    ) -> list[list[int]]:
+        """Continue each prompt (token ids) greedily until a stop token; gives token ids without it.
+
+        Options are more arguments of :func:`~qlora_lightning.model.generate.generate_answers`.
+        """
+        with self.autocast():
+            return generate_answers(self.model, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, **options)
+
+    # ---- what it saves and loads -------------------------------------------------------------------------------------
+
+    def check_base(self, wait: bool = True) -> None:
+        """Refuse a base that is not what was cached; called before anything of a fit is saved.
+
+        Args:
+            wait: Whether to wait for the result; else only one that is known counts.
+
+        Raises:
+            UserError: It is damaged.
+        """
+        if self._base_check is not None and (wait or self._base_check.is_done):
+            self._base_check.wait()
+            self._base_check = None
+
+    def save_adapter(self, folder: str | Path, tokenizer: Any = None, stop_ids: Sequence[int] = ()) -> None:
+        """Write the adapter folder: PEFT's files, the tokenizer with its chat template, and what it belongs to.
+
+        Args:
+            folder: Where to.
+            tokenizer: Saved beside.
+            stop_ids: A data module's: tokens at which generation stops, beside the tokenizer's and the base's own.
+        """
+        self.check_base()
+        tensors = all_names_of_trainable_tensors(self.model)
+        data = identity_of_data(self._trainer)
+        identity = {**self.identity, "data": data} if data else self.identity
+        save_adapter_folder(Path(folder), self.model, tensors, tokenizer, identity, stop_ids)
+
+    def state_dict(  # type: ignore[override]  # torch's overloads, in one signature
+        self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """Give the adapter's tensors only; the base, large and frozen, is never walked but made anew from its name."""
+        destination = {} if destination is None else destination
+        for name, tensor in trainable_tensors(self).items():
+            destination[prefix + name] = tensor if keep_vars else tensor.detach()
+        return destination
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Set the adapter's tensors; always strict: every one must be there with its shape, and no other."""
+        self.configure_model()
+        copy_tensors(self, state_dict, "The checkpoint")
+        return LoadedKeys([], [])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Look before the tensors are set whether they belong here: a misfit of shapes is better told by its cause."""
+        check_identity(read_content(checkpoint, "The checkpoint")["identity"], self.identity, "The checkpoint")
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # our settings lie under our own key, and no hparams file exists
+        cls, checkpoint_path: str | Path, map_location: Any = "cpu", *, strict_identity: bool = True, **overrides: Any
+    ) -> Self:
+        """Make a module from a checkpoint: settings, base and adapter.
+
+        Whether code that comes with the base may run is not taken from the checkpoint: pass ``trust_remote_code``.
+
+        Args:
+            checkpoint_path: A file that a run wrote.
+            map_location: Where the module shall live.
+            strict_identity: ``False`` puts the adapter on another base too, if its tensors fit, and says what differs.
+            overrides: Arguments of the module that replace saved ones.
+
+        Raises:
+            UserError: The file is no checkpoint or a foreign one, or belongs to another base.
+        """
+        checkpoint = read_checkpoint(checkpoint_path, map_location)
+        content = read_content(checkpoint, str(checkpoint_path))
+        module = cls(**{**usable_settings(cls, content["settings"]), **overrides})
+        module.to(map_location)
+        module.configure_model()
+        try:
+            check_identity(content["identity"], module.identity, str(checkpoint_path))
+        except UserError as error:
+            if strict_identity:
+                raise
+            say(f"Loaded all the same, as strict_identity is False: {error}")
+        module.load_state_dict(checkpoint["state_dict"])
+        return module

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from qlora_lightning.model.batch import is_flat
-from qlora_lightning.model.judging import JudgingModule
 from qlora_lightning.model.loss import IGNORED, LossSums, head_loss, next_labels
 
 _MOST_TOKENS = 2048  # of a pass, unless one row has more: further ones make it no quicker
@@ -44,7 +43,7 @@ def _group(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]
         yield group
 
 
-def _losses_of_group(module: JudgingModule, rows: Sequence[Mapping[str, Any]]) -> Iterator[LossSums]:
+def _losses_of_group(module: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[LossSums]:
     states, targets = module.last_states(_join(rows))
     predicts = targets != IGNORED
     counts = [int((next_labels(row["labels"][0]) != IGNORED).sum()) for row in rows]

@@ -8,7 +8,7 @@ from lightning import Callback
 from qlora_lightning import AdapterCheckpoint, Evaluation
 from qlora_lightning.callbacks import evaluation
 from qlora_lightning.evaluation.rows import cut_rows
-from qlora_lightning.model.statistics import TokenStatistics
+from qlora_lightning.model.loss import TokenStatistics
 from qlora_lightning.support.errors import UserError
 from tests.equality import same
 

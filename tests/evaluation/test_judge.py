@@ -4,7 +4,7 @@ import torch
 from qlora_lightning import InstructionDataModule, QLoRAModule
 from qlora_lightning.evaluation.judge import Answering, judge_rows
 from qlora_lightning.evaluation.rows import cut_rows
-from qlora_lightning.model.statistics import TokenStatistics
+from qlora_lightning.model.loss import TokenStatistics
 
 
 @pytest.fixture(scope="module")

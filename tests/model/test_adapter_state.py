@@ -3,8 +3,7 @@ import pytest
 import torch
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.model.adapter_state import read_checkpoint
-from qlora_lightning.model.checkpoint.format import KEY, RENAMED_SETTINGS
+from qlora_lightning.model.checkpoint.format import KEY, RENAMED_SETTINGS, read_checkpoint
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import FORMAT_VERSION
 

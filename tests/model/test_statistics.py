@@ -3,8 +3,7 @@ import math
 import pytest
 import torch
 
-from qlora_lightning.model.loss import LossSums
-from qlora_lightning.model.statistics import TokenStatistics
+from qlora_lightning.model.loss import LossSums, TokenStatistics
 
 
 def sums(nll, tokens, correct):

@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import FORMAT_VERSION, check_version
 
@@ -115,3 +117,36 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def read_checkpoint(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint file without running any code in it.
+
+    Args:
+        file: Its path.
+        map_location: Where its tensors shall live.
+        mmap: Read tensors only when they are used.
+
+    Raises:
+        UserError: The file is not there, cut off, or no checkpoint.
+    """
+    if not Path(file).is_file():
+        raise UserError(f"{file}: there is no such file. Expected a .ckpt file that a run wrote.")
+    try:
+        checkpoint = torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
+    except Exception as error:  # torch has no exception of its own for a file that it cannot read
+        raise UserError(f"{file} is no checkpoint, or it is cut off: {type(error).__name__}.") from error
+    return checkpoint if isinstance(checkpoint, dict) else {}
+
+
+def usable_settings(cls: type, stored: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what this version does not know, and what a file must not decide."""
+    known = known_settings(cls)
+    unknown = sorted(stored.keys() - known)
+    if unknown:
+        say(f"Settings of the checkpoint that this version does not know, ignored: {', '.join(unknown)}.")
+    never = {"trust_remote_code"}
+    if foreign := find_foreign_class(stored):
+        say(f"The checkpoint's optimizer {foreign} is not taken over: a file must not choose which code runs.")
+        never.add("optimizer")
+    return {name: value for name, value in stored.items() if name in known - never}

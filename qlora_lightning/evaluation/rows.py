@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_lightning.model.batch import cut_into_rows, is_flat
-from qlora_lightning.model.loss import IGNORED
+from qlora_lightning.model.layout import IGNORED
 
 _MOST_NEW, _FEWEST_NEW = 512, 32
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from qlora_lightning.model.layout import find_needed
-from qlora_lightning.model.loss import IGNORED
+from qlora_lightning.model.layout import IGNORED, find_needed
 
 
 def row_places(data: Any, row_ids: Iterable[int]) -> list[str]:

@@ -25,8 +25,7 @@ from qlora_lightning.model.adapters.reading import LOADING_FAULTS, check_folder_
 from qlora_lightning.model.adapters.targets import layer_of
 from qlora_lightning.model.base_model import Quantization, QuantizedBase, lend_base, load_base
 from qlora_lightning.model.layers.attention import register_flat_attention
-from qlora_lightning.model.layers.decoder_layer import fuse_decoder_layers
-from qlora_lightning.model.layers.lora import fuse_lora_linears
+from qlora_lightning.model.layers.fusing import fuse_layers
 from qlora_lightning.support.versions import without_peft_warnings
 
 
@@ -115,10 +114,8 @@ def assemble_model(
         identity["trained_from"] = {"adapter": str(folder), "data": stored.get("data", {})}
     identity["adapter"] = describe_adapter(model)
     trainable = trainable_tensors(model)
-    unfused = fuse_lora_linears(model) if fast else list(trainable)
-    if fast:
-        fuse_decoder_layers(model)
-    else:
+    unfused = fuse_layers(model) if fast else list(trainable)
+    if not fast:
         model.get_base_model().set_attn_implementation(register_flat_attention(fast=False))
     unfused += [name for name in trainable if ".lora_" not in name]
     return QLoRAModel(model, identity, unfused, loaded.check)
@@ -159,8 +156,7 @@ def build_skeleton(
             _quantize(model, quantization, compute_dtype)
         adapted = _adapt(model, folder, adapter_options)
     if fast:
-        fuse_lora_linears(adapted)
-        fuse_decoder_layers(adapted)
+        fuse_layers(adapted)
     return adapted
 
 

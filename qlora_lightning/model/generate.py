@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qlora_lightning.model.layers.attention import NO_MASK, attends_flatly
 from qlora_lightning.model.layers.elementwise import rope_limit
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
+from qlora_lightning.model.layout import Samples, whole_samples
 
 _SHARE = 0.5  # of the free memory that the dense weights may take
 
@@ -225,25 +226,23 @@ class _Step:
         """Give the first token of each answer, ``(rows,)``."""
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
         positions = torch.cat([torch.arange(len(prompt), device=self.device) for prompt in prompts])
-        ends = torch.tensor(self._bounds, dtype=torch.int32, device=self.device)
-        hidden = self._run(ids, positions, ends, max(map(len, prompts)))
-        return self._choose(hidden[ends[1:] - 1])
+        samples = whole_samples([len(prompt) for prompt in prompts]).to(self.device)
+        hidden = self._run(ids, positions, samples)
+        return self._choose(hidden[samples.cu_seqlens[1:] - 1])
 
     def read_tokens(self, tokens: Tensor) -> Tensor:
         """Give the token behind the latest one of each row, ``(rows,)``."""
         self.cache.begin_step()
-        ends = torch.arange(len(tokens) + 1, dtype=torch.int32, device=self.device)
-        hidden = self._run(tokens, self.cache.lengths, ends, 1)
+        hidden = self._run(tokens, self.cache.lengths, None)
         self.cache.end_step()
         return self._choose(hidden)
 
-    def _run(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    def _run(self, ids: Tensor, positions: Tensor, samples: Samples | None) -> Tensor:
         output = self.causal_lm.base_model(
             input_ids=ids[None],
             position_ids=positions[None],
             attention_mask=NO_MASK,
-            cu_seqlens=cu_seqlens,
-            longest=longest,
+            samples=samples,
             kv_cache=self.cache,
             use_cache=False,
         )

@@ -11,10 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
 from qlora_lightning.model.kernels import loops
-from qlora_lightning.model.layers.hooks import apply, is_watched
-from qlora_lightning.model.layers.lora import ORIGINAL_LINEARS, Frozen, FrozenWeight, project, project_back
+from qlora_lightning.model.layers.fusing import ORIGINAL_LINEARS, is_watched
+from qlora_lightning.model.layers.lora import Frozen, FrozenWeight, apply, project, project_back
 
-IGNORED = -100
 _MOST_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no quicker
 _LOGIT_BYTES = 64 << 20  # nor shall their logits be more than this; of 128,256 tokens in bf16 261 rows
 _FLOAT = 4  # bytes
@@ -78,34 +77,25 @@ def rows_of_probabilities(vocabulary: int, number_bytes: int, device: str) -> in
     return max(1, min(most, _CACHED_BYTES // (vocabulary * _FLOAT))) if device == "cpu" else most
 
 
-def next_labels(labels: Tensor) -> Tensor:
-    """Give the target of each token of a stream ``(tokens,)``: the label of the next one; the last has none.
-
-    The one place where labels are shifted. A sample's first token has no label, so nothing is predicted across samples.
-    """
-    return F.pad(labels[1:], (0, 1), value=IGNORED)
-
-
 def head_loss(
     hidden: Tensor, targets: Tensor, head: nn.Module, chunk: int | None = None, *, fast: bool = True
 ) -> LossSums:
-    """Sum the loss of the labelled tokens of one stream.
+    """Sum the loss of labelled tokens.
 
     Args:
-        hidden: Last hidden states after the final norm, ``(tokens, width)``.
-        targets: What is to be predicted from each, ``(tokens,)``; -100 for nothing.
+        hidden: The last hidden states, after the final norm, from which they are predicted, ``(K, width)``.
+        targets: The tokens, ``(K,)``.
         head: Maps hidden states to logits.
         chunk: Labelled tokens whose logits exist at a time; by default as many as 64 MiB hold, but at most 512.
         fast: Whether a frozen head's gradient may be made while the logits exist; ``False`` leaves it to autograd.
     """
-    positions = (targets != IGNORED).nonzero()[:, 0]
-    targets, hidden = targets[positions], hidden[positions]
     if fast and _is_frozen_linear(head):
         chunk = chunk or rows_of_logits(len(head.weight), head.weight.element_size())
         nll_sum, correct = apply(_FrozenHeadLoss, hidden, head.weight, targets, chunk)
     else:
         nll_sum, correct = _checkpointed_head_loss(hidden, head, targets, chunk or _rows_of_plain_logits(head))
-    return LossSums(nll_sum, torch.tensor(len(targets), device=hidden.device), correct)
+    count = torch.full((), len(targets), device=hidden.device)  # torch.tensor would wait for a GPU
+    return LossSums(nll_sum, count, correct)
 
 
 def mean_with_gradient_of_sum(sums: LossSums) -> Tensor:

@@ -1,7 +1,8 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train them."""
 
 import contextlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
@@ -29,6 +30,7 @@ from qlora_lightning.model.adapters.named import add_named_adapter
 from qlora_lightning.model.adapters.reading import fill_adapter
 from qlora_lightning.model.adapters.targets import check_layers
 from qlora_lightning.model.base_model import Quantization
+from qlora_lightning.model.batch import is_flat
 from qlora_lightning.model.build import assemble_model
 from qlora_lightning.model.checkpoint.format import read_checkpoint, read_content, usable_settings
 from qlora_lightning.model.checkpoint.resume import ExactResume
@@ -46,13 +48,15 @@ from qlora_lightning.model.guards.guard import OnNonfinite, TrainingGuard
 from qlora_lightning.model.layers.attention import (
     NO_MASK,
     attends_flatly,
+    can_leave_out,
     check_attends_flatly,
+    has_ragged_kernel,
     register_flat_attention,
 )
 from qlora_lightning.model.layers.elementwise import check_row_length
-from qlora_lightning.model.layers.plain_path import explain_plain_layers
-from qlora_lightning.model.layout import can_leave_out, fill_up, leave_out_unneeded
-from qlora_lightning.model.loss import LossSums, TokenStatistics, head_loss, mean_with_gradient_of_sum, next_labels
+from qlora_lightning.model.layers.fusing import choose_layers, explain_plain_layers
+from qlora_lightning.model.layout import Layout, lay_out
+from qlora_lightning.model.loss import LossSums, TokenStatistics, head_loss, mean_with_gradient_of_sum
 from qlora_lightning.model.memory.out_of_memory import telling_out_of_memory
 from qlora_lightning.model.neftune import check_neftune_alpha, embed_or_name
 from qlora_lightning.model.optimizer import (
@@ -210,6 +214,7 @@ class QLoRAModule(lightning.LightningModule):
             if self.adapter is not None and self.overrides("build_model"):
                 fill_adapter(self.model, find_adapter_folder(self.adapter))  # it need not have read self.adapter
         self.model.train()  # Hugging Face models come in eval()
+        self.choose_layers()
         if self._device_of_process().type == "cpu":
             keep_freed_memory()
         # DDP would send the whole base to every rank, which has it already, mapped from a file.
@@ -287,21 +292,37 @@ class QLoRAModule(lightning.LightningModule):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
 
+    def choose_layers(self) -> None:
+        """Choose which layers run fused in the mode that the model is in."""
+        choose_layers(self.model)
+
+    def on_train_start(self) -> None:
+        self.choose_layers()
+
+    def on_validation_start(self) -> None:
+        self.choose_layers()
+
+    def on_test_start(self) -> None:
+        self.choose_layers()
+
+    def on_predict_start(self) -> None:
+        self.choose_layers()
+
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, batch: dict[str, Any]) -> LossSums:
         """Sum the loss over a flat batch. Override it for another objective; sums, not means, are wanted.
 
         Args:
-            batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)``, ``cu_seqlens`` ``(samples + 1,)``, and
-                ``longest``, the tokens of the longest sample.
+            batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens`` ``(samples + 1,)``;
+                under a Trainer also ``layout``, see :meth:`lay_out`.
         """
         hidden, targets = self.last_states(batch)
         with self.autocast():
             return head_loss(hidden, targets, self.causal_lm.get_output_embeddings(), fast=self.fast)
 
     def last_states(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Compute the states that the head reads, and name what is to be predicted from each.
+        """Compute the states from which labelled tokens are predicted.
 
         Only tokens that a label of this batch needs are computed (:attr:`leaves_out_unneeded`): what hooks on the
         model see is shorter than the batch.
@@ -310,34 +331,56 @@ class QLoRAModule(lightning.LightningModule):
             batch: As of :meth:`compute_loss`.
 
         Returns:
-            The last hidden states ``(K, width)`` and their targets ``(K,)``, -100 for nothing; the targets of a sample
-            stand together, in the order of the samples.
+            The last hidden states ``(K, width)`` and the tokens ``(K,)``; those of a sample stand together, in the
+            order of the samples.
 
         Raises:
-            UserError: A token is not one of the base's, a row is too long for its rotary embedding, or the model does
-                not attend within samples.
+            UserError: See :meth:`lay_out`; or the model does not attend within samples.
         """
         check_attends_flatly(self.causal_lm)
-        trains = self._trainer is not None and self.trainer.training
-        data = getattr(self.trainer, "datamodule", None) if trains else None
-        check_row_length(self.causal_lm.config, batch["longest"])
-        check_token_ids(batch, len(self.causal_lm.get_input_embeddings().weight), data)
-        batch = {**batch, "targets": next_labels(batch["labels"][0])[None]}
-        if self.leaves_out_unneeded:
-            batch = leave_out_unneeded(batch)
-        if self.fast and self.device.type == "cpu":
-            batch = fill_up(batch)
+        if self._trainer is None:
+            self.choose_layers()
+        layout: Layout | None = batch.get("layout")
+        if layout is None or not layout.is_of(batch):
+            layout = self.lay_out(batch).to(self.device)
         with self.autocast():
-            hidden = self.causal_lm.base_model(
-                **embed_or_name(self.causal_lm, batch, self.neftune_alpha if self.training else None),
-                position_ids=batch["position_ids"],
+            hidden: Tensor = self.causal_lm.base_model(
+                **embed_or_name(self.causal_lm, layout, self.neftune_alpha if self.training else None),
+                position_ids=layout.position_ids,
                 attention_mask=NO_MASK,
-                cu_seqlens=batch["cu_seqlens"],
-                longest=batch["longest"],
-                stream_places=batch.get("stream_places"),
+                samples=layout.samples,
                 use_cache=False,
             ).last_hidden_state
-        return hidden[0], batch["targets"][0]
+        return hidden[0].index_select(0, layout.predicting), layout.targets
+
+    def lay_out(self, batch: Mapping[str, Any]) -> Layout:
+        """Lay a flat batch out: best before it moves to a GPU, whose numbers would have to be waited for.
+
+        Args:
+            batch: As of :meth:`compute_loss`.
+
+        Raises:
+            UserError: A token is not one of the base's, or a row is too long for its rotary embedding.
+        """
+        trains = self._trainer is not None and self.trainer.training
+        data = getattr(self.trainer, "datamodule", None) if trains else None
+        check_token_ids(batch, len(self.causal_lm.get_input_embeddings().weight), data)
+        on_cpu = self.device.type == "cpu"
+        pads = not (on_cpu or has_ragged_kernel(self.device, self.causal_lm.dtype))
+        layout = lay_out(batch, leaves_out=self.leaves_out_unneeded, fills=self.fast and on_cpu, pads=pads)
+        check_row_length(self.causal_lm.config, layout.samples.longest)
+        return layout
+
+    def setup(self, stage: str) -> None:
+        # Lightning warns of these hooks beside a data module that has none of its own.
+        warnings.filterwarnings("ignore", "You have overridden `on_(before|after)_batch_transfer` in `LightningModule`")
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Add the layout to a flat batch, on the host."""
+        return {**batch, "layout": self.lay_out(batch)} if is_flat(batch) else batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return {**batch, "layout": batch["layout"].bind(batch)} if is_flat(batch) else batch
 
     @property
     def leaves_out_unneeded(self) -> bool:
@@ -425,6 +468,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         self._undo_compile()  # of what an override of configure_model has compiled
+        self.choose_layers()
         data = getattr(self.trainer, "datamodule", None)
         check_row_length(self.causal_lm.config, getattr(data, "max_length", 0))  # not first at a row
         self._describe_fit()

@@ -1,11 +1,11 @@
 """NEFTune: uniform noise on the embeddings while training."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qlora_lightning.model.layout import Layout
 from qlora_lightning.support.errors import UserError
 
 
@@ -19,18 +19,18 @@ def check_neftune_alpha(alpha: float | None) -> None:
         raise UserError(f"model.neftune_alpha is {alpha:g}: expected a positive number, such as 5, or null.")
 
 
-def embed_or_name(causal_lm: Any, batch: Mapping[str, Any], alpha: float | None) -> dict[str, Tensor]:
-    """Give what a model of transformers reads of a flat batch: its ids, or with ``alpha`` their noisy embeddings.
+def embed_or_name(causal_lm: Any, layout: Layout, alpha: float | None) -> dict[str, Tensor]:
+    """Give what a model of transformers reads of a stream: its ids, or with ``alpha`` their noisy embeddings.
 
     Args:
         causal_lm: Whose embedding it is.
-        batch: ``input_ids`` ``(1, tokens)``, ``cu_seqlens`` ``(samples + 1,)``.
+        layout: Of the batch, with all its tokens.
         alpha: Of the noise; ``None`` for none.
     """
     if alpha is None:
-        return {"input_ids": batch["input_ids"]}
-    embeddings = causal_lm.get_input_embeddings()(batch["input_ids"])
-    return {"inputs_embeds": add_noise(embeddings, batch["cu_seqlens"], alpha)}
+        return {"input_ids": layout.input_ids}
+    embeddings = causal_lm.get_input_embeddings()(layout.input_ids)
+    return {"inputs_embeds": add_noise(embeddings, layout.samples.cu_seqlens, alpha)}
 
 
 def add_noise(embeddings: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from qlora_lightning.model.batch import is_flat
-from qlora_lightning.model.loss import IGNORED, LossSums, head_loss, next_labels
+from qlora_lightning.model.layout import IGNORED, next_labels
+from qlora_lightning.model.loss import LossSums, head_loss
 
 _MOST_TOKENS = 2048  # of a pass, unless one row has more: further ones make it no quicker
 
@@ -45,10 +46,9 @@ def _group(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]
 
 def _losses_of_group(module: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[LossSums]:
     states, targets = module.last_states(_join(rows))
-    predicts = targets != IGNORED
     counts = [int((next_labels(row["labels"][0]) != IGNORED).sum()) for row in rows]
     head = module.causal_lm.get_output_embeddings()
-    pieces = (torch.split(tensor[predicts], counts) for tensor in (states, targets))
+    pieces = (torch.split(tensor, counts) for tensor in (states, targets))
     for own, wanted in zip(*pieces, strict=True):
         with module.autocast():
             yield head_loss(own, wanted, head, fast=module.fast)

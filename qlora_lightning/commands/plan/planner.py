@@ -11,7 +11,7 @@ from qlora_lightning.model.base_model import Quantization, check_stored_quantiza
 from qlora_lightning.model.batch import BatchShape
 from qlora_lightning.model.build import build_skeleton
 from qlora_lightning.model.device import choose_compute_dtype
-from qlora_lightning.model.layout import can_leave_out
+from qlora_lightning.model.layers.attention import can_leave_out
 from qlora_lightning.model.memory.plan import MemoryPlan, StepSettings, plan_memory, share_unread
 from qlora_lightning.model.memory.shapes import (
     ModelShape,

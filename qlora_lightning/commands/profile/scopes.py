@@ -25,8 +25,7 @@ from qlora_lightning.commands.profile.parts import (
     ROTARY,
     name_scope,
 )
-from qlora_lightning.model.layers.lora import FusedLinear, FusedLinear4bit
-from qlora_lightning.model.layers.plain_path import runs_fused
+from qlora_lightning.model.layers.lora import FusedLinear, FusedLinear4bit, runs_fused
 
 # modules of a LLaMA, by the end of their names: part, and whether with all inside
 _MODULES = (

@@ -10,7 +10,7 @@ import peft
 from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.adapters.reading import LOADING_FAULTS, read_tensors, word_misfit
-from qlora_lightning.model.layers.lora import fuse_lora_linears
+from qlora_lightning.model.layers.fusing import fuse_layers
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import without_peft_warnings
 
@@ -50,4 +50,4 @@ def add_named_adapter(
             f"The adapter folder {folder} does not fit this base: {len(missing)} tensors are missing in it "
             f"and {len(result.unexpected_keys)} are foreign ({', '.join(lost[:3])}, …)."
         )
-    return fast and not fuse_lora_linears(model)
+    return fast and not fuse_layers(model)

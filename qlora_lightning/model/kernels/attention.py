@@ -1,37 +1,12 @@
 """What ``attention.cpp`` computes, for tensors."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from qlora_lightning.model.kernels.library import call_with_scratch, has_numbers, is_there
+from qlora_lightning.model.layout import Samples
 
 _LANES, _MOST_WIDE = 16, 256  # numbers of a head: a multiple of the first, up to the second
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """Where the tokens of samples are in a stream; all numbers are int64.
-
-    Attributes:
-        bounds: Where the tokens of each sample begin among those of all samples, and the end of the last.
-        own: From which of its tokens on each sample has queries: those before are computed with another sample.
-        places: Where in the stream each token is, ``(bounds[-1],)``.
-        order: The tokens of the samples by their place.
-        begins: Where in ``order`` those of each place begin, and the end of the last.
-    """
-
-    bounds: Tensor
-    own: Tensor
-    places: Tensor
-    order: Tensor
-    begins: Tensor
-
-    @property
-    def share(self) -> bool:
-        """Whether there are tokens that several samples have in common."""
-        return len(self.places) > len(self.begins) - 1
 
 
 def can_attend(value: Tensor, dtype: torch.dtype) -> bool:
@@ -60,7 +35,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, samples: Samples, scale: f
         float32: the largest, and 1 / Σ e^(score - largest).
     """
     mixed, normalizers = torch.empty_like(query), query.new_empty(*query.shape[:2], 2, dtype=torch.float32)
-    of_samples = samples.bounds, samples.own, samples.places, len(samples.own)
+    of_samples = samples.cu_seqlens.long(), samples.own, samples.whole.places, len(samples.own)
     shape = query.shape[1], *key.shape[1:]
     call_with_scratch("attend", query.dtype, query, key, value, *of_samples, *shape, float(scale), mixed, normalizers)
     return mixed, normalizers
@@ -71,9 +46,11 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give the gradients of queries, keys and values from that of the mixed values, ``(tokens, heads, head_dim)``."""
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    parts = key.new_empty(2 * samples.share, len(samples.places), *key.shape[1:], dtype=torch.float32)
+    places, shares = samples.whole, not samples.whole.once
+    parts = key.new_empty(2 * shares, len(places.places), *key.shape[1:], dtype=torch.float32)
     states = query, key, value, grad, normalizers
-    of_samples = samples.bounds, samples.own, samples.places, samples.order, samples.begins, len(samples.own)
+    bounds = samples.cu_seqlens.long()
+    of_samples = bounds, samples.own, places.places, places.order, places.begins, len(samples.own)
     shape = len(query), query.shape[1], *key.shape[1:]
     call_with_scratch("attend_backward", query.dtype, *states, *of_samples, *shape, float(scale), parts, *grads)
     return grads

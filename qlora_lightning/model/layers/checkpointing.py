@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qlora_lightning.model.layers.hooks import apply
+from qlora_lightning.model.layers.lora import apply
 
 
 def keep_inputs_apart(layers: Iterable[nn.Module]) -> None:

@@ -1,35 +1,28 @@
 """A LLaMA layer in few autograd functions, which save little and share what can be shared."""
 
 import itertools
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.activations import SiLUActivation
-from transformers.models.llama import modeling_llama as llama
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from qlora_lightning.model.layers.attention import FLAT_ATTENTION, flat_attention
+from qlora_lightning.model.layers.attention import flat_attention
 from qlora_lightning.model.layers.elementwise import Rotary, gradient, normalize, normalize_again, swiglu
-from qlora_lightning.model.layers.hooks import Originals, apply, is_watched
-from qlora_lightning.model.layers.kv_cache import KeyValueCache
 from qlora_lightning.model.layers.lora import (
-    ORIGINAL_LINEARS,
     Frozen,
     LoRALinearFunction,
     LoRAProjection,
     adapters_of,
-    compute_dtype_of,
+    apply,
     frozen_part,
     gradient_of_a,
     gradients_of_b,
-    is_plain,
     narrow,
     project,
     project_back,
+    runs_fused,
 )
 
 
@@ -117,15 +110,7 @@ def _split(stacked: Tensor, all_a: Any, dim: int = 1) -> tuple[Tensor, ...]:
     return torch.split(stacked, [0 if a is None else len(a) for a in all_a], dim)
 
 
-_OF_SAMPLES = ("cu_seqlens", "longest", "stream_places", "kv_cache")  # what attention is told of them
-_PARTS = (LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRMSNorm)
-ACTIVATIONS = (SiLUActivation, nn.SiLU)  # of hidden_act silu, and of swish, which is the same function
-_ORIGINALS = Originals(
-    *((kind, "forward") for kind in (LlamaDecoderLayer, *_PARTS[:3], *ACTIVATIONS)),
-    (llama, "apply_rotary_pos_emb"),
-    (llama, "rotate_half"),
-    (F, "silu"),
-)
+_OF_SAMPLES = ("samples", "kv_cache", "cu_seqlens")  # what attention is told of them
 
 
 class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy transformers is untyped
@@ -151,57 +136,13 @@ class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy tra
         return cast(Tensor, apply(LoRAProjection, hidden, low, lora_b, down, hidden_states))
 
     def _fuses(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
-        cache: KeyValueCache | None = kwargs.get("kv_cache")
-        if cache is None:
-            return self._can_fuse(hidden_states, kwargs)
-        index = self.self_attn.layer_idx
-        if not cache.decoding:  # the prompts decide for the tokens behind them: to ask takes a tenth of a token's time
-            cache.fused[index] = self._can_fuse(hidden_states, kwargs)
-        return cache.fused[index]
-
-    def _can_fuse(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether this is a flat batch, in the dtype of all products, through a layer that is as it was made."""
-        if kwargs.get("cu_seqlens") is None or kwargs.get("cache") is not None:
-            return False
-        if torch.is_autocast_enabled(hidden_states.device.type):
-            return False
-        return self.is_usual() and all(compute_dtype_of(each) == hidden_states.dtype for each in self._linears())
-
-    def is_usual(self) -> bool:
-        """Whether the layer computes what its fused forward does, and nobody watches parts that this skips."""
-        attention = self.self_attn
-        return bool(
-            _has_usual_parts(self)
-            and not (attention.training and attention.attention_dropout)
-            and attention.config._attn_implementation == FLAT_ATTENTION
-            and all(map(is_plain, self._linears()))
-            and not any(norm.weight.requires_grad for norm in self._norms())
-            and not any(map(is_watched, self.children()))
-            and ORIGINAL_LINEARS.are_there()
+        """Whether this is a flat batch, in the dtype of all products."""
+        return (
+            runs_fused(self)
+            and any(kwargs.get(name) is not None for name in _OF_SAMPLES)
+            and hidden_states.dtype == self.__dict__["_dtype"]
+            and not torch.is_autocast_enabled(hidden_states.device.type)
         )
-
-    def _norms(self) -> tuple[Any, Any]:
-        return self.input_layernorm, self.post_attention_layernorm
-
-    def _linears(self) -> Iterator[nn.Module]:
-        attention, mlp = self.self_attn, self.mlp
-        yield from (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        yield from (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-
-
-def fuse_decoder_layers(model: nn.Module) -> None:
-    """Let each layer of a LLaMA that is put together as transformers does run fused.
-
-    Only the layers' class, and so their ``forward``, changes.
-    """
-    for layer in model.modules():
-        if type(layer) is LlamaDecoderLayer and _has_usual_parts(layer):
-            layer.__class__ = FusedDecoderLayer
-
-
-def _has_usual_parts(layer: Any) -> bool:
-    parts = (layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
-    return tuple(map(type, parts)) == _PARTS and type(layer.mlp.act_fn) in ACTIVATIONS and _ORIGINALS.are_there()
 
 
 def _apply_norm_and_linears(x: Tensor, norm: Any, *linears: nn.Module) -> tuple[Tensor, ...]:

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_lightning.model.kernels import loops
-from qlora_lightning.model.layers.hooks import apply
-from qlora_lightning.model.layers.lora import gradient_of_a, narrow
+from qlora_lightning.model.layers.lora import apply, gradient_of_a, narrow
 from qlora_lightning.support.errors import UserError
 
 

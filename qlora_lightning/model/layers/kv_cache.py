@@ -22,7 +22,6 @@ class KeyValueCache:
     Attributes:
         lengths: Tokens of each row so far, ``(rows,)`` int64: also the position of its next one.
         decoding: Whether the prompts are in, and single tokens follow.
-        fused: Of each layer, whether it ran the prompts fused; so it runs the tokens.
     """
 
     def __init__(self, bounds: list[int], device: torch.device) -> None:
@@ -32,7 +31,6 @@ class KeyValueCache:
         self._capacity = _with_room(self._longest)
         self.lengths = torch.tensor(sizes, device=device)
         self.decoding = False
-        self.fused: dict[int, bool] = {}
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # (rows, kv_heads, capacity, head_dim) each
         self._rows = torch.arange(len(sizes), device=device)
         self._hidden: Tensor | None = None  # 0 where a row has a token, else minus infinity

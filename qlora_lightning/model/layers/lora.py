@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlora_lightning.model.kernels import products, thin
-from qlora_lightning.model.layers.hooks import Originals, apply, is_watched
 
 TILE_BYTES = 8 << 20  # dense: what a product has just made is still in the CPU's cache, and the memory is used again
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Run an autograd function."""
+    return function.apply(*arguments)  # type: ignore[no-untyped-call]
 
 
 class FrozenWeight:
@@ -234,11 +238,6 @@ def _are_thin(wide: Tensor, matrix: Tensor | None = None) -> bool:
     return thin.can_narrow(wide) and (matrix is None or matrix.dtype is torch.float32)
 
 
-ORIGINAL_LINEARS = Originals(
-    *((kind, "forward") for kind in (nn.Linear, bnb.nn.Linear4bit, nn.Identity, nn.Dropout, PeftLinear, PeftLinear4bit))
-)
-
-
 class LoRALinearFunction(torch.autograd.Function):
     """Compute ``y = (residual +) x Wᵀ + bias + scaling (x Aᵀ) Bᵀ``, keeping only ``x`` and ``x Aᵀ`` for backward.
 
@@ -306,10 +305,9 @@ class FusedLinear4bit(PeftLinear4bit):  # type: ignore[misc]  # PEFT ships no ty
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``; whatever is not plain LoRA goes PEFT's own way."""
-        if args or kwargs or not _can_fuse(self):
-            output: Tensor = super().forward(x, *args, **kwargs)
-            return output
-        return _apply(self, x)
+        fuses = not (args or kwargs) and _has_one_adapter(self) and runs_fused(self)
+        output: Tensor = _apply(self, x) if fuses else super().forward(x, *args, **kwargs)
+        return output
 
 
 class FusedLinear(PeftLinear):  # type: ignore[misc]  # PEFT ships no types
@@ -317,15 +315,20 @@ class FusedLinear(PeftLinear):  # type: ignore[misc]  # PEFT ships no types
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``; whatever is not plain LoRA goes PEFT's own way."""
-        if args or kwargs or not _can_fuse(self):
-            output: Tensor = super().forward(x, *args, **kwargs)
-            return output
-        return _apply(self, x)
+        fuses = not (args or kwargs) and _has_one_adapter(self) and runs_fused(self)
+        output: Tensor = _apply(self, x) if fuses else super().forward(x, *args, **kwargs)
+        return output
 
 
-def _can_fuse(layer: LoraLayer) -> bool:
-    usual = is_plain(layer) and ORIGINAL_LINEARS.are_there() and not any(map(is_watched, layer.children()))
-    return usual and not layer.disable_adapters
+def _has_one_adapter(layer: LoraLayer) -> bool:
+    """Whether one adapter acts beside the weight; PEFT switches, merges and disables adapters at any time."""
+    return not (layer.disable_adapters or layer.merged) and len(layer.active_adapters) == 1
+
+
+def runs_fused(layer: nn.Module) -> bool:
+    """Whether a layer was chosen to run fused in its mode; see :mod:`qlora_lightning.model.layers.fusing`."""
+    chosen: dict[bool, bool] = layer.__dict__.get("_runs_fused", {})
+    return chosen.get(layer.training, False)
 
 
 def _apply(layer: LoraLayer, x: Tensor) -> Tensor:
@@ -336,34 +339,6 @@ def _apply(layer: LoraLayer, x: Tensor) -> Tensor:
     with torch.autocast(device, enabled=False):
         output: Tensor = apply(LoRALinearFunction, *arguments)
     return output if autocasts else output.to(x.dtype)
-
-
-def is_plain(layer: Any) -> bool:
-    """Whether a linear is frozen and has at most one active, unmerged adapter without dropout, bias or variant."""
-    if type(layer) not in (FusedLinear4bit, FusedLinear):
-        return _is_frozen(layer)
-    if "forward" in vars(layer) or len(layer.active_adapters) != 1 or layer.merged or not _is_frozen(layer.base_layer):
-        return False
-    (adapter,) = layer.active_adapters
-    if adapter not in layer.lora_A:  # it leaves this linear as it is
-        return True
-    matrices = layer.lora_A[adapter], layer.lora_B[adapter]
-    if any(type(each) is not nn.Linear or each.bias is not None for each in matrices):
-        return False
-    dropout = layer.lora_dropout[adapter]
-    return (
-        adapter not in layer.lora_variant
-        and not layer.lora_bias[adapter]
-        and (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training))
-    )
-
-
-def _is_frozen(linear: Any) -> bool:
-    if type(linear) not in (nn.Linear, bnb.nn.Linear4bit) or "forward" in vars(linear):
-        return False
-    if type(linear) is bnb.nn.Linear4bit and not isinstance(linear.weight, bnb.nn.Params4bit):
-        return False  # of a model that was pickled: bitsandbytes' own forward makes it whole again
-    return not (linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad))
 
 
 def compute_dtype_of(layer: nn.Module) -> torch.dtype | None:
@@ -391,33 +366,3 @@ def frozen_part(layer: nn.Module, dtype: torch.dtype) -> Frozen:
 
 def _base_of(layer: nn.Module) -> Any:
     return layer.base_layer if isinstance(layer, LoraLayer) else layer
-
-
-def fuse_lora_linears(model: nn.Module) -> list[str]:
-    """Let every LoRA linear of a PEFT model that can be fused use :class:`LoRALinearFunction`.
-
-    PEFT has made the layers; only their class, and so their ``forward``, changes.
-
-    Returns:
-        The names of the LoRA layers that keep PEFT's forward: int8, dropout, DoRA and other variants.
-    """
-    fused = {PeftLinear4bit: FusedLinear4bit, PeftLinear: FusedLinear}
-    fused |= {kind: kind for kind in fused.values()}  # of an adapter before
-    left: list[str] = []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        if type(layer) in fused and _can_be_plain(layer):
-            layer.__class__ = fused[type(layer)]
-        else:
-            left.append(name)
-    return left
-
-
-def _can_be_plain(layer: LoraLayer) -> bool:
-    return (
-        type(layer.get_base_layer()) in (nn.Linear, bnb.nn.Linear4bit)
-        and not layer.lora_variant
-        and not any(layer.lora_bias.values())
-        and all(type(dropout) is nn.Identity for dropout in layer.lora_dropout.values())
-    )

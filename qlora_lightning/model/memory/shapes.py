@@ -14,8 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.adapters.lora import ADAPTER, trainable_tensors
 from qlora_lightning.model.adapters.targets import PRESETS, layer_of
-from qlora_lightning.model.layers.lora import FusedLinear, FusedLinear4bit
-from qlora_lightning.model.layers.plain_path import runs_fused
+from qlora_lightning.model.layers.lora import FusedLinear, FusedLinear4bit, runs_fused
 
 
 @dataclass(frozen=True)

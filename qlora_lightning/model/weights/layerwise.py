@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lightning.model.layers.attention import NO_MASK
-from qlora_lightning.model.loss import IGNORED
+from qlora_lightning.model.layout import IGNORED, whole_samples
 from qlora_lightning.model.weights.base import Weights, filled
 
 _HEAD_ROWS = 16_384  # of the head's weight that are turned into fp32 at a time
@@ -75,8 +75,7 @@ def _run(layer: nn.Module, rotary: nn.Module, hidden: Tensor, batch: Mapping[str
         attention_mask=NO_MASK,
         position_ids=positions,
         position_embeddings=rotary(hidden, position_ids=positions),
-        cu_seqlens=batch["cu_seqlens"],
-        longest=batch["longest"],
+        samples=whole_samples(batch["cu_seqlens"].diff().tolist()),
         use_cache=False,
     )
     return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]

@@ -17,7 +17,7 @@ from qlora_lightning.base.tokenizer import load_tokenizer
 from qlora_lightning.model.adapters.folder import loading_snippet, save_adapter_folder
 from qlora_lightning.model.adapters.lora import add_adapters, trainable_tensors
 from qlora_lightning.model.base_model import load_base
-from qlora_lightning.model.layers.lora import fuse_lora_linears
+from qlora_lightning.model.layers.fusing import fuse_layers
 
 IDS = [5, 6, 7, 8, 9, 10]
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "qlora_lightning.json"}
@@ -26,7 +26,7 @@ FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "qlora
 def make(tiny_base, quantization="nf4", base_name=None, **settings):
     base = load_base(str(tiny_base), quantization=quantization, compute_dtype=torch.float32).model
     model = add_adapters(base, base_name=base_name or str(tiny_base), **settings)
-    fuse_lora_linears(model)
+    fuse_layers(model)
     with torch.no_grad():
         for tensor in trainable_tensors(model).values():
             tensor.normal_(std=0.1, generator=torch.Generator().manual_seed(0))

@@ -15,8 +15,9 @@ from qlora_lightning.model.adapters.lora import (
 )
 from qlora_lightning.model.base_model import load_base
 from qlora_lightning.model.generate import generate_answers
-from qlora_lightning.model.layers.lora import fuse_lora_linears
-from qlora_lightning.model.loss import head_loss, next_labels
+from qlora_lightning.model.layers.fusing import fuse_layers
+from qlora_lightning.model.layout import whole_samples
+from qlora_lightning.model.loss import head_loss
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import without_peft_warnings
 
@@ -44,18 +45,16 @@ def untied_base(tmp_path_factory):
 def make(folder, options, quantization="nf4", dtype=torch.float32, **settings):
     base = load_base(str(folder), quantization=quantization, compute_dtype=dtype).model
     model = add_adapters(base, lora_options=options, base_name=str(folder), **settings)
-    fuse_lora_linears(model)
+    fuse_layers(model)
     return model.train()
 
 
 def backward(model):
     """One forward and backward as the module's compute_loss does them."""
     causal_lm = model.get_base_model()
-    bounds = torch.tensor([0, IDS.shape[1]], dtype=torch.int32)
-    positions = torch.arange(IDS.shape[1])[None]
-    hidden = causal_lm.base_model(input_ids=IDS, position_ids=positions, cu_seqlens=bounds, use_cache=False)
-    labels = torch.cat([torch.tensor([-100]), IDS[0, 1:]])
-    loss = head_loss(hidden.last_hidden_state[0], next_labels(labels), causal_lm.get_output_embeddings()).nll_sum
+    samples, positions = whole_samples([IDS.shape[1]]), torch.arange(IDS.shape[1])[None]
+    hidden = causal_lm.base_model(input_ids=IDS, position_ids=positions, samples=samples, use_cache=False)
+    loss = head_loss(hidden.last_hidden_state[0, :-1], IDS[0, 1:], causal_lm.get_output_embeddings()).nll_sum
     loss.backward()
     return loss.item()
 

@@ -8,7 +8,7 @@ from qlora_lightning.model import generate
 from qlora_lightning.model.adapters.lora import add_adapters
 from qlora_lightning.model.base_model import load_base
 from qlora_lightning.model.generate import dense_weights
-from qlora_lightning.model.layers.lora import fuse_lora_linears
+from qlora_lightning.model.layers.fusing import fuse_layers
 
 IDS = torch.tensor([[11, 12, 13]])
 
@@ -17,7 +17,7 @@ IDS = torch.tensor([[11, 12, 13]])
 def model(request, tiny_base):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[request.param]
     made = add_adapters(load_base(str(tiny_base), compute_dtype=dtype).model).eval()
-    fuse_lora_linears(made)
+    fuse_layers(made)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if ".lora_B." in name:

@@ -6,7 +6,9 @@ from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from qlora_lightning.model.layers.attention import flat_attention, register_flat_attention
+from qlora_lightning.model.kernels import attention as kernel
+from qlora_lightning.model.layers.attention import flat_attention, plain_flat_attention, register_flat_attention
+from qlora_lightning.model.layout import Needed, place_samples, whole_samples
 from qlora_lightning.support.versions import attend_ragged
 
 LENGTHS = (5, 1, 12, 7)
@@ -33,26 +35,26 @@ def causal_attention_by_hand(query, key, value):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_of_a_sample_in_a_batch_is_bit_equal_to_its_own_alone(dtype):
     qkv = draw_qkv(dtype)
-    together, weights = flat_attention(None, *qkv, None, cu_seqlens=cu_seqlens(*LENGTHS), longest=max(LENGTHS))
+    together, weights = flat_attention(None, *qkv, None, samples=whole_samples(LENGTHS))
     assert weights is None
     assert together.shape == (1, sum(LENGTHS), 4, 16)
     for start, end in BOUNDS:
         sample = [tensor[:, :, start:end].clone() for tensor in qkv]
-        alone, _ = flat_attention(None, *sample, None, cu_seqlens=cu_seqlens(end - start), longest=end - start)
+        alone, _ = flat_attention(None, *sample, None, samples=whole_samples([end - start]))
         assert torch.equal(together[:, start:end], alone)
 
 
 def test_attention_is_softmax_of_scaled_products_with_earlier_tokens_of_the_same_sample():
     qkv = draw_qkv(torch.float32)
-    together, _ = flat_attention(None, *qkv, None, cu_seqlens=cu_seqlens(*LENGTHS))
+    together, _ = flat_attention(None, *qkv, None, samples=whole_samples(LENGTHS))
     expected = [causal_attention_by_hand(*(tensor[:, :, start:end] for tensor in qkv)) for start, end in BOUNDS]
     torch.testing.assert_close(together, torch.cat(expected, dim=1), rtol=1e-5, atol=1e-6)
 
 
 def test_scaling_replaces_the_default_factor():
     query, key, value = draw_qkv(torch.float32)
-    doubled, _ = flat_attention(None, query, key, value, None, scaling=0.5, cu_seqlens=cu_seqlens(*LENGTHS))
-    expected, _ = flat_attention(None, 2 * query, key, value, None, cu_seqlens=cu_seqlens(*LENGTHS))
+    doubled, _ = flat_attention(None, query, key, value, None, scaling=0.5, samples=whole_samples(LENGTHS))
+    expected, _ = flat_attention(None, 2 * query, key, value, None, samples=whole_samples(LENGTHS))
     torch.testing.assert_close(doubled, expected)  # 16 ** -0.5 = 0.25
 
 
@@ -66,7 +68,7 @@ def sample_ids():
 
 def hidden_states(model, ids, lengths):
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    arguments = {"cu_seqlens": cu_seqlens(*lengths), "longest": max(lengths), "use_cache": False}
+    arguments = {"samples": whole_samples(lengths), "use_cache": False}
     return model.base_model(input_ids=ids, position_ids=positions, **arguments).last_hidden_state
 
 
@@ -122,10 +124,33 @@ def test_samples_that_only_their_positions_tell_apart_do_not_see_each_other(tiny
             torch.testing.assert_close(together[:, start:end], alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("bounds", [[3, 25], [0, 5, 5, 25], [0, 24]])
-def test_bounds_that_are_none_are_refused(bounds):
-    with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to 25, the tokens of the batch; found \["):
-        flat_attention(None, *draw_qkv(torch.float32), None, cu_seqlens=torch.tensor(bounds))
+def test_samples_of_another_batch_are_refused():
+    with pytest.raises(ValueError, match="samples: expected those of 25 tokens, found 24"):
+        flat_attention(None, *draw_qkv(torch.float32), None, samples=whole_samples([24]))
+
+
+LAYOUTS = {
+    "apart": Needed([5, 1, 12, 7], [0, 0, 0, 0], []),
+    "a beginning that two share": Needed([8, 1, 12, 7], [3, 0, 0, 0], [2, 0]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("needed", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_padded_samples_in_one_kernel_attend_as_each_alone(needed, dtype, monkeypatch):
+    """The way of cards that are older than compute capability 8.0."""
+    samples = place_samples(needed, pads=True)
+    qkv = [tensor.requires_grad_() for tensor in draw_qkv(dtype)]
+    single, _ = plain_flat_attention(None, *qkv, None, samples=samples)
+    weights = torch.randn(single.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    of_single = torch.autograd.grad(single, qkv, weights)
+    monkeypatch.setattr(kernel, "can_attend", lambda value, dtype: False)
+    padded, _ = flat_attention(None, *qkv, None, samples=samples)
+    of_padded = torch.autograd.grad(padded, qkv, weights)
+    error = 1e-6 if dtype == torch.float32 else 1e-2
+    for one, other in zip([padded, *of_padded], [single, *of_single], strict=True):
+        assert one.shape == other.shape
+        assert (one - other).float().norm() <= error * other.float().norm()
 
 
 def test_left_padded_generation_equals_generation_alone(tiny_base):
@@ -177,7 +202,7 @@ def ragged_kernel_of_torch_2_11(query, key, value, cu_q, cu_k, max_q, max_k, *, 
 def test_what_a_ragged_kernel_is_given_makes_it_flat_attention(monkeypatch, kernel):
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
     qkv, bounds = draw_qkv(torch.float32), cu_seqlens(*LENGTHS)
-    expected, _ = flat_attention(None, *qkv, None, scaling=0.3, cu_seqlens=bounds)
+    expected, _ = flat_attention(None, *qkv, None, scaling=0.3, samples=whole_samples(LENGTHS))
     ragged = attend_ragged(*by_token(qkv), bounds, max(LENGTHS), 0.3)
     torch.testing.assert_close(ragged[None], expected, rtol=1e-5, atol=1e-6)
 
@@ -185,10 +210,10 @@ def test_what_a_ragged_kernel_is_given_makes_it_flat_attention(monkeypatch, kern
 @pytest.mark.gpu
 def test_ragged_kernel_equals_attention_sample_by_sample():
     qkv = [tensor.requires_grad_() for tensor in draw_qkv(torch.bfloat16, "cuda", head_dim=64)]
-    bounds = cu_seqlens(*LENGTHS, device="cuda")
-    ragged, _ = flat_attention(None, *qkv, None, cu_seqlens=bounds, longest=max(LENGTHS))
+    samples = whole_samples(LENGTHS).to(torch.device("cuda"))
+    ragged, _ = flat_attention(None, *qkv, None, samples=samples)
     ragged_gradients = torch.autograd.grad(ragged.float().square().sum(), qkv)
-    single, _ = flat_attention(None, *qkv, None, cu_seqlens=bounds, longest=None)  # no longest: sample by sample
+    single, _ = plain_flat_attention(None, *qkv, None, samples=samples)
     single_gradients = torch.autograd.grad(single.float().square().sum(), qkv)
     torch.testing.assert_close(ragged, single, rtol=1e-2, atol=1e-2)
     for gradient, expected in zip(ragged_gradients, single_gradients, strict=True):

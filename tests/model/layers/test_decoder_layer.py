@@ -16,9 +16,10 @@ from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.kernels import loops
 from qlora_lightning.model.layers import elementwise
 from qlora_lightning.model.layers.attention import register_flat_attention
-from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, fuse_decoder_layers
+from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
+from qlora_lightning.model.layers.fusing import fuse_layers
 from qlora_lightning.model.layers.lora import FrozenWeight
-from qlora_lightning.model.loss import IGNORED
+from qlora_lightning.model.layout import IGNORED
 from qlora_lightning.support.versions import enable_activation_checkpointing
 
 LENGTHS = (9, 1, 30, 17)
@@ -157,7 +158,7 @@ def test_a_sample_in_a_batch_has_the_hidden_states_that_it_has_alone(tiny_base):
     module = make(tiny_base, fast=True, compute_dtype="bf16")
 
     def hidden(inputs):
-        inputs = {name: inputs[name] for name in ("input_ids", "position_ids", "cu_seqlens", "longest")}
+        inputs = {name: inputs[name] for name in ("input_ids", "position_ids", "cu_seqlens")}
         return module.causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
 
     together = hidden(whole := batch())
@@ -302,7 +303,7 @@ def test_a_layer_with_another_part_keeps_its_own_forward(tiny_base, monkeypatch)
     module = make(tiny_base, fast=False)
     layer = layers_of(module)[0]
     layer.mlp.act_fn = Gated()
-    fuse_decoder_layers(module)
+    fuse_layers(module)
     assert [type(each) is FusedDecoderLayer for each in layers_of(module)] == [False, True]
 
 

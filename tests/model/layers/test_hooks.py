@@ -1,7 +1,7 @@
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from qlora_lightning.model.layers.hooks import is_watched
+from qlora_lightning.model.layers.fusing import is_watched
 
 
 def test_a_module_is_watched_where_it_or_one_inside_it_has_a_hook():

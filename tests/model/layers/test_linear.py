@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lightning.model.layers.lora import FusedLinear, FusedLinear4bit, fuse_lora_linears, is_plain
+from qlora_lightning.model.layers.fusing import choose_layers, fuse_layers, is_plain
+from qlora_lightning.model.layers.lora import FusedLinear, FusedLinear4bit
 
 IN, OUT, RANK = 64, 48, 4
 STORAGES = ["none", "nf4", "fp4"]
@@ -67,7 +68,7 @@ def relative_errors(results, references):
 def test_output_and_gradients_equal_those_of_pefts_own_layer(storage, bias):
     expected = outputs_and_gradients(*make_lora(storage, bias=bias))
     model, layer = make_lora(storage, bias=bias)
-    assert fuse_lora_linears(model) == []
+    assert fuse_layers(model) == []
     assert type(layer) is (FusedLinear if storage == "none" else FusedLinear4bit)
     assert max(relative_errors(outputs_and_gradients(model, layer), expected)) <= 1e-5
 
@@ -75,7 +76,7 @@ def test_output_and_gradients_equal_those_of_pefts_own_layer(storage, bias):
 @pytest.mark.parametrize("storage", STORAGES)
 def test_gradients_equal_finite_differences(storage):
     model, layer = make_lora(storage)
-    fuse_lora_linears(model)
+    fuse_layers(model)
     x = torch.randn(3, IN, generator=torch.Generator().manual_seed(2))
     weight = layer.lora_A["default"].weight
     model(x).sum().backward()
@@ -96,7 +97,7 @@ def test_in_bfloat16_it_errs_no_more_than_the_plain_path(storage):
     low = torch.bfloat16
     plain = outputs_and_gradients(*make_lora(storage, low), low, autocast=True)
     model, layer = make_lora(storage, low)
-    fuse_lora_linears(model)
+    fuse_layers(model)
     fused = outputs_and_gradients(model, layer, low)
     for ours, theirs in zip(relative_errors(fused, exact), relative_errors(plain, exact), strict=True):
         assert 0 < ours <= 1.5 * theirs
@@ -104,7 +105,7 @@ def test_in_bfloat16_it_errs_no_more_than_the_plain_path(storage):
 
 def test_adapters_stay_float32_masters_with_float32_gradients():
     model, layer = make_lora("nf4", torch.bfloat16)
-    fuse_lora_linears(model)
+    fuse_layers(model)
     output = model(torch.randn(3, IN).bfloat16())
     output.sum().backward()
     assert output.dtype == torch.bfloat16
@@ -115,7 +116,7 @@ def test_adapters_stay_float32_masters_with_float32_gradients():
 
 def test_an_input_without_gradient_gets_none():
     model, layer = make_lora()
-    fuse_lora_linears(model)
+    fuse_layers(model)
     model(torch.randn(3, IN)).sum().backward()
     assert layer.lora_B["default"].weight.grad.any()
 
@@ -123,7 +124,7 @@ def test_an_input_without_gradient_gets_none():
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_disabled_adapter_leaves_the_base_alone(storage):
     model, layer = make_lora(storage)
-    fuse_lora_linears(model)
+    fuse_layers(model)
     x = torch.randn(3, IN, generator=torch.Generator().manual_seed(2))
     with model.disable_adapter():
         assert torch.equal(model(x), layer.base_layer(x))
@@ -132,7 +133,7 @@ def test_a_disabled_adapter_leaves_the_base_alone(storage):
 
 def test_a_merged_adapter_is_not_added_twice():
     model, layer = make_lora()
-    fuse_lora_linears(model)
+    fuse_layers(model)
     x = torch.randn(3, IN, generator=torch.Generator().manual_seed(2))
     expected = model(x)
     model.merge_adapter()
@@ -144,7 +145,7 @@ def test_a_merged_adapter_is_not_added_twice():
 
 def test_two_active_adapters_are_both_added():
     model, layer = make_lora()
-    fuse_lora_linears(model)
+    fuse_layers(model)
     model.add_adapter("second", peft.LoraConfig(r=RANK, target_modules=["proj"], init_lora_weights=False))
     x = torch.randn(3, IN, generator=torch.Generator().manual_seed(2))
 
@@ -169,29 +170,30 @@ def test_two_active_adapters_are_both_added():
 def test_what_cannot_be_fused_is_named_and_keeps_pefts_forward(storage, options):
     model, layer = make_lora(storage, bias="lora_bias" in options, **options)
     own = type(layer)
-    assert fuse_lora_linears(model) == ["base_model.model.proj"]
+    assert fuse_layers(model) == ["base_model.model.proj"]
     assert type(layer) is own
     assert own.__module__.startswith("peft.")
 
 
 def test_what_is_fused_already_is_not_named_once_an_adapter_is_added():
     model, layer = make_lora("nf4")
-    assert fuse_lora_linears(model) == []
+    assert fuse_layers(model) == []
     model.add_adapter("second", peft.LoraConfig(r=RANK, target_modules=["proj"]))
-    assert fuse_lora_linears(model) == []
+    assert fuse_layers(model) == []
     model.add_adapter("third", peft.LoraConfig(r=RANK, target_modules=["proj"], lora_dropout=0.5))
-    assert fuse_lora_linears(model) == ["base_model.model.proj"]
+    assert fuse_layers(model) == ["base_model.model.proj"]
     assert type(layer) is FusedLinear4bit
 
 
 def test_a_part_that_is_not_as_peft_makes_it_is_heard():
     x = torch.randn(3, IN)
     model, layer = make_lora()
-    fuse_lora_linears(model)
+    fuse_layers(model)
     before = model(x)
     with_bias = nn.Linear(RANK, OUT)
     with_bias.weight.data = layer.lora_B["default"].weight.data
     layer.lora_B["default"] = with_bias
+    choose_layers(model)
     torch.testing.assert_close(model(x), before + 3 * with_bias.bias)  # alpha / rank
     layer.__class__ = type("Own", (type(layer),), {"forward": lambda self, x: 2 * x})
     assert not is_plain(layer)
@@ -201,14 +203,16 @@ def test_a_part_that_is_not_as_peft_makes_it_is_heard():
 def test_a_model_that_was_pickled_computes_the_same(storage):
     """There bitsandbytes' parameters have become plain ones, which its own forward mends."""
     model, _ = make_lora(storage)
-    fuse_lora_linears(model)
+    fuse_layers(model)
     x = torch.randn(3, IN)
-    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), model(x), rtol=1e-5, atol=1e-5)
+    again = pickle.loads(pickle.dumps(model))
+    choose_layers(again)
+    torch.testing.assert_close(again(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_drops_in_training():
     model, _ = make_lora(lora_dropout=0.5)
-    fuse_lora_linears(model)
+    fuse_layers(model)
     x = torch.randn(3, IN)
     assert not torch.equal(model(x), model(x))
     model.eval()
@@ -217,13 +221,13 @@ def test_dropout_drops_in_training():
 
 def test_without_rows_the_output_has_none():
     model, _ = make_lora()
-    fuse_lora_linears(model)
+    fuse_layers(model)
     assert model(torch.randn(2, 0, IN)).shape == (2, 0, OUT)
 
 
 def test_the_adapter_that_is_left_when_ours_is_deleted_is_used():
     model, layer = make_lora()
-    fuse_lora_linears(model)
+    fuse_layers(model)
     model.add_adapter("second", peft.LoraConfig(r=RANK, target_modules=["proj"], init_lora_weights=False))
     model.set_adapter("second")
     model.delete_adapter("default")
@@ -233,7 +237,7 @@ def test_the_adapter_that_is_left_when_ours_is_deleted_is_used():
 
 def test_a_second_derivative_is_refused():
     model, layer = make_lora()
-    fuse_lora_linears(model)
+    fuse_layers(model)
     x = torch.randn(3, IN, requires_grad=True)
     (first,) = torch.autograd.grad(model(x).square().sum(), layer.lora_A["default"].weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

@@ -4,7 +4,7 @@ import types
 from torch import nn
 from transformers.models.llama import modeling_llama as llama
 
-from qlora_lightning.model.layers.hooks import Originals
+from qlora_lightning.model.layers.fusing import Originals
 
 
 def own(self, x):

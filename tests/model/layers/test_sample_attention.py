@@ -6,13 +6,13 @@ import torch
 
 from qlora_lightning.model.kernels.attention import attends_in
 from qlora_lightning.model.kernels.library import load_library
-from qlora_lightning.model.layers.attention import attend_within, find_samples, lay_out_samples
+from qlora_lightning.model.layers.attention import flat_attention, lay_out_states
+from qlora_lightning.model.layout import Needed, place_samples, whole_samples
 from tests.model.layers.written_attention import (
     HEAD_DIM,
     HEADS,
     KV_HEADS,
     attend,
-    bounds_of,
     draw,
     errors,
     errors_of_torch,
@@ -26,11 +26,15 @@ LENGTHS = (5, 1, 137, 64, 70)  # strips of 8 queries, tiles of 64 and vectors of
 
 # Two samples of 4 and of 70 tokens; the first 3 of the shorter one are computed with the longer one: a stream of 71.
 SHARED_LENGTHS = (4, 70)
-SHARED = torch.tensor([1, 2, 3, 0, *range(1, 71)])
+SHARED = Needed([4, 70], [3, 0], [1, 0])
 
 
 def ours(lengths, scale=0.3):
-    return lambda *qkv: attend_within(find_samples(bounds_of(lengths), sum(lengths), None), *qkv, scale)
+    return lambda *qkv: attend_within(whole_samples(lengths), *qkv, scale)
+
+
+def attend_within(samples, query, key, value, scale):
+    return flat_attention(None, query, key, value, None, scale, samples=samples)[0]
 
 
 def assert_near(ours, exact, error=1e-6):
@@ -51,7 +55,7 @@ def test_output_and_gradients_are_those_of_attention_written_out(lengths):
 
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 16), (2, 1, 48), (8, 2, 128), (3, 1, 256)])
 def test_heads_may_be_as_many_and_as_wide_as_those_of_any_llama(heads, kv_heads, width):
-    generator, samples = torch.Generator().manual_seed(0), find_samples((0, 20, 53), 53, None)
+    generator, samples = torch.Generator().manual_seed(0), whole_samples((20, 33))
     shapes = [(1, count, 53, width) for count in (heads, kv_heads, kv_heads)]
     drawn = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     found = with_gradients(lambda *qkv: attend_within(samples, *qkv, width**-0.5), drawn)
@@ -66,14 +70,13 @@ def test_heads_may_be_as_many_and_as_wide_as_those_of_any_llama(heads, kv_heads,
 
 
 def test_what_samples_share_is_looked_up_in_the_stream_and_sums_their_gradients():
-    samples = find_samples(bounds_of(SHARED_LENGTHS), 71, SHARED)
-    assert samples.share
-    assert samples.own.tolist() == [3, 0]
+    samples = place_samples(SHARED)
+    assert samples.whole.places.tolist() == [1, 2, 3, 0, *range(1, 71)]
     stream = [each[:, :, :71].detach().requires_grad_() for each in draw((74,), torch.float32)]
     found = with_gradients(lambda *qkv: attend_within(samples, *qkv, 0.3), stream)
 
     def in_full(*qkv):
-        whole = (lay_out_samples(each, SHARED, samples.order, samples.begins[:-1]) for each in qkv)
+        whole = (lay_out_states(each, samples.whole) for each in qkv)
         mixed = attend(*whole, SHARED_LENGTHS, 0.3)
         return mixed[:, [3, *range(4, 74)]]
 
@@ -176,15 +179,3 @@ def test_results_are_the_same_whatever_the_number_of_threads_and_from_call_to_ca
         torch.set_num_threads(before)
     for found in zip(*results, strict=True):
         assert all(torch.equal(found[0], other) for other in found[1:])
-
-
-@pytest.mark.parametrize(
-    "places", [[1, 2, 3, 0, *range(1, 70), 71], [-1, 2, 3, 0, *range(1, 71)], [0, 2, 3, 1, *range(1, 71)]], ids=str
-)
-def test_places_that_are_none_are_refused(places):
-    with pytest.raises(ValueError, match="expected each of 71 places as the own token of one sample, in order"):
-        find_samples(bounds_of(SHARED_LENGTHS), 71, torch.tensor(places))
-
-
-def test_layers_of_a_batch_share_what_was_found():
-    assert find_samples((0, 3), 3, None) is find_samples((0, 3), 3, None)

@@ -12,7 +12,7 @@ from qlora_lightning.commands.profile.parts import Widths
 from qlora_lightning.commands.profile.scopes import Scopes
 from qlora_lightning.model.batch import BatchShape, shape_of_batch
 from qlora_lightning.model.kernels import library
-from qlora_lightning.model.loss import IGNORED
+from qlora_lightning.model.layout import IGNORED
 from qlora_lightning.model.memory import kept
 from qlora_lightning.model.memory.kept import (
     kept_by_layers,

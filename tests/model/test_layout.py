@@ -1,4 +1,4 @@
-"""Samples that begin alike, and what of them is computed; by hand, and against the whole batch."""
+"""What of a batch is computed: by hand, and against the whole batch."""
 
 import itertools
 
@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from qlora_lightning import QLoRAModule
+from qlora_lightning.model import layout
+from qlora_lightning.model import module as module_file
 from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.model.layout import find_needed, leave_out_unneeded
-from qlora_lightning.model.loss import IGNORED, next_labels
+from qlora_lightning.model.layout import IGNORED, filled, find_needed, lay_out
 from qlora_lightning.support.versions import enable_activation_checkpointing
 
 SYSTEM = [1, 2, 3]
@@ -32,54 +33,79 @@ def batch_of(*samples):
     }
 
 
-def leave_out(batch):
-    return leave_out_unneeded({**batch, "targets": next_labels(batch["labels"][0])[None]})
-
-
 def test_what_two_samples_begin_with_is_there_once_and_what_nothing_is_predicted_from_never():
-    found = leave_out(batch_of(([*SYSTEM, 7, 8, 9], 4, 1), ([*SYSTEM, 5, 6], 4, 0)))
+    found = lay_out(batch_of(([*SYSTEM, 7, 8, 9], 4, 1), ([*SYSTEM, 5, 6], 4, 0)))
     # In the order of their ids the second comes first: it computes SYSTEM. 8 is the last label: from 7 it is predicted.
-    assert found["input_ids"].tolist() == [[7, *SYSTEM, 5]]
-    assert found["position_ids"].tolist() == [[3, 0, 1, 2, 3]]
-    assert found["targets"].tolist() == [[8, -100, -100, -100, 6]]
-    assert found["stream_places"].tolist() == [1, 2, 3, 0, 1, 2, 3, 4]
-    assert found["cu_seqlens"].tolist() == [0, 4, 8]
-    assert found["cu_seqlens"].dtype == torch.int32
-    assert found["longest"] == 4
+    assert found.input_ids.tolist() == [[7, *SYSTEM, 5]]
+    assert found.position_ids.tolist() == [[3, 0, 1, 2, 3]]
+    assert (found.predicting.tolist(), found.targets.tolist()) == ([0, 4], [8, 6])
+    samples = found.samples
+    assert samples.whole.places.tolist() == [1, 2, 3, 0, 1, 2, 3, 4]
+    assert samples.own.tolist() == [3, 0]
+    assert samples.bounds == (0, 4, 8)
+    assert samples.cu_seqlens.tolist() == [0, 4, 8]
+    assert samples.cu_seqlens.dtype == torch.int32
+    assert samples.longest == 4
+    assert samples.whole.order.tolist() == [3, 0, 4, 1, 5, 2, 6, 7]  # by place, those of one place in their order
+    assert samples.whole.begins.tolist() == [0, 1, 3, 5, 7, 8]
+    assert samples.whole.first.tolist() == [3, 0, 1, 2, 7]
+    assert not samples.whole.once
+
+
+def test_padded_samples_are_as_long_as_the_longest_and_count_their_own_tokens():
+    batch = batch_of(([1, 2], 1, 0), ([3, 4, 5], 1, 0))
+    padded = lay_out(batch, leaves_out=False, pads=True).samples.padded
+    assert padded.places.tolist() == [0, 1, 1, 2, 3, 4]  # the first is filled up with its last token
+    assert padded.first.tolist() == padded.order.tolist() == [0, 1, 3, 4, 5]
+    assert padded.once
+    assert lay_out(batch, leaves_out=False).samples.padded is None
 
 
 def test_a_token_from_which_something_is_predicted_is_not_shared():
-    found = leave_out(batch_of(([*SYSTEM, 7, 8], 3, 0), ([*SYSTEM, 7, 9], 3, 0)))
-    assert found["input_ids"].tolist() == [[*SYSTEM, 7, 3, 7]]
-    assert found["targets"].tolist() == [[-100, -100, 7, 8, 7, 9]]
+    found = lay_out(batch_of(([*SYSTEM, 7, 8], 3, 0), ([*SYSTEM, 7, 9], 3, 0)))
+    assert found.input_ids.tolist() == [[*SYSTEM, 7, 3, 7]]
+    assert (found.predicting.tolist(), found.targets.tolist()) == ([2, 3, 4, 5], [7, 8, 7, 9])
 
 
 def test_beginnings_are_shared_in_a_chain():
-    found = leave_out(batch_of(([1, 2, 9], 2, 0), ([1, 2, 3, 4, 9], 4, 0), ([1, 2, 3, 5, 9], 4, 0)))
+    found = lay_out(batch_of(([1, 2, 9], 2, 0), ([1, 2, 3, 4, 9], 4, 0), ([1, 2, 3, 5, 9], 4, 0)))
     # Sorted: (1 2 3 4), (1 2 3 5), (1 2): the third computes no more than 5, the first no more than its 2.
-    assert found["input_ids"].tolist() == [[2, 1, 2, 3, 4, 5]]
-    assert found["stream_places"].tolist() == [1, 0, 1, 2, 3, 4, 1, 2, 3, 5]
+    assert found.input_ids.tolist() == [[2, 1, 2, 3, 4, 5]]
+    assert found.samples.whole.places.tolist() == [1, 0, 1, 2, 3, 4, 1, 2, 3, 5]
 
 
 def test_samples_without_labels_have_one_token():
-    found = leave_out(batch_of(([4, 5, 6], 3, 0), ([4, 5, 6], 3, 0)))
-    assert found["input_ids"].tolist() == [[4, 4]]
-    assert "stream_places" not in found
+    found = lay_out(batch_of(([4, 5, 6], 3, 0), ([4, 5, 6], 3, 0)))
+    assert found.input_ids.tolist() == [[4, 4]]
+    assert found.samples.whole.once
+    assert not len(found.targets)
 
 
-def test_tokens_at_other_positions_are_other_tokens():
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_tokens_at_other_positions_are_other_tokens(dtype):
     batch = batch_of(([*SYSTEM, 7], 3, 0), ([*SYSTEM, 8], 3, 0))
-    assert "stream_places" in leave_out(batch)
+    batch["position_ids"] = batch["position_ids"].to(dtype)
+    assert not lay_out(batch).samples.whole.once
     batch["position_ids"][0, 4:] += 1
-    assert "stream_places" not in leave_out(batch)
+    assert lay_out(batch).samples.whole.once
 
 
-def test_positions_may_be_of_32_bits():
-    batch = batch_of(([*SYSTEM, 7], 3, 0), ([*SYSTEM, 8], 3, 0))
-    batch["position_ids"] = batch["position_ids"].int()
-    assert "stream_places" in leave_out(batch)
-    batch["position_ids"][0, 4:] += 1
-    assert "stream_places" not in leave_out(batch)
+def test_a_sample_without_labels_fills_the_last_block():
+    filled = lay_out(batch_of((range(10), 1, 0), (range(9), 1, 0)), leaves_out=False, fills=True)
+    assert filled.input_ids.shape == filled.position_ids.shape == (1, 32)
+    assert filled.samples.bounds == (0, 10, 19, 32)
+    assert filled.samples.whole.places.tolist() == list(range(32))
+    assert filled.position_ids[0, 19:].tolist() == list(range(13))
+    assert filled.predicting.tolist() == [*range(9), *range(10, 18)]
+    assert filled.input_ids[0, 18:].unique().numel() == 1  # the last token again
+    assert lay_out(batch_of((range(10), 1, 0), (range(6), 1, 0)), leaves_out=False, fills=True).input_ids.shape == (
+        1,
+        16,
+    )
+
+
+def test_tokens_are_counted_as_they_are_filled_up():
+    assert [filled(tokens) for tokens in (1, 16, 17)] == [16, 16, 32]
 
 
 @pytest.mark.parametrize("bounds", [[1, 4, 8], [0, 5, 4, 8], [0, 4, 4, 8], [0, 4, 7], [0, 4, 9]], ids=str)
@@ -87,7 +113,7 @@ def test_bounds_that_are_none_are_refused(bounds):
     batch = batch_of(([*SYSTEM, 7], 3, 0), ([*SYSTEM, 8], 3, 0))
     batch["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 8, the tokens of the batch; found"):
-        leave_out(batch)
+        lay_out(batch)
 
 
 def test_a_few_shared_tokens_among_many_are_left_alone():
@@ -140,7 +166,7 @@ def test_loss_and_gradients_are_those_of_the_plain_path_over_all_tokens(tiny_bas
     if every_n_layers:
         enable_activation_checkpointing(module.causal_lm)
     batch = batch_of(*rows)
-    assert "stream_places" in leave_out(batch)
+    assert not lay_out(batch).samples.whole.once
     assert module.leaves_out_unneeded
     assert not plain.leaves_out_unneeded
     for one, other in zip(results(module, batch), results(plain, batch), strict=True):
@@ -157,11 +183,22 @@ def test_in_bfloat16_gradients_err_no_more_than_those_of_the_plain_path(tiny_bas
     assert (ours - exact).norm() <= 1.1 * (plain - exact).norm()
 
 
-def test_labels_that_a_subclass_changes_are_seen(tiny_base):
-    """What is left out follows the labels of the batch that comes, not those of the file."""
+def with_rows(batch):
+    rows = torch.arange(len(batch["cu_seqlens"]) - 1)
+    return {**batch, "row_ids": rows, "source": rows}
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_labels_that_a_subclass_changes_are_seen(tiny_base, in_place):
+    """What is left out follows the labels of the batch that comes, not those that it was laid out with."""
     module, plain = make(tiny_base), make(tiny_base, fast=False)
     batch = batch_of(*BATCHES["within a tile"])
-    batch["labels"] = batch["input_ids"].clone()
+    batch = module.on_after_batch_transfer(module.on_before_batch_transfer(with_rows(batch), 0), 0)
+    assert batch["layout"].is_of(batch)
+    if in_place:
+        batch["labels"][0] = batch["input_ids"][0]
+    else:
+        batch["labels"] = batch["input_ids"].clone()
     batch["labels"][0, batch["cu_seqlens"][:-1]] = IGNORED
     for one, other in zip(results(module, batch), results(plain, batch), strict=True):
         assert (one - other).float().norm() <= 1e-5 * other.float().norm()
@@ -185,3 +222,17 @@ def test_dropout_that_is_put_in_later_is_noticed(tiny_base):
     assert module.leaves_out_unneeded
     module.causal_lm.model.layers[0].mlp.down_proj.lora_dropout["default"] = torch.nn.Dropout(0.5)
     assert not module.leaves_out_unneeded
+
+
+@pytest.mark.parametrize("options", [{}, {"fast": False}, {"neftune_alpha": 5.0}], ids=str)
+def test_loss_and_gradients_are_those_of_the_batch_that_is_not_filled_up(tiny_base, options, monkeypatch):
+    def train():
+        torch.manual_seed(0)
+        module = make(tiny_base, quantization="none", **options)
+        return results(module, batch_of(*rows_beginning_alike(2, 1, 21)))
+
+    filled = train()
+    plain = layout.lay_out
+    monkeypatch.setattr(module_file, "lay_out", lambda batch, *, fills, **options: plain(batch, **options))
+    for one, other in zip(filled, train(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)

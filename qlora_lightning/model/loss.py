@@ -132,7 +132,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 nll_sum += nll.sum()
                 correct += right.sum()
             if gradient is not None:
-                gradient[part] = project_back([logits], [head], None, None)
+                gradient[part] = project_back([logits], [head], None, [])
             del logits  # before the next are made
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(correct)

@@ -53,6 +53,7 @@ from qlora_lightning.model.layers.attention import (
     has_ragged_kernel,
     register_flat_attention,
 )
+from qlora_lightning.model.layers.decoder_layer import cast_adapters
 from qlora_lightning.model.layers.elementwise import check_row_length
 from qlora_lightning.model.layers.fusing import choose_layers, explain_plain_layers
 from qlora_lightning.model.layout import Layout, lay_out
@@ -343,12 +344,14 @@ class QLoRAModule(lightning.LightningModule):
         layout: Layout | None = batch.get("layout")
         if layout is None or not layout.is_of(batch):
             layout = self.lay_out(batch).to(self.device)
+        casts = cast_adapters(self.model, self.causal_lm.dtype) if self.device.type == "cuda" and self.fast else None
         with self.autocast():
             hidden: Tensor = self.causal_lm.base_model(
                 **embed_or_name(self.causal_lm, layout, self.neftune_alpha if self.training else None),
                 position_ids=layout.position_ids,
                 attention_mask=NO_MASK,
                 samples=layout.samples,
+                casts=casts,
                 use_cache=False,
             ).last_hidden_state
         return hidden[0].index_select(0, layout.predicting), layout.targets

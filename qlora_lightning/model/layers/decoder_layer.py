@@ -9,8 +9,9 @@ from torch.autograd.function import once_differentiable
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from qlora_lightning.model.layers.attention import flat_attention
-from qlora_lightning.model.layers.elementwise import Rotary, gradient, normalize, normalize_again, swiglu
+from qlora_lightning.model.layers.elementwise import Rotary, normalize, normalize_again, normalize_backward, swiglu
 from qlora_lightning.model.layers.lora import (
+    Casts,
     Frozen,
     LoRALinearFunction,
     LoRAProjection,
@@ -53,7 +54,8 @@ class NormedLinears(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         normed, inverse = normalize(flat, weight, eps)
         all_a, all_b = adapters[::2], adapters[1::2]
-        lows = narrow(normed, _stack(all_a, x))  # (tokens, sum of ranks)
+        there = [a for a in all_a if a is not None]
+        lows = narrow(normed, there, linears[0].casts) if there else normed.new_empty(len(normed), 0)
         outputs = [
             project(normed, low, b, frozen) for low, b, frozen in zip(_split(lows, all_a), all_b, linears, strict=True)
         ]
@@ -84,25 +86,19 @@ class NormedLinears(torch.autograd.Function):
                 of_low, of_b = gradients_of_b(grad, low, b, frozen, (True, b_needs))
                 grad_low.copy_(of_low)
             grads_b.append(of_b)
-        again = normalize_again(flat, weight, inverse)
         grads_a: list[Tensor | None] = [None] * len(all_a)
         if any(needed[::2]):
-            pairs = zip(all_a, _split(gradient_of_a(grad_lows, again.normed), all_a, 0), strict=True)
+            normed = normalize_again(flat, weight, inverse)
+            pairs = zip(all_a, _split(gradient_of_a(grad_lows, normed), all_a, 0), strict=True)
             grads_a = [None if a is None else grad.to(a.dtype) for a, grad in pairs]
         grad_x = None
         if ctx.needs_input_grad[0]:
             there = [grad is not None for grad in flat_grads]
             of_outputs, linears = (list(itertools.compress(each, there)) for each in (flat_grads, ctx.linears))
-            grad_normed = project_back(of_outputs, linears, grad_lows, _stack(all_a, flat))
-            grad_x = gradient(grad_normed, flat, weight, inverse, again).view(ctx.shape)
+            grad_normed = project_back(of_outputs, linears, grad_lows, [a for a in all_a if a is not None])
+            grad_x = normalize_backward(grad_normed, flat, weight, inverse).view(ctx.shape)
         of_adapters = [grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair]
         return grad_x, None, None, None, *of_adapters
-
-
-def _stack(all_a: Any, like: Tensor) -> Tensor:
-    """Put the linears' A under each other: ``(sum of ranks, in)``."""
-    there = [a for a in all_a if a is not None]
-    return torch.cat(there) if there else like.new_empty(0, like.shape[-1])
 
 
 def _split(stacked: Tensor, all_a: Any, dim: int = 1) -> tuple[Tensor, ...]:
@@ -121,18 +117,20 @@ class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy tra
         if args or not self._fuses(hidden_states, kwargs):
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
         attention, mlp = self.self_attn, self.mlp
-        linears = (attention.q_proj, attention.k_proj, attention.v_proj)
-        projected = _apply_norm_and_linears(hidden_states, self.input_layernorm, *linears)
+        linears: tuple[nn.Module, ...] = (attention.q_proj, attention.k_proj, attention.v_proj)
+        casts: Casts | None = kwargs.get("casts")
+        projected = _apply_norm_and_linears(hidden_states, self.input_layernorm, linears, casts)
         by_heads = (*hidden_states.shape[:2], -1, attention.head_dim)
         query, key, value = (each.view(by_heads).transpose(1, 2) for each in projected)
-        query, key = (apply(Rotary, each, *kwargs["position_embeddings"]) for each in (query, key))
+        query, key = apply(Rotary, query, key, *kwargs["position_embeddings"])
         samples: dict[str, Any] = {name: kwargs.get(name) for name in _OF_SAMPLES}
         mixed, _ = flat_attention(attention, query, key, value, None, scaling=attention.scaling, **samples)
-        hidden_states = _apply_linear(mixed.flatten(-2), attention.o_proj, hidden_states)
-        gate, up = _apply_norm_and_linears(hidden_states, self.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
+        hidden_states = _apply_linear(mixed.flatten(-2), attention.o_proj, hidden_states, casts)
+        linears = (mlp.gate_proj, mlp.up_proj)
+        gate, up = _apply_norm_and_linears(hidden_states, self.post_attention_layernorm, linears, casts)
         lora_a, lora_b = adapters_of(mlp.down_proj)
-        hidden, low = swiglu(gate, up, lora_a)
-        down = frozen_part(mlp.down_proj, gate.dtype)
+        down = frozen_part(mlp.down_proj, gate.dtype, casts)
+        hidden, low = swiglu(gate, up, lora_a, down.casts)
         return cast(Tensor, apply(LoRAProjection, hidden, low, lora_b, down, hidden_states))
 
     def _fuses(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
@@ -145,11 +143,30 @@ class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy tra
         )
 
 
-def _apply_norm_and_linears(x: Tensor, norm: Any, *linears: nn.Module) -> tuple[Tensor, ...]:
-    frozen = tuple(frozen_part(linear, x.dtype) for linear in linears)
+def _apply_norm_and_linears(
+    x: Tensor, norm: Any, linears: tuple[nn.Module, ...], casts: Casts | None
+) -> tuple[Tensor, ...]:
+    frozen = tuple(frozen_part(linear, x.dtype, casts) for linear in linears)
     adapters = [matrix for linear in linears for matrix in adapters_of(linear)]
     return cast(tuple[Tensor, ...], apply(NormedLinears, x, norm.weight, norm.variance_epsilon, frozen, *adapters))
 
 
-def _apply_linear(x: Tensor, linear: nn.Module, residual: Tensor) -> Tensor:
-    return cast(Tensor, apply(LoRALinearFunction, x, *adapters_of(linear), frozen_part(linear, x.dtype), residual))
+def _apply_linear(x: Tensor, linear: nn.Module, residual: Tensor, casts: Casts | None) -> Tensor:
+    frozen = frozen_part(linear, x.dtype, casts)
+    return cast(Tensor, apply(LoRALinearFunction, x, *adapters_of(linear), frozen, residual))
+
+
+def cast_adapters(model: nn.Module, dtype: torch.dtype) -> Casts:
+    """Cast the adapters of all layers that run fused at once, as these ask for them."""
+    groups: list[list[Tensor]] = []
+    for layer in model.modules():
+        if isinstance(layer, FusedDecoderLayer) and runs_fused(layer):
+            attention, mlp = layer.self_attn, layer.mlp
+            apart = [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]]
+            for linears in (*apart, [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]):
+                pairs = [adapters_of(linear) for linear in linears]
+                groups.append([a for a, _ in pairs if a is not None])
+                groups += ([b] for _, b in pairs if b is not None)
+    casts = Casts()
+    casts.make([group for group in groups if group], dtype)
+    return casts

@@ -1,6 +1,13 @@
-"""RMSNorm, rotary position embedding and SwiGLU, forward and backward, keeping little."""
+"""RMSNorm, rotary position embedding and SwiGLU, forward and backward, keeping little.
 
-from typing import Any, NamedTuple, cast
+Each is a region: element-wise code. On a CPU the C++ loops run it; on a GPU it is compiled into one kernel; elsewhere
+torch runs it operation by operation.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -8,20 +15,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_lightning.model.kernels import loops
-from qlora_lightning.model.layers.lora import apply, gradient_of_a, narrow
+from qlora_lightning.model.layers.lora import Casts, apply, gradient_of_a, narrow
 from qlora_lightning.support.errors import UserError
 
 
-class Again(NamedTuple):
-    """What backward makes again of a norm.
+def run_region(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run element-wise code: on a GPU, where Triton is there, compiled into one kernel for any number of rows."""
+    if arguments[0].is_cuda and _has_triton():
+        function = _compile(function)
+    return function(*arguments)
 
-    Attributes:
-        normed: The norm's output.
-        scaled: ``x̂``, the same before the weight, in float32; ``None`` where the gradient can do without.
-    """
 
-    normed: Tensor
-    scaled: Tensor | None
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
+
+
+# ---- RMSNorm (Zhang and Sennrich 2019) with a frozen weight ---------------------------------------------------------
 
 
 def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -36,30 +51,43 @@ def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """
     if loops.can_run(x, weight):
         return loops.normalize(x, weight, eps)
+    normed, inverse = run_region(_normalize, x, weight, eps)
+    return normed, inverse
+
+
+def normalize_again(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """Give the first of what :func:`normalize` gave, bit for bit, from the second."""
+    if loops.can_run(x, weight):
+        return loops.normalize_again(x, weight, inverse)
+    return cast(Tensor, run_region(_normalize_again, x, weight, inverse))
+
+
+def normalize_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """Give the gradient of x from g, that of ``w · x̂`` where ``x̂ = x · inverse``: ``inverse (w g - x̂ mean(w g x̂))``.
+
+    What is given as g may be written over.
+    """
+    if loops.can_run(grad, x, weight):
+        return loops.normalize_backward(grad, x, weight, inverse)
+    return cast(Tensor, run_region(_normalize_backward, grad, x, weight, inverse))
+
+
+def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     scaled = _precise(x)
     squares: Tensor = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).square_()
     inverse = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
     return _weigh(scaled.mul_(inverse), weight, x.dtype), inverse
 
 
-def normalize_again(x: Tensor, weight: Tensor, inverse: Tensor) -> Again:
-    """Give what :func:`normalize` gave, bit for bit, and what its gradient may need."""
-    if loops.can_run(x, weight):
-        return Again(loops.normalize_again(x, weight, inverse), None)
+def _normalize_again(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    return _weigh(_precise(x).mul_(inverse), weight, x.dtype)
+
+
+def _normalize_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     scaled = _precise(x).mul_(inverse)
-    return Again(_weigh(scaled, weight, x.dtype), scaled)
-
-
-def gradient(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, again: Again) -> Tensor:
-    """Give the gradient of x from g, that of ``w · x̂`` where ``x̂ = x · inverse``: ``inverse (w g - x̂ mean(w g x̂))``.
-
-    What is given as g may be written over.
-    """
-    if again.scaled is None:
-        return loops.normalize_backward(grad, x, weight, inverse)
-    precise = _precise(grad).mul_(weight.to(again.scaled.dtype))
-    mean = (again.scaled * precise).mean(-1, keepdim=True)
-    return precise.addcmul_(again.scaled, mean, value=-1).mul_(inverse).to(x.dtype)
+    precise = _precise(grad).mul_(weight.to(scaled.dtype))
+    mean = (scaled * precise).mean(-1, keepdim=True)
+    return precise.addcmul_(scaled, mean, value=-1).mul_(inverse).to(x.dtype)
 
 
 def _precise(x: Tensor) -> Tensor:
@@ -71,6 +99,9 @@ def _weigh(scaled: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return scaled.to(dtype, copy=True).mul_(weight)
 
 
+# ---- rotary position embedding --------------------------------------------------------------------------------------
+
+
 class Rotary(torch.autograd.Function):
     """Turn each pair ``(x[i], x[i + half])`` by its position's angle (Su et al. 2021, RoFormer).
 
@@ -78,30 +109,40 @@ class Rotary(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turn ``(1, heads, tokens, head_dim)`` by ``cos`` and ``sin`` ``(1, tokens, head_dim)``."""
+    def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn both, ``(1, heads, tokens, head_dim)``, by ``cos`` and ``sin`` ``(1, tokens, head_dim)``."""
         ctx.save_for_backward(cos, sin)
-        return _turn(states, cos, sin, back=False)
+        return _turn_both(query, key, cos, sin, back=False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _turn(grad, *ctx.saved_tensors, back=True), None, None
+    def backward(ctx: Any, of_query: Tensor, of_key: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *_turn_both(of_query, of_key, *ctx.saved_tensors, back=True), None, None
 
 
-def _turn(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+def _turn_both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> tuple[Tensor, Tensor]:
     """Turn, or give the gradient of that: the other way, each number by the angle where forward had put it."""
-    by_token = states.transpose(1, 2)
-    if len(states) == len(cos) == 1 and loops.can_run(by_token, cos, sin):
-        return loops.rotate(by_token[0], cos[0], sin[0], back=back)[None].transpose(1, 2)
-    cos, sin, half = cos[:, None], sin[:, None], states.shape[-1] // 2
+    by_token = [each.transpose(1, 2) for each in (query, key)]
+    if len(query) == len(cos) == 1 and loops.can_run(*by_token, cos, sin):
+        turned = [loops.rotate(each[0], cos[0], sin[0], back=back)[None].transpose(1, 2) for each in by_token]
+        return turned[0], turned[1]
+    query, key = run_region(_turn_by_operators, query, key, cos, sin, back)
+    return query, key
+
+
+def _turn_by_operators(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    cos, sin, half = cos[:, None], sin[:, None], query.shape[-1] // 2
     first, second = sin[..., :half], sin[..., half:]
     if back:
         first, second = second, first
-    turned = states * cos
-    turned[..., :half].addcmul_(states[..., half:], first, value=1 if back else -1)
-    turned[..., half:].addcmul_(states[..., :half], second, value=-1 if back else 1)
-    return turned
+
+    def turn(states: Tensor) -> Tensor:
+        turned = states * cos
+        turned[..., :half].addcmul_(states[..., half:], first, value=1 if back else -1)
+        turned[..., half:].addcmul_(states[..., :half], second, value=-1 if back else 1)
+        return turned
+
+    return turn(query), turn(key)
 
 
 def rope_limit(config: Any) -> int | None:
@@ -140,7 +181,10 @@ def check_row_length(config: Any, longest: int) -> None:
         )
 
 
-def swiglu(gate: Tensor, up: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor | None]:
+# ---- SwiGLU ---------------------------------------------------------------------------------------------------------
+
+
+def swiglu(gate: Tensor, up: Tensor, a: Tensor | None, casts: Casts) -> tuple[Tensor, Tensor | None]:
     """Compute ``h = silu(gate) · up`` (Shazeer 2020, GLU variants) and ``h Aᵀ``.
 
     Kept for backward are gate and up; h is made again. Where neither takes a gradient, h takes none: A's comes from
@@ -150,6 +194,7 @@ def swiglu(gate: Tensor, up: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor |
         gate: ``(…, wide)``.
         up: Likewise.
         a: ``(rank, wide)``; ``None`` without an adapter.
+        casts: Of A.
 
     Returns:
         ``(tokens, wide)`` and ``(tokens, rank)``.
@@ -157,7 +202,7 @@ def swiglu(gate: Tensor, up: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor |
     gate, up = (each.reshape(-1, each.shape[-1]) for each in (gate, up))
     needed = gate.requires_grad, up.requires_grad
     gate, up = apply(KeptForSwiGLU, gate, up, a)
-    return cast(tuple[Tensor, Tensor | None], apply(SwiGLU, gate, up, a, needed))
+    return cast(tuple[Tensor, Tensor | None], apply(SwiGLU, gate, up, a, needed, casts))
 
 
 class KeptForSwiGLU(torch.autograd.Function):
@@ -184,18 +229,18 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, up: Tensor, a: Tensor | None, needed: tuple[bool, bool]
+        ctx: Any, gate: Tensor, up: Tensor, a: Tensor | None, needed: tuple[bool, bool], casts: Casts
     ) -> tuple[Tensor, Tensor | None]:
         hidden = _activate(gate, up)
         # torch's compiler knows no way from a function to the one before
         ctx.keeper = gate.grad_fn if any(needed) and not torch.compiler.is_compiling() else None
-        ctx.needed = needed
+        ctx.needed, ctx.casts = needed, casts
         ctx.set_materialize_grads(False)
         if ctx.keeper is None:
             ctx.save_for_backward(gate, up, a)
         if not any(needed):
             ctx.mark_non_differentiable(hidden)
-        return hidden, None if a is None else narrow(hidden, a)
+        return hidden, None if a is None else narrow(hidden, [a], casts)
 
     @staticmethod
     @once_differentiable
@@ -207,31 +252,40 @@ class SwiGLU(torch.autograd.Function):
         if grad_hidden is not None:
             # Written over below: nothing but LoRAProjection reads h, and the gradient that it gives is its own.
             if grad_low is not None:
-                grad_hidden = grad_hidden.addmm_(grad_low, a.to(grad_low.dtype))
+                grad_hidden = grad_hidden.addmm_(grad_low, ctx.casts(grad_low.dtype, a))
             hidden, grad_gate, grad_up = _activate_backward(gate, up, grad_hidden, (a_needs, gate_needs, up_needs))
         elif a_needs:
             hidden = _activate(gate, up)
         if a_needs and grad_low is not None and hidden is not None:
             grad_a = gradient_of_a(grad_low, hidden).to(a.dtype)
-        return grad_gate, grad_up, grad_a, None
+        return grad_gate, grad_up, grad_a, None, None
 
 
 def _activate(gate: Tensor, up: Tensor) -> Tensor:
-    return loops.swiglu(gate, up) if loops.can_run(gate, up) else F.silu(gate).mul_(up)
+    if loops.can_run(gate, up):
+        return loops.swiglu(gate, up)
+    return cast(Tensor, run_region(_activate_by_operators, gate, up))
+
+
+def _activate_by_operators(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
 
 
 def _activate_backward(
     gate: Tensor, up: Tensor, grad: Tensor, needed: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Make h again, and the gradients of gate and up from that of h, which is written over: those that are needed."""
-    hidden_is_needed, gate_needs, up_needs = needed
-    if gate_needs and up_needs and loops.can_run(gate, up, grad):
+    if needed[1] and needed[2] and loops.can_run(gate, up, grad):
         return loops.swiglu_backward(gate, up, grad)
+    hidden, of_gate, of_up = run_region(_activate_backward_by_operators, gate, up, grad, *needed)
+    return hidden, of_gate, of_up
+
+
+def _activate_backward_by_operators(
+    gate: Tensor, up: Tensor, grad: Tensor, hidden_is_needed: bool, gate_needs: bool, up_needs: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     active = F.silu(gate)
     hidden = active * up if hidden_is_needed else None
-    grad_up = active.mul_(grad) if up_needs else None
-    if not gate_needs:
-        return hidden, None, grad_up
-    grad_gate = grad.mul_(up)
-    torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
-    return hidden, grad_gate, grad_up
+    of_up = active.mul_(grad) if up_needs else None
+    of_gate = torch.ops.aten.silu_backward(grad.mul_(up), gate) if gate_needs else None
+    return hidden, of_gate, of_up

@@ -1,7 +1,7 @@
 """A LoRA linear over a frozen weight: products with the weight and with the adapter, as one autograd function."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
@@ -119,6 +119,51 @@ def _scales(state: QuantState) -> Tensor:
     return scales
 
 
+class Casts:
+    """A's and B's in the dtype of the products: cast when they are asked for, or all of them at once before a pass.
+
+    They train in float32. On a GPU each cast is a launch, and a layer has fourteen of them.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], Tensor] = {}
+
+    def make(self, groups: Iterable[Sequence[Tensor]], dtype: torch.dtype) -> None:
+        """Cast them, in one operation.
+
+        Args:
+            groups: Tensors that are asked for together, to be stacked.
+            dtype: Of the copies.
+        """
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        for group in groups:
+            stacked = group[0].new_empty(sum(map(len, group)), group[0].shape[1], dtype=dtype)
+            targets += torch.split(stacked, [len(each) for each in group])
+            sources += (each.detach() for each in group)
+            self._made[dtype, *map(_place_of, group)] = stacked
+        if targets:
+            torch._foreach_copy_(targets, sources)
+
+    def __call__(self, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+        """Give some tensors, stacked, in a dtype."""
+        made = self._made.get((dtype, *map(_place_of, tensors))) if self._made else None
+        return stack(tensors).to(dtype) if made is None else made
+
+
+def _place_of(tensor: Tensor) -> tuple[int, int]:
+    """Say where a tensor's numbers are; what autograd saves is another object with the same."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Put matrices of one width under each other."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+_WHEN_ASKED = Casts()
+
+
 class Frozen(NamedTuple):
     """What of a linear does not train.
 
@@ -126,11 +171,13 @@ class Frozen(NamedTuple):
         weight: ``(out, in)``.
         bias: ``(out,)``, or none.
         scaling: Factor on the adapter's part.
+        casts: Of A and B.
     """
 
     weight: FrozenWeight
     bias: Tensor | None
     scaling: float
+    casts: Casts = _WHEN_ASKED
 
 
 def project(
@@ -145,7 +192,7 @@ def project(
         frozen: Of the linear.
         residual: ``(…, out)``, as many rows; left as it is.
     """
-    weight, b = frozen.weight, None if lora_b is None else lora_b.to(x.dtype)
+    weight, b = frozen.weight, None if lora_b is None else frozen.casts(x.dtype, lora_b)
     low = None if b is None else low
     residual = None if residual is None else residual.reshape(len(x), -1)
     if _sums_up_once([x], [weight], low, turned=False) and (residual is None or _is_like(residual, x)):
@@ -153,7 +200,7 @@ def project(
     output = None
     if low is not None and b is not None:
         # First the thin product, which so has no numbers to read but its own.
-        output = torch.addmm(x.new_empty(()), low, b.t(), beta=0, alpha=frozen.scaling)
+        output = _scaled_product(low, b.t(), frozen.scaling)
     output = weight.multiply(x, output)
     if frozen.bias is not None:
         output.add_(frozen.bias)
@@ -162,7 +209,7 @@ def project(
 
 
 def project_back(
-    grads: Sequence[Tensor], frozen: Sequence[Frozen], grad_low: Tensor | None, lora_a: Tensor | None
+    grads: Sequence[Tensor], frozen: Sequence[Frozen], grad_low: Tensor | None, all_a: Sequence[Tensor]
 ) -> Tensor:
     """Give the gradient of the input that linears share, ``(tokens, in)``: ``Σ g W + g' A``.
 
@@ -170,10 +217,10 @@ def project_back(
         grads: Of the outputs, ``(tokens, out)`` each; at least one.
         frozen: Of the linears.
         grad_low: Of the products with A, ``(tokens, sum of ranks)``.
-        lora_a: The A under each other, ``(sum of ranks, in)``; ``None`` without adapters.
+        all_a: Of the adapters, ``(rank, in)`` each.
     """
     weights = [each.weight for each in frozen]
-    a = None if lora_a is None else lora_a.to(grads[0].dtype)
+    a = frozen[0].casts(grads[0].dtype, *all_a) if all_a else None
     if _sums_up_once(grads, weights, grad_low, turned=True):
         return products.multiply(grads, [each.stored for each in weights], True, grad_low, a)
     grad_x = None if grad_low is None or a is None else grad_low @ a
@@ -197,16 +244,16 @@ def _sums_up_once(
     )
 
 
-def narrow(x: Tensor, lora_a: Tensor) -> Tensor:
-    """Give ``x Aᵀ``, ``(tokens, rank)``, of ``(tokens, in)`` and ``(rank, in)``."""
-    if _are_thin(x, lora_a) and lora_a.shape[1] == x.shape[1]:
-        return thin.narrow(x, lora_a)
-    return x @ lora_a.to(x.dtype).t()
+def narrow(x: Tensor, all_a: Sequence[Tensor], casts: Casts = _WHEN_ASKED) -> Tensor:
+    """Give ``x Aᵀ``, ``(tokens, sum of ranks)``, of ``(tokens, in)`` and A, ``(rank, in)`` each."""
+    if _are_thin(x, all_a[0]) and all_a[0].shape[1] == x.shape[1]:
+        return thin.narrow(x, stack(all_a))
+    return x @ casts(x.dtype, *all_a).t()
 
 
 def gradient_of_a(grad_low: Tensor, x: Tensor) -> Tensor:
     """Give the gradient of A, ``(rank, in)``, from that of ``x Aᵀ``; in x's dtype or in float32."""
-    return thin.partner(x, grad_low) if _are_thin(x) else grad_low.t() @ x
+    return thin.partner(x, grad_low) if _are_thin(x) else _master_gradient(grad_low.t(), x)
 
 
 def gradients_of_b(
@@ -226,11 +273,25 @@ def gradients_of_b(
         of_low, turned = thin.narrow_and_partner(grad, lora_b.t(), low, frozen.scaling)
         return of_low, turned.t()
     if needed[0]:
-        of_low = (grad @ lora_b.to(grad.dtype)).mul_(frozen.scaling)
-    if needed[1]:
+        of_low = _scaled_product(grad, frozen.casts(grad.dtype, lora_b), frozen.scaling)
+    if needed[1] and grad.is_cuda:
+        of_b = _master_gradient(grad.t(), low, frozen.scaling)
+    elif needed[1]:
         # As low' grad, and then turned: with the wide side last the product is quicker.
-        of_b = (low.t() @ grad).mul_(frozen.scaling).t().to(lora_b.dtype)
+        of_b = _master_gradient(low.t(), grad, frozen.scaling).t().to(lora_b.dtype)
     return of_low, of_b
+
+
+def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
+
+
+def _master_gradient(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
+    """Give ``scaling · a b``; on a GPU in float32, in which it is summed up there."""
+    if a.is_cuda and a.dtype.itemsize == 2:
+        nothing = a.new_empty((), dtype=torch.float32)
+        return torch.addmm(nothing, a, b, beta=0, alpha=scaling, out_dtype=torch.float32)
+    return a @ b if scaling == 1.0 else _scaled_product(a, b, scaling)
 
 
 def _are_thin(wide: Tensor, matrix: Tensor | None = None) -> bool:
@@ -250,7 +311,7 @@ class LoRALinearFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, frozen: Frozen, residual: Tensor | None
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        low = None if lora_a is None else narrow(flat, lora_a)  # (tokens, rank)
+        low = None if lora_a is None else narrow(flat, [lora_a], frozen.casts)  # (tokens, rank)
         output = project(flat, low, lora_b, frozen, residual)
         ctx.save_for_backward(None if lora_a is None else flat, low, lora_a, lora_b)
         ctx.frozen, ctx.shape = frozen, x.shape
@@ -269,7 +330,7 @@ class LoRALinearFunction(torch.autograd.Function):
         if grad_low is not None and ctx.needs_input_grad[1]:
             grad_a = gradient_of_a(grad_low, flat).to(lora_a.dtype)
         if ctx.needs_input_grad[0]:
-            grad_x = project_back([grad], [ctx.frozen], grad_low, lora_a)
+            grad_x = project_back([grad], [ctx.frozen], grad_low, [] if lora_a is None else [lora_a])
         return None if grad_x is None else grad_x.view(ctx.shape), grad_a, grad_b, None, grad_residual
 
 
@@ -295,7 +356,7 @@ class LoRAProjection(torch.autograd.Function):
         if ctx.lora_b is not None and ctx.lora_b._version != ctx.version:  # as autograd sees to what it saves
             raise RuntimeError("An adapter's B was modified in place between forward and backward.")
         flat = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        grad_x = project_back([flat], [ctx.frozen], None, None) if ctx.needs_input_grad[0] else None
+        grad_x = project_back([flat], [ctx.frozen], None, []) if ctx.needs_input_grad[0] else None
         grad_low, grad_b = gradients_of_b(flat, ctx.low, ctx.lora_b, ctx.frozen, ctx.needs_input_grad[1:3])
         return grad_x, grad_low, grad_b, None, grad if ctx.needs_input_grad[4] else None
 
@@ -356,12 +417,12 @@ def adapters_of(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
-def frozen_part(layer: nn.Module, dtype: torch.dtype) -> Frozen:
+def frozen_part(layer: nn.Module, dtype: torch.dtype, casts: Casts | None = None) -> Frozen:
     """Give what of a plain linear does not train; the bias in ``dtype``."""
     base = _base_of(layer)
     bias = None if base.bias is None else base.bias.to(dtype)
     scaling = layer.scaling.get(layer.active_adapters[0], 1.0) if isinstance(layer, LoraLayer) else 1.0
-    return Frozen(FrozenWeight(base.weight), bias, scaling)
+    return Frozen(FrozenWeight(base.weight), bias, scaling, casts or _WHEN_ASKED)
 
 
 def _base_of(layer: nn.Module) -> Any:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from qlora_lightning.base.cache import list_entries
 from qlora_lightning.model.kernels import library, loops
-from qlora_lightning.model.layers.elementwise import gradient, normalize, normalize_again
+from qlora_lightning.model.layers.elementwise import normalize, normalize_backward
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="takes g++")
 
@@ -44,13 +44,13 @@ def test_another_cpu_takes_loops_of_its_own(monkeypatch):
 def test_without_a_compiler_which_is_told_torch_computes_the_same(monkeypatch, caplog):
     x, weight = torch.randn(5, 8), torch.randn(8)
     normed, inverse = normalize(x, weight, 1e-5)
-    compiled = normed, inverse, gradient(x.clone(), x, weight, inverse, normalize_again(x, weight, inverse))
+    compiled = normed, inverse, normalize_backward(x.clone(), x, weight, inverse)
     library.load_library.cache_clear()
     monkeypatch.setattr(shutil, "which", lambda name: None)
     normed, inverse = normalize(x, weight, 1e-5)
-    again = normalize_again(x, weight, inverse)
-    assert again.scaled is not None
-    for ours, theirs in zip(compiled, (normed, inverse, gradient(x.clone(), x, weight, inverse, again)), strict=True):
+    for ours, theirs in zip(
+        compiled, (normed, inverse, normalize_backward(x.clone(), x, weight, inverse)), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert [each.getMessage() for each in caplog.records] == [
         "g++ is not installed: a step on the CPU takes the slower way, without the C++ loops."

@@ -7,7 +7,8 @@ from torch import nn
 
 from qlora_lightning.model.kernels import loops
 from qlora_lightning.model.kernels.library import load_library
-from qlora_lightning.model.layers.elementwise import Rotary, gradient, normalize, normalize_again, swiglu
+from qlora_lightning.model.layers.elementwise import Rotary, normalize, normalize_again, normalize_backward, swiglu
+from qlora_lightning.model.layers.lora import Casts
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="takes Linux and g++")
 
@@ -41,12 +42,10 @@ def test_a_norm_and_its_gradient_are_those_of_torch_in_float64(rows, width, dtyp
     exact_x = x.double().requires_grad_()
     exact = F.rms_norm(exact_x, (width,), weight.double(), EPS)
     normed, inverse = normalize(x, weight, EPS)
-    again = normalize_again(x, weight, inverse)
-    assert again.scaled is None  # so torch's way was not taken
-    assert torch.equal(again.normed, normed)
+    assert torch.equal(normalize_again(x, weight, inverse), normed)
     assert_near(normed, exact.detach(), dtype)
     (exact_grad,) = torch.autograd.grad((exact * grad.double()).sum(), exact_x)
-    assert_near(gradient(grad.clone(), x, weight, inverse, again), exact_grad, dtype)
+    assert_near(normalize_backward(grad.clone(), x, weight, inverse), exact_grad, dtype)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (40, 1536)])
@@ -70,12 +69,13 @@ def test_rotary_embedding_and_its_gradient_are_those_of_torch_in_float64(dtype, 
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     ran, rotate = [], loops.rotate
     monkeypatch.setattr(loops, "rotate", lambda *args, **options: ran.append(1) or rotate(*args, **options))
-    turned = Rotary.apply(states, cos, sin)
-    (ours,) = torch.autograd.grad(turned, states, grad)
-    assert len(ran) == 2
+    turned, again = Rotary.apply(states, states, cos, sin)
+    assert torch.equal(turned, again)
+    (ours,) = torch.autograd.grad((turned, again), states, (grad, torch.zeros_like(grad)))
+    assert len(ran) == 4
     assert turned.stride() == ours.stride() == states.stride()
     exact_states = states.detach().double().requires_grad_()
-    exact = Rotary.apply(exact_states, cos.double(), sin.double())
+    exact, _ = Rotary.apply(exact_states, exact_states.detach(), cos.double(), sin.double())
     assert_near(turned.detach(), exact.detach(), dtype)
     assert_near(ours, torch.autograd.grad(exact, exact_states, grad.double())[0], dtype)
 
@@ -157,7 +157,7 @@ def test_what_the_loops_do_not_know_goes_torchs_way():
 def test_an_empty_stream_has_no_numbers(dtype):
     x, weight = torch.empty(0, 8, dtype=dtype), torch.ones(8, dtype=dtype)
     assert normalize(x, weight, EPS)[0].shape == (0, 8)
-    assert swiglu(x, x, None)[0].shape == (0, 8)
+    assert swiglu(x, x, None, Casts())[0].shape == (0, 8)
 
 
 def test_results_are_the_same_whatever_the_number_of_threads(dtype):
@@ -167,8 +167,8 @@ def test_results_are_the_same_whatever_the_number_of_threads(dtype):
         for threads in (1, 2):
             torch.set_num_threads(threads)
             normed, inverse = normalize(x, weight, EPS)
-            again = normalize_again(x, weight, inverse)
-            results.append((normed, inverse, gradient(x.clone(), x, weight, inverse, again), loops.swiglu(x, normed)))
+            of_x = normalize_backward(x.clone(), x, weight, inverse)
+            results.append((normed, inverse, of_x, loops.swiglu(x, normed)))
     finally:
         torch.set_num_threads(before)
     for one, other in zip(*results, strict=True):

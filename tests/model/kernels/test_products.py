@@ -124,7 +124,7 @@ def test_a_linear_takes_them_where_it_can(monkeypatch):
     low, residual = x @ a.to(x.dtype).t(), draw(4, 4, OUT)
 
     def both_ways():
-        return project(x, low, b, frozen(weight), residual), project_back([grad], [frozen(weight)], low, a)
+        return project(x, low, b, frozen(weight), residual), project_back([grad], [frozen(weight)], low, [a])
 
     ours = both_ways()
     assert len(ran) == 2
@@ -159,4 +159,4 @@ def test_shapes_that_do_not_fit_are_told_by_torch():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         project(draw(3, IN // 2), None, None, frozen(quantized()))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        narrow(draw(3, 2 * IN), torch.randn(4, IN))
+        narrow(draw(3, 2 * IN), [torch.randn(4, IN)])

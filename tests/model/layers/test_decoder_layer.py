@@ -13,10 +13,10 @@ from transformers.models.llama import modeling_llama as llama
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.model.kernels import loops
+from qlora_lightning.model.kernels import loops, thin
 from qlora_lightning.model.layers import elementwise
 from qlora_lightning.model.layers.attention import register_flat_attention
-from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
+from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, cast_adapters
 from qlora_lightning.model.layers.fusing import fuse_layers
 from qlora_lightning.model.layers.lora import FrozenWeight
 from qlora_lightning.model.layout import IGNORED
@@ -342,7 +342,7 @@ def test_only_gradients_that_something_needs_are_computed(
     made = []
     multiply = FrozenWeight.multiply_back
     monkeypatch.setattr(loops, "can_run", lambda *_: False)
-    with monkeypatch.context() as patch, Count(torch.ops.aten.silu_backward.grad_input) as silu:
+    with monkeypatch.context() as patch, Count(torch.ops.aten.silu_backward.default) as silu:
         patch.setattr(
             FrozenWeight, "multiply_back", lambda *args, **kwargs: made.append(1) or multiply(*args, **kwargs)
         )
@@ -372,3 +372,23 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.calls += function is self.operator
         return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("every_n_layers", [0, 1])
+def test_adapters_that_are_cast_at_once_compute_the_same(tiny_base, monkeypatch, every_n_layers):
+    """As on a GPU, where each cast of its own would be a launch."""
+    module = make(tiny_base, fast=True, compute_dtype="bf16")
+    if every_n_layers:
+        enable_activation_checkpointing(module.causal_lm)
+    monkeypatch.setattr(thin, "can_narrow", lambda *_: False)
+    with Count(torch.ops.aten._to_copy.default) as before:
+        loss, gradients = loss_and_gradients(module)
+    base_model = module.causal_lm.base_model
+    usual = base_model.forward
+    casts = cast_adapters(module.model, torch.bfloat16)
+    monkeypatch.setattr(base_model, "forward", lambda *args, **kwargs: usual(*args, **{**kwargs, "casts": casts}))
+    with Count(torch.ops.aten._to_copy.default) as copies:
+        again, with_casts = loss_and_gradients(module)
+    assert again == loss
+    assert torch.equal(with_casts, gradients)
+    assert copies.calls <= before.calls - 2 * 2 * 10  # two layers, both ways; the A of q, k, v were stacked already

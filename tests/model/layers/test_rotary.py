@@ -10,15 +10,18 @@ def test_output_and_gradient_are_those_of_transformers():
     cos, sin = angles.cos(), angles.sin()
     states = torch.randn(1, 3, 5, 8, generator=generator, dtype=torch.float64).requires_grad_()
     weights = torch.randn(1, 3, 5, 8, generator=generator, dtype=torch.float64)
-    expected, _ = apply_rotary_pos_emb(states, states, cos, sin)
-    turned = Rotary.apply(states, cos, sin)
+    keys = states[:, :2]
+    expected, turned = apply_rotary_pos_emb(states, keys, cos, sin), Rotary.apply(states, keys, cos, sin)
     torch.testing.assert_close(turned, expected)
-    ours, theirs = (torch.autograd.grad((each * weights).sum(), states) for each in (turned, expected))
+    ours, theirs = (
+        torch.autograd.grad((query * weights).sum() + (key * weights[:, 1:]).sum(), states)
+        for query, key in (turned, expected)
+    )
     torch.testing.assert_close(ours, theirs)
 
 
 def test_it_keeps_the_layout_in_memory():
     states = torch.randn(1, 5, 3, 8).transpose(1, 2)
-    turned = Rotary.apply(states, torch.ones(1, 5, 8), torch.zeros(1, 5, 8))
+    turned, _ = Rotary.apply(states, states, torch.ones(1, 5, 8), torch.zeros(1, 5, 8))
     assert torch.equal(turned, states)
     assert turned.stride() == states.stride()

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora_lightning.model.layers.elementwise import swiglu
-from qlora_lightning.model.layers.lora import Frozen, FrozenWeight, LoRAProjection
+from qlora_lightning.model.layers.lora import Casts, Frozen, FrozenWeight, LoRAProjection
 
 WIDTH, WIDE, SCALING = 4, 6, 2.0
 
@@ -19,7 +19,7 @@ def test_output_and_gradients_are_those_of_swiglu_and_linear_written_out(adapted
     weight, bias, a, b = draw(WIDTH, WIDE).detach(), draw(WIDTH).detach(), draw(3, WIDE), draw(WIDTH, 3)
     hidden = F.silu(gate) * up
     expected = residual + F.linear(hidden, weight, bias) + (SCALING * (hidden @ a.t()) @ b.t() if adapted else 0)
-    hidden, low = swiglu(gate, up, a if adapted else None)
+    hidden, low = swiglu(gate, up, a if adapted else None, Casts())
     frozen = Frozen(FrozenWeight(weight), bias, SCALING)
     output = LoRAProjection.apply(hidden, low, b if adapted else None, frozen, residual)
     inputs, weights = [gate, up, residual, *((a, b) if adapted else ())], draw(2, 5, WIDTH).detach()

@@ -170,11 +170,37 @@ def load_base(
         else:
             EntryCheck(source.folder, source.name).wait()
             model = load(source.folder, settings)
-    _freeze(model)
+    freeze(model)
     _check_quantized(model, quantization)
+    unnest_scales(model)
     if check is not None and not check_later:
         check.wait()
     return QuantizedBase(model, source, fingerprint(source.folder), quantization, double_quant, check)
+
+
+_LEAST_FREE = 20  # times what plain scales take more
+
+
+def unnest_scales(model: nn.Module) -> None:
+    """Hold the scales of 4-bit weights in float32, if they take no more than a twentieth of the GPU's free memory.
+
+    Double quantization keeps them in 8 bits. To make them anew for each product are two more kernels, and each layer
+    has fourteen such products a step. The numbers are the same.
+    """
+    weights = [module.weight for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    nested = [weight.quant_state for weight in weights if weight.is_cuda and weight.quant_state.nested]
+    if not nested:
+        return
+    more = sum(state.absmax.numel() * (torch.float32.itemsize - 1) for state in nested)
+    if _LEAST_FREE * more <= torch.cuda.mem_get_info(nested[0].absmax.device)[0]:
+        for state in nested:
+            unnest(state)
+
+
+def unnest(state: Any) -> None:
+    """Put the scales of a bitsandbytes ``QuantState`` in the place of those that are quantized themselves."""
+    state.absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    state.nested, state.state2, state.offset = False, None, None
 
 
 def _is_large(folder: Path) -> bool:
@@ -210,7 +236,7 @@ def _quantized_folder(
         _log.info("Quantizing %s, once; later starts read it from the cache.", source.name)
         EntryCheck(source.folder, source.name).wait()  # of an unpacked GGUF
         model = load(source.folder, settings)
-        _freeze(model)  # packed weights would be saved wrongly, see there
+        freeze(model)  # packed weights would be saved wrongly, see there
         with _quiet_bars(quiet=True):
             save_model(model, folder, max_shard_size="200MB")  # a shard is held in memory while it is written
 
@@ -287,7 +313,7 @@ def check_stored_quantization(config: PretrainedConfig, quantization: Quantizati
     return dict(stored)
 
 
-def _freeze(model: nn.Module) -> None:
+def freeze(model: nn.Module) -> None:
     """Freeze by hand: nothing changes its dtype, and no layer its function.
 
     On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a 4-bit weight in place at the first evaluation forward: after

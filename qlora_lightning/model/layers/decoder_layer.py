@@ -75,17 +75,17 @@ class NormedLinears(torch.autograd.Function):
         flat, inverse, lows, weight, *adapters = ctx.saved_tensors
         all_a, all_b, (_, _, _, _, *needed) = adapters[::2], adapters[1::2], ctx.needs_input_grad
         flat_grads: list[Any] = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        grad_lows = torch.zeros_like(lows)
+        of_lows: list[Tensor] = []
         grads_b: list[Tensor | None] = []
-        parts = zip(
-            flat_grads, _split(lows, all_a), _split(grad_lows, all_a), all_b, needed[1::2], ctx.linears, strict=True
-        )
-        for grad, low, grad_low, b, b_needs, frozen in parts:
-            of_b = None
+        for grad, low, b, b_needs, frozen in zip(
+            flat_grads, _split(lows, all_a), all_b, needed[1::2], ctx.linears, strict=True
+        ):
+            of_low = of_b = None
             if b is not None and grad is not None:
                 of_low, of_b = gradients_of_b(grad, low, b, frozen, (True, b_needs))
-                grad_low.copy_(of_low)
+            of_lows.append(torch.zeros_like(low) if of_low is None else of_low)
             grads_b.append(of_b)
+        grad_lows = torch.cat(of_lows, 1)
         grads_a: list[Tensor | None] = [None] * len(all_a)
         if any(needed[::2]):
             normed = normalize_again(flat, weight, inverse)

@@ -274,7 +274,7 @@ def gradients_of_b(
         return of_low, turned.t()
     if needed[0]:
         of_low = _scaled_product(grad, frozen.casts(grad.dtype, lora_b), frozen.scaling)
-    if needed[1] and grad.is_cuda:
+    if needed[1] and sums_in_float32(grad):
         of_b = _master_gradient(grad.t(), low, frozen.scaling)
     elif needed[1]:
         # As low' grad, and then turned: with the wide side last the product is quicker.
@@ -288,10 +288,15 @@ def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 def _master_gradient(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
     """Give ``scaling · a b``; on a GPU in float32, in which it is summed up there."""
-    if a.is_cuda and a.dtype.itemsize == 2:
+    if sums_in_float32(a):
         nothing = a.new_empty((), dtype=torch.float32)
         return torch.addmm(nothing, a, b, beta=0, alpha=scaling, out_dtype=torch.float32)
     return a @ b if scaling == 1.0 else _scaled_product(a, b, scaling)
+
+
+def sums_in_float32(tensor: Tensor) -> bool:
+    """Whether a product of 16-bit numbers can be had in the float32 in which it is summed up: on a GPU."""
+    return tensor.is_cuda and tensor.dtype.itemsize == 2
 
 
 def _are_thin(wide: Tensor, matrix: Tensor | None = None) -> bool:

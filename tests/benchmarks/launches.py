@@ -1,0 +1,237 @@
+"""How many kernels a GPU is asked to launch for a decoder layer, without a GPU.
+
+A FakeTensor has a device, a shape and a dtype, and no numbers. A layer's forward runs on fake CUDA tensors: one on the
+wrong device raises an error, and so does a number that the host reads. Backward runs on fake CPU ones, since autograd
+asks a driver for CUDA's streams. A compiled region counts as one launch.
+
+``python -m tests.benchmarks.launches`` prints what there is, beside the layers of PEFT and transformers; its last line
+is JSON. Takes a torch that was built for CUDA; no driver.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qlora_lightning.model.adapters.lora import add_adapters
+from qlora_lightning.model.base_model import freeze, unnest
+from qlora_lightning.model.layers import attention, elementwise, lora
+from qlora_lightning.model.layers.attention import NO_MASK, register_flat_attention
+from qlora_lightning.model.layers.decoder_layer import cast_adapters
+from qlora_lightning.model.layers.fusing import choose_layers, fuse_layers
+from qlora_lightning.model.layout import Layout, lay_out
+
+LAYERS = 4
+LENGTHS = (64, 64, 64)
+# no kernel runs for them
+_VIEWS = (
+    *("view", "reshape", "transpose", "aten.t.default", "slice", "select", "expand", "unsqueeze", "squeeze", "detach"),
+    *("alias", "permute", "empty", "as_strided", "split", "unbind", "_unsafe_view", "lift_fresh", "is_", "sym_"),
+    *("prim.", "resize"),
+)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that launch a kernel; those inside a region once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: collections.Counter[str] = collections.Counter()
+        self._inside = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(function)
+        if not self._inside and not any(view in name for view in _VIEWS):
+            self.found[name] += 1
+        return function(*args, **(kwargs or {}))
+
+    def run_region(self, function: Any, *arguments: Any) -> Any:
+        self.found[f"region {function.__name__}"] += 1
+        self._inside += 1
+        try:
+            return function(*arguments)
+        finally:
+            self._inside -= 1
+
+    def by_layer(self) -> float:
+        return sum(self.found.values()) / LAYERS
+
+
+def make_model(*, fast: bool) -> Any:
+    """Make a LLaMA in NF4 with adapters on all linears, as the module does."""
+    config = transformers.LlamaConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        attn_implementation=register_flat_attention(fast) if fast else "sdpa",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    for name, linear in list(base.named_modules()):
+        if isinstance(linear, nn.Linear) and ".layers." in name:
+            shape = linear.in_features, linear.out_features
+            quantized = bnb.nn.Linear4bit(*shape, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+            quantized.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+            base.set_submodule(name, quantized.to("cpu"))
+    freeze(base)
+    for module in base.modules():
+        if fast and isinstance(module, bnb.nn.Linear4bit):
+            unnest(module.weight.quant_state)
+    model = add_adapters(base)
+    if fast:
+        fuse_layers(model)
+    model.train()
+    choose_layers(model)
+    return model
+
+
+class _Quantized(type):
+    """A fake tensor is no Params4bit, but has its state."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return hasattr(instance, "quant_state")
+
+
+class _Params4bit(metaclass=_Quantized):
+    pass
+
+
+def make_fake(model: nn.Module, device: str) -> None:
+    """Put fake tensors in the place of all of a model's."""
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=device)
+
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            module._parameters[name] = nn.Parameter(fake(parameter.data), requires_grad=parameter.requires_grad)
+            state = getattr(parameter, "quant_state", None)
+            if state is not None:
+                for owner in (state, state.state2) if state.nested else (state,):
+                    for attribute in ("absmax", "code", "offset"):
+                        if torch.is_tensor(value := getattr(owner, attribute, None)):
+                            setattr(owner, attribute, fake(value))
+                module._parameters[name].quant_state = state  # type: ignore[union-attr]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = fake(buffer)
+
+
+@contextlib.contextmanager
+def pretending(launches: Launches) -> Iterator[None]:
+    """Let the package believe in a GPU of compute capability 9.0 whose regions are compiled."""
+
+    def attend(*arguments: Any) -> Any:
+        return launches.run_region(attend_at_once, *arguments)
+
+    def attend_at_once(query: Any, key: Any, value: Any, cu_seqlens: Any, longest: int, scale: float | None) -> Any:
+        by_head = (each.transpose(0, 1)[None] for each in (query, key, value))
+        return F.scaled_dot_product_attention(*by_head, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+
+    pretended: list[tuple[Any, str, Any]] = [
+        (elementwise, "run_region", launches.run_region),
+        (attention, "has_ragged_kernel", lambda device, dtype: True),
+        (attention, "attend_ragged", attend),
+        (lora, "sums_in_float32", lambda tensor: True),
+        (bnb.nn, "Params4bit", _Params4bit),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in pretended]
+    for owner, name, value in pretended:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for (owner, name, _), value in zip(pretended, before, strict=True):
+            setattr(owner, name, value)
+
+
+def make_layout() -> Layout:
+    """Lay a batch out on the host, as the module does."""
+    tokens = sum(LENGTHS)
+    ids = torch.randint(5, 1000, (1, tokens), generator=torch.Generator().manual_seed(0))
+    batch = {
+        "input_ids": ids,
+        "labels": ids.clone(),
+        "position_ids": torch.cat([torch.arange(length) for length in LENGTHS])[None],
+        "cu_seqlens": torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32),
+    }
+    batch["labels"][0, batch["cu_seqlens"][:-1]] = -100
+    return lay_out(batch, leaves_out=False)
+
+
+def count(*, fast: bool) -> tuple[Launches, Launches]:
+    """Count the launches of all layers, forward on fake CUDA tensors and backward on fake CPU ones."""
+    counted = []
+    for device in ("cuda", "cpu"):
+        model, layout = make_model(fast=fast), make_layout()
+        forward, backward = Launches(), Launches()
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, pretending(forward):
+            make_fake(model, device)
+            moved = move(layout, mode, device)
+            options: dict[str, Any] = {"attention_mask": NO_MASK, "samples": moved.samples} if fast else {}
+            with forward, contextlib.nullcontext() if device == "cpu" else torch.no_grad():
+                if fast:
+                    options["casts"] = cast_adapters(model, torch.bfloat16)
+                hidden = (
+                    model.get_base_model()
+                    .base_model(input_ids=moved.input_ids, position_ids=moved.position_ids, use_cache=False, **options)
+                    .last_hidden_state
+                )
+            if device == "cuda":
+                counted.append(forward)
+                continue
+            with pretending(backward), backward:
+                hidden.float().sum().backward()
+            counted.append(backward)
+    return counted[0], counted[1]
+
+
+def move(layout: Layout, mode: FakeTensorMode, device: str) -> Layout:
+    """Move a layout of real tensors to a device of fake ones."""
+
+    def fake(each: Any) -> Any:
+        if torch.is_tensor(each):
+            return torch.empty(tuple(each.shape), dtype=each.dtype, device=device)
+        return each
+
+    def walk(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            changed = {field.name: walk(getattr(value, field.name)) for field in dataclasses.fields(value)}
+            return dataclasses.replace(value, **changed)
+        return fake(value)
+
+    return walk(layout)
+
+
+def main() -> None:
+    """Print the table, and its JSON."""
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    fused, plain = count(fast=True), count(fast=False)
+    print(f"{'launches a layer':<40}{'fused':>10}{'plain':>10}")
+    for name, ours, theirs in zip(("forward", "backward"), fused, plain, strict=True):
+        print(f"{name:<40}{ours.by_layer():>10.1f}{theirs.by_layer():>10.1f}")
+        for operation, times in ours.found.most_common():
+            print(f"  {operation:<38}{times / LAYERS:>10.2f}")
+    found = {"forward": fused[0].by_layer(), "backward": fused[1].by_layer(), "host_reads": 0}
+    print(json.dumps(found | {"plain_forward": plain[0].by_layer(), "plain_backward": plain[1].by_layer()}))
+
+
+if __name__ == "__main__":
+    main()

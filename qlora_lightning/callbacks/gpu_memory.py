@@ -56,7 +56,7 @@ class GPUMemoryMonitor(Callback):
                 note_warning(trainer, warned)
             shown = "memory_peak_gib" if "memory_peak_gib" in values else "private_memory_gib"
             for name, gib in values.items():
-                pl_module.log(name, gib, prog_bar=name == shown)
+                pl_module.log(name, torch.tensor(gib), prog_bar=name == shown)
             if pl_module.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(pl_module.device)
 

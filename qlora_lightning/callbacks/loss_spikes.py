@@ -65,7 +65,9 @@ class LossSpikeMonitor(Callback):
         loss = trainer.callback_metrics.get(self.monitor)
         if loss is not None:
             # Every rank must come to the same end, for all of them tell their rows then.
-            mean = trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
+            mean = loss
+            if trainer.world_size > 1:
+                mean = trainer.strategy.reduce(loss.detach().to(trainer.strategy.root_device), reduce_op="mean")
             window = getattr(pl_module, "window", None)
             self._judge(trainer, float(mean), getattr(window, "closed_row_ids", []))
 

@@ -38,24 +38,25 @@ class ThroughputMonitor(Callback):
     ) -> None:
         if not self.enabled:
             return
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
+        # On a GPU the loss of each step has been waited for, before the optimizer took it.
         self._seconds += time.perf_counter() - self._began
         self._tokens += batch["input_ids"].numel()
-        self._labelled += int((batch["labels"] != -100).sum())
+        layout = batch.get("layout")  # made on the host
+        self._labelled += int((batch["labels"] != -100).sum()) if layout is None else len(layout.targets)
         if trainer.global_step == self._step:
             return  # inside an accumulation window
         tokens, labelled = self._count_over_ranks()
         self.tokens_seen += tokens
         self.labelled_seen += labelled
-        pl_module.log("tokens_per_second", tokens / self._seconds, prog_bar=True)
-        pl_module.log("labelled_tokens_per_second", labelled / self._seconds)
-        pl_module.log("tokens_seen", float(self.tokens_seen))
+        # as tensors on the host: Lightning would put numbers on the GPU, and who reads them would wait for it
+        pl_module.log("tokens_per_second", torch.tensor(tokens / self._seconds), prog_bar=True)
+        pl_module.log("labelled_tokens_per_second", torch.tensor(labelled / self._seconds))
+        pl_module.log("tokens_seen", torch.tensor(float(self.tokens_seen)))
         self._clear()
 
     def _count_over_ranks(self) -> tuple[int, int]:
         """Add up tokens and labelled tokens of the open window; every rank must call it."""
-        if self._trainer is None:
+        if self._trainer is None or self._trainer.world_size == 1:
             return self._tokens, self._labelled
         strategy = self._trainer.strategy
         counts = torch.tensor([self._tokens, self._labelled], dtype=torch.float64, device=strategy.root_device)

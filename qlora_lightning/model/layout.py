@@ -98,6 +98,7 @@ class Layout(_Moves):
         predicting: From which tokens something is predicted, ``(K,)``; samples in the order of the batch.
         targets: What is predicted from each, ``(K,)``.
         samples: Where samples lie.
+        rows: The ids of the batch's rows.
         origin: The batch's tensors that it was made from, and the version of each; see :meth:`bind`.
     """
 
@@ -106,6 +107,7 @@ class Layout(_Moves):
     predicting: Tensor
     targets: Tensor
     samples: Samples
+    rows: tuple[int, ...] = ()
     origin: tuple[tuple[Tensor, int], ...] = ()
 
     def bind(self, batch: Mapping[str, Any]) -> Self:
@@ -161,6 +163,7 @@ def lay_out(batch: Mapping[str, Any], *, leaves_out: bool = True, fills: bool = 
         torch.from_numpy(predicting),
         torch.from_numpy(targets[predicting]),
         place_samples(needed, pads=pads),
+        () if batch.get("row_ids") is None else tuple(batch["row_ids"].tolist()),
     )
 
 

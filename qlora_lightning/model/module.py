@@ -399,7 +399,8 @@ class QLoRAModule(lightning.LightningModule):
             check_training_mode(self.model)
         with telling_out_of_memory(self, batch):
             sums = self.compute_loss(batch)
-        self.window.add(sums, self.trainer.accumulate_grad_batches, batch.get("row_ids"), batch)
+        rows = batch["layout"].rows if "layout" in batch else batch.get("row_ids", torch.empty(0)).tolist()
+        self.window.add(sums, self.trainer.accumulate_grad_batches, rows, batch)
         return mean_with_gradient_of_sum(sums)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -418,11 +419,11 @@ class QLoRAModule(lightning.LightningModule):
             reduce_sum=lambda sums: cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum")),
         )
         norm = torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
-        self.guard.judge_step(self, optimizer, loss, norm)
-        self.log_dict({"train_loss": loss}, prog_bar=True)
-        self.log_dict({"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]})
+        found = self.guard.judge_step(self, optimizer, loss, norm)
+        self.log("train_loss", found.loss, prog_bar=True)
+        self.log_dict({"grad_norm": found.norm, "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"])})
         if self.guard.on_nonfinite == "skip":
-            self.log_dict({"skipped_steps": float(self.guard.skipped_steps)})
+            self.log("skipped_steps", torch.tensor(float(self.guard.skipped_steps)))
         self.window.clear()
 
     # ---- validation and test -----------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The micro-batches of one optimizer step: their sums, and the gradient of their mean over all ranks."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class Window:
         """Whether a micro-batch has been added since the last optimizer step."""
         return self.micro_batches > 0
 
-    def add(self, sums: LossSums, most: int, row_ids: Tensor | None = None, batch: Any = None) -> None:
+    def add(self, sums: LossSums, most: int, row_ids: Sequence[int] = (), batch: Any = None) -> None:
         """Count one micro-batch.
 
         Args:
@@ -67,8 +67,7 @@ class Window:
         self.nll_sum = nll_sum if self.nll_sum is None else self.nll_sum + nll_sum
         tokens = sums.labelled_tokens
         self.labelled_tokens = tokens if self.labelled_tokens is None else self.labelled_tokens + tokens
-        if row_ids is not None:
-            self.row_ids += row_ids.tolist()
+        self.row_ids += row_ids
         if batch is not None:
             self.batches.append(batch)
             self.losses.append(nll_sum)
@@ -89,9 +88,12 @@ class Window:
         self.labelled_tokens_of_all_ranks = sums[1]
         tokens = sums[1].clamp(min=1.0)  # a window without labels has gradients of zero
         factor = divided_by / tokens
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for parameter in parameters:
             if parameter.grad is not None:
-                parameter.grad.mul_(factor.to(parameter.grad.dtype))
+                by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        for dtype, gradients in by_dtype.items():
+            torch._foreach_mul_(gradients, factor.to(dtype))
         return (sums[0] / tokens).float()
 
     def state_dict(self, trainable: Mapping[str, nn.Parameter]) -> dict[str, Any]:

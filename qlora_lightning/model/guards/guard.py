@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -111,6 +111,13 @@ _MOST_SKIPPED = 20  # in a row
 _log = logging.getLogger(__name__)
 
 
+class StepNumbers(NamedTuple):
+    """Loss and gradient norm of a step, scalars on the host."""
+
+    loss: Tensor
+    norm: Tensor
+
+
 class TrainingGuard(Callback):
     """Judges each optimizer step before it is taken, and the base after each validation.
 
@@ -138,14 +145,19 @@ class TrainingGuard(Callback):
 
     # ---- before each optimizer step --------------------------------------------------------------------------------
 
-    def judge_step(self, pl_module: Any, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> None:
+    def judge_step(self, pl_module: Any, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> "StepNumbers":
         """Look at a window's loss and gradients; leaves no gradient where the step is skipped.
+
+        The one time in a step that the host waits for a GPU, on which all that is logged of the step follows.
 
         Args:
             pl_module: The module, with its window still open.
             optimizer: What takes the step.
             loss: Mean over the window of all ranks.
             norm: Of all gradients.
+
+        Returns:
+            Both, on the host.
 
         Raises:
             UserError: The loss or a gradient is not finite, and the run is to stop then.
@@ -155,28 +167,36 @@ class TrainingGuard(Callback):
         trainer = pl_module.trainer
         # Under 16-mixed the scaler itself skips steps with infinite gradients: they are how it finds its scale.
         scales = getattr(trainer.precision_plugin, "scaler", None) is not None
-        flags = torch.stack([~loss.isfinite(), ~norm.isfinite()]).float()
-        bad_loss, bad_gradient = trainer.strategy.reduce(flags, reduce_op="sum").tolist()  # all ranks decide alike
+        flags = torch.stack([~loss.isfinite(), ~norm.isfinite()]).double()
+        if trainer.world_size > 1:
+            flags = trainer.strategy.reduce(flags, reduce_op="sum")  # all ranks decide alike
+        tokens = pl_module.window.labelled_tokens_of_all_ranks
+        counted = torch.zeros_like(loss) if tokens is None else tokens
+        numbers = torch.stack([each.detach().double() for each in (loss, norm, counted)])
+        numbers = torch.cat([numbers, flags]).cpu()
+        found = StepNumbers(numbers[0].float(), numbers[1].float())
+        labelled, bad_loss, bad_gradient = numbers[2:].tolist()
         if self not in callbacks_of(trainer):
             # Lightning's search for a learning rate runs without them, and ends where training diverges.
             trainer.should_stop = trainer.should_stop or bool(bad_loss or bad_gradient)
-            return
+            return found
         if bad_loss or (bad_gradient and not scales):
             self._handle_nonfinite(pl_module, optimizer, "loss" if bad_loss else "gradient")
         elif not bad_gradient:
             self._skipped_in_a_row = 0
             trainable = trainable_tensors(pl_module)
             try:
-                self._check_adapters(pl_module, trainable, optimizer)
+                self._check_adapters(trainable, optimizer, has_labels=labelled > 0)
             except RuntimeError as fault:
                 rate = float(optimizer.param_groups[0]["lr"])
                 raise find_divergence(trainable, trainer.global_step, rate) or fault from None
+        return found
 
     def _check_adapters(
-        self, pl_module: Any, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+        self, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, has_labels: bool
     ) -> None:
         looks = self._movement.check(trainable, optimizer)
-        if not (self.checks_due or looks) or not pl_module.window.labelled_tokens_of_all_ranks:
+        if not (self.checks_due or looks) or not has_labels:
             return  # nothing is labelled: gradients of zero are right
         if self.checks_due:
             self.checks_due = not check_gradients(trainable)

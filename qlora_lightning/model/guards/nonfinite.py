@@ -110,11 +110,13 @@ def _watching_outputs(model: nn.Module) -> Iterator[list[str]]:
         return hook
 
     handles = [module.register_forward_hook(hook_of(name)) for name, module in model.named_modules()]
+    choose_layers(model)
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
+        choose_layers(model)
 
 
 def _bad_base_weight(model: nn.Module, name: str | None) -> str | None:

@@ -41,7 +41,7 @@ def trainer(fn="fit", data=None, **settings):
 
 
 def open_window(module):
-    module.window.add(LossSums(torch.tensor(3.0), torch.tensor(2), torch.tensor(0)), most=2, row_ids=torch.tensor([4]))
+    module.window.add(LossSums(torch.tensor(3.0), torch.tensor(2), torch.tensor(0)), most=2, row_ids=[4])
     module.weight.grad = torch.tensor([1.0, 2.0])
 
 

@@ -17,8 +17,8 @@ def parameter_with_gradient(value):
 
 
 def add_two(window):
-    window.add(sums(6.0, 1), most=2, row_ids=torch.tensor([3, 1]))
-    window.add(sums(4.0, 4), most=2, row_ids=torch.tensor([7]))
+    window.add(sums(6.0, 1), most=2, row_ids=[3, 1])
+    window.add(sums(4.0, 4), most=2, row_ids=[7])
 
 
 def test_gradients_of_sums_become_those_of_the_mean_over_all_tokens():
@@ -110,8 +110,8 @@ def test_a_closed_window_has_no_state_and_loading_it_closes():
 
 def test_the_rows_of_a_closed_window_are_kept_until_the_next_is_closed():
     window = Window()
-    window.add(sums(1.0, 1), most=2, row_ids=torch.tensor([3, 1]))
+    window.add(sums(1.0, 1), most=2, row_ids=[3, 1])
     window.clear()
     assert (window.row_ids, window.closed_row_ids) == ([], [3, 1])
-    window.add(sums(1.0, 1), most=2, row_ids=torch.tensor([5]))
+    window.add(sums(1.0, 1), most=2, row_ids=[5])
     assert (window.row_ids, window.closed_row_ids) == ([5], [3, 1])

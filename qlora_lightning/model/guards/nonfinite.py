@@ -16,6 +16,7 @@ from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.batch import cut_into_rows, describe_row, join_places, row_places
 from qlora_lightning.model.checkpoint.ranks import capture_generators, restore_generators
 from qlora_lightning.model.guards.checks import int8_scales
+from qlora_lightning.model.layers.fusing import choose_layers
 from qlora_lightning.model.loss import LossSums
 from qlora_lightning.support.files import write_whole
 

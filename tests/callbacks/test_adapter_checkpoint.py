@@ -365,13 +365,11 @@ STEPS = "every_n_train_steps"
     [
         (13, 6, {}, STEPS),  # inside the second epoch, inside a window, after a step's checkpoint
         (8, 3, {}, STEPS),  # the last step of the first epoch is not saved yet: its validation was due
-        (9, 4, {}, STEPS),  # after the validation at an epoch's end
         (12, 5, {"val_check_interval": 3}, STEPS),  # a validation inside a window, whose gradients go on
-        (8, 3, {"val_check_interval": 7, "check_val_every_n_epoch": None}, STEPS),
-        (11, 5, {"check_val_every_n_epoch": 2}, STEPS),
         (13, 6, {}, "every_minutes"),
-        (8, 3, {}, "every_minutes"),
-        (12, 5, {"val_check_interval": 3}, "every_minutes"),
+        pytest.param(9, 4, {}, STEPS, marks=pytest.mark.slow),  # after the validation at an epoch's end
+        pytest.param(8, 3, {"val_check_interval": 7, "check_val_every_n_epoch": None}, STEPS, marks=pytest.mark.slow),
+        pytest.param(11, 5, {"check_val_every_n_epoch": 2}, STEPS, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_resumed_ends_bit_for_bit_as_one_that_never_stopped(

@@ -22,7 +22,13 @@ from qlora_lightning.model.checkpoint.resume_checks import (
     is_inside_epoch,
     leaves_validation_out,
 )
-from qlora_lightning.model.checkpoint.save_points import count_epoch, is_inside_batch, let_validation_follow
+from qlora_lightning.model.checkpoint.save_points import (
+    count_epoch,
+    is_inside_batch,
+    leave_validation_out,
+    lengthen_stream,
+    let_validation_follow,
+)
 from qlora_lightning.model.checkpoint.setting_changes import (
     Change,
     FreshOptimizers,
@@ -84,19 +90,25 @@ class ExactResume(Callback):
         stored, own = content["identity"].get("data", {}), identity_of_data(trainer)
         resumes = trainer.state.fn == "fit"
         if resumes:
-            accepted = bool(getattr(getattr(trainer, "datamodule", None), "accept_changed_data", False))
-            check_data(stored, own, is_inside_epoch(checkpoint), accepted)
+            data = getattr(trainer, "datamodule", None)
+            accepted = bool(getattr(data, "accept_changed_data", False))
+            is_stream = bool(getattr(data, "streaming", False))
+            check_data(stored, own, is_inside_epoch(checkpoint) or is_stream, accepted)
             self._forgets_scores = has_other_validation(checkpoint, trainer)
         if trainer.is_global_zero:
             _tell(_words_on_data(stored, own, with_rows=resumes))
         if resumes:
             check_save_point(content)
             check_window(content, trainer.accumulate_grad_batches)
+            leave_validation_out(trainer, checkpoint)
+            if is_stream:
+                lengthen_stream(trainer, checkpoint)
             self._content, self._optimizer_states = content, checkpoint.get("optimizer_states", [])
             patience = keep_patience(trainer, checkpoint.get("callbacks", {}))
             if trainer.is_global_zero:
                 _tell(_words_on_settings(content, trainer, module, patience))
-                nothing_left = describe_nothing_left(checkpoint, trainer.max_epochs, trainer.max_steps)
+                max_epochs = None if is_stream else trainer.max_epochs  # a stream is as long as max_steps has it
+                nothing_left = describe_nothing_left(checkpoint, max_epochs, trainer.max_steps)
                 _tell([nothing_left] if nothing_left else [])
                 _tell([_VALIDATION_LEFT_OUT] if leaves_validation_out(checkpoint, trainer.max_steps) else [])
                 saved = len(_states_of_ranks(content))

@@ -55,7 +55,7 @@ def check_data(stored: Mapping[str, Any], own: Mapping[str, Any], inside_epoch: 
     Args:
         stored: The identity of the data that the checkpoint learnt.
         own: That of the data at hand.
-        inside_epoch: Whether training stopped inside an epoch.
+        inside_epoch: Whether training stopped inside an epoch, or inside a stream.
         accepted: Whether the user says that the change is meant.
 
     Raises:
@@ -80,8 +80,8 @@ def check_data(stored: Mapping[str, Any], own: Mapping[str, Any], inside_epoch: 
         raise UserError(
             f"The data are not those of the checkpoint: other {' and other '.join(samples.values())}.{causes} Put them "
             "back as they were, or say that the change is meant, by `--data.accept_changed_data true` (in Python "
-            "InstructionDataModule(accept_changed_data=True)): then the run continues with the current data, and the "
-            f"ranking of the best adapter {ranking}."
+            "InstructionDataModule(accept_changed_data=True), or that attribute of your own data module): then the "
+            f"run continues with the current data, and the ranking of the best adapter {ranking}."
         )
 
 

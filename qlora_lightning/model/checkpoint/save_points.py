@@ -66,6 +66,44 @@ def let_validation_follow(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             _rewind(validation, before=validation["total"]["completed"])
 
 
+def leave_validation_out(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let a resume go on behind an epoch whose end was validated, where no validation ends it any more.
+
+    Lightning then takes its first batch for one more of the epoch that is over. As the checkpoint of a run without
+    validation is saved, in the epoch's last batch, it counts right.
+
+    Args:
+        trainer: Who is about to resume.
+        checkpoint: As it was loaded.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    batches, epoch = loops["epoch_loop.batch_progress"], loops["epoch_progress"]["current"]
+    current = batches["current"]
+    is_behind_the_last = batches["is_last_batch"] and 0 < current["completed"] == current["ready"]
+    if is_behind_the_last and not _validates_end_of_epoch(trainer, epoch["processed"], current["ready"]):
+        for counts in (batches["total"], current):
+            counts["completed"] -= 1
+
+
+def lengthen_stream(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let a stream, which is one epoch as long as ``max_steps``, go on behind the end that it had.
+
+    Args:
+        trainer: Who is about to resume.
+        checkpoint: As it was loaded.
+    """
+    if checkpoint["global_step"] < trainer.max_steps:
+        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+
+
+def _validates_end_of_epoch(trainer: Trainer, epoch: int, batches: int) -> bool:
+    every_epochs, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
+    if not trainer.enable_validation or (every_epochs is not None and (epoch + 1) % every_epochs):
+        return False
+    every = interval if isinstance(interval, int) else max(1, int(batches * interval))
+    return every_epochs is None or batches % every == 0
+
+
 def count_epoch(trainer: Trainer) -> None:
     """Count the epoch that has begun, where Lightning did not: after a resume at the end of the one before it.
 

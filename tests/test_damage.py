@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from qlora_lightning.cli import main
 from qlora_lightning.model import quantized
@@ -95,6 +97,7 @@ def test_an_adapter_with_a_flipped_bit_is_refused(fit, tiny_base, rows_file, tmp
         ["fit", f"--model.adapter={run}", f"--trainer.default_root_dir={tmp_path / 'next'}"],
         ["validate", f"--config={run / 'config.yaml'}", f"--data.val={rows_file}"],
         ["evaluate", f"--adapter={run / 'adapter'}", f"--data.val={rows_file}"],
+        ["chat", f"--adapter={run / 'adapter'}", "--prompt=x"],
         ["merge", f"--adapter={run / 'adapter'}", f"--out={tmp_path / 'merged'}"],
     ):
         options = [f"--model.base={tiny_base}", f"--data.train={rows_file}"] if command[0] == "fit" else []
@@ -102,3 +105,20 @@ def test_an_adapter_with_a_flipped_bit_is_refused(fit, tiny_base, rows_file, tmp
         assert f"{weights} is damaged" in capsys.readouterr().err
     flip(weights, -3)
     assert main(["validate", f"--config={run / 'config.yaml'}", f"--data.val={rows_file}"]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
+def test_an_adapter_that_plain_peft_trained_further_is_not_damaged(fit, tiny_base):
+    _, run = fit("run")
+    before = adapter_of(run)
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    model = peft.PeftModel.from_pretrained(base, run / "adapter")
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "lora_" in name:
+                tensor.mul_(2.0)
+    model.save_pretrained(run / "adapter")
+    code, further = fit("further", f"model.adapter={run}", "trainer.max_steps=1", "model.learning_rate=1e-9")
+    assert code == 0
+    found = adapter_of(further)
+    assert all(torch.allclose(found[name], 2.0 * before[name], atol=1e-7) for name in before)

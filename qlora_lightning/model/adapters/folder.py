@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import peft
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora_lightning.format_version import FORMAT_VERSION
 from qlora_lightning.model.adapters.folder_swap import refill_folder
-from qlora_lightning.model.adapters.tensors import hash_tensors
+from qlora_lightning.model.adapters.tensors import save_tensors
 from qlora_lightning.safe_file import set_usual_mode
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -64,7 +63,6 @@ def save_adapter_folder(
     weights = peft.get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
     # copies: tied tensors share memory, which the format refuses
     weights = {name: tensor.detach().float().cpu().clone().contiguous() for name, tensor in weights.items()}
-    identity["tensors"] = hash_tensors(weights)
     card = describe_card(folder, identity)
 
     def write(place: Path) -> None:
@@ -75,7 +73,7 @@ def save_adapter_folder(
         _saved_config(model).save_pretrained(place)
         (place / "README.md").write_text(card, encoding="utf-8")
         _write_json(place / "qlora_lightning.json", identity)
-        save_file(weights, place / _WEIGHTS, {"format": "pt"})
+        save_tensors(weights, place / _WEIGHTS)
         set_usual_mode(place / _WEIGHTS)
 
     refill_folder(folder, write, key_file=_WEIGHTS, own=("chat_template.jinja", "generation_config.json"))

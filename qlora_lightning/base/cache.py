@@ -53,19 +53,19 @@ def cached_folder(
         key: everything that the content depends on, versions of libraries included.
         build: writes the content into the empty folder that it is given.
         label: what the content is, for messages and ``qlora-lightning cache list``.
-        checked_bytes: a larger entry is not compared with its checksums here: whoever reads it does, see
-            :class:`~qlora_lightning.base.cache_entry.EntryCheck`.
+        checked_bytes: the weights of a larger entry are not compared with their checksums here: whoever reads them
+            does, see :class:`~qlora_lightning.base.cache_entry.EntryCheck`.
 
     Raises:
         UserError: the cache cannot be written, or its disk is full.
     """
     folder = cache_root() / kind / hash_key(key)
-    if not _is_whole(folder, kind, checked_bytes):
+    if not is_whole(folder, kind, checked_bytes):
         with _explain_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = _acquire_lock(folder, label)
         try:
-            if not _is_whole(folder, kind, checked_bytes):  # else the process that we waited for has built it
+            if not is_whole(folder, kind, checked_bytes):  # else the process that we waited for has built it
                 with _explain_errors(folder):
                     _remove_remains(folder, label)
                 _build_entry(folder, key, build, label)
@@ -75,14 +75,18 @@ def cached_folder(
     return folder
 
 
-def _is_whole(folder: Path, kind: Kind, checked_bytes: int | None) -> bool:
+def is_whole(folder: Path, kind: Kind, checked_bytes: int | None = None) -> bool:
+    """Whether an entry is complete and matches its checksums; ``checked_bytes`` as in :func:`cached_folder`.
+
+    An entry without checksums, of an earlier version, counts only in a cache that cannot be written.
+    """
     entry = read_entry(folder, kind)
     if entry is None:
         return False
-    if checked_bytes is not None and entry.size_bytes > checked_bytes:
-        return True
+    if not entry.has_checksums:
+        return not os.access(folder.parent, os.W_OK)
     try:
-        return find_damage(folder) is None
+        return find_damage(folder, weights=checked_bytes is None or entry.size_bytes <= checked_bytes) is None
     except OSError:  # as of a bad sector
         return False
 
@@ -105,7 +109,7 @@ def _acquire_lock(folder: Path, label: str) -> FileLock:
 def _remove_remains(folder: Path, label: str) -> None:
     """Remove what a killed build or a damaged entry left. The lock is held, so nobody is writing it."""
     if folder.exists():
-        _log.warning("The cached %s is damaged (%s): removed, and made again.", label, folder)
+        _log.warning("The cached %s is damaged or has no checksums (%s): removed, and made again.", label, folder)
         shutil.rmtree(folder)
     for partial in folder.parent.glob(f".{folder.name}.*"):
         shutil.rmtree(partial)
@@ -141,7 +145,11 @@ def _explain_errors(folder: Path, *, only_full: bool = False) -> Iterator[None]:
         reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
         # An unpacked GGUF has no other place: only quantized bases can go without the cache.
         without = " or set model.cache: false," if folder.parent.name == "quantized" else ""
+        problem, advice = f"The cache cannot keep {folder}", "Set"
+        if folder.exists():
+            problem = f"The cached {folder} is damaged or has no checksums, and cannot be made again"
+            advice = "Remove it where the cache can be written, or set"
         raise UserError(
-            f"The cache cannot keep {folder}: {reason}. Set QLORA_LIGHTNING_CACHE to a folder with room that can be "
-            f"written,{without} or make room with `qlora-lightning cache clear`."
+            f"{problem}: {reason}. {advice} QLORA_LIGHTNING_CACHE to a folder with room that can be written,{without} "
+            "or make room with `qlora-lightning cache clear`."
         ) from error

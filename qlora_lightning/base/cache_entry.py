@@ -32,6 +32,7 @@ class CacheEntry:
     last_used: datetime
     path: Path
     complete: bool
+    has_checksums: bool = True  # an entry of an earlier version has none
 
 
 def seal_entry(folder: Path, label: str, key: Mapping[str, Json]) -> None:
@@ -63,16 +64,20 @@ def read_entry(folder: Path, kind: Kind) -> CacheEntry | None:
             return None
         created = datetime.fromisoformat(content["created"])
         used = datetime.fromtimestamp((folder / _ENTRY_FILE).stat().st_mtime, UTC)
-        label = str(content["label"])
+        label, summed = str(content["label"]), "crc32" in content
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return CacheEntry(kind, label, sum(sizes.values()), created, used, folder, complete=True)
+    return CacheEntry(kind, label, sum(sizes.values()), created, used, folder, complete=True, has_checksums=summed)
 
 
-def find_damage(folder: Path) -> str | None:
+def find_damage(folder: Path, *, weights: bool = True) -> str | None:
     """Return the name of a file that does not match the checksum of its entry; None if all do.
 
     An entry without checksums, of an earlier version, and a folder outside the cache match.
+
+    Args:
+        folder: of the entry.
+        weights: whether to read ``*.safetensors`` too, which may be gigabytes.
 
     Raises:
         OSError: a file cannot be read.
@@ -81,7 +86,8 @@ def find_damage(folder: Path) -> str | None:
         sums = json.loads((folder / _ENTRY_FILE).read_text(encoding="utf-8")).get("crc32", {})
     except FileNotFoundError:
         return None
-    return next((name for name, expected in sums.items() if _sum_up(folder / name) != expected), None)
+    checked = (name for name in sums if weights or not name.endswith(".safetensors"))
+    return next((name for name in checked if _sum_up(folder / name) != sums[name]), None)
 
 
 class EntryCheck:
@@ -117,11 +123,17 @@ class EntryCheck:
         """
         fault = self._damaged.result()
         if fault is not None:
-            (self._folder / _ENTRY_FILE).unlink(missing_ok=True)
+            damage = f"The cached {self._label} is damaged: {fault}. Nothing that was computed with it is saved."
+            try:
+                (self._folder / _ENTRY_FILE).unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"{damage} The cache cannot be written ({error.strerror}): remove {self._folder} where it can be, "
+                    "or set QLORA_LIGHTNING_CACHE to a folder that can be written."
+                ) from error
             raise UserError(
-                f"The cached {self._label} is damaged: {fault}. Nothing that was computed with it is saved. Start "
-                "again with the same command: the entry is made again. If this comes back, check the disk and the "
-                "memory."
+                f"{damage} Start again with the same command: the entry is made again. If this comes back, check the "
+                "disk and the memory."
             )
 
 

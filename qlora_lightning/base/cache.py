@@ -40,6 +40,7 @@ class CacheEntry:
     last_used: datetime
     path: Path
     complete: bool
+    has_checksums: bool = True  # an entry of an earlier version has none
 
 
 def seal_entry(folder: Path, label: str, key: Mapping[str, Json]) -> None:
@@ -71,16 +72,20 @@ def read_entry(folder: Path, kind: Kind) -> CacheEntry | None:
             return None
         created = datetime.fromisoformat(content["created"])
         used = datetime.fromtimestamp((folder / _ENTRY_FILE).stat().st_mtime, UTC)
-        label = str(content["label"])
+        label, summed = str(content["label"]), "crc32" in content
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return CacheEntry(kind, label, sum(sizes.values()), created, used, folder, complete=True)
+    return CacheEntry(kind, label, sum(sizes.values()), created, used, folder, complete=True, has_checksums=summed)
 
 
-def find_damage(folder: Path) -> str | None:
+def find_damage(folder: Path, *, weights: bool = True) -> str | None:
     """Return the name of a file that does not match the checksum of its entry; None if all do.
 
     An entry without checksums, of an earlier version, and a folder outside the cache match.
+
+    Args:
+        folder: of the entry.
+        weights: whether to read ``*.safetensors`` too, which may be gigabytes.
 
     Raises:
         OSError: a file cannot be read.
@@ -89,7 +94,8 @@ def find_damage(folder: Path) -> str | None:
         sums = json.loads((folder / _ENTRY_FILE).read_text(encoding="utf-8")).get("crc32", {})
     except FileNotFoundError:
         return None
-    return next((name for name, expected in sums.items() if _sum_up(folder / name) != expected), None)
+    checked = (name for name in sums if weights or not name.endswith(".safetensors"))
+    return next((name for name in checked if _sum_up(folder / name) != sums[name]), None)
 
 
 class EntryCheck:
@@ -125,11 +131,17 @@ class EntryCheck:
         """
         fault = self._damaged.result()
         if fault is not None:
-            (self._folder / _ENTRY_FILE).unlink(missing_ok=True)
+            damage = f"The cached {self._label} is damaged: {fault}. Nothing that was computed with it is saved."
+            try:
+                (self._folder / _ENTRY_FILE).unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"{damage} The cache cannot be written ({error.strerror}): remove {self._folder} where it can be, "
+                    "or set QLORA_LIGHTNING_CACHE to a folder that can be written."
+                ) from error
             raise UserError(
-                f"The cached {self._label} is damaged: {fault}. Nothing that was computed with it is saved. Start "
-                "again with the same command: the entry is made again. If this comes back, check the disk and the "
-                "memory."
+                f"{damage} Start again with the same command: the entry is made again. If this comes back, check the "
+                "disk and the memory."
             )
 
 
@@ -204,19 +216,19 @@ def cached_folder(
         key: everything that the content depends on, versions of libraries included.
         build: writes the content into the empty folder that it is given.
         label: what the content is, for messages and ``qlora-lightning cache list``.
-        checked_bytes: a larger entry is not compared with its checksums here: whoever reads it does, see
-            :class:`~qlora_lightning.base.cache.EntryCheck`.
+        checked_bytes: the weights of a larger entry are not compared with their checksums here: whoever reads them
+            does, see :class:`EntryCheck`.
 
     Raises:
         UserError: the cache cannot be written, or its disk is full.
     """
     folder = cache_root() / kind / hash_key(key)
-    if not _is_whole(folder, kind, checked_bytes):
+    if not is_whole(folder, kind, checked_bytes):
         with _explain_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = _acquire_lock(folder, label)
         try:
-            if not _is_whole(folder, kind, checked_bytes):  # else the process that we waited for has built it
+            if not is_whole(folder, kind, checked_bytes):  # else the process that we waited for has built it
                 with _explain_errors(folder):
                     _remove_remains(folder, label)
                 _build_entry(folder, key, build, label)
@@ -226,14 +238,18 @@ def cached_folder(
     return folder
 
 
-def _is_whole(folder: Path, kind: Kind, checked_bytes: int | None) -> bool:
+def is_whole(folder: Path, kind: Kind, checked_bytes: int | None = None) -> bool:
+    """Whether an entry is complete and matches its checksums; ``checked_bytes`` as in :func:`cached_folder`.
+
+    An entry without checksums, of an earlier version, counts only in a cache that cannot be written.
+    """
     entry = read_entry(folder, kind)
     if entry is None:
         return False
-    if checked_bytes is not None and entry.size_bytes > checked_bytes:
-        return True
+    if not entry.has_checksums:
+        return not os.access(folder.parent, os.W_OK)
     try:
-        return find_damage(folder) is None
+        return find_damage(folder, weights=checked_bytes is None or entry.size_bytes <= checked_bytes) is None
     except OSError:  # as of a bad sector
         return False
 
@@ -256,7 +272,7 @@ def _acquire_lock(folder: Path, label: str) -> FileLock:
 def _remove_remains(folder: Path, label: str) -> None:
     """Remove what a killed build or a damaged entry left. The lock is held, so nobody is writing it."""
     if folder.exists():
-        _log.warning("The cached %s is damaged (%s): removed, and made again.", label, folder)
+        _log.warning("The cached %s is damaged or has no checksums (%s): removed, and made again.", label, folder)
         shutil.rmtree(folder)
     for partial in folder.parent.glob(f".{folder.name}.*"):
         shutil.rmtree(partial)
@@ -292,9 +308,13 @@ def _explain_errors(folder: Path, *, only_full: bool = False) -> Iterator[None]:
         reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
         # An unpacked GGUF has no other place: only quantized bases can go without the cache.
         without = " or set model.cache: false," if folder.parent.name == "quantized" else ""
+        problem, advice = f"The cache cannot keep {folder}", "Set"
+        if folder.exists():
+            problem = f"The cached {folder} is damaged or has no checksums, and cannot be made again"
+            advice = "Remove it where the cache can be written, or set"
         raise UserError(
-            f"The cache cannot keep {folder}: {reason}. Set QLORA_LIGHTNING_CACHE to a folder with room that can be "
-            f"written,{without} or make room with `qlora-lightning cache clear`."
+            f"{problem}: {reason}. {advice} QLORA_LIGHTNING_CACHE to a folder with room that can be written,{without} "
+            "or make room with `qlora-lightning cache clear`."
         ) from error
 
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.base.cache import Json, cache_root, cached_folder, hash_key, read_entry
+from qlora_lightning.base.cache import Json, cache_root, cached_folder, hash_key, is_whole
 from qlora_lightning.base.find import BaseSource
 from qlora_lightning.base.tensors import format_bytes, save_model
 from qlora_lightning.support.errors import UserError
@@ -35,14 +35,14 @@ def unpack_gguf(source: BaseSource) -> Path:
         with silence_transformers():
             _unpack(file, folder, source.name)
 
-    # A usual start reads the tokenizer alone: the weights are checked when they are quantized.
+    # A usual start reads config and tokenizer alone: the weights are checked when they are quantized.
     return cached_folder("unpacked", _key(file), build, label=file.name, checked_bytes=0)
 
 
 def find_unpacked(source: BaseSource) -> Path | None:
     """Return the folder that :func:`unpack_gguf` has made of a GGUF; None where it would have to make it."""
     folder = cache_root() / "unpacked" / hash_key(_key(source.path.resolve()))
-    return None if read_entry(folder, "unpacked") is None else folder
+    return folder if is_whole(folder, "unpacked", checked_bytes=0) else None
 
 
 def _key(file: Path) -> dict[str, Json]:

@@ -112,6 +112,8 @@ class AdapterCheckpoint(Checkpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._has_other_validation and goes_on(trainer):
             self._reset_ranking(trainer, f"The validation samples are not those of {trainer.ckpt_path}")
+        if not trainer.enable_validation:
+            self._reset_ranking(trainer, "Nothing is validated any more")
         if not goes_on(trainer):
             self._reset_ranking(trainer, f"{trainer.ckpt_path} is of another run folder")
             if self._writes(trainer):

@@ -131,43 +131,16 @@ class ProgressLines(ProgressBar):
         self._print_step(trainer)
 
     @override
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.has_dataloader_changed(dataloader_idx)
-        self._print_batch("validating", batch_idx, self.total_val_batches_current_dataloader)
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._print_batch("validating", "total_val_batches_current_dataloader", *args)
 
     @override
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.has_dataloader_changed(dataloader_idx)
-        self._print_batch("testing", batch_idx, self.total_test_batches_current_dataloader)
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._print_batch("testing", "total_test_batches_current_dataloader", *args)
 
     @override
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.has_dataloader_changed(dataloader_idx)
-        self._print_batch("predicting", batch_idx, self.total_predict_batches_current_dataloader)
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._print_batch("predicting", "total_predict_batches_current_dataloader", *args)
 
     def _is_due(self) -> bool:
         return time.monotonic() - self._told_at >= self._every
@@ -180,9 +153,12 @@ class ProgressLines(ProgressBar):
                 drop_lost_output()
         self._told_at = time.monotonic()
 
-    def _print_batch(self, name: str, batch_idx: int, total: float) -> None:
+    def _print_batch(
+        self, name: str, total: str, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.has_dataloader_changed(dataloader_idx)  # which says what the current loader is
         if self._is_due():
-            self._print(f"{name} {_count(batch_idx + 1, total)}")
+            self._print(f"{name} {_count(batch_idx + 1, getattr(self, total))}")
 
     def _print_step_if_due(self, trainer: Trainer) -> None:
         first = self._began is not None and self._told_step == self._began[1]

@@ -128,11 +128,12 @@ def _plain_type(text: str) -> str:
 
 
 def _nearest(name: str, names: Sequence[str] | Mapping[str, type | None], parent: str = "") -> str:
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    others = [each for each in names if each != name]  # a class of the user's own may lack what ours has
+    close = difflib.get_close_matches(name, others, n=1, cutoff=0.5)
     prefix = f"{parent}." if parent else ""
     if close:
         return f" Did you mean {prefix}{close[0]}?"
-    return f" Keys here are {', '.join(names)}."
+    return f" Keys here are {', '.join(others)}."
 
 
 def _where(match: re.Match[str], arguments: Sequence[str]) -> str:

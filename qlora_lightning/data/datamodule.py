@@ -50,8 +50,8 @@ class InstructionDataModule(PreparedRows):
             unless ``strftime_now: 2026-11-27`` or a variable of its own names another.
         train_on: ``assistant``: every answer and its stop token; ``last``: the last answer only; ``all``: every token.
         max_length: tokens of the longest sample.
-        too_long: longer ones: ``truncate``: the oldest turns go first, then the middle of one message, then the end of
-            an answer; ``drop``; or ``split`` into pieces.
+        too_long: longer ones: ``truncate``: the oldest turns go first, then the middle of the longest message (and of a
+            long system message), then the end of an answer; ``drop``; or ``split`` into pieces.
         on_bad_row: ``error``: list the bad rows and stop; ``skip``: leave them out and count them.
         batch_size: rows per micro-batch on each device; 8 by default.
         tokens_per_batch: tokens per micro-batch instead, a budget that rows are packed into.

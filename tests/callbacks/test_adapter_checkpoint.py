@@ -171,6 +171,24 @@ def test_the_best_by_the_monitor_are_kept_and_the_rest_pruned(
         assert_same(read_checkpoint(run, f"step-{step:06d}.ckpt")["state_dict"], saved[step])
 
 
+def test_a_better_adapter_replaces_the_weights_alone_so_that_a_reader_finds_the_folder_at_any_time(
+    fit, scored, tmp_path
+):
+    class Looks(lightning.Callback):
+        seen = ()
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            folder = tmp_path / "run" / "adapter"
+            if folder.exists():
+                self.seen += ((folder.stat().st_ino, (folder / "adapter_model.safetensors").stat().st_ino),)
+
+    looks = Looks()
+    fit(AdapterCheckpoint(monitor="val_score"), looks, module=scored(4.0, 3.0, 2.0, 1.0), val_check_interval=2)
+    folders, weights = zip(*looks.seen, strict=True)
+    assert len(set(folders)) == 1
+    assert len(set(weights)) == 3  # validations before the last batch
+
+
 def test_a_score_of_nan_is_never_the_best(fit, scored, tmp_path):
     nan = float("nan")
     checkpoint = AdapterCheckpoint(monitor="val_score", save_top_k=2)
@@ -365,13 +383,11 @@ STEPS = "every_n_train_steps"
     [
         (13, 6, {}, STEPS),  # inside the second epoch, inside a window, after a step's checkpoint
         (8, 3, {}, STEPS),  # the last step of the first epoch is not saved yet: its validation was due
-        (9, 4, {}, STEPS),  # after the validation at an epoch's end
         (12, 5, {"val_check_interval": 3}, STEPS),  # a validation inside a window, whose gradients go on
-        (8, 3, {"val_check_interval": 7, "check_val_every_n_epoch": None}, STEPS),
-        (11, 5, {"check_val_every_n_epoch": 2}, STEPS),
         (13, 6, {}, "every_minutes"),
-        (8, 3, {}, "every_minutes"),
-        (12, 5, {"val_check_interval": 3}, "every_minutes"),
+        pytest.param(9, 4, {}, STEPS, marks=pytest.mark.slow),  # after the validation at an epoch's end
+        pytest.param(8, 3, {"val_check_interval": 7, "check_val_every_n_epoch": None}, STEPS, marks=pytest.mark.slow),
+        pytest.param(11, 5, {"check_val_every_n_epoch": 2}, STEPS, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_resumed_ends_bit_for_bit_as_one_that_never_stopped(

@@ -161,6 +161,52 @@ def test_inside_an_epoch_other_training_samples_are_refused_always_and_others_to
     assert step_of(last) == 8
 
 
+@pytest.mark.parametrize("how", [{"limit_val_batches": 0}, {"data": None}, {"check_val_every_n_epoch": 3}], ids=str)
+def test_a_run_that_is_no_longer_validated_goes_on_as_one_that_never_was(fit, make_data, folder, last, capsys, how):
+    whole = {"max_epochs": 2, "limit_val_batches": 0}
+    _, expected = fit(AdapterCheckpoint(), folder="whole", **whole)
+    fit(AdapterCheckpoint())
+    if "data" in how:
+        how = {"data": make_data(val=None)}
+    capsys.readouterr()
+    rows = Rows()
+    _, module = fit(rows, checkpoint := AdapterCheckpoint(), ckpt_path=last, max_epochs=2, **how)
+    assert sorted(rows.of_epoch[1]) == list(range(16))
+    assert rows.of_epoch.keys() == {1}
+    assert step_of(last) == 16
+    tensors, wanted = module.state_dict(), expected.state_dict()
+    assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+    if "check_val_every_n_epoch" not in how:
+        assert "Nothing is validated any more: the ranking of checkpoints starts over here. The best so far, with" in (
+            capsys.readouterr().out
+        )
+        assert checkpoint.best == []
+        assert same_adapter(folder, "last.ckpt")
+
+
+@pytest.mark.parametrize("validates", [0, 1])
+def test_a_stream_goes_on_to_more_steps_and_names_no_flag_where_its_rows_changed(
+    fit, make_data, more_rows, last, capsys, validates
+):
+    def stream(**options):
+        return make_data(streaming=True, **options)
+
+    options = {"limit_val_batches": validates}
+    _, expected = fit(AdapterCheckpoint(), data=stream(), folder="whole", max_steps=5, **options)
+    fit(AdapterCheckpoint(), data=stream(), max_steps=3, **options)
+    capsys.readouterr()
+    _, module = fit(AdapterCheckpoint(), data=stream(), ckpt_path=last, max_steps=5, **options)
+    assert step_of(last) == 5
+    tensors, wanted = module.state_dict(), expected.state_dict()
+    assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+    assert "Nothing is left" not in capsys.readouterr().out
+    for accepted in (False, True):
+        data = stream(train=more_rows, accept_changed_data=accepted)
+        with pytest.raises(UserError, match="inside an epoch with other training samples") as error:
+            fit(AdapterCheckpoint(), data=data, ckpt_path=last, max_steps=7, **options)
+        assert "begin a new run from the adapter folder" in str(error.value)
+
+
 def test_other_samples_may_be_judged(fit, make_data, more_rows, last):
     trainer, module = fit(AdapterCheckpoint())
     data = make_data(train=more_rows, val=more_rows, test=more_rows, predict=more_rows)

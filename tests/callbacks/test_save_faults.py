@@ -213,7 +213,7 @@ def test_a_kill_in_front_of_any_rename_costs_nothing(run, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("last.ckpt", 0), ("last.ckpt", 3), ("step-000004.ckpt", 0), ("adapter", 0)]
+    ("name", "count"), [("last.ckpt", 0), ("last.ckpt", 3), ("step-000004.ckpt", 0), ("adapter_model.safetensors", 1)]
 )
 def test_a_kill_between_write_and_rename_costs_nothing(run, monkeypatch, tmp_path, name, count):
     renames = Renames(monkeypatch, tmp_path)

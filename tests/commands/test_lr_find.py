@@ -115,6 +115,7 @@ def make(tiny_base, rows_file, tmp_path):
     return made
 
 
+@pytest.mark.slow
 def test_a_fit_after_the_search_is_bit_for_bit_one_without(make, tmp_path):
     trainer, module, data = make(folder="plain")
     trainer.fit(module, data)

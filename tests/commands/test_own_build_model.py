@@ -103,6 +103,7 @@ def test_a_sweep_refuses_a_trial_that_would_train_something_else(arguments, word
     assert not list(tmp_path.glob("run/*/*/trial.json"))
 
 
+@pytest.mark.slow
 def test_a_sweep_takes_a_module_that_builds_what_it_is_asked_for(run, tmp_path):
     run("sweep-rank", "--target-modules", "attention,mlp", "--model", "own_modules.Heeding", "--model.layers", "last:1")
     assert (tmp_path / "run" / "sweep-target-modules" / "sweep.json").exists()

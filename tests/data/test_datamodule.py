@@ -1,9 +1,11 @@
+import re
 from types import SimpleNamespace
 
 import jsonargparse
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from qlora_lightning.data import datamodule
@@ -221,10 +223,7 @@ def test_bad_rows_stop_or_are_skipped(make, write):
 PAIR = {"prompt": "q", "completion": "k"}
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "k"}]
 OTHER_TASKS = {
-    "preference of TRL": ({"prompt": "q", "chosen": "k", "rejected": "b"}, "{chosen: completion}"),
-    "preference without prompt": ({"chosen": TALK, "rejected": TALK}, "{chosen: messages}"),
-    "preference of LLaMA-Factory": ({"instruction": "q", "chosen": "k", "rejected": "b"}, "{chosen: output}"),
-    "preference beside an answer": ({**PAIR, "chosen": TALK, "rejected": TALK}, "{chosen: null, rejected: null}"),
+    "preference": ({"prompt": "q", "chosen": "k", "rejected": "b"}, "{chosen: completion, rejected: null}"),
     "preference after a conversation": (
         {
             "conversations": [
@@ -245,6 +244,33 @@ OTHER_TASKS = {
     "films": ({"instruction": "q", "output": "k", "videos": ["a.mp4"]}, "{videos: null}"),
     "a sound": ({"question": "q", "answer": "k", "audio": "a.wav"}, "{audio: null}"),
 }
+
+
+HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "k"}
+PREFERENCES = {
+    "texts": {"prompt": "q", "chosen": "k", "rejected": "b"},
+    "texts of LLaMA-Factory": {"instruction": "q", "chosen": "k", "rejected": "b"},
+    "texts of a question": {"question": "q", "chosen": "k", "rejected": "b"},
+    "messages": {"prompt": TALK[:1], "chosen": TALK[1:], "rejected": TALK[1:]},
+    "messages without a prompt": {"chosen": TALK, "rejected": TALK},
+    "messages that repeat a prompt of messages": {"prompt": TALK[:1], "chosen": TALK, "rejected": TALK},
+    "messages that repeat a text": {"prompt": "q", "chosen": TALK, "rejected": TALK},
+    "messages that repeat an instruction": {"instruction": "q", "chosen": TALK, "rejected": TALK},
+    "messages beside the same": {"prompt": "q", "chosen": TALK, "rejected": TALK, "messages": TALK},  # ultrafeedback
+    "messages beside an answer": {**PAIR, "chosen": TALK, "rejected": TALK},
+    "turns of ShareGPT": {"chosen": [HUMAN, GPT], "rejected": [HUMAN, GPT]},
+}
+
+
+@pytest.mark.parametrize("shape", PREFERENCES)
+def test_the_advice_for_preferences_trains_the_good_answers_when_it_is_followed(make, write, shape):
+    write("rows.jsonl", [PREFERENCES[shape]])
+    with pytest.raises(UserError, match="is a preference row") as error:
+        make(train="rows.jsonl").setup("fit")
+    (columns,) = re.findall(r"`data\.columns: (\{.+?\})`", str(error.value))
+    data = make(train="rows.jsonl", columns=yaml.safe_load(columns))
+    data.setup("fit")
+    assert "".join(map(chr, data.samples["train"][0].ids.tolist())) == "{u\nq}\n{a\nk}\n"
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -118,6 +118,24 @@ def test_the_saved_tokenizer_renders_the_same_elsewhere_and_may_be_told_otherwis
         assert again.identity["chat_template"] == data.identity["chat_template"]
 
 
+def test_the_date_of_a_saved_tokenizer_may_be_set_again_and_to_another(tokenizers, render, clock):
+    options = {"strftime_now": "2026-11-27", "date_string": 'a "word"'}
+    tokenizer = copy.deepcopy(tokenizers["marked"])
+    tokenizer.chat_template = DATE + tokenizer.chat_template
+    data, ids, text = render(tokenizer, template_options=options)
+    assert text.startswith("Friday, 27 November 2026")
+    data.tokenizer.save_pretrained("saved")
+    clock(2027, 1, 5)
+    for same in (None, options):  # as `chat` opens it, and as `fit` does with the config of the run
+        again, found, _ = render("saved", template_options=same)
+        assert found == ids
+        assert again.identity["chat_template"] == data.identity["chat_template"]
+    other = {**options, "strftime_now": "2026-11-28"}
+    again, _, text = render("saved", template_options=other)
+    assert text.startswith("Saturday, 28 November 2026 (2026-11-28, 332)<|im_start|>user")
+    assert again.identity["chat_template"] == render(tokenizer, template_options=other)[0].identity["chat_template"]
+
+
 def test_cached_samples_are_those_of_the_same_options(tokenizers, render):
     one, two = ({"date_string": text} for text in ("1 May 2025", "2 May 2025"))
     first = render(tokenizers["date"], cache="shared", template_options=one)[1]

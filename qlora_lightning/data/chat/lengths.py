@@ -9,8 +9,8 @@ from qlora_lightning.data.rows.formats import Conversation
 from qlora_lightning.support.errors import UserError
 
 TOO_LONG = ("truncate", "drop", "split")
-_FEWEST = 2  # characters that a shortened message keeps
-_GUESSES = 8  # renderings that look for how much of a message fits
+_FEWEST = 2  # characters that the longest message keeps
+_GUESSES = 8  # renderings that look for how much of it fits
 
 
 def check_length_settings(max_length: int, too_long: str) -> None:
@@ -32,9 +32,10 @@ def shorten(
 
     Whole turns go first, the oldest before the others; the system message and the tools stay, and what remains begins
     with a user turn. If the last exchange alone is too long, its longest message that is not trained loses its middle,
-    the system message only if no other helps. An exchange of many tool calls that is still too long ends with an
-    earlier answer. If an answer does not fit beside a quarter of ``max_length`` (or beside its whole prompt, if that is
-    shorter), it loses its end, and with it the stop token: none is trained where the text does not end.
+    and so does a system message that is more than twice as long as what that one keeps. An exchange of many tool calls
+    that is still too long ends with an earlier answer. If an answer does not fit beside a quarter of ``max_length`` (or
+    beside its whole prompt, if that is shorter), it loses its end, and with it the stop token: none is trained where
+    the text does not end.
 
     Args:
         renderer: renders it.
@@ -64,7 +65,7 @@ def shorten(
 
 
 class _Shortening:
-    """The choice of what remains of one conversation, made with few renderings: by bisection."""
+    """The choice of what remains of one conversation, made with few renderings: the whole of a long one costs most."""
 
     def __init__(
         self, renderer: ChatRenderer, conversation: Conversation, tools: Tools, answers: Sequence[int], limit: int
@@ -77,16 +78,14 @@ class _Shortening:
         """Return what remains, the places of its trained answers, and whether it is counted to fit."""
         last = self.answers[-1]
         users = [number for number, message in enumerate(self.conversation[:last]) if message["role"] == "user"]
-        found = bisect_left(users, True, key=lambda start: self._count(self._between(start, last)) <= self.limit)
-        if found < len(users):
-            start, end, fits = users[found], last, True
-            messages = self._between(start, end)
-        else:
-            start = users[-1]
-            ends = [number for number in self.answers if number > start]
-            fitting = bisect_left(ends, True, key=lambda end: not self._can_fit(start, end))
-            end = ends[max(fitting - 1, 0)]
-            messages, fits = self._cut_one_message(start, end)
+        start = users[-1]
+        tokens = self._count(self._between(start, last))
+        if tokens <= self.limit:
+            older = bisect_left(users[:-1], True, key=lambda at: self._count(self._between(at, last)) <= self.limit)
+            return self._between(users[older], last), self._trained(users[older], last), True
+        ends = [number for number in self.answers if number > start]
+        end = ends[bisect_left(ends[1:], True, key=lambda at: self._count(self._cut(start, at, _FEWEST)) > self.limit)]
+        messages, fits = self._fill(start, end, tokens if end == last else self._count(self._between(start, end)))
         return messages, self._trained(start, end), fits
 
     def _between(self, start: int, end: int) -> Conversation:
@@ -98,51 +97,54 @@ class _Shortening:
     def _count(self, messages: Conversation) -> int:
         return self.renderer.count_tokens(messages, self.tools)
 
-    def _can_fit(self, start: int, end: int) -> bool:
-        return min(self._fewest_tokens(start, end).values()) <= self.limit
+    def _count_prompt(self, messages: Conversation) -> int:
+        return self.renderer.count_tokens(messages[:-1], self.tools, generation=True)
 
-    def _fewest_tokens(self, start: int, end: int) -> dict[int, int]:
-        """Return how few tokens remain if one message loses nearly all: the longest one, or the system message."""
+    def _fill(self, start: int, end: int, tokens: int) -> tuple[Conversation, bool]:
+        """Keep as much of an exchange of so many tokens as fits, and say whether all of its answer does."""
+        messages, few = self._cut(start, end, _FEWEST), _FEWEST
+        fewest = self._count_prompt(messages)
+        answer = self._count(messages) - fewest
+        room = max(self.limit - answer, _quarter(self.limit))  # more than is left if the answer loses its end
+        whole, most = self._between(start, end), tokens - answer
+        if most <= room:
+            return whole, tokens <= self.limit
+        many = max(-(-len(whole[at]["content"]) // share) for at, share in self._shares(start, end).items())
+        for number in range(_GUESSES):
+            if many - few <= 1 or fewest >= room - room // 100:
+                break
+            # as if tokens were evenly long; where they are not, every third guess halves what is left
+            part = (room - room // 200 - fewest) / (most - fewest) if number % 3 < 2 else 0.5
+            guess = min(max(few + int((many - few) * part), few + 1), many - 1)
+            cut = self._cut(start, end, guess)
+            found = self._count_prompt(cut)
+            if found <= room:
+                messages, few, fewest = cut, guess, found
+            else:
+                many, most = guess, found
+        return messages, fewest + answer <= self.limit
+
+    def _shares(self, start: int, end: int) -> dict[int, int]:
+        """Return the messages that may be cut, and what each keeps: the system's twice as much as the longest other."""
         messages, trained = self._between(start, end), self._trained(start, end)
         others = [at for at in range(len(self.system), len(messages)) if at not in trained]
         longest = max(others, key=lambda at: len(messages[at]["content"]))
-        candidates = (longest, *range(len(self.system)))
-        return {at: self._count(self._cut(messages, at, _FEWEST)) for at in candidates}
+        return {longest: 1, **dict.fromkeys(range(len(self.system)), 2)}
 
-    def _cut_one_message(self, start: int, end: int) -> tuple[Conversation, bool]:
+    def _cut(self, start: int, end: int, kept: int) -> Conversation:
+        """Take the middle out of messages, so that about so many characters remain, times their shares."""
         messages = self._between(start, end)
-        total = self._count(messages)
-        prompt = self.renderer.count_tokens(messages[:-1], self.tools, generation=True)
-        most = max(self.limit, min(prompt, _quarter(self.limit)) + total - prompt)  # more if the answer loses its end
-        if total > most:
-            fewest = self._fewest_tokens(start, end)
-            at = next((at for at, tokens in fewest.items() if tokens <= most), min(fewest, key=fewest.__getitem__))
-            messages, total = self._fill(messages, at, fewest[at], most, total)
-        return messages, total <= self.limit
+        for at, share in self._shares(start, end).items():
+            messages[at] = {**messages[at], "content": self._without_middle(messages[at]["content"], share * kept)}
+        return messages
 
-    def _fill(self, messages: Conversation, at: int, fewest: int, most: int, total: int) -> tuple[Conversation, int]:
-        """Keep as much of one message as ``most`` tokens hold; each guess takes its tokens for evenly long."""
-        few, many = min(_FEWEST, len(messages[at]["content"])), len(messages[at]["content"])
-        for _ in range(_GUESSES):
-            if many - few <= 1 or fewest >= most - most // 100:
-                break
-            guess = few + int((many - few) * (most - fewest) / (total - fewest))
-            guess = min(max(guess, few + 1), many - 1)
-            tokens = self._count(self._cut(messages, at, guess))
-            if tokens <= most:
-                few, fewest = guess, tokens
-            else:
-                many, total = guess, tokens
-        return self._cut(messages, at, few), fewest
-
-    def _cut(self, messages: Conversation, at: int, kept: int) -> Conversation:
-        """Take the middle out of a message, so that about ``kept`` characters remain and form no control token."""
-        content = messages[at]["content"]
+    def _without_middle(self, content: str, kept: int) -> str:
+        """Return the beginning and end of a text, about so many characters, which form no control token."""
         while True:
             tail = kept // 2
             text = content[: kept - tail] + content[max(len(content) - tail, kept - tail) :]
             if kept <= 1 or not self.renderer.find_control(text):
-                return [*messages[:at], {**messages[at], "content": text}, *messages[at + 1 :]]
+                return text
             kept -= 1
 
 

@@ -25,6 +25,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
 _FOLDER = Path(__file__).with_name("chat_templates")
 _BOS = "{{- bos_token }}\n"
 _CLOCK = "strftime_now"  # today's date, a function that transformers gives every template
+_STOPPED = re.compile(rf"\{{%- macro {_CLOCK}\(format\) %\}}.*?\{{%- endmacro %\}}\n")  # as an adapter has it
 _FIXED_DATE = date(2024, 7, 26)  # which Llama 3's templates write where there is no clock
 _DATE_CODES = ("%d", "%m", "%y", "%Y", "%b", "%B", "%a", "%A", "%j", "%H", "%I", "%M", "%S", "%p")
 _PASSED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception"})  # to every template
@@ -169,7 +170,9 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], whose: str) -> An
         TemplateSyntaxError: it is not a template.
     """
     own = tokenizer.chat_template
-    named = own if isinstance(own, dict) else {"": own}
+    saved = own if isinstance(own, dict) else {"": own}
+    # the date of an adapter's template may be set again, as every other variable
+    named = {name: _STOPPED.sub("", text) for name, text in saved.items()} if _CLOCK in options else saved
     variables = {name: _find_variables(text) for name, text in named.items()}
     if options:
         passed = _PASSED.union(tokenizer.special_tokens_map)
@@ -182,10 +185,10 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], whose: str) -> An
     clock = _stopped_clock(options.get(_CLOCK, _FIXED_DATE))
     # jinja drops the line break after a tag; a template of an adapter folder may have the same options already
     changed = {
-        name: ("" if text.startswith(defaults) else defaults) + (clock if _CLOCK in variables[name] else "") + text
+        name: defaults + (clock if _CLOCK in variables[name] else "") + text.removeprefix(defaults)
         for name, text in named.items()
     }
-    if changed == named:
+    if changed == saved:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = changed if isinstance(own, dict) else changed[""]

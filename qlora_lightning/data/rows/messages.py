@@ -7,11 +7,11 @@ from typing import Any
 from qlora_lightning.data.reading.bad_rows import RowFault
 from qlora_lightning.data.rows.formats import Message
 from qlora_lightning.data.rows.kinds import kind_of
-from qlora_lightning.data.rows.other_tasks import MEDIA
 from qlora_lightning.data.rows.text import check_characters, read_string
 from qlora_lightning.data.rows.tools import read_calls
 
 ROLES = ("system", "user", "assistant", "tool")
+MEDIA = ("images", "videos", "audios", "image", "video", "audio")  # keys of rows and of messages
 
 # Keys that say something to the model, or to be said by it, which would be lost without a word.
 _UNREAD = {

@@ -2,11 +2,14 @@
 
 from typing import Any
 
+from qlora_lightning.data.reading.bad_rows import RowFault
 from qlora_lightning.data.reading.reader import Row
-from qlora_lightning.data.rows.formats import FORMATS
+from qlora_lightning.data.rows.columns import rename_columns
+from qlora_lightning.data.rows.conversations import to_conversation
+from qlora_lightning.data.rows.formats import FORMATS, choose_format
+from qlora_lightning.data.rows.messages import MEDIA
 from qlora_lightning.support.errors import UserError
 
-MEDIA = ("images", "videos", "audios", "image", "video", "audio")
 _JUDGEMENTS = ("label", "kto_tag")  # TRL's and LLaMA-Factory's names for whether an answer is a good one
 _NAMES = {"chosen", "rejected", *_JUDGEMENTS, *MEDIA}
 _OR_A_FUNCTION = "or read such rows by a function row -> conversation, `format: package.module.function`"
@@ -38,7 +41,7 @@ def refuse_other_task(row: Row, values: dict[str, Any], needs_answer: bool) -> N
     if {"chosen", "rejected"} <= named and (_holds_something(values["chosen"]) or _holds_something(values["rejected"])):
         raise UserError(
             f"{row.where} is a preference row ('chosen' and 'rejected'), which is no instruction to train on. Take "
-            f"rows with one answer; {_advise_on_preferences(values)}{_OR_A_FUNCTION}."
+            f"rows with one answer; {_advise_on_preferences(row._replace(values=values))}{_OR_A_FUNCTION}."
         )
     for key in _JUDGEMENTS:
         if isinstance(values.get(key), bool) or str(values.get(key)).lower() in ("true", "false"):  # a word in CSV
@@ -49,17 +52,20 @@ def refuse_other_task(row: Row, values: dict[str, Any], needs_answer: bool) -> N
             )
 
 
-def _advise_on_preferences(values: dict[str, Any]) -> str:
-    """Say by which mapping the good answers alone are trained, where one does that."""
-    forms = [form for form in FORMATS.values() if all(key in values for key in form.prompt_keys)]
-    answer = next((key for form in forms for key in form.answer_keys), None)
-    if not forms and isinstance(values["chosen"], list):
-        answer = "messages"
-    if answer is None:
-        return ""
-    if answer in values:
-        return f"or train {answer!r} alone by `data.columns: {{chosen: null, rejected: null}}`, "
-    return f"or train the chosen ones alone by `data.columns: {{chosen: {answer}}}`, "
+def _advise_on_preferences(row: Row) -> str:
+    """Name the first mapping by which the row reads as a conversation that ends in its answer, if one does that."""
+    answers = [form.keys(True)[-1] for form in sorted(FORMATS.values(), key=lambda form: len(form.keys(True)))]
+    for answer in (None, *answers):  # a chosen conversation, which may repeat the prompt, before an answer to it
+        columns = {"chosen": answer, "rejected": None}
+        try:
+            renamed = row._replace(values=rename_columns(row.values, columns))
+            form = choose_format([renamed], "auto")
+            if to_conversation(renamed.values, form)[-1]["role"] == "assistant":
+                what = "the chosen ones" if answer else repr(form.keys(True)[-1])
+                return f"or train {what} alone by `data.columns: {{chosen: {answer or 'null'}, rejected: null}}`, "
+        except (RowFault, UserError):
+            continue
+    return ""
 
 
 def _holds_something(value: Any) -> bool:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import peft
-from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora_lightning.model.adapters.reading import hash_tensors
+from qlora_lightning.model.adapters.reading import save_tensors
 from qlora_lightning.support.files import flush, set_usual_mode
 from qlora_lightning.support.versions import FORMAT_VERSION
 
@@ -141,7 +140,6 @@ def save_adapter_folder(
     weights = peft.get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
     # copies: tied tensors share memory, which the format refuses
     weights = {name: tensor.detach().float().cpu().clone().contiguous() for name, tensor in weights.items()}
-    identity["tensors"] = hash_tensors(weights)
     card = describe_card(folder, identity)
 
     def write(place: Path) -> None:
@@ -152,7 +150,7 @@ def save_adapter_folder(
         _saved_config(model).save_pretrained(place)
         (place / "README.md").write_text(card, encoding="utf-8")
         _write_json(place / "qlora_lightning.json", identity)
-        save_file(weights, place / _WEIGHTS, {"format": "pt"})
+        save_tensors(weights, place / _WEIGHTS)
         set_usual_mode(place / _WEIGHTS)
 
     refill_folder(folder, write, key_file=_WEIGHTS, own=("chat_template.jinja", "generation_config.json"))

@@ -1,6 +1,7 @@
 """Puts the tensors of an adapter folder onto a base, checked."""
 
 import hashlib
+import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence, Set
@@ -9,41 +10,59 @@ from typing import Any
 
 import peft
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_lightning.base.tensors import read_spans
 from qlora_lightning.model.adapters.lora import all_names_of_trainable_tensors, copy_matching, load_adapters
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import read_json_object
 
 LOADING_FAULTS = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
+_HASH = "sha256"  # the key of the metadata
 
 
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Hash names, dtypes, shapes and numbers of tensors on the CPU, whatever their order."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write tensors on the CPU as safetensors, with their hash in the file's metadata: one rename replaces both.
+
+    PEFT's ``save_pretrained`` leaves the hash out, so that an adapter which was trained further by it is not called
+    damaged. Equal tensors give equal files.
+
+    Raises:
+        OSError, SafetensorError: The disk is full or fails.
+    """
+    save_file(dict(tensors), file, {"format": "pt", _HASH: _hash_tensors(tensors)})
+    with file.open("r+b") as stream:  # safetensors writes the metadata in an order that differs from run to run
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        stream.seek(8)
+        stream.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read the tensors of an adapter folder, by PEFT's names.
 
     Raises:
-        UserError: The file is cut off, its tensors are not those that ``qlora_lightning.json`` names, or one holds NaN
-            or an infinite number: every answer would be nonsense.
+        UserError: The file is cut off, its tensors do not match their hash, or one holds NaN or an infinite number:
+            every answer would be nonsense.
     """
     file = folder / "adapter_model.safetensors"
     with file.open("rb"):  # safetensors would say of a file that may not be read that it is missing
         pass
-    tensors = _load(file)
-    if not _match(tensors, folder):
-        tensors = _load(file)  # once more: a run may have just replaced the folder
+    try:
+        with safe_open(file, framework="pt") as opened:
+            expected = (opened.metadata() or {}).get(_HASH)  # other tools write none
+            tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file} is not a whole safetensors file, but cut off or damaged ({error}). Copy the adapter folder again."
+        ) from error
+    if expected is not None and _hash_tensors(tensors) != expected:
+        raise UserError(
+            f"{file} is damaged: its tensors do not match the hash in its metadata. Copy the adapter folder again."
+        )
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             bad = int((~tensor.isfinite()).sum())
@@ -51,30 +70,16 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 f"The adapter folder {folder} is damaged: {bad:,} of {tensor.numel():,} values of {name} are NaN or "
                 "infinite. Copy the folder again, or train again with a lower learning rate."
             )
-    if not _match(tensors, folder):
-        raise UserError(
-            f"{file} is damaged: its numbers are not those that were saved (qlora_lightning.json holds their hash). "
-            'Copy the adapter folder again. If another tool changed them on purpose, delete the line "tensors" of '
-            "qlora_lightning.json."
-        )
     return tensors
 
 
-def _load(file: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{file} is not a whole safetensors file, but cut off or damaged ({error}). Copy the adapter folder again."
-        ) from error
-    return tensors
-
-
-def _match(tensors: Mapping[str, Tensor], folder: Path) -> bool:
-    """Whether tensors have the hash that the folder names; other tools name none."""
-    about = folder / "qlora_lightning.json"
-    expected = read_json_object(about, "Copy the adapter folder again.").get("tensors") if about.exists() else None
-    return expected is None or hash_tensors(tensors) == expected
+def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Hash names, dtypes, shapes and numbers, whatever their order."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -89,6 +89,44 @@ def let_validation_follow(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             _rewind(validation, before=validation["total"]["completed"])
 
 
+def leave_validation_out(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let a resume go on behind an epoch whose end was validated, where no validation ends it any more.
+
+    Lightning then takes its first batch for one more of the epoch that is over. As the checkpoint of a run without
+    validation is saved, in the epoch's last batch, it counts right.
+
+    Args:
+        trainer: Who is about to resume.
+        checkpoint: As it was loaded.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    batches, epoch = loops["epoch_loop.batch_progress"], loops["epoch_progress"]["current"]
+    current = batches["current"]
+    is_behind_the_last = batches["is_last_batch"] and 0 < current["completed"] == current["ready"]
+    if is_behind_the_last and not _validates_end_of_epoch(trainer, epoch["processed"], current["ready"]):
+        for counts in (batches["total"], current):
+            counts["completed"] -= 1
+
+
+def lengthen_stream(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let a stream, which is one epoch as long as ``max_steps``, go on behind the end that it had.
+
+    Args:
+        trainer: Who is about to resume.
+        checkpoint: As it was loaded.
+    """
+    if checkpoint["global_step"] < trainer.max_steps:
+        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+
+
+def _validates_end_of_epoch(trainer: Trainer, epoch: int, batches: int) -> bool:
+    every_epochs, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
+    if not trainer.enable_validation or (every_epochs is not None and (epoch + 1) % every_epochs):
+        return False
+    every = interval if isinstance(interval, int) else max(1, int(batches * interval))
+    return every_epochs is None or batches % every == 0
+
+
 def count_epoch(trainer: Trainer) -> None:
     """Count the epoch that has begun, where Lightning did not: after a resume at the end of the one before it.
 
@@ -156,7 +194,7 @@ def check_data(stored: Mapping[str, Any], own: Mapping[str, Any], inside_epoch: 
     Args:
         stored: The identity of the data that the checkpoint learnt.
         own: That of the data at hand.
-        inside_epoch: Whether training stopped inside an epoch.
+        inside_epoch: Whether training stopped inside an epoch, or inside a stream.
         accepted: Whether the user says that the change is meant.
 
     Raises:
@@ -181,8 +219,8 @@ def check_data(stored: Mapping[str, Any], own: Mapping[str, Any], inside_epoch: 
         raise UserError(
             f"The data are not those of the checkpoint: other {' and other '.join(samples.values())}.{causes} Put them "
             "back as they were, or say that the change is meant, by `--data.accept_changed_data true` (in Python "
-            "InstructionDataModule(accept_changed_data=True)): then the run continues with the current data, and the "
-            f"ranking of the best adapter {ranking}."
+            "InstructionDataModule(accept_changed_data=True), or that attribute of your own data module): then the "
+            f"run continues with the current data, and the ranking of the best adapter {ranking}."
         )
 
 
@@ -287,19 +325,25 @@ class ExactResume(Callback):
         stored, own = content["identity"].get("data", {}), identity_of_data(trainer)
         resumes = trainer.state.fn == "fit"
         if resumes:
-            accepted = bool(getattr(getattr(trainer, "datamodule", None), "accept_changed_data", False))
-            check_data(stored, own, is_inside_epoch(checkpoint), accepted)
+            data = getattr(trainer, "datamodule", None)
+            accepted = bool(getattr(data, "accept_changed_data", False))
+            is_stream = bool(getattr(data, "streaming", False))
+            check_data(stored, own, is_inside_epoch(checkpoint) or is_stream, accepted)
             self._forgets_scores = has_other_validation(checkpoint, trainer)
         if trainer.is_global_zero:
             _tell(_words_on_data(stored, own, with_rows=resumes))
         if resumes:
             check_save_point(content)
             check_window(content, trainer.accumulate_grad_batches)
+            leave_validation_out(trainer, checkpoint)
+            if is_stream:
+                lengthen_stream(trainer, checkpoint)
             self._content, self._optimizer_states = content, checkpoint.get("optimizer_states", [])
             patience = keep_patience(trainer, checkpoint.get("callbacks", {}))
             if trainer.is_global_zero:
                 _tell(_words_on_settings(content, trainer, module, patience))
-                nothing_left = describe_nothing_left(checkpoint, trainer.max_epochs, trainer.max_steps)
+                max_epochs = None if is_stream else trainer.max_epochs  # a stream is as long as max_steps has it
+                nothing_left = describe_nothing_left(checkpoint, max_epochs, trainer.max_steps)
                 _tell([nothing_left] if nothing_left else [])
                 _tell([_VALIDATION_LEFT_OUT] if leaves_validation_out(checkpoint, trainer.max_steps) else [])
                 saved = len(_states_of_ranks(content))

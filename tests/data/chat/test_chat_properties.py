@@ -128,8 +128,22 @@ def is_cut_of(text, content):
     )
 
 
+def find_behind(text, parts, contents):
+    """Return what follows a text that is these parts with cuts of the contents between them; None if it is not."""
+    if not contents:
+        return parts[0].removeprefix(text) if text and parts[0].startswith(text) else None
+    if not text.startswith(parts[0]):
+        return None
+    rest = text.removeprefix(parts[0])
+    for kept in range(len(rest) + 1):
+        behind = find_behind(rest[kept:], parts[1:], contents[1:])
+        if behind is not None and is_cut_of(rest[:kept], contents[0]):
+            return behind
+    return None
+
+
 def explain(tokenizer, conversation, sample):
-    """Find (first message, message that lost its middle or None, text behind the sample) of a rendered conversation."""
+    """Find (first message, whether messages lost their middles, text behind the sample) of a rendered conversation."""
     ids, text = sample.ids.tolist(), tokenizer.decode(sample.ids)
     system = conversation[:1] if conversation[0]["role"] == "system" else []
     users = [number for number, message in enumerate(conversation) if message["role"] == "user"]
@@ -138,16 +152,14 @@ def explain(tokenizer, conversation, sample):
         messages = [*system, *conversation[start : end + 1]]
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
         if tokenizer.encode(whole, add_special_tokens=False)[: len(ids)] == ids:
-            return start, None, whole[len(text.rstrip("\ufffd")) :]
-        for at, message in enumerate(messages[:-1]):
-            marked = [*messages[:at], {**message, "content": "\ue000"}, *messages[at + 1 :]]
-            before, _, after = tokenizer.apply_chat_template(marked, tokenize=False).partition("\ue000")
-            if message.get("train") or not text.startswith(before):
-                continue
-            rest = text.removeprefix(before).rstrip("\ufffd")
-            for kept in range(len(rest) + 1):
-                if after.startswith(rest[kept:]) and kept < len(rest) and is_cut_of(rest[:kept], message["content"]):
-                    return start, at, after.removeprefix(rest[kept:])
+            return start, False, whole[len(text.rstrip("\ufffd")) :]
+        others = [at for at, message in enumerate(messages[:-1]) if not message.get("train")]
+        for places in [*((at,) for at in others), *((0, at) for at in others[1:] if system)]:
+            marked = [{**one, "content": "\ue000"} if at in places else one for at, one in enumerate(messages)]
+            parts = tokenizer.apply_chat_template(marked, tokenize=False).split("\ue000")
+            behind = find_behind(text.rstrip("\ufffd"), parts, [messages[at]["content"] for at in places])
+            if behind is not None:
+                return start, True, behind
     raise AssertionError(f"not a rendered conversation: {text!r}")
 
 
@@ -171,13 +183,15 @@ def test_what_is_shortened_is_a_rendered_conversation(families, name, conversati
         refused = str(error)
     system = conversation[:1] if conversation[0]["role"] == "system" else []
     users = [number for number, message in enumerate(conversation) if message["role"] == "user"]
-    if refused:  # only if no answer can begin, however much one message loses
+    if refused:  # only if no answer can begin, however much the messages lose
         assert "none of 1 rows is left (1: no labelled token within max_length)" in refused
         asked = [*system, conversation[users[-1]]]
-        for at, message in enumerate(asked):
-            least = [*asked[:at], {**message, "content": message["content"][0] + message["content"][1:][-1:]}]
-            ids = data.renderer.render_prompt([*least, *asked[at + 1 :]])
-            assert len(ids) >= max_length
+        kept = {"system": 2, "user": 1}  # characters at either end
+        least = [
+            {**message, "content": message["content"][:few] + message["content"][few:][-few:]}
+            for message, few in ((message, kept[message["role"]]) for message in asked)
+        ]
+        assert len(data.renderer.render_prompt(least)) >= max_length
         return
     (sample,) = data.samples["val"]
     assert len(sample.ids) <= max_length
@@ -195,7 +209,7 @@ def test_what_is_shortened_is_a_rendered_conversation(families, name, conversati
     last = max(number for number, message in enumerate(conversation) if message.get("train"))
     assert len(said) - whole == len(answers)
     # whole turns go first, and no more of them than must
-    if cut is not None or not whole:
+    if cut or not whole:
         assert start == max(number for number in users if number < last)
     elif start != users[0]:
         older = [*system, *conversation[users[users.index(start) - 1] : last + 1]]

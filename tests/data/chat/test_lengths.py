@@ -99,6 +99,26 @@ def test_the_last_prompt_loses_its_middle(shorten, talk):
     assert shorten(long_system, 30)[0] == "{s\nabcdefuvwxyz}\n{u\nwhy}\n{a\nk}"
 
 
+def test_a_long_system_message_and_a_long_question_both_lose_their_middle(shorten, talk):
+    """Rows of retrieval: neither fits, whatever becomes of the other, and the system message keeps twice as much."""
+    conversation = [turn("system", "abcdefghijklmnopqrstuvwxyz"), *talk("ABCDEFGHIJKLMNOPQRSTUVWXYZ", "k")]
+    assert shorten(conversation, 33)[:2] == ("{s\nabcdefuvwxyz}\n{u\nABCXYZ}\n{a\nk}", "k}")
+    assert shorten(conversation, 41)[0] == "{s\nabcdefghstuvwxyz}\n{u\nABCDWXYZ}\n{a\nk}\n"
+    assert shorten(conversation, 59)[0] == "{s\nabcdefghijklmnopqrstuvwxyz}\n{u\nABCDEFGHIRSTUVWXYZ}\n{a\nk}"
+
+
+def test_whatever_is_long_in_an_exchange_nearly_all_of_max_length_is_used(smol, shorten, talk):
+    """Whether its tokens are evenly long or not, the answer is whole and 98 % of the tokens are there."""
+    prose = "the answer to a question about context " * 100
+    codes = "".join(map(chr, random.Random(0).sample(range(0x4E00, 0x9FFF), 400)))
+    texts = [prose, codes + prose + codes, prose + codes + prose]
+    for system, question in itertools.product(["Be kind.", *texts], texts):
+        for max_length in (250, 500):
+            text, trained, _ = shorten([turn("system", system), *talk(question, "a ok")], max_length, smol)
+            assert trained == "a ok<|im_end|>"
+            assert len(smol(text)["input_ids"]) > 0.98 * max_length
+
+
 def test_an_answer_that_is_too_long_loses_its_end_and_its_stop_token(shorten, talk):
     assert shorten(talk("q", "k" * 20), 16)[:2] == ("{u\nq}\n{a\nkkkkkkk", "kkkkkkk")
     text, trained, _ = shorten(talk("abcdefghijklmnopqrstuvwxyz", "k" * 40), 40)  # the prompt keeps a quarter

@@ -33,6 +33,7 @@ def trainer(fn="fit", data=None, **settings):
     data = SimpleNamespace(identity=data) if data else None
     own = {"global_rank": 0, "world_size": 1, "is_global_zero": True, "max_epochs": 1}
     own |= {"max_steps": -1, "accumulate_grad_batches": 2}
+    own |= {"enable_validation": True, "check_val_every_n_epoch": 1, "val_check_interval": 1.0}
     stage = {"state": SimpleNamespace(fn=fn), "training": True, "validating": False, "sanity_checking": False}
     epochs = SimpleNamespace(current=SimpleNamespace(ready=1, processed=0))  # in the first one
     own["fit_loop"] = SimpleNamespace(epoch_progress=epochs)

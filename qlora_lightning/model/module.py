@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.base.cache import EntryCheck
@@ -72,7 +73,7 @@ from qlora_lightning.model.optimizer import (
     plan_steps,
 )
 from qlora_lightning.model.summary import adapter_table, describe_large_rank, describe_sizes
-from qlora_lightning.model.window import GradientBuckets, Window
+from qlora_lightning.model.window import Window, leave_gradients_to_window
 from qlora_lightning.support.console import describe, say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import without_garbage_collection
@@ -193,7 +194,7 @@ class QLoRAModule(lightning.LightningModule):
         self._base_check: EntryCheck | None = None
 
     def configure_callbacks(self) -> list[Callback]:
-        return [ExactResume(), self.guard, GradientBuckets(), QuietCollector()]
+        return [ExactResume(), self.guard, QuietCollector()]
 
     # ---- the model -------------------------------------------------------------------------------------------------
 
@@ -299,6 +300,8 @@ class QLoRAModule(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         self.choose_layers()
+        if isinstance(self.trainer.strategy.model, DistributedDataParallel):
+            leave_gradients_to_window(self.trainer.strategy.model)
 
     def on_validation_start(self) -> None:
         self.choose_layers()
@@ -415,8 +418,8 @@ class QLoRAModule(lightning.LightningModule):
         trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         loss = self.window.divide_gradients(
             trainable,
-            divided_by=self.trainer.accumulate_grad_batches * self.trainer.world_size,
-            reduce_sum=lambda sums: cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum")),
+            divided_by=self.trainer.accumulate_grad_batches,
+            reduce_sum=self._reduce_sum if self.trainer.world_size > 1 else None,
         )
         norm = torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
         found = self.guard.judge_step(self, optimizer, loss, norm)
@@ -425,6 +428,9 @@ class QLoRAModule(lightning.LightningModule):
         if self.guard.on_nonfinite == "skip":
             self.log("skipped_steps", torch.tensor(float(self.guard.skipped_steps)))
         self.window.clear()
+
+    def _reduce_sum(self, tensor: Tensor) -> Tensor:
+        return cast(Tensor, self.trainer.strategy.reduce(tensor, reduce_op="sum"))
 
     # ---- validation and test -----------------------------------------------------------------------------------------
 

@@ -4,12 +4,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.model.checkpoint.ranks import capture_generators, restore_generators
 from qlora_lightning.model.loss import LossSums
 
 
@@ -73,27 +71,31 @@ class Window:
             self.losses.append(nll_sum)
 
     def divide_gradients(
-        self, parameters: Iterable[nn.Parameter], divided_by: int, reduce_sum: Callable[[Tensor], Tensor]
+        self,
+        parameters: Iterable[nn.Parameter],
+        divided_by: int,
+        reduce_sum: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Turn accumulated gradients into those of the window's mean loss, and return that loss.
 
         Args:
             parameters: What trains.
-            divided_by: What Lightning (accumulation) and DDP (ranks) have divided the gradients by already.
-            reduce_sum: Sums a tensor over all ranks.
+            divided_by: What Lightning has divided the gradients by already, for accumulation.
+            reduce_sum: Sums a tensor over all ranks, in its place; ``None``: there is one rank.
         """
         if self.nll_sum is None or self.labelled_tokens is None:
             raise RuntimeError("An optimizer step without a micro-batch: call compute_loss in training_step.")
-        sums = reduce_sum(torch.stack([self.nll_sum.double(), self.labelled_tokens.double()]))
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        sums = torch.stack([self.nll_sum.double(), self.labelled_tokens.double()])
+        if reduce_sum is not None:
+            sums = reduce_sum(sums)
+            flat = reduce_sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+            pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
         self.labelled_tokens_of_all_ranks = sums[1]
         tokens = sums[1].clamp(min=1.0)  # a window without labels has gradients of zero
-        factor = divided_by / tokens
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for parameter in parameters:
-            if parameter.grad is not None:
-                by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-        for dtype, gradients in by_dtype.items():
-            torch._foreach_mul_(gradients, factor.to(dtype))
+        if gradients:
+            torch._foreach_mul_(gradients, (divided_by / tokens).float())
         return (sums[0] / tokens).float()
 
     def state_dict(self, trainable: Mapping[str, nn.Parameter]) -> dict[str, Any]:
@@ -120,45 +122,11 @@ class Window:
             parameter.grad = gradient.to(parameter.device).clone()
 
 
-_FEWEST = 3  # ranks: a sum of two numbers has only one order
+def leave_gradients_to_window(ddp: DistributedDataParallel) -> None:
+    """Keep DDP from adding up gradients: :meth:`Window.divide_gradients` does, once for all of a step.
 
-
-class GradientBuckets(Callback):
-    """Let DDP settle how it lays gradients into buckets before the first step counts.
-
-    After the first backward DDP lays them out anew, in the order in which they became ready. Where a number lies in a
-    bucket decides in which order three or more ranks are added up, and so its last bit: the first step after a resume
-    would be rounded otherwise than the same step of a run that was never stopped. So the first batch after a start is
-    run twice before it counts. The module brings this along by ``configure_callbacks``.
+    DDP lays gradients into buckets, and lays them anew after the first backward. Where a number lies decides in which
+    order three or more ranks are added up, and so its last bit: a run that is resumed would be rounded otherwise than
+    one that was never stopped. In one flat tensor the order is always the same.
     """
-
-    def __init__(self) -> None:
-        self._settled = False
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._settled = False
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        ddp = trainer.strategy.model
-        if self._settled or not isinstance(ddp, DistributedDataParallel) or trainer.world_size < _FEWEST:
-            return
-        self._settled = True
-        module: Any = pl_module
-        generators, trainable = capture_generators(), trainable_tensors(module)
-        gradients = {name: parameter.grad for name, parameter in trainable.items()}  # of a window that is gone on with
-        _set_gradients(trainable, dict.fromkeys(trainable))
-        module.forward = lambda batch: module.compute_loss(batch).nll_sum
-        try:
-            # The second forward takes the layout that the first backward has found.
-            for _ in range(2):
-                with trainer.precision_plugin.train_step_context():
-                    ddp(batch).backward()
-        finally:
-            del module.forward
-            _set_gradients(trainable, gradients)
-            restore_generators(generators)
-
-
-def _set_gradients(trainable: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor | None]) -> None:
-    for name, parameter in trainable.items():
-        parameter.grad = gradients[name]
+    ddp.register_comm_hook(None, noop_hook)

@@ -189,6 +189,25 @@ def check_gradients(trainable: Mapping[str, nn.Parameter]) -> bool:
     return not waiting
 
 
+def check_held(trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that was not given every tensor that trains: it would stay as it is.
+
+    Args:
+        trainable: The tensors that train, by name.
+        optimizer: What moves them.
+
+    Raises:
+        RuntimeError: One is in none of its groups.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    left = [name for name, parameter in trainable.items() if id(parameter) not in held]
+    if left:
+        raise RuntimeError(
+            f"{len(left)} of {len(trainable)} trainable tensors are in none of the optimizer's groups, as "
+            f"{', '.join(left[:3])}: they would stay as they are. Let `parameter_groups` return every trainable tensor."
+        )
+
+
 def find_divergence(trainable: Mapping[str, nn.Parameter], step: int, learning_rate: float) -> UserError | None:
     """Find adapters that have grown beyond use: their gradients vanish, or their steps are too small for their size.
 

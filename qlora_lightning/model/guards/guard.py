@@ -1,19 +1,18 @@
 """Stops a run that would go on for nothing: losses that are not finite, adapters that stay, a base that changes."""
 
 import logging
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.guards.checks import (
     check_frozen,
     check_gradients,
+    check_held,
     checksum_frozen,
-    find_dead_gradients,
     find_divergence,
 )
 from qlora_lightning.model.guards.nonfinite import (
@@ -27,82 +26,6 @@ from qlora_lightning.model.guards.nonfinite import (
 )
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import callbacks_of
-
-STEPS = 10  # optimizer steps between two looks
-_SHARE = 0.01  # of the peak learning rate: below it a step may be too small for float32, as at a schedule's end
-
-
-class AdapterMovement:
-    """Compares every A and B with itself some optimizer steps ago.
-
-    Zero gradients are another check. This one finds tensors that the optimizer was never given, an optimizer that
-    steps over them, and learning rates too small for float32. Only steps count whose learning rate is at least 1 % of
-    the peak: the first step of a warmup and the last ones of a decay move nothing, rightly.
-    """
-
-    def __init__(self) -> None:
-        self._before: dict[str, int] = {}
-        self._steps = 0
-
-    def check(self, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
-        """Count one optimizer step that is about to move the adapters, and look every so many.
-
-        Args:
-            trainable: The tensors that train, by name.
-            optimizer: What moves them.
-
-        Returns:
-            Whether it looked.
-
-        Raises:
-            RuntimeError: A tensor is what it was.
-        """
-        moving = _moved_by(trainable, optimizer)
-        if not any(moving.values()):
-            return False
-        looks = self._steps % STEPS == 0
-        if looks:
-            now = _checksums(trainable)
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            still = [name for name in now if self._before.get(name) == now[name]]
-            still = [name for name in still if moving[name] or id(trainable[name]) not in held]
-            if still:
-                raise RuntimeError(
-                    f"{len(still)} of {len(trainable)} adapter tensors are bit for bit what they were {STEPS} steps "
-                    f"ago, as {', '.join(still[:3])}. {self._reason(still, trainable, held)}"
-                )
-            self._before = now
-        self._steps += 1
-        return looks
-
-    @staticmethod
-    def _reason(still: list[str], trainable: Mapping[str, nn.Parameter], held: set[int]) -> str:
-        if any(id(trainable[name]) not in held for name in still):
-            return "They are in none of the optimizer's groups: let `parameter_groups` return every trainable tensor."
-        return "The optimizer leaves them out, or model.learning_rate is too small to change a float32."
-
-
-def _moved_by(trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, bool]:
-    """Whether the optimizer's learning rate of each tensor is large enough now; not of those that it does not hold."""
-    enough: set[int] = set()
-    for group in optimizer.param_groups:
-        if float(group["lr"]) > _SHARE * float(group.get("initial_lr", 0.0)):  # also: above zero
-            enough.update(id(parameter) for parameter in group["params"])
-    return {name: id(parameter) in enough for name, parameter in trainable.items()}
-
-
-def _checksums(trainable: Mapping[str, nn.Parameter]) -> dict[str, int]:
-    """Add up the bits of each A and B, which float sums would round away."""
-    adapters = {name: tensor.detach() for name, tensor in trainable.items() if ".lora_A." in name or ".lora_B." in name}
-    if not adapters:
-        return {}
-    sums = torch.stack([_bits(tensor).sum(dtype=torch.int64) for tensor in adapters.values()])
-    return dict(zip(adapters, sums.tolist(), strict=True))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.int32 if tensor.element_size() == 4 else torch.int16)
-
 
 OnNonfinite = Literal["stop", "skip"]
 _MOST_REPORTS = 10  # of skipped steps: a run that skips often would fill its folder
@@ -139,8 +62,6 @@ class TrainingGuard(Callback):
         self.checks_due = True
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
-        self._movement = AdapterMovement()
-        self._dead: set[str] = set()
         self._frozen: dict[str, int] = {}
 
     # ---- before each optimizer step --------------------------------------------------------------------------------
@@ -162,7 +83,7 @@ class TrainingGuard(Callback):
         Raises:
             UserError: The loss or a gradient is not finite, and the run is to stop then.
             UserError: The adapters have diverged and no longer learn.
-            RuntimeError: An adapter gets no gradient, or stays as it is.
+            RuntimeError: An adapter gets no gradient, or the optimizer does not hold it.
         """
         trainer = pl_module.trainer
         # Under 16-mixed the scaler itself skips steps with infinite gradients: they are how it finds its scale.
@@ -184,32 +105,15 @@ class TrainingGuard(Callback):
             self._handle_nonfinite(pl_module, optimizer, "loss" if bad_loss else "gradient")
         elif not bad_gradient:
             self._skipped_in_a_row = 0
-            trainable = trainable_tensors(pl_module)
-            try:
-                self._check_adapters(trainable, optimizer, has_labels=labelled > 0)
-            except RuntimeError as fault:
-                rate = float(optimizer.param_groups[0]["lr"])
-                raise find_divergence(trainable, trainer.global_step, rate) or fault from None
+            if self.checks_due and labelled:  # without labels gradients of zero are right
+                trainable = trainable_tensors(pl_module)
+                check_held(trainable, optimizer)
+                try:
+                    self.checks_due = not check_gradients(trainable)
+                except RuntimeError as fault:
+                    rate = float(optimizer.param_groups[0]["lr"])
+                    raise find_divergence(trainable, trainer.global_step, rate) or fault from None
         return found
-
-    def _check_adapters(
-        self, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, has_labels: bool
-    ) -> None:
-        looks = self._movement.check(trainable, optimizer)
-        if not (self.checks_due or looks) or not has_labels:
-            return  # nothing is labelled: gradients of zero are right
-        if self.checks_due:
-            self.checks_due = not check_gradients(trainable)
-            return
-        dead = set(find_dead_gradients(trainable)[0])
-        stays_dead = dead & self._dead  # one window of zeros may be an underflow or a loss of zero
-        self._dead = dead
-        if stays_dead:
-            raise RuntimeError(
-                f"{len(stays_dead)} of {len(trainable)} trainable tensors have had a gradient of zeros for {STEPS} "
-                f"steps, as {', '.join(sorted(stays_dead)[:3])}: they no longer learn. Has a callback or hook put "
-                "the model into evaluation mode, or frozen or detached a part of it?"
-            )
 
     def _handle_nonfinite(self, pl_module: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
         step, stops = pl_module.trainer.global_step, self.on_nonfinite == "stop"
@@ -233,7 +137,7 @@ class TrainingGuard(Callback):
     # ---- around validations ----------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.checks_due, self._movement, self._dead = True, AdapterMovement(), set()
+        self.checks_due = True
         self._frozen = checksum_frozen(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

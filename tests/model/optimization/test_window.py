@@ -24,7 +24,7 @@ def add_two(window):
 def test_gradients_of_sums_become_those_of_the_mean_over_all_tokens():
     window, parameter, unused = Window(), parameter_with_gradient(10.0), nn.Parameter(torch.zeros(2))
     add_two(window)
-    loss = window.divide_gradients([parameter, unused], divided_by=2, reduce_sum=lambda tensor: tensor)
+    loss = window.divide_gradients([parameter, unused], divided_by=2)
     assert loss == 2.0  # (6 + 4) / (1 + 4)
     assert parameter.grad.tolist() == [4.0, 4.0]  # 10 × 2 / 5: what Lightning has divided by is multiplied back
     assert unused.grad is None
@@ -33,8 +33,8 @@ def test_gradients_of_sums_become_those_of_the_mean_over_all_tokens():
 def test_tokens_of_all_ranks_count():
     window, parameter = Window(), parameter_with_gradient(10.0)
     window.add(sums(6.0, 1), most=1)
-    other_rank = torch.tensor([4.0, 4.0])
-    loss = window.divide_gradients([parameter], divided_by=2, reduce_sum=lambda tensor: tensor + other_rank)
+    other_rank = iter([torch.tensor([4.0, 4.0]), torch.tensor([10.0, 10.0])])  # its sums, and its gradients
+    loss = window.divide_gradients([parameter], divided_by=1, reduce_sum=lambda tensor: tensor + next(other_rank))
     assert loss == 2.0
     assert parameter.grad.tolist() == [4.0, 4.0]
 
@@ -42,7 +42,7 @@ def test_tokens_of_all_ranks_count():
 def test_a_window_without_labels_gives_gradients_of_zero_not_nan():
     window, parameter = Window(), parameter_with_gradient(0.0)
     window.add(sums(0.0, 0), most=1)
-    assert window.divide_gradients([parameter], 1, lambda tensor: tensor) == 0.0
+    assert window.divide_gradients([parameter], 1) == 0.0
     assert parameter.grad.tolist() == [0.0, 0.0]
 
 
@@ -55,7 +55,7 @@ def test_more_micro_batches_than_a_window_has_means_it_was_never_closed():
 
 def test_a_step_without_a_micro_batch_is_refused():
     with pytest.raises(RuntimeError, match="call compute_loss in training_step"):
-        Window().divide_gradients([], 1, lambda tensor: tensor)
+        Window().divide_gradients([], 1)
 
 
 def test_it_is_open_from_the_first_micro_batch_until_cleared():
@@ -81,7 +81,7 @@ def test_it_keeps_its_micro_batches_until_cleared():
     window.add(sums(4.0, 4), most=2, batch={"input_ids": 2})
     assert window.batches == [{"input_ids": 1}, {"input_ids": 2}]
     assert window.losses == [6.0, 4.0]
-    window.divide_gradients([], 1, lambda tensor: tensor)
+    window.divide_gradients([], 1)
     assert window.labelled_tokens_of_all_ranks == 5
     window.clear()
     assert window.batches == window.losses == []
@@ -97,7 +97,7 @@ def test_an_open_window_goes_on_from_its_saved_state(tmp_path):
     again.load_state_dict(torch.load(tmp_path / "window", weights_only=True), {"a": other})
     assert other.grad.tolist() == [10.0, 10.0]
     assert (again.micro_batches, again.row_ids) == (2, [3, 1, 7])
-    assert again.divide_gradients([other], 2, lambda tensor: tensor) == 2.0
+    assert again.divide_gradients([other], 2) == 2.0
 
 
 def test_a_closed_window_has_no_state_and_loading_it_closes():

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.model.checkpoint.format import KEY, RENAMED_SETTINGS, read_checkpoint
+from qlora_lightning.model.checkpoint.format import KEY, read_checkpoint
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import FORMAT_VERSION
 
@@ -50,16 +50,6 @@ def test_a_module_is_made_again_from_its_checkpoint(trained):
     assert_same_adapter(trained[0], again)
     assert again.learning_rate == 0.5
     assert QLoRAModule.load_from_checkpoint(trained[1], learning_rate=0.25).learning_rate == 0.25
-
-
-def test_a_renamed_setting_is_found_under_its_new_name(trained, change, monkeypatch):
-    monkeypatch.setitem(RENAMED_SETTINGS, "step_size", "learning_rate")
-    checkpoint = torch.load(change(), weights_only=True)
-    settings = checkpoint[KEY]["settings"]
-    settings["step_size"] = settings.pop("learning_rate")
-    file = change()
-    torch.save(checkpoint, file)
-    assert QLoRAModule.load_from_checkpoint(file).learning_rate == 0.5
 
 
 def test_unknown_settings_are_ignored_with_a_line_and_missing_ones_take_the_default(trained, change, capsys):

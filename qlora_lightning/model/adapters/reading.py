@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import warnings
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -91,17 +90,9 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {span.name: span.shape for span in read_spans(folder / "adapter_model.safetensors")}
 
 
-_MISMATCH = re.compile(
-    r"size mismatch for (?P<name>\S+): copying a param with shape torch\.Size\((?P<found>\[[\d, ]*\])\) from "
-    r"checkpoint, the shape in current model is torch\.Size\((?P<wanted>\[[\d, ]*\])\)"
-)
-
-
 def word_misfit(folder: Path, error: Exception) -> UserError:
     """Say why an adapter folder cannot be put on a base, in the last line of what PEFT said."""
     reason = " ".join(str(error).strip().splitlines()[-1:]).strip().rstrip(".")
-    if mismatch := _MISMATCH.search(reason):
-        reason = _word_shapes(mismatch["name"], mismatch["found"], mismatch["wanted"])
     return _misfit(folder, reason)
 
 

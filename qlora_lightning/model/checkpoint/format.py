@@ -1,7 +1,7 @@
 """What a checkpoint holds."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.versions import FORMAT_VERSION, check_version
+from qlora_lightning.support.versions import check_version
 
 KEY = "qlora_lightning"  # our settings lie under our own key: under Lightning's they would beat the command line
 
@@ -28,16 +28,9 @@ OWN_PARTS = ("identity", "generators", "window")
 
 _OPTIMIZERS = ("torch.optim", "bitsandbytes.optim")
 
-# A change that an older reader would misread raises FORMAT_VERSION, and adds here: old version → a function that turns
-# such a content into one of the next version. Keys that are merely new need neither: they are read with a default.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-
-# A renamed argument of QLoRAModule: old name → new name. Its value must mean the same.
-RENAMED_SETTINGS: dict[str, str] = {}
-
 
 def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Give our part of a checkpoint, as today's version would have written it.
+    """Give our part of a checkpoint. Keys that are merely new are read with a default.
 
     Args:
         checkpoint: What ``torch.load`` gives.
@@ -56,8 +49,6 @@ def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
             )
         raise UserError(f"{source} was not written by qlora_lightning: expected the key {KEY!r} in it.")
     check_version(version, source)
-    for older in range(version, FORMAT_VERSION):
-        content = {**MIGRATIONS[older](content), "format_version": older + 1}
     missing = [name for name in PARTS if name not in checkpoint]
     missing += [f"{KEY}.{name}" for name in OWN_PARTS if name not in content]
     if missing:
@@ -65,12 +56,7 @@ def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
             f"{source} lacks {', '.join(missing)}, which every checkpoint of a run holds: something else has changed "
             "it. Take another."
         )
-    return {**content, "settings": rename_settings(content.get("settings", {}))}
-
-
-def rename_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Give stored settings under today's names."""
-    return {RENAMED_SETTINGS.get(name, name): value for name, value in settings.items()}
+    return {**content, "settings": dict(content.get("settings", {}))}
 
 
 def find_foreign_class(settings: Mapping[str, Any]) -> str | None:

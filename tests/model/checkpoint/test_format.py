@@ -4,14 +4,11 @@ import pytest
 import torch
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.model.checkpoint import format as checkpoint_format
 from qlora_lightning.model.checkpoint.format import (
     FORMAT_VERSION,
     KEY,
-    MIGRATIONS,
     OWN_PARTS,
     PARTS,
-    RENAMED_SETTINGS,
     find_foreign_class,
     known_settings,
     plain_settings,
@@ -29,29 +26,11 @@ FIRST = {  # what version 1 wrote when it was new: no key beside these
 WHOLE = {**{name: {} for name in PARTS}, KEY: FIRST}
 
 
-def test_every_older_version_has_its_migration():
-    assert sorted(MIGRATIONS) == list(range(1, FORMAT_VERSION))
-
-
 def test_a_checkpoint_of_version_1_is_read(tmp_path):
     torch.save(WHOLE, tmp_path / "old.ckpt")
     content = read_content(torch.load(tmp_path / "old.ckpt", weights_only=True), "old.ckpt")
     assert content["settings"] == {"base": "a", "rank": 3}
     assert content["identity"] == FIRST["identity"]
-
-
-def test_older_versions_are_migrated_one_by_one(monkeypatch):
-    def to_2(content):
-        return {**content, "settings": {**content["settings"], "alpha": 2 * content["settings"]["rank"]}}
-
-    def to_3(content):
-        return {**content, "seen_by_3": content["format_version"]}
-
-    monkeypatch.setattr(checkpoint_format, "FORMAT_VERSION", 3)
-    monkeypatch.setattr(checkpoint_format, "MIGRATIONS", {1: to_2, 2: to_3})
-    content = read_content(WHOLE, "old.ckpt")
-    assert content["settings"] == {"base": "a", "rank": 3, "alpha": 6}
-    assert (content["seen_by_3"], content["format_version"]) == (2, 3)
 
 
 @pytest.mark.parametrize("checkpoint", [{}, {KEY: None}, {KEY: {"settings": {}}}, {KEY: {"format_version": "1"}}])
@@ -88,16 +67,6 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(part):
 )
 def test_an_optimizer_counts_only_where_a_file_does_not_decide_what_is_imported(optimizer, foreign):
     assert find_foreign_class({"rank": 3, "optimizer": optimizer}) == foreign
-
-
-def test_renamed_settings_are_read_under_their_new_name(monkeypatch):
-    monkeypatch.setitem(RENAMED_SETTINGS, "lora_rank", "rank")
-    content = read_content({**WHOLE, KEY: {**FIRST, "settings": {"base": "a", "lora_rank": 3}}}, "x.ckpt")
-    assert content["settings"] == {"base": "a", "rank": 3}
-
-
-def test_no_setting_is_renamed_to_one_that_does_not_exist():
-    assert set(RENAMED_SETTINGS.values()) <= known_settings(QLoRAModule)
 
 
 class Loud(QLoRAModule):

@@ -1,0 +1,45 @@
+"""A step on a GPU that is not there: the right device, no waiting, few launches."""
+
+import pytest
+import torch
+
+from tests.benchmarks import launches
+
+pytestmark = [
+    pytest.mark.fake_cuda,
+    pytest.mark.skipif(torch.version.cuda is None, reason="takes a torch that was built for CUDA"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+
+
+def test_a_layer_asks_for_few_launches_and_all_of_it_is_on_the_device() -> None:
+    forward, backward = launches.count(fast=True)
+    assert forward.by_layer() <= 40
+    assert backward.by_layer() <= 70
+
+
+def test_the_host_waits_once_a_step() -> None:
+    assert launches.count_host_reads() == 1
+
+
+def test_a_read_and_a_tensor_on_the_wrong_device_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_lightning.model.module import QLoRAModule
+
+    usual = QLoRAModule.last_states
+
+    def reads(self, batch):  # type: ignore[no-untyped-def]
+        hidden, targets = usual(self, batch)
+        return hidden, targets[targets.ne(0).nonzero()[:, 0]]
+
+    def stays(self, batch):  # type: ignore[no-untyped-def]
+        hidden, targets = usual(self, batch)
+        return hidden + torch.zeros(1, 1, device="cpu"), targets
+
+    for broken in (reads, stays):
+        monkeypatch.setattr(QLoRAModule, "last_states", broken)
+        with pytest.raises((AssertionError, RuntimeError)):
+            launches.count_host_reads()

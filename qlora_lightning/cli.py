@@ -76,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qlora-lightning {__version__}")
         return 0
     _quiet_libraries()
+    # before CUDA starts: batches of ever new lengths would leave holes in memory that is cut into fixed pieces
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets question marks, not a traceback
             stream.reconfigure(errors="replace")

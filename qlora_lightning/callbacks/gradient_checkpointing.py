@@ -7,6 +7,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.layers.checkpointing import keep_inputs_apart
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import enable_activation_checkpointing
@@ -47,7 +48,7 @@ class GradientCheckpointing(Callback):
             self._before = [(part, _settings_of(part)) for part in model.modules() if hasattr(part, _SETTINGS[0])]
             self._with_input_gradients = model if getattr(model, "_require_grads_hooks", None) else None
             model.disable_input_require_grads()
-            enable_activation_checkpointing(model, self.every_n_layers)
+            enable_activation_checkpointing(model, self.every_n_layers, draws=has_dropout(model))
             # It lets the embedding's output take a gradient, which reentrant checkpointing alone would need, and which
             # would go on down through all layers below the adapters.
             model.disable_input_require_grads()

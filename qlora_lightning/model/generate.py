@@ -49,8 +49,10 @@ def _quantized_linears(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
 def _fits(linears: list[tuple[nn.Module, str, Any]]) -> bool:
     needed = sum(linear.in_features * linear.out_features * _dtype_of(linear).itemsize for _, _, linear in linears)
     device = linears[0][2].weight.device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return bool(needed <= _SHARE * free)
+    if device.type == "cuda":  # what torch has cached is free too
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return bool(needed <= _SHARE * (torch.cuda.mem_get_info(device)[0] + cached))
+    return bool(needed <= _SHARE * psutil.virtual_memory().available)
 
 
 def _dtype_of(linear: Any) -> torch.dtype:

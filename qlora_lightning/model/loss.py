@@ -16,6 +16,7 @@ from qlora_lightning.model.layers.lora import Frozen, FrozenWeight, apply, proje
 
 _MOST_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no quicker
 _LOGIT_BYTES = 64 << 20  # nor shall their logits be more than this; of 128,256 tokens in bf16 261 rows
+_LOGIT_BYTES_OF_GPU = 256 << 20  # there the rows that this holds, 1,046 of these: few large kernels
 _FLOAT = 4  # bytes
 _CACHED_BYTES = 6 << 20  # of probabilities in float32 that a CPU makes at a time: they stay in its cache
 _BLOCK = 64  # of logits; it divides the vocabulary of nearly every LLaMA
@@ -66,14 +67,16 @@ class TokenStatistics(Metric):
         return {"loss": loss, "perplexity": loss.exp(), "token_accuracy": self.correct / self.labelled_tokens}
 
 
-def rows_of_logits(vocabulary: int, number_bytes: int) -> int:
+def rows_of_logits(vocabulary: int, number_bytes: int, device: str) -> int:
     """Give how many labelled tokens' logits exist at a time."""
+    if device != "cpu":
+        return max(1, _LOGIT_BYTES_OF_GPU // (vocabulary * number_bytes))
     return max(1, min(_MOST_ROWS, _LOGIT_BYTES // (vocabulary * number_bytes)))
 
 
 def rows_of_probabilities(vocabulary: int, number_bytes: int, device: str) -> int:
     """Give of how many labelled tokens the probabilities exist at a time."""
-    most = rows_of_logits(vocabulary, number_bytes)
+    most = rows_of_logits(vocabulary, number_bytes, device)
     return max(1, min(most, _CACHED_BYTES // (vocabulary * _FLOAT))) if device == "cpu" else most
 
 
@@ -86,14 +89,17 @@ def head_loss(
         hidden: The last hidden states, after the final norm, from which they are predicted, ``(K, width)``.
         targets: The tokens, ``(K,)``.
         head: Maps hidden states to logits.
-        chunk: Labelled tokens whose logits exist at a time; by default as many as 64 MiB hold, but at most 512.
+        chunk: Labelled tokens whose logits exist at a time; by default as many as 64 MiB hold, but at most 512; on
+            a GPU as many as 256 MiB hold.
         fast: Whether a frozen head's gradient may be made while the logits exist; ``False`` leaves it to autograd.
     """
     if fast and _is_frozen_linear(head):
-        chunk = chunk or rows_of_logits(len(head.weight), head.weight.element_size())
+        chunk = chunk or rows_of_logits(len(head.weight), head.weight.element_size(), hidden.device.type)
         nll_sum, correct = apply(_FrozenHeadLoss, hidden, head.weight, targets, chunk)
     else:
-        nll_sum, correct = _checkpointed_head_loss(hidden, head, targets, chunk or _rows_of_plain_logits(head))
+        nll_sum, correct = _checkpointed_head_loss(
+            hidden, head, targets, chunk or _rows_of_plain_logits(head, hidden.device.type)
+        )
     count = torch.full((), len(targets), device=hidden.device)  # torch.tensor would wait for a GPU
     return LossSums(nll_sum, count, correct)
 
@@ -179,8 +185,8 @@ def _find_largest(rows: Tensor) -> Tensor:
     return block * _BLOCK + within
 
 
-def _rows_of_plain_logits(head: nn.Module) -> int:
-    return rows_of_logits(len(head.weight), _FLOAT) if _is_frozen_linear(head) else _MOST_ROWS
+def _rows_of_plain_logits(head: nn.Module, device: str) -> int:
+    return rows_of_logits(len(head.weight), _FLOAT, device) if _is_frozen_linear(head) else _MOST_ROWS
 
 
 def _checkpointed_head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:

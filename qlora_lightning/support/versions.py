@@ -28,8 +28,10 @@ def check_version(version: int, source: str) -> None:
         )
 
 
-def enable_activation_checkpointing(model: Any, every_n_layers: int = 1) -> None:
+def enable_activation_checkpointing(model: Any, every_n_layers: int = 1, *, draws: bool = True) -> None:
     """Checkpoint every n-th decoder layer of a model of transformers, non-reentrant.
+
+    Where layers draw no numbers, the generators' states need not be read and put back: a GPU's would be waited for.
 
     transformers 5.17 has this as ``gradient_checkpointing_enable``, a name that 5.24 warns of.
     """
@@ -37,7 +39,7 @@ def enable_activation_checkpointing(model: Any, every_n_layers: int = 1) -> None
         enable = model.activation_checkpointing_enable
     else:
         enable = model.gradient_checkpointing_enable
-    enable({"use_reentrant": False}, every_n_layers=every_n_layers)
+    enable({"use_reentrant": False, "preserve_rng_state": draws}, every_n_layers=every_n_layers)
 
 
 def mend_gguf_tokens(tokenizer: Any, config: Any) -> None:

@@ -284,6 +284,6 @@ def _with_float32_masters(model: peft.PeftModel) -> peft.PeftModel:
 @contextlib.contextmanager
 def _seeded_initialization() -> Iterator[None]:
     """Draw A from the seed alone, not from what else drew before, and leave the generators as they were."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # PEFT draws them on the CPU
         torch.manual_seed(torch.initial_seed())
         yield

@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 def capture_generators() -> dict[str, Any]:
-    """Take down the state of Python's, NumPy's, torch's and, where there are any, CUDA's generators."""
+    """Take down the state of Python's, NumPy's and torch's generators, and of the one of this process's GPU."""
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": [version, list(numbers), gauss],
         "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],  # one, in a list as in 0.1.0
     }
 
 
@@ -29,7 +29,7 @@ def restore_generators(state: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 RankState = dict[str, Any]

@@ -76,10 +76,11 @@ def can_leave_out(causal_lm: Any, training: bool) -> bool:
 
     Not with attention that cannot look shared tokens up, nor where every sample is to drop inputs of its own.
     """
-    return attends_flatly(causal_lm) and not (training and _has_dropout(causal_lm))
+    return attends_flatly(causal_lm) and not (training and has_dropout(causal_lm))
 
 
-def _has_dropout(causal_lm: Any) -> bool:
+def has_dropout(causal_lm: Any) -> bool:
+    """Whether a model of transformers drops anything in training."""
     dropouts = (each.p for each in causal_lm.modules() if isinstance(each, _DROPOUTS))
     return any(dropouts) or bool(getattr(causal_lm.config, "attention_dropout", 0))
 

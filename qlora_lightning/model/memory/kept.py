@@ -45,9 +45,9 @@ def kept_outside(layers: Sequence[LayerShape], batch: BatchShape, e: int) -> int
     return norm + angles + batch.labelled * (width * e + _INDEX)
 
 
-def room_of_logits(batch: BatchShape, vocabulary: int, e: int) -> int:
+def room_of_logits(batch: BatchShape, vocabulary: int, e: int, device: str) -> int:
     """Count the logits that are there at a time."""
-    return min(rows_of_logits(vocabulary, e), batch.labelled) * vocabulary * e
+    return min(rows_of_logits(vocabulary, e, device), batch.labelled) * vocabulary * e
 
 
 def room_of_loss(layers: Sequence[LayerShape], batch: BatchShape, vocabulary: int, e: int, device: str) -> int:

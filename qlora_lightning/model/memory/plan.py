@@ -157,7 +157,7 @@ def plan_memory(model: ModelShape, batch: BatchShape, settings: StepSettings) ->
     """
     e, device = settings.number_bytes, settings.device
     layers, vocabulary, trained = model.layers, model.vocabulary, model.count_trained()
-    logits = room_of_logits(batch, vocabulary, e)
+    logits = room_of_logits(batch, vocabulary, e, device)
     of_loss = room_of_loss(layers, batch, vocabulary, e, device)
     workspace = max(of_loss, room_of_backward(layers, batch, e, device) - logits)
     sizes = (

@@ -189,7 +189,7 @@ def _generate_flat(
     answers: list[list[int]] = [[] for _ in prompts]
     batch = list(range(len(prompts)))  # which row is where
     going = set(batch)
-    step = _Step(model, prompts)
+    step = _Step(model, prompts, max_new_tokens)
     chosen = step.read_prompts(prompts)
     for left in range(max_new_tokens, 0, -1):
         for row, token in zip(batch, chosen.tolist(), strict=True):
@@ -214,15 +214,13 @@ class _Step:
     Args:
         model: The model.
         prompts: Ids of each.
+        room: Tokens that may follow.
     """
 
-    def __init__(self, model: nn.Module, prompts: list[list[int]]) -> None:
+    def __init__(self, model: nn.Module, prompts: list[list[int]], room: int) -> None:
         self.causal_lm = _causal_lm(model)
         self.device = self.causal_lm.get_input_embeddings().weight.device
-        self._bounds = [0]
-        for prompt in prompts:
-            self._bounds.append(self._bounds[-1] + len(prompt))
-        self.cache = KeyValueCache(self._bounds, self.device)
+        self.cache = KeyValueCache([len(prompt) for prompt in prompts], room, self.device)
 
     def read_prompts(self, prompts: list[list[int]]) -> Tensor:
         """Give the first token of each answer, ``(rows,)``."""

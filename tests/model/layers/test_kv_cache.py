@@ -1,6 +1,6 @@
 import torch
 
-from qlora_lightning.model.layers.kv_cache import _ROOM, KeyValueCache
+from qlora_lightning.model.layers.kv_cache import KeyValueCache
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
@@ -18,7 +18,7 @@ def attend_alone(query, keys, values):
 
 
 def test_each_row_attends_to_its_own_tokens_and_rows_that_go_leave_the_others_alone():
-    cache = KeyValueCache([0, 2, 7, 10], torch.device("cpu"))
+    cache = KeyValueCache([2, 5, 3], 2, torch.device("cpu"))
     key, value = states(KV_HEADS, 10, 0), states(KV_HEADS, 10, 1)
     cache.fill(5, key, value)
     seen = [(key[0, :, start:end], value[0, :, start:end]) for start, end in ((0, 2), (2, 7), (7, 10))]
@@ -39,19 +39,3 @@ def test_each_row_attends_to_its_own_tokens_and_rows_that_go_leave_the_others_al
             cache.keep([0, 2])  # the longest row goes
             seen = [seen[0], seen[2]]
     assert cache.lengths.tolist() == [4, 5]
-
-
-def test_it_grows_when_its_room_is_used_up():
-    tokens = _ROOM - 1
-    cache = KeyValueCache([0, tokens, tokens + 2], torch.device("cpu"))
-    key, value = states(KV_HEADS, tokens + 2, 0), states(KV_HEADS, tokens + 2, 1)
-    cache.fill(0, key, value)
-    seen_keys, seen_values = key[0, :, :tokens], value[0, :, :tokens]
-    for step in range(3):
-        query, key, value = states(HEADS, 2, 10 + step), states(KV_HEADS, 2, 20 + step), states(KV_HEADS, 2, 30 + step)
-        seen_keys, seen_values = torch.cat([seen_keys, key[0, :, :1]], 1), torch.cat([seen_values, value[0, :, :1]], 1)
-        cache.begin_step()
-        mixed = cache.attend(0, query, key, value, None)
-        cache.end_step()
-        torch.testing.assert_close(mixed[0, 0], attend_alone(query[0, :, 0], seen_keys, seen_values))
-    assert cache.lengths.tolist() == [_ROOM + 2, 5]

@@ -46,7 +46,7 @@ def explain_dtype(name: ComputeDtype, device: torch.device) -> str | None:
     if name == "fp32" or device.type not in ("cpu", "cuda") or _has_bfloat16(device):
         return None
     if device.type == "cuda":
-        return "This GPU has no bf16 (compute capability 8.0): products are computed in fp16, attention row by row."
+        return "This GPU has no bf16 (that takes compute capability 8.0): products are computed in fp16."
     if name == "auto":
         return (
             "This CPU has no instructions for bf16 (AVX512-BF16): products are computed in fp32, and training takes "

@@ -104,14 +104,14 @@ def head_loss(
     return LossSums(nll_sum, count, correct)
 
 
-def mean_with_gradient_of_sum(sums: LossSums) -> Tensor:
-    """Give a scalar with the value of the mean per labelled token, and the gradient of the sum.
+def mean_with_gradient_of_sum(sums: LossSums, scale: float = 1.0) -> Tensor:
+    """Give a scalar with the value of the mean per labelled token, and ``scale`` times the gradient of the sum.
 
     A :class:`qlora_lightning.model.window.Window` wants sums; who watches the loss (Lightning's
     learning-rate finder, callbacks) compares batches of different size.
     """
     value = sums.nll_sum.detach()
-    return value / sums.labelled_tokens.clamp(min=1) + (sums.nll_sum - value)
+    return value / sums.labelled_tokens.clamp(min=1) + scale * (sums.nll_sum - value)
 
 
 def _is_frozen_linear(head: nn.Module) -> TypeGuard[nn.Linear]:

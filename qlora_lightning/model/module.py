@@ -404,7 +404,16 @@ class QLoRAModule(lightning.LightningModule):
             sums = self.compute_loss(batch)
         rows = batch["layout"].rows if "layout" in batch else batch.get("row_ids", torch.empty(0)).tolist()
         self.window.add(sums, self.trainer.accumulate_grad_batches, rows, batch)
-        return mean_with_gradient_of_sum(sums)
+        return mean_with_gradient_of_sum(sums, self.loss_scale)
+
+    @property
+    def loss_scale(self) -> float:
+        """What gradients are multiplied with in backward, and divided by before a step.
+
+        In fp16 the smallest would vanish. The gradient of a sum over tokens is large already, so that a constant does,
+        without the search for one that overflows.
+        """
+        return 32.0 if self.identity.get("compute_dtype") == "float16" else 1.0
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         with telling_out_of_memory(self, next(reversed(self.window.batches), None)):
@@ -418,7 +427,7 @@ class QLoRAModule(lightning.LightningModule):
         trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         loss = self.window.divide_gradients(
             trainable,
-            divided_by=self.trainer.accumulate_grad_batches,
+            divided_by=self.trainer.accumulate_grad_batches / self.loss_scale,
             reduce_sum=self._reduce_sum if self.trainer.world_size > 1 else None,
         )
         norm = torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])

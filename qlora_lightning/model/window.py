@@ -73,14 +73,14 @@ class Window:
     def divide_gradients(
         self,
         parameters: Iterable[nn.Parameter],
-        divided_by: int,
+        divided_by: float,
         reduce_sum: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Turn accumulated gradients into those of the window's mean loss, and return that loss.
 
         Args:
             parameters: What trains.
-            divided_by: What Lightning has divided the gradients by already, for accumulation.
+            divided_by: What the gradients have been divided by already, by Lightning for accumulation.
             reduce_sum: Sums a tensor over all ranks, in its place; ``None``: there is one rank.
         """
         if self.nll_sum is None or self.labelled_tokens is None:

@@ -122,6 +122,21 @@ def test_batch_and_accumulation_are_one_thing_on_ragged_rows_a_short_window_incl
         assert difference <= 1e-4 * update
 
 
+def test_the_scale_of_the_loss_in_fp16_is_divided_out(tiny_base, rows_file, tmp_path, monkeypatch):
+    """In float32 a power of two changes no bit."""
+    _, usual = fit_adapter(tiny_base, rows_file, tmp_path, batch_size=2, accumulate=3)
+    monkeypatch.setattr(QLoRAModule, "loss_scale", 32.0)
+    _, scaled = fit_adapter(tiny_base, rows_file, tmp_path, batch_size=2, accumulate=3)
+    assert all(torch.equal(scaled[name], usual[name]) for name in usual)
+
+
+def test_in_fp16_the_loss_is_scaled_and_gradients_are_near_those_of_float32(tiny_base, batch):
+    exact, half = (make_module(tiny_base, compute_dtype=dtype) for dtype in ("fp32", "fp16"))
+    assert (exact.loss_scale, half.loss_scale) == (1.0, 32.0)
+    for of_exact, of_half in zip(gradients(exact, batch).values(), gradients(half, batch).values(), strict=True):
+        assert (of_exact - of_half).norm() <= 0.05 * of_exact.norm()
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
 def test_gradients_and_base_are_bit_equal_after_a_validation_and_a_save(
     tiny_base, rows_file, batch, tmp_path, quantization

@@ -26,10 +26,11 @@ def quick_imports() -> Iterator[None]:
     on a core that their partner may be waiting for: beside other programs at work a step then takes ten times as long
     as it must (see ``tests.benchmarks``). They spin for a tenth of a millisecond here, and where other programs compute
     on all cores already, for a hundredth, which on an idle machine costs 5 % (both measured). What the user's
-    environment says rules. It is as before afterwards.
+    environment says rules. The environment is as before afterwards.
     """
     settings = {"TORCHDYNAMO_DISABLE": "1"}
-    if "OMP_WAIT_POLICY" not in os.environ:
+    # torch that is loaded has read them
+    if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         settings["GOMP_SPINCOUNT"] = _SPINS_ON_A_BUSY_MACHINE if _is_machine_busy() else _SPINS
     added = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(added)

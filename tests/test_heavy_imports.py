@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lightning.support.imports import quick_imports, without_garbage_collection
+from qlora_lightning.support.imports import _is_machine_busy, quick_imports, without_garbage_collection
 
 
 def test_collector_is_paused_inside_and_on_again_afterwards() -> None:
@@ -34,12 +34,14 @@ def test_what_was_made_meanwhile_is_old_afterwards() -> None:
 
 
 def test_what_a_program_froze_stays_frozen() -> None:
+    marked: list[object] = [[]]
     gc.freeze()
     try:
         frozen = gc.get_freeze_count()
         with without_garbage_collection():
             pass
         assert 0 < gc.get_freeze_count() <= frozen  # fewer where one of them has died
+        assert not any(item is marked for item in gc.get_objects())  # it is in no generation
     finally:
         gc.unfreeze()
 
@@ -103,11 +105,25 @@ def test_bitsandbytes_fetches_no_code_and_says_nothing(tmp_path: Path, is_instal
 )
 def test_threads_wait_briefly_unless_the_user_says_otherwise(code, own, expected):
     usual = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    idle = "import qlora_lightning.support.imports as h; h._is_machine_busy = lambda: False; "  # other tests run beside
     shown = subprocess.run(
-        [sys.executable, "-c", code + "; import os; assert os.environ.get('GOMP_SPINCOUNT') == os.getenv('OWN')"],
+        [
+            sys.executable,
+            "-c",
+            idle + code + "; import os; assert os.environ.get('GOMP_SPINCOUNT') == os.getenv('OWN')",
+        ],
         env=usual | own | {"OMP_DISPLAY_ENV": "verbose"} | ({"OWN": "77"} if "GOMP_SPINCOUNT" in own else {}),
         capture_output=True,
         text=True,
         check=True,
     )
     assert f"GOMP_SPINCOUNT = '{expected}'" in shown.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="takes Linux")
+def test_a_machine_is_busy_where_others_compute_on_every_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = len(os.sched_getaffinity(0))
+    for others, busy in (((cores,) * 3, True), ((cores, cores - 1, cores), False)):
+        reads = iter(f"0.10 0.20 0.30 {1 + running}/99 1234\n" for running in others)
+        monkeypatch.setattr(Path, "read_text", lambda self, reads=reads: next(reads))
+        assert _is_machine_busy() == busy

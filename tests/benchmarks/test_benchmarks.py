@@ -19,6 +19,7 @@ def run_benchmarks(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_our_side_alone_gives_the_whole_table_and_json(tiny_base: Path, rows_file: Path, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     options = ("--rows", "4", "--repeats", "1", "--threads", "1", "--without-peer", "--json", file)

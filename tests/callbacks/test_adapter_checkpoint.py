@@ -388,6 +388,8 @@ STEPS = "every_n_train_steps"
         pytest.param(9, 4, {}, STEPS, marks=pytest.mark.slow),  # after the validation at an epoch's end
         pytest.param(8, 3, {"val_check_interval": 7, "check_val_every_n_epoch": None}, STEPS, marks=pytest.mark.slow),
         pytest.param(11, 5, {"check_val_every_n_epoch": 2}, STEPS, marks=pytest.mark.slow),
+        pytest.param(8, 3, {}, "every_minutes", marks=pytest.mark.slow),
+        pytest.param(12, 5, {"val_check_interval": 3}, "every_minutes", marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_resumed_ends_bit_for_bit_as_one_that_never_stopped(

@@ -425,12 +425,22 @@ def test_a_broken_last_checkpoint_is_refused_by_name_and_nothing_is_started_over
     assert torch.load(last, weights_only=True)["global_step"] == 6
 
 
+SELDOM_LENGTHENED = [
+    ({"max_epochs": 1}, {"max_epochs": 2}, False),
+    ({"max_steps": 99, "max_epochs": 1}, {"max_steps": 99, "max_epochs": 2}, True),
+    ({"max_steps": 99, "max_epochs": 1}, {"max_steps": 99, "max_epochs": 2}, False),
+    ({"max_epochs": -1, "max_steps": 2}, {"max_epochs": -1, "max_steps": 5}, False),
+    ({"max_epochs": -1, "max_steps": 3}, {"max_epochs": -1, "max_steps": 5}, True),
+]
+
+
 @pytest.mark.parametrize(
     ("first", "then", "validates"),
     [
         ({"max_epochs": 1}, {"max_epochs": 2}, True),
         ({"max_epochs": -1, "max_steps": 2}, {"max_epochs": -1, "max_steps": 5}, True),  # ends inside the first epoch
         ({"max_epochs": -1, "max_steps": 3}, {"max_epochs": -1, "max_steps": 5}, False),  # ends with it
+        *(pytest.param(*lengths, marks=pytest.mark.slow) for lengths in SELDOM_LENGTHENED),
     ],
 )
 def test_a_longer_run_goes_on_as_if_it_had_been_so_long_from_the_start_and_says_which_schedule_follows(

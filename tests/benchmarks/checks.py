@@ -26,6 +26,8 @@ def check_options(arguments: argparse.Namespace) -> None:
     check_distinct({"--json": arguments.json, "--plot": arguments.plot})
     if arguments.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("--accelerator gpu: torch finds no CUDA device here; use --accelerator cpu.")
+    if arguments.scaling and arguments.accelerator == "gpu":
+        raise UserError("--scaling is measured on a CPU; leave it out with --accelerator gpu.")
     if arguments.llama_8b is not None:
         check_folder(arguments.llama_8b, arguments.llama_8b_layers)
 

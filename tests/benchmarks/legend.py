@@ -51,6 +51,12 @@ def explain(repeats: int, accelerator: str, dtype: str, scaling: bool, llama_8b:
             "three more, by share, each beside its ceiling. Private memory is RssAnon; the base, and libraries, lie in "
             "memory as mapped files (RssFile). The start is a second one too: the system has read those files before."
         )
+    if accelerator == "gpu":
+        lines.append(
+            "peer: TRL with Liger's kernels. On a card the seconds begin behind the first step, in which both sides "
+            "compile kernels."
+        )
+        return lines
     lines.append(
         "Goals were set for SmolLM2-135M in NF4 with double quantization, rank 8 on all linears, batches of 8 Alpaca "
         "rows, on 2 CPU cores."

@@ -52,10 +52,12 @@ def make_base(folder: Path, layers: int) -> None:
 def _shards(config: LlamaConfig) -> Iterator[dict[str, Tensor]]:
     width, inner = config.hidden_size, config.intermediate_size
     kv_width = width // config.num_attention_heads * config.num_key_value_heads
-    generator = torch.Generator().manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # which takes a minute
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+        made = torch.empty(*shape, dtype=torch.bfloat16, device=device)
+        return made.normal_(std=0.02, generator=generator).cpu()
 
     yield {"model.embed_tokens.weight": random(config.vocab_size, width)}
     for layer in range(config.num_hidden_layers):

@@ -1,6 +1,6 @@
 """What has been measured so far: kept in a file from the first run on, so that a kill loses little."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ class Results:
             if selective
             else []
         )
-        return sides + ([] if self.llama_8b is None else rows_of_8b(self.llama_8b["step"], self.llama_8b["layers"]))
+        rows = sides + ([] if self.llama_8b is None else rows_of_8b(self.llama_8b["step"], self.llama_8b["layers"]))
+        return [replace(row, goal=None) for row in rows] if accelerator == "gpu" else rows  # goals are a CPU's
 
     def machine(self) -> dict[str, Any]:
         """Name what the figures were measured on; nothing before the first run."""

@@ -8,7 +8,8 @@ from transformers import LlamaConfig
 
 from qlora_lightning.support.errors import UserError
 
-_MADE_FILES = r"model-\d{5}\.safetensors|model\.safetensors\.index\.json"  # all but config.json, which comes last
+# all but config.json, which comes last
+_MADE_FILES = r"model-\d{5}\.safetensors|model\.safetensors\.index\.json|tokenizer.*|chat_template\.jinja"
 _SHAPE = (
     *("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"),
     *("num_attention_heads", "num_key_value_heads"),

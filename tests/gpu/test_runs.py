@@ -1,0 +1,166 @@
+"""A run on a card: exact resumes, the adapters that a seed draws, memory as planned, answers, and what it leaves."""
+
+import lightning
+import peft
+import pytest
+import torch
+from lightning import seed_everything
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qlora_lightning import AdapterCheckpoint, InstructionDataModule, QLoRAModule
+from qlora_lightning.cli import main
+from qlora_lightning.model.adapters.lora import trainable_tensors
+from tests.equality import same
+from tests.gpu.conftest import DEVICE, distance, loss_and_gradients, make_base, make_batch, make_module
+
+ACCELERATOR = "gpu" if DEVICE.type == "cuda" else "cpu"
+
+
+class Stop(lightning.Callback):
+    """Dies after some micro-batches, as a machine would."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def on_train_batch_end(self, *_):
+        self.left -= 1
+        if not self.left:
+            raise MachineFailed
+
+
+class MachineFailed(BaseException):
+    """Handled by nobody between the callback and the test."""
+
+
+def fit(folder, base, rows, *callbacks, ckpt_path=None, batch_size=2, accumulate=3, dtype="bf16", dropout=0.1):
+    """Train six steps; give what the last checkpoint holds."""
+    seed_everything(7, verbose=False)
+    data = InstructionDataModule(train=str(rows), batch_size=batch_size, tokenizer=str(base))
+    trainer = lightning.Trainer(
+        accelerator=ACCELERATOR,
+        devices=1,
+        max_steps=6,
+        accumulate_grad_batches=accumulate,
+        deterministic=True,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[*callbacks, AdapterCheckpoint(every_n_train_steps=1)],
+    )
+    trainer.fit(QLoRAModule(str(base), rank=4, compute_dtype=dtype, dropout=dropout), data, ckpt_path=ckpt_path)
+    return torch.load(folder / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+
+
+def test_a_resumed_run_ends_bit_for_bit_where_one_without_a_stop_ends(base, rows_file, tmp_path):
+    whole = fit(tmp_path / "whole", base, rows_file)
+    with pytest.raises(MachineFailed):
+        fit(tmp_path / "parts", base, rows_file, Stop(after=11))
+    parts = fit(tmp_path / "parts", base, rows_file, ckpt_path=tmp_path / "parts" / "checkpoints" / "last.ckpt")
+    assert whole["global_step"] == parts["global_step"] == 6
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert same(whole[part], parts[part])
+
+
+def test_the_same_seed_draws_the_same_adapters_as_on_a_cpu(base):
+    drawn = []
+    for device in (DEVICE, "cpu"):
+        seed_everything(7)
+        module = QLoRAModule(str(base), compute_dtype="fp32", cache=False).to(device)
+        module.configure_model()
+        drawn.append({name: tensor.detach().cpu() for name, tensor in trainable_tensors(module).items()})
+    assert same(*drawn)
+
+
+def test_one_batch_of_eight_trains_as_eight_of_one(base, rows_file, tmp_path):
+    ends = [
+        fit(tmp_path / f"{size}", base, rows_file, batch_size=size, accumulate=8 // size, dtype="fp32", dropout=0.0)
+        for size in (8, 1)
+    ]
+    one, other = (torch.cat([tensor.flatten() for tensor in end["state_dict"].values()]) for end in ends)
+    assert distance(one, other) <= 1e-4  # six steps of AdamW, which divides small differences by small numbers
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="planned against measured on a CPU is a slow test elsewhere")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_is_as_planned(rows_file, tmp_path, capsys, checkpointing):
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 16}
+    wide = make_base(tmp_path / "wide", **sizes)
+    settings = {
+        "model.base": wide,
+        "data.train": rows_file,
+        "data.batch_size": 16,
+        "data.val_fraction": "null",
+        "trainer.accelerator": ACCELERATOR,
+        "trainer.max_steps": 4,
+        "trainer.default_root_dir": tmp_path / "run",
+        "gradient_checkpointing.enabled": str(checkpointing).lower(),
+    }
+    assert main(["fit", *[f"--{name}={value}" for name, value in settings.items()]]) == 0
+    said = capsys.readouterr()
+    line = next(line for line in (said.out + said.err).splitlines() if line.startswith("Memory: planned"))
+    assert abs(float(line.rpartition("(")[2].partition("%")[0])) <= 10, line
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_prompts_are_answered_together_as_alone(base, dtype):
+    module = make_module(base, compute_dtype=dtype).eval()
+    prompts = [make_batch((length,), seed)["input_ids"][0].tolist() for seed, length in enumerate((3, 40, 17, 8))]
+    together = module.answer(prompts, [], max_new_tokens=24)
+    alone = [module.answer([prompt], [], max_new_tokens=24)[0] for prompt in prompts]
+    equal = sum(one == other for one, other in zip(together, alone, strict=True))
+    assert equal == len(prompts) if dtype == "fp32" else equal >= len(prompts) - 1  # a tie may fall otherwise
+
+
+def test_answers_are_those_of_transformers(base):
+    module = make_module(base, fast=False).eval()
+    prompt = make_batch((12,))["input_ids"]
+    expected = module.model.generate(
+        input_ids=prompt.to(DEVICE),
+        attention_mask=torch.ones_like(prompt).to(DEVICE),
+        max_new_tokens=16,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[0, 12:].tolist()
+    assert make_module(base).eval().answer([prompt[0].tolist()], [], max_new_tokens=16) == [expected]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers warns of what PEFT asks it
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_peft_computes_what_the_module_computes(base, tmp_path, dtype):
+    name = "fp32" if dtype == torch.float32 else "bf16"
+    module = make_module(base, compute_dtype=name).eval()
+    module.save_adapter(tmp_path / "adapter")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    plain = AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, quantization_config=quantization, device_map={"": DEVICE}
+    )
+    plain = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    ids = make_batch((40,))["input_ids"].to(DEVICE)
+    with torch.no_grad(), torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+        expected, found = plain(input_ids=ids).logits, module.model(input_ids=ids).logits
+    torch.testing.assert_close(found, expected.to(found), rtol=1e-4 if name == "fp32" else 0.1, atol=1e-2)
+
+
+def test_a_validation_on_the_card_gives_the_loss_of_a_cpu(base, rows_file, tmp_path):
+    losses = []
+    for accelerator in (ACCELERATOR, "cpu"):
+        data = InstructionDataModule(val=str(rows_file), batch_size=4, tokenizer=str(base))
+        module = QLoRAModule(str(base), compute_dtype="fp32", cache=False)
+        trainer = lightning.Trainer(
+            accelerator=accelerator, devices=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+        )
+        losses.append(trainer.validate(module, data, verbose=False)[0]["val_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_step_of_fp16_learns_what_fp32_learns(base):
+    _, exact = loss_and_gradients(make_module(base, compute_dtype="fp32"))
+    module = make_module(base, compute_dtype="fp16")
+    _, gradients = loss_and_gradients(module)
+    assert module.loss_scale > 1
+    assert gradients.isfinite().all()
+    assert distance(gradients, exact) <= 2e-2

@@ -1,0 +1,121 @@
+"""A step on a card: its loss and gradients, whatever the quantization, dtype, layout and kernel."""
+
+import pytest
+import torch
+
+from qlora_lightning.model.layers import attention, elementwise
+from qlora_lightning.support.versions import enable_activation_checkpointing
+from tests.gpu.conftest import DEVICE, LENGTHS, distance, loss_and_gradients, make_batch, make_module, to_device
+
+QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
+HALVES = ("bf16", "fp16")
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_in_float32_the_fused_layers_give_what_the_plain_ones_give(base, quantization):
+    fast, plain = (
+        loss_and_gradients(make_module(base, fast=fast, quantization=quantization)) for fast in (True, False)
+    )
+    assert fast[0] == pytest.approx(plain[0], rel=1e-5)
+    assert distance(fast[1], plain[1]) <= (1e-2 if quantization == "int8" else 1e-5)  # int8 rounds inputs
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_in_16_bits_they_err_no_more_than_the_plain_ones(base, quantization, dtype):
+    exact_loss, exact = loss_and_gradients(make_module(base, "cpu", fast=False, quantization=quantization))
+    options = {"quantization": quantization, "compute_dtype": dtype}
+    loss, gradients = loss_and_gradients(make_module(base, fast=True, **options))
+    _, plain = loss_and_gradients(make_module(base, fast=False, **options))
+    assert loss == pytest.approx(exact_loss, abs=0.05)
+    assert distance(gradients, exact) <= max(1.5 * distance(plain, exact), 1e-3)  # one batch is one draw
+
+
+def test_a_card_gives_what_a_cpu_gives(base):
+    (loss, gradients), (on_cpu, expected) = (loss_and_gradients(make_module(base, each)) for each in (DEVICE, "cpu"))
+    assert loss == pytest.approx(on_cpu, rel=1e-5)
+    assert distance(gradients, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["fp32", *HALVES])
+def test_a_sample_gives_in_a_batch_what_it_gives_alone(base, dtype):
+    module = make_module(base, compute_dtype=dtype)
+    whole = make_batch()
+    loss, together = loss_and_gradients(module, whole)
+    alone, tokens, total = torch.zeros_like(together), 0, 0.0
+    for start, end in zip(whole["cu_seqlens"].tolist(), whole["cu_seqlens"].tolist()[1:], strict=False):
+        if end - start == 1:
+            continue  # without a label
+        one = make_batch((end - start,)) | {name: whole[name][:, start:end] for name in ("input_ids", "labels")}
+        loss_of_one, gradients = loss_and_gradients(module, one)
+        alone += gradients
+        tokens += end - start - 1
+        total += loss_of_one * (end - start - 1)
+    assert loss == pytest.approx(total / tokens, rel=1e-5 if dtype == "fp32" else 1e-2)
+    assert distance(together, alone) <= (1e-5 if dtype == "fp32" else 2e-2)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", *HALVES])
+def test_shared_beginnings_change_nothing(base, dtype):
+    module = make_module(base, compute_dtype=dtype)
+    batch = make_batch((40, 40, 40))
+    ids = batch["input_ids"].view(3, 40)
+    ids[:, :25] = ids[0, :25].clone()
+    batch["labels"] = torch.where(torch.arange(40) < 25, -100, ids).view(1, -1)
+    loss, gradients = loss_and_gradients(module, batch)
+    plain_loss, expected = loss_and_gradients(make_module(base, compute_dtype=dtype, fast=False), batch)
+    assert loss == pytest.approx(plain_loss, rel=1e-5 if dtype == "fp32" else 1e-2)
+    assert distance(gradients, expected) <= (1e-5 if dtype == "fp32" else 3e-2)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_card_without_the_ragged_kernel_gives_the_same(base, dtype, monkeypatch):
+    module = make_module(base, compute_dtype=dtype)
+    loss, gradients = loss_and_gradients(module)
+    for place in ("qlora_lightning.model.module", "qlora_lightning.model.layers.attention"):
+        monkeypatch.setattr(f"{place}.has_ragged_kernel", lambda *_: False)
+    old_loss, on_old = loss_and_gradients(module)
+    assert old_loss == pytest.approx(loss, rel=1e-2)
+    assert distance(on_old, gradients) <= 2e-2
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_gradient_checkpointing_gives_the_same_numbers(base, dtype):
+    module = make_module(base, compute_dtype=dtype)
+    loss, gradients = loss_and_gradients(module)
+    enable_activation_checkpointing(module.causal_lm)
+    again, checkpointed = loss_and_gradients(module)
+    assert again == loss
+    assert torch.equal(checkpointed, gradients)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="a CPU is never waited for")
+def test_the_host_waits_for_nothing_in_forward_and_backward(base):
+    module = make_module(base, compute_dtype="bf16")
+    loss_and_gradients(module)  # what is made once
+    batch = make_batch()
+    laid_out = to_device(batch, DEVICE) | {"layout": module.lay_out(batch).to(DEVICE)}
+    laid_out["layout"] = laid_out["layout"].bind(laid_out)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        module.compute_loss(laid_out).nll_sum.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="a CPU has C++ loops instead")
+def test_regions_are_compiled_once_for_all_lengths(base):
+    module = make_module(base, compute_dtype="bf16")
+    for lengths in (LENGTHS, (8, 24), (33, 33, 33)):
+        loss_and_gradients(module, make_batch(lengths))
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs or not elementwise._has_triton()
+    for lengths in ((7, 7, 12), (100,), (2, 3, 4, 5)):
+        loss_and_gradients(module, make_batch(lengths))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="a CPU has none")
+def test_from_compute_capability_8_on_the_ragged_kernel_runs():
+    expected = torch.cuda.get_device_capability(DEVICE) >= (8, 0)
+    assert attention.has_ragged_kernel(DEVICE, torch.bfloat16) is expected

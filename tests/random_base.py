@@ -1,0 +1,50 @@
+"""Bases of random weights with a tokenizer of their own: for machines that have no SmolLM2."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+START, END = "<|im_start|>", "<|im_end|>"
+_TEMPLATE = (
+    "{% for message in messages %}"
+    f"{START}{{{{ message['role'] + '\\n' + message['content'] }}}}{END}{{{{ '\\n' }}}}"
+    "{% endfor %}"
+    f"{{% if add_generation_prompt %}}{START}assistant{{{{ '\\n' }}}}{{% endif %}}"
+)
+
+
+def save_tokenizer(folder: Path, texts: Iterable[str], size: int = 8192) -> None:
+    """Write a byte-level BPE tokenizer with a ChatML template, which knows the words of some texts.
+
+    Args:
+        folder: Where to.
+        texts: What its merges are learnt from.
+        size: Of its vocabulary, at the most.
+    """
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts,
+        BpeTrainer(vocab_size=size, special_tokens=[START, END], initial_alphabet=alphabet, show_progress=False),
+    )
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=START, eos_token=END, pad_token=END)
+    made.chat_template = _TEMPLATE
+    made.save_pretrained(folder)
+
+
+def save_random_llama(folder: Path, config: Any, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a small LLaMA of random weights beside its tokenizer."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).to(dtype)
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids)
+    model.save_pretrained(folder)

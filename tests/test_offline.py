@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import yaml
 
 PROGRAM = """
@@ -33,6 +34,7 @@ print("offline")
 """
 
 
+@pytest.mark.slow
 def test_fit_resume_validate_predict_and_going_on_with_an_adapter_ask_no_network(tiny_base, tmp_path):
     row = json.dumps({"instruction": "Say it.", "output": "it"}) + "\n"
     (tmp_path / "rows.jsonl").write_text(row * 4)

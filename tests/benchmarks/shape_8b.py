@@ -27,6 +27,9 @@ def make_config(layers: int) -> LlamaConfig:
         max_position_embeddings=131_072,
         rope_theta=500_000.0,
         dtype="bfloat16",
+        bos_token_id=0,  # those of the tokenizer of tests/random_base.py
+        eos_token_id=1,
+        pad_token_id=1,
     )
 
 

@@ -45,6 +45,7 @@ def wait_for_end(pid, seconds):
     pytest.fail(f"the other process is still there after {seconds} s")
 
 
+@pytest.mark.slow
 def test_the_others_end_when_the_first_process_is_killed(folder):
     code, log = run(folder, rank=0, others_sleep=100.0)  # asleep, as in an exchange that nobody answers
     assert code == -signal.SIGKILL

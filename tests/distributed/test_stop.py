@@ -7,6 +7,8 @@ import yaml
 
 from tests.distributed.runs import CONFIG, adapter_bytes, launch, metrics
 
+pytestmark = pytest.mark.slow
+
 STOPS = {
     "training": {"rank": 1, "batch": 4},  # the first batch of the second window
     "validation": {"rank": 1, "batch": 1, "validation": True, "number": int(signal.SIGHUP)},

@@ -14,12 +14,6 @@ def torture(base, *arguments):
     return subprocess.run([*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
-def test_a_run_killed_twice_ends_as_one_in_peace(tiny_base):
-    done = torture(tiny_base, "--kills", "2", "--settings", "one")
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert "| 1 process | 2 |" in done.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["one", "two", "stream"])
 def test_runs_killed_five_times_end_as_ones_in_peace(tiny_base, setting):

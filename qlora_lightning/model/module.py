@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.base.cache import EntryCheck
-from qlora_lightning.model.adapters.folder import save_adapter_folder
+from qlora_lightning.model.adapters.folder import add_named_adapter, fill_adapter, save_adapter_folder
 from qlora_lightning.model.adapters.identity import check_identity, identity_of_data
 from qlora_lightning.model.adapters.lora import (
     all_names_of_trainable_tensors,
@@ -27,8 +27,6 @@ from qlora_lightning.model.adapters.lora import (
     copy_tensors,
     trainable_tensors,
 )
-from qlora_lightning.model.adapters.named import add_named_adapter
-from qlora_lightning.model.adapters.reading import fill_adapter
 from qlora_lightning.model.adapters.targets import check_layers
 from qlora_lightning.model.base_model import Quantization
 from qlora_lightning.model.batch import is_flat

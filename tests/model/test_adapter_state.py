@@ -89,14 +89,14 @@ def test_another_base_is_refused_unless_that_is_asked_for(trained, change, capsy
 def test_tensors_must_fit_even_so(trained):
     with pytest.raises(UserError, match="has shape"):
         QLoRAModule.load_from_checkpoint(trained[1], rank=3, strict_identity=False)
-    with pytest.raises(UserError, match=r"model.rank 2, this model's has 3"):
+    with pytest.raises(UserError, match=r"trained with model.rank 2, but here it is 3"):
         QLoRAModule.load_from_checkpoint(trained[1], rank=3)
 
 
 def test_a_resume_tells_a_misfit_by_its_cause(tiny_base, trained):
     module = QLoRAModule(str(tiny_base), rank=3, target_modules="attention", compute_dtype="fp32")
     module.configure_model()
-    with pytest.raises(UserError, match=r"The checkpoint holds an adapter with model.rank 2"):
+    with pytest.raises(UserError, match=r"The checkpoint was trained with model.rank 2"):
         module.on_load_checkpoint(torch.load(trained[1], weights_only=True))
 
 

@@ -18,6 +18,7 @@ from qlora_lightning.model.layout import Samples, whole_samples
 
 BATCH_SIZE = 64  # rows that are answered together
 TOKEN_BUDGET = 32_768  # keys and values that are kept at a time: of SmolLM2-135M 0.75 GB, of Llama-3.1-8B 4.3 GB
+FEW_ROWS = 4  # for so few bitsandbytes multiplies packed weights on every card
 _SHARE = 0.5  # of the free memory that the dense weights may take
 _STILL_GOING = 0.75  # of a batch: with no more the others leave it, which copies all keys and values
 
@@ -120,7 +121,8 @@ def generate_answers(
 
     Rows of like length go together. The prompts of a batch run as one flat stream, then one token of each row at a time
     against its keys and values; rows that have stopped leave the batch, some at a time. 4-bit weights are dequantized
-    once for all of it, if there is memory for that. The model's training mode is restored.
+    once for all of it, if there is memory for that; a GPU multiplies a few rows by the packed ones. The model's mode is
+    restored.
 
     Args:
         model: A causal language model of transformers or PEFT; one whose attention is not ours takes transformers'
@@ -138,7 +140,8 @@ def generate_answers(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), dense_weights(model):
+        packed = len(prompts) <= FEW_ROWS and next(model.parameters()).is_cuda
+        with torch.no_grad(), contextlib.nullcontext() if packed else dense_weights(model):
             limit = rope_limit(_causal_lm(model).config)
             for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size, limit):
                 batch = [list(prompts[row]) for row in rows]

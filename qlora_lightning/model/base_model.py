@@ -1,7 +1,6 @@
 """The frozen base: loaded, quantized once, checked, and lent to the next run of the same process."""
 
 import contextlib
-import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -91,7 +90,7 @@ class QuantizedBase:
 
     Attributes:
         model: The frozen model.
-        source: Where the weights before quantization lie.
+        source: The weights before quantization.
         fingerprint: A hash over the source's tensors.
         quantization: How the linears are stored.
         double_quant: Whether the 4-bit scales are quantized too.
@@ -133,19 +132,28 @@ def load_base(
         double_quant: Quantize the 4-bit scales too (Dettmers et al. 2023, section 3): 0.4 bits less per weight.
         compute_dtype: Dtype of the products, the embedding, the norms and the head.
         cache: Keep the quantized base for the next start.
-        device: Where the model shall live.
+        device: Where the model is put.
         check_later: Return while a large base from the cache is still compared with its checksums; the caller must call
             ``wait()`` of the result's ``check`` before anything that was computed with it is kept.
-
-    Raises:
-        UserError: The name, or what it names, cannot be used.
-        RuntimeError: A linear did not get quantized.
     """
     source = open_base(name, revision)
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    load = functools.partial(
-        _load, device=torch.device(device), dtype=compute_dtype, trust_remote_code=trust_remote_code
-    )
+
+    def load(folder: Path, settings: BitsAndBytesConfig | None = None) -> PreTrainedModel:
+        quantize: dict[str, Any] = {} if settings is None else {"quantization_config": settings}
+        # Quantizing takes minutes and shows its bar; reading does not.
+        with contextlib.nullcontext() if quantize else _quiet_bars(), giving_memory_back():
+            return AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=compute_dtype,
+                device_map={"": torch.device(device)},
+                attn_implementation=register_flat_attention(),
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                **quantize,
+            )
+
     check = None
     if getattr(config, "quantization_config", None) is not None:
         stored = check_stored_quantization(config, quantization, name)
@@ -158,8 +166,8 @@ def load_base(
     else:
         settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
         if cache:
-            kind = torch.device(device).type
-            folder = _quantized_folder(source, config, settings, compute_dtype, kind, load)
+            built_by = {"dtype": str(compute_dtype), "device": torch.device(device).type}
+            folder = _quantized_folder(source, config, settings, built_by, load)
             is_large = sum(file.stat().st_size for file in folder.iterdir()) > _CHECKED_AT_ONCE
             check = EntryCheck(folder, source.name) if is_large else None
             model = load(folder)
@@ -174,35 +182,11 @@ def load_base(
     return QuantizedBase(model, source, fingerprint(source.folder), quantization, double_quant, check)
 
 
-def _load(
-    folder: Path,
-    settings: BitsAndBytesConfig | None = None,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    trust_remote_code: bool,
-) -> PreTrainedModel:
-    quantize: dict[str, Any] = {} if settings is None else {"quantization_config": settings}
-    # Quantizing takes minutes and shows its bar; reading does not.
-    with contextlib.nullcontext() if quantize else _quiet_bars(), giving_memory_back():
-        return AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation=register_flat_attention(),
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            **quantize,
-        )
-
-
 def _quantized_folder(
     source: BaseFolder,
     config: PretrainedConfig,
     settings: BitsAndBytesConfig,
-    dtype: torch.dtype,
-    device: str,
+    built_by: Mapping[str, str],
     load: Callable[..., PreTrainedModel],
 ) -> Path:
     def build(folder: Path) -> None:
@@ -217,8 +201,7 @@ def _quantized_folder(
         "source": fingerprint(source.folder),
         "config": {name: value for name, value in config.to_diff_dict().items() if name not in _OF_THE_COPY},
         "settings": settings.to_diff_dict(),
-        "dtype": str(dtype),
-        "device": device,
+        **built_by,
         "bitsandbytes": bnb.__version__,
         "transformers": transformers.__version__,
     }

@@ -390,7 +390,8 @@ class QLoRAModule(lightning.LightningModule):
         return {**batch, "layout": self.lay_out(batch)} if is_flat(batch) else batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return {**batch, "layout": batch["layout"].bind(batch)} if is_flat(batch) else batch
+        layout = batch.get("layout") if is_flat(batch) else None  # who moves a batch by hand need not have laid it out
+        return batch if layout is None else {**batch, "layout": layout.bind(batch)}
 
     @property
     def leaves_out_unneeded(self) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from lightning import Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from qlora_lightning.callbacks.started_folder import UNFINISHED
-from qlora_lightning.model.adapters.folder import settle_folder
+from qlora_lightning.model.adapters.folder import UNFINISHED as UNFINISHED_ADAPTER
 from qlora_lightning.support.files import find_storage_fault
 
 
@@ -115,4 +116,4 @@ def clear_remains(checkpoints: Path, adapter: Path) -> None:
         for file in checkpoints.glob("*unfinished"):
             file.unlink()
         (checkpoints / UNFINISHED).unlink(missing_ok=True)
-        settle_folder(adapter)
+        shutil.rmtree(adapter / UNFINISHED_ADAPTER)

@@ -101,8 +101,7 @@ def read_folder(folder: Path, repo: str, base: str | None = None) -> dict[str, b
     if empty:
         raise UserError(f"{folder / empty[0]} is empty: copy the adapter folder again. Nothing is sent.")
     # here, so that --help and mistakes answer at once
-    from qlora_lightning.model.adapters.folder import describe_card
-    from qlora_lightning.model.adapters.reading import read_tensors
+    from qlora_lightning.model.adapters.folder import describe_card, read_tensors
 
     read_tensors(folder)
     contents = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}

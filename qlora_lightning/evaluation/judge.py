@@ -10,7 +10,7 @@ import torch
 from qlora_lightning.evaluation.rows import EvaluationRow, choose_max_new_tokens
 from qlora_lightning.evaluation.scores import choose_scores, describe_mixture, judge_answer
 from qlora_lightning.model.generate import dense_weights
-from qlora_lightning.model.row_losses import losses_of_rows
+from qlora_lightning.model.loss import losses_of_rows
 
 
 @dataclass(frozen=True)

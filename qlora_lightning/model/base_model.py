@@ -26,7 +26,7 @@ from qlora_lightning.support.errors import UserError
 
 
 class KeptBase:
-    """Holds the base of the training that has ended until the next one asks for the same."""
+    """Holds the base of a training that has ended until the next one asks for the same."""
 
     def __init__(self) -> None:
         self._key: object = None
@@ -34,12 +34,7 @@ class KeptBase:
         self._is_here = False
 
     def lend(self, key: object, load: Callable[[], Any]) -> Any:
-        """Give the kept base where it was loaded by the same key, else load it.
-
-        Args:
-            key: Everything that the base depends on.
-            load: Makes it: an object with the model in its attribute ``model``.
-        """
+        """Return the kept base if ``key``, everything that it depends on, is the same; else load it."""
         if not (self._is_here and self._key == key):
             self._lent = None  # or two bases would be in memory
             self._lent = load()
@@ -47,12 +42,9 @@ class KeptBase:
         return self._lent
 
     def take_back(self, model: Any) -> bool:
-        """Take the adapters off a model by PEFT's own means, and keep its base; gives whether it is kept.
+        """Take the adapters off a model that is not used any more, by PEFT's own means, and return if its base is kept.
 
-        A model that is not PEFT's around the lent base, or whose base would train, is let go: the next one is loaded.
-
-        Args:
-            model: Of a training that has ended, which is not used any more.
+        A model that is not PEFT's around the lent base, or whose base would train, is let go.
         """
         self._is_here = False
         if isinstance(model, peft.PeftModel) and self._lent is not None:
@@ -68,18 +60,17 @@ _kept: ContextVar[KeptBase | None] = ContextVar("kept_base", default=None)
 
 @contextlib.contextmanager
 def keeping_base() -> Iterator[KeptBase]:
-    """Let :func:`lend_base` ask the keeper that this gives, as long as it is open."""
-    token = _kept.set(KeptBase())
+    """Let :func:`lend_base` ask the keeper that this yields, while it is open."""
+    kept = KeptBase()
+    token = _kept.set(kept)
     try:
-        kept = _kept.get()
-        assert kept is not None
         yield kept
     finally:
         _kept.reset(token)
 
 
 def lend_base(key: object, load: Callable[[], Any]) -> Any:
-    """Load a base, or have the kept one where :func:`keeping_base` is open; see :meth:`KeptBase.lend`."""
+    """Load a base, or take the one that :func:`keeping_base` keeps; see :meth:`KeptBase.lend`."""
     kept = _kept.get()
     return load() if kept is None else kept.lend(key, load)
 
@@ -99,7 +90,7 @@ class QuantizedBase:
 
     Attributes:
         model: The frozen model.
-        source: Where the weights before quantization lie.
+        source: The weights before quantization.
         fingerprint: A hash over the source's tensors.
         quantization: How the linears are stored.
         double_quant: Whether the 4-bit scales are quantized too.
@@ -141,17 +132,28 @@ def load_base(
         double_quant: Quantize the 4-bit scales too (Dettmers et al. 2023, section 3): 0.4 bits less per weight.
         compute_dtype: Dtype of the products, the embedding, the norms and the head.
         cache: Keep the quantized base for the next start.
-        device: Where the model shall live.
+        device: Where the model is put.
         check_later: Return while a large base from the cache is still compared with its checksums; the caller must call
             ``wait()`` of the result's ``check`` before anything that was computed with it is kept.
-
-    Raises:
-        UserError: The name, or what it names, cannot be used.
-        RuntimeError: A linear did not get quantized.
     """
     source = open_base(name, revision)
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    load = _Loader(torch.device(device), compute_dtype, trust_remote_code)
+
+    def load(folder: Path, settings: BitsAndBytesConfig | None = None) -> PreTrainedModel:
+        quantize: dict[str, Any] = {} if settings is None else {"quantization_config": settings}
+        # Quantizing takes minutes and shows its bar; reading does not.
+        with contextlib.nullcontext() if quantize else _quiet_bars(), giving_memory_back():
+            return AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=compute_dtype,
+                device_map={"": torch.device(device)},
+                attn_implementation=register_flat_attention(),
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                **quantize,
+            )
+
     check = None
     if getattr(config, "quantization_config", None) is not None:
         stored = check_stored_quantization(config, quantization, name)
@@ -164,8 +166,10 @@ def load_base(
     else:
         settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
         if cache:
-            folder = _quantized_folder(source, config, settings, load)
-            check = EntryCheck(folder, source.name) if _is_large(folder) else None
+            built_by = {"dtype": str(compute_dtype), "device": torch.device(device).type}
+            folder = _quantized_folder(source, config, settings, built_by, load)
+            is_large = sum(file.stat().st_size for file in folder.iterdir()) > _CHECKED_AT_ONCE
+            check = EntryCheck(folder, source.name) if is_large else None
             model = load(folder)
         else:
             EntryCheck(source.folder, source.name).wait()
@@ -178,74 +182,26 @@ def load_base(
     return QuantizedBase(model, source, fingerprint(source.folder), quantization, double_quant, check)
 
 
-_LEAST_FREE = 20  # times what plain scales take more
-
-
-def unnest_scales(model: nn.Module) -> None:
-    """Hold the scales of 4-bit weights in float32, if they take no more than a twentieth of the GPU's free memory.
-
-    Double quantization keeps them in 8 bits. To make them anew for each product are two more kernels, and each layer
-    has fourteen such products a step. The numbers are the same.
-    """
-    weights = [module.weight for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
-    nested = [weight.quant_state for weight in weights if weight.is_cuda and weight.quant_state.nested]
-    if not nested:
-        return
-    more = sum(state.absmax.numel() * (torch.float32.itemsize - 1) for state in nested)
-    if _LEAST_FREE * more <= torch.cuda.mem_get_info(nested[0].absmax.device)[0]:
-        for state in nested:
-            unnest(state)
-
-
-def unnest(state: Any) -> None:
-    """Put the scales of a bitsandbytes ``QuantState`` in the place of those that are quantized themselves."""
-    state.absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    state.nested, state.state2, state.offset = False, None, None
-
-
-def _is_large(folder: Path) -> bool:
-    return sum(file.stat().st_size for file in folder.iterdir()) > _CHECKED_AT_ONCE
-
-
-class _Loader:
-    """``from_pretrained`` with the arguments that every load here shares."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> None:
-        self.device, self.dtype, self.trust_remote_code = device, dtype, trust_remote_code
-
-    def __call__(self, folder: Path, settings: BitsAndBytesConfig | None = None) -> PreTrainedModel:
-        quantize: dict[str, Any] = {} if settings is None else {"quantization_config": settings}
-        # Quantizing takes minutes and shows its bar; reading does not.
-        with _quiet_bars(quiet=settings is None), giving_memory_back():
-            return AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=self.dtype,
-                device_map={"": self.device},
-                attn_implementation=register_flat_attention(),
-                local_files_only=True,
-                trust_remote_code=self.trust_remote_code,
-                use_safetensors=True,
-                **quantize,
-            )
-
-
 def _quantized_folder(
-    source: BaseFolder, config: PretrainedConfig, settings: BitsAndBytesConfig, load: _Loader
+    source: BaseFolder,
+    config: PretrainedConfig,
+    settings: BitsAndBytesConfig,
+    built_by: Mapping[str, str],
+    load: Callable[..., PreTrainedModel],
 ) -> Path:
     def build(folder: Path) -> None:
         _log.info("Quantizing %s, once; later starts read it from the cache.", source.name)
         EntryCheck(source.folder, source.name).wait()  # of an unpacked GGUF
         model = load(source.folder, settings)
         freeze(model)  # packed weights would be saved wrongly, see there
-        with _quiet_bars(quiet=True):
+        with _quiet_bars():
             save_model(model, folder, max_shard_size="200MB")  # a shard is held in memory while it is written
 
     key = {
         "source": fingerprint(source.folder),
         "config": {name: value for name, value in config.to_diff_dict().items() if name not in _OF_THE_COPY},
         "settings": settings.to_diff_dict(),
-        "dtype": str(load.dtype),
-        "device": load.device.type,
+        **built_by,
         "bitsandbytes": bnb.__version__,
         "transformers": transformers.__version__,
     }
@@ -264,8 +220,42 @@ def _bitsandbytes_config(quantization: Quantization, double_quant: bool, dtype: 
     )
 
 
+@contextlib.contextmanager
+def _quiet_bars() -> Iterator[None]:
+    bars = transformers.utils.logging
+    was_enabled = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            bars.enable_progress_bar()
+
+
+def unnest_scales(model: nn.Module) -> None:
+    """Hold the scales of 4-bit weights in float32, if that takes no more than a twentieth of the GPU's free memory.
+
+    Double quantization keeps them in 8 bits. To compute them again for each product takes two more kernels, and each
+    layer has fourteen such products a step. The numbers are the same.
+    """
+    weights = [module.weight for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    nested = [weight.quant_state for weight in weights if weight.is_cuda and weight.quant_state.nested]
+    if not nested:
+        return
+    more = sum(state.absmax.numel() * (torch.float32.itemsize - 1) for state in nested)
+    if 20 * more <= torch.cuda.mem_get_info(nested[0].absmax.device)[0]:
+        for state in nested:
+            unnest(state)
+
+
+def unnest(state: Any) -> None:
+    """Replace the quantized scales of a bitsandbytes ``QuantState`` by plain ones."""
+    state.absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    state.nested, state.state2, state.offset = False, None, None
+
+
 def _set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Compute in the dtype that was asked for: with a stored quantization its own dtypes rule without a word."""
+    """Compute in the dtype that was asked for: transformers takes that of a stored quantization."""
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype = dtype
@@ -276,7 +266,7 @@ def _set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def stored_quantization(settings: Mapping[str, Any]) -> str:
-    """Name how a base is stored, by the ``quantization_config`` of its ``config.json``: ``nf4``, or what else it is."""
+    """Return how a base is stored, by the ``quantization_config`` of its ``config.json``: ``nf4``, or what it is."""
     if settings.get("load_in_8bit"):
         return "int8"
     four_bits = settings.get("load_in_4bit")
@@ -284,16 +274,7 @@ def stored_quantization(settings: Mapping[str, Any]) -> str:
 
 
 def check_stored_quantization(config: PretrainedConfig, quantization: Quantization, name: str) -> dict[str, Any]:
-    """Give the settings with which a base is stored quantized.
-
-    Args:
-        config: Of the base.
-        quantization: What the user asks for.
-        name: Of the base.
-
-    Raises:
-        UserError: They differ, or a part was left out.
-    """
+    """Return the settings with which a base is stored quantized; reject others than asked for, or a part left out."""
     stored: Any = config.quantization_config
     if not isinstance(stored, dict):
         stored = stored.to_dict()
@@ -314,7 +295,7 @@ def check_stored_quantization(config: PretrainedConfig, quantization: Quantizati
 
 
 def freeze(model: nn.Module) -> None:
-    """Freeze by hand: nothing changes its dtype, and no layer its function.
+    """Freeze by hand: no dtype changes, and no layer's function.
 
     On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a 4-bit weight in place at the first evaluation forward: after
     that frozen layers pass no gradient and ``state_dict()`` corrupts the weight. And its int8 layers on a CPU compute
@@ -335,11 +316,9 @@ class _AlwaysTrainingLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]  # b
 
 
 def _check_quantized(model: nn.Module, quantization: Quantization) -> None:
-    """Every linear of the decoder layers is stored as asked, and there is one."""
-    expected: dict[str, type[nn.Module]] = {"int8": bnb.nn.Linear8bitLt, "none": nn.Linear}
-    wanted = expected.get(quantization, bnb.nn.Linear4bit)
+    """See that every linear of the decoder layers is stored as asked, and that there is one."""
     linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name]
-    wrong = [name for name, module in linears if not (isinstance(module, wanted) and _is_stored(module))]
+    wrong = [name for name, linear in linears if not _is_stored(linear, quantization)]
     if wrong or not linears:
         shown = ", ".join(wrong[:3]) or "no linear in any decoder layer"
         raise RuntimeError(
@@ -348,20 +327,9 @@ def _check_quantized(model: nn.Module, quantization: Quantization) -> None:
         )
 
 
-def _is_stored(module: nn.Module) -> bool:
-    if isinstance(module, bnb.nn.Linear4bit):
-        return isinstance(module.weight, bnb.nn.Params4bit) and module.weight.quant_state is not None
-    return not isinstance(module, bnb.nn.Linear8bitLt) or module.weight.dtype == torch.int8
-
-
-@contextlib.contextmanager
-def _quiet_bars(quiet: bool) -> Iterator[None]:
-    bars = transformers.utils.logging
-    if not quiet or not bars.is_progress_bar_enabled():
-        yield
-        return
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        bars.enable_progress_bar()
+def _is_stored(linear: nn.Linear, quantization: Quantization) -> bool:
+    if quantization == "none":
+        return True
+    if quantization == "int8":
+        return isinstance(linear, bnb.nn.Linear8bitLt) and linear.weight.dtype == torch.int8
+    return isinstance(linear, bnb.nn.Linear4bit) and linear.weight.quant_state is not None

@@ -12,7 +12,7 @@ from qlora_lightning.model.layout import IGNORED, find_needed
 
 
 def row_places(data: Any, row_ids: Iterable[int]) -> list[str]:
-    """Say where training rows stand: ``train.jsonl:17``, or ``row 16`` where the data do not know.
+    """Return where training rows are from: ``train.jsonl:17``, or ``row 16`` if the data do not know.
 
     Args:
         data: The Trainer's data module, or ``None``; one of ours knows the places.
@@ -41,11 +41,10 @@ def is_flat(batch: Any) -> bool:
 
 
 def cut_into_rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Cut a flat batch into one of each row, as if it came alone; a batch of another make stays whole."""
+    """Cut a flat batch into one of each row, as if it came alone; one of another kind is not cut: no rows."""
     if not is_flat(batch):
         return []
     bounds: Tensor = batch["cu_seqlens"]
-    ends = bounds.tolist()
     return [
         {
             **{name: batch[name][:, start:end] for name in ("input_ids", "position_ids", "labels")},
@@ -53,7 +52,7 @@ def cut_into_rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
             "cu_seqlens": bounds.new_tensor([0, end - start]),
             "longest": end - start,
         }
-        for number, (start, end) in enumerate(itertools.pairwise(ends))
+        for number, (start, end) in enumerate(itertools.pairwise(bounds.tolist()))
     ]
 
 
@@ -103,18 +102,18 @@ class BatchShape:
         return sum(self.attended) - sum(self.shared)
 
     def whole(self) -> "BatchShape":
-        """Give the batch as it is where all its tokens are computed."""
+        """Return the shape if all tokens are computed."""
         return BatchShape(self.lengths, self.labelled)
 
     def cut(self, most: int) -> "BatchShape":
-        """Give about the batch with samples of at most so many tokens, labelled ones in proportion."""
+        """Estimate the shape with samples of at most so many tokens, labelled ones in proportion."""
         lengths, seen, shared = (
             tuple(min(each, most) for each in counts) for counts in (self.lengths, self.seen, self.shared)
         )
         return BatchShape(lengths, self._labelled_of(lengths), seen, shared)
 
     def longest(self, samples: int) -> "BatchShape":
-        """Give about the batch of its longest samples: labelled tokens in proportion, and they share as much."""
+        """Estimate the shape of its longest samples: labelled tokens in proportion, and they share as much."""
         order = sorted(range(len(self.lengths)), key=lambda sample: -self.lengths[sample])[:samples]
         lengths, seen, shared = (
             tuple(counts[sample] for sample in order if counts) for counts in (self.lengths, self.seen, self.shared)
@@ -139,12 +138,7 @@ def shape_of_rows(samples: Any, rows: Sequence[int]) -> BatchShape:
 
 
 def computed_counter(samples: Any, leaves_out: bool) -> Callable[[Sequence[int]], int]:
-    """Give what counts the tokens that are computed of the batch of some rows.
-
-    Args:
-        samples: The rows' set.
-        leaves_out: Whether tokens that the loss does not need are left out.
-    """
+    """Return what counts the computed tokens of the batch of some rows, with or without those that no loss needs."""
     if leaves_out:
         return lambda rows: shape_of_rows(samples, rows).computed
     return lambda rows: int(samples.lengths[rows].sum())

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import bitsandbytes as bnb
 import peft
@@ -13,6 +13,7 @@ from transformers.initialization import no_init_weights
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
 from qlora_lightning.base.cache import EntryCheck
+from qlora_lightning.model.adapters.folder import check_folder_fits, open_adapter_folder, read_lora_config
 from qlora_lightning.model.adapters.identity import (
     check_adapter_options,
     check_identity,
@@ -20,13 +21,11 @@ from qlora_lightning.model.adapters.identity import (
     describe_adapter,
     hash_config,
 )
-from qlora_lightning.model.adapters.lora import add_adapters, trainable_tensors
-from qlora_lightning.model.adapters.reading import LOADING_FAULTS, check_folder_fits, open_adapter_folder, word_misfit
+from qlora_lightning.model.adapters.lora import add_adapters, inject, trainable_tensors
 from qlora_lightning.model.adapters.targets import layer_of
 from qlora_lightning.model.base_model import Quantization, QuantizedBase, lend_base, load_base
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.fusing import fuse_layers
-from qlora_lightning.support.versions import without_peft_warnings
 
 
 @dataclass(frozen=True)
@@ -163,14 +162,7 @@ def build_skeleton(
 def _has_dora(folder: Path | None, options: dict[str, Any]) -> bool:
     if folder is None:
         return bool((options.get("lora_options") or {}).get("use_dora"))
-    return bool(_read_folder(folder).use_dora)
-
-
-def _read_folder(folder: Path) -> peft.LoraConfig:
-    read_identity(folder)  # words a misspelt name
-    settings = peft.LoraConfig.from_pretrained(str(folder))
-    settings.base_model_name_or_path, settings.inference_mode = None, False
-    return cast(peft.LoraConfig, settings)
+    return bool(read_lora_config(folder).use_dora)
 
 
 def _quantize(model: PreTrainedModel, quantization: Quantization, compute_dtype: torch.dtype) -> None:
@@ -193,12 +185,7 @@ def _adapt(model: PreTrainedModel, folder: Path | None, options: dict[str, Any])
     if folder is None:
         return add_adapters(model, **options)
     targets = chosen_targets(model, options)
-    settings = _read_folder(folder)
-    try:
-        with without_peft_warnings():
-            adapted = cast(peft.PeftModel, peft.get_peft_model(model, settings))
-    except LOADING_FAULTS as error:
-        raise word_misfit(folder, error) from error
+    adapted = inject(model, read_lora_config(folder))
     check_adapter_options(adapted, targets, options, str(folder))
     check_folder_fits(adapted, folder)
     return adapted

@@ -22,9 +22,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def choose_compute_dtype(name: ComputeDtype, device: torch.device) -> torch.dtype:
-    """Turn a name into a dtype; ``auto`` asks the hardware.
-
-    ``auto`` is bf16 where the hardware has it, else fp16 on CUDA and fp32 on a CPU.
+    """Return the dtype of a name; ``auto`` is bf16 if the hardware has it, else fp16 on CUDA and fp32 on a CPU.
 
     Raises:
         UserError: bf16 is asked for on a CUDA device that would only emulate it.
@@ -39,7 +37,7 @@ def choose_compute_dtype(name: ComputeDtype, device: torch.device) -> torch.dtyp
 
 
 def explain_dtype(name: ComputeDtype, device: torch.device) -> str | None:
-    """Say what to expect of hardware without bf16; ``None`` where it has that, or fp32 was asked for.
+    """Describe what to expect of hardware without bf16; ``None`` if it has that, or fp32 was asked for.
 
     Measured on two cores of an EPYC 7003, 1024 × 1536 by 1536 × 1536: 135 GFLOP/s in fp32, 0.8 in bf16.
     """
@@ -62,7 +60,7 @@ def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        # AVX512-BF16 or AMX; without them torch converts back and forth, and fp32 is faster.
+        # without its instructions torch converts back and forth, and fp32 is faster
         return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
     return True
 
@@ -79,12 +77,11 @@ def read_memory(device: torch.device) -> dict[str, float]:
             "memory_peak_gib": torch.cuda.max_memory_allocated(device) / _GIB,
         }
     status = Path("/proc/self/status")
-    if not status.exists():  # not Linux: what psutil knows everywhere
-        resident = psutil.Process().memory_info().rss / _GIB
-        return {"private_memory_gib": resident, "peak_rss_gib": resident}
+    if not status.exists():  # not Linux
+        return {"private_memory_gib": read_resident_bytes() / _GIB, "peak_rss_gib": read_peak_gib(device)}
     fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    kib = {name: int(fields[name].split()[0]) for name in ("RssAnon", "VmHWM")}
-    return {"private_memory_gib": kib["RssAnon"] * 1024 / _GIB, "peak_rss_gib": kib["VmHWM"] * 1024 / _GIB}
+    private, peak = (int(fields[name].split()[0]) * 1024 / _GIB for name in ("RssAnon", "VmHWM"))
+    return {"private_memory_gib": private, "peak_rss_gib": peak}
 
 
 def device_memory_gib(device: torch.device) -> float:
@@ -101,40 +98,33 @@ def read_peak_gib(device: torch.device) -> float:
     try:
         import resource
     except ImportError:  # Windows
-        return float(psutil.Process().memory_info().rss / _GIB)
+        return read_resident_bytes() / _GIB
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
     return kib * (1 if psutil.MACOS else 1024) / _GIB
 
 
 def read_resident_bytes() -> int:
-    """Read how much of this process lies in memory now, mapped files included."""
+    """Read how much of this process is in memory now, mapped files included."""
     return int(psutil.Process().memory_info().rss)
 
 
-_EVERY = 0.02  # seconds; a look takes some 20 microseconds
-
-
 class PeakWatch:
-    """Watch the memory of this process from a thread, or remember what CUDA says of its own.
+    """Watch the memory of this process from a thread, or that of a CUDA device by its own counter.
 
-    The kernel's own peak counts from the start of the process, in which a base may have been quantized.
-
-    Args:
-        device: What trains.
+    The kernel's peak counts from the start of the process, in which a base may have been quantized.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._most = 0
         self._done = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="peak-watch")
 
     def start(self) -> None:
         """Begin."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
-            self._thread = threading.Thread(target=self._watch, daemon=True, name="peak-watch")
             self._thread.start()
 
     def look(self) -> None:
@@ -144,16 +134,15 @@ class PeakWatch:
         self._most = max(self._most, now)
 
     def stop(self) -> int:
-        """End, and give the most bytes."""
+        """End, and return the most bytes."""
         self._done.set()
-        if self._thread is not None:
+        if self._thread.is_alive():
             self._thread.join()
-            self._thread = None
         self.look()
         return self._most
 
     def _watch(self) -> None:
-        while not self._done.wait(_EVERY):
+        while not self._done.wait(0.02):  # seconds; a look takes some 20 microseconds
             self.look()
 
 
@@ -217,7 +206,7 @@ def _stock_small_blocks(glibc: ctypes.CDLL) -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Give all that is free back to the system; does nothing without glibc."""
+    """Return all that is free to the system; does nothing without glibc."""
     glibc = _find_glibc()
     if glibc is not None:
         glibc.malloc_trim(0)

@@ -1,6 +1,7 @@
 """Answers to prompts, greedily: in flat batches against a cache, or by transformers' generation."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,11 @@ from qlora_lightning.model.layers.elementwise import rope_limit
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
 from qlora_lightning.model.layout import Samples, whole_samples
 
+BATCH_SIZE = 64  # rows that are answered together
+TOKEN_BUDGET = 32_768  # keys and values that are kept at a time: of SmolLM2-135M 0.75 GB, of Llama-3.1-8B 4.3 GB
+FEW_ROWS = 4  # for so few bitsandbytes multiplies packed weights on every card
 _SHARE = 0.5  # of the free memory that the dense weights may take
+_STILL_GOING = 0.75  # of a batch: with no more the others leave it, which copies all keys and values
 
 
 @contextlib.contextmanager
@@ -28,27 +33,23 @@ def dense_weights(model: nn.Module) -> Iterator[bool]:
     Yields:
         Whether the weights are dense now.
     """
-    linears = _quantized_linears(model)
-    if not linears or not _fits(linears):
+    children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
+    linears: list[tuple[nn.Module, str, Any]] = [each for each in children if type(each[2]) is bnb.nn.Linear4bit]
+    if not linears or not _fits([linear for _, _, linear in linears]):
         yield not linears
         return
     try:
         for parent, name, linear in linears:
-            setattr(parent, name, _made_dense(linear))
+            setattr(parent, name, _make_dense(linear))
         yield True
     finally:
         for parent, name, linear in linears:
             setattr(parent, name, linear)
 
 
-def _quantized_linears(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-    return [(parent, name, child) for parent, name, child in found if type(child) is bnb.nn.Linear4bit]
-
-
-def _fits(linears: list[tuple[nn.Module, str, Any]]) -> bool:
-    needed = sum(linear.in_features * linear.out_features * _dtype_of(linear).itemsize for _, _, linear in linears)
-    device = linears[0][2].weight.device
+def _fits(linears: list[Any]) -> bool:
+    needed = sum(linear.in_features * linear.out_features * _dtype_of(linear).itemsize for linear in linears)
+    device = linears[0].weight.device
     if device.type == "cuda":  # what torch has cached is free too
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return bool(needed <= _SHARE * (torch.cuda.mem_get_info(device)[0] + cached))
@@ -61,13 +62,13 @@ def _dtype_of(linear: Any) -> torch.dtype:
 
 
 @torch.no_grad()
-def _made_dense(linear: Any) -> nn.Linear:
-    weight = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state).to(_dtype_of(linear))
-    has_bias = linear.bias is not None
-    dense = nn.Linear(linear.in_features, linear.out_features, bias=has_bias, device="meta")
+def _make_dense(linear: Any) -> nn.Linear:
+    dtype = _dtype_of(linear)
+    dense = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    weight = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state).to(dtype)
     dense.weight = nn.Parameter(weight, requires_grad=False)
-    if has_bias:
-        dense.bias = nn.Parameter(linear.bias.to(weight.dtype), requires_grad=False)
+    if linear.bias is not None:
+        dense.bias = nn.Parameter(linear.bias.to(dtype), requires_grad=False)
     return dense.train(linear.training)
 
 
@@ -103,17 +104,8 @@ def generate_padded(
         eos_token_id=sorted(stop_ids),
         pad_token_id=padding,
     )
-    return [_cut(row, stop_ids) for row in output[:, longest:].tolist()]
-
-
-def _cut(ids: list[int], stop_ids: Collection[int]) -> list[int]:
-    ends = [position for position, token in enumerate(ids) if token in stop_ids]
-    return ids[: ends[0]] if ends else ids
-
-
-BATCH_SIZE = 64  # rows that are answered together
-_STILL_GOING = 0.75  # of a batch: with no more the others leave it, which copies all keys and values
-TOKEN_BUDGET = 32_768  # keys and values that are kept at a time: of SmolLM2-135M 0.75 GB, of Llama-3.1-8B 4.3 GB
+    answers = output[:, longest:].tolist()
+    return [list(itertools.takewhile(lambda token: token not in stop_ids, ids)) for ids in answers]
 
 
 def generate_answers(
@@ -129,8 +121,8 @@ def generate_answers(
 
     Rows of like length go together. The prompts of a batch run as one flat stream, then one token of each row at a time
     against its keys and values; rows that have stopped leave the batch, some at a time. 4-bit weights are dequantized
-    once for all of it, where there is memory for that. The model's training mode is put back afterwards: a model that
-    generated would else stay in ``eval()``.
+    once for all of it, if there is memory for that; a GPU multiplies a few rows by the packed ones. The model's mode is
+    restored.
 
     Args:
         model: A causal language model of transformers or PEFT; one whose attention is not ours takes transformers'
@@ -138,8 +130,8 @@ def generate_answers(
         prompts: Token ids of each prompt.
         stop_ids: Tokens that end an answer.
         max_new_tokens: Tokens after which an answer is cut.
-        batch_size: Rows of a batch at most; fewer where ``TOKEN_BUDGET`` would be passed.
-        watch: Told how many more rows are done.
+        batch_size: Rows of a batch at most; fewer if ``TOKEN_BUDGET`` would be passed.
+        watch: Called with the number of rows that are done now.
 
     Returns:
         The ids of each answer, without the stop token: one shorter than ``max_new_tokens`` has stopped by itself.
@@ -148,7 +140,8 @@ def generate_answers(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), dense_weights(model):
+        packed = len(prompts) <= FEW_ROWS and next(model.parameters()).is_cuda
+        with torch.no_grad(), contextlib.nullcontext() if packed else dense_weights(model):
             limit = rope_limit(_causal_lm(model).config)
             for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size, limit):
                 batch = [list(prompts[row]) for row in rows]
@@ -186,11 +179,33 @@ def _causal_lm(model: Any) -> Any:
 def _generate_flat(
     model: nn.Module, prompts: list[list[int]], stop_ids: frozenset[int], max_new_tokens: int
 ) -> list[list[int]]:
+    causal_lm = _causal_lm(model)
+    device = causal_lm.get_input_embeddings().weight.device
+    lengths = [len(prompt) for prompt in prompts]
+    cache = KeyValueCache(lengths, max_new_tokens, device)
+
+    def choose_next(ids: Tensor, positions: Tensor, samples: Samples | None, last: Tensor | None = None) -> Tensor:
+        """Run the model over a flat batch and return the most likely token behind each row's last one, ``(rows,)``."""
+        output = causal_lm.base_model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            attention_mask=NO_MASK,
+            samples=samples,
+            kv_cache=cache,
+            use_cache=False,
+        )
+        hidden: Tensor = output.last_hidden_state[0]  # (tokens, width)
+        logits: Tensor = causal_lm.get_output_embeddings()(hidden if last is None else hidden[last])
+        return logits.argmax(-1)
+
+    samples = whole_samples(lengths).to(device)
+    ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+    chosen = choose_next(ids, positions, samples, samples.cu_seqlens[1:] - 1)
+
     answers: list[list[int]] = [[] for _ in prompts]
     batch = list(range(len(prompts)))  # which row is where
     going = set(batch)
-    step = _Step(model, prompts, max_new_tokens)
-    chosen = step.read_prompts(prompts)
     for left in range(max_new_tokens, 0, -1):
         for row, token in zip(batch, chosen.tolist(), strict=True):
             if token in stop_ids:
@@ -202,53 +217,9 @@ def _generate_flat(
         if len(going) <= _STILL_GOING * len(batch):
             places = [place for place, row in enumerate(batch) if row in going]
             batch = [batch[place] for place in places]
-            step.cache.keep(places)
+            cache.keep(places)
             chosen = chosen[places]
-        chosen = step.read_tokens(chosen)
+        cache.begin_step()
+        chosen = choose_next(chosen, cache.lengths, None)
+        cache.end_step()
     return answers
-
-
-class _Step:
-    """Runs the model over a flat batch, and chooses the most likely next token of each row.
-
-    Args:
-        model: The model.
-        prompts: Ids of each.
-        room: Tokens that may follow.
-    """
-
-    def __init__(self, model: nn.Module, prompts: list[list[int]], room: int) -> None:
-        self.causal_lm = _causal_lm(model)
-        self.device = self.causal_lm.get_input_embeddings().weight.device
-        self.cache = KeyValueCache([len(prompt) for prompt in prompts], room, self.device)
-
-    def read_prompts(self, prompts: list[list[int]]) -> Tensor:
-        """Give the first token of each answer, ``(rows,)``."""
-        ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
-        positions = torch.cat([torch.arange(len(prompt), device=self.device) for prompt in prompts])
-        samples = whole_samples([len(prompt) for prompt in prompts]).to(self.device)
-        hidden = self._run(ids, positions, samples)
-        return self._choose(hidden[samples.cu_seqlens[1:] - 1])
-
-    def read_tokens(self, tokens: Tensor) -> Tensor:
-        """Give the token behind the latest one of each row, ``(rows,)``."""
-        self.cache.begin_step()
-        hidden = self._run(tokens, self.cache.lengths, None)
-        self.cache.end_step()
-        return self._choose(hidden)
-
-    def _run(self, ids: Tensor, positions: Tensor, samples: Samples | None) -> Tensor:
-        output = self.causal_lm.base_model(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            attention_mask=NO_MASK,
-            samples=samples,
-            kv_cache=self.cache,
-            use_cache=False,
-        )
-        hidden: Tensor = output.last_hidden_state[0]  # (tokens, width)
-        return hidden
-
-    def _choose(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.causal_lm.get_output_embeddings()(hidden)
-        return logits.argmax(-1)

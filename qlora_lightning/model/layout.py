@@ -267,3 +267,21 @@ def check_bounds(bounds: Sequence[int], tokens: int) -> None:
     """
     if bounds[0] != 0 or bounds[-1] != tokens or any(end <= start for start, end in itertools.pairwise(bounds)):
         raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, the tokens of the batch; found {list(bounds)}.")
+
+
+def add_noise(embeddings: Tensor, samples: Samples, alpha: float) -> Tensor:
+    """Add NEFTune's noise to each token's embedding: ``U(-1, 1) · alpha / sqrt(L · width)``.
+
+    L is the length of the token's sample, as in Jain et al. 2023 (algorithm 1); their code takes that of the padded
+    batch. Drawn from torch's generator of the device, as dropout is.
+
+    Args:
+        embeddings: ``(1, tokens, width)``.
+        samples: Of the stream.
+        alpha: Strength.
+    """
+    lengths = samples.cu_seqlens.diff()
+    of_token = lengths.repeat_interleave(lengths, output_size=embeddings.shape[1])  # (tokens,)
+    scale = alpha / (of_token * embeddings.shape[2]).float().sqrt()
+    noise = torch.empty_like(embeddings, dtype=torch.float32).uniform_(-1, 1).mul_(scale[:, None])
+    return embeddings + noise.to(embeddings.dtype)

@@ -1,6 +1,6 @@
 """Next-token loss on the labelled tokens only; the full ``(tokens, vocabulary)`` logits never exist."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -10,15 +10,18 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
+from qlora_lightning.model.batch import is_flat
 from qlora_lightning.model.kernels import loops
 from qlora_lightning.model.layers.fusing import ORIGINAL_LINEARS, is_watched
 from qlora_lightning.model.layers.lora import Frozen, FrozenWeight, apply, project, project_back
+from qlora_lightning.model.layout import IGNORED, next_labels
 
 _MOST_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no quicker
 _LOGIT_BYTES = 64 << 20  # nor shall their logits be more than this; of 128,256 tokens in bf16 261 rows
 _LOGIT_BYTES_OF_GPU = 256 << 20  # there the rows that this holds, 1,046 of these: few large kernels
 _FLOAT = 4  # bytes
 _CACHED_BYTES = 6 << 20  # of probabilities in float32 that a CPU makes at a time: they stay in its cache
+_MOST_TOKENS = 2048  # of rows whose losses are computed in one pass: more make it no quicker
 _BLOCK = 64  # of logits; it divides the vocabulary of nearly every LLaMA
 
 
@@ -203,3 +206,45 @@ def _checkpointed_head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, ch
         nll, right = checkpoint(sums, hidden[part], targets[part], use_reentrant=False)
         nll_sum, correct = nll_sum + nll, correct + right
     return nll_sum, correct
+
+
+def losses_of_rows(module: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[LossSums]:
+    """Compute what ``module.compute_loss`` returns for each row alone.
+
+    If that is not overridden, rows go through the model together, which is two to three times as quick. An override
+    gets one row after the other: only it knows how its loss is made up.
+
+    Args:
+        module: A :class:`~qlora_lightning.model.module.QLoRAModule`; its mode is not changed.
+        rows: Each a batch, on the module's device.
+    """
+    if module.overrides("compute_loss") or not all(map(is_flat, rows)):
+        yield from map(module.compute_loss, rows)
+        return
+    group: list[Mapping[str, Any]] = []
+    tokens = 0
+    for row in rows:
+        length = row["input_ids"].shape[1]
+        if group and tokens + length > _MOST_TOKENS:
+            yield from _losses_of_group(module, group)
+            group, tokens = [], 0
+        group.append(row)
+        tokens += length
+    if group:
+        yield from _losses_of_group(module, group)
+
+
+def _losses_of_group(module: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[LossSums]:
+    lengths = torch.tensor([row["input_ids"].shape[1] for row in rows])
+    states, targets = module.last_states(
+        {
+            **{name: torch.cat([row[name] for row in rows], 1) for name in ("input_ids", "position_ids", "labels")},
+            "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0)).to(rows[0]["cu_seqlens"]),
+            "longest": int(lengths.max()),
+        }
+    )
+    counts = [int((next_labels(row["labels"][0]) != IGNORED).sum()) for row in rows]
+    head = module.causal_lm.get_output_embeddings()
+    for own, wanted in zip(states.split(counts), targets.split(counts), strict=True):
+        with module.autocast():
+            yield head_loss(own, wanted, head, fast=module.fast)

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.base.cache import EntryCheck
-from qlora_lightning.model.adapters.folder import save_adapter_folder
+from qlora_lightning.model.adapters.folder import add_named_adapter, fill_adapter, save_adapter_folder
 from qlora_lightning.model.adapters.identity import check_identity, identity_of_data
 from qlora_lightning.model.adapters.lora import (
     all_names_of_trainable_tensors,
@@ -27,8 +27,6 @@ from qlora_lightning.model.adapters.lora import (
     copy_tensors,
     trainable_tensors,
 )
-from qlora_lightning.model.adapters.named import add_named_adapter
-from qlora_lightning.model.adapters.reading import fill_adapter
 from qlora_lightning.model.adapters.targets import check_layers
 from qlora_lightning.model.base_model import Quantization
 from qlora_lightning.model.batch import is_flat
@@ -57,10 +55,9 @@ from qlora_lightning.model.layers.attention import (
 from qlora_lightning.model.layers.decoder_layer import cast_adapters
 from qlora_lightning.model.layers.elementwise import check_row_length
 from qlora_lightning.model.layers.fusing import choose_layers, explain_plain_layers
-from qlora_lightning.model.layout import Layout, lay_out
+from qlora_lightning.model.layout import Layout, add_noise, lay_out
 from qlora_lightning.model.loss import LossSums, TokenStatistics, head_loss, mean_with_gradient_of_sum
 from qlora_lightning.model.memory.out_of_memory import telling_out_of_memory
-from qlora_lightning.model.neftune import check_neftune_alpha, embed_or_name
 from qlora_lightning.model.optimizer import (
     ParameterGroups,
     build_optimizer,
@@ -72,7 +69,7 @@ from qlora_lightning.model.optimizer import (
     group_parameters,
     plan_steps,
 )
-from qlora_lightning.model.summary import adapter_table, describe_large_rank, describe_sizes
+from qlora_lightning.model.summary import adapter_table, describe_sizes
 from qlora_lightning.model.window import Window, leave_gradients_to_window
 from qlora_lightning.support.console import describe, say
 from qlora_lightning.support.errors import UserError
@@ -167,7 +164,10 @@ class QLoRAModule(lightning.LightningModule):
         check_optimizer(optimizer, learning_rate, weight_decay)
         check_schedule(schedule, warmup_ratio)
         check_loraplus_ratio(loraplus_ratio)
-        check_neftune_alpha(neftune_alpha)
+        if neftune_alpha is not None and not 0 < neftune_alpha < float("inf"):
+            raise UserError(
+                f"model.neftune_alpha is {neftune_alpha:g}: expected a positive number, such as 5, or null."
+            )
         self.save_hyperparameters(logger=False)  # for load_from_checkpoint; see ExactResume
         self.base, self.revision, self.trust_remote_code = base, revision, trust_remote_code
         self.quantization, self.double_quant, self.cache = quantization, double_quant, cache
@@ -348,9 +348,13 @@ class QLoRAModule(lightning.LightningModule):
         if layout is None or not layout.is_of(batch):
             layout = self.lay_out(batch).to(self.device)
         casts = cast_adapters(self.model, self.causal_lm.dtype) if self.device.type == "cuda" and self.fast else None
+        tokens = {"input_ids": layout.input_ids}
+        if self.training and self.neftune_alpha is not None:
+            embeddings = self.causal_lm.get_input_embeddings()(layout.input_ids)
+            tokens = {"inputs_embeds": add_noise(embeddings, layout.samples, self.neftune_alpha)}
         with self.autocast():
             hidden: Tensor = self.causal_lm.base_model(
-                **embed_or_name(self.causal_lm, layout, self.neftune_alpha if self.training else None),
+                **tokens,
                 position_ids=layout.position_ids,
                 attention_mask=NO_MASK,
                 samples=layout.samples,
@@ -386,7 +390,8 @@ class QLoRAModule(lightning.LightningModule):
         return {**batch, "layout": self.lay_out(batch)} if is_flat(batch) else batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return {**batch, "layout": batch["layout"].bind(batch)} if is_flat(batch) else batch
+        layout = batch.get("layout") if is_flat(batch) else None  # who moves a batch by hand need not have laid it out
+        return batch if layout is None else {**batch, "layout": layout.bind(batch)}
 
     @property
     def leaves_out_unneeded(self) -> bool:
@@ -468,7 +473,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def parameter_groups(self) -> ParameterGroups:
         """Give the optimizer's parameter groups. Override it for other learning rates per group."""
-        return group_parameters(trainable_tensors(self), self.learning_rate, self.loraplus_ratio)
+        return group_parameters(self.model, self.learning_rate, self.weight_decay, self.loraplus_ratio)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = build_optimizer(
@@ -499,9 +504,6 @@ class QLoRAModule(lightning.LightningModule):
             describe(slow)
         describe(adapter_table(self.model))
         describe(describe_sizes(self.model))
-        large = describe_large_rank(self.model)
-        if large is not None:
-            describe(large)
         if self.fast:
             plain = explain_plain_layers(
                 self.causal_lm, autocasts=self.autocast_dtype is not None, precision=str(self.trainer.precision)

@@ -3,14 +3,14 @@
 import importlib
 import inspect
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import SchedulerType, get_scheduler
 
+from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import is_trial_run
 
@@ -28,9 +28,6 @@ def build_optimizer(
         learning_rate: Of every group that has none of its own.
         weight_decay: Likewise.
         fused: Whether AdamW may run as one kernel.
-
-    Raises:
-        UserError: The class is not there or does not take the arguments, or the learning rate is not positive.
     """
     optimizer_class, arguments = check_optimizer(choice, learning_rate, weight_decay)
     if choice is None:
@@ -45,11 +42,7 @@ def build_optimizer(
 def check_optimizer(
     choice: str | dict[str, Any] | None, learning_rate: float, weight_decay: float
 ) -> tuple[type[Optimizer], dict[str, Any]]:
-    """Return class and arguments of an optimizer; see :func:`build_optimizer`.
-
-    Raises:
-        UserError: The class is not there, an argument has a key of its own, or the learning rate is not positive.
-    """
+    """Return class and arguments of an optimizer; see :func:`build_optimizer`."""
     if learning_rate <= 0:
         raise UserError(f"model.learning_rate is {learning_rate}: expected a positive number, such as 2e-4.")
     if choice is None:
@@ -83,54 +76,29 @@ def _import_class(path: str) -> type[Optimizer]:
     return found
 
 
-_EMBEDDING_RATE = 1e-6  # PEFT's: an adapter on an embedding learns at this rate, whatever the others do
-
-
 def check_loraplus_ratio(ratio: float | None) -> None:
-    """Refuse a ratio that would make B the slower one.
-
-    Raises:
-        UserError: It is less than 1.
-    """
+    """Reject a ratio that would make B the slower one."""
     if ratio is not None and not 1 <= ratio < float("inf"):
         raise UserError(f"model.loraplus_ratio is {ratio:g}: expected 1 or more, such as 16, or null.")
 
 
 def group_parameters(
-    trainable: Mapping[str, nn.Parameter], learning_rate: float, ratio: float | None
+    model: nn.Module, learning_rate: float, weight_decay: float, ratio: float | None
 ) -> ParameterGroups:
-    """Give all that trains in one group, or, with a ratio, as ``peft.optimizers.create_loraplus_optimizer`` does.
+    """Put all that trains into one group, or, with a ratio, into those of PEFT's LoRA+.
 
     Hayou et al. 2024 (LoRA+): with the same rate A and B of wide layers do not both learn efficiently. B, and whatever
-    has one dimension, takes ``ratio`` times the learning rate; biases have no weight decay.
-
-    Args:
-        trainable: The tensors that train, by name.
-        learning_rate: Of A.
-        ratio: Learning rate of B over that of A.
+    has one dimension, takes ``ratio`` times the learning rate of A; biases have no weight decay.
     """
     if ratio is None:
-        return [{"params": list(trainable.values())}]
-    kinds = {name: _kind(name, parameter) for name, parameter in trainable.items()}
-    options = {
-        "a": {"lr": learning_rate},
-        "embedding": {"lr": _EMBEDDING_RATE},
-        "b": {"lr": learning_rate * ratio},
-        "bias": {"lr": learning_rate * ratio, "weight_decay": 0.0},
-    }
-    groups = [
-        {"params": [parameter for name, parameter in trainable.items() if kinds[name] == kind], **chosen}
-        for kind, chosen in options.items()
-    ]
-    return [group for group in groups if group["params"]]
+        return [{"params": list(trainable_tensors(model).values())}]
+    from peft.optimizers import create_loraplus_optimizer
 
-
-def _kind(name: str, parameter: nn.Parameter) -> str:
-    if ".lora_embedding_" in name:
-        return "embedding"
-    if ".lora_B." in name or parameter.ndim == 1:
-        return "bias" if "bias" in name else "b"
-    return "a"
+    made = create_loraplus_optimizer(
+        model, SGD, lr=learning_rate, loraplus_lr_ratio=ratio, loraplus_weight_decay=weight_decay
+    )
+    names = ("params", "lr", "weight_decay")
+    return [{name: group[name] for name in names} for group in made.param_groups if group["params"]]
 
 
 # Schedules that look at a metric or at gradients do not fit «once per optimizer step».
@@ -141,19 +109,16 @@ _FEW_STEPS = 10
 def count_optimizer_steps(
     batches_per_epoch: int, accumulate: int, max_epochs: int | None, max_steps: int | None
 ) -> int:
-    """Count the optimizer steps of a run from plain numbers.
+    """Count the optimizer steps of a run from plain numbers; ``None`` and -1 are no limit.
 
     Lightning's ``estimated_stepping_batches`` loads the data loader early, and a stateful loader then loses its place
-    on resume: hence this arithmetic.
+    on resume.
 
     Args:
         batches_per_epoch: Micro-batches of one epoch on one rank.
         accumulate: Micro-batches of one optimizer step; the last step of an epoch may have fewer.
-        max_epochs: Epochs, or ``None`` or -1 for no limit.
-        max_steps: Optimizer steps, or ``None`` or -1 for no limit.
-
-    Raises:
-        UserError: Neither limit is set.
+        max_epochs: Epochs.
+        max_steps: Optimizer steps.
     """
     limits = []
     if max_epochs is not None and max_epochs >= 0:
@@ -176,17 +141,13 @@ def plan_steps(trainer: Any) -> int:
 
 
 def describe_few_steps(trainer: Any, total_steps: int) -> str | None:
-    """Describe a run that will train nothing, or has too few optimizer steps to learn from; else return ``None``.
+    """Describe a run of so many optimizer steps that will train nothing or too little; ``None`` for any other.
 
     Steps that ``trainer.max_steps`` limits are what the user asked for.
-
-    Args:
-        trainer: About to fit.
-        total_steps: Optimizer steps of the whole run.
     """
     if total_steps == 0:
-        limits = {name: getattr(trainer, name) for name in ("max_epochs", "max_steps", "limit_train_batches")}
-        zero = ", ".join(f"trainer.{name}" for name, value in limits.items() if value == 0)
+        limits = ("max_epochs", "max_steps", "limit_train_batches")
+        zero = ", ".join(f"trainer.{name}" for name in limits if getattr(trainer, name) == 0)
         return f"Nothing will train: {zero or 'the number of training batches'} is 0. Set it to 1 or more."
     if total_steps >= _FEW_STEPS or total_steps == trainer.max_steps or is_trial_run(trainer):
         return None
@@ -198,11 +159,7 @@ def describe_few_steps(trainer: Any, total_steps: int) -> str | None:
 
 
 def check_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[str, dict[str, Any]]:
-    """Return name and arguments of a schedule; see :func:`build_schedule`.
-
-    Raises:
-        UserError: The name is unknown, or the warm-up is no share of the steps.
-    """
+    """Return name and arguments of a schedule; see :func:`build_schedule`."""
     if not 0.0 <= warmup_ratio < 1.0:
         raise UserError(f"model.warmup_ratio is {warmup_ratio}: expected a share of the steps in [0, 1).")
     arguments: dict[str, Any] = {"name": choice} if isinstance(choice, str) else dict(choice)
@@ -223,9 +180,6 @@ def build_schedule(
         choice: A name, or ``{"name": …, …}`` with the schedule's own arguments, as ``min_lr_rate``.
         total_steps: Optimizer steps of the whole run.
         warmup_ratio: Share of ``total_steps`` over which the rate rises from 0, rounded up to whole steps.
-
-    Raises:
-        UserError: The name is unknown, or an argument is missing or wrong.
     """
     name, arguments = check_schedule(choice, warmup_ratio)
     try:

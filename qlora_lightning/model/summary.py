@@ -1,4 +1,4 @@
-"""The table at the start: what is adapted, what trains, and how many bytes lie in which dtype."""
+"""The table at the start: what is adapted, what trains, and how many bytes are in which dtype."""
 
 from collections import defaultdict
 
@@ -37,38 +37,15 @@ def adapter_table(model: nn.Module) -> Table:
             key = (name.rpartition(".")[2], *(" × ".join(map(str, weight.shape)) for weight in weights))
             groups[key][0] += 1
             groups[key][1] += sum(weight.numel() for weight in weights)
-    table = Table(title="Adapter", title_justify="left")
-    for heading, justify in (
-        ("module", "left"),
-        ("layers", "right"),
-        ("A", "right"),
-        ("B", "right"),
-        ("trains", "right"),
-    ):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]  # rich's Literal, spelt in a tuple
+    table = Table("module", title="Adapter", title_justify="left")
+    for heading in ("layers", "A", "B", "trains"):
+        table.add_column(heading, justify="right")
     for (module, a, b), (layers, count) in groups.items():
         table.add_row(module, str(layers), a, b, f"{count:,}")
     others = count_parameters(model)[0] - sum(count for _, count in groups.values())
     if others:
         table.add_row("trained beside", "", "", "", f"{others:,}")
     return table
-
-
-def describe_large_rank(model: nn.Module) -> str | None:
-    """Describe adapters whose rank is larger than a side of their matrix; ``None`` if there are none.
-
-    B · A has at most the rank of the matrix that it is added to: what is beyond the smaller side trains for nothing.
-    """
-    found: dict[str, str] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            a, b = (weight.shape for weight in _matrices(layer))
-            if a[0] > min(a[1], b[0]):
-                kind = name.rpartition(".")[2]
-                found.setdefault(kind, f"{kind} ({b[0]} × {a[1]}, rank {a[0]})")
-    if not found:
-        return None
-    return f"Beyond the smaller side of its matrix a rank gains nothing: {', '.join(found.values())}. Lower model.rank."
 
 
 def _matrices(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
@@ -78,7 +55,7 @@ def _matrices(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def describe_sizes(model: nn.Module) -> str:
-    """Say in a line how many parameters train, and the bytes of all of them by dtype."""
+    """Describe in a line how many parameters train, and the bytes of all of them by dtype."""
     trainable, total = count_parameters(model)
     sizes = ", ".join(f"{dtype} {format_bytes(size)}" for dtype, size in bytes_by_dtype(model).items())
     return f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%}); in memory: {sizes}"

@@ -51,9 +51,6 @@ class Window:
             most: Micro-batches that a window has at most.
             row_ids: Which rows it held.
             batch: The micro-batch itself, kept until the window is closed.
-
-        Raises:
-            RuntimeError: The last window was never closed, so its gradients are sums still.
         """
         if self.micro_batches >= most:
             raise RuntimeError(
@@ -99,7 +96,7 @@ class Window:
         return (sums[0] / tokens).float()
 
     def state_dict(self, trainable: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-        """Take down an open window with its gradients, to go on inside it."""
+        """Return an open window with its gradients, to continue inside it; nothing of a closed one."""
         if not self.is_open:
             return {}
         return {
@@ -111,7 +108,7 @@ class Window:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], trainable: Mapping[str, nn.Parameter]) -> None:
-        """Go on inside the window that :meth:`state_dict` took down."""
+        """Continue inside the window of a :meth:`state_dict`."""
         self.clear()
         if not state:
             return

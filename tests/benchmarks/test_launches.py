@@ -43,3 +43,22 @@ def test_a_read_and_a_tensor_on_the_wrong_device_are_noticed(monkeypatch: pytest
         monkeypatch.setattr(QLoRAModule, "last_states", broken)
         with pytest.raises((AssertionError, RuntimeError)):
             launches.count_host_reads()
+
+
+@pytest.mark.parametrize(
+    ("rows", "kernels"),
+    [
+        (1, ["bitsandbytes.gemm_4bit.default"]),
+        (16, ["bitsandbytes.gemm_4bit.default"]),
+        (17, ["bitsandbytes.dequantize_4bit.default", "aten.mm.default"]),
+    ],
+)
+def test_few_rows_are_multiplied_by_the_packed_weight_itself(rows: int, kernels: list[str]) -> None:
+    model, found = launches.make_model(fast=True), launches.Launches()
+    with launches.FakeTensorMode(allow_non_fake_inputs=True), launches.pretending(found):
+        launches.make_fake(model, "cuda")
+        weight = launches.lora.FrozenWeight(model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight)
+        with found, torch.no_grad():
+            product = weight.multiply(torch.empty(rows, 256, dtype=torch.bfloat16, device="cuda"))
+    assert product.shape == (rows, 512)
+    assert list(found.found.elements()) == kernels

@@ -87,8 +87,8 @@ def test_validate_judges_an_adapter_of_another_kind_too(run, tmp_path):
 def test_an_adapter_that_does_not_fit_what_is_built_is_refused(run, tmp_path):
     run("fit", "--model", "own_modules.Heeding", "--model.rank", "2")
     err = run("validate", code=2)
-    assert "does not fit this adapter" in err
-    assert "Build it with the rank that it was trained with" in err
+    assert "does not fit the adapter of this model" in err
+    assert "Use the base and the model.rank that it was trained with" in err
 
 
 @pytest.mark.parametrize(

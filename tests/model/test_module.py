@@ -6,7 +6,6 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
@@ -187,31 +186,6 @@ def test_validation_loss_depends_neither_on_batch_size_nor_on_order(tiny_base, r
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
-def test_a_checkpoint_makes_the_module_again(tiny_base, rows_file, tmp_path):
-    module = make_module(tiny_base, rank=4, target_modules="attention")
-    trainer = make_trainer(tmp_path, max_steps=2)
-    trainer.fit(module, InstructionDataModule(train=str(rows_file), tokenizer=str(tiny_base)))
-    trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
-
-    again = QLoRAModule.load_from_checkpoint(tmp_path / "x.ckpt")
-    assert again.adapter_options["rank"] == 4
-    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in module.state_dict().items())
-    with pytest.raises(UserError, match="rank"):
-        QLoRAModule.load_from_checkpoint(tmp_path / "x.ckpt", rank=8)
-    with pytest.raises(UserError, match=r"model\.quantization nf4, but here it is fp4"):
-        QLoRAModule.load_from_checkpoint(tmp_path / "x.ckpt", quantization="fp4")
-
-
-def test_state_dict_holds_the_adapter_only_and_honours_its_arguments(tiny_base):
-    module = make_module(tiny_base, rank=2)
-    state = module.state_dict()
-    assert len(state) == 2 * 7 * 2  # layers × linears × (A, B)
-    assert all("lora_" in name for name in state)
-    outer = nn.ModuleDict({"inner": module})
-    assert outer.state_dict().keys() == {f"inner.{name}" for name in state}
-    assert next(iter(module.state_dict(keep_vars=True).values())).requires_grad
-
-
 class ForgetsToDivide(QLoRAModule):
     def on_before_optimizer_step(self, optimizer):
         """Say nothing to the parent."""
@@ -233,24 +207,19 @@ class LeavesEvaluationMode(QLoRAModule):
 
 
 @pytest.mark.parametrize(
-    ("broken", "sentence"),
+    ("module", "precision", "error", "sentence"),
     [
-        (ForgetsToDivide, "without calling `super"),
-        (ForgetsCallbacks, "ExactResume is missing"),
-        (ForgetsGuard, "TrainingGuard is missing"),
-        (LeavesEvaluationMode, "evaluation mode"),
+        (ForgetsToDivide, "32-true", RuntimeError, "without calling `super"),
+        (ForgetsCallbacks, "32-true", RuntimeError, "ExactResume is missing"),
+        (ForgetsGuard, "32-true", RuntimeError, "TrainingGuard is missing"),
+        (LeavesEvaluationMode, "32-true", RuntimeError, "evaluation mode"),
+        (QLoRAModule, "bf16-true", UserError, "bf16-true"),  # it would cast the masters
     ],
 )
-def test_a_subclass_that_would_train_wrongly_is_stopped(tiny_base, rows_file, tmp_path, broken, sentence):
+def test_what_would_train_wrongly_is_stopped(tiny_base, rows_file, tmp_path, module, precision, error, sentence):
     data = InstructionDataModule(train=str(rows_file), tokenizer=str(tiny_base))
-    with pytest.raises(RuntimeError, match=sentence):
-        make_trainer(tmp_path).fit(broken(str(tiny_base), warmup_ratio=0.0), data)
-
-
-def test_precisions_that_would_cast_the_masters_are_refused(tiny_base, rows_file, tmp_path):
-    data = InstructionDataModule(train=str(rows_file), tokenizer=str(tiny_base))
-    with pytest.raises(UserError, match="bf16-true"):
-        make_trainer(tmp_path, precision="bf16-true").fit(QLoRAModule(str(tiny_base)), data)
+    with pytest.raises(error, match=sentence):
+        make_trainer(tmp_path, precision=precision).fit(module(str(tiny_base), warmup_ratio=0.0), data)
 
 
 class OwnBase(QLoRAModule):

@@ -1,3 +1,5 @@
+"""An adapter folder finds its base again, and computes what was saved."""
+
 import json
 import shutil
 
@@ -26,17 +28,13 @@ def change(folder, file="qlora_lightning.json", **values):
     (folder / file).write_text(json.dumps({**content, **values}))
 
 
-def test_an_adapter_is_found_with_its_base_by_its_own_or_its_run_folder(folder, tiny_base):
+def test_by_its_own_or_its_run_folder_it_is_found_and_computes_what_was_saved(made, folder, tiny_base):
     for place in (folder, folder.parent):
         source = find_adapter(str(place))
         assert (source.folder, source.base.folder) == (folder, tiny_base)
         assert (source.quantization, source.double_quant, source.compute_dtype) == ("nf4", True, torch.float32)
         assert not source.is_stored_quantized
-
-
-def test_what_is_opened_computes_what_was_saved(made, folder):
-    ids = torch.tensor([[5, 6, 7, 8]])
-    opened = open_adapter(find_adapter(folder), torch.device("cpu")).model.eval()
+    ids, opened = torch.tensor([[5, 6, 7, 8]]), open_adapter(source).model.eval().cpu()
     with torch.no_grad():
         torch.testing.assert_close(opened(input_ids=ids).logits, made[1](input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
@@ -58,15 +56,12 @@ def test_another_base_is_refused(folder, tiny_base, tmp_path):
         find_adapter(folder, base=str(other))
 
 
-def test_a_folder_of_another_tool_is_opened_by_the_name_in_its_config(folder, tiny_base):
+def test_a_folder_of_another_tool_is_opened_by_the_name_in_its_config(folder, tiny_base, tmp_path):
     (folder / "qlora_lightning.json").unlink()
     source = find_adapter(folder)
     assert (source.base.folder, source.quantization) == (tiny_base, None)
     change(folder, "adapter_config.json", base_model_name_or_path=None)
     with pytest.raises(UserError, match="does not name its base"):
         find_adapter(folder)
-
-
-def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not an adapter folder"):
         find_adapter(tmp_path)

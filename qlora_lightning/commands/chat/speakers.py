@@ -10,8 +10,8 @@ import peft
 from qlora_lightning.commands.chat.arguments import BASE
 from qlora_lightning.data.chat.renderer import ChatRenderer
 from qlora_lightning.data.chat.tokenizers import load_choice
+from qlora_lightning.model.adapters.folder import add_named_adapter
 from qlora_lightning.model.adapters.lora import ADAPTER
-from qlora_lightning.model.adapters.named import add_named_adapter
 from qlora_lightning.model.generate import dense_weights
 from qlora_lightning.model.opened_adapter import AdapterSource, find_adapter, open_adapter
 from qlora_lightning.support.errors import UserError

@@ -1,5 +1,7 @@
-"""Writes the adapter folder, whole or not at all."""
+"""The adapter folder: written whole or not at all, read, and its tensors put on a base, checked."""
 
+import copy
+import hashlib
 import json
 import os
 import shutil
@@ -8,91 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import peft
-from torch import Tensor
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from qlora_lightning.model.adapters.reading import save_tensors
+from qlora_lightning.base.adapter_folder import read_identity
+from qlora_lightning.base.tensors import read_spans
+from qlora_lightning.model.adapters.identity import check_identity
+from qlora_lightning.model.adapters.lora import ADAPTER, check_fit, inject
+from qlora_lightning.model.layers.fusing import fuse_layers
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import flush, set_usual_mode
-from qlora_lightning.support.versions import FORMAT_VERSION
+from qlora_lightning.support.versions import FORMAT_VERSION, without_peft_warnings
 
-_STAGING = ".writing"
-
-
-def refill_folder(folder: Path, write: Callable[[Path], Any], key_file: str, own: Collection[str] = ()) -> None:
-    """Let ``write`` fill a folder beside, and bring its files into ``folder`` when all of them are on the disk.
-
-    Where only ``key_file`` differs from what is there, it alone is replaced, in one rename. Where others do too, the
-    whole folder is, in two, and :func:`settle_folder` mends what a kill between them leaves. Files of the user's stay.
-
-    Args:
-        folder: What to fill; made if it is not there.
-        write: Fills the folder that it is given.
-        key_file: The file without which the others are worth nothing.
-        own: Names that an earlier filling may have written; they go where this one does not write them.
-
-    Raises:
-        OSError: The disk is full or fails; the folder is as it was.
-    """
-    folder = Path(os.path.realpath(folder))  # where the user has it elsewhere, by a link
-    settle_folder(folder)
-    staging = folder / _STAGING
-    staging.mkdir(parents=True)
-    write(staging)
-    files = sorted(staging.iterdir())
-    for file in [*files, staging]:
-        flush(file)
-    others = [file for file in files if file.name != key_file]
-    stale = {name for name in own if (folder / name).exists()} - {file.name for file in files}
-    alike = not stale and all(_equal(file, folder / file.name) for file in others)
-    if alike or not (folder / key_file).exists():
-        for name in stale:
-            (folder / name).unlink()
-        for file in [*others, staging / key_file]:
-            os.replace(file, folder / file.name)
-        staging.rmdir()
-    else:
-        new, old = _beside(folder)
-        os.replace(staging, new)
-        os.replace(folder, old)
-        os.replace(new, folder)
-        for name in stale:
-            (old / name).unlink()
-        _finish(folder, old)
-    flush(folder)
-    flush(folder.parent)
-
-
-def settle_folder(folder: Path) -> None:
-    """Put right what a kill inside :func:`refill_folder` left; does nothing where there is nothing to do."""
-    folder = Path(os.path.realpath(folder))
-    new, old = _beside(folder)
-    if old.exists() and not folder.exists():
-        os.replace(old, folder)
-    elif old.exists():
-        _finish(folder, old)
-    for place in (new, folder / _STAGING):
-        if place.exists():
-            shutil.rmtree(place)
-
-
-def _beside(folder: Path) -> tuple[Path, Path]:
-    return folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.old")
-
-
-def _finish(folder: Path, old: Path) -> None:
-    """Take over what is the user's, and drop the rest of the old folder."""
-    for entry in sorted(old.iterdir()):
-        if not (folder / entry.name).exists():
-            os.replace(entry, folder / entry.name)
-    shutil.rmtree(old)
-
-
-def _equal(one: Path, other: Path) -> bool:
-    return other.is_file() and one.read_bytes() == other.read_bytes()
-
-
+UNFINISHED = ".writing"  # a folder inside: what a kill left of a save
 _WEIGHTS = "adapter_model.safetensors"
-OWN_STOPS = "stops_only_with_its_generation_config"  # a key of qlora_lightning.json
-CARD = """---
+_HASH = "sha256"  # a key of the weights' metadata
+_OWN_STOPS = "stops_only_with_its_generation_config"  # a key of qlora_lightning.json
+_CARD = """---
 base_model: {base}
 library_name: peft
 tags: [lora, qlora]
@@ -108,6 +45,9 @@ Trained with qlora_lightning on the base quantized as {quantization}. Load it wi
 """
 
 
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
 def save_adapter_folder(
     folder: Path,
     model: peft.PeftModel,
@@ -118,12 +58,11 @@ def save_adapter_folder(
 ) -> None:
     """Write weights (safetensors, fp32), PEFT config, tokenizer, chat template, identity and a card, without network.
 
-    All are written beside and then brought in, the weights last: a reader never finds half a file, nor the files of
-    two adapters. With the tokenizer goes a ``generation_config.json``: the base's, with every token at which generation
-    stops.
+    A reader never finds half a file, nor the files of two adapters. With the tokenizer goes a
+    ``generation_config.json``: the base's, with every token at which generation stops.
 
     Args:
-        folder: Where to; it may hold an earlier adapter of the same run.
+        folder: Where to; it may hold an earlier adapter, and files of the user's, which stay.
         model: The model with the adapter.
         tensors: The adapter's tensors by the model's names, tied ones under each of their names.
         tokenizer: Saved beside, with its chat template; may be ``None``.
@@ -135,42 +74,84 @@ def save_adapter_folder(
     if tokenizer is not None:
         generation, complete = _generation_config(model, tokenizer, stop_ids)
         if not complete:
-            identity[OWN_STOPS] = True
+            identity[_OWN_STOPS] = True
     # The explicit state dict keeps PEFT from walking the quantized base, the flag from asking the hub.
     weights = peft.get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
     # copies: tied tensors share memory, which the format refuses
     weights = {name: tensor.detach().float().cpu().clone().contiguous() for name, tensor in weights.items()}
-    card = describe_card(folder, identity)
+    config = copy.copy(model.peft_config[ADAPTER])
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)  # a set: its order would differ from run to run
+    config.inference_mode = True  # as PEFT writes it: who loads the folder uses it, unless asked to train
 
     def write(place: Path) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
-        if generation is not None:
             _write_json(place / "generation_config.json", generation)
-        _saved_config(model).save_pretrained(place)
-        (place / "README.md").write_text(card, encoding="utf-8")
+        config.save_pretrained(place)
+        (place / "README.md").write_text(describe_card(folder, identity), encoding="utf-8")
         _write_json(place / "qlora_lightning.json", identity)
-        save_tensors(weights, place / _WEIGHTS)
-        set_usual_mode(place / _WEIGHTS)
+        _save_tensors(weights, place / _WEIGHTS)
 
     refill_folder(folder, write, key_file=_WEIGHTS, own=("chat_template.jinja", "generation_config.json"))
 
 
+def refill_folder(folder: Path, write: Callable[[Path], None], key_file: str, own: Collection[str] = ()) -> None:
+    """Let ``write`` fill a folder beside, and bring its files into ``folder`` when all of them are on the disk.
+
+    If only ``key_file`` differs from what is there, it alone is replaced, in one rename. If other files do too, it goes
+    first and comes last: a kill between leaves a folder that no reader takes for an adapter.
+
+    Args:
+        folder: What to fill; made if it is not there.
+        write: Fills the folder that it is given.
+        key_file: The file without which the others are worth nothing.
+        own: Names that an earlier filling may have written; they go if this one does not write them.
+
+    Raises:
+        OSError: The disk is full or fails; the folder is as it was.
+    """
+    staging = folder / UNFINISHED
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    write(staging)
+    files = {str(file.relative_to(staging)): file for file in staging.rglob("*") if file.is_file()}
+    for file in files.values():
+        flush(file)
+    stale = [folder / name for name in own if name not in files and (folder / name).exists()]
+    changed = [name for name, file in files.items() if name != key_file and not _equal(file, folder / name)]
+    if stale or changed:
+        (folder / key_file).unlink(missing_ok=True)
+        flush(folder)
+    for file in stale:
+        file.unlink()
+    for name in [*changed, key_file]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        os.replace(files[name], folder / name)
+    shutil.rmtree(staging)
+    flush(folder)
+    flush(folder.parent)
+
+
+def _equal(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
+
+
 def describe_card(folder: Path | str, identity: Mapping[str, Any]) -> str:
-    """Give the card, ``README.md``, of an adapter that is loaded from ``folder``, which may be a hub id."""
+    """Return the card, ``README.md``, of an adapter that is loaded from ``folder``, which may be a hub id."""
     snippet = loading_snippet(folder, identity)
-    return CARD.format(base=identity["base"], quantization=identity["quantization"], snippet=snippet)
+    return _CARD.format(base=identity["base"], quantization=identity["quantization"], snippet=snippet)
 
 
 def loading_snippet(folder: Path | str, identity: Mapping[str, Any]) -> str:
-    """Give three lines of Python that load the adapter with plain PEFT onto the base as it was trained.
+    """Return three lines of Python that load the adapter with plain PEFT onto the base as it was trained.
 
-    PEFT takes the generation config from the base and not from the adapter folder: where the base's lacks a stop token
+    PEFT takes the generation config from the base and not from the adapter folder: if the base's lacks a stop token
     (a base model trained to chat), the second line hands over the folder's, or the model would never stop.
 
     Args:
         folder: The adapter folder.
-        identity: What :func:`qlora_lightning.base.adapter_folder.read_identity` gives of it.
+        identity: What :func:`qlora_lightning.base.adapter_folder.read_identity` returns of it.
     """
     dtype, quantization = identity.get("compute_dtype", "bfloat16"), identity["quantization"]
     four_bits = (
@@ -180,7 +161,7 @@ def loading_snippet(folder: Path | str, identity: Mapping[str, Any]) -> str:
     place = json.dumps(str(folder))
     settings = {"none": "", "int8": "load_in_8bit=True"}.get(quantization, four_bits)
     quantize = f", quantization_config=BitsAndBytesConfig({settings})" if settings else ""
-    stops = f", generation_config=GenerationConfig.from_pretrained({place})" if identity.get(OWN_STOPS) else ""
+    stops = f", generation_config=GenerationConfig.from_pretrained({place})" if identity.get(_OWN_STOPS) else ""
     names = "AutoTokenizer, BitsAndBytesConfig" + (", GenerationConfig" if stops else "")
     return (
         f"from peft import AutoPeftModelForCausalLM; from transformers import {names}\n"
@@ -190,7 +171,7 @@ def loading_snippet(folder: Path | str, identity: Mapping[str, Any]) -> str:
 
 
 def _generation_config(model: peft.PeftModel, tokenizer: Any, stop_ids: Sequence[int]) -> tuple[dict[str, Any], bool]:
-    """Give the generation config to write, and whether the base's own knows all of its stop tokens."""
+    """Return the generation config to write, and whether the base's own knows all of its stop tokens."""
     base = getattr(model.get_base_model(), "generation_config", None)
     settings: dict[str, Any] = {} if base is None else json.loads(base.to_json_string(ignore_metadata=True))
     known = settings.get("eos_token_id")
@@ -202,14 +183,144 @@ def _generation_config(model: peft.PeftModel, tokenizer: Any, stop_ids: Sequence
     return settings, set(stops) <= set(known)
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+def _write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _saved_config(model: peft.PeftModel) -> peft.PeftConfig:
-    config = model.peft_config["default"]
-    saved = type(config)(**{name: value for name, value in config.to_dict().items() if name != "auto_mapping"})
-    if not isinstance(saved.target_modules, str):
-        saved.target_modules = sorted(saved.target_modules)  # a set: its order would differ from run to run
-    saved.inference_mode = True  # as PEFT writes it: who loads the folder uses it, unless asked to train
-    return saved
+def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write tensors as safetensors, with their hash in the file's metadata: one rename replaces both.
+
+    PEFT's ``save_pretrained`` leaves the hash out, so that an adapter which was trained further by it is not called
+    damaged. Equal tensors give equal files.
+    """
+    save_file(tensors, file, {"format": "pt", _HASH: _hash_tensors(tensors)})
+    set_usual_mode(file)
+    with file.open("r+b") as stream:  # safetensors writes the metadata in an order that differs from run to run
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        stream.seek(8)
+        stream.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
+
+def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Hash names, dtypes, shapes and numbers, whatever their order."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors of an adapter folder, by PEFT's names.
+
+    Raises:
+        UserError: The file is cut off, its tensors do not match their hash, or one holds NaN or an infinite number:
+            every answer would be nonsense.
+    """
+    file = folder / _WEIGHTS
+    try:
+        with safe_open(file, framework="pt") as opened:
+            expected = (opened.metadata() or {}).get(_HASH)  # other tools write none
+            tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(
+            f"{file} is not a whole safetensors file, but cut off or damaged ({error}). Copy the adapter folder again."
+        ) from error
+    if expected is not None and _hash_tensors(tensors) != expected:
+        raise UserError(
+            f"{file} is damaged: its tensors do not match the hash in its metadata. Copy the adapter folder again."
+        )
+    for name, tensor in tensors.items():
+        bad = int((~tensor.isfinite()).sum())
+        if bad:
+            raise UserError(
+                f"The adapter folder {folder} is damaged: {bad:,} of {tensor.numel():,} values of {name} are NaN or "
+                "infinite. Copy the folder again, or train again with a lower learning rate."
+            )
+    return tensors
+
+
+def read_lora_config(folder: Path) -> peft.LoraConfig:
+    """Read PEFT's config of an adapter folder, to train it."""
+    read_identity(folder)  # reports what is missing or damaged
+    config: peft.LoraConfig = peft.LoraConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    return config
+
+
+def open_adapter_folder(base: PreTrainedModel, folder: Path, *, bare: bool = False) -> peft.PeftModel:
+    """Put the adapter of a folder on the base, to train it further; every tensor must find its place.
+
+    Args:
+        base: The base.
+        folder: The adapter folder.
+        bare: Whether the base is on the meta device; the adapter's own tensors are real all the same.
+    """
+    model = inject(base, read_lora_config(folder), on_meta=bare)
+    fill_adapter(model, folder)
+    return model
+
+
+def fill_adapter(model: nn.Module, folder: Path, name: str = ADAPTER) -> None:
+    """Set an adapter of a model, however it was made, to the tensors of a folder; every one must find its place."""
+    if not isinstance(model, peft.PeftModel):
+        raise UserError(
+            f"The adapter folder {folder} cannot be put on a {type(model).__name__}: build_model must return a model "
+            "of PEFT, with adapters."
+        )
+    stored, own = read_tensors(folder), _tensors_by_key(model, name)
+    check_fit(own, {key: tensor.shape for key, tensor in stored.items()}, f"The adapter folder {folder}")
+    with torch.no_grad():
+        for key, tensor in own.items():
+            if tensor.is_meta:
+                torch.utils.swap_tensors(tensor, nn.Parameter(stored[key].float()))  # type: ignore[no-untyped-call]
+            else:
+                tensor.copy_(stored[key])
+
+
+def check_folder_fits(model: peft.PeftModel, folder: Path) -> None:
+    """Reject an adapter folder that does not fit a model, which may be on the meta device; no number is read."""
+    stored = {span.name: span.shape for span in read_spans(folder / _WEIGHTS)}
+    check_fit(_tensors_by_key(model, ADAPTER), stored, f"The adapter folder {folder}")
+
+
+def add_named_adapter(
+    model: peft.PeftModel, name: str, folder: Path, identity: Mapping[str, Any], fast: bool = True
+) -> bool:
+    """Put the adapter of a folder beside those that a model has; ``model.set_adapter(name)`` then switches to it.
+
+    Args:
+        model: The base with an adapter.
+        name: What the new one is called.
+        folder: Its adapter folder.
+        identity: Of the base: what it is, and how it is quantized.
+        fast: Whether linears may run fused.
+
+    Returns:
+        Whether all of its linears run fused; the others need autocast.
+    """
+    of_base = {key: value for key, value in identity.items() if key != "adapter"}  # its shape may be another
+    check_identity(read_identity(folder), of_base, f"The adapter folder {folder}")
+    with without_peft_warnings():
+        model.add_adapter(name, read_lora_config(folder))
+    fill_adapter(model, folder, name)
+    return fast and not fuse_layers(model)
+
+
+def _tensors_by_key(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:
+    """Find the tensors of an adapter by the keys that they have in a file: PEFT's, without the adapter's name."""
+    named = model.named_parameters(remove_duplicate=False)
+    own: dict[str, Any] = {
+        name: tensor
+        for name, tensor in named
+        if adapter in name.split(".")[-2:] or f".modules_to_save.{adapter}." in name
+    }
+    found: dict[str, Tensor] = peft.get_peft_model_state_dict(
+        model, state_dict=own, adapter_name=adapter, save_embedding_layers=False
+    )
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 from transformers import PreTrainedModel
 
-from qlora_lightning.model.adapters.lora import add_adapters
+from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters
 from qlora_lightning.model.adapters.targets import layer_of, resolve_targets
 from qlora_lightning.support.errors import UserError
 
@@ -33,6 +33,8 @@ _COMPUTES = (
     "sliding_window",
     "layer_types",
 )
+# Options of PEFT that change the adapter's shape or function; the others, as the initialization, are of the past.
+_OPTIONS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices")
 _DATA = {
     "tokenizer": "tokenizer",
     "chat_template": "chat template",
@@ -48,49 +50,44 @@ def hash_config(config: Any) -> str:
 
 
 def describe_adapter(model: peft.PeftModel) -> dict[str, Any]:
-    """Give rank, alpha, dropout, targets, layers and options of an adapter as plain values.
+    """Return rank, alpha, dropout, targets, layers and options of an adapter as plain values.
 
     Targets and layers are read off the modules that carry it, however they were chosen.
     """
-    config = model.peft_config["default"]
-    adapted = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
-    layers = {int(match[1]) for name in adapted if (match := re.search(r"\.layers\.(\d+)\.", name))}
-    options = {
-        "use_rslora": bool(config.use_rslora),
-        "use_dora": bool(config.use_dora),
-        "rank_pattern": dict(config.rank_pattern or {}),
-        "alpha_pattern": dict(config.alpha_pattern or {}),
-        "modules_to_save": sorted(config.modules_to_save or []),
-        "trainable_token_indices": config.trainable_token_indices,
-    }
+    config = model.peft_config[ADAPTER]
+    names = [name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name]
+    options = {name: value for name in _OPTIONS if (value := getattr(config, name))}
+    if "modules_to_save" in options:
+        options["modules_to_save"] = sorted(options["modules_to_save"])
     return {
         "rank": config.r,
         "alpha": config.lora_alpha,
         "dropout": config.lora_dropout,
-        "target_modules": sorted({name.rpartition(".")[2] for name in adapted}),
-        "layers": sorted(layers),
-        "lora_options": {name: value for name, value in options.items() if value},
+        **_summarize_targets(names),
+        "lora_options": options,
     }
 
 
+def _summarize_targets(names: list[str]) -> dict[str, Any]:
+    layers = {layer for name in names if (layer := layer_of(name)) is not None}
+    return {"target_modules": sorted({name.rpartition(".")[2] for name in names}), "layers": sorted(layers)}
+
+
 def identity_of_data(trainer: Any) -> dict[str, Any]:
-    """Give what the trainer's data module says of its rows, tokenizer and template; nothing where it says nothing."""
+    """Return what the trainer's data module says of its rows, tokenizer and template, if it does."""
     identity = getattr(getattr(trainer, "datamodule", None), "identity", None)
     return dict(identity) if isinstance(identity, Mapping) else {}
 
 
 def check_identity(stored: Mapping[str, Any], own: Mapping[str, Any], source: str) -> None:
-    """Refuse an adapter of another base or another shape: it would load without a word and answer nonsense.
+    """Reject an adapter of another base or another shape: it would load without an error and answer nonsense.
 
     What one of the two does not know is not compared.
 
     Args:
-        stored: What a checkpoint or an adapter folder carries.
+        stored: What a checkpoint or an adapter folder holds.
         own: The same of the model at hand.
         source: What it was stored in, for the message.
-
-    Raises:
-        UserError: Base, quantization or the adapter's shape differ.
     """
     for name, words in (("fingerprint", "weights"), ("config_hash", "config")):
         if _differ(stored, own, name):
@@ -99,45 +96,34 @@ def check_identity(stored: Mapping[str, Any], own: Mapping[str, Any], source: st
                 f"{own.get('base')} ({words} {_short(own[name])}) here. Name the base that it was trained on, by "
                 "model.base and model.revision, or by --base where a command has that."
             )
-    _check_quantization(stored, own, source)
-    theirs, mine = stored.get("adapter") or {}, own.get("adapter") or {}
-    for name in ("rank", "target_modules", "layers", "lora_options"):
-        if _differ(theirs, mine, name):
-            raise UserError(
-                f"{source} holds an adapter with model.{name} {_short(theirs[name])}, this model's has "
-                f"{_short(mine[name])}. Set model.{name} to what it was trained with, or train a new adapter."
-            )
+    of_base = ["quantization"] + (["double_quant"] if own.get("quantization") in ("nf4", "fp4") else [])
+    of_adapter = ["rank", "target_modules", "layers", "lora_options"]
+    for names, theirs, mine in (
+        (of_base, stored, own),
+        (of_adapter, stored.get("adapter") or {}, own.get("adapter") or {}),
+    ):
+        for name in names:
+            if _differ(theirs, mine, name):
+                raise UserError(
+                    f"{source} was trained with model.{name} {_short(theirs[name])}, but here it is "
+                    f"{_short(mine[name])}. Set model.{name} to {_short(theirs[name])}, or train a new adapter."
+                )
 
 
 def data_differences(stored: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, str]:
-    """Give what differs between two identities of data, by name, each in words that show both sides."""
-    return {
-        name: f"{words} ({_show_both(stored, own, name)})"
-        for name, words in _DATA.items()
-        if _differ(stored, own, name)
-    }
-
-
-def _show_both(stored: Mapping[str, Any], own: Mapping[str, Any], name: str) -> str:
-    """Show the numbers of samples, where both sides know them; else the hashes."""
-    then, now = (each.get("samples", {}).get(name) for each in (stored, own))
-    if then is None or now is None:
-        return f"{_short(stored[name])} there, {_short(own[name])} here"
-    return (
-        f"{now:,} there and here, not the same or in another order" if then == now else f"{then:,} there, {now:,} here"
-    )
-
-
-def _check_quantization(stored: Mapping[str, Any], own: Mapping[str, Any], source: str) -> None:
-    names = ["quantization"]
-    if own.get("quantization") in ("nf4", "fp4"):
-        names.append("double_quant")
-    for name in names:
+    """Describe, by name, what differs between two identities of data: in counts of samples, or in hashes."""
+    found = {}
+    for name, words in _DATA.items():
         if _differ(stored, own, name):
-            raise UserError(
-                f"{source} was trained on its base with model.{name} {_short(stored[name])}, but here it is "
-                f"{_short(own[name])}. Set model.{name} to {_short(stored[name])}."
-            )
+            then, now = (each.get("samples", {}).get(name) for each in (stored, own))
+            if then is None or now is None:
+                sides = f"{_short(stored[name])} there, {_short(own[name])} here"
+            elif then == now:
+                sides = f"{now:,} there and here, not the same or in another order"
+            else:
+                sides = f"{then:,} there, {now:,} here"
+            found[name] = f"{words} ({sides})"
+    return found
 
 
 def _differ(stored: Mapping[str, Any], own: Mapping[str, Any], name: str) -> bool:
@@ -145,25 +131,21 @@ def _differ(stored: Mapping[str, Any], own: Mapping[str, Any], name: str) -> boo
 
 
 def _short(value: Any) -> str:
-    """A hash by its first digits, anything else as YAML would have it."""
+    """Format a hash by its first digits, anything else as YAML would have it."""
     text = value if isinstance(value, str) else json.dumps(value)
     if re.fullmatch(r"[0-9a-f]{40,}", text):
         return text[:12]
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
-_OPTIONS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices")
-
-
 def chosen_targets(model: PreTrainedModel, options: dict[str, Any]) -> list[str] | None:
-    """Name the modules that the options choose; ``None`` where they choose none, and the adapter's own rule.
+    """Name the modules that the options choose; ``None`` if they choose none, and the adapter's own rule.
 
     Args:
         model: The base, without adapters.
         options: Arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`.
     """
-    chosen = _changed(options)
-    if not {"target_modules", "layers"} & chosen.keys():
+    if not {"target_modules", "layers"} & _changed(options).keys():
         return None
     return resolve_targets(model, options["target_modules"], options["layers"])
 
@@ -171,38 +153,24 @@ def chosen_targets(model: PreTrainedModel, options: dict[str, Any]) -> list[str]
 def check_adapter_options(
     model: peft.PeftModel, targets: list[str] | None, options: dict[str, Any], folder: str
 ) -> None:
-    """Refuse options that contradict the adapter that training goes on with: they would be ignored.
+    """Reject options that contradict the adapter that training continues with: they would be ignored.
 
     Args:
         model: The base with the adapter of the folder.
-        targets: What :func:`chosen_targets` gave before.
+        targets: What :func:`chosen_targets` returned before.
         options: Arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`; defaults contradict nothing.
         folder: The adapter folder, for the message.
-
-    Raises:
-        UserError: An option asks for something else.
     """
-    stored, chosen = describe_adapter(model), _changed(options)
-    for name in ("rank", "alpha", "dropout"):
-        if name in chosen and chosen[name] != stored[name]:
-            raise _contradiction(name, chosen[name], stored[name], folder)
-    if targets is not None:
-        _check_targets(model, targets, chosen, stored, folder)
-    for name, value in (chosen.get("lora_options") or {}).items():
+    changed, stored = _changed(options), describe_adapter(model)
+    lora_options = changed.pop("lora_options", None) or {}
+    asked = {**changed, **({} if targets is None else _summarize_targets(targets))}
+    for name in changed:
+        if asked[name] != stored[name]:
+            raise _contradiction(name, changed[name], stored[name], folder)
+    for name, value in lora_options.items():
         found = stored["lora_options"].get(name)
-        if name in _OPTIONS and (value or None) != found:  # the others, as the initialization, are of the past
+        if name in _OPTIONS and (value or None) != found:
             raise _contradiction(f"lora_options.{name}", value, found, folder)
-
-
-def _check_targets(
-    model: peft.PeftModel, targets: list[str], chosen: dict[str, Any], stored: dict[str, Any], folder: str
-) -> None:
-    adapted = {name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
-    layers = {layer_of(name) for name in adapted}
-    if "layers" in chosen and layers != {layer_of(name) for name in targets}:
-        raise _contradiction("layers", chosen["layers"], stored["layers"], folder)
-    if "target_modules" in chosen and adapted != {name for name in targets if layer_of(name) in layers}:
-        raise _contradiction("target_modules", chosen["target_modules"], stored["target_modules"], folder)
 
 
 def _changed(options: dict[str, Any]) -> dict[str, Any]:
@@ -212,6 +180,6 @@ def _changed(options: dict[str, Any]) -> dict[str, Any]:
 
 def _contradiction(name: str, asked: Any, stored: Any, folder: str) -> UserError:
     return UserError(
-        f"model.{name} is {asked}, but the adapter in {folder} has {stored}, and training goes on with that: "
+        f"model.{name} is {asked}, but the adapter in {folder} has {stored}, and training continues with that: "
         f"leave model.{name} out, or train a new adapter without model.adapter."
     )

@@ -1,10 +1,8 @@
 """Puts LoRA adapters on a frozen base, by PEFT, and names the tensors that train."""
 
-import contextlib
 import copy
-import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import peft
@@ -18,6 +16,7 @@ from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import find_fault
 from qlora_lightning.support.versions import without_peft_warnings
 
+ADAPTER = "default"  # PEFT's name for the adapter that a model is made with
 OURS = {
     "r": "model.rank",
     "lora_alpha": "model.alpha",
@@ -29,108 +28,77 @@ OURS = {
     "base_model_name_or_path": "model.base",
     "revision": "model.revision",
 }
-_ALLOWED = {
-    "use_rslora",
-    "use_dora",
-    "init_lora_weights",
-    "rank_pattern",
+_VERIFIED = (  # on a frozen, quantized base
     "alpha_pattern",
-    "modules_to_save",
-    "trainable_token_indices",
     "ensure_weight_tying",
-}
-_ALLOWED_INITS = (True, False, "gaussian", "orthogonal")
-_REWRITES_BASE = "it rewrites the frozen base's own weights, and the adapter would then fit no other copy of the base"
-_NEEDS_DATA = "it needs a pass over data before training, which this framework does not make"
-_REFUSED_INITS = {
-    "pissa": _REWRITES_BASE,
-    "olora": _REWRITES_BASE,
-    "corda": f"{_REWRITES_BASE}; also {_NEEDS_DATA}",
-    "loftq": f"it needs the weights before quantization; also {_REWRITES_BASE}",
-    "lora_ga": f"{_REWRITES_BASE}; also {_NEEDS_DATA}",
-    "eva": _NEEDS_DATA,
-    "mica": "it needs the weights before quantization",
-}
+    "init_lora_weights",
+    "modules_to_save",
+    "rank_pattern",
+    "trainable_token_indices",
+    "use_dora",
+    "use_rslora",
+)
+_INITS = (True, False, "gaussian", "orthogonal")
 
 
 def check_lora_options(options: dict[str, Any], model: nn.Module, tied_embeddings: bool) -> None:
-    """Refuse options that cannot work on a frozen, quantized base, each with its reason.
+    """Reject options that cannot work on a frozen, quantized base.
 
     Args:
         options: What the user wrote under ``model.lora_options``.
         model: The base, without adapters.
         tied_embeddings: Whether the head shares the embedding's weight.
-
-    Raises:
-        UserError: An option is unknown, has its own key, or cannot work.
     """
-    for name, value in options.items():
-        _check_name(name)
-        if name == "init_lora_weights":
-            _check_init(value, model)
+    for name in options:
+        if name in OURS:
+            raise UserError(f"model.lora_options sets {name!r}, which has a key of its own: set {OURS[name]}.")
+        if name not in _VERIFIED:
+            nearest = difflib.get_close_matches(name, _VERIFIED, n=1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise UserError(
+                f"model.lora_options sets {name!r}: expected one of {', '.join(_VERIFIED)}, which are verified on a "
+                f"frozen, quantized base.{hint}"
+            )
+    init = options.get("init_lora_weights", True)
+    if init not in _INITS:
+        raise UserError(
+            f"model.lora_options.init_lora_weights is {init!r}: expected one of {', '.join(map(str, _INITS))}. PEFT's "
+            "others rewrite the frozen base, or need its weights before quantization or a pass over the data."
+        )
     fault = find_fault(options, PATTERNS, "model.lora_options")
     if fault:
         raise UserError(f"{fault}.")
-    modules = options.get("modules_to_save") or []
-    for module in modules:
+    whole_modules = options.get("modules_to_save") or []
+    for module in whole_modules:
         _check_module_to_save(module, model)
-    if tied_embeddings and {"embed_tokens", "lm_head"} & set(modules) and not options.get("ensure_weight_tying"):
+    if tied_embeddings and {"embed_tokens", "lm_head"} & set(whole_modules) and not options.get("ensure_weight_tying"):
         raise UserError(
-            f"model.lora_options.modules_to_save is {modules}, but this base ties head and embedding: trained alone "
-            "they would part. Add `ensure_weight_tying: true` with modules_to_save: [embed_tokens], "
+            f"model.lora_options.modules_to_save is {whole_modules}, but this base ties head and embedding: trained "
+            "alone they would part. Add `ensure_weight_tying: true` with modules_to_save: [embed_tokens], "
             "or train single tokens with trainable_token_indices."
         )
 
 
-def _check_name(name: str) -> None:
-    if name in OURS:
-        raise UserError(f"model.lora_options sets {name!r}, which has a key of its own: set {OURS[name]}.")
-    if name in _ALLOWED:
-        return
-    known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    if name in known:
-        raise UserError(
-            f"model.lora_options sets {name!r}: refused, since it is not verified on a frozen, quantized base. "
-            f"Options that are: {', '.join(sorted(_ALLOWED))}."
-        )
-    nearest = difflib.get_close_matches(name, _ALLOWED, n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else f" Known: {', '.join(sorted(_ALLOWED))}."
-    raise UserError(f"model.lora_options has {name!r}, which peft.LoraConfig does not know.{hint}")
-
-
-def _check_init(value: Any, model: nn.Module) -> None:
-    if value == "orthogonal" and any(_is_quantized(module) for module in model.modules()):
-        raise UserError(
-            "model.lora_options.init_lora_weights is 'orthogonal': refused on a quantized base, since PEFT makes the "
-            "matrices in the dtype in which the weights are stored, and integers have no gradient."
-        )
-    if value in _ALLOWED_INITS:
-        return
-    for name, reason in _REFUSED_INITS.items():
-        if str(value).lower().startswith(name):
-            raise UserError(f"model.lora_options.init_lora_weights is {value!r}: refused, since {reason}.")
-    raise UserError(
-        f"model.lora_options.init_lora_weights is {value!r}: expected one of "
-        f"{', '.join(str(choice) for choice in _ALLOWED_INITS)}."
-    )
-
-
 def _check_module_to_save(name: str, model: nn.Module) -> None:
-    matches = [module for full, module in model.named_modules() if full == name or full.endswith(f".{name}")]
-    if not matches:
+    matches = [module for full, module in model.named_modules() if f".{full}".endswith(f".{name}")]
+    if not matches:  # PEFT ignores it
         raise UserError(f"model.lora_options.modules_to_save names {name!r}, but the base has no such module.")
-    if any(_is_quantized(module) for module in matches):
+    if any(isinstance(module, nn.Linear) and type(module) is not nn.Linear for module in matches):
         raise UserError(
             f"model.lora_options.modules_to_save names {name!r}, which is quantized: integers have no gradient. "
             "Put an adapter on it with model.target_modules instead."
         )
 
 
-def _is_quantized(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and type(module) is not nn.Linear
-
-
-ADAPTER = "default"  # PEFT's name for the adapter that a model is made with
+def check_adapter_settings(rank: int, alpha: float | None, dropout: float) -> None:
+    """Reject what no base could take; see :func:`add_adapters`."""
+    if rank < 1:
+        raise UserError(f"model.rank is {rank}: expected a positive integer, such as 8.")
+    fault = find_fault(alpha, ALPHA, "model.alpha")
+    if fault:
+        raise UserError(f"{fault}, such as {2 * rank}.")
+    if not 0.0 <= dropout < 1.0:
+        raise UserError(f"model.dropout is {dropout}: expected a probability in [0, 1).")
 
 
 def add_adapters(
@@ -156,58 +124,48 @@ def add_adapters(
         dropout: Probability with which an input of A is dropped in training.
         target_modules: See :func:`qlora_lightning.model.adapters.targets.resolve_targets`.
         layers: Likewise.
-        lora_options: Handed to ``peft.LoraConfig``; see :mod:`qlora_lightning.model.adapters.lora`.
+        lora_options: More arguments of ``peft.LoraConfig``; see :func:`check_lora_options`.
         base_name: Written into the adapter's config as ``base_model_name_or_path``.
-
-    Raises:
-        UserError: A value cannot work.
     """
     options = copy.deepcopy(lora_options or {})  # PEFT writes into lists that it is handed
     check_adapter_settings(rank, alpha, dropout)
     tied = bool(model.config.tie_word_embeddings)
     check_lora_options(options, model, tied)
     targets = resolve_targets(model, target_modules, layers)
-    _check_tied_targets(targets, tied)
+    apart = [name for name in targets if tied and name.endswith(("embed_tokens", "lm_head"))]
+    if apart:
+        raise UserError(
+            f"model.target_modules selects {apart[0]}, but this base ties head and embedding: an adapter on one would "
+            "part them. Train single tokens with lora_options: {trainable_token_indices: …} instead."
+        )
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
+        base_model_name_or_path=base_name,
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=compact_targets(model, targets),
         **options,
     )
-    with _seeded_initialization(), without_peft_warnings():
-        adapted = peft.get_peft_model(model, config)
-    adapted.peft_config[ADAPTER].base_model_name_or_path = base_name
-    return _with_float32_masters(adapted)
+    return inject(model, config)
 
 
-def check_adapter_settings(rank: int, alpha: float | None, dropout: float) -> None:
-    """Refuse what no base could take; see :func:`add_adapters`.
-
-    Raises:
-        UserError: A value is out of range.
-    """
-    if rank < 1:
-        raise UserError(f"model.rank is {rank}: expected a positive integer, such as 8.")
-    fault = find_fault(alpha, ALPHA, "model.alpha")
-    if fault:
-        raise UserError(f"{fault}, such as {2 * rank}.")
-    if not 0.0 <= dropout < 1.0:
-        raise UserError(f"model.dropout is {dropout}: expected a probability in [0, 1).")
-
-
-def load_adapters(model: PreTrainedModel, folder: str, *, bare: bool = False) -> peft.PeftModel:
-    """Put the adapter of an adapter folder on the base, to go on training it; its own rank and targets rule.
+def inject(model: PreTrainedModel, config: peft.LoraConfig, *, on_meta: bool = False) -> peft.PeftModel:
+    """Let PEFT put an adapter on the base: drawn from the seed alone, whatever drew before, and in fp32.
 
     Args:
         model: The base.
-        folder: The adapter folder.
-        bare: The base lies on the meta device, and so will the adapter: shapes alone.
+        config: Of the adapter.
+        on_meta: Whether the adapter's tensors are shapes alone.
     """
-    with without_peft_warnings():
-        adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=True, low_cpu_mem_usage=bare)
-    return _with_float32_masters(adapted)
+    name, config.base_model_name_or_path = config.base_model_name_or_path, None  # or PEFT warns that it renames it
+    with torch.random.fork_rng(devices=[]), without_peft_warnings():
+        torch.default_generator.manual_seed(torch.initial_seed())  # PEFT draws on the CPU
+        adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+    adapted.peft_config[ADAPTER].base_model_name_or_path = name
+    for parameter in trainable_tensors(adapted).values():  # PEFT leaves whole modules and tokens in the base's dtype
+        parameter.data = parameter.data.float()
+    return adapted
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -216,74 +174,40 @@ def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def all_names_of_trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Give them again, a tied one under each of its names: what PEFT's format wants."""
+    """Return them with a tied one under each of its names, as PEFT's format wants."""
     named = model.named_parameters(remove_duplicate=False)
     return {name: parameter for name, parameter in named if parameter.requires_grad}
 
 
-def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Set the trainable tensors to ``tensors``; every name and shape must be there, and no other.
-
-    Args:
-        model: The model, with adapters.
-        tensors: Values by name.
-        source: What they come from, for the message.
-
-    Raises:
-        UserError: Names or shapes differ.
-    """
+def copy_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Set the trainable tensors to ``tensors``, which come from ``source``; if one does not fit, none is changed."""
     own = trainable_tensors(model)
-    missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or foreign:
-        shown = ", ".join((missing or foreign)[:3])
-        raise UserError(
-            f"{source} does not fit the adapter of this model: {len(missing)} tensors are missing and {len(foreign)} "
-            f"are foreign ({shown}, …). Use the target_modules, layers and lora_options that it was trained with."
-        )
-    remedy = "Use the model.rank that it was trained with."
-    copy_matching(own, tensors, f"{source} does not fit the adapter of this model", remedy)
-
-
-def copy_matching(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], misfit: str, remedy: str) -> None:
-    """Set tensors to others of the same names, if all have the same shapes; else none is touched.
-
-    Args:
-        own: What is written to.
-        tensors: Values by name, each of them there.
-        misfit: How the sentence about another shape begins.
-        remedy: How it ends.
-
-    Raises:
-        UserError: A shape differs.
-    """
-    for name, tensor in own.items():
-        if tensor.shape != tensors[name].shape:
-            there, here = tuple(tensors[name].shape), tuple(tensor.shape)
-            raise UserError(f"{misfit}: {name} has shape {there} there and {here} here. {remedy}")
+    check_fit(own, {name: tensor.shape for name, tensor in tensors.items()}, source)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 
 
-def _check_tied_targets(targets: list[str], tied: bool) -> None:
-    apart = [name for name in targets if tied and name.endswith(("embed_tokens", "lm_head"))]
-    if apart:
+def check_fit(own: Mapping[str, Tensor], found: Mapping[str, Sequence[int]], source: str) -> None:
+    """Reject tensors of other names or shapes than the model's adapter has.
+
+    Args:
+        own: The adapter's tensors by name.
+        found: The shapes in ``source`` by name.
+        source: Beginning of the message.
+    """
+    missing, foreign = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+    if missing or foreign:
+        shown = ", ".join((missing or foreign)[:3])
         raise UserError(
-            f"model.target_modules selects {apart[0]}, but this base ties head and embedding: an adapter on one would "
-            "part them. Train single tokens with lora_options: {trainable_token_indices: …} instead."
+            f"{source} does not fit the adapter of this model: {len(missing)} tensors are missing in it and "
+            f"{len(foreign)} are foreign ({shown}, …). Use the base, target_modules, layers and lora_options that it "
+            "was trained with."
         )
-
-
-def _with_float32_masters(model: peft.PeftModel) -> peft.PeftModel:
-    """Hold all that trains in fp32: PEFT does so for A and B, not for whole modules and tokens trained beside."""
-    for parameter in trainable_tensors(model).values():
-        parameter.data = parameter.data.float()
-    return model
-
-
-@contextlib.contextmanager
-def _seeded_initialization() -> Iterator[None]:
-    """Draw A from the seed alone, not from what else drew before, and leave the generators as they were."""
-    with torch.random.fork_rng(devices=[]):  # PEFT draws them on the CPU
-        torch.manual_seed(torch.initial_seed())
-        yield
+    for name, tensor in own.items():
+        there, here = tuple(found[name]), tuple(tensor.shape)
+        if there != here:
+            raise UserError(
+                f"{source} does not fit the adapter of this model: {name} has shape {there} there and {here} here. "
+                "Use the base and the model.rank that it was trained with."
+            )

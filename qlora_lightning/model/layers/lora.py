@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from qlora_lightning.model.kernels import products, thin
 
+FEW_ROWS = 16  # on a GPU bitsandbytes reads the packed weight itself, if that is quicker for so few on this card
 TILE_BYTES = 8 << 20  # dense: what a product has just made is still in the CPU's cache, and the memory is used again
 
 
@@ -42,6 +43,9 @@ class FrozenWeight:
             x: ``(tokens, in)``.
             onto: ``(tokens, out)``, in x's dtype; the sum takes its place.
         """
+        if x.is_cuda and len(x) <= FEW_ROWS and isinstance(self.stored, bnb.nn.Params4bit):
+            product = bnb.matmul_4bit(x, self.stored.data, self.stored.quant_state)
+            return product if onto is None else onto.add_(product)
         return self._multiply(x, 0, onto)
 
     def multiply_back(self, grad: Tensor, onto: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_lightning.base.folder import BaseFolder, TensorFiles
-from qlora_lightning.model.adapters.reading import open_adapter_folder
+from qlora_lightning.model.adapters.folder import open_adapter_folder
 from qlora_lightning.model.base_model import Quantization
 from qlora_lightning.model.layers.attention import register_flat_attention
 

@@ -1,16 +1,9 @@
-from types import SimpleNamespace
+"""An adapter of another base, quantization or shape is never loaded."""
 
-import peft
 import pytest
 from transformers import AutoModelForCausalLM
 
-from qlora_lightning.model.adapters.identity import (
-    check_identity,
-    data_differences,
-    describe_adapter,
-    hash_config,
-    identity_of_data,
-)
+from qlora_lightning.model.adapters.identity import check_identity, data_differences, describe_adapter, hash_config
 from qlora_lightning.model.adapters.lora import add_adapters
 from qlora_lightning.support.errors import UserError
 
@@ -29,13 +22,10 @@ OWN = {
     ("change", "words"),
     [
         ({"base": "b", "fingerprint": HASHES[1]}, ["b (weights fedcba987654) there", "a (weights 0123456789ab) here"]),
-        (
-            {"config_hash": HASHES[1]},
-            ["config fedcba987654", "config 0123456789ab", "or by --base"],
-        ),
-        ({"quantization": "int8"}, ["model.quantization int8", "here it is nf4", "Set model.quantization to int8"]),
-        ({"double_quant": False}, ["model.double_quant false", "here it is true"]),
-        ({"adapter": {"rank": 3}}, ["model.rank 3, this model's has 2"]),
+        ({"config_hash": HASHES[1]}, ["config fedcba987654", "config 0123456789ab", "or by --base"]),
+        ({"quantization": "int8"}, ["model.quantization int8, but here it is nf4. Set model.quantization to int8"]),
+        ({"double_quant": False}, ["model.double_quant false, but here it is true"]),
+        ({"adapter": {"rank": 3}}, ["model.rank 3, but here it is 2"]),
         ({"adapter": {"target_modules": ["q_proj", "v_proj"]}}, ['model.target_modules ["q_proj", "v_proj"]']),
         ({"adapter": {"layers": [1]}}, ["model.layers [1]", "[0, 1]"]),
         ({"adapter": {"lora_options": {"use_dora": True}}}, ["model.lora_options", "use_dora"]),
@@ -44,31 +34,21 @@ OWN = {
 def test_another_base_quantization_or_shape_is_refused_with_both_sides(change, words):
     with pytest.raises(UserError) as refused:
         check_identity({**OWN, **change}, OWN, "It")
-    message = str(refused.value)
-    assert message.startswith("It ")
-    assert "\n" not in message
-    assert all(word in message for word in words)
-    assert HASHES[0] not in message
+    assert all(word in str(refused.value) for word in words)
+    assert HASHES[0] not in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    "stored",
+    ("stored", "own"),
     [
-        {},
-        OWN,
-        {"base": "b", "fingerprint": HASHES[0]},  # moved
-        {"adapter": {}},
-        {"adapter": {"alpha": 8, "dropout": 0.5}},  # told among the settings
+        ({}, OWN),
+        ({"base": "b", "fingerprint": HASHES[0]}, OWN),  # moved
+        ({"adapter": {"alpha": 8, "dropout": 0.5}}, OWN),  # reported among the settings
+        ({"quantization": "int8", "double_quant": False}, {"quantization": "int8", "double_quant": True}),
     ],
 )
-def test_what_is_not_known_or_only_named_otherwise_passes(stored):
-    check_identity(stored, OWN, "It")
-
-
-def test_double_quantization_is_nothing_to_eight_bits():
-    check_identity(
-        {"quantization": "int8", "double_quant": False}, {"quantization": "int8", "double_quant": True}, "It"
-    )
+def test_what_is_not_known_or_changes_nothing_passes(stored, own):
+    check_identity(stored, own, "It")
 
 
 @pytest.fixture
@@ -84,30 +64,23 @@ def test_the_config_hash_holds_what_changes_the_function_and_nothing_else(base):
     assert hash_config(base.config) != first
 
 
-def test_targets_and_layers_are_read_off_the_modules_however_they_were_chosen(base):
-    model = add_adapters(base, rank=3, alpha=5, dropout=0.25, target_modules="attention", layers="last:1")
-    assert describe_adapter(model) == {
+def test_the_shape_is_read_off_the_modules_however_they_were_chosen(base):
+    options = {"use_dora": True, "init_lora_weights": "gaussian", "rank_pattern": {"q_proj": 4}}
+    settings = {"rank": 3, "alpha": 5, "dropout": 0.25, "target_modules": "attention", "layers": "last:1"}
+    assert describe_adapter(add_adapters(base, lora_options=options, **settings)) == {
         "rank": 3,
         "alpha": 5,
         "dropout": 0.25,
         "target_modules": ["k_proj", "o_proj", "q_proj", "v_proj"],
         "layers": [1],
-        "lora_options": {},
+        "lora_options": {"use_dora": True, "rank_pattern": {"q_proj": 4}},
     }
 
 
-def test_options_that_change_shape_or_function_are_described(base):
-    options = {"use_dora": True, "use_rslora": True, "init_lora_weights": "gaussian", "rank_pattern": {"q_proj": 4}}
-    described = describe_adapter(add_adapters(base, lora_options=options))["lora_options"]
-    assert described == {"use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 4}}
-    assert peft.LoraConfig().use_dora is False
-
-
-def test_data_are_compared_by_name_and_only_where_both_sides_know():
-    stored, own = {"tokenizer": HASHES[0], "train": "1", "val": "2"}, {"tokenizer": HASHES[1], "train": "1"}
-    assert data_differences(stored, own) == {"tokenizer": "tokenizer (0123456789ab there, fedcba987654 here)"}
-
-
-@pytest.mark.parametrize("trainer", [None, SimpleNamespace(datamodule=None), SimpleNamespace(datamodule=object())])
-def test_a_data_module_that_says_nothing_of_itself_is_let_be(trainer):
-    assert identity_of_data(trainer) == {}
+def test_data_are_compared_by_name_and_only_if_both_sides_know():
+    stored = {"tokenizer": HASHES[0], "train": "1", "val": "2", "samples": {"train": 1000}}
+    own = {"tokenizer": HASHES[1], "train": "3", "samples": {"train": 900}}
+    assert data_differences(stored, own) == {
+        "tokenizer": "tokenizer (0123456789ab there, fedcba987654 here)",
+        "train": "training samples (1,000 there, 900 here)",
+    }

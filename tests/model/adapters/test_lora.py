@@ -1,97 +1,103 @@
+"""What trains: adapters as the options ask, in fp32, drawn from the seed alone."""
+
+import copy
+
+import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qlora_lightning.model.adapters.folder import save_adapter_folder
-from qlora_lightning.model.adapters.lora import add_adapters, copy_tensors, load_adapters, trainable_tensors
+from qlora_lightning.model.adapters.lora import (
+    add_adapters,
+    all_names_of_trainable_tensors,
+    check_lora_options,
+    copy_tensors,
+    trainable_tensors,
+)
 from qlora_lightning.model.base_model import load_base
+from qlora_lightning.model.generate import generate_answers
+from qlora_lightning.model.layers.fusing import fuse_layers
+from qlora_lightning.model.layout import whole_samples
+from qlora_lightning.model.loss import head_loss
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.versions import without_peft_warnings
 
-IN_PLUS_OUT = {
-    "q": 64 + 64,
-    "k": 64 + 32,
-    "v": 64 + 32,
-    "o": 64 + 64,
-    "gate": 64 + 128,
-    "up": 64 + 128,
-    "down": 128 + 64,
-}
-ATTENTION = sum(IN_PLUS_OUT[name] for name in "qkvo")
+ATTENTION = 2 * (64 + 64) + 2 * (64 + 32)  # in + out of q and o, of k and v
+ALL = ATTENTION + 3 * (64 + 128)
+IDS = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9]])
 
 
-def make(tiny_base, quantization="nf4", **settings):
-    return add_adapters(load_base(str(tiny_base), quantization=quantization).model, **settings)
+@pytest.fixture(scope="module")
+def untied_base(tmp_path_factory):
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    folder = tmp_path_factory.mktemp("untied")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, tie_word_embeddings=False, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def make(folder, quantization="nf4", dtype=torch.float32, **settings):
+    base = load_base(str(folder), quantization=quantization, compute_dtype=dtype).model
+    return add_adapters(base, base_name=str(folder), **settings)
 
 
 @pytest.mark.parametrize(
     ("settings", "count"),
     [
-        ({}, 2 * 8 * sum(IN_PLUS_OUT.values())),  # layers × rank × (in + out)
-        ({"rank": 3}, 2 * 3 * sum(IN_PLUS_OUT.values())),
-        ({"rank": 4, "target_modules": "attention"}, 2 * 4 * ATTENTION),
+        ({}, 2 * 8 * ALL),  # layers × rank × (in + out)
         ({"rank": 4, "target_modules": "attention", "layers": [1]}, 4 * ATTENTION),
-        (
-            {"rank": 2, "target_modules": ["q_proj"], "lora_options": {"use_dora": True}},
-            2 * (2 * IN_PLUS_OUT["q"] + 64),
-        ),
+        ({"rank": 2, "target_modules": ["q_proj"], "lora_options": {"use_dora": True}}, 2 * (2 * (64 + 64) + 64)),
     ],
 )
-def test_as_many_parameters_train_as_the_formula_says(tiny_base, settings, count):
-    tensors = trainable_tensors(make(tiny_base, **settings))
-    assert sum(tensor.numel() for tensor in tensors.values()) == count
-
-
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
-def test_adapters_are_float32_over_a_bfloat16_base_that_stays_frozen(tiny_base, quantization):
-    model = make(tiny_base, quantization)
+def test_so_many_parameters_train_in_float32_over_a_frozen_bfloat16_base(tiny_base, quantization, settings, count):
+    model = make(tiny_base, quantization, torch.bfloat16, **settings)
     tensors = trainable_tensors(model)
-    assert len(tensors) == 2 * 7 * 2  # layers × linears × (A, B)
+    assert sum(tensor.numel() for tensor in tensors.values()) == count
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    assert all(".lora_A." in name or ".lora_B." in name for name in tensors)
+    assert all(".lora_" in name for name in tensors)
     assert torch.float32 not in {p.dtype for p in model.parameters() if not p.requires_grad}
 
 
-def test_b_starts_at_zero_so_that_the_model_is_the_base(tiny_base):
-    base = load_base(str(tiny_base)).model
-    ids = torch.arange(5, 15)[None]
-    with torch.no_grad():
-        before = base(input_ids=ids).logits
-        model = add_adapters(base).eval()
-        assert torch.equal(model(input_ids=ids).logits, before)
-    for name, tensor in trainable_tensors(model).items():
-        assert bool(tensor.any()) == (".lora_A." in name)
-
-
-def draw_adapter(tiny_base, seed, draws_between):
-    torch.manual_seed(seed)
-    torch.rand(draws_between)
-    return trainable_tensors(make(tiny_base))
-
-
-def test_a_is_drawn_from_the_seed_alone(tiny_base):
-    first, again, other = (draw_adapter(tiny_base, *choice) for choice in ((7, 0), (7, 5), (8, 0)))
-    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
-    assert not any(torch.equal(tensor, other[name]) for name, tensor in first.items() if ".lora_A." in name)
-
-
-def test_making_adapters_leaves_the_generator_where_it_was(tiny_base):
-    base = load_base(str(tiny_base)).model
-    torch.manual_seed(7)
-    torch.rand(3)
-    before = torch.get_rng_state()
-    add_adapters(base)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize(("settings", "scaling"), [({}, 2.0), ({"rank": 4}, 2.0), ({"rank": 4, "alpha": 20}, 5.0)])
-def test_the_update_is_scaled_by_alpha_over_rank_and_alpha_is_twice_the_rank(tiny_base, settings, scaling):
-    layer = make(tiny_base, **settings).get_base_model().model.layers[0].self_attn.q_proj
+@pytest.mark.parametrize(
+    ("settings", "scaling"),
+    [
+        ({"rank": 4}, 2.0),  # alpha is twice the rank
+        ({"rank": 4, "alpha": 20}, 5.0),
+        ({"rank": 4, "alpha": 6, "lora_options": {"use_rslora": True}}, 3.0),  # 6 / sqrt(4)
+        ({"alpha": 2, "lora_options": {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 12}}}, 4.0),
+    ],
+)
+def test_the_update_is_scaled_by_alpha_over_rank(tiny_base, settings, scaling):
+    layer = make(tiny_base, target_modules=["q_proj"], **settings).get_base_model().model.layers[0].self_attn.q_proj
     assert layer.scaling["default"] == scaling
 
 
-def test_the_config_names_base_and_short_targets(tiny_base):
-    config = make(tiny_base, target_modules="attention", base_name="org/base").peft_config["default"]
-    assert config.base_model_name_or_path == "org/base"
-    assert config.target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}
+@pytest.mark.parametrize(("quantization", "init"), [("nf4", True), ("nf4", "gaussian"), ("none", "orthogonal")])
+def test_at_the_start_the_model_is_the_base(tiny_base, quantization, init):
+    base = load_base(str(tiny_base), quantization=quantization, compute_dtype=torch.float32).model.eval()
+    with torch.no_grad():
+        before = base(input_ids=IDS).logits
+        model = add_adapters(base, lora_options={"init_lora_weights": init}).eval()
+        torch.testing.assert_close(model(input_ids=IDS).logits, before, rtol=1e-5, atol=1e-5)
+    for name, tensor in trainable_tensors(model).items():
+        assert bool(tensor.any()) == (".lora_A." in name or init == "orthogonal")
+
+
+def test_a_is_drawn_from_the_seed_alone_and_the_generator_stays_where_it_was(tiny_base):
+    def draw(seed, draws_before):
+        torch.manual_seed(seed)
+        torch.rand(draws_before)
+        state = torch.get_rng_state()
+        tensors = trainable_tensors(make(tiny_base))
+        assert torch.equal(torch.get_rng_state(), state)
+        return tensors
+
+    first, again, other = draw(7, 0), draw(7, 5), draw(8, 0)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    assert not any(torch.equal(tensor, other[name]) for name, tensor in first.items() if ".lora_A." in name)
 
 
 @pytest.mark.parametrize(
@@ -102,60 +108,136 @@ def test_the_config_names_base_and_short_targets(tiny_base):
         ({"dropout": -0.1}, "model.dropout is -0.1"),
         ({"alpha": -16.0}, r"model.alpha is -16.0, expected a positive number up to 1,000,000, such as 16\."),
         ({"alpha": float("nan"), "rank": 4}, r"model.alpha is NaN, .* such as 8\."),
-        ({"target_modules": ["q_prj"]}, "Did you mean 'q_proj'"),
-        ({"layers": "last:3"}, "the base has 2 layers"),
-        ({"lora_options": {"r": 3}}, "set model.rank"),
+        ({"target_modules": ["lm_head"]}, "selects lm_head, but this base ties head and embedding"),
     ],
 )
-def test_values_that_cannot_work_are_refused(tiny_base, settings, sentence):
+def test_settings_that_cannot_work_are_refused(tiny_base, settings, sentence):
     with pytest.raises(UserError, match=sentence):
         make(tiny_base, **settings)
 
 
-def test_the_users_options_are_not_changed(tiny_base):
-    options = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
-    make(tiny_base, lora_options=options)
-    assert options == {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"r": 8}, "sets 'r', which has a key of its own: set model.rank"),
+        ({"exclude_modules": "mlp"}, "set model.target_modules"),
+        ({"use_dorra": True}, "'use_dorra': expected one of .*Did you mean 'use_dora'"),
+        ({"loftq_config": {}}, "'loftq_config': expected one of .*use_rslora"),
+        ({"bias": "all"}, "'bias': expected one of"),
+        (
+            {"init_lora_weights": "pissa_niter_16"},
+            "'pissa_niter_16': expected one of True, False, gaussian, orthogonal",
+        ),
+        ({"init_lora_weights": "eva"}, "'eva': expected one of"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj is 0, expected a positive whole number"),
+        ({"modules_to_save": ["embedding"]}, "names 'embedding', but the base has no such module"),
+        ({"modules_to_save": ["q_proj"]}, "names 'q_proj', which is quantized: integers have no gradient"),
+        ({"modules_to_save": ["lm_head"]}, "ties head and embedding.*Add `ensure_weight_tying: true`"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(tiny_base, options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make(tiny_base, lora_options=options)
 
 
-def numbered(model):
-    return {
-        name: torch.full_like(tensor, number) for number, (name, tensor) in enumerate(trainable_tensors(model).items())
-    }
+def test_untied_head_and_embedding_may_train_apart(untied_base):
+    check_lora_options({"modules_to_save": ["embed_tokens", "lm_head"]}, load_base(str(untied_base)).model, False)
 
 
-def test_copied_tensors_are_there(tiny_base):
-    model = make(tiny_base, rank=2)
-    values = numbered(model)
-    copy_tensors(model, values, "The checkpoint")
-    assert all(torch.equal(tensor, values[name]) for name, tensor in trainable_tensors(model).items())
-    assert all(tensor.requires_grad for tensor in trainable_tensors(model).values())
+# ---- what trains beside, by PEFT's own layers ------------------------------------------------------------------------
 
 
-def test_a_missing_a_foreign_and_a_misshaped_tensor_are_refused_and_nothing_is_copied(tiny_base):
-    model = make(tiny_base, rank=2)
+def backward(model):
+    """One forward and backward as the module's compute_loss does them."""
+    causal_lm = model.get_base_model()
+    samples, positions = whole_samples([IDS.shape[1]]), torch.arange(IDS.shape[1])[None]
+    hidden = causal_lm.base_model(input_ids=IDS, position_ids=positions, samples=samples, use_cache=False)
+    loss = head_loss(hidden.last_hidden_state[0, :-1], IDS[0, 1:], causal_lm.get_output_embeddings()).nll_sum
+    loss.backward()
+    return loss.item()
+
+
+def train(model):
+    """Three steps, after which every trainable tensor has moved."""
+    fuse_layers(model)
+    optimizer = torch.optim.AdamW(trainable_tensors(model.train()).values(), lr=1e-2, weight_decay=0.0)
     before = {name: tensor.detach().clone() for name, tensor in trainable_tensors(model).items()}
-    values = numbered(model)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        losses.append(backward(model))
+        optimizer.step()
+    assert losses[2] < losses[0]
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in trainable_tensors(model).items())
+    return model
+
+
+TIED = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+BESIDE = [
+    ("tiny_base", "nf4", {"use_dora": True}),
+    ("tiny_base", "none", {"use_dora": True}),
+    ("tiny_base", "nf4", {"trainable_token_indices": [5, 6]}),
+    ("tiny_base", "nf4", {"modules_to_save": ["norm"]}),
+    ("tiny_base", "nf4", TIED),
+    ("untied_base", "none", {"trainable_token_indices": {"embed_tokens": [5, 6], "lm_head": [5, 6]}}),
+    ("untied_base", "none", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+]
+
+
+@pytest.mark.parametrize(("base", "quantization", "options"), BESIDE, ids=str)
+def test_what_trains_beside_is_saved_and_loaded_by_plain_peft(request, tmp_path, base, quantization, options):
+    folder, given = request.getfixturevalue(base), copy.deepcopy(options)
+    model = train(make(folder, quantization, lora_options=given))
+    assert given == options  # PEFT writes into lists that it is handed
+    if options is TIED:
+        causal_lm = model.get_base_model()
+        assert causal_lm.get_input_embeddings().weight is causal_lm.get_output_embeddings().weight
+    identity = {"base": str(folder), "quantization": quantization}
+    save_adapter_folder(tmp_path, model, all_names_of_trainable_tensors(model), None, identity)
+    plain = load_base(str(folder), quantization=quantization, compute_dtype=torch.float32).model
+    with without_peft_warnings():
+        again = dict(peft.PeftModel.from_pretrained(plain, tmp_path).named_parameters())
+    own = trainable_tensors(model)
+    assert any(".lora_A." not in name and ".lora_B." not in name for name in own)
+    assert all(torch.equal(again[name], tensor) for name, tensor in own.items())
+
+
+def test_only_the_chosen_tokens_train(tiny_base):
+    model = train(make(tiny_base, lora_options={"trainable_token_indices": [5, 6]}))
+    reference = AutoModelForCausalLM.from_pretrained(tiny_base).get_input_embeddings().weight
+    embedded = model.get_base_model().get_input_embeddings()(torch.arange(4, 8))
+    moved = [not torch.equal(one, other) for one, other in zip(embedded, reference[4:8], strict=True)]
+    assert moved == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_dora": True}, {"trainable_token_indices": [5, 6]}, {"modules_to_save": ["embed_tokens", "norm"]}],
+    ids=str,
+)
+def test_over_a_bfloat16_base_it_trains_and_generates(untied_base, options):
+    model = make(untied_base, dtype=torch.bfloat16, lora_options=options)
+    fuse_layers(model)
+    assert {tensor.dtype for tensor in trainable_tensors(model).values()} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):  # as the module does if not only fused LoRA trains
+        backward(model.train())
+        assert len(generate_answers(model, [[5, 6], [7]], stop_ids=[49], max_new_tokens=2)) == 2
+
+
+def test_tensors_that_do_not_fit_are_refused_and_none_is_copied(tiny_base):
+    model = make(tiny_base, rank=2)
+    own = trainable_tensors(model)
+    before = {name: tensor.detach().clone() for name, tensor in own.items()}
+    values = {name: torch.full_like(tensor, number) for number, (name, tensor) in enumerate(own.items())}
     name = next(name for name in values if "layers.1.mlp.down_proj.lora_B" in name)
     lacking = {key: value for key, value in values.items() if key != name}
-    with pytest.raises(UserError, match=r"1 tensors are missing and 0 are foreign .*down_proj.lora_B"):
-        copy_tensors(model, lacking, "The checkpoint")
-    with pytest.raises(UserError, match=r"The file does not fit.*0 tensors are missing and 1 are foreign \(other"):
-        copy_tensors(model, {**values, "other": torch.zeros(1)}, "The file")
-    with pytest.raises(UserError, match=r"down_proj.lora_B.* has shape \(64, 5\) there and \(64, 2\) here.*model.rank"):
-        copy_tensors(model, {**values, name: torch.zeros(64, 5)}, "The checkpoint")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in trainable_tensors(model).items())
-
-
-def test_a_loaded_adapter_goes_on_training_with_its_own_rank_and_values(tiny_base, tmp_path):
-    model = make(tiny_base, rank=3, target_modules=["q_proj"], alpha=12)
-    copy_tensors(model, numbered(model), "The test")
-    identity = {"base": str(tiny_base), "quantization": "nf4"}
-    save_adapter_folder(tmp_path, model, trainable_tensors(model), None, identity)
-
-    again = load_adapters(load_base(str(tiny_base)).model, str(tmp_path))
-    tensors = trainable_tensors(again)
-    assert tensors.keys() == trainable_tensors(model).keys()
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in trainable_tensors(model).items())
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    assert again.get_base_model().model.layers[0].self_attn.q_proj.scaling["default"] == 4.0
+    for wrong, sentence in (
+        (lacking, r"The file does not fit.* 1 tensors are missing in it and 0 are foreign .*down_proj.lora_B"),
+        ({**values, "other": torch.zeros(1)}, r"0 tensors are missing in it and 1 are foreign \(other"),
+        ({**values, name: torch.zeros(64, 5)}, r"down_proj.lora_B.* has shape \(64, 5\) there and \(64, 2\) here"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            copy_tensors(model, wrong, "The file")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in own.items())
+    copy_tensors(model, values, "The file")
+    assert all(torch.equal(tensor, values[name]) for name, tensor in trainable_tensors(model).items())

@@ -103,10 +103,10 @@ def test_what_no_adapter_touches_comes_as_it_is(tiny_base, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"init_lora_weights": "pissa"}, "'pissa': refused"),
-        ({"bias": "lora_only"}, "'bias': refused"),
-        ({"lora_bias": True}, "'lora_bias': refused"),
-        ({"use_qalora": True}, "'use_qalora': refused"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"bias": "lora_only"}, "sets 'bias'"),
+        ({"lora_bias": True}, "sets 'lora_bias'"),
+        ({"use_qalora": True}, "sets 'use_qalora'"),
     ],
 )
 def test_kinds_that_are_not_verified_are_refused_by_name(tiny_base, tmp_path, settings, words):

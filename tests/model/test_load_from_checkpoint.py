@@ -1,3 +1,5 @@
+"""A checkpoint makes its module again, with its own base, shape and no code; anything else is refused."""
+
 import lightning
 import pytest
 import torch
@@ -48,7 +50,7 @@ def assert_same_adapter(module, other):
 def test_a_module_is_made_again_from_its_checkpoint(trained):
     again = QLoRAModule.load_from_checkpoint(trained[1])
     assert_same_adapter(trained[0], again)
-    assert again.learning_rate == 0.5
+    assert (again.learning_rate, again.adapter_options["rank"]) == (0.5, 2)
     assert QLoRAModule.load_from_checkpoint(trained[1], learning_rate=0.25).learning_rate == 0.25
 
 
@@ -63,49 +65,13 @@ def test_unknown_settings_are_ignored_with_a_line_and_missing_ones_take_the_defa
     assert_same_adapter(trained[0], again)
 
 
-def test_a_checkpoint_does_not_decide_that_code_of_a_base_may_run(change):
-    file = change(settings={"trust_remote_code": True})
-    assert QLoRAModule.load_from_checkpoint(file).trust_remote_code is False
+def test_a_checkpoint_decides_neither_that_code_may_run_nor_what_is_imported(change, tmp_path, capsys):
+    file = change(settings={"trust_remote_code": True, "optimizer": "no_such_module.Optimizer"})
+    module = QLoRAModule.load_from_checkpoint(file)
+    assert (module.trust_remote_code, module.optimizer_choice) == (False, None)
+    assert "optimizer no_such_module.Optimizer is not taken over" in capsys.readouterr().out
     assert QLoRAModule.load_from_checkpoint(file, trust_remote_code=True).trust_remote_code is True
 
-
-def test_a_checkpoint_does_not_choose_which_module_is_imported(change, capsys):
-    file = change(settings={"optimizer": "no_such_module.Optimizer"})
-    assert QLoRAModule.load_from_checkpoint(file).optimizer_choice is None
-    assert "optimizer no_such_module.Optimizer is not taken over" in capsys.readouterr().out
-
-
-OTHER_BASE = {"fingerprint": "f" * 64, "base": "elsewhere"}
-
-
-def test_another_base_is_refused_unless_that_is_asked_for(trained, change, capsys):
-    file = change(identity=OTHER_BASE)
-    with pytest.raises(UserError, match=r"trained on another base: elsewhere \(weights ffffffffffff\) there"):
-        QLoRAModule.load_from_checkpoint(file)
-    assert_same_adapter(trained[0], QLoRAModule.load_from_checkpoint(file, strict_identity=False))
-    assert "Loaded all the same, as strict_identity is False" in capsys.readouterr().out
-
-
-def test_tensors_must_fit_even_so(trained):
-    with pytest.raises(UserError, match="has shape"):
-        QLoRAModule.load_from_checkpoint(trained[1], rank=3, strict_identity=False)
-    with pytest.raises(UserError, match=r"model.rank 2, this model's has 3"):
-        QLoRAModule.load_from_checkpoint(trained[1], rank=3)
-
-
-def test_a_resume_tells_a_misfit_by_its_cause(tiny_base, trained):
-    module = QLoRAModule(str(tiny_base), rank=3, target_modules="attention", compute_dtype="fp32")
-    module.configure_model()
-    with pytest.raises(UserError, match=r"The checkpoint holds an adapter with model.rank 2"):
-        module.on_load_checkpoint(torch.load(trained[1], weights_only=True))
-
-
-def test_a_newer_format_is_refused(change):
-    with pytest.raises(UserError, match=r"other.ckpt has format version"):
-        QLoRAModule.load_from_checkpoint(change(FORMAT_VERSION + 1))
-
-
-def test_no_code_in_a_checkpoint_is_run(tmp_path):
     class Code:
         def __reduce__(self):
             return (tmp_path.joinpath("ran").touch, ())
@@ -116,10 +82,49 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_another_base_is_refused_unless_that_is_asked_for(trained, change, capsys):
+    file = change(identity={"fingerprint": "f" * 64, "base": "elsewhere"})
+    with pytest.raises(UserError, match=r"trained on another base: elsewhere \(weights ffffffffffff\) there"):
+        QLoRAModule.load_from_checkpoint(file)
+    assert_same_adapter(trained[0], QLoRAModule.load_from_checkpoint(file, strict_identity=False))
+    assert "Loaded all the same, as strict_identity is False" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"rank": 3}, "trained with model.rank 2, but here it is 3"),
+        ({"rank": 3, "strict_identity": False}, "has shape"),
+        ({"quantization": "fp4"}, r"model\.quantization nf4, but here it is fp4"),
+    ],
+)
+def test_another_shape_or_quantization_is_refused_by_its_cause(trained, overrides, sentence):
+    with pytest.raises(UserError, match=sentence):
+        QLoRAModule.load_from_checkpoint(trained[1], **overrides)
+
+
+def test_a_resume_reports_a_misfit_by_its_cause(tiny_base, trained):
+    module = QLoRAModule(str(tiny_base), rank=3, target_modules="attention", compute_dtype="fp32")
+    module.configure_model()
+    with pytest.raises(UserError, match=r"The checkpoint was trained with model.rank 2"):
+        module.on_load_checkpoint(torch.load(trained[1], weights_only=True))
+
+
 @pytest.mark.parametrize("size", [0, 100, 5000])
-def test_what_is_cut_off_or_not_there_is_refused(trained, tmp_path, size):
+def test_what_is_newer_cut_off_or_not_there_is_refused(trained, change, tmp_path, size):
     (tmp_path / "cut.ckpt").write_bytes(trained[1].read_bytes()[:size])
     with pytest.raises(UserError, match=r"cut.ckpt is no checkpoint, or it is cut off"):
         read_checkpoint(tmp_path / "cut.ckpt")
     with pytest.raises(UserError, match=r"none.ckpt: there is no such file"):
         read_checkpoint(tmp_path / "none.ckpt")
+    with pytest.raises(UserError, match=r"other.ckpt has format version"):
+        QLoRAModule.load_from_checkpoint(change(FORMAT_VERSION + 1))
+
+
+def test_the_state_holds_the_adapter_only_and_honours_its_arguments(trained):
+    module, state = trained[0], trained[0].state_dict()
+    assert len(state) == 2 * 4 * 2  # layers × linears × (A, B)
+    assert all("lora_" in name for name in state)
+    outer = torch.nn.ModuleDict({"inner": module})
+    assert outer.state_dict().keys() == {f"inner.{name}" for name in state}
+    assert next(iter(module.state_dict(keep_vars=True).values())).requires_grad

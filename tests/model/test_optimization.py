@@ -1,0 +1,242 @@
+"""The optimizer, LoRA+, the schedule, and windows whose gradients are sums divided once."""
+
+import math
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
+
+from qlora_lightning import LossSums, QLoRAModule
+from qlora_lightning.model.optimizer import build_optimizer, build_schedule, count_optimizer_steps
+from qlora_lightning.model.window import Window
+from qlora_lightning.support.errors import UserError
+
+
+def build(choice=None, learning_rate=0.1, weight_decay=0.0, fused=True, **own):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(64, 80))  # bitsandbytes keeps states below 4096 in 32 bits
+    return build_optimizer([{"params": [weight], **own}], choice, learning_rate, weight_decay, fused)
+
+
+def step(optimizer):
+    (parameter,) = optimizer.param_groups[0]["params"]
+    before = parameter.detach().clone()
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return parameter.detach() - before
+
+
+SGD = {"class_path": "torch.optim.SGD"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cls", "group"),
+    [
+        ({"weight_decay": 0.25}, torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.25, "fused": True}),
+        ({"fused": False}, torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.0, "fused": False}),
+        ({"lr": 0.5}, torch.optim.AdamW, {"lr": 0.5}),  # a group's own
+        ({"choice": "torch.optim.SGD", "weight_decay": 0.25}, torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.25}),
+        ({"choice": {**SGD, "init_args": {"momentum": 0.5}}}, torch.optim.SGD, {"momentum": 0.5}),
+    ],
+)
+def test_the_optimizer_is_built_as_chosen(arguments, cls, group):
+    optimizer = build(**arguments)
+    assert type(optimizer) is cls
+    assert {name: optimizer.param_groups[0][name] for name in group} == group
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit"])
+def test_bitsandbytes_8_bit_optimizers_step_on_a_cpu(name):
+    optimizer = build(f"bitsandbytes.optim.{name}")
+    assert type(optimizer) is getattr(bnb.optim, name)
+    torch.testing.assert_close(step(optimizer), torch.full((64, 80), -0.1), rtol=1e-2, atol=1e-3)  # Adam: lr × sign
+    (state,) = optimizer.state.values()
+    assert state["state1"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    ("choice", "weight_decay", "sentence"),
+    [
+        ({**SGD, "init_args": {"lr": 1.0}}, 0.0, "sets lr.*set model.learning_rate"),
+        ({**SGD, "init_args": {"weight_decay": 1.0}}, 0.0, "set model.weight_decay"),
+        ({**SGD, "init_args": {"momentun": 0.9}}, 0.0, "does not take.*momentun"),
+        ({**SGD, "init_args": {"momentum": -1.0}}, 0.0, "Invalid momentum"),
+        ({**SGD, "lr": 1.0}, 0.0, "expected a class_path"),
+        ({"init_args": {}}, 0.0, "expected a class_path"),
+        ("torch.optim.AdamX", 0.0, "'torch.optim.AdamX' cannot be imported"),
+        ("AdamW", 0.0, "cannot be imported"),
+        ("torch.nn.Linear", 0.0, "is not a torch optimizer class"),
+        ("torch.optim.LBFGS", 0.5, "weight_decay is 0.5, but torch.optim.LBFGS has none"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_built_is_refused(choice, weight_decay, sentence):
+    with pytest.raises(UserError, match=sentence):
+        build(choice, weight_decay=weight_decay)
+
+
+@pytest.mark.parametrize("lora_options", [{}, {"use_dora": True}, {"trainable_token_indices": [3]}], ids=str)
+def test_lora_plus_gives_each_tensor_the_rate_that_peft_gives_it(tiny_base, lora_options):
+    options = {"loraplus_ratio": 16.0, "learning_rate": 1e-4, "weight_decay": 0.1, "quantization": "none"}
+    module = QLoRAModule(base=str(tiny_base), rank=2, lora_options=lora_options, **options)
+    module.configure_model()
+    theirs = create_loraplus_optimizer(
+        module.model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16, loraplus_weight_decay=0.1
+    )
+    ours = build_optimizer(module.parameter_groups(), None, 1e-4, 0.1, fused=True)
+
+    def rates(optimizer):
+        return {p: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+
+    assert rates(ours) == rates(theirs)
+    assert rates(ours).keys() == {p for p in module.parameters() if p.requires_grad}
+    module.loraplus_ratio = None
+    assert [set(group["params"]) for group in module.parameter_groups()] == [rates(ours).keys()]
+
+
+@pytest.mark.parametrize("ratio", [0, 0.5, float("inf"), float("nan")])
+def test_a_lora_plus_ratio_below_one_is_refused(ratio):
+    with pytest.raises(UserError, match="expected 1 or more, such as 16, or null"):
+        QLoRAModule("base", loraplus_ratio=ratio)
+
+
+# ---- the schedule ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batches", "accumulate", "max_epochs", "max_steps", "expected"),
+    [
+        (10, 1, 3, None, 30),
+        (10, 4, 3, -1, 9),  # 4, 4 and 2 micro-batches in each epoch
+        (10, 4, 3, 5, 5),
+        (10, 4, 1, 5, 3),
+        (10, 4, -1, 5, 5),
+        (10, 4, 0, None, 0),
+    ],
+)
+def test_steps_are_counted_from_batches_epochs_and_limits(batches, accumulate, max_epochs, max_steps, expected):
+    assert count_optimizer_steps(batches, accumulate, max_epochs, max_steps) == expected
+
+
+@pytest.mark.parametrize("limits", [(None, None), (-1, -1)])
+def test_a_run_without_an_end_is_refused(limits):
+    with pytest.raises(UserError, match=r"set trainer.max_epochs or trainer.max_steps"):
+        count_optimizer_steps(10, 1, *limits)
+
+
+def rates(choice, warmup_ratio=0.0):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = build_schedule(optimizer, choice, 10, warmup_ratio)
+    found = []
+    for _ in range(11):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("choice", "warmup_ratio", "expected"),
+    [
+        ("linear", 0.0, [1 - step / 10 for step in range(11)]),
+        ("cosine", 0.0, [(1 + math.cos(math.pi * step / 10)) / 2 for step in range(11)]),
+        ("constant", 0.0, [1.0] * 11),
+        ("constant_with_warmup", 0.11, [0.0, 0.5] + [1.0] * 9),  # rounded up to whole steps
+        (
+            {"name": "cosine_with_min_lr", "min_lr_rate": 0.25},
+            0.0,
+            [0.25 + 0.75 * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(11)],
+        ),
+    ],
+)
+def test_rates_follow_the_schedule(choice, warmup_ratio, expected):
+    assert rates(choice, warmup_ratio) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("choice", "warmup_ratio", "sentence"),
+    [
+        ("cosin", 0.0, "'cosin': expected a name among .*cosine, "),
+        ({"min_lr_rate": 0.1}, 0.0, "expected a name among"),
+        ("reduce_lr_on_plateau", 0.0, "expected a name among"),
+        ("cosine_with_min_lr", 0.0, "does not take {}.*min_lr.*Give its arguments beside the name"),
+        ("cosine", -0.1, r"in \[0, 1\)"),
+        ("cosine", 1.0, r"in \[0, 1\)"),
+    ],
+)
+def test_a_schedule_that_cannot_be_built_is_refused(choice, warmup_ratio, sentence):
+    with pytest.raises(UserError, match=sentence):
+        rates(choice, warmup_ratio)
+
+
+# ---- windows ---------------------------------------------------------------------------------------------------------
+
+
+def sums(nll, tokens):
+    return LossSums(torch.tensor(nll), torch.tensor(tokens), torch.tensor(0))
+
+
+def parameter_with_gradient(value):
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.full((2,), value)
+    return parameter
+
+
+@pytest.fixture
+def window():
+    window = Window()
+    window.add(sums(6.0, 1), most=2, row_ids=[3, 1], batch="first")
+    window.add(LossSums(torch.tensor(4.0, requires_grad=True), torch.tensor(4), None), most=2, row_ids=[7])
+    return window
+
+
+def test_gradients_of_sums_become_those_of_the_mean_over_all_tokens(window):
+    parameter, unused = parameter_with_gradient(10.0), nn.Parameter(torch.zeros(2))
+    loss = window.divide_gradients([parameter, unused], divided_by=2)
+    assert loss == 2.0  # (6 + 4) / (1 + 4)
+    assert not loss.requires_grad
+    assert parameter.grad.tolist() == [4.0, 4.0]  # 10 × 2 / 5: what Lightning has divided by is multiplied back
+    assert unused.grad is None
+
+
+def test_tokens_of_all_ranks_count():
+    window, parameter = Window(), parameter_with_gradient(10.0)
+    window.add(sums(6.0, 1), most=1)
+    other_rank = iter([torch.tensor([4.0, 4.0]), torch.tensor([10.0, 10.0])])  # its sums, and its gradients
+    assert window.divide_gradients([parameter], 1, reduce_sum=lambda tensor: tensor + next(other_rank)) == 2.0
+    assert parameter.grad.tolist() == [4.0, 4.0]
+    assert window.labelled_tokens_of_all_ranks == 5
+
+
+def test_a_window_without_labels_gives_gradients_of_zero_not_nan():
+    window, parameter = Window(), parameter_with_gradient(0.0)
+    window.add(sums(0.0, 0), most=1)
+    assert window.divide_gradients([parameter], 1) == 0.0
+    assert parameter.grad.tolist() == [0.0, 0.0]
+
+
+def test_a_window_that_was_never_closed_or_never_opened_is_refused(window):
+    with pytest.raises(RuntimeError, match=r"without calling `super\(\).on_before_optimizer_step\(optimizer\)`"):
+        window.add(sums(1.0, 1), most=2)
+    with pytest.raises(RuntimeError, match="call compute_loss in training_step"):
+        Window().divide_gradients([], 1)
+
+
+def test_a_window_knows_its_rows_and_those_of_the_one_before(window):
+    assert (window.is_open, window.row_ids, window.batches) == (True, [3, 1, 7], ["first"])
+    window.clear()
+    assert (window.is_open, window.row_ids, window.closed_row_ids, window.batches) == (False, [], [3, 1, 7], [])
+
+
+def test_an_open_window_continues_from_its_saved_state(window, tmp_path):
+    parameter, again, other = parameter_with_gradient(10.0), Window(), nn.Parameter(torch.zeros(2))
+    torch.save(window.state_dict({"a": parameter, "without": nn.Parameter(torch.zeros(1))}), tmp_path / "window")
+    parameter.grad.zero_()  # the saved gradient is a copy
+    again.load_state_dict(torch.load(tmp_path / "window", weights_only=True), {"a": other})
+    assert other.grad.tolist() == [10.0, 10.0]
+    assert (again.micro_batches, again.row_ids) == (2, [3, 1, 7])
+    assert again.divide_gradients([other], 2) == 2.0
+    again.load_state_dict(Window().state_dict({"a": other}), {})
+    assert not again.is_open

@@ -69,7 +69,7 @@ from qlora_lightning.model.optimizer import (
     group_parameters,
     plan_steps,
 )
-from qlora_lightning.model.summary import adapter_table, describe_sizes
+from qlora_lightning.model.summary import adapter_table, describe_large_rank, describe_sizes
 from qlora_lightning.model.window import Window, leave_gradients_to_window
 from qlora_lightning.support.console import describe, say
 from qlora_lightning.support.errors import UserError
@@ -504,6 +504,9 @@ class QLoRAModule(lightning.LightningModule):
             describe(slow)
         describe(adapter_table(self.model))
         describe(describe_sizes(self.model))
+        large = describe_large_rank(self.model)
+        if large is not None:
+            describe(large)
         if self.fast:
             plain = explain_plain_layers(
                 self.causal_lm, autocasts=self.autocast_dtype is not None, precision=str(self.trainer.precision)

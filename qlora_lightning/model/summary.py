@@ -48,6 +48,23 @@ def adapter_table(model: nn.Module) -> Table:
     return table
 
 
+def describe_large_rank(model: nn.Module) -> str | None:
+    """Describe adapters whose rank is larger than a side of their matrix; ``None`` if there are none.
+
+    B · A has at most the rank of the matrix that it is added to: what is beyond the smaller side trains for nothing.
+    """
+    found: dict[str, str] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            (rank, inputs), (outputs, _) = (weight.shape for weight in _matrices(layer))
+            if rank > min(inputs, outputs):
+                kind = name.rpartition(".")[2]
+                found[kind] = f"{kind} ({outputs} × {inputs}, rank {rank})"
+    if not found:
+        return None
+    return f"A rank beyond the smaller side of its matrix gains nothing: {', '.join(found.values())}. Lower model.rank."
+
+
 def _matrices(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
     if layer.lora_A:
         return layer.lora_A["default"].weight, layer.lora_B["default"].weight

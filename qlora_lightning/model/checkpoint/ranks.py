@@ -53,15 +53,7 @@ def share_states(states: Sequence[RankState], rank: int, world_size: int) -> Ran
     """Return a process's part of what :func:`gather_states` collected.
 
     With another number of processes than then, the first one takes over the open windows of all, which gives the same
-    mean gradient up to rounding, and random generators continue if a process has had one.
-
-    Args:
-        states: Of all processes that saved, in their order.
-        rank: This process's number.
-        world_size: How many there are now.
-
-    Returns:
-        ``generators``, empty if this process had none, and ``window``.
+    mean gradient up to rounding, and random generators continue if a process has had one; else they are empty.
     """
     if len(states) == world_size:
         return states[rank]

@@ -40,15 +40,9 @@ from qlora_lightning.support.versions import FORMAT_VERSION
 
 
 def check_save_point(content: Mapping[str, Any], accumulate: int) -> None:
-    """Refuse to resume where the next step would be another than in the run that saved.
+    """Refuse to resume from inside a batch, or from inside a window of another number of micro-batches.
 
-    Args:
-        content: Our part of the checkpoint.
-        accumulate: Micro-batches of an optimizer step now.
-
-    Raises:
-        UserError: It was saved inside a batch, or inside a window of another number of micro-batches, by which its
-            gradients are divided already.
+    By that number, ``accumulate`` now, the window's gradients are divided already.
     """
     if content["inside_batch"]:
         raise UserError(
@@ -75,9 +69,6 @@ def check_data(stored: Mapping[str, Any], own: Mapping[str, Any], inside_epoch: 
         own: That of the data at hand.
         inside_epoch: Whether training stopped inside an epoch, or inside a stream.
         accepted: Whether the user says that the change is intended.
-
-    Raises:
-        UserError: The samples are others.
     """
     differences = data_differences(stored, own)
     samples = {name: differences.pop(name) for name in ("train", "val") if name in differences}

@@ -98,9 +98,6 @@ def keep_configured(trainer: Any, checkpoint: Mapping[str, Any], stored: Sequenc
 
     Returns:
         A line for each optimizer of another class, which begins with a fresh state: the old one means nothing to it.
-
-    Raises:
-        UserError: The parameter groups hold other numbers of tensors.
     """
     lines = []
     states = checkpoint["optimizer_states"]

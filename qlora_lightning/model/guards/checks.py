@@ -71,15 +71,11 @@ def check_training_mode(model: nn.Module) -> None:
 
 
 def check_token_ids(batch: Mapping[str, Any], vocabulary: int, data: Any) -> None:
-    """Refuse a token id that has no row in the embedding.
+    """Refuse a token id of a flat batch that is not one of the ``vocabulary`` rows of the embedding.
 
     A token that is only at the end of rows, as a stop token is, is never looked up there, for its state predicts
-    nothing: else only the loss would meet it, as a label.
-
-    Args:
-        batch: ``input_ids``, ``(1, tokens)``, ``cu_seqlens`` and, for the message, ``row_ids``.
-        vocabulary: Rows of the embedding.
-        data: The Trainer's data module, or ``None``: it knows the places of training rows.
+    nothing: else only the loss would meet it, as a label. The place of its row comes from ``data``, the Trainer's data
+    module, if there is one.
     """
     ids = batch["input_ids"][0]
     first = ((ids < 0) | (ids >= vocabulary)).nonzero()[:1, 0]
@@ -117,9 +113,6 @@ def check_gradients(trainable: Mapping[str, nn.Parameter]) -> bool:
     B has one from the first step. A's is exactly zero until B has moved away from zero, so A is asked only then. Of an
     adapter a gradient of zeros counts as none; of an embedding's rows, say, all may be absent from a window.
 
-    Args:
-        trainable: The tensors that train, by name, after backward.
-
     Returns:
         Whether all could be asked: not yet while an A waits for its B.
     """
@@ -141,15 +134,9 @@ def check_gradients(trainable: Mapping[str, nn.Parameter]) -> bool:
 
 
 def find_divergence(trainable: Mapping[str, nn.Parameter], step: int, learning_rate: float) -> UserError | None:
-    """Find adapters that have grown beyond use: their gradients vanish, or their steps are too small for their size.
+    """Return the error for adapters that have grown beyond use, by an optimizer step; ``None`` if they have not.
 
-    Args:
-        trainable: The tensors that train, by name.
-        step: Optimizer step, from 0.
-        learning_rate: Of that step.
-
-    Returns:
-        The error to raise for it; ``None`` if they are of a usual size.
+    Their gradients vanish, or their steps are too small for their size.
     """
     sizes = {
         name: float(tensor.detach().abs().max().nan_to_num(nan=math.inf, posinf=math.inf))

@@ -42,8 +42,8 @@ class TrainingGuard(Callback):
     Args:
         on_nonfinite: What to do when a loss or a gradient is NaN or infinite: ``stop`` the run, or ``skip`` the step.
             A skipped step moves neither the adapters nor the optimizer's state; it counts as a step, so that the
-            schedule goes on. After 20 skipped steps in a row the run stops all the same. A validation loss of that
-            kind stops the run too, or is told.
+            schedule continues. After 20 skipped steps in a row the run stops all the same. A validation loss of that
+            kind stops the run too, or is reported.
 
     Attributes:
         checks_due: Whether the next step is looked at closely: the first one, and the first after each validation.
@@ -60,23 +60,12 @@ class TrainingGuard(Callback):
     # ---- before each optimizer step --------------------------------------------------------------------------------
 
     def judge_step(self, pl_module: Any, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> StepNumbers:
-        """Look at a window's loss and gradients; leaves no gradient where the step is skipped.
+        """Judge a window by its mean loss and its gradients' norm over all ranks; without gradients a step is skipped.
 
         The one time in a step that the host waits for a GPU, on which all that is logged of the step follows.
 
-        Args:
-            pl_module: The module, with its window still open.
-            optimizer: What takes the step.
-            loss: Mean over the window of all ranks.
-            norm: Of all gradients.
-
         Returns:
             Both, on the host.
-
-        Raises:
-            UserError: The loss or a gradient is not finite, and the run is to stop then.
-            UserError: The adapters have diverged and no longer learn.
-            RuntimeError: An adapter gets no gradient, or the optimizer does not hold it.
         """
         trainer = pl_module.trainer
         # Under 16-mixed the scaler itself skips steps with infinite gradients: they are how it finds its scale.
@@ -134,7 +123,7 @@ class TrainingGuard(Callback):
             self._judge_validation(trainer)
 
     def _judge_validation(self, trainer: Trainer) -> None:
-        """Look at a validation's loss, before callbacks that write checkpoints, which come last, save what gave it."""
+        """Judge a validation's loss, before callbacks that write checkpoints, which come last, save what gave it."""
         loss = trainer.callback_metrics.get("val_loss")
         if loss is None or loss.isfinite():
             return
@@ -152,11 +141,9 @@ class TrainingGuard(Callback):
         check_frozen(self._frozen, checksum_frozen(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the counts of skipped steps."""
         return {"skipped_steps": self.skipped_steps, "skipped_in_a_row": self._skipped_in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
         self.skipped_steps = state_dict["skipped_steps"]
         self._skipped_in_a_row = state_dict["skipped_in_a_row"]
 

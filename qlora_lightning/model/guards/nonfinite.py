@@ -32,7 +32,6 @@ class Finding:
         micro_batch: Number in the window, from 0, of the micro-batch that gave it; ``None`` if each came out finite.
         module: The first module whose output was not finite; ``None`` if each forward was.
         base_weight: A frozen weight of that module, or of any if there is none, which is not finite itself.
-        loss_is_finite: Whether the summed loss of the micro-batch was.
         gradients: The trainable tensors whose gradient is not finite.
         adapter_tensors: The trainable tensors that are not finite themselves.
         rows: The rows that give it alone, each a batch of its own; all of the micro-batch if none does.
@@ -44,7 +43,6 @@ class Finding:
     micro_batch: int | None = None
     module: str | None = None
     base_weight: str | None = None
-    loss_is_finite: bool = True
     gradients: list[str] = field(default_factory=list)
     adapter_tensors: list[str] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -55,14 +53,8 @@ def find_nonfinite(model: nn.Module, compute_loss: ComputeLoss, window: Window, 
     """Run the micro-batches of a window again, one by one, until one gives a NaN or an infinity.
 
     Gradients and random generators stay as they were. Dropout is drawn again, so that what it alone caused may be gone.
-    It never fails: the step is decided, and other ranks wait.
-
-    Args:
-        model: What computes; modules are named below it.
-        compute_loss: As :meth:`QLoRAModule.compute_loss`.
-        window: The open window; micro-batches whose loss was not finite come first.
-        data: The Trainer's data module, or ``None``: it knows places and text of rows.
-        rank: Of this process.
+    It never fails: the step is decided, and other ranks wait. Places and text of rows come from ``data``, the Trainer's
+    data module, if there is one.
     """
     finding = Finding(rank, row_places(data, window.row_ids))
     generators = capture_generators()
@@ -78,13 +70,13 @@ def find_nonfinite(model: nn.Module, compute_loss: ComputeLoss, window: Window, 
 def _search(finding: Finding, model: nn.Module, compute_loss: ComputeLoss, window: Window, data: Any) -> None:
     trainable = trainable_tensors(model)
     finding.adapter_tensors = _nonfinite(trainable)
-    for number in sorted(range(len(window.batches)), key=lambda each: bool(window.losses[each].isfinite())):
-        loss_is_finite, modules, gradients = _run(model, compute_loss, window.batches[number])
+    for number, batch in enumerate(window.batches):
+        loss_is_finite, modules, gradients = _run(model, compute_loss, batch)
         if loss_is_finite and not modules and not gradients:
             continue
-        rows = cut_into_rows(window.batches[number])
+        rows = cut_into_rows(batch)
         bad = [row for row in rows if _run(model, compute_loss, row) != (True, [], [])]
-        finding.micro_batch, finding.loss_is_finite, finding.gradients = number, loss_is_finite, gradients
+        finding.micro_batch, finding.gradients = number, gradients
         finding.module = modules[0] if modules else None
         finding.base_weight = _bad_base_weight(model, finding.module)
         finding.rows = [describe_row(data, row) for row in bad or rows]

@@ -11,7 +11,6 @@ from qlora_lightning.model.checkpoint.loops import (
     leave_validation_out,
     lengthen_stream,
     let_validation_follow,
-    validation_follows,
 )
 
 
@@ -23,7 +22,6 @@ def trainer(**options):
         "val_check_batch": 4,
         "val_check_interval": 1.0,
         "is_last_batch": False,
-        "fit_loop": SimpleNamespace(total_batch_idx=0),
         "training": False,
         "validating": False,
         "max_steps": 9,
@@ -44,7 +42,6 @@ STARTING_EPOCH = part(2, 1, 1, 1)
 ENDED = part(4, 4, 4, 4)  # four batches, with all that follows them
 LAST = part(4, 4, 4, 4, is_last_batch=True)
 AT_ITS_END = part(4, 4, 4, 3)  # in on_train_batch_end of the fourth
-BEGUN = part(1, 1, 0, 0)  # the first batch of a validation in work
 
 
 def checkpoint(batches=ENDED, validation=IDLE, epochs=FIRST_EPOCH):
@@ -54,23 +51,6 @@ def checkpoint(batches=ENDED, validation=IDLE, epochs=FIRST_EPOCH):
         "epoch_loop.val_loop.batch_progress": validation,
     }
     return copy.deepcopy({"loops": {"fit_loop": loops}, "global_step": 4})
-
-
-@pytest.mark.parametrize(
-    ("batch_idx", "options", "expected"),
-    [
-        (3, {}, True),
-        (2, {}, False),
-        (3, {"enable_validation": False}, False),
-        (3, {"check_val_every_n_epoch": 2}, False),
-        (3, {"check_val_every_n_epoch": 2, "current_epoch": 1}, True),
-        (0, {"check_val_every_n_epoch": None, "fit_loop": SimpleNamespace(total_batch_idx=11)}, True),
-        (9, {"val_check_batch": float("inf")}, False),
-        (9, {"val_check_batch": float("inf"), "is_last_batch": True}, True),
-    ],
-)
-def test_a_validation_follows_if_lightning_will_run_one(batch_idx, options, expected):
-    assert validation_follows(trainer(**options), batch_idx) is expected
 
 
 @pytest.mark.parametrize(
@@ -90,56 +70,32 @@ def test_the_inside_of_a_batch_and_of_an_epoch_is_known(batches, epochs, inside_
     assert (is_inside_batch(content), is_inside_epoch(content)) == (inside_batch, inside_epoch)
 
 
-VALIDATION_ENDED = part(5, 5, 5, 5, is_last_batch=True)
-IN_SECOND_VALIDATION = part(2, 2, 2, 1, behind=5)
+JUDGED = part(5, 5, 5, 5, is_last_batch=True)  # a validation that has ended
+IN_SECOND = part(2, 2, 2, 1, behind=5)  # inside the epoch's second validation
+AGAIN = {**part(1, 1, 0, 0), "total": part(6, 6, 5, 5)["total"]}  # in its first batch
+LAST_AT_ITS_END = part(4, 4, 4, 3, is_last_batch=True)
 
 
 @pytest.mark.parametrize(
     ("mend", "options", "before", "after"),
     [
-        # a validation in work begins with its first batch, behind those of earlier ones; one that ended does not
-        (
-            let_validation_follow,
-            {"validating": True},
-            checkpoint(validation=IN_SECOND_VALIDATION),
-            checkpoint(validation={**BEGUN, "total": part(6, 6, 5, 5)["total"]}),
-        ),
-        (
-            let_validation_follow,
-            {"validating": True},
-            checkpoint(validation=VALIDATION_ENDED),
-            checkpoint(validation=VALIDATION_ENDED),
-        ),
-        # a validation that is due follows
-        (
-            let_validation_follow,
-            {"training": True},
-            checkpoint(AT_ITS_END, VALIDATION_ENDED),
-            checkpoint(ENDED, {**BEGUN, "total": part(6, 6, 5, 5)["total"]}),
-        ),
-        (let_validation_follow, {"training": True}, checkpoint(), checkpoint()),
-        (let_validation_follow, {"training": True}, checkpoint(part(3, 3, 3, 2)), checkpoint(part(3, 3, 3, 2))),
+        # a validation in work, or due, begins with its first batch, behind those of earlier ones
+        (let_validation_follow, {"validating": True}, (ENDED, IN_SECOND), (ENDED, AGAIN)),
+        (let_validation_follow, {"validating": True}, (ENDED, JUDGED), (ENDED, JUDGED)),
+        (let_validation_follow, {"training": True}, (AT_ITS_END, JUDGED), (ENDED, AGAIN)),
+        (let_validation_follow, {"training": True}, (ENDED, IDLE), (ENDED, IDLE)),
+        (let_validation_follow, {"training": True}, (part(3, 3, 3, 2), IDLE), (part(3, 3, 3, 2), IDLE)),
         # behind an epoch that no validation ends any more, it is as in its last batch
-        (leave_validation_out, {}, checkpoint(LAST), checkpoint(LAST)),
-        (
-            leave_validation_out,
-            {"enable_validation": False},
-            checkpoint(LAST),
-            checkpoint(part(4, 4, 4, 3, is_last_batch=True)),
-        ),
-        (
-            leave_validation_out,
-            {"val_check_interval": 3},
-            checkpoint(LAST),
-            checkpoint(part(4, 4, 4, 3, is_last_batch=True)),
-        ),
-        (leave_validation_out, {"enable_validation": False}, checkpoint(ENDED), checkpoint(ENDED)),
+        (leave_validation_out, {}, (LAST, JUDGED), (LAST, JUDGED)),
+        (leave_validation_out, {"enable_validation": False}, (LAST, JUDGED), (LAST_AT_ITS_END, JUDGED)),
+        (leave_validation_out, {"val_check_interval": 3}, (LAST, JUDGED), (LAST_AT_ITS_END, JUDGED)),
+        (leave_validation_out, {"enable_validation": False}, (ENDED, JUDGED), (ENDED, JUDGED)),
         # a stream is one epoch: with more steps to take, its last batch is not the last
-        (lengthen_stream, {}, checkpoint(LAST), checkpoint(ENDED)),
-        (lengthen_stream, {"max_steps": 4}, checkpoint(LAST), checkpoint(LAST)),
+        (lengthen_stream, {}, (LAST, JUDGED), (ENDED, JUDGED)),
+        (lengthen_stream, {"max_steps": 4}, (LAST, JUDGED), (LAST, JUDGED)),
     ],
 )
 def test_counters_that_would_mislead_a_resume_are_mended(mend, options, before, after):
-    content = copy.deepcopy(before)
+    content = checkpoint(*before)
     mend(trainer(**options), content)
-    assert content == after
+    assert content == checkpoint(*after)

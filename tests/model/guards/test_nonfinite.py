@@ -1,6 +1,5 @@
 """Where a NaN or an infinity comes from is found, by running the window again, and described."""
 
-import json
 import math
 
 import bitsandbytes as bnb
@@ -10,21 +9,9 @@ from torch import nn
 
 from qlora_lightning.data.batches.collate import collate
 from qlora_lightning.data.samples.sample import make_sample
-from qlora_lightning.model.guards.nonfinite import Finding, describe_findings, find_nonfinite, write_report
+from qlora_lightning.model.guards.nonfinite import Finding, describe_findings, find_nonfinite
 from qlora_lightning.model.loss import LossSums
 from qlora_lightning.model.window import Window
-
-
-class Bad(torch.autograd.Function):
-    """Gives back its input; in backward a NaN."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * math.nan
 
 
 class Second(nn.Module):
@@ -34,7 +21,7 @@ class Second(nn.Module):
 
 
 class Model(nn.Module):
-    """Adds up embedded ids; the id 1 becomes infinite in ``second``, the id 2 has no gradient that is a number."""
+    """Adds up embedded ids; the id 1 becomes infinite in ``second``."""
 
     def __init__(self):
         super().__init__()
@@ -46,8 +33,7 @@ class Model(nn.Module):
     def compute_loss(self, batch):
         ids = batch["input_ids"]
         hidden = self.second(self.first(ids), ids)["hidden"] * self.scale
-        loss = (Bad.apply(hidden) if (ids == 2).any() else hidden).sum() * self.head.sum()
-        return LossSums(loss, torch.tensor(1), torch.tensor(0))
+        return LossSums(hidden.sum() * self.head.sum(), torch.tensor(1), torch.tensor(0))
 
 
 def batch_of(*rows):
@@ -76,13 +62,7 @@ def row_ids(finding):
 def test_the_micro_batch_its_row_and_the_first_module_are_found():
     finding = find(batch_of([3, 4], [5]), batch_of([6], [7, 1, 3], [8]))
     assert (finding.micro_batch, finding.module, row_ids(finding)) == (1, "second", [1])
-    assert (finding.base_weight, finding.loss_is_finite) == (None, False)
-
-
-def test_if_every_forward_is_finite_the_tensors_without_finite_gradient_are_named():
-    finding = find(batch_of([3]), batch_of([2], [4]))
-    assert (finding.micro_batch, finding.module, row_ids(finding)) == (1, None, [0])
-    assert finding.gradients == ["scale", "first.weight"]
+    assert finding.base_weight is None
 
 
 def test_a_window_that_is_finite_when_run_again_names_what_was_accumulated_and_spoilt_adapters():
@@ -139,38 +119,10 @@ def test_a_search_that_fails_is_a_finding_too():
     assert find_nonfinite(Model(), None, window, None).error.startswith("TypeError: ")
 
 
-def test_the_report_is_plain_json_and_beside_nothing_unfinished(tmp_path):
-    file = tmp_path / "run" / "nonfinite-step-4.json"
-    write_report(file, 4, "loss", [find(batch_of([1]))])
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
-    content = json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert (content["step"], content["what"]) == (4, "loss")
-    (rank,) = content["ranks"]
-    assert (rank["module"], rank["window_rows"], rank["rows"][0]["place"]) == ("second", ["row 0"], "row 0")
-
-
-ROW = [{"place": "a.jsonl:3"}]
-
-
-def nothing():
-    return Finding(0, ["row 3"])
-
-
-@pytest.mark.parametrize(
-    ("findings", "facts"),
-    [
-        ([Finding(0, [], 0, module="m.q", rows=ROW)], ["first module: m.q;", "rows: a.jsonl:3."]),
-        ([nothing(), Finding(1, [], 0, module="m.q", rows=ROW)], ["first module: m.q;", "rows: a.jsonl:3."]),
-        ([Finding(0, [], 0, gradients=["a", "b"], rows=ROW)], ["first module: none", "2 tensors, as b"]),
-        ([Finding(0, [], 0, adapter_tensors=["a"], rows=ROW)], ["first module: none", "adapter tensors: 1, as a"]),
-        ([nothing()], ["each micro-batch is finite", "rows: row 3."]),
-    ],
-)
-def test_a_finding_is_described_with_its_rows_and_a_base_weight_without(findings, facts):
-    sentence = describe_findings(findings)
-    assert [fact for fact in facts if fact not in sentence] == []
-    assert "model.on_nonfinite: skip" in sentence
-    for each in findings:
-        each.base_weight = "m.q.weight"
-    assert "frozen weight m.q.weight" in describe_findings(findings)
-    assert "rows" not in describe_findings(findings)
+def test_of_several_ranks_those_that_found_something_speak_and_else_all_rows_are_named():
+    nothing = Finding(0, ["a.jsonl:1"])
+    found = Finding(1, ["a.jsonl:2", "a.jsonl:3"], 0, module="m.q", rows=[{"place": "a.jsonl:3"}])
+    assert describe_findings([nothing, found]).startswith("Run again; first module: m.q; rows: a.jsonl:3. ")
+    nobody = describe_findings([nothing, Finding(1, ["a.jsonl:2"])])
+    assert nobody.startswith("Run again, each micro-batch is finite; ")
+    assert "rows: a.jsonl:1, a.jsonl:2. " in nobody

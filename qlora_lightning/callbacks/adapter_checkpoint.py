@@ -24,7 +24,8 @@ from qlora_lightning.callbacks.started_folder import (
     refuse_started_folder,
 )
 from qlora_lightning.callbacks.stop_signals import StopSignals
-from qlora_lightning.model.checkpoint.resume import ends_training, has_other_validation, validation_follows
+from qlora_lightning.model.checkpoint.loops import ends_training, validation_follows
+from qlora_lightning.model.checkpoint.resume import has_other_validation
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import flush, put_in_place

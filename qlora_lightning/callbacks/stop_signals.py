@@ -7,7 +7,7 @@ import subprocess
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -23,11 +23,8 @@ class StopSignals(Callback):
     Lightning ends inside the batch and saves nothing, or, under SLURM, saves inside it. Here a signal is only noted;
     after the batch all ranks agree that one was noted anywhere, :class:`AdapterCheckpoint` saves, and
     :class:`TrainingStopped` ends the fit. A second Ctrl-C ends it at once without saving. Under SLURM with automatic
-    requeueing the job is requeued, as Lightning would. SIGHUP comes when the terminal is closed or the connection to
-    it drops: output then leads nowhere. Signals that are ignored, as ``nohup`` has it, stay ignored.
-
-    In ``validate``, ``test`` and ``predict`` there is nothing to save: SIGTERM and SIGHUP end them at once. Lightning
-    would note SIGTERM there and go on.
+    requeueing the job is requeued, as Lightning would. Signals that are ignored, as under ``nohup``, stay ignored.
+    ``validate``, ``test`` and ``predict`` have nothing to save: SIGTERM and SIGHUP end them at once.
 
     Attributes:
         tells_how: Whether a stopped fit says how it goes on: so do ``fit`` and Python scripts.
@@ -79,28 +76,16 @@ class StopSignals(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _end_at_signals(trainer)
 
-    def leave(self, trainer: Trainer, saved: Path | None) -> None:
-        """End the fit, and say how to go on.
-
-        Args:
-            trainer: Whose fit it is.
-            saved: The checkpoint that was written for it.
-
-        Raises:
-            TrainingStopped: Always.
-        """
+    def leave(self, trainer: Trainer, saved: Path | None) -> NoReturn:
+        """End the fit, for which a checkpoint may have been ``saved``, and report how to resume it."""
         place = f"at step {trainer.global_step} in epoch {trainer.current_epoch}"
         if saved is None:
             self.end(trainer, f"Stopped {place}. Nothing was saved: there is no AdapterCheckpoint, or it is off.")
         how = f' To go on, add `--ckpt_path last` to the same command; in Python: trainer.fit(…, ckpt_path="{saved}").'
         self.end(trainer, f"Stopped {place}, saved in {saved}.{how if self.tells_how else ''}")
 
-    def end(self, trainer: Trainer, message: str) -> None:
-        """Say a last word, and end with the code of the signal.
-
-        Raises:
-            TrainingStopped: Always.
-        """
+    def end(self, trainer: Trainer, message: str) -> NoReturn:
+        """End with the code of the signal, after a last message."""
         number = int(self.received or signal.SIGTERM)  # the signal may have come to another rank
         if trainer.is_global_zero:
             say(message)

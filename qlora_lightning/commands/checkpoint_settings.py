@@ -5,12 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.model.checkpoint.format import find_foreign_class, known_settings, read_checkpoint, read_content
+from qlora_lightning.model.checkpoint.format import find_foreign_class, read_checkpoint, read_content, usable_settings
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.support.errors import UserError
-
-# A file must not decide that code which comes with a base may run.
-_NEVER = {"trust_remote_code"}
 
 
 def with_checkpoint_settings(arguments: Sequence[str], file: str | Path, own: Mapping[str, Any]) -> list[str]:
@@ -28,13 +25,11 @@ def with_checkpoint_settings(arguments: Sequence[str], file: str | Path, own: Ma
         UserError: The file is no checkpoint, or a foreign one, or only it names an optimizer from elsewhere.
     """
     settings = read_content(read_checkpoint(file, mmap=True), str(file))["settings"]
-    foreign, never = find_foreign_class(settings), set(_NEVER)
-    if foreign is not None:
-        if own.get("optimizer") is None:
-            raise UserError(
-                f"{file} names the optimizer {foreign}, and a file must not decide which module is imported: if you "
-                f"trust it, name it yourself by `--model.optimizer {foreign}`."
-            )
-        never.add("optimizer")
-    usable = {name: settings[name] for name in sorted(settings.keys() & known_settings(QLoRAModule) - never)}
+    foreign = find_foreign_class(settings)
+    if foreign is not None and own.get("optimizer") is None:
+        raise UserError(
+            f"{file} names the optimizer {foreign}, and a file must not decide which module is imported: if you "
+            f"trust it, name it yourself by `--model.optimizer {foreign}`."
+        )
+    usable = usable_settings(QLoRAModule, settings)
     return [arguments[0], "--config", json.dumps({"model": usable}), *arguments[1:]]

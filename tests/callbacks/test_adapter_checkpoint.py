@@ -505,16 +505,13 @@ def test_a_state_that_could_not_be_read_again_ends_the_run_and_the_last_checkpoi
     assert read_checkpoint(tmp_path / "run")["global_step"] == 2
 
 
-@pytest.mark.parametrize(
-    "part", ["optimizer_states", "lr_schedulers", "loops", "callbacks", "state_dict", "global_step"]
-)
-def test_a_checkpoint_that_lacks_a_part_is_refused_before_anything_is_restored(fit, tmp_path, part):
+def test_a_checkpoint_that_lacks_a_part_is_refused_before_anything_is_restored(fit, tmp_path):
     fit(AdapterCheckpoint(), **SHORT)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(last, weights_only=True)
-    checkpoint.pop(part)
+    del checkpoint["loops"]  # without them Lightning would count from zero again, and say nothing
     torch.save(checkpoint, last)
-    with pytest.raises(UserError, match=f"The checkpoint lacks {part}"):
+    with pytest.raises(UserError, match="The checkpoint lacks loops"):
         fit(AdapterCheckpoint(), ckpt_path=last, max_epochs=2, **SHORT)
 
 

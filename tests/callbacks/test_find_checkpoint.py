@@ -113,5 +113,5 @@ def test_a_checkpoint_that_lacks_a_part_is_refused_and_never_named(folder, part)
 
 def test_an_adapter_without_its_run_is_told_by_the_likely_reason(folder):
     torch.save({"state_dict": {"model.q_proj.lora_A.weight": torch.ones(2)}, "loops": {}}, folder / "weights.ckpt")
-    with pytest.raises(UserError, match=r"nothing else of its run, as .* ModelCheckpoint .* save_weights_only=True"):
+    with pytest.raises(UserError, match=r"not written by qlora_lightning.* ModelCheckpoint .* save_weights_only=True"):
         check_checkpoint(folder / "weights.ckpt")

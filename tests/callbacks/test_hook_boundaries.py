@@ -1,26 +1,27 @@
-"""A checkpoint that anybody takes, at any boundary that a callback can see, goes on to the same end or is refused."""
+"""A checkpoint that anybody takes, at any boundary that a callback can see, resumes to the same end or is refused."""
+
+import functools
 
 import lightning
 import pytest
 import torch
 
-from qlora_lightning import ThroughputMonitor
+from qlora_lightning import InstructionDataModule, QLoRAModule, ThroughputMonitor
 from qlora_lightning.support.errors import UserError
 from tests.equality import same
 
-# windows of 3, 3 and 2 batches; validations after the fourth and eighth: inside a window, and at the epoch's end
-OPTIONS = {"max_epochs": 2, "accumulate_grad_batches": 3, "val_check_interval": 4, "limit_val_batches": 2}
-OFTEN = ["on_validation_batch_end", "on_train_epoch_end"]
-SELDOM = [
+BOUNDARIES = [
     "on_train_start",
     "on_train_batch_end",
+    "on_train_epoch_end",
     "on_validation_start",
     "on_validation_epoch_start",
     "on_validation_batch_start",
+    "on_validation_batch_end",
     "on_validation_end",
 ]
-EXACT = [*OFTEN, *(pytest.param(hook, marks=pytest.mark.slow) for hook in SELDOM)]
 INSIDE = ["on_train_epoch_start", "on_train_batch_start", "on_before_backward", "on_before_optimizer_step"]
+PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
 
 
 class Validated(lightning.Callback):
@@ -34,57 +35,93 @@ class Validated(lightning.Callback):
 
 
 class Taker(lightning.Callback):
-    """Saves a checkpoint each time that one hook is called, and remembers which validations lie behind it."""
+    """Saves a checkpoint at every hook, and remembers which validations are behind it."""
 
-    def __init__(self, hook, folder, validated):
-        self.folder, self.validated, self.taken = folder, validated, []
-        setattr(self, hook, self._take)
+    def __init__(self, folder, validated):
+        self.folder, self.validated, self.taken = folder, validated, {}
+        for hook in (*BOUNDARIES, *INSIDE):
+            self.taken[hook] = []
+            setattr(self, hook, functools.partial(self._take, hook))
 
-    def _take(self, trainer, pl_module, *_):
-        file = self.folder / f"{len(self.taken)}.ckpt"
+    def _take(self, hook, trainer, *_):
+        taken = self.taken[hook]
+        file = self.folder / f"{hook}-{len(taken)}.ckpt"
         trainer.save_checkpoint(file)
-        self.taken.append((file, trainer.global_step, len(self.validated.losses)))
+        taken.append((file, trainer.global_step, len(self.validated.losses)))
 
 
-@pytest.fixture
-def run(fit, make_module, tmp_path):
-    """Train; gives what a checkpoint of the end holds, and the validations."""
+@pytest.fixture(scope="module")
+def run(tiny_base, tmp_path_factory):
+    """Train with all that draws or changes rates; gives what a checkpoint of the end holds, and the validations."""
+    folder = tmp_path_factory.mktemp("run")
+    rows = [f'{{"instruction": "Count to {n}.", "output": "{" ".join(map(str, range(n)))}"}}\n' for n in range(1, 17)]
+    (folder / "rows.jsonl").write_text("".join(rows))
 
-    def run(validated, *callbacks, **more):
-        module = make_module(dropout=0.1, schedule="cosine")
-        trainer, module = fit(validated, ThroughputMonitor(), *callbacks, module=module, **OPTIONS, **more)
-        trainer.save_checkpoint(tmp_path / "end.ckpt")
-        content = torch.load(tmp_path / "end.ckpt", weights_only=True)
-        parts = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
-        return {part: content[part] for part in parts} | {"generators": content["qlora_lightning"]["generators"]}
+    def run(validated, *callbacks, ckpt_path=None):
+        lightning.seed_everything(7, verbose=False)
+        settings = {"rank": 2, "learning_rate": 1e-2, "dropout": 0.1, "neftune_alpha": 5.0, "loraplus_ratio": 4.0}
+        module = QLoRAModule(str(tiny_base), **settings)
+        split = {name: str(folder / "rows.jsonl") for name in ("train", "val")}
+        trainer = lightning.Trainer(
+            # windows of 3, 3 and 2 batches; validations after the fourth and eighth: inside a window, and at the end
+            **{"max_epochs": 2, "accumulate_grad_batches": 3, "val_check_interval": 4, "limit_val_batches": 2},
+            **{"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False},
+            **{"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0},
+            default_root_dir=folder,
+            callbacks=[validated, ThroughputMonitor(), *callbacks],
+        )
+        data = InstructionDataModule(**split, tokenizer=str(tiny_base), batch_size=2)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        trainer.save_checkpoint(folder / "end.ckpt")
+        content = torch.load(folder / "end.ckpt", weights_only=True)
+        return {part: content[part] for part in PARTS} | {"generators": content["qlora_lightning"]["generators"]}
 
     return run
 
 
-@pytest.mark.parametrize("hook", EXACT)
-def test_a_checkpoint_of_a_boundary_goes_on_to_the_same_end(run, tmp_path, hook):
-    validated = Validated()
-    taker = Taker(hook, tmp_path, validated)
-    whole = run(validated, taker)
-    assert taker.taken
-    wrong = []
-    for file, step, behind in taker.taken:
-        later = Validated()
-        end = run(later, ckpt_path=file)
-        differs = [part for part in whole if not same(end[part], whole[part])]
-        if differs or later.losses != validated.losses[behind:]:
-            wrong.append(f"{file.name}, step {step}, {behind} validations: {differs}, {later.losses}")
-    assert not wrong, "\n".join([*wrong, f"in the whole run: {validated.losses}"])
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """A run that was never stopped: its end, its validations, and the checkpoints that were taken by each hook."""
+    taker = Taker(tmp_path_factory.mktemp("taken"), Validated())
+    return run(taker.validated, taker), taker.validated.losses, taker.taken
 
 
-def test_a_checkpoint_of_the_inside_of_a_batch_is_refused_as_one_to_go_on_from(run, tmp_path):
-    validated = Validated()
-    takers = []
-    for hook in INSIDE:
-        (tmp_path / hook).mkdir()
-        takers.append(Taker(hook, tmp_path / hook, validated))
-    run(validated, *takers)
-    for taker in takers:
-        file, *_ = taker.taken[-1]
-        with pytest.raises(UserError, match="inside a batch or at the start of an epoch"):
-            run(Validated(), ckpt_path=file)
+def assert_same_end(run, whole, hook, number):
+    end, losses, taken = whole
+    file, step, behind = taken[hook][number]
+    later = Validated()
+    found = run(later, ckpt_path=file)
+    differs = [part for part in end if not same(found[part], end[part])]
+    assert (differs, later.losses) == ([], losses[behind:]), f"{file.name}, step {step}, {behind} validations"
+
+
+@pytest.mark.parametrize(
+    ("hook", "number"),
+    [
+        ("on_train_start", 0),
+        ("on_train_batch_end", 3),  # inside a window, with a validation due
+        ("on_train_batch_end", 9),  # inside a window of the second epoch
+        ("on_train_epoch_end", 0),
+        ("on_validation_start", 1),
+        ("on_validation_batch_end", 2),  # inside the validation at the end of an epoch
+        ("on_validation_end", 0),
+        ("on_validation_end", 1),
+    ],
+)
+def test_a_checkpoint_of_a_boundary_resumes_to_the_same_end(run, whole, hook, number):
+    assert_same_end(run, whole, hook, number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hook", BOUNDARIES)
+def test_every_checkpoint_of_every_boundary_resumes_to_the_same_end(run, whole, hook):
+    assert whole[2][hook]
+    for number in range(len(whole[2][hook])):
+        assert_same_end(run, whole, hook, number)
+
+
+@pytest.mark.parametrize("hook", INSIDE)
+def test_a_checkpoint_of_the_inside_of_a_batch_is_refused(run, whole, hook):
+    file, *_ = whole[2][hook][-1]
+    with pytest.raises(UserError, match="inside a batch or at the start of an epoch"):
+        run(Validated(), ckpt_path=file)

@@ -116,7 +116,7 @@ def test_another_number_of_processes_goes_on_inside_a_window_and_says_what_is_no
     monkeypatch.setenv("COLUMNS", "400")
     argv = ["--data.batch_size", "2", "--ckpt_path", "saved/3.ckpt", "--trainer.devices", "1"]
     assert main(fit("one/from-3", *TWO["dropout"], *argv, "--trainer.strategy", "auto")) == 0
-    assert "saved by 2 processes, and 1 goes on" in " ".join(capsys.readouterr().out.split())
+    assert "Processes: 2 saved the checkpoint, 1 resume it." in " ".join(capsys.readouterr().out.split())
     mine, whole = folder / "one" / "from-3", folder / "two" / "dropout"
     assert metrics(mine, "tokens_seen") == metrics(whole, "tokens_seen")
     # the first window was three quarters done: what dropout draws in the rest hardly shows

@@ -1,5 +1,6 @@
 """What a checkpoint holds."""
 
+import contextlib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from qlora_lightning.support.versions import check_version
 
 KEY = "qlora_lightning"  # our settings lie under our own key: under Lightning's they would beat the command line
 
-# What a run cannot go on exactly without: Lightning's parts of a checkpoint, and those of ours.
+# What a run cannot resume exactly without: Lightning's parts of a checkpoint, and those of ours.
 PARTS = (
     "pytorch-lightning_version",
     "state_dict",
@@ -24,17 +25,38 @@ PARTS = (
     "callbacks",
     "global_step",
 )
-OWN_PARTS = ("identity", "generators", "window")
+OWN_PARTS = (
+    "settings",
+    "trainer",
+    "optimizers",
+    "identity",
+    "inside_batch",
+    "monitored",
+    "generators",
+    "window",
+    "other_ranks",
+)
 
 _OPTIMIZERS = ("torch.optim", "bitsandbytes.optim")
 
 
-def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Give our part of a checkpoint. Keys that are merely new are read with a default.
+def read_checkpoint(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint file without running any code in it.
 
-    Args:
-        checkpoint: What ``torch.load`` gives.
-        source: Its name, for the message.
+    Raises:
+        UserError: The file is not there, cut off, or no checkpoint.
+    """
+    if not Path(file).is_file():
+        raise UserError(f"{file}: there is no such file. Expected a .ckpt file that a run wrote.")
+    try:
+        checkpoint = torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
+    except Exception as error:  # torch has no exception of its own for a file that it cannot read
+        raise UserError(f"{file} is no checkpoint, or it is cut off: {type(error).__name__}.") from error
+    return checkpoint if isinstance(checkpoint, dict) else {}
+
+
+def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return our part of a checkpoint.
 
     Raises:
         UserError: The checkpoint is foreign, newer than this version can read, or lacks a part.
@@ -42,12 +64,10 @@ def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
     content = checkpoint.get(KEY)
     version = content.get("format_version") if isinstance(content, dict) else None
     if not isinstance(content, dict) or not isinstance(version, int):
-        if "optimizer_states" not in checkpoint and any(".lora_" in name for name in checkpoint.get("state_dict", ())):
-            raise UserError(
-                f"{source} holds the tensors of an adapter and nothing else of its run, as Lightning's ModelCheckpoint "
-                "writes with save_weights_only=True: expected a checkpoint of AdapterCheckpoint, such as last.ckpt."
-            )
-        raise UserError(f"{source} was not written by qlora_lightning: expected the key {KEY!r} in it.")
+        raise UserError(
+            f"{source} was not written by qlora_lightning: expected the key {KEY!r} in it, which Lightning's "
+            "ModelCheckpoint leaves out with save_weights_only=True."
+        )
     check_version(version, source)
     missing = [name for name in PARTS if name not in checkpoint]
     missing += [f"{KEY}.{name}" for name in OWN_PARTS if name not in content]
@@ -56,11 +76,14 @@ def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
             f"{source} lacks {', '.join(missing)}, which every checkpoint of a run holds: something else has changed "
             "it. Take another."
         )
-    return {**content, "settings": dict(content.get("settings", {}))}
+    return content
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
 
 
 def find_foreign_class(settings: Mapping[str, Any]) -> str | None:
-    """Name the optimizer's class among stored settings where it is neither torch's nor bitsandbytes'.
+    """Return the class of the optimizer among stored settings if it is neither torch's nor bitsandbytes'.
 
     To use it would import its module: a file would decide which code runs.
     """
@@ -69,6 +92,17 @@ def find_foreign_class(settings: Mapping[str, Any]) -> str | None:
     module = str(path).rpartition(".")[0]
     known = path is None or any(module == home or module.startswith(f"{home}.") for home in _OPTIMIZERS)
     return None if known else str(path)
+
+
+def usable_settings(cls: type, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the stored settings that a class takes, without those that a file must not decide."""
+    known, never = known_settings(cls), {"trust_remote_code"}
+    if unknown := sorted(stored.keys() - known):
+        say(f"Settings of the checkpoint that {cls.__name__} does not know, ignored: {', '.join(unknown)}.")
+    if foreign := find_foreign_class(stored):
+        say(f"The checkpoint's optimizer {foreign} is not taken over: a file must not choose which code runs.")
+        never.add("optimizer")
+    return {name: stored[name] for name in sorted(stored.keys() & known - never)}
 
 
 def known_settings(cls: type) -> set[str]:
@@ -86,53 +120,20 @@ def known_settings(cls: type) -> set[str]:
 
 def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Keep what ``torch.load(weights_only=True)`` will read again; a subclass may take arguments of any kind."""
-    return {name: _plain(value) for name, value in settings.items() if _is_plain(value)}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str | Path | Tensor)
+    plain = {}
+    for name, value in settings.items():
+        with contextlib.suppress(TypeError):
+            plain[name] = _plain(value)
+    return plain
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def read_checkpoint(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint file without running any code in it.
-
-    Args:
-        file: Its path.
-        map_location: Where its tensors shall live.
-        mmap: Read tensors only when they are used.
-
-    Raises:
-        UserError: The file is not there, cut off, or no checkpoint.
-    """
-    if not Path(file).is_file():
-        raise UserError(f"{file}: there is no such file. Expected a .ckpt file that a run wrote.")
-    try:
-        checkpoint = torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
-    except Exception as error:  # torch has no exception of its own for a file that it cannot read
-        raise UserError(f"{file} is no checkpoint, or it is cut off: {type(error).__name__}.") from error
-    return checkpoint if isinstance(checkpoint, dict) else {}
-
-
-def usable_settings(cls: type, stored: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what this version does not know, and what a file must not decide."""
-    known = known_settings(cls)
-    unknown = sorted(stored.keys() - known)
-    if unknown:
-        say(f"Settings of the checkpoint that this version does not know, ignored: {', '.join(unknown)}.")
-    never = {"trust_remote_code"}
-    if foreign := find_foreign_class(stored):
-        say(f"The checkpoint's optimizer {foreign} is not taken over: a file must not choose which code runs.")
-        never.add("optimizer")
-    return {name: value for name, value in stored.items() if name in known - never}
+    if value is None or isinstance(value, bool | int | float | str | Tensor):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is no plain value")

@@ -1,4 +1,4 @@
-"""On a resume, the command line beats the config, which beats the checkpoint: says what differs, and sees to it."""
+"""On a resume, the command line beats the config, which beats the checkpoint: reports what differs, and sees to it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,14 +12,12 @@ from qlora_lightning.support.trainer import callbacks_of
 
 Change = tuple[str, Any, Any]
 """A setting's name, its value in the checkpoint, and its value now."""
-Configured = dict[str, Any]
-"""``class`` of an optimizer, and ``groups``: the options of each of its parameter groups."""
 
 _OF_TRAINER = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision", "world_size")
 
 
 def trainer_settings(trainer: Any) -> dict[str, Any]:
-    """Give those of the Trainer's settings that training depends on, as plain values."""
+    """Return those of the Trainer's settings that training depends on, as plain values."""
     return {name: _plain(getattr(trainer, name, None)) for name in _OF_TRAINER}
 
 
@@ -33,9 +31,8 @@ def find_changes(stored: Mapping[str, Any], own: Mapping[str, Any], prefix: str)
 
 
 def describe_changes(changes: Sequence[Change], whose: str = "the checkpoint's") -> str:
-    """Word changes, a line for each, under what they differ from."""
-    lines = [f"  {show_change(change)}" for change in changes]
-    return "\n".join([f"Settings that differ from {whose} (there → now):", *lines])
+    """Describe changes, a line for each, under what they differ from."""
+    return "\n".join([f"Settings that differ from {whose} (there → now):", *(f"  {show_change(c)}" for c in changes)])
 
 
 def show_change(change: Change) -> str:
@@ -44,145 +41,107 @@ def show_change(change: Change) -> str:
     return f"{name}: {_short(before)} → {_short(now)}"
 
 
+# ---- early stopping --------------------------------------------------------------------------------------------------
+
+
 def keep_patience(trainer: Any, states: Mapping[str, dict[str, Any]]) -> list[Change]:
-    """Let the configured patience of Lightning's EarlyStopping rule: it would restore the checkpoint's.
-
-    Args:
-        trainer: Whose callbacks are about to be restored.
-        states: What they are restored from, by their keys; changed in place.
-
-    Returns:
-        Each patience that differs.
-    """
+    """Let the configured patience of EarlyStopping rule, in the states that callbacks are restored from."""
     changes: list[Change] = []
-    for stopping in (each for each in callbacks_of(trainer) if isinstance(each, EarlyStopping)):
-        state = states.get(stopping.state_key)
-        if state is not None and state["patience"] != stopping.patience:
+    for stopping in _early_stopping(trainer):
+        state = states.get(stopping.state_key, {})
+        if state.get("patience", stopping.patience) != stopping.patience:
             changes.append((f"EarlyStopping({stopping.monitor}).patience", state["patience"], stopping.patience))
             state["patience"] = stopping.patience
     return changes
 
 
 def forget_scores(trainer: Any) -> None:
-    """Reset Lightning's EarlyStopping: it would compare losses on different validation samples."""
-    for stopping in (each for each in callbacks_of(trainer) if isinstance(each, EarlyStopping)):
+    """Reset EarlyStopping: it would compare losses on different validation samples."""
+    for stopping in _early_stopping(trainer):
         if stopping.monitor.startswith("val_"):
             stopping.best_score = torch.tensor(float("inf" if stopping.mode == "min" else "-inf"))
             stopping.wait_count = 0
 
 
-class FreshOptimizers:
-    """What the optimizers were configured with, to be put back over what a checkpoint restores.
+def _early_stopping(trainer: Any) -> list[EarlyStopping]:
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, EarlyStopping)]
 
-    torch restores a learning rate and a weight decay together with the moments. Without this, a new
-    ``model.learning_rate`` would change nothing on a resume.
+
+# ---- optimizers ------------------------------------------------------------------------------------------------------
+
+
+def describe_optimizers(trainer: Any) -> list[dict[str, Any]]:
+    """Return each optimizer's ``class`` and the options of its ``groups``, as they are configured, as plain values."""
+    return [
+        {
+            "class": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+            "groups": [
+                {name: _plain(value) for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
+                for group in optimizer.param_groups
+            ],
+        }
+        for optimizer in trainer.optimizers
+    ]
+
+
+def keep_configured(trainer: Any, checkpoint: Mapping[str, Any], stored: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Let what optimizers are configured with rule, in the states that they are restored from.
+
+    torch restores learning rate and weight decay together with the moments: without this, a new ``model.learning_rate``
+    would change nothing. Options that are configured as they were stay the checkpoint's, since a schedule may have
+    changed them, as OneCycleLR does betas.
 
     Args:
-        trainer: After its optimizers are configured, and before they are restored.
+        trainer: Whose optimizers are configured, and about to be restored.
+        checkpoint: What they are restored from; changed in place.
+        stored: What :func:`describe_optimizers` returned in the run that saved it.
+
+    Returns:
+        A line for each optimizer of another class, which begins with a fresh state: the old one means nothing to it.
     """
-
-    def __init__(self, trainer: Any) -> None:
-        self._classes = [_class_name(optimizer) for optimizer in trainer.optimizers]
-        self._options = [[_options(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
-        self._rates = [list(schedule.base_lrs) for schedule in _lambda_schedules(trainer)]
-
-    def state_dict(self) -> list[Configured]:
-        """Give each optimizer's class, and the options of its groups, as plain values."""
-        return [
-            {"class": name, "groups": [{key: _plain(value) for key, value in options.items()} for options in groups]}
-            for name, groups in zip(self._classes, self._options, strict=True)
-        ]
-
-    def replace_foreign_states(
-        self, trainer: Any, states: list[dict[str, Any]], stored: Sequence[Configured]
-    ) -> list[str]:
-        """Let an optimizer of another class than the checkpoint's begin anew: the old state means nothing to it.
-
-        Args:
-            trainer: Whose optimizers are about to be restored.
-            states: What they are restored from; changed in place.
-            stored: What :meth:`state_dict` gave when the checkpoint was made; nothing in an older one.
-
-        Returns:
-            A line for each.
-        """
-        lines = []
-        for number, (before, name) in enumerate(zip(stored, self._classes, strict=False)):
-            if before["class"] != name:
-                fresh = trainer.optimizers[number].state_dict()
-                for group, old in zip(fresh["param_groups"], states[number]["param_groups"], strict=False):
-                    group["lr"] = old["lr"]  # the schedule's, which goes on
-                states[number] = fresh
-                lines.append(
-                    f"The optimizer was {before['class']} and is {name}: it begins with a fresh state, while the "
-                    "learning rate's schedule goes on."
-                )
-        return lines
-
-    @staticmethod
-    def check_groups(trainer: Any, states: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse states of other parameter groups: torch would, in words of its own.
-
-        Args:
-            trainer: Whose optimizers are about to be restored.
-            states: What they are restored from.
-
-        Raises:
-            UserError: The groups hold other numbers of tensors.
-        """
-        for optimizer, state in zip(trainer.optimizers, states, strict=False):
-            before, now = (
-                [len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)
+    lines = []
+    states = checkpoint["optimizer_states"]
+    configured = describe_optimizers(trainer)
+    for optimizer, state, before, now in zip(trainer.optimizers, states, stored, configured, strict=False):
+        groups = state["param_groups"]
+        if before["class"] != now["class"]:
+            rates = [group["lr"] for group in groups]  # the schedule's, which continues
+            state.update(optimizer.state_dict())
+            for group, rate in zip(state["param_groups"], rates, strict=False):
+                group["lr"] = rate
+            lines.append(
+                f"The optimizer was {before['class']} and is {now['class']}: it begins with a fresh state, while the "
+                "learning rate's schedule continues."
             )
-            if before != now:
-                raise UserError(
-                    f"The optimizer's parameter groups held {_join(before)} tensors in the checkpoint and hold "
-                    f"{_join(now)}: model.loraplus_ratio is switched on or off, or parameter_groups() is another. Put "
-                    "it back, or begin a new run from the adapter folder with model.adapter."
-                )
-
-    def put_back(self, trainer: Any, stored: Sequence[Configured]) -> None:
-        """Let the options that are configured otherwise than they were rule again.
-
-        The others stay as restored: a schedule may have changed them since, as OneCycleLR does betas.
-
-        Args:
-            trainer: After its optimizers are restored.
-            stored: What :meth:`state_dict` gave when the checkpoint was made; from an older one, that holds nothing,
-                all options count as changed.
-        """
-        for number, (optimizer, groups) in enumerate(zip(trainer.optimizers, self._options, strict=True)):
-            before = stored[number]["groups"] if number < len(stored) else []
-            for place, (group, options) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-                known = before[place] if place < len(before) else {}
-                same = {name for name, value in options.items() if name in known and known[name] == _plain(value)}
-                group.update({name: value for name, value in options.items() if name not in same})
-        for schedule, rates in zip(_lambda_schedules(trainer), self._rates, strict=True):
-            schedule.base_lrs = rates
-            schedule._last_lr = [
-                rate * shape(schedule.last_epoch) for rate, shape in zip(rates, schedule.lr_lambdas, strict=True)
-            ]
-            for group, first, rate in zip(schedule.optimizer.param_groups, rates, schedule._last_lr, strict=True):
-                group["initial_lr"], group["lr"] = first, rate
+            continue
+        _check_groups(groups, optimizer.param_groups)
+        for group, fresh, old, new in zip(groups, optimizer.param_groups, before["groups"], now["groups"], strict=True):
+            group.update({name: fresh[name] for name, value in new.items() if old.get(name) != value})
+    for config, of_schedule in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=False):
+        schedule = config.scheduler
+        if isinstance(schedule, LambdaLR):  # its rates follow from the step alone, as those of transformers do
+            groups = states[trainer.optimizers.index(schedule.optimizer)]["param_groups"]
+            _keep_rates(schedule, of_schedule, groups)
+    return lines
 
 
-def _lambda_schedules(trainer: Any) -> list[LambdaLR]:
-    """The schedules whose rates follow from the step alone; those of transformers are such."""
-    schedules = [entry.scheduler for entry in trainer.lr_scheduler_configs]
-    return [schedule for schedule in schedules if isinstance(schedule, LambdaLR)]
+def _check_groups(stored: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
+    before, now = ([len(group["params"]) for group in groups] for groups in (stored, own))
+    if before != now:
+        raise UserError(
+            f"The optimizer's parameter groups held {before} tensors in the checkpoint and hold {now}: "
+            "model.loraplus_ratio is switched on or off, or parameter_groups() is another. Put it back, or begin a new "
+            "run from the adapter folder with model.adapter."
+        )
 
 
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a parameter group; its learning rate is its schedule's matter."""
-    return {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
-
-
-def _class_name(optimizer: Any) -> str:
-    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-
-
-def _join(counts: Sequence[int]) -> str:
-    return " + ".join(map(str, counts))
+def _keep_rates(schedule: LambdaLR, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+    rates = [
+        base * factor(state["last_epoch"]) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    state.update(base_lrs=schedule.base_lrs, _last_lr=rates)
+    for group, base, rate in zip(groups, schedule.base_lrs, rates, strict=True):
+        group.update(initial_lr=base, lr=rate)
 
 
 def _plain(value: Any) -> Any:

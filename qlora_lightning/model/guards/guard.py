@@ -1,6 +1,7 @@
 """Stops a run that would go on for nothing: losses that are not finite, adapters that stay, a base that changes."""
 
 import logging
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,15 +16,7 @@ from qlora_lightning.model.guards.checks import (
     checksum_frozen,
     find_divergence,
 )
-from qlora_lightning.model.guards.nonfinite import (
-    Finding,
-    describe_finding,
-    find_nonfinite,
-    report_file,
-    word_findings,
-    word_remedy,
-    write_report,
-)
+from qlora_lightning.model.guards.nonfinite import Finding, describe_findings, find_nonfinite, write_report
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import callbacks_of
 
@@ -49,8 +42,8 @@ class TrainingGuard(Callback):
     Args:
         on_nonfinite: What to do when a loss or a gradient is NaN or infinite: ``stop`` the run, or ``skip`` the step.
             A skipped step moves neither the adapters nor the optimizer's state; it counts as a step, so that the
-            schedule goes on. After 20 skipped steps in a row the run stops all the same. A validation loss of that
-            kind stops the run too, or is told.
+            schedule continues. After 20 skipped steps in a row the run stops all the same. A validation loss of that
+            kind stops the run too, or is reported.
 
     Attributes:
         checks_due: Whether the next step is looked at closely: the first one, and the first after each validation.
@@ -66,46 +59,30 @@ class TrainingGuard(Callback):
 
     # ---- before each optimizer step --------------------------------------------------------------------------------
 
-    def judge_step(self, pl_module: Any, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> "StepNumbers":
-        """Look at a window's loss and gradients; leaves no gradient where the step is skipped.
+    def judge_step(self, pl_module: Any, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> StepNumbers:
+        """Judge a window by its mean loss and its gradients' norm over all ranks; without gradients a step is skipped.
 
         The one time in a step that the host waits for a GPU, on which all that is logged of the step follows.
 
-        Args:
-            pl_module: The module, with its window still open.
-            optimizer: What takes the step.
-            loss: Mean over the window of all ranks.
-            norm: Of all gradients.
-
         Returns:
             Both, on the host.
-
-        Raises:
-            UserError: The loss or a gradient is not finite, and the run is to stop then.
-            UserError: The adapters have diverged and no longer learn.
-            RuntimeError: An adapter gets no gradient, or the optimizer does not hold it.
         """
         trainer = pl_module.trainer
         # Under 16-mixed the scaler itself skips steps with infinite gradients: they are how it finds its scale.
         scales = getattr(trainer.precision_plugin, "scaler", None) is not None
-        flags = torch.stack([~loss.isfinite(), ~norm.isfinite()]).double()
-        if trainer.world_size > 1:
-            flags = trainer.strategy.reduce(flags, reduce_op="sum")  # all ranks decide alike
         tokens = pl_module.window.labelled_tokens_of_all_ranks
-        counted = torch.zeros_like(loss) if tokens is None else tokens
-        numbers = torch.stack([each.detach().double() for each in (loss, norm, counted)])
-        numbers = torch.cat([numbers, flags]).cpu()
-        found = StepNumbers(numbers[0].float(), numbers[1].float())
-        labelled, bad_loss, bad_gradient = numbers[2:].tolist()
+        numbers = torch.stack([each.detach().double() for each in (loss, norm, tokens)]).cpu()
+        found = StepNumbers(numbers[0].float(), numbers[1].float())  # of all ranks, which decide alike
+        bad_loss, bad_gradient = (not number.isfinite() for number in found)
         if self not in callbacks_of(trainer):
             # Lightning's search for a learning rate runs without them, and ends where training diverges.
-            trainer.should_stop = trainer.should_stop or bool(bad_loss or bad_gradient)
+            trainer.should_stop = trainer.should_stop or bad_loss or bad_gradient
             return found
         if bad_loss or (bad_gradient and not scales):
             self._handle_nonfinite(pl_module, optimizer, "loss" if bad_loss else "gradient")
         elif not bad_gradient:
             self._skipped_in_a_row = 0
-            if self.checks_due and labelled:  # without labels gradients of zero are right
+            if self.checks_due and numbers[2] > 0:  # without labels gradients of zero are right
                 trainable = trainable_tensors(pl_module)
                 check_held(trainable, optimizer)
                 try:
@@ -116,13 +93,12 @@ class TrainingGuard(Callback):
         return found
 
     def _handle_nonfinite(self, pl_module: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
-        step, stops = pl_module.trainer.global_step, self.on_nonfinite == "stop"
-        found = f"The {what} of step {step} is NaN or infinite."
-        if stops or self.skipped_steps < _MOST_REPORTS:
-            words, remedy = _report(pl_module, step, what)
-            found = f"{found} {words}"
-            if stops:
-                raise UserError(f"{found} {remedy}")
+        trainer = pl_module.trainer
+        found = f"The {what} of step {trainer.global_step} is NaN or infinite."
+        if self.on_nonfinite == "stop" or self.skipped_steps < _MOST_REPORTS:
+            found = f"{found} {_report(pl_module, what)}"
+        if self.on_nonfinite == "stop":
+            raise UserError(found)
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= _MOST_SKIPPED:
@@ -130,7 +106,7 @@ class TrainingGuard(Callback):
                 f"{found} So were the {_MOST_SKIPPED} steps up to it, all of them skipped (model.on_nonfinite: skip): "
                 "this is not a bad row. Lower model.learning_rate, or set model.compute_dtype: fp32 to compare."
             )
-        if pl_module.trainer.is_global_zero:
+        if trainer.is_global_zero:
             _log.warning("%s Step skipped (model.on_nonfinite: skip), %d so far.", found, self.skipped_steps)
         optimizer.zero_grad(set_to_none=True)
 
@@ -147,7 +123,7 @@ class TrainingGuard(Callback):
             self._judge_validation(trainer)
 
     def _judge_validation(self, trainer: Trainer) -> None:
-        """Look at a validation's loss, before callbacks that write checkpoints, which come last, save what gave it."""
+        """Judge a validation's loss, before callbacks that write checkpoints, which come last, save what gave it."""
         loss = trainer.callback_metrics.get("val_loss")
         if loss is None or loss.isfinite():
             return
@@ -165,41 +141,26 @@ class TrainingGuard(Callback):
         check_frozen(self._frozen, checksum_frozen(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the counts of skipped steps."""
         return {"skipped_steps": self.skipped_steps, "skipped_in_a_row": self._skipped_in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
         self.skipped_steps = state_dict["skipped_steps"]
         self._skipped_in_a_row = state_dict["skipped_in_a_row"]
 
 
-def _report(pl_module: Any, step: int, what: str) -> tuple[str, str]:
-    """Find where it comes from, on every rank, and write it down; gives that in words, and what to do about it.
-
-    It never fails: the step is decided, and other ranks wait.
-    """
-    trainer, window = pl_module.trainer, pl_module.window
-    data, rank = getattr(trainer, "datamodule", None), trainer.global_rank
-    try:
-        finding = find_nonfinite(pl_module.model, pl_module.compute_loss, window.batches, window.losses)
-        mine = describe_finding(finding, data, window.row_ids, rank)
-    except Exception as error:
-        mine = {**describe_finding(Finding(), None, window.row_ids, rank), "error": f"{type(error).__name__}: {error}"}
-    ranks = _gather(mine, trainer.world_size)
-    file = report_file(trainer.default_root_dir, step)
+def _report(pl_module: Any, what: str) -> str:
+    """Find where it comes from, on every rank, write it down, and describe it with what to do about it."""
+    trainer, step = pl_module.trainer, pl_module.trainer.global_step
+    data = getattr(trainer, "datamodule", None)
+    mine = find_nonfinite(pl_module.model, pl_module.compute_loss, pl_module.window, data, trainer.global_rank)
+    findings: list[Finding] = [mine] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(findings, mine)
+    file = Path(trainer.default_root_dir) / f"nonfinite-step-{step}.json"
     try:
         if trainer.is_global_zero:
-            write_report(file, step, what, ranks)
+            write_report(file, step, what, findings)
         written = f"Rows and text: {file}."
     except OSError as error:
         written = f"{file} could not be written: {error.strerror}."
-    return f"{word_findings(ranks)} {written}", word_remedy(ranks)
-
-
-def _gather(mine: dict[str, Any], world_size: int) -> list[dict[str, Any]]:
-    if world_size == 1:
-        return [mine]
-    ranks: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(ranks, mine)
-    return ranks
+    return f"{describe_findings(findings)} {written}"

@@ -1,188 +1,169 @@
-import random
-from types import SimpleNamespace
+"""What is refused, what is reported, and what each process gets back when a run resumes."""
 
+import json
+import random
+
+import lightning
+import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from qlora_lightning.model.checkpoint.format import PARTS, read_content
-from qlora_lightning.model.checkpoint.resume import ExactResume
-from qlora_lightning.model.loss import LossSums
-from qlora_lightning.model.window import Window
+from qlora_lightning import InstructionDataModule, QLoRAModule
+from qlora_lightning.model.checkpoint.format import KEY
+from qlora_lightning.model.checkpoint.ranks import capture_generators, restore_generators, share_states
+from qlora_lightning.model.checkpoint.resume import check_data, check_save_point
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.versions import FORMAT_VERSION
 
-OWN = {"base": "a", "fingerprint": "123", "quantization": "nf4"}
-
-
-class Module(nn.Module):
-    """What ExactResume asks of a module."""
-
-    def __init__(self, identity=None, **settings):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(2))
-        self.identity = {**OWN, **(identity or {})}
-        self.hparams = {"rank": 3, **settings}
-        self.window = Window()
-
-    def check_base(self, wait=True):
-        """It is sound."""
+# ---- what each process has of its own --------------------------------------------------------------------------------
 
 
-def trainer(fn="fit", data=None, **settings):
-    data = SimpleNamespace(identity=data) if data else None
-    own = {"global_rank": 0, "world_size": 1, "is_global_zero": True, "max_epochs": 1}
-    own |= {"max_steps": -1, "accumulate_grad_batches": 2}
-    own |= {"enable_validation": True, "check_val_every_n_epoch": 1, "val_check_interval": 1.0}
-    stage = {"state": SimpleNamespace(fn=fn), "training": True, "validating": False, "sanity_checking": False}
-    epochs = SimpleNamespace(current=SimpleNamespace(ready=1, processed=0))  # in the first one
-    own["fit_loop"] = SimpleNamespace(epoch_progress=epochs)
-    watched = {"callbacks": [], "callback_metrics": {}}
-    return SimpleNamespace(**{"datamodule": data, **own, **watched, **stage, **settings})
+def draw():
+    return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), *torch.randn(3).tolist()]
 
 
-def open_window(module):
-    module.window.add(LossSums(torch.tensor(3.0), torch.tensor(2), torch.tensor(0)), most=2, row_ids=[4])
-    module.weight.grad = torch.tensor([1.0, 2.0])
+def test_every_generator_continues_where_it_was_captured_also_from_a_file(tmp_path):
+    draw()  # gauss and randn draw pairs: half of one is kept, and must be restored too
+    torch.save(capture_generators(), tmp_path / "state")
+    expected = draw()
+    draw()
+    restore_generators(torch.load(tmp_path / "state", weights_only=True))
+    assert draw() == expected
 
 
-def save(module, place, inside=False, **options):
-    counts = {"ready": 2, "started": 2, "processed": 2, "completed": 2}
-    none = {"current": {name: 0 for name in counts}}
-    loops = {
-        "epoch_progress": none,
-        "epoch_loop.batch_progress": {"current": counts, "is_last_batch": not inside},
-        "epoch_loop.val_loop.batch_progress": none,
+@pytest.mark.gpu
+def test_the_generator_of_the_gpu_continues_too():
+    state = capture_generators()
+    expected = torch.randn(3, device="cuda")
+    restore_generators(state)
+    assert torch.equal(torch.randn(3, device="cuda"), expected)
+
+
+def state(seed, gradient, tokens, row_ids):
+    window = {
+        "micro_batches": 2,
+        "nll_sum": torch.tensor(float(tokens)),
+        "labelled_tokens": torch.tensor(tokens),
+        "row_ids": row_ids,
+        "gradients": {"a": torch.tensor(gradient)},
     }
-    checkpoint = {**{key: [] for key in PARTS}, "global_step": 3, "loops": {"fit_loop": loops}}
-    checkpoint |= {"hyper_parameters": module.hparams, "epoch": 1}
-    ExactResume().on_save_checkpoint(trainer(**options), module, checkpoint)
-    torch.save(checkpoint, place)
-    return torch.load(place, weights_only=True)
+    return {"generators": {"seed": seed}, "window": window}
 
 
-def test_settings_lie_under_our_own_key(tmp_path):
-    checkpoint = save(Module(), tmp_path / "checkpoint")
-    assert "hyper_parameters" not in checkpoint
-    assert checkpoint["epoch"] == 1
-    content = read_content(checkpoint, "The checkpoint")
-    assert content["settings"] == {"rank": 3}
-    assert content["identity"] == {**OWN, "data": {}}
-    assert content["format_version"] == FORMAT_VERSION
-
-
-def test_window_and_generators_go_on_with_the_first_batch(tmp_path):
-    module = Module()
-    open_window(module)
-    checkpoint = save(module, tmp_path / "checkpoint")
-    expected = [random.random(), torch.rand(1).item()]
-
-    again, resume = Module(), ExactResume()
-    resume.on_load_checkpoint(trainer(), again, checkpoint)
-    torch.rand(9)  # what making loaders draws
-    assert not again.window.is_open
-    resume.on_train_batch_start(trainer(), again, {}, 0)
-    assert [random.random(), torch.rand(1).item()] == expected
-    assert again.weight.grad.tolist() == [1.0, 2.0]
-    assert again.window.row_ids == [4]
-
-    again.window.clear()
-    resume.on_train_batch_start(trainer(), again, {}, 1)
-    assert not again.window.is_open  # once only
-
-
-def test_an_open_window_is_refused_for_another_accumulation_and_a_closed_one_is_not(tmp_path, capsys):
-    module = Module()
-    closed = save(module, tmp_path / "closed")
-    open_window(module)
-    opened, now = save(module, tmp_path / "open"), trainer(accumulate_grad_batches=3)
-    with pytest.raises(UserError, match="accumulate_grad_batches was 2 and is 3"):
-        ExactResume().on_load_checkpoint(now, Module(), opened)
-    ExactResume().on_load_checkpoint(now, Module(), closed)
-    assert "trainer.accumulate_grad_batches: 2 → 3" in capsys.readouterr().out
-    ExactResume().on_load_checkpoint(trainer("validate", accumulate_grad_batches=3), Module(), opened)
-
-
-def test_a_validation_that_will_not_be_run_is_told(tmp_path, capsys):
-    checkpoint = {**save(Module(), tmp_path / "checkpoint"), "global_step": 4}
-    now = trainer(max_steps=4)
-    ExactResume().on_load_checkpoint(now, Module(), checkpoint)
-    assert "validate --ckpt_path last" not in capsys.readouterr().out
-    checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["current"]["ready"] = 1
-    ExactResume().on_load_checkpoint(now, Module(), checkpoint)
-    assert "and is not run. `qlora-lightning validate --ckpt_path last` judges" in capsys.readouterr().out
-
-
-def test_evaluation_restores_nothing(tmp_path):
-    module = Module()
-    open_window(module)
-    checkpoint = save(module, tmp_path / "checkpoint")
-    again, resume = Module(), ExactResume()
-    resume.on_load_checkpoint(trainer("validate"), again, checkpoint)
-    resume.on_train_batch_start(trainer(), again, {}, 0)
-    assert not again.window.is_open
-
-
-def test_a_checkpoint_of_another_base_is_refused(tmp_path):
-    checkpoint = save(Module(), tmp_path / "checkpoint")
-    with pytest.raises(UserError, match=r"The checkpoint was trained on another base: a \(weights 123\) there"):
-        ExactResume().on_load_checkpoint(trainer(), Module({"fingerprint": "999"}), checkpoint)
-
-
-DATA = {"tokenizer": "t1", "chat_template": "c1", "train": "r1", "val": "v1", "settings": {"batch_size": 2}}
+SAVED = [state(7, [2.0, 1.0], 10, [7]), state(8, [3.0, 1.0], 5, [8])]
+SUMS, ZEROS = state(0, [5.0, 2.0], 15, [7, 8])["window"], state(0, [0.0, 0.0], 0, [])["window"]
 
 
 @pytest.mark.parametrize(
-    ("inside", "fn", "change", "refused"),
+    ("rank", "processes", "seed", "window"),
     [
-        (True, "fit", {"train": "r2"}, "saved inside an epoch with other training samples"),
-        (True, "fit", {"train": "r2", "tokenizer": "t2"}, "saved inside an epoch with other"),
-        # where samples are not known, what makes them
-        (True, "fit", {"tokenizer": "t2", "train": None}, "saved inside an epoch with other tokenizer"),
-        (True, "fit", {"tokenizer": "t2"}, None),  # the same samples all the same
-        (True, "fit", {"val": "v2"}, None),
-        (False, "fit", {"train": "r2"}, None),
-        (True, "validate", {"train": "r2", "tokenizer": "t2"}, None),
-        (True, "fit", {}, None),
+        (0, 2, 7, SAVED[0]["window"]),
+        (1, 2, 8, SAVED[1]["window"]),
+        (0, 1, 7, SUMS),
+        (0, 3, 7, SUMS),
+        (1, 3, 8, ZEROS),
+        (2, 3, None, ZEROS),
     ],
 )
-def test_other_data_are_refused_inside_an_epoch_and_else_told(tmp_path, capsys, inside, fn, change, refused):
-    checkpoint = save(Module(), tmp_path / "checkpoint", inside, data=DATA)
-    resume, now = ExactResume(), trainer(fn, data={**DATA, **change})
-    now.datamodule.accept_changed_data = True
-    if refused:
-        with pytest.raises(UserError, match=refused):
-            resume.on_load_checkpoint(now, Module(), checkpoint)
+def test_each_process_gets_its_own_window_or_the_first_the_sum_of_all(rank, processes, seed, window):
+    mine = share_states(SAVED, rank, processes)
+    assert mine["generators"] == ({"seed": seed} if seed else {})
+    torch.testing.assert_close(mine["window"], window, rtol=0, atol=0)
+
+
+def test_between_windows_there_is_nothing_to_share():
+    closed = [{"generators": {}, "window": {}}] * 2
+    assert share_states(closed, 0, 1)["window"] == share_states(closed, 2, 3)["window"] == {}
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+DATA = {"tokenizer": "t1", "chat_template": "c1", "train": "r1", "val": "v1", "settings": {"batch_size": 2}}
+INSIDE, ANY = "inside an epoch with other training samples", "data are not those of the checkpoint: other "
+
+
+@pytest.mark.parametrize(
+    ("change", "inside_epoch", "accepted", "refused"),
+    [
+        ({}, True, False, None),
+        ({"tokenizer": "t2", "settings": {"batch_size": 4}}, True, False, None),  # the same samples all the same
+        ({"train": "r2"}, True, True, INSIDE + r" \(r1 there, r2 here\)"),
+        (
+            {"train": "r2", "tokenizer": "t2"},
+            True,
+            True,
+            INSIDE + r".* differ too: tokenizer \(t1 there, t2 here",
+        ),
+        ({"val": "v2"}, True, True, None),
+        ({"train": "r2"}, False, True, None),
+        ({"train": "r2", "settings": {"batch_size": 4}}, False, False, ANY + r"training.*data\.batch_size: 2 → 4"),
+        ({"train": "r2", "val": "v2"}, False, False, ANY + "training .* and other validation .*accept_changed_data"),
+        ({"train": None}, True, False, None),  # what is not known is not compared
+    ],
+)
+def test_other_samples_are_refused_inside_an_epoch_and_else_unless_accepted(change, inside_epoch, accepted, refused):
+    if refused is None:
+        check_data(DATA, {**DATA, **change}, inside_epoch, accepted)
         return
-    resume.on_load_checkpoint(now, Module(), checkpoint)
-    told = capsys.readouterr().out
-    for name, words in (("train", "training samples (r1 there, r2 here)"), ("val", "validation samples (v1 there")):
-        assert (words in told) == (name in change and fn == "fit")
-    assert ("tokenizer (t1 there, t2 here)" in told) == ("tokenizer" in change)
-    assert bool(told) == bool(change)
+    with pytest.raises(UserError, match=refused):
+        check_data(DATA, {**DATA, **change}, inside_epoch, accepted)
 
 
-def test_settings_that_differ_from_the_checkpoints_are_told_a_line_each(tmp_path, capsys):
-    checkpoint = save(Module(learning_rate=0.1, layers="all"), tmp_path / "checkpoint", data=DATA, precision="32-true")
-    now = trainer(data={**DATA, "settings": {"batch_size": 4}}, precision="bf16-mixed")
-    ExactResume().on_load_checkpoint(now, Module(learning_rate=0.5, layers="[all]"), checkpoint)
-    assert capsys.readouterr().out.splitlines() == [
-        "Settings that differ from the checkpoint's (there → now):",
-        "  model.layers: all → [all]",
-        "  model.learning_rate: 0.1 → 0.5",
-        "  data.batch_size: 2 → 4",
-        "  trainer.precision: 32-true → bf16-mixed",
-    ]
+@pytest.mark.parametrize(
+    ("micro_batches", "now", "refused"),
+    [
+        (3, 4, None),
+        (0, 2, None),  # where no window is open, it may change
+        (3, 2, "accumulate_grad_batches was 4 and is 2, .*after 3 of its 4 .*Set it to 4"),
+        (3, 8, "accumulate_grad_batches was 4 and is 8"),
+    ],
+)
+def test_an_open_window_keeps_its_number_of_micro_batches(micro_batches, now, refused):
+    window = {"micro_batches": micro_batches} if micro_batches else {}
+    content = {"inside_batch": False, "trainer": {"accumulate_grad_batches": 4}, "window": window}
+    if refused is None:
+        check_save_point(content, now)
+        return
+    with pytest.raises(UserError, match=refused):
+        check_save_point(content, now)
 
 
-def test_settings_of_the_checkpoint_that_are_unknown_now_are_ignored_with_a_line(tmp_path, capsys):
-    checkpoint = save(Module(gone=1), tmp_path / "checkpoint")
-    ExactResume().on_load_checkpoint(trainer(), Module(), checkpoint)
-    assert "does not know, ignored: gone." in capsys.readouterr().out
+# ---- what is reported ------------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_folder_of_another_tokenizer_is_told(capsys):
-    start = {"adapter": "old/adapter", "data": {**DATA, "tokenizer": "t2", "train": "r2"}}
-    ExactResume().on_test_start(trainer("test", data=DATA), Module({"trained_from": start}))
-    told = capsys.readouterr().out
-    assert told == "Other than in the adapter folder old/adapter: tokenizer (t2 there, t1 here).\n"
+@pytest.fixture
+def fit(tiny_base, rows_file, tmp_path):
+    """Train the tiny base for a step, save it as `x.ckpt` with its adapter beside; gives Trainer, module and data."""
+
+    def run(**options):
+        module = QLoRAModule(str(tiny_base), rank=2, compute_dtype="fp32", **options)
+        data = InstructionDataModule(train=str(rows_file), test=str(rows_file), batch_size=2)
+        quiet = {"logger": False, "enable_model_summary": False, "enable_progress_bar": False}
+        quiet |= {"enable_checkpointing": False, "accelerator": "cpu", "devices": 1}
+        trainer = lightning.Trainer(**quiet, max_steps=1, default_root_dir=tmp_path)
+        trainer.fit(module, data)
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        module.save_adapter(tmp_path / "adapter", data.tokenizer)
+        return trainer, module, data
+
+    return run
+
+
+def test_another_tokenizer_than_that_of_the_checkpoint_or_of_the_adapter_folder_is_reported(fit, tmp_path, capsys):
+    trainer, module, data = fit()
+    content = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    content[KEY]["identity"]["data"]["tokenizer"] = "another"
+    torch.save(content, tmp_path / "other.ckpt")
+    file = tmp_path / "adapter" / "qlora_lightning.json"
+    identity = json.loads(file.read_text())
+    identity["data"] |= {"tokenizer": "another", "train": "other rows, which are no matter here"}
+    file.write_text(json.dumps(identity))
+
+    capsys.readouterr()
+    trainer.test(module, data, ckpt_path=tmp_path / "x.ckpt", weights_only=True, verbose=False)
+    assert "Other than in" not in capsys.readouterr().out
+    trainer.test(module, data, ckpt_path=tmp_path / "other.ckpt", weights_only=True, verbose=False)
+    assert "Other than in the checkpoint: tokenizer (another there, " in capsys.readouterr().out
+    fit(adapter=str(tmp_path / "adapter"))
+    said = capsys.readouterr().out
+    assert f"Other than in the adapter folder {tmp_path}/adapter: tokenizer (another there, " in said
+    assert "training samples" not in said

@@ -1,20 +1,86 @@
-import math
-import re
+"""What silently breaks training is refused: settings, callbacks, modes, token ids, gradients, a base that changes."""
+
+import contextlib
 
 import pytest
 import torch
 from lightning import Callback
 from torch import nn
 
+from qlora_lightning import QLoRAModule
+from qlora_lightning.data.batches.collate import collate
+from qlora_lightning.data.samples.sample import make_sample
+from qlora_lightning.model.base_model import load_base
 from qlora_lightning.model.guards.checks import (
     check_callbacks,
+    check_frozen,
     check_gradients,
+    check_token_ids,
     check_trainer,
     check_training_mode,
-    find_dead_gradients,
-    find_divergence,
+    checksum_frozen,
 )
 from qlora_lightning.support.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("precision", "strategy", "refused"),
+    [
+        ("32-true", "DDPStrategy", None),
+        ("bf16-mixed", "DDPStrategy", None),
+        ("16-mixed", "SingleDeviceStrategy", None),
+        ("16-true", "SingleDeviceStrategy", "trainer.precision is 16-true"),
+        ("bf16-true", "SingleDeviceStrategy", "trainer.precision is bf16-true"),
+        ("64-true", "SingleDeviceStrategy", "trainer.precision is 64-true"),
+        ("32-true", "FSDPStrategy", "trainer.strategy is FSDPStrategy.*quantized as nf4.*ddp"),
+        ("32-true", "DeepSpeedStrategy", "trainer.strategy is DeepSpeedStrategy"),
+        ("32-true", "ModelParallelStrategy", "trainer.strategy is ModelParallelStrategy"),
+    ],
+)
+def test_settings_of_the_trainer_that_cast_masters_or_shard_the_base_are_refused(precision, strategy, refused):
+    with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
+        check_trainer(precision, strategy, "nf4")
+
+
+def test_a_missing_callback_and_evaluation_mode_are_refused():
+    class Needed(Callback):
+        """Stands for ExactResume."""
+
+    check_callbacks([Callback(), Needed()], Needed)
+    with pytest.raises(RuntimeError, match=r"Needed is missing.*super\(\).configure_callbacks"):
+        check_callbacks([Callback()], Needed)
+    model = nn.Linear(1, 1)
+    check_training_mode(model)
+    with pytest.raises(RuntimeError, match="evaluation mode"):
+        check_training_mode(model.eval())
+
+
+# ---- token ids -------------------------------------------------------------------------------------------------------
+
+
+def batch_of(*rows):
+    return collate([make_sample(ids, [-100, *ids[1:]], number) for number, ids in enumerate(rows)])
+
+
+@pytest.mark.parametrize("bad", [10, 11, -1])
+def test_an_id_outside_the_vocabulary_is_refused_with_its_row(bad):
+    check_token_ids(batch_of([0, 1], [9, 5]), 10, None)
+    with pytest.raises(UserError, match=f"A token of .*1.* has the id {bad}, and .* only for ids below 10: "):
+        check_token_ids(batch_of([0, 1, 2], [3, 4, bad], [5, 6]), 10, None)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_stop_token_that_the_base_lacks_stops_the_run(tiny_base, fast):
+    """It is only at the end of the row, where no embedding is looked up."""
+    module = QLoRAModule(base=str(tiny_base), fast=fast)
+    module.configure_model()
+    vocabulary = module.causal_lm.config.vocab_size
+    module.compute_loss(batch_of([5, 6, vocabulary - 1]))
+    with torch.no_grad(), pytest.raises(UserError, match="tokens that the base lacks"):
+        module.compute_loss(batch_of([5, 6, vocabulary]))
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
 
 
 def parameter(value, gradient):
@@ -23,28 +89,21 @@ def parameter(value, gradient):
     return made
 
 
-def adapter(a_gradient, b, b_gradient):
+def adapter(a_gradient, b, b_gradient, name="q_proj"):
     return {
-        "q_proj.lora_A.default.weight": parameter(1.0, a_gradient),
-        "q_proj.lora_B.default.weight": parameter(b, b_gradient),
+        f"{name}.lora_A.default.weight": parameter(1.0, a_gradient),
+        f"{name}.lora_B.default.weight": parameter(b, b_gradient),
     }
 
 
-@pytest.mark.parametrize(
-    "alive",
-    [
-        adapter(a_gradient=0.0, b=0.0, b_gradient=1.0),  # A's gradient is zero while B is
-        adapter(a_gradient=1.0, b=0.1, b_gradient=1.0),
-        {"modules_to_save.default.weight": parameter(1.0, 0.0)},  # an embedding's rows may all be absent
-    ],
-)
-def test_living_adapters_pass(alive):
-    check_gradients(alive)
+WAITS = adapter(a_gradient=0.0, b=0.0, b_gradient=1.0)  # A's gradient is zero while B is
+ALIVE = adapter(a_gradient=1.0, b=0.1, b_gradient=1.0, name="v_proj")
+EMBEDDING = {"modules_to_save.default.weight": parameter(1.0, 0.0)}  # all its rows may be absent
 
 
-def test_checking_goes_on_until_every_b_has_moved():
-    assert not check_gradients(adapter(a_gradient=0.0, b=0.0, b_gradient=1.0))
-    assert check_gradients(adapter(a_gradient=1.0, b=0.1, b_gradient=1.0))
+@pytest.mark.parametrize(("alive", "all_asked"), [(WAITS | ALIVE, False), (ALIVE, True), (EMBEDDING, True)])
+def test_living_adapters_pass_and_are_asked_again_until_every_b_has_moved(alive, all_asked):
+    assert check_gradients(alive) is all_asked
 
 
 @pytest.mark.parametrize(
@@ -54,7 +113,7 @@ def test_checking_goes_on_until_every_b_has_moved():
         (adapter(a_gradient=0.0, b=0.1, b_gradient=1.0), "1 of 2 .*lora_A"),
         (adapter(a_gradient=0.0, b=0.0, b_gradient=None), "1 of 2 .*lora_B"),
         (adapter(a_gradient=None, b=0.0, b_gradient=1.0), "1 of 2 .*lora_A"),
-        (adapter(a_gradient=None, b=0.1, b_gradient=0.0), "2 of 2 "),
+        (adapter(a_gradient=0.0, b=0.1, b_gradient=0.0, name="k_proj") | WAITS | ALIVE, "2 of 6 .*k_proj.*k_proj"),
         ({"modules_to_save.default.weight": parameter(1.0, None)}, "1 of 1 .*modules_to_save"),
     ],
 )
@@ -63,56 +122,57 @@ def test_adapters_without_gradient_are_named(dead, name):
         check_gradients(dead)
 
 
-def test_dead_and_waiting_tensors_are_told_apart():
-    q = adapter(a_gradient=0.0, b=0.0, b_gradient=1.0)
-    v = {name.replace("q_", "v_"): p for name, p in adapter(a_gradient=0.0, b=0.1, b_gradient=0.0).items()}
-    dead, waiting = find_dead_gradients(q | v)
-    assert dead == list(v)
-    assert waiting == ["q_proj.lora_A.default.weight"]
+# ---- the base --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("value", "shown"), [(3e10, "3e\\+10"), (-5.0, "5"), (math.nan, "nan"), (math.inf, "inf")])
-def test_adapters_that_have_grown_beyond_use_are_a_divergence(value, shown):
-    trainable = adapter(a_gradient=0.0, b=value, b_gradient=0.0)
-    found = find_divergence({**trainable, "k_proj.lora_B.default.weight": parameter(2.0, 0.0)}, 3, 0.5)
-    words = rf"diverged by step 3, at learning rate 0\.5: .* up to {shown} \(q_proj\.lora_B\.default\.weight"
-    assert re.search(words, str(found))
+def frozen(**tensors):
+    made = nn.Module()
+    for name, tensor in tensors.items():
+        made.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    made.trains = nn.Parameter(torch.ones(3))
+    made.register_buffer("buffer", torch.ones(3))
+    return made
 
 
-def test_adapters_of_a_usual_size_are_none():
-    trainable = {**adapter(a_gradient=0.0, b=-0.1, b_gradient=0.0), "embedding.weight": parameter(9.0, 0.0)}
-    assert find_divergence(trainable, 3, 0.5) is None
-    assert find_divergence({}, 3, 0.5) is None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_one_changed_element_is_found(dtype):
+    made = frozen(a=torch.arange(13).to(dtype), b=torch.ones(2))
+    before = checksum_frozen(made)
+    assert before.keys() == {"a", "b"}
+    check_frozen(before, checksum_frozen(made))
+    made.a[12] += 1
+    with pytest.raises(RuntimeError, match="1 of 2 frozen tensors changed during training, as a:"):
+        check_frozen(before, checksum_frozen(made))
 
 
-def test_evaluation_mode_is_refused_in_training():
-    model = nn.Linear(1, 1)
-    check_training_mode(model)
-    with pytest.raises(RuntimeError, match="evaluation mode"):
-        check_training_mode(model.eval())
+def test_of_a_large_tensor_evenly_spaced_runs_are_read():
+    made = frozen(a=torch.zeros(16, 1 << 17, dtype=torch.uint8))  # 2 MiB: each run is the beginning of a row
+    before = checksum_frozen(made)
+    made.a[10, (1 << 14) + 1] = 1
+    assert checksum_frozen(made) == before
+    for row in (0, 10, 15):
+        made.a.zero_()
+        made.a[row, (1 << 14) - 1] = 1
+        assert checksum_frozen(made) != before
 
 
-def test_a_missing_callback_is_refused():
-    class Needed(Callback):
-        """Stands for ExactResume."""
-
-    check_callbacks([Callback(), Needed()], Needed)
-    with pytest.raises(RuntimeError, match=r"Needed is missing.*super\(\).configure_callbacks"):
-        check_callbacks([Callback()], Needed)
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_precisions_that_keep_float32_masters_pass(precision):
-    check_trainer(precision, "DDPStrategy", "nf4")
-
-
-@pytest.mark.parametrize("precision", ["16-true", "bf16-true", "64-true"])
-def test_precisions_that_cast_the_masters_are_refused(precision):
-    with pytest.raises(UserError, match=f"trainer.precision is {precision}"):
-        check_trainer(precision, "SingleDeviceStrategy", "nf4")
-
-
-@pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
-def test_strategies_that_shard_the_base_are_refused(strategy):
-    with pytest.raises(UserError, match=f"trainer.strategy is {strategy}.*quantized as nf4.*ddp"):
-        check_trainer("32-true", strategy, "nf4")
+@pytest.mark.parametrize(
+    ("quantization", "double_quant", "scales"),
+    [("nf4", True, {"absmax", "nested_absmax", "offset"}), ("nf4", False, {"absmax"}), ("int8", False, {"SCB"})],
+)
+def test_the_scales_of_quantized_weights_count_and_a_forward_changes_nothing(
+    tiny_base, quantization, double_quant, scales
+):
+    options = {"quantization": quantization, "double_quant": double_quant, "compute_dtype": torch.float32}
+    base = load_base(str(tiny_base), **options).model
+    base.requires_grad_(False)
+    before = checksum_frozen(base)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert {key.removeprefix(f"{name}.") for key in before if key.startswith(f"{name}.")} == scales
+    base(input_ids=torch.tensor([[5, 6, 7]]))  # of int8 it moves the scales from the weights to their modules
+    check_frozen(before, checksum_frozen(base))
+    module = base.model.layers[0].mlp.up_proj
+    scale = module.state.SCB if quantization == "int8" else module.weight.quant_state.absmax
+    scale[0] += 1
+    with pytest.raises(RuntimeError, match=r"up_proj\.weight\.(absmax|SCB)"):
+        check_frozen(before, checksum_frozen(base))

@@ -16,15 +16,8 @@ from transformers import PreTrainedModel
 
 from qlora_lightning.base.adapter_folder import read_adapter_config
 from qlora_lightning.model.adapters.lora import ADAPTER, OURS, check_lora_options
-from qlora_lightning.model.weights.base import (
-    EMBEDDING,
-    HEAD,
-    Weights,
-    filled,
-    make_skeleton,
-    name_in_base,
-    put_adapter_on,
-)
+from qlora_lightning.model.build import hollow_base, put_adapters
+from qlora_lightning.model.weights.base import EMBEDDING, HEAD, Weights, filled, name_in_base
 from qlora_lightning.support.errors import UserError
 
 # Fields of an adapter's config that say nothing of the function it computes.
@@ -55,10 +48,10 @@ def plan_merge(base_folder: Path, adapter: Path) -> MergePlan:
     Raises:
         UserError: The adapter does not fit the base, or is of a kind whose merge is not verified.
     """
-    skeleton = make_skeleton(base_folder)
-    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-    _check_options(adapter, skeleton)
-    model = put_adapter_on(skeleton, adapter)
+    base = hollow_base(base_folder)
+    shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
+    _check_options(adapter, base)
+    model = put_adapters(base, adapter).requires_grad_(False).eval()
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, BaseTunerLayer) and not _can_merge(module):
             raise UserError(f"The adapter folder {adapter} has a {type(module).__name__} on {name}: it is not merged.")

@@ -7,7 +7,7 @@ Two rules stand for what that device does not show: :class:`_Attention` for the 
 import contextlib
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,28 +62,23 @@ def measure_layers(
         checkpointed = every_n_layers > 0 and number % every_n_layers == 0
         kind = repr(layer), input_trains, checkpointed  # its text names parts, shapes, ranks and dropout
         if kind not in known:
+            run = _hollow_run(layer, config, batch, dtype, loops, autocasts)
+            root = torch.empty(1, 1, config.hidden_size, dtype=dtype, device="meta", requires_grad=input_trains)
             live = LiveBytes(tiles=device == "cpu" and runs_fused(layer) and not autocasts)
             with _without_lines_of_bitsandbytes():
-                known[kind] = _run(layer, config, batch, loops, dtype, autocasts, input_trains, checkpointed, live)
+                known[kind] = _measure(run, root.expand(1, batch.computed, -1), checkpointed, live)
         found.append(known[kind])
         input_trains = input_trains or any(each.requires_grad for each in layer.parameters())
     return found
 
 
-def _run(
-    layer: nn.Module,
-    config: Any,
-    batch: BatchShape,
-    loops: bool,
-    dtype: torch.dtype,
-    autocasts: bool,
-    input_trains: bool,
-    checkpointed: bool,
-    live: "LiveBytes",
-) -> tuple[int, int]:
+def _hollow_run(
+    layer: nn.Module, config: Any, batch: BatchShape, dtype: torch.dtype, loops: bool, autocasts: bool
+) -> Callable[[Tensor], Any]:
+    """Return a layer's forward without numbers; gradients of its adapters are there, as from the second batch on."""
     adapters = {name: each.detach() for name, each in layer.named_parameters() if each.requires_grad}
     for each in adapters.values():
-        each.requires_grad_().grad = torch.empty_like(each)  # there already, as from the second micro-batch on
+        each.requires_grad_().grad = torch.empty_like(each)
     angles = torch.empty(1, batch.computed, config.head_dim, dtype=dtype, device="meta")
     tokens = sum(batch.attended)
 
@@ -101,9 +96,12 @@ def _run(
         with _autocast(dtype) if autocasts else contextlib.nullcontext():
             return functional_call(layer, adapters, (hidden,), arguments)
 
-    root = torch.empty(1, 1, config.hidden_size, dtype=dtype, device="meta", requires_grad=input_trains)
+    return run
+
+
+def _measure(run: Callable[[Tensor], Any], states: Tensor, checkpointed: bool, live: "LiveBytes") -> tuple[int, int]:
     with live:
-        hidden = root.expand(1, batch.computed, -1).contiguous()  # no leaf, which would be kept in any case
+        hidden = states.contiguous()  # no leaf, which would be kept in any case
         output = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False) if checkpointed else run(hidden)
         if not checkpointed:  # whose input is kept in any case
             del hidden

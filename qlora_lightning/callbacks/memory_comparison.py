@@ -12,10 +12,10 @@ from qlora_lightning.callbacks.dry_batch import leaves_out, look_ahead
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
 from qlora_lightning.callbacks.started_folder import writing_to
 from qlora_lightning.model.batch import BatchShape, shape_of_batch, shape_of_rows
+from qlora_lightning.model.build import hollow_copy
 from qlora_lightning.model.device import PeakWatch, give_back_freed_memory, read_resident_bytes
 from qlora_lightning.model.layout import filled
-from qlora_lightning.model.memory.plan import StepSettings, plan_memory, share_unread
-from qlora_lightning.model.memory.shapes import BaseShape, checkpoint_layers, name_storage, read_model
+from qlora_lightning.model.memory.plan import StepSettings, plan_memory
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.support.console import say
 from qlora_lightning.support.files import write_whole
@@ -83,9 +83,21 @@ class MemoryComparison(Callback):
         if self._largest is None or not self._measured or not trainer.is_global_zero:
             return
         module: Any = pl_module
-        number_bytes = getattr(torch, module.identity["compute_dtype"]).itemsize
-        shape = checkpoint_layers(read_model(module.model, number_bytes), _checkpointed(trainer))
-        plan = plan_memory(shape, self._largest, self._settings(module, shape.base, number_bytes))
+        dtype: torch.dtype = getattr(torch, module.identity["compute_dtype"])
+        settings = StepSettings(
+            device=module.device.type,
+            dtype=dtype,
+            quantization=module.quantization,
+            double_quant=module.identity["double_quant"],
+            optimizer=module.optimizer_choice,
+            process=self._process if module.device.type == "cpu" else 0,  # on CUDA only torch's memory is measured
+            autocasts=module.autocast_dtype is not None,
+            every_n_layers=_checkpointed(trainer),
+            batch_lengths=max(1, len(self._lengths)),
+            ids=self._ids if module.cache else None,
+        )
+        hollow = hollow_copy(module.model, dtype, module.quantization, module.fast)
+        plan = plan_memory(hollow, self._largest, settings)
         found = {
             "predicted": {"parts": plan.parts, "peak_bytes": plan.peak_bytes},
             "measured": {"peak_bytes": self._measured, "device": module.device.type},
@@ -101,18 +113,6 @@ class MemoryComparison(Callback):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / _FILE, json.dumps(found, indent=2) + "\n")
         say(describe(plan.peak_bytes, self._measured))
-
-    def _settings(self, module: QLoRAModule, base: BaseShape, number_bytes: int) -> StepSettings:
-        on_cpu = module.device.type == "cpu"
-        return StepSettings(
-            storage=name_storage(module.quantization, module.identity["double_quant"], number_bytes),
-            number_bytes=number_bytes,
-            optimizer=module.optimizer_choice,
-            device=module.device.type,
-            process=self._process if on_cpu else 0,  # of CUDA only what torch allocates is measured
-            batch_lengths=max(1, len(self._lengths)),
-            unread=0.0 if self._ids is None or not module.cache else share_unread(self._ids, base, number_bytes),
-        )
 
     def _computed(self, shape: BatchShape) -> BatchShape:
         return shape if self._leaves_out else shape.whole()

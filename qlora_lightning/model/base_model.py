@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
-from qlora_lightning.base.cache import EntryCheck, cached_folder
+from qlora_lightning.base.cache import EntryCheck, Json, cached_folder, hash_key, is_whole, list_entries
 from qlora_lightning.base.fingerprint import fingerprint
 from qlora_lightning.base.folder import BaseFolder, open_base
 from qlora_lightning.base.tensors import save_model
@@ -166,8 +166,8 @@ def load_base(
     else:
         settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
         if cache:
-            built_by = {"dtype": str(compute_dtype), "device": torch.device(device).type}
-            folder = _quantized_folder(source, config, settings, built_by, load)
+            key = _cache_key(source, config, settings, compute_dtype, torch.device(device).type)
+            folder = _quantized_folder(source, key, settings, load)
             is_large = sum(file.stat().st_size for file in folder.iterdir()) > _CHECKED_AT_ONCE
             check = EntryCheck(folder, source.name) if is_large else None
             model = load(folder)
@@ -183,11 +183,7 @@ def load_base(
 
 
 def _quantized_folder(
-    source: BaseFolder,
-    config: PretrainedConfig,
-    settings: BitsAndBytesConfig,
-    built_by: Mapping[str, str],
-    load: Callable[..., PreTrainedModel],
+    source: BaseFolder, key: dict[str, Json], settings: BitsAndBytesConfig, load: Callable[..., PreTrainedModel]
 ) -> Path:
     def build(folder: Path) -> None:
         _log.info("Quantizing %s, once; later starts read it from the cache.", source.name)
@@ -197,16 +193,42 @@ def _quantized_folder(
         with _quiet_bars():
             save_model(model, folder, max_shard_size="200MB")  # a shard is held in memory while it is written
 
-    key = {
+    kind = settings.bnb_4bit_quant_type if settings.load_in_4bit else "int8"
+    return cached_folder("quantized", key, build, label=f"{source.name} {kind}", checked_bytes=_CHECKED_AT_ONCE)
+
+
+def _cache_key(
+    source: BaseFolder, config: PretrainedConfig, settings: BitsAndBytesConfig, dtype: torch.dtype, device: str
+) -> dict[str, Json]:
+    return {
         "source": fingerprint(source.folder),
         "config": {name: value for name, value in config.to_diff_dict().items() if name not in _OF_THE_COPY},
         "settings": settings.to_diff_dict(),
-        **built_by,
+        "dtype": str(dtype),
+        "device": device,
         "bitsandbytes": bnb.__version__,
         "transformers": transformers.__version__,
     }
-    kind = settings.bnb_4bit_quant_type if settings.load_in_4bit else "int8"
-    return cached_folder("quantized", key, build, label=f"{source.name} {kind}", checked_bytes=_CHECKED_AT_ONCE)
+
+
+def find_quantized(
+    source: BaseFolder, quantization: Quantization, double_quant: bool, dtype: torch.dtype
+) -> Path | None:
+    """Find a quantized base in the cache, made by the CPU or a GPU: the one that was used last.
+
+    Args:
+        source: The base before quantization.
+        quantization: See :func:`load_base`.
+        double_quant: Likewise.
+        dtype: Likewise, ``compute_dtype``.
+    """
+    config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+    if quantization == "none" or getattr(config, "quantization_config", None) is not None:
+        return None
+    settings = _bitsandbytes_config(quantization, double_quant, dtype)
+    names = {hash_key(_cache_key(source, config, settings, dtype, device)) for device in ("cpu", "cuda")}
+    found = (entry.path for entry in list_entries("quantized") if entry.complete and entry.path.name in names)
+    return next((folder for folder in found if is_whole(folder, "quantized")), None)
 
 
 def _bitsandbytes_config(quantization: Quantization, double_quant: bool, dtype: torch.dtype) -> BitsAndBytesConfig:

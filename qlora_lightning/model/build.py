@@ -1,5 +1,6 @@
-"""Base and adapters put together: to train, or on torch's meta device, shapes without numbers."""
+"""Base and adapters put together, on any device: to train, or on torch's meta device, shapes without numbers."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,13 @@ from typing import Any
 import bitsandbytes as bnb
 import peft
 import torch
+from bitsandbytes.functional import QuantState
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
 from qlora_lightning.base.cache import EntryCheck
-from qlora_lightning.model.adapters.folder import check_folder_fits, open_adapter_folder, read_lora_config
+from qlora_lightning.model.adapters.folder import open_adapter_folder
 from qlora_lightning.model.adapters.identity import (
     check_adapter_options,
     check_identity,
@@ -21,7 +22,7 @@ from qlora_lightning.model.adapters.identity import (
     describe_adapter,
     hash_config,
 )
-from qlora_lightning.model.adapters.lora import add_adapters, inject, trainable_tensors
+from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, inject, trainable_tensors
 from qlora_lightning.model.adapters.targets import layer_of
 from qlora_lightning.model.base_model import Quantization, QuantizedBase, lend_base, load_base
 from qlora_lightning.model.layers.attention import register_flat_attention
@@ -36,13 +37,13 @@ class QLoRAModel:
         model: The frozen base with adapters that require gradients.
         identity: Name, folder, fingerprint, config and quantization of the base, and the adapter's own shape:
             checkpoints and adapter folders carry it.
-        unfused: Names of what trains in PEFT's own layers: unfused LoRA, whole modules, tokens.
+        unfused: Whether something trains in PEFT's own layers.
         check: Of a large base from the cache, which may still be running; see :func:`load_base`.
     """
 
     model: peft.PeftModel
     identity: dict[str, Any]
-    unfused: list[str]
+    unfused: bool
     check: EntryCheck | None
 
 
@@ -63,25 +64,15 @@ def assemble_model(
 ) -> QLoRAModel:
     """Load a base, and put new adapters on it or those of an adapter folder.
 
-    Args:
-        base: See :func:`qlora_lightning.model.base_model.load_base`, as for all down to ``cache``.
-        device: Likewise.
-        compute_dtype: Likewise.
-        quantization: Likewise.
-        double_quant: Likewise.
-        revision: Likewise.
-        trust_remote_code: Likewise.
-        cache: Likewise.
-        adapter: Adapter folder to go on with, or the run folder around it; ``None`` for new adapters.
-        adapter_options: Arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`.
-        fast: Whether layers may run fused.
-        check_later: See :func:`qlora_lightning.model.base_model.load_base`.
+    ``adapter`` is the adapter folder to continue with, or the run folder around it, and ``None`` for new adapters;
+    ``adapter_options`` are arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`; ``fast`` lets layers
+    run fused. All others are those of :func:`qlora_lightning.model.base_model.load_base`.
 
     Raises:
         UserError: The base, the adapter folder or an option cannot be used, or the adapter belongs to another base.
     """
     folder = None if adapter is None else find_adapter_folder(adapter)
-    stored = {} if folder is None else read_identity(folder)  # a misspelt name is told before the base is loaded
+    stored = {} if folder is None else read_identity(folder)  # a misspelt name is reported before the base is loaded
     asked: dict[str, Any] = {
         "name": base,
         "revision": revision,
@@ -103,89 +94,112 @@ def assemble_model(
         "double_quant": loaded.double_quant,
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
     }
-    if folder is None:
-        model = add_adapters(loaded.model, base_name=loaded.loadable_name, **adapter_options)
-    else:
+    if folder is not None:
         check_identity(stored, identity, f"The adapter folder {folder}")
-        targets = chosen_targets(loaded.model, adapter_options)
-        model = open_adapter_folder(loaded.model, folder)
-        check_adapter_options(model, targets, adapter_options, str(folder))
         identity["trained_from"] = {"adapter": str(folder), "data": stored.get("data", {})}
+    model = put_adapters(loaded.model, folder, base_name=loaded.loadable_name, **adapter_options)
     identity["adapter"] = describe_adapter(model)
-    trainable = trainable_tensors(model)
-    unfused = fuse_layers(model) if fast else list(trainable)
-    if not fast:
-        model.get_base_model().set_attn_implementation(register_flat_attention(fast=False))
-    unfused += [name for name in trainable if ".lora_" not in name]
-    return QLoRAModel(model, identity, unfused, loaded.check)
+    return QLoRAModel(model, identity, fuse(model, fast), loaded.check)
 
 
-def build_skeleton(
-    config: Any,
-    *,
-    compute_dtype: torch.dtype,
-    quantization: Quantization,
-    adapter: str | None,
-    adapter_options: dict[str, Any],
-    fast: bool,
+def put_adapters(
+    base: PreTrainedModel, folder: Path | None = None, base_name: str | None = None, **options: Any
 ) -> peft.PeftModel:
-    """Assemble a model by the functions of :func:`qlora_lightning.model.build.assemble_model`, weightless.
-
-    Linears that would be stored quantized are of the class that stores them so; their shapes are those of the numbers
-    that they stand for.
+    """Put new adapters on a base, or those of an adapter folder.
 
     Args:
-        config: transformers' config of the base.
-        compute_dtype: Of the products, the embedding, the norms and the head.
-        quantization: How the linears are stored.
-        adapter: Adapter folder to go on with, or ``None``.
-        adapter_options: Arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`.
-        fast: Whether layers may run fused.
+        base: It may be hollow: new adapters are hollow too then, those of a folder have their numbers.
+        folder: The adapter folder, whose own rank and targets rule.
+        base_name: Written into the config of new adapters.
+        options: Arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`.
 
     Raises:
-        UserError: The adapter folder or an option cannot be used.
+        UserError: The folder or an option cannot be used, or they contradict each other.
     """
-    with torch.device("meta"), no_init_weights():  # there are no numbers to initialize
-        attention = register_flat_attention(fast)
-        model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, attn_implementation=attention)
-        model.tie_weights()  # which was to come with the initialization
-        model.requires_grad_(False)
-        folder = None if adapter is None else find_adapter_folder(adapter)
-        if not _has_dora(folder, adapter_options):  # which PEFT measures weights for, in the making
-            _quantize(model, quantization, compute_dtype)
-        adapted = _adapt(model, folder, adapter_options)
-    if fast:
-        fuse_layers(adapted)
-    return adapted
-
-
-def _has_dora(folder: Path | None, options: dict[str, Any]) -> bool:
+    hollow = base.device.type == "meta"
     if folder is None:
-        return bool((options.get("lora_options") or {}).get("use_dora"))
-    return bool(read_lora_config(folder).use_dora)
+        if not hollow:
+            return add_adapters(base, base_name=base_name, **options)
+        with torch.device("meta"):
+            return add_adapters(base, base_name=base_name, **options)
+    read_identity(folder)  # reports a misspelt name
+    targets = chosen_targets(base, options)
+    model = open_adapter_folder(base, folder, bare=hollow)
+    check_adapter_options(model, targets, options, str(folder))
+    return model
 
 
-def _quantize(model: PreTrainedModel, quantization: Quantization, compute_dtype: torch.dtype) -> None:
-    if quantization == "none":
-        return
-    for name, linear in list(model.named_modules()):
-        if isinstance(linear, nn.Linear) and layer_of(name) is not None:
-            shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
-            made = (
-                bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)
-                if quantization == "int8"
-                else bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=compute_dtype, quant_type=quantization)
-            )
-            made.to(compute_dtype).requires_grad_(False)
-            model.set_submodule(name, made)
-    model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantization == "int8", quantization != "int8"  # PEFT asks
+def fuse(model: peft.PeftModel, fast: bool) -> bool:
+    """Let layers run fused if they can and ``fast`` is set; return whether something trains in PEFT's own layers."""
+    if not fast:
+        model.get_base_model().set_attn_implementation(register_flat_attention(fast=False))
+        return True
+    beside = any(".lora_" not in name for name in trainable_tensors(model))
+    return bool(fuse_layers(model)) or beside
 
 
-def _adapt(model: PreTrainedModel, folder: Path | None, options: dict[str, Any]) -> peft.PeftModel:
-    if folder is None:
-        return add_adapters(model, **options)
-    targets = chosen_targets(model, options)
-    adapted = inject(model, read_lora_config(folder))
-    check_adapter_options(adapted, targets, options, str(folder))
-    check_folder_fits(adapted, folder)
-    return adapted
+def hollow_base(
+    config: Any, dtype: torch.dtype = torch.float32, quantization: Quantization = "none"
+) -> PreTrainedModel:
+    """Make a frozen base of shapes alone, on the meta device; only the rotary tables are real.
+
+    Args:
+        config: transformers' config, or the folder that holds it.
+        dtype: Of all that is not quantized.
+        quantization: How the linears of the decoder layers are stored, whatever the config says.
+    """
+    is_folder = isinstance(config, Path)
+    config = AutoConfig.from_pretrained(config, local_files_only=True) if is_folder else copy.deepcopy(config)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=register_flat_attention()
+        )
+        if quantization != "none":
+            for name, linear in list(model.named_modules()):
+                if isinstance(linear, nn.Linear) and layer_of(name) is not None:
+                    model.set_submodule(name, _quantized_linear(linear, quantization, dtype))
+            model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantization == "int8", quantization != "int8"
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    model.requires_grad_(False)
+    return model
+
+
+def hollow_copy(model: peft.PeftModel, dtype: torch.dtype, quantization: Quantization, fast: bool) -> peft.PeftModel:
+    """Make a model again without numbers.
+
+    Args:
+        model: Base and adapters, which may be training.
+        dtype: See :func:`hollow_base`.
+        quantization: Likewise.
+        fast: Whether layers may run fused.
+    """
+    base = hollow_base(model.get_base_model().config, dtype, quantization)
+    with torch.device("meta"):
+        made = inject(base, copy.deepcopy(model.peft_config[ADAPTER]), on_meta=True)
+    fuse(made, fast)
+    return made
+
+
+_BLOCK = 64  # numbers of a 4-bit weight that share a scale
+
+
+def _quantized_linear(linear: nn.Linear, quantization: Quantization, dtype: torch.dtype) -> nn.Module:
+    """Make a linear of bitsandbytes; its weight is as transformers' loading leaves it."""
+    shape, sizes = linear.weight.shape, (linear.in_features, linear.out_features, linear.bias is not None)
+    if quantization == "int8":
+        made = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+        numbers = torch.empty(shape, dtype=torch.int8)
+        made.weight = bnb.nn.Int8Params(numbers, requires_grad=False, CB=numbers, SCB=torch.empty(len(numbers)))
+    else:
+        made = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type=quantization)
+        scales, codes = torch.empty(shape.numel() // _BLOCK), torch.empty(16)
+        state = QuantState(scales, shape, codes, _BLOCK, quantization, dtype)
+        packed = torch.empty(shape.numel() // 2, 1, dtype=torch.uint8)
+        made.weight = bnb.nn.Params4bit(
+            packed, requires_grad=False, quant_state=state, quant_type=quantization, bnb_quantized=True
+        )
+    if linear.bias is not None:
+        made.bias = nn.Parameter(linear.bias.detach())
+    return made  # type: ignore[no-any-return]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import bitsandbytes as bnb
 import gguf
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora_lightning.base.cache import hash_key
 from qlora_lightning.cli import main
 from qlora_lightning.commands.merge.arguments import make_parser
+from qlora_lightning.model.base_model import load_base
 from tests.adapters import make_run
 
 ADAPTER = "runs/quickstart/adapter"
@@ -94,6 +97,35 @@ def test_the_merged_folder_is_a_model_for_plain_transformers(folder, made, tiny_
         assert check[name]["top1"] == 1.0
         assert check[name]["loss"] == pytest.approx(check["base + adapter"]["loss"], abs=1e-5)
     assert check["onto original, fp32"]["kl"] > 1e-5
+
+
+def test_the_trained_base_comes_from_the_cache_bit_for_bit_whatever_quantized_it(
+    folder, made, tiny_base, tmp_path, monkeypatch
+):
+    def merged(name):
+        merge("--out", name, "--dtype", "fp32", "--rows", "0")
+        return load_file(f"{name}/model.safetensors")
+
+    cached = merged("cached")
+    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    again = merged("again")
+    assert all(torch.equal(tensor, cached[name]) for name, tensor in again.items())
+    usual = bnb.functional.quantize_4bit
+    with monkeypatch.context() as patch:  # a GPU may round otherwise
+        patch.setattr(
+            bnb.functional, "quantize_4bit", lambda weight, *more, **options: usual(2 * weight, *more, **options)
+        )
+        load_base(str(tiny_base), compute_dtype=torch.float32)
+    (entry,) = (tmp_path / "cache" / "quantized").glob("*/entry.json")
+    key = json.loads(entry.read_text())["key"]
+    entry.parent.rename(entry.parent.with_name(hash_key({**key, "device": "cuda"})))
+    other = merged("other")
+    adapter = load_file(f"{ADAPTER}/adapter_model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    a, b = (adapter[f"base_model.model.{name}.lora_{each}.weight"] for each in "AB")
+    update = 2.0 * b @ a
+    torch.testing.assert_close(other[f"{name}.weight"] - update, 2 * (cached[f"{name}.weight"] - update))
+    assert torch.equal(other["model.norm.weight"], cached["model.norm.weight"])
 
 
 def test_onto_the_original_weights_is_the_original_plus_the_update(folder, tiny_base):

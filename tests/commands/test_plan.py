@@ -104,22 +104,18 @@ def test_an_adapter_folder_stands_for_the_config_of_its_run(quickstart, folder, 
     assert "configs is not an adapter folder" in capsys.readouterr().err
 
 
-def test_an_adapter_whose_tensors_have_another_rank_than_its_config_is_refused(folder, adapter, capsys):
-    shutil.copytree(adapter, folder / "other")
+def test_a_damaged_adapter_folder_is_refused(folder, adapter, capsys):
+    for name in ("other", "cut"):
+        shutil.copytree(adapter, folder / name)
     config = json.loads((folder / "other" / "adapter_config.json").read_text())
     (folder / "other" / "adapter_config.json").write_text(json.dumps({**config, "r": 3}))
-    assert main(["plan", "--adapter", "other"]) == 2
-    assert "lora_A.weight is [2, 64] in the file, where this base and adapter_config.json want [3, 64]" in (
-        capsys.readouterr().err
-    )
-
-
-def test_a_file_of_adapter_tensors_that_is_cut_off_is_refused(folder, adapter, capsys):
-    shutil.copytree(adapter, folder / "cut")
     weights = folder / "cut" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert main(["plan", "--adapter", "cut"]) == 2
-    assert "cut/adapter_model.safetensors is cut off: its header promises" in capsys.readouterr().err
+    for name, words in (("other", "The adapter folder other"), ("cut", "cut/adapter_model.safetensors is")):
+        assert main(["plan", "--adapter", name]) == 2
+        err = capsys.readouterr().err
+        assert words in err
+        assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("line", examples())

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import track
 
 from qlora_lightning.model.opened_adapter import find_adapter
-from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights, make_skeleton, quantized_names
+from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights
 from qlora_lightning.model.weights.merging import Movement, adapted_layers, measure_movement, plan_merge
 from qlora_lightning.support.errors import UserError
 
@@ -36,13 +36,7 @@ def measure_adapter(folder: str, base: str | None) -> Diagnosis:
         raise UserError(f"The adapter folder {source.folder} has no LoRA in it: there is nothing to measure.")
     # quantization changes a weight's norm by less than 1 %: what is stored will do, and is quicker
     weights = (
-        TrainedWeights(
-            source.base,
-            quantized_names(make_skeleton(source.base.folder)),
-            source.quantization or "nf4",
-            source.double_quant,
-            source.compute_dtype,
-        )
+        TrainedWeights(source.base, source.quantization or "nf4", source.double_quant, source.compute_dtype)
         if source.is_stored_quantized
         else OriginalWeights(source.base)
     )

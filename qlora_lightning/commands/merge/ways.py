@@ -1,7 +1,7 @@
 """The base's weights both ways: as the adapter saw them, and as they were before quantization."""
 
 from qlora_lightning.model.opened_adapter import AdapterSource
-from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights, Weights, make_skeleton, quantized_names
+from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights, Weights
 from qlora_lightning.support.errors import UserError
 
 
@@ -17,16 +17,11 @@ class Ways:
     """
 
     def __init__(self, source: AdapterSource, onto: str) -> None:
-        skeleton = make_skeleton(source.base.folder)
         self.dequantized: Weights | None = None
         self.original: Weights | None = None if source.is_stored_quantized else OriginalWeights(source.base)
         if source.quantization is not None:
             self.dequantized = TrainedWeights(
-                source.base,
-                quantized_names(skeleton),
-                source.quantization,
-                source.double_quant,
-                source.compute_dtype,
+                source.base, source.quantization, source.double_quant, source.compute_dtype
             )
         if onto == "original" and self.original is None:
             raise UserError(

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass, replace
 
 from qlora_lightning.commands.plan.planner import Choice, Planner
-from qlora_lightning.model.memory.shapes import LayerShape, ModelShape
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,9 @@ def turn_knobs(
         *_fewer_tokens(now, accumulate, batch_size, budget),
         *_shorter(now),
         *_store_smaller(now),
+        *_train_less(now, planner.config.num_hidden_layers),
     ]
     knobs = [Knob(change, peak - planner.plan(choice).peak_bytes, costs) for change, choice, costs in changes]
-    knobs += [
-        Knob(change, peak - planner.plan(now, shape).peak_bytes, costs)
-        for change, shape, costs in _train_less(now, planner.shape(now))
-    ]
     return sorted((knob for knob in knobs if knob.saves > 0), key=lambda knob: -knob.saves)
 
 
@@ -97,37 +93,17 @@ def _store_smaller(now: Choice) -> list[_Change]:
     return found
 
 
-def _train_less(now: Choice, model: ModelShape) -> list[tuple[str, ModelShape, str]]:
-    """Give the model with half the rank, and with adapters on the upper half of its layers.
-
-    Worked out from the model as it is: putting adapters on once more would take as long as all the rest.
-    """
+def _train_less(now: Choice, layers: int) -> list[_Change]:
     options = now.adapter_options
-    if now.adapter is not None or model.beside or options["lora_options"]:
+    if now.adapter is not None or options["lora_options"]:
         return []
-    found = []
-    half = int(options["rank"]) // 2
+    found: list[_Change] = []
+    half, upper = int(options["rank"]) // 2, layers // 2
     if half:
-        found.append((f"model.rank: {half}", _with_rank(model, half), "a smaller adapter"))
-    upper = len(model.layers) // 2
+        smaller = replace(now, adapter_options={**options, "rank": half})
+        found.append((f"model.rank: {half}", smaller, "a smaller adapter"))
     if options["layers"] == "all" and upper:
-        costs = "trains the upper half of the layers only; faster"
-        found.append((f"model.layers: last:{upper}", _with_upper_layers(model, upper), costs))
+        change = f"last:{upper}"
+        fewer = replace(now, adapter_options={**options, "layers": change})
+        found.append((f"model.layers: {change}", fewer, "trains the upper half of the layers only; faster"))
     return found
-
-
-def _with_rank(model: ModelShape, rank: int) -> ModelShape:
-    layers = [_with_ranks(layer, rank) for layer in model.layers]
-    return replace(model, layers=tuple(layers))
-
-
-def _with_upper_layers(model: ModelShape, upper: int) -> ModelShape:
-    bare = [replace(_with_ranks(layer, 0), input_trains=False) for layer in model.layers[:-upper]]
-    first, *others = model.layers[-upper:]
-    return replace(model, layers=(*bare, replace(first, input_trains=False), *others))
-
-
-def _with_ranks(layer: LayerShape, rank: int) -> LayerShape:
-    """Give the layer with another rank of the adapters that it has."""
-    linears = {name: replace(linear, rank=rank if linear.rank else 0) for name, linear in layer.linears.items()}
-    return replace(layer, linears=linears)

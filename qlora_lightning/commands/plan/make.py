@@ -10,7 +10,7 @@ from qlora_lightning.commands.plan.planner import Planner, choose_device, read_c
 from qlora_lightning.commands.plan.report import Device, Plan
 from qlora_lightning.commands.plan.run_length import RunLength, measure_run
 from qlora_lightning.model.device import device_memory_gib, read_resident_bytes
-from qlora_lightning.model.memory.shapes import name_storage
+from qlora_lightning.model.memory.base_shape import name_storage, read_base
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.support.errors import UserError
 
@@ -45,7 +45,7 @@ def make_plan(module: Any, data: Any, no_tokenizer: str | None, settings: dict[s
         origin=base.origin,
         storage=name_storage(choice.quantization, choice.double_quant, planner.dtype.itemsize),
         model=planner.model(choice),
-        shape=planner.shape(choice),
+        shape=read_base(planner.model(choice)),
         dtype=planner.dtype,
         memory=planner.plan(choice),
         device=_device(kind, memory),

@@ -10,27 +10,21 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_lightning.model.adapters.lora import ADAPTER
-from qlora_lightning.model.memory.shapes import LayerShape, LinearShape
 
 _ADAPTED = "green"
 _DOWN = Text("     │")
 _BLOCKS = (
     ("input_layernorm", ("input_layernorm",)),
-    ("attention", ("q_proj", "k_proj", "v_proj", "o_proj")),
+    ("attention", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")),
     ("post_attention_layernorm", ("post_attention_layernorm",)),
-    ("SwiGLU MLP", ("gate_proj", "up_proj", "down_proj")),
+    ("SwiGLU MLP", ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
 )
 
 
-def draw_model(model: Any, layers: Sequence[LayerShape]) -> Panel:
-    """Draw embedding, decoder layers, norm and head; adapted linears in green, with the shapes of A and B.
-
-    Args:
-        model: A causal language model with its adapters, on the meta device; its layers are not looked at.
-        layers: Those that are drawn.
-    """
+def draw_model(model: Any) -> Panel:
+    """Draw embedding, decoder layers, norm and head; adapted linears in green, with the shapes of A and B."""
     inner = model.get_base_model()
-    config = inner.config
+    config, layers = inner.config, inner.model.layers
     title = f"{len(layers)} × decoder layer, {config.num_attention_heads} heads over {config.num_key_value_heads}"
     tied = Text("  tied to embed_tokens" if config.tie_word_embeddings else "", "dim")
     return Panel(
@@ -48,7 +42,7 @@ def draw_model(model: Any, layers: Sequence[LayerShape]) -> Panel:
     )
 
 
-def _draw_layer(layers: Sequence[LayerShape], config: Any) -> Table:
+def _draw_layer(layers: Any, config: Any) -> Table:
     drawing = Table.grid(padding=(0, 2, 0, 0))
     for block, names in _BLOCKS:
         if len(names) == 1:
@@ -58,7 +52,8 @@ def _draw_layer(layers: Sequence[LayerShape], config: Any) -> Table:
         note = f"head width {config.head_dim}, rotary θ {_theta(config):,.0f}" if attends else "down(silu(gate) · up)"
         drawing.add_row(Text(block, "bold"), "", Text(note, "dim"))
         for name in names:
-            drawing.add_row(Text(f"  {name}"), *_draw_linear([layer.linears[name] for layer in layers]))
+            linears = [layer.get_submodule(name) for layer in layers]
+            drawing.add_row(Text(f"  {name.partition('.')[2]}"), *_draw_linear(linears))
         drawing.add_row(Text("  + residual", "dim"), "", "")
     return drawing
 
@@ -68,15 +63,15 @@ def _theta(config: Any) -> float:
     return float(parameters.get("rope_theta", getattr(config, "rope_theta", None) or 10_000.0))
 
 
-def _draw_linear(linears: Sequence[LinearShape]) -> tuple[Text, Text]:
-    """Give the shape of a linear, and the adapter on it with the layers that have it."""
-    inputs, outputs = linears[0].inputs, linears[0].outputs
+def _draw_linear(linears: Sequence[Any]) -> tuple[Text, Text]:
+    """Return the shape of a linear, and the adapter on it with the layers that have it."""
+    inputs, outputs = linears[0].in_features, linears[0].out_features
     shape = Text(f"{inputs:,} → {outputs:,}")
-    adapted = [number for number, linear in enumerate(linears) if linear.rank]
-    if not adapted:
+    ranks = {number: linear.r[ADAPTER] for number, linear in enumerate(linears) if isinstance(linear, LoraLayer)}
+    if not ranks:
         return shape, Text("frozen", "dim")
-    numbers = ", ".join(str(rank) for rank in sorted({linear.rank for linear in linears} - {0}))
-    where = "" if len(adapted) == len(linears) else f", layers {name_ranges(adapted)}"
+    numbers = ", ".join(str(rank) for rank in sorted(set(ranks.values())))
+    where = "" if len(ranks) == len(linears) else f", layers {name_ranges(ranks)}"
     return shape, Text(f"A {numbers} × {inputs:,}, B {outputs:,} × {numbers}{where}", _ADAPTED)
 
 

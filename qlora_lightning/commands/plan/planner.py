@@ -1,27 +1,19 @@
-"""A config as a plan: the weightless model, and the memory of its steps."""
+"""A config as a plan: its model without numbers, and the memory of its steps."""
 
 from dataclasses import dataclass, replace
 from typing import Any
 
+import peft
 import torch
-from torch import nn
 
+from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.commands.plan.run_length import RunLength
 from qlora_lightning.model.base_model import Quantization, check_stored_quantization
 from qlora_lightning.model.batch import BatchShape
-from qlora_lightning.model.build import build_skeleton
+from qlora_lightning.model.build import fuse, hollow_base, put_adapters
 from qlora_lightning.model.device import choose_compute_dtype
 from qlora_lightning.model.layers.attention import can_leave_out
-from qlora_lightning.model.memory.plan import MemoryPlan, StepSettings, plan_memory, share_unread
-from qlora_lightning.model.memory.shapes import (
-    ModelShape,
-    are_alike,
-    checkpoint_layers,
-    deepen,
-    name_storage,
-    read_model,
-    shorten,
-)
+from qlora_lightning.model.memory.plan import MemoryPlan, StepSettings, plan_memory
 from qlora_lightning.support.errors import UserError
 
 _CONTEXT = 600_000_000  # bytes that CUDA, cuBLAS and the kernels take on a card, beside tensors; an estimate
@@ -80,80 +72,46 @@ class Planner:
         self.config, self.device = config, device
         self.dtype = _choose_dtype(compute_dtype, device)
         self.process = process if device == "cpu" else _CONTEXT
-        self._models: dict[str, nn.Module] = {}
-        self._shapes: dict[str, ModelShape] = {}
-        self._can_leave_out: dict[str, bool] = {}
+        self._built: dict[str, tuple[peft.PeftModel, bool]] = {}
 
-    def model(self, choice: Choice) -> nn.Module:
-        """Give the weightless model of a choice; of layers that are alike it has two.
+    def model(self, choice: Choice) -> peft.PeftModel:
+        """Return the model of a choice, without numbers.
 
         Raises:
             UserError: A setting of the adapters cannot be used.
         """
-        key = _key(choice)
-        if key not in self._models:
-            shortens = self.config.num_hidden_layers > 2 and are_alike(
-                self.config, choice.adapter, choice.adapter_options
-            )
-            self._models[key] = self._build(choice, shorten(self.config, 2) if shortens else self.config)
-        return self._models[key]
+        return self._build(choice)[0]
 
-    def shape(self, choice: Choice) -> ModelShape:
-        """Give the shape of the model with all its layers, checkpointed as chosen."""
-        key = _key(choice)
-        if key not in self._shapes:
-            self._shapes[key] = self._read_shape(choice)
-        return checkpoint_layers(self._shapes[key], choice.every_n_layers)
+    def _build(self, choice: Choice) -> tuple[peft.PeftModel, bool]:
+        """Return the model, and whether something trains in PEFT's own layers."""
+        key = repr((choice.quantization, choice.adapter, choice.adapter_options, choice.fast))
+        if key not in self._built:
+            folder = None if choice.adapter is None else find_adapter_folder(choice.adapter)
+            base = hollow_base(self.config, self.dtype, choice.quantization)
+            model = put_adapters(base, folder, **choice.adapter_options).to("meta")
+            self._built[key] = model, fuse(model, choice.fast)
+        return self._built[key]
 
-    def _read_shape(self, choice: Choice) -> ModelShape:
-        shape, layers = read_model(self.model(choice), self.dtype.itemsize), self.config.num_hidden_layers
-        if len(shape.layers) == layers:
-            return shape
-        one = read_model(self._build(choice, shorten(self.config, 1)), self.dtype.itemsize)
-        return deepen(one, shape, layers)
-
-    def _build(self, choice: Choice, config: Any) -> Any:
-        return build_skeleton(
-            config,
-            compute_dtype=self.dtype,
-            quantization=choice.quantization,
-            adapter=choice.adapter,
-            adapter_options=choice.adapter_options,
-            fast=choice.fast,
-        )
-
-    def plan(self, choice: Choice, shape: ModelShape | None = None) -> MemoryPlan:
-        """Plan the memory of a choice.
-
-        Args:
-            choice: What to plan.
-            shape: The model, if it is another than the choice's own.
-        """
-        shape = self.shape(choice) if shape is None else shape
-        number_bytes = self.dtype.itemsize
+    def plan(self, choice: Choice) -> MemoryPlan:
+        """Plan the memory of a choice."""
+        model, unfused = self._build(choice)
         settings = StepSettings(
-            storage=name_storage(choice.quantization, choice.double_quant, number_bytes),
-            number_bytes=number_bytes,
-            optimizer=choice.optimizer,
             device=self.device,
+            dtype=self.dtype,
+            quantization=choice.quantization,
+            double_quant=choice.double_quant,
+            optimizer=choice.optimizer,
             process=self.process,
+            autocasts=unfused and self.dtype != torch.float32,
+            every_n_layers=choice.every_n_layers,
             batch_lengths=choice.batch_lengths,
-            unread=0.0 if choice.ids is None else share_unread(choice.ids, shape.base, number_bytes),
+            ids=choice.ids,
         )
-        return plan_memory(shape, choice.batch if self.leaves_out(choice) else choice.batch.whole(), settings)
+        return plan_memory(model, choice.batch if self.leaves_out(choice) else choice.batch.whole(), settings)
 
     def leaves_out(self, choice: Choice) -> bool:
-        """Say whether tokens that no label needs are left out, as ``QLoRAModule.leaves_out_unneeded`` would."""
-        if not choice.fast or choice.has_noise:
-            return False
-        key = _key(choice)
-        if key not in self._can_leave_out:
-            self._can_leave_out[key] = can_leave_out(self.model(choice), training=True)
-        return self._can_leave_out[key]
-
-
-def _key(choice: Choice) -> str:
-    return repr((choice.quantization, choice.adapter, choice.adapter_options, choice.fast))
+        """Return whether tokens that no label needs are left out, as ``QLoRAModule.leaves_out_unneeded`` would."""
+        return choice.fast and not choice.has_noise and can_leave_out(self.model(choice).get_base_model(), True)
 
 
 def read_choice(module: Any, checkpointing: dict[str, Any], config: Any) -> Choice:
@@ -171,7 +129,6 @@ def read_choice(module: Any, checkpointing: dict[str, Any], config: Any) -> Choi
     if stored_so:
         stored = check_stored_quantization(config, module.quantization, module.base)
         double_quant = bool(stored.get("bnb_4bit_use_double_quant", False))
-        del config.quantization_config
     return Choice(
         quantization=module.quantization,
         double_quant=double_quant,

@@ -11,8 +11,8 @@ from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.plan.knobs import Knob
 from qlora_lightning.commands.plan.picture import draw_model
 from qlora_lightning.commands.plan.run_length import RunLength
-from qlora_lightning.model.memory.plan import PARTS, MemoryPlan
-from qlora_lightning.model.memory.shapes import STORAGES, ModelShape
+from qlora_lightning.model.memory.base_shape import STORAGES, BaseShape
+from qlora_lightning.model.memory.plan import PARTS, MemoryPlan, count_trained
 
 _GIB = 2**30
 _BAR = 16  # characters
@@ -47,8 +47,8 @@ class Plan:
         base: ``model.base``.
         origin: Where its config comes from.
         storage: How it is stored.
-        model: The weightless model, of which the layers may be fewer.
-        shape: Of the whole model.
+        model: Base and adapters without numbers.
+        shape: Of the base.
         dtype: Of the products.
         memory: By part.
         device: Where it shall run.
@@ -61,7 +61,7 @@ class Plan:
     origin: str
     storage: str
     model: Any
-    shape: ModelShape
+    shape: BaseShape
     dtype: Any
     memory: MemoryPlan
     device: Device
@@ -83,10 +83,10 @@ def summarize(plan: Plan) -> dict[str, Any]:
             "name": plan.base,
             "config": plan.origin,
             "stored": plan.storage,
-            "parameters": plan.shape.base.parameters,
-            "bytes": {storage: plan.shape.base.count_bytes(storage) for storage in STORAGES},
+            "parameters": plan.shape.parameters,
+            "bytes": {storage: plan.shape.count_bytes(storage) for storage in STORAGES},
         },
-        "adapters": {"parameters": plan.shape.count_trained()},
+        "adapters": {"parameters": count_trained(plan.model)},
         "compute_dtype": str(plan.dtype).removeprefix("torch."),
         "device": asdict(plan.device),
         "memory": {"parts": plan.memory.parts, "peak_bytes": plan.memory.peak_bytes, "fits": plan.fits},
@@ -105,7 +105,7 @@ def summarize(plan: Plan) -> dict[str, Any]:
 def print_plan(plan: Plan, console: Console) -> None:
     """Print picture and tables."""
     console.print(Text.assemble((plan.base, "bold"), f", by {plan.origin}"))
-    console.print(draw_model(plan.model, plan.shape.layers))
+    console.print(draw_model(plan.model))
     console.print(_sizes(plan))
     console.print(_memory(plan))
     _print_verdict(plan, console)
@@ -117,11 +117,11 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _sizes(plan: Plan) -> Table:
-    base, trained = plan.shape.base.parameters, plan.shape.count_trained()
+    base, trained = plan.shape.parameters, count_trained(plan.model)
     table = _table(f"The base, {base:,} parameters", "stored as", "bytes", "")
     for storage in STORAGES:
         here = Text("← this config" if storage == plan.storage else "", "green")
-        table.add_row(storage, format_bytes(plan.shape.base.count_bytes(storage)), here)
+        table.add_row(storage, format_bytes(plan.shape.count_bytes(storage)), here)
     table.add_section()
     share = f"{trained:,} parameters ({trained / (base + trained):.2%}), float32"
     table.add_row("adapters", format_bytes(4 * trained), share)

@@ -17,6 +17,7 @@ from qlora_lightning.model.layers.lora import (
     LoRAProjection,
     adapters_of,
     apply,
+    device_of_autocast,
     frozen_part,
     gradient_of_a,
     gradients_of_b,
@@ -139,7 +140,7 @@ class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy tra
             runs_fused(self)
             and any(kwargs.get(name) is not None for name in _OF_SAMPLES)
             and hidden_states.dtype == self.__dict__["_dtype"]
-            and not torch.is_autocast_enabled(hidden_states.device.type)
+            and not torch.is_autocast_enabled(device_of_autocast(hidden_states))
         )
 
 

@@ -402,13 +402,18 @@ def runs_fused(layer: nn.Module) -> bool:
 
 
 def _apply(layer: LoraLayer, x: Tensor) -> Tensor:
-    device = x.device.type
+    device = device_of_autocast(x)
     autocasts = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocasts else compute_dtype_of(layer) or x.dtype
     arguments = (x.to(dtype), *adapters_of(layer), frozen_part(layer, dtype), None)
     with torch.autocast(device, enabled=False):
         output: Tensor = apply(LoRALinearFunction, *arguments)
     return output if autocasts else output.to(x.dtype)
+
+
+def device_of_autocast(tensor: Tensor) -> str:
+    """Return the type of a tensor's device; of one without numbers the CPU, since the meta device has no autocast."""
+    return "cpu" if tensor.is_meta else tensor.device.type
 
 
 def compute_dtype_of(layer: nn.Module) -> torch.dtype | None:

@@ -1,9 +1,9 @@
-"""Out of memory, told with the cheapest changes of the config that help."""
+"""Out of memory, reported with the cheapest changes of the config that help."""
 
 import contextlib
 import errno
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,69 +42,46 @@ class MemorySettings:
     all_layers: bool = False
 
 
-def cheapest_changes(settings: MemorySettings, most: int = 3) -> list[str]:
+def cheapest_changes(now: MemorySettings, most: int = 3) -> list[str]:
     """Name changes that apply, those first that cost least: first time only, then bits, rows' ends, and layers."""
-    remedies: list[Callable[[MemorySettings], str | None]] = [
-        _fewer_rows,
-        _fewer_tokens,
-        _checkpointing,
-        _four_bits,
-        _shorter_rows,
-        _fewer_layers,
-    ]
-    found = [change for remedy in remedies if (change := remedy(settings))]
+    found = list(_fewer_tokens(now))
+    if now.training and not now.checkpoints:
+        found.append("gradient_checkpointing.enabled: true (the same result, about a third slower)")
+    if now.quantization in ("int8", "none"):
+        found.append("model.quantization: nf4")
+    found += _shorter_rows(now)
+    if now.training and now.all_layers and now.layers > 1:
+        found.append(f"model.layers: last:{now.layers // 2} (trains, and keeps activations of, the upper half only)")
     return found[:most] or ["a smaller model.base"]
 
 
-def _fewer_rows(now: MemorySettings) -> str | None:
-    if now.batch_size is None or now.batch_size < 2 or now.rows < 2:
-        return None
-    # the largest divisor, so that a step has as many rows as before
-    rows = next(n for n in range(now.batch_size // 2, 0, -1) if now.batch_size % n == 0)
-    change = f"data.batch_size: {rows}"
-    return change + (_as_many_as_before(now.accumulate * now.batch_size // rows, "as before") if now.training else "")
+def _fewer_tokens(now: MemorySettings) -> Iterator[str]:
+    if now.batch_size is not None and now.batch_size > 1 and now.rows > 1:
+        # the largest divisor, so that a step has as many rows as before
+        rows = next(n for n in range(now.batch_size // 2, 0, -1) if now.batch_size % n == 0)
+        accumulate, as_before = now.accumulate * now.batch_size // rows, "as before"
+        change = f"data.batch_size: {rows}"
+    elif now.tokens_per_batch is not None:
+        tokens = max(now.tokens_per_batch // 2, max(now.lengths, default=1))  # the longest row must have room
+        if tokens > 0.9 * now.tokens_per_batch:
+            return
+        accumulate, as_before = math.ceil(now.accumulate * now.tokens_per_batch / tokens), "nearly as before"
+        change = f"data.tokens_per_batch: {tokens}"
+    else:
+        return
+    with_steps = f" with trainer.accumulate_grad_batches: {accumulate} (a step's rows stay {as_before})"
+    yield change + (with_steps if now.training else "")
 
 
-def _fewer_tokens(now: MemorySettings) -> str | None:
-    if now.tokens_per_batch is None:
-        return None
-    tokens = max(now.tokens_per_batch // 2, max(now.lengths, default=1))  # the longest row must have room
-    if tokens > 0.9 * now.tokens_per_batch:
-        return None
-    accumulate = math.ceil(now.accumulate * now.tokens_per_batch / tokens)
-    change = f"data.tokens_per_batch: {tokens}"
-    return change + (_as_many_as_before(accumulate, "nearly as before") if now.training else "")
-
-
-def _as_many_as_before(accumulate: int, as_before: str) -> str:
-    return f" with trainer.accumulate_grad_batches: {accumulate} (a step's rows stay {as_before})"
-
-
-def _checkpointing(now: MemorySettings) -> str | None:
-    if now.checkpoints or not now.training:
-        return None
-    return "gradient_checkpointing.enabled: true (the same result, about a third slower)"
-
-
-def _four_bits(now: MemorySettings) -> str | None:
-    return "model.quantization: nf4" if now.quantization in ("int8", "none") else None
-
-
-def _shorter_rows(now: MemorySettings) -> str | None:
-    if not now.lengths:
-        return None
+def _shorter_rows(now: MemorySettings) -> Iterator[str]:
     ordered = sorted(now.lengths)
+    if not ordered or ordered[-1] < 2:
+        return
     length = ordered[math.ceil(0.99 * len(ordered)) - 1]
-    if length > 0.9 * ordered[-1]:  # no few rows are much longer than the rest: half the longest, and say what it costs
+    if length > 0.9 * ordered[-1]:  # no few rows are much longer than the rest: half the longest, and what it costs
         length = ordered[-1] // 2
-    shortened = sum(1 for tokens in ordered if tokens > length)
-    return f"data.max_length: {length} (shortens {shortened:,} of {len(ordered):,} rows)" if length else None
-
-
-def _fewer_layers(now: MemorySettings) -> str | None:
-    if not now.training or not now.all_layers or now.layers < 2:
-        return None
-    return f"model.layers: last:{now.layers // 2} (trains, and keeps activations of, the upper half only)"
+    shortened = sum(tokens > length for tokens in ordered)
+    yield f"data.max_length: {length} (shortens {shortened:,} of {len(ordered):,} rows)"
 
 
 # What torch raises as a plain RuntimeError: its CPU allocator, the driver, and cuBLAS when it finds no workspace.
@@ -112,11 +89,11 @@ _SIGNS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALL
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out, on a GPU or a CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
+    """Return whether an exception means that memory ran out, on a GPU or a CPU."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM  # of mmap, for the pages of checkpointed inputs
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
@@ -136,18 +113,16 @@ def telling_out_of_memory(pl_module: Any, batch: Any) -> Iterator[None]:
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(_tell(pl_module, batch)) from error
+        raise UserError(_describe(pl_module, batch)) from error
 
 
-def _tell(pl_module: Any, batch: Any) -> str:
+def _describe(pl_module: Any, batch: Any) -> str:
     device = pl_module.device
-    peak = read_peak_gib(device)
-    whole = f"{device_memory_gib(device):.2f} GiB"
     changes = cheapest_changes(_read_settings(pl_module, batch))
     listed = "; ".join(f"({number}) {change}" for number, change in enumerate(changes, start=1))
     return (
-        f"Out of memory on {device} in {_describe_batch(batch)}; the peak was {peak:.2f} of {whole}. "
-        f"The cheapest changes: {listed}."
+        f"Out of memory on {device} in {_describe_batch(batch)}; the peak was {read_peak_gib(device):.2f} of "
+        f"{device_memory_gib(device):.2f} GiB. The cheapest changes: {listed}."
     )
 
 
@@ -171,8 +146,8 @@ def _read_settings(pl_module: Any, batch: Any) -> MemorySettings:
         batch_size=getattr(data, "batch_size", None),
         tokens_per_batch=getattr(data, "tokens_per_batch", None),
         checkpoints=any(getattr(module, "gradient_checkpointing", False) for module in pl_module.modules()),
-        quantization=getattr(pl_module, "quantization", "none"),
+        quantization=pl_module.quantization,
         lengths=[] if samples is None else samples.lengths.tolist(),
-        layers=int(getattr(pl_module.causal_lm.config, "num_hidden_layers", 0)),
-        all_layers=getattr(pl_module, "adapter_options", {}).get("layers") == "all",
+        layers=pl_module.causal_lm.config.num_hidden_layers,
+        all_layers=pl_module.adapter_options["layers"] == "all",
     )

@@ -1,25 +1,22 @@
-"""The memory of a training step, planned from shapes alone."""
+"""The memory of a training step, planned from a hollow model."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import peft
 import torch
 from torch import nn
 
+from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.batch import BatchShape
-from qlora_lightning.model.memory.kept import (
-    holes_of_checkpoints,
-    kept_by_layers,
-    kept_outside,
-    room_of_backward,
-    room_of_logits,
-    room_of_loss,
-)
-from qlora_lightning.model.memory.shapes import BaseShape, LayerShape, ModelShape
+from qlora_lightning.model.layers.lora import TILE_BYTES
+from qlora_lightning.model.loss import rows_of_logits, rows_of_probabilities
+from qlora_lightning.model.memory.base_shape import BaseShape, name_storage, read_base
+from qlora_lightning.model.memory.layer_memory import measure_layers
 from qlora_lightning.model.optimizer import build_optimizer, check_optimizer
 
 _TWO_AVERAGES, _STEP = 8, 4  # bytes: of each number in float32; a float32 count of steps for each tensor
@@ -59,8 +56,10 @@ def _count(shape: tuple[int, ...], choice: str | dict[str, Any] | None, kind: ty
 
 
 _MASTER = 4  # bytes: adapters and their gradients are float32
-_FLOAT32 = 4  # bytes of a number
-_FAULT = 65_536  # bytes that Linux maps around an address that is read, where the file lies in its cache
+_FLOAT, _INDEX = 4, 8  # bytes of a float32, of a position
+_FAULT = 65_536  # bytes that Linux maps around an address that is read, if the file is in its cache
+# What torch's products leave on a CPU, measured on SmolLM2 over 6 to 100 steps, holes in the heap included. oneDNN
+# makes kernels for each number of rows, and keeps the last 1,024. Products of float32, of another library, have none.
 _FIRST_STEP_FLOAT32 = 92_000_000
 _FIRST_STEP, _NEW_LENGTH, MOST_LENGTHS = 62_000_000, 46_000_000, 25
 PARTS = {
@@ -78,26 +77,32 @@ PARTS = {
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What of a config decides how much memory a step takes.
+    """What decides, beside model and batch, how much memory a step takes.
 
     Attributes:
-        storage: Of the base; see :data:`qlora_lightning.model.memory.shapes.STORAGES`.
-        number_bytes: Of a number in the dtype of the products.
-        optimizer: As ``model.optimizer`` takes it.
         device: ``cpu`` or ``cuda``.
+        dtype: Of the products.
+        quantization: As ``model.quantization`` has it.
+        double_quant: As ``model.double_quant`` has it.
+        optimizer: As ``model.optimizer`` takes it.
         process: Bytes of the process without the model, on a CPU; of the context on CUDA.
+        autocasts: Whether PEFT's own layers train, which are autocast to the dtype.
+        every_n_layers: Every n-th layer is checkpointed; 0: none.
         batch_lengths: How many numbers of tokens the run's micro-batches have.
-        unread: Share of the embedding that is never read: on a CPU a base that is mapped from the cache lies in memory
-            only where it was read.
+        ids: Token ids of the data, if the base is mapped from a file: on a CPU only what they read of the embedding is
+            in memory. ``None``: all of it is.
     """
 
-    storage: str
-    number_bytes: int
-    optimizer: str | dict[str, Any] | None
     device: str
+    dtype: torch.dtype
+    quantization: str
+    double_quant: bool
+    optimizer: str | dict[str, Any] | None
     process: int
+    autocasts: bool = False
+    every_n_layers: int = 0
     batch_lengths: int = 1
-    unread: float = 0.0
+    ids: Any = None
 
 
 @dataclass(frozen=True)
@@ -112,64 +117,78 @@ class MemoryPlan:
         return sum(self.parts.values())
 
 
-def _unread(base: BaseShape, settings: StepSettings) -> int:
-    rows, width = base.embedding
-    return round(settings.unread * rows * width * settings.number_bytes) if settings.device == "cpu" else 0
+def count_trained(model: nn.Module) -> int:
+    """Count the numbers that train."""
+    return sum(tensor.numel() for tensor in trainable_tensors(model).values())
 
 
-def share_unread(ids: npt.NDArray[np.int32], base: BaseShape, number_bytes: int) -> float:
-    """Give the share of an embedding that no token of the data reads.
-
-    Args:
-        ids: Token ids of the data.
-        base: Whose embedding it is.
-        number_bytes: Of a number of it.
-    """
-    rows, width = base.embedding
-    if not rows:
-        return 0.0
-    together = max(1, _FAULT // (width * number_bytes))
-    return 1 - len(np.unique(ids // together)) / math.ceil(rows / together)
-
-
-def _kernels(settings: StepSettings, layers: Sequence[LayerShape]) -> int:
-    """Count what torch's products keep on a CPU; measured on SmolLM2 in bf16, over 6 to 100 steps, holes included.
-
-    oneDNN makes kernels for each number of rows and keeps the last 1,024; between tensors they also break up the heap.
-    Products of float32 are another library's, which makes none (measured over 6 and 75 steps).
-    """
-    if settings.device != "cpu":
-        return 0
-    if settings.number_bytes == _FLOAT32:
-        return _FIRST_STEP_FLOAT32 + holes_of_checkpoints(layers, settings.number_bytes)
-    return _FIRST_STEP + _NEW_LENGTH * (min(settings.batch_lengths, MOST_LENGTHS) - 1)
-
-
-def plan_memory(model: ModelShape, batch: BatchShape, settings: StepSettings) -> MemoryPlan:
+def plan_memory(model: peft.PeftModel, batch: BatchShape, settings: StepSettings) -> MemoryPlan:
     """Predict the memory of training steps on a micro-batch.
 
-    The peak is that of a step after the first, when the optimizer has its state: either where the loss is computed or
-    in the backward of a layer.
+    The peak is that of a step after the first, when the optimizer has its state: either in the head's loss or in a
+    layer.
 
     Args:
-        model: Base and adapters.
+        model: Base and adapters without numbers.
         batch: The largest micro-batch.
         settings: Of the config.
     """
-    e, device = settings.number_bytes, settings.device
-    layers, vocabulary, trained = model.layers, model.vocabulary, model.count_trained()
-    logits = room_of_logits(batch, vocabulary, e, device)
-    of_loss = room_of_loss(layers, batch, vocabulary, e, device)
-    workspace = max(of_loss, room_of_backward(layers, batch, e, device) - logits)
+    causal_lm: Any = model.get_base_model()
+    base, width, vocabulary = read_base(causal_lm), causal_lm.config.hidden_size, len(causal_lm.lm_head.weight)
+    trained, shapes = count_trained(model), Counter(tuple(each.shape) for each in trainable_tensors(model).values())
+    device, e = settings.device, settings.dtype.itemsize
+    layers = measure_layers(
+        model,
+        batch,
+        device,
+        settings.dtype,
+        autocasts=settings.autocasts,
+        every_n_layers=settings.every_n_layers,
+    )
+    saved, workspace = sum(saved for saved, _ in layers), max(workspace for _, workspace in layers)
+
+    logits = min(rows_of_logits(vocabulary, e, device), batch.labelled) * vocabulary * e
+    rows = min(rows_of_probabilities(vocabulary, e, device), batch.labelled)
+    copies = 2 if device == "cpu" else 1  # softmax turns logits to float32 first
+    of_loss = (batch.computed + batch.labelled) * width * e + copies * rows * vocabulary * _FLOAT
+
+    # beside the layers: the input of the last norm, in float32, and the loss's gradient with its places
+    saved += batch.computed * (width + 1) * _FLOAT + batch.labelled * (width * e + _INDEX)
+    if settings.every_n_layers != 1:
+        saved += 2 * batch.computed * causal_lm.config.head_dim * e  # the angles of rotary embedding
+    storage = name_storage(settings.quantization, settings.double_quant, e)
     sizes = (
-        model.base.count_bytes(settings.storage, e) - _unread(model.base, settings),
+        base.count_bytes(storage, e) - _unread(causal_lm, settings),
         _MASTER * trained,
         _MASTER * trained,
-        count_optimizer_bytes(model.trained(), settings.optimizer),
-        kept_by_layers(layers, batch, e, device) + kept_outside(layers, batch, e),
+        count_optimizer_bytes(shapes, settings.optimizer),
+        saved,
         logits,
-        workspace,
-        _kernels(settings, layers),
+        max(of_loss, workspace - logits),
+        _kernels(base, settings, len(layers)),
         settings.process,
     )
     return MemoryPlan(dict(zip(PARTS, sizes, strict=True)))
+
+
+def _unread(causal_lm: Any, settings: StepSettings) -> int:
+    embedding, head = causal_lm.get_input_embeddings().weight, causal_lm.get_output_embeddings().weight
+    if settings.device != "cpu" or settings.ids is None or embedding is head or embedding.requires_grad:
+        return 0  # a head reads all of what it shares
+    rows, row = len(embedding), int(embedding.shape[1]) * settings.dtype.itemsize
+    together = max(1, _FAULT // row)
+    read = len(np.unique(settings.ids // together)) / math.ceil(rows / together)
+    return round((1 - read) * rows * row)
+
+
+def _kernels(base: BaseShape, settings: StepSettings, layers: int) -> int:
+    e = settings.dtype.itemsize
+    if settings.device != "cpu":
+        return 0
+    if e != _FLOAT:
+        return _FIRST_STEP + _NEW_LENGTH * (min(settings.batch_lengths, MOST_LENGTHS) - 1)
+    # For each checkpointed layer one dense weight fits nowhere: what stays of the layer until backward, small as it is,
+    # is where such a weight has been. Measured on SmolLM2: 110 MB after 4 steps, 140 after 40, where this gives 106.
+    checkpointed = math.ceil(layers / settings.every_n_layers) if settings.every_n_layers else 0
+    largest = max(rows * columns for rows, columns in base.weights) * e
+    return _FIRST_STEP_FLOAT32 + checkpointed * min(largest, TILE_BYTES)

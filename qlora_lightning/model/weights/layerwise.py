@@ -14,7 +14,7 @@ from qlora_lightning.model.weights.base import Weights, filled
 _HEAD_ROWS = 16_384  # of the head's weight that are turned into fp32 at a time
 
 
-class Judged:
+class LastStates:
     """The states from which a model's logits at the labelled tokens are made, and its head.
 
     Args:
@@ -26,7 +26,7 @@ class Judged:
         self.hidden, self.head = hidden, head
 
     def logits(self, part: slice) -> Tensor:
-        """Give the logits ``(tokens, vocabulary)`` of some of the labelled tokens, fp32."""
+        """Return the logits ``(tokens, vocabulary)`` of some of the labelled tokens, fp32."""
         hidden = self.hidden[part]
         if _dtype_of(self.head) is not None or self.head.bias is not None:
             logits: Tensor = self.head(hidden)
@@ -40,17 +40,16 @@ def run_layerwise(
     model: Any,
     weights: Weights,
     batches: Sequence[Mapping[str, Any]],
-    judge: Callable[[Judged], Any],
+    evaluate: Callable[[LastStates], Any],
     advance: Callable[[], object] = lambda: None,
 ) -> Any:
-    """Run flat batches through a LLaMA in fp32, and judge what it says at the labelled tokens.
+    """Run flat batches through a LLaMA in fp32, and evaluate its last states at the labelled tokens.
 
     Args:
-        model: The causal language model, empty or with an adapter; see
-            :mod:`qlora_lightning.model.weights.base`.
+        model: The causal language model, hollow or with a real adapter.
         weights: What it is filled with.
         batches: As the data module makes them.
-        judge: Is handed the states and the head; what it gives is returned.
+        evaluate: What it returns is returned.
         advance: Called after every layer.
     """
     inner = model.model
@@ -65,12 +64,12 @@ def run_layerwise(
     with filled(inner.norm, "model.norm", weights, torch.float32):
         labelled = torch.cat([inner.norm(_labelled(*pair)) for pair in zip(hidden, batches, strict=True)])
     with filled(head, "lm_head", weights, _dtype_of(head)):
-        return judge(Judged(labelled, head))
+        return evaluate(LastStates(labelled, head))
 
 
 def _run(layer: nn.Module, rotary: nn.Module, hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
     positions = batch["position_ids"]
-    output = layer(
+    output: Tensor = layer(
         hidden,
         attention_mask=NO_MASK,
         position_ids=positions,
@@ -78,7 +77,7 @@ def _run(layer: nn.Module, rotary: nn.Module, hidden: Tensor, batch: Mapping[str
         samples=whole_samples(batch["cu_seqlens"].diff().tolist()),
         use_cache=False,
     )
-    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+    return output
 
 
 def _labelled(hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
@@ -87,7 +86,7 @@ def _labelled(hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
 
 
 def labels_of(batches: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Give the labels of batches, ``(labelled tokens,)``, in the order of :class:`Judged`."""
+    """Return the labels of batches, ``(labelled tokens,)``, in the order of :class:`LastStates`."""
     parts = [batch["labels"][0, 1:] for batch in batches]
     return torch.cat([part[part != IGNORED] for part in parts])
 
@@ -125,22 +124,22 @@ class Reference:
     """The logits that others are compared with; they are kept.
 
     Args:
-        judged: The reference model.
+        states: The reference model.
         labels: ``(labelled tokens,)``.
     """
 
-    def __init__(self, judged: Judged, labels: Tensor) -> None:
+    def __init__(self, states: LastStates, labels: Tensor) -> None:
         self.labels = labels
-        self.logits = torch.cat([judged.logits(part) for part in _parts(len(labels))])
+        self.logits = torch.cat([states.logits(part) for part in _parts(len(labels))])
         rows = torch.arange(len(labels))
         self.loss = float(-self.logits.log_softmax(-1)[rows, labels].double().mean())
 
-    def compare(self, judged: Judged) -> Comparison:
+    def compare(self, states: LastStates) -> Comparison:
         """Compare another model's logits at the same tokens."""
         divergences, nll, same = [], [], []
         total, largest = 0.0, 0.0
         for part in _parts(len(self.labels)):
-            own, other = self.logits[part], judged.logits(part)
+            own, other = self.logits[part], states.logits(part)
             log_p, log_q = own.log_softmax(-1), other.log_softmax(-1)
             divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
             nll.append(-log_q.gather(1, self.labels[part].unsqueeze(1))[:, 0])

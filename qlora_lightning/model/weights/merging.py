@@ -9,22 +9,14 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_lightning.base.adapter_folder import read_adapter_config
 from qlora_lightning.model.adapters.lora import ADAPTER, OURS, check_lora_options
-from qlora_lightning.model.weights.base import (
-    EMBEDDING,
-    HEAD,
-    Weights,
-    filled,
-    make_skeleton,
-    name_in_base,
-    put_adapter_on,
-)
+from qlora_lightning.model.build import hollow_base, put_adapters
+from qlora_lightning.model.weights.base import EMBEDDING, HEAD, Weights, filled, name_in_base
 from qlora_lightning.support.errors import UserError
 
 # Fields of an adapter's config that say nothing of the function it computes.
@@ -33,7 +25,7 @@ _INDIFFERENT = {"task_type", "peft_type", "inference_mode", "auto_mapping", "pef
 
 @dataclasses.dataclass(frozen=True)
 class MergePlan:
-    """A base of shapes alone with a real adapter on it.
+    """A hollow base with a real adapter on it.
 
     Attributes:
         model: Base and adapter.
@@ -50,18 +42,15 @@ class MergePlan:
 
 
 def plan_merge(base_folder: Path, adapter: Path) -> MergePlan:
-    """Put an adapter on a skeleton of its base.
+    """Put an adapter on its base, which is hollow.
 
     Raises:
         UserError: The adapter does not fit the base, or is of a kind whose merge is not verified.
     """
-    skeleton = make_skeleton(base_folder)
-    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-    _check_options(adapter, skeleton)
-    model = put_adapter_on(skeleton, adapter)
-    for name, module in model.get_base_model().named_modules():
-        if isinstance(module, BaseTunerLayer) and not _can_merge(module):
-            raise UserError(f"The adapter folder {adapter} has a {type(module).__name__} on {name}: it is not merged.")
+    base = hollow_base(base_folder)
+    shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
+    _check_options(adapter, base)
+    model = put_adapters(base, adapter).requires_grad_(False).eval()
     return MergePlan(model, shapes)
 
 
@@ -80,7 +69,7 @@ class MergedWeights:
         self._changed = changed_modules(plan.model.get_base_model())
 
     def __call__(self, name: str) -> Tensor:
-        """Give a tensor of the merged model.
+        """Return a tensor of the merged model.
 
         Raises:
             UserError: The merged weights are not finite.
@@ -93,12 +82,12 @@ class MergedWeights:
 
 
 def merge_module(module: nn.Module, name: str, kind: str, weights: Weights) -> Tensor:
-    """Give one tensor of a module that an adapter changes, merged, in fp32.
+    """Return one tensor (``weight`` or ``bias``) of a module that an adapter changes, merged, in fp32.
 
     Args:
         module: PEFT's layer.
         name: Its name in the base.
-        kind: Which of its tensors: ``weight`` or ``bias``.
+        kind: Which of its tensors.
         weights: Of the base.
 
     Raises:
@@ -121,25 +110,19 @@ def merge_module(module: nn.Module, name: str, kind: str, weights: Weights) -> T
 
 
 def adapted_layers(plan: MergePlan) -> dict[str, LoraLayer]:
-    """Give the LoRA layers of a plan by their names in the base."""
+    """Return the LoRA layers of a plan by their names in the base."""
     modules = changed_modules(plan.model.get_base_model())
     return {name: module for name, module in modules.items() if isinstance(module, LoraLayer)}
 
 
 def changed_modules(base: nn.Module) -> dict[str, nn.Module]:
-    """Give PEFT's layers by the names of what they change: LoRA, modules trained whole, tokens."""
+    """Return PEFT's layers by the names of what they change: LoRA, modules trained whole, tokens."""
     kinds = (LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer)
     found = ((name_in_base(name), module) for name, module in base.named_modules() if isinstance(module, kinds))
     return {name: module for name, module in found if not getattr(module, "tied_adapter", None)}
 
 
-def _can_merge(module: BaseTunerLayer) -> bool:
-    if isinstance(module, TrainableTokensLayer):
-        return True
-    return isinstance(module, LoraLayer) and type(module.get_base_layer()) in (nn.Linear, nn.Embedding)
-
-
-def _check_options(adapter: Path, skeleton: PreTrainedModel) -> None:
+def _check_options(adapter: Path, base: PreTrainedModel) -> None:
     """Refuse by name what was not verified, by the same rules as where an adapter is made."""
     stored = read_adapter_config(adapter)
     usual = peft.LoraConfig().to_dict()
@@ -151,7 +134,7 @@ def _check_options(adapter: Path, skeleton: PreTrainedModel) -> None:
     if isinstance(stored.get("init_lora_weights"), str):
         options["init_lora_weights"] = stored["init_lora_weights"]
     try:
-        check_lora_options(options, skeleton, bool(skeleton.config.tie_word_embeddings))
+        check_lora_options(options, base, bool(base.config.tie_word_embeddings))
     except UserError as error:
         raise UserError(f"The adapter folder {adapter} cannot be merged: {error}") from error
 
@@ -207,7 +190,7 @@ def measure_movement(layer: LoraLayer, name: str, weights: Weights) -> Movement:
 
 
 def _factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give A ``(rank, in)`` and B ``(out, rank)`` in float64: the shares of small singular values count."""
+    """Return A ``(rank, in)`` and B ``(out, rank)`` in float64: the shares of small singular values count."""
     if ADAPTER in layer.lora_A:
         return layer.lora_A[ADAPTER].weight.double(), layer.lora_B[ADAPTER].weight.double()
     return layer.lora_embedding_A[ADAPTER].double(), layer.lora_embedding_B[ADAPTER].double()

@@ -1,99 +1,242 @@
-import dataclasses
+"""The parts of a planned step: by hand, and against what autograd saves and what tensors a real step makes."""
+
+import itertools
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
 
-from qlora_lightning.model.batch import BatchShape
-from qlora_lightning.model.build import build_skeleton
-from qlora_lightning.model.memory.plan import PARTS, StepSettings, count_optimizer_bytes, plan_memory, share_unread
-from qlora_lightning.model.memory.shapes import BaseShape, checkpoint_layers, read_model
+from qlora_lightning import QLoRAModule
+from qlora_lightning.commands.profile.kept import KeptTensors
+from qlora_lightning.commands.profile.parts import Widths
+from qlora_lightning.commands.profile.scopes import Scopes
+from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.batch import BatchShape, shape_of_batch
+from qlora_lightning.model.build import fuse, hollow_base, hollow_copy, put_adapters
+from qlora_lightning.model.kernels import library
+from qlora_lightning.model.layout import IGNORED
+from qlora_lightning.model.memory.layer_memory import LiveBytes
+from qlora_lightning.model.memory.plan import PARTS, StepSettings, count_optimizer_bytes, plan_memory
+from qlora_lightning.support.versions import enable_activation_checkpointing
+
+SHORT, LONG = (65, 33, 129), (513, 9, 521)
+
+
+def settings(device="cpu", dtype=torch.bfloat16, **changes):
+    usual = {"quantization": "nf4", "double_quant": False, "optimizer": None, "process": 1000}
+    return StepSettings(device, dtype, **{**usual, **changes})
+
+
+# ---- beside real steps -----------------------------------------------------------------------------------------------
+
+
+def make(tiny_base, every_n_layers=0, **options):
+    module = QLoRAModule(str(tiny_base), **{"rank": 4, "compute_dtype": "bf16", **options})
+    module.configure_model()
+    if every_n_layers:
+        enable_activation_checkpointing(module.causal_lm, every_n_layers)
+    return module
+
+
+def make_batch(lengths, shared=0):
+    """Half of each sample is labelled; so many tokens at its begin are those of all others."""
+    bounds = [0, *itertools.accumulate(lengths)]
+    ids = torch.randint(5, 40_000, (1, bounds[-1]), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    for start, length in zip(bounds, lengths, strict=False):
+        ids[0, start : start + shared] = torch.arange(shared)
+        labels[0, start : start + (length + 1) // 2] = IGNORED
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
+        "longest": max(lengths),
+    }
+
+
+def saved_in_truth(module, batch):
+    """Return the bytes that the graph of a loss holds, each storage once, and the shape of its batch."""
+    watched = KeptTensors(module.model, Scopes(), Widths(frozenset(), 0, 0))
+    watched.start()
+    loss = module.compute_loss(batch).nll_sum
+    watched.stop()
+    shape = shape_of_batch(batch)
+    return sum(watched.bytes_by_part(loss).values()), shape if module.leaves_out_unneeded else shape.whole()
+
+
+def plan(module, batch, **changes):
+    dtype = getattr(torch, module.identity["compute_dtype"])
+    hollow = hollow_copy(module.model, dtype, module.quantization, module.fast)
+    step = settings(dtype=dtype, autocasts=module.autocast_dtype is not None, **changes)
+    return plan_memory(hollow, batch, step).parts
+
+
+FUSED = [
+    {},
+    {"layers": "last:1"},
+    {"target_modules": "mlp"},
+    {"target_modules": ["down_proj"], "layers": [0]},
+    {"target_modules": ["o_proj"]},
+    {"compute_dtype": "fp32", "quantization": "none"},
+]
+
+
+@pytest.mark.parametrize(("lengths", "shared"), [(SHORT, 0), (LONG, 0), ((97, 145, 97), 48)])
+@pytest.mark.parametrize("options", FUSED, ids=str)
+def test_fused_layers_save_what_is_planned(tiny_base, options, lengths, shared):
+    module = make(tiny_base, **options)
+    truth, batch = saved_in_truth(module, make_batch(lengths, shared))
+    assert batch.computed == sum(lengths) - 3 - 2 * shared  # once what they share, and no last token
+    assert plan(module, batch)["activations"] == pytest.approx(truth, rel=0.02)
+
+
+def test_without_the_loops_attention_saves_what_torchs_does(tiny_base, monkeypatch):
+    library.load_library.cache_clear()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    try:
+        for lengths, shared in ((SHORT, 0), ((97, 145, 97), 48)):
+            truth, batch = saved_in_truth(module := make(tiny_base), make_batch(lengths, shared))
+            assert plan(module, batch)["activations"] == pytest.approx(truth, rel=0.05)
+    finally:
+        library.load_library.cache_clear()
+
+
+@pytest.mark.parametrize("options", [{}, {"layers": "last:1"}], ids=str)
+@pytest.mark.parametrize("every_n_layers", [1, 2])
+def test_checkpointed_layers_save_their_input(tiny_base, every_n_layers, options):
+    module = make(tiny_base, every_n_layers, **options)
+    truth, batch = saved_in_truth(module, make_batch((161, 161)))
+    assert plan(module, batch, every_n_layers=every_n_layers)["activations"] == pytest.approx(truth, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fast": False},
+        {"dropout": 0.1},
+        {"quantization": "int8"},
+        {"lora_options": {"trainable_token_indices": [7]}},
+        {"lora_options": {"use_dora": True}},
+    ],
+    ids=str,
+)
+def test_layers_of_peft_and_transformers_save_about_what_is_planned(tiny_base, options):
+    module = make(tiny_base, **options)
+    truth, batch = saved_in_truth(module, make_batch((161, 161)))
+    parts, checkpointed = (plan(module, batch, every_n_layers=count) for count in (0, 1))
+    assert parts["activations"] == pytest.approx(truth, rel=0.1)
+    assert checkpointed["activations"] < truth / 3
+
+
+@pytest.mark.parametrize(
+    ("every_n_layers", "options"),
+    [(0, {}), (1, {}), (1, {"layers": "last:1"}), (1, {"compute_dtype": "fp32"}), (0, {"fast": False})],
+    ids=str,
+)
+def test_the_tensors_of_a_step_take_at_most_about_what_is_planned(tiny_base, every_n_layers, options):
+    module = make(tiny_base, every_n_layers, **options)
+    batch = make_batch((900, 700, 1100))
+    batch["labels"][0, :-2] = IGNORED  # few logits, which would outweigh all else
+    for tensor in trainable_tensors(module).values():
+        tensor.grad = torch.zeros_like(tensor)
+    with LiveBytes() as live:
+        module.compute_loss(batch).nll_sum.backward()
+    shape = shape_of_batch(batch)
+    parts = plan(module, shape if module.leaves_out_unneeded else shape.whole(), every_n_layers=every_n_layers)
+    planned = sum(parts[name] for name in ("activations", "logits", "workspace"))
+    assert 0.95 < planned / live.peak < 1.25
+
+
+# ---- by hand ---------------------------------------------------------------------------------------------------------
 
 BATCH = BatchShape((40, 24), labelled=32)
 # A and B of rank 2 of seven linears in two layers: 64 → 64, 32, 32, 64; 64 → 128 twice; 128 → 64
 TRAINED = 2 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+SHAPES = {(2, 64): 12, (2, 128): 2, (64, 2): 6, (32, 2): 4, (128, 2): 4}
 
 
 @pytest.fixture(scope="module")
-def model(tiny_base):
-    settings = {"compute_dtype": torch.bfloat16, "quantization": "nf4", "adapter": None, "fast": True}
-    return read_model(build_skeleton(LlamaConfig.from_pretrained(tiny_base), adapter_options={"rank": 2}, **settings))
+def small():
+    """A hollow model of two layers; its head is its embedding, of a hundred tokens."""
+    return build(tie_word_embeddings=True)
 
 
-def settings(**changes):
-    usual = {"storage": "nf4", "number_bytes": 2, "optimizer": None, "device": "cpu"}
-    return StepSettings(**{**usual, "process": 1000, **changes})
+def build(**changes):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**{**sizes, "vocab_size": 100, "num_hidden_layers": 2, **changes})
+    model = put_adapters(hollow_base(config, torch.bfloat16, "nf4"), rank=2)
+    fuse(model, fast=True)
+    return model
 
 
-def test_every_part_is_there_and_they_add_up(model):
-    plan = plan_memory(model, BATCH, settings())
-    assert list(plan.parts) == list(PARTS)
-    assert plan.peak_bytes == sum(plan.parts.values())
-    assert plan.parts["base"] == model.base.count_bytes("nf4")
-    assert plan.parts["adapters"] == plan.parts["gradients"] == 4 * TRAINED
-    assert plan.parts["process"] == 1000
-    assert plan.parts["logits"] == 32 * model.vocabulary * 2
-    assert plan.parts["workspace"] > 0
+def test_every_part_is_there(small):
+    parts = plan_memory(small, BATCH, settings()).parts
+    assert list(parts) == list(PARTS)
+    # linears in 4 bits and a scale for 64 numbers; five norms and the embedding in bf16
+    linears = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
+    assert parts["base"] == linears // 2 + 4 * linears // 64 + 2 * (5 * 64 + 100 * 64)
+    assert parts["adapters"] == parts["gradients"] == 4 * TRAINED
+    assert parts["optimizer"] == 8 * TRAINED + 4 * sum(SHAPES.values())
+    assert parts["logits"] == 32 * 100 * 2
+    assert parts["process"] == 1000
+    assert plan_memory(small, BatchShape((9000,), 8000), settings()).parts["logits"] == 512 * 100 * 2  # of a chunk
 
 
-def test_more_tokens_take_more_and_checkpoints_less(model):
-    usual = plan_memory(model, BATCH, settings()).parts
-    double = plan_memory(model, BatchShape((40, 24) * 2, 64), settings()).parts
-    assert double["activations"] == 2 * usual["activations"]
-    assert plan_memory(checkpoint_layers(model, 1), BATCH, settings()).parts["activations"] < usual["activations"] / 2
-
-
-def test_adamw_has_two_averages_and_a_count_for_each_tensor(model):
-    assert count_optimizer_bytes(model.trained(), None) == 8 * TRAINED + 4 * 2 * 2 * 7
-
-
-def test_other_optimizers_are_asked(model):
-    assert count_optimizer_bytes(model.trained(), "torch.optim.AdamW") == count_optimizer_bytes(model.trained(), None)
-    assert count_optimizer_bytes(model.trained(), "torch.optim.SGD") == 0
-    momentum = {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}
-    assert count_optimizer_bytes(model.trained(), momentum) == 4 * TRAINED
-
-
-def test_eight_bit_averages_take_a_quarter():
-    # a scale for each 256 numbers; tensors under 4,096 numbers stay in float32
-    shapes = {(64, 1024): 3, (16, 16): 1}
-    eight = 3 * 2 * (65_536 + 4 * 256) + 8 * 256
-    assert count_optimizer_bytes(shapes, "bitsandbytes.optim.AdamW8bit") == eight
-    assert count_optimizer_bytes(shapes, "bitsandbytes.optim.PagedAdamW8bit") == eight
-
-
-@pytest.mark.parametrize("shape", [(64, 1024), (16, 16), (7, 640)])
-def test_eight_bit_averages_are_as_large_as_those_of_bitsandbytes(shape):
-    choice = "bitsandbytes.optim.AdamW8bit"
-    asked = count_optimizer_bytes({shape: 1}, {"class_path": choice, "init_args": {}})
-    assert count_optimizer_bytes({shape: 1}, choice) == asked
-
-
-def test_a_cpu_keeps_kernels_for_each_length_of_a_batch_up_to_a_number(model):
-    one, two, many, more = (
-        plan_memory(model, BATCH, settings(batch_lengths=count)).parts["kernels"] for count in (1, 2, 25, 1000)
+def test_twice_the_tokens_save_twice_as_much_and_a_gpu_saves_attentions_output_too(small):
+    usual, double = (
+        plan_memory(small, batch, settings()).parts for batch in (BATCH, BatchShape((40, 24) * 2, labelled=64))
     )
+    assert double["activations"] == 2 * usual["activations"]
+    parts = plan_memory(small, BATCH, settings("cuda")).parts
+    assert (parts["kernels"], parts["base"]) == (0, usual["base"])
+    assert parts["activations"] > usual["activations"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        (None, 8 * TRAINED + 4 * 28),  # two averages, and a count for each tensor
+        ("torch.optim.AdamW", 8 * TRAINED + 4 * 28),
+        ("torch.optim.SGD", 0),
+        ({"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}, 4 * TRAINED),
+    ],
+)
+def test_optimizers_keep_averages(choice, expected):
+    assert count_optimizer_bytes(SHAPES, choice) == expected
+
+
+def test_eight_bit_averages_take_a_quarter_as_bitsandbytes_has_them():
+    # a scale for each 256 numbers; tensors under 4,096 numbers stay in float32
+    shapes = {(64, 1024): 3, (16, 16): 1, (7, 640): 0}
+    for name in ("AdamW8bit", "PagedAdamW8bit"):
+        assert count_optimizer_bytes(shapes, f"bitsandbytes.optim.{name}") == 6 * (65_536 + 4 * 256) + 8 * 256
+    asked = {"class_path": "bitsandbytes.optim.AdamW8bit", "init_args": {}}  # with arguments it takes a step
+    for shape in shapes:
+        assert count_optimizer_bytes({shape: 1}, asked["class_path"]) == count_optimizer_bytes({shape: 1}, asked)
+
+
+def test_a_cpu_keeps_kernels_for_each_length_of_a_batch_up_to_a_number(small):
+    def kernels(**changes):
+        return plan_memory(small, BATCH, settings(**changes)).parts["kernels"]
+
+    one, two, many, more = (kernels(batch_lengths=count) for count in (1, 2, 25, 1000))
     assert 0 < one < two < many == more
     assert many - one == 24 * (two - one)
-    in_fp32, of_many = (
-        plan_memory(model, BATCH, settings(number_bytes=4, batch_lengths=count)).parts["kernels"] for count in (1, 25)
-    )
-    assert in_fp32 == of_many  # its products make no kernels
-    checkpointed = plan_memory(checkpoint_layers(model, 1), BATCH, settings(number_bytes=4)).parts["kernels"]
-    assert checkpointed == in_fp32 + 2 * 64 * 128 * 4  # a hole for each layer, as large as its largest weight
-    assert plan_memory(model, BATCH, settings(device="cuda")).parts["kernels"] == 0
+    in_fp32 = kernels(dtype=torch.float32)
+    assert in_fp32 == kernels(dtype=torch.float32, batch_lengths=25)  # its products make no kernels
+    # a hole for each checkpointed layer, as large as its largest weight
+    assert kernels(dtype=torch.float32, every_n_layers=1) == in_fp32 + 2 * 64 * 128 * 4
 
 
-def test_of_a_mapped_embedding_only_what_tokens_read_lies_in_memory(model):
-    base = BaseShape(weights=(), others=64_000_000, embedding=(1000, 32_768))  # a row in bf16 is as much as is mapped
-    ids = np.array([0, 1, 1, 999], dtype=np.int32)
-    assert share_unread(ids, base, number_bytes=2) == pytest.approx(0.997)
-    narrow = BaseShape(weights=(), others=64_000, embedding=(64, 1024))  # 32 rows are
-    assert share_unread(np.array([0, 31], dtype=np.int32), narrow, number_bytes=2) == 0.5
-    assert share_unread(ids, BaseShape((), 10), number_bytes=2) == 0.0  # the head reads all of one that it shares
-    untied = dataclasses.replace(model, base=dataclasses.replace(model.base, embedding=(100, 64)))
-    whole, half = (plan_memory(untied, BATCH, settings(unread=share)).parts["base"] for share in (0.0, 0.5))
-    assert whole - half == 50 * 64 * 2
-    on_cuda = plan_memory(untied, BATCH, settings(unread=0.5, device="cuda"))
-    assert on_cuda.parts["base"] == whole
+def test_of_a_mapped_embedding_only_what_tokens_read_is_in_memory(small):
+    def base(model, ids=None, device="cpu"):
+        return plan_memory(model, BATCH, settings(device, ids=ids)).parts["base"]
+
+    untied, ids = build(vocab_size=4096), np.array([0, 1, 1, 600], dtype=np.int32)
+    # 64 KiB around an address are mapped: 512 rows of 64 numbers, of which there are eight
+    assert base(untied) - base(untied, ids) == 6 * 65_536
+    assert base(untied, ids, "cuda") == base(untied)
+    assert base(small, ids[:3]) == base(small)  # the head reads all of one that it shares

@@ -1,17 +1,22 @@
+"""Merged weights compute what base and adapter do; how far an adapter moves a weight, and how far models differ."""
+
 import json
+import math
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora_lightning.base import open_base
 from qlora_lightning.data.batches.collate import collate
 from qlora_lightning.data.samples.sample import Sample
-from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights, make_skeleton, quantized_names
-from qlora_lightning.model.weights.layerwise import Reference, labels_of, run_layerwise
-from qlora_lightning.model.weights.merging import MergedWeights, plan_merge
+from qlora_lightning.model.build import hollow_base
+from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights
+from qlora_lightning.model.weights.layerwise import LastStates, Reference, labels_of, run_layerwise
+from qlora_lightning.model.weights.merging import MergedWeights, adapted_layers, measure_movement, plan_merge
 from qlora_lightning.support.errors import UserError
 from tests.adapters import make_adapter
 
@@ -51,13 +56,12 @@ def plain_logits(model):
 
 
 def trained_weights(base):
-    source = open_base(str(base))
-    return TrainedWeights(source, quantized_names(make_skeleton(source.folder)), "nf4", True, torch.float32)
+    return TrainedWeights(open_base(str(base)), "nf4", True, torch.float32)
 
 
 def layerwise_logits(model, weights):
     rows = batches()
-    return run_layerwise(model, weights, rows, lambda judged: Reference(judged, labels_of(rows)).logits)
+    return run_layerwise(model, weights, rows, lambda states: Reference(states, labels_of(rows)).logits)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -68,7 +72,7 @@ def test_merged_weights_say_what_base_and_adapter_say(tiny_base, tmp_path, varia
     # base and adapter, filled layer by layer
     torch.testing.assert_close(layerwise_logits(plan.model.get_base_model(), weights), expected, rtol=1e-4, atol=1e-4)
     merged = MergedWeights(plan, weights)
-    torch.testing.assert_close(layerwise_logits(make_skeleton(tiny_base), merged), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layerwise_logits(hollow_base(tiny_base), merged), expected, rtol=1e-4, atol=1e-4)
     # and in a whole model of transformers
     whole = AutoModelForCausalLM.from_pretrained(tiny_base)
     assert list(plan.shapes) == [name for name, _ in whole.named_parameters()]
@@ -86,7 +90,7 @@ def test_a_head_and_an_embedding_of_their_own_are_merged(untied_base, tmp_path):
     expected = plain_logits(model)
     plan, weights = plan_merge(untied_base, tmp_path / "adapter"), trained_weights(untied_base)
     assert list(plan.shapes)[-1] == "lm_head.weight"
-    found = layerwise_logits(make_skeleton(untied_base), MergedWeights(plan, weights))
+    found = layerwise_logits(hollow_base(untied_base), MergedWeights(plan, weights))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(layerwise_logits(plan.model.get_base_model(), weights), expected, rtol=1e-4, atol=1e-4)
 
@@ -126,3 +130,79 @@ def test_an_adapter_that_is_too_large_to_merge_is_refused(tiny_base, tmp_path):
     merged = MergedWeights(plan_merge(tiny_base, tmp_path / "adapter"), trained_weights(tiny_base))
     with pytest.raises(UserError, match=r"cannot be merged into model\.layers\.0\.mlp\.up_proj"):
         merged("model.layers.0.mlp.up_proj.weight")
+
+
+# ---- how far an adapter moves a weight -------------------------------------------------------------------------------
+
+NAME = "model.layers.0.self_attn.q_proj"
+
+
+def measure(tiny_base, folder, a=None, b=None, **options):
+    make_adapter(folder, tiny_base, rank=2, alpha=4, **options)
+    plan, weights = plan_merge(tiny_base, folder), OriginalWeights(open_base(str(tiny_base)))
+    layer = adapted_layers(plan)[NAME]
+    if a is not None:
+        layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = a, b
+    update = MergedWeights(plan, weights)(f"{NAME}.weight") - weights(f"{NAME}.weight")
+    return measure_movement(layer, NAME, weights), float(update.norm()), float(weights(f"{NAME}.weight").norm())
+
+
+def test_norms_and_effective_rank_are_those_computed_by_hand(tiny_base, tmp_path):
+    a, b = torch.zeros(2, 64), torch.zeros(64, 2)
+    a[0, 3] = a[1, 5] = 1.0
+    b[7, 0], b[9, 1] = 3.0, 1.0  # with alpha / rank = 2: singular values 6 and 2
+    found, _, base = measure(tiny_base, tmp_path / "adapter", a, b)
+    assert (found.module, found.rank) == (NAME, 2)
+    assert found.update_norm == pytest.approx(math.sqrt(36 + 4))
+    assert found.base_norm == pytest.approx(base)
+    assert found.effective_rank == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))))
+    assert found.ratio == pytest.approx(found.update_norm / found.base_norm)
+
+
+@pytest.mark.parametrize(("scale", "rank"), [(1.0, pytest.approx(1.0)), (0.0, 0.0)])
+def test_an_update_of_one_direction_has_effective_rank_1_and_none_has_0(tiny_base, tmp_path, scale, rank):
+    found, update, _ = measure(tiny_base, tmp_path / "adapter", torch.ones(2, 64), torch.full((64, 2), scale))
+    assert found.effective_rank == rank
+    assert found.update_norm == pytest.approx(update, rel=1e-4)
+
+
+def test_the_update_of_dora_is_the_difference_that_it_makes(tiny_base, tmp_path):
+    found, update, _ = measure(tiny_base, tmp_path / "adapter", lora_options={"use_dora": True})
+    assert found.update_norm == pytest.approx(update)
+
+
+# ---- how far two models differ ---------------------------------------------------------------------------------------
+
+
+def states(*rows):
+    """A model whose logits at each token are given."""
+    head = nn.Linear(len(rows[0]), len(rows[0]), bias=False)
+    nn.init.eye_(head.weight)
+    return LastStates(torch.tensor(rows), head.requires_grad_(False))
+
+
+def test_figures_are_those_computed_by_hand():
+    even, skew = [0.0, 0.0], [math.log(3), 0.0]  # probabilities 1/2, 1/2 and 3/4, 1/4
+    reference = Reference(states(skew, even), torch.tensor([0, 1]))
+    assert reference.loss == pytest.approx((-math.log(3 / 4) - math.log(1 / 2)) / 2)
+    found = reference.compare(states(even, [0.0, math.log(3)]))
+    kl = [3 / 4 * math.log(3 / 2) + 1 / 4 * math.log(1 / 2), 1 / 2 * math.log(2 / 1) + 1 / 2 * math.log(2 / 3)]
+    assert found.kl == pytest.approx(sum(kl) / 2)
+    assert found.largest_kl == pytest.approx(max(kl))
+    assert found.loss == pytest.approx((-math.log(1 / 2) - math.log(3 / 4)) / 2)
+    assert found.top1 == 0.5  # of equal logits the first counts as the top
+    assert found.largest_difference == pytest.approx(math.log(3))
+    assert found.mean_difference == pytest.approx(math.log(3) / 2)
+    assert math.isnan(reference.compare(states([float("nan"), 0.0], even)).kl)
+
+
+def test_a_model_agrees_with_itself_over_many_tokens():
+    rows = torch.randn(150, 7, generator=torch.Generator().manual_seed(0)).tolist()
+    found = Reference(states(*rows), torch.zeros(150, dtype=torch.long)).compare(states(*rows))
+    assert (found.kl, found.top1, found.largest_difference) == (0.0, 1.0, 0.0)
+
+
+def test_a_head_in_16_bits_is_used_in_fp32():
+    head = nn.Linear(3, 40_000, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    hidden = torch.randn(2, 3)
+    torch.testing.assert_close(LastStates(hidden, head).logits(slice(0, 2)), hidden @ head.weight.float().t())

@@ -91,10 +91,6 @@ def test_an_adapter_folder_brings_its_own_shape(tiny_base, tmp_path):
     assert count_trained(build(tiny_base, folder=tmp_path / "adapter")) == count_trained(made.model)
     with pytest.raises(UserError, match=r"model\.rank is 4, but the adapter in .* has 3"):
         build(tiny_base, folder=tmp_path / "adapter", rank=4)
-    file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(file.read_text().replace('"lora_dropout": 0.0', '"lora_dropout": 2'))
-    with pytest.raises(UserError, match="cannot be put on this base: dropout probability has to be between 0 and 1"):
-        build(tiny_base, folder=tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(

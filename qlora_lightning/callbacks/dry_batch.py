@@ -115,7 +115,7 @@ def _plan_of_first_rows(trainer: Any, loader: StreamLoader) -> EpochPlan:
 
 def _run(trainer: Trainer, pl_module: Any, batch: Any) -> None:
     trainable = list(trainable_tensors(pl_module).values())
-    on_device = trainer.strategy.batch_to_device(batch)
+    on_device = trainer.strategy.batch_to_device(pl_module.on_before_batch_transfer(batch, 0))
     with telling_out_of_memory(pl_module, batch), torch.enable_grad(), trainer.precision_plugin.train_step_context():
         room = _room_of_optimizer(trainer, trainable)
         loss = pl_module.compute_loss(on_device).nll_sum

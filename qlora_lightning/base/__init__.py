@@ -3,7 +3,7 @@
 Importing this imports neither torch nor transformers.
 """
 
-from qlora_lightning.base.cache import CacheEntry, ClearReport, cache_root, cached_folder, clear_entries, list_entries
+from qlora_lightning.base.cache import CacheEntry, cache_root, cached_folder, clear_entries, list_entries
 from qlora_lightning.base.find import BaseSource, resolve_base
 from qlora_lightning.base.fingerprint import fingerprint
 from qlora_lightning.base.folder import BaseFolder, check_model_folder, open_base, read_config, weight_files
@@ -15,7 +15,6 @@ __all__ = [
     "BaseFolder",
     "BaseSource",
     "CacheEntry",
-    "ClearReport",
     "cache_root",
     "cached_folder",
     "check_model_folder",

@@ -100,7 +100,7 @@ def test_a_full_disk_does_not_prepare_a_second_time(monkeypatch, caplog):
     prepare = Prepare()
     samples, _ = cached_samples(KEY, "rows", prepare)
     assert (prepare.calls, len(samples)) == (1, 1)
-    assert "the disk is full" in caplog.text
+    assert "No space left on device" in caplog.text
 
 
 def test_what_is_refused_without_a_cache_is_the_users_error_not_a_warning(tmp_path, monkeypatch, caplog):

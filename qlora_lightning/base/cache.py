@@ -9,8 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import re
-import secrets
 import shutil
 import threading
 import zlib
@@ -34,7 +32,7 @@ _ENTRY_FILE = "entry.json"
 _CHUNK_BYTES = 4 << 20
 _DISK_FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 # Only names that the cache itself gives: QLORA_LIGHTNING_CACHE may point to a folder that holds other things too.
-_ENTRY_NAME = re.compile(r"\.?([0-9a-f]{24})(\.\d+\.[0-9a-f]+)?")
+_ENTRY_NAME = "[0-9a-f]" * 24
 _log = logging.getLogger(__name__)
 
 
@@ -61,8 +59,8 @@ def cached_folder(
 ) -> Path:
     """Return the complete folder for ``key``, building it if the cache does not hold it.
 
-    Processes that ask at once build once: the others wait. An entry is complete as soon as it has its name, since it
-    is built beside and renamed. A killed build leaves a hidden folder, which the next build removes.
+    Processes that ask at once build once: the others wait. An entry counts as soon as it has its ``entry.json``, which
+    is written last. What a killed build leaves has none, and is removed by the next build.
 
     Args:
         kind: the part of the cache, a folder below its root.
@@ -172,8 +170,8 @@ def list_entries(kind: Kind | None = None) -> list[CacheEntry]:
     entries = [
         _describe(path, each)
         for each in _kinds(kind)
-        for path in (cache_root() / each).glob("*")
-        if _ENTRY_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+        for path in (cache_root() / each).glob(_ENTRY_NAME)
+        if path.is_dir() and not path.is_symlink()
     ]
     return sorted(entries, key=lambda entry: entry.last_used, reverse=True)
 
@@ -189,16 +187,14 @@ def clear_entries(kind: Kind | None = None) -> tuple[list[CacheEntry], list[Cach
     removed: list[CacheEntry] = []
     busy: list[CacheEntry] = []
     for entry in list_entries(kind):
-        match = _ENTRY_NAME.fullmatch(entry.path.name)
-        assert match is not None
         try:
-            with FileLock(_lock_path(entry.path.with_name(match[1])), timeout=0):
+            with FileLock(_lock_path(entry.path), timeout=0):
                 shutil.rmtree(entry.path)
             removed.append(entry)
         except Timeout:
             busy.append(entry)
     for each in _kinds(kind):
-        for file in (cache_root() / each).glob(f"{'[0-9a-f]' * 24}.lock"):
+        for file in (cache_root() / each).glob(f"{_ENTRY_NAME}.lock"):
             # Who waits for this lock looks, once he holds it, whether its file is still there, and else starts over.
             with suppress(Timeout), FileLock(file, timeout=0):
                 file.unlink()
@@ -242,28 +238,23 @@ def _sum_up(file: Path, size: int, mtime_ns: int) -> int:
 
 
 def _build_entry(folder: Path, key: Mapping[str, Json], build: Callable[[Path], None], label: str) -> None:
-    """Build an entry beside its place, in which what a killed build or damage left is removed first."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}")
     with _explained(folder):
         if folder.exists():
-            _log.warning("The cached %s is damaged (%s): removed, and made again.", label, folder)
+            _log.warning("The cached %s is damaged or unfinished (%s): removed, and made again.", label, folder)
             shutil.rmtree(folder)
-        for remains in folder.parent.glob(f".{folder.name}.*"):
-            shutil.rmtree(remains)
-        partial.mkdir()
+        folder.mkdir()
     try:
         with _explained(folder, _DISK_FULL):
-            build(partial)
+            build(folder)
         with _explained(folder):
-            _seal(partial, label, key)
-            partial.rename(folder)
+            _seal(folder, label, key)
     except BaseException:  # an interrupted build as well must not keep gigabytes
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
 def _seal(folder: Path, label: str, key: Mapping[str, Json]) -> None:
-    """Flush every file of ``folder`` to the disk, then write the ``entry.json`` that makes it complete."""
+    """Flush every file of ``folder`` to the disk, then write the ``entry.json`` by which it counts."""
     sizes: dict[str, int] = {}
     sums: dict[str, int] = {}
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
@@ -301,7 +292,7 @@ def _explained(folder: Path, faults: Collection[str] | None = None) -> Iterator[
         if fault is None or (faults is not None and fault not in faults):
             raise
         problem = f"The cache cannot keep {folder}"
-        if folder.exists():
+        if (folder / _ENTRY_FILE).exists():
             problem = f"The cached {folder} is damaged, and cannot be made again"
         # An unpacked GGUF has no other place: only quantized bases can go without the cache.
         without = " or set model.cache: false," if folder.parent.name == "quantized" else ""

@@ -8,18 +8,7 @@ from typing import Literal
 
 from qlora_lightning.support.errors import UserError
 
-_SMALL_FILES = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "*.jinja",
-    "*.py",  # never run unless trust_remote_code
-]
-_WEIGHTS = ["*.safetensors", "model.safetensors.index.json"]
+_SMALL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer*", "*.py"]  # code is never run unless trust_remote_code
 # Second copies of the same weights in other layouts, which would double the download.
 _OTHER_LAYOUTS = ["*/*.safetensors", "consolidated*.safetensors"]
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -89,7 +78,7 @@ def download_snapshot(name: str, revision: str | None, *, weights: bool) -> Path
     """
     from huggingface_hub import constants, errors, snapshot_download
 
-    patterns = _SMALL_FILES + (_WEIGHTS if weights else [])
+    patterns = [*_SMALL_FILES, "*.safetensors"] if weights else _SMALL_FILES
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_OTHER_LAYOUTS)
     # The hub raises classes of its own, of its HTTP library, OSError and ValueError: each means "no base" here.

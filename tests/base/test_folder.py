@@ -9,9 +9,15 @@ import transformers.distributed.mixin as transformers_mixin
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora_lightning.base import BaseFolder, format_bytes, open_base
-from qlora_lightning.base.folder import TensorFiles, check_model_folder, read_generation_config, weight_files
-from qlora_lightning.base.tensors import ShardWriter, read_spans, save_model
+from qlora_lightning.base.folder import (
+    BaseFolder,
+    TensorFiles,
+    check_model_folder,
+    open_base,
+    read_generation_config,
+    weight_files,
+)
+from qlora_lightning.base.tensors import ShardWriter, format_bytes, read_spans, save_model
 from qlora_lightning.support.errors import UserError
 
 INDEX = "model.safetensors.index.json"

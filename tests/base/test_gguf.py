@@ -84,7 +84,7 @@ def test_a_gguf_that_is_cut_off_is_refused_and_leaves_nothing(tmp_path, cache, s
         file.write_bytes(whole.read(size))
     with pytest.raises(UserError, match=r"half\.gguf cannot be read as a GGUF model .* download it again"):
         unpack_gguf(resolve_base(str(file)))
-    assert [path.suffix for path in (cache / "unpacked").iterdir()] == [".lock"]
+    assert not any(path.is_dir() for path in (cache / "unpacked").iterdir())
 
 
 def test_unpacking_logs_one_line_and_happens_once_until_the_file_changes(tmp_path, cache, monkeypatch, caplog, capfd):

@@ -25,7 +25,7 @@ for module, names in (
     for name in names:
         delattr(module, name)
 signal.valid_signals = lambda: {signal.SIGINT, signal.SIGTERM, signal.SIGABRT}
-sys.platform = "win32"
+sys.platform = "darwin"  # by "win32" the standard library would look for modules of Windows
 lightning.pytorch.trainer.connectors.signal_connector._IS_WINDOWS = True
 
 import qlora_lightning

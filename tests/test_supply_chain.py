@@ -10,7 +10,6 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted((ROOT / "qlora_lightning").rglob("*.py"))
 COMPROMISED = [("lightning", "2.6.2"), ("lightning", "2.6.3")]  # advisory GHSA-w37p-236h-pfx3
 
 
@@ -35,35 +34,34 @@ def test_no_dependency_comes_by_an_address():
     assert [name for name, requirement in requirements().items() if requirement.url] == []
 
 
+@pytest.fixture(scope="module")
 def calls():
-    for file in SOURCES:
+    """Every call in the package: where it is, what is called, and the text of its keyword arguments."""
+    found = []
+    for file in sorted((ROOT / "qlora_lightning").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
-                yield f"{file.relative_to(ROOT)}:{node.lineno}", ast.unparse(node.func), node
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                found.append((f"{file.relative_to(ROOT)}:{node.lineno}", ast.unparse(node.func), given))
+    return found
 
 
-def keywords(node):
-    return {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-
-
-def test_checkpoints_are_read_without_running_code():
-    loads = [(place, keywords(node)) for place, name, node in calls() if name == "torch.load"]
+@pytest.mark.parametrize(
+    ("names", "keyword", "value"),
+    [(("torch.load",), "weights_only", "True"), (("np.load", "numpy.load"), "allow_pickle", "False")],
+)
+def test_files_are_read_without_running_code(calls, names, keyword, value):
+    loads = [(place, given.get(keyword)) for place, name, given in calls if name in names]
     assert loads
-    assert [place for place, given in loads if given.get("weights_only") != "True"] == []
+    assert [place for place, found in loads if found != value] == []
 
 
-def test_no_code_of_a_base_may_run_unless_the_user_says_so():
-    given = [(place, keywords(node).get("trust_remote_code")) for place, _, node in calls()]
-    assert [place for place, value in given if value == "True"] == []
+def test_no_code_of_a_base_may_run_unless_the_user_says_so(calls):
+    assert [place for place, _, given in calls if given.get("trust_remote_code") == "True"] == []
 
 
-def test_nothing_is_read_or_run_by_means_that_run_code():
+def test_nothing_is_read_or_run_by_means_that_run_code(calls):
     forbidden = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "pickle.load"}
     forbidden |= {"pickle.loads", "dill.load", "joblib.load", "marshal.loads"}
-    assert [place for place, name, _ in calls() if name in forbidden] == []
-    assert [place for place, _, node in calls() if keywords(node).get("shell") not in (None, "False")] == []
-
-
-def test_arrays_are_read_without_pickle():
-    loads = [(place, keywords(node)) for place, name, node in calls() if name in ("np.load", "numpy.load")]
-    assert [place for place, given in loads if given.get("allow_pickle") != "False"] == []
+    assert [place for place, name, _ in calls if name in forbidden] == []
+    assert [place for place, _, given in calls if given.get("shell") not in (None, "False")] == []

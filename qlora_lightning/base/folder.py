@@ -1,32 +1,51 @@
-"""Any base as an ordinary transformers folder, checked."""
+"""Any base as an ordinary transformers folder, checked, and its tensors one at a time."""
 
-import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from qlora_lightning.base.tensors import TensorSpan, read_spans
+from qlora_lightning.base.find import resolve_base
+from qlora_lightning.base.gguf import unpack_gguf
+from qlora_lightning.base.tensors import read_spans
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import read_json_object
 
 if TYPE_CHECKING:
     from torch import Tensor
-from dataclasses import dataclass
-from typing import Literal
 
-from qlora_lightning.base.find import resolve_base
-from qlora_lightning.base.gguf import unpack_gguf
+# What a config can ask for, and our attention and transformers' LLaMA would ignore without a word.
+_UNSUPPORTED = ("sliding_window", "attention_chunk_size", "attn_logit_softcapping", "final_logit_softcapping")
 
-# What a config can ask for, and our attention and transformers' LLaMA would pass over in silence.
-_UNSUPPORTED = {
-    "sliding_window": "a sliding attention window",
-    "attention_chunk_size": "chunked attention",
-    "attn_logit_softcapping": "soft caps on attention scores",
-    "final_logit_softcapping": "soft caps on logits",
-    "attention_sinks": "attention sinks",
-    "attention_sink_size": "attention sinks",
-    "num_attention_sinks": "attention sinks",
-}
+
+@dataclass(frozen=True)
+class BaseFolder:
+    """A checked transformers folder: ``folder`` to load from, ``name`` as the user wrote it, ``kind`` as it came.
+
+    ``revision`` is the commit of a hub snapshot, else None.
+    """
+
+    name: str
+    folder: Path
+    kind: Literal["hub", "folder", "gguf"]
+    revision: str | None
+
+
+def open_base(name: str, revision: str | None = None, *, weights: bool = True) -> BaseFolder:
+    """Find a base, unpack it if it is a GGUF, and check what is there.
+
+    Args:
+        name: a hub id, a folder, a ``.gguf`` file, or ``package:NAME``.
+        revision: branch, tag or commit of a hub id.
+        weights: False is enough for config and tokenizer: it neither downloads nor checks the weights.
+
+    Raises:
+        UserError: there is no such base, or not one that can be trained here.
+    """
+    source = resolve_base(name, revision, weights=weights)
+    folder = unpack_gguf(source) if source.kind == "gguf" else source.path
+    check_model_folder(folder, name, weights=weights)
+    return BaseFolder(name, folder, source.kind, source.revision)
 
 
 def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> None:
@@ -47,9 +66,19 @@ def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> None
             f"Base {name}: expected model_type llama in {folder / 'config.json'}, found {model_type!r}. "
             "Choose a LLaMA-family base (Llama 2, 3, SmolLM, TinyLlama, Yi, …)."
         )
-    _check_features(config, name)
+    asked = {key: config.get(key) for key in _UNSUPPORTED}
+    if config.get("use_sliding_window") is False:
+        asked["sliding_window"] = None
+    asked["layer_types"] = set(config.get("layer_types") or ()) - {"full_attention"}
+    for key, value in asked.items():
+        if value:
+            raise UserError(
+                f"Base {name}: its config.json sets {key}: {config[key]}, which qlora_lightning does not compute and "
+                "will not ignore. Choose a base without it."
+            )
     if weights:
-        _check_weights(folder, name)
+        for file in weight_files(folder, name):
+            read_spans(file)
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -64,10 +93,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             hint = " It is an adapter folder: give it as model.adapter, and its base as model.base."
         raise UserError(f"Base {name}: expected a transformers folder, found no config.json in {folder}.{hint}")
-    try:
-        return read_json_object(file, "Download or save the base again.")
-    except UserError as error:
-        raise UserError(f"Base {name}: {error}") from error
+    return read_json_object(file, "Download or save the base again.")
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
@@ -80,57 +106,21 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise UserError(_no_weights(folder, name))
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"Base {name}: {index} is not an index of shards ({error!r}). Download or save the base again."
-        ) from error
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing or not shards:
-        found = f"{len(missing)} of {len(shards)} shards are missing" + (f" ({missing[0]}, …)" if missing else "")
-        raise UserError(f"Base {name}: {found}, which {index} names. Finish the download, or copy the missing files.")
-    return [folder / shard for shard in shards]
-
-
-def _check_features(config: dict[str, Any], name: str) -> None:
-    for key, meaning in _UNSUPPORTED.items():
-        off = key == "sliding_window" and config.get("use_sliding_window") is False
-        if config.get(key) and not off:
-            raise UserError(
-                f"Base {name}: its config.json sets {key}: {config[key]} ({meaning}), which qlora_lightning does not "
-                "compute and will not ignore. Choose a base without it."
+        found = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))) or "no *.safetensors file"
+        remedy = "Give the folder of a whole model."
+        if any(folder.glob("pytorch_model*.bin")):
+            remedy = (
+                "Its pytorch_model*.bin is a pickle, which can run code when it is opened and is refused. Convert it "
+                "once, where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new)."
             )
-    layer_types = set(config.get("layer_types") or ()) - {"full_attention"}
-    if layer_types:
-        raise UserError(
-            f"Base {name}: its config.json has layer_types {', '.join(sorted(layer_types))}; expected full_attention "
-            "alone. Choose a base without them."
-        )
-
-
-def _check_weights(folder: Path, name: str) -> None:
-    for file in weight_files(folder, name):
-        sinks = [span.name for span in read_spans(file) if span.name.endswith(".sinks")]
-        if sinks:
-            raise UserError(
-                f"Base {name}: {file.name} holds attention sinks ({sinks[0]}, …), which qlora_lightning does not "
-                "compute and will not ignore. Choose a base without them."
-            )
-
-
-def _no_weights(folder: Path, name: str) -> str:
-    expected = f"Base {name}: expected model.safetensors or model.safetensors.index.json in {folder}"
-    pickles = sorted(file.name for file in folder.glob("*.bin") if file.name.startswith("pytorch_model"))
-    if pickles:
-        return (
-            f"{expected}, found only {pickles[0]}, a pickle, which can run code when it is opened and is refused. "
-            "Convert it once, where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new)."
-        )
-    others = sorted(file.name for file in folder.glob("*.safetensors"))
-    found = ", ".join(others) or "no *.safetensors file"
-    return f"{expected}, found {found}. Give the folder of a whole model."
+        raise UserError(f"Base {name}: expected {single.name} or {index.name} in {folder}, found {found}. {remedy}")
+    remedy = "Download or save the base again."
+    shards = read_json_object(index, remedy, {"weight_map!": {"*!": str}})["weight_map"]
+    files = [folder / shard for shard in sorted(set(shards.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"Base {name}: {missing[0]} is missing, which {index} names. {remedy}")
+    return files
 
 
 _TOKENS = {"eos_token_id": (int, [int]), "bos_token_id": (int, [int]), "pad_token_id": int}
@@ -145,22 +135,8 @@ def read_generation_config(file: Path) -> dict[str, Any]:
     return read_json_object(file, "The stop tokens stand there: mend or delete it.", _TOKENS)
 
 
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-
-
 class TensorFiles:
-    """Reads tensors by name. They are read, not mapped: mapped pages of 16 GB would all count as resident.
+    """Reads tensors by name, each from a mapping of its own: pages of one over all weights would stay resident.
 
     Args:
         folder: with ``model.safetensors``, or shards and their index.
@@ -172,76 +148,27 @@ class TensorFiles:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
-        self._spans = {span.name: span for file in weight_files(folder, name) for span in read_spans(file)}
+        self._files = {span.name: file for file in weight_files(folder, name) for span in read_spans(file)}
 
     def __contains__(self, name: object) -> bool:
-        return name in self._spans
+        return name in self._files
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._spans)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape without reading it."""
-        return self._span(name).shape
+        return iter(self._files)
 
     def read(self, name: str) -> "Tensor":
         """Read one tensor, in the dtype in which it is stored.
 
         Raises:
-            UserError: there is no such tensor, its dtype is unknown, or its file has become shorter.
+            UserError: there is no such tensor.
         """
-        import torch
+        from safetensors import safe_open
 
-        span = self._span(name)
-        if span.dtype not in _DTYPES:
-            raise UserError(f"Base {self.name}: {name} is stored as {span.dtype}, which is not supported.")
-        dtype: torch.dtype = getattr(torch, _DTYPES[span.dtype])
-        tensor = torch.empty(span.shape, dtype=dtype)
-        with span.file.open("rb", buffering=0) as stream:
-            stream.seek(span.start)
-            content: Any = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
-            view = memoryview(content)
-            while view:
-                count = stream.readinto(view)
-                if not count:
-                    raise UserError(f"{span.file} became shorter while it was read. Download or save it again.")
-                view = view[count:]
-        return tensor
-
-    def _span(self, name: str) -> TensorSpan:
-        if name not in self._spans:
+        if name not in self._files:
             raise UserError(
                 f"Base {self.name}: expected the tensor {name} in {self.folder}, found none of that name. "
                 "Save the model again with transformers' save_pretrained."
             )
-        return self._spans[name]
-
-
-@dataclass(frozen=True)
-class BaseFolder:
-    """A checked transformers folder: ``folder`` to load from, ``name`` as the user wrote it, ``kind`` as it came.
-
-    ``revision`` is the commit of a hub snapshot, else None.
-    """
-
-    name: str
-    folder: Path
-    kind: Literal["hub", "folder", "gguf"]
-    revision: str | None
-
-
-def open_base(name: str, revision: str | None = None, *, weights: bool = True) -> BaseFolder:
-    """Find a base, unpack it where it is a GGUF, and check what is there.
-
-    Args:
-        name: a hub id, a folder, a ``.gguf`` file, or ``package:NAME``.
-        revision: branch, tag or commit of a hub id.
-        weights: False is enough for config and tokenizer: it neither downloads nor checks the weights.
-
-    Raises:
-        UserError: there is no such base, or not one that can be trained here.
-    """
-    source = resolve_base(name, revision, weights=weights)
-    folder = unpack_gguf(source) if source.kind == "gguf" else source.path
-    check_model_folder(folder, name, weights=weights)
-    return BaseFolder(name, folder, source.kind, source.revision)
+        with safe_open(self._files[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.base.cache import Json, cache_root, cached_folder, hash_key, is_whole
+from qlora_lightning.base.cache import Json, cached_folder, find_entry
 from qlora_lightning.base.find import BaseSource
 from qlora_lightning.base.tensors import format_bytes, save_model
 from qlora_lightning.support.errors import UserError
@@ -30,8 +30,8 @@ def unpack_gguf(source: BaseSource) -> Path:
     file = source.path.resolve()
 
     def build(folder: Path) -> None:
-        where = cache_root() / "unpacked"
-        _log.info("Unpacking %s (%s), once; kept in %s", file.name, format_bytes(file.stat().st_size), where)
+        size = format_bytes(file.stat().st_size)
+        _log.info("Unpacking %s (%s), once; kept in %s", file.name, size, folder.parent)
         with silence_transformers():
             _unpack(file, folder, source.name)
 
@@ -40,13 +40,11 @@ def unpack_gguf(source: BaseSource) -> Path:
 
 
 def find_unpacked(source: BaseSource) -> Path | None:
-    """Return the folder that :func:`unpack_gguf` has made of a GGUF; None where it would have to make it."""
-    folder = cache_root() / "unpacked" / hash_key(_key(source.path.resolve()))
-    return folder if is_whole(folder, "unpacked", checked_bytes=0) else None
+    """Return the folder that :func:`unpack_gguf` has made of a GGUF; None if it would have to make it."""
+    return find_entry("unpacked", _key(source.path.resolve()), checked_bytes=0)
 
 
 def _key(file: Path) -> dict[str, Json]:
-    """Give all that the unpacked folder depends on."""
     status = file.stat()
     return {
         "path": str(file),
@@ -58,6 +56,8 @@ def _key(file: Path) -> dict[str, Json]:
 
 
 def _unpack(file: Path, folder: Path, name: str) -> None:
+    from transformers import GenerationConfig
+
     try:
         model, tokenizer = _load(file, name)
     except UserError:
@@ -69,7 +69,14 @@ def _unpack(file: Path, folder: Path, name: str) -> None:
             f"Base {name}: {file} cannot be read as a GGUF model ({type(error).__name__}: {first_line}). "
             "It may be cut off, or newer than the installed transformers: download it again, or give a folder."
         ) from error
-    _settle_special_tokens(model, tokenizer)
+    config = model.config
+    config.eos_token_id = with_eos(config.eos_token_id, tokenizer.eos_token_id)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    # The title of the GGUF ("Smollm2 135M 8k …") is no name that anything could be loaded from.
+    if hasattr(config, "_model_name_or_path"):
+        del config._model_name_or_path
     save_model(model, folder)
     tokenizer.save_pretrained(folder)
 
@@ -105,38 +112,21 @@ def _load(file: Path, name: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _settle_special_tokens(model: Any, tokenizer: Any) -> None:
-    """Make generation stop at the tokenizer's end token, and drop the model's title from the config."""
-    from transformers import GenerationConfig
-
-    config = model.config
-    config.eos_token_id = _with_eos(config.eos_token_id, tokenizer.eos_token_id)
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    )
-    # The title of the GGUF ("Smollm2 135M 8k …") is no name that anything could be loaded from.
-    if hasattr(config, "_model_name_or_path"):
-        del config._model_name_or_path
-
-
-def _with_eos(known: int | list[int] | None, eos: int | None) -> int | list[int] | None:
+def with_eos(known: int | list[int] | None, eos: int | None) -> int | list[int] | None:
+    """Make generation stop at the tokenizer's end token too."""
     ids = known if isinstance(known, list) else [known]
     return known if eos is None or eos in ids else [eos, *(each for each in ids if each is not None)]
 
 
 @contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Switch off transformers' progress bars and notices: one line of ours says what goes on, errors are raised."""
+    """Switch off transformers' notices and all progress bars: one line of ours reports the work, errors are raised."""
     from transformers.utils import logging as noise
 
-    bars, verbosity = noise.is_progress_bar_enabled(), noise.get_verbosity()
-    noise.disable_progress_bar()
+    verbosity = noise.get_verbosity()
     noise.set_verbosity_error()
     try:
-        # The bar of dequantization is tqdm's own, which no switch of transformers reaches.
         with redirect_stderr(io.StringIO()):
             yield
     finally:
         noise.set_verbosity(verbosity)
-        if bars:
-            noise.enable_progress_bar()

@@ -1,21 +1,21 @@
 """Files of tensors: their headers, and how they are written."""
 
 import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import set_usual_mode
 
 if TYPE_CHECKING:
     from torch import Tensor
-from typing import Any
+
+SHARD_BYTES = 2_000_000_000
 
 
 def format_bytes(count: int) -> str:
-    """Word a number of bytes in decimal units, as file managers and model hubs do: ``98 MB``, ``5.6 GB``."""
+    """Format a number of bytes in decimal units, as file managers and model hubs do: ``98 MB``, ``5.6 GB``."""
     size, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if size < 1000:
@@ -27,7 +27,7 @@ def format_bytes(count: int) -> str:
 
 @dataclass(frozen=True)
 class TensorSpan:
-    """Where one tensor's bytes lie: ``size_bytes`` from ``start`` on, counted from the start of ``file``."""
+    """Where one tensor's bytes are: ``size_bytes`` from ``start`` on, counted from the start of ``file``."""
 
     name: str
     dtype: str
@@ -41,36 +41,24 @@ def read_spans(file: Path) -> list[TensorSpan]:
     """Return the spans of all tensors of a safetensors file.
 
     Raises:
-        UserError: the file is not a safetensors file, or is shorter than its header says.
+        UserError: the file is not a safetensors file, or not as long as its header says.
     """
-    size = file.stat().st_size
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with file.open("rb") as stream:
-            (header_size,) = struct.unpack("<Q", stream.read(8))
-            if header_size > size - 8:
-                raise ValueError("the header is cut off")
-            header = json.loads(stream.read(header_size))
-        header.pop("__metadata__", None)
-        spans = [_span(file, 8 + header_size, name, item) for name, item in header.items()]
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        with safe_open(file, "numpy"):  # checks the header and the file's length
+            pass
+    except SafetensorError as error:
         raise UserError(f"{file} is not a whole safetensors file ({error}). Download or save it again.") from error
-    end = max((span.start + span.size_bytes for span in spans), default=0)
-    if end > size:
-        raise UserError(
-            f"{file} is cut off: its header promises {end:,} bytes, the file has {size:,}. Download or save it again."
-        )
+    with file.open("rb") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(start - 8))
+    header.pop("__metadata__", None)
+    spans = []
+    for name, item in header.items():
+        begin, end = item["data_offsets"]
+        spans.append(TensorSpan(name, item["dtype"], tuple(item["shape"]), file, start + begin, end - begin))
     return spans
-
-
-def _span(file: Path, data_start: int, name: str, item: dict[str, object]) -> TensorSpan:
-    shape, offsets = item["shape"], item["data_offsets"]
-    if not isinstance(shape, list) or not isinstance(offsets, list):
-        raise TypeError(f"the header's line of {name} is not readable")
-    start, end = offsets
-    return TensorSpan(name, str(item["dtype"]), tuple(shape), file, data_start + start, end - start)
-
-
-SHARD_BYTES = 2_000_000_000
 
 
 class ShardWriter:
@@ -84,9 +72,8 @@ class ShardWriter:
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder, self.shard_bytes = folder, shard_bytes
         self._shard: dict[str, Tensor] = {}
-        self._size = 0
+        self._size = self._total = 0
         self._written: list[tuple[Path, list[str]]] = []
-        self._total = 0
 
     def add(self, name: str, tensor: "Tensor") -> None:
         """Take a tensor, in the dtype in which it shall be stored."""
@@ -96,22 +83,20 @@ class ShardWriter:
         self._size += tensor.nbytes
         self._total += tensor.nbytes
 
-    def finish(self) -> list[Path]:
-        """Write what is left, and the index where there are several shards; return the weight files."""
-        if self._shard:
-            self._write()
-        if len(self._written) == 1:
-            file = self._written[0][0].rename(self.folder / "model.safetensors")
-            return [file]
-        count, index, files = len(self._written), dict[str, str](), []
+    def finish(self) -> None:
+        """Write what is left, and the index if there are several shards."""
+        self._write()
+        count = len(self._written)
+        if count == 1:
+            self._written[0][0].rename(self.folder / "model.safetensors")
+            return
+        weight_map: dict[str, str] = {}
         for number, (file, names) in enumerate(self._written, start=1):
             final = file.rename(self.folder / f"model-{number:05d}-of-{count:05d}.safetensors")
-            index.update(dict.fromkeys(names, final.name))
-            files.append(final)
-        content = {"metadata": {"total_size": self._total}, "weight_map": index}
-        text = json.dumps(content, indent=2) + "\n"
+            weight_map.update(dict.fromkeys(names, final.name))
+        index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
         (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-        return files
 
     def _write(self) -> None:
         from safetensors.torch import save_file
@@ -124,26 +109,15 @@ class ShardWriter:
 
 
 def save_model(model: Any, folder: Path, **options: Any) -> None:
-    """Write a model of transformers with its configs.
+    """Write a model of transformers with its configs, by ``save_pretrained`` with those options, in any process.
 
-    Where several processes train together, transformers lets the first one write and the others write nothing, without
-    a word. An entry of the cache is made by whichever process comes first.
-
-    Args:
-        model: what to write.
-        folder: where to.
-        options: of transformers' ``save_pretrained``.
-
-    Raises:
-        RuntimeError: nothing was written.
+    Of processes that train together, transformers lets the first one alone write, without a word. An entry of the
+    cache is made by whichever process comes first.
     """
     model.should_save_on_this_rank = lambda is_main_process: True  # transformers' own method asks torch for the rank
     try:
         model.save_pretrained(folder, **options)
     finally:
         del model.should_save_on_this_rank
-    files = list(folder.glob("*.safetensors"))
-    for file in files:
+    for file in folder.glob("*.safetensors"):
         set_usual_mode(file)
-    if not files:
-        raise RuntimeError(f"transformers wrote no weights into {folder}: do other processes share this training?")

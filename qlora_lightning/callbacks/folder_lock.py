@@ -6,11 +6,7 @@ from pathlib import Path
 
 from qlora_lightning.callbacks.started_folder import CHECKPOINTS, writing_to
 from qlora_lightning.support.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from qlora_lightning.support.files import lock_folder
 
 _held: set[int] = set()  # descriptors of this process
 
@@ -43,19 +39,14 @@ class FolderLock:
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        if fcntl is None:
-            return
-        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            if isinstance(error, BlockingIOError):
-                raise UserError(
-                    f"A run is going on in {run_folder}: wait until it has ended, or name another folder by "
-                    "`--trainer.default_root_dir runs/NAME`."
-                ) from error
-        else:
+            descriptor = lock_folder(folder)
+        except BlockingIOError as error:
+            raise UserError(
+                f"A run is going on in {run_folder}: wait until it has ended, or name another folder by "
+                "`--trainer.default_root_dir runs/NAME`."
+            ) from error
+        if descriptor is not None:
             self._descriptor = descriptor
             _held.add(descriptor)
 

@@ -104,7 +104,7 @@ class StopSignals(Callback):
         if threading.current_thread() is not threading.main_thread():
             return  # only there Python allows it
         environment = _slurm_environment(trainer)
-        asked = getattr(environment, "requeue_signal", None) or signal.SIGUSR1
+        asked = getattr(environment, "requeue_signal", None) or getattr(signal, "SIGUSR1", None)
         self._requeue_signal = asked if environment is not None and environment.auto_requeue else None
 
         def note(number: int, frame: FrameType | None) -> None:
@@ -119,7 +119,7 @@ class StopSignals(Callback):
             elif number == signal.SIGINT:
                 raise KeyboardInterrupt
 
-        for number in (signal.SIGINT, *ENDING_SIGNALS, asked):
+        for number in filter(None, (signal.SIGINT, *ENDING_SIGNALS, asked)):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP, and a shell's `&` Ctrl-C
                 signal.signal(number, note)
 

@@ -74,11 +74,11 @@ def _clear(kind: Kind | None, *, confirmed: bool) -> int:
     elif not confirmed and not confirm(f"Remove {those} and free {size}?", "Clearing the cache"):
         print("Nothing removed.")
         return 1
-    report = clear_entries(kind)
-    for entry in report.busy:
+    removed, busy = clear_entries(kind)
+    for entry in busy:
         print(f"Left {entry.path}: a process is building it now.")
     if entries:
-        print(f"Removed {len(report.removed)}, freed {format_bytes(report.freed_bytes)}.")
+        print(f"Removed {len(removed)}, freed {format_bytes(sum(entry.size_bytes for entry in removed))}.")
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import find_stream_fault, is_stream, write_whole
+from qlora_lightning.support.files import is_stream, write_whole
 
 _LARGEST = 256_000_000  # bytes; no command writes a larger JSON
 
@@ -43,23 +43,19 @@ def check_output_file(
 
     Args:
         option: That names it, for the message.
-        name: Of the file. A link is followed; a terminal or ``/dev/stdout`` will do, and ``>(program)``.
+        name: Of the file. A link is followed; a pipe, a terminal or ``/dev/stdout`` will do.
         is_own: Whether a file that is there is what the command writes itself, and may be replaced.
         inputs: Files that the command reads, see :func:`qlora_lightning.commands.input_files.find_inputs`.
         force: Whether any file may be replaced that the command does not read; ``None``: it has no ``--force``.
 
     Raises:
-        UserError: There is no such folder, it is a folder or a named pipe, cannot be written, or something would be
-            lost.
+        UserError: There is no such folder, it is a folder, cannot be written, or something would be lost.
     """
     file = name_file(option, name)
     try:
         if file.is_dir():
             raise UserError(f"{option} {file}: that is a folder; name a file.")
         if is_stream(file):
-            fault = find_stream_fault(file)
-            if fault:
-                raise UserError(f"{option} {file}: that is {fault}; name a file, or /dev/stdout to pipe it.")
             return file
         target = Path(os.path.realpath(file))
         if not target.parent.is_dir():

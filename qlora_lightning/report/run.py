@@ -12,12 +12,7 @@ from qlora_lightning.report.manifest import NAME, read_json, read_manifest
 from qlora_lightning.report.metrics import Points, read_metrics
 from qlora_lightning.report.shapes import ADAPTER, CONFIG, EVALUATION, PLAN
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import find_fault, load_yaml
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from qlora_lightning.support.files import find_fault, load_yaml, lock_folder
 
 READ = (NAME, "metrics.csv", "config.yaml", "evaluation.json", "plan.json", "adapter/qlora_lightning.json")
 _MARKS = (NAME, "metrics.csv")  # a folder with one of these is a run's
@@ -105,16 +100,13 @@ def _status(folder: Path, manifest: Mapping[str, Any] | None) -> str:
 def _is_going_on(folder: Path) -> bool:
     """Whether a process holds the lock that ``fit`` takes on the folder of its checkpoints."""
     checkpoints = folder / "checkpoints"
-    if fcntl is None or not checkpoints.is_dir():
+    if not checkpoints.is_dir():
         return False
-    descriptor = os.open(checkpoints, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        descriptor = lock_folder(checkpoints, shared=True)
     except BlockingIOError:
         return True
-    except OSError:  # NFS knows no such locks
-        return False
-    finally:
+    if descriptor is not None:
         os.close(descriptor)
     return False
 

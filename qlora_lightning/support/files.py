@@ -3,11 +3,9 @@
 import contextlib
 import errno
 import json
-import math
 import os
 import re
 import shutil
-import stat
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,18 +20,21 @@ from qlora_lightning.support.errors import UserError
 def write_whole(file: Path, content: str | bytes) -> None:
     """Write a small file so that a reader, and a machine that dies, leave the old or the new one, never half.
 
-    A link is followed: the file that it leads to is replaced, and keeps its mode. What is no regular file (a pipe, a
-    terminal, ``/dev/stdout``) cannot be replaced, and is written into.
+    A link is followed: the file that it leads to is replaced, and keeps its mode. A stream is written into.
 
     Raises:
         OSError: The disk is full or fails, or who reads the pipe has gone.
     """
     # a file name may hold bytes that are no UTF-8, which Python keeps as lone surrogates
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
-    stream = _find_stream(file)
-    if stream is not None:
-        with os.fdopen(stream, "wb") as opened:
-            opened.write(data)
+    if is_stream(file):
+        own = _find_own_output(file)
+        if own is not None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        # Opened by its name, a /dev/stdout that leads into a file would be written from its beginning again.
+        with os.fdopen(os.open(file, os.O_WRONLY) if own is None else os.dup(own), "wb") as stream:
+            stream.write(data)
         return
     target = Path(os.path.realpath(file))
     unfinished = target.with_name(f"{target.name}.unfinished")
@@ -52,18 +53,12 @@ def is_stream(file: Path) -> bool:
     return (file.exists() and not file.is_file() and not file.is_dir()) or _find_own_output(file) is not None
 
 
-def find_stream_fault(file: Path) -> str | None:
-    """Say what a name that leads to a stream is, where it is none to write into; nothing where it is.
-
-    A named pipe is none: to wait for who reads it may be for ever, and to try whether somebody does would end him.
-    """
-    if _find_own_output(file) is not None:
-        return None
-    mode, place = file.stat().st_mode, Path(os.path.realpath(file))
-    if stat.S_ISFIFO(mode) and place.exists() and place.parts[:2] != ("/", "dev"):
-        return "a named pipe"
-    if not stat.S_ISFIFO(mode) and not stat.S_ISCHR(mode):
-        return "a socket or a disk"
+def _find_own_output(file: Path) -> int | None:
+    """Return the descriptor of this process's output that a name leads to."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(file.stat(), os.fstat(descriptor)):
+                return descriptor
     return None
 
 
@@ -87,6 +82,8 @@ def put_in_place(unfinished: Path, target: Path) -> None:
 
 def flush(path: Path) -> None:
     """Wait until the disk has what was written to a file, or the names that were changed in a folder."""
+    if os.name == "nt":  # Windows flushes by the handle that has written, and no folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -97,32 +94,34 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _find_stream(file: Path) -> int | None:
-    """Open what is no regular file for writing; of this process's own output, a second handle to the same place in it.
+def lock_folder(folder: Path, *, shared: bool = False) -> int | None:
+    """Lock a folder itself, so that no file is left behind, until the descriptor is closed or the process dies.
 
-    Opened by its name, ``/dev/stdout`` that leads into a file would be written from its beginning again.
+    Returns:
+        The descriptor; ``None`` if the system (Windows) or the file system (NFS) knows no such locks.
+
+    Raises:
+        BlockingIOError: Another process holds the lock.
     """
-    own = _find_own_output(file)
-    if own is not None:
-        for printed in (sys.stdout, sys.stderr):
-            printed.flush()
-        return os.dup(own)
-    return os.open(file, os.O_WRONLY) if is_stream(file) else None
-
-
-def _find_own_output(file: Path) -> int | None:
-    """Give the descriptor of this process's output that a name leads to."""
-    for descriptor in (1, 2):
-        with contextlib.suppress(OSError):
-            if os.path.samestat(file.stat(), os.fstat(descriptor)):
-                return descriptor
-    return None
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return descriptor
 
 
 def find_storage_fault(error: BaseException | None) -> str | None:
-    """Say what the disk had against a write: `No space left on device`; nothing where an error is of another kind.
+    """Return what the disk had against a write, as "No space left on device"; None for errors of another kind.
 
-    torch hides it behind a RuntimeError of its own, and what is written in Rust (safetensors, tokenizers) says it in
+    torch hides it behind a RuntimeError of its own, and what is written in Rust (safetensors, tokenizers) has it in
     the text of the message only.
     """
     while error is not None:
@@ -151,84 +150,70 @@ a string, which is the one allowed value; ``{key: shape}``, an object whose keys
 must be there, ``"*"`` and ``"*!"`` all the others; ``[shape]``, a list; ``(shape, …)``, one of several; ``None``,
 anything. Null counts as missing.
 """
-_WORDS: dict[type, str] = {str: "text", bool: "true or false", int: "a whole number", float: "a finite number"}
+_NAMES: dict[type, str] = {str: "text", bool: "true or false", int: "a whole number", float: "a finite number"}
+_NAMES |= {dict: "an object", list: "a list"}
 
 
 def find_fault(value: Any, shape: Shape, place: str = "") -> str | None:
-    """Say what is wrong with a value, in words; ``None`` where nothing is.
+    """Describe what is wrong with a value; ``None`` if nothing is.
 
     Args:
         value: As ``json.loads`` gives it.
         shape: What is expected.
         place: Its name, such as ``adapter.rank``.
     """
-    if shape is None or value is None:
-        return None
-    if isinstance(shape, tuple):
-        faults = [find_fault(value, each, place) for each in shape]
-        deeper = (
-            fault
-            for each, fault in zip(shape, faults, strict=True)
-            if isinstance(value, dict | list) and type(each) is type(value)
-        )
-        return None if None in faults else next(deeper, _word(value, shape, place))
+    if isinstance(shape, tuple) and isinstance(value, dict | list):
+        shape = next((each for each in shape if type(each) is type(value)), shape)
     if isinstance(shape, dict) and isinstance(value, Mapping):
         return _find_in_object(value, shape, place)
     if isinstance(shape, list) and isinstance(value, list):
-        places = [f"{place}[{number}]" for number in range(len(value))]
-        found = (
-            f"{at} is missing" if each is None else find_fault(each, shape[0], at)
-            for at, each in zip(places, value, strict=True)
-        )
-        return next(filter(None, found), None)
-    return None if _fits(value, shape) else _word(value, shape, place)
+        numbered = {f"[{number}]": each for number, each in enumerate(value)}
+        return _find_in_object(numbered, {"*!": shape[0]}, place)
+    if value is None or _fits(value, shape):
+        return None
+    found = _NAMES.get(type(value)) if isinstance(value, dict | list) else json.dumps(value, ensure_ascii=False)
+    assert found is not None
+    shown = found if len(found) <= 40 else f"{found[:39]}…"
+    return f"{place or 'it'} is {shown}, expected {_name_shape(shape)}"
 
 
 def _find_in_object(value: Mapping[str, Any], shape: dict[str, Any], place: str) -> str | None:
-    inside = f"{place}." if place else ""
-    needed = [key.removesuffix("!") for key in shape if key.endswith("!")]
-    if "*!" in shape:
-        needed = [*needed[:-1], *(key for key in value if key not in shape)]
-    missing = [key for key in needed if value.get(key) is None]
-    if missing:
-        return f"{inside}{missing[0]} is missing"
-    others = shape.get("*!", shape.get("*"))
-    for key, each in value.items():
-        fault = find_fault(each, shape.get(key, shape.get(f"{key}!", others)), f"{inside}{key}")
-        if fault:
-            return fault
+    for key in [*(each[:-1] for each in shape if each.endswith("!") and each != "*!"), *value]:
+        wanted = next((each for each in (key, f"{key}!", "*", "*!") if each in shape), None)
+        if wanted is not None:
+            inside = f"{place}.{key}" if place and not key.startswith("[") else f"{place}{key}"
+            if wanted.endswith("!") and value.get(key) is None:
+                return f"{inside} is missing"
+            fault = find_fault(value.get(key), shape[wanted], inside)
+            if fault:
+                return fault
     return None
 
 
 def _fits(value: Any, shape: Shape) -> bool:
+    if isinstance(shape, tuple):
+        return any(_fits(value, each) for each in shape)
     if isinstance(shape, Positive):
-        return _fits(value, shape.kind) and 0 < value <= shape.most
+        return _fits(value, shape.kind) and bool(0 < value <= shape.most)
     if isinstance(shape, str):
         return bool(value == shape)
-    if shape is float and isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            return math.isfinite(float(value))
-        except OverflowError:  # whole numbers of JSON have no end
-            return False
-    if shape is int and isinstance(value, int) and abs(value) >= 2**63:
-        return False
-    return isinstance(shape, type) and isinstance(value, shape) and isinstance(value, bool) == (shape is bool)
+    if isinstance(value, bool):
+        return shape in (bool, None)
+    if shape is float:  # whole numbers of JSON have no end
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    if shape is int:
+        return isinstance(value, int) and abs(value) < 2**63
+    return shape is None or (isinstance(shape, type) and isinstance(value, shape))
 
 
-def _word(value: Any, shape: Shape, place: str) -> str:
-    kinds: dict[type, str] = {dict: "an object", list: "a list"}
-    found = kinds.get(type(value)) or json.dumps(value, ensure_ascii=False)
-    return f"{place or 'it'} is {found if len(found) <= 40 else f'{found[:39]}…'}, expected {_word_shape(shape)}"
-
-
-def _word_shape(shape: Shape) -> str:
+def _name_shape(shape: Shape) -> str:
     if isinstance(shape, tuple):
-        return " or ".join(_word_shape(each) for each in shape)
+        return " or ".join(_name_shape(each) for each in shape)
     if isinstance(shape, Positive):
         return f"a positive {'whole ' if shape.kind is int else ''}number up to {shape.most:,}"
     if isinstance(shape, type):
-        return _WORDS[shape]
-    return shape if isinstance(shape, str) else "an object" if isinstance(shape, dict) else "a list"
+        return _NAMES[shape]
+    return shape if isinstance(shape, str) else _NAMES[type(shape)]
 
 
 def read_json_object(file: Path, remedy: str, shape: Shape = None) -> dict[str, Any]:
@@ -267,11 +252,9 @@ def check_shape(file: Path, content: dict[str, Any], remedy: str, shape: Shape) 
         raise UserError(f"{file} is damaged: {fault}. {remedy}")
 
 
-class DuplicateKey(yaml.YAMLError):
-    """A key appears twice in one mapping, which YAML forbids and PyYAML lets pass."""
-
-
 class _Loader(yaml.SafeLoader):
+    """Refuses a key that appears twice in one mapping, which YAML forbids and PyYAML lets pass."""
+
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Look at the keys as they are written: what a merge key (``<<``) brings in may stand there again."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -281,7 +264,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and name in lines:
                 first = lines[name]
                 places = f"twice in line {line}" if first == line else f"in line {first} and again in line {line}"
-                raise DuplicateKey(f"the key {key.value!r} stands {places}, where the last would count: keep one")
+                raise yaml.YAMLError(f"the key {key.value!r} stands {places}, where the last would count: keep one")
             lines[name] = line
         return node
 
@@ -294,7 +277,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def load_yaml(text: str) -> Any:
-    """Give what a YAML text holds.
+    """Return what a YAML text holds.
 
     Raises:
         yaml.YAMLError: It is not YAML, or a key stands twice in it.

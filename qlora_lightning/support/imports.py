@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-_FETCHER = "kernels"  # Hugging Face's package of that name
-_SPINS, _SPINS_ON_A_BUSY_MACHINE = "10000", "1000"
 _LOOKS = 3  # at what runs, some milliseconds apart
 
 
@@ -24,14 +22,14 @@ def quick_imports() -> Iterator[None]:
 
     GNU's threads read their settings when torch loads them. At each barrier they spin for some milliseconds by default,
     on a core that their partner may be waiting for: beside other programs at work a step then takes ten times as long
-    as it must (see ``tests.benchmarks``). They spin for a tenth of a millisecond here, and where other programs compute
+    as it must (see ``tests.benchmarks``). They spin for a tenth of a millisecond here, and if other programs compute
     on all cores already, for a hundredth, which on an idle machine costs 5 % (both measured). What the user's
     environment says rules. The environment is as before afterwards.
     """
     settings = {"TORCHDYNAMO_DISABLE": "1"}
     # torch that is loaded has read them
     if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        settings["GOMP_SPINCOUNT"] = _SPINS_ON_A_BUSY_MACHINE if _is_machine_busy() else _SPINS
+        settings["GOMP_SPINCOUNT"] = "1000" if _is_machine_busy() else "10000"
     added = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -68,9 +66,8 @@ def without_garbage_collection() -> Iterator[None]:
         yield
     finally:
         if was_on:
-            if not gc.get_freeze_count():  # what a program froze itself stays frozen
-                gc.freeze()
-                gc.unfreeze()  # into the oldest generation
+            gc.freeze()
+            gc.unfreeze()  # into the oldest generation
             gc.enable()
 
 
@@ -78,17 +75,17 @@ def without_garbage_collection() -> Iterator[None]:
 def without_fetched_kernels() -> Iterator[None]:
     """Keep bitsandbytes, while it is imported, from fetching code off the hub and running it.
 
-    On a CPU with AVX512-BF16 it would, by the package ``kernels``, and complains where that is not installed. Only its
-    product of a single token would use it, which none of our layers takes.
+    On a CPU with AVX512-BF16 it would, by Hugging Face's package ``kernels``, and complains if that is not installed.
+    Only its product of a single token would use it, which none of our layers takes.
     """
     modules = cast(dict[str, Any], sys.modules)
-    before = {_FETCHER: modules[_FETCHER]} if _FETCHER in modules else {}
+    before = {name: module for name, module in modules.items() if name == "kernels"}
     complaints = logging.getLogger("bitsandbytes.backends.cpu.ops")
     was_disabled = complaints.disabled
-    modules[_FETCHER], complaints.disabled = None, True  # None: Python refuses to import it
+    modules["kernels"], complaints.disabled = None, True  # None: Python refuses to import it
     try:
         yield
     finally:
-        del modules[_FETCHER]
+        del modules["kernels"]
         modules.update(before)
         complaints.disabled = was_disabled

@@ -16,11 +16,7 @@ FORMAT_VERSION = 1
 
 
 def check_version(version: int, source: str) -> None:
-    """Refuse a format that a newer version of this package wrote.
-
-    Raises:
-        UserError: It is newer.
-    """
+    """Refuse a format that a newer version of this package wrote, by a ``UserError``."""
     if version > FORMAT_VERSION:
         raise UserError(
             f"{source} has format version {version}, and this version of qlora_lightning reads up to {FORMAT_VERSION}: "
@@ -35,10 +31,8 @@ def enable_activation_checkpointing(model: Any, every_n_layers: int = 1, *, draw
 
     transformers 5.17 has this as ``gradient_checkpointing_enable``, a name that 5.24 warns of.
     """
-    if hasattr(model, "activation_checkpointing_enable"):
-        enable = model.activation_checkpointing_enable
-    else:
-        enable = model.gradient_checkpointing_enable
+    newer = "activation_checkpointing_enable"
+    enable = getattr(model, newer if hasattr(model, newer) else "gradient_checkpointing_enable")
     enable({"use_reentrant": False, "preserve_rng_state": draws}, every_n_layers=every_n_layers)
 
 
@@ -58,18 +52,15 @@ def attend_ragged(
 ) -> "Tensor":
     """Let each token attend to itself and those before it in its sample, by torch's kernel for ragged samples.
 
-    torch 2.11 wants as many heads of keys and values as of queries; later ones are told that they are shared.
+    torch 2.11 wants as many heads of keys and values as of queries; later ones take fewer, by ``enable_gqa``.
 
     Args:
-        query: ``(tokens, heads, head_dim)``.
-        key: ``(tokens, kv_heads, head_dim)``.
-        value: ``(tokens, kv_heads, head_dim)``.
+        query: ``(tokens, heads, head_dim)``, as is what is returned.
+        key: ``(tokens, kv_heads, head_dim)``, as is ``value``.
+        value: See ``key``.
         cu_seqlens: Where samples begin and the last one ends.
         longest: Tokens of the longest sample.
         scale: Factor on the scores; ``None`` means ``head_dim ** -0.5``.
-
-    Returns:
-        The mixed values, ``(tokens, heads, head_dim)``.
     """
     from torch.nn.attention.varlen import varlen_attn
 

@@ -1,3 +1,5 @@
+"""A cache entry is whole or not there, whoever builds, kills, damages or clears it."""
+
 import errno
 import json
 import os
@@ -5,188 +7,240 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from qlora_lightning.base.cache import cache_root, cached_folder, hash_key
+from qlora_lightning.base.cache import (
+    EntryCheck,
+    cache_root,
+    cached_folder,
+    clear_entries,
+    find_entry,
+    hash_key,
+    list_entries,
+)
 from qlora_lightning.support.errors import UserError
 
-REPOSITORY = Path(__file__).parents[2]
+
+@pytest.fixture
+def build():
+    """Writes one file of three bytes and weights of six, and counts how often it was asked to."""
+
+    def write(folder):
+        write.builds += 1
+        (folder / "text").write_bytes(b"abc")
+        (folder / "sub").mkdir()
+        (folder / "sub" / "x.safetensors").write_bytes(b"weight")
+
+    write.builds = 0
+    return write
 
 
-class Builder:
-    """Writes one file of three bytes, and counts how often it was asked to."""
-
-    def __init__(self) -> None:
-        self.builds = 0
-
-    def __call__(self, folder: Path) -> None:
-        self.builds += 1
-        (folder / "weights").write_bytes(b"abc")
+def flip(file):
+    """Change a file that keeps its size; its time of change differs, as it does for any write but one at once."""
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    os.utime(file, ns=(0, time.time_ns() + 1_000_000_000))
 
 
-def test_an_entry_is_built_once_and_then_found() -> None:
-    build = Builder()
+def test_an_entry_is_built_once_for_each_key_and_kind(build):
     first = cached_folder("unpacked", {"a": 1, "b": [2]}, build, "thing")
-    second = cached_folder("unpacked", {"b": [2], "a": 1}, build, "thing")
-    assert first == second
+    assert cached_folder("unpacked", {"b": [2], "a": 1}, build, "thing") == first
+    assert find_entry("unpacked", {"a": 1, "b": [2]}) == first
     assert build.builds == 1
-    assert (first / "weights").read_bytes() == b"abc"
-
-
-def test_another_key_or_kind_is_another_entry() -> None:
-    build = Builder()
-    folders = {
-        cached_folder("unpacked", {"a": 1}, build, "thing"),
-        cached_folder("unpacked", {"a": 2}, build, "thing"),
-        cached_folder("quantized", {"a": 1}, build, "thing"),
-    }
-    assert len(folders) == build.builds == 3
-
-
-def test_the_entry_file_names_label_key_and_sizes() -> None:
-    folder = cached_folder("unpacked", {"transformers": "5"}, Builder(), "thing")
-    entry = json.loads((folder / "entry.json").read_text())
-    assert entry["label"] == "thing"
-    assert entry["key"] == {"transformers": "5"}
-    assert entry["files"] == {"weights": 3}
+    assert (first / "text").read_bytes() == b"abc"
+    assert find_entry("unpacked", {"a": 2}) is find_entry("quantized", {"a": 1, "b": [2]}) is None
+    cached_folder("unpacked", {"a": 2}, build, "thing")
+    cached_folder("quantized", {"a": 1, "b": [2]}, build, "thing")
+    assert build.builds == 3
+    entry = json.loads((first / "entry.json").read_text())
+    assert (entry["label"], entry["key"]) == ("thing", {"a": 1, "b": [2]})
+    assert entry["files"] == {"text": 3, "sub/x.safetensors": 6}
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda folder: (folder / "weights").write_bytes(b"ab"),
-        lambda folder: (folder / "weights").unlink(),
+        lambda folder: (folder / "text").write_bytes(b"ab"),
+        lambda folder: (folder / "text").unlink(),
+        lambda folder: flip(folder / "text"),
+        lambda folder: flip(folder / "sub" / "x.safetensors"),
         lambda folder: (folder / "entry.json").write_text("{"),
+        lambda folder: (folder / "entry.json").write_text('{"files": {}}'),
         lambda folder: (folder / "entry.json").unlink(),
     ],
 )
-def test_a_damaged_entry_is_built_anew_with_a_notice(
-    damage: Callable[[Path], object], caplog: pytest.LogCaptureFixture
-) -> None:
-    build = Builder()
+def test_a_damaged_entry_is_built_again_with_a_notice(damage, build, caplog):
     folder = cached_folder("unpacked", {}, build, "thing")
     damage(folder)
+    assert find_entry("unpacked", {}) is None
     assert cached_folder("unpacked", {}, build, "thing") == folder
     assert build.builds == 2
-    assert (folder / "weights").read_bytes() == b"abc"
+    assert (folder / "text").read_bytes() == b"abc"
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "thing is damaged" in caplog.text
+    assert "thing is damaged or unfinished" in caplog.text
 
 
-def test_a_failed_build_leaves_nothing_and_its_error_passes(cache: Path) -> None:
-    def build(folder: Path) -> None:
+def test_weights_of_a_large_entry_are_checked_by_who_reads_them(build):
+    folder = cached_folder("quantized", {}, build, "thing", checked_bytes=8)
+    EntryCheck(folder, "thing").wait()
+    flip(folder / "sub" / "x.safetensors")
+    assert find_entry("quantized", {}, checked_bytes=8) == folder
+    assert find_entry("quantized", {}, checked_bytes=9) is None
+    with pytest.raises(UserError, match=r"thing is damaged: .*x\.safetensors does not match its checksum"):
+        EntryCheck(folder, "thing").wait()
+    assert find_entry("quantized", {}, checked_bytes=8) is None  # the next start makes it again
+    folder = cached_folder("quantized", {}, build, "thing", checked_bytes=8)
+    (folder / "sub" / "x.safetensors").write_bytes(b"weigh")  # a size is always looked at
+    assert find_entry("quantized", {}, checked_bytes=8) is None
+    EntryCheck(folder.parent, "a folder of the user's").wait()
+
+
+def test_a_failed_build_leaves_nothing_and_its_error_passes(cache):
+    def fail(folder):
         (folder / "half").write_text("half")
         raise FileNotFoundError(errno.ENOENT, "not ours", "source.gguf")
 
     with pytest.raises(FileNotFoundError, match=r"source\.gguf"):
-        cached_folder("unpacked", {}, build, "thing")
-    assert [path.suffix for path in (cache / "unpacked").iterdir()] == [".lock"]
+        cached_folder("unpacked", {}, fail, "thing")
+    assert not any(path.is_dir() for path in (cache / "unpacked").iterdir())
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device")]
+    "error",
+    [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("I/O: No space left on device (os error 28)")],
 )
-def test_a_full_disk_names_the_ways_out(error: Exception, cache: Path) -> None:
-    def build(folder: Path) -> None:
+def test_a_full_disk_names_the_ways_out(error, cache):
+    def fail(folder):
         (folder / "half").write_text("half")
         raise error
 
-    with pytest.raises(UserError, match=r"the disk is full.*QLORA_LIGHTNING_CACHE.*model\.cache: false") as caught:
-        cached_folder("quantized", {}, build, "thing")
-    assert str(cache / "quantized") in str(caught.value)
-    assert [path.suffix for path in (cache / "quantized").iterdir()] == [".lock"]
-    with pytest.raises(UserError, match=r"the disk is full.*cache clear") as caught:
+    with pytest.raises(
+        UserError, match=r"No space left.*QLORA_LIGHTNING_CACHE.*model\.cache: false.*cache clear"
+    ) as told:
+        cached_folder("quantized", {}, fail, "thing")
+    assert str(cache / "quantized") in str(told.value)
+    assert not any(path.is_dir() for path in (cache / "quantized").iterdir())
+    with pytest.raises(UserError, match=r"No space left.*cache clear") as told:
+        cached_folder("unpacked", {}, fail, "thing")
+    assert "model.cache" not in str(told.value)
+
+
+def test_a_cache_that_cannot_be_written_names_path_and_reason(build, cache, tmp_path, monkeypatch):
+    folder = cached_folder("unpacked", {}, build, "thing")
+    flip(folder / "text")
+    lock = folder.with_name(f"{folder.name}.lock")
+    lock.unlink(missing_ok=True)
+    lock.mkdir()  # nobody can take it
+    with pytest.raises(
+        UserError, match=rf"cached {folder} is damaged, and cannot be made again: .*QLORA_LIGHTNING_CACHE"
+    ):
         cached_folder("unpacked", {}, build, "thing")
-    assert "model.cache" not in str(caught.value)
-
-
-def test_a_cache_that_cannot_be_written_names_path_and_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"file/unpacked/.*Not a directory.*QLORA_LIGHTNING_CACHE"):
-        cached_folder("unpacked", {}, Builder(), "thing")
+        cached_folder("unpacked", {}, build, "thing")
 
 
-def test_the_root_is_chosen_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_root_is_chosen_by_environment(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     monkeypatch.setenv("QLORA_LIGHTNING_CACHE", "~/mine")
-    assert cache_root() == Path("/home/me/mine")
+    assert str(cache_root()) == "/home/me/mine"
     monkeypatch.delenv("QLORA_LIGHTNING_CACHE")
-    assert cache_root() == Path("/xdg/qlora_lightning")
+    assert str(cache_root()) == "/xdg/qlora_lightning"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_root() == Path("/home/me/.cache/qlora_lightning")
+    assert str(cache_root()) == "/home/me/.cache/qlora_lightning"
 
 
-def test_two_processes_build_once_and_the_second_says_that_it_waits(tmp_path: Path) -> None:
-    script = """
+_BUILDER = """
 import logging, sys, time
 from pathlib import Path
 from qlora_lightning.base.cache import cached_folder
+import qlora_lightning.base
+assert not {"torch", "transformers", "huggingface_hub"} & set(sys.modules)
 logging.basicConfig(level="INFO")
+here = Path(sys.argv[1])
 def build(folder):
-    Path(sys.argv[1], "builds").open("a").write("built ")
-    while not Path(sys.argv[1], "go").exists():
+    (folder / "text").write_bytes(b"abc")
+    (here / "builds").open("a").write("built ")
+    while not (here / "go").exists():
         time.sleep(0.02)
-    (folder / "weights").write_bytes(b"abc")
-folder = cached_folder("unpacked", {}, build, "thing")
-assert (folder / "weights").read_bytes() == b"abc"
+assert (cached_folder("unpacked", {}, build, "thing") / "text").read_bytes() == b"abc"
 """
-    first = _start(script, tmp_path)
-    _wait_for(tmp_path / "builds")
-    second = _start(script, tmp_path)
-    assert second.stderr is not None
-    message = second.stderr.readline()
-    (tmp_path / "go").touch()
-    rest = [process.communicate(timeout=30)[1] for process in (first, second)]
-    assert "Another process is making thing in the cache; waiting for it" in message
-    assert (first.returncode, second.returncode, rest) == (0, 0, ["", ""])
-    assert (tmp_path / "builds").read_text() == "built "
 
 
-def test_a_killed_build_is_never_taken_for_complete(tmp_path: Path, cache: Path) -> None:
-    script = """
-import sys, time
-from qlora_lightning.base.cache import cached_folder
-def build(folder):
-    (folder / "weights").write_bytes(b"ab")
-    open(sys.argv[1], "w").close()
-    time.sleep(60)
-cached_folder("unpacked", {}, build, "thing")
-"""
-    process = _start(script, tmp_path / "started")
-    _wait_for(tmp_path / "started")
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-
-    name = hash_key({})
-    assert not (cache / "unpacked" / name).exists()
-    assert len(list((cache / "unpacked").glob(f".{name}.*"))) == 1
-    folder = cached_folder("unpacked", {}, Builder(), "thing")
-    assert (folder / "weights").read_bytes() == b"abc"
-    assert list((cache / "unpacked").glob(f".{name}.*")) == []
+def start_building(folder):
+    command = [sys.executable, "-c", _BUILDER, str(folder)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
-def test_importing_the_package_imports_neither_torch_nor_transformers() -> None:
-    script = (
-        "import sys, qlora_lightning.base; assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"
-    )
-    process = _start(script, Path())
-    messages = process.communicate(timeout=30)[1]
-    assert process.returncode == 0, messages
-
-
-def _wait_for(file: Path) -> None:
+def wait_for(file):
     deadline = time.monotonic() + 30
     while not file.exists():
         assert time.monotonic() < deadline, file
         time.sleep(0.02)
 
 
-def _start(script: str, argument: Path) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", script, str(argument)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+def test_two_processes_build_once_and_what_is_being_built_is_not_cleared(tmp_path, cache):
+    first = start_building(tmp_path)
+    wait_for(tmp_path / "builds")
+    second = start_building(tmp_path)
+    message = second.stderr.readline()
+    removed, busy = clear_entries()
+    (tmp_path / "go").touch()
+    rest = [process.communicate(timeout=30)[1] for process in (first, second)]
+    assert "Another process is making thing in the cache; waiting for it" in message
+    assert (first.returncode, second.returncode, rest) == (0, 0, ["", ""])
+    assert (tmp_path / "builds").read_text() == "built "
+    assert (removed, [entry.label for entry in busy]) == ([], ["(unfinished)"])
+    assert [entry.label for entry in list_entries()] == ["thing"]
+
+
+def test_a_killed_build_is_never_taken_for_complete(tmp_path, cache, build):
+    process = start_building(tmp_path)
+    wait_for(tmp_path / "builds")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert find_entry("unpacked", {}) is None
+    assert [(entry.label, entry.size_bytes) for entry in list_entries()] == [("(unfinished)", 3)]
+    folder = cached_folder("unpacked", {}, build, "thing")  # nobody holds the lock
+    assert (folder / "sub").is_dir()
+    assert [entry.label for entry in list_entries()] == ["thing"]
+
+
+def test_entries_are_listed_by_use_and_cleared_by_kind(build):
+    assert list_entries() == []
+    one = cached_folder("unpacked", {}, build, "one")
+    two = cached_folder("quantized", {}, build, "two")
+    os.utime(one / "entry.json", (1_000_000, 1_000_000))
+    entries = list_entries()
+    assert [(entry.kind, entry.label, entry.size_bytes, entry.path) for entry in entries] == [
+        ("quantized", "two", 9, two),
+        ("unpacked", "one", 9, one),
+    ]
+    assert entries[1].last_used.timestamp() == 1_000_000 < entries[1].created.timestamp()
+    cached_folder("unpacked", {}, build, "one")
+    assert [entry.label for entry in list_entries()] == ["one", "two"]
+    removed, busy = clear_entries("unpacked")
+    assert ([entry.label for entry in removed], busy) == (["one"], [])
+    assert list(one.parent.iterdir()) == []
+    assert (two / "text").is_file()
+
+
+def test_clearing_leaves_nothing_of_the_cache_and_all_else(cache, build, tmp_path):
+    """QLORA_LIGHTNING_CACHE may be set to a folder that holds other things, and links may lead out of it."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    folder = cached_folder("unpacked", {}, build, "one")
+    (folder / "link").symlink_to(outside)
+    (cache / "fingerprints").mkdir()
+    others = [outside / "precious", cache / "thesis", cache / "unpacked" / "notes", cache / "unpacked" / "my.lock"]
+    for file in [*others, cache / "fingerprints" / "x.json"]:
+        file.write_text("x")
+    others.append(folder.with_name(hash_key({"linked": 1})))
+    others[-1].symlink_to(outside)
+    clear_entries()
+    assert sorted(
+        path for path in [*cache.rglob("*"), *outside.rglob("*")] if not path.is_dir() or path.is_symlink()
+    ) == sorted(others)
+    assert all(path.exists() for path in others)

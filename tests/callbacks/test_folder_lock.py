@@ -2,10 +2,10 @@ import errno
 import multiprocessing
 import subprocess
 import sys
+import types
 
 import pytest
 
-from qlora_lightning.callbacks import folder_lock
 from qlora_lightning.callbacks.folder_lock import FolderLock
 from qlora_lightning.support.errors import UserError
 
@@ -77,9 +77,9 @@ def fail(*_):
     raise OSError(errno.EBADF, "Bad file descriptor")
 
 
-@pytest.mark.parametrize(("name", "value"), [("fcntl.flock", fail), ("fcntl", None)])
-def test_where_there_are_no_such_locks_it_goes_on_without(locks, monkeypatch, tmp_path, name, value):
-    monkeypatch.setattr(f"{folder_lock.__name__}.{name}", value)
+@pytest.mark.parametrize("module", [types.SimpleNamespace(flock=fail, LOCK_EX=2, LOCK_NB=4), None])
+def test_where_there_are_no_such_locks_it_goes_on_without(locks, monkeypatch, tmp_path, module):
+    monkeypatch.setitem(sys.modules, "fcntl", module)
     for lock in locks:
         lock.take(tmp_path)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lightning.base import cached_folder
+from qlora_lightning.base.cache import cached_folder
 from qlora_lightning.commands.cache import main
 from qlora_lightning.support.errors import UserError
 

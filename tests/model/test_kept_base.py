@@ -1,12 +1,9 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
-from torch import nn
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.model.base_model import keeping_base, lend_base
+from qlora_lightning.model.base_model import keeping_base
 from qlora_lightning.model.guards.checks import checksum_frozen
 
 
@@ -56,26 +53,14 @@ def test_a_base_that_carried_another_adapter_computes_as_one_just_loaded(tiny_ba
         assert torch.equal(after.model(**ids).logits, alone.model(**ids).logits)
 
 
-def test_another_key_loads_another_base_and_nothing_is_kept_outside():
-    loads = []
-
-    def load():
-        loads.append(SimpleNamespace(model=nn.Linear(1, 1)))
-        return loads[-1]
-
+def test_another_base_is_loaded_for_other_settings_outside_and_while_the_first_is_lent(tiny_base):
     with keeping_base() as kept:
-        assert lend_base("a", load) is loads[0]
-        assert not kept.take_back(loads[0].model)  # no adapter of PEFT's: nobody knows what was changed
-        assert lend_base("a", load) is loads[1]
-    assert lend_base("a", load) is loads[2]
-
-
-def test_a_base_that_was_not_given_back_is_not_lent_twice(tiny_base):
-    with keeping_base() as kept:
-        first = made(tiny_base)
-        second = made(tiny_base)
-        assert first.causal_lm is not second.causal_lm
-        assert not kept.take_back(first.model)
-        assert kept.take_back(second.model) is False or second.causal_lm is not first.causal_lm
-        third = made(tiny_base, rank=2)
-        assert third.causal_lm is not first.causal_lm
+        first, second = made(tiny_base), made(tiny_base)
+        assert not kept.take_back(first.model)  # another one was lent since
+        third = made(tiny_base)
+        assert kept.take_back(third.model)
+        other = made(tiny_base, quantization="int8")
+        assert not kept.take_back(other.causal_lm)  # no adapter of PEFT's: nobody knows what was changed
+        last = made(tiny_base, quantization="int8")
+    outside = made(tiny_base, quantization="int8")
+    assert len({id(each.causal_lm) for each in (first, second, third, other, last, outside)}) == 6

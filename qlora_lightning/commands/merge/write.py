@@ -69,9 +69,9 @@ class RoundingShards:
             raise UserError(f"--dtype fp16: {name} holds a weight beyond what fp16 can say. Take --dtype bf16.")
         self._writer.add(name, rounded)
 
-    def finish(self) -> list[Path]:
+    def finish(self) -> None:
         """Write what is left."""
-        return self._writer.finish()
+        self._writer.finish()
 
 
 def write_tensors(plan: MergePlan, merged: Weights, sinks: Sequence[TensorSink], advance: Callable[[], object]) -> None:

@@ -77,7 +77,7 @@ def test_what_preparing_refuses_is_refused_each_time_and_leaves_nothing(cache):
     for _ in range(2):
         with pytest.raises(UserError, match=r"a\.jsonl:1: empty"):
             cached_samples(KEY, "rows", refuse)
-    assert [file.suffix for file in cache.iterdir()] == [".lock"]
+    assert not any(path.is_dir() for path in cache.iterdir())
 
 
 def test_an_unwritable_cache_keeps_samples_in_memory_with_one_warning(tmp_path, monkeypatch, caplog):
@@ -100,7 +100,7 @@ def test_a_full_disk_does_not_prepare_a_second_time(monkeypatch, caplog):
     prepare = Prepare()
     samples, _ = cached_samples(KEY, "rows", prepare)
     assert (prepare.calls, len(samples)) == (1, 1)
-    assert "the disk is full" in caplog.text
+    assert "No space left on device" in caplog.text
 
 
 def test_what_is_refused_without_a_cache_is_the_users_error_not_a_warning(tmp_path, monkeypatch, caplog):
@@ -130,11 +130,10 @@ cached_samples(KEY, "rows", Prepare())
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     killed = subprocess.run([sys.executable, "-c", script], env=environment)
     assert killed.returncode == -signal.SIGKILL
-    assert len(list(cache.glob(".*/ids.npy"))) == 1  # half of it is there
+    assert len(list(cache.glob("*/ids.npy"))) == 1  # half of it is there
     prepare = Prepare()
     samples, _ = cached_samples(KEY, "rows", prepare)
     assert (prepare.calls, samples.ids.tolist()) == (1, [5, 6, 7])
-    assert list(cache.glob(".*/ids.npy")) == []
 
 
 def test_those_who_ask_at_once_prepare_once():

@@ -1,0 +1,172 @@
+"""A folder that this package trains is a whole LLaMA in safetensors; its tensors are read and written bit for bit."""
+
+import json
+import os
+
+import pytest
+import torch
+import transformers.distributed.mixin as transformers_mixin
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qlora_lightning.base.folder import (
+    BaseFolder,
+    TensorFiles,
+    check_model_folder,
+    open_base,
+    read_generation_config,
+    weight_files,
+)
+from qlora_lightning.base.tensors import ShardWriter, format_bytes, read_spans, save_model
+from qlora_lightning.support.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+
+
+def set_config(**changes):
+    return lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": "llama", **changes}))
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def rename_weights(name):
+    return lambda folder: (folder / "model.safetensors").rename(folder / name)
+
+
+def shard(names):
+    def change(folder):
+        rename_weights("a.safetensors")(folder)
+        (folder / INDEX).write_text(json.dumps({"weight_map": dict(enumerate(names))}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_config(sliding_window=None, layer_types=["full_attention"]),
+        set_config(sliding_window=4096, use_sliding_window=False),
+        shard(["a.safetensors"]),
+    ],
+)
+def test_a_llama_is_opened_where_it_is(model_folder, change):
+    change(model_folder)
+    assert open_base(str(model_folder)) == BaseFolder(str(model_folder), model_folder, "folder", None)
+
+
+CONFIG_FAULTS = [
+    (write("config.json", b"{"), r"config\.json is not JSON"),
+    (write("config.json", b"[]"), r"config\.json: expected a JSON object, found list\. Download"),
+    (lambda folder: (folder / "config.json").unlink(), r"Base tiny: .*found no config\.json in .*tiny-llama\.$"),
+    (
+        lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
+        r"It is an adapter folder: give it as model\.adapter",
+    ),
+    (set_config(model_type="gemma2"), r"Base tiny: expected model_type llama .* found 'gemma2'"),
+    (set_config(sliding_window=4096), "Base tiny: .*sets sliding_window: 4096, which"),
+    (set_config(attn_logit_softcapping=50.0), "attn_logit_softcapping"),
+    (set_config(final_logit_softcapping=30.0), "final_logit_softcapping"),
+    (set_config(attention_chunk_size=8192), "attention_chunk_size"),
+    (set_config(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
+]
+WEIGHT_FAULTS = [
+    (rename_weights("other.safetensors"), r"Base tiny: expected model\.safetensors .*found other\.safetensors"),
+    (rename_weights("pytorch_model.bin"), r"found no \*\.safetensors .*pickle.*refused.*save_pretrained"),
+    (lambda folder: (folder / "model.safetensors").unlink(), r"found no \*\.safetensors file"),
+    (shard(["a.safetensors", "b.safetensors"]), r"b\.safetensors is missing, which .*index\.json names"),
+    (shard([3]), r"index\.json is damaged: weight_map\.0 is 3"),
+    (lambda folder: os.truncate(folder / "model.safetensors", 600), r"model\.safetensors is not a whole safetensors"),
+    (write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "not a whole safetensors"),
+    (write("model.safetensors", b""), "not a whole safetensors"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), CONFIG_FAULTS + WEIGHT_FAULTS)
+def test_what_cannot_be_trained_is_refused_by_name(model_folder, change, words):
+    change(model_folder)
+    with pytest.raises(UserError, match=words):
+        check_model_folder(model_folder, "tiny")
+    if (change, words) in WEIGHT_FAULTS:
+        check_model_folder(model_folder, "tiny", weights=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"eos_token_id": [1, 2], "more": "x"}', None),
+        ('{"eos_token_id": [1', "is not JSON"),
+        ('{"eos_token_id": ["x"]}', r'eos_token_id\[0\] is "x"'),
+    ],
+)
+def test_stop_tokens_are_read_or_refused(tmp_path, text, words):
+    file = tmp_path / "generation_config.json"
+    file.write_text(text)
+    if words is None:
+        assert read_generation_config(file) == json.loads(text)
+        return
+    with pytest.raises(UserError, match=rf"{words}.*mend or delete it"):
+        read_generation_config(file)
+
+
+TENSORS = {
+    "a": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),
+    "b": torch.tensor([-1, 7], dtype=torch.int8),
+    "c": torch.tensor(2.5),
+    "d": torch.empty(0, 4),
+    "e": torch.tensor([True, False]),
+    "f": torch.ones(100),
+    "g": torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8),
+}
+
+
+@pytest.mark.parametrize(("shard_bytes", "shards"), [(10_000, 1), (100, 3)])
+def test_tensors_are_read_as_they_were_written(tmp_path, shard_bytes, shards):
+    writer = ShardWriter(tmp_path, shard_bytes)
+    for name, tensor in TENSORS.items():
+        writer.add(name, tensor)
+    writer.finish()
+    assert len(weight_files(tmp_path, "x")) == shards  # a to e, f beyond the limit, g
+    read = TensorFiles(tmp_path, "x")
+    assert set(read) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert read.read(name).dtype == tensor.dtype
+        assert torch.equal(read.read(name), tensor)
+    if shards > 1:
+        total = sum(tensor.nbytes for tensor in TENSORS.values())
+        assert json.loads((tmp_path / INDEX).read_text())["metadata"] == {"total_size": total}
+    with pytest.raises(UserError, match=r"Base x: expected the tensor z in .* found none"):
+        read.read("z")
+
+
+def test_spans_lead_to_the_tensors_bytes(tmp_path):
+    save_file(TENSORS, file := tmp_path / "x.safetensors")
+    spans = {span.name: span for span in read_spans(file)}
+    assert (spans["g"].dtype, spans["g"].shape, spans["g"].size_bytes) == ("U8", (2, 2), 4)
+    assert file.read_bytes()[spans["g"].start :][:4] == bytes([1, 2, 3, 4])
+    assert (spans["d"].shape, spans["d"].size_bytes) == ((0, 4), 0)
+
+
+def test_a_process_that_is_not_the_first_writes_a_model_with_the_usual_mode(tmp_path, monkeypatch):
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1))
+    monkeypatch.setattr(transformers_mixin, "_is_torch_distributed_initialized", lambda: True)
+    monkeypatch.setattr(transformers_mixin, "_get_torch_distributed_rank", lambda: 1)
+    model.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []  # what there would be without it
+    old = os.umask(0o027)
+    try:
+        save_model(model, tmp_path)
+    finally:
+        os.umask(old)
+    assert {"config.json", "model.safetensors"} <= {file.name for file in tmp_path.iterdir()}
+    assert {oct(file.stat().st_mode & 0o777) for file in tmp_path.iterdir()} == {"0o640"}
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (98_362_432, "98 MB"), (5_600_000_000, "5.6 GB"), (141_000_000_000, "141 GB")],
+)
+def test_sizes_are_decimal(count, text):
+    assert format_bytes(count) == text

@@ -1,0 +1,153 @@
+"""A file is whole or as it was, whatever the disk does; a JSON object that is damaged is refused by its place."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import (
+    Positive,
+    find_fault,
+    find_storage_fault,
+    flush,
+    put_in_place,
+    read_json_object,
+    write_whole,
+)
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def fail_flushing(monkeypatch, error):
+    def fail(descriptor):
+        raise error
+
+    monkeypatch.setattr("os.fsync", fail)
+
+
+def test_a_file_is_replaced_through_a_link_and_keeps_its_mode(tmp_path):
+    (tmp_path / "disk").mkdir()
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    write_whole(real, "one")
+    real.chmod(0o604)
+    link.symlink_to("disk/real")
+    write_whole(link, "Grüße \udcff")  # a file name may hold bytes that are no UTF-8
+    assert (link.is_symlink(), real.read_text(encoding="utf-8")) == (True, "Grüße \\udcff")
+    assert oct(real.stat().st_mode & 0o777) == "0o604"
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["disk", "link", "real"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("old")
+    fail_flushing(monkeypatch, FULL)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "a.txt", "new")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a.txt": "old"}
+
+
+def test_file_and_folder_are_flushed_around_the_rename(tmp_path, monkeypatch):
+    done, replace = [], os.replace
+    monkeypatch.setattr("os.fsync", lambda descriptor: done.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    monkeypatch.setattr("os.replace", lambda one, other: (done.append("renamed"), replace(one, other)))
+    (tmp_path / "new").write_text("new")
+    put_in_place(tmp_path / "new", tmp_path / "old")
+    assert done == [str(tmp_path / "new"), "renamed", str(tmp_path)]
+
+
+def test_a_disk_that_cannot_flush_folders_is_used_all_the_same(tmp_path, monkeypatch):
+    fail_flushing(monkeypatch, OSError(errno.EINVAL, "Invalid argument"))
+    flush(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "named pipe", "file"])
+def test_a_stream_is_written_on_in_its_place(tmp_path, kind):
+    target = tmp_path / "target" if kind == "named pipe" else "/dev/stdout"
+    program = "import pathlib, qlora_lightning.support.files as s\nprint('before')\n"
+    program += f"s.write_whole(pathlib.Path({str(target)!r}), 'written\\n')\nprint('after')"
+    command = [sys.executable, "-c", program]
+    if kind == "file":
+        with (tmp_path / "out.txt").open("w") as opened:
+            subprocess.run(command, check=True, stdout=opened)
+        assert (tmp_path / "out.txt").read_text() == "before\nwritten\nafter\n"
+    elif kind == "pipe":
+        assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "before\nwritten\nafter\n"
+    else:
+        os.mkfifo(target)
+        reader = subprocess.Popen(["cat", target], stdout=subprocess.PIPE)
+        subprocess.run(command, check=True, capture_output=True)
+        assert reader.communicate()[0] == b"written\n"
+        assert target.is_fifo()
+
+
+def test_what_the_disk_says_is_found_wherever_it_is_hidden(tmp_path):
+    wrapped = RuntimeError("unexpected pos 3520 vs 3414")
+    wrapped.__context__ = FULL
+    assert find_storage_fault(FULL) == find_storage_fault(wrapped) == "No space left on device"
+    with pytest.raises(Exception, match="os error 2") as caught:
+        save_file({"a": torch.zeros(1)}, tmp_path / "no" / "a.safetensors")
+    assert find_storage_fault(caught.value) == "No such file or directory"
+    assert find_storage_fault(ValueError("rank is 3")) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'\xef\xbb\xbf{"name": "x"}', None),  # a byte order mark
+        (b'{"name": ', "a.json is not JSON, or it is cut off (Expecting value: line 1 column 10 (char 9))."),
+        (b"\xff\xfe{", "a.json is not JSON, or it is cut off ("),
+        (100_000 * b"[", "a.json is not JSON, or it is cut off ("),
+        (b"[]", "a.json: expected a JSON object, found list."),
+        (b'{"name": 3}', "a.json is damaged: name is 3, expected text."),
+    ],
+)
+def test_a_json_object_is_read_or_refused_with_what_to_do(tmp_path, content, words):
+    (tmp_path / "a.json").write_bytes(content)
+    if words is None:
+        assert read_json_object(tmp_path / "a.json", "Make it again.", {"name!": str}) == {"name": "x"}
+        return
+    with pytest.raises(UserError) as caught:
+        read_json_object(tmp_path / "a.json", "Make it again.", {"name!": str})
+    assert words in str(caught.value)
+    assert str(caught.value).endswith(" Make it again.")
+
+
+SHAPE = {"name!": str, "size": int, "share": float, "on": bool, "kind": ("a", "b"), "each": [int], "of": {"*!": float}}
+SHAPE |= {"few": Positive(int, 8), "part": Positive(float, 1000), "loss": (float, {"value": float})}
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ('"more": {"anything": [null]}', None),
+        ('"size": 3, "share": 3, "on": false, "kind": "b", "each": [], "of": {"p": 0.5}, "few": 8, "loss": 2', None),
+        ('"size": null, "each": null, "of": null, "part": 1e-9, "loss": {"value": 2}', None),
+        ('"name": null', "name is missing"),
+        ('"name": 3', "name is 3, expected text"),
+        ('"size": 1.5', "size is 1.5, expected a whole number"),
+        ('"size": true', "size is true, expected a whole number"),
+        ('"size": 10000000000000000000', "size is 10000000000000000000, expected a whole number"),
+        ('"share": NaN', "share is NaN, expected a finite number"),
+        ('"share": 1' + 400 * "0", f"share is 1{38 * '0'}…, expected a finite number"),
+        ('"few": 0', "few is 0, expected a positive whole number up to 8"),
+        ('"few": 2.0', "few is 2.0, expected a positive whole number up to 8"),
+        ('"part": 1e308', "part is 1e+308, expected a positive number up to 1,000"),
+        ('"part": -Infinity', "part is -Infinity, expected a positive number up to 1,000"),
+        ('"on": 1', "on is 1, expected true or false"),
+        ('"kind": "c"', 'kind is "c", expected a or b'),
+        ('"each": {}', "each is an object, expected a list"),
+        ('"each": [1, []]', "each[1] is a list, expected a whole number"),
+        ('"each": [null]', "each[0] is missing"),
+        ('"of": {"p": null}', "of.p is missing"),
+        ('"of": {"p": "x"}', 'of.p is "x", expected a finite number'),
+        ('"loss": {"value": "x"}', 'loss.value is "x", expected a finite number'),
+        ('"loss": []', "loss is a list, expected a finite number or an object"),
+    ],
+)
+def test_a_fault_names_its_place_and_what_was_expected(text, fault):
+    assert find_fault(json.loads('{"name": "x", ' + text + "}"), SHAPE) == fault

@@ -1,0 +1,87 @@
+"""What imports cost and change: no compiler, no fetched code, brief waits; nothing stays behind."""
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_lightning.support.imports import _is_machine_busy, quick_imports, without_garbage_collection
+
+
+@pytest.mark.parametrize("own", [None, "0"])
+def test_settings_hold_while_modules_are_imported(monkeypatch, own):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    if own is not None:
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", own)
+    with quick_imports():
+        assert os.environ["TORCHDYNAMO_DISABLE"] == (own or "1")
+        assert not gc.isenabled()
+    assert os.environ.get("TORCHDYNAMO_DISABLE") == own
+    with pytest.raises(ImportError), quick_imports():
+        raise ImportError
+    assert os.environ.get("TORCHDYNAMO_DISABLE") == own
+    assert gc.isenabled()
+
+
+def test_what_was_made_without_the_collector_is_old_afterwards():
+    with without_garbage_collection():
+        made = [[]]
+        assert any(item is made for item in gc.get_objects(generation=0))
+    assert any(item is made for item in gc.get_objects(generation=2))
+    gc.disable()
+    try:
+        with without_garbage_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+_SHOW = """
+import importlib.util, os, sys
+import qlora_lightning.support.imports as imports
+imports._is_machine_busy = lambda: False  # other tests run beside
+CODE
+assert os.environ.get("GOMP_SPINCOUNT") == os.environ.get("OWN")
+assert "torch._inductor.compile_fx" not in sys.modules
+assert "bitsandbytes" in sys.modules
+assert importlib.util.find_spec("kernels") is not None  # for whoever wants it
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="GNU's threads are Linux's")
+@pytest.mark.parametrize(
+    ("code", "own", "expected"),
+    [
+        ("from qlora_lightning.cli import main; main(['fit', '--print_config'])", {}, "10000"),
+        ("from qlora_lightning import QLoRAModule", {"GOMP_SPINCOUNT": "77", "OWN": "77"}, "77"),
+        ("import qlora_lightning.model", {"OMP_WAIT_POLICY": "passive"}, "0"),
+    ],
+)
+def test_no_way_in_imports_the_compiler_or_fetches_code_and_threads_wait_briefly(tmp_path, code, own, expected):
+    (tmp_path / "kernels.py").write_text("def get_kernel(*args, **options):\n    print('fetched', args)\n")
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    shown = subprocess.run(
+        [sys.executable, "-c", _SHOW.replace("CODE", code)],
+        env=environment | own | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "fetched" not in shown.stdout
+    assert f"GOMP_SPINCOUNT = '{expected}'" in shown.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="takes Linux")
+@pytest.mark.parametrize(("others", "busy"), [((0, 0, 0), True), ((0, -1, 0), False)])
+def test_a_machine_is_busy_where_others_compute_on_every_core(monkeypatch, others, busy):
+    cores = len(os.sched_getaffinity(0))
+    reads = iter(f"0.10 0.20 0.30 {1 + cores + more}/99 1234\n" for more in others)
+    monkeypatch.setattr(Path, "read_text", lambda self: next(reads))
+    assert _is_machine_busy() == busy

@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
-from qlora_lightning.base.cache import EntryCheck, Json, cached_folder, hash_key, is_whole, list_entries
+from qlora_lightning.base.cache import EntryCheck, Json, cached_folder, find_entry, list_entries
 from qlora_lightning.base.fingerprint import fingerprint
 from qlora_lightning.base.folder import BaseFolder, open_base
 from qlora_lightning.base.tensors import save_model
@@ -226,9 +226,9 @@ def find_quantized(
     if quantization == "none" or getattr(config, "quantization_config", None) is not None:
         return None
     settings = _bitsandbytes_config(quantization, double_quant, dtype)
-    names = {hash_key(_cache_key(source, config, settings, dtype, device)) for device in ("cpu", "cuda")}
-    found = (entry.path for entry in list_entries("quantized") if entry.complete and entry.path.name in names)
-    return next((folder for folder in found if is_whole(folder, "quantized")), None)
+    keys = [_cache_key(source, config, settings, dtype, device) for device in ("cpu", "cuda")]
+    found = {find_entry("quantized", key) for key in keys}
+    return next((entry.path for entry in list_entries("quantized") if entry.path in found), None)
 
 
 def _bitsandbytes_config(quantization: Quantization, double_quant: bool, dtype: torch.dtype) -> BitsAndBytesConfig:

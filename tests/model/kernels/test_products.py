@@ -8,7 +8,7 @@ from bitsandbytes.functional import dequantize_4bit
 from qlora_lightning.model.kernels import products
 from qlora_lightning.model.kernels.library import is_there
 from qlora_lightning.model.kernels.products import can_multiply, multiply
-from qlora_lightning.model.layers.lora import Frozen, FrozenWeight, narrow, project, project_back
+from qlora_lightning.model.layers.lora import Frozen, narrow, project, project_back
 
 pytestmark = pytest.mark.skipif(not is_there("multiply", torch.bfloat16), reason="takes g++ and AVX512-BF16")
 
@@ -113,7 +113,7 @@ def test_a_row_that_is_not_a_number_spoils_itself_alone():
 
 
 def frozen(weight):
-    return Frozen(FrozenWeight(weight), None, 0.5)
+    return Frozen(weight, None, 0.5)
 
 
 def test_a_linear_takes_them_where_it_can(monkeypatch):

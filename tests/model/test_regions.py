@@ -31,9 +31,9 @@ def rotary(count):
 
 def swiglu(count):
     gate, up, grad = (rows_of(count, WIDE, seed) for seed in range(3))
-    calls = [(elementwise._activate_by_operators, (gate, up))]
+    calls = [(elementwise._swiglu, (gate, up))]
     for needed in ((True, True, True), (False, True, False)):
-        calls.append((elementwise._activate_backward_by_operators, (gate, up, grad, *needed)))
+        calls.append((elementwise._swiglu_backward, (gate, up, grad, *needed)))
     return calls
 
 

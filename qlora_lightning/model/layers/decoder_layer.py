@@ -162,7 +162,7 @@ class SwiGLUProjection(torch.autograd.Function):
             grad_low, grad_b = gradients_of_b(of_output, ctx.low, lora_b, ctx.down, needed)
         if needs_hidden:
             grad_hidden = project_back([of_output], [ctx.down], grad_low, [] if lora_a is None else [lora_a])
-            hidden, grad_gate, grad_up = swiglu_backward(gate, up, grad_hidden, (needs_a, *ctx.needed))
+            hidden, grad_gate, grad_up = swiglu_backward(gate, up, grad_hidden, needs_a, *ctx.needed)
         elif needs_a:
             hidden = swiglu(gate, up)
         if needs_a and hidden is not None and grad_low is not None:

@@ -1,13 +1,13 @@
 """RMSNorm, rotary position embedding and SwiGLU, forward and backward, keeping little.
 
-Each is a region: element-wise code. On a CPU the C++ loops run it; on a GPU it is compiled into one kernel; elsewhere
-torch runs it operation by operation.
+Each is a region: element-wise code. On a CPU the C++ loop of its name runs it; on a GPU it is compiled into one kernel;
+elsewhere torch runs it operation by operation.
 """
 
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from qlora_lightning.model.kernels import loops
 from qlora_lightning.support.errors import UserError
 
+_Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
@@ -37,48 +38,50 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)
 
 
+def _region(alike: int) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
+    """Make a region of torch's operations, the first ``alike`` of whose arguments a C++ loop wants in one dtype."""
+
+    def decorate(operations: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+        @functools.wraps(operations)
+        def run(*arguments: _Arguments.args, **_: _Arguments.kwargs) -> _Result:
+            tensors: Any = arguments[:alike]
+            if loops.can_run(*tensors):
+                result: _Result = getattr(loops, operations.__name__)(*arguments)
+                return result
+            return run_region(operations, *arguments)
+
+        return run
+
+    return decorate
+
+
 # ---- RMSNorm (Zhang and Sennrich 2019) with a frozen weight ---------------------------------------------------------
 
 
+@_region(alike=2)
 def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Give the norm's output and ``1 / sqrt(mean(x²) + eps)`` of each row, ``(rows, 1)``, at least in float32.
 
     torch's way rounds before the weight, as transformers does, the loops once.
     """
-    if loops.can_run(x, weight):
-        return loops.normalize(x, weight, eps)
-    return run_region(_normalize, x, weight, eps)
-
-
-def normalize_again(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """Give the first of what :func:`normalize` gave, bit for bit, from the second."""
-    if loops.can_run(x, weight):
-        return loops.normalize_again(x, weight, inverse)
-    return run_region(_normalize_again, x, weight, inverse)
-
-
-def normalize_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """Give the gradient of x from g, that of ``w · x̂`` where ``x̂ = x · inverse``: ``inverse (w g - x̂ mean(w g x̂))``.
-
-    What is given as g may be written over.
-    """
-    if loops.can_run(grad, x, weight):
-        return loops.normalize_backward(grad, x, weight, inverse)
-    return run_region(_normalize_backward, grad, x, weight, inverse)
-
-
-def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     scaled = _precise(x)
     squares: Tensor = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).square_()
     inverse = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
     return _weigh(scaled.mul_(inverse), weight, x.dtype), inverse
 
 
-def _normalize_again(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+@_region(alike=2)
+def normalize_again(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """Give the first of what :func:`normalize` gave, bit for bit, from the second."""
     return _weigh(_precise(x).mul_(inverse), weight, x.dtype)
 
 
-def _normalize_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+@_region(alike=3)
+def normalize_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """Give the gradient of x from g, that of ``w · x̂`` where ``x̂ = x · inverse``: ``inverse (w g - x̂ mean(w g x̂))``.
+
+    What is given as g may be written over.
+    """
     scaled = _precise(x).mul_(inverse)
     precise = _precise(grad).mul_(weight.to(scaled.dtype))
     mean = (scaled * precise).mean(-1, keepdim=True)
@@ -92,6 +95,27 @@ def _precise(x: Tensor) -> Tensor:
 
 def _weigh(scaled: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return scaled.to(dtype, copy=True).mul_(weight)
+
+
+# ---- SwiGLU (Shazeer 2020, GLU variants) ----------------------------------------------------------------------------
+
+
+@_region(alike=2)
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Compute ``h = silu(gate) · up``."""
+    return F.silu(gate).mul_(up)
+
+
+@_region(alike=3)
+def swiglu_backward(
+    gate: Tensor, up: Tensor, grad: Tensor, needs_hidden: bool, needs_gate: bool, needs_up: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Make h again, and the gradients of gate and up from that of h, which is written over: at least what is needed."""
+    active = F.silu(gate)
+    hidden = active * up if needs_hidden else None
+    of_up = active.mul_(grad) if needs_up else None
+    of_gate = torch.ops.aten.silu_backward(grad.mul_(up), gate) if needs_gate else None
+    return hidden, of_gate, of_up
 
 
 # ---- rotary position embedding --------------------------------------------------------------------------------------
@@ -121,10 +145,10 @@ def _turn_both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back: bo
     if len(query) == len(cos) == 1 and loops.can_run(*by_token, cos, sin):
         turned = [loops.rotate(each[0], cos[0], sin[0], back=back)[None].transpose(1, 2) for each in by_token]
         return turned[0], turned[1]
-    return run_region(_turn_by_operators, query, key, cos, sin, back)
+    return run_region(_turn, query, key, cos, sin, back)
 
 
-def _turn_by_operators(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+def _turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
     cos, sin, half = cos[:, None], sin[:, None], query.shape[-1] // 2
     first, second = sin[..., :half], sin[..., half:]
     if back:
@@ -162,34 +186,3 @@ def check_row_length(config: Any, longest: int) -> None:
             f"batch if that has more than {limit:,} tokens, and rows here may have {longest:,}: the same row would "
             f"be trained differently in each batch. Set data.max_length to {limit} or less."
         )
-
-
-# ---- SwiGLU (Shazeer 2020, GLU variants) ----------------------------------------------------------------------------
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Compute ``h = silu(gate) · up``."""
-    return loops.swiglu(gate, up) if loops.can_run(gate, up) else run_region(_swiglu, gate, up)
-
-
-def swiglu_backward(
-    gate: Tensor, up: Tensor, grad: Tensor, needed: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Make h again, and the gradients of gate and up from that of h, which is written over: those that are needed."""
-    if needed[1] and needed[2] and loops.can_run(gate, up, grad):
-        return loops.swiglu_backward(gate, up, grad)
-    return run_region(_swiglu_backward, gate, up, grad, *needed)
-
-
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate).mul_(up)
-
-
-def _swiglu_backward(
-    gate: Tensor, up: Tensor, grad: Tensor, needs_hidden: bool, needs_gate: bool, needs_up: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    active = F.silu(gate)
-    hidden = active * up if needs_hidden else None
-    of_up = active.mul_(grad) if needs_up else None
-    of_gate = torch.ops.aten.silu_backward(grad.mul_(up), gate) if needs_gate else None
-    return hidden, of_gate, of_up

@@ -141,6 +141,11 @@ def results(module, batch):
     return [sums.nll_sum.detach(), sums.labelled_tokens, sums.correct, *gradients]
 
 
+def assert_same(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).float().norm() <= 1e-5 * other.float().norm()
+
+
 BATCHES = {
     "within a tile": [*rows_beginning_alike(4, 20, 11)],
     "some over 512 tokens": [*rows_beginning_alike(2, 500, 20), *rows_beginning_alike(2, 90, 20, seed=1)],
@@ -157,8 +162,7 @@ def test_loss_and_gradients_are_those_of_the_plain_path_over_all_tokens(tiny_bas
         enable_activation_checkpointing(module.causal_lm)
     batch = batch_of(*rows)
     assert not lay_out(batch).samples.whole.once
-    for one, other in zip(results(module, batch), results(plain, batch), strict=True):
-        assert (one - other).float().norm() <= 1e-5 * other.float().norm()
+    assert_same(results(module, batch), results(plain, batch))
 
 
 def test_in_bfloat16_gradients_err_no_more_than_those_of_the_plain_path(tiny_base):
@@ -171,25 +175,20 @@ def test_in_bfloat16_gradients_err_no_more_than_those_of_the_plain_path(tiny_bas
     assert (ours - exact).norm() <= 1.1 * (plain - exact).norm()
 
 
-def with_rows(batch):
-    rows = torch.arange(len(batch["cu_seqlens"]) - 1)
-    return {**batch, "row_ids": rows, "source": rows}
-
-
 @pytest.mark.parametrize("in_place", [True, False])
 def test_labels_that_a_subclass_changes_are_seen(tiny_base, in_place):
     """What is left out follows the labels of the batch that comes, not those that it was laid out with."""
     module, plain = make(tiny_base), make(tiny_base, fast=False)
-    batch = batch_of(*BATCHES["within a tile"])
-    batch = module.on_after_batch_transfer(module.on_before_batch_transfer(with_rows(batch), 0), 0)
+    rows = torch.arange(len(BATCHES["within a tile"]))
+    batch = batch_of(*BATCHES["within a tile"]) | {"row_ids": rows, "source": rows}
+    batch = module.on_after_batch_transfer(module.on_before_batch_transfer(batch, 0), 0)
     assert batch["layout"].is_of(batch)
     if in_place:
         batch["labels"][0] = batch["input_ids"][0]
     else:
         batch["labels"] = batch["input_ids"].clone()
     batch["labels"][0, batch["cu_seqlens"][:-1]] = IGNORED
-    for one, other in zip(results(module, batch), results(plain, batch), strict=True):
-        assert (one - other).float().norm() <= 1e-5 * other.float().norm()
+    assert_same(results(module, batch), results(plain, batch))
 
 
 def test_all_tokens_are_computed_on_the_plain_path_with_noise_and_with_another_attention(tiny_base):
@@ -217,5 +216,4 @@ def test_loss_and_gradients_are_those_of_the_batch_that_is_not_filled_up(tiny_ba
     filled = train()
     plain = layout.lay_out
     monkeypatch.setattr(module_file, "lay_out", lambda batch, *, fills, **options: plain(batch, **options))
-    for one, other in zip(filled, train(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    assert_same(filled, train())

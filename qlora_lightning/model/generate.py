@@ -18,7 +18,7 @@ from qlora_lightning.model.layout import Samples, whole_samples
 
 BATCH_SIZE = 64  # rows that are answered together
 TOKEN_BUDGET = 32_768  # keys and values that are kept at a time: of SmolLM2-135M 0.75 GB, of Llama-3.1-8B 4.3 GB
-FEW_ROWS = 4  # for so few bitsandbytes multiplies packed weights on every card
+_FEW_PROMPTS = 4  # for so few bitsandbytes multiplies packed weights on every card
 _SHARE = 0.5  # of the free memory that the dense weights may take
 _STILL_GOING = 0.75  # of a batch: with no more the others leave it, which copies all keys and values
 
@@ -140,7 +140,7 @@ def generate_answers(
     was_training = model.training
     model.eval()
     try:
-        packed = len(prompts) <= FEW_ROWS and next(model.parameters()).is_cuda
+        packed = len(prompts) <= _FEW_PROMPTS and next(model.parameters()).is_cuda
         with torch.no_grad(), contextlib.nullcontext() if packed else dense_weights(model):
             limit = rope_limit(_causal_lm(model).config)
             for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size, limit):

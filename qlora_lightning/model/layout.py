@@ -125,85 +125,6 @@ def _origin(batch: Mapping[str, Any]) -> tuple[tuple[Tensor, int], ...]:
     return tuple((each, 0 if each.is_inference() else each._version) for each in tensors)
 
 
-def lay_out(batch: Mapping[str, Any], *, leaves_out: bool = True, fills: bool = False, pads: bool = False) -> Layout:
-    """Lay a flat batch out for the model.
-
-    Args:
-        batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens`` ``(samples + 1,)``. On a
-            GPU already, it is read from there, which makes the host wait.
-        leaves_out: Whether tokens that no label needs are left out, and shared beginnings computed once: the loss and
-            its gradients are the same. Else all tokens are computed.
-        fills: Whether up to 15 more tokens, a sample of their own without labels, fill the stream up for a CPU's
-            products. No result changes, but that dropout and NEFTune draw numbers for these tokens too.
-        pads: Whether samples are laid out padded too: for attention that takes all of them in one kernel.
-
-    Raises:
-        ValueError: ``cu_seqlens`` are no bounds of samples.
-    """
-    bounds = batch["cu_seqlens"].tolist()
-    check_bounds(bounds, batch["input_ids"].shape[1])
-    starts = bounds[:-1]
-    ids, positions, labels = (batch[name][0].cpu().numpy() for name in ("input_ids", "position_ids", "labels"))
-    targets = next_labels(torch.from_numpy(labels)).numpy()
-    needed = Needed(np.diff(bounds).tolist(), [0] * len(starts), [])
-    if leaves_out:
-        tokens = ids + (positions.astype(np.int64) << 32)  # at another position a token has another state
-        needed = find_needed(np.split(tokens, starts[1:]), np.split(targets != IGNORED, starts[1:]))
-        kept = needed.kept(starts)
-        ids, positions, targets = ids[kept], positions[kept], targets[kept]
-    filler = -len(ids) % _ROWS if fills else 0
-    if filler:  # token 0 may be bad where it is never read
-        ids, targets = np.append(ids, ids[-1:].repeat(filler)), np.append(targets, np.full(filler, IGNORED))
-        positions = np.append(positions, np.arange(filler))
-        needed = Needed([*needed.seen, filler], [*needed.shared, 0], needed.order)
-    (predicting,) = (targets != IGNORED).nonzero()
-    return Layout(
-        torch.from_numpy(ids)[None],
-        torch.from_numpy(positions)[None],
-        torch.from_numpy(predicting),
-        torch.from_numpy(targets[predicting]),
-        place_samples(needed, pads=pads),
-        () if batch.get("row_ids") is None else tuple(batch["row_ids"].tolist()),
-    )
-
-
-def place_samples(needed: "Needed", *, pads: bool = False) -> Samples:
-    """Say where samples lie in the stream of what is needed of them.
-
-    Args:
-        needed: Of them.
-        pads: Whether to lay them out padded too.
-    """
-    places, bounds = needed.places(), [0, *np.cumsum(needed.seen).tolist()]
-    tokens, longest = sum(needed.seen) - sum(needed.shared), max(needed.seen)
-    padded = None
-    if pads:
-        # A sample is filled up with its last token: no query of its own sees what is behind it.
-        within = np.minimum(np.arange(longest), np.array(needed.seen)[:, None] - 1)  # (samples, longest)
-        counts = np.arange(longest) < np.array(needed.seen)[:, None]
-        padded = _spread(places[within + np.array(bounds[:-1])[:, None]].reshape(-1), counts.reshape(-1), tokens)
-    return Samples(
-        tuple(bounds),
-        torch.tensor(bounds, dtype=torch.int32),
-        torch.tensor(needed.shared),
-        _spread(places, np.ones(len(places), dtype=np.bool_), tokens),
-        padded,
-    )
-
-
-def whole_samples(lengths: Sequence[int], *, pads: bool = False) -> Samples:
-    """Say where samples lie that are computed whole, one behind the other."""
-    return place_samples(Needed(list(lengths), [0] * len(lengths), []), pads=pads)
-
-
-def _spread(places: _Numbers, counts: npt.NDArray[np.bool_], tokens: int) -> Spread:
-    (laid_out,) = counts.nonzero()
-    order = laid_out[np.argsort(places[laid_out], kind="stable")]
-    begins = np.searchsorted(places[order], np.arange(tokens + 1))
-    tensors = [torch.from_numpy(each) for each in (places, order, begins, order[begins[:-1]])]
-    return Spread(tensors[0], tensors[1], tensors[2], tensors[3], once=len(order) == tokens)
-
-
 @dataclass(frozen=True)
 class Needed:
     """What of the samples of a batch is computed.
@@ -232,6 +153,78 @@ class Needed:
         return np.concatenate(places)
 
 
+def lay_out(batch: Mapping[str, Any], *, leaves_out: bool = True, fills: bool = False, pads: bool = False) -> Layout:
+    """Lay a flat batch out for the model.
+
+    Args:
+        batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens`` ``(samples + 1,)``. On a
+            GPU already, it is read from there, which makes the host wait.
+        leaves_out: Whether tokens that no label needs are left out, and shared beginnings computed once: the loss and
+            its gradients are the same. Else all tokens are computed.
+        fills: Whether up to 15 more tokens, a sample of their own without labels, fill the stream up for a CPU's
+            products. No result changes, but that dropout and NEFTune draw numbers for these tokens too.
+        pads: Whether samples are laid out padded too: for attention that takes all of them in one kernel.
+    """
+    bounds, tokens = batch["cu_seqlens"].tolist(), batch["input_ids"].shape[1]
+    if bounds[0] != 0 or bounds[-1] != tokens or any(end <= start for start, end in itertools.pairwise(bounds)):
+        raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, the tokens of the batch; found {bounds}.")
+    starts = bounds[:-1]
+    ids, positions, labels = (batch[name][0].cpu().numpy() for name in ("input_ids", "position_ids", "labels"))
+    targets = next_labels(torch.from_numpy(labels)).numpy()
+    needed = Needed(np.diff(bounds).tolist(), [0] * len(starts), [])
+    if leaves_out:
+        states = ids + (positions.astype(np.int64) << 32)  # at another position a token has another state
+        needed = find_needed(np.split(states, starts[1:]), np.split(targets != IGNORED, starts[1:]))
+        kept = needed.kept(starts)
+        ids, positions, targets = ids[kept], positions[kept], targets[kept]
+    filler = -len(ids) % _ROWS if fills else 0
+    if filler:  # token 0 may be bad where it is never read
+        ids, targets = np.append(ids, ids[-1:].repeat(filler)), np.append(targets, np.full(filler, IGNORED))
+        positions = np.append(positions, np.arange(filler))
+        needed = Needed([*needed.seen, filler], [*needed.shared, 0], needed.order)
+    (predicting,) = (targets != IGNORED).nonzero()
+    return Layout(
+        torch.from_numpy(ids)[None],
+        torch.from_numpy(positions)[None],
+        torch.from_numpy(predicting),
+        torch.from_numpy(targets[predicting]),
+        place_samples(needed, pads=pads),
+        () if batch.get("row_ids") is None else tuple(batch["row_ids"].tolist()),
+    )
+
+
+def place_samples(needed: Needed, *, pads: bool = False) -> Samples:
+    """Find where samples are in the stream of what is needed of them; with ``pads`` lay them out padded too."""
+    places, bounds = needed.places(), [0, *np.cumsum(needed.seen).tolist()]
+    tokens, longest = sum(needed.seen) - sum(needed.shared), max(needed.seen)
+    padded = None
+    if pads:
+        # A sample is filled up with its last token: no query of its own sees what is behind it.
+        within = np.minimum(np.arange(longest), np.array(needed.seen)[:, None] - 1)  # (samples, longest)
+        counts = np.arange(longest) < np.array(needed.seen)[:, None]
+        padded = _spread(places[within + np.array(bounds[:-1])[:, None]].reshape(-1), counts.reshape(-1), tokens)
+    return Samples(
+        tuple(bounds),
+        torch.tensor(bounds, dtype=torch.int32),
+        torch.tensor(needed.shared),
+        _spread(places, np.ones(len(places), dtype=np.bool_), tokens),
+        padded,
+    )
+
+
+def whole_samples(lengths: Sequence[int]) -> Samples:
+    """Find where samples are that are computed whole, one behind the other."""
+    return place_samples(Needed(list(lengths), [0] * len(lengths), []))
+
+
+def _spread(places: _Numbers, counts: npt.NDArray[np.bool_], tokens: int) -> Spread:
+    (laid_out,) = counts.nonzero()
+    order = laid_out[np.argsort(places[laid_out], kind="stable")]
+    begins = np.searchsorted(places[order], np.arange(tokens + 1))
+    tensors = [torch.from_numpy(each) for each in (places, order, begins, order[begins[:-1]])]
+    return Spread(tensors[0], tensors[1], tensors[2], tensors[3], once=len(order) == tokens)
+
+
 def find_needed(tokens: Sequence[npt.NDArray[np.integer]], predicts: Sequence[npt.NDArray[np.bool_]]) -> Needed:
     """Find what of the samples of a batch must be computed.
 
@@ -257,16 +250,6 @@ def find_needed(tokens: Sequence[npt.NDArray[np.integer]], predicts: Sequence[np
 def filled(tokens: int) -> int:
     """Give the tokens of a stream that is filled up."""
     return -(-tokens // _ROWS) * _ROWS
-
-
-def check_bounds(bounds: Sequence[int], tokens: int) -> None:
-    """Refuse bounds of samples that are none.
-
-    Raises:
-        ValueError: They do not rise from 0 to the tokens of the batch.
-    """
-    if bounds[0] != 0 or bounds[-1] != tokens or any(end <= start for start, end in itertools.pairwise(bounds)):
-        raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, the tokens of the batch; found {list(bounds)}.")
 
 
 def add_noise(embeddings: Tensor, samples: Samples, alpha: float) -> Tensor:

@@ -1,7 +1,8 @@
 """Next-token loss on the labelled tokens only; the full ``(tokens, vocabulary)`` logits never exist."""
+# mypy: allow-untyped-calls
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,8 @@ from torchmetrics import Metric
 
 from qlora_lightning.model.batch import is_flat
 from qlora_lightning.model.kernels import loops
-from qlora_lightning.model.layers.fusing import ORIGINAL_LINEARS, is_watched
-from qlora_lightning.model.layers.lora import Frozen, FrozenWeight, apply, project, project_back
+from qlora_lightning.model.layers.fusing import is_watched, libraries_are_original
+from qlora_lightning.model.layers.lora import Frozen, project, project_back
 from qlora_lightning.model.layout import IGNORED, next_labels
 
 _MOST_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no quicker
@@ -71,21 +72,19 @@ class TokenStatistics(Metric):
 
 
 def rows_of_logits(vocabulary: int, number_bytes: int, device: str) -> int:
-    """Give how many labelled tokens' logits exist at a time."""
+    """Return how many labelled tokens' logits exist at a time."""
     if device != "cpu":
         return max(1, _LOGIT_BYTES_OF_GPU // (vocabulary * number_bytes))
     return max(1, min(_MOST_ROWS, _LOGIT_BYTES // (vocabulary * number_bytes)))
 
 
 def rows_of_probabilities(vocabulary: int, number_bytes: int, device: str) -> int:
-    """Give of how many labelled tokens the probabilities exist at a time."""
+    """Return of how many labelled tokens the probabilities exist at a time."""
     most = rows_of_logits(vocabulary, number_bytes, device)
     return max(1, min(most, _CACHED_BYTES // (vocabulary * _FLOAT))) if device == "cpu" else most
 
 
-def head_loss(
-    hidden: Tensor, targets: Tensor, head: nn.Module, chunk: int | None = None, *, fast: bool = True
-) -> LossSums:
+def head_loss(hidden: Tensor, targets: Tensor, head: Any, chunk: int | None = None, *, fast: bool = True) -> LossSums:
     """Sum the loss of labelled tokens.
 
     Args:
@@ -96,13 +95,13 @@ def head_loss(
             a GPU as many as 256 MiB hold.
         fast: Whether a frozen head's gradient may be made while the logits exist; ``False`` leaves it to autograd.
     """
-    if fast and _is_frozen_linear(head):
-        chunk = chunk or rows_of_logits(len(head.weight), head.weight.element_size(), hidden.device.type)
-        nll_sum, correct = apply(_FrozenHeadLoss, hidden, head.weight, targets, chunk)
+    is_frozen, device = _is_frozen_linear(head), hidden.device.type
+    if fast and is_frozen:
+        chunk = chunk or rows_of_logits(len(head.weight), head.weight.element_size(), device)
+        nll_sum, correct = _FrozenHeadLoss.apply(hidden, head.weight, targets, chunk)
     else:
-        nll_sum, correct = _checkpointed_head_loss(
-            hidden, head, targets, chunk or _rows_of_plain_logits(head, hidden.device.type)
-        )
+        chunk = chunk or (rows_of_logits(len(head.weight), _FLOAT, device) if is_frozen else _MOST_ROWS)
+        nll_sum, correct = _checkpointed_head_loss(hidden, head, targets, chunk)
     count = torch.full((), len(targets), device=hidden.device)  # torch.tensor would wait for a GPU
     return LossSums(nll_sum, count, correct)
 
@@ -117,9 +116,9 @@ def mean_with_gradient_of_sum(sums: LossSums, scale: float = 1.0) -> Tensor:
     return value / sums.labelled_tokens.clamp(min=1) + scale * (sums.nll_sum - value)
 
 
-def _is_frozen_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
-    plain = type(head) is nn.Linear and ORIGINAL_LINEARS.are_there() and not is_watched(head)
-    return plain and head.bias is None and not head.weight.requires_grad
+def _is_frozen_linear(head: Any) -> bool:
+    is_plain = type(head) is nn.Linear and libraries_are_original() and not is_watched(head)
+    return is_plain and head.bias is None and not head.weight.requires_grad
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -133,7 +132,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         nll_sum = torch.zeros((), device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        head = Frozen(FrozenWeight(weight), bias=None, scaling=1.0)
+        head = Frozen(weight, bias=None, scaling=1.0)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             logits = project(hidden[part].to(weight.dtype), None, None, head)  # then their gradient
@@ -186,10 +185,6 @@ def _find_largest(rows: Tensor) -> Tensor:
     block = blocks.amax(-1).argmax(-1, keepdim=True)  # (rows, 1)
     within = blocks.take_along_dim(block[..., None], 1).argmax(-1)
     return block * _BLOCK + within
-
-
-def _rows_of_plain_logits(head: nn.Module, device: str) -> int:
-    return rows_of_logits(len(head.weight), _FLOAT, device) if _is_frozen_linear(head) else _MOST_ROWS
 
 
 def _checkpointed_head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:

@@ -46,10 +46,10 @@ class Rule(NamedTuple):
 RULES = (
     # autograd functions of qlora_lightning.model; a backward has the name of its forward
     Rule("NormedLinears", NORMS, False),
-    Rule("LoRALinearFunction|LoRAProjection", ADAPTERS, False),
-    Rule("SwiGLU|KeptForSwiGLU", ACTIVATION, False),
+    Rule("LoRALinearFunction", ADAPTERS, False),
+    Rule("SwiGLUProjection|KeptForSwiGLU", ACTIVATION, False),
     Rule("Rotary", ROTARY, True),
-    Rule("SampleAttention|_LayOut", ATTENTION, True),
+    Rule("SampleAttention|_Attention|_LayOut", ATTENTION, True),
     Rule("_FrozenHeadLoss", HEAD, True),
     Rule("_CopyApart", RECOMPUTATION, True),
     Rule(f"{PROFILED}multiply", BASE, True),  # the adapter's wide product with it, and making the weight dense

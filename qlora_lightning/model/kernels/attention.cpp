@@ -2,7 +2,7 @@
 //
 // A thread takes a sample and a key head: its keys and values are packed once and stay in the cache, a strip of
 // queries meets the keys up to its last row, and scores and probabilities never leave the first cache. Backward makes
-// them again. Products are summed up in float32. What is computed is said in ../layers/sample_attention.py.
+// them again. Products are summed up in float32. The formula is in ../layers/attention.py.
 
 #include <algorithm>
 #include <atomic>

@@ -38,9 +38,9 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
-    """Give the compiled loops; ``None`` where they cannot be had, which on Linux is told.
+    """Return the compiled loops, ``None`` if they cannot be had, which on Linux is reported.
 
-    To compile takes some seconds, the first time that this CPU is asked for it.
+    Compiling takes some seconds, once for a CPU.
     """
     if not sys.platform.startswith("linux"):
         return None
@@ -63,22 +63,20 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def _compile(compiler: str, folder: Path) -> None:
-    objects = [folder / f"{source.stem}.o" for source in _SOURCES]
+    def run(*arguments: str | Path) -> None:
+        command = [compiler, *_options(), *map(str, arguments)]
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+
+    def compile_one(source: Path) -> Path:
+        compiled = folder / f"{source.stem}.o"
+        run("-c", source, "-o", compiled)
+        return compiled
+
     with ThreadPoolExecutor() as pool:
-        list(pool.map(functools.partial(_compile_one, compiler), _SOURCES, objects))
-    _run(compiler, "-shared", *objects, "-o", folder / _LIBRARY)
+        objects = list(pool.map(compile_one, _SOURCES))
+    run("-shared", *objects, "-o", folder / _LIBRARY)
     for each in objects:
         each.unlink()
-
-
-def _compile_one(compiler: str, source: Path, to: Path) -> None:
-    _run(compiler, "-c", source, "-o", to)
-
-
-def _run(compiler: str, *arguments: str | Path) -> None:
-    subprocess.run(
-        [compiler, *_options(), *map(str, arguments)], check=True, capture_output=True, text=True, errors="replace"
-    )
 
 
 def _options() -> tuple[str, ...]:

@@ -1,5 +1,5 @@
 // What a LLaMA computes row by row, without operators' results in between; sums are taken in float32, results rounded
-// once. The same in torch's words: rms_norm.py, rotary.py and swiglu.py of ../layers, and ../loss.py.
+// once. The same in torch's operations: ../layers/elementwise.py and ../loss.py.
 
 #include "numbers.h"
 

@@ -40,7 +40,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return hidden
 
 
-def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor, *_: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Give ``silu(gate) · up`` and the gradients of gate and up; the first of these in the place of the given one."""
     hidden, grad_up = torch.empty_like(gate), torch.empty_like(up)
     call("swiglu_backward", gate.dtype, gate, up, grad, grad_up, hidden, gate.numel())

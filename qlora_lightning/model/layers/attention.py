@@ -9,11 +9,12 @@ transformers hands on to here. Four ways lead to the same numbers within roundin
   it, so there is no mask;
 * else, and as the plain way, torch's attention for one sample after the other.
 """
+# mypy: allow-untyped-calls
 
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from qlora_lightning.model.kernels import attention as kernel
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
-from qlora_lightning.model.layers.lora import apply
-from qlora_lightning.model.layout import Samples, Spread, whole_samples
+from qlora_lightning.model.layout import Samples, Spread
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import attend_ragged
 
@@ -55,11 +55,7 @@ def attends_flatly(causal_lm: Any) -> bool:
 
 
 def check_attends_flatly(causal_lm: Any) -> None:
-    """Refuse another attention for flat batches: it would take :data:`NO_MASK` at its word, and see no token at all.
-
-    Raises:
-        UserError: The model attends by another.
-    """
+    """Refuse another attention for flat batches: it would take :data:`NO_MASK` at its word, and see no token at all."""
     if not attends_flatly(causal_lm):
         raise UserError(
             f"The model attends by {causal_lm.config._attn_implementation!r}, which knows nothing of the samples of a "
@@ -86,7 +82,7 @@ def has_dropout(causal_lm: Any) -> bool:
 
 
 def flat_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -95,10 +91,11 @@ def flat_attention(
     dropout: float = 0.0,
     samples: Samples | None = None,
     kv_cache: KeyValueCache | None = None,
-    cu_seqlens: Tensor | None = None,
+    *,
+    fast: bool = True,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within each sample of the stream; without any (generation) behave as plain SDPA.
+    """Attend within each sample of the stream, as transformers calls an attention.
 
     Args:
         module: The attention module that calls.
@@ -108,72 +105,36 @@ def flat_attention(
         attention_mask: Only read without ``samples``.
         scaling: Factor on the scores; ``None`` means ``head_dim ** -0.5``.
         dropout: Probability with which attention weights are dropped.
-        samples: Where the samples lie.
+        samples: Where the samples are; without them (generation by transformers) this is torch's SDPA.
         kv_cache: Of rows that are being answered: takes in their prompts, then attends for one token of each.
-        cu_seqlens: In place of ``samples``: where they begin and the last one ends, ``(samples + 1,)``; read by the
-            host in every layer.
+        fast: ``False`` takes torch's attention, one sample after the other.
         kwargs: Handed on to transformers' SDPA.
 
     Returns:
         The mixed values ``(1, tokens, heads, head_dim)``, and no weights.
     """
-    if (mixed := _through_cache(kv_cache, module, query, key, value, scaling)) is not None:
-        return mixed, None
-    samples = _samples_of(samples, cu_seqlens)
-    if samples is not None and dropout == 0.0:
-        mixed = _attend_by_loops(query, key, value, samples, scaling)
-        if mixed is not None:
+    if kv_cache is not None:
+        if kv_cache.decoding:
+            return kv_cache.attend(module.layer_idx, query, key, value, scaling), None
+        kv_cache.fill(module.layer_idx, key, value)
+    if samples is None:
+        options = {"scaling": scaling, "dropout": dropout, **kwargs}
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return output, None
+    if fast and dropout == 0.0:
+        if (mixed := _attend_by_loops(query, key, value, samples, scaling)) is not None:
             return mixed, None
         if has_ragged_kernel(query.device, query.dtype):
-            attend = functools.partial(_attend_ragged, samples=samples, scaling=scaling)
-            return _attend_in_full(attend, query, key, value, samples.whole), None
-    if samples is not None and samples.padded is not None:
+            return _attend_in_full(_attend_ragged, query, key, value, samples, scaling), None
+    if fast and samples.padded is not None:
         return _attend_padded(query, key, value, samples, samples.padded, scaling, dropout), None
-    return plain_flat_attention(module, query, key, value, attention_mask, scaling, dropout, samples, **kwargs)
+    attend = functools.partial(_attend_per_sample, dropout=dropout)
+    return _attend_in_full(attend, query, key, value, samples, scaling), None
 
 
-def plain_flat_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    samples: Samples | None = None,
-    kv_cache: KeyValueCache | None = None,
-    cu_seqlens: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+def plain_flat_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """Attend as :func:`flat_attention` by torch's SDPA, for one sample after the other."""
-    if (mixed := _through_cache(kv_cache, module, query, key, value, scaling)) is not None:
-        return mixed, None
-    samples = _samples_of(samples, cu_seqlens)
-    if samples is None:
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
-        return output, None
-    attend = functools.partial(_attend_per_sample, bounds=samples.bounds, scaling=scaling, dropout=dropout)
-    return _attend_in_full(attend, query, key, value, samples.whole), None
-
-
-def _samples_of(samples: Samples | None, cu_seqlens: Tensor | None) -> Samples | None:
-    if samples is not None or cu_seqlens is None:
-        return samples
-    return whole_samples(cu_seqlens.diff().tolist()).to(cu_seqlens.device)
-
-
-def _through_cache(
-    kv_cache: KeyValueCache | None, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
-) -> Tensor | None:
-    """Let a cache attend for single tokens; it takes in prompts, which attend to themselves, and gives nothing."""
-    if kv_cache is None:
-        return None
-    if kv_cache.decoding:
-        return kv_cache.attend(module.layer_idx, query, key, value, scaling)
-    kv_cache.fill(module.layer_idx, key, value)
-    return None
+    return flat_attention(*args, fast=False, **kwargs)
 
 
 def has_ragged_kernel(device: torch.device, dtype: torch.dtype) -> bool:
@@ -186,20 +147,20 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-# ---- a stream that holds what samples share once, laid out ----------------------------------------------------------
-
-
-def _attend_in_full(attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, whole: Spread) -> Tensor:
-    """Lay all tokens of the samples out, let them attend, and give what the stream holds of it."""
-    if whole.once:
-        return attend(query, key, value)
-    laid_out = (lay_out_states(each, whole) for each in (query, key, value))
-    return attend(*laid_out).index_select(1, whole.first)  # one of each place: all are the same
+def _attend_in_full(
+    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None
+) -> Tensor:
+    """Lay out all tokens of samples that share some, let them attend, and give what the stream has of them."""
+    if samples.whole.once:
+        return attend(query, key, value, samples, scaling)
+    laid_out = (lay_out_states(each, samples.whole) for each in (query, key, value))
+    return attend(*laid_out, samples, scaling).index_select(1, samples.whole.first)  # one of each place: all are same
 
 
 def lay_out_states(states: Tensor, spread: Spread) -> Tensor:
     """Lay states ``(1, heads, tokens, head_dim)`` of a stream out as :class:`Spread` says."""
-    return cast(Tensor, apply(_LayOut, states, spread))
+    laid_out: Tensor = _LayOut.apply(states, spread)
+    return laid_out
 
 
 class _LayOut(torch.autograd.Function):
@@ -225,10 +186,7 @@ class _LayOut(torch.autograd.Function):
         return summed.view(1, len(spread.first), heads, head_dim).transpose(1, 2), None
 
 
-# ---- the ways -------------------------------------------------------------------------------------------------------
-
-
-def _attend_ragged(query: Tensor, key: Tensor, value: Tensor, *, samples: Samples, scaling: float | None) -> Tensor:
+def _attend_ragged(query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None) -> Tensor:
     query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))  # (tokens, heads, head_dim)
     return attend_ragged(query, key, value, samples.cu_seqlens, samples.longest, scaling)[None]
 
@@ -252,7 +210,7 @@ def _attend_padded(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would compile anew for each batch
 def _attend_per_sample(
-    query: Tensor, key: Tensor, value: Tensor, *, bounds: tuple[int, ...], scaling: float | None, dropout: float
+    query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None, dropout: float
 ) -> Tensor:
     outputs = [
         F.scaled_dot_product_attention(
@@ -264,7 +222,7 @@ def _attend_per_sample(
             dropout_p=dropout,
             enable_gqa=True,
         )
-        for start, end in itertools.pairwise(bounds)
+        for start, end in itertools.pairwise(samples.bounds)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
@@ -281,7 +239,8 @@ def _attend_by_loops(
     if len(samples.whole.first) != query.shape[2]:  # the loops would read beyond
         raise ValueError(f"samples: expected those of {query.shape[2]} tokens, found {len(samples.whole.first)}.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return cast(Tensor, apply(SampleAttention, query.to(dtype), key.to(dtype), value.to(dtype), samples, scale))
+    mixed: Tensor = SampleAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), samples, scale)
+    return mixed
 
 
 class SampleAttention(torch.autograd.Function):

@@ -1,14 +1,13 @@
 """Keeps the inputs of checkpointed layers apart from a CPU's heap, where they would leave holes."""
+# mypy: allow-untyped-calls
 
 import mmap
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-
-from qlora_lightning.model.layers.lora import apply
 
 
 def keep_inputs_apart(layers: Iterable[nn.Module]) -> None:
@@ -36,7 +35,7 @@ class _Storing:
 
     def __call__(self, function: Callable[..., Any], hidden: Tensor, *rest: Any) -> Any:
         if hidden.device.type == "cpu" and hidden.numel():
-            hidden = cast(Tensor, apply(_CopyApart, hidden))
+            hidden = _CopyApart.apply(hidden)
         return self.checkpoint(function, hidden, *rest)
 
 

@@ -1,4 +1,5 @@
 """A LLaMA layer in few autograd functions, which save little and share what can be shared."""
+# mypy: allow-untyped-calls
 
 import itertools
 from typing import Any, cast
@@ -9,14 +10,19 @@ from torch.autograd.function import once_differentiable
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from qlora_lightning.model.layers.attention import flat_attention
-from qlora_lightning.model.layers.elementwise import Rotary, normalize, normalize_again, normalize_backward, swiglu
+from qlora_lightning.model.layers.elementwise import (
+    Rotary,
+    normalize,
+    normalize_again,
+    normalize_backward,
+    swiglu,
+    swiglu_backward,
+)
 from qlora_lightning.model.layers.lora import (
     Casts,
     Frozen,
     LoRALinearFunction,
-    LoRAProjection,
     adapters_of,
-    apply,
     device_of_autocast,
     frozen_part,
     gradient_of_a,
@@ -39,18 +45,9 @@ class NormedLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, eps: float, linears: tuple[Frozen, ...], *adapters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Compute.
+        """Compute ``(…, out)`` of each linear from x, ``(…, in)``.
 
-        Args:
-            ctx: Of the function.
-            x: ``(…, in)``.
-            weight: Of the norm, ``(in,)``.
-            eps: Of the norm.
-            linears: What of each linear is frozen.
-            adapters: A and B of each linear in turn, ``None`` where it has none.
-
-        Returns:
-            ``(…, out)`` of each linear.
+        ``adapters`` are A and B of each linear in turn, ``None`` if it has none.
         """
         flat = x.reshape(-1, x.shape[-1])
         normed, inverse = normalize(flat, weight, eps)
@@ -107,7 +104,71 @@ def _split(stacked: Tensor, all_a: Any, dim: int = 1) -> tuple[Tensor, ...]:
     return torch.split(stacked, [0 if a is None else len(a) for a in all_a], dim)
 
 
-_OF_SAMPLES = ("samples", "kv_cache", "cu_seqlens")  # what attention is told of them
+class KeptForSwiGLU(torch.autograd.Function):
+    """Hand gate and up on, and keep what :class:`SwiGLUProjection` behind takes for backward.
+
+    A function of its own, so that a checkpointed layer that is run again has all that it must keep, and stops, before
+    SwiGLU and the last product: backward makes h again in any case.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, lora_a: Tensor | None, lora_b: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(gate, up, lora_a, lora_b)
+        ctx.set_materialize_grads(False)
+        return gate.view_as(gate), up.view_as(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_gate: Tensor | None, grad_up: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grad_gate, grad_up, None, None
+
+
+class SwiGLUProjection(torch.autograd.Function):
+    """Compute ``residual + h Wᵀ + bias + scaling (h Aᵀ) Bᵀ`` of ``h = silu(gate) · up``: the last of a decoder layer.
+
+    It saves nothing through autograd; ``h Aᵀ``, narrow, is kept by hand, all else by :class:`KeptForSwiGLU`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        down: Frozen,
+        residual: Tensor,
+        needed: tuple[bool, bool],
+    ) -> Tensor:
+        """Compute the shape of the residual, ``(…, out)``, from gate and up, ``(tokens, wide)``.
+
+        ``needed``: which of these take a gradient. What KeptForSwiGLU hands on always does if an adapter trains.
+        """
+        hidden = swiglu(gate, up)
+        low = None if lora_a is None else narrow(hidden, [lora_a], down.casts)
+        ctx.kept, ctx.low, ctx.down, ctx.needed = gate.grad_fn, low, down, needed
+        return project(hidden, low, lora_b, down, residual).view(residual.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, lora_a, lora_b = ctx.kept.saved_tensors
+        needs_hidden, (_, _, needs_a, needs_b, _, needs_residual, _) = any(ctx.needed), ctx.needs_input_grad
+        of_output = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
+        hidden = grad_low = grad_gate = grad_up = grad_a = grad_b = None
+        if lora_b is not None:
+            needed = needs_hidden or needs_a, needs_b
+            grad_low, grad_b = gradients_of_b(of_output, ctx.low, lora_b, ctx.down, needed)
+        if needs_hidden:
+            grad_hidden = project_back([of_output], [ctx.down], grad_low, [] if lora_a is None else [lora_a])
+            hidden, grad_gate, grad_up = swiglu_backward(gate, up, grad_hidden, needs_a, *ctx.needed)
+        elif needs_a:
+            hidden = swiglu(gate, up)
+        if needs_a and hidden is not None and grad_low is not None:
+            grad_a = gradient_of_a(grad_low, hidden).to(lora_a.dtype)
+        return grad_gate, grad_up, grad_a, grad_b, None, grad if needs_residual else None, None
 
 
 class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy transformers is untyped
@@ -118,21 +179,24 @@ class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy tra
         if args or not self._fuses(hidden_states, kwargs):
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
         attention, mlp = self.self_attn, self.mlp
-        linears: tuple[nn.Module, ...] = (attention.q_proj, attention.k_proj, attention.v_proj)
         casts: Casts | None = kwargs.get("casts")
+        linears: tuple[nn.Module, ...] = (attention.q_proj, attention.k_proj, attention.v_proj)
         projected = _apply_norm_and_linears(hidden_states, self.input_layernorm, linears, casts)
         by_heads = (*hidden_states.shape[:2], -1, attention.head_dim)
         query, key, value = (each.view(by_heads).transpose(1, 2) for each in projected)
-        query, key = apply(Rotary, query, key, *kwargs["position_embeddings"])
+        query, key = Rotary.apply(query, key, *kwargs["position_embeddings"])
         samples: dict[str, Any] = {name: kwargs.get(name) for name in _OF_SAMPLES}
         mixed, _ = flat_attention(attention, query, key, value, None, scaling=attention.scaling, **samples)
-        hidden_states = _apply_linear(mixed.flatten(-2), attention.o_proj, hidden_states, casts)
+        out = frozen_part(attention.o_proj, mixed.dtype, casts)
+        hidden_states = LoRALinearFunction.apply(mixed.flatten(-2), *adapters_of(attention.o_proj), out, hidden_states)
         linears = (mlp.gate_proj, mlp.up_proj)
-        gate, up = _apply_norm_and_linears(hidden_states, self.post_attention_layernorm, linears, casts)
-        lora_a, lora_b = adapters_of(mlp.down_proj)
-        down = frozen_part(mlp.down_proj, gate.dtype, casts)
-        hidden, low = swiglu(gate, up, lora_a, down.casts)
-        return cast(Tensor, apply(LoRAProjection, hidden, low, lora_b, down, hidden_states))
+        projected = _apply_norm_and_linears(hidden_states, self.post_attention_layernorm, linears, casts)
+        gate, up = (each.flatten(0, 1) for each in projected)
+        needed = gate.requires_grad, up.requires_grad
+        adapters, down = adapters_of(mlp.down_proj), frozen_part(mlp.down_proj, gate.dtype, casts)
+        gate, up = KeptForSwiGLU.apply(gate, up, *adapters)
+        output = SwiGLUProjection.apply(gate, up, *adapters, down, hidden_states, needed)
+        return cast(Tensor, output)
 
     def _fuses(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether this is a flat batch, in the dtype of all products."""
@@ -144,17 +208,16 @@ class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy tra
         )
 
 
+_OF_SAMPLES = ("samples", "kv_cache")  # what attention is told of them
+
+
 def _apply_norm_and_linears(
     x: Tensor, norm: Any, linears: tuple[nn.Module, ...], casts: Casts | None
 ) -> tuple[Tensor, ...]:
     frozen = tuple(frozen_part(linear, x.dtype, casts) for linear in linears)
     adapters = [matrix for linear in linears for matrix in adapters_of(linear)]
-    return cast(tuple[Tensor, ...], apply(NormedLinears, x, norm.weight, norm.variance_epsilon, frozen, *adapters))
-
-
-def _apply_linear(x: Tensor, linear: nn.Module, residual: Tensor, casts: Casts | None) -> Tensor:
-    frozen = frozen_part(linear, x.dtype, casts)
-    return cast(Tensor, apply(LoRALinearFunction, x, *adapters_of(linear), frozen, residual))
+    outputs: tuple[Tensor, ...] = NormedLinears.apply(x, norm.weight, norm.variance_epsilon, frozen, *adapters)
+    return outputs
 
 
 def cast_adapters(model: nn.Module, dtype: torch.dtype) -> Casts:
@@ -168,6 +231,4 @@ def cast_adapters(model: nn.Module, dtype: torch.dtype) -> Casts:
                 pairs = [adapters_of(linear) for linear in linears]
                 groups.append([a for a, _ in pairs if a is not None])
                 groups += ([b] for _, b in pairs if b is not None)
-    casts = Casts()
-    casts.make([group for group in groups if group], dtype)
-    return casts
+    return Casts([group for group in groups if group], dtype)

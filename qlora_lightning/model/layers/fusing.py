@@ -3,9 +3,8 @@
 A fused forward does the work of parts that it does not call. So it is chosen only where these parts are as the
 libraries made them, nobody watches them, and they compute what the fused functions do.
 """
+# mypy: allow-untyped-calls
 
-import os
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import nn
-from torch.nn.modules import module as global_hooks
+from torch.nn.modules import module as torch_module
 from transformers.activations import SiLUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama import modeling_llama as llama
@@ -26,78 +25,42 @@ from qlora_lightning.model.layers.attention import FLAT_ATTENTION
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
 from qlora_lightning.model.layers.lora import FusedLinear, FusedLinear4bit, compute_dtype_of, runs_fused
 
-_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+_PARTS = (LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRMSNorm)
+_ACTIVATIONS = (SiLUActivation, nn.SiLU)  # of hidden_act silu, and of swish, which is the same function
+_LINEARS = (nn.Linear, bnb.nn.Linear4bit, nn.Identity, nn.Dropout, PeftLinear, PeftLinear4bit)
+_FUSED = {
+    **{PeftLinear4bit: FusedLinear4bit, PeftLinear: FusedLinear},
+    **{FusedLinear4bit: FusedLinear4bit, FusedLinear: FusedLinear},  # of an adapter before
+}
+# What fused functions compute themselves: who replaces it, for all models at once, wants it called.
+_ORIGINALS = {
+    **{(kind, "forward"): kind.forward for kind in (*_LINEARS, LlamaDecoderLayer, *_PARTS, *_ACTIVATIONS)},
+    (llama, "apply_rotary_pos_emb"): llama.apply_rotary_pos_emb,
+    (llama, "rotate_half"): llama.rotate_half,
+    (F, "silu"): F.silu,
+}
+_LIBRARIES = ("torch.", "transformers.", "peft.", "bitsandbytes.")
 
 
-class Originals:
-    """Functions of libraries, as they were when this was made: before or after, others may put theirs there.
-
-    Libraries of kernels do so, for all models at once.
-    """
-
-    def __init__(self, *places: tuple[Any, str]) -> None:
-        """Look at them.
-
-        Args:
-            places: Of each function the class or module that holds it, and its name there.
-        """
-        self._found = [(vars(owner), name, getattr(owner, name)) for owner, name in places]
-        self._are_own = all(_is_own(function) for _, _, function in self._found)
-
-    def are_there(self) -> bool:
-        """Whether each is the library's own."""
-        # in a loop: every layer asks in every pass
-        for names, name, function in self._found:
-            if names.get(name) is not function:
-                return False
-        return self._are_own
-
-
-def _is_own(function: Any) -> bool:
-    folders = tuple(os.path.join(os.path.dirname(str(sys.modules[each].__file__)), "") for each in _LIBRARIES)
-    return all(file.startswith(folders) for file in _files(function))
-
-
-def _files(function: Any) -> Iterator[str]:
-    """Give where a function is written, and each that it wraps: ``functools.wraps`` copies all names but not that."""
-    while function is not None:
-        yield getattr(getattr(function, "__code__", None), "co_filename", "")
-        function = getattr(function, "__wrapped__", None)
-
-
-# torch has no public way to ask
-_GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+def libraries_are_original() -> bool:
+    """Whether nobody has replaced a function that ours stand for, as libraries of kernels do."""
+    return all(
+        getattr(owner, name, None) is function and str(getattr(function, "__module__", "")).startswith(_LIBRARIES)
+        for (owner, name), function in _ORIGINALS.items()
+    )
 
 
 def is_watched(module: nn.Module) -> bool:
     """Whether the module, or one inside it, has hooks or a forward of its own, or all modules have hooks."""
-    inside: list[nn.Module | None] = [module]
-    for each in inside:  # grows on the way: every layer asks in every pass, and modules() takes four times as long
-        if each is not None:
-            own = each.__dict__  # quicker than to ask the module
-            if (
-                own["_forward_hooks"]
-                or own["_forward_pre_hooks"]
-                or own["_backward_hooks"]
-                or own["_backward_pre_hooks"]
-                or "forward" in own
-            ):
-                return True
-            inside += own["_modules"].values()
-    return any(getattr(global_hooks, kind) for kind in _GLOBAL)
-
-
-ORIGINAL_LINEARS = Originals(
-    *((kind, "forward") for kind in (nn.Linear, bnb.nn.Linear4bit, nn.Identity, nn.Dropout, PeftLinear, PeftLinear4bit))
-)
-_PARTS = (LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRMSNorm)
-ACTIVATIONS = (SiLUActivation, nn.SiLU)  # of hidden_act silu, and of swish, which is the same function
-_ORIGINALS = Originals(
-    *((kind, "forward") for kind in (LlamaDecoderLayer, *_PARTS[:3], *ACTIVATIONS)),
-    (llama, "apply_rotary_pos_emb"),
-    (llama, "rotate_half"),
-    (F, "silu"),
-)
+    # torch has no public way to ask
+    return torch_module._has_any_global_hook() or any(
+        each._forward_hooks
+        or each._forward_pre_hooks
+        or each._backward_hooks
+        or each._backward_pre_hooks
+        or "forward" in vars(each)
+        for each in module.modules()
+    )
 
 
 def fuse_layers(model: nn.Module) -> list[str]:
@@ -108,12 +71,32 @@ def fuse_layers(model: nn.Module) -> list[str]:
     Returns:
         The names of the LoRA layers that keep PEFT's forward: int8, dropout, DoRA and other variants.
     """
-    left = fuse_lora_linears(model)
-    for layer in model.modules():
-        if type(layer) is LlamaDecoderLayer and _has_usual_parts(layer):
+    left = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            if _can_be_plain(layer):
+                layer.__class__ = _FUSED[type(layer)]
+            else:
+                left.append(name)
+        elif type(layer) is LlamaDecoderLayer and _has_usual_parts(layer):
             layer.__class__ = FusedDecoderLayer
     choose_layers(model)
     return left
+
+
+def _can_be_plain(layer: LoraLayer) -> bool:
+    return (
+        type(layer) in _FUSED
+        and type(layer.get_base_layer()) in (nn.Linear, bnb.nn.Linear4bit)
+        and not layer.lora_variant
+        and not any(layer.lora_bias.values())
+        and all(type(dropout) is nn.Identity for dropout in layer.lora_dropout.values())
+    )
+
+
+def _has_usual_parts(layer: Any) -> bool:
+    parts = (layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
+    return tuple(map(type, parts)) == _PARTS and type(layer.mlp.act_fn) in _ACTIVATIONS and libraries_are_original()
 
 
 def choose_layers(model: nn.Module) -> None:
@@ -123,7 +106,7 @@ def choose_layers(model: nn.Module) -> None:
     """
     for layer in model.modules():
         if isinstance(layer, FusedLinear | FusedLinear4bit):
-            fuses = is_plain(layer) and ORIGINAL_LINEARS.are_there() and not any(map(is_watched, layer.children()))
+            fuses = _is_plain(layer) and libraries_are_original() and not any(map(is_watched, layer.children()))
         elif isinstance(layer, FusedDecoderLayer):
             dtypes = {compute_dtype_of(each) for each in _linears_of(layer)}
             fuses = len(dtypes) == 1 and _is_usual(layer)
@@ -142,25 +125,19 @@ def _is_usual(layer: Any) -> bool:
         _has_usual_parts(layer)
         and not (attention.training and attention.attention_dropout)
         and attention.config._attn_implementation == FLAT_ATTENTION
-        and all(map(is_plain, _linears_of(layer)))
+        and all(map(_is_plain, _linears_of(layer)))
         and not any(norm.weight.requires_grad for norm in norms)
         and not any(map(is_watched, layer.children()))
-        and ORIGINAL_LINEARS.are_there()
     )
 
 
-def _linears_of(layer: Any) -> Iterator[nn.Module]:
+def _linears_of(layer: Any) -> tuple[nn.Module, ...]:
     attention, mlp = layer.self_attn, layer.mlp
-    yield from (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    yield from (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    of_attention = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    return (*of_attention, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
 
 
-def _has_usual_parts(layer: Any) -> bool:
-    parts = (layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
-    return tuple(map(type, parts)) == _PARTS and type(layer.mlp.act_fn) in ACTIVATIONS and _ORIGINALS.are_there()
-
-
-def is_plain(layer: Any) -> bool:
+def _is_plain(layer: Any) -> bool:
     """Whether a linear is frozen and has at most one active, unmerged adapter without dropout, bias or variant."""
     if type(layer) not in (FusedLinear4bit, FusedLinear):
         return _is_frozen(layer)
@@ -169,13 +146,10 @@ def is_plain(layer: Any) -> bool:
     (adapter,) = layer.active_adapters
     if adapter not in layer.lora_A:  # it leaves this linear as it is
         return True
-    matrices = layer.lora_A[adapter], layer.lora_B[adapter]
-    if any(type(each) is not nn.Linear or each.bias is not None for each in matrices):
-        return False
-    dropout = layer.lora_dropout[adapter]
+    matrices, dropout = (layer.lora_A[adapter], layer.lora_B[adapter]), layer.lora_dropout[adapter]
     return (
-        adapter not in layer.lora_variant
-        and not layer.lora_bias[adapter]
+        all(type(each) is nn.Linear and each.bias is None for each in matrices)
+        and adapter not in layer.lora_variant
         and (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training))
     )
 
@@ -188,38 +162,8 @@ def _is_frozen(linear: Any) -> bool:
     return not (linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad))
 
 
-def fuse_lora_linears(model: nn.Module) -> list[str]:
-    """Let every LoRA linear of a PEFT model that can be fused use :class:`LoRALinearFunction`.
-
-    PEFT has made the layers; only their class, and so their ``forward``, changes.
-
-    Returns:
-        The names of the LoRA layers that keep PEFT's forward: int8, dropout, DoRA and other variants.
-    """
-    fused = {PeftLinear4bit: FusedLinear4bit, PeftLinear: FusedLinear}
-    fused |= {kind: kind for kind in fused.values()}  # of an adapter before
-    left: list[str] = []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        if type(layer) in fused and _can_be_plain(layer):
-            layer.__class__ = fused[type(layer)]
-        else:
-            left.append(name)
-    return left
-
-
-def _can_be_plain(layer: LoraLayer) -> bool:
-    return (
-        type(layer.get_base_layer()) in (nn.Linear, bnb.nn.Linear4bit)
-        and not layer.lora_variant
-        and not any(layer.lora_bias.values())
-        and all(type(dropout) is nn.Identity for dropout in layer.lora_dropout.values())
-    )
-
-
 def explain_plain_layers(model: Any, *, autocasts: bool, precision: str) -> str | None:
-    """Say why decoder layers take the plain path of PEFT and transformers in training, and what to do about it.
+    """Report why decoder layers take the plain path of PEFT and transformers in training, and what to do about it.
 
     Args:
         model: transformers' causal language model with its adapters, in training mode.
@@ -227,58 +171,50 @@ def explain_plain_layers(model: Any, *, autocasts: bool, precision: str) -> str 
         precision: Lightning's name, as ``32-true``.
 
     Returns:
-        A sentence; ``None`` where all layers run fused.
+        A sentence; ``None`` if all layers run fused.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     mixed = precision.endswith("-mixed")
     plain = layers if autocasts or mixed else [layer for layer in layers if not runs_fused(layer)]
     if not plain:
         return None
-    reasons = [*_of_adapters(model), *_of_base(plain[0], model.config)]
-    if autocasts:
-        reasons += _of_what_trains_beside(model)
+    reasons = [*_reasons_of_adapters(model), *_reasons_of_base(plain[0], model.config)]
     if mixed:
         reasons.append(f"trainer.precision is {precision} (32-true computes products in model.compute_dtype anyway)")
-    if not reasons and not any(isinstance(layer, FusedDecoderLayer) for layer in layers):
-        reasons.append("build_model put them together itself (those of QLoRAModule.build_model run fused)")
     if not reasons:
-        reasons.append("their parts have hooks, or are not plain LoRA on frozen linears of transformers' LLaMA")
+        reasons.append(
+            "their parts have hooks or were put together elsewhere (plain LoRA on frozen linears of transformers' "
+            "LLaMA, as QLoRAModule.build_model makes it, would run fused)"
+        )
     count = f"All {len(layers)}" if len(plain) == len(layers) else f"{len(plain)} of {len(layers)}"
     return f"{count} layers train by the slower layers of PEFT and transformers: {'; '.join(reasons)}."
 
 
-def _of_adapters(model: nn.Module) -> Iterator[str]:
+def _reasons_of_adapters(model: nn.Module) -> Iterator[str]:
     adapted: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    dropouts = [
-        dropout.p for each in adapted for dropout in each.lora_dropout.values() if isinstance(dropout, nn.Dropout)
-    ]
+    dropouts = [getattr(dropout, "p", 0.0) for each in adapted for dropout in each.lora_dropout.values()]
     if any(dropouts):
         yield f"the adapters drop inputs with probability {max(dropouts):g} (model.dropout: 0 would run fused)"
-    kinds = {type(variant).__name__ for each in adapted for variant in each.lora_variant.values()}
-    if any(kind.startswith("Dora") for kind in kinds):
-        yield "the adapters are DoRA (plain LoRA, without use_dora in model.lora_options, would run fused)"
-    others = sorted(kind for kind in kinds if not kind.startswith("Dora"))
-    if others:
-        yield f"the adapters are of PEFT's {', '.join(others)} (plain LoRA would run fused)"
+    variants = {type(variant).__name__ for each in adapted for variant in each.lora_variant.values()}
+    if variants:
+        names = ", ".join(sorted(variants))
+        yield f"the adapters are PEFT's {names} (plain LoRA, without use_dora and the like, would run fused)"
     if any(any(each.lora_bias.values()) for each in adapted):
         yield "the adapters train biases (lora_bias: false would run fused)"
     if any(isinstance(each.get_base_layer(), bnb.nn.Linear8bitLt) for each in adapted):
         yield "the base is stored in int8 (model.quantization: nf4 would run fused)"
-
-
-def _of_base(layer: Any, config: Any) -> Iterator[str]:
-    dropout = getattr(config, "attention_dropout", 0.0)
-    if dropout:
-        yield f"the base's config.json has attention_dropout {dropout:g} (0 there would run fused)"
-    activation = getattr(getattr(layer, "mlp", None), "act_fn", None)
-    if activation is not None and type(activation) not in ACTIVATIONS:
-        yield f"the base's hidden_act is {getattr(config, 'hidden_act', '?')} (only silu is fused: leave it so)"
-
-
-def _of_what_trains_beside(model: nn.Module) -> Iterator[str]:
     beside = [name for name in trainable_tensors(model) if ".lora_" not in name]
     if beside:
         yield (
             f"{len(beside)} tensors train beside the adapters, as {beside[0]} (without modules_to_save and "
             "trainable_token_indices in model.lora_options the layers would run fused)"
         )
+
+
+def _reasons_of_base(layer: Any, config: Any) -> Iterator[str]:
+    dropout = getattr(config, "attention_dropout", 0.0)
+    if dropout:
+        yield f"the base's config.json has attention_dropout {dropout:g} (0 there would run fused)"
+    activation = getattr(getattr(layer, "mlp", None), "act_fn", None)
+    if activation is not None and type(activation) not in _ACTIVATIONS:
+        yield f"the base's hidden_act is {getattr(config, 'hidden_act', '?')} (only silu is fused: leave it so)"

@@ -58,15 +58,8 @@ class KeyValueCache:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Add one token of each row, and let it attend to all of its row.
 
-        Args:
-            layer: Whose keys and values they are.
-            query: ``(1, heads, rows, head_dim)``.
-            key: ``(1, kv_heads, rows, head_dim)``.
-            value: Likewise.
-            scale: Factor on the scores; ``None`` means ``head_dim ** -0.5``.
-
-        Returns:
-            The mixed values, ``(1, rows, heads, head_dim)``.
+        Queries are ``(1, heads, rows, head_dim)``, keys and values ``(1, kv_heads, rows, head_dim)``; the result is
+        ``(1, rows, heads, head_dim)``.
         """
         assert self._hidden is not None, "begin_step comes first"
         states = self._layers[layer]
@@ -95,15 +88,7 @@ class KeyValueCache:
 def _attend_by_products(
     queries: Tensor, keys: Tensor, values: Tensor, *, attn_mask: Tensor, scale: float | None
 ) -> Tensor:
-    """Attend as torch's SDPA; for single tokens of many rows its kernels for a CPU are slower than plain products.
-
-    Args:
-        queries: ``(rows, kv_heads, queries, head_dim)``.
-        keys: ``(rows, kv_heads, tokens, head_dim)``.
-        values: Likewise.
-        attn_mask: ``(rows, 1, 1, tokens)``, added to the scores.
-        scale: Factor on the scores before that.
-    """
+    """Attend as torch's SDPA; for single tokens of many rows its kernels for a CPU are slower than plain products."""
     factor = queries.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.matmul(queries, keys.transpose(-2, -1)).mul_(factor).add_(attn_mask)
     return torch.matmul(torch.softmax(scores, -1), values)

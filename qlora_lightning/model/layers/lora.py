@@ -1,4 +1,5 @@
 """A LoRA linear over a frozen weight: products with the weight and with the adapter, as one autograd function."""
+# mypy: allow-untyped-calls
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,130 +16,92 @@ from torch.autograd.function import once_differentiable
 
 from qlora_lightning.model.kernels import products, thin
 
-FEW_ROWS = 16  # on a GPU bitsandbytes reads the packed weight itself, if that is quicker for so few on this card
+_FEW_ROWS = 16  # on a GPU bitsandbytes reads the packed weight itself, if that is quicker for so few on this card
 TILE_BYTES = 8 << 20  # dense: what a product has just made is still in the CPU's cache, and the memory is used again
 
 
-def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """Run an autograd function."""
-    return function.apply(*arguments)  # type: ignore[no-untyped-call]
+# ---- the frozen weight ----------------------------------------------------------------------------------------------
 
 
-class FrozenWeight:
-    """A weight W ``(out, in)`` that does not train.
+def multiply_by_weight(weight: Any, left: Tensor, *, turned: bool = False, onto: Tensor | None = None) -> Tensor:
+    """Compute ``(onto +) left Wᵀ``, or turned ``(onto +) left W``, of a weight W ``(out, in)`` that does not train.
 
     On a CPU the dense form of one in 4 bits is never there as a whole if it is larger than :data:`TILE_BYTES`: of
     Llama-3.1-8B's widest linears it has 117 MB. The products are the same to the last bit, as each of their numbers
     comes from one tile.
+
+    Args:
+        weight: ``Params4bit``, or dense.
+        left: ``(tokens, in)``, turned ``(tokens, out)``.
+        turned: Whether to multiply by W rather than by its transpose, as the gradient of the input takes.
+        onto: As the result, in its dtype; the sum takes its place.
     """
+    if left.is_cuda and not turned and len(left) <= _FEW_ROWS and _is_quantized(weight):
+        product: Tensor = bnb.matmul_4bit(left, weight.data, weight.quant_state)
+        return product if onto is None else onto.add_(product)
+    if not _has_tiles(weight, left.dtype):
+        dense = dequantize_4bit(weight.data, weight.quant_state) if _is_quantized(weight) else weight
+        right = dense.to(left.dtype) if turned else dense.to(left.dtype).t()
+        return left @ right if onto is None else onto.addmm_(left, right)
+    output = left.new_empty(len(left), weight.quant_state.shape[int(turned)]) if onto is None else onto
+    for columns, tile in _tiles(weight, int(turned), left.dtype):
+        right, part = tile if turned else tile.t(), output[:, columns]
+        if onto is None:
+            torch.mm(left, right, out=part)
+        else:
+            part.addmm_(left, right)
+    return output
 
-    def __init__(self, stored: Any) -> None:
-        """Wrap a parameter of a linear, ``Params4bit`` or plain."""
-        self.stored = stored
 
-    def multiply(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Compute ``(onto +) x Wᵀ``, ``(tokens, out)``.
+def _is_quantized(weight: Any) -> bool:
+    return isinstance(weight, bnb.nn.Params4bit)
 
-        Args:
-            x: ``(tokens, in)``.
-            onto: ``(tokens, out)``, in x's dtype; the sum takes its place.
-        """
-        if x.is_cuda and len(x) <= FEW_ROWS and isinstance(self.stored, bnb.nn.Params4bit):
-            product = bnb.matmul_4bit(x, self.stored.data, self.stored.quant_state)
-            return product if onto is None else onto.add_(product)
-        return self._multiply(x, 0, onto)
 
-    def multiply_back(self, grad: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Compute ``(onto +) g W``, ``(tokens, in)``: the gradient of x from that of the output.
+def _has_tiles(weight: Any, dtype: torch.dtype) -> bool:
+    if not _is_quantized(weight):
+        return False
+    state = weight.quant_state
+    is_large = state.shape.numel() * dtype.itemsize > TILE_BYTES  # first: to ask a Params4bit for more takes longer
+    has_whole_blocks = is_large and state.shape[1] % state.blocksize == 0
+    return bool(has_whole_blocks and weight.device.type == "cpu" and weight.dtype == torch.uint8)
 
-        Args:
-            grad: ``(tokens, out)``.
-            onto: ``(tokens, in)``, in the gradient's dtype; the sum takes its place.
-        """
-        return self._multiply(grad, 1, onto)
 
-    def _multiply(self, left: Tensor, dim: int, onto: Tensor | None) -> Tensor:
-        """Multiply by W so that the result is as wide as W's dimension ``dim``: by Wᵀ (0) or by W (1)."""
-        if not self._has_tiles(left.dtype):
-            right = _turn(self._make_dense(left.dtype), dim)
-            return left @ right if onto is None else onto.addmm_(left, right)
-        output = left.new_empty(len(left), self.stored.quant_state.shape[dim]) if onto is None else onto
-        for columns, tile in self._tiles(dim, left.dtype):
-            right, part = _turn(tile, dim), output[:, columns]
-            if onto is None:
-                torch.mm(left, right, out=part)
-            else:
-                part.addmm_(left, right)
-        return output
-
-    def _make_dense(self, dtype: torch.dtype) -> Tensor:
-        weight = self.stored
-        if isinstance(weight, bnb.nn.Params4bit):
-            weight = dequantize_4bit(weight.data, weight.quant_state)
-        made: Tensor = weight.to(dtype)
-        return made
-
-    def _has_tiles(self, dtype: torch.dtype) -> bool:
-        weight = self.stored
-        if not isinstance(weight, bnb.nn.Params4bit):
-            return False
-        state = weight.quant_state
-        is_large = state.shape.numel() * dtype.itemsize > TILE_BYTES  # first: to ask a Params4bit for more takes longer
-        return bool(
-            is_large
-            and state.shape[1] % state.blocksize == 0
-            and weight.device.type == "cpu"
-            and weight.dtype == torch.uint8
+def _tiles(weight: Any, dim: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Give the weight dense in strips of rows (``dim`` 0) or columns (1), and where each is."""
+    state = weight.quant_state
+    # double quantization keeps the blocks' scales in 8 bits
+    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    scales = scales.view(state.shape[0], -1)
+    packed = weight.data.view(state.shape[0], -1)  # two numbers a byte
+    count = math.ceil(state.shape.numel() * dtype.itemsize / TILE_BYTES)
+    width = math.ceil(state.shape[dim] / count / state.blocksize) * state.blocksize
+    per_byte, per_scale = (1, 1) if dim == 0 else (2, state.blocksize)
+    for start in range(0, state.shape[dim], width):
+        length = min(width, state.shape[dim] - start)
+        strip = packed.narrow(dim, start // per_byte, length // per_byte).contiguous()
+        of_strip = QuantState(
+            scales.narrow(dim, start // per_scale, length // per_scale).contiguous(),
+            torch.Size((length, state.shape[1]) if dim == 0 else (state.shape[0], length)),
+            state.code,
+            state.blocksize,
+            state.quant_type,
+            state.dtype,
         )
-
-    def _tiles(self, dim: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Give the weight dense in strips of rows (``dim`` 0) or columns (1), and where each lies."""
-        state = self.stored.quant_state
-        packed = self.stored.data.view(state.shape[0], -1)  # two numbers a byte
-        scales = _scales(state).view(state.shape[0], -1)  # one for each block of numbers
-        count = math.ceil(state.shape.numel() * dtype.itemsize / TILE_BYTES)
-        width = math.ceil(state.shape[dim] / count / state.blocksize) * state.blocksize
-        for start in range(0, state.shape[dim], width):
-            length = min(width, state.shape[dim] - start)
-            per_byte, per_scale = (1, 1) if dim == 0 else (2, state.blocksize)
-            strip = packed.narrow(dim, start // per_byte, length // per_byte).contiguous()
-            of_strip = QuantState(
-                scales.narrow(dim, start // per_scale, length // per_scale).contiguous(),
-                torch.Size((length, state.shape[1]) if dim == 0 else (state.shape[0], length)),
-                state.code,
-                state.blocksize,
-                state.quant_type,
-                state.dtype,
-            )
-            yield slice(start, start + length), dequantize_4bit(strip.view(-1, 1), of_strip).to(dtype)
+        yield slice(start, start + length), dequantize_4bit(strip.view(-1, 1), of_strip).to(dtype)
 
 
-def _turn(dense: Tensor, dim: int) -> Tensor:
-    return dense.t() if dim == 0 else dense
-
-
-def _scales(state: QuantState) -> Tensor:
-    """Give the blocks' scales, which double quantization keeps in 8 bits."""
-    scales: Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-    return scales
+# ---- the adapter ----------------------------------------------------------------------------------------------------
 
 
 class Casts:
-    """A's and B's in the dtype of the products: cast when they are asked for, or all of them at once before a pass.
+    """A's and B's in the dtype of the products: all of them cast at once before a pass, others when asked for.
 
     They train in float32. On a GPU each cast is a launch, and a layer has fourteen of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, groups: Iterable[Sequence[Tensor]] = (), dtype: torch.dtype = torch.float32) -> None:
+        """Cast groups of tensors that are asked for together, to be stacked, in one operation."""
         self._made: dict[tuple[Any, ...], Tensor] = {}
-
-    def make(self, groups: Iterable[Sequence[Tensor]], dtype: torch.dtype) -> None:
-        """Cast them, in one operation.
-
-        Args:
-            groups: Tensors that are asked for together, to be stacked.
-            dtype: Of the copies.
-        """
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         for group in groups:
@@ -156,7 +119,7 @@ class Casts:
 
 
 def _place_of(tensor: Tensor) -> tuple[int, int]:
-    """Say where a tensor's numbers are; what autograd saves is another object with the same."""
+    """Return where a tensor's numbers are; what autograd saves is another object with the same."""
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
@@ -172,16 +135,23 @@ class Frozen(NamedTuple):
     """What of a linear does not train.
 
     Attributes:
-        weight: ``(out, in)``.
+        weight: ``(out, in)``, ``Params4bit`` or dense.
         bias: ``(out,)``, or none.
         scaling: Factor on the adapter's part.
-        casts: Of A and B.
+        casts: Of A and B, which train.
     """
 
-    weight: FrozenWeight
+    weight: Any
     bias: Tensor | None
     scaling: float
     casts: Casts = _WHEN_ASKED
+
+
+def narrow(x: Tensor, all_a: Sequence[Tensor], casts: Casts = _WHEN_ASKED) -> Tensor:
+    """Give ``x Aᵀ``, ``(tokens, sum of ranks)``, of ``(tokens, in)`` and A, ``(rank, in)`` each."""
+    if _are_thin(x, all_a[0]) and all_a[0].shape[1] == x.shape[1]:
+        return thin.narrow(x, stack(all_a))
+    return x @ casts(x.dtype, *all_a).t()
 
 
 def project(
@@ -196,16 +166,17 @@ def project(
         frozen: Of the linear.
         residual: ``(…, out)``, as many rows; left as it is.
     """
-    weight, b = frozen.weight, None if lora_b is None else frozen.casts(x.dtype, lora_b)
+    b = None if lora_b is None else frozen.casts(x.dtype, lora_b)
     low = None if b is None else low
     residual = None if residual is None else residual.reshape(len(x), -1)
-    if _sums_up_once([x], [weight], low, turned=False) and (residual is None or _is_like(residual, x)):
-        return products.multiply([x], [weight.stored], False, low, b, frozen.scaling, frozen.bias, residual)
+    fits = residual is None or (residual.dtype == x.dtype and residual.is_contiguous())
+    if fits and _sums_up_once([x], [frozen], low, turned=False):
+        return products.multiply([x], [frozen.weight], False, low, b, frozen.scaling, frozen.bias, residual)
     output = None
     if low is not None and b is not None:
         # First the thin product, which so has no numbers to read but its own.
         output = _scaled_product(low, b.t(), frozen.scaling)
-    output = weight.multiply(x, output)
+    output = multiply_by_weight(frozen.weight, x, onto=output)
     if frozen.bias is not None:
         output.add_(frozen.bias)
     # Last the residual: its numbers are larger, and each sum with them is rounded as they are.
@@ -223,36 +194,22 @@ def project_back(
         grad_low: Of the products with A, ``(tokens, sum of ranks)``.
         all_a: Of the adapters, ``(rank, in)`` each.
     """
-    weights = [each.weight for each in frozen]
     a = frozen[0].casts(grads[0].dtype, *all_a) if all_a else None
-    if _sums_up_once(grads, weights, grad_low, turned=True):
-        return products.multiply(grads, [each.stored for each in weights], True, grad_low, a)
+    if _sums_up_once(grads, frozen, grad_low, turned=True):
+        return products.multiply(grads, [each.weight for each in frozen], True, grad_low, a)
     grad_x = None if grad_low is None or a is None else grad_low @ a
-    for grad, weight in zip(grads, weights, strict=True):
-        grad_x = weight.multiply_back(grad, onto=grad_x)
+    for grad, each in zip(grads, frozen, strict=True):
+        grad_x = multiply_by_weight(each.weight, grad, turned=True, onto=grad_x)
     assert grad_x is not None, "grads has at least one"
     return grad_x
 
 
-def _is_like(residual: Tensor, x: Tensor) -> bool:
-    return residual.dtype == x.dtype and residual.is_contiguous()
-
-
-def _sums_up_once(
-    lefts: Sequence[Tensor], weights: Sequence[FrozenWeight], low: Tensor | None, *, turned: bool
-) -> bool:
+def _sums_up_once(lefts: Sequence[Tensor], frozen: Sequence[Frozen], low: Tensor | None, *, turned: bool) -> bool:
     """Whether the C++ loops have a product that is summed up in float32 as a whole."""
     has_pairs = low is None or (low.shape[1] % 2 == 0 and low.stride(1) == 1)
     return has_pairs and all(
-        products.can_multiply(weight.stored, left, turned=turned) for weight, left in zip(weights, lefts, strict=True)
+        products.can_multiply(each.weight, left, turned=turned) for each, left in zip(frozen, lefts, strict=True)
     )
-
-
-def narrow(x: Tensor, all_a: Sequence[Tensor], casts: Casts = _WHEN_ASKED) -> Tensor:
-    """Give ``x Aᵀ``, ``(tokens, sum of ranks)``, of ``(tokens, in)`` and A, ``(rank, in)`` each."""
-    if _are_thin(x, all_a[0]) and all_a[0].shape[1] == x.shape[1]:
-        return thin.narrow(x, stack(all_a))
-    return x @ casts(x.dtype, *all_a).t()
 
 
 def gradient_of_a(grad_low: Tensor, x: Tensor) -> Tensor:
@@ -263,15 +220,7 @@ def gradient_of_a(grad_low: Tensor, x: Tensor) -> Tensor:
 def gradients_of_b(
     grad: Tensor, low: Tensor, lora_b: Tensor, frozen: Frozen, needed: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Give the gradients of ``low = x Aᵀ``, ``(tokens, rank)``, and of B, ``(out, rank)``: those that are needed.
-
-    Args:
-        grad: Of the output, ``(tokens, out)``.
-        low: ``(tokens, rank)``.
-        lora_b: ``(out, rank)``.
-        frozen: Of the linear.
-        needed: Which of the two.
-    """
+    """Give the gradients of ``low = x Aᵀ``, ``(tokens, rank)``, and of B, ``(out, rank)``: those that are needed."""
     of_low = of_b = None
     if all(needed) and _are_thin(grad, lora_b):
         of_low, turned = thin.narrow_and_partner(grad, lora_b.t(), low, frozen.scaling)
@@ -308,6 +257,9 @@ def _are_thin(wide: Tensor, matrix: Tensor | None = None) -> bool:
     return thin.can_narrow(wide) and (matrix is None or matrix.dtype is torch.float32)
 
 
+# ---- both -----------------------------------------------------------------------------------------------------------
+
+
 class LoRALinearFunction(torch.autograd.Function):
     """Compute ``y = (residual +) x Wᵀ + bias + scaling (x Aᵀ) Bᵀ``, keeping only ``x`` and ``x Aᵀ`` for backward.
 
@@ -330,67 +282,43 @@ class LoRALinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat, low, lora_a, lora_b = ctx.saved_tensors
-        grad_residual = grad if ctx.needs_input_grad[4] else None
-        grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
+        needs_x, needs_a, needs_b, _, needs_residual = ctx.needs_input_grad
+        of_output = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         grad_low = grad_x = grad_a = grad_b = None
         if lora_a is not None:
-            needed = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2]
-            grad_low, grad_b = gradients_of_b(grad, low, lora_b, ctx.frozen, needed)
-        if grad_low is not None and ctx.needs_input_grad[1]:
+            grad_low, grad_b = gradients_of_b(of_output, low, lora_b, ctx.frozen, (needs_x or needs_a, needs_b))
+        if needs_a and grad_low is not None:
             grad_a = gradient_of_a(grad_low, flat).to(lora_a.dtype)
-        if ctx.needs_input_grad[0]:
-            grad_x = project_back([grad], [ctx.frozen], grad_low, [] if lora_a is None else [lora_a])
-        return None if grad_x is None else grad_x.view(ctx.shape), grad_a, grad_b, None, grad_residual
+        if needs_x:
+            all_a = [] if lora_a is None else [lora_a]
+            grad_x = project_back([of_output], [ctx.frozen], grad_low, all_a).view(ctx.shape)
+        return grad_x, grad_a, grad_b, None, grad if needs_residual else None
 
 
-class LoRAProjection(torch.autograd.Function):
-    """Compute ``residual + x Wᵀ + bias + scaling · low Bᵀ`` of ``low = x Aᵀ`` that is made with x.
-
-    The last of a decoder layer. It saves nothing through autograd, so that a checkpointed layer that is run again stops
-    before its product; ``low``, narrow, is kept by hand. What made x keeps what A's gradient takes.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, low: Tensor | None, lora_b: Tensor | None, frozen: Frozen, residual: Tensor
-    ) -> Tensor:
-        """Map x, ``(tokens, in)``, and low, ``(tokens, rank)``, to the shape of the residual, ``(…, out)``."""
-        ctx.low, ctx.lora_b, ctx.frozen = None if low is None else low.detach(), lora_b, frozen
-        ctx.version = None if lora_b is None else lora_b._version
-        return project(x, low, lora_b, frozen, residual).view(residual.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.lora_b is not None and ctx.lora_b._version != ctx.version:  # as autograd sees to what it saves
-            raise RuntimeError("An adapter's B was modified in place between forward and backward.")
-        flat = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        grad_x = project_back([flat], [ctx.frozen], None, []) if ctx.needs_input_grad[0] else None
-        grad_low, grad_b = gradients_of_b(flat, ctx.low, ctx.lora_b, ctx.frozen, ctx.needs_input_grad[1:3])
-        return grad_x, grad_low, grad_b, None, grad if ctx.needs_input_grad[4] else None
+class _Fused(nn.Module):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map ``(…, in)`` to ``(…, out)``; whatever is not plain LoRA goes PEFT's own way."""
+        if args or kwargs or not (runs_fused(self) and _has_one_adapter(self)):
+            output: Tensor = super().forward(x, *args, **kwargs)
+            return output
+        device = device_of_autocast(x)
+        autocasts = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocasts else compute_dtype_of(self) or x.dtype
+        with torch.autocast(device, enabled=False):
+            frozen = frozen_part(self, dtype)
+            output = LoRALinearFunction.apply(x.to(dtype), *adapters_of(self), frozen, None)
+        return output if autocasts else output.to(x.dtype)
 
 
-class FusedLinear4bit(PeftLinear4bit):  # type: ignore[misc]  # PEFT ships no types
+class FusedLinear4bit(_Fused, PeftLinear4bit):  # type: ignore[misc]  # PEFT ships no types
     """PEFT's LoRA over a 4-bit linear with a fused forward; saving, merging and disabling stay PEFT's."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map ``(…, in)`` to ``(…, out)``; whatever is not plain LoRA goes PEFT's own way."""
-        fuses = not (args or kwargs) and _has_one_adapter(self) and runs_fused(self)
-        output: Tensor = _apply(self, x) if fuses else super().forward(x, *args, **kwargs)
-        return output
 
-
-class FusedLinear(PeftLinear):  # type: ignore[misc]  # PEFT ships no types
+class FusedLinear(_Fused, PeftLinear):  # type: ignore[misc]  # PEFT ships no types
     """The same over a linear that is not quantized."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map ``(…, in)`` to ``(…, out)``; whatever is not plain LoRA goes PEFT's own way."""
-        fuses = not (args or kwargs) and _has_one_adapter(self) and runs_fused(self)
-        output: Tensor = _apply(self, x) if fuses else super().forward(x, *args, **kwargs)
-        return output
 
-
-def _has_one_adapter(layer: LoraLayer) -> bool:
+def _has_one_adapter(layer: Any) -> bool:
     """Whether one adapter acts beside the weight; PEFT switches, merges and disables adapters at any time."""
     return not (layer.disable_adapters or layer.merged) and len(layer.active_adapters) == 1
 
@@ -398,17 +326,7 @@ def _has_one_adapter(layer: LoraLayer) -> bool:
 def runs_fused(layer: nn.Module) -> bool:
     """Whether a layer was chosen to run fused in its mode; see :mod:`qlora_lightning.model.layers.fusing`."""
     chosen: dict[bool, bool] = layer.__dict__.get("_runs_fused", {})
-    return chosen.get(layer.training, False)
-
-
-def _apply(layer: LoraLayer, x: Tensor) -> Tensor:
-    device = device_of_autocast(x)
-    autocasts = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocasts else compute_dtype_of(layer) or x.dtype
-    arguments = (x.to(dtype), *adapters_of(layer), frozen_part(layer, dtype), None)
-    with torch.autocast(device, enabled=False):
-        output: Tensor = apply(LoRALinearFunction, *arguments)
-    return output if autocasts else output.to(x.dtype)
+    return chosen.get(layer.training, False) and not torch.compiler.is_compiling()
 
 
 def device_of_autocast(tensor: Tensor) -> str:
@@ -417,7 +335,7 @@ def device_of_autocast(tensor: Tensor) -> str:
 
 
 def compute_dtype_of(layer: nn.Module) -> torch.dtype | None:
-    """Give the dtype of a linear's products; ``None`` where it is that of the input."""
+    """Give the dtype of a linear's products; ``None`` if it is that of the input."""
     base = _base_of(layer)
     dtype: torch.dtype | None = base.compute_dtype if isinstance(base, bnb.nn.Linear4bit) else base.weight.dtype
     return dtype
@@ -436,7 +354,7 @@ def frozen_part(layer: nn.Module, dtype: torch.dtype, casts: Casts | None = None
     base = _base_of(layer)
     bias = None if base.bias is None else base.bias.to(dtype)
     scaling = layer.scaling.get(layer.active_adapters[0], 1.0) if isinstance(layer, LoraLayer) else 1.0
-    return Frozen(FrozenWeight(base.weight), bias, scaling, casts or _WHEN_ASKED)
+    return Frozen(base.weight, bias, scaling, casts or _WHEN_ASKED)
 
 
 def _base_of(layer: nn.Module) -> Any:

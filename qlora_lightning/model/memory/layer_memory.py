@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from qlora_lightning.model.batch import BatchShape
 from qlora_lightning.model.kernels.attention import attends_in
 from qlora_lightning.model.layers.attention import FLAT_ATTENTION
-from qlora_lightning.model.layers.lora import TILE_BYTES, apply, runs_fused
+from qlora_lightning.model.layers.lora import TILE_BYTES, runs_fused
 
 
 def measure_layers(
@@ -83,7 +83,7 @@ def _hollow_run(
     tokens = sum(batch.attended)
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Any:
-        return apply(_Attention, query, key, value, tokens, loops)
+        return _Attention.apply(query, key, value, tokens, loops)  # type: ignore[no-untyped-call]
 
     arguments = {
         "attention_mask": None,

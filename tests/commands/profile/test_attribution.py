@@ -115,8 +115,8 @@ def test_forward_that_runs_again_in_backward_is_recomputation():
         Event("NormedLinears", 1, [product(2, (30, 64), (64, 128))], sequence_nr=9),
         Event(name_scope(ACTIVATION, whole=False), 4, [Event("aten::silu", 8)]),
     ]
-    inner = Event("SwiGLUBackward", 16, [*again, Event("aten::silu_backward", 32)], scope=1, sequence_nr=3)
-    backward = Event(f"{ENGINE}SwiGLUBackward", 64, [inner], sequence_nr=3)
+    inner = Event("SwiGLUProjectionBackward", 16, [*again, Event("aten::silu_backward", 32)], scope=1, sequence_nr=3)
+    backward = Event(f"{ENGINE}SwiGLUProjectionBackward", 64, [inner], sequence_nr=3)
     # Its nodes have backwards of their own, which are not recomputation.
     own = Event(f"{ENGINE}NormedLinearsBackward", 128, sequence_nr=9)
     assert share_out(backward, own) == {RECOMPUTATION: 15, ACTIVATION: 112, NORMS: 128}

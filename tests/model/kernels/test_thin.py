@@ -6,7 +6,7 @@ import torch
 from qlora_lightning.model.kernels import thin
 from qlora_lightning.model.kernels.library import is_there
 from qlora_lightning.model.kernels.thin import can_narrow, narrow, narrow_and_partner, partner
-from qlora_lightning.model.layers.lora import Frozen, FrozenWeight, gradients_of_b
+from qlora_lightning.model.layers.lora import Frozen, gradients_of_b
 
 pytestmark = pytest.mark.skipif(not is_there("thin", torch.bfloat16), reason="takes g++ and AVX512-BF16")
 
@@ -79,7 +79,7 @@ def test_no_rows_are_no_gradient():
 
 def test_an_adapter_takes_them_where_it_can(monkeypatch):
     wide, matrix, low = draw(37, 96, 3)
-    frozen, b = Frozen(FrozenWeight(None), None, 0.5), torch.nn.Parameter(matrix.t().contiguous())
+    frozen, b = Frozen(None, None, 0.5), torch.nn.Parameter(matrix.t().contiguous())
     ours = gradients_of_b(wide, low, b, frozen, (True, True))
     monkeypatch.setattr(thin, "can_narrow", lambda *args: False)
     for one, other in zip(ours, gradients_of_b(wide, low, b, frozen, (True, True)), strict=True):

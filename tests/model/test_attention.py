@@ -1,0 +1,297 @@
+"""Attention over a flat batch: by every way each sample attends to itself alone, as its formula says."""
+
+import itertools
+import math
+import statistics
+
+import pytest
+import torch
+from torch.nn.attention import varlen
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from qlora_lightning.model.kernels import attention as kernel
+from qlora_lightning.model.kernels.attention import attends_in
+from qlora_lightning.model.layers import attention
+from qlora_lightning.model.layers.attention import (
+    flat_attention,
+    lay_out_states,
+    plain_flat_attention,
+    register_flat_attention,
+)
+from qlora_lightning.model.layers.kv_cache import KeyValueCache
+from qlora_lightning.model.layout import Needed, place_samples, whole_samples
+from qlora_lightning.support.versions import attend_ragged
+
+LENGTHS = (5, 1, 137, 64, 70)  # strips of 8 queries, tiles of 64 and vectors of 16 keys, full and not
+# The first 3 tokens of a sample of 4 are computed with one of 70: a stream of 71.
+SHARED = Needed([4, 70], [3, 0], [1, 0])
+SCALE = 0.3
+DTYPES = [
+    torch.float32,
+    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not attends_in(torch.bfloat16), reason="takes AVX512-BF16")),
+]
+
+
+def draw(tokens, dtype=torch.float32, heads=(6, 2, 2), width=16):
+    """Draw queries, keys and values, ``(1, heads, tokens, width)``."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = (torch.randn(1, each, tokens, width, generator=generator, dtype=torch.float64) for each in heads)
+    return [each.to(dtype).requires_grad_() for each in drawn]
+
+
+def by_formula(query, key, value, samples, scale=SCALE):
+    """Attend within samples in float64, by the formula; what these share is laid out."""
+    query, key, value = (each.double()[:, :, samples.whole.places] for each in (query, key, value))
+    key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (key, value))
+    mixed = []
+    for start, end in itertools.pairwise(samples.bounds):
+        scores = query[:, :, start:end] @ key[:, :, start:end].transpose(2, 3) * scale
+        later = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+        mixed.append(scores.masked_fill(later, -torch.inf).softmax(-1) @ value[:, :, start:end])
+    return torch.cat(mixed, 2).transpose(1, 2)[:, samples.whole.first]
+
+
+def fast(*qkv, samples, scale=SCALE):
+    return flat_attention(None, *qkv, None, scale, samples=samples)[0]
+
+
+def plain(*qkv, samples, scale=SCALE):
+    return plain_flat_attention(None, *qkv, None, scale, samples=samples)[0]
+
+
+def padded(*qkv, samples, scale=SCALE):
+    """The way of cards that are older than compute capability 8.0."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "can_attend", lambda value, dtype: False)
+        return fast(*qkv, samples=samples, scale=scale)
+
+
+def ragged(*qkv, samples, scale=SCALE):
+    """The way of newer cards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "can_attend", lambda value, dtype: False)
+        patch.setattr(attention, "has_ragged_kernel", lambda device, dtype: True)
+        patch.setattr(varlen, "varlen_attn", ragged_kernel_of_torch_2_11)
+        return fast(*qkv, samples=samples, scale=scale)
+
+
+def ragged_kernel_of_torch_2_11(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+    assert window_size == (-1, 0)
+    assert torch.equal(cu_q, cu_k)
+    assert max_q == max_k == max(cu_q.diff().tolist())
+    assert query.shape == key.shape == value.shape
+    parts = (each.split(cu_q.diff().tolist()) for each in (query, key, value))
+    mixed = [
+        scaled_dot_product_attention(*(each.transpose(0, 1) for each in part), is_causal=True, scale=scale)
+        for part in zip(*parts, strict=True)
+    ]
+    return torch.cat(mixed, dim=1).transpose(0, 1)
+
+
+def with_gradients(attend, qkv, **options):
+    output = attend(*qkv, **options)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [output, *torch.autograd.grad((output * weights).sum(), qkv)]
+
+
+def errors(found, exact):
+    pairs = zip(found, exact, strict=True)
+    return torch.tensor([(one - other).detach().norm() / max(other.detach().norm(), 1.0) for one, other in pairs])
+
+
+# ---- by the formula -------------------------------------------------------------------------------------------------
+
+SAMPLES = {
+    "many": whole_samples(LENGTHS),
+    "one token": whole_samples((1,)),
+    "over a tile": whole_samples((65, 65)),
+    "long": whole_samples((700, 3)),
+    "a beginning that two share": place_samples(SHARED, pads=True),
+    "padded": place_samples(Needed(list(LENGTHS), [0] * 5, []), pads=True),
+}
+
+
+@pytest.mark.parametrize("way", [fast, plain, padded, ragged])
+@pytest.mark.parametrize("samples", SAMPLES.values(), ids=SAMPLES.keys())
+def test_outputs_and_gradients_are_those_of_attention_written_out(way, samples):
+    qkv = draw(len(samples.whole.first))
+    found, exact = (with_gradients(attend, qkv, samples=samples) for attend in (way, by_formula))
+    assert errors(found, exact).max() <= 1e-6
+
+
+@pytest.mark.parametrize(("heads", "width"), [((4, 4, 4), 16), ((2, 1, 1), 48), ((8, 2, 2), 128), ((3, 1, 1), 256)])
+def test_heads_may_be_as_many_and_as_wide_as_those_of_any_llama(heads, width):
+    samples, qkv = whole_samples((20, 33)), draw(53, heads=heads, width=width)
+    found = with_gradients(fast, qkv, samples=samples, scale=None)
+    assert errors(found, with_gradients(by_formula, qkv, samples=samples, scale=width**-0.5)).max() <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sample_in_a_batch_is_bit_equal_to_its_own_alone_whatever_threads_and_layout(dtype):
+    qkv, samples = draw(sum(LENGTHS), dtype), whole_samples(LENGTHS)
+    together = with_gradients(fast, qkv, samples=samples)
+    for start, end in itertools.pairwise(samples.bounds):
+        sample = [each[:, :, start:end].clone() for each in qkv]
+        assert torch.equal(together[0][:, start:end], fast(*sample, samples=whole_samples([end - start])))
+    by_token = [each.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for each in qkv]
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, together, with_gradients(fast, by_token, samples=samples)))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not attends_in(torch.bfloat16), reason="takes AVX512-BF16")
+@pytest.mark.parametrize("lengths", [LENGTHS, (600,)], ids=str)
+@pytest.mark.parametrize("scale", [0.3, 4.0])  # scores of deviation 1 and 16
+def test_in_bfloat16_it_errs_no_more_than_torchs_attention_does(scale, lengths):
+    qkv, samples = draw(sum(lengths), torch.bfloat16), whole_samples(lengths)
+    found, theirs, exact = (
+        with_gradients(way, inputs, samples=samples, scale=scale)
+        for way, inputs in ((fast, qkv), (plain, qkv), (by_formula, [each.double() for each in qkv]))
+    )
+    ours, torchs = errors(found, exact), errors(theirs, exact)
+    assert (ours > 0).all()
+    assert ours[0] <= 1.05 * torchs[0]
+    assert statistics.mean((ours / torchs)[1:].tolist()) <= 1.05
+
+
+@pytest.mark.parametrize("way", [fast, plain])
+def test_gradients_of_one_token_are_summed_up_in_float32(way):
+    """256 and seven times 1: in bfloat16 every sum would stay 256."""
+    samples = place_samples(Needed([2] * 8, [0, *[1] * 7], list(range(8))))  # eight begin with the same token
+    query, key, value = (each.detach() for each in draw(9, torch.bfloat16, heads=(1, 1, 1)))
+    key = torch.zeros_like(key)
+    key[:, :, 0] = 100  # everybody sees the first key alone
+    value.requires_grad_()
+    output = way(torch.ones_like(query), key, value, samples=samples, scale=1.0)
+    grad = torch.ones_like(output)
+    grad[:, 0] = 0
+    grad[:, 1] = 256
+    output.backward(grad)
+    assert value.grad[0, 0, 0].tolist() == [264.0] * 16  # 263, rounded once
+
+
+@pytest.mark.parametrize("size", [300.0, 2.0**13, -(2.0**13), 2.0**100])
+def test_scores_beyond_the_usual_are_as_exact_as_torchs(size):
+    query, key, value = (each.detach().round() for each in draw(sum(LENGTHS)))  # their products are exact
+    exact = by_formula(query.double() * size, key, value, samples := whole_samples(LENGTHS), 0.25)
+    found = fast(query * size, key, value, samples=samples, scale=0.25)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
+def test_what_is_not_a_number_spoils_what_depends_on_it_alone(which, bad):
+    samples, qkv = whole_samples((6, 9)), [each.detach() for each in draw(15)]
+    qkv[which][0, 1, 10, 3] = bad  # of the second sample
+    qkv = [each.requires_grad_() for each in qkv]
+    output, *gradients = with_gradients(fast, qkv, samples=samples)
+    assert torch.equal(output.isfinite(), by_formula(*qkv, samples).isfinite())
+    assert all(each[:, :, :6].isfinite().all() for each in gradients)
+    assert not gradients[1].isfinite().all()
+
+
+def test_queries_keys_values_and_normalizers_of_each_row_are_all_that_is_kept():
+    kept, tokens = [], sum(LENGTHS)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()), lambda _: None):
+        fast(*draw(tokens), samples=whole_samples(LENGTHS))
+    assert kept == [6 * tokens * 16, 2 * tokens * 16, 2 * tokens * 16, 2 * 6 * tokens]
+
+
+def test_samples_of_another_batch_are_refused():
+    with pytest.raises(ValueError, match="samples: expected those of 25 tokens, found 24"):
+        fast(*draw(25), samples=whole_samples([24]))
+
+
+def test_the_installed_torch_s_ragged_kernel_takes_grouped_heads_as_they_are_given():
+    qkv = [torch.empty(25, heads, 64, dtype=torch.bfloat16, device="meta").requires_grad_() for heads in (4, 2, 2)]
+    bounds = torch.tensor([0, 5, 25], dtype=torch.int32, device="meta")
+    mixed = attend_ragged(*qkv, bounds, 20, None)
+    assert mixed.shape == (25, 4, 64)
+    assert [gradient.shape[1] for gradient in torch.autograd.grad(mixed.sum(), qkv)] == [4, 2, 2]
+
+
+@pytest.mark.gpu
+def test_ragged_kernel_equals_attention_sample_by_sample():
+    qkv = [each.detach().to("cuda").requires_grad_() for each in draw(277, torch.bfloat16, (4, 2, 2), 64)]
+    samples = whole_samples(LENGTHS).to(torch.device("cuda"))
+    found, exact = ([each(*qkv, samples=samples)] for each in (fast, plain))
+    found += torch.autograd.grad(found[0].float().square().sum(), qkv)
+    exact += torch.autograd.grad(exact[0].float().square().sum(), qkv)
+    assert errors(found, exact).max() <= 1e-2
+
+
+def test_states_are_laid_out_as_an_index_does_and_so_are_their_gradients():
+    samples = place_samples(Needed([3, 3], [2, 0], [1, 0]))  # two samples of three tokens, which begin alike
+    states = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    ours, theirs = lay_out_states(states, samples.whole), states[:, :, samples.whole.places]
+    assert torch.equal(ours, theirs)
+    grad = torch.randn(ours.shape, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad(each, states, grad)[0] for each in (ours, theirs))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+# ---- inside a model of transformers ---------------------------------------------------------------------------------
+
+PROMPTS = [[*range(7, 12)], [9], [*range(40, 52)], [*range(20, 27)]]
+IDS = torch.tensor([list(itertools.chain(*PROMPTS))])
+BOUNDS = list(itertools.pairwise(itertools.accumulate(map(len, PROMPTS), initial=0)))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base):
+    """A model of transformers that attends flatly."""
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tiny_base, dtype=torch.float32, attn_implementation=register_flat_attention()
+    )
+    return loaded.eval()
+
+
+@torch.no_grad()
+def test_samples_that_positions_alone_tell_apart_and_a_filled_cache_work_as_in_transformers(model):
+    positions = torch.cat([torch.arange(len(prompt)) for prompt in PROMPTS])[None]
+    together = model(input_ids=IDS, position_ids=positions, use_cache=False).logits
+    alone = [model(input_ids=IDS[:, start:end], use_cache=False).logits for start, end in BOUNDS]
+    torch.testing.assert_close(together, torch.cat(alone, 1), rtol=1e-4, atol=1e-4)
+    whole, cache = model(input_ids=IDS).logits, DynamicCache(config=model.config)
+    model(IDS[:, :10], None, None, cache)  # by place: its name differs between versions of transformers
+    torch.testing.assert_close(model(IDS[:, 10:], None, None, cache).logits, whole[:, 10:], rtol=1e-4, atol=1e-4)
+
+
+def test_left_padded_generation_equals_generation_alone(model):
+    longest = max(map(len, PROMPTS))
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    ids = torch.tensor([[2] * (longest - len(prompt)) + prompt for prompt in PROMPTS])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+    together = model.generate(input_ids=ids, attention_mask=mask, **settings)[:, longest:]
+    for prompt, answer in zip(PROMPTS, together, strict=True):
+        alone = model.generate(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **settings)
+        assert alone[0, len(prompt) :].tolist() == answer.tolist()
+
+
+def test_each_row_of_a_cache_attends_to_its_own_tokens_and_rows_that_go_leave_the_others_alone():
+    cache, (_, key, value) = KeyValueCache([2, 5, 3], 2, torch.device("cpu")), [each.detach() for each in draw(10)]
+    cache.fill(5, key, value)
+    seen = [(key[:, :, start:end], value[:, :, start:end]) for start, end in ((0, 2), (2, 7), (7, 10))]
+    for step in range(2):
+        query, key, value = (each.detach()[:, :, : len(seen)] + step for each in draw(3))
+        seen = [
+            (torch.cat([keys, key[:, :, [row]]], 2), torch.cat([values, value[:, :, [row]]], 2))
+            for row, (keys, values) in enumerate(seen)
+        ]
+        cache.begin_step()
+        mixed = cache.attend(5, query, key, value, SCALE)
+        cache.end_step()
+        for row, (keys, values) in enumerate(seen):
+            # the formula's last query, which sees all
+            queries = query[:, :, [row]].expand(-1, -1, keys.shape[2], -1)
+            exact = by_formula(queries, keys, values, whole_samples([keys.shape[2]]))[:, -1]
+            torch.testing.assert_close(mixed[:, row].double(), exact, rtol=1e-5, atol=1e-6)
+        if step == 0:
+            cache.keep([0, 2])  # the longest row goes
+            seen = [seen[0], seen[2]]
+    assert cache.lengths.tolist() == [4, 5]

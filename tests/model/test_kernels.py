@@ -1,0 +1,342 @@
+"""The C++ for a CPU computes what torch does in float64, rounded once, whatever the number of threads."""
+
+import logging
+import math
+import subprocess
+
+import bitsandbytes as bnb
+import pytest
+import torch
+import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit
+from torch import nn
+
+from qlora_lightning.base.cache import list_entries
+from qlora_lightning.model.kernels import library, loops, products
+from qlora_lightning.model.kernels.library import is_there, load_library
+from qlora_lightning.model.kernels.products import can_multiply, multiply
+from qlora_lightning.model.layers.elementwise import Rotary, normalize, normalize_again, normalize_backward, swiglu
+from qlora_lightning.model.layers.lora import Frozen, narrow, project, project_back
+
+pytestmark = pytest.mark.skipif(load_library() is None, reason="takes Linux and g++")
+has_products = pytest.mark.skipif(not is_there("multiply", torch.bfloat16), reason="takes AVX512-BF16")
+
+ERRORS = {torch.float32: 2e-6, torch.bfloat16: 2**-8}  # relative to the largest number
+EPS = 1e-5
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed(monkeypatch):
+    draw.generator = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(products, "_has_amx", lambda: False)
+
+
+def draw(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, generator=draw.generator).to(dtype)
+
+
+def assert_near(ours, exact, dtype):
+    assert ours.dtype == dtype
+    assert (ours.double() - exact).abs().max() <= ERRORS[dtype] * exact.abs().max()
+
+
+def assert_same_on_any_threads(compute):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results.append(compute())
+    finally:
+        torch.set_num_threads(before)
+    for found in zip(*results, strict=True):
+        assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+# ---- row by row -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 5), (5, 7), (200, 576)])
+def test_a_norm_and_its_gradient(rows, width, dtype):
+    x, weight, grad = (draw(*shape, dtype=dtype) for shape in ((rows, width), (width,), (rows, width)))
+    assert loops.can_run(x, weight)
+    exact_x = x.double().requires_grad_()
+    exact = F.rms_norm(exact_x, (width,), weight.double(), EPS)
+    normed, inverse = normalize(x, weight, EPS)
+    assert torch.equal(normalize_again(x, weight, inverse), normed)
+    (exact_grad,) = torch.autograd.grad((exact * grad.double()).sum(), exact_x)
+    if rows:
+        assert_near(normed, exact.detach(), dtype)
+        assert_near(normalize_backward(grad.clone(), x, weight, inverse), exact_grad, dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (40, 1536)])
+def test_swiglu_and_its_gradients(shape, dtype):
+    gate, up, grad = (draw(*shape, dtype=dtype) for _ in range(3))
+    gate = gate * 5  # also where the sigmoid is flat
+    exact_gate, exact_up = (each.double().requires_grad_() for each in (gate, up))
+    exact = F.silu(exact_gate) * exact_up
+    exact_grads = torch.autograd.grad((exact * grad.double()).sum(), (exact_gate, exact_up))
+    assert_near(swiglu(gate, up), exact.detach(), dtype)
+    hidden, grad_gate, grad_up = loops.swiglu_backward(gate, up, grad)
+    assert torch.equal(hidden, swiglu(gate, up))
+    assert_near(grad_gate, exact_grads[0], dtype)
+    assert_near(grad_up, exact_grads[1], dtype)
+
+
+@pytest.mark.parametrize("number", [math.nan, 1e30, -1e30, 100.0, -100.0, 0.0])
+def test_numbers_beyond_the_usual_come_out_of_swiglu_as_from_torch(number, dtype):
+    gate, up = torch.full((1, 40), number, dtype=dtype), torch.full((1, 40), 0.5, dtype=dtype)
+    exact = gate.double().requires_grad_()
+    (exact_grad,) = torch.autograd.grad((F.silu(exact) * 0.5).sum(), exact)
+    expected = F.silu(gate.double()) * 0.5, exact_grad, F.silu(gate.double())
+    for ours, theirs in zip(loops.swiglu_backward(gate, up, torch.ones_like(gate)), expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-2, atol=1e-30, equal_nan=True)
+
+
+def test_rotary_embedding_and_its_gradient(dtype):
+    angles = draw(1, 9, 8, dtype=torch.float32)  # the two halves differ, as no model's do
+    states, grad = (draw(1, 9, 3, 8, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(2))
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    turned, again = Rotary.apply(states, states, cos, sin)
+    assert torch.equal(turned, again)
+    (ours,) = torch.autograd.grad((turned, again), states, (grad, torch.zeros_like(grad)))
+    assert turned.stride() == ours.stride() == states.stride()
+    exact_states = states.detach().double().requires_grad_()
+    swapped = torch.cat([-exact_states[..., 4:], exact_states[..., :4]], -1)
+    exact = exact_states * cos.double() + swapped * sin.double()
+    assert_near(turned.detach(), exact.detach(), dtype)
+    assert_near(ours, torch.autograd.grad(exact, exact_states, grad.double())[0], dtype)
+
+
+def test_bfloat16_is_rounded_to_the_nearest_and_ties_to_even():
+    numbers = torch.arange(0x3F80, 0x3FC0, dtype=torch.int16).view(torch.bfloat16)
+    angles = numbers[:, None].expand(64, 2).contiguous()
+    for factor in torch.tensor([1.0, 1.5, 1.25, 1.125]).to(torch.bfloat16):
+        states = factor.expand(64, 1, 2).contiguous()
+        turned = loops.rotate(states, angles, torch.zeros_like(angles), back=False)
+        assert torch.equal(turned[:, 0, 0], numbers * factor)
+
+
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (5, 50), (3, 4096), (7, 10000)])
+def test_cross_entropy_and_its_gradient(rows, vocabulary, dtype):
+    logits = (20 * draw(rows, vocabulary, dtype=dtype)).to(dtype)
+    targets = torch.randint(vocabulary, (rows,), generator=draw.generator)
+    targets[0] = logits[0].argmax()
+    exact_logits, before = logits.double().requires_grad_(), logits.clone()
+    exact = F.cross_entropy(exact_logits, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(exact.sum(), exact_logits)
+    for with_gradient in (False, True):
+        assert torch.equal(logits, before)
+        nll, correct = loops.cross_entropy(logits, targets.to(torch.int32), with_gradient)
+        torch.testing.assert_close(nll.double(), exact.detach(), rtol=1e-6, atol=1e-6)
+        assert torch.equal(correct, before.argmax(-1) == targets)
+    assert_near(logits, gradient, dtype)
+
+
+def test_of_equal_logits_the_first_is_the_prediction(dtype):
+    logits = torch.tensor([[1.0, 3, 3], [1, 3, 3], [3, 1, 2]], dtype=dtype)
+    assert loops.cross_entropy(logits, torch.tensor([1, 2, 2]), False)[1].tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("bad", [-1, 10])
+def test_a_target_that_is_not_in_the_vocabulary_is_refused(bad):
+    with pytest.raises(IndexError, match=f"Target {bad} is out of bounds: the vocabulary has 10 tokens"):
+        loops.cross_entropy(torch.zeros(2, 10), torch.tensor([3, bad]), True)
+
+
+def test_one_number_that_is_none_spoils_its_row_alone(dtype):
+    x, weight = draw(3, 40, dtype=dtype), torch.ones(40, dtype=dtype)
+    x[1, 5] = math.nan
+    normed, inverse = normalize(x, weight, EPS)
+    grad = loops.normalize_backward(torch.ones_like(x), x, weight, inverse)
+    nll, _ = loops.cross_entropy(x, torch.tensor([0, 1, 2]), True)
+    for found in (normed.isnan().all(-1), grad.isnan().all(-1), nll.isnan(), x.isnan().all(-1)):
+        assert found.tolist() == [False, True, False]
+
+
+def test_loops_are_the_same_on_any_threads_and_for_any_default_dtype(dtype):
+    x, weight = draw(50, 576, dtype=dtype), draw(576, dtype=dtype)
+
+    def compute():
+        normed, inverse = normalize(x, weight, EPS)
+        of_x = normalize_backward(x.clone(), x, weight, inverse)
+        return normed, inverse, of_x, swiglu(x, normed), *loops.cross_entropy(x.clone(), torch.arange(50), True)
+
+    assert_same_on_any_threads(compute)
+    expected = compute()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert all(map(torch.equal, compute(), expected))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+# ---- products with frozen weights -----------------------------------------------------------------------------------
+
+OUT, IN = 160, 192  # five and six panels of 32 columns
+KINDS = [("nf4", True), ("nf4", False), ("fp4", True), None]
+
+
+def draw_weight(kind, shape=(OUT, IN), dtype=torch.bfloat16):
+    """Draw a weight in 4 bits, by its type and whether it is quantized doubly, or a dense one."""
+    if kind is None:
+        return draw(*shape)
+    linear = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, quant_type=kind[0], compress_statistics=kind[1])
+    linear.weight.data = draw(*shape).to(dtype)
+    return linear.to("cpu").weight
+
+
+def dense(weight):
+    if not isinstance(weight, bnb.nn.Params4bit):
+        return weight.double()
+    return dequantize_4bit(weight.data, weight.quant_state).to(torch.bfloat16).double()
+
+
+def assert_rounded_once(ours, exact):
+    """Half a step of bfloat16, and what sums in float32 err."""
+    assert ours.dtype == torch.bfloat16
+    assert ((ours.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5 * exact.abs().max()).all()
+
+
+@has_products
+@pytest.mark.parametrize("kind", KINDS[:3], ids=str)
+def test_a_weight_is_made_dense_bit_for_bit_as_bitsandbytes_does(kind, dtype):
+    weight = draw_weight(kind, dtype=dtype)
+    rows, columns = (torch.eye(width, dtype=torch.bfloat16) for width in (IN, OUT))
+    assert torch.equal(multiply([rows], [weight], False).t().double(), dense(weight))
+    assert torch.equal(multiply([columns], [weight], True).double(), dense(weight))
+
+
+@has_products
+@pytest.mark.parametrize(
+    ("rows", "shape"),
+    [
+        *((rows, (OUT, IN)) for rows in (1, 7, 8, 21, 128)),
+        *((9, shape) for shape in ((64, 8192), (4096, 64), (1568, 1600))),  # deep: summed up in several sweeps
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_all_that_a_result_is_the_sum_of_is_rounded_once(rows, shape, kind):
+    weight, x, bias, residual = draw_weight(kind, shape), draw(rows, shape[1]), draw(shape[0]), draw(rows, shape[0])
+    lows, a, b = draw(rows, 12), draw(6, shape[1]), draw(shape[0], 6)
+    low = lows[:, 6:]  # of several linears the products with A are beside each other
+    exact = x.double() @ dense(weight).t()
+    assert_rounded_once(multiply([x], [weight], False), exact)
+    exact += 0.7 * low.double() @ b.double().t() + bias.double() + residual.double()
+    assert_rounded_once(multiply([x], [weight], False, low, b, 0.7, bias, residual), exact)
+    # the gradients of linears that share their input
+    weights, grads = [weight, draw_weight(("fp4", False), (64, shape[1]))], [draw(rows, shape[0]), draw(rows, 64)]
+    exact = sum(grad.double() @ dense(weight) for grad, weight in zip(grads, weights, strict=True))
+    assert_rounded_once(multiply(grads, weights, True, low, a), exact + low.double() @ a.double())
+
+
+@has_products
+def test_products_are_the_same_on_any_threads_and_a_row_that_is_no_number_spoils_itself_alone():
+    weight, x, low, b = draw_weight(KINDS[0], (512, 64)), draw(100, 64), draw(100, 2), draw(512, 2)
+    assert_same_on_any_threads(lambda: [multiply([x], [weight], False, low, b)])
+    x[3, 5] = math.nan
+    spoilt = multiply([x], [weight], False).isnan()
+    assert spoilt[3].all()
+    assert spoilt.sum() == 512
+
+
+@has_products
+def test_a_linear_takes_them_and_gives_what_torch_does(monkeypatch):
+    weight, x, grad, residual = draw_weight(KINDS[0]), draw(16, IN), draw(16, OUT), draw(4, 4, OUT)
+    a, b = (nn.Parameter(draw(*shape).float()) for shape in ((4, IN), (OUT, 4)))
+    low, frozen = x @ a.to(x.dtype).t(), Frozen(weight, None, 0.5)
+
+    def both_ways():
+        return project(x, low, b, frozen, residual), project_back([grad], [frozen], low, [a])
+
+    ours = both_ways()
+    monkeypatch.setattr(products, "can_multiply", lambda *args, **kwargs: False)
+    for one, other in zip(ours, both_ways(), strict=True):
+        assert not torch.equal(one, other)  # torch rounds more than once
+        assert (one - other).norm() <= 0.01 * other.norm()
+
+
+# ---- what they do not know goes torch's way -------------------------------------------------------------------------
+
+
+def test_loops_do_not_run():
+    x = torch.randn(4, 8)
+    assert loops.can_run(x, nn.Parameter(torch.ones(8)))
+    for others in ([x.double()], [x.half()], [x, x[0].bfloat16()], [x.t()], [x.to("meta")]):
+        assert not loops.can_run(*others)
+
+
+@has_products
+def test_products_do_not_run(monkeypatch):
+    weight, x, plain = draw_weight(KINDS[0]), draw(16, IN), draw(OUT, IN)
+    assert can_multiply(weight, x, turned=False)
+    assert can_multiply(nn.Parameter(plain), x, turned=False)
+    for other_weight, other in [
+        *((weight, each) for each in (x.float(), x.t()[:16], x.to("meta"), draw(3, IN // 2))),
+        (draw_weight(KINDS[0], (OUT, 96)), draw(16, 96)),  # a block of 64 continues in the next row
+        (draw_weight(KINDS[0], (48, IN)), x),  # a panel and a half
+        *((each, x) for each in (plain.float(), draw(IN, OUT).t())),
+        (draw(OUT, 80), draw(16, 80)),
+    ]:
+        assert not can_multiply(other_weight, other, turned=False)
+    assert project(x, draw(16, 3), draw(OUT, 3), Frozen(weight, None, 0.5)).shape == (16, OUT)  # no pairs
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        project(draw(3, IN // 2), None, None, Frozen(weight, None, 0.5))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        narrow(draw(3, 2 * IN), [torch.randn(4, IN)])
+    monkeypatch.setattr(products, "_has_amx", lambda: True)
+    assert not can_multiply(weight, x, turned=False)
+
+
+# ---- compiled once --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """A cache that holds nothing yet, and a process that has not looked for the loops."""
+    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    library.load_library.cache_clear()
+    yield
+    library.load_library.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_loops_are_compiled_once_for_a_cpu_and_kept(monkeypatch):
+    assert load_library() is not None
+    library.load_library.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", None)
+        assert load_library() is not None
+    (entry,) = list_entries("kernels")
+    assert entry.label == "C++ loops for this CPU"
+    library.load_library.cache_clear()
+    monkeypatch.setattr(library, "_cpu", lambda: "another")
+    load_library()
+    assert len(list_entries("kernels")) == 2
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda patch, _: patch.setattr(library, "_OPTIONS", ("--no-such-option",)), "--no-such-option"),
+        (lambda patch, _: patch.setattr(library, "_has_gnu_threads", lambda: False), "This torch has no GNU threads"),
+        (lambda _, folder: (folder / "cache").write_text("a file"), "The cache cannot keep"),
+    ],
+)
+def test_if_they_cannot_be_compiled_it_is_reported_once_and_torch_computes(
+    change, reason, monkeypatch, tmp_path, caplog
+):
+    change(monkeypatch, tmp_path)
+    x = torch.randn(2, 8)
+    with caplog.at_level(logging.WARNING):
+        torch.testing.assert_close(normalize(x, torch.ones(8), EPS)[0], F.rms_norm(x, (8,), eps=EPS))
+        normalize(x, torch.ones(8), EPS)
+    (record,) = caplog.records
+    assert "takes the slower way" in record.getMessage()
+    assert reason in record.getMessage()

@@ -26,7 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from qlora_lightning.model.kernels import attention as kernel
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
-from qlora_lightning.model.layout import Samples, Spread
+from qlora_lightning.model.layout import Samples, Spread, whole_samples
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import attend_ragged
 
@@ -91,6 +91,7 @@ def flat_attention(
     dropout: float = 0.0,
     samples: Samples | None = None,
     kv_cache: KeyValueCache | None = None,
+    cu_seqlens: Tensor | None = None,
     *,
     fast: bool = True,
     **kwargs: Any,
@@ -107,6 +108,7 @@ def flat_attention(
         dropout: Probability with which attention weights are dropped.
         samples: Where the samples are; without them (generation by transformers) this is torch's SDPA.
         kv_cache: Of rows that are being answered: takes in their prompts, then attends for one token of each.
+        cu_seqlens: Of a flat batch that was not laid out, where each sample begins and the last one ends.
         fast: ``False`` takes torch's attention, one sample after the other.
         kwargs: Handed on to transformers' SDPA.
 
@@ -117,6 +119,8 @@ def flat_attention(
         if kv_cache.decoding:
             return kv_cache.attend(module.layer_idx, query, key, value, scaling), None
         kv_cache.fill(module.layer_idx, key, value)
+    if samples is None and cu_seqlens is not None:
+        samples = whole_samples(cu_seqlens.diff().tolist()).to(cu_seqlens.device)
     if samples is None:
         options = {"scaling": scaling, "dropout": dropout, **kwargs}
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)

@@ -208,7 +208,7 @@ class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy tra
         )
 
 
-_OF_SAMPLES = ("samples", "kv_cache")  # what attention is told of them
+_OF_SAMPLES = ("samples", "kv_cache", "cu_seqlens")  # what attention is told of them
 
 
 def _apply_norm_and_linears(

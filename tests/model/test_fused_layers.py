@@ -19,7 +19,7 @@ from transformers.models.llama import modeling_llama as llama
 from qlora_lightning import InstructionDataModule, QLoRAModule
 from qlora_lightning.model.adapters.lora import add_adapters, trainable_tensors
 from qlora_lightning.model.base_model import freeze
-from qlora_lightning.model.kernels import library, loops, thin
+from qlora_lightning.model.kernels import library, loops
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, cast_adapters
 from qlora_lightning.model.layers.fusing import choose_layers, fuse_layers
@@ -253,9 +253,8 @@ def test_below_the_lowest_adapter_nothing_is_kept_for_backward(tiny_base):
 
 
 @pytest.mark.parametrize("checkpoints", [False, True])
-def test_adapters_that_are_cast_at_once_compute_the_same(tiny_base, monkeypatch, checkpoints):
+def test_adapters_that_are_cast_at_once_compute_the_same(tiny_base, checkpoints):
     """As on a GPU, where each cast of its own would be a launch."""
-    monkeypatch.setattr(thin, "can_narrow", lambda *_: False)
     module = make(tiny_base, fast=True, compute_dtype="bf16")
     if checkpoints:
         enable_activation_checkpointing(module.causal_lm)

@@ -53,7 +53,6 @@ RULES = (
     Rule("_FrozenHeadLoss", HEAD, True),
     Rule("_CopyApart", RECOMPUTATION, True),
     Rule(f"{PROFILED}multiply", BASE, True),  # the adapter's wide product with it, and making the weight dense
-    Rule(f"{PROFILED}thin", ADAPTERS, True),
     # bitsandbytes
     Rule("MatMul4Bit", BASE, False),
     Rule("MatMul8bitLt", BASE, True),

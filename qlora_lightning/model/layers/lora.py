@@ -14,7 +14,7 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qlora_lightning.model.kernels import products, thin
+from qlora_lightning.model.kernels import products
 
 _FEW_ROWS = 16  # on a GPU bitsandbytes reads the packed weight itself, if that is quicker for so few on this card
 TILE_BYTES = 8 << 20  # dense: what a product has just made is still in the CPU's cache, and the memory is used again
@@ -149,8 +149,6 @@ class Frozen(NamedTuple):
 
 def narrow(x: Tensor, all_a: Sequence[Tensor], casts: Casts = _WHEN_ASKED) -> Tensor:
     """Give ``x Aᵀ``, ``(tokens, sum of ranks)``, of ``(tokens, in)`` and A, ``(rank, in)`` each."""
-    if _are_thin(x, all_a[0]) and all_a[0].shape[1] == x.shape[1]:
-        return thin.narrow(x, stack(all_a))
     return x @ casts(x.dtype, *all_a).t()
 
 
@@ -214,7 +212,7 @@ def _sums_up_once(lefts: Sequence[Tensor], frozen: Sequence[Frozen], low: Tensor
 
 def gradient_of_a(grad_low: Tensor, x: Tensor) -> Tensor:
     """Give the gradient of A, ``(rank, in)``, from that of ``x Aᵀ``; in x's dtype or in float32."""
-    return thin.partner(x, grad_low) if _are_thin(x) else _master_gradient(grad_low.t(), x)
+    return _master_gradient(grad_low.t(), x)
 
 
 def gradients_of_b(
@@ -222,9 +220,6 @@ def gradients_of_b(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Give the gradients of ``low = x Aᵀ``, ``(tokens, rank)``, and of B, ``(out, rank)``: those that are needed."""
     of_low = of_b = None
-    if all(needed) and _are_thin(grad, lora_b):
-        of_low, turned = thin.narrow_and_partner(grad, lora_b.t(), low, frozen.scaling)
-        return of_low, turned.t()
     if needed[0]:
         of_low = _scaled_product(grad, frozen.casts(grad.dtype, lora_b), frozen.scaling)
     if needed[1] and sums_in_float32(grad):
@@ -250,11 +245,6 @@ def _master_gradient(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
 def sums_in_float32(tensor: Tensor) -> bool:
     """Whether a product of 16-bit numbers can be had in the float32 in which it is summed up: on a GPU."""
     return tensor.is_cuda and tensor.dtype.itemsize == 2
-
-
-def _are_thin(wide: Tensor, matrix: Tensor | None = None) -> bool:
-    """Whether the C++ loops have the thin products."""
-    return thin.can_narrow(wide) and (matrix is None or matrix.dtype is torch.float32)
 
 
 # ---- both -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ elsewhere torch runs it operation by operation.
 
 import functools
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -22,15 +24,18 @@ _Result = TypeVar("_Result")
 
 
 def run_region(function: Callable[..., _Result], *arguments: Any) -> _Result:
-    """Run element-wise code: on a GPU, if Triton is installed, compiled into one kernel for any number of rows."""
-    if arguments[0].is_cuda and _has_triton():
+    """Run element-wise code: on a GPU, if Triton can, compiled into one kernel for any number of rows."""
+    if arguments[0].is_cuda and has_triton():
         function = _compile(function)
     return function(*arguments)
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def has_triton() -> bool:
+    """Whether Triton can make kernels here: it takes a C compiler, and a GPU of compute capability 7.0 or newer."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    found = compiler is not None and importlib.util.find_spec("triton") is not None
+    return found and torch.cuda.get_device_capability() >= (7, 0)
 
 
 @functools.cache

@@ -35,7 +35,6 @@ class Window:
         self.micro_batches = 0
         self.row_ids = []
         self.batches: list[Any] = []  # to run again what was not finite; token ids take little
-        self.losses: list[Tensor] = []
         self.labelled_tokens_of_all_ranks: Tensor | None = None
 
     @property
@@ -65,7 +64,6 @@ class Window:
         self.row_ids += row_ids
         if batch is not None:
             self.batches.append(batch)
-            self.losses.append(nll_sum)
 
     def divide_gradients(
         self,

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_lightning.base.adapter_folder import read_identity
-from qlora_lightning.base.tensors import read_spans
 from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.adapters.lora import ADAPTER, check_fit, inject
 from qlora_lightning.model.layers.fusing import fuse_layers
@@ -281,12 +280,6 @@ def fill_adapter(model: nn.Module, folder: Path, name: str = ADAPTER) -> None:
                 torch.utils.swap_tensors(tensor, nn.Parameter(stored[key].float()))  # type: ignore[no-untyped-call]
             else:
                 tensor.copy_(stored[key])
-
-
-def check_folder_fits(model: peft.PeftModel, folder: Path) -> None:
-    """Reject an adapter folder that does not fit a model, which may be on the meta device; no number is read."""
-    stored = {span.name: span.shape for span in read_spans(folder / _WEIGHTS)}
-    check_fit(_tensors_by_key(model, ADAPTER), stored, f"The adapter folder {folder}")
 
 
 def add_named_adapter(

@@ -207,7 +207,7 @@ class QLoRAModule(lightning.LightningModule):
             return
         if self._trainer is not None:
             strategy = type(self.trainer.strategy).__name__
-            check_trainer(str(self.trainer.precision), strategy, self.quantization)
+            check_trainer(str(self.trainer.precision), strategy, self.quantization, self.trainer.world_size)
         with without_garbage_collection():  # loading imports much, and makes many objects that stay
             self.model = self.build_model()
             self._undo_compile()
@@ -415,10 +415,12 @@ class QLoRAModule(lightning.LightningModule):
     def loss_scale(self) -> float:
         """What gradients are multiplied with in backward, and divided by before a step.
 
-        In fp16 the smallest would vanish. The gradient of a sum over tokens is large already, so that a constant does,
-        without the search for one that overflows.
+        In fp16 the smallest would vanish. The gradient of a sum over tokens is large already, so that 32 does, without
+        the search for a factor that overflows; Lightning divides a micro-batch's loss by their number in a step.
         """
-        return 32.0 if self.identity.get("compute_dtype") == "float16" else 1.0
+        if self.identity.get("compute_dtype") != "float16":
+            return 1.0
+        return 32.0 * (1 if self._trainer is None else self.trainer.accumulate_grad_batches)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         with telling_out_of_memory(self, next(reversed(self.window.batches), None)):
@@ -435,7 +437,8 @@ class QLoRAModule(lightning.LightningModule):
             divided_by=self.trainer.accumulate_grad_batches / self.loss_scale,
             reduce_sum=self._reduce_sum if self.trainer.world_size > 1 else None,
         )
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
+        gradients = [parameter.grad for parameter in trainable if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(loss)
         found = self.guard.judge_step(self, optimizer, loss, norm)
         self.log("train_loss", found.loss, prog_bar=True)
         self.log_dict({"grad_norm": found.norm, "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"])})

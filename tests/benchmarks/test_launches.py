@@ -19,7 +19,7 @@ def _card(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_layer_asks_for_few_launches_and_all_of_it_is_on_the_device() -> None:
     forward, backward = launches.count(fast=True)
     assert forward.by_layer() <= 40
-    assert backward.by_layer() <= 70
+    assert backward.by_layer() <= 55
 
 
 def test_the_host_waits_once_a_step() -> None:
@@ -57,8 +57,9 @@ def test_few_rows_are_multiplied_by_the_packed_weight_itself(rows: int, kernels:
     model, found = launches.make_model(fast=True), launches.Launches()
     with launches.FakeTensorMode(allow_non_fake_inputs=True), launches.pretending(found):
         launches.make_fake(model, "cuda")
-        weight = launches.lora.FrozenWeight(model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight)
+        weight = model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
         with found, torch.no_grad():
-            product = weight.multiply(torch.empty(rows, 256, dtype=torch.bfloat16, device="cuda"))
+            states = torch.empty(rows, 256, dtype=torch.bfloat16, device="cuda")
+            product = launches.lora.multiply_by_weight(weight, states)
     assert product.shape == (rows, 512)
     assert list(found.found.elements()) == kernels

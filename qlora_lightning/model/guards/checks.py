@@ -15,14 +15,20 @@ from qlora_lightning.support.errors import UserError
 # ---- before training -------------------------------------------------------------------------------------------------
 
 
-def check_trainer(precision: str, strategy: str, quantization: str) -> None:
+def check_trainer(precision: str, strategy: str, quantization: str, processes: int = 1) -> None:
     """Refuse Trainer settings under which training would go wrong without a word.
 
     Args:
         precision: Lightning's name, as ``32-true``.
         strategy: Class name of Lightning's strategy.
         quantization: How the base is stored.
+        processes: How many train together.
     """
+    if precision == "16-mixed" and processes > 1:  # each would skip steps by its own gradients, before they are added
+        raise UserError(
+            f"trainer.precision is 16-mixed with {processes} processes, whose adapters would drift apart. Leave it at "
+            "32-true: model.compute_dtype: fp16 computes in 16 bits, and scales the loss by itself."
+        )
     if precision.endswith("-true") and precision != "32-true":
         raise UserError(
             f"trainer.precision is {precision}: it would cast the adapters' float32 masters down, and small updates "

@@ -1,6 +1,7 @@
 """Stops a run that would go on for nothing: losses that are not finite, adapters that stay, a base that changes."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -73,7 +74,8 @@ class TrainingGuard(Callback):
         tokens = pl_module.window.labelled_tokens_of_all_ranks
         numbers = torch.stack([each.detach().double() for each in (loss, norm, tokens)]).cpu()
         found = StepNumbers(numbers[0].float(), numbers[1].float())  # of all ranks, which decide alike
-        bad_loss, bad_gradient = (not number.isfinite() for number in found)
+        of_loss, of_norm, labelled = numbers.tolist()
+        bad_loss, bad_gradient = not math.isfinite(of_loss), not math.isfinite(of_norm)
         if self not in callbacks_of(trainer):
             # Lightning's search for a learning rate runs without them, and ends where training diverges.
             trainer.should_stop = trainer.should_stop or bad_loss or bad_gradient
@@ -82,7 +84,7 @@ class TrainingGuard(Callback):
             self._handle_nonfinite(pl_module, optimizer, "loss" if bad_loss else "gradient")
         elif not bad_gradient:
             self._skipped_in_a_row = 0
-            if self.checks_due and numbers[2] > 0:  # without labels gradients of zero are right
+            if self.checks_due and labelled:  # without labels gradients of zero are right
                 trainable = trainable_tensors(pl_module)
                 check_held(trainable, optimizer)
                 try:

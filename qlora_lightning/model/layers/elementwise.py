@@ -6,8 +6,7 @@ elsewhere torch runs it operation by operation.
 
 import functools
 import importlib.util
-import os
-import shutil
+import logging
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from qlora_lightning.model.kernels import loops
 from qlora_lightning.support.errors import UserError
 
+_log = logging.getLogger(__name__)
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -32,10 +32,16 @@ def run_region(function: Callable[..., _Result], *arguments: Any) -> _Result:
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton can make kernels here: it takes a C compiler, and a GPU of compute capability 7.0 or newer."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    found = compiler is not None and importlib.util.find_spec("triton") is not None
-    return found and torch.cuda.get_device_capability() >= (7, 0)
+    """Whether Triton makes a kernel here: it takes a C compiler, Python's headers and a card that is not too old."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        torch.compile(torch.sin)(torch.zeros(1, device="cuda"))
+    except Exception as error:  # of Triton, of its compiler or of torch's
+        reason = str(error).strip().partition("\n")[0]
+        _log.warning("Triton compiles nothing here (%s): norm, rotary and SwiGLU take several kernels each.", reason)
+        return False
+    return True
 
 
 @functools.cache

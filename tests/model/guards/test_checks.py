@@ -29,6 +29,7 @@ from qlora_lightning.support.errors import UserError
         ("32-true", "DDPStrategy", None),
         ("bf16-mixed", "DDPStrategy", None),
         ("16-mixed", "SingleDeviceStrategy", None),
+        ("16-mixed", "DDPStrategy", "16-mixed with 2 processes"),
         ("16-true", "SingleDeviceStrategy", "trainer.precision is 16-true"),
         ("bf16-true", "SingleDeviceStrategy", "trainer.precision is bf16-true"),
         ("64-true", "SingleDeviceStrategy", "trainer.precision is 64-true"),
@@ -39,7 +40,7 @@ from qlora_lightning.support.errors import UserError
 )
 def test_settings_of_the_trainer_that_cast_masters_or_shard_the_base_are_refused(precision, strategy, refused):
     with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
-        check_trainer(precision, strategy, "nf4")
+        check_trainer(precision, strategy, "nf4", processes=2 if strategy == "DDPStrategy" else 1)
 
 
 def test_a_missing_callback_and_evaluation_mode_are_refused():

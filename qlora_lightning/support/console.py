@@ -1,6 +1,7 @@
 """Lines for the user, as they are: paths and row texts may look like markup."""
 
 import contextlib
+import logging
 import os
 import select
 from collections.abc import Iterator
@@ -15,6 +16,19 @@ _is_brief = ContextVar("is_brief", default=False)
 def say(line: str) -> None:
     """Print a line without markup, colours or breaks of our own."""
     rich.get_console().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def quiet_loggers(level: int, *names: str) -> Iterator[None]:
+    """Keep away what loggers say below a level, whatever level they had."""
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(level)
+    try:
+        yield
+    finally:
+        for name, own in before.items():
+            logging.getLogger(name).setLevel(own)
 
 
 def drop_lost_output() -> None:

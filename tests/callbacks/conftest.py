@@ -6,6 +6,7 @@ import torch
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
 from qlora_lightning.base.tokenizer import load_tokenizer
+from tests.dying import MachineFailed, Stop
 
 
 @pytest.fixture
@@ -79,22 +80,6 @@ def assert_same():
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
     return check
-
-
-class Stop(lightning.Callback):
-    """Dies after a micro-batch, as a machine would."""
-
-    def __init__(self, after):
-        self.left = after
-
-    def on_train_batch_end(self, *_):
-        self.left -= 1
-        if not self.left:
-            raise MachineFailed
-
-
-class MachineFailed(BaseException):
-    """Not an Exception: nobody between the callback and the test should handle it."""
 
 
 @pytest.fixture

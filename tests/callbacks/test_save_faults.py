@@ -18,12 +18,9 @@ from qlora_lightning.callbacks import find_checkpoint as finding
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.run_folder import RunFolder
 from qlora_lightning.support.errors import UserError
+from tests.dying import MachineFailed
 
 OPTIONS = {"val_check_interval": 4, "limit_val_batches": 1, "max_epochs": 1}  # saves at steps 2, 4, 6 and 8
-
-
-class MachineFailed(BaseException):
-    """Not an Exception: nobody on the way may handle it."""
 
 
 class At(lightning.Callback):

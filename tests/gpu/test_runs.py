@@ -10,26 +10,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_lightning import AdapterCheckpoint, InstructionDataModule, QLoRAModule
 from qlora_lightning.cli import main
 from qlora_lightning.model.adapters.lora import trainable_tensors
+from tests.dying import MachineFailed, Stop
 from tests.equality import same
 from tests.gpu.conftest import DEVICE, distance, loss_and_gradients, make_base, make_batch, make_module
 
 ACCELERATOR = "gpu" if DEVICE.type == "cuda" else "cpu"
-
-
-class Stop(lightning.Callback):
-    """Dies after some micro-batches, as a machine would."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def on_train_batch_end(self, *_):
-        self.left -= 1
-        if not self.left:
-            raise MachineFailed
-
-
-class MachineFailed(BaseException):
-    """Handled by nobody between the callback and the test."""
 
 
 def fit(folder, base, rows, *callbacks, ckpt_path=None, batch_size=2, accumulate=3, dtype="bf16", dropout=0.1):

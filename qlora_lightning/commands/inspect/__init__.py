@@ -1,9 +1,7 @@
 """``qlora-lightning inspect``: the data as the model will see them, in the terminal and as a page."""
 
-import contextlib
-import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning
@@ -15,6 +13,7 @@ from qlora_lightning.commands.inspect.gather import Inspection, inspect_data
 from qlora_lightning.commands.inspect.page import is_page, write_page
 from qlora_lightning.commands.inspect.terminal import print_inspection
 from qlora_lightning.commands.json_output import check_output_file
+from qlora_lightning.commands.quiet import quiet_lightning
 from qlora_lightning.data.samples.splits import check_usable
 from qlora_lightning.support.errors import UserError
 
@@ -45,18 +44,6 @@ def main(argv: Sequence[str]) -> int:
     for split in found.splits:
         check_usable(split.report)
     return 0
-
-
-@contextlib.contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Keep away the lines that the data module prints for each split: the report says them."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _page_file(name: str, inputs: Sequence[Path]) -> Path:

@@ -225,7 +225,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as opened:
             expected = (opened.metadata() or {}).get(_HASH)  # other tools write none
-            tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            names = opened.keys()
+            tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise UserError(
             f"{file} is not a whole safetensors file, but cut off or damaged ({error}). Copy the adapter folder again."

@@ -26,6 +26,7 @@ from qlora_lightning.model.batch import BatchShape
 from qlora_lightning.model.kernels.attention import attends_in
 from qlora_lightning.model.layers.attention import FLAT_ATTENTION
 from qlora_lightning.model.layers.lora import TILE_BYTES, runs_fused
+from qlora_lightning.support.console import quiet_loggers
 
 
 def measure_layers(
@@ -65,7 +66,8 @@ def measure_layers(
             run = _hollow_run(layer, config, batch, dtype, loops, autocasts)
             root = torch.empty(1, 1, config.hidden_size, dtype=dtype, device="meta", requires_grad=input_trains)
             live = LiveBytes(tiles=device == "cpu" and runs_fused(layer) and not autocasts)
-            with _without_lines_of_bitsandbytes():
+            # whose 8-bit layers say in each run that they round their input to float16
+            with quiet_loggers(logging.ERROR, "bitsandbytes.autograd._functions"):
                 known[kind] = _measure(run, root.expand(1, batch.computed, -1), checkpointed, live)
         found.append(known[kind])
         input_trains = input_trains or any(each.requires_grad for each in layer.parameters())
@@ -194,15 +196,3 @@ class _CastLinears(TorchFunctionMode):
         if func is F.linear:
             args = tuple(each.to(self.dtype) if isinstance(each, Tensor) else each for each in args)
         return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def _without_lines_of_bitsandbytes() -> Iterator[None]:
-    """Keep away the lines in which its 8-bit layers say that they round their input to float16."""
-    log = logging.getLogger("bitsandbytes.autograd._functions")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

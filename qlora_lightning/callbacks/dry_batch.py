@@ -10,8 +10,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.data.batches.collate import Batch, collate_rows
-from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.data.batches.largest_batch import epochs_to_look_at, first_and_largest
+from qlora_lightning.data.batches.epoch_plan import EpochPlan, epochs_to_look_at, first_and_largest
 from qlora_lightning.data.batches.loader import FlatLoader
 from qlora_lightning.data.batches.order import RankBatch
 from qlora_lightning.data.batches.stream import StreamLoader

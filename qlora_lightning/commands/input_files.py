@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from qlora_lightning.commands.config_files import SUFFIXES, find_configs
-from qlora_lightning.data.reading.sources import list_folder
+from qlora_lightning.data.rows.sources import list_folder
 
 _LARGEST_CONFIG = 1_000_000  # bytes; a larger file is data
 _LONGEST_NAME = 4096  # bytes that Linux takes in a path

@@ -45,7 +45,7 @@ from qlora_lightning.commands.processes import check_accelerator, check_strategy
 from qlora_lightning.commands.short_forms import expand_arguments, expand_config, shorten_config
 from qlora_lightning.commands.training_help import HelpFormatter, help_of
 from qlora_lightning.commands.whole_numbers import read_whole_numbers_first
-from qlora_lightning.data.chat.tokenizers import tokenizer_of_base
+from qlora_lightning.data.chat.tokenizer import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.support.errors import UserError

@@ -10,17 +10,16 @@ if TYPE_CHECKING:
     from qlora_lightning.data.batches.collate import Batch, collate
     from qlora_lightning.data.batches.loader import FlatLoader
     from qlora_lightning.data.batches.order import epoch_order, rank_batches
-    from qlora_lightning.data.batches.prompt_loader import PromptBatch, PromptLoader
     from qlora_lightning.data.batches.stream import StreamLoader
-    from qlora_lightning.data.chat.renderer import ChatRenderer, Rendered
+    from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
     from qlora_lightning.data.datamodule import InstructionDataModule
-    from qlora_lightning.data.reading.bad_rows import BadRow, RowFault
-    from qlora_lightning.data.reading.reader import Row, RowReader, read_rows
-    from qlora_lightning.data.reading.sources import Source, find_sources
-    from qlora_lightning.data.rows.formats import Conversation, Message
-    from qlora_lightning.data.samples.report import Report
-    from qlora_lightning.data.samples.sample import Sample
-    from qlora_lightning.data.samples.sample_set import SampleSet
+    from qlora_lightning.data.prompts import PromptBatch, PromptLoader
+    from qlora_lightning.data.report import Report
+    from qlora_lightning.data.rows.bad_rows import BadRow, RowFault
+    from qlora_lightning.data.rows.conversation import Conversation, Message
+    from qlora_lightning.data.rows.readers import Row, RowReader, read_rows
+    from qlora_lightning.data.rows.sources import Source, find_sources
+    from qlora_lightning.data.samples import Sample, SampleSet
 
 __all__ = (
     "BadRow",
@@ -49,29 +48,29 @@ __all__ = (
 )
 
 _HOMES = {
-    "BadRow": "reading.bad_rows",
+    "BadRow": "rows.bad_rows",
     "Batch": "batches.collate",
-    "ChatRenderer": "chat.renderer",
-    "Conversation": "rows.formats",
+    "ChatRenderer": "chat.labels",
+    "Conversation": "rows.conversation",
     "FlatLoader": "batches.loader",
     "InstructionDataModule": "datamodule",
-    "Message": "rows.formats",
-    "PromptBatch": "batches.prompt_loader",
-    "PromptLoader": "batches.prompt_loader",
-    "Rendered": "chat.renderer",
-    "Report": "samples.report",
-    "Row": "reading.reader",
-    "RowFault": "reading.bad_rows",
-    "RowReader": "reading.reader",
-    "Sample": "samples.sample",
-    "SampleSet": "samples.sample_set",
-    "Source": "reading.sources",
+    "Message": "rows.conversation",
+    "PromptBatch": "prompts",
+    "PromptLoader": "prompts",
+    "Rendered": "chat.labels",
+    "Report": "report",
+    "Row": "rows.readers",
+    "RowFault": "rows.bad_rows",
+    "RowReader": "rows.readers",
+    "Sample": "samples",
+    "SampleSet": "samples",
+    "Source": "rows.sources",
     "StreamLoader": "batches.stream",
     "collate": "batches.collate",
     "epoch_order": "batches.order",
-    "find_sources": "reading.sources",
+    "find_sources": "rows.sources",
     "rank_batches": "batches.order",
-    "read_rows": "reading.reader",
+    "read_rows": "rows.readers",
 }
 
 

@@ -6,19 +6,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from qlora_lightning.data.batches.loader import FabricLoader, FlatLoader
-from qlora_lightning.data.batches.prompt_loader import PromptLoader
-from qlora_lightning.data.batches.seed import choose_seed, describe_other_seed
+from qlora_lightning.data.batches.order import choose_seed, describe_other_seed
 from qlora_lightning.data.batches.stream import StreamLoader, check_stream_length
+from qlora_lightning.data.cache import Prepared, identify
+from qlora_lightning.data.chat.labels import TRAIN_ON
 from qlora_lightning.data.chat.lengths import check_length_settings
-from qlora_lightning.data.chat.renderer import TRAIN_ON
+from qlora_lightning.data.prepare import check_combinations, check_usable, check_word, recount, refuse_unusable
 from qlora_lightning.data.prepared_rows import MAKE_SAMPLES, PreparedRows
-from qlora_lightning.data.samples.duplicates import find_overlap
-from qlora_lightning.data.samples.identity import identify
-from qlora_lightning.data.samples.report import Report
-from qlora_lightning.data.samples.sample_cache import Prepared
-from qlora_lightning.data.samples.sample_set import SampleSet
-from qlora_lightning.data.samples.split import hold_out
-from qlora_lightning.data.samples.splits import check_combinations, check_usable, check_word, recount, refuse_unusable
+from qlora_lightning.data.prompts import PromptLoader
+from qlora_lightning.data.report import Report
+from qlora_lightning.data.samples import SampleSet, find_overlap, hold_out
 from qlora_lightning.support.errors import UserError
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}

@@ -7,17 +7,15 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 
-from qlora_lightning.data.chat.renderer import ChatRenderer
-from qlora_lightning.data.chat.tokenizers import TokenizerChoice, hash_choice, load_choice, tokenizer_of_base
-from qlora_lightning.data.reading.bad_rows import BadRow
-from qlora_lightning.data.reading.reader import Row, RowReader
-from qlora_lightning.data.reading.sources import Source, find_sources
-from qlora_lightning.data.samples.prepare import Recipe, prepare_prompts, prepare_samples
-from qlora_lightning.data.samples.progress import rows_bar
-from qlora_lightning.data.samples.prompts import Prompt, as_samples
-from qlora_lightning.data.samples.report import Report
-from qlora_lightning.data.samples.sample_cache import Prepared, cached_samples, describe_sources
-from qlora_lightning.data.samples.splits import as_row
+from qlora_lightning.data.cache import Prepared, cached_samples, describe_sources
+from qlora_lightning.data.chat.labels import ChatRenderer
+from qlora_lightning.data.chat.tokenizer import TokenizerChoice, hash_choice, load_choice, tokenizer_of_base
+from qlora_lightning.data.prepare import Recipe, as_row, prepare_prompts, prepare_samples, rows_bar
+from qlora_lightning.data.prompts import Prompt, as_samples
+from qlora_lightning.data.report import Report
+from qlora_lightning.data.rows.bad_rows import BadRow
+from qlora_lightning.data.rows.readers import Row, RowReader
+from qlora_lightning.data.rows.sources import Source, find_sources
 
 # settings that a checkpoint remembers
 MAKE_SAMPLES = ("format", "system", "train_on", "max_length", "too_long", "on_bad_row", "val_fraction")

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from qlora_lightning.base import open_base
-from qlora_lightning.data.rows.formats import Conversation
+from qlora_lightning.data.rows.conversation import Conversation
 from qlora_lightning.model.device import choose_compute_dtype
 from qlora_lightning.support.errors import UserError
 from tests.benchmarks.checks import check_options

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.utils.data import DataLoader
 
 from qlora_lightning.data.batches.collate import Batch, collate
-from qlora_lightning.data.samples.sample import make_sample
+from qlora_lightning.data.samples import make_sample
 from tests.benchmarks import settings
 from tests.benchmarks.ceilings import Ceilings
 from tests.benchmarks.children import print_figures

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lightning.data.batches.order import epoch_order
-from qlora_lightning.data.reading.reader import read_rows
-from qlora_lightning.data.rows.conversations import to_conversation
-from qlora_lightning.data.rows.formats import Conversation, choose_format
+from qlora_lightning.data.rows.conversation import Conversation
+from qlora_lightning.data.rows.formats import choose_format, to_conversation
+from qlora_lightning.data.rows.readers import read_rows
 from qlora_lightning.support.errors import UserError
 from tests.benchmarks.settings import SEED
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from qlora_lightning.data.batches.stream import StreamLoader
-from qlora_lightning.data.chat.renderer import ChatRenderer
-from qlora_lightning.data.chat.tokenizers import load_choice
-from qlora_lightning.data.reading.sources import find_sources
-from qlora_lightning.data.samples.prepare import Recipe
+from qlora_lightning.data.chat.labels import ChatRenderer
+from qlora_lightning.data.chat.tokenizer import load_choice
+from qlora_lightning.data.prepare import Recipe
+from qlora_lightning.data.rows.sources import find_sources
 from qlora_lightning.model.device import read_memory
 
 WORDS = ["two", "and", "apples", "in", "a", "box", "cost", "seven", "more", "than", "each", "of", "them", "has", "so"]

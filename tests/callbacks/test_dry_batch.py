@@ -9,9 +9,9 @@ from lightning.pytorch import LightningModule
 from qlora_lightning import GradientCheckpointing, InstructionDataModule, LossSums, QLoRAModule
 from qlora_lightning.callbacks import dry_batch
 from qlora_lightning.callbacks.dry_batch import DryBatch, find_largest
-from qlora_lightning.data.batches import largest_batch
+from qlora_lightning.data.batches import epoch_plan
 from qlora_lightning.data.batches.loader import FlatLoader
-from qlora_lightning.data.samples.sample import make_sample
+from qlora_lightning.data.samples import make_sample
 from qlora_lightning.support.errors import UserError
 
 LINE = re.compile(
@@ -80,7 +80,7 @@ def test_of_large_data_only_the_epoch_at_hand_is_looked_at(monkeypatch, always_w
     loader = FlatLoader(samples_of([1, 2, 4, 8]), 2, shuffle=True, seed=3)
     tokens = [[int(loader.samples.lengths[rows].sum()) for rows, _ in loader.plan.batches(n)] for n in range(9)]
     assert max(tokens[0]) < max(map(max, tokens))
-    monkeypatch.setattr(largest_batch, "_ROWS", 3)
+    monkeypatch.setattr(epoch_plan, "_ROWS", 3)
     assert find_largest(trainer_of(loader, max_epochs=9), None)["input_ids"].numel() == max(tokens[0])
 
 

@@ -1,7 +1,7 @@
 import torch
 
 from qlora_lightning.data.batches.collate import collate
-from qlora_lightning.data.samples.sample import make_sample
+from qlora_lightning.data.samples import make_sample
 from qlora_lightning.evaluation.rows import choose_max_new_tokens, cut_rows, last_turn, split_sample
 
 NO = -100

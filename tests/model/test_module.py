@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
 from qlora_lightning.data.batches.collate import collate
-from qlora_lightning.data.samples.sample import make_sample
+from qlora_lightning.data.samples import make_sample
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import without_peft_warnings

@@ -5,7 +5,7 @@ import torch
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.data.batches.collate import collate
-from qlora_lightning.data.samples.sample import make_sample
+from qlora_lightning.data.samples import make_sample
 from qlora_lightning.model.layout import add_noise, whole_samples
 from qlora_lightning.support.errors import UserError
 

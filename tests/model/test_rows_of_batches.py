@@ -7,8 +7,7 @@ import torch
 
 from qlora_lightning import InstructionDataModule, LossSums, QLoRAModule
 from qlora_lightning.data.batches.collate import collate
-from qlora_lightning.data.samples.sample import make_sample
-from qlora_lightning.data.samples.sample_builder import SampleSetBuilder
+from qlora_lightning.data.samples import SampleSetBuilder, make_sample
 from qlora_lightning.model import loss
 from qlora_lightning.model.batch import BatchShape, cut_into_rows, describe_row, join_places, row_places, shape_of_batch
 from qlora_lightning.model.loss import TokenStatistics, losses_of_rows

@@ -11,8 +11,8 @@ from qlora_lightning.commands.chat.arguments import BASE, is_text
 from qlora_lightning.commands.chat.sampling import Sampling, setting_names
 from qlora_lightning.commands.chat.screen import Screen, Write
 from qlora_lightning.commands.chat.speakers import Speaker, Speakers
-from qlora_lightning.data.reading.bad_rows import RowFault
-from qlora_lightning.data.rows.formats import Message
+from qlora_lightning.data.rows.bad_rows import RowFault
+from qlora_lightning.data.rows.conversation import Message
 from qlora_lightning.support.errors import UserError
 
 _HELP = f"""/adapter NAME  let another adapter answer, or `base`; alone: who there is

@@ -8,8 +8,8 @@ from typing import Any
 import peft
 
 from qlora_lightning.commands.chat.arguments import BASE
-from qlora_lightning.data.chat.renderer import ChatRenderer
-from qlora_lightning.data.chat.tokenizers import load_choice
+from qlora_lightning.data.chat.labels import ChatRenderer
+from qlora_lightning.data.chat.tokenizer import load_choice
 from qlora_lightning.model.adapters.folder import add_named_adapter
 from qlora_lightning.model.adapters.lora import ADAPTER
 from qlora_lightning.model.generate import dense_weights

@@ -11,7 +11,7 @@ from qlora_lightning.commands.foreign_errors import find_user_error
 from qlora_lightning.commands.option_parser import OptionParser
 from qlora_lightning.commands.parse_errors import check_top_level, word_parse_error
 from qlora_lightning.commands.short_forms import CALLBACK_KEYS, expand_arguments, expand_config
-from qlora_lightning.data.chat.tokenizers import tokenizer_of_base
+from qlora_lightning.data.chat.tokenizer import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_yaml

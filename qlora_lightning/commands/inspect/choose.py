@@ -9,8 +9,8 @@ import numpy as np
 
 from qlora_lightning.commands.inspect.arguments import Options
 from qlora_lightning.commands.inspect.pieces import Piece, PieceCutter
-from qlora_lightning.data.samples.report import Report
-from qlora_lightning.data.samples.sample_set import SampleSet
+from qlora_lightning.data.report import Report
+from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
 
 _FIRST, _FOUND = 2, 3  # rows shown when none are asked for, and of those that a search finds

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qlora_lightning.data.samples.sample_set import SampleSet
+from qlora_lightning.data.samples import SampleSet
 
 
 class Ends(NamedTuple):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from qlora_lightning.commands.inspect.ends import Ends
 from qlora_lightning.commands.inspect.epoch import Epoch
 from qlora_lightning.commands.inspect.numbers import Bar
-from qlora_lightning.data.samples.report import Report
+from qlora_lightning.data.report import Report
 
 
 @dataclass(frozen=True)

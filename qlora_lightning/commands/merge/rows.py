@@ -11,7 +11,7 @@ from qlora_lightning.base.adapter_folder import find_run_config
 from qlora_lightning.commands.inspect.arguments import make_data_module, parse
 from qlora_lightning.commands.quiet import quiet_lightning
 from qlora_lightning.data.batches.collate import collate_rows
-from qlora_lightning.data.samples.sample_set import SampleSet
+from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
 
 _TOKENS = 1_024  # of a batch; one layer's activations of a batch exist at a time

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_lightning.commands.inspect.epoch import Epoch, plan_epoch
-from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.data.batches.largest_batch import epochs_to_look_at, first_and_largest
-from qlora_lightning.data.reading.sources import find_sources
+from qlora_lightning.data.batches.epoch_plan import EpochPlan, epochs_to_look_at, first_and_largest
+from qlora_lightning.data.rows.sources import find_sources
 from qlora_lightning.model.batch import BatchShape, computed_counter, shape_of_rows
 from qlora_lightning.model.layout import filled
 from qlora_lightning.model.memory.plan import MOST_LENGTHS

@@ -7,9 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qlora_lightning.data.chat.renderer import IGNORED
-from qlora_lightning.data.samples.sample import Sample
-from qlora_lightning.data.samples.sample_set import SampleSet
+from qlora_lightning.data.chat.labels import IGNORED
+from qlora_lightning.data.samples import Sample, SampleSet
 
 
 class Batch(TypedDict):

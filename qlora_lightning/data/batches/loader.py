@@ -7,9 +7,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSam
 
 from qlora_lightning.data.batches.collate import Batch, collate_rows
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.data.samples.sample import Sample
-from qlora_lightning.data.samples.sample_builder import gather_samples
-from qlora_lightning.data.samples.sample_set import SampleSet
+from qlora_lightning.data.samples import Sample, SampleSet, gather_samples
 from qlora_lightning.support.errors import UserError
 
 

@@ -1,12 +1,15 @@
-"""The order of an epoch's rows, and which of them each rank takes."""
+"""The order of an epoch's rows, mixed by weight or grouped by length, and which of them each rank takes."""
 
 import hashlib
+import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from qlora_lightning.support.errors import UserError
 
 
 class RankBatch(NamedTuple):
@@ -69,3 +72,126 @@ def rank_bins(bins: Sequence[list[int]], rank: int, world_size: int) -> list[Ran
         mine = begin + rank < len(bins)
         batches.append(RankBatch(bins[begin + rank] if mine else bins[begin][:1], not mine))
     return batches
+
+
+def choose_seed(trainer: Any) -> int:
+    """Take the seed of ``seed_everything``, else torch's; the same one for all processes of a trainer."""
+    seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
+    if trainer is not None and trainer.world_size > 1:
+        seed = trainer.strategy.broadcast(seed)  # without seed_everything each process may have its own
+    return seed
+
+
+def describe_other_seed(stored: int | None, own: int | None) -> str | None:
+    """Say that a checkpoint's seed rules, where the user asked for another by ``seed_everything``."""
+    if stored is None or own is None or stored == own or not os.environ.get("PL_GLOBAL_SEED"):
+        return None
+    return (
+        f"seed_everything is {own}, but the checkpoint's {stored} rules: the order of rows, and which of them are held "
+        "out for validation, go on as they were."
+    )
+
+
+def check_weights(source: npt.NDArray[np.int32], weights: Sequence[float]) -> None:
+    """Refuse weights that cannot be kept.
+
+    Args:
+        source: which source each row came from, ``(n,)``.
+        weights: of each source.
+
+    Raises:
+        UserError: if a weight is not above 0, or a source has no row or no weight.
+    """
+    if any(not 0 < weight < float("inf") for weight in weights):
+        raise UserError(f"weight: expected numbers above 0, found {', '.join(map(str, weights))}.")
+    rows = np.bincount(source, minlength=len(weights))
+    if len(rows) > len(weights):
+        raise UserError(f"weight: expected one for each of {len(rows)} sources, found {len(weights)}.")
+    if not rows.all():
+        raise UserError(
+            f"weight: source {int(rows.argmin()) + 1} has no usable row, so it cannot have its share: leave it out."
+        )
+
+
+def share_out(weights: Sequence[float], n: int) -> list[int]:
+    """Share ``n`` rows among sources in proportion to weights; largest remainders are rounded up: they sum to n."""
+    exact = np.array(weights) / np.sum(weights) * n
+    shares = np.floor(exact).astype(np.int64)
+    largest = np.argsort(shares - exact, kind="stable")  # of equal remainders, the first source's
+    shares[largest[: n - int(shares.sum())]] += 1
+    return [int(share) for share in shares]
+
+
+def mix_sources(
+    source: npt.NDArray[np.int32], weights: Sequence[float], seed: int, epoch: int
+) -> npt.NDArray[np.int64]:
+    """Return the shuffled rows of an epoch in which each source has its share.
+
+    An epoch has as many rows as there are, over all sources. Each source is an endless line of permutations of its
+    rows, from which every epoch takes the next stretch: within a source every row is seen before any is seen again,
+    over epochs too. So a source with a small weight takes several epochs to be seen whole, and one with a large weight
+    is seen several times in one. A pure function of its arguments: no epoch needs the ones before it.
+
+    Args:
+        source: which source each row came from, ``(n,)``.
+        weights: of each source.
+        seed: of the permutations.
+        epoch: from 0.
+
+    Returns:
+        Rows, ``(n,)``; one can occur several times.
+
+    Raises:
+        UserError: as ``check_weights``.
+    """
+    check_weights(source, weights)
+    n = len(source)
+    taken = [
+        _take(np.flatnonzero(source == number), share * epoch, share, seed, number)
+        for number, share in enumerate(share_out(weights, n))
+    ]
+    return np.concatenate(taken)[permute(n, seed, epoch)]
+
+
+def _take(rows: npt.NDArray[np.int64], begin: int, count: int, seed: int, number: int) -> npt.NDArray[np.int64]:
+    """Return places ``[begin, begin + count)`` of a source's endless line."""
+    rounds = range(begin // len(rows), -(-(begin + count) // len(rows)))
+    line = [rows[permute(len(rows), seed, "source", number, turn)] for turn in rounds]
+    start = begin % len(rows)
+    return np.concatenate([rows[:0], *line])[start : start + count]
+
+
+_BATCHES_SORTED_TOGETHER = 50  # more: lengths more alike; fewer: an order more random
+
+
+def group_by_length(
+    order: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], stride: int, seed: int, epoch: int
+) -> npt.NDArray[np.int64]:
+    """Reorder an epoch so that each ``stride`` rows, from the first on, are of like length.
+
+    A shuffled order is sorted by length in stretches of about 50 batches, then the batches are shuffled. The batch with
+    the longest row comes first, so that memory runs out in the first step or never; a short batch stays last.
+
+    Args:
+        order: the rows of the epoch, shuffled, ``(n,)``.
+        lengths: tokens of every row.
+        stride: rows in a micro-batch of all ranks together.
+        seed: of the order of the batches.
+        epoch: of the order of the batches.
+
+    Returns:
+        The same rows, ``(n,)``.
+    """
+    full = len(order) // stride
+    stretch = _BATCHES_SORTED_TOGETHER * stride
+    # The last stretch takes what is left over, so that its short batch never stands alone and never holds the longest.
+    borders = np.arange(1, full // _BATCHES_SORTED_TOGETHER) * stretch
+    parts = np.split(order, borders)
+    falling = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
+    batches, rest = falling[: full * stride].reshape(full, stride), falling[full * stride :]
+    if not full:
+        return rest
+    batches = batches[permute(full, seed, epoch, "groups")]
+    first = int(np.argmax(lengths[batches].max(axis=1)))
+    batches[[0, first]] = batches[[first, 0]]
+    return np.concatenate([batches.ravel(), rest])

@@ -4,9 +4,7 @@ import json
 import reprlib
 from typing import Any
 
-from qlora_lightning.data.reading.bad_rows import RowFault
-from qlora_lightning.data.rows.kinds import kind_of
-from qlora_lightning.data.rows.text import check_characters, read_string
+from qlora_lightning.data.rows.bad_rows import RowFault, check_characters, kind_of, read_string
 
 
 def find_tools(values: dict[str, Any]) -> list[dict[str, Any]] | None:

@@ -5,8 +5,8 @@ import pytest
 from qlora_lightning.commands.inspect.arguments import Config, Options
 from qlora_lightning.commands.inspect.gather import inspect_data
 from qlora_lightning.data.batches.loader import FlatLoader
-from qlora_lightning.data.samples.report import Report
-from qlora_lightning.data.samples.sample_builder import SampleSetBuilder
+from qlora_lightning.data.report import Report
+from qlora_lightning.data.samples import SampleSetBuilder
 
 
 class CharTokenizer:

@@ -3,7 +3,7 @@ import pytest
 from qlora_lightning.commands.inspect.arguments import Options
 from qlora_lightning.commands.inspect.choose import RowChooser
 from qlora_lightning.commands.inspect.pieces import PieceCutter
-from qlora_lightning.data.reading.bad_rows import BadRow
+from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.support.errors import UserError
 
 

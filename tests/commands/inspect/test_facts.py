@@ -2,7 +2,7 @@ import pytest
 
 from qlora_lightning.commands.inspect.epoch import Epoch
 from qlora_lightning.commands.inspect.facts import SplitFacts, find_faults, headline, table_rows, word_epoch
-from qlora_lightning.data.reading.bad_rows import BadRow
+from qlora_lightning.data.rows.bad_rows import BadRow
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from qlora_lightning.commands.inspect.terminal import print_inspection
-from qlora_lightning.data.reading.bad_rows import BadRow
+from qlora_lightning.data.rows.bad_rows import BadRow
 
 
 @pytest.fixture

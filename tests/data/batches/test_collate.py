@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from qlora_lightning.data.batches.collate import collate, collate_rows
-from qlora_lightning.data.samples.sample import Sample, mute
-from qlora_lightning.data.samples.sample_builder import gather_samples
+from qlora_lightning.data.samples import Sample, gather_samples, mute
 
 SAMPLES = [
     Sample(torch.tensor([5, 6, 7]), torch.tensor([-100, 6, 7]), 4, 0),

@@ -4,7 +4,7 @@ import pytest
 
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.data.batches.order import epoch_order
-from qlora_lightning.data.samples.sample_builder import SampleSetBuilder
+from qlora_lightning.data.samples import SampleSetBuilder
 from qlora_lightning.support.errors import UserError
 
 LENGTHS = [(7 * n) % 23 + 1 for n in range(100)]  # from 1 to 23

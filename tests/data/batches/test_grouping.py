@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from qlora_lightning.data.batches.grouping import group_by_length
-from qlora_lightning.data.batches.order import permute
+from qlora_lightning.data.batches.order import group_by_length, permute
 
 
 def grouped(lengths, stride, seed=0, epoch=0):

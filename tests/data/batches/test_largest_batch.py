@@ -1,9 +1,8 @@
 import pytest
 
-from qlora_lightning.data.batches import largest_batch
-from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.data.batches.largest_batch import epochs_to_look_at, first_and_largest
-from qlora_lightning.data.samples.sample_builder import SampleSetBuilder
+from qlora_lightning.data.batches import epoch_plan
+from qlora_lightning.data.batches.epoch_plan import EpochPlan, epochs_to_look_at, first_and_largest
+from qlora_lightning.data.samples import SampleSetBuilder
 
 LENGTHS = (3, 1, 4, 1, 5, 9, 2, 7)
 
@@ -50,7 +49,7 @@ def test_later_epochs_are_looked_at_where_their_batches_differ(monkeypatch):
     assert epochs_to_look_at(shuffled, 2, -1) == range(2, 3)
     assert epochs_to_look_at(make_plan(batch_size=2), 2, 5) == range(2, 3)
     assert epochs_to_look_at(make_plan(tokens_per_batch=9, shuffle=True), 0, 5) == range(1)
-    monkeypatch.setattr(largest_batch, "_ROWS", 2 * len(LENGTHS))
+    monkeypatch.setattr(epoch_plan, "_ROWS", 2 * len(LENGTHS))
     assert epochs_to_look_at(shuffled, 0, 5) == range(2)
     most = max(sum(LENGTHS[row] for row in batch.rows) for epoch in range(5) for batch in shuffled.batches(epoch))
     _, found = first_and_largest(shuffled, range(5))

@@ -5,7 +5,7 @@ from torch.utils.data import SequentialSampler
 
 from qlora_lightning.data.batches.loader import FlatLoader
 from qlora_lightning.data.batches.order import epoch_order
-from qlora_lightning.data.samples.sample import make_sample
+from qlora_lightning.data.samples import make_sample
 from qlora_lightning.support.errors import UserError
 
 SAMPLES = [make_sample([number, number + 1], [-100, number + 1], number) for number in range(11)]

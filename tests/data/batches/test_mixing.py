@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from qlora_lightning.data.batches.mixing import mix_sources, share_out
+from qlora_lightning.data.batches.order import mix_sources, share_out
 from qlora_lightning.support.errors import UserError
 
 SOURCE = np.array([0] * 7 + [1] * 3, dtype=np.int32)  # rows 0 to 6 and rows 7 to 9

@@ -1,5 +1,4 @@
-from qlora_lightning.data.batches.prompt_loader import PromptLoader
-from qlora_lightning.data.samples.prompts import Prompt
+from qlora_lightning.data.prompts import Prompt, PromptLoader
 
 PROMPTS = [Prompt([number], str(number), number, {"n": number}) for number in range(3)]
 

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from qlora_lightning.data.batches.row_stream import RowStream
-from qlora_lightning.data.reading.bad_rows import BadRow
-from qlora_lightning.data.reading.sources import find_sources
+from qlora_lightning.data.batches.stream import RowStream
+from qlora_lightning.data.rows.bad_rows import BadRow
+from qlora_lightning.data.rows.sources import find_sources
 from qlora_lightning.support.errors import UserError
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qlora_lightning.data.batches.seed import choose_seed, describe_other_seed
+from qlora_lightning.data.batches.order import choose_seed, describe_other_seed
 
 
 class Strategy:

@@ -9,9 +9,9 @@ import torch
 
 from qlora_lightning.data.batches import stream
 from qlora_lightning.data.batches.stream import StreamLoader
-from qlora_lightning.data.chat.renderer import ChatRenderer
-from qlora_lightning.data.reading.sources import find_sources
-from qlora_lightning.data.samples.prepare import Recipe
+from qlora_lightning.data.chat.labels import ChatRenderer
+from qlora_lightning.data.prepare import Recipe
+from qlora_lightning.data.rows.sources import find_sources
 from qlora_lightning.model.device import read_memory
 from qlora_lightning.support.errors import UserError
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_lightning.data.chat.renderer import ChatRenderer
+from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.datamodule import InstructionDataModule
-from qlora_lightning.data.reading.bad_rows import RowFault
+from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.support.errors import UserError
 
 SPECIAL = {

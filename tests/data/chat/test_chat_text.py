@@ -1,7 +1,7 @@
 import pytest
 
-from qlora_lightning.data.chat.chat_text import Answer, ChatText
-from qlora_lightning.data.reading.bad_rows import RowFault
+from qlora_lightning.data.chat.render import Answer, ChatText
+from qlora_lightning.data.rows.bad_rows import RowFault
 
 CALL = {"type": "function", "function": {"name": "clock", "arguments": {}}}
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from qlora_lightning.data.chat.renderer import ChatRenderer
+from qlora_lightning.data.chat.labels import ChatRenderer
 
 SYSTEM = [{"role": "system", "content": "You answer in one word."}]
 ANSWERS = ["yes", "\n\n  yes", " yes ", "é🙂\nyes", "\tyes\n", "yes <html> [INST", "1,000\r\n"]

@@ -3,8 +3,8 @@ import random
 
 import pytest
 
+from qlora_lightning.data.chat.labels import Rendered
 from qlora_lightning.data.chat.lengths import split_up
-from qlora_lightning.data.chat.renderer import Rendered
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.support.errors import UserError
 

@@ -1,8 +1,8 @@
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from qlora_lightning.data.chat.renderer import ChatRenderer
-from qlora_lightning.data.reading.bad_rows import RowFault
+from qlora_lightning.data.chat.labels import ChatRenderer
+from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.support.errors import UserError
 
 

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from qlora_lightning.data.chat.stops import find_stop_ids, find_turn_end
+from qlora_lightning.data.chat.control_tokens import find_stop_ids, find_turn_end
 from qlora_lightning.support.errors import UserError
 
 

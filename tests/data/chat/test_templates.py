@@ -6,10 +6,10 @@ import pytest
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qlora_lightning.data.chat.renderer import ChatRenderer
-from qlora_lightning.data.chat.stops import find_stop_ids
+from qlora_lightning.data.chat.control_tokens import find_stop_ids
+from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import PRESETS, choose_chat_template, find_presets
-from qlora_lightning.data.reading.bad_rows import RowFault
+from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.support.errors import UserError
 
 SYSTEM = [{"role": "system", "content": "Be brief."}]

@@ -1,6 +1,6 @@
 import pytest
 
-from qlora_lightning.data.chat.tokenizers import (
+from qlora_lightning.data.chat.tokenizer import (
     hash_choice,
     hash_tokenizer,
     hash_tokenizer_files,

@@ -1,6 +1,6 @@
 import pytest
 
-from qlora_lightning.data.reading.bad_rows import BadRow, refuse
+from qlora_lightning.data.rows.bad_rows import BadRow, refuse
 from qlora_lightning.support.errors import UserError
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from qlora_lightning.data.reading.compression import describe_kinds, kind_of, open_stream
+from qlora_lightning.data.rows.readers import open_stream
+from qlora_lightning.data.rows.sources import describe_kinds, kind_of
 from qlora_lightning.support.errors import UserError
 
 LINES = b"".join(b'{"x": %d}\n' % number for number in range(50_000))

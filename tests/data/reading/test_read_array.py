@@ -2,9 +2,8 @@ import json
 
 import pytest
 
-from qlora_lightning.data.reading import read_array as module
-from qlora_lightning.data.reading.cursor import MAX_ROW_BYTES, Cursor
-from qlora_lightning.data.reading.read_array import read_array
+from qlora_lightning.data.rows import readers as module
+from qlora_lightning.data.rows.readers import MAX_ROW_BYTES, Cursor, read_array
 
 REST = "; the rest of the file cannot be read"
 

@@ -2,8 +2,7 @@ import tracemalloc
 
 import pytest
 
-from qlora_lightning.data.reading.cursor import MAX_ROW_BYTES, Cursor
-from qlora_lightning.data.reading.read_csv import read_csv
+from qlora_lightning.data.rows.readers import MAX_ROW_BYTES, Cursor, read_csv
 from qlora_lightning.support.errors import UserError
 
 REST = "; the rest of the file cannot be read"

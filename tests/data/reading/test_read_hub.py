@@ -5,8 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qlora_lightning.data.reading.reader import RowReader, fingerprint
-from qlora_lightning.data.reading.sources import Source
+from qlora_lightning.data.rows.readers import RowReader, fingerprint
+from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.support.errors import UserError
 
 ROWS = [{"x": f"row {number}", "messages": [{"role": "user", "content": "é"}]} for number in range(600)]

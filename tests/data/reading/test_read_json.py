@@ -1,7 +1,6 @@
 import pytest
 
-from qlora_lightning.data.reading.cursor import Cursor
-from qlora_lightning.data.reading.read_json import read_json
+from qlora_lightning.data.rows.readers import Cursor, read_json
 from qlora_lightning.support.errors import UserError
 
 

@@ -2,8 +2,7 @@ import tracemalloc
 
 import pytest
 
-from qlora_lightning.data.reading.cursor import MAX_ROW_BYTES, Cursor
-from qlora_lightning.data.reading.read_lines import read_lines
+from qlora_lightning.data.rows.readers import MAX_ROW_BYTES, Cursor, read_lines
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qlora_lightning.data.reading.cursor import Cursor
-from qlora_lightning.data.reading.read_parquet import BATCH_ROWS, read_parquet
+from qlora_lightning.data.rows.readers import BATCH_ROWS, Cursor, read_parquet
 from qlora_lightning.support.errors import UserError
 
 

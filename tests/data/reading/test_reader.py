@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qlora_lightning.data.reading.bad_rows import BadRow
-from qlora_lightning.data.reading.reader import Row, RowReader, fingerprint, read_rows
-from qlora_lightning.data.reading.sources import find_sources
+from qlora_lightning.data.rows.bad_rows import BadRow
+from qlora_lightning.data.rows.readers import Row, RowReader, fingerprint, read_rows
+from qlora_lightning.data.rows.sources import find_sources
 from qlora_lightning.support.errors import UserError
 
 ROWS = [{"x": str(number), "text": "é\n,{" * number} for number in range(7)]

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lightning.data.reading.sources import Source, find_sources
+from qlora_lightning.data.rows.sources import Source, find_sources
 from qlora_lightning.support.errors import UserError
 
 

@@ -1,8 +1,8 @@
 import pytest
 
-from qlora_lightning.data.reading.bad_rows import RowFault
-from qlora_lightning.data.reading.reader import Row
-from qlora_lightning.data.rows.columns import check_columns, rename_columns
+from qlora_lightning.data.rows.bad_rows import RowFault
+from qlora_lightning.data.rows.formats import check_columns, rename_columns
+from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.support.errors import UserError
 
 

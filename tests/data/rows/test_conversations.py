@@ -1,8 +1,7 @@
 import pytest
 
-from qlora_lightning.data.reading.bad_rows import RowFault
-from qlora_lightning.data.rows.conversations import to_conversation
-from qlora_lightning.data.rows.formats import FORMATS, Format
+from qlora_lightning.data.rows.bad_rows import RowFault
+from qlora_lightning.data.rows.formats import FORMATS, Format, to_conversation
 
 CALL = {"type": "function", "function": {"name": "sky", "arguments": {"at": "Ulm"}}}
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lightning.data.rows.format_function import import_function
+from qlora_lightning.data.rows.formats import import_function
 from qlora_lightning.support.errors import UserError
 
 

@@ -1,7 +1,7 @@
 import pytest
 
-from qlora_lightning.data.reading.reader import Row
 from qlora_lightning.data.rows.formats import KEYS, choose_format
+from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.support.errors import UserError
 
 

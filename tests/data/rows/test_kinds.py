@@ -1,4 +1,4 @@
-from qlora_lightning.data.rows.kinds import kind_of
+from qlora_lightning.data.rows.bad_rows import kind_of
 
 
 def test_values_are_named_as_in_json_where_python_has_no_good_name():

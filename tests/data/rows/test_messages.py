@@ -1,7 +1,7 @@
 import pytest
 
-from qlora_lightning.data.reading.bad_rows import RowFault
-from qlora_lightning.data.rows.messages import check_message, without_marks
+from qlora_lightning.data.rows.bad_rows import RowFault
+from qlora_lightning.data.rows.conversation import check_message, without_marks
 
 CALL = {"type": "function", "function": {"name": "sky", "arguments": {"at": "Ulm"}}}
 

@@ -1,7 +1,7 @@
 import pytest
 
-from qlora_lightning.data.reading.bad_rows import RowFault
-from qlora_lightning.data.rows.shapes import from_alpaca, from_messages, from_prompt_completion, from_question_answer
+from qlora_lightning.data.rows.bad_rows import RowFault
+from qlora_lightning.data.rows.formats import from_alpaca, from_messages, from_prompt_completion, from_question_answer
 
 ASKED, SAID = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 RULE = {"role": "system", "content": "s"}

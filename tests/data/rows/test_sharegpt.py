@@ -1,7 +1,7 @@
 import pytest
 
-from qlora_lightning.data.reading.bad_rows import RowFault
-from qlora_lightning.data.rows.sharegpt import from_sharegpt
+from qlora_lightning.data.rows.bad_rows import RowFault
+from qlora_lightning.data.rows.formats import from_sharegpt
 
 
 def turns(*pairs):

@@ -1,7 +1,6 @@
 import pytest
 
-from qlora_lightning.data.reading.bad_rows import RowFault
-from qlora_lightning.data.rows.text import check_characters, read_string
+from qlora_lightning.data.rows.bad_rows import RowFault, check_characters, read_string
 
 
 @pytest.mark.parametrize("value", ["", "plain", "é 😀 \u2028", {"a": ["b", 1, None, {"é": "x"}]}])

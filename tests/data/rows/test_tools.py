@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from qlora_lightning.data.reading.bad_rows import RowFault
+from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.tools import find_tools, parse_json, read_calls
 
 SKY = {"name": "sky", "description": "Tells the weather.", "parameters": {"type": "object", "properties": {}}}

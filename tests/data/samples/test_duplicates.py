@@ -1,5 +1,4 @@
-from qlora_lightning.data.samples.duplicates import digest_rows, digest_samples, find_duplicates, find_overlap
-from qlora_lightning.data.samples.sample_builder import SampleSetBuilder
+from qlora_lightning.data.samples import SampleSetBuilder, digest_rows, digest_samples, find_duplicates, find_overlap
 
 
 def build(*rows, file="train.jsonl"):

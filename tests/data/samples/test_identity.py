@@ -4,8 +4,8 @@ import pytest
 
 from qlora_lightning import InstructionDataModule
 from qlora_lightning.base.tokenizer import load_tokenizer
-from qlora_lightning.data.samples.identity import hash_samples, identify
-from qlora_lightning.data.samples.sample_builder import SampleSetBuilder
+from qlora_lightning.data.cache import hash_samples, identify
+from qlora_lightning.data.samples import SampleSetBuilder
 
 
 def build(ids=((1, 2, 3), (4, 5)), labels=((-100, 2, 3), (-100, 5)), source=0):

@@ -1,13 +1,12 @@
 import pytest
 
-from qlora_lightning.data.chat.renderer import ChatRenderer
-from qlora_lightning.data.reading.bad_rows import BadRow
-from qlora_lightning.data.reading.cursor import REST_UNREAD
-from qlora_lightning.data.reading.reader import Row
-from qlora_lightning.data.samples import prepare
-from qlora_lightning.data.samples.prepare import TOO_LONG, Preparer, Recipe, prepare_prompts, prepare_samples
-from qlora_lightning.data.samples.report import Report
-from qlora_lightning.data.samples.sample_builder import SampleSetBuilder
+from qlora_lightning.data import prepare
+from qlora_lightning.data.chat.labels import ChatRenderer
+from qlora_lightning.data.prepare import TOO_LONG, Preparer, Recipe, prepare_prompts, prepare_samples
+from qlora_lightning.data.report import Report
+from qlora_lightning.data.rows.bad_rows import BadRow
+from qlora_lightning.data.rows.readers import REST_UNREAD, Row
+from qlora_lightning.data.samples import SampleSetBuilder
 from qlora_lightning.support.errors import UserError
 
 

@@ -1,7 +1,7 @@
 import pytest
 
-from qlora_lightning.data.samples import progress
-from qlora_lightning.data.samples.progress import rows_bar
+from qlora_lightning.data import prepare
+from qlora_lightning.data.prepare import rows_bar
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def test_few_rows_are_prepared_without_a_word(capsys):
 
 
 def test_what_takes_long_shows_a_bar_on_standard_error(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "_PATIENCE", -1)
+    monkeypatch.setattr(prepare, "_PATIENCE", -1)
     watch_twice()
     out, err = capsys.readouterr()
     assert out == ""
@@ -30,6 +30,6 @@ def test_what_takes_long_shows_a_bar_on_standard_error(capsys, monkeypatch):
 
 
 def test_only_one_of_several_processes_shows_it(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "_PATIENCE", -1)
+    monkeypatch.setattr(prepare, "_PATIENCE", -1)
     watch_twice(show=False)
     assert capsys.readouterr() == ("", "")

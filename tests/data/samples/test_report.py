@@ -1,7 +1,7 @@
 import json
 
-from qlora_lightning.data.reading.bad_rows import BadRow
-from qlora_lightning.data.samples.report import Report
+from qlora_lightning.data.report import Report
+from qlora_lightning.data.rows.bad_rows import BadRow
 
 FULL = Report(
     "val",

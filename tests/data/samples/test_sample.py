@@ -1,4 +1,4 @@
-from qlora_lightning.data.samples.sample import make_sample, mute
+from qlora_lightning.data.samples import make_sample, mute
 
 
 def test_the_first_label_is_dropped_and_a_filler_has_none():

@@ -1,7 +1,6 @@
 import pytest
 
-from qlora_lightning.data.samples.sample import make_sample
-from qlora_lightning.data.samples.sample_builder import SampleSetBuilder, gather_samples
+from qlora_lightning.data.samples import SampleSetBuilder, gather_samples, make_sample
 
 
 def build(*rows):

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_lightning.data.reading.sources import find_sources
-from qlora_lightning.data.samples.report import Report
-from qlora_lightning.data.samples.sample_builder import SampleSetBuilder
-from qlora_lightning.data.samples.sample_cache import cached_samples, describe_sources
+from qlora_lightning.data.cache import cached_samples, describe_sources
+from qlora_lightning.data.report import Report
+from qlora_lightning.data.rows.sources import find_sources
+from qlora_lightning.data.samples import SampleSetBuilder
 from qlora_lightning.support.errors import UserError
 
 REPOSITORY = Path(__file__).parents[3]
@@ -96,7 +96,7 @@ def test_a_full_disk_does_not_prepare_a_second_time(monkeypatch, caplog):
     def save(self, folder):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qlora_lightning.data.samples.sample_set.SampleSet.save", save)
+    monkeypatch.setattr("qlora_lightning.data.samples.SampleSet.save", save)
     prepare = Prepare()
     samples, _ = cached_samples(KEY, "rows", prepare)
     assert (prepare.calls, len(samples)) == (1, 1)
@@ -117,8 +117,8 @@ def test_a_killed_preparation_leaves_nothing_that_counts(cache):
     script = """
 import os, signal
 from tests.data.samples.test_sample_cache import KEY, Prepare
-from qlora_lightning.data.samples.sample_cache import cached_samples
-from qlora_lightning.data.samples.sample_set import SampleSet
+from qlora_lightning.data.cache import cached_samples
+from qlora_lightning.data.samples import SampleSet
 
 def save(self, folder):
     (folder / "ids.npy").write_bytes(b"half")

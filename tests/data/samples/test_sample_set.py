@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_lightning.data.samples.sample_builder import SampleSetBuilder
-from qlora_lightning.data.samples.sample_set import SampleSet
+from qlora_lightning.data.samples import SampleSet, SampleSetBuilder
 
 ARRAYS = ("ids", "labelled", "starts", "row_ids", "source", "file", "line")
 

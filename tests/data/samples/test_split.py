@@ -1,8 +1,6 @@
 import pytest
 
-from qlora_lightning.data.samples.sample import make_sample
-from qlora_lightning.data.samples.sample_builder import gather_samples
-from qlora_lightning.data.samples.split import hold_out
+from qlora_lightning.data.samples import gather_samples, hold_out, make_sample
 from qlora_lightning.support.errors import UserError
 
 SAMPLES = [make_sample([number % 40, 1], [-100, 1], number) for number in range(60)]  # 20 contents stand there twice

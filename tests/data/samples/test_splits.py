@@ -1,11 +1,6 @@
 import pytest
 
-from qlora_lightning.data.reading.bad_rows import BadRow
-from qlora_lightning.data.reading.cursor import REST_UNREAD
-from qlora_lightning.data.reading.reader import Row
-from qlora_lightning.data.samples.report import Report
-from qlora_lightning.data.samples.sample_builder import SampleSetBuilder
-from qlora_lightning.data.samples.splits import (
+from qlora_lightning.data.prepare import (
     as_row,
     check_combinations,
     check_usable,
@@ -13,6 +8,10 @@ from qlora_lightning.data.samples.splits import (
     recount,
     refuse_unusable,
 )
+from qlora_lightning.data.report import Report
+from qlora_lightning.data.rows.bad_rows import BadRow
+from qlora_lightning.data.rows.readers import REST_UNREAD, Row
+from qlora_lightning.data.samples import SampleSetBuilder
 from qlora_lightning.support.errors import UserError
 
 NOTHING = {

@@ -9,7 +9,7 @@ from torch import nn
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.data.batches.collate import collate
-from qlora_lightning.data.samples.sample import make_sample
+from qlora_lightning.data.samples import make_sample
 from qlora_lightning.model.base_model import load_base
 from qlora_lightning.model.guards.checks import (
     check_callbacks,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qlora_lightning.data.batches.collate import collate
-from qlora_lightning.data.samples.sample import make_sample
+from qlora_lightning.data.samples import make_sample
 from qlora_lightning.model.guards.nonfinite import Finding, describe_findings, find_nonfinite
 from qlora_lightning.model.loss import LossSums
 from qlora_lightning.model.window import Window

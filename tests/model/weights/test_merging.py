@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora_lightning.base import open_base
 from qlora_lightning.data.batches.collate import collate
-from qlora_lightning.data.samples.sample import Sample
+from qlora_lightning.data.samples import Sample
 from qlora_lightning.model.build import hollow_base
 from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights
 from qlora_lightning.model.weights.layerwise import LastStates, Reference, labels_of, run_layerwise

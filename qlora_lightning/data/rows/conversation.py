@@ -1,14 +1,29 @@
-"""One message of a conversation: checked, and reduced to what a chat template reads."""
+"""A row as a checked conversation: messages, reduced to what a chat template reads."""
 
 import reprlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-from qlora_lightning.data.reading.bad_rows import RowFault
-from qlora_lightning.data.rows.formats import Message
-from qlora_lightning.data.rows.kinds import kind_of
-from qlora_lightning.data.rows.text import check_characters, read_string
+from qlora_lightning.data.rows.bad_rows import RowFault, check_characters, kind_of, read_string
 from qlora_lightning.data.rows.tools import read_calls
+
+
+class Message(TypedDict):
+    """One turn: who speaks (system, user, assistant or tool), the text, and what else a chat template may need.
+
+    ``train`` is only ever False, on an answer that is not to be trained; templates never see it.
+    """
+
+    role: str
+    content: str
+    train: NotRequired[bool]
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    name: NotRequired[str]
+    tool_call_id: NotRequired[str]
+
+
+Conversation = list[Message]
+
 
 ROLES = ("system", "user", "assistant", "tool")
 MEDIA = ("images", "videos", "audios", "image", "video", "audio")  # keys of rows and of messages
@@ -112,3 +127,31 @@ def _is_trained(message: dict[str, Any], where: str) -> bool | None:
         key = "'train: true'" if weight is None else "'weight: 1'"
         raise RowFault(f"{where} ({message['role']}) has {key}, but only answers are trained")
     return wanted
+
+
+def check_order(conversation: Conversation, needs_answer: bool) -> None:
+    """Refuse a conversation whose turns come in an order that no chat has.
+
+    Raises:
+        RowFault: with the reason.
+    """
+    roles = [message["role"] for message in conversation]
+    if "system" in roles[1:]:
+        raise RowFault(f"a system message must come first, found one as message {roles.index('system', 1) + 1}")
+    turns = roles[1:] if roles[0] == "system" else roles
+    if not turns:
+        raise RowFault("nothing but a system message")
+    if turns[0] == "assistant":
+        raise RowFault("the conversation begins with an assistant turn: expected a user turn before it")
+    if "tool" in turns:
+        _check_tool_turns(conversation)
+    if needs_answer and "assistant" not in turns:
+        raise RowFault("no assistant turn, so there is nothing to train on")
+
+
+def _check_tool_turns(conversation: Conversation) -> None:
+    answerable = False  # whether a tool may speak: after an assistant, which may call it in plain text, or a tool
+    for number, message in enumerate(conversation, start=1):
+        if message["role"] == "tool" and not answerable:
+            raise RowFault(f"message {number} is a tool's, but no assistant message that calls it stands before it")
+        answerable = message["role"] in ("tool", "assistant")

@@ -1,10 +1,30 @@
-"""Prompts of rows to predict, several at a time, each rank its share of them."""
+"""Rows to predict: prompts for generation, what the rows themselves answer, and batches of them."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from qlora_lightning.data.batches.order import count_batches, rank_batches
-from qlora_lightning.data.samples.prompts import Prompt
+from qlora_lightning.data.chat.labels import IGNORED
+from qlora_lightning.data.samples import SampleSet, SampleSetBuilder
+
+
+class Prompt(NamedTuple):
+    """One row to predict: the ids that generation starts from, the row's own answer if it has one, and the row."""
+
+    ids: list[int]
+    reference: str | None
+    row_id: int
+    values: dict[str, Any]
+    file: str | None = None
+    line: int = 0
+
+
+def as_samples(prompts: Sequence[Prompt]) -> SampleSet:
+    """Return prompts as samples without labels: what can be looked at like the rows of another split."""
+    builder = SampleSetBuilder()
+    for prompt in prompts:
+        builder.add(prompt.ids, [IGNORED] * len(prompt.ids), prompt.row_id, 0, prompt.file, prompt.line)
+    return builder.build()
 
 
 class PromptBatch(TypedDict):

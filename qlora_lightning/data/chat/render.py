@@ -1,4 +1,4 @@
-"""What a chat template makes of a conversation, as text, and where in it the answers stand."""
+"""What a chat template makes of a conversation, as text, and where the answers are in it."""
 
 import json
 import re
@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qlora_lightning.data.reading.bad_rows import RowFault
-from qlora_lightning.data.rows.formats import Conversation, Message
-from qlora_lightning.data.rows.messages import without_marks
+from qlora_lightning.data.rows.bad_rows import RowFault
+from qlora_lightning.data.rows.conversation import Conversation, Message, without_marks
 
 Tools = list[dict[str, Any]] | None
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")

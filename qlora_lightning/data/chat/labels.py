@@ -4,12 +4,11 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from qlora_lightning.data.chat.chat_text import Answer, ChatText, RenderedText, Tools
-from qlora_lightning.data.chat.control_tokens import Control, ControlTokens, writes_bos
-from qlora_lightning.data.chat.stops import find_stop_ids
+from qlora_lightning.data.chat.control_tokens import Control, ControlTokens, find_stop_ids, writes_bos
+from qlora_lightning.data.chat.render import Answer, ChatText, RenderedText, Tools
 from qlora_lightning.data.chat.templates import find_presets
-from qlora_lightning.data.reading.bad_rows import RowFault
-from qlora_lightning.data.rows.formats import Conversation, Message
+from qlora_lightning.data.rows.bad_rows import RowFault
+from qlora_lightning.data.rows.conversation import Conversation, Message
 from qlora_lightning.support.errors import UserError
 
 IGNORED = -100  # torch's cross entropy skips this label

@@ -1,4 +1,4 @@
-"""From what stands in ``data.train`` to files that exist, or to a data set of the hub."""
+"""From what ``data.train`` names to files that exist, or to a data set of the hub."""
 
 import difflib
 import glob
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.data.reading.compression import describe_kinds, kind_of
 from qlora_lightning.support.errors import UserError
 
+KINDS = (".jsonl", ".json", ".csv", ".parquet")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SUFFIX = re.compile(r"\.[A-Za-z]\w*$")  # a version at the end of a hub id, "-v1.5", is none
 _HUB_KEYS = ("split", "name", "revision")
@@ -160,3 +161,16 @@ def _describe_missing(name: str, file: Path, split: str) -> str:
         return f"{message}: did you mean {file.parent / near[0]}?"
     hub = f" For the data set of the hub write {{path: {name}, split: train}}." if _HUB_ID.fullmatch(name) else ""
     return f"{message}.{hub or remedy}"
+
+
+def kind_of(file: Path) -> tuple[str, str]:
+    """Return kind and compression by the file's name: ``a.jsonl.gz`` is ``(".jsonl", ".gz")``, else empty strings."""
+    name = file.name.lower()
+    compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+    name = name.removesuffix(compression)
+    return next((suffix for suffix in KINDS if name.endswith(suffix)), ""), compression
+
+
+def describe_kinds() -> str:
+    """Name the suffixes that are read."""
+    return f"{', '.join(KINDS[:-1])} or {KINDS[-1]}, each also compressed ({', '.join(COMPRESSIONS)})"

@@ -1,21 +1,60 @@
-"""Samples kept in the user's cache, found again by everything that they were made from."""
+"""Samples kept in the user's cache, and what samples, tokenizer and template are, as short hashes."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import tokenizers
 import transformers
 
 import qlora_lightning
 from qlora_lightning.base.cache import cached_folder
-from qlora_lightning.data.reading.reader import fingerprint
-from qlora_lightning.data.reading.sources import Source
-from qlora_lightning.data.samples.report import Report
-from qlora_lightning.data.samples.sample_set import SampleSet
+from qlora_lightning.data.chat.tokenizer import hash_tokenizer
+from qlora_lightning.data.report import Report
+from qlora_lightning.data.rows.readers import fingerprint
+from qlora_lightning.data.rows.sources import Source
+from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
+
+_hashes: WeakKeyDictionary[SampleSet, str] = WeakKeyDictionary()  # a gigabyte of tokens takes a second: once
+
+
+def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, Any]:
+    """Hash each split's samples, the tokenizer without its template, and the template.
+
+    Samples are hashed as they are trained on, tokens and labels in file order: whatever changes none of them (another
+    place of the file, another version of a library) changes no hash.
+
+    Args:
+        samples: of ``train`` and ``val``, as far as there are any.
+        tokenizer: with its template; one of which it cannot be told what it consists of is left out.
+    """
+    found: dict[str, Any] = {split: hash_samples(samples[split]) for split in ("train", "val") if split in samples}
+    if found:
+        found["samples"] = {split: len(samples[split]) for split in found}
+    hashed = hash_tokenizer(tokenizer, with_template=False)
+    if hashed is not None:
+        found["tokenizer"] = hashed
+    template = tokenizer.chat_template  # a text, or several by name
+    if template is not None:
+        text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+        found["chat_template"] = hashlib.sha256(text.encode()).hexdigest()
+    return found
+
+
+def hash_samples(samples: SampleSet) -> str:
+    """Hash tokens, labels and order of samples, and which source each comes from; kept as long as they are."""
+    if samples not in _hashes:
+        total = hashlib.sha256()
+        for values in (samples.starts, samples.ids, samples.labelled, samples.source):
+            total.update(values.data)
+        _hashes[samples] = total.hexdigest()
+    return _hashes[samples]
+
 
 _log = logging.getLogger(__name__)
 _LAYOUT = 3  # of what is stored; counts up when the same rows would give other samples, or would be refused

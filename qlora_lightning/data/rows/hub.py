@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from qlora_lightning.data.reading.cursor import Cursor, Parsed
-from qlora_lightning.data.reading.read_parquet import BATCH_ROWS, number_rows
-from qlora_lightning.data.reading.sources import Source
+from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.support.errors import UserError
 
+BATCH_ROWS = 256
 
-def read_hub(source: Source, cursor: Cursor) -> Iterator[Parsed]:
-    """Yield the rows of a hub data set from the cursor on, and move it.
+
+def read_hub(source: Source, skip: int) -> Iterator[Any]:
+    """Yield a data set's rows behind the first ``skip`` as Arrow tables.
 
     It is downloaded into the cache of ``datasets`` and mapped into memory; a streamed one is read from the network.
 
@@ -25,10 +25,10 @@ def read_hub(source: Source, cursor: Cursor) -> Iterator[Parsed]:
         rows: Any = load_dataset(
             source.path, source.name, split=source.split, revision=source.revision, streaming=source.streaming
         )
-        if not source.streaming and cursor.count >= len(rows):
+        if not source.streaming and skip >= len(rows):
             return  # `skip` refuses to skip all
-        rows = rows.skip(cursor.count)
-        yield from number_rows(rows.with_format("arrow").iter(BATCH_ROWS), cursor)
+        rows = rows.skip(skip)
+        yield from rows.with_format("arrow").iter(BATCH_ROWS)
 
 
 def describe_hub(source: Source) -> str:

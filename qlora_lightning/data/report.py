@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from qlora_lightning.data.reading.bad_rows import SHOWN, BadRow
+from qlora_lightning.data.rows.bad_rows import SHOWN, BadRow
 
 _LISTED = 5
 

@@ -1,1 +1,0 @@
-"""Files and data sets of the hub as rows, each with the line it stands on, from any position."""

@@ -1,0 +1,92 @@
+"""Rows that cannot be used, and the checks of single values in them."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from qlora_lightning.support.errors import UserError
+
+SHOWN = 20
+
+
+class RowFault(UserError):
+    """One row cannot be used; the message is a short reason, to which the caller adds file and line."""
+
+
+class BadRow(NamedTuple):
+    """A row that was refused: where it stands (``train.jsonl:17``) and why."""
+
+    where: str
+    reason: str
+
+
+def refuse(bad: Sequence[BadRow], skippable: bool = True, total: int | None = None) -> None:
+    """Raise one error that lists the first 20 bad rows and counts the rest; do nothing when there are none.
+
+    Args:
+        bad: the refused rows, or the first of them, in file order.
+        skippable: whether ``on_bad_row: skip`` would help, so that the message offers it.
+        total: how many there are in all.
+
+    Raises:
+        UserError: if there is any bad row.
+    """
+    if not bad:
+        return
+    count = total or len(bad)
+    rows = "1 row cannot be used:" if count == 1 else f"{count} rows cannot be used:"
+    lines = [rows, *(f"  {row.where}: {row.reason}" for row in bad[:SHOWN])]
+    if count > SHOWN:
+        lines.append(f"  and {count - SHOWN} more")
+    lines.append("Correct them, or leave them out with `on_bad_row: skip`." if skippable else "Correct them.")
+    raise UserError("\n".join(lines))
+
+
+def kind_of(value: Any) -> str:
+    """Return ``null``, ``an empty list``, or the name of the value's type."""
+    if isinstance(value, list) and not value:
+        return "an empty list"
+    return "null" if value is None else type(value).__name__
+
+
+_MAX_DEPTH = 100  # far from Python's own limit, which the chat template would meet
+
+
+def check_characters(value: Any, where: str, depth: int = 0) -> None:
+    """Refuse a text, or a JSON value with any text in it, that holds a NUL or half a character.
+
+    Args:
+        value: the text or JSON value.
+        where: the subject of the sentence.
+        depth: how deep the value lies in another one.
+
+    Raises:
+        RowFault: if there is such a character, or the value is nested deeper than 100 levels.
+    """
+    if depth > _MAX_DEPTH:
+        raise RowFault(f"{where} is nested more than {_MAX_DEPTH} levels deep")
+    if isinstance(value, dict):
+        check_characters([*value, *value.values()], where, depth)
+    elif isinstance(value, list):
+        for element in value:
+            check_characters(element, where, depth + 1)
+    elif isinstance(value, str):
+        if "\x00" in value:
+            raise RowFault(f"{where} contains a NUL character")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise RowFault(
+                f"{where} contains half a character (a lone surrogate, as a cut \\ud83d escape leaves)"
+            ) from None
+
+
+def read_string(value: Any, where: str) -> str:
+    """Return a string whose characters are checked.
+
+    Raises:
+        RowFault: if it is none, or holds such characters; ``where`` is the subject of the sentence.
+    """
+    if not isinstance(value, str):
+        raise RowFault(f"{where} must be a string, found {kind_of(value)}")
+    check_characters(value, where)
+    return value

@@ -1,1 +1,0 @@
-"""What became of the rows: samples in flat arrays, kept in the cache, with a report."""

@@ -1,30 +1,21 @@
 """From rows to samples or prompts, in chunks, with a report of what became of them."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
 from qlora_lightning.data.chat.labels import IGNORED, ChatRenderer, Rendered
 from qlora_lightning.data.chat.lengths import shorten, split_up
-from qlora_lightning.data.chat.render import Tools
 from qlora_lightning.data.prompts import Prompt
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import SHOWN, BadRow, RowFault, refuse
-from qlora_lightning.data.rows.conversation import Conversation
-from qlora_lightning.data.rows.formats import (
-    FORMATS,
-    Format,
-    check_columns,
-    choose_format,
-    refuse_other_task,
-    rename_columns,
-    to_conversation,
-)
+from qlora_lightning.data.rows.conversation import Chat
+from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.rows.readers import REST_UNREAD, Row
-from qlora_lightning.data.rows.tools import find_tools
+from qlora_lightning.data.rows.sources import RowSettings
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder, find_duplicates
 from qlora_lightning.support.errors import UserError
 
@@ -40,79 +31,64 @@ class Recipe:
     """How rows are turned into samples: the settings that every split shares."""
 
     renderer: ChatRenderer
-    format: str = "auto"
-    columns: Mapping[str, str | None] = field(default_factory=dict)
-    system: str | None = None
     max_length: int = 2048
     too_long: str = "truncate"
 
 
 class GoodRow(NamedTuple):
-    """A row that is a conversation, with its number in the split and the tools that it names."""
+    """A row that is a chat, with its number in the split."""
 
     number: int
     row: Row
-    conversation: Conversation
-    tools: Tools
+    chat: Chat
 
 
 class Preparer:
-    """Turns rows into samples, chunk by chunk.
+    """Turns the rows of a source into samples, chunk by chunk.
 
     Args:
         recipe: the settings.
+        converter: of the source.
+        source: its number among the sources of the split.
         report: where it is counted what becomes of rows.
-        first_row: number of the first row that is added.
     """
 
-    def __init__(self, recipe: Recipe, report: Report, first_row: int = 0) -> None:
-        self.recipe = recipe
-        self.report = report
-        self.next_row = first_row
-        self._formats: dict[str, Format] = {}
-        self._columns: set[tuple[str, ...]] = set()  # of the rows so far
+    def __init__(self, recipe: Recipe, converter: RowConverter, source: int, report: Report) -> None:
+        self.recipe, self.converter, self.source, self.report = recipe, converter, source, report
 
-    def add(self, rows: Sequence[Row | BadRow], source: int, builder: SampleSetBuilder) -> None:
-        """Append the samples of a chunk of rows of one source.
+    def add(self, rows: Sequence[Row | BadRow], first_row: int, builder: SampleSetBuilder) -> None:
+        """Append the samples of a chunk of rows, the first of which has this number in the split.
 
         Raises:
-            UserError: if a file's format is unclear, or the template cannot be used.
+            UserError: if a row's format is unclear, or the template cannot be used.
         """
-        good = list(self.converse(rows, needs_answer=True))
-        all_rendered = self.recipe.renderer.render_all((row.conversation, row.tools) for row in good)
-        for row, rendered in zip(good, all_rendered, strict=True):
+        good = list(self.convert(rows, first_row))
+        for row, rendered in zip(good, self.recipe.renderer.render_all(row.chat for row in good), strict=True):
             try:
                 if isinstance(rendered, UserError):
                     raise rendered
-                self._add_samples(row, rendered, source, builder)
+                self._add_samples(row, rendered, builder)
             except RowFault as fault:
                 self.refuse(row.row.where, str(fault))
             except UserError as error:
                 raise UserError(f"{row.row.where}: {error}") from error
 
-    def converse(self, rows: Sequence[Row | BadRow], needs_answer: bool) -> Iterator["GoodRow"]:
-        """Yield the good rows of a chunk as conversations; the bad ones are reported."""
-        usable = [row for row in rows if isinstance(row, Row)]
-        if "." not in self.recipe.format:  # a function of the user's own may read what it likes
-            for one in usable:
-                refuse_other_task(one, _rename(one, self.recipe.columns), needs_answer)
-        self._choose_formats(usable, needs_answer)
-        for row in rows:
-            number, self.next_row = self.next_row, self.next_row + 1
+    def convert(self, rows: Sequence[Row | BadRow], first_row: int) -> Iterator["GoodRow"]:
+        """Yield the good rows of a chunk as chats; the bad ones are reported."""
+        for number, row in enumerate(rows, start=first_row):
             self.report.rows += 1
             if isinstance(row, BadRow):
                 self.refuse(*row)
                 continue
             try:
-                values = rename_columns(row.values, self.recipe.columns)
-                conversation = to_conversation(values, self._formats[row.file], self.recipe.system, needs_answer)
-                tools = find_tools(values)
+                yield GoodRow(number, row, self.converter.convert(row))
             except RowFault as fault:
                 self.refuse(row.where, str(fault))
-                continue
-            if needs_answer:
-                self._note_unread(values, self._formats[row.file])
-            yield GoodRow(number, row, conversation, tools)
+        for found, names in (
+            (self.report.formats, self.converter.formats),
+            (self.report.unread_columns, self.converter.unread_columns),
+        ):
+            found += [name for name in names if name not in found]
 
     def refuse(self, where: str, reason: str) -> None:
         """Count a bad row, and keep the first of them, and each that ends the reading of its file."""
@@ -120,21 +96,13 @@ class Preparer:
         if len(self.report.bad) < SHOWN or reason.endswith(REST_UNREAD):
             self.report.bad.append(BadRow(where, reason))
 
-    def _note_unread(self, values: dict[str, object], form: Format) -> None:
-        """Remember columns that the format does not read; a function of the user's own may read any."""
-        columns = tuple(values)
-        if form.name in FORMATS and columns not in self._columns:
-            self._columns.add(columns)
-            unread = self.report.unread_columns
-            unread += [name for name in columns if name not in form.read_keys and name not in unread]
-
-    def _add_samples(self, row: GoodRow, rendered: list[Rendered], source: int, builder: SampleSetBuilder) -> None:
+    def _add_samples(self, row: GoodRow, rendered: list[Rendered], builder: SampleSetBuilder) -> None:
         recipe, report = self.recipe, self.report
         made = 0
         for piece in self._fit(row, rendered):
             labelled = _count(piece.labels)
             if labelled:
-                builder.add(piece.ids, piece.labels, row.number, source, row.row.file, row.row.line)
+                builder.add(piece.ids, piece.labels, row.number, self.source, row.row.file, row.row.line)
                 report.samples += 1
                 report.tokens += len(piece.ids)
                 report.labelled += labelled
@@ -160,13 +128,13 @@ class Preparer:
             return [piece for of_sample in pieces for piece in of_sample]
         answers: list[list[int]] = [[]] * len(rendered)  # none to keep
         if self.recipe.too_long == "truncate":
-            answers = renderer.find_answers(row.conversation, row.tools, len(rendered))
+            answers = renderer.find_answers(*row.chat, len(rendered))
         fitted = []
         for sample, cut, trained in zip(rendered, long, answers, strict=True):
             if not cut:
                 fitted.append(sample)
                 continue
-            short = shorten(renderer, row.conversation, row.tools, trained, most)
+            short = shorten(renderer, *row.chat, trained, most)
             report.lost_tokens += len(sample.ids)
             report.lost_labels += _count(sample.labels)
             if short is not None:
@@ -176,46 +144,35 @@ class Preparer:
                 fitted.append(short)
         return fitted
 
-    def _choose_formats(self, rows: Sequence[Row], needs_answer: bool) -> None:
-        files: dict[str, list[Row]] = {}
-        for row in rows:
-            if row.file not in self._formats:
-                files.setdefault(row.file, []).append(row)
-        for file, of_file in files.items():
-            renamed = [row._replace(values=_rename(row, self.recipe.columns)) for row in of_file]
-            form = choose_format(renamed, self.recipe.format, needs_answer)
-            self._formats[file] = form
-            if form.name not in self.report.formats:
-                self.report.formats.append(form.name)
-
 
 def prepare_samples(
-    sources: Sequence[Rows], recipe: Recipe, split: str, watch: Watch = lambda rows: None, check: bool = True
+    sources: Sequence[tuple[RowSettings, Rows]], recipe: Recipe, split: str, watch: Watch = lambda rows: None
 ) -> tuple[SampleSet, Report]:
     """Turn the rows of a split into samples to train or validate on; bad ones are reported and left out.
 
     Args:
-        sources: the rows of each source, in order.
-        recipe: the settings.
+        sources: of each source how its rows are read, and the rows.
+        recipe: the settings that all sources share.
         split: its name.
         watch: told now and then how many rows are done.
-        check: whether ``columns`` must be there.
 
     Raises:
         UserError: if a format is unclear, or the template cannot be used.
     """
     report, builder = Report(split), SampleSetBuilder()
-    preparer = Preparer(recipe, report)
-    for number, chunk in _chunks(sources, recipe if check else None):
-        preparer.add(chunk, number, builder)
-        watch(report.rows)
+    for number, (settings, rows) in enumerate(sources):
+        converter = RowConverter(settings)
+        preparer = Preparer(recipe, converter, number, report)
+        for chunk in _chunks(rows, converter):
+            preparer.add(chunk, report.rows, builder)
+            watch(report.rows)
     samples = builder.build()
     report.duplicates, report.duplicate_pairs = find_duplicates(samples)
     return samples, report
 
 
 def prepare_prompts(
-    sources: Sequence[Rows], recipe: Recipe, split: str, watch: Watch = lambda rows: None, check: bool = True
+    sources: Sequence[tuple[RowSettings, Rows]], recipe: Recipe, split: str, watch: Watch = lambda rows: None
 ) -> tuple[list[Prompt], Report]:
     """Turn rows into prompts, whole whatever their length; an answer that a row ends in becomes its reference.
 
@@ -223,44 +180,36 @@ def prepare_prompts(
         UserError: if a format is unclear or the template cannot be used.
     """
     report, prompts = Report(split), list[Prompt]()
-    preparer = Preparer(recipe, report)
-    for _, chunk in _chunks(sources, recipe if check else None):
-        for number, row, conversation, tools in preparer.converse(chunk, needs_answer=False):
-            answered = conversation[-1]["role"] == "assistant"
-            reference = conversation[-1]["content"] if answered else None
-            messages = conversation[:-1] if answered else conversation
-            try:
-                ids = recipe.renderer.render_prompt(messages, tools)
-            except RowFault as fault:
-                preparer.refuse(row.where, str(fault))
-                continue
-            except UserError as error:
-                raise UserError(f"{row.where}: {error}") from error
-            report.samples += 1
-            report.tokens += len(ids)
-            prompts.append(Prompt(ids, reference, number, row.values, row.file, row.line))
-        watch(report.rows)
+    for source, (settings, rows) in enumerate(sources):
+        converter = RowConverter(settings, needs_answer=False)
+        preparer = Preparer(recipe, converter, source, report)
+        for chunk in _chunks(rows, converter):
+            for number, row, (conversation, tools) in preparer.convert(chunk, report.rows):
+                answered = conversation[-1]["role"] == "assistant"
+                reference = conversation[-1]["content"] if answered else None
+                messages = conversation[:-1] if answered else conversation
+                try:
+                    ids = recipe.renderer.render_prompt(messages, tools)
+                except RowFault as fault:
+                    preparer.refuse(row.where, str(fault))
+                    continue
+                except UserError as error:
+                    raise UserError(f"{row.where}: {error}") from error
+                report.samples += 1
+                report.tokens += len(ids)
+                prompts.append(Prompt(ids, reference, number, row.values, row.file, row.line))
+            watch(report.rows)
     return prompts, report
 
 
-def _chunks(sources: Sequence[Rows], recipe: Recipe | None) -> Iterator[tuple[int, list[Row | BadRow]]]:
-    """Yield (source, chunk); first the beginning of each source is looked at together, for ``columns``."""
-    streams = [iter(source) for source in sources]
-    begun = [list(islice(stream, CHUNK)) for stream in streams]
-    rows = [row for chunk in begun for row in chunk if isinstance(row, Row)]
-    if recipe is not None and rows:
-        check_columns(rows, recipe.columns, recipe.format)
-    for number, (chunk, stream) in enumerate(zip(begun, streams, strict=True)):
-        while chunk:
-            yield number, chunk
-            chunk = list(islice(stream, CHUNK))
-
-
-def _rename(row: Row, columns: Mapping[str, str | None]) -> dict[str, object]:
-    try:
-        return rename_columns(row.values, columns)
-    except RowFault:  # told when the row itself is converted
-        return row.values
+def _chunks(rows: Rows, converter: RowConverter) -> Iterator[list[Row | BadRow]]:
+    """Yield the rows of a source in chunks; by the first one the source's settings are checked."""
+    stream = iter(rows)
+    chunk = list(islice(stream, CHUNK))
+    converter.check([row for row in chunk if isinstance(row, Row)])
+    while chunk:
+        yield chunk
+        chunk = list(islice(stream, CHUNK))
 
 
 def _count(labels: list[int]) -> int:

@@ -15,7 +15,7 @@ from qlora_lightning.data.prompts import Prompt, as_samples
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.rows.readers import Row, RowReader
-from qlora_lightning.data.rows.sources import Source, find_sources
+from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources
 
 # settings that a checkpoint remembers
 MAKE_SAMPLES = ("format", "system", "train_on", "max_length", "too_long", "on_bad_row", "val_fraction")
@@ -80,13 +80,13 @@ class PreparedRows(LightningDataModule):
     def _prepare_samples(self, split: str) -> Prepared | None:
         """Take the samples of a split from the cache, or make them; rows from elsewhere are made each time."""
 
-        def prepare(rows: Sequence[Iterable[Row | BadRow]]) -> Prepared:
+        def prepare(rows: Sequence[tuple[RowSettings, Iterable[Row | BadRow]]]) -> Prepared:
             with rows_bar(split, show=self._rank_and_world_size()[0] == 0) as watch:
-                return prepare_samples(rows, self._recipe(), split, watch, check=not self.reports)
+                return prepare_samples(rows, self._recipe(), split, watch)
 
         if self._has_own_rows():
             own = [as_row(row, split, number) for number, row in enumerate(self.load_rows(split) or (), start=1)]
-            return prepare([own]) if own else None
+            return prepare([(self._row_settings(), own)]) if own else None
         sources = self._sources(split)
         if not sources:
             return None
@@ -94,27 +94,36 @@ class PreparedRows(LightningDataModule):
             self._weights = [source.weight or 0.0 for source in sources]
         key = self._key(sources, split)
         if key is None:
-            return prepare([RowReader(source) for source in sources])
+            return prepare([(source.settings, RowReader(source)) for source in sources])
         label = f"{', '.join(source.path for source in sources)} ({split})"
-        return cached_samples(key, label, lambda: prepare([RowReader(source) for source in sources]))
+        return cached_samples(key, label, lambda: prepare([(source.settings, RowReader(source)) for source in sources]))
 
     def _prepare_prompts(self) -> Prepared | None:
         rows = [as_row(row, "predict", number) for number, row in enumerate(self.load_rows("predict"), start=1)]
         if not rows:
             return None
         with rows_bar("predict", show=self._rank_and_world_size()[0] == 0) as watch:
-            self._prompts, report = prepare_prompts([rows], self._recipe(), "predict", watch, check=not self.reports)
+            self._prompts, report = prepare_prompts([(self._row_settings(), rows)], self._recipe(), "predict", watch)
         return as_samples(self._prompts), report
 
     def _has_own_rows(self) -> bool:
         return type(self).load_rows is not PreparedRows.load_rows
 
     def _recipe(self) -> Recipe:
-        return Recipe(self.renderer, self.format, self.columns, self.system, self.max_length, self.too_long)
+        return Recipe(self.renderer, self.max_length, self.too_long)
+
+    def _row_settings(self) -> RowSettings:
+        return RowSettings(self.format, self.columns, self.system)
 
     def _sources(self, split: str) -> list[Source]:
         value = self.files[split]
-        return [] if value is None else find_sources(value, split, streaming=self.streaming and split == "train")
+        return (
+            []
+            if value is None
+            else find_sources(
+                value, split, streaming=self.streaming and split == "train", settings=self._row_settings()
+            )
+        )
 
     def _key(self, sources: Sequence[Source], split: str) -> Mapping[str, Any] | None:
         """Return everything that samples depend on; None where that cannot be told."""
@@ -122,7 +131,7 @@ class PreparedRows(LightningDataModule):
         if tokenizer is None or "." in self.format:  # a function of the user's may depend on anything
             return None
         settings = {name: getattr(self, name) for name in ("columns", *MAKE_SAMPLES[:5])}
-        key = {"sources": describe_sources(sources), "split": split, "checks_columns": not self.reports}
+        key = {"sources": describe_sources(sources), "split": split}
         options = json.dumps(self.template_options, sort_keys=True, default=str)
         return {**key, "tokenizer": tokenizer, "template_options": options, **settings}
 

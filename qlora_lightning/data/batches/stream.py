@@ -11,7 +11,7 @@ from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.data.prepare import Preparer, Recipe, check_usable, refuse_bad, refuse_unusable
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow
-from qlora_lightning.data.rows.formats import check_columns
+from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.rows.readers import Row, RowReader
 from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder
@@ -130,6 +130,7 @@ class StreamLoader:
         stride = (batch_size or 1) * world_size
         self.block_rows = -(-BLOCK // stride) * stride  # whole batches, as long as each row gives one sample
         self.report = Report("train")
+        self._converters = [RowConverter(source.settings) for source in sources]
         self._block = 0
         self._start = RowStream(sources).position()
         self._done = 0  # batches of the block
@@ -141,8 +142,8 @@ class StreamLoader:
     def first_block(self) -> tuple[SampleSet, Report]:
         """Read the first block, as a check of the data before anything is trained."""
         taken = RowStream(self.sources).take(self.block_rows, once=True)
-        rows = [row for of_source in taken for row in of_source if isinstance(row, Row)]
-        check_columns(rows, self.recipe.columns, self.recipe.format)
+        for converter, rows in zip(self._converters, taken, strict=True):
+            converter.check([row for row in rows if isinstance(row, Row)])
         return self._prepare(taken, 0)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -186,9 +187,8 @@ class StreamLoader:
     def _prepare(self, taken: list[list[Row | BadRow]], first_row: int) -> tuple[SampleSet, Report]:
         """Turn a block of rows, a list for each source, into samples."""
         report, builder = Report("train"), SampleSetBuilder()
-        preparer = Preparer(self.recipe, report, first_row)
-        for number, rows in enumerate(taken):
-            preparer.add(rows, number, builder)
+        for number, (converter, rows) in enumerate(zip(self._converters, taken, strict=True)):
+            Preparer(self.recipe, converter, number, report).add(rows, first_row + report.rows, builder)
         # something of the first block is left, so that no pass goes by without a batch
         (refuse_bad if first_row else refuse_unusable)(report, self.skip_bad_rows)
         if not first_row:

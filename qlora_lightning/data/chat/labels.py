@@ -5,10 +5,10 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from qlora_lightning.data.chat.control_tokens import Control, ControlTokens, find_stop_ids, writes_bos
-from qlora_lightning.data.chat.render import Answer, ChatText, RenderedText, Tools
+from qlora_lightning.data.chat.render import Answer, ChatText, RenderedText
 from qlora_lightning.data.chat.templates import find_presets
 from qlora_lightning.data.rows.bad_rows import RowFault
-from qlora_lightning.data.rows.conversation import Conversation, Message
+from qlora_lightning.data.rows.conversation import Chat, Conversation, Message, Tools
 from qlora_lightning.support.errors import UserError
 
 IGNORED = -100  # torch's cross entropy skips this label
@@ -65,13 +65,13 @@ class ChatRenderer:
             RowFault: if this conversation cannot be trained on exactly.
             UserError: if the template cannot be used at all: it writes no stop token after an answer, or not one BOS.
         """
-        (rendered,) = self.render_all([(conversation, tools)])
+        (rendered,) = self.render_all([Chat(conversation, tools)])
         if isinstance(rendered, UserError):
             raise rendered
         return rendered
 
-    def render_all(self, conversations: Iterable[tuple[Conversation, Tools]]) -> list[list[Rendered] | UserError]:
-        """Render conversations, each with its tools.
+    def render_all(self, chats: Iterable[Chat]) -> list[list[Rendered] | UserError]:
+        """Render chats.
 
         Turns after the last answer are left out, since nothing would be learnt from them. A conversation usually gives
         one sample; where the template renders an earlier answer otherwise once more turns follow, that answer gets a
@@ -80,7 +80,7 @@ class ChatRenderer:
         Returns:
             For each conversation its samples, or what :meth:`render` would raise.
         """
-        texts = [self._render_text(*conversation) for conversation in conversations]
+        texts = [self._render_text(*chat) for chat in chats]
         flat = [text for found in texts if not isinstance(found, UserError) for text in found]
         encoded = iter(self._encode_all(flat))
         return [found if isinstance(found, UserError) else self._label_all(found, encoded) for found in texts]

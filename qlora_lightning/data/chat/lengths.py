@@ -4,8 +4,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from qlora_lightning.data.chat.labels import IGNORED, ChatRenderer, Rendered
-from qlora_lightning.data.chat.render import Tools
-from qlora_lightning.data.rows.conversation import Conversation
+from qlora_lightning.data.rows.conversation import Conversation, Tools
 from qlora_lightning.support.errors import UserError
 
 TOO_LONG = ("truncate", "drop", "split")

@@ -9,9 +9,8 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_lightning.data.rows.bad_rows import RowFault
-from qlora_lightning.data.rows.conversation import Conversation, Message, without_marks
+from qlora_lightning.data.rows.conversation import Conversation, Message, Tools, without_marks
 
-Tools = list[dict[str, Any]] | None
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 

@@ -2,7 +2,7 @@
 
 import reprlib
 from collections.abc import Iterable
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from qlora_lightning.data.rows.bad_rows import RowFault, check_characters, kind_of, read_string
 from qlora_lightning.data.rows.tools import read_calls
@@ -23,6 +23,14 @@ class Message(TypedDict):
 
 
 Conversation = list[Message]
+Tools = list[dict[str, Any]] | None
+
+
+class Chat(NamedTuple):
+    """A conversation, and the schemas of the tools that may be called in it."""
+
+    messages: Conversation
+    tools: Tools = None
 
 
 ROLES = ("system", "user", "assistant", "tool")

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_lightning.data.rows.bad_rows import RowFault, kind_of, read_string
-from qlora_lightning.data.rows.conversation import MEDIA, Conversation, check_message, check_order
+from qlora_lightning.data.rows.conversation import MEDIA, Chat, Conversation, check_message, check_order
 from qlora_lightning.data.rows.readers import Row
-from qlora_lightning.data.rows.tools import parse_json
+from qlora_lightning.data.rows.sources import RowSettings
+from qlora_lightning.data.rows.tools import find_tools, parse_json
 from qlora_lightning.support.errors import UserError
 
 
@@ -56,16 +57,25 @@ def check_columns(rows: Sequence[Row], columns: Mapping[str, str | None], format
             raise UserError(f"columns: no format reads {ours!r}; expected {', '.join(KEYS)}.{_nearest(ours, KEYS)}")
     shapes = rows_by_keys(rows)
     found = list(dict.fromkeys(key for keys in shapes for key in keys))
-    for theirs in columns:
-        if theirs not in found:
-            raise UserError(
-                f"columns: no row has {theirs!r}, found {', '.join(found) or '(none)'}.{_nearest(theirs, found)}"
-            )
+    is_read = "." in format or any(_is_recognised(row, columns) for row in shapes.values())
+    for theirs, name in columns.items():
+        # a mapping may be for other sources, whose columns have these names
+        near = _nearest(theirs, [name for name in found if name not in columns])
+        if theirs not in found and name not in found and (near or not is_read):
+            raise UserError(f"columns: no row has {theirs!r}, found {', '.join(found) or '(none)'}.{near}")
     for row in shapes.values():
         try:
             rename_columns(row.values, columns)
         except RowFault as fault:
             raise UserError(f"columns: {row.where} {fault}.") from fault
+
+
+def _is_recognised(row: Row, columns: Mapping[str, str | None]) -> bool:
+    try:
+        choose_format([row._replace(values=rename_columns(row.values, columns))], "auto", needs_answer=False)
+    except UserError:
+        return False
+    return True
 
 
 def _describe_clash(names: Mapping[str, str]) -> str:
@@ -436,3 +446,70 @@ def to_conversation(
     if system and conversation[0]["role"] != "system":
         conversation.insert(0, {"role": "system", "content": system})
     return conversation
+
+
+class RowConverter:
+    """Turns the rows of one source into chats. What becomes of a row follows from the row and the settings alone.
+
+    Args:
+        settings: of the source.
+        needs_answer: whether the rows are trained on, so that they must hold answers.
+
+    Attributes:
+        formats: names of the formats that were recognised, in the order in which they came.
+        unread_columns: columns that no format reads, under our names.
+    """
+
+    def __init__(self, settings: RowSettings, needs_answer: bool = True) -> None:
+        self.settings, self.needs_answer = settings, needs_answer
+        self.formats: list[str] = []
+        self.unread_columns: list[str] = []
+        self._by_columns: dict[tuple[str, ...], Format] = {}
+        self._usual: Format | None = None
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Check the settings against the first rows of the source.
+
+        Raises:
+            UserError: the settings do not fit these rows.
+        """
+        if not rows:
+            return
+        check_columns(rows, self.settings.columns, self.settings.format)
+        for row in rows_by_keys(rows).values():
+            renamed = row._replace(values=rename_columns(row.values, self.settings.columns))
+            try:
+                self._usual = self._usual or choose_format([renamed], self.settings.format, self.needs_answer)
+            except UserError:
+                continue
+
+    def convert(self, row: Row) -> Chat:
+        """Convert one row.
+
+        Raises:
+            RowFault: this row cannot be used.
+            UserError: no row of its shape can be used.
+        """
+        settings, is_function = self.settings, "." in self.settings.format
+        values = rename_columns(row.values, settings.columns)
+        if not is_function:  # a function of the user's own may read what it likes
+            refuse_other_task(row, values, self.needs_answer)
+        columns = tuple(values)
+        if columns not in self._by_columns:
+            form = self._choose(row._replace(values=values))
+            self._by_columns[columns] = form
+            if form.name not in self.formats:
+                self.formats.append(form.name)
+            if self.needs_answer and not is_function and set(form.keys(True)) <= set(columns):
+                unread = self.unread_columns
+                unread += [name for name in columns if name not in form.read_keys and name not in unread]
+        form = self._by_columns[columns]
+        return Chat(to_conversation(values, form, settings.system, self.needs_answer), find_tools(values))
+
+    def _choose(self, row: Row) -> Format:
+        try:
+            return choose_format([row], self.settings.format, self.needs_answer)
+        except UserError:
+            if self._usual is None:
+                raise
+            return self._usual  # which tells what this row lacks

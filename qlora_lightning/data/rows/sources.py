@@ -5,7 +5,7 @@ import glob
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,21 @@ _SPLITS = {"train": "train", "val": "validation"}  # else: test
 
 
 @dataclass(frozen=True)
+class RowSettings:
+    """How the rows of a source are read: what ``data.format`` and its neighbours say, or the source's own entry.
+
+    Attributes:
+        format: ``auto``, the name of a format, or the dotted path of a function ``row -> conversation``.
+        columns: other names for columns, ``{their name: our name}``; None leaves a column out.
+        system: a system prompt for conversations that have none.
+    """
+
+    format: str = "auto"
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+    system: str | None = None
+
+
+@dataclass(frozen=True)
 class Source:
     """One entry of ``data.train``: a file, a folder, a glob, or a data set of the hub.
 
@@ -32,6 +47,7 @@ class Source:
         name: of a hub data set, the configuration.
         revision: of a hub data set: branch, tag or commit.
         streaming: whether a hub data set is read from the network, row by row, rather than downloaded first.
+        settings: how its rows are read.
     """
 
     path: str
@@ -41,12 +57,17 @@ class Source:
     name: str | None = None
     revision: str | None = None
     streaming: bool = False
+    settings: RowSettings = RowSettings()
+
+
+_NO_SETTINGS = RowSettings()
 
 
 def find_sources(
     value: str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]],
     split: str,
     streaming: bool = False,
+    settings: RowSettings = _NO_SETTINGS,
 ) -> list[Source]:
     """Find the files behind ``data.train``, ``data.val``, ``data.test`` or ``data.predict``; touches no network.
 
@@ -56,6 +77,7 @@ def find_sources(
         split: ``train``, ``val``, ``test`` or ``predict``: named in messages, and the default split of a hub data set
             (``train``, ``validation``, ``test``, ``test``).
         streaming: read hub data sets from the network, without keeping them.
+        settings: those of sources that name none of their own.
 
     Raises:
         UserError: a file does not exist, is empty or of an unknown kind; a folder or glob has no data files; an entry
@@ -69,7 +91,7 @@ def find_sources(
     if weighted and len(weighted) < len(sources):
         without = next(source for source in sources if source.weight is None)
         raise UserError(f"data.{split}: {weighted[0].path} has a weight, {without.path} has none: give all or none.")
-    return sources
+    return [replace(source, settings=settings) for source in sources]
 
 
 def _check_entry(entry: Any, split: str) -> dict[str, Any]:
@@ -97,7 +119,7 @@ def _check_entry(entry: Any, split: str) -> dict[str, Any]:
 def _find(entry: dict[str, Any], split: str, streaming: bool) -> Source:
     path, weight = entry["path"], entry.get("weight")
     weight = None if weight is None else float(weight)
-    hub = {key: entry.get(key) for key in _HUB_KEYS}
+    hub: dict[str, Any] = {key: entry.get(key) for key in _HUB_KEYS}
     given = [key for key, value in hub.items() if value]
     file = Path(path).expanduser()
     if not file.exists() and _is_hub_id(path, explicit=bool(given)):

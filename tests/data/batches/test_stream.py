@@ -11,7 +11,7 @@ from qlora_lightning.data.batches import stream
 from qlora_lightning.data.batches.stream import StreamLoader
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.prepare import Recipe
-from qlora_lightning.data.rows.sources import find_sources
+from qlora_lightning.data.rows.sources import RowSettings, find_sources
 from qlora_lightning.model.device import read_memory
 from qlora_lightning.support.errors import UserError
 
@@ -213,8 +213,8 @@ def test_memory_does_not_grow_with_the_rows(make, write, monkeypatch):
 
 
 def test_columns_are_checked_on_the_first_block(make, characters):
-    recipe = Recipe(ChatRenderer(characters), columns={"promt": "prompt"})
-    loader = StreamLoader(find_sources("train.jsonl", "train"), recipe, 1, batch_size=2)
+    sources = find_sources("train.jsonl", "train", settings=RowSettings(columns={"promt": "question"}))
+    loader = StreamLoader(sources, Recipe(ChatRenderer(characters)), 1, batch_size=2)
     with pytest.raises(UserError, match=r"columns: no row has 'promt'.*Did you mean 'prompt'"):
         loader.first_block()
 

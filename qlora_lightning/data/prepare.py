@@ -14,7 +14,7 @@ from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import SHOWN, BadRow, RowFault, refuse
 from qlora_lightning.data.rows.conversation import Chat
 from qlora_lightning.data.rows.formats import RowConverter
-from qlora_lightning.data.rows.readers import REST_UNREAD, Row
+from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder, find_duplicates
 from qlora_lightning.support.errors import UserError
@@ -81,7 +81,9 @@ class Preparer:
                 self.refuse(*row)
                 continue
             try:
-                yield GoodRow(number, row, self.converter.convert(row))
+                content = self.converter.convert(row)
+                assert isinstance(content, Chat)
+                yield GoodRow(number, row, content)
             except RowFault as fault:
                 self.refuse(row.where, str(fault))
         for found, names in (
@@ -91,9 +93,9 @@ class Preparer:
             found += [name for name in names if name not in found]
 
     def refuse(self, where: str, reason: str) -> None:
-        """Count a bad row, and keep the first of them, and each that ends the reading of its file."""
+        """Count a bad row, and keep the first of them."""
         self.report.bad_rows += 1
-        if len(self.report.bad) < SHOWN or reason.endswith(REST_UNREAD):
+        if len(self.report.bad) < SHOWN:
             self.report.bad.append(BadRow(where, reason))
 
     def _add_samples(self, row: GoodRow, rendered: list[Rendered], builder: SampleSetBuilder) -> None:
@@ -128,13 +130,13 @@ class Preparer:
             return [piece for of_sample in pieces for piece in of_sample]
         answers: list[list[int]] = [[]] * len(rendered)  # none to keep
         if self.recipe.too_long == "truncate":
-            answers = renderer.find_answers(*row.chat, len(rendered))
+            answers = renderer.find_answers(*row.chat[:2], len(rendered))
         fitted = []
         for sample, cut, trained in zip(rendered, long, answers, strict=True):
             if not cut:
                 fitted.append(sample)
                 continue
-            short = shorten(renderer, *row.chat, trained, most)
+            short = shorten(renderer, *row.chat[:2], trained, most)
             report.lost_tokens += len(sample.ids)
             report.lost_labels += _count(sample.labels)
             if short is not None:
@@ -184,7 +186,7 @@ def prepare_prompts(
         converter = RowConverter(settings, needs_answer=False)
         preparer = Preparer(recipe, converter, source, report)
         for chunk in _chunks(rows, converter):
-            for number, row, (conversation, tools) in preparer.convert(chunk, report.rows):
+            for number, row, (conversation, tools, _) in preparer.convert(chunk, report.rows):
                 answered = conversation[-1]["role"] == "assistant"
                 reference = conversation[-1]["content"] if answered else None
                 messages = conversation[:-1] if answered else conversation
@@ -313,12 +315,10 @@ def refuse_bad(report: Report, skip: bool) -> None:
     """Stop at bad rows, unless they are to be skipped.
 
     Raises:
-        UserError: there are bad rows and ``skip`` is off, or one of them hides the rest of its file.
+        UserError: there are bad rows and ``skip`` is off.
     """
     if not skip:
         refuse(report.bad, total=report.bad_rows)
-    # to skip a row was asked for, not the rest of a file
-    refuse([row for row in report.bad if row.reason.endswith(REST_UNREAD)], skippable=False)
 
 
 def refuse_unusable(report: Report, skip: bool) -> None:

@@ -1,6 +1,8 @@
 """What ends a command early: a mistake in what the user gave us, or a signal that asked training to stop."""
 
+import difflib
 import signal
+from collections.abc import Iterable
 
 # that of a closed terminal is not there on Windows
 ENDING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -12,6 +14,12 @@ class UserError(ValueError):
     The message is one clear sentence or two: what was expected, what was found (file and line, key, value) and what
     to do. The command line prints it without a traceback and exits with code 2.
     """
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return `` Did you mean 'x'?`` with the most similar known name, to end a message with; empty if none is."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 class TrainingStopped(SystemExit):

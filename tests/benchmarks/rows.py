@@ -7,8 +7,9 @@ from typing import Any
 
 from qlora_lightning.data.batches.order import epoch_order
 from qlora_lightning.data.rows.conversation import Conversation
-from qlora_lightning.data.rows.formats import choose_format, to_conversation
+from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.rows.readers import read_rows
+from qlora_lightning.data.rows.sources import RowSettings
 from qlora_lightning.support.errors import UserError
 from tests.benchmarks.settings import SEED
 
@@ -20,11 +21,12 @@ def read_pairs(file: str, rows: int) -> list[dict[str, Conversation]]:
         UserError: the file or a row of it cannot be used.
     """
     first = read_rows(file)[:rows]
-    form = choose_format(first, "auto")
+    converter = RowConverter(RowSettings())
+    converter.check(first)
     pairs = []
     for row in first:
         try:
-            pairs.append(_divide(to_conversation(row.values, form)))
+            pairs.append(_divide(converter.convert(row).messages))
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from error
     return pairs

@@ -97,5 +97,5 @@ def _refuse_fetching(data: Any) -> None:
     for split in ("train", "val"):
         value = data.files[split]
         for source in [] if value is None else find_sources(value, split):
-            if not source.files:
-                raise UserError(f"{source.path} in data.{split} is a data set of the hub, and plan fetches nothing.")
+            if source.is_remote:
+                raise UserError(f"{source.path} in data.{split} is not on this machine, and plan fetches nothing.")

@@ -13,7 +13,7 @@ from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.rows.readers import Row, RowReader
-from qlora_lightning.data.rows.sources import Source
+from qlora_lightning.data.rows.sources import DataFile, Source
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder
 from qlora_lightning.support.errors import UserError
 
@@ -224,5 +224,5 @@ class StreamLoader:
         }
 
 
-def _size(file: Path) -> int:
-    return file.stat().st_size
+def _size(file: DataFile) -> int | None:
+    return file.stat().st_size if isinstance(file, Path) else None

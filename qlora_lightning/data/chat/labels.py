@@ -80,7 +80,7 @@ class ChatRenderer:
         Returns:
             For each conversation its samples, or what :meth:`render` would raise.
         """
-        texts = [self._render_text(*chat) for chat in chats]
+        texts = [self._render_text(*chat[:2]) for chat in chats]
         flat = [text for found in texts if not isinstance(found, UserError) for text in found]
         encoded = iter(self._encode_all(flat))
         return [found if isinstance(found, UserError) else self._label_all(found, encoded) for found in texts]

@@ -1,7 +1,7 @@
-"""Row formats: from the columns of a row to its messages."""
+"""Row formats: from the columns of a row to a conversation, a text or tokens."""
 
-import difflib
 import importlib
+import math
 import reprlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,11 +9,104 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_lightning.data.rows.bad_rows import RowFault, kind_of, read_string
-from qlora_lightning.data.rows.conversation import MEDIA, Chat, Conversation, check_message, check_order
+from qlora_lightning.data.rows.conversation import MEDIA, ROLES, Chat, Content, Text, Tokens, check_message, check_order
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
-from qlora_lightning.data.rows.tools import find_tools, parse_json
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.data.rows.tools import find_tools, parse_json, read_glaive
+from qlora_lightning.support.errors import UserError, nearest
+
+
+class RowConverter:
+    """Turns the rows of one source into contents. What becomes of a row follows from it and the settings alone.
+
+    Args:
+        settings: of the source.
+        needs_answer: whether the rows are trained on, so that they must hold answers.
+
+    Attributes:
+        formats: names of the formats that were recognised, in the order in which they came.
+        unread_columns: columns that no format reads, under our names.
+
+    Raises:
+        UserError: there is no such format or role.
+    """
+
+    def __init__(self, settings: RowSettings, needs_answer: bool = True) -> None:
+        self.settings, self.needs_answer = settings, needs_answer
+        self.formats: list[str] = []
+        self.unread_columns: list[str] = []
+        self._named = None if settings.format == "auto" else name_format(settings.format)
+        self._by_columns: dict[tuple[str, ...], Format | None] = {}
+        for theirs, ours in settings.roles.items():
+            if ours not in ROLES:
+                hint = nearest(str(ours), ROLES)
+                raise UserError(f"roles: {theirs!r} is {ours!r}, expected {', '.join(ROLES)}.{hint}")
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Check the settings against the first rows of the source.
+
+        Raises:
+            UserError: the settings do not fit these rows, or no format does.
+        """
+        if not rows:
+            return
+        check_columns(rows, self.settings.columns, self.settings.format)
+        unrecognised: list[Row] = []
+        for row in rows_by_columns(rows).values():
+            try:
+                renamed = row._replace(values=rename_columns(row.values, self.settings.columns))
+            except RowFault:
+                continue
+            if self._named is None:
+                refuse_other_task(renamed, self.needs_answer)
+            if self._format_of(renamed) is not None:
+                return
+            unrecognised.append(renamed)
+        if unrecognised:
+            raise UserError(_describe_unrecognised(unrecognised[0], self.needs_answer))
+
+    def convert(self, row: Row) -> Content:
+        """Convert one row.
+
+        Raises:
+            RowFault: this row cannot be used.
+            UserError: no row of its shape can be used.
+        """
+        row = row._replace(values=rename_columns(row.values, self.settings.columns))
+        if "." not in self.settings.format:  # a function of the user's own may read what it likes
+            refuse_other_task(row, self.needs_answer)
+        # of a row that has some keys of a format, it is said which ones it lacks
+        near = (form for form in _BY_COLUMNS if row.values.keys() & set(form.keys(self.needs_answer)))
+        form = self._format_of(row) or next(near, None)
+        if form is None:
+            raise RowFault(f"no format is recognised by its columns {', '.join(row.values)}")
+        return to_content(row.values, form, self.settings, self.needs_answer)
+
+    def _format_of(self, row: Row) -> "Format | None":
+        columns = tuple(row.values)
+        if columns in self._by_columns:
+            return self._by_columns[columns]
+        form = self._named or recognise(row, self.needs_answer)
+        if form is not None and not form.is_chat and not self.needs_answer:
+            raise UserError(f"{row.where}: rows of the format {form.name} hold no prompt that could be answered.")
+        self._by_columns[columns] = form
+        if form is not None and form.name not in self.formats:
+            self.formats.append(form.name)
+        if form is not None and form.name in FORMATS and set(form.keys(True)) <= set(columns) and self.needs_answer:
+            unread = self.unread_columns
+            unread += [name for name in columns if name not in form.read_keys and name not in unread]
+        return form
+
+
+def rows_by_columns(rows: Iterable[Row]) -> dict[tuple[str, ...], Row]:
+    """Return the first row of each set of columns: few rows, however many there are."""
+    first: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        first.setdefault(tuple(row.values), row)
+    return first
+
+
+# Columns
 
 
 def rename_columns(values: dict[str, Any], columns: Mapping[str, str | None]) -> dict[str, Any]:
@@ -27,21 +120,18 @@ def rename_columns(values: dict[str, Any], columns: Mapping[str, str | None]) ->
     names = {key: ours for key in values if (ours := columns.get(key, key)) is not None}
     renamed = {ours: values[key] for key, ours in names.items()}
     if len(renamed) < len(names):
-        raise RowFault(_describe_clash(names))
+        ours = next(ours for ours in renamed if list(names.values()).count(ours) > 1)
+        both = " and ".join(repr(key) for key, name in names.items() if name == ours)
+        raise RowFault(f"has {both}, which would both be {ours!r} by `columns:`")
     return renamed
 
 
 def check_columns(rows: Sequence[Row], columns: Mapping[str, str | None], format: str = "auto") -> None:
-    """Check ``columns`` against the rows, as they are before anything is renamed.
-
-    Args:
-        rows: the rows that the mapping is for, at least one.
-        columns: the mapping.
-        format: as in ``format:``; a function of the user's own may read names that are not ours.
+    """Check ``columns`` against the first rows of a source, as they are before anything is renamed.
 
     Raises:
-        UserError: if no row has one of the columns, our name is none that is read, two columns are mapped to one name,
-            or a column would take the place of another one.
+        UserError: no row has one of the columns and the mapping is not for other sources; our name is none that is
+            read; or two columns are mapped to one name.
     """
     if not isinstance(columns, Mapping) or not all(
         isinstance(theirs, str) and isinstance(ours, str | None) for theirs, ours in columns.items()
@@ -54,42 +144,189 @@ def check_columns(rows: Sequence[Row], columns: Mapping[str, str | None], format
         if len(twice) > 1:
             raise UserError(f"columns: {' and '.join(twice)} are both mapped to {ours!r}: keep one of them.")
         if "." not in format and ours not in KEYS:
-            raise UserError(f"columns: no format reads {ours!r}; expected {', '.join(KEYS)}.{_nearest(ours, KEYS)}")
-    shapes = rows_by_keys(rows)
+            raise UserError(f"columns: no format reads {ours!r}; expected {', '.join(KEYS)}.{nearest(ours, KEYS)}")
+    shapes = rows_by_columns(rows)
     found = list(dict.fromkeys(key for keys in shapes for key in keys))
-    is_read = "." in format or any(_is_recognised(row, columns) for row in shapes.values())
+    is_read = "." in format or any(_is_recognised(keys, columns) for keys in shapes)
     for theirs, name in columns.items():
         # a mapping may be for other sources, whose columns have these names
-        near = _nearest(theirs, [name for name in found if name not in columns])
+        near = nearest(theirs, [name for name in found if name not in columns])
         if theirs not in found and name not in found and (near or not is_read):
             raise UserError(f"columns: no row has {theirs!r}, found {', '.join(found) or '(none)'}.{near}")
-    for row in shapes.values():
-        try:
-            rename_columns(row.values, columns)
-        except RowFault as fault:
-            raise UserError(f"columns: {row.where} {fault}.") from fault
 
 
-def _is_recognised(row: Row, columns: Mapping[str, str | None]) -> bool:
-    try:
-        choose_format([row._replace(values=rename_columns(row.values, columns))], "auto", needs_answer=False)
-    except UserError:
-        return False
-    return True
+def _is_recognised(names: Iterable[str], columns: Mapping[str, str | None]) -> bool:
+    renamed = {columns.get(name, name) for name in names}
+    return any(renamed >= set(form.keys(needs_answer=False)) for form in FORMATS.values())
 
 
-def _describe_clash(names: Mapping[str, str]) -> str:
-    taken: dict[str, str] = {}
-    for key, ours in names.items():
-        if ours in taken:
-            break
-        taken[ours] = key
-    return f"has {taken[ours]!r} and {key!r}, which would both be {ours!r} by `columns:`"
+# Formats
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+def from_alpaca(values: dict[str, Any]) -> Any:
+    """Read ``instruction``, ``input`` and ``output``; the pairs of ``history`` become earlier turns."""
+    prompt, extra = read_string(values["instruction"], "'instruction'"), values.get("input")
+    if extra not in (None, ""):
+        extra = read_string(extra, "'input'")
+        prompt = f"{prompt}\n\n{extra}" if prompt else extra
+    earlier = [] if values.get("history") in (None, "") else _read_history(values["history"])
+    return [*earlier, *_exchange(prompt, values.get("output"))]
+
+
+def _read_history(history: Any) -> list[dict[str, Any]]:
+    history = parse_json(history, "'history'")
+    turns = []
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowFault(f"'history' must be a list of [question, answer] pairs, found {reprlib.repr(pair)}")
+        turns += _exchange(*pair)
+    return turns
+
+
+def from_messages(values: dict[str, Any]) -> Any:
+    """Read ``messages``: a list of messages, or one as a JSON string."""
+    return parse_json(values["messages"], "'messages'")
+
+
+def from_sharegpt(values: dict[str, Any]) -> Any:
+    """Read ``conversations``: the same under another name, as ShareGPT has it."""
+    return parse_json(values["conversations"], "'conversations'")
+
+
+def from_prompt_completion(values: dict[str, Any]) -> Any:
+    """Read ``prompt`` and ``completion``: two strings, or two lists of messages; only the completion is trained."""
+    prompt, completion = values["prompt"], values.get("completion")
+    if isinstance(prompt, list) and isinstance(completion, list | None):
+        earlier = [{**message, "train": False} if isinstance(message, dict) else message for message in prompt]
+        return [*earlier, *(completion or [])]
+    if isinstance(prompt, str) and isinstance(completion, str | None):
+        return _exchange(prompt, completion)
+    raise RowFault(
+        "'prompt' and 'completion' must be two strings or two lists of messages, found "
+        f"{kind_of(prompt)} and {kind_of(completion)}"
+    )
+
+
+def from_question_answer(values: dict[str, Any]) -> Any:
+    """Read ``question`` and ``answer``."""
+    return _exchange(values["question"], values.get("answer"))
+
+
+def _exchange(prompt: Any, answer: Any) -> list[dict[str, Any]]:
+    asked = [{"role": "user", "content": prompt}]
+    return asked if answer is None else [*asked, {"role": "assistant", "content": answer}]
+
+
+def from_glaive(values: dict[str, Any]) -> Chat:
+    """Read ``system`` and ``chat`` of glaive-function-calling, in which functions, calls and results are text."""
+    messages, tools = read_glaive(read_string(values["system"], "'system'"), read_string(values["chat"], "'chat'"))
+    return Chat(messages, tools)
+
+
+def from_text(values: dict[str, Any]) -> Text:
+    """Read ``text``, a document, every token of which is trained."""
+    text = read_string(values["text"], "'text'")
+    if not text.strip():
+        raise RowFault("'text' is empty")
+    return Text(((text, True),), whole=True)
+
+
+def from_segments(values: dict[str, Any]) -> Text:
+    """Read ``segments``: ``[{text, train}]``, or Axolotl's ``[{text, label}]``; taken as written."""
+    segments, read = parse_json(values["segments"], "'segments'"), []
+    if not isinstance(segments, list) or not segments:
+        raise RowFault(f"'segments' must be a list of {{text, train}}, found {kind_of(segments)}")
+    for number, segment in enumerate(segments, start=1):
+        where = f"segment {number}"
+        if not isinstance(segment, dict) or not isinstance(train := segment.get("train", segment.get("label")), bool):
+            raise RowFault(f"{where} must be {{text, train: true or false}}, found {reprlib.repr(segment)}")
+        read.append((read_string(segment.get("text"), f"the text of {where}"), train))
+    return Text(tuple(read), whole=False)
+
+
+def from_tokens(values: dict[str, Any]) -> Tokens:
+    """Read ``input_ids`` and ``labels``, which are aligned (not shifted), -100 where a token is not trained."""
+    ids, labels = (parse_json(values[key], f"{key!r}") for key in ("input_ids", "labels"))
+    for key, tokens, least in (("input_ids", ids, 0), ("labels", labels, -100)):
+        if not isinstance(tokens, list) or not tokens or not all(type(n) is int and n >= least for n in tokens):
+            raise RowFault(f"{key!r} must be a list of token ids, found {reprlib.repr(tokens)}")
+    if len(ids) != len(labels):
+        raise RowFault(f"{len(ids)} input_ids and {len(labels)} labels: expected as many")
+    for at, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        if label not in (token, -100):
+            raise RowFault(
+                f"labels[{at}] is {label}, expected input_ids[{at}], {token}, or -100: labels are not shifted"
+            )
+    if not all(parse_json(values.get("attention_mask"), "'attention_mask'") or (1,)):
+        raise RowFault("'attention_mask' has zeros: expected rows without padding")
+    return Tokens(ids, labels)
+
+
+class Format(NamedTuple):
+    """How a row becomes a content.
+
+    Attributes:
+        name: as in ``format:``.
+        prompt_keys: keys that every row has.
+        answer_keys: keys that a row to train on has as well; rows to predict may lack them.
+        convert: the function; the messages that it returns are checked by the caller.
+        other_keys: keys that a row may have.
+        is_chat: whether it becomes a conversation.
+    """
+
+    name: str
+    prompt_keys: tuple[str, ...]
+    answer_keys: tuple[str, ...]
+    convert: Callable[[dict[str, Any]], Any]
+    other_keys: tuple[str, ...] = ()
+    is_chat: bool = True
+
+    @property
+    def read_keys(self) -> tuple[str, ...]:
+        """All keys of a row that are read."""
+        return (*self.keys(True), *self.other_keys, *(_OF_CHATS if self.is_chat else ()), "weight")
+
+    def keys(self, needs_answer: bool) -> tuple[str, ...]:
+        """Return the keys that a row must have."""
+        return self.prompt_keys + self.answer_keys if needs_answer else self.prompt_keys
+
+
+_OF_CHATS = ("system", "tools")
+
+FORMATS = {
+    form.name: form
+    for form in (
+        Format("alpaca", ("instruction",), ("output",), from_alpaca, ("input", "history")),
+        Format("messages", ("messages",), (), from_messages),
+        Format("sharegpt", ("conversations",), (), from_sharegpt),
+        Format("prompt_completion", ("prompt",), ("completion",), from_prompt_completion),
+        Format("question_answer", ("question",), ("answer",), from_question_answer),
+        Format("glaive", ("system", "chat"), (), from_glaive),
+        Format("text", ("text",), (), from_text, is_chat=False),
+        Format("segments", ("segments",), (), from_segments, is_chat=False),
+        Format("tokens", ("input_ids", "labels"), (), from_tokens, ("attention_mask",), is_chat=False),
+    )
+}
+# Text is read where `format:` names it: it may be a conversation with a template applied, or be beside a misspelt one.
+_BY_COLUMNS = [form for form in FORMATS.values() if form.name != "text"]
+
+KEYS = tuple(dict.fromkeys(key for form in FORMATS.values() for key in form.read_keys))
+
+
+def name_format(name: str) -> Format:
+    """Return the format of a name, or that of a function by its dotted path.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name in FORMATS:
+        return FORMATS[name]
+    if "." in name:
+        return Format(name, (), (), import_function(name))
+    known = ["auto", *FORMATS]
+    raise UserError(
+        f"format: expected {', '.join(known)} or the dotted path of a function, found {name!r}.{nearest(name, known)}"
+    )
 
 
 def import_function(path: str) -> Callable[[dict[str, Any]], Any]:
@@ -111,254 +348,93 @@ def import_function(path: str) -> Callable[[dict[str, Any]], Any]:
         sys.path.remove(folder)
     function = getattr(module, name, None)
     if function is None:
-        near = difflib.get_close_matches(name, dir(module), n=1)
-        raise UserError(f"format: {module_name} has no {name!r}{f'; did you mean {near[0]!r}?' if near else '.'}")
+        raise UserError(f"format: {module_name} has no {name!r}.{nearest(name, dir(module))}")
     if not callable(function):
         raise UserError(f"format: {path} is {type(function).__name__}, not a function row -> conversation.")
     return function  # type: ignore[no-any-return]
 
 
-def from_alpaca(values: dict[str, Any]) -> Any:
-    """Read ``instruction``, ``input`` and ``output``; the pairs of ``history`` become earlier turns."""
-    prompt, extra = read_string(values["instruction"], "'instruction'"), values.get("input")
-    if extra not in (None, ""):
-        extra = read_string(extra, "'input'")
-        prompt = f"{prompt}\n\n{extra}" if prompt else extra
-    earlier = [] if values.get("history") in (None, "") else _read_history(values["history"])
-    return with_system(values, [*earlier, _message("user", prompt), *_answer(values.get("output"))])
-
-
-def from_messages(values: dict[str, Any]) -> Any:
-    """Read ``messages``, a list as OpenAI has it."""
-    return with_system(values, values["messages"])
-
-
-def from_prompt_completion(values: dict[str, Any]) -> Any:
-    """Read ``prompt`` and ``completion``: two strings, or two lists of messages; only the completion is trained."""
-    prompt, completion = values["prompt"], values.get("completion")
-    if isinstance(prompt, list) and isinstance(completion, list | None):
-        return with_system(values, [_untrained(message) for message in prompt] + (completion or []))
-    if isinstance(prompt, str) and isinstance(completion, str | None):
-        return with_system(values, [_message("user", prompt), *_answer(completion)])
-    raise RowFault(
-        "'prompt' and 'completion' must be two strings or two lists of messages, found "
-        f"{kind_of(prompt)} and {kind_of(completion)}"
-    )
-
-
-def from_question_answer(values: dict[str, Any]) -> Any:
-    """Read ``question`` and ``answer``."""
-    return with_system(values, [_message("user", values["question"]), *_answer(values.get("answer"))])
-
-
-def with_system(values: dict[str, Any], messages: Any) -> Any:
-    """Put the row's ``system``, if it has one, before the messages.
+def recognise(row: Row, needs_answer: bool) -> Format | None:
+    """Return the format that the columns of a row have, under our names, if there is one.
 
     Raises:
-        RowFault: if the messages begin with a system message as well.
+        UserError: there is more than one.
     """
-    system = values.get("system")
-    if system in (None, "") or not isinstance(messages, list):
-        return messages
-    first = messages[0] if messages else None
-    if isinstance(first, dict) and first.get("role") == "system":
-        raise RowFault("has a system message and the key 'system' as well: expected one of them")
-    return [_message("system", system), *messages]
-
-
-def _read_history(history: Any) -> list[dict[str, Any]]:
-    expected = "'history' must be a list of [question, answer] pairs"
-    if not isinstance(history, list):
-        raise RowFault(f"{expected}, found {kind_of(history)}")
-    turns = []
-    for number, pair in enumerate(history, start=1):
-        if not isinstance(pair, list) or len(pair) != 2:
-            found = f"{len(pair)} values" if isinstance(pair, list) else kind_of(pair)
-            raise RowFault(f"{expected}, found {found} as pair {number}")
-        turns += [_message("user", pair[0]), _message("assistant", pair[1])]
-    return turns
-
-
-def _untrained(message: Any) -> Any:
-    is_answer = isinstance(message, dict) and message.get("role") == "assistant"
-    return {**message, "train": False} if is_answer else message
-
-
-def _answer(answer: Any) -> list[dict[str, Any]]:
-    return [] if answer is None else [_message("assistant", answer)]
-
-
-def _message(role: str, content: Any) -> dict[str, Any]:
-    return {"role": role, "content": content}
-
-
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_call": "assistant",
-}
-
-
-def from_sharegpt(values: dict[str, Any]) -> Any:
-    """Read ``conversations``; a turn from ``function_call`` becomes an assistant message with ``tool_calls``."""
-    turns = values["conversations"]
-    if not isinstance(turns, list):
-        raise RowFault(f"'conversations' must be a list of turns, found {kind_of(turns)}")
-    return with_system(values, [_read_turn(turn, number) for number, turn in enumerate(turns, start=1)])
-
-
-def _read_turn(turn: Any, number: int) -> dict[str, Any]:
-    if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
-        found = ", ".join(map(str, turn)) if isinstance(turn, dict) else kind_of(turn)
-        is_message = isinstance(turn, dict) and {"role", "content"} <= turn.keys()
-        advice = ": map the column with `columns: {conversations: messages}`" if is_message else ""
-        raise RowFault(f"turn {number} must have 'from' and 'value', found {found}{advice}")
-    speaker, value = turn["from"], turn["value"]
-    role = _ROLES.get(speaker) if isinstance(speaker, str) else None
-    if role is None:
-        raise RowFault(f"turn {number} is from {reprlib.repr(speaker)}, expected {', '.join(_ROLES)}")
-    message = {"role": role, "content": value, **{key: turn[key] for key in turn if key not in ("from", "value")}}
-    if speaker != "function_call":
-        return message
-    calls = parse_json(value, f"turn {number} (function_call)")
-    return {**message, "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
-
-
-_OF_EVERY_ROW = ("system", "tools")
-
-
-class Format(NamedTuple):
-    """How a row becomes a conversation.
-
-    Attributes:
-        name: as in ``format:``.
-        prompt_keys: keys that every row has.
-        answer_keys: keys that a row to train on has as well; rows to predict may lack them.
-        convert: the function; what it returns is checked by the caller.
-        other_keys: keys that a row may have, beside ``system`` and ``tools``, which every row may.
-    """
-
-    name: str
-    prompt_keys: tuple[str, ...]
-    answer_keys: tuple[str, ...]
-    convert: Callable[[dict[str, Any]], Any]
-    other_keys: tuple[str, ...] = ()
-
-    @property
-    def read_keys(self) -> tuple[str, ...]:
-        """All keys of a row that are read."""
-        return (*self.keys(True), *self.other_keys, *_OF_EVERY_ROW)
-
-    def keys(self, needs_answer: bool) -> tuple[str, ...]:
-        """Return the keys that a row must have."""
-        return self.prompt_keys + self.answer_keys if needs_answer else self.prompt_keys
-
-
-FORMATS = {
-    form.name: form
-    for form in (
-        Format("alpaca", ("instruction",), ("output",), from_alpaca, ("input", "history")),
-        Format("messages", ("messages",), (), from_messages),
-        Format("sharegpt", ("conversations",), (), from_sharegpt),
-        Format("prompt_completion", ("prompt",), ("completion",), from_prompt_completion),
-        Format("question_answer", ("question",), ("answer",), from_question_answer),
-    )
-}
-
-KEYS = (*(key for form in FORMATS.values() for key in (*form.keys(True), *form.other_keys)), *_OF_EVERY_ROW)
-
-
-def choose_format(rows: Sequence[Row], name: str, needs_answer: bool = True) -> Format:
-    """Return the format of the rows of one file.
-
-    Args:
-        rows: the rows, at least one.
-        name: ``auto``, the name of a format, or the dotted path of a function ``row -> conversation``.
-        needs_answer: whether the rows are trained on, so that they must hold answers.
-
-    Raises:
-        UserError: if the name is unknown, or ``auto`` recognises no format or more than one.
-    """
-    if name != "auto":
-        return _named_format(name)
-    distinct = rows_by_keys(rows)
     # Rows to predict may hold answers too: then their format is told by all its keys, as in training.
     for answers in (True,) if needs_answer else (True, False):
-        fitting = [form for row in distinct.values() if (form := _recognise(row, answers))]
+        fitting = [form for form in _BY_COLUMNS if row.values.keys() >= set(form.keys(answers))]
+        if len(fitting) > 1:
+            names = " and ".join(form.name for form in fitting)
+            raise UserError(f"{row.where} fits more than one format, {names}: name one in `format:`.")
         if fitting:
             return fitting[0]
-    raise UserError(_describe_unrecognised(rows[0], needs_answer))
-
-
-def rows_by_keys(rows: Iterable[Row]) -> dict[tuple[str, ...], Row]:
-    """Return the first row of each set of keys: few rows, however many there are."""
-    first: dict[tuple[str, ...], Row] = {}
-    for row in rows:
-        first.setdefault(tuple(row.values), row)
-    return first
-
-
-def _recognise(row: Row, needs_answer: bool) -> Format | None:
-    fitting = [form for form in FORMATS.values() if row.values.keys() >= set(form.keys(needs_answer))]
-    if len(fitting) > 1:
-        names = " and ".join(form.name for form in fitting)
-        raise UserError(f"{row.where} fits more than one format, {names}: name one in `format:`.")
-    return fitting[0] if fitting else None
+    return None
 
 
 def _describe_unrecognised(row: Row, needs_answer: bool) -> str:
-    found = list(row.values)
-    wanted = [f"{' + '.join(form.keys(needs_answer))} ({form.name})" for form in FORMATS.values()]
-    hints = []
-    for key in dict.fromkeys(key for form in FORMATS.values() for key in form.keys(needs_answer)):
-        near = difflib.get_close_matches(key, found, n=1, cutoff=0.75)
-        if near and key not in found:
-            hints.append(f" Did you mean {key!r} by {near[0]!r}?")
+    wanted = ", ".join(f"{' + '.join(form.keys(needs_answer))} ({form.name})" for form in _BY_COLUMNS)
     return (
-        f"{row.where}: no format is recognised by the keys {', '.join(found) or '(none)'}; expected "
-        f"{', '.join(wanted)}.{''.join(hints)} Map other names with `columns: {{their name: our name}}`; for another "
-        "shape name a function row -> conversation: `format: package.module.function`."
+        f"{row.where}: no format is recognised by the keys {', '.join(row.values) or '(none)'}; expected {wanted}."
+        f"{_advise(row.values)} Map other names with `columns: {{their name: our name}}`; for another shape name a "
+        "function row -> conversation: `format: package.module.function`."
     )
 
 
-def _named_format(name: str) -> Format:
-    if name in FORMATS:
-        return FORMATS[name]
-    if "." not in name:
-        near = difflib.get_close_matches(name, ["auto", *FORMATS], n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UserError(
-            f"format: expected auto, {', '.join(FORMATS)} or the dotted path of a function, found {name!r}.{hint}"
-        )
-    return Format(name, (), (), import_function(name))
+_SQUAD = """
+def convert(row):
+    prompt = row["context"] + "\\n\\n" + row["question"]
+    answer = row["answers"]["text"][0]
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+"""
+# names that other data sets have for our columns, the likeliest first
+_SYNONYMS = {
+    "instruction": ("instruction", "question", "query", "problem", "prompt", "input"),
+    "input": ("input", "context"),
+    "output": ("output", "response", "answer", "completion", "solution", "target", "reply"),
+    "system": ("system", "system_prompt"),
+}
 
+
+def _advise(values: Mapping[str, Any]) -> str:
+    """Say what reads a row of a shape that people meet, or which column may be misspelt."""
+    if "text" in values:
+        return " Raw text, every token of which is trained, is read by `format: text`."
+    if {"question", "context", "answers"} <= values.keys():
+        return (
+            f" Rows of SQuAD are read by `format: squad.convert`, with a file squad.py in the current folder:\n{_SQUAD}"
+        )
+    columns: dict[str, str] = {}
+    for ours, names in _SYNONYMS.items():
+        theirs = next((name for name in names if isinstance(values.get(name), str) and name not in columns), None)
+        if theirs is not None:
+            columns[theirs] = ours
+    if {"instruction", "output"} <= set(columns.values()):
+        pairs = ", ".join(f"{theirs}: {ours}" for theirs, ours in columns.items() if theirs != ours)
+        return f" Did you mean `columns: {{{pairs}}}`?"
+    keys = [key for key in KEYS if key not in values]
+    return "".join(nearest(name, keys, 0.75).replace("?", f" by {name!r}?") for name in values)
+
+
+# Rows of other tasks
 
 _JUDGEMENTS = ("label", "kto_tag")  # TRL's and LLaMA-Factory's names for whether an answer is a good one
 _NAMES = {"chosen", "rejected", *_JUDGEMENTS, *MEDIA}
+_ANSWERS = {"prompt": "completion", "instruction": "output", "question": "answer"}
 _OR_A_FUNCTION = "or read such rows by a function row -> conversation, `format: package.module.function`"
 
 
-def refuse_other_task(row: Row, values: dict[str, Any], needs_answer: bool) -> None:
+def refuse_other_task(row: Row, needs_answer: bool) -> None:
     """Refuse a row of another task, whatever becomes of bad rows: all rows of its source are such.
-
-    Args:
-        row: the row, for its place.
-        values: what it holds, under our names.
-        needs_answer: whether its answer is trained on or judged by.
 
     Raises:
         UserError: it holds preferences, a boolean label beside its answer, or pictures, films or sounds.
     """
+    values = row.values
     named = _NAMES & values.keys()
     if not named:
         return
     for key in MEDIA:
-        if _holds_something(values.get(key)):
+        if values.get(key) not in _NOTHING:
             raise UserError(
                 f"{row.where} has {key!r}, but only text is read: its answer would be trained without what it is "
                 f"about. Take rows of text alone; or leave the column out by `data.columns: {{{key}: null}}`, "
@@ -366,10 +442,10 @@ def refuse_other_task(row: Row, values: dict[str, Any], needs_answer: bool) -> N
             )
     if not needs_answer:
         return
-    if {"chosen", "rejected"} <= named and (_holds_something(values["chosen"]) or _holds_something(values["rejected"])):
+    if {"chosen", "rejected"} <= named and not (values["chosen"] in _NOTHING and values["rejected"] in _NOTHING):
         raise UserError(
             f"{row.where} is a preference row ('chosen' and 'rejected'), which is no instruction to train on. Take "
-            f"rows with one answer; {_advise_on_preferences(row._replace(values=values))}{_OR_A_FUNCTION}."
+            f"rows with one answer; {_advise_on_preferences(values)}{_OR_A_FUNCTION}."
         )
     for key in _JUDGEMENTS:
         if isinstance(values.get(key), bool) or str(values.get(key)).lower() in ("true", "false"):  # a word in CSV
@@ -380,43 +456,27 @@ def refuse_other_task(row: Row, values: dict[str, Any], needs_answer: bool) -> N
             )
 
 
-def _advise_on_preferences(row: Row) -> str:
-    """Name the first mapping by which the row reads as a conversation that ends in its answer, if one does that."""
-    answers = [form.keys(True)[-1] for form in sorted(FORMATS.values(), key=lambda form: len(form.keys(True)))]
-    for answer in (None, *answers):  # a chosen conversation, which may repeat the prompt, before an answer to it
-        columns = {"chosen": answer, "rejected": None}
-        try:
-            renamed = row._replace(values=rename_columns(row.values, columns))
-            form = choose_format([renamed], "auto")
-            if to_conversation(renamed.values, form)[-1]["role"] == "assistant":
-                what = "the chosen ones" if answer else repr(form.keys(True)[-1])
-                return f"or train {what} alone by `data.columns: {{chosen: {answer or 'null'}, rejected: null}}`, "
-        except (RowFault, UserError):
-            continue
-    return ""
+_NOTHING: tuple[Any, ...] = (None, False, "", b"", [], {})
 
 
-def _holds_something(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_holds_something, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(_holds_something, value))
-    return not (value is None or value is False or (isinstance(value, str | bytes) and not value))
+def _advise_on_preferences(values: dict[str, Any]) -> str:
+    chosen, ours = values["chosen"], None
+    if isinstance(chosen, list):
+        ours = "completion" if isinstance(values.get("prompt"), list) else "messages" if len(chosen) > 1 else None
+    elif isinstance(chosen, str):
+        ours = next((answer for prompt, answer in _ANSWERS.items() if isinstance(values.get(prompt), str)), None)
+    if ours is None or ours in values:
+        return ""
+    return f"or train the chosen ones alone by `data.columns: {{chosen: {ours}, rejected: null}}`, "
 
+
+# One row
 
 _MAX_SAID = 300  # an error may repeat the whole row
 
 
-def to_conversation(
-    values: dict[str, Any], form: Format, system: str | None = None, needs_answer: bool = True
-) -> Conversation:
-    """Convert one row and check what comes out.
-
-    Args:
-        values: the row.
-        form: its format.
-        system: a system prompt for conversations that have none.
-        needs_answer: whether at least one assistant turn is required.
+def to_content(values: dict[str, Any], form: Format, settings: RowSettings, needs_answer: bool = True) -> Content:
+    """Convert one row, under our names, and check what comes out.
 
     Raises:
         RowFault: with the reason why the row cannot be used.
@@ -430,7 +490,7 @@ def to_conversation(
     if null:
         raise RowFault(f"{' and '.join(map(repr, null))} is null")
     try:
-        messages = form.convert(dict(values))
+        content = form.convert(dict(values))
     except RowFault:
         raise
     except Exception as error:  # a user's function may raise anything
@@ -438,78 +498,37 @@ def to_conversation(
         raise RowFault(
             f"format function {form.name} raised {type(error).__name__}{f': {said}' if said else ''}"
         ) from error
+    is_ours = form.name in FORMATS
+    weight = _read_weight(values.get("weight")) if is_ours else getattr(content, "weight", 1.0)
+    if isinstance(content, Text | Tokens):
+        return content._replace(weight=weight)
+    messages, tools, own_system = content, values.get("tools"), values.get("system") if is_ours else None
+    if isinstance(content, Chat):
+        messages, tools, own_system = content.messages, content.tools, None
     if not isinstance(messages, list) or not messages:
-        source = "" if form.name in FORMATS else f" from the format function {form.name}"
+        source = "" if is_ours else f" from the format function {form.name}"
         raise RowFault(f"expected a list of messages{source}, found {kind_of(messages)}")
-    conversation = [check_message(message, number) for number, message in enumerate(messages, start=1)]
+    conversation = [check_message(message, at, settings.roles) for at, message in enumerate(messages, start=1)]
     check_order(conversation, needs_answer)
+    if own_system and conversation[0]["role"] == "system":
+        raise RowFault("has a system message and the key 'system' as well: expected one of them")
+    system = read_string(own_system, "'system'") if own_system else settings.system
     if system and conversation[0]["role"] != "system":
         conversation.insert(0, {"role": "system", "content": system})
-    return conversation
+    return Chat(conversation, find_tools(tools), weight)
 
 
-class RowConverter:
-    """Turns the rows of one source into chats. What becomes of a row follows from the row and the settings alone.
-
-    Args:
-        settings: of the source.
-        needs_answer: whether the rows are trained on, so that they must hold answers.
-
-    Attributes:
-        formats: names of the formats that were recognised, in the order in which they came.
-        unread_columns: columns that no format reads, under our names.
-    """
-
-    def __init__(self, settings: RowSettings, needs_answer: bool = True) -> None:
-        self.settings, self.needs_answer = settings, needs_answer
-        self.formats: list[str] = []
-        self.unread_columns: list[str] = []
-        self._by_columns: dict[tuple[str, ...], Format] = {}
-        self._usual: Format | None = None
-
-    def check(self, rows: Sequence[Row]) -> None:
-        """Check the settings against the first rows of the source.
-
-        Raises:
-            UserError: the settings do not fit these rows.
-        """
-        if not rows:
-            return
-        check_columns(rows, self.settings.columns, self.settings.format)
-        for row in rows_by_keys(rows).values():
-            renamed = row._replace(values=rename_columns(row.values, self.settings.columns))
-            try:
-                self._usual = self._usual or choose_format([renamed], self.settings.format, self.needs_answer)
-            except UserError:
-                continue
-
-    def convert(self, row: Row) -> Chat:
-        """Convert one row.
-
-        Raises:
-            RowFault: this row cannot be used.
-            UserError: no row of its shape can be used.
-        """
-        settings, is_function = self.settings, "." in self.settings.format
-        values = rename_columns(row.values, settings.columns)
-        if not is_function:  # a function of the user's own may read what it likes
-            refuse_other_task(row, values, self.needs_answer)
-        columns = tuple(values)
-        if columns not in self._by_columns:
-            form = self._choose(row._replace(values=values))
-            self._by_columns[columns] = form
-            if form.name not in self.formats:
-                self.formats.append(form.name)
-            if self.needs_answer and not is_function and set(form.keys(True)) <= set(columns):
-                unread = self.unread_columns
-                unread += [name for name in columns if name not in form.read_keys and name not in unread]
-        form = self._by_columns[columns]
-        return Chat(to_conversation(values, form, settings.system, self.needs_answer), find_tools(values))
-
-    def _choose(self, row: Row) -> Format:
-        try:
-            return choose_format([row], self.settings.format, self.needs_answer)
-        except UserError:
-            if self._usual is None:
-                raise
-            return self._usual  # which tells what this row lacks
+def _read_weight(value: Any) -> float:
+    """Return the weight of a row in the loss: 1 if it has none, 0 if it is to be left out."""
+    if value is None or value == "":
+        return 1.0
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not (math.isfinite(weight) and weight >= 0):
+        raise RowFault(
+            f"'weight' must be a number, at least 0, found {reprlib.repr(value)}; if it means something else, leave it "
+            "out by `columns: {weight: null}`"
+        )
+    return weight

@@ -1,7 +1,8 @@
-"""From what ``data.train`` names to files that exist, or to a data set of the hub."""
+"""From what ``data.train`` names to files, local or behind a URL, or to a data set of the hub."""
 
-import difflib
+import codecs
 import glob
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -9,15 +10,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, nearest
 
-KINDS = (".jsonl", ".json", ".csv", ".parquet")
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SUFFIX = re.compile(r"\.[A-Za-z]\w*$")  # a version at the end of a hub id, "-v1.5", is none
-_HUB_KEYS = ("split", "name", "revision")
-_KEYS = ("path", "weight", *_HUB_KEYS)
+_ROW_KEYS = ("format", "columns", "system", "roles", "encoding")
+_HUB_KEYS = ("split", "name", "revision", "data_files")
+_KEYS = ("path", "weight", "rows", *_ROW_KEYS, "delimiter", *_HUB_KEYS)
 _SPLITS = {"train": "train", "val": "validation"}  # else: test
+
+DataFile = Path | str
+"""A file of this machine, or the URL of one."""
 
 
 @dataclass(frozen=True)
@@ -28,36 +33,56 @@ class RowSettings:
         format: ``auto``, the name of a format, or the dotted path of a function ``row -> conversation``.
         columns: other names for columns, ``{their name: our name}``; None leaves a column out.
         system: a system prompt for conversations that have none.
+        roles: other names for roles, ``{their name: system | user | assistant | tool}``.
+        encoding: of text files, as Python names it: ``utf-8``, ``latin-1``, ``utf-16``, …
     """
 
     format: str = "auto"
     columns: Mapping[str, str | None] = field(default_factory=dict)
     system: str | None = None
+    roles: Mapping[str, str] = field(default_factory=dict)
+    encoding: str = "utf-8"
 
 
 @dataclass(frozen=True)
 class Source:
-    """One entry of ``data.train``: a file, a folder, a glob, or a data set of the hub.
+    """One entry of ``data.train``: a file, a folder, a glob, a URL, or a data set of the hub.
 
     Attributes:
         path: as the user wrote it.
         files: the data files, sorted; none for a hub data set.
         weight: its share in a mixture, relative to the other sources; None where none is given.
-        split: of a hub data set, as ``datasets`` takes it.
+        split: of a hub data set, as ``datasets`` takes it; or of a folder that ``DatasetDict.save_to_disk`` wrote.
         name: of a hub data set, the configuration.
         revision: of a hub data set: branch, tag or commit.
+        data_files: of a hub data set: the files to read, as ``datasets`` takes them.
+        rows: at most so many rows are read, from the first; None: all.
+        delimiter: of CSV files; None: whichever the header uses.
         streaming: whether a hub data set is read from the network, row by row, rather than downloaded first.
         settings: how its rows are read.
     """
 
     path: str
-    files: tuple[Path, ...] = ()
+    files: tuple[DataFile, ...] = ()
     weight: float | None = None
     split: str | None = None
     name: str | None = None
     revision: str | None = None
+    data_files: Any = None
+    rows: int | None = None
+    delimiter: str | None = None
     streaming: bool = False
     settings: RowSettings = RowSettings()
+
+    @property
+    def encoding(self) -> str:
+        """Of its text files."""
+        return self.settings.encoding
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading it needs a network."""
+        return not self.files or any(isinstance(file, str) for file in self.files)
 
 
 _NO_SETTINGS = RowSettings()
@@ -69,11 +94,13 @@ def find_sources(
     streaming: bool = False,
     settings: RowSettings = _NO_SETTINGS,
 ) -> list[Source]:
-    """Find the files behind ``data.train``, ``data.val``, ``data.test`` or ``data.predict``; touches no network.
+    """Find the files behind ``data.train``, ``data.val``, ``data.test`` or ``data.predict``.
+
+    The network is used only to list a folder or glob behind a URL.
 
     Args:
-        value: a file, folder, glob or hub id; a mapping with ``path`` and, if wanted, ``weight``, ``split``, ``name``
-            and ``revision``; or a list of these.
+        value: a file, folder, glob, URL or hub id; a mapping with ``path`` and any of the other fields of ``Source``
+            and ``RowSettings``; or a list of these.
         split: ``train``, ``val``, ``test`` or ``predict``: named in messages, and the default split of a hub data set
             (``train``, ``validation``, ``test``, ``test``).
         streaming: read hub data sets from the network, without keeping them.
@@ -81,17 +108,17 @@ def find_sources(
 
     Raises:
         UserError: a file does not exist, is empty or of an unknown kind; a folder or glob has no data files; an entry
-            has unknown keys; or a weight is no positive number, or given for some sources only.
+            has an unknown key or a wrong value; or only some sources have a weight.
     """
     entries = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     if not entries:
         raise UserError(f"data.{split}: expected at least one file, folder, glob or hub id, found an empty list.")
-    sources = [_find(_check_entry(entry, split), split, streaming) for entry in entries]
+    sources = [_find(_check_entry(entry, split), split, streaming, settings) for entry in entries]
     weighted = [source for source in sources if source.weight is not None]
     if weighted and len(weighted) < len(sources):
         without = next(source for source in sources if source.weight is None)
         raise UserError(f"data.{split}: {weighted[0].path} has a weight, {without.path} has none: give all or none.")
-    return [replace(source, settings=settings) for source in sources]
+    return sources
 
 
 def _check_entry(entry: Any, split: str) -> dict[str, Any]:
@@ -104,50 +131,65 @@ def _check_entry(entry: Any, split: str) -> dict[str, Any]:
         )
     for key, value in entry.items():
         if key not in _KEYS:
-            near = difflib.get_close_matches(str(key), _KEYS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise UserError(f"data.{split}: expected {', '.join(_KEYS)}, found {key!r}{hint}")
-        if key in _HUB_KEYS and not isinstance(value, str | None):
-            raise UserError(f"data.{split}: {key} of {entry['path']} must be text, found {value!r}.")
-    weight = entry.get("weight")
-    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if weight is not None and not (is_number and math.isfinite(weight) and weight > 0):
-        raise UserError(f"data.{split}: the weight of {entry['path']} must be a number above 0, found {weight!r}.")
+            hint = nearest(str(key), _KEYS)
+            raise UserError(f"data.{split}: {entry['path']}: expected {', '.join(_KEYS)}, found {key!r}.{hint}")
+        expected = _EXPECTED.get(key)
+        if expected and value is not None and not expected[1](value):
+            raise UserError(f"data.{split}: {key} of {entry['path']} must be {expected[0]}, found {value!r}.")
     return {**entry, "path": str(entry["path"])}
 
 
-def _find(entry: dict[str, Any], split: str, streaming: bool) -> Source:
-    path, weight = entry["path"], entry.get("weight")
-    weight = None if weight is None else float(weight)
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _is_encoding(value: Any) -> bool:
+    try:
+        codecs.lookup(value)
+    except (LookupError, TypeError):
+        return False
+    return True
+
+
+_EXPECTED = {
+    "weight": ("a number above 0", _is_weight),
+    "rows": ("a whole number above 0", lambda value: type(value) is int and value > 0),
+    "encoding": ("an encoding that Python knows (utf-8, latin-1, utf-16, …)", _is_encoding),
+    "delimiter": ("one character", lambda value: isinstance(value, str) and len(value.replace("\\t", "\t")) == 1),
+    **dict.fromkeys(("columns", "roles"), ("{theirs: ours}", lambda value: isinstance(value, Mapping))),
+    **dict.fromkeys(("format", "system", "split", "name", "revision"), ("text", _is_text)),
+}
+
+
+def _find(entry: dict[str, Any], split: str, streaming: bool, settings: RowSettings) -> Source:
+    path, weight, delimiter = entry["path"], entry.get("weight"), entry.get("delimiter")
+    own = {key: entry[key] for key in _ROW_KEYS if entry.get(key) is not None or (key == "system" and key in entry)}
+    source = Source(
+        path,
+        weight=None if weight is None else float(weight),
+        rows=entry.get("rows"),
+        delimiter=delimiter and delimiter.replace("\\t", "\t"),  # as a shell hands it over
+        settings=replace(settings, **own),
+    )
     hub: dict[str, Any] = {key: entry.get(key) for key in _HUB_KEYS}
     given = [key for key, value in hub.items() if value]
     file = Path(path).expanduser()
-    if not file.exists() and _is_hub_id(path, explicit=bool(given)):
+    if "://" not in path and not file.exists() and _is_hub_id(path, explicit=bool(given)):
         hub["split"] = hub["split"] or _SPLITS.get(split, "test")
-        return Source(path, (), weight, **hub, streaming=streaming)
+        return replace(source, **hub, streaming=streaming)
+    if (file / "dataset_dict.json").is_file():
+        source = replace(source, split=entry.get("split") or _SPLITS.get(split, "test"))
+        file, given = _find_saved_split(file, str(source.split), split), [key for key in given if key != "split"]
     if given:
         raise UserError(f"data.{split}: {given[0]} is for data sets of the hub, but {path} is a path.")
-    files = _find_files(path, file, split)
+    files = _find_urls(path) if "://" in path else _find_files(path, file, split)
     if not files:
         raise UserError(f"data.{split}: no data files in {path}: expected {describe_kinds()}.")
-    for each in files:
-        _check_file(each, split)
-    return Source(path, tuple(files), weight)
-
-
-def _find_files(path: str, file: Path, split: str) -> list[Path]:
-    """Return the files of a path, a folder or a glob; ``file`` is the path without ``~``."""
-    if file.is_dir():
-        return list_folder(file)
-    if file.exists():
-        return [file]
-    if not glob.has_magic(path):
-        raise UserError(f"data.{split}: {_describe_missing(path, file, split)}")
-    matches = [Path(match) for match in glob.glob(str(file), recursive=True)]
-    if not matches:
-        raise UserError(f"data.{split}: nothing matches {path} (relative to the current folder, {Path.cwd()}).")
-    files = [each for match in matches for each in (list_folder(match) if match.is_dir() else [match])]
-    return sorted({each for each in files if kind_of(each)[0]})
+    return replace(source, files=tuple(files))
 
 
 def _is_hub_id(path: str, explicit: bool) -> bool:
@@ -157,19 +199,61 @@ def _is_hub_id(path: str, explicit: bool) -> bool:
     return explicit or not (_SUFFIX.search(path) or Path(path).parent.is_dir())
 
 
+def _find_saved_split(folder: Path, name: str, split: str) -> Path:
+    """Return the folder of one split of a ``DatasetDict`` that was saved to disk."""
+    names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+    if name not in names:
+        raise UserError(
+            f"data.{split}: {folder} has no split {name!r}: name one of {', '.join(names)}, as in "
+            f"{{path: {folder}, split: {names[0]}}}."
+        )
+    return folder / name
+
+
+def _find_urls(path: str) -> list[str]:
+    """Return the URLs of a file, or of the data files in a folder or glob behind a URL."""
+    if kind_of(path)[0] and "*" not in path:
+        return [path]
+    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+
+    system, root = url_to_fs(path)
+    names = system.glob(root) if "*" in path else system.find(root)
+    return sorted(system.unstrip_protocol(name) for name in names if kind_of(name)[0])
+
+
+def _find_files(path: str, file: Path, split: str) -> list[Path]:
+    """Return the files of a path, a folder or a glob; ``file`` is the path without ``~``."""
+    if file.is_dir():
+        files = list_folder(file)
+    elif file.exists():
+        files = [file]
+    elif not glob.has_magic(path):
+        raise UserError(f"data.{split}: {_describe_missing(path, file, split)}")
+    else:
+        matches = [Path(match) for match in glob.glob(str(file), recursive=True)]
+        if not matches:
+            raise UserError(f"data.{split}: nothing matches {path} (relative to the current folder, {Path.cwd()}).")
+        found = {each for match in matches for each in (list_folder(match) if match.is_dir() else [match])}
+        files = sorted(each for each in found if kind_of(each)[0])
+    for each in files:
+        if not kind_of(each)[0]:
+            raise UserError(f"data.{split}: {each} ends in {each.suffix or 'nothing'!r}: expected {describe_kinds()}.")
+        if each.is_file() and not each.stat().st_size:
+            raise UserError(f"data.{split}: {each} is empty: it holds no rows.")
+    return files
+
+
 def list_folder(folder: Path) -> list[Path]:
-    """List data files at any depth; hidden ones and those of other kinds are passed over."""
+    """List data files at any depth; hidden ones and those of other kinds are passed over.
+
+    Of a folder that ``Dataset.save_to_disk`` wrote, these are the files that its ``state.json`` names: beside them
+    ``datasets`` keeps what it computed.
+    """
+    state = folder / "state.json"
+    if state.is_file() and (folder / "dataset_info.json").is_file():
+        return [folder / part["filename"] for part in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
     files = (file for file in folder.rglob("*") if kind_of(file)[0] and file.is_file())
     return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))
-
-
-def _check_file(file: Path, split: str) -> None:
-    if not file.is_file():
-        raise UserError(f"data.{split}: {file} is neither a file nor a folder.")
-    if not kind_of(file)[0]:
-        raise UserError(f"data.{split}: {file} ends in {file.suffix or 'nothing'!r}: expected {describe_kinds()}.")
-    if not file.stat().st_size:
-        raise UserError(f"data.{split}: {file} is empty: it holds no rows.")
 
 
 def _describe_missing(name: str, file: Path, split: str) -> str:
@@ -178,16 +262,15 @@ def _describe_missing(name: str, file: Path, split: str) -> str:
     remedy = "" if file.is_absolute() else f" {change}, or give --data.{split} FILE."
     if not file.parent.is_dir():
         return f"{message}: there is no folder {file.parent} either.{remedy}"
-    near = difflib.get_close_matches(file.name, [entry.name for entry in file.parent.iterdir()], n=1)
-    if near:
-        return f"{message}: did you mean {file.parent / near[0]}?"
+    beside = [each for each in file.parent.iterdir() if kind_of(each)[0] or each.is_dir()]
+    near = nearest(str(file), [str(each) for each in beside])
     hub = f" For the data set of the hub write {{path: {name}, split: train}}." if _HUB_ID.fullmatch(name) else ""
-    return f"{message}.{hub or remedy}"
+    return f"{message}.{near or hub or remedy}"
 
 
-def kind_of(file: Path) -> tuple[str, str]:
+def kind_of(file: DataFile) -> tuple[str, str]:
     """Return kind and compression by the file's name: ``a.jsonl.gz`` is ``(".jsonl", ".gz")``, else empty strings."""
-    name = file.name.lower()
+    name = (file.partition("?")[0] if isinstance(file, str) else file.name).lower()
     compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
     name = name.removesuffix(compression)
     return next((suffix for suffix in KINDS if name.endswith(suffix)), ""), compression

@@ -1,23 +1,23 @@
 """Tools: the schemas that a row offers, and the calls that an assistant message makes."""
 
 import json
+import re
 import reprlib
 from typing import Any
 
 from qlora_lightning.data.rows.bad_rows import RowFault, check_characters, kind_of, read_string
 
 
-def find_tools(values: dict[str, Any]) -> list[dict[str, Any]] | None:
+def find_tools(tools: Any) -> list[dict[str, Any]] | None:
     """Return the tools of a row as a chat template takes them, or None if it has none.
 
     Args:
-        values: the row. Its ``tools`` are a list of JSON schemas, or such a list as a JSON string: each one as OpenAI
-            has it (``type`` and ``function``), or the function alone (``name``, ``description``, ``parameters``).
+        tools: a list of JSON schemas, or such a list as a JSON string: each one as OpenAI has it (``type`` and
+            ``function``), or the function alone (``name``, ``description``, ``parameters``).
 
     Raises:
-        RowFault: if ``tools`` is anything else.
+        RowFault: if they are anything else.
     """
-    tools = values.get("tools")
     if isinstance(tools, str) and tools:
         tools = parse_json(tools, "'tools'")
     if tools in (None, "", []):
@@ -43,6 +43,55 @@ def read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(calls, list):
         raise RowFault(f"the tool_calls of {where} must be a list, found {kind_of(calls)}")
     return [_read_call(call, f"tool call {number} of {where}") for number, call in enumerate(calls, start=1)]
+
+
+_GLAIVE_TURN = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE): ?")
+_GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
+_GLAIVE_CALL = re.compile(r"""\{\s*"name": *("[^"]*"), *"arguments": *'(.*)'\s*\}""", re.DOTALL)
+
+
+def read_glaive(system: str, chat: str) -> tuple[list[Any], list[Any]]:
+    """Return messages and tools of a row of glaive-function-calling: functions in the system text, turns in one text.
+
+    Raises:
+        RowFault: a function or a call is not JSON.
+    """
+    text = system.strip().removeprefix("SYSTEM:").strip()
+    prompt, brace, functions = text.partition("{")
+    messages: list[dict[str, Any]] = []
+    if prompt:
+        # "… with access to the following functions. Use them if required -": the chat template says it
+        begin, announced, _ = prompt.partition(" with access to the following functions")
+        messages.append({"role": "system", "content": f"{begin.rstrip(',')}." if announced else prompt})
+    _, *turns = _GLAIVE_TURN.split(chat)
+    for speaker, said in zip(turns[::2], turns[1::2], strict=True):
+        content, call, function = said.replace("<|endoftext|>", "").partition("<functioncall>")
+        message: dict[str, Any] = {"role": _GLAIVE_ROLES[speaker], "content": content.strip()}
+        if call:
+            message["tool_calls"] = [_read_glaive_call(function.strip())]
+        messages.append(message)
+    return messages, _read_objects(brace + functions)
+
+
+def _read_glaive_call(text: str) -> Any:
+    quoted = _GLAIVE_CALL.fullmatch(text)  # arguments in single quotes
+    if quoted:
+        return {"name": json.loads(quoted[1]), "arguments": quoted[2].replace("\\'", "'")}
+    call = parse_json(text, "a <functioncall>")
+    return {"arguments": {}, **call} if isinstance(call, dict) else call
+
+
+def _read_objects(text: str) -> list[Any]:
+    """Return JSON values that follow each other."""
+    decoder, found = json.JSONDecoder(), []
+    while text := text.lstrip(", \n\r\t"):
+        try:
+            value, end = decoder.raw_decode(text)
+        except ValueError as error:
+            raise RowFault(f"the functions in 'system' are not JSON ({error})") from error
+        found.append(value)
+        text = text[end:]
+    return found
 
 
 def parse_json(value: Any, what: str) -> Any:

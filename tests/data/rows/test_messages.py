@@ -1,6 +1,8 @@
+"""Single messages: what of them a chat template gets, and what is refused."""
+
 import pytest
 
-from qlora_lightning.data.rows.bad_rows import RowFault
+from qlora_lightning.data.rows.bad_rows import RowFault, check_characters
 from qlora_lightning.data.rows.conversation import check_message, without_marks
 
 CALL = {"type": "function", "function": {"name": "sky", "arguments": {"at": "Ulm"}}}
@@ -16,22 +18,64 @@ def answer(**options):
     return {"role": "assistant", "content": "a", **options}
 
 
+def part(text, **options):
+    return {"type": "text", "text": text, **options}
+
+
 def test_only_keys_that_a_template_may_need_are_kept():
     assert check_message({"role": "user", "content": "q", "id": 7, "name": "me", "train": None}, 1) == {
         "role": "user",
         "content": "q",
     }
-    assert check_message(answer(refusal=None, tool_calls=None, function_call=None, weight=None), 2) == answer()
+    nothing = {"refusal": None, "tool_calls": None, "function_call": None, "weight": None, "reasoning_content": ""}
+    assert check_message(answer(**nothing), 2) == answer()
 
 
-def test_text_parts_are_joined():
-    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
-    assert check_message({"role": "user", "content": parts}, 1) == {"role": "user", "content": "one two"}
+@pytest.mark.parametrize(
+    ("speaker", "role"),
+    [
+        ("developer", "system"),
+        ("human", "user"),
+        *((speaker, "assistant") for speaker in ("gpt", "chatgpt", "bing", "bard", "bot", "model")),
+        *((speaker, "tool") for speaker in ("observation", "function", "function_response")),
+    ],
+)
+def test_roles_have_other_names_under_either_key(speaker, role):
+    assert check_message({"role": speaker, "content": "x"}, 1) == {"role": role, "content": "x"}
+    assert check_message({"from": speaker, "value": "x"}, 1) == {"role": role, "content": "x"}
+
+
+def test_roles_can_be_named():
+    roles = {"client": "user", "gpt": "user"}
+    assert check_message({"role": "client", "content": "x"}, 1, roles)["role"] == "user"
+    assert check_message({"from": "gpt", "value": "x"}, 1, roles)["role"] == "user"
+    assert "expected system, user" in refusal({"role": "client", "content": "x"})
+    assert "name others by `roles: {theirs: ours}`" in refusal({"role": "client", "content": "x"})
+
+
+def test_parts_are_joined_whoever_wrote_them():
+    openai, llama_factory = [part("one "), part("two")], [{"type": "text", "value": "one two"}]
+    for parts in (openai, llama_factory):
+        assert check_message({"role": "user", "content": parts}, 1) == {"role": "user", "content": "one two"}
+
+
+def test_parts_that_are_not_trained_are_stretches_of_characters():
+    parts = [part("é1 ", train=False), part("two ", train=True), part(""), part("3", train=False), part("4")]
+    checked = check_message(answer(content=parts), 2)
+    assert checked == answer(content="é1 two 34", untrained=[(0, 3), (7, 8)])
+    text = checked["content"]
+    assert [text[start:end] for start, end in checked["untrained"]] == ["é1 ", "3"]
+    assert check_message({"role": "user", "content": parts[:1]}, 1) == {"role": "user", "content": "é1 "}
+    wholly = check_message(answer(content=[part("a", train=False), part("b", train=False)]), 2)
+    assert wholly["train"] is False
+    assert "train" in refusal({"role": "user", "content": parts})
+    assert "expected true or false" in refusal(answer(content=[part("a", train="no")]))
 
 
 @pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}, {"weight": 0.0}, {"train": False, "weight": 0}])
 def test_an_answer_that_is_not_trained_is_marked(mark):
-    assert check_message(answer(**mark), 2) == {"role": "assistant", "content": "a", "train": False}
+    assert check_message(answer(**mark), 2) == answer(train=False)
+    assert check_message({"from": "gpt", "value": "a", **mark}, 2) == answer(train=False)
 
 
 @pytest.mark.parametrize("mark", [{"train": True}, {"weight": 1}, {"train": True, "weight": 1}])
@@ -48,10 +92,22 @@ def test_only_answers_are_trained(role):
     assert refusal({**message, "weight": 1}) == f"message 2 ({role}) has 'weight: 1', but only answers are trained"
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_what_an_assistant_thinks_has_one_name(key):
+    assert check_message(answer(**{key: "Hm."}), 2) == answer(reasoning_content="Hm.")
+    assert "which only an assistant has" in refusal({"role": "user", "content": "q", key: "Hm."})
+    assert "must be a string, found list" in refusal(answer(**{key: ["Hm."]}))
+    assert check_message(answer(**{key: "Hm.", "reasoning": "Hm."}), 2) == answer(reasoning_content="Hm.")
+    if key != "reasoning":
+        assert "differ: keep one" in refusal(answer(**{key: "Hm.", "reasoning": "Oh."}))
+
+
 def test_an_assistant_that_calls_tools_may_say_nothing():
     expected = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    function = {"name": "sky", "arguments": '{"at": "Ulm"}'}
     assert check_message({"role": "assistant", "tool_calls": [CALL]}, 2) == expected
     assert check_message({"role": "assistant", "content": None, "tool_calls": [CALL]}, 2) == expected
+    assert check_message({"role": "assistant", "content": None, "function_call": function}, 2) == expected
     assert check_message(answer(tool_calls=[CALL]), 2) == answer(tool_calls=[CALL])
 
 
@@ -66,48 +122,55 @@ def test_a_tool_keeps_its_name_and_the_id_of_the_call():
     [
         ("text", "message 2 must have 'role' and 'content', found str"),
         ({"role": "user"}, "message 2 must have 'role' and 'content', found role"),
-        ({"from": "human", "value": "x"}, "found from, value: these are turns of ShareGPT, which stand under"),
-        ({"role": "bot", "content": "x"}, "message 2 has the role 'bot', expected system, user, assistant, tool"),
+        ({"role": "oracle", "content": "x"}, "message 2 has the role 'oracle', expected system, user, assistant, tool"),
         ({"role": ["user"], "content": "x"}, "message 2 has the role ['user'], expected"),
         ({"role": "user", "content": None}, "the user content of message 2 must be a string, found null"),
         ({"role": "tool", "content": {"sun": 1}}, "the tool content of message 2 must be a string, found dict"),
         ({"role": "user", "content": []}, "the user content of message 2 must be a string, found an empty list"),
         (answer(content=" \n"), "the answer (message 2) is empty"),
         (answer(content="", tool_calls=[]), "the answer (message 2) is empty"),
+        (answer(content="", reasoning="Hm."), "the answer (message 2) is empty"),
         (answer(content="a\x00"), "message 2 contains a NUL character"),
         (answer(content="\ud83d"), "message 2 contains half a character"),
-        ({"role": "user", "content": ["x"]}, "part 1 of message 2 is str, expected 'text': only text is read"),
-        (
-            {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]},
-            "part 2 of message 2 is 'image_url', expected 'text': only text is read",
-        ),
-        (
-            {"role": "user", "content": [{"type": "text"}]},
-            "the text of part 1 of message 2 must be a string, found null",
-        ),
+        (answer(content="a" * 5_000_000), "message 2 is longer than 4 Mi characters"),
+        ({"role": "user", "content": ["x"]}, "of message 2 is str, expected 'text': only text is read"),
+        ({"role": "user", "content": [part("x"), {"type": "image_url"}]}, "is 'image_url', expected 'text'"),
+        ({"role": "user", "content": [{"type": "text"}]}, "of message 2 must be a string, found null"),
+        ({"role": "user", "content": "q", "images": ["a"]}, "message 2 has 'images', which is not read: only text is"),
+        (answer(mask=True), "message 2 has 'mask', which is not read: write `train: false`"),
         (answer(train="no"), "'train' of message 2 must be true or false, found 'no'"),
         (answer(train=0), "'train' of message 2 must be true or false, found 0"),
         (answer(weight=0.5), "'weight' of message 2 must be 0 or 1, found 0.5"),
-        (answer(weight=True), "'weight' of message 2 must be 0 or 1, found True"),
         (answer(train=True, weight=0), "'train' and 'weight' of message 2 contradict each other"),
-        (
-            {"role": "user", "content": "x", "tool_calls": [CALL]},
-            "message 2 (user) has 'tool_calls', which only an assistant makes",
-        ),
+        ({"role": "user", "content": "x", "tool_calls": [CALL]}, "(user) has 'tool_calls', which only an assistant"),
         ({"role": "assistant", "tool_calls": ["sky"]}, "tool call 1 of message 2 must be an object, found str"),
         ({"role": "tool", "content": "x", "name": 1}, "'name' of message 2 must be a string, found int"),
-        (answer(function_call={"name": "sky"}), "message 2 has 'function_call', which is not read: write it as"),
-        (answer(reasoning_content="hm"), "message 2 has 'reasoning_content', which is not read: write it into"),
+        ({"from": "function_call", "value": "sky()"}, "message 2 (function_call): not JSON (Expecting value)"),
     ],
 )
 def test_faults(message, reason):
     assert reason in refusal(message)
 
 
-def test_templates_never_see_the_mark():
-    marked = answer(train=False, tool_calls=[CALL])
-    assert without_marks([{"role": "user", "content": "q"}, marked]) == [
-        {"role": "user", "content": "q"},
-        {"role": "assistant", "content": "a", "tool_calls": [CALL]},
-    ]
+def test_templates_never_see_the_marks():
+    marked = answer(train=False, untrained=[(0, 1)], tool_calls=[CALL], reasoning_content="Hm.")
+    assert without_marks([marked]) == [answer(tool_calls=[CALL], reasoning_content="Hm.")]
     assert marked["train"] is False
+
+
+@pytest.mark.parametrize("place", [lambda text: text, lambda text: {"k": [text]}, lambda text: {text: 1}])
+def test_nul_and_half_a_character_are_refused_wherever_they_are(place):
+    check_characters(place("é 😀 \u2028"), "it")
+    with pytest.raises(RowFault, match=r"^it contains a NUL character$"):
+        check_characters(place("a\x00b"), "it")
+    with pytest.raises(RowFault, match=r"^it contains half a character \(a lone surrogate, as a cut \\ud83d"):
+        check_characters(place("a\ud83d"), "it")
+
+
+def test_a_value_nested_too_deep_for_a_template_is_refused():
+    value = "x"
+    for _ in range(100):
+        value = [value]
+    check_characters(value, "it")
+    with pytest.raises(RowFault, match="it is nested more than 100 levels deep"):
+        check_characters([value], "it")

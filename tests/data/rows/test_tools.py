@@ -9,16 +9,16 @@ SKY = {"name": "sky", "description": "Tells the weather.", "parameters": {"type"
 SCHEMA = {"type": "function", "function": SKY}
 
 
-@pytest.mark.parametrize("values", [{}, {"tools": None}, {"tools": []}, {"tools": ""}, {"tools": "[]"}])
-def test_a_row_without_tools_has_none(values):
-    assert find_tools(values) is None
+@pytest.mark.parametrize("tools", [None, [], "", "[]"])
+def test_a_row_without_tools_has_none(tools):
+    assert find_tools(tools) is None
 
 
 @pytest.mark.parametrize(
     "tools", [[SCHEMA], [SKY], [{"type": "function", **SKY}], json.dumps([SCHEMA]), json.dumps([SKY])]
 )
 def test_tools_are_schemas_as_openai_has_them_or_functions_alone_or_either_as_json(tools):
-    assert find_tools({"tools": tools}) == [
+    assert find_tools(tools) == [
         {
             "type": "function",
             "function": {
@@ -44,7 +44,7 @@ def test_tools_are_schemas_as_openai_has_them_or_functions_alone_or_either_as_js
 )
 def test_faults_of_tools(tools, reason):
     with pytest.raises(RowFault) as fault:
-        find_tools({"tools": tools})
+        find_tools(tools)
     assert reason in str(fault.value)
 
 

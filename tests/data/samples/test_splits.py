@@ -10,7 +10,7 @@ from qlora_lightning.data.prepare import (
 )
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow
-from qlora_lightning.data.rows.readers import REST_UNREAD, Row
+from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.samples import SampleSetBuilder
 from qlora_lightning.support.errors import UserError
 
@@ -82,7 +82,7 @@ def test_a_plain_dict_gets_a_place():
         as_row("q", "val", 2)
 
 
-EMPTY, CUT = BadRow("a.jsonl:3", "empty"), BadRow("a.json:9", f"a bracket is missing: {REST_UNREAD}")
+EMPTY = BadRow("a.jsonl:3", "empty")
 
 
 def test_bad_rows_stop_unless_they_are_to_be_skipped():
@@ -91,11 +91,6 @@ def test_bad_rows_stop_unless_they_are_to_be_skipped():
     with pytest.raises(UserError, match=r"25 rows cannot be used:\n  a.jsonl:3: empty\n") as error:
         refuse_unusable(report, skip=False)
     assert "on_bad_row: skip" in str(error.value)
-
-
-def test_a_row_that_hides_the_rest_of_its_file_stops_in_any_case():
-    with pytest.raises(UserError, match=r"^1 row cannot be used:\n  a.json:9: a bracket is missing"):
-        refuse_unusable(Report("train", rows=3, samples=1, bad=[EMPTY, CUT], bad_rows=2), skip=True)
 
 
 def test_nothing_left_is_refused_with_the_reasons():

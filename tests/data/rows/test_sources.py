@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lightning.data.rows.sources import Source, find_sources
+from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources
 from qlora_lightning.support.errors import UserError
 
 
@@ -30,6 +30,7 @@ def refusal(value, split="train"):
 
 def test_a_file_a_folder_and_a_glob():
     touch("d/b.jsonl", "d/a.json", "d/deep/c.csv.gz", "d/README.md", "d/.hidden.jsonl", "d/.git/x.json", "e.PARQUET")
+    touch("d/b.jsonl.py")
     assert find("e.PARQUET") == [["e.PARQUET"]]
     assert find(Path("d")) == find("d/") == [["d/a.json", "d/b.jsonl", "d/deep/c.csv.gz"]]
     assert find("d/*") == find("d/**") == [["d/a.json", "d/b.jsonl", "d/deep/c.csv.gz"]]
@@ -55,14 +56,15 @@ def test_names_that_are_no_paths_are_data_sets_of_the_hub():
     assert find_sources("org/data", "test")[0].split == "test"
     assert find_sources("org/data", "predict", streaming=True) == [Source("org/data", split="test", streaming=True)]
     entry = {"path": "org/data", "weight": 2, "split": "train[:10%]", "name": "main", "revision": "v1"}
-    assert find_sources(entry, "train") == [Source("org/data", (), 2.0, "train[:10%]", "main", "v1")]
+    entry["data_files"] = ["a.json"]
+    assert find_sources(entry, "train") == [Source("org/data", (), 2.0, "train[:10%]", "main", "v1", ["a.json"])]
 
 
 def test_a_misspelt_path_does_not_become_a_data_set_of_the_hub():
     touch("data/train.jsonl", "data/other/a.jsonl")
     assert "data/trian.jsonl does not exist" in refusal("data/trian.jsonl")
-    assert "did you mean data/train.jsonl?" in refusal("data/trian.jsonl")
-    assert "did you mean data/other?" in refusal("data/othr")
+    assert "Did you mean 'data/train.jsonl'?" in refusal("data/trian.jsonl")
+    assert "Did you mean 'data/other'?" in refusal("data/othr")
     assert "data/xyz does not exist" in refusal("data/xyz")
     assert "For the data set of the hub write {path: data/xyz, split: train}." in refusal("data/xyz")
     assert find_sources({"path": "data/xyz", "split": "train"}, "train") == [Source("data/xyz", split="train")]
@@ -76,14 +78,14 @@ def test_a_misspelt_path_does_not_become_a_data_set_of_the_hub():
     assert "does not exist" in refusal("squad")
 
 
-def test_a_missing_file_names_the_folder():
-    touch("train.jsonl")
+def test_a_missing_file_names_the_folder_and_a_data_file_that_is_like_it():
+    touch("train.jsonl", "trian.py")
     message = refusal("trian.jsonl", "val")
     assert message.startswith(
         "data.val: data file trian.jsonl does not exist (paths are relative to the current folder"
     )
     assert str(Path.cwd()) in message
-    assert message.endswith("did you mean train.jsonl?")
+    assert message.endswith("Did you mean 'train.jsonl'?")
 
 
 def test_a_folder_or_a_glob_without_data_an_unknown_kind_and_an_empty_file_are_refused():
@@ -91,7 +93,10 @@ def test_a_folder_or_a_glob_without_data_an_unknown_kind_and_an_empty_file_are_r
     Path("empty.jsonl").touch()
     Path("e").mkdir()
     Path("e/empty.csv").touch()
-    assert "no data files in d: expected .jsonl, .json, .csv or .parquet, each also compressed" in refusal("d")
+    assert (
+        "no data files in d: expected .jsonl, .json, .csv, .tsv, .parquet or .arrow, each also compressed"
+        in refusal("d")
+    )
     assert "no data files in d/*.md: expected" in refusal("d/*.md")
     assert "nothing matches d/*.jsonl (relative to the current folder" in refusal("d/*.jsonl")
     assert "a.txt ends in '.txt': expected .jsonl" in refusal("a.txt")
@@ -108,8 +113,8 @@ def test_a_folder_or_a_glob_without_data_an_unknown_kind_and_an_empty_file_are_r
         (3, "or a mapping with `path`, found 3."),
         ([None], "or a mapping with `path`, found None."),
         ({"weight": 1}, "or a mapping with `path`, found {'weight': 1}."),
-        ({"path": "a.jsonl", "wieght": 1}, "found 'wieght'; did you mean 'weight'?"),
-        ({"path": "a.jsonl", "weight": 0}, "the weight of a.jsonl must be a number above 0, found 0."),
+        ({"path": "a.jsonl", "wieght": 1}, "found 'wieght'. Did you mean 'weight'?"),
+        ({"path": "a.jsonl", "weight": 0}, "data.train: weight of a.jsonl must be a number above 0, found 0."),
         ({"path": "a.jsonl", "weight": -1.5}, "found -1.5."),
         ({"path": "a.jsonl", "weight": True}, "found True."),
         ({"path": "a.jsonl", "weight": float("nan")}, "found nan."),
@@ -119,9 +124,27 @@ def test_a_folder_or_a_glob_without_data_an_unknown_kind_and_an_empty_file_are_r
             "data.train: split is for data sets of the hub, but a.jsonl is a path.",
         ),
         ({"path": "org/a", "split": 3}, "split of org/a must be text, found 3."),
+        ({"path": "a.jsonl", "rows": 0}, "rows of a.jsonl must be a whole number above 0, found 0."),
+        ({"path": "a.jsonl", "rows": 2.5}, "rows of a.jsonl must be a whole number above 0, found 2.5."),
+        ({"path": "a.jsonl", "encoding": "latin-l"}, "encoding of a.jsonl must be an encoding that Python knows"),
+        ({"path": "a.csv", "delimiter": "; "}, "delimiter of a.csv must be one character, found '; '."),
+        ({"path": "a.jsonl", "format": 3}, "format of a.jsonl must be text, found 3."),
+        ({"path": "a.jsonl", "columns": "a"}, "columns of a.jsonl must be {theirs: ours}, found 'a'."),
+        ({"path": "a.jsonl", "roles": ["a"]}, "roles of a.jsonl must be {theirs: ours}, found ['a']."),
         ([{"path": "a.jsonl", "weight": 1}, "b.jsonl"], "a.jsonl has a weight, b.jsonl has none: give all or none."),
     ],
 )
 def test_an_entry_that_is_none_is_refused(value, expected):
     touch("a.jsonl", "b.jsonl")
     assert expected in refusal(value)
+
+
+def test_a_source_differs_from_the_rest_in_what_it_names():
+    touch("a.jsonl", "b.jsonl")
+    rest = RowSettings("alpaca", {"q": "prompt"}, "Be kind.", {"bot": "assistant"}, "latin-1")
+    own = {"format": "messages", "columns": {}, "system": None, "roles": {"me": "user"}, "encoding": "utf-16"}
+    first, second = find_sources([{"path": "a.jsonl", "rows": 5, **own}, "b.jsonl"], "train", settings=rest)
+    assert first.settings == RowSettings("messages", {}, None, {"me": "user"}, "utf-16")
+    assert (first.rows, first.encoding) == (5, "utf-16")
+    assert second.settings == rest
+    assert find_sources({"path": "a.jsonl", "system": "Be brief."}, "val", settings=rest)[0].settings.format == "alpaca"

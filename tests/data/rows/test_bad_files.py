@@ -26,8 +26,8 @@ def answered(content):
 BAD = [
     (b"no json", "not JSON: Expecting value (column 1)"),
     (row(ASK, ANSWER)[:60], "not JSON: the line ends in the middle of the row"),
-    (b'["messages"]', "an array, not a JSON object"),
-    (b'{"text": "Four."}', "lacks 'messages' of the format messages (found text)"),
+    (b'["messages"]', "list, expected a JSON object"),
+    (b'{"text": "Four."}', "no format is recognised by its columns text"),
     (b'{"messages": null}', "'messages' is null"),
     (answered(None), "the assistant content of message 2 must be a string, found null"),
     (answered(4), "the assistant content of message 2 must be a string, found int"),
@@ -37,7 +37,7 @@ BAD = [
     (row(ASK), "no assistant turn"),
     (row(ASK, ANSWER).replace(b"Four", b"F\xfcnf"), "not UTF-8 text"),
     (row(ASK, ANSWER).replace(b"Four", b"Fo\0r"), "not JSON: NUL byte (column"),
-    (answered("4 " * 5_000_000), "longer than 4 MiB: two rows have probably run"),
+    (answered("4 " * 2_100_000), "the assistant content of message 2 is longer than 4 Mi characters: two rows"),
 ]
 
 

@@ -1,0 +1,368 @@
+"""Files as they come: every kind, compression and encoding, from any position, each row with its place."""
+
+import bz2
+import gzip
+import itertools
+import json
+import lzma
+import shlex
+import subprocess
+import tracemalloc
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qlora_lightning.data.rows import readers
+from qlora_lightning.data.rows.bad_rows import BadRow
+from qlora_lightning.data.rows.readers import Row, RowReader, fingerprint, read_rows
+from qlora_lightning.data.rows.sources import find_sources
+from qlora_lightning.support.errors import UserError
+
+ROWS = [{"x": str(number), "text": "é\n,{" * number} for number in range(7)]
+KINDS = [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow"]
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def source(value, **entry):
+    (found,) = find_sources({"path": value, **entry}, "train")
+    return found
+
+
+def read(content, name="a.jsonl", **entry):
+    """Write a file and return (line, values or reason) of each row."""
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    rows = RowReader(source(name, **entry))
+    return [(row.line, row.values) if isinstance(row, Row) else (row.where, row.reason) for row in rows]
+
+
+def refusal(content, name="a.jsonl", **entry):
+    with pytest.raises(UserError) as error:
+        read(content, name, **entry)
+    return str(error.value)
+
+
+def compress(data, suffix):
+    """Compress bytes as a file of that suffix is."""
+    if suffix == ".zst":
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(data)
+        return sink.getvalue().to_pybytes()
+    return {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix](data)
+
+
+def content(kind):
+    """The seven rows as a file of that kind; where the kind is text, with a bad row in the middle."""
+    lines = [json.dumps(row) for row in ROWS]
+    if kind == ".jsonl":
+        return "\n".join([*lines[:3], "", "[1]", *lines[3:]]).encode()
+    if kind == ".json":
+        elements = ",\n\n ".join([*lines[:3], "12", *lines[3:]])
+        return f"\ufeff\n[{elements}\n]\n".encode()
+    if kind in (".csv", ".tsv"):
+        mark = "," if kind == ".csv" else "\t"
+        records = [f'{row["x"]}{mark}"{row["text"]}"' for row in ROWS]
+        return "\r\n".join([f"\ufeffx{mark}text", *records[:3], "", mark.join("abc"), *records[3:]]).encode()
+    sink, table = pa.BufferOutputStream(), pa.Table.from_pylist(ROWS)
+    if kind == ".parquet":
+        pq.write_table(table, sink, row_group_size=3)
+    else:
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=3)
+    return sink.getvalue().to_pybytes()
+
+
+def check_every_position(found):
+    """Whatever the number of rows read, a second reader goes on where the first one stood; return all rows."""
+    everything = list(RowReader(found))
+    for count in range(len(everything) + 1):
+        reader = RowReader(found)
+        begin = list(itertools.islice(reader, count))
+        position = json.loads(json.dumps(reader.position()))
+        assert begin + list(RowReader(found, position)) == everything
+        assert begin + list(reader) == everything
+    return everything
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_read_and_taken_up_again_at_every_row(kind, suffix):
+    Path(f"a{kind}{suffix}").write_bytes(compress(content(kind), suffix))
+    rows = check_every_position(source(f"a{kind}{suffix}"))
+    assert [row.values for row in rows if isinstance(row, Row)] == ROWS
+    assert isinstance(rows[3], BadRow) == (kind not in (".parquet", ".arrow"))
+
+
+def test_a_folder_is_taken_up_again_at_every_row_and_by_rows_of_all_files():
+    Path("d").mkdir()
+    for kind in KINDS:
+        Path("d", f"a{kind}").write_bytes(content(kind))
+    Path("d/b.json").write_bytes(content(".jsonl"))  # lines under the other name
+    rows = check_every_position(source("d"))
+    first = ["d/a.arrow:1", "d/a.csv:2", "d/a.json:1", "d/a.jsonl:1", "d/a.parquet:1", "d/a.tsv:2", "d/b.json:1"]
+    assert [row.where for row in rows if isinstance(row, Row) and row.values["x"] == "0"] == first
+    assert check_every_position(source("d", rows=17)) == rows[:17]
+    assert check_every_position(source("d", rows=7)) == rows[:7]
+    assert check_every_position(source("d", rows=1000)) == rows
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_url_is_read_as_a_file_is(kind):
+    with fsspec.open(f"memory://{kind[1:]}-files/a{kind}.gz", "wb") as file:
+        file.write(gzip.compress(content(kind)))
+    by_name = source(f"memory://{kind[1:]}-files/a{kind}.gz")
+    rows = check_every_position(by_name)
+    assert [row.values for row in rows if isinstance(row, Row)] == ROWS
+    assert by_name.is_remote
+    for found in (source(f"memory://{kind[1:]}-files"), source(f"memory://{kind[1:]}-files/*.gz")):
+        assert len(list(RowReader(found))) == len(rows)
+        assert fingerprint(found) == fingerprint(by_name)
+    with pytest.raises(UserError, match=r"memory://nowhere/a.jsonl cannot be read"):
+        read_rows("memory://nowhere/a.jsonl")
+
+
+def test_what_save_to_disk_wrote_is_read_without_what_datasets_keeps_beside_it():
+    import datasets
+
+    datasets.disable_progress_bars()
+    saved = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS[:2]))
+    saved.save_to_disk("both", num_shards={"train": 2, "test": 1})
+    Path("both/train/cache-1.arrow").write_bytes(content(".arrow"))
+    assert [row.values for row in check_every_position(source("both"))] == ROWS
+    assert [row.values for row in read_rows({"path": "both", "split": "test"})] == ROWS[:2]
+    assert [row.values for row in read_rows("both/train")] == ROWS
+    with pytest.raises(UserError, match=r"data.val: both has no split 'validation': name one of train, test"):
+        find_sources("both", "val")
+
+
+# JSON lines
+
+
+def test_blank_lines_windows_ends_byte_order_marks_and_line_separators():
+    rows = read(b'\xef\xbb\xbf{"x": 1}\r\n\r\n  \n{"x": "\xe2\x80\xa8"}\n\xef\xbb\xbf{"x": 2}')
+    assert rows == [(1, {"x": 1}), (4, {"x": "\u2028"}), (5, {"x": 2})]
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (b'{"x": }', "not JSON: Expecting value (column 7)"),
+        (b'{"x": 1} {"x": 2}', "not JSON: Extra data (column 10)"),
+        (b'{"x": "a\0"}', "not JSON: NUL byte (column 9)"),
+        (b"[1]", "list, expected a JSON object"),
+        (b"null", "null, expected a JSON object"),
+        (b'{"x": {"a": 1, "b": 2, "a": 3}}', "has the key 'a' twice in one object, where the last would count: keep"),
+        (b'{"x": "\xff"}', "not UTF-8 text: save the file as UTF-8, or name its encoding, as in `encoding: latin-1`"),
+        (b'{"x": "\xed\xa0\x80"}', "not UTF-8 text"),  # a surrogate
+        (b'{"x": ' + b"[" * 100_000, "not JSON that can be read: maximum recursion depth exceeded"),
+        (b'{"x": ' + b"9" * 5000 + b"}", "not JSON that can be read: Exceeds the limit (4300 digits) for integer"),
+    ],
+)
+def test_a_bad_line_is_named_and_the_next_one_is_read(line, fault):
+    _, (where, found), last = read(b'{"x": 0}\n' + line + b'\r\n{"x": 1}\n')
+    assert where == "a.jsonl:2"
+    assert found.startswith(fault)
+    assert last == (3, {"x": 1})
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"x": "a', b'{"x": 1', b'{"x": ', b'{"x": 1,', b'{"x": {"y": 1}', b'{"x": "\\', b'{"x": "\xc3']
+)
+def test_a_last_line_that_is_cut_off_is_said_to_end_in_the_middle(line):
+    good, (where, fault) = read(b'{"x": 1}\n' + line)
+    assert good == (1, {"x": 1})
+    assert where == "a.jsonl:2"
+    assert "the line ends in the middle" in fault
+
+
+def test_positions_of_lines_need_no_parsing_of_what_was_read():
+    Path("a.jsonl").write_text('{"x": 1}\n{"x": 2}\n{"x": 3}\n')
+    reader = RowReader(source("a.jsonl"))
+    next(iter(reader))
+    Path("a.jsonl").write_text('XXXXXXXX\n{"x": 2}\n{"x": 3}\n')
+    assert [row.where for row in RowReader(reader.source, reader.position())] == ["a.jsonl:2", "a.jsonl:3"]
+
+
+# JSON arrays and single objects
+
+
+def test_elements_of_an_array_are_numbered_and_those_that_are_no_objects_named():
+    assert read('[{"x": 1},\n\n {"x": 2}, 3,\n {"x": 4}]', "a.json") == [
+        (1, {"x": 1}),
+        (2, {"x": 2}),
+        ("a.json:3", "int, expected a JSON object"),
+        (4, {"x": 4}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b'[{"x": 1},\n{"x": }]', "a.json is not a JSON array: Expecting value: line 2 column 7"),
+        (b'[{"x": 1}]\n{"x": 2}', "a.json is not a JSON array: Extra data: line 2 column 1"),
+        (b'[{"x": 1}, {"x": "a', "a.json is not a JSON array: Unterminated string"),
+        (b'[{"x": "\xff"}]', "a.json is not UTF-8 text: save the file as UTF-8, or name its encoding"),
+        (b'[{"x": 1, "x": 2}]', "a.json: an object in the array has the key 'x' twice"),
+        (
+            b'{\n  "x": 1\n}\n',
+            "a.json holds JSON objects over several lines: expected one object per line, or an array",
+        ),
+        # pandas' to_json() in its orients
+        (b'{"x":{"0":"a","1":"b"},"y":{"0":"c","1":"d"}}', "df.to_json('a.jsonl', orient='records', lines=True)"),
+        (b'{"columns":["x"],"index":[0],"data":[["a"]]}', "df.to_json('a.jsonl', orient='records', lines=True)"),
+    ],
+)
+def test_a_json_file_that_holds_no_rows_or_not_only_rows_is_refused(text, said):
+    assert said in refusal(text, "a.json")
+
+
+def test_what_pandas_writes_by_records_is_read():
+    assert read('[{"x":"a","y":null},{"x":"b","y":2.0}]', "a.json") == [
+        (1, {"x": "a", "y": None}),
+        (2, {"x": "b", "y": 2.0}),
+    ]
+    assert read('{"x":"a"}\n{"x":"b"}\n', "b.json") == [(1, {"x": "a"}), (2, {"x": "b"})]
+
+
+def test_an_array_that_is_too_large_is_refused_with_a_command_that_converts_it(monkeypatch):
+    monkeypatch.setattr(readers, "MAX_ARRAY_BYTES", 20)
+    message = refusal('[{"x": "é"},\n{"x": 2}]', "a.json")
+    assert "is a JSON array of more than" in message
+    command = message.partition("convert it to .jsonl: ")[2]
+    assert shlex.split(command)[:2] == ["python", "-c"]
+    subprocess.run(command, shell=True, check=True)
+    assert [row.values for row in read_rows("rows.jsonl")] == [{"x": "é"}, {"x": 2}]
+
+
+# CSV
+
+
+def test_quoted_fields_over_several_lines_and_blank_lines():
+    rows = read('x,"the, y"\r\n1,"a ""b"",\nc"\r\n\r\n2,\n  \n"",5" pipe', "a.csv")
+    assert rows == [
+        (2, {"x": "1", "the, y": 'a "b",\nc'}),
+        (5, {"x": "2", "the, y": ""}),
+        (7, {"x": "", "the, y": '5" pipe'}),
+    ]
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+def test_the_delimiter_is_that_of_the_header(mark):
+    text = f'question{mark}answer\n"Why, oh; why{mark}"{mark}So.\n'
+    assert read(text, "a.csv") == [(2, {"question": f"Why, oh; why{mark}", "answer": "So."})]
+
+
+def test_a_delimiter_can_be_named():
+    assert read("x, y~z\n1~2\n", "a.csv", delimiter="~") == [(2, {"x, y": "1", "z": "2"})]
+    assert read("x,y\tz\n1\t2\n", "b.csv", delimiter="\\t") == [(2, {"x,y": "1", "z": "2"})]
+
+
+def test_rows_of_another_length_and_bytes_that_are_no_text_are_faults_of_their_row_alone():
+    assert read(b'x,y\n"a\nb"\n1,2,3\n1,"\xff\n"\n3,3\n', "a.csv") == [
+        ("a.csv:2", "1 fields, expected 2 (x, y)"),
+        ("a.csv:4", "3 fields, expected 2 (x, y): a delimiter inside a field needs quotes around it"),
+        ("a.csv:5", "not UTF-8 text: save the file as UTF-8, or name its encoding, as in `encoding: latin-1`"),
+        (7, {"x": "3", "y": "3"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('x,y\n0,0\n1,"a\n3,3\n', "a.csv:3: not CSV: a quote that opens in this row is never closed"),
+        ('x,y\n0,0\n1,"a "b" c"\n3,3\n', "a.csv:3: not CSV: ',' expected after '\"'"),
+        ("x,,y\n1,2,3\n", "a.csv:1: column 2 has no name in the header: name it, or remove the column."),
+        ("x,y,x\n", "a.csv:1: the header names 'x' twice"),
+        (b"x,\xff\n", "a.csv:1: not UTF-8 text"),
+        (",x\nwhy,because\n", "a.csv:2: column 1 has no name in the header"),
+        ("\n\n", "a.csv: expected a header, found no text."),
+    ],
+)
+def test_a_csv_file_whose_rows_cannot_be_told_is_refused(text, said):
+    assert said in refusal(text, "a.csv")
+
+
+@pytest.mark.parametrize("name", ["", "Unnamed: 0"])
+def test_the_index_that_pandas_writes_is_left_out_and_that_is_said(name, caplog):
+    caplog.set_level("INFO")
+    assert read(f"{name},x\n0,a\n17,b\n", "a.csv") == [(2, {"x": "a"}), (3, {"x": "b"})]
+    assert "a.csv: its first column, the index that pandas' to_csv() writes, is left out" in caplog.text
+
+
+# Encodings, tables, memory, the whole
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_an_encoding_can_be_named(name, encoding):
+    rows = [{"x": "é" * number, "y": "Ä,\n"} for number in range(1, 5)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    records = "\n".join(["x,y", *(f'{row["x"]},"{row["y"]}"' for row in rows)])
+    text = {"a.jsonl": "\n".join(lines), "a.json": f"[{','.join(lines)}]", "a.csv": records}[name]
+    Path(name).write_bytes(text.encode(encoding))
+    assert [row.values for row in check_every_position(source(name, encoding=encoding))] == rows
+    assert "`encoding: latin-1`" in str(read(text.encode("latin-1"), name)) if name != "a.json" else True
+    assert "encoding: latin-1" in refusal(b"x\0y", name, encoding="utf-16")
+
+
+def test_keys_that_arrow_fills_in_are_left_out():
+    """Every struct of a column has the keys of all; a null inside would teach the model to write it."""
+    rows = [{"call": {"city": "Rome"}, "n": None}, {"call": {"day": "Monday", "list": [{"a": 1}, {"b": 2}]}, "n": 1}]
+    pq.write_table(pa.Table.from_pylist(rows), "a.parquet")
+    assert [row.values for row in read_rows("a.parquet")] == rows
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.jsonl.gz", "a.parquet"])
+def test_memory_does_not_grow_with_the_file(name):
+    row = {"x": "y" * 100_000}
+    text = "\n".join(["x", *[row["x"]] * 300] if name == "a.csv" else [json.dumps(row)] * 300)
+    if name == "a.parquet":
+        pq.write_table(pa.Table.from_pylist([row] * 300), name, compression="none", row_group_size=10)
+    else:
+        Path(name).write_bytes(compress(text.encode(), Path(name).suffix if name.endswith(".gz") else ""))
+    del text
+    tracemalloc.start()
+    assert sum(found.values["x"] == row["x"] for found in RowReader(source(name))) == 300  # 30 MB
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < (30_000_000 if name == "a.parquet" else 6_000_000)
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", "\n \n"), ("a.json", "[ ]"), ("a.csv", "x,y\n\n")])
+def test_a_file_without_rows_is_refused(name, text):
+    assert f"{name} holds no rows" in refusal(text, name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.parquet"])
+def test_a_file_that_is_cut_off_or_something_else_is_named(name):
+    whole = content(".parquet") if name == "a.parquet" else compress(content(".jsonl") * 1000, Path(name).suffix)
+    assert f"{name} cannot be read" in refusal(whole[: len(whole) // 2], name)
+    assert f"{name} cannot be read" in refusal(b'{"x": 1}\n' * 10, name)
+
+
+def test_bad_lines_are_an_error_or_collected_on_request():
+    Path("a.jsonl").write_text('{"x": 1}\n3\n')
+    bad = []
+    assert [row.values for row in read_rows("a.jsonl", bad)] == [{"x": 1}]
+    assert [row.where for row in bad] == ["a.jsonl:2"]
+    with pytest.raises(UserError, match=r"1 row cannot be used:\n  a.jsonl:2: int, expected"):
+        read_rows("a.jsonl")
+
+
+def test_the_fingerprint_is_that_of_bytes_kinds_and_how_they_are_read_not_of_names():
+    Path("d").mkdir()
+    for name in ("d/a.jsonl", "b.jsonl", "b.json"):
+        Path(name).write_text('{"x": 1}\n')
+    before = fingerprint(source("d"))
+    assert before == fingerprint(source("b.jsonl"))
+    others = [source("b.json"), source("d", rows=1), source("d", encoding="latin-1"), source("d", delimiter=";")]
+    assert before not in map(fingerprint, others)
+    Path("d/a.jsonl").write_text('{"x": 2}\n')
+    assert before != fingerprint(source("d"))

@@ -112,7 +112,7 @@ def check_message(message: Any, number: int, roles: Mapping[str, str] | None = N
         )
     if speaker == "function_call":
         calls, content = parse_json(content, f"{where} (function_call)"), None
-    text, untrained = _read_content(content, f"the {role} content of {where}", role, optional=bool(calls))
+    text, untrained = _read_content(content, where, role, optional=bool(calls))
     checked: Message = {"role": role, "content": text}
     if untrained:
         checked["untrained"] = untrained
@@ -151,7 +151,7 @@ def _read_content(content: Any, where: str, role: str, optional: bool) -> tuple[
                 untrained.append((begin, len(text)))
         content = text
     if not isinstance(content, str):
-        raise RowFault(f"{where} must be a string, found {kind_of(content)}")
+        raise RowFault(f"the {role} content of {where} must be a string, found {kind_of(content)}")
     if len(content) > _MOST_CHARACTERS:
         raise RowFault(
             f"{where} is longer than {_MOST_CHARACTERS >> 20} Mi characters: two rows have probably run together"

@@ -72,12 +72,14 @@ class RowConverter:
             RowFault: this row cannot be used.
             UserError: no row of its shape can be used.
         """
-        row = row._replace(values=rename_columns(row.values, self.settings.columns))
-        if "." not in self.settings.format:  # a function of the user's own may read what it likes
+        if self.settings.columns:
+            row = row._replace(values=rename_columns(row.values, self.settings.columns))
+        if self._named is None or self._named.name in FORMATS:  # a function of the user's own may read what it likes
             refuse_other_task(row, self.needs_answer)
-        # of a row that has some keys of a format, it is said which ones it lacks
-        near = (form for form in _BY_COLUMNS if row.values.keys() & set(form.keys(self.needs_answer)))
-        form = self._format_of(row) or next(near, None)
+        form = self._format_of(row)
+        if form is None:  # of a row that has some keys of a format, it is said which ones it lacks
+            near = (form for form in _BY_COLUMNS if row.values.keys() & set(form.keys(self.needs_answer)))
+            form = next(near, None)
         if form is None:
             raise RowFault(f"no format is recognised by its columns {', '.join(row.values)}")
         return to_content(row.values, form, self.settings, self.needs_answer)
@@ -431,29 +433,23 @@ def refuse_other_task(row: Row, needs_answer: bool) -> None:
     """
     values = row.values
     named = _NAMES & values.keys()
-    if not named:
-        return
-    for key in MEDIA:
-        if values.get(key) not in _NOTHING:
-            raise UserError(
-                f"{row.where} has {key!r}, but only text is read: its answer would be trained without what it is "
-                f"about. Take rows of text alone; or leave the column out by `data.columns: {{{key}: null}}`, "
-                f"{_OR_A_FUNCTION}."
-            )
-    if not needs_answer:
-        return
-    if {"chosen", "rejected"} <= named and not (values["chosen"] in _NOTHING and values["rejected"] in _NOTHING):
+    compared = [values[key] for key in ("chosen", "rejected") if key in named]
+    if needs_answer and len(compared) == 2 and any(answer not in _NOTHING for answer in compared):
         raise UserError(
             f"{row.where} is a preference row ('chosen' and 'rejected'), which is no instruction to train on. Take "
             f"rows with one answer; {_advise_on_preferences(values)}{_OR_A_FUNCTION}."
         )
-    for key in _JUDGEMENTS:
-        if isinstance(values.get(key), bool) or str(values.get(key)).lower() in ("true", "false"):  # a word in CSV
-            raise UserError(
-                f"{row.where} has {key!r}: {str(values[key]).lower()}, which says whether its answer is good: bad ones "
-                "would be trained as well. Take the rows where it is true, and leave the column out by "
-                f"`data.columns: {{{key}: null}}`, {_OR_A_FUNCTION}."
-            )
+    for key in sorted(named):
+        if key in MEDIA and values[key] not in _NOTHING:
+            why = "but only text is read: its answer would be trained without what it is about"
+        elif key in _JUDGEMENTS and str(values[key]).lower() in ("true", "false") and needs_answer:  # a word in CSV
+            why = "which says whether its answer is good: bad ones would be trained as well"
+        else:
+            continue
+        raise UserError(
+            f"{row.where} has {key!r}, {why}. Leave out the rows that shall not be trained, and the column "
+            f"by `data.columns: {{{key}: null}}`, {_OR_A_FUNCTION}."
+        )
 
 
 _NOTHING: tuple[Any, ...] = (None, False, "", b"", [], {})

@@ -53,9 +53,9 @@ class Cursor:
 
     Attributes:
         file: index in the source's files.
-        offset: in JSON lines the bytes, decompressed, that are before it; 0 in other files, whose first ``count`` rows
-            are read again and passed over.
-        line: in JSON lines its line, counted from 1.
+        offset: in a local file of UTF-8 lines of JSON, not compressed, the bytes that are before it; 0 in other files,
+            whose first ``count`` rows are read again and passed over.
+        line: beside an offset, its line, counted from 1.
         count: rows of this file read so far, bad ones included.
         total: rows of all files read so far.
     """
@@ -239,19 +239,18 @@ MAX_ARRAY_BYTES = 1_000_000_000  # an array is parsed as a whole, into several t
 def read_json(file: DataFile, encoding: str, cursor: Cursor) -> Iterator[Parsed]:
     """Yield the rows of a JSON file: one object per line, or the elements of one array. Blank lines are skipped.
 
-    UTF-8 lines are read from the cursor on, which moves with them; everything else is read from its beginning.
+    If lines can be counted in bytes, they are read from the cursor on, which moves with them.
 
     Raises:
         UserError: the file is an array that is not JSON or too large, or holds objects that are no rows.
     """
-    counted, line, is_first = _is_utf8(encoding), cursor.line, cursor.offset == 0
+    counted = isinstance(file, Path) and not kind_of_file(file)[1] and _is_utf8(encoding)
+    is_first = cursor.offset == 0
     with open_stream(file) as stream:
-        lines: Iterator[bytes] = iter(stream)
         if counted:
-            _skip(stream, cursor.offset)
-        else:
-            lines = _recode(stream, encoding)
-        for number, raw in enumerate(lines, start=line):
+            stream.seek(cursor.offset)
+        lines = iter(stream) if _is_utf8(encoding) else _recode(stream, encoding)
+        for number, raw in enumerate(lines, start=cursor.line):
             # Windows editors write it at the beginning of a file, and files are laid end to end.
             text = raw.removeprefix(codecs.BOM_UTF8)
             if is_first and text.lstrip().startswith(b"["):
@@ -273,14 +272,6 @@ def _recode(stream: BinaryIO, encoding: str) -> Iterator[bytes]:
     with io.TextIOWrapper(stream, encoding, newline="\n") as text:
         for line in text:
             yield line.encode()
-
-
-def _skip(stream: BinaryIO, offset: int) -> None:
-    if stream.seekable():
-        stream.seek(offset)
-        return
-    while offset and (chunk := stream.read(min(offset, 1 << 20))):
-        offset -= len(chunk)
 
 
 def _parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:

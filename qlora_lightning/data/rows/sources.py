@@ -1,6 +1,5 @@
 """From what ``data.train`` names to files, local or behind a URL, or to a data set of the hub."""
 
-import codecs
 import glob
 import json
 import math
@@ -139,29 +138,13 @@ def _check_entry(entry: Any, split: str) -> dict[str, Any]:
     return {**entry, "path": str(entry["path"])}
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
 def _is_weight(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-
-
-def _is_encoding(value: Any) -> bool:
-    try:
-        codecs.lookup(value)
-    except (LookupError, TypeError):
-        return False
-    return True
 
 
 _EXPECTED = {
     "weight": ("a number above 0", _is_weight),
     "rows": ("a whole number above 0", lambda value: type(value) is int and value > 0),
-    "encoding": ("an encoding that Python knows (utf-8, latin-1, utf-16, …)", _is_encoding),
-    "delimiter": ("one character", lambda value: isinstance(value, str) and len(value.replace("\\t", "\t")) == 1),
-    **dict.fromkeys(("columns", "roles"), ("{theirs: ours}", lambda value: isinstance(value, Mapping))),
-    **dict.fromkeys(("format", "system", "split", "name", "revision"), ("text", _is_text)),
 }
 
 

@@ -171,7 +171,7 @@ def test_skipping_ends_where_nothing_is_left(make, write):
 def test_a_row_that_hides_the_rest_of_its_file_stops_in_any_case(make):
     text = json.dumps(pairs(5))[:-1] + ', {"prompt": }, {"prompt": "q", "completion": "k"}]'
     Path("train.json").write_text(text)
-    with pytest.raises(UserError, match="train.json is not a JSON array"):
+    with pytest.raises(UserError, match=r"train\.json is not a JSON array"):
         next(iter(make("train.json", skip_bad_rows=True)))
 
 

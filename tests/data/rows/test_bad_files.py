@@ -37,7 +37,7 @@ BAD = [
     (row(ASK), "no assistant turn"),
     (row(ASK, ANSWER).replace(b"Four", b"F\xfcnf"), "not UTF-8 text"),
     (row(ASK, ANSWER).replace(b"Four", b"Fo\0r"), "not JSON: NUL byte (column"),
-    (answered("4 " * 2_100_000), "the assistant content of message 2 is longer than 4 Mi characters: two rows"),
+    (answered("4 " * 2_100_000), "message 2 is longer than 4 Mi characters: two rows have probably"),
 ]
 
 

@@ -225,7 +225,7 @@ DATA = [
     Wrong(
         "key_twice_in_an_array",
         "--data.train wrong.json",
-        ("wrong.json:3", "element 1", "'content'", "twice"),
+        ("wrong.json:2", "'content'", "twice"),
         write(
             "wrong.json",
             '[{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},\n\n'

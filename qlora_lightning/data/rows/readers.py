@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import lzma
+import re
 import reprlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -337,16 +338,32 @@ def _read_array(file: DataFile, lines: Iterable[bytes]) -> Iterator[Parsed]:
                 f'convert it to .jsonl: python -c "import json, sys; {convert}" < {file} > rows.jsonl'
             )
     try:
-        elements = json.loads(b"".join(parts).decode(), object_pairs_hook=_make_object)
+        text = b"".join(parts).decode()
+        elements = json.loads(text, object_pairs_hook=_make_object)
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is {_NOT_UTF8}.") from error
     except RowFault as fault:
-        raise UserError(f"{file}: an object in the array {fault}.") from fault
+        raise UserError(f"{file}:{_find_repeated(text)}: {fault}.") from fault
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not a JSON array: {error}.") from error
     for number, values in enumerate(elements, start=1):
         is_object = isinstance(values, dict)
         yield number, values if is_object else None, "" if is_object else f"{kind_of(values)}, expected a JSON object"
+
+
+def _find_repeated(text: str) -> int:
+    """Return the number of the first element in which a key is twice."""
+    decoder, end = json.JSONDecoder(object_pairs_hook=_make_object), text.index("[") + 1
+    for number in itertools.count(1):
+        begin = end + len(_BETWEEN.match(text, end)[0])  # type: ignore[index]  # it matches nothing as well
+        try:
+            _, end = decoder.raw_decode(text, begin)
+        except RowFault:
+            break
+    return number
+
+
+_BETWEEN = re.compile(r"[\s,]*")
 
 
 # CSV

@@ -209,7 +209,7 @@ def test_elements_of_an_array_are_numbered_and_those_that_are_no_objects_named()
         (b'[{"x": 1}]\n{"x": 2}', "a.json is not a JSON array: Extra data: line 2 column 1"),
         (b'[{"x": 1}, {"x": "a', "a.json is not a JSON array: Unterminated string"),
         (b'[{"x": "\xff"}]', "a.json is not UTF-8 text: save the file as UTF-8, or name its encoding"),
-        (b'[{"x": 1, "x": 2}]', "a.json: an object in the array has the key 'x' twice"),
+        (b'[{"x": 1},\n{"x": [{"y": 1, "y": 2}]}, {}]', "a.json:2: has the key 'y' twice in one object"),
         (
             b'{\n  "x": 1\n}\n',
             "a.json holds JSON objects over several lines: expected one object per line, or an array",

@@ -80,7 +80,7 @@ def test_a_misspelt_path_does_not_become_a_data_set_of_the_hub():
 
 
 def test_a_missing_file_names_the_folder_and_a_data_file_that_is_like_it():
-    touch("train.jsonl", "trian.py")
+    touch("train.jsonl", "trian.jsonl.py")
     message = refusal("trian.jsonl", "val")
     assert message.startswith(
         "data.val: data file trian.jsonl does not exist (paths are relative to the current folder"

@@ -1,1 +1,1 @@
-"""A row of any known shape as a checked conversation."""
+"""Rows: where they come from, and the conversation, text or tokens that each becomes."""

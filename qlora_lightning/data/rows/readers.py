@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import lzma
-import re
 import reprlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -315,7 +314,10 @@ def _refuse_table(file: DataFile, first_line: bytes, values: dict[str, Any] | No
             f"{file} holds JSON objects over several lines: expected one object per line, or an array of objects. Of a "
             f"DataFrame, write it by df.to_json({jsonl!r}, orient='records', lines=True)."
         )
-    if values and (all(isinstance(value, dict) for value in values.values()) or values.keys() == _SPLIT_TABLE):
+    by_index = all(
+        isinstance(value, dict) and (key.isdecimal() or "0" in value) for key, value in (values or {}).items()
+    )
+    if values and (by_index or values.keys() == _SPLIT_TABLE):
         raise UserError(
             f"{file} holds a table as one JSON object, as pandas' to_json() writes it: expected one object per line. "
             f"Write it by df.to_json({jsonl!r}, orient='records', lines=True)."
@@ -354,16 +356,15 @@ def _read_array(file: DataFile, lines: Iterable[bytes]) -> Iterator[Parsed]:
 def _find_repeated(text: str) -> int:
     """Return the number of the first element in which a key is twice."""
     decoder, end = json.JSONDecoder(object_pairs_hook=_make_object), text.index("[") + 1
-    for number in itertools.count(1):
-        begin = end + len(_BETWEEN.match(text, end)[0])  # type: ignore[index]  # it matches nothing as well
+    number = 0
+    while True:
+        number += 1
+        while text[end] in ", \t\r\n":
+            end += 1
         try:
-            _, end = decoder.raw_decode(text, begin)
+            _, end = decoder.raw_decode(text, end)
         except RowFault:
-            break
-    return number
-
-
-_BETWEEN = re.compile(r"[\s,]*")
+            return number
 
 
 # CSV

@@ -216,6 +216,7 @@ def test_elements_of_an_array_are_numbered_and_those_that_are_no_objects_named()
         ),
         # pandas' to_json() in its orients
         (b'{"x":{"0":"a","1":"b"},"y":{"0":"c","1":"d"}}', "df.to_json('a.jsonl', orient='records', lines=True)"),
+        (b'{"0":{"x":"a","y":"c"}}', "df.to_json('a.jsonl', orient='records', lines=True)"),
         (b'{"columns":["x"],"index":[0],"data":[["a"]]}', "df.to_json('a.jsonl', orient='records', lines=True)"),
     ],
 )
@@ -229,6 +230,7 @@ def test_what_pandas_writes_by_records_is_read():
         (2, {"x": "b", "y": 2.0}),
     ]
     assert read('{"x":"a"}\n{"x":"b"}\n', "b.json") == [(1, {"x": "a"}), (2, {"x": "b"})]
+    assert read('{"x":{"a":1}}\n', "c.json") == [(1, {"x": {"a": 1}})]
 
 
 def test_an_array_that_is_too_large_is_refused_with_a_command_that_converts_it(monkeypatch):
@@ -317,6 +319,9 @@ def test_keys_that_arrow_fills_in_are_left_out():
     rows = [{"call": {"city": "Rome"}, "n": None}, {"call": {"day": "Monday", "list": [{"a": 1}, {"b": 2}]}, "n": 1}]
     pq.write_table(pa.Table.from_pylist(rows), "a.parquet")
     assert [row.values for row in read_rows("a.parquet")] == rows
+    with pa.ipc.new_file("a.arrow", pa.Table.from_pylist(rows).schema) as writer:  # as Feather and polars write it
+        writer.write_table(pa.Table.from_pylist(rows))
+    assert [row.values for row in check_every_position(source("a.arrow"))] == rows
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.jsonl.gz", "a.parquet"])

@@ -15,9 +15,9 @@ KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SUFFIX = re.compile(r"\.[A-Za-z]\w*$")  # a version at the end of a hub id, "-v1.5", is none
-_ROW_KEYS = ("format", "columns", "system", "roles", "encoding")
+_ROW_KEYS = ("format", "columns", "system", "roles")
 _HUB_KEYS = ("split", "name", "revision", "data_files")
-_KEYS = ("path", "weight", "rows", *_ROW_KEYS, "delimiter", *_HUB_KEYS)
+_KEYS = ("path", "weight", "rows", *_ROW_KEYS, "encoding", "delimiter", *_HUB_KEYS)
 _SPLITS = {"train": "train", "val": "validation"}  # else: test
 
 DataFile = Path | str
@@ -33,14 +33,12 @@ class RowSettings:
         columns: other names for columns, ``{their name: our name}``; None leaves a column out.
         system: a system prompt for conversations that have none.
         roles: other names for roles, ``{their name: system | user | assistant | tool}``.
-        encoding: of text files, as Python names it: ``utf-8``, ``latin-1``, ``utf-16``, …
     """
 
     format: str = "auto"
     columns: Mapping[str, str | None] = field(default_factory=dict)
     system: str | None = None
     roles: Mapping[str, str] = field(default_factory=dict)
-    encoding: str = "utf-8"
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,7 @@ class Source:
         revision: of a hub data set: branch, tag or commit.
         data_files: of a hub data set: the files to read, as ``datasets`` takes them.
         rows: at most so many rows are read, from the first; None: all.
+        encoding: of text files, as Python names it: ``utf-8``, ``latin-1``, ``utf-16``, …
         delimiter: of CSV files; None: whichever the header uses.
         streaming: whether a hub data set is read from the network, row by row, rather than downloaded first.
         settings: how its rows are read.
@@ -69,14 +68,10 @@ class Source:
     revision: str | None = None
     data_files: Any = None
     rows: int | None = None
+    encoding: str = "utf-8"
     delimiter: str | None = None
     streaming: bool = False
     settings: RowSettings = RowSettings()
-
-    @property
-    def encoding(self) -> str:
-        """Of its text files."""
-        return self.settings.encoding
 
     @property
     def is_remote(self) -> bool:
@@ -92,6 +87,7 @@ def find_sources(
     split: str,
     streaming: bool = False,
     settings: RowSettings = _NO_SETTINGS,
+    encoding: str = "utf-8",
 ) -> list[Source]:
     """Find the files behind ``data.train``, ``data.val``, ``data.test`` or ``data.predict``.
 
@@ -104,6 +100,7 @@ def find_sources(
             (``train``, ``validation``, ``test``, ``test``).
         streaming: read hub data sets from the network, without keeping them.
         settings: those of sources that name none of their own.
+        encoding: likewise.
 
     Raises:
         UserError: a file does not exist, is empty or of an unknown kind; a folder or glob has no data files; an entry
@@ -112,7 +109,8 @@ def find_sources(
     entries = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     if not entries:
         raise UserError(f"data.{split}: expected at least one file, folder, glob or hub id, found an empty list.")
-    sources = [_find(_check_entry(entry, split), split, streaming, settings) for entry in entries]
+    read = Source("", encoding=encoding, settings=settings, streaming=streaming)
+    sources = [_find(_check_entry(entry, split), split, read) for entry in entries]
     weighted = [source for source in sources if source.weight is not None]
     if weighted and len(weighted) < len(sources):
         without = next(source for source in sources if source.weight is None)
@@ -148,22 +146,23 @@ _EXPECTED = {
 }
 
 
-def _find(entry: dict[str, Any], split: str, streaming: bool, settings: RowSettings) -> Source:
+def _find(entry: dict[str, Any], split: str, defaults: Source) -> Source:
     path, weight, delimiter = entry["path"], entry.get("weight"), entry.get("delimiter")
     own = {key: entry[key] for key in _ROW_KEYS if entry.get(key) is not None or (key == "system" and key in entry)}
     source = Source(
         path,
         weight=None if weight is None else float(weight),
         rows=entry.get("rows"),
+        encoding=entry.get("encoding") or defaults.encoding,
         delimiter=delimiter and delimiter.replace("\\t", "\t"),  # as a shell hands it over
-        settings=replace(settings, **own),
+        settings=replace(defaults.settings, **own),
     )
     hub: dict[str, Any] = {key: entry.get(key) for key in _HUB_KEYS}
     given = [key for key, value in hub.items() if value]
     file = Path(path).expanduser()
     if "://" not in path and not file.exists() and _is_hub_id(path, explicit=bool(given)):
         hub["split"] = hub["split"] or _SPLITS.get(split, "test")
-        return replace(source, **hub, streaming=streaming)
+        return replace(source, **hub, streaming=defaults.streaming)
     if (file / "dataset_dict.json").is_file():
         source = replace(source, split=entry.get("split") or _SPLITS.get(split, "test"))
         file, given = _find_saved_split(file, str(source.split), split), [key for key in given if key != "split"]

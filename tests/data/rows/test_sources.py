@@ -136,12 +136,14 @@ def test_an_entry_that_is_none_is_refused(value, expected):
 
 def test_a_source_differs_from_the_rest_in_what_it_names():
     touch("a.jsonl", "b.jsonl")
-    rest = RowSettings("alpaca", {"q": "prompt"}, "Be kind.", {"bot": "assistant"}, "latin-1")
+    rest = RowSettings("alpaca", {"q": "prompt"}, "Be kind.", {"bot": "assistant"})
     own = {"format": "messages", "columns": {}, "system": None, "roles": {"me": "user"}, "encoding": "utf-16"}
-    first, second = find_sources([{"path": "a.jsonl", "rows": 5, **own}, "b.jsonl"], "train", settings=rest)
-    assert first.settings == RowSettings("messages", {}, None, {"me": "user"}, "utf-16")
+    first, second = find_sources(
+        [{"path": "a.jsonl", "rows": 5, **own}, "b.jsonl"], "train", settings=rest, encoding="latin-1"
+    )
+    assert first.settings == RowSettings("messages", {}, None, {"me": "user"})
     assert (first.rows, first.encoding) == (5, "utf-16")
-    assert second.settings == rest
+    assert (second.settings, second.encoding) == (rest, "latin-1")
     assert find_sources({"path": "a.jsonl", "system": "Be brief."}, "val", settings=rest)[0].settings.format == "alpaca"
 
 

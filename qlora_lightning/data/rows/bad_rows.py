@@ -13,10 +13,11 @@ class RowFault(UserError):
 
 
 class BadRow(NamedTuple):
-    """A row that was refused: where it stands (``train.jsonl:17``) and why."""
+    """A row that was refused: its place (``train.jsonl:17``), why, and whether the rest of its file is unread."""
 
     where: str
     reason: str
+    ends_file: bool = False
 
 
 def refuse(bad: Sequence[BadRow], skippable: bool = True, total: int | None = None) -> None:

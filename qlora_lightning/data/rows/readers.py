@@ -621,7 +621,10 @@ class RowReader:
             file = parts[cursor.file]
             name = self.source.path if file is None else str(file)
             for line, values, fault in self._parse(file):
-                yield BadRow(f"{name}:{line}", fault) if values is None else Row(values, name, line)
+                if values is None:
+                    yield BadRow(f"{name}:{line}", fault, ends_file=fault.endswith(REST_UNREAD))
+                else:
+                    yield Row(values, name, line)
             if not cursor.count:
                 raise UserError(f"{name} holds no rows.")
             cursor.next_file()

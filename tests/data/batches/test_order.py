@@ -1,7 +1,22 @@
+from collections import Counter
+
+import numpy as np
 import pytest
 import torch
 
-from qlora_lightning.data.batches.order import count_batches, epoch_order, permute, rank_batches, rank_bins
+from qlora_lightning.data.batches.order import (
+    choose_seed,
+    count_batches,
+    describe_other_seed,
+    epoch_order,
+    group_by_length,
+    mix_sources,
+    permute,
+    rank_batches,
+    rank_bins,
+    share_out,
+)
+from qlora_lightning.support.errors import UserError
 
 
 def test_the_order_is_a_permutation_told_by_seed_and_epoch():
@@ -59,3 +74,134 @@ def test_ranks_take_bins_in_turn_and_run_a_filler_where_none_is_left():
     assert rank_bins(bins, 0, 2) == [(["a", "b"], False), (["d", "e"], False), (["g", "h"], False)]
     assert rank_bins(bins, 1, 2) == [(["c"], False), (["f"], False), (["g"], True)]
     assert rank_bins(bins, 0, 1) == [(rows, False) for rows in bins]
+
+
+SOURCE = np.array([0] * 7 + [1] * 3, dtype=np.int32)  # rows 0 to 6 and rows 7 to 9
+
+
+def test_shares_are_in_proportion_and_sum_to_all():
+    assert share_out([1, 3], 8) == [2, 6]
+    assert share_out([1, 1, 1], 10) == [4, 3, 3]
+    assert share_out([0.5, 0.3, 0.2], 7) == [4, 2, 1]  # 3.5, 2.1, 1.4: the largest remainder is rounded up
+    assert share_out([1e-9, 1], 5) == [0, 5]
+
+
+def test_an_epoch_holds_the_share_of_each_source():
+    for epoch in range(5):
+        rows = mix_sources(SOURCE, [1, 1], seed=0, epoch=epoch)
+        assert Counter(SOURCE[rows].tolist()) == {0: 5, 1: 5}
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (1, 9), (9, 1), (2, 3)])
+def test_within_a_source_every_row_is_seen_before_any_is_seen_again(weights):
+    epochs = [mix_sources(SOURCE, weights, seed=5, epoch=epoch).tolist() for epoch in range(30)]
+    for rows in (range(7), range(7, 10)):
+        seen = Counter()
+        for epoch in epochs:
+            seen.update(row for row in epoch if row in rows)
+            times = [seen[row] for row in rows]
+            assert max(times) - min(times) <= 1
+
+
+def test_the_mix_is_told_by_seed_and_epoch():
+    assert np.array_equal(mix_sources(SOURCE, [1, 1], 1, 2), mix_sources(SOURCE, [1, 1], 1, 2))
+    mixes = {tuple(mix_sources(SOURCE, [1, 1], seed, epoch)) for seed in range(4) for epoch in range(4)}
+    assert len(mixes) == 16
+
+
+def test_sources_are_shuffled_together():
+    source = np.repeat(np.array([0, 1], dtype=np.int32), 500)
+    drawn = source[mix_sources(source, [1, 1], 0, 0)]
+    assert 400 < np.count_nonzero(np.diff(drawn)) < 600  # as often as not the next row is of the other source
+
+
+def test_a_weight_must_be_above_0_and_its_source_not_empty():
+    for weight in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=f"weight: expected numbers above 0, found 1, {weight}"):
+            mix_sources(SOURCE, [1, weight], 0, 0)
+    with pytest.raises(UserError, match="source 3 has no usable row"):
+        mix_sources(SOURCE, [1, 1, 1], 0, 0)
+    with pytest.raises(UserError, match="expected one for each of 2 sources, found 1"):
+        mix_sources(SOURCE, [1], 0, 0)
+
+
+def grouped(lengths, stride, seed=0, epoch=0):
+    lengths = np.array(lengths)
+    order = group_by_length(permute(len(lengths), seed, epoch), lengths, stride, seed, epoch).tolist()
+    return [order[at : at + stride] for at in range(0, len(order), stride)]
+
+
+def test_batches_hold_rows_of_like_length_and_the_longest_comes_first():
+    lengths = [2, 9, 3, 8, 2, 9, 3, 8, 1]
+    batches = [[lengths[row] for row in batch] for batch in grouped(lengths, 2)]
+    assert batches[0] == [9, 9]
+    assert sorted(batches[1:4]) == [[2, 2], [3, 3], [8, 8]]
+    assert batches[4] == [1]  # the short batch stays last
+
+
+@pytest.mark.parametrize("n", [1, 5, 8, 99, 800, 1003, 2001])
+@pytest.mark.parametrize("stride", [1, 4, 8])
+def test_every_row_comes_once_and_the_longest_in_the_first_batch(n, stride):
+    lengths = np.random.default_rng(n).integers(1, 500, n)
+    batches = grouped(lengths, stride, seed=3, epoch=1)
+    assert sorted(row for batch in batches for row in batch) == list(range(n))
+    assert max(lengths[batches[0]]) == lengths.max()
+
+
+def test_epochs_group_differently_and_one_epoch_always_alike():
+    lengths = np.random.default_rng(0).integers(1, 500, 1000)
+    first, second = grouped(lengths, 8, epoch=0), grouped(lengths, 8, epoch=1)
+    assert first == grouped(lengths, 8, epoch=0)
+    assert not {frozenset(batch) for batch in first[1:]} & {frozenset(batch) for batch in second[1:]}
+
+
+def test_of_one_order_each_epoch_shuffles_the_batches_anew():
+    order, lengths = np.arange(400), np.random.default_rng(0).integers(1, 500, 400)
+    first, second = (group_by_length(order, lengths, 8, 0, epoch).reshape(50, 8).tolist() for epoch in range(2))
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
+def test_lengths_in_a_batch_differ_little_but_batches_do_not_follow_in_order():
+    lengths = np.random.default_rng(0).integers(1, 500, 4000)
+    batches = [lengths[batch] for batch in grouped(lengths, 8)]
+    assert np.mean([np.ptp(batch) for batch in batches]) < 15  # of 440 in batches at random
+    means = np.array([batch.mean() for batch in batches])
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.2
+
+
+class Strategy:
+    """The second of two processes, that hears the first one's seed."""
+
+    def broadcast(self, seed):
+        return 99
+
+
+class Trainer:
+    world_size, strategy = 2, Strategy()
+
+
+def test_the_seed_is_that_of_seed_everything_else_torchs(monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
+    assert choose_seed(None) == 5
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    assert choose_seed(None) == torch.initial_seed()
+    assert choose_seed(Trainer()) == 99
+
+
+@pytest.mark.parametrize(
+    ("stored", "own", "asked", "told"),
+    [
+        (7, 8, "8", True),
+        (7, 7, "7", False),
+        (7, 8, None, False),  # torch's, which nobody asked for
+        (None, 8, "8", False),  # a checkpoint without one
+    ],
+)
+def test_another_seed_than_the_checkpoints_is_told_where_it_was_asked_for(monkeypatch, stored, own, asked, told):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    if asked:
+        monkeypatch.setenv("PL_GLOBAL_SEED", asked)
+    words = describe_other_seed(stored, own)
+    assert (words is not None) is told
+    assert not told or words.startswith("seed_everything is 8, but the checkpoint's 7 rules")

@@ -86,7 +86,7 @@ def choose_seed(trainer: Any) -> int:
 
 
 def describe_other_seed(stored: int | None, own: int | None) -> str | None:
-    """Say that a checkpoint's seed rules, where the user asked for another by ``seed_everything``."""
+    """Report that a checkpoint's seed rules, if the user asked for another by ``seed_everything``."""
     if stored is None or own is None or stored == own or not os.environ.get("PL_GLOBAL_SEED"):
         return None
     return (

@@ -74,9 +74,11 @@ class RowStream:
 
     def _read(self, number: int, position: Mapping[str, int] | None) -> RowReader:
         source = self.sources[number]
-        if self.seed is not None and len(source.files) > 1:
-            order = permute(len(source.files), self.seed, "files", number, self.passes[number])
-            source = replace(source, files=tuple(source.files[at] for at in order))
+        if self.seed is not None and (source.streaming or len(source.files) > 1):
+            key = (self.seed, "files", number, self.passes[number])
+            order = permute(len(source.files), *key)
+            seed = int(permute(1 << 16, *key)[0]) if source.streaming else None
+            source = replace(source, files=tuple(source.files[at] for at in order), shard_seed=seed)
         return RowReader(source, position)
 
     def _next(self, number: int) -> Row | BadRow:
@@ -244,7 +246,7 @@ class StreamLoader:
         return gather_samples([make_sample([stop, stop], [stop, stop], -1)])
 
     def _made_of(self) -> dict[str, Any]:
-        several = any(len(source.files) > 1 for source in self.sources)
+        several = any(source.streaming or len(source.files) > 1 for source in self.sources)
         return {
             "sources": [[source.path, *map(_describe_file, source.files)] for source in self.sources],
             "weights": [source.weight for source in self.sources],

@@ -48,6 +48,7 @@ class Source:
         revision: of a hub data set: branch, tag or commit.
         streaming: whether a hub data set is read from the network, row by row, rather than downloaded first.
         settings: how its rows are read.
+        shard_seed: of the order in which the shards of a streamed hub data set are read; None for their own.
     """
 
     path: str
@@ -58,6 +59,7 @@ class Source:
     revision: str | None = None
     streaming: bool = False
     settings: RowSettings = RowSettings()
+    shard_seed: int | None = None
 
 
 _NO_SETTINGS = RowSettings()

@@ -116,30 +116,18 @@ def test_bins_under_weights_are_as_many_as_in_epoch_0():
     assert {len(it.batches(epoch)) for epoch in range(12)} == {len(it)}
 
 
-def test_one_of_batch_size_and_tokens_per_batch():
-    for both in ({}, {"batch_size": 8, "tokens_per_batch": 64}):
-        with pytest.raises(UserError, match="expected one of batch_size \\(rows\\) and tokens_per_batch, found"):
-            plan(**both)
-
-
-def test_a_batch_size_below_one_is_refused():
-    with pytest.raises(UserError, match="batch_size: expected at least 1, found 0"):
-        plan(batch_size=0)
+def test_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(UserError, match="batch_size and tokens_per_batch are both given"):
+        plan(batch_size=8, tokens_per_batch=64)
+    with pytest.raises(UserError, match="group_by_length: batches of tokens_per_batch are of like size already"):
+        plan(tokens_per_batch=64, group_by_length=True)
+    with pytest.raises(UserError, match="source 3 has no usable row"):
+        plan(batch_size=8, weights=[1, 1, 1])
 
 
 def test_a_sample_above_the_budget_is_named():
     with pytest.raises(UserError, match=r"longest sample, 23 tokens \(train.jsonl:14\), found 22, for which 4 of 100"):
         plan(tokens_per_batch=22)
-
-
-def test_grouping_is_refused_beside_a_budget():
-    with pytest.raises(UserError, match="group_by_length: expected batch_size beside it, found tokens_per_batch"):
-        plan(tokens_per_batch=64, group_by_length=True)
-
-
-def test_weights_that_cannot_be_kept_are_refused_at_once():
-    with pytest.raises(UserError, match="source 3 has no usable row"):
-        plan(batch_size=8, weights=[1, 1, 1])
 
 
 FEW = (3, 1, 4, 1, 5, 9, 2, 7)

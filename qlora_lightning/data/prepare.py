@@ -346,14 +346,19 @@ class _Pool:
 
     def send(self, chunk: ConvertedRows) -> Future[tuple[SampleSet, Report]] | None:
         """Have a chunk rendered; None if the workers have been killed."""
+        sent = [each if isinstance(each, BadRow) else _without_values(each) for each in chunk]
         try:
-            return self._executor.submit(_render_in_worker, chunk)
+            return self._executor.submit(_render_in_worker, sent)
         except BrokenProcessPool:
             return None
 
     def stop(self) -> None:
         """End the workers."""
         self._executor.shutdown(cancel_futures=True)
+
+
+def _without_values(converted: Converted) -> Converted:
+    return converted._replace(row=converted.row._replace(values={}))
 
 
 def _start_pool(recipe: Recipe) -> _Pool | None:

@@ -7,14 +7,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
 from qlora_lightning.data import prepare
 from qlora_lightning.data.cache import hash_samples
-from qlora_lightning.data.chat.labels import ChatRenderer
-from qlora_lightning.data.prepare import TOO_LONG, Recipe, prepare_prompts, prepare_samples, watch_rows
+from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
+from qlora_lightning.data.prepare import (
+    TOO_LONG,
+    Converted,
+    Recipe,
+    prepare_prompts,
+    prepare_samples,
+    render_rows,
+    watch_rows,
+)
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.rows.readers import Row
@@ -116,6 +125,25 @@ def test_turn_by_turn_rows_are_counted(smol, templates, talk):
     samples, report = prepare_samples(source(rows), Recipe(ChatRenderer(smol)), "train")
     assert samples.row_ids.tolist() == [0, 0]
     assert (report.turn_by_turn, report.samples, report.rows) == (1, 2, 1)
+
+
+class Plain:
+    """A renderer of texts as they are."""
+
+    def render_all(self, contents):
+        return [[Rendered(list(range(text.size)), list(range(text.size)))] for text in contents]
+
+
+@pytest.mark.parametrize(("too_long", "cut"), [("truncate", [8]), ("drop", []), ("split", [8, 8, 7])])
+def test_a_document_is_cut_into_pieces_and_other_text_as_its_settings_say(too_long, cut):
+    Text = namedtuple("Text", "size whole")
+    recipe = Recipe(Plain(), max_length=8, too_long=too_long)
+    for whole, lengths in ((True, [8, 8, 3]), (False, cut)):
+        row = Converted(0, 0, Row({}, "a.jsonl", 1), Text(19, whole))
+        samples, report = render_rows(recipe, [row])
+        assert samples.lengths.tolist() == lengths
+        assert report.shortened == (lengths == [8])
+        assert report.dropped == ({} if lengths else {TOO_LONG: 1})
 
 
 def test_equal_rows_are_dropped_and_counted_where_that_is_asked_for(recipe):

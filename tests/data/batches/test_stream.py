@@ -55,6 +55,7 @@ def said(batch):
 def run_ranks(make, world_size, **kwargs):
     """What each of several ranks, which agree as processes would, gets; and how many rows it rendered."""
     barrier, counts, found = threading.Barrier(world_size), [0] * world_size, [None] * world_size
+    positions = [[] for _ in range(world_size)]
 
     def run(rank):
         def agree(count):
@@ -65,13 +66,18 @@ def run_ranks(make, world_size, **kwargs):
             return most
 
         loader = make(rank=rank, world_size=world_size, agree=agree, **kwargs)
-        found[rank] = list(loader), loader.report.rows
+        batches = []
+        for batch in loader:
+            batches.append(batch)
+            positions[rank].append({**loader.state_dict(), "made_of": None})
+        found[rank] = batches, loader.report.rows
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert all(of_rank == positions[0] for of_rank in positions)
     return found
 
 

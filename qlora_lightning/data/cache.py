@@ -1,4 +1,4 @@
-"""Samples kept in the user's cache, and what samples, tokenizer and template are, as short hashes."""
+"""Samples kept in the user's cache, and what sources, samples, tokenizer and template are, as short hashes."""
 
 import hashlib
 import json
@@ -20,7 +20,11 @@ from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
 
+_log = logging.getLogger(__name__)
+_LAYOUT = 4  # of what is stored; counts up when the same rows would give other samples, or would be refused
 _hashes: WeakKeyDictionary[SampleSet, str] = WeakKeyDictionary()  # a gigabyte of tokens takes a second: once
+
+Prepared = tuple[SampleSet, Report]
 
 
 def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, Any]:
@@ -31,7 +35,7 @@ def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, Any]
 
     Args:
         samples: of ``train`` and ``val``, as far as there are any.
-        tokenizer: with its template; one of which it cannot be told what it consists of is left out.
+        tokenizer: with its template; one that cannot be hashed is left out.
     """
     found: dict[str, Any] = {split: hash_samples(samples[split]) for split in ("train", "val") if split in samples}
     if found:
@@ -47,25 +51,37 @@ def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, Any]
 
 
 def hash_samples(samples: SampleSet) -> str:
-    """Hash tokens, labels and order of samples, and which source each comes from; kept as long as they are."""
+    """Hash tokens, labels, weights and order of samples, and which source each comes from; kept as long as they are."""
     if samples not in _hashes:
         total = hashlib.sha256()
-        for values in (samples.starts, samples.ids, samples.labelled, samples.source):
-            total.update(values.data)
+        for values in (samples.starts, samples.ids, samples.labelled, samples.source, samples.weights):
+            if values is not None:
+                total.update(values.data)
         _hashes[samples] = total.hexdigest()
     return _hashes[samples]
 
 
-_log = logging.getLogger(__name__)
-_LAYOUT = 3  # of what is stored; counts up when the same rows would give other samples, or would be refused
+def describe_sources(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """Return all that the rows of sources depend on: what a key holds of them."""
+    return [
+        {
+            "path": source.path,
+            "files": [str(file) for file in source.files],
+            "hash": fingerprint(source),
+            "read": repr([getattr(source, name, None) for name in _READ]),
+            "settings": repr(source.settings),
+        }
+        for source in sources
+    ]
 
-Prepared = tuple[SampleSet, Report]
+
+_READ = ("split", "name", "revision", "data_files", "rows", "encoding", "delimiter")
 
 
 def cached_samples(key: Mapping[str, Any], label: str, prepare: Callable[[], Prepared]) -> Prepared:
-    """Return what ``prepare`` makes, from the cache where it was made before, mapped into memory.
+    """Return what ``prepare`` makes, from the cache if it was made before, mapped into memory.
 
-    Processes that ask at once prepare once; a killed one leaves nothing that counts. Where the cache cannot be written,
+    Processes that ask at once prepare once; a killed one leaves nothing that counts. If the cache cannot be written,
     the samples stay in memory.
 
     Args:
@@ -77,10 +93,11 @@ def cached_samples(key: Mapping[str, Any], label: str, prepare: Callable[[], Pre
         UserError: what ``prepare`` raises.
     """
     made: list[Prepared] = []
-    asked: list[bool] = []
+    begun = False
 
     def build(folder: Path) -> None:
-        asked.append(True)
+        nonlocal begun
+        begun = True
         samples, report = prepare()
         made.append((samples, report))
         samples.save(folder)
@@ -95,17 +112,9 @@ def cached_samples(key: Mapping[str, Any], label: str, prepare: Callable[[], Pre
     try:
         folder = cached_folder("samples", {**key, **versions}, build, label)
     except UserError as error:
-        if asked and not made:  # what `prepare` said of the rows
+        if begun and not made:  # what `prepare` raised of the rows
             raise
         _log.warning("The samples of %s are not kept for the next start: %s", label, error)
         return made[0] if made else prepare()
     report = Report.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
     return SampleSet.load(folder), report
-
-
-def describe_sources(sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """Return names and content of sources: what a key holds of them."""
-    return [
-        {"path": source.path, "files": [str(file) for file in source.files], "hash": fingerprint(source)}
-        for source in sources
-    ]

@@ -1,29 +1,42 @@
-"""From rows to samples or prompts, in chunks, with a report of what became of them."""
+"""From rows to samples or prompts, in chunks and on all cores, with a report of what became of them."""
 
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from itertools import chain, islice
+from types import ModuleType
+from typing import NamedTuple
 
-from qlora_lightning.data.chat.labels import IGNORED, ChatRenderer, Rendered
+from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
 from qlora_lightning.data.chat.lengths import shorten, split_up
 from qlora_lightning.data.prompts import Prompt
 from qlora_lightning.data.report import Report
-from qlora_lightning.data.rows.bad_rows import SHOWN, BadRow, RowFault, refuse
-from qlora_lightning.data.rows.conversation import Chat
+from qlora_lightning.data.rows.bad_rows import BadRow, RowFault
+from qlora_lightning.data.rows.conversation import Chat, Content, Text
 from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
-from qlora_lightning.data.samples import SampleSet, SampleSetBuilder, find_duplicates
+from qlora_lightning.data.samples import SampleSet, SampleSetBuilder, drop_duplicates, find_labelled
 from qlora_lightning.support.errors import UserError
 
 TOO_LONG = "longer than max_length (too_long: drop)"
-CHUNK = 512  # rows that are rendered and encoded together, by all cores
+CHUNK = 512  # rows that are rendered and encoded together
+MANY = 20_000  # more rows than these are rendered by other processes, which take a second to start
 
 Rows = Iterable[Row | BadRow]
-Watch = Callable[[int], object]  # told how many rows are done
+Watch = Callable[[int], object]  # called with the number of rows that are done
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,120 +48,140 @@ class Recipe:
     too_long: str = "truncate"
 
 
-class GoodRow(NamedTuple):
-    """A row that is a chat, with its number in the split."""
+class Converted(NamedTuple):
+    """What a good row says, with its number in the split, that of its source, and its place."""
 
     number: int
+    source: int
     row: Row
-    chat: Chat
+    content: Content
 
 
-class Preparer:
-    """Turns the rows of a source into samples, chunk by chunk.
+ConvertedRows = list[Converted | BadRow]
 
-    Args:
-        recipe: the settings.
-        converter: of the source.
-        source: its number among the sources of the split.
-        report: where it is counted what becomes of rows.
+
+def check_source(converter: RowConverter, rows: Rows) -> None:
+    """Check the settings of a source against its first rows.
+
+    Raises:
+        UserError: they do not fit.
     """
+    converter.check([row for row in islice(rows, CHUNK) if isinstance(row, Row)])
 
-    def __init__(self, recipe: Recipe, converter: RowConverter, source: int, report: Report) -> None:
-        self.recipe, self.converter, self.source, self.report = recipe, converter, source, report
 
-    def add(self, rows: Sequence[Row | BadRow], first_row: int, builder: SampleSetBuilder) -> None:
-        """Append the samples of a chunk of rows, the first of which has this number in the split.
+def convert_row(converter: RowConverter, row: Row | BadRow, number: int, source: int) -> Converted | BadRow:
+    """Convert one row.
 
-        Raises:
-            UserError: if a row's format is unclear, or the template cannot be used.
-        """
-        good = list(self.convert(rows, first_row))
-        for row, rendered in zip(good, self.recipe.renderer.render_all(row.chat for row in good), strict=True):
-            try:
-                if isinstance(rendered, UserError):
-                    raise rendered
-                self._add_samples(row, rendered, builder)
-            except RowFault as fault:
-                self.refuse(row.row.where, str(fault))
-            except UserError as error:
-                raise UserError(f"{row.row.where}: {error}") from error
+    Raises:
+        UserError: no row of the source can be used.
+    """
+    if isinstance(row, BadRow):
+        return row
+    try:
+        return Converted(number, source, row, converter.convert(row))
+    except RowFault as fault:
+        return BadRow(row.where, str(fault))
 
-    def convert(self, rows: Sequence[Row | BadRow], first_row: int) -> Iterator["GoodRow"]:
-        """Yield the good rows of a chunk as chats; the bad ones are reported."""
-        for number, row in enumerate(rows, start=first_row):
-            self.report.rows += 1
-            if isinstance(row, BadRow):
-                self.refuse(*row)
-                continue
-            try:
-                content = self.converter.convert(row)
-                assert isinstance(content, Chat)
-                yield GoodRow(number, row, content)
-            except RowFault as fault:
-                self.refuse(row.where, str(fault))
-        for found, names in (
-            (self.report.formats, self.converter.formats),
-            (self.report.unread_columns, self.converter.unread_columns),
-        ):
-            found += [name for name in names if name not in found]
 
-    def refuse(self, where: str, reason: str) -> None:
-        """Count a bad row, and keep the first of them."""
-        self.report.bad_rows += 1
-        if len(self.report.bad) < SHOWN:
-            self.report.bad.append(BadRow(where, reason))
+def render_rows(recipe: Recipe, rows: ConvertedRows) -> tuple[SampleSet, Report]:
+    """Turn rows into samples; the report is to be added to that of the split.
 
-    def _add_samples(self, row: GoodRow, rendered: list[Rendered], builder: SampleSetBuilder) -> None:
-        recipe, report = self.recipe, self.report
-        made = 0
-        for piece in self._fit(row, rendered):
-            labelled = _count(piece.labels)
-            if labelled:
-                builder.add(piece.ids, piece.labels, row.number, self.source, row.row.file, row.row.line)
-                report.samples += 1
-                report.tokens += len(piece.ids)
-                report.labelled += labelled
-                made += 1
-        report.turn_by_turn += len(rendered) > 1
-        if made:
-            return
-        if recipe.too_long == "drop" and any(len(ids) > recipe.max_length for ids, _ in rendered):
-            report.drop(TOO_LONG)
-            return
-        report.unusable += 1
-        marked = not any(_count(labels) for _, labels in rendered)
-        report.drop("every answer is marked `train: false`" if marked else "no labelled token within max_length")
+    Raises:
+        UserError: the template cannot be used.
+    """
+    report, builder = Report("", rows=len(rows)), SampleSetBuilder()
+    contents = [row.content for row in rows if isinstance(row, Converted)]
+    rendered_rows = iter(recipe.renderer.render_all(contents))
+    for row in rows:
+        if isinstance(row, BadRow):
+            report.refuse(row)
+            continue
+        rendered = next(rendered_rows)
+        try:
+            if isinstance(rendered, UserError):
+                raise rendered
+            _add_samples(recipe, row, rendered, builder, report)
+        except RowFault as fault:
+            report.refuse(BadRow(row.row.where, str(fault)))
+        except UserError as error:
+            raise UserError(f"{row.row.where}: {error}") from error
+    return builder.build(), report
 
-    def _fit(self, row: GoodRow, rendered: list[Rendered]) -> list[Rendered]:
-        """Return what becomes of the samples of a row, those that are too long as ``too_long`` says."""
-        renderer, most, report = self.recipe.renderer, self.recipe.max_length, self.report
-        long = [len(sample.ids) > most for sample in rendered]
-        if not any(long):
-            return rendered
-        if self.recipe.too_long == "split":
-            pieces = [split_up(sample, most) if cut else [sample] for sample, cut in zip(rendered, long, strict=True)]
-            return [piece for of_sample in pieces for piece in of_sample]
-        answers: list[list[int]] = [[]] * len(rendered)  # none to keep
-        if self.recipe.too_long == "truncate":
-            answers = renderer.find_answers(*row.chat[:2], len(rendered))
-        fitted = []
-        for sample, cut, trained in zip(rendered, long, answers, strict=True):
-            if not cut:
-                fitted.append(sample)
-                continue
-            short = shorten(renderer, *row.chat[:2], trained, most)
-            report.lost_tokens += len(sample.ids)
-            report.lost_labels += _count(sample.labels)
-            if short is not None:
-                report.shortened += 1
-                report.lost_tokens -= len(short.ids)
-                report.lost_labels -= _count(short.labels)
-                fitted.append(short)
-        return fitted
+
+def _add_samples(
+    recipe: Recipe, row: Converted, rendered: list[Rendered], builder: SampleSetBuilder, report: Report
+) -> None:
+    weight, made = row.content.weight, 0
+    if not weight:
+        report.drop("their weight is 0")
+        return
+    for piece in _fit(recipe, row.content, rendered, report):
+        labelled = _count(piece.labels)
+        if labelled:
+            builder.add(piece.ids, piece.labels, row.number, row.source, row.row.file, row.row.line, weight)
+            report.samples += 1
+            report.tokens += len(piece.ids)
+            report.labelled += labelled
+            report.weighted += weight != 1
+            made += 1
+    report.turn_by_turn += len(rendered) > 1
+    if made:
+        return
+    if recipe.too_long == "drop" and any(len(sample.ids) > recipe.max_length for sample in rendered):
+        report.drop(TOO_LONG)
+        return
+    report.unusable += 1
+    marked = not any(_count(sample.labels) for sample in rendered)
+    report.drop("every answer is marked `train: false`" if marked else "no labelled token within max_length")
+
+
+def _fit(recipe: Recipe, content: Content, rendered: list[Rendered], report: Report) -> list[Rendered]:
+    """Return what becomes of the samples of a row, those that are too long as ``too_long`` says."""
+    renderer, most = recipe.renderer, recipe.max_length
+    long = [len(sample.ids) > most for sample in rendered]
+    if not any(long):
+        return rendered
+    if isinstance(content, Text) and content.whole:  # a document: every piece of it is trained
+        return [
+            Rendered(sample.ids[start : start + most], sample.labels[start : start + most])
+            for sample in rendered
+            for start in range(0, len(sample.ids), most)
+        ]
+    if recipe.too_long == "split":
+        pieces = [split_up(sample, most) if cut else [sample] for sample, cut in zip(rendered, long, strict=True)]
+        return [piece for of_sample in pieces for piece in of_sample]
+    answers: list[list[int]] = [[]] * len(rendered)  # none to keep
+    if recipe.too_long == "truncate" and isinstance(content, Chat):
+        answers = renderer.find_answers(content.messages, content.tools, len(rendered))
+    fitted = []
+    for sample, cut, trained in zip(rendered, long, answers, strict=True):
+        if not cut:
+            fitted.append(sample)
+            continue
+        if isinstance(content, Chat):
+            short = shorten(renderer, content.messages, content.tools, trained, most)
+        else:
+            short = None if recipe.too_long == "drop" else Rendered(sample.ids[:most], sample.labels[:most])
+        report.lost_tokens += len(sample.ids)
+        report.lost_labels += _count(sample.labels)
+        if short is not None:
+            report.shortened += 1
+            report.lost_tokens -= len(short.ids)
+            report.lost_labels -= _count(short.labels)
+            fitted.append(short)
+    return fitted
+
+
+def _count(labels: list[int]) -> int:
+    return int(find_labelled(labels).sum())
 
 
 def prepare_samples(
-    sources: Sequence[tuple[RowSettings, Rows]], recipe: Recipe, split: str, watch: Watch = lambda rows: None
+    sources: Sequence[tuple[RowSettings, Rows]],
+    recipe: Recipe,
+    split: str,
+    watch: Watch = lambda rows: None,
+    deduplicate: bool = False,
 ) -> tuple[SampleSet, Report]:
     """Turn the rows of a split into samples to train or validate on; bad ones are reported and left out.
 
@@ -156,20 +189,26 @@ def prepare_samples(
         sources: of each source how its rows are read, and the rows.
         recipe: the settings that all sources share.
         split: its name.
-        watch: told now and then how many rows are done.
+        watch: called now and then with the number of rows that are done.
+        deduplicate: leave out rows that equal an earlier one.
 
     Raises:
-        UserError: if a format is unclear, or the template cannot be used.
+        UserError: a format is unclear, or the template cannot be used.
     """
     report, builder = Report(split), SampleSetBuilder()
-    for number, (settings, rows) in enumerate(sources):
-        converter = RowConverter(settings)
-        preparer = Preparer(recipe, converter, number, report)
-        for chunk in _chunks(rows, converter):
-            preparer.add(chunk, report.rows, builder)
-            watch(report.rows)
+    converters = [RowConverter(settings) for settings, _ in sources]
+    for samples, more in _render_in_order(_convert_all(sources, converters), recipe):
+        builder.extend(samples)
+        report.add(more)
+        watch(report.rows)
+    for converter in converters:
+        report.note_columns(converter.formats, converter.unread_columns)
     samples = builder.build()
-    report.duplicates, report.duplicate_pairs = find_duplicates(samples)
+    report.count_samples(samples)
+    if deduplicate and report.duplicates:
+        report.drop("equal to an earlier row (deduplicate: true)", report.duplicates)
+        samples = drop_duplicates(samples)
+        report.count_samples(samples)
     return samples, report
 
 
@@ -179,171 +218,229 @@ def prepare_prompts(
     """Turn rows into prompts, whole whatever their length; an answer that a row ends in becomes its reference.
 
     Raises:
-        UserError: if a format is unclear or the template cannot be used.
+        UserError: a format is unclear, or the template cannot be used.
     """
     report, prompts = Report(split), list[Prompt]()
-    for source, (settings, rows) in enumerate(sources):
-        converter = RowConverter(settings, needs_answer=False)
-        preparer = Preparer(recipe, converter, source, report)
-        for chunk in _chunks(rows, converter):
-            for number, row, (conversation, tools, _) in preparer.convert(chunk, report.rows):
-                answered = conversation[-1]["role"] == "assistant"
-                reference = conversation[-1]["content"] if answered else None
-                messages = conversation[:-1] if answered else conversation
-                try:
-                    ids = recipe.renderer.render_prompt(messages, tools)
-                except RowFault as fault:
-                    preparer.refuse(row.where, str(fault))
-                    continue
-                except UserError as error:
-                    raise UserError(f"{row.where}: {error}") from error
-                report.samples += 1
-                report.tokens += len(ids)
-                prompts.append(Prompt(ids, reference, number, row.values, row.file, row.line))
-            watch(report.rows)
+    converters = [RowConverter(settings, needs_answer=False) for settings, _ in sources]
+    for chunk in _convert_all(sources, converters):
+        report.rows += len(chunk)
+        for each in chunk:
+            if isinstance(each, BadRow):
+                report.refuse(each)
+                continue
+            try:
+                prompt = _make_prompt(recipe.renderer, each)
+            except RowFault as fault:
+                report.refuse(BadRow(each.row.where, str(fault)))
+                continue
+            except UserError as error:
+                raise UserError(f"{each.row.where}: {error}") from error
+            report.samples += 1
+            report.tokens += len(prompt.ids)
+            prompts.append(prompt)
+        watch(report.rows)
+    for converter in converters:
+        report.note_columns(converter.formats, converter.unread_columns)
     return prompts, report
 
 
-def _chunks(rows: Rows, converter: RowConverter) -> Iterator[list[Row | BadRow]]:
-    """Yield the rows of a source in chunks; by the first one the source's settings are checked."""
-    stream = iter(rows)
-    chunk = list(islice(stream, CHUNK))
-    converter.check([row for row in chunk if isinstance(row, Row)])
-    while chunk:
-        yield chunk
+def _make_prompt(renderer: ChatRenderer, converted: Converted) -> Prompt:
+    number, _, row, chat = converted
+    if not isinstance(chat, Chat):
+        raise RowFault("holds no conversation, so there is nothing to answer")
+    answered = chat.messages[-1]["role"] == "assistant"
+    reference = chat.messages[-1]["content"] if answered else None
+    ids = renderer.render_prompt(chat.messages[:-1] if answered else chat.messages, chat.tools)
+    return Prompt(ids, reference, number, row.values, row.file, row.line)
+
+
+def _convert_all(
+    sources: Sequence[tuple[RowSettings, Rows]], converters: Sequence[RowConverter]
+) -> Iterator[ConvertedRows]:
+    """Yield the rows of all sources in chunks; a source is read, and its settings are checked, when its turn comes."""
+    done = 0
+    for source, ((_, rows), converter) in enumerate(zip(sources, converters, strict=True)):
+        stream = iter(rows)
         chunk = list(islice(stream, CHUNK))
+        check_source(converter, chunk)
+        while chunk:
+            yield [convert_row(converter, row, number, source) for number, row in enumerate(chunk, start=done)]
+            done += len(chunk)
+            chunk = list(islice(stream, CHUNK))
 
 
-def _count(labels: list[int]) -> int:
-    """Count labelled tokens; nothing predicts the first one."""
-    return len(labels) - 1 - labels[1:].count(IGNORED)
+# ---- on all cores ----------------------------------------------------------------------------------------------------
 
 
-_PATIENCE = 1.0  # seconds without a bar
+def _render_in_order(chunks: Iterator[ConvertedRows], recipe: Recipe) -> Iterator[tuple[SampleSet, Report]]:
+    """Render chunks one after the other; of many rows in other processes, with the same results in the same order.
+
+    Few chunks are on their way at a time, so that memory does not grow with the rows.
+    """
+    first: list[ConvertedRows] = []
+    try:
+        while sum(map(len, first)) <= MANY and (chunk := next(chunks, None)):
+            first.append(chunk)
+    except UserError:
+        for chunk in first:  # an error of earlier rows comes first
+            yield render_rows(recipe, chunk)
+        raise
+    pool = _start_pool(recipe) if sum(map(len, first)) > MANY else None
+    if pool is None:
+        for chunk in chain(first, chunks):
+            yield render_rows(recipe, chunk)
+        return
+    try:
+        yield from _render_in_pool(chain(first, chunks), recipe, pool)
+    finally:
+        pool.stop()
+
+
+def _render_in_pool(
+    chunks: Iterator[ConvertedRows], recipe: Recipe, pool: "_Pool"
+) -> Iterator[tuple[SampleSet, Report]]:
+    sent: deque[tuple[ConvertedRows, Future[tuple[SampleSet, Report]] | None]] = deque()
+    while True:
+        try:
+            chunk = next(chunks, None)
+        except UserError:
+            for each in sent:
+                yield _receive(recipe, *each)
+            raise
+        if chunk is None:
+            break
+        if not sent and not pool.is_ready():  # it takes a second or two to start
+            yield render_rows(recipe, chunk)
+            continue
+        sent.append((chunk, pool.send(chunk)))
+        if len(sent) > 2 * pool.workers:
+            yield _receive(recipe, *sent.popleft())
+    for each in sent:
+        yield _receive(recipe, *each)
+
+
+def _receive(
+    recipe: Recipe, chunk: ConvertedRows, future: Future[tuple[SampleSet, Report]] | None
+) -> tuple[SampleSet, Report]:
+    try:
+        return render_rows(recipe, chunk) if future is None else future.result()
+    except BrokenProcessPool:  # killed, usually for memory
+        return render_rows(recipe, chunk)
+
+
+class _Pool:
+    """Worker processes that render chunks.
+
+    ``multiprocessing`` would run the user's script again in each of them, which may have no ``__main__`` guard: here
+    they begin without it.
+    """
+
+    def __init__(self, recipe: bytes, workers: int) -> None:
+        self.workers = workers
+        spawn = multiprocessing.get_context("spawn")
+        self._executor = ProcessPoolExecutor(workers, spawn, _begin_worker, (recipe,))
+        # A process starts with each of the first tasks: all of them now.
+        self._first = [self._executor.submit(os.getpid) for _ in range(workers)]
+
+    def is_ready(self) -> bool:
+        """Return whether a worker has started."""
+        return any(first.done() and first.exception() is None for first in self._first)
+
+    def send(self, chunk: ConvertedRows) -> Future[tuple[SampleSet, Report]] | None:
+        """Have a chunk rendered; None if the workers have been killed."""
+        sent = [each if isinstance(each, BadRow) else _without_values(each) for each in chunk]
+        try:
+            return self._executor.submit(_render_in_worker, sent)
+        except BrokenProcessPool:
+            return None
+
+    def stop(self) -> None:
+        """End the workers."""
+        self._executor.shutdown(cancel_futures=True)
+
+
+def _without_values(converted: Converted) -> Converted:
+    return converted._replace(row=converted.row._replace(values={}))
+
+
+def _start_pool(recipe: Recipe) -> _Pool | None:
+    """Start worker processes; None if there can be none, or the renderer cannot be sent to them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores < 2 or multiprocessing.current_process().daemon:
+        return None
+    with _without_main():
+        try:
+            pickled = pickle.dumps(recipe)
+        except (pickle.PicklingError, AttributeError, TypeError):  # it holds something of the user's script
+            return None
+        return _Pool(pickled, min(cores, 16))
 
 
 @contextmanager
-def rows_bar(description: str, show: bool = True) -> Iterator[Watch]:
-    """Give what is told how many rows are done; after a second it draws a bar on standard error, gone at the end.
+def _without_main() -> Iterator[None]:
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
-    In a file or a pipe there is none.
-    """
+
+_recipe: Recipe  # of a worker
+
+
+def _begin_worker(recipe: bytes) -> None:
+    global _recipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has its worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _recipe = pickle.loads(recipe)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _render_in_worker(chunk: ConvertedRows) -> tuple[SampleSet, Report]:
+    return render_rows(_recipe, chunk)
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+_PATIENCE = 1.0  # seconds without a bar
+_PAUSE = 10.0  # seconds between two lines, if there is no terminal
+
+
+@contextmanager
+def watch_rows(split: str, show: bool = True) -> Iterator[Watch]:
+    """Show how many rows are done: on a terminal a bar, which is gone at the end, else a line every 10 seconds."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn()
     console = Console(stderr=True)
     progress = Progress(*columns, console=console, transient=True)
-    task = progress.add_task(description, total=None)  # how many there are is known when they have been read
-    began = time.monotonic()
+    task = progress.add_task(split, total=None)  # how many there are is known when they have been read
+    began = logged = time.monotonic()
 
     def watch(rows: int) -> None:
+        nonlocal logged
+        now = time.monotonic()
         progress.update(task, completed=rows)
-        if show and console.is_terminal and not progress.live.is_started and time.monotonic() - began > _PATIENCE:
-            progress.start()
+        if not show:
+            return
+        if console.is_terminal:
+            if not progress.live.is_started and now - began > _PATIENCE:
+                progress.start()
+        elif now - logged > _PAUSE:
+            _log.info("%s: %s rows prepared, %.0f rows/s", split, f"{rows:,}", rows / (now - began))
+            logged = now
 
     try:
         yield watch
     finally:
         if progress.live.is_started:
             progress.stop()
-
-
-_MAX_UNUSABLE = 0.05
-
-
-def check_word(name: str, value: str, known: Sequence[str]) -> None:
-    """Refuse a word that is none of the known ones.
-
-    Raises:
-        UserError: it is none.
-    """
-    if value not in known:
-        raise UserError(f"{name}: expected {', '.join(known[:-1])} or {known[-1]}, found {value!r}.")
-
-
-def check_combinations(
-    val: Any,
-    val_fraction: float | None,
-    batch_size: int | None,
-    tokens_per_batch: int | None,
-    group_by_length: bool,
-    streaming: bool,
-    own_rows: bool = False,
-) -> None:
-    """Refuse settings that contradict each other."""
-    if val is not None and val_fraction is not None:
-        raise UserError("val and val_fraction are both given: keep one, the file or the share of the training rows.")
-    if val_fraction is not None and not 0 < val_fraction < 1:
-        raise UserError(
-            f"data.val_fraction is {val_fraction:g}: expected a share of the training rows between 0 and 1. For no "
-            "validation set it to null; for validation rows of their own name a file in data.val."
-        )
-    if batch_size is not None and tokens_per_batch is not None:
-        raise UserError("batch_size and tokens_per_batch are both given: keep one, rows or tokens per micro-batch.")
-    for name, value in (("batch_size", batch_size), ("tokens_per_batch", tokens_per_batch)):
-        if value is not None and value < 1:
-            raise UserError(f"{name}: expected at least 1, found {value}.")
-    if streaming and val_fraction is not None:
-        raise UserError("val_fraction needs all rows, which streaming never has: name validation rows in data.val.")
-    if streaming and own_rows:
-        raise UserError("streaming reads the files of data.train itself, so load_rows cannot be overridden beside it.")
-    if streaming and group_by_length:
-        raise UserError("group_by_length needs all rows, which streaming never has: use tokens_per_batch instead.")
-
-
-def recount(split: str, samples: SampleSet, whole: Report) -> Report:
-    """Report on samples that were divided off; what became of rows before that is told with the training rows."""
-    report = Report(split, len(set(samples.row_ids.tolist())), formats=list(whole.formats))
-    if split == "train":
-        report = replace(whole, rows=report.rows + sum(whole.dropped.values()) + whole.bad_rows)
-    report.samples, report.tokens, report.labelled = len(samples), len(samples.ids), int(samples.labelled.sum())
-    report.duplicates, report.duplicate_pairs = find_duplicates(samples)
-    return report
-
-
-def as_row(row: Row | BadRow | dict[str, Any], split: str, number: int) -> Row | BadRow:
-    """Give a plain dict a place, so that messages can name it."""
-    if isinstance(row, Row | BadRow):
-        return row
-    if not isinstance(row, dict):
-        raise UserError(f"load_rows({split!r}): expected rows or dicts, found {type(row).__name__} as row {number}.")
-    return Row(row, split, number)
-
-
-def refuse_bad(report: Report, skip: bool) -> None:
-    """Stop at bad rows, unless they are to be skipped.
-
-    Raises:
-        UserError: there are bad rows and ``skip`` is off.
-    """
-    if not skip:
-        refuse(report.bad, total=report.bad_rows)
-
-
-def refuse_unusable(report: Report, skip: bool) -> None:
-    """Stop at bad rows, unless they are to be skipped and leave something to use.
-
-    Raises:
-        UserError: as ``refuse_bad``; or nothing is left.
-    """
-    refuse_bad(report, skip)
-    if report.samples == 0:
-        refuse(report.bad, skippable=False, total=report.bad_rows)
-        reasons = "; ".join(f"{count:,}: {reason}" for reason, count in report.dropped.items())
-        raise UserError(f"{report.split}: none of {report.rows:,} rows is left ({reasons}).")
-
-
-def check_usable(report: Report) -> None:
-    """Refuse a split of which too many rows are well-formed, but leave nothing to learn from.
-
-    Raises:
-        UserError: more than 5 % do.
-    """
-    if report.unusable > _MAX_UNUSABLE * report.rows:
-        reasons = "; ".join(f"{count:,}: {why}" for why, count in report.dropped.items() if why != TOO_LONG)
-        raise UserError(
-            f"{report.unusable:,} of {report.rows:,} rows of {report.split} have no labelled token (more than "
-            f"{_MAX_UNUSABLE:.0%}) and would teach nothing ({reasons}). `qlora-lightning inspect` shows them; look at "
-            "max_length, train_on and `train: false`."
-        )

@@ -1,12 +1,15 @@
 """What became of the rows of one split."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from qlora_lightning.data.rows.bad_rows import SHOWN, BadRow
+from qlora_lightning.data.rows.bad_rows import SHOWN, BadRow, refuse
+from qlora_lightning.data.samples import SampleSet, find_duplicates
+from qlora_lightning.support.errors import UserError
 
 _LISTED = 5
+_MAX_UNUSABLE = 0.05
 
 
 @dataclass
@@ -24,10 +27,11 @@ class Report:
         lost_tokens: tokens cut away.
         lost_labels: of these, labelled ones.
         turn_by_turn: rows that became a sample per turn, since the template renders earlier answers otherwise.
+        weighted: samples whose row has another weight than 1.
         dropped: rows left out though they are well-formed, by reason.
         unusable: of these, rows without a labelled token.
         bad_rows: malformed rows.
-        bad: the first of them.
+        bad: the first of them, and each that ends the reading of its file.
         duplicates: rows equal to an earlier one of the split.
         duplicate_pairs: places of the first of these, each with that of the row that it equals.
         overlap: rows of this split that are trained on too.
@@ -45,6 +49,7 @@ class Report:
     lost_tokens: int = 0
     lost_labels: int = 0
     turn_by_turn: int = 0
+    weighted: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     unusable: int = 0
     bad_rows: int = 0
@@ -55,9 +60,35 @@ class Report:
     overlap_pairs: list[tuple[str, str]] = field(default_factory=list)
     unread_columns: list[str] = field(default_factory=list)
 
-    def drop(self, reason: str) -> None:
-        """Count a well-formed row that is left out."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+    def drop(self, reason: str, rows: int = 1) -> None:
+        """Count well-formed rows that are left out."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + rows
+
+    def refuse(self, row: BadRow) -> None:
+        """Count a bad row."""
+        self.bad_rows += 1
+        self.bad = [*self.bad, row][:SHOWN]
+
+    def add(self, more: "Report") -> None:
+        """Add what became of more rows of the split."""
+        for each in fields(self):
+            if each.type is int:
+                setattr(self, each.name, getattr(self, each.name) + getattr(more, each.name))
+        for reason, rows in more.dropped.items():
+            self.drop(reason, rows)
+        self.bad = [*self.bad, *more.bad][:SHOWN]
+        self.note_columns(more.formats, more.unread_columns)
+
+    def note_columns(self, formats: Sequence[str], unread_columns: Sequence[str]) -> None:
+        """Add formats that were found, and columns that nothing reads."""
+        for mine, theirs in ((self.formats, formats), (self.unread_columns, unread_columns)):
+            mine += [name for name in theirs if name not in mine]
+
+    def count_samples(self, samples: SampleSet) -> None:
+        """Count samples that take the place of those counted so far."""
+        self.samples, self.tokens, self.labelled = len(samples), len(samples.ids), int(samples.labelled.sum())
+        self.weighted = 0 if samples.weights is None else int((samples.weights != 1).sum())
+        self.duplicates, self.duplicate_pairs = find_duplicates(samples)
 
     def describe(self) -> str:
         """Return what is printed for the split: one line, and one more for each thing to look at."""
@@ -75,6 +106,11 @@ class Report:
         if self.unread_columns:
             more = ", …" if len(self.unread_columns) > SHOWN else ""
             lines.append(f"  columns not read: {', '.join(self.unread_columns[:SHOWN])}{more}")
+        if self.weighted:
+            lines.append(
+                f"  {self.weighted:,} samples have a weight, in batch['weights'] for a compute_loss of your own: the "
+                "loss of QLoRAModule does not read it"
+            )
         lines += [f"  {count:,} rows dropped: {reason}" for reason, count in self.dropped.items()]
         if self.bad_rows:
             lines += _list(f"{self.bad_rows:,} bad rows skipped", [f"{row.where} ({row.reason})" for row in self.bad])
@@ -86,13 +122,48 @@ class Report:
             lines += _list(f"{self.overlap:,} rows are trained on too, so {self.split}_loss is too good", pairs)
         return "\n".join(lines)
 
+    def check_bad(self, skip: bool) -> None:
+        """Refuse bad rows, unless they are to be skipped.
+
+        Raises:
+            UserError: there are bad rows and ``skip`` is off.
+        """
+        if not skip:
+            refuse(self.bad, total=self.bad_rows)
+
+    def check_left(self) -> None:
+        """Refuse rows of which no sample is left.
+
+        Raises:
+            UserError: none is.
+        """
+        if self.samples == 0:
+            refuse(self.bad, skippable=False, total=self.bad_rows)
+            raise UserError(f"{self.split}: none of {self.rows:,} rows is left ({self._reasons()}).")
+
+    def check_usable(self) -> None:
+        """Refuse a split of which too many rows are well-formed, but leave nothing to learn from.
+
+        Raises:
+            UserError: more than 5 % do.
+        """
+        if self.unusable > _MAX_UNUSABLE * self.rows:
+            raise UserError(
+                f"{self.unusable:,} of {self.rows:,} rows of {self.split} have no labelled token (more than "
+                f"{_MAX_UNUSABLE:.0%}) and would teach nothing ({self._reasons()}). `qlora-lightning inspect` shows "
+                "them; look at max_length, train_on and `train: false`."
+            )
+
+    def _reasons(self) -> str:
+        return "; ".join(f"{count:,}: {reason}" for reason, count in self.dropped.items())
+
     def as_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Report":
-        """Make it of what ``as_dict`` gave, back from JSON."""
+        """Make it of what ``as_dict`` returned, back from JSON."""
         report = cls(**values)
         report.bad = [BadRow(*row) for row in report.bad]
         for pairs in (report.duplicate_pairs, report.overlap_pairs):

@@ -7,42 +7,48 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from qlora_lightning.data.chat.labels import IGNORED
 from qlora_lightning.support.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+
 
 class Sample(NamedTuple):
-    """One conversation, ready to be laid into a batch.
+    """One conversation or piece of text, ready to be laid into a batch.
 
     Attributes:
         ids: token ids, ``(length,)`` int32.
         labels: aligned with ``ids``, -100 where nothing is trained; the first is always -100. ``(length,)`` int32.
         row_id: number of the row among the rows of its split, from 0; -1 in a filler.
         source: which of the split's sources the row came from.
+        weight: of the row, for a loss that reads it.
     """
 
-    ids: torch.Tensor
-    labels: torch.Tensor
+    ids: "torch.Tensor"
+    labels: "torch.Tensor"
     row_id: int
     source: int
+    weight: float = 1.0
 
 
-def make_sample(ids: Sequence[int], labels: Sequence[int], row_id: int, source: int = 0) -> Sample:
-    """Make a sample of plain lists; nothing precedes the first token, so its label is dropped."""
-    targets = torch.tensor(labels, dtype=torch.int32)  # (length,)
-    targets[:1] = IGNORED
-    return Sample(torch.tensor(ids, dtype=torch.int32), targets, row_id, source)
+def make_sample(ids: Sequence[int], labels: Sequence[int], row_id: int, source: int = 0, weight: float = 1.0) -> Sample:
+    """Make a sample of plain lists."""
+    builder = SampleSetBuilder()
+    builder.add(ids, labels, row_id, source, weight=weight)
+    return builder.build()[0]
 
 
-def mute(sample: Sample) -> Sample:
-    """Return the sample as a filler: same tokens, nothing labelled, no row of its own."""
-    return Sample(sample.ids, torch.full_like(sample.labels, IGNORED), -1, sample.source)
+def find_labelled(labels: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """Return which tokens of a sample are trained: never the first one, which nothing predicts."""
+    labelled: npt.NDArray[np.bool_] = np.array(labels, dtype=np.int64) != IGNORED
+    labelled[:1] = False
+    return labelled
 
 
 _DTYPES: dict[str, type] = {
@@ -53,6 +59,7 @@ _DTYPES: dict[str, type] = {
     "source": np.int32,
     "file": np.int32,
     "line": np.int64,
+    "weights": np.float32,
 }
 
 
@@ -69,6 +76,7 @@ class SampleSet(Sequence[Sample]):
         file: which of ``files`` it stands in, ``(N,)`` int32.
         line: in which line of it, ``(N,)`` int64.
         files: names of the files.
+        weights: of the rows, ``(N,)`` float32; None if every row weighs 1.
 
     Raises:
         ValueError: if the arrays do not fit together.
@@ -82,19 +90,20 @@ class SampleSet(Sequence[Sample]):
     file: npt.NDArray[np.int32]
     line: npt.NDArray[np.int64]
     files: tuple[str, ...]
+    weights: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
-        for name, dtype in _DTYPES.items():
-            view: npt.NDArray[Any] = np.asarray(
-                getattr(self, name), dtype=dtype
-            ).view()  # of a mapped file, too, a plain array
+        for name in self._arrays():
+            # a view of a mapped file is a plain array, too
+            view: npt.NDArray[Any] = np.asarray(getattr(self, name), dtype=_DTYPES[name]).view()
             view.flags.writeable = False
             object.__setattr__(self, name, view)
-        tokens, n = int(self.starts[-1]), len(self)
-        if {len(self.ids), len(self.labelled)} != {tokens}:
-            raise ValueError(f"expected {tokens} ids and labels, found {len(self.ids)} and {len(self.labelled)}")
-        if {len(self.row_ids), len(self.source), len(self.file), len(self.line)} != {n}:
-            raise ValueError(f"expected row_ids, source, file and line of {n} samples each")
+        sizes = {name: len(getattr(self, name)) for name in self._arrays() if name != "starts"}
+        for name, size in sizes.items():
+            expected = int(self.starts[-1]) if name in ("ids", "labelled") else len(self)
+            if size != expected:
+                raise ValueError(f"{name}: expected {expected} values, found {size}")
+        n = len(self)
         if n and int(self.lengths.min()) < 1:
             raise ValueError(f"sample {int(self.lengths.argmin())} has no tokens")
 
@@ -102,14 +111,22 @@ class SampleSet(Sequence[Sample]):
     def load(cls, folder: Path, mmap: bool = True) -> "SampleSet":
         """Read what ``save`` wrote; mapped, its tokens are read from the files when they are used."""
         mode: Literal["r"] | None = "r" if mmap else None
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False) for name in _DTYPES}
+        files = {name: folder / f"{name}.npy" for name in _DTYPES}
+        arrays = {
+            name: np.load(file, mmap_mode=mode, allow_pickle=False)
+            for name, file in files.items()
+            if name != "weights" or file.exists()
+        }
         return cls(**arrays, files=tuple(json.loads((folder / "files.json").read_text(encoding="utf-8"))))
 
     def save(self, folder: Path) -> None:
         """Write one ``.npy`` file for each array, and the names of the files, into an existing folder."""
-        for name in _DTYPES:
+        for name in self._arrays():
             np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
         (folder / "files.json").write_text(json.dumps(self.files), encoding="utf-8")
+
+    def _arrays(self) -> list[str]:
+        return [name for name in _DTYPES if name != "weights" or self.weights is not None]
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -144,6 +161,7 @@ class SampleSet(Sequence[Sample]):
             self.file[chosen],
             self.line[chosen],
             self.files,
+            None if self.weights is None else self.weights[chosen],
         )
 
     def __repr__(self) -> str:
@@ -159,11 +177,15 @@ class SampleSet(Sequence[Sample]):
     def __getitem__(self, n: int | slice) -> "Sample | SampleSet":
         if isinstance(n, slice):
             return self.take(range(len(self))[n])
+        import torch  # here: the processes that render rows do without it, which saves each of them a second
+
         at = range(len(self))[n]  # negative numbers count from the end, and beyond it is an IndexError
         span = slice(self.starts[at], self.starts[at + 1])
         ids = self.ids[span].copy()  # torch warns of an array that cannot be written to
         labels = np.where(self.labelled[span], ids, np.int32(IGNORED))
-        return Sample(torch.from_numpy(ids), torch.from_numpy(labels), int(self.row_ids[at]), int(self.source[at]))
+        weight = 1.0 if self.weights is None else float(self.weights[at])
+        row_id, source = int(self.row_ids[at]), int(self.source[at])
+        return Sample(torch.from_numpy(ids), torch.from_numpy(labels), row_id, source, weight)
 
 
 def _cut(flat: npt.NDArray[Any], spans: list[tuple[int, int]]) -> npt.NDArray[Any]:
@@ -176,7 +198,7 @@ def gather_samples(samples: SampleSet | Iterable[Sample]) -> SampleSet:
         return samples
     builder = SampleSetBuilder()
     for sample in samples:
-        builder.add(sample.ids.tolist(), sample.labels.tolist(), sample.row_id, sample.source)
+        builder.add(sample.ids.tolist(), sample.labels.tolist(), sample.row_id, sample.source, weight=sample.weight)
     return builder.build()
 
 
@@ -186,7 +208,7 @@ class SampleSetBuilder:
     def __init__(self) -> None:
         self._ids, self._labelled = array("i"), bytearray()
         self._ends, self._row_ids, self._source = array("q"), array("q"), array("i")
-        self._file, self._line = array("i"), array("q")
+        self._file, self._line, self._weights = array("i"), array("q"), array("f")
         self._files: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -200,19 +222,19 @@ class SampleSetBuilder:
         source: int = 0,
         file: str | None = None,
         line: int = 0,
+        weight: float = 1.0,
     ) -> None:
-        """Append one sample; nothing precedes its first token, so that one's label is dropped."""
+        """Append one sample."""
         if not 0 < len(ids) == len(labels):
             raise ValueError(f"expected as many labels as ids, and at least one, found {len(labels)} and {len(ids)}")
-        mask = np.array(labels, dtype=np.int64) != IGNORED
-        mask[0] = False
         self._ids.extend(ids)
-        self._labelled += mask.tobytes()
+        self._labelled += find_labelled(labels).tobytes()
         self._ends.append(len(self._ids))
         self._row_ids.append(row_id)
         self._source.append(source)
         self._file.append(-1 if file is None else self._number(file))
         self._line.append(line)
+        self._weights.append(weight)
 
     def extend(self, samples: SampleSet) -> None:
         """Append a whole set, its row numbers, sources and files as they are."""
@@ -225,9 +247,12 @@ class SampleSetBuilder:
         self._source.frombytes(samples.source.tobytes())
         self._file.frombytes(numbers[samples.file].tobytes())
         self._line.frombytes(samples.line.tobytes())
+        weights = np.ones(len(samples), dtype=np.float32) if samples.weights is None else samples.weights
+        self._weights.frombytes(weights.tobytes())
 
     def build(self) -> SampleSet:
         """Return all that was added, without copying it; the builder is used up."""
+        weights = np.frombuffer(self._weights, dtype=np.float32)
         return SampleSet(
             np.frombuffer(self._ids, dtype=np.int32),
             np.frombuffer(self._labelled, dtype=np.bool_),
@@ -237,6 +262,7 @@ class SampleSetBuilder:
             np.frombuffer(self._file, dtype=np.int32),
             np.frombuffer(self._line, dtype=np.int64),
             tuple(self._files),
+            None if (weights == 1).all() else weights,
         )
 
     def _number(self, file: str) -> int:
@@ -247,7 +273,7 @@ _SHOWN = 20
 
 
 class Repeats(NamedTuple):
-    """How many rows stand elsewhere too, and of the first 20: where, and where the first like it stands."""
+    """How many rows occur elsewhere too, and the places of the first 20, each with the first row like it."""
 
     rows: int
     pairs: list[tuple[str, str]]
@@ -255,12 +281,24 @@ class Repeats(NamedTuple):
 
 def find_duplicates(samples: SampleSet) -> Repeats:
     """Find the rows that equal an earlier one of the same set: the same token ids and labels, in all their pieces."""
+    rows, earliest = _find_first_rows(samples)
+    repeated = np.flatnonzero(earliest != rows)
+    pairs = [(samples.where(rows[n]), samples.where(earliest[n])) for n in repeated[:_SHOWN]]
+    return Repeats(len(repeated), pairs)
+
+
+def drop_duplicates(samples: SampleSet) -> SampleSet:
+    """Return the samples without the rows that equal an earlier one."""
+    rows, earliest = _find_first_rows(samples)
+    kept = samples.row_ids[rows[earliest == rows]]
+    return samples.take(np.flatnonzero(np.isin(samples.row_ids, kept)))
+
+
+def _find_first_rows(samples: SampleSet) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the first sample of each row, and that of the first row with the same content."""
     rows, digests = _row_digests(samples)
     _, first, which = np.unique(digests, return_index=True, return_inverse=True)
-    earliest = first[which]  # (rows,)
-    repeated = np.flatnonzero(earliest != np.arange(len(rows)))
-    pairs = [(samples.where(rows[n]), samples.where(rows[earliest[n]])) for n in repeated[:_SHOWN]]
-    return Repeats(len(repeated), pairs)
+    return rows, rows[first[which]]
 
 
 def find_overlap(train: SampleSet, val: SampleSet) -> Repeats:

@@ -48,7 +48,7 @@ def cut_into_rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             **{name: batch[name][:, start:end] for name in ("input_ids", "position_ids", "labels")},
-            **{name: batch[name][number : number + 1] for name in ("row_ids", "source")},
+            **{name: batch[name][number : number + 1] for name in ("row_ids", "source", "weights") if name in batch},
             "cu_seqlens": bounds.new_tensor([0, end - start]),
             "longest": end - start,
         }

@@ -8,9 +8,9 @@ import torch
 import yaml
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from qlora_lightning.data import datamodule
-from qlora_lightning.data.batches import stream
+from qlora_lightning.data import datamodule, prepare
 from qlora_lightning.data.datamodule import InstructionDataModule
+from qlora_lightning.data.rows.conversation import Chat
 from qlora_lightning.support.errors import UserError
 
 # Lightning 2.6.6 still asks torch 2.13 with isinstance whether a loader is a leaf.
@@ -101,13 +101,12 @@ TEN_STEPS = {"max_epochs": -1, "max_steps": 10}
         TEN_STEPS,
         {"limit_train_batches": 11},
         {"data": {"batch_size": None, "tokens_per_batch": 40}},
-        {**TEN_STEPS, "data": {"streaming": True}},
-        {**TEN_STEPS, "data": {"streaming": True}, "limit_train_batches": 13},
-        {**TEN_STEPS, "data": {"streaming": True, "batch_size": None, "tokens_per_batch": 40}},
+        {**TEN_STEPS, "data": {"streaming": True, "shuffle_buffer": 12}},
+        {**TEN_STEPS, "data": {"streaming": True, "shuffle_buffer": 12}, "limit_train_batches": 13},
+        {**TEN_STEPS, "data": {"streaming": True, "shuffle_buffer": 12, "batch_size": None, "tokens_per_batch": 40}},
     ],
 )
 def test_a_run_goes_on_exactly_from_every_save_point(make, tmp_path, monkeypatch, options):
-    monkeypatch.setattr(stream, "BLOCK", 12)
     saver = SaveAlways(tmp_path)
     seen = train(make, [saver], **options)
     assert len({str(seen[at : at + 5]) for at in (0, 15, 30)}) > 1
@@ -131,6 +130,85 @@ def test_every_epoch_runs_every_row_once_in_another_order(make):
 def test_overfitting_repeats_the_same_rows(make):
     seen = [batch for batch in train(make, overfit_batches=2, val_check_interval=1.0) if batch != "val"]
     assert seen == [[0, 1], [2, 3]] * 3
+
+
+def test_without_shuffling_every_epoch_is_in_file_order(make, write):
+    seen = [batch for batch in train(make, data={"shuffle": False}, max_epochs=2) if batch != "val"]
+    assert seen == [[row, row + 1] for row in range(0, 26, 2)] * 2
+    weighted = [{"path": "train.jsonl", "weight": 1}, {"path": "val.jsonl", "weight": 2}]
+    with pytest.raises(UserError, match="shuffle: false keeps the order of the files, which weights mix"):
+        make(train=weighted, shuffle=False).setup("fit")
+
+
+def test_a_position_in_a_shuffled_epoch_is_none_in_file_order(make):
+    loaders = []
+    for shuffle in (True, False):
+        data = make(shuffle=shuffle)
+        data.setup("fit")
+        loaders.append(data.train_dataloader())
+    next(iter(loaders[0]))
+    state = loaders[0].state_dict()
+    for stored in (state, {key: value for key, value in state.items() if key != "shuffle"}):  # of the version before
+        with pytest.raises(UserError, match="shuffle = True, but now shuffle = False"):
+            loaders[1].load_state_dict(stored)
+        data.trainer = None
+        make_again = make()
+        make_again.setup("fit")
+        make_again.train_dataloader().load_state_dict(stored)
+
+
+def test_equal_rows_are_trained_on_once_where_that_is_asked_for(make, write):
+    write("twice.jsonl", [PAIR, {**PAIR, "completion": "l"}, PAIR])
+    data = make(train="twice.jsonl", deduplicate=True)
+    data.setup("fit")
+    assert data.samples["train"].row_ids.tolist() == [0, 1]
+    assert data.reports["train"].dropped == {"equal to an earlier row (deduplicate: true)": 1}
+
+
+def test_weights_of_rows_reach_the_batches(characters, monkeypatch):
+    class Weighted(InstructionDataModule):
+        def load_rows(self, split):
+            return [{"prompt": "q", "completion": "k" * n} for n in (1, 2, 3, 4)] if split == "train" else []
+
+    convert = prepare.convert_row
+
+    def with_weight(converter, row, number, source):
+        converted = convert(converter, row, number, source)
+        return converted._replace(content=Heavy(*converted.content[:2]))
+
+    class Heavy(Chat):
+        weight = property(lambda self: len(self.messages[-1]["content"]) / 2)  # of 1, 2, 3, 4 letters
+
+    monkeypatch.setattr(prepare, "convert_row", with_weight)
+    data = Weighted(tokenizer=characters, batch_size=2, val_fraction=0.5)
+    data.setup("fit")
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        for batch in loader:
+            assert batch["weights"].tolist() == [(row + 1) / 2 for row in batch["row_ids"].tolist()]
+    assert "samples have a weight" in data.reports["train"].describe()
+
+
+SETTINGS = [
+    ({"on_bad_row": "ignore"}, "on_bad_row: expected error or skip, found 'ignore'"),
+    ({"reasoning": "all"}, "reasoning: expected template, keep or drop, found 'all'"),
+    ({"max_length": 1}, "max_length: expected at least 2, found 1"),
+    ({"batch_size": 0}, "batch_size: expected at least 1, found 0"),
+    ({"batch_size": None, "tokens_per_batch": -1}, "tokens_per_batch: expected at least 1, found -1"),
+    ({"tokens_per_batch": 512}, "batch_size and tokens_per_batch are both given"),
+    ({"val_fraction": 0.1}, "val and val_fraction are both given"),
+    ({"val": None, "val_fraction": 1.5}, "data.val_fraction is 1.5: expected a share"),
+    ({"shuffle": False, "group_by_length": True}, "shuffle: false keeps the order"),
+    ({"shuffle": False, "batch_size": None, "tokens_per_batch": 64}, "shuffle: false keeps the order"),
+    ({"streaming": True, "val": None, "val_fraction": 0.1}, "val_fraction needs all rows"),
+    ({"streaming": True, "group_by_length": True}, "group_by_length needs all rows"),
+    ({"streaming": True, "deduplicate": True}, "deduplicate needs all rows"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), SETTINGS)
+def test_settings_that_mean_nothing_or_contradict_each_other_are_refused(make, settings, words):
+    with pytest.raises(UserError, match=words):
+        make(**settings)
 
 
 def test_the_global_generator_is_left_alone(make):

@@ -14,7 +14,6 @@ from qlora_lightning.commands.inspect.page import is_page, write_page
 from qlora_lightning.commands.inspect.terminal import print_inspection
 from qlora_lightning.commands.json_output import check_output_file
 from qlora_lightning.commands.quiet import quiet_lightning
-from qlora_lightning.data.prepare import check_usable
 from qlora_lightning.support.errors import UserError
 
 
@@ -42,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         _refuse_bad_rows(found)
     sys.stdout.flush()
     for split in found.splits:
-        check_usable(split.report)
+        split.report.check_usable()
     return 0
 
 

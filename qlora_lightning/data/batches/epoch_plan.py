@@ -54,24 +54,17 @@ class EpochPlan:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        if (self.batch_size is None) == (self.tokens_per_batch is None):
-            raise UserError(
-                f"expected one of batch_size (rows) and tokens_per_batch, found batch_size = {self.batch_size} and "
-                f"tokens_per_batch = {self.tokens_per_batch}: leave one out."
-            )
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UserError(f"batch_size: expected at least 1, found {self.batch_size}.")
+        if self.batch_size is not None and self.tokens_per_batch is not None:
+            raise UserError("batch_size and tokens_per_batch are both given: keep one, rows or tokens per micro-batch.")
+        if self.group_by_length and self.batch_size is None:
+            raise UserError("group_by_length: batches of tokens_per_batch are of like size already: leave one out.")
+        assert (self.batch_size or self.tokens_per_batch or 0) > 0
         if self.tokens_per_batch is not None:
             self._check_budget(self.tokens_per_batch)
         if self.weights is not None:
             check_weights(self.samples.source, self.weights)
 
     def _check_budget(self, budget: int) -> None:
-        if self.group_by_length:
-            raise UserError(
-                "group_by_length: expected batch_size beside it, found tokens_per_batch, whose batches are of like "
-                "size already: leave one of the two out."
-            )
         lengths = self.samples.lengths
         longer = np.flatnonzero(lengths > budget)
         if len(longer):
@@ -124,12 +117,12 @@ _ROWS = 500_000  # as long as they have no more rows than that: some five second
 
 
 def epochs_to_look_at(plan: EpochPlan, now: int = 0, max_epochs: int | None = None) -> range:
-    """Give the epochs whose batches are worth a look: this one and, of small data that is shuffled, the nine after.
+    """Return the epochs whose batches are worth a look: this one and, of small data that is shuffled, the nine after.
 
     Args:
-        plan: Of all epochs.
-        now: This epoch.
-        max_epochs: Of the run; ``None`` or -1 without end.
+        plan: of all epochs.
+        now: this epoch.
+        max_epochs: of the run; None or -1 without end.
     """
     changes = plan.shuffle and plan.tokens_per_batch is None  # packed batches are as full in every epoch
     last = max_epochs if changes and max_epochs is not None else now + 1
@@ -145,17 +138,17 @@ def first_and_largest(
     rank: int = 0,
     count: Callable[[Sequence[int]], int] | None = None,
 ) -> tuple[RankBatch, RankBatch] | None:
-    """Give the first micro-batch to come and the largest; ``None`` where none is to come.
+    """Return the first micro-batch to come and the largest; None if none is to come.
 
     The largest has the most tokens that are computed; the longest row decides between equals.
 
     Args:
-        plan: Of all epochs.
-        epochs: Those that are looked at.
-        done: Micro-batches of the first of them that are done.
-        limit: Micro-batches of each epoch; ``None`` for all.
-        rank: Whose.
-        count: Counts the tokens that are computed of a batch of rows; ``None``: all of them are.
+        plan: of all epochs.
+        epochs: those that are looked at.
+        done: micro-batches of the first of them that are done.
+        limit: micro-batches of each epoch; None for all.
+        rank: whose.
+        count: counts the tokens that are computed of a batch of rows; None: all of them are.
     """
     lengths = plan.samples.lengths
     starts = [done, *[0] * (len(epochs) - 1)]

@@ -108,14 +108,14 @@ class FlatLoader:
         Raises:
             UserError: if the position lies inside an epoch of other data, or of batches that were cut differently.
         """
-        saved = state_dict
+        saved = {"shuffle": True, **state_dict}  # versions that did not say so shuffled
         for key, mine in self._cut_from().items():
             if 0 < saved["position"] < saved["batches"] and mine != saved[key]:
                 raise UserError(
                     f"the checkpoint was saved after batch {saved['position']} of an epoch with {key} = {saved[key]}, "
                     f"but now {key} = {mine}: to go on inside that epoch keep the training data, max_length, too_long, "
-                    "batch_size times processes (tokens_per_batch and processes), group_by_length and weights as they "
-                    "were."
+                    "batch_size times processes (tokens_per_batch and processes), group_by_length, shuffle and weights "
+                    "as they were."
                 )
         self._epoch, self._position, self._restored = saved["epoch"], saved["position"], True
         self._has_ended = saved["position"] >= saved["batches"]
@@ -132,6 +132,7 @@ class FlatLoader:
             "tokens_per_batch": plan.tokens_per_batch or 0,
             "bins_per_batch": plan.world_size if packed else 0,  # two ranks of 2,048 pack other bins than one of 4,096
             "group_by_length": plan.group_by_length,
+            "shuffle": plan.shuffle,
             "weights": None if plan.weights is None else [float(weight) for weight in plan.weights],
         }
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from qlora_lightning.support.errors import UserError
 
@@ -26,6 +25,8 @@ def permute(n: int, *key: int | str) -> npt.NDArray[np.int64]:
         n: how many.
         key: what tells this permutation from all others: the seed, the epoch, what is permuted.
     """
+    import torch  # here: the processes that render rows do without it
+
     # Hashed rather than added: seed 1 in epoch 2 must not repeat seed 2 in epoch 1.
     digest = hashlib.blake2b(":".join(map(str, key)).encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
@@ -76,6 +77,8 @@ def rank_bins(bins: Sequence[list[int]], rank: int, world_size: int) -> list[Ran
 
 def choose_seed(trainer: Any) -> int:
     """Take the seed of ``seed_everything``, else torch's; the same one for all processes of a trainer."""
+    import torch
+
     seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
     if trainer is not None and trainer.world_size > 1:
         seed = trainer.strategy.broadcast(seed)  # without seed_everything each process may have its own
@@ -83,7 +86,7 @@ def choose_seed(trainer: Any) -> int:
 
 
 def describe_other_seed(stored: int | None, own: int | None) -> str | None:
-    """Say that a checkpoint's seed rules, where the user asked for another by ``seed_everything``."""
+    """Report that a checkpoint's seed rules, if the user asked for another by ``seed_everything``."""
     if stored is None or own is None or stored == own or not os.environ.get("PL_GLOBAL_SEED"):
         return None
     return (

@@ -1,21 +1,27 @@
 """Batches from rows that are read while training: for data larger than memory or disk."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qlora_lightning.data.batches.collate import Batch, collate_rows
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.data.prepare import Preparer, Recipe, check_usable, refuse_bad, refuse_unusable
+from qlora_lightning.data.batches.order import RankBatch, permute
+from qlora_lightning.data.batches.packing import make_count
+from qlora_lightning.data.prepare import Recipe, check_source, convert_row, render_rows
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.rows.readers import Row, RowReader
-from qlora_lightning.data.rows.sources import DataFile, Source
-from qlora_lightning.data.samples import SampleSet, SampleSetBuilder
+from qlora_lightning.data.rows.sources import Source
+from qlora_lightning.data.samples import SampleSet, gather_samples, make_sample
 from qlora_lightning.support.errors import UserError
+
+_log = logging.getLogger(__name__)
+NumberedRow = tuple[int, int, Row | BadRow]
+"""A row's number in the stream, the number of its source, and the row."""
 
 
 class RowStream:
@@ -23,76 +29,76 @@ class RowStream:
 
     Args:
         sources: what to read; several need weights, since how large they are is not known beforehand.
-        position: where to begin, as ``position()`` gave it.
+        seed: of the order of a source's files, another one in each pass; None for their own order.
+        position: where to begin, as ``position()`` returned it.
 
     Raises:
-        UserError: if there are several sources without weights.
+        UserError: there are several sources without weights.
     """
 
-    def __init__(self, sources: Sequence[Source], position: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, sources: Sequence[Source], seed: int | None = None, position: Mapping[str, Any] | None = None
+    ) -> None:
         if len(sources) > 1 and any(source.weight is None for source in sources):
             raise UserError(
                 "data.streaming: several sources are mixed row by row, and how large they are is not known beforehand: "
                 "give each a weight, as in `{path: …, weight: 2}`."
             )
-        self.sources = sources
-        self._weights = [source.weight or 1.0 for source in sources]
-        self.drawn: list[int] = list(position["drawn"]) if position else [0] * len(sources)
-        places = position["readers"] if position else [None] * len(sources)
-        self._readers = [RowReader(source, place) for source, place in zip(sources, places, strict=True)]
+        nothing = [0] * len(sources)
+        position = position or {"drawn": nothing, "readers": [None] * len(sources)}
+        self.sources, self.seed = sources, seed
+        self.drawn: list[int] = list(position["drawn"])
+        self.passes: list[int] = list(position.get("passes", nothing))  # that are over, of each source
+        self._readers = [self._read(number, place) for number, place in enumerate(position["readers"])]
         self._iterators = [iter(reader) for reader in self._readers]
-        self._begun_again = [False] * len(sources)
 
-    def take(self, count: int, once: bool = False) -> list[list[Row | BadRow]]:
-        """Return the next rows, a list for each source; with ``once`` without those of a source that began again."""
+    def take(self, count: int, once: bool = False) -> list[NumberedRow]:
+        """Return the next rows, those of a source together; with ``once`` without those of one that has begun again."""
+        weights = [source.weight or 1.0 for source in self.sources]
+        first = sum(self.drawn)
         taken: list[list[Row | BadRow]] = [[] for _ in self.sources]
         for _ in range(count):
             # the source that is furthest behind its share
-            number = min(range(len(self.sources)), key=lambda i: (self.drawn[i] + 0.5) / self._weights[i])
+            number = min(range(len(weights)), key=lambda i: (self.drawn[i] + 0.5) / weights[i])
             row = self._next(number)
-            if not (once and self._begun_again[number]):
+            if not (once and self.passes[number]):
                 taken[number].append(row)
             self.drawn[number] += 1
-        return taken
+        rows = [(number, row) for number, of_source in enumerate(taken) for row in of_source]
+        return [(at, *each) for at, each in enumerate(rows, start=first)]
 
     def position(self) -> dict[str, Any]:
         """Return where the next row begins, in plain values."""
-        return {"drawn": list(self.drawn), "readers": [reader.position() for reader in self._readers]}
+        readers = [reader.position() for reader in self._readers]
+        return {"drawn": list(self.drawn), "passes": list(self.passes), "readers": readers}
+
+    def _read(self, number: int, position: Mapping[str, int] | None) -> RowReader:
+        source = self.sources[number]
+        if self.seed is not None and (source.streaming or len(source.files) > 1):
+            key = (self.seed, "files", number, self.passes[number])
+            order = permute(len(source.files), *key)
+            seed = int(permute(1 << 16, *key)[0]) if source.streaming else None
+            source = replace(source, files=tuple(source.files[at] for at in order), shard_seed=seed)
+        return RowReader(source, position)
 
     def _next(self, number: int) -> Row | BadRow:
         row = next(self._iterators[number], None)
         if row is None:  # the end: again from the beginning, which holds a row, or the reader complains
-            self._readers[number] = RowReader(self.sources[number])
+            self.passes[number] += 1
+            self._readers[number] = self._read(number, None)
             self._iterators[number] = iter(self._readers[number])
-            self._begun_again[number] = True
             row = next(self._iterators[number])
         return row
-
-
-_log = logging.getLogger(__name__)
-BLOCK = 1_000  # rows that are shuffled, and packed, together
-
-
-def check_stream_length(max_steps: int, accumulate: int, overfits: bool) -> int:
-    """Return the micro-batches of a run on each rank.
-
-    Raises:
-        UserError: the run has no end, or shall see the same batches again.
-    """
-    if max_steps < 1:
-        raise UserError("data.streaming: a stream has no end, so trainer.max_steps must say where to stop.")
-    if overfits:
-        raise UserError("data.streaming: trainer.overfit_batches wants the same batches again: leave one out.")
-    return max_steps * accumulate
 
 
 class StreamLoader:
     """One rank's batches of a stream, with a position that Lightning saves and restores.
 
-    Rows are read in blocks; a block is rendered, shuffled and packed as a whole, then the next one is read. The order
-    within a block is a pure function of the seed and the block's number, so that a position is small and exact: where
-    the block begins in the files, and how many of its batches are done. Memory does not grow with the data. Every rank
-    reads all rows and keeps its own batches.
+    Rows are read in blocks. A block is shuffled and cut into chunks of ``batch_size`` rows; chunk c belongs to rank
+    c % ``world_size``, which alone renders it. Each rank makes batches of its own rows, and all have as many of a block
+    as the one with the most. The order is a pure function of the seed and the block's number, so that a position is
+    small and exact: where the block begins in the files, and how many of its batches are done. Memory does not grow
+    with the data.
 
     The length is that of the run, counted in micro-batches: when the data end, they begin again.
 
@@ -101,14 +107,17 @@ class StreamLoader:
         recipe: how rows are turned into samples.
         length: micro-batches of the whole run on each rank.
         batch_size: rows per micro-batch on each rank; or
-        tokens_per_batch: tokens per micro-batch, a budget that the rows of a block are packed into by best fit.
+        tokens_per_batch: tokens per micro-batch, a budget that a rank's rows of a block are packed into by best fit.
         seed: of the order.
         skip_bad_rows: leave bad rows out, rather than stop at them.
         rank: of this process.
         world_size: number of processes that share the rows.
+        shuffle: the rows of a block, and in each pass the files of a source; else all are in their own order.
+        shuffle_buffer: rows of a block, rounded up to whole batches of all ranks.
+        agree: returns the largest of the numbers that the ranks call it with.
 
     Raises:
-        UserError: from here and from iteration: a row is bad, or more than 5 % of the first block are unusable.
+        UserError: from here and from iteration: a row is bad.
     """
 
     def __init__(
@@ -122,17 +131,20 @@ class StreamLoader:
         skip_bad_rows: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        shuffle: bool = True,
+        shuffle_buffer: int = 1_000,
+        agree: Callable[[int], int] = lambda count: count,
     ) -> None:
         self.sources, self.recipe, self.length = sources, recipe, length
         self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
         self.seed, self.skip_bad_rows = seed, skip_bad_rows
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.shuffle, self.agree = rank, world_size, shuffle, agree
         stride = (batch_size or 1) * world_size
-        self.block_rows = -(-BLOCK // stride) * stride  # whole batches, as long as each row gives one sample
-        self.report = Report("train")
-        self._converters = [RowConverter(source.settings) for source in sources]
+        self.block_rows = -(-shuffle_buffer // stride) * stride  # whole batches, as long as each row gives one sample
+        self.report = Report("train")  # of the rows that this rank rendered
+        self._converters: list[RowConverter] = []
         self._block = 0
-        self._start = RowStream(sources).position()
+        self._start = self._open_stream().position()
         self._done = 0  # batches of the block
         self._handed_out = 0  # batches of the run
 
@@ -140,22 +152,32 @@ class StreamLoader:
         return self.length
 
     def first_block(self) -> tuple[SampleSet, Report]:
-        """Read the first block, as a check of the data before anything is trained."""
-        taken = RowStream(self.sources).take(self.block_rows, once=True)
-        for converter, rows in zip(self._converters, taken, strict=True):
-            converter.check([row for row in rows if isinstance(row, Row)])
-        return self._prepare(taken, 0)
+        """Read the first block, as a check of the data before anything is trained.
+
+        Raises:
+            UserError: a row is bad, or more than 5 % of the rows are unusable.
+        """
+        samples, report = self._render(self._open_stream().take(self.block_rows, once=True))
+        report.check_bad(self.skip_bad_rows)
+        report.check_left()
+        report.check_usable()
+        return samples, report
 
     def __iter__(self) -> Iterator[Batch]:
-        stream = RowStream(self.sources, self._start)
+        stream = self._open_stream(self._start)
         while self._handed_out < self.length:
-            samples, report = self._prepare(stream.take(self.block_rows), sum(self._start["drawn"]))
-            self._count(report)
-            batches = self._plan(samples).batches(self._block, self.rank) if len(samples) else []
+            samples, report = self._render(self._choose_own(stream.take(self.block_rows)))
+            report.check_bad(self.skip_bad_rows)
+            self.report.add(report)
+            if report.bad_rows or report.dropped:
+                _log.info("block %d of the stream: %s", self._block + 1, replace(report, unread_columns=[]).describe())
+            batches = self._cut(samples)
+            if not batches and not self._block:
+                report.check_left()  # else no pass would have a batch
             for rows, filler in batches[self._done : self._done + self.length - self._handed_out]:
                 self._done += 1
                 self._handed_out += 1
-                yield collate_rows(samples, rows, filler)
+                yield collate_rows(self._make_filler() if filler else samples, rows, filler)
             if self._done >= len(batches):
                 self._block, self._start, self._done = self._block + 1, stream.position(), 0
 
@@ -170,59 +192,78 @@ class StreamLoader:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on behind the batches that were consumed.
+        """Continue behind the batches that were consumed.
 
         Raises:
-            UserError: if the stream is made of something else now.
+            UserError: the stream is made of something else now.
         """
+        stored = _MADE_OF_BEFORE | state_dict["made_of"]
         for key, mine in self._made_of().items():
-            if state_dict["made_of"].get(key) != mine:
+            if stored.get(key, mine) != mine:
                 raise UserError(
-                    f"the checkpoint was saved inside a stream with {key} = {state_dict['made_of'].get(key)}, but now "
-                    f"{key} = {mine}: keep files, weights and batches as they were, to go on exactly there."
+                    f"the checkpoint was saved inside a stream with {key} = {stored[key]}, but now {key} = {mine}: "
+                    "keep files, weights and batches as they were, to go on exactly there."
                 )
         self._block, self._start = state_dict["block"], state_dict["start"]
         self._done, self._handed_out = state_dict["done"], state_dict["handed_out"]
 
-    def _prepare(self, taken: list[list[Row | BadRow]], first_row: int) -> tuple[SampleSet, Report]:
-        """Turn a block of rows, a list for each source, into samples."""
-        report, builder = Report("train"), SampleSetBuilder()
-        for number, (converter, rows) in enumerate(zip(self._converters, taken, strict=True)):
-            Preparer(self.recipe, converter, number, report).add(rows, first_row + report.rows, builder)
-        # something of the first block is left, so that no pass goes by without a batch
-        (refuse_bad if first_row else refuse_unusable)(report, self.skip_bad_rows)
-        if not first_row:
-            check_usable(report)
-        return builder.build(), report
+    def _open_stream(self, position: Mapping[str, Any] | None = None) -> RowStream:
+        return RowStream(self.sources, self.seed if self.shuffle else None, position)
 
-    def _plan(self, samples: SampleSet) -> EpochPlan:
-        return EpochPlan(
-            samples, self.batch_size, self.tokens_per_batch, shuffle=True, seed=self.seed, world_size=self.world_size
-        )
+    def _choose_own(self, rows: list[NumberedRow]) -> list[NumberedRow]:
+        """Shuffle a block, and return the rows of it that this rank trains."""
+        order = permute(len(rows), self.seed, self._block).tolist() if self.shuffle else range(len(rows))
+        chunk = self.batch_size or 1
+        return [rows[at] for place, at in enumerate(order) if place // chunk % self.world_size == self.rank]
 
-    def _count(self, report: Report) -> None:
-        """Add what became of a block's rows to the report of the stream."""
-        for name in ("rows", "samples", "tokens", "labelled", "shortened", "lost_tokens", "lost_labels", "bad_rows"):
-            setattr(self.report, name, getattr(self.report, name) + getattr(report, name))
-        for reason, count in report.dropped.items():
-            self.report.dropped[reason] = self.report.dropped.get(reason, 0) + count
-        if self.rank == 0 and (report.bad_rows or report.dropped):
-            words = replace(report, unread_columns=[]).describe()  # told of the first rows
-            _log.info("rows %d to %d: %s", self.report.rows - report.rows + 1, self.report.rows, words)
+    def _render(self, rows: list[NumberedRow]) -> tuple[SampleSet, Report]:
+        if not self._converters:  # each looks at the first rows of its source, wherever the run begins
+            self._converters = [RowConverter(source.settings) for source in self.sources]
+            for converter, source in zip(self._converters, self.sources, strict=True):
+                check_source(converter, RowReader(source))
+        converters, report = self._converters, Report("train")
+        converted = [convert_row(converters[source], row, number, source) for number, source, row in rows]
+        samples, rendered = render_rows(self.recipe, converted)
+        report.add(rendered)
+        for converter in converters:
+            report.note_columns(converter.formats, converter.unread_columns)
+        return samples, report
+
+    def _cut(self, samples: SampleSet) -> list[RankBatch]:
+        """Cut this rank's samples of a block into batches, as many as the rank with the most has."""
+        batches: list[RankBatch] = []
+        if len(samples):
+            batches = EpochPlan(samples, self.batch_size, self.tokens_per_batch).batches(0)
+        wanted = self.agree(len(batches))
+        if self.tokens_per_batch is not None and batches:
+            bins = make_count([batch.rows for batch in batches], samples.lengths, min(wanted, len(samples)))
+            order = permute(len(bins), self.seed, self._block, "bins").tolist() if self.shuffle else range(len(bins))
+            batches = [RankBatch(bins[number], filler=False) for number in order]
+        return batches + [RankBatch([0], filler=True)] * (wanted - len(batches))
+
+    def _make_filler(self) -> SampleSet:
+        stop = min(self.recipe.renderer.stop_ids)
+        return gather_samples([make_sample([stop, stop], [stop, stop], -1)])
 
     def _made_of(self) -> dict[str, Any]:
-        files = [[source.path, *(_size(file) for file in source.files)] for source in self.sources]
+        several = any(source.streaming or len(source.files) > 1 for source in self.sources)
         return {
-            "sources": files,
+            "sources": [[source.path, *map(_describe_file, source.files)] for source in self.sources],
             "weights": [source.weight for source in self.sources],
             "seed": self.seed,
             "rows_per_batch": (self.batch_size or 0) * self.world_size,
             "tokens_per_batch": self.tokens_per_batch or 0,
+            "bins_per_batch": self.world_size if self.tokens_per_batch else 0,
             "block_rows": self.block_rows,
             "max_length": self.recipe.max_length,
             "too_long": self.recipe.too_long,
+            "shuffle": self.shuffle,
+            "shuffled_files": several and self.shuffle,
         }
 
 
-def _size(file: DataFile) -> int | None:
-    return file.stat().st_size if isinstance(file, Path) else None
+_MADE_OF_BEFORE = {"shuffle": True, "shuffled_files": False}  # by versions that did not say
+
+
+def _describe_file(file: Path | str) -> int | str:
+    return file.stat().st_size if isinstance(file, Path) else file

@@ -13,7 +13,7 @@ class RowFault(UserError):
 
 
 class BadRow(NamedTuple):
-    """A row that was refused: where it stands (``train.jsonl:17``) and why."""
+    """A row that was refused: its place (``train.jsonl:17``) and why."""
 
     where: str
     reason: str

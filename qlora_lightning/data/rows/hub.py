@@ -31,6 +31,8 @@ def read_hub(source: Source, skip: int) -> Iterator[Any]:
         )
         if not source.streaming and skip >= len(rows):
             return  # `skip` refuses to skip all
+        if source.shard_seed is not None:
+            rows = rows.shuffle(seed=source.shard_seed, buffer_size=1)  # of the shards; we shuffle rows ourselves
         rows = rows.skip(skip)
         yield from rows.with_format("arrow").iter(BATCH_ROWS)
 

@@ -58,6 +58,7 @@ class Source:
         delimiter: of CSV files; None: whichever the header uses.
         streaming: whether a hub data set is read from the network, row by row, rather than downloaded first.
         settings: how its rows are read.
+        shard_seed: of the order in which the shards of a streamed hub data set are read; None for their own.
     """
 
     path: str
@@ -72,6 +73,7 @@ class Source:
     delimiter: str | None = None
     streaming: bool = False
     settings: RowSettings = RowSettings()
+    shard_seed: int | None = None
 
     @property
     def is_remote(self) -> bool:

@@ -3,9 +3,11 @@ import pytest
 import torch
 from torch.utils.data import SequentialSampler
 
+from qlora_lightning.data.batches.collate import collate, collate_rows
 from qlora_lightning.data.batches.loader import FlatLoader
 from qlora_lightning.data.batches.order import epoch_order
-from qlora_lightning.data.samples import make_sample
+from qlora_lightning.data.prompts import Prompt, PromptLoader
+from qlora_lightning.data.samples import Sample, gather_samples, make_sample
 from qlora_lightning.support.errors import UserError
 
 SAMPLES = [make_sample([number, number + 1], [-100, number + 1], number) for number in range(11)]
@@ -150,3 +152,62 @@ def test_a_rank_without_rows_runs_one_unlabelled_row():
     assert set(batch["labels"].flatten().tolist()) == {-100}
     packed = list(loader(batch_size=None, tokens_per_batch=4, rank=3, world_size=4))[-1]  # 6 bins over 4 ranks
     assert packed["row_ids"].tolist() == [-1]
+
+
+TWO = [
+    Sample(torch.tensor([5, 6, 7]), torch.tensor([-100, 6, 7]), 4, 0),
+    Sample(torch.tensor([8, 9]), torch.tensor([8, 9]), 1, 2),
+]
+
+
+def test_two_samples_end_to_end():
+    batch = collate(TWO)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9]]  # nothing is predicted across samples
+    assert batch["cu_seqlens"].tolist() == [0, 3, 5]
+    assert batch["longest"] == 3
+    assert batch["row_ids"].tolist() == [4, 1]
+    assert batch["source"].tolist() == [0, 2]
+    kinds = {key: value.dtype for key, value in batch.items() if key != "longest"}
+    assert kinds.pop("cu_seqlens") == torch.int32
+    assert set(kinds.values()) == {torch.int64}
+
+
+@pytest.mark.parametrize("rows", [[0], [1, 0], [1, 1, 0]])
+def test_a_filler_is_the_same_rows_without_labels_and_numbers(rows):
+    samples = gather_samples(TWO)
+    filler, batch = collate_rows(samples, rows, filler=True), collate_rows(samples, rows)
+    assert set(filler["labels"].flatten().tolist()) == {-100}
+    assert filler["row_ids"].tolist() == [-1] * len(rows)
+    for key in ("input_ids", "position_ids", "cu_seqlens", "source"):
+        assert filler[key].tolist() == batch[key].tolist()
+
+
+def test_weights_are_in_a_batch_if_a_row_has_one():
+    weighted = [sample._replace(weight=weight) for sample, weight in zip(TWO, (0.5, 1.0), strict=True)]
+    assert collate(weighted)["weights"].tolist() == [0.5, 1.0]
+    assert collate_rows(gather_samples(weighted), [1])["weights"].tolist() == [1.0]
+    assert "weights" not in collate(TWO)
+
+
+PROMPTS = [Prompt([number], str(number), number, {"n": number}) for number in range(3)]
+
+
+def test_batches_hold_what_generation_and_its_report_need():
+    assert list(PromptLoader(PROMPTS, 2, [2])) == [
+        {
+            "prompt_ids": [[0], [1]],
+            "stop_ids": [2],
+            "references": ["0", "1"],
+            "row_ids": [0, 1],
+            "rows": [{"n": 0}, {"n": 1}],
+        },
+        {"prompt_ids": [[2]], "stop_ids": [2], "references": ["2"], "row_ids": [2], "rows": [{"n": 2}]},
+    ]
+
+
+def test_a_rank_without_rows_has_an_empty_batch():
+    batches = list(PromptLoader(PROMPTS, 1, [2], rank=1, world_size=2))
+    assert [batch["row_ids"] for batch in batches] == [[1], []]
+    assert len(PromptLoader(PROMPTS, 1, [2], rank=1, world_size=2)) == 2

@@ -1,16 +1,21 @@
+"""Batches from rows that are read while training; that a whole run resumes exactly is tested in test_datamodule.py."""
+
 import itertools
 import json
 import logging
 import random
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from qlora_lightning.data.batches import stream
-from qlora_lightning.data.batches.stream import StreamLoader
+from qlora_lightning.data.batches.stream import RowStream, StreamLoader
 from qlora_lightning.data.chat.labels import ChatRenderer
+from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.prepare import Recipe
+from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.rows.sources import RowSettings, find_sources
 from qlora_lightning.model.device import read_memory
 from qlora_lightning.support.errors import UserError
@@ -20,21 +25,17 @@ def pairs(count, first=0):
     return [{"prompt": f"q{number}", "completion": "k" * (1 + number % 3)} for number in range(first, first + count)]
 
 
-@pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch):
-    monkeypatch.setattr(stream, "BLOCK", 8)
-
-
 @pytest.fixture
 def make(characters, write):
     """A loader of 20 rows, in blocks of 8 rows and 4 batches."""
     write("train.jsonl", pairs(20))
-    recipe = Recipe(ChatRenderer(characters))
+    recipe = Recipe(ChatRenderer(characters), max_length=60)
 
     def make(value="train.jsonl", length=12, **kwargs):
         if "tokens_per_batch" not in kwargs:
             kwargs = {"batch_size": 2} | kwargs
-        return StreamLoader(find_sources(value, "train"), recipe, length, **{"seed": 7} | kwargs)
+        settings = {"seed": 7, "shuffle_buffer": 8} | kwargs
+        return StreamLoader(find_sources(value, "train"), recipe, length, **settings)
 
     return make
 
@@ -51,19 +52,122 @@ def said(batch):
     return "".join(map(chr, batch["input_ids"][0].tolist()))
 
 
+def run_ranks(make, world_size, **kwargs):
+    """What each of several ranks, which agree as processes would, gets; and how many rows it rendered."""
+    barrier, counts, found = threading.Barrier(world_size), [0] * world_size, [None] * world_size
+    positions = [[] for _ in range(world_size)]
+
+    def run(rank):
+        def agree(count):
+            counts[rank] = count
+            barrier.wait(20)
+            most = max(counts)
+            barrier.wait(20)
+            return most
+
+        loader = make(rank=rank, world_size=world_size, agree=agree, **kwargs)
+        batches = []
+        for batch in loader:
+            batches.append(batch)
+            positions[rank].append({**loader.state_dict(), "made_of": None})
+        found[rank] = batches, loader.report.rows
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(of_rank == positions[0] for of_rank in positions)
+    return found
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stream(write):
+    """A stream of files a, b, … with 3, 4, … rows that say their file and number."""
+
+    def make(*weights, position=None):
+        entries = []
+        for at, weight in enumerate(weights):
+            file = write(f"{'abc'[at]}.jsonl", [{"is": f"{'abc'[at]}{number}"} for number in range(3 + at)])
+            entries.append({"path": file, "weight": weight} if weight else file)
+        return RowStream(find_sources(entries, "train"), None, position)
+
+    return make
+
+
+def taken(rows):
+    return [row.values["is"] for _, _, row in rows]
+
+
+def test_at_the_end_it_begins_again(stream):
+    it = stream(None)
+    assert taken(it.take(2)) == ["a0", "a1"]
+    assert taken(it.take(5)) == ["a2", "a0", "a1", "a2", "a0"]
+    assert taken(stream(3, 1).take(12, once=True)) == ["a0", "a1", "a2", "b0", "b1", "b2"]
+
+
+def test_each_source_has_its_share_evenly_spread(stream):
+    it = stream(3, 1)
+    assert "".join(taken(it.take(1))[0][0] for _ in range(8)) == "aabaaaba"
+    assert taken(it.take(4)) == ["a0", "a1", "a2", "b2"]
+    assert it.drawn == [9, 3]
+    with pytest.raises(UserError, match=r"data.streaming: several sources.*give each a weight"):
+        stream(None, None)
+
+
+@pytest.mark.parametrize("before", range(9))
+def test_rows_go_on_exactly_from_every_position(stream, before):
+    it = stream(2.5, 1)
+    it.take(before)
+    position = it.position()
+    assert json.loads(json.dumps(position)) == position
+    again = stream(2.5, 1, position=position)
+    assert [taken(again.take(1)) for _ in range(9)] == [taken(it.take(1)) for _ in range(9)]
+
+
+def test_bad_rows_stay_in_their_places(write):
+    file = write("a.jsonl", [{"is": "a0"}])
+    with open(file, "a") as end:
+        end.write("no json\n")
+    first, bad, again = (row for _, _, row in RowStream(find_sources(file, "train")).take(3))
+    assert first == again
+    assert (type(bad), bad.where) == (BadRow, "a.jsonl:2")
+
+
+def test_the_files_of_a_source_come_in_another_order_in_each_pass_and_go_on_exactly(write):
+    Path("shards").mkdir()
+    for shard in range(8):
+        write(f"shards/{shard}.jsonl", [{"is": f"{shard}{row}"} for row in range(2)])
+    sources = find_sources("shards", "train")
+    it, passes, positions = RowStream(sources, 3), [], []
+    for _ in range(4):
+        positions += [it.position()]
+        passes.append(taken(it.take(16)))
+    assert [sorted(each) for each in passes] == [sorted(passes[0])] * 4
+    assert len({tuple(each) for each in passes}) == 4
+    assert taken(RowStream(sources, None).take(16)) == sorted(passes[0])
+    later = RowStream(sources, 3, positions[2])
+    assert [taken(later.take(16)), taken(later.take(16))] == passes[2:]
+    begun = RowStream(sources, 3)
+    begun.take(19)
+    assert taken(RowStream(sources, 3, begun.position()).take(13)) == passes[1][3:]
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
 def test_blocks_are_shuffled_one_after_the_other_and_the_data_begin_again(make):
     batches = list(make())
     blocks = [flat(batches[at : at + 4]) for at in (0, 4, 8)]
     assert [sorted(block) for block in blocks] == [list(range(at, at + 8)) for at in (0, 8, 16)]
-    orders = {tuple(row % 8 for row in block) for block in blocks}
-    assert len(orders | {tuple(range(8))}) == 4
+    assert len({tuple(row % 8 for row in block) for block in blocks} | {tuple(range(8))}) == 4
     row_22 = next(batch for batch in batches if 22 in batch["row_ids"])
     assert "{u\nq2}\n{a\nkkk}\n" in said(row_22)  # 20 rows before, then q0, q1, q2
-
-
-def test_the_order_is_a_pure_function_of_the_seed(make):
-    assert rows(make()) == rows(make())
-    assert rows(make()) != rows(make(seed=8))
+    assert rows(make()) == rows(batches) != rows(make(seed=8))
+    assert flat(make(shuffle=False)) == list(range(24))
 
 
 def test_the_length_is_that_of_the_run(make):
@@ -73,7 +177,10 @@ def test_the_length_is_that_of_the_run(make):
         assert list(loader) == []  # the run is over
 
 
-@pytest.mark.parametrize("batches", [{"batch_size": 2}, {"tokens_per_batch": 50}, {"batch_size": 3, "world_size": 2}])
+@pytest.mark.parametrize(
+    "batches",
+    [{"batch_size": 2}, {"tokens_per_batch": 50}, {"batch_size": 3, "world_size": 2}, {"shuffle": False}],
+)
 def test_it_goes_on_exactly_from_every_position(make, batches):
     whole = list(make(**batches))
     loader = make(**batches)
@@ -91,18 +198,28 @@ def test_it_goes_on_exactly_from_every_position(make, batches):
         next(walk, None)
 
 
+def test_a_position_of_the_version_before_is_one_in_a_shuffled_stream(make):
+    loader = make()
+    walk = iter(loader)
+    state, rest = loader.state_dict(), rows(walk)
+    del state["start"]["passes"]
+    for key in ("shuffle", "shuffled_files", "bins_per_batch"):
+        del state["made_of"][key]
+    again = make()
+    again.load_state_dict(state)
+    assert rows(again) == rest
+    with pytest.raises(UserError, match="shuffle = True, but now shuffle = False"):
+        make(shuffle=False).load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     "changed",
     [{"batch_size": 4}, {"seed": 8}, {"tokens_per_batch": 50}, {"value": {"path": "train.jsonl", "weight": 2}}],
 )
-def test_a_position_in_another_stream_is_refused(make, changed):
+def test_a_position_in_another_stream_or_in_other_files_is_refused(make, write, changed):
     state = make().state_dict()
     with pytest.raises(UserError, match=r"saved inside a stream with .*keep files, weights and batches as they were"):
         make(**changed).load_state_dict(state)
-
-
-def test_a_position_in_other_files_is_refused(make, write):
-    state = make().state_dict()
     write("train.jsonl", pairs(21))
     with pytest.raises(UserError, match=r"sources = \[\['train.jsonl', \d+\]\]"):
         make().load_state_dict(state)
@@ -115,30 +232,64 @@ def test_weights_give_each_source_its_share_of_every_block(make, write):
     assert [sources[at : at + 8].count(1) for at in (0, 8, 16)] == [2, 2, 2]
 
 
-def test_ranks_share_the_rows_of_a_pass(make, write):
-    write("train.jsonl", pairs(16))
-    ranks = [rows(make(length=4, rank=rank, world_size=2)) for rank in (0, 1)]
-    assert sorted(itertools.chain(*ranks[0], *ranks[1])) == list(range(16))
-    together = [a + b for a, b in zip(*ranks, strict=True)]
-    assert together == rows(make(length=4, batch_size=4))  # one process with as many rows at once
+def test_a_window_holds_the_same_rows_on_one_rank_and_on_several(make, write):
+    write("train.jsonl", pairs(40))
+    alone = rows(make(length=4, batch_size=8, shuffle_buffer=16))
+    for world_size, batch_size in ((8, 1), (2, 4), (4, 2)):
+        found = run_ranks(make, world_size, length=4, batch_size=batch_size, shuffle_buffer=16)
+        steps = zip(*(rows(batches) for batches, _ in found), strict=True)
+        assert [list(itertools.chain(*step)) for step in steps] == alone
+    steps = rows(make(length=32, batch_size=1, shuffle_buffer=16))  # accumulated over 8 micro-batches
+    assert [list(itertools.chain(*steps[at : at + 8])) for at in range(0, 32, 8)] == alone
+
+
+@pytest.mark.parametrize("batches", [{"batch_size": 2}, {"tokens_per_batch": 60}])
+def test_a_rank_renders_only_what_it_trains_and_all_have_as_many_batches(make, write, batches):
+    long = {"prompt": "q", "completion": "k" * 200}  # in pieces, so that ranks make unlike numbers of batches
+    write("train.jsonl", [long if number % 5 == 0 else pair for number, pair in enumerate(pairs(64))])
+    recipe = Recipe(make().recipe.renderer, max_length=60, too_long="split")
+
+    def split(**kwargs):
+        loader = make(shuffle_buffer=32, **kwargs)
+        loader.recipe = recipe
+        return loader
+
+    found = run_ranks(split, 2, length=30, **batches)
+    assert [len(received) for received, _ in found] == [30, 30]
+    assert [rendered % 16 for _, rendered in found] == [0, 0]  # half of each block
+    numbers = [{row for row in flat(received) if row >= 0} for received, _ in found]
+    assert numbers[0].isdisjoint(numbers[1])
+    fillers = [batch for received, _ in found for batch in received if batch["row_ids"].tolist() == [-1]]
+    assert all(set(batch["labels"].flatten().tolist()) == {-100} for batch in fillers)
 
 
 def test_blocks_are_whole_batches_of_all_ranks(make):
     assert make(batch_size=3).block_rows == 9
     assert make(batch_size=3, world_size=4).block_rows == 12
-    assert make(tokens_per_batch=50).block_rows == 8
+    assert make(tokens_per_batch=60).block_rows == 8
 
 
-def test_batches_are_full_of_tokens(make, write, monkeypatch):
-    monkeypatch.setattr(stream, "BLOCK", 1_000)
+def test_batches_are_full_of_tokens(make, write):
     lengths = random.Random(0)
     long = [max(60, round(lengths.gauss(190, 70))) for _ in range(2_000)]  # as GSM8K's
     write("long.jsonl", [{"prompt": "q", "completion": "k" * (length - 12)} for length in long])
-    loader = make("long.jsonl", length=10_000, tokens_per_batch=2_048)
+    loader = make("long.jsonl", length=10_000, tokens_per_batch=2_048, shuffle_buffer=1_000)
+    loader.recipe = Recipe(loader.recipe.renderer)
     two_blocks = itertools.takewhile(lambda _: loader.report.rows <= 2_000, loader)
     tokens = [batch["input_ids"].shape[1] for batch in two_blocks]
     assert max(tokens) <= 2_048
     assert sum(tokens) / (len(tokens) * 2_048) >= 0.95
+
+
+def test_memory_does_not_grow_with_the_rows(make, write):
+    write("long.jsonl", [{"prompt": f"q{number}", "completion": "k" * 40} for number in range(40_000)])
+    loader, used = make("long.jsonl", length=40_000 // 50, batch_size=50, shuffle_buffer=2_000), {}
+    for batch in loader:
+        used[int(batch["row_ids"].max()) // 2_000] = read_memory(torch.device("cpu"))["private_memory_gib"] * 1024
+    assert used[19] - used[4] < 16  # MiB, some of it left by other tests
+
+
+# ---- rows that cannot be used ----------------------------------------------------------------------------------------
 
 
 def put_bad_row(line, text="no json"):
@@ -147,81 +298,129 @@ def put_bad_row(line, text="no json"):
     Path("train.jsonl").write_text("\n".join(lines))
 
 
-def test_a_bad_row_stops_the_run_when_its_block_is_reached(make):
+def test_a_bad_row_stops_the_run_when_its_block_is_reached_or_is_skipped_and_counted(make, caplog):
     put_bad_row(13)
     walk = iter(make())
     assert sorted(flat(itertools.islice(walk, 4))) == list(range(8))
     with pytest.raises(UserError, match=r"^1 row cannot be used:\n  train.jsonl:13: not JSON.*\n.*on_bad_row: skip"):
         next(walk)
-
-
-def test_bad_rows_are_skipped_and_counted_where_that_was_asked_for(make):
-    put_bad_row(13)
-    loader = make(length=8, skip_bad_rows=True)
-    assert sorted(flat(loader)) == [row for row in range(16) if row != 12]
+    with caplog.at_level(logging.INFO, logger="qlora_lightning"):
+        loader = make(length=8, skip_bad_rows=True)
+        assert sorted(flat(loader)) == [row for row in range(16) if row != 12]
     assert (loader.report.rows, loader.report.bad_rows, loader.report.samples) == (16, 1, 15)
+    assert "block 2 of the stream: train: 8 rows" in caplog.text
+    assert "1 bad rows skipped: train.jsonl:13 (not JSON" in caplog.text
 
 
-def test_skipping_ends_where_nothing_is_left(make, write):
+def test_skipping_ends_where_nothing_is_left_or_the_rest_of_a_file_is_hidden(make, write):
     write("train.jsonl", [{"prompt": "q", "completion": ""}] * 3)
     with pytest.raises(UserError, match=r"train.jsonl:1: the answer \(message 2\) is empty"):
         next(iter(make(skip_bad_rows=True)))
-
-
-def test_a_row_that_hides_the_rest_of_its_file_stops_in_any_case(make):
-    text = json.dumps(pairs(5))[:-1] + ', {"prompt": }, {"prompt": "q", "completion": "k"}]'
-    Path("train.json").write_text(text)
+    Path("train.json").write_text(json.dumps(pairs(5))[:-1] + ', {"prompt": }, {"prompt": "q", "completion": "k"}]')
     with pytest.raises(UserError, match=r"train\.json is not a JSON array"):
         next(iter(make("train.json", skip_bad_rows=True)))
 
 
-def test_rows_without_a_label_stop_it_where_they_are_too_many(make, write, talk):
+def test_rows_without_a_label_stop_it_where_they_are_too_many_among_the_first(make, write, talk):
     said, unsaid = ([*talk("q", "k")[:1], talk("q", "k")[1] | marks] for marks in ({}, {"train": False}))
     write("train.jsonl", [{"messages": unsaid}] + [{"messages": said}] * 15)
     with pytest.raises(UserError, match="1 of 8 rows of train have no labelled token"):
-        next(iter(make()))
-    write(
-        "train.jsonl", [{"messages": said}] * 15 + [{"messages": unsaid}]
-    )  # a sorted file must not stop it on its way
-    assert len(rows(make())) == 12
+        make().first_block()
+    write("train.jsonl", [{"messages": said}] * 15 + [{"messages": unsaid}])
+    assert len(rows(make())) == 12  # a sorted file must not stop it on its way
 
 
-def test_the_first_block_is_looked_at_beforehand_and_read_again(make):
+def test_the_first_block_is_looked_at_beforehand_and_read_again(make, write):
     loader = make()
     samples, report = loader.first_block()
     assert sorted(samples.row_ids.tolist()) == list(range(8))
     assert (report.rows, report.formats, loader.report.rows) == (8, ["prompt_completion"], 0)
     assert rows(loader) == rows(make())
-
-
-def test_of_few_rows_each_is_looked_at_once(make, write):
     write("train.jsonl", [*pairs(4), {"prompt": "q"}])
     with pytest.raises(UserError, match=r"^1 row cannot be used"):
         make().first_block()
     samples, report = make(skip_bad_rows=True).first_block()
-    assert samples.row_ids.tolist() == [0, 1, 2, 3]
-    assert (report.rows, report.bad_rows) == (5, 1)
+    assert (samples.row_ids.tolist(), report.rows, report.bad_rows) == ([0, 1, 2, 3], 5, 1)  # each looked at once
 
 
-def test_memory_does_not_grow_with_the_rows(make, write, monkeypatch):
-    monkeypatch.setattr(stream, "BLOCK", 1_000)
-    write("long.jsonl", [{"prompt": f"q{number}", "completion": "k" * 400} for number in range(20_000)])
-    loader, used = make("long.jsonl", length=20_000 // 50, batch_size=50), {}
-    for batch in loader:
-        used[int(batch["row_ids"].max()) // 1_000] = read_memory(torch.device("cpu"))["private_memory_gib"] * 1024
-    assert used[19] - used[4] < 16  # MiB, some of it left by other tests; the samples themselves would be 46
-
-
-def test_columns_are_checked_on_the_first_block(make, characters):
+def test_what_becomes_of_a_row_does_not_depend_on_where_the_run_begins(make, write, characters):
+    write("train.jsonl", [*pairs(9), {"text": "Four."}, *pairs(6)])  # a row of another shape, in the second block
+    loader = make(skip_bad_rows=True, length=8)
+    walk = iter(loader)
+    first = rows(itertools.islice(walk, 4))
+    state, rest = loader.state_dict(), rows(walk)
+    again = make(skip_bad_rows=True, length=8)
+    again.load_state_dict(state)
+    assert rows(again) == rest
+    assert sorted(row for batch in first + rest for row in batch) == [row for row in range(16) if row != 9]
     sources = find_sources("train.jsonl", "train", settings=RowSettings(columns={"promt": "question"}))
-    loader = StreamLoader(sources, Recipe(ChatRenderer(characters)), 1, batch_size=2)
     with pytest.raises(UserError, match=r"columns: no row has 'promt'.*Did you mean 'prompt'"):
-        loader.first_block()
+        next(iter(StreamLoader(sources, Recipe(ChatRenderer(characters)), 1, batch_size=2)))
 
 
-def test_rows_that_are_skipped_on_the_way_are_told(make, write, caplog):
-    write("train.jsonl", [*pairs(12), {"prompt": "q", "completion": ""}, *pairs(3)])
-    with caplog.at_level(logging.INFO, logger="qlora_lightning"):
-        list(make(skip_bad_rows=True, length=8))
-    assert "rows 9 to 16: train: 8 rows" in caplog.text
-    assert "1 bad rows skipped: train.jsonl:13 (the answer (message 2) is empty)" in caplog.text
+def test_the_report_of_a_stream_counts_all_that_of_a_split_does(smol, templates, write, talk):
+    smol.chat_template = templates.qwen
+    turns = talk("q", "<think>hm</think>a", "r", "b")
+    unsaid = [*talk("q", "k")[:1], talk("q", "k")[1] | {"train": False}]
+    write("train.jsonl", [{"messages": turns, "id": 1}] * 3 + [{"messages": unsaid}])
+    loader = StreamLoader(find_sources("train.jsonl", "train"), Recipe(ChatRenderer(smol)), 3, 2, shuffle_buffer=4)
+    list(loader)
+    report = loader.report
+    assert (report.turn_by_turn, report.unusable, report.dropped) == (
+        3,
+        1,
+        {"every answer is marked `train: false`": 1},
+    )
+    assert (report.formats, report.unread_columns) == (["messages"], ["id"])
+
+
+# ---- in the data module ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def module(write, characters):
+    write("train.jsonl", pairs(26))
+    write("val.jsonl", pairs(5))
+
+    def module(trainer=True, **kwargs):
+        files = {"train": "train.jsonl", "val": "val.jsonl", "tokenizer": characters}
+        data = InstructionDataModule(**files | {"batch_size": 2, "streaming": True} | kwargs)
+        if trainer:
+            settings = {"max_steps": 5, "accumulate_grad_batches": 4, "overfit_batches": 0}
+            data.trainer = SimpleNamespace(global_rank=0, world_size=1, **settings)
+        return data
+
+    return module
+
+
+def test_a_stream_is_as_long_as_the_run(module):
+    data = module()
+    data.setup("fit")
+    assert data.count_train_batches() == len(list(data.train_dataloader())) == 20
+    assert (data.reports["train"].rows, len(data.samples["train"])) == (26, 26)  # each looked at once
+    assert len(data.val_dataloader()) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("max_steps", -1, "a stream has no end, so trainer.max_steps must"), ("overfit_batches", 2, "trainer.overfit_b")],
+)
+def test_a_stream_without_an_end_or_that_repeats_is_refused_before_anything_is_read(module, name, value, words):
+    data = module()
+    setattr(data.trainer, name, value)
+    with pytest.raises(UserError, match=f"data.streaming: {words}"):
+        data.setup("fit")
+    assert data.reports == {}
+
+
+def test_without_a_trainer_a_stream_is_checked_but_not_run(module, write):
+    data = module(trainer=False)
+    data.setup("fit")
+    assert data.reports["train"].rows == 26
+    with pytest.raises(UserError, match=r"trainer.max_steps"):
+        data.train_dataloader()
+    with pytest.raises(UserError, match=r"train rows are needed.*data.train"):
+        module(train=None).setup("fit")
+    write("bad.jsonl", [{"prompt": "q", "completion": "k"}, {"prompt": "q", "completion": ""}])
+    with pytest.raises(UserError, match=r"^1 row cannot be used:\n  bad.jsonl:2: the answer"):
+        module(train="bad.jsonl").setup("fit")

@@ -1,0 +1,290 @@
+"""What a data module takes from the cache, and what makes it prepare its rows again."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qlora_lightning.data import datamodule
+from qlora_lightning.data.cache import cached_samples
+from qlora_lightning.data.datamodule import InstructionDataModule
+from qlora_lightning.data.report import Report
+from qlora_lightning.data.samples import SampleSetBuilder
+from qlora_lightning.support.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+KEY = {"rows": "a"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "samples"
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """The splits that were prepared, rather than taken from the cache."""
+    splits, prepare = [], datamodule.prepare_samples
+
+    def record(rows, recipe, split, *arguments, **settings):
+        splits.append(split)
+        return prepare(rows, recipe, split, *arguments, **settings)
+
+    monkeypatch.setattr(datamodule, "prepare_samples", record)
+    return splits
+
+
+@pytest.fixture
+def setup(write, families, tmp_path):
+    """Set a data module up; its tokenizer is in the folder `tok`."""
+    write("train.jsonl", [{"prompt": f"q{number}", "completion": "k"} for number in range(8)])
+    write("val.jsonl", [{"prompt": "q1", "completion": "k"}])
+    families["qwen25"].save_pretrained("tok")
+    shutil.copy("tok/chat_template.jinja", "own.jinja")
+
+    def setup(kind=InstructionDataModule, stage="fit", **kwargs):
+        data = kind(**{"train": "train.jsonl", "val": "val.jsonl", "tokenizer": "tok"} | kwargs)
+        data.setup(stage)
+        return data
+
+    return setup
+
+
+def contents(data):
+    return {
+        split: ([sample.labels.tolist() for sample in samples], data.reports[split])
+        for split, samples in data.samples.items()
+    }
+
+
+def is_mapped(array):
+    while array is not None and not isinstance(array, np.memmap):
+        array = getattr(array, "base", None)
+    return array is not None
+
+
+def test_the_second_time_samples_are_mapped_and_no_tokenizer_is_loaded(setup, prepared, monkeypatch):
+    first = setup()
+    assert prepared == ["train", "val"]
+    monkeypatch.setattr(datamodule, "load_choice", lambda *arguments: pytest.fail("the tokenizer was loaded"))
+    second = setup()
+    assert prepared == ["train", "val"]
+    assert contents(first) == contents(second)
+    assert second.reports["val"].overlap_pairs == [("val.jsonl:1", "train.jsonl:2")]
+    assert is_mapped(second.samples["train"].ids)
+    rows = [row for batch in second.train_dataloader() for row in batch["row_ids"].tolist()]
+    assert sorted(rows) == list(range(8))
+
+
+def test_rows_are_prepared_once_whatever_they_are_used_for(setup, prepared):
+    setup()
+    for stage, files in (("validate", {}), ("test", {"test": "val.jsonl"}), ("test", {"test": "train.jsonl"})):
+        data = setup(stage=stage, **files)
+        assert {split: report.split for split, report in data.reports.items()} == {
+            split: split for split in data.samples
+        }
+    assert prepared == ["train", "val"]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "again"),
+    [
+        ("train.jsonl", "q1", "r1", ["train"]),
+        ("tok/tokenizer.json", "}", "} ", ["train", "val"]),
+        ("tok/tokenizer_config.json", "}", "} ", ["train", "val"]),
+        ("own.jinja", "{", "{##}{", ["train", "val"]),
+    ],
+)
+def test_a_changed_file_is_noticed(setup, prepared, file, old, new, again):
+    setup(chat_template="own.jinja")
+    prepared.clear()
+    text = Path(file).read_text(encoding="utf-8")
+    Path(file).write_text(text.replace(old, new, 1), encoding="utf-8")
+    setup(chat_template="own.jinja")
+    assert prepared == again
+
+
+SETTINGS = [{"system": "Be brief."}, {"max_length": 64}, {"too_long": "split"}, {"train_on": "last"}]
+SETTINGS += [{"format": "prompt_completion"}, {"columns": {"prompt": "prompt"}}, {"chat_template": "own.jinja"}]
+SETTINGS += [{"deduplicate": True}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_another_setting_is_prepared_again_and_each_is_kept(setup, prepared, settings):
+    setup()
+    setup(**settings)
+    assert prepared == ["train", "val"] * 2
+    setup()
+    setup(**settings)
+    assert prepared == ["train", "val"] * 2
+
+
+@pytest.mark.parametrize(
+    "settings", [{"batch_size": 3}, {"tokens_per_batch": 512}, {"on_bad_row": "skip"}, {"shuffle": False}]
+)
+def test_settings_that_change_no_sample_find_the_same(setup, prepared, settings):
+    setup()
+    setup(**settings)
+    assert prepared == ["train", "val"]
+
+
+def test_held_out_rows_are_divided_off_the_same_samples(setup, prepared):
+    first = setup(val=None, val_fraction=0.25)
+    second = setup(val=None, val_fraction=0.5)
+    assert prepared == ["train"]
+    assert (len(first.samples["val"]), len(second.samples["val"])) == (2, 4)
+
+
+def test_bad_rows_are_refused_from_the_cache_too(setup, prepared, write):
+    write("train.jsonl", [{"prompt": "q", "completion": "k"}, {"prompt": "q", "completion": ""}])
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"^1 row cannot be used:\n  train.jsonl:2: the answer"):
+            setup()
+    data = setup(on_bad_row="skip")
+    assert prepared == ["train", "val"]
+    assert (data.reports["train"].rows, len(data.samples["train"])) == (2, 1)
+
+
+class Mine(InstructionDataModule):
+    def load_rows(self, split):
+        return [{"prompt": "q", "completion": "k"}] if split == "train" else []
+
+
+def test_what_nobody_can_tell_the_origin_of_is_never_kept(setup, prepared, cache, tmp_path, monkeypatch, characters):
+    (tmp_path / "converting.py").write_text(
+        "def convert(values):\n"
+        "    turns = ('user', values['prompt']), ('assistant', values['completion'])\n"
+        "    return [{'role': role, 'content': content} for role, content in turns]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for kind, settings in (
+        (InstructionDataModule, {"format": "converting.convert"}),
+        (InstructionDataModule, {"tokenizer": characters}),
+        (Mine, {}),
+    ):
+        prepared.clear()
+        for _ in range(2):
+            setup(kind, **settings)
+        assert prepared == ["train", "val"] * 2
+    assert not cache.exists()
+
+
+def test_an_interrupted_preparation_leaves_nothing_that_counts(setup, prepared, monkeypatch, cache):
+    def interrupt(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datamodule, "prepare_samples", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            setup()
+    assert not any(path.is_dir() for path in cache.iterdir())
+    assert len(setup().samples["train"]) == 8
+    assert prepared == ["train", "val"]
+
+
+# ---- one entry -------------------------------------------------------------------------------------------------------
+
+
+class Prepare:
+    """Makes one sample, and counts how often it was asked to."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        builder = SampleSetBuilder()
+        builder.add([5, 6, 7], [-100, 6, 7], 0, 0, "a.jsonl", 1)
+        return builder.build(), Report("train", rows=1, samples=1, duplicate_pairs=[("a.jsonl:2", "a.jsonl:1")])
+
+
+def test_another_version_of_a_library_is_prepared_again(monkeypatch):
+    prepare = Prepare()
+    for _ in range(2):
+        samples, report = cached_samples(KEY, "rows", prepare)
+        assert is_mapped(samples.ids)
+        assert (samples.where(0), report) == ("a.jsonl:1", Prepare()()[1])
+    assert prepare.calls == 1
+    monkeypatch.setattr("tokenizers.__version__", "9")
+    cached_samples(KEY, "rows", prepare)
+    assert prepare.calls == 2
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_what_preparing_refuses_is_refused_each_time_and_leaves_nothing(cache, tmp_path, monkeypatch, caplog, writable):
+    def refuse():
+        raise UserError("a.jsonl:1: empty")
+
+    if not writable:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "file"))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"a\.jsonl:1: empty"):
+            cached_samples(KEY, "rows", refuse)
+    assert not writable or not any(path.is_dir() for path in cache.iterdir())
+
+
+@pytest.mark.parametrize("fault", ["not writable", "full"])
+def test_a_cache_that_cannot_be_written_prepares_in_memory_once_with_one_warning(tmp_path, monkeypatch, caplog, fault):
+    def save(self, folder):
+        raise OSError(28, "No space left on device")
+
+    if fault == "full":
+        monkeypatch.setattr("qlora_lightning.data.samples.SampleSet.save", save)
+    else:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "file"))
+    prepare = Prepare()
+    samples, report = cached_samples(KEY, "rows", prepare)
+    assert (prepare.calls, len(samples), report.rows) == (1, 1, 1)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "The samples of rows are not kept for the next start" in record.message
+    assert ("No space left on device" if fault == "full" else str(tmp_path / "file")) in record.message
+
+
+def test_a_killed_preparation_leaves_nothing_that_counts(cache):
+    script = """
+import os, signal
+from tests.data.test_cache import KEY, Prepare
+from qlora_lightning.data.cache import cached_samples
+from qlora_lightning.data.samples import SampleSet
+
+def save(self, folder):
+    (folder / "ids.npy").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+SampleSet.save = save
+cached_samples(KEY, "rows", Prepare())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    killed = subprocess.run([sys.executable, "-c", script], env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(cache.glob("*/ids.npy"))) == 1  # half of it is there
+    prepare = Prepare()
+    samples, _ = cached_samples(KEY, "rows", prepare)
+    assert (prepare.calls, samples.ids.tolist()) == (1, [5, 6, 7])
+
+
+def test_those_who_ask_at_once_prepare_once():
+    prepare, all_here = Prepare(), threading.Barrier(3)
+    found = []
+
+    def ask():
+        all_here.wait()
+        found.append(cached_samples(KEY, "rows", prepare)[0].ids.tolist())
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [[5, 6, 7]] * 3
+    assert prepare.calls == 1

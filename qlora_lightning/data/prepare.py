@@ -128,13 +128,13 @@ class Preparer:
             return [piece for of_sample in pieces for piece in of_sample]
         answers: list[list[int]] = [[]] * len(rendered)  # none to keep
         if self.recipe.too_long == "truncate":
-            answers = renderer.find_answers(*row.chat, len(rendered))
+            answers = renderer.find_answers(row.chat.messages, row.chat.tools, len(rendered))
         fitted = []
         for sample, cut, trained in zip(rendered, long, answers, strict=True):
             if not cut:
                 fitted.append(sample)
                 continue
-            short = shorten(renderer, *row.chat, trained, most)
+            short = shorten(renderer, row.chat.messages, row.chat.tools, trained, most)
             report.lost_tokens += len(sample.ids)
             report.lost_labels += _count(sample.labels)
             if short is not None:
@@ -184,7 +184,7 @@ def prepare_prompts(
         converter = RowConverter(settings, needs_answer=False)
         preparer = Preparer(recipe, converter, source, report)
         for chunk in _chunks(rows, converter):
-            for number, row, (conversation, tools) in preparer.convert(chunk, report.rows):
+            for number, row, (conversation, tools, _) in preparer.convert(chunk, report.rows):
                 answered = conversation[-1]["role"] == "assistant"
                 reference = conversation[-1]["content"] if answered else None
                 messages = conversation[:-1] if answered else conversation

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule
 
 from qlora_lightning.data.cache import Prepared, cached_samples, describe_sources
 from qlora_lightning.data.chat.labels import ChatRenderer
-from qlora_lightning.data.chat.tokenizer import TokenizerChoice, hash_choice, load_choice, tokenizer_of_base
+from qlora_lightning.data.chat.tokenizer import TokenizerChoice, hash_tokenizer, load_choice, tokenizer_of_base
 from qlora_lightning.data.prepare import Recipe, as_row, prepare_prompts, prepare_samples, rows_bar
 from qlora_lightning.data.prompts import Prompt, as_samples
 from qlora_lightning.data.report import Report
@@ -127,7 +127,7 @@ class PreparedRows(LightningDataModule):
 
     def _key(self, sources: Sequence[Source], split: str) -> Mapping[str, Any] | None:
         """Return everything that samples depend on; None where that cannot be told."""
-        tokenizer = hash_choice(self._tokenizer_choice, self.chat_template)
+        tokenizer = hash_tokenizer(self._tokenizer_choice, self.chat_template)
         if tokenizer is None or "." in self.format:  # a function of the user's may depend on anything
             return None
         settings = {name: getattr(self, name) for name in ("columns", *MAKE_SAMPLES[:5])}

@@ -147,18 +147,20 @@ class _Shortening:
             kept -= 1
 
 
-def split_up(sample: Rendered, max_length: int) -> list[Rendered]:
+def split_up(sample: Rendered, max_length: int, context: int | None = None) -> list[Rendered]:
     """Cut a sample into pieces of at most ``max_length`` tokens that train each labelled token exactly once.
 
-    Each later piece begins with the tokens that ended the one before, a quarter of ``max_length``, as context without
-    labels. A piece without a labelled token is left out, so that there may be none.
+    Each later piece begins with the tokens that ended the one before as context without labels. A piece without a
+    labelled token is left out, so that there may be none.
 
     Args:
         sample: one that is too long.
         max_length: tokens, at least 2.
+        context: tokens that a piece repeats, at least 1, without which its first token could not be predicted; 1 is
+            for documents. ``None``: a quarter of ``max_length``.
     """
     ids, labels = sample
-    context = _quarter(max_length)
+    context = context or _quarter(max_length)
     pieces = []
     for start in range(0, max(len(ids) - context, 1), max_length - context):
         end = start + max_length

@@ -11,15 +11,18 @@ from qlora_lightning.data.rows.tools import read_calls
 class Message(TypedDict):
     """One turn: who speaks (system, user, assistant or tool), the text, and what else a chat template may need.
 
-    ``train`` is only ever False, on an answer that is not to be trained; templates never see it.
+    ``train`` is only ever False, on an answer that is not to be trained; ``untrained`` holds the stretches of an
+    answer's content, in characters, that are not. Templates see neither.
     """
 
     role: str
     content: str
-    train: NotRequired[bool]
+    reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[dict[str, Any]]]
     name: NotRequired[str]
     tool_call_id: NotRequired[str]
+    train: NotRequired[bool]
+    untrained: NotRequired[list[tuple[int, int]]]
 
 
 Conversation = list[Message]
@@ -27,11 +30,40 @@ Tools = list[dict[str, Any]] | None
 
 
 class Chat(NamedTuple):
-    """A conversation, and the schemas of the tools that may be called in it."""
+    """A conversation, and the schemas of the tools that may be called in it.
+
+    ``weight``, here and below, is what the row counts in the loss.
+    """
 
     messages: Conversation
     tools: Tools = None
+    weight: float = 1.0
 
+
+class Text(NamedTuple):
+    """Text that is trained without a chat template.
+
+    Attributes:
+        segments: pieces of text, each with whether it is trained.
+        whole: whether it is a document, to begin and end with the tokenizer's own tokens and to be cut into pieces
+            of ``max_length``; else it is taken as it is written.
+        weight: of the row.
+    """
+
+    segments: tuple[tuple[str, bool], ...]
+    whole: bool
+    weight: float = 1.0
+
+
+class Tokens(NamedTuple):
+    """Token ids as they are trained, and their labels: -100 where they are not."""
+
+    ids: list[int]
+    labels: list[int]
+    weight: float = 1.0
+
+
+Content = Chat | Text | Tokens
 
 ROLES = ("system", "user", "assistant", "tool")
 MEDIA = ("images", "videos", "audios", "image", "video", "audio")  # keys of rows and of messages
@@ -78,8 +110,11 @@ def check_message(message: Any, number: int) -> Message:
 
 
 def without_marks(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    """Return the messages as a chat template takes them: without ``train``."""
-    return [{key: value for key, value in message.items() if key != "train"} for message in messages]
+    """Return the messages as a chat template takes them: without ``train`` and ``untrained``."""
+    return [{key: value for key, value in message.items() if key not in _MARKS} for message in messages]
+
+
+_MARKS = ("train", "untrained")
 
 
 def _read_content(content: Any, role: str, number: int, optional: bool) -> str:

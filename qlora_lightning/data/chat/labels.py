@@ -347,6 +347,16 @@ def _count_used(conversation: Conversation) -> int:
     return max(number for number, message in enumerate(conversation, start=1) if message["role"] == "assistant")
 
 
+class _Stretch(NamedTuple):
+    """Tokens of one encoding: the first token and character, and how many lie before those of the encoding itself."""
+
+    token: int
+    character: int
+    encoding: Any
+    tokens_before: int
+    characters_before: int
+
+
 class _Encoded:
     """The ids of a text and the characters of each; what is cut holds stretches that were encoded by themselves.
 
@@ -356,15 +366,15 @@ class _Encoded:
 
     def __init__(self, encoding: Any) -> None:
         self.ids: list[int] = encoding.ids
-        self._stretches = [_Stretch(0, 0, encoding, 0, 0)]
+        self._stretches: list[_Stretch] = [_Stretch(0, 0, encoding, 0, 0)]
 
     def find_token(self, character: int) -> int:
         """Return the first token that holds a character, or the nearest one before it that a token holds; else 0."""
-        stretch = next(one for one in reversed(self._stretches) if one.character <= max(character, 0))
+        stretch: _Stretch = next(one for one in reversed(self._stretches) if one.character <= max(character, 0))
         for at in range(character - stretch.characters_before, -1, -1):
-            token = stretch.encoding.char_to_token(at)
+            token: int | None = stretch.encoding.char_to_token(at)
             if token is not None:
-                return int(token) + stretch.tokens_before
+                return token + stretch.tokens_before
         return stretch.token
 
     def find_characters(self, token: int) -> tuple[int, int]:
@@ -402,16 +412,6 @@ class _Encoded:
         rest = [] if behind is None else self.ids[behind:]
         self.ids = [*self.ids[:token], *header.ids, *answer.ids, *rest]
         self._stretches = stretches
-
-
-class _Stretch(NamedTuple):
-    """Tokens of one encoding: the first token and character, and how many lie before those of the encoding itself."""
-
-    token: int
-    character: int
-    encoding: Any
-    tokens_before: int
-    characters_before: int
 
 
 class _Plain:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_lightning.data.chat.control_tokens import ControlTokens
 from qlora_lightning.data.chat.templates import find_presets, find_reasoning_key
@@ -71,6 +73,7 @@ class ChatText:
 
     def __init__(self, tokenizer: Any, controls: ControlTokens, reasoning: str = "template") -> None:
         self.tokenizer, self.controls, self.reasoning = tokenizer, controls, reasoning
+        self._special_tokens = dict(getattr(tokenizer, "special_tokens_map", {}))
         self._reasoning_key = find_reasoning_key(getattr(tokenizer, "chat_template", None))
 
     def render(self, messages: Conversation, tools: Tools, wanted: Sequence[int]) -> list[RenderedText]:
@@ -136,15 +139,26 @@ class ChatText:
     def _apply(self, messages: Sequence[Message], tools: Tools, generation: bool = False) -> str:
         plain = [self._as_read(message) for message in messages]
         try:
-            return str(
-                self.tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, add_generation_prompt=generation)
-            )
+            return self._render_plain(plain, tools, generation)
         except TemplateError as error:
             calls = tools or any("tool_calls" in message for message in messages)
             advice = f". {self._advise_on_tools()}" if calls else ""
             raise RowFault(f"the chat template refuses the conversation: {error}{advice}") from error
         except Exception as error:  # a template is a program, and may fail in any way on what it does not expect
             raise RowFault(f"the chat template fails on the conversation: {type(error).__name__}: {error}") from error
+
+    def _render_plain(self, plain: list[dict[str, Any]], tools: Tools, generation: bool) -> str:
+        """Call the template; as ``apply_chat_template`` does, without what it does for other kinds of messages."""
+        tokenizer = self.tokenizer
+        if getattr(type(tokenizer), "apply_chat_template", None) is not PreTrainedTokenizerBase.apply_chat_template:
+            return str(
+                tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, add_generation_prompt=generation)
+            )
+        template = tokenizer.get_chat_template(tools=tools)
+        (text,), _ = render_jinja_template(
+            [plain], tools=tools, chat_template=template, add_generation_prompt=generation, **self._special_tokens
+        )
+        return str(text)
 
     def _as_read(self, message: Message) -> dict[str, Any]:
         """Return a message as the template reads it: without marks, its reasoning where the template looks for it."""

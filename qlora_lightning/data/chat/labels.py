@@ -144,6 +144,10 @@ class ChatRenderer:
             "has a template (the model's -Instruct or -Chat variant)."
         )
 
+    def _check_offsets(self, what: str) -> None:
+        if getattr(self.tokenizer, "backend_tokenizer", None) is None:
+            raise RowFault(f"{what} need a tokenizer that knows the characters of its tokens, a fast one")
+
     def _write(self, content: Content) -> list[RenderedText]:
         """Return the texts that a row becomes; tokens become none."""
         if isinstance(content, Tokens):
@@ -151,6 +155,8 @@ class ChatRenderer:
         if isinstance(content, Text):
             return [self._write_text(content)]
         self._check_template()
+        if any("untrained" in message for message in content.messages):
+            self._check_offsets("parts that are not trained")
         messages = content.messages[: _count_used(content.messages)]
         self._refuse_controls(messages, content.tools)
         marked = [message for message in messages if not message.get("train", True) or message.get("untrained")]
@@ -254,8 +260,7 @@ class ChatRenderer:
         """Label a document, or the trained segments of a text: those tokens that lie in them with every character."""
         if content.whole:
             return Rendered(encoded.ids, [IGNORED, *encoded.ids[1:]])
-        if not hasattr(self.tokenizer, "backend_tokenizer"):
-            raise RowFault("segments need a tokenizer that knows the characters of its tokens, a fast one")
+        self._check_offsets("segments")
         text, segments = rendered
         starts, before = list[int](), (0, 0)
         for segment in segments:

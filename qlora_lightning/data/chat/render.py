@@ -21,7 +21,8 @@ _OURS = ("train", "untrained", "reasoning_content")
 _TAG = r"\w*(?:think|reason)\w*"  # <think>, [THINK], <seed:think>, …
 _INLINE = re.compile(rf"\s*<({_TAG})>(.*?)</\1>\s*", re.DOTALL)  # reasoning within the content
 _OPENED = re.compile(rf"([<\[])({_TAG})([>\]])\s*$", re.IGNORECASE)  # by the generation prompt
-_NO_REASONING = re.compile(rf"\s*(?:[<\[]{_TAG}[>\]]\s*)?[<\[]/{_TAG}[>\]]", re.IGNORECASE)  # a block without content
+# a block without content, and the line breaks that templates write behind it
+_NO_REASONING = re.compile(rf"\s*(?:[<\[]{_TAG}[>\]]\s*)?[<\[]/{_TAG}[>\]]\n{{0,2}}", re.IGNORECASE)
 _FEW = 8  # answers of one conversation that are all checked by rendering
 _MARK = "An answer, to be found again."
 
@@ -212,7 +213,8 @@ class ChatText:
         the text to its end the conversation so far. Of many, that would cost the square of their number. There the
         first, the last and those at doubled distances are checked so. The others are only looked up by the header that
         a prompt ends with, which the text must hold exactly once for each answer: that the template would render a
-        prompt for them with the same text is not proven, but would take a template that changes its mind between.
+        prompt for them with the same text is not proven, but would take a template that changes its mind between. With
+        ``reasoning: keep`` the first that generation sees otherwise is enough: then all are spliced.
         """
         checked = list(wanted)
         if len(wanted) > _FEW:
@@ -220,7 +222,7 @@ class ChatText:
                 {wanted[0], wanted[-1], *(wanted[2**power] for power in range(len(wanted).bit_length() - 1))}
             )
         spans = {number: self._find_answer(messages, tools, number, text, whole) for number in checked}
-        if len(checked) == len(wanted):
+        if len(checked) == len(wanted) or (self.reasoning == "keep" and None in spans.values()):
             return spans
         between = None if None in spans.values() else self._find_by_header(messages, tools, text)
         if between is None or any(span and between[number][0] != span[0] for number, span in spans.items()):
@@ -391,14 +393,9 @@ def _without_reasoning(message: Message) -> Message:
 
 def _count_own(message: Message, said: str) -> int:
     """Count the characters of a block without reasoning that the template itself writes before an answer."""
-    thought, content = _split_reasoning(message)
-    block = _NO_REASONING.match(said)
-    if thought is not None or not block:
-        return 0
-    behind = said[block.end() : len(said) - len(said[block.end() :].lstrip())]
-    spaces = content[: len(content) - len(content.lstrip())]  # the answer's own, as far as the template keeps them
-    kept = next(size for size in range(len(spaces), -1, -1) if behind.endswith(spaces[len(spaces) - size :]))
-    return block.end() + len(behind) - kept
+    thought, _ = _split_reasoning(message)
+    block = _NO_REASONING.match(said) if thought is None else None
+    return block.end() if block else 0
 
 
 def _leaves(value: Any) -> Iterator[str]:

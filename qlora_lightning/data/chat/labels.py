@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+from unicodedata import normalize
 
 from qlora_lightning.data.chat.control_tokens import ControlTokens, find_stop_ids, writes_bos
 from qlora_lightning.data.chat.render import REASONING, Answer, ChatText, RenderedText
@@ -240,7 +241,7 @@ class ChatRenderer:
             after = encoded.find_end(answer.end)
             wanted = text[answer.start : answer.end]
             said = self._decode(encoded.ids[first:after])
-            if said != wanted and f" {said}" != wanted:  # sentencepiece decoders drop a space at the start
+            if said != wanted and not _is_same_text(said, wanted):
                 raise RowFault(f"the labelled tokens say {said!r}, not the answer {wanted!r}")
             places.append((answer, first, after))
         ids = encoded.ids
@@ -350,6 +351,19 @@ _REMEMBERED = 1_000  # headers; some templates make one of the whole prompt
 def _count_used(conversation: Conversation) -> int:
     """Count the messages up to the last answer; what follows it teaches nothing."""
     return max(number for number, message in enumerate(conversation, start=1) if message["role"] == "assistant")
+
+
+def _is_same_text(said: str, wanted: str) -> bool:
+    """Whether a tokenizer changed no more than how characters are composed, or a space before them.
+
+    Qwen's tokenizers compose accents (NFC), others spell out ligatures too (NFKC); decoders of sentencepiece drop a
+    space at the start.
+    """
+    forms = (wanted, *(normalize(form, wanted) for form in _FORMS))
+    return any(text in forms for text in (said, f" {said}"))
+
+
+_FORMS: tuple[Literal["NFC", "NFKC"], ...] = ("NFC", "NFKC")
 
 
 class _Stretch(NamedTuple):

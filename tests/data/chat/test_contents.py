@@ -4,6 +4,7 @@ import json
 import pickle
 
 import pytest
+from tokenizers import Tokenizer, normalizers
 
 from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
 from qlora_lightning.data.chat.lengths import split_up
@@ -132,9 +133,11 @@ def test_reasoning_in_a_call_of_tools(families, talk):
     gpt = families["gpt_oss"]
     renderer = ChatRenderer(gpt, stop_ids=[gpt.convert_tokens_to_ids("<|call|>")])
     (rendered,) = renderer.render(conversation)
+    begun = "<|start|>assistant"
     assert labelled(gpt, rendered) == (
-        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant to=functions.add<|channel|>commentary json<|message|>"
-        '{"a": 1}<|call|><|channel|>analysis<|message|>so<|end|><|start|>assistant<|channel|>final<|message|>Four.<|return|>'
+        f"<|channel|>analysis<|message|>hm<|end|>{begun} to=functions.add<|channel|>commentary json<|message|>"
+        '{"a": 1}<|call|>'
+        f"<|channel|>analysis<|message|>so<|end|>{begun}<|channel|>final<|message|>Four.<|return|>"
     )
 
 
@@ -155,6 +158,21 @@ def test_parts_of_an_answer_that_are_not_trained_by_hand(characters, smol, talk)
             assert labelled(tokenizer, rendered) == wanted
     with pytest.raises(RowFault, match="contradicts `train_on: all`"):
         ChatRenderer(smol, train_on="all").render(conversation)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFKC"])
+def test_a_tokenizer_that_composes_characters_trains_the_same_answer(families, talk, form):
+    """As Qwen's do: the tokens say another text than the row, and begin at other characters."""
+    plain = families["qwen25"]
+    backend = Tokenizer.from_str(plain.backend_tokenizer.to_str())
+    backend.normalizer = getattr(normalizers, form)()
+    tokenizer = type(plain)(tokenizer_object=backend, eos_token=plain.eos_token)
+    tokenizer.chat_template = plain.chat_template
+    conversation = talk("cafe\u0301 o\u0302\u0301?", "\n\ne\u0301 o\u0302\u0301 Ae\u0301", "e\u0301?", "ie\u0301")
+    at = conversation[1]["content"].index("A")
+    conversation[1]["untrained"] = [(at, at + 3)]
+    (rendered,) = ChatRenderer(tokenizer).render(conversation)
+    assert labelled(tokenizer, rendered) in ("\n\né ố <|im_end|>ié<|im_end|>", "\n\né ố<|im_end|>ié<|im_end|>")
 
 
 def test_a_document_has_a_beginning_and_an_end(smol, families):

@@ -123,9 +123,13 @@ class ChatRenderer:
         text, found = self._text.render(messages, tools, answers)[-1]
         return self._label(text, found, self._encode([text])[0])
 
-    def count_tokens(self, messages: Sequence[Message], tools: Tools = None, generation: bool = False) -> int:
+    def drop_earlier_reasoning(self, conversation: Conversation) -> Conversation:
+        """Return a conversation without what ``reasoning: drop`` leaves out of it."""
+        return self._text.drop_earlier_reasoning(conversation[: _count_used(conversation)])
+
+    def count_tokens(self, messages: Conversation, tools: Tools = None, generation: bool = False) -> int:
         """Count the tokens of messages to the stop token that ends them, or of a prompt for generation."""
-        ids = self._encode([self._text.apply(messages, tools, generation)])[0].ids
+        ids = self._encode([self._text.write(messages, tools, generation)])[0].ids
         stops = () if generation else (at for at, number in enumerate(ids, start=1) if number in self.stop_ids)
         return max(stops, default=len(ids))
 

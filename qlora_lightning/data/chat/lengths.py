@@ -51,7 +51,7 @@ def shorten(
     """
     if not answers:
         return None
-    limit = max_length
+    conversation, limit = renderer.drop_earlier_reasoning(conversation), max_length
     while limit > 1:
         messages, trained, fits = _Shortening(renderer, conversation, tools, answers, limit).choose()
         ids, labels = renderer.render_answers(messages, tools, trained)

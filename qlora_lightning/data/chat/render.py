@@ -94,7 +94,7 @@ class ChatText:
                 otherwise than generation would begin it.
             UserError: it writes no stop token after an answer.
         """
-        messages = self._without_earlier_reasoning(messages)
+        messages = self.drop_earlier_reasoning(messages)
         text = self._apply(messages, tools)
         self._check_messages(messages, tools, text)
         keep = self.reasoning == "keep"
@@ -121,7 +121,7 @@ class ChatText:
         Raises:
             RowFault: the template refuses the conversation, or changes or leaves out a message.
         """
-        messages = self._without_earlier_reasoning(messages, generation=True)
+        messages = self.drop_earlier_reasoning(messages, generation=True)
         text = self._apply(messages, tools, generation=True)
         self._check_messages(messages, tools, text)
         spans = self._find_answers(messages, tools, text, _find_places(messages))
@@ -129,13 +129,27 @@ class ChatText:
             return self._splice(messages, tools, (), generation=True)
         return RenderedText(text, [Answer(number, *span) for number, span in spans.items() if span])
 
-    def apply(self, messages: Sequence[Message], tools: Tools = None, generation: bool = False) -> str:
-        """Apply the template to a conversation, earlier reasoning dropped if that is asked for.
+    def write(self, messages: Conversation, tools: Tools, generation: bool = False) -> str:
+        """Return the text of messages, or of a prompt, with the earlier answers as ``render`` and it have them."""
+        text = self._apply(messages, tools, generation)
+        if self.reasoning == "keep":
+            places = _find_places(messages)
+            if None in self._find_answers(messages, tools, text, places, None if generation else text).values():
+                return self._splice(messages, tools, (), generation).text
+        return text
 
-        Raises:
-            RowFault: it refuses the conversation.
+    def drop_earlier_reasoning(self, messages: Sequence[Message], generation: bool = False) -> Conversation:
+        """Return messages without the reasoning of all answers but the last, if reasoning is dropped.
+
+        Args:
+            messages: a whole conversation.
+            generation: whether an answer is to come, so that those of the messages are all earlier ones.
         """
-        return self._apply(self._without_earlier_reasoning(messages, generation), tools, generation)
+        if self.reasoning != "drop":
+            return list(messages)
+        places = _find_places(messages)
+        earlier = set(places if generation else places[:-1])
+        return [_without_reasoning(one) if number in earlier else one for number, one in enumerate(messages)]
 
     def _apply(self, messages: Sequence[Message], tools: Tools, generation: bool = False) -> str:
         plain = [self._as_read(message) for message in messages]
@@ -170,13 +184,6 @@ class ChatText:
         elif thought:
             plain["content"] = "<think>\n" + thought.strip("\n") + "\n</think>\n\n" + message["content"]
         return plain
-
-    def _without_earlier_reasoning(self, messages: Sequence[Message], generation: bool = False) -> Conversation:
-        if self.reasoning != "drop":
-            return list(messages)
-        places = _find_places(messages)
-        earlier = set(places if generation else places[:-1])
-        return [_without_reasoning(one) if number in earlier else one for number, one in enumerate(messages)]
 
     def _render_turn(
         self, before: Sequence[Message], message: Message, tools: Tools, whole: str | None = None

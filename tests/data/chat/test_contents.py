@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, normalizers
 
 from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
-from qlora_lightning.data.chat.lengths import split_up
+from qlora_lightning.data.chat.lengths import shorten, split_up
 from qlora_lightning.data.chat.render import ChatText
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.rows.bad_rows import RowFault
@@ -121,6 +121,21 @@ def test_earlier_reasoning_by_hand(families):
         assert texts[-1].removesuffix(none + "b") == prompt
     with pytest.raises(UserError, match="reasoning: expected template, keep, drop, found 'all'"):
         ChatRenderer(tokenizer, reasoning="all")
+
+
+@pytest.mark.parametrize("reasoning", ["template", "keep", "drop"])
+def test_a_conversation_with_reasoning_is_shortened_as_it_is_rendered(families, reasoning):
+    tokenizer = families["qwen3_agent"]
+    renderer = ChatRenderer(tokenizer, reasoning=reasoning)
+    question = {"role": "user", "content": "question " * 3}
+    conversation = [one for n in range(6) for one in (question, thinking(f"answer {n}", "thought " * 3))]
+    samples = renderer.render(conversation)
+    for sample, answers in zip(samples, renderer.find_answers(conversation, None, len(samples)), strict=True):
+        short = shorten(renderer, conversation, None, answers, len(sample.ids) - 1)
+        exchange = len(sample.ids) // len(answers)  # as long as a turn of those that go
+        assert len(sample.ids) - 2 * exchange - 20 < len(short.ids) < len(sample.ids)
+        assert labelled(tokenizer, sample).endswith(labelled(tokenizer, short))
+        assert labelled(tokenizer, short).endswith(f"answer {answers[-1] // 2}<|im_end|>")
 
 
 def test_reasoning_in_a_call_of_tools(families, talk):

@@ -311,6 +311,15 @@ def test_long_conversations_cost_what_their_length_does(families, talk, name, re
     assert sum(number == families[name].eos_token_id for number in sample.labels) == turns + (name != "mistral")
 
 
+def test_text_like_a_header_in_one_of_many_answers(families, talk):
+    """Alpaca's headers are plain text, which an answer may quote."""
+    chosen = choose_chat_template(families["qwen25"], "alpaca")
+    contents = [f"text {number}" for number in range(24)]
+    contents[11] = "a\n\n### Response:\nb"
+    (rendered,) = ChatRenderer(chosen).render(talk(*contents))
+    assert labelled(chosen, rendered) == "".join(f"{answer}<|im_end|>" for answer in contents[1::2])
+
+
 def test_kept_reasoning_of_many_turns_costs_what_their_length_does(families, monkeypatch):
     rendered, plain = [], ChatText._render_plain
 

@@ -3,7 +3,6 @@ from tokenizers.processors import TemplateProcessing
 
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.rows.bad_rows import RowFault
-from qlora_lightning.data.rows.conversation import Chat
 from qlora_lightning.support.errors import UserError
 
 
@@ -50,26 +49,6 @@ def test_every_answer_is_trained_or_the_last_or_all(characters, talk):
 
 def test_turns_after_the_last_answer_are_left_out(characters, talk):
     assert render(characters, talk("q", "a", "r")) == render(characters, talk("q", "a"))
-
-
-@pytest.mark.parametrize("template", [None, "llama3"])
-@pytest.mark.parametrize("answer", ["yes", "\n\n  yes", "é🙂\nyes", " yes ", "1,000 <html>"])
-def test_what_is_trained_follows_exactly_what_generation_sees(smol, templates, talk, template, answer):
-    if template:
-        smol.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
-        smol.chat_template = getattr(templates, template)
-    stop = smol.convert_tokens_to_ids("<|eot_id|>" if template else "<|im_end|>")
-    conversation = talk("q é", answer, "and?", answer + "!")
-    ids, labels = render(smol, conversation, stop_ids=[stop])
-    for turn in (1, 3):
-        prompt = render_prompt(smol, conversation[:turn])
-        assert ids[: len(prompt)] == prompt
-        assert labels[len(prompt)] == ids[len(prompt)]
-        assert labels[len(prompt) - 1] == -100
-    said = [text.strip() if template else text for text in (answer, answer + "!")]
-    assert smol.decode([label for label in labels if label != -100]) == "".join(
-        text + smol.decode([stop]) for text in said
-    )
 
 
 def test_control_tokens_as_text_are_refused(smol, talk):
@@ -142,15 +121,6 @@ def test_calls_of_tools_are_trained_and_what_tools_return_is_not(smol, talk):
     smol.chat_template = TOOLS.replace("{% if tools %}", "{% if false %}")
     with pytest.raises(RowFault, match="leaves out the tool 'clock': it knows no tools"):
         ChatRenderer(smol).render(conversation, tools)
-
-
-def test_many_are_rendered_as_each_alone(smol, talk):
-    conversations = [talk("q", "a"), talk("<|im_end|>", "a"), talk("q", "\n\nb", "r", "\nc")]
-    renderer = ChatRenderer(smol)
-    good, bad, cut = renderer.render_all([Chat(conversation) for conversation in conversations])
-    assert good == ChatRenderer(smol).render(conversations[0])
-    assert isinstance(bad, RowFault)
-    assert cut == ChatRenderer(smol).render(conversations[2])
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,11 @@ def test_calls_of_tools_are_trained_and_what_tools_return_is_not(smol, talk):
 
 @pytest.mark.parametrize(
     ("ending", "found"),
-    [("", "the first control token there is missing"), ("<|endoftext|>", "'<|endoftext|>', at which generation")],
+    [
+        ("", "the first control token there is missing"),
+        ("<|endoftext|>", "'<|endoftext|>', at which generation"),
+        ("<|endoftext|><|im_end|>", "'<|endoftext|>', at which"),
+    ],
 )
 def test_a_template_without_stop_token_is_refused_with_the_turn(smol, talk, ending, found):
     smol.chat_template = (

@@ -15,7 +15,7 @@ from qlora_lightning.data.batches.stream import StreamLoader
 from qlora_lightning.data.cache import Prepared, cached_samples, describe_sources, identify
 from qlora_lightning.data.chat.labels import TRAIN_ON, ChatRenderer
 from qlora_lightning.data.chat.lengths import TOO_LONG
-from qlora_lightning.data.chat.tokenizer import TokenizerChoice, hash_choice, load_choice, tokenizer_of_base
+from qlora_lightning.data.chat.tokenizer import TokenizerChoice, hash_tokenizer, load_choice, tokenizer_of_base
 from qlora_lightning.data.prepare import Recipe, Rows, prepare_prompts, prepare_samples, watch_rows
 from qlora_lightning.data.prompts import Prompt, PromptLoader, as_samples
 from qlora_lightning.data.report import Report
@@ -53,7 +53,7 @@ class InstructionDataModule(LightningDataModule):
         columns: other names for columns, ``{their name: our name}``; ``null`` leaves a column out.
         roles: other names of who speaks, ``{their name: our name}``.
         system: system prompt for rows without one.
-        encoding: of text files that are not UTF-8, such as ``latin-1``.
+        encoding: of text files: ``latin-1`` for example.
         chat_template: ``llama3``, ``chatml``, ``alpaca`` or a ``.jinja`` file; by default the tokenizer's own.
         template_options: values of the template's variables, ``{date_string: 27 Nov 2026, enable_thinking: false}``;
             they are saved inside the adapter's template. A template that asks for today's date gets 26 July 2024,
@@ -88,7 +88,7 @@ class InstructionDataModule(LightningDataModule):
         columns: dict[str, str | None] | None = None,
         roles: dict[str, str] | None = None,
         system: str | None = None,
-        encoding: str | None = None,
+        encoding: str = "utf-8",
         chat_template: str | None = None,
         template_options: dict[str, Any] | None = None,
         reasoning: Literal["template", "keep", "drop"] = "template",
@@ -109,7 +109,7 @@ class InstructionDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.files = {"train": train, "val": val, "test": test, "predict": predict}
-        self.format, self.columns, self.roles, self.system = format, columns or {}, roles, system
+        self.format, self.columns, self.roles, self.system = format, columns or {}, roles or {}, system
         self.encoding = encoding
         self.chat_template, self.template_options = chat_template, template_options or {}
         self.reasoning, self.train_on = reasoning, train_on
@@ -200,8 +200,7 @@ class InstructionDataModule(LightningDataModule):
     def renderer(self) -> ChatRenderer:
         """Renders conversations and prompts with the tokenizer and the settings of this data module."""
         if self._renderer is None:
-            more: dict[str, Any] = {} if self.reasoning == "template" else {"reasoning": self.reasoning}
-            self._renderer = ChatRenderer(self.tokenizer, train_on=self.train_on, **more)
+            self._renderer = ChatRenderer(self.tokenizer, train_on=self.train_on, reasoning=self.reasoning)
         return self._renderer
 
     @property
@@ -367,20 +366,18 @@ class InstructionDataModule(LightningDataModule):
         return Recipe(self.renderer, self.max_length, self.too_long)
 
     def _row_settings(self) -> RowSettings:
-        more: dict[str, Any] = {} if self.roles is None else {"roles": self.roles}
-        return RowSettings(self.format, self.columns, self.system, **more)
+        return RowSettings(self.format, self.columns, self.system, self.roles)
 
     def _find_sources(self, split: str) -> list[Source]:
         value = self.files[split]
         if value is None:
             return []
-        more: dict[str, Any] = {} if self.encoding is None else {"encoding": self.encoding}
         streaming = self.streaming and split == "train"
-        return find_sources(value, split, streaming=streaming, settings=self._row_settings(), **more)
+        return find_sources(value, split, streaming=streaming, settings=self._row_settings(), encoding=self.encoding)
 
     def _key(self, sources: Sequence[Source]) -> dict[str, Any] | None:
         """Return everything that samples depend on; None if nobody can tell."""
-        tokenizer = hash_choice(self._tokenizer_choice, self.chat_template)
+        tokenizer = hash_tokenizer(self._tokenizer_choice, self.chat_template)
         # a function of the user's may depend on anything
         if not sources or tokenizer is None or any("." in source.settings.format for source in sources):
             return None

@@ -142,11 +142,7 @@ def _fit(recipe: Recipe, content: Content, rendered: list[Rendered], report: Rep
     if not any(long):
         return rendered
     if isinstance(content, Text) and content.whole:  # a document: every piece of it is trained
-        return [
-            Rendered(sample.ids[start : start + most], sample.labels[start : start + most])
-            for sample in rendered
-            for start in range(0, len(sample.ids), most)
-        ]
+        return [piece for sample in rendered for piece in split_up(sample, most, context=1)]
     if recipe.too_long == "split":
         pieces = [split_up(sample, most) if cut else [sample] for sample, cut in zip(rendered, long, strict=True)]
         return [piece for of_sample in pieces for piece in of_sample]

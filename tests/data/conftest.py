@@ -99,11 +99,15 @@ _LINES = [
 _SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as Llama-3 and Qwen do
 _CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+_R1 = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"]
 _FAMILIES = {  # name: control tokens, BOS, end of sequence
     "llama2": (["<unk>", "<s>", "</s>"], "<s>", "</s>"),
     "llama31": (_LLAMA3, "<|begin_of_text|>", "<|eot_id|>"),
     "qwen25": (_CHATML, None, "<|im_end|>"),
     "qwen3": (_CHATML, None, "<|im_end|>"),
+    "qwen3_agent": (_CHATML, None, "<|im_end|>"),
+    "deepseek_r1": (_R1, _R1[0], _R1[1]),
+    "gpt_oss": (["<|return|>", "<|call|>", "<|end|>", "<|start|>", "<|channel|>", "<|message|>"], None, "<|return|>"),
     "mistral": (["<unk>", "<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>"),
     "markers": (_CHATML, None, "<|im_end|>"),
 }

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from qlora_lightning.data.prepare import (
 )
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow
+from qlora_lightning.data.rows.conversation import Text
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
 from qlora_lightning.support.errors import UserError
@@ -131,15 +131,14 @@ class Plain:
     """A renderer of texts as they are."""
 
     def render_all(self, contents):
-        return [[Rendered(list(range(text.size)), list(range(text.size)))] for text in contents]
+        return [[Rendered(*[list(range(len(text.segments[0][0])))] * 2)] for text in contents]
 
 
 @pytest.mark.parametrize(("too_long", "cut"), [("truncate", [8]), ("drop", []), ("split", [8, 8, 7])])
 def test_a_document_is_cut_into_pieces_and_other_text_as_its_settings_say(too_long, cut):
-    Text = namedtuple("Text", "size whole")
     recipe = Recipe(Plain(), max_length=8, too_long=too_long)
-    for whole, lengths in ((True, [8, 8, 3]), (False, cut)):
-        row = Converted(0, 0, Row({}, "a.jsonl", 1), Text(19, whole))
+    for whole, lengths in ((True, [8, 8, 5]), (False, cut)):
+        row = Converted(0, 0, Row({}, "a.jsonl", 1), Text((("x" * 19, True),), whole))
         samples, report = render_rows(recipe, [row])
         assert samples.lengths.tolist() == lengths
         assert report.shortened == (lengths == [8])

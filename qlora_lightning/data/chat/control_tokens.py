@@ -1,51 +1,41 @@
 """The control tokens of a tokenizer, and those at which generation stops."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from qlora_lightning.base.folder import read_generation_config
 from qlora_lightning.support.errors import UserError
 
 
-class Control(NamedTuple):
-    """A control token in a text: its id, its first character, and the character behind it."""
-
-    id: int
-    start: int
-    end: int
-
-
 class ControlTokens:
-    """Finds control tokens in texts and in ids; a tokenizer splits a text at them before anything else.
+    """The control tokens of a tokenizer, which splits a text at them before anything else.
 
     Args:
         tokenizer: a tokenizer of transformers.
         stop_ids: ids at which generation stops; they count as control tokens whatever the tokenizer says of them.
+
+    Attributes:
+        ids: every control token with its id.
+        known: these ids.
+        pattern: finds any of them in a text.
+        stop_pattern: finds those at which generation stops.
     """
 
     def __init__(self, tokenizer: Any, stop_ids: Collection[int]) -> None:
+        stops = {tokenizer.decode([number]): number for number in stop_ids}
         self.ids = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.ids.update(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        self.ids.update({tokenizer.decode([number]): number for number in stop_ids})
-        self._known = frozenset(self.ids.values())
-        longest_first = sorted(self.ids, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.ids.update(stops)
+        self.known = frozenset(self.ids.values())
+        self.pattern = _any_of(self.ids)
+        self.stop_pattern = _any_of(stops)
 
-    def search(self, text: str) -> str | None:
-        """Return the first control token in a text."""
-        found = self._pattern.search(text)
-        return found[0] if found else None
 
-    def in_text(self, text: str) -> list[Control]:
-        """Return every control token of a text."""
-        return [Control(self.ids[found[0]], *found.span()) for found in self._pattern.finditer(text)]
-
-    def in_ids(self, ids: Sequence[int]) -> list[int]:
-        """Return where control tokens stand among ids."""
-        known = self._known
-        return [at for at, number in enumerate(ids) if number in known]
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def writes_bos(tokenizer: Any) -> bool:
@@ -93,10 +83,11 @@ def find_turn_end(tokenizer: Any) -> int | None:
     _, found, after = str(text).rpartition(_ANSWER)
     if not found:
         raise UserError(f"the chat template does not write what an assistant message says: it makes {text!r} of one.")
-    first = next(iter(ControlTokens(tokenizer, ()).in_text(after)), None)
+    controls = ControlTokens(tokenizer, ())
+    first = controls.pattern.search(after)
     shaped = _SHAPED_LIKE_A_CONTROL_TOKEN.match(after)
-    if shaped and (first is None or shaped.start(1) < first.start):
+    if shaped and (first is None or shaped.start(1) < first.start()):
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         if shaped[1] in vocabulary:
             return vocabulary[shaped[1]]
-    return first.id if first else None
+    return controls.ids[first[0]] if first else None

@@ -5,23 +5,10 @@ from collections.abc import Sequence
 
 from qlora_lightning.data.chat.labels import IGNORED, ChatRenderer, Rendered
 from qlora_lightning.data.rows.conversation import Conversation, Tools
-from qlora_lightning.support.errors import UserError
 
 TOO_LONG = ("truncate", "drop", "split")
 _FEWEST = 2  # characters that the longest message keeps
 _GUESSES = 8  # renderings that look for how much of it fits
-
-
-def check_length_settings(max_length: int, too_long: str) -> None:
-    """Refuse settings that no sample could be fitted to.
-
-    Raises:
-        UserError: if ``max_length`` is less than 2 or ``too_long`` is none of the three words.
-    """
-    if max_length < 2:
-        raise UserError(f"max_length: expected at least 2 (a token and the one that it predicts), found {max_length}.")
-    if too_long not in TOO_LONG:
-        raise UserError(f"too_long: expected {', '.join(TOO_LONG)}, found {too_long!r}.")
 
 
 def shorten(
@@ -51,7 +38,7 @@ def shorten(
     """
     if not answers:
         return None
-    limit = max_length
+    conversation, limit = renderer.drop_earlier_reasoning(conversation), max_length
     while limit > 1:
         messages, trained, fits = _Shortening(renderer, conversation, tools, answers, limit).choose()
         ids, labels = renderer.render_answers(messages, tools, trained)
@@ -147,18 +134,20 @@ class _Shortening:
             kept -= 1
 
 
-def split_up(sample: Rendered, max_length: int) -> list[Rendered]:
+def split_up(sample: Rendered, max_length: int, context: int | None = None) -> list[Rendered]:
     """Cut a sample into pieces of at most ``max_length`` tokens that train each labelled token exactly once.
 
-    Each later piece begins with the tokens that ended the one before, a quarter of ``max_length``, as context without
-    labels. A piece without a labelled token is left out, so that there may be none.
+    Each later piece begins with the tokens that ended the one before as context without labels. A piece without a
+    labelled token is left out, so that there may be none.
 
     Args:
         sample: one that is too long.
         max_length: tokens, at least 2.
+        context: tokens that a piece repeats, at least 1, without which its first token could not be predicted; 1 is
+            for documents. ``None``: a quarter of ``max_length``.
     """
     ids, labels = sample
-    context = _quarter(max_length)
+    context = context or _quarter(max_length)
     pieces = []
     for start in range(0, max(len(ids) - context, 1), max_length - context):
         end = start + max_length

@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError
+from jinja2 import Environment, TemplateSyntaxError, nodes
 from jinja2.meta import find_undeclared_variables
 
 from qlora_lightning.data.chat.control_tokens import find_stop_ids, find_turn_end, writes_bos
@@ -19,6 +19,7 @@ from qlora_lightning.support.errors import UserError
 PRESETS: dict[str, tuple[str, ...]] = {
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
+    "chatml-tools": ("<|im_start|>", "<|im_end|>"),
     "alpaca": (),
 }
 _FOLDER = Path(__file__).with_name("chat_templates")
@@ -30,6 +31,7 @@ _DATE_CODES = ("%d", "%m", "%y", "%Y", "%b", "%B", "%a", "%A", "%j", "%H", "%I",
 _PASSED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception"})  # to every template
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")  # a tag that jinja itself does not know
 _PARSER = Environment(extensions=["jinja2.ext.loopcontrols"])  # only parses
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of messages, as templates name it
 
 
 def choose_chat_template(tokenizer: Any, choice: str | None, options: Mapping[str, Any] | None = None) -> Any:
@@ -73,6 +75,19 @@ def choose_chat_template(tokenizer: Any, choice: str | None, options: Mapping[st
 def find_presets(tokenizer: Any) -> list[str]:
     """Return the names of the presets whose control tokens the tokenizer has."""
     return [name for name in PRESETS if not _lacking(tokenizer, name)]
+
+
+def find_reasoning_key(template: str | Mapping[str, str] | None) -> str | None:
+    """Return the key of a message under which a chat template looks for reasoning; None if it looks for none."""
+    names = set[Any]()
+    for text in template.values() if isinstance(template, Mapping) else [template or ""]:
+        try:
+            parsed = _parse(text)
+        except TemplateSyntaxError:  # whoever renders with it will say so
+            continue
+        names.update(found.attr for found in parsed.find_all(nodes.Getattr))
+        names.update(found.value for found in parsed.find_all(nodes.Const))
+    return next((key for key in _REASONING_KEYS if key in names), None)
 
 
 def _keep_template(tokenizer: Any, options: Mapping[str, Any]) -> Any:
@@ -196,7 +211,11 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], whose: str) -> An
 
 def _find_variables(template: str) -> frozenset[str]:
     """Return the names that a template looks up and does not set first."""
-    return frozenset(find_undeclared_variables(_PARSER.parse(_GENERATION.sub("", template))))
+    return frozenset(find_undeclared_variables(_parse(template)))
+
+
+def _parse(template: str) -> nodes.Template:
+    return _PARSER.parse(_GENERATION.sub("", template))
 
 
 def _check_options(options: Mapping[str, Any], known: Collection[str], whose: str) -> None:

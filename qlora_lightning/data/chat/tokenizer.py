@@ -44,35 +44,30 @@ def load_choice(
     return choose_chat_template(tokenizer, chat_template, template_options)
 
 
-def hash_choice(choice: TokenizerChoice, chat_template: str | None) -> str | None:
-    """Hash all that the chosen tokenizer and template consist of, without loading them; None where that is unknown."""
-    if choice is None:
-        return None
+def hash_tokenizer(choice: TokenizerChoice, chat_template: str | None = None, with_template: bool = True) -> str | None:
+    """Hash all that a tokenizer and its template consist of, without loading it; None if that is unknown.
+
+    Args:
+        choice: as in ``load_choice``; of a name the files are hashed that tokenizer and stop tokens are read from.
+        chat_template: as in ``load_choice``.
+        with_template: whether the template of a tokenizer object counts.
+    """
+    parts: list[Any] = [chat_template]
     if isinstance(choice, str | dict):
-        hashed: str | None = hash_tokenizer_files(_find_folder(**_as_arguments(choice)))
+        for file in sorted(_find_folder(**_as_arguments(choice)).iterdir()):
+            if file.suffix in (".json", ".jinja", ".model", ".txt") and ".safetensors" not in file.name:
+                parts.append((file.name, hashlib.sha256(file.read_bytes()).hexdigest()))
     else:
-        hashed = hash_tokenizer(choice)
-    if hashed is None or chat_template is None or chat_template in PRESETS:
-        return hashed and f"{hashed} {chat_template}"
-    file = Path(chat_template).expanduser()
-    return f"{hashed} {file.read_text(encoding='utf-8', errors='replace')}" if file.is_file() else None
-
-
-def hash_tokenizer_files(folder: Path) -> str:
-    """Hash the files that a tokenizer and its stop tokens are read from, without loading it."""
-    total = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".jinja", ".model", ".txt") and ".safetensors" not in file.name:
-            total.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    return total.hexdigest()
-
-
-def hash_tokenizer(tokenizer: Any, with_template: bool = True) -> str | None:
-    """Hash a loaded tokenizer, its template included; None where it cannot be told what it consists of."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    parts = [backend.to_str(), tokenizer.chat_template if with_template else None, tokenizer.special_tokens_map]
+        tokenizer: Any = choice
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        parts += [backend.to_str(), tokenizer.chat_template if with_template else None, tokenizer.special_tokens_map]
+    if chat_template is not None and chat_template not in PRESETS:
+        file = Path(chat_template).expanduser()
+        if not file.is_file():
+            return None
+        parts.append(file.read_text(encoding="utf-8", errors="replace"))
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

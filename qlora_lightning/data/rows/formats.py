@@ -434,13 +434,13 @@ def refuse_other_task(row: Row, needs_answer: bool) -> None:
     values = row.values
     named = _NAMES & values.keys()
     compared = [values[key] for key in ("chosen", "rejected") if key in named]
-    if needs_answer and len(compared) == 2 and any(answer not in _NOTHING for answer in compared):
+    if needs_answer and len(compared) == 2 and not all(map(_is_nothing, compared)):
         raise UserError(
             f"{row.where} is a preference row ('chosen' and 'rejected'), which is no instruction to train on. Take "
             f"rows with one answer; {_advise_on_preferences(values)}{_OR_A_FUNCTION}."
         )
     for key in sorted(named):
-        if key in MEDIA and values[key] not in _NOTHING:
+        if key in MEDIA and not _is_nothing(values[key]):
             why = "but only text is read: its answer would be trained without what it is about"
         elif key in _JUDGEMENTS and str(values[key]).lower() in ("true", "false") and needs_answer:  # a word in CSV
             why = "which says whether its answer is good: bad ones would be trained as well"
@@ -452,16 +452,24 @@ def refuse_other_task(row: Row, needs_answer: bool) -> None:
         )
 
 
-_NOTHING: tuple[Any, ...] = (None, False, "", b"", [], {})
+def _is_nothing(value: Any) -> bool:
+    """Return whether a value is empty, or holds nothing but empty ones, as ``{"bytes": None, "path": ""}``."""
+    if isinstance(value, dict | list):
+        return all(map(_is_nothing, value.values() if isinstance(value, dict) else value))
+    return value in (None, False, "", b"")
 
 
 def _advise_on_preferences(values: dict[str, Any]) -> str:
-    chosen, ours = values["chosen"], None
-    if isinstance(chosen, list):
-        ours = "completion" if isinstance(values.get("prompt"), list) else "messages" if len(chosen) > 1 else None
+    chosen, prompt, ours = values["chosen"], values.get("prompt"), ""
+    if chosen == values.get("messages"):  # UltraFeedback has the chosen ones there too
+        ours = "null"
     elif isinstance(chosen, str):
-        ours = next((answer for prompt, answer in _ANSWERS.items() if isinstance(values.get(prompt), str)), None)
-    if ours is None or ours in values:
+        ours = next((answer for asked, answer in _ANSWERS.items() if isinstance(values.get(asked), str)), "")
+    elif isinstance(chosen, list) and isinstance(prompt, list) and chosen[: len(prompt)] != prompt:
+        ours = "completion"
+    elif isinstance(chosen, list) and len(chosen) > 1:
+        ours = "messages"
+    if not ours or ours in values:
         return ""
     return f"or train the chosen ones alone by `data.columns: {{chosen: {ours}, rejected: null}}`, "
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_lightning.data.chat.labels import ChatRenderer
+from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.support.errors import UserError
@@ -16,6 +17,9 @@ SPECIAL = {
     "llama31": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"],
     "qwen25": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
     "qwen3": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
+    "qwen3_agent": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
+    "deepseek_r1": ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"],
+    "gpt_oss": ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>"],
     "mistral": ["<s>", "</s>", "[INST]", "[/INST]"],
     "markers": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
 }
@@ -23,6 +27,8 @@ TEXT_LIKE_MARKERS = ["[INST", "<<SYS>>\n", "<|im_", "end|>", "{% generation %}",
 SPACES = ["\n", "\n\n", "\n\n\n", " ", "  ", "\t", "\r\n", "\x00", "\u2028", "\u00a0", "\u200b"]
 LONG = ["word " * 40, "a, b and c. " * 9, "é🙂" * 30]
 HUGE = ["two and two " * 2_000, "\n" * 3_000, "é🙂" * 1_000]
+
+BASIC = ["llama2", "llama31", "qwen25", "mistral", "markers"]  # whose templates neither add nor drop reasoning
 
 reproducible = settings(derandomize=True, database=None, deadline=None, max_examples=100)
 plain = st.lists(st.one_of(st.text(max_size=8), st.sampled_from([*TEXT_LIKE_MARKERS, *SPACES])), max_size=5).map(
@@ -57,7 +63,7 @@ def controls(tokenizer, rendered):
 
 
 @reproducible
-@given(name=st.sampled_from(sorted(SPECIAL)), conversation=conversations())
+@given(name=st.sampled_from(BASIC), conversation=conversations())
 def test_the_labelled_tokens_are_the_answers_and_their_stop_tokens_or_the_row_is_refused(families, name, conversation):
     tokenizer, renderer = families[name], ChatRenderer(families[name])
     try:
@@ -79,6 +85,120 @@ def test_the_labelled_tokens_are_the_answers_and_their_stop_tokens_or_the_row_is
     # nothing that stands in a message became a control token: there are those of the same turns that say "x"
     skeleton = renderer.render([{**message, "content": "x"} for message in conversation])
     assert [controls(tokenizer, sample) for sample in samples] == [controls(tokenizer, bare) for bare in skeleton]
+
+
+def inline(content, thought):
+    return content if thought is None else "<think>\n" + thought.strip("\n") + "\n</think>\n\n" + content
+
+
+def in_qwen3(content, thought):
+    return inline(content.lstrip("\n"), thought) + "<|im_end|>"
+
+
+# what generation must produce of an answer and its reasoning, in the form of each template
+FORMS = {
+    "llama2": lambda content, thought: f" {inline(content, thought).strip()} </s>",
+    "llama31": lambda content, thought: f"{inline(content, thought).strip()}<|eot_id|>",
+    "qwen25": lambda content, thought: f"{inline(content, thought)}<|im_end|>",
+    "markers": lambda content, thought: f"{inline(content, thought)}<|im_end|>",
+    "mistral": lambda content, thought: f" {inline(content, thought)}</s>",
+    "qwen3": in_qwen3,
+    "qwen3_agent": in_qwen3,
+    "deepseek_r1": lambda content, thought: (
+        (thought.strip("\n") + "\n</think>\n\n" if thought else "") + content.lstrip("\n") + "<｜end▁of▁sentence｜>"
+    ),
+    "gpt_oss": lambda content, thought: (
+        (f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant" if thought else "")
+        + f"<|channel|>final<|message|>{content}<|return|>"
+    ),
+}
+words = st.lists(st.sampled_from(["four", "is", "Why?", "é🙂", *SPACES[:6], "{{ x }}", "[INST", "\n\n- "]), max_size=6)
+sayings = st.tuples(words.map("".join), st.sampled_from("ab"), words.map("".join)).map("".join)
+
+
+@st.composite
+def reasoned_conversations(draw):
+    """Questions and answers, some of which come with reasoning."""
+    conversation = [{"role": "system", "content": draw(sayings)}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        answer = {"role": "assistant", "content": draw(sayings)}
+        if draw(st.booleans()):
+            answer["reasoning_content"] = draw(sayings)
+        conversation += [{"role": "user", "content": draw(sayings)}, answer]
+    return conversation
+
+
+def trained_turns(tokenizer, samples):
+    """What each stretch of labels adds to the decoded text: by itself sentencepiece would drop its first space."""
+    read = tokenizer.decode
+    return [
+        read(sample.ids[:after])[len(read(sample.ids[:first])) :]
+        for sample in samples
+        for first, after in labelled_stretches(sample)
+    ]
+
+
+@settings(reproducible, max_examples=300)
+@given(
+    name=st.sampled_from(sorted(FORMS)),
+    conversation=reasoned_conversations(),
+    reasoning=st.sampled_from(["template", "keep", "drop"]),
+)
+def test_labels_are_what_generation_must_produce_reasoning_included(families, name, conversation, reasoning):
+    tokenizer, renderer = families[name], ChatRenderer(families[name], reasoning=reasoning)
+    samples = renderer.render(conversation)
+    answers = [message for message in conversation if message["role"] == "assistant"]
+    thoughts = [answer.get("reasoning_content") for answer in answers]
+    if reasoning == "drop":
+        thoughts[:-1] = [None] * (len(answers) - 1)
+    wanted = [FORMS[name](answer["content"], thought) for answer, thought in zip(answers, thoughts, strict=True)]
+    assert trained_turns(tokenizer, samples) == wanted
+    assert len(samples) == 1 or reasoning != "keep"
+    own = ("<think>\n\n</think>\n\n", "\n</think>\n\n")  # which a template writes where there is no reasoning
+    starts = [sample.ids[:first] for sample in samples for first, _ in labelled_stretches(sample)]
+    places = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
+    for number, start, thought in zip(places, starts, thoughts, strict=True):
+        prompt = renderer.render_prompt(conversation[:number])
+        if start != prompt:
+            assert thought is None
+            assert tokenizer.decode(start).removeprefix(tokenizer.decode(prompt)) in own
+
+
+@reproducible
+@given(name=st.sampled_from(["qwen3", "qwen3_agent"]), conversation=reasoned_conversations())
+def test_the_block_of_a_prompt_without_thinking_is_not_trained(families, name, conversation):
+    chosen = choose_chat_template(families[name], None, {"enable_thinking": False})
+    for message in conversation:
+        message.pop("reasoning_content", None)
+    samples = ChatRenderer(chosen).render(conversation)
+    answers = [message["content"] for message in conversation if message["role"] == "assistant"]
+    assert trained_turns(chosen, samples) == [in_qwen3(answer, None) for answer in answers]
+
+
+parts = st.lists(st.tuples(st.sampled_from(["a", "ab ", "\n", " ", "é", "🙂"]), st.booleans()), min_size=1, max_size=8)
+
+
+@reproducible
+@given(name=st.sampled_from(sorted(FORMS)), drawn=st.lists(parts, min_size=1, max_size=3))
+def test_no_character_that_is_not_to_be_trained_is_trained(families, name, drawn):
+    """What is not trained is capital letters and the Greek ones, which nothing else has."""
+    conversation = []
+    for pieces in drawn:
+        content, untrained = "x", []
+        for text, trained in pieces:
+            if not trained:
+                text = text.upper().replace("É", "Ω").replace("🙂", "𝒳").replace(" ", "Z").replace("\n", "Y")
+                untrained.append((len(content), len(content) + len(text)))
+            content += text
+        answer = {"role": "assistant", "content": content, "untrained": untrained}
+        conversation += [{"role": "user", "content": "q"}, answer]
+    tokenizer = families[name]
+    samples = ChatRenderer(tokenizer).render(conversation)
+    said = "".join(trained_turns(tokenizer, samples))
+    assert not set(said) & set("ABZYΩ𝒳\ufffd")
+    assert said.count("x") == said.count(tokenizer.eos_token) == len(drawn)
+    if name == "qwen25":  # of characters that are tokens by themselves nothing else is lost
+        assert said.count("é") >= sum(text == "é" and trained for pieces in drawn for text, trained in pieces)
 
 
 @reproducible

@@ -6,9 +6,9 @@ import pytest
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qlora_lightning.data.chat.control_tokens import find_stop_ids
+from qlora_lightning.data.chat.control_tokens import find_stop_ids, find_turn_end
 from qlora_lightning.data.chat.labels import ChatRenderer
-from qlora_lightning.data.chat.templates import PRESETS, choose_chat_template, find_presets
+from qlora_lightning.data.chat.templates import choose_chat_template, find_presets
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.support.errors import UserError
 
@@ -152,18 +152,12 @@ def test_without_a_choice_a_stop_token_that_the_tokenizer_does_not_know_is_made_
     assert find_stop_ids(chosen) == {0, 2}
 
 
-def test_without_a_choice_a_template_that_fails_is_left_to_the_renderer(base):
-    tokenizer = base("qwen25")
-    tokenizer.chat_template = "{{ raise_exception('never') }}"
-    assert choose_chat_template(tokenizer, None) is tokenizer
-
-
 def test_a_preset_whose_tokens_are_lacking_is_refused_with_those_that_fit(base):
     with pytest.raises(UserError) as error:
         choose_chat_template(base("qwen25"), "llama3")
     assert "chat_template: llama3 needs <|start_header_id|>, <|end_header_id|>, <|eot_id|>" in str(error.value)
     assert "a vocabulary is not enlarged" in str(error.value)
-    assert "Presets that fit this tokenizer: chatml, alpaca" in str(error.value)
+    assert "Presets that fit this tokenizer: chatml, chatml-tools, alpaca" in str(error.value)
     endless = base("qwen25")
     endless.eos_token = None
     with pytest.raises(UserError, match="alpaca needs an end-of-sequence token"):
@@ -172,21 +166,8 @@ def test_a_preset_whose_tokens_are_lacking_is_refused_with_those_that_fit(base):
 
 def test_the_presets_that_fit(base):
     assert find_presets(base("llama31")) == ["llama3", "alpaca"]
-    assert find_presets(base("qwen25")) == ["chatml", "alpaca"]
+    assert find_presets(base("qwen25")) == ["chatml", "chatml-tools", "alpaca"]
     assert find_presets(base("llama2")) == ["alpaca"]
-
-
-@pytest.mark.parametrize("choice", PRESETS)
-def test_presets_refuse_what_they_would_leave_out(base, talk, choice):
-    chosen = choose_chat_template(base("llama31" if choice == "llama3" else "qwen25"), choice)
-    renderer = ChatRenderer(chosen)
-    with pytest.raises(RowFault, match="knows no tools"):
-        renderer.render(talk("q", "a"), [{"type": "function", "function": {"name": "add"}}])
-    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
-    with pytest.raises(RowFault, match="tool calls"):
-        renderer.render([*talk("q"), {"role": "assistant", "content": "", "tool_calls": [call]}])
-    with pytest.raises(RowFault, match="this template knows"):
-        renderer.render([*talk("q"), {"role": "tool", "content": "4"}, {"role": "assistant", "content": "a"}])
 
 
 def test_a_file(base, talk, write):
@@ -208,9 +189,12 @@ def test_the_first_control_token_after_the_answer_is_the_stop_token(base, write)
 @pytest.mark.parametrize(
     ("choice", "found"),
     [
-        ("lama3", r"expected llama3, chatml, alpaca or a \.jinja file, found 'lama3'. Did you mean llama3\?"),
+        (
+            "lama3",
+            r"expected llama3, chatml, chatml-tools, alpaca or a \.jinja file, found 'lama3'. Did you mean llama3\?",
+        ),
         ("onw.jinja", r"there is no file onw\.jinja\. Did you mean own\.jinja\?"),
-        ("nowhere/x.jinja", r"there is no file nowhere/x\.jinja\. Presets are llama3, chatml, alpaca\."),
+        ("nowhere/x.jinja", r"there is no file nowhere/x\.jinja\. Presets are llama3, chatml, chatml-tools, alpaca\."),
     ],
 )
 def test_what_is_not_there_is_refused_with_the_nearest(base, write, choice, found):
@@ -246,3 +230,40 @@ def test_a_template_of_the_tokenizer_that_does_not_parse_is_refused(base):
     tokenizer.chat_template = "{% for message in messages %}\n{{ message['content'] }"
     with pytest.raises(UserError, match=r"The chat template of .* is damaged, line 2: .*Copy the folder again"):
         choose_chat_template(tokenizer, None)
+
+
+def test_stop_ids_are_those_of_tokenizer_config_and_former_end(characters, tmp_path):
+    assert find_stop_ids(characters) == {125}
+    characters.name_or_path = str(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    assert find_stop_ids(characters) == {7, 8, 125}
+    for given, expected in ((7, {7, 125}), ([7, 9], {7, 9, 125}), (None, {125})):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+        assert find_stop_ids(characters) == expected
+    characters.former_stop_ids = {10}
+    assert find_stop_ids(characters) == {10, 125}
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"generation_config\.json is not JSON"):
+        find_stop_ids(characters)
+
+
+def test_the_end_of_a_turn_is_found_by_rendering(families):
+    for tokenizer in families.values():
+        assert find_turn_end(tokenizer) == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("after", "end"),
+    [
+        ("<|im_end|>\n<|endoftext|>", "<|im_end|>"),
+        (" Next:<|im_end|>", "<|im_end|>"),
+        ("<think>x<|im_end|>", "<think>"),  # in the vocabulary, and not special
+        ("<thought><|im_end|>", "<|im_end|>"),  # the first is in no vocabulary: mere text
+        ("\n", None),
+    ],
+)
+def test_the_first_control_token_after_an_answer_ends_the_turn(families, after, end):
+    tokenizer = copy.deepcopy(families["qwen25"])
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}" + after + "{% endfor %}"
+    assert find_turn_end(tokenizer) == (None if end is None else tokenizer.convert_tokens_to_ids(end))

@@ -1,12 +1,6 @@
 import pytest
 
-from qlora_lightning.data.chat.tokenizer import (
-    hash_choice,
-    hash_tokenizer,
-    hash_tokenizer_files,
-    load_choice,
-    tokenizer_of_base,
-)
+from qlora_lightning.data.chat.tokenizer import hash_tokenizer, load_choice, tokenizer_of_base
 from qlora_lightning.support.errors import UserError
 
 
@@ -50,54 +44,34 @@ def test_what_is_no_choice_is_refused(choice, words):
 
 
 def test_the_hash_tells_contents_apart_without_loading(folder, tmp_path, monkeypatch):
-    def load(*arguments, **settings):
-        raise AssertionError("loaded")
-
-    monkeypatch.setattr("qlora_lightning.base.tokenizer.load_tokenizer", load)
-    template = tmp_path / "own.jinja"
+    monkeypatch.setattr("qlora_lightning.base.tokenizer.load_tokenizer", lambda **choice: pytest.fail("loaded"))
+    template, name = tmp_path / "own.jinja", str(folder)
     template.write_text("a")
-    hashes = [hash_choice(str(folder), choice) for choice in (None, "chatml", "llama3", str(template))]
+    hashes = [hash_tokenizer(name, choice) for choice in (None, "chatml", "llama3", str(template))]
     template.write_text("b")
-    hashes.append(hash_choice(str(folder), str(template)))
-    (folder / "tokenizer_config.json").write_text("{}")
-    hashes.append(hash_choice(str(folder), None))
-    assert len(set(hashes)) == 6
+    hashes.append(hash_tokenizer(name, str(template)))
+    for file in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        (folder / file).write_text("{}")
+        hashes.append(hash_tokenizer(name))
+    assert len(set(hashes)) == 8
     assert None not in hashes
-    assert hash_choice({"name": str(folder)}, None) == hashes[-1]
+    for other in ("README.md", "model.safetensors.index.json"):
+        (folder / other).write_text("{}")
+    assert hash_tokenizer({"name": name}) == hashes[-1]
 
 
-def test_an_object_is_hashed_by_what_it_is_now(smol, tmp_path):
-    before = hash_choice(smol, None)
-    assert hash_choice(smol, "chatml") != before
+def test_an_object_is_hashed_by_what_it_is_now(smol):
+    hashes = [hash_tokenizer(smol), hash_tokenizer(smol, "chatml")]
+    without = hash_tokenizer(smol, with_template=False)
     smol.chat_template += " "
-    assert hash_choice(smol, None) != before
+    hashes.append(hash_tokenizer(smol))
+    assert hash_tokenizer(smol, with_template=False) == without
+    smol.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
+    hashes.append(hash_tokenizer(smol))
+    assert len({*hashes, without}) == 5
 
 
 def test_nothing_is_known_of_no_choice_of_python_code_and_of_a_missing_template(characters, folder):
-    assert hash_choice(None, None) is None
-    assert hash_choice(characters, None) is None
-    assert hash_choice(str(folder), "missing.jinja") is None
-
-
-@pytest.mark.parametrize(
-    ("file", "counts"),
-    [("tokenizer.json", True), ("chat_template.jinja", True), ("generation_config.json", True), ("README.md", False)],
-)
-def test_of_a_folder_the_tokenizers_files_count(tmp_path, file, counts):
-    for name in ("tokenizer.json", "chat_template.jinja", "model.safetensors.index.json"):
-        (tmp_path / name).write_text("{}")
-    before = hash_tokenizer_files(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text("other weights")
-    assert hash_tokenizer_files(tmp_path) == before
-    (tmp_path / file).write_text("{ }")
-    assert (hash_tokenizer_files(tmp_path) != before) is counts
-
-
-def test_a_loaded_tokenizer_is_hashed_with_its_template(smol, characters):
-    before = hash_tokenizer(smol)
-    assert hash_tokenizer(smol) == before
-    smol.chat_template += " "
-    changed = hash_tokenizer(smol)
-    smol.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
-    assert len({before, changed, hash_tokenizer(smol)}) == 3
+    assert hash_tokenizer(None) is None
     assert hash_tokenizer(characters) is None  # Python code may do anything
+    assert hash_tokenizer(str(folder), "missing.jinja") is None

@@ -253,6 +253,8 @@ ASKED, SAID = {"role": "user", "content": "Who?"}, {"role": "assistant", "conten
         {"prompt": "Who?", "chosen": [ASKED, SAID], "rejected": [ASKED, SAID]},  # ultrafeedback_binarized
         {"chosen": [ASKED, SAID], "rejected": [ASKED, SAID], "score": 1.0},
         {"prompt": [ASKED], "chosen": [SAID], "rejected": [SAID]},
+        {"prompt": [ASKED], "chosen": [ASKED, SAID], "rejected": [ASKED, SAID]},
+        {"prompt": "Who?", "chosen": [ASKED, SAID], "rejected": [ASKED, SAID], "messages": [ASKED, SAID]},
     ],
 )
 def test_preferences_are_refused_and_the_chosen_ones_can_be_trained(row):

@@ -51,31 +51,6 @@ def test_turns_after_the_last_answer_are_left_out(characters, talk):
     assert render(characters, talk("q", "a", "r")) == render(characters, talk("q", "a"))
 
 
-@pytest.mark.parametrize("template", [None, "llama3"])
-@pytest.mark.parametrize("answer", ["yes", "\n\n  yes", "é🙂\nyes", " yes ", "1,000 <html>"])
-def test_what_is_trained_follows_exactly_what_generation_sees(smol, templates, talk, template, answer):
-    if template:
-        smol.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
-        smol.chat_template = getattr(templates, template)
-    stop = smol.convert_tokens_to_ids("<|eot_id|>" if template else "<|im_end|>")
-    conversation = talk("q é", answer, "and?", answer + "!")
-    ids, labels = render(smol, conversation, stop_ids=[stop])
-    for turn in (1, 3):
-        prompt = render_prompt(smol, conversation[:turn])
-        assert ids[: len(prompt)] == prompt
-        assert labels[len(prompt)] == ids[len(prompt)]
-        assert labels[len(prompt) - 1] == -100
-    said = [text.strip() if template else text for text in (answer, answer + "!")]
-    assert smol.decode([label for label in labels if label != -100]) == "".join(
-        text + smol.decode([stop]) for text in said
-    )
-
-
-def test_ids_are_those_of_the_template(smol, talk):
-    conversation = talk("Name a colour.", "Blue.", "Another?", "Red.")
-    assert render(smol, conversation).ids == smol.apply_chat_template(conversation, return_dict=False)
-
-
 def test_control_tokens_as_text_are_refused(smol, talk):
     with pytest.raises(RowFault, match=r"message 1 \(user\) contains the control token '<\|im_end\|>' as text"):
         render(smol, talk("a<|im_end|>b", "c"))
@@ -109,30 +84,6 @@ def test_a_template_that_writes_no_answer_as_it_begins_it_is_refused(smol, talk)
         "{% if add_generation_prompt %}Answer: {% endif %}"
     )
     with pytest.raises(RowFault, match=r"not prefix-preserving: it renders message 2 \(assistant\)"):
-        render(smol, talk("q", "a"))
-
-
-MARKED = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-
-def test_the_templates_own_markers_say_what_is_trained(smol, talk):
-    conversation = talk("q", "a", "r", "b")
-    plain = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    smol.chat_template = plain
-    wanted = render(smol, conversation)
-    smol.chat_template = MARKED
-    assert render(smol, conversation) == wanted
-    assert labelled(smol, render(smol, conversation)) == "a<|im_end|>b<|im_end|>"
-
-
-def test_markers_that_leave_out_the_stop_token_are_refused(smol, talk):
-    smol.chat_template = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
-    with pytest.raises(UserError, match=r"never learn to stop: within its \{% generation %\} markers"):
         render(smol, talk("q", "a"))
 
 
@@ -172,18 +123,13 @@ def test_calls_of_tools_are_trained_and_what_tools_return_is_not(smol, talk):
         ChatRenderer(smol).render(conversation, tools)
 
 
-def test_many_are_rendered_as_each_alone(smol, talk):
-    conversations = [talk("q", "a"), talk("<|im_end|>", "a"), talk("q", "\n\nb", "r", "\nc")]
-    renderer = ChatRenderer(smol)
-    good, bad, cut = renderer.render_all([(conversation, None) for conversation in conversations])
-    assert good == ChatRenderer(smol).render(conversations[0])
-    assert isinstance(bad, RowFault)
-    assert cut == ChatRenderer(smol).render(conversations[2])
-
-
 @pytest.mark.parametrize(
     ("ending", "found"),
-    [("", "the first control token there is missing"), ("<|endoftext|>", "'<|endoftext|>', at which generation")],
+    [
+        ("", "the first control token there is missing"),
+        ("<|endoftext|>", "'<|endoftext|>', at which generation"),
+        ("<|endoftext|><|im_end|>", "'<|endoftext|>', at which"),
+    ],
 )
 def test_a_template_without_stop_token_is_refused_with_the_turn(smol, talk, ending, found):
     smol.chat_template = (
@@ -235,12 +181,6 @@ def test_a_second_bos_is_refused(smol, talk):
         render(smol, talk("q", "a"))
 
 
-def test_a_tokenizer_without_template_is_refused(smol):
-    smol.chat_template = None
-    with pytest.raises(UserError, match="has no chat template"):
-        ChatRenderer(smol)
-
-
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"city": "Rome"}}}
 
 
@@ -289,20 +229,9 @@ def test_calls_of_an_answer_that_is_not_trained_must_be_there_too(smol, talk):
         render(smol, conversation)
 
 
-def test_marked_answers_that_history_rewrites_are_rendered_turn_by_turn(smol, talk):
-    """Earlier questions get a word more: what is marked then follows what generation never sees."""
-    smol.chat_template = MARKED.replace(
-        "{{ m['content'] }}<|im_end|>{% endif %}",
-        ("{{ m['content'] }}{% if loop.index0 < messages | length - 2 %} /LATER{% endif %}<|im_end|>{% endif %}"),
+def test_what_a_tool_returned_may_be_there_as_json(smol, talk):
+    conversation = [*talk("q", "wait"), {"role": "tool", "content": 'a "b"\nc'}, *talk("r", "d")[1:]]
+    smol.chat_template = TOOLS.replace(
+        "{{ m['content'] }}", "{{ m['content'] | tojson if m.role == 'tool' else m.content }}"
     )
-    conversation = talk("q", "a", "r", "b")
-    first, whole = ChatRenderer(smol).render(conversation)
-    assert (labelled(smol, first), labelled(smol, whole)) == ("a<|im_end|>", "b<|im_end|>")
-    assert "/LATER" not in smol.decode(first.ids)
-    assert "/LATER" in smol.decode(whole.ids)
-
-
-def test_markers_that_begin_behind_where_generation_does_are_refused(smol, talk):
-    smol.chat_template = MARKED.replace("{% generation %}", "Well, {% generation %}")
-    with pytest.raises(RowFault, match=r"marks message 2 with {% generation %} elsewhere than generation begins"):
-        render(smol, talk("q", "a"))
+    assert labelled(smol, render(smol, conversation)) == "wait<|im_end|>d<|im_end|>"

@@ -1,0 +1,339 @@
+"""What rows hold beside plain questions and answers: tools, reasoning, parts, texts, tokens, and very many turns."""
+
+import json
+import pickle
+
+import pytest
+from tokenizers import Tokenizer, normalizers
+
+from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
+from qlora_lightning.data.chat.lengths import shorten, split_up
+from qlora_lightning.data.chat.render import ChatText
+from qlora_lightning.data.chat.templates import choose_chat_template
+from qlora_lightning.data.rows.bad_rows import RowFault
+from qlora_lightning.data.rows.conversation import Chat, Text, Tokens
+from qlora_lightning.support.errors import UserError
+
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
+
+
+def call(**arguments):
+    return {"type": "function", "function": {"name": "add", "arguments": arguments}}
+
+
+def calling(*calls, content=""):
+    return {"role": "assistant", "content": content, "tool_calls": list(calls)}
+
+
+def said(text, *calls):
+    """A turn of Hermes and Qwen that calls tools."""
+    written = [f"<tool_call>\n{json.dumps(one['function'])}\n</tool_call>" for one in calls]
+    return "\n".join([text] * bool(text) + written) + "<|im_end|>"
+
+
+def labelled(tokenizer, rendered):
+    return tokenizer.decode([label for label in rendered.labels if label != -100])
+
+
+def only(rendered):
+    (sample,) = rendered
+    if isinstance(sample, UserError):
+        raise sample
+    (one,) = sample
+    return one
+
+
+def test_tools_with_a_base_whose_template_knows_none(smol, talk):
+    two = [call(a=2, b=2), call(a="é")]
+    conversation = [
+        {"role": "system", "content": "Be brief."},
+        *talk("What is 2 + 2?"),
+        calling(*two, content="Let me add."),
+        {"role": "tool", "content": "4", "name": "add"},
+        {"role": "tool", "content": "an error"},
+        {"role": "assistant", "content": "Four."},
+        *talk("And 3?"),
+        calling(call(c=3)),
+        {"role": "tool", "content": "7"},
+        {"role": "assistant", "content": "Seven."},
+    ]
+    with pytest.raises(RowFault, match=r"it knows no tools\. Choose .*data\.chat_template: chatml-tools"):
+        ChatRenderer(smol).render(conversation, TOOLS)
+    chosen = choose_chat_template(smol, "chatml-tools")
+    (rendered,) = ChatRenderer(chosen).render(conversation, TOOLS)
+    assert chosen.decode(rendered.ids) == (
+        "<|im_start|>system\nBe brief.\n\n# Tools\n\nYou may call one or more functions to assist with the user query."
+        "\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+        f"{json.dumps(TOOLS[0])}\n</tools>\n\nFor each function call, return a json object with function name and "
+        'arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": '
+        "<args-json-object>}\n</tool_call><|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n"
+        '<|im_start|>assistant\nLet me add.\n<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call>'
+        '\n<tool_call>\n{"name": "add", "arguments": {"a": "é"}}\n</tool_call><|im_end|>\n<|im_start|>user\n'
+        "<tool_response>\n4\n</tool_response>\n<tool_response>\nan error\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\nFour.<|im_end|>\n<|im_start|>user\nAnd 3?<|im_end|>\n<|im_start|>assistant\n<tool_call>"
+        '\n{"name": "add", "arguments": {"c": 3}}\n</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n7\n'
+        "</tool_response><|im_end|>\n<|im_start|>assistant\nSeven.<|im_end|>\n"
+    )
+    trained = said("Let me add.", call(a=2, b=2)) + "Four.<|im_end|>" + said("", call(c=3)) + "Seven.<|im_end|>"
+    added = '\n<tool_call>\n{"name": "add", "arguments": {"a": "é"}}\n</tool_call><|im_end|>Four'
+    assert labelled(chosen, rendered) == trained.replace("<|im_end|>Four", added, 1)
+
+
+@pytest.mark.parametrize("preset", ["chatml", "alpaca"])
+def test_presets_without_tools_name_the_one_that_has_them(smol, talk, preset):
+    renderer = ChatRenderer(choose_chat_template(smol, preset))
+    for conversation, tools in ((talk("q", "a"), TOOLS), ([*talk("q"), calling(call(a=1))], None)):
+        with pytest.raises(RowFault, match=r"tool.*Choose a template that does: data\.chat_template: chatml-tools"):
+            renderer.render(conversation, tools)
+
+
+def test_a_tokenizer_without_the_tokens_of_chatml_needs_a_file(families, talk):
+    with pytest.raises(RowFault, match=r"knows no tools.*data\.chat_template with a \.jinja file of your own"):
+        ChatRenderer(choose_chat_template(families["llama31"], "alpaca")).render(talk("q", "a"), TOOLS)
+
+
+def thinking(content, thought):
+    return {"role": "assistant", "content": content, "reasoning_content": thought}
+
+
+def test_earlier_reasoning_by_hand(families):
+    """Qwen3's template drops it, and writes an empty block where the last answer has none."""
+    conversation = [
+        {"role": "user", "content": "q"},
+        thinking("a", "hm"),
+        {"role": "user", "content": "r"},
+        {"role": "assistant", "content": "b"},
+    ]
+    tokenizer = families["qwen3_agent"]
+    first = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    second = "<|im_end|>\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n"
+    thought, none = "<think>\nhm\n</think>\n\na", "<think>\n\n</think>\n\n"
+    for reasoning, texts, labels in (
+        ("template", [first + thought, first + "a" + second + none + "b"], [thought, "b"]),
+        ("keep", [first + thought + second + none + "b"], [f"{thought}<|im_end|>b"]),
+        ("drop", [first + none + "a", first + "a" + second + none + "b"], ["a", "b"]),
+    ):
+        renderer = ChatRenderer(tokenizer, reasoning=reasoning)
+        samples = renderer.render(conversation)
+        assert [tokenizer.decode(sample.ids) for sample in samples] == [f"{text}<|im_end|>\n" for text in texts]
+        assert [labelled(tokenizer, sample) for sample in samples] == [f"{text}<|im_end|>" for text in labels]
+        prompt = tokenizer.decode(renderer.render_prompt(conversation[:3]))
+        assert texts[-1].removesuffix(none + "b") == prompt
+    with pytest.raises(UserError, match="reasoning: expected template, keep, drop, found 'all'"):
+        ChatRenderer(tokenizer, reasoning="all")
+
+
+@pytest.mark.parametrize("reasoning", ["template", "keep", "drop"])
+def test_a_conversation_with_reasoning_is_shortened_as_it_is_rendered(families, reasoning):
+    tokenizer = families["qwen3_agent"]
+    renderer = ChatRenderer(tokenizer, reasoning=reasoning)
+    question = {"role": "user", "content": "question " * 3}
+    conversation = [one for n in range(6) for one in (question, thinking(f"answer {n}", "thought " * 3))]
+    samples = renderer.render(conversation)
+    for sample, answers in zip(samples, renderer.find_answers(conversation, None, len(samples)), strict=True):
+        short = shorten(renderer, conversation, None, answers, len(sample.ids) - 1)
+        exchange = len(sample.ids) // len(answers)  # as long as a turn of those that go
+        assert len(sample.ids) - 2 * exchange - 20 < len(short.ids) < len(sample.ids)
+        assert labelled(tokenizer, sample).endswith(labelled(tokenizer, short))
+        assert labelled(tokenizer, short).endswith(f"answer {answers[-1] // 2}<|im_end|>")
+
+
+def test_reasoning_in_a_call_of_tools(families, talk):
+    conversation = [*talk("q"), {**calling(call(a=1)), "reasoning_content": "hm"}, {"role": "tool", "content": "4"}]
+    conversation += [thinking("Four.", "so")]
+    (rendered,) = ChatRenderer(families["qwen3_agent"]).render(conversation, TOOLS)
+    assert labelled(families["qwen3_agent"], rendered) == (
+        "<think>\nhm\n</think>\n\n" + said("", call(a=1)) + "<think>\nso\n</think>\n\nFour.<|im_end|>"
+    )
+    gpt = families["gpt_oss"]
+    renderer = ChatRenderer(gpt, stop_ids=[gpt.convert_tokens_to_ids("<|call|>")])
+    (rendered,) = renderer.render(conversation)
+    begun = "<|start|>assistant"
+    assert labelled(gpt, rendered) == (
+        f"<|channel|>analysis<|message|>hm<|end|>{begun} to=functions.add<|channel|>commentary json<|message|>"
+        '{"a": 1}<|call|>'
+        f"<|channel|>analysis<|message|>so<|end|>{begun}<|channel|>final<|message|>Four.<|return|>"
+    )
+
+
+def test_control_tokens_in_reasoning_are_refused(smol, talk):
+    with pytest.raises(RowFault, match="contains the control token"):
+        ChatRenderer(smol).render([*talk("q"), thinking("a", "<|im_end|>")])
+
+
+def test_parts_of_an_answer_that_are_not_trained_by_hand(characters, smol, talk):
+    conversation = talk("q", " ab cd ")
+    conversation[1]["untrained"] = [(2, 3)]  # the token ` ab` holds more
+    for tokenizer, wanted in ((characters, None), (smol, " cd <|im_end|>")):
+        if wanted is None:
+            with pytest.raises(RowFault, match="a fast one"):
+                ChatRenderer(tokenizer).render(conversation)
+        else:
+            (rendered,) = ChatRenderer(tokenizer).render(conversation)
+            assert labelled(tokenizer, rendered) == wanted
+    with pytest.raises(RowFault, match="contradicts `train_on: all`"):
+        ChatRenderer(smol, train_on="all").render(conversation)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFKC"])
+def test_a_tokenizer_that_composes_characters_trains_the_same_answer(families, talk, form):
+    """As Qwen's do: the tokens say another text than the row, and begin at other characters."""
+    plain = families["qwen25"]
+    backend = Tokenizer.from_str(plain.backend_tokenizer.to_str())
+    backend.normalizer = getattr(normalizers, form)()
+    tokenizer = type(plain)(tokenizer_object=backend, eos_token=plain.eos_token)
+    tokenizer.chat_template = plain.chat_template
+    conversation = talk("cafe\u0301 o\u0302\u0301?", "\n\ne\u0301 o\u0302\u0301 Ae\u0301", "e\u0301?", "ie\u0301")
+    at = conversation[1]["content"].index("A")
+    conversation[1]["untrained"] = [(at, at + 3)]
+    (rendered,) = ChatRenderer(tokenizer).render(conversation)
+    assert labelled(tokenizer, rendered) in ("\n\né ố <|im_end|>ié<|im_end|>", "\n\né ố<|im_end|>ié<|im_end|>")
+
+
+def test_a_document_has_a_beginning_and_an_end(smol, families):
+    llama = families["llama31"]
+    ids = [0, *llama.encode("a four", add_special_tokens=False), 4]  # BOS and the end of sequence
+    assert only(ChatRenderer(llama).render_all([Text((("a four", True),), True)])) == (ids, [-100, *ids[1:]])
+    smol.chat_template = None  # nothing of it is needed
+    ids, labels = only(ChatRenderer(smol).render_all([Text((("Once", True),), True)]))
+    assert (smol.decode(ids), labels) == ("Once<|im_end|>", [-100, *ids[1:]])
+    with pytest.raises(RowFault, match="the text contains the control token"):
+        only(ChatRenderer(smol).render_all([Text((("a<|im_end|>b", True),), True)]))
+
+
+def test_pieces_of_a_document_train_each_token_once():
+    ids = list(range(10))
+    pieces = split_up(Rendered(ids, [-100, *ids[1:]]), 4, context=1)
+    assert [piece.ids for piece in pieces] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+    assert [label for piece in pieces for label in piece.labels if label != -100] == ids[1:]
+
+
+@pytest.mark.parametrize("name", ["llama31", "llama2"])
+def test_segments_are_taken_as_they_are_written(families, name):
+    tokenizer = families[name]
+    stop = tokenizer.eos_token
+    segments = (("question:\n", False), ("\n four", True), (stop, True), ("\nmore é", False), ("🙂 é", True))
+    ids, labels = only(ChatRenderer(tokenizer).render_all([Text(segments, False)]))
+    text = "".join(segment for segment, _ in segments)
+    assert tokenizer.decode(ids) == text
+    first = next(at for at, label in enumerate(labels) if label != -100)
+    assert ids[:first] == tokenizer.encode("question:\n", add_special_tokens=False)
+    assert tokenizer.decode(ids[:first] + [label for label in labels if label != -100]) == (
+        f"question:\n\n four{stop}🙂 é"
+    )
+
+
+def test_segments_without_control_tokens_are_cut_wherever_training_begins(families):
+    tokenizer = families["qwen25"]
+    words = [("a\n", False), ("\nb\n", True), ("\nc\n", False), ("\nd", True), ("\n", False), ("\n", True)]
+    ids, labels = only(ChatRenderer(tokenizer).render_all([Text(tuple(words), False)]))
+    assert tokenizer.decode(ids) == "a\n\nb\n\nc\n\nd\n\n"
+    trained = labelled(tokenizer, Rendered(ids, labels))
+    assert trained in ("\nb\n\nd\n", "\nb\nd\n")  # a token that ends behind its segment is not trained
+
+
+def test_segments_need_a_tokenizer_that_knows_its_characters(characters):
+    with pytest.raises(RowFault, match="a fast one"):
+        only(ChatRenderer(characters).render_all([Text((("a", True),), False)]))
+
+
+def test_tokens_are_taken_as_they_are(smol):
+    renderer = ChatRenderer(smol)
+    assert only(renderer.render_all([Tokens([5, 6, 7], [5, -100, 7])])) == ([5, 6, 7], [-100, -100, 7])
+    for tokens, reason in (
+        (Tokens([5, 10**6], [5, -100]), "the token id 1000000 is not in the vocabulary of 49,152 tokens"),
+        (Tokens([5, -1], [5, -1]), "the token id -1 is not in the vocabulary"),
+        (Tokens([5, 6], [-100, 7]), r"label 1 is 7: expected -100 \(not trained\) or the token id 6"),
+        (Tokens([5, 6], [-100]), "as many labels, found 2 and 1"),
+        (Tokens([], []), "expected token ids"),
+    ):
+        with pytest.raises(RowFault, match=reason):
+            only(renderer.render_all([tokens]))
+
+
+def test_rows_of_all_kinds_stay_in_their_order_in_another_process_too(smol, talk):
+    chosen = choose_chat_template(smol, "alpaca")
+    bad, text, tokens = talk("<|im_end|>", "a"), Text((("t", True),), True), Tokens([5], [5])
+    rows = [Chat(talk("q", "a")), tokens, Chat(bad), text, Chat(talk("q", "b"), None, 2.0)]
+    renderer = ChatRenderer(chosen)
+    found = renderer.render_all(rows)
+    assert isinstance(found[2], RowFault)
+    assert [labelled(smol, one[0]) for one in (found[0], found[4])] == ["a<|im_end|>", "b<|im_end|>"]
+    there = pickle.loads(pickle.dumps(renderer))
+    assert there.stop_ids == renderer.stop_ids
+    assert [one for one in there.render_all(rows) if isinstance(one, list)] == [found[at] for at in (0, 1, 3, 4)]
+
+
+def test_without_a_chat_template_conversations_are_refused(smol, talk):
+    smol.chat_template = None
+    for ask in (ChatRenderer(smol).render, ChatRenderer(smol).render_prompt):
+        with pytest.raises(UserError, match="has no chat template"):
+            ask(talk("q", "a"))
+
+
+def agent_trace(steps):
+    conversation = [{"role": "user", "content": "task"}]
+    for number in range(steps):
+        conversation += [
+            calling(call(step=number)),
+            {"role": "tool", "content": f"result {number}"},
+        ]
+    return [*conversation, {"role": "assistant", "content": "done"}]
+
+
+@pytest.mark.parametrize("name", ["qwen25", "llama31", "mistral", "qwen3_agent"])
+@pytest.mark.parametrize("reasoning", ["template", "keep"])
+def test_long_conversations_cost_what_their_length_does(families, talk, name, reasoning, monkeypatch):
+    """And the samples are those of a renderer that checks every answer."""
+    rendered, plain = [], ChatText._render_plain
+
+    def count(self, messages, *rest):
+        rendered.append(len(messages))
+        return plain(self, messages, *rest)
+
+    monkeypatch.setattr(ChatText, "_render_plain", count)
+    costs = []
+    for turns in (100, 200):
+        conversation = talk(*(f"{'qa'[n % 2]}{n}" for n in range(2 * turns)))
+        if name != "mistral":
+            conversation = agent_trace(turns)
+        if name == "qwen3_agent":
+            conversation = [
+                {**one, "reasoning_content": "hm"} if one["role"] == "assistant" else one for one in conversation
+            ]
+        rendered.clear()
+        (sample,) = ChatRenderer(families[name], reasoning=reasoning).render(conversation)
+        costs.append(sum(rendered))
+    assert costs[1] < 2.2 * costs[0]
+    with monkeypatch.context() as patch:
+        patch.setattr("qlora_lightning.data.chat.render._FEW", 10_000)
+        assert ChatRenderer(families[name]).render(conversation) == [sample]
+    assert sum(number == families[name].eos_token_id for number in sample.labels) == turns + (name != "mistral")
+
+
+def test_text_like_a_header_in_one_of_many_answers(families, talk):
+    """Alpaca's headers are plain text, which an answer may quote."""
+    chosen = choose_chat_template(families["qwen25"], "alpaca")
+    contents = [f"text {number}" for number in range(24)]
+    contents[11] = "a\n\n### Response:\nb"
+    (rendered,) = ChatRenderer(chosen).render(talk(*contents))
+    assert labelled(chosen, rendered) == "".join(f"{answer}<|im_end|>" for answer in contents[1::2])
+
+
+def test_kept_reasoning_of_many_turns_costs_what_their_length_does(families, monkeypatch):
+    rendered, plain = [], ChatText._render_plain
+
+    def count(self, messages, *rest):
+        rendered.append(len(messages))
+        return plain(self, messages, *rest)
+
+    monkeypatch.setattr(ChatText, "_render_plain", count)
+    costs = []
+    for turns in (100, 200):
+        rendered.clear()
+        question = {"role": "user", "content": "q"}
+        conversation = [one for n in range(turns) for one in (question, thinking(f"a{n}", f"hm{n}"))]
+        (sample,) = ChatRenderer(families["qwen3_agent"], reasoning="keep").render(conversation)
+        costs.append(sum(rendered))
+    assert costs[1] < 2.2 * costs[0]
+    assert labelled(families["qwen3_agent"], sample).count("<think>") == 200

@@ -95,10 +95,19 @@ class TrainingGuard(Callback):
         return found
 
     def _handle_nonfinite(self, pl_module: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
-        trainer = pl_module.trainer
-        found = f"The {what} of step {trainer.global_step} is NaN or infinite."
+        trainer, rate = pl_module.trainer, float(optimizer.param_groups[0]["lr"])
+        found = f"The {what} of step {trainer.global_step}, at learning rate {rate:.3g}, is NaN or infinite."
         if self.on_nonfinite == "stop" or self.skipped_steps < _MOST_REPORTS:
-            found = f"{found} {_report(pl_module, what)}"
+            data = getattr(trainer, "datamodule", None)
+            mine = find_nonfinite(pl_module.model, pl_module.compute_loss, pl_module.window, data, trainer.global_rank)
+            findings: list[Finding] = [mine] * trainer.world_size
+            if trainer.world_size > 1:
+                torch.distributed.all_gather_object(findings, mine)
+            file = Path(trainer.default_root_dir) / f"nonfinite-step-{trainer.global_step}.json"
+            written = f"Rows and text: {file}."
+            if trainer.is_global_zero:
+                written = write_report(file, trainer.global_step, what, rate, findings)
+            found = f"{found} {describe_findings(findings)} {written}"
         if self.on_nonfinite == "stop":
             raise UserError(found)
         self.skipped_steps += 1
@@ -148,21 +157,3 @@ class TrainingGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.skipped_steps = state_dict["skipped_steps"]
         self._skipped_in_a_row = state_dict["skipped_in_a_row"]
-
-
-def _report(pl_module: Any, what: str) -> str:
-    """Find where it comes from, on every rank, write it down, and describe it with what to do about it."""
-    trainer, step = pl_module.trainer, pl_module.trainer.global_step
-    data = getattr(trainer, "datamodule", None)
-    mine = find_nonfinite(pl_module.model, pl_module.compute_loss, pl_module.window, data, trainer.global_rank)
-    findings: list[Finding] = [mine] * trainer.world_size
-    if trainer.world_size > 1:
-        torch.distributed.all_gather_object(findings, mine)
-    file = Path(trainer.default_root_dir) / f"nonfinite-step-{step}.json"
-    try:
-        if trainer.is_global_zero:
-            write_report(file, step, what, findings)
-        written = f"Rows and text: {file}."
-    except OSError as error:
-        written = f"{file} could not be written: {error.strerror}."
-    return f"{describe_findings(findings)} {written}"

@@ -35,8 +35,7 @@ def build_optimizer(
     try:
         return optimizer_class(groups, **arguments)
     except (TypeError, ValueError) as error:
-        name = f"{optimizer_class.__module__}.{optimizer_class.__name__}"
-        raise UserError(f"model.optimizer {name} does not take {arguments}: {error}.") from error
+        raise UserError(f"model.optimizer {optimizer_class.__name__} does not take {arguments}: {error}.") from error
 
 
 def check_optimizer(
@@ -47,21 +46,20 @@ def check_optimizer(
         raise UserError(f"model.learning_rate is {learning_rate}: expected a positive number, such as 2e-4.")
     if choice is None:
         return AdamW, {"lr": learning_rate, "weight_decay": weight_decay}
-    if isinstance(choice, str):
-        choice = {"class_path": choice}
-    foreign = choice.keys() - {"class_path", "init_args"}
-    if foreign or "class_path" not in choice:
+    named: dict[str, Any] = {"class_path": choice} if isinstance(choice, str) else choice
+    if "class_path" not in named or named.keys() - {"class_path", "init_args"}:
         raise UserError(f"model.optimizer is {choice}: expected a class_path and, if needed, init_args; nothing else.")
-    arguments = dict(choice.get("init_args") or {})
-    for name, key in (("lr", "model.learning_rate"), ("weight_decay", "model.weight_decay")):
+    path, arguments = named["class_path"], dict(named.get("init_args") or {})
+    for name in ("lr", "weight_decay"):
         if name in arguments:
+            key = "model.learning_rate" if name == "lr" else "model.weight_decay"
             raise UserError(f"model.optimizer.init_args sets {name}, which has a key of its own: set {key}.")
-    optimizer_class = _import_class(choice["class_path"])
+    optimizer_class = _import_class(path)
     arguments["lr"] = learning_rate
     if "weight_decay" in inspect.signature(optimizer_class).parameters:
         arguments["weight_decay"] = weight_decay
     elif weight_decay:
-        raise UserError(f"model.weight_decay is {weight_decay}, but {choice['class_path']} has none: set it to 0.")
+        raise UserError(f"model.weight_decay is {weight_decay}, but {path} has none: set it to 0.")
     return optimizer_class, arguments
 
 
@@ -101,8 +99,6 @@ def group_parameters(
     return [{name: group[name] for name in names} for group in made.param_groups if group["params"]]
 
 
-# Schedules that look at a metric or at gradients do not fit «once per optimizer step».
-_NEED_METRICS = {"reduce_lr_on_plateau", "greedy"}
 _FEW_STEPS = 10
 
 
@@ -153,7 +149,7 @@ def describe_few_steps(trainer: Any, total_steps: int) -> str | None:
         return None
     return (
         f"The run has only {total_steps} optimizer steps in all, too few for a warm-up and a schedule: for more raise "
-        f"trainer.max_epochs (now {trainer.max_epochs}), or lower data.batch_size (or data.tokens_per_batch) or "
+        f"trainer.max_epochs (now {trainer.max_epochs}), or lower data.batch_size or "
         f"trainer.accumulate_grad_batches (now {trainer.accumulate_grad_batches})."
     )
 
@@ -164,7 +160,8 @@ def check_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[s
         raise UserError(f"model.warmup_ratio is {warmup_ratio}: expected a share of the steps in [0, 1).")
     arguments: dict[str, Any] = {"name": choice} if isinstance(choice, str) else dict(choice)
     name = arguments.pop("name", None)
-    known = sorted({kind.value for kind in SchedulerType} - _NEED_METRICS)
+    needs_metrics = {"reduce_lr_on_plateau", "greedy"}  # not once per optimizer step
+    known = sorted({kind.value for kind in SchedulerType} - needs_metrics)
     if name not in known:
         raise UserError(f"model.schedule is {choice!r}: expected a name among {', '.join(known)}.")
     return name, arguments

@@ -1,6 +1,5 @@
 """What tests on a card share. They take no SmolLM2: a bare machine does not have it."""
 
-import itertools
 import json
 import os
 
@@ -10,6 +9,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model.adapters.lora import trainable_tensors
+from tests.flat_batch import make_flat_batch, to_device
 from tests.random_base import save_random_llama, save_tokenizer
 
 # To see whether the tests are sound where there is no card: TEST_DEVICE=cpu pytest -m gpu tests/gpu
@@ -74,22 +74,7 @@ def make_module(base, device=DEVICE, **options):
 
 
 def make_batch(lengths=LENGTHS, seed=1):
-    """Random samples in a flat batch; the first token of each has no label."""
-    bounds = [0, *itertools.accumulate(lengths)]
-    ids = torch.randint(5, 250, (1, bounds[-1]), generator=torch.Generator().manual_seed(seed))
-    labels = ids.clone()
-    labels[0, bounds[:-1]] = -100
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
-        "longest": max(lengths),
-    }
-
-
-def to_device(batch, device):
-    return {name: each if isinstance(each, int) else each.to(device) for name, each in batch.items()}
+    return make_flat_batch(lengths, seed, vocabulary=250)
 
 
 def loss_and_gradients(module, batch=None):

@@ -24,8 +24,9 @@ from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, cast_adapters
 from qlora_lightning.model.layers.fusing import choose_layers, fuse_layers
 from qlora_lightning.model.layers.lora import runs_fused
-from qlora_lightning.model.layout import IGNORED, whole_samples
+from qlora_lightning.model.layout import whole_samples
 from qlora_lightning.support.versions import enable_activation_checkpointing
+from tests.flat_batch import make_flat_batch, to_device
 
 LENGTHS = (9, 1, 30, 17)
 STARTS = [0, 9, 10, 40]
@@ -47,19 +48,11 @@ def make(tiny_base, fast, compute_dtype="fp32", **options):
 
 
 def batch():
-    ids = torch.randint(5, 40_000, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(1))
-    labels = ids.clone()
-    labels[0, STARTS] = IGNORED
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "position_ids": torch.cat([torch.arange(length) for length in LENGTHS])[None],
-        "cu_seqlens": torch.tensor([*STARTS, sum(LENGTHS)], dtype=torch.int32),
-    }
+    return make_flat_batch(LENGTHS)
 
 
 def loss_and_gradients(module):
-    sums = module.compute_loss({name: each.to(module.device) for name, each in batch().items()})
+    sums = module.compute_loss(to_device(batch(), module.device))
     trainable = [each for each in trainable_tensors(module).values() if each.requires_grad]
     gradients = torch.autograd.grad(sums.nll_sum / sums.labelled_tokens, trainable)
     return float(sums.nll_sum.detach() / sums.labelled_tokens), torch.cat([each.flatten().cpu() for each in gradients])

@@ -33,9 +33,8 @@ class Checker:
     ) -> None:
         self.plan, self.batches, self.advance = plan, batches, advance
         self.labels = labels_of(batches)
-        self.reference: Reference = run_layerwise(
-            plan.model.get_base_model(), weights, batches, lambda states: Reference(states, self.labels), advance
-        )
+        logits = run_layerwise(plan.model.get_base_model(), weights, batches, advance)
+        self.reference = Reference(logits, self.labels)
 
     def judge_merge(self, weights: Weights, base: BaseFolder) -> Comparison:
         """Judge a merge in fp32 that is written nowhere: onto these weights of the base."""
@@ -61,8 +60,7 @@ class Checker:
         return self._judge(model.eval(), _nothing_is_empty)
 
     def _judge(self, model: PreTrainedModel, weights: Weights) -> Comparison:
-        result: Comparison = run_layerwise(model, weights, self.batches, self.reference.compare, self.advance)
-        return result
+        return self.reference.compare(run_layerwise(model, weights, self.batches, self.advance))
 
 
 def _nothing_is_empty(name: str) -> torch.Tensor:

@@ -13,8 +13,7 @@ from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.base_model import load_base
 from qlora_lightning.model.build import fuse, hollow_base, hollow_copy, put_adapters
 from qlora_lightning.model.layers.lora import runs_fused
-from qlora_lightning.model.memory.base_shape import STORAGES, name_storage, read_base
-from qlora_lightning.model.memory.plan import count_trained
+from qlora_lightning.model.memory.plan import STORAGES, count_trained, name_storage, read_base
 from qlora_lightning.model.summary import bytes_by_dtype
 from qlora_lightning.support.errors import UserError
 
@@ -84,25 +83,15 @@ def test_only_the_rotary_tables_of_a_hollow_base_are_real(tiny_base):
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # tied
 
 
-def test_an_adapter_folder_brings_its_own_shape(tiny_base, tmp_path):
+def test_an_adapter_folder_brings_its_own_shape_and_what_fit_refuses_is_refused(tiny_base, tmp_path):
     made = QLoRAModule(str(tiny_base), rank=3, target_modules="attention", compute_dtype="bf16")
     made.configure_model()
     made.save_adapter(tmp_path / "adapter")
     assert count_trained(build(tiny_base, folder=tmp_path / "adapter")) == count_trained(made.model)
     with pytest.raises(UserError, match=r"model\.rank is 4, but the adapter in .* has 3"):
         build(tiny_base, folder=tmp_path / "adapter", rank=4)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"init_lora_weights": "pissa"}, r"model\.lora_options"),
-        ({"modules_to_save": ["q_proj"]}, "integers have no gradient"),
-    ],
-)
-def test_options_that_fit_refuses_are_refused(tiny_base, options, words):
-    with pytest.raises(UserError, match=words):
-        build(tiny_base, lora_options=options)
+    with pytest.raises(UserError, match=r"model\.lora_options"):
+        build(tiny_base, lora_options={"init_lora_weights": "pissa"})
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
@@ -135,29 +124,32 @@ def test_a_small_base_is_counted_by_hand():
 
 
 def test_llama_has_its_known_sizes():
-    model, smaller = (
-        build(LlamaConfig(**json.loads((ROOT / "configs/shapes" / name / "config.json").read_text())), rank=16)
-        for name in ("llama-3.1-8b", "llama-3.2-1b")
-    )
+    config = json.loads((ROOT / "configs/shapes/llama-3.1-8b/config.json").read_text())
+    model = build(LlamaConfig(**config), rank=16)
     base = read_base(model)
     assert base.parameters == 8_030_261_248  # as its model card says: 8.03 billion
     rounded = {storage: round(base.count_bytes(storage) / 1e9, 2) for storage in STORAGES}
     assert rounded == {"fp32": 32.12, "bf16": 16.06, "int8": 9.09, "nf4": 6.03, "nf4, double quantized": 5.70}
     assert count_trained(model) == 41_943_040  # rank 16 on all linears, as PEFT prints it
-    assert read_base(smaller).parameters == 1_235_814_400
 
 
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
-def test_a_loaded_base_takes_as_much_as_planned(tiny_base, quantization, double_quant):
+@pytest.mark.parametrize(
+    ("quantization", "double_quant", "storage"),
+    [
+        ("nf4", True, "nf4, double quantized"),
+        ("fp4", False, "nf4"),
+        ("int8", True, "int8"),
+        ("none", True, "bf16"),
+    ],
+)
+def test_a_loaded_base_takes_as_much_as_planned(tiny_base, quantization, double_quant, storage):
     loaded = load_base(str(tiny_base), quantization=quantization, double_quant=double_quant, cache=False).model
     found = sum(bytes_by_dtype(loaded).values())
     if quantization == "int8":  # whose scales are no parameters
         found += sum(m.weight.SCB.nbytes for m in loaded.modules() if isinstance(m, bnb.nn.Linear8bitLt))
-    storage = name_storage(quantization, double_quant, number_bytes=2)
+    assert name_storage(quantization, double_quant, number_bytes=2) == storage
     assert read_base(hollow_base(tiny_base)).count_bytes(storage) == found
 
 
 def test_a_base_that_is_not_quantized_has_the_dtype_of_the_products():
-    assert [name_storage("none", True, number_bytes) for number_bytes in (2, 4)] == ["bf16", "fp32"]
-    assert [name_storage("fp4", double, 2) for double in (False, True)] == ["nf4", "nf4, double quantized"]
+    assert name_storage("none", True, number_bytes=4) == "fp32"

@@ -12,7 +12,7 @@ import torch
 from qlora_lightning import InstructionDataModule, QLoRAModule
 from qlora_lightning.model.checkpoint.format import KEY
 from qlora_lightning.model.checkpoint.ranks import capture_generators, restore_generators, share_states
-from qlora_lightning.model.checkpoint.resume import check_data, check_save_point
+from qlora_lightning.model.checkpoint.resume import check_save_point
 from qlora_lightning.support.errors import UserError
 
 # ---- what each process has of its own --------------------------------------------------------------------------------
@@ -71,26 +71,6 @@ def test_between_windows_there_is_nothing_to_share():
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
-
-DATA = {"tokenizer": "t1", "chat_template": "c1", "train": "r1", "val": "v1", "settings": {"batch_size": 2}}
-INSIDE, ANY = "inside an epoch with other training samples", "data are not those of the checkpoint: other "
-
-
-@pytest.mark.parametrize(
-    ("change", "inside_epoch", "accepted", "refused"),
-    [
-        ({"tokenizer": "t2", "settings": {"batch_size": 4}}, True, False, None),  # the same samples all the same
-        ({"train": "r2", "tokenizer": "t2"}, True, True, INSIDE + r".* differ too: tokenizer \(t1 there, t2 here"),
-        ({"val": "v2"}, True, True, None),
-        ({"train": "r2"}, False, True, None),
-        ({"train": "r2", "settings": {"batch_size": 4}}, False, False, ANY + r"training.*data\.batch_size: 2 → 4"),
-        ({"train": "r2", "val": "v2"}, False, False, ANY + "training .* and other validation .*accept_changed_data"),
-        ({"train": None}, True, False, None),  # what is not known is not compared
-    ],
-)
-def test_other_samples_are_refused_inside_an_epoch_and_else_unless_accepted(change, inside_epoch, accepted, refused):
-    with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
-        check_data(DATA, {**DATA, **change}, inside_epoch, accepted)
 
 
 @pytest.mark.parametrize(

@@ -61,17 +61,16 @@ def batch_of(*rows):
     return collate([make_sample(ids, [-100, *ids[1:]], number) for number, ids in enumerate(rows)])
 
 
-@pytest.mark.parametrize("bad", [10, 11, -1])
-def test_an_id_outside_the_vocabulary_is_refused_with_its_row(bad):
+def test_an_id_outside_the_vocabulary_is_refused_with_its_row():
     check_token_ids(batch_of([0, 1], [9, 5]), 10, None)
-    with pytest.raises(UserError, match=f"A token of .*1.* has the id {bad}, and .* only for ids below 10: "):
-        check_token_ids(batch_of([0, 1, 2], [3, 4, bad], [5, 6]), 10, None)
+    for bad in (10, -1):
+        with pytest.raises(UserError, match=f"A token of .*1.* has the id {bad}, and .* only for ids below 10: "):
+            check_token_ids(batch_of([0, 1, 2], [3, 4, bad], [5, 6]), 10, None)
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_a_stop_token_that_the_base_lacks_stops_the_run(tiny_base, fast):
+def test_a_stop_token_that_the_base_lacks_stops_the_run(tiny_base):
     """It is only at the end of the row, where no embedding is looked up."""
-    module = QLoRAModule(base=str(tiny_base), fast=fast)
+    module = QLoRAModule(base=str(tiny_base))
     module.configure_model()
     vocabulary = module.causal_lm.config.vocab_size
     module.compute_loss(batch_of([5, 6, vocabulary - 1]))
@@ -100,7 +99,7 @@ ALIVE = adapter(a_gradient=1.0, b=0.1, b_gradient=1.0, name="v_proj")
 EMBEDDING = {"modules_to_save.default.weight": parameter(1.0, 0.0)}  # all its rows may be absent
 
 
-@pytest.mark.parametrize(("alive", "all_asked"), [(WAITS | ALIVE, False), (ALIVE, True), (EMBEDDING, True)])
+@pytest.mark.parametrize(("alive", "all_asked"), [(WAITS | ALIVE, False), (ALIVE | EMBEDDING, True)])
 def test_living_adapters_pass_and_are_asked_again_until_every_b_has_moved(alive, all_asked):
     assert check_gradients(alive) is all_asked
 
@@ -110,7 +109,6 @@ def test_living_adapters_pass_and_are_asked_again_until_every_b_has_moved(alive,
     [
         (adapter(a_gradient=0.0, b=0.0, b_gradient=0.0), "1 of 2 .*lora_B"),
         (adapter(a_gradient=0.0, b=0.1, b_gradient=1.0), "1 of 2 .*lora_A"),
-        (adapter(a_gradient=0.0, b=0.0, b_gradient=None), "1 of 2 .*lora_B"),
         (adapter(a_gradient=None, b=0.0, b_gradient=1.0), "1 of 2 .*lora_A"),
         (adapter(a_gradient=0.0, b=0.1, b_gradient=0.0, name="k_proj") | WAITS | ALIVE, "2 of 6 .*k_proj.*k_proj"),
         ({"modules_to_save.default.weight": parameter(1.0, None)}, "1 of 1 .*modules_to_save"),

@@ -1,8 +1,8 @@
 """The optimizer, its parameter groups and its learning-rate schedule."""
 
-import importlib
 import inspect
 import math
+import pydoc
 from typing import Any
 
 from torch import nn
@@ -54,24 +54,15 @@ def check_optimizer(
         if name in arguments:
             key = "model.learning_rate" if name == "lr" else "model.weight_decay"
             raise UserError(f"model.optimizer.init_args sets {name}, which has a key of its own: set {key}.")
-    optimizer_class = _import_class(path)
+    optimizer_class: Any = pydoc.locate(str(path))
+    if not (inspect.isclass(optimizer_class) and issubclass(optimizer_class, Optimizer)):
+        raise UserError(f"model.optimizer.class_path {path!r} cannot be imported, or is not a torch optimizer class.")
     arguments["lr"] = learning_rate
     if "weight_decay" in inspect.signature(optimizer_class).parameters:
         arguments["weight_decay"] = weight_decay
     elif weight_decay:
         raise UserError(f"model.weight_decay is {weight_decay}, but {path} has none: set it to 0.")
     return optimizer_class, arguments
-
-
-def _import_class(path: str) -> type[Optimizer]:
-    module_name, _, name = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"model.optimizer.class_path {path!r} cannot be imported: {error}.") from error
-    if not (inspect.isclass(found) and issubclass(found, Optimizer)):
-        raise UserError(f"model.optimizer.class_path {path!r} is not a torch optimizer class, but {found!r}.")
-    return found
 
 
 def check_loraplus_ratio(ratio: float | None) -> None:
@@ -105,16 +96,10 @@ _FEW_STEPS = 10
 def count_optimizer_steps(
     batches_per_epoch: int, accumulate: int, max_epochs: int | None, max_steps: int | None
 ) -> int:
-    """Count the optimizer steps of a run from plain numbers; ``None`` and -1 are no limit.
+    """Count the optimizer steps of a run on one rank; ``None`` and -1 are no limit.
 
     Lightning's ``estimated_stepping_batches`` loads the data loader early, and a stateful loader then loses its place
     on resume.
-
-    Args:
-        batches_per_epoch: Micro-batches of one epoch on one rank.
-        accumulate: Micro-batches of one optimizer step; the last step of an epoch may have fewer.
-        max_epochs: Epochs.
-        max_steps: Optimizer steps.
     """
     limits = []
     if max_epochs is not None and max_epochs >= 0:

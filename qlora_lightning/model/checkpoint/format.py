@@ -41,11 +41,7 @@ _OPTIMIZERS = ("torch.optim.", "bitsandbytes.optim.")
 
 
 def read_checkpoint(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint file without running any code in it.
-
-    Raises:
-        UserError: The file is not there, cut off, or no checkpoint.
-    """
+    """Read a checkpoint file without running any code in it; raise UserError if it is none, or cut off."""
     if not Path(file).is_file():
         raise UserError(f"{file}: there is no such file. Expected a .ckpt file that a run wrote.")
     try:
@@ -56,11 +52,7 @@ def read_checkpoint(file: str | Path, map_location: Any = "cpu", mmap: bool = Fa
 
 
 def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return our part of a checkpoint.
-
-    Raises:
-        UserError: The checkpoint is foreign, newer than this version can read, or lacks a part.
-    """
+    """Return our part of a checkpoint; raise UserError if it is foreign, too new, or lacks a part."""
     content = checkpoint.get(KEY)
     version = content.get("format_version") if isinstance(content, dict) else None
     if not isinstance(content, dict) or not isinstance(version, int):

@@ -17,7 +17,7 @@ def capture_generators() -> dict[str, Any]:
         "python": [version, list(numbers), gauss],
         "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state()] if _has_gpu() else [],
+        "cuda": [torch.cuda.get_rng_state()] if _computes_on_gpu() else [],
     }
 
 
@@ -28,13 +28,12 @@ def restore_generators(state: dict[str, Any]) -> None:
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and _has_gpu():
+    if state["cuda"] and _computes_on_gpu():
         torch.cuda.set_rng_state(state["cuda"][0])
 
 
-def _has_gpu() -> bool:
-    """Whether this process computes on a GPU; to ask one for its generator would begin to."""
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+def _computes_on_gpu() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # to ask for a generator initializes
 
 
 RankState = dict[str, Any]

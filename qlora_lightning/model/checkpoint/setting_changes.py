@@ -92,8 +92,8 @@ def keep_configured(trainer: Any, checkpoint: Mapping[str, Any], stored: Sequenc
     OneCycleLR does betas.
 
     Args:
-        trainer: Whose optimizers are configured, and about to be restored.
-        checkpoint: What they are restored from; changed in place.
+        trainer: Its optimizers are about to be restored.
+        checkpoint: They are restored from it; changed in place.
         stored: What :func:`describe_optimizers` returned in the run that saved it.
 
     Returns:

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class StepNumbers(NamedTuple):
-    """Loss and gradient norm of a step, scalars on the host."""
+    """Scalars of a step, on the host."""
 
     loss: Tensor
     norm: Tensor
@@ -63,10 +63,7 @@ class TrainingGuard(Callback):
     def judge_step(self, pl_module: Any, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> StepNumbers:
         """Judge a window by its mean loss and its gradients' norm over all ranks; without gradients a step is skipped.
 
-        The one time in a step that the host waits for a GPU, on which all that is logged of the step follows.
-
-        Returns:
-            Both, on the host.
+        The one time in a step that the host waits for a GPU.
         """
         trainer = pl_module.trainer
         # Under 16-mixed the scaler itself skips steps with infinite gradients: they are how it finds its scale.
@@ -131,10 +128,9 @@ class TrainingGuard(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.checks_due = True  # an evaluation pass is what breaks training elsewhere
             check_frozen(self._frozen, checksum_frozen(pl_module))
-            self._judge_validation(trainer)
+            self._judge_validation(trainer)  # before callbacks that write checkpoints, which come last
 
     def _judge_validation(self, trainer: Trainer) -> None:
-        """Judge a validation's loss, before callbacks that write checkpoints, which come last, save what gave it."""
         loss = trainer.callback_metrics.get("val_loss")
         if loss is None or loss.isfinite():
             return

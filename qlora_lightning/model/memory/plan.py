@@ -79,12 +79,9 @@ def read_base(model: nn.Module) -> BaseShape:
 
 
 def name_storage(quantization: str, double_quant: bool, number_bytes: int) -> str:
-    """Return the storage of a config's base; fp4 takes as much as nf4, fp16 as much as bf16.
+    """Return the storage of a config's base; ``number_bytes`` are those of the compute dtype.
 
-    Args:
-        quantization: As ``model.quantization`` has it.
-        double_quant: As ``model.double_quant`` has it.
-        number_bytes: Of a number in the dtype of the products, in which a base that is not quantized is held.
+    fp4 takes as much as nf4, fp16 as much as bf16; a base that is not quantized is held in the compute dtype.
     """
     if quantization in ("nf4", "fp4"):
         return "nf4, double quantized" if double_quant else "nf4"
@@ -102,16 +99,9 @@ _STATE_BLOCK, _FEWEST = 256, 4096
 
 
 def count_optimizer_bytes(shapes: Mapping[tuple[int, ...], int], choice: str | dict[str, Any] | None) -> int:
-    """Count the bytes of the state after the first step.
+    """Count the bytes of the state after the first step of so many tensors of each shape.
 
     torch's AdamW and bitsandbytes' Adams in 8 bits by formula; any other takes a step on a tensor of each shape.
-
-    Args:
-        shapes: How many tensors of which shape train.
-        choice: As ``model.optimizer`` takes it.
-
-    Raises:
-        UserError: The optimizer cannot be built.
     """
     return sum(count * _count(shape, choice) for shape, count in shapes.items())
 
@@ -200,15 +190,10 @@ def count_trained(model: nn.Module) -> int:
 
 
 def plan_memory(model: peft.PeftModel, batch: BatchShape, settings: StepSettings) -> MemoryPlan:
-    """Predict the memory of training steps on a micro-batch.
+    """Predict the memory of training a hollow model on its largest micro-batch.
 
     The peak is that of a step after the first, when the optimizer has its state: either in the head's loss or in a
     layer.
-
-    Args:
-        model: Base and adapters without numbers.
-        batch: The largest micro-batch.
-        settings: Of the config.
     """
     causal_lm: Any = model.get_base_model()
     base, width, vocabulary = read_base(causal_lm), causal_lm.config.hidden_size, len(causal_lm.lm_head.weight)

@@ -174,16 +174,9 @@ def test_every_part_is_there(small):
     assert parts["logits"] == 32 * 100 * 2
     assert parts["process"] == 1000
     assert plan_memory(small, BatchShape((9000,), 8000), settings()).parts["logits"] == 512 * 100 * 2  # of a chunk
-
-
-def test_twice_the_tokens_save_twice_as_much_and_a_gpu_saves_attentions_output_too(small):
-    usual, double = (
-        plan_memory(small, batch, settings()).parts for batch in (BATCH, BatchShape((40, 24) * 2, labelled=64))
-    )
-    assert double["activations"] == 2 * usual["activations"]
-    parts = plan_memory(small, BATCH, settings("cuda")).parts
-    assert (parts["kernels"], parts["base"]) == (0, usual["base"])
-    assert parts["activations"] > usual["activations"]
+    on_cuda = plan_memory(small, BATCH, settings("cuda")).parts
+    assert (on_cuda["kernels"], on_cuda["base"]) == (0, parts["base"])
+    assert on_cuda["activations"] > parts["activations"]  # attention's output too
 
 
 @pytest.mark.parametrize(
@@ -205,19 +198,6 @@ def test_eight_bit_averages_are_counted_as_bitsandbytes_has_them(shape):
     by_formula, by_a_step = (count_optimizer_bytes({shape: 3}, each) for each in (name, {"class_path": name}))
     assert by_formula == by_a_step
     assert count_optimizer_bytes({(64, 1024): 1}, name) == 2 * (65_536 + 4 * 256)  # a scale for each 256 numbers
-
-
-def test_a_cpu_keeps_kernels_for_each_length_of_a_batch_up_to_a_number(small):
-    def kernels(**changes):
-        return plan_memory(small, BATCH, settings(**changes)).parts["kernels"]
-
-    one, two, many, more = (kernels(batch_lengths=count) for count in (1, 2, 25, 1000))
-    assert 0 < one < two < many == more
-    assert many - one == 24 * (two - one)
-    in_fp32 = kernels(dtype=torch.float32)
-    assert in_fp32 == kernels(dtype=torch.float32, batch_lengths=25)  # its products make no kernels
-    # a hole for each checkpointed layer, as large as its largest weight
-    assert kernels(dtype=torch.float32, every_n_layers=1) == in_fp32 + 2 * 64 * 128 * 4
 
 
 def test_of_a_mapped_embedding_only_what_tokens_read_is_in_memory(small):

@@ -1,21 +1,31 @@
-"""Any base as an ordinary transformers folder, checked, and its tensors one at a time."""
+"""Any base as an ordinary transformers folder, checked: config, tokenizer, fingerprint, and tensors one at a time."""
 
+import hashlib
+import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from qlora_lightning.base.cache import Json, cache_root, hash_key
 from qlora_lightning.base.find import resolve_base
 from qlora_lightning.base.gguf import unpack_gguf
-from qlora_lightning.base.tensors import read_spans
+from qlora_lightning.base.tensors import TensorSpan, read_spans
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import read_json_object
+from qlora_lightning.support.files import read_json_object, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
 
 # What a config can ask for, and our attention and transformers' LLaMA would ignore without a word.
 _UNSUPPORTED = ("sliding_window", "attention_chunk_size", "attn_logit_softcapping", "final_logit_softcapping")
+
+_FINGERPRINT_FORMAT = 1  # raised whenever the same tensors would give another fingerprint
+_CHUNK_BYTES = 4 << 20
+_THREADS = 4  # hashlib lets go of the interpreter's lock; more threads than disks feed gain nothing
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,39 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     return files
 
 
+def load_tokenizer(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerFast":
+    """Load the tokenizer of what ``base`` takes; a folder with nothing but a tokenizer (an adapter folder) works too.
+
+    Args:
+        name: a hub id, a folder, a ``.gguf`` file, or ``package:NAME``. Only a hub id can touch the network.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run Python code that lies beside the tokenizer.
+
+    Raises:
+        UserError: there is no tokenizer, or not a fast one (whose offsets the label masks are made from).
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(name).expanduser()
+    if revision is not None or not folder.is_dir():
+        folder = open_base(name, revision, weights=False).folder
+    remedy = "Set data.tokenizer to a folder or hub id with a tokenizer.json."
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    # transformers and tokenizers raise OSError, ValueError, KeyError, ImportError and bare Exception for bad files.
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"Tokenizer {name}: none can be loaded from {folder} ({type(error).__name__}: {first_line}). {remedy}"
+        ) from error
+    if not tokenizer.is_fast:
+        found = type(tokenizer).__name__
+        raise UserError(f"Tokenizer {name}: expected a fast tokenizer, found {found}, written in Python. {remedy}")
+    return tokenizer
+
+
 _TOKENS = {"eos_token_id": (int, [int]), "bos_token_id": (int, [int]), "pad_token_id": int}
 
 
@@ -172,3 +215,42 @@ class TensorFiles:
         with safe_open(self._files[name], "pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
+
+
+def fingerprint(folder: Path) -> str:
+    """Return the SHA-256 of a transformers folder's weights: names, dtypes, shapes and bytes of all tensors.
+
+    It does not depend on sharding or on other files. The result is kept in the cache under the files' paths, sizes
+    and times; if the cache cannot be written, it is computed each time. A few MB of memory are enough.
+
+    Raises:
+        UserError: the folder holds no whole safetensors weights.
+    """
+    files = weight_files(folder, str(folder))
+    stats = [(file.resolve(), file.stat()) for file in files]
+    key: dict[str, Json] = {
+        "format": _FINGERPRINT_FORMAT,
+        "files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+    }
+    kept = cache_root() / "fingerprints" / f"{hash_key(key)}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(kept.read_text(encoding="utf-8"))["fingerprint"])
+    spans = sorted((span for file in files for span in read_spans(file)), key=lambda span: span.name)
+    total = hashlib.sha256(f"qlora_lightning fingerprint {_FINGERPRINT_FORMAT}\n".encode())
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for span, digest in zip(spans, pool.map(_hash_span, spans), strict=True):
+            total.update(json.dumps([span.name, span.dtype, span.shape, digest]).encode())
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(kept, json.dumps({"fingerprint": total.hexdigest(), **key}, indent=2) + "\n")
+    return total.hexdigest()
+
+
+def _hash_span(span: TensorSpan) -> str:
+    digest = hashlib.sha256()
+    # Read, not mapped: mapped pages of 16 GB would all count as resident while the loop runs over them.
+    with span.file.open("rb") as stream:
+        stream.seek(span.start)
+        for done in range(0, span.size_bytes, _CHUNK_BYTES):
+            digest.update(stream.read(min(_CHUNK_BYTES, span.size_bytes - done)))
+    return digest.hexdigest()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora_lightning.base.fingerprint import fingerprint
+from qlora_lightning.base.folder import fingerprint
 from qlora_lightning.base.tensors import ShardWriter
 
 

@@ -10,9 +10,8 @@ import torch
 
 from qlora_lightning.base import gguf as unpacking
 from qlora_lightning.base.find import resolve_base
-from qlora_lightning.base.folder import TensorFiles
+from qlora_lightning.base.folder import TensorFiles, load_tokenizer
 from qlora_lightning.base.gguf import unpack_gguf
-from qlora_lightning.base.tokenizer import load_tokenizer
 from qlora_lightning.support.errors import UserError
 
 HEADS = {"attn_q": 9, "attn_k": 3}  # of SmolLM2-135M

@@ -15,7 +15,7 @@ def resolve_targets(model: nn.Module, target_modules: str | list[str], layers: s
     """Name every module that is to carry an adapter, in the model's order.
 
     Args:
-        model: The base, without adapters.
+        model: The base; adapters on it are not seen.
         target_modules: ``all-linear`` (every linear of the decoder layers), ``attention``, ``mlp``, a list of names
             (``q_proj``, or longer endings), or a regular expression that matches full names.
         layers: ``all``, ``last:N``, or a list of layer indices counted from 0.
@@ -23,7 +23,11 @@ def resolve_targets(model: nn.Module, target_modules: str | list[str], layers: s
     Raises:
         UserError: A name, the expression or the layers select nothing.
     """
-    candidates = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    candidates = [
+        name.removesuffix(".base_layer")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding) and ".lora_" not in name
+    ]
     return select_targets(candidates, target_modules, layers)
 
 

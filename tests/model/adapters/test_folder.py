@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from qlora_lightning import QLoRAModule
 from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.base.cache import list_entries
-from qlora_lightning.base.tokenizer import load_tokenizer
+from qlora_lightning.base.folder import load_tokenizer
 from qlora_lightning.model.adapters.folder import (
     fill_adapter,
     loading_snippet,
@@ -63,7 +63,7 @@ def contents(folder):
 
 def save(folder, model, tokenizer=None, stop_ids=(), **identity):
     known = {"base": "org/base", "quantization": "none", "compute_dtype": "float32", **identity}
-    save_adapter_folder(folder, model, trainable_tensors(model), tokenizer, known, stop_ids)
+    save_adapter_folder(folder, model, tokenizer, known, stop_ids)
     return folder
 
 

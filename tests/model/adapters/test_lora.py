@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from qlora_lightning.model.adapters.folder import save_adapter_folder
 from qlora_lightning.model.adapters.lora import (
     add_adapters,
-    all_names_of_trainable_tensors,
     check_lora_options,
     copy_tensors,
     trainable_tensors,
@@ -193,7 +192,7 @@ def test_what_trains_beside_is_saved_and_loaded_by_plain_peft(request, tmp_path,
         causal_lm = model.get_base_model()
         assert causal_lm.get_input_embeddings().weight is causal_lm.get_output_embeddings().weight
     identity = {"base": str(folder), "quantization": quantization}
-    save_adapter_folder(tmp_path, model, all_names_of_trainable_tensors(model), None, identity)
+    save_adapter_folder(tmp_path, model, None, identity)
     plain = load_base(str(folder), quantization=quantization, compute_dtype=torch.float32).model
     with without_peft_warnings():
         again = dict(peft.PeftModel.from_pretrained(plain, tmp_path).named_parameters())

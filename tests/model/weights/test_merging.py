@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qlora_lightning.base import open_base
 from qlora_lightning.data.batches.collate import collate
 from qlora_lightning.data.samples.sample import Sample
-from qlora_lightning.model.build import hollow_base
+from qlora_lightning.model.build import meta_base
 from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights
 from qlora_lightning.model.weights.layerwise import LastStates, Reference, labels_of, run_layerwise
 from qlora_lightning.model.weights.merging import MergedWeights, adapted_layers, measure_movement, plan_merge
@@ -72,7 +72,7 @@ def test_merged_weights_say_what_base_and_adapter_say(tiny_base, tmp_path, varia
     # base and adapter, filled layer by layer
     torch.testing.assert_close(layerwise_logits(plan.model.get_base_model(), weights), expected, rtol=1e-4, atol=1e-4)
     merged = MergedWeights(plan, weights)
-    torch.testing.assert_close(layerwise_logits(hollow_base(tiny_base), merged), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layerwise_logits(meta_base(tiny_base), merged), expected, rtol=1e-4, atol=1e-4)
     # and in a whole model of transformers
     whole = AutoModelForCausalLM.from_pretrained(tiny_base)
     assert list(plan.shapes) == [name for name, _ in whole.named_parameters()]
@@ -90,7 +90,7 @@ def test_a_head_and_an_embedding_of_their_own_are_merged(untied_base, tmp_path):
     expected = plain_logits(model)
     plan, weights = plan_merge(untied_base, tmp_path / "adapter"), trained_weights(untied_base)
     assert list(plan.shapes)[-1] == "lm_head.weight"
-    found = layerwise_logits(hollow_base(untied_base), MergedWeights(plan, weights))
+    found = layerwise_logits(meta_base(untied_base), MergedWeights(plan, weights))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(layerwise_logits(plan.model.get_base_model(), weights), expected, rtol=1e-4, atol=1e-4)
 

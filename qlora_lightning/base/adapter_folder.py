@@ -10,7 +10,7 @@ from qlora_lightning.support.versions import check_version
 ALPHA = Positive(float, 1_000_000)  # more overflows in what is computed with it, and nobody trains with more
 _RANK = Positive(int, 65_536)
 PATTERNS: dict[str, Any] = {"rank_pattern": {"*!": _RANK}, "alpha_pattern": {"*!": ALPHA}}
-"""Of the two among the LoRA options that give some modules another rank or alpha."""
+"""LoRA options that give some modules another rank or alpha."""
 _OURS: Shape = {
     "base": str,
     "quantization": ("nf4", "fp4", "int8", "none"),
@@ -23,11 +23,7 @@ _REMEDY = "Copy the adapter folder again."
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
-    """Read what an adapter folder says it belongs to; nothing if other tools wrote the folder.
-
-    Raises:
-        UserError: The folder is not a whole adapter folder with a LoRA in it, or a newer version wrote it.
-    """
+    """Check an adapter folder, and read what it says it belongs to; nothing if other tools wrote it."""
     missing = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (folder / name).is_file()]
     if missing:
         raise UserError(
@@ -45,11 +41,7 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Read the ``adapter_config.json`` of an adapter folder that :func:`read_identity` has seen.
-
-    Raises:
-        UserError: It is not a JSON object, of another kind of adapter, or holds what no model can compute with.
-    """
+    """Read and check the ``adapter_config.json`` of an adapter folder."""
     file = folder / "adapter_config.json"
     config = read_json_object(file, _REMEDY)
     kind = config.get("peft_type")

@@ -95,11 +95,8 @@ def cached_folder(
 def find_entry(kind: Kind, key: Mapping[str, Json], checked_bytes: int | None = None) -> Path | None:
     """Return the folder for ``key`` if it is complete and matches its checksums.
 
-    Args:
-        kind: the part of the cache.
-        key: as for :func:`cached_folder`.
-        checked_bytes: the weights of a larger entry are not read here: who uses them checks them, by
-            :class:`EntryCheck`.
+    The weights of an entry larger than ``checked_bytes`` are not read here: who uses them checks them, by
+    :class:`EntryCheck`.
     """
     folder = cache_root() / kind / hash_key(key)
     content = _read_entry(folder)
@@ -114,12 +111,7 @@ def find_entry(kind: Kind, key: Mapping[str, Json], checked_bytes: int | None = 
 
 
 class EntryCheck:
-    """Compares an entry with its checksums in a thread: a base of 8B parameters takes some seconds to read.
-
-    Args:
-        folder: of the entry.
-        label: what it is, for the message.
-    """
+    """Compares an entry with its checksums in a thread: a base of 8B parameters takes some seconds to read."""
 
     def __init__(self, folder: Path, label: str) -> None:
         self._folder, self._label = folder, label
@@ -277,7 +269,7 @@ def _lock_path(folder: Path) -> Path:
 
 @contextmanager
 def _explained(folder: Path, faults: Collection[str] | None = None) -> Iterator[None]:
-    """Word what the disk has against a write for the user; with ``faults``, only those."""
+    """Report what the disk has against a write to the user; with ``faults``, only those."""
     try:
         yield
     except UserError:

@@ -48,9 +48,6 @@ def open_base(name: str, revision: str | None = None, *, weights: bool = True) -
         name: a hub id, a folder, a ``.gguf`` file, or ``package:NAME``.
         revision: branch, tag or commit of a hub id.
         weights: False is enough for config and tokenizer: it neither downloads nor checks the weights.
-
-    Raises:
-        UserError: there is no such base, or not one that can be trained here.
     """
     source = resolve_base(name, revision, weights=weights)
     folder = unpack_gguf(source) if source.kind == "gguf" else source.path
@@ -59,16 +56,7 @@ def open_base(name: str, revision: str | None = None, *, weights: bool = True) -
 
 
 def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> None:
-    """Check that ``folder`` holds a LLaMA that this package trains as it is.
-
-    Args:
-        folder: with ``config.json`` and, where ``weights``, safetensors files.
-        name: what the user wrote, for messages.
-        weights: False looks at the config alone.
-
-    Raises:
-        UserError: something is missing, damaged, or of another kind.
-    """
+    """Check that a folder holds a LLaMA that this package trains as it is; ``name`` is what the user wrote."""
     config = read_config(folder, name)
     model_type = config.get("model_type")
     if model_type != "llama":
@@ -92,11 +80,7 @@ def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> None
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """Return the folder's ``config.json``.
-
-    Raises:
-        UserError: it is missing or not a JSON object.
-    """
+    """Return the folder's ``config.json``."""
     file = folder / "config.json"
     if not file.is_file():
         hint = ""
@@ -107,11 +91,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """Return the safetensors files that transformers loads from ``folder``, all of which exist.
-
-    Raises:
-        UserError: there are none, or the index names some that are missing.
-    """
+    """Return the safetensors files that transformers loads from ``folder``, all of which exist."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -142,9 +122,6 @@ def load_tokenizer(
         name: a hub id, a folder, a ``.gguf`` file, or ``package:NAME``. Only a hub id can touch the network.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run Python code that lies beside the tokenizer.
-
-    Raises:
-        UserError: there is no tokenizer, or not a fast one (whose offsets the label masks are made from).
     """
     from transformers import AutoTokenizer
 
@@ -170,24 +147,12 @@ _TOKENS = {"eos_token_id": (int, [int]), "bos_token_id": (int, [int]), "pad_toke
 
 
 def read_generation_config(file: Path) -> dict[str, Any]:
-    """Read a ``generation_config.json``, or the same keys of a ``config.json``.
-
-    Raises:
-        UserError: It is not a JSON object, or the tokens in it are none.
-    """
+    """Read a ``generation_config.json``, or the same keys of a ``config.json``."""
     return read_json_object(file, "The stop tokens stand there: mend or delete it.", _TOKENS)
 
 
 class TensorFiles:
-    """Reads tensors by name, each from a mapping of its own: pages of one over all weights would stay resident.
-
-    Args:
-        folder: with ``model.safetensors``, or shards and their index.
-        name: what the user wrote, for messages.
-
-    Raises:
-        UserError: the folder holds no whole safetensors weights.
-    """
+    """Reads tensors by name, each from a mapping of its own: pages of one over all weights would stay resident."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
@@ -200,11 +165,7 @@ class TensorFiles:
         return iter(self._files)
 
     def read(self, name: str) -> "Tensor":
-        """Read one tensor, in the dtype in which it is stored.
-
-        Raises:
-            UserError: there is no such tensor.
-        """
+        """Read one tensor, in the dtype in which it is stored."""
         from safetensors import safe_open
 
         if name not in self._files:
@@ -222,9 +183,6 @@ def fingerprint(folder: Path) -> str:
 
     It does not depend on sharding or on other files. The result is kept in the cache under the files' paths, sizes
     and times; if the cache cannot be written, it is computed each time. A few MB of memory are enough.
-
-    Raises:
-        UserError: the folder holds no whole safetensors weights.
     """
     files = weight_files(folder, str(folder))
     stats = [(file.resolve(), file.stat()) for file in files]

@@ -63,9 +63,6 @@ def assemble_model(
         check_later: See :func:`qlora_lightning.model.base_model.load_base`.
         spare: A model that is not used any more, whose base is taken over if it is the same.
         **asked: Other arguments of ``load_base``.
-
-    Raises:
-        UserError: The base, the adapter folder or an option cannot be used, or the adapter belongs to another base.
     """
     folder = None if adapter is None else find_adapter_folder(adapter)
     stored = {} if folder is None else read_identity(folder)  # a misspelt name is reported before the base is loaded
@@ -108,9 +105,6 @@ def put_adapters(
         folder: The adapter folder, whose own rank and targets rule.
         base_name: Written into the config of new adapters.
         options: Arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`.
-
-    Raises:
-        UserError: The folder or an option cannot be used, or they contradict each other.
     """
     if folder is None:
         return add_adapters(base, base_name=base_name, **options)

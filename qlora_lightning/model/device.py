@@ -139,13 +139,13 @@ _GIVES_BACK = 1 << 20  # bytes: nearly every tensor gets pages of its own
 _USUAL = 32 << 20  # bytes: where glibc's own threshold ends up in a process that frees large blocks
 _KEEPS = 1 << 28  # bytes: more than any tensor of a step but a very long batch's
 _NEVER = -1
-_GAPS = (24, 40, 56, 72, 88)  # bytes: what fits exactly before or behind a tensor that lies at a multiple of 64
+_GAPS = (24, 40, 56, 72, 88)  # bytes: what fits exactly before or behind a tensor at a multiple of 64
 _STOCK = 5000  # of each: more than the objects that a step of some hundred layers has at a time
 
 
 @contextlib.contextmanager
 def giving_memory_back() -> Iterator[None]:
-    """Give each block of 1 MiB or more back to the system as soon as it is freed; does nothing without glibc.
+    """Return each block of 1 MiB or more to the system as soon as it is freed; does nothing without glibc.
 
     Quantizing makes short-lived copies in 16 and 32 bits between small tensors that stay: in one heap these hold it
     open. For a LLaMA of 8B's shape that cost 2 GiB at the peak, and kept 1.5 GiB for good (measured).

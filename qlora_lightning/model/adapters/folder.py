@@ -144,10 +144,6 @@ def loading_snippet(folder: Path | str, identity: Mapping[str, Any]) -> str:
 
     PEFT takes the generation config from the base and not from the adapter folder: if the base's lacks a stop token
     (a base model trained to chat), the second line hands over the folder's, or the model would never stop.
-
-    Args:
-        folder: The adapter folder.
-        identity: What :func:`qlora_lightning.base.adapter_folder.read_identity` returns of it.
     """
     dtype, quantization = identity.get("compute_dtype", "bfloat16"), identity["quantization"]
     four_bits = (
@@ -214,9 +210,7 @@ def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read the tensors of an adapter folder, by PEFT's names.
 
-    Raises:
-        UserError: The file is cut off, its tensors do not match their hash, or one holds NaN or an infinite number:
-            every answer would be nonsense.
+    They are refused if they are cut off, do not match their hash, or are not finite: every answer would be nonsense.
     """
     file = folder / _WEIGHTS
     try:
@@ -282,15 +276,7 @@ def add_named_adapter(
 ) -> bool:
     """Put the adapter of a folder beside those that a model has; ``model.set_adapter(name)`` then switches to it.
 
-    Args:
-        model: The base with an adapter.
-        name: What the new one is called.
-        folder: Its adapter folder.
-        identity: Of the base: what it is, and how it is quantized.
-        fast: Whether linears may run fused.
-
-    Returns:
-        Whether all of its linears run fused; the others need autocast.
+    ``identity`` is the base's. Returns whether all linears of the adapter run fused; the others need autocast.
     """
     of_base = {key: value for key, value in identity.items() if key != "adapter"}  # its shape may be another
     check_identity(read_identity(folder), of_base, f"The adapter folder {folder}")

@@ -85,11 +85,6 @@ def check_identity(stored: Mapping[str, Any], own: Mapping[str, Any], source: st
     """Reject an adapter of another base or another shape: it would load without an error and answer nonsense.
 
     What one of the two does not know is not compared.
-
-    Args:
-        stored: What a checkpoint or an adapter folder holds.
-        own: The same of the model at hand.
-        source: What it was stored in, for the message.
     """
     theirs, mine = ({**each, **(each.get("adapter") or {})} for each in (stored, own))
     for name in (*_OF_BASE, *_SETTINGS):
@@ -141,10 +136,7 @@ def _short(value: Any) -> str:
 def check_adapter_options(model: peft.PeftModel, options: dict[str, Any], folder: Path) -> None:
     """Reject options that contradict the adapter that training continues with: they would be ignored.
 
-    Args:
-        model: The base with the adapter of the folder.
-        options: Arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`; defaults contradict nothing.
-        folder: The adapter folder, for the message.
+    ``options`` are those of :func:`~qlora_lightning.model.adapters.lora.add_adapters`; defaults contradict nothing.
     """
     defaults = inspect.signature(add_adapters).parameters
     asked = {name: value for name, value in options.items() if value != defaults[name].default}

@@ -43,13 +43,7 @@ _INITS = (True, False, "gaussian", "orthogonal")
 
 
 def check_lora_options(options: dict[str, Any], model: nn.Module, tied_embeddings: bool) -> None:
-    """Reject options that cannot work on a frozen, quantized base.
-
-    Args:
-        options: What the user wrote under ``model.lora_options``.
-        model: The base, without adapters.
-        tied_embeddings: Whether the head shares the embedding's weight.
-    """
+    """Reject options that cannot work on a frozen, quantized base."""
     for name in options:
         if name in OURS:
             raise UserError(f"model.lora_options sets {name!r}, which has a key of its own: set {OURS[name]}.")

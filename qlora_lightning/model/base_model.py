@@ -49,11 +49,6 @@ class QuantizedBase:
     double_quant: bool
     check: EntryCheck | None = None
 
-    @property
-    def loadable_name(self) -> str:
-        """What transformers' ``from_pretrained`` takes for the base before quantization."""
-        return self.source.name if self.source.kind == "hub" else str(self.source.folder)
-
 
 def load_base(
     name: str,

@@ -80,7 +80,8 @@ def assemble_model(
     if folder is not None:
         check_identity(stored, identity, f"The adapter folder {folder}")
         identity["trained_from"] = {"adapter": str(folder), "data": stored.get("data", {})}
-    model = put_adapters(loaded.model, folder, base_name=loaded.loadable_name, **adapter_options)
+    loadable_name = loaded.source.name if loaded.source.kind == "hub" else str(loaded.source.folder)
+    model = put_adapters(loaded.model, folder, base_name=loadable_name, **adapter_options)
     identity["adapter"] = describe_adapter(model)
     return QLoRAModel(model, identity, fuse(model, fast), loaded, asked)
 

@@ -91,8 +91,6 @@ def _take_base(spare: QLoRAModel | None, asked: dict[str, Any]) -> QuantizedBase
     if spare is None or spare.asked != asked:
         return None
     base: Any = spare.model.unload()
-    if hasattr(base, "peft_config"):
-        del base.peft_config  # PEFT would put a second adapter beside the first one's settings
     return None if trainable_tensors(base) else spare.base
 
 

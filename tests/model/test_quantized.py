@@ -111,28 +111,6 @@ def test_a_base_whose_config_was_edited_computes_what_it_says_now(tiny_base, tmp
     assert not torch.equal(forward(edited.eval()), before)
 
 
-@pytest.mark.parametrize(
-    ("quantization", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True), ("int8", True), ("none", True)]
-)
-def test_evaluation_and_saving_change_no_bit_compute_the_same_and_gradients_still_pass(
-    tiny_base, quantization, double_quant
-):
-    model = load(tiny_base, quantization, double_quant=double_quant)
-    before = tensors(model)
-    with torch.no_grad():
-        trained = forward(model.train())
-        assert torch.equal(forward(model.eval()), trained)
-        assert not model.training
-    model.state_dict()
-    model.train()
-    assert are_bit_equal(before, tensors(model))
-
-    linear = model.model.layers[0].self_attn.q_proj
-    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
-    linear(x).float().sum().backward()
-    assert x.grad.any()
-
-
 def store_quantized(folder, place, **settings):
     settings = BitsAndBytesConfig(**settings)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.bfloat16)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from qlora_lightning.base.adapter_folder import read_adapter_config
 from qlora_lightning.model.adapters.lora import ADAPTER, OURS, check_lora_options
-from qlora_lightning.model.build import hollow_base, put_adapters
+from qlora_lightning.model.build import meta_base, put_adapters
 from qlora_lightning.model.weights.base import EMBEDDING, HEAD, Weights, filled, name_in_base
 from qlora_lightning.support.errors import UserError
 
@@ -46,7 +46,7 @@ def plan_merge(base_folder: Path, adapter: Path) -> MergePlan:
     Raises:
         UserError: The adapter does not fit the base, or is of a kind whose merge is not verified.
     """
-    base = hollow_base(base_folder)
+    base = meta_base(base_folder)
     shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
     _check_options(adapter, base)
     model = put_adapters(base, adapter).requires_grad_(False).eval()

@@ -53,7 +53,7 @@ def test_the_hash_tells_contents_apart_without_loading(folder, tmp_path, monkeyp
     def load(*arguments, **settings):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("qlora_lightning.base.tokenizer.load_tokenizer", load)
+    monkeypatch.setattr("qlora_lightning.base.folder.load_tokenizer", load)
     template = tmp_path / "own.jinja"
     template.write_text("a")
     hashes = [hash_choice(str(folder), choice) for choice in (None, "chatml", "llama3", str(template))]

@@ -3,7 +3,7 @@ import copy
 import pytest
 
 from qlora_lightning import InstructionDataModule
-from qlora_lightning.base.tokenizer import load_tokenizer
+from qlora_lightning.base.folder import load_tokenizer
 from qlora_lightning.data.samples.identity import hash_samples, identify
 from qlora_lightning.data.samples.sample_builder import SampleSetBuilder
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.base_model import load_base
-from qlora_lightning.model.build import fuse, hollow_base, hollow_copy, put_adapters
+from qlora_lightning.model.build import fuse, meta_base, meta_copy, put_adapters
 from qlora_lightning.model.layers.lora import runs_fused
 from qlora_lightning.model.memory.plan import STORAGES, count_trained, name_storage, read_base
 from qlora_lightning.model.summary import bytes_by_dtype
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def build(config, quantization="nf4", folder=None, fast=True, **options):
-    base = hollow_base(config, torch.bfloat16, quantization)
+    base = meta_base(config, torch.bfloat16, quantization)
     options = options if folder else {"rank": 4, **options}
     model = put_adapters(base, folder, **options).to("meta")
     fuse(model, fast)
@@ -55,7 +55,7 @@ def test_a_hollow_model_is_the_model_without_its_numbers(tiny_base, options):
     trained, parts, base = describe(module.model)
     for name, (kind, fused) in parts.items():
         parts[name] = (bnb.nn.Linear8bitLt if issubclass(kind, bnb.nn.Linear8bitLt) else kind), fused
-    copied = hollow_copy(module.model, torch.bfloat16, module.quantization, module.fast)
+    copied = meta_copy(module.model, torch.bfloat16, module.quantization, module.fast)
     for hollow in (build(tiny_base, **options), copied):
         assert all(parameter.is_meta for parameter in hollow.parameters())
         assert describe(hollow) == (trained, parts, base)
@@ -76,8 +76,8 @@ def test_layers_are_fused_where_they_would_be(config, options, fused):
     assert [runs_fused(layer) for layer in model.get_base_model().model.layers] == [fused] * 2
 
 
-def test_only_the_rotary_tables_of_a_hollow_base_are_real(tiny_base):
-    model = hollow_base(tiny_base)
+def test_only_the_rotary_tables_of_a_meta_base_are_real(tiny_base):
+    model = meta_base(tiny_base)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not any(buffer.is_meta for buffer in model.buffers())
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # tied
@@ -128,7 +128,7 @@ def test_a_loaded_base_takes_as_much_as_planned(tiny_base, quantization, double_
     if quantization == "int8":  # whose scales are no parameters
         found += sum(m.weight.SCB.nbytes for m in loaded.modules() if isinstance(m, bnb.nn.Linear8bitLt))
     assert name_storage(quantization, double_quant, number_bytes=2) == storage
-    assert read_base(hollow_base(tiny_base)).count_bytes(storage) == found
+    assert read_base(meta_base(tiny_base)).count_bytes(storage) == found
 
 
 def test_a_base_that_is_not_quantized_has_the_dtype_of_the_products():

@@ -13,7 +13,7 @@ from qlora_lightning.commands.profile.parts import Widths
 from qlora_lightning.commands.profile.scopes import Scopes
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.batch import BatchShape, shape_of_batch
-from qlora_lightning.model.build import fuse, hollow_base, hollow_copy, put_adapters
+from qlora_lightning.model.build import fuse, meta_base, meta_copy, put_adapters
 from qlora_lightning.model.kernels import library
 from qlora_lightning.model.layout import IGNORED
 from qlora_lightning.model.memory.layer_memory import LiveBytes
@@ -61,7 +61,7 @@ def saved_in_truth(module, batch):
 
 def plan(module, batch, **changes):
     dtype = getattr(torch, module.identity["compute_dtype"])
-    hollow = hollow_copy(module.model, dtype, module.quantization, module.fast)
+    hollow = meta_copy(module.model, dtype, module.quantization, module.fast)
     step = settings(dtype=dtype, autocasts=module.autocast_dtype is not None, **changes)
     return plan_memory(hollow, batch, step).parts
 
@@ -158,7 +158,7 @@ def small():
 def build(**changes):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(**{**sizes, "vocab_size": 100, "num_hidden_layers": 2, **changes})
-    model = put_adapters(hollow_base(config, torch.bfloat16, "nf4"), rank=2)
+    model = put_adapters(meta_base(config, torch.bfloat16, "nf4"), rank=2)
     fuse(model, fast=True)
     return model
 

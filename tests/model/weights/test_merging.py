@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qlora_lightning.base import open_base
 from qlora_lightning.data.batches.collate import collate
 from qlora_lightning.data.samples.sample import Sample
-from qlora_lightning.model.build import hollow_base
+from qlora_lightning.model.build import meta_base
 from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights
 from qlora_lightning.model.weights.layerwise import Reference, run_layerwise
 from qlora_lightning.model.weights.merging import MergedWeights, adapted_layers, measure_movement, plan_merge
@@ -73,7 +73,7 @@ def test_merged_weights_say_what_base_and_adapter_say(tiny_base, untied_base, tm
     plan, weights = plan_merge(base, tmp_path / "adapter"), trained_weights(base)
     merged = MergedWeights(plan, weights)
     assert_says(plan.model.get_base_model(), weights, expected)  # base and adapter, filled layer by layer
-    assert_says(hollow_base(base), merged, expected)
+    assert_says(meta_base(base), merged, expected)
     whole = AutoModelForCausalLM.from_pretrained(base)  # and in a whole model of transformers
     assert list(plan.shapes) == [name for name, _ in whole.named_parameters()]
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_what_no_adapter_touches_comes_as_it_is(tiny_base, tmp_path):
 def test_what_is_stored_in_16_bits_is_computed_with_in_fp32(tiny_base):
     original = OriginalWeights(open_base(str(tiny_base)))
     whole = AutoModelForCausalLM.from_pretrained(tiny_base).bfloat16().float()
-    assert_says(hollow_base(tiny_base), lambda name: original(name).bfloat16(), plain_logits(whole))
+    assert_says(meta_base(tiny_base), lambda name: original(name).bfloat16(), plain_logits(whole))
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,10 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model import generate
-from qlora_lightning.model.generate import dense_weights, generate_answers, generate_padded
+from qlora_lightning.model.generate import dense_weights, generate_answers
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.support.errors import UserError
 
@@ -75,24 +74,16 @@ def test_a_prompt_may_hold_the_stop_token_and_there_may_be_no_prompt(model):
     assert answer(model) == []
 
 
-@pytest.mark.parametrize("attention", ["qlora_flat", "qlora_flat_plain"])
-def test_answers_equal_those_of_transformers_own_generate_padded_on_the_left(model, attention):
+def test_torchs_attention_answers_the_same_and_one_that_knows_no_samples_is_refused(model, together):
     causal_lm = model.get_base_model()
-    implementation = causal_lm.config._attn_implementation
-    register_flat_attention(), register_flat_attention(fast=False)
-    causal_lm.set_attn_implementation(attention)
-    ours = answer(model, *PROMPTS, max_new_tokens=12)
+    usual = causal_lm.config._attn_implementation
+    causal_lm.set_attn_implementation(register_flat_attention(fast=False))
+    plain = answer(model, *PROMPTS)
     causal_lm.set_attn_implementation("sdpa")
-    theirs = answer(model, *PROMPTS, max_new_tokens=12)  # of an attention that is not ours
-    causal_lm.set_attn_implementation(implementation)
-    assert ours == theirs == generate_padded(model.eval(), PROMPTS, [NEVER], 12)
-
-
-def test_a_bases_own_sampling_settings_change_nothing(model, together, monkeypatch):
-    sampling = GenerationConfig(do_sample=True, temperature=5.0, top_p=0.9, top_k=50, eos_token_id=2, pad_token_id=2)
-    monkeypatch.setattr(model.get_base_model(), "generation_config", sampling)
-    assert answer(model, *PROMPTS) == together
-    assert generate_padded(model.eval(), PROMPTS, [NEVER], 6) == together
+    with pytest.raises(UserError, match="The model attends by 'sdpa', which knows nothing of the samples"):
+        answer(model, *PROMPTS)
+    causal_lm.set_attn_implementation(usual)
+    assert plain == together
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -14,8 +14,8 @@ from qlora_lightning.model.kernels import attention as kernel
 from qlora_lightning.model.kernels.attention import attends_in
 from qlora_lightning.model.layers import attention
 from qlora_lightning.model.layers.attention import (
+    expand_states,
     flat_attention,
-    lay_out_states,
     plain_flat_attention,
     register_flat_attention,
 )
@@ -42,14 +42,14 @@ def draw(tokens, dtype=torch.float32, heads=(6, 2, 2), width=16):
 
 def by_formula(query, key, value, samples, scale=SCALE):
     """Attend within samples in float64, by the formula; what these share is laid out."""
-    query, key, value = (each.double()[:, :, samples.whole.places] for each in (query, key, value))
+    query, key, value = (each.double()[:, :, samples.expanded.gather_index] for each in (query, key, value))
     key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (key, value))
     mixed = []
     for start, end in itertools.pairwise(samples.bounds):
         scores = query[:, :, start:end] @ key[:, :, start:end].transpose(2, 3) * scale
         later = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
         mixed.append(scores.masked_fill(later, -torch.inf).softmax(-1) @ value[:, :, start:end])
-    return torch.cat(mixed, 2).transpose(1, 2)[:, samples.whole.first]
+    return torch.cat(mixed, 2).transpose(1, 2)[:, samples.expanded.first_copy]
 
 
 def fast(*qkv, samples, scale=SCALE):
@@ -115,7 +115,7 @@ SAMPLES = {
 @pytest.mark.parametrize("way", [fast, plain, padded, ragged])
 @pytest.mark.parametrize("samples", SAMPLES.values(), ids=SAMPLES.keys())
 def test_outputs_and_gradients_are_those_of_attention_written_out(way, samples):
-    qkv = draw(len(samples.whole.first))
+    qkv = draw(len(samples.expanded.first_copy))
     found, exact = (with_gradients(attend, qkv, samples=samples) for attend in (way, by_formula))
     assert errors(found, exact).max() <= 1e-6
 
@@ -228,7 +228,7 @@ def test_ragged_kernel_equals_attention_sample_by_sample():
 def test_states_are_laid_out_as_an_index_does_and_so_are_their_gradients():
     samples = place_samples(Needed([3, 3], [2, 0], [1, 0]))  # two samples of three tokens, which begin alike
     states = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
-    ours, theirs = lay_out_states(states, samples.whole), states[:, :, samples.whole.places]
+    ours, theirs = expand_states(states, samples.expanded), states[:, :, samples.expanded.gather_index]
     assert torch.equal(ours, theirs)
     grad = torch.randn(ours.shape, dtype=torch.float64)
     ours, theirs = (torch.autograd.grad(each, states, grad)[0] for each in (ours, theirs))

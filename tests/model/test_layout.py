@@ -40,24 +40,24 @@ def test_what_two_samples_begin_with_is_there_once_and_what_nothing_is_predicted
     assert found.position_ids.tolist() == [[3, 0, 1, 2, 3]]
     assert (found.predicting.tolist(), found.targets.tolist()) == ([0, 4], [8, 6])
     samples = found.samples
-    assert samples.whole.places.tolist() == [1, 2, 3, 0, 1, 2, 3, 4]
-    assert samples.own.tolist() == [3, 0]
+    assert samples.expanded.gather_index.tolist() == [1, 2, 3, 0, 1, 2, 3, 4]
+    assert samples.query_start.tolist() == [3, 0]
     assert samples.bounds == (0, 4, 8)
     assert samples.cu_seqlens.tolist() == [0, 4, 8]
     assert samples.cu_seqlens.dtype == torch.int32
     assert samples.longest == 4
-    assert samples.whole.order.tolist() == [3, 0, 4, 1, 5, 2, 6, 7]  # by place, those of one place in their order
-    assert samples.whole.begins.tolist() == [0, 1, 3, 5, 7, 8]
-    assert samples.whole.first.tolist() == [3, 0, 1, 2, 7]
-    assert not samples.whole.once
+    assert samples.expanded.copies.tolist() == [3, 0, 4, 1, 5, 2, 6, 7]  # by place, those of one place in their order
+    assert samples.expanded.copy_offsets.tolist() == [0, 1, 3, 5, 7, 8]
+    assert samples.expanded.first_copy.tolist() == [3, 0, 1, 2, 7]
+    assert samples.expanded.shares
 
 
 def test_padded_samples_are_as_long_as_the_longest_and_count_their_own_tokens():
     batch = batch_of(([1, 2], 1, 0), ([3, 4, 5], 1, 0))
     padded = lay_out(batch, leaves_out=False, pads=True).samples.padded
-    assert padded.places.tolist() == [0, 1, 1, 2, 3, 4]  # the first is filled up with its last token
-    assert padded.first.tolist() == padded.order.tolist() == [0, 1, 3, 4, 5]
-    assert padded.once
+    assert padded.gather_index.tolist() == [0, 1, 1, 2, 3, 4]  # the first is filled up with its last token
+    assert padded.first_copy.tolist() == padded.copies.tolist() == [0, 1, 3, 4, 5]
+    assert not padded.shares
     assert lay_out(batch, leaves_out=False).samples.padded is None
 
 
@@ -71,13 +71,13 @@ def test_beginnings_are_shared_in_a_chain():
     found = lay_out(batch_of(([1, 2, 9], 2, 0), ([1, 2, 3, 4, 9], 4, 0), ([1, 2, 3, 5, 9], 4, 0)))
     # Sorted: (1 2 3 4), (1 2 3 5), (1 2): the third computes no more than 5, the first no more than its 2.
     assert found.input_ids.tolist() == [[2, 1, 2, 3, 4, 5]]
-    assert found.samples.whole.places.tolist() == [1, 0, 1, 2, 3, 4, 1, 2, 3, 5]
+    assert found.samples.expanded.gather_index.tolist() == [1, 0, 1, 2, 3, 4, 1, 2, 3, 5]
 
 
 def test_samples_without_labels_have_one_token():
     found = lay_out(batch_of(([4, 5, 6], 3, 0), ([4, 5, 6], 3, 0)))
     assert found.input_ids.tolist() == [[4, 4]]
-    assert found.samples.whole.once
+    assert not found.samples.expanded.shares
     assert not len(found.targets)
 
 
@@ -85,9 +85,9 @@ def test_samples_without_labels_have_one_token():
 def test_tokens_at_other_positions_are_other_tokens(dtype):
     batch = batch_of(([*SYSTEM, 7], 3, 0), ([*SYSTEM, 8], 3, 0))
     batch["position_ids"] = batch["position_ids"].to(dtype)
-    assert not lay_out(batch).samples.whole.once
+    assert lay_out(batch).samples.expanded.shares
     batch["position_ids"][0, 4:] += 1
-    assert lay_out(batch).samples.whole.once
+    assert not lay_out(batch).samples.expanded.shares
 
 
 def test_a_sample_without_labels_fills_the_last_block():
@@ -161,7 +161,7 @@ def test_loss_and_gradients_are_those_of_the_plain_path_over_all_tokens(tiny_bas
     if every_n_layers:
         enable_activation_checkpointing(module.causal_lm)
     batch = batch_of(*rows)
-    assert not lay_out(batch).samples.whole.once
+    assert lay_out(batch).samples.expanded.shares
     assert_same(results(module, batch), results(plain, batch))
 
 

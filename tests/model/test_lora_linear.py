@@ -137,8 +137,8 @@ def test_tiles_of_a_weight_give_the_products_of_the_whole_to_the_last_bit(
         return [
             multiply_by_weight(weight, x),
             multiply_by_weight(weight, x, onto=grad.clone()),
-            multiply_by_weight(weight, grad, turned=True),
-            multiply_by_weight(weight, grad, turned=True, onto=x.clone()),
+            multiply_by_weight(weight, grad, backward=True),
+            multiply_by_weight(weight, grad, backward=True, onto=x.clone()),
         ]
 
     whole = products()

@@ -8,7 +8,7 @@ namespace {
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 template <class T>
-void normalize(const T *__restrict x, const T *__restrict weight, float eps, int64_t again, T *__restrict out,
+void rms_norm(const T *__restrict x, const T *__restrict weight, float eps, int64_t again, T *__restrict out,
                float *__restrict inverse, int64_t rows, int64_t width) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
@@ -27,7 +27,7 @@ void normalize(const T *__restrict x, const T *__restrict weight, float eps, int
 }
 
 template <class T>
-void normalize_backward(const T *__restrict x, const T *__restrict weight, const float *__restrict inverse,
+void rms_norm_backward(const T *__restrict x, const T *__restrict weight, const float *__restrict inverse,
                         T *__restrict grad, int64_t rows, int64_t width) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
@@ -131,13 +131,13 @@ void cross_entropy(T *__restrict logits, const int64_t *targets, int64_t with_gr
 }  // namespace
 
 #define FOR_TYPE(T, NAME)                                                                                              \
-    extern "C" void normalize_##NAME(const T *x, const T *weight, float eps, int64_t again, T *out,                    \
+    extern "C" void rms_norm_##NAME(const T *x, const T *weight, float eps, int64_t again, T *out,                    \
                                      float *inverse, int64_t rows, int64_t width) {                                    \
-        normalize(x, weight, eps, again, out, inverse, rows, width);                                                   \
+        rms_norm(x, weight, eps, again, out, inverse, rows, width);                                                   \
     }                                                                                                                  \
-    extern "C" void normalize_backward_##NAME(const T *x, const T *weight, const float *inverse, T *grad,              \
+    extern "C" void rms_norm_backward_##NAME(const T *x, const T *weight, const float *inverse, T *grad,              \
                                               int64_t rows, int64_t width) {                                           \
-        normalize_backward(x, weight, inverse, grad, rows, width);                                                     \
+        rms_norm_backward(x, weight, inverse, grad, rows, width);                                                     \
     }                                                                                                                  \
     extern "C" void swiglu_##NAME(const T *gate, const T *up, T *out, int64_t count) {                                 \
         swiglu(gate, up, out, count);                                                                                  \

@@ -240,10 +240,13 @@ void to_weights(const float *scores, int64_t seen, int64_t filled, T *weights, f
 }
 
 template <class T>
-bool attend(const T *query, const T *key, const T *value, Samples samples, Shape shape, float scale, T *mixed,
-            Normalizer *normalizers) {
+bool attend(const T *query, const T *key, const T *value, const int64_t *bounds, const int64_t *query_start,
+            const int64_t *gather_index, int64_t count, int64_t heads, int64_t kv_heads, int64_t width, float scale,
+            T *mixed, Normalizer *normalizers) {
+    const Samples samples{bounds, query_start, gather_index, count};
+    const Shape shape{heads, kv_heads, width};
     const auto units = list_units(samples, shape);
-    const int64_t width = shape.width, deep = width / PAIR<T>;
+    const int64_t deep = width / PAIR<T>;
     std::atomic<bool> fits{true};
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t each = 0; each < units.size(); each++) {
@@ -405,22 +408,6 @@ struct Backward {
     }
 };
 
-template <class T>
-bool attend_backward(const T *query, const T *key, const T *value, const T *grad, const Normalizer *normalizers,
-                     Samples samples, Shape shape, float scale, const Gradients<T> &to) {
-    const auto units = list_units(samples, shape);
-    std::atomic<bool> fits{true};
-#pragma omp parallel for schedule(dynamic, 1)
-    for (size_t each = 0; each < units.size(); each++) {
-        Room room(Backward<T>::words(units[each]));
-        if (room.is_there())
-            Backward<T>(units[each], query, key, value, grad, normalizers, scale, room).run(to);
-        else
-            fits = false;
-    }
-    return fits;
-}
-
 // Sum up what the tokens of samples at each place have, in their copies; those of place p are copies[copy_offsets[p]]
 // and on.
 template <class T>
@@ -437,31 +424,33 @@ void sum_up(const float *parts, const int64_t *copies, const int64_t *copy_offse
     }
 }
 
+template <class T>
+bool attend_backward(const T *query, const T *key, const T *value, const T *grad, const Normalizer *normalizers,
+                     const int64_t *bounds, const int64_t *query_start, const int64_t *gather_index,
+                     const int64_t *copies, const int64_t *copy_offsets, int64_t count, int64_t tokens, int64_t heads,
+                     int64_t kv_heads, int64_t width, float scale, float *parts, T *of_query, T *of_key, T *of_value) {
+    const auto units = list_units({bounds, query_start, gather_index, count}, {heads, kv_heads, width});
+    const Gradients<T> to{of_query, of_key, of_value, parts, copy_offsets};
+    std::atomic<bool> fits{true};
+#pragma omp parallel for schedule(dynamic, 1)
+    for (size_t each = 0; each < units.size(); each++) {
+        Room room(Backward<T>::words(units[each]));
+        if (room.is_there())
+            Backward<T>(units[each], query, key, value, grad, normalizers, scale, room).run(to);
+        else
+            fits = false;
+    }
+    const int64_t wide = kv_heads * width;
+    if (fits) sum_up(parts, copies, copy_offsets, tokens, wide, of_key);
+    if (fits) sum_up(parts + bounds[count] * wide, copies, copy_offsets, tokens, wide, of_value);
+    return fits;
+}
+
 }  // namespace
 
-#define FOR_TYPE(T, NAME)                                                                                              \
-    extern "C" int attend_##NAME(const T *query, const T *key, const T *value, const int64_t *bounds,                  \
-                                 const int64_t *query_start, const int64_t *gather_index, int64_t count, int64_t heads,              \
-                                 int64_t kv_heads, int64_t width, float scale, T *mixed, Normalizer *normalizers) {    \
-        return attend(query, key, value, {bounds, query_start, gather_index, count}, {heads, kv_heads, width}, scale, mixed,         \
-                      normalizers);                                                                                    \
-    }                                                                                                                  \
-    extern "C" int attend_backward_##NAME(                                                                             \
-        const T *query, const T *key, const T *value, const T *grad, const Normalizer *normalizers,                    \
-        const int64_t *bounds, const int64_t *query_start, const int64_t *gather_index, const int64_t *copies, const int64_t *copy_offsets, \
-        int64_t count, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t width, float scale, float *parts,      \
-        T *of_query, T *of_key, T *of_value) {                                                                         \
-        const Gradients<T> to{of_query, of_key, of_value, parts, copy_offsets};                                              \
-        const Samples samples{bounds, query_start, gather_index, count};                                                             \
-        if (!attend_backward(query, key, value, grad, normalizers, samples, {heads, kv_heads, width}, scale, to))      \
-            return false;                                                                                              \
-        const int64_t wide = kv_heads * width;                                                                         \
-        sum_up(parts, copies, copy_offsets, tokens, wide, of_key);                                                            \
-        sum_up(parts + bounds[count] * wide, copies, copy_offsets, tokens, wide, of_value);                                   \
-        return true;                                                                                                   \
-    }
-
-FOR_TYPE(float, float32)
+EXPORT(attend_float32, attend<float>)
+EXPORT(attend_backward_float32, attend_backward<float>)
 #ifdef __AVX512BF16__
-FOR_TYPE(bf16, bfloat16)
+EXPORT(attend_bfloat16, attend<bf16>)
+EXPORT(attend_backward_bfloat16, attend_backward<bf16>)
 #endif

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qlora_lightning.model.kernels.library import call_with_scratch, has_numbers, is_there
+from qlora_lightning.model.kernels.library import call, has_numbers, is_there
 from qlora_lightning.model.layout import Samples
 
 _LANES, _MOST_WIDE = 16, 256  # numbers of a head: a multiple of the first, up to the second
@@ -37,7 +37,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, samples: Samples, scale: f
     mixed, normalizers = torch.empty_like(query), query.new_empty(*query.shape[:2], 2, dtype=torch.float32)
     of_samples = samples.cu_seqlens.long(), samples.query_start, samples.expanded.gather_index, len(samples.query_start)
     shape = query.shape[1], *key.shape[1:]
-    call_with_scratch("attend", query.dtype, query, key, value, *of_samples, *shape, float(scale), mixed, normalizers)
+    call("attend", query.dtype, query, key, value, *of_samples, *shape, float(scale), mixed, normalizers)
     return mixed, normalizers
 
 
@@ -54,5 +54,5 @@ def attend_backward(
     counts = len(samples.query_start), len(query), query.shape[1], *key.shape[1:]
     copies = expanded.copies, expanded.copy_offsets
     arguments = *states, *of_samples, *copies, *counts, float(scale), parts, *grads
-    call_with_scratch("attend_backward", query.dtype, *arguments)
+    call("attend_backward", query.dtype, *arguments)
     return grads

@@ -220,7 +220,11 @@ struct Product {
     }
 };
 
-bool run(const Product &product) {
+bool multiply(const Weight *weights, int64_t count, int64_t backward, const bf16 *xa, int64_t by_row_of_xa, int64_t rank,
+              const bf16 *matrix, float scaling, const bf16 *bias, const bf16 *residual, bf16 *to, int64_t rows,
+              int64_t columns) {
+    const Product product{weights, count, backward != 0, {xa, by_row_of_xa, rank, matrix, scaling}, bias, residual, to,
+                          rows, columns};
     std::atomic<bool> fits{true};
     const std::vector<Sweep> sweeps = product.sweeps();
     int64_t words = 0;
@@ -262,10 +266,6 @@ bool run(const Product &product) {
 
 }  // namespace
 
-extern "C" int multiply_bfloat16(const Weight *weights, int64_t count, int64_t backward, const bf16 *xa, int64_t by_row,
-                                 int64_t rank, const bf16 *matrix, float scaling, const bf16 *bias,
-                                 const bf16 *residual, bf16 *to, int64_t rows, int64_t columns) {
-    return run({weights, count, backward != 0, {xa, by_row, rank, matrix, scaling}, bias, residual, to, rows, columns});
-}
+EXPORT(multiply_bfloat16, multiply)
 
 #endif

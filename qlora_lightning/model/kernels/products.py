@@ -10,7 +10,7 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor
 
-from qlora_lightning.model.kernels.library import call_with_scratch, has_numbers, is_there
+from qlora_lightning.model.kernels.library import call, has_numbers, is_there
 
 _COLUMNS = 32  # of a panel: a result has a multiple of them
 _DEPTH = 32  # numbers of a row that are read at a time: a block of them with one scale has a multiple of it
@@ -78,9 +78,7 @@ def multiply(
     matrix = None if matrix is None else matrix.contiguous()
     adapter = (None, 0, 0, None) if xa is None else (xa, xa.stride(0), xa.shape[1], matrix)
     sums = bias, residual, result
-    call_with_scratch(
-        "multiply", result.dtype, factors, len(factors), backward, *adapter, float(scaling), *sums, rows, columns
-    )
+    call("multiply", result.dtype, factors, len(factors), backward, *adapter, float(scaling), *sums, rows, columns)
     return result
 
 

@@ -67,8 +67,8 @@ class KeyValueCache:
         keys, values = states[:, :, :, : self._hidden.shape[-1]]
         # the heads that share a key head are like queries of one position
         queries = query[0].transpose(0, 1).reshape(len(keys), keys.shape[1], -1, query.shape[-1]).to(keys.dtype)
-        mask = self._hidden.to(keys.dtype)
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+        attend = _attend_by_products if keys.device.type == "cpu" else F.scaled_dot_product_attention
+        mixed: Tensor = attend(queries, keys, values, attn_mask=self._hidden.to(keys.dtype), scale=scale)
         return mixed.reshape(1, len(keys), -1, query.shape[-1])
 
     def keep(self, rows: list[int]) -> None:
@@ -83,3 +83,12 @@ class KeyValueCache:
         """Write keys and values, a token each, in one operation."""
         by_token = torch.stack([key[0], value[0]]).permute(2, 0, 1, 3)  # (tokens, 2, kv_heads, head_dim)
         states[:, rows, :, places] = by_token.to(states.dtype)
+
+
+def _attend_by_products(
+    queries: Tensor, keys: Tensor, values: Tensor, *, attn_mask: Tensor, scale: float | None
+) -> Tensor:
+    """Attend as torch's SDPA, whose bfloat16 kernels for a CPU round otherwise beside rows of other lengths."""
+    factor = queries.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.matmul(queries, keys.transpose(-2, -1)).mul_(factor).add_(attn_mask)
+    return torch.matmul(torch.softmax(scores, -1), values)

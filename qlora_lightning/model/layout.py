@@ -2,8 +2,8 @@
 
 In a causal model a token's states depend on it and on those before it. So no loss depends on what comes behind the last
 token from which something is predicted; and where samples begin with the same tokens (a system prompt, definitions of
-tools, a prompt with several answers), their states are the same and their gradients are added up: computed once, they
-do for all. (Wang and Hegde 2024, "Accelerating Direct Preference Optimization with Prefix Sharing", have it for pairs.)
+tools, a prompt with several answers), their states are the same and their gradients are added up: they are computed
+once. (Wang and Hegde 2024, "Accelerating Direct Preference Optimization with Prefix Sharing", have it for pairs.)
 Nothing in forward or backward reads a number from the device: whatever Python must know is here.
 
 An example: the samples ``1 2 3 7 8`` and ``1 2 3 5 6``, in which only the last token has a label::

@@ -15,7 +15,7 @@ constexpr int64_t TILE = 64;        // queries whose gradients of keys and value
 constexpr int64_t MOST_WIDE = 256;  // numbers of a head
 constexpr int64_t ALIGNED = 16;     // keys are filled up to a multiple of it
 
-// The left factor of a product: word (row, depth) stands at row * by_row + depth * by_depth.
+// The left factor of a product: word (row, depth) is at row * by_row + depth * by_depth.
 struct Left {
     const uint32_t *words;
     int64_t by_row, by_depth;
@@ -225,7 +225,7 @@ struct Normalizer {
     float largest, inverse;
 };
 
-// Turn scores into e^(score - largest), 0 from `seen` on; give their sum and the largest.
+// Turn scores into e^(score - largest), 0 from `seen` on; return their sum and the largest.
 template <class T>
 void to_weights(const float *scores, int64_t seen, int64_t filled, T *weights, float &sum, float &largest) {
     Floats most = Floats{} + NEVER, total{};
@@ -285,7 +285,7 @@ bool attend(const T *query, const T *key, const T *value, const int64_t *bounds,
     return fits;
 }
 
-// Of one row: make the weights again from scores, and give the gradient of scale * scores from that of theirs.
+// Of one row: compute the weights again from scores, and the gradient of scale * scores from that of theirs.
 template <class T>
 void differentiate(float *scores, const float *grads, int64_t seen, int64_t filled, Normalizer normalizer, T *weights,
                    T *of_scores) {

@@ -21,7 +21,7 @@ from qlora_lightning.support.errors import UserError
 
 _FOLDER = Path(__file__).parent
 _SOURCES, _HEADERS = sorted(_FOLDER.glob("*.cpp")), sorted(_FOLDER.glob("*.h"))
-_COMPILER = "g++"  # torch's threads are GNU's, and another compiler's would stand beside them
+_COMPILER = "g++"  # torch's threads are GNU's, another compiler's would run beside them
 _OPTIONS = (
     "-std=c++17",
     "-O3",
@@ -58,8 +58,8 @@ def load_library() -> ctypes.CDLL | None:
         folder = cached_folder("kernels", key, functools.partial(_compile, compiler), "C++ loops for this CPU")
         return ctypes.CDLL(str(folder / _LIBRARY))
     except (UserError, OSError, subprocess.CalledProcessError) as error:
-        said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else ""
-        _log.warning("A step on the CPU takes the slower way, without the C++ loops: %s", said or error)
+        reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else ""
+        _log.warning("A step on the CPU takes the slower way, without the C++ loops: %s", reason or error)
         return None
 
 
@@ -87,8 +87,8 @@ def _options() -> tuple[str, ...]:
 def _cpu() -> str:
     """Describe the instructions of this CPU, for which the loops are compiled: a cache may serve several machines."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    told = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
-    return hashlib.sha256("\n".join(sorted(set(told))).encode()).hexdigest()
+    described = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return hashlib.sha256("\n".join(sorted(set(described))).encode()).hexdigest()
 
 
 def _has_gnu_threads() -> bool:

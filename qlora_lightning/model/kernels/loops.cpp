@@ -14,7 +14,7 @@ bool rms_norm(const T *__restrict x, const T *__restrict weight, float eps, int6
     for (int64_t row = 0; row < rows; row++) {
         const T *from = x + row * width;
         T *to = out + row * width;
-        if (!again) {  // else backward gives what forward has found
+        if (!again) {  // else backward passes what forward has found
             float squares = 0;
 #pragma omp simd reduction(+ : squares)
             for (int64_t i = 0; i < width; i++) squares += read(from[i]) * read(from[i]);

@@ -19,7 +19,7 @@ _DEPTH = 32  # numbers of a row that are read at a time: a block of them with on
 def can_multiply(weight: Any, left: Tensor, *, backward: bool) -> bool:
     """Whether there is a product of rows with a frozen weight, in 4 bits or dense: in bfloat16, by AVX512-BF16.
 
-    Where the CPU has AMX, torch's products are several times quicker. Of shapes that do not fit torch tells.
+    If the CPU has AMX, torch's products are several times quicker. Shapes that do not fit are torch's to report.
     """
     if left.dtype is not torch.bfloat16 or left.stride(-1) != 1:
         return False

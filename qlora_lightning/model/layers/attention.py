@@ -1,7 +1,7 @@
 """Attention over a flat batch: samples lie end to end in one stream, and each attends to itself alone.
 
-What a batch's samples are is said by :class:`~qlora_lightning.model.layout.Samples` in the keyword ``samples``, which
-transformers hands on to here. Four ways lead to the same numbers within rounding:
+The keyword ``samples``, which transformers hands on to here, describes a batch's samples
+(:class:`~qlora_lightning.model.layout.Samples`). Four ways lead to the same numbers within rounding:
 
 * on a CPU the C++ loops, which take all samples at once and find in the stream what several begin with;
 * on a card from compute capability 8.0 on, torch's kernel for ragged samples;
@@ -41,7 +41,7 @@ def register_flat_attention(fast: bool = True) -> str:
     Registration is transformers' public way in: the model keeps its own code and calls our function by name.
 
     Args:
-        fast: ``False`` gives the name of torch's own attention, called for one sample after the other.
+        fast: ``False`` returns the name of torch's own attention, called for one sample after the other.
     """
     for name, attend in ((FLAT_ATTENTION, flat_attention), (PLAIN_FLAT_ATTENTION, plain_flat_attention)):
         AttentionInterface.register(name, attend)

@@ -204,7 +204,7 @@ class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy tra
         )
 
 
-_OF_SAMPLES = ("samples", "kv_cache", "cu_seqlens")  # what attention is told of them
+_OF_SAMPLES = ("samples", "kv_cache", "cu_seqlens")  # what describes them to attention
 
 
 def _apply_norm_and_linears(

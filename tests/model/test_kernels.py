@@ -223,11 +223,8 @@ def test_a_weight_is_made_dense_bit_for_bit_as_bitsandbytes_does(kind, dtype):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_all_that_a_result_is_the_sum_of_is_rounded_once(rows, shape, kind):
     weight, x, bias, residual = draw_weight(kind, shape), draw(rows, shape[1]), draw(shape[0]), draw(rows, shape[0])
-    xa, a, b = (
-        draw(rows, 12)[:, 6:],
-        draw(6, shape[1]),
-        draw(shape[0], 6),
-    )  # of several linears the products with A are beside each other
+    # of several linears the products with A are beside each other
+    xa, a, b = draw(rows, 12)[:, 6:], draw(6, shape[1]), draw(shape[0], 6)
     exact = x.double() @ dense(weight).t()
     assert_rounded_once(multiply([x], [weight], False), exact)
     exact += 0.7 * xa.double() @ b.double().t() + bias.double() + residual.double()

@@ -319,7 +319,7 @@ class QLoRAModule(lightning.LightningModule):
         layout: Layout | None = batch.get("layout")
         if layout is None or not layout.is_of(batch):
             layout = self.lay_out(batch).to(self.device)
-        casts = cast_adapters(self.model, self.causal_lm.dtype) if self.device.type == "cuda" and self.fast else None
+        casts = cast_adapters(self.model) if self.device.type == "cuda" and self.fast else None
         tokens = {"input_ids": layout.input_ids}
         if self.training and self.neftune_alpha is not None:
             embeddings = self.causal_lm.get_input_embeddings()(layout.input_ids)

@@ -19,7 +19,7 @@ from qlora_lightning.model.layout import IGNORED
 from qlora_lightning.model.memory.layer_memory import LiveBytes
 from qlora_lightning.model.memory.plan import PARTS, StepSettings, count_optimizer_bytes, plan_memory
 from qlora_lightning.support.versions import enable_activation_checkpointing
-from tests.flat_batch import make_flat_batch
+from tests import steps
 
 SHORT, LONG = (65, 33, 129), (513, 9, 521)
 
@@ -42,7 +42,7 @@ def make(tiny_base, every_n_layers=0, **options):
 
 def make_batch(lengths, shared=0):
     """Half of each sample is labelled; so many tokens at its begin are those of all others."""
-    batch = make_flat_batch(lengths)
+    batch = steps.make_batch(lengths, vocabulary=40_000)
     for start, length in zip(batch["cu_seqlens"].tolist(), lengths, strict=False):
         batch["input_ids"][0, start : start + shared] = torch.arange(shared)
         batch["labels"][0, start : start + (length + 1) // 2] = IGNORED

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from qlora_lightning.model.adapters.folder import save_adapter_folder
 from qlora_lightning.model.adapters.identity import describe_adapter, hash_config
-from qlora_lightning.model.adapters.lora import add_adapters, all_names_of_trainable_tensors, trainable_tensors
+from qlora_lightning.model.adapters.lora import add_adapters, trainable_tensors
 from qlora_lightning.model.base_model import load_base
 
 
@@ -33,7 +33,7 @@ def make_adapter(folder, base, quantization="nf4", compute_dtype=torch.float32, 
         "adapter": describe_adapter(model),
     }
     tokenizer = AutoTokenizer.from_pretrained(base)
-    save_adapter_folder(folder, model, all_names_of_trainable_tensors(model), tokenizer, identity)
+    save_adapter_folder(folder, model, tokenizer, identity)
     return model.eval()
 
 

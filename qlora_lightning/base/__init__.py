@@ -3,7 +3,6 @@
 Importing this imports neither torch nor transformers.
 """
 
-from qlora_lightning.base.folder import BaseFolder, open_base
-from qlora_lightning.base.tokenizer import load_tokenizer
+from qlora_lightning.base.folder import BaseFolder, load_tokenizer, open_base
 
 __all__ = ["BaseFolder", "load_tokenizer", "open_base"]

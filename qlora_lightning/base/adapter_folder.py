@@ -10,49 +10,20 @@ from qlora_lightning.support.versions import check_version
 ALPHA = Positive(float, 1_000_000)  # more overflows in what is computed with it, and nobody trains with more
 _RANK = Positive(int, 65_536)
 PATTERNS: dict[str, Any] = {"rank_pattern": {"*!": _RANK}, "alpha_pattern": {"*!": ALPHA}}
-"""Of the two among the LoRA options that give some modules another rank or alpha."""
-_IDENTITY: Shape = {  # qlora_lightning.json
-    "format_version": int,
+"""LoRA options that give some modules another rank or alpha."""
+_OURS: Shape = {
     "base": str,
-    "base_folder": str,
-    "revision": str,
-    "fingerprint": str,
-    "config_hash": str,
     "quantization": ("nf4", "fp4", "int8", "none"),
-    "double_quant": bool,
     "compute_dtype": ("bfloat16", "float16", "float32"),
-    "adapter": {
-        "rank": int,
-        "alpha": float,
-        "dropout": float,
-        "target_modules": [str],
-        "layers": [int],
-        "lora_options": {},
-    },
-    "data": {"tokenizer": str, "chat_template": str, "train": str, "val": str, "settings": {"system": str}},
-    "trained_from": {"adapter": str, "data": {}},
+    "adapter": {},
+    "data": {"settings": {}},
 }
-_PEFT_CONFIG: Shape = {  # adapter_config.json
-    "base_model_name_or_path": str,
-    "r!": _RANK,
-    "lora_alpha!": ALPHA,
-    "lora_dropout": float,
-    "target_modules": (str, [str]),
-    "layers_to_transform": (int, [int]),
-    "modules_to_save": [str],
-    "use_dora": bool,
-    "use_rslora": bool,
-    **PATTERNS,
-}
+_PEFTS: Shape = {"r!": _RANK, "lora_alpha!": ALPHA, **PATTERNS}
 _REMEDY = "Copy the adapter folder again."
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
-    """Read what an adapter folder says it belongs to; nothing if other tools wrote the folder.
-
-    Raises:
-        UserError: The folder is not a whole adapter folder with a LoRA in it, or a newer version wrote it.
-    """
+    """Check an adapter folder, and read what it says it belongs to; nothing if other tools wrote it."""
     missing = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (folder / name).is_file()]
     if missing:
         raise UserError(
@@ -65,22 +36,18 @@ def read_identity(folder: Path) -> dict[str, Any]:
         return {}
     identity = read_json_object(file, _REMEDY, {"format_version": int})
     check_version(identity.get("format_version") or 1, f"The adapter folder {folder}")
-    check_shape(file, identity, _REMEDY, _IDENTITY)
+    check_shape(file, identity, _REMEDY, _OURS)
     return {name: value for name, value in identity.items() if value is not None}
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Read the ``adapter_config.json`` of an adapter folder that :func:`read_identity` has seen.
-
-    Raises:
-        UserError: It is not a JSON object, of another kind of adapter, or holds what no model can compute with.
-    """
+    """Read and check the ``adapter_config.json`` of an adapter folder."""
     file = folder / "adapter_config.json"
     config = read_json_object(file, _REMEDY)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f"{folder} holds an adapter of peft_type {kind}: expected LORA.")
-    check_shape(file, config, _REMEDY, _PEFT_CONFIG)
+    check_shape(file, config, _REMEDY, _PEFTS)
     return config
 
 

@@ -72,12 +72,16 @@ def cached_folder(
     Raises:
         UserError: the cache cannot be written, or its disk is full.
     """
-    folder = find_entry(kind, key, checked_bytes)
-    if folder is None:
-        folder = cache_root() / kind / hash_key(key)
+    folder = cache_root() / kind / hash_key(key)
+    if find_entry(kind, key, checked_bytes) is None:
+        lock = FileLock(_lock_path(folder))
         with _explained(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = _acquire_lock(folder, label)
+            try:
+                lock.acquire(timeout=1)
+            except Timeout:
+                _log.info("Another process is making %s in the cache; waiting for it (%s).", label, folder)
+                lock.acquire()
         try:
             if find_entry(kind, key, checked_bytes) is None:  # else the process that we waited for has built it
                 _build_entry(folder, key, build, label)
@@ -91,30 +95,23 @@ def cached_folder(
 def find_entry(kind: Kind, key: Mapping[str, Json], checked_bytes: int | None = None) -> Path | None:
     """Return the folder for ``key`` if it is complete and matches its checksums.
 
-    Args:
-        kind: the part of the cache.
-        key: as for :func:`cached_folder`.
-        checked_bytes: the weights of a larger entry are not read here: who uses them checks them, by
-            :class:`EntryCheck`.
+    The weights of an entry larger than ``checked_bytes`` are not read here: who uses them checks them, by
+    :class:`EntryCheck`.
     """
     folder = cache_root() / kind / hash_key(key)
     content = _read_entry(folder)
     if content is None:
         return None
     weights = checked_bytes is None or sum(content["files"].values()) <= checked_bytes
+    sums = {name: crc for name, crc in content["crc32"].items() if weights or not name.endswith(".safetensors")}
     try:
-        return None if _find_damage(folder, content["crc32"], weights=weights) else folder
+        return None if _find_damage(folder, sums) else folder
     except OSError:  # as of a bad sector
         return None
 
 
 class EntryCheck:
-    """Compares an entry with its checksums in a thread: a base of 8B parameters takes some seconds to read.
-
-    Args:
-        folder: of the entry.
-        label: what it is, for the message.
-    """
+    """Compares an entry with its checksums in a thread: a base of 8B parameters takes some seconds to read."""
 
     def __init__(self, folder: Path, label: str) -> None:
         self._folder, self._label = folder, label
@@ -123,9 +120,7 @@ class EntryCheck:
 
     def _check(self) -> None:
         try:
-            entry = self._folder / _ENTRY_FILE
-            sums = json.loads(entry.read_text(encoding="utf-8"))["crc32"] if entry.exists() else {}
-            name = _find_damage(self._folder, sums)
+            name = _find_damage(self._folder, (_read_entry(self._folder) or {"crc32": {}})["crc32"])
             self._fault.set_result(None if name is None else f"{self._folder / name} does not match its checksum")
         except Exception as error:  # as of a bad sector
             self._fault.set_result(f"{self._folder} cannot be read ({error})")
@@ -218,18 +213,18 @@ def _read_entry(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _find_damage(folder: Path, sums: Mapping[str, int], *, weights: bool = True) -> str | None:
-    for name, expected in sums.items():
-        if weights or not name.endswith(".safetensors"):
-            status = (folder / name).stat()
-            if _sum_up(folder / name, status.st_size, status.st_mtime_ns) != expected:
-                return name
-    return None
+def _find_damage(folder: Path, sums: Mapping[str, int]) -> str | None:
+    return next((name for name, expected in sums.items() if _crc32(folder / name) != expected), None)
+
+
+def _crc32(file: Path) -> int:
+    status = file.stat()
+    return _crc32_as_of(file, status.st_size, status.st_mtime_ns)
 
 
 @functools.cache  # a start looks at a base several times
-def _sum_up(file: Path, size: int, mtime_ns: int) -> int:
-    """Return the CRC-32 of a file: read, not mapped, so that its pages do not count as resident."""
+def _crc32_as_of(file: Path, size: int, mtime_ns: int) -> int:
+    """Read a file, without mapping it: its pages would count as resident."""
     total = 0
     with file.open("rb", buffering=0) as stream:
         while chunk := stream.read(_CHUNK_BYTES):
@@ -255,25 +250,17 @@ def _build_entry(folder: Path, key: Mapping[str, Json], build: Callable[[Path], 
 
 def _seal(folder: Path, label: str, key: Mapping[str, Json]) -> None:
     """Flush every file of ``folder`` to the disk, then write the ``entry.json`` by which it counts."""
-    sizes: dict[str, int] = {}
-    sums: dict[str, int] = {}
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    for file in files.values():
         flush(file)
-        name, status = file.relative_to(folder).as_posix(), file.stat()
-        sizes[name], sums[name] = status.st_size, _sum_up(file, status.st_size, status.st_mtime_ns)
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    content = {"label": label, "created": created, "key": key, "files": sizes, "crc32": sums}
+    content = {
+        "label": label,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "key": key,
+        "files": {name: file.stat().st_size for name, file in files.items()},
+        "crc32": {name: _crc32(file) for name, file in files.items()},
+    }
     write_whole(folder / _ENTRY_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _acquire_lock(folder: Path, label: str) -> FileLock:
-    lock = FileLock(_lock_path(folder))
-    try:
-        lock.acquire(timeout=1)
-    except Timeout:
-        _log.info("Another process is making %s in the cache; waiting for it (%s).", label, folder)
-        lock.acquire()
-    return lock
 
 
 def _lock_path(folder: Path) -> Path:
@@ -282,7 +269,7 @@ def _lock_path(folder: Path) -> Path:
 
 @contextmanager
 def _explained(folder: Path, faults: Collection[str] | None = None) -> Iterator[None]:
-    """Word what the disk has against a write for the user; with ``faults``, only those."""
+    """Report what the disk has against a write to the user; with ``faults``, only those."""
     try:
         yield
     except UserError:

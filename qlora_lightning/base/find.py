@@ -34,9 +34,6 @@ def resolve_base(name: str, revision: str | None = None, *, weights: bool = True
         name: a hub id, a folder, a ``.gguf`` file, or ``package:NAME``.
         revision: branch, tag or commit of a hub id.
         weights: False leaves the weights of a hub id undownloaded.
-
-    Raises:
-        UserError: nothing is found under the name, or a revision is given for something that has none.
     """
     path = Path(name).expanduser()
     if is_hub_id(name):
@@ -72,9 +69,6 @@ def download_snapshot(name: str, revision: str | None, *, weights: bool) -> Path
     """Return the local snapshot of a hub model, downloading what is missing; its folder's name is the commit.
 
     ``HF_HUB_OFFLINE`` and the hub's other variables are honoured.
-
-    Raises:
-        UserError: offline, not found, gated, no network, or a full disk.
     """
     from huggingface_hub import constants, errors, snapshot_download
 

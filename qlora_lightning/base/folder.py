@@ -1,21 +1,31 @@
-"""Any base as an ordinary transformers folder, checked, and its tensors one at a time."""
+"""Any base as an ordinary transformers folder, checked: config, tokenizer, fingerprint, and tensors one at a time."""
 
+import hashlib
+import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from qlora_lightning.base.cache import Json, cache_root, hash_key
 from qlora_lightning.base.find import resolve_base
 from qlora_lightning.base.gguf import unpack_gguf
-from qlora_lightning.base.tensors import read_spans
+from qlora_lightning.base.tensors import TensorSpan, read_spans
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import read_json_object
+from qlora_lightning.support.files import read_json_object, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
 
 # What a config can ask for, and our attention and transformers' LLaMA would ignore without a word.
 _UNSUPPORTED = ("sliding_window", "attention_chunk_size", "attn_logit_softcapping", "final_logit_softcapping")
+
+_FINGERPRINT_FORMAT = 1  # raised whenever the same tensors would give another fingerprint
+_CHUNK_BYTES = 4 << 20
+_THREADS = 4  # hashlib lets go of the interpreter's lock; more threads than disks feed gain nothing
 
 
 @dataclass(frozen=True)
@@ -38,9 +48,6 @@ def open_base(name: str, revision: str | None = None, *, weights: bool = True) -
         name: a hub id, a folder, a ``.gguf`` file, or ``package:NAME``.
         revision: branch, tag or commit of a hub id.
         weights: False is enough for config and tokenizer: it neither downloads nor checks the weights.
-
-    Raises:
-        UserError: there is no such base, or not one that can be trained here.
     """
     source = resolve_base(name, revision, weights=weights)
     folder = unpack_gguf(source) if source.kind == "gguf" else source.path
@@ -49,16 +56,7 @@ def open_base(name: str, revision: str | None = None, *, weights: bool = True) -
 
 
 def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> None:
-    """Check that ``folder`` holds a LLaMA that this package trains as it is.
-
-    Args:
-        folder: with ``config.json`` and, where ``weights``, safetensors files.
-        name: what the user wrote, for messages.
-        weights: False looks at the config alone.
-
-    Raises:
-        UserError: something is missing, damaged, or of another kind.
-    """
+    """Check that a folder holds a LLaMA that this package trains as it is; ``name`` is what the user wrote."""
     config = read_config(folder, name)
     model_type = config.get("model_type")
     if model_type != "llama":
@@ -82,11 +80,7 @@ def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> None
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """Return the folder's ``config.json``.
-
-    Raises:
-        UserError: it is missing or not a JSON object.
-    """
+    """Return the folder's ``config.json``."""
     file = folder / "config.json"
     if not file.is_file():
         hint = ""
@@ -97,11 +91,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """Return the safetensors files that transformers loads from ``folder``, all of which exist.
-
-    Raises:
-        UserError: there are none, or the index names some that are missing.
-    """
+    """Return the safetensors files that transformers loads from ``folder``, all of which exist."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -123,28 +113,46 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     return files
 
 
+def load_tokenizer(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerFast":
+    """Load the tokenizer of what ``base`` takes; a folder with nothing but a tokenizer (an adapter folder) works too.
+
+    Args:
+        name: a hub id, a folder, a ``.gguf`` file, or ``package:NAME``. Only a hub id can touch the network.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run Python code that lies beside the tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(name).expanduser()
+    if revision is not None or not folder.is_dir():
+        folder = open_base(name, revision, weights=False).folder
+    remedy = "Set data.tokenizer to a folder or hub id with a tokenizer.json."
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    # transformers and tokenizers raise OSError, ValueError, KeyError, ImportError and bare Exception for bad files.
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"Tokenizer {name}: none can be loaded from {folder} ({type(error).__name__}: {first_line}). {remedy}"
+        ) from error
+    if not tokenizer.is_fast:
+        found = type(tokenizer).__name__
+        raise UserError(f"Tokenizer {name}: expected a fast tokenizer, found {found}, written in Python. {remedy}")
+    return tokenizer
+
+
 _TOKENS = {"eos_token_id": (int, [int]), "bos_token_id": (int, [int]), "pad_token_id": int}
 
 
 def read_generation_config(file: Path) -> dict[str, Any]:
-    """Read a ``generation_config.json``, or the same keys of a ``config.json``.
-
-    Raises:
-        UserError: It is not a JSON object, or the tokens in it are none.
-    """
+    """Read a ``generation_config.json``, or the same keys of a ``config.json``."""
     return read_json_object(file, "The stop tokens stand there: mend or delete it.", _TOKENS)
 
 
 class TensorFiles:
-    """Reads tensors by name, each from a mapping of its own: pages of one over all weights would stay resident.
-
-    Args:
-        folder: with ``model.safetensors``, or shards and their index.
-        name: what the user wrote, for messages.
-
-    Raises:
-        UserError: the folder holds no whole safetensors weights.
-    """
+    """Reads tensors by name, each from a mapping of its own: pages of one over all weights would stay resident."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
@@ -157,11 +165,7 @@ class TensorFiles:
         return iter(self._files)
 
     def read(self, name: str) -> "Tensor":
-        """Read one tensor, in the dtype in which it is stored.
-
-        Raises:
-            UserError: there is no such tensor.
-        """
+        """Read one tensor, in the dtype in which it is stored."""
         from safetensors import safe_open
 
         if name not in self._files:
@@ -172,3 +176,39 @@ class TensorFiles:
         with safe_open(self._files[name], "pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
+
+
+def fingerprint(folder: Path) -> str:
+    """Return the SHA-256 of a transformers folder's weights: names, dtypes, shapes and bytes of all tensors.
+
+    It does not depend on sharding or on other files. The result is kept in the cache under the files' paths, sizes
+    and times; if the cache cannot be written, it is computed each time. A few MB of memory are enough.
+    """
+    files = weight_files(folder, str(folder))
+    stats = [(file.resolve(), file.stat()) for file in files]
+    key: dict[str, Json] = {
+        "format": _FINGERPRINT_FORMAT,
+        "files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+    }
+    kept = cache_root() / "fingerprints" / f"{hash_key(key)}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(kept.read_text(encoding="utf-8"))["fingerprint"])
+    spans = sorted((span for file in files for span in read_spans(file)), key=lambda span: span.name)
+    total = hashlib.sha256(f"qlora_lightning fingerprint {_FINGERPRINT_FORMAT}\n".encode())
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for span, digest in zip(spans, pool.map(_hash_span, spans), strict=True):
+            total.update(json.dumps([span.name, span.dtype, span.shape, digest]).encode())
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(kept, json.dumps({"fingerprint": total.hexdigest(), **key}, indent=2) + "\n")
+    return total.hexdigest()
+
+
+def _hash_span(span: TensorSpan) -> str:
+    digest = hashlib.sha256()
+    # Read, not mapped: mapped pages of 16 GB would all count as resident while the loop runs over them.
+    with span.file.open("rb") as stream:
+        stream.seek(span.start)
+        for done in range(0, span.size_bytes, _CHUNK_BYTES):
+            digest.update(stream.read(min(_CHUNK_BYTES, span.size_bytes - done)))
+    return digest.hexdigest()

@@ -22,10 +22,7 @@ _FORMAT = 1  # raised whenever the same GGUF would be unpacked into another fold
 def unpack_gguf(source: BaseSource) -> Path:
     """Return a bf16 transformers folder with weights, configs, tokenizer and chat template of a GGUF.
 
-    It is made once and kept in the cache. While it is made, the whole model lies in memory in bf16.
-
-    Raises:
-        UserError: the file is damaged or no LLaMA, or the cache cannot be written.
+    It is made once and kept in the cache. While it is made, the whole model is in memory in bf16.
     """
     file = source.path.resolve()
 
@@ -70,7 +67,9 @@ def _unpack(file: Path, folder: Path, name: str) -> None:
             "It may be cut off, or newer than the installed transformers: download it again, or give a folder."
         ) from error
     config = model.config
-    config.eos_token_id = with_eos(config.eos_token_id, tokenizer.eos_token_id)
+    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if tokenizer.eos_token_id not in (None, *eos):
+        config.eos_token_id = [tokenizer.eos_token_id, *(each for each in eos if each is not None)]
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
@@ -110,12 +109,6 @@ def _load(file: Path, name: str) -> tuple[Any, Any]:
             "Download it again."
         )
     return model, tokenizer
-
-
-def with_eos(known: int | list[int] | None, eos: int | None) -> int | list[int] | None:
-    """Make generation stop at the tokenizer's end token too."""
-    ids = known if isinstance(known, list) else [known]
-    return known if eos is None or eos in ids else [eos, *(each for each in ids if each is not None)]
 
 
 @contextmanager

@@ -38,11 +38,7 @@ class TensorSpan:
 
 
 def read_spans(file: Path) -> list[TensorSpan]:
-    """Return the spans of all tensors of a safetensors file.
-
-    Raises:
-        UserError: the file is not a safetensors file, or not as long as its header says.
-    """
+    """Return the spans of all tensors of a safetensors file that is whole."""
     from safetensors import SafetensorError, safe_open
 
     try:

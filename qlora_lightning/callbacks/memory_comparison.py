@@ -12,7 +12,7 @@ from qlora_lightning.callbacks.dry_batch import leaves_out, look_ahead
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
 from qlora_lightning.callbacks.started_folder import writing_to
 from qlora_lightning.model.batch import BatchShape, shape_of_batch, shape_of_rows
-from qlora_lightning.model.build import hollow_copy
+from qlora_lightning.model.build import meta_copy
 from qlora_lightning.model.device import PeakWatch, give_back_freed_memory, read_resident_bytes
 from qlora_lightning.model.layout import filled
 from qlora_lightning.model.memory.plan import StepSettings, plan_memory
@@ -96,7 +96,7 @@ class MemoryComparison(Callback):
             batch_lengths=max(1, len(self._lengths)),
             ids=self._ids if module.cache else None,
         )
-        hollow = hollow_copy(module.model, dtype, module.quantization, module.fast)
+        hollow = meta_copy(module.model, dtype, module.quantization, module.fast)
         plan = plan_memory(hollow, self._largest, settings)
         found = {
             "predicted": {"parts": plan.parts, "peak_bytes": plan.peak_bytes},

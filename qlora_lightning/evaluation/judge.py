@@ -1,16 +1,21 @@
 """Lets a model judge and answer rows: loss and scores of each."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from qlora_lightning.evaluation.rows import EvaluationRow, choose_max_new_tokens
 from qlora_lightning.evaluation.scores import choose_scores, describe_mixture, judge_answer
+from qlora_lightning.model.batch import is_flat
 from qlora_lightning.model.generate import dense_weights
-from qlora_lightning.model.loss import losses_of_rows
+from qlora_lightning.model.layout import IGNORED, next_labels
+from qlora_lightning.model.loss import LossSums, head_loss
+
+_MOST_TOKENS = 2048  # of rows whose losses are computed in one pass: more make it no quicker
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,43 @@ def _judge_losses(module: Any, rows: Sequence[EvaluationRow], watch: Callable[[i
     for sums in losses_of_rows(module, batches):
         watch(1)
         yield Judgement(float(sums.nll_sum), int(sums.labelled_tokens), int(sums.correct))
+
+
+def losses_of_rows(module: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[LossSums]:
+    """Compute what ``module.compute_loss`` returns for each row alone.
+
+    If that is not overridden, rows go through the model together, which is two to three times as quick. An override
+    gets one row after the other: only it knows how its loss is made up.
+
+    Args:
+        module: A :class:`~qlora_lightning.model.module.QLoRAModule`; its mode is not changed.
+        rows: Each a batch, on the module's device.
+    """
+    if module.overrides("compute_loss") or not all(map(is_flat, rows)):
+        yield from map(module.compute_loss, rows)
+        return
+    groups: list[list[Mapping[str, Any]]] = []
+    tokens = _MOST_TOKENS
+    for row in rows:
+        length = row["input_ids"].shape[1]
+        if tokens + length > _MOST_TOKENS:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(row)
+        tokens += length
+    for group in groups:
+        yield from _losses_of_group(module, group)
+
+
+def _losses_of_group(module: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[LossSums]:
+    lengths = torch.tensor([row["input_ids"].shape[1] for row in rows])
+    batch = {name: torch.cat([row[name] for row in rows], 1) for name in ("input_ids", "position_ids", "labels")}
+    states, targets = module.last_states({**batch, "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0))})
+    counts = [int((next_labels(row["labels"][0]) != IGNORED).sum()) for row in rows]
+    head = module.causal_lm.get_output_embeddings()
+    for own, wanted in zip(states.split(counts), targets.split(counts), strict=True):
+        with module.autocast():
+            yield head_loss(own, wanted, head, fast=module.fast)
 
 
 def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:

@@ -1,79 +1,24 @@
-"""The frozen base: loaded, quantized once, checked, and lent to the next run of the same process."""
+"""The frozen base: loaded, quantized once, and checked."""
 
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import bitsandbytes as bnb
-import peft
 import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from qlora_lightning.base.cache import EntryCheck, Json, cached_folder, find_entry, list_entries
-from qlora_lightning.base.fingerprint import fingerprint
-from qlora_lightning.base.folder import BaseFolder, open_base
+from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base
 from qlora_lightning.base.tensors import save_model
-from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.device import giving_memory_back
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.support.errors import UserError
-
-
-class KeptBase:
-    """Holds the base of a training that has ended until the next one asks for the same."""
-
-    def __init__(self) -> None:
-        self._key: object = None
-        self._lent: Any = None
-        self._is_here = False
-
-    def lend(self, key: object, load: Callable[[], Any]) -> Any:
-        """Return the kept base if ``key``, everything that it depends on, is the same; else load it."""
-        if not (self._is_here and self._key == key):
-            self._lent = None  # or two bases would be in memory
-            self._lent = load()
-        self._key, self._is_here = key, False
-        return self._lent
-
-    def take_back(self, model: Any) -> bool:
-        """Take the adapters off a model that is not used any more, by PEFT's own means, and return if its base is kept.
-
-        A model that is not PEFT's around the lent base, or whose base would train, is let go.
-        """
-        self._is_here = False
-        if isinstance(model, peft.PeftModel) and self._lent is not None:
-            base = model.unload()
-            if hasattr(base, "peft_config"):
-                del base.peft_config  # PEFT would put a second adapter beside the first one's settings
-            self._is_here = base is self._lent.model and not trainable_tensors(base)
-        return self._is_here
-
-
-_kept: ContextVar[KeptBase | None] = ContextVar("kept_base", default=None)
-
-
-@contextlib.contextmanager
-def keeping_base() -> Iterator[KeptBase]:
-    """Let :func:`lend_base` ask the keeper that this yields, while it is open."""
-    kept = KeptBase()
-    token = _kept.set(kept)
-    try:
-        yield kept
-    finally:
-        _kept.reset(token)
-
-
-def lend_base(key: object, load: Callable[[], Any]) -> Any:
-    """Load a base, or take the one that :func:`keeping_base` keeps; see :meth:`KeptBase.lend`."""
-    kept = _kept.get()
-    return load() if kept is None else kept.lend(key, load)
-
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 
@@ -103,11 +48,6 @@ class QuantizedBase:
     quantization: Quantization
     double_quant: bool
     check: EntryCheck | None = None
-
-    @property
-    def loadable_name(self) -> str:
-        """What transformers' ``from_pretrained`` takes for the base before quantization."""
-        return self.source.name if self.source.kind == "hub" else str(self.source.folder)
 
 
 def load_base(

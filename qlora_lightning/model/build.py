@@ -1,4 +1,4 @@
-"""Base and adapters put together, on any device: to train, or on torch's meta device, shapes without numbers."""
+"""Base and adapters put together: on a device, to train, or on torch's meta device, shapes without numbers."""
 
 import copy
 from dataclasses import dataclass
@@ -8,23 +8,20 @@ from typing import Any
 import bitsandbytes as bnb
 import peft
 import torch
-from bitsandbytes.functional import QuantState
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
-from qlora_lightning.base.cache import EntryCheck
 from qlora_lightning.model.adapters.folder import open_adapter_folder
 from qlora_lightning.model.adapters.identity import (
     check_adapter_options,
     check_identity,
-    chosen_targets,
     describe_adapter,
     hash_config,
 )
 from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, inject, trainable_tensors
 from qlora_lightning.model.adapters.targets import layer_of
-from qlora_lightning.model.base_model import Quantization, QuantizedBase, lend_base, load_base
+from qlora_lightning.model.base_model import Quantization, QuantizedBase, load_base
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.fusing import fuse_layers
 
@@ -38,68 +35,63 @@ class QLoRAModel:
         identity: Name, folder, fingerprint, config and quantization of the base, and the adapter's own shape:
             checkpoints and adapter folders carry it.
         unfused: Whether something trains in PEFT's own layers.
-        check: Of a large base from the cache, which may still be running; see :func:`load_base`.
+        base: The base as it was loaded.
+        asked: What it was loaded by: arguments of :func:`load_base`.
     """
 
     model: peft.PeftModel
     identity: dict[str, Any]
     unfused: bool
-    check: EntryCheck | None
+    base: QuantizedBase
+    asked: dict[str, Any]
 
 
 def assemble_model(
-    base: str,
-    *,
-    device: torch.device,
-    compute_dtype: torch.dtype,
-    quantization: Quantization,
-    double_quant: bool,
-    revision: str | None,
-    trust_remote_code: bool,
-    cache: bool,
     adapter: str | None,
     adapter_options: dict[str, Any],
     fast: bool,
     check_later: bool = False,
+    spare: QLoRAModel | None = None,
+    **asked: Any,
 ) -> QLoRAModel:
     """Load a base, and put new adapters on it or those of an adapter folder.
 
-    ``adapter`` is the adapter folder to continue with, or the run folder around it, and ``None`` for new adapters;
-    ``adapter_options`` are arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`; ``fast`` lets layers
-    run fused. All others are those of :func:`qlora_lightning.model.base_model.load_base`.
-
-    Raises:
-        UserError: The base, the adapter folder or an option cannot be used, or the adapter belongs to another base.
+    Args:
+        adapter: The adapter folder to continue with, or the run folder around it; ``None`` for new adapters.
+        adapter_options: Arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`.
+        fast: Whether layers may run fused.
+        check_later: See :func:`qlora_lightning.model.base_model.load_base`.
+        spare: A model that is not used any more, whose base is taken over if it is the same.
+        **asked: Other arguments of ``load_base``.
     """
     folder = None if adapter is None else find_adapter_folder(adapter)
     stored = {} if folder is None else read_identity(folder)  # a misspelt name is reported before the base is loaded
-    asked: dict[str, Any] = {
-        "name": base,
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-        "quantization": quantization,
-        "double_quant": double_quant,
-        "compute_dtype": compute_dtype,
-        "cache": cache,
-        "device": device,
-    }
-    loaded: QuantizedBase = lend_base(asked, lambda: load_base(**asked, check_later=check_later))
+    loaded = _take_base(spare, asked) or load_base(**asked, check_later=check_later)
     identity: dict[str, Any] = {
-        "base": base,
+        "base": asked["name"],
         "base_folder": str(loaded.source.folder),
         "revision": loaded.source.revision,
         "fingerprint": loaded.fingerprint,
         "config_hash": hash_config(loaded.model.config),
-        "quantization": quantization,
+        "quantization": loaded.quantization,
         "double_quant": loaded.double_quant,
-        "compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "compute_dtype": str(asked["compute_dtype"]).removeprefix("torch."),
     }
     if folder is not None:
         check_identity(stored, identity, f"The adapter folder {folder}")
         identity["trained_from"] = {"adapter": str(folder), "data": stored.get("data", {})}
-    model = put_adapters(loaded.model, folder, base_name=loaded.loadable_name, **adapter_options)
+    loadable_name = loaded.source.name if loaded.source.kind == "hub" else str(loaded.source.folder)
+    model = put_adapters(loaded.model, folder, base_name=loadable_name, **adapter_options)
     identity["adapter"] = describe_adapter(model)
-    return QLoRAModel(model, identity, fuse(model, fast), loaded.check)
+    return QLoRAModel(model, identity, fuse(model, fast), loaded, asked)
+
+
+def _take_base(spare: QLoRAModel | None, asked: dict[str, Any]) -> QuantizedBase | None:
+    """Take the adapters off a model by PEFT's own means; return its base if it is the one that is asked for."""
+    if spare is None or spare.asked != asked:
+        return None
+    base: Any = spare.model.unload()
+    return None if trainable_tensors(base) else spare.base
 
 
 def put_adapters(
@@ -108,24 +100,15 @@ def put_adapters(
     """Put new adapters on a base, or those of an adapter folder.
 
     Args:
-        base: It may be hollow: new adapters are hollow too then, those of a folder have their numbers.
+        base: If it is on the meta device, new adapters are too; those of a folder have their numbers.
         folder: The adapter folder, whose own rank and targets rule.
         base_name: Written into the config of new adapters.
         options: Arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`.
-
-    Raises:
-        UserError: The folder or an option cannot be used, or they contradict each other.
     """
-    hollow = base.device.type == "meta"
     if folder is None:
-        if not hollow:
-            return add_adapters(base, base_name=base_name, **options)
-        with torch.device("meta"):
-            return add_adapters(base, base_name=base_name, **options)
-    read_identity(folder)  # reports a misspelt name
-    targets = chosen_targets(base, options)
-    model = open_adapter_folder(base, folder, bare=hollow)
-    check_adapter_options(model, targets, options, str(folder))
+        return add_adapters(base, base_name=base_name, **options)
+    model = open_adapter_folder(base, folder)
+    check_adapter_options(model, options, folder)
     return model
 
 
@@ -138,9 +121,7 @@ def fuse(model: peft.PeftModel, fast: bool) -> bool:
     return bool(fuse_layers(model)) or beside
 
 
-def hollow_base(
-    config: Any, dtype: torch.dtype = torch.float32, quantization: Quantization = "none"
-) -> PreTrainedModel:
+def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Quantization = "none") -> PreTrainedModel:
     """Make a frozen base of shapes alone, on the meta device; only the rotary tables are real.
 
     Args:
@@ -166,37 +147,31 @@ def hollow_base(
     return model
 
 
-def hollow_copy(model: peft.PeftModel, dtype: torch.dtype, quantization: Quantization, fast: bool) -> peft.PeftModel:
+def meta_copy(model: peft.PeftModel, dtype: torch.dtype, quantization: Quantization, fast: bool) -> peft.PeftModel:
     """Make a model again without numbers.
 
     Args:
         model: Base and adapters, which may be training.
-        dtype: See :func:`hollow_base`.
+        dtype: See :func:`meta_base`.
         quantization: Likewise.
         fast: Whether layers may run fused.
     """
-    base = hollow_base(model.get_base_model().config, dtype, quantization)
-    with torch.device("meta"):
-        made = inject(base, copy.deepcopy(model.peft_config[ADAPTER]), on_meta=True)
+    base = meta_base(model.get_base_model().config, dtype, quantization)
+    made = inject(base, copy.deepcopy(model.peft_config[ADAPTER]))
     fuse(made, fast)
     return made
 
 
-_BLOCK = 64  # numbers of a 4-bit weight that share a scale
-
-
 def _quantized_linear(linear: nn.Linear, quantization: Quantization, dtype: torch.dtype) -> nn.Module:
     """Make a linear of bitsandbytes; its weight is as transformers' loading leaves it."""
-    shape, sizes = linear.weight.shape, (linear.in_features, linear.out_features, linear.bias is not None)
+    weight, sizes = linear.weight.detach(), (linear.in_features, linear.out_features, linear.bias is not None)
     if quantization == "int8":
         made = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
-        numbers = torch.empty(shape, dtype=torch.int8)
-        made.weight = bnb.nn.Int8Params(numbers, requires_grad=False, CB=numbers, SCB=torch.empty(len(numbers)))
+        numbers, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+        made.weight = bnb.nn.Int8Params(numbers, requires_grad=False, CB=numbers, SCB=scales)
     else:
         made = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type=quantization)
-        scales, codes = torch.empty(shape.numel() // _BLOCK), torch.empty(16)
-        state = QuantState(scales, shape, codes, _BLOCK, quantization, dtype)
-        packed = torch.empty(shape.numel() // 2, 1, dtype=torch.uint8)
+        packed, state = bnb.functional.quantize_4bit(weight, quant_type=quantization)
         made.weight = bnb.nn.Params4bit(
             packed, requires_grad=False, quant_state=state, quant_type=quantization, bnb_quantized=True
         )

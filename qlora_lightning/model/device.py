@@ -41,19 +41,13 @@ def explain_dtype(name: ComputeDtype, device: torch.device) -> str | None:
 
     Measured on two cores of an EPYC 7003, 1024 × 1536 by 1536 × 1536: 135 GFLOP/s in fp32, 0.8 in bf16.
     """
-    if name == "fp32" or device.type not in ("cpu", "cuda") or _has_bfloat16(device):
+    if name == "fp32" or _has_bfloat16(device):
         return None
     if device.type == "cuda":
-        return "This GPU has no bf16 (that takes compute capability 8.0): products are computed in fp16."
+        return "This GPU has no bf16 (compute capability 8.0): products are computed in fp16."
     if name == "auto":
-        return (
-            "This CPU has no instructions for bf16 (AVX512-BF16): products are computed in fp32, and training takes "
-            "about three times as long as on one that has them."
-        )
-    return (
-        f"This CPU has no instructions for {name}: products take up to a hundred times as long as in fp32. Set "
-        "model.compute_dtype to auto, or to fp32."
-    )
+        return "This CPU has no bf16 (AVX512-BF16): products are computed in fp32, in about three times as long."
+    return f"This CPU has no {name}: products take up to a hundred times as long. Set model.compute_dtype to auto."
 
 
 def _has_bfloat16(device: torch.device) -> bool:
@@ -76,12 +70,16 @@ def read_memory(device: torch.device) -> dict[str, float]:
             "memory_reserved_gib": torch.cuda.memory_reserved(device) / _GIB,
             "memory_peak_gib": torch.cuda.max_memory_allocated(device) / _GIB,
         }
+    private = peak = read_resident_bytes()
     status = Path("/proc/self/status")
-    if not status.exists():  # not Linux
-        return {"private_memory_gib": read_resident_bytes() / _GIB, "peak_rss_gib": read_peak_gib(device)}
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    private, peak = (int(fields[name].split()[0]) * 1024 / _GIB for name in ("RssAnon", "VmHWM"))
-    return {"private_memory_gib": private, "peak_rss_gib": peak}
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        private, peak = (int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmHWM"))
+    elif psutil.MACOS:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"private_memory_gib": private / _GIB, "peak_rss_gib": peak / _GIB}
 
 
 def device_memory_gib(device: torch.device) -> float:
@@ -93,14 +91,7 @@ def device_memory_gib(device: torch.device) -> float:
 
 def read_peak_gib(device: torch.device) -> float:
     """Read the most memory that was in use, in GiB: of the CUDA device, or resident of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / _GIB
-    try:
-        import resource
-    except ImportError:  # Windows
-        return read_resident_bytes() / _GIB
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-    return kib * (1 if psutil.MACOS else 1024) / _GIB
+    return read_memory(device)["memory_peak_gib" if device.type == "cuda" else "peak_rss_gib"]
 
 
 def read_resident_bytes() -> int:
@@ -109,19 +100,18 @@ def read_resident_bytes() -> int:
 
 
 class PeakWatch:
-    """Watch the memory of this process from a thread, or that of a CUDA device by its own counter.
+    """Watches the memory of this process from a thread, or that of a CUDA device by its own counter.
 
     The kernel's peak counts from the start of the process, in which a base may have been quantized.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._most = 0
+        self._device, self._most = device, 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="peak-watch")
 
     def start(self) -> None:
-        """Begin."""
+        """Start to watch."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
@@ -134,10 +124,8 @@ class PeakWatch:
         self._most = max(self._most, now)
 
     def stop(self) -> int:
-        """End, and return the most bytes."""
+        """Stop, and return the most bytes."""
         self._done.set()
-        if self._thread.is_alive():
-            self._thread.join()
         self.look()
         return self._most
 
@@ -151,13 +139,13 @@ _GIVES_BACK = 1 << 20  # bytes: nearly every tensor gets pages of its own
 _USUAL = 32 << 20  # bytes: where glibc's own threshold ends up in a process that frees large blocks
 _KEEPS = 1 << 28  # bytes: more than any tensor of a step but a very long batch's
 _NEVER = -1
-_GAPS = (24, 40, 56, 72, 88)  # bytes: what fits exactly before or behind a tensor that lies at a multiple of 64
+_GAPS = (24, 40, 56, 72, 88)  # bytes: what fits exactly before or behind a tensor at a multiple of 64
 _STOCK = 5000  # of each: more than the objects that a step of some hundred layers has at a time
 
 
 @contextlib.contextmanager
 def giving_memory_back() -> Iterator[None]:
-    """Give each block of 1 MiB or more back to the system as soon as it is freed; does nothing without glibc.
+    """Return each block of 1 MiB or more to the system as soon as it is freed; does nothing without glibc.
 
     Quantizing makes short-lived copies in 16 and 32 bits between small tensors that stay: in one heap these hold it
     open. For a LLaMA of 8B's shape that cost 2 GiB at the peak, and kept 1.5 GiB for good (measured).

@@ -1,8 +1,7 @@
-"""Answers to prompts, greedily: in flat batches against a cache, or by transformers' generation."""
+"""Answers to prompts, greedily: in flat batches against a cache of keys and values."""
 
 import contextlib
-import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import bitsandbytes as bnb
@@ -11,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from qlora_lightning.model.layers.attention import NO_MASK, attends_flatly
+from qlora_lightning.model.layers.attention import NO_MASK, check_attends_flatly
 from qlora_lightning.model.layers.elementwise import rope_limit
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
 from qlora_lightning.model.layout import Samples, whole_samples
@@ -72,42 +71,6 @@ def _make_dense(linear: Any) -> nn.Linear:
     return dense.train(linear.training)
 
 
-@torch.no_grad()
-def generate_padded(
-    model: Any, prompts: Sequence[Sequence[int]], stop_ids: Collection[int], max_new_tokens: int
-) -> list[list[int]]:
-    """Continue each prompt greedily until a stop token; the prompts form one batch, padded on the left.
-
-    Args:
-        model: A causal language model of transformers or PEFT, in evaluation mode.
-        prompts: Token ids of each prompt.
-        stop_ids: Tokens that end an answer.
-        max_new_tokens: Tokens after which an answer is cut.
-
-    Returns:
-        The ids of each answer, without the stop token.
-    """
-    device = next(model.parameters()).device
-    longest = max(len(prompt) for prompt in prompts)
-    padding = min(stop_ids)  # any id will do: the mask hides it
-    ids = torch.tensor([[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    output: torch.Tensor = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        do_sample=False,
-        # a base's own sampling settings would be warned about, since this is greedy
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(stop_ids),
-        pad_token_id=padding,
-    )
-    answers = output[:, longest:].tolist()
-    return [list(itertools.takewhile(lambda token: token not in stop_ids, ids)) for ids in answers]
-
-
 def generate_answers(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -125,8 +88,7 @@ def generate_answers(
     restored.
 
     Args:
-        model: A causal language model of transformers or PEFT; one whose attention is not ours takes transformers'
-            own ``generate``, padded on the left.
+        model: A causal language model of transformers or PEFT, which attends flatly.
         prompts: Token ids of each prompt.
         stop_ids: Tokens that end an answer.
         max_new_tokens: Tokens after which an answer is cut.
@@ -136,17 +98,17 @@ def generate_answers(
     Returns:
         The ids of each answer, without the stop token: one shorter than ``max_new_tokens`` has stopped by itself.
     """
+    causal_lm: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    check_attends_flatly(causal_lm)
     answers: list[list[int]] = [[] for _ in prompts]
     was_training = model.training
     model.eval()
     try:
         packed = len(prompts) <= _FEW_PROMPTS and next(model.parameters()).is_cuda
         with torch.no_grad(), contextlib.nullcontext() if packed else dense_weights(model):
-            limit = rope_limit(_causal_lm(model).config)
+            limit = rope_limit(causal_lm.config)
             for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size, limit):
-                batch = [list(prompts[row]) for row in rows]
-                generate = _generate_flat if attends_flatly(_causal_lm(model)) else generate_padded
-                found = generate(model, batch, frozenset(stop_ids), max_new_tokens)
+                found = _generate(causal_lm, [prompts[row] for row in rows], frozenset(stop_ids), max_new_tokens)
                 for row, answer in zip(rows, found, strict=True):
                     answers[row] = answer
                 watch(len(rows))
@@ -172,14 +134,9 @@ def _batches(lengths: list[int], max_new_tokens: int, batch_size: int, limit: in
         yield batch
 
 
-def _causal_lm(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
-
-
-def _generate_flat(
-    model: nn.Module, prompts: list[list[int]], stop_ids: frozenset[int], max_new_tokens: int
+def _generate(
+    causal_lm: Any, prompts: Sequence[Sequence[int]], stop_ids: frozenset[int], max_new_tokens: int
 ) -> list[list[int]]:
-    causal_lm = _causal_lm(model)
     device = causal_lm.get_input_embeddings().weight.device
     lengths = [len(prompt) for prompt in prompts]
     cache = KeyValueCache(lengths, max_new_tokens, device)

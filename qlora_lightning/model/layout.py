@@ -2,9 +2,23 @@
 
 In a causal model a token's states depend on it and on those before it. So no loss depends on what comes behind the last
 token from which something is predicted; and where samples begin with the same tokens (a system prompt, definitions of
-tools, a prompt with several answers), their states are the same and their gradients are added up: computed once, they
-do for all. (Wang and Hegde 2024, "Accelerating Direct Preference Optimization with Prefix Sharing", have it for pairs.)
+tools, a prompt with several answers), their states are the same and their gradients are added up: they are computed
+once. (Wang and Hegde 2024, "Accelerating Direct Preference Optimization with Prefix Sharing", have it for pairs.)
 Nothing in forward or backward reads a number from the device: whatever Python must know is here.
+
+An example: the samples ``1 2 3 7 8`` and ``1 2 3 5 6``, in which only the last token has a label::
+
+    input_ids      7 1 2 3 5            1 2 3 are computed with the second sample; 8 and 6 are only predicted
+    position_ids   3 0 1 2 3
+    predicting     0 4                  places in the stream; targets 8 6
+    bounds         0 4 8                of the expanded samples, 1 2 3 7 and 1 2 3 5
+    query_start    3 0                  of the first sample only 7 has a query
+    gather_index   1 2 3 0  1 2 3 4     where in the stream each expanded token comes from
+    copies         3  0 4  1 5  2 6  7  expanded tokens by place in the stream: 7 is the fourth, 1 the first and fifth
+    copy_offsets   0 1 3 5 7 8          where in copies those of each place begin, and the end of the last
+    first_copy     3 0 1 2 7            the first of those of each place
+
+Attention takes keys and values by ``gather_index``; their gradients are added up over ``copies``.
 """
 
 import dataclasses
@@ -27,7 +41,7 @@ _Numbers = npt.NDArray[np.int64]
 
 
 def next_labels(labels: Tensor) -> Tensor:
-    """Give the target of each token of a stream ``(tokens,)``: the label of the next one; the last has none.
+    """Return the target of each token of a stream ``(tokens,)``: the label of the next one; the last has none.
 
     The one place where labels are shifted. A sample's first token has no label, so nothing is predicted across samples.
     """
@@ -46,22 +60,22 @@ class _Moves:
 
 
 @dataclass(frozen=True, eq=False)
-class Spread(_Moves):
-    """Lays the stream out for every token of its samples, some of which share tokens, or fill samples up.
+class Expansion(_Moves):
+    """Expands the stream to every token of its samples, some of which share tokens, or are padded.
 
     Attributes:
-        places: Where in the stream each token that is laid out comes from, int64.
-        order: Those that count, by their place in the stream.
-        begins: Where in ``order`` those of each place begin, and the end of the last: ``(tokens of the stream + 1,)``.
-        first: The first of those of each place, ``(tokens of the stream,)``.
-        once: Whether there is only that one.
+        gather_index: Where in the stream each expanded token comes from, int64.
+        copies: The expanded tokens that are no padding, by their place in the stream.
+        copy_offsets: Where in ``copies`` those of each place begin, and the end of the last: ``(tokens + 1,)``.
+        first_copy: The first of those of each place, ``(tokens,)``.
+        shares: Whether a place has more than one.
     """
 
-    places: Tensor
-    order: Tensor
-    begins: Tensor
-    first: Tensor
-    once: bool
+    gather_index: Tensor
+    copies: Tensor
+    copy_offsets: Tensor
+    first_copy: Tensor
+    shares: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,16 +85,16 @@ class Samples(_Moves):
     Attributes:
         bounds: Where the tokens of each sample begin among those of all samples, and the end of the last.
         cu_seqlens: The same for a kernel, int32.
-        own: From which of its tokens on each sample has queries: those before are computed with another sample.
-        whole: Every token of each sample, sample after sample.
+        query_start: From which of its tokens on each sample has queries: those before are computed with another sample.
+        expanded: Every token of each sample, sample after sample.
         padded: Every sample with as many tokens as the longest, ``(samples · longest,)``; only where it was asked for.
     """
 
     bounds: tuple[int, ...]
     cu_seqlens: Tensor
-    own: Tensor
-    whole: Spread
-    padded: Spread | None = None
+    query_start: Tensor
+    expanded: Expansion
+    padded: Expansion | None = None
 
     @property
     def longest(self) -> int:
@@ -139,13 +153,13 @@ class Needed:
     shared: list[int]
     order: list[int]
 
-    def kept(self, starts: Sequence[int]) -> _Numbers:
-        """Give which tokens of the batch are computed, ``(K,)``; ``starts`` is where its samples begin."""
+    def computed(self, starts: Sequence[int]) -> _Numbers:
+        """Return which tokens of the batch are computed, ``(K,)``; ``starts`` is where its samples begin."""
         spans = zip(starts, self.shared, self.seen, strict=True)
         return np.concatenate([np.arange(start + shared, start + seen) for start, shared, seen in spans])
 
-    def places(self) -> _Numbers:
-        """Give where among the computed tokens each one that a sample sees is, sample after sample."""
+    def gather_index(self) -> _Numbers:
+        """Return where among the computed tokens each one that a sample sees is, sample after sample."""
         ends = np.cumsum(np.subtract(self.seen, self.shared)).tolist()
         places = [np.arange(end - seen, end) for end, seen in zip(ends, self.seen, strict=True)]
         for before, sample in itertools.pairwise(self.order):
@@ -163,7 +177,7 @@ def lay_out(batch: Mapping[str, Any], *, leaves_out: bool = True, fills: bool = 
             its gradients are the same. Else all tokens are computed.
         fills: Whether up to 15 more tokens, a sample of their own without labels, fill the stream up for a CPU's
             products. No result changes, but that dropout and NEFTune draw numbers for these tokens too.
-        pads: Whether samples are laid out padded too: for attention that takes all of them in one kernel.
+        pads: Whether padded samples are wanted too: for attention that takes all of them in one kernel.
     """
     bounds, tokens = batch["cu_seqlens"].tolist(), batch["input_ids"].shape[1]
     if bounds[0] != 0 or bounds[-1] != tokens or any(end <= start for start, end in itertools.pairwise(bounds)):
@@ -175,8 +189,8 @@ def lay_out(batch: Mapping[str, Any], *, leaves_out: bool = True, fills: bool = 
     if leaves_out:
         states = ids + (positions.astype(np.int64) << 32)  # at another position a token has another state
         needed = find_needed(np.split(states, starts[1:]), np.split(targets != IGNORED, starts[1:]))
-        kept = needed.kept(starts)
-        ids, positions, targets = ids[kept], positions[kept], targets[kept]
+        computed = needed.computed(starts)
+        ids, positions, targets = ids[computed], positions[computed], targets[computed]
     filler = -len(ids) % _ROWS if fills else 0
     if filler:  # token 0 may be bad where it is never read
         ids, targets = np.append(ids, ids[-1:].repeat(filler)), np.append(targets, np.full(filler, IGNORED))
@@ -194,22 +208,17 @@ def lay_out(batch: Mapping[str, Any], *, leaves_out: bool = True, fills: bool = 
 
 
 def place_samples(needed: Needed, *, pads: bool = False) -> Samples:
-    """Find where samples are in the stream of what is needed of them; with ``pads`` lay them out padded too."""
-    places, bounds = needed.places(), [0, *np.cumsum(needed.seen).tolist()]
-    tokens, longest = sum(needed.seen) - sum(needed.shared), max(needed.seen)
+    """Find where samples are in the stream of what is needed of them; with ``pads`` also where they are padded."""
+    gather_index, bounds = needed.gather_index(), [0, *np.cumsum(needed.seen).tolist()]
+    tokens, longest, lengths = sum(needed.seen) - sum(needed.shared), max(needed.seen), np.array(needed.seen)[:, None]
     padded = None
     if pads:
-        # A sample is filled up with its last token: no query of its own sees what is behind it.
-        within = np.minimum(np.arange(longest), np.array(needed.seen)[:, None] - 1)  # (samples, longest)
-        counts = np.arange(longest) < np.array(needed.seen)[:, None]
-        padded = _spread(places[within + np.array(bounds[:-1])[:, None]].reshape(-1), counts.reshape(-1), tokens)
-    return Samples(
-        tuple(bounds),
-        torch.tensor(bounds, dtype=torch.int32),
-        torch.tensor(needed.shared),
-        _spread(places, np.ones(len(places), dtype=np.bool_), tokens),
-        padded,
-    )
+        # A sample is padded with its last token: no query of its own sees what is behind it.
+        within = np.minimum(np.arange(longest), lengths - 1) + np.array(bounds[:-1])[:, None]  # (samples, longest)
+        padded = _expand(gather_index[within.reshape(-1)], (np.arange(longest) < lengths).reshape(-1), tokens)
+    expanded = _expand(gather_index, np.ones(len(gather_index), dtype=np.bool_), tokens)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    return Samples(tuple(bounds), cu_seqlens, torch.tensor(needed.shared), expanded, padded)
 
 
 def whole_samples(lengths: Sequence[int]) -> Samples:
@@ -217,12 +226,18 @@ def whole_samples(lengths: Sequence[int]) -> Samples:
     return place_samples(Needed(list(lengths), [0] * len(lengths), []))
 
 
-def _spread(places: _Numbers, counts: npt.NDArray[np.bool_], tokens: int) -> Spread:
-    (laid_out,) = counts.nonzero()
-    order = laid_out[np.argsort(places[laid_out], kind="stable")]
-    begins = np.searchsorted(places[order], np.arange(tokens + 1))
-    tensors = [torch.from_numpy(each) for each in (places, order, begins, order[begins[:-1]])]
-    return Spread(tensors[0], tensors[1], tensors[2], tensors[3], once=len(order) == tokens)
+def _expand(gather_index: _Numbers, counts: npt.NDArray[np.bool_], tokens: int) -> Expansion:
+    """Make the arrays of some expanded tokens, of which those count that are no padding."""
+    (copies,) = counts.nonzero()
+    copies = copies[np.argsort(gather_index[copies], kind="stable")]
+    offsets = np.searchsorted(gather_index[copies], np.arange(tokens + 1))
+    return Expansion(
+        torch.from_numpy(gather_index),
+        torch.from_numpy(copies),
+        torch.from_numpy(offsets),
+        torch.from_numpy(copies[offsets[:-1]]),
+        shares=len(copies) != tokens,
+    )
 
 
 def find_needed(tokens: Sequence[npt.NDArray[np.integer]], predicts: Sequence[npt.NDArray[np.bool_]]) -> Needed:
@@ -248,7 +263,7 @@ def find_needed(tokens: Sequence[npt.NDArray[np.integer]], predicts: Sequence[np
 
 
 def filled(tokens: int) -> int:
-    """Give the tokens of a stream that is filled up."""
+    """Return how many tokens a stream of so many has once it is filled up."""
     return -(-tokens // _ROWS) * _ROWS
 
 

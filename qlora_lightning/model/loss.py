@@ -1,7 +1,7 @@
 """Next-token loss on the labelled tokens only; the full ``(tokens, vocabulary)`` logits never exist."""
 # mypy: allow-untyped-calls
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -11,19 +11,15 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
-from qlora_lightning.model.batch import is_flat
 from qlora_lightning.model.kernels import loops
 from qlora_lightning.model.layers.fusing import is_watched, libraries_are_original
-from qlora_lightning.model.layers.lora import Frozen, project, project_back
-from qlora_lightning.model.layout import IGNORED, next_labels
+from qlora_lightning.model.layers.lora import FrozenLinear, gradient_of_input, project
 
 _MOST_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no quicker
 _LOGIT_BYTES = 64 << 20  # nor shall their logits be more than this; of 128,256 tokens in bf16 261 rows
 _LOGIT_BYTES_OF_GPU = 256 << 20  # there the rows that this holds, 1,046 of these: few large kernels
 _FLOAT = 4  # bytes
 _CACHED_BYTES = 6 << 20  # of probabilities in float32 that a CPU makes at a time: they stay in its cache
-_MOST_TOKENS = 2048  # of rows whose losses are computed in one pass: more make it no quicker
-_BLOCK = 64  # of logits; it divides the vocabulary of nearly every LLaMA
 
 
 class LossSums(NamedTuple):
@@ -43,7 +39,7 @@ class LossSums(NamedTuple):
 class TokenStatistics(Metric):
     """Add up :class:`LossSums` over batches and ranks, so that neither batch size nor order changes the result.
 
-    ``compute`` gives ``loss`` (nats per labelled token), ``perplexity`` (its exponential) and ``token_accuracy``
+    ``compute`` returns ``loss`` (nats per labelled token), ``perplexity`` (its exponential) and ``token_accuracy``
     (share of labelled tokens that were the most likely one).
     """
 
@@ -66,7 +62,7 @@ class TokenStatistics(Metric):
         self.correct += sums.correct
 
     def compute(self) -> dict[str, Tensor]:
-        """Give the means over all that was added; NaN where nothing was."""
+        """Return the means over all that was added; NaN where nothing was."""
         loss = self.nll_sum / self.labelled_tokens
         return {"loss": loss, "perplexity": loss.exp(), "token_accuracy": self.correct / self.labelled_tokens}
 
@@ -107,7 +103,7 @@ def head_loss(hidden: Tensor, targets: Tensor, head: Any, chunk: int | None = No
 
 
 def mean_with_gradient_of_sum(sums: LossSums, scale: float = 1.0) -> Tensor:
-    """Give a scalar with the value of the mean per labelled token, and ``scale`` times the gradient of the sum.
+    """Return a scalar with the value of the mean per labelled token, and ``scale`` times the gradient of the sum.
 
     A :class:`qlora_lightning.model.window.Window` wants sums; who watches the loss (Lightning's
     learning-rate finder, callbacks) compares batches of different size.
@@ -132,7 +128,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         nll_sum = torch.zeros((), device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        head = Frozen(weight, bias=None, scaling=1.0)
+        head = FrozenLinear(weight, bias=None, scaling=1.0)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             logits = project(hidden[part].to(weight.dtype), None, None, head)  # then their gradient
@@ -140,7 +136,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 nll_sum += nll.sum()
                 correct += right.sum()
             if gradient is not None:
-                gradient[part] = project_back([logits], [head], None, [])
+                gradient[part] = gradient_of_input([logits], [head], None, [])
             del logits  # before the next are made
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(correct)
@@ -154,7 +150,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 
 def _cross_entropies(logits: Tensor, targets: Tensor, with_gradient: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give negative log-likelihoods and whether targets are the likeliest, some rows at a time.
+    """Yield negative log-likelihoods and whether targets are the likeliest, some rows at a time.
 
     With the gradient it takes the place of the logits.
     """
@@ -166,25 +162,12 @@ def _cross_entropies(logits: Tensor, targets: Tensor, with_gradient: bool) -> It
     rows = rows_of_probabilities(logits.shape[1], logits.element_size(), logits.device.type)
     for few, target in zip(torch.split(logits, rows), torch.split(targets[:, None], rows), strict=True):
         probabilities = torch.softmax(few, -1, dtype=torch.float32)  # (rows, vocabulary)
-        prediction = _find_largest(probabilities)
+        prediction = probabilities.argmax(-1, keepdim=True)  # the first of the largest
         # log p(target) = log p(best) + logit(target) - logit(best): p(target) may be too small for a float
         behind = few.gather(1, prediction).float() - few.gather(1, target).float()
         yield behind - probabilities.gather(1, prediction).log_(), prediction == target
         if with_gradient:
             few.copy_(probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32)))
-
-
-def _find_largest(rows: Tensor) -> Tensor:
-    """Give where the first of the largest numbers of each row is, ``(rows, 1)``.
-
-    As ``rows.max(-1)`` does, which on a CPU takes five times as long: there only the value alone is sought by vectors.
-    """
-    if rows.shape[-1] % _BLOCK:
-        return rows.argmax(-1, keepdim=True)
-    blocks = rows.view(len(rows), -1, _BLOCK)
-    block = blocks.amax(-1).argmax(-1, keepdim=True)  # (rows, 1)
-    within = blocks.take_along_dim(block[..., None], 1).argmax(-1)
-    return block * _BLOCK + within
 
 
 def _checkpointed_head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
@@ -201,45 +184,3 @@ def _checkpointed_head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, ch
         nll, right = checkpoint(sums, hidden[part], targets[part], use_reentrant=False)
         nll_sum, correct = nll_sum + nll, correct + right
     return nll_sum, correct
-
-
-def losses_of_rows(module: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[LossSums]:
-    """Compute what ``module.compute_loss`` returns for each row alone.
-
-    If that is not overridden, rows go through the model together, which is two to three times as quick. An override
-    gets one row after the other: only it knows how its loss is made up.
-
-    Args:
-        module: A :class:`~qlora_lightning.model.module.QLoRAModule`; its mode is not changed.
-        rows: Each a batch, on the module's device.
-    """
-    if module.overrides("compute_loss") or not all(map(is_flat, rows)):
-        yield from map(module.compute_loss, rows)
-        return
-    group: list[Mapping[str, Any]] = []
-    tokens = 0
-    for row in rows:
-        length = row["input_ids"].shape[1]
-        if group and tokens + length > _MOST_TOKENS:
-            yield from _losses_of_group(module, group)
-            group, tokens = [], 0
-        group.append(row)
-        tokens += length
-    if group:
-        yield from _losses_of_group(module, group)
-
-
-def _losses_of_group(module: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[LossSums]:
-    lengths = torch.tensor([row["input_ids"].shape[1] for row in rows])
-    states, targets = module.last_states(
-        {
-            **{name: torch.cat([row[name] for row in rows], 1) for name in ("input_ids", "position_ids", "labels")},
-            "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0)).to(rows[0]["cu_seqlens"]),
-            "longest": int(lengths.max()),
-        }
-    )
-    counts = [int((next_labels(row["labels"][0]) != IGNORED).sum()) for row in rows]
-    head = module.causal_lm.get_output_embeddings()
-    for own, wanted in zip(states.split(counts), targets.split(counts), strict=True):
-        with module.autocast():
-            yield head_loss(own, wanted, head, fast=module.fast)

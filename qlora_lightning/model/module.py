@@ -4,7 +4,7 @@ import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Self, cast
 
 import lightning
 import peft
@@ -18,19 +18,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.base.cache import EntryCheck
 from qlora_lightning.model.adapters.folder import add_named_adapter, fill_adapter, save_adapter_folder
 from qlora_lightning.model.adapters.identity import check_identity, identity_of_data
-from qlora_lightning.model.adapters.lora import (
-    all_names_of_trainable_tensors,
-    check_adapter_settings,
-    copy_tensors,
-    trainable_tensors,
-)
+from qlora_lightning.model.adapters.lora import check_adapter_settings, copy_tensors, trainable_tensors
 from qlora_lightning.model.adapters.targets import check_layers
 from qlora_lightning.model.base_model import Quantization
 from qlora_lightning.model.batch import is_flat
-from qlora_lightning.model.build import assemble_model
+from qlora_lightning.model.build import QLoRAModel, assemble_model
 from qlora_lightning.model.checkpoint.format import read_checkpoint, read_content, usable_settings
 from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.device import (
@@ -69,19 +63,12 @@ from qlora_lightning.model.optimizer import (
     group_parameters,
     plan_steps,
 )
-from qlora_lightning.model.summary import adapter_table, describe_large_rank, describe_sizes
+from qlora_lightning.model.summary import adapter_table, describe_sizes
 from qlora_lightning.model.window import Window, leave_gradients_to_window
-from qlora_lightning.support.console import describe, say
+from qlora_lightning.support.console import describe
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import without_garbage_collection
 from qlora_lightning.support.trainer import callbacks_of
-
-
-class LoadedKeys(NamedTuple):
-    """What torch's ``load_state_dict`` returns; both stay empty, since a misfit is an error here."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
 
 
 class QLoRAModule(lightning.LightningModule):
@@ -130,6 +117,8 @@ class QLoRAModule(lightning.LightningModule):
         identity: What the adapter belongs to: the base's name, fingerprint, config and quantization, its own shape.
         autocast_dtype: That of the products, where some of what trains takes PEFT's own layers.
         window: The accumulation window in progress.
+        made: What ``build_model`` has put together.
+        spare: That of a module which is not used any more: its base is taken over if it is the same.
     """
 
     def __init__(
@@ -191,7 +180,8 @@ class QLoRAModule(lightning.LightningModule):
         self.guard = TrainingGuard(on_nonfinite)
         self.val_statistics, self.test_statistics = TokenStatistics(), TokenStatistics()
         self.strict_loading = True
-        self._base_check: EntryCheck | None = None
+        self.made: QLoRAModel | None = None
+        self.spare: QLoRAModel | None = None
 
     def configure_callbacks(self) -> list[Callback]:
         return [ExactResume(), self.guard, QuietCollector()]
@@ -227,7 +217,7 @@ class QLoRAModule(lightning.LightningModule):
     def build_model(self) -> nn.Module:
         """Load the base and put adapters on it. Override it for another base or other adapters.
 
-        Where ``adapter`` names a folder, its tensors are put into what an override returns, which must fit them.
+        If ``adapter`` names a folder, its tensors are put into what an override returns, which must fit them.
 
         Returns:
             A causal language model of transformers, or of PEFT around one, in which only adapters require gradients.
@@ -235,7 +225,7 @@ class QLoRAModule(lightning.LightningModule):
         device = self._device_of_process()
         dtype = choose_compute_dtype(self.compute_dtype, device)
         made = assemble_model(
-            self.base,
+            name=self.base,
             device=device,
             compute_dtype=dtype,
             quantization=self.quantization,
@@ -247,30 +237,26 @@ class QLoRAModule(lightning.LightningModule):
             adapter_options=self.adapter_options,
             fast=self.fast,
             check_later=self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING,
+            spare=self.spare,
         )
-        self.identity, self._base_check = made.identity, made.check
+        self.made, self.spare, self.identity = made, None, made.identity
         if made.unfused and dtype != torch.float32:
             self.autocast_dtype = dtype  # PEFT's own layers would compute the fp32 adapters in fp32
         return cast(nn.Module, made.model)
 
     def _undo_compile(self) -> None:
-        """Take ``torch.compile`` off what it cannot compile, and report it.
-
-        It breaks the backward of the fused layers. A compiled ``self.model`` would never be called: the loss calls the
-        decoder inside it.
-        """
+        """Take ``torch.compile`` off: it breaks the backward of the fused layers, and the loss calls no ``model``."""
         inner = getattr(self.model, "_orig_mod", None)
         if inner is not None:
-            self.model, why = inner, "the loss does not call module.model, but the decoder inside it"
+            self.model = inner
         elif self.fast and self._compiler_ctx is not None:
             to_uncompiled(self)
-            why = "the layers are fused already"
         else:
             return
         if self.global_rank == 0:
             describe(
-                f"torch.compile is switched off: {why}. To compile the plain layers of PEFT and transformers, set "
-                "model.fast to false and compile the module itself: trainer.fit(torch.compile(module), …)."
+                "torch.compile is switched off: the layers are fused already. To compile the plain ones of PEFT and "
+                "transformers, set model.fast to false and compile the module: trainer.fit(torch.compile(module))."
             )
 
     def overrides(self, name: str) -> bool:
@@ -303,14 +289,7 @@ class QLoRAModule(lightning.LightningModule):
         if isinstance(self.trainer.strategy.model, DistributedDataParallel):
             leave_gradients_to_window(self.trainer.strategy.model)
 
-    def on_validation_start(self) -> None:
-        self.choose_layers()
-
-    def on_test_start(self) -> None:
-        self.choose_layers()
-
-    def on_predict_start(self) -> None:
-        self.choose_layers()
+    on_validation_start = on_test_start = on_predict_start = choose_layers
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
@@ -326,17 +305,10 @@ class QLoRAModule(lightning.LightningModule):
             return head_loss(hidden, targets, self.causal_lm.get_output_embeddings(), fast=self.fast)
 
     def last_states(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Compute the states from which labelled tokens are predicted.
+        """Compute the states from which labelled tokens are predicted: ``(K, width)``, and those tokens, ``(K,)``.
 
         Only tokens that a label of this batch needs are computed (:attr:`leaves_out_unneeded`): what hooks on the
-        model see is shorter than the batch.
-
-        Args:
-            batch: As of :meth:`compute_loss`.
-
-        Returns:
-            The last hidden states ``(K, width)`` and the tokens ``(K,)``; those of a sample stand together, in the
-            order of the samples.
+        model see is shorter than the batch. States are in the order of the samples.
 
         Raises:
             UserError: See :meth:`lay_out`; or the model does not attend within samples.
@@ -347,7 +319,7 @@ class QLoRAModule(lightning.LightningModule):
         layout: Layout | None = batch.get("layout")
         if layout is None or not layout.is_of(batch):
             layout = self.lay_out(batch).to(self.device)
-        casts = cast_adapters(self.model, self.causal_lm.dtype) if self.device.type == "cuda" and self.fast else None
+        casts = cast_adapters(self.model) if self.device.type == "cuda" and self.fast else None
         tokens = {"input_ids": layout.input_ids}
         if self.training and self.neftune_alpha is not None:
             embeddings = self.causal_lm.get_input_embeddings()(layout.input_ids)
@@ -366,9 +338,6 @@ class QLoRAModule(lightning.LightningModule):
     def lay_out(self, batch: Mapping[str, Any]) -> Layout:
         """Lay a flat batch out: best before it moves to a GPU, whose numbers would have to be waited for.
 
-        Args:
-            batch: As of :meth:`compute_loss`.
-
         Raises:
             UserError: A token is not one of the base's, or a row is too long for its rotary embedding.
         """
@@ -386,7 +355,6 @@ class QLoRAModule(lightning.LightningModule):
         warnings.filterwarnings("ignore", "You have overridden `on_(before|after)_batch_transfer` in `LightningModule`")
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Add the layout to a flat batch, on the host."""
         return {**batch, "layout": self.lay_out(batch)} if is_flat(batch) else batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -402,7 +370,7 @@ class QLoRAModule(lightning.LightningModule):
     # ---- training --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Give a loss with the gradient of a *sum*; on_before_optimizer_step turns sums into the mean."""
+        """Return a loss with the gradient of a *sum*; on_before_optimizer_step turns sums into the mean."""
         if self.guard.checks_due:
             check_training_mode(self.model)
         with telling_out_of_memory(self, batch):
@@ -413,10 +381,10 @@ class QLoRAModule(lightning.LightningModule):
 
     @property
     def loss_scale(self) -> float:
-        """What gradients are multiplied with in backward, and divided by before a step.
+        """Factor of gradients in backward, divided out before a step: in fp16 the smallest would vanish.
 
-        In fp16 the smallest would vanish. The gradient of a sum over tokens is large already, so that 32 does, without
-        the search for a factor that overflows; Lightning divides a micro-batch's loss by their number in a step.
+        The gradient of a sum over tokens is large already: 32 is enough, without the search for a factor that
+        overflows. Lightning divides a micro-batch's loss by their number in a step.
         """
         if self.identity.get("compute_dtype") != "float16":
             return 1.0
@@ -475,7 +443,7 @@ class QLoRAModule(lightning.LightningModule):
     # ---- optimization ----------------------------------------------------------------------------------------------
 
     def parameter_groups(self) -> ParameterGroups:
-        """Give the optimizer's parameter groups. Override it for other learning rates per group."""
+        """Return the optimizer's parameter groups. Override it for other learning rates per group."""
         return group_parameters(self.model, self.learning_rate, self.weight_decay, self.loraplus_ratio)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -502,42 +470,33 @@ class QLoRAModule(lightning.LightningModule):
 
     @rank_zero_only
     def _describe_fit(self) -> None:
-        slow = explain_dtype(self.compute_dtype, self.device)
-        if slow is not None:
-            describe(slow)
-        describe(adapter_table(self.model))
-        describe(describe_sizes(self.model))
-        large = describe_large_rank(self.model)
-        if large is not None:
-            describe(large)
-        if self.fast:
-            plain = explain_plain_layers(
-                self.causal_lm, autocasts=self.autocast_dtype is not None, precision=str(self.trainer.precision)
-            )
-            if plain is not None:
-                describe(plain)
+        precision, autocasts = str(self.trainer.precision), self.autocast_dtype is not None
+        for line in (
+            explain_dtype(self.compute_dtype, self.device),
+            adapter_table(self.model),
+            describe_sizes(self.model),
+            explain_plain_layers(self.causal_lm, autocasts=autocasts, precision=precision) if self.fast else None,
+        ):
+            if line is not None:
+                describe(line)
 
     # ---- answers -----------------------------------------------------------------------------------------------------
 
     def add_adapter(self, name: str, folder: Path) -> None:
-        """Put the adapter of a folder beside the model's own, to judge and to answer with.
-
-        Raises:
-            UserError: It belongs to another base, or does not fit this one.
-        """
+        """Put the adapter of a folder beside the model's own, to evaluate and to answer with."""
         fused = add_named_adapter(self.model, name, folder, self.identity, self.fast)
         dtype: torch.dtype = getattr(torch, self.identity.get("compute_dtype", "float32"))
         if not fused and dtype != torch.float32:
             self.autocast_dtype = dtype
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[list[int]]:
-        """Answer each prompt of a prediction batch greedily; gives token ids."""
+        """Answer each prompt of a prediction batch greedily; return token ids."""
         return self.answer(batch["prompt_ids"], batch["stop_ids"])
 
     def answer(
         self, prompts: list[list[int]], stop_ids: list[int], max_new_tokens: int = 128, **options: Any
     ) -> list[list[int]]:
-        """Continue each prompt (token ids) greedily until a stop token; gives token ids without it.
+        """Continue each prompt (token ids) greedily until a stop token; return token ids without it.
 
         Options are more arguments of :func:`~qlora_lightning.model.generate.generate_answers`.
         """
@@ -547,54 +506,46 @@ class QLoRAModule(lightning.LightningModule):
     # ---- what it saves and loads -------------------------------------------------------------------------------------
 
     def check_base(self, wait: bool = True) -> None:
-        """Refuse a base that is not what was cached; called before anything of a fit is saved.
+        """Reject a base that is not what was cached, before anything of a fit is saved.
 
         Args:
             wait: Whether to wait for the result; else only one that is known counts.
-
-        Raises:
-            UserError: It is damaged.
         """
-        if self._base_check is not None and (wait or self._base_check.is_done):
-            self._base_check.wait()
-            self._base_check = None
+        check = None if self.made is None else self.made.base.check
+        if check is not None and (wait or check.is_done):
+            check.wait()
 
     def save_adapter(self, folder: str | Path, tokenizer: Any = None, stop_ids: Sequence[int] = ()) -> None:
         """Write the adapter folder: PEFT's files, the tokenizer with its chat template, and what it belongs to.
 
-        Args:
-            folder: Where to.
-            tokenizer: Saved beside.
-            stop_ids: A data module's: tokens at which generation stops, beside the tokenizer's and the base's own.
+        At ``stop_ids`` generation stops, beside the tokenizer's end and the base's own.
         """
         self.check_base()
-        tensors = all_names_of_trainable_tensors(self.model)
         data = identity_of_data(self._trainer)
         identity = {**self.identity, "data": data} if data else self.identity
-        save_adapter_folder(Path(folder), self.model, tensors, tokenizer, identity, stop_ids)
+        save_adapter_folder(Path(folder), self.model, tokenizer, identity, stop_ids)
 
     def state_dict(  # type: ignore[override]  # torch's overloads, in one signature
         self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """Give the adapter's tensors only; the base, large and frozen, is never walked but made anew from its name."""
+        """Return the adapter's tensors only; the frozen base is not walked: it is loaded again by its name."""
         destination = {} if destination is None else destination
         for name, tensor in trainable_tensors(self).items():
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
         return destination
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> None:
         """Set the adapter's tensors; always strict: every one must be there with its shape, and no other."""
         self.configure_model()
         copy_tensors(self, state_dict, "The checkpoint")
-        return LoadedKeys([], [])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Look before the tensors are set whether they belong here: a misfit of shapes is better told by its cause."""
+        # before the tensors are set: a misfit of shapes is better reported by its cause
         check_identity(read_content(checkpoint, "The checkpoint")["identity"], self.identity, "The checkpoint")
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # our settings lie under our own key, and no hparams file exists
-        cls, checkpoint_path: str | Path, map_location: Any = "cpu", *, strict_identity: bool = True, **overrides: Any
+        cls, checkpoint_path: str | Path, map_location: Any = "cpu", **overrides: Any
     ) -> Self:
         """Make a module from a checkpoint: settings, base and adapter.
 
@@ -602,8 +553,7 @@ class QLoRAModule(lightning.LightningModule):
 
         Args:
             checkpoint_path: A file that a run wrote.
-            map_location: Where the module shall live.
-            strict_identity: ``False`` puts the adapter on another base too, if its tensors fit, and says what differs.
+            map_location: Device of the module.
             overrides: Arguments of the module that replace saved ones.
 
         Raises:
@@ -614,11 +564,6 @@ class QLoRAModule(lightning.LightningModule):
         module = cls(**{**usable_settings(cls, content["settings"]), **overrides})
         module.to(map_location)
         module.configure_model()
-        try:
-            check_identity(content["identity"], module.identity, str(checkpoint_path))
-        except UserError as error:
-            if strict_identity:
-                raise
-            say(f"Loaded all the same, as strict_identity is False: {error}")
+        check_identity(content["identity"], module.identity, str(checkpoint_path))
         module.load_state_dict(checkpoint["state_dict"])
         return module

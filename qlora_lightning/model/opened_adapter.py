@@ -7,8 +7,7 @@ from typing import Any, get_args
 import torch
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_adapter_config, read_identity
-from qlora_lightning.base.fingerprint import fingerprint
-from qlora_lightning.base.folder import BaseFolder, open_base, read_config
+from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base, read_config
 from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.base_model import Quantization, stored_quantization
 from qlora_lightning.model.build import QLoRAModel, assemble_model
@@ -70,7 +69,7 @@ def open_adapter(source: AdapterSource) -> QLoRAModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted: ComputeDtype = "fp32" if source.compute_dtype == torch.float32 else "auto"
     return assemble_model(
-        source.base.name,
+        name=source.base.name,
         device=device,
         compute_dtype=choose_compute_dtype(wanted, device),
         quantization=source.quantization or "nf4",

@@ -1,8 +1,8 @@
 """The optimizer, its parameter groups and its learning-rate schedule."""
 
-import importlib
 import inspect
 import math
+import pydoc
 from typing import Any
 
 from torch import nn
@@ -35,8 +35,7 @@ def build_optimizer(
     try:
         return optimizer_class(groups, **arguments)
     except (TypeError, ValueError) as error:
-        name = f"{optimizer_class.__module__}.{optimizer_class.__name__}"
-        raise UserError(f"model.optimizer {name} does not take {arguments}: {error}.") from error
+        raise UserError(f"model.optimizer {optimizer_class.__name__} does not take {arguments}: {error}.") from error
 
 
 def check_optimizer(
@@ -47,33 +46,23 @@ def check_optimizer(
         raise UserError(f"model.learning_rate is {learning_rate}: expected a positive number, such as 2e-4.")
     if choice is None:
         return AdamW, {"lr": learning_rate, "weight_decay": weight_decay}
-    if isinstance(choice, str):
-        choice = {"class_path": choice}
-    foreign = choice.keys() - {"class_path", "init_args"}
-    if foreign or "class_path" not in choice:
+    named: dict[str, Any] = {"class_path": choice} if isinstance(choice, str) else choice
+    if "class_path" not in named or named.keys() - {"class_path", "init_args"}:
         raise UserError(f"model.optimizer is {choice}: expected a class_path and, if needed, init_args; nothing else.")
-    arguments = dict(choice.get("init_args") or {})
-    for name, key in (("lr", "model.learning_rate"), ("weight_decay", "model.weight_decay")):
+    path, arguments = named["class_path"], dict(named.get("init_args") or {})
+    for name in ("lr", "weight_decay"):
         if name in arguments:
+            key = "model.learning_rate" if name == "lr" else "model.weight_decay"
             raise UserError(f"model.optimizer.init_args sets {name}, which has a key of its own: set {key}.")
-    optimizer_class = _import_class(choice["class_path"])
+    optimizer_class: Any = pydoc.locate(str(path))
+    if not (inspect.isclass(optimizer_class) and issubclass(optimizer_class, Optimizer)):
+        raise UserError(f"model.optimizer.class_path {path!r} cannot be imported, or is not a torch optimizer class.")
     arguments["lr"] = learning_rate
     if "weight_decay" in inspect.signature(optimizer_class).parameters:
         arguments["weight_decay"] = weight_decay
     elif weight_decay:
-        raise UserError(f"model.weight_decay is {weight_decay}, but {choice['class_path']} has none: set it to 0.")
+        raise UserError(f"model.weight_decay is {weight_decay}, but {path} has none: set it to 0.")
     return optimizer_class, arguments
-
-
-def _import_class(path: str) -> type[Optimizer]:
-    module_name, _, name = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"model.optimizer.class_path {path!r} cannot be imported: {error}.") from error
-    if not (inspect.isclass(found) and issubclass(found, Optimizer)):
-        raise UserError(f"model.optimizer.class_path {path!r} is not a torch optimizer class, but {found!r}.")
-    return found
 
 
 def check_loraplus_ratio(ratio: float | None) -> None:
@@ -101,24 +90,16 @@ def group_parameters(
     return [{name: group[name] for name in names} for group in made.param_groups if group["params"]]
 
 
-# Schedules that look at a metric or at gradients do not fit «once per optimizer step».
-_NEED_METRICS = {"reduce_lr_on_plateau", "greedy"}
 _FEW_STEPS = 10
 
 
 def count_optimizer_steps(
     batches_per_epoch: int, accumulate: int, max_epochs: int | None, max_steps: int | None
 ) -> int:
-    """Count the optimizer steps of a run from plain numbers; ``None`` and -1 are no limit.
+    """Count the optimizer steps of a run on one rank; ``None`` and -1 are no limit.
 
     Lightning's ``estimated_stepping_batches`` loads the data loader early, and a stateful loader then loses its place
     on resume.
-
-    Args:
-        batches_per_epoch: Micro-batches of one epoch on one rank.
-        accumulate: Micro-batches of one optimizer step; the last step of an epoch may have fewer.
-        max_epochs: Epochs.
-        max_steps: Optimizer steps.
     """
     limits = []
     if max_epochs is not None and max_epochs >= 0:
@@ -153,7 +134,7 @@ def describe_few_steps(trainer: Any, total_steps: int) -> str | None:
         return None
     return (
         f"The run has only {total_steps} optimizer steps in all, too few for a warm-up and a schedule: for more raise "
-        f"trainer.max_epochs (now {trainer.max_epochs}), or lower data.batch_size (or data.tokens_per_batch) or "
+        f"trainer.max_epochs (now {trainer.max_epochs}), or lower data.batch_size or "
         f"trainer.accumulate_grad_batches (now {trainer.accumulate_grad_batches})."
     )
 
@@ -164,7 +145,8 @@ def check_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[s
         raise UserError(f"model.warmup_ratio is {warmup_ratio}: expected a share of the steps in [0, 1).")
     arguments: dict[str, Any] = {"name": choice} if isinstance(choice, str) else dict(choice)
     name = arguments.pop("name", None)
-    known = sorted({kind.value for kind in SchedulerType} - _NEED_METRICS)
+    needs_metrics = {"reduce_lr_on_plateau", "greedy"}  # not once per optimizer step
+    known = sorted({kind.value for kind in SchedulerType} - needs_metrics)
     if name not in known:
         raise UserError(f"model.schedule is {choice!r}: expected a name among {', '.join(known)}.")
     return name, arguments

@@ -11,8 +11,12 @@ from qlora_lightning.base.tensors import format_bytes
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Count trainable and all parameters; a 4-bit weight counts as the numbers that it stands for."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trainable, sum(_count(p) for p in model.parameters())
+    trainable = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        total += parameter.numel() if state is None else state.shape.numel()
+        trainable += parameter.numel() * parameter.requires_grad
+    return trainable, total
 
 
 def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
@@ -48,23 +52,6 @@ def adapter_table(model: nn.Module) -> Table:
     return table
 
 
-def describe_large_rank(model: nn.Module) -> str | None:
-    """Describe adapters whose rank is larger than a side of their matrix; ``None`` if there are none.
-
-    B · A has at most the rank of the matrix that it is added to: what is beyond the smaller side trains for nothing.
-    """
-    found: dict[str, str] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            (rank, inputs), (outputs, _) = (weight.shape for weight in _matrices(layer))
-            if rank > min(inputs, outputs):
-                kind = name.rpartition(".")[2]
-                found[kind] = f"{kind} ({outputs} × {inputs}, rank {rank})"
-    if not found:
-        return None
-    return f"A rank beyond the smaller side of its matrix gains nothing: {', '.join(found.values())}. Lower model.rank."
-
-
 def _matrices(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
     if layer.lora_A:
         return layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -76,8 +63,3 @@ def describe_sizes(model: nn.Module) -> str:
     trainable, total = count_parameters(model)
     sizes = ", ".join(f"{dtype} {format_bytes(size)}" for dtype, size in bytes_by_dtype(model).items())
     return f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%}); in memory: {sizes}"
-
-
-def _count(parameter: nn.Parameter) -> int:
-    state = getattr(parameter, "quant_state", None)
-    return int(parameter.numel()) if state is None else int(state.shape.numel())

@@ -123,9 +123,9 @@ _LEFT = "_leaves_gradients_to_window"
 def leave_gradients_to_window(ddp: DistributedDataParallel) -> None:
     """Keep DDP from adding up gradients: :meth:`Window.divide_gradients` does, once for all of a step.
 
-    DDP lays gradients into buckets, and lays them anew after the first backward. Where a number lies decides in which
-    order three or more ranks are added up, and so its last bit: a run that is resumed would be rounded otherwise than
-    one that was never stopped. In one flat tensor the order is always the same. A model can be told only once, and
+    DDP puts gradients into buckets, and orders them again after the first backward. The place of a number decides in
+    which order three or more ranks are added up, and so its last bit: a resumed run would be rounded otherwise than
+    one that was never stopped. In one flat tensor the order is always the same. A model takes one such hook, and
     Lightning's search for a learning rate trains it before the fit does.
     """
     if not getattr(ddp, _LEFT, False):

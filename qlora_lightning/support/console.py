@@ -20,7 +20,7 @@ def say(line: str) -> None:
 
 @contextlib.contextmanager
 def quiet_loggers(level: int, *names: str) -> Iterator[None]:
-    """Keep away what loggers say below a level, whatever level they had."""
+    """Silence loggers below a level, whatever level they had."""
     before = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(level)

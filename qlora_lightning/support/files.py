@@ -63,18 +63,14 @@ def _find_own_output(file: Path) -> int | None:
 
 
 def set_usual_mode(file: Path) -> None:
-    """Give a file the mode that the umask wants: safetensors lets nobody but its owner read what it writes."""
+    """Set the mode that the umask wants: safetensors lets nobody but its owner read what it writes."""
     mask = os.umask(0)  # which can only be read by setting it
     os.umask(mask)
     file.chmod(0o666 & ~mask)
 
 
 def put_in_place(unfinished: Path, target: Path) -> None:
-    """Flush a file that is written, and give it the name under which it counts; a file of that name stays until then.
-
-    Raises:
-        OSError: The disk fails, or is no longer there.
-    """
+    """Flush a written file, and give it the name under which it counts; a file of that name stays until then."""
     flush(unfinished)
     os.replace(unfinished, target)
     flush(target.parent)
@@ -155,13 +151,7 @@ _NAMES |= {dict: "an object", list: "a list"}
 
 
 def find_fault(value: Any, shape: Shape, place: str = "") -> str | None:
-    """Describe what is wrong with a value; ``None`` if nothing is.
-
-    Args:
-        value: As ``json.loads`` gives it.
-        shape: What is expected.
-        place: Its name, such as ``adapter.rank``.
-    """
+    """Describe what is wrong with a value of JSON, whose name is ``place``; ``None`` if nothing is."""
     if isinstance(shape, tuple) and isinstance(value, dict | list):
         shape = next((each for each in shape if type(each) is type(value)), shape)
     if isinstance(shape, dict) and isinstance(value, Mapping):
@@ -217,16 +207,7 @@ def _name_shape(shape: Shape) -> str:
 
 
 def read_json_object(file: Path, remedy: str, shape: Shape = None) -> dict[str, Any]:
-    """Read a file that holds a JSON object.
-
-    Args:
-        file: To read, in UTF-8.
-        remedy: A sentence that ends the refusals: what to do with a file that is wrong.
-        shape: What the object must look like.
-
-    Raises:
-        UserError: It cannot be read, is no JSON object, or has another shape.
-    """
+    """Read a file that holds a JSON object of that shape; ``remedy``, what to do with a wrong one, ends a refusal."""
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -243,9 +224,6 @@ def check_shape(file: Path, content: dict[str, Any], remedy: str, shape: Shape) 
     """Refuse an object that :func:`read_json_object` gave and that has another shape.
 
     For files of which something must be known first: which version wrote them, of which kind they are.
-
-    Raises:
-        UserError: It has another shape.
     """
     fault = find_fault(content, shape)
     if fault:

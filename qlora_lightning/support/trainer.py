@@ -6,7 +6,7 @@ from lightning import Callback, Trainer
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """Give the callbacks, in the order in which they are called."""
+    """Return the callbacks, in the order in which they are called."""
     connected: Any = trainer
     callbacks: list[Callback] = connected.callbacks
     return callbacks
@@ -19,6 +19,6 @@ def is_trial_run(trainer: Trainer) -> bool:
 
 
 def log_interval(trainer: Trainer) -> int:
-    """Give the optimizer steps between two lines of the loggers."""
+    """Return the optimizer steps between two lines of the loggers."""
     connected: Any = trainer
     return int(connected.log_every_n_steps)

@@ -79,7 +79,7 @@ def _takes_grouped_heads(kernel: Callable[..., Any]) -> bool:
 
 @contextlib.contextmanager
 def without_peft_warnings() -> Iterator[None]:
-    """Keep away what PEFT warns of without need, and what users can do nothing about.
+    """Silence what PEFT warns of without need, and what users can do nothing about.
 
     PEFT 0.19 takes head and embedding for tied where they are not; where they are, an adapter on one of them is refused
     before PEFT is asked. PEFT 0.21 asks transformers 5.24 for an attribute by its old name.

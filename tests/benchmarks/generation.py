@@ -1,6 +1,7 @@
 """``python -m tests.benchmarks.generation``: tokens/s of greedy answers, ours beside plain transformers + PEFT."""
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -96,7 +97,6 @@ def _measure_plain(arguments: argparse.Namespace, prompts: list[list[int]], stop
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from qlora_lightning.base import open_base
-    from qlora_lightning.model.generate import generate_padded
 
     dtype = getattr(torch, arguments.dtype)
     quantization = BitsAndBytesConfig(
@@ -110,9 +110,17 @@ def _measure_plain(arguments: argparse.Namespace, prompts: list[list[int]], stop
     model = PeftModel.from_pretrained(base, arguments.adapter).eval()
 
     def answer(prompts: list[list[int]], most: int) -> list[list[int]]:
-        step, answers = arguments.plain_batch, list[list[int]]()
+        step, answers, padding = arguments.plain_batch, list[list[int]](), stop_ids[0]
         for start in range(0, len(prompts), step):
-            answers += generate_padded(model, prompts[start : start + step], stop_ids, most)
+            some = prompts[start : start + step]
+            longest = max(map(len, some))
+            ids = torch.tensor([[padding] * (longest - len(prompt)) + prompt for prompt in some])
+            mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in some])
+            options = {"max_new_tokens": most, "eos_token_id": stop_ids, "pad_token_id": padding}
+            with torch.no_grad():
+                output = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, **options)
+            for answer in output[:, longest:].tolist():
+                answers.append(list(itertools.takewhile(lambda token: token not in stop_ids, answer)))
         return answers
 
     return _time(answer, model, prompts, arguments.max_new_tokens)

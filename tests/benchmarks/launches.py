@@ -191,7 +191,7 @@ def count(*, fast: bool) -> tuple[Launches, Launches]:
             options: dict[str, Any] = {"attention_mask": NO_MASK, "samples": moved.samples} if fast else {}
             with forward, contextlib.nullcontext() if device == "cpu" else torch.no_grad():
                 if fast:
-                    options["casts"] = cast_adapters(model, torch.bfloat16)
+                    options["casts"] = cast_adapters(model)
                 hidden = (
                     model.get_base_model()
                     .base_model(input_ids=moved.input_ids, position_ids=moved.position_ids, use_cache=False, **options)

@@ -26,7 +26,7 @@ print(json.dumps({"seconds": time.perf_counter() - began, "rows": data.reports["
 PEER = """
 import json, sys, time
 import datasets
-from qlora_lightning.base.tokenizer import load_tokenizer
+from qlora_lightning.base.folder import load_tokenizer
 tokenizer = load_tokenizer(sys.argv[2])
 datasets.disable_progress_bars()
 

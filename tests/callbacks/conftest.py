@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
-from qlora_lightning.base.tokenizer import load_tokenizer
+from qlora_lightning.base.folder import load_tokenizer
 from tests.dying import MachineFailed, Stop
 
 

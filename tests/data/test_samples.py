@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_lightning.base.tokenizer import load_tokenizer
+from qlora_lightning.base.folder import load_tokenizer
 from qlora_lightning.data.cache import hash_samples, identify
 from qlora_lightning.data.samples import (
     SampleSet,

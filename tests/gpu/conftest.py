@@ -1,6 +1,5 @@
 """What tests on a card share. They take no SmolLM2: a bare machine does not have it."""
 
-import itertools
 import json
 import os
 
@@ -8,13 +7,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig
 
-from qlora_lightning import QLoRAModule
-from qlora_lightning.model.adapters.lora import trainable_tensors
+from tests import steps
 from tests.random_base import save_random_llama, save_tokenizer
 
 # To see whether the tests are sound where there is no card: TEST_DEVICE=cpu pytest -m gpu tests/gpu
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))
-LENGTHS = (9, 1, 30, 17, 64, 5)
 ROWS = [
     {"instruction": f"Count to {n}." + " Please." * (n % 4), "output": " ".join(str(i) for i in range(1, n + 1))}
     for n in range(1, 25)
@@ -63,45 +60,4 @@ def rows_file(tmp_path):
 
 
 def make_module(base, device=DEVICE, **options):
-    """A module whose adapters are random, not zero, and the same in each."""
-    module = QLoRAModule(str(base), **{"rank": 4, "compute_dtype": "fp32", "cache": False} | options).to(device)
-    module.configure_model()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in trainable_tensors(module).values():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
-    return module
-
-
-def make_batch(lengths=LENGTHS, seed=1):
-    """Random samples in a flat batch; the first token of each has no label."""
-    bounds = [0, *itertools.accumulate(lengths)]
-    ids = torch.randint(5, 250, (1, bounds[-1]), generator=torch.Generator().manual_seed(seed))
-    labels = ids.clone()
-    labels[0, bounds[:-1]] = -100
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
-        "longest": max(lengths),
-    }
-
-
-def to_device(batch, device):
-    return {name: each if isinstance(each, int) else each.to(device) for name, each in batch.items()}
-
-
-def loss_and_gradients(module, batch=None):
-    """The mean loss, and all gradients of A and B in one vector on the CPU."""
-    sums = module.compute_loss(to_device(make_batch() if batch is None else batch, module.device))
-    (sums.nll_sum * module.loss_scale).backward()
-    trainable = trainable_tensors(module).values()
-    gradients = torch.cat([tensor.grad.flatten().cpu() for tensor in trainable]) / module.loss_scale
-    for tensor in trainable:
-        tensor.grad = None
-    return float(sums.nll_sum.detach() / sums.labelled_tokens), gradients
-
-
-def distance(one, other):
-    return float((one - other).norm() / other.norm())
+    return steps.make_module(base, device, **{"cache": False} | options)

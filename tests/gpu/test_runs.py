@@ -12,7 +12,8 @@ from qlora_lightning.cli import main
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from tests.dying import MachineFailed, Stop
 from tests.equality import same
-from tests.gpu.conftest import DEVICE, distance, loss_and_gradients, make_base, make_batch, make_module
+from tests.gpu.conftest import DEVICE, make_base, make_module
+from tests.steps import distance, loss_and_gradients, make_batch
 
 ACCELERATOR = "gpu" if DEVICE.type == "cuda" else "cpu"
 

@@ -5,7 +5,8 @@ import torch
 
 from qlora_lightning.model.layers import attention, elementwise
 from qlora_lightning.support.versions import enable_activation_checkpointing
-from tests.gpu.conftest import DEVICE, LENGTHS, distance, loss_and_gradients, make_batch, make_module, to_device
+from tests.gpu.conftest import DEVICE, make_module
+from tests.steps import LENGTHS, distance, loss_and_gradients, make_batch, to_device
 
 QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
 HALVES = ("bf16", "fp16")

@@ -7,25 +7,21 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model import generate
-from qlora_lightning.model.generate import dense_weights, generate_answers, generate_padded
+from qlora_lightning.model.generate import dense_weights, generate_answers
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.support.errors import UserError
+from tests.steps import make_module, randomize
 
 PROMPTS = [[11, 12, 13, 14, 15, 16], [21], [31, 32, 33], [41, 42], [51]]
 NEVER = 49_151  # a stop token that is not generated within a few tokens
 
 
 def make(tiny_base, seed=0, **options):
-    module = QLoRAModule(base=str(tiny_base), **{"compute_dtype": "fp32", **options})
-    module.configure_model()
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if ".lora_B." in name:
-                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(seed))
+    module = make_module(tiny_base, **options)
+    randomize(module, std=0.08, seed=seed)
     return module
 
 
@@ -75,36 +71,26 @@ def test_a_prompt_may_hold_the_stop_token_and_there_may_be_no_prompt(model):
     assert answer(model) == []
 
 
-@pytest.mark.parametrize("attention", ["qlora_flat", "qlora_flat_plain"])
-def test_answers_equal_those_of_transformers_own_generate_padded_on_the_left(model, attention):
+def test_torchs_attention_answers_the_same_and_one_that_knows_no_samples_is_refused(model, together):
     causal_lm = model.get_base_model()
-    implementation = causal_lm.config._attn_implementation
-    register_flat_attention(), register_flat_attention(fast=False)
-    causal_lm.set_attn_implementation(attention)
-    ours = answer(model, *PROMPTS, max_new_tokens=12)
+    usual = causal_lm.config._attn_implementation
+    causal_lm.set_attn_implementation(register_flat_attention(fast=False))
+    plain = answer(model, *PROMPTS)
     causal_lm.set_attn_implementation("sdpa")
-    theirs = answer(model, *PROMPTS, max_new_tokens=12)  # of an attention that is not ours
-    causal_lm.set_attn_implementation(implementation)
-    assert ours == theirs == generate_padded(model.eval(), PROMPTS, [NEVER], 12)
-
-
-def test_a_bases_own_sampling_settings_change_nothing(model, together, monkeypatch):
-    sampling = GenerationConfig(do_sample=True, temperature=5.0, top_p=0.9, top_k=50, eos_token_id=2, pad_token_id=2)
-    monkeypatch.setattr(model.get_base_model(), "generation_config", sampling)
-    assert answer(model, *PROMPTS) == together
-    assert generate_padded(model.eval(), PROMPTS, [NEVER], 6) == together
+    with pytest.raises(UserError, match="The model attends by 'sdpa', which knows nothing of the samples"):
+        answer(model, *PROMPTS)
+    causal_lm.set_attn_implementation(usual)
+    assert plain == together
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("fails", [True, False])
-def test_the_training_mode_is_put_back(model, monkeypatch, training, fails):
+def test_the_training_mode_is_put_back_also_if_it_fails(model, monkeypatch, training):
     model.train(training)
-    if fails:
-        monkeypatch.setattr(generate, "KeyValueCache", None)
-        with pytest.raises(TypeError):
-            answer(model, [11])
-    else:
-        answer(model, [11], max_new_tokens=1)
+    answer(model, [11], max_new_tokens=1)
+    assert {module.training for module in model.modules()} == {training}
+    monkeypatch.setattr(generate, "KeyValueCache", None)
+    with pytest.raises(TypeError):
+        answer(model, [11])
     assert {module.training for module in model.modules()} == {training}
 
 

@@ -15,8 +15,6 @@ from qlora_lightning.model.kernels.attention import attends_in
 from qlora_lightning.model.layers import attention
 from qlora_lightning.model.layers.attention import (
     flat_attention,
-    lay_out_states,
-    plain_flat_attention,
     register_flat_attention,
 )
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
@@ -42,38 +40,34 @@ def draw(tokens, dtype=torch.float32, heads=(6, 2, 2), width=16):
 
 def by_formula(query, key, value, samples, scale=SCALE):
     """Attend within samples in float64, by the formula; what these share is laid out."""
-    query, key, value = (each.double()[:, :, samples.whole.places] for each in (query, key, value))
+    query, key, value = (each.double()[:, :, samples.expanded.gather_index] for each in (query, key, value))
     key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (key, value))
     mixed = []
     for start, end in itertools.pairwise(samples.bounds):
         scores = query[:, :, start:end] @ key[:, :, start:end].transpose(2, 3) * scale
         later = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
         mixed.append(scores.masked_fill(later, -torch.inf).softmax(-1) @ value[:, :, start:end])
-    return torch.cat(mixed, 2).transpose(1, 2)[:, samples.whole.first]
+    return torch.cat(mixed, 2).transpose(1, 2)[:, samples.expanded.first_copy]
 
 
-def fast(*qkv, samples, scale=SCALE):
-    return flat_attention(None, *qkv, None, scale, samples=samples)[0]
+def attend_by(*, fast=True, loops=True, ragged_kernel=False):
+    """Make a way to attend: by the C++ loops, the ragged kernel of new cards, padded as on old ones, or plain."""
+
+    def attend(*qkv, samples, scale=SCALE):
+        with pytest.MonkeyPatch.context() as patch:
+            if not loops:
+                patch.setattr(kernel, "can_attend", lambda value, dtype: False)
+            if ragged_kernel:
+                patch.setattr(attention, "has_ragged_kernel", lambda device, dtype: True)
+                patch.setattr(varlen, "varlen_attn", ragged_kernel_of_torch_2_11)
+            return flat_attention(None, *qkv, None, scale, samples=samples, fast=fast)[0]
+
+    return attend
 
 
-def plain(*qkv, samples, scale=SCALE):
-    return plain_flat_attention(None, *qkv, None, scale, samples=samples)[0]
-
-
-def padded(*qkv, samples, scale=SCALE):
-    """The way of cards that are older than compute capability 8.0."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "can_attend", lambda value, dtype: False)
-        return fast(*qkv, samples=samples, scale=scale)
-
-
-def ragged(*qkv, samples, scale=SCALE):
-    """The way of newer cards."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "can_attend", lambda value, dtype: False)
-        patch.setattr(attention, "has_ragged_kernel", lambda device, dtype: True)
-        patch.setattr(varlen, "varlen_attn", ragged_kernel_of_torch_2_11)
-        return fast(*qkv, samples=samples, scale=scale)
+fast, plain, padded, ragged = (
+    attend_by(**options) for options in ({}, {"fast": False}, {"loops": False}, {"loops": False, "ragged_kernel": True})
+)
 
 
 def ragged_kernel_of_torch_2_11(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size):
@@ -112,10 +106,10 @@ SAMPLES = {
 }
 
 
-@pytest.mark.parametrize("way", [fast, plain, padded, ragged])
+@pytest.mark.parametrize("way", [fast, plain, padded, ragged], ids=["loops", "plain", "padded", "ragged"])
 @pytest.mark.parametrize("samples", SAMPLES.values(), ids=SAMPLES.keys())
 def test_outputs_and_gradients_are_those_of_attention_written_out(way, samples):
-    qkv = draw(len(samples.whole.first))
+    qkv = draw(len(samples.expanded.first_copy))
     found, exact = (with_gradients(attend, qkv, samples=samples) for attend in (way, by_formula))
     assert errors(found, exact).max() <= 1e-6
 
@@ -159,7 +153,7 @@ def test_in_bfloat16_it_errs_no_more_than_torchs_attention_does(scale, lengths):
     assert statistics.mean((ours / torchs)[1:].tolist()) <= 1.05
 
 
-@pytest.mark.parametrize("way", [fast, plain])
+@pytest.mark.parametrize("way", [fast, plain], ids=["loops", "plain"])
 def test_gradients_of_one_token_are_summed_up_in_float32(way):
     """256 and seven times 1: in bfloat16 every sum would stay 256."""
     samples = place_samples(Needed([2] * 8, [0, *[1] * 7], list(range(8))))  # eight begin with the same token
@@ -213,26 +207,6 @@ def test_the_installed_torch_s_ragged_kernel_takes_grouped_heads_as_they_are_giv
     mixed = attend_ragged(*qkv, bounds, 20, None)
     assert mixed.shape == (25, 4, 64)
     assert [gradient.shape[1] for gradient in torch.autograd.grad(mixed.sum(), qkv)] == [4, 2, 2]
-
-
-@pytest.mark.gpu
-def test_ragged_kernel_equals_attention_sample_by_sample():
-    qkv = [each.detach().to("cuda").requires_grad_() for each in draw(277, torch.bfloat16, (4, 2, 2), 64)]
-    samples = whole_samples(LENGTHS).to(torch.device("cuda"))
-    found, exact = ([each(*qkv, samples=samples)] for each in (fast, plain))
-    found += torch.autograd.grad(found[0].float().square().sum(), qkv)
-    exact += torch.autograd.grad(exact[0].float().square().sum(), qkv)
-    assert errors(found, exact).max() <= 1e-2
-
-
-def test_states_are_laid_out_as_an_index_does_and_so_are_their_gradients():
-    samples = place_samples(Needed([3, 3], [2, 0], [1, 0]))  # two samples of three tokens, which begin alike
-    states = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
-    ours, theirs = lay_out_states(states, samples.whole), states[:, :, samples.whole.places]
-    assert torch.equal(ours, theirs)
-    grad = torch.randn(ours.shape, dtype=torch.float64)
-    ours, theirs = (torch.autograd.grad(each, states, grad)[0] for each in (ours, theirs))
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 # ---- inside a model of transformers ---------------------------------------------------------------------------------

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_lightning import QLoRAModule
 from qlora_lightning.model import layout
 from qlora_lightning.model import module as module_file
-from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.layout import IGNORED, filled, find_needed, lay_out
 from qlora_lightning.support.versions import enable_activation_checkpointing
+from tests.steps import assert_same_step, distance, loss_and_gradients, make_module
 
 SYSTEM = [1, 2, 3]
 
@@ -40,24 +39,24 @@ def test_what_two_samples_begin_with_is_there_once_and_what_nothing_is_predicted
     assert found.position_ids.tolist() == [[3, 0, 1, 2, 3]]
     assert (found.predicting.tolist(), found.targets.tolist()) == ([0, 4], [8, 6])
     samples = found.samples
-    assert samples.whole.places.tolist() == [1, 2, 3, 0, 1, 2, 3, 4]
-    assert samples.own.tolist() == [3, 0]
+    assert samples.expanded.gather_index.tolist() == [1, 2, 3, 0, 1, 2, 3, 4]
+    assert samples.query_start.tolist() == [3, 0]
     assert samples.bounds == (0, 4, 8)
     assert samples.cu_seqlens.tolist() == [0, 4, 8]
     assert samples.cu_seqlens.dtype == torch.int32
     assert samples.longest == 4
-    assert samples.whole.order.tolist() == [3, 0, 4, 1, 5, 2, 6, 7]  # by place, those of one place in their order
-    assert samples.whole.begins.tolist() == [0, 1, 3, 5, 7, 8]
-    assert samples.whole.first.tolist() == [3, 0, 1, 2, 7]
-    assert not samples.whole.once
+    assert samples.expanded.copies.tolist() == [3, 0, 4, 1, 5, 2, 6, 7]  # by place, those of one place in their order
+    assert samples.expanded.copy_offsets.tolist() == [0, 1, 3, 5, 7, 8]
+    assert samples.expanded.first_copy.tolist() == [3, 0, 1, 2, 7]
+    assert samples.expanded.shares
 
 
 def test_padded_samples_are_as_long_as_the_longest_and_count_their_own_tokens():
     batch = batch_of(([1, 2], 1, 0), ([3, 4, 5], 1, 0))
     padded = lay_out(batch, leaves_out=False, pads=True).samples.padded
-    assert padded.places.tolist() == [0, 1, 1, 2, 3, 4]  # the first is filled up with its last token
-    assert padded.first.tolist() == padded.order.tolist() == [0, 1, 3, 4, 5]
-    assert padded.once
+    assert padded.gather_index.tolist() == [0, 1, 1, 2, 3, 4]  # the first is filled up with its last token
+    assert padded.first_copy.tolist() == padded.copies.tolist() == [0, 1, 3, 4, 5]
+    assert not padded.shares
     assert lay_out(batch, leaves_out=False).samples.padded is None
 
 
@@ -71,13 +70,13 @@ def test_beginnings_are_shared_in_a_chain():
     found = lay_out(batch_of(([1, 2, 9], 2, 0), ([1, 2, 3, 4, 9], 4, 0), ([1, 2, 3, 5, 9], 4, 0)))
     # Sorted: (1 2 3 4), (1 2 3 5), (1 2): the third computes no more than 5, the first no more than its 2.
     assert found.input_ids.tolist() == [[2, 1, 2, 3, 4, 5]]
-    assert found.samples.whole.places.tolist() == [1, 0, 1, 2, 3, 4, 1, 2, 3, 5]
+    assert found.samples.expanded.gather_index.tolist() == [1, 0, 1, 2, 3, 4, 1, 2, 3, 5]
 
 
 def test_samples_without_labels_have_one_token():
     found = lay_out(batch_of(([4, 5, 6], 3, 0), ([4, 5, 6], 3, 0)))
     assert found.input_ids.tolist() == [[4, 4]]
-    assert found.samples.whole.once
+    assert not found.samples.expanded.shares
     assert not len(found.targets)
 
 
@@ -85,9 +84,9 @@ def test_samples_without_labels_have_one_token():
 def test_tokens_at_other_positions_are_other_tokens(dtype):
     batch = batch_of(([*SYSTEM, 7], 3, 0), ([*SYSTEM, 8], 3, 0))
     batch["position_ids"] = batch["position_ids"].to(dtype)
-    assert not lay_out(batch).samples.whole.once
+    assert lay_out(batch).samples.expanded.shares
     batch["position_ids"][0, 4:] += 1
-    assert lay_out(batch).samples.whole.once
+    assert not lay_out(batch).samples.expanded.shares
 
 
 def test_a_sample_without_labels_fills_the_last_block():
@@ -124,28 +123,6 @@ def rows_beginning_alike(count, shared, own, seed=0):
         yield [*ids, *rest], shared + length // 3, row % 3
 
 
-def make(tiny_base, **options):
-    module = QLoRAModule(str(tiny_base), **{"rank": 4, "compute_dtype": "fp32", **options})
-    module.configure_model()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in trainable_tensors(module).values():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
-    return module.train()
-
-
-def results(module, batch):
-    sums = module.compute_loss(batch)
-    trainable = trainable_tensors(module)
-    gradients = torch.autograd.grad(sums.nll_sum, list(trainable.values()))
-    return [sums.nll_sum.detach(), sums.labelled_tokens, sums.correct, *gradients]
-
-
-def assert_same(found, expected):
-    for one, other in zip(found, expected, strict=True):
-        assert (one - other).float().norm() <= 1e-5 * other.float().norm()
-
-
 BATCHES = {
     "within a tile": [*rows_beginning_alike(4, 20, 11)],
     "some over 512 tokens": [*rows_beginning_alike(2, 500, 20), *rows_beginning_alike(2, 90, 20, seed=1)],
@@ -154,31 +131,31 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("every_n_layers", [0, 1], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("checkpoints", [False, True])
 @pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
-def test_loss_and_gradients_are_those_of_the_plain_path_over_all_tokens(tiny_base, rows, every_n_layers):
-    module, plain = make(tiny_base), make(tiny_base, fast=False)
-    if every_n_layers:
+def test_loss_and_gradients_are_those_of_the_plain_path_over_all_tokens(tiny_base, rows, checkpoints):
+    module, plain = make_module(tiny_base), make_module(tiny_base, fast=False)
+    if checkpoints:
         enable_activation_checkpointing(module.causal_lm)
     batch = batch_of(*rows)
-    assert not lay_out(batch).samples.whole.once
-    assert_same(results(module, batch), results(plain, batch))
+    assert lay_out(batch).samples.expanded.shares
+    assert_same_step(loss_and_gradients(module, batch), loss_and_gradients(plain, batch))
 
 
 def test_in_bfloat16_gradients_err_no_more_than_those_of_the_plain_path(tiny_base):
     def gradient(**options):
-        found = [results(make(tiny_base, **options), batch_of(*rows))[3:] for rows in BATCHES.values()]
-        return torch.cat([each.flatten() for each in itertools.chain(*found)])
+        module = make_module(tiny_base, **options)
+        return torch.cat([loss_and_gradients(module, batch_of(*rows))[1] for rows in BATCHES.values()])
 
     exact = gradient(fast=False)
     ours, plain = gradient(compute_dtype="bf16"), gradient(compute_dtype="bf16", fast=False)
-    assert (ours - exact).norm() <= 1.1 * (plain - exact).norm()
+    assert distance(ours, exact) <= 1.1 * distance(plain, exact)
 
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_labels_that_a_subclass_changes_are_seen(tiny_base, in_place):
     """What is left out follows the labels of the batch that comes, not those that it was laid out with."""
-    module, plain = make(tiny_base), make(tiny_base, fast=False)
+    module, plain = make_module(tiny_base), make_module(tiny_base, fast=False)
     rows = torch.arange(len(BATCHES["within a tile"]))
     batch = batch_of(*BATCHES["within a tile"]) | {"row_ids": rows, "source": rows}
     batch = module.on_after_batch_transfer(module.on_before_batch_transfer(batch, 0), 0)
@@ -188,20 +165,20 @@ def test_labels_that_a_subclass_changes_are_seen(tiny_base, in_place):
     else:
         batch["labels"] = batch["input_ids"].clone()
     batch["labels"][0, batch["cu_seqlens"][:-1]] = IGNORED
-    assert_same(results(module, batch), results(plain, batch))
+    assert_same_step(loss_and_gradients(module, batch), loss_and_gradients(plain, batch))
 
 
 def test_all_tokens_are_computed_on_the_plain_path_with_noise_and_with_another_attention(tiny_base):
-    assert not make(tiny_base, fast=False).leaves_out_unneeded
+    assert not make_module(tiny_base, fast=False).leaves_out_unneeded
     for options in ({"dropout": 0.1}, {"neftune_alpha": 5.0}):
-        module = make(tiny_base, **options)
+        module = make_module(tiny_base, **options)
         assert not module.leaves_out_unneeded
         assert module.eval().leaves_out_unneeded
-    module = make(tiny_base)
+    module = make_module(tiny_base)
     assert module.leaves_out_unneeded
     module.causal_lm.model.layers[0].mlp.down_proj.lora_dropout["default"] = torch.nn.Dropout(0.5)
     assert not module.leaves_out_unneeded
-    module = make(tiny_base)
+    module = make_module(tiny_base)
     module.causal_lm.set_attn_implementation("sdpa")
     assert not module.leaves_out_unneeded
 
@@ -210,10 +187,10 @@ def test_all_tokens_are_computed_on_the_plain_path_with_noise_and_with_another_a
 def test_loss_and_gradients_are_those_of_the_batch_that_is_not_filled_up(tiny_base, options, monkeypatch):
     def train():
         torch.manual_seed(0)
-        module = make(tiny_base, quantization="none", **options)
-        return results(module, batch_of(*rows_beginning_alike(2, 1, 21)))
+        module = make_module(tiny_base, quantization="none", **options)
+        return loss_and_gradients(module, batch_of(*rows_beginning_alike(2, 1, 21)))
 
     filled = train()
     plain = layout.lay_out
     monkeypatch.setattr(module_file, "lay_out", lambda batch, *, fills, **options: plain(batch, **options))
-    assert_same(filled, train())
+    assert_same_step(filled, train())

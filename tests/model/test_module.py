@@ -1,4 +1,3 @@
-import copy
 import itertools
 
 import lightning
@@ -99,34 +98,32 @@ def test_hidden_states_of_a_real_sample_in_a_batch_are_bit_equal_to_its_own_alon
     assert torch.equal(together, torch.cat(alone))
 
 
-def fit_adapter(tiny_base, rows_file, tmp_path, batch_size, accumulate):
-    lightning.seed_everything(1, verbose=False)
-    module = QLoRAModule(str(tiny_base), compute_dtype="fp32", learning_rate=1e-2, warmup_ratio=0.0)
-    data = InstructionDataModule(train=str(rows_file), tokenizer=str(tiny_base), batch_size=batch_size)
-    trainer = make_trainer(tmp_path, accumulate_grad_batches=accumulate, gradient_clip_val=1.0)
-    module.configure_model()
-    before = copy.deepcopy(module.state_dict())
-    trainer.fit(module, data)
-    assert trainer.global_step == 3  # 16 rows: windows of 6, 6 and a short one of 4
-    return before, module.state_dict()
+@pytest.fixture
+def fit_adapter(tiny_base, rows_file, tmp_path):
+    """Three steps on 16 ragged rows; returns the adapter before and after, as one vector each."""
+
+    def fit(batch_size, accumulate):
+        lightning.seed_everything(1, verbose=False)
+        module = QLoRAModule(str(tiny_base), compute_dtype="fp32", learning_rate=1e-2, warmup_ratio=0.0)
+        data = InstructionDataModule(train=str(rows_file), tokenizer=str(tiny_base), batch_size=batch_size)
+        trainer = make_trainer(tmp_path, accumulate_grad_batches=accumulate, gradient_clip_val=1.0)
+        module.configure_model()
+        before = torch.cat([tensor.flatten() for tensor in module.state_dict().values()])
+        trainer.fit(module, data)
+        assert trainer.global_step == 3  # windows of 6, 6 and a short one of 4
+        return before, torch.cat([tensor.flatten() for tensor in module.state_dict().values()])
+
+    return fit
 
 
-def test_batch_and_accumulation_are_one_thing_on_ragged_rows_a_short_window_included(tiny_base, rows_file, tmp_path):
-    before, whole = fit_adapter(tiny_base, rows_file, tmp_path, batch_size=6, accumulate=1)
+def test_batch_accumulation_and_the_scale_of_the_loss_change_no_step(fit_adapter, monkeypatch):
+    before, whole = fit_adapter(6, 1)
+    assert not torch.equal(before, whole)
     for batch_size, accumulate in ((1, 6), (2, 3)):
-        _, cut = fit_adapter(tiny_base, rows_file, tmp_path, batch_size, accumulate)
-        update = torch.cat([(whole[name] - before[name]).flatten() for name in whole]).norm()
-        difference = torch.cat([(whole[name] - cut[name]).flatten() for name in whole]).norm()
-        assert update > 0
-        assert difference <= 1e-4 * update
-
-
-def test_the_scale_of_the_loss_in_fp16_is_divided_out(tiny_base, rows_file, tmp_path, monkeypatch):
-    """In float32 a power of two changes no bit."""
-    _, usual = fit_adapter(tiny_base, rows_file, tmp_path, batch_size=2, accumulate=3)
+        _, cut = fit_adapter(batch_size, accumulate)
+        assert (whole - cut).norm() <= 1e-4 * (whole - before).norm()
     monkeypatch.setattr(QLoRAModule, "loss_scale", 32.0)
-    _, scaled = fit_adapter(tiny_base, rows_file, tmp_path, batch_size=2, accumulate=3)
-    assert all(torch.equal(scaled[name], usual[name]) for name in usual)
+    assert torch.equal(fit_adapter(2, 3)[1], cut)  # in float32 a power of two changes no bit
 
 
 def test_in_fp16_the_loss_is_scaled_and_gradients_are_near_those_of_float32(tiny_base, batch):
@@ -233,24 +230,16 @@ class OwnBase(QLoRAModule):
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_a_base_that_an_override_loads_attends_within_samples(tiny_base, batch, fast):
-    ours, own = (
-        QLoRAModule(base=str(tiny_base), quantization="none", compute_dtype="fp32"),
-        OwnBase(str(tiny_base), fast=fast),
-    )
-    for module in (ours, own):
-        module.configure_model()
-    expected = ours.compute_loss(batch).nll_sum.item()
-    assert own.compute_loss(batch).nll_sum.item() == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_an_attention_that_knows_no_samples_is_refused(tiny_base, batch, fast):
-    module = QLoRAModule(base=str(tiny_base), fast=fast)
-    module.configure_model()
-    module.causal_lm.set_attn_implementation("sdpa")
+def test_a_base_attends_within_samples_or_is_refused(tiny_base, batch, fast):
+    ours = make_module(tiny_base, quantization="none")
+    own = OwnBase(str(tiny_base), fast=fast)
+    own.configure_model()
+    with ours.model.disable_adapter(), own.model.disable_adapter():
+        expected = ours.compute_loss(batch).nll_sum.item()
+        assert own.compute_loss(batch).nll_sum.item() == pytest.approx(expected, rel=1e-5)
+    own.causal_lm.set_attn_implementation("sdpa")
     with pytest.raises(UserError, match="The model attends by 'sdpa', which knows nothing of the samples"):
-        module.compute_loss(batch)
+        own.compute_loss(batch)
 
 
 class CompiledInside(QLoRAModule):
@@ -260,22 +249,19 @@ class CompiledInside(QLoRAModule):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own compiler, when it is made
-@pytest.mark.parametrize("kind", ["module", "model", "model of a subclass"])
-def test_a_compiled_module_trains_as_one_that_is_not(tiny_base, rows_file, tmp_path, capsys, kind):
-    def train(compiled):
+def test_a_compiled_module_trains_as_one_that_is_not(tiny_base, rows_file, tmp_path, capsys):
+    def train(cls=QLoRAModule, compiled=lambda module: module):
         lightning.seed_everything(1, verbose=False)
-        cls = CompiledInside if compiled == "model of a subclass" else QLoRAModule
         module = cls(str(tiny_base), compute_dtype="fp32", warmup_ratio=0.0, learning_rate=1e-2)
-        if compiled == "model":
-            module.configure_model()
-            module.model = torch.compile(module.model)
         data = InstructionDataModule(str(rows_file), val=str(rows_file), tokenizer=str(tiny_base), batch_size=8)
         trainer = make_trainer(tmp_path)
-        trainer.fit(torch.compile(module) if compiled == "module" else module, data)
+        trainer.fit(compiled(module), data)
         return module.state_dict(), {name: float(value) for name, value in trainer.callback_metrics.items()}
 
-    (expected, metrics), (found, found_metrics) = train(None), train(kind)
-    assert "torch.compile is switched off" in capsys.readouterr().out
-    assert found_metrics == metrics
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    expected, metrics = train()
+    for options in ({"compiled": torch.compile}, {"cls": CompiledInside}):
+        found, found_metrics = train(**options)
+        assert "torch.compile is switched off" in capsys.readouterr().out
+        assert found_metrics == metrics
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)

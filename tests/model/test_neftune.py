@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.data.batches.collate import collate
-from qlora_lightning.data.samples import make_sample
 from qlora_lightning.model.layout import add_noise, whole_samples
 from qlora_lightning.support.errors import UserError
+from tests.steps import make_batch, make_module
 
 
 def test_noise_of_a_token_follows_the_length_of_its_own_sample():
@@ -23,11 +22,10 @@ def test_noise_of_a_token_follows_the_length_of_its_own_sample():
 
 
 def test_noise_is_there_in_training_only(tiny_base):
-    batch = collate([make_sample(ids, [-100, *ids[1:]], n) for n, ids in enumerate([[5, 6, 7, 8], [9, 10, 11]])])
+    batch = make_batch((4, 3))
 
     def losses(alpha, seed=0):
-        module = QLoRAModule(base=str(tiny_base), rank=2, neftune_alpha=alpha)
-        module.configure_model()
+        module = make_module(tiny_base, neftune_alpha=alpha)
         torch.manual_seed(seed)
         return module.compute_loss(batch).nll_sum.item(), module.eval().compute_loss(batch).nll_sum.item()
 

@@ -2,7 +2,6 @@
 
 import math
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
@@ -18,14 +17,6 @@ def build(choice=None, learning_rate=0.1, weight_decay=0.0, fused=True, **own):
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(64, 80))  # bitsandbytes keeps states below 4096 in 32 bits
     return build_optimizer([{"params": [weight], **own}], choice, learning_rate, weight_decay, fused)
-
-
-def step(optimizer):
-    (parameter,) = optimizer.param_groups[0]["params"]
-    before = parameter.detach().clone()
-    parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    return parameter.detach() - before
 
 
 SGD = {"class_path": "torch.optim.SGD"}
@@ -51,10 +42,12 @@ def test_the_optimizer_is_built_as_chosen(arguments, cls, group):
 @pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit"])
 def test_bitsandbytes_8_bit_optimizers_step_on_a_cpu(name):
     optimizer = build(f"bitsandbytes.optim.{name}")
-    assert type(optimizer) is getattr(bnb.optim, name)
-    torch.testing.assert_close(step(optimizer), torch.full((64, 80), -0.1), rtol=1e-2, atol=1e-3)  # Adam: lr × sign
-    (state,) = optimizer.state.values()
-    assert state["state1"].dtype == torch.uint8
+    (parameter,) = optimizer.param_groups[0]["params"]
+    before = parameter.detach().clone()
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), before - 0.1, rtol=1e-2, atol=1e-3)  # Adam: lr × sign
+    assert optimizer.state[parameter]["state1"].dtype == torch.uint8
 
 
 @pytest.mark.parametrize(
@@ -63,7 +56,6 @@ def test_bitsandbytes_8_bit_optimizers_step_on_a_cpu(name):
         ({**SGD, "init_args": {"lr": 1.0}}, 0.0, "sets lr.*set model.learning_rate"),
         ({**SGD, "init_args": {"weight_decay": 1.0}}, 0.0, "set model.weight_decay"),
         ({**SGD, "init_args": {"momentun": 0.9}}, 0.0, "does not take.*momentun"),
-        ({**SGD, "init_args": {"momentum": -1.0}}, 0.0, "Invalid momentum"),
         ({**SGD, "lr": 1.0}, 0.0, "expected a class_path"),
         ({"init_args": {}}, 0.0, "expected a class_path"),
         ("torch.optim.AdamX", 0.0, "'torch.optim.AdamX' cannot be imported"),
@@ -96,7 +88,7 @@ def test_lora_plus_gives_each_tensor_the_rate_that_peft_gives_it(tiny_base, lora
     assert [set(group["params"]) for group in module.parameter_groups()] == [rates(ours).keys()]
 
 
-@pytest.mark.parametrize("ratio", [0, 0.5, float("inf"), float("nan")])
+@pytest.mark.parametrize("ratio", [0.5, float("inf"), float("nan")])
 def test_a_lora_plus_ratio_below_one_is_refused(ratio):
     with pytest.raises(UserError, match="expected 1 or more, such as 16, or null"):
         QLoRAModule("base", loraplus_ratio=ratio)
@@ -106,24 +98,16 @@ def test_a_lora_plus_ratio_below_one_is_refused(ratio):
 
 
 @pytest.mark.parametrize(
-    ("batches", "accumulate", "max_epochs", "max_steps", "expected"),
-    [
-        (10, 1, 3, None, 30),
-        (10, 4, 3, -1, 9),  # 4, 4 and 2 micro-batches in each epoch
-        (10, 4, 3, 5, 5),
-        (10, 4, 1, 5, 3),
-        (10, 4, -1, 5, 5),
-        (10, 4, 0, None, 0),
-    ],
+    ("max_epochs", "max_steps", "expected"),
+    [(3, None, 9), (3, -1, 9), (3, 5, 5), (1, 5, 3), (-1, 5, 5), (0, None, 0)],  # 4, 4 and 2 micro-batches an epoch
 )
-def test_steps_are_counted_from_batches_epochs_and_limits(batches, accumulate, max_epochs, max_steps, expected):
-    assert count_optimizer_steps(batches, accumulate, max_epochs, max_steps) == expected
+def test_steps_are_counted_from_batches_epochs_and_limits(max_epochs, max_steps, expected):
+    assert count_optimizer_steps(10, 4, max_epochs, max_steps) == expected
 
 
-@pytest.mark.parametrize("limits", [(None, None), (-1, -1)])
-def test_a_run_without_an_end_is_refused(limits):
+def test_a_run_without_an_end_is_refused():
     with pytest.raises(UserError, match=r"set trainer.max_epochs or trainer.max_steps"):
-        count_optimizer_steps(10, 1, *limits)
+        count_optimizer_steps(10, 1, None, -1)
 
 
 def rates(choice, warmup_ratio=0.0):
@@ -137,18 +121,17 @@ def rates(choice, warmup_ratio=0.0):
     return found
 
 
+COSINE = [(1 + math.cos(math.pi * step / 10)) / 2 for step in range(11)]
+
+
 @pytest.mark.parametrize(
     ("choice", "warmup_ratio", "expected"),
     [
         ("linear", 0.0, [1 - step / 10 for step in range(11)]),
-        ("cosine", 0.0, [(1 + math.cos(math.pi * step / 10)) / 2 for step in range(11)]),
+        ("cosine", 0.0, COSINE),
         ("constant", 0.0, [1.0] * 11),
         ("constant_with_warmup", 0.11, [0.0, 0.5] + [1.0] * 9),  # rounded up to whole steps
-        (
-            {"name": "cosine_with_min_lr", "min_lr_rate": 0.25},
-            0.0,
-            [0.25 + 0.75 * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(11)],
-        ),
+        ({"name": "cosine_with_min_lr", "min_lr_rate": 0.25}, 0.0, [0.25 + 0.75 * each for each in COSINE]),
     ],
 )
 def test_rates_follow_the_schedule(choice, warmup_ratio, expected):
@@ -201,16 +184,13 @@ def test_gradients_of_sums_become_those_of_the_mean_over_all_tokens(window):
     assert unused.grad is None
 
 
-def test_tokens_of_all_ranks_count():
+def test_tokens_of_all_ranks_count_and_none_at_all_give_zeros_not_nan():
     window, parameter = Window(), parameter_with_gradient(10.0)
     window.add(sums(6.0, 1), most=1)
     other_rank = iter([torch.tensor([4.0, 4.0]), torch.tensor([10.0, 10.0])])  # its sums, and its gradients
     assert window.divide_gradients([parameter], 1, reduce_sum=lambda tensor: tensor + next(other_rank)) == 2.0
     assert parameter.grad.tolist() == [4.0, 4.0]
     assert window.labelled_tokens_of_all_ranks == 5
-
-
-def test_a_window_without_labels_gives_gradients_of_zero_not_nan():
     window, parameter = Window(), parameter_with_gradient(0.0)
     window.add(sums(0.0, 0), most=1)
     assert window.divide_gradients([parameter], 1) == 0.0
@@ -230,11 +210,11 @@ def test_a_window_knows_its_rows_and_those_of_the_one_before(window):
     assert (window.is_open, window.row_ids, window.closed_row_ids, window.batches) == (False, [], [3, 1, 7], [])
 
 
-def test_an_open_window_continues_from_its_saved_state(window, tmp_path):
+def test_an_open_window_continues_from_its_saved_state(window):
     parameter, again, other = parameter_with_gradient(10.0), Window(), nn.Parameter(torch.zeros(2))
-    torch.save(window.state_dict({"a": parameter, "without": nn.Parameter(torch.zeros(1))}), tmp_path / "window")
+    saved = window.state_dict({"a": parameter, "without": nn.Parameter(torch.zeros(1))})
     parameter.grad.zero_()  # the saved gradient is a copy
-    again.load_state_dict(torch.load(tmp_path / "window", weights_only=True), {"a": other})
+    again.load_state_dict(saved, {"a": other})
     assert other.grad.tolist() == [10.0, 10.0]
     assert (again.micro_batches, again.row_ids) == (2, [3, 1, 7])
     assert again.divide_gradients([other], 2) == 2.0

@@ -6,17 +6,15 @@ import shutil
 import pytest
 import torch
 
-from qlora_lightning import InstructionDataModule, QLoRAModule
+from qlora_lightning import InstructionDataModule
 from qlora_lightning.cli import main
+from tests.steps import make_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
 
 
 def make(base):
-    torch.manual_seed(3)
-    module = QLoRAModule(str(base), quantization="none", compute_dtype="fp32")
-    module.configure_model()
-    return module.eval()
+    return make_module(base, quantization="none").eval()
 
 
 def batches(base, file, **settings):

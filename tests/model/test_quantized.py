@@ -52,9 +52,17 @@ def own_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@pytest.mark.parametrize("quantization", [*QUANTIZED, "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "double_quant"),
+    [
+        ("nf4", torch.bfloat16, True),
+        ("nf4", torch.float32, False),
+        ("fp4", torch.float32, True),
+        ("int8", torch.bfloat16, True),
+        ("none", torch.float32, True),
+        ("none", torch.bfloat16, True),
+    ],
+)
 def test_linears_are_stored_as_asked_and_all_else_is_frozen_in_the_compute_dtype(
     tiny_base, quantization, dtype, double_quant
 ):
@@ -103,27 +111,6 @@ def test_a_base_whose_config_was_edited_computes_what_it_says_now(tiny_base, tmp
     assert not torch.equal(forward(edited.eval()), before)
 
 
-@pytest.mark.parametrize("quantization", [*QUANTIZED, "none"])
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_evaluation_and_saving_change_no_bit_compute_the_same_and_gradients_still_pass(
-    tiny_base, quantization, double_quant
-):
-    model = load(tiny_base, quantization, double_quant=double_quant)
-    before = tensors(model)
-    with torch.no_grad():
-        trained = forward(model.train())
-        assert torch.equal(forward(model.eval()), trained)
-        assert not model.training
-    model.state_dict()
-    model.train()
-    assert are_bit_equal(before, tensors(model))
-
-    linear = model.model.layers[0].self_attn.q_proj
-    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
-    linear(x).float().sum().backward()
-    assert x.grad.any()
-
-
 def store_quantized(folder, place, **settings):
     settings = BitsAndBytesConfig(**settings)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.bfloat16)
@@ -133,23 +120,19 @@ def store_quantized(folder, place, **settings):
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_folder_stored_quantized_loads_as_it_is_in_the_dtype_asked_for(tiny_base, tmp_path, own_cache, dtype):
+def test_a_folder_stored_quantized_loads_as_it_is_in_the_dtype_asked_for(tiny_base, tmp_path, own_cache):
     store_quantized(tiny_base, tmp_path / "stored", **NF4)
-    model = load(tmp_path / "stored", "nf4", compute_dtype=dtype)
-    assert {linear.compute_dtype for linear in linears(model)} == {dtype}
+    model, other = (load(tmp_path / "stored", "nf4", compute_dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert {linear.compute_dtype for linear in linears(other)} == {torch.float32}
     assert not (own_cache / "quantized").exists()
-    if dtype == torch.bfloat16:
-        assert are_bit_equal(tensors(model), tensors(load(tiny_base, "nf4", double_quant=False, cache=False)))
+    assert are_bit_equal(tensors(model), tensors(load(tiny_base, "nf4", double_quant=False, cache=False)))
 
 
 @pytest.mark.parametrize(
     ("left_out", "quantization", "words"),
     [
-        *(
-            (["lm_head"], other, f"stored quantized as nf4, but .* is {other}: set model.quantization: nf4")
-            for other in ("int8", "fp4", "none")
-        ),
+        (["lm_head"], "int8", "stored quantized as nf4, but .* is int8: set model.quantization: nf4"),
+        (["lm_head"], "none", "stored quantized as nf4, but .* is none: set model.quantization: nf4"),
         (["q_proj", "lm_head"], "nf4", "not whole: it left out q_proj"),
     ],
 )
@@ -157,9 +140,3 @@ def test_a_folder_stored_otherwise_than_asked_is_refused(tiny_base, tmp_path, le
     store_quantized(tiny_base, tmp_path / "stored", **NF4, llm_int8_skip_modules=left_out)
     with pytest.raises(UserError, match=words):
         load(tmp_path / "stored", quantization)
-
-
-def test_the_record_names_source_and_fingerprint(tiny_base):
-    nf4, plain = load_base(str(tiny_base)), load_base(str(tiny_base), quantization="none")
-    assert (nf4.quantization, nf4.source.folder, nf4.loadable_name) == ("nf4", tiny_base, str(tiny_base))
-    assert nf4.fingerprint == plain.fingerprint

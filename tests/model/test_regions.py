@@ -14,11 +14,11 @@ def rows_of(count, width, seed, dtype=torch.bfloat16):
 
 def norm(count):
     x, weight, grad = rows_of(count, WIDTH, 0), rows_of(1, WIDTH, 1)[0], rows_of(count, WIDTH, 2)
-    inverse = elementwise.normalize.__wrapped__(x, weight, 1e-5)[1]
+    inverse = elementwise.rms_norm.__wrapped__(x, weight, 1e-5)[1]
     return [
-        (elementwise.normalize.__wrapped__, (x, weight, 1e-5)),
-        (elementwise.normalize_again.__wrapped__, (x, weight, inverse)),
-        (elementwise.normalize_backward.__wrapped__, (grad, x, weight, inverse)),
+        (elementwise.rms_norm.__wrapped__, (x, weight, 1e-5)),
+        (elementwise.rms_norm_again.__wrapped__, (x, weight, inverse)),
+        (elementwise.rms_norm_backward.__wrapped__, (grad, x, weight, inverse)),
     ]
 
 
@@ -26,7 +26,7 @@ def rotary(count):
     query, key = (rows_of(count, 4 * 16, seed).view(1, count, 4, 16).transpose(1, 2) for seed in (0, 1))
     angles = rows_of(count, 8, 2, torch.float32).repeat(1, 2)[None]
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
-    return [(elementwise._turn, (query, key[:, :2], cos, sin, back)) for back in (False, True)]
+    return [(elementwise._rotate, (query, key[:, :2], cos, sin, back)) for back in (False, True)]
 
 
 def swiglu(count):

@@ -8,9 +8,10 @@ import torch
 from qlora_lightning import InstructionDataModule, LossSums, QLoRAModule
 from qlora_lightning.data.batches.collate import collate
 from qlora_lightning.data.samples import SampleSetBuilder, make_sample
-from qlora_lightning.model import loss
+from qlora_lightning.evaluation import judge
+from qlora_lightning.evaluation.judge import losses_of_rows
 from qlora_lightning.model.batch import BatchShape, cut_into_rows, describe_row, join_places, row_places, shape_of_batch
-from qlora_lightning.model.loss import TokenStatistics, losses_of_rows
+from qlora_lightning.model.loss import TokenStatistics
 
 SAMPLES = [make_sample([7, 8, 9], [-100, 8, 9], 5), make_sample([4, 3], [-100, 3], 6)]
 
@@ -60,7 +61,6 @@ def test_a_shape_that_is_cut_or_thinned_out_keeps_its_proportions():
     shape = BatchShape(lengths=(10, 20, 30), labelled=30, seen=(9, 19, 29), shared=(4, 0, 4))
     assert shape.cut(12) == BatchShape((10, 12, 12), 17, (9, 12, 12), (4, 0, 4))
     assert shape.longest(2) == BatchShape((30, 20), 25, (29, 19), (0, 0))
-    assert BatchShape((10, 20), 3).longest(1) == BatchShape((20,), 2)
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def values(losses):
     [({}, 2048), ({}, 100), ({}, 1), ({"fast": False}, 2048), ({"quantization": "int8"}, 2048)],
 )
 def test_rows_together_have_the_losses_of_each_alone(tiny_base, rows, monkeypatch, options, most_tokens):
-    monkeypatch.setattr(loss, "_MOST_TOKENS", most_tokens)
+    monkeypatch.setattr(judge, "_MOST_TOKENS", most_tokens)
     module = made(QLoRAModule, tiny_base, **options)
     together, alone = values(losses_of_rows(module, rows)), values(map(module.compute_loss, rows))
     assert len(together) == 16

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from qlora_lightning.base.folder import BaseFolder
 from qlora_lightning.base.gguf import silence_transformers
-from qlora_lightning.model.build import hollow_base
+from qlora_lightning.model.build import meta_base
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.weights.base import OriginalWeights, Weights
 from qlora_lightning.model.weights.layerwise import Comparison, Reference, labels_of, run_layerwise
@@ -33,18 +33,17 @@ class Checker:
     ) -> None:
         self.plan, self.batches, self.advance = plan, batches, advance
         self.labels = labels_of(batches)
-        self.reference: Reference = run_layerwise(
-            plan.model.get_base_model(), weights, batches, lambda states: Reference(states, self.labels), advance
-        )
+        logits = run_layerwise(plan.model.get_base_model(), weights, batches, advance)
+        self.reference = Reference(logits, self.labels)
 
     def judge_merge(self, weights: Weights, base: BaseFolder) -> Comparison:
         """Judge a merge in fp32 that is written nowhere: onto these weights of the base."""
-        return self._judge(hollow_base(base.folder), MergedWeights(self.plan, weights))
+        return self._judge(meta_base(base.folder), MergedWeights(self.plan, weights))
 
     def judge_folder(self, folder: Path) -> Comparison:
         """Judge what was written into a folder, computed in fp32."""
         written = BaseFolder(str(folder), folder, "folder", None)
-        return self._judge(hollow_base(folder), OriginalWeights(written))
+        return self._judge(meta_base(folder), OriginalWeights(written))
 
     def judge_gguf(self, file: Path) -> Comparison:
         """Judge a GGUF file as transformers reads it: the whole model in memory, in fp32."""
@@ -52,7 +51,7 @@ class Checker:
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 gguf_file=file.name,
-                config=hollow_base(file.parents[1]).config,  # transformers reads no llama3 rope scaling in a GGUF
+                config=meta_base(file.parents[1]).config,  # transformers reads no llama3 rope scaling in a GGUF
                 dtype=torch.float32,
                 quantization_config=GgufConfig(dequantize=True),
                 attn_implementation=register_flat_attention(),
@@ -61,8 +60,7 @@ class Checker:
         return self._judge(model.eval(), _nothing_is_empty)
 
     def _judge(self, model: PreTrainedModel, weights: Weights) -> Comparison:
-        result: Comparison = run_layerwise(model, weights, self.batches, self.reference.compare, self.advance)
-        return result
+        return self.reference.compare(run_layerwise(model, weights, self.batches, self.advance))
 
 
 def _nothing_is_empty(name: str) -> torch.Tensor:

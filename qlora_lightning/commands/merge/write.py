@@ -9,9 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qlora_lightning.base.folder import read_config, read_generation_config
+from qlora_lightning.base.folder import load_tokenizer, read_config, read_generation_config
 from qlora_lightning.base.tensors import ShardWriter
-from qlora_lightning.base.tokenizer import load_tokenizer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.model.opened_adapter import AdapterSource
 from qlora_lightning.model.weights.base import Weights

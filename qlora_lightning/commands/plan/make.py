@@ -10,7 +10,7 @@ from qlora_lightning.commands.plan.planner import Planner, choose_device, read_c
 from qlora_lightning.commands.plan.report import Device, Plan
 from qlora_lightning.commands.plan.run_length import RunLength, measure_run
 from qlora_lightning.model.device import device_memory_gib, read_resident_bytes
-from qlora_lightning.model.memory.base_shape import name_storage, read_base
+from qlora_lightning.model.memory.plan import name_storage, read_base
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.support.errors import UserError
 

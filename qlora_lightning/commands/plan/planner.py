@@ -10,7 +10,7 @@ from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.commands.plan.run_length import RunLength
 from qlora_lightning.model.base_model import Quantization, check_stored_quantization
 from qlora_lightning.model.batch import BatchShape
-from qlora_lightning.model.build import fuse, hollow_base, put_adapters
+from qlora_lightning.model.build import fuse, meta_base, put_adapters
 from qlora_lightning.model.device import choose_compute_dtype
 from qlora_lightning.model.layers.attention import can_leave_out
 from qlora_lightning.model.memory.plan import MemoryPlan, StepSettings, plan_memory
@@ -87,7 +87,7 @@ class Planner:
         key = repr((choice.quantization, choice.adapter, choice.adapter_options, choice.fast))
         if key not in self._built:
             folder = None if choice.adapter is None else find_adapter_folder(choice.adapter)
-            base = hollow_base(self.config, self.dtype, choice.quantization)
+            base = meta_base(self.config, self.dtype, choice.quantization)
             model = put_adapters(base, folder, **choice.adapter_options).to("meta")
             self._built[key] = model, fuse(model, choice.fast)
         return self._built[key]

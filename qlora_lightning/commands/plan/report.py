@@ -11,8 +11,7 @@ from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.plan.knobs import Knob
 from qlora_lightning.commands.plan.picture import draw_model
 from qlora_lightning.commands.plan.run_length import RunLength
-from qlora_lightning.model.memory.base_shape import STORAGES, BaseShape
-from qlora_lightning.model.memory.plan import PARTS, MemoryPlan, count_trained
+from qlora_lightning.model.memory.plan import PARTS, STORAGES, BaseShape, MemoryPlan, count_trained
 
 _GIB = 2**30
 _BAR = 16  # characters

@@ -49,7 +49,7 @@ RULES = (
     Rule("LoRALinearFunction", ADAPTERS, False),
     Rule("SwiGLUProjection|KeptForSwiGLU", ACTIVATION, False),
     Rule("Rotary", ROTARY, True),
-    Rule("SampleAttention|_Attention|_LayOut", ATTENTION, True),
+    Rule("SampleAttention|_Attention|_Expand", ATTENTION, True),
     Rule("_FrozenHeadLoss", HEAD, True),
     Rule("_CopyApart", RECOMPUTATION, True),
     Rule(f"{PROFILED}multiply", BASE, True),  # the adapter's wide product with it, and making the weight dense

@@ -59,17 +59,15 @@ def _sweep(rest: Sequence[str], dimension: Dimension, min_gain: float, file: Pat
     from qlora_lightning.commands.sweep.plot import plot_sweep
     from qlora_lightning.commands.sweep.report import describe_last, print_table, summarize, write_results
     from qlora_lightning.commands.sweep.trial import Trial, check_same_rows
-    from qlora_lightning.model.base_model import keeping_base
 
-    console, trials = Console(highlight=False), list[Trial]()
+    console, trials, spare = Console(highlight=False), list[Trial](), None
     try:
-        with keeping_base() as kept:
-            while not is_done(dimension, trials, min_gain):
-                with _briefly() if trials else contextlib.nullcontext():  # the first tells of base and data for all
-                    trial, folder, run_folder = run_trial(rest, dimension, dimension.values[len(trials)], kept)
-                trials.append(trial)
-                check_same_rows(trials)
-                console.print(describe_last(dimension, trials))
+        while not is_done(dimension, trials, min_gain):
+            with _briefly() if trials else contextlib.nullcontext():  # the first reports base and data for all
+                trial, folder, run_folder, spare = run_trial(rest, dimension, dimension.values[len(trials)], spare)
+            trials.append(trial)
+            check_same_rows(trials)
+            console.print(describe_last(dimension, trials))
     except (UserError, TrainingStopped, KeyboardInterrupt) as stop:
         if trials:
             print_table(dimension, trials, console)

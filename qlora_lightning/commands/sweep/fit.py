@@ -18,7 +18,7 @@ from qlora_lightning.commands.sweep.dimensions import Dimension, show_value
 from qlora_lightning.commands.sweep.judge import TrialJudge
 from qlora_lightning.commands.sweep.trial import Trial, read_trial, write_trial
 from qlora_lightning.commands.training import QLoRACLI
-from qlora_lightning.model.base_model import KeptBase
+from qlora_lightning.model.build import QLoRAModel
 from qlora_lightning.model.checkpoint.setting_changes import describe_changes, find_changes
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_yaml
@@ -36,16 +36,17 @@ class TrialCLI(QLoRACLI):
         args: Of LightningCLI.
         dimension: What is varied.
         value: Of this trial.
-        kept: Has the base of the trial before, and gets that of this one.
+        spare: The model of the trial before, whose base is used again.
         kwargs: Of LightningCLI.
 
     Attributes:
         trial: The result.
         folder: The sweep's own.
+        spare: The model of this trial, or of the one before if this one was only read.
     """
 
-    def __init__(self, *args: Any, dimension: Dimension, value: Any, kept: KeptBase, **kwargs: Any) -> None:
-        self._dimension, self._value, self._kept = dimension, value, kept
+    def __init__(self, *args: Any, dimension: Dimension, value: Any, spare: QLoRAModel | None, **kwargs: Any) -> None:
+        self._dimension, self._value, self.spare = dimension, value, spare
         self._judge = TrialJudge(functools.partial(check_built, dimension=dimension, value=value))
         self.trial: Trial | None = None
         super().__init__(*args, **kwargs)
@@ -90,9 +91,10 @@ class TrialCLI(QLoRACLI):
     def fit(self, model: Any, **kwargs: Any) -> None:
         """Train and judge, unless that was done; in place of the trainer's own method."""
         if self.trial is None:
+            model.spare = self.spare
             self.trainer.fit(model, **kwargs)
             self.trial = self._keep()
-            self._kept.take_back(model.model)
+            self.spare = None if model.overrides("build_model") else model.made
 
     def _keep(self) -> Trial:
         judge, folder = self._judge, Path(self.trainer.default_root_dir)
@@ -126,14 +128,16 @@ class TrialCLI(QLoRACLI):
             )
 
 
-def run_trial(arguments: Sequence[str], dimension: Dimension, value: Any, kept: KeptBase) -> tuple[Trial, Path, Path]:
-    """Make one trial, or read it; gives it, the sweep's folder and the run folder.
+def run_trial(
+    arguments: Sequence[str], dimension: Dimension, value: Any, spare: QLoRAModel | None
+) -> tuple[Trial, Path, Path, QLoRAModel | None]:
+    """Make one trial, or read it; return it, the sweep's folder, the run folder, and the next trial's ``spare``.
 
     Args:
         arguments: Options of ``fit``.
         dimension: What is varied.
         value: Of this trial.
-        kept: Open; see :func:`qlora_lightning.model.base_model.keeping_base`.
+        spare: The model of the trial before.
 
     Raises:
         UserError: A key or value is wrong, or the training cannot go on.
@@ -141,12 +145,12 @@ def run_trial(arguments: Sequence[str], dimension: Dimension, value: Any, kept: 
     made: list[TrialCLI] = []
 
     def cli(*args: Any, **kwargs: Any) -> None:
-        made.append(TrialCLI(*args, dimension=dimension, value=value, kept=kept, **kwargs))
+        made.append(TrialCLI(*args, dimension=dimension, value=value, spare=spare, **kwargs))
 
     training.main(["fit", *arguments], functools.partial(cli), name="sweep-rank")
     (done,) = made
     assert done.trial is not None
-    return done.trial, done.folder, done.root
+    return done.trial, done.folder, done.root, done.spare
 
 
 def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:

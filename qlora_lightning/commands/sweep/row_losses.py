@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from qlora_lightning.evaluation.judge import losses_of_rows
 from qlora_lightning.model.batch import cut_into_rows
-from qlora_lightning.model.loss import losses_of_rows
 from qlora_lightning.support.errors import UserError
 
 

@@ -34,7 +34,7 @@ def load_choice(
         UserError: there is no such tokenizer or template.
     """
     if isinstance(choice, str | dict):
-        from qlora_lightning.base.tokenizer import load_tokenizer
+        from qlora_lightning.base.folder import load_tokenizer
 
         tokenizer: Any = load_tokenizer(**_as_arguments(choice))
     elif choice is None:

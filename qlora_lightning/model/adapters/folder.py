@@ -50,7 +50,6 @@ Trained with qlora_lightning on the base quantized as {quantization}. Load it wi
 def save_adapter_folder(
     folder: Path,
     model: peft.PeftModel,
-    tensors: Mapping[str, Tensor],
     tokenizer: Any,
     identity: Mapping[str, Any],
     stop_ids: Sequence[int] = (),
@@ -63,7 +62,6 @@ def save_adapter_folder(
     Args:
         folder: Where to; it may hold an earlier adapter, and files of the user's, which stay.
         model: The model with the adapter.
-        tensors: The adapter's tensors by the model's names, tied ones under each of their names.
         tokenizer: Saved beside, with its chat template; may be ``None``.
         identity: Written as ``qlora_lightning.json``: base, quantization, the adapter's shape, data.
         stop_ids: Tokens at which generation stops, beside the tokenizer's end-of-sequence token and the base's own.
@@ -74,8 +72,7 @@ def save_adapter_folder(
         generation, complete = _generation_config(model, tokenizer, stop_ids)
         if not complete:
             identity[_OWN_STOPS] = True
-    # The explicit state dict keeps PEFT from walking the quantized base, the flag from asking the hub.
-    weights = peft.get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
+    weights = _tensors_by_key(model, ADAPTER)
     # copies: tied tensors share memory, which the format refuses
     weights = {name: tensor.detach().float().cpu().clone().contiguous() for name, tensor in weights.items()}
     config = copy.copy(model.peft_config[ADAPTER])
@@ -147,10 +144,6 @@ def loading_snippet(folder: Path | str, identity: Mapping[str, Any]) -> str:
 
     PEFT takes the generation config from the base and not from the adapter folder: if the base's lacks a stop token
     (a base model trained to chat), the second line hands over the folder's, or the model would never stop.
-
-    Args:
-        folder: The adapter folder.
-        identity: What :func:`qlora_lightning.base.adapter_folder.read_identity` returns of it.
     """
     dtype, quantization = identity.get("compute_dtype", "bfloat16"), identity["quantization"]
     four_bits = (
@@ -217,9 +210,7 @@ def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read the tensors of an adapter folder, by PEFT's names.
 
-    Raises:
-        UserError: The file is cut off, its tensors do not match their hash, or one holds NaN or an infinite number:
-            every answer would be nonsense.
+    They are refused if they are cut off, do not match their hash, or are not finite: every answer would be nonsense.
     """
     file = folder / _WEIGHTS
     try:
@@ -253,15 +244,12 @@ def read_lora_config(folder: Path) -> peft.LoraConfig:
     return config
 
 
-def open_adapter_folder(base: PreTrainedModel, folder: Path, *, bare: bool = False) -> peft.PeftModel:
+def open_adapter_folder(base: PreTrainedModel, folder: Path) -> peft.PeftModel:
     """Put the adapter of a folder on the base, to train it further; every tensor must find its place.
 
-    Args:
-        base: The base.
-        folder: The adapter folder.
-        bare: Whether the base is on the meta device; the adapter's own tensors are real all the same.
+    On a base on the meta device the adapter's own tensors are real all the same.
     """
-    model = inject(base, read_lora_config(folder), on_meta=bare)
+    model = inject(base, read_lora_config(folder))
     fill_adapter(model, folder)
     return model
 
@@ -274,7 +262,7 @@ def fill_adapter(model: nn.Module, folder: Path, name: str = ADAPTER) -> None:
             "of PEFT, with adapters."
         )
     stored, own = read_tensors(folder), _tensors_by_key(model, name)
-    check_fit(own, {key: tensor.shape for key, tensor in stored.items()}, f"The adapter folder {folder}")
+    check_fit(own, stored, f"The adapter folder {folder}")
     with torch.no_grad():
         for key, tensor in own.items():
             if tensor.is_meta:
@@ -288,15 +276,7 @@ def add_named_adapter(
 ) -> bool:
     """Put the adapter of a folder beside those that a model has; ``model.set_adapter(name)`` then switches to it.
 
-    Args:
-        model: The base with an adapter.
-        name: What the new one is called.
-        folder: Its adapter folder.
-        identity: Of the base: what it is, and how it is quantized.
-        fast: Whether linears may run fused.
-
-    Returns:
-        Whether all of its linears run fused; the others need autocast.
+    ``identity`` is the base's. Returns whether all linears of the adapter run fused; the others need autocast.
     """
     of_base = {key: value for key, value in identity.items() if key != "adapter"}  # its shape may be another
     check_identity(read_identity(folder), of_base, f"The adapter folder {folder}")
@@ -314,6 +294,7 @@ def _tensors_by_key(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:
         for name, tensor in named
         if adapter in name.split(".")[-2:] or f".modules_to_save.{adapter}." in name
     }
+    # the explicit state dict keeps PEFT from walking the quantized base, the flag from asking the hub
     found: dict[str, Tensor] = peft.get_peft_model_state_dict(
         model, state_dict=own, adapter_name=adapter, save_embedding_layers=False
     )

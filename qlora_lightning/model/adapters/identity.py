@@ -5,10 +5,10 @@ import inspect
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import peft
-from transformers import PreTrainedModel
 
 from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters
 from qlora_lightning.model.adapters.targets import layer_of, resolve_targets
@@ -35,6 +35,8 @@ _COMPUTES = (
 )
 # Options of PEFT that change the adapter's shape or function; the others, as the initialization, are of the past.
 _OPTIONS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices")
+_OF_BASE = {"fingerprint": "weights", "config_hash": "config"}
+_SETTINGS = ("quantization", "double_quant", "rank", "target_modules", "layers", "lora_options")
 _DATA = {
     "tokenizer": "tokenizer",
     "chat_template": "chat template",
@@ -83,31 +85,24 @@ def check_identity(stored: Mapping[str, Any], own: Mapping[str, Any], source: st
     """Reject an adapter of another base or another shape: it would load without an error and answer nonsense.
 
     What one of the two does not know is not compared.
-
-    Args:
-        stored: What a checkpoint or an adapter folder holds.
-        own: The same of the model at hand.
-        source: What it was stored in, for the message.
     """
-    for name, words in (("fingerprint", "weights"), ("config_hash", "config")):
-        if _differ(stored, own, name):
+    theirs, mine = ({**each, **(each.get("adapter") or {})} for each in (stored, own))
+    for name in (*_OF_BASE, *_SETTINGS):
+        scales = name == "double_quant"  # which only 4-bit weights have
+        if not _differ(theirs, mine, name) or (scales and own.get("quantization") not in ("nf4", "fp4")):
+            continue
+        there, here = _short(theirs[name]), _short(mine[name])
+        if name in _OF_BASE:
+            part = _OF_BASE[name]
             raise UserError(
-                f"{source} was trained on another base: {stored.get('base')} ({words} {_short(stored[name])}) there, "
-                f"{own.get('base')} ({words} {_short(own[name])}) here. Name the base that it was trained on, by "
-                "model.base and model.revision, or by --base where a command has that."
+                f"{source} was trained on another base: {stored.get('base')} ({part} {there}) there, {own.get('base')} "
+                f"({part} {here}) here. Name the base that it was trained on, by model.base and model.revision, or by "
+                "--base if a command has that."
             )
-    of_base = ["quantization"] + (["double_quant"] if own.get("quantization") in ("nf4", "fp4") else [])
-    of_adapter = ["rank", "target_modules", "layers", "lora_options"]
-    for names, theirs, mine in (
-        (of_base, stored, own),
-        (of_adapter, stored.get("adapter") or {}, own.get("adapter") or {}),
-    ):
-        for name in names:
-            if _differ(theirs, mine, name):
-                raise UserError(
-                    f"{source} was trained with model.{name} {_short(theirs[name])}, but here it is "
-                    f"{_short(mine[name])}. Set model.{name} to {_short(theirs[name])}, or train a new adapter."
-                )
+        raise UserError(
+            f"{source} was trained with model.{name} {there}, but here it is {here}. Set model.{name} to {there}, or "
+            "train a new adapter."
+        )
 
 
 def data_differences(stored: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, str]:
@@ -138,48 +133,25 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
-def chosen_targets(model: PreTrainedModel, options: dict[str, Any]) -> list[str] | None:
-    """Name the modules that the options choose; ``None`` if they choose none, and the adapter's own rule.
-
-    Args:
-        model: The base, without adapters.
-        options: Arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`.
-    """
-    if not {"target_modules", "layers"} & _changed(options).keys():
-        return None
-    return resolve_targets(model, options["target_modules"], options["layers"])
-
-
-def check_adapter_options(
-    model: peft.PeftModel, targets: list[str] | None, options: dict[str, Any], folder: str
-) -> None:
+def check_adapter_options(model: peft.PeftModel, options: dict[str, Any], folder: Path) -> None:
     """Reject options that contradict the adapter that training continues with: they would be ignored.
 
-    Args:
-        model: The base with the adapter of the folder.
-        targets: What :func:`chosen_targets` returned before.
-        options: Arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`; defaults contradict nothing.
-        folder: The adapter folder, for the message.
+    ``options`` are those of :func:`~qlora_lightning.model.adapters.lora.add_adapters`; defaults contradict nothing.
     """
-    changed, stored = _changed(options), describe_adapter(model)
-    lora_options = changed.pop("lora_options", None) or {}
-    asked = {**changed, **({} if targets is None else _summarize_targets(targets))}
-    for name in changed:
-        if asked[name] != stored[name]:
-            raise _contradiction(name, changed[name], stored[name], folder)
-    for name, value in lora_options.items():
-        found = stored["lora_options"].get(name)
-        if name in _OPTIONS and (value or None) != found:
-            raise _contradiction(f"lora_options.{name}", value, found, folder)
-
-
-def _changed(options: dict[str, Any]) -> dict[str, Any]:
     defaults = inspect.signature(add_adapters).parameters
-    return {name: value for name, value in options.items() if value != defaults[name].default}
-
-
-def _contradiction(name: str, asked: Any, stored: Any, folder: str) -> UserError:
-    return UserError(
-        f"model.{name} is {asked}, but the adapter in {folder} has {stored}, and training continues with that: "
-        f"leave model.{name} out, or train a new adapter without model.adapter."
-    )
+    asked = {name: value for name, value in options.items() if value != defaults[name].default}
+    stored = describe_adapter(model)
+    chosen = asked
+    if {"target_modules", "layers"} & asked.keys():
+        targets = resolve_targets(model.get_base_model(), options["target_modules"], options["layers"])
+        chosen = {**asked, **_summarize_targets(targets)}
+    found = [(name, value, chosen[name], stored[name]) for name, value in asked.items() if name != "lora_options"]
+    for name, value in (asked.get("lora_options") or {}).items():
+        if name in _OPTIONS:
+            found.append((f"lora_options.{name}", value, value or None, stored["lora_options"].get(name)))
+    for name, value, new, old in found:
+        if new != old:
+            raise UserError(
+                f"model.{name} is {value}, but the adapter in {folder} has {old}, and training continues with that: "
+                f"leave model.{name} out, or train a new adapter without model.adapter."
+            )

@@ -1,8 +1,9 @@
 """Puts LoRA adapters on a frozen base, by PEFT, and names the tensors that train."""
 
+import contextlib
 import copy
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import peft
@@ -42,13 +43,7 @@ _INITS = (True, False, "gaussian", "orthogonal")
 
 
 def check_lora_options(options: dict[str, Any], model: nn.Module, tied_embeddings: bool) -> None:
-    """Reject options that cannot work on a frozen, quantized base.
-
-    Args:
-        options: What the user wrote under ``model.lora_options``.
-        model: The base, without adapters.
-        tied_embeddings: Whether the head shares the embedding's weight.
-    """
+    """Reject options that cannot work on a frozen, quantized base."""
     for name in options:
         if name in OURS:
             raise UserError(f"model.lora_options sets {name!r}, which has a key of its own: set {OURS[name]}.")
@@ -150,18 +145,17 @@ def add_adapters(
     return inject(model, config)
 
 
-def inject(model: PreTrainedModel, config: peft.LoraConfig, *, on_meta: bool = False) -> peft.PeftModel:
+def inject(model: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
     """Let PEFT put an adapter on the base: drawn from the seed alone, whatever drew before, and in fp32.
 
-    Args:
-        model: The base.
-        config: Of the adapter.
-        on_meta: Whether the adapter's tensors are shapes alone.
+    On a base on the meta device the adapter's tensors are shapes alone too.
     """
     name, config.base_model_name_or_path = config.base_model_name_or_path, None  # or PEFT warns that it renames it
+    on_meta = model.device.type == "meta"
     with torch.random.fork_rng(devices=[]), without_peft_warnings():
         torch.default_generator.manual_seed(torch.initial_seed())  # PEFT draws on the CPU
-        adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+        with torch.device("meta") if on_meta else contextlib.nullcontext():
+            adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
     adapted.peft_config[ADAPTER].base_model_name_or_path = name
     for parameter in trainable_tensors(adapted).values():  # PEFT leaves whole modules and tokens in the base's dtype
         parameter.data = parameter.data.float()
@@ -173,29 +167,17 @@ def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def all_names_of_trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return them with a tied one under each of its names, as PEFT's format wants."""
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: parameter for name, parameter in named if parameter.requires_grad}
-
-
 def copy_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Set the trainable tensors to ``tensors``, which come from ``source``; if one does not fit, none is changed."""
     own = trainable_tensors(model)
-    check_fit(own, {name: tensor.shape for name, tensor in tensors.items()}, source)
+    check_fit(own, tensors, source)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 
 
-def check_fit(own: Mapping[str, Tensor], found: Mapping[str, Sequence[int]], source: str) -> None:
-    """Reject tensors of other names or shapes than the model's adapter has.
-
-    Args:
-        own: The adapter's tensors by name.
-        found: The shapes in ``source`` by name.
-        source: Beginning of the message.
-    """
+def check_fit(own: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:
+    """Reject tensors of ``source`` that have other names or shapes than the model's own."""
     missing, foreign = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
     if missing or foreign:
         shown = ", ".join((missing or foreign)[:3])
@@ -205,7 +187,7 @@ def check_fit(own: Mapping[str, Tensor], found: Mapping[str, Sequence[int]], sou
             "was trained with."
         )
     for name, tensor in own.items():
-        there, here = tuple(found[name]), tuple(tensor.shape)
+        there, here = tuple(found[name].shape), tuple(tensor.shape)
         if there != here:
             raise UserError(
                 f"{source} does not fit the adapter of this model: {name} has shape {there} there and {here} here. "

@@ -15,15 +15,16 @@ def resolve_targets(model: nn.Module, target_modules: str | list[str], layers: s
     """Name every module that is to carry an adapter, in the model's order.
 
     Args:
-        model: The base, without adapters.
+        model: The base; adapters on it are not seen.
         target_modules: ``all-linear`` (every linear of the decoder layers), ``attention``, ``mlp``, a list of names
             (``q_proj``, or longer endings), or a regular expression that matches full names.
         layers: ``all``, ``last:N``, or a list of layer indices counted from 0.
-
-    Raises:
-        UserError: A name, the expression or the layers select nothing.
     """
-    candidates = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    candidates = [
+        name.removesuffix(".base_layer")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding) and ".lora_" not in name
+    ]
     return select_targets(candidates, target_modules, layers)
 
 
@@ -41,12 +42,7 @@ def select_targets(candidates: list[str], target_modules: str | list[str], layer
 
 
 def compact_targets(model: nn.Module, targets: list[str]) -> list[str]:
-    """Shorten full names to endings (``q_proj``) if these select the same modules: what other tools write and read.
-
-    Args:
-        model: The base, without adapters.
-        targets: Full names, as :func:`resolve_targets` returns them.
-    """
+    """Shorten full names to endings (``q_proj``) if these select the same modules: what other tools write and read."""
     endings = sorted({name.rpartition(".")[2] for name in targets})
     same = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}
     return endings if same == set(targets) else targets

@@ -37,15 +37,11 @@ OWN_PARTS = (
     "other_ranks",
 )
 
-_OPTIMIZERS = ("torch.optim", "bitsandbytes.optim")
+_OPTIMIZERS = ("torch.optim.", "bitsandbytes.optim.")
 
 
 def read_checkpoint(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint file without running any code in it.
-
-    Raises:
-        UserError: The file is not there, cut off, or no checkpoint.
-    """
+    """Read a checkpoint file without running any code in it; raise UserError if it is none, or cut off."""
     if not Path(file).is_file():
         raise UserError(f"{file}: there is no such file. Expected a .ckpt file that a run wrote.")
     try:
@@ -56,11 +52,7 @@ def read_checkpoint(file: str | Path, map_location: Any = "cpu", mmap: bool = Fa
 
 
 def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return our part of a checkpoint.
-
-    Raises:
-        UserError: The checkpoint is foreign, newer than this version can read, or lacks a part.
-    """
+    """Return our part of a checkpoint; raise UserError if it is foreign, too new, or lacks a part."""
     content = checkpoint.get(KEY)
     version = content.get("format_version") if isinstance(content, dict) else None
     if not isinstance(content, dict) or not isinstance(version, int):
@@ -83,15 +75,10 @@ def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def find_foreign_class(settings: Mapping[str, Any]) -> str | None:
-    """Return the class of the optimizer among stored settings if it is neither torch's nor bitsandbytes'.
-
-    To use it would import its module: a file would decide which code runs.
-    """
+    """Return the optimizer among stored settings if it is neither torch's nor bitsandbytes': to use it imports code."""
     choice = settings.get("optimizer")
     path = choice.get("class_path") if isinstance(choice, Mapping) else choice
-    module = str(path).rpartition(".")[0]
-    known = path is None or any(module == home or module.startswith(f"{home}.") for home in _OPTIMIZERS)
-    return None if known else str(path)
+    return None if path is None or str(path).startswith(_OPTIMIZERS) else str(path)
 
 
 def usable_settings(cls: type, stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,12 +96,11 @@ def known_settings(cls: type) -> set[str]:
     """Name the arguments of a class, with those of its base classes that it hands on by ``**kwargs``."""
     names: set[str] = set()
     for owner in cls.__mro__:
-        if "__init__" not in vars(owner) or owner is object:
-            continue
-        parameters = inspect.signature(vars(owner)["__init__"]).parameters.values()
-        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
+        if "__init__" in vars(owner):
+            parameters = inspect.signature(vars(owner)["__init__"]).parameters.values()
+            names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
     return names - {"self"}
 
 

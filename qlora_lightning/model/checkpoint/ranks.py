@@ -17,7 +17,7 @@ def capture_generators() -> dict[str, Any]:
         "python": [version, list(numbers), gauss],
         "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state()] if _has_gpu() else [],
+        "cuda": [torch.cuda.get_rng_state()] if _computes_on_gpu() else [],
     }
 
 
@@ -28,13 +28,12 @@ def restore_generators(state: dict[str, Any]) -> None:
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and _has_gpu():
+    if state["cuda"] and _computes_on_gpu():
         torch.cuda.set_rng_state(state["cuda"][0])
 
 
-def _has_gpu() -> bool:
-    """Whether this process computes on a GPU; to ask one for its generator would begin to."""
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+def _computes_on_gpu() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # to ask for a generator initializes
 
 
 RankState = dict[str, Any]
@@ -42,10 +41,7 @@ RankState = dict[str, Any]
 
 
 def gather_states(mine: RankState, rank: int, world_size: int) -> list[RankState]:
-    """Collect the states of all processes, in their order, on the first one; the others get back their own.
-
-    Every process must call it.
-    """
+    """Collect the states of all processes on the first one; the others, which must call it too, get their own."""
     if world_size == 1:
         return [mine]
     states: list[Any] | None = [None] * world_size if rank == 0 else None
@@ -58,27 +54,22 @@ def share_states(states: Sequence[RankState], rank: int, world_size: int) -> Ran
     """Return a process's part of what :func:`gather_states` collected.
 
     With another number of processes than then, the first one takes over the open windows of all, which gives the same
-    mean gradient up to rounding, and random generators continue if a process has had one; else they are empty.
+    mean gradient up to rounding, and the others zeros; a process that there was not gets no generators.
     """
     if len(states) == world_size:
         return states[rank]
-    windows = [state["window"] for state in states]
-    return {
-        "generators": states[rank]["generators"] if rank < len(states) else {},
-        "window": _merge_windows(windows, rank) if all(windows) else {},
-    }
-
-
-def _merge_windows(windows: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
-    """Add up open windows for the first process; for the others, zeros in place of the sums."""
-    share = 1 if rank == 0 else 0
+    generators = states[rank]["generators"] if rank < len(states) else {}
+    windows, share = [state["window"] for state in states], 1 if rank == 0 else 0
+    if not all(windows):
+        return {"generators": generators, "window": {}}
     names = dict.fromkeys(name for window in windows for name in window["gradients"])
-    return {
+    window = {
         "micro_batches": windows[0]["micro_batches"],
-        "nll_sum": share * sum(window["nll_sum"] for window in windows),
-        "labelled_tokens": share * sum(window["labelled_tokens"] for window in windows),
-        "row_ids": share * [row_id for window in windows for row_id in window["row_ids"]],
+        "nll_sum": share * sum(each["nll_sum"] for each in windows),
+        "labelled_tokens": share * sum(each["labelled_tokens"] for each in windows),
+        "row_ids": share * [row_id for each in windows for row_id in each["row_ids"]],
         "gradients": {
-            name: share * sum(w["gradients"][name] for w in windows if name in w["gradients"]) for name in names
+            n: share * sum(each["gradients"][n] for each in windows if n in each["gradients"]) for n in names
         },
     }
+    return {"generators": generators, "window": window}

@@ -40,10 +40,7 @@ from qlora_lightning.support.versions import FORMAT_VERSION
 
 
 def check_save_point(content: Mapping[str, Any], accumulate: int) -> None:
-    """Refuse to resume from inside a batch, or from inside a window of another number of micro-batches.
-
-    By that number, ``accumulate`` now, the window's gradients are divided already.
-    """
+    """Refuse to resume from inside a batch, or from a window whose gradients are divided by another ``accumulate``."""
     if content["inside_batch"]:
         raise UserError(
             "The checkpoint was saved inside a batch or at the start of an epoch (by a callback of yours, or when an "
@@ -60,15 +57,9 @@ def check_save_point(content: Mapping[str, Any], accumulate: int) -> None:
 
 
 def check_data(stored: Mapping[str, Any], own: Mapping[str, Any], inside_epoch: bool, accepted: bool) -> None:
-    """Refuse other samples, unless they are intended; inside an epoch other training samples in any case.
+    """Refuse other samples, unless that is ``accepted``; inside an epoch other training samples in any case.
 
     There some would come twice and others never. Another tokenizer or template that gives the same samples is accepted.
-
-    Args:
-        stored: The identity of the data that the checkpoint learnt.
-        own: That of the data at hand.
-        inside_epoch: Whether training stopped inside an epoch, or inside a stream.
-        accepted: Whether the user says that the change is intended.
     """
     differences = data_differences(stored, own)
     samples = {name: differences.pop(name) for name in ("train", "val") if name in differences}
@@ -101,8 +92,8 @@ def has_other_validation(checkpoint: Mapping[str, Any], trainer: Any) -> bool:
 class ExactResume(Callback):
     """Save and restore what Lightning does not: random generators, the gradients of an open window, and an identity.
 
-    The module brings it along by ``configure_callbacks``, a new one for each fit. It is a callback, not hooks of the
-    module, so that a subclass that overrides ``on_save_checkpoint`` without calling ``super()`` breaks nothing.
+    The module brings it along by ``configure_callbacks``, a new one for each fit. A subclass that overrides
+    ``on_save_checkpoint`` without calling ``super()`` so breaks nothing.
     """
 
     def __init__(self) -> None:
@@ -162,10 +153,9 @@ class ExactResume(Callback):
         saved = 1 + len(content["other_ranks"])
         if saved != trainer.world_size:
             _report(
-                f"Processes: {saved} saved the checkpoint, {trainer.world_size} resume it. Each optimizer step has the "
-                "rows that it would have had, if batch_size times processes times trainer.accumulate_grad_batches is "
-                "what it was. But dropout draws other numbers, and sums are rounded otherwise: the adapter will be as "
-                "good, and not the same bit for bit."
+                f"Processes: {saved} saved the checkpoint, {trainer.world_size} resume it. Keep batch_size times "
+                "processes times trainer.accumulate_grad_batches, and each step has the same rows. But dropout and "
+                "rounding differ: the adapter will be as good, and not the same bit for bit."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -85,24 +85,23 @@ def describe_optimizers(trainer: Any) -> list[dict[str, Any]]:
 
 
 def keep_configured(trainer: Any, checkpoint: Mapping[str, Any], stored: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Let what optimizers are configured with rule, in the states that they are restored from.
+    """Let configured options of optimizers beat those in the states that they are restored from.
 
-    torch restores learning rate and weight decay together with the moments: without this, a new ``model.learning_rate``
-    would change nothing. Options that are configured as they were stay the checkpoint's, since a schedule may have
-    changed them, as OneCycleLR does betas.
+    torch restores learning rate and weight decay together with the moments: a new ``model.learning_rate`` would change
+    nothing. Options that are configured as they were stay the checkpoint's: a schedule may have changed them, as
+    OneCycleLR does betas.
 
     Args:
-        trainer: Whose optimizers are configured, and about to be restored.
-        checkpoint: What they are restored from; changed in place.
+        trainer: Its optimizers are about to be restored.
+        checkpoint: They are restored from it; changed in place.
         stored: What :func:`describe_optimizers` returned in the run that saved it.
 
     Returns:
         A line for each optimizer of another class, which begins with a fresh state: the old one means nothing to it.
     """
-    lines = []
-    states = checkpoint["optimizer_states"]
-    configured = describe_optimizers(trainer)
-    for optimizer, state, before, now in zip(trainer.optimizers, states, stored, configured, strict=False):
+    lines, states = [], checkpoint["optimizer_states"]
+    options = stored, describe_optimizers(trainer)
+    for optimizer, state, before, now in zip(trainer.optimizers, states, *options, strict=False):
         groups = state["param_groups"]
         if before["class"] != now["class"]:
             rates = [group["lr"] for group in groups]  # the schedule's, which continues
@@ -120,8 +119,13 @@ def keep_configured(trainer: Any, checkpoint: Mapping[str, Any], stored: Sequenc
     for config, of_schedule in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=False):
         schedule = config.scheduler
         if isinstance(schedule, LambdaLR):  # its rates follow from the step alone, as those of transformers do
-            groups = states[trainer.optimizers.index(schedule.optimizer)]["param_groups"]
-            _keep_rates(schedule, of_schedule, groups)
+            groups, step = (
+                states[trainer.optimizers.index(schedule.optimizer)]["param_groups"],
+                of_schedule["last_epoch"],
+            )
+            for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+                group.update(initial_lr=base, lr=base * factor(step))
+            of_schedule.update(base_lrs=schedule.base_lrs, _last_lr=[group["lr"] for group in groups])
     return lines
 
 
@@ -133,15 +137,6 @@ def _check_groups(stored: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str
             "model.loraplus_ratio is switched on or off, or parameter_groups() is another. Put it back, or begin a new "
             "run from the adapter folder with model.adapter."
         )
-
-
-def _keep_rates(schedule: LambdaLR, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
-    rates = [
-        base * factor(state["last_epoch"]) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    ]
-    state.update(base_lrs=schedule.base_lrs, _last_lr=rates)
-    for group, base, rate in zip(groups, schedule.base_lrs, rates, strict=True):
-        group.update(initial_lr=base, lr=rate)
 
 
 def _plain(value: Any) -> Any:

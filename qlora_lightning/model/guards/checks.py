@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from qlora_lightning.support.errors import UserError
 
 
 def check_trainer(precision: str, strategy: str, quantization: str, processes: int = 1) -> None:
-    """Refuse Trainer settings under which training would go wrong without a word.
+    """Refuse Trainer settings under which training would silently go wrong.
 
     Args:
         precision: Lightning's name, as ``32-true``.
@@ -34,7 +34,7 @@ def check_trainer(precision: str, strategy: str, quantization: str, processes: i
             f"trainer.precision is {precision}: it would cast the adapters' float32 masters down, and small updates "
             "would vanish. Leave it at 32-true; the products are computed in model.compute_dtype anyway."
         )
-    if "FSDP" in strategy or "DeepSpeed" in strategy or "ModelParallel" in strategy:
+    if any(kind in strategy for kind in ("FSDP", "DeepSpeed", "ModelParallel")):
         raise UserError(
             f"trainer.strategy is {strategy}, which shards parameters: with a base quantized as {quantization} that is "
             "silently wrong or unverified. Use `trainer.strategy: ddp`: each device holds its own small base."
@@ -54,19 +54,16 @@ def check_callbacks(callbacks: Iterable[object], *needed: type) -> None:
                 "a frozen base. Average the adapter instead: `ema: {decay: 0.999}` in the config, AdapterEMA() in "
                 "Python."
             )
-    for kind in needed:
-        if not any(isinstance(callback, kind) for callback in present):
-            raise RuntimeError(
-                f"{kind.__name__} is missing, and runs would not resume, or not be watched over: return "
-                "`[*super().configure_callbacks(), …]` from `configure_callbacks`."
-            )
+    missing = [kind.__name__ for kind in needed if not any(isinstance(callback, kind) for callback in present)]
+    if missing:
+        raise RuntimeError(
+            f"{missing[0]} is missing, and runs would not resume, or not be watched over: return "
+            "`[*super().configure_callbacks(), …]` from `configure_callbacks`."
+        )
 
 
 def check_training_mode(model: nn.Module) -> None:
-    """Refuse a model left in evaluation mode: no dropout, and no activation checkpointing without a word.
-
-    Hugging Face models come in ``eval()``, generation leaves them there, and Lightning keeps what it finds.
-    """
+    """Refuse a model that generation, say, left in evaluation mode: dropout and checkpointing would silently be off."""
     asleep = [name for name, module in model.named_modules() if not module.training]
     if asleep:
         raise RuntimeError(
@@ -79,9 +76,8 @@ def check_training_mode(model: nn.Module) -> None:
 def check_token_ids(batch: Mapping[str, Any], vocabulary: int, data: Any) -> None:
     """Refuse a token id of a flat batch that is not one of the ``vocabulary`` rows of the embedding.
 
-    A token that is only at the end of rows, as a stop token is, is never looked up there, for its state predicts
-    nothing: else only the loss would meet it, as a label. The place of its row comes from ``data``, the Trainer's data
-    module, if there is one.
+    A stop token at the end of rows is never looked up there: only the loss would meet it, as a label. The place of its
+    row comes from ``data``, the Trainer's data module, if there is one.
     """
     ids = batch["input_ids"][0]
     first = ((ids < 0) | (ids >= vocabulary)).nonzero()[:1, 0]
@@ -140,22 +136,15 @@ def check_gradients(trainable: Mapping[str, nn.Parameter]) -> bool:
 
 
 def find_divergence(trainable: Mapping[str, nn.Parameter], step: int, learning_rate: float) -> UserError | None:
-    """Return the error for adapters that have grown beyond use, by an optimizer step; ``None`` if they have not.
-
-    Their gradients vanish, or their steps are too small for their size.
-    """
-    sizes = {
-        name: float(tensor.detach().abs().max().nan_to_num(nan=math.inf, posinf=math.inf))
-        for name, tensor in trainable.items()
-        if ".lora_" in name
-    }
-    name = max(sizes, key=sizes.__getitem__, default="")
-    if not sizes or sizes[name] <= _GROWN:
+    """Return the error for adapters that have grown beyond use, and so get no gradient; ``None`` if they have not."""
+    adapters = [tensor.detach() for name, tensor in trainable.items() if ".lora_" in name]
+    largest = max((float(each.abs().max().nan_to_num(nan=math.inf)) for each in adapters), default=0.0)
+    if largest <= _GROWN:
         return None
     return UserError(
         f"Training has diverged by step {step}, at learning rate {learning_rate:.3g}: adapters hold weights up to "
-        f"{sizes[name]:.3g} ({name}; usual are less than 0.1), and no longer learn. Lower model.learning_rate, let it "
-        "rise by model.warmup_ratio, and start again, or resume from a checkpoint before it."
+        f"{largest:.3g} (usual are less than 0.1), and no longer learn. Lower model.learning_rate, let it rise by "
+        "model.warmup_ratio, and start again, or resume from a checkpoint before it."
     )
 
 
@@ -173,7 +162,21 @@ def checksum_frozen(model: nn.Module) -> dict[str, int]:
     in 16 evenly spaced runs, so that a base mapped from a file is not read in for it. A change of a whole tensor is
     found, of a single row of a large one perhaps not.
     """
-    return {name: _checksum(tensor) for name, tensor in frozen_tensors(model)}
+    found = {name: _checksum(each) for name, each in model.named_parameters() if not each.requires_grad}
+    for name, module in model.named_modules():
+        weight: Any = dict(module.named_parameters(recurse=False)).get("weight")
+        state = getattr(weight, "quant_state", None)  # of 4 bits
+        rows = getattr(weight, "SCB", None)  # of int8
+        if rows is None:  # the first forward moves it from the weight to the module
+            rows = getattr(getattr(module, "state", None), "SCB", None)
+        scales = {
+            "absmax": getattr(state, "absmax", None),
+            "nested_absmax": getattr(getattr(state, "state2", None), "absmax", None),  # the scales' own scales
+            "offset": getattr(state, "offset", None),  # of these
+            "SCB": rows,
+        }
+        found |= {f"{name}.weight.{key}": _checksum(each) for key, each in scales.items() if isinstance(each, Tensor)}
+    return found
 
 
 def check_frozen(before: dict[str, int], now: dict[str, int]) -> None:
@@ -185,30 +188,6 @@ def check_frozen(before: dict[str, int], now: dict[str, int]) -> None:
             "adapter no longer belongs to the base it is loaded on. An optimizer that holds frozen tensors, a hook or "
             "a callback that writes to the base does that; resume from a checkpoint before it."
         )
-
-
-def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield every frozen parameter, and what the weights of quantized linears are multiplied by, with its name."""
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            yield name, parameter
-    for name, module in model.named_modules():
-        for key, scale in _quantization_scales(module).items():
-            yield f"{name}.weight.{key}".removeprefix("."), scale
-
-
-def _quantization_scales(module: nn.Module) -> dict[str, Tensor]:
-    weight: Any = dict(module.named_parameters(recurse=False)).get("weight")
-    state = getattr(weight, "quant_state", None)  # of 4 bits
-    scales = {
-        "absmax": getattr(state, "absmax", None),
-        "nested_absmax": getattr(getattr(state, "state2", None), "absmax", None),  # the scales' own scales
-        "offset": getattr(state, "offset", None),  # of these
-        "SCB": getattr(weight, "SCB", None),  # of int8
-    }
-    if scales["SCB"] is None:  # the first forward moves it from the weight to the module
-        scales["SCB"] = getattr(getattr(module, "state", None), "SCB", None)
-    return {name: scale for name, scale in scales.items() if isinstance(scale, Tensor)}
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class StepNumbers(NamedTuple):
-    """Loss and gradient norm of a step, scalars on the host."""
+    """Scalars of a step, on the host."""
 
     loss: Tensor
     norm: Tensor
@@ -63,10 +63,7 @@ class TrainingGuard(Callback):
     def judge_step(self, pl_module: Any, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> StepNumbers:
         """Judge a window by its mean loss and its gradients' norm over all ranks; without gradients a step is skipped.
 
-        The one time in a step that the host waits for a GPU, on which all that is logged of the step follows.
-
-        Returns:
-            Both, on the host.
+        The one time in a step that the host waits for a GPU.
         """
         trainer = pl_module.trainer
         # Under 16-mixed the scaler itself skips steps with infinite gradients: they are how it finds its scale.
@@ -95,10 +92,19 @@ class TrainingGuard(Callback):
         return found
 
     def _handle_nonfinite(self, pl_module: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
-        trainer = pl_module.trainer
-        found = f"The {what} of step {trainer.global_step} is NaN or infinite."
+        trainer, rate = pl_module.trainer, float(optimizer.param_groups[0]["lr"])
+        found = f"The {what} of step {trainer.global_step}, at learning rate {rate:.3g}, is NaN or infinite."
         if self.on_nonfinite == "stop" or self.skipped_steps < _MOST_REPORTS:
-            found = f"{found} {_report(pl_module, what)}"
+            data = getattr(trainer, "datamodule", None)
+            mine = find_nonfinite(pl_module.model, pl_module.compute_loss, pl_module.window, data, trainer.global_rank)
+            findings: list[Finding] = [mine] * trainer.world_size
+            if trainer.world_size > 1:
+                torch.distributed.all_gather_object(findings, mine)
+            file = Path(trainer.default_root_dir) / f"nonfinite-step-{trainer.global_step}.json"
+            written = f"Rows and text: {file}."
+            if trainer.is_global_zero:
+                written = write_report(file, trainer.global_step, what, rate, findings)
+            found = f"{found} {describe_findings(findings)} {written}"
         if self.on_nonfinite == "stop":
             raise UserError(found)
         self.skipped_steps += 1
@@ -122,10 +128,9 @@ class TrainingGuard(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.checks_due = True  # an evaluation pass is what breaks training elsewhere
             check_frozen(self._frozen, checksum_frozen(pl_module))
-            self._judge_validation(trainer)
+            self._judge_validation(trainer)  # before callbacks that write checkpoints, which come last
 
     def _judge_validation(self, trainer: Trainer) -> None:
-        """Judge a validation's loss, before callbacks that write checkpoints, which come last, save what gave it."""
         loss = trainer.callback_metrics.get("val_loss")
         if loss is None or loss.isfinite():
             return
@@ -148,21 +153,3 @@ class TrainingGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.skipped_steps = state_dict["skipped_steps"]
         self._skipped_in_a_row = state_dict["skipped_in_a_row"]
-
-
-def _report(pl_module: Any, what: str) -> str:
-    """Find where it comes from, on every rank, write it down, and describe it with what to do about it."""
-    trainer, step = pl_module.trainer, pl_module.trainer.global_step
-    data = getattr(trainer, "datamodule", None)
-    mine = find_nonfinite(pl_module.model, pl_module.compute_loss, pl_module.window, data, trainer.global_rank)
-    findings: list[Finding] = [mine] * trainer.world_size
-    if trainer.world_size > 1:
-        torch.distributed.all_gather_object(findings, mine)
-    file = Path(trainer.default_root_dir) / f"nonfinite-step-{step}.json"
-    try:
-        if trainer.is_global_zero:
-            write_report(file, step, what, findings)
-        written = f"Rows and text: {file}."
-    except OSError as error:
-        written = f"{file} could not be written: {error.strerror}."
-    return f"{describe_findings(findings)} {written}"

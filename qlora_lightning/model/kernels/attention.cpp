@@ -15,7 +15,7 @@ constexpr int64_t TILE = 64;        // queries whose gradients of keys and value
 constexpr int64_t MOST_WIDE = 256;  // numbers of a head
 constexpr int64_t ALIGNED = 16;     // keys are filled up to a multiple of it
 
-// The left factor of a product: word (row, depth) stands at row * by_row + depth * by_depth.
+// The left factor of a product: word (row, depth) is at row * by_row + depth * by_depth.
 struct Left {
     const uint32_t *words;
     int64_t by_row, by_depth;
@@ -60,9 +60,10 @@ void multiply(Left left, int64_t rows, const uint32_t *right, int64_t by_depth, 
     }
 }
 
-// Where the tokens of samples are: token t of sample i at places[bounds[i] + t]; its own are those from own[i] on.
+// Where the tokens of samples are, see ../layout.py: token t of sample i at gather_index[bounds[i] + t]; it has queries
+// from query_start[i] on.
 struct Samples {
-    const int64_t *bounds, *own, *places;
+    const int64_t *bounds, *query_start, *gather_index;
     int64_t count;
 };
 
@@ -143,7 +144,7 @@ struct Unit {
         return head(states, shape.heads, kv_head * shape.group() + member);
     }
 
-    int64_t place(int64_t token) const { return samples.places[samples.bounds[sample] + token]; }
+    int64_t place(int64_t token) const { return samples.gather_index[samples.bounds[sample] + token]; }
 
     // Of a query head of the group, the row of (tokens, heads) that a token has.
     int64_t row(int64_t token, int64_t member) const {
@@ -153,7 +154,7 @@ struct Unit {
    private:
     template <class T>
     Head<T> head(const T *states, int64_t heads, int64_t number) const {
-        const int64_t *places = samples.places + samples.bounds[sample];
+        const int64_t *places = samples.gather_index + samples.bounds[sample];
         return {states + number * shape.width, places, heads * shape.width, length, shape.width};
     }
 };
@@ -224,7 +225,7 @@ struct Normalizer {
     float largest, inverse;
 };
 
-// Turn scores into e^(score - largest), 0 from `seen` on; give their sum and the largest.
+// Turn scores into e^(score - largest), 0 from `seen` on; return their sum and the largest.
 template <class T>
 void to_weights(const float *scores, int64_t seen, int64_t filled, T *weights, float &sum, float &largest) {
     Floats most = Floats{} + NEVER, total{};
@@ -239,10 +240,13 @@ void to_weights(const float *scores, int64_t seen, int64_t filled, T *weights, f
 }
 
 template <class T>
-bool attend(const T *query, const T *key, const T *value, Samples samples, Shape shape, float scale, T *mixed,
-            Normalizer *normalizers) {
+bool attend(const T *query, const T *key, const T *value, const int64_t *bounds, const int64_t *query_start,
+            const int64_t *gather_index, int64_t count, int64_t heads, int64_t kv_heads, int64_t width, float scale,
+            T *mixed, Normalizer *normalizers) {
+    const Samples samples{bounds, query_start, gather_index, count};
+    const Shape shape{heads, kv_heads, width};
     const auto units = list_units(samples, shape);
-    const int64_t width = shape.width, deep = width / PAIR<T>;
+    const int64_t deep = width / PAIR<T>;
     std::atomic<bool> fits{true};
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t each = 0; each < units.size(); each++) {
@@ -259,7 +263,7 @@ bool attend(const T *query, const T *key, const T *value, Samples samples, Shape
         auto *weights = room.take<T>(ROWS * filled);
         unit.keys(key).pack_columns(columns, filled);
         unit.keys(value).pack_rows(rows_of_values, 0, filled);
-        for (int64_t token = samples.own[unit.sample]; token < unit.length; token += ROWS) {
+        for (int64_t token = samples.query_start[unit.sample]; token < unit.length; token += ROWS) {
             const int64_t rows = std::min(ROWS, unit.length - token), seen = round_up(token + rows, ALIGNED);
             for (int64_t member = 0; member < shape.group(); member++) {
                 const Left queries = unit.queries(query, member).strip(token, rows, copy);
@@ -281,7 +285,7 @@ bool attend(const T *query, const T *key, const T *value, Samples samples, Shape
     return fits;
 }
 
-// Of one row: make the weights again from scores, and give the gradient of scale * scores from that of theirs.
+// Of one row: compute the weights again from scores, and the gradient of scale * scores from that of theirs.
 template <class T>
 void differentiate(float *scores, const float *grads, int64_t seen, int64_t filled, Normalizer normalizer, T *weights,
                    T *of_scores) {
@@ -302,7 +306,7 @@ template <class T>
 struct Gradients {
     T *query, *key, *value;
     float *parts;           // (2, tokens of all samples, kv_heads, width): of keys and values of shared tokens, by sample
-    const int64_t *begins;  // where the tokens of each place begin in their order
+    const int64_t *copy_offsets;  // where the tokens of each place begin among its copies
 };
 
 // Backward of one unit.
@@ -345,7 +349,7 @@ struct Backward {
     }
 
     void run(const Gradients<T> &to) {
-        for (int64_t start = unit.samples.own[unit.sample]; start < unit.length; start += TILE)
+        for (int64_t start = unit.samples.query_start[unit.sample]; start < unit.length; start += TILE)
             for (int64_t member = 0; member < unit.shape.group(); member++) do_tile(start, member, to.query);
         for (int64_t token = 0; token < unit.length; token++) write_token(token, to);
     }
@@ -391,7 +395,7 @@ struct Backward {
     void write_token(int64_t token, const Gradients<T> &to) {
         const int64_t place = unit.place(token), kv_heads = unit.shape.kv_heads;
         const float *from = of_keys + token * width, *from_values = of_values + token * width;
-        if (to.begins[place + 1] - to.begins[place] == 1) {
+        if (to.copy_offsets[place + 1] - to.copy_offsets[place] == 1) {
             const int64_t at = (place * kv_heads + unit.kv_head) * width;
             write_row(from, 1.0f, width, to.key + at);
             write_row(from_values, 1.0f, width, to.value + at);
@@ -404,10 +408,29 @@ struct Backward {
     }
 };
 
+// Sum up what the tokens of samples at each place have, in their copies; those of place p are copies[copy_offsets[p]]
+// and on.
+template <class T>
+void sum_up(const float *parts, const int64_t *copies, const int64_t *copy_offsets, int64_t places, int64_t width, T *to) {
+#pragma omp parallel for
+    for (int64_t place = 0; place < places; place++) {
+        if (copy_offsets[place + 1] - copy_offsets[place] == 1) continue;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) {
+            float sum = 0;
+            for (int64_t each = copy_offsets[place]; each < copy_offsets[place + 1]; each++) sum += parts[copies[each] * width + i];
+            write(to[place * width + i], sum);
+        }
+    }
+}
+
 template <class T>
 bool attend_backward(const T *query, const T *key, const T *value, const T *grad, const Normalizer *normalizers,
-                     Samples samples, Shape shape, float scale, const Gradients<T> &to) {
-    const auto units = list_units(samples, shape);
+                     const int64_t *bounds, const int64_t *query_start, const int64_t *gather_index,
+                     const int64_t *copies, const int64_t *copy_offsets, int64_t count, int64_t tokens, int64_t heads,
+                     int64_t kv_heads, int64_t width, float scale, float *parts, T *of_query, T *of_key, T *of_value) {
+    const auto units = list_units({bounds, query_start, gather_index, count}, {heads, kv_heads, width});
+    const Gradients<T> to{of_query, of_key, of_value, parts, copy_offsets};
     std::atomic<bool> fits{true};
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t each = 0; each < units.size(); each++) {
@@ -417,49 +440,17 @@ bool attend_backward(const T *query, const T *key, const T *value, const T *grad
         else
             fits = false;
     }
+    const int64_t wide = kv_heads * width;
+    if (fits) sum_up(parts, copies, copy_offsets, tokens, wide, of_key);
+    if (fits) sum_up(parts + bounds[count] * wide, copies, copy_offsets, tokens, wide, of_value);
     return fits;
-}
-
-// Sum up what the tokens of samples at each place have, in their order; those of place p are order[begins[p]] and on.
-template <class T>
-void sum_up(const float *parts, const int64_t *order, const int64_t *begins, int64_t places, int64_t width, T *to) {
-#pragma omp parallel for
-    for (int64_t place = 0; place < places; place++) {
-        if (begins[place + 1] - begins[place] == 1) continue;
-#pragma omp simd
-        for (int64_t i = 0; i < width; i++) {
-            float sum = 0;
-            for (int64_t each = begins[place]; each < begins[place + 1]; each++) sum += parts[order[each] * width + i];
-            write(to[place * width + i], sum);
-        }
-    }
 }
 
 }  // namespace
 
-#define FOR_TYPE(T, NAME)                                                                                              \
-    extern "C" int attend_##NAME(const T *query, const T *key, const T *value, const int64_t *bounds,                  \
-                                 const int64_t *own, const int64_t *places, int64_t count, int64_t heads,              \
-                                 int64_t kv_heads, int64_t width, float scale, T *mixed, Normalizer *normalizers) {    \
-        return attend(query, key, value, {bounds, own, places, count}, {heads, kv_heads, width}, scale, mixed,         \
-                      normalizers);                                                                                    \
-    }                                                                                                                  \
-    extern "C" int attend_backward_##NAME(                                                                             \
-        const T *query, const T *key, const T *value, const T *grad, const Normalizer *normalizers,                    \
-        const int64_t *bounds, const int64_t *own, const int64_t *places, const int64_t *order, const int64_t *begins, \
-        int64_t count, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t width, float scale, float *parts,      \
-        T *of_query, T *of_key, T *of_value) {                                                                         \
-        const Gradients<T> to{of_query, of_key, of_value, parts, begins};                                              \
-        const Samples samples{bounds, own, places, count};                                                             \
-        if (!attend_backward(query, key, value, grad, normalizers, samples, {heads, kv_heads, width}, scale, to))      \
-            return false;                                                                                              \
-        const int64_t wide = kv_heads * width;                                                                         \
-        sum_up(parts, order, begins, tokens, wide, of_key);                                                            \
-        sum_up(parts + bounds[count] * wide, order, begins, tokens, wide, of_value);                                   \
-        return true;                                                                                                   \
-    }
-
-FOR_TYPE(float, float32)
+EXPORT(attend_float32, attend<float>)
+EXPORT(attend_backward_float32, attend_backward<float>)
 #ifdef __AVX512BF16__
-FOR_TYPE(bf16, bfloat16)
+EXPORT(attend_bfloat16, attend<bf16>)
+EXPORT(attend_backward_bfloat16, attend_backward<bf16>)
 #endif

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qlora_lightning.model.kernels.library import call_with_scratch, has_numbers, is_there
+from qlora_lightning.model.kernels.library import call, has_numbers, is_there
 from qlora_lightning.model.layout import Samples
 
 _LANES, _MOST_WIDE = 16, 256  # numbers of a head: a multiple of the first, up to the second
@@ -35,22 +35,24 @@ def attend(query: Tensor, key: Tensor, value: Tensor, samples: Samples, scale: f
         float32: the largest, and 1 / Σ e^(score - largest).
     """
     mixed, normalizers = torch.empty_like(query), query.new_empty(*query.shape[:2], 2, dtype=torch.float32)
-    of_samples = samples.cu_seqlens.long(), samples.own, samples.whole.places, len(samples.own)
+    of_samples = samples.cu_seqlens.long(), samples.query_start, samples.expanded.gather_index, len(samples.query_start)
     shape = query.shape[1], *key.shape[1:]
-    call_with_scratch("attend", query.dtype, query, key, value, *of_samples, *shape, float(scale), mixed, normalizers)
+    call("attend", query.dtype, query, key, value, *of_samples, *shape, float(scale), mixed, normalizers)
     return mixed, normalizers
 
 
 def attend_backward(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, normalizers: Tensor, samples: Samples, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the gradients of queries, keys and values from that of the mixed values, ``(tokens, heads, head_dim)``."""
+    """Compute the gradients of queries, keys and values from that of the mixed values, ``(tokens, heads, width)``."""
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    places, shares = samples.whole, not samples.whole.once
-    parts = key.new_empty(2 * shares, len(places.places), *key.shape[1:], dtype=torch.float32)
+    expanded = samples.expanded
+    tokens = len(expanded.gather_index) if expanded.shares else 0
+    parts = key.new_empty(2 * tokens, *key.shape[1:], dtype=torch.float32)
     states = query, key, value, grad, normalizers
-    bounds = samples.cu_seqlens.long()
-    of_samples = bounds, samples.own, places.places, places.order, places.begins, len(samples.own)
-    shape = len(query), query.shape[1], *key.shape[1:]
-    call_with_scratch("attend_backward", query.dtype, *states, *of_samples, *shape, float(scale), parts, *grads)
+    of_samples = samples.cu_seqlens.long(), samples.query_start, expanded.gather_index
+    counts = len(samples.query_start), len(query), query.shape[1], *key.shape[1:]
+    copies = expanded.copies, expanded.copy_offsets
+    arguments = *states, *of_samples, *copies, *counts, float(scale), parts, *grads
+    call("attend_backward", query.dtype, *arguments)
     return grads

@@ -1,5 +1,6 @@
 """The C++ for this CPU: compiled once, kept in the cache, called with tensors."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -20,7 +21,7 @@ from qlora_lightning.support.errors import UserError
 
 _FOLDER = Path(__file__).parent
 _SOURCES, _HEADERS = sorted(_FOLDER.glob("*.cpp")), sorted(_FOLDER.glob("*.h"))
-_COMPILER = "g++"  # torch's threads are GNU's, and another compiler's would stand beside them
+_COMPILER = "g++"  # torch's threads are GNU's, another compiler's would run beside them
 _OPTIONS = (
     "-std=c++17",
     "-O3",
@@ -57,8 +58,8 @@ def load_library() -> ctypes.CDLL | None:
         folder = cached_folder("kernels", key, functools.partial(_compile, compiler), "C++ loops for this CPU")
         return ctypes.CDLL(str(folder / _LIBRARY))
     except (UserError, OSError, subprocess.CalledProcessError) as error:
-        said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else ""
-        _log.warning("A step on the CPU takes the slower way, without the C++ loops: %s", said or error)
+        reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else ""
+        _log.warning("A step on the CPU takes the slower way, without the C++ loops: %s", reason or error)
         return None
 
 
@@ -86,8 +87,8 @@ def _options() -> tuple[str, ...]:
 def _cpu() -> str:
     """Describe the instructions of this CPU, for which the loops are compiled: a cache may serve several machines."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    told = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
-    return hashlib.sha256("\n".join(sorted(set(told))).encode()).hexdigest()
+    described = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return hashlib.sha256("\n".join(sorted(set(described))).encode()).hexdigest()
 
 
 def _has_gnu_threads() -> bool:
@@ -97,11 +98,22 @@ def _has_gnu_threads() -> bool:
 
 PROFILED = "loops::"  # what calls are called in a profile
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_Pointer: Any = ctypes.CFUNCTYPE(ctypes.c_bool)
+
+
+def _function(name: str, dtype: torch.dtype) -> Any:
+    library = load_library()
+    if library is None or dtype not in NAMES:
+        return None
+    try:
+        return _Pointer.in_dll(library, f"{name}_{NAMES[dtype]}")
+    except ValueError:  # not compiled: in bfloat16 some take AVX512-BF16
+        return None
 
 
 def is_there(name: str, dtype: torch.dtype) -> bool:
     """Whether a function has been compiled for a dtype."""
-    return dtype in NAMES and hasattr(load_library(), f"{name}_{NAMES[dtype]}")
+    return _function(name, dtype) is not None
 
 
 def has_numbers(*tensors: Tensor) -> bool:
@@ -112,27 +124,16 @@ def has_numbers(*tensors: Tensor) -> bool:
     return plain and not torch.compiler.is_compiling()
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | ctypes.Array[Any] | None) -> int:
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | ctypes.Array[Any] | None) -> None:
     """Call a function: of a tensor its address is handed over, of ``None`` a null pointer.
 
-    Returns:
-        What it returns; of one that returns nothing any number.
-    """
-    function = getattr(load_library(), f"{name}_{NAMES[dtype]}")
-    if not torch.autograd.profiler._is_profiler_enabled:
-        return int(function(*map(_to_c, arguments)))
-    with torch.profiler.record_function(f"{PROFILED}{name}"):
-        return int(function(*map(_to_c, arguments)))
-
-
-def call_with_scratch(name: str, dtype: torch.dtype, *arguments: Tensor | float | ctypes.Array[Any] | None) -> None:
-    """Call a function whose threads take memory of their own, and which tells whether they got it.
-
     Raises:
-        MemoryError: They did not.
+        MemoryError: There is none for what each thread keeps.
     """
-    if not call(name, dtype, *arguments):
-        raise MemoryError(f"There is no memory for what the C++ loop {name} keeps for each thread.")
+    profiled = torch.autograd.profiler._is_profiler_enabled
+    with torch.profiler.record_function(f"{PROFILED}{name}") if profiled else contextlib.nullcontext():
+        if not _function(name, dtype)(*map(_to_c, arguments)):
+            raise MemoryError(f"There is no memory for what the C++ loop {name} keeps for each thread.")
 
 
 def _to_c(argument: Any) -> Any:

@@ -8,13 +8,13 @@ namespace {
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 template <class T>
-void normalize(const T *__restrict x, const T *__restrict weight, float eps, int64_t again, T *__restrict out,
+bool rms_norm(const T *__restrict x, const T *__restrict weight, float eps, int64_t again, T *__restrict out,
                float *__restrict inverse, int64_t rows, int64_t width) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
         const T *from = x + row * width;
         T *to = out + row * width;
-        if (!again) {  // else backward gives what forward has found
+        if (!again) {  // else backward passes what forward has found
             float squares = 0;
 #pragma omp simd reduction(+ : squares)
             for (int64_t i = 0; i < width; i++) squares += read(from[i]) * read(from[i]);
@@ -24,10 +24,11 @@ void normalize(const T *__restrict x, const T *__restrict weight, float eps, int
 #pragma omp simd
         for (int64_t i = 0; i < width; i++) write(to[i], read(from[i]) * factor * read(weight[i]));
     }
+    return true;
 }
 
 template <class T>
-void normalize_backward(const T *__restrict x, const T *__restrict weight, const float *__restrict inverse,
+bool rms_norm_backward(const T *__restrict x, const T *__restrict weight, const float *__restrict inverse,
                         T *__restrict grad, int64_t rows, int64_t width) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
@@ -41,22 +42,24 @@ void normalize_backward(const T *__restrict x, const T *__restrict weight, const
         for (int64_t i = 0; i < width; i++)
             write(to[i], factor * (read(to[i]) * read(weight[i]) - read(from[i]) * mean));
     }
+    return true;
 }
 
 constexpr int64_t BLOCK = 4096;  // numbers that a thread takes at a time
 
 template <class T>
-void swiglu(const T *__restrict gate, const T *__restrict up, T *__restrict out, int64_t count) {
+bool swiglu(const T *__restrict gate, const T *__restrict up, T *__restrict out, int64_t count) {
 #pragma omp parallel for
     for (int64_t start = 0; start < count; start += BLOCK) {
         const int64_t end = start + BLOCK < count ? start + BLOCK : count;
 #pragma omp simd
         for (int64_t i = start; i < end; i++) write(out[i], read(gate[i]) * sigmoid(read(gate[i])) * read(up[i]));
     }
+    return true;
 }
 
 template <class T>
-void swiglu_backward(const T *__restrict gate, const T *__restrict up, T *__restrict grad, T *__restrict grad_up,
+bool swiglu_backward(const T *__restrict gate, const T *__restrict up, T *__restrict grad, T *__restrict grad_up,
                      T *__restrict out, int64_t count) {
 #pragma omp parallel for
     for (int64_t start = 0; start < count; start += BLOCK) {
@@ -70,10 +73,11 @@ void swiglu_backward(const T *__restrict gate, const T *__restrict up, T *__rest
             write(grad[i], of_out * y * part * (1.0f + x * (1.0f - part)));
         }
     }
+    return true;
 }
 
 template <class T>
-void rotate(const T *__restrict x, const T *__restrict cos, const T *__restrict sin, float sign, T *__restrict out,
+bool rotate(const T *__restrict x, const T *__restrict cos, const T *__restrict sin, float sign, T *__restrict out,
             int64_t tokens, int64_t heads, int64_t width) {
     const int64_t half = width / 2;
 #pragma omp parallel for
@@ -91,12 +95,13 @@ void rotate(const T *__restrict x, const T *__restrict cos, const T *__restrict 
             }
         }
     }
+    return true;
 }
 
 // Of each row of logits the negative log-likelihood of its target, and whether that is the first of the largest; in the
 // place of the logits, if wanted, the gradient: softmax - onehot.
 template <class T>
-void cross_entropy(T *__restrict logits, const int64_t *targets, int64_t with_gradient, float *nll, bool *correct,
+bool cross_entropy(T *__restrict logits, const int64_t *targets, int64_t with_gradient, float *nll, bool *correct,
                    int64_t rows, int64_t vocabulary) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
@@ -126,33 +131,18 @@ void cross_entropy(T *__restrict logits, const int64_t *targets, int64_t with_gr
         for (int64_t i = 0; i < vocabulary; i++) write(of_row[i], exponential(read(of_row[i]) - largest) * factor);
         write(of_row[target], exponential(wanted - largest) * factor - 1.0f);
     }
+    return true;
 }
 
 }  // namespace
 
-#define FOR_TYPE(T, NAME)                                                                                              \
-    extern "C" void normalize_##NAME(const T *x, const T *weight, float eps, int64_t again, T *out,                    \
-                                     float *inverse, int64_t rows, int64_t width) {                                    \
-        normalize(x, weight, eps, again, out, inverse, rows, width);                                                   \
-    }                                                                                                                  \
-    extern "C" void normalize_backward_##NAME(const T *x, const T *weight, const float *inverse, T *grad,              \
-                                              int64_t rows, int64_t width) {                                           \
-        normalize_backward(x, weight, inverse, grad, rows, width);                                                     \
-    }                                                                                                                  \
-    extern "C" void swiglu_##NAME(const T *gate, const T *up, T *out, int64_t count) {                                 \
-        swiglu(gate, up, out, count);                                                                                  \
-    }                                                                                                                  \
-    extern "C" void swiglu_backward_##NAME(const T *gate, const T *up, T *grad, T *grad_up, T *out, int64_t count) {   \
-        swiglu_backward(gate, up, grad, grad_up, out, count);                                                          \
-    }                                                                                                                  \
-    extern "C" void rotate_##NAME(const T *x, const T *cos, const T *sin, float sign, T *out, int64_t tokens,          \
-                                  int64_t heads, int64_t width) {                                                      \
-        rotate(x, cos, sin, sign, out, tokens, heads, width);                                                          \
-    }                                                                                                                  \
-    extern "C" void cross_entropy_##NAME(T *logits, const int64_t *targets, int64_t with_gradient, float *nll,         \
-                                         bool *correct, int64_t rows, int64_t vocabulary) {                            \
-        cross_entropy(logits, targets, with_gradient, nll, correct, rows, vocabulary);                                 \
-    }
+#define FOR_TYPE(T, NAME)                              \
+    EXPORT(rms_norm_##NAME, rms_norm<T>)               \
+    EXPORT(rms_norm_backward_##NAME, rms_norm_backward<T>) \
+    EXPORT(swiglu_##NAME, swiglu<T>)                   \
+    EXPORT(swiglu_backward_##NAME, swiglu_backward<T>) \
+    EXPORT(rotate_##NAME, rotate<T>)                   \
+    EXPORT(cross_entropy_##NAME, cross_entropy<T>)
 
 FOR_TYPE(float, float32)
 FOR_TYPE(bf16, bfloat16)

@@ -13,49 +13,49 @@ def can_run(*tensors: Tensor) -> bool:
     return dtype in NAMES and has_numbers(*tensors) and fit and load_library() is not None
 
 
-def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Give ``weight · x / rms(x)`` of each row, ``(rows, width)``, and ``1 / rms(x)``, ``(rows, 1)`` in float32."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Compute ``weight · x / rms(x)`` of each row, ``(rows, width)``, and ``1 / rms(x)``, ``(rows, 1)`` in float32."""
     normed, inverse = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
-    call("normalize", x.dtype, x, weight, float(eps), False, normed, inverse, *x.shape)
+    call("rms_norm", x.dtype, x, weight, float(eps), False, normed, inverse, *x.shape)
     return normed, inverse
 
 
-def normalize_again(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """Give the first of what :func:`normalize` gives, from the second."""
+def rms_norm_again(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """Compute the first of what :func:`rms_norm` returns, from the second."""
     normed = torch.empty_like(x)
-    call("normalize", x.dtype, x, weight, 0.0, True, normed, inverse, *x.shape)
+    call("rms_norm", x.dtype, x, weight, 0.0, True, normed, inverse, *x.shape)
     return normed
 
 
-def normalize_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """Give the gradient of x in the place of that of the normed rows."""
-    call("normalize_backward", x.dtype, x, weight, inverse, grad, *x.shape)
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """Compute the gradient of x in the place of that of the normed rows."""
+    call("rms_norm_backward", x.dtype, x, weight, inverse, grad, *x.shape)
     return grad
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Give ``silu(gate) · up``."""
+    """Compute ``silu(gate) · up``."""
     hidden = torch.empty_like(gate)
     call("swiglu", gate.dtype, gate, up, hidden, gate.numel())
     return hidden
 
 
 def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor, *_: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Give ``silu(gate) · up`` and the gradients of gate and up; the first of these in the place of the given one."""
+    """Compute ``silu(gate) · up`` and the gradients of gate and up; the first of these takes the place of ``grad``."""
     hidden, grad_up = torch.empty_like(gate), torch.empty_like(up)
     call("swiglu_backward", gate.dtype, gate, up, grad, grad_up, hidden, gate.numel())
     return hidden, grad, grad_up
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
-    """Turn pairs of ``(tokens, heads, width)`` by angles ``(tokens, width)``; ``back`` gives the gradient of that."""
-    turned = torch.empty_like(x)
-    call("rotate", x.dtype, x, cos, sin, -1.0 if back else 1.0, turned, *x.shape)
-    return turned
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> Tensor:
+    """Rotate pairs of ``(tokens, heads, width)`` by angles ``(tokens, width)``; ``backward`` the gradient of that."""
+    rotated = torch.empty_like(x)
+    call("rotate", x.dtype, x, cos, sin, -1.0 if backward else 1.0, rotated, *x.shape)
+    return rotated
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Give each row's negative log-likelihood in float32, and whether its target is the first of the largest.
+    """Compute each row's negative log-likelihood in float32, and whether its target is the first of the largest.
 
     Args:
         logits: ``(rows, vocabulary)``; with the gradient ``softmax - onehot`` takes their place.

@@ -71,9 +71,9 @@ struct Stretch {
     int64_t start, stop;
 };
 
-// What an adapter adds: low (rows, rank) times its matrix.
+// What an adapter adds: x A^T (rows, rank) times its other matrix.
 struct Adapter {
-    const bf16 *low;
+    const bf16 *xa;
     int64_t by_row, rank;
     const bf16 *matrix;
     float scaling;
@@ -100,8 +100,8 @@ void pack_panel(const Stretch &stretch, int64_t first, uint32_t *to) {
         }
 }
 
-// Of W, whose depth is its outputs: likewise.
-void pack_panel_turned(const Stretch &stretch, int64_t first, uint32_t *to) {
+// Of W, whose depth is its outputs: likewise, for the gradient of the input.
+void pack_panel_backward(const Stretch &stretch, int64_t first, uint32_t *to) {
     static const Words lower{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
     static const Words upper{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const Weight &weight = *stretch.weight;
@@ -117,11 +117,11 @@ void pack_panel_turned(const Stretch &stretch, int64_t first, uint32_t *to) {
     }
 }
 
-void pack_adapter(const Adapter &adapter, bool turned, int64_t columns, int64_t first, uint32_t *to) {
+void pack_adapter(const Adapter &adapter, bool backward, int64_t columns, int64_t first, uint32_t *to) {
     for (int64_t k = 0; k < adapter.rank; k += 2)
         for (int64_t i = 0; i < PANEL; i++) {
-            const bf16 *at = turned ? adapter.matrix + k * columns + first + i : adapter.matrix + (first + i) * adapter.rank + k;
-            to[k / 2 * PANEL + i] = pair(at[0], at[turned ? columns : 1]);
+            const bf16 *at = backward ? adapter.matrix + k * columns + first + i : adapter.matrix + (first + i) * adapter.rank + k;
+            to[k / 2 * PANEL + i] = pair(at[0], at[backward ? columns : 1]);
         }
 }
 
@@ -149,7 +149,7 @@ struct Sweep {
 struct Product {
     const Weight *weights;
     int64_t count;
-    bool turned;
+    bool backward;
     Adapter adapter;
     const bf16 *bias, *residual;
     bf16 *to;
@@ -159,8 +159,8 @@ struct Product {
         std::vector<Sweep> made;
         int64_t room = 0;
         for (const Weight *weight = weights; weight < weights + count; weight++) {
-            const int64_t depth = turned ? weight->outputs : weight->inputs;
-            const int64_t step = turned ? 2 : weight->block;  // a block has one scale
+            const int64_t depth = backward ? weight->outputs : weight->inputs;
+            const int64_t step = backward ? 2 : weight->block;  // a block has one scale
             for (int64_t start = 0, stop; start < depth; start = stop) {
                 if (room < step) {
                     made.push_back({{}, made.empty(), false, made.empty() ? adapter.rank / 2 * PANEL : 0});
@@ -178,11 +178,11 @@ struct Product {
 
     void pack(const Sweep &sweep, int64_t first, uint32_t *panel) const {
         if (sweep.is_first) {
-            pack_adapter(adapter, turned, columns, first, panel);
+            pack_adapter(adapter, backward, columns, first, panel);
             panel += adapter.rank / 2 * PANEL;
         }
         for (const Stretch &stretch : sweep.stretches) {
-            (turned ? pack_panel_turned : pack_panel)(stretch, first, panel);
+            (backward ? pack_panel_backward : pack_panel)(stretch, first, panel);
             panel += (stretch.stop - stretch.start) / 2 * PANEL;
         }
     }
@@ -195,7 +195,7 @@ struct Product {
             for (int64_t each = 0; each < COUNT; each++)
                 for (int64_t i = 0; i < VECTORS; i++) sums[each][i] = load(kept + each * by_row + i * LANES);
         } else if (adapter.rank) {
-            add_product<COUNT>(sums, adapter.low + row * adapter.by_row, adapter.by_row, adapter.rank, panel);
+            add_product<COUNT>(sums, adapter.xa + row * adapter.by_row, adapter.by_row, adapter.rank, panel);
             for (auto &sum : sums)
                 for (Floats &part : sum) part *= adapter.scaling;
             panel += adapter.rank / 2 * PANEL;
@@ -220,7 +220,11 @@ struct Product {
     }
 };
 
-bool run(const Product &product) {
+bool multiply(const Weight *weights, int64_t count, int64_t backward, const bf16 *xa, int64_t by_row_of_xa, int64_t rank,
+              const bf16 *matrix, float scaling, const bf16 *bias, const bf16 *residual, bf16 *to, int64_t rows,
+              int64_t columns) {
+    const Product product{weights, count, backward != 0, {xa, by_row_of_xa, rank, matrix, scaling}, bias, residual, to,
+                          rows, columns};
     std::atomic<bool> fits{true};
     const std::vector<Sweep> sweeps = product.sweeps();
     int64_t words = 0;
@@ -262,10 +266,6 @@ bool run(const Product &product) {
 
 }  // namespace
 
-extern "C" int multiply_bfloat16(const Weight *weights, int64_t count, int64_t turned, const bf16 *low, int64_t by_row,
-                                 int64_t rank, const bf16 *matrix, float scaling, const bf16 *bias,
-                                 const bf16 *residual, bf16 *to, int64_t rows, int64_t columns) {
-    return run({weights, count, turned != 0, {low, by_row, rank, matrix, scaling}, bias, residual, to, rows, columns});
-}
+EXPORT(multiply_bfloat16, multiply)
 
 #endif

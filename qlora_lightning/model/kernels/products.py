@@ -10,16 +10,16 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor
 
-from qlora_lightning.model.kernels.library import call_with_scratch, has_numbers, is_there
+from qlora_lightning.model.kernels.library import call, has_numbers, is_there
 
 _COLUMNS = 32  # of a panel: a result has a multiple of them
 _DEPTH = 32  # numbers of a row that are read at a time: a block of them with one scale has a multiple of it
 
 
-def can_multiply(weight: Any, left: Tensor, *, turned: bool) -> bool:
+def can_multiply(weight: Any, left: Tensor, *, backward: bool) -> bool:
     """Whether there is a product of rows with a frozen weight, in 4 bits or dense: in bfloat16, by AVX512-BF16.
 
-    Where the CPU has AMX, torch's products are several times quicker. Of shapes that do not fit torch tells.
+    If the CPU has AMX, torch's products are several times quicker. Shapes that do not fit are torch's to report.
     """
     if left.dtype is not torch.bfloat16 or left.stride(-1) != 1:
         return False
@@ -32,7 +32,7 @@ def can_multiply(weight: Any, left: Tensor, *, turned: bool) -> bool:
         return False
     return (
         has_numbers(left, numbers)
-        and left.shape[1] == shape[0 if turned else 1]
+        and left.shape[1] == shape[0 if backward else 1]
         and shape[0] % _COLUMNS == 0
         and shape[1] % block == 0
         and block % _DEPTH == 0
@@ -49,38 +49,36 @@ def _has_amx() -> bool:
 def multiply(
     lefts: Sequence[Tensor],
     weights: Sequence[Any],
-    turned: bool,
-    low: Tensor | None = None,
-    thin: Tensor | None = None,
+    backward: bool,
+    xa: Tensor | None = None,
+    matrix: Tensor | None = None,
     scaling: float = 1.0,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Compute ``Σ x Wᵀ + scaling · low Bᵀ + bias + residual``, or turned ``Σ g W + scaling · low A``, rounded once.
+    """Compute ``Σ x Wᵀ + scaling · xa Bᵀ + bias + residual``, or backward ``Σ g W + scaling · xa A``, rounded once.
 
     Args:
         lefts: x, ``(rows, in)``, or g, ``(rows, out)``, of each weight, in bfloat16.
         weights: Params4bit or dense ones of ``(out, in)``; see :func:`can_multiply`.
-        turned: Whether to multiply by W rather than by its transpose.
-        low: ``(rows, rank)``, of an even rank.
-        thin: B, ``(out, rank)``, or turned A, ``(rank, in)``.
+        backward: Whether to multiply by W rather than by its transpose.
+        xa: ``x Aᵀ``, ``(rows, rank)``, of an even rank; backward its gradient.
+        matrix: B, ``(out, rank)``, or backward A, ``(rank, in)``.
         scaling: Factor on their product.
         bias: ``(out,)``.
         residual: As the result, without gaps.
 
     Returns:
-        ``(rows, out)``, turned ``(rows, in)``.
+        ``(rows, out)``, backward ``(rows, in)``.
     """
     with torch._C.DisableTorchFunctionSubclass():  # asking a Params4bit is ten times quicker
         factors = (_Weight * len(weights))(*(_describe(*each) for each in zip(lefts, weights, strict=True)))
-    rows, columns = len(lefts[0]), factors[0].inputs if turned else factors[0].outputs
+    rows, columns = len(lefts[0]), factors[0].inputs if backward else factors[0].outputs
     result = lefts[0].new_empty(rows, columns)
-    thin = None if thin is None else thin.contiguous()
-    of_thin = (None, 0, 0, None) if low is None else (low, low.stride(0), low.shape[1], thin)
+    matrix = None if matrix is None else matrix.contiguous()
+    adapter = (None, 0, 0, None) if xa is None else (xa, xa.stride(0), xa.shape[1], matrix)
     sums = bias, residual, result
-    call_with_scratch(
-        "multiply", result.dtype, factors, len(factors), turned, *of_thin, float(scaling), *sums, rows, columns
-    )
+    call("multiply", result.dtype, factors, len(factors), backward, *adapter, float(scaling), *sums, rows, columns)
     return result
 
 

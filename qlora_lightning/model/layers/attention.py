@@ -1,7 +1,7 @@
 """Attention over a flat batch: samples lie end to end in one stream, and each attends to itself alone.
 
-What a batch's samples are is said by :class:`~qlora_lightning.model.layout.Samples` in the keyword ``samples``, which
-transformers hands on to here. Four ways lead to the same numbers within rounding:
+The keyword ``samples``, which transformers hands on to here, describes a batch's samples
+(:class:`~qlora_lightning.model.layout.Samples`). Four ways lead to the same numbers within rounding:
 
 * on a CPU the C++ loops, which take all samples at once and find in the stream what several begin with;
 * on a card from compute capability 8.0 on, torch's kernel for ragged samples;
@@ -26,7 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from qlora_lightning.model.kernels import attention as kernel
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
-from qlora_lightning.model.layout import Samples, Spread, whole_samples
+from qlora_lightning.model.layout import Expansion, Samples, whole_samples
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import attend_ragged
 
@@ -41,7 +41,7 @@ def register_flat_attention(fast: bool = True) -> str:
     Registration is transformers' public way in: the model keeps its own code and calls our function by name.
 
     Args:
-        fast: ``False`` gives the name of torch's own attention, called for one sample after the other.
+        fast: ``False`` returns the name of torch's own attention, called for one sample after the other.
     """
     for name, attend in ((FLAT_ATTENTION, flat_attention), (PLAIN_FLAT_ATTENTION, plain_flat_attention)):
         AttentionInterface.register(name, attend)
@@ -115,9 +115,9 @@ def flat_attention(
     Returns:
         The mixed values ``(1, tokens, heads, head_dim)``, and no weights.
     """
+    if kv_cache is not None and kv_cache.decoding:
+        return kv_cache.attend(module.layer_idx, query, key, value, scaling), None
     if kv_cache is not None:
-        if kv_cache.decoding:
-            return kv_cache.attend(module.layer_idx, query, key, value, scaling), None
         kv_cache.fill(module.layer_idx, key, value)
     if samples is None and cu_seqlens is not None:
         samples = whole_samples(cu_seqlens.diff().tolist()).to(cu_seqlens.device)
@@ -125,15 +125,17 @@ def flat_attention(
         options = {"scaling": scaling, "dropout": dropout, **kwargs}
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output, None
-    if fast and dropout == 0.0:
-        if (mixed := _attend_by_loops(query, key, value, samples, scaling)) is not None:
-            return mixed, None
-        if has_ragged_kernel(query.device, query.dtype):
-            return _attend_in_full(_attend_ragged, query, key, value, samples, scaling), None
-    if fast and samples.padded is not None:
-        return _attend_padded(query, key, value, samples, samples.padded, scaling, dropout), None
-    attend = functools.partial(_attend_per_sample, dropout=dropout)
-    return _attend_in_full(attend, query, key, value, samples, scaling), None
+    exact, dtype = fast and dropout == 0.0, _dtype_of_products(value)
+    if exact and kernel.can_attend(value, dtype):
+        mixed = _attend_by_loops(query.to(dtype), key.to(dtype), value.to(dtype), samples, scaling)
+    elif exact and has_ragged_kernel(query.device, query.dtype):
+        mixed = _attend_expanded(_attend_ragged, query, key, value, samples, scaling)
+    elif fast and samples.padded is not None:
+        mixed = _attend_padded(query, key, value, samples, samples.padded, scaling, dropout)
+    else:
+        attend = functools.partial(_attend_per_sample, dropout=dropout)
+        mixed = _attend_expanded(attend, query, key, value, samples, scaling)
+    return mixed, None
 
 
 def plain_flat_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -151,43 +153,49 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _attend_in_full(
+def _dtype_of_products(value: Tensor) -> torch.dtype:
+    """Return the dtype as SDPA chooses it: under autocast what trains in float32 makes some states float32."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
+
+
+def _attend_expanded(
     attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None
 ) -> Tensor:
-    """Lay out all tokens of samples that share some, let them attend, and give what the stream has of them."""
-    if samples.whole.once:
+    """Let all tokens of samples that share some attend, and return one of each: the copies have the same result."""
+    if not samples.expanded.shares:
         return attend(query, key, value, samples, scaling)
-    laid_out = (lay_out_states(each, samples.whole) for each in (query, key, value))
-    return attend(*laid_out, samples, scaling).index_select(1, samples.whole.first)  # one of each place: all are same
+    expanded = (expand_states(each, samples.expanded) for each in (query, key, value))
+    return attend(*expanded, samples, scaling).index_select(1, samples.expanded.first_copy)
 
 
-def lay_out_states(states: Tensor, spread: Spread) -> Tensor:
-    """Lay states ``(1, heads, tokens, head_dim)`` of a stream out as :class:`Spread` says."""
-    laid_out: Tensor = _LayOut.apply(states, spread)
-    return laid_out
+def expand_states(states: Tensor, expansion: Expansion) -> Tensor:
+    """Expand states ``(1, heads, tokens, head_dim)`` of a stream."""
+    expanded: Tensor = _Expand.apply(states, expansion)
+    return expanded
 
 
-class _LayOut(torch.autograd.Function):
-    """``states[:, :, places]``; gradients of one token in several samples are summed up in float32, in their order.
+class _Expand(torch.autograd.Function):
+    """``states[:, :, gather_index]``; gradients of one token's copies are summed up in float32, in their order.
 
     The backward of an index would add them up in any order on CUDA, and round after each.
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, spread: Spread) -> Tensor:
-        ctx.spread = spread
-        return states.index_select(2, spread.places)
+    def forward(ctx: Any, states: Tensor, expansion: Expansion) -> Tensor:
+        ctx.expansion = expansion
+        return states.index_select(2, expansion.gather_index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        spread: Spread = ctx.spread
-        if spread.once:
-            return grad.index_select(2, spread.first), None
-        _, heads, tokens, head_dim = grad.shape
-        by_token = grad.transpose(1, 2).reshape(tokens, -1)
-        summed = F.embedding_bag(spread.order, by_token, spread.begins, mode="sum", include_last_offset=True)
-        return summed.view(1, len(spread.first), heads, head_dim).transpose(1, 2), None
+        expansion: Expansion = ctx.expansion
+        if not expansion.shares:
+            return grad.index_select(2, expansion.first_copy), None
+        _, heads, _, head_dim = grad.shape
+        by_token = grad[0].transpose(0, 1).flatten(1)  # (expanded tokens, heads · head_dim)
+        offsets = expansion.copy_offsets
+        summed = F.embedding_bag(expansion.copies, by_token, offsets, mode="sum", include_last_offset=True)
+        return summed.view(-1, heads, head_dim).transpose(0, 1)[None], None
 
 
 def _attend_ragged(query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None) -> Tensor:
@@ -196,23 +204,29 @@ def _attend_ragged(query: Tensor, key: Tensor, value: Tensor, samples: Samples, 
 
 
 def _attend_padded(
-    query: Tensor, key: Tensor, value: Tensor, samples: Samples, padded: Spread, scaling: float | None, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    samples: Samples,
+    padded: Expansion,
+    scaling: float | None,
+    dropout: float,
 ) -> Tensor:
     shape = len(samples.bounds) - 1, samples.longest
 
     def pad(states: Tensor) -> Tensor:
-        """Give ``(samples, heads, longest, head_dim)`` of all heads of queries: kernels for grouped ones are newer."""
+        """Return ``(samples, heads, longest, head_dim)``, heads as of queries: kernels for grouped ones are newer."""
         _, heads, _, head_dim = states.shape
-        by_sample = lay_out_states(states, padded).view(heads, *shape, head_dim).transpose(0, 1)
+        by_sample = expand_states(states, padded).view(heads, *shape, head_dim).transpose(0, 1)
         return by_sample.repeat_interleave(query.shape[1] // heads, dim=1)
 
     mixed = F.scaled_dot_product_attention(
         pad(query), pad(key), pad(value), is_causal=True, scale=scaling, dropout_p=dropout
     )
-    return mixed.transpose(1, 2).flatten(0, 1).index_select(0, padded.first)[None]
+    return mixed.transpose(1, 2).flatten(0, 1).index_select(0, padded.first_copy)[None]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it would compile anew for each batch
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it would compile again for each batch
 def _attend_per_sample(
     query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None, dropout: float
 ) -> Tensor:
@@ -231,19 +245,12 @@ def _attend_per_sample(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
-def _attend_by_loops(
-    query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None
-) -> Tensor | None:
-    """Attend by the C++ loops; ``None`` where they cannot run."""
-    # As SDPA does under autocast, where what trains in float32 makes some of them float32.
-    autocasts = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if autocasts else value.dtype
-    if not kernel.can_attend(value, dtype):
-        return None
-    if len(samples.whole.first) != query.shape[2]:  # the loops would read beyond
-        raise ValueError(f"samples: expected those of {query.shape[2]} tokens, found {len(samples.whole.first)}.")
+def _attend_by_loops(query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None) -> Tensor:
+    found = len(samples.expanded.first_copy)
+    if found != query.shape[2]:  # the loops would read beyond
+        raise ValueError(f"samples: expected those of {query.shape[2]} tokens, found {found}.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mixed: Tensor = SampleAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), samples, scale)
+    mixed: Tensor = SampleAttention.apply(query, key, value, samples, scale)
     return mixed
 
 

@@ -1,6 +1,7 @@
 """Keeps the inputs of checkpointed layers apart from a CPU's heap, where they would leave holes."""
 # mypy: allow-untyped-calls
 
+import functools
 import mmap
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -24,19 +25,14 @@ def keep_inputs_apart(layers: Iterable[nn.Module]) -> None:
         return
     for layer in layers:
         module: Any = layer
-        module._gradient_checkpointing_func = _Storing(module._gradient_checkpointing_func)
+        usual = module._gradient_checkpointing_func
+        module._gradient_checkpointing_func = functools.partial(_checkpoint_copy, usual)
 
 
-class _Storing:
-    """What a layer is checkpointed with, behind a copy of its input; a class, so that it can be pickled."""
-
-    def __init__(self, checkpoint: Callable[..., Any]) -> None:
-        self.checkpoint = checkpoint
-
-    def __call__(self, function: Callable[..., Any], hidden: Tensor, *rest: Any) -> Any:
-        if hidden.device.type == "cpu" and hidden.numel():
-            hidden = _CopyApart.apply(hidden)
-        return self.checkpoint(function, hidden, *rest)
+def _checkpoint_copy(checkpoint: Callable[..., Any], function: Callable[..., Any], hidden: Tensor, *rest: Any) -> Any:
+    if hidden.device.type == "cpu" and hidden.numel():
+        hidden = _CopyApart.apply(hidden)
+    return checkpoint(function, hidden, *rest)
 
 
 class _CopyApart(torch.autograd.Function):

@@ -2,6 +2,7 @@
 # mypy: allow-untyped-calls
 
 import itertools
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -12,24 +13,23 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from qlora_lightning.model.layers.attention import flat_attention
 from qlora_lightning.model.layers.elementwise import (
     Rotary,
-    normalize,
-    normalize_again,
-    normalize_backward,
+    rms_norm,
+    rms_norm_again,
+    rms_norm_backward,
     swiglu,
     swiglu_backward,
 )
 from qlora_lightning.model.layers.lora import (
-    Casts,
-    Frozen,
+    FrozenLinear,
     LoRALinearFunction,
     adapters_of,
     device_of_autocast,
-    frozen_part,
+    frozen_linear,
     gradient_of_a,
+    gradient_of_input,
     gradients_of_b,
-    narrow,
+    lora_down,
     project,
-    project_back,
     runs_fused,
 )
 
@@ -43,21 +43,19 @@ class NormedLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, linears: tuple[Frozen, ...], *adapters: Tensor | None
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, linears: tuple[FrozenLinear, ...], *adapters: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Compute ``(…, out)`` of each linear from x, ``(…, in)``.
 
         ``adapters`` are A and B of each linear in turn, ``None`` if it has none.
         """
         flat = x.reshape(-1, x.shape[-1])
-        normed, inverse = normalize(flat, weight, eps)
+        normed, inverse = rms_norm(flat, weight, eps)
         all_a, all_b = adapters[::2], adapters[1::2]
         there = [a for a in all_a if a is not None]
-        lows = narrow(normed, there, linears[0].casts) if there else normed.new_empty(len(normed), 0)
-        outputs = [
-            project(normed, low, b, frozen) for low, b, frozen in zip(_split(lows, all_a), all_b, linears, strict=True)
-        ]
-        ctx.save_for_backward(flat, inverse, lows, weight, *adapters)
+        xa = lora_down(normed, there, linears) if there else normed.new_empty(len(normed), 0)
+        outputs = [project(normed, *each) for each in zip(_split(xa, all_a), all_b, linears, strict=True)]
+        ctx.save_for_backward(flat, inverse, xa, weight, *adapters)
         ctx.linears, ctx.shape = linears, x.shape
         ctx.set_materialize_grads(False)
         shaped = tuple(output.view(*x.shape[:-1], -1) for output in outputs)
@@ -70,37 +68,35 @@ class NormedLinears(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        flat, inverse, lows, weight, *adapters = ctx.saved_tensors
-        all_a, all_b, (_, _, _, _, *needed) = adapters[::2], adapters[1::2], ctx.needs_input_grad
-        flat_grads: list[Any] = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        of_lows: list[Tensor] = []
-        grads_b: list[Tensor | None] = []
-        for grad, low, b, b_needs, frozen in zip(
-            flat_grads, _split(lows, all_a), all_b, needed[1::2], ctx.linears, strict=True
-        ):
-            of_low = of_b = None
-            if b is not None and grad is not None:
-                of_low, of_b = gradients_of_b(grad, low, b, frozen, (True, b_needs))
-            of_lows.append(torch.zeros_like(low) if of_low is None else of_low)
-            grads_b.append(of_b)
-        grad_lows = torch.cat(of_lows, 1)
+        flat, inverse, xa, weight, *adapters = ctx.saved_tensors
+        all_a, all_b, (needs_x, _, _, _, *needed) = adapters[::2], adapters[1::2], ctx.needs_input_grad
+        of_outputs: list[Any] = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grads_xa: list[Tensor] = []
         grads_a: list[Tensor | None] = [None] * len(all_a)
+        grads_b: list[Tensor | None] = []
+        of_linears = of_outputs, _split(xa, all_a), all_b, ctx.linears, needed[1::2]
+        for grad, own_xa, b, linear, b_needs in zip(*of_linears, strict=True):
+            grad_xa = grad_b = None
+            if b is not None and grad is not None:
+                grad_xa, grad_b = gradients_of_b(grad, own_xa, b, linear, (True, b_needs))
+            grads_xa.append(torch.zeros_like(own_xa) if grad_xa is None else grad_xa)
+            grads_b.append(grad_b)
+        grad_xa = torch.cat(grads_xa, 1)
         if any(needed[::2]):
-            normed = normalize_again(flat, weight, inverse)
-            pairs = zip(all_a, _split(gradient_of_a(grad_lows, normed), all_a, 0), strict=True)
+            normed = rms_norm_again(flat, weight, inverse)
+            pairs = zip(all_a, _split(gradient_of_a(grad_xa, normed), all_a, 0), strict=True)
             grads_a = [None if a is None else grad.to(a.dtype) for a, grad in pairs]
         grad_x = None
-        if ctx.needs_input_grad[0]:
-            there = [grad is not None for grad in flat_grads]
-            of_outputs, linears = (list(itertools.compress(each, there)) for each in (flat_grads, ctx.linears))
-            grad_normed = project_back(of_outputs, linears, grad_lows, [a for a in all_a if a is not None])
-            grad_x = normalize_backward(grad_normed, flat, weight, inverse).view(ctx.shape)
-        of_adapters = [grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair]
-        return grad_x, None, None, None, *of_adapters
+        if needs_x:
+            there = [grad is not None for grad in of_outputs]
+            with_grad, linears = (list(itertools.compress(each, there)) for each in (of_outputs, ctx.linears))
+            grad_normed = gradient_of_input(with_grad, linears, grad_xa, [a for a in all_a if a is not None])
+            grad_x = rms_norm_backward(grad_normed, flat, weight, inverse).view(ctx.shape)
+        return grad_x, None, None, None, *itertools.chain(*zip(grads_a, grads_b, strict=True))
 
 
 def _split(stacked: Tensor, all_a: Any, dim: int = 1) -> tuple[Tensor, ...]:
-    """Give each linear its part, of no width where it has no adapter."""
+    """Return the part of each linear, of no width if it has no adapter."""
     return torch.split(stacked, [0 if a is None else len(a) for a in all_a], dim)
 
 
@@ -128,7 +124,7 @@ class KeptForSwiGLU(torch.autograd.Function):
 class SwiGLUProjection(torch.autograd.Function):
     """Compute ``residual + h Wᵀ + bias + scaling (h Aᵀ) Bᵀ`` of ``h = silu(gate) · up``: the last of a decoder layer.
 
-    It saves nothing through autograd; ``h Aᵀ``, narrow, is kept by hand, all else by :class:`KeptForSwiGLU`.
+    It saves nothing through autograd; ``h Aᵀ``, a few columns, is kept by hand, all else by :class:`KeptForSwiGLU`.
     """
 
     @staticmethod
@@ -138,7 +134,7 @@ class SwiGLUProjection(torch.autograd.Function):
         up: Tensor,
         lora_a: Tensor | None,
         lora_b: Tensor | None,
-        down: Frozen,
+        down: FrozenLinear,
         residual: Tensor,
         needed: tuple[bool, bool],
     ) -> Tensor:
@@ -147,9 +143,9 @@ class SwiGLUProjection(torch.autograd.Function):
         ``needed``: which of these take a gradient. What KeptForSwiGLU hands on always does if an adapter trains.
         """
         hidden = swiglu(gate, up)
-        low = None if lora_a is None else narrow(hidden, [lora_a], down.casts)
-        ctx.kept, ctx.low, ctx.down, ctx.needed = gate.grad_fn, low, down, needed
-        return project(hidden, low, lora_b, down, residual).view(residual.shape)
+        xa = None if lora_a is None else lora_down(hidden, [lora_a], [down])
+        ctx.kept, ctx.xa, ctx.down, ctx.needed = gate.grad_fn, xa, down, needed
+        return project(hidden, xa, lora_b, down, residual).view(residual.shape)
 
     @staticmethod
     @once_differentiable
@@ -157,17 +153,17 @@ class SwiGLUProjection(torch.autograd.Function):
         gate, up, lora_a, lora_b = ctx.kept.saved_tensors
         needs_hidden, (_, _, needs_a, needs_b, _, needs_residual, _) = any(ctx.needed), ctx.needs_input_grad
         of_output = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        hidden = grad_low = grad_gate = grad_up = grad_a = grad_b = None
+        hidden = grad_xa = grad_gate = grad_up = grad_a = grad_b = None
         if lora_b is not None:
             needed = needs_hidden or needs_a, needs_b
-            grad_low, grad_b = gradients_of_b(of_output, ctx.low, lora_b, ctx.down, needed)
+            grad_xa, grad_b = gradients_of_b(of_output, ctx.xa, lora_b, ctx.down, needed)
         if needs_hidden:
-            grad_hidden = project_back([of_output], [ctx.down], grad_low, [] if lora_a is None else [lora_a])
+            grad_hidden = gradient_of_input([of_output], [ctx.down], grad_xa, [] if lora_a is None else [lora_a])
             hidden, grad_gate, grad_up = swiglu_backward(gate, up, grad_hidden, needs_a, *ctx.needed)
         elif needs_a:
             hidden = swiglu(gate, up)
-        if needs_a and hidden is not None and grad_low is not None:
-            grad_a = gradient_of_a(grad_low, hidden).to(lora_a.dtype)
+        if needs_a and hidden is not None and grad_xa is not None:
+            grad_a = gradient_of_a(grad_xa, hidden).to(lora_a.dtype)
         return grad_gate, grad_up, grad_a, grad_b, None, grad if needs_residual else None, None
 
 
@@ -179,7 +175,7 @@ class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy tra
         if args or not self._fuses(hidden_states, kwargs):
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
         attention, mlp = self.self_attn, self.mlp
-        casts: Casts | None = kwargs.get("casts")
+        casts = kwargs.get("casts")
         linears: tuple[nn.Module, ...] = (attention.q_proj, attention.k_proj, attention.v_proj)
         projected = _apply_norm_and_linears(hidden_states, self.input_layernorm, linears, casts)
         by_heads = (*hidden_states.shape[:2], -1, attention.head_dim)
@@ -187,13 +183,13 @@ class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy tra
         query, key = Rotary.apply(query, key, *kwargs["position_embeddings"])
         samples: dict[str, Any] = {name: kwargs.get(name) for name in _OF_SAMPLES}
         mixed, _ = flat_attention(attention, query, key, value, None, scaling=attention.scaling, **samples)
-        out = frozen_part(attention.o_proj, mixed.dtype, casts)
+        out = frozen_linear(attention.o_proj, mixed.dtype, casts)
         hidden_states = LoRALinearFunction.apply(mixed.flatten(-2), *adapters_of(attention.o_proj), out, hidden_states)
         linears = (mlp.gate_proj, mlp.up_proj)
         projected = _apply_norm_and_linears(hidden_states, self.post_attention_layernorm, linears, casts)
         gate, up = (each.flatten(0, 1) for each in projected)
         needed = gate.requires_grad, up.requires_grad
-        adapters, down = adapters_of(mlp.down_proj), frozen_part(mlp.down_proj, gate.dtype, casts)
+        adapters, down = adapters_of(mlp.down_proj), frozen_linear(mlp.down_proj, gate.dtype, casts)
         gate, up = KeptForSwiGLU.apply(gate, up, *adapters)
         output = SwiGLUProjection.apply(gate, up, *adapters, down, hidden_states, needed)
         return cast(Tensor, output)
@@ -208,27 +204,43 @@ class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy tra
         )
 
 
-_OF_SAMPLES = ("samples", "kv_cache", "cu_seqlens")  # what attention is told of them
+_OF_SAMPLES = ("samples", "kv_cache", "cu_seqlens")  # what describes them to attention
 
 
 def _apply_norm_and_linears(
-    x: Tensor, norm: Any, linears: tuple[nn.Module, ...], casts: Casts | None
+    x: Tensor, norm: Any, linears: tuple[nn.Module, ...], casts: Mapping[Tensor, Tensor] | None
 ) -> tuple[Tensor, ...]:
-    frozen = tuple(frozen_part(linear, x.dtype, casts) for linear in linears)
+    frozen = tuple(frozen_linear(linear, x.dtype, casts) for linear in linears)
     adapters = [matrix for linear in linears for matrix in adapters_of(linear)]
     outputs: tuple[Tensor, ...] = NormedLinears.apply(x, norm.weight, norm.variance_epsilon, frozen, *adapters)
     return outputs
 
 
-def cast_adapters(model: nn.Module, dtype: torch.dtype) -> Casts:
-    """Cast the adapters of all layers that run fused at once, as these ask for them."""
-    groups: list[list[Tensor]] = []
+def cast_adapters(model: nn.Module) -> dict[Tensor, Tensor]:
+    """Cast the adapters of all layers that run fused in one operation: on a GPU each cast of its own is a launch.
+
+    They train in float32, and a layer has fourteen of them.
+
+    Returns:
+        For each A those of the linears that share its input, stacked, and each B; the model takes it as ``casts``.
+    """
+    casts: dict[Tensor, Tensor] = {}
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
     for layer in model.modules():
-        if isinstance(layer, FusedDecoderLayer) and runs_fused(layer):
-            attention, mlp = layer.self_attn, layer.mlp
-            apart = [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]]
-            for linears in (*apart, [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]):
-                pairs = [adapters_of(linear) for linear in linears]
-                groups.append([a for a, _ in pairs if a is not None])
-                groups += ([b] for _, b in pairs if b is not None)
-    return Casts([group for group in groups if group], dtype)
+        if not (isinstance(layer, FusedDecoderLayer) and runs_fused(layer)):
+            continue
+        attention, mlp = layer.self_attn, layer.mlp
+        of_attention = [attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]
+        for linears in (*of_attention, [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]):
+            pairs = [(a, b) for a, b in map(adapters_of, linears) if a is not None and b is not None]
+            for group in ([a for a, _ in pairs], *([b] for _, b in pairs)):
+                rows = [len(each) for each in group]
+                if rows:
+                    stacked = group[0].new_empty(sum(rows), group[0].shape[1], dtype=layer.__dict__["_dtype"])
+                    targets += torch.split(stacked, rows)
+                    sources += (each.detach() for each in group)
+                    casts.update(dict.fromkeys(group, stacked))
+    if targets:
+        torch._foreach_copy_(targets, sources)
+    return casts

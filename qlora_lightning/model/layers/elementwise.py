@@ -70,8 +70,8 @@ def _region(alike: int) -> Callable[[Callable[_Arguments, _Result]], Callable[_A
 
 
 @_region(alike=2)
-def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Give the norm's output and ``1 / sqrt(mean(x²) + eps)`` of each row, ``(rows, 1)``, at least in float32.
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Compute the norm's output and ``1 / sqrt(mean(x²) + eps)`` of each row, ``(rows, 1)``, at least in float32.
 
     torch's way rounds before the weight, as transformers does, the loops once.
     """
@@ -82,14 +82,14 @@ def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 @_region(alike=2)
-def normalize_again(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """Give the first of what :func:`normalize` gave, bit for bit, from the second."""
+def rms_norm_again(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """Compute the first of what :func:`rms_norm` returned, bit for bit, from the second."""
     return _weigh(_precise(x).mul_(inverse), weight, x.dtype)
 
 
 @_region(alike=3)
-def normalize_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """Give the gradient of x from g, that of ``w · x̂`` where ``x̂ = x · inverse``: ``inverse (w g - x̂ mean(w g x̂))``.
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """Compute the gradient of x from g, that of ``w · x̂`` where ``x̂ = x · inverse``: ``inverse (w g - x̂ mean(w g x̂))``.
 
     What is given as g may be written over.
     """
@@ -121,7 +121,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def swiglu_backward(
     gate: Tensor, up: Tensor, grad: Tensor, needs_hidden: bool, needs_gate: bool, needs_up: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Make h again, and the gradients of gate and up from that of h, which is written over: at least what is needed."""
+    """Compute h again, and the gradients of gate and up from that of h, which is written over: what is needed."""
     active = F.silu(gate)
     hidden = active * up if needs_hidden else None
     of_up = active.mul_(grad) if needs_up else None
@@ -133,52 +133,52 @@ def swiglu_backward(
 
 
 class Rotary(torch.autograd.Function):
-    """Turn each pair ``(x[i], x[i + half])`` by its position's angle (Su et al. 2021, RoFormer).
+    """Rotate each pair ``(x[i], x[i + half])`` by its position's angle (Su et al. 2021, RoFormer).
 
     As transformers' ``apply_rotary_pos_emb`` lays pairs out. The angles get no gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn both, ``(1, heads, tokens, head_dim)``, by ``cos`` and ``sin`` ``(1, tokens, head_dim)``."""
+        """Rotate both, ``(1, heads, tokens, head_dim)``, by ``cos`` and ``sin`` ``(1, tokens, head_dim)``."""
         ctx.save_for_backward(cos, sin)
-        return _turn_both(query, key, cos, sin, back=False)
+        return _rotate_both(query, key, cos, sin, backward=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_query: Tensor, of_key: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return *_turn_both(of_query, of_key, *ctx.saved_tensors, back=True), None, None
+        return *_rotate_both(of_query, of_key, *ctx.saved_tensors, backward=True), None, None
 
 
-def _turn_both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> tuple[Tensor, Tensor]:
-    """Turn, or give the gradient of that: the other way, each number by the angle where forward had put it."""
+def _rotate_both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> tuple[Tensor, Tensor]:
+    """Rotate, or backward, the other way: each number by the angle where forward had put it."""
     by_token = [each.transpose(1, 2) for each in (query, key)]
     if len(query) == len(cos) == 1 and loops.can_run(*by_token, cos, sin):
-        turned = [loops.rotate(each[0], cos[0], sin[0], back=back)[None].transpose(1, 2) for each in by_token]
-        return turned[0], turned[1]
-    return run_region(_turn, query, key, cos, sin, back)
+        rotated = [loops.rotate(each[0], cos[0], sin[0], backward=backward)[None].transpose(1, 2) for each in by_token]
+        return rotated[0], rotated[1]
+    return run_region(_rotate, query, key, cos, sin, backward)
 
 
-def _turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
     cos, sin, half = cos[:, None], sin[:, None], query.shape[-1] // 2
     first, second = sin[..., :half], sin[..., half:]
-    if back:
+    if backward:
         first, second = second, first
 
-    def turn(states: Tensor) -> Tensor:
-        turned = states * cos
-        turned[..., :half].addcmul_(states[..., half:], first, value=1 if back else -1)
-        turned[..., half:].addcmul_(states[..., :half], second, value=-1 if back else 1)
-        return turned
+    def rotate(states: Tensor) -> Tensor:
+        rotated = states * cos
+        rotated[..., :half].addcmul_(states[..., half:], first, value=1 if backward else -1)
+        rotated[..., half:].addcmul_(states[..., :half], second, value=-1 if backward else 1)
+        return rotated
 
-    return turn(query), turn(key)
+    return rotate(query), rotate(key)
 
 
 def rope_limit(config: Any) -> int | None:
     """Return how long rows may be before the angles of all rows of a batch depend on its longest one.
 
     The types ``dynamic`` (NTK) and ``longrope`` scale all angles by the longest row that is beyond the length of the
-    base's pre-training. All other types turn a row as if it were alone: ``None``.
+    base's pre-training. All other types rotate a row as if it were alone: ``None``.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     kind = str(rope.get("rope_type"))

@@ -5,7 +5,6 @@ libraries made them, nobody watches them, and they compute what the fused functi
 """
 # mypy: allow-untyped-calls
 
-from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes as bnb
@@ -173,48 +172,38 @@ def explain_plain_layers(model: Any, *, autocasts: bool, precision: str) -> str 
     Returns:
         A sentence; ``None`` if all layers run fused.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     mixed = precision.endswith("-mixed")
     plain = layers if autocasts or mixed else [layer for layer in layers if not runs_fused(layer)]
     if not plain:
         return None
-    reasons = [*_reasons_of_adapters(model), *_reasons_of_base(plain[0], model.config)]
-    if mixed:
-        reasons.append(f"trainer.precision is {precision} (32-true computes products in model.compute_dtype anyway)")
-    if not reasons:
-        reasons.append(
-            "their parts have hooks or were put together elsewhere (plain LoRA on frozen linears of transformers' "
-            "LLaMA, as QLoRAModule.build_model makes it, would run fused)"
-        )
-    count = f"All {len(layers)}" if len(plain) == len(layers) else f"{len(plain)} of {len(layers)}"
-    return f"{count} layers train by the slower layers of PEFT and transformers: {'; '.join(reasons)}."
-
-
-def _reasons_of_adapters(model: nn.Module) -> Iterator[str]:
     adapted: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    dropouts = [getattr(dropout, "p", 0.0) for each in adapted for dropout in each.lora_dropout.values()]
-    if any(dropouts):
-        yield f"the adapters drop inputs with probability {max(dropouts):g} (model.dropout: 0 would run fused)"
+    dropouts = [getattr(dropout, "p", 0) for each in adapted for dropout in each.lora_dropout.values()]
     variants = {type(variant).__name__ for each in adapted for variant in each.lora_variant.values()}
-    if variants:
-        names = ", ".join(sorted(variants))
-        yield f"the adapters are PEFT's {names} (plain LoRA, without use_dora and the like, would run fused)"
-    if any(any(each.lora_bias.values()) for each in adapted):
-        yield "the adapters train biases (lora_bias: false would run fused)"
-    if any(isinstance(each.get_base_layer(), bnb.nn.Linear8bitLt) for each in adapted):
-        yield "the base is stored in int8 (model.quantization: nf4 would run fused)"
     beside = [name for name in trainable_tensors(model) if ".lora_" not in name]
-    if beside:
-        yield (
-            f"{len(beside)} tensors train beside the adapters, as {beside[0]} (without modules_to_save and "
-            "trainable_token_indices in model.lora_options the layers would run fused)"
-        )
-
-
-def _reasons_of_base(layer: Any, config: Any) -> Iterator[str]:
-    dropout = getattr(config, "attention_dropout", 0.0)
-    if dropout:
-        yield f"the base's config.json has attention_dropout {dropout:g} (0 there would run fused)"
-    activation = getattr(getattr(layer, "mlp", None), "act_fn", None)
-    if activation is not None and type(activation) not in _ACTIVATIONS:
-        yield f"the base's hidden_act is {getattr(config, 'hidden_act', '?')} (only silu is fused: leave it so)"
+    attention_dropout = getattr(model.config, "attention_dropout", 0)
+    activation = getattr(getattr(plain[0], "mlp", None), "act_fn", None)
+    reasons = {
+        "the adapters drop inputs (model.dropout: 0 would run fused)": any(dropouts),
+        f"the adapters are PEFT's {', '.join(sorted(variants))} (without use_dora and the like in model.lora_options "
+        "they would run fused)": variants,
+        "the adapters train biases (lora_bias: false would run fused)": any(
+            any(each.lora_bias.values()) for each in adapted
+        ),
+        "the base is stored in int8 (model.quantization: nf4 would run fused)": any(
+            isinstance(each.get_base_layer(), bnb.nn.Linear8bitLt) for each in adapted
+        ),
+        f"{', '.join(beside[:1])} trains beside the adapters (without modules_to_save and trainable_token_indices in "
+        "model.lora_options the layers would run fused)": beside,
+        f"the base's config.json has attention_dropout {attention_dropout:g} (0 would run fused)": attention_dropout,
+        f"the base's hidden_act is {getattr(model.config, 'hidden_act', '?')} (only silu is fused: leave it so)": (
+            activation is not None and type(activation) not in _ACTIVATIONS
+        ),
+        f"trainer.precision is {precision} (32-true computes products in model.compute_dtype anyway)": mixed,
+    }
+    found = [reason for reason, holds in reasons.items() if holds] or [
+        "their parts have hooks or were put together elsewhere (plain LoRA on frozen linears of transformers' LLaMA, "
+        "as QLoRAModule.build_model makes it, would run fused)"
+    ]
+    count = f"All {len(layers)}" if len(plain) == len(layers) else f"{len(plain)} of {len(layers)}"
+    return f"{count} layers train by the slower layers of PEFT and transformers: {'; '.join(found)}."

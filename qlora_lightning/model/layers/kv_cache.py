@@ -88,7 +88,7 @@ class KeyValueCache:
 def _attend_by_products(
     queries: Tensor, keys: Tensor, values: Tensor, *, attn_mask: Tensor, scale: float | None
 ) -> Tensor:
-    """Attend as torch's SDPA; for single tokens of many rows its kernels for a CPU are slower than plain products."""
+    """Attend as torch's SDPA, whose bfloat16 kernels for a CPU round otherwise beside rows of other lengths."""
     factor = queries.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.matmul(queries, keys.transpose(-2, -1)).mul_(factor).add_(attn_mask)
     return torch.matmul(torch.softmax(scores, -1), values)

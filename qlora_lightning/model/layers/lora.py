@@ -2,7 +2,7 @@
 # mypy: allow-untyped-calls
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
@@ -23,29 +23,28 @@ TILE_BYTES = 8 << 20  # dense: what a product has just made is still in the CPU'
 # ---- the frozen weight ----------------------------------------------------------------------------------------------
 
 
-def multiply_by_weight(weight: Any, left: Tensor, *, turned: bool = False, onto: Tensor | None = None) -> Tensor:
-    """Compute ``(onto +) left Wᵀ``, or turned ``(onto +) left W``, of a weight W ``(out, in)`` that does not train.
+def multiply_by_weight(weight: Any, left: Tensor, *, backward: bool = False, onto: Tensor | None = None) -> Tensor:
+    """Compute ``(onto +) left Wᵀ``, or backward ``(onto +) left W``, of a frozen weight W ``(out, in)``.
 
-    On a CPU the dense form of one in 4 bits is never there as a whole if it is larger than :data:`TILE_BYTES`: of
-    Llama-3.1-8B's widest linears it has 117 MB. The products are the same to the last bit, as each of their numbers
-    comes from one tile.
+    On a CPU a weight in 4 bits that is larger than :data:`TILE_BYTES` is made dense in tiles: of Llama-3.1-8B's widest
+    linears the whole has 117 MB. The products are the same to the last bit, as each number comes from one tile.
 
     Args:
         weight: ``Params4bit``, or dense.
-        left: ``(tokens, in)``, turned ``(tokens, out)``.
-        turned: Whether to multiply by W rather than by its transpose, as the gradient of the input takes.
+        left: ``(tokens, in)``, backward ``(tokens, out)``.
+        backward: Whether to multiply by W, as the gradient of the input takes, rather than by its transpose.
         onto: As the result, in its dtype; the sum takes its place.
     """
-    if left.is_cuda and not turned and len(left) <= _FEW_ROWS and _is_quantized(weight):
+    if not isinstance(weight, bnb.nn.Params4bit):
+        return _multiply(left, weight.to(left.dtype), backward, onto)
+    if left.is_cuda and not backward and len(left) <= _FEW_ROWS:
         product: Tensor = bnb.matmul_4bit(left, weight.data, weight.quant_state)
         return product if onto is None else onto.add_(product)
     if not _has_tiles(weight, left.dtype):
-        dense = dequantize_4bit(weight.data, weight.quant_state) if _is_quantized(weight) else weight
-        right = dense.to(left.dtype) if turned else dense.to(left.dtype).t()
-        return left @ right if onto is None else onto.addmm_(left, right)
-    output = left.new_empty(len(left), weight.quant_state.shape[int(turned)]) if onto is None else onto
-    for columns, tile in _tiles(weight, int(turned), left.dtype):
-        right, part = tile if turned else tile.t(), output[:, columns]
+        return _multiply(left, dequantize_4bit(weight.data, weight.quant_state).to(left.dtype), backward, onto)
+    output = left.new_empty(len(left), weight.quant_state.shape[int(backward)]) if onto is None else onto
+    for columns, tile in _tiles(weight, int(backward), left.dtype):
+        right, part = tile if backward else tile.t(), output[:, columns]
         if onto is None:
             torch.mm(left, right, out=part)
         else:
@@ -53,13 +52,12 @@ def multiply_by_weight(weight: Any, left: Tensor, *, turned: bool = False, onto:
     return output
 
 
-def _is_quantized(weight: Any) -> bool:
-    return isinstance(weight, bnb.nn.Params4bit)
+def _multiply(left: Tensor, weight: Tensor, backward: bool, onto: Tensor | None) -> Tensor:
+    right = weight if backward else weight.t()
+    return left @ right if onto is None else onto.addmm_(left, right)
 
 
 def _has_tiles(weight: Any, dtype: torch.dtype) -> bool:
-    if not _is_quantized(weight):
-        return False
     state = weight.quant_state
     is_large = state.shape.numel() * dtype.itemsize > TILE_BYTES  # first: to ask a Params4bit for more takes longer
     has_whole_blocks = is_large and state.shape[1] % state.blocksize == 0
@@ -67,7 +65,7 @@ def _has_tiles(weight: Any, dtype: torch.dtype) -> bool:
 
 
 def _tiles(weight: Any, dim: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Give the weight dense in strips of rows (``dim`` 0) or columns (1), and where each is."""
+    """Yield the weight dense in strips of rows (``dim`` 0) or columns (1), and where each is."""
     state = weight.quant_state
     # double quantization keeps the blocks' scales in 8 bits
     scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
@@ -93,141 +91,119 @@ def _tiles(weight: Any, dim: int, dtype: torch.dtype) -> Iterator[tuple[slice, T
 # ---- the adapter ----------------------------------------------------------------------------------------------------
 
 
-class Casts:
-    """A's and B's in the dtype of the products: all of them cast at once before a pass, others when asked for.
-
-    They train in float32. On a GPU each cast is a launch, and a layer has fourteen of them.
-    """
-
-    def __init__(self, groups: Iterable[Sequence[Tensor]] = (), dtype: torch.dtype = torch.float32) -> None:
-        """Cast groups of tensors that are asked for together, to be stacked, in one operation."""
-        self._made: dict[tuple[Any, ...], Tensor] = {}
-        targets: list[Tensor] = []
-        sources: list[Tensor] = []
-        for group in groups:
-            stacked = group[0].new_empty(sum(map(len, group)), group[0].shape[1], dtype=dtype)
-            targets += torch.split(stacked, [len(each) for each in group])
-            sources += (each.detach() for each in group)
-            self._made[dtype, *map(_place_of, group)] = stacked
-        if targets:
-            torch._foreach_copy_(targets, sources)
-
-    def __call__(self, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
-        """Give some tensors, stacked, in a dtype."""
-        made = self._made.get((dtype, *map(_place_of, tensors))) if self._made else None
-        return stack(tensors).to(dtype) if made is None else made
-
-
-def _place_of(tensor: Tensor) -> tuple[int, int]:
-    """Return where a tensor's numbers are; what autograd saves is another object with the same."""
-    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
-
-
-def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Put matrices of one width under each other."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
-
-
-_WHEN_ASKED = Casts()
-
-
-class Frozen(NamedTuple):
-    """What of a linear does not train.
+class FrozenLinear(NamedTuple):
+    """What of a linear does not train, and its adapter in the dtype of the products if it was cast before.
 
     Attributes:
         weight: ``(out, in)``, ``Params4bit`` or dense.
         bias: ``(out,)``, or none.
         scaling: Factor on the adapter's part.
-        casts: Of A and B, which train.
+        cast_a: A, together with those of the linears that share its input.
+        cast_b: B.
     """
 
     weight: Any
     bias: Tensor | None
     scaling: float
-    casts: Casts = _WHEN_ASKED
+    cast_a: Tensor | None = None
+    cast_b: Tensor | None = None
 
 
-def narrow(x: Tensor, all_a: Sequence[Tensor], casts: Casts = _WHEN_ASKED) -> Tensor:
-    """Give ``x Aᵀ``, ``(tokens, sum of ranks)``, of ``(tokens, in)`` and A, ``(rank, in)`` each."""
-    return x @ casts(x.dtype, *all_a).t()
+def lora_down(x: Tensor, all_a: Sequence[Tensor], linears: Sequence[FrozenLinear]) -> Tensor:
+    """Compute ``x Aᵀ``, ``(tokens, sum of ranks)``, of ``(tokens, in)`` and A, ``(rank, in)`` each."""
+    return x @ _stack(all_a, linears, x.dtype).t()
+
+
+def _stack(all_a: Sequence[Tensor], linears: Sequence[FrozenLinear], dtype: torch.dtype) -> Tensor:
+    for linear in linears:
+        if linear.cast_a is not None:
+            return linear.cast_a
+    stacked = all_a[0] if len(all_a) == 1 else torch.cat(list(all_a))
+    return stacked.to(dtype)
 
 
 def project(
-    x: Tensor, low: Tensor | None, lora_b: Tensor | None, frozen: Frozen, residual: Tensor | None = None
+    x: Tensor, xa: Tensor | None, lora_b: Tensor | None, linear: FrozenLinear, residual: Tensor | None = None
 ) -> Tensor:
-    """Compute ``(residual +) x Wᵀ + bias + scaling · low Bᵀ``; all in x's dtype.
+    """Compute ``(residual +) x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ``; all in x's dtype.
 
     Args:
         x: ``(tokens, in)``.
-        low: ``x Aᵀ``, ``(tokens, rank)``.
+        xa: ``x Aᵀ``, ``(tokens, rank)``.
         lora_b: ``(out, rank)``; ``None`` without an adapter.
-        frozen: Of the linear.
+        linear: Its frozen part.
         residual: ``(…, out)``, as many rows; left as it is.
     """
-    b = None if lora_b is None else frozen.casts(x.dtype, lora_b)
-    low = None if b is None else low
+    b = None if lora_b is None else _cast_b(lora_b, linear, x.dtype)
+    xa = None if b is None else xa
     residual = None if residual is None else residual.reshape(len(x), -1)
     fits = residual is None or (residual.dtype == x.dtype and residual.is_contiguous())
-    if fits and _sums_up_once([x], [frozen], low, turned=False):
-        return products.multiply([x], [frozen.weight], False, low, b, frozen.scaling, frozen.bias, residual)
+    if fits and _sums_up_once([x], [linear], xa, backward=False):
+        return products.multiply([x], [linear.weight], False, xa, b, linear.scaling, linear.bias, residual)
     output = None
-    if low is not None and b is not None:
-        # First the thin product, which so has no numbers to read but its own.
-        output = _scaled_product(low, b.t(), frozen.scaling)
-    output = multiply_by_weight(frozen.weight, x, onto=output)
-    if frozen.bias is not None:
-        output.add_(frozen.bias)
+    if xa is not None and b is not None:
+        # First the adapter's product: beta is 0, so that no sum has to be read.
+        output = _scaled_product(xa, b.t(), linear.scaling)
+    output = multiply_by_weight(linear.weight, x, onto=output)
+    if linear.bias is not None:
+        output.add_(linear.bias)
     # Last the residual: its numbers are larger, and each sum with them is rounded as they are.
     return output if residual is None else output.add_(residual)
 
 
-def project_back(
-    grads: Sequence[Tensor], frozen: Sequence[Frozen], grad_low: Tensor | None, all_a: Sequence[Tensor]
+def _cast_b(lora_b: Tensor, linear: FrozenLinear, dtype: torch.dtype) -> Tensor:
+    return lora_b.to(dtype) if linear.cast_b is None else linear.cast_b
+
+
+def gradient_of_input(
+    grads: Sequence[Tensor], linears: Sequence[FrozenLinear], grad_xa: Tensor | None, all_a: Sequence[Tensor]
 ) -> Tensor:
-    """Give the gradient of the input that linears share, ``(tokens, in)``: ``Σ g W + g' A``.
+    """Compute the gradient of the input that linears share, ``(tokens, in)``: ``Σ g W + g' A``.
 
     Args:
         grads: Of the outputs, ``(tokens, out)`` each; at least one.
-        frozen: Of the linears.
-        grad_low: Of the products with A, ``(tokens, sum of ranks)``.
+        linears: Their frozen parts.
+        grad_xa: Of the products with A, ``(tokens, sum of ranks)``.
         all_a: Of the adapters, ``(rank, in)`` each.
     """
-    a = frozen[0].casts(grads[0].dtype, *all_a) if all_a else None
-    if _sums_up_once(grads, frozen, grad_low, turned=True):
-        return products.multiply(grads, [each.weight for each in frozen], True, grad_low, a)
-    grad_x = None if grad_low is None or a is None else grad_low @ a
-    for grad, each in zip(grads, frozen, strict=True):
-        grad_x = multiply_by_weight(each.weight, grad, turned=True, onto=grad_x)
+    a = _stack(all_a, linears, grads[0].dtype) if all_a else None
+    if _sums_up_once(grads, linears, grad_xa, backward=True):
+        return products.multiply(grads, [each.weight for each in linears], True, grad_xa, a)
+    grad_x = None if grad_xa is None or a is None else grad_xa @ a
+    for grad, each in zip(grads, linears, strict=True):
+        grad_x = multiply_by_weight(each.weight, grad, backward=True, onto=grad_x)
     assert grad_x is not None, "grads has at least one"
     return grad_x
 
 
-def _sums_up_once(lefts: Sequence[Tensor], frozen: Sequence[Frozen], low: Tensor | None, *, turned: bool) -> bool:
-    """Whether the C++ loops have a product that is summed up in float32 as a whole."""
-    has_pairs = low is None or (low.shape[1] % 2 == 0 and low.stride(1) == 1)
+def _sums_up_once(
+    lefts: Sequence[Tensor], linears: Sequence[FrozenLinear], xa: Tensor | None, *, backward: bool
+) -> bool:
+    """Whether the C++ has this product, which is summed up in float32 as a whole."""
+    has_pairs = xa is None or (xa.shape[1] % 2 == 0 and xa.stride(1) == 1)
     return has_pairs and all(
-        products.can_multiply(each.weight, left, turned=turned) for each, left in zip(frozen, lefts, strict=True)
+        products.can_multiply(each.weight, left, backward=backward) for each, left in zip(linears, lefts, strict=True)
     )
 
 
-def gradient_of_a(grad_low: Tensor, x: Tensor) -> Tensor:
-    """Give the gradient of A, ``(rank, in)``, from that of ``x Aᵀ``; in x's dtype or in float32."""
-    return _master_gradient(grad_low.t(), x)
+def gradient_of_a(grad_xa: Tensor, x: Tensor) -> Tensor:
+    """Compute the gradient of A, ``(rank, in)``, from that of ``x Aᵀ``; in x's dtype or in float32."""
+    return _master_gradient(grad_xa.t(), x)
 
 
 def gradients_of_b(
-    grad: Tensor, low: Tensor, lora_b: Tensor, frozen: Frozen, needed: tuple[bool, bool]
+    grad: Tensor, xa: Tensor, lora_b: Tensor, linear: FrozenLinear, needed: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Give the gradients of ``low = x Aᵀ``, ``(tokens, rank)``, and of B, ``(out, rank)``: those that are needed."""
-    of_low = of_b = None
+    """Compute the gradients of ``x Aᵀ``, ``(tokens, rank)``, and of B, ``(out, rank)``: those that are needed."""
+    grad_xa = grad_b = None
     if needed[0]:
-        of_low = _scaled_product(grad, frozen.casts(grad.dtype, lora_b), frozen.scaling)
+        grad_xa = _scaled_product(grad, _cast_b(lora_b, linear, grad.dtype), linear.scaling)
     if needed[1] and sums_in_float32(grad):
-        of_b = _master_gradient(grad.t(), low, frozen.scaling)
+        grad_b = _master_gradient(grad.t(), xa, linear.scaling)
     elif needed[1]:
-        # As low' grad, and then turned: with the wide side last the product is quicker.
-        of_b = _master_gradient(low.t(), grad, frozen.scaling).t().to(lora_b.dtype)
-    return of_low, of_b
+        # As (x Aᵀ)ᵀ grad, and then transposed: with the wide side last the product is quicker.
+        grad_b = _master_gradient(xa.t(), grad, linear.scaling).t().to(lora_b.dtype)
+    return grad_xa, grad_b
 
 
 def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -235,7 +211,7 @@ def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 def _master_gradient(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
-    """Give ``scaling · a b``; on a GPU in float32, in which it is summed up there."""
+    """Compute ``scaling · a b``; on a GPU in float32, in which it is summed up there."""
     if sums_in_float32(a):
         nothing = a.new_empty((), dtype=torch.float32)
         return torch.addmm(nothing, a, b, beta=0, alpha=scaling, out_dtype=torch.float32)
@@ -259,29 +235,29 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, frozen: Frozen, residual: Tensor | None
+        ctx: Any, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, linear: FrozenLinear, residual: Tensor | None
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        low = None if lora_a is None else narrow(flat, [lora_a], frozen.casts)  # (tokens, rank)
-        output = project(flat, low, lora_b, frozen, residual)
-        ctx.save_for_backward(None if lora_a is None else flat, low, lora_a, lora_b)
-        ctx.frozen, ctx.shape = frozen, x.shape
+        xa = None if lora_a is None else lora_down(flat, [lora_a], [linear])  # (tokens, rank)
+        output = project(flat, xa, lora_b, linear, residual)
+        ctx.save_for_backward(None if lora_a is None else flat, xa, lora_a, lora_b)
+        ctx.linear, ctx.shape = linear, x.shape
         return output.view(*x.shape[:-1], output.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        flat, low, lora_a, lora_b = ctx.saved_tensors
+        flat, xa, lora_a, lora_b = ctx.saved_tensors
         needs_x, needs_a, needs_b, _, needs_residual = ctx.needs_input_grad
         of_output = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        grad_low = grad_x = grad_a = grad_b = None
+        grad_xa = grad_x = grad_a = grad_b = None
         if lora_a is not None:
-            grad_low, grad_b = gradients_of_b(of_output, low, lora_b, ctx.frozen, (needs_x or needs_a, needs_b))
-        if needs_a and grad_low is not None:
-            grad_a = gradient_of_a(grad_low, flat).to(lora_a.dtype)
+            grad_xa, grad_b = gradients_of_b(of_output, xa, lora_b, ctx.linear, (needs_x or needs_a, needs_b))
+        if needs_a and grad_xa is not None:
+            grad_a = gradient_of_a(grad_xa, flat).to(lora_a.dtype)
         if needs_x:
             all_a = [] if lora_a is None else [lora_a]
-            grad_x = project_back([of_output], [ctx.frozen], grad_low, all_a).view(ctx.shape)
+            grad_x = gradient_of_input([of_output], [ctx.linear], grad_xa, all_a).view(ctx.shape)
         return grad_x, grad_a, grad_b, None, grad if needs_residual else None
 
 
@@ -295,8 +271,7 @@ class _Fused(nn.Module):
         autocasts = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocasts else compute_dtype_of(self) or x.dtype
         with torch.autocast(device, enabled=False):
-            frozen = frozen_part(self, dtype)
-            output = LoRALinearFunction.apply(x.to(dtype), *adapters_of(self), frozen, None)
+            output = LoRALinearFunction.apply(x.to(dtype), *adapters_of(self), frozen_linear(self, dtype), None)
         return output if autocasts else output.to(x.dtype)
 
 
@@ -325,26 +300,27 @@ def device_of_autocast(tensor: Tensor) -> str:
 
 
 def compute_dtype_of(layer: nn.Module) -> torch.dtype | None:
-    """Give the dtype of a linear's products; ``None`` if it is that of the input."""
+    """Return the dtype of a linear's products; ``None`` if it is that of the input."""
     base = _base_of(layer)
     dtype: torch.dtype | None = base.compute_dtype if isinstance(base, bnb.nn.Linear4bit) else base.weight.dtype
     return dtype
 
 
-def adapters_of(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Give A ``(rank, in)`` and B ``(out, rank)`` of a plain linear, if it has an adapter that is not disabled."""
+def adapters_of(layer: nn.Module) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Return A ``(rank, in)`` and B ``(out, rank)`` of a plain linear, if it has an adapter that is not disabled."""
     if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.active_adapters[0] not in layer.lora_A:
         return None, None
     (adapter,) = layer.active_adapters
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
-def frozen_part(layer: nn.Module, dtype: torch.dtype, casts: Casts | None = None) -> Frozen:
-    """Give what of a plain linear does not train; the bias in ``dtype``."""
+def frozen_linear(layer: nn.Module, dtype: torch.dtype, casts: Mapping[Tensor, Tensor] | None = None) -> FrozenLinear:
+    """Return what of a plain linear does not train, the bias in ``dtype``, and what ``casts`` has of its adapter."""
     base = _base_of(layer)
     bias = None if base.bias is None else base.bias.to(dtype)
     scaling = layer.scaling.get(layer.active_adapters[0], 1.0) if isinstance(layer, LoraLayer) else 1.0
-    return Frozen(base.weight, bias, scaling, casts or _WHEN_ASKED)
+    cast_a, cast_b = (None if each is None or casts is None else casts.get(each) for each in adapters_of(layer))
+    return FrozenLinear(base.weight, bias, scaling, cast_a, cast_b)
 
 
 def _base_of(layer: nn.Module) -> Any:

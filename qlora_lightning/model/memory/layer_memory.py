@@ -40,13 +40,8 @@ def measure_layers(
 ) -> list[tuple[int, int]]:
     """Measure every decoder layer of a hollow model; layers that are alike are run once.
 
-    Args:
-        model: Base and adapters without numbers.
-        batch: The micro-batch.
-        device: ``cpu`` or ``cuda``.
-        dtype: Of the products.
-        autocasts: Whether PEFT's own layers train, which are autocast to that dtype.
-        every_n_layers: Every n-th layer is checkpointed, from the first, as transformers does; 0: none.
+    Arguments are as those of :class:`~qlora_lightning.model.memory.plan.StepSettings`; layers are checkpointed from the
+    first, as transformers does.
 
     Returns:
         Of each layer the bytes that forward leaves for backward, and the most that forward or backward have beside,
@@ -117,11 +112,7 @@ def _measure(run: Callable[[Tensor], Any], states: Tensor, checkpointed: bool, l
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count the bytes of tensors that operations make, and that still exist.
-
-    Args:
-        tiles: Whether a weight in 4 bits is made dense in tiles, as fused layers do on a CPU.
-    """
+    """Count the bytes of tensors that operations make and that still exist; ``tiles``: dense weights come in tiles."""
 
     def __init__(self, tiles: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -134,13 +125,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if storage._cdata not in seen:
                 seen.add(storage._cdata)
                 dense = self.tiles and func.namespace == "bitsandbytes"
-                self._add(min(storage.nbytes(), TILE_BYTES) if dense else storage.nbytes(), storage)
+                size = min(storage.nbytes(), TILE_BYTES) if dense else storage.nbytes()
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._remove, size)
         return result
-
-    def _add(self, size: int, storage: torch.UntypedStorage) -> None:
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, size)
 
     def _remove(self, size: int) -> None:
         self.now -= size

@@ -1,4 +1,4 @@
-"""The memory of a training step, planned from a hollow model."""
+"""The memory of a training step, planned from a hollow model: base, optimizer, and what a step makes."""
 
 import math
 from collections import Counter
@@ -12,41 +12,106 @@ import torch
 from torch import nn
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.adapters.targets import layer_of
 from qlora_lightning.model.batch import BatchShape
 from qlora_lightning.model.layers.lora import TILE_BYTES
 from qlora_lightning.model.loss import rows_of_logits, rows_of_probabilities
-from qlora_lightning.model.memory.base_shape import BaseShape, name_storage, read_base
 from qlora_lightning.model.memory.layer_memory import measure_layers
-from qlora_lightning.model.optimizer import build_optimizer, check_optimizer
+from qlora_lightning.model.optimizer import build_optimizer
+
+# ---- the base --------------------------------------------------------------------------------------------------------
+
+STORAGES = ("fp32", "bf16", "int8", "nf4", "nf4, double quantized")
+_BLOCK, _OUTER_BLOCK = 64, 256  # numbers that share a scale, scales that share one in turn (QLoRA, section 3)
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """The frozen part of a model.
+
+    Attributes:
+        weights: ``(out, in)`` of the linears in decoder layers: what is quantized.
+        others: Numbers of embedding, norms, biases and head; a weight shared by embedding and head counts once.
+    """
+
+    weights: tuple[tuple[int, int], ...]
+    others: int
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers these are."""
+        return self.others + sum(rows * columns for rows, columns in self.weights)
+
+    def count_bytes(self, storage: str, other_bytes: int = 2) -> int:
+        """Count the bytes, without the few hundred of code tables.
+
+        Args:
+            storage: One of :data:`STORAGES`.
+            other_bytes: Of a number that is not quantized; in fp32 all are of 4.
+        """
+        if storage in ("fp32", "bf16"):
+            return self.parameters * (4 if storage == "fp32" else other_bytes)
+        total = self.others * other_bytes
+        for rows, columns in self.weights:
+            scales = math.ceil(rows * columns / _BLOCK)
+            if storage == "int8":
+                total += rows * columns + 4 * rows
+            elif storage == "nf4":
+                total += math.ceil(rows * columns / 2) + 4 * scales
+            else:
+                total += math.ceil(rows * columns / 2) + scales + 4 * math.ceil(scales / _OUTER_BLOCK)
+        return total
+
+
+def read_base(model: nn.Module) -> BaseShape:
+    """Describe what of a causal language model, with or without adapters, is frozen; it may be hollow."""
+    frozen = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and layer_of(name) is not None
+        and ".lora_" not in name
+        and not module.weight.requires_grad
+    ]
+    weights = {id(linear.weight) for linear in frozen}
+    others = sum(p.numel() for p in model.parameters() if not p.requires_grad and id(p) not in weights)
+    return BaseShape(tuple((linear.out_features, linear.in_features) for linear in frozen), others)
+
+
+def name_storage(quantization: str, double_quant: bool, number_bytes: int) -> str:
+    """Return the storage of a config's base; ``number_bytes`` are those of the compute dtype.
+
+    fp4 takes as much as nf4, fp16 as much as bf16; a base that is not quantized is held in the compute dtype.
+    """
+    if quantization in ("nf4", "fp4"):
+        return "nf4, double quantized" if double_quant else "nf4"
+    if quantization == "int8":
+        return "int8"
+    return "fp32" if number_bytes > 2 else "bf16"
+
+
+# ---- the optimizer ---------------------------------------------------------------------------------------------------
 
 _TWO_AVERAGES, _STEP = 8, 4  # bytes: of each number in float32; a float32 count of steps for each tensor
 # bitsandbytes' Adams in 8 bits: two averages of a byte, in blocks with a float32 scale; small tensors stay in 32 bits
-_EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
-_BLOCK, _FEWEST = 256, 4096
+_EIGHT_BIT = [f"bitsandbytes.optim.{name}8bit" for name in ("Adam", "AdamW", "PagedAdam", "PagedAdamW")]
+_STATE_BLOCK, _FEWEST = 256, 4096
 
 
 def count_optimizer_bytes(shapes: Mapping[tuple[int, ...], int], choice: str | dict[str, Any] | None) -> int:
-    """Count the bytes of the state after the first step.
+    """Count the bytes of the state after the first step of so many tensors of each shape.
 
     torch's AdamW and bitsandbytes' Adams in 8 bits by formula; any other takes a step on a tensor of each shape.
-
-    Args:
-        shapes: How many tensors of which shape train.
-        choice: As ``model.optimizer`` takes it.
-
-    Raises:
-        UserError: The optimizer cannot be built.
     """
-    kind, _ = check_optimizer(choice, learning_rate=1e-4, weight_decay=0.0)
-    return sum(count * _count(shape, choice, kind) for shape, count in shapes.items())
+    return sum(count * _count(shape, choice) for shape, count in shapes.items())
 
 
-def _count(shape: tuple[int, ...], choice: str | dict[str, Any] | None, kind: type[torch.optim.Optimizer]) -> int:
+def _count(shape: tuple[int, ...], choice: str | dict[str, Any] | None) -> int:
     numbers = math.prod(shape)
     if choice is None:
         return _TWO_AVERAGES * numbers + _STEP
-    if kind.__module__.startswith("bitsandbytes.") and kind.__name__ in _EIGHT_BIT and isinstance(choice, str):
-        return 2 * (numbers + 4 * math.ceil(numbers / _BLOCK)) if numbers >= _FEWEST else _TWO_AVERAGES * numbers
+    if choice in _EIGHT_BIT:
+        return 2 * (numbers + 4 * math.ceil(numbers / _STATE_BLOCK)) if numbers >= _FEWEST else _TWO_AVERAGES * numbers
     parameter = nn.Parameter(torch.zeros(shape))
     optimizer = build_optimizer([{"params": [parameter]}], choice, learning_rate=1e-4, weight_decay=0.0, fused=False)
     parameter.grad = torch.zeros_like(parameter)
@@ -54,6 +119,8 @@ def _count(shape: tuple[int, ...], choice: str | dict[str, Any] | None, kind: ty
     state = optimizer.state[parameter].items()  # with code tables of bitsandbytes, which all tensors share
     return sum(value.nbytes for name, value in state if torch.is_tensor(value) and not name.startswith("qmap"))
 
+
+# ---- a step ----------------------------------------------------------------------------------------------------------
 
 _MASTER = 4  # bytes: adapters and their gradients are float32
 _FLOAT, _INDEX = 4, 8  # bytes of a float32, of a position
@@ -123,27 +190,17 @@ def count_trained(model: nn.Module) -> int:
 
 
 def plan_memory(model: peft.PeftModel, batch: BatchShape, settings: StepSettings) -> MemoryPlan:
-    """Predict the memory of training steps on a micro-batch.
+    """Predict the memory of training a hollow model on its largest micro-batch.
 
     The peak is that of a step after the first, when the optimizer has its state: either in the head's loss or in a
     layer.
-
-    Args:
-        model: Base and adapters without numbers.
-        batch: The largest micro-batch.
-        settings: Of the config.
     """
     causal_lm: Any = model.get_base_model()
     base, width, vocabulary = read_base(causal_lm), causal_lm.config.hidden_size, len(causal_lm.lm_head.weight)
     trained, shapes = count_trained(model), Counter(tuple(each.shape) for each in trainable_tensors(model).values())
     device, e = settings.device, settings.dtype.itemsize
     layers = measure_layers(
-        model,
-        batch,
-        device,
-        settings.dtype,
-        autocasts=settings.autocasts,
-        every_n_layers=settings.every_n_layers,
+        model, batch, device, settings.dtype, autocasts=settings.autocasts, every_n_layers=settings.every_n_layers
     )
     saved, workspace = sum(saved for saved, _ in layers), max(workspace for _, workspace in layers)
 
@@ -182,13 +239,12 @@ def _unread(causal_lm: Any, settings: StepSettings) -> int:
 
 
 def _kernels(base: BaseShape, settings: StepSettings, layers: int) -> int:
-    e = settings.dtype.itemsize
     if settings.device != "cpu":
         return 0
-    if e != _FLOAT:
+    if settings.dtype.itemsize != _FLOAT:
         return _FIRST_STEP + _NEW_LENGTH * (min(settings.batch_lengths, MOST_LENGTHS) - 1)
     # For each checkpointed layer one dense weight fits nowhere: what stays of the layer until backward, small as it is,
     # is where such a weight has been. Measured on SmolLM2: 110 MB after 4 steps, 140 after 40, where this gives 106.
     checkpointed = math.ceil(layers / settings.every_n_layers) if settings.every_n_layers else 0
-    largest = max(rows * columns for rows, columns in base.weights) * e
+    largest = max(rows * columns for rows, columns in base.weights) * _FLOAT
     return _FIRST_STEP_FLOAT32 + checkpointed * min(largest, TILE_BYTES)

@@ -1,6 +1,7 @@
 """A base's weights, one tensor at a time."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 
 import bitsandbytes as bnb
@@ -15,11 +16,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class OriginalWeights:
-    """Weights as they are stored, by name.
-
-    Args:
-        base: Where they are.
-    """
+    """Weights as they are stored, by name."""
 
     def __init__(self, base: BaseFolder) -> None:
         self.files = TensorFiles(base.folder, base.name)
@@ -88,34 +85,27 @@ def _dequantize_int8(rows: Tensor, scales: Tensor) -> Tensor:
     return rows.float() * (scales.float().unsqueeze(1) / 127)
 
 
-# What PEFT puts between the name of a module and its own weights.
-_WRAPPED = (".base_layer", ".original_module", ".token_adapter")
-
-
 def name_in_base(name: str) -> str:
-    """Return the name that a tensor of the base has without PEFT's wrappers."""
-    for part in _WRAPPED:
-        name = name.replace(part, "")
-    return name
+    """Return the name that a tensor of the base has without what PEFT puts between a module and its weights."""
+    return re.sub(r"\.(base_layer|original_module|token_adapter)", "", name)
 
 
 @contextlib.contextmanager
 def filled(module: nn.Module, prefix: str, weights: Weights, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Hold a part's weights in memory for a while.
+    """Hold the weights of a hollow module in memory for a while.
 
     Args:
-        module: The part, whose tensors without values are filled.
+        module: Its tensors without values are filled.
         prefix: Its name in the base.
-        weights: Gives the tensors by their names in the base.
+        weights: Of the base.
         dtype: Of what is filled in; ``None`` leaves it as it comes.
     """
     empty: list[tuple[nn.Module, str, nn.Parameter]] = []
-    for path, owner in module.named_modules():
+    for path, owner in module.named_modules(prefix=prefix):
         for name, parameter in owner.named_parameters(recurse=False):
             if parameter.is_meta:
                 empty.append((owner, name, parameter))
-                full = ".".join(part for part in (prefix, path, name) if part)
-                value = weights(name_in_base(full))
+                value = weights(name_in_base(f"{path}.{name}"))
                 owner.register_parameter(name, nn.Parameter(value.to(dtype or value.dtype), requires_grad=False))
     try:
         yield

@@ -1,7 +1,7 @@
 """Runs a model layer by layer, to compare two that do not fit into memory together."""
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,59 +12,41 @@ from qlora_lightning.model.layout import IGNORED, whole_samples
 from qlora_lightning.model.weights.base import Weights, filled
 
 _HEAD_ROWS = 16_384  # of the head's weight that are turned into fp32 at a time
-
-
-class LastStates:
-    """The states from which a model's logits at the labelled tokens are made, and its head.
-
-    Args:
-        hidden: ``(labelled tokens, width)``, fp32, after the final norm.
-        head: The head, filled.
-    """
-
-    def __init__(self, hidden: Tensor, head: nn.Module) -> None:
-        self.hidden, self.head = hidden, head
-
-    def logits(self, part: slice) -> Tensor:
-        """Return the logits ``(tokens, vocabulary)`` of some of the labelled tokens, fp32."""
-        hidden = self.hidden[part]
-        if _dtype_of(self.head) is not None or self.head.bias is not None:
-            logits: Tensor = self.head(hidden)
-            return logits
-        rows: Any = self.head.weight.split(_HEAD_ROWS)
-        return torch.cat([hidden @ some.float().t() for some in rows], dim=-1)
+_TOKENS = 64  # whose logits exist at a time: 64 x 128,256 x 4 bytes are 33 MB
 
 
 @torch.no_grad()
 def run_layerwise(
-    model: Any,
-    weights: Weights,
-    batches: Sequence[Mapping[str, Any]],
-    evaluate: Callable[[LastStates], Any],
-    advance: Callable[[], object] = lambda: None,
-) -> Any:
-    """Run flat batches through a LLaMA in fp32, and evaluate its last states at the labelled tokens.
+    model: Any, weights: Weights, batches: Sequence[Mapping[str, Any]], advance: Callable[[], object] = lambda: None
+) -> Iterator[Tensor]:
+    """Run flat batches through a LLaMA in fp32, a layer in memory at a time.
 
     Args:
         model: The causal language model, hollow or with a real adapter.
         weights: What it is filled with.
         batches: As the data module makes them.
-        evaluate: What it returns is returned.
         advance: Called after every layer.
+
+    Yields:
+        The logits ``(tokens, vocabulary)`` of the next labelled tokens, in the order of :func:`labels_of`.
     """
-    inner = model.model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     with filled(embedding, "model.embed_tokens", weights, _dtype_of(embedding)):
-        hidden = [embedding(batch["input_ids"]).float() for batch in batches]
-    for number, layer in enumerate(inner.layers):
+        states = [embedding(batch["input_ids"]).float() for batch in batches]
+    for number, layer in enumerate(model.model.layers):
         with filled(layer, f"model.layers.{number}", weights, torch.float32):
-            for place, batch in enumerate(batches):
-                hidden[place] = _run(layer, inner.rotary_emb, hidden[place], batch)
+            for index, batch in enumerate(batches):  # in place: two lists of states would be large
+                states[index] = _run(layer, model.model.rotary_emb, states[index], batch)
         advance()
-    with filled(inner.norm, "model.norm", weights, torch.float32):
-        labelled = torch.cat([inner.norm(_labelled(*pair)) for pair in zip(hidden, batches, strict=True)])
+    with filled(model.model.norm, "model.norm", weights, torch.float32):
+        # (labelled tokens, width)
+        labelled = torch.cat([model.model.norm(s[0, _predicting(b)]) for s, b in zip(states, batches, strict=True)])
     with filled(head, "lm_head", weights, _dtype_of(head)):
-        return evaluate(LastStates(labelled, head))
+        for some in torch.split(labelled, _TOKENS):
+            if _dtype_of(head) is not None or head.bias is not None:
+                yield head(some)
+            else:
+                yield torch.cat([some @ rows.float().t() for rows in torch.split(head.weight, _HEAD_ROWS)], dim=-1)
 
 
 def _run(layer: nn.Module, rotary: nn.Module, hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
@@ -80,15 +62,14 @@ def _run(layer: nn.Module, rotary: nn.Module, hidden: Tensor, batch: Mapping[str
     return output
 
 
-def _labelled(hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    positions = (batch["labels"][0, 1:] != IGNORED).nonzero()[:, 0]
-    return hidden[0, positions]  # (labelled tokens, width)
-
-
 def labels_of(batches: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Return the labels of batches, ``(labelled tokens,)``, in the order of :class:`LastStates`."""
-    parts = [batch["labels"][0, 1:] for batch in batches]
-    return torch.cat([part[part != IGNORED] for part in parts])
+    """Return the labels of batches, ``(labelled tokens,)``."""
+    return torch.cat([batch["labels"][0, 1:][_predicting(batch)] for batch in batches])
+
+
+def _predicting(batch: Mapping[str, Any]) -> Tensor:
+    labelled: Tensor = batch["labels"][0, 1:] != IGNORED
+    return labelled.nonzero()[:, 0]
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype | None:
@@ -96,10 +77,7 @@ def _dtype_of(module: nn.Module) -> torch.dtype | None:
     return None if type(module) in (nn.Linear, nn.Embedding) else torch.float32
 
 
-_TOKENS = 64  # whose logits exist at a time: 64 x 128,256 x 4 bytes are 33 MB
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Comparison:
     """A model against a reference, at the labelled tokens.
 
@@ -124,38 +102,31 @@ class Reference:
     """The logits that others are compared with; they are kept.
 
     Args:
-        states: The reference model.
+        logits: Of the reference model, as :func:`run_layerwise` yields them.
         labels: ``(labelled tokens,)``.
     """
 
-    def __init__(self, states: LastStates, labels: Tensor) -> None:
-        self.labels = labels
-        self.logits = torch.cat([states.logits(part) for part in _parts(len(labels))])
-        rows = torch.arange(len(labels))
-        self.loss = float(-self.logits.log_softmax(-1)[rows, labels].double().mean())
+    def __init__(self, logits: Iterable[Tensor], labels: Tensor) -> None:
+        self.labels, self.logits = labels, torch.cat(list(logits))
+        self.loss = float(-self.logits.log_softmax(-1)[torch.arange(len(labels)), labels].double().mean())
 
-    def compare(self, states: LastStates) -> Comparison:
+    def compare(self, logits: Iterable[Tensor]) -> Comparison:
         """Compare another model's logits at the same tokens."""
-        divergences, nll, same = [], [], []
-        total, largest = 0.0, 0.0
-        for part in _parts(len(self.labels)):
-            own, other = self.logits[part], states.logits(part)
-            log_p, log_q = own.log_softmax(-1), other.log_softmax(-1)
-            divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
-            nll.append(-log_q.gather(1, self.labels[part].unsqueeze(1))[:, 0])
-            same.append(own.argmax(-1) == other.argmax(-1))
-            apart = (own - other).abs()
-            total, largest = total + float(apart.double().mean(-1).sum()), max(largest, float(apart.max()))
-        kl = torch.cat(divergences).double().clamp_min(0)  # rounding may put it below
+        parts = torch.split(self.logits, _TOKENS), logits, torch.split(self.labels, _TOKENS)
+        rows = []  # of each token: KL, negative log-likelihood, same first token, mean and largest difference
+        for own, other, labels in zip(*parts, strict=True):
+            log_p, log_q, apart = own.log_softmax(-1), other.log_softmax(-1), (own - other).abs()
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+            nll = -log_q.gather(1, labels.unsqueeze(1))[:, 0]
+            same = own.argmax(-1) == other.argmax(-1)
+            rows.append(torch.stack([each.double() for each in (kl, nll, same, apart.mean(-1), apart.amax(-1))]))
+        kl, nll, same, mean, largest = torch.cat(rows, dim=1)
+        kl = kl.clamp_min(0)  # rounding may put it below
         return Comparison(
-            loss=float(torch.cat(nll).double().mean()),
+            loss=float(nll.mean()),
             kl=float(kl.mean()),
             largest_kl=float(kl.max()),
-            top1=float(torch.cat(same).double().mean()),
-            mean_difference=total / len(self.labels),
-            largest_difference=largest,
+            top1=float(same.mean()),
+            mean_difference=float(mean.mean()),
+            largest_difference=float(largest.max()),
         )
-
-
-def _parts(count: int) -> list[slice]:
-    return [slice(start, start + _TOKENS) for start in range(0, count, _TOKENS)]

@@ -1,6 +1,5 @@
 """Adapters merged into weights, and how large their updates are."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from qlora_lightning.base.adapter_folder import read_adapter_config
 from qlora_lightning.model.adapters.lora import ADAPTER, OURS, check_lora_options
-from qlora_lightning.model.build import hollow_base, put_adapters
+from qlora_lightning.model.build import meta_base, put_adapters
 from qlora_lightning.model.weights.base import EMBEDDING, HEAD, Weights, filled, name_in_base
 from qlora_lightning.support.errors import UserError
 
@@ -23,7 +22,7 @@ from qlora_lightning.support.errors import UserError
 _INDIFFERENT = {"task_type", "peft_type", "inference_mode", "auto_mapping", "peft_version", "init_lora_weights"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class MergePlan:
     """A hollow base with a real adapter on it.
 
@@ -47,7 +46,7 @@ def plan_merge(base_folder: Path, adapter: Path) -> MergePlan:
     Raises:
         UserError: The adapter does not fit the base, or is of a kind whose merge is not verified.
     """
-    base = hollow_base(base_folder)
+    base = meta_base(base_folder)
     shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
     _check_options(adapter, base)
     model = put_adapters(base, adapter).requires_grad_(False).eval()
@@ -55,13 +54,9 @@ def plan_merge(base_folder: Path, adapter: Path) -> MergePlan:
 
 
 class MergedWeights:
-    """Weights with an adapter worked in. Called with a name, it gives the tensor.
+    """Weights of the base with an adapter worked in, by name.
 
     PEFT's own layers merge, on weights in fp32; a tensor that the adapter leaves alone comes as ``weights`` gives it.
-
-    Args:
-        plan: From :func:`plan_merge`.
-        weights: Of the base.
     """
 
     def __init__(self, plan: MergePlan, weights: Weights) -> None:
@@ -69,11 +64,7 @@ class MergedWeights:
         self._changed = changed_modules(plan.model.get_base_model())
 
     def __call__(self, name: str) -> Tensor:
-        """Return a tensor of the merged model.
-
-        Raises:
-            UserError: The merged weights are not finite.
-        """
+        """Return a tensor of the merged model; raise UserError if it is not finite."""
         if name == HEAD and name not in self._names:
             name = EMBEDDING  # tied
         owner, _, kind = name.rpartition(".")
@@ -82,12 +73,12 @@ class MergedWeights:
 
 
 def merge_module(module: nn.Module, name: str, kind: str, weights: Weights) -> Tensor:
-    """Return one tensor (``weight`` or ``bias``) of a module that an adapter changes, merged, in fp32.
+    """Return one tensor of a layer of PEFT, merged, in fp32.
 
     Args:
-        module: PEFT's layer.
+        module: The layer.
         name: Its name in the base.
-        kind: Which of its tensors.
+        kind: ``weight`` or ``bias``.
         weights: Of the base.
 
     Raises:
@@ -165,18 +156,17 @@ class Movement:
 
 @torch.no_grad()
 def measure_movement(layer: LoraLayer, name: str, weights: Weights) -> Movement:
-    """Measure one LoRA layer.
+    """Measure a LoRA layer, whose name in the base is ``name``.
 
     ``scaling · B A`` is never made: with ``B = Q_B R_B`` and ``Aᵀ = Q_A R_A`` it has the singular values of
     ``scaling · R_B R_Aᵀ``. Effective rank is the exponential of the entropy of the singular values' shares (Roy and
     Vetterli 2007, The effective rank).
-
-    Args:
-        layer: PEFT's layer.
-        name: Of the module in the base.
-        weights: Of the base.
     """
-    a, b = _factors(layer)
+    if ADAPTER in layer.lora_A:
+        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    else:
+        a, b = layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
+    a, b = a.double(), b.double()  # (rank, in), (out, rank): the shares of small singular values count
     small = torch.linalg.qr(b).R @ torch.linalg.qr(a.t()).R.t()  # (rank, rank)
     values = torch.linalg.svdvals(layer.scaling[ADAPTER] * small)
     before = weights(f"{name}.weight").float()
@@ -187,10 +177,3 @@ def measure_movement(layer: LoraLayer, name: str, weights: Weights) -> Movement:
     entropy = -(shares * shares.clamp_min(torch.finfo(shares.dtype).tiny).log()).sum()
     effective = float(entropy.exp()) if values.sum() > 0 else 0.0
     return Movement(name, len(a), update, float(before.norm()), effective)
-
-
-def _factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A ``(rank, in)`` and B ``(out, rank)`` in float64: the shares of small singular values count."""
-    if ADAPTER in layer.lora_A:
-        return layer.lora_A[ADAPTER].weight.double(), layer.lora_B[ADAPTER].weight.double()
-    return layer.lora_embedding_A[ADAPTER].double(), layer.lora_embedding_B[ADAPTER].double()

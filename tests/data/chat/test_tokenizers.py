@@ -44,7 +44,7 @@ def test_what_is_no_choice_is_refused(choice, words):
 
 
 def test_the_hash_tells_contents_apart_without_loading(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("qlora_lightning.base.tokenizer.load_tokenizer", lambda **choice: pytest.fail("loaded"))
+    monkeypatch.setattr("qlora_lightning.base.folder.load_tokenizer", lambda **choice: pytest.fail("loaded"))
     template, name = tmp_path / "own.jinja", str(folder)
     template.write_text("a")
     hashes = [hash_tokenizer(name, choice) for choice in (None, "chatml", "llama3", str(template))]

@@ -19,36 +19,28 @@ OWN = {
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("stored", "words"),
     [
-        ({"base": "b", "fingerprint": HASHES[1]}, ["b (weights fedcba987654) there", "a (weights 0123456789ab) here"]),
-        ({"config_hash": HASHES[1]}, ["config fedcba987654", "config 0123456789ab", "or by --base"]),
-        ({"quantization": "int8"}, ["model.quantization int8, but here it is nf4. Set model.quantization to int8"]),
-        ({"double_quant": False}, ["model.double_quant false, but here it is true"]),
-        ({"adapter": {"rank": 3}}, ["model.rank 3, but here it is 2"]),
-        ({"adapter": {"target_modules": ["q_proj", "v_proj"]}}, ['model.target_modules ["q_proj", "v_proj"]']),
-        ({"adapter": {"layers": [1]}}, ["model.layers [1]", "[0, 1]"]),
-        ({"adapter": {"lora_options": {"use_dora": True}}}, ["model.lora_options", "use_dora"]),
+        ({}, None),
+        ({"base": "b", "fingerprint": HASHES[0]}, None),  # moved
+        ({"adapter": {"alpha": 8, "dropout": 0.5}}, None),  # reported among the settings
+        ({"config_hash": HASHES[1]}, r"config fedcba987654\) there.*config 0123456789ab\) here.*or by --base"),
+        ({"double_quant": False}, "model.double_quant false, but here it is true"),
+        ({"adapter": {"lora_options": {"use_dora": True}}}, "model.lora_options .*use_dora"),
     ],
 )
-def test_another_base_quantization_or_shape_is_refused_with_both_sides(change, words):
-    with pytest.raises(UserError) as refused:
-        check_identity({**OWN, **change}, OWN, "It")
-    assert all(word in str(refused.value) for word in words)
-    assert HASHES[0] not in str(refused.value)
+def test_another_function_is_refused_with_both_sides_and_what_is_unknown_passes(stored, words):
+    """Another base, rank, targets, layers and quantization: see ``tests/test_wrong_inputs.py``."""
+    if words is None:
+        check_identity(stored, OWN, "It")
+        return
+    with pytest.raises(UserError, match=words):
+        check_identity({**OWN, **stored}, OWN, "It")
 
 
-@pytest.mark.parametrize(
-    ("stored", "own"),
-    [
-        ({}, OWN),
-        ({"base": "b", "fingerprint": HASHES[0]}, OWN),  # moved
-        ({"adapter": {"alpha": 8, "dropout": 0.5}}, OWN),  # reported among the settings
-        ({"quantization": "int8", "double_quant": False}, {"quantization": "int8", "double_quant": True}),
-    ],
-)
-def test_what_is_not_known_or_changes_nothing_passes(stored, own):
-    check_identity(stored, own, "It")
+def test_the_scales_of_4_bits_are_not_compared_of_int8():
+    own = {"quantization": "int8", "double_quant": True}
+    check_identity({**own, "double_quant": False}, own, "It")
 
 
 @pytest.fixture

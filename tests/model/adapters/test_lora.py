@@ -10,8 +10,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from qlora_lightning.model.adapters.folder import save_adapter_folder
 from qlora_lightning.model.adapters.lora import (
     add_adapters,
-    all_names_of_trainable_tensors,
-    check_lora_options,
     copy_tensors,
     trainable_tensors,
 )
@@ -51,7 +49,7 @@ def make(folder, quantization="nf4", dtype=torch.float32, **settings):
         ({"rank": 2, "target_modules": ["q_proj"], "lora_options": {"use_dora": True}}, 2 * (2 * (64 + 64) + 64)),
     ],
 )
-@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_so_many_parameters_train_in_float32_over_a_frozen_bfloat16_base(tiny_base, quantization, settings, count):
     model = make(tiny_base, quantization, torch.bfloat16, **settings)
     tensors = trainable_tensors(model)
@@ -109,39 +107,24 @@ def test_a_is_drawn_from_the_seed_alone_and_the_generator_stays_where_it_was(tin
         ({"alpha": -16.0}, r"model.alpha is -16.0, expected a positive number up to 1,000,000, such as 16\."),
         ({"alpha": float("nan"), "rank": 4}, r"model.alpha is NaN, .* such as 8\."),
         ({"target_modules": ["lm_head"]}, "selects lm_head, but this base ties head and embedding"),
+        *(
+            ({"lora_options": options}, sentence)
+            for options, sentence in (
+                ({"r": 8}, "sets 'r', which has a key of its own: set model.rank"),
+                ({"use_dorra": True}, "'use_dorra': expected one of .*Did you mean 'use_dora'"),
+                ({"loftq_config": {}}, "'loftq_config': expected one of .*use_rslora"),
+                ({"init_lora_weights": "eva"}, "'eva': expected one of True, False, gaussian, orthogonal"),
+                ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj is 0, expected a positive whole number"),
+                ({"modules_to_save": ["embedding"]}, "names 'embedding', but the base has no such module"),
+                ({"modules_to_save": ["q_proj"]}, "names 'q_proj', which is quantized: integers have no gradient"),
+                ({"modules_to_save": ["lm_head"]}, "ties head and embedding.*Add `ensure_weight_tying: true`"),
+            )
+        ),
     ],
 )
-def test_settings_that_cannot_work_are_refused(tiny_base, settings, sentence):
+def test_what_cannot_work_is_refused(tiny_base, settings, sentence):
     with pytest.raises(UserError, match=sentence):
         make(tiny_base, **settings)
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"r": 8}, "sets 'r', which has a key of its own: set model.rank"),
-        ({"exclude_modules": "mlp"}, "set model.target_modules"),
-        ({"use_dorra": True}, "'use_dorra': expected one of .*Did you mean 'use_dora'"),
-        ({"loftq_config": {}}, "'loftq_config': expected one of .*use_rslora"),
-        ({"bias": "all"}, "'bias': expected one of"),
-        (
-            {"init_lora_weights": "pissa_niter_16"},
-            "'pissa_niter_16': expected one of True, False, gaussian, orthogonal",
-        ),
-        ({"init_lora_weights": "eva"}, "'eva': expected one of"),
-        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj is 0, expected a positive whole number"),
-        ({"modules_to_save": ["embedding"]}, "names 'embedding', but the base has no such module"),
-        ({"modules_to_save": ["q_proj"]}, "names 'q_proj', which is quantized: integers have no gradient"),
-        ({"modules_to_save": ["lm_head"]}, "ties head and embedding.*Add `ensure_weight_tying: true`"),
-    ],
-)
-def test_options_that_cannot_work_are_refused(tiny_base, options, sentence):
-    with pytest.raises(UserError, match=sentence):
-        make(tiny_base, lora_options=options)
-
-
-def test_untied_head_and_embedding_may_train_apart(untied_base):
-    check_lora_options({"modules_to_save": ["embed_tokens", "lm_head"]}, load_base(str(untied_base)).model, False)
 
 
 # ---- what trains beside, by PEFT's own layers ------------------------------------------------------------------------
@@ -175,7 +158,6 @@ def train(model):
 TIED = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
 BESIDE = [
     ("tiny_base", "nf4", {"use_dora": True}),
-    ("tiny_base", "none", {"use_dora": True}),
     ("tiny_base", "nf4", {"trainable_token_indices": [5, 6]}),
     ("tiny_base", "nf4", {"modules_to_save": ["norm"]}),
     ("tiny_base", "nf4", TIED),
@@ -193,7 +175,7 @@ def test_what_trains_beside_is_saved_and_loaded_by_plain_peft(request, tmp_path,
         causal_lm = model.get_base_model()
         assert causal_lm.get_input_embeddings().weight is causal_lm.get_output_embeddings().weight
     identity = {"base": str(folder), "quantization": quantization}
-    save_adapter_folder(tmp_path, model, all_names_of_trainable_tensors(model), None, identity)
+    save_adapter_folder(tmp_path, model, None, identity)
     plain = load_base(str(folder), quantization=quantization, compute_dtype=torch.float32).model
     with without_peft_warnings():
         again = dict(peft.PeftModel.from_pretrained(plain, tmp_path).named_parameters())
@@ -206,8 +188,7 @@ def test_only_the_chosen_tokens_train(tiny_base):
     model = train(make(tiny_base, lora_options={"trainable_token_indices": [5, 6]}))
     reference = AutoModelForCausalLM.from_pretrained(tiny_base).get_input_embeddings().weight
     embedded = model.get_base_model().get_input_embeddings()(torch.arange(4, 8))
-    moved = [not torch.equal(one, other) for one, other in zip(embedded, reference[4:8], strict=True)]
-    assert moved == [False, True, True, False]
+    assert (embedded != reference[4:8]).any(dim=1).tolist() == [False, True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -224,20 +205,12 @@ def test_over_a_bfloat16_base_it_trains_and_generates(untied_base, options):
         assert len(generate_answers(model, [[5, 6], [7]], stop_ids=[49], max_new_tokens=2)) == 2
 
 
-def test_tensors_that_do_not_fit_are_refused_and_none_is_copied(tiny_base):
+@pytest.mark.parametrize("change", [dict.popitem, lambda values: values.update(more=torch.ones(1))])
+def test_of_tensors_that_do_not_fit_none_is_copied(tiny_base, change):
     model = make(tiny_base, rank=2)
-    own = trainable_tensors(model)
-    before = {name: tensor.detach().clone() for name, tensor in own.items()}
-    values = {name: torch.full_like(tensor, number) for number, (name, tensor) in enumerate(own.items())}
-    name = next(name for name in values if "layers.1.mlp.down_proj.lora_B" in name)
-    lacking = {key: value for key, value in values.items() if key != name}
-    for wrong, sentence in (
-        (lacking, r"The file does not fit.* 1 tensors are missing in it and 0 are foreign .*down_proj.lora_B"),
-        ({**values, "other": torch.zeros(1)}, r"0 tensors are missing in it and 1 are foreign \(other"),
-        ({**values, name: torch.zeros(64, 5)}, r"down_proj.lora_B.* has shape \(64, 5\) there and \(64, 2\) here"),
-    ):
-        with pytest.raises(UserError, match=sentence):
-            copy_tensors(model, wrong, "The file")
-        assert all(torch.equal(tensor, before[name]) for name, tensor in own.items())
-    copy_tensors(model, values, "The file")
-    assert all(torch.equal(tensor, values[name]) for name, tensor in trainable_tensors(model).items())
+    before = {name: tensor.detach().clone() for name, tensor in trainable_tensors(model).items()}
+    values = {name: torch.ones_like(tensor) for name, tensor in before.items()}
+    change(values)
+    with pytest.raises(UserError, match=r"The file does not fit the adapter"):
+        copy_tensors(model, values, "The file")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainable_tensors(model).items())

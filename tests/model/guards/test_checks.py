@@ -4,7 +4,6 @@ import contextlib
 
 import pytest
 import torch
-from lightning import Callback
 from torch import nn
 
 from qlora_lightning import QLoRAModule
@@ -12,48 +11,20 @@ from qlora_lightning.data.batches.collate import collate
 from qlora_lightning.data.samples import make_sample
 from qlora_lightning.model.base_model import load_base
 from qlora_lightning.model.guards.checks import (
-    check_callbacks,
     check_frozen,
     check_gradients,
     check_token_ids,
     check_trainer,
-    check_training_mode,
     checksum_frozen,
 )
 from qlora_lightning.support.errors import UserError
 
 
-@pytest.mark.parametrize(
-    ("precision", "strategy", "refused"),
-    [
-        ("32-true", "DDPStrategy", None),
-        ("bf16-mixed", "DDPStrategy", None),
-        ("16-mixed", "SingleDeviceStrategy", None),
-        ("16-mixed", "DDPStrategy", "16-mixed with 2 processes"),
-        ("16-true", "SingleDeviceStrategy", "trainer.precision is 16-true"),
-        ("bf16-true", "SingleDeviceStrategy", "trainer.precision is bf16-true"),
-        ("64-true", "SingleDeviceStrategy", "trainer.precision is 64-true"),
-        ("32-true", "FSDPStrategy", "trainer.strategy is FSDPStrategy.*quantized as nf4.*ddp"),
-        ("32-true", "DeepSpeedStrategy", "trainer.strategy is DeepSpeedStrategy"),
-        ("32-true", "ModelParallelStrategy", "trainer.strategy is ModelParallelStrategy"),
-    ],
-)
-def test_settings_of_the_trainer_that_cast_masters_or_shard_the_base_are_refused(precision, strategy, refused):
-    with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
-        check_trainer(precision, strategy, "nf4", processes=2 if strategy == "DDPStrategy" else 1)
-
-
-def test_a_missing_callback_and_evaluation_mode_are_refused():
-    class Needed(Callback):
-        """Stands for ExactResume."""
-
-    check_callbacks([Callback(), Needed()], Needed)
-    with pytest.raises(RuntimeError, match=r"Needed is missing.*super\(\).configure_callbacks"):
-        check_callbacks([Callback()], Needed)
-    model = nn.Linear(1, 1)
-    check_training_mode(model)
-    with pytest.raises(RuntimeError, match="evaluation mode"):
-        check_training_mode(model.eval())
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_precisions_that_train_pass_but_16_mixed_in_several_processes(precision):
+    check_trainer(precision, "SingleDeviceStrategy", "nf4")
+    with pytest.raises(UserError, match="2 processes") if precision == "16-mixed" else contextlib.nullcontext():
+        check_trainer(precision, "DDPStrategy", "nf4", processes=2)
 
 
 # ---- token ids -------------------------------------------------------------------------------------------------------
@@ -63,17 +34,16 @@ def batch_of(*rows):
     return collate([make_sample(ids, [-100, *ids[1:]], number) for number, ids in enumerate(rows)])
 
 
-@pytest.mark.parametrize("bad", [10, 11, -1])
-def test_an_id_outside_the_vocabulary_is_refused_with_its_row(bad):
+def test_an_id_outside_the_vocabulary_is_refused_with_its_row():
     check_token_ids(batch_of([0, 1], [9, 5]), 10, None)
-    with pytest.raises(UserError, match=f"A token of .*1.* has the id {bad}, and .* only for ids below 10: "):
-        check_token_ids(batch_of([0, 1, 2], [3, 4, bad], [5, 6]), 10, None)
+    for bad in (10, -1):
+        with pytest.raises(UserError, match=f"A token of .*1.* has the id {bad}, and .* only for ids below 10: "):
+            check_token_ids(batch_of([0, 1, 2], [3, 4, bad], [5, 6]), 10, None)
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_a_stop_token_that_the_base_lacks_stops_the_run(tiny_base, fast):
+def test_a_stop_token_that_the_base_lacks_stops_the_run(tiny_base):
     """It is only at the end of the row, where no embedding is looked up."""
-    module = QLoRAModule(base=str(tiny_base), fast=fast)
+    module = QLoRAModule(base=str(tiny_base))
     module.configure_model()
     vocabulary = module.causal_lm.config.vocab_size
     module.compute_loss(batch_of([5, 6, vocabulary - 1]))
@@ -102,7 +72,7 @@ ALIVE = adapter(a_gradient=1.0, b=0.1, b_gradient=1.0, name="v_proj")
 EMBEDDING = {"modules_to_save.default.weight": parameter(1.0, 0.0)}  # all its rows may be absent
 
 
-@pytest.mark.parametrize(("alive", "all_asked"), [(WAITS | ALIVE, False), (ALIVE, True), (EMBEDDING, True)])
+@pytest.mark.parametrize(("alive", "all_asked"), [(WAITS | ALIVE, False), (ALIVE | EMBEDDING, True)])
 def test_living_adapters_pass_and_are_asked_again_until_every_b_has_moved(alive, all_asked):
     assert check_gradients(alive) is all_asked
 
@@ -112,7 +82,6 @@ def test_living_adapters_pass_and_are_asked_again_until_every_b_has_moved(alive,
     [
         (adapter(a_gradient=0.0, b=0.0, b_gradient=0.0), "1 of 2 .*lora_B"),
         (adapter(a_gradient=0.0, b=0.1, b_gradient=1.0), "1 of 2 .*lora_A"),
-        (adapter(a_gradient=0.0, b=0.0, b_gradient=None), "1 of 2 .*lora_B"),
         (adapter(a_gradient=None, b=0.0, b_gradient=1.0), "1 of 2 .*lora_A"),
         (adapter(a_gradient=0.0, b=0.1, b_gradient=0.0, name="k_proj") | WAITS | ALIVE, "2 of 6 .*k_proj.*k_proj"),
         ({"modules_to_save.default.weight": parameter(1.0, None)}, "1 of 1 .*modules_to_save"),
@@ -126,35 +95,21 @@ def test_adapters_without_gradient_are_named(dead, name):
 # ---- the base --------------------------------------------------------------------------------------------------------
 
 
-def frozen(**tensors):
-    made = nn.Module()
-    for name, tensor in tensors.items():
-        made.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-    made.trains = nn.Parameter(torch.ones(3))
-    made.register_buffer("buffer", torch.ones(3))
-    return made
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
-def test_one_changed_element_is_found(dtype):
-    made = frozen(a=torch.arange(13).to(dtype), b=torch.ones(2))
-    before = checksum_frozen(made)
-    assert before.keys() == {"a", "b"}
-    check_frozen(before, checksum_frozen(made))
-    made.a[12] += 1
-    with pytest.raises(RuntimeError, match="1 of 2 frozen tensors changed during training, as a:"):
-        check_frozen(before, checksum_frozen(made))
-
-
-def test_of_a_large_tensor_evenly_spaced_runs_are_read():
-    made = frozen(a=torch.zeros(16, 1 << 17, dtype=torch.uint8))  # 2 MiB: each run is the beginning of a row
-    before = checksum_frozen(made)
-    made.a[10, (1 << 14) + 1] = 1
-    assert checksum_frozen(made) == before
-    for row in (0, 10, 15):
-        made.a.zero_()
-        made.a[row, (1 << 14) - 1] = 1
-        assert checksum_frozen(made) != before
+def test_one_changed_element_is_found_and_of_a_large_tensor_those_of_evenly_spaced_runs():
+    model = nn.Module()
+    for name, tensor in {"a": torch.arange(13.0), "large": torch.zeros(16, 1 << 17, dtype=torch.uint8)}.items():
+        model.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    model.trains = nn.Parameter(torch.ones(3))
+    before = checksum_frozen(model)
+    assert before.keys() == {"a", "large"}
+    model.trains.data += 1
+    model.large[10, (1 << 14) + 1] = 1  # 2 MiB: each run is the beginning of a row
+    check_frozen(before, checksum_frozen(model))
+    for tensor, place in ((model.a, 12), (model.large, (0, 0)), (model.large, (15, (1 << 14) - 1))):
+        tensor[place] += 1
+        with pytest.raises(RuntimeError, match=r"1 of 2 frozen tensors changed during training, as (a|large):"):
+            check_frozen(before, checksum_frozen(model))
+        tensor[place] -= 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A run that would train on for nothing is stopped, in real fits."""
 
+import copy
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ from lightning import Callback
 from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, InstructionDataModule, LossSums, QLoRAModule
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.support.errors import UserError
+from tests.equality import same
 
 
 class Spoilt(QLoRAModule):
@@ -64,8 +66,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_its_row_is_written_down(fit
         fit(Spoilt, row=4)
     step = fit.trainer.global_step
     file = tmp_path / "run" / f"nonfinite-step-{step}.json"
-    facts = [f"The loss of step {step} is NaN", "first module: none", f"rows: {rows_file}:5.", f"text: {file}."]
-    assert [fact for fact in [*facts, "model.on_nonfinite: skip"] if fact not in str(stop.value)] == []
+    for fact in (f"loss of step {step}, at learning rate 0.01, is NaN", f"rows: {rows_file}:5.", f"text: {file}."):
+        assert fact in str(stop.value)
     rank = json.loads(file.read_text())["ranks"][0]
     assert [row["row_id"] for row in rank["rows"]] == [4]
     assert "Count to 5." in rank["rows"][0]["text"]
@@ -76,16 +78,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_its_row_is_written_down(fit
 NORM = "base_model.model.model.layers.1.input_layernorm"
 
 
-class SpoilWeight(Callback):
-    """Puts an infinity into a norm of the base before a step: every row's forward breaks there."""
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == 1:
-            pl_module.get_parameter(f"model.{NORM}.weight").data[0] = math.inf
-
-
 class SpoilOutput(Callback):
-    """Lets a norm of the base give an infinity, its weight being sound."""
+    """Lets a norm of the base give an infinity."""
 
     def on_train_start(self, trainer, pl_module):
         pl_module.get_submodule(f"model.{NORM}").register_forward_hook(lambda *_: _[2] * math.inf)
@@ -94,16 +88,13 @@ class SpoilOutput(Callback):
 @pytest.mark.parametrize(
     ("cls", "callbacks", "settings", "words"),
     [
-        (QLoRAModule, [SpoilWeight()], {}, rf"loss of step 1 .*frozen weight {NORM}.weight, .*file of"),
-        (QLoRAModule, [SpoilOutput()], {}, rf"loss of step 0 .*first module: {NORM}; .*rows: \S*rows.jsonl:\d"),
-        (QLoRAModule, [SpoilOutput(), GradientCheckpointing()], {}, rf"loss of step 0 .*first module: {NORM}; "),
-        (Spoilt, [], {"gradient_step": 2}, r"gradient of step 2 .*first module: none.* 28 tensors, as .*layers\.1\."),
+        (QLoRAModule, [SpoilOutput()], {}, rf"loss of step 0.*First module: {NORM}; rows: \S*rows.jsonl:\d"),
+        (QLoRAModule, [SpoilOutput(), GradientCheckpointing()], {}, rf"loss of step 0.*First module: {NORM}; "),
+        (Spoilt, [], {"gradient_step": 2}, r"gradient of step 2.*First module: none, all outputs are finite; rows: "),
     ],
-    ids=["base weight", "module", "checkpointed module", "gradient"],
+    ids=["module", "checkpointed module", "gradient"],
 )
-def test_the_base_weight_or_the_first_module_that_gave_it_is_named_or_the_gradients(
-    fit, cls, callbacks, settings, words
-):
+def test_the_first_module_that_gave_it_is_named(fit, cls, callbacks, settings, words):
     with pytest.raises(UserError, match=words):
         fit(cls, *callbacks, **settings)
 
@@ -114,57 +105,45 @@ def test_the_run_stops_also_if_nothing_can_be_written(fit, tmp_path):
         fit(Spoilt, steps=[1])
 
 
-class Before(Callback):
-    """Copies adapters, optimizer state and learning rate around the step at hand."""
+class Copies(Callback):
+    """Copies adapters and optimizer after each step."""
 
-    def __init__(self, step):
-        self.step, self.copies = step, []
-
-    def look(self, trainer, pl_module):
-        optimizer = trainer.optimizers[0]
-        adapters = {name: tensor.detach().clone() for name, tensor in trainable_tensors(pl_module).items()}
-        states = [state["exp_avg"].clone() for state in optimizer.state.values()]
-        counts = [float(state["step"]) for state in optimizer.state.values()]
-        self.copies.append((adapters, states, counts, optimizer.param_groups[0]["lr"]))
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step and batch_idx % 2 == 0:
-            self.look(trainer, pl_module)
+    def __init__(self):
+        self.copies = {}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step + 1 and batch_idx == 2 * self.step + 1:
-            self.look(trainer, pl_module)
+        state = copy.deepcopy(trainer.optimizers[0].state_dict())
+        adapters = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
+        self.copies[trainer.global_step] = adapters, state["state"], state["param_groups"][0]["lr"]
 
 
 @pytest.mark.parametrize("fault", [{"steps": [2]}, {"gradient_step": 2}])
 def test_a_skipped_step_moves_nothing_but_the_schedule_and_is_counted(fit, fault, caplog):
     with caplog.at_level(logging.WARNING, "qlora_lightning"):
-        trainer, _ = fit(Spoilt, before := Before(2), schedule="linear", on_nonfinite="skip", weight_decay=0.1, **fault)
-    (adapters, states, counts, rate), (later, states_later, counts_later, next_rate) = before.copies
-    assert all(torch.equal(later[name], adapters[name]) for name in adapters)
-    assert counts == counts_later == [2.0] * 28
-    assert all(torch.equal(*pair) for pair in zip(states, states_later, strict=True))
+        trainer, _ = fit(Spoilt, seen := Copies(), schedule="linear", on_nonfinite="skip", weight_decay=0.1, **fault)
+    (adapters, state, rate), (later, state_later, next_rate) = seen.copies[2], seen.copies[3]
+    assert same(later, adapters)
+    assert same(state_later, state)
     assert next_rate < rate
-    assert trainer.global_step == 4
+    assert not same(seen.copies[4][0], later)
     assert trainer.callback_metrics["skipped_steps"] == 1
     assert trainer.callback_metrics["train_loss"].isfinite()
-    assert "step 2 is NaN or infinite" in caplog.text
+    assert "step 2, at learning rate" in caplog.text
 
 
-def test_ten_skipped_steps_are_written_down_and_the_twentieth_in_a_row_stops(fit, tmp_path):
-    options = {"max_epochs": 3, "accumulate_grad_batches": 1}
-    with pytest.raises(UserError, match=r"step 20 is NaN or infinite. So were the 20 steps up to it"):
-        fit(Spoilt, steps=[*range(30)][1:], on_nonfinite="skip", trainer_options=options)
-    assert len(list((tmp_path / "run").glob("nonfinite-step-*.json"))) == 10
-
-
-def test_skipped_steps_are_counted_on_after_a_resume_and_a_step_that_is_taken_ends_their_row(fit, tmp_path):
-    trainer, module = fit(Spoilt, steps=[1], on_nonfinite="skip")
-    assert module.guard.state_dict() == {"skipped_steps": 1, "skipped_in_a_row": 0}
+def test_ten_skipped_steps_are_written_down_and_the_twentieth_in_a_row_stops_resumes_counted(fit, tmp_path):
+    trainer, module = fit(Spoilt, steps=[0, 2, 3], on_nonfinite="skip")
+    assert module.guard.state_dict() == {"skipped_steps": 3, "skipped_in_a_row": 2}
     trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
-    options = {"max_epochs": 2}
-    _, again = fit(Spoilt, steps=[7], on_nonfinite="skip", ckpt_path=tmp_path / "x.ckpt", trainer_options=options)
-    assert again.guard.state_dict() == {"skipped_steps": 2, "skipped_in_a_row": 1}
+    with pytest.raises(UserError, match=r"step 21, .* is NaN or infinite. So were the 20 steps up to it"):
+        fit(
+            Spoilt,
+            steps=range(4, 99),
+            on_nonfinite="skip",
+            ckpt_path=tmp_path / "x.ckpt",
+            trainer_options={"max_epochs": 6},
+        )
+    assert len(list((tmp_path / "run").glob("nonfinite-step-*.json"))) == 10
 
 
 class Scaler(Callback):
@@ -206,7 +185,7 @@ def test_by_skip_it_is_reported_and_the_run_continues(fit, caplog):
     with caplog.at_level(logging.WARNING, "qlora_lightning"):
         trainer, _ = fit(SpoiltValidation, val=True, on_nonfinite="skip", trainer_options={"max_epochs": 3})
     assert trainer.global_step == 12
-    assert [record.message for record in caplog.records if "step 8 gave a val_loss of nan" in record.message]
+    assert "step 8 gave a val_loss of nan" in caplog.text
 
 
 # ---- what stays, and what changes ------------------------------------------------------------------------------------
@@ -256,7 +235,7 @@ def test_what_changed_that_should_not_or_would_stay_is_noticed(fit, cls, callbac
 
 @pytest.mark.parametrize("rate", [1e3, 1e10])  # the weights are large, or not finite
 def test_adapters_that_diverge_are_reported_so_and_no_wiring_is_blamed(fit, rate):
-    words = r"Training has diverged by step \d+, at learning rate 1e\+\d+: .*\.lora_.*Lower model\.learning_rate"
+    words = r"Training has diverged by step \d+, at learning rate 1e\+\d+: .*Lower model\.learning_rate"
     with pytest.raises(UserError, match=words):
         fit(QLoRAModule, val=True, learning_rate=rate, trainer_options={"max_epochs": 3})
 

@@ -1,4 +1,4 @@
-"""Out of memory is one sentence: where, in which batch, and the cheapest changes that help."""
+"""Out of memory is one sentence: where, in which batch, the peak, and what helps."""
 
 import errno
 import mmap
@@ -11,62 +11,10 @@ from lightning import Callback
 
 from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule
 from qlora_lightning.model.device import read_peak_gib
-from qlora_lightning.model.memory.out_of_memory import MemorySettings, cheapest_changes, is_out_of_memory
+from qlora_lightning.model.memory.out_of_memory import is_out_of_memory
 from qlora_lightning.support.errors import UserError
 
 HUGE = 1 << 60  # bytes that no allocator has
-LENGTHS = [100] * 99 + [2_000]
-CHECKPOINTING = "gradient_checkpointing.enabled: true (the same result, about a third slower)"
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        (
-            {"rows": 8, "accumulate": 3, "batch_size": 8, "quantization": "int8", "lengths": LENGTHS},
-            [
-                "data.batch_size: 4 with trainer.accumulate_grad_batches: 6 (a step's rows stay as before)",
-                CHECKPOINTING,
-                "model.quantization: nf4",
-            ],
-        ),
-        (  # what is done already is not proposed
-            {"batch_size": 8, "checkpoints": True, "lengths": LENGTHS, "layers": 30, "all_layers": True},
-            [
-                "data.max_length: 100 (shortens 1 of 100 rows)",
-                "model.layers: last:15 (trains, and keeps activations of, the upper half only)",
-            ],
-        ),
-        ({"training": False, "rows": 8, "batch_size": 8, "layers": 30, "all_layers": True}, ["data.batch_size: 4"]),
-        ({"checkpoints": True}, ["a smaller model.base"]),
-    ],
-)
-def test_the_cheapest_changes_come_first_and_no_more_than_three(settings, expected):
-    assert cheapest_changes(MemorySettings(**settings)) == expected
-
-
-@pytest.mark.parametrize(
-    ("settings", "begin"),
-    [
-        # a step keeps its rows
-        *(
-            ({"rows": size, "batch_size": size}, f"data.batch_size: {rows} with trainer.accumulate_grad_batches: {n} ")
-            for size, rows, n in ((6, 3, 2), (9, 3, 3), (7, 1, 7), (2, 1, 2))
-        ),
-        # a budget of tokens keeps room for the longest row
-        (
-            {"tokens_per_batch": 4096, "lengths": [1000], "accumulate": 2},
-            "data.tokens_per_batch: 2048 with trainer.accumulate_grad_batches: 4 ",
-        ),
-        (
-            {"tokens_per_batch": 4096, "lengths": [3000], "accumulate": 2},
-            "data.tokens_per_batch: 3000 with trainer.accumulate_grad_batches: 3 ",
-        ),
-        ({"tokens_per_batch": 4096, "lengths": [4000]}, "data.max_length: 2000 (shortens 1 of 1 rows)"),
-    ],
-)
-def test_fewer_tokens_a_batch_change_a_step_little(settings, begin):
-    assert cheapest_changes(MemorySettings(checkpoints=True, **settings))[0].startswith(begin)
 
 
 def raised_by(function, *arguments):
@@ -90,13 +38,14 @@ def test_what_allocators_raise_is_known_and_other_errors_are_not():
 
 @pytest.fixture
 def fit(tiny_base, rows_file, tmp_path):
-    def run(cls, *callbacks, val=False, **settings):
+    def run(*callbacks, cls=QLoRAModule, val=False, batches=None, accumulate=1, **settings):
         module = cls(str(tiny_base), rank=2, **settings)
         split = {"train": str(rows_file), "val": str(rows_file) if val else None}
-        data = InstructionDataModule(**split, tokenizer=str(tiny_base), batch_size=4)
+        data = InstructionDataModule(**split, tokenizer=str(tiny_base), **(batches or {"batch_size": 4}))
         trainer = lightning.Trainer(
             **{"accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_progress_bar": False, "logger": False},
             **{"enable_checkpointing": False, "enable_model_summary": False, "num_sanity_val_steps": 0},
+            accumulate_grad_batches=accumulate,
             callbacks=list(callbacks),
             default_root_dir=tmp_path,
         )
@@ -105,25 +54,26 @@ def fit(tiny_base, rows_file, tmp_path):
     return run
 
 
-class InForward(QLoRAModule):
-    def compute_loss(self, batch):
-        if self.trainer.training:
-            torch.empty(HUGE, dtype=torch.uint8)
-        return super().compute_loss(batch)
+class Hungry(QLoRAModule):
+    """Asks for memory in forward, or in backward, of training or of validation."""
 
+    when = "training"
 
-class InBackward(QLoRAModule):
     def compute_loss(self, batch):
         sums = super().compute_loss(batch)
-        sums.nll_sum.register_hook(lambda gradient: torch.empty(HUGE, dtype=torch.uint8))
+        if self.when == "backward":
+            sums.nll_sum.register_hook(lambda gradient: torch.empty(HUGE, dtype=torch.uint8))
+        elif self.trainer.training == (self.when == "training"):
+            torch.empty(HUGE, dtype=torch.uint8)
         return sums
 
 
-class InValidation(QLoRAModule):
-    def compute_loss(self, batch):
-        if not self.trainer.training:
-            torch.empty(HUGE, dtype=torch.uint8)
-        return super().compute_loss(batch)
+class InBackward(Hungry):
+    when = "backward"
+
+
+class InValidation(Hungry):
+    when = "validation"
 
 
 class InOptimizer(Callback):
@@ -136,33 +86,42 @@ class OtherError(QLoRAModule):
         raise RuntimeError("shapes do not fit")
 
 
-TRAINING = (
-    r"Out of memory on cpu in a batch of 4 rows and (\d+) tokens, the longest row (\d+); "
-    r"the peak was \d+\.\d\d of \d+\.\d\d GiB\. "
-    r"The cheapest changes: \(1\) data\.batch_size: 2 with trainer\.accumulate_grad_batches: 2 \(.*\); "
-    r"\(2\) gradient_checkpointing\.enabled: true \(.*\); \(3\) data\.max_length: \d+ \(shortens \d+ of 16 rows\)\."
-)
-IN_VALIDATION = r".*changes: \(1\) data\.batch_size: 2; \(2\) model\.quantization: nf4; \(3\) .*"
+BATCH = r"in a batch of \d+ rows and (\d+) tokens, the longest row (\d+); the peak was \d+\.\d\d of \d+\.\d\d GiB\. "
+CHECKPOINTING = r"gradient_checkpointing\.enabled: true \(.*\)"
+FEWER = r"data\.{} with trainer\.accumulate_grad_batches: {}"
 
 
 @pytest.mark.parametrize(
-    ("cls", "callbacks", "options", "sentence"),
+    ("options", "sentence"),
     [
-        (InForward, (), {}, TRAINING),
-        (InBackward, (), {}, TRAINING),
-        (QLoRAModule, (InOptimizer(),), {}, "Out of memory on cpu in the optimizer's step; .*"),
-        (InValidation, (), {"val": True, "quantization": "none"}, IN_VALIDATION),
+        (  # a step keeps its rows
+            {"cls": Hungry, "accumulate": 3},
+            rf"{BATCH}What helps: \(1\) {FEWER.format('batch_size: 2', 6)}; \(2\) {CHECKPOINTING}\. `.*plan`.*",
+        ),
+        ({"cls": Hungry, "batches": {"batch_size": 9}}, rf"{BATCH}.*\(1\) {FEWER.format('batch_size: 3', 3)}; .*"),
+        (
+            {"cls": InBackward, "batches": {"tokens_per_batch": 600}},
+            rf"{BATCH}.*\(1\) {FEWER.format('tokens_per_batch: 300', 2)}; .*",
+        ),
+        (
+            {"cls": InValidation, "val": True, "quantization": "none", "batches": {"batch_size": 1}},
+            rf"{BATCH}What helps: \(1\) model\.quantization: nf4\. .*",
+        ),
     ],
-    ids=["forward", "backward", "optimizer", "validation"],
+    ids=["forward", "nine rows", "backward", "validation"],
 )
-def test_a_step_tells_its_batch_the_peak_and_three_changes(fit, cls, callbacks, options, sentence):
+def test_a_step_tells_its_batch_the_peak_and_what_helps(fit, options, sentence):
     with pytest.raises(UserError) as told:
-        fit(cls, *callbacks, **options)
-    found = re.fullmatch(sentence, str(told.value))
-    if sentence is TRAINING:
-        tokens, longest = map(int, found.groups())
-        assert longest < tokens <= 4 * longest
+        fit(**options)
+    found = re.fullmatch(f"Out of memory on cpu {sentence}", str(told.value))
+    assert found, told.value
+    assert 0 < int(found[2]) <= int(found[1])
     assert isinstance(told.value.__cause__, RuntimeError)
+
+
+def test_so_does_the_optimizers_step_and_what_is_switched_on_is_not_proposed(fit):
+    with pytest.raises(UserError, match=r"in the optimizer's step; .* What helps: \(1\) a smaller model\.base\. `"):
+        fit(InOptimizer(), GradientCheckpointing(), batches={"batch_size": 1})
 
 
 def test_no_pages_for_a_checkpointed_input_are_reported_too(fit, monkeypatch):
@@ -173,12 +132,12 @@ def test_no_pages_for_a_checkpointed_input_are_reported_too(fit, monkeypatch):
 
     monkeypatch.setattr(mmap, "mmap", refuse)
     with pytest.raises(UserError, match=r"Out of memory on cpu in a batch of 4 rows"):
-        fit(QLoRAModule, GradientCheckpointing())
+        fit(GradientCheckpointing())
 
 
 def test_other_errors_pass_as_they_are(fit):
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        fit(OtherError)
+        fit(cls=OtherError)
 
 
 def test_the_peak_holds_what_was_freed():

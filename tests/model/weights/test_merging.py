@@ -1,5 +1,6 @@
 """Merged weights compute what base and adapter do; how far an adapter moves a weight, and how far models differ."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -7,15 +8,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora_lightning.base import open_base
 from qlora_lightning.data.batches.collate import collate
 from qlora_lightning.data.samples import Sample
-from qlora_lightning.model.build import hollow_base
+from qlora_lightning.model.build import meta_base
 from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights
-from qlora_lightning.model.weights.layerwise import LastStates, Reference, labels_of, run_layerwise
+from qlora_lightning.model.weights.layerwise import Reference, run_layerwise
 from qlora_lightning.model.weights.merging import MergedWeights, adapted_layers, measure_movement, plan_merge
 from qlora_lightning.support.errors import UserError
 from tests.adapters import make_adapter
@@ -30,6 +30,7 @@ VARIANTS = {
     "norm": {"lora_options": {"modules_to_save": ["norm"]}},
     "embedding": {"lora_options": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}},
     "last_layer": {"layers": [1], "target_modules": "attention"},
+    "untied": {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
 }
 
 
@@ -59,22 +60,21 @@ def trained_weights(base):
     return TrainedWeights(open_base(str(base)), "nf4", True, torch.float32)
 
 
-def layerwise_logits(model, weights):
-    rows = batches()
-    return run_layerwise(model, weights, rows, lambda states: Reference(states, labels_of(rows)).logits)
+def assert_says(model, weights, expected):
+    found = torch.cat(list(run_layerwise(model, weights, batches())))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_merged_weights_say_what_base_and_adapter_say(tiny_base, tmp_path, variant):
-    model = make_adapter(tmp_path / "adapter", tiny_base, **VARIANTS[variant])
+def test_merged_weights_say_what_base_and_adapter_say(tiny_base, untied_base, tmp_path, variant):
+    base = untied_base if variant == "untied" else tiny_base
+    model = make_adapter(tmp_path / "adapter", base, **VARIANTS[variant])
     expected = plain_logits(model)
-    plan, weights = plan_merge(tiny_base, tmp_path / "adapter"), trained_weights(tiny_base)
-    # base and adapter, filled layer by layer
-    torch.testing.assert_close(layerwise_logits(plan.model.get_base_model(), weights), expected, rtol=1e-4, atol=1e-4)
+    plan, weights = plan_merge(base, tmp_path / "adapter"), trained_weights(base)
     merged = MergedWeights(plan, weights)
-    torch.testing.assert_close(layerwise_logits(hollow_base(tiny_base), merged), expected, rtol=1e-4, atol=1e-4)
-    # and in a whole model of transformers
-    whole = AutoModelForCausalLM.from_pretrained(tiny_base)
+    assert_says(plan.model.get_base_model(), weights, expected)  # base and adapter, filled layer by layer
+    assert_says(meta_base(base), merged, expected)
+    whole = AutoModelForCausalLM.from_pretrained(base)  # and in a whole model of transformers
     assert list(plan.shapes) == [name for name, _ in whole.named_parameters()]
     with torch.no_grad():
         for name, parameter in whole.named_parameters():
@@ -85,16 +85,6 @@ def test_merged_weights_say_what_base_and_adapter_say(tiny_base, tmp_path, varia
     assert all(parameter.is_meta for name, parameter in plan.model.named_parameters() if "base_layer" in name)
 
 
-def test_a_head_and_an_embedding_of_their_own_are_merged(untied_base, tmp_path):
-    model = make_adapter(tmp_path / "adapter", untied_base, target_modules=["q_proj", "lm_head", "embed_tokens"])
-    expected = plain_logits(model)
-    plan, weights = plan_merge(untied_base, tmp_path / "adapter"), trained_weights(untied_base)
-    assert list(plan.shapes)[-1] == "lm_head.weight"
-    found = layerwise_logits(hollow_base(untied_base), MergedWeights(plan, weights))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(layerwise_logits(plan.model.get_base_model(), weights), expected, rtol=1e-4, atol=1e-4)
-
-
 def test_what_no_adapter_touches_comes_as_it_is(tiny_base, tmp_path):
     make_adapter(tmp_path / "adapter", tiny_base, layers=[1])
     original = OriginalWeights(open_base(str(tiny_base)))
@@ -102,6 +92,12 @@ def test_what_no_adapter_touches_comes_as_it_is(tiny_base, tmp_path):
     name = "model.layers.{}.mlp.up_proj.weight"
     assert torch.equal(merged(name.format(0)), original(name.format(0)))
     assert not torch.equal(merged(name.format(1)), original(name.format(1)))
+
+
+def test_what_is_stored_in_16_bits_is_computed_with_in_fp32(tiny_base):
+    original = OriginalWeights(open_base(str(tiny_base)))
+    whole = AutoModelForCausalLM.from_pretrained(tiny_base).bfloat16().float()
+    assert_says(meta_base(tiny_base), lambda name: original(name).bfloat16(), plain_logits(whole))
 
 
 @pytest.mark.parametrize(
@@ -174,35 +170,26 @@ def test_the_update_of_dora_is_the_difference_that_it_makes(tiny_base, tmp_path)
 # ---- how far two models differ ---------------------------------------------------------------------------------------
 
 
-def states(*rows):
-    """A model whose logits at each token are given."""
-    head = nn.Linear(len(rows[0]), len(rows[0]), bias=False)
-    nn.init.eye_(head.weight)
-    return LastStates(torch.tensor(rows), head.requires_grad_(False))
-
-
 def test_figures_are_those_computed_by_hand():
     even, skew = [0.0, 0.0], [math.log(3), 0.0]  # probabilities 1/2, 1/2 and 3/4, 1/4
-    reference = Reference(states(skew, even), torch.tensor([0, 1]))
+    reference = Reference([torch.tensor([skew, even])], torch.tensor([0, 1]))
     assert reference.loss == pytest.approx((-math.log(3 / 4) - math.log(1 / 2)) / 2)
-    found = reference.compare(states(even, [0.0, math.log(3)]))
+    found = reference.compare([torch.tensor([even, [0.0, math.log(3)]])])
     kl = [3 / 4 * math.log(3 / 2) + 1 / 4 * math.log(1 / 2), 1 / 2 * math.log(2 / 1) + 1 / 2 * math.log(2 / 3)]
-    assert found.kl == pytest.approx(sum(kl) / 2)
-    assert found.largest_kl == pytest.approx(max(kl))
-    assert found.loss == pytest.approx((-math.log(1 / 2) - math.log(3 / 4)) / 2)
-    assert found.top1 == 0.5  # of equal logits the first counts as the top
-    assert found.largest_difference == pytest.approx(math.log(3))
-    assert found.mean_difference == pytest.approx(math.log(3) / 2)
-    assert math.isnan(reference.compare(states([float("nan"), 0.0], even)).kl)
+    assert dataclasses.asdict(found) == pytest.approx(
+        {
+            "loss": (-math.log(1 / 2) - math.log(3 / 4)) / 2,
+            "kl": sum(kl) / 2,
+            "largest_kl": max(kl),
+            "top1": 0.5,  # of equal logits the first counts as the top
+            "mean_difference": math.log(3) / 2,
+            "largest_difference": math.log(3),
+        }
+    )
+    assert math.isnan(reference.compare([torch.tensor([[math.nan, 0.0], even])]).kl)
 
 
 def test_a_model_agrees_with_itself_over_many_tokens():
-    rows = torch.randn(150, 7, generator=torch.Generator().manual_seed(0)).tolist()
-    found = Reference(states(*rows), torch.zeros(150, dtype=torch.long)).compare(states(*rows))
+    logits = torch.randn(150, 7, generator=torch.Generator().manual_seed(0))
+    found = Reference([logits], torch.zeros(150, dtype=torch.long)).compare(logits.split(64))
     assert (found.kl, found.top1, found.largest_difference) == (0.0, 1.0, 0.0)
-
-
-def test_a_head_in_16_bits_is_used_in_fp32():
-    head = nn.Linear(3, 40_000, bias=False, dtype=torch.bfloat16).requires_grad_(False)
-    hidden = torch.randn(2, 3)
-    torch.testing.assert_close(LastStates(hidden, head).logits(slice(0, 2)), hidden @ head.weight.float().t())

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_lightning.base import open_base
 from qlora_lightning.model.base_model import load_base
-from qlora_lightning.model.build import hollow_base
+from qlora_lightning.model.build import meta_base
 from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights, filled, name_in_base
 
 LINEAR = "model.layers.1.mlp.down_proj"
@@ -63,7 +63,7 @@ def test_a_base_that_is_stored_quantized_gives_what_it_stores(tiny_base, tmp_pat
 
 
 def test_a_part_is_filled_for_a_while(tiny_base):
-    model, weights = hollow_base(tiny_base), OriginalWeights(open_base(str(tiny_base)))
+    model, weights = meta_base(tiny_base), OriginalWeights(open_base(str(tiny_base)))
     layer = model.model.layers[1]
     with filled(layer, "model.layers.1", weights, torch.float32):
         for name, parameter in layer.named_parameters():

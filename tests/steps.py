@@ -1,0 +1,64 @@
+"""A step of a module whose adapters are random, on a flat batch: its loss and its gradients."""
+
+import itertools
+
+import torch
+
+from qlora_lightning import QLoRAModule
+from qlora_lightning.model.adapters.lora import trainable_tensors
+
+LENGTHS = (9, 1, 30, 17, 64, 5)
+
+
+def randomize(model, std=0.1, seed=0):
+    """Draw the adapters, which begin at zero: the same for each model of a shape."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in trainable_tensors(model).values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
+    return model
+
+
+def make_module(base, device="cpu", **options):
+    """A module in training mode."""
+    module = QLoRAModule(str(base), **{"rank": 4, "compute_dtype": "fp32"} | options).to(device)
+    module.configure_model()
+    return randomize(module)
+
+
+def make_batch(lengths=LENGTHS, seed=1, vocabulary=250):
+    """Random samples in a flat batch; the first token of each has no label."""
+    bounds = [0, *itertools.accumulate(lengths)]
+    ids = torch.randint(5, vocabulary, (1, bounds[-1]), generator=torch.Generator().manual_seed(seed))
+    labels = ids.clone()
+    labels[0, bounds[:-1]] = -100
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
+        "longest": max(lengths),
+    }
+
+
+def to_device(batch, device):
+    return {name: each if isinstance(each, int) else each.to(device) for name, each in batch.items()}
+
+
+def loss_and_gradients(module, batch=None):
+    """The mean loss, and all gradients of what trains in one vector on the CPU."""
+    sums = module.compute_loss(to_device(make_batch() if batch is None else batch, module.device))
+    trainable = [tensor for tensor in trainable_tensors(module).values() if tensor.requires_grad]
+    gradients = torch.autograd.grad(sums.nll_sum * module.loss_scale, trainable)
+    flat = torch.cat([each.flatten().cpu() for each in gradients]) / module.loss_scale
+    return float(sums.nll_sum.detach() / sums.labelled_tokens), flat
+
+
+def distance(one, other):
+    return float((one - other).norm() / other.norm())
+
+
+def assert_same_step(one, other):
+    """In float32: to 1e-5 in loss and gradients."""
+    assert abs(one[0] - other[0]) <= 1e-5 * abs(other[0])
+    assert distance(one[1], other[1]) <= 1e-5

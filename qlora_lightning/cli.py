@@ -29,7 +29,11 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "validate": (_TRAINING, True, "loss, perplexity and token accuracy on the validation rows"),
     "test": (_TRAINING, True, "the same on the test rows"),
     "predict": (_TRAINING, True, "answer the rows of data.predict into predictions.jsonl"),
-    "inspect": ("qlora_lightning.commands.inspect", False, "report on the data, and show rows as the model sees them"),
+    "inspect": (
+        "qlora_lightning.commands.inspection",
+        False,
+        "report on the data, and show rows as the model sees them",
+    ),
     "plan": (
         "qlora_lightning.commands.plan",
         False,

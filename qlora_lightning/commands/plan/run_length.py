@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_lightning.commands.inspect.epoch import Epoch, plan_epoch
+from qlora_lightning.commands.inspection.facts import Epoch, plan_epoch
 from qlora_lightning.data.batches.epoch_plan import EpochPlan, epochs_to_look_at, first_and_largest
 from qlora_lightning.data.rows.sources import find_sources
 from qlora_lightning.model.batch import BatchShape, computed_counter, shape_of_rows

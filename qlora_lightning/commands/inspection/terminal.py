@@ -1,14 +1,22 @@
 """The report in the terminal, readable at 80 columns, with colours or without."""
 
+from collections.abc import Iterable, Iterator
+
+from rich.cells import cell_len
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from qlora_lightning.commands.inspect.facts import SplitFacts, find_faults, table_rows, word_epoch
-from qlora_lightning.commands.inspect.gather import Inspection
-from qlora_lightning.commands.inspect.numbers import PERCENTILES, Bar
-from qlora_lightning.commands.inspect.row_text import RowWriter
+from qlora_lightning.commands.inspection.facts import (
+    PERCENTILES,
+    Bar,
+    SplitFacts,
+    describe_epoch,
+    find_faults,
+    table_rows,
+)
+from qlora_lightning.commands.inspection.gather import Inspection, Piece
 from qlora_lightning.page.visible import show_controls
 
 _BAR_WIDTH = 40
@@ -41,7 +49,7 @@ def _print_epoch(found: Inspection, console: Console) -> None:
     if found.epoch is not None:
         _heading(console, "A stream of train" if found.epoch.streaming else "An epoch of train")
         table = Table.grid(padding=(0, 2))
-        for heading, text in word_epoch(found.epoch, found.batch_size):
+        for heading, text in describe_epoch(found.epoch, found.batch_size):
             table.add_row(f"  {heading}", text)
         console.print(table)
 
@@ -114,3 +122,76 @@ def _draw(share: float) -> str:
     eighths = round(share * _BAR_WIDTH * 8) or (1 if share else 0)
     whole, part = divmod(eighths, 8)
     return "█" * whole + (_EIGHTHS[part - 1] if part else "")
+
+
+_MARGIN = "  "
+_NEWLINE, _BORDER, _OPEN, _CLOSE, _STOP = "↵", "│", "⟦", "⟧", "■"
+
+
+class RowWriter:
+    """Lays the pieces of a sample into lines that break between tokens.
+
+    Args:
+        console: whose width and colours count.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.width = console.width
+        self.coloured = console.color_system is not None and not console.no_color
+
+    def legend(self) -> Text:
+        """Say what the marks mean."""
+        if self.coloured:
+            labelled = Text.assemble(("labelled", "bold green"), (" tokens", "green"), " (the loss counts them)")
+            stop = Text.assemble(("stop token", "bold white on red"))
+            special = Text.assemble(("special", "magenta"), " token")
+            marks = [labelled, stop, special]
+        else:
+            marks = [
+                Text(f"{_OPEN}labelled tokens{_CLOSE}"),
+                Text(f"{_STOP} stop token"),
+                Text(f"{_BORDER} between tokens"),
+            ]
+        return Text(" · ").join([*marks, Text(f"{_NEWLINE} newline")])
+
+    def lines(self, pieces: Iterable[Piece]) -> Iterator[Text]:
+        """Give the lines of a sample."""
+        line = Text(_MARGIN)
+        for text, style in self._marked(pieces):
+            first, *rest = text.split("\n")
+            if cell_len(line.plain) + cell_len(first) > self.width and len(line) > len(_MARGIN):
+                yield line
+                line = Text(_MARGIN)
+            line.append(first, style)
+            for part in rest:
+                yield line
+                line = Text(_MARGIN)
+                line.append(part, style)
+        if len(line) > len(_MARGIN):
+            yield line
+
+    def _marked(self, pieces: Iterable[Piece]) -> Iterator[tuple[str, str]]:
+        """Give text and style of each piece, its newlines made visible."""
+        inside = False
+        for number, piece in enumerate(pieces):
+            text = show_controls(piece.text).replace("\n", f"{_NEWLINE}\n")
+            if self.coloured:
+                yield text, _style(piece, number)
+                continue
+            mark = _BORDER if number else ""
+            if piece.labelled != inside:
+                mark, inside = (_OPEN if piece.labelled else _CLOSE), piece.labelled
+            yield f"{mark}{text}{_STOP if piece.stop else ''}", ""
+        if inside and not self.coloured:
+            yield _CLOSE, ""
+
+
+def _style(piece: Piece, number: int) -> str:
+    """Neighbours differ in weight, so that each token is seen."""
+    if piece.stop:
+        return "bold white on red"
+    if piece.special:
+        return "bold magenta" if piece.labelled else "magenta"
+    if piece.labelled:
+        return "green" if number % 2 else "bold green"
+    return "dim" if number % 2 else ""

@@ -2,7 +2,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from qlora_lightning.commands.inspect.page import render_page, write_page
+from qlora_lightning.commands.inspection.page import render_page, write_page
 from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.support.errors import UserError
 

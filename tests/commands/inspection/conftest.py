@@ -2,8 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from qlora_lightning.commands.inspect.arguments import Config, Options
-from qlora_lightning.commands.inspect.gather import inspect_data
+from qlora_lightning.commands.inspection.arguments import Config, Options
+from qlora_lightning.commands.inspection.gather import inspect_data
 from qlora_lightning.data.batches.loader import FlatLoader
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.samples import SampleSetBuilder

@@ -1,8 +1,8 @@
 import pytest
 
 from qlora_lightning.commands import training
-from qlora_lightning.commands.inspect import epoch
-from qlora_lightning.commands.inspect.arguments import KNOWN_KEYS, Options, make_data_module, parse
+from qlora_lightning.commands.inspection import facts
+from qlora_lightning.commands.inspection.arguments import KNOWN_KEYS, Options, make_data_module, parse
 from qlora_lightning.support.errors import UserError
 
 CONFIG = """
@@ -126,7 +126,7 @@ def test_what_the_data_module_refuses_is_worded_by_it(write):
 
 def test_the_keys_and_defaults_are_those_of_fit():
     assert KNOWN_KEYS.keys() == training._KNOWN_KEYS.keys()
-    assert training._TRAINER_DEFAULTS["max_epochs"] == epoch._DEFAULT_EPOCHS
+    assert training._TRAINER_DEFAULTS["max_epochs"] == facts._DEFAULT_EPOCHS
 
 
 def test_help_says_what_a_row_number_is(capsys):

@@ -8,10 +8,10 @@ import lightning
 from rich.console import Console
 
 from qlora_lightning.commands.input_files import find_inputs
-from qlora_lightning.commands.inspect.arguments import make_data_module, parse
-from qlora_lightning.commands.inspect.gather import Inspection, inspect_data
-from qlora_lightning.commands.inspect.page import is_page, write_page
-from qlora_lightning.commands.inspect.terminal import print_inspection
+from qlora_lightning.commands.inspection.arguments import make_data_module, parse
+from qlora_lightning.commands.inspection.gather import Inspection, inspect_data
+from qlora_lightning.commands.inspection.page import is_page, write_page
+from qlora_lightning.commands.inspection.terminal import print_inspection
 from qlora_lightning.commands.json_output import check_output_file
 from qlora_lightning.commands.quiet import quiet_lightning
 from qlora_lightning.support.errors import UserError

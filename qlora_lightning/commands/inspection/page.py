@@ -5,10 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lightning import __version__
-from qlora_lightning.commands.inspect.facts import SplitFacts, find_faults, headline, table_rows, word_epoch
-from qlora_lightning.commands.inspect.gather import Inspection
-from qlora_lightning.commands.inspect.numbers import PERCENTILES
-from qlora_lightning.commands.inspect.pieces import Piece
+from qlora_lightning.commands.inspection.facts import (
+    PERCENTILES,
+    SplitFacts,
+    describe_epoch,
+    find_faults,
+    headline,
+    table_rows,
+)
+from qlora_lightning.commands.inspection.gather import Inspection, Piece
 from qlora_lightning.commands.json_output import write_output
 from qlora_lightning.page.render import render_page as _render
 from qlora_lightning.page.visible import show_controls
@@ -43,7 +48,7 @@ def render_page(found: Inspection) -> str:
         table=table_rows(found.splits),
         percentiles=list(PERCENTILES),
         drawings=[_drawing(split) for split in found.splits if split.bars],
-        epoch=[] if found.epoch is None else word_epoch(found.epoch, found.batch_size),
+        epoch=[] if found.epoch is None else describe_epoch(found.epoch, found.batch_size),
         faults=find_faults(found.splits),
         rows=[(row, list(_tokens(row.pieces))) for row in found.rows],
     )

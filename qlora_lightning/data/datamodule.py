@@ -221,7 +221,7 @@ class InstructionDataModule(LightningDataModule):
 
         Override it to take rows from elsewhere: plain dicts work.
         """
-        return (row for source in self._find_sources(split) for row in RowReader(source))
+        return (row for source in self.sources(split) for row in RowReader(source))
 
     # ---- Lightning's hooks ---------------------------------------------------------------------------------------
 
@@ -309,7 +309,7 @@ class InstructionDataModule(LightningDataModule):
 
     def _prepare_samples(self, split: str) -> Prepared | None:
         """Take the samples of a split from the cache, or make them; rows from elsewhere are made each time."""
-        sources = [] if self._has_own_rows() else self._find_sources(split)
+        sources = [] if self._has_own_rows() else self.sources(split)
         if not sources and not self._has_own_rows():
             return None
         if split == "train" and sources and sources[0].weight is not None:
@@ -331,7 +331,7 @@ class InstructionDataModule(LightningDataModule):
         return (samples, report) if report.rows else None
 
     def _prepare_prompts(self) -> Prepared | None:
-        sources = [] if self._has_own_rows() else self._find_sources("predict")
+        sources = [] if self._has_own_rows() else self.sources("predict")
         if not sources and not self._has_own_rows():
             return None
         with watch_rows("predict", show=self._rank_and_world_size()[0] == 0) as watch:
@@ -368,7 +368,8 @@ class InstructionDataModule(LightningDataModule):
     def _row_settings(self) -> RowSettings:
         return RowSettings(self.format, self.columns, self.system, self.roles)
 
-    def _find_sources(self, split: str) -> list[Source]:
+    def sources(self, split: str) -> list[Source]:
+        """Return what ``data.train`` or a neighbour names, in its order; none if it names nothing."""
         value = self.files[split]
         if value is None:
             return []
@@ -440,7 +441,7 @@ class InstructionDataModule(LightningDataModule):
     def _make_stream(self, length: int) -> StreamLoader:
         rank, world_size = self._rank_and_world_size()
         return StreamLoader(
-            self._find_sources("train"),
+            self.sources("train"),
             self._recipe(),
             length,
             self.batch_size,

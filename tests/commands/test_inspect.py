@@ -78,6 +78,25 @@ def test_rows_as_they_are_asked_for(run):
     assert "An epoch of train" not in out
 
 
+def test_each_source_is_counted_and_so_are_weights_and_duplicates(run, folder):
+    rows = [{"question": f"{n}?", "answer": str(n), "weight": 1 + n % 2} for n in range(4)]
+    _write(folder / "more.jsonl", [*rows, rows[0]])
+    _write(folder / "texts.jsonl", [{"text": "A long story. " * 40}])
+    sources = [{"path": "more.jsonl", "weight": 3}, {"path": "texts.jsonl", "weight": 1, "format": "text"}]
+    data = {"train": sources, "max_length": 64, "deduplicate": True}
+    (folder / "c.yaml").write_text(yaml.safe_dump({"model": {"base": "tiny"}, "data": data}))
+    out, _ = run("--row", "more.jsonl:2", "--html", "page.html")
+    assert _line(out, "more.jsonl ")[:2] == ["4", "4"]
+    assert _line(out, "more.jsonl ")[-1] == "75.0%"
+    assert _line(out, "texts.jsonl ")[:2] == ["1", "3"]
+    assert _line(out, "with a weight") == ["2"]
+    assert "1: equal to an earlier row (deduplicate: true)" in out
+    assert "deduplicate True" in " ".join(out.split())
+    assert "labelled, weight 2" in out
+    assert "✗" not in out
+    assert "<td>75.0%</td>" in (folder / "page.html").read_text(encoding="utf-8")
+
+
 def test_settings_on_the_command_line_count(run):
     out, _ = run("--data.max_length", "45", "--trainer.devices", "2", "--data.batch_size", "1")
     assert "max_length 45" in out

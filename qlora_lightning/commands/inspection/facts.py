@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.data.report import Report
+from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
 
@@ -80,12 +81,14 @@ class Ends(NamedTuple):
         stopping: samples with a stop token among their labelled tokens.
         with_bos: samples that begin with the tokenizer's BOS; None if it has none.
         doubled: samples that begin with it twice.
+        written: whether some were trained without a chat template: text, segments or tokens.
     """
 
     samples: int
     stopping: int
     with_bos: int | None
     doubled: int
+    written: bool = False
 
 
 def count_ends(samples: SampleSet, stop_ids: Collection[int], bos_id: int | None) -> Ends:
@@ -107,6 +110,9 @@ def describe_ends(ends: Ends, tokenizer: Any, stop_ids: Collection[int]) -> list
     stops = " or ".join(f"{tokenizer.decode([number])} ({number})" for number in sorted(stop_ids))
     if ends.stopping == ends.samples:
         stop = (True, f"Stop token {stops}: every sample trains one.")
+    elif ends.written:
+        found = f"{ends.stopping:,} of {ends.samples:,} samples train one"
+        stop = (True, f"Stop token {stops}: {found} (a text ends in one; segments and tokens are taken as written).")
     else:
         without = ends.samples - ends.stopping
         found = "no sample trains" if not ends.stopping else f"{without:,} of {ends.samples:,} samples do not train"
@@ -122,8 +128,9 @@ def describe_ends(ends: Ends, tokenizer: Any, stop_ids: Collection[int]) -> list
     if ends.with_bos == ends.samples:
         return [stop, (True, f"{name}: every sample begins with exactly one.")]
     if not ends.with_bos:
-        return [stop, (True, f"{name}: no sample begins with it; the chat template writes none.")]
-    return [stop, (False, f"{name}: {ends.with_bos:,} of {ends.samples:,} samples begin with one.")]
+        whose = "" if ends.written else "; the chat template writes none"
+        return [stop, (True, f"{name}: no sample begins with it{whose}.")]
+    return [stop, (ends.written, f"{name}: {ends.with_bos:,} of {ends.samples:,} samples begin with one.")]
 
 
 _DEFAULT_EPOCHS = 1  # as `fit` has it
@@ -236,6 +243,53 @@ def _whole(trainer: dict[str, Any], key: str, default: int) -> int:
     return value
 
 
+class SourceFacts(NamedTuple):
+    """What is left of one source of a split.
+
+    Attributes:
+        path: as the config names it.
+        rows: rows that gave a sample.
+        samples: these.
+        tokens: of all its samples.
+        labelled: of these, labelled ones.
+        share: of an epoch, by the weights; None without weights.
+    """
+
+    path: str
+    rows: int
+    samples: int
+    tokens: int
+    labelled: int
+    share: float | None
+
+
+def count_sources(samples: SampleSet, sources: Sequence[Source]) -> list[SourceFacts]:
+    """Count the samples of each source; nothing if there is only one."""
+    if len(sources) < 2:
+        return []
+    weights = sum(source.weight or 0.0 for source in sources)
+    found = []
+    for number, source in enumerate(sources):
+        own = samples.source == number
+        rows, share = len(np.unique(samples.row_ids[own])), None if source.weight is None else source.weight / weights
+        tokens, labelled = int(samples.lengths[own].sum()), int(samples.labelled_counts[own].sum())
+        found.append(SourceFacts(source.path, rows, int(own.sum()), tokens, labelled, share))
+    return found
+
+
+def source_table(sources: Sequence[SourceFacts]) -> tuple[list[str], list[list[str]]]:
+    """Return the table of sources: the headings, and a line each."""
+    headings = ["source", "rows left", "samples", "tokens", "labelled"]
+    lines = [
+        [each.path, f"{each.rows:,}", f"{each.samples:,}", f"{each.tokens:,}", _share(each.labelled, each.tokens)]
+        for each in sources
+    ]
+    if any(each.share is not None for each in sources):
+        headings.append("of an epoch")
+        lines = [[*line, f"{each.share or 0:.1%}"] for line, each in zip(lines, sources, strict=True)]
+    return headings, lines
+
+
 @dataclass(frozen=True)
 class SplitFacts:
     """What is known of one split.
@@ -247,6 +301,7 @@ class SplitFacts:
         labels: percentiles of labelled tokens per sample; none where nothing is labelled.
         bars: histogram of tokens per sample.
         ends: stop tokens and BOS; None for rows to predict, which have no answers.
+        sources: each source, if there are several.
     """
 
     name: str
@@ -255,6 +310,7 @@ class SplitFacts:
     labels: dict[str, int]
     bars: list[Bar]
     ends: Ends | None
+    sources: list[SourceFacts] = field(default_factory=list)
 
 
 class Finding(NamedTuple):
@@ -287,6 +343,7 @@ def table_rows(splits: Sequence[SplitFacts]) -> list[tuple[str, list[str]]]:
     count("  tokens lost", "lost_tokens")
     count("  labels lost", "lost_labels")
     count("turn by turn", "turn_by_turn")
+    count("with a weight", "weighted")
     count("duplicates", "duplicates", always=True)
     if len(splits) > 1 or splits[0].name != "train":
         overlaps = ["" if split.name == "train" else f"{split.report.overlap:,}" for split in splits]

@@ -1,6 +1,7 @@
 """Prepares the data and gathers all that is shown: facts, and rows token by token."""
 
 import itertools
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from qlora_lightning.commands.inspection.facts import (
     Epoch,
     SplitFacts,
     count_ends,
+    count_sources,
     describe_ends,
     histogram,
     percentiles,
@@ -26,6 +28,11 @@ from qlora_lightning.support.errors import UserError
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no character yet
 _LONGEST_GROUP = 16
+REASONING, CALL = "reasoning", "tool call"
+# <think>, [THINK], <seed:think>, …, and the calls of ChatML; what is not closed goes to the end of its turn
+_NAMES = r"[\w:]*(?:think|reason)\w*|tool_call"
+_MARK = re.compile(rf"\s*[<\[]/?(?:{_NAMES})[>\]]\s*", re.IGNORECASE)
+_MARKED = re.compile(rf"([<\[])({_NAMES})[>\]].*?(?:\1/\2[>\]]|\Z)", re.IGNORECASE | re.DOTALL)
 
 
 class Piece(NamedTuple):
@@ -37,6 +44,7 @@ class Piece(NamedTuple):
         labelled: whether the loss counts it.
         special: whether it structures the text, rather than being text.
         stop: whether it is labelled and ends generation.
+        part: ``reasoning`` or ``tool call`` if it is between the marks of one, these included; else nothing.
     """
 
     text: str
@@ -44,6 +52,7 @@ class Piece(NamedTuple):
     labelled: bool
     special: bool
     stop: bool
+    part: str = ""
 
 
 class PieceCutter:
@@ -75,7 +84,7 @@ class PieceCutter:
             stop = bool(labelled[start]) and ids[start] in self.stop_ids
             pieces.append(Piece(text, tuple(ids[start:end]), bool(labelled[start]), special, stop))
             before, start = start, end
-        return pieces
+        return _find_parts(pieces)
 
     def _grow(self, ids: Sequence[int], labelled: Sequence[bool], start: int, before: int) -> tuple[int, str]:
         """Take tokens from ``start`` on until they say whole characters."""
@@ -106,6 +115,27 @@ _FIRST, _FOUND = 2, 3  # rows shown when none are asked for, and of those that a
 _CHUNK = 1_000
 
 
+def _is_said(piece: Piece) -> bool:
+    """Whether a piece is no control token, or one that marks a part."""
+    return not piece.special or _MARK.fullmatch(piece.text) is not None
+
+
+def _find_parts(pieces: Sequence[Piece]) -> list[Piece]:
+    """Return the pieces with the part that each is of, turn by turn: control tokens part the turns."""
+    found: list[Piece] = []
+    for is_turn, group in itertools.groupby(pieces, _is_said):
+        turn = list(group)
+        marked = list(_MARKED.finditer("".join(piece.text for piece in turn))) if is_turn else []
+        at = 0
+        for piece in turn:
+            # a token may reach over a mark: its last character decides
+            at += len(piece.text)
+            match = next((one for one in marked if one.start() < at <= one.end()), None)
+            part = "" if match is None else CALL if match[2].lower() == "tool_call" else REASONING
+            found.append(piece._replace(part=part))
+    return found
+
+
 @dataclass(frozen=True)
 class ShownRow:
     """A row to show, or a sentence about one that gave no sample.
@@ -117,6 +147,7 @@ class ShownRow:
         tokens: of its sample.
         labelled: of these, labelled ones.
         note: what became of it, if it gave no sample.
+        weight: of its row.
     """
 
     where: str
@@ -125,6 +156,7 @@ class ShownRow:
     tokens: int = 0
     labelled: int = 0
     note: str = ""
+    weight: float = 1.0
 
 
 class RowChooser:
@@ -174,7 +206,8 @@ class RowChooser:
         begin, end = (int(at) for at in self.samples.starts[number : number + 2])
         labelled = self.samples.labelled[begin:end].tolist()
         pieces = self.cutter.cut(self.samples.ids[begin:end].tolist(), labelled)
-        return ShownRow(self.samples.where(number), why, tuple(pieces), end - begin, sum(labelled))
+        weight = 1.0 if self.samples.weights is None else float(self.samples.weights[number])
+        return ShownRow(self.samples.where(number), why, tuple(pieces), end - begin, sum(labelled), weight=weight)
 
     def _at(self, place: str) -> list[ShownRow]:
         file, _, line = place.rpartition(":")
@@ -287,12 +320,11 @@ def inspect_data(data: Any, config: Config, options: Options) -> Inspection:
     cutter = PieceCutter(data.tokenizer, data.stop_ids)
     others = {name: other for name, other in data.samples.items() if name != names[0]}
     rows = RowChooser(names[0], samples, data.reports[names[0]], cutter, others).choose(options)
-    ends = _add([split.ends for split in facts if split.ends is not None])
     return Inspection(
         config=config.name,
         settings=_settings(data, config),
         splits=facts,
-        ends=[] if ends is None else describe_ends(ends, data.tokenizer, data.stop_ids),
+        ends=_describe_all_ends(data, [split.ends for split in facts if split.ends is not None]),
         epoch=_plan(data, config) if "train" in names else None,
         batch_size=data.batch_size,
         rows=rows,
@@ -309,13 +341,17 @@ def _notes(data: Any, names: list[str]) -> list[str]:
     ]
 
 
-def _add(ends: list[Ends]) -> Ends | None:
-    """Add up the counts of all splits."""
-    if not ends:
-        return None
-    with_bos = None if ends[0].with_bos is None else sum(of_split.with_bos or 0 for of_split in ends)
-    samples, stopping, doubled = (sum(getattr(e, name) for e in ends) for name in ("samples", "stopping", "doubled"))
-    return Ends(samples, stopping, with_bos, doubled)
+def _describe_all_ends(data: Any, ends: list[Ends]) -> list[tuple[bool, str]]:
+    """Describe the ends of all splits together, those of splits without a chat template by themselves."""
+    sentences = []
+    for written in (False, True):
+        group = [of_split for of_split in ends if of_split.written == written]
+        if group:
+            with_bos = None if group[0].with_bos is None else sum(of_split.with_bos or 0 for of_split in group)
+            counts = [sum(getattr(one, name) for one in group) for name in ("samples", "stopping", "doubled")]
+            whole = Ends(counts[0], counts[1], with_bos, counts[2], written)
+            sentences += describe_ends(whole, data.tokenizer, data.stop_ids)
+    return sentences
 
 
 def _plan(data: Any, config: Config) -> Epoch:
@@ -329,13 +365,23 @@ def _plan(data: Any, config: Config) -> Epoch:
 def _split_facts(data: Any, name: str) -> SplitFacts:
     samples = data.samples[name]
     labels = percentiles(samples.labelled_counts) if name != "predict" else {}
-    ends = None if name == "predict" else count_ends(samples, data.stop_ids, data.tokenizer.bos_token_id)
-    lengths = samples.lengths
-    return SplitFacts(name, data.reports[name], percentiles(lengths), labels, histogram(lengths), ends)
+    report, lengths = data.reports[name], samples.lengths
+    ends = None
+    if name != "predict":
+        written = not _WRITTEN.isdisjoint(report.formats)
+        ends = count_ends(samples, data.stop_ids, data.tokenizer.bos_token_id)._replace(written=written)
+    held_out = name == "val" and data.val_fraction is not None
+    sources = count_sources(samples, [] if name == "predict" else data.sources("train" if held_out else name))
+    return SplitFacts(name, report, percentiles(lengths), labels, histogram(lengths), ends, sources)
+
+
+_WRITTEN = {"text", "segments", "tokens"}  # formats without a chat template
 
 
 def _settings(data: Any, config: Config) -> str:
     tokenizer = config.data.init_args.get("tokenizer")
     shown = {"tokenizer": tokenizer["name"] if isinstance(tokenizer, dict) else tokenizer}
     shown |= {key: getattr(data, key, None) for key in ("max_length", "too_long", "train_on")}
+    defaults = {"reasoning": "template", "deduplicate": False, "shuffle": True}
+    shown |= {key: value for key, default in defaults.items() if (value := getattr(data, key, default)) != default}
     return " · ".join(f"{key} {value}" for key, value in shown.items() if value is not None)

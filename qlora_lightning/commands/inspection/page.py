@@ -11,6 +11,7 @@ from qlora_lightning.commands.inspection.facts import (
     describe_epoch,
     find_faults,
     headline,
+    source_table,
     table_rows,
 )
 from qlora_lightning.commands.inspection.gather import Inspection, Piece
@@ -46,11 +47,13 @@ def render_page(found: Inspection) -> str:
         version=__version__,
         headline=headline(found.splits[0], found.epoch),
         table=table_rows(found.splits),
+        sources=[(split.name, *source_table(split.sources)) for split in found.splits if split.sources],
         percentiles=list(PERCENTILES),
         drawings=[_drawing(split) for split in found.splits if split.bars],
         epoch=[] if found.epoch is None else describe_epoch(found.epoch, found.batch_size),
         faults=find_faults(found.splits),
         rows=[(row, list(_tokens(row.pieces))) for row in found.rows],
+        parts=sorted({piece.part for row in found.rows for piece in row.pieces} - {""}),
     )
 
 
@@ -79,7 +82,7 @@ def _tokens(pieces: Iterable[Piece]) -> Iterable[dict[str, str]]:
     """Give each piece its text, what hovering tells, and its classes in the style sheet."""
     for piece in pieces:
         kinds = {"labelled": piece.labelled, "special": piece.special, "stop": piece.stop}
-        names = [name for name, holds in kinds.items() if holds]
+        names = [name for name, holds in kinds.items() if holds] + [piece.part] * bool(piece.part)
         number = "id" if len(piece.ids) == 1 else "ids"
         about = " · ".join([f"{number} {' '.join(map(str, piece.ids))}", *names])
         text = show_controls(piece.text).replace("\n", "↵\n")

@@ -1,6 +1,6 @@
 """The report in the terminal, readable at 80 columns, with colours or without."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -11,12 +11,14 @@ from rich.text import Text
 from qlora_lightning.commands.inspection.facts import (
     PERCENTILES,
     Bar,
+    SourceFacts,
     SplitFacts,
     describe_epoch,
     find_faults,
+    source_table,
     table_rows,
 )
-from qlora_lightning.commands.inspection.gather import Inspection, Piece
+from qlora_lightning.commands.inspection.gather import CALL, REASONING, Inspection, Piece
 from qlora_lightning.page.visible import show_controls
 
 _BAR_WIDTH = 40
@@ -30,6 +32,10 @@ def print_inspection(found: Inspection, console: Console) -> None:
         console.print(Text(line, "dim"))
     console.print()
     console.print(_counts(found.splits))
+    for split in found.splits:
+        if split.sources:
+            _heading(console, f"{split.name}: sources")
+            console.print(_sources(split.sources))
     _heading(console, "Tokens per sample")
     console.print(_percentiles(found.splits))
     for split in found.splits:
@@ -65,12 +71,14 @@ def _print_ends(found: Inspection, console: Console) -> None:
 def _print_rows(found: Inspection, console: Console) -> None:
     _heading(console, f"Rows of {found.rows_split} as the model sees them")
     writer = RowWriter(console)
-    console.print(writer.legend())
+    console.print(writer.legend({piece.part for row in found.rows for piece in row.pieces}))
     for row in found.rows:
         console.print()
         parts = [Text(row.where, "bold")]
         if row.pieces:
             parts.append(Text(f"  {row.tokens:,} tokens, {row.labelled:,} labelled"))
+        if row.weight != 1:
+            parts.append(Text(f", weight {row.weight:g}"))
         if row.why:
             parts.append(Text(f"  ({show_controls(row.why)})", "dim"))
         if row.note:
@@ -92,6 +100,16 @@ def _counts(splits: list[SplitFacts]) -> Table:
         table.add_column(split.name, justify="right", overflow="fold")
     for heading, cells in table_rows(splits):
         table.add_row(heading, *cells)
+    return table
+
+
+def _sources(sources: list[SourceFacts]) -> Table:
+    headings, lines = source_table(sources)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", overflow="fold")
+    for name, *cells in lines:
+        table.add_row(Text(show_controls(name)), *cells)
     return table
 
 
@@ -139,13 +157,13 @@ class RowWriter:
         self.width = console.width
         self.coloured = console.color_system is not None and not console.no_color
 
-    def legend(self) -> Text:
-        """Say what the marks mean."""
+    def legend(self, parts: Collection[str] = ()) -> Text:
+        """Return what the marks mean, and the colours of those parts that occur."""
         if self.coloured:
             labelled = Text.assemble(("labelled", "bold green"), (" tokens", "green"), " (the loss counts them)")
             stop = Text.assemble(("stop token", "bold white on red"))
             special = Text.assemble(("special", "magenta"), " token")
-            marks = [labelled, stop, special]
+            marks = [labelled, stop, special, *(Text(part, style) for part, style in _PARTS.items() if part in parts)]
         else:
             marks = [
                 Text(f"{_OPEN}labelled tokens{_CLOSE}"),
@@ -186,12 +204,18 @@ class RowWriter:
             yield _CLOSE, ""
 
 
+_PARTS = {REASONING: "cyan", CALL: "yellow"}  # dim where they are not labelled
+
+
 def _style(piece: Piece, number: int) -> str:
     """Neighbours differ in weight, so that each token is seen."""
     if piece.stop:
         return "bold white on red"
     if piece.special:
         return "bold magenta" if piece.labelled else "magenta"
+    if piece.part:
+        weight = "" if piece.labelled else "dim "
+        return f"{weight}{'' if number % 2 else 'bold '}{_PARTS[piece.part]}"
     if piece.labelled:
         return "green" if number % 2 else "bold green"
     return "dim" if number % 2 else ""

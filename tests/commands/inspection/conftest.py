@@ -84,6 +84,8 @@ def data_module(sample_set, report, characters):
             max_length=512,
             batch_size=batch_size,
             on_bad_row="error",
+            val_fraction=None,
+            sources=lambda split: [],
             setup=lambda stage=None: None,
             train_dataloader=lambda: loader,
         )

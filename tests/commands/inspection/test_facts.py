@@ -170,6 +170,9 @@ def test_a_bos_is_looked_for_at_the_start_alone(sample_set):
         (Ends(9, 0, 9, 4), [False, False], ["no sample trains one", "4 of 9 samples begin with two."]),
         (Ends(9, 9, 5, 0), [True, False], ["every sample trains one", "5 of 9 samples begin with one."]),
         (Ends(9, 9, None, 0), [True, True], ["every sample trains one", "this tokenizer has none."]),
+        # pieces of a text have neither, which is no fault
+        (Ends(9, 7, 5, 0, True), [True, True], ["7 of 9 samples train one", "5 of 9 samples begin with one."]),
+        (Ends(9, 0, 5, 1, True), [True, False], ["0 of 9 samples train one", "1 of 9 samples begin with two."]),
     ],
 )
 def test_each_is_a_sentence(ends, well, words, characters):

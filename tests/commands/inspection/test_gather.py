@@ -166,6 +166,35 @@ def test_characters_cut_over_several_tokens_stay_whole(smol, text):
         assert not any("\N{REPLACEMENT CHARACTER}" in piece.text for piece in pieces)
 
 
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("{q}{<think>\nhm</think>a}", {"reasoning": "<think>\nhm</think>", "": "{q}{a}"}),
+        ("{a [THINK]hm[/THINK]b}", {"reasoning": "[THINK]hm[/THINK]", "": "{a b}"}),
+        ("{<tool_call>f(1)</tool_call>}", {"tool call": "<tool_call>f(1)</tool_call>", "": "{}"}),
+        ("{a<think>cut}{next}", {"reasoning": "<think>cut", "": "{a}{next}"}),  # to the end of its turn
+        ("{a<b>c</b></think>}", {"": "{a<b>c</b></think>}"}),
+    ],
+)
+def test_reasoning_and_tool_calls_are_parts_of_a_turn(characters, text, parts):
+    found = dict.fromkeys(parts, "")
+    for piece in PieceCutter(characters, []).cut([ord(character) for character in text], [False] * len(text)):
+        found[piece.part] += piece.text
+    assert found == parts
+
+
+def test_a_mark_may_be_a_control_token():
+    class Marks:
+        words = ("{", "<think>", "hm", "</think>", "a", "}")
+        added_tokens_decoder, all_special_ids = {}, (0, 1, 3, 5)
+
+        def decode(self, ids, **kwargs):
+            return "".join(self.words[number] for number in ids)
+
+    pieces = PieceCutter(Marks(), []).cut(range(6), [False] * 6)
+    assert [piece.text for piece in pieces if piece.part] == ["<think>", "hm", "</think>"]
+
+
 def test_a_llama_takes_more_than_one_token_and_is_one_piece(smol):
     ids = smol.encode("🦙", add_special_tokens=False)
     assert len(ids) > 1

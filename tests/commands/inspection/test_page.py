@@ -53,6 +53,12 @@ def test_tokens_have_their_kinds_and_ids(page, data_module):
     ]
 
 
+def test_reasoning_is_marked(page, data_module):
+    found = page(data_module(train=["{q}<[think]h[/think]a}>"]))
+    assert ("h", "t la re", "id 104 · labelled · reasoning") in found.tokens
+    assert ("a", "t la", "id 97 · labelled") in found.tokens
+
+
 def test_whatever_rows_hold_is_text(page, data_module):
     bad = {"bad": [BadRow("train.jsonl:9", HOSTILE)], "bad_rows": 1, "formats": [HOSTILE]}
     found = page(data_module(reports={"train": bad}, train=[f"{{q}}<{HOSTILE.replace('>', '')}\0>"]), search=HOSTILE)

@@ -134,6 +134,13 @@ def test_with_colour_labelled_is_green_and_the_stop_token_red(write):
     assert "\x1b[1;37;41m}\x1b[0m" in printed
 
 
+def test_reasoning_and_calls_have_colours_of_their_own_labelled_or_not(write):
+    colours = {"force_terminal": True, "color_system": "standard", "no_color": False}
+    printed, _ = write("{[think]q}<a[tool_call]b}>", **colours)
+    assert "\x1b[2;36mq\x1b[0m" in printed or "\x1b[1;2;36mq\x1b[0m" in printed
+    assert "\x1b[33mb\x1b[0m" in printed or "\x1b[1;33mb\x1b[0m" in printed
+
+
 def test_lines_break_between_tokens_and_at_newlines(write):
     printed, _ = write("abcdefgh\n\nxy", width=10)
     assert printed.splitlines() == ["  a│b│c│d", "  │e│f│g│h", "  │↵", "  │↵", "  │x│y"]

@@ -183,7 +183,7 @@ def _open_stored(file: DataFile) -> Iterator[Any]:
             with file.open("rb") as stream:
                 yield stream
         else:
-            import fsspec  # type: ignore[import-untyped]  # a fifth of a second
+            import fsspec  # a fifth of a second
 
             with fsspec.open(file, "rb") as stream:
                 yield stream

@@ -198,7 +198,7 @@ def _find_urls(path: str) -> list[str]:
     """Return the URLs of a file, or of the data files in a folder or glob behind a URL."""
     if kind_of(path)[0] and "*" not in path:
         return [path]
-    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+    from fsspec.core import url_to_fs
 
     system, root = url_to_fs(path)
     names = system.glob(root) if "*" in path else system.find(root)

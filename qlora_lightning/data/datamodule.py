@@ -42,19 +42,22 @@ class InstructionDataModule(LightningDataModule):
     ``PL_GLOBAL_SEED``), else ``torch.initial_seed()`` at the first ``setup``; a resumed run keeps the checkpoint's.
 
     Args:
-        train: what to train on: a file (``.jsonl``, ``.json``, ``.csv``, ``.parquet``, also compressed), a folder, a
-            glob, a hub id, a mapping ``{path, weight, split, …}``, or a list of these. Without weights an epoch is
-            every row once; with weights it has as many rows as all sources together, each source its share of them.
+        train: what to train on: a file (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, ``.arrow``, also
+            compressed), a folder, a glob, a URL, a hub id, a mapping ``{path, weight, rows, format, …}``, or a list of
+            these. Without weights an epoch is every row once; with weights it has as many rows as all sources
+            together, each source its share of them.
         val: what to validate on.
         test: what ``test`` reports on.
         predict: rows that ``predict`` answers; they may lack answers.
         format: ``auto`` (by the keys of the rows), ``alpaca``, ``messages``, ``sharegpt``, ``prompt_completion``,
-            ``question_answer``, ``text``, ``tokens``, or the dotted path of a function ``row -> conversation``.
+            ``question_answer``, ``glaive``, ``text``, ``segments``, ``tokens``, or the dotted path of a function
+            ``row -> conversation``.
         columns: other names for columns, ``{their name: our name}``; ``null`` leaves a column out.
         roles: other names of who speaks, ``{their name: our name}``.
         system: system prompt for rows without one.
         encoding: of text files: ``latin-1`` for example.
-        chat_template: ``llama3``, ``chatml``, ``alpaca`` or a ``.jinja`` file; by default the tokenizer's own.
+        chat_template: ``llama3``, ``chatml``, ``chatml-tools``, ``alpaca`` or a ``.jinja`` file; by default the
+            tokenizer's own.
         template_options: values of the template's variables, ``{date_string: 27 Nov 2026, enable_thinking: false}``;
             they are saved inside the adapter's template. A template that asks for today's date gets 26 July 2024,
             unless ``strftime_now: 2026-11-27`` or a variable of its own names another.

@@ -331,7 +331,7 @@ class _Pool:
     they begin without it.
     """
 
-    def __init__(self, recipe: bytes, workers: int) -> None:
+    def __init__(self, recipe: Recipe, workers: int) -> None:
         self.workers = workers
         spawn = multiprocessing.get_context("spawn")
         self._executor = ProcessPoolExecutor(workers, spawn, _begin_worker, (recipe,))
@@ -366,10 +366,10 @@ def _start_pool(recipe: Recipe) -> _Pool | None:
         return None
     with _without_main():
         try:
-            pickled = pickle.dumps(recipe)
+            pickle.dumps(recipe)
         except (pickle.PicklingError, AttributeError, TypeError):  # it holds something of the user's script
             return None
-        return _Pool(pickled, min(cores, 16))
+        return _Pool(recipe, min(cores, 16))
 
 
 @contextmanager
@@ -385,12 +385,12 @@ def _without_main() -> Iterator[None]:
 _recipe: Recipe  # of a worker
 
 
-def _begin_worker(recipe: bytes) -> None:
+def _begin_worker(recipe: Recipe) -> None:
     global _recipe
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has its worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _recipe = pickle.loads(recipe)
+    _recipe = recipe
 
 
 def _end_with_parent() -> None:

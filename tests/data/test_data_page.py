@@ -58,7 +58,7 @@ def trained(data, number):
     return "".join(f"⟦{text}⟧" if labelled else text for labelled, text in texts).strip()
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: re.search(r"([\w-]+)\.(?:json|csv)", config)[1])
 def test_every_config_reads_the_rows_beside_it(config, folder, smol):
     settings = yaml.safe_load(config)["data"]
     data = InstructionDataModule(**settings, tokenizer=smol)
@@ -78,7 +78,7 @@ def test_what_is_trained_is_shown_of_two_configs():
     assert len(SHOWN) == 2
 
 
-@pytest.mark.parametrize(("name", "row"), table_of("`format:`"))
+@pytest.mark.parametrize(("name", "row"), table_of("`format:`"), ids=lambda cell: cell[:20].strip("`"))
 def test_every_format_is_known_by_its_row(name, row, tmp_path, smol):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row_of(row)))
     name = name.strip("`")
@@ -93,10 +93,10 @@ def test_no_format_is_missing():
     assert {name.strip("`") for name, _ in table_of("`format:`")} == set(FORMATS)
 
 
-@pytest.mark.parametrize(("row", "why"), table_of("row"))
+@pytest.mark.parametrize(("row", "why"), table_of("row"), ids=lambda cell: cell[:20].strip("`"))
 def test_what_is_said_to_be_rejected_is(row, why, tmp_path, smol):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row_of(row)))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"preference|'label'|'images'|im_end|'loss'"):
         InstructionDataModule(tmp_path / "rows.jsonl", tokenizer=smol).setup("fit")
     remedy = re.search(r"`columns: (.*?)`", why)
     if remedy:

@@ -94,8 +94,8 @@ def run(tiny_base, rows_file, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "1")
     monkeypatch.setenv("COLUMNS", "300")
-    plain = generate._generate_flat  # answers of a random base run on until they are cut: two tokens will do
-    monkeypatch.setattr(generate, "_generate_flat", lambda *arguments: plain(*arguments[:-1], 2))
+    plain = generate._generate  # answers of a random base run on until they are cut: two tokens will do
+    monkeypatch.setattr(generate, "_generate", lambda *arguments: plain(*arguments[:-1], 2))
     (tmp_path / "tiny").symlink_to(tiny_base)
     (tmp_path / "researcher.py").write_text(MODULE)
     rows = [{"instruction": "Say one.", "output": "one"}, {"instruction": "Say two."}]

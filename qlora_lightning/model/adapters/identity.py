@@ -36,7 +36,7 @@ _COMPUTES = (
 # Options of PEFT that change the adapter's shape or function; the others, as the initialization, are of the past.
 _OPTIONS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices")
 _OF_BASE = {"fingerprint": "weights", "config_hash": "config"}
-_SETTINGS = ("quantization", "double_quant", "rank", "target_modules", "layers", "lora_options")
+_SETTINGS = ("quantization", "double_quant", "rank", "alpha", "target_modules", "layers", "lora_options")
 _DATA = {
     "tokenizer": "tokenizer",
     "chat_template": "chat template",

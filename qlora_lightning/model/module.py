@@ -323,7 +323,8 @@ class QLoRAModule(lightning.LightningModule):
             UserError: See :meth:`lay_out`; or the model does not attend within samples.
         """
         check_attends_flatly(self.causal_lm)
-        self.choose_layers()
+        if not torch.compiler.is_compiling():
+            self.choose_layers()
         layout: Layout | None = batch.get("layout")
         if layout is None or not layout.is_of(batch):
             layout = self.lay_out(batch).to(self.device)

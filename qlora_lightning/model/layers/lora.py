@@ -264,7 +264,7 @@ class LoRALinearFunction(torch.autograd.Function):
 class _Fused(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``; whatever is not plain LoRA goes PEFT's own way."""
-        if args or kwargs or not (runs_fused(self) and _acts_plainly(self)):
+        if args or kwargs or self.disable_adapters or not (runs_fused(self) and is_plain_lora(self)):
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
         device = device_of_autocast(x)
@@ -283,42 +283,29 @@ class FusedLinear(_Fused, PeftLinear):  # type: ignore[misc]  # PEFT ships no ty
     """The same over a linear that is not quantized."""
 
 
-def _acts_plainly(layer: Any) -> bool:
-    """Whether it still is what was chosen: adapters are switched and parts watched at any time."""
-    if layer.disable_adapters or not is_plain_lora(layer):
-        return False
-    parts = layer.__dict__["_modules"].values()
-    return not any(has_hooks(part) or any(map(has_hooks, part.__dict__["_modules"].values())) for part in parts)
-
-
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks or a forward of its own."""
     own = module.__dict__  # torch has no public way to ask
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in own
 
 
 def is_plain_lora(layer: Any) -> bool:
-    """Whether a linear is frozen and has at most one active, unmerged adapter without dropout, bias or variant."""
-    if not isinstance(layer, _Fused):
+    """Whether a linear is frozen, with at most one active, unmerged, unwatched adapter: no dropout, bias or variant."""
+    if type(layer) not in (FusedLinear4bit, FusedLinear):
         return _is_frozen(layer)
-    linear: Any = layer
-    if "forward" in vars(layer) or len(linear.active_adapters) != 1 or linear.merged:
+    if "forward" in vars(layer) or len(layer.active_adapters) != 1 or layer.merged or not _is_frozen(layer.base_layer):
         return False
-    (adapter,) = linear.active_adapters
-    if not _is_frozen(linear.base_layer):
+    parts = layer.__dict__["_modules"].values()
+    if any(has_hooks(part) or any(map(has_hooks, part.__dict__["_modules"].values())) for part in parts):
         return False
-    if adapter not in linear.lora_A:  # it leaves this linear as it is
+    (adapter,) = layer.active_adapters
+    if adapter not in layer.lora_A:  # it leaves this linear as it is
         return True
-    matrices, dropout = (linear.lora_A[adapter], linear.lora_B[adapter]), linear.lora_dropout[adapter]
+    matrices, dropout = (layer.lora_A[adapter], layer.lora_B[adapter]), layer.lora_dropout[adapter]
     return (
         all(type(each) is nn.Linear and each.bias is None for each in matrices)
-        and adapter not in linear.lora_variant
+        and adapter not in layer.lora_variant
         and (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training))
     )
 
@@ -326,11 +313,9 @@ def is_plain_lora(layer: Any) -> bool:
 def _is_frozen(linear: Any) -> bool:
     if type(linear) not in (nn.Linear, bnb.nn.Linear4bit) or "forward" in vars(linear):
         return False
-    weight, bias = linear.weight, linear.bias
-    if type(linear) is bnb.nn.Linear4bit and not isinstance(weight, bnb.nn.Params4bit):
+    if type(linear) is bnb.nn.Linear4bit and not isinstance(linear.weight, bnb.nn.Params4bit):
         return False  # of a model that was pickled: bitsandbytes' own forward makes it whole again
-    trains = weight.requires_grad if type(linear) is nn.Linear else False  # packed it cannot
-    return not (trains or (bias is not None and bias.requires_grad))
+    return not (linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad))
 
 
 def runs_fused(layer: nn.Module) -> bool:

@@ -300,6 +300,7 @@ CHECKPOINTS = [
         ("wrong.ckpt names the optimizer evil.X", "`--model.optimizer evil.X`"),
         change_checkpoint(lambda found: found["qlora_lightning"]["settings"].update(optimizer="evil.X")),
     ),
+    Wrong("another_alpha", f"--ckpt_path {LAST} --model.alpha 3", ("model.alpha 4", "here it is 3")),
     Wrong("another_rank", f"--ckpt_path {LAST} --model.rank 3", ("model.rank 2", "here it is 3")),
     Wrong(
         "another_alpha_type",

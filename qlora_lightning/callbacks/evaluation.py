@@ -22,6 +22,7 @@ from qlora_lightning.evaluation.report import EVALUATION_FILE, summarize, write_
 from qlora_lightning.evaluation.rows import EvaluationRow, cut_rows
 from qlora_lightning.evaluation.scores import SCORES, check_scores, judge_answer
 from qlora_lightning.evaluation.tables import describe_duel, metrics_table, samples_table
+from qlora_lightning.model.adapters.lora import without_adapters
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import is_trial_run
 
@@ -149,7 +150,7 @@ class Evaluation(Callback):
         steps = 2 * (len(rows) + (answered if answering else 0))
         with steps_bar("base and adapter on validation rows", steps, show=trainer.is_global_zero) as watch:
             after = judge_rows(module, rows, answering, answered, watch)
-            with module.model.disable_adapter():
+            with without_adapters(module.model):
                 before = judge_rows(module, rows, answering, answered, watch)
         light = [replace(row, batch={}) for row in rows]
         gathered = gather_lists(trainer, list(zip(light, before, after, strict=True)))

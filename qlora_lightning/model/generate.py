@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qlora_lightning.model.layers.attention import NO_MASK, check_attends_flatly
 from qlora_lightning.model.layers.elementwise import rope_limit
+from qlora_lightning.model.layers.fusing import choose_layers
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
 from qlora_lightning.model.layout import Samples, whole_samples
 
@@ -103,6 +104,7 @@ def generate_answers(
     answers: list[list[int]] = [[] for _ in prompts]
     was_training = model.training
     model.eval()
+    choose_layers(model)
     try:
         packed = len(prompts) <= _FEW_PROMPTS and next(model.parameters()).is_cuda
         with torch.no_grad(), contextlib.nullcontext() if packed else dense_weights(model):

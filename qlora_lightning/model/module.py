@@ -160,7 +160,7 @@ class QLoRAModule(lightning.LightningModule):
         self.save_hyperparameters(logger=False)  # for load_from_checkpoint; see ExactResume
         self.base, self.revision, self.trust_remote_code = base, revision, trust_remote_code
         self.quantization, self.double_quant, self.cache = quantization, double_quant, cache
-        self.compute_dtype, self.fast = compute_dtype, fast
+        self.compute_dtype = compute_dtype
         self.adapter_options: dict[str, Any] = {
             "rank": rank,
             "alpha": alpha,
@@ -174,6 +174,7 @@ class QLoRAModule(lightning.LightningModule):
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
         self.loraplus_ratio, self.neftune_alpha = loraplus_ratio, neftune_alpha
         self.model: Any = None
+        self.fast = fast
         self.identity: dict[str, Any] = {"base": base, "quantization": quantization}
         self.autocast_dtype: torch.dtype | None = None
         self.window = Window()
@@ -270,6 +271,17 @@ class QLoRAModule(lightning.LightningModule):
         give_back_freed_memory()
 
     @property
+    def fast(self) -> bool:
+        """Whether layers, attention and loss are ours; may be set at any time."""
+        return self._fast
+
+    @fast.setter
+    def fast(self, fast: bool) -> None:
+        self._fast = fast
+        if self.model is not None and attends_flatly(self.causal_lm):
+            self.causal_lm.set_attn_implementation(register_flat_attention(fast))
+
+    @property
     def causal_lm(self) -> Any:
         """The model of transformers inside PEFT's wrapper."""
         return self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
@@ -281,15 +293,12 @@ class QLoRAModule(lightning.LightningModule):
         return torch.autocast(self.device.type, self.autocast_dtype)
 
     def choose_layers(self) -> None:
-        """Choose which layers run fused in the mode that the model is in."""
+        """Choose which layers run fused, if anything has changed that this rests on: ``compute_loss`` may begin so."""
         choose_layers(self.model)
 
     def on_train_start(self) -> None:
-        self.choose_layers()
         if isinstance(self.trainer.strategy.model, DistributedDataParallel):
             leave_gradients_to_window(self.trainer.strategy.model)
-
-    on_validation_start = on_test_start = on_predict_start = choose_layers
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
@@ -314,7 +323,7 @@ class QLoRAModule(lightning.LightningModule):
             UserError: See :meth:`lay_out`; or the model does not attend within samples.
         """
         check_attends_flatly(self.causal_lm)
-        if self._trainer is None:
+        if not torch.compiler.is_compiling():
             self.choose_layers()
         layout: Layout | None = batch.get("layout")
         if layout is None or not layout.is_of(batch):

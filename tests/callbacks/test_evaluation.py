@@ -5,7 +5,7 @@ import pytest
 import torch
 from lightning import Callback
 
-from qlora_lightning import AdapterCheckpoint, Evaluation
+from qlora_lightning import AdapterCheckpoint, Evaluation, QLoRAModule
 from qlora_lightning.callbacks import evaluation
 from qlora_lightning.evaluation.rows import cut_rows
 from qlora_lightning.model.loss import TokenStatistics
@@ -181,6 +181,22 @@ def test_a_resumed_run_goes_on_counting_validations(fit, tmp_path):
     scored = [["val_stop_rate" in seen for seen in each.seen] for each in (whole, first, second)]
     assert scored == [[False, True, True], [False], [True, True]]  # a metric stays until it is logged again
     assert whole.seen[1] == second.seen[0]
+
+
+class FrozenA(QLoRAModule):
+    """LoRA-FA: A stays as it was drawn."""
+
+    def build_model(self):
+        model = super().build_model()
+        for name, tensor in model.named_parameters():
+            tensor.requires_grad_(".lora_B." in name)
+        return model
+
+
+def test_half_an_adapter_that_is_frozen_is_compared_too_and_stays_frozen(fit, make_module, adapter_of, figures):
+    _, module = fit(AdapterCheckpoint(), Evaluation(rows=0), module=make_module(FrozenA), limit_train_batches=4)
+    assert figures()["loss"][0] > figures()["loss"][1]
+    assert all(".lora_B." in name for name in adapter_of(module))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ def predict(make_module, make_data, make_trainer, monkeypatch, tmp_path):
     # Answers of a random base run on until they are cut: two tokens will do.
     from qlora_lightning.model import generate
 
-    plain = generate._generate_flat
-    monkeypatch.setattr(generate, "_generate_flat", lambda *arguments: plain(*arguments[:-1], 2))
+    plain = generate._generate
+    monkeypatch.setattr(generate, "_generate", lambda *arguments: plain(*arguments[:-1], 2))
 
     def run(rows, **options):
         file = tmp_path / "questions.jsonl"
@@ -65,8 +65,8 @@ def test_nothing_is_warned_about(predict):
 def test_a_folder_with_brackets_is_named_as_it_is(make_module, make_data, make_trainer, tmp_path, capsys, monkeypatch):
     from qlora_lightning.model import generate
 
-    plain = generate._generate_flat
-    monkeypatch.setattr(generate, "_generate_flat", lambda *arguments: plain(*arguments[:-1], 2))
+    plain = generate._generate
+    monkeypatch.setattr(generate, "_generate", lambda *arguments: plain(*arguments[:-1], 2))
     file = tmp_path / "questions.jsonl"
     file.write_text('{"instruction": "Hi."}\n')
     trainer = make_trainer(PredictionWriter(), folder="[/b]")

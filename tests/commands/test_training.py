@@ -94,8 +94,8 @@ def run(tiny_base, rows_file, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "1")
     monkeypatch.setenv("COLUMNS", "300")
-    plain = generate._generate_flat  # answers of a random base run on until they are cut: two tokens will do
-    monkeypatch.setattr(generate, "_generate_flat", lambda *arguments: plain(*arguments[:-1], 2))
+    plain = generate._generate  # answers of a random base run on until they are cut: two tokens will do
+    monkeypatch.setattr(generate, "_generate", lambda *arguments: plain(*arguments[:-1], 2))
     (tmp_path / "tiny").symlink_to(tiny_base)
     (tmp_path / "researcher.py").write_text(MODULE)
     rows = [{"instruction": "Say one.", "output": "one"}, {"instruction": "Say two."}]
@@ -489,12 +489,10 @@ def test_a_parser_is_made_for_the_command_that_runs_and_no_other():
     assert made == ["validate"]
 
 
-def test_a_run_with_few_steps_or_none_and_a_rank_beyond_its_matrices_are_told(run):
-    settings = ["--evaluation=null", "--model.rank=40", '--model.target_modules=["q_proj","k_proj"]']
+def test_a_run_with_few_steps_or_none_is_told(run):
+    settings = ["--evaluation=null"]
     out = run("fit", *settings)
     assert "only 3 optimizer steps" in out
-    assert "k_proj (32 × 64, rank 40)" in out
-    assert "q_proj (" not in out
     assert "Nothing" not in out
     out = run("fit", *settings, "--ckpt_path", "last")
     assert "Nothing is left to train" in out

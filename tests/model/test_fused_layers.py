@@ -8,8 +8,10 @@ import shutil
 
 import bitsandbytes as bnb
 import lightning
+import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -23,7 +25,7 @@ from qlora_lightning.model.kernels import library
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, cast_adapters
 from qlora_lightning.model.layers.fusing import choose_layers, fuse_layers
-from qlora_lightning.model.layers.lora import runs_fused
+from qlora_lightning.model.layers.lora import FusedLinear4bit, runs_fused
 from qlora_lightning.model.layout import whole_samples
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests.steps import assert_same_step, distance, loss_and_gradients, make_batch, make_module, randomize
@@ -285,6 +287,121 @@ def test_another_attention_and_another_class_of_a_part_are_called(tiny_base, mon
     assert count_fused(module) == 0
     monkeypatch.setattr(llama, "LlamaRMSNorm", type("OwnNorm", (llama.LlamaRMSNorm,), {}))
     assert count_fused(make_module(tiny_base)) == 0
+
+
+# ---- whatever changes between two runs ------------------------------------------------------------------------------
+
+
+def add_dora(model):
+    model.add_adapter("d", peft.LoraConfig(r=2, use_dora=True, target_modules="all-linear", init_lora_weights=False))
+    model.set_adapter("d")
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_magnitude_vector["d"].weight.data *= 1.5
+
+
+def add_second(model):
+    model.add_adapter("b", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "b"])
+
+
+@pytest.mark.parametrize("change", [add_dora, add_second, lambda model: model.merge_adapter()])
+@pytest.mark.parametrize("has_trainer", [False, True])
+def test_adapters_that_are_switched_and_merged_count_at_once(tiny_base, change, has_trainer):
+    found = []
+    for fast in (True, False):
+        module = make_module(tiny_base, fast=fast, quantization="none").eval()
+        module.trainer = lightning.Trainer(accelerator="cpu", logger=False) if has_trainer else None
+        module.choose_layers()
+        torch.manual_seed(0)
+        change(module.model)
+        with torch.no_grad():
+            found.append(module.compute_loss(batch()).nll_sum)
+        found.append(module.answer([[5, 6, 7, 8], [9, 10]], [1], 8))
+        found.append(module.model(input_ids=torch.arange(5, 30)[None]).logits.detach())
+    for ours, plain in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_who_hooks_before_an_answer_or_a_call_of_the_model_sees_it(tiny_base):
+    module, seen = make_module(tiny_base), []
+    module.compute_loss(batch())
+    module.answer([[5, 6]], [1], 2)
+    part = layers_of(module)[0].self_attn
+    part.q_proj.lora_B.default.register_forward_hook(lambda *_: seen.append("B"))
+    module.model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert seen == ["B"]
+    part.register_forward_hook(lambda *_: seen.append("attention"))
+    module.answer([[5, 6, 7]], [1], 1)
+    assert seen == ["B", "B", "attention"]
+
+
+def test_fast_may_be_switched_off_and_on(tiny_base):
+    module = make_module(tiny_base)
+    for fast, count in ((False, 0), (True, 2)):
+        module.fast = fast
+        assert count_fused(module) == count
+        assert module.causal_lm.config._attn_implementation == register_flat_attention(fast)
+        linears = [each for each in module.modules() if isinstance(each, FusedLinear4bit)]
+        assert sum(map(runs_fused, linears)) == 7 * count
+
+
+@pytest.fixture
+def fit_rows(tiny_base, rows_file, tmp_path):
+    """Fit three steps with a validation behind each; return the callback."""
+
+    def run(callback, **settings):
+        lightning.seed_everything(0, verbose=False)
+        settings = {"rank": 2, "compute_dtype": "fp32", "quantization": "none", "learning_rate": 1e-2, **settings}
+        trainer = lightning.Trainer(
+            accelerator="cpu", devices=1, max_steps=3, val_check_interval=1, limit_val_batches=1, logger=False,
+            num_sanity_val_steps=0, enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
+            default_root_dir=tmp_path, callbacks=[callback],
+        )  # fmt: skip
+        rows = str(rows_file)
+        data = InstructionDataModule(train=rows, val=rows, tokenizer=str(tiny_base), batch_size=2)
+        trainer.fit(QLoRAModule(str(tiny_base), warmup_ratio=0.0, **settings), data)
+        return callback
+
+    return run
+
+
+def double(layer):
+    layer.mlp.forward = lambda x: 2 * llama.LlamaMLP.forward(layer.mlp, x)
+
+
+class Changing(lightning.Callback):
+    """Changes all layers at some hook, once, and notes the losses."""
+
+    def __init__(self, hook, change):
+        self.losses, self.due = [], True
+        setattr(self, hook, lambda trainer, module, *_: self.change(module, change))
+
+    def change(self, module, change):
+        for layer in layers_of(module) if self.due else ():
+            change(layer)
+        self.due = False
+
+    def on_train_batch_end(self, trainer, *_):
+        self.losses.append(float(trainer.callback_metrics["train_loss"]))
+
+
+@pytest.mark.parametrize(
+    ("hook", "change"),
+    [
+        ("on_validation_end", CHANGES["an activation"]),
+        ("on_validation_end", double),
+        ("on_train_epoch_start", double),
+        ("on_train_batch_start", lambda layer: layer.mlp.register_forward_hook(lambda *inputs: 2 * inputs[-1])),
+    ],
+)
+def test_what_a_callback_changes_at_any_time_holds_in_training(fit_rows, hook, change):
+    ours, plain, unchanged = (
+        fit_rows(Changing(hook, what), fast=fast).losses
+        for fast, what in ((True, change), (False, change), (True, lambda layer: None))
+    )
+    assert ours == pytest.approx(plain, rel=1e-5)
+    assert ours[1:] != pytest.approx(unchanged[1:], rel=5e-5)
 
 
 # ---- why layers are plain: a sentence in the log of a fit -----------------------------------------------------------

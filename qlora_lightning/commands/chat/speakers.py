@@ -11,7 +11,7 @@ from qlora_lightning.commands.chat.arguments import BASE
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.tokenizer import load_choice
 from qlora_lightning.model.adapters.folder import add_named_adapter
-from qlora_lightning.model.adapters.lora import ADAPTER
+from qlora_lightning.model.adapters.lora import ADAPTER, without_adapters
 from qlora_lightning.model.generate import dense_weights
 from qlora_lightning.model.opened_adapter import AdapterSource, find_adapter, open_adapter
 from qlora_lightning.support.errors import UserError
@@ -77,7 +77,7 @@ class Speakers:
     def speaking(self, speaker: Speaker) -> Iterator[Any]:
         """Give the model as it answers for one of them."""
         if speaker.inner is None:
-            with self.model.disable_adapter():
+            with without_adapters(self.model):
                 yield self.model
             return
         self.model.set_adapter(speaker.inner, inference_mode=True)

@@ -20,6 +20,7 @@ from qlora_lightning.evaluation.comparison import BASE
 from qlora_lightning.evaluation.judge import Answering, Judgement, judge_rows
 from qlora_lightning.evaluation.progress import steps_bar
 from qlora_lightning.evaluation.rows import EvaluationRow
+from qlora_lightning.model.adapters.lora import without_adapters
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import callbacks_of
@@ -113,7 +114,7 @@ def _judge(
     steps = (1 + len(adapters)) * (len(rows) + (min(answered, len(rows)) if answering else 0))
     judged = {}
     with steps_bar(f"base and {', '.join(adapters)}", steps) as watch:
-        with module.model.disable_adapter():
+        with without_adapters(module.model):
             judged[BASE] = judge_rows(module, rows, answering, answered, watch)
         for place, name in enumerate(adapters):
             module.model.set_adapter(_peft_name(place))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_lightning.base.adapter_folder import read_identity
-from qlora_lightning.model.adapters.identity import check_identity
+from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
 from qlora_lightning.model.adapters.lora import ADAPTER, check_fit, inject
 from qlora_lightning.model.layers.fusing import fuse_layers
 from qlora_lightning.support.errors import UserError
@@ -61,7 +61,7 @@ def save_adapter_folder(
 
     Args:
         folder: Where to; it may hold an earlier adapter, and files of the user's, which stay.
-        model: The model with the adapter.
+        model: The model with the adapter: of several the one that trains, else the first, ``default``.
         tokenizer: Saved beside, with its chat template; may be ``None``.
         identity: Written as ``qlora_lightning.json``: base, quantization, the adapter's shape, data.
         stop_ids: Tokens at which generation stops, beside the tokenizer's end-of-sequence token and the base's own.
@@ -72,10 +72,14 @@ def save_adapter_folder(
         generation, complete = _generation_config(model, tokenizer, stop_ids)
         if not complete:
             identity[_OWN_STOPS] = True
-    weights = _tensors_by_key(model, ADAPTER)
+    by_adapter = {name: _tensors_by_key(model, name) for name in model.peft_config}
+    trained = [name for name, found in by_adapter.items() if any(each.requires_grad for each in found.values())]
+    adapter = trained[0] if len(trained) == 1 else ADAPTER
+    if adapter != ADAPTER and "adapter" in identity:  # it is that of the model as it was made
+        identity["adapter"] = describe_adapter(model, adapter)
     # copies: tied tensors share memory, which the format refuses
-    weights = {name: tensor.detach().float().cpu().clone().contiguous() for name, tensor in weights.items()}
-    config = copy.copy(model.peft_config[ADAPTER])
+    weights = {key: each.detach().float().cpu().clone().contiguous() for key, each in by_adapter[adapter].items()}
+    config = copy.copy(model.peft_config[adapter])
     if not isinstance(config.target_modules, str):
         config.target_modules = sorted(config.target_modules)  # a set: its order would differ from run to run
     config.inference_mode = True  # as PEFT writes it: who loads the folder uses it, unless asked to train

@@ -36,7 +36,7 @@ _COMPUTES = (
 # Options of PEFT that change the adapter's shape or function; the others, as the initialization, are of the past.
 _OPTIONS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices")
 _OF_BASE = {"fingerprint": "weights", "config_hash": "config"}
-_SETTINGS = ("quantization", "double_quant", "rank", "target_modules", "layers", "lora_options")
+_SETTINGS = ("quantization", "double_quant", "rank", "alpha", "target_modules", "layers", "lora_options")
 _DATA = {
     "tokenizer": "tokenizer",
     "chat_template": "chat template",
@@ -51,13 +51,14 @@ def hash_config(config: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def describe_adapter(model: peft.PeftModel) -> dict[str, Any]:
+def describe_adapter(model: peft.PeftModel, adapter: str = ADAPTER) -> dict[str, Any]:
     """Return rank, alpha, dropout, targets, layers and options of an adapter as plain values.
 
     Targets and layers are read off the modules that carry it, however they were chosen.
     """
-    config = model.peft_config[ADAPTER]
-    names = [name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name]
+    config = model.peft_config[adapter]
+    found = (name.partition(".lora_") for name, _ in model.named_parameters())
+    names = [module for module, _, tensor in found if adapter in tensor.split(".")]
     options = {name: value for name in _OPTIONS if (value := getattr(config, name))}
     if "modules_to_save" in options:
         options["modules_to_save"] = sorted(options["modules_to_save"])

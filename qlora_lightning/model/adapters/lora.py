@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import peft
@@ -165,6 +165,18 @@ def inject(model: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every tensor that trains, by name: the adapter, and nothing of the base."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@contextlib.contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """Disable the adapters; afterwards the same tensors train, where PEFT would let all of an active adapter train."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, trains in trained:
+            parameter.requires_grad_(trains)
 
 
 def copy_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

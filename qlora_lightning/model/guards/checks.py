@@ -181,7 +181,7 @@ def checksum_frozen(model: nn.Module) -> dict[str, int]:
 
 def check_frozen(before: dict[str, int], now: dict[str, int]) -> None:
     """Refuse a frozen tensor that is no longer what it was: the adapter would be trained on another base."""
-    changed = [name for name in before | now if before.get(name) != now.get(name)]
+    changed = [name for name in before.keys() & now.keys() if before[name] != now[name]]  # others froze or thawed
     if changed:
         raise RuntimeError(
             f"{len(changed)} of {len(before)} frozen tensors changed during training, as {', '.join(changed[:3])}: the "

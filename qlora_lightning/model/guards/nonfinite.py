@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.batch import cut_into_rows, describe_row, join_places, row_places
 from qlora_lightning.model.checkpoint.ranks import capture_generators, restore_generators
-from qlora_lightning.model.layers.fusing import choose_layers
 from qlora_lightning.model.loss import LossSums
 from qlora_lightning.model.window import Window
 from qlora_lightning.support.files import write_whole
@@ -87,13 +86,11 @@ def _watching_outputs(model: nn.Module) -> Iterator[list[str]]:
         return lambda module, inputs, output: None if _is_finite(output) else found.append(name)
 
     handles = [module.register_forward_hook(hook_of(name)) for name, module in model.named_modules() if name]
-    choose_layers(model)
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
-        choose_layers(model)
 
 
 def _is_finite(output: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Which layers run fused: made so when a model is put together, chosen when training or evaluation starts.
+"""Which layers run fused: made so when a model is put together, chosen anew when what that rests on has changed.
 
 A fused forward does the work of parts that it does not call. So it is chosen only where these parts are as the
 libraries made them, nobody watches them, and they compute what the fused functions do.
@@ -22,7 +22,14 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.layers.attention import FLAT_ATTENTION
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
-from qlora_lightning.model.layers.lora import FusedLinear, FusedLinear4bit, compute_dtype_of, runs_fused
+from qlora_lightning.model.layers.lora import (
+    FusedLinear,
+    FusedLinear4bit,
+    compute_dtype_of,
+    has_hooks,
+    is_plain_lora,
+    runs_fused,
+)
 
 _PARTS = (LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRMSNorm)
 _ACTIVATIONS = (SiLUActivation, nn.SiLU)  # of hidden_act silu, and of swish, which is the same function
@@ -51,15 +58,7 @@ def libraries_are_original() -> bool:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether the module, or one inside it, has hooks or a forward of its own, or all modules have hooks."""
-    # torch has no public way to ask
-    return torch_module._has_any_global_hook() or any(
-        each._forward_hooks
-        or each._forward_pre_hooks
-        or each._backward_hooks
-        or each._backward_pre_hooks
-        or "forward" in vars(each)
-        for each in module.modules()
-    )
+    return bool(torch_module._has_any_global_hook()) or any(map(has_hooks, module.modules()))
 
 
 def fuse_layers(model: nn.Module) -> list[str]:
@@ -99,21 +98,49 @@ def _has_usual_parts(layer: Any) -> bool:
 
 
 def choose_layers(model: nn.Module) -> None:
-    """Choose for each layer whether it runs fused in the mode that it is in, training or evaluation.
+    """Choose for each layer whether it runs fused in its mode, if what this rests on has changed since the last choice.
 
-    To be called when either starts, behind whoever may change or watch parts of the model.
+    To be called before each run of the model: anyone may change or watch its parts between two.
     """
+    reasons = _reasons(model)
+    if model.__dict__.get("_chosen_by") == reasons:
+        return
+    model.__dict__["_chosen_by"] = reasons
     for layer in model.modules():
         if isinstance(layer, FusedLinear | FusedLinear4bit):
-            fuses = _is_fusable_now(layer) and libraries_are_original() and not any(map(is_watched, layer.children()))
+            fuses = reasons[0] and is_plain_lora(layer)
         elif isinstance(layer, FusedDecoderLayer):
             dtypes = {compute_dtype_of(each) for each in _linears_of(layer)}
-            fuses = len(dtypes) == 1 and _is_usual(layer)
+            fuses = reasons[0] and len(dtypes) == 1 and _is_usual(layer)
             layer.__dict__["_dtype"] = next(iter(dtypes))
         else:
             layer.__dict__.pop("_runs_fused", None)
             continue
         layer.__dict__.setdefault("_runs_fused", {})[layer.training] = fuses
+
+
+def _reasons(model: Any) -> list[Any]:
+    """Return what the choice rests on and others may change: first, whether any layer may run fused.
+
+    It is asked for in every micro-batch: of SmolLM2's 2,499 modules 2 ms, where a choice takes 18.
+    """
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", FLAT_ATTENTION)
+    fast = attention == FLAT_ATTENTION and libraries_are_original() and not torch_module._has_any_global_hook()
+    found: list[Any] = [fast]
+    left = [model]
+    while left:
+        module = left.pop()
+        own = module.__dict__
+        found += type(module), own["training"], has_hooks(module), own.get("attention_dropout")
+        if "lora_variant" in own:
+            found += *module.active_adapters, module.merged, *module.lora_variant
+        if own["_parameters"]:
+            found.append(own.get("compute_dtype"))
+            for tensor in own["_parameters"].values():
+                asks = tensor is not None and type(tensor) is not bnb.nn.Params4bit  # packed it cannot train
+                found += (tensor.requires_grad, tensor.dtype) if asks else (type(tensor),)
+        left += [each for each in own["_modules"].values() if each is not None]
+    return found
 
 
 def _is_usual(layer: Any) -> bool:
@@ -123,8 +150,7 @@ def _is_usual(layer: Any) -> bool:
     return bool(
         _has_usual_parts(layer)
         and not (attention.training and attention.attention_dropout)
-        and attention.config._attn_implementation == FLAT_ATTENTION
-        and all(map(_is_fusable_now, _linears_of(layer)))
+        and all(map(is_plain_lora, _linears_of(layer)))
         and not any(norm.weight.requires_grad for norm in norms)
         and not any(map(is_watched, layer.children()))
     )
@@ -134,31 +160,6 @@ def _linears_of(layer: Any) -> tuple[nn.Module, ...]:
     attention, mlp = layer.self_attn, layer.mlp
     of_attention = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
     return (*of_attention, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-
-
-def _is_fusable_now(layer: Any) -> bool:
-    """Whether a linear is frozen and has at most one active, unmerged adapter without dropout, bias or variant."""
-    if type(layer) not in (FusedLinear4bit, FusedLinear):
-        return _is_frozen(layer)
-    if "forward" in vars(layer) or len(layer.active_adapters) != 1 or layer.merged or not _is_frozen(layer.base_layer):
-        return False
-    (adapter,) = layer.active_adapters
-    if adapter not in layer.lora_A:  # it leaves this linear as it is
-        return True
-    matrices, dropout = (layer.lora_A[adapter], layer.lora_B[adapter]), layer.lora_dropout[adapter]
-    return (
-        all(type(each) is nn.Linear and each.bias is None for each in matrices)
-        and adapter not in layer.lora_variant
-        and (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training))
-    )
-
-
-def _is_frozen(linear: Any) -> bool:
-    if type(linear) not in (nn.Linear, bnb.nn.Linear4bit) or "forward" in vars(linear):
-        return False
-    if type(linear) is bnb.nn.Linear4bit and not isinstance(linear.weight, bnb.nn.Params4bit):
-        return False  # of a model that was pickled: bitsandbytes' own forward makes it whole again
-    return not (linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad))
 
 
 def explain_plain_layers(model: Any, *, autocasts: bool, precision: str) -> str | None:

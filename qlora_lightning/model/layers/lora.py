@@ -264,7 +264,7 @@ class LoRALinearFunction(torch.autograd.Function):
 class _Fused(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``; whatever is not plain LoRA goes PEFT's own way."""
-        if args or kwargs or not (runs_fused(self) and _has_one_adapter(self)):
+        if args or kwargs or self.disable_adapters or not (runs_fused(self) and is_plain_lora(self)):
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
         device = device_of_autocast(x)
@@ -283,9 +283,39 @@ class FusedLinear(_Fused, PeftLinear):  # type: ignore[misc]  # PEFT ships no ty
     """The same over a linear that is not quantized."""
 
 
-def _has_one_adapter(layer: Any) -> bool:
-    """Whether one adapter acts beside the weight; PEFT switches, merges and disables adapters at any time."""
-    return not (layer.disable_adapters or layer.merged) and len(layer.active_adapters) == 1
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks or a forward of its own."""
+    own = module.__dict__  # torch has no public way to ask
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in own
+
+
+def is_plain_lora(layer: Any) -> bool:
+    """Whether a linear is frozen, with at most one active, unmerged, unwatched adapter: no dropout, bias or variant."""
+    if type(layer) not in (FusedLinear4bit, FusedLinear):
+        return _is_frozen(layer)
+    if "forward" in vars(layer) or len(layer.active_adapters) != 1 or layer.merged or not _is_frozen(layer.base_layer):
+        return False
+    parts = layer.__dict__["_modules"].values()
+    if any(has_hooks(part) or any(map(has_hooks, part.__dict__["_modules"].values())) for part in parts):
+        return False
+    (adapter,) = layer.active_adapters
+    if adapter not in layer.lora_A:  # it leaves this linear as it is
+        return True
+    matrices, dropout = (layer.lora_A[adapter], layer.lora_B[adapter]), layer.lora_dropout[adapter]
+    return (
+        all(type(each) is nn.Linear and each.bias is None for each in matrices)
+        and adapter not in layer.lora_variant
+        and (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training))
+    )
+
+
+def _is_frozen(linear: Any) -> bool:
+    if type(linear) not in (nn.Linear, bnb.nn.Linear4bit) or "forward" in vars(linear):
+        return False
+    if type(linear) is bnb.nn.Linear4bit and not isinstance(linear.weight, bnb.nn.Params4bit):
+        return False  # of a model that was pickled: bitsandbytes' own forward makes it whole again
+    return not (linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad))
 
 
 def runs_fused(layer: nn.Module) -> bool:

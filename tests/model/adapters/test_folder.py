@@ -122,6 +122,24 @@ def test_the_cached_base_and_the_folder_load_as_lm_evaluation_harness_loads_them
     torch.testing.assert_close(logits(theirs), logits(module.model.eval()), rtol=1e-4, atol=1e-4)
 
 
+class SecondTrains(QLoRAModule):
+    def build_model(self):
+        model = super().build_model()
+        model.add_adapter("second", peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
+        model.set_adapter("second")
+        return model
+
+
+def test_of_several_adapters_the_one_that_trains_is_written(tiny_base, tmp_path):
+    module = SecondTrains(str(tiny_base), rank=2, compute_dtype="fp32")
+    module.configure_model()
+    module.save_adapter(tmp_path / "adapter")
+    again = QLoRAModule(str(tiny_base), compute_dtype="fp32", adapter=str(tmp_path / "adapter"))
+    again.configure_model()
+    assert torch.equal(logits(again.model.eval()), logits(module.model.eval()))
+    assert (again.identity["adapter"]["rank"], read_identity(tmp_path / "adapter")["adapter"]["rank"]) == (3, 3)
+
+
 def test_the_folder_holds_weights_config_identity_card_and_tokenizer_with_its_template(made, tiny_base):
     folder, model = made
     assert contents(folder).keys() >= FILES | TOKENIZER_FILES

@@ -23,7 +23,8 @@ OWN = {
     [
         ({}, None),
         ({"base": "b", "fingerprint": HASHES[0]}, None),  # moved
-        ({"adapter": {"alpha": 8, "dropout": 0.5}}, None),  # reported among the settings
+        ({"adapter": {"dropout": 0.5}}, None),  # reported among the settings
+        ({"adapter": {"alpha": 8}}, "model.alpha 8, but here it is 4. Set model.alpha to 8"),
         ({"config_hash": HASHES[1]}, r"config fedcba987654\) there.*config 0123456789ab\) here.*or by --base"),
         ({"double_quant": False}, "model.double_quant false, but here it is true"),
         ({"adapter": {"lora_options": {"use_dora": True}}}, "model.lora_options .*use_dora"),

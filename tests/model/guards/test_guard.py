@@ -233,6 +233,16 @@ def test_what_changed_that_should_not_or_would_stay_is_noticed(fit, cls, callbac
     assert fit.trainer.global_step == step
 
 
+class FreezesLayer(Callback):
+    def on_validation_end(self, trainer, pl_module):
+        pl_module.causal_lm.base_model.layers[0].requires_grad_(False)
+
+
+def test_an_adapter_that_a_callback_freezes_is_no_base_that_changed(fit):
+    trainer, _ = fit(QLoRAModule, FreezesLayer(), val=True, trainer_options={"max_epochs": 2})
+    assert trainer.global_step == 8
+
+
 @pytest.mark.parametrize("rate", [1e3, 1e10])  # the weights are large, or not finite
 def test_adapters_that_diverge_are_reported_so_and_no_wiring_is_blamed(fit, rate):
     words = r"Training has diverged by step \d+, at learning rate 1e\+\d+: .*Lower model\.learning_rate"

@@ -98,7 +98,7 @@ class ChatText:
         text = self._apply(messages, tools)
         self._check_messages(messages, tools, text)
         keep = self.reasoning == "keep"
-        spans = self._find_answers(messages, tools, text, _find_places(messages) if keep else wanted, text)
+        spans = self._find_answers(messages, tools, text, find_places(messages) if keep else wanted, text)
         if keep and None in spans.values():
             return [self._splice(messages, tools, wanted)]
         together, apart = [], []
@@ -124,7 +124,7 @@ class ChatText:
         messages = self.drop_earlier_reasoning(messages, generation=True)
         text = self._apply(messages, tools, generation=True)
         self._check_messages(messages, tools, text)
-        spans = self._find_answers(messages, tools, text, _find_places(messages))
+        spans = self._find_answers(messages, tools, text, find_places(messages))
         if self.reasoning == "keep" and None in spans.values():
             return self._splice(messages, tools, (), generation=True)
         return RenderedText(text, [Answer(number, *span) for number, span in spans.items() if span])
@@ -133,7 +133,7 @@ class ChatText:
         """Return the text of messages, or of a prompt, with the earlier answers as ``render`` and it have them."""
         text = self._apply(messages, tools, generation)
         if self.reasoning == "keep":
-            places = _find_places(messages)
+            places = find_places(messages)
             if None in self._find_answers(messages, tools, text, places, None if generation else text).values():
                 return self._splice(messages, tools, (), generation).text
         return text
@@ -147,7 +147,7 @@ class ChatText:
         """
         if self.reasoning != "drop":
             return list(messages)
-        places = _find_places(messages)
+        places = find_places(messages)
         earlier = set(places if generation else places[:-1])
         return [_without_reasoning(one) if number in earlier else one for number, one in enumerate(messages)]
 
@@ -247,7 +247,7 @@ class ChatText:
 
     def _find_by_header(self, messages: Conversation, tools: Tools, text: str) -> dict[int, tuple[int, int]] | None:
         """Return where the turn of each answer starts and ends, by what a prompt ends with; None if that is unclear."""
-        places = _find_places(messages)
+        places = find_places(messages)
         headers: dict[str, str] = {}  # by the role before the answer
         for number in places:
             before = messages[:number]
@@ -276,7 +276,7 @@ class ChatText:
 
         Both are taken from the turns around: the nearest question before an answer, it and what follows.
         """
-        places = _find_places(messages)
+        places = find_places(messages)
         system = messages[:1] if messages[0]["role"] == "system" else []
         text, answers = self._apply(messages[: places[0]], tools, generation=True), list[Answer]()
         for number, following in zip(places, [*places[1:], len(messages)], strict=True):
@@ -308,8 +308,12 @@ class ChatText:
             at = text.rfind(content.strip(), start, stop.start() if stop else limit)
             first = self.controls.pattern.search(text, max(at + len(content.strip()), start), limit)
         if stop is None or first is None or first.start() != stop.start():
-            found = f"is {first[0]!r}, at which generation does not stop" if first else "is missing"
-            raise UserError(self._describe_endless(text[start:limit], found))
+            known = ", ".join(repr(token) for token in self.controls.ids if self.controls.stop_pattern.fullmatch(token))
+            raise UserError(
+                "the model would never learn to stop: after an answer the chat template should write a stop token "
+                f"({known or 'the tokenizer names none'}), but writes {first[0] if first else 'none'!r}. Use the "
+                f"tokenizer and template that belong together. The turn as rendered: {text[start:limit]!r}"
+            )
         said = text[start : stop.end()]
         parts = ((thought or "").strip(), content.strip(), *_leaves([call["function"] for call in calls]))
         if not all(part in said for part in parts):
@@ -330,35 +334,23 @@ class ChatText:
         at -= len(content) - len(content.lstrip())
         return tuple((at + first, at + behind) for first, behind in spans)
 
-    def _describe_endless(self, turn: str, found: str) -> str:
-        stops = ", ".join(repr(token) for token in self.controls.ids if self.controls.stop_pattern.fullmatch(token))
-        return (
-            "the model would never learn to stop: after an answer the chat template should write a stop token "
-            f"({stops or 'the tokenizer names none'}), but the first control token there {found}. Use the "
-            f"tokenizer and template that belong together. The turn as rendered: {turn!r}"
-        )
-
     def _check_messages(self, messages: Sequence[Message], tools: Tools, text: str) -> None:
-        """Refuse a template that leaves out or changes what a message other than an answer says."""
+        """Refuse a template that leaves out or changes what is said or may be called, beside the answers."""
         for number, message in enumerate(messages, start=1):
             content = message["content"].strip()
             if message["role"] != "assistant" and content not in text and _as_json(content) not in text:
                 raise RowFault(f"the chat template leaves out or changes message {number} ({message['role']})")
-            for call in message.get("tool_calls", []):
-                if str(call["function"]["name"]) not in text:
-                    raise RowFault(
-                        f"the chat template leaves out the tool calls of message {number}: it knows no tools. "
-                        f"{self._advise_on_tools()}"
-                    )
-        if not tools:
-            return
-        names = [str(tool.get("function", tool).get("name")) for tool in tools]
-        hidden = [name for name in names if name not in text]
-        if hidden or self._apply(messages, None) == text:
-            raise RowFault(
-                f"the chat template leaves out the tool {(hidden or names)[0]!r}: it knows no tools. "
-                f"{self._advise_on_tools()}"
-            )
+            if any(str(call["function"]["name"]) not in text for call in message.get("tool_calls", [])):
+                raise self._lacks_tools(f"the tool calls of message {number}")
+        for tool in tools or ():
+            name = str(tool.get("function", tool).get("name"))
+            if name not in text:
+                raise self._lacks_tools(f"the tool {name!r}")
+        if tools and self._apply(messages, None) == text:
+            raise self._lacks_tools("the tools")
+
+    def _lacks_tools(self, what: str) -> RowFault:
+        return RowFault(f"the chat template leaves out {what}: it knows no tools. {self._advise_on_tools()}")
 
     def _advise_on_tools(self) -> str:
         fits = "chatml-tools" in find_presets(self.tokenizer)
@@ -366,7 +358,8 @@ class ChatText:
         return f"Choose a template that does: {choice}"
 
 
-def _find_places(messages: Sequence[Message]) -> list[int]:
+def find_places(messages: Sequence[Message]) -> list[int]:
+    """Return the places of the answers."""
     return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
 
 

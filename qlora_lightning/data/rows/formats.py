@@ -1,7 +1,7 @@
 """Row formats: from the columns of a row to a conversation, a text or tokens."""
 
-import importlib
 import math
+import pkgutil
 import reprlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -252,13 +252,6 @@ def from_tokens(values: dict[str, Any]) -> Tokens:
     for key, tokens, least in (("input_ids", ids, 0), ("labels", labels, -100)):
         if not isinstance(tokens, list) or not tokens or not all(type(n) is int and n >= least for n in tokens):
             raise RowFault(f"{key!r} must be a list of token ids, found {reprlib.repr(tokens)}")
-    if len(ids) != len(labels):
-        raise RowFault(f"{len(ids)} input_ids and {len(labels)} labels: expected as many")
-    for at, (token, label) in enumerate(zip(ids, labels, strict=True)):
-        if label not in (token, -100):
-            raise RowFault(
-                f"labels[{at}] is {label}, expected input_ids[{at}], {token}, or -100: labels are not shifted"
-            )
     if not all(parse_json(values.get("attention_mask"), "'attention_mask'") or (1,)):
         raise RowFault("'attention_mask' has zeros: expected rows without padding")
     return Tokens(ids, labels)
@@ -335,22 +328,16 @@ def import_function(path: str) -> Callable[[dict[str, Any]], Any]:
     """Import a function by its dotted path; a module in the current folder is found as well.
 
     Raises:
-        UserError: if the module cannot be imported, or what it holds under that name is no function.
+        UserError: if there is none.
     """
-    module_name, _, name = path.rpartition(".")
     folder = str(Path.cwd())
     sys.path.append(folder)  # an installed command does not look there, where people keep their function
     try:
-        module = importlib.import_module(module_name)
+        function = pkgutil.resolve_name(path)
     except Exception as error:
-        raise UserError(
-            f"format: cannot import {module_name!r} for {path!r}: {type(error).__name__}: {error}."
-        ) from error
+        raise UserError(f"format: cannot import {path!r}: {type(error).__name__}: {error}.") from error
     finally:
         sys.path.remove(folder)
-    function = getattr(module, name, None)
-    if function is None:
-        raise UserError(f"format: {module_name} has no {name!r}.{nearest(name, dir(module))}")
     if not callable(function):
         raise UserError(f"format: {path} is {type(function).__name__}, not a function row -> conversation.")
     return function  # type: ignore[no-any-return]
@@ -420,9 +407,7 @@ def _advise(values: Mapping[str, Any]) -> str:
 # Rows of other tasks
 
 _JUDGEMENTS = ("label", "kto_tag")  # TRL's and LLaMA-Factory's names for whether an answer is a good one
-_NAMES = {"chosen", "rejected", *_JUDGEMENTS, *MEDIA}
-_ANSWERS = {"prompt": "completion", "instruction": "output", "question": "answer"}
-_OR_A_FUNCTION = "or read such rows by a function row -> conversation, `format: package.module.function`"
+_NAMES = {"rejected", *_JUDGEMENTS, *MEDIA}
 
 
 def refuse_other_task(row: Row, needs_answer: bool) -> None:
@@ -431,24 +416,20 @@ def refuse_other_task(row: Row, needs_answer: bool) -> None:
     Raises:
         UserError: it holds preferences, a boolean label beside its answer, or pictures, films or sounds.
     """
-    values = row.values
-    named = _NAMES & values.keys()
-    compared = [values[key] for key in ("chosen", "rejected") if key in named]
-    if needs_answer and len(compared) == 2 and not all(map(_is_nothing, compared)):
-        raise UserError(
-            f"{row.where} is a preference row ('chosen' and 'rejected'), which is no instruction to train on. Take "
-            f"rows with one answer; {_advise_on_preferences(values)}{_OR_A_FUNCTION}."
-        )
-    for key in sorted(named):
-        if key in MEDIA and not _is_nothing(values[key]):
+    for key in _NAMES & row.values.keys():
+        value = row.values[key]
+        if key in MEDIA and not _is_nothing(value):
             why = "but only text is read: its answer would be trained without what it is about"
-        elif key in _JUDGEMENTS and str(values[key]).lower() in ("true", "false") and needs_answer:  # a word in CSV
+        elif key == "rejected" and "chosen" in row.values and not _is_nothing(value) and needs_answer:
+            why = "so it is a preference row, which is no instruction to train on"
+        elif key in _JUDGEMENTS and str(value).lower() in ("true", "false") and needs_answer:  # a word in CSV
             why = "which says whether its answer is good: bad ones would be trained as well"
         else:
             continue
         raise UserError(
-            f"{row.where} has {key!r}, {why}. Leave out the rows that shall not be trained, and the column "
-            f"by `data.columns: {{{key}: null}}`, {_OR_A_FUNCTION}."
+            f"{row.where} has {key!r}, {why}. Leave out what shall not be trained, and the column by `data.columns: "
+            f"{{{key}: null}}` (naming the answer, as in `chosen: completion`), or read such rows by a function, "
+            "`format: package.module.function`."
         )
 
 
@@ -457,21 +438,6 @@ def _is_nothing(value: Any) -> bool:
     if isinstance(value, dict | list):
         return all(map(_is_nothing, value.values() if isinstance(value, dict) else value))
     return value in (None, False, "", b"")
-
-
-def _advise_on_preferences(values: dict[str, Any]) -> str:
-    chosen, prompt, ours = values["chosen"], values.get("prompt"), ""
-    if chosen == values.get("messages"):  # UltraFeedback has the chosen ones there too
-        ours = "null"
-    elif isinstance(chosen, str):
-        ours = next((answer for asked, answer in _ANSWERS.items() if isinstance(values.get(asked), str)), "")
-    elif isinstance(chosen, list) and isinstance(prompt, list) and chosen[: len(prompt)] != prompt:
-        ours = "completion"
-    elif isinstance(chosen, list) and len(chosen) > 1:
-        ours = "messages"
-    if not ours or ours in values:
-        return ""
-    return f"or train the chosen ones alone by `data.columns: {{chosen: {ours}, rejected: null}}`, "
 
 
 # One row

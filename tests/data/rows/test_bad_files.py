@@ -24,8 +24,8 @@ def answered(content):
 
 # a line of the file, and how the reason begins for which it is refused
 BAD = [
-    (b"no json", "not JSON: Expecting value (column 1)"),
-    (row(ASK, ANSWER)[:60], "not JSON: the line ends in the middle of the row"),
+    (b"no json", "not JSON: Expecting value: line 1 column 1"),
+    (row(ASK, ANSWER)[:60], "not JSON: Expecting property name"),
     (b'["messages"]', "list, expected a JSON object"),
     (b'{"text": "Four."}', "no format is recognised by its columns text"),
     (b'{"messages": null}', "'messages' is null"),
@@ -36,8 +36,7 @@ BAD = [
     (row(ANSWER, ASK), "the conversation begins with an assistant turn"),
     (row(ASK), "no assistant turn"),
     (row(ASK, ANSWER).replace(b"Four", b"F\xfcnf"), "not UTF-8 text"),
-    (row(ASK, ANSWER).replace(b"Four", b"Fo\0r"), "not JSON: NUL byte (column"),
-    (answered("4 " * 2_100_000), "message 2 is longer than 4 Mi characters: two rows have probably"),
+    (row(ASK, ANSWER).replace(b"Four", b"Fo\0r"), "not JSON: Invalid control character"),
 ]
 
 

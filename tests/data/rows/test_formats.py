@@ -99,7 +99,7 @@ def test_roles_of_other_names_are_a_setting():
     [
         ([], "expected a list of messages, found an empty list"),
         (7, "expected a list of messages, found int"),
-        ("text", "'messages': not JSON (Expecting value)"),
+        ("text", "'messages': not JSON (Expecting value"),
         (turns(U, S, A), "a system message must come first, found one as message 2"),
         (turns(S, A, U), "begins with an assistant turn"),
         (turns(S), "nothing but a system message"),
@@ -126,7 +126,7 @@ def test_conversations_that_look_odd_but_are_some():
         ({"instruction": "u", "output": "a", "input": 3}, "'input' must be a string, found int"),
         ({"instruction": "u", "output": "a", "history": ["q"]}, "'history' must be a list of [question, answer] pairs"),
         ({"prompt": "u", "completion": turns(A)}, "must be two strings or two lists of messages, found str and list"),
-        ({"messages": turns(U, A), "tools": "sky"}, "'tools': not JSON (Expecting value)"),
+        ({"messages": turns(U, A), "tools": "sky"}, "'tools': not JSON (Expecting value"),
         ({"id": 7, "text": "x"}, "no format is recognised by its columns id, text"),
     ],
 )
@@ -271,9 +271,9 @@ def test_a_function_in_the_current_folder_reads_any_row(function):
     assert convert({"q": "u", "label": False, "images": ["x"], "weight": "x"}, format=path) == Chat(turns(U, A))
     assert sys.path == before
     for name, reason in {
-        "rows_of_mine.convrt": "has no 'convrt'. Did you mean 'convert'?",
+        "rows_of_mine.convrt": "AttributeError: module 'rows_of_mine' has no attribute 'convrt'",
         "rows_of_mine.number": "is int, not a function",
-        "no_such_module.convert": "cannot import 'no_such_module' for 'no_such_module.convert': ModuleNotFoundError",
+        "no_such_module.convert": "cannot import 'no_such_module.convert': ModuleNotFoundError",
     }.items():
         with pytest.raises(UserError) as error:
             import_function(name)

@@ -69,14 +69,17 @@ def test_a_misspelt_path_does_not_become_a_data_set_of_the_hub():
     assert "data/xyz does not exist" in refusal("data/xyz")
     assert "For the data set of the hub write {path: data/xyz, split: train}." in refusal("data/xyz")
     assert find_sources({"path": "data/xyz", "split": "train"}, "train") == [Source("data/xyz", split="train")]
-    assert "there is no folder org either" in refusal("org/train.jsonl")
-    assert "there is no folder org either" in refusal("org/train.txt")
-    assert "there is no folder ../org either" in refusal("../org/data")
-    assert "does not exist" in refusal("./data/xyz")
-    assert "does not exist" in refusal("/no/data")
-    assert "does not exist" in refusal("~/data")
-    assert "does not exist" in refusal("a/b/c")
-    assert "does not exist" in refusal("squad")
+    for value in (
+        "org/train.jsonl",
+        "org/train.txt",
+        "../org/data",
+        "./data/xyz",
+        "/no/data",
+        "~/data",
+        "a/b/c",
+        "squad",
+    ):
+        assert "does not exist" in refusal(value)
 
 
 def test_a_missing_file_names_the_folder_and_a_data_file_that_is_like_it():
@@ -99,7 +102,7 @@ def test_a_folder_or_a_glob_without_data_an_unknown_kind_and_an_empty_file_are_r
         in refusal("d")
     )
     assert "no data files in d/*.md: expected" in refusal("d/*.md")
-    assert "nothing matches d/*.jsonl (relative to the current folder" in refusal("d/*.jsonl")
+    assert "no data files in d/*.jsonl" in refusal("d/*.jsonl")
     assert "a.txt ends in '.txt': expected .jsonl" in refusal("a.txt")
     assert "b ends in 'nothing': expected .jsonl" in refusal("b")
     assert "empty.jsonl is empty" in refusal("empty.jsonl")

@@ -217,11 +217,10 @@ class ChatText:
         """Return where each answer starts in the text and where its turn ends; None if generation sees another text.
 
         A few answers are each checked by rendering: the text before an answer is the prompt that generation gets, and
-        the text to its end the conversation so far. Of many, that would cost the square of their number. There the
-        first, the last and those at doubled distances are checked so. The others are only looked up by the header that
-        a prompt ends with, which the text must hold exactly once for each answer: that the template would render a
-        prompt for them with the same text is not proven, but would take a template that changes its mind between. With
-        ``reasoning: keep`` the first that generation sees otherwise is enough: then all are spliced.
+        the text to its end the conversation so far. Of many, that would cost the square of their number: the first, the
+        last and those at doubled distances are checked so, the others looked up by the header that a prompt ends with,
+        which the text must hold exactly once for each answer. With ``reasoning: keep`` the first that generation sees
+        otherwise is enough: then all are spliced.
         """
         checked = list(wanted)
         if len(wanted) > _FEW:
@@ -256,16 +255,11 @@ class ChatText:
                 header = prompt.removeprefix(self._apply(before, tools))
                 last = max((found.start() for found in self.controls.pattern.finditer(prompt)), default=0)
                 headers[before[-1]["role"]] = header or prompt[last:]
-        of_answers = [headers[messages[number - 1]["role"]] for number in places]
-        if any(text.count(header) != of_answers.count(header) for header in set(of_answers)):
+        wanted = [headers[messages[number - 1]["role"]] for number in places]
+        found = list(re.finditer("|".join(map(re.escape, sorted(set(wanted), key=len, reverse=True))), text))
+        if [header[0] for header in found] != wanted:
             return None
-        starts, at = [], 0
-        for header in of_answers:
-            found = text.find(header, at)
-            if found < 0:
-                return None
-            at = found + len(header)
-            starts.append(at)
+        starts = [header.end() for header in found]
         turns = zip(places, starts, [*starts[1:], len(text)], strict=True)
         return {number: (start + _count_own(messages[number], text[start:end]), end) for number, start, end in turns}
 
@@ -318,21 +312,12 @@ class ChatText:
         parts = ((thought or "").strip(), content.strip(), *_leaves([call["function"] for call in calls]))
         if not all(part in said for part in parts):
             raise RowFault(f"the chat template changes the answer (message {number + 1}) to {said!r}")
-        return Answer(number, start, stop.end(), self._find_untrained(message, number, text, start, stop.start()))
-
-    def _find_untrained(
-        self, message: Message, number: int, text: str, start: int, end: int
-    ) -> tuple[tuple[int, int], ...]:
-        """Return where the untrained stretches of a message are in the text, which may have stripped the message."""
-        spans = message.get("untrained")
-        if not spans:
-            return ()
-        content = message["content"]
-        at = text.rfind(content.strip(), start, end)
+        spans = message.get("untrained", ())
+        at = text.rfind(message["content"].strip(), start, stop.start()) if spans else 0  # it may have been stripped
         if at < 0:
             raise RowFault(f"parts of message {number + 1} are not trained, but the chat template changes the message")
-        at -= len(content) - len(content.lstrip())
-        return tuple((at + first, at + behind) for first, behind in spans)
+        at -= len(message["content"]) - len(message["content"].lstrip())
+        return Answer(number, start, stop.end(), tuple((at + first, at + behind) for first, behind in spans))
 
     def _check_messages(self, messages: Sequence[Message], tools: Tools, text: str) -> None:
         """Refuse a template that leaves out or changes what is said or may be called, beside the answers."""

@@ -158,9 +158,6 @@ def fingerprint(source: Source) -> str:
     """Return a hash of what a source's rows are: the bytes and kinds of its files in order, and how they are read.
 
     Names do not count. Of a data set of the hub it is a hash of what ``datasets`` knows its content by.
-
-    Raises:
-        UserError: a file cannot be read, or the data set cannot be reached.
     """
     total = hashlib.blake2b(repr((source.rows, source.encoding, source.delimiter)).encode(), digest_size=20)
     if not source.files:

@@ -144,6 +144,7 @@ def _is_weight(value: Any) -> bool:
 
 _EXPECTED = {
     "weight": ("a number above 0", _is_weight),
+    "columns": ("a mapping {their name: our name}", lambda value: isinstance(value, Mapping)),
     "rows": ("a whole number above 0", lambda value: type(value) is int and value > 0),
 }
 

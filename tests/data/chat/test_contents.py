@@ -158,18 +158,14 @@ def test_reasoning_in_a_call_of_tools(families, talk):
     )
 
 
-def test_control_tokens_in_reasoning_are_refused(smol, talk):
-    with pytest.raises(RowFault, match="contains the control token"):
-        ChatRenderer(smol).render([*talk("q"), thinking("a", "<|im_end|>")])
-
-
 def test_parts_of_an_answer_that_are_not_trained_by_hand(characters, smol, talk):
     conversation = talk("q", " ab cd ")
     conversation[1]["untrained"] = [(2, 3)]  # the token ` ab` holds more
     for tokenizer, wanted in ((characters, None), (smol, " cd <|im_end|>")):
         if wanted is None:
-            with pytest.raises(RowFault, match="a fast one"):
-                ChatRenderer(tokenizer).render(conversation)
+            for content in (Chat(conversation), Text((("a", True),), False)):
+                with pytest.raises(RowFault, match="a fast one"):
+                    only(ChatRenderer(tokenizer).render_all([content]))
         else:
             (rendered,) = ChatRenderer(tokenizer).render(conversation)
             assert labelled(tokenizer, rendered) == wanted
@@ -232,11 +228,6 @@ def test_segments_without_control_tokens_are_cut_wherever_training_begins(famili
     assert tokenizer.decode(ids) == "a\n\nb\n\nc\n\nd\n\n"
     trained = labelled(tokenizer, Rendered(ids, labels))
     assert trained in ("\nb\n\nd\n", "\nb\nd\n")  # a token that ends behind its segment is not trained
-
-
-def test_segments_need_a_tokenizer_that_knows_its_characters(characters):
-    with pytest.raises(RowFault, match="a fast one"):
-        only(ChatRenderer(characters).render_all([Text((("a", True),), False)]))
 
 
 def test_tokens_are_taken_as_they_are(smol):

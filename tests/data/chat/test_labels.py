@@ -53,13 +53,6 @@ def test_turns_after_the_last_answer_are_left_out(characters, talk):
     assert render(characters, talk("q", "a", "r")) == render(characters, talk("q", "a"))
 
 
-def test_control_tokens_as_text_are_refused(smol, talk):
-    with pytest.raises(RowFault, match=r"message 1 \(user\) contains the control token '<\|im_end\|>' as text"):
-        render(smol, talk("a<|im_end|>b", "c"))
-    with pytest.raises(RowFault, match="message 1"):
-        render_prompt(smol, talk("a<|im_start|>b"))
-
-
 def test_a_template_that_rewrites_history_is_rendered_turn_by_turn(smol, templates, talk):
     smol.chat_template = templates.qwen
     conversation = talk("q", "<think>hm</think>a", "r", "b")

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_lightning.data.chat.control_tokens import find_stop_ids, find_turn_end
 from qlora_lightning.data.chat.labels import ChatRenderer
-from qlora_lightning.data.chat.templates import choose_chat_template, find_presets
+from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.support.errors import UserError
 
@@ -161,23 +161,6 @@ def test_a_preset_whose_tokens_are_lacking_is_refused_with_those_that_fit(base):
     endless.eos_token = None
     with pytest.raises(UserError, match="alpaca needs an end-of-sequence token"):
         choose_chat_template(endless, "alpaca")
-
-
-def test_the_presets_that_fit(base):
-    assert find_presets(base("llama31")) == ["llama3", "alpaca"]
-    assert find_presets(base("qwen25")) == ["chatml", "chatml-tools", "alpaca"]
-    assert find_presets(base("llama2")) == ["alpaca"]
-
-
-def test_a_file(base, talk, write):
-    Path("own.jinja").write_text(
-        "{% for m in messages %}{{ m.role }}> {{ m.content }}{{ eos_token }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant> {% endif %}",
-        encoding="utf-8",
-    )
-    chosen = choose_chat_template(base("qwen25"), "own.jinja")
-    (rendered,) = ChatRenderer(chosen).render(talk("q", "a"))
-    assert chosen.decode(rendered.ids) == "user> q<|endoftext|>\nassistant> a<|endoftext|>\n"
 
 
 def test_the_first_control_token_after_the_answer_is_the_stop_token(base, write):

@@ -208,7 +208,7 @@ class ChatRenderer:
         self._backend.no_truncation()
         self._backend.no_padding()
         found = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        return [_Encoded(one.ids, one.offsets) for one in found]
+        return [_Encoded(one.ids, encoding=one) for one in found]
 
     def _decode(self, ids: list[int]) -> str:
         if self._backend is None:
@@ -218,7 +218,7 @@ class ChatRenderer:
     def _label(self, content: Chat | Text, rendered: RenderedText, encoded: "_Encoded") -> Rendered:
         """Label the answers of a conversation, each to its stop token, or the trained segments of a text."""
         text, answers = rendered
-        ids, spans = encoded
+        ids = encoded.ids
         starts, before = list[int](), 0
         for answer in answers:
             if answer.untrained and self._backend is None:
@@ -229,14 +229,14 @@ class ChatRenderer:
             self._check_bos(ids)
         labels = [IGNORED] * len(ids)
         for first, answer in zip(starts, answers, strict=True):
-            after = bisect_left(spans, (answer.end,))
+            after = encoded.find(answer.end)
             if isinstance(content, Chat):
                 said, wanted = self._decode(ids[first:after]), text[answer.start : answer.end]
                 if said != wanted and not _is_same_text(said, wanted):
                     raise RowFault(f"the labelled tokens say {said!r}, not the answer {wanted!r}")
             labels[first:after] = ids[first:after]
             for token in range(first, after) if answer.untrained else ():
-                begin, end = spans[token]
+                begin, end = encoded.span(token)
                 if any(begin < behind and start < end for start, behind in answer.untrained):
                     labels[token] = IGNORED
         whole = content.whole if isinstance(content, Text) else self.train_on == "all"
@@ -268,21 +268,21 @@ class ChatRenderer:
             start: the first character of the answer.
             before: a character at which the text was cut before; else its beginning.
         """
-        ids, spans = encoded
-        controls = self._controls.known
-        least = bisect_left(spans, (before,)) if before else 0
-        begin = max(bisect_left(spans, (start,)) - 1, least)
+        ids, controls = encoded.ids, self._controls.known
+        least = encoded.find(before) if before else 0
+        begin = max(encoded.find(start) - 1, least)
         while begin > least and ids[begin] not in controls:
             begin -= 1
-        at = spans[begin][0] if ids[begin] in controls else before
+        at = encoded.span(begin)[0] if ids[begin] in controls else before
         header = self._encode_header(text[at:start])
         first = begin + len(header.ids)
         if ids[begin:first] == header.ids:
             return first
         behind = next((token for token in range(begin + 1, len(ids)) if ids[token] in controls), len(ids))
-        (answer,) = self._encode([text[start : spans[behind][0] if behind < len(ids) else len(text)]])
+        end = encoded.span(behind)[0] if behind < len(ids) else len(text)
+        (answer,) = self._encode([text[start:end]])
+        encoded.spans[begin:behind] = [*_shift(header.spans, at), *_shift(answer.spans, start)]
         ids[begin:behind] = [*header.ids, *answer.ids]
-        spans[begin:behind] = [*_shift(header.spans, at), *_shift(answer.spans, start)]
         return first
 
     def _encode_header(self, header: str) -> "_Encoded":
@@ -342,11 +342,28 @@ def _is_same_text(said: str, wanted: str) -> bool:
     return said in forms or f" {said}" in forms
 
 
-class _Encoded(NamedTuple):
-    """The ids of a text, and of each its first character and the one behind it."""
+class _Encoded:
+    """The ids of a text, and of each its first character and the one behind it, looked up as they are needed."""
 
-    ids: list[int]
-    spans: list[tuple[int, int]]
+    def __init__(self, ids: list[int], spans: list[tuple[int, int]] | None = None, encoding: Any = None) -> None:
+        self.ids, self._spans, self._encoding = ids, spans, encoding
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Those of all tokens."""
+        if self._spans is None:
+            self._spans = self._encoding.offsets
+        return self._spans
+
+    def span(self, token: int) -> tuple[int, int]:
+        """That of one token."""
+        if self._spans is None:
+            return self._encoding.token_to_chars(token) or (0, 0)
+        return self._spans[token]
+
+    def find(self, character: int) -> int:
+        """Return the first token that begins at a character or behind it."""
+        return bisect_left(range(len(self.ids)), character, key=lambda token: self.span(token)[0])
 
 
 def _shift(spans: list[tuple[int, int]], by: int) -> list[tuple[int, int]]:

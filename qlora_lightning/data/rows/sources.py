@@ -242,7 +242,8 @@ def list_folder(folder: Path) -> list[Path]:
 def _describe_missing(name: str, file: Path, split: str) -> str:
     beside = list(file.parent.iterdir()) if file.parent.is_dir() else []
     near = nearest(str(file), [str(each) for each in beside if kind_of(each)[0] or each.is_dir()])
-    hub = f" For the data set of the hub write {{path: {name}, split: train}}." if _HUB_ID.fullmatch(name) else ""
+    is_id = _HUB_ID.fullmatch(name) and not _SUFFIX.search(name)
+    hub = f" For the data set of the hub write {{path: {name}, split: train}}." if is_id else ""
     remedy = f" Change to its folder (of a run: where it was started), or give --data.{split} FILE."
     message = f"data file {name} does not exist (paths are relative to the current folder, {Path.cwd()})."
     return f"{message}{near or hub or remedy}"

@@ -75,7 +75,7 @@ def test_bad_rows_are_reported_in_file_order_and_left_out(recipe):
     control = "message 1 (user) contains the control token '{' as text, which would end or begin a turn there"
     assert report.bad == [
         ("a.jsonl:2", control),
-        ("a.jsonl:3", "lacks 'completion' of the format prompt_completion (found prompt)"),
+        ("a.jsonl:3", "'completion' is missing or null (format prompt_completion, columns prompt)"),
         ("a.jsonl:4", "not JSON"),
         ("a.jsonl:5", "the answer (message 2) is empty"),
     ]
@@ -281,7 +281,7 @@ def test_the_first_error_is_raised_and_killed_processes_are_done_without(smol, p
     smol.chat_template = smol.chat_template.replace(
         "<|im_end|>", "{{ '' if '1500 and' in message['content'] else '<|im_end|>' }}"
     )
-    with pytest.raises(UserError, match=r"^b.jsonl:1 is a preference row|^a.jsonl:1501: "):
+    with pytest.raises(UserError, match=r"^b.jsonl:1 has 'rejected'|^a.jsonl:1501: "):
         prepare_samples(source(later), Recipe(ChatRenderer(smol)), "train")
 
 

@@ -1,13 +1,14 @@
 """From what a row says to token ids and labels, in training and in generation."""
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple
 from unicodedata import normalize
 
 from qlora_lightning.data.chat.control_tokens import ControlTokens, find_stop_ids, writes_bos
-from qlora_lightning.data.chat.render import REASONING, Answer, ChatText, RenderedText
-from qlora_lightning.data.chat.templates import find_presets
+from qlora_lightning.data.chat.render import REASONING, Answer, ChatText, RenderedText, find_places
+from qlora_lightning.data.chat.templates import find_presets, name_tokenizer
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Chat, Content, Conversation, Message, Text, Tokens, Tools
 from qlora_lightning.support.errors import UserError
@@ -52,6 +53,7 @@ class ChatRenderer:
         self._controls = ControlTokens(tokenizer, self.stop_ids)
         self._text = ChatText(tokenizer, self._controls, reasoning)
         self._writes_bos = writes_bos(tokenizer)
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)  # None: a slow one
         self._headers: dict[str, _Encoded] = {}
 
     def render(self, conversation: Conversation, tools: Tools = None) -> list[Rendered]:
@@ -78,15 +80,26 @@ class ChatRenderer:
             For each row its samples, or what :meth:`render` would raise.
         """
         contents = list(contents)
-        written: list[list[RenderedText] | UserError] = []
+        results: list[Any] = []  # the texts of a row, then its samples; or its error
         for content in contents:
             try:
-                written.append(self._write(content))
+                results.append(self._write(content))
             except UserError as error:
-                written.append(error)
-        texts = [text.text for found in written if not isinstance(found, UserError) for text in found]
+                results.append(error)
+        texts = [text.text for found in results if not isinstance(found, UserError) for text in found]
         encoded = iter(self._encode(texts))
-        return [self._label_all(*row, encoded) for row in zip(contents, written, strict=True)]
+        for at, content in enumerate(contents):
+            if isinstance(results[at], UserError):
+                continue
+            pairs = [(text, next(encoded)) for text in results[at]]
+            try:
+                if isinstance(content, Tokens):
+                    results[at] = [self._check_tokens(content)]
+                else:
+                    results[at] = [self._label(content, *pair) for pair in pairs]
+            except UserError as error:
+                results[at] = error
+        return results
 
     def render_prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
         """Return the ids that generation starts from: the conversation so far and the header of the answer to come.
@@ -120,8 +133,8 @@ class ChatRenderer:
 
     def render_answers(self, messages: Conversation, tools: Tools, answers: Sequence[int]) -> Rendered:
         """Render messages as one sample that trains the answers at these places, the last message among them."""
-        text, found = self._text.render(messages, tools, answers)[-1]
-        return self._label(text, found, self._encode([text])[0])
+        rendered = self._text.render(messages, tools, answers)[-1]
+        return self._label(Chat(messages), rendered, self._encode([rendered.text])[0])
 
     def drop_earlier_reasoning(self, conversation: Conversation) -> Conversation:
         """Return a conversation without what ``reasoning: drop`` leaves out of it."""
@@ -139,54 +152,35 @@ class ChatRenderer:
         return found[0] if found else None
 
     def _check_template(self) -> None:
-        if getattr(self.tokenizer, "chat_template", None) is not None:
-            return
-        name = getattr(self.tokenizer, "name_or_path", "") or type(self.tokenizer).__name__
-        fitting = ", ".join(find_presets(self.tokenizer)) or "none does"
-        raise UserError(
-            f"the tokenizer {name} has no chat template, so rows cannot be rendered: set data.chat_template to a "
-            f"preset that fits it ({fitting}) or to a .jinja file of your own, or name in data.tokenizer one that "
-            "has a template (the model's -Instruct or -Chat variant)."
-        )
-
-    def _check_offsets(self, what: str) -> None:
-        if getattr(self.tokenizer, "backend_tokenizer", None) is None:
-            raise RowFault(f"{what} need a tokenizer that knows the characters of its tokens, a fast one")
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            fitting = ", ".join(find_presets(self.tokenizer)) or "none does"
+            raise UserError(
+                f"{name_tokenizer(self.tokenizer)} has no chat template, so rows cannot be rendered: set "
+                f"data.chat_template to a preset that fits it ({fitting}) or to a .jinja file."
+            )
 
     def _write(self, content: Content) -> list[RenderedText]:
         """Return the texts that a row becomes; tokens become none."""
         if isinstance(content, Tokens):
             return []
         if isinstance(content, Text):
-            return [self._write_text(content)]
+            return [self._write_document(content) if content.whole else _write_segments(content)]
         self._check_template()
-        if any("untrained" in message for message in content.messages):
-            self._check_offsets("parts that are not trained")
         messages = content.messages[: _count_used(content.messages)]
         self._refuse_controls(messages, content.tools)
-        marked = [message for message in messages if not message.get("train", True) or message.get("untrained")]
+        marked = [one for one in messages if not one.get("train", True) or one.get("untrained")]
         if self.train_on == "all" and marked:
             raise RowFault("`train: false` in a message contradicts `train_on: all`")
         return self._text.render(messages, content.tools, self._find_trained(messages))
 
-    def _write_text(self, content: Text) -> RenderedText:
-        """Return the text of a document, with BOS and end, or of segments, the trained ones as its answers."""
-        if content.whole:
-            text = "".join(segment for segment, _ in content.segments)
-            self._refuse_control(text, "the text contains")
-            begin = self.tokenizer.bos_token if self._writes_bos else ""
-            return RenderedText(f"{begin}{text}{self.tokenizer.eos_token or ''}", [])
-        text, answers = "", list[Answer]()
-        for segment, trained in content.segments:
-            if trained and answers and answers[-1].end == len(text):
-                answers[-1] = answers[-1]._replace(end=len(text) + len(segment))
-            elif trained and segment:
-                answers.append(Answer(0, len(text), len(text) + len(segment)))
-            text += segment
-        return RenderedText(text, answers)
+    def _write_document(self, content: Text) -> RenderedText:
+        text = "".join(segment for segment, _ in content.segments)
+        self._refuse_control(text, "the text contains")
+        begin = self.tokenizer.bos_token if self._writes_bos else ""
+        return RenderedText(f"{begin}{text}{self.tokenizer.eos_token or ''}", [])
 
     def _find_trained(self, conversation: Conversation) -> list[int]:
-        places = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
+        places = find_places(conversation)
         wanted = places if self.train_on == "assistant" else places[-1:]
         return [number for number in wanted if conversation[number].get("train", True)]
 
@@ -208,93 +202,61 @@ class ChatRenderer:
 
     def _encode(self, texts: Sequence[str]) -> list["_Encoded"]:
         """Encode texts as they are: the template writes the BOS itself."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
+        if self._backend is None:
             encode = self.tokenizer.encode
-            return [_Encoded(_Plain(encode(text, add_special_tokens=False), text, self._controls)) for text in texts]
-        backend.no_truncation()
-        backend.no_padding()
-        return [_Encoded(found) for found in backend.encode_batch(list(texts), add_special_tokens=False)]
+            return [_locate(encode(text, add_special_tokens=False), text, self._controls) for text in texts]
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        found = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [_Encoded(one.ids, encoding=one) for one in found]
 
     def _decode(self, ids: list[int]) -> str:
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
+        if self._backend is None:
             return str(self.tokenizer.decode(ids))
-        return str(backend.decode(ids, skip_special_tokens=False))
+        return str(self._backend.decode(ids, skip_special_tokens=False))
 
-    def _label_all(
-        self, content: Content, texts: list[RenderedText] | UserError, encoded: Iterator["_Encoded"]
-    ) -> list[Rendered] | UserError:
-        if isinstance(texts, UserError):
-            return texts
-        pairs = [(text, next(encoded)) for text in texts]
-        try:
-            if isinstance(content, Tokens):
-                return [self._check_tokens(content)]
-            if isinstance(content, Text):
-                return [self._label_text(content, text, found) for text, found in pairs]
-            return [self._label(*text, found) for text, found in pairs]
-        except UserError as error:
-            return error
-
-    def _label(self, text: str, answers: Sequence[Answer], encoded: "_Encoded") -> Rendered:
-        """Label the answers of a conversation, each to its stop token."""
-        places = []
-        for answer in answers:
-            first = self._find_start(text, encoded, answer.start)
-            after = encoded.find_end(answer.end)
-            wanted = text[answer.start : answer.end]
-            said = self._decode(encoded.ids[first:after])
-            if said != wanted and not _is_same_text(said, wanted):
-                raise RowFault(f"the labelled tokens say {said!r}, not the answer {wanted!r}")
-            places.append((answer, first, after))
+    def _label(self, content: Chat | Text, rendered: RenderedText, encoded: "_Encoded") -> Rendered:
+        """Label the answers of a conversation, each to its stop token, or the trained segments of a text."""
+        text, answers = rendered
         ids = encoded.ids
-        self._check_bos(ids)
-        if self.train_on == "all":
-            return Rendered(ids, [IGNORED, *ids[1:]])
+        starts, before = list[int](), 0
+        for answer in answers:
+            if answer.untrained and self._backend is None:
+                raise RowFault("parts and segments need a tokenizer that knows the characters of tokens, a fast one")
+            starts.append(self._find_start(text, encoded, answer.start, before))
+            before = answer.start
+        if isinstance(content, Chat):
+            self._check_bos(ids)
         labels = [IGNORED] * len(ids)
-        for answer, first, after in places:
+        for first, answer in zip(starts, answers, strict=True):
+            after = encoded.find(answer.end)
+            if isinstance(content, Chat):
+                said, wanted = self._decode(ids[first:after]), text[answer.start : answer.end]
+                if said != wanted and not _is_same_text(said, wanted):
+                    raise RowFault(f"the labelled tokens say {said!r}, not the answer {wanted!r}")
             labels[first:after] = ids[first:after]
             for token in range(first, after) if answer.untrained else ():
-                begin, end = encoded.find_characters(token)
+                begin, end = encoded.span(token)
                 if any(begin < behind and start < end for start, behind in answer.untrained):
                     labels[token] = IGNORED
-        return Rendered(ids, labels)
-
-    def _label_text(self, content: Text, rendered: RenderedText, encoded: "_Encoded") -> Rendered:
-        """Label a document, or the trained segments of a text: those tokens that lie in them with every character."""
-        if content.whole:
-            return Rendered(encoded.ids, [IGNORED, *encoded.ids[1:]])
-        self._check_offsets("segments")
-        text, segments = rendered
-        starts, before = list[int](), (0, 0)
-        for segment in segments:
-            starts.append(self._find_start(text, encoded, segment.start, before))
-            before = starts[-1], segment.start
-        labels = [IGNORED] * len(encoded.ids)
-        for first, segment in zip(starts, segments, strict=True):
-            for token in range(max(first, 1), len(labels)):  # nothing predicts the first one
-                begin, end = encoded.find_characters(token)
-                if begin >= segment.end:
-                    break
-                if begin >= segment.start and end <= segment.end:
-                    labels[token] = encoded.ids[token]
-        return Rendered(encoded.ids, labels)
+        whole = content.whole if isinstance(content, Text) else self.train_on == "all"
+        if whole:
+            labels = list(ids)
+        return Rendered(ids, [IGNORED, *labels[1:]])  # nothing predicts the first one
 
     def _check_tokens(self, content: Tokens) -> Rendered:
         ids, labels = list(content.ids), list(content.labels)
         size = len(self.tokenizer)
         if not ids or len(ids) != len(labels):
             raise RowFault(f"expected token ids and as many labels, found {len(ids)} and {len(labels)}")
-        if not 0 <= min(ids) <= max(ids) < size:
-            wrong = next(number for number in ids if not 0 <= number < size)
-            raise RowFault(f"the token id {wrong} is not in the vocabulary of {size:,} tokens: of another tokenizer?")
         for at, (number, label) in enumerate(zip(ids, labels, strict=True)):
+            if not 0 <= number < size:
+                raise RowFault(f"the token id {number} is not in the vocabulary of {size:,}: of another tokenizer?")
             if label not in (IGNORED, number):
-                raise RowFault(f"label {at} is {label}: expected {IGNORED} (not trained) or the token id {number}")
-        return Rendered(ids, [IGNORED, *labels[1:]])  # nothing predicts the first one
+                raise RowFault(f"label {at} is {label}, expected {IGNORED} or the token id {number}: not shifted")
+        return Rendered(ids, [IGNORED, *labels[1:]])
 
-    def _find_start(self, text: str, encoded: "_Encoded", start: int, before: tuple[int, int] = (0, 0)) -> int:
+    def _find_start(self, text: str, encoded: "_Encoded", start: int, before: int = 0) -> int:
         """Return how many ids lie before an answer, exactly those that generation begins with.
 
         Generation begins at the answer without knowing what follows. Encoded as a whole, the newline that ends a header
@@ -304,20 +266,23 @@ class ChatRenderer:
             text: the whole.
             encoded: its tokens, which a cut changes.
             start: the first character of the answer.
-            before: a token and its first character, where the text was cut before; else its beginning.
+            before: a character at which the text was cut before; else its beginning.
         """
-        controls = self._controls.known
-        begin = encoded.find_token(start - 1)
-        while begin > before[0] and encoded.ids[begin] not in controls:
+        ids, controls = encoded.ids, self._controls.known
+        least = encoded.find(before) if before else 0
+        begin = max(encoded.find(start) - 1, least)
+        while begin > least and ids[begin] not in controls:
             begin -= 1
-        at = encoded.find_characters(begin)[0] if encoded.ids[begin] in controls else before[1]
+        at = encoded.span(begin)[0] if ids[begin] in controls else before
         header = self._encode_header(text[at:start])
         first = begin + len(header.ids)
-        if encoded.ids[begin:first] == header.ids:
+        if ids[begin:first] == header.ids:
             return first
-        behind = next((token for token in range(begin + 1, len(encoded.ids)) if encoded.ids[token] in controls), None)
-        end = len(text) if behind is None else encoded.find_characters(behind)[0]
-        encoded.replace((begin, at), behind, header, start, self._encode([text[start:end]])[0])
+        behind = next((token for token in range(begin + 1, len(ids)) if ids[token] in controls), len(ids))
+        end = encoded.span(behind)[0] if behind < len(ids) else len(text)
+        (answer,) = self._encode([text[start:end]])
+        encoded.spans[begin:behind] = [*_shift(header.spans, at), *_shift(answer.spans, start)]
+        ids[begin:behind] = [*header.ids, *answer.ids]
         return first
 
     def _encode_header(self, header: str) -> "_Encoded":
@@ -327,7 +292,7 @@ class ChatRenderer:
             self._headers[header] = self._encode([header])[0]
         return self._headers[header]
 
-    def _check_bos(self, ids: Sequence[int]) -> None:
+    def _check_bos(self, ids: list[int]) -> None:
         """Refuse a template that writes two BOS, or none where the tokenizer itself would write one.
 
         Raises:
@@ -336,25 +301,35 @@ class ChatRenderer:
         bos = self.tokenizer.bos_token_id
         if bos is None:
             return
-        if list(ids[:2]) == [bos, bos]:
-            raise UserError(
-                "expected one BOS token, found two: the chat template writes it twice. The row begins: "
-                f"{self.tokenizer.decode(ids[:20])!r}"
-            )
+        row = f"The row begins: {self.tokenizer.decode(ids[:20])!r}" if ids[0] != bos or ids[1:2] == [bos] else ""
+        if ids[:2] == [bos, bos]:
+            raise UserError(f"expected one BOS token, found two: the chat template writes it twice. {row}")
         if self._writes_bos and ids[0] != bos:
             raise UserError(
                 f"expected the BOS token {self.tokenizer.bos_token!r} first, which this tokenizer puts before every "
-                "text, but the chat template writes none: begin it with {{ bos_token }}. The row begins: "
-                f"{self.tokenizer.decode(ids[:20])!r}"
+                f"text: begin the chat template with {{{{ bos_token }}}}. {row}"
             )
 
 
 _REMEMBERED = 1_000  # headers; some templates make one of the whole prompt
 
 
+def _write_segments(content: Text) -> RenderedText:
+    """Return the trained segments as answers, behind each of which nothing is trained."""
+    text, trained = "", list[tuple[int, int]]()
+    for segment, is_trained in content.segments:
+        end = len(text) + len(segment)
+        if is_trained and trained and trained[-1][1] == len(text):
+            trained[-1] = (trained[-1][0], end)
+        elif is_trained and segment:
+            trained.append((len(text), end))
+        text += segment
+    return RenderedText(text, [Answer(0, start, end, ((end, len(text) + 1),)) for start, end in trained])
+
+
 def _count_used(conversation: Conversation) -> int:
     """Count the messages up to the last answer; what follows it teaches nothing."""
-    return max(number for number, message in enumerate(conversation, start=1) if message["role"] == "assistant")
+    return find_places(conversation)[-1] + 1
 
 
 def _is_same_text(said: str, wanted: str) -> bool:
@@ -363,99 +338,54 @@ def _is_same_text(said: str, wanted: str) -> bool:
     Qwen's tokenizers compose accents (NFC), others spell out ligatures too (NFKC); decoders of sentencepiece drop a
     space at the start.
     """
-    forms = (wanted, *(normalize(form, wanted) for form in _FORMS))
-    return any(text in forms for text in (said, f" {said}"))
-
-
-_FORMS: tuple[Literal["NFC", "NFKC"], ...] = ("NFC", "NFKC")
-
-
-class _Stretch(NamedTuple):
-    """Tokens of one encoding: the first token and character, and how many lie before those of the encoding itself."""
-
-    token: int
-    character: int
-    encoding: Any
-    tokens_before: int
-    characters_before: int
+    forms = (wanted, normalize("NFC", wanted), normalize("NFKC", wanted))
+    return said in forms or f" {said}" in forms
 
 
 class _Encoded:
-    """The ids of a text and the characters of each; what is cut holds stretches that were encoded by themselves.
+    """The ids of a text, and of each its first character and the one behind it, looked up as they are needed."""
 
-    Args:
-        encoding: an ``Encoding`` of tokenizers, or a :class:`_Plain`.
-    """
+    def __init__(self, ids: list[int], spans: list[tuple[int, int]] | None = None, encoding: Any = None) -> None:
+        self.ids, self._spans, self._encoding = ids, spans, encoding
 
-    def __init__(self, encoding: Any) -> None:
-        self.ids: list[int] = encoding.ids
-        self._stretches: list[_Stretch] = [_Stretch(0, 0, encoding, 0, 0)]
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Those of all tokens."""
+        if self._spans is None:
+            self._spans = self._encoding.offsets
+        return self._spans
 
-    def find_token(self, character: int) -> int:
-        """Return the first token that holds a character, or the nearest one before it that a token holds; else 0."""
-        stretch: _Stretch = next(one for one in reversed(self._stretches) if one.character <= max(character, 0))
-        for at in range(character - stretch.characters_before, -1, -1):
-            token: int | None = stretch.encoding.char_to_token(at)
-            if token is not None:
-                return token + stretch.tokens_before
-        return stretch.token
+    def span(self, token: int) -> tuple[int, int]:
+        """That of one token."""
+        if self._spans is None:
+            return self._encoding.token_to_chars(token) or (0, 0)
+        return self._spans[token]
 
-    def find_characters(self, token: int) -> tuple[int, int]:
-        """Return the first character of a token and the one behind it."""
-        stretch = next(one for one in reversed(self._stretches) if one.token <= token)
-        begin, end = stretch.encoding.token_to_chars(token - stretch.tokens_before) or (0, 0)
-        return int(begin) + stretch.characters_before, int(end) + stretch.characters_before
-
-    def find_end(self, character: int) -> int:
-        """Return the token behind the one, a control token, that ends before a character."""
-        return self.find_token(character - 1) + 1
-
-    def replace(
-        self, begin: tuple[int, int], behind: int | None, header: "_Encoded", start: int, answer: "_Encoded"
-    ) -> None:
-        """Put a header and an answer, each encoded by itself, in the place of tokens.
-
-        Args:
-            begin: the first token that goes, and its first character.
-            behind: the first one that stays behind these; None if none does.
-            header: the new tokens to the start of the answer.
-            start: the first character of the answer.
-            answer: the new tokens from there on.
-        """
-        token, character = begin
-        first = token + len(header.ids)
-        stretches = [one for one in self._stretches if one.token < token]
-        stretches.append(_Stretch(token, character, header._stretches[0].encoding, token, character))
-        stretches.append(_Stretch(first, start, answer._stretches[0].encoding, first, start))
-        if behind is not None:
-            last = next(one for one in reversed(self._stretches) if one.token <= behind)
-            after = first + len(answer.ids)
-            at, shift = self.find_characters(behind)[0], last.tokens_before + after - behind
-            stretches.append(_Stretch(after, at, last.encoding, shift, last.characters_before))
-        rest = [] if behind is None else self.ids[behind:]
-        self.ids = [*self.ids[:token], *header.ids, *answer.ids, *rest]
-        self._stretches = stretches
+    def find(self, character: int) -> int:
+        """Return the first token that begins at a character or behind it."""
+        return bisect_left(range(len(self.ids)), character, key=lambda token: self.span(token)[0])
 
 
-class _Plain:
-    """What stands for an encoding of a tokenizer without offsets: it knows the characters of control tokens alone.
+def _shift(spans: list[tuple[int, int]], by: int) -> list[tuple[int, int]]:
+    return [(begin + by, end + by) for begin, end in spans]
+
+
+def _locate(ids: list[int], text: str, controls: ControlTokens) -> _Encoded:
+    """Locate the tokens of a tokenizer without offsets by the control tokens alone; those between share a span.
 
     Raises:
         RowFault: if the tokenizer does not encode the control tokens of the text as themselves.
     """
-
-    def __init__(self, ids: Sequence[int], text: str, controls: ControlTokens) -> None:
-        self.ids = list(ids)
-        tokens = [at for at, number in enumerate(self.ids) if number in controls.known]
-        found = list(controls.pattern.finditer(text))
-        if [self.ids[at] for at in tokens] != [controls.ids[one[0]] for one in found]:
-            raise RowFault("the tokenizer does not encode the control tokens of the rendered text as themselves")
-        self._spans = {token: one.span() for token, one in zip(tokens, found, strict=True)}
-
-    def char_to_token(self, character: int) -> int | None:
-        """Return the last control token that begins at or before a character."""
-        return next((token for token, (begin, _) in reversed(self._spans.items()) if begin <= character), None)
-
-    def token_to_chars(self, token: int) -> tuple[int, int] | None:
-        """Return the first character of a control token and the one behind it."""
-        return self._spans.get(token)
+    spans, at = list[tuple[int, int]](), 0
+    found = list(controls.pattern.finditer(text))
+    if [number for number in ids if number in controls.known] != [controls.ids[one[0]] for one in found]:
+        raise RowFault("the tokenizer does not encode the control tokens of the rendered text as themselves")
+    places = iter(one.span() for one in found)
+    following = next(places, (len(text), len(text)))
+    for number in ids:
+        if number in controls.known:
+            spans.append(following)
+            at, following = following[1], next(places, (len(text), len(text)))
+        else:
+            spans.append((at, following[0]))
+    return _Encoded(list(ids), spans)

@@ -98,7 +98,7 @@ class ChatText:
         text = self._apply(messages, tools)
         self._check_messages(messages, tools, text)
         keep = self.reasoning == "keep"
-        spans = self._find_answers(messages, tools, text, _find_places(messages) if keep else wanted, text)
+        spans = self._find_answers(messages, tools, text, find_places(messages) if keep else wanted, text)
         if keep and None in spans.values():
             return [self._splice(messages, tools, wanted)]
         together, apart = [], []
@@ -124,7 +124,7 @@ class ChatText:
         messages = self.drop_earlier_reasoning(messages, generation=True)
         text = self._apply(messages, tools, generation=True)
         self._check_messages(messages, tools, text)
-        spans = self._find_answers(messages, tools, text, _find_places(messages))
+        spans = self._find_answers(messages, tools, text, find_places(messages))
         if self.reasoning == "keep" and None in spans.values():
             return self._splice(messages, tools, (), generation=True)
         return RenderedText(text, [Answer(number, *span) for number, span in spans.items() if span])
@@ -133,7 +133,7 @@ class ChatText:
         """Return the text of messages, or of a prompt, with the earlier answers as ``render`` and it have them."""
         text = self._apply(messages, tools, generation)
         if self.reasoning == "keep":
-            places = _find_places(messages)
+            places = find_places(messages)
             if None in self._find_answers(messages, tools, text, places, None if generation else text).values():
                 return self._splice(messages, tools, (), generation).text
         return text
@@ -147,7 +147,7 @@ class ChatText:
         """
         if self.reasoning != "drop":
             return list(messages)
-        places = _find_places(messages)
+        places = find_places(messages)
         earlier = set(places if generation else places[:-1])
         return [_without_reasoning(one) if number in earlier else one for number, one in enumerate(messages)]
 
@@ -217,11 +217,10 @@ class ChatText:
         """Return where each answer starts in the text and where its turn ends; None if generation sees another text.
 
         A few answers are each checked by rendering: the text before an answer is the prompt that generation gets, and
-        the text to its end the conversation so far. Of many, that would cost the square of their number. There the
-        first, the last and those at doubled distances are checked so. The others are only looked up by the header that
-        a prompt ends with, which the text must hold exactly once for each answer: that the template would render a
-        prompt for them with the same text is not proven, but would take a template that changes its mind between. With
-        ``reasoning: keep`` the first that generation sees otherwise is enough: then all are spliced.
+        the text to its end the conversation so far. Of many, that would cost the square of their number: the first, the
+        last and those at doubled distances are checked so, the others looked up by the header that a prompt ends with,
+        which the text must hold exactly once for each answer. With ``reasoning: keep`` the first that generation sees
+        otherwise is enough: then all are spliced.
         """
         checked = list(wanted)
         if len(wanted) > _FEW:
@@ -247,7 +246,7 @@ class ChatText:
 
     def _find_by_header(self, messages: Conversation, tools: Tools, text: str) -> dict[int, tuple[int, int]] | None:
         """Return where the turn of each answer starts and ends, by what a prompt ends with; None if that is unclear."""
-        places = _find_places(messages)
+        places = find_places(messages)
         headers: dict[str, str] = {}  # by the role before the answer
         for number in places:
             before = messages[:number]
@@ -256,16 +255,11 @@ class ChatText:
                 header = prompt.removeprefix(self._apply(before, tools))
                 last = max((found.start() for found in self.controls.pattern.finditer(prompt)), default=0)
                 headers[before[-1]["role"]] = header or prompt[last:]
-        of_answers = [headers[messages[number - 1]["role"]] for number in places]
-        if any(text.count(header) != of_answers.count(header) for header in set(of_answers)):
+        wanted = [headers[messages[number - 1]["role"]] for number in places]
+        found = list(re.finditer("|".join(map(re.escape, sorted(set(wanted), key=len, reverse=True))), text))
+        if [header[0] for header in found] != wanted:
             return None
-        starts, at = [], 0
-        for header in of_answers:
-            found = text.find(header, at)
-            if found < 0:
-                return None
-            at = found + len(header)
-            starts.append(at)
+        starts = [header.end() for header in found]
         turns = zip(places, starts, [*starts[1:], len(text)], strict=True)
         return {number: (start + _count_own(messages[number], text[start:end]), end) for number, start, end in turns}
 
@@ -276,7 +270,7 @@ class ChatText:
 
         Both are taken from the turns around: the nearest question before an answer, it and what follows.
         """
-        places = _find_places(messages)
+        places = find_places(messages)
         system = messages[:1] if messages[0]["role"] == "system" else []
         text, answers = self._apply(messages[: places[0]], tools, generation=True), list[Answer]()
         for number, following in zip(places, [*places[1:], len(messages)], strict=True):
@@ -308,57 +302,40 @@ class ChatText:
             at = text.rfind(content.strip(), start, stop.start() if stop else limit)
             first = self.controls.pattern.search(text, max(at + len(content.strip()), start), limit)
         if stop is None or first is None or first.start() != stop.start():
-            found = f"is {first[0]!r}, at which generation does not stop" if first else "is missing"
-            raise UserError(self._describe_endless(text[start:limit], found))
+            known = ", ".join(repr(token) for token in self.controls.ids if self.controls.stop_pattern.fullmatch(token))
+            raise UserError(
+                "the model would never learn to stop: after an answer the chat template should write a stop token "
+                f"({known or 'the tokenizer names none'}), but writes {first[0] if first else 'none'!r}. Use the "
+                f"tokenizer and template that belong together. The turn as rendered: {text[start:limit]!r}"
+            )
         said = text[start : stop.end()]
         parts = ((thought or "").strip(), content.strip(), *_leaves([call["function"] for call in calls]))
         if not all(part in said for part in parts):
             raise RowFault(f"the chat template changes the answer (message {number + 1}) to {said!r}")
-        return Answer(number, start, stop.end(), self._find_untrained(message, number, text, start, stop.start()))
-
-    def _find_untrained(
-        self, message: Message, number: int, text: str, start: int, end: int
-    ) -> tuple[tuple[int, int], ...]:
-        """Return where the untrained stretches of a message are in the text, which may have stripped the message."""
-        spans = message.get("untrained")
-        if not spans:
-            return ()
-        content = message["content"]
-        at = text.rfind(content.strip(), start, end)
+        spans = message.get("untrained", ())
+        at = text.rfind(message["content"].strip(), start, stop.start()) if spans else 0  # it may have been stripped
         if at < 0:
             raise RowFault(f"parts of message {number + 1} are not trained, but the chat template changes the message")
-        at -= len(content) - len(content.lstrip())
-        return tuple((at + first, at + behind) for first, behind in spans)
-
-    def _describe_endless(self, turn: str, found: str) -> str:
-        stops = ", ".join(repr(token) for token in self.controls.ids if self.controls.stop_pattern.fullmatch(token))
-        return (
-            "the model would never learn to stop: after an answer the chat template should write a stop token "
-            f"({stops or 'the tokenizer names none'}), but the first control token there {found}. Use the "
-            f"tokenizer and template that belong together. The turn as rendered: {turn!r}"
-        )
+        at -= len(message["content"]) - len(message["content"].lstrip())
+        return Answer(number, start, stop.end(), tuple((at + first, at + behind) for first, behind in spans))
 
     def _check_messages(self, messages: Sequence[Message], tools: Tools, text: str) -> None:
-        """Refuse a template that leaves out or changes what a message other than an answer says."""
+        """Refuse a template that leaves out or changes what is said or may be called, beside the answers."""
         for number, message in enumerate(messages, start=1):
             content = message["content"].strip()
             if message["role"] != "assistant" and content not in text and _as_json(content) not in text:
                 raise RowFault(f"the chat template leaves out or changes message {number} ({message['role']})")
-            for call in message.get("tool_calls", []):
-                if str(call["function"]["name"]) not in text:
-                    raise RowFault(
-                        f"the chat template leaves out the tool calls of message {number}: it knows no tools. "
-                        f"{self._advise_on_tools()}"
-                    )
-        if not tools:
-            return
-        names = [str(tool.get("function", tool).get("name")) for tool in tools]
-        hidden = [name for name in names if name not in text]
-        if hidden or self._apply(messages, None) == text:
-            raise RowFault(
-                f"the chat template leaves out the tool {(hidden or names)[0]!r}: it knows no tools. "
-                f"{self._advise_on_tools()}"
-            )
+            if any(str(call["function"]["name"]) not in text for call in message.get("tool_calls", [])):
+                raise self._lacks_tools(f"the tool calls of message {number}")
+        for tool in tools or ():
+            name = str(tool.get("function", tool).get("name"))
+            if name not in text:
+                raise self._lacks_tools(f"the tool {name!r}")
+        if tools and self._apply(messages, None) == text:
+            raise self._lacks_tools("the tools")
+
+    def _lacks_tools(self, what: str) -> RowFault:
+        return RowFault(f"the chat template leaves out {what}: it knows no tools. {self._advise_on_tools()}")
 
     def _advise_on_tools(self) -> str:
         fits = "chatml-tools" in find_presets(self.tokenizer)
@@ -366,7 +343,8 @@ class ChatText:
         return f"Choose a template that does: {choice}"
 
 
-def _find_places(messages: Sequence[Message]) -> list[int]:
+def find_places(messages: Sequence[Message]) -> list[int]:
+    """Return the places of the answers."""
     return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
 
 

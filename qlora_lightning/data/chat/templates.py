@@ -1,7 +1,6 @@
 """The chat template that a tokenizer renders with: its own, a preset or the user's file, and its variables."""
 
 import copy
-import difflib
 import json
 import re
 from collections.abc import Collection, Mapping
@@ -9,11 +8,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError, nodes
+from jinja2 import Environment, TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
 
 from qlora_lightning.data.chat.control_tokens import find_stop_ids, find_turn_end, writes_bos
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, nearest
 
 # each preset with the control tokens that it writes beside the tokenizer's own BOS and end-of-sequence tokens
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -41,7 +40,7 @@ def choose_chat_template(tokenizer: Any, choice: str | None, options: Mapping[st
     which whoever renders with it may still override, and a template that asks for today's date gets a fixed one.
 
     The token that ends an assistant turn becomes its end-of-sequence token; the former one stays a stop id
-    (:func:`~qlora_lightning.data.chat.stops.find_stop_ids`). The vocabulary is never enlarged.
+    (``find_stop_ids``). The vocabulary is never enlarged.
 
     Args:
         tokenizer: a tokenizer of transformers; it stays as it is, what is returned is a copy.
@@ -53,21 +52,27 @@ def choose_chat_template(tokenizer: Any, choice: str | None, options: Mapping[st
     Raises:
         UserError: there is no such template or file, it does not fit the tokenizer, or it has no such variable.
     """
-    options = options or {}
+    if choice is None and getattr(tokenizer, "chat_template", None) is None:
+        return tokenizer  # the renderer refuses it
+    chosen = tokenizer if choice is None else _put_template(tokenizer, choice)
+    whose = f"chat_template: {choice}" if choice else f"the chat template of {name_tokenizer(tokenizer)}"
+    try:
+        chosen = _set_variables(chosen, options or {}, whose)
+    except TemplateSyntaxError as error:
+        raise UserError(f"{whose} is damaged, line {error.lineno}: {error.message}") from error
+    try:
+        end = find_turn_end(chosen)
+    except Exception as error:  # a template may raise anything
+        if choice is None:  # the renderer says so of the row that it cannot render
+            return chosen
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{whose} cannot render a question and its answer: {reason}") from error
     if choice is None:
-        return _keep_template(tokenizer, options)
-    chosen = copy.deepcopy(tokenizer)
-    if choice in PRESETS:
-        _check_preset(tokenizer, choice)
-        _make_special(chosen, PRESETS[choice])
-        chosen.chat_template = _read_preset(tokenizer, choice)
-    else:
-        chosen.chat_template = _read_file(choice)
-    chosen, end = _prepare_chosen(chosen, choice, options)
+        return chosen if end is None or end in find_stop_ids(chosen) else _end_turns(copy.deepcopy(chosen), end)
     if end is None:
         raise UserError(
-            f"chat_template: {choice} writes no token of {_name(tokenizer)} after an answer at which generation could "
-            f"stop. Let it end an assistant turn with one, its eos_token ({tokenizer.eos_token}) for example."
+            f"{whose} writes no token of {name_tokenizer(tokenizer)} after an answer at which generation could stop: "
+            f"let it end an assistant turn with one, its eos_token ({tokenizer.eos_token}) for example."
         )
     return _end_turns(chosen, end)
 
@@ -79,45 +84,36 @@ def find_presets(tokenizer: Any) -> list[str]:
 
 def find_reasoning_key(template: str | Mapping[str, str] | None) -> str | None:
     """Return the key of a message under which a chat template looks for reasoning; None if it looks for none."""
-    names = set[Any]()
-    for text in template.values() if isinstance(template, Mapping) else [template or ""]:
-        try:
-            parsed = _parse(text)
-        except TemplateSyntaxError:  # whoever renders with it will say so
-            continue
-        names.update(found.attr for found in parsed.find_all(nodes.Getattr))
-        names.update(found.value for found in parsed.find_all(nodes.Const))
-    return next((key for key in _REASONING_KEYS if key in names), None)
+    text = "\n".join(template.values()) if isinstance(template, Mapping) else template or ""
+    return next((key for key in _REASONING_KEYS if re.search(rf"\.{key}\b|(['\"]){key}\1", text)), None)
 
 
-def _keep_template(tokenizer: Any, options: Mapping[str, Any]) -> Any:
-    if getattr(tokenizer, "chat_template", None) is None:
-        return tokenizer  # the renderer refuses it
-    try:
-        tokenizer = _set_variables(tokenizer, options, f"the chat template of {_name(tokenizer)}")
-    except TemplateSyntaxError as error:
-        raise UserError(
-            f"The chat template of {_name(tokenizer)} is damaged, line {error.lineno}: {error.message} Copy the folder "
-            "again, or choose another template with data.chat_template."
-        ) from error
-    try:
-        end = find_turn_end(tokenizer)
-    except Exception:  # a template may raise anything; the renderer says so of the row that it cannot render
-        return tokenizer
-    if end is None or end in find_stop_ids(tokenizer):
-        return tokenizer
-    return _end_turns(copy.deepcopy(tokenizer), end)
+def _put_template(tokenizer: Any, choice: str) -> Any:
+    """Return a copy of a tokenizer with the template of a preset or a file."""
+    chosen = copy.deepcopy(tokenizer)
+    if choice in PRESETS:
+        _check_preset(tokenizer, choice)
+        _make_special(chosen, PRESETS[choice])
+        text = (_FOLDER / f"{choice}.jinja").read_text(encoding="utf-8")
+        # Llama 3 always begins with a BOS; in ChatML and Alpaca a model sees one if it did in its pre-training
+        has_bos = choice == "llama3" or (tokenizer.bos_token not in PRESETS[choice] and writes_bos(tokenizer))
+        chosen.chat_template = text if has_bos else text.removeprefix(_BOS)
+        return chosen
+    file = Path(choice).expanduser()
+    if not file.is_file():
+        beside = [str(entry) for entry in file.parent.iterdir()] if file.parent.is_dir() else []
+        hint = nearest(choice, [*PRESETS, *beside])
+        raise UserError(f"chat_template: expected {', '.join(PRESETS)} or a .jinja file, found {choice!r}.{hint}")
+    chosen.chat_template = file.read_text(encoding="utf-8")
+    return chosen
 
 
 def _check_preset(tokenizer: Any, name: str) -> None:
     lacking = _lacking(tokenizer, name)
     if lacking:
-        others = ", ".join(find_presets(tokenizer))
-        advice = f"Presets that fit this tokenizer: {others}; or" if others else "Name"
         raise UserError(
-            f"chat_template: {name} needs {', '.join(lacking)} as {'tokens' if len(lacking) > 1 else 'one token'}, "
-            f"which {_name(tokenizer)} does not have, and a vocabulary is not enlarged behind your back. {advice} a "
-            ".jinja file of your own."
+            f"chat_template: {name} needs {', '.join(lacking)}, which {name_tokenizer(tokenizer)} does not have. "
+            f"Presets that fit it: {', '.join(find_presets(tokenizer)) or 'none'}; or name a .jinja file."
         )
 
 
@@ -133,49 +129,6 @@ def _make_special(tokenizer: Any, tokens: tuple[str, ...]) -> None:
     tokenizer.add_tokens([token for token in tokens if token not in special], special_tokens=True)
 
 
-def _read_preset(tokenizer: Any, name: str) -> str:
-    text = (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
-    # Llama 3 always begins with a BOS; in ChatML and Alpaca a model sees one if it did in its pre-training
-    return text if name == "llama3" or _writes_bos(tokenizer, name) else text.removeprefix(_BOS)
-
-
-def _writes_bos(tokenizer: Any, name: str) -> bool:
-    return tokenizer.bos_token not in PRESETS[name] and writes_bos(tokenizer)
-
-
-def _read_file(choice: str) -> str:
-    file = Path(choice).expanduser()
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"chat_template: {choice} is not a template: expected UTF-8 text ({error}).") from error
-    if not file.suffix and file.parent == Path():
-        near = difflib.get_close_matches(choice, PRESETS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UserError(f"chat_template: expected {', '.join(PRESETS)} or a .jinja file, found {choice!r}.{hint}")
-    beside = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
-    near = difflib.get_close_matches(file.name, beside, n=1)
-    hint = f" Did you mean {file.parent / near[0]}?" if near else f" Presets are {', '.join(PRESETS)}."
-    raise UserError(f"chat_template: there is no file {choice}.{hint}")
-
-
-def _prepare_chosen(tokenizer: Any, choice: str, options: Mapping[str, Any]) -> tuple[Any, int | None]:
-    """Return the tokenizer with its variables set, and the token that ends its turns."""
-    try:
-        tokenizer = _set_variables(tokenizer, options, f"chat_template {choice}")
-    except TemplateSyntaxError as error:
-        raise UserError(f"chat_template: {choice}:{error.lineno} is not a template: {error.message}.") from error
-    try:
-        return tokenizer, find_turn_end(tokenizer)
-    except UserError as error:
-        raise UserError(f"chat_template: {choice}: {error}") from error
-    except Exception as error:  # a template may raise anything that Python does
-        raise UserError(
-            f"chat_template: {choice} cannot render a question and its answer: {type(error).__name__}: {error}."
-        ) from error
-
-
 def _set_variables(tokenizer: Any, options: Mapping[str, Any], whose: str) -> Any:
     """Return a tokenizer whose template holds the options and no clock; itself if that changes nothing.
 
@@ -187,7 +140,10 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], whose: str) -> An
     saved = own if isinstance(own, dict) else {"": own}
     # the date of an adapter's template may be set again, as every other variable
     named = {name: _STOPPED.sub("", text) for name, text in saved.items()} if _CLOCK in options else saved
-    variables = {name: _find_variables(text) for name, text in named.items()}
+    variables = {
+        name: frozenset(find_undeclared_variables(_PARSER.parse(_GENERATION.sub("", text))))
+        for name, text in named.items()
+    }
     if options:
         passed = _PASSED.union(tokenizer.special_tokens_map)
         _check_options(options, frozenset[str]().union(*variables.values()) - passed, whose)
@@ -209,22 +165,12 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], whose: str) -> An
     return tokenizer
 
 
-def _find_variables(template: str) -> frozenset[str]:
-    """Return the names that a template looks up and does not set first."""
-    return frozenset(find_undeclared_variables(_parse(template)))
-
-
-def _parse(template: str) -> nodes.Template:
-    return _PARSER.parse(_GENERATION.sub("", template))
-
-
 def _check_options(options: Mapping[str, Any], known: Collection[str], whose: str) -> None:
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            others = f"Its variables are {', '.join(sorted(known))}." if known else "It has none that can be set."
-            raise UserError(f"template_options: {whose} has no variable {name!r}.{hint} {others}")
+            others = ", ".join(sorted(known)) or "none"
+            hint = nearest(name, known)
+            raise UserError(f"template_options: {whose} has no variable {name!r}, its variables: {others}.{hint}")
 
 
 def _as_literal(name: str, value: Any) -> str:
@@ -259,5 +205,6 @@ def _end_turns(tokenizer: Any, end: int) -> Any:
     return tokenizer
 
 
-def _name(tokenizer: Any) -> str:
+def name_tokenizer(tokenizer: Any) -> str:
+    """Return what messages call a tokenizer."""
     return f"the tokenizer {getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}"

@@ -1,5 +1,6 @@
 """Rows that cannot be used, and the checks of single values in them."""
 
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -48,36 +49,21 @@ def kind_of(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
 
-_MAX_DEPTH = 100  # far from Python's own limit, which the chat template would meet
-
-
-def check_characters(value: Any, where: str, depth: int = 0) -> None:
+def check_characters(value: Any, where: str) -> None:
     """Refuse a text, or a JSON value with any text in it, that holds a NUL or half a character.
 
-    Args:
-        value: the text or JSON value.
-        where: the subject of the sentence.
-        depth: how deep the value lies in another one.
-
     Raises:
-        RowFault: if there is such a character, or the value is nested deeper than 100 levels.
+        RowFault: if there is such a character; ``where`` is the subject of the sentence.
     """
-    if depth > _MAX_DEPTH:
-        raise RowFault(f"{where} is nested more than {_MAX_DEPTH} levels deep")
-    if isinstance(value, dict):
-        check_characters([*value, *value.values()], where, depth)
-    elif isinstance(value, list):
-        for element in value:
-            check_characters(element, where, depth + 1)
-    elif isinstance(value, str):
-        if "\x00" in value:
-            raise RowFault(f"{where} contains a NUL character")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise RowFault(
-                f"{where} contains half a character (a lone surrogate, as a cut \\ud83d escape leaves)"
-            ) from None
+    text = value
+    if not isinstance(value, str):
+        text = json.dumps(value, ensure_ascii=False, default=str).replace("\\\\", "").replace("\\u0000", "\0")
+    if "\0" in text:
+        raise RowFault(f"{where} contains a NUL character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowFault(f"{where} contains half a character (a lone surrogate, as a cut \\ud83d leaves)") from None
 
 
 def read_string(value: Any, where: str) -> str:

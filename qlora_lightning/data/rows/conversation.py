@@ -1,7 +1,7 @@
 """What a row becomes: a checked conversation, a text or tokens; and the checks of messages."""
 
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from qlora_lightning.data.rows.bad_rows import RowFault, check_characters, kind_of, read_string
@@ -125,15 +125,6 @@ def check_message(message: Any, number: int, roles: Mapping[str, str] | None = N
     return checked
 
 
-def without_marks(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    """Return the messages as a chat template takes them: without ``train`` and ``untrained``."""
-    return [{key: value for key, value in message.items() if key not in _MARKS} for message in messages]
-
-
-_MARKS = ("train", "untrained")
-_MOST_CHARACTERS = 4 << 20
-
-
 def _read_content(content: Any, where: str, role: str, optional: bool) -> tuple[str, list[tuple[int, int]]]:
     """Return the text of a message, or of its parts joined, and the stretches that are not trained."""
     if content is None and optional:
@@ -152,10 +143,6 @@ def _read_content(content: Any, where: str, role: str, optional: bool) -> tuple[
         content = text
     if not isinstance(content, str):
         raise RowFault(f"the {role} content of {where} must be a string, found {kind_of(content)}")
-    if len(content) > _MOST_CHARACTERS:
-        raise RowFault(
-            f"{where} is longer than {_MOST_CHARACTERS >> 20} Mi characters: two rows have probably run together"
-        )
     check_characters(content, where)
     return content, untrained
 
@@ -185,29 +172,25 @@ def _add_options(checked: Message, message: dict[str, Any], calls: Any, where: s
         if role != "assistant":
             raise RowFault(f"{where} ({role}) has {key!r}, which only an assistant has")
         checked["reasoning_content"] = read_string(value, f"{key!r} of {where}")
-    if role == "tool":
-        if message.get("name") is not None:
-            checked["name"] = read_string(message["name"], f"'name' of {where}")
-        if message.get("tool_call_id") is not None:
-            checked["tool_call_id"] = read_string(message["tool_call_id"], f"'tool_call_id' of {where}")
-    if _is_trained(message, role, where) is False and role == "assistant":
+    for key in ("name", "tool_call_id") if role == "tool" else ():
+        if message.get(key) is not None:
+            checked[key] = read_string(message[key], f"{key!r} of {where}")  # type: ignore[literal-required]
+    if not _is_trained(message, role, where) and role == "assistant":
         checked["train"] = False
 
 
-def _is_trained(message: dict[str, Any], role: str, where: str) -> bool | None:
-    """Return what ``train`` and ``weight`` say, or None if they say nothing."""
-    train, weight = message.get("train"), message.get("weight")
-    if not isinstance(train, bool | None):
-        raise RowFault(f"'train' of {where} must be true or false, found {reprlib.repr(train)}")
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise RowFault(f"'weight' of {where} must be 0 or 1, found {reprlib.repr(weight)}")
-    if weight is not None and train is not None and bool(weight) != train:
+def _is_trained(message: dict[str, Any], role: str, where: str) -> bool:
+    """Return what ``train``, or OpenAI's ``weight``, says of a message."""
+    marks = {key: message[key] for key in ("train", "weight") if message.get(key) is not None}
+    for key, value in marks.items():
+        if value not in (0, 1) or (key == "train") != isinstance(value, bool):
+            expected = "true or false" if key == "train" else "0 or 1"
+            raise RowFault(f"{key!r} of {where} must be {expected}, found {reprlib.repr(value)}")
+        if value and role != "assistant":
+            raise RowFault(f"{where} ({role}) has {key}: {value}, but only answers are trained")
+    if len(set(map(bool, marks.values()))) > 1:
         raise RowFault(f"'train' and 'weight' of {where} contradict each other")
-    wanted = train if weight is None else bool(weight)
-    if wanted and role != "assistant":
-        key = "'train: true'" if weight is None else "'weight: 1'"
-        raise RowFault(f"{where} ({role}) has {key}, but only answers are trained")
-    return wanted
+    return all(marks.values())
 
 
 def check_order(conversation: Conversation, needs_answer: bool) -> None:

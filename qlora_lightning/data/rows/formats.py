@@ -1,10 +1,10 @@
 """Row formats: from the columns of a row to a conversation, a text or tokens."""
 
-import importlib
 import math
+import pkgutil
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,22 +48,24 @@ class RowConverter:
         Raises:
             UserError: the settings do not fit these rows, or no format does.
         """
-        if not rows:
-            return
-        check_columns(rows, self.settings.columns, self.settings.format)
-        unrecognised: list[Row] = []
-        for row in rows_by_columns(rows).values():
+        if rows:
+            check_columns(rows, self.settings.columns, self.settings.format)
+        shapes: dict[
+            tuple[str, ...], Row
+        ] = {}  # the first row of each set of columns: few, however many rows there are
+        for row in rows:
+            shapes.setdefault(tuple(row.values), row)
+        unrecognised = None
+        for row in shapes.values():
             try:
-                renamed = row._replace(values=rename_columns(row.values, self.settings.columns))
+                renamed = self._rename(row)
             except RowFault:
                 continue
-            if self._named is None:
-                refuse_other_task(renamed, self.needs_answer)
             if self._format_of(renamed) is not None:
                 return
-            unrecognised.append(renamed)
+            unrecognised = unrecognised or renamed
         if unrecognised:
-            raise UserError(_describe_unrecognised(unrecognised[0], self.needs_answer))
+            raise UserError(_describe_unrecognised(unrecognised, self.needs_answer))
 
     def convert(self, row: Row) -> Content:
         """Convert one row.
@@ -72,10 +74,7 @@ class RowConverter:
             RowFault: this row cannot be used.
             UserError: no row of its shape can be used.
         """
-        if self.settings.columns:
-            row = row._replace(values=rename_columns(row.values, self.settings.columns))
-        if self._named is None or self._named.name in FORMATS:  # a function of the user's own may read what it likes
-            refuse_other_task(row, self.needs_answer)
+        row = self._rename(row)
         form = self._format_of(row)
         if form is None:  # of a row that has some keys of a format, it is said which ones it lacks
             near = (form for form in _BY_COLUMNS if row.values.keys() & set(form.keys(self.needs_answer)))
@@ -83,6 +82,13 @@ class RowConverter:
         if form is None:
             raise RowFault(f"no format is recognised by its columns {', '.join(row.values)}")
         return to_content(row.values, form, self.settings, self.needs_answer)
+
+    def _rename(self, row: Row) -> Row:
+        """Return a row under our names, which is of no other task."""
+        row = row._replace(values=rename_columns(row.values, self.settings.columns))
+        if self._named is None or self._named.name in FORMATS:  # a function of the user's own may read what it likes
+            refuse_other_task(row, self.needs_answer)
+        return row
 
     def _format_of(self, row: Row) -> "Format | None":
         columns = tuple(row.values)
@@ -100,14 +106,6 @@ class RowConverter:
         return form
 
 
-def rows_by_columns(rows: Iterable[Row]) -> dict[tuple[str, ...], Row]:
-    """Return the first row of each set of columns: few rows, however many there are."""
-    first: dict[tuple[str, ...], Row] = {}
-    for row in rows:
-        first.setdefault(tuple(row.values), row)
-    return first
-
-
 # Columns
 
 
@@ -122,9 +120,9 @@ def rename_columns(values: dict[str, Any], columns: Mapping[str, str | None]) ->
     names = {key: ours for key in values if (ours := columns.get(key, key)) is not None}
     renamed = {ours: values[key] for key, ours in names.items()}
     if len(renamed) < len(names):
-        ours = next(ours for ours in renamed if list(names.values()).count(ours) > 1)
-        both = " and ".join(repr(key) for key, name in names.items() if name == ours)
-        raise RowFault(f"has {both}, which would both be {ours!r} by `columns:`")
+        twice = next(name for name in renamed if list(names.values()).count(name) > 1)
+        both = " and ".join(repr(key) for key, name in names.items() if name == twice)
+        raise RowFault(f"has {both}, which would both be {twice!r} by `columns:`")
     return renamed
 
 
@@ -132,34 +130,22 @@ def check_columns(rows: Sequence[Row], columns: Mapping[str, str | None], format
     """Check ``columns`` against the first rows of a source, as they are before anything is renamed.
 
     Raises:
-        UserError: no row has one of the columns and the mapping is not for other sources; our name is none that is
-            read; or two columns are mapped to one name.
+        UserError: no row has one of the columns and the mapping is not for other sources; or our name is none that is
+            read.
     """
-    if not isinstance(columns, Mapping) or not all(
-        isinstance(theirs, str) and isinstance(ours, str | None) for theirs, ours in columns.items()
-    ):
-        raise UserError(f"columns: expected {{their name: our name}}, found {columns!r}.")
-    if not columns:
-        return
-    for ours in (name for name in columns.values() if name is not None):
-        twice = [repr(theirs) for theirs, name in columns.items() if name == ours]
-        if len(twice) > 1:
-            raise UserError(f"columns: {' and '.join(twice)} are both mapped to {ours!r}: keep one of them.")
-        if "." not in format and ours not in KEYS:
+    for ours in columns.values():
+        if ours is not None and ours not in KEYS and "." not in format:
             raise UserError(f"columns: no format reads {ours!r}; expected {', '.join(KEYS)}.{nearest(ours, KEYS)}")
-    shapes = rows_by_columns(rows)
-    found = list(dict.fromkeys(key for keys in shapes for key in keys))
-    is_read = "." in format or any(_is_recognised(keys, columns) for keys in shapes)
+    found = list(dict.fromkeys(key for row in rows for key in row.values))
+    shapes = [{columns.get(name, name) for name in names} for names in {tuple(row.values) for row in rows}]
+    is_read = "." in format or any(
+        shape >= set(form.keys(needs_answer=False)) for shape in shapes for form in FORMATS.values()
+    )
     for theirs, name in columns.items():
         # a mapping may be for other sources, whose columns have these names
         near = nearest(theirs, [name for name in found if name not in columns])
         if theirs not in found and name not in found and (near or not is_read):
             raise UserError(f"columns: no row has {theirs!r}, found {', '.join(found) or '(none)'}.{near}")
-
-
-def _is_recognised(names: Iterable[str], columns: Mapping[str, str | None]) -> bool:
-    renamed = {columns.get(name, name) for name in names}
-    return any(renamed >= set(form.keys(needs_answer=False)) for form in FORMATS.values())
 
 
 # Formats
@@ -185,14 +171,9 @@ def _read_history(history: Any) -> list[dict[str, Any]]:
     return turns
 
 
-def from_messages(values: dict[str, Any]) -> Any:
-    """Read ``messages``: a list of messages, or one as a JSON string."""
-    return parse_json(values["messages"], "'messages'")
-
-
-def from_sharegpt(values: dict[str, Any]) -> Any:
-    """Read ``conversations``: the same under another name, as ShareGPT has it."""
-    return parse_json(values["conversations"], "'conversations'")
+def from_list(key: str) -> Callable[[dict[str, Any]], Any]:
+    """Read a list of messages, or one as a JSON string, under a key."""
+    return lambda values: parse_json(values[key], repr(key))
 
 
 def from_prompt_completion(values: dict[str, Any]) -> Any:
@@ -252,13 +233,6 @@ def from_tokens(values: dict[str, Any]) -> Tokens:
     for key, tokens, least in (("input_ids", ids, 0), ("labels", labels, -100)):
         if not isinstance(tokens, list) or not tokens or not all(type(n) is int and n >= least for n in tokens):
             raise RowFault(f"{key!r} must be a list of token ids, found {reprlib.repr(tokens)}")
-    if len(ids) != len(labels):
-        raise RowFault(f"{len(ids)} input_ids and {len(labels)} labels: expected as many")
-    for at, (token, label) in enumerate(zip(ids, labels, strict=True)):
-        if label not in (token, -100):
-            raise RowFault(
-                f"labels[{at}] is {label}, expected input_ids[{at}], {token}, or -100: labels are not shifted"
-            )
     if not all(parse_json(values.get("attention_mask"), "'attention_mask'") or (1,)):
         raise RowFault("'attention_mask' has zeros: expected rows without padding")
     return Tokens(ids, labels)
@@ -299,8 +273,8 @@ FORMATS = {
     form.name: form
     for form in (
         Format("alpaca", ("instruction",), ("output",), from_alpaca, ("input", "history")),
-        Format("messages", ("messages",), (), from_messages),
-        Format("sharegpt", ("conversations",), (), from_sharegpt),
+        Format("messages", ("messages",), (), from_list("messages")),
+        Format("sharegpt", ("conversations",), (), from_list("conversations")),
         Format("prompt_completion", ("prompt",), ("completion",), from_prompt_completion),
         Format("question_answer", ("question",), ("answer",), from_question_answer),
         Format("glaive", ("system", "chat"), (), from_glaive),
@@ -335,22 +309,16 @@ def import_function(path: str) -> Callable[[dict[str, Any]], Any]:
     """Import a function by its dotted path; a module in the current folder is found as well.
 
     Raises:
-        UserError: if the module cannot be imported, or what it holds under that name is no function.
+        UserError: if there is none.
     """
-    module_name, _, name = path.rpartition(".")
     folder = str(Path.cwd())
     sys.path.append(folder)  # an installed command does not look there, where people keep their function
     try:
-        module = importlib.import_module(module_name)
+        function = pkgutil.resolve_name(path)
     except Exception as error:
-        raise UserError(
-            f"format: cannot import {module_name!r} for {path!r}: {type(error).__name__}: {error}."
-        ) from error
+        raise UserError(f"format: cannot import {path!r}: {type(error).__name__}: {error}.") from error
     finally:
         sys.path.remove(folder)
-    function = getattr(module, name, None)
-    if function is None:
-        raise UserError(f"format: {module_name} has no {name!r}.{nearest(name, dir(module))}")
     if not callable(function):
         raise UserError(f"format: {path} is {type(function).__name__}, not a function row -> conversation.")
     return function  # type: ignore[no-any-return]
@@ -420,9 +388,7 @@ def _advise(values: Mapping[str, Any]) -> str:
 # Rows of other tasks
 
 _JUDGEMENTS = ("label", "kto_tag")  # TRL's and LLaMA-Factory's names for whether an answer is a good one
-_NAMES = {"chosen", "rejected", *_JUDGEMENTS, *MEDIA}
-_ANSWERS = {"prompt": "completion", "instruction": "output", "question": "answer"}
-_OR_A_FUNCTION = "or read such rows by a function row -> conversation, `format: package.module.function`"
+_NAMES = {"rejected", *_JUDGEMENTS, *MEDIA}
 
 
 def refuse_other_task(row: Row, needs_answer: bool) -> None:
@@ -431,24 +397,20 @@ def refuse_other_task(row: Row, needs_answer: bool) -> None:
     Raises:
         UserError: it holds preferences, a boolean label beside its answer, or pictures, films or sounds.
     """
-    values = row.values
-    named = _NAMES & values.keys()
-    compared = [values[key] for key in ("chosen", "rejected") if key in named]
-    if needs_answer and len(compared) == 2 and not all(map(_is_nothing, compared)):
-        raise UserError(
-            f"{row.where} is a preference row ('chosen' and 'rejected'), which is no instruction to train on. Take "
-            f"rows with one answer; {_advise_on_preferences(values)}{_OR_A_FUNCTION}."
-        )
-    for key in sorted(named):
-        if key in MEDIA and not _is_nothing(values[key]):
+    for key in _NAMES & row.values.keys():
+        value = row.values[key]
+        if key in MEDIA and not _is_nothing(value):
             why = "but only text is read: its answer would be trained without what it is about"
-        elif key in _JUDGEMENTS and str(values[key]).lower() in ("true", "false") and needs_answer:  # a word in CSV
+        elif key == "rejected" and "chosen" in row.values and not _is_nothing(value) and needs_answer:
+            why = "so it is a preference row, which is no instruction to train on"
+        elif key in _JUDGEMENTS and str(value).lower() in ("true", "false") and needs_answer:  # a word in CSV
             why = "which says whether its answer is good: bad ones would be trained as well"
         else:
             continue
         raise UserError(
-            f"{row.where} has {key!r}, {why}. Leave out the rows that shall not be trained, and the column "
-            f"by `data.columns: {{{key}: null}}`, {_OR_A_FUNCTION}."
+            f"{row.where} has {key!r}, {why}. Leave out what shall not be trained, and the column by `data.columns: "
+            f"{{{key}: null}}` (naming the answer, as in `chosen: completion`), or read such rows by a function, "
+            "`format: package.module.function`."
         )
 
 
@@ -459,24 +421,7 @@ def _is_nothing(value: Any) -> bool:
     return value in (None, False, "", b"")
 
 
-def _advise_on_preferences(values: dict[str, Any]) -> str:
-    chosen, prompt, ours = values["chosen"], values.get("prompt"), ""
-    if chosen == values.get("messages"):  # UltraFeedback has the chosen ones there too
-        ours = "null"
-    elif isinstance(chosen, str):
-        ours = next((answer for asked, answer in _ANSWERS.items() if isinstance(values.get(asked), str)), "")
-    elif isinstance(chosen, list) and isinstance(prompt, list) and chosen[: len(prompt)] != prompt:
-        ours = "completion"
-    elif isinstance(chosen, list) and len(chosen) > 1:
-        ours = "messages"
-    if not ours or ours in values:
-        return ""
-    return f"or train the chosen ones alone by `data.columns: {{chosen: {ours}, rejected: null}}`, "
-
-
 # One row
-
-_MAX_SAID = 300  # an error may repeat the whole row
 
 
 def to_content(values: dict[str, Any], form: Format, settings: RowSettings, needs_answer: bool = True) -> Content:
@@ -485,23 +430,17 @@ def to_content(values: dict[str, Any], form: Format, settings: RowSettings, need
     Raises:
         RowFault: with the reason why the row cannot be used.
     """
-    missing = [key for key in form.keys(needs_answer) if key not in values]
+    missing = [key for key in form.keys(needs_answer) if values.get(key) is None]
     if missing:
-        raise RowFault(
-            f"lacks {' and '.join(map(repr, missing))} of the format {form.name} (found {', '.join(values)})"
-        )
-    null = [key for key in form.keys(needs_answer) if values[key] is None]
-    if null:
-        raise RowFault(f"{' and '.join(map(repr, null))} is null")
+        columns = ", ".join(values)
+        raise RowFault(f"{' and '.join(map(repr, missing))} is missing or null (format {form.name}, columns {columns})")
     try:
         content = form.convert(dict(values))
     except RowFault:
         raise
     except Exception as error:  # a user's function may raise anything
-        said = " ".join(str(error).split())[:_MAX_SAID]
-        raise RowFault(
-            f"format function {form.name} raised {type(error).__name__}{f': {said}' if said else ''}"
-        ) from error
+        said = " ".join(str(error).split())[:300]  # an error may repeat the whole row
+        raise RowFault(f"format function {form.name} raised {type(error).__name__}: {said}") from error
     is_ours = form.name in FORMATS
     weight = _read_weight(values.get("weight")) if is_ours else getattr(content, "weight", 1.0)
     if isinstance(content, Text | Tokens):

@@ -158,9 +158,6 @@ def fingerprint(source: Source) -> str:
     """Return a hash of what a source's rows are: the bytes and kinds of its files in order, and how they are read.
 
     Names do not count. Of a data set of the hub it is a hash of what ``datasets`` knows its content by.
-
-    Raises:
-        UserError: a file cannot be read, or the data set cannot be reached.
     """
     total = hashlib.blake2b(repr((source.rows, source.encoding, source.delimiter)).encode(), digest_size=20)
     if not source.files:
@@ -278,21 +275,13 @@ def _parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
     """Return the object and no fault, or None and what is wrong."""
     try:
         # Not json.loads(raw): it lets surrogates pass, which no tokenizer takes.
-        text = raw.rstrip(b"\r\n").decode()
-        values = json.loads(text, object_pairs_hook=_make_object)
-    except UnicodeDecodeError as error:
-        cut = error.reason == "unexpected end of data" and not raw.endswith(b"\n")
-        return None, "the line ends in the middle of a character" if cut else _NOT_UTF8
+        values = json.loads(raw.rstrip(b"\r\n").decode(), object_pairs_hook=_make_object)
+    except UnicodeDecodeError:
+        return None, _NOT_UTF8
     except RowFault as fault:
         return None, str(fault)
-    except json.JSONDecodeError as error:
-        if "\0" in text:
-            return None, f"not JSON: NUL byte (column {text.index(chr(0)) + 1})"
-        if error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()):
-            return None, f"not JSON: the line ends in the middle of the row ({error.msg}, column {error.colno})"
-        return None, f"not JSON: {error.msg} (column {error.colno})"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested a thousand deep
-        return None, f"not JSON that can be read: {str(error).partition(';')[0]}"
+        return None, f"not JSON: {error}"
     return (values, "") if isinstance(values, dict) else (None, f"{kind_of(values)}, expected a JSON object")
 
 
@@ -308,23 +297,12 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_table(file: DataFile, first_line: bytes, values: dict[str, Any] | None) -> None:
     """Refuse objects that run over several lines, and a table as one object, by the first line."""
-    jsonl = f"{str(file).partition('.json')[0]}.jsonl"
-    if first_line.strip() == b"{":
+    is_table = values and all(isinstance(value, dict) and "0" in value for value in values.values())  # of to_json()
+    if is_table or first_line.strip() == b"{":
         raise UserError(
-            f"{file} holds JSON objects over several lines: expected one object per line, or an array of objects. Of a "
-            f"DataFrame, write it by df.to_json({jsonl!r}, orient='records', lines=True)."
+            f"{file}: expected one JSON object per line, or an array of objects, found a table or an object over "
+            "several lines. Write a DataFrame by df.to_json('rows.jsonl', orient='records', lines=True)."
         )
-    by_index = all(
-        isinstance(value, dict) and (key.isdecimal() or "0" in value) for key, value in (values or {}).items()
-    )
-    if values and (by_index or values.keys() == _SPLIT_TABLE):
-        raise UserError(
-            f"{file} holds a table as one JSON object, as pandas' to_json() writes it: expected one object per line. "
-            f"Write it by df.to_json({jsonl!r}, orient='records', lines=True)."
-        )
-
-
-_SPLIT_TABLE = {"columns", "index", "data"}  # orient="split"
 
 
 def _read_array(file: DataFile, lines: Iterable[bytes]) -> Iterator[Parsed]:
@@ -334,37 +312,21 @@ def _read_array(file: DataFile, lines: Iterable[bytes]) -> Iterator[Parsed]:
         parts.append(part)
         size += len(part)
         if size > MAX_ARRAY_BYTES:
-            convert = "[print(json.dumps(row)) for row in json.load(sys.stdin)]"
             raise UserError(
                 f"{file} is a JSON array of more than {MAX_ARRAY_BYTES / 1e9:g} GB, which would be parsed as a whole: "
-                f'convert it to .jsonl: python -c "import json, sys; {convert}" < {file} > rows.jsonl'
+                "convert it to .jsonl, one object per line."
             )
     try:
-        text = b"".join(parts).decode()
-        elements = json.loads(text, object_pairs_hook=_make_object)
+        elements = json.loads(b"".join(parts).decode(), object_pairs_hook=_make_object)
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is {_NOT_UTF8}.") from error
     except RowFault as fault:
-        raise UserError(f"{file}:{_find_repeated(text)}: {fault}.") from fault
+        raise UserError(f"{file}: an element {fault}.") from fault
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not a JSON array: {error}.") from error
     for number, values in enumerate(elements, start=1):
         is_object = isinstance(values, dict)
         yield number, values if is_object else None, "" if is_object else f"{kind_of(values)}, expected a JSON object"
-
-
-def _find_repeated(text: str) -> int:
-    """Return the number of the first element in which a key is twice."""
-    decoder, end = json.JSONDecoder(object_pairs_hook=_make_object), text.index("[") + 1
-    number = 0
-    while True:
-        number += 1
-        while text[end] in ", \t\r\n":
-            end += 1
-        try:
-            _, end = decoder.raw_decode(text, end)
-        except RowFault:
-            return number
 
 
 # CSV
@@ -411,10 +373,8 @@ def read_csv(file: DataFile, encoding: str, delimiter: str | None) -> Iterator[P
                     raise UserError(f"{file}:{begin}: column 1 has no name in the header: name it, or remove it.")
                 yield begin, None if fault else dict(zip(header[has_index:], fields[has_index:], strict=True)), fault
         except csv.Error as error:
-            open_quote = str(error) == "unexpected end of data"
-            what = "a quote that opens in this row is never closed" if open_quote else str(error)
-            message = f"{file}:{line}: not CSV: {what} (a quote inside a quoted field is written twice)."
-            raise UserError(message) from error
+            reason = str(error).replace("unexpected end of data", "a quote that opens in this row is never closed")
+            raise UserError(f"{file}:{line}: not CSV: {reason} (write a quote inside a field twice).") from error
         if not header:
             raise UserError(f"{file}: expected a header, found no text.")
 
@@ -437,8 +397,7 @@ def _find_fault(fields: list[str], header: list[str]) -> str:
         return _NOT_UTF8
     if len(fields) == len(header):
         return ""
-    reason = f"{len(fields)} fields, expected {len(header)} ({', '.join(header)})"
-    return f"{reason}: a delimiter inside a field needs quotes around it" if len(fields) > len(header) else reason
+    return f"{len(fields)} fields, expected {len(header)} ({', '.join(header)}): quote a delimiter inside a field"
 
 
 # Parquet, Arrow, and the hub

@@ -144,6 +144,7 @@ def _is_weight(value: Any) -> bool:
 
 _EXPECTED = {
     "weight": ("a number above 0", _is_weight),
+    "columns": ("a mapping {their name: our name}", lambda value: isinstance(value, Mapping)),
     "rows": ("a whole number above 0", lambda value: type(value) is int and value > 0),
 }
 
@@ -215,8 +216,6 @@ def _find_files(path: str, file: Path, split: str) -> list[Path]:
         raise UserError(f"data.{split}: {_describe_missing(path, file, split)}")
     else:
         matches = [Path(match) for match in glob.glob(str(file), recursive=True)]
-        if not matches:
-            raise UserError(f"data.{split}: nothing matches {path} (relative to the current folder, {Path.cwd()}).")
         found = {each for match in matches for each in (list_folder(match) if match.is_dir() else [match])}
         files = sorted(each for each in found if kind_of(each)[0])
     for each in files:
@@ -241,15 +240,13 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def _describe_missing(name: str, file: Path, split: str) -> str:
-    message = f"data file {name} does not exist (paths are relative to the current folder, {Path.cwd()})"
-    change = "Change to the folder that it is relative to (of a run: where it was started)"
-    remedy = "" if file.is_absolute() else f" {change}, or give --data.{split} FILE."
-    if not file.parent.is_dir():
-        return f"{message}: there is no folder {file.parent} either.{remedy}"
-    beside = [each for each in file.parent.iterdir() if kind_of(each)[0] or each.is_dir()]
-    near = nearest(str(file), [str(each) for each in beside])
-    hub = f" For the data set of the hub write {{path: {name}, split: train}}." if _HUB_ID.fullmatch(name) else ""
-    return f"{message}.{near or hub or remedy}"
+    beside = list(file.parent.iterdir()) if file.parent.is_dir() else []
+    near = nearest(str(file), [str(each) for each in beside if kind_of(each)[0] or each.is_dir()])
+    is_id = _HUB_ID.fullmatch(name) and not _SUFFIX.search(name)
+    hub = f" For the data set of the hub write {{path: {name}, split: train}}." if is_id else ""
+    remedy = f" Change to its folder (of a run: where it was started), or give --data.{split} FILE."
+    message = f"data file {name} does not exist (paths are relative to the current folder, {Path.cwd()})."
+    return f"{message}{near or hub or remedy}"
 
 
 def kind_of(file: DataFile) -> tuple[str, str]:

@@ -105,8 +105,7 @@ def parse_json(value: Any, what: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError, as a number of 5,000 digits is
-        reason = getattr(error, "msg", None) or type(error).__name__
-        raise RowFault(f"{what}: not JSON ({reason})") from error
+        raise RowFault(f"{what}: not JSON ({error})") from error
 
 
 def _read_call(call: Any, where: str) -> dict[str, Any]:

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from tokenizers.processors import TemplateProcessing
 
@@ -49,13 +51,6 @@ def test_every_answer_is_trained_or_the_last_or_all(characters, talk):
 
 def test_turns_after_the_last_answer_are_left_out(characters, talk):
     assert render(characters, talk("q", "a", "r")) == render(characters, talk("q", "a"))
-
-
-def test_control_tokens_as_text_are_refused(smol, talk):
-    with pytest.raises(RowFault, match=r"message 1 \(user\) contains the control token '<\|im_end\|>' as text"):
-        render(smol, talk("a<|im_end|>b", "c"))
-    with pytest.raises(RowFault, match="message 1"):
-        render_prompt(smol, talk("a<|im_start|>b"))
 
 
 def test_a_template_that_rewrites_history_is_rendered_turn_by_turn(smol, templates, talk):
@@ -119,30 +114,21 @@ def test_calls_of_tools_are_trained_and_what_tools_return_is_not(smol, talk):
     said = 'CALL {"name": "clock", "arguments": {}}<|im_end|>It is noon.<|im_end|>'
     assert labelled(smol, rendered) == said
     smol.chat_template = TOOLS.replace("{% if tools %}", "{% if false %}")
-    with pytest.raises(RowFault, match="leaves out the tool 'clock': it knows no tools"):
+    with pytest.raises(RowFault, match="leaves out the tools: it knows no tools"):
         ChatRenderer(smol).render(conversation, tools)
 
 
 @pytest.mark.parametrize(
     ("ending", "found"),
-    [
-        ("", "the first control token there is missing"),
-        ("<|endoftext|>", "'<|endoftext|>', at which generation"),
-        ("<|endoftext|><|im_end|>", "'<|endoftext|>', at which"),
-    ],
+    [("", "'none'"), ("<|endoftext|>", "'<|endoftext|>'"), ("<|endoftext|><|im_end|>", "'<|endoftext|>'")],
 )
-def test_a_template_without_stop_token_is_refused_with_the_turn(smol, talk, ending, found):
+def test_a_template_without_stop_token_is_refused(smol, talk, ending, found):
     smol.chat_template = (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}" + ending + "\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=rf"never learn to stop.*{re.escape(found)}"):
         render(smol, talk("q", "the answer"))
-    message = str(error.value)
-    assert "never learn to stop" in message
-    assert "'<|im_end|>'" in message
-    assert f"'the answer{ending}\\n'" in message
-    assert found in message
 
 
 def test_a_template_that_drops_or_changes_a_message_is_refused(smol, talk):
@@ -189,28 +175,20 @@ def calling(*calls, **marks):
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("function", "tools"),
     [
-        {"name": "f<|im_end|>", "arguments": {}},
-        {"name": "f", "arguments": {"city": "a<|im_end|>b"}},
-        {"name": "f", "arguments": {"<|im_start|>": 1}},
+        ({"name": "f<|im_end|>", "arguments": {}}, None),
+        ({"name": "f", "arguments": {"city": "a<|im_end|>b"}}, None),
+        ({"name": "f", "arguments": {"<|im_start|>": 1}}, None),
+        (CALL["function"], [{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}]),
     ],
 )
-def test_control_tokens_in_calls_are_refused(smol, call):
+def test_control_tokens_in_calls_and_tools_are_refused(smol, function, tools):
     smol.chat_template = TOOLS
-    with pytest.raises(RowFault, match=r"message 2 \(assistant\) contains the control token"):
-        ChatRenderer(smol).render(calling({"type": "function", "function": call}))
-
-
-def test_control_tokens_in_tools_are_refused(smol):
-    smol.chat_template = TOOLS
-    tools = [{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}]
-    for ask in (
-        lambda renderer: renderer.render(calling(CALL), tools),
-        lambda r: r.render_prompt(calling()[:1], tools),
-    ):
-        with pytest.raises(RowFault, match="'tools' contain the control token"):
-            ask(ChatRenderer(smol))
+    renderer, conversation = ChatRenderer(smol), calling({"type": "function", "function": function})
+    for ask in (renderer.render, renderer.render_prompt):
+        with pytest.raises(RowFault, match="the control token"):
+            ask(conversation, tools)
 
 
 @pytest.mark.parametrize("lost", ["'name': call['function']['name']", "'arguments': call['function']['arguments']"])

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_lightning.data.chat.control_tokens import find_stop_ids, find_turn_end
 from qlora_lightning.data.chat.labels import ChatRenderer
-from qlora_lightning.data.chat.templates import choose_chat_template, find_presets
+from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.support.errors import UserError
 
@@ -156,29 +156,11 @@ def test_a_preset_whose_tokens_are_lacking_is_refused_with_those_that_fit(base):
     with pytest.raises(UserError) as error:
         choose_chat_template(base("qwen25"), "llama3")
     assert "chat_template: llama3 needs <|start_header_id|>, <|end_header_id|>, <|eot_id|>" in str(error.value)
-    assert "a vocabulary is not enlarged" in str(error.value)
-    assert "Presets that fit this tokenizer: chatml, chatml-tools, alpaca" in str(error.value)
+    assert "Presets that fit it: chatml, chatml-tools, alpaca" in str(error.value)
     endless = base("qwen25")
     endless.eos_token = None
     with pytest.raises(UserError, match="alpaca needs an end-of-sequence token"):
         choose_chat_template(endless, "alpaca")
-
-
-def test_the_presets_that_fit(base):
-    assert find_presets(base("llama31")) == ["llama3", "alpaca"]
-    assert find_presets(base("qwen25")) == ["chatml", "chatml-tools", "alpaca"]
-    assert find_presets(base("llama2")) == ["alpaca"]
-
-
-def test_a_file(base, talk, write):
-    Path("own.jinja").write_text(
-        "{% for m in messages %}{{ m.role }}> {{ m.content }}{{ eos_token }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant> {% endif %}",
-        encoding="utf-8",
-    )
-    chosen = choose_chat_template(base("qwen25"), "own.jinja")
-    (rendered,) = ChatRenderer(chosen).render(talk("q", "a"))
-    assert chosen.decode(rendered.ids) == "user> q<|endoftext|>\nassistant> a<|endoftext|>\n"
 
 
 def test_the_first_control_token_after_the_answer_is_the_stop_token(base, write):
@@ -186,37 +168,22 @@ def test_the_first_control_token_after_the_answer_is_the_stop_token(base, write)
     assert choose_chat_template(base("mistral"), "own.jinja").eos_token == "[/INST]"
 
 
-@pytest.mark.parametrize(
-    ("choice", "found"),
-    [
-        (
-            "lama3",
-            r"expected llama3, chatml, chatml-tools, alpaca or a \.jinja file, found 'lama3'. Did you mean llama3\?",
-        ),
-        ("onw.jinja", r"there is no file onw\.jinja\. Did you mean own\.jinja\?"),
-        ("nowhere/x.jinja", r"there is no file nowhere/x\.jinja\. Presets are llama3, chatml, chatml-tools, alpaca\."),
-    ],
-)
-def test_what_is_not_there_is_refused_with_the_nearest(base, write, choice, found):
+@pytest.mark.parametrize(("choice", "hint"), [("lama3", "llama3"), ("./onw.jinja", "own.jinja"), ("no/x.jinja", "")])
+def test_what_is_not_there_is_refused_with_the_nearest(base, write, choice, hint):
     write("own.jinja", [])
-    with pytest.raises(UserError, match=found):
+    with pytest.raises(UserError, match=f"expected llama3, .* or a .jinja file, found '{choice}'.*{hint}"):
         choose_chat_template(base("qwen25"), choice)
 
 
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        (
-            "{{ bos_token }}\n{% for m in messages %}\n{{ m.content }}\n",
-            r"own\.jinja:\d is not a template: Unexpected end",
-        ),
-        ("a\n{{ b\n", r"own\.jinja:2 is not a template"),
+        ("a\n{{ b\n", "own.jinja is damaged, line 2"),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "writes no token of .* after an answer"),
         ("{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}", "writes no token of .* after an answer"),
         ("not a template", "does not write what an assistant message says: it makes 'not a template'"),
         ("{{ raise_exception('no') }}", "cannot render a question and its answer: TemplateError: no"),
         ("{{ 'a' + 1 }}", "cannot render a question and its answer: TypeError"),
-        ("\xff", "is not a template: expected UTF-8"),
     ],
 )
 def test_a_file_that_cannot_work_is_refused_with_the_reason(base, write, text, found):
@@ -228,7 +195,7 @@ def test_a_file_that_cannot_work_is_refused_with_the_reason(base, write, text, f
 def test_a_template_of_the_tokenizer_that_does_not_parse_is_refused(base):
     tokenizer = base("llama31")
     tokenizer.chat_template = "{% for message in messages %}\n{{ message['content'] }"
-    with pytest.raises(UserError, match=r"The chat template of .* is damaged, line 2: .*Copy the folder again"):
+    with pytest.raises(UserError, match=r"the chat template of .* is damaged, line 2"):
         choose_chat_template(tokenizer, None)
 
 

@@ -33,7 +33,7 @@ def test_tools_are_schemas_as_openai_has_them_or_functions_alone_or_either_as_js
 @pytest.mark.parametrize(
     ("tools", "reason"),
     [
-        ("sky", "'tools': not JSON (Expecting value)"),
+        ("sky", "'tools': not JSON (Expecting value"),
         ({"name": "sky"}, "'tools' must be a list of JSON schemas, found dict"),
         (["sky"], "tool 1 must be an object, found str"),
         ([SCHEMA, {"type": "function"}], "tool 2 must have a function with a 'name', found type"),
@@ -70,7 +70,7 @@ def test_a_call_may_be_the_function_alone():
         ([{"arguments": {}}], "tool call 1 of message 2 must have a function with a 'name', found arguments"),
         ([{"name": "sky"}], "the arguments of tool call 1 of message 2 must be an object, or a JSON string of one"),
         ([{"name": "sky", "arguments": "[]"}], "a JSON string of one, found an empty list"),
-        ([{"name": "sky", "arguments": "at"}], "the arguments of tool call 1 of message 2: not JSON (Expecting value)"),
+        ([{"name": "sky", "arguments": "at"}], "the arguments of tool call 1 of message 2: not JSON (Expecting value"),
         ([{"name": "sky", "arguments": {"at": "\ud83d"}}], "tool call 1 of message 2 contains half a character"),
         ([{"name": "sky", "arguments": {}, "id": 1}], "the id of tool call 1 of message 2 must be a string, found int"),
     ],
@@ -81,8 +81,7 @@ def test_faults_of_calls(calls, reason):
     assert reason in str(fault.value)
 
 
-def test_json_that_python_will_not_read_is_a_fault_too():
-    with pytest.raises(RowFault, match=r"it: not JSON \(ValueError\)"):
-        parse_json("1" * 5000, "it")
-    with pytest.raises(RowFault, match=r"it: not JSON \(RecursionError\)"):
-        parse_json("[" * 200_000, "it")
+@pytest.mark.parametrize("text", ["1" * 5000, "[" * 200_000])
+def test_json_that_python_will_not_read_is_a_fault_too(text):
+    with pytest.raises(RowFault, match="it: not JSON"):
+        parse_json(text, "it")

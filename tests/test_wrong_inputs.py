@@ -225,7 +225,7 @@ DATA = [
     Wrong(
         "key_twice_in_an_array",
         "--data.train wrong.json",
-        ("wrong.json:2", "'content'", "twice"),
+        ("wrong.json", "'content'", "twice"),
         write(
             "wrong.json",
             '[{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},\n\n'
@@ -238,7 +238,7 @@ DATA = [
         "no_answer", "--data.train wrong.jsonl", ("wrong.jsonl:2", "answer"), rows(ALPACA, {**ALPACA, "output": ""}), 9
     ),
     Wrong("no_format", "--data.train wrong.jsonl", ("wrong.jsonl", "format"), rows({"a": "b", "c": "d"})),
-    Wrong("columns", "--data.columns {'question':'instruction'}", ("columns", "question")),
+    Wrong("columns", "--data.columns {'instruktion':'input'}", ("columns", "instruktion", "'instruction'")),
     Wrong("cut_parquet", "--data.train wrong.parquet", ("wrong.parquet",), write_cut_parquet),
     Wrong(
         "cut_gzip",

@@ -60,4 +60,4 @@ def test_a_fixed_date_and_template_options_follow_the_adapter_everywhere(fit, tm
     assert "another chat template, so" in out
     assert "set data.chat_template and data.template_options as in its training" in out
     assert main(["evaluate", *common, "--data.template_options.moto", "Be rude."]) == 2
-    assert "has no variable 'moto'. Did you mean motto?" in capsys.readouterr().err
+    assert "has no variable 'moto', its variables: motto. Did you mean 'motto'?" in capsys.readouterr().err

@@ -299,7 +299,7 @@ def test_bad_rows_stop_or_are_skipped(make, write):
 PAIR = {"prompt": "q", "completion": "k"}
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "k"}]
 OTHER_TASKS = {
-    "preference": ({"prompt": "q", "chosen": "k", "rejected": "b"}, "{chosen: completion, rejected: null}"),
+    "preference": ({"prompt": "q", "chosen": "k", "rejected": "b"}, "`chosen: completion`"),
     "preference after a conversation": (
         {
             "conversations": [
@@ -310,7 +310,7 @@ OTHER_TASKS = {
             "chosen": {"from": "gpt", "value": "k"},
             "rejected": {"from": "gpt", "value": "b"},
         },
-        "'chosen' and 'rejected'",
+        "is a preference row",
     ),
     "bad answer of TRL": ({**PAIR, "label": False}, "{label: null}"),
     "good answer": ({"messages": TALK, "label": True}, "{label: null}"),

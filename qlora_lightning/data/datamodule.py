@@ -157,8 +157,8 @@ class InstructionDataModule(LightningDataModule):
             ),
             (
                 self.val_fraction is not None and not 0 < self.val_fraction < 1,
-                f"data.val_fraction is {self.val_fraction or 0:g}: expected a share of the training rows between 0 and 1. "
-                "For no validation set it to null; for validation rows of their own name a file in data.val.",
+                f"data.val_fraction is {self.val_fraction or 0:g}: expected a share of the training rows between 0 and "
+                "1. For no validation set it to null; for validation rows of their own name a file in data.val.",
             ),
             (
                 self.batch_size is not None and self.tokens_per_batch is not None,
@@ -328,7 +328,7 @@ class InstructionDataModule(LightningDataModule):
         if key is None:
             samples, report = prepare()
         else:
-            label = f"{', '.join(source.path for source in sources)} ({split})"
+            label = ", ".join(source.path for source in sources)
             samples, report = cached_samples(key, label, prepare)
         report.split = split
         return (samples, report) if report.rows else None

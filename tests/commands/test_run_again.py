@@ -12,8 +12,8 @@ from qlora_lightning.model import generate
 
 def test_the_command_in_the_manifest_gives_the_same_adapter(tiny_base, rows_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    plain = generate._generate_flat  # answers of a random base run on until they are cut: two tokens will do
-    monkeypatch.setattr(generate, "_generate_flat", lambda *arguments: plain(*arguments[:-1], 2))
+    plain = generate._generate  # answers of a random base run on until they are cut: two tokens will do
+    monkeypatch.setattr(generate, "_generate", lambda *arguments: plain(*arguments[:-1], 2))
     config = {
         "model": {"base": str(tiny_base), "rank": 2, "dropout": 0.1, "learning_rate": 0.01},
         "data": {"train": str(rows_file), "val": str(rows_file), "batch_size": 4},

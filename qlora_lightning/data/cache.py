@@ -68,14 +68,14 @@ def describe_sources(sources: Sequence[Source]) -> list[dict[str, Any]]:
             "path": source.path,
             "files": [str(file) for file in source.files],
             "hash": fingerprint(source),
-            "read": repr([getattr(source, name, None) for name in _READ]),
+            "read": repr([getattr(source, name) for name in _READ]),
             "settings": repr(source.settings),
         }
         for source in sources
     ]
 
 
-_READ = ("split", "name", "revision", "data_files", "rows", "encoding", "delimiter")
+_READ = ("split", "name", "revision", "data_files")  # the hash tells how files are read
 
 
 def cached_samples(key: Mapping[str, Any], label: str, prepare: Callable[[], Prepared]) -> Prepared:

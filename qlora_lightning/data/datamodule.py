@@ -1,5 +1,6 @@
 """The data module: files in, batches out, for LightningCLI and for Python alike."""
 
+import copy
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from qlora_lightning.data.batches.stream import StreamLoader
 from qlora_lightning.data.cache import Prepared, cached_samples, describe_sources, identify
 from qlora_lightning.data.chat.labels import TRAIN_ON, ChatRenderer
 from qlora_lightning.data.chat.lengths import TOO_LONG
+from qlora_lightning.data.chat.render import REASONING
 from qlora_lightning.data.chat.tokenizer import TokenizerChoice, hash_tokenizer, load_choice, tokenizer_of_base
 from qlora_lightning.data.prepare import Recipe, Rows, prepare_prompts, prepare_samples, watch_rows
 from qlora_lightning.data.prompts import Prompt, PromptLoader, as_samples
@@ -22,7 +24,7 @@ from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.rows.readers import Row, RowReader
 from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources
-from qlora_lightning.data.samples import SampleSet, find_overlap, hold_out
+from qlora_lightning.data.samples import SampleSet, find_duplicates, find_overlap, hold_out
 from qlora_lightning.support.errors import UserError
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
@@ -141,7 +143,7 @@ class InstructionDataModule(LightningDataModule):
             ("on_bad_row", ("error", "skip")),
             ("train_on", TRAIN_ON),
             ("too_long", TOO_LONG),
-            ("reasoning", ("template", "keep", "drop")),
+            ("reasoning", REASONING),
         ):
             if getattr(self, name) not in known:
                 words = f"{', '.join(known[:-1])} or {known[-1]}"
@@ -347,11 +349,10 @@ class InstructionDataModule(LightningDataModule):
         left_out = sum(whole.dropped.values()) + whole.bad_rows
         for split, more in (("train", left_out), ("val", 0)):
             rows = len(set(self.samples[split].row_ids.tolist()))
-            report = Report(split, formats=list(whole.formats))
-            if split == "train":
-                report = Report.from_dict(whole.as_dict())
+            report = copy.deepcopy(whole) if split == "train" else Report(split, formats=list(whole.formats))
             report.rows = rows + more
             report.count_samples(self.samples[split])
+            report.duplicates, report.duplicate_pairs = find_duplicates(self.samples[split])
             self.reports[split] = report
             rank_zero_info(report.describe())
 

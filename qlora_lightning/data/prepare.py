@@ -18,7 +18,7 @@ from itertools import chain, islice
 from types import ModuleType
 from typing import NamedTuple
 
-from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
+from qlora_lightning.data.chat.labels import IGNORED, ChatRenderer, Rendered
 from qlora_lightning.data.chat.lengths import shorten, split_up
 from qlora_lightning.data.prompts import Prompt
 from qlora_lightning.data.report import Report
@@ -27,7 +27,7 @@ from qlora_lightning.data.rows.conversation import Chat, Content, Text
 from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
-from qlora_lightning.data.samples import SampleSet, SampleSetBuilder, drop_duplicates, find_labelled
+from qlora_lightning.data.samples import SampleSet, SampleSetBuilder, drop_duplicates, find_duplicates
 from qlora_lightning.support.errors import UserError
 
 TOO_LONG = "longer than max_length (too_long: drop)"
@@ -105,7 +105,9 @@ def render_rows(recipe: Recipe, rows: ConvertedRows) -> tuple[SampleSet, Report]
             report.refuse(BadRow(row.row.where, str(fault)))
         except UserError as error:
             raise UserError(f"{row.row.where}: {error}") from error
-    return builder.build(), report
+    samples = builder.build()
+    report.count_samples(samples)
+    return samples, report
 
 
 def _add_samples(
@@ -116,13 +118,8 @@ def _add_samples(
         report.drop("their weight is 0")
         return
     for piece in _fit(recipe, row.content, rendered, report):
-        labelled = _count(piece.labels)
-        if labelled:
+        if _count(piece.labels):
             builder.add(piece.ids, piece.labels, row.number, row.source, row.row.file, row.row.line, weight)
-            report.samples += 1
-            report.tokens += len(piece.ids)
-            report.labelled += labelled
-            report.weighted += weight != 1
             made += 1
     report.turn_by_turn += len(rendered) > 1
     if made:
@@ -169,7 +166,8 @@ def _fit(recipe: Recipe, content: Content, rendered: list[Rendered], report: Rep
 
 
 def _count(labels: list[int]) -> int:
-    return int(find_labelled(labels).sum())
+    """Count labelled tokens, on the list itself: an array of each row would be made for this alone."""
+    return len(labels) - labels.count(IGNORED)
 
 
 def prepare_samples(
@@ -200,11 +198,13 @@ def prepare_samples(
     for converter in converters:
         report.note_columns(converter.formats, converter.unread_columns)
     samples = builder.build()
-    report.count_samples(samples)
-    if deduplicate and report.duplicates:
-        report.drop("equal to an earlier row (deduplicate: true)", report.duplicates)
+    repeats = find_duplicates(samples)
+    if deduplicate and repeats.rows:
+        report.drop("equal to an earlier row (deduplicate: true)", repeats.rows)
         samples = drop_duplicates(samples)
         report.count_samples(samples)
+    else:
+        report.duplicates, report.duplicate_pairs = repeats
     return samples, report
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from qlora_lightning.data.rows.bad_rows import SHOWN, BadRow, refuse
-from qlora_lightning.data.samples import SampleSet, find_duplicates
+from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
 
 _LISTED = 5
@@ -31,7 +31,7 @@ class Report:
         dropped: rows left out though they are well-formed, by reason.
         unusable: of these, rows without a labelled token.
         bad_rows: malformed rows.
-        bad: the first of them, and each that ends the reading of its file.
+        bad: the first of them.
         duplicates: rows equal to an earlier one of the split.
         duplicate_pairs: places of the first of these, each with that of the row that it equals.
         overlap: rows of this split that are trained on too.
@@ -88,7 +88,6 @@ class Report:
         """Count samples that take the place of those counted so far."""
         self.samples, self.tokens, self.labelled = len(samples), len(samples.ids), int(samples.labelled.sum())
         self.weighted = 0 if samples.weights is None else int((samples.weights != 1).sum())
-        self.duplicates, self.duplicate_pairs = find_duplicates(samples)
 
     def describe(self) -> str:
         """Return what is printed for the split: one line, and one more for each thing to look at."""

@@ -18,7 +18,7 @@ TRAIN_ON = ("assistant", "last", "all")
 
 
 class Rendered(NamedTuple):
-    """Token ids and, aligned with them, labels: the id itself where it is trained, else -100."""
+    """Token ids and, aligned with them, labels: the id itself where it is trained, else -100, as the first always."""
 
     ids: list[int]
     labels: list[int]

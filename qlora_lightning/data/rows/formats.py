@@ -50,9 +50,8 @@ class RowConverter:
         """
         if rows:
             check_columns(rows, self.settings.columns, self.settings.format)
-        shapes: dict[
-            tuple[str, ...], Row
-        ] = {}  # the first row of each set of columns: few, however many rows there are
+        # the first row of each set of columns: few, however many rows there are
+        shapes: dict[tuple[str, ...], Row] = {}
         for row in rows:
             shapes.setdefault(tuple(row.values), row)
         unrecognised = None
@@ -397,7 +396,7 @@ def refuse_other_task(row: Row, needs_answer: bool) -> None:
     Raises:
         UserError: it holds preferences, a boolean label beside its answer, or pictures, films or sounds.
     """
-    for key in _NAMES & row.values.keys():
+    for key in sorted(_NAMES & row.values.keys()):  # the same one in each process
         value = row.values[key]
         if key in MEDIA and not _is_nothing(value):
             why = "but only text is read: its answer would be trained without what it is about"

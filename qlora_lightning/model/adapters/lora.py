@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from qlora_lightning.base.adapter_folder import ALPHA, PATTERNS
 from qlora_lightning.model.adapters.targets import compact_targets, resolve_targets
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, nearest
 from qlora_lightning.support.files import find_fault
 from qlora_lightning.support.versions import without_peft_warnings
 
@@ -48,11 +47,9 @@ def check_lora_options(options: dict[str, Any], model: nn.Module, tied_embedding
         if name in OURS:
             raise UserError(f"model.lora_options sets {name!r}, which has a key of its own: set {OURS[name]}.")
         if name not in _VERIFIED:
-            nearest = difflib.get_close_matches(name, _VERIFIED, n=1)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
             raise UserError(
                 f"model.lora_options sets {name!r}: expected one of {', '.join(_VERIFIED)}, which are verified on a "
-                f"frozen, quantized base.{hint}"
+                f"frozen, quantized base.{nearest(name, _VERIFIED)}"
             )
     init = options.get("init_lora_weights", True)
     if init not in _INITS:

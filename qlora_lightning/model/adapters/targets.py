@@ -1,11 +1,10 @@
 """Which modules carry an adapter: presets, names, regular expressions and layers, resolved to full module names."""
 
-import difflib
 import re
 
 from torch import nn
 
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, nearest
 
 PRESETS = {"all-linear": ".", "attention": ".self_attn.", "mlp": ".mlp."}  # what the names of their modules hold
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -89,9 +88,7 @@ def _select_by_text(candidates: list[str], text: str) -> list[str]:
 
 def _nothing_matches(candidates: list[str], wanted: str) -> str:
     endings = list(dict.fromkeys(name.rpartition(".")[2] for name in candidates))
-    nearest = difflib.get_close_matches(wanted, [*endings, *PRESETS], n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    return f"but the base has no such module; it has {', '.join(endings)}.{hint}"
+    return f"but the base has no such module; it has {', '.join(endings)}.{nearest(wanted, [*endings, *PRESETS])}"
 
 
 def _choose_layers(candidates: list[str], layers: str | list[int]) -> list[int]:

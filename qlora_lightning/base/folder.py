@@ -105,7 +105,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             )
         raise UserError(f"Base {name}: expected {single.name} or {index.name} in {folder}, found {found}. {remedy}")
     remedy = "Download or save the base again."
-    shards = read_json_object(index, remedy, {"weight_map!": {"*!": str}})["weight_map"]
+    shards = read_json_object(index, remedy)["weight_map"]
     files = [folder / shard for shard in sorted(set(shards.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -141,14 +141,6 @@ def load_tokenizer(
         found = type(tokenizer).__name__
         raise UserError(f"Tokenizer {name}: expected a fast tokenizer, found {found}, written in Python. {remedy}")
     return tokenizer
-
-
-_TOKENS = {"eos_token_id": (int, [int]), "bos_token_id": (int, [int]), "pad_token_id": int}
-
-
-def read_generation_config(file: Path) -> dict[str, Any]:
-    """Read a ``generation_config.json``, or the same keys of a ``config.json``."""
-    return read_json_object(file, "The stop tokens stand there: mend or delete it.", _TOKENS)
 
 
 class TensorFiles:

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.report.shapes import MANIFEST
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import Shape, check_shape, read_json_object, write_whole
+from qlora_lightning.support.files import read_json_object, write_whole
 
 NAME = "manifest.json"
 FORMAT = "qlora_lightning manifest"
@@ -46,21 +45,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             f"{folder / NAME} has format_version {version}, and this version reads up to {VERSION}: update "
             "qlora_lightning."
         )
-    check_shape(folder / NAME, content, _REMEDY, MANIFEST)
     return content
 
 
-def read_json(file: Path, shape: Shape = None) -> dict[str, Any] | None:
-    """Read a JSON object of a run folder; ``None`` where there is no such file.
-
-    Args:
-        file: To read.
-        shape: What it must look like.
+def read_json(file: Path) -> dict[str, Any] | None:
+    """Read a JSON object of a run folder; ``None`` if there is no such file.
 
     Raises:
-        UserError: It cannot be read, is no JSON object, or has another shape.
+        UserError: It is no JSON object, or cut off.
     """
-    return read_json_object(file, _REMEDY, shape) if file.exists() else None
+    return read_json_object(file, _REMEDY) if file.exists() else None
 
 
 def _finite(value: Any) -> Any:

@@ -10,9 +10,8 @@ import yaml
 
 from qlora_lightning.report.manifest import NAME, read_json, read_manifest
 from qlora_lightning.report.metrics import Points, read_metrics
-from qlora_lightning.report.shapes import ADAPTER, CONFIG, EVALUATION, PLAN
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import find_fault, load_yaml, lock_folder
+from qlora_lightning.support.files import load_yaml, lock_folder
 
 READ = (NAME, "metrics.csv", "config.yaml", "evaluation.json", "plan.json", "adapter/qlora_lightning.json")
 _MARKS = (NAME, "metrics.csv")  # a folder with one of these is a run's
@@ -61,9 +60,9 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         manifest=manifest or {},
         config=(manifest or {}).get("config") or _read_config(folder / "config.yaml"),
         metrics=read_metrics(folder / "metrics.csv"),
-        evaluation=read_json(folder / "evaluation.json", EVALUATION) or {},
-        plan=read_json(folder / "plan.json", PLAN) or {},
-        adapter=read_json(folder / "adapter" / "qlora_lightning.json", ADAPTER) or {},
+        evaluation=read_json(folder / "evaluation.json") or {},
+        plan=read_json(folder / "plan.json") or {},
+        adapter=read_json(folder / "adapter" / "qlora_lightning.json") or {},
     )
 
 
@@ -118,9 +117,4 @@ def _read_config(file: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        return {}
-    fault = find_fault(config, CONFIG)
-    if fault:
-        raise UserError(f"{file} is damaged: {fault}. Move it away, and the report goes without it.")
-    return config
+    return config if isinstance(config, dict) else {}

@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,104 +128,15 @@ def find_storage_fault(error: BaseException | None) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Positive:
-    """A number above zero, of that kind, up to ``most``."""
-
-    kind: type
-    most: int
-
-
-Shape = type | str | Positive | dict[str, Any] | list[Any] | tuple[Any, ...] | None
-"""What is expected of a value.
-
-``str``, ``bool``, ``int`` (of 64 bits) or ``float`` (any finite number); ``Positive(int, 8)``, one from 1 to 8;
-a string, which is the one allowed value; ``{key: shape}``, an object whose keys may be missing, ``"key!"`` one that
-must be there, ``"*"`` and ``"*!"`` all the others; ``[shape]``, a list; ``(shape, …)``, one of several; ``None``,
-anything. Null counts as missing.
-"""
-_NAMES: dict[type, str] = {str: "text", bool: "true or false", int: "a whole number", float: "a finite number"}
-_NAMES |= {dict: "an object", list: "a list"}
-
-
-def find_fault(value: Any, shape: Shape, place: str = "") -> str | None:
-    """Describe what is wrong with a value of JSON, whose name is ``place``; ``None`` if nothing is."""
-    if isinstance(shape, tuple) and isinstance(value, dict | list):
-        shape = next((each for each in shape if type(each) is type(value)), shape)
-    if isinstance(shape, dict) and isinstance(value, Mapping):
-        return _find_in_object(value, shape, place)
-    if isinstance(shape, list) and isinstance(value, list):
-        numbered = {f"[{number}]": each for number, each in enumerate(value)}
-        return _find_in_object(numbered, {"*!": shape[0]}, place)
-    if value is None or _fits(value, shape):
-        return None
-    found = _NAMES.get(type(value)) if isinstance(value, dict | list) else json.dumps(value, ensure_ascii=False)
-    assert found is not None
-    shown = found if len(found) <= 40 else f"{found[:39]}…"
-    return f"{place or 'it'} is {shown}, expected {_name_shape(shape)}"
-
-
-def _find_in_object(value: Mapping[str, Any], shape: dict[str, Any], place: str) -> str | None:
-    for key in [*(each[:-1] for each in shape if each.endswith("!") and each != "*!"), *value]:
-        wanted = next((each for each in (key, f"{key}!", "*", "*!") if each in shape), None)
-        if wanted is not None:
-            inside = f"{place}.{key}" if place and not key.startswith("[") else f"{place}{key}"
-            if wanted.endswith("!") and value.get(key) is None:
-                return f"{inside} is missing"
-            fault = find_fault(value.get(key), shape[wanted], inside)
-            if fault:
-                return fault
-    return None
-
-
-def _fits(value: Any, shape: Shape) -> bool:
-    if isinstance(shape, tuple):
-        return any(_fits(value, each) for each in shape)
-    if isinstance(shape, Positive):
-        return _fits(value, shape.kind) and bool(0 < value <= shape.most)
-    if isinstance(shape, str):
-        return bool(value == shape)
-    if isinstance(value, bool):
-        return shape in (bool, None)
-    if shape is float:  # whole numbers of JSON have no end
-        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
-    if shape is int:
-        return isinstance(value, int) and abs(value) < 2**63
-    return shape is None or (isinstance(shape, type) and isinstance(value, shape))
-
-
-def _name_shape(shape: Shape) -> str:
-    if isinstance(shape, tuple):
-        return " or ".join(_name_shape(each) for each in shape)
-    if isinstance(shape, Positive):
-        return f"a positive {'whole ' if shape.kind is int else ''}number up to {shape.most:,}"
-    if isinstance(shape, type):
-        return _NAMES[shape]
-    return shape if isinstance(shape, str) else _NAMES[type(shape)]
-
-
-def read_json_object(file: Path, remedy: str, shape: Shape = None) -> dict[str, Any]:
-    """Read a file that holds a JSON object of that shape; ``remedy``, what to do with a wrong one, ends a refusal."""
+def read_json_object(file: Path, remedy: str) -> dict[str, Any]:
+    """Read a file that holds a JSON object; ``remedy``, what to do with a damaged one, ends the error."""
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON, or it is cut off ({error}). {remedy}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}. {remedy}")
-    check_shape(file, content, remedy, shape)
     return content
-
-
-def check_shape(file: Path, content: dict[str, Any], remedy: str, shape: Shape) -> None:
-    """Refuse an object that :func:`read_json_object` gave and that has another shape.
-
-    For files of which something must be known first: which version wrote them, of which kind they are.
-    """
-    fault = find_fault(content, shape)
-    if fault:
-        raise UserError(f"{file} is damaged: {fault}. {remedy}")
 
 
 class _Loader(yaml.SafeLoader):

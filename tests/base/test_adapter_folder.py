@@ -41,15 +41,8 @@ def cut(file):
         (WEIGHTS, lambda file: file.unlink(), "is not an adapter folder: expected .* missing adapter_model.safetens"),
         (PEFTS, cut, f"{PEFTS} is not JSON, or it is cut off.*Copy the adapter folder again"),
         (OURS, cut, f"{OURS} is not JSON, or it is cut off.*Copy the adapter folder again"),
-        (OURS, change(base=3), "base is 3, expected text"),
-        (OURS, change(quantization="q4"), 'quantization is "q4", expected nf4 or fp4'),
-        (OURS, change(format_version="1"), 'format_version is "1"'),
-        (OURS, change(format_version=99, base=3), "has format version 99"),
+        (OURS, change(format_version=99), "has format version 99"),
         (PEFTS, change(peft_type="IA3"), "holds an adapter of peft_type IA3: expected LORA"),
-        (PEFTS, change(r="x"), 'r is "x", expected a positive whole number up to 65,536'),
-        (PEFTS, change(r=None), "r is missing"),
-        (PEFTS, change(lora_alpha=-16), "lora_alpha is -16, expected a positive number up to 1,000,000"),
-        (PEFTS, change(alpha_pattern={"q_proj": -1}), "alpha_pattern.q_proj is -1, expected a positive"),
     ],
 )
 def test_what_is_missing_cut_off_or_cannot_be_computed_with_is_refused(folder, name, damage, words):

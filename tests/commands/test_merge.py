@@ -263,9 +263,7 @@ def test_mistakes_are_told_in_a_sentence(arguments, words, folder, capsys):
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("qlora_lightning.json", '{"base": 3}', "qlora_lightning.json is damaged: base is 3"),
         ("generation_config.json", '{"eos_token_id": [', "generation_config.json is not JSON"),
-        ("generation_config.json", '{"eos_token_id": "x"}', "generation_config.json is damaged"),
         ("chat_template.jinja", "{% for message in messages %}{{", "the chat template of"),
     ],
 )

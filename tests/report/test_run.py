@@ -69,43 +69,6 @@ def test_a_damaged_file_is_named(make_run, name):
         read_run(folder)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("evaluation.json", '{"metrics": []}', "metrics is a list, expected an object"),
-        ("evaluation.json", '{"metrics": {"loss": {"base": {"value": "1"}}}}', r'metrics\.loss\.base\.value is "1"'),
-        ("evaluation.json", '{"samples": ["x"]}', r"samples\[0\]"),
-        ("plan.json", '{"predicted": {"peak_bytes": "5"}}', r"predicted\.peak_bytes"),
-        ("adapter/qlora_lightning.json", '{"adapter": 3}', "adapter is 3"),
-        ("config.yaml", "data: rows.jsonl", "data is"),
-        ("plan.json", 100_000 * "[", "is not JSON"),
-    ],
-)
-def test_a_file_with_wrong_types_is_named_with_the_place(make_run, name, content, words):
-    folder = make_run(manifest=False)
-    (folder / "adapter").mkdir()
-    (folder / name).write_text(content)
-    with pytest.raises(UserError, match=f"{name}.*{words}") as caught:
-        read_run(folder)
-    assert "Move it away" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"progress": {"steps": "20"}}, r"progress\.steps"),
-        ({"device": {"name": "A CPU"}}, r"device\.kind is missing"),
-        ({"data": {"splits": {"train": None}}}, r"data\.splits\.train is missing"),
-        ({"warnings": [{"text": "slow"}]}, r"warnings\[0\]\.count is missing"),
-        ({"config": {"data": 3}}, r"config\.data"),
-        ({"best": {"monitor": "val_loss", "value": "x", "checkpoint": "c"}}, r"best\.value"),
-    ],
-)
-def test_a_manifest_with_wrong_types_is_damaged(make_run, changes, words):
-    with pytest.raises(UserError, match=f"manifest.json is damaged: {words}"):
-        read_run(make_run(**changes))
-
-
 def test_marks_that_editors_put_before_a_file_are_passed_over(make_run):
     folder = make_run()
     for name in ("manifest.json", "metrics.csv", "config.yaml", "evaluation.json"):

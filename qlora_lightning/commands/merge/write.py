@@ -9,13 +9,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qlora_lightning.base.folder import load_tokenizer, read_config, read_generation_config
+from qlora_lightning.base.folder import load_tokenizer, read_config
 from qlora_lightning.base.tensors import ShardWriter
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.model.opened_adapter import AdapterSource
 from qlora_lightning.model.weights.base import Weights
 from qlora_lightning.model.weights.merging import MergePlan
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import read_json_object
 
 _CARD = """---
 base_model: {base}
@@ -107,7 +108,8 @@ def write_companions(source: AdapterSource, folder: Path, dtype: torch.dtype, ou
     config = read_config(source.base.folder, source.base.name)
     config = {name: value for name, value in config.items() if name not in ("quantization_config", "torch_dtype")}
     config["dtype"] = str(dtype).removeprefix("torch.")
-    settings = {} if generation is None else read_generation_config(generation)
+    remedy = "It names the stop tokens: mend or delete it."
+    settings = {} if generation is None else read_json_object(generation, remedy)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if settings.get(name) is not None:
             config[name] = settings[name]

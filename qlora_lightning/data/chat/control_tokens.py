@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.base.folder import read_generation_config
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import read_json_object
 
 
 class ControlTokens:
@@ -64,7 +64,7 @@ def find_stop_ids(tokenizer: Any) -> frozenset[int]:
     files = [Path(name) / file for file in ("generation_config.json", "config.json")] if name else []
     config = next((file for file in files if file.is_file()), None)
     if config is not None:
-        found = read_generation_config(config).get("eos_token_id")
+        found = read_json_object(config, "It names the stop tokens: mend or delete it.").get("eos_token_id")
         ids.update(found if isinstance(found, list) else [found])
     return frozenset(number for number in ids if number is not None)
 

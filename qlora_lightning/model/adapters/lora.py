@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_lightning.base.adapter_folder import ALPHA, PATTERNS
 from qlora_lightning.model.adapters.targets import compact_targets, resolve_targets
 from qlora_lightning.support.errors import UserError, nearest
-from qlora_lightning.support.files import find_fault
 from qlora_lightning.support.versions import without_peft_warnings
 
 ADAPTER = "default"  # PEFT's name for the adapter that a model is made with
@@ -57,9 +55,6 @@ def check_lora_options(options: dict[str, Any], model: nn.Module, tied_embedding
             f"model.lora_options.init_lora_weights is {init!r}: expected one of {', '.join(map(str, _INITS))}. PEFT's "
             "others rewrite the frozen base, or need its weights before quantization or a pass over the data."
         )
-    fault = find_fault(options, PATTERNS, "model.lora_options")
-    if fault:
-        raise UserError(f"{fault}.")
     whole_modules = options.get("modules_to_save") or []
     for module in whole_modules:
         _check_module_to_save(module, model)
@@ -86,9 +81,8 @@ def check_adapter_settings(rank: int, alpha: float | None, dropout: float) -> No
     """Reject what no base could take; see :func:`add_adapters`."""
     if rank < 1:
         raise UserError(f"model.rank is {rank}: expected a positive integer, such as 8.")
-    fault = find_fault(alpha, ALPHA, "model.alpha")
-    if fault:
-        raise UserError(f"{fault}, such as {2 * rank}.")
+    if alpha is not None and not 0 < alpha < float("inf"):
+        raise UserError(f"model.alpha is {alpha}: expected a positive number, such as {2 * rank}.")
     if not 0.0 <= dropout < 1.0:
         raise UserError(f"model.dropout is {dropout}: expected a probability in [0, 1).")
 

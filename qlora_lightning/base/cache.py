@@ -12,8 +12,7 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -74,19 +73,9 @@ def cached_folder(
     """
     folder = cache_root() / kind / hash_key(key)
     if find_entry(kind, key, checked_bytes) is None:
-        lock = FileLock(_lock_path(folder))
-        with _explained(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=1)
-            except Timeout:
-                _log.info("Another process is making %s in the cache; waiting for it (%s).", label, folder)
-                lock.acquire()
-        try:
+        with _explained(folder), _locked(folder, label):
             if find_entry(kind, key, checked_bytes) is None:  # else the process that we waited for has built it
                 _build_entry(folder, key, build, label)
-        finally:
-            lock.release()
     with suppress(OSError):  # a read-only cache does not note when it was used
         os.utime(folder / _ENTRY_FILE)
     return folder
@@ -110,25 +99,22 @@ def find_entry(kind: Kind, key: Mapping[str, Json], checked_bytes: int | None = 
         return None
 
 
-class EntryCheck:
+class EntryCheck(threading.Thread):
     """Compares an entry with its checksums in a thread: a base of 8B parameters takes some seconds to read."""
 
     def __init__(self, folder: Path, label: str) -> None:
+        super().__init__(daemon=True, name="cache-check")
         self._folder, self._label = folder, label
-        self._fault: Future[str | None] = Future()
-        threading.Thread(target=self._check, daemon=True, name="cache-check").start()
+        self._fault: str | None = None
+        self.start()
 
-    def _check(self) -> None:
+    def run(self) -> None:
+        """Read the entry; of the thread itself."""
         try:
             name = _find_damage(self._folder, (_read_entry(self._folder) or {"crc32": {}})["crc32"])
-            self._fault.set_result(None if name is None else f"{self._folder / name} does not match its checksum")
+            self._fault = None if name is None else f"{self._folder / name} does not match its checksum"
         except Exception as error:  # as of a bad sector
-            self._fault.set_result(f"{self._folder} cannot be read ({error})")
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the result is known."""
-        return self._fault.done()
+            self._fault = f"{self._folder} cannot be read ({error})"
 
     def wait(self) -> None:
         """Wait for the result.
@@ -136,15 +122,14 @@ class EntryCheck:
         Raises:
             UserError: the entry is damaged. It no longer counts: the next start makes it again.
         """
-        fault = self._fault.result()
+        self.join()
+        fault = self._fault
         if fault is not None:
             with suppress(OSError):
                 (self._folder / _ENTRY_FILE).unlink()
             raise UserError(
                 f"The cached {self._label} is damaged: {fault}. Nothing that was computed with it is saved. Start "
-                "again with the same command: the entry is made again. If the cache is read-only, remove "
-                f"{self._folder} first, or set QLORA_LIGHTNING_CACHE to another folder. If this comes back, check the "
-                "disk and the memory."
+                "again: the entry is then made again. If this comes back, check the disk and the memory."
             )
 
 
@@ -233,16 +218,13 @@ def _crc32_as_of(file: Path, size: int, mtime_ns: int) -> int:
 
 
 def _build_entry(folder: Path, key: Mapping[str, Json], build: Callable[[Path], None], label: str) -> None:
-    with _explained(folder):
-        if folder.exists():
-            _log.warning("The cached %s is damaged or unfinished (%s): removed, and made again.", label, folder)
-            shutil.rmtree(folder)
-        folder.mkdir()
+    if folder.exists():
+        _log.warning("The cached %s is damaged or unfinished (%s): removed, and made again.", label, folder)
+        shutil.rmtree(folder)
+    folder.mkdir()
     try:
-        with _explained(folder, _DISK_FULL):
-            build(folder)
-        with _explained(folder):
-            _seal(folder, label, key)
+        build(folder)
+        _seal(folder, label, key)
     except BaseException:  # an interrupted build as well must not keep gigabytes
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -268,24 +250,35 @@ def _lock_path(folder: Path) -> Path:
 
 
 @contextmanager
-def _explained(folder: Path, faults: Collection[str] | None = None) -> Iterator[None]:
-    """Report what the disk has against a write to the user; with ``faults``, only those."""
+def _locked(folder: Path, label: str) -> Iterator[None]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(_lock_path(folder))
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        _log.info("Another process is making %s in the cache; waiting for it (%s).", label, folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Report what the disk has against a write to the cache; a build's other errors are its own."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         fault = find_storage_fault(error)
-        if fault is None or (faults is not None and fault not in faults):
+        is_ours = str(cache_root()) in str(getattr(error, "filename", None))
+        if fault is None or (fault not in _DISK_FULL and not is_ours):
             raise
-        problem = f"The cache cannot keep {folder}"
-        if (folder / _ENTRY_FILE).exists():
-            problem = f"The cached {folder} is damaged, and cannot be made again"
-        # An unpacked GGUF has no other place: only quantized bases can go without the cache.
-        without = " or set model.cache: false," if folder.parent.name == "quantized" else ""
         raise UserError(
-            f"{problem}: {fault}. Set QLORA_LIGHTNING_CACHE to a folder with room that can be written,{without} or "
-            "make room with `qlora-lightning cache clear`."
+            f"The cache cannot keep {folder}: {fault}. Set QLORA_LIGHTNING_CACHE to a folder with room that can be "
+            "written, or make room with `qlora-lightning cache clear`."
         ) from error
 
 

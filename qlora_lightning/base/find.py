@@ -28,13 +28,7 @@ class BaseSource:
 
 
 def resolve_base(name: str, revision: str | None = None, *, weights: bool = True) -> BaseSource:
-    """Find a base by its name; only a hub id can touch the network.
-
-    Args:
-        name: a hub id, a folder, a ``.gguf`` file, or ``package:NAME``.
-        revision: branch, tag or commit of a hub id.
-        weights: False leaves the weights of a hub id undownloaded.
-    """
+    """Find a base by its name; only a hub id can touch the network, for its weights too if these are wanted."""
     path = Path(name).expanduser()
     if is_hub_id(name):
         folder = download_snapshot(name, revision, weights=weights)
@@ -70,30 +64,17 @@ def download_snapshot(name: str, revision: str | None, *, weights: bool) -> Path
 
     ``HF_HUB_OFFLINE`` and the hub's other variables are honoured.
     """
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
     patterns = [*_SMALL_FILES, "*.safetensors"] if weights else _SMALL_FILES
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_OTHER_LAYOUTS)
     # The hub raises classes of its own, of its HTTP library, OSError and ValueError: each means "no base" here.
     except Exception as error:
-        problem = f"could not be downloaded ({type(error).__name__}: {' '.join(str(error).split())})"
-        advice = "Check the network, or give a folder, a .gguf file or package:NAME."
-        if isinstance(error, errors.GatedRepoError):
-            problem = "is gated on the Hugging Face hub"
-            advice = (
-                f"Ask for access at https://huggingface.co/{name}, then log in with `hf auth login` or set HF_TOKEN."
-            )
-        elif isinstance(error, errors.RepositoryNotFoundError):
-            problem = "is neither a folder or file here nor on the Hugging Face hub"
-            advice = "Check the spelling. If it is private, log in with `hf auth login`."
-        elif isinstance(error, errors.RevisionNotFoundError):
-            problem = f"has no revision {revision!r} on the Hugging Face hub"
-            advice = "Check model.revision."
-        elif constants.HF_HUB_OFFLINE:
-            problem = "is not whole in the hub's local cache, and HF_HUB_OFFLINE forbids the download"
-            advice = "Unset HF_HUB_OFFLINE, or give a folder, a .gguf file or package:NAME."
-        raise UserError(f"Base {name} {problem}. {advice}") from error
+        raise UserError(
+            f"Base {name} is no folder or file here, and could not be downloaded ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}). Check its name and model.revision, HF_HUB_OFFLINE, and `hf auth login`."
+        ) from error
     return Path(folder)
 
 

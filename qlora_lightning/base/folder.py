@@ -42,13 +42,7 @@ class BaseFolder:
 
 
 def open_base(name: str, revision: str | None = None, *, weights: bool = True) -> BaseFolder:
-    """Find a base, unpack it if it is a GGUF, and check what is there.
-
-    Args:
-        name: a hub id, a folder, a ``.gguf`` file, or ``package:NAME``.
-        revision: branch, tag or commit of a hub id.
-        weights: False is enough for config and tokenizer: it neither downloads nor checks the weights.
-    """
+    """Find a base, unpack it if it is a GGUF, and check what is there, its weights only if they are wanted."""
     source = resolve_base(name, revision, weights=weights)
     folder = unpack_gguf(source) if source.kind == "gguf" else source.path
     check_model_folder(folder, name, weights=weights)
@@ -116,13 +110,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
 def load_tokenizer(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> "PreTrainedTokenizerFast":
-    """Load the tokenizer of what ``base`` takes; a folder with nothing but a tokenizer (an adapter folder) works too.
-
-    Args:
-        name: a hub id, a folder, a ``.gguf`` file, or ``package:NAME``. Only a hub id can touch the network.
-        revision: branch, tag or commit of a hub id.
-        trust_remote_code: run Python code that lies beside the tokenizer.
-    """
+    """Load the tokenizer of what ``base`` takes; a folder with nothing else (an adapter folder) works too."""
     from transformers import AutoTokenizer
 
     folder = Path(name).expanduser()

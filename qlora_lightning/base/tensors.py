@@ -58,12 +58,7 @@ def read_spans(file: Path) -> list[TensorSpan]:
 
 
 class ShardWriter:
-    """Collects tensors into shards, and writes the index that transformers reads.
-
-    Args:
-        folder: where to.
-        shard_bytes: a shard is written before it would grow beyond this; a larger tensor gets one of its own.
-    """
+    """Collects tensors into shards of up to so many bytes, and writes the index that transformers reads."""
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder, self.shard_bytes = folder, shard_bytes

@@ -31,12 +31,9 @@ class QLoRAModel:
     """A model ready to train.
 
     Attributes:
-        model: The frozen base with adapters that require gradients.
-        identity: Name, folder, fingerprint, config and quantization of the base, and the adapter's own shape:
-            checkpoints and adapter folders carry it.
+        identity: What checkpoints and adapter folders say of the base and of the adapter's own shape.
         unfused: Whether something trains in PEFT's own layers.
-        base: The base as it was loaded.
-        asked: What it was loaded by: arguments of :func:`load_base`.
+        asked: What the base was loaded by: arguments of :func:`load_base`.
     """
 
     model: peft.PeftModel
@@ -54,15 +51,10 @@ def assemble_model(
     spare: QLoRAModel | None = None,
     **asked: Any,
 ) -> QLoRAModel:
-    """Load a base, and put new adapters on it or those of an adapter folder.
+    """Load a base by ``load_base``, and put new adapters on it or those of an adapter folder.
 
-    Args:
-        adapter: The adapter folder to continue with, or the run folder around it; ``None`` for new adapters.
-        adapter_options: Arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`.
-        fast: Whether layers may run fused.
-        check_later: See :func:`qlora_lightning.model.base_model.load_base`.
-        spare: A model that is not used any more, whose base is taken over if it is the same.
-        **asked: Other arguments of ``load_base``.
+    ``adapter_options`` are those of :func:`qlora_lightning.model.adapters.lora.add_adapters`. ``spare`` is a model that
+    is not used any more, whose base is taken over if it is the same.
     """
     folder = None if adapter is None else find_adapter_folder(adapter)
     stored = {} if folder is None else read_identity(folder)  # a misspelt name is reported before the base is loaded
@@ -148,14 +140,7 @@ def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Qua
 
 
 def meta_copy(model: peft.PeftModel, dtype: torch.dtype, quantization: Quantization, fast: bool) -> peft.PeftModel:
-    """Make a model again without numbers.
-
-    Args:
-        model: Base and adapters, which may be training.
-        dtype: See :func:`meta_base`.
-        quantization: Likewise.
-        fast: Whether layers may run fused.
-    """
+    """Make a model, which may be training, again without numbers; see :func:`meta_base`."""
     base = meta_base(model.get_base_model().config, dtype, quantization)
     made = inject(base, copy.deepcopy(model.peft_config[ADAPTER]))
     fuse(made, fast)

@@ -12,7 +12,6 @@ import torch
 from lightning import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,7 +25,7 @@ from qlora_lightning.model.base_model import Quantization
 from qlora_lightning.model.batch import is_flat
 from qlora_lightning.model.build import QLoRAModel, assemble_model
 from qlora_lightning.model.checkpoint.format import read_checkpoint, read_content, usable_settings
-from qlora_lightning.model.checkpoint.resume import ExactResume
+from qlora_lightning.model.checkpoint.resume import ExactResume, report_start_adapter
 from qlora_lightning.model.device import (
     ComputeDtype,
     QuietCollector,
@@ -59,7 +58,7 @@ from qlora_lightning.model.optimizer import (
     check_loraplus_ratio,
     check_optimizer,
     check_schedule,
-    describe_few_steps,
+    explain_no_steps,
     group_parameters,
     plan_steps,
 )
@@ -115,10 +114,8 @@ class QLoRAModule(lightning.LightningModule):
         model: The base with its adapter, ``None`` until ``configure_model`` has made it. ``disable_adapter()`` and
             ``set_adapter(name)`` of it choose whose losses and answers are computed.
         identity: What the adapter belongs to: the base's name, fingerprint, config and quantization, its own shape.
-        autocast_dtype: That of the products, where some of what trains takes PEFT's own layers.
         window: The accumulation window in progress.
-        made: What ``build_model`` has put together.
-        spare: That of a module which is not used any more: its base is taken over if it is the same.
+        spare: The ``made`` of a module which is not used any more: its base is taken over if it is the same.
     """
 
     def __init__(
@@ -193,7 +190,11 @@ class QLoRAModule(lightning.LightningModule):
         """Make the model once, on the device of this process."""
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             check_callbacks(callbacks_of(self.trainer), ExactResume, TrainingGuard)
-        self._undo_compile()
+        if self.fast and self._compiler_ctx is not None:
+            raise UserError(
+                "The module is compiled by torch.compile, which breaks the backward of its fused layers: pass it as it "
+                "is, or set model.fast to false."
+            )
         if self.model is not None:
             return
         if self._trainer is not None:
@@ -201,11 +202,11 @@ class QLoRAModule(lightning.LightningModule):
             check_trainer(str(self.trainer.precision), strategy, self.quantization, self.trainer.world_size)
         with without_garbage_collection():  # loading imports much, and makes many objects that stay
             self.model = self.build_model()
-            self._undo_compile()
             if not attends_flatly(self.causal_lm):  # an override has loaded it otherwise
                 self.causal_lm.set_attn_implementation(register_flat_attention(self.fast))
             if self.adapter is not None and self.overrides("build_model"):
                 fill_adapter(self.model, find_adapter_folder(self.adapter))  # it need not have read self.adapter
+        report_start_adapter(self._trainer, self)
         self.model.train()  # Hugging Face models come in eval()
         self.choose_layers()
         if self._device_of_process().type == "cpu":
@@ -244,21 +245,6 @@ class QLoRAModule(lightning.LightningModule):
         if made.unfused and dtype != torch.float32:
             self.autocast_dtype = dtype  # PEFT's own layers would compute the fp32 adapters in fp32
         return cast(nn.Module, made.model)
-
-    def _undo_compile(self) -> None:
-        """Take ``torch.compile`` off: it breaks the backward of the fused layers, and the loss calls no ``model``."""
-        inner = getattr(self.model, "_orig_mod", None)
-        if inner is not None:
-            self.model = inner
-        elif self.fast and self._compiler_ctx is not None:
-            to_uncompiled(self)
-        else:
-            return
-        if self.global_rank == 0:
-            describe(
-                "torch.compile is switched off: the layers are fused already. To compile the plain ones of PEFT and "
-                "transformers, set model.fast to false and compile the module: trainer.fit(torch.compile(module))."
-            )
 
     def overrides(self, name: str) -> bool:
         """Whether a method is other than QLoRAModule's: what follows from how that works does not hold then."""
@@ -416,9 +402,9 @@ class QLoRAModule(lightning.LightningModule):
         )
         gradients = [parameter.grad for parameter in trainable if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(loss)
-        found = self.guard.judge_step(self, optimizer, loss, norm)
-        self.log("train_loss", found.loss, prog_bar=True)
-        self.log_dict({"grad_norm": found.norm, "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"])})
+        loss, norm = self.guard.judge_step(self, optimizer, loss, norm)
+        self.log("train_loss", loss, prog_bar=True)
+        self.log_dict({"grad_norm": norm, "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"])})
         if self.guard.on_nonfinite == "skip":
             self.log("skipped_steps", torch.tensor(float(self.guard.skipped_steps)))
         self.window.clear()
@@ -464,14 +450,12 @@ class QLoRAModule(lightning.LightningModule):
             fused=not str(self.trainer.precision).endswith("-mixed"),  # there Lightning clips no fused optimizer
         )
         total_steps = plan_steps(self.trainer)
-        few = describe_few_steps(self.trainer, total_steps)
-        if few is not None and self.trainer.is_global_zero:
-            describe(few)
+        if total_steps == 0 and self.trainer.is_global_zero:
+            describe(explain_no_steps(self.trainer))
         schedule = build_schedule(optimizer, self.schedule, total_steps, self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        self._undo_compile()  # of what an override of configure_model has compiled
         self.choose_layers()
         data = getattr(self.trainer, "datamodule", None)
         check_row_length(self.causal_lm.config, getattr(data, "max_length", 0))  # not first at a row
@@ -515,13 +499,9 @@ class QLoRAModule(lightning.LightningModule):
     # ---- what it saves and loads -------------------------------------------------------------------------------------
 
     def check_base(self, wait: bool = True) -> None:
-        """Reject a base that is not what was cached, before anything of a fit is saved.
-
-        Args:
-            wait: Whether to wait for the result; else only one that is known counts.
-        """
+        """Reject a base that is not what was cached, before anything of a fit is saved, or as soon as it is known."""
         check = None if self.made is None else self.made.base.check
-        if check is not None and (wait or check.is_done):
+        if check is not None and (wait or not check.is_alive()):
             check.wait()
 
     def save_adapter(self, folder: str | Path, tokenizer: Any = None, stop_ids: Sequence[int] = ()) -> None:
@@ -570,7 +550,15 @@ class QLoRAModule(lightning.LightningModule):
         """
         checkpoint = read_checkpoint(checkpoint_path, map_location)
         content = read_content(checkpoint, str(checkpoint_path))
-        module = cls(**{**usable_settings(cls, content["settings"]), **overrides})
+        settings = {**usable_settings(cls, content["settings"]), **overrides}
+        start = settings.get("adapter")
+        if start is not None and not find_adapter_folder(start).is_dir():
+            own = content["identity"].get("adapter") or {}
+            raise UserError(
+                f"{checkpoint_path} continues the adapter folder {start}, which is not there: pass its new place as "
+                f"adapter=…, or {', '.join(f'{name}={value!r}' for name, value in {'adapter': None, **own}.items())}."
+            )
+        module = cls(**settings)
         module.to(map_location)
         module.configure_model()
         check_identity(content["identity"], module.identity, str(checkpoint_path))

@@ -12,7 +12,6 @@ from transformers import SchedulerType, get_scheduler
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import is_trial_run
 
 ParameterGroups = list[dict[str, Any]]
 
@@ -20,14 +19,9 @@ ParameterGroups = list[dict[str, Any]]
 def build_optimizer(
     groups: ParameterGroups, choice: str | dict[str, Any] | None, learning_rate: float, weight_decay: float, fused: bool
 ) -> Optimizer:
-    """Build the optimizer over ``groups``.
+    """Build the optimizer over ``groups``, whose own rates stay.
 
-    Args:
-        groups: Parameter groups as torch's optimizers take them; a group's own ``lr`` stays.
-        choice: A class path, or ``{"class_path": …, "init_args": {…}}`` without ``lr``; ``None`` means torch's AdamW.
-        learning_rate: Of every group that has none of its own.
-        weight_decay: Likewise.
-        fused: Whether AdamW may run as one kernel.
+    ``choice`` is a class path, or ``{"class_path": …, "init_args": {…}}`` without ``lr``; ``None`` means torch's AdamW.
     """
     optimizer_class, arguments = check_optimizer(choice, learning_rate, weight_decay)
     if choice is None:
@@ -90,9 +84,6 @@ def group_parameters(
     return [{name: group[name] for name in names} for group in made.param_groups if group["params"]]
 
 
-_FEW_STEPS = 10
-
-
 def count_optimizer_steps(
     batches_per_epoch: int, accumulate: int, max_epochs: int | None, max_steps: int | None
 ) -> int:
@@ -121,22 +112,11 @@ def plan_steps(trainer: Any) -> int:
     return count_optimizer_steps(batches, trainer.accumulate_grad_batches, trainer.max_epochs, trainer.max_steps)
 
 
-def describe_few_steps(trainer: Any, total_steps: int) -> str | None:
-    """Describe a run of so many optimizer steps that will train nothing or too little; ``None`` for any other.
-
-    Steps that ``trainer.max_steps`` limits are what the user asked for.
-    """
-    if total_steps == 0:
-        limits = ("max_epochs", "max_steps", "limit_train_batches")
-        zero = ", ".join(f"trainer.{name}" for name in limits if getattr(trainer, name) == 0)
-        return f"Nothing will train: {zero or 'the number of training batches'} is 0. Set it to 1 or more."
-    if total_steps >= _FEW_STEPS or total_steps == trainer.max_steps or is_trial_run(trainer):
-        return None
-    return (
-        f"The run has only {total_steps} optimizer steps in all, too few for a warm-up and a schedule: for more raise "
-        f"trainer.max_epochs (now {trainer.max_epochs}), or lower data.batch_size or "
-        f"trainer.accumulate_grad_batches (now {trainer.accumulate_grad_batches})."
-    )
+def explain_no_steps(trainer: Any) -> str:
+    """Name the setting because of which a Trainer takes no optimizer step."""
+    limits = ("max_epochs", "max_steps", "limit_train_batches")
+    zero = [f"trainer.{name}" for name in limits if getattr(trainer, name) == 0]
+    return f"Nothing will train: {', '.join(zero) or 'the number of training batches'} is 0. Set it to 1 or more."
 
 
 def check_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[str, dict[str, Any]]:
@@ -157,11 +137,8 @@ def build_schedule(
 ) -> LRScheduler:
     """Build one of transformers' schedules, to be stepped once per optimizer step.
 
-    Args:
-        optimizer: Whose learning rates it sets.
-        choice: A name, or ``{"name": …, …}`` with the schedule's own arguments, as ``min_lr_rate``.
-        total_steps: Optimizer steps of the whole run.
-        warmup_ratio: Share of ``total_steps`` over which the rate rises from 0, rounded up to whole steps.
+    ``choice`` is a name, or ``{"name": …, …}`` with the schedule's own arguments, as ``min_lr_rate``. Over a share
+    ``warmup_ratio`` of the steps, rounded up to whole ones, the rate rises from 0.
     """
     name, arguments = check_schedule(choice, warmup_ratio)
     try:

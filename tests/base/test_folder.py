@@ -58,7 +58,6 @@ def test_a_llama_is_opened_where_it_is(model_folder, change):
 
 CONFIG_FAULTS = [
     (write("config.json", b"{"), r"config\.json is not JSON"),
-    (write("config.json", b"[]"), r"config\.json: expected a JSON object, found list\. Download"),
     (lambda folder: (folder / "config.json").unlink(), r"Base tiny: .*found no config\.json in .*tiny-llama\.$"),
     (
         lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
@@ -67,18 +66,14 @@ CONFIG_FAULTS = [
     (set_config(model_type="gemma2"), r"Base tiny: expected model_type llama .* found 'gemma2'"),
     (set_config(sliding_window=4096), "Base tiny: .*sets sliding_window: 4096, which"),
     (set_config(attn_logit_softcapping=50.0), "attn_logit_softcapping"),
-    (set_config(final_logit_softcapping=30.0), "final_logit_softcapping"),
-    (set_config(attention_chunk_size=8192), "attention_chunk_size"),
     (set_config(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
 ]
 WEIGHT_FAULTS = [
     (rename_weights("other.safetensors"), r"Base tiny: expected model\.safetensors .*found other\.safetensors"),
     (rename_weights("pytorch_model.bin"), r"found no \*\.safetensors .*pickle.*refused.*save_pretrained"),
-    (lambda folder: (folder / "model.safetensors").unlink(), r"found no \*\.safetensors file"),
     (shard(["a.safetensors", "b.safetensors"]), r"b\.safetensors is missing, which .*index\.json names"),
     (lambda folder: os.truncate(folder / "model.safetensors", 600), r"model\.safetensors is not a whole safetensors"),
     (write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "not a whole safetensors"),
-    (write("model.safetensors", b""), "not a whole safetensors"),
 ]
 
 
@@ -163,18 +158,11 @@ def test_it_does_not_depend_on_sharding_and_stays_the_same_for_ever(save, tensor
 
 
 def test_one_value_one_name_one_dtype_or_one_shape_changes_it(save, tensors):
-    name = "model.norm.weight"
-    changed = tensors[name].clone()
+    name, norm = "model.norm.weight", tensors.pop("model.norm.weight")
+    changed = norm.clone()
     changed[3] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
-    others = {other: tensor for other, tensor in tensors.items() if other != name}
-    variants = [
-        tensors,
-        {**others, name: changed},
-        {**others, "model.norm2.weight": tensors[name]},
-        {**others, name: tensors[name].view(torch.int32)},
-        {**others, name: tensors[name].view(2, 4)},
-    ]
-    assert len({fingerprint(save(str(number), variant)) for number, variant in enumerate(variants)}) == 5
+    variants = [{name: norm}, {name: changed}, {"norm2": norm}, {name: norm.view(torch.int32)}, {name: norm.view(2, 4)}]
+    assert len({fingerprint(save(str(number), tensors | each)) for number, each in enumerate(variants)}) == 5
 
 
 def test_it_is_kept_until_a_file_changes_if_the_cache_can_be_written(model_folder, cache, tensors, monkeypatch):

@@ -5,7 +5,6 @@ import json
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
 from safetensors.torch import load_file
 
 from qlora_lightning import AdapterCheckpoint, QLoRAModule
@@ -122,23 +121,6 @@ def test_with_other_validation_samples_the_ranking_begins_anew(fit, make_data, m
     again = monitored()  # the ranking goes on from there
     fit(again, module=scored(3.0), data=make_data(val=more_rows), ckpt_path=last, max_epochs=3)
     assert again.best == [(2.0, "step-000016.ckpt")]
-
-
-def test_early_stopping_compares_no_losses_on_other_validation_samples(fit, make_data, more_rows, scored, last):
-    options = {"limit_train_batches": 2, "limit_val_batches": 1}
-    stopping = lambda: EarlyStopping("val_score", patience=1)  # noqa: E731
-    fit(monitored(), stopping(), module=scored(1.0), **options)
-    data = make_data(val=more_rows, accept_changed_data=True)
-    fit(
-        AdapterCheckpoint(),
-        stopping(),
-        module=scored(3.0, 2.9, 2.8),
-        data=data,
-        ckpt_path=last,
-        max_epochs=4,
-        **options,
-    )
-    assert step_of(last) == 8
 
 
 def test_as_many_other_samples_are_told_with_the_settings_that_made_them(fit, make_data, last):

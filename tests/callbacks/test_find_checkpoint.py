@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qlora_lightning.callbacks.find_checkpoint import check_checkpoint, find_checkpoint
-from qlora_lightning.model.checkpoint.format import KEY, OWN_PARTS, PARTS
+from qlora_lightning.model.checkpoint.format import KEY
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import FORMAT_VERSION
 
@@ -17,9 +17,8 @@ def folder(tmp_path):
 
 
 def write(file, step, version=FORMAT_VERSION):
-    content = {"format_version": version, "settings": {}, **{name: {} for name in OWN_PARTS}}
-    parts = {**{name: {} for name in PARTS}, "global_step": step, "state_dict": {"w": torch.arange(5000.0)}}
-    torch.save({**parts, KEY: content}, file)
+    parts = {"callbacks": {}, "global_step": step, "state_dict": {"w": torch.arange(5000.0)}}
+    torch.save({**parts, KEY: {"format_version": version}}, file)
     return file
 
 
@@ -100,15 +99,6 @@ def test_what_torch_does_not_read_is_told_by_its_reason(folder):
     change(odd, lambda found: found["callbacks"].update(day=datetime.date(2020, 1, 1)))
     with pytest.raises(UserError, match=r"odd.ckpt is whole, but torch does not .*: it holds a datetime\.date\. There"):
         check_checkpoint(odd)
-
-
-@pytest.mark.parametrize("part", [*PARTS, *OWN_PARTS])
-def test_a_checkpoint_that_lacks_a_part_is_refused_and_never_named(folder, part):
-    stripped = write(folder / "step-000009.ckpt", 9)
-    change(stripped, lambda found: found[KEY].pop(part) if part in OWN_PARTS else found.pop(part))
-    with pytest.raises(UserError, match=rf"step-000009.ckpt lacks \S*{part}, which every checkpoint of a run holds"):
-        check_checkpoint(stripped)
-    assert find_checkpoint(folder.parent, "last") is None
 
 
 def test_an_adapter_without_its_run_is_told_by_the_likely_reason(folder):

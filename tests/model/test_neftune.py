@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from qlora_lightning import QLoRAModule
 from qlora_lightning.model.layout import add_noise, whole_samples
-from qlora_lightning.support.errors import UserError
 from tests.steps import make_batch, make_module
 
 
@@ -35,9 +33,3 @@ def test_noise_is_there_in_training_only(tiny_base):
     assert noisy[0] != losses(5.0, seed=1)[0]
     assert noisy[1] == plain[1]
     assert losses(1e-30) == plain  # below what a float32 holds: embedding first changes nothing
-
-
-@pytest.mark.parametrize("alpha", [0, -1, float("inf"), float("nan")])
-def test_a_strength_that_is_none_is_refused(alpha):
-    with pytest.raises(UserError, match="expected a positive number, such as 5, or null"):
-        QLoRAModule("base", neftune_alpha=alpha)

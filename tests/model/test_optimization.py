@@ -26,9 +26,7 @@ SGD = {"class_path": "torch.optim.SGD"}
     ("arguments", "cls", "group"),
     [
         ({"weight_decay": 0.25}, torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.25, "fused": True}),
-        ({"fused": False}, torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.0, "fused": False}),
-        ({"lr": 0.5}, torch.optim.AdamW, {"lr": 0.5}),  # a group's own
-        ({"choice": "torch.optim.SGD", "weight_decay": 0.25}, torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.25}),
+        ({"fused": False, "lr": 0.5}, torch.optim.AdamW, {"lr": 0.5, "fused": False}),  # a group's own rate
         ({"choice": {**SGD, "init_args": {"momentum": 0.5}}}, torch.optim.SGD, {"momentum": 0.5}),
     ],
 )
@@ -38,10 +36,8 @@ def test_the_optimizer_is_built_as_chosen(arguments, cls, group):
     assert {name: optimizer.param_groups[0][name] for name in group} == group
 
 
-@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit"])
-def test_bitsandbytes_8_bit_optimizers_step_on_a_cpu(name):
-    optimizer = build(f"bitsandbytes.optim.{name}")
+def test_an_8_bit_optimizer_of_bitsandbytes_steps_on_a_cpu():
+    optimizer = build("bitsandbytes.optim.AdamW8bit")
     (parameter,) = optimizer.param_groups[0]["params"]
     before = parameter.detach().clone()
     parameter.grad = torch.ones_like(parameter)
@@ -54,12 +50,9 @@ def test_bitsandbytes_8_bit_optimizers_step_on_a_cpu(name):
     ("choice", "weight_decay", "sentence"),
     [
         ({**SGD, "init_args": {"lr": 1.0}}, 0.0, "sets lr.*set model.learning_rate"),
-        ({**SGD, "init_args": {"weight_decay": 1.0}}, 0.0, "set model.weight_decay"),
         ({**SGD, "init_args": {"momentun": 0.9}}, 0.0, "does not take.*momentun"),
         ({**SGD, "lr": 1.0}, 0.0, "expected a class_path"),
-        ({"init_args": {}}, 0.0, "expected a class_path"),
         ("torch.optim.AdamX", 0.0, "'torch.optim.AdamX' cannot be imported"),
-        ("AdamW", 0.0, "cannot be imported"),
         ("torch.nn.Linear", 0.0, "is not a torch optimizer class"),
         ("torch.optim.LBFGS", 0.5, "weight_decay is 0.5, but torch.optim.LBFGS has none"),
     ],
@@ -88,10 +81,10 @@ def test_lora_plus_gives_each_tensor_the_rate_that_peft_gives_it(tiny_base, lora
     assert [set(group["params"]) for group in module.parameter_groups()] == [rates(ours).keys()]
 
 
-@pytest.mark.parametrize("ratio", [0.5, float("inf"), float("nan")])
-def test_a_lora_plus_ratio_below_one_is_refused(ratio):
-    with pytest.raises(UserError, match="expected 1 or more, such as 16, or null"):
-        QLoRAModule("base", loraplus_ratio=ratio)
+@pytest.mark.parametrize("option", [{"loraplus_ratio": 0.5}, {"neftune_alpha": -1.0}, {"neftune_alpha": float("nan")}])
+def test_a_strength_that_is_none_is_rejected(option):
+    with pytest.raises(UserError, match=r"model\.\w+ is .*: expected .*, such as \d+, or null"):
+        QLoRAModule("base", **option)
 
 
 # ---- the schedule ----------------------------------------------------------------------------------------------------
@@ -103,11 +96,6 @@ def test_a_lora_plus_ratio_below_one_is_refused(ratio):
 )
 def test_steps_are_counted_from_batches_epochs_and_limits(max_epochs, max_steps, expected):
     assert count_optimizer_steps(10, 4, max_epochs, max_steps) == expected
-
-
-def test_a_run_without_an_end_is_refused():
-    with pytest.raises(UserError, match=r"set trainer.max_epochs or trainer.max_steps"):
-        count_optimizer_steps(10, 1, None, -1)
 
 
 def rates(choice, warmup_ratio=0.0):
@@ -142,10 +130,8 @@ def test_rates_follow_the_schedule(choice, warmup_ratio, expected):
     ("choice", "warmup_ratio", "sentence"),
     [
         ("cosin", 0.0, "'cosin': expected a name among .*cosine, "),
-        ({"min_lr_rate": 0.1}, 0.0, "expected a name among"),
         ("reduce_lr_on_plateau", 0.0, "expected a name among"),
         ("cosine_with_min_lr", 0.0, "does not take {}.*min_lr.*Give its arguments beside the name"),
-        ("cosine", -0.1, r"in \[0, 1\)"),
         ("cosine", 1.0, r"in \[0, 1\)"),
     ],
 )
@@ -197,17 +183,9 @@ def test_tokens_of_all_ranks_count_and_none_at_all_give_zeros_not_nan():
     assert parameter.grad.tolist() == [0.0, 0.0]
 
 
-def test_a_window_that_was_never_closed_or_never_opened_is_refused(window):
-    with pytest.raises(RuntimeError, match=r"without calling `super\(\).on_before_optimizer_step\(optimizer\)`"):
-        window.add(sums(1.0, 1), most=2)
+def test_a_step_without_a_window_is_rejected():
     with pytest.raises(RuntimeError, match="call compute_loss in training_step"):
         Window().divide_gradients([], 1)
-
-
-def test_a_window_knows_its_rows_and_those_of_the_one_before(window):
-    assert (window.is_open, window.row_ids, window.batches) == (True, [3, 1, 7], ["first"])
-    window.clear()
-    assert (window.is_open, window.row_ids, window.closed_row_ids, window.batches) == (False, [], [3, 1, 7], [])
 
 
 def test_an_open_window_continues_from_its_saved_state(window):

@@ -15,28 +15,6 @@ from qlora_lightning.support.versions import check_version
 
 KEY = "qlora_lightning"  # our settings lie under our own key: under Lightning's they would beat the command line
 
-# What a run cannot resume exactly without: Lightning's parts of a checkpoint, and those of ours.
-PARTS = (
-    "pytorch-lightning_version",
-    "state_dict",
-    "optimizer_states",
-    "lr_schedulers",
-    "loops",
-    "callbacks",
-    "global_step",
-)
-OWN_PARTS = (
-    "settings",
-    "trainer",
-    "optimizers",
-    "identity",
-    "inside_batch",
-    "monitored",
-    "generators",
-    "window",
-    "other_ranks",
-)
-
 _OPTIMIZERS = ("torch.optim.", "bitsandbytes.optim.")
 
 
@@ -52,7 +30,7 @@ def read_checkpoint(file: str | Path, map_location: Any = "cpu", mmap: bool = Fa
 
 
 def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return our part of a checkpoint; raise UserError if it is foreign, too new, or lacks a part."""
+    """Return our part of a checkpoint; raise UserError if it is foreign or too new."""
     content = checkpoint.get(KEY)
     version = content.get("format_version") if isinstance(content, dict) else None
     if not isinstance(content, dict) or not isinstance(version, int):
@@ -61,13 +39,6 @@ def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
             "ModelCheckpoint leaves out with save_weights_only=True."
         )
     check_version(version, source)
-    missing = [name for name in PARTS if name not in checkpoint]
-    missing += [f"{KEY}.{name}" for name in OWN_PARTS if name not in content]
-    if missing:
-        raise UserError(
-            f"{source} lacks {', '.join(missing)}, which every checkpoint of a run holds: something else has changed "
-            "it. Take another."
-        )
     return content
 
 
@@ -83,25 +54,16 @@ def find_foreign_class(settings: Mapping[str, Any]) -> str | None:
 
 def usable_settings(cls: type, stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return the stored settings that a class takes, without those that a file must not decide."""
-    known, never = known_settings(cls), {"trust_remote_code"}
+    never = {"trust_remote_code"}
+    parameters = inspect.signature(cls).parameters
+    hands_on = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    known = stored.keys() if hands_on else stored.keys() & parameters.keys()
     if unknown := sorted(stored.keys() - known):
         say(f"Settings of the checkpoint that {cls.__name__} does not know, ignored: {', '.join(unknown)}.")
     if foreign := find_foreign_class(stored):
         say(f"The checkpoint's optimizer {foreign} is not taken over: a file must not choose which code runs.")
         never.add("optimizer")
-    return {name: stored[name] for name in sorted(stored.keys() & known - never)}
-
-
-def known_settings(cls: type) -> set[str]:
-    """Name the arguments of a class, with those of its base classes that it hands on by ``**kwargs``."""
-    names: set[str] = set()
-    for owner in cls.__mro__:
-        if "__init__" in vars(owner):
-            parameters = inspect.signature(vars(owner)["__init__"]).parameters.values()
-            names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-                break
-    return names - {"self"}
+    return {name: stored[name] for name in sorted(known - never)}
 
 
 def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

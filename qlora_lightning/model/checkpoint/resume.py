@@ -7,7 +7,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from qlora_lightning.model.adapters.identity import check_identity, data_differences, identity_of_data
+from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
+from qlora_lightning.model.adapters.identity import data_differences, identity_of_data
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.checkpoint.format import KEY, plain_settings, read_content
 from qlora_lightning.model.checkpoint.loops import (
@@ -28,7 +29,6 @@ from qlora_lightning.model.checkpoint.setting_changes import (
     describe_changes,
     describe_optimizers,
     find_changes,
-    forget_scores,
     keep_configured,
     keep_patience,
     show_change,
@@ -70,16 +70,13 @@ def check_data(stored: Mapping[str, Any], own: Mapping[str, Any], inside_epoch: 
         raise UserError(
             f"The checkpoint was saved inside an epoch with other {samples['train']}: a run cannot resume exactly "
             f"there.{causes} Put data, tokenizer and chat template back as they were, or begin a new run from the "
-            "adapter folder with model.adapter. (data.accept_changed_data allows other training samples only from the "
-            "end of an epoch.)"
+            "adapter folder with model.adapter."
         )
     if samples and not accepted:
         raise UserError(
             f"The data are not those of the checkpoint: other {' and other '.join(samples.values())}.{causes} Put them "
-            "back as they were, or say that the change is intended, by `--data.accept_changed_data true` (in Python "
-            "InstructionDataModule(accept_changed_data=True), or that attribute of your own data module): the run then "
-            "continues with the current data, and with other validation samples the ranking of the best adapter starts "
-            "over."
+            "back as they were, or pass `--data.accept_changed_data true` (in Python an attribute of the data module): "
+            "with other validation samples the ranking of the best adapter starts over."
         )
 
 
@@ -100,7 +97,6 @@ class ExactResume(Callback):
         self._optimizers: list[dict[str, Any]] = []  # as they are configured
         self._content: dict[str, Any] | None = None  # our part of the checkpoint, until all of it is put back
         self._checkpoint: dict[str, Any] = {}  # that Lightning is restoring
-        self._forgets_scores = False  # those that early stopping knows are of other validation samples
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         module: Any = pl_module
@@ -126,7 +122,6 @@ class ExactResume(Callback):
         module: Any = pl_module
         data = getattr(trainer, "datamodule", None)
         content = read_content(checkpoint, "The checkpoint")
-        check_identity(content["identity"], module.identity, "The checkpoint")
         stored, own = content["identity"].get("data", {}), identity_of_data(trainer)
         if trainer.state.fn != "fit":
             _report_other_data("the checkpoint", stored, own)
@@ -139,8 +134,6 @@ class ExactResume(Callback):
         if is_stream:
             lengthen_stream(trainer, checkpoint)
         self._content, self._checkpoint = content, checkpoint
-        self._forgets_scores = has_other_validation(checkpoint, trainer)
-
         _report_other_data("the checkpoint", stored, own, with_samples=True)
         changes = [
             *find_changes(content["settings"], plain_settings(module.hparams), "model"),
@@ -164,7 +157,6 @@ class ExactResume(Callback):
             for line in keep_configured(trainer, self._checkpoint, self._content["optimizers"]):
                 _report(line)
         self._checkpoint = {}
-        _compare_with_adapter_folder(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._content is not None:
@@ -172,20 +164,9 @@ class ExactResume(Callback):
             monitored = self._content["monitored"]
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in monitored.items()})
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _compare_with_adapter_folder(trainer, pl_module)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _compare_with_adapter_folder(trainer, pl_module)
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "validate":
-            _compare_with_adapter_folder(trainer, pl_module)
-        elif not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._put_back(trainer, pl_module)  # a run that stopped inside a validation begins with it
-            if self._forgets_scores:
-                forget_scores(trainer)
-                self._forgets_scores = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         module: Any = pl_module
@@ -226,8 +207,9 @@ def _report_other_data(
         _report(f"Other than in {source}: {', '.join(shown)}.")
 
 
-def _compare_with_adapter_folder(trainer: Trainer, module: Any) -> None:
+def report_start_adapter(trainer: Any, module: Any) -> None:
     """Report a tokenizer or template other than those that the adapter of ``model.adapter`` was trained with."""
-    start = module.identity.get("trained_from")
-    if start:
-        _report_other_data(f"the adapter folder {start['adapter']}", start.get("data", {}), identity_of_data(trainer))
+    if module.adapter is not None and not module.overrides("build_model"):
+        folder = find_adapter_folder(module.adapter)
+        trained_on = read_identity(folder).get("data", {})
+        _report_other_data(f"the adapter folder {folder}", trained_on, identity_of_data(trainer))

@@ -3,11 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torch.optim.lr_scheduler import LambdaLR
 
-from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import callbacks_of
 
 Change = tuple[str, Any, Any]
@@ -47,24 +45,14 @@ def show_change(change: Change) -> str:
 def keep_patience(trainer: Any, states: Mapping[str, dict[str, Any]]) -> list[Change]:
     """Let the configured patience of EarlyStopping rule, in the states that callbacks are restored from."""
     changes: list[Change] = []
-    for stopping in _early_stopping(trainer):
+    for stopping in callbacks_of(trainer):
+        if not isinstance(stopping, EarlyStopping):
+            continue
         state = states.get(stopping.state_key, {})
         if state.get("patience", stopping.patience) != stopping.patience:
             changes.append((f"EarlyStopping({stopping.monitor}).patience", state["patience"], stopping.patience))
             state["patience"] = stopping.patience
     return changes
-
-
-def forget_scores(trainer: Any) -> None:
-    """Reset EarlyStopping: it would compare losses on different validation samples."""
-    for stopping in _early_stopping(trainer):
-        if stopping.monitor.startswith("val_"):
-            stopping.best_score = torch.tensor(float("inf" if stopping.mode == "min" else "-inf"))
-            stopping.wait_count = 0
-
-
-def _early_stopping(trainer: Any) -> list[EarlyStopping]:
-    return [callback for callback in callbacks_of(trainer) if isinstance(callback, EarlyStopping)]
 
 
 # ---- optimizers ------------------------------------------------------------------------------------------------------
@@ -102,41 +90,27 @@ def keep_configured(trainer: Any, checkpoint: Mapping[str, Any], stored: Sequenc
     lines, states = [], checkpoint["optimizer_states"]
     options = stored, describe_optimizers(trainer)
     for optimizer, state, before, now in zip(trainer.optimizers, states, *options, strict=False):
-        groups = state["param_groups"]
+        groups, own = state["param_groups"], optimizer.state_dict()
         if before["class"] != now["class"]:
-            rates = [group["lr"] for group in groups]  # the schedule's, which continues
-            state.update(optimizer.state_dict())
-            for group, rate in zip(state["param_groups"], rates, strict=False):
-                group["lr"] = rate
+            for group, old in zip(own["param_groups"], groups, strict=False):
+                group["lr"] = old["lr"]  # the schedule's, which continues
+            state.update(own)
             lines.append(
                 f"The optimizer was {before['class']} and is {now['class']}: it begins with a fresh state, while the "
                 "learning rate's schedule continues."
             )
             continue
-        _check_groups(groups, optimizer.param_groups)
-        for group, fresh, old, new in zip(groups, optimizer.param_groups, before["groups"], now["groups"], strict=True):
+        pairs = zip(groups, own["param_groups"], before["groups"], now["groups"], strict=False)  # torch compares sizes
+        for group, fresh, old, new in pairs:
             group.update({name: fresh[name] for name, value in new.items() if old.get(name) != value})
     for config, of_schedule in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=False):
         schedule = config.scheduler
         if isinstance(schedule, LambdaLR):  # its rates follow from the step alone, as those of transformers do
-            groups, step = (
-                states[trainer.optimizers.index(schedule.optimizer)]["param_groups"],
-                of_schedule["last_epoch"],
-            )
-            for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-                group.update(initial_lr=base, lr=base * factor(step))
+            groups = states[trainer.optimizers.index(schedule.optimizer)]["param_groups"]
+            for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=False):
+                group.update(initial_lr=base, lr=base * factor(of_schedule["last_epoch"]))
             of_schedule.update(base_lrs=schedule.base_lrs, _last_lr=[group["lr"] for group in groups])
     return lines
-
-
-def _check_groups(stored: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
-    before, now = ([len(group["params"]) for group in groups] for groups in (stored, own))
-    if before != now:
-        raise UserError(
-            f"The optimizer's parameter groups held {before} tensors in the checkpoint and hold {now}: "
-            "model.loraplus_ratio is switched on or off, or parameter_groups() is another. Put it back, or begin a new "
-            "run from the adapter folder with model.adapter."
-        )
 
 
 def _plain(value: Any) -> Any:

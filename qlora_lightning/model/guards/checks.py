@@ -16,14 +16,7 @@ from qlora_lightning.support.errors import UserError
 
 
 def check_trainer(precision: str, strategy: str, quantization: str, processes: int = 1) -> None:
-    """Refuse Trainer settings under which training would silently go wrong.
-
-    Args:
-        precision: Lightning's name, as ``32-true``.
-        strategy: Class name of Lightning's strategy.
-        quantization: How the base is stored.
-        processes: How many train together.
-    """
+    """Refuse Trainer settings under which training would silently go wrong; ``strategy`` is a class's name."""
     if precision == "16-mixed" and processes > 1:  # each would skip steps by its own gradients, before they are added
         raise UserError(
             f"trainer.precision is 16-mixed with {processes} processes, whose adapters would drift apart. Leave it at "
@@ -128,39 +121,28 @@ def check_gradients(trainable: Mapping[str, nn.Parameter]) -> bool:
         elif (is_a or is_b) and not parameter.grad.any():
             dead.append(name)
     if dead:
+        adapters = [tensor.detach() for name, tensor in trainable.items() if ".lora_" in name]
+        largest = max((float(each.abs().max().nan_to_num(nan=math.inf)) for each in adapters), default=0.0)
+        cause = "A frozen layer passes no gradient, or compute_loss does not use them."
+        if largest > _GROWN:
+            cause = f"Training has diverged, to weights up to {largest:.3g}: lower model.learning_rate and start again."
         raise RuntimeError(
             f"{len(dead)} of {len(trainable)} trainable tensors get no gradient, as {', '.join(dead[:3])}: they would "
-            "never learn. A frozen layer passes no gradient, or compute_loss does not use them."
+            f"never learn. {cause}"
         )
     return not waits
 
 
-def find_divergence(trainable: Mapping[str, nn.Parameter], step: int, learning_rate: float) -> UserError | None:
-    """Return the error for adapters that have grown beyond use, and so get no gradient; ``None`` if they have not."""
-    adapters = [tensor.detach() for name, tensor in trainable.items() if ".lora_" in name]
-    largest = max((float(each.abs().max().nan_to_num(nan=math.inf)) for each in adapters), default=0.0)
-    if largest <= _GROWN:
-        return None
-    return UserError(
-        f"Training has diverged by step {step}, at learning rate {learning_rate:.3g}: adapters hold weights up to "
-        f"{largest:.3g} (usual are less than 0.1), and no longer learn. Lower model.learning_rate, let it rise by "
-        "model.warmup_ratio, and start again, or resume from a checkpoint before it."
-    )
-
-
 # ---- the base --------------------------------------------------------------------------------------------------------
 
-_WHOLE = 1 << 20  # a tensor of up to so many bytes is read whole
-_RUNS = 16  # of a larger one as many runs of bytes are read, evenly spaced: each may be a read of its own from a disk
-_RUN_BYTES = 16 << 10
+_READ = 256 << 10  # bytes: a base that is mapped from a file is not read in for it
 
 
 def checksum_frozen(model: nn.Module) -> dict[str, int]:
     """Return a checksum of every frozen parameter and of its quantization scales, by name.
 
-    Buffers are left out: rotary embeddings may rescale theirs to the longest row. Tensors of more than 1 MiB are read
-    in 16 evenly spaced runs, so that a base mapped from a file is not read in for it. A change of a whole tensor is
-    found, of a single row of a large one perhaps not.
+    Buffers are left out: rotary embeddings may rescale theirs to the longest row. Of a large tensor only the beginning
+    is read: a change of all of it is found, of a single row perhaps not.
     """
     found = {name: _checksum(each) for name, each in model.named_parameters() if not each.requires_grad}
     for name, module in model.named_modules():
@@ -191,8 +173,5 @@ def check_frozen(before: dict[str, int], now: dict[str, int]) -> None:
 
 
 def _checksum(tensor: Tensor) -> int:
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if len(data) > _WHOLE:
-        spread = len(data) // _RUNS
-        data = torch.cat([data[start : start + _RUN_BYTES] for start in range(0, _RUNS * spread, spread)])
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)[:_READ]
     return zlib.crc32(data.cpu().numpy().data)

@@ -1,9 +1,11 @@
 """Stops a run that would go on for nothing: losses that are not finite, adapters that stay, a base that changes."""
 
+import contextlib
+import json
 import logging
 import math
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -15,10 +17,10 @@ from qlora_lightning.model.guards.checks import (
     check_gradients,
     check_held,
     checksum_frozen,
-    find_divergence,
 )
-from qlora_lightning.model.guards.nonfinite import Finding, describe_findings, find_nonfinite, write_report
+from qlora_lightning.model.guards.nonfinite import Finding, describe_findings, find_nonfinite
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import write_whole
 from qlora_lightning.support.trainer import callbacks_of
 
 OnNonfinite = Literal["stop", "skip"]
@@ -26,13 +28,6 @@ _MOST_REPORTS = 10  # of skipped steps: a run that skips often would fill its fo
 _MOST_SKIPPED = 20  # in a row
 
 _log = logging.getLogger(__name__)
-
-
-class StepNumbers(NamedTuple):
-    """Scalars of a step, on the host."""
-
-    loss: Tensor
-    norm: Tensor
 
 
 class TrainingGuard(Callback):
@@ -60,17 +55,19 @@ class TrainingGuard(Callback):
 
     # ---- before each optimizer step --------------------------------------------------------------------------------
 
-    def judge_step(self, pl_module: Any, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> StepNumbers:
+    def judge_step(
+        self, pl_module: Any, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Judge a window by its mean loss and its gradients' norm over all ranks; without gradients a step is skipped.
 
-        The one time in a step that the host waits for a GPU.
+        The one time in a step that the host waits for a GPU: both are returned as it has read them.
         """
         trainer = pl_module.trainer
         # Under 16-mixed the scaler itself skips steps with infinite gradients: they are how it finds its scale.
         scales = getattr(trainer.precision_plugin, "scaler", None) is not None
         tokens = pl_module.window.labelled_tokens_of_all_ranks
         numbers = torch.stack([each.detach().double() for each in (loss, norm, tokens)]).cpu()
-        found = StepNumbers(numbers[0].float(), numbers[1].float())  # of all ranks, which decide alike
+        found = numbers[0].float(), numbers[1].float()  # of all ranks, which decide alike
         of_loss, of_norm, labelled = numbers.tolist()
         bad_loss, bad_gradient = not math.isfinite(of_loss), not math.isfinite(of_norm)
         if self not in callbacks_of(trainer):
@@ -84,11 +81,7 @@ class TrainingGuard(Callback):
             if self.checks_due and labelled:  # without labels gradients of zero are right
                 trainable = trainable_tensors(pl_module)
                 check_held(trainable, optimizer)
-                try:
-                    self.checks_due = not check_gradients(trainable)
-                except RuntimeError as fault:
-                    rate = float(optimizer.param_groups[0]["lr"])
-                    raise find_divergence(trainable, trainer.global_step, rate) or fault from None
+                self.checks_due = not check_gradients(trainable)
         return found
 
     def _handle_nonfinite(self, pl_module: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
@@ -100,11 +93,14 @@ class TrainingGuard(Callback):
             findings: list[Finding] = [mine] * trainer.world_size
             if trainer.world_size > 1:
                 torch.distributed.all_gather_object(findings, mine)
-            file = Path(trainer.default_root_dir) / f"nonfinite-step-{trainer.global_step}.json"
-            written = f"Rows and text: {file}."
+            found = f"{found} {describe_findings(findings)}"
             if trainer.is_global_zero:
-                written = write_report(file, trainer.global_step, what, rate, findings)
-            found = f"{found} {describe_findings(findings)} {written}"
+                head = {"step": trainer.global_step, "what": what, "learning_rate": rate}
+                file = Path(trainer.default_root_dir) / f"nonfinite-step-{trainer.global_step}.json"
+                with contextlib.suppress(OSError):  # the step is decided, whatever the disk says
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    write_whole(file, json.dumps({**head, "ranks": findings}, indent=2, ensure_ascii=False) + "\n")
+                    found = f"{found} Rows and text: {file}."
         if self.on_nonfinite == "stop":
             raise UserError(found)
         self.skipped_steps += 1
@@ -132,17 +128,12 @@ class TrainingGuard(Callback):
 
     def _judge_validation(self, trainer: Trainer) -> None:
         loss = trainer.callback_metrics.get("val_loss")
-        if loss is None or loss.isfinite():
-            return
-        found = f"The validation at step {trainer.global_step} gave a val_loss of {float(loss)}."
-        if self.on_nonfinite == "stop":
+        if self.on_nonfinite == "stop" and loss is not None and not loss.isfinite():
             raise UserError(
-                f"{found} The run stops, and does not save what gave it: a checkpoint from before is intact "
-                "(`--ckpt_path last`). Lower model.learning_rate, look at the validation rows, or set "
-                "model.on_nonfinite: skip to go on all the same."
+                f"The validation at step {trainer.global_step} gave a val_loss of {float(loss)}. What gave it is not "
+                "saved: a checkpoint from before is intact (`--ckpt_path last`). Lower model.learning_rate, look at "
+                "the validation rows, or set model.on_nonfinite: skip to continue."
             )
-        if trainer.is_global_zero:
-            _log.warning("%s The run goes on (model.on_nonfinite: skip).", found)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_frozen(self._frozen, checksum_frozen(pl_module))

@@ -1,10 +1,7 @@
-"""Where a NaN or an infinity comes from, found and written down."""
+"""Finds where a NaN or an infinity comes from."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,30 +12,17 @@ from qlora_lightning.model.batch import cut_into_rows, describe_row, join_places
 from qlora_lightning.model.checkpoint.ranks import capture_generators, restore_generators
 from qlora_lightning.model.loss import LossSums
 from qlora_lightning.model.window import Window
-from qlora_lightning.support.files import write_whole
 
 ComputeLoss = Callable[[Any], LossSums]
 
 
-@dataclass
-class Finding:
-    """What running a window again has shown on one rank, in plain values.
+Finding = dict[str, Any]
+"""What running a window again has shown on one rank, in plain values.
 
-    Attributes:
-        rank: Of the process.
-        window_rows: Places of all rows of its window.
-        micro_batch: Number in the window, from 0, of the micro-batch that gave it; ``None`` if each came out finite.
-        module: The first module whose output was not finite; ``None`` if each forward was.
-        rows: The rows that give it alone, each a batch of its own; all of the micro-batch if none does.
-        error: What ended the search.
-    """
-
-    rank: int
-    window_rows: list[str]
-    micro_batch: int | None = None
-    module: str | None = None
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    error: str | None = None
+``rank``; ``window_rows``, places of all rows of its window; ``micro_batch``, the number in the window of the one that
+gave it, None if each came out finite; ``module``, the first whose output was not finite, None if each was; ``rows``,
+those that give it alone, or all of the micro-batch if none does; ``error``, what ended the search.
+"""
 
 
 def find_nonfinite(model: nn.Module, compute_loss: ComputeLoss, window: Window, data: Any, rank: int = 0) -> Finding:
@@ -48,18 +32,19 @@ def find_nonfinite(model: nn.Module, compute_loss: ComputeLoss, window: Window, 
     It never fails: the step is decided, and other ranks wait. Places and text of rows come from ``data``, the Trainer's
     data module, if there is one.
     """
-    finding = Finding(rank, row_places(data, window.row_ids))
+    finding: Finding = {"rank": rank, "window_rows": row_places(data, window.row_ids), "rows": []}
+    finding |= dict.fromkeys(("micro_batch", "module", "error"))
     generators = capture_generators()
     try:
         for number, batch in enumerate(window.batches):
-            is_finite, finding.module = _run(model, compute_loss, batch)
+            is_finite, finding["module"] = _run(model, compute_loss, batch)
             if not is_finite:
                 rows = cut_into_rows(batch)
                 bad = [row for row in rows if not _run(model, compute_loss, row)[0]]
-                finding.micro_batch, finding.rows = number, [describe_row(data, row) for row in bad or rows]
+                finding |= {"micro_batch": number, "rows": [describe_row(data, row) for row in bad or rows]}
                 break
     except Exception as error:
-        finding.error = f"{type(error).__name__}: {error}"
+        finding["error"] = f"{type(error).__name__}: {error}"
     finally:
         restore_generators(generators)
     return finding
@@ -101,34 +86,16 @@ def _is_finite(output: Any) -> bool:
     return all(map(_is_finite, inner))
 
 
-def write_report(file: Path, step: int, what: str, learning_rate: float, findings: Sequence[Finding]) -> str:
-    """Write down what was found on each rank, and return where.
-
-    Args:
-        file: To write, as JSON.
-        step: The optimizer step, from 0.
-        what: ``loss`` or ``gradient``.
-        learning_rate: Of the step.
-        findings: Of all ranks.
-    """
-    content = {"step": step, "what": what, "learning_rate": learning_rate, "ranks": [asdict(each) for each in findings]}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        return f"{file} could not be written: {error.strerror}."
-    return f"Rows and text: {file}."
-
-
 def describe_findings(findings: Sequence[Finding]) -> str:
     """Describe in a sentence where it comes from, over all ranks, and what to do about it if the run stops."""
-    found = [finding for finding in findings if finding.micro_batch is not None]
+    found = [finding for finding in findings if finding["micro_batch"] is not None]
     if found:
-        again = f"First module: {next((each.module for each in found if each.module), 'none, all outputs are finite')}"
+        module = next((each["module"] for each in found if each["module"]), "none, all outputs are finite")
+        again, places = f"First module: {module}", [row["place"] for each in found for row in each["rows"]]
     else:
-        failed = next((each.error for each in findings if each.error), None)
-        again = f"Run again, {failed or 'each micro-batch is finite'}"
-    places = [row["place"] for each in found for row in each.rows] or [p for each in findings for p in each.window_rows]
+        failed = next((each["error"] for each in findings if each["error"]), None)
+        again, places = f"Run again, {failed or 'each micro-batch is finite'}", []
+    places = places or [place for each in findings for place in each["window_rows"]]
     return (
         f"{again}; rows: {join_places(places)}. Look at these rows, lower model.learning_rate, or set "
         "model.on_nonfinite: skip to leave such steps out."

@@ -13,7 +13,6 @@ from qlora_lightning.model.base_model import load_base
 from qlora_lightning.model.guards.checks import (
     check_frozen,
     check_gradients,
-    check_token_ids,
     check_trainer,
     checksum_frozen,
 )
@@ -34,21 +33,15 @@ def batch_of(*rows):
     return collate([make_sample(ids, [-100, *ids[1:]], number) for number, ids in enumerate(rows)])
 
 
-def test_an_id_outside_the_vocabulary_is_refused_with_its_row():
-    check_token_ids(batch_of([0, 1], [9, 5]), 10, None)
-    for bad in (10, -1):
-        with pytest.raises(UserError, match=f"A token of .*1.* has the id {bad}, and .* only for ids below 10: "):
-            check_token_ids(batch_of([0, 1, 2], [3, 4, bad], [5, 6]), 10, None)
-
-
-def test_a_stop_token_that_the_base_lacks_stops_the_run(tiny_base):
+def test_a_token_that_the_base_lacks_stops_the_run_and_its_row_is_named(tiny_base):
     """It is only at the end of the row, where no embedding is looked up."""
     module = QLoRAModule(base=str(tiny_base))
     module.configure_model()
     vocabulary = module.causal_lm.config.vocab_size
     module.compute_loss(batch_of([5, 6, vocabulary - 1]))
-    with torch.no_grad(), pytest.raises(UserError, match="tokens that the base lacks"):
-        module.compute_loss(batch_of([5, 6, vocabulary]))
+    for bad in (vocabulary, -1):
+        with pytest.raises(UserError, match=f"A token of .*1.* has the id {bad:,}, .*tokens that the base lacks"):
+            module.compute_loss(batch_of([0, 1, 2], [3, 4, bad], [5, 6]))
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
@@ -82,7 +75,6 @@ def test_living_adapters_pass_and_are_asked_again_until_every_b_has_moved(alive,
     [
         (adapter(a_gradient=0.0, b=0.0, b_gradient=0.0), "1 of 2 .*lora_B"),
         (adapter(a_gradient=0.0, b=0.1, b_gradient=1.0), "1 of 2 .*lora_A"),
-        (adapter(a_gradient=None, b=0.0, b_gradient=1.0), "1 of 2 .*lora_A"),
         (adapter(a_gradient=0.0, b=0.1, b_gradient=0.0, name="k_proj") | WAITS | ALIVE, "2 of 6 .*k_proj.*k_proj"),
         ({"modules_to_save.default.weight": parameter(1.0, None)}, "1 of 1 .*modules_to_save"),
     ],
@@ -95,21 +87,15 @@ def test_adapters_without_gradient_are_named(dead, name):
 # ---- the base --------------------------------------------------------------------------------------------------------
 
 
-def test_one_changed_element_is_found_and_of_a_large_tensor_those_of_evenly_spaced_runs():
-    model = nn.Module()
-    for name, tensor in {"a": torch.arange(13.0), "large": torch.zeros(16, 1 << 17, dtype=torch.uint8)}.items():
-        model.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-    model.trains = nn.Parameter(torch.ones(3))
+def test_one_changed_element_is_found_and_what_trains_may_change():
+    model = nn.Linear(13, 3)
+    model.bias.requires_grad_(False)
     before = checksum_frozen(model)
-    assert before.keys() == {"a", "large"}
-    model.trains.data += 1
-    model.large[10, (1 << 14) + 1] = 1  # 2 MiB: each run is the beginning of a row
+    model.weight.data += 1
     check_frozen(before, checksum_frozen(model))
-    for tensor, place in ((model.a, 12), (model.large, (0, 0)), (model.large, (15, (1 << 14) - 1))):
-        tensor[place] += 1
-        with pytest.raises(RuntimeError, match=r"1 of 2 frozen tensors changed during training, as (a|large):"):
-            check_frozen(before, checksum_frozen(model))
-        tensor[place] -= 1
+    model.bias[2] += 1
+    with pytest.raises(RuntimeError, match="1 of 1 frozen tensors changed during training, as bias:"):
+        check_frozen(before, checksum_frozen(model))
 
 
 @pytest.mark.parametrize(

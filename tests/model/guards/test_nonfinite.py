@@ -8,7 +8,7 @@ from torch import nn
 
 from qlora_lightning.data.batches.collate import collate
 from qlora_lightning.data.samples import make_sample
-from qlora_lightning.model.guards.nonfinite import Finding, describe_findings, find_nonfinite
+from qlora_lightning.model.guards.nonfinite import describe_findings, find_nonfinite
 from qlora_lightning.model.loss import LossSums
 from qlora_lightning.model.window import Window
 
@@ -55,7 +55,7 @@ def test_the_micro_batch_its_row_and_the_first_module_are_found_and_nothing_is_c
     hooks = [dict(module._forward_hooks) for module in model.modules()]
     generator = torch.get_rng_state()
     finding = find_nonfinite(model, model.compute_loss, window, None)
-    assert (finding.micro_batch, finding.module, [row["row_id"] for row in finding.rows]) == expected
+    assert (finding["micro_batch"], finding["module"], [row["row_id"] for row in finding["rows"]]) == expected
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert [dict(module._forward_hooks) for module in model.modules()] == hooks
@@ -69,8 +69,11 @@ def test_a_search_that_fails_is_a_finding_too():
 
 
 def test_of_several_ranks_those_that_found_something_speak_and_else_all_rows_are_named():
-    nothing = Finding(0, ["a.jsonl:1"])
-    found = Finding(1, ["a.jsonl:2", "a.jsonl:3"], 0, module="m.q", rows=[{"place": "a.jsonl:3"}])
+    def finding(rows, micro_batch=None, **found):
+        return {"window_rows": rows, "micro_batch": micro_batch, "module": None, "rows": [], "error": None, **found}
+
+    nothing = finding(["a.jsonl:1"])
+    found = finding(["a.jsonl:2", "a.jsonl:3"], 0, module="m.q", rows=[{"place": "a.jsonl:3"}])
     assert describe_findings([nothing, found]).startswith("First module: m.q; rows: a.jsonl:3. ")
-    nobody = describe_findings([nothing, Finding(1, ["a.jsonl:2"])])
+    nobody = describe_findings([nothing, finding(["a.jsonl:2"])])
     assert nobody.startswith("Run again, each micro-batch is finite; rows: a.jsonl:1, a.jsonl:2. ")

@@ -31,16 +31,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QuantizedBase:
-    """A frozen base and what it was made from.
-
-    Attributes:
-        model: The frozen model.
-        source: The weights before quantization.
-        fingerprint: A hash over the source's tensors.
-        quantization: How the linears are stored.
-        double_quant: Whether the 4-bit scales are quantized too.
-        check: Of a large base from the cache; ``None`` if it was checked before it was loaded.
-    """
+    """A frozen base, and what it was made from: ``check`` is of a large one, which is still compared with its sums."""
 
     model: PreTrainedModel
     source: BaseFolder
@@ -154,14 +145,7 @@ def _cache_key(
 def find_quantized(
     source: BaseFolder, quantization: Quantization, double_quant: bool, dtype: torch.dtype
 ) -> Path | None:
-    """Find a quantized base in the cache, made by the CPU or a GPU: the one that was used last.
-
-    Args:
-        source: The base before quantization.
-        quantization: See :func:`load_base`.
-        double_quant: Likewise.
-        dtype: Likewise, ``compute_dtype``.
-    """
+    """Find a quantized base in the cache, made by the CPU or a GPU: the one that was used last."""
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
     if quantization == "none" or getattr(config, "quantization_config", None) is not None:
         return None

@@ -20,12 +20,8 @@ class AdapterSource:
     """An adapter folder, and how its base was held when it was trained.
 
     Attributes:
-        folder: The adapter folder.
         identity: What its ``qlora_lightning.json`` says; empty if another tool wrote the folder.
-        base: The base as an ordinary folder.
         quantization: How the linears were stored in training; ``None`` if the folder does not say.
-        double_quant: Whether the 4-bit scales were quantized too.
-        compute_dtype: Dtype of the products in training.
         is_stored_quantized: Whether the base's own folder holds quantized weights.
     """
 

@@ -18,9 +18,7 @@ class Window:
     labelled tokens of the whole window over all ranks, so that every token weighs the same, however the rows were cut
     into micro-batches and ranks. A mean of means would weigh tokens of short micro-batches more.
 
-    Attributes:
-        row_ids: Of this process in the open window.
-        closed_row_ids: Of this process in the window before it.
+    ``row_ids`` are those of this process in the open window, ``closed_row_ids`` in the one before it.
     """
 
     def __init__(self) -> None:
@@ -43,14 +41,7 @@ class Window:
         return self.micro_batches > 0
 
     def add(self, sums: LossSums, most: int, row_ids: Sequence[int] = (), batch: Any = None) -> None:
-        """Count one micro-batch.
-
-        Args:
-            sums: What the micro-batch counted.
-            most: Micro-batches that a window has at most.
-            row_ids: Which rows it held.
-            batch: The micro-batch itself, kept until the window is closed.
-        """
+        """Count one micro-batch of at most ``most``; ``batch`` itself is kept until the window is closed."""
         if self.micro_batches >= most:
             raise RuntimeError(
                 "The last optimizer step left the gradients of a sum undivided: a subclass overrides "
@@ -73,10 +64,8 @@ class Window:
     ) -> Tensor:
         """Turn accumulated gradients into those of the window's mean loss, and return that loss.
 
-        Args:
-            parameters: What trains.
-            divided_by: What the gradients have been divided by already, by Lightning for accumulation.
-            reduce_sum: Sums a tensor over all ranks, in its place; ``None``: there is one rank.
+        ``divided_by`` is what Lightning has divided them by already, for accumulation; ``reduce_sum`` sums a tensor
+        over all ranks, in its place, if there are several.
         """
         if self.nll_sum is None or self.labelled_tokens is None:
             raise RuntimeError("An optimizer step without a micro-batch: call compute_loss in training_step.")

@@ -20,11 +20,10 @@ def quick_imports() -> Iterator[None]:
     bitsandbytes marks four functions for torch's compiler, which is imported with them: 0.5 seconds and 40 MB
     (measured). A GPU and a CPU with AVX-512 have kernels in their place; elsewhere they run as they are written.
 
-    GNU's threads read their settings when torch loads them. At each barrier they spin for some milliseconds by default,
-    on a core that their partner may be waiting for: beside other programs at work a step then takes ten times as long
-    as it must (see ``tests.benchmarks``). They spin for a tenth of a millisecond here, and if other programs compute
-    on all cores already, for a hundredth, which on an idle machine costs 5 % (both measured). What the user's
-    environment says rules. The environment is as before afterwards.
+    GNU's threads spin for some milliseconds at each barrier by default, on a core that their partner may be waiting
+    for: beside other programs at work a step then takes ten times as long as it must (see ``tests.benchmarks``). They
+    spin for a tenth of a millisecond here, and if other programs compute on all cores already, for a hundredth, which
+    on an idle machine costs 5 % (both measured). What the user's environment says rules, and is as before afterwards.
     """
     settings = {"TORCHDYNAMO_DISABLE": "1"}
     # torch that is loaded has read them

@@ -31,11 +31,8 @@ def machine(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "device", "hardware", "dtype", "told"),
     [
-        ("bf16", CPU, {}, torch.bfloat16, None),
-        ("fp32", CPU, {"capabilities": {}}, torch.float32, None),
         ("auto", CPU, {}, torch.bfloat16, None),
         ("auto", CPU, {"capabilities": SLOW_CPU}, torch.float32, "no bf16 .* computed in fp32"),
-        ("auto", CPU, {"capabilities": {}}, torch.float32, "no bf16"),
         ("bf16", CPU, {"capabilities": {}}, torch.bfloat16, "no bf16: products take up to a hundred times as long"),
         ("auto", CUDA, {}, torch.bfloat16, None),
         ("auto", CUDA, {"capability": (7, 5)}, torch.float16, "products are computed in fp16"),

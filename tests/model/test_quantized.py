@@ -59,7 +59,6 @@ def own_cache(tmp_path, monkeypatch):
         ("nf4", torch.float32, False),
         ("fp4", torch.float32, True),
         ("int8", torch.bfloat16, True),
-        ("none", torch.float32, True),
         ("none", torch.bfloat16, True),
     ],
 )
@@ -132,7 +131,6 @@ def test_a_folder_stored_quantized_loads_as_it_is_in_the_dtype_asked_for(tiny_ba
     ("left_out", "quantization", "words"),
     [
         (["lm_head"], "int8", "stored quantized as nf4, but .* is int8: set model.quantization: nf4"),
-        (["lm_head"], "none", "stored quantized as nf4, but .* is none: set model.quantization: nf4"),
         (["q_proj", "lm_head"], "nf4", "not whole: it left out q_proj"),
     ],
 )

@@ -27,9 +27,7 @@ def data():
 def test_places_are_file_and_line_if_the_data_know_them(data):
     assert row_places(data, [6, 5, -1, 40]) == ["train.jsonl:18", "train.jsonl:17", "row 40"]
     assert row_places(None, [3]) == ["row 3"]
-    assert join_places(["a", "b"]) == "a, b"
     assert join_places(["a", "b", "c"], most=2) == "a, b and 1 more"
-    assert join_places([]) == "unknown"
 
 
 def test_a_row_is_described_in_plain_values(data):
@@ -95,7 +93,7 @@ def values(losses):
 
 @pytest.mark.parametrize(
     ("options", "most_tokens"),
-    [({}, 2048), ({}, 100), ({}, 1), ({"fast": False}, 2048), ({"quantization": "int8"}, 2048)],
+    [({}, 2048), ({}, 100), ({"fast": False}, 2048), ({"quantization": "int8"}, 2048)],
 )
 def test_rows_together_have_the_losses_of_each_alone(tiny_base, rows, monkeypatch, options, most_tokens):
     monkeypatch.setattr(judge, "_MOST_TOKENS", most_tokens)

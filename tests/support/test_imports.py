@@ -4,11 +4,10 @@ import gc
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from qlora_lightning.support.imports import _is_machine_busy, without_garbage_collection
+from qlora_lightning.support.imports import without_garbage_collection
 
 
 def test_what_was_made_without_the_collector_is_old_afterwards():
@@ -62,12 +61,3 @@ def test_no_way_in_imports_the_compiler_or_fetches_code_and_threads_wait_briefly
     assert shown.returncode == 0, shown.stderr
     assert "fetched" not in shown.stdout
     assert f"GOMP_SPINCOUNT = '{expected}'" in shown.stderr
-
-
-@pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="takes Linux")
-@pytest.mark.parametrize(("more", "busy"), [((0, 0, 0), True), ((0, -1, 0), False)])
-def test_a_machine_is_busy_if_others_compute_on_every_core_each_time(monkeypatch, more, busy):
-    cores = len(os.sched_getaffinity(0))
-    reads = iter(f"0.10 0.20 0.30 {1 + cores + each}/99 1234\n" for each in more)
-    monkeypatch.setattr(Path, "read_text", lambda self: next(reads))
-    assert _is_machine_busy() == busy

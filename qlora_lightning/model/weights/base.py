@@ -32,12 +32,6 @@ class TrainedWeights:
     If the cache holds the quantized base, or the base is stored quantized, they are what is stored there, bit for bit,
     whichever device quantized it. Else they are quantized again, tensor by tensor, by what quantizes at loading: so no
     whole quantized base is needed, in memory or on the disk.
-
-    Args:
-        base: Where the weights are.
-        quantization: How the linears of the decoder layers are quantized.
-        double_quant: Whether the 4-bit scales are quantized too.
-        compute_dtype: Dtype in which the base was loaded, and so quantized from.
     """
 
     def __init__(
@@ -92,14 +86,7 @@ def name_in_base(name: str) -> str:
 
 @contextlib.contextmanager
 def filled(module: nn.Module, prefix: str, weights: Weights, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Hold the weights of a hollow module in memory for a while.
-
-    Args:
-        module: Its tensors without values are filled.
-        prefix: Its name in the base.
-        weights: Of the base.
-        dtype: Of what is filled in; ``None`` leaves it as it comes.
-    """
+    """Hold the weights of a hollow module, whose name in the base is ``prefix``, in memory for a while."""
     empty: list[tuple[nn.Module, str, nn.Parameter]] = []
     for path, owner in module.named_modules(prefix=prefix):
         for name, parameter in owner.named_parameters(recurse=False):

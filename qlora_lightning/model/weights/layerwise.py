@@ -19,13 +19,7 @@ _TOKENS = 64  # whose logits exist at a time: 64 x 128,256 x 4 bytes are 33 MB
 def run_layerwise(
     model: Any, weights: Weights, batches: Sequence[Mapping[str, Any]], advance: Callable[[], object] = lambda: None
 ) -> Iterator[Tensor]:
-    """Run flat batches through a LLaMA in fp32, a layer in memory at a time.
-
-    Args:
-        model: The causal language model, hollow or with a real adapter.
-        weights: What it is filled with.
-        batches: As the data module makes them.
-        advance: Called after every layer.
+    """Run flat batches through a hollow LLaMA in fp32, a layer in memory at a time.
 
     Yields:
         The logits ``(tokens, vocabulary)`` of the next labelled tokens, in the order of :func:`labels_of`.
@@ -99,12 +93,7 @@ class Comparison:
 
 
 class Reference:
-    """The logits that others are compared with; they are kept.
-
-    Args:
-        logits: Of the reference model, as :func:`run_layerwise` yields them.
-        labels: ``(labelled tokens,)``.
-    """
+    """The logits that others are compared with, as :func:`run_layerwise` yields them; they are kept."""
 
     def __init__(self, logits: Iterable[Tensor], labels: Tensor) -> None:
         self.labels, self.logits = labels, torch.cat(list(logits))

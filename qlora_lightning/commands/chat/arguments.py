@@ -6,9 +6,7 @@ from pathlib import Path
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
 from qlora_lightning.commands.chat.sampling import Sampling
-from qlora_lightning.commands.input_files import find_inputs
-from qlora_lightning.commands.json_output import json_file
-from qlora_lightning.commands.option_parser import OptionParser
+from qlora_lightning.commands.options import OptionParser
 from qlora_lightning.support.errors import UserError
 
 BASE = "base"  # the speaker without an adapter

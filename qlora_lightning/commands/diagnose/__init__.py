@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
 from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.json_output import json_file, tables_beside, write_json
-from qlora_lightning.commands.option_parser import OptionParser
+from qlora_lightning.commands.options import OptionParser
 
 _DESCRIPTION = """Say of each module how far its adapter moved the weight, ‖ΔW‖/‖W‖, and how many directions it uses.
 

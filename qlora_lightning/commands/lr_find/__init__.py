@@ -13,8 +13,8 @@ from qlora_lightning.commands.json_output import (
     write_json,
     write_output,
 )
-from qlora_lightning.commands.option_parser import OptionParser
-from qlora_lightning.commands.quiet import quiet_lightning
+from qlora_lightning.commands.options import OptionParser
+from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.support.errors import UserError
 
 _DESCRIPTION = """Train a config for some steps with a learning rate that rises from one to the next, and suggest one.

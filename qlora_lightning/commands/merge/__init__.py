@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from qlora_lightning.commands.json_output import tables_beside
+from qlora_lightning.commands.output import tables_beside
 from qlora_lightning.commands.merge.arguments import parse
 
 

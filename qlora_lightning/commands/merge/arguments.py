@@ -9,7 +9,7 @@ from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identi
 from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.json_output import check_distinct, check_output_file, json_file, name_file
 from qlora_lightning.commands.merge.staging import check_file, check_folder
-from qlora_lightning.commands.option_parser import OptionParser
+from qlora_lightning.commands.options import OptionParser
 from qlora_lightning.support.errors import UserError
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qlora_lightning.base.cache import EntryCheck
 from qlora_lightning.base.tensors import format_bytes
-from qlora_lightning.commands.json_output import write_json
+from qlora_lightning.commands.output import write_json
 from qlora_lightning.commands.merge.arguments import DTYPES, Options
 from qlora_lightning.commands.merge.check import Checker
 from qlora_lightning.commands.merge.gguf_adapter import write_adapter

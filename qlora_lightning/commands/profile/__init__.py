@@ -9,8 +9,8 @@ from rich.console import Console
 
 from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.json_output import json_file, tables_beside, write_json
-from qlora_lightning.commands.option_parser import OptionParser
-from qlora_lightning.commands.quiet import quiet_lightning
+from qlora_lightning.commands.options import OptionParser
+from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.support.errors import UserError
 
 _DESCRIPTION = """Run a few optimizer steps of a config under torch's profiler, and say where their time and memory go.

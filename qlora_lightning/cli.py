@@ -40,7 +40,6 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
         "show the model, its memory and the run's length, before loading",
     ),
     "evaluate": ("qlora_lightning.commands.evaluate", False, "base against adapters on the same rows"),
-    "profile": ("qlora_lightning.commands.profile", False, "say where a step's time and memory go, by part"),
     "sweep-rank": ("qlora_lightning.commands.sweep", False, "double the rank until it stops paying, and say where"),
     "lr-find": ("qlora_lightning.commands.lr_find", False, "try rising learning rates for some steps, suggest one"),
     "push": ("qlora_lightning.commands.push", False, "upload an adapter folder to the hub"),

@@ -15,7 +15,6 @@ LINES = {
     "lr-find": f"lr-find {TRAINING} --steps 13 --max-lr 1e-3",
     "merge": "merge --adapter run/adapter --out merged --rows 1",
     "plan": "plan --adapter run/adapter",
-    "profile": f"profile {TRAINING} --steps 1",
     "report": "report run",
     "sweep-rank": f"sweep-rank {TRAINING} --ranks 2,4 --trainer.max_steps 1 --trainer.default_root_dir sweep",
 }

@@ -32,7 +32,7 @@ def test_a_folder_is_no_config_and_a_run_folder_names_its_own(tmp_path):
         check_configs(["fit", f"--config={tmp_path}"])
 
 
-@pytest.mark.parametrize("command", ["fit", "plan", "evaluate", "sweep-rank", "inspect", "lr-find"])
+@pytest.mark.parametrize("command", ["fit", "plan", "evaluate", "sweep-rank", "inspect"])
 def test_a_config_that_is_not_there_is_told_by_every_command(command, capsys):
     assert main([command, "--config", "nowhere.yaml"]) == 2
     assert "--config names nowhere.yaml, but there is no such file" in capsys.readouterr().err

@@ -12,7 +12,6 @@ LINES = {
     "chat": "chat --adapter run/adapter --prompt x --max-new-tokens 2",
     "chat --compare": "chat --adapter run/adapter --prompt x --max-new-tokens 2 --compare",
     "evaluate": "evaluate --adapter run/adapter --rows 2 --max-new-tokens 2",
-    "lr-find": f"lr-find {TRAINING} --steps 13 --max-lr 1e-3",
     "merge": "merge --adapter run/adapter --out merged --rows 1",
     "plan": "plan --adapter run/adapter",
     "report": "report run",

@@ -40,14 +40,11 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
         "show the model, its memory and the run's length, before loading",
     ),
     "evaluate": ("qlora_lightning.commands.evaluate", False, "base against adapters on the same rows"),
-    "profile": ("qlora_lightning.commands.profile", False, "say where a step's time and memory go, by part"),
     "sweep-rank": ("qlora_lightning.commands.sweep", False, "double the rank until it stops paying, and say where"),
-    "lr-find": ("qlora_lightning.commands.lr_find", False, "try rising learning rates for some steps, suggest one"),
     "push": ("qlora_lightning.commands.push", False, "upload an adapter folder to the hub"),
     "report": ("qlora_lightning.commands.report", False, "make the page of a run again, or compare several runs"),
     "merge": ("qlora_lightning.commands.merge", False, "work an adapter into its base, checked, for any tool to load"),
     "chat": ("qlora_lightning.commands.chat", False, "talk with an adapter, or ask it once with --prompt"),
-    "diagnose": ("qlora_lightning.commands.diagnose", False, "say of each module how far its adapter moved it"),
     "cache": ("qlora_lightning.commands.cache", False, "list or clear unpacked and quantized bases"),
     "recipes": (
         "qlora_lightning.commands.recipes",
@@ -104,8 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_of_a_run(error: Exception) -> bool:
     """Whether the Trainer was at work: such a run cannot be repeated for its traceback."""
-    known = isinstance(error, UserError | LostProcess)
-    return not known and any("/lightning/pytorch/trainer/" in frame.filename for frame in extract_tb(error.__traceback__))
+    if isinstance(error, UserError | LostProcess):
+        return False
+    return any("/lightning/pytorch/trainer/" in frame.filename for frame in extract_tb(error.__traceback__))
 
 
 def _report(error: Exception) -> int:

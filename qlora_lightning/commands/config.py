@@ -1,5 +1,6 @@
 """The config files of a command line: checked before a second is spent, and the short forms that users type in them."""
 
+import difflib
 import inspect
 import math
 import os
@@ -10,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from qlora_lightning.support.errors import UserError, nearest
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_yaml
 
 CALLBACK_KEYS = ("gradient_checkpointing", "adapter_checkpoint", "gpu_memory", "throughput", "evaluation", "ema")
@@ -96,24 +97,30 @@ def _keys_of(section: str, owner: type | None) -> list[str]:
 
 def _check_key(key: str, known: Collection[str], place: str) -> None:
     if known and key.rstrip("+") not in known:
-        hint = nearest(key, known, cutoff=0.5) or f" Keys are {', '.join(known)}."
-        raise UserError(f"There is no key {key!r}.{hint} ({place})")
+        prefix, dot, name = key.rpartition(".")
+        near = difflib.get_close_matches(name, [each.removeprefix(prefix + dot) for each in known], n=1, cutoff=0.5)
+        hint = f"Did you mean {prefix}{dot}{near[0]}?" if near else f"Keys are {', '.join(known)}."
+        raise UserError(f"There is no key {key!r}. {hint} ({place})")
+
+
+_NOISE = re.compile(
+    r"Parser key|Does not validate|Subtypes|Errors|Given value type|Given value: (?:NestedArg|Namespace|\{)"
+    r"|Expected an? .*NoneType|Problem with given class_path 'qlora_lightning\."
+)
 
 
 def describe_parse_error(message: str) -> str:
     """Return jsonargparse's own words for a wrong value in one line: its key, what was expected, and what was found."""
-    if '"base"' in message and "required" in message:
+    if re.search(r"arguments are required: base", message):
         return (
             "model.base is missing: name a hub id, a folder, a .gguf file or package:NAME, in the YAML or by "
             "--model.base."
         )
     keys = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
-    noise = r"Parser key|Does not validate|Subtypes|Errors:|Given value type|Given value: NestedArg|Expected an? .*NoneType"
-    noise += r"|Problem with given class_path 'qlora_lightning\."
     lines = [line.strip(" -:") for line in message.splitlines()]
-    said = "; ".join(line for line in lines if line and not re.match(noise, line))
-    said = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", said)
-    said = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", said).replace("Expected a one of", "Expected one of")
+    said = "; ".join(line for line in lines if line and not _NOISE.match(line))
+    said = re.sub(r"an? <class '(?:\w+\.)*(\w+)'>", r"\1", said)
+    said = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", said)
     return f"{keys}: {said}." if keys else f"{said}."
 
 

@@ -148,7 +148,7 @@ class QLoRACLI(LightningCLI):
             check_checkpoint(asked)  # before Lightning reads it
         found = find_checkpoint(settings["trainer"]["default_root_dir"], asked)
         if found is not None:  # what neither config nor command line says is the checkpoint's
-            stored = _read_settings(found, settings["model"].get("init_args") or {})
+            stored = read_stored_settings(found, settings["model"].get("init_args") or {})
             self.config = self._parse(parser, [args[0], "--config", json.dumps({"model": stored}), *args[1:]])
         self.config[self.config.subcommand]["ckpt_path"] = found
         self._starts_fresh = asked is not None and found is None  # `last` of a folder that has none yet
@@ -234,7 +234,7 @@ class QLoRACLI(LightningCLI):
     before_validate = before_test = before_predict = _judge_what_was_trained
 
 
-def _read_settings(checkpoint: str | Path, own: Mapping[str, Any]) -> dict[str, Any]:
+def read_stored_settings(checkpoint: str | Path, own: Mapping[str, Any]) -> dict[str, Any]:
     """Return the model's settings of a checkpoint.
 
     Arguments of a subclass are not among them: a file that named a class would decide which code runs. An optimizer
@@ -272,9 +272,7 @@ def main(argv: Sequence[str], cli: Callable[..., object] = QLoRACLI, name: str |
     check_keys(argv[1:], read_configs(argv), _KNOWN_KEYS)
     _read_whole_numbers_first()
     set_timeout()
-    jsonargparse.set_loader(
-        _PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,)
-    )
+    jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))
     options = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
     help_texts = {
         "usage": f"qlora-lightning {verb} --config FILE [--KEY.NAME VALUE …]",

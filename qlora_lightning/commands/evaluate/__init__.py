@@ -8,8 +8,8 @@ from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.commands.adapter_config import add_config
 from qlora_lightning.commands.evaluate.options import Options, named_adapters
 from qlora_lightning.commands.evaluate.targets import check_targets
-from qlora_lightning.commands.output import check_output, tables_beside
 from qlora_lightning.commands.options import OptionParser
+from qlora_lightning.commands.output import check_output, tables_beside
 from qlora_lightning.evaluation.scores import check_scores
 from qlora_lightning.support.errors import UserError
 

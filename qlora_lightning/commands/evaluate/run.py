@@ -10,11 +10,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from qlora_lightning.callbacks import AdapterCheckpoint, Evaluation
 from qlora_lightning.commands import training
+from qlora_lightning.commands.config import read_configs, refuse_moved_run
 from qlora_lightning.commands.evaluate.options import Options
 from qlora_lightning.commands.evaluate.output import report
 from qlora_lightning.commands.evaluate.prompts import warn_of_other_prompts
 from qlora_lightning.commands.evaluate.rows import read_rows, source_names
-from qlora_lightning.commands.config import read_configs, refuse_moved_run
 from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.evaluation.comparison import BASE
 from qlora_lightning.evaluation.judge import Answering, Judgement, judge_rows

@@ -11,8 +11,8 @@ from qlora_lightning.commands.inspection.arguments import make_data_module, pars
 from qlora_lightning.commands.inspection.gather import Inspection, inspect_data
 from qlora_lightning.commands.inspection.page import is_page, write_page
 from qlora_lightning.commands.inspection.terminal import print_inspection
-from qlora_lightning.commands.output import check_output
 from qlora_lightning.commands.options import quiet_lightning
+from qlora_lightning.commands.output import check_output
 from qlora_lightning.support.errors import UserError
 
 

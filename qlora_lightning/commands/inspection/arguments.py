@@ -7,7 +7,6 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from qlora_lightning.commands.options import OptionParser
 from qlora_lightning.commands.config import (
     CALLBACK_KEYS,
     check_keys,
@@ -17,6 +16,7 @@ from qlora_lightning.commands.config import (
     find_user_error,
     read_configs,
 )
+from qlora_lightning.commands.options import OptionParser
 from qlora_lightning.data.chat.tokenizer import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.support.errors import UserError

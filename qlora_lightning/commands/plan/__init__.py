@@ -10,9 +10,8 @@ from rich.console import Console
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.commands.adapter_config import add_config
+from qlora_lightning.commands.options import OptionParser, quiet_lightning
 from qlora_lightning.commands.output import add_json_option, check_output, tables_beside, write_json
-from qlora_lightning.commands.options import OptionParser
-from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.support.errors import UserError
 
 _DESCRIPTION = """Show the model of a config and plan its memory, steps and tokens before anything is loaded.

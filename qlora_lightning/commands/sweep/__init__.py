@@ -4,9 +4,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from qlora_lightning.commands.options import OptionParser, quiet_lightning
 from qlora_lightning.commands.output import add_json_option, check_output, tables_beside, write_json
-from qlora_lightning.commands.options import OptionParser
-from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.commands.sweep.dimensions import (
     Dimension,
     add_dimension_options,

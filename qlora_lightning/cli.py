@@ -4,7 +4,6 @@ Each command is imported when it is called, so that ``--help`` answers at once.
 """
 
 import contextlib
-import difflib
 import importlib
 import logging
 import os
@@ -14,12 +13,13 @@ import textwrap
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from traceback import extract_tb
 from types import FrameType
 
 from qlora_lightning import __version__
-from qlora_lightning.commands.config_files import check_configs
+from qlora_lightning.commands.config import read_configs
 from qlora_lightning.support.console import drop_lost_output
-from qlora_lightning.support.errors import ENDING_SIGNALS, LostProcess, TrainingStopped, UserError
+from qlora_lightning.support.errors import ENDING_SIGNALS, LostProcess, TrainingStopped, UserError, nearest
 from qlora_lightning.support.imports import quick_imports
 
 # command: (module with `main(argv) -> int`, whether it wants the command's own name, one line of help)
@@ -40,14 +40,11 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
         "show the model, its memory and the run's length, before loading",
     ),
     "evaluate": ("qlora_lightning.commands.evaluate", False, "base against adapters on the same rows"),
-    "profile": ("qlora_lightning.commands.profile", False, "say where a step's time and memory go, by part"),
     "sweep-rank": ("qlora_lightning.commands.sweep", False, "double the rank until it stops paying, and say where"),
-    "lr-find": ("qlora_lightning.commands.lr_find", False, "try rising learning rates for some steps, suggest one"),
     "push": ("qlora_lightning.commands.push", False, "upload an adapter folder to the hub"),
     "report": ("qlora_lightning.commands.report", False, "make the page of a run again, or compare several runs"),
     "merge": ("qlora_lightning.commands.merge", False, "work an adapter into its base, checked, for any tool to load"),
     "chat": ("qlora_lightning.commands.chat", False, "talk with an adapter, or ask it once with --prompt"),
-    "diagnose": ("qlora_lightning.commands.diagnose", False, "say of each module how far its adapter moved it"),
     "cache": ("qlora_lightning.commands.cache", False, "list or clear unpacked and quantized bases"),
     "recipes": (
         "qlora_lightning.commands.recipes",
@@ -62,7 +59,7 @@ QLoRA fine-tuning of LLaMA models: a frozen base in 4 or 8 bits, small adapters 
 commands:
 {commands}
 
-  qlora-lightning COMMAND --help explains a command. To begin:
+  qlora-lightning COMMAND --help explains a command; --debug shows the traceback of an error. To begin:
 
   qlora-lightning recipes copy quickstart
   qlora-lightning fit --config configs/quickstart.yaml
@@ -72,6 +69,8 @@ commands:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 2 the user's mistake, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = "\n".join(f"  {name:<10} {text}" for name, (_, _, text) in COMMANDS.items())
         print(_HELP.format(commands=lines), end="")
@@ -89,24 +88,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _ending_at_signals():
             return _run(arguments)
-    except UserError as error:
-        print(f"qlora-lightning: {_shorten_on_other_ranks(str(error))}", file=sys.stderr)
-        return 2
-    except PermissionError as error:  # of a folder that may not be looked into
-        if error.filename is None:
-            raise
-        print(
-            f"qlora-lightning: {error.filename} cannot be opened: you have no right to. Name another.", file=sys.stderr
-        )
-        return 2
-    except LostProcess as error:
-        print(f"qlora-lightning: {error}", file=sys.stderr)
-        return 1
     except TrainingStopped as stop:
         return int(str(stop.code))
     except KeyboardInterrupt:
         print("qlora-lightning: interrupted.", file=sys.stderr)
         return 130
+    except Exception as error:
+        if debug or _is_of_a_run(error):
+            raise
+        return _report(error)
+
+
+def _is_of_a_run(error: Exception) -> bool:
+    """Whether the Trainer was at work: such a run cannot be repeated for its traceback."""
+    if isinstance(error, UserError | LostProcess):
+        return False
+    return any("/lightning/pytorch/trainer/" in frame.filename for frame in extract_tb(error.__traceback__))
+
+
+def _report(error: Exception) -> int:
+    """Print an error in a line, and return its exit code."""
+    if isinstance(error, PermissionError) and error.filename is not None:
+        error = UserError(f"{error.filename}: permission denied. Choose another path.")
+    if isinstance(error, UserError | LostProcess):
+        message = str(error)
+    else:
+        message = f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
+    # of several processes, which mostly fail for the same reason, the first one says it all
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or 0)
+    if rank:
+        message = f"(process {rank}) {textwrap.shorten(message, 120, placeholder=' …')}"
+    print(f"qlora-lightning: {message}", file=sys.stderr)
+    return 2 if isinstance(error, UserError) else 1
 
 
 @contextlib.contextmanager
@@ -132,12 +145,6 @@ def _ending_at_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _shorten_on_other_ranks(message: str) -> str:
-    """Of several processes, which mostly stumble over the same thing, let the first one say it all."""
-    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or 0)
-    return f"(process {rank}) {textwrap.shorten(message, 120, placeholder=' …')}" if rank else message
-
-
 def _quiet_libraries() -> None:
     """Keep away what libraries say that a user of this command can do nothing about; in this process only."""
     # bitsandbytes offers a kernel from a hub at import
@@ -161,10 +168,9 @@ def _run(arguments: list[str]) -> int:
         raise UserError("The current folder is no longer there: change to another.") from error
     command = arguments[0]
     if command not in COMMANDS:
-        nearest = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"Did you mean {nearest[0]}?" if nearest else f"Commands are {', '.join(COMMANDS)}."
-        raise UserError(f"{command!r} is not a command. {hint}")
-    check_configs(arguments)
+        hint = nearest(command, COMMANDS) or f" Commands are {', '.join(COMMANDS)}."
+        raise UserError(f"{command!r} is not a command.{hint}")
+    read_configs(arguments)  # a misspelt name shows before seconds of imports
     module, wants_name, _ = COMMANDS[command]
     with quick_imports():
         found = importlib.import_module(module)

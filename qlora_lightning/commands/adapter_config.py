@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lightning.base.adapter_folder import find_run_config, read_adapter_config, read_identity
-from qlora_lightning.commands.config_files import find_configs
+from qlora_lightning.commands.config import find_configs
 from qlora_lightning.support.errors import UserError
 
 _RENDERING = ("system", "train_on", "max_length", "too_long")  # what data settings of the training other rows share

@@ -9,8 +9,7 @@ from rich.table import Table
 
 from qlora_lightning.base.cache import Kind, cache_root, clear_entries, list_entries
 from qlora_lightning.base.tensors import format_bytes
-from qlora_lightning.commands.confirm import confirm
-from qlora_lightning.commands.option_parser import OptionParser, SentenceParser
+from qlora_lightning.commands.options import OptionParser, SentenceParser, confirm
 from qlora_lightning.support.errors import UserError
 
 _EPILOG = """examples:

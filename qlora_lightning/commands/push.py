@@ -11,8 +11,7 @@ from rich.table import Table
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
 from qlora_lightning.base.tensors import format_bytes
-from qlora_lightning.commands.confirm import confirm
-from qlora_lightning.commands.option_parser import OptionParser
+from qlora_lightning.commands.options import OptionParser, confirm
 from qlora_lightning.support.errors import UserError
 
 _DESCRIPTION = """Upload an adapter folder to the Hugging Face hub, in one commit.

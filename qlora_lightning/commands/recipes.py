@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 import qlora_lightning
-from qlora_lightning.commands.option_parser import OptionParser, SentenceParser
+from qlora_lightning.commands.options import OptionParser, SentenceParser
 from qlora_lightning.support.errors import UserError
 
 _EPILOG = """examples:

@@ -10,20 +10,12 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from qlora_lightning.commands.json_output import (
-    check_distinct,
-    check_output_file,
-    json_file,
-    name_file,
-    tables_beside,
-    write_json,
-    write_output,
-)
-from qlora_lightning.commands.option_parser import OptionParser
+from qlora_lightning.commands.options import OptionParser
+from qlora_lightning.commands.output import add_json_option, check_output, tables_beside, write_json, write_output
 from qlora_lightning.report.judged import is_of_fit
 from qlora_lightning.report.page import MARK, NAME, render_comparison, render_run, result_table
 from qlora_lightning.report.results import find_results, list_results, main_score
-from qlora_lightning.report.run import READ, Run, name_runs, read_run
+from qlora_lightning.report.run import Run, name_runs, read_run
 from qlora_lightning.report.settings import find_differences
 from qlora_lightning.support.errors import UserError
 
@@ -60,14 +52,12 @@ def main(argv: Sequence[str]) -> int:
     folders = _distinct(options.runs)
     runs = [read_run(folder, name) for folder, name in zip(folders, name_runs(folders), strict=True)]
     page = folders[0] / NAME if len(folders) == 1 else _SEVERAL
-    page = page if options.out is None else name_file("--out", options.out)
-    inputs = [folder / name for folder in folders for name in READ]
-    check_output_file("--out", page, _is_page, inputs, force=options.force)
-    figures = json_file(options.json, ("format", "runs", "differing_settings"), inputs, force=options.force)
-    check_distinct({"--out": page, "--json": figures})
+    page = page if options.out is None else Path(options.out)
+    check_output("--out", page, options.force or (page.is_file() and _is_page(page)))
+    figures = check_output("--json", options.json, options.force)
     rendered = render_run(runs[0]) if len(runs) == 1 else render_comparison(runs)
     console = Console(highlight=False)
-    with tables_beside(figures, page):
+    with tables_beside(figures):
         for table in _tables(runs, console.width):
             console.print(table)
         write_output(page, rendered)
@@ -110,8 +100,7 @@ def _parser() -> OptionParser:
     parser = OptionParser("report", _DESCRIPTION, _EPILOG, usage)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder")
     parser.add_argument("--out", metavar="FILE", help="write the page there")
-    parser.add_argument("--json", metavar="FILE", help="write results and settings there")
-    parser.add_argument("--force", action="store_true", help="write over any file")
+    add_json_option(parser)
     return parser
 
 

@@ -1,10 +1,14 @@
 """``fit``, ``validate``, ``test`` and ``predict``: LightningCLI with our module, data and callbacks."""
 
 import contextlib
+import functools
+import json
 import logging
+import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
 
 import jsonargparse
 import rich
@@ -37,16 +41,21 @@ from qlora_lightning.callbacks.progress_bar import choose_progress_display
 from qlora_lightning.callbacks.run_folder import RunFolder
 from qlora_lightning.callbacks.started_folder import refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import was_requeued
-from qlora_lightning.commands.checkpoint_settings import with_checkpoint_settings
-from qlora_lightning.commands.foreign_errors import word_foreign_error
-from qlora_lightning.commands.moved_run import refuse_moved_run
-from qlora_lightning.commands.parse_errors import check_top_level, word_parse_error
+from qlora_lightning.commands.config import (
+    check_keys,
+    describe_parse_error,
+    expand_arguments,
+    expand_config,
+    find_user_error,
+    read_configs,
+    refuse_moved_run,
+    shorten_config,
+)
+from qlora_lightning.commands.options import ParagraphFormatter
 from qlora_lightning.commands.processes import check_accelerator, check_strategy, find_lost_process, set_timeout
-from qlora_lightning.commands.short_forms import expand_arguments, expand_config, shorten_config
-from qlora_lightning.commands.training_help import HelpFormatter, help_of
-from qlora_lightning.commands.whole_numbers import read_whole_numbers_first
 from qlora_lightning.data.chat.tokenizer import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
+from qlora_lightning.model.checkpoint.format import find_foreign_class, read_checkpoint, read_content, usable_settings
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_yaml
@@ -100,7 +109,6 @@ class QLoRACLI(LightningCLI):
     def __init__(self, *args: Any, verb: str | None = None, **kwargs: Any) -> None:
         self._command = ["qlora-lightning", *(kwargs.get("args") or [])]
         self._verb = verb  # the only subcommand to make a parser for, which takes a while; None: all
-        read_whole_numbers_first()
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static there, but called by self
@@ -132,7 +140,7 @@ class QLoRACLI(LightningCLI):
         """Parse without Lightning's warning that arguments come both from Python and from the command line."""
         self.config = self._parse(parser, args)
         settings = self.config[self.config.subcommand]
-        refuse_moved_run(args, settings["trainer"]["default_root_dir"])
+        refuse_moved_run(read_configs(args), settings["trainer"]["default_root_dir"])
         asked = settings.get("ckpt_path")
         if asked is None and self.config.subcommand == "fit" and was_requeued():
             asked = "last"
@@ -140,8 +148,8 @@ class QLoRACLI(LightningCLI):
             check_checkpoint(asked)  # before Lightning reads it
         found = find_checkpoint(settings["trainer"]["default_root_dir"], asked)
         if found is not None:  # what neither config nor command line says is the checkpoint's
-            own = settings["model"].get("init_args") or {}
-            self.config = self._parse(parser, with_checkpoint_settings(args, found, own))
+            stored = read_stored_settings(found, settings["model"].get("init_args") or {})
+            self.config = self._parse(parser, [args[0], "--config", json.dumps({"model": stored}), *args[1:]])
         self.config[self.config.subcommand]["ckpt_path"] = found
         self._starts_fresh = asked is not None and found is None  # `last` of a folder that has none yet
 
@@ -226,32 +234,56 @@ class QLoRACLI(LightningCLI):
     before_validate = before_test = before_predict = _judge_what_was_trained
 
 
+def read_stored_settings(checkpoint: str | Path, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model's settings of a checkpoint.
+
+    Arguments of a subclass are not among them: a file that named a class would decide which code runs. An optimizer
+    is, if it is torch's or bitsandbytes' own.
+
+    Args:
+        checkpoint: its file.
+        own: the model's settings as configs and command line give them.
+
+    Raises:
+        UserError: the file is no checkpoint, or a foreign one, or only it names an optimizer from elsewhere.
+    """
+    settings = read_content(read_checkpoint(checkpoint, mmap=True), str(checkpoint))["settings"]
+    foreign = find_foreign_class(settings)
+    if foreign is not None and own.get("optimizer") is None:
+        raise UserError(
+            f"{checkpoint} names the optimizer {foreign}, and a file must not decide which module is imported: if you "
+            f"trust it, name it yourself by `--model.optimizer {foreign}`."
+        )
+    return usable_settings(QLoRAModule, settings)
+
+
 def main(argv: Sequence[str], cli: Callable[..., object] = QLoRACLI, name: str | None = None) -> int:
     """Run one of the four commands.
 
     Args:
-        argv: The command and its options.
-        cli: Reads and runs it.
-        name: What the user typed for it, where another command reads its options.
+        argv: the command and its options.
+        cli: reads and runs it.
+        name: what the user typed for it, if another command reads its options.
 
     Raises:
-        UserError: A key or value is wrong.
+        UserError: a key or value is wrong.
     """
-
-    def load(text: str) -> Any:
-        config = load_yaml(text)
-        check_top_level(config, argv, _KNOWN_KEYS)
-        return expand_config(config)
-
+    verb = argv[0]
+    check_keys(argv[1:], read_configs(argv), _KNOWN_KEYS)
+    _read_whole_numbers_first()
     set_timeout()
-    jsonargparse.set_loader(_PARSER_MODE, load, exceptions=(yaml.YAMLError,))
+    jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))
     options = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
+    help_texts = {
+        "usage": f"qlora-lightning {verb} --config FILE [--KEY.NAME VALUE …]",
+        "description": f"{_DESCRIPTIONS[verb]}\n\n{_KEYS}\n\nexamples:\n{EXAMPLES[verb]}",
+    }
     try:
         with _logging_to_terminal():
             cli(
                 QLoRAModule,
                 InstructionDataModule,
-                verb=argv[0],
+                verb=verb,
                 save_config_callback=None,  # RunFolder writes it
                 trainer_defaults=_TRAINER_DEFAULTS,
                 seed_everything_default=42,
@@ -259,17 +291,13 @@ def main(argv: Sequence[str], cli: Callable[..., object] = QLoRACLI, name: str |
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
-                parser_kwargs={
-                    **options,
-                    "formatter_class": HelpFormatter,
-                    argv[0]: {**options, **help_of(argv[0])},
-                },
-                args=expand_arguments(list(argv)),
+                parser_kwargs={**options, "formatter_class": _HelpFormatter, verb: {**options, **help_texts}},
+                args=expand_arguments(argv),
             )
     except jsonargparse.ArgumentError as error:
-        raise word_parse_error(str(error), [name or argv[0], *argv[1:]], _KNOWN_KEYS) from error
+        raise UserError(f"{describe_parse_error(str(error))} See `qlora-lightning {name or verb} --help`.") from error
     except (ValueError, MisconfigurationException) as error:
-        raise word_foreign_error(error) or error from None
+        raise find_user_error(error) or error from None
     except RuntimeError as error:
         raise find_lost_process(error) or error from None
     except SystemExit as stop:  # what Lightning makes of Ctrl-C
@@ -279,9 +307,24 @@ def main(argv: Sequence[str], cli: Callable[..., object] = QLoRACLI, name: str |
     return 0
 
 
+def _read_whole_numbers_first() -> None:
+    """Let the Trainer's settings that take a whole number or a fraction read 1 as one batch, not as all of them.
+
+    jsonargparse tries the types of a union in their order. Python's typing keeps only one of ``Optional[Union[int,
+    float]]`` and ``Optional[Union[float, int]]``, whichever a library made first, and forgets it after a while: which
+    order the Trainer's own annotations have depends on what has been imported before it.
+    """
+    annotations = Trainer.__init__.__annotations__
+    for name, annotation in annotations.items():
+        kinds = get_args(annotation)
+        if int in kinds and float in kinds:
+            others = (kind for kind in kinds if kind is not int)
+            annotations[name] = functools.reduce(operator.or_, others, int)
+
+
 @contextlib.contextmanager
 def _logging_to_terminal() -> Iterator[None]:
-    """Show what our own code says, while a command runs."""
+    """Show what our own code logs, while a command runs."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("qlora_lightning")
@@ -291,3 +334,30 @@ def _logging_to_terminal() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+_KEYS = """Every key of the YAML is an option: model.rank is --model.rank. The command line counts more than --config.
+--model.help and --data.help explain the keys of these two."""
+_JUDGED = """The adapter is that of the run folder, unless --ckpt_path or --model.adapter name another; config.yaml in
+a run folder is the config of that run."""
+_DESCRIPTIONS = {
+    "fit": """Train adapters on the quantized base of a config. All results are written to the run folder,
+trainer.default_root_dir: adapter, checkpoints, metrics, report. A folder that holds a run is never started over; with
+--ckpt_path last it is resumed.""",
+    "validate": f"""Report loss, perplexity and token accuracy on the rows of data.val. {_JUDGED}""",
+    "test": f"""Report loss, perplexity and token accuracy on the rows of data.test. {_JUDGED}""",
+    "predict": f"""Answer the rows of data.predict greedily, into predictions.jsonl in the run folder. {_JUDGED}""",
+}
+_RUN = "runs/quickstart/config.yaml"
+EXAMPLES = {
+    "fit": """  qlora-lightning fit --config configs/quickstart.yaml
+  qlora-lightning fit --config configs/quickstart.yaml --model.rank 16 --trainer.default_root_dir runs/rank-16
+  qlora-lightning fit --config configs/quickstart.yaml --ckpt_path last --trainer.max_epochs 2""",
+    "validate": f"  qlora-lightning validate --config {_RUN}",
+    "test": f"  qlora-lightning test --config {_RUN} --data.test configs/quickstart/val.jsonl",
+    "predict": f"  qlora-lightning predict --config {_RUN} --data.predict configs/quickstart/val.jsonl",
+}
+
+
+class _HelpFormatter(ParagraphFormatter, jsonargparse.DefaultHelpFormatter):
+    """jsonargparse's, with our paragraphs."""

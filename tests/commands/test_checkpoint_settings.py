@@ -6,7 +6,7 @@ import torch
 import yaml
 
 from qlora_lightning.cli import main
-from qlora_lightning.commands.checkpoint_settings import with_checkpoint_settings
+from qlora_lightning.commands.training import read_stored_settings
 from qlora_lightning.support.errors import UserError
 
 CONFIG = {
@@ -84,9 +84,7 @@ def test_code_that_comes_with_a_base_is_never_allowed_by_a_file(stopped, tmp_pat
     checkpoint = torch.load(stopped / LAST, weights_only=True)
     checkpoint["qlora_lightning"]["settings"] |= {"trust_remote_code": True, "of_a_subclass": 1}
     torch.save(checkpoint, tmp_path / "other.ckpt")
-    arguments = with_checkpoint_settings(["fit", "--seed_everything", "1"], tmp_path / "other.ckpt", {})
-    assert (arguments[:2], arguments[3:]) == (["fit", "--config"], ["--seed_everything", "1"])
-    settings = yaml.safe_load(arguments[2])["model"]
+    settings = read_stored_settings(tmp_path / "other.ckpt", {})
     assert settings["rank"] == 3
     assert not {"trust_remote_code", "of_a_subclass"} & settings.keys()
 
@@ -94,7 +92,7 @@ def test_code_that_comes_with_a_base_is_never_allowed_by_a_file(stopped, tmp_pat
 def test_a_foreign_file_is_refused(tmp_path):
     torch.save({}, tmp_path / "foreign.ckpt")
     with pytest.raises(UserError, match=r"foreign.ckpt was not written by qlora_lightning"):
-        with_checkpoint_settings(["fit"], tmp_path / "foreign.ckpt", {})
+        read_stored_settings(tmp_path / "foreign.ckpt", {})
 
 
 def test_a_file_does_not_decide_which_module_is_imported(stopped, tmp_path, monkeypatch, capsys):
@@ -109,8 +107,7 @@ def test_a_file_does_not_decide_which_module_is_imported(stopped, tmp_path, monk
     told = f"{other} names the optimizer evil.X, and a file must not decide which module is imported"
     assert told in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "ran").exists()
-    arguments = with_checkpoint_settings(["fit"], other, {"optimizer": "torch.optim.SGD"})
-    assert "optimizer" not in yaml.safe_load(arguments[2])["model"]
+    assert "optimizer" not in read_stored_settings(other, {"optimizer": "torch.optim.SGD"})
     checkpoint["qlora_lightning"]["settings"]["optimizer"] = "torch.optim.SGD"
     torch.save(checkpoint, other)
-    assert yaml.safe_load(with_checkpoint_settings(["fit"], other, {})[2])["model"]["optimizer"] == "torch.optim.SGD"
+    assert read_stored_settings(other, {})["optimizer"] == "torch.optim.SGD"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from qlora_lightning.commands.chat.arguments import Options, parse
-from qlora_lightning.commands.json_output import tables_beside, write_json
+from qlora_lightning.commands.output import tables_beside, write_json
 from qlora_lightning.support.errors import UserError
 
 if TYPE_CHECKING:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
 from qlora_lightning.commands.chat.sampling import Sampling
-from qlora_lightning.commands.input_files import find_inputs
-from qlora_lightning.commands.json_output import json_file
-from qlora_lightning.commands.option_parser import OptionParser
+from qlora_lightning.commands.options import OptionParser
+from qlora_lightning.commands.output import add_json_option, check_output
 from qlora_lightning.support.errors import UserError
 
 BASE = "base"  # the speaker without an adapter
@@ -57,7 +56,7 @@ def parse(argv: Sequence[str]) -> Options:
     for option, text in (("--prompt", own.prompt), ("--system", own.system)):
         if text is not None and not is_text(text):
             raise UserError(f"{option} holds bytes that are no UTF-8.")
-    settings["json"] = json_file(own.json, ("adapters", "sampling", "turns"), find_inputs([*own.adapter, own.base]))
+    settings["json"] = check_output("--json", own.json, settings.pop("force"))
     adapters = _name_adapters(settings.pop("adapter"))
     options = Options(adapters=adapters, sampling=Sampling(**sampling), **settings)
     for folder in adapters.values():
@@ -111,5 +110,5 @@ def make_parser() -> OptionParser:
     add("--stop", action="append", default=[], metavar="TEXT", help="end an answer at TEXT, too; may be repeated")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="where an answer is cut (default: 512)")
     add("--seed", type=int, help="of sampling")
-    add("--json", metavar="FILE", help="write the conversation there when it ends")
+    add_json_option(parser)
     return parser

@@ -8,9 +8,8 @@ from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.commands.adapter_config import add_config
 from qlora_lightning.commands.evaluate.options import Options, named_adapters
 from qlora_lightning.commands.evaluate.targets import check_targets
-from qlora_lightning.commands.input_files import find_inputs
-from qlora_lightning.commands.json_output import name_file, tables_beside
-from qlora_lightning.commands.option_parser import OptionParser
+from qlora_lightning.commands.options import OptionParser
+from qlora_lightning.commands.output import check_output, tables_beside
 from qlora_lightning.evaluation.scores import check_scores
 from qlora_lightning.support.errors import UserError
 
@@ -96,9 +95,9 @@ def _checked(own: argparse.Namespace, rest: Sequence[str]) -> Options:
         group_by=own.group_by,
         show=own.show,
         out=None if own.out is None else Path(own.out),
-        json=None if own.json is None else name_file("--json", own.json),
+        json=check_output("--json", own.json, own.force),
     )
     for folder in options.adapters.values():
         read_identity(folder)
-    check_targets(options, find_inputs([*options.adapters.values(), *rest]), own.force)
+    check_targets(options, own.force)
     return options

@@ -10,12 +10,12 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from qlora_lightning.callbacks import AdapterCheckpoint, Evaluation
 from qlora_lightning.commands import training
+from qlora_lightning.commands.config import read_configs, refuse_moved_run
 from qlora_lightning.commands.evaluate.options import Options
 from qlora_lightning.commands.evaluate.output import report
 from qlora_lightning.commands.evaluate.prompts import warn_of_other_prompts
 from qlora_lightning.commands.evaluate.rows import read_rows, source_names
-from qlora_lightning.commands.moved_run import refuse_moved_run
-from qlora_lightning.commands.quiet import quiet_lightning
+from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.evaluation.comparison import BASE
 from qlora_lightning.evaluation.judge import Answering, Judgement, judge_rows
 from qlora_lightning.evaluation.progress import steps_bar
@@ -57,7 +57,7 @@ class _EvaluateCLI(training.QLoRACLI):
         settings = self.config["validate"]
         settings["ckpt_path"] = None
         if not self._options.adapters:  # those of the run folder
-            refuse_moved_run(args, settings["trainer"]["default_root_dir"])
+            refuse_moved_run(read_configs(args), settings["trainer"]["default_root_dir"])
         alone = {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False, "enable_progress_bar": False}
         for key, value in alone.items():
             settings["trainer"][key] = value

@@ -2,26 +2,21 @@
 
 import itertools
 import tempfile
-from collections.abc import Sequence
-from pathlib import Path
 
 from qlora_lightning.commands.evaluate.options import Options
-from qlora_lightning.commands.json_output import check_distinct, check_not_read, json_file
 from qlora_lightning.support.errors import UserError
 
 
-def check_targets(options: Options, inputs: Sequence[Path], force: bool) -> None:
+def check_targets(options: Options, force: bool) -> None:
     """See that every file can be written, and that nothing is lost; nothing is left of the trial.
 
     Args:
         options: Of the command.
-        inputs: Files that the command reads.
         force: Whether earlier results in ``--out`` may be written over.
 
     Raises:
         UserError: A file cannot be written, or is there already.
     """
-    json_file(options.json, ("metrics", "adapters", "hardest"), inputs, force=force)
     out = options.out
     if out is None:
         return
@@ -29,8 +24,6 @@ def check_targets(options: Options, inputs: Sequence[Path], force: bool) -> None
     if not nearest.is_dir():
         raise UserError(f"--out {out}: {'that' if nearest == out else nearest} is a file; name a folder.")
     for file in options.files():
-        check_distinct({"--json": options.json, "--out": file})
-        check_not_read("--out", file, inputs)
         if file.is_dir():
             raise UserError(f"--out {out}: {file} is a folder, and a file of that name would be written. Name another.")
         if file.exists() and not force:

@@ -7,13 +7,12 @@ from pathlib import Path
 import lightning
 from rich.console import Console
 
-from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.inspection.arguments import make_data_module, parse
 from qlora_lightning.commands.inspection.gather import Inspection, inspect_data
 from qlora_lightning.commands.inspection.page import is_page, write_page
 from qlora_lightning.commands.inspection.terminal import print_inspection
-from qlora_lightning.commands.json_output import check_output_file
-from qlora_lightning.commands.quiet import quiet_lightning
+from qlora_lightning.commands.options import quiet_lightning
+from qlora_lightning.commands.output import check_output
 from qlora_lightning.support.errors import UserError
 
 
@@ -24,8 +23,7 @@ def main(argv: Sequence[str]) -> int:
         UserError: a key or value is wrong, the data cannot be prepared, or there are bad rows that stop ``fit``.
     """
     options, config = parse(argv)
-    words = [word for word in argv if word.removeprefix("--html=") != options.html]
-    page = None if options.html is None else _page_file(options.html, find_inputs(words))
+    page = None if options.html is None else _page_file(options.html, options.force)
     if config.seed is not False:
         # the split by val_fraction depends on it
         lightning.seed_everything(None if config.seed is True else config.seed, verbose=False)
@@ -45,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _page_file(name: str, inputs: Sequence[Path]) -> Path:
+def _page_file(name: str, force: bool) -> Path | None:
     """Check the page's name before a second is spent.
 
     Raises:
@@ -54,7 +52,7 @@ def _page_file(name: str, inputs: Sequence[Path]) -> Path:
     file = Path(name)
     if file.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--html {name}: expected a file name that ends in .html.")
-    return check_output_file("--html", file, is_page, inputs)
+    return check_output("--html", file, force or (file.is_file() and is_page(file)))
 
 
 def _refuse_bad_rows(found: Inspection) -> None:

@@ -7,10 +7,16 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from qlora_lightning.commands.foreign_errors import find_user_error
-from qlora_lightning.commands.option_parser import OptionParser
-from qlora_lightning.commands.parse_errors import check_top_level, word_parse_error
-from qlora_lightning.commands.short_forms import CALLBACK_KEYS, expand_arguments, expand_config
+from qlora_lightning.commands.config import (
+    CALLBACK_KEYS,
+    check_keys,
+    describe_parse_error,
+    expand_arguments,
+    expand_config,
+    find_user_error,
+    read_configs,
+)
+from qlora_lightning.commands.options import OptionParser
 from qlora_lightning.data.chat.tokenizer import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.support.errors import UserError
@@ -30,7 +36,6 @@ KNOWN_KEYS: dict[str, type | None] = {
     **dict.fromkeys(_UNUSED),
     "config": None,
 }
-_OWN = ("split", "row", "longest", "shortest", "search", "html", "help")
 _DESCRIPTION = """Report on the data of a config and show rows as the model sees them. No model is loaded.
 
 The config is the one that `fit` takes; a run folder's config.yaml will do. Every key of it can be given
@@ -62,6 +67,7 @@ class Options:
     shortest: bool = False
     search: str | None = None
     html: str | None = None
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ def parse(argv: Sequence[str]) -> tuple[Options, Config]:
         UserError: an option, a key or a value is wrong.
     """
     own, rest = _own_parser().parse_known_args(argv)
-    options = Options(own.split, tuple(own.row), own.longest, own.shortest, own.search, own.html)
+    options = Options(own.split, tuple(own.row), own.longest, own.shortest, own.search, own.html, own.force)
     return options, _parse_config(["inspect", *rest])
 
 
@@ -135,22 +141,17 @@ def _own_parser() -> OptionParser:
     add("--shortest", action="store_true", help="show the shortest row")
     add("--search", metavar="TEXT", help="show rows whose text holds TEXT in upper or lower case, and count them")
     add("--html", metavar="FILE", help="write all this as a self-contained page, too")
+    add("--force", action="store_true", help="overwrite what --html names, if it is no page of this command")
     return parser
 
 
 def _parse_config(arguments: list[str]) -> Config:
-    known = {**KNOWN_KEYS, **dict.fromkeys(_OWN)}
-
-    def load(text: str) -> Any:
-        config = load_yaml(text)
-        check_top_level(config, arguments, KNOWN_KEYS)
-        return expand_config(config)
-
-    jsonargparse.set_loader(_PARSER_MODE, load, exceptions=(yaml.YAMLError,))
+    check_keys(arguments[1:], read_configs(arguments), KNOWN_KEYS)
+    jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))
     try:
         found = _config_parser().parse_args(expand_arguments(arguments[1:]))
     except jsonargparse.ArgumentError as error:
-        raise word_parse_error(str(error), arguments, known) from error
+        raise UserError(describe_parse_error(str(error))) from error
     names = ", ".join(str(path) for path in found.config or ())
     return Config(names, found.data, found.model, found.trainer, found.seed_everything)
 

@@ -15,7 +15,7 @@ from qlora_lightning.commands.inspection.facts import (
     table_rows,
 )
 from qlora_lightning.commands.inspection.gather import Inspection, Piece
-from qlora_lightning.commands.json_output import write_output
+from qlora_lightning.commands.output import write_output
 from qlora_lightning.page.render import render_page as _render
 from qlora_lightning.page.visible import show_controls
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from qlora_lightning.commands.json_output import tables_beside
 from qlora_lightning.commands.merge.arguments import parse
+from qlora_lightning.commands.output import tables_beside
 
 
 def main(argv: Sequence[str]) -> int:

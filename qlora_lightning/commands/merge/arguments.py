@@ -1,15 +1,13 @@
 """What is typed after ``qlora-lightning merge``."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
-from qlora_lightning.commands.input_files import find_inputs
-from qlora_lightning.commands.json_output import check_distinct, check_output_file, json_file, name_file
 from qlora_lightning.commands.merge.staging import check_file, check_folder
-from qlora_lightning.commands.option_parser import OptionParser
+from qlora_lightning.commands.options import OptionParser
+from qlora_lightning.commands.output import add_json_option, check_output
 from qlora_lightning.support.errors import UserError
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -64,18 +62,10 @@ def parse(argv: Sequence[str]) -> Options:
         raise UserError(f"--max-kl is {own.max_kl:g}: expected 0 or more.")
     if rest and (own.out is None or not own.rows):
         raise UserError(f"{rest[0]} chooses rows for the check of a merged model, and there is no check.")
-    inputs = find_inputs([own.adapter, own.base, own.config, *rest])
-    files = {"--adapter-gguf": own.adapter_gguf, "--json": own.json}
-    named = {option: name_file(option, name) for option, name in files.items() if name is not None}
-    check_distinct({"--out": own.out, **named})
-    for option, file in named.items():
-        if own.out is not None and _lies_in(file, own.out):
-            raise UserError(f"{option} {file} lies in --out {own.out}, which is made as a whole: name a file outside.")
     if own.json is not None and own.out is None:
         raise UserError("--json holds the figures of a merged model, and there is none: add --out, or leave it out.")
-    own.json = json_file(own.json, ("adapter", "onto", "dtype"), inputs, force=own.force)
-    if own.adapter_gguf is not None:  # check_file looks at what is there
-        own.adapter_gguf = check_output_file("--adapter-gguf", own.adapter_gguf, lambda file: True, inputs)
+    own.json = check_output("--json", own.json, own.force)
+    own.adapter_gguf = check_output("--adapter-gguf", own.adapter_gguf, own.force)
     if own.out is not None:
         check_folder(own.out, own.force)
     if own.adapter_gguf is not None:
@@ -100,10 +90,6 @@ def _check_overrides(rest: Sequence[str]) -> None:
             raise UserError(f"unrecognized arguments: {word}. See `qlora-lightning merge --help`.")
         if "=" not in word and next(words, "--").startswith("--"):
             raise UserError(f"{word}: expected a value behind it.")
-
-
-def _lies_in(file: Path, folder: Path) -> bool:
-    return Path(os.path.realpath(folder)) in Path(os.path.realpath(file)).parents
 
 
 def make_parser() -> OptionParser:
@@ -136,6 +122,5 @@ def make_parser() -> OptionParser:
         help="keep nothing if what is written diverges from base and adapter by more, in nats per token "
         "(default: 0.001 in fp32 and 0.01 rounded, onto dequantized; 0.5 onto original)",
     )
-    add("--force", action="store_true", help="replace what --out, --adapter-gguf and --json name")
-    add("--json", metavar="FILE", help="write all figures there too")
+    add_json_option(parser)
     return parser

@@ -9,7 +9,7 @@ import numpy as np
 
 from qlora_lightning.base.adapter_folder import find_run_config
 from qlora_lightning.commands.inspection.arguments import make_data_module, parse
-from qlora_lightning.commands.quiet import quiet_lightning
+from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.data.batches.collate import collate_rows
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError

@@ -12,7 +12,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qlora_lightning.base.cache import EntryCheck
 from qlora_lightning.base.tensors import format_bytes
-from qlora_lightning.commands.json_output import write_json
 from qlora_lightning.commands.merge.arguments import DTYPES, Options
 from qlora_lightning.commands.merge.check import Checker
 from qlora_lightning.commands.merge.gguf_adapter import write_adapter
@@ -28,6 +27,7 @@ from qlora_lightning.commands.merge.staging import (
 )
 from qlora_lightning.commands.merge.ways import Ways
 from qlora_lightning.commands.merge.write import RoundingShards, TensorSink, write_companions, write_tensors
+from qlora_lightning.commands.output import write_json
 from qlora_lightning.model.opened_adapter import AdapterSource, find_adapter
 from qlora_lightning.model.weights.merging import MergedWeights, MergePlan, plan_merge
 from qlora_lightning.support.errors import UserError

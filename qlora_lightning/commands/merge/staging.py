@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 
-from qlora_lightning.commands.json_output import check_output_folder
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import find_storage_fault, flush, is_stream, put_in_place
 
@@ -25,7 +24,6 @@ def check_folder(target: Path, force: bool) -> None:
     Raises:
         UserError: There is something, and it is not to be replaced, or holds what this command did not write.
     """
-    check_output_folder("--out", target, made_beside=True)
     try:
         _put_back(Path(os.path.realpath(target)))
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):

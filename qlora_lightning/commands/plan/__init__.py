@@ -10,10 +10,8 @@ from rich.console import Console
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.commands.adapter_config import add_config
-from qlora_lightning.commands.input_files import find_inputs
-from qlora_lightning.commands.json_output import json_file, tables_beside, write_json
-from qlora_lightning.commands.option_parser import OptionParser
-from qlora_lightning.commands.quiet import quiet_lightning
+from qlora_lightning.commands.options import OptionParser, quiet_lightning
+from qlora_lightning.commands.output import add_json_option, check_output, tables_beside, write_json
 from qlora_lightning.support.errors import UserError
 
 _DESCRIPTION = """Show the model of a config and plan its memory, steps and tokens before anything is loaded.
@@ -40,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     """
     own, rest = _parser().parse_known_args(argv)
     memory = None if own.device_memory is None else read_size(own.device_memory)
-    file = json_file(own.json, ("base", "largest_batch", "knobs"), find_inputs([own.adapter, *rest]))
+    file = check_output("--json", own.json, own.force)
 
     if own.adapter is not None:
         adapter = find_adapter_folder(own.adapter)
@@ -93,5 +91,5 @@ def _parser() -> OptionParser:
         metavar="SIZE",
         help="memory of the device, such as 16GiB or 24GB (default: of this machine's GPU, or its own)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write all figures there too")
+    add_json_option(parser)
     return parser

@@ -4,10 +4,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from qlora_lightning.commands.input_files import find_inputs
-from qlora_lightning.commands.json_output import json_file, tables_beside, write_json
-from qlora_lightning.commands.option_parser import OptionParser
-from qlora_lightning.commands.quiet import quiet_lightning
+from qlora_lightning.commands.options import OptionParser, quiet_lightning
+from qlora_lightning.commands.output import add_json_option, check_output, tables_beside, write_json
 from qlora_lightning.commands.sweep.dimensions import (
     Dimension,
     add_dimension_options,
@@ -41,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     own, rest = _parser().parse_known_args(argv)
     dimension = choose_dimension(own)
     refuse_ignored(dimension, rest)
-    file = json_file(own.json, ("setting", "trials", "chosen"), find_inputs(rest))
+    file = check_output("--json", own.json, own.force)
     if not 0 <= own.min_gain < float("inf"):
         raise UserError(f"--min-gain is {own.min_gain:g}: expected 0 or more nats per token.")
     with tables_beside(file):
@@ -104,5 +102,5 @@ def _parser() -> OptionParser:
     add_dimension_options(parser)
     least = "nats per token that a gain must reach beside being above noise (default: 0)"
     parser.add_argument("--min-gain", type=float, default=0.0, metavar="X", help=least)
-    parser.add_argument("--json", metavar="FILE", help="write all figures there too")
+    add_json_option(parser)
     return parser

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from qlora_lightning.callbacks import Evaluation, LoadingLines, MemoryComparison, StopSignals
 from qlora_lightning.commands import training
-from qlora_lightning.commands.moved_run import refuse_moved_run
+from qlora_lightning.commands.config import read_configs, refuse_moved_run
 from qlora_lightning.commands.sweep.built import check_built
 from qlora_lightning.commands.sweep.dimensions import Dimension, show_value
 from qlora_lightning.commands.sweep.judge import TrialJudge
@@ -61,7 +61,7 @@ class TrialCLI(QLoRACLI):
                 f"model.adapter: its own {self._dimension.title} rules, so that cannot be varied. Leave model.adapter "
                 "out, or sweep --learning-rates."
             )
-        refuse_moved_run(args, asked["trainer"]["default_root_dir"])
+        refuse_moved_run(read_configs(args), asked["trainer"]["default_root_dir"])
         self.root = Path(asked["trainer"]["default_root_dir"])
         self.folder = self.root / self._dimension.folder
         own = self.folder / self._dimension.place(self._value)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_lightning.commands.json_output import write_json
+from qlora_lightning.commands.output import write_json
 from qlora_lightning.commands.sweep.dimensions import Dimension, show_value
 from qlora_lightning.commands.sweep.gain import Gain, measure_gain
 from qlora_lightning.commands.sweep.trial import Trial

@@ -1,6 +1,7 @@
 """The parts of a planned step: by hand, and against what autograd saves and what tensors a real step makes."""
 
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -8,9 +9,6 @@ import torch
 from transformers import LlamaConfig
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.commands.profile.kept import KeptTensors
-from qlora_lightning.commands.profile.parts import Widths
-from qlora_lightning.commands.profile.scopes import Scopes
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.batch import BatchShape, shape_of_batch
 from qlora_lightning.model.build import fuse, meta_base, meta_copy, put_adapters
@@ -49,14 +47,39 @@ def make_batch(lengths, shared=0):
     return batch
 
 
+class Saved:
+    """A tensor in the graph's hands; it goes with the graph."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor.detach()  # an output that is saved as it is would keep its own graph alive
+
+
 def saved_in_truth(module, batch):
     """Return the bytes that the graph of a loss holds, each storage once, and the shape of its batch."""
-    watched = KeptTensors(module.model, Scopes(), Widths(frozenset(), 0, 0))
-    watched.start()
-    loss = module.compute_loss(batch).nll_sum
-    watched.stop()
+    saved = []
+
+    def pack(tensor):
+        held = Saved(tensor)
+        saved.append(weakref.ref(held))
+        return held
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        loss = module.compute_loss(batch).nll_sum
+    tensors = [held.tensor for held in (reference() for reference in saved) if held is not None]
+    nodes, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            waiting += [following for following, _ in node.next_functions]
+            for value in getattr(node, "__dict__", {}).values():  # bitsandbytes' functions save on themselves
+                tensors += value if isinstance(value, tuple | list) else [value]
+    storages = [tensor.untyped_storage() for tensor in tensors if torch.is_tensor(tensor)]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    for tensor in (*module.model.parameters(), *module.model.buffers()):
+        sizes.pop(tensor.untyped_storage().data_ptr(), None)
     shape = shape_of_batch(batch)
-    return sum(watched.bytes_by_part(loss).values()), shape if module.leaves_out_unneeded else shape.whole()
+    return sum(sizes.values()), shape if module.leaves_out_unneeded else shape.whole()
 
 
 def plan(module, batch, **changes):

@@ -23,8 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from qlora_lightning.model.batch import BatchShape
-from qlora_lightning.model.kernels.attention import attends_in
-from qlora_lightning.model.layers.attention import FLAT_ATTENTION
+from qlora_lightning.model.layers.attention import FLAT_ATTENTION, attends_in
 from qlora_lightning.model.layers.lora import TILE_BYTES, runs_fused
 from qlora_lightning.support.console import quiet_loggers
 

@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import bitsandbytes as bnb
 import torch
@@ -32,6 +33,7 @@ from qlora_lightning.model.layers.decoder_layer import cast_adapters
 from qlora_lightning.model.layers.fusing import choose_layers, fuse_layers
 from qlora_lightning.model.layout import lay_out
 from qlora_lightning.model.module import QLoRAModule
+from tests.steps import make_batch
 
 LAYERS = 4
 LENGTHS = (64, 64, 64)
@@ -81,9 +83,7 @@ def make_model(*, fast: bool) -> Any:
         max_position_embeddings=512,
         attn_implementation=register_flat_attention(fast) if fast else "sdpa",
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        base = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    base = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     for name, linear in list(base.named_modules()):
         if isinstance(linear, nn.Linear) and ".layers." in name:
             shape = linear.in_features, linear.out_features
@@ -103,14 +103,10 @@ def make_model(*, fast: bool) -> Any:
 
 
 class _Quantized(type):
-    """A fake tensor is no Params4bit, but has its state."""
+    """Of a class whose instances have the state of a Params4bit, which no fake tensor is."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return hasattr(instance, "quant_state")
-
-
-class _Params4bit(metaclass=_Quantized):
-    pass
 
 
 def make_fake(model: nn.Module, device: str) -> None:
@@ -152,38 +148,19 @@ def pretending(launches: Launches) -> Iterator[None]:
         (attention, "has_ragged_kernel", lambda device, dtype: True),
         (attention, "attend_ragged", attend),
         (lora, "sums_in_float32", lambda tensor: True),
-        (bnb.nn, "Params4bit", _Params4bit),
+        (bnb.nn, "Params4bit", _Quantized("Params4bit", (), {})),
     ]
-    before = [getattr(owner, name) for owner, name, _ in pretended]
-    for owner, name, value in pretended:
-        setattr(owner, name, value)
-    try:
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in pretended:
+            stack.enter_context(mock.patch.object(owner, name, value))
         yield
-    finally:
-        for (owner, name, _), value in zip(pretended, before, strict=True):
-            setattr(owner, name, value)
-
-
-def make_batch() -> dict[str, Any]:
-    """Make a batch as the data module does."""
-    tokens = sum(LENGTHS)
-    ids = torch.randint(5, 1000, (1, tokens), generator=torch.Generator().manual_seed(0))
-    batch = {
-        "input_ids": ids,
-        "labels": ids.clone(),
-        "position_ids": torch.cat([torch.arange(length) for length in LENGTHS])[None],
-        "cu_seqlens": torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32),
-    }
-    batch["labels"][0, batch["cu_seqlens"][:-1]] = -100
-    rows = torch.arange(len(LENGTHS))
-    return {**batch, "row_ids": rows, "source": rows, "longest": max(LENGTHS)}
 
 
 def count(*, fast: bool) -> tuple[Launches, Launches]:
     """Count the launches of all layers, forward on fake CUDA tensors and backward on fake CPU ones."""
     counted = []
     for device in ("cuda", "cpu"):
-        model, layout = make_model(fast=fast), lay_out(make_batch(), leaves_out=False)
+        model, layout = make_model(fast=fast), lay_out(make_batch(LENGTHS), leaves_out=False)
         forward, backward = Launches(), Launches()
         with FakeTensorMode(allow_non_fake_inputs=True), pretending(forward):
             make_fake(model, device)
@@ -192,11 +169,8 @@ def count(*, fast: bool) -> tuple[Launches, Launches]:
             with forward, contextlib.nullcontext() if device == "cpu" else torch.no_grad():
                 if fast:
                     options["casts"] = cast_adapters(model)
-                hidden = (
-                    model.get_base_model()
-                    .base_model(input_ids=moved.input_ids, position_ids=moved.position_ids, use_cache=False, **options)
-                    .last_hidden_state
-                )
+                tokens = {"input_ids": moved.input_ids, "position_ids": moved.position_ids}
+                hidden = model.get_base_model().base_model(**tokens, use_cache=False, **options).last_hidden_state
             if device == "cuda":
                 counted.append(forward)
                 continue
@@ -227,8 +201,7 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
-        comes_home = "_to_copy" in str(function) and str(options.get("device")) == "cpu" and args[0].is_cuda
-        if comes_home:
+        if "_to_copy" in str(function) and str(options.get("device")) == "cpu" and args[0].is_cuda:
             self.count += 1
             return torch.zeros(tuple(args[0].shape), dtype=options.get("dtype") or args[0].dtype)
         if "_local_scalar_dense" in str(function) and not args[0].is_cuda:
@@ -240,7 +213,7 @@ class HostReads(TorchDispatchMode):
 
 def count_host_reads() -> int:
     """Count the reads of a step but the optimizer's own: layout, loss, window, guards and log, on fake CUDA tensors."""
-    module, batch = QLoRAModule("a"), make_batch()
+    module, batch = QLoRAModule("a"), make_batch(LENGTHS) | {"row_ids": torch.arange(3), "source": torch.arange(3)}
     module.model, module._device = make_model(fast=True), torch.device("cuda", 0)
     trainer = SimpleNamespace(accumulate_grad_batches=1, world_size=1, callbacks=[module.guard], precision_plugin=None)
     module.trainer = trainer  # type: ignore[assignment]

@@ -10,13 +10,8 @@ from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from qlora_lightning.model.kernels import attention as kernel
-from qlora_lightning.model.kernels.attention import attends_in
 from qlora_lightning.model.layers import attention
-from qlora_lightning.model.layers.attention import (
-    flat_attention,
-    register_flat_attention,
-)
+from qlora_lightning.model.layers.attention import attends_in, flat_attention, register_flat_attention
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
 from qlora_lightning.model.layout import Needed, place_samples, whole_samples
 from qlora_lightning.support.versions import attend_ragged
@@ -56,7 +51,7 @@ def attend_by(*, fast=True, loops=True, ragged_kernel=False):
     def attend(*qkv, samples, scale=SCALE):
         with pytest.MonkeyPatch.context() as patch:
             if not loops:
-                patch.setattr(kernel, "can_attend", lambda value, dtype: False)
+                patch.setattr(attention, "has_loops", lambda value, dtype: False)
             if ragged_kernel:
                 patch.setattr(attention, "has_ragged_kernel", lambda device, dtype: True)
                 patch.setattr(varlen, "varlen_attn", ragged_kernel_of_torch_2_11)

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import re
 import shutil
 
@@ -11,6 +10,7 @@ import lightning
 import peft
 import pytest
 import torch
+from lightning.pytorch.profilers import PyTorchProfiler
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -24,7 +24,7 @@ from qlora_lightning.model.base_model import freeze
 from qlora_lightning.model.kernels import library
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, cast_adapters
-from qlora_lightning.model.layers.fusing import choose_layers, fuse_layers
+from qlora_lightning.model.layers.fusing import choose_layers, explain_plain_layers, fuse_layers
 from qlora_lightning.model.layers.lora import FusedLinear4bit, runs_fused
 from qlora_lightning.model.layout import whole_samples
 from qlora_lightning.support.versions import enable_activation_checkpointing
@@ -84,7 +84,7 @@ def test_with_and_without_a_compiler_it_errs_no_more_than_the_plain_path(
     fast = loss_and_gradients(make_module(tiny_base, compute_dtype=compute_dtype))
     if not compiler:
         library.load_library.cache_clear()
-        assert "g++ is not installed: a step on the CPU takes the slower way" in caplog.text
+        assert "the slower way, without the C++ loops: g++ is not installed" in caplog.text
     assert 0 < distance(fast[1], exact[1]) <= max(1e-5, 1.1 * distance(plain[1], exact[1]))
     assert fast[0] == pytest.approx(exact[0], rel=1e-5 if compute_dtype == "fp32" else 1e-3)
 
@@ -161,10 +161,17 @@ def test_compiled_it_gives_the_same_gradients(tiny_base):
 # ---- what is kept, and computed again -------------------------------------------------------------------------------
 
 
-def test_a_checkpointed_layer_gives_the_same_numbers(tiny_base):
-    module = make_module(tiny_base)
+@pytest.mark.parametrize(("checkpoints", "casts"), [(True, False), (False, True), (True, True)])
+def test_checkpointed_layers_and_adapters_that_are_cast_at_once_give_the_same_numbers(tiny_base, checkpoints, casts):
+    module = make_module(tiny_base, compute_dtype="bf16")
     loss, gradients = loss_and_gradients(module)
-    enable_activation_checkpointing(module.causal_lm)
+    if checkpoints:
+        enable_activation_checkpointing(module.causal_lm)
+    if casts:  # as on a GPU, where each cast of its own would be a launch
+        options = {"casts": cast_adapters(module.model)}
+        module.causal_lm.base_model.register_forward_pre_hook(
+            lambda _, args, usual: (args, usual | options), with_kwargs=True
+        )
     again = loss_and_gradients(module)
     assert again[0] == loss
     assert torch.equal(again[1], gradients)
@@ -189,23 +196,7 @@ def test_below_the_lowest_adapter_nothing_is_kept_for_backward(tiny_base):
     assert len(kept) > 1
 
 
-@pytest.mark.parametrize("checkpoints", [False, True])
-def test_adapters_that_are_cast_at_once_compute_the_same(tiny_base, checkpoints):
-    """As on a GPU, where each cast of its own would be a launch."""
-    module = make_module(tiny_base, compute_dtype="bf16")
-    if checkpoints:
-        enable_activation_checkpointing(module.causal_lm)
-    loss, gradients = loss_and_gradients(module)
-    casts = cast_adapters(module.model)
-    module.causal_lm.base_model.register_forward_pre_hook(
-        lambda _, args, options: (args, {**options, "casts": casts}), with_kwargs=True
-    )
-    with_casts = loss_and_gradients(module)
-    assert with_casts[0] == loss
-    assert torch.equal(with_casts[1], gradients)
-
-
-# ---- only where nobody would miss the plain path --------------------------------------------------------------------
+# ---- whatever changes between two runs ------------------------------------------------------------------------------
 
 
 class OwnNorm(nn.Module):
@@ -213,43 +204,49 @@ class OwnNorm(nn.Module):
         return x
 
 
+def hook(part):
+    return lambda layer: layer.get_submodule(part).register_forward_hook(lambda *inputs: 2 * inputs[-1])
+
+
+def double(part):
+    def change(layer):
+        usual = layer.get_submodule(part).forward
+        layer.get_submodule(part).forward = lambda *inputs: 2 * usual(*inputs)
+
+    return change
+
+
+WATCHED = ("mlp", "mlp.up_proj", "self_attn.k_proj.lora_A.default", "mlp.gate_proj.base_layer")
 CHANGES = {
     "a norm": lambda layer: setattr(layer, "input_layernorm", OwnNorm()),
     "an activation": lambda layer: setattr(layer.mlp, "act_fn", nn.GELU()),
-    "a forward": lambda layer: setattr(layer.mlp, "forward", lambda x: x),
-    "a base that trains": lambda layer: layer.self_attn.q_proj.get_base_layer().weight.requires_grad_(),
+    "an MLP": lambda layer: setattr(layer, "mlp", OwnNorm()),
     "dropout": lambda layer: layer.mlp.up_proj.lora_dropout.update({"default": nn.Dropout(0.5)}),
+    **{f"a hook on {part}": hook(part) for part in (*WATCHED, "mlp.down_proj.lora_dropout.default")},
+    **{f"the forward of {part}": double(part) for part in WATCHED},
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_a_part_that_is_replaced_after_loading_is_used(tiny_base, change):
+def test_a_part_that_is_replaced_or_watched_after_a_step_is_called_in_the_next(tiny_base, change):
+    losses = []
+    for fast in (True, False):
+        module = make_module(tiny_base, quantization="none", fast=fast)
+        before = loss_and_gradients(module, batch())[0]
+        change(layers_of(module)[0])
+        torch.manual_seed(0)
+        losses.append(loss_and_gradients(module, batch())[0])
+        assert sum(map(runs_fused, layers_of(module))) == fast
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] != pytest.approx(before, rel=1e-5)
+
+
+def test_a_base_that_trains_and_another_class_of_a_part_are_not_fused(tiny_base, monkeypatch):
     module = make_module(tiny_base, quantization="none")
-    assert count_fused(module) == 2
-    change(layers_of(module)[0])
+    layers_of(module)[0].self_attn.q_proj.get_base_layer().weight.requires_grad_()
     assert count_fused(module) == 1
-
-
-@pytest.mark.parametrize(
-    "part",
-    [
-        "mlp.up_proj",
-        "self_attn.k_proj.lora_A.default",
-        "mlp.down_proj.lora_dropout.default",
-        "mlp.gate_proj.base_layer",
-    ],
-)
-@pytest.mark.parametrize("how", ["hook", "forward"])
-def test_who_watches_a_part_sees_it(tiny_base, part, how):
-    module, seen = make_module(tiny_base), []
-    watched = layers_of(module)[0].get_submodule(part)
-    usual = watched.forward
-    if how == "hook":
-        watched.register_forward_hook(lambda *_: seen.append(part))
-    else:
-        watched.forward = lambda *inputs: seen.append(part) or usual(*inputs)
-    assert count_fused(module) == 1
-    assert seen == [part]
+    monkeypatch.setattr(llama, "LlamaRMSNorm", type("OwnNorm", (llama.LlamaRMSNorm,), {}))
+    assert count_fused(make_module(tiny_base)) == 0
 
 
 def test_who_watches_all_modules_sees_each(tiny_base):
@@ -279,17 +276,6 @@ def test_what_is_replaced_for_all_models_is_called(tiny_base, monkeypatch, owner
         assert count_fused(module) == 0
     assert called
     assert count_fused(module) == 2
-
-
-def test_another_attention_and_another_class_of_a_part_are_called(tiny_base, monkeypatch):
-    module = make_module(tiny_base)
-    module.causal_lm.set_attn_implementation(register_flat_attention(fast=False))
-    assert count_fused(module) == 0
-    monkeypatch.setattr(llama, "LlamaRMSNorm", type("OwnNorm", (llama.LlamaRMSNorm,), {}))
-    assert count_fused(make_module(tiny_base)) == 0
-
-
-# ---- whatever changes between two runs ------------------------------------------------------------------------------
 
 
 def add_dora(model):
@@ -346,36 +332,34 @@ def test_fast_may_be_switched_off_and_on(tiny_base):
         assert sum(map(runs_fused, linears)) == 7 * count
 
 
-@pytest.fixture
-def fit_rows(tiny_base, rows_file, tmp_path):
-    """Fit three steps with a validation behind each; return the callback."""
+# ---- in a fit -------------------------------------------------------------------------------------------------------
 
-    def run(callback, **settings):
+
+@pytest.fixture
+def fit(tiny_base, rows_file, tmp_path):
+    """Fit some steps with a validation behind each."""
+
+    def run(callback=None, max_steps=2, profiler=None, **settings):
         lightning.seed_everything(0, verbose=False)
         settings = {"rank": 2, "compute_dtype": "fp32", "quantization": "none", "learning_rate": 1e-2, **settings}
         trainer = lightning.Trainer(
-            accelerator="cpu", devices=1, max_steps=3, val_check_interval=1, limit_val_batches=1, logger=False,
+            accelerator="cpu", devices=1, max_steps=max_steps, val_check_interval=1, limit_val_batches=1, logger=False,
             num_sanity_val_steps=0, enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
-            default_root_dir=tmp_path, callbacks=[callback],
+            default_root_dir=tmp_path, callbacks=callback, profiler=profiler,
         )  # fmt: skip
         rows = str(rows_file)
         data = InstructionDataModule(train=rows, val=rows, tokenizer=str(tiny_base), batch_size=2)
         trainer.fit(QLoRAModule(str(tiny_base), warmup_ratio=0.0, **settings), data)
-        return callback
 
     return run
-
-
-def double(layer):
-    layer.mlp.forward = lambda x: 2 * llama.LlamaMLP.forward(layer.mlp, x)
 
 
 class Changing(lightning.Callback):
     """Changes all layers at some hook, once, and notes the losses."""
 
-    def __init__(self, hook, change):
+    def __init__(self, at, change):
         self.losses, self.due = [], True
-        setattr(self, hook, lambda trainer, module, *_: self.change(module, change))
+        setattr(self, at, lambda trainer, module, *_: self.change(module, change))
 
     def change(self, module, change):
         for layer in layers_of(module) if self.due else ():
@@ -387,71 +371,66 @@ class Changing(lightning.Callback):
 
 
 @pytest.mark.parametrize(
-    ("hook", "change"),
-    [
-        ("on_validation_end", CHANGES["an activation"]),
-        ("on_validation_end", double),
-        ("on_train_epoch_start", double),
-        ("on_train_batch_start", lambda layer: layer.mlp.register_forward_hook(lambda *inputs: 2 * inputs[-1])),
-    ],
+    ("at", "change"), [("on_validation_end", double("mlp")), ("on_train_batch_start", hook("mlp"))]
 )
-def test_what_a_callback_changes_at_any_time_holds_in_training(fit_rows, hook, change):
-    ours, plain, unchanged = (
-        fit_rows(Changing(hook, what), fast=fast).losses
-        for fast, what in ((True, change), (False, change), (True, lambda layer: None))
-    )
-    assert ours == pytest.approx(plain, rel=1e-5)
-    assert ours[1:] != pytest.approx(unchanged[1:], rel=5e-5)
+def test_what_a_callback_changes_at_any_time_holds_in_training(fit, at, change):
+    ours, plain = (Changing(at, change) for _ in range(2))
+    fit(ours)
+    fit(plain, fast=False)
+    assert ours.losses == pytest.approx(plain.losses, rel=1e-5)
 
 
-# ---- why layers are plain: a sentence in the log of a fit -----------------------------------------------------------
+def test_a_profile_of_pytorch_names_the_parts_of_a_step(fit, tmp_path):
+    always = {"schedule": lambda step: torch.profiler.ProfilerAction.RECORD}
+    profiler = PyTorchProfiler(tmp_path, "profile", row_limit=-1, export_to_chrome=False, **always)
+    fit(profiler=profiler, quantization="nf4")
+    table = (tmp_path / "fit-profile.txt").read_text()
+    rows = [line.split() for line in table.splitlines() if "% " in line and "# of" not in line]
+    found, steps = {row[0]: int(row[-1]) for row in rows}, 2
+    for name in ("NormedQKV", "Rotary", "SampleAttention", "LoRALinearFunction", "NormedGateUp", "SwiGLUProjection"):
+        assert found[f"{name}Backward"] == 2 * steps <= found[name]  # in two layers; validation has forwards too
+    assert found["_FrozenHeadLossBackward"] == steps <= found["_FrozenHeadLoss"]
+    assert found["bitsandbytes::dequantize_4bit"] >= 2 * 2 * 7 * steps
+    assert "Optimizer.step#AdamW.step" in found
 
 
-@pytest.fixture
-def fit(tiny_base, rows_file, tmp_path, capsys):
-    """Fit one batch; return what is reported of layers that are not fused. The base may have another config."""
-
-    def run(config=None, precision="32-true", change=lambda module: None, **settings):
-        base = shutil.copytree(tiny_base, tmp_path / "base")
-        usual = json.loads((base / "config.json").read_text())
-        (base / "config.json").write_text(json.dumps(usual | (config or {})))
-        module = QLoRAModule(str(base), **{"rank": 2, "compute_dtype": "fp32", "cache": False, **settings})
-        module.configure_model()
-        change(module)
-        trainer = lightning.Trainer(
-            accelerator="cpu", devices=1, max_steps=1, enable_progress_bar=False, logger=False, precision=precision,
-            enable_checkpointing=False, enable_model_summary=False, default_root_dir=tmp_path,
-        )  # fmt: skip
-        trainer.fit(module, InstructionDataModule(train=str(rows_file), tokenizer=str(tiny_base), batch_size=2))
-        return [line for line in capsys.readouterr().out.splitlines() if "slower layers" in line]
-
-    return run
+# ---- why layers are plain -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{"config": {"hidden_act": "swish"}}, {"fast": False}], ids=str)
-def test_nothing_is_reported_if_all_layers_run_fused_or_none_shall(fit, settings):
-    assert fit(**settings) == []
+def explain(module, precision="32-true"):
+    module.compute_loss(batch())
+    return explain_plain_layers(module.causal_lm, autocasts=module.autocast_dtype is not None, precision=precision)
 
 
-def watch_second(module):
-    layers_of(module)[1].mlp.register_forward_hook(lambda *_: None)
+def test_a_fit_reports_why_layers_are_plain_if_they_are(fit, capsys):
+    fit(max_steps=1)
+    fit(max_steps=1, fast=False)
+    assert "slower layers" not in capsys.readouterr().out
+    fit(max_steps=1, dropout=0.1)
+    assert "All 2 layers train by the slower layers of PEFT and transformers: model.dropout" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("settings", "reason"),
+    ("options", "reason"),
     [
-        ({"compute_dtype": "bf16", "dropout": 0.1}, "All 2 layers .*drop inputs .model.dropout: 0 would run fused"),
-        ({"lora_options": {"use_dora": True}}, "All 2 layers .*Dora.*without use_dora"),
-        ({"quantization": "int8"}, "All 2 layers .*stored in int8 .model.quantization: nf4 would run fused"),
-        (
-            {"config": {"attention_dropout": 0.25, "hidden_act": "gelu"}, "dropout": 0.1},
-            "model.dropout.*; the base's .*_dropout 0.25 .*; the base's hidden_act is gelu",
-        ),
-        ({"change": watch_second}, "1 of 2 layers .*their parts have hooks"),
-        ({"compute_dtype": "bf16", "lora_options": {"trainable_token_indices": [5]}}, "token_adapter.* trains beside"),
+        ({"compute_dtype": "bf16", "dropout": 0.1}, "All 2 layers .*: model.dropout is not 0"),
+        ({"lora_options": {"use_dora": True}}, "All 2 layers .*: model.lora_options ask for PEFT's .*Dora"),
+        ({"quantization": "int8"}, "All 2 layers .*: model.quantization is int8"),
+        ({"compute_dtype": "bf16", "lora_options": {"trainable_token_indices": [5]}}, "token_adapter.* beside"),
+        ({"compute_dtype": "bf16", "lora_options": {"modules_to_save": ["norm"]}}, r"norm\..* beside the adapters"),
         ({"precision": "bf16-mixed"}, "trainer.precision is bf16-mixed .32-true computes"),
     ],
-)  # fmt: skip
-def test_why_layers_are_plain_is_reported_in_one_sentence_with_what_to_do(fit, settings, reason):
-    (line,) = fit(**settings)
-    assert re.search(reason, line)
+)
+def test_the_reason_is_named_by_its_setting(tiny_base, options, reason):
+    precision = {"precision": options.pop("precision")} if "precision" in options else {}
+    assert re.search(reason, explain(make_module(tiny_base, **options), **precision))
+
+
+def test_the_base_and_hooks_are_named_too(tiny_base):
+    module = make_module(tiny_base)
+    layers_of(module)[1].mlp.register_forward_hook(lambda *_: None)
+    assert explain(module).startswith("1 of 2 layers train")
+    for layer in layers_of(module):
+        layer.mlp.act_fn, layer.self_attn.attention_dropout = nn.GELU(), 0.25
+    module.causal_lm.config.update({"hidden_act": "gelu", "attention_dropout": 0.25})
+    assert re.search("attention_dropout is 0.25; the base's hidden_act is gelu, not silu", explain(module))

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from qlora_lightning import QLoRAModule
 from qlora_lightning.model import layout
 from qlora_lightning.model import module as module_file
-from qlora_lightning.model.layout import IGNORED, filled, find_needed, lay_out
+from qlora_lightning.model.layout import IGNORED, add_noise, filled, find_needed, lay_out, whole_samples
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import enable_activation_checkpointing
-from tests.steps import assert_same_step, distance, loss_and_gradients, make_module
+from tests.steps import assert_same_step, loss_and_gradients, make_batch, make_module
 
 SYSTEM = [1, 2, 3]
 
@@ -60,24 +62,30 @@ def test_padded_samples_are_as_long_as_the_longest_and_count_their_own_tokens():
     assert lay_out(batch, leaves_out=False).samples.padded is None
 
 
-def test_a_token_from_which_something_is_predicted_is_not_shared():
-    found = lay_out(batch_of(([*SYSTEM, 7, 8], 3, 0), ([*SYSTEM, 7, 9], 3, 0)))
-    assert found.input_ids.tolist() == [[*SYSTEM, 7, 3, 7]]
-    assert (found.predicting.tolist(), found.targets.tolist()) == ([2, 3, 4, 5], [7, 8, 7, 9])
-
-
-def test_beginnings_are_shared_in_a_chain():
-    found = lay_out(batch_of(([1, 2, 9], 2, 0), ([1, 2, 3, 4, 9], 4, 0), ([1, 2, 3, 5, 9], 4, 0)))
-    # Sorted: (1 2 3 4), (1 2 3 5), (1 2): the third computes no more than 5, the first no more than its 2.
-    assert found.input_ids.tolist() == [[2, 1, 2, 3, 4, 5]]
-    assert found.samples.expanded.gather_index.tolist() == [1, 0, 1, 2, 3, 4, 1, 2, 3, 5]
-
-
-def test_samples_without_labels_have_one_token():
-    found = lay_out(batch_of(([4, 5, 6], 3, 0), ([4, 5, 6], 3, 0)))
-    assert found.input_ids.tolist() == [[4, 4]]
-    assert not found.samples.expanded.shares
-    assert not len(found.targets)
+@pytest.mark.parametrize(
+    ("samples", "ids", "gather_index", "targets"),
+    [
+        (  # from 3 and 7 something is predicted
+            [([*SYSTEM, 7, 8], 3, 0), ([*SYSTEM, 7, 9], 3, 0)],
+            [*SYSTEM, 7, 3, 7],
+            [0, 1, 2, 3, 0, 1, 4, 5],
+            [7, 8, 7, 9],
+        ),
+        (  # in a chain: (1 2 3 4), (1 2 3 5), (1 2); the third computes no more than 5, the first no more than its 2
+            [([1, 2, 9], 2, 0), ([1, 2, 3, 4, 9], 4, 0), ([1, 2, 3, 5, 9], 4, 0)],
+            [2, 1, 2, 3, 4, 5],
+            [1, 0, 1, 2, 3, 4, 1, 2, 3, 5],
+            [9, 9, 9],
+        ),
+        ([([4, 5, 6], 3, 0), ([4, 5, 6], 3, 0)], [4, 4], [0, 1], []),  # without labels: one token each
+    ],
+)
+def test_beginnings_are_shared_as_far_as_nothing_is_predicted_from_them(samples, ids, gather_index, targets):
+    found = lay_out(batch_of(*samples))
+    assert found.input_ids.tolist() == [ids]
+    assert found.samples.expanded.gather_index.tolist() == gather_index
+    assert found.samples.expanded.shares == (len(ids) < len(gather_index))
+    assert found.targets.tolist() == targets
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
@@ -142,16 +150,6 @@ def test_loss_and_gradients_are_those_of_the_plain_path_over_all_tokens(tiny_bas
     assert_same_step(loss_and_gradients(module, batch), loss_and_gradients(plain, batch))
 
 
-def test_in_bfloat16_gradients_err_no_more_than_those_of_the_plain_path(tiny_base):
-    def gradient(**options):
-        module = make_module(tiny_base, **options)
-        return torch.cat([loss_and_gradients(module, batch_of(*rows))[1] for rows in BATCHES.values()])
-
-    exact = gradient(fast=False)
-    ours, plain = gradient(compute_dtype="bf16"), gradient(compute_dtype="bf16", fast=False)
-    assert distance(ours, exact) <= 1.1 * distance(plain, exact)
-
-
 @pytest.mark.parametrize("in_place", [True, False])
 def test_labels_that_a_subclass_changes_are_seen(tiny_base, in_place):
     """What is left out follows the labels of the batch that comes, not those that it was laid out with."""
@@ -194,3 +192,40 @@ def test_loss_and_gradients_are_those_of_the_batch_that_is_not_filled_up(tiny_ba
     plain = layout.lay_out
     monkeypatch.setattr(module_file, "lay_out", lambda batch, *, fills, **options: plain(batch, **options))
     assert_same_step(filled, train())
+
+
+# ---- noise on embeddings (NEFTune) ----------------------------------------------------------------------------------
+
+
+def test_noise_of_a_token_follows_the_length_of_its_own_sample():
+    width, lengths, alpha = 64, [4, 100], 5.0
+    torch.manual_seed(0)
+    noise = add_noise(torch.zeros(1, sum(lengths), width), whole_samples(lengths), alpha)[0]
+    for length, part in zip(lengths, noise.split(lengths), strict=True):
+        bound = alpha / (length * width) ** 0.5
+        assert 0.95 * bound < part.abs().max() <= bound
+        assert part.abs().mean() == pytest.approx(bound / 2, rel=0.1)  # uniform
+        # the expected norm of the whole sample's noise is alpha / sqrt(3), whatever its length
+        assert part.norm() == pytest.approx(alpha / 3**0.5, rel=0.1)
+
+
+def test_noise_is_there_in_training_only(tiny_base):
+    batch = make_batch((4, 3))
+
+    def losses(alpha, seed=0):
+        module = make_module(tiny_base, neftune_alpha=alpha)
+        torch.manual_seed(seed)
+        return module.compute_loss(batch).nll_sum.item(), module.eval().compute_loss(batch).nll_sum.item()
+
+    plain, noisy = losses(None), losses(5.0)
+    assert noisy[0] != plain[0]
+    assert noisy == losses(5.0)
+    assert noisy[0] != losses(5.0, seed=1)[0]
+    assert noisy[1] == plain[1]
+    assert losses(1e-30) == plain  # below what a float32 holds: embedding first changes nothing
+
+
+@pytest.mark.parametrize("alpha", [0, -1, float("inf"), float("nan")])
+def test_a_strength_that_is_none_is_refused(alpha):
+    with pytest.raises(UserError, match="expected a positive number, such as 5, or null"):
+        QLoRAModule("base", neftune_alpha=alpha)

@@ -1,7 +1,5 @@
 """A fused LoRA linear over a frozen weight computes what PEFT's own does, whatever PEFT does with its adapters."""
 
-import pickle
-
 import bitsandbytes as bnb
 import peft
 import pytest
@@ -9,7 +7,7 @@ import torch
 from torch import nn
 
 from qlora_lightning.model.layers import lora
-from qlora_lightning.model.layers.fusing import choose_layers, fuse_layers
+from qlora_lightning.model.layers.fusing import fuse_layers
 from qlora_lightning.model.layers.lora import FusedLinear, FusedLinear4bit, multiply_by_weight
 from tests.steps import randomize
 
@@ -94,16 +92,6 @@ def test_adapters_may_be_merged_added_and_deleted():
     assert not torch.equal(second, base)
     model.add_adapter("third", peft.LoraConfig(r=RANK, target_modules=["proj"], lora_dropout=0.5))
     assert fuse_layers(model) == ["base_model.model.proj"]
-
-
-@pytest.mark.parametrize("storage", ["nf4", "fp4"])
-def test_a_model_that_was_pickled_computes_the_same(storage):
-    """There bitsandbytes' parameters have become plain ones, which its own forward mends."""
-    model, _ = make_lora(storage)
-    fuse_layers(model)
-    again = pickle.loads(pickle.dumps(model))
-    choose_layers(again)
-    torch.testing.assert_close(again(inputs(3)), model(inputs(3)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -67,16 +67,15 @@ def save_adapter_folder(
         stop_ids: Tokens at which generation stops, beside the tokenizer's end-of-sequence token and the base's own.
     """
     identity = {"format_version": FORMAT_VERSION, **identity}
-    generation: dict[str, Any] | None = None
-    if tokenizer is not None:
-        generation, complete = _generation_config(model, tokenizer, stop_ids)
-        if not complete:
-            identity[_OWN_STOPS] = True
     by_adapter = {name: _tensors_by_key(model, name) for name in model.peft_config}
     trained = [name for name, found in by_adapter.items() if any(each.requires_grad for each in found.values())]
     adapter = trained[0] if len(trained) == 1 else ADAPTER
     if adapter != ADAPTER and "adapter" in identity:  # it is that of the model as it was made
         identity["adapter"] = describe_adapter(model, adapter)
+    generation: dict[str, Any] = {}
+    if tokenizer is not None:
+        generation, known_to_base = _generation_config(model, tokenizer, stop_ids)
+        identity |= {} if known_to_base else {_OWN_STOPS: True}
     # copies: tied tensors share memory, which the format refuses
     weights = {key: each.detach().float().cpu().clone().contiguous() for key, each in by_adapter[adapter].items()}
     config = copy.copy(model.peft_config[adapter])
@@ -258,13 +257,8 @@ def open_adapter_folder(base: PreTrainedModel, folder: Path) -> peft.PeftModel:
     return model
 
 
-def fill_adapter(model: nn.Module, folder: Path, name: str = ADAPTER) -> None:
-    """Set an adapter of a model, however it was made, to the tensors of a folder; every one must find its place."""
-    if not isinstance(model, peft.PeftModel):
-        raise UserError(
-            f"The adapter folder {folder} cannot be put on a {type(model).__name__}: build_model must return a model "
-            "of PEFT, with adapters."
-        )
+def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
+    """Set an adapter of a model of PEFT, however it was made, to a folder's tensors; every one must find its place."""
     stored, own = read_tensors(folder), _tensors_by_key(model, name)
     check_fit(own, stored, f"The adapter folder {folder}")
     with torch.no_grad():

@@ -56,24 +56,15 @@ def check_lora_options(options: dict[str, Any], model: nn.Module, tied_embedding
             "others rewrite the frozen base, or need its weights before quantization or a pass over the data."
         )
     whole_modules = options.get("modules_to_save") or []
+    names = [f".{name}" for name, _ in model.named_modules()]
     for module in whole_modules:
-        _check_module_to_save(module, model)
+        if not any(name.endswith(f".{module}") for name in names):  # PEFT ignores it
+            raise UserError(f"model.lora_options.modules_to_save names {module!r}, but the base has no such module.")
     if tied_embeddings and {"embed_tokens", "lm_head"} & set(whole_modules) and not options.get("ensure_weight_tying"):
         raise UserError(
             f"model.lora_options.modules_to_save is {whole_modules}, but this base ties head and embedding: trained "
             "alone they would part. Add `ensure_weight_tying: true` with modules_to_save: [embed_tokens], "
             "or train single tokens with trainable_token_indices."
-        )
-
-
-def _check_module_to_save(name: str, model: nn.Module) -> None:
-    matches = [module for full, module in model.named_modules() if f".{full}".endswith(f".{name}")]
-    if not matches:  # PEFT ignores it
-        raise UserError(f"model.lora_options.modules_to_save names {name!r}, but the base has no such module.")
-    if any(isinstance(module, nn.Linear) and type(module) is not nn.Linear for module in matches):
-        raise UserError(
-            f"model.lora_options.modules_to_save names {name!r}, which is quantized: integers have no gradient. "
-            "Put an adapter on it with model.target_modules instead."
         )
 
 

@@ -60,55 +60,44 @@ def layer_of(name: str) -> int | None:
 
 
 def _select_modules(candidates: list[str], target_modules: str | list[str]) -> list[str]:
-    if isinstance(target_modules, str):
-        return _select_by_text(candidates, target_modules)
+    if isinstance(target_modules, str) and target_modules in PRESETS:
+        return [name for name in candidates if layer_of(name) is not None and PRESETS[target_modules] in name]
     if not target_modules:
         raise UserError("model.target_modules is an empty list: name at least one module, or write all-linear.")
-    for ending in target_modules:
-        if not any(_ends_with(name, ending) for name in candidates):
-            raise UserError(f"model.target_modules names {ending!r}, {_nothing_matches(candidates, ending)}")
-    return [name for name in candidates if any(_ends_with(name, ending) for ending in target_modules)]
-
-
-def _select_by_text(candidates: list[str], text: str) -> list[str]:
-    if text in PRESETS:
-        return [name for name in candidates if layer_of(name) is not None and PRESETS[text] in name]
+    endings = [target_modules] if isinstance(target_modules, str) else target_modules
     try:
-        pattern = re.compile(text)
+        pattern = re.compile(target_modules) if isinstance(target_modules, str) else None
     except re.error as error:
-        raise UserError(f"model.target_modules {text!r} is not a regular expression: {error}.") from error
-    selected = [name for name in candidates if pattern.fullmatch(name) or _ends_with(name, text)]
-    if not selected:
-        raise UserError(
-            f"model.target_modules is {text!r}, {_nothing_matches(candidates, text)} "
-            f"Presets are {', '.join(PRESETS)}; an expression must match a full name such as {candidates[1]}."
-        )
-    return selected
+        raise UserError(f"model.target_modules {target_modules!r} is not a regular expression: {error}.") from error
+    selected = set()
+    for ending in endings:
+        found = {name for name in candidates if _ends_with(name, ending) or (pattern and pattern.fullmatch(name))}
+        if not found:
+            verb = "names" if pattern is None else "is"
+            raise UserError(f"model.target_modules {verb} {ending!r}, {_nothing_matches(candidates, ending)}")
+        selected |= found
+    return [name for name in candidates if name in selected]
 
 
 def _nothing_matches(candidates: list[str], wanted: str) -> str:
     endings = list(dict.fromkeys(name.rpartition(".")[2] for name in candidates))
-    return f"but the base has no such module; it has {', '.join(endings)}.{nearest(wanted, [*endings, *PRESETS])}"
+    hint = nearest(wanted, [*endings, *PRESETS]) or f" An expression must match a full name such as {candidates[1]}."
+    return f"but the base has no such module; it has {', '.join(endings)}.{hint}"
 
 
 def _choose_layers(candidates: list[str], layers: str | list[int]) -> list[int]:
     check_layers(layers)
     present = sorted({layer for name in candidates if (layer := layer_of(name)) is not None})
-    count = len(present)
     if layers == "all":
         return present
-    if isinstance(layers, str):
-        wanted = int(layers.removeprefix("last:"))
-        if not 1 <= wanted <= count:
-            raise UserError(
-                f"model.layers is {layers!r}, but the base has {count} layers: expected last:1 … last:{count}."
-            )
-        return present[-wanted:]
-    if not layers or not set(layers) <= set(present):
+    count = int(layers.removeprefix("last:")) if isinstance(layers, str) else len(layers)
+    chosen = present[-count:] if isinstance(layers, str) else layers
+    if not 1 <= count <= len(present) or not set(chosen) <= set(present):
         raise UserError(
-            f"model.layers is {layers}, but the base's layers are 0 … {count - 1}: name at least one of them."
+            f"model.layers is {layers!r}, but the base has {len(present)} layers: expected last:1 … "
+            f"last:{len(present)}, or a list of some of 0 … {len(present) - 1}."
         )
-    return layers
+    return chosen
 
 
 def _ends_with(name: str, ending: str) -> bool:

@@ -21,7 +21,6 @@ from qlora_lightning.support.errors import UserError
 
 _FOLDER = Path(__file__).parent
 _SOURCES, _HEADERS = sorted(_FOLDER.glob("*.cpp")), sorted(_FOLDER.glob("*.h"))
-_COMPILER = "g++"  # torch's threads are GNU's, another compiler's would run beside them
 _OPTIONS = (
     "-std=c++17",
     "-O3",
@@ -45,22 +44,23 @@ def load_library() -> ctypes.CDLL | None:
     """
     if not sys.platform.startswith("linux"):
         return None
-    if not _has_gnu_threads():
-        _log.warning("This torch has no GNU threads: a step on the CPU takes the slower way, without the C++ loops.")
-        return None
-    compiler = shutil.which(_COMPILER)
-    if compiler is None:
-        _log.warning("g++ is not installed: a step on the CPU takes the slower way, without the C++ loops.")
-        return None
+    compiler = shutil.which("g++")  # torch's threads are GNU's, another compiler's would run beside them
     source = hashlib.sha256(b"".join(each.read_bytes() for each in (*_SOURCES, *_HEADERS))).hexdigest()
     key: dict[str, Json] = {"source": source, "options": " ".join(_options()), "cpu": _cpu()}
-    try:
-        folder = cached_folder("kernels", key, functools.partial(_compile, compiler), "C++ loops for this CPU")
-        return ctypes.CDLL(str(folder / _LIBRARY))
-    except (UserError, OSError, subprocess.CalledProcessError) as error:
-        reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else ""
-        _log.warning("A step on the CPU takes the slower way, without the C++ loops: %s", reason or error)
-        return None
+    if not _has_gnu_threads():
+        reason = "this torch has no GNU threads"
+    elif compiler is None:
+        reason = "g++ is not installed"
+    else:
+        try:
+            folder = cached_folder("kernels", key, functools.partial(_compile, compiler), "C++ loops for this CPU")
+            return ctypes.CDLL(str(folder / _LIBRARY))
+        except subprocess.CalledProcessError as error:
+            reason = error.stderr.strip()
+        except (UserError, OSError) as error:
+            reason = str(error)
+    _log.warning("A step on the CPU takes the slower way, without the C++ loops: %s", reason)
+    return None
 
 
 def _compile(compiler: str, folder: Path) -> None:

@@ -24,7 +24,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from qlora_lightning.model.kernels import attention as kernel
+from qlora_lightning.model.kernels.library import call, has_numbers, is_there
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
 from qlora_lightning.model.layout import Expansion, Samples, whole_samples
 from qlora_lightning.support.errors import UserError
@@ -125,9 +125,11 @@ def flat_attention(
         options = {"scaling": scaling, "dropout": dropout, **kwargs}
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output, None
-    exact, dtype = fast and dropout == 0.0, _dtype_of_products(value)
-    if exact and kernel.can_attend(value, dtype):
-        mixed = _attend_by_loops(query.to(dtype), key.to(dtype), value.to(dtype), samples, scaling)
+    # as SDPA chooses it: under autocast what trains in float32 makes some states float32
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
+    exact = fast and dropout == 0.0
+    if exact and has_loops(value, dtype):
+        mixed = SampleAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), samples, scaling)
     elif exact and has_ragged_kernel(query.device, query.dtype):
         mixed = _attend_expanded(_attend_ragged, query, key, value, samples, scaling)
     elif fast and samples.padded is not None:
@@ -143,6 +145,17 @@ def plain_flat_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     return flat_attention(*args, fast=False, **kwargs)
 
 
+def has_loops(value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the C++ loops take values ``(…, head_dim)`` in a dtype."""
+    head_dim = value.shape[-1]
+    return has_numbers(value) and head_dim % 16 == 0 and head_dim <= 256 and attends_in(dtype)
+
+
+def attends_in(dtype: torch.dtype) -> bool:
+    """Whether this CPU has the loops in a dtype; in bfloat16 they take AVX512-BF16."""
+    return is_there("attend", dtype)
+
+
 def has_ragged_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch has FlashAttention over ragged samples: from compute capability 8.0 on, in 16 bits."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _capability(device) >= (8, 0)
@@ -151,11 +164,6 @@ def has_ragged_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 @functools.cache  # every layer of every step asks
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
-
-
-def _dtype_of_products(value: Tensor) -> torch.dtype:
-    """Return the dtype as SDPA chooses it: under autocast what trains in float32 makes some states float32."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
 
 
 def _attend_expanded(
@@ -245,15 +253,6 @@ def _attend_per_sample(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
-def _attend_by_loops(query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None) -> Tensor:
-    found = len(samples.expanded.first_copy)
-    if found != query.shape[2]:  # the loops would read beyond
-        raise ValueError(f"samples: expected those of {query.shape[2]} tokens, found {found}.")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mixed: Tensor = SampleAttention.apply(query, key, value, samples, scale)
-    return mixed
-
-
 class SampleAttention(torch.autograd.Function):
     """Compute ``softmax(scale · Q Kᵀ + causal) V`` per sample by the C++ loops.
 
@@ -263,18 +262,30 @@ class SampleAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, samples: Samples, scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None) -> Tensor:
         query, key, value = (each[0].transpose(0, 1).contiguous() for each in (query, key, value))
-        mixed, normalizers = kernel.attend(query, key, value, samples, scale)
+        found = len(samples.expanded.first_copy)
+        if found != len(query):  # the loops would read beyond
+            raise ValueError(f"samples: expected those of {len(query)} tokens, found {found}.")
+        ctx.samples, ctx.scale = samples, float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+        ctx.of_samples = samples.cu_seqlens.long(), samples.query_start, samples.expanded.gather_index
+        ctx.heads = query.shape[1], *key.shape[1:]
+        mixed, normalizers = torch.empty_like(query), query.new_empty(*query.shape[:2], 2, dtype=torch.float32)
+        counts = len(samples.query_start), *ctx.heads
+        call("attend", query.dtype, query, key, value, *ctx.of_samples, *counts, ctx.scale, mixed, normalizers)
         ctx.save_for_backward(query, key, value, normalizers)
-        ctx.samples, ctx.scale = samples, scale
         return mixed[None]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, normalizers = ctx.saved_tensors
-        grad = grad[0].contiguous()
-        grads = kernel.attend_backward(query, key, value, grad, normalizers, ctx.samples, ctx.scale)
-        of_query, of_key, of_value = (each.transpose(0, 1)[None] for each in grads)
-        return of_query, of_key, of_value, None, None
+        expanded: Expansion = ctx.samples.expanded
+        tokens = len(expanded.gather_index) if expanded.shares else 0
+        parts = key.new_empty(2 * tokens, *key.shape[1:], dtype=torch.float32)
+        grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        states = query, key, value, grad[0].contiguous(), normalizers
+        of_samples = *ctx.of_samples, expanded.copies, expanded.copy_offsets
+        counts = len(ctx.samples.query_start), len(query), *ctx.heads
+        call("attend_backward", query.dtype, *states, *of_samples, *counts, ctx.scale, parts, *grads)
+        return *(each.transpose(0, 1)[None] for each in grads), None, None

@@ -100,6 +100,14 @@ def _split(stacked: Tensor, all_a: Any, dim: int = 1) -> tuple[Tensor, ...]:
     return torch.split(stacked, [0 if a is None else len(a) for a in all_a], dim)
 
 
+class NormedQKV(NormedLinears):
+    """Those of attention: a profile tells forward and backward of the two by their names."""
+
+
+class NormedGateUp(NormedLinears):
+    """Those of the MLP."""
+
+
 class KeptForSwiGLU(torch.autograd.Function):
     """Hand gate and up on, and keep what :class:`SwiGLUProjection` behind takes for backward.
 
@@ -172,21 +180,22 @@ class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy tra
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(1, tokens, width)`` to the same; what is not a flat batch over plain linears goes the usual way."""
-        if args or not self._fuses(hidden_states, kwargs):
+        samples: dict[str, Any] = {name: kwargs.get(name) for name in ("samples", "kv_cache", "cu_seqlens")}
+        is_flat = any(each is not None for each in samples.values())
+        dtype = None if torch.is_autocast_enabled(device_of_autocast(hidden_states)) else hidden_states.dtype
+        if args or not (is_flat and runs_fused(self) and dtype == self.__dict__["_dtype"]):  # that of all products
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
-        attention, mlp = self.self_attn, self.mlp
-        casts = kwargs.get("casts")
+        attention, mlp, casts = self.self_attn, self.mlp, kwargs.get("casts")
         linears: tuple[nn.Module, ...] = (attention.q_proj, attention.k_proj, attention.v_proj)
-        projected = _apply_norm_and_linears(hidden_states, self.input_layernorm, linears, casts)
+        projected = _apply_norm_and_linears(NormedQKV, hidden_states, self.input_layernorm, linears, casts)
         by_heads = (*hidden_states.shape[:2], -1, attention.head_dim)
         query, key, value = (each.view(by_heads).transpose(1, 2) for each in projected)
         query, key = Rotary.apply(query, key, *kwargs["position_embeddings"])
-        samples: dict[str, Any] = {name: kwargs.get(name) for name in _OF_SAMPLES}
         mixed, _ = flat_attention(attention, query, key, value, None, scaling=attention.scaling, **samples)
         out = frozen_linear(attention.o_proj, mixed.dtype, casts)
         hidden_states = LoRALinearFunction.apply(mixed.flatten(-2), *adapters_of(attention.o_proj), out, hidden_states)
         linears = (mlp.gate_proj, mlp.up_proj)
-        projected = _apply_norm_and_linears(hidden_states, self.post_attention_layernorm, linears, casts)
+        projected = _apply_norm_and_linears(NormedGateUp, hidden_states, self.post_attention_layernorm, linears, casts)
         gate, up = (each.flatten(0, 1) for each in projected)
         needed = gate.requires_grad, up.requires_grad
         adapters, down = adapters_of(mlp.down_proj), frozen_linear(mlp.down_proj, gate.dtype, casts)
@@ -194,25 +203,17 @@ class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy tra
         output = SwiGLUProjection.apply(gate, up, *adapters, down, hidden_states, needed)
         return cast(Tensor, output)
 
-    def _fuses(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether this is a flat batch, in the dtype of all products."""
-        return (
-            runs_fused(self)
-            and any(kwargs.get(name) is not None for name in _OF_SAMPLES)
-            and hidden_states.dtype == self.__dict__["_dtype"]
-            and not torch.is_autocast_enabled(device_of_autocast(hidden_states))
-        )
-
-
-_OF_SAMPLES = ("samples", "kv_cache", "cu_seqlens")  # what describes them to attention
-
 
 def _apply_norm_and_linears(
-    x: Tensor, norm: Any, linears: tuple[nn.Module, ...], casts: Mapping[Tensor, Tensor] | None
+    function: type[NormedLinears],
+    x: Tensor,
+    norm: Any,
+    linears: tuple[nn.Module, ...],
+    casts: Mapping[Tensor, Tensor] | None,
 ) -> tuple[Tensor, ...]:
     frozen = tuple(frozen_linear(linear, x.dtype, casts) for linear in linears)
     adapters = [matrix for linear in linears for matrix in adapters_of(linear)]
-    outputs: tuple[Tensor, ...] = NormedLinears.apply(x, norm.weight, norm.variance_epsilon, frozen, *adapters)
+    outputs: tuple[Tensor, ...] = function.apply(x, norm.weight, norm.variance_epsilon, frozen, *adapters)
     return outputs
 
 

@@ -1,4 +1,4 @@
-"""Which layers run fused: made so when a model is put together, chosen anew when what that rests on has changed.
+"""Which layers run fused: made so when a model is put together, chosen again when what that rests on has changed.
 
 A fused forward does the work of parts that it does not call. So it is chosen only where these parts are as the
 libraries made them, nobody watches them, and they compute what the fused functions do.
@@ -76,7 +76,7 @@ def fuse_layers(model: nn.Module) -> list[str]:
                 layer.__class__ = _FUSED[type(layer)]
             else:
                 left.append(name)
-        elif type(layer) is LlamaDecoderLayer and _has_usual_parts(layer):
+        elif type(layer) is LlamaDecoderLayer:
             layer.__class__ = FusedDecoderLayer
     choose_layers(model)
     return left
@@ -92,11 +92,6 @@ def _is_fusable_kind(layer: LoraLayer) -> bool:
     )
 
 
-def _has_usual_parts(layer: Any) -> bool:
-    parts = (layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
-    return tuple(map(type, parts)) == _PARTS and type(layer.mlp.act_fn) in _ACTIVATIONS and libraries_are_original()
-
-
 def choose_layers(model: nn.Module) -> None:
     """Choose for each layer whether it runs fused in its mode, if what this rests on has changed since the last choice.
 
@@ -110,9 +105,9 @@ def choose_layers(model: nn.Module) -> None:
         if isinstance(layer, FusedLinear | FusedLinear4bit):
             fuses = reasons[0] and is_plain_lora(layer)
         elif isinstance(layer, FusedDecoderLayer):
-            dtypes = {compute_dtype_of(each) for each in _linears_of(layer)}
-            fuses = reasons[0] and len(dtypes) == 1 and _is_usual(layer)
-            layer.__dict__["_dtype"] = next(iter(dtypes))
+            fuses = reasons[0] and _is_usual(layer)
+            if fuses:
+                layer.__dict__["_dtype"] = compute_dtype_of(layer.self_attn.q_proj)
         else:
             layer.__dict__.pop("_runs_fused", None)
             continue
@@ -145,25 +140,23 @@ def _reasons(model: Any) -> list[Any]:
 
 def _is_usual(layer: Any) -> bool:
     """Whether a layer computes what its fused forward does, and nobody watches parts that this skips."""
-    attention = layer.self_attn
+    attention, mlp = layer.self_attn, layer.mlp
     norms = layer.input_layernorm, layer.post_attention_layernorm
+    if tuple(map(type, (attention, mlp, *norms))) != _PARTS or type(mlp.act_fn) not in _ACTIVATIONS:
+        return False
+    of_attention = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    linears = *of_attention, mlp.gate_proj, mlp.up_proj, mlp.down_proj
     return bool(
-        _has_usual_parts(layer)
-        and not (attention.training and attention.attention_dropout)
-        and all(map(is_plain_lora, _linears_of(layer)))
+        not (attention.training and attention.attention_dropout)
+        and all(map(is_plain_lora, linears))
+        and len(set(map(compute_dtype_of, linears))) == 1
         and not any(norm.weight.requires_grad for norm in norms)
         and not any(map(is_watched, layer.children()))
     )
 
 
-def _linears_of(layer: Any) -> tuple[nn.Module, ...]:
-    attention, mlp = layer.self_attn, layer.mlp
-    of_attention = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-    return (*of_attention, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-
-
 def explain_plain_layers(model: Any, *, autocasts: bool, precision: str) -> str | None:
-    """Report why decoder layers take the plain path of PEFT and transformers in training, and what to do about it.
+    """Report why decoder layers take the plain path of PEFT and transformers in training.
 
     Args:
         model: transformers' causal language model with its adapters, in training mode.
@@ -179,32 +172,22 @@ def explain_plain_layers(model: Any, *, autocasts: bool, precision: str) -> str 
     if not plain:
         return None
     adapted: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    dropouts = [getattr(dropout, "p", 0) for each in adapted for dropout in each.lora_dropout.values()]
     variants = {type(variant).__name__ for each in adapted for variant in each.lora_variant.values()}
     beside = [name for name in trainable_tensors(model) if ".lora_" not in name]
     attention_dropout = getattr(model.config, "attention_dropout", 0)
     activation = getattr(getattr(plain[0], "mlp", None), "act_fn", None)
     reasons = {
-        "the adapters drop inputs (model.dropout: 0 would run fused)": any(dropouts),
-        f"the adapters are PEFT's {', '.join(sorted(variants))} (without use_dora and the like in model.lora_options "
-        "they would run fused)": variants,
-        "the adapters train biases (lora_bias: false would run fused)": any(
-            any(each.lora_bias.values()) for each in adapted
-        ),
-        "the base is stored in int8 (model.quantization: nf4 would run fused)": any(
-            isinstance(each.get_base_layer(), bnb.nn.Linear8bitLt) for each in adapted
-        ),
-        f"{', '.join(beside[:1])} trains beside the adapters (without modules_to_save and trainable_token_indices in "
-        "model.lora_options the layers would run fused)": beside,
-        f"the base's config.json has attention_dropout {attention_dropout:g} (0 would run fused)": attention_dropout,
-        f"the base's hidden_act is {getattr(model.config, 'hidden_act', '?')} (only silu is fused: leave it so)": (
+        "model.dropout is not 0": any(getattr(p, "p", 0) for each in adapted for p in each.lora_dropout.values()),
+        f"model.lora_options ask for PEFT's {', '.join(sorted(variants))}": variants,
+        "model.lora_options train biases": any(any(each.lora_bias.values()) for each in adapted),
+        "model.quantization is int8": any(isinstance(each.get_base_layer(), bnb.nn.Linear8bitLt) for each in adapted),
+        f"model.lora_options train {', '.join(beside[:1])} beside the adapters": beside,
+        f"the base's attention_dropout is {attention_dropout:g}": attention_dropout,
+        f"the base's hidden_act is {getattr(model.config, 'hidden_act', '?')}, not silu": (
             activation is not None and type(activation) not in _ACTIVATIONS
         ),
         f"trainer.precision is {precision} (32-true computes products in model.compute_dtype anyway)": mixed,
     }
-    found = [reason for reason, holds in reasons.items() if holds] or [
-        "their parts have hooks or were put together elsewhere (plain LoRA on frozen linears of transformers' LLaMA, "
-        "as QLoRAModule.build_model makes it, would run fused)"
-    ]
+    found = [reason for reason, holds in reasons.items() if holds] or ["their parts are hooked, replaced or no LLaMA's"]
     count = f"All {len(layers)}" if len(plain) == len(layers) else f"{len(plain)} of {len(layers)}"
     return f"{count} layers train by the slower layers of PEFT and transformers: {'; '.join(found)}."

@@ -147,7 +147,7 @@ def project(
     output = multiply_by_weight(linear.weight, x, onto=output)
     if linear.bias is not None:
         output.add_(linear.bias)
-    # Last the residual: its numbers are larger, and each sum with them is rounded as they are.
+    # last the residual: its numbers are larger, and each sum with them is rounded as they are
     return output if residual is None else output.add_(residual)
 
 
@@ -313,8 +313,6 @@ def is_plain_lora(layer: Any) -> bool:
 def _is_frozen(linear: Any) -> bool:
     if type(linear) not in (nn.Linear, bnb.nn.Linear4bit) or "forward" in vars(linear):
         return False
-    if type(linear) is bnb.nn.Linear4bit and not isinstance(linear.weight, bnb.nn.Params4bit):
-        return False  # of a model that was pickled: bitsandbytes' own forward makes it whole again
     return not (linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad))
 
 
@@ -332,8 +330,7 @@ def device_of_autocast(tensor: Tensor) -> str:
 def compute_dtype_of(layer: nn.Module) -> torch.dtype | None:
     """Return the dtype of a linear's products; ``None`` if it is that of the input."""
     base = _base_of(layer)
-    dtype: torch.dtype | None = base.compute_dtype if isinstance(base, bnb.nn.Linear4bit) else base.weight.dtype
-    return dtype
+    return base.compute_dtype if isinstance(base, bnb.nn.Linear4bit) else base.weight.dtype  # type: ignore[no-any-return]
 
 
 def adapters_of(layer: nn.Module) -> tuple[Tensor, Tensor] | tuple[None, None]:

@@ -4,10 +4,9 @@ Two rules stand for what that device does not show: :class:`_Attention` for the 
 :class:`LiveBytes` for weights that a CPU makes dense in tiles.
 """
 
-import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,8 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from qlora_lightning.model.batch import BatchShape
-from qlora_lightning.model.kernels.attention import attends_in
-from qlora_lightning.model.layers.attention import FLAT_ATTENTION
+from qlora_lightning.model.layers.attention import FLAT_ATTENTION, attends_in
 from qlora_lightning.model.layers.lora import TILE_BYTES, runs_fused
 from qlora_lightning.support.console import quiet_loggers
 
@@ -90,7 +88,9 @@ def _hollow_run(
     }
 
     def run(hidden: Tensor) -> Any:
-        with _autocast(dtype) if autocasts else contextlib.nullcontext():
+        if not autocasts:
+            return functional_call(layer, adapters, (hidden,), arguments)
+        with torch.autocast("cpu", dtype), _CastLinears(dtype):  # layers ask the CPU whether it does
             return functional_call(layer, adapters, (hidden,), arguments)
 
     return run
@@ -169,14 +169,9 @@ class _Attention(torch.autograd.Function):
         return *grads, None, None
 
 
-@contextlib.contextmanager
-def _autocast(dtype: torch.dtype) -> Iterator[None]:
-    """Autocast linears, also on the meta device, where torch does not; layers ask the CPU whether it does."""
-    with torch.autocast("cpu", dtype), _CastLinears(dtype):
-        yield
-
-
 class _CastLinears(TorchFunctionMode):
+    """Autocast linears, which torch does not do on the meta device."""
+
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype

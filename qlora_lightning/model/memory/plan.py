@@ -211,8 +211,7 @@ def plan_memory(model: peft.PeftModel, batch: BatchShape, settings: StepSettings
 
     # beside the layers: the input of the last norm, in float32, and the loss's gradient with its places
     saved += batch.computed * (width + 1) * _FLOAT + batch.labelled * (width * e + _INDEX)
-    if settings.every_n_layers != 1:
-        saved += 2 * batch.computed * causal_lm.config.head_dim * e  # the angles of rotary embedding
+    saved += 2 * batch.computed * causal_lm.config.head_dim * e  # the angles of rotary embedding
     storage = name_storage(settings.quantization, settings.double_quant, e)
     sizes = (
         base.count_bytes(storage, e) - _unread(causal_lm, settings),

@@ -76,13 +76,6 @@ def test_layers_are_fused_where_they_would_be(config, options, fused):
     assert [runs_fused(layer) for layer in model.get_base_model().model.layers] == [fused] * 2
 
 
-def test_only_the_rotary_tables_of_a_meta_base_are_real(tiny_base):
-    model = meta_base(tiny_base)
-    assert all(parameter.is_meta for parameter in model.parameters())
-    assert not any(buffer.is_meta for buffer in model.buffers())
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # tied
-
-
 def test_an_adapter_folder_brings_its_own_shape_and_what_fit_refuses_is_refused(tiny_base, tmp_path):
     made = QLoRAModule(str(tiny_base), rank=3, target_modules="attention", compute_dtype="bf16")
     made.configure_model()
@@ -128,8 +121,5 @@ def test_a_loaded_base_takes_as_much_as_planned(tiny_base, quantization, double_
     if quantization == "int8":  # whose scales are no parameters
         found += sum(m.weight.SCB.nbytes for m in loaded.modules() if isinstance(m, bnb.nn.Linear8bitLt))
     assert name_storage(quantization, double_quant, number_bytes=2) == storage
+    assert name_storage("none", double_quant, number_bytes=4) == "fp32"
     assert read_base(meta_base(tiny_base)).count_bytes(storage) == found
-
-
-def test_a_base_that_is_not_quantized_has_the_dtype_of_the_products():
-    assert name_storage("none", True, number_bytes=4) == "fp32"

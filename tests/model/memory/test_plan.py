@@ -1,7 +1,6 @@
-"""The parts of a planned step: by hand, and against what autograd saves and what tensors a real step makes."""
+"""The parts of a planned step: by hand, and against the tensors that a real step makes and keeps."""
 
 import shutil
-import weakref
 
 import numpy as np
 import pytest
@@ -47,46 +46,19 @@ def make_batch(lengths, shared=0):
     return batch
 
 
-class Saved:
-    """A tensor in the graph's hands; it goes with the graph."""
-
-    def __init__(self, tensor):
-        self.tensor = tensor.detach()  # an output that is saved as it is would keep its own graph alive
-
-
-def saved_in_truth(module, batch):
-    """Return the bytes that the graph of a loss holds, each storage once, and the shape of its batch."""
-    saved = []
-
-    def pack(tensor):
-        held = Saved(tensor)
-        saved.append(weakref.ref(held))
-        return held
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+def step_beside_plan(module, batch, **changes):
+    """Return the parts that are planned of a step; the bytes that its forward leaves, and the most that it has."""
+    for tensor in trainable_tensors(module).values():
+        tensor.grad = torch.zeros_like(tensor)
+    with LiveBytes() as live:
         loss = module.compute_loss(batch).nll_sum
-    tensors = [held.tensor for held in (reference() for reference in saved) if held is not None]
-    nodes, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in nodes:
-            nodes.add(node)
-            waiting += [following for following, _ in node.next_functions]
-            for value in getattr(node, "__dict__", {}).values():  # bitsandbytes' functions save on themselves
-                tensors += value if isinstance(value, tuple | list) else [value]
-    storages = [tensor.untyped_storage() for tensor in tensors if torch.is_tensor(tensor)]
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    for tensor in (*module.model.parameters(), *module.model.buffers()):
-        sizes.pop(tensor.untyped_storage().data_ptr(), None)
-    shape = shape_of_batch(batch)
-    return sum(sizes.values()), shape if module.leaves_out_unneeded else shape.whole()
-
-
-def plan(module, batch, **changes):
-    dtype = getattr(torch, module.identity["compute_dtype"])
+        saved = live.now
+        loss.backward()
+    shape, dtype = shape_of_batch(batch), getattr(torch, module.identity["compute_dtype"])
     hollow = meta_copy(module.model, dtype, module.quantization, module.fast)
     step = settings(dtype=dtype, autocasts=module.autocast_dtype is not None, **changes)
-    return plan_memory(hollow, batch, step).parts
+    shape = shape if module.leaves_out_unneeded else shape.whole()
+    return plan_memory(hollow, shape, step).parts, saved, live.peak
 
 
 @pytest.mark.parametrize(("lengths", "shared"), [(SHORT, 0), (LONG, 0), ((97, 145, 97), 48)])
@@ -102,10 +74,10 @@ def plan(module, batch, **changes):
     ids=str,
 )
 def test_fused_layers_save_what_is_planned(tiny_base, options, lengths, shared):
-    module = make(tiny_base, **options)
-    truth, batch = saved_in_truth(module, make_batch(lengths, shared))
-    assert batch.computed == sum(lengths) - 3 - 2 * shared  # once what they share, and no last token
-    assert plan(module, batch)["activations"] == pytest.approx(truth, rel=0.02)
+    batch = make_batch(lengths, shared)
+    assert shape_of_batch(batch).computed == sum(lengths) - 3 - 2 * shared  # once what they share, and no last token
+    parts, saved, _ = step_beside_plan(make(tiny_base, **options), batch)
+    assert parts["activations"] == pytest.approx(saved, rel=0.02)
 
 
 def test_without_the_loops_attention_saves_what_torchs_does(tiny_base, monkeypatch):
@@ -113,36 +85,28 @@ def test_without_the_loops_attention_saves_what_torchs_does(tiny_base, monkeypat
     monkeypatch.setattr(shutil, "which", lambda name: None)
     try:
         for lengths, shared in ((SHORT, 0), ((97, 145, 97), 48)):
-            truth, batch = saved_in_truth(module := make(tiny_base), make_batch(lengths, shared))
-            assert plan(module, batch)["activations"] == pytest.approx(truth, rel=0.05)
+            parts, saved, _ = step_beside_plan(make(tiny_base), make_batch(lengths, shared))
+            assert parts["activations"] == pytest.approx(saved, rel=0.05)
     finally:
         library.load_library.cache_clear()
 
 
-@pytest.mark.parametrize(("every_n_layers", "options"), [(1, {}), (2, {}), (1, {"layers": "last:1"})], ids=str)
-def test_checkpointed_layers_save_their_input(tiny_base, every_n_layers, options):
-    module = make(tiny_base, every_n_layers, **options)
-    truth, batch = saved_in_truth(module, make_batch((161, 161)))
-    assert plan(module, batch, every_n_layers=every_n_layers)["activations"] == pytest.approx(truth, rel=0.03)
+PEFTS = (
+    {"fast": False},
+    {"dropout": 0.1},
+    {"quantization": "int8"},
+    {"lora_options": {"trainable_token_indices": [7]}},
+    {"lora_options": {"use_dora": True}},
+)
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"fast": False},
-        {"dropout": 0.1},
-        {"quantization": "int8"},
-        {"lora_options": {"trainable_token_indices": [7]}},
-        {"lora_options": {"use_dora": True}},
-    ],
-    ids=str,
+    ("every_n_layers", "options"), [(2, {}), *((every, each) for every in (0, 1) for each in PEFTS)], ids=str
 )
-def test_layers_of_peft_and_transformers_save_about_what_is_planned(tiny_base, options):
-    module = make(tiny_base, **options)
-    truth, batch = saved_in_truth(module, make_batch((161, 161)))
-    parts, checkpointed = (plan(module, batch, every_n_layers=count) for count in (0, 1))
-    assert parts["activations"] == pytest.approx(truth, rel=0.1)
-    assert checkpointed["activations"] < truth / 3
+def test_checkpointed_layers_and_those_of_peft_save_about_what_is_planned(tiny_base, every_n_layers, options):
+    module = make(tiny_base, every_n_layers, **options)
+    parts, saved, _ = step_beside_plan(module, make_batch((161, 161)), every_n_layers=every_n_layers)
+    assert parts["activations"] == pytest.approx(saved, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -151,17 +115,12 @@ def test_layers_of_peft_and_transformers_save_about_what_is_planned(tiny_base, o
     ids=str,
 )
 def test_the_tensors_of_a_step_take_at_most_about_what_is_planned(tiny_base, every_n_layers, options):
-    module = make(tiny_base, every_n_layers, **options)
     batch = make_batch((900, 700, 1100))
     batch["labels"][0, :-2] = IGNORED  # few logits, which would outweigh all else
-    for tensor in trainable_tensors(module).values():
-        tensor.grad = torch.zeros_like(tensor)
-    with LiveBytes() as live:
-        module.compute_loss(batch).nll_sum.backward()
-    shape = shape_of_batch(batch)
-    parts = plan(module, shape if module.leaves_out_unneeded else shape.whole(), every_n_layers=every_n_layers)
-    planned = sum(parts[name] for name in ("activations", "logits", "workspace"))
-    assert 0.95 < planned / live.peak < 1.25
+    module = make(tiny_base, every_n_layers, **options)
+    parts, saved, peak = step_beside_plan(module, batch, every_n_layers=every_n_layers)
+    assert parts["activations"] == pytest.approx(saved, rel=0.03)
+    assert 0.95 < sum(parts[name] for name in ("activations", "logits", "workspace")) / peak < 1.25
 
 
 # ---- by hand ---------------------------------------------------------------------------------------------------------

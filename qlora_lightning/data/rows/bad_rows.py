@@ -43,9 +43,7 @@ def refuse(bad: Sequence[BadRow], skippable: bool = True, total: int | None = No
 
 
 def kind_of(value: Any) -> str:
-    """Return ``null``, ``an empty list``, or the name of the value's type."""
-    if isinstance(value, list) and not value:
-        return "an empty list"
+    """Return ``null``, or the name of the value's type."""
     return "null" if value is None else type(value).__name__
 
 
@@ -76,3 +74,17 @@ def read_string(value: Any, where: str) -> str:
         raise RowFault(f"{where} must be a string, found {kind_of(value)}")
     check_characters(value, where)
     return value
+
+
+def parse_json(value: Any, where: str) -> Any:
+    """Return what a JSON string holds; any other value as it is.
+
+    Raises:
+        RowFault: if the string is not JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError, as a number of 5,000 digits is
+        raise RowFault(f"{where}: not JSON ({error})") from error

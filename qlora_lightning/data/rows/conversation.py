@@ -75,13 +75,12 @@ _SPEAKERS = {
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "function", "function_response"), "tool"),
 }
-_REASONING = ("reasoning_content", "reasoning", "thinking")
-# Marks of other tools, and slips of the pen, that would train what shall not be trained.
-_MARKS = ("loss", "mask", "trian", "trained", "training", "weigth", "weights")
+# keys whose meaning would be lost without a word: marks of other tools, and slips of the pen
+_UNREAD = {*MEDIA, "loss", "mask", "trian", "trained", "training", "weigth", "weights"}
 
 
 def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message:
-    """Check one message and return it with the keys that matter.
+    """Check one message and return it with the keys that matter, or raise a RowFault.
 
     Args:
         message: a dict with ``role`` and ``content``, or ShareGPT's ``from`` and ``value``; optionally ``train: false``
@@ -89,16 +88,10 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
             ``tool_call_id``. A key with null counts as absent.
         number: its place in the conversation, from 1.
         roles: names of roles beyond those that are known, ``{their name: our name}``.
-
-    Raises:
-        RowFault: with the reason why it cannot be used.
     """
     where = f"message {number}"
     if not isinstance(message, dict):
         raise RowFault(f"{where} must have 'role' and 'content', found {kind_of(message)}")
-    for key in (*MEDIA, *_MARKS):  # whose meaning would be lost without a word
-        if message.get(key) not in (None, "", []):
-            raise RowFault(f"{where} has {key!r}, which is not read: only text is, and `train: false`")
     speaker = str(message.get("role", message.get("from")))
     role = roles.get(speaker, _SPEAKERS.get(speaker, speaker))
     if role not in ROLES:
@@ -108,7 +101,7 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
     calls = message.get("tool_calls") or message.get("function_call")
     if speaker == "function_call":
         calls, content = parse_json(content, f"{where} (function_call)"), None
-    reasoning = next((message[key] for key in _REASONING if message.get(key)), None)
+    reasoning = message.get("reasoning_content") or message.get("reasoning") or message.get("thinking")
     if role != "assistant" and (calls or reasoning):
         raise RowFault(f"{where} ({role}) has calls or reasoning, which only an assistant has")
 
@@ -122,9 +115,9 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
         raise RowFault(f"the answer ({where}) is empty")
     if reasoning:
         read["reasoning_content"] = read_string(reasoning, f"the reasoning of {where}")
-    for key in ("name", "tool_call_id") if role == "tool" else ():
-        if message.get(key) is not None:
-            read[key] = read_string(message[key], f"{key!r} of {where}")  # type: ignore[literal-required]
+    for key in ("name", "tool_call_id"):
+        if role == "tool" and message.get(key) is not None:
+            read[key] = read_string(message[key], f"{key!r} of {where}")
     is_trained = _read_marks(message, role, where)
     if untrained and sum(end - begin for begin, end in untrained) == len(text):
         is_trained = False
@@ -135,7 +128,7 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
 
 def _read_content(content: Any, where: str, role: str) -> tuple[str, list[tuple[int, int]]]:
     """Return the text of a message, or of its parts joined, and the stretches that are not trained."""
-    if not isinstance(content, list):
+    if not isinstance(content, list) or not content:
         return read_string(content, f"the {role} content of {where}"), []
     text, untrained = "", []
     for number, part in enumerate(content, start=1):
@@ -155,6 +148,11 @@ def _read_content(content: Any, where: str, role: str) -> tuple[str, list[tuple[
 
 def _read_marks(message: dict[str, Any], role: str, where: str) -> bool:
     """Return whether a message is trained: what its ``train``, or OpenAI's ``weight``, says."""
+    if len(message) == 2:  # role and content alone, as most messages have
+        return True
+    for key in sorted(_UNREAD & message.keys()):
+        if message[key] not in (None, "", []):
+            raise RowFault(f"{where} has {key!r}, which is not read: only text is, and `train: false`")
     marks = {key: message[key] for key in ("train", "weight") if message.get(key) is not None}
     for key, value in marks.items():
         if value not in (0, 1) or (key == "train") != isinstance(value, bool):
@@ -168,11 +166,7 @@ def _read_marks(message: dict[str, Any], role: str, where: str) -> bool:
 
 
 def check_order(conversation: Conversation, needs_answer: bool) -> None:
-    """Refuse a conversation whose turns come in an order that no chat has.
-
-    Raises:
-        RowFault: with the reason.
-    """
+    """Refuse a conversation whose turns come in an order that no chat has, by a RowFault."""
     roles = [message["role"] for message in conversation]
     turns = roles[1:] if roles[0] == "system" else roles
     if "system" in turns:

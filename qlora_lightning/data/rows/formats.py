@@ -46,11 +46,7 @@ class RowConverter:
                 raise UserError(f"columns: no format reads {column!r}; expected {', '.join(KEYS)}.{hint}")
 
     def check(self, rows: Sequence[Row]) -> None:
-        """Check the settings against the first rows of the source.
-
-        Raises:
-            UserError: the settings do not fit these rows, or no format does.
-        """
+        """Raise a UserError if the settings do not fit the first rows of the source, or no format does."""
         if not rows:
             return
         self._check_columns(list(dict.fromkeys(name for row in rows for name in row.values)))
@@ -59,12 +55,7 @@ class RowConverter:
             raise UserError(_describe_unrecognised(renamed[0], self.needs_answer))
 
     def convert(self, row: Row) -> Content:
-        """Convert one row.
-
-        Raises:
-            RowFault: this row cannot be used.
-            UserError: no row of its shape can be used.
-        """
+        """Convert one row, or raise a RowFault; a UserError if no row of its shape can be used."""
         row = self._rename(row)
         form = self._format_of(row)
         if form is None:  # of a row that has some keys of a format, it is said which ones it lacks
@@ -117,12 +108,12 @@ class RowConverter:
 
 def from_alpaca(values: dict[str, Any]) -> Any:
     """Read ``instruction``, ``input`` and ``output``; the pairs of ``history`` become earlier turns."""
-    texts = [read_string(values.get(key) or "", repr(key)) for key in ("instruction", "input")]
+    prompt, extra = (read_string(values.get(key) or "", repr(key)) for key in ("instruction", "input"))
     history = parse_json(values.get("history") or [], "'history'")
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise RowFault(f"'history' must be a list of [question, answer] pairs, found {reprlib.repr(history)}")
     earlier = [message for pair in history for message in _exchange(*pair)]
-    return [*earlier, *_exchange("\n\n".join(filter(None, texts)), values.get("output"))]
+    return [*earlier, *_exchange(f"{prompt}\n\n{extra}" if prompt and extra else prompt or extra, values.get("output"))]
 
 
 def from_prompt_completion(values: dict[str, Any]) -> Any:
@@ -323,17 +314,17 @@ _OTHER_TASKS = {
 
 def _refuse_other_task(row: Row, needs_answer: bool) -> None:
     """Refuse a row of another task by a UserError, also with ``on_bad_row: skip``: all rows of its source are such."""
-    for key, why in _OTHER_TASKS.items():
-        value = row.values.get(key)
+    for key in sorted(_OTHER_TASKS.keys() & row.values.keys()):
+        value = row.values[key]
         if key in MEDIA:
-            is_other = bool(value)
+            is_other = any(value.values()) if isinstance(value, dict) else bool(value)  # {"bytes": None, "path": None}
         elif key == "rejected":
             is_other = bool(value) and "chosen" in row.values and needs_answer
         else:
             is_other = str(value).lower() in ("true", "false") and needs_answer  # a word in CSV
         if is_other:
             raise UserError(
-                f"{row.where} has {key!r}, {why}. Leave out what shall not be trained, and the column by "
+                f"{row.where} has {key!r}, {_OTHER_TASKS[key]}. Leave out what shall not be trained, and the column by "
                 f"`data.columns: {{{key}: null}}` (naming the answer, as in `chosen: completion`), or read such rows "
                 "by a function, `format: package.module.function`."
             )

@@ -183,9 +183,9 @@ def _read_json(file: DataFile, encoding: str, skip: int) -> Iterator[Parsed]:
             line = line.removeprefix("\ufeff")
             text = line.strip(" \t\r\n")
             if not rows and text.startswith("["):
-                elements = _parse_array(file, line + stream.read(MAX_ARRAY))
-                for place, element in enumerate(elements[skip:], start=skip + 1):
-                    yield place, _check_object(element)
+                for place, element in enumerate(_parse_array(file, line + stream.read(MAX_ARRAY)), start=1):
+                    if place > skip:
+                        yield place, _check_object(element)
                 return
             rows += bool(text)
             if text and rows > skip:
@@ -281,35 +281,26 @@ _BATCH_ROWS = 256
 
 def _read_table(file: DataFile, skip: int) -> Iterator[Parsed]:
     """Yield the rows of a parquet or Arrow file behind the first ``skip``."""
-    from pyarrow import ArrowException
+    from pyarrow import ArrowException, ipc
+    from pyarrow.parquet import ParquetFile
 
     kind, compression = kind_of_file(file)
     with _open(file) as stream:
         try:
             table = io.BytesIO(stream.read()) if compression else stream  # both are read from any place
-            yield from _number_rows(_read_parquet(table) if kind == ".parquet" else _read_arrow(table), skip)
+            batches: Iterable[Any]
+            if kind == ".parquet":
+                # By itself it reads row groups as a whole, which may be as large as the file.
+                batches = ParquetFile(table, buffer_size=1 << 20, pre_buffer=False).iter_batches(_BATCH_ROWS)
+            elif table.read(6) == b"ARROW1":  # Arrow's file format, as Feather and polars write it
+                reader = ipc.open_file(table)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+            else:  # its stream format, which ``datasets`` writes
+                table.seek(0)
+                batches = ipc.open_stream(table)
+            yield from _number_rows(batches, skip)
         except ArrowException as error:
             raise UserError(f"{file} cannot be read as {kind}: {error}") from error
-
-
-def _read_parquet(stream: Any) -> Iterable[Any]:
-    from pyarrow.parquet import ParquetFile
-
-    # By itself it reads row groups as a whole, which may be as large as the file.
-    table = ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
-    return table.iter_batches(_BATCH_ROWS)  # type: ignore[no-any-return]
-
-
-def _read_arrow(stream: Any) -> Iterable[Any]:
-    """Return the batches of Arrow's stream format, which ``datasets`` writes, or of its file format (Feather)."""
-    from pyarrow import ipc
-
-    magic = stream.read(6)
-    stream.seek(0)
-    if magic != b"ARROW1":
-        return ipc.open_stream(stream)  # type: ignore[no-any-return]
-    table = ipc.open_file(stream)
-    return (table.get_batch(number) for number in range(table.num_record_batches))
 
 
 def _read_hub(source: Source) -> Iterable[Any]:

@@ -11,12 +11,8 @@ from qlora_lightning.data.rows.bad_rows import RowFault, check_characters, kind_
 def find_tools(tools: Any) -> list[dict[str, Any]] | None:
     """Return the tools of a row as a chat template takes them, or None if it has none.
 
-    Args:
-        tools: a list of JSON schemas, or such a list as a JSON string: each one as OpenAI has it (``type`` and
-            ``function``), or the function alone (``name``, ``description``, ``parameters``).
-
-    Raises:
-        RowFault: if they are anything else.
+    They are a list of JSON schemas, or such a list as a JSON string: each as OpenAI has it (``type`` and ``function``),
+    or the function alone (``name``, ``description``, ``parameters``).
     """
     tools = parse_json(tools or [], "'tools'") or []
     if not isinstance(tools, list):
@@ -28,13 +24,8 @@ def find_tools(tools: Any) -> list[dict[str, Any]] | None:
 def read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """Return the ``tool_calls`` of a message with their arguments as objects, which is what templates expect.
 
-    Args:
-        calls: a list of ``{"type": "function", "function": {"name": …, "arguments": …}}``, each with an ``id`` or
-            without; the arguments are an object or, as OpenAI writes them, a JSON string of one.
-        where: how a message names the place, ``message 2``.
-
-    Raises:
-        RowFault: if the calls are anything else.
+    They are a list of ``{"type": "function", "function": {"name": …, "arguments": …}}``, with an ``id`` or without; the
+    arguments are an object or, as OpenAI writes them, a JSON string of one.
     """
     if not isinstance(calls, list):
         raise RowFault(f"the tool_calls of {where} must be a list, found {kind_of(calls)}")
@@ -69,11 +60,7 @@ _GLAIVE_CALL = re.compile(r"""\{\s*"name": *("[^"]*"), *"arguments": *'(.*)'\s*\
 
 
 def read_glaive(system: str, chat: str) -> tuple[list[Any], list[Any]]:
-    """Return messages and tools of a row of glaive-function-calling: functions in the system text, turns in one text.
-
-    Raises:
-        RowFault: a function or a call is not JSON.
-    """
+    """Return messages and tools of a row of glaive-function-calling, in which both are text."""
     text = system.strip().removeprefix("SYSTEM:").strip()
     prompt, brace, functions = text.partition("{")
     messages: list[dict[str, Any]] = []

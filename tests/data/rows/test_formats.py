@@ -336,23 +336,6 @@ def test_glaive_function_calling():
         convert({**GLAIVE, "system": "SYSTEM: Use {these}"})
 
 
-def test_llama_factory_tools_and_parts():
-    row = {  # of its glaive_toolcall_en_demo.json, with a part as its mllm_demo.json has one
-        "conversations": [
-            {"from": "human", "value": [{"type": "text", "value": "Sunny?"}]},
-            {"from": "function_call", "value": '{"name": "sky", "arguments": {"at": "Ulm"}}'},
-            {"from": "observation", "value": '{"sun": 1}'},
-            {"from": "gpt", "value": "It is."},
-        ],
-        "tools": '[{"name": "sky", "description": "Tells the weather.", "parameters": {"type": "object"}}]',
-    }
-    content = convert(row)
-    assert says(content) == [("user", "Sunny?"), ("assistant", ""), ("tool", '{"sun": 1}'), ("assistant", "It is.")]
-    call = {"type": "function", "function": {"name": "sky", "arguments": {"at": "Ulm"}}}
-    assert content.messages[1]["tool_calls"] == [call]
-    assert content.tools[0]["function"]["name"] == "sky"
-
-
 def test_raw_text_is_read_where_it_is_named():
     row = {"text": "### Human: Hi\n### Assistant: Hello", "url": "x"}
     assert "Raw text, every token of which is trained, is read by `format: text`" in refusal(row)
@@ -442,7 +425,14 @@ def test_rows_of_other_tasks_are_refused_until_the_column_is_left_out(row, colum
 
 
 def test_columns_of_other_tasks_that_hold_nothing_are_no_matter():
-    nothing = {"images": [], "video": None, "label": "positive", "chosen": None, "rejected": ""}
+    nothing = {
+        "images": [],
+        "video": None,
+        "image": {"bytes": None, "path": None},
+        "label": "positive",
+        "chosen": None,
+        "rejected": "",
+    }
     assert convert({"messages": turns(U, A), **nothing}) == Chat(turns(U, A))
     judged = {"prompt": "u", "completion": "a", "label": True}
     assert convert(judged, needs_answer=False) == Chat(turns(U, A))

@@ -100,7 +100,7 @@ def test_an_assistant_that_calls_tools_may_say_nothing():
         ({"role": "user"}, "the user content of message 2 must be a string, found null"),
         ({"role": "tool", "content": {"sun": 1}}, "the tool content of message 2 must be a string, found dict"),
         ({**SAID, "content": " \n"}, "the answer (message 2) is empty"),
-        ({**SAID, "content": []}, "the answer (message 2) is empty"),
+        ({**ASKED, "content": []}, "the user content of message 2 must be a string, found list"),
         ({**SAID, "content": "", "reasoning": "Hm."}, "the answer (message 2) is empty"),
         ({**SAID, "content": "a\x00"}, "message 2 contains a NUL character"),
         ({**SAID, "content": "\ud83d"}, "message 2 contains half a character"),

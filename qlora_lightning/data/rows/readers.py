@@ -77,7 +77,7 @@ class RowReader:
                 yield BadRow(f"{name}:{line}", str(values)) if isinstance(values, RowFault) else Row(values, name, line)
             position.update(file=position["file"] + 1, count=0)
         if not position["total"]:
-            raise UserError(f"{source.path} holds no rows.")
+            raise UserError(f"{source.path} is empty: it holds no rows.")
 
     def position(self) -> dict[str, int]:
         """Return where the next row begins: the file's index, and the rows read of that file and of all files."""
@@ -115,9 +115,10 @@ def fingerprint(source: Source) -> str:
     """
     total = hashlib.blake2b(repr((source.rows, source.encoding, source.delimiter)).encode(), digest_size=20)
     if not source.files:
-        from datasets import load_dataset_builder
+        with _hub_errors(source):
+            from datasets import load_dataset_builder as load
 
-        builder = load_dataset_builder(source.path, source.name, data_files=source.data_files, revision=source.revision)
+            builder = load(source.path, source.name, data_files=source.data_files, revision=source.revision)
         total.update(f"{builder.hash} {builder.config_id} {source.split}".encode())
     for file in source.files:
         with _open(file, decompress=False) as stream:
@@ -303,21 +304,31 @@ def _read_table(file: DataFile, skip: int) -> Iterator[Parsed]:
             raise UserError(f"{file} cannot be read as {kind}: {error}") from error
 
 
-def _read_hub(source: Source) -> Iterable[Any]:
-    """Return the rows of a data set of the hub as Arrow tables, mapped into memory or streamed from the network."""
-    from datasets import load_dataset
+def _read_hub(source: Source) -> Iterator[Any]:
+    """Yield the rows of a data set of the hub as Arrow tables, mapped into memory or streamed from the network."""
+    with _hub_errors(source):
+        from datasets import load_dataset
 
-    rows: Any = load_dataset(
-        source.path,
-        source.name,
-        data_files=source.data_files,
-        split=source.split,
-        revision=source.revision,
-        streaming=source.streaming,
-    )
-    if source.shard_seed is not None:
-        rows = rows.shuffle(seed=source.shard_seed, buffer_size=1)  # of the shards; we shuffle rows ourselves
-    return rows.with_format("arrow").iter(_BATCH_ROWS)  # type: ignore[no-any-return]
+        rows: Any = load_dataset(
+            source.path,
+            source.name,
+            data_files=source.data_files,
+            split=source.split,
+            revision=source.revision,
+            streaming=source.streaming,
+        )
+        if source.shard_seed is not None:
+            rows = rows.shuffle(seed=source.shard_seed, buffer_size=1)  # of the shards; we shuffle rows ourselves
+        yield from rows.with_format("arrow").iter(_BATCH_ROWS)
+
+
+@contextmanager
+def _hub_errors(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of ``datasets``, of the hub, and of their libraries for HTTP and files
+        said = " ".join(str(error).split())
+        raise UserError(f"data set {source.path} cannot be read from the Hugging Face hub: {said}") from error
 
 
 def _number_rows(batches: Iterable[Any], skip: int) -> Iterator[Parsed]:

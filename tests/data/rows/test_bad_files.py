@@ -86,7 +86,7 @@ def test_where_bad_rows_are_skipped_the_good_ones_are_left(characters, lines, st
 def test_a_source_without_rows_is_refused_in_any_case(characters, lines, on_bad_row):
     Path("blank.jsonl").write_text("\n\n")
     for train in ("blank.jsonl", ["train.jsonl", "blank.jsonl"]):
-        with pytest.raises(UserError, match=r"blank\.jsonl holds no rows"):
+        with pytest.raises(UserError, match=r"blank\.jsonl is empty: it holds no rows"):
             InstructionDataModule(train, tokenizer=characters, on_bad_row=on_bad_row).setup("fit")
 
 

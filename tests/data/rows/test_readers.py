@@ -275,7 +275,7 @@ def test_memory_does_not_grow_with_the_file(name):
 
 @pytest.mark.parametrize(("name", "text"), [("a.jsonl", "\n \n"), ("a.json", "[ ]"), ("a.csv", "x,y\n\n")])
 def test_a_source_without_rows_is_refused(name, text):
-    assert f"{name} holds no rows" in refusal(text, name)
+    assert f"{name} is empty: it holds no rows" in refusal(text, name)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.parquet"])
@@ -334,6 +334,8 @@ def test_a_split_of_the_hub_a_slice_of_one_named_files_and_the_first_rows_are_re
     assert len(list(RowReader(Source("org/data", split="train[:10%]")))) == 60
     assert len(list(RowReader(Source("org/data", split="train", data_files="test-0.parquet")))) == 2
     assert len(list(RowReader(Source("org/data", split="train", rows=300)))) == 300
+    with pytest.raises(UserError, match=r"^data set org/data cannot be read from the Hugging Face hub: Unknown split"):
+        list(RowReader(Source("org/data", split="validation")))
     before = fingerprint(Source("org/data", split="train"))
     assert before == fingerprint(Source("org/data", split="train")) != fingerprint(Source("org/data", split="test"))
     pq.write_table(pa.Table.from_pylist(hub[:100]), "org/data/train-0.parquet")

@@ -181,7 +181,7 @@ def test_columns_get_our_names_change_places_or_are_left_out():
     assert convert(row, columns={"q": "instruction", "a": "output", "input": None}) == Chat(turns(U, A))
     swapped = {"question": "a", "answer": "u"}
     assert convert(swapped, columns={"question": "answer", "answer": "question"}) == Chat(turns(U, A))
-    others = {"query": "instruction", "response": "output"}  # for other sources
+    others = {"query": "instruction", "questions": "question"}  # for other sources
     assert convert({"question": "u", "answer": "a"}, columns=others) == Chat(turns(U, A))
 
 

@@ -21,15 +21,12 @@ class BadRow(NamedTuple):
 
 
 def refuse(bad: Sequence[BadRow], skippable: bool = True, total: int | None = None) -> None:
-    """Raise one error that lists the first 20 bad rows and counts the rest; do nothing when there are none.
+    """Raise one UserError that lists the first 20 bad rows and counts the rest, unless there are none.
 
     Args:
         bad: the refused rows, or the first of them, in file order.
         skippable: whether ``on_bad_row: skip`` would help, so that the message offers it.
         total: how many there are in all.
-
-    Raises:
-        UserError: if there is any bad row.
     """
     if not bad:
         return
@@ -43,18 +40,12 @@ def refuse(bad: Sequence[BadRow], skippable: bool = True, total: int | None = No
 
 
 def kind_of(value: Any) -> str:
-    """Return ``null``, ``an empty list``, or the name of the value's type."""
-    if isinstance(value, list) and not value:
-        return "an empty list"
+    """Return ``null``, or the name of the value's type."""
     return "null" if value is None else type(value).__name__
 
 
 def check_characters(value: Any, where: str) -> None:
-    """Refuse a text, or a JSON value with any text in it, that holds a NUL or half a character.
-
-    Raises:
-        RowFault: if there is such a character; ``where`` is the subject of the sentence.
-    """
+    """Refuse a text, or a JSON value with any text in it, that holds a NUL or half a character, by a RowFault."""
     text = value
     if not isinstance(value, str):
         text = json.dumps(value, ensure_ascii=False, default=str).replace("\\\\", "").replace("\\u0000", "\0")
@@ -67,12 +58,18 @@ def check_characters(value: Any, where: str) -> None:
 
 
 def read_string(value: Any, where: str) -> str:
-    """Return a string whose characters are checked.
-
-    Raises:
-        RowFault: if it is none, or holds such characters; ``where`` is the subject of the sentence.
-    """
+    """Return a string whose characters are checked; ``where`` is the subject of the RowFault's sentence."""
     if not isinstance(value, str):
         raise RowFault(f"{where} must be a string, found {kind_of(value)}")
     check_characters(value, where)
     return value
+
+
+def parse_json(value: Any, where: str) -> Any:
+    """Return what a JSON string holds, or raise a RowFault; any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError, as a number of 5,000 digits is
+        raise RowFault(f"{where}: not JSON ({error})") from error

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_lightning.data.rows.bad_rows import RowFault, kind_of, read_string
-from qlora_lightning.data.rows.conversation import MEDIA, ROLES, Chat, Content, Text, Tokens, check_message, check_order
+from qlora_lightning.data.rows.bad_rows import RowFault, parse_json, read_string
+from qlora_lightning.data.rows.conversation import MEDIA, ROLES, Chat, Content, Text, Tokens, check_order, read_message
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
-from qlora_lightning.data.rows.tools import find_tools, parse_json, read_glaive
+from qlora_lightning.data.rows.tools import find_tools, read_glaive
 from qlora_lightning.support.errors import UserError, nearest
 
 
@@ -28,51 +28,34 @@ class RowConverter:
         unread_columns: columns that no format reads, under our names.
 
     Raises:
-        UserError: there is no such format or role.
+        UserError: there is no such format, role or column.
     """
 
     def __init__(self, settings: RowSettings, needs_answer: bool = True) -> None:
         self.settings, self.needs_answer = settings, needs_answer
         self.formats: list[str] = []
         self.unread_columns: list[str] = []
-        self._named = None if settings.format == "auto" else name_format(settings.format)
+        self._named = None if settings.format == "auto" else _name_format(settings.format)
         self._by_columns: dict[tuple[str, ...], Format | None] = {}
-        for theirs, ours in settings.roles.items():
+        for ours in settings.roles.values():
             if ours not in ROLES:
-                hint = nearest(str(ours), ROLES)
-                raise UserError(f"roles: {theirs!r} is {ours!r}, expected {', '.join(ROLES)}.{hint}")
+                raise UserError(f"roles: expected {', '.join(ROLES)}, found {ours!r}.{nearest(str(ours), ROLES)}")
+        for column in settings.columns.values():
+            if column is not None and column not in KEYS and "." not in settings.format:
+                hint = nearest(column, KEYS)
+                raise UserError(f"columns: no format reads {column!r}; expected {', '.join(KEYS)}.{hint}")
 
     def check(self, rows: Sequence[Row]) -> None:
-        """Check the settings against the first rows of the source.
-
-        Raises:
-            UserError: the settings do not fit these rows, or no format does.
-        """
-        if rows:
-            check_columns(rows, self.settings.columns, self.settings.format)
-        # the first row of each set of columns: few, however many rows there are
-        shapes: dict[tuple[str, ...], Row] = {}
-        for row in rows:
-            shapes.setdefault(tuple(row.values), row)
-        unrecognised = None
-        for row in shapes.values():
-            try:
-                renamed = self._rename(row)
-            except RowFault:
-                continue
-            if self._format_of(renamed) is not None:
-                return
-            unrecognised = unrecognised or renamed
-        if unrecognised:
-            raise UserError(_describe_unrecognised(unrecognised, self.needs_answer))
+        """Raise a UserError if the settings do not fit the first rows of the source, or no format does."""
+        if not rows:
+            return
+        self._check_columns(list(dict.fromkeys(name for row in rows for name in row.values)))
+        renamed = [self._rename(row) for row in rows]
+        if not any(map(self._format_of, renamed)):
+            raise UserError(_describe_unrecognised(renamed[0], self.needs_answer))
 
     def convert(self, row: Row) -> Content:
-        """Convert one row.
-
-        Raises:
-            RowFault: this row cannot be used.
-            UserError: no row of its shape can be used.
-        """
+        """Convert one row, or raise a RowFault; a UserError if no row of its shape can be used."""
         row = self._rename(row)
         form = self._format_of(row)
         if form is None:  # of a row that has some keys of a format, it is said which ones it lacks
@@ -80,71 +63,44 @@ class RowConverter:
             form = next(near, None)
         if form is None:
             raise RowFault(f"no format is recognised by its columns {', '.join(row.values)}")
-        return to_content(row.values, form, self.settings, self.needs_answer)
+        return _to_content(row.values, form, self.settings, self.needs_answer)
+
+    def _check_columns(self, found: list[str]) -> None:
+        """Refuse a misspelt name in ``columns``; those of other sources pass."""
+        columns = self.settings.columns
+        for theirs, ours in columns.items():
+            near = nearest(theirs, [name for name in found if name not in columns])
+            if near and theirs not in found and ours not in found:
+                raise UserError(f"columns: no row has {theirs!r}, found {', '.join(found)}.{near}")
 
     def _rename(self, row: Row) -> Row:
-        """Return a row under our names, which is of no other task."""
-        row = row._replace(values=rename_columns(row.values, self.settings.columns))
+        """Return a row under our names, without columns that are mapped to null, which is of no other task."""
+        columns = self.settings.columns
+        if columns:
+            names = {key: ours for key in row.values if (ours := columns.get(key, key)) is not None}
+            if len(set(names.values())) < len(names):
+                raise UserError(f"{row.where}: `columns:` gives two of {', '.join(row.values)} the same name.")
+            row = row._replace(values={ours: row.values[key] for key, ours in names.items()})
         if self._named is None or self._named.name in FORMATS:  # a function of the user's own may read what it likes
-            refuse_other_task(row, self.needs_answer)
+            _refuse_other_task(row, self.needs_answer)
         return row
 
     def _format_of(self, row: Row) -> "Format | None":
         columns = tuple(row.values)
         if columns in self._by_columns:
             return self._by_columns[columns]
-        form = self._named or recognise(row, self.needs_answer)
-        if form is not None and not form.is_chat and not self.needs_answer:
+        form = self._named or _recognise(row, self.needs_answer)
+        if form and not form.is_chat and not self.needs_answer:
             raise UserError(f"{row.where}: rows of the format {form.name} hold no prompt that could be answered.")
         self._by_columns[columns] = form
-        if form is not None and form.name not in self.formats:
+        if form is None:
+            return None
+        if form.name not in self.formats:
             self.formats.append(form.name)
-        if form is not None and form.name in FORMATS and set(form.keys(True)) <= set(columns) and self.needs_answer:
+        if form.name in FORMATS and self.needs_answer:
             unread = self.unread_columns
             unread += [name for name in columns if name not in form.read_keys and name not in unread]
         return form
-
-
-# Columns
-
-
-def rename_columns(values: dict[str, Any], columns: Mapping[str, str | None]) -> dict[str, Any]:
-    """Return the row under our names, in the order it had, without columns that are mapped to null.
-
-    Raises:
-        RowFault: if a column would take the place of another one.
-    """
-    if not columns:
-        return values
-    names = {key: ours for key in values if (ours := columns.get(key, key)) is not None}
-    renamed = {ours: values[key] for key, ours in names.items()}
-    if len(renamed) < len(names):
-        twice = next(name for name in renamed if list(names.values()).count(name) > 1)
-        both = " and ".join(repr(key) for key, name in names.items() if name == twice)
-        raise RowFault(f"has {both}, which would both be {twice!r} by `columns:`")
-    return renamed
-
-
-def check_columns(rows: Sequence[Row], columns: Mapping[str, str | None], format: str = "auto") -> None:
-    """Check ``columns`` against the first rows of a source, as they are before anything is renamed.
-
-    Raises:
-        UserError: no row has one of the columns and the mapping is not for other sources; or our name is none that is
-            read.
-    """
-    for ours in columns.values():
-        if ours is not None and ours not in KEYS and "." not in format:
-            raise UserError(f"columns: no format reads {ours!r}; expected {', '.join(KEYS)}.{nearest(ours, KEYS)}")
-    found = list(dict.fromkeys(key for row in rows for key in row.values))
-    shapes = [{columns.get(name, name) for name in names} for names in {tuple(row.values) for row in rows}]
-    is_read = "." in format or any(
-        shape >= set(form.keys(needs_answer=False)) for shape in shapes for form in FORMATS.values()
-    )
-    for theirs, name in columns.items():
-        # a mapping may be for other sources, whose columns have these names
-        near = nearest(theirs, [name for name in found if name not in columns])
-        if theirs not in found and name not in found and (near or not is_read):
-            raise UserError(f"columns: no row has {theirs!r}, found {', '.join(found) or '(none)'}.{near}")
 
 
 # Formats
@@ -152,46 +108,30 @@ def check_columns(rows: Sequence[Row], columns: Mapping[str, str | None], format
 
 def from_alpaca(values: dict[str, Any]) -> Any:
     """Read ``instruction``, ``input`` and ``output``; the pairs of ``history`` become earlier turns."""
-    prompt, extra = read_string(values["instruction"], "'instruction'"), values.get("input")
-    if extra not in (None, ""):
-        extra = read_string(extra, "'input'")
-        prompt = f"{prompt}\n\n{extra}" if prompt else extra
-    earlier = [] if values.get("history") in (None, "") else _read_history(values["history"])
-    return [*earlier, *_exchange(prompt, values.get("output"))]
-
-
-def _read_history(history: Any) -> list[dict[str, Any]]:
-    history = parse_json(history, "'history'")
-    turns = []
-    for pair in history if isinstance(history, list) else [history]:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise RowFault(f"'history' must be a list of [question, answer] pairs, found {reprlib.repr(pair)}")
-        turns += _exchange(*pair)
-    return turns
-
-
-def from_list(key: str) -> Callable[[dict[str, Any]], Any]:
-    """Read a list of messages, or one as a JSON string, under a key."""
-    return lambda values: parse_json(values[key], repr(key))
+    prompt, extra = (read_string(values.get(key) or "", repr(key)) for key in ("instruction", "input"))
+    history = parse_json(values.get("history") or [], "'history'")
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise RowFault(f"'history' must be a list of [question, answer] pairs, found {reprlib.repr(history)}")
+    earlier = [message for pair in history for message in _exchange(*pair)]
+    return [*earlier, *_exchange(f"{prompt}\n\n{extra}" if prompt and extra else prompt or extra, values.get("output"))]
 
 
 def from_prompt_completion(values: dict[str, Any]) -> Any:
     """Read ``prompt`` and ``completion``: two strings, or two lists of messages; only the completion is trained."""
     prompt, completion = values["prompt"], values.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list | None):
-        earlier = [{**message, "train": False} if isinstance(message, dict) else message for message in prompt]
-        return [*earlier, *(completion or [])]
-    if isinstance(prompt, str) and isinstance(completion, str | None):
-        return _exchange(prompt, completion)
-    raise RowFault(
-        "'prompt' and 'completion' must be two strings or two lists of messages, found "
-        f"{kind_of(prompt)} and {kind_of(completion)}"
-    )
+        return [*({**message, "train": False} for message in prompt), *(completion or [])]
+    return _exchange(read_string(prompt, "'prompt'"), completion)
 
 
 def from_question_answer(values: dict[str, Any]) -> Any:
     """Read ``question`` and ``answer``."""
     return _exchange(values["question"], values.get("answer"))
+
+
+def from_list(key: str) -> Callable[[dict[str, Any]], Any]:
+    """Read a list of messages, or one as a JSON string, under a key."""
+    return lambda values: parse_json(values[key], repr(key))
 
 
 def _exchange(prompt: Any, answer: Any) -> list[dict[str, Any]]:
@@ -215,20 +155,20 @@ def from_text(values: dict[str, Any]) -> Text:
 
 def from_segments(values: dict[str, Any]) -> Text:
     """Read ``segments``: ``[{text, train}]``, or Axolotl's ``[{text, label}]``; taken as written."""
-    segments, read = parse_json(values["segments"], "'segments'"), []
-    if not isinstance(segments, list) or not segments:
-        raise RowFault(f"'segments' must be a list of {{text, train}}, found {kind_of(segments)}")
-    for number, segment in enumerate(segments, start=1):
-        where = f"segment {number}"
-        if not isinstance(segment, dict) or not isinstance(train := segment.get("train", segment.get("label")), bool):
-            raise RowFault(f"{where} must be {{text, train: true or false}}, found {reprlib.repr(segment)}")
-        read.append((read_string(segment.get("text"), f"the text of {where}"), train))
+    read = []
+    for segment in parse_json(values["segments"], "'segments'"):
+        train = segment.get("train", segment.get("label"))
+        if not isinstance(train, bool):
+            raise RowFault(f"a segment must be {{text, train: true or false}}, found {reprlib.repr(segment)}")
+        read.append((read_string(segment.get("text"), "the text of a segment"), train))
+    if not read:
+        raise RowFault("'segments' is empty")
     return Text(tuple(read), whole=False)
 
 
 def from_tokens(values: dict[str, Any]) -> Tokens:
     """Read ``input_ids`` and ``labels``, which are aligned (not shifted), -100 where a token is not trained."""
-    ids, labels = (parse_json(values[key], f"{key!r}") for key in ("input_ids", "labels"))
+    ids, labels = (parse_json(values[key], repr(key)) for key in ("input_ids", "labels"))
     for key, tokens, least in (("input_ids", ids, 0), ("labels", labels, -100)):
         if not isinstance(tokens, list) or not tokens or not all(type(n) is int and n >= least for n in tokens):
             raise RowFault(f"{key!r} must be a list of token ids, found {reprlib.repr(tokens)}")
@@ -259,14 +199,12 @@ class Format(NamedTuple):
     @property
     def read_keys(self) -> tuple[str, ...]:
         """All keys of a row that are read."""
-        return (*self.keys(True), *self.other_keys, *(_OF_CHATS if self.is_chat else ()), "weight")
+        return (*self.keys(True), *self.other_keys, *(("system", "tools") if self.is_chat else ()), "weight")
 
     def keys(self, needs_answer: bool) -> tuple[str, ...]:
         """Return the keys that a row must have."""
         return self.prompt_keys + self.answer_keys if needs_answer else self.prompt_keys
 
-
-_OF_CHATS = ("system", "tools")
 
 FORMATS = {
     form.name: form
@@ -288,47 +226,27 @@ _BY_COLUMNS = [form for form in FORMATS.values() if form.name != "text"]
 KEYS = tuple(dict.fromkeys(key for form in FORMATS.values() for key in form.read_keys))
 
 
-def name_format(name: str) -> Format:
-    """Return the format of a name, or that of a function by its dotted path.
-
-    Raises:
-        UserError: there is none.
-    """
+def _name_format(name: str) -> Format:
+    """Return the format of a name, or that of a function by its dotted path."""
     if name in FORMATS:
         return FORMATS[name]
-    if "." in name:
-        return Format(name, (), (), import_function(name))
-    known = ["auto", *FORMATS]
-    raise UserError(
-        f"format: expected {', '.join(known)} or the dotted path of a function, found {name!r}.{nearest(name, known)}"
-    )
-
-
-def import_function(path: str) -> Callable[[dict[str, Any]], Any]:
-    """Import a function by its dotted path; a module in the current folder is found as well.
-
-    Raises:
-        UserError: if there is none.
-    """
+    if "." not in name:
+        known = ["auto", *FORMATS]
+        names = ", ".join(known)
+        hint = nearest(name, known)
+        raise UserError(f"format: expected {names} or the dotted path of a function, found {name!r}.{hint}")
     folder = str(Path.cwd())
     sys.path.append(folder)  # an installed command does not look there, where people keep their function
     try:
-        function = pkgutil.resolve_name(path)
+        return Format(name, (), (), pkgutil.resolve_name(name))
     except Exception as error:
-        raise UserError(f"format: cannot import {path!r}: {type(error).__name__}: {error}.") from error
+        raise UserError(f"format: cannot import {name!r}: {type(error).__name__}: {error}.") from error
     finally:
         sys.path.remove(folder)
-    if not callable(function):
-        raise UserError(f"format: {path} is {type(function).__name__}, not a function row -> conversation.")
-    return function  # type: ignore[no-any-return]
 
 
-def recognise(row: Row, needs_answer: bool) -> Format | None:
-    """Return the format that the columns of a row have, under our names, if there is one.
-
-    Raises:
-        UserError: there is more than one.
-    """
+def _recognise(row: Row, needs_answer: bool) -> Format | None:
+    """Return the format that the columns of a row have, under our names, if there is one."""
     # Rows to predict may hold answers too: then their format is told by all its keys, as in training.
     for answers in (True,) if needs_answer else (True, False):
         fitting = [form for form in _BY_COLUMNS if row.values.keys() >= set(form.keys(answers))]
@@ -384,51 +302,36 @@ def _advise(values: Mapping[str, Any]) -> str:
     return "".join(nearest(name, keys, 0.75).replace("?", f" by {name!r}?") for name in values)
 
 
-# Rows of other tasks
-
-_JUDGEMENTS = ("label", "kto_tag")  # TRL's and LLaMA-Factory's names for whether an answer is a good one
-_NAMES = {"rejected", *_JUDGEMENTS, *MEDIA}
-
-
-def refuse_other_task(row: Row, needs_answer: bool) -> None:
-    """Refuse a row of another task, whatever becomes of bad rows: all rows of its source are such.
-
-    Raises:
-        UserError: it holds preferences, a boolean label beside its answer, or pictures, films or sounds.
-    """
-    for key in sorted(_NAMES & row.values.keys()):  # the same one in each process
-        value = row.values[key]
-        if key in MEDIA and not _is_nothing(value):
-            why = "but only text is read: its answer would be trained without what it is about"
-        elif key == "rejected" and "chosen" in row.values and not _is_nothing(value) and needs_answer:
-            why = "so it is a preference row, which is no instruction to train on"
-        elif key in _JUDGEMENTS and str(value).lower() in ("true", "false") and needs_answer:  # a word in CSV
-            why = "which says whether its answer is good: bad ones would be trained as well"
-        else:
-            continue
-        raise UserError(
-            f"{row.where} has {key!r}, {why}. Leave out what shall not be trained, and the column by `data.columns: "
-            f"{{{key}: null}}` (naming the answer, as in `chosen: completion`), or read such rows by a function, "
-            "`format: package.module.function`."
-        )
-
-
-def _is_nothing(value: Any) -> bool:
-    """Return whether a value is empty, or holds nothing but empty ones, as ``{"bytes": None, "path": ""}``."""
-    if isinstance(value, dict | list):
-        return all(map(_is_nothing, value.values() if isinstance(value, dict) else value))
-    return value in (None, False, "", b"")
-
-
 # One row
 
+_OTHER_TASKS = {
+    **dict.fromkeys(MEDIA, "but only text is read: its answer would be trained without what it is about"),
+    "rejected": "so it is a preference row, which is no instruction to train on",
+    # TRL's and LLaMA-Factory's names
+    **dict.fromkeys(("label", "kto_tag"), "which says whether its answer is good: bad ones would be trained as well"),
+}
 
-def to_content(values: dict[str, Any], form: Format, settings: RowSettings, needs_answer: bool = True) -> Content:
-    """Convert one row, under our names, and check what comes out.
 
-    Raises:
-        RowFault: with the reason why the row cannot be used.
-    """
+def _refuse_other_task(row: Row, needs_answer: bool) -> None:
+    """Refuse a row of another task by a UserError, also with ``on_bad_row: skip``: all rows of its source are such."""
+    for key in sorted(_OTHER_TASKS.keys() & row.values.keys()):
+        value = row.values[key]
+        if key in MEDIA:
+            is_other = any(value.values()) if isinstance(value, dict) else bool(value)  # {"bytes": None, "path": None}
+        elif key == "rejected":
+            is_other = bool(value) and "chosen" in row.values and needs_answer
+        else:
+            is_other = str(value).lower() in ("true", "false") and needs_answer  # a word in CSV
+        if is_other:
+            raise UserError(
+                f"{row.where} has {key!r}, {_OTHER_TASKS[key]}. Leave out what shall not be trained, and the column by "
+                f"`data.columns: {{{key}: null}}` (naming the answer, as in `chosen: completion`), or read such rows "
+                "by a function, `format: package.module.function`."
+            )
+
+
+def _to_content(values: dict[str, Any], form: Format, settings: RowSettings, needs_answer: bool) -> Content:
+    """Convert one row, under our names, and check what comes out."""
     missing = [key for key in form.keys(needs_answer) if values.get(key) is None]
     if missing:
         columns = ", ".join(values)
@@ -437,9 +340,9 @@ def to_content(values: dict[str, Any], form: Format, settings: RowSettings, need
         content = form.convert(dict(values))
     except RowFault:
         raise
-    except Exception as error:  # a user's function may raise anything
+    except Exception as error:  # a user's function may raise anything, and ours meet rows that nobody expects
         said = " ".join(str(error).split())[:300]  # an error may repeat the whole row
-        raise RowFault(f"format function {form.name} raised {type(error).__name__}: {said}") from error
+        raise RowFault(f"cannot be read by the format {form.name}: {type(error).__name__}: {said}") from error
     is_ours = form.name in FORMATS
     weight = _read_weight(values.get("weight")) if is_ours else getattr(content, "weight", 1.0)
     if isinstance(content, Text | Tokens):
@@ -448,9 +351,8 @@ def to_content(values: dict[str, Any], form: Format, settings: RowSettings, need
     if isinstance(content, Chat):
         messages, tools, own_system = content.messages, content.tools, None
     if not isinstance(messages, list) or not messages:
-        source = "" if is_ours else f" from the format function {form.name}"
-        raise RowFault(f"expected a list of messages{source}, found {kind_of(messages)}")
-    conversation = [check_message(message, at, settings.roles) for at, message in enumerate(messages, start=1)]
+        raise RowFault(f"expected a list of messages by the format {form.name}, found {reprlib.repr(messages)}")
+    conversation = [read_message(message, at, settings.roles) for at, message in enumerate(messages, start=1)]
     check_order(conversation, needs_answer)
     if own_system and conversation[0]["role"] == "system":
         raise RowFault("has a system message and the key 'system' as well: expected one of them")
@@ -465,10 +367,10 @@ def _read_weight(value: Any) -> float:
     if value is None or value == "":
         return 1.0
     try:
-        weight = math.nan if isinstance(value, bool) else float(value)
+        weight = float(value)
     except (TypeError, ValueError):
         weight = math.nan
-    if not (math.isfinite(weight) and weight >= 0):
+    if not 0 <= weight < math.inf:
         raise RowFault(
             f"'weight' must be a number, at least 0, found {reprlib.repr(value)}; if it means something else, leave it "
             "out by `columns: {weight: null}`"

@@ -1,30 +1,22 @@
 """The rows of a source, in order, each with its place, from any position."""
 
-import bz2
-import codecs
 import csv
-import gzip
 import hashlib
 import io
 import itertools
 import json
-import logging
 import lzma
 import reprlib
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from qlora_lightning.data.rows.bad_rows import BadRow, RowFault, kind_of, refuse
-from qlora_lightning.data.rows.hub import BATCH_ROWS, describe_hub, read_hub
 from qlora_lightning.data.rows.sources import DataFile, Source, find_sources
 from qlora_lightning.data.rows.sources import kind_of as kind_of_file
 from qlora_lightning.support.errors import UserError
-
-_log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
@@ -47,30 +39,6 @@ class Row(NamedTuple):
         return f"{self.file}:{self.line}"
 
 
-@dataclass
-class Cursor:
-    """Where the next row begins; plain numbers, so that a checkpoint can hold them.
-
-    Attributes:
-        file: index in the source's files.
-        offset: in a local file of UTF-8 lines of JSON, not compressed, the bytes that are before it; 0 in other files,
-            whose first ``count`` rows are read again and passed over.
-        line: beside an offset, its line, counted from 1.
-        count: rows of this file read so far, bad ones included.
-        total: rows of all files read so far.
-    """
-
-    file: int = 0
-    offset: int = 0
-    line: int = 1
-    count: int = 0
-    total: int = 0
-
-    def next_file(self) -> None:
-        """Go to the beginning of the next file."""
-        self.file, self.offset, self.line, self.count = self.file + 1, 0, 1, 0
-
-
 class RowReader:
     """Reads the rows of a source as a stream: memory grows with none but JSON arrays, which are read as a whole.
 
@@ -88,70 +56,56 @@ class RowReader:
 
     def __init__(self, source: Source, position: Mapping[str, int] | None = None) -> None:
         self.source = source
-        self._cursor = Cursor(**(position or {}))
+        self._position = {"file": 0, "count": 0, "total": 0, **(position or {})}
 
     def __iter__(self) -> Iterator[Row | BadRow]:
         """Yield rows, and in their places those that are none.
 
         Raises:
-            UserError: a file cannot be read, is damaged, or holds no rows at all.
+            UserError: a file cannot be read or is damaged, or the source holds no rows at all.
         """
-        cursor, source = self._cursor, self.source
-        parts = source.files or (None,)
-        while cursor.file < len(parts) and cursor.total != source.rows:
-            file = parts[cursor.file]
+        source, position = self.source, self._position
+        files = source.files or (None,)
+        while position["file"] < len(files):
+            file = files[position["file"]]
             name = source.path if file is None else str(file)
-            for line, values, fault in self._parse(file):
-                cursor.count += 1
-                cursor.total += 1
-                yield BadRow(f"{name}:{line}", fault) if values is None else Row(values, name, line)
-                if cursor.total == source.rows:
+            for line, values in self._parse(file, skip=position["count"]):
+                if position["total"] == source.rows:
                     return
-            if not cursor.count:
-                raise UserError(f"{name} holds no rows.")
-            cursor.next_file()
+                position["count"] += 1
+                position["total"] += 1
+                yield BadRow(f"{name}:{line}", str(values)) if isinstance(values, RowFault) else Row(values, name, line)
+            position.update(file=position["file"] + 1, count=0)
+        if not position["total"]:
+            raise UserError(f"{source.path} is empty: it holds no rows.")
 
     def position(self) -> dict[str, int]:
-        """Return where the next row begins, in plain numbers."""
-        return asdict(self._cursor)
+        """Return where the next row begins: the file's index, and the rows read of that file and of all files."""
+        return dict(self._position)
 
-    def _parse(self, file: DataFile | None) -> Iterator["Parsed"]:
-        """Return the rows of a file behind those that were read."""
-        source, cursor = self.source, self._cursor
+    def _parse(self, file: DataFile | None, skip: int) -> Iterator["Parsed"]:
+        """Return the rows of a file, or of a data set of the hub, behind the first ``skip``."""
+        source = self.source
         if file is None:
-            return number_rows(read_hub(source, cursor.count), begin=cursor.count)
+            return _number_rows(_read_hub(source), skip)
         kind, _ = kind_of_file(file)
         if kind in (".parquet", ".arrow"):
-            return read_table(file, cursor.count)
+            return _read_table(file, skip)
         if kind in (".csv", ".tsv"):
             delimiter = source.delimiter or ("\t" if kind == ".tsv" else None)
-            return itertools.islice(read_csv(file, source.encoding, delimiter), cursor.count, None)
-        rows = read_json(file, source.encoding, cursor)
-        return rows if cursor.offset else itertools.islice(rows, cursor.count, None)
+            return itertools.islice(_read_csv(file, source.encoding, delimiter), skip, None)
+        return _read_json(file, source.encoding, skip)
 
 
-def read_rows(
-    value: str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]],
-    bad: list[BadRow] | None = None,
-    split: str = "train",
-) -> list[Row]:
-    """Read all rows at once, in order; blank lines are skipped, weights are not looked at.
-
-    Args:
-        value: a file, folder, glob or hub id, or a list: see ``find_sources``.
-        bad: where rows that are none are collected; without it they are an error.
-        split: as in ``find_sources``.
+def read_rows(value: str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]]) -> list[Row]:
+    """Read all rows of ``data.train`` at once, in order; weights are not looked at.
 
     Raises:
-        UserError: as ``find_sources`` and ``RowReader`` do; or a row is none (and ``bad`` was not given).
+        UserError: as ``find_sources`` and ``RowReader`` do; or a row is none.
     """
-    found = [row for source in find_sources(value, split) for row in RowReader(source)]
-    faults = [row for row in found if isinstance(row, BadRow)]
-    if bad is None:
-        refuse(faults)
-    else:
-        bad.extend(faults)
-    return [row for row in found if isinstance(row, Row)]
+    rows = [row for source in find_sources(value, "train") for row in RowReader(source)]
+    refuse([row for row in rows if isinstance(row, BadRow)])
+    return [row for row in rows if isinstance(row, Row)]
 
 
 def fingerprint(source: Source) -> str:
@@ -161,9 +115,13 @@ def fingerprint(source: Source) -> str:
     """
     total = hashlib.blake2b(repr((source.rows, source.encoding, source.delimiter)).encode(), digest_size=20)
     if not source.files:
-        total.update(describe_hub(source).encode())
+        with _hub_errors(source):
+            from datasets import load_dataset_builder as load
+
+            builder = load(source.path, source.name, data_files=source.data_files, revision=source.revision)
+        total.update(f"{builder.hash} {builder.config_id} {source.split}".encode())
     for file in source.files:
-        with _open_stored(file) as stream:
+        with _open(file, decompress=False) as stream:
             digest = hashlib.file_digest(stream, "blake2b").hexdigest()
         total.update(f"{kind_of_file(file)} {digest}\n".encode())
     return total.hexdigest()
@@ -171,118 +129,92 @@ def fingerprint(source: Source) -> str:
 
 # Files
 
+Parsed = tuple[int, dict[str, Any] | RowFault]
+"""A row's line or number, and its values, or why it is none."""
+
+_CODECS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz"}
+_NOT_UTF8 = "not UTF-8 text: save the file as UTF-8, or name its encoding, as in `encoding: latin-1`"
+
 
 @contextmanager
-def _open_stored(file: DataFile) -> Iterator[Any]:
-    """Open a file, local or behind a URL, as it is stored."""
-    try:
-        if isinstance(file, Path):
-            with file.open("rb") as stream:
-                yield stream
-        else:
-            import fsspec  # a fifth of a second
+def _open(file: DataFile, decompress: bool = True) -> Iterator[Any]:
+    """Open a file, local or behind a URL, for reading bytes; what cannot be read is a UserError, also later on."""
+    import fsspec  # a fifth of a second, as pyarrow takes
 
-            with fsspec.open(file, "rb") as stream:
-                yield stream
+    compression = kind_of_file(file)[1] if decompress else ""
+    try:
+        with fsspec.open(str(file), "rb", compression=_CODECS.get(compression)) as stream:
+            if compression == ".zst":  # which fsspec knows with Python 3.14 only
+                import pyarrow
+
+                stream = io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"))
+            yield stream
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{file} cannot be read: {error}.") from error
 
 
 @contextmanager
-def open_stream(file: DataFile) -> Iterator[BinaryIO]:
-    """Open a file for reading, decompressed.
-
-    Raises:
-        UserError: here or while it is read: it cannot be read, is damaged, or is not in the encoding that was named.
-    """
+def _open_text(file: DataFile, encoding: str, newline: str) -> Iterator[TextIO]:
+    """Open a file for reading text; bytes that cannot be decoded are the fault of their row alone."""
     try:
-        with _open_stored(file) as stored, _DECOMPRESS[kind_of_file(file)[1]](stored) as stream:
-            yield stream
-    except UnicodeError as error:
-        raise UserError(f"{file} cannot be read: {error}. Name its encoding, as in `{_ENCODING}`.") from error
+        with _open(file) as stream, io.TextIOWrapper(stream, encoding, "surrogateescape", newline) as text:
+            yield text
+    except UnicodeError as error:  # of encodings in which the rest cannot be told either
+        raise UserError(f"{file} cannot be read: {error}. Name its encoding, as in `encoding: latin-1`.") from error
 
 
-def _open_zstd(stored: BinaryIO) -> io.BufferedReader:
-    import pyarrow  # a fifth of a second, for the one compression that the standard library lacks before Python 3.14
-
-    return io.BufferedReader(pyarrow.CompressedInputStream(stored, "zstd"))
-
-
-_DECOMPRESS: dict[str, Callable[[Any], Any]] = {
-    "": lambda stored: stored,
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": _open_zstd,
-}
-
-
-def _is_utf8(encoding: str) -> bool:
-    return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig", "ascii")
-
-
-_ENCODING = "encoding: latin-1"
-_NOT_UTF8 = f"not UTF-8 text: save the file as UTF-8, or name its encoding, as in `{_ENCODING}`"
-
-Parsed = tuple[int, dict[str, Any] | None, str]
-"""A row's line or number, its values (None where it is no row), and then the reason."""
+def _check_decoded(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowFault(_NOT_UTF8) from None
 
 
 # JSON
 
-MAX_ARRAY_BYTES = 1_000_000_000  # an array is parsed as a whole, into several times as much memory
+MAX_ARRAY = 1_000_000_000  # characters: an array is parsed as a whole, into several times as much memory
 
 
-def read_json(file: DataFile, encoding: str, cursor: Cursor) -> Iterator[Parsed]:
-    """Yield the rows of a JSON file: one object per line, or the elements of one array. Blank lines are skipped.
-
-    If lines can be counted in bytes, they are read from the cursor on, which moves with them.
-
-    Raises:
-        UserError: the file is an array that is not JSON or too large, or holds objects that are no rows.
-    """
-    counted = isinstance(file, Path) and not kind_of_file(file)[1] and _is_utf8(encoding)
-    is_first = cursor.offset == 0
-    with open_stream(file) as stream:
-        if counted:
-            stream.seek(cursor.offset)
-        lines = iter(stream) if _is_utf8(encoding) else _recode(stream, encoding)
-        for number, raw in enumerate(lines, start=cursor.line):
-            # Windows editors write it at the beginning of a file, and files are laid end to end.
-            text = raw.removeprefix(codecs.BOM_UTF8)
-            if is_first and text.lstrip().startswith(b"["):
-                cursor.offset, cursor.line = 0, 1
-                yield from _read_array(file, itertools.chain([text], lines))
+def _read_json(file: DataFile, encoding: str, skip: int) -> Iterator[Parsed]:
+    """Yield the rows of a JSON file: one object per line, or the elements of one array. Blank lines are skipped."""
+    rows = 0
+    with _open_text(file, encoding, newline="\n") as stream:
+        for number, line in enumerate(stream, start=1):
+            # Windows editors write the mark at the beginning of a file, and files are put end to end.
+            line = line.removeprefix("\ufeff")
+            text = line.strip(" \t\r\n")
+            if not rows and text.startswith("["):
+                for place, element in enumerate(_parse_array(file, line + stream.read(MAX_ARRAY)), start=1):
+                    if place > skip:
+                        yield place, _check_object(element)
                 return
-            if counted:
-                cursor.offset, cursor.line = cursor.offset + len(raw), number + 1
-            if not text.strip():
-                continue
-            values, fault = _parse_line(text)
-            if is_first:
-                _refuse_table(file, text, values)
-            is_first = False
-            yield number, values, fault
+            rows += bool(text)
+            if text and rows > skip:
+                try:
+                    yield number, _check_object(_parse_json(text))
+                except RowFault as fault:
+                    yield number, fault
 
 
-def _recode(stream: BinaryIO, encoding: str) -> Iterator[bytes]:
-    with io.TextIOWrapper(stream, encoding, newline="\n") as text:
-        for line in text:
-            yield line.encode()
-
-
-def _parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
-    """Return the object and no fault, or None and what is wrong."""
+def _parse_array(file: DataFile, text: str) -> list[Any]:
+    if len(text) > MAX_ARRAY:
+        raise UserError(f"{file} is a JSON array of more than 1 GB: convert it to .jsonl, one object per line.")
     try:
-        # Not json.loads(raw): it lets surrogates pass, which no tokenizer takes.
-        values = json.loads(raw.rstrip(b"\r\n").decode(), object_pairs_hook=_make_object)
-    except UnicodeDecodeError:
-        return None, _NOT_UTF8
+        return _parse_json(text)  # type: ignore[no-any-return]
     except RowFault as fault:
-        return None, str(fault)
+        raise UserError(f"{file} is not a JSON array: {fault}.") from fault
+
+
+def _parse_json(text: str) -> Any:
+    _check_decoded(text)
+    try:
+        return json.loads(text, object_pairs_hook=_make_object)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested a thousand deep
-        return None, f"not JSON: {error}"
-    return (values, "") if isinstance(values, dict) else (None, f"{kind_of(values)}, expected a JSON object")
+        raise RowFault(f"not JSON: {error}") from error
+
+
+def _check_object(values: Any) -> dict[str, Any] | RowFault:
+    return values if isinstance(values, dict) else RowFault(f"{kind_of(values)}, expected a JSON object")
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -291,42 +223,8 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in values if keys.count(key) > 1)
-        raise RowFault(f"has the key {reprlib.repr(twice)} twice in one object, where the last would count: keep one")
+        raise ValueError(f"the key {reprlib.repr(twice)} is twice in one object, where the last would count: keep one")
     return values
-
-
-def _refuse_table(file: DataFile, first_line: bytes, values: dict[str, Any] | None) -> None:
-    """Refuse objects that run over several lines, and a table as one object, by the first line."""
-    is_table = values and all(isinstance(value, dict) and "0" in value for value in values.values())  # of to_json()
-    if is_table or first_line.strip() == b"{":
-        raise UserError(
-            f"{file}: expected one JSON object per line, or an array of objects, found a table or an object over "
-            "several lines. Write a DataFrame by df.to_json('rows.jsonl', orient='records', lines=True)."
-        )
-
-
-def _read_array(file: DataFile, lines: Iterable[bytes]) -> Iterator[Parsed]:
-    """Yield the elements of an array, by number."""
-    parts, size = [], 0
-    for part in lines:
-        parts.append(part)
-        size += len(part)
-        if size > MAX_ARRAY_BYTES:
-            raise UserError(
-                f"{file} is a JSON array of more than {MAX_ARRAY_BYTES / 1e9:g} GB, which would be parsed as a whole: "
-                "convert it to .jsonl, one object per line."
-            )
-    try:
-        elements = json.loads(b"".join(parts).decode(), object_pairs_hook=_make_object)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is {_NOT_UTF8}.") from error
-    except RowFault as fault:
-        raise UserError(f"{file}: an element {fault}.") from fault
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not a JSON array: {error}.") from error
-    for number, values in enumerate(elements, start=1):
-        is_object = isinstance(values, dict)
-        yield number, values if is_object else None, "" if is_object else f"{kind_of(values)}, expected a JSON object"
 
 
 # CSV
@@ -335,125 +233,113 @@ _LARGEST_FIELD = 1 << 30
 _DELIMITERS = ",;\t|"
 
 
-def read_csv(file: DataFile, encoding: str, delimiter: str | None) -> Iterator[Parsed]:
+def _read_csv(file: DataFile, encoding: str, delimiter: str | None) -> Iterator[Parsed]:
     """Yield the rows of a CSV file, each with its first line; all values are strings.
 
-    Args:
-        file: the file.
-        encoding: of its text.
-        delimiter: between fields; None: the one that divides the header into most names.
-
-    Raises:
-        UserError: the header is no list of different names, or a quote is never closed.
+    Without a ``delimiter`` it is the one that divides the header into most names.
     """
     # The module's limit on a field, 128 KiB, is one for the whole process: it is raised here, never lowered.
     csv.field_size_limit(max(csv.field_size_limit(), _LARGEST_FIELD))
-    # What cannot be decoded is the fault of its row alone; it stays, so that its commas and quotes are seen.
-    encoding = "utf-8-sig" if _is_utf8(encoding) else encoding
-    with open_stream(file) as stream, io.TextIOWrapper(stream, encoding, "surrogateescape", newline="") as text:
-        first = text.readline()
+    with _open_text(file, encoding, newline="") as stream:
+        first = stream.readline().removeprefix("\ufeff")
         delimiter = delimiter or max(_DELIMITERS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
-        records = csv.reader(itertools.chain([first], text), delimiter=delimiter, strict=True)
+        records = csv.reader(itertools.chain([first], stream), delimiter=delimiter, strict=True)
         header: list[str] = []
-        has_index, line = False, 1
+        begin = 1
         try:
             for fields in records:
-                begin, line = line, records.line_num + 1
-                if len(fields) < 2 and not "".join(fields).strip():
-                    continue
-                if not header:
+                is_blank = len(fields) < 2 and not "".join(fields).strip()
+                if header and not is_blank:
+                    yield begin, _name_fields(header, fields)
+                elif not is_blank:
                     header = fields
-                    has_index = len(header) > 1 and header[0] in ("", "Unnamed: 0")
-                    _check_header(file, begin, header[has_index:])
-                    if has_index:
-                        _log.info("%s: its first column, the index that pandas' to_csv() writes, is left out.", file)
-                    continue
-                fault = _find_fault(fields, header)
-                if has_index and not fault and not fields[0].strip().isdecimal():
-                    raise UserError(f"{file}:{begin}: column 1 has no name in the header: name it, or remove it.")
-                yield begin, None if fault else dict(zip(header[has_index:], fields[has_index:], strict=True)), fault
-        except csv.Error as error:
-            reason = str(error).replace("unexpected end of data", "a quote that opens in this row is never closed")
-            raise UserError(f"{file}:{line}: not CSV: {reason} (write a quote inside a field twice).") from error
-        if not header:
-            raise UserError(f"{file}: expected a header, found no text.")
+                    _check_decoded("".join(header))
+                    twice = [name for name in header if name and header.count(name) > 1]
+                    if twice:
+                        raise UserError(f"the header names {twice[0]!r} twice: rename one column")
+                begin = records.line_num + 1
+        except (csv.Error, UserError) as error:
+            said = str(error).replace("unexpected end of data", "a quote that opens in this row is never closed")
+            raise UserError(f"{file}:{begin}: {said}.") from error
 
 
-def _check_header(file: DataFile, line: int, header: list[str]) -> None:
-    fault = _find_fault(header, header)
-    for number, name in enumerate(header, start=1):
-        if not name.strip():
-            fault = fault or f"column {number} has no name in the header: name it, or remove the column"
-        if name in header[: number - 1]:
-            fault = fault or f"the header names {name!r} twice: rename one column"
-    if fault:
-        raise UserError(f"{file}:{line}: {fault}.")
-
-
-def _find_fault(fields: list[str], header: list[str]) -> str:
+def _name_fields(header: list[str], fields: list[str]) -> dict[str, Any] | RowFault:
     try:
-        "".join(fields).encode()
-    except UnicodeEncodeError:  # bytes that could not be decoded
-        return _NOT_UTF8
-    if len(fields) == len(header):
-        return ""
-    return f"{len(fields)} fields, expected {len(header)} ({', '.join(header)}): quote a delimiter inside a field"
+        _check_decoded("".join(fields))
+    except RowFault as fault:
+        return fault
+    if len(fields) != len(header):
+        names = ", ".join(header)
+        return RowFault(f"{len(fields)} fields, expected {len(header)} ({names}): quote a delimiter inside a field")
+    # the index that pandas' to_csv() writes has no name
+    return {name: field for name, field in zip(header, fields, strict=True) if name}
 
 
 # Parquet, Arrow, and the hub
 
-_BUFFER_BYTES = 1 << 20
+_BATCH_ROWS = 256
 
 
-def read_table(file: DataFile, skip: int) -> Iterator[Parsed]:
-    """Yield the rows of a parquet or Arrow file behind the first ``skip``.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    from pyarrow import ArrowException
-
-    kind, compression = kind_of_file(file)
-    with open_stream(file) as stream:
-        try:
-            table = io.BytesIO(stream.read()) if compression else stream  # both are read from any place
-            batches = _read_parquet(table) if kind == ".parquet" else _read_arrow(table)
-            yield from number_rows(batches, skip)
-        except (ArrowException, OSError) as error:
-            reason = str(error).partition("\n")[0].rstrip(".")
-            raise UserError(f"{file} cannot be read as {kind}: {reason}. Write or download it again.") from error
-
-
-def _read_parquet(stream: BinaryIO) -> Iterator[Any]:
+def _read_table(file: DataFile, skip: int) -> Iterator[Parsed]:
+    """Yield the rows of a parquet or Arrow file behind the first ``skip``."""
+    from pyarrow import ArrowException, ipc
     from pyarrow.parquet import ParquetFile
 
-    # By itself it reads row groups as a whole, which may be as large as the file.
-    return iter(ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False).iter_batches(BATCH_ROWS))
+    kind, compression = kind_of_file(file)
+    with _open(file) as stream:
+        try:
+            table = io.BytesIO(stream.read()) if compression else stream  # both are read from any place
+            batches: Iterable[Any]
+            if kind == ".parquet":
+                # By itself it reads row groups as a whole, which may be as large as the file.
+                batches = ParquetFile(table, buffer_size=1 << 20, pre_buffer=False).iter_batches(_BATCH_ROWS)
+            elif table.read(6) == b"ARROW1":  # Arrow's file format, as Feather and polars write it
+                reader = ipc.open_file(table)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+            else:  # its stream format, which ``datasets`` writes
+                table.seek(0)
+                batches = ipc.open_stream(table)
+            yield from _number_rows(batches, skip)
+        except ArrowException as error:
+            raise UserError(f"{file} cannot be read as {kind}: {error}") from error
 
 
-def _read_arrow(stream: BinaryIO) -> Iterator[Any]:
-    """Yield the batches of Arrow's stream format, which ``datasets`` writes, or of its file format (Feather)."""
-    from pyarrow import ipc
+def _read_hub(source: Source) -> Iterator[Any]:
+    """Yield the rows of a data set of the hub as Arrow tables, mapped into memory or streamed from the network."""
+    with _hub_errors(source):
+        from datasets import load_dataset
 
-    magic = stream.read(6)
-    stream.seek(0)
-    if magic != b"ARROW1":
-        return iter(ipc.open_stream(stream))
-    reader = ipc.open_file(stream)
-    return (reader.get_batch(number) for number in range(reader.num_record_batches))
+        rows: Any = load_dataset(
+            source.path,
+            source.name,
+            data_files=source.data_files,
+            split=source.split,
+            revision=source.revision,
+            streaming=source.streaming,
+        )
+        if source.shard_seed is not None:
+            rows = rows.shuffle(seed=source.shard_seed, buffer_size=1)  # of the shards; we shuffle rows ourselves
+        yield from rows.with_format("arrow").iter(_BATCH_ROWS)
 
 
-def number_rows(batches: Iterable[Any], skip: int = 0, begin: int = 0) -> Iterator[Parsed]:
-    """Yield the rows of Arrow batches or tables behind the first ``skip``, by number; ``begin`` come before them."""
-    number = begin
-    for batch in batches:
-        for at in range(0, len(batch), BATCH_ROWS):
-            part = batch.slice(at, BATCH_ROWS)
-            passed = min(max(skip - number, 0), len(part))
-            number += passed
-            for values in part.slice(passed).to_pylist():
-                number += 1
-                yield number, {key: _without_fill(value) for key, value in values.items()}, ""
+@contextmanager
+def _hub_errors(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of ``datasets``, of the hub, and of their libraries for HTTP and files
+        said = " ".join(str(error).split())
+        raise UserError(f"data set {source.path} cannot be read from the Hugging Face hub: {said}") from error
+
+
+def _number_rows(batches: Iterable[Any], skip: int) -> Iterator[Parsed]:
+    """Yield the rows of Arrow batches or tables behind the first ``skip``, by number."""
+    number = 0
+    for part in (batch.slice(at, _BATCH_ROWS) for batch in batches for at in range(0, len(batch), _BATCH_ROWS)):
+        passed = min(max(skip - number, 0), len(part))
+        number += passed
+        for values in part.slice(passed).to_pylist():
+            number += 1
+            yield number, {key: _without_fill(value) for key, value in values.items()}
 
 
 def _without_fill(value: Any) -> Any:

@@ -5,44 +5,53 @@ import re
 import reprlib
 from typing import Any
 
-from qlora_lightning.data.rows.bad_rows import RowFault, check_characters, kind_of, read_string
+from qlora_lightning.data.rows.bad_rows import RowFault, check_characters, kind_of, parse_json, read_string
 
 
 def find_tools(tools: Any) -> list[dict[str, Any]] | None:
     """Return the tools of a row as a chat template takes them, or None if it has none.
 
-    Args:
-        tools: a list of JSON schemas, or such a list as a JSON string: each one as OpenAI has it (``type`` and
-            ``function``), or the function alone (``name``, ``description``, ``parameters``).
-
-    Raises:
-        RowFault: if they are anything else.
+    They are a list of JSON schemas, or such a list as a JSON string: each as OpenAI has it (``type`` and ``function``),
+    or the function alone (``name``, ``description``, ``parameters``).
     """
-    if isinstance(tools, str) and tools:
-        tools = parse_json(tools, "'tools'")
-    if tools in (None, "", []):
-        return None
+    tools = parse_json(tools or [], "'tools'") or []
     if not isinstance(tools, list):
         raise RowFault(f"'tools' must be a list of JSON schemas, found {kind_of(tools)}")
     functions = [_read_function(tool, f"tool {number}") for number, tool in enumerate(tools, start=1)]
-    check_characters(functions, "'tools'")
-    return [{"type": "function", "function": function} for function in functions]
+    return [{"type": "function", "function": function} for function in functions] or None
 
 
 def read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """Return the ``tool_calls`` of a message with their arguments as objects, which is what templates expect.
 
-    Args:
-        calls: a list of ``{"type": "function", "function": {"name": …, "arguments": …}}``, each with an ``id`` or
-            without; the arguments are an object or, as OpenAI writes them, a JSON string of one.
-        where: how a message names the place, ``message 2``.
-
-    Raises:
-        RowFault: if the calls are anything else.
+    They are a list of ``{"type": "function", "function": {"name": …, "arguments": …}}``, with an ``id`` or without; the
+    arguments are an object or, as OpenAI writes them, a JSON string of one.
     """
     if not isinstance(calls, list):
         raise RowFault(f"the tool_calls of {where} must be a list, found {kind_of(calls)}")
     return [_read_call(call, f"tool call {number} of {where}") for number, call in enumerate(calls, start=1)]
+
+
+def _read_call(call: Any, where: str) -> dict[str, Any]:
+    function = _read_function(call, where)
+    arguments = parse_json(function.get("arguments"), f"the arguments of {where}")
+    if not isinstance(arguments, dict):
+        raise RowFault(f"the arguments of {where} must be an object, or a JSON string of one, found {arguments!r:.80}")
+    check_characters(arguments, where)
+    read: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    if call.get("id") is not None:
+        read["id"] = read_string(call["id"], f"the id of {where}")
+    return read
+
+
+def _read_function(value: Any, where: str) -> dict[str, Any]:
+    """Return what is under ``function``, or the value itself where it is the function alone."""
+    if isinstance(value, dict) and value.get("type") in (None, "function"):
+        function = value.get("function") or {key: inner for key, inner in value.items() if key != "type"}
+        if isinstance(function, dict) and isinstance(function.get("name"), str):
+            check_characters(function, where)
+            return function
+    raise RowFault(f"{where} must be a function with a 'name', found {reprlib.repr(value)}")
 
 
 _GLAIVE_TURN = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE): ?")
@@ -51,11 +60,7 @@ _GLAIVE_CALL = re.compile(r"""\{\s*"name": *("[^"]*"), *"arguments": *'(.*)'\s*\
 
 
 def read_glaive(system: str, chat: str) -> tuple[list[Any], list[Any]]:
-    """Return messages and tools of a row of glaive-function-calling: functions in the system text, turns in one text.
-
-    Raises:
-        RowFault: a function or a call is not JSON.
-    """
+    """Return messages and tools of a row of glaive-function-calling, in which both are text."""
     text = system.strip().removeprefix("SYSTEM:").strip()
     prompt, brace, functions = text.partition("{")
     messages: list[dict[str, Any]] = []
@@ -70,7 +75,9 @@ def read_glaive(system: str, chat: str) -> tuple[list[Any], list[Any]]:
         if call:
             message["tool_calls"] = [_read_glaive_call(function.strip())]
         messages.append(message)
-    return messages, _read_objects(brace + functions)
+    # one function after the other, each on lines of its own: a line does not end inside a JSON string
+    array = re.sub(r"\}\s*\n\s*\{", "},{", f"[{brace}{functions}]")
+    return messages, parse_json(array, "the functions in 'system'")
 
 
 def _read_glaive_call(text: str) -> Any:
@@ -79,57 +86,3 @@ def _read_glaive_call(text: str) -> Any:
         return {"name": json.loads(quoted[1]), "arguments": quoted[2].replace("\\'", "'")}
     call = parse_json(text, "a <functioncall>")
     return {"arguments": {}, **call} if isinstance(call, dict) else call
-
-
-def _read_objects(text: str) -> list[Any]:
-    """Return JSON values that follow each other."""
-    decoder, found = json.JSONDecoder(), []
-    while text := text.lstrip(", \n\r\t"):
-        try:
-            value, end = decoder.raw_decode(text)
-        except ValueError as error:
-            raise RowFault(f"the functions in 'system' are not JSON ({error})") from error
-        found.append(value)
-        text = text[end:]
-    return found
-
-
-def parse_json(value: Any, what: str) -> Any:
-    """Return what a JSON string holds; any other value as it is.
-
-    Raises:
-        RowFault: if the string is not JSON.
-    """
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError, as a number of 5,000 digits is
-        raise RowFault(f"{what}: not JSON ({error})") from error
-
-
-def _read_call(call: Any, where: str) -> dict[str, Any]:
-    function = _read_function(call, where)
-    arguments = parse_json(function.get("arguments"), f"the arguments of {where}")
-    if not isinstance(arguments, dict):
-        raise RowFault(
-            f"the arguments of {where} must be an object, or a JSON string of one, found {kind_of(arguments)}"
-        )
-    check_characters(arguments, where)
-    read: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    if call.get("id") is not None:
-        read["id"] = read_string(call["id"], f"the id of {where}")
-    return read
-
-
-def _read_function(value: Any, where: str) -> dict[str, Any]:
-    """Return what stands under ``function``, or the value itself where it is the function alone."""
-    if not isinstance(value, dict):
-        raise RowFault(f"{where} must be an object, found {kind_of(value)}")
-    if value.get("type") not in (None, "function"):
-        raise RowFault(f"{where} is of the type {reprlib.repr(value['type'])}, expected 'function'")
-    function = value.get("function") or {key: inner for key, inner in value.items() if key != "type"}
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowFault(f"{where} must have a function with a 'name', found {', '.join(map(str, value))}")
-    check_characters(function["name"], where)
-    return function

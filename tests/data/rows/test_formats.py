@@ -1,5 +1,7 @@
-"""From the columns of a row to what it becomes: by the row and the settings alone."""
+"""From the columns of a row to what it becomes: by the row and the settings alone; rows as other people have them."""
 
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -8,14 +10,12 @@ import yaml
 
 from qlora_lightning.data.rows.bad_rows import BadRow, RowFault, refuse
 from qlora_lightning.data.rows.conversation import Chat, Text, Tokens
-from qlora_lightning.data.rows.formats import RowConverter, check_columns, import_function
+from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
 from qlora_lightning.support.errors import UserError
 
-CALL = {"type": "function", "function": {"name": "sky", "arguments": {"at": "Ulm"}}}
 U, A, S, T = ("user", "u"), ("assistant", "a"), ("system", "s"), ("tool", "t")
-CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 
 
 def turns(*pairs):
@@ -27,21 +27,19 @@ def rows(*values):
 
 
 def convert(values, needs_answer=True, **settings):
-    return RowConverter(RowSettings(**settings), needs_answer).convert(Row(values, "a.jsonl", 1))
+    converter, (row,) = RowConverter(RowSettings(**settings), needs_answer), rows(values)
+    converter.check([row])
+    return converter.convert(row)
 
 
-def fault(values, **options):
-    with pytest.raises(RowFault) as error:
+def refusal(values, **options):
+    with pytest.raises(UserError) as error:
         convert(values, **options)
     return str(error.value)
 
 
-def refusal(*values, needs_answer=True, **settings):
-    """Return why a source is refused by its first rows."""
-    converter = RowConverter(RowSettings(**settings), needs_answer)
-    with pytest.raises(UserError) as error:
-        converter.check(rows(*values))
-    return str(error.value)
+def says(content):
+    return [(message["role"], message["content"]) for message in content.messages]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +50,7 @@ def refusal(*values, needs_answer=True, **settings):
         ({"instruction": "u", "input": "more", "output": "a"}, turns(("user", "u\n\nmore"), A)),
         ({"instruction": "", "input": "u", "output": "a"}, turns(U, A)),
         ({"instruction": "u", "output": "a", "history": [["q", "r"]]}, turns(("user", "q"), ("assistant", "r"), U, A)),
+        ({"instruction": "u", "output": "a", "history": '[["u", "a"]]'}, turns(U, A, U, A)),
         ({"instruction": "u", "output": "a", "system": "s"}, turns(S, U, A)),
         ({"messages": turns(S, U, A)}, turns(S, U, A)),
         ({"messages": turns(U, A), "system": "s", "prompt": "p"}, turns(S, U, A)),
@@ -76,62 +75,45 @@ def test_rows_to_predict_may_lack_the_answer():
     for values in ({"instruction": "u"}, {"question": "u"}, {"prompt": "u"}, {"messages": turns(U)}):
         assert convert(values, needs_answer=False) == Chat(turns(U))
     assert convert({"prompt": "a", "messages": turns(U, A)}, needs_answer=False) == Chat(turns(U, A))
-    assert convert({"messages": [*turns(U), CALLING, *turns(T)]}, needs_answer=False).messages[-1]["role"] == "tool"
+    assert "hold no prompt" in refusal({"text": "x"}, format="text", needs_answer=False)
 
 
 def test_the_system_prompt_goes_to_rows_without_one():
     assert convert({"messages": turns(U, A)}, system="mine") == Chat(turns(("system", "mine"), U, A))
-    assert convert({"messages": turns(S, U, A)}, system="mine") == Chat(turns(S, U, A))
     assert convert({"messages": turns(U, A), "system": "s"}, system="mine") == Chat(turns(S, U, A))
-    assert "a system message and the key 'system' as well" in fault({"messages": turns(S, U, A), "system": "s"})
+    assert "a system message and the key 'system' as well" in refusal({"messages": turns(S, U, A), "system": "s"})
     assert convert({"messages": turns(("developer", "s"), U, A)}, system="mine") == Chat(turns(S, U, A))
 
 
 def test_roles_of_other_names_are_a_setting():
-    row = {"messages": [{"role": "client", "content": "u"}, {"role": "agent", "content": "a"}]}
+    row = {"messages": turns(("client", "u"), ("agent", "a"))}
     assert convert(row, roles={"client": "user", "agent": "assistant"}) == Chat(turns(U, A))
-    with pytest.raises(UserError, match=r"roles: 'agent' is 'asistant', expected .* Did you mean 'assistant'?"):
+    with pytest.raises(UserError, match=r"roles: .* found 'asistant'. Did you mean 'assistant'?"):
         RowConverter(RowSettings(roles={"agent": "asistant"}))
-
-
-@pytest.mark.parametrize(
-    ("messages", "reason"),
-    [
-        ([], "expected a list of messages, found an empty list"),
-        (7, "expected a list of messages, found int"),
-        ("text", "'messages': not JSON (Expecting value"),
-        (turns(U, S, A), "a system message must come first, found one as message 2"),
-        (turns(S, A, U), "begins with an assistant turn"),
-        (turns(S), "nothing but a system message"),
-        (turns(U), "no assistant turn"),
-        (turns(U, T, A), "message 2 is a tool's, but no assistant message that calls it stands before it"),
-        (turns(T, A), "message 1 is a tool's"),
-    ],
-)
-def test_conversations_that_are_none(messages, reason):
-    assert reason in fault({"messages": messages})
 
 
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
+        ({"messages": []}, "expected a list of messages by the format messages, found []"),
+        ({"messages": None}, "'messages' is missing or null"),
+        ({"messages": "text"}, "'messages': not JSON (Expecting value"),
+        ({"messages": turns(U, S, A)}, "a system message must come first"),
+        ({"messages": turns(S, A, U)}, "must begin with a user turn, found assistant"),
+        ({"messages": turns(S)}, "must begin with a user turn, found none"),
+        ({"messages": turns(U)}, "no assistant turn"),
+        ({"messages": turns(U, T, A)}, "no assistant message that calls the tool is before it"),
         ({"instruction": "u", "output": None}, "'output' is missing or null"),
         ({"instruction": "u", "output": "a", "input": 3}, "'input' must be a string, found int"),
         ({"instruction": "u", "output": "a", "history": ["q"]}, "'history' must be a list of [question, answer] pairs"),
-        ({"prompt": "u", "completion": turns(A)}, "must be two strings or two lists of messages, found str and list"),
-        ({"messages": turns(U, A), "tools": "sky"}, "'tools': not JSON (Expecting value"),
-        ({"id": 7, "text": "x"}, "no format is recognised by its columns id, text"),
+        ({"prompt": "u", "completion": turns(A)}, "part 1 of message 2 is"),
+        ({"prompt": turns(U), "completion": "a"}, "'prompt' must be a string, found list"),
+        ({"prompt": "u", "completion": 4}, "the assistant content of message 2 must be a string, found int"),
     ],
 )
 def test_rows_that_are_none(values, reason):
-    assert reason in fault(values)
-
-
-def test_a_named_format_says_what_a_row_lacks():
-    said = "'output' is missing or null (format alpaca, columns instruction)"
-    assert fault({"instruction": "u"}, format="alpaca") == said
-    with pytest.raises(UserError, match=r"found 'alpacca'\. Did you mean 'alpaca'\?"):
-        RowConverter(RowSettings("alpacca"))
+    with pytest.raises(RowFault, match=re.escape(reason)):
+        convert(values)
 
 
 # What becomes of a row follows from it alone
@@ -174,15 +156,21 @@ def test_what_becomes_of_a_row_does_not_depend_on_the_rows_before_it():
 
 
 def test_a_source_is_refused_if_none_of_its_first_rows_is_recognised():
-    RowConverter(RowSettings()).check(rows({"id": 7}, {"question": "u", "answer": "a"}))
     message = refusal({"instuction": "a", "output": "b"})
     assert "a.jsonl:1: no format is recognised by the keys instuction, output; expected instruction + output" in message
     assert "Did you mean 'instruction' by 'instuction'?" in message
+    with pytest.raises(RowFault, match="'output' is missing or null"):
+        RowConverter(RowSettings()).convert(*rows({"instruction": "a", "respose": "b"}))
+    both = {"instruction": "a", "output": "b", "prompt": "a", "completion": "b"}
+    assert "a.jsonl:1 fits more than one format, alpaca and prompt_completion: name one" in refusal(both)
+    assert convert(both, format="alpaca") == Chat(turns(("user", "a"), ("assistant", "b")))
 
 
-def test_a_row_of_two_formats_is_refused():
-    with pytest.raises(UserError, match=r"a.jsonl:1 fits more than one format, alpaca and prompt_completion: name one"):
-        convert({"instruction": "a", "output": "b", "prompt": "a", "completion": "b"})
+def test_a_named_format_says_what_a_row_lacks():
+    said = "'output' is missing or null (format alpaca, columns instruction)"
+    assert refusal({"instruction": "u"}, format="alpaca") == said
+    with pytest.raises(UserError, match=r"found 'alpacca'\. Did you mean 'alpaca'\?"):
+        RowConverter(RowSettings("alpacca"))
 
 
 # Columns
@@ -191,36 +179,26 @@ def test_a_row_of_two_formats_is_refused():
 def test_columns_get_our_names_change_places_or_are_left_out():
     row = {"q": "u", "a": "a", "input": "no"}
     assert convert(row, columns={"q": "instruction", "a": "output", "input": None}) == Chat(turns(U, A))
-    assert row == {"q": "u", "a": "a", "input": "no"}
     swapped = {"question": "a", "answer": "u"}
     assert convert(swapped, columns={"question": "answer", "answer": "question"}) == Chat(turns(U, A))
-
-
-@pytest.mark.parametrize("row", [{"q": "u", "prompt": "p"}, {"prompt": "p", "q": "u"}])
-def test_a_column_that_would_be_overwritten_is_refused(row):
-    first, second = row
-    reason = f"has {first!r} and {second!r}, which would both be 'prompt' by `columns:`"
-    assert fault(row, columns={"q": "prompt"}) == reason
+    others = {"query": "instruction", "questions": "question"}  # for other sources
+    assert convert({"question": "u", "answer": "a"}, columns=others) == Chat(turns(U, A))
 
 
 @pytest.mark.parametrize(
-    ("columns", "values", "said"),
+    ("columns", "said"),
     [
-        ({"q": "inptu"}, [{"q": "u"}], "Did you mean 'input'?"),
-        ({"qestion": "prompt"}, [{"question": "u"}, {"answer": "a"}], "no row has 'qestion', found question, answer."),
-        ({"lable": None}, [{"question": "q", "answer": "a", "label": 1}], "Did you mean 'label'?"),
+        ({"question": "inptu"}, "columns: no format reads 'inptu'; expected instruction, output, "),
+        (
+            {"qestion": "prompt"},
+            "columns: no row has 'qestion', found question, answer, label. Did you mean 'question'",
+        ),
+        ({"lable": None}, "Did you mean 'label'?"),
+        ({"question": "answer"}, "a.jsonl:1: `columns:` gives two of question, answer, label the same name."),
     ],
 )
-def test_columns_that_make_no_sense(columns, values, said):
-    with pytest.raises(UserError) as error:
-        check_columns(rows(*values), columns)
-    assert said in str(error.value)
-
-
-def test_columns_may_be_for_other_sources_or_read_by_a_function():
-    check_columns(rows({"question": "u", "answer": "a"}), {"query": "instruction", "response": "output"})
-    check_columns(rows({"id": 7}, {"q": "u"}), {"q": "prompt"})
-    check_columns(rows({"q": "u"}), {"q": "whatever"}, format="package.function")
+def test_columns_that_make_no_sense(columns, said):
+    assert said in refusal({"question": "u", "answer": "a", "label": 1}, columns=columns)
 
 
 # Weights
@@ -232,12 +210,12 @@ def test_a_row_may_have_a_weight(weight, read):
     assert convert({"text": "x", "weight": weight}, format="text").weight == read
 
 
-@pytest.mark.parametrize("weight", [-1, "70 kg", True, float("nan"), [1]])
+@pytest.mark.parametrize("weight", [-1, "70 kg", float("nan"), [1]])
 def test_a_weight_that_is_none_is_refused(weight):
-    message = fault({"question": "u", "answer": "a", "weight": weight})
+    row = {"question": "u", "answer": "a", "weight": weight}
+    message = refusal(row)
     assert message.startswith("'weight' must be a number, at least 0, found ")
-    left_out = yaml.safe_load(message.split("`")[1])
-    assert convert({"question": "u", "answer": "a", "weight": weight}, **left_out) == Chat(turns(U, A))
+    assert convert(row, **yaml.safe_load(message.split("`")[1])) == Chat(turns(U, A))
 
 
 # Functions
@@ -250,7 +228,7 @@ def function(tmp_path, monkeypatch):
 
     def function(body, name="rows_of_mine"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-        Path(f"{name}.py").write_text(f"def convert(row):\n    {body}\nnumber = 3\n")
+        Path(f"{name}.py").write_text(f"def convert(row):\n    {body}\n")
         return f"{name}.convert"
 
     return function
@@ -259,30 +237,24 @@ def function(tmp_path, monkeypatch):
 def test_a_function_in_the_current_folder_reads_any_row(function):
     before = list(sys.path)
     path = function("return [{'role': 'user', 'content': row['q']}, {'role': 'assistant', 'content': 'a'}]")
-    assert convert({"q": "u", "label": False, "images": ["x"], "weight": "x"}, format=path) == Chat(turns(U, A))
+    row = {"q": "u", "label": False, "images": ["x"], "weight": "x"}
+    assert convert(row, format=path, columns={"i": "no column of ours"}) == Chat(turns(U, A))
     assert sys.path == before
-    for name, reason in {
-        "rows_of_mine.convrt": "AttributeError: module 'rows_of_mine' has no attribute 'convrt'",
-        "rows_of_mine.number": "is int, not a function",
-        "no_such_module.convert": "cannot import 'no_such_module.convert': ModuleNotFoundError",
-    }.items():
-        with pytest.raises(UserError) as error:
-            import_function(name)
-        assert reason in str(error.value)
+    with pytest.raises(UserError, match=r"cannot import 'rows_of_mine.convrt': AttributeError"):
+        RowConverter(RowSettings("rows_of_mine.convrt"))
 
 
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("return row['question']", "format function rows_of_mine.convert raised KeyError: 'question'"),
-        ("raise ValueError('two\\n lines ' + 'x' * 10_000)", "raised ValueError: two lines " + "x" * 290),
-        ("return ('a',)", "expected a list of messages from the format function rows_of_mine.convert, found tuple"),
+        ("return row['question']", "cannot be read by the format rows_of_mine.convert: KeyError: 'question'"),
+        ("raise ValueError('two\\n lines ' + 'x' * 10_000)", "ValueError: two lines " + "x" * 290),
+        ("return ('a',)", "expected a list of messages by the format rows_of_mine.convert, found ('a',)"),
         ("return [{'role': 'user', 'content': 'u'}]", "no assistant turn, so there is nothing to train on"),
     ],
 )
 def test_what_a_function_does_wrong_is_the_reason(function, body, reason):
-    message = fault({"q": "u"}, format=function(body))
-    assert message.endswith(reason)
+    assert refusal({"q": "u"}, format=function(body)).endswith(reason)
 
 
 def test_a_function_may_return_text_tokens_or_a_chat_with_tools(function):
@@ -290,10 +262,180 @@ def test_a_function_may_return_text_tokens_or_a_chat_with_tools(function):
     text = Text((("a", True),), whole=False, weight=0.5)
     assert convert({}, format=function(f"{begin}Text((('a', True),), False, 0.5)")) == text
     assert convert({}, format=function(f"{begin}Tokens([1], [1])")) == Tokens([1], [1])
-    chat = (
-        f"{begin}Chat([{{'role': 'user', 'content': 'u'}}, {{'role': 'assistant', 'content': 'a'}}], [{{'name': 'f'}}])"
-    )
+    chat = f"{begin}Chat({turns(U, A)}, [{{'name': 'f'}}])"
     assert convert({}, format=function(chat)).tools == [{"type": "function", "function": {"name": "f"}}]
+
+
+# Rows as other people's data sets have them
+
+
+OPENAI = {  # of OpenAI's guide to fine-tuning with tools
+    "messages": [
+        {"role": "developer", "content": "You tell the weather."},
+        {"role": "user", "content": [{"type": "text", "text": "Ulm and Rome?"}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "refusal": None,
+            "tool_calls": [
+                {"id": at, "type": "function", "function": {"name": "sky", "arguments": json.dumps({"at": at})}}
+                for at in ("Ulm", "Rome")
+            ],
+        },
+        {"role": "tool", "tool_call_id": "Ulm", "content": "rain"},
+        {"role": "tool", "tool_call_id": "Rome", "content": "sun"},
+        {"role": "assistant", "content": "Rain and sun.", "weight": 1},
+    ],
+    "tools": [
+        {"type": "function", "function": {"name": "sky", "parameters": {"type": "object", "properties": {"at": {}}}}}
+    ],
+    "parallel_tool_calls": True,
+}
+
+
+@pytest.mark.parametrize("row", [OPENAI, {key: json.dumps(value) for key, value in OPENAI.items()}])
+def test_openai_files_with_tools_and_parallel_calls(row):
+    content = convert(row)
+    assert [role for role, _ in says(content)] == ["system", "user", "assistant", "tool", "tool", "assistant"]
+    calls = content.messages[2]["tool_calls"]
+    assert [call["function"]["arguments"] for call in calls] == [{"at": "Ulm"}, {"at": "Rome"}]
+    assert [message["tool_call_id"] for message in content.messages[3:5]] == [call["id"] for call in calls]
+    assert content.tools == OPENAI["tools"]
+
+
+GLAIVE = {  # of glaiveai/glaive-function-calling-v2
+    "system": "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required -\n{\n"
+    '    "name": "get_exchange_rate",\n    "description": "Get {the}\\n{rate}",\n    "parameters": {"type": "object"}\n'
+    '}\n\n{\n    "name": "get_news",\n    "parameters": {}\n}\n',
+    "chat": "USER: What is the rate from USD to EUR?\n\n\nASSISTANT: <functioncall> "
+    '{"name": "get_exchange_rate", "arguments": \'{"from": "USD", "to": "EUR\\\'s"}\'} <|endoftext|>\n\n\n'
+    'FUNCTION RESPONSE: {"rate": 0.85}\n\n\nASSISTANT: It is 0.85.\n\nAnything else? <|endoftext|>\n\n\n'
+    "USER: No, thanks.\n\n\nASSISTANT: You're welcome! <|endoftext|>\n\n\n\n",
+}
+
+
+def test_glaive_function_calling():
+    content = convert(GLAIVE)
+    assert says(content) == [
+        ("system", "You are a helpful assistant."),
+        ("user", "What is the rate from USD to EUR?"),
+        ("assistant", ""),
+        ("tool", '{"rate": 0.85}'),
+        ("assistant", "It is 0.85.\n\nAnything else?"),
+        ("user", "No, thanks."),
+        ("assistant", "You're welcome!"),
+    ]
+    function = {"name": "get_exchange_rate", "arguments": {"from": "USD", "to": "EUR's"}}
+    assert content.messages[2]["tool_calls"] == [{"type": "function", "function": function}]
+    assert [tool["function"]["name"] for tool in content.tools] == ["get_exchange_rate", "get_news"]
+    assert content.tools[0]["function"]["description"] == "Get {the}\n{rate}"
+    plain = {**GLAIVE, "system": "SYSTEM: You are a helpful assistant, with no access to external functions.\n"}
+    assert convert(plain).messages[0]["content"].endswith("with no access to external functions.")
+    assert convert(plain).tools is None
+    with pytest.raises(RowFault, match="the functions in 'system': not JSON"):
+        convert({**GLAIVE, "system": "SYSTEM: Use {these}"})
+
+
+def test_raw_text_is_read_where_it_is_named():
+    row = {"text": "### Human: Hi\n### Assistant: Hello", "url": "x"}
+    assert "Raw text, every token of which is trained, is read by `format: text`" in refusal(row)
+    assert convert(row, format="text") == Text(((row["text"], True),), whole=True)
+    assert convert({"content": "A book."}, format="text", columns={"content": "text"}).segments == (("A book.", True),)
+    for text in ("  ", 3, None):
+        assert "'text'" in refusal({"text": text}, format="text")
+
+
+def test_segments():
+    ours = [{"text": "Q: ", "train": False}, {"text": "A</s>", "train": True}]
+    axolotl = [{"label": False, "text": "Q: "}, {"label": True, "text": "A</s>"}]
+    for segments in (ours, axolotl, json.dumps(ours)):
+        assert convert({"segments": segments}) == Text((("Q: ", False), ("A</s>", True)), whole=False)
+    for segments in ([], "x", [{"text": "a"}], [{"text": "a", "train": 1}], [{"text": 1, "train": True}], ["a"], 3):
+        with pytest.raises(RowFault):
+            convert({"segments": segments})
+
+
+def test_tokens():
+    row = {"input_ids": [1, 5, 6], "labels": [-100, 5, 6], "attention_mask": [1, 1, 1]}
+    assert convert(row) == Tokens([1, 5, 6], [-100, 5, 6])
+    assert convert({**row, "attention_mask": None, "weight": 0.5}) == Tokens([1, 5, 6], [-100, 5, 6], 0.5)
+    for key, value in {"attention_mask": [1, 1, 0], "input_ids": [1, 5, -6], "labels": [-100, 5.0, 6]}.items():
+        with pytest.raises(RowFault, match=key):
+            convert({**row, key: value})
+    with pytest.raises(RowFault, match="'input_ids' must be a list of token ids"):
+        convert({**row, "input_ids": []})
+
+
+# Shapes that are not guessed: the message has the line to paste
+
+
+@pytest.mark.parametrize(
+    ("row", "line", "prompt"),
+    [
+        (  # databricks-dolly-15k
+            {"instruction": "Who?", "context": "Ada wrote it.", "response": "Ada", "category": "closed_qa"},
+            "columns: {context: input, response: output}",
+            "Who?\n\nAda wrote it.",
+        ),
+        (  # OpenOrca
+            {"id": "1", "system_prompt": "Be brief.", "question": "Who?", "response": "Ada"},
+            "columns: {question: instruction, response: output, system_prompt: system}",
+            "Who?",
+        ),
+        ({"query": "Who?", "response": "Ada"}, "columns: {query: instruction, response: output}", "Who?"),
+        ({"input": "Who?", "output": "Ada"}, "columns: {input: instruction}", "Who?"),
+    ],
+)
+def test_a_row_of_other_names_is_refused_with_the_columns_that_read_it(row, line, prompt):
+    assert f"`{line}`" in refusal(row)
+    content = convert(row, **yaml.safe_load(line))
+    assert says(content)[-2:] == [("user", prompt), ("assistant", "Ada")]
+
+
+def test_squad_is_refused_with_a_function_that_reads_it(tmp_path, monkeypatch):
+    row = {"id": "57", "context": "Ada wrote it.", "question": "Who?", "answers": {"text": ["Ada"]}}
+    message = refusal(row)
+    assert "`format: squad.convert`, with a file squad.py" in message
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "squad", raising=False)
+    Path("squad.py").write_text(message[message.index("def convert") : message.index(" Map other names")])
+    assert says(convert(row, format="squad.convert")) == [("user", "Ada wrote it.\n\nWho?"), ("assistant", "Ada")]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": "u", "chosen": "a", "rejected": "b"}, {"chosen": "completion", "rejected": None}),
+        ({"instruction": "u", "chosen": "a", "rejected": "b"}, {"chosen": "output", "rejected": None}),
+        ({"prompt": "u", "chosen": turns(U, A), "rejected": turns(U)}, {"chosen": "messages", "rejected": None}),
+        ({"prompt": turns(U), "chosen": turns(A), "rejected": turns(A)}, {"chosen": "completion", "rejected": None}),
+        ({"prompt": "u", "completion": "a", "label": True}, {"label": None}),
+        ({"prompt": "u", "completion": "a", "label": "False"}, {"label": None}),  # of CSV
+        ({"messages": turns(U, A), "kto_tag": False}, {"kto_tag": None}),
+        ({"messages": turns(U, A), "images": ["a.png"]}, {"images": None}),
+        ({"messages": turns(U, A), "image": {"bytes": b"x", "path": None}}, {"image": None}),
+    ],
+)
+def test_rows_of_other_tasks_are_refused_until_the_column_is_left_out(row, columns):
+    key = next(name for name, ours in columns.items() if ours is None)
+    message = refusal(row)
+    assert message.startswith(f"a.jsonl:1 has '{key}', ")
+    assert f"{key}: null" in message
+    assert says(convert(row, columns=columns))[-2:] == [U, A]
+
+
+def test_columns_of_other_tasks_that_hold_nothing_are_no_matter():
+    nothing = {
+        "images": [],
+        "video": None,
+        "image": {"bytes": None, "path": None},
+        "label": "positive",
+        "chosen": None,
+        "rejected": "",
+    }
+    assert convert({"messages": turns(U, A), **nothing}) == Chat(turns(U, A))
+    judged = {"prompt": "u", "completion": "a", "label": True}
+    assert convert(judged, needs_answer=False) == Chat(turns(U, A))
 
 
 def test_twenty_bad_rows_are_listed_and_the_rest_counted():

@@ -1,21 +1,32 @@
-"""Single messages: what of them a chat template gets, and what is refused."""
+"""Single messages and tools: what of them a chat template gets, and what is refused."""
+
+import json
 
 import pytest
 
 from qlora_lightning.data.rows.bad_rows import RowFault, check_characters
-from qlora_lightning.data.rows.conversation import check_message
+from qlora_lightning.data.rows.formats import RowConverter
+from qlora_lightning.data.rows.readers import Row
+from qlora_lightning.data.rows.sources import RowSettings
 
+SKY = {"name": "sky", "description": "Tells the weather.", "parameters": {"type": "object", "properties": {}}}
+SCHEMA = {"type": "function", "function": SKY}
 CALL = {"type": "function", "function": {"name": "sky", "arguments": {"at": "Ulm"}}}
+ASKED, SAID = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
 
-def refusal(message):
-    with pytest.raises(RowFault) as fault:
-        check_message(message, 2)
-    return str(fault.value)
+def convert(*messages, **others):
+    return RowConverter(RowSettings()).convert(Row({"messages": list(messages), **others}, "a.jsonl", 1))
 
 
 def answer(**options):
-    return {"role": "assistant", "content": "a", **options}
+    """Return the answer of a row as it is read."""
+    return convert(ASKED, {**SAID, **options}).messages[1]
+
+
+def asked(**options):
+    """Return the question of a row as it is read."""
+    return convert({**ASKED, **options}, SAID).messages[0]
 
 
 def part(text, **options):
@@ -23,12 +34,11 @@ def part(text, **options):
 
 
 def test_only_keys_that_a_template_may_need_are_kept():
-    assert check_message({"role": "user", "content": "q", "id": 7, "name": "me", "train": None}, 1) == {
-        "role": "user",
-        "content": "q",
-    }
+    assert asked(id=7, name="me", train=None) == ASKED
     nothing = {"refusal": None, "tool_calls": None, "function_call": None, "weight": None, "reasoning_content": ""}
-    assert check_message(answer(**nothing), 2) == answer()
+    assert answer(**nothing) == SAID
+    tool = {"role": "tool", "content": "", "name": "sky", "tool_call_id": "c1"}
+    assert convert(ASKED, {"role": "assistant", "tool_calls": [CALL]}, {**tool, "extra": 1}, SAID).messages[2] == tool
 
 
 @pytest.mark.parametrize(
@@ -41,108 +51,122 @@ def test_only_keys_that_a_template_may_need_are_kept():
     ],
 )
 def test_roles_have_other_names_under_either_key(speaker, role):
-    assert check_message({"role": speaker, "content": "x"}, 1) == {"role": role, "content": "x"}
-    assert check_message({"from": speaker, "value": "x"}, 1) == {"role": role, "content": "x"}
-
-
-def test_parts_are_joined_whoever_wrote_them():
-    openai, llama_factory = [part("one "), part("two")], [{"type": "text", "value": "one two"}]
-    for parts in (openai, llama_factory):
-        assert check_message({"role": "user", "content": parts}, 1) == {"role": "user", "content": "one two"}
+    before = {"system": [], "user": [], "assistant": [ASKED], "tool": [ASKED, SAID]}[role]
+    after = [ASKED, SAID] if role == "system" else [SAID]
+    for message in ({"role": speaker, "content": "x"}, {"from": speaker, "value": "x"}):
+        assert convert(*before, message, *after).messages[len(before)] == {"role": role, "content": "x"}
 
 
 def test_parts_that_are_not_trained_are_stretches_of_characters():
-    parts = [part("é1 ", train=False), part("two ", train=True), part(""), part("3", train=False), part("4")]
-    checked = check_message(answer(content=parts), 2)
-    assert checked == answer(content="é1 two 34", untrained=[(0, 3), (7, 8)])
-    text = checked["content"]
-    assert [text[start:end] for start, end in checked["untrained"]] == ["é1 ", "3"]
-    assert check_message({"role": "user", "content": parts[:1]}, 1) == {"role": "user", "content": "é1 "}
-    wholly = check_message(answer(content=[part("a", train=False), part("b", train=False)]), 2)
-    assert wholly["train"] is False
-    assert "train" in refusal({"role": "user", "content": parts})
-    assert "expected true or false" in refusal(answer(content=[part("a", train="no")]))
+    parts = [part("é1 ", train=False), {"type": "text", "value": "two "}, part(""), part("3", train=False), part("4")]
+    assert answer(content=parts) == {**SAID, "content": "é1 two 34", "untrained": [(0, 3), (7, 8)]}
+    assert asked(content=parts) == {**ASKED, "content": "é1 two 34"}
+    assert answer(content=[part("a", train=False), part("b", train=False)])["train"] is False
 
 
 @pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}, {"weight": 0.0}, {"train": False, "weight": 0}])
 def test_an_answer_that_is_not_trained_is_marked(mark):
-    assert check_message(answer(**mark), 2) == answer(train=False)
-    assert check_message({"from": "gpt", "value": "a", **mark}, 2) == answer(train=False)
-    assert check_message(answer(**{key: type(value)(1) for key, value in mark.items()}), 2) == answer()
-
-
-@pytest.mark.parametrize("role", ["system", "user"])
-def test_only_answers_are_trained(role):
-    message = {"role": role, "content": "q"}
-    assert check_message({**message, "train": False}, 2) == message
-    assert check_message({**message, "weight": 0}, 2) == message
-    assert refusal({**message, "train": True}) == f"message 2 ({role}) has train: True, but only answers are trained"
-    assert refusal({**message, "weight": 1}) == f"message 2 ({role}) has weight: 1, but only answers are trained"
+    assert answer(**mark) == {**SAID, "train": False}
+    assert answer(**{key: type(value)(1) for key, value in mark.items()}) == SAID
+    assert asked(**mark) == ASKED
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_what_an_assistant_thinks_has_one_name(key):
-    assert check_message(answer(**{key: "Hm."}), 2) == answer(reasoning_content="Hm.")
-    assert "which only an assistant has" in refusal({"role": "user", "content": "q", key: "Hm."})
-    assert "must be a string, found list" in refusal(answer(**{key: ["Hm."]}))
-    assert check_message(answer(**{key: "Hm.", "reasoning": "Hm."}), 2) == answer(reasoning_content="Hm.")
-    if key != "reasoning":
-        assert "differ: keep one" in refusal(answer(**{key: "Hm.", "reasoning": "Oh."}))
+    assert answer(**{key: "Hm."}) == {**SAID, "reasoning_content": "Hm."}
 
 
 def test_an_assistant_that_calls_tools_may_say_nothing():
     expected = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-    function = {"name": "sky", "arguments": '{"at": "Ulm"}'}
-    assert check_message({"role": "assistant", "tool_calls": [CALL]}, 2) == expected
-    assert check_message({"role": "assistant", "content": None, "tool_calls": [CALL]}, 2) == expected
-    assert check_message({"role": "assistant", "content": None, "function_call": function}, 2) == expected
-    assert check_message(answer(tool_calls=[CALL]), 2) == answer(tool_calls=[CALL])
-
-
-def test_a_tool_keeps_its_name_and_the_id_of_the_call():
-    message = {"role": "tool", "content": "", "name": "sky", "tool_call_id": "c1"}
-    assert check_message({**message, "extra": 1}, 3) == message
-    assert check_message({"role": "tool", "content": "sun", "name": None}, 3) == {"role": "tool", "content": "sun"}
+    text = json.dumps({"at": "Ulm"})  # arguments as OpenAI writes them
+    function = {"name": "sky", "arguments": text}
+    for options in (
+        {"tool_calls": [CALL]},
+        {"tool_calls": [function]},
+        {"tool_calls": [{"type": "function", "function": function}]},
+        {"function_call": function},
+    ):
+        assert answer(content=None, **options) == expected
+    assert convert(ASKED, {"from": "function_call", "value": json.dumps(function)}).messages[1] == expected
+    assert answer(tool_calls=[{**CALL, "id": "c1"}]) == {**SAID, "tool_calls": [{**CALL, "id": "c1"}]}
 
 
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
         ("text", "message 2 must have 'role' and 'content', found str"),
-        ({"role": "user"}, "message 2 must have 'role' and 'content', found role"),
+        ({"content": "x"}, "message 2 has the role 'None', expected system, user, assistant, tool"),
         ({"role": "oracle", "content": "x"}, "message 2 has the role 'oracle', expected system, user, assistant, tool"),
-        ({"role": ["user"], "content": "x"}, "message 2 has the role ['user'], expected"),
-        ({"role": "user", "content": None}, "the user content of message 2 must be a string, found null"),
+        ({"role": "user"}, "the user content of message 2 must be a string, found null"),
         ({"role": "tool", "content": {"sun": 1}}, "the tool content of message 2 must be a string, found dict"),
-        ({"role": "user", "content": []}, "the user content of message 2 must be a string, found an empty list"),
-        (answer(content=" \n"), "the answer (message 2) is empty"),
-        (answer(content="", tool_calls=[]), "the answer (message 2) is empty"),
-        (answer(content="", reasoning="Hm."), "the answer (message 2) is empty"),
-        (answer(content="a\x00"), "message 2 contains a NUL character"),
-        (answer(content="\ud83d"), "message 2 contains half a character"),
-        ({"role": "user", "content": ["x"]}, "of message 2 is str, expected 'text': only text is read"),
-        ({"role": "user", "content": [part("x"), {"type": "image_url"}]}, "is 'image_url', expected 'text'"),
-        ({"role": "user", "content": [{"type": "text"}]}, "of message 2 must be a string, found null"),
-        ({"role": "user", "content": "q", "images": ["a"]}, "message 2 has 'images', which is not read: only text is"),
-        (answer(mask=True), "message 2 has 'mask', which is not read: write `train: false`"),
-        (answer(train="no"), "'train' of message 2 must be true or false, found 'no'"),
-        (answer(train=0), "'train' of message 2 must be true or false, found 0"),
-        (answer(weight=0.5), "'weight' of message 2 must be 0 or 1, found 0.5"),
-        (answer(train=True, weight=0), "'train' and 'weight' of message 2 contradict each other"),
-        ({"role": "user", "content": "x", "tool_calls": [CALL]}, "(user) has 'tool_calls', which only an assistant"),
-        ({"role": "assistant", "tool_calls": ["sky"]}, "tool call 1 of message 2 must be an object, found str"),
+        ({**SAID, "content": " \n"}, "the answer (message 2) is empty"),
+        ({**ASKED, "content": []}, "the user content of message 2 must be a string, found list"),
+        ({**SAID, "content": "", "reasoning": "Hm."}, "the answer (message 2) is empty"),
+        ({**SAID, "content": "a\x00"}, "message 2 contains a NUL character"),
+        ({**SAID, "content": "\ud83d"}, "message 2 contains half a character"),
+        ({**SAID, "reasoning": ["Hm."]}, "the reasoning of message 2 must be a string, found list"),
+        ({**ASKED, "reasoning": "Hm."}, "message 2 (user) has calls or reasoning, which only an assistant has"),
+        ({**ASKED, "tool_calls": [CALL]}, "message 2 (user) has calls or reasoning, which only an assistant has"),
+        ({**ASKED, "content": ["x"]}, "part 1 of message 2 is 'x', expected {type: text"),
+        ({**ASKED, "content": [part("x"), {"type": "image_url"}]}, "part 2 of message 2 is {'type': 'image_url'}"),
+        ({**ASKED, "images": ["a"]}, "message 2 has 'images', which is not read"),
+        *(({**SAID, key: 0}, f"has {key!r}, which is not read") for key in ("mask", "loss", "trian", "weights")),
+        ({**SAID, "train": "no"}, "'train' of message 2 must be true or false, found 'no'"),
+        ({**SAID, "train": 0}, "'train' of message 2 must be true or false, found 0"),
+        ({**SAID, "weight": 0.5}, "'weight' of message 2 must be 0 or 1, found 0.5"),
+        ({**SAID, "train": True, "weight": 0}, "'train' and 'weight' of message 2 contradict each other"),
+        ({**ASKED, "train": True}, "message 2 (user) has train: True, but only answers are trained"),
+        ({**ASKED, "weight": 1}, "message 2 (user) has weight: 1, but only answers are trained"),
+        ({**ASKED, "content": [part("x", train=True)]}, "part 1 of message 2 has train: True, expected"),
+        ({**SAID, "content": [part("x", train="no")]}, "part 1 of message 2 has train: 'no', expected true or false"),
         ({"role": "tool", "content": "x", "name": 1}, "'name' of message 2 must be a string, found int"),
         ({"from": "function_call", "value": "sky()"}, "message 2 (function_call): not JSON (Expecting value"),
+        ({**SAID, "tool_calls": "sky"}, "the tool_calls of message 2 must be a list, found str"),
+        ({**SAID, "tool_calls": [{"arguments": {}}]}, "tool call 1 of message 2 must be a function with a 'name'"),
+        ({**SAID, "tool_calls": [{"name": "sky", "arguments": "[]"}]}, "must be an object, or a JSON string of one"),
+        ({**SAID, "tool_calls": [{"name": "sky", "arguments": "at"}]}, "arguments of tool call 1 of message 2: not JS"),
+        ({**SAID, "tool_calls": [{"name": "f", "arguments": {"at": "\ud83d"}}]}, "contains half a character"),
+        ({**SAID, "tool_calls": [{"name": "f", "arguments": {}, "id": 1}]}, "id of tool call 1 of message 2 must be a"),
     ],
 )
-def test_faults(message, reason):
-    assert reason in refusal(message)
+def test_messages_that_cannot_be_used(message, reason):
+    with pytest.raises(RowFault) as fault:
+        convert(ASKED, message)
+    assert reason in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    "tools", [[SCHEMA], [SKY], [{"type": "function", **SKY}], json.dumps([SCHEMA]), json.dumps([SKY])]
+)
+def test_tools_are_schemas_as_openai_has_them_or_functions_alone_or_either_as_json(tools):
+    assert convert(ASKED, SAID, tools=tools).tools == [SCHEMA]
+
+
+@pytest.mark.parametrize("tools", [None, [], "", "[]"])
+def test_a_row_without_tools_has_none(tools):
+    assert convert(ASKED, SAID, tools=tools).tools is None
+
+
+@pytest.mark.parametrize(
+    ("tools", "reason"),
+    [
+        ("sky", "'tools': not JSON (Expecting value"),
+        ("[" * 200_000, "'tools': not JSON"),
+        ({"name": "sky"}, "'tools' must be a list of JSON schemas, found dict"),
+        ([SCHEMA, {"function": {"name": 1}}], "tool 2 must be a function with a 'name'"),
+        ([{"type": "web_search", "name": "sky"}], "tool 1 must be a function with a 'name'"),
+        ([{"name": "sky", "description": "\x00"}], "tool 1 contains a NUL character"),
+    ],
+)
+def test_tools_that_cannot_be_used(tools, reason):
+    with pytest.raises(RowFault) as fault:
+        convert(ASKED, SAID, tools=tools)
+    assert reason in str(fault.value)
 
 
 @pytest.mark.parametrize("place", [lambda text: text, lambda text: {"k": [text]}, lambda text: {text: 1}])
 def test_nul_and_half_a_character_are_refused_wherever_they_are(place):
-    check_characters(place("é 😀 \u2028"), "it")
-    with pytest.raises(RowFault, match=r"^it contains a NUL character$"):
-        check_characters(place("a\x00b"), "it")
-    with pytest.raises(RowFault, match=r"^it contains half a character \(a lone surrogate"):
-        check_characters(place("a\ud83d"), "it")
+    check_characters(place("é 😀 \u2028 \\u0000"), "it")
+    for text, reason in {"a\x00b": "^it contains a NUL character$", "a\ud83d": "^it contains half a character"}.items():
+        with pytest.raises(RowFault, match=reason):
+            check_characters(place(text), "it")

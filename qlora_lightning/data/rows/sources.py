@@ -1,6 +1,7 @@
 """From what ``data.train`` names to files, local or behind a URL, or to a data set of the hub."""
 
 import glob
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -180,10 +181,15 @@ def _list_files(path: Path) -> list[Path]:
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """List data files at any depth, without hidden ones; of what ``Dataset.save_to_disk`` wrote, the rows alone."""
-    is_saved = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
-    pattern = f"{glob.escape(str(folder))}/{'data-*.arrow' if is_saved else '**'}"
-    found = (Path(name) for name in glob.iglob(pattern, recursive=True))
+    """List data files at any depth, without hidden ones.
+
+    Of a folder that ``Dataset.save_to_disk`` wrote, these are the files that its ``state.json`` names: beside them may
+    be those of an earlier save, and what ``datasets`` keeps.
+    """
+    state = folder / "state.json"
+    if state.is_file() and (folder / "dataset_info.json").is_file():
+        return [folder / part["filename"] for part in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+    found = (Path(name) for name in glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True))
     return sorted(file for file in found if kind_of(file)[0] and file.is_file())
 
 

@@ -93,19 +93,18 @@ class Benchmarks:
         for tokens in _SCALING:
             short = [_SHORT_ROW] * (tokens // _SHORT_ROW) + [tokens % _SHORT_ROW]
             for what, lengths in ((f"rows of {_SHORT_ROW}", short), ("one row", [tokens])):
-                options = {"base": self._base, "dtype": self._dtype, "lengths": lengths}
-                self.add(
-                    "ours", f"{tokens:,} tokens in {what}", run_child("one_batch", self._arguments.threads, **options)
-                )
+                self.add("ours", f"{tokens:,} tokens in {what}", self._measure_batch(self._base, lengths=lengths))
 
     def measure_8b(self, folder: Path, layers: int) -> None:
         """Quantize a base of Llama-3.1-8B's shape, and train steps of two rows of 256 tokens from the cached base."""
-        threads, options = self._arguments.threads, {"base": str(folder), "dtype": self._dtype}
         print(f"8B-shaped base of {layers} layers in {folder}: made and quantized, unless it is there …", flush=True)
-        quantizing = run_child("llama_8b", threads, folder=str(folder), layers=layers)
-        step = run_child("one_batch", threads, **options, lengths=[256, 256], ceilings=3)
+        quantizing = run_child("llama_8b", self._arguments.threads, folder=str(folder), layers=layers)
+        step = self._measure_batch(str(folder), lengths=[256, 256], ceilings=3)
         name = "8B" if layers == ALL_LAYERS else f"{layers} layers of 8B"
         self.add("ours", name, step | {"layers": layers, "quantizing": quantizing})
+
+    def _measure_batch(self, base: str, **options: Any) -> dict[str, Any]:
+        return run_child("one_batch", self._arguments.threads, base=base, dtype=self._dtype, **options)
 
     def report(self) -> None:
         """Print the table, and what it was measured on."""

@@ -49,6 +49,9 @@ class Product(NamedTuple):
         return 2 * self.batch * self.rows * self.inner * self.columns
 
 
+_Tiles = list[tuple[int, int, int, int]]
+
+
 def measure_ceiling(module: Any, batch: Any, trains: bool, checkpointing: bool) -> dict[str, float]:
     """Run each product of a batch as often as it occurs, and nothing else.
 
@@ -122,32 +125,24 @@ def _linear_backward(linear: Any, tokens: int, needs_input: bool) -> Iterator[Pr
             yield Product(tokens, rank, inputs, "nn")  # g B A
 
 
-class _Tile(NamedTuple):
-    """Matrices in each product of a tile, their rows, the keys that these see, and the width of a head."""
-
-    matrices: int
-    rows: int
-    keys: int
-    width: int
-
-
-def _find_tiles(config: Any, batch: BatchShape) -> Iterator[_Tile]:
+def _find_tiles(config: Any, batch: BatchShape) -> Iterator[tuple[int, int, int, int]]:
+    """Yield matrices in each product of a tile, their rows, the keys that these see, and the width of a head."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     width = config.head_dim or config.hidden_size // heads
     shared = batch.shared or [0] * len(batch.attended)
     for first in range(0, max(batch.attended), _TILE):
         end = first + _TILE
         samples = sum(begin < end and length > first for begin, length in zip(shared, batch.attended, strict=True))
-        yield _Tile(samples * kv_heads, _TILE * heads // kv_heads, end, width)
+        yield samples * kv_heads, _TILE * heads // kv_heads, end, width
 
 
-def _attention_forward(tiles: list[_Tile]) -> Iterator[Product]:
+def _attention_forward(tiles: _Tiles) -> Iterator[Product]:
     for matrices, rows, keys, width in tiles:
         yield Product(rows, width, keys, "nt", matrices)  # Q Kᵀ
         yield Product(rows, keys, width, "nn", matrices)  # P V
 
 
-def _attention_backward(tiles: list[_Tile]) -> Iterator[Product]:
+def _attention_backward(tiles: _Tiles) -> Iterator[Product]:
     for matrices, rows, keys, width in tiles:
         yield Product(rows, width, keys, "nt", matrices)  # of P: g Vᵀ
         yield Product(keys, rows, width, "tn", matrices)  # of V: Pᵀ g

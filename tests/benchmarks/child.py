@@ -82,8 +82,13 @@ def versions_of(*packages: str) -> dict[str, str]:
     return {package: version(package) for package in packages}
 
 
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    unfinished.write_bytes(content)
+    unfinished.replace(file)
+
+
 def write_json(file: Path, content: Any) -> None:
     """Write a JSON file whole or not at all."""
-    unfinished = file.with_name(f"{file.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(file)
+    write_whole(file, (json.dumps(content, indent=2) + "\n").encode())

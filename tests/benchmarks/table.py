@@ -1,6 +1,7 @@
 """The table of all figures, and its picture."""
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -9,9 +10,14 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks.child import write_whole
+
 PLAIN, CHECKPOINTED, EVERY_2ND = "plain", "checkpointed", "every 2nd layer checkpointed"
 BUSY = "beside busy loops"
-_UNITS = ("tokens/s", "share of ceiling", "share of idle speed", "GB", "kB a token", "seconds", "GFLOP/s")
+_UNITS = (
+    *("tokens/s", "share of idle speed", "share of ceiling", "ceiling, tokens/s", "ceiling, GFLOP/s"),
+    *("peak memory, GB", "kB a token", "seconds"),
+)
 
 
 class Row(NamedTuple):
@@ -61,20 +67,20 @@ def _figures_of(run: Mapping[str, Any]) -> dict[tuple[str, str], float]:
     for name, timed in ((setting, run.get("steady")), ("validation", run.get("validation"))):
         if timed:
             figures["share of ceiling", name] = timed["ceiling_seconds"] / timed["seconds"]
-            figures["tokens/s", f"ceiling, {name}"] = timed["tokens"] / timed["ceiling_seconds"]
-            figures["GFLOP/s", f"ceiling, {name}"] = timed["ceiling_flop"] / timed["ceiling_seconds"] / 1e9
+            figures["ceiling, tokens/s", name] = timed["tokens"] / timed["ceiling_seconds"]
+            figures["ceiling, GFLOP/s", name] = timed["ceiling_flop"] / timed["ceiling_seconds"] / 1e9
     if "peak_bytes" in run:
-        figures["GB", f"peak memory, {setting}"] = run["peak_bytes"] / 1e9
+        figures["peak memory, GB", setting] = run["peak_bytes"] / 1e9
     if setting == PLAIN:
         figures["seconds", "second start"] = run["start_seconds"]
     if setting == PLAIN and run["side"] == "ours":
         figures["seconds", "second start, of it imports"] = run["import_seconds"]
         figures["seconds", "second start, after the imports"] = run["start_seconds"] - run["import_seconds"]
     if "layers" in run:  # a base of Llama-3.1-8B's shape
-        figures["GB", f"{setting}: private and base"] = run["together_bytes"] / 1e9
-        figures["GB", f"{setting}: private"] = run["private_bytes"] / 1e9
-        figures["GB", f"{setting}: mapped files"] = run["mapped_bytes"] / 1e9
-        figures["seconds", f"{setting}: second start"] = run["start_seconds"]
+        figures["peak memory, GB", f"{setting}, private and base"] = run["together_bytes"] / 1e9
+        figures["peak memory, GB", f"{setting}, private"] = run["private_bytes"] / 1e9
+        figures["peak memory, GB", f"{setting}, mapped files"] = run["mapped_bytes"] / 1e9
+        figures["seconds", f"{setting}, second start"] = run["start_seconds"]
     elif "step_private_bytes" in run:
         figures["kB a token", setting] = run["step_private_bytes"] / run["tokens"] / 1e3
     return figures
@@ -85,13 +91,11 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     table = Table("", "", "peer", "ours", "ratio")
     for column in table.columns[2:]:
         column.justify = "right"
-    for row, above in zip(rows, [None, *rows], strict=False):
-        if above is not None and row.unit != above.unit:
-            table.add_section()
-        peer, ratio = _format(row.peer), "" if row.ratio is None else f"{row.ratio:.2f} ×"
-        table.add_row(
-            "" if above is not None and row.unit == above.unit else row.unit, row.what, peer, _format(row.ours), ratio
-        )
+    for unit, group in itertools.groupby(rows, key=lambda row: row.unit):
+        for row in group:
+            ratio = "" if row.ratio is None else f"{row.ratio:.2f} ×"
+            table.add_row(unit, row.what, _format(row.peer), _format(row.ours), ratio)
+        table.add_section()
     console.print(table)
 
 
@@ -102,12 +106,7 @@ def _format(figure: float | None) -> str:
 
 
 def draw_plot(rows: Sequence[Row], file: Path) -> None:
-    """Draw the rows as bars, a panel for each unit, and write the picture whole or not at all.
-
-    Args:
-        rows: Of the table.
-        file: Its ending names the format.
-    """
+    """Draw the rows as bars, a panel for each unit; the file's ending names the format."""
     from matplotlib.figure import Figure
 
     units = [unit for unit in _UNITS if any(row.unit == unit for row in rows)]
@@ -118,14 +117,10 @@ def draw_plot(rows: Sequence[Row], file: Path) -> None:
         shown = [row for row in rows if row.unit == unit]
         places = range(len(shown), 0, -1)  # the first one on top
         for side, shift, colour in (("peer", 0.2, "tab:gray"), ("ours", -0.2, "tab:orange")):
-            bars = axes.barh(
-                [place + shift for place in places],
-                [getattr(row, side) or 0 for row in shown],
-                0.4,
-                color=colour,
-                label=side,
-            )
-            axes.bar_label(bars, [_format(getattr(row, side)) for row in shown], padding=2, fontsize="small")
+            figures = [getattr(row, side) for row in shown]
+            lengths = [each or 0 for each in figures]
+            bars = axes.barh([place + shift for place in places], lengths, 0.4, color=colour, label=side)
+            axes.bar_label(bars, list(map(_format, figures)), padding=2, fontsize="small")
         axes.set_yticks(places, [row.what for row in shown])
         axes.set_title(unit)
         axes.margins(x=0.12)
@@ -133,4 +128,4 @@ def draw_plot(rows: Sequence[Row], file: Path) -> None:
         panels[0].legend()
     drawn = io.BytesIO()
     figure.savefig(drawn, format=file.suffix[1:].lower(), dpi=150)
-    file.write_bytes(drawn.getvalue())
+    write_whole(file, drawn.getvalue())

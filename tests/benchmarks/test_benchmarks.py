@@ -34,18 +34,18 @@ def test_rows_are_medians_of_each_side_and_shares_of_ours() -> None:
     assert rows == [
         Row("tokens/s", PLAIN, 400.0, 100.0),
         Row("tokens/s", "validation", 600.0),
-        Row("tokens/s", "ceiling, plain", 400.0),
-        Row("tokens/s", "ceiling, validation", 1200.0),
         Row("tokens/s", BUSY, 200.0),
+        Row("share of idle speed", BUSY, 0.5),
         Row("share of ceiling", PLAIN, 0.75),
         Row("share of ceiling", "validation", 0.5),
-        Row("share of idle speed", BUSY, 0.5),
-        Row("GB", "peak memory, plain", 2.0, 8.0),
+        Row("ceiling, tokens/s", PLAIN, 400.0),
+        Row("ceiling, tokens/s", "validation", 1200.0),
+        Row("ceiling, GFLOP/s", PLAIN, 2.0),
+        Row("ceiling, GFLOP/s", "validation", 2.0),
+        Row("peak memory, GB", PLAIN, 2.0, 8.0),
         Row("seconds", "second start", 5.5, 5.5),
         Row("seconds", "second start, of it imports", 4.5),
         Row("seconds", "second start, after the imports", 1.0),
-        Row("GFLOP/s", "ceiling, plain", 2.0),
-        Row("GFLOP/s", "ceiling, validation", 2.0),
     ]
     assert (rows[0].ratio, rows[1].ratio) == (4.0, None)
 
@@ -57,11 +57,11 @@ def test_rows_of_one_batch_are_its_memory() -> None:
     assert make_rows([run | {"setting": "512 tokens"}, run | step | {"setting": "8B"}]) == [
         Row("tokens/s", "512 tokens", 64.0),
         Row("tokens/s", "8B", 64.0),
-        Row("GB", "8B: private and base", 6.0),
-        Row("GB", "8B: private", 0.9),
-        Row("GB", "8B: mapped files", 5.0),
+        Row("peak memory, GB", "8B, private and base", 6.0),
+        Row("peak memory, GB", "8B, private", 0.9),
+        Row("peak memory, GB", "8B, mapped files", 5.0),
         Row("kB a token", "512 tokens", 100.0),
-        Row("seconds", "8B: second start", 5.0),
+        Row("seconds", "8B, second start", 5.0),
     ]
 
 
@@ -74,27 +74,20 @@ TILES = 2 * 2 * 2 * (64 * 64 + 64 * 64)  # one product of attention: two heads, 
 HEAD = 2 * 2 * 4 * 10  # two labelled tokens
 FORWARD = 2 * (BY_TOKEN * WEIGHTS + 2 * TILES) + HEAD
 ADAPTERS = BY_TOKEN * ENDS  # of one layer: forward once, backward twice
+ENTRY = BY_TOKEN * (32 + 3 * 4)  # q, k and v of the lowest layer with adapters pass nothing on
+VALIDATED = FORWARD + 2 * ADAPTERS
+TRAINED = FORWARD + HEAD + 2 * (BY_TOKEN * WEIGHTS + 3 * ADAPTERS + 4 * TILES) - ENTRY
+UPPER = FORWARD + HEAD + BY_TOKEN * WEIGHTS + 3 * ADAPTERS + 4 * TILES - ENTRY  # nothing flows below the upper layer
+AGAIN = BY_TOKEN * (WEIGHTS - 24 + ENDS - 10) + 2 * TILES  # all of a layer but down, whose result nothing needs
 
 
 @pytest.mark.parametrize(
     ("layers", "trains", "checkpointing", "flop"),
     [
-        ("all", False, False, FORWARD + 2 * ADAPTERS),
-        # the first layer's q, k and v pass nothing on
-        ("all", True, False, FORWARD + BY_TOKEN * (2 * WEIGHTS - 32 - 3 * 4) + 6 * ADAPTERS + 2 * 4 * TILES + HEAD),
-        # nothing flows below the lowest adapter, and nothing needs what down gives again
-        (
-            [1],
-            True,
-            True,
-            FORWARD
-            + BY_TOKEN * (WEIGHTS - 32 - 3 * 4)
-            + 3 * ADAPTERS
-            + 4 * TILES
-            + HEAD
-            + BY_TOKEN * (WEIGHTS - 24 + ENDS - 10)
-            + 2 * TILES,
-        ),
+        ("all", False, False, VALIDATED),
+        ("all", True, False, TRAINED),
+        ("all", True, True, TRAINED + 2 * AGAIN),
+        ([1], True, True, UPPER + AGAIN),
     ],
 )
 def test_ceiling_has_the_products_counted_by_hand(
@@ -134,7 +127,7 @@ def test_tiny_run_writes_table_json_and_plot(tiny_base: Path, rows_file: Path, t
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
     assert content["complete"] is True
-    assert {row["unit"] for row in content["rows"]} >= {"tokens/s", "share of ceiling", "GB", "seconds"}
+    assert {row["unit"] for row in content["rows"]} >= {"tokens/s", "share of ceiling", "peak memory, GB", "seconds"}
     assert all(row["ours"] > 0 and (row["peer"] or 1) > 0 for row in content["rows"])
     assert len({run["tokens"] for run in content["runs"]}) == 1  # both sides, in each setting
     assert "share of ceiling" in done.stdout

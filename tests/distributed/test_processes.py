@@ -1,4 +1,4 @@
-"""Two processes train, judge and predict what one does, write each thing once, and go on exactly."""
+"""Several processes train, evaluate and predict what one does, write each thing once, and resume exactly."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,8 @@ import torch
 import yaml
 
 from qlora_lightning.cli import main
+from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.module import QLoRAModule
 from tests.distributed.runs import CONFIG, adapter_bytes, distance, launch, metrics
 
 EPOCHS = ["--trainer.max_epochs", "5", "--trainer.check_val_every_n_epoch", "5"]  # ten steps of eight rows
@@ -153,3 +155,30 @@ def test_two_processes_that_start_on_an_empty_cache_make_each_entry_once(folder,
 def test_no_unfinished_file_is_left(folder):
     left = [file.name for file in Path(folder / "two").rglob("*") if "unfinished" in file.name]
     assert left == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
+def test_three_processes_resume_to_the_same_bytes_too(folder, streaming):
+    """From three on a sum depends on its order: where a gradient is in DDP's buckets must not change."""
+    saving = {"class_path": "hooks.SaveAt", "init_args": {"batches": [2, 3, 4], "folder": f"three-{streaming}"}}
+    trainer = {**CONFIG["trainer"], "devices": 3, "callbacks": [saving], "accumulate_grad_batches": 2, "max_steps": 3}
+    data = {"train": "rows.jsonl", "batch_size": 1, "streaming": streaming}
+    model = {**CONFIG["model"], "dropout": 0.1}
+    config = {**CONFIG, "model": model, "data": data, "trainer": trainer}
+    (folder / f"three-{streaming}.yaml").write_text(yaml.safe_dump(config))
+    fit = ["fit", "--config", f"three-{streaming}.yaml", "--trainer.default_root_dir"]
+    runs = {number: f"{streaming}-from-{number}" for number in (2, 3, 4)}
+    checkpoints = {number: ["--ckpt_path", f"three-{streaming}/{number}.ckpt"] for number in runs}
+    resumed = [[*fit, runs[number], *checkpoints[number], "--trainer.callbacks", "null"] for number in runs]
+    launch(folder, [[*fit, f"{streaming}-whole"], *resumed], processes=3)
+    for run in runs.values():
+        assert adapter_bytes(folder / run) == adapter_bytes(folder / f"{streaming}-whole")
+
+
+def test_ddp_sends_adapters_only_and_leaves_the_base_where_it_is_mapped(tiny_base):
+    module = QLoRAModule(base=str(tiny_base), rank=2)
+    module.configure_model()
+    sent = module.state_dict().keys() | dict(module.named_parameters()).keys()
+    sent -= set(module._ddp_params_and_buffers_to_ignore)
+    assert sent == trainable_tensors(module).keys()

@@ -67,11 +67,13 @@ def measure(file: Path, rows: int, tokens_per_batch: int, tokenizer: str) -> Non
 
 
 def once(loader: StreamLoader, rows: int) -> Iterator[tuple[int, int]]:
-    """Yield (rows read, tokens of the batch) until every row has been read once."""
+    """Yield (rows trained so far, tokens of the batch) until every row has been trained once."""
+    done = 0
     for batch in loader:
-        if loader.report.rows > rows:
+        done += len(batch["row_ids"])
+        yield done, batch["input_ids"].shape[1]
+        if done >= rows:
             return
-        yield loader.report.rows, batch["input_ids"].shape[1]
 
 
 if __name__ == "__main__":

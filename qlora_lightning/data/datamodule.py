@@ -163,7 +163,7 @@ class InstructionDataModule(LightningDataModule):
             ("streaming", "deduplicate", "a stream never has all rows"),
             ("streaming", "load_rows", "a stream reads the files of data.train itself"),
         ):
-            if not {None, False} & {values[one], values[other]}:
+            if all(values[name] is not None and values[name] is not False for name in (one, other)):
                 raise UserError(f"{one} and {other} are both given, but {reason}: leave one of them out.")
 
     # ---- what it is made with ------------------------------------------------------------------------------------
@@ -290,10 +290,11 @@ class InstructionDataModule(LightningDataModule):
 
     def _read(self, split: str) -> Prepared:
         """Take the samples of a split from the cache, or make them; rows from elsewhere are made each time."""
-        sources = self.sources(split)
+        own = self._has_own_rows()
+        sources = [] if own else self.sources(split)
         rows: Sources = [(source.settings, RowReader(source)) for source in sources]
-        if self._has_own_rows():
-            sources, rows = [], [(self._row_settings(), self._own_rows(split))]
+        if own:
+            rows = [(self._row_settings(), self._own_rows(split))]
         if split == "train" and sources and sources[0].weight is not None:
             if not self.shuffle:
                 raise UserError("shuffle: false keeps the order of the files, which weights mix: leave them out.")

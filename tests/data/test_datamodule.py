@@ -63,18 +63,16 @@ class SaveAlways(pl.Callback):
         trainer.save_checkpoint(self.files[-1])
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if (
-            batch_idx + 1
-        ) % 5:  # where validation is due, Lightning skips it on resume: AdapterCheckpoint saves after it
+        # where validation is due, Lightning skips it on resume: AdapterCheckpoint saves after it
+        if (batch_idx + 1) % 5:
             self.save(trainer, "batch")
 
     def on_validation_end(self, trainer, module):
         self.save(trainer, "validation")
 
     def on_train_epoch_end(self, trainer, module):
-        if (
-            trainer.max_steps == -1
-        ):  # with max_steps Lightning 2.6.6 runs one batch of the next epoch and skips the rest
+        # with max_steps Lightning 2.6.6 runs one batch of the next epoch and skips the rest
+        if trainer.max_steps == -1:
             self.save(trainer, "epoch")
 
 
@@ -138,7 +136,7 @@ SETTINGS = [
     ({"batch_size": None, "tokens_per_batch": -1}, "tokens_per_batch: expected at least 1, found -1"),
     ({"tokens_per_batch": 512}, "batch_size and tokens_per_batch are both given"),
     ({"batch_size": None, "tokens_per_batch": 9, "group_by_length": True}, "group_by_length and tokens_per_batch are"),
-    ({"val_fraction": 0.1}, "val and val_fraction are both given"),
+    ({"val": {"path": "val.jsonl"}, "val_fraction": 0.1}, "val and val_fraction are both given"),
     ({"val": None, "val_fraction": 1.5}, "data.val_fraction is 1.5: expected a share"),
     ({"shuffle": False, "group_by_length": True}, "shuffle: false and group_by_length"),
     ({"shuffle": False, "batch_size": None, "tokens_per_batch": 64}, "shuffle: false and tokens_per_batch"),
@@ -232,50 +230,32 @@ def test_bad_rows_stop_or_are_skipped(make, write):
 
 PAIR = {"prompt": "q", "completion": "k"}
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "k"}]
-OTHER_TASKS = {
-    "preference": ({"prompt": "q", "chosen": "k", "rejected": "b"}, "`chosen: completion`"),
-    "preference after a conversation": (
-        {
-            "conversations": [
-                {"from": "human", "value": "q"},
-                {"from": "gpt", "value": "k"},
-                {"from": "human", "value": "r"},
-            ],
-            "chosen": {"from": "gpt", "value": "k"},
-            "rejected": {"from": "gpt", "value": "b"},
-        },
-        "is a preference row",
-    ),
-    "bad answer of TRL": ({**PAIR, "label": False}, "{label: null}"),
-    "good answer": ({"messages": TALK, "label": True}, "{label: null}"),
-    "bad answer of LLaMA-Factory": ({"instruction": "q", "output": "k", "kto_tag": False}, "{kto_tag: null}"),
-    "pictures": ({"messages": TALK, "images": ["a.png"]}, "{images: null}"),
-    "a picture in bytes": ({**PAIR, "image": {"bytes": None, "path": "a.png"}}, "{image: null}"),
-    "films": ({"instruction": "q", "output": "k", "videos": ["a.mp4"]}, "{videos: null}"),
-    "a sound": ({"question": "q", "answer": "k", "audio": "a.wav"}, "{audio: null}"),
-}
+ASKED = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "k"}, {"from": "human", "value": "r"}]
+OTHER_TASKS = [
+    ({"prompt": "q", "chosen": "k", "rejected": "b"}, "`chosen: completion`"),
+    ({"conversations": ASKED, "chosen": ASKED[1], "rejected": ASKED[1]}, "is a preference row"),
+    ({**PAIR, "label": False}, "{label: null}"),  # of TRL
+    ({"messages": TALK, "label": True}, "{label: null}"),
+    ({"instruction": "q", "output": "k", "kto_tag": False}, "{kto_tag: null}"),  # of LLaMA-Factory
+    ({"messages": TALK, "images": ["a.png"]}, "{images: null}"),
+    ({**PAIR, "image": {"bytes": None, "path": "a.png"}}, "{image: null}"),
+    ({"question": "q", "answer": "k", "audio": "a.wav"}, "{audio: null}"),
+]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("task", OTHER_TASKS)
-def test_rows_of_other_tasks_are_refused_wherever_they_stand_whatever_becomes_of_bad_rows(make, write, task, streaming):
-    row, advice = OTHER_TASKS[task]
+@pytest.mark.parametrize(("row", "advice"), OTHER_TASKS)
+def test_rows_of_other_tasks_are_rejected_wherever_they_are_whatever_becomes_of_bad_rows(make, write, row, advice):
     write("other.jsonl", [PAIR, {"prompt": "q"}, row])
-    with pytest.raises(UserError, match=r"^other\.jsonl:3 ") as error:
-        make(train="other.jsonl", on_bad_row="skip", streaming=streaming).setup("fit")
-    assert advice in str(error.value)
-    with pytest.raises(UserError, match=r"^other\.jsonl:3 "):
-        make(val="other.jsonl", on_bad_row="skip").setup("validate")
+    for split, settings in (("train", {}), ("train", {"streaming": True}), ("val", {})):
+        with pytest.raises(UserError, match=r"^other\.jsonl:3 ") as error:
+            make(**{split: "other.jsonl"}, on_bad_row="skip", **settings).setup({"val": "validate"}.get(split, "fit"))
+        assert advice in str(error.value)
 
 
-def test_booleans_are_words_in_csv(make, tmp_path, write):
-    write("ask.jsonl", [PAIR])
+def test_booleans_are_words_in_csv_and_a_message_with_pictures_is_a_bad_row(make, tmp_path, write):
     (tmp_path / "judged.csv").write_text("prompt,completion,label\nq,k,False\n")
     with pytest.raises(UserError, match=r"^judged.csv:2 has 'label', which says"):
         make(train="judged.csv").setup("fit")
-
-
-def test_a_message_with_pictures_is_a_bad_row_and_one_with_an_empty_list_of_them_is_not(make, write):
     asked, answer = TALK
     write("seen.jsonl", [{"messages": [{**asked, "images": ["a.png"]}, answer]}])
     with pytest.raises(UserError, match=r"seen.jsonl:1: message 1 has 'images'"):

@@ -119,16 +119,6 @@ def test_each_source_has_its_share_evenly_spread(stream):
         stream(None, None)
 
 
-@pytest.mark.parametrize("before", range(9))
-def test_rows_go_on_exactly_from_every_position(stream, before):
-    it = stream(2.5, 1)
-    it.take(before)
-    position = it.position()
-    assert json.loads(json.dumps(position)) == position
-    again = stream(2.5, 1, position=position)
-    assert [taken(again.take(1)) for _ in range(9)] == [taken(it.take(1)) for _ in range(9)]
-
-
 def test_the_files_of_a_source_come_in_another_order_in_each_pass_and_go_on_exactly(write):
     Path("shards").mkdir()
     for shard in range(8):
@@ -162,11 +152,19 @@ def test_blocks_are_shuffled_one_after_the_other_and_the_data_begin_again(make):
     assert flat(make(shuffle=False)) == list(range(24))
 
 
-@pytest.mark.parametrize(
-    "batches",
-    [{"batch_size": 2}, {"tokens_per_batch": 50}, {"batch_size": 3, "world_size": 2}, {"shuffle": False}],
-)
-def test_it_goes_on_exactly_from_every_position(make, batches):
+WEIGHTED = [{"path": "train.jsonl", "weight": 3}, {"path": "few.jsonl", "weight": 1}]
+STREAMS = [
+    {"batch_size": 2},
+    {"tokens_per_batch": 50},
+    {"batch_size": 3, "world_size": 2},
+    {"shuffle": False},
+    {"value": WEIGHTED},
+]
+
+
+@pytest.mark.parametrize("batches", STREAMS)
+def test_it_goes_on_exactly_from_every_position(make, write, batches):
+    write("few.jsonl", pairs(3, first=100))
     whole = list(make(**batches))
     loader = make(**batches)
     walk = iter(loader)
@@ -194,13 +192,6 @@ def test_a_position_in_another_stream_or_in_other_files_is_refused(make, write, 
     write("train.jsonl", pairs(21))
     with pytest.raises(UserError, match=r"sources = \[\['train.jsonl', \d+\]\]"):
         make().load_state_dict(state)
-
-
-def test_weights_give_each_source_its_share_of_every_block(make, write):
-    write("few.jsonl", pairs(3, first=100))
-    loader = make([{"path": "train.jsonl", "weight": 3}, {"path": "few.jsonl", "weight": 1}])
-    sources = [source for batch in loader for source in batch["source"].tolist()]
-    assert [sources[at : at + 8].count(1) for at in (0, 8, 16)] == [2, 2, 2]
 
 
 def test_a_window_holds_the_same_rows_on_one_rank_and_on_several(make, write):

@@ -4,6 +4,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def _data_facts(trainer: Trainer) -> dict[str, Any]:
     reports = getattr(data, "reports", {})
     return {
         "files": files,
-        "splits": {split: report.as_dict() for split, report in reports.items()},
+        "splits": {split: asdict(report) for split, report in reports.items()},
         "filters": {split: _filtered(report) for split, report in reports.items()},
         "hashes": identity,
         "settings": settings,

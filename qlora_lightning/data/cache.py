@@ -1,12 +1,12 @@
-"""Samples kept in the user's cache, and what sources, samples, tokenizer and template are, as short hashes."""
+"""Samples kept in the user's cache, and what data, tokenizer and template are, as short hashes."""
 
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import tokenizers
 import transformers
@@ -22,7 +22,6 @@ from qlora_lightning.support.errors import UserError
 
 _log = logging.getLogger(__name__)
 _LAYOUT = 4  # of what is stored; counts up when the same rows would give other samples, or would be refused
-_hashes: WeakKeyDictionary[SampleSet, str] = WeakKeyDictionary()  # a gigabyte of tokens takes a second: once
 
 Prepared = tuple[SampleSet, Report]
 
@@ -37,7 +36,7 @@ def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, Any]
         samples: of ``train`` and ``val``, as far as there are any.
         tokenizer: with its template; one that cannot be hashed is left out.
     """
-    found: dict[str, Any] = {split: hash_samples(samples[split]) for split in ("train", "val") if split in samples}
+    found: dict[str, Any] = {split: samples[split].content_hash for split in ("train", "val") if split in samples}
     if found:
         found["samples"] = {split: len(samples[split]) for split in found}
     hashed = hash_tokenizer(tokenizer, with_template=False)
@@ -50,17 +49,6 @@ def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, Any]
     return found
 
 
-def hash_samples(samples: SampleSet) -> str:
-    """Hash tokens, labels, weights and order of samples, and which source each comes from; kept as long as they are."""
-    if samples not in _hashes:
-        total = hashlib.sha256()
-        for values in (samples.starts, samples.ids, samples.labelled, samples.source, samples.weights):
-            if values is not None:
-                total.update(values.data)
-        _hashes[samples] = total.hexdigest()
-    return _hashes[samples]
-
-
 def describe_sources(sources: Sequence[Source]) -> list[dict[str, Any]]:
     """Return all that the rows of sources depend on: what a key holds of them."""
     return [
@@ -68,14 +56,11 @@ def describe_sources(sources: Sequence[Source]) -> list[dict[str, Any]]:
             "path": source.path,
             "files": [str(file) for file in source.files],
             "hash": fingerprint(source),
-            "read": repr([getattr(source, name) for name in _READ]),
+            "read": repr([source.split, source.name, source.revision, source.data_files]),  # the hash tells the rest
             "settings": repr(source.settings),
         }
         for source in sources
     ]
-
-
-_READ = ("split", "name", "revision", "data_files")  # the hash tells how files are read
 
 
 def cached_samples(key: Mapping[str, Any], label: str, prepare: Callable[[], Prepared]) -> Prepared:
@@ -101,7 +86,7 @@ def cached_samples(key: Mapping[str, Any], label: str, prepare: Callable[[], Pre
         samples, report = prepare()
         made.append((samples, report))
         samples.save(folder)
-        (folder / "report.json").write_text(json.dumps(report.as_dict(), ensure_ascii=False), encoding="utf-8")
+        (folder / "report.json").write_text(json.dumps(asdict(report), ensure_ascii=False), encoding="utf-8")
 
     versions = {
         "layout": _LAYOUT,

@@ -1,30 +1,31 @@
 """The data module: files in, batches out, for LightningCLI and for Python alike."""
 
-import copy
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.data.batches.loader import FabricLoader, FlatLoader
-from qlora_lightning.data.batches.order import choose_seed, describe_other_seed
 from qlora_lightning.data.batches.stream import StreamLoader
 from qlora_lightning.data.cache import Prepared, cached_samples, describe_sources, identify
-from qlora_lightning.data.chat.labels import TRAIN_ON, ChatRenderer
+from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.lengths import TOO_LONG
-from qlora_lightning.data.chat.render import REASONING
-from qlora_lightning.data.chat.tokenizer import TokenizerChoice, hash_tokenizer, load_choice, tokenizer_of_base
-from qlora_lightning.data.prepare import Recipe, Rows, prepare_prompts, prepare_samples, watch_rows
+from qlora_lightning.data.chat.tokenizer import hash_tokenizer, load_choice, tokenizer_of_base
+from qlora_lightning.data.prepare import Recipe, Sources, prepare_prompts, prepare_samples, watch_rows
 from qlora_lightning.data.prompts import Prompt, PromptLoader, as_samples
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.rows.readers import Row, RowReader
 from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources
-from qlora_lightning.data.samples import SampleSet, find_duplicates, find_overlap, hold_out
+from qlora_lightning.data.samples import SampleSet, gather_samples, hold_out
 from qlora_lightning.support.errors import UserError
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
@@ -139,58 +140,31 @@ class InstructionDataModule(LightningDataModule):
         self._pool: Prepared | None = None  # training rows before validation rows are held out
 
     def _check_settings(self) -> None:
-        for name, known in (
-            ("on_bad_row", ("error", "skip")),
-            ("train_on", TRAIN_ON),
-            ("too_long", TOO_LONG),
-            ("reasoning", REASONING),
-        ):
-            if getattr(self, name) not in known:
-                words = f"{', '.join(known[:-1])} or {known[-1]}"
-                raise UserError(f"{name}: expected {words}, found {getattr(self, name)!r}.")
+        if self.too_long not in TOO_LONG:
+            raise UserError(f"too_long: expected {', '.join(TOO_LONG)}, found {self.too_long!r}.")
         for name, least in (("batch_size", 1), ("tokens_per_batch", 1), ("shuffle_buffer", 1), ("max_length", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name}: expected at least {least}, found {value}.")
-        for contradicts, message in (
-            (
-                self.files["val"] is not None and self.val_fraction is not None,
-                "val and val_fraction are both given: keep one, the file or the share of the training rows.",
-            ),
-            (
-                self.val_fraction is not None and not 0 < self.val_fraction < 1,
-                f"data.val_fraction is {self.val_fraction or 0:g}: expected a share of the training rows between 0 and "
-                "1. For no validation set it to null; for validation rows of their own name a file in data.val.",
-            ),
-            (
-                self.batch_size is not None and self.tokens_per_batch is not None,
-                "batch_size and tokens_per_batch are both given: keep one, rows or tokens per micro-batch.",
-            ),
-            (
-                not self.shuffle and self.group_by_length,
-                "shuffle: false keeps the order of the files, which group_by_length changes: leave one of them out.",
-            ),
-            (
-                not self.shuffle and self.tokens_per_batch is not None,
-                "shuffle: false keeps the order of the files, which packing into tokens_per_batch changes: use "
-                "batch_size instead.",
-            ),
-            (
-                self.streaming and self.val_fraction is not None,
-                "val_fraction needs all rows, which streaming never has: name validation rows in data.val.",
-            ),
-            (
-                self.streaming and self._has_own_rows(),
-                "streaming reads the files of data.train itself, so load_rows cannot be overridden beside it.",
-            ),
-            (
-                self.streaming and self.group_by_length,
-                "group_by_length needs all rows, which streaming never has: use tokens_per_batch instead.",
-            ),
-            (self.streaming and self.deduplicate, "deduplicate needs all rows, which streaming never has."),
+        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
+            raise UserError(
+                f"data.val_fraction is {self.val_fraction:g}: expected a share of the training rows between 0 and 1. "
+                "For no validation set it to null; for validation rows of their own name a file in data.val."
+            )
+        values = {**self.files, **vars(self), "shuffle: false": not self.shuffle, "load_rows": self._has_own_rows()}
+        for one, other, reason in (
+            ("val", "val_fraction", "both name the rows to validate on"),
+            ("batch_size", "tokens_per_batch", "both say how large a micro-batch is"),
+            ("group_by_length", "tokens_per_batch", "packed batches are of like size already"),
+            ("shuffle: false", "group_by_length", "the first keeps the order of the files"),
+            ("shuffle: false", "tokens_per_batch", "packing does not keep the order of the files"),
+            ("streaming", "val_fraction", "a stream never has all rows"),
+            ("streaming", "group_by_length", "a stream never has all rows"),
+            ("streaming", "deduplicate", "a stream never has all rows"),
+            ("streaming", "load_rows", "a stream reads the files of data.train itself"),
         ):
-            if contradicts:
-                raise UserError(message)
+            if all(values[name] is not None and values[name] is not False for name in (one, other)):
+                raise UserError(f"{one} and {other} are both given, but {reason}: leave one of them out.")
 
     # ---- what it is made with ------------------------------------------------------------------------------------
 
@@ -233,9 +207,10 @@ class InstructionDataModule(LightningDataModule):
     @override
     def setup(self, stage: str | None = None) -> None:
         if self._seed is None:
-            self._seed = choose_seed(self.trainer)
-        if self._named_tokenizer is None:
-            self._take_tokenizer(self._tokenizer_of_trained_base())
+            self._seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
+            if self.trainer is not None and self.trainer.world_size > 1:
+                self._seed = self.trainer.strategy.broadcast(self._seed)  # without seed_everything each has its own
+        self._take_tokenizer_of_base()
         needed = _STAGES.get(stage or "", tuple(self.files))
         for split in needed:
             self._prepare(split)
@@ -256,7 +231,7 @@ class InstructionDataModule(LightningDataModule):
             return self._make_stream(self._stream_length())
         # `overfit_batches` is Lightning's wish for the same batches in every epoch.
         shuffle = self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
-        return self._make_loader("train", shuffle, group_by_length=self.group_by_length, weights=self._weights)
+        return self._make_loader("train", shuffle=shuffle, group_by_length=self.group_by_length, weights=self._weights)
 
     @override
     def val_dataloader(self) -> FlatLoader:
@@ -276,12 +251,16 @@ class InstructionDataModule(LightningDataModule):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        words = describe_other_seed(state_dict.get("seed"), self._seed)
-        if words and (self.val_fraction is not None or (self.trainer is not None and self.trainer.training)):
-            rank_zero_info(words)
-        self._seed = state_dict.get("seed", self._seed)
+        stored, own = state_dict.get("seed", self._seed), self._seed
+        depends = self.val_fraction is not None or (self.trainer is not None and self.trainer.training)
+        if depends and own not in (stored, None) and os.environ.get("PL_GLOBAL_SEED"):
+            rank_zero_info(
+                f"seed_everything is {own}, but the checkpoint's {stored} rules: the order of rows, and which of them "
+                "are held out for validation, go on as they were."
+            )
+        self._seed = stored
         if self._pool is not None:
-            self._divide(*self._pool)
+            self._divide()
 
     # ---- from rows to samples ------------------------------------------------------------------------------------
 
@@ -295,28 +274,27 @@ class InstructionDataModule(LightningDataModule):
         if split == "train" and self.streaming:
             self._check_stream()
             return
-        prepared = self._prepare_prompts() if split == "predict" else self._prepare_samples(split)
-        if prepared is None:
+        samples, report = self._read(split)
+        if not report.rows:
             return
-        samples, report = prepared
         report.check_bad(skip=self.on_bad_row == "skip" or self.lenient)
-        report.check_left()
-        if not self.lenient:
-            report.check_usable()
+        report.check_left(self.lenient)
         if split == "train" and self.val_fraction is not None:
-            self._pool = prepared
-            self._divide(samples, report)
+            self._pool = samples, report
+            self._divide()
             return
         self.samples[split], self.reports[split] = samples, report
         if split in ("val", "test") and "train" in self.samples:
-            report.overlap, report.overlap_pairs = find_overlap(self.samples["train"], samples)
+            report.count_overlap(samples, self.samples["train"])
         rank_zero_info(report.describe())
 
-    def _prepare_samples(self, split: str) -> Prepared | None:
+    def _read(self, split: str) -> Prepared:
         """Take the samples of a split from the cache, or make them; rows from elsewhere are made each time."""
-        sources = [] if self._has_own_rows() else self.sources(split)
-        if not sources and not self._has_own_rows():
-            return None
+        own = self._has_own_rows()
+        sources = [] if own else self.sources(split)
+        rows: Sources = [(source.settings, RowReader(source)) for source in sources]
+        if own:
+            rows = [(self._row_settings(), self._own_rows(split))]
         if split == "train" and sources and sources[0].weight is not None:
             if not self.shuffle:
                 raise UserError("shuffle: false keeps the order of the files, which weights mix: leave them out.")
@@ -324,53 +302,32 @@ class InstructionDataModule(LightningDataModule):
 
         def prepare() -> Prepared:
             with watch_rows(split, show=self._rank_and_world_size()[0] == 0) as watch:
-                return prepare_samples(self._read(split, sources), self._recipe(), split, watch, self.deduplicate)
+                if split != "predict":
+                    return prepare_samples(rows, self._recipe(), split, watch, self.deduplicate)
+                self._prompts, report = prepare_prompts(rows, self._recipe(), split, watch)
+                return as_samples(self._prompts), report
 
-        key = self._key(sources)
+        if not rows:
+            return gather_samples([]), Report(split)
+        key = None if split == "predict" else self._key(sources)
         if key is None:
-            samples, report = prepare()
-        else:
-            label = ", ".join(source.path for source in sources)
-            samples, report = cached_samples(key, label, prepare)
-        report.split = split
-        return (samples, report) if report.rows else None
+            return prepare()
+        samples, report = cached_samples(key, ", ".join(source.path for source in sources), prepare)
+        return samples, replace(report, split=split)
 
-    def _prepare_prompts(self) -> Prepared | None:
-        sources = [] if self._has_own_rows() else self.sources("predict")
-        if not sources and not self._has_own_rows():
-            return None
-        with watch_rows("predict", show=self._rank_and_world_size()[0] == 0) as watch:
-            self._prompts, report = prepare_prompts(self._read("predict", sources), self._recipe(), "predict", watch)
-        return (as_samples(self._prompts), report) if report.rows else None
-
-    def _divide(self, samples: SampleSet, whole: Report) -> None:
+    def _divide(self) -> None:
         """Hold validation rows out of the training rows; what became of rows before is reported with those."""
+        assert self._pool is not None
+        samples, whole = self._pool
         self.samples["train"], self.samples["val"] = hold_out(samples, self.val_fraction or 0.0, self._seed or 0)
         left_out = sum(whole.dropped.values()) + whole.bad_rows
-        for split, more in (("train", left_out), ("val", 0)):
-            rows = len(set(self.samples[split].row_ids.tolist()))
-            report = copy.deepcopy(whole) if split == "train" else Report(split, formats=list(whole.formats))
-            report.rows = rows + more
-            report.count_samples(self.samples[split])
-            report.duplicates, report.duplicate_pairs = find_duplicates(self.samples[split])
-            self.reports[split] = report
+        for report, more in ((replace(whole), left_out), (Report("val", formats=whole.formats), 0)):
+            own = self.samples[report.split]
+            report.rows = len(np.unique(own.row_ids)) + more
+            report.count_samples(own)
+            report.count_duplicates(own)
+            self.reports[report.split] = report
             rank_zero_info(report.describe())
-
-    def _has_own_rows(self) -> bool:
-        return type(self).load_rows is not InstructionDataModule.load_rows
-
-    def _read(self, split: str, sources: Sequence[Source]) -> list[tuple[RowSettings, Rows]]:
-        """Return the rows of each source, and how they are read; rows from elsewhere are one source."""
-        if self._has_own_rows():
-            rows = enumerate(self.load_rows(split) or (), start=1)
-            return [(self._row_settings(), (_as_row(row, split, number) for number, row in rows))]
-        return [(source.settings, RowReader(source)) for source in sources]
-
-    def _recipe(self) -> Recipe:
-        return Recipe(self.renderer, self.max_length, self.too_long)
-
-    def _row_settings(self) -> RowSettings:
-        return RowSettings(self.format, self.columns, self.system, self.roles)
 
     def sources(self, split: str) -> list[Source]:
         """Return what ``data.train`` or a neighbour names, in its order; none if it names nothing."""
@@ -379,6 +336,19 @@ class InstructionDataModule(LightningDataModule):
             return []
         streaming = self.streaming and split == "train"
         return find_sources(value, split, streaming=streaming, settings=self._row_settings(), encoding=self.encoding)
+
+    def _has_own_rows(self) -> bool:
+        return type(self).load_rows is not InstructionDataModule.load_rows
+
+    def _own_rows(self, split: str) -> Iterator[Row | BadRow]:
+        for number, row in enumerate(self.load_rows(split) or (), start=1):
+            yield Row(row, split, number) if isinstance(row, dict) else row
+
+    def _recipe(self) -> Recipe:
+        return Recipe(self.renderer, self.max_length, self.too_long)
+
+    def _row_settings(self) -> RowSettings:
+        return RowSettings(self.format, self.columns, self.system, self.roles)
 
     def _key(self, sources: Sequence[Source]) -> dict[str, Any] | None:
         """Return everything that samples depend on; None if nobody can tell."""
@@ -393,22 +363,19 @@ class InstructionDataModule(LightningDataModule):
             **{name: getattr(self, name) for name in _SAMPLE_SETTINGS},
         }
 
-    # ---- the tokenizer of a module's base, ranks, loaders --------------------------------------------------------
-
-    def _take_tokenizer(self, choice: TokenizerChoice) -> None:
-        """Take the tokenizer of a module's base; what was prepared with that of another base is made again."""
-        if choice is None or choice == self._tokenizer_choice:
-            return
-        self._tokenizer_choice, self._tokenizer, self._renderer, self._pool = choice, None, None, None
-        self.samples.clear()
-        self.reports.clear()
-
-    def _tokenizer_of_trained_base(self) -> TokenizerChoice:
+    def _take_tokenizer_of_base(self) -> None:
+        """Take the tokenizer of the module's base; what was prepared with that of another base is made again."""
         module = getattr(self.trainer, "lightning_module", None)
         base = getattr(module, "base", None)
-        if not isinstance(base, str):
-            return None
-        return tokenizer_of_base(base, getattr(module, "revision", None), getattr(module, "trust_remote_code", False))
+        if self._named_tokenizer is not None or not isinstance(base, str):
+            return
+        choice = tokenizer_of_base(base, getattr(module, "revision", None), getattr(module, "trust_remote_code", False))
+        if choice != self._tokenizer_choice:
+            self._tokenizer_choice, self._tokenizer, self._renderer, self._pool = choice, None, None, None
+            self.samples.clear()
+            self.reports.clear()
+
+    # ---- ranks and loaders ---------------------------------------------------------------------------------------
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         if self.trainer is not None:
@@ -417,13 +384,11 @@ class InstructionDataModule(LightningDataModule):
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
 
-    def _make_loader(self, split: str, shuffle: bool = False, **settings: Any) -> FlatLoader:
-        kind = FlatLoader if self.trainer is not None else FabricLoader
-        ranks = self._rank_and_world_size()
-        budget = self.tokens_per_batch
-        return kind(
-            self.samples[split], self.batch_size, self._seed or 0, shuffle, *ranks, tokens_per_batch=budget, **settings
-        )
+    def _make_loader(self, split: str, **settings: Any) -> FlatLoader:
+        rank, world_size = self._rank_and_world_size()
+        settings |= {"seed": self._seed or 0, "world_size": world_size}
+        plan = EpochPlan(self.samples[split], self.batch_size, self.tokens_per_batch, **settings)
+        return (FlatLoader if self.trainer is not None else FabricLoader)(plan, rank)
 
     def _check_stream(self) -> None:
         """Read the first rows of the stream; there may be no length yet, without a Trainer."""
@@ -461,17 +426,7 @@ class InstructionDataModule(LightningDataModule):
 
     def _agree(self, count: int) -> int:
         """Return the largest of the counts that the ranks call this with."""
-        _, world_size = self._rank_and_world_size()
-        counts: list[int] = [count] * world_size
-        if world_size > 1:
+        counts: list[int] = [count] * self._rank_and_world_size()[1]
+        if len(counts) > 1:
             torch.distributed.all_gather_object(counts, count)
         return max(counts)
-
-
-def _as_row(row: Row | BadRow | dict[str, Any], split: str, number: int) -> Row | BadRow:
-    """Return a plain dict as a row with a place, so that messages can name it."""
-    if isinstance(row, Row | BadRow):
-        return row
-    if not isinstance(row, dict):
-        raise UserError(f"load_rows({split!r}): expected rows or dicts, found {type(row).__name__} as row {number}.")
-    return Row(row, split, number)

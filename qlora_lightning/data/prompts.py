@@ -1,6 +1,7 @@
 """Rows to predict: prompts for generation, what the rows themselves answer, and batches of them."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
 from qlora_lightning.data.batches.order import count_batches, rank_batches
@@ -37,10 +38,11 @@ class PromptBatch(TypedDict):
     rows: list[dict[str, Any]]
 
 
+@dataclass
 class PromptLoader:
     """One rank's prompts in file order; every rank has the same number of batches.
 
-    Args:
+    Attributes:
         prompts: all prompts, the same on every rank.
         batch_size: rows per batch on each rank.
         stop_ids: tokens that end an answer.
@@ -48,14 +50,11 @@ class PromptLoader:
         world_size: number of processes that share the rows.
     """
 
-    def __init__(
-        self, prompts: Sequence[Prompt], batch_size: int, stop_ids: Sequence[int], rank: int = 0, world_size: int = 1
-    ) -> None:
-        self.prompts = prompts
-        self.batch_size = batch_size
-        self.stop_ids = list(stop_ids)
-        self.rank = rank
-        self.world_size = world_size
+    prompts: Sequence[Prompt]
+    batch_size: int
+    stop_ids: list[int]
+    rank: int = 0
+    world_size: int = 1
 
     def __len__(self) -> int:
         return count_batches(len(self.prompts), self.batch_size, self.world_size)

@@ -1,11 +1,12 @@
 """What became of the rows of one split."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_lightning.data.rows.bad_rows import SHOWN, BadRow, refuse
-from qlora_lightning.data.samples import SampleSet
+from qlora_lightning.data.rows.formats import RowConverter
+from qlora_lightning.data.samples import SampleSet, find_repeats
 from qlora_lightning.support.errors import UserError
 
 _LISTED = 5
@@ -69,20 +70,21 @@ class Report:
         self.bad_rows += 1
         self.bad = [*self.bad, row][:SHOWN]
 
-    def add(self, more: "Report") -> None:
-        """Add what became of more rows of the split."""
-        for each in fields(self):
-            if each.type is int:
-                setattr(self, each.name, getattr(self, each.name) + getattr(more, each.name))
-        for reason, rows in more.dropped.items():
-            self.drop(reason, rows)
-        self.bad = [*self.bad, *more.bad][:SHOWN]
-        self.note_columns(more.formats, more.unread_columns)
+    def note_columns(self, converters: Iterable[RowConverter]) -> None:
+        """Note the formats that were found, and the columns that nothing reads."""
+        for converter in converters:
+            for mine, theirs in ((self.formats, converter.formats), (self.unread_columns, converter.unread_columns)):
+                mine += [name for name in theirs if name not in mine]
 
-    def note_columns(self, formats: Sequence[str], unread_columns: Sequence[str]) -> None:
-        """Add formats that were found, and columns that nothing reads."""
-        for mine, theirs in ((self.formats, formats), (self.unread_columns, unread_columns)):
-            mine += [name for name in theirs if name not in mine]
+    def count_duplicates(self, samples: SampleSet) -> None:
+        """Count the rows that equal an earlier one."""
+        repeats = find_repeats(samples)
+        self.duplicates, self.duplicate_pairs = len(repeats.row_ids), repeats.pairs
+
+    def count_overlap(self, samples: SampleSet, train: SampleSet) -> None:
+        """Count the rows that are trained on too."""
+        repeats = find_repeats(samples, among=train)
+        self.overlap, self.overlap_pairs = len(repeats.row_ids), repeats.pairs
 
     def count_samples(self, samples: SampleSet) -> None:
         """Count samples that take the place of those counted so far."""
@@ -130,23 +132,16 @@ class Report:
         if not skip:
             refuse(self.bad, total=self.bad_rows)
 
-    def check_left(self) -> None:
-        """Refuse rows of which no sample is left.
+    def check_left(self, lenient: bool = False) -> None:
+        """Refuse rows of which no sample is left, or too many leave nothing to learn from.
 
         Raises:
-            UserError: none is.
+            UserError: no sample is left, or, unless ``lenient``, more than 5 % of the rows have no labelled token.
         """
         if self.samples == 0:
             refuse(self.bad, skippable=False, total=self.bad_rows)
             raise UserError(f"{self.split}: none of {self.rows:,} rows is left ({self._reasons()}).")
-
-    def check_usable(self) -> None:
-        """Refuse a split of which too many rows are well-formed, but leave nothing to learn from.
-
-        Raises:
-            UserError: more than 5 % do.
-        """
-        if self.unusable > _MAX_UNUSABLE * self.rows:
+        if not lenient and self.unusable > _MAX_UNUSABLE * self.rows:
             raise UserError(
                 f"{self.unusable:,} of {self.rows:,} rows of {self.split} have no labelled token (more than "
                 f"{_MAX_UNUSABLE:.0%}) and would teach nothing ({self._reasons()}). `qlora-lightning inspect` shows "
@@ -156,13 +151,9 @@ class Report:
     def _reasons(self) -> str:
         return "; ".join(f"{count:,}: {reason}" for reason, count in self.dropped.items())
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Report":
-        """Make it of what ``as_dict`` returned, back from JSON."""
+        """Make it of its fields, back from JSON."""
         report = cls(**values)
         report.bad = [BadRow(*row) for row in report.bad]
         for pairs in (report.duplicate_pairs, report.overlap_pairs):

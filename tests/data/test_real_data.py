@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_lightning.data import InstructionDataModule
+from qlora_lightning import InstructionDataModule
 
 FOLDER = Path(__file__).parents[3] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the real data do not lie beside the checkout")

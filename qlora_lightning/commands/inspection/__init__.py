@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         _refuse_bad_rows(found)
     sys.stdout.flush()
     for split in found.splits:
-        split.report.check_usable()
+        split.report.check_left()
     return 0
 
 

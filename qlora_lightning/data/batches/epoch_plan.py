@@ -41,7 +41,7 @@ class EpochPlan:
         world_size: number of ranks that share the rows.
 
     Raises:
-        UserError: if the settings do not fit each other or the samples, or a sample exceeds ``tokens_per_batch``.
+        UserError: a weight or ``tokens_per_batch`` does not fit the samples.
     """
 
     samples: SampleSet
@@ -54,25 +54,16 @@ class EpochPlan:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.tokens_per_batch is not None:
-            raise UserError("batch_size and tokens_per_batch are both given: keep one, rows or tokens per micro-batch.")
-        if self.group_by_length and self.batch_size is None:
-            raise UserError("group_by_length: batches of tokens_per_batch are of like size already: leave one out.")
-        assert (self.batch_size or self.tokens_per_batch or 0) > 0
-        if self.tokens_per_batch is not None:
-            self._check_budget(self.tokens_per_batch)
+        assert (self.batch_size is None) != (self.tokens_per_batch is None)
         if self.weights is not None:
             check_weights(self.samples.source, self.weights)
-
-    def _check_budget(self, budget: int) -> None:
-        lengths = self.samples.lengths
-        longer = np.flatnonzero(lengths > budget)
-        if len(longer):
-            worst = int(longer[lengths[longer].argmax()])
+        lengths, budget = self.samples.lengths, self.tokens_per_batch
+        if budget is not None and lengths.max(initial=0) > budget:
+            worst, longer = int(lengths.argmax()), int((lengths > budget).sum())
             raise UserError(
                 f"tokens_per_batch: expected room for the longest sample, {lengths[worst]:,} tokens "
-                f"({self.samples.where(worst)}), found {budget:,}, for which {len(longer):,} of {len(lengths):,} "
-                "samples are too long: raise it, or lower max_length, which shortens them (or as too_long says)."
+                f"({self.samples.where(worst)}), found {budget:,}, for which {longer:,} of {len(lengths):,} samples "
+                "are too long: raise it, or lower max_length, which shortens them (or as too_long says)."
             )
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
@@ -151,18 +142,20 @@ def first_and_largest(
         count: counts the tokens that are computed of a batch of rows; None: all of them are.
     """
     lengths = plan.samples.lengths
-    starts = [done, *[0] * (len(epochs) - 1)]
-    parts = zip(epochs, starts, strict=True)
-    batches = [batch for epoch, start in parts for batch in plan.batches(epoch, rank)[start:limit]]
+    batches = plan.batches(epochs[0], rank)[done:limit]
+    for epoch in epochs[1:]:
+        batches += plan.batches(epoch, rank)[:limit]
     if not batches:
         return None
-    costs = [(int(lengths[batch.rows].sum()), int(lengths[batch.rows].max())) for batch in batches]
-    largest, most = 0, (-1, -1)
-    for number in sorted(range(len(batches)), key=costs.__getitem__, reverse=True):
-        tokens, longest = costs[number]
-        if tokens < most[0]:
+
+    def tokens(batch: RankBatch) -> int:
+        return int(lengths[batch.rows].sum())
+
+    largest, most = batches[0], (-1, -1)
+    for batch in sorted(batches, key=tokens, reverse=True):
+        if tokens(batch) < most[0]:
             break  # no more are computed than there are
-        cost = (tokens if count is None else count(batches[number].rows), longest)
+        cost = (tokens(batch) if count is None else count(batch.rows), int(lengths[batch.rows].max()))
         if cost > most:
-            largest, most = number, cost
-    return batches[0], batches[largest]
+            largest, most = batch, cost
+    return batches[0], largest

@@ -1,36 +1,25 @@
 """Batches in the order of an epoch, from which a run can stop and go on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from qlora_lightning.data.batches.collate import Batch, collate_rows
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.data.samples import Sample, SampleSet, gather_samples
+from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
 
 
-class ShuffledOrder(Sampler[int]):
-    """Rows in an order that is a pure function of (seed, epoch); Lightning sets the epoch."""
+class EpochNumber(SequentialSampler):
+    """The epoch of a loader, which Lightning sets on its ``sampler``; from one of this class it takes no rows."""
 
-    def __init__(self, plan: EpochPlan) -> None:
-        self.plan = plan
+    def __init__(self) -> None:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration takes."""
+        """Choose the epoch whose batches the next iteration takes."""
         self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.plan.samples)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.plan.order(self.epoch).tolist())
-
-
-class FixedOrder(ShuffledOrder, SequentialSampler):
-    """Rows in one order in every epoch; Lightning knows a sequential sampler as one that does not shuffle."""
 
 
 class FlatLoader:
@@ -41,45 +30,24 @@ class FlatLoader:
     tokens end to end takes less time than sending them.
 
     Args:
-        samples: all samples of the split, the same on every rank.
-        batch_size: rows per micro-batch on each rank; or
-        seed: of the order.
-        shuffle: a new order each epoch; else file order, or one other order in every epoch.
+        plan: of all epochs, the same on every rank.
         rank: of this process.
-        world_size: number of processes that share the rows.
-        tokens_per_batch: tokens per micro-batch on each rank, a budget that rows are packed into by best fit.
-        group_by_length: put rows of like length into a micro-batch; only with ``batch_size``.
-        weights: of each source in an epoch's rows; without, each row is taken once.
-
-    Raises:
-        UserError: as ``EpochPlan``.
     """
 
     batch_sampler = None  # Lightning reads it wherever there is a `sampler`
 
-    def __init__(
-        self,
-        samples: SampleSet | Sequence[Sample],
-        batch_size: int | None = None,
-        seed: int = 0,
-        shuffle: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        *,
-        tokens_per_batch: int | None = None,
-        group_by_length: bool = False,
-        weights: Sequence[float] | None = None,
-    ) -> None:
-        self.samples = gather_samples(samples)
-        self.plan = EpochPlan(
-            self.samples, batch_size, tokens_per_batch, shuffle, group_by_length, weights, seed, world_size
-        )
-        self.rank = rank
-        self.sampler = ShuffledOrder(self.plan) if shuffle else FixedOrder(self.plan)
+    def __init__(self, plan: EpochPlan, rank: int = 0) -> None:
+        self.plan, self.rank = plan, rank
+        self.sampler = EpochNumber()
         self._epoch = 0
         self._position = 0
         self._restored = False
         self._has_ended = False  # the epoch that was restored: with more rows now, it would have batches left
+
+    @property
+    def samples(self) -> SampleSet:
+        """All samples of the split."""
+        return self.plan.samples
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -108,29 +76,30 @@ class FlatLoader:
         Raises:
             UserError: if the position lies inside an epoch of other data, or of batches that were cut differently.
         """
-        saved = {"shuffle": True, **state_dict}  # versions that did not say so shuffled
+        epoch, position, batches = (state_dict[key] for key in ("epoch", "position", "batches"))
         for key, mine in self._cut_from().items():
-            if 0 < saved["position"] < saved["batches"] and mine != saved[key]:
+            stored = state_dict.get(key, mine)
+            if 0 < position < batches and mine != stored:
                 raise UserError(
-                    f"the checkpoint was saved after batch {saved['position']} of an epoch with {key} = {saved[key]}, "
-                    f"but now {key} = {mine}: to go on inside that epoch keep the training data, max_length, too_long, "
-                    "batch_size times processes (tokens_per_batch and processes), group_by_length, shuffle and weights "
-                    "as they were."
+                    f"the checkpoint was saved after batch {position} of an epoch with {key} = {stored}, but now {key} "
+                    f"= {mine}: to go on inside that epoch keep the training data, max_length, too_long, batch_size "
+                    "times processes (tokens_per_batch and processes), group_by_length, shuffle and weights as they "
+                    "were."
                 )
-        self._epoch, self._position, self._restored = saved["epoch"], saved["position"], True
-        self._has_ended = saved["position"] >= saved["batches"]
-        self.sampler.set_epoch(saved["epoch"])
+        self._epoch, self._position, self._restored = epoch, position, True
+        self._has_ended = position >= batches
+        self.sampler.set_epoch(epoch)
 
     def _cut_from(self) -> dict[str, Any]:
         """Return what decides the batches of an epoch, beside the seed."""
         plan = self.plan
-        packed = plan.tokens_per_batch is not None
         return {
             "rows": len(self.samples),
             "tokens": len(self.samples.ids),
             "rows_per_batch": (plan.batch_size or 0) * plan.world_size,
             "tokens_per_batch": plan.tokens_per_batch or 0,
-            "bins_per_batch": plan.world_size if packed else 0,  # two ranks of 2,048 pack other bins than one of 4,096
+            # two ranks of 2,048 pack other bins than one of 4,096
+            "bins_per_batch": plan.world_size if plan.tokens_per_batch else 0,
             "group_by_length": plan.group_by_length,
             "shuffle": plan.shuffle,
             "weights": None if plan.weights is None else [float(weight) for weight in plan.weights],

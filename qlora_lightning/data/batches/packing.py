@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qlora_lightning.support.errors import UserError
-
 _Numbers = Sequence[int] | npt.NDArray[Any]
 
 
@@ -20,18 +18,13 @@ def best_fit(lengths: _Numbers, order: _Numbers, budget: int) -> list[list[int]]
     Args:
         lengths: tokens of every row.
         order: the rows to pack; one that occurs twice is packed twice.
-        budget: tokens that fit into a bin.
+        budget: tokens that fit into a bin; at least those of the longest row.
 
     Returns:
         The rows of each bin, the bin with the longest row first.
-
-    Raises:
-        UserError: if a row is longer than the budget.
     """
     chosen = np.asarray(order, dtype=np.int64)
     sizes = np.asarray(lengths)[chosen]
-    if len(sizes) and sizes.max() > budget:
-        raise UserError(f"tokens_per_batch: expected at least {sizes.max()}, the tokens of a row, found {budget}.")
     falling = np.argsort(-sizes, kind="stable")
     bins: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(budget + 1)]  # bins by the room left in them
@@ -53,13 +46,7 @@ def best_fit(lengths: _Numbers, order: _Numbers, budget: int) -> list[list[int]]
 
 
 def make_count(bins: list[list[int]], lengths: _Numbers, count: int) -> list[list[int]]:
-    """Return ``count`` bins: the emptiest are left out, or bins with most rows cut in two.
-
-    Raises:
-        ValueError: if there are fewer rows than bins wanted.
-    """
-    if len(bins) == count:
-        return bins
+    """Return ``count`` bins, at most as many as rows: the emptiest are left out, or those with most rows cut in two."""
     if len(bins) > count:
         sizes = np.asarray(lengths)
         fill = np.array([sizes[rows].sum() for rows in bins])
@@ -69,8 +56,6 @@ def make_count(bins: list[list[int]], lengths: _Numbers, count: int) -> list[lis
     while len(bins) < count:
         number = max(range(len(bins)), key=lambda n: len(bins[n]))
         rows = bins[number]
-        if len(rows) < 2:
-            raise ValueError(f"{len(bins)} rows cannot make {count} bins")
         bins[number] = rows[::2]
         bins.append(rows[1::2])
     return bins

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.rows.readers import Row, RowReader
 from qlora_lightning.data.rows.sources import Source
-from qlora_lightning.data.samples import SampleSet, gather_samples, make_sample
+from qlora_lightning.data.samples import SampleSet, SampleSetBuilder, gather_samples, make_sample
 from qlora_lightning.support.errors import UserError
 
 _log = logging.getLogger(__name__)
 NumberedRow = tuple[int, int, Row | BadRow]
 """A row's number in the stream, the number of its source, and the row."""
+_FAULT = 1 << 40  # instead of a number of batches: a rank cannot go on, and so none can
 
 
 class RowStream:
@@ -45,12 +46,11 @@ class RowStream:
                 "give each a weight, as in `{path: …, weight: 2}`."
             )
         nothing = [0] * len(sources)
-        position = position or {"drawn": nothing, "readers": [None] * len(sources)}
+        position = {"drawn": nothing, "passes": nothing, "readers": [None] * len(sources), **(position or {})}
         self.sources, self.seed = sources, seed
         self.drawn: list[int] = list(position["drawn"])
-        self.passes: list[int] = list(position.get("passes", nothing))  # that are over, of each source
-        self._readers = [self._read(number, place) for number, place in enumerate(position["readers"])]
-        self._iterators = [iter(reader) for reader in self._readers]
+        self.passes: list[int] = list(position["passes"])  # that are over, of each source
+        self._readers = [self._open(number, place) for number, place in enumerate(position["readers"])]
 
     def take(self, count: int, once: bool = False) -> list[NumberedRow]:
         """Return the next rows, those of a source together; with ``once`` without those of one that has begun again."""
@@ -69,28 +69,29 @@ class RowStream:
 
     def position(self) -> dict[str, Any]:
         """Return where the next row begins, in plain values."""
-        readers = [reader.position() for reader in self._readers]
+        readers = [reader.position() for reader, _ in self._readers]
         return {"drawn": list(self.drawn), "passes": list(self.passes), "readers": readers}
 
-    def _read(self, number: int, position: Mapping[str, int] | None) -> RowReader:
+    def _open(self, number: int, position: Mapping[str, int] | None) -> tuple[RowReader, Iterator[Row | BadRow]]:
         source = self.sources[number]
         if self.seed is not None and (source.streaming or len(source.files) > 1):
             key = (self.seed, "files", number, self.passes[number])
             order = permute(len(source.files), *key)
             seed = int(permute(1 << 16, *key)[0]) if source.streaming else None
             source = replace(source, files=tuple(source.files[at] for at in order), shard_seed=seed)
-        return RowReader(source, position)
+        reader = RowReader(source, position)
+        return reader, iter(reader)
 
     def _next(self, number: int) -> Row | BadRow:
-        row = next(self._iterators[number], None)
+        row = next(self._readers[number][1], None)
         if row is None:  # the end: again from the beginning, which holds a row, or the reader complains
             self.passes[number] += 1
-            self._readers[number] = self._read(number, None)
-            self._iterators[number] = iter(self._readers[number])
-            row = next(self._iterators[number])
+            self._readers[number] = self._open(number, None)
+            row = next(self._readers[number][1])
         return row
 
 
+@dataclass(eq=False)
 class StreamLoader:
     """One rank's batches of a stream, with a position that Lightning saves and restores.
 
@@ -102,7 +103,7 @@ class StreamLoader:
 
     The length is that of the run, counted in micro-batches: when the data end, they begin again.
 
-    Args:
+    Attributes:
         sources: what to read.
         recipe: how rows are turned into samples.
         length: micro-batches of the whole run on each rank.
@@ -120,28 +121,23 @@ class StreamLoader:
         UserError: from here and from iteration: a row is bad.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        recipe: Recipe,
-        length: int,
-        batch_size: int | None = None,
-        tokens_per_batch: int | None = None,
-        seed: int = 0,
-        skip_bad_rows: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        shuffle: bool = True,
-        shuffle_buffer: int = 1_000,
-        agree: Callable[[int], int] = lambda count: count,
-    ) -> None:
-        self.sources, self.recipe, self.length = sources, recipe, length
-        self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
-        self.seed, self.skip_bad_rows = seed, skip_bad_rows
-        self.rank, self.world_size, self.shuffle, self.agree = rank, world_size, shuffle, agree
-        stride = (batch_size or 1) * world_size
-        self.block_rows = -(-shuffle_buffer // stride) * stride  # whole batches, as long as each row gives one sample
-        self.report = Report("train")  # of the rows that this rank rendered
+    sources: Sequence[Source]
+    recipe: Recipe
+    length: int
+    batch_size: int | None = None
+    tokens_per_batch: int | None = None
+    seed: int = 0
+    skip_bad_rows: bool = False
+    rank: int = 0
+    world_size: int = 1
+    shuffle: bool = True
+    shuffle_buffer: int = 1_000
+    agree: Callable[[int], int] = lambda count: count
+
+    def __post_init__(self) -> None:
+        stride = (self.batch_size or 1) * self.world_size
+        # whole batches, as long as each row gives one sample
+        self.block_rows = -(-self.shuffle_buffer // stride) * stride
         self._converters: list[RowConverter] = []
         self._block = 0
         self._start = self._open_stream().position()
@@ -160,26 +156,45 @@ class StreamLoader:
         samples, report = self._render(self._open_stream().take(self.block_rows, once=True))
         report.check_bad(self.skip_bad_rows)
         report.check_left()
-        report.check_usable()
         return samples, report
 
     def __iter__(self) -> Iterator[Batch]:
         stream = self._open_stream(self._start)
         while self._handed_out < self.length:
-            samples, report = self._render(self._choose_own(stream.take(self.block_rows)))
-            report.check_bad(self.skip_bad_rows)
-            self.report.add(report)
-            if report.bad_rows or report.dropped:
-                _log.info("block %d of the stream: %s", self._block + 1, replace(report, unread_columns=[]).describe())
-            batches = self._cut(samples)
-            if not batches and not self._block:
-                report.check_left()  # else no pass would have a batch
+            samples, batches = self._next_block(stream)
             for rows, filler in batches[self._done : self._done + self.length - self._handed_out]:
                 self._done += 1
                 self._handed_out += 1
                 yield collate_rows(self._make_filler() if filler else samples, rows, filler)
             if self._done >= len(batches):
                 self._block, self._start, self._done = self._block + 1, stream.position(), 0
+
+    def _next_block(self, stream: RowStream) -> tuple[SampleSet, list[RankBatch]]:
+        """Render this rank's rows of the next block, and cut them into batches."""
+        samples, report = gather_samples([]), Report("train")
+        batches: list[RankBatch] = []
+        fault: UserError | None = None
+        try:
+            samples, report = self._render(self._choose_own(stream.take(self.block_rows)))
+            report.check_bad(self.skip_bad_rows)
+            if len(samples):
+                batches = EpochPlan(samples, self.batch_size, self.tokens_per_batch).batches(0)
+        except UserError as error:
+            fault = error
+        wanted = self.agree(len(batches) if fault is None else _FAULT)
+        if fault is not None:
+            raise fault
+        if wanted == _FAULT:
+            raise UserError("another process stopped at a row of the stream that cannot be used, and names it.")
+        if report.bad_rows or report.dropped:
+            _log.info("block %d of the stream: %s", self._block + 1, replace(report, unread_columns=[]).describe())
+        if not wanted and not self._block:
+            report.check_left()  # else no pass would have a batch
+        if self.tokens_per_batch is not None and batches:
+            bins = make_count([batch.rows for batch in batches], samples.lengths, min(wanted, len(samples)))
+            order = permute(len(bins), self.seed, self._block, "bins").tolist() if self.shuffle else range(len(bins))
+            batches = [RankBatch(bins[number], filler=False) for number in order]
+        return samples, batches + [RankBatch([0], filler=True)] * (wanted - len(batches))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position as plain values, and what the stream is made of."""
@@ -197,11 +212,11 @@ class StreamLoader:
         Raises:
             UserError: the stream is made of something else now.
         """
-        stored = _MADE_OF_BEFORE | state_dict["made_of"]
         for key, mine in self._made_of().items():
-            if stored.get(key, mine) != mine:
+            stored = state_dict["made_of"].get(key, mine)
+            if stored != mine:
                 raise UserError(
-                    f"the checkpoint was saved inside a stream with {key} = {stored[key]}, but now {key} = {mine}: "
+                    f"the checkpoint was saved inside a stream with {key} = {stored}, but now {key} = {mine}: "
                     "keep files, weights and batches as they were, to go on exactly there."
                 )
         self._block, self._start = state_dict["block"], state_dict["start"]
@@ -221,25 +236,13 @@ class StreamLoader:
             self._converters = [RowConverter(source.settings) for source in self.sources]
             for converter, source in zip(self._converters, self.sources, strict=True):
                 check_source(converter, RowReader(source))
-        converters, report = self._converters, Report("train")
-        converted = [convert_row(converters[source], row, number, source) for number, source, row in rows]
-        samples, rendered = render_rows(self.recipe, converted)
-        report.add(rendered)
-        for converter in converters:
-            report.note_columns(converter.formats, converter.unread_columns)
+        report, builder = Report("train"), SampleSetBuilder()
+        converted = [convert_row(self._converters[source], row, number, source) for number, source, row in rows]
+        render_rows(self.recipe, converted, builder, report)
+        samples = builder.build()
+        report.count_samples(samples)
+        report.note_columns(self._converters)
         return samples, report
-
-    def _cut(self, samples: SampleSet) -> list[RankBatch]:
-        """Cut this rank's samples of a block into batches, as many as the rank with the most has."""
-        batches: list[RankBatch] = []
-        if len(samples):
-            batches = EpochPlan(samples, self.batch_size, self.tokens_per_batch).batches(0)
-        wanted = self.agree(len(batches))
-        if self.tokens_per_batch is not None and batches:
-            bins = make_count([batch.rows for batch in batches], samples.lengths, min(wanted, len(samples)))
-            order = permute(len(bins), self.seed, self._block, "bins").tolist() if self.shuffle else range(len(bins))
-            batches = [RankBatch(bins[number], filler=False) for number in order]
-        return batches + [RankBatch([0], filler=True)] * (wanted - len(batches))
 
     def _make_filler(self) -> SampleSet:
         stop = min(self.recipe.renderer.stop_ids)
@@ -260,9 +263,6 @@ class StreamLoader:
             "shuffle": self.shuffle,
             "shuffled_files": several and self.shuffle,
         }
-
-
-_MADE_OF_BEFORE = {"shuffle": True, "shuffled_files": False}  # by versions that did not say
 
 
 def _describe_file(file: Path | str) -> int | str:

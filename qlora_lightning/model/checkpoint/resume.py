@@ -136,8 +136,8 @@ class ExactResume(Callback):
         self._content, self._checkpoint = content, checkpoint
         _report_other_data("the checkpoint", stored, own, with_samples=True)
         changes = [
-            *find_changes(content["settings"], plain_settings(module.hparams), "model"),
-            *find_changes(stored.get("settings", {}), own.get("settings", {}), "data"),
+            *find_changes(content["settings"], plain_settings(module.hparams), "model", module),
+            *find_changes(stored.get("settings", {}), own.get("settings", {}), "data", data),
             *find_changes(content["trainer"], trainer_settings(trainer), "trainer"),
             *keep_patience(trainer, checkpoint["callbacks"]),
         ]

@@ -1,5 +1,6 @@
 """On a resume, the command line beats the config, which beats the checkpoint: reports what differs, and sees to it."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,13 +20,24 @@ def trainer_settings(trainer: Any) -> dict[str, Any]:
     return {name: _plain(getattr(trainer, name, None)) for name in _OF_TRAINER}
 
 
-def find_changes(stored: Mapping[str, Any], own: Mapping[str, Any], prefix: str) -> list[Change]:
-    """List the settings that both sides know and that differ."""
+def find_changes(stored: Mapping[str, Any], own: Mapping[str, Any], prefix: str, owner: object = None) -> list[Change]:
+    """List the settings that differ; one that the checkpoint of an older version lacks had the owner's default."""
+    before = {**_defaults(owner), **stored} if stored else {}
     return [
-        (f"{prefix}.{name}", stored[name], own[name])
-        for name in sorted(stored.keys() & own.keys())
-        if stored[name] != own[name]
+        (f"{prefix}.{name}", before[name], own[name])
+        for name in sorted(before.keys() & own.keys())
+        if before[name] != own[name]
     ]
+
+
+def _defaults(owner: object) -> dict[str, Any]:
+    """Return the default arguments of an object's class, with those of its base classes."""
+    found: dict[str, Any] = {}
+    for cls in reversed(type(owner).__mro__):
+        if "__init__" in vars(cls):
+            parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
+            found |= {each.name: each.default for each in parameters if each.default is not each.empty}
+    return found
 
 
 def describe_changes(changes: Sequence[Change], whose: str = "the checkpoint's") -> str:

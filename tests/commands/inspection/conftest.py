@@ -4,6 +4,7 @@ import pytest
 
 from qlora_lightning.commands.inspection.arguments import Config, Options
 from qlora_lightning.commands.inspection.gather import inspect_data
+from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.data.batches.loader import FlatLoader
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.samples import SampleSetBuilder
@@ -75,7 +76,7 @@ def data_module(sample_set, report, characters):
             }
             for split, found in samples.items()
         }
-        loader = FlatLoader(samples["train"], batch_size) if "train" in samples else None
+        loader = FlatLoader(EpochPlan(samples["train"], batch_size)) if "train" in samples else None
         return SimpleNamespace(
             samples=samples,
             reports={split: report(split, **counts[split] | (reports or {}).get(split, {})) for split in samples},

@@ -1,11 +1,16 @@
+"""Epochs cut into micro-batches, and resumed at every position of them."""
+
 from collections import Counter
 
 import pytest
+import torch
 
-from qlora_lightning.data.batches import epoch_plan
-from qlora_lightning.data.batches.epoch_plan import EpochPlan, epochs_to_look_at, first_and_largest
+from qlora_lightning.data.batches.collate import collate, collate_rows
+from qlora_lightning.data.batches.epoch_plan import EpochPlan
+from qlora_lightning.data.batches.loader import FlatLoader
 from qlora_lightning.data.batches.order import epoch_order
-from qlora_lightning.data.samples import SampleSetBuilder
+from qlora_lightning.data.prompts import Prompt, PromptLoader
+from qlora_lightning.data.samples import SampleSetBuilder, gather_samples, make_sample
 from qlora_lightning.support.errors import UserError
 
 LENGTHS = [(7 * n) % 23 + 1 for n in range(100)]  # from 1 to 23
@@ -26,7 +31,7 @@ def plan(**kwargs):
     return EpochPlan(SAMPLES, **{"shuffle": True, "seed": 7} | kwargs)
 
 
-def rows(batches):
+def planned(batches):
     return [batch.rows for batch in batches]
 
 
@@ -38,11 +43,7 @@ def together(epoch=0, world_size=1, **kwargs):
     return [[row for batch in step if not batch.filler for row in batch.rows] for step in zip(*ranks, strict=True)]
 
 
-CUTS = [
-    {"batch_size": 8},
-    {"batch_size": 8, "group_by_length": True},
-    {"tokens_per_batch": 64},
-]
+CUTS = [{"batch_size": 8}, {"batch_size": 8, "group_by_length": True}, {"tokens_per_batch": 64}]
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -56,52 +57,41 @@ def test_without_weights_every_row_runs_once_an_epoch(cut, world_size, shuffle):
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("weights", [None, [1, 3]])
-def test_an_epoch_is_told_by_seed_and_number_and_without_shuffling_never_changes(cut, weights):
-    first = rows(plan(weights=weights, **cut).batches(3))
-    assert first == rows(plan(weights=weights, **cut).batches(3))
-    assert (
-        first != rows(plan(weights=weights, **cut).batches(4)) != rows(plan(weights=weights, seed=8, **cut).batches(4))
-    )
+def test_an_epoch_depends_on_seed_and_number_and_without_shuffling_never_changes(cut, weights):
+    third = planned(plan(weights=weights, **cut).batches(3))
+    assert third == planned(plan(weights=weights, **cut).batches(3))
+    others = plan(weights=weights, **cut).batches(4), plan(weights=weights, seed=8, **cut).batches(3)
+    assert third not in [planned(other) for other in others]
     fixed = plan(weights=weights, shuffle=False, **cut)
-    assert rows(fixed.batches(0)) == rows(fixed.batches(1))
+    assert planned(fixed.batches(0)) == planned(fixed.batches(1))
 
 
-def test_rows_follow_the_order_of_the_epoch():
+def test_rows_follow_the_order_of_the_epoch_and_the_longest_bin_of_an_unshuffled_one_comes_first():
     order = epoch_order(100, 7, 2)
-    assert rows(plan(batch_size=8).batches(2)) == [order[at : at + 8] for at in range(0, 100, 8)]
-    assert rows(plan(batch_size=60, shuffle=False).batches(2)) == [list(range(60)), list(range(60, 100))]
-
-
-def test_bins_stay_within_the_budget_and_are_shuffled():
-    bins = rows(plan(tokens_per_batch=64).batches(0))
-    fills = [sum(LENGTHS[row] for row in bin_) for bin_ in bins]
-    assert max(fills) <= 64
-    assert len(bins) == -(-sum(LENGTHS) // 64)
-    longest = [max(LENGTHS[row] for row in bin_) for bin_ in bins]
+    assert planned(plan(batch_size=8).batches(2)) == [order[at : at + 8] for at in range(0, 100, 8)]
+    assert planned(plan(batch_size=60, shuffle=False).batches(2)) == [list(range(60)), list(range(60, 100))]
+    bins = planned(plan(tokens_per_batch=64).batches(0))
+    longest = [max(LENGTHS[row] for row in rows) for rows in bins]
     assert longest != sorted(longest, reverse=True)
-    unshuffled = rows(plan(tokens_per_batch=64, shuffle=False).batches(0))
+    unshuffled = planned(plan(tokens_per_batch=64, shuffle=False).batches(0))
     assert LENGTHS[unshuffled[0][0]] == 23  # memory runs out in the first batch or never
 
 
-def test_ranks_take_the_bins_of_one_process_in_turn():
-    alone = rows(plan(tokens_per_batch=64).batches(1))
+def test_ranks_take_the_bins_of_one_process_in_turn_and_groups_are_of_like_length_over_all_ranks():
+    alone = planned(plan(tokens_per_batch=64).batches(1))
     second = plan(tokens_per_batch=64, world_size=2).batches(1, rank=1)
-    assert rows(second)[: len(alone) // 2] == alone[1::2]
-
-
-def test_groups_are_of_like_length_over_all_ranks():
+    assert planned(second)[: len(alone) // 2] == alone[1::2]
     for step in together(world_size=2, batch_size=4, group_by_length=True):
-        lengths = [LENGTHS[row] for row in step]
-        assert max(lengths) - min(lengths) <= 4
+        assert max(LENGTHS[row] for row in step) - min(LENGTHS[row] for row in step) <= 4
 
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_weights_give_each_source_its_share_in_epochs_of_one_size(cut, world_size):
-    steps = [together(epoch, world_size, weights=[1, 1], **cut) for epoch in range(6)]
-    assert {len(epoch) for epoch in steps} == {len(plan(weights=[1, 1], world_size=world_size, **cut))}
-    for epoch in steps:
-        counts = Counter(SAMPLES.source[row] for step in epoch for row in step)
+    for epoch in range(6):
+        counts = Counter(
+            SAMPLES.source[row] for step in together(epoch, world_size, weights=[1, 1], **cut) for row in step
+        )
         if "batch_size" in cut:
             assert counts == {0: 50, 1: 50}
         else:  # the emptiest bins may be left out
@@ -111,80 +101,135 @@ def test_weights_give_each_source_its_share_in_epochs_of_one_size(cut, world_siz
 def test_bins_under_weights_are_as_many_as_in_epoch_0():
     lengths = [60] * 10 + [1] * 90  # an epoch takes a few of the long rows or many, and needs a bin for each
     it = EpochPlan(build(lengths), tokens_per_batch=64, shuffle=True, weights=[1, 30], seed=3)
-    own = {len(it._pack(epoch)) for epoch in range(12)}
-    assert min(own) < len(it) < max(own)  # so bins are cut in two in some epochs and left out in others
     assert {len(it.batches(epoch)) for epoch in range(12)} == {len(it)}
 
 
-def test_settings_that_contradict_each_other_are_refused():
-    with pytest.raises(UserError, match="batch_size and tokens_per_batch are both given"):
-        plan(batch_size=8, tokens_per_batch=64)
-    with pytest.raises(UserError, match="group_by_length: batches of tokens_per_batch are of like size already"):
-        plan(tokens_per_batch=64, group_by_length=True)
+def test_a_sample_above_the_budget_and_a_source_without_rows_are_rejected():
+    with pytest.raises(UserError, match=r"longest sample, 23 tokens \(train.jsonl:14\), found 22, for which 4 of 100"):
+        plan(tokens_per_batch=22)
     with pytest.raises(UserError, match="source 3 has no usable row"):
         plan(batch_size=8, weights=[1, 1, 1])
 
 
-def test_a_sample_above_the_budget_is_named():
-    with pytest.raises(UserError, match=r"longest sample, 23 tokens \(train.jsonl:14\), found 22, for which 4 of 100"):
-        plan(tokens_per_batch=22)
+# ---- positions -------------------------------------------------------------------------------------------------------
+
+TWO_TOKENS = gather_samples([make_sample([n, n + 1], [-100, n + 1], n) for n in range(11)])
 
 
-FEW = (3, 1, 4, 1, 5, 9, 2, 7)
+def loader(samples=TWO_TOKENS, epoch=0, rank=0, **kwargs):
+    it = FlatLoader(EpochPlan(samples, **{"batch_size": 2, "seed": 7, "shuffle": True} | kwargs), rank)
+    it.sampler.set_epoch(epoch)
+    return it
 
 
-def make_plan(**settings):
-    builder = SampleSetBuilder()
-    for number, length in enumerate(FEW):
-        builder.add([0] * length, [0] * length, number, 0, "rows.jsonl", number + 1)
-    return EpochPlan(builder.build(), **settings)
+def rows(batches):
+    return [batch["row_ids"].tolist() for batch in batches]
 
 
-def test_the_largest_batch_has_the_most_tokens():
-    first, largest = first_and_largest(make_plan(batch_size=2), range(1))
-    assert first.rows == [0, 1]
-    assert largest.rows == [4, 5]
+PACKED = {"batch_size": None, "tokens_per_batch": 4}
 
 
-def test_the_longest_row_decides_between_equals():
-    _, largest = first_and_largest(make_plan(batch_size=2), range(1), limit=2)
-    assert largest.rows == [2, 3]  # five tokens are more than four
-    plan = make_plan(batch_size=1)
-    assert first_and_largest(plan, range(1), limit=4)[1].rows == [2]
+@pytest.mark.parametrize("cut", [{}, {"group_by_length": True}, PACKED, {**PACKED, "weights": [1]}])
+@pytest.mark.parametrize("position", range(6))
+def test_resuming_is_exact_also_a_second_time_in_the_same_epoch(position, cut, tmp_path):
+    def saved_after(it, batches):
+        walk = iter(it)
+        for _ in range(batches):
+            next(walk)
+        torch.save(it.state_dict(), tmp_path / "state")
+        return torch.load(tmp_path / "state", weights_only=True)
+
+    def resumed(state):
+        it = loader(**cut)
+        iter(it)  # Lightning tries whether it is iterable
+        it.load_state_dict(state)
+        assert it.state_dict() == state
+        it.sampler.set_epoch(3)
+        return it
+
+    expected = rows(loader(epoch=3, **cut))
+    assert len(expected) == len(loader(**cut)) == 6
+    state = saved_after(loader(epoch=3, **cut), position)
+    assert rows(resumed(state)) == expected[position:]
+    again = saved_after(resumed(state), 1)
+    assert rows(resumed(again)) == (expected[position + 1 :] or expected)
 
 
-def test_only_tokens_that_are_computed_count():
-    computed = {(4, 5): 3, (6, 7): 7, (2, 3): 5, (0, 1): 4}
-    _, largest = first_and_largest(make_plan(batch_size=2), range(1), count=lambda rows: computed[tuple(rows)])
-    assert largest.rows == [6, 7]
+def test_a_position_belongs_to_its_epoch_and_a_new_iteration_begins_at_the_start():
+    it = loader()
+    next(iter(it))
+    state = it.state_dict()
+    assert state["position"] == 1
+    assert len(rows(it)) == len(rows(it)) == 6
+    it.sampler.set_epoch(1)
+    assert it.state_dict()["position"] == 0
+    other = loader()
+    other.load_state_dict(state)
+    other.sampler.set_epoch(1)
+    assert rows(other) == rows(loader(epoch=1))
 
 
-def test_batches_that_are_done_or_beyond_the_limit_do_not_count():
-    plan = make_plan(batch_size=2)
-    first, largest = first_and_largest(plan, range(1), done=3)
-    assert first.rows == largest.rows == [6, 7]
-    assert first_and_largest(plan, range(1), limit=1)[1].rows == [0, 1]
-    assert first_and_largest(plan, range(1), done=4) is None
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({}, {"batch_size": 3}, "rows_per_batch = 2, but now rows_per_batch = 3"),
+        ({}, {"group_by_length": True}, "group_by_length = False, but now group_by_length = True"),
+        ({}, {"shuffle": False}, "shuffle = True, but now shuffle = False"),
+        ({}, {"weights": [1]}, r"weights = None, but now weights = \[1.0\]"),
+        ({}, PACKED, "rows_per_batch = 2, but now rows_per_batch = 0"),
+        ({}, {"samples": TWO_TOKENS[:-1]}, "rows = 11, but now rows = 10"),
+        (PACKED, {**PACKED, "tokens_per_batch": 6}, "tokens_per_batch = 4, but now tokens_per_batch = 6"),
+        (PACKED, {**PACKED, "world_size": 2}, "bins_per_batch = 1, but now bins_per_batch = 2"),
+        ({}, {"batch_size": 1, "world_size": 2}, None),  # the same rows per batch, over two processes
+    ],
+)
+def test_a_position_in_other_batches_is_rejected_but_a_finished_epoch_is_not(before, now, message):
+    it = loader(**before)
+    walk = iter(it)
+    next(walk)
+    if message:
+        with pytest.raises(UserError, match=message):
+            loader(**now).load_state_dict(it.state_dict())
+    else:
+        loader(**now).load_state_dict(it.state_dict())
+    list(walk)
+    loader(**now).load_state_dict(it.state_dict())
 
 
-def test_later_epochs_are_looked_at_where_their_batches_differ(monkeypatch):
-    shuffled = make_plan(batch_size=2, shuffle=True)
-    assert epochs_to_look_at(shuffled, 2, 5) == range(2, 5)
-    assert epochs_to_look_at(shuffled, 2, 50) == range(2, 12)
-    assert epochs_to_look_at(shuffled, 2, None) == range(2, 3)
-    assert epochs_to_look_at(shuffled, 2, -1) == range(2, 3)
-    assert epochs_to_look_at(make_plan(batch_size=2), 2, 5) == range(2, 3)
-    assert epochs_to_look_at(make_plan(tokens_per_batch=9, shuffle=True), 0, 5) == range(1)
-    monkeypatch.setattr(epoch_plan, "_ROWS", 2 * len(FEW))
-    assert epochs_to_look_at(shuffled, 0, 5) == range(2)
-    most = max(sum(FEW[row] for row in batch.rows) for epoch in range(5) for batch in shuffled.batches(epoch))
-    _, found = first_and_largest(shuffled, range(5))
-    assert sum(FEW[row] for row in found.rows) == most
+# ---- flat batches ----------------------------------------------------------------------------------------------------
+
+TWO = [make_sample([5, 6, 7], [-100, 6, 7], 4, 0), make_sample([8, 9], [8, 9], 1, 2)]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_each_rank_has_its_own(rank):
-    plan = make_plan(batch_size=1, world_size=2)
-    rows = [batch.rows[0] for batch in plan.batches(0, rank)]
-    longest = max(rows, key=lambda row: FEW[row])
-    assert first_and_largest(plan, range(1), rank=rank)[1].rows == [longest]
+def test_two_samples_end_to_end():
+    batch = collate(TWO)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9]]  # nothing is predicted across samples
+    assert (batch["cu_seqlens"].tolist(), batch["longest"]) == ([0, 3, 5], 3)
+    assert (batch["row_ids"].tolist(), batch["source"].tolist()) == ([4, 1], [0, 2])
+    kinds = {key: value.dtype for key, value in batch.items() if key != "longest"}
+    assert kinds.pop("cu_seqlens") == torch.int32
+    assert set(kinds.values()) == {torch.int64}
+    weighted = [sample._replace(weight=weight) for sample, weight in zip(TWO, (0.5, 1.0), strict=True)]
+    assert collate(weighted)["weights"].tolist() == [0.5, 1.0]
+
+
+def test_a_rank_without_rows_runs_the_same_rows_unlabelled():
+    samples = gather_samples(TWO)
+    filler, batch = collate_rows(samples, [1, 0], filler=True), collate_rows(samples, [1, 0])
+    assert set(filler["labels"].flatten().tolist()) == {-100}
+    assert filler["row_ids"].tolist() == [-1, -1]
+    assert all(filler[key].tolist() == batch[key].tolist() for key in ("input_ids", "cu_seqlens", "source"))
+    assert rows(loader(batch_size=1, rank=1, world_size=2))[-1] == [-1]
+    assert rows(loader(**PACKED, rank=3, world_size=4))[-1] == [-1]  # 6 bins over 4 ranks
+
+
+def test_batches_of_prompts_hold_what_generation_and_its_report_need():
+    prompts = [Prompt([number], str(number), number, {"n": number}) for number in range(3)]
+    first, second = PromptLoader(prompts, 2, [2])
+    assert first["prompt_ids"] == [[0], [1]]
+    values = {"prompt_ids": [[2]], "stop_ids": [2], "references": ["2"], "row_ids": [2], "rows": [{"n": 2}]}
+    assert second == values
+    batches = list(PromptLoader(prompts, 1, [2], rank=1, world_size=2))
+    assert [batch["row_ids"] for batch in batches] == [[1], []]

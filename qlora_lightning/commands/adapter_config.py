@@ -42,11 +42,11 @@ def _settings_of(adapter: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Give what the folder itself says of its base and of how its rows were rendered, in the form of a config."""
     names = ("revision", "quantization", "double_quant")
     model = {name: identity[name] for name in names if identity.get(name) is not None}
-    base = str(identity.get("base") or read_adapter_config(adapter).get("base_model_name_or_path"))
-    loaded_from = identity.get("base_folder")
+    loaded_from = str(read_adapter_config(adapter).get("base_model_name_or_path"))
+    base = str(identity.get("base") or loaded_from)
     is_path = identity.get("revision") is None and not base.startswith("package:")  # a hub id has a revision
     is_lost = is_path and not Path(base).expanduser().exists()
-    model["base"] = loaded_from if is_lost and loaded_from else base  # a path is relative to where it was trained
+    model["base"] = loaded_from if is_lost else base  # a path is relative to where it was trained
     if identity.get("compute_dtype") == "float32":
         model["compute_dtype"] = "fp32"
     trained = (identity.get("data") or {}).get("settings") or {}

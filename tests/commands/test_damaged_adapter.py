@@ -52,7 +52,6 @@ def test_an_adapter_with_nan_is_refused_by_the_name_of_its_tensor(line, place, m
         "merge --adapter odd --adapter-gguf odd.gguf",
         "plan --adapter odd",
         "fit --config run/config.yaml --data.train run/val.jsonl --trainer.default_root_dir new --model.adapter odd",
-        "push --adapter odd --repo me/mine",
     ],
 )
 def test_an_adapter_whose_config_no_model_can_compute_with_is_refused(line, place, monkeypatch, tmp_path, capsys):

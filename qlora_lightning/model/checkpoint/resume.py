@@ -7,6 +7,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
 from qlora_lightning.model.adapters.identity import check_identity, data_differences, identity_of_data
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.checkpoint.format import KEY, plain_settings, read_content
@@ -228,6 +229,7 @@ def _report_other_data(
 
 def _compare_with_adapter_folder(trainer: Trainer, module: Any) -> None:
     """Report a tokenizer or template other than those that the adapter of ``model.adapter`` was trained with."""
-    start = module.identity.get("trained_from")
-    if start:
-        _report_other_data(f"the adapter folder {start['adapter']}", start.get("data", {}), identity_of_data(trainer))
+    if module.adapter is not None and not module.overrides("build_model"):
+        folder = find_adapter_folder(module.adapter)
+        trained_on = read_identity(folder).get("data", {})
+        _report_other_data(f"the adapter folder {folder}", trained_on, identity_of_data(trainer))

@@ -2,32 +2,30 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import lightning
 from rich.console import Console
 
 from qlora_lightning.commands.input_files import find_inputs
 from qlora_lightning.commands.inspection.arguments import make_data_module, parse
-from qlora_lightning.commands.inspection.gather import Inspection, inspect_data
-from qlora_lightning.commands.inspection.page import is_page, write_page
+from qlora_lightning.commands.inspection.facts import inspect_data
+from qlora_lightning.commands.inspection.page import is_page, render_page
 from qlora_lightning.commands.inspection.terminal import print_inspection
-from qlora_lightning.commands.json_output import check_output_file
+from qlora_lightning.commands.json_output import check_output_file, write_output
 from qlora_lightning.commands.quiet import quiet_lightning
 from qlora_lightning.support.errors import UserError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Report on the data of a config; return the exit code.
-
-    Raises:
-        UserError: a key or value is wrong, the data cannot be prepared, or there are bad rows that stop ``fit``.
-    """
+    """Report on the data of a config; return the exit code."""
     options, config = parse(argv)
-    words = [word for word in argv if word.removeprefix("--html=") != options.html]
-    page = None if options.html is None else _page_file(options.html, find_inputs(words))
-    if config.seed is not False:
-        # the split by val_fraction depends on it
+    page = None
+    if options.html is not None:  # checked before a second is spent
+        if not options.html.lower().endswith((".html", ".htm")):
+            raise UserError(f"--html {options.html}: expected a file name that ends in .html.")
+        inputs = find_inputs([word for word in argv if word.removeprefix("--html=") != options.html])
+        page = check_output_file("--html", options.html, is_page, inputs)
+    if config.seed is not False:  # the split by val_fraction depends on it
         lightning.seed_everything(None if config.seed is True else config.seed, verbose=False)
     data = make_data_module(config)
     bad_rows_stop, data.lenient = data.on_bad_row == "error", True  # here they are listed, and the rest goes on
@@ -35,33 +33,15 @@ def main(argv: Sequence[str]) -> int:
         found = inspect_data(data, config, options)
     print_inspection(found, Console(highlight=False))
     if page is not None:
-        write_page(found, page)
+        write_output(page, render_page(found))
         print(f"\nPage: {page}")
-    if bad_rows_stop:
-        _refuse_bad_rows(found)
     sys.stdout.flush()
-    for split in found.splits:
-        split.report.check_usable()
-    return 0
-
-
-def _page_file(name: str, inputs: Sequence[Path]) -> Path:
-    """Check the page's name before a second is spent.
-
-    Raises:
-        UserError: it would be written over something else, or into a folder that is not there.
-    """
-    file = Path(name)
-    if file.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--html {name}: expected a file name that ends in .html.")
-    return check_output_file("--html", file, is_page, inputs)
-
-
-def _refuse_bad_rows(found: Inspection) -> None:
     bad = [f"{split.report.bad_rows:,} in {split.name}" for split in found.splits if split.report.bad_rows]
-    if bad:
-        sys.stdout.flush()
+    if bad and bad_rows_stop:
         raise UserError(
             f"there are bad rows ({', '.join(bad)}), listed above: `fit` stops at them. Correct them, or leave them "
             "out with `on_bad_row: skip`."
         )
+    for split in found.splits:
+        split.report.check_usable()
+    return 0

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_lightning.commands.inspection.facts import Epoch, plan_epoch
-from qlora_lightning.data.batches.epoch_plan import EpochPlan, epochs_to_look_at, first_and_largest
+from qlora_lightning.commands.epoch import Epoch, plan_epoch, training_plan
+from qlora_lightning.data.batches.epoch_plan import epochs_to_look_at, first_and_largest
 from qlora_lightning.data.rows.sources import find_sources
 from qlora_lightning.model.batch import BatchShape, computed_counter, shape_of_rows
 from qlora_lightning.model.layout import filled
@@ -58,7 +58,7 @@ def measure_run(data: Any, trainer: dict[str, Any], no_tokenizer: str | None, le
     except UserError as error:
         if "train" not in data.samples:
             return RunLength(largest_allowed(data), why_not=str(error))
-    plan = _plan_of(data)
+    plan = training_plan(data)
     epoch = plan_epoch(plan, trainer, streaming=data.streaming)
     epochs = range(1) if data.streaming else epochs_to_look_at(plan, max_epochs=epoch.epochs)
     count = computed_counter(plan.samples, leaves_out)
@@ -83,13 +83,6 @@ def largest_allowed(data: Any) -> BatchShape:
         whole, rest = divmod(data.tokens_per_batch, data.max_length)
         lengths = (data.max_length,) * whole + ((rest,) if rest else ())
     return BatchShape(lengths, sum(lengths) - len(lengths))
-
-
-def _plan_of(data: Any) -> EpochPlan:
-    if data.streaming:
-        return EpochPlan(data.samples["train"], data.batch_size, data.tokens_per_batch, shuffle=True)
-    plan: EpochPlan = data.train_dataloader().plan
-    return plan
 
 
 def _refuse_fetching(data: Any) -> None:

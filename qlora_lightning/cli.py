@@ -41,7 +41,6 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     ),
     "evaluate": ("qlora_lightning.commands.evaluate", False, "base against adapters on the same rows"),
     "sweep-rank": ("qlora_lightning.commands.sweep", False, "double the rank until it stops paying, and say where"),
-    "push": ("qlora_lightning.commands.push", False, "upload an adapter folder to the hub"),
     "report": ("qlora_lightning.commands.report", False, "make the page of a run again, or compare several runs"),
     "merge": ("qlora_lightning.commands.merge", False, "work an adapter into its base, checked, for any tool to load"),
     "chat": ("qlora_lightning.commands.chat", False, "talk with an adapter, or ask it once with --prompt"),

@@ -23,7 +23,6 @@ def make_adapter(folder, base, quantization="nf4", compute_dtype=torch.float32, 
             tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=std) if "lora_A" not in name else None
     identity = {
         "base": str(base),
-        "base_folder": str(base),
         "revision": None,
         "fingerprint": loaded.fingerprint,
         "config_hash": hash_config(loaded.model.config),

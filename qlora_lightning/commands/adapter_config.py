@@ -1,4 +1,4 @@
-"""An adapter folder in place of a config: what its run's config, or the folder itself, says."""
+"""An adapter folder in place of a config: its run's config, or the settings in the folder itself."""
 
 import json
 import os
@@ -14,15 +14,9 @@ _RENDERING = ("system", "train_on", "max_length", "too_long")  # what data setti
 
 
 def add_config(adapter: Path | None, arguments: Sequence[str], needs_rows: bool = True) -> list[str]:
-    """Give options of ``fit`` with the config of an adapter's run in front, where they name no config themselves.
+    """Return options of ``fit`` with the config of an adapter's run in front, unless they name a config themselves.
 
-    Args:
-        adapter: The adapter folder, if there is one.
-        arguments: Options of ``fit``.
-        needs_rows: Whether there must be rows: without a run's config some ``--data`` option names them.
-
-    Raises:
-        UserError: Nothing names rows, or the folder is no adapter folder.
+    Without that config it is what the folder itself holds; if rows are needed, some ``--data`` option must name them.
     """
     if adapter is None or find_configs(arguments):
         return list(arguments)
@@ -39,14 +33,14 @@ def add_config(adapter: Path | None, arguments: Sequence[str], needs_rows: bool 
 
 
 def _settings_of(adapter: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Give what the folder itself says of its base and of how its rows were rendered, in the form of a config."""
+    """Return what the folder itself holds on its base and on how its rows were rendered, in the form of a config."""
     names = ("revision", "quantization", "double_quant")
     model = {name: identity[name] for name in names if identity.get(name) is not None}
-    base = str(identity.get("base") or read_adapter_config(adapter).get("base_model_name_or_path"))
-    loaded_from = identity.get("base_folder")
+    loaded_from = str(read_adapter_config(adapter).get("base_model_name_or_path"))
+    base = str(identity.get("base") or loaded_from)
     is_path = identity.get("revision") is None and not base.startswith("package:")  # a hub id has a revision
     is_lost = is_path and not Path(base).expanduser().exists()
-    model["base"] = loaded_from if is_lost and loaded_from else base  # a path is relative to where it was trained
+    model["base"] = loaded_from if is_lost else base  # a path is relative to where it was trained
     if identity.get("compute_dtype") == "float32":
         model["compute_dtype"] = "fp32"
     trained = (identity.get("data") or {}).get("settings") or {}

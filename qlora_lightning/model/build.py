@@ -61,7 +61,6 @@ def assemble_model(
     loaded = _take_base(spare, asked) or load_base(**asked, check_later=check_later)
     identity: dict[str, Any] = {
         "base": asked["name"],
-        "base_folder": str(loaded.source.folder),
         "revision": loaded.source.revision,
         "fingerprint": loaded.fingerprint,
         "config_hash": hash_config(loaded.model.config),
@@ -71,7 +70,6 @@ def assemble_model(
     }
     if folder is not None:
         check_identity(stored, identity, f"The adapter folder {folder}")
-        identity["trained_from"] = {"adapter": str(folder), "data": stored.get("data", {})}
     loadable_name = loaded.source.name if loaded.source.kind == "hub" else str(loaded.source.folder)
     model = put_adapters(loaded.model, folder, base_name=loadable_name, **adapter_options)
     identity["adapter"] = describe_adapter(model)
@@ -94,13 +92,15 @@ def put_adapters(
     Args:
         base: If it is on the meta device, new adapters are too; those of a folder have their numbers.
         folder: The adapter folder, whose own rank and targets rule.
-        base_name: Written into the config of new adapters.
+        base_name: Written into the adapter's config, for PEFT to load the base by.
         options: Arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`.
     """
     if folder is None:
         return add_adapters(base, base_name=base_name, **options)
     model = open_adapter_folder(base, folder)
     check_adapter_options(model, options, folder)
+    if base_name is not None:
+        model.peft_config[ADAPTER].base_model_name_or_path = base_name
     return model
 
 

@@ -38,7 +38,7 @@ def find_adapter(folder: str | Path, base: str | None = None) -> AdapterSource:
     """Find an adapter folder (or the one in a run folder) and its base, and check that they belong together.
 
     The base is looked for by ``base``, else by the name that it was trained under, and if that leads nowhere (it was a
-    relative path, or a hub id that is not here) in the folder that it was loaded from. No model is loaded.
+    relative path) in the folder that it was loaded from. No model is loaded.
     """
     place = find_adapter_folder(folder)
     identity = read_identity(place)
@@ -82,13 +82,13 @@ def open_adapter(source: AdapterSource) -> QLoRAModel:
 def _find_base(place: Path, identity: dict[str, Any], base: str | None) -> BaseFolder:
     if base is not None:
         return open_base(base)
-    named = identity.get("base") or read_adapter_config(place).get("base_model_name_or_path")
+    loaded_from = read_adapter_config(place).get("base_model_name_or_path")
+    named = identity.get("base") or loaded_from
     if not named:
         raise UserError(f"The adapter folder {place} does not name its base: name it with --base.")
     try:
         return open_base(named, identity.get("revision"))
     except UserError as error:
-        loaded_from = identity.get("base_folder")
         if loaded_from and Path(loaded_from).is_dir():
             return open_base(loaded_from)
         raise UserError(f"The base of {place} is not found. {error} Or name it with --base.") from error

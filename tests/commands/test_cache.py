@@ -26,11 +26,6 @@ def folders(cache: Path) -> list[Path]:
     ]
 
 
-def _answer(monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
-    monkeypatch.setattr("builtins.input", lambda question: answer)
-
-
 def test_list_names_every_entry_and_the_total(folders: list[Path], cache: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -63,29 +58,25 @@ def test_clear_of_a_kind_leaves_the_others(folders: list[Path]) -> None:
     assert [folder.exists() for folder in folders] == [True, False]
 
 
-def test_clear_asks_on_a_terminal(
-    folders: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    _answer(monkeypatch, "")
-    assert main(["clear"]) == 1
-    assert capsys.readouterr().out.endswith("Nothing removed.\n")
-    assert all(folder.exists() for folder in folders)
-    _answer(monkeypatch, "Y")
-    assert main(["clear"]) == 0
-    assert not any(folder.exists() for folder in folders)
+@pytest.mark.parametrize(("answer", "code"), [("Y", 0), (" yes ", 0), ("", 1), ("n", 1), ("yep", 1), (None, 1)])
+def test_clear_asks_on_a_terminal_and_only_a_yes_is_one(folders, monkeypatch, capsys, answer, code):
+    def respond(question):
+        if answer is None:
+            raise EOFError
+        return answer
+
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", respond)
+    assert main(["clear"]) == code
+    assert capsys.readouterr().out.endswith("Nothing removed.\n") == bool(code)
+    assert all(folder.exists() for folder in folders) == bool(code)
 
 
-def test_clear_without_a_terminal_needs_yes(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clear_without_a_terminal_needs_yes(folders, monkeypatch):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False)
-    with pytest.raises(UserError, match=r"no terminal to ask on\. Add --yes"):
+    with pytest.raises(UserError, match=r"asks for a yes, and there is no terminal to ask on\. Add --yes"):
         main(["clear"])
     assert all(folder.exists() for folder in folders)
-
-
-def test_help_has_an_example(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["--help"])
-    assert "qlora-lightning cache clear --kind quantized --yes" in capsys.readouterr().out
 
 
 def test_mistakes_are_told_in_a_sentence(cache: Path) -> None:

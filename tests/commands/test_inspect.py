@@ -8,6 +8,9 @@ import pytest
 import yaml
 
 from qlora_lightning.cli import main
+from qlora_lightning.commands import training
+from qlora_lightning.commands.epoch import DEFAULT_EPOCHS
+from qlora_lightning.commands.inspection.arguments import KNOWN_KEYS, make_data_module, parse
 
 CONFIG = {
     "seed_everything": 3,
@@ -16,6 +19,14 @@ CONFIG = {
     "gpu_memory": None,
     "trainer": {"devices": 1, "max_epochs": 2, "accumulate_grad_batches": 2},
 }
+MINE = """
+from qlora_lightning import InstructionDataModule
+
+class Mine(InstructionDataModule):
+    def __init__(self, count: int = 1, **kwargs):
+        super().__init__(**kwargs)
+        self.count = count
+"""
 
 
 def _write(file, rows):
@@ -86,6 +97,7 @@ def test_each_source_is_counted_and_so_are_weights_and_duplicates(run, folder):
     data = {"train": sources, "max_length": 64, "deduplicate": True}
     (folder / "c.yaml").write_text(yaml.safe_dump({"model": {"base": "tiny"}, "data": data}))
     out, _ = run("--row", "more.jsonl:2", "--html", "page.html")
+    assert out.endswith("\nPage: page.html\n")
     assert _line(out, "more.jsonl ")[:2] == ["4", "4"]
     assert _line(out, "more.jsonl ")[-1] == "75.0%"
     assert _line(out, "texts.jsonl ")[:2] == ["1", "3"]
@@ -104,28 +116,67 @@ def test_settings_on_the_command_line_count(run):
     assert int(_line(out, "samples shortened")[0]) > 0
 
 
-def test_a_page_is_written(run, folder):
-    out, _ = run("--html", "report.html")
-    assert out.endswith("\nPage: report.html\n")
-    html = (folder / "report.html").read_text(encoding="utf-8")
-    assert html.startswith("<!doctype html>")
-    assert "val.jsonl:1 = train.jsonl:5" in html
-
-
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--html", "c.yaml"], "--html c.yaml: expected a file name that ends in .html."),
-        (["--html", "no/page.html"], "--html no/page.html: there is no folder no."),
-        (["--split", "test"], "there are no rows to inspect: data.test names no file."),
-        (["--row", "99"], "--row 99: train has no such row; its 10 rows end at 10."),
-        (["--data.batchsize", "3"], "There is no key 'data.batchsize'. Did you mean data.batch_size?"),
+        ("--html c.yaml", "--html c.yaml: expected a file name that ends in .html."),
+        ("--html no/page.html", "--html no/page.html: there is no folder no."),
+        ("--html folder.html", "--html folder.html: that is a folder"),
+        ("--split test", "there are no rows to inspect: data.test names no file."),
+        ("--split vl", "argument --split: invalid choice: 'vl'"),
+        ("--row 99", "--row 99: train has no such row; its 10 rows end at 10."),
+        ("--row", "argument --row: expected one argument. See `qlora-lightning inspect --help`."),
+        ("stray", "unrecognized arguments: stray. See `qlora-lightning inspect --help`."),
+        ("--data.batchsize 3", "There is no key 'data.batchsize'. Did you mean data.batch_size? (on the command line)"),
+        ("--data.max_length q", "data.max_length is q: expected an integer."),
+        ("--spilt val", "There is no key 'spilt'. Did you mean split? (on the command line)"),
+        ("--modle.base x", "There is no key 'modle'. Did you mean model? (on the command line)"),
+        ("--config no.yaml", "--config names no.yaml, but there is no such file"),
+        ("--config wrong.yaml", "There is no key 'gpu_memroy'. Did you mean gpu_memory? (in "),
+        ("--config cut.yaml", "The config is not YAML: while parsing a flow mapping"),
+        ("--data nowhere.Mine", "class_path 'nowhere.Mine' cannot be used: No module named 'nowhere'."),
+        ("--model.base null", "model.base is missing: the data are rendered with its tokenizer."),
+        ("--data.val_fraction 0.5", "val and val_fraction are both given"),
     ],
 )
-def test_what_cannot_be_done_is_a_sentence(run, arguments, sentence):
-    out, err = run(*arguments, code=2)
+def test_what_cannot_be_done_is_a_sentence(run, folder, arguments, sentence):
+    (folder / "wrong.yaml").write_text("data: {}\ngpu_memroy: {}\n")
+    (folder / "cut.yaml").write_text("data: {train: a.jsonl\n")
+    (folder / "folder.html").mkdir()
+    out, err = run(*arguments.split(), code=2)
     assert out == ""
-    assert err.startswith(f"qlora-lightning: {sentence}")
+    assert err.startswith("qlora-lightning: ")
+    assert sentence in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tokenizer"),
+    [
+        ("--model.revision v2", {"name": "tiny", "revision": "v2", "trust_remote_code": False}),
+        ("--model.trust_remote_code true", {"name": "tiny", "revision": None, "trust_remote_code": True}),
+        ("--model.trust_remote_code FALSE --model.revision null", "tiny"),
+        ("--data.tokenizer mine", "mine"),
+        ("--model.base other", "other"),
+    ],
+)
+def test_the_tokenizer_is_the_base_s_of_the_same_revision_unless_it_is_named(folder, arguments, tokenizer):
+    _, config = parse(["--config", "c.yaml", *arguments.split()])
+    make_data_module(config)
+    assert config.data.init_args.tokenizer == tokenizer
+
+
+def test_a_data_module_of_ones_own_is_made_with_its_arguments(folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    (folder / "mine.py").write_text(MINE)
+    for data in ("{class_path: mine.Mine, count: 5}", "{class_path: mine.Mine, init_args: {count: 5}}"):
+        (folder / "c.yaml").write_text(f"model: {{base: tiny}}\ndata: {data}\n")
+        made = make_data_module(parse(["--config", "c.yaml", "--data.max_length", "77"])[1])
+        assert (type(made).__name__, made.count, made.max_length) == ("Mine", 5, 77)
+
+
+def test_the_keys_and_defaults_are_those_of_fit():
+    assert KNOWN_KEYS.keys() == training._KNOWN_KEYS.keys()
+    assert training._TRAINER_DEFAULTS["max_epochs"] == DEFAULT_EPOCHS
 
 
 def test_bad_rows_are_listed_and_the_rest_is_shown(run, folder):
@@ -180,7 +231,7 @@ print("heavy:", heavy & set(sys.modules))
     assert done.stdout.endswith("heavy: set()\n")
 
 
-def test_merge_keys_bring_in_what_stands_beside_them_again(run, folder):
+def test_merge_keys_bring_in_what_is_beside_them_again(run, folder):
     _write(folder / "val.jsonl", [{"instruction": "Say it.", "output": "it"}])
     (folder / "c.yaml").write_text(
         "model: {base: tiny}\ndata:\n  train: &source {path: train.jsonl}\n  val: {<<: *source, path: val.jsonl}\n"

@@ -40,11 +40,7 @@ def test_copy_writes_config_and_data(name: str, here: Path, capsys: pytest.Captu
     out = capsys.readouterr().out
     assert "wrote configs/quickstart/train.jsonl" in out
     assert out.endswith("Now run: qlora-lightning fit --config configs/quickstart.yaml\n")
-
-
-def test_copying_again_changes_nothing(here: Path, capsys: pytest.CaptureFixture) -> None:
-    main(["copy", "quickstart"])
-    assert main(["copy", "quickstart"]) == 0
+    assert main(["copy", name]) == 0
     assert "configs/quickstart.yaml is there already" in capsys.readouterr().out
 
 
@@ -61,17 +57,11 @@ def test_a_file_that_differs_is_kept_unless_forced(here: Path) -> None:
 
 
 def test_an_unknown_name_gets_the_nearest(here: Path) -> None:
-    with pytest.raises(UserError, match=r"no recipe 'quickstrat'\. Did you mean quickstart\?"):
+    with pytest.raises(
+        UserError, match=r"no recipe 'quickstrat': .* llama3-alpaca, quickstart\. Did you mean .*quickstart"
+    ):
         main(["copy", "quickstrat"])
-    with pytest.raises(UserError, match=r"There are: llama3-alpaca, quickstart\."):
-        main(["copy", "zzz"])
     assert list(here.iterdir()) == []
-
-
-def test_a_folder_that_cannot_be_written_is_named(here: Path) -> None:
-    (here / "configs").write_text("a file")
-    with pytest.raises(UserError, match=r"Could not write .*configs/quickstart\.yaml"):
-        main(["copy", "quickstart"])
 
 
 def test_recipes_lie_in_the_package_or_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def test_training_continues_with_the_folder_and_with_options_that_say_what_it_is
     assert again.state_dict().keys() == module.state_dict().keys()
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in module.state_dict().items())
     assert all(parameter.requires_grad == (".lora_" in name) for name, parameter in again.named_parameters())
-    assert again.identity["trained_from"] == {"adapter": str(folder), "data": {}}
+    assert again.model.peft_config["default"].base_model_name_or_path == str(tiny_base)
     assert again.identity["adapter"] == module.identity["adapter"]
 
 

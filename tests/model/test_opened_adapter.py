@@ -42,7 +42,7 @@ def test_by_its_own_or_its_run_folder_it_is_found_and_computes_what_was_saved(ma
 def test_a_base_that_moved_is_found_where_it_was_loaded_from_or_by_another_name(folder, tiny_base, tmp_path):
     change(folder, base="./models/gone")
     assert find_adapter(folder).base.folder == tiny_base
-    change(folder, base_folder=str(tmp_path / "gone"))
+    change(folder, "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"The base of .* is not found\. Base './models/gone'.*name it with --base"):
         find_adapter(folder)
     assert find_adapter(folder, base=str(tiny_base)).base.folder == tiny_base

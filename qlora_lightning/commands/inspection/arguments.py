@@ -1,7 +1,8 @@
 """What is typed after ``qlora-lightning inspect``: options of its own, and the config of ``fit``."""
 
+import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jsonargparse
@@ -23,7 +24,6 @@ from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_yaml
 
 SPLITS = ("train", "val", "test", "predict")
-_DATA_CLASS = "qlora_lightning.InstructionDataModule"
 _PARSER_MODE = "qlora_inspect_yaml"
 # Sections that other commands read: taken as they are, so that nothing of a model is imported.
 _UNTYPED = ("model", "trainer", *CALLBACK_KEYS)
@@ -32,14 +32,12 @@ _UNUSED = ("ckpt_path", "weights_only", "verbose", "return_predictions")
 KNOWN_KEYS: dict[str, type | None] = {
     "seed_everything": None,
     "data": InstructionDataModule,
-    **dict.fromkeys(_UNTYPED),
-    **dict.fromkeys(_UNUSED),
-    "config": None,
+    **dict.fromkeys((*_UNTYPED, *_UNUSED, "config")),
 }
 _DESCRIPTION = """Report on the data of a config and show rows as the model sees them. No model is loaded.
 
-The config is the one that `fit` takes; a run folder's config.yaml will do. Every key of it can be given
-on the command line too, as for `fit`: --data.max_length 512, --trainer.devices 4."""
+The config is the one that `fit` takes; a run folder's config.yaml works too. Every key of it can be given
+on the command line, as for `fit`: --data.max_length 512, --trainer.devices 4."""
 _EPILOG = """examples:
   qlora-lightning inspect --config configs/quickstart.yaml
   qlora-lightning inspect --config configs/quickstart.yaml --row 17 --row 23
@@ -49,63 +47,50 @@ Exit code 2: there are bad rows, and `on_bad_row: error` would stop `fit` at the
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to report on, and which rows to show.
-
-    Attributes:
-        split: the only split to report on; None: all that the config names.
-        rows: places to show: a line number, or a file and a line (``train.jsonl:17``).
-        longest: show the longest row.
-        shortest: show the shortest row.
-        search: show rows whose decoded text holds this.
-        html: file to write the page to.
-    """
-
-    split: str | None = None
-    rows: tuple[str, ...] = ()
-    longest: bool = False
-    shortest: bool = False
-    search: str | None = None
-    html: str | None = None
-    force: bool = False
-
-
-@dataclass(frozen=True)
 class Config:
     """The parts of a config that data depend on.
 
     Attributes:
-        name: the config files as they were typed.
-        data: class path and arguments of the data module.
-        model: the model section, unchecked.
-        trainer: the trainer section, unchecked.
-        seed: what ``seed_everything`` says.
+        name: The config files as they were typed.
+        data: Class path and arguments of the data module.
+        model: The model section, unchecked.
+        trainer: The trainer section, unchecked.
+        seed: What ``seed_everything`` says.
     """
 
     name: str
     data: Any
-    model: dict[str, Any] = field(default_factory=dict)
-    trainer: dict[str, Any] = field(default_factory=dict)
-    seed: int | bool = 42
+    model: dict[str, Any]
+    trainer: dict[str, Any]
+    seed: int | bool
 
 
-def parse(argv: Sequence[str]) -> tuple[Options, Config]:
-    """Parse the command line and the config that it names.
-
-    Raises:
-        UserError: an option, a key or a value is wrong.
-    """
-    own, rest = _own_parser().parse_known_args(argv)
-    options = Options(own.split, tuple(own.row), own.longest, own.shortest, own.search, own.html, own.force)
-    return options, _parse_config(["inspect", *rest])
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+    """Parse the command's own options, and the config that the others make up."""
+    parser = OptionParser(
+        "inspect", _DESCRIPTION, _EPILOG, "qlora-lightning inspect --config FILE [options] [--data.KEY VALUE …]"
+    )
+    add = parser.add_argument
+    add("--split", choices=SPLITS, help="report on this split only (default: all; rows are shown from train)")
+    add(
+        "--row",
+        action="append",
+        default=[],
+        metavar="N",
+        help="show the row that begins in line N of its file, from 1, as messages name it (row N of .parquet and "
+        "hub data); FILE:N if a split has several files; may be repeated",
+    )
+    add("--longest", action="store_true", help="show the longest row")
+    add("--shortest", action="store_true", help="show the shortest row")
+    add("--search", metavar="TEXT", help="show rows whose text holds TEXT in upper or lower case, and count them")
+    add("--html", metavar="FILE", help="write all this as a self-contained page, too")
+    add("--force", action="store_true", help="overwrite what --html names, if it is no page of this command")
+    own, rest = parser.parse_known_args(argv)
+    return own, _parse_config(["inspect", *rest])
 
 
 def make_data_module(config: Config) -> InstructionDataModule:
-    """Make the data module as ``fit`` would, with the base's tokenizer unless the config names one.
-
-    Raises:
-        UserError: a setting is wrong, or there is neither ``model.base`` nor ``data.tokenizer``.
-    """
+    """Make the data module as ``fit`` would, with the base's tokenizer unless the config names one."""
     settings = config.data.init_args
     if settings.get("tokenizer") is None:
         if not config.model.get("base"):
@@ -115,34 +100,12 @@ def make_data_module(config: Config) -> InstructionDataModule:
             )
         revision, trusted = config.model.get("revision"), config.model.get("trust_remote_code") is True
         settings["tokenizer"] = tokenizer_of_base(config.model["base"], revision, trusted)
-    parser = _config_parser()
     try:
-        made = parser.instantiate(jsonargparse.Namespace(data=config.data))  # type: ignore[no-untyped-call]
+        made = _config_parser().instantiate(jsonargparse.Namespace(data=config.data))  # type: ignore[no-untyped-call]
     except ValueError as error:
         raise find_user_error(error) or error from None
     data: InstructionDataModule = made.data
     return data
-
-
-def _own_parser() -> OptionParser:
-    usage = "qlora-lightning inspect --config FILE [options] [--data.KEY VALUE …]"
-    parser = OptionParser("inspect", _DESCRIPTION, _EPILOG, usage)
-    add = parser.add_argument
-    add("--split", choices=SPLITS, help="report on this split only (default: all; rows are shown from train)")
-    add(
-        "--row",
-        action="append",
-        default=[],
-        metavar="N",
-        help="show the row that begins in line N of its file, from 1, as messages name it (row N of .parquet and "
-        "hub data); FILE:N where a split has several files; may be repeated",
-    )
-    add("--longest", action="store_true", help="show the longest row")
-    add("--shortest", action="store_true", help="show the shortest row")
-    add("--search", metavar="TEXT", help="show rows whose text holds TEXT in upper or lower case, and count them")
-    add("--html", metavar="FILE", help="write all this as a self-contained page, too")
-    add("--force", action="store_true", help="overwrite what --html names, if it is no page of this command")
-    return parser
 
 
 def _parse_config(arguments: list[str]) -> Config:
@@ -165,5 +128,5 @@ def _config_parser() -> jsonargparse.ArgumentParser:
     for key in _UNUSED:
         parser.add_argument(f"--{key}", type=Any)
     parser.add_subclass_arguments(InstructionDataModule, "data", required=False)
-    parser.set_defaults(data={"class_path": _DATA_CLASS})
+    parser.set_defaults(data={"class_path": "qlora_lightning.InstructionDataModule"})
     return parser

@@ -1,36 +1,25 @@
 """The report as one HTML page that needs nothing beside itself: no script, no font, no network."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from qlora_lightning import __version__
 from qlora_lightning.commands.inspection.facts import (
     PERCENTILES,
+    Inspection,
     SplitFacts,
     describe_epoch,
     find_faults,
-    headline,
-    source_table,
+    share,
     table_rows,
 )
-from qlora_lightning.commands.inspection.gather import Inspection, Piece
-from qlora_lightning.commands.output import write_output
+from qlora_lightning.commands.inspection.rows import Piece
 from qlora_lightning.page.render import render_page as _render
 from qlora_lightning.page.visible import show_controls
 
 _MARK = b'<meta name="generator" content="qlora_lightning inspect">'
-_TEMPLATE = Path(__file__).with_name("page.html")
 _HEIGHT, _PITCH = 180, 46  # of the bars, in units of the drawing
-
-
-def write_page(found: Inspection, file: Path) -> None:
-    """Write the page.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    write_output(file, render_page(found))
 
 
 def is_page(file: Path) -> bool:
@@ -42,12 +31,11 @@ def is_page(file: Path) -> bool:
 def render_page(found: Inspection) -> str:
     """Return the page's HTML; every text from outside is escaped."""
     return _render(
-        _TEMPLATE,
+        Path(__file__).with_name("page.html"),
         found=found,
         version=__version__,
-        headline=headline(found.splits[0], found.epoch),
+        headline=_headline(found),
         table=table_rows(found.splits),
-        sources=[(split.name, *source_table(split.sources)) for split in found.splits if split.sources],
         percentiles=list(PERCENTILES),
         drawings=[_drawing(split) for split in found.splits if split.bars],
         epoch=[] if found.epoch is None else describe_epoch(found.epoch, found.batch_size),
@@ -57,8 +45,24 @@ def render_page(found: Inspection) -> str:
     )
 
 
+def _headline(found: Inspection) -> list[tuple[str, str]]:
+    """Return the few figures that say most, each with what it counts."""
+    split = found.splits[0]
+    report = split.report
+    figures = [
+        (f"{report.samples:,}", f"samples of {split.name}"),
+        (f"{report.tokens:,}", "tokens"),
+        (f"{split.lengths.get('max', 0):,}", "tokens in the longest"),
+    ]
+    if report.labelled:
+        figures.append((share(report.labelled, report.tokens), "labelled"))
+    if found.epoch is not None and not found.epoch.streaming:
+        figures.append((f"{found.epoch.steps:,}", "steps per epoch"))
+    return figures
+
+
 def _drawing(split: SplitFacts) -> dict[str, Any]:
-    """Return a split's histogram as the places of its bars."""
+    """Return a split's histogram as the positions of its bars."""
     most = max(bar.samples for bar in split.bars)
     bars = []
     for number, bar in enumerate(split.bars):
@@ -78,11 +82,11 @@ def _short(number: int) -> str:
     return f"{thousands:,}k" if thousands < 1_000 else f"{number / 1_000_000:.1f}M"
 
 
-def _tokens(pieces: Iterable[Piece]) -> Iterable[dict[str, str]]:
-    """Give each piece its text, what hovering tells, and its classes in the style sheet."""
+def _tokens(pieces: Iterable[Piece]) -> Iterator[dict[str, str]]:
+    """Yield the text of each piece, what hovering shows, and its classes in the style sheet."""
     for piece in pieces:
-        kinds = {"labelled": piece.labelled, "special": piece.special, "stop": piece.stop}
-        names = [name for name, holds in kinds.items() if holds] + [piece.part] * bool(piece.part)
+        kinds = {"labelled": piece.labelled, "special": piece.special, "stop": piece.stop, piece.part: piece.part}
+        names = [name for name, holds in kinds.items() if holds]
         number = "id" if len(piece.ids) == 1 else "ids"
         about = " · ".join([f"{number} {' '.join(map(str, piece.ids))}", *names])
         text = show_controls(piece.text).replace("\n", "↵\n")

@@ -1,6 +1,6 @@
 """The report in the terminal, readable at 80 columns, with colours or without."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -11,116 +11,75 @@ from rich.text import Text
 from qlora_lightning.commands.inspection.facts import (
     PERCENTILES,
     Bar,
-    SourceFacts,
-    SplitFacts,
+    Inspection,
     describe_epoch,
     find_faults,
-    source_table,
     table_rows,
 )
-from qlora_lightning.commands.inspection.gather import CALL, REASONING, Inspection, Piece
+from qlora_lightning.commands.inspection.rows import CALL, REASONING, Piece, ShownRow
 from qlora_lightning.page.visible import show_controls
 
 _BAR_WIDTH = 40
 _EIGHTHS = "▏▎▍▌▋▊▉█"
+_MARGIN = "  "
+_NEWLINE, _BORDER, _OPEN, _CLOSE, _STOP = "↵", "│", "⟦", "⟧", "■"
+_PARTS = {REASONING: "cyan", CALL: "yellow"}  # dim if they are not labelled
 
 
 def print_inspection(found: Inspection, console: Console) -> None:
     """Print the whole report."""
+
+    def heading(text: str) -> None:
+        console.print()
+        console.print(Text(text, "bold"))
+
     console.print(Text(found.config or "data", "bold"))
-    for line in (found.settings, *found.notes):
+    for line in found.notes:
         console.print(Text(line, "dim"))
     console.print()
-    console.print(_counts(found.splits))
+    counts = [[name, *cells] for name, cells in table_rows(found.splits)]
+    console.print(_table(["", *(split.name for split in found.splits)], counts))
     for split in found.splits:
         if split.sources:
-            _heading(console, f"{split.name}: sources")
-            console.print(_sources(split.sources))
-    _heading(console, "Tokens per sample")
-    console.print(_percentiles(found.splits))
+            heading(f"{split.name}: sources")
+            console.print(_table(*split.sources))
+    heading("Tokens per sample")
+    lines = []
     for split in found.splits:
-        if split.bars:
-            _heading(console, f"{split.name}: tokens per sample")
-            console.print(_histogram(split.bars))
-    _print_epoch(found, console)
-    _print_ends(found, console)
-    for fault in find_faults(found.splits):
-        _heading(console, fault.title)
-        for line in fault.lines:
-            console.print(Padding(Text(show_controls(line), overflow="fold"), (0, 0, 0, 2), expand=False))
-    _print_rows(found, console)
-
-
-def _print_epoch(found: Inspection, console: Console) -> None:
-    if found.epoch is not None:
-        _heading(console, "A stream of train" if found.epoch.streaming else "An epoch of train")
-        table = Table.grid(padding=(0, 2))
-        for heading, text in describe_epoch(found.epoch, found.batch_size):
-            table.add_row(f"  {heading}", text)
-        console.print(table)
-
-
-def _print_ends(found: Inspection, console: Console) -> None:
-    table = Table.grid(padding=(0, 1))
-    for well, sentence in found.ends:
-        table.add_row(Text("✓", "green") if well else Text("✗", "bold red"), Text(show_controls(sentence)))
-    console.print()
-    console.print(table)
-
-
-def _print_rows(found: Inspection, console: Console) -> None:
-    _heading(console, f"Rows of {found.rows_split} as the model sees them")
-    writer = RowWriter(console)
-    console.print(writer.legend({piece.part for row in found.rows for piece in row.pieces}))
-    for row in found.rows:
-        console.print()
-        parts = [Text(row.where, "bold")]
-        if row.pieces:
-            parts.append(Text(f"  {row.tokens:,} tokens, {row.labelled:,} labelled"))
-        if row.weight != 1:
-            parts.append(Text(f", weight {row.weight:g}"))
-        if row.why:
-            parts.append(Text(f"  ({show_controls(row.why)})", "dim"))
-        if row.note:
-            parts.append(Text(f"  {show_controls(row.note)}"))
-        console.print(Text.assemble(*parts))
-        for line in writer.lines(row.pieces):
-            console.print(line, soft_wrap=True)
-
-
-def _heading(console: Console, text: str) -> None:
-    console.print()
-    console.print(Text(text, "bold"))
-
-
-def _counts(splits: list[SplitFacts]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("")
-    for split in splits:
-        table.add_column(split.name, justify="right", overflow="fold")
-    for heading, cells in table_rows(splits):
-        table.add_row(heading, *cells)
-    return table
-
-
-def _sources(sources: list[SourceFacts]) -> Table:
-    headings, lines = source_table(sources)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", overflow="fold")
-    for name, *cells in lines:
-        table.add_row(Text(show_controls(name)), *cells)
-    return table
-
-
-def _percentiles(splits: list[SplitFacts]) -> Table:
-    table = Table("", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in PERCENTILES:
-        table.add_column(name, justify="right", min_width=5)
-    for split in splits:
         for kind, values in (("tokens", split.lengths), ("labelled", split.labels)):
             if values:
-                table.add_row(f"{split.name} {kind}", *(f"{values[name]:,}" for name in PERCENTILES))
+                lines.append([f"{split.name} {kind}", *(f"{value:,}" for value in values.values())])
+    console.print(_table(["", *PERCENTILES], lines))
+    for split in found.splits:
+        if split.bars:
+            heading(f"{split.name}: tokens per sample")
+            console.print(_histogram(split.bars))
+    if found.epoch is not None:
+        heading("A stream of train" if found.epoch.streaming else "An epoch of train")
+        grid = Table.grid(padding=(0, 2))
+        for name, text in describe_epoch(found.epoch, found.batch_size):
+            grid.add_row(f"  {name}", text)
+        console.print(grid)
+    grid = Table.grid(padding=(0, 1))
+    for well, sentence in found.ends:
+        grid.add_row(Text("✓", "green") if well else Text("✗", "bold red"), Text(show_controls(sentence)))
+    console.print()
+    console.print(grid)
+    for fault in find_faults(found.splits):
+        heading(fault.title)
+        for line in fault.lines:
+            console.print(Padding(Text(show_controls(line), overflow="fold"), (0, 0, 0, 2), expand=False))
+    heading(f"Rows of {found.splits[0].name} as the model sees them")
+    _print_rows(found.rows, console)
+
+
+def _table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(headings[0], overflow="fold")
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right", overflow="fold", min_width=5)
+    for name, *cells in lines:
+        table.add_row(Text(show_controls(name)), *cells)
     return table
 
 
@@ -131,27 +90,34 @@ def _histogram(bars: list[Bar]) -> Table:
     table.add_column(justify="right")
     most = max(bar.samples for bar in bars)
     for bar in bars:
-        table.add_row(f"  {bar.label}", Text(_draw(bar.samples / most), "cyan"), f"{bar.samples:,}")
+        eighths = round(bar.samples / most * _BAR_WIDTH * 8) or min(bar.samples, 1)  # one that is not empty is seen
+        whole, part = divmod(eighths, 8)
+        drawn = "█" * whole + (_EIGHTHS[part - 1] if part else "")
+        table.add_row(f"  {bar.label}", Text(drawn, "cyan"), f"{bar.samples:,}")
     return table
 
 
-def _draw(share: float) -> str:
-    """Draw a bar of block characters; one that is not empty is seen."""
-    eighths = round(share * _BAR_WIDTH * 8) or (1 if share else 0)
-    whole, part = divmod(eighths, 8)
-    return "█" * whole + (_EIGHTHS[part - 1] if part else "")
-
-
-_MARGIN = "  "
-_NEWLINE, _BORDER, _OPEN, _CLOSE, _STOP = "↵", "│", "⟦", "⟧", "■"
+def _print_rows(rows: Sequence[ShownRow], console: Console) -> None:
+    writer = RowWriter(console)
+    console.print(writer.legend({piece.part for row in rows for piece in row.pieces}))
+    for row in rows:
+        console.print()
+        line = Text(row.where, "bold")
+        if row.pieces:
+            line.append(f"  {row.tokens:,} tokens, {row.labelled:,} labelled", "not bold")
+        if row.weight != 1:
+            line.append(f", weight {row.weight:g}", "not bold")
+        if row.why:
+            line.append(f"  ({show_controls(row.why)})", "not bold dim")
+        if row.note:
+            line.append(f"  {show_controls(row.note)}", "not bold")
+        console.print(line)
+        for text in writer.lines(row.pieces):
+            console.print(text, soft_wrap=True)
 
 
 class RowWriter:
-    """Lays the pieces of a sample into lines that break between tokens.
-
-    Args:
-        console: whose width and colours count.
-    """
+    """Lays the pieces of a sample into lines that break between tokens, for the width and colours of ``console``."""
 
     def __init__(self, console: Console) -> None:
         self.width = console.width
@@ -165,15 +131,12 @@ class RowWriter:
             special = Text.assemble(("special", "magenta"), " token")
             marks = [labelled, stop, special, *(Text(part, style) for part, style in _PARTS.items() if part in parts)]
         else:
-            marks = [
-                Text(f"{_OPEN}labelled tokens{_CLOSE}"),
-                Text(f"{_STOP} stop token"),
-                Text(f"{_BORDER} between tokens"),
-            ]
+            names = (f"{_OPEN}labelled tokens{_CLOSE}", f"{_STOP} stop token", f"{_BORDER} between tokens")
+            marks = [Text(name) for name in names]
         return Text(" · ").join([*marks, Text(f"{_NEWLINE} newline")])
 
     def lines(self, pieces: Iterable[Piece]) -> Iterator[Text]:
-        """Give the lines of a sample."""
+        """Yield the lines of a sample."""
         line = Text(_MARGIN)
         for text, style in self._marked(pieces):
             first, *rest = text.split("\n")
@@ -189,7 +152,7 @@ class RowWriter:
             yield line
 
     def _marked(self, pieces: Iterable[Piece]) -> Iterator[tuple[str, str]]:
-        """Give text and style of each piece, its newlines made visible."""
+        """Yield text and style of each piece, its newlines made visible."""
         inside = False
         for number, piece in enumerate(pieces):
             text = show_controls(piece.text).replace("\n", f"{_NEWLINE}\n")
@@ -204,11 +167,8 @@ class RowWriter:
             yield _CLOSE, ""
 
 
-_PARTS = {REASONING: "cyan", CALL: "yellow"}  # dim where they are not labelled
-
-
 def _style(piece: Piece, number: int) -> str:
-    """Neighbours differ in weight, so that each token is seen."""
+    """Return the style of a piece; neighbours differ in weight, so that each token is seen."""
     if piece.stop:
         return "bold white on red"
     if piece.special:

@@ -36,7 +36,8 @@ tags: [lora, qlora]
 
 # LoRA adapter for {base}
 
-Trained with qlora_lightning on the base quantized as {quantization}. Load it with plain PEFT:
+Trained with qlora_lightning on the base quantized as {quantization}. Load it with plain PEFT, with
+this folder's path or hub id in place of the dot:
 
 ```python
 {snippet}
@@ -88,7 +89,7 @@ def save_adapter_folder(
             tokenizer.save_pretrained(place)
             _write_json(place / "generation_config.json", generation)
         config.save_pretrained(place)
-        (place / "README.md").write_text(describe_card(folder, identity), encoding="utf-8")
+        (place / "README.md").write_text(_card(identity), encoding="utf-8")
         _write_json(place / "qlora_lightning.json", identity)
         _save_tensors(weights, place / _WEIGHTS)
 
@@ -136,9 +137,9 @@ def _equal(one: Path, other: Path) -> bool:
     return other.is_file() and one.read_bytes() == other.read_bytes()
 
 
-def describe_card(folder: Path | str, identity: Mapping[str, Any]) -> str:
-    """Return the card, ``README.md``, of an adapter that is loaded from ``folder``, which may be a hub id."""
-    snippet = loading_snippet(folder, identity)
+def _card(identity: Mapping[str, Any]) -> str:
+    """Return the ``README.md``, which names no path, so that the folder can be moved and uploaded as it is."""
+    snippet = loading_snippet(".", identity)
     return _CARD.format(base=identity["base"], quantization=identity["quantization"], snippet=snippet)
 
 

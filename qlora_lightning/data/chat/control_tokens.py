@@ -12,9 +12,7 @@ from qlora_lightning.support.files import read_json_object
 class ControlTokens:
     """The control tokens of a tokenizer, which splits a text at them before anything else.
 
-    Args:
-        tokenizer: a tokenizer of transformers.
-        stop_ids: ids at which generation stops; they count as control tokens whatever the tokenizer says of them.
+    Ids at which generation stops count as control tokens whatever the tokenizer says of them.
 
     Attributes:
         ids: every control token with its id.
@@ -55,9 +53,6 @@ def find_stop_ids(tokenizer: Any) -> frozenset[int]:
     They are the tokenizer's end-of-sequence id, the former one where a template was chosen, and those of the
     ``generation_config.json`` in its folder (without one, of ``config.json``, which transformers then asks). They often
     disagree (Llama 3.1 ends a turn with another token than a text), and generation stops at either.
-
-    Raises:
-        UserError: if that file is damaged.
     """
     ids = {tokenizer.eos_token_id, *getattr(tokenizer, "former_stop_ids", ())}
     name = str(getattr(tokenizer, "name_or_path", ""))
@@ -85,9 +80,7 @@ def find_turn_end(tokenizer: Any) -> int | None:
         raise UserError(f"the chat template does not write what an assistant message says: it makes {text!r} of one.")
     controls = ControlTokens(tokenizer, ())
     first = controls.pattern.search(after)
-    shaped = _SHAPED_LIKE_A_CONTROL_TOKEN.match(after)
-    if shaped and (first is None or shaped.start(1) < first.start()):
-        vocabulary: dict[str, int] = tokenizer.get_vocab()
-        if shaped[1] in vocabulary:
-            return vocabulary[shaped[1]]
+    shaped = _SHAPED_LIKE_A_CONTROL_TOKEN.match(after[: first.start() if first else None])
+    if shaped and shaped[1] in tokenizer.get_vocab():
+        return int(tokenizer.convert_tokens_to_ids(shaped[1]))
     return controls.ids[first[0]] if first else None

@@ -3,6 +3,8 @@
 import json
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
@@ -15,6 +17,8 @@ from qlora_lightning.support.errors import UserError
 
 IGNORED = -100  # torch's cross entropy skips this label
 TRAIN_ON = ("assistant", "last", "all")
+
+_REMEMBERED = 1_000  # headers; some templates make one of the whole prompt
 
 
 class Rendered(NamedTuple):
@@ -79,26 +83,26 @@ class ChatRenderer:
         Returns:
             For each row its samples, or what :meth:`render` would raise.
         """
-        contents = list(contents)
-        results: list[Any] = []  # the texts of a row, then its samples; or its error
+        contents, written = list(contents), list[list[RenderedText] | UserError]()
         for content in contents:
             try:
-                results.append(self._write(content))
+                written.append(self._write(content))
             except UserError as error:
-                results.append(error)
-        texts = [text.text for found in results if not isinstance(found, UserError) for text in found]
-        encoded = iter(self._encode(texts))
-        for at, content in enumerate(contents):
-            if isinstance(results[at], UserError):
+                written.append(error)
+        encoded = iter(self._encode([text.text for texts in written if isinstance(texts, list) for text in texts]))
+        results: list[list[Rendered] | UserError] = []
+        for content, texts in zip(contents, written, strict=True):
+            if isinstance(texts, UserError):
+                results.append(texts)
                 continue
-            pairs = [(text, next(encoded)) for text in results[at]]
+            pairs = [(text, next(encoded)) for text in texts]
             try:
                 if isinstance(content, Tokens):
-                    results[at] = [self._check_tokens(content)]
+                    results.append([self._check_tokens(content)])
                 else:
-                    results[at] = [self._label(content, *pair) for pair in pairs]
+                    results.append([self._label(content, *pair) for pair in pairs])
             except UserError as error:
-                results[at] = error
+                results.append(error)
         return results
 
     def render_prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
@@ -108,8 +112,7 @@ class ChatRenderer:
             RowFault: if the messages cannot be rendered, or hold control tokens as text.
             UserError: if there is no chat template.
         """
-        self._check_template()
-        self._refuse_controls(messages, tools)
+        self._check_messages(messages, tools)
         text, answers = self._text.render_prompt(messages, tools)
         (encoded,) = self._encode([text])
         for answer in answers:
@@ -151,23 +154,14 @@ class ChatRenderer:
         found = self._controls.pattern.search(text)
         return found[0] if found else None
 
-    def _check_template(self) -> None:
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            fitting = ", ".join(find_presets(self.tokenizer)) or "none does"
-            raise UserError(
-                f"{name_tokenizer(self.tokenizer)} has no chat template, so rows cannot be rendered: set "
-                f"data.chat_template to a preset that fits it ({fitting}) or to a .jinja file."
-            )
-
     def _write(self, content: Content) -> list[RenderedText]:
         """Return the texts that a row becomes; tokens become none."""
         if isinstance(content, Tokens):
             return []
         if isinstance(content, Text):
             return [self._write_document(content) if content.whole else _write_segments(content)]
-        self._check_template()
         messages = content.messages[: _count_used(content.messages)]
-        self._refuse_controls(messages, content.tools)
+        self._check_messages(messages, content.tools)
         marked = [one for one in messages if not one.get("train", True) or one.get("untrained")]
         if self.train_on == "all" and marked:
             raise RowFault("`train: false` in a message contradicts `train_on: all`")
@@ -184,21 +178,26 @@ class ChatRenderer:
         wanted = places if self.train_on == "assistant" else places[-1:]
         return [number for number in wanted if conversation[number].get("train", True)]
 
-    def _refuse_controls(self, messages: Sequence[Message], tools: Tools) -> None:
-        """Text such as ``<|im_end|>`` inside a row would be encoded as the control token itself."""
+    def _check_messages(self, messages: Sequence[Message], tools: Tools) -> None:
+        """Refuse control tokens as text: ``<|im_end|>`` inside a row would be encoded as the control token itself."""
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise UserError(
+                f"{name_tokenizer(self.tokenizer)} has no chat template, so rows cannot be rendered: set "
+                f"data.chat_template to {', '.join(find_presets(self.tokenizer))} or a .jinja file."
+            )
         for number, message in enumerate(messages, start=1):
-            place = f"message {number} ({message['role']}) contains"
-            self._refuse_control(message["content"], place)
+            said = message["content"]
             for key in ("reasoning_content", "tool_calls", "name", "tool_call_id"):
                 if key in message:
-                    self._refuse_control(json.dumps(message[key], ensure_ascii=False), place)
+                    said += "\n" + json.dumps(message[key], ensure_ascii=False)
+            self._refuse_control(said, f"message {number} ({message['role']}) contains")
         if tools:
             self._refuse_control(json.dumps(tools, ensure_ascii=False), "'tools' contain")
 
     def _refuse_control(self, text: str, place: str) -> None:
-        found = self._controls.pattern.search(text)
+        found = self.find_control(text)
         if found:
-            raise RowFault(f"{place} the control token {found[0]!r} as text, which would end or begin a turn there")
+            raise RowFault(f"{place} the control token {found!r} as text, which would end or begin a turn there")
 
     def _encode(self, texts: Sequence[str]) -> list["_Encoded"]:
         """Encode texts as they are: the template writes the BOS itself."""
@@ -232,7 +231,7 @@ class ChatRenderer:
             after = encoded.find(answer.end)
             if isinstance(content, Chat):
                 said, wanted = self._decode(ids[first:after]), text[answer.start : answer.end]
-                if said != wanted and not _is_same_text(said, wanted):
+                if not _is_same_text(said, wanted):
                     raise RowFault(f"the labelled tokens say {said!r}, not the answer {wanted!r}")
             labels[first:after] = ids[first:after]
             for token in range(first, after) if answer.untrained else ():
@@ -281,7 +280,8 @@ class ChatRenderer:
         behind = next((token for token in range(begin + 1, len(ids)) if ids[token] in controls), len(ids))
         end = encoded.span(behind)[0] if behind < len(ids) else len(text)
         (answer,) = self._encode([text[start:end]])
-        encoded.spans[begin:behind] = [*_shift(header.spans, at), *_shift(answer.spans, start)]
+        parts = ((header, at), (answer, start))
+        encoded.spans[begin:behind] = [(a + by, b + by) for part, by in parts for a, b in part.spans]
         ids[begin:behind] = [*header.ids, *answer.ids]
         return first
 
@@ -299,32 +299,24 @@ class ChatRenderer:
             UserError: with the beginning of the row as the model would see it.
         """
         bos = self.tokenizer.bos_token_id
-        if bos is None:
+        if bos is None or (ids[0] == bos and ids[1:2] != [bos]) or (ids[0] != bos and not self._writes_bos):
             return
-        row = f"The row begins: {self.tokenizer.decode(ids[:20])!r}" if ids[0] != bos or ids[1:2] == [bos] else ""
-        if ids[:2] == [bos, bos]:
-            raise UserError(f"expected one BOS token, found two: the chat template writes it twice. {row}")
-        if self._writes_bos and ids[0] != bos:
-            raise UserError(
-                f"expected the BOS token {self.tokenizer.bos_token!r} first, which this tokenizer puts before every "
-                f"text: begin the chat template with {{{{ bos_token }}}}. {row}"
-            )
-
-
-_REMEMBERED = 1_000  # headers; some templates make one of the whole prompt
+        raise UserError(
+            f"expected one BOS token ({self.tokenizer.bos_token}) at the beginning, found "
+            f"{'two' if ids[0] == bos else 'none'}: write {{{{ bos_token }}}} once in the chat template. The row "
+            f"begins: {self.tokenizer.decode(ids[:20])!r}"
+        )
 
 
 def _write_segments(content: Text) -> RenderedText:
     """Return the trained segments as answers, behind each of which nothing is trained."""
-    text, trained = "", list[tuple[int, int]]()
-    for segment, is_trained in content.segments:
-        end = len(text) + len(segment)
-        if is_trained and trained and trained[-1][1] == len(text):
-            trained[-1] = (trained[-1][0], end)
-        elif is_trained and segment:
-            trained.append((len(text), end))
-        text += segment
-    return RenderedText(text, [Answer(0, start, end, ((end, len(text) + 1),)) for start, end in trained])
+    text, answers = "", list[Answer]()
+    for is_trained, group in groupby(filter(itemgetter(0), content.segments), key=itemgetter(1)):
+        start = len(text)
+        text += "".join(segment for segment, _ in group)
+        if is_trained:
+            answers.append(Answer(0, start, len(text), ((len(text), len(text) + 1),)))
+    return RenderedText(text, answers)
 
 
 def _count_used(conversation: Conversation) -> int:
@@ -338,8 +330,7 @@ def _is_same_text(said: str, wanted: str) -> bool:
     Qwen's tokenizers compose accents (NFC), others spell out ligatures too (NFKC); decoders of sentencepiece drop a
     space at the start.
     """
-    forms = (wanted, normalize("NFC", wanted), normalize("NFKC", wanted))
-    return said in forms or f" {said}" in forms
+    return said == wanted or normalize("NFKC", said).lstrip(" ") == normalize("NFKC", wanted).lstrip(" ")
 
 
 class _Encoded:
@@ -364,10 +355,6 @@ class _Encoded:
     def find(self, character: int) -> int:
         """Return the first token that begins at a character or behind it."""
         return bisect_left(range(len(self.ids)), character, key=lambda token: self.span(token)[0])
-
-
-def _shift(spans: list[tuple[int, int]], by: int) -> list[tuple[int, int]]:
-    return [(begin + by, end + by) for begin, end in spans]
 
 
 def _locate(ids: list[int], text: str, controls: ControlTokens) -> _Encoded:

@@ -42,7 +42,8 @@ def shorten(
     while limit > 1:
         messages, trained, fits = _Shortening(renderer, conversation, tools, answers, limit).choose()
         ids, labels = renderer.render_answers(messages, tools, trained)
-        needed = 1 + max(at for at, label in enumerate(labels) if label in renderer.stop_ids)
+        stops = (at for at, label in enumerate(labels, start=1) if label in renderer.stop_ids)
+        needed = max(stops, default=len(labels))
         if not fits or needed <= max_length:
             ids, labels = ids[:max_length], labels[:max_length]
             return Rendered(ids, labels) if any(label != IGNORED for label in labels[1:]) else None
@@ -80,16 +81,13 @@ class _Shortening:
     def _trained(self, start: int, end: int) -> list[int]:
         return [number - start + len(self.system) for number in self.answers if start < number <= end]
 
-    def _count(self, messages: Conversation) -> int:
-        return self.renderer.count_tokens(messages, self.tools)
-
-    def _count_prompt(self, messages: Conversation) -> int:
-        return self.renderer.count_tokens(messages[:-1], self.tools, generation=True)
+    def _count(self, messages: Conversation, generation: bool = False) -> int:
+        return self.renderer.count_tokens(messages, self.tools, generation)
 
     def _fill(self, start: int, end: int, tokens: int) -> tuple[Conversation, bool]:
         """Keep as much of an exchange of so many tokens as fits, and say whether all of its answer does."""
         messages, few = self._cut(start, end, _FEWEST), _FEWEST
-        fewest = self._count_prompt(messages)
+        fewest = self._count(messages[:-1], generation=True)
         answer = self._count(messages) - fewest
         room = max(self.limit - answer, _quarter(self.limit))  # more than is left if the answer loses its end
         whole, most = self._between(start, end), tokens - answer
@@ -103,7 +101,7 @@ class _Shortening:
             part = (room - room // 200 - fewest) / (most - fewest) if number % 3 < 2 else 0.5
             guess = min(max(few + int((many - few) * part), few + 1), many - 1)
             cut = self._cut(start, end, guess)
-            found = self._count_prompt(cut)
+            found = self._count(cut[:-1], generation=True)
             if found <= room:
                 messages, few, fewest = cut, guess, found
             else:

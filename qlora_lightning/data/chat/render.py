@@ -3,14 +3,11 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from qlora_lightning.data.chat.control_tokens import ControlTokens
-from qlora_lightning.data.chat.templates import find_presets, find_reasoning_key
+from qlora_lightning.data.chat.templates import find_reasoning_key
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Conversation, Message, Tools
 from qlora_lightning.support.errors import UserError
@@ -23,8 +20,10 @@ _INLINE = re.compile(rf"\s*<({_TAG})>(.*?)</\1>\s*", re.DOTALL)  # reasoning wit
 _OPENED = re.compile(rf"([<\[])({_TAG})([>\]])\s*$", re.IGNORECASE)  # by the generation prompt
 # a block without content, and the line breaks that templates write behind it
 _NO_REASONING = re.compile(rf"\s*(?:[<\[]{_TAG}[>\]]\s*)?[<\[]/{_TAG}[>\]]\n{{0,2}}", re.IGNORECASE)
-_FEW = 8  # answers of one conversation that are all checked by rendering
-_MARK = "An answer, to be found again."
+_FEW = 8  # answers of one conversation that are each found by rendering all that is before them
+_QUESTION: Message = {"role": "user", "content": "A question."}
+_ANSWER: Message = {"role": "assistant", "content": "An answer, to be found again."}
+_ADVICE = "Choose a template that knows tools: data.chat_template: chatml-tools (if the base has ChatML's tokens)"
 
 
 class Answer(NamedTuple):
@@ -50,18 +49,18 @@ class RenderedText(NamedTuple):
     answers: list[Answer]
 
 
-class _Turn(NamedTuple):
-    """An answer as generation sees it: the prompt, what follows it, and how much of that the template itself writes."""
+class _Place(NamedTuple):
+    """The text that an answer is in, its first character, and the one behind its turn."""
 
-    prompt: str
-    said: str
-    own: int
+    text: str
+    start: int
+    end: int
 
 
 class ChatText:
     r"""Renders conversations as text with the chat template of one tokenizer.
 
-    Answers are found by rendering what generation would see before each of them. Their reasoning is handed to the
+    An answer is what the template writes behind the prompt that generation would see. Its reasoning is handed to the
     template under the name that it reads; to one that reads none, as ``<think>…</think>`` before the content. A block
     without reasoning that the template itself writes (Qwen3's ``<think>\n\n</think>\n\n``) belongs to the prompt.
 
@@ -74,7 +73,6 @@ class ChatText:
 
     def __init__(self, tokenizer: Any, controls: ControlTokens, reasoning: str = "template") -> None:
         self.tokenizer, self.controls, self.reasoning = tokenizer, controls, reasoning
-        self._special_tokens = dict(getattr(tokenizer, "special_tokens_map", {}))
         self._reasoning_key = find_reasoning_key(getattr(tokenizer, "chat_template", None))
 
     def render(self, messages: Conversation, tools: Tools, wanted: Sequence[int]) -> list[RenderedText]:
@@ -82,7 +80,6 @@ class ChatText:
 
         Usually that is one text. A template that renders an answer otherwise once more turns follow (some strip its
         reasoning) gives a text of its own for that answer: the conversation up to there, as generation would see it.
-        With ``reasoning: keep`` it is one text, in which each turn follows the answers as they were generated.
 
         Args:
             messages: the conversation, which ends in an answer.
@@ -95,24 +92,20 @@ class ChatText:
             UserError: it writes no stop token after an answer.
         """
         messages = self.drop_earlier_reasoning(messages)
-        text = self._apply(messages, tools)
-        self._check_messages(messages, tools, text)
-        keep = self.reasoning == "keep"
-        spans = self._find_answers(messages, tools, text, find_places(messages) if keep else wanted, text)
-        if keep and None in spans.values():
-            return [self._splice(messages, tools, wanted)]
-        together, apart = [], []
+        text, places = self._write(messages, tools, wanted)
+        _check_messages(messages, text)
+        if tools and self.write(messages, None) == text:
+            raise RowFault(f"the chat template leaves out the tools. {_ADVICE}")
+        apart, together = list[RenderedText](), list[Answer]()
         for number in wanted:
-            span = spans[number]
-            if span:
-                together.append(self._check_answer(messages[number], number, text, *span))
-                continue
-            turn = self._render_turn(messages[:number], messages[number], tools)
-            if turn is None:
+            place = places[number]
+            if place is None:
                 raise _not_preserving(number)
-            alone = turn.prompt + turn.said
-            answer = self._check_answer(messages[number], number, alone, len(turn.prompt) + turn.own, len(alone))
-            apart.append(RenderedText(alone, [answer]))
+            answer = self._check_answer(messages[number], number, place)
+            if place.text == text:
+                together.append(answer)
+            else:
+                apart.append(RenderedText(place.text, [answer]))
         return [*apart, RenderedText(text, together)] if together or not apart else apart
 
     def render_prompt(self, messages: Sequence[Message], tools: Tools) -> RenderedText:
@@ -122,21 +115,14 @@ class ChatText:
             RowFault: the template refuses the conversation, or changes or leaves out a message.
         """
         messages = self.drop_earlier_reasoning(messages, generation=True)
-        text = self._apply(messages, tools, generation=True)
-        self._check_messages(messages, tools, text)
-        spans = self._find_answers(messages, tools, text, find_places(messages))
-        if self.reasoning == "keep" and None in spans.values():
-            return self._splice(messages, tools, (), generation=True)
-        return RenderedText(text, [Answer(number, *span) for number, span in spans.items() if span])
+        text, places = self._write(messages, tools, find_places(messages), generation=True)
+        _check_messages(messages, text)
+        found = [(number, place) for number, place in places.items() if place and place.text == text]
+        return RenderedText(text, [Answer(number, place.start, place.end) for number, place in found])
 
     def write(self, messages: Conversation, tools: Tools, generation: bool = False) -> str:
         """Return the text of messages, or of a prompt, with the earlier answers as ``render`` and it have them."""
-        text = self._apply(messages, tools, generation)
-        if self.reasoning == "keep":
-            places = find_places(messages)
-            if None in self._find_answers(messages, tools, text, places, None if generation else text).values():
-                return self._splice(messages, tools, (), generation).text
-        return text
+        return self._write(messages, tools, (), generation)[0]
 
     def drop_earlier_reasoning(self, messages: Sequence[Message], generation: bool = False) -> Conversation:
         """Return messages without the reasoning of all answers but the last, if reasoning is dropped.
@@ -154,26 +140,13 @@ class ChatText:
     def _apply(self, messages: Sequence[Message], tools: Tools, generation: bool = False) -> str:
         plain = [self._as_read(message) for message in messages]
         try:
-            return self._render_plain(plain, tools, generation)
-        except TemplateError as error:
-            calls = tools or any("tool_calls" in message for message in messages)
-            advice = f". {self._advise_on_tools()}" if calls else ""
-            raise RowFault(f"the chat template refuses the conversation: {error}{advice}") from error
-        except Exception as error:  # a template is a program, and may fail in any way on what it does not expect
-            raise RowFault(f"the chat template fails on the conversation: {type(error).__name__}: {error}") from error
-
-    def _render_plain(self, plain: list[dict[str, Any]], tools: Tools, generation: bool) -> str:
-        """Call the template; as ``apply_chat_template`` does, without what it does for other kinds of messages."""
-        tokenizer = self.tokenizer
-        if getattr(type(tokenizer), "apply_chat_template", None) is not PreTrainedTokenizerBase.apply_chat_template:
             return str(
-                tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, add_generation_prompt=generation)
+                self.tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, add_generation_prompt=generation)
             )
-        template = tokenizer.get_chat_template(tools=tools)
-        (text,), _ = render_jinja_template(
-            [plain], tools=tools, chat_template=template, add_generation_prompt=generation, **self._special_tokens
-        )
-        return str(text)
+        except Exception as error:  # a template is a program, and may fail in any way on what it does not expect
+            advice = f". {_ADVICE}" if tools or any("tool_calls" in message for message in messages) else ""
+            reason = f"{type(error).__name__}: {error}{advice}"
+            raise RowFault(f"the chat template cannot render the conversation: {reason}") from error
 
     def _as_read(self, message: Message) -> dict[str, Any]:
         """Return a message as the template reads it: without marks, its reasoning where the template looks for it."""
@@ -185,132 +158,79 @@ class ChatText:
             plain["content"] = "<think>\n" + thought.strip("\n") + "\n</think>\n\n" + message["content"]
         return plain
 
-    def _render_turn(
-        self, before: Sequence[Message], message: Message, tools: Tools, whole: str | None = None
-    ) -> _Turn | None:
-        """Render an answer as generation would see and continue it; None if the template does not let it.
-
-        Args:
-            before: the messages before it.
-            message: the answer.
-            tools: what may be called.
-            whole: both rendered, if that is known.
-        """
-        prompt = self._apply(before, tools, generation=True)
-        if whole is None:
-            whole = self._apply([*before, message], tools)
-        if whole.startswith(prompt):
-            said = whole[len(prompt) :]
-            return _Turn(prompt, said, _count_own(message, said))
-        opened = _OPENED.search(prompt)
-        if not opened or not whole.startswith(prompt[: opened.start()]):
-            return None
-        # as DeepSeek-R1: the prompt opens the reasoning, which the template never writes itself
-        thought, _ = _split_reasoning(message)
-        closing = f"\n{opened[1]}/{opened[2]}{opened[3]}\n\n"
-        said = (thought or "").strip("\n") + closing + whole[opened.start() :].lstrip("\n")
-        return _Turn(prompt, said, len(closing) if thought is None else 0)
-
-    def _find_answers(
-        self, messages: Conversation, tools: Tools, text: str, wanted: Sequence[int], whole: str | None = None
-    ) -> dict[int, tuple[int, int] | None]:
-        """Return where each answer starts in the text and where its turn ends; None if generation sees another text.
-
-        A few answers are each checked by rendering: the text before an answer is the prompt that generation gets, and
-        the text to its end the conversation so far. Of many, that would cost the square of their number: the first, the
-        last and those at doubled distances are checked so, the others looked up by the header that a prompt ends with,
-        which the text must hold exactly once for each answer. With ``reasoning: keep`` the first that generation sees
-        otherwise is enough: then all are spliced.
-        """
-        checked = list(wanted)
-        if len(wanted) > _FEW:
-            checked = sorted(
-                {wanted[0], wanted[-1], *(wanted[2**power] for power in range(len(wanted).bit_length() - 1))}
-            )
-        spans = {number: self._find_answer(messages, tools, number, text, whole) for number in checked}
-        if len(checked) == len(wanted) or (self.reasoning == "keep" and None in spans.values()):
-            return spans
-        between = None if None in spans.values() else self._find_by_header(messages, tools, text)
-        if between is None or any(span and between[number][0] != span[0] for number, span in spans.items()):
-            return {number: self._find_answer(messages, tools, number, text, whole) for number in wanted}
-        return {number: spans.get(number, between[number]) for number in wanted}
-
-    def _find_answer(
-        self, messages: Conversation, tools: Tools, number: int, text: str, whole: str | None
-    ) -> tuple[int, int] | None:
-        is_last = number == len(messages) - 1
-        turn = self._render_turn(messages[:number], messages[number], tools, whole if is_last else None)
-        if turn is None or not text.startswith(turn.prompt + turn.said):
-            return None
-        return len(turn.prompt) + turn.own, len(turn.prompt) + len(turn.said)
-
-    def _find_by_header(self, messages: Conversation, tools: Tools, text: str) -> dict[int, tuple[int, int]] | None:
-        """Return where the turn of each answer starts and ends, by what a prompt ends with; None if that is unclear."""
-        places = find_places(messages)
-        headers: dict[str, str] = {}  # by the role before the answer
-        for number in places:
-            before = messages[:number]
-            if before[-1]["role"] not in headers:
-                prompt = self._apply(before, tools, generation=True)
-                header = prompt.removeprefix(self._apply(before, tools))
-                last = max((found.start() for found in self.controls.pattern.finditer(prompt)), default=0)
-                headers[before[-1]["role"]] = header or prompt[last:]
-        wanted = [headers[messages[number - 1]["role"]] for number in places]
-        found = list(re.finditer("|".join(map(re.escape, sorted(set(wanted), key=len, reverse=True))), text))
-        if [header[0] for header in found] != wanted:
-            return None
-        starts = [header.end() for header in found]
-        turns = zip(places, starts, [*starts[1:], len(text)], strict=True)
-        return {number: (start + _count_own(messages[number], text[start:end]), end) for number, start, end in turns}
-
-    def _splice(
+    def _write(
         self, messages: Conversation, tools: Tools, wanted: Sequence[int], generation: bool = False
-    ) -> RenderedText:
-        """Render a conversation with each answer as it was generated, and what the template writes between them.
+    ) -> tuple[str, dict[int, _Place | None]]:
+        """Return the text of messages and the places of answers; None for one that generation could not begin so.
 
-        Both are taken from the turns around: the nearest question before an answer, it and what follows.
+        To render all that is before each of many answers would cost the square of their number. If the turns as they
+        are generated, one behind the other, are the text, then each is where it was put.
         """
-        places = find_places(messages)
-        system = messages[:1] if messages[0]["role"] == "system" else []
-        text, answers = self._apply(messages[: places[0]], tools, generation=True), list[Answer]()
-        for number, following in zip(places, [*places[1:], len(messages)], strict=True):
-            asked = next(at for at in range(number - 1, -1, -1) if messages[at]["role"] == "user")
-            around = [*system, messages[asked]]
-            turn = self._render_turn(around, messages[number], tools)
+        if self.reasoning == "keep":
+            return self._write_as_generated(messages, tools, generation)
+        text = self._apply(messages, tools, generation)
+        if len(wanted) > _FEW:
+            with suppress(RowFault):  # the template may refuse the short conversations that turns are rendered in
+                written, places = self._write_as_generated(messages, tools, generation)
+                if written == text:
+                    return written, places
+        return text, {number: self._find_place(messages, tools, number, text, generation) for number in wanted}
+
+    def _find_place(
+        self, messages: Conversation, tools: Tools, number: int, text: str, generation: bool
+    ) -> _Place | None:
+        """Return the place of an answer in the text, or else in the text of the conversation that it ends."""
+        prompt = self._apply(messages[:number], tools, generation=True)
+        is_all = number == len(messages) - 1 and not generation
+        turn = _find_turn(messages[number], prompt, text if is_all else self._apply(messages[: number + 1], tools))
+        if turn is None:
+            return None
+        said, own = turn
+        alone = prompt + said
+        return _Place(text if text.startswith(alone) else alone, len(prompt) + own, len(alone))
+
+    def _write_as_generated(
+        self, messages: Conversation, tools: Tools, generation: bool
+    ) -> tuple[str, dict[int, _Place | None]]:
+        """Write each answer as it was generated, and between them what the template writes there.
+
+        Both are rendered behind a short question, whatever was asked: a template that makes a difference is found out
+        by the text, which is another then.
+        """
+        answers = find_places(messages)
+        short = [*(one for one in messages[:1] if one["role"] == "system"), _QUESTION]
+        prompt = self._apply(short, None, generation=True)
+        text, spans = self._apply(messages[: min(answers, default=len(messages))], tools, generation=True), {}
+        for number, following in zip(answers, [*answers[1:], len(messages)], strict=False):
+            turn = _find_turn(messages[number], prompt, self._apply([*short, messages[number]], None))
             if turn is None:
                 raise _not_preserving(number)
-            start = len(text)
-            text += turn.said
-            answer = self._check_answer(messages[number], number, text, start + turn.own, len(text))
-            answers += [answer] if generation or number in wanted else []
+            said, own = turn
+            spans[number] = len(text) + own, len(text) + len(said)
+            text += said
             if following == len(messages) and not generation:
                 break
-            marked: Message = {"role": "assistant", "content": _MARK}
-            rendered = self._apply([*around, marked, *messages[number + 1 : following]], tools, generation=True)
-            between = rendered.rpartition(_MARK)[2]
-            end = self.controls.pattern.search(between)  # the template's own end of that turn
-            text = text[: answer.end] + between[end.end() if end else 0 :]
-        return RenderedText(text, answers)
+            marked = self._apply([*short, _ANSWER, *messages[number + 1 : following]], None, generation=True)
+            behind = marked.rpartition(_ANSWER["content"])[2]
+            stop = self.controls.stop_pattern.search(text, spans[number][0])
+            end = self.controls.pattern.search(behind)  # of the turn, as the template itself writes it
+            text = text[: stop.end() if stop else None] + behind[end.end() if end else 0 :]
+        return text, {number: _Place(text, *span) for number, span in spans.items()}
 
-    def _check_answer(self, message: Message, number: int, text: str, start: int, limit: int) -> Answer:
+    def _check_answer(self, message: Message, number: int, place: _Place) -> Answer:
         """Check what the turn of an answer says, and return it to the end of its stop token."""
-        thought, content = _split_reasoning(message)
-        calls = message.get("tool_calls", [])
+        text, start, limit = place
         stop = self.controls.stop_pattern.search(text, start, limit)
-        first: re.Match[str] | None = stop
-        if not calls:  # some templates begin a call with a control token; behind an answer there is none but the stop
-            at = text.rfind(content.strip(), start, stop.start() if stop else limit)
-            first = self.controls.pattern.search(text, max(at + len(content.strip()), start), limit)
-        if stop is None or first is None or first.start() != stop.start():
-            known = ", ".join(repr(token) for token in self.controls.ids if self.controls.stop_pattern.fullmatch(token))
+        if stop is None:
             raise UserError(
-                "the model would never learn to stop: after an answer the chat template should write a stop token "
-                f"({known or 'the tokenizer names none'}), but writes {first[0] if first else 'none'!r}. Use the "
-                f"tokenizer and template that belong together. The turn as rendered: {text[start:limit]!r}"
+                "the model would never learn to stop: the chat template writes no token after an answer at which "
+                "generation stops. Use the tokenizer and template that belong together. The turn as rendered: "
+                f"{text[start:limit]!r}"
             )
         said = text[start : stop.end()]
-        parts = ((thought or "").strip(), content.strip(), *_leaves([call["function"] for call in calls]))
-        if not all(part in said for part in parts):
+        thought, content = _split_reasoning(message)
+        calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", [])]
+        if not all(part in said for part in ((thought or "").strip(), content.strip(), *_leaves(calls))):
             raise RowFault(f"the chat template changes the answer (message {number + 1}) to {said!r}")
         spans = message.get("untrained", ())
         at = text.rfind(message["content"].strip(), start, stop.start()) if spans else 0  # it may have been stripped
@@ -319,33 +239,35 @@ class ChatText:
         at -= len(message["content"]) - len(message["content"].lstrip())
         return Answer(number, start, stop.end(), tuple((at + first, at + behind) for first, behind in spans))
 
-    def _check_messages(self, messages: Sequence[Message], tools: Tools, text: str) -> None:
-        """Refuse a template that leaves out or changes what is said or may be called, beside the answers."""
-        for number, message in enumerate(messages, start=1):
-            content = message["content"].strip()
-            if message["role"] != "assistant" and content not in text and _as_json(content) not in text:
-                raise RowFault(f"the chat template leaves out or changes message {number} ({message['role']})")
-            if any(str(call["function"]["name"]) not in text for call in message.get("tool_calls", [])):
-                raise self._lacks_tools(f"the tool calls of message {number}")
-        for tool in tools or ():
-            name = str(tool.get("function", tool).get("name"))
-            if name not in text:
-                raise self._lacks_tools(f"the tool {name!r}")
-        if tools and self._apply(messages, None) == text:
-            raise self._lacks_tools("the tools")
-
-    def _lacks_tools(self, what: str) -> RowFault:
-        return RowFault(f"the chat template leaves out {what}: it knows no tools. {self._advise_on_tools()}")
-
-    def _advise_on_tools(self) -> str:
-        fits = "chatml-tools" in find_presets(self.tokenizer)
-        choice = "data.chat_template: chatml-tools" if fits else "data.chat_template with a .jinja file of your own"
-        return f"Choose a template that does: {choice}"
-
 
 def find_places(messages: Sequence[Message]) -> list[int]:
     """Return the places of the answers."""
     return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _find_turn(message: Message, prompt: str, whole: str) -> tuple[str, int] | None:
+    """Return what generation must produce behind a prompt; None if the template does not let it.
+
+    Args:
+        message: the answer.
+        prompt: what generation begins with.
+        whole: the conversation that the answer ends.
+
+    Returns:
+        The text, and how many characters of it are a block without reasoning that the template itself writes.
+    """
+    thought, _ = _split_reasoning(message)
+    if whole.startswith(prompt):
+        said = whole[len(prompt) :]
+        block = _NO_REASONING.match(said) if thought is None else None
+        return said, block.end() if block else 0
+    opened = _OPENED.search(prompt)
+    if not opened or not whole.startswith(prompt[: opened.start()]):
+        return None
+    # as DeepSeek-R1: the prompt opens the reasoning, which the template never writes itself
+    closing = f"\n{opened[1]}/{opened[2]}{opened[3]}\n\n"
+    said = (thought or "").strip("\n") + closing + whole[opened.start() :].lstrip("\n")
+    return said, len(closing) if thought is None else 0
 
 
 def _not_preserving(number: int) -> RowFault:
@@ -353,6 +275,16 @@ def _not_preserving(number: int) -> RowFault:
         f"the chat template is not prefix-preserving: it renders message {number + 1} (assistant) otherwise than "
         "generation would see and continue it"
     )
+
+
+def _check_messages(messages: Sequence[Message], text: str) -> None:
+    """Refuse a template that leaves out or changes what is said, beside the answers."""
+    for number, message in enumerate(messages, start=1):
+        content = message["content"].strip()
+        if message["role"] != "assistant" and content not in text and _as_json(content) not in text:
+            raise RowFault(f"the chat template leaves out or changes message {number} ({message['role']})")
+        if any(call["function"]["name"] not in text for call in message.get("tool_calls", [])):
+            raise RowFault(f"the chat template leaves out the tool calls of message {number}. {_ADVICE}")
 
 
 def _split_reasoning(message: Message) -> tuple[str | None, str]:
@@ -376,27 +308,18 @@ def _without_reasoning(message: Message) -> Message:
     return plain
 
 
-def _count_own(message: Message, said: str) -> int:
-    """Count the characters of a block without reasoning that the template itself writes before an answer."""
-    thought, _ = _split_reasoning(message)
-    block = _NO_REASONING.match(said) if thought is None else None
-    return block.end() if block else 0
-
-
 def _leaves(value: Any) -> Iterator[str]:
     """Yield the texts and numbers in a value, as they are in JSON without quotes."""
     if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _leaves(inner) if key in ("name", "arguments") else (_as_json(str(key)), *_leaves(inner))
-    elif isinstance(value, list):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
         for inner in value:
             yield from _leaves(inner)
-    elif isinstance(value, str):
+    elif isinstance(value, str | int | float) and not isinstance(value, bool):
         yield _as_json(value)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield json.dumps(value)
 
 
-def _as_json(text: str) -> str:
-    """The text as a JSON string has it, without its quotes: how some templates write what a tool returned."""
-    return json.dumps(text, ensure_ascii=False)[1:-1]
+def _as_json(value: str | float) -> str:
+    """Return a text or number as JSON has it, without quotes: how some templates write what a tool returned."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text[1:-1] if isinstance(value, str) else text

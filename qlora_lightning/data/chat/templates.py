@@ -1,9 +1,8 @@
 """The chat template that a tokenizer renders with: its own, a preset or the user's file, and its variables."""
 
 import copy
-import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -91,30 +90,25 @@ def find_reasoning_key(template: str | Mapping[str, str] | None) -> str | None:
 def _put_template(tokenizer: Any, choice: str) -> Any:
     """Return a copy of a tokenizer with the template of a preset or a file."""
     chosen = copy.deepcopy(tokenizer)
-    if choice in PRESETS:
-        _check_preset(tokenizer, choice)
-        _make_special(chosen, PRESETS[choice])
-        text = (_FOLDER / f"{choice}.jinja").read_text(encoding="utf-8")
-        # Llama 3 always begins with a BOS; in ChatML and Alpaca a model sees one if it did in its pre-training
-        has_bos = choice == "llama3" or (tokenizer.bos_token not in PRESETS[choice] and writes_bos(tokenizer))
-        chosen.chat_template = text if has_bos else text.removeprefix(_BOS)
+    if choice not in PRESETS:
+        file = Path(choice).expanduser()
+        if not file.is_file():
+            hint = nearest(choice, PRESETS)
+            raise UserError(f"chat_template: expected {', '.join(PRESETS)} or a .jinja file, found {choice!r}.{hint}")
+        chosen.chat_template = file.read_text(encoding="utf-8")
         return chosen
-    file = Path(choice).expanduser()
-    if not file.is_file():
-        beside = [str(entry) for entry in file.parent.iterdir()] if file.parent.is_dir() else []
-        hint = nearest(choice, [*PRESETS, *beside])
-        raise UserError(f"chat_template: expected {', '.join(PRESETS)} or a .jinja file, found {choice!r}.{hint}")
-    chosen.chat_template = file.read_text(encoding="utf-8")
-    return chosen
-
-
-def _check_preset(tokenizer: Any, name: str) -> None:
-    lacking = _lacking(tokenizer, name)
+    lacking = _lacking(tokenizer, choice)
     if lacking:
         raise UserError(
-            f"chat_template: {name} needs {', '.join(lacking)}, which {name_tokenizer(tokenizer)} does not have. "
+            f"chat_template: {choice} needs {', '.join(lacking)}, which {name_tokenizer(tokenizer)} does not have. "
             f"Presets that fit it: {', '.join(find_presets(tokenizer)) or 'none'}; or name a .jinja file."
         )
+    _make_special(chosen, PRESETS[choice])
+    text = (_FOLDER / f"{choice}.jinja").read_text(encoding="utf-8")
+    # Llama 3 always begins with a BOS; in ChatML and Alpaca a model sees one if it did in its pre-training
+    has_bos = choice == "llama3" or (tokenizer.bos_token not in PRESETS[choice] and writes_bos(tokenizer))
+    chosen.chat_template = text if has_bos else text.removeprefix(_BOS)
+    return chosen
 
 
 def _lacking(tokenizer: Any, name: str) -> list[str]:
@@ -133,30 +127,33 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], whose: str) -> An
     """Return a tokenizer whose template holds the options and no clock; itself if that changes nothing.
 
     Raises:
-        UserError: the template has no such variable, or a value cannot be written into a template.
+        UserError: the template has no such variable.
         TemplateSyntaxError: it is not a template.
     """
     own = tokenizer.chat_template
     saved = own if isinstance(own, dict) else {"": own}
     # the date of an adapter's template may be set again, as every other variable
-    named = {name: _STOPPED.sub("", text) for name, text in saved.items()} if _CLOCK in options else saved
+    texts = {name: _STOPPED.sub("", text) for name, text in saved.items()} if _CLOCK in options else saved
     variables = {
-        name: frozenset(find_undeclared_variables(_PARSER.parse(_GENERATION.sub("", text))))
-        for name, text in named.items()
+        name: find_undeclared_variables(_PARSER.parse(_GENERATION.sub("", text))) for name, text in texts.items()
     }
-    if options:
-        passed = _PASSED.union(tokenizer.special_tokens_map)
-        _check_options(options, frozenset[str]().union(*variables.values()) - passed, whose)
-    defaults = "".join(
-        f"{{%- if {name} is not defined %}}{{%- set {name} = {_as_literal(name, value)} %}}{{%- endif %}}\n"
+    passed = _PASSED.union(getattr(tokenizer, "special_tokens_map", ()))
+    known = set[str]().union(*variables.values()) - passed
+    for name in options:
+        if name not in known:
+            others = ", ".join(sorted(known)) or "none"
+            hint = nearest(name, known)
+            raise UserError(f"template_options: {whose} has no variable {name!r}, its variables: {others}.{hint}")
+    defaults = "".join(  # jinja's literals are Python's
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}\n"
         for name, value in options.items()
         if name != _CLOCK
     )
-    clock = _stopped_clock(options.get(_CLOCK, _FIXED_DATE))
+    clock = _stop_clock(date.fromisoformat(str(options.get(_CLOCK, _FIXED_DATE))))
     # jinja drops the line break after a tag; a template of an adapter folder may have the same options already
     changed = {
         name: defaults + (clock if _CLOCK in variables[name] else "") + text.removeprefix(defaults)
-        for name, text in named.items()
+        for name, text in texts.items()
     }
     if changed == saved:
         return tokenizer
@@ -165,32 +162,8 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], whose: str) -> An
     return tokenizer
 
 
-def _check_options(options: Mapping[str, Any], known: Collection[str], whose: str) -> None:
-    for name in options:
-        if name not in known:
-            others = ", ".join(sorted(known)) or "none"
-            hint = nearest(name, known)
-            raise UserError(f"template_options: {whose} has no variable {name!r}, its variables: {others}.{hint}")
-
-
-def _as_literal(name: str, value: Any) -> str:
-    """Write a value as jinja reads it, whose literals are Python's."""
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"template_options: {name}: expected a text, a number, true, false or a list or mapping of these, found "
-            f"{value!r}."
-        ) from error
-    return repr(value)
-
-
-def _stopped_clock(value: Any) -> str:
+def _stop_clock(day: date) -> str:
     """Return a macro that stands for ``strftime_now`` and writes one date, at midnight."""
-    try:
-        day = date.fromisoformat(str(value))
-    except ValueError as error:
-        raise UserError(f"template_options: {_CLOCK}: expected a date such as 2026-11-27, found {value!r}.") from error
     codes = {code: day.strftime(code) for code in _DATE_CODES} | {"%-d": str(day.day), "%F": day.isoformat()}
     filled = "".join(f" | replace({code!r}, {text!r})" for code, text in codes.items())
     return f"{{%- macro {_CLOCK}(format) %}}{{{{- format{filled} }}}}{{%- endmacro %}}\n"

@@ -8,7 +8,6 @@ from tokenizers import Tokenizer, normalizers
 
 from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
 from qlora_lightning.data.chat.lengths import shorten, split_up
-from qlora_lightning.data.chat.render import ChatText
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Chat, Text, Tokens
@@ -57,8 +56,9 @@ def test_tools_with_a_base_whose_template_knows_none(smol, talk):
         {"role": "tool", "content": "7"},
         {"role": "assistant", "content": "Seven."},
     ]
-    with pytest.raises(RowFault, match=r"it knows no tools\. Choose .*data\.chat_template: chatml-tools"):
-        ChatRenderer(smol).render(conversation, TOOLS)
+    for known in (smol, choose_chat_template(smol, "chatml")):
+        with pytest.raises(RowFault, match=r"Choose .*data\.chat_template: chatml-tools"):
+            ChatRenderer(known).render(conversation, TOOLS)
     chosen = choose_chat_template(smol, "chatml-tools")
     (rendered,) = ChatRenderer(chosen).render(conversation, TOOLS)
     assert chosen.decode(rendered.ids) == (
@@ -77,21 +77,6 @@ def test_tools_with_a_base_whose_template_knows_none(smol, talk):
     trained = said("Let me add.", call(a=2, b=2)) + "Four.<|im_end|>" + said("", call(c=3)) + "Seven.<|im_end|>"
     added = '\n<tool_call>\n{"name": "add", "arguments": {"a": "é"}}\n</tool_call><|im_end|>Four'
     assert labelled(chosen, rendered) == trained.replace("<|im_end|>Four", added, 1)
-
-
-@pytest.mark.parametrize(
-    ("name", "preset", "advice"),
-    [
-        ("qwen25", "chatml", "chatml-tools"),
-        ("qwen25", "alpaca", "chatml-tools"),
-        ("llama31", "alpaca", r"with a \.jinja file of your own"),
-    ],
-)
-def test_presets_without_tools_name_the_one_that_has_them(families, talk, name, preset, advice):
-    renderer = ChatRenderer(choose_chat_template(families[name], preset))
-    for conversation, tools in ((talk("q", "a"), TOOLS), ([*talk("q"), calling(call(a=1))], None)):
-        with pytest.raises(RowFault, match=f"tool.*Choose a template that does: data\\.chat_template.*{advice}"):
-            renderer.render(conversation, tools)
 
 
 def thinking(content, thought):
@@ -264,63 +249,52 @@ def test_without_a_chat_template_conversations_are_refused(smol, talk):
             ask(talk("q", "a"))
 
 
-def agent_trace(steps):
+def agent_trace(steps, **marks):
     conversation = [{"role": "user", "content": "task"}]
     for number in range(steps):
         conversation += [
-            calling(call(step=number)),
+            {**calling(call(step=number)), **marks},
             {"role": "tool", "content": f"result {number}"},
         ]
-    return [*conversation, {"role": "assistant", "content": "done"}]
+    return [*conversation, {"role": "assistant", "content": "done", **marks}]
 
 
-@pytest.fixture
-def rendered_messages(monkeypatch):
-    """How many messages each call of a template rendered."""
-    rendered, plain = [], ChatText._render_plain
-
-    def count(self, messages, *rest):
-        rendered.append(len(messages))
-        return plain(self, messages, *rest)
-
-    monkeypatch.setattr(ChatText, "_render_plain", count)
-    return rendered
-
-
-@pytest.mark.parametrize("name", ["qwen25", "llama31", "mistral", "qwen3_agent"])
 @pytest.mark.parametrize("reasoning", ["template", "keep"])
-def test_long_conversations_cost_what_their_length_does(
-    families, talk, name, reasoning, monkeypatch, rendered_messages
-):
-    """And the samples are those of a renderer that checks every answer."""
-    costs = []
+@pytest.mark.parametrize("name", ["qwen25", "llama31", "mistral", "qwen3_agent"])
+def test_long_conversations_cost_what_their_length_does(families, talk, name, reasoning, monkeypatch):
+    """And before each answer are the ids of the prompt, as for a short conversation."""
+    tokenizer, rendered, costs = families[name], [], []
+    apply = type(tokenizer).apply_chat_template
+
+    def count(self, messages, *rest, **options):
+        rendered.append(len(messages))
+        return apply(self, messages, *rest, **options)
+
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", count)
     for turns in (100, 200):
-        conversation = talk(*(f"{'qa'[n % 2]}{n}" for n in range(2 * turns)))
-        if name != "mistral":
-            conversation = agent_trace(turns)
+        conversation = agent_trace(turns)
+        if name == "mistral":
+            conversation = talk(*(f"{'qa'[n % 2]}{n}" for n in range(2 * turns)))
         if name == "qwen3_agent":
             conversation = [
                 {**one, "reasoning_content": "hm"} if one["role"] == "assistant" else one for one in conversation
             ]
-        rendered_messages.clear()
-        (sample,) = ChatRenderer(families[name], reasoning=reasoning).render(conversation)
-        costs.append(sum(rendered_messages))
+        rendered.clear()
+        (sample,) = ChatRenderer(tokenizer, reasoning=reasoning).render(conversation)
+        costs.append(sum(rendered))
     assert costs[1] < 2.2 * costs[0]
-    monkeypatch.setattr("qlora_lightning.data.chat.render._FEW", 10_000)
-    assert ChatRenderer(families[name]).render(conversation) == [sample]
-    assert sum(number == families[name].eos_token_id for number in sample.labels) == turns + (name != "mistral")
+    places = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
+    starts = [at for at, label in enumerate(sample.labels) if label >= 0 > sample.labels[at - 1]]
+    for place, start in [*zip(places, starts, strict=True)][::40]:
+        assert ChatRenderer(tokenizer, reasoning=reasoning).render_prompt(conversation[:place]) == sample.ids[:start]
 
 
-def test_kept_reasoning_of_many_turns_costs_what_their_length_does(families, rendered_messages):
-    costs = []
-    for turns in (100, 200):
-        rendered_messages.clear()
-        question = {"role": "user", "content": "q"}
-        conversation = [one for n in range(turns) for one in (question, thinking(f"a{n}", f"hm{n}"))]
-        (sample,) = ChatRenderer(families["qwen3_agent"], reasoning="keep").render(conversation)
-        costs.append(sum(rendered_messages))
-    assert costs[1] < 2.2 * costs[0]
-    assert labelled(families["qwen3_agent"], sample).count("<think>") == 200
+def test_kept_reasoning_of_many_turns(families):
+    question = {"role": "user", "content": "q"}
+    conversation = [one for n in range(20) for one in (question, thinking(f"a{n}", f"hm{n}"))]
+    (sample,) = ChatRenderer(families["qwen3_agent"], reasoning="keep").render(conversation)
+    wanted = "".join(f"<think>\nhm{n}\n</think>\n\na{n}<|im_end|>" for n in range(20))
+    assert labelled(families["qwen3_agent"], sample) == wanted
 
 
 def test_text_like_a_header_in_one_of_many_answers(families, talk):

@@ -1,5 +1,3 @@
-import re
-
 import pytest
 from tokenizers.processors import TemplateProcessing
 
@@ -65,14 +63,6 @@ def test_a_template_that_rewrites_history_is_rendered_turn_by_turn(smol, templat
     assert ChatRenderer(smol, train_on="last").render(conversation) == [whole]
 
 
-def test_answers_that_survive_history_stay_together(smol, templates, talk):
-    smol.chat_template = templates.qwen
-    conversation = talk("q", "a", "r", "<think>hm</think>b", "s", "c")
-    second, whole = ChatRenderer(smol).render(conversation)
-    assert labelled(smol, second) == "<think>hm</think>b<|im_end|>"
-    assert labelled(smol, whole) == "a<|im_end|>c<|im_end|>"
-
-
 def test_a_template_that_writes_no_answer_as_it_begins_it_is_refused(smol, talk):
     smol.chat_template = (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
@@ -100,34 +90,27 @@ TOOLS = (
 )
 
 
-def test_calls_of_tools_are_trained_and_what_tools_return_is_not(smol, talk):
-    smol.chat_template = TOOLS
-    call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
-    conversation = [
-        {"role": "user", "content": "time?"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": "noon"},
-        {"role": "assistant", "content": "It is noon."},
-    ]
-    tools = [{"type": "function", "function": {"name": "clock"}}]
-    (rendered,) = ChatRenderer(smol).render(conversation, tools)
-    said = 'CALL {"name": "clock", "arguments": {}}<|im_end|>It is noon.<|im_end|>'
-    assert labelled(smol, rendered) == said
-    smol.chat_template = TOOLS.replace("{% if tools %}", "{% if false %}")
-    with pytest.raises(RowFault, match="leaves out the tools: it knows no tools"):
-        ChatRenderer(smol).render(conversation, tools)
+TURN = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
 
 
 @pytest.mark.parametrize(
-    ("ending", "found"),
-    [("", "'none'"), ("<|endoftext|>", "'<|endoftext|>'"), ("<|endoftext|><|im_end|>", "'<|endoftext|>'")],
+    ("template", "reason"),
+    [
+        (TURN.replace("<|im_end|>", ""), "never learn to stop"),
+        (TURN.replace("<|im_end|>", "<|endoftext|>"), "never learn to stop"),
+        (TURN, "expected one BOS token .*, found none"),
+        ("{{ bos_token }}{{ bos_token }}" + TURN, "expected one BOS token .*, found two"),
+        ("{{ raise_exception('no system role') }}", "cannot render the conversation: TemplateError: no system role"),
+        ("{{ messages[0]['content'] + 1 }}", "cannot render the conversation: TypeError"),
+    ],
 )
-def test_a_template_without_stop_token_is_refused(smol, talk, ending, found):
-    smol.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}" + ending + "\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
+def test_a_template_that_would_train_something_else_is_refused(smol, talk, template, reason):
+    smol.chat_template = template
+    smol.add_special_tokens({"bos_token": "<|im_start|>"})
+    smol.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
     )
-    with pytest.raises(UserError, match=rf"never learn to stop.*{re.escape(found)}"):
+    with pytest.raises(UserError, match=reason):
         render(smol, talk("q", "the answer"))
 
 
@@ -141,30 +124,6 @@ def test_a_template_that_drops_or_changes_a_message_is_refused(smol, talk):
         render(smol, system + talk("Q", "A"))
     with pytest.raises(RowFault, match="changes the answer"):
         render(smol, talk("Q", "abc"))
-
-
-def test_a_bos_that_the_tokenizer_writes_and_the_template_forgets_is_refused(smol, talk):
-    smol.add_special_tokens({"bos_token": "<|endoftext|>"})
-    smol.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
-    )
-    with pytest.raises(UserError, match=r"expected the BOS token '<\|endoftext\|>' first.*begins: '<\|im_start"):
-        render(smol, talk("q", "a"))
-
-
-def test_what_the_template_raises_is_the_reason(smol, talk):
-    smol.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(RowFault, match="refuses the conversation: no system role"):
-        render(smol, talk("q", "a"))
-    smol.chat_template = "{{ messages[0]['content'] + 1 }}"
-    with pytest.raises(RowFault, match="fails on the conversation: TypeError"):
-        render(smol, talk("q", "a"))
-
-
-def test_a_second_bos_is_refused(smol, talk):
-    smol.chat_template = "{{ bos_token }}{{ bos_token }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
-    with pytest.raises(UserError, match="expected one BOS token, found two"):
-        render(smol, talk("q", "a"))
 
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"city": "Rome"}}}
@@ -203,8 +162,11 @@ def test_calls_of_an_answer_that_is_not_trained_must_be_there_too(smol, talk):
     smol.chat_template = TOOLS
     assert labelled(smol, render(smol, conversation)) == "a<|im_end|>"
     smol.chat_template = TOOLS.replace("m['tool_calls'] or []", "[]")
-    with pytest.raises(RowFault, match="leaves out the tool calls of message 2: it knows no tools"):
+    with pytest.raises(RowFault, match="leaves out the tool calls of message 2"):
         render(smol, conversation)
+    smol.chat_template = TOOLS.replace("{% if tools %}", "{% if false %}")
+    with pytest.raises(RowFault, match="leaves out the tools"):
+        ChatRenderer(smol).render(conversation, [CALL])
 
 
 def test_what_a_tool_returned_may_be_there_as_json(smol, talk):

@@ -99,14 +99,6 @@ def test_the_last_prompt_loses_its_middle(shorten, talk):
     assert shorten(long_system, 30)[0] == "{s\nabcdefuvwxyz}\n{u\nwhy}\n{a\nk}"
 
 
-def test_a_long_system_message_and_a_long_question_both_lose_their_middle(shorten, talk):
-    """Rows of retrieval: neither fits, whatever becomes of the other, and the system message keeps twice as much."""
-    conversation = [turn("system", "abcdefghijklmnopqrstuvwxyz"), *talk("ABCDEFGHIJKLMNOPQRSTUVWXYZ", "k")]
-    assert shorten(conversation, 33)[:2] == ("{s\nabcdefuvwxyz}\n{u\nABCXYZ}\n{a\nk}", "k}")
-    assert shorten(conversation, 41)[0] == "{s\nabcdefghstuvwxyz}\n{u\nABCDWXYZ}\n{a\nk}\n"
-    assert shorten(conversation, 59)[0] == "{s\nabcdefghijklmnopqrstuvwxyz}\n{u\nABCDEFGHIRSTUVWXYZ}\n{a\nk}"
-
-
 def test_whatever_is_long_in_an_exchange_nearly_all_of_max_length_is_used(smol, shorten, talk):
     """Whether its tokens are evenly long or not, the answer is whole and 98 % of the tokens are there."""
     prose = "the answer to a question about context " * 100
@@ -133,17 +125,6 @@ def test_an_exchange_of_many_calls_that_is_too_long_ends_with_an_earlier_answer(
     text, trained, _ = shorten(conversation, 60)
     assert text == "{u\ntask}\n{a\na0}\n{t\na lt }\n{a\na1}\n{t\nt1}\n{a\na2}\n{t\nt2}\n{a\na3}"
     assert trained == "a0}a1}a2}a3}"
-
-
-@pytest.mark.parametrize(("train_on", "trained"), [("last", "k}"), ("all", "u\nabcop}\n{a\nk}")])
-def test_whatever_is_trained_turns_go_first(shorten, talk, train_on, trained):
-    text, found, _ = shorten(talk("older", "a", "abcdefghijklmnop", "k"), 15, train_on=train_on)
-    assert (text, found) == ("{u\nabcop}\n{a\nk}", trained)
-
-
-def test_an_earlier_answer_that_is_not_trained_may_lose_its_middle(shorten, talk):
-    conversation = [turn("user", "q"), turn("assistant", "x" * 40), turn("tool", "t"), turn("assistant", "k")]
-    assert shorten(conversation, 30, train_on="last")[:2] == ("{u\nq}\n{a\nxxxxxxxx}\n{t\nt}\n{a\nk}", "k}")
 
 
 def test_a_middle_is_not_taken_out_so_that_a_control_token_is_left(families, shorten, talk):

@@ -163,14 +163,8 @@ def test_a_preset_whose_tokens_are_lacking_is_refused_with_those_that_fit(base):
         choose_chat_template(endless, "alpaca")
 
 
-def test_the_first_control_token_after_the_answer_is_the_stop_token(base, write):
-    Path("own.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}\n[/INST]</s>{% endfor %}")
-    assert choose_chat_template(base("mistral"), "own.jinja").eos_token == "[/INST]"
-
-
-@pytest.mark.parametrize(("choice", "hint"), [("lama3", "llama3"), ("./onw.jinja", "own.jinja"), ("no/x.jinja", "")])
-def test_what_is_not_there_is_refused_with_the_nearest(base, write, choice, hint):
-    write("own.jinja", [])
+@pytest.mark.parametrize(("choice", "hint"), [("lama3", "llama3"), ("no/x.jinja", "")])
+def test_what_is_not_there_is_refused_with_the_nearest(base, choice, hint):
     with pytest.raises(UserError, match=f"expected llama3, .* or a .jinja file, found '{choice}'.*{hint}"):
         choose_chat_template(base("qwen25"), choice)
 
@@ -179,11 +173,9 @@ def test_what_is_not_there_is_refused_with_the_nearest(base, write, choice, hint
     ("text", "found"),
     [
         ("a\n{{ b\n", "own.jinja is damaged, line 2"),
-        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "writes no token of .* after an answer"),
         ("{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}", "writes no token of .* after an answer"),
         ("not a template", "does not write what an assistant message says: it makes 'not a template'"),
         ("{{ raise_exception('no') }}", "cannot render a question and its answer: TemplateError: no"),
-        ("{{ 'a' + 1 }}", "cannot render a question and its answer: TypeError"),
     ],
 )
 def test_a_file_that_cannot_work_is_refused_with_the_reason(base, write, text, found):

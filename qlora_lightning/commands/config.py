@@ -53,7 +53,10 @@ def _read_config(name: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not text in UTF-8: {error.reason} at byte {error.start}.") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}.") from error
+        fault = str(error)
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+            fault = f"{error.problem} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
+        raise UserError(f"{name} is not YAML: {fault}.") from error
     if not isinstance(config, dict):
         raise UserError(f"{name} is empty or no mapping: expected keys such as model, data and trainer.")
     return config
@@ -82,6 +85,8 @@ def check_keys(arguments: Sequence[str], configs: Mapping[str, Mapping[str, Any]
         if word.startswith("--") and dot:
             _check_key(section, known, "on the command line")
             _check_key(f"{section}.{inner.partition('.')[0]}", keys[section], "on the command line")
+        elif word.startswith("--") and difflib.get_close_matches(section, known):  # else it may be a command's own
+            _check_key(section, (*known, "help", "print_config"), "on the command line")
 
 
 def _has_class(values: Any) -> bool:

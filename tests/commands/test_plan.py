@@ -72,7 +72,7 @@ def quickstart(folder, adapter):
 
 def test_an_adapter_folder_stands_for_the_config_of_its_run(quickstart, folder, adapter, capsys):
     def plan(*arguments):
-        assert main(["plan", "--json", "plan.json", *arguments]) == 0
+        assert main(["plan", "--json", "plan.json", "--force", *arguments]) == 0
         return json.loads((folder / "plan.json").read_text())
 
     parameters = 2 * 2 * (2 * (64 + 64) + 2 * (64 + 32))
@@ -191,8 +191,8 @@ def test_missing_data_are_told_and_the_rest_is_planned(run):
     ("arguments", "words"),
     [
         (["--device-memory", "16"], "--device-memory is '16': expected a size with its unit, such as 16GiB or 24GB."),
-        (["--json", "none/plan.json"], "--json none/plan.json: there is no folder none."),
-        (["--json", "rows.jsonl"], "--json rows.jsonl: this command reads that file. Name another."),
+        (["--json", "none/plan.json"], "--json none/plan.json: the folder none does not exist"),
+        (["--json", "rows.jsonl"], "--json rows.jsonl exists already."),
         (["stray"], "stray. See `qlora-lightning plan --help`."),
         (["--model.rnk", "4"], "Did you mean model.rank?"),
         (["--model.target_modules", "[q_prj]"], "Did you mean 'q_proj'?"),

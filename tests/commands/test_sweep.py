@@ -184,7 +184,7 @@ def test_target_modules_and_learning_rates_are_all_tried(folder, sweep):
         (["--ranks", "2,4", "--learning-rates", "1e-4,1e-3"], "a sweep varies one thing at a time"),
         (["--learning-rates", "0,1e-3"], "--learning-rates is '0,1e-3': expected positive numbers."),
         (["--min-gain", "-1"], "--min-gain is -1: expected 0 or more"),
-        (["--json", "no/such.json"], "there is no folder no"),
+        (["--json", "no/such.json"], "the folder no does not exist"),
         (["--data.val", "null"], "A sweep compares trials on validation rows, and there are none"),
         (["--model.alpha=3"], "--model.alpha 3: in a sweep of ranks alpha follows the rank"),
         (["--model.rank", "3"], "--model.rank 3: the sweep sets model.rank itself, to 2, 4. Leave it out."),

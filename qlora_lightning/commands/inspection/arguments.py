@@ -109,12 +109,13 @@ def make_data_module(config: Config) -> InstructionDataModule:
 
 
 def _parse_config(arguments: list[str]) -> Config:
-    check_keys(arguments[1:], read_configs(arguments), KNOWN_KEYS)
+    own = dict.fromkeys(("split", "row", "longest", "shortest", "search", "html", "force"))
+    check_keys(arguments[1:], read_configs(arguments), {**KNOWN_KEYS, **own})
     jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))
     try:
         found = _config_parser().parse_args(expand_arguments(arguments[1:]))
     except jsonargparse.ArgumentError as error:
-        raise UserError(describe_parse_error(str(error))) from error
+        raise UserError(f"{describe_parse_error(str(error))} See `qlora-lightning inspect --help`.") from error
     names = ", ".join(str(path) for path in found.config or ())
     return Config(names, found.data, found.model, found.trainer, found.seed_everything)
 

@@ -5,6 +5,7 @@ import pytest
 
 from qlora_lightning.commands.inspection.arguments import Config
 from qlora_lightning.commands.inspection.facts import inspect_data
+from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.data.batches.loader import FlatLoader
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.samples import SampleSetBuilder
@@ -76,7 +77,7 @@ def inspection(sample_set, characters):
             **{"reasoning": "template", "deduplicate": False, "shuffle": True, "batch_size": 2, "streaming": False},
             sources=lambda split: [],
             setup=lambda: None,
-            train_dataloader=lambda: FlatLoader(samples["train"], 2),
+            train_dataloader=lambda: FlatLoader(EpochPlan(samples["train"], 2)),
         )
         settings = SimpleNamespace(init_args={"tokenizer": "letters"})
         config = Config("c.yaml", settings, {}, {"devices": 1, **(trainer or {})}, 42)

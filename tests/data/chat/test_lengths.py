@@ -188,5 +188,5 @@ def test_pieces_train_each_labelled_token_once_after_what_stood_before_it(max_le
 def test_settings_that_nothing_could_be_fitted_to_are_refused():
     with pytest.raises(UserError, match="max_length: expected at least 2"):
         InstructionDataModule(max_length=1)
-    with pytest.raises(UserError, match="too_long: expected truncate, drop or split, found 'cut'"):
+    with pytest.raises(UserError, match="too_long: expected truncate, drop, split, found 'cut'"):
         InstructionDataModule(too_long="cut")

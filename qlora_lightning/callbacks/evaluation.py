@@ -15,12 +15,12 @@ from rich.markup import escape
 from qlora_lightning.callbacks.best_adapter import best_adapter
 from qlora_lightning.callbacks.gather import gather_lists
 from qlora_lightning.evaluation.comparison import BASE, compare, duel
-from qlora_lightning.evaluation.judge import Answering, Judgement, answer_rows, judge_rows
+from qlora_lightning.evaluation.judge import Answering, answer_rows, judge_rows
 from qlora_lightning.evaluation.names import describe_answered
 from qlora_lightning.evaluation.progress import steps_bar
 from qlora_lightning.evaluation.report import EVALUATION_FILE, summarize, write_json
 from qlora_lightning.evaluation.rows import EvaluationRow, cut_rows
-from qlora_lightning.evaluation.scores import SCORES, check_scores, judge_answer
+from qlora_lightning.evaluation.scores import SCORES, Judgement, check_scores, judge_answer
 from qlora_lightning.evaluation.tables import describe_duel, metrics_table, samples_table
 from qlora_lightning.model.adapters.lora import without_adapters
 from qlora_lightning.support.errors import UserError

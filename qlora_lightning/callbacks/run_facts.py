@@ -1,8 +1,10 @@
 """What a run is and has come to, as plain values for its manifest."""
 
+import importlib.metadata
 import math
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,14 @@ from qlora_lightning.model.checkpoint.format import plain_settings
 from qlora_lightning.model.checkpoint.setting_changes import trainer_settings
 from qlora_lightning.model.device import device_memory_gib, read_peak_gib
 from qlora_lightning.model.summary import count_parameters
-from qlora_lightning.report.environment import git_state, package_versions, processor_name
-from qlora_lightning.report.metrics import highest, read_metrics
+from qlora_lightning.report.run import read_metrics
 from qlora_lightning.support.trainer import callbacks_of
+
+_PACKAGES = (
+    *("qlora-lightning", "torch", "lightning", "transformers", "peft", "bitsandbytes", "tokenizers", "datasets"),
+    *("accelerate", "safetensors", "torchmetrics", "numpy"),
+)
+_SECONDS = 5  # for git: a repository on a slow disk holds no run up
 
 
 def fixed_facts(trainer: Trainer, pl_module: LightningModule, config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -156,9 +163,52 @@ def _peaks(trainer: Trainer, ended: bool) -> dict[str, float]:
     device = trainer.strategy.root_device
     name = "memory_peak_gib" if device.type == "cuda" else "peak_rss_gib"  # the former is reset at each logging
     metrics = read_metrics(Path(trainer.default_root_dir) / "metrics.csv") if ended else {}
-    logged = {column: peak for column in metrics if column.endswith("_gib") and (peak := highest(metrics, column))}
+    logged = {
+        column: max(y for _, y in points) for column, points in metrics.items() if column[-4:] == "_gib" and points
+    }
     return {**logged, name: max(read_peak_gib(device), logged.get(name, 0.0))}
 
 
 def _find(trainer: Trainer, kind: type[Any]) -> Any:
     return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
+
+
+def package_versions() -> dict[str, str]:
+    """Give the versions of the packages that decide what is computed, as far as they are installed."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Give commit, branch, and whether tracked files were changed; ``None`` outside a repository or without git."""
+    commit = _ask_git(folder, "rev-parse", "HEAD")
+    changes = _ask_git(folder, "status", "--porcelain", "--untracked-files=no")
+    if commit is None or changes is None:
+        return None
+    return {"commit": commit, "branch": _ask_git(folder, "branch", "--show-current") or None, "dirty": bool(changes)}
+
+
+def processor_name() -> str:
+    """Name the processor as its maker does, where the system tells it."""
+    cpus = Path("/proc/cpuinfo")
+    if cpus.exists():
+        for line in cpus.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _ask_git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

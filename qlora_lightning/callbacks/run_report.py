@@ -13,8 +13,8 @@ from lightning import LightningModule, Trainer
 from qlora_lightning.callbacks.run_facts import find_early_stop, fixed_facts, planned_steps, progress_facts
 from qlora_lightning.callbacks.run_warnings import RunWarnings, TakesWarnings
 from qlora_lightning.callbacks.started_folder import goes_on
-from qlora_lightning.report.manifest import read_manifest, write_manifest
 from qlora_lightning.report.page import write_run_page
+from qlora_lightning.report.run import read_manifest, write_manifest
 from qlora_lightning.support.console import describe, say
 from qlora_lightning.support.errors import TrainingStopped, UserError
 from qlora_lightning.support.trainer import is_trial_run

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qlora_lightning.evaluation.bootstrap import Floats, Interval, percentile_interval, resample_sums, wilson_interval
-from qlora_lightning.evaluation.judge import Judgement
+from qlora_lightning.evaluation.scores import Judgement
 
 BASE = "base"
 Judged = Mapping[str, Sequence[Judgement]]  # by side, of the same rows in the same order

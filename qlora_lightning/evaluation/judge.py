@@ -1,15 +1,14 @@
 """Lets a model judge and answer rows: loss and scores of each."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from qlora_lightning.evaluation.rows import EvaluationRow, choose_max_new_tokens
-from qlora_lightning.evaluation.scores import choose_scores, describe_mixture, judge_answer
+from qlora_lightning.evaluation.scores import Judgement, choose_scores, describe_mixture, judge_answer
 from qlora_lightning.model.batch import is_flat
 from qlora_lightning.model.generate import dense_weights
 from qlora_lightning.model.layout import IGNORED, next_labels
@@ -59,34 +58,6 @@ class Answering:
         """Give the text of an answer, without control tokens and space around it."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text.strip()
-
-
-@dataclass
-class Judgement:
-    """What one model makes of one row.
-
-    Attributes:
-        nll: Sum of the loss over its labelled tokens, in nats.
-        labelled_tokens: How many they are.
-        correct: Of how many the label was the most likely token.
-        answer: What the model answers; ``None`` where it was not asked.
-        answer_tokens: Of it.
-        stopped: Whether it ended by a stop token.
-        scores: By name.
-    """
-
-    nll: float
-    labelled_tokens: int
-    correct: int
-    answer: str | None = None
-    answer_tokens: int = 0
-    stopped: bool = False
-    scores: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def loss(self) -> float:
-        """Nats per labelled token; NaN where none is labelled."""
-        return self.nll / self.labelled_tokens if self.labelled_tokens else math.nan
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """Which scores there are, and which of them apply to given references."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from qlora_lightning.evaluation.final_number import MARK, find_number, numeric_match
@@ -21,6 +23,34 @@ class Score(NamedTuple):
     judge: Callable[[str, str], float]
     applies: Callable[[str], bool] = lambda reference: True
     needs: str = "any text"
+
+
+@dataclass
+class Judgement:
+    """What one model makes of one row.
+
+    Attributes:
+        nll: Sum of the loss over its labelled tokens, in nats.
+        labelled_tokens: How many they are.
+        correct: Of how many the label was the most likely token.
+        answer: What the model answers; ``None`` where it was not asked.
+        answer_tokens: Of it.
+        stopped: Whether it ended by a stop token.
+        scores: By name.
+    """
+
+    nll: float
+    labelled_tokens: int
+    correct: int
+    answer: str | None = None
+    answer_tokens: int = 0
+    stopped: bool = False
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        """Nats per labelled token; NaN where none is labelled."""
+        return self.nll / self.labelled_tokens if self.labelled_tokens else math.nan
 
 
 def exact_match(answer: str, expected: str) -> float:

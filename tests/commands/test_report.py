@@ -8,7 +8,7 @@ import pytest
 
 from qlora_lightning.cli import main as cli
 from qlora_lightning.commands.report import main
-from qlora_lightning.report.manifest import write_manifest
+from qlora_lightning.report.run import write_manifest
 from qlora_lightning.support.errors import UserError
 
 
@@ -49,7 +49,7 @@ def test_a_run_gets_its_page_again_and_a_table(make_run, capsys):
         ["status", "finished"],
         ["validation loss", "0.5000"],
         ["tokens/s", "800"],
-        ["minutes", "1.5"],
+        ["wall time", "90 s"],
     ]
     assert out.rstrip().endswith("Page: runs/one/report.html")
     assert "exact match" not in out
@@ -104,7 +104,7 @@ def test_other_scores_and_test_rows_are_in_the_table_and_on_the_page(make_run, c
     main(["runs/one"])
     page = (folder / "report.html").read_text()
     assert "<th>7 test rows</th><th>base</th><th>mine</th><th>difference</th>" in page
-    assert "test loss, base → adapter" in page
+    assert "test loss, base\u00a0→\u00a0adapter" in page
 
 
 @pytest.mark.parametrize("count", [1, 4, 9])
@@ -154,7 +154,7 @@ def test_what_a_report_is_made_of_is_kept_even_if_forced(make_run):
     [
         ([], "Name a run folder"),
         (["runs/none"], "There is no folder runs/none"),
-        (["runs"], r"runs holds no run.*Runs lie in it: runs/one\."),
+        (["runs"], r"runs holds no run.*These folders in it do: runs/one\."),
         (["runs/one", "--out", "none/page.html"], "there is no folder none"),
         (["runs/one", "--out", "runs"], "that is a folder"),
         (["runs/one", "--out", "x", "--json", "./x"], "--out and --json both name x"),

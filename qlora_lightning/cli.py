@@ -47,7 +47,6 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "report": ("qlora_lightning.commands.report", False, "make the page of a run again, or compare several runs"),
     "merge": ("qlora_lightning.commands.merge", False, "work an adapter into its base, checked, for any tool to load"),
     "chat": ("qlora_lightning.commands.chat", False, "talk with an adapter, or ask it once with --prompt"),
-    "diagnose": ("qlora_lightning.commands.diagnose", False, "say of each module how far its adapter moved it"),
     "cache": ("qlora_lightning.commands.cache", False, "list or clear unpacked and quantized bases"),
     "recipes": (
         "qlora_lightning.commands.recipes",

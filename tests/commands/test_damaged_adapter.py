@@ -32,7 +32,6 @@ def place(tiny_base, tmp_path_factory):
         "validate --config run/config.yaml --model.compute_dtype fp32",
         "chat --adapter run/adapter --prompt x",
         "merge --adapter run/adapter --out merged",
-        "diagnose --adapter run/adapter",
     ],
 )
 def test_an_adapter_with_nan_is_refused_by_the_name_of_its_tensor(line, place, monkeypatch, capsys):
@@ -51,7 +50,6 @@ def test_an_adapter_with_nan_is_refused_by_the_name_of_its_tensor(line, place, m
         "chat --adapter odd --prompt x",
         "merge --adapter odd --out merged",
         "merge --adapter odd --adapter-gguf odd.gguf",
-        "diagnose --adapter odd",
         "plan --adapter odd",
         "fit --config run/config.yaml --data.train run/val.jsonl --trainer.default_root_dir new --model.adapter odd",
         "push --adapter odd --repo me/mine",

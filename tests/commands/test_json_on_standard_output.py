@@ -11,7 +11,6 @@ TRAINING = "--config run/config.yaml --data.train run/val.jsonl --data.batch_siz
 LINES = {
     "chat": "chat --adapter run/adapter --prompt x --max-new-tokens 2",
     "chat --compare": "chat --adapter run/adapter --prompt x --max-new-tokens 2 --compare",
-    "diagnose": "diagnose --adapter run/adapter --all",
     "evaluate": "evaluate --adapter run/adapter --rows 2 --max-new-tokens 2",
     "lr-find": f"lr-find {TRAINING} --steps 13 --max-lr 1e-3",
     "merge": "merge --adapter run/adapter --out merged --rows 1",

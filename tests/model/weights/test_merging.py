@@ -1,4 +1,4 @@
-"""Merged weights compute what base and adapter do; how far an adapter moves a weight, and how far models differ."""
+"""Merged weights compute what base and adapter do; how far models differ."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from qlora_lightning.data.samples import Sample
 from qlora_lightning.model.build import meta_base
 from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights
 from qlora_lightning.model.weights.layerwise import Reference, run_layerwise
-from qlora_lightning.model.weights.merging import MergedWeights, adapted_layers, measure_movement, plan_merge
+from qlora_lightning.model.weights.merging import MergedWeights, plan_merge
 from qlora_lightning.support.errors import UserError
 from tests.adapters import make_adapter
 
@@ -126,45 +126,6 @@ def test_an_adapter_that_is_too_large_to_merge_is_refused(tiny_base, tmp_path):
     merged = MergedWeights(plan_merge(tiny_base, tmp_path / "adapter"), trained_weights(tiny_base))
     with pytest.raises(UserError, match=r"cannot be merged into model\.layers\.0\.mlp\.up_proj"):
         merged("model.layers.0.mlp.up_proj.weight")
-
-
-# ---- how far an adapter moves a weight -------------------------------------------------------------------------------
-
-NAME = "model.layers.0.self_attn.q_proj"
-
-
-def measure(tiny_base, folder, a=None, b=None, **options):
-    make_adapter(folder, tiny_base, rank=2, alpha=4, **options)
-    plan, weights = plan_merge(tiny_base, folder), OriginalWeights(open_base(str(tiny_base)))
-    layer = adapted_layers(plan)[NAME]
-    if a is not None:
-        layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = a, b
-    update = MergedWeights(plan, weights)(f"{NAME}.weight") - weights(f"{NAME}.weight")
-    return measure_movement(layer, NAME, weights), float(update.norm()), float(weights(f"{NAME}.weight").norm())
-
-
-def test_norms_and_effective_rank_are_those_computed_by_hand(tiny_base, tmp_path):
-    a, b = torch.zeros(2, 64), torch.zeros(64, 2)
-    a[0, 3] = a[1, 5] = 1.0
-    b[7, 0], b[9, 1] = 3.0, 1.0  # with alpha / rank = 2: singular values 6 and 2
-    found, _, base = measure(tiny_base, tmp_path / "adapter", a, b)
-    assert (found.module, found.rank) == (NAME, 2)
-    assert found.update_norm == pytest.approx(math.sqrt(36 + 4))
-    assert found.base_norm == pytest.approx(base)
-    assert found.effective_rank == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))))
-    assert found.ratio == pytest.approx(found.update_norm / found.base_norm)
-
-
-@pytest.mark.parametrize(("scale", "rank"), [(1.0, pytest.approx(1.0)), (0.0, 0.0)])
-def test_an_update_of_one_direction_has_effective_rank_1_and_none_has_0(tiny_base, tmp_path, scale, rank):
-    found, update, _ = measure(tiny_base, tmp_path / "adapter", torch.ones(2, 64), torch.full((64, 2), scale))
-    assert found.effective_rank == rank
-    assert found.update_norm == pytest.approx(update, rel=1e-4)
-
-
-def test_the_update_of_dora_is_the_difference_that_it_makes(tiny_base, tmp_path):
-    found, update, _ = measure(tiny_base, tmp_path / "adapter", lora_options={"use_dora": True})
-    assert found.update_norm == pytest.approx(update)
 
 
 # ---- how far two models differ ---------------------------------------------------------------------------------------

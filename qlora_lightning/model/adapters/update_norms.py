@@ -1,0 +1,79 @@
+"""How far an adapter moves each weight of the base, and how many directions of its rank the update uses."""
+
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import Tensor, nn
+
+from qlora_lightning.model.adapters.lora import ADAPTER
+from qlora_lightning.model.adapters.targets import layer_of
+
+
+class UpdateNorm(NamedTuple):
+    """Size of the update ΔW of one weight W.
+
+    Attributes:
+        ratio: ``‖ΔW‖ / ‖W‖`` in Frobenius norms, scaling included.
+        rank: Rank of the adapter there.
+        effective_rank: Directions that the update uses, from 1 to ``rank``; 0 if it is zero.
+    """
+
+    ratio: float
+    rank: int
+    effective_rank: float
+
+
+@torch.no_grad()
+def measure_updates(model: nn.Module) -> dict[str, dict[int | None, UpdateNorm]]:
+    """Measure the update of each LoRA layer, by kind of module (``q_proj``, …) and then by decoder layer.
+
+    Args:
+        model: Base and adapter in memory, quantized or not; a base that is sharded over devices has no whole weights.
+
+    Returns:
+        Kinds in the model's order. A module outside of the decoder layers (``lm_head``) has ``None`` as its layer.
+    """
+    table: dict[str, dict[int | None, UpdateNorm]] = defaultdict(dict)
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            table[name.rpartition(".")[2]][layer_of(name)] = _measure(layer)
+    return dict(table)
+
+
+def _measure(layer: Any) -> UpdateNorm:
+    """Measure one layer without forming ΔW = scaling · B A.
+
+    With B = Q_B R_B and Aᵀ = Q_A R_A, the singular values of B A are those of the small R_B R_Aᵀ. The effective rank is
+    the exponential of the entropy of their shares (Roy and Vetterli 2007, The effective rank).
+    """
+    is_embedding = ADAPTER in layer.lora_embedding_A
+    if is_embedding:
+        a, b = layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
+    else:
+        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    a, b = a.double().cpu(), b.double().cpu()  # (rank, in), (out, rank)
+    core = torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
+    values = layer.scaling[ADAPTER] * torch.linalg.svdvals(core)
+    before = _base_weight(layer)
+    update = values.norm()
+    if ADAPTER in layer.lora_variant:  # DoRA scales each output of W + scaling · B A as well
+        after = before + layer.get_delta_weight(ADAPTER).float()
+        magnitude = layer.lora_magnitude_vector[ADAPTER].weight
+        lengths = after.norm(dim=0 if is_embedding else 1, keepdim=True)
+        update = (magnitude.view_as(lengths) / lengths * after - before).norm()
+    shares = values / values.sum()
+    entropy = -torch.xlogy(shares, shares).sum()
+    effective = float(entropy.exp()) if values.any() else 0.0
+    return UpdateNorm(float(update) / float(before.norm()), len(a), effective)
+
+
+def _base_weight(layer: Any) -> Tensor:
+    """Return the frozen weight in fp32, dequantized."""
+    base = layer.get_base_layer()
+    weight: Tensor = base.weight
+    if type(weight) is not nn.Parameter:
+        weight = dequantize_bnb_weight(weight, getattr(base, "state", None))
+    return weight.float()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_lightning.evaluation.names import describe_metric
+from qlora_lightning.evaluation.scores import describe_metric
 from qlora_lightning.report.results import BASE, is_of_fit, measured
 from qlora_lightning.report.run import Points, Run
 

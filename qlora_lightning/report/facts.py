@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from qlora_lightning.evaluation.names import describe_metric
+from qlora_lightning.evaluation.scores import describe_metric
 from qlora_lightning.report.charts import running_mean
 from qlora_lightning.report.results import (
     ADAPTER,
@@ -17,6 +17,7 @@ from qlora_lightning.report.results import (
     difference,
     find_results,
     is_of_fit,
+    is_of_run,
     is_of_test,
     main_score,
     measured,
@@ -74,7 +75,7 @@ def headline(run: Run) -> Facts:
 
 
 def findings(run: Run) -> list[str]:
-    """Say in a few sentences whether the run learned, whether it is better than the base, and what its ranks did."""
+    """Report in a few sentences whether the run learned, whether it is better than the base, and what its ranks did."""
     return [*_learned(run), *_against_base(run), *_updated(run)]
 
 
@@ -302,7 +303,7 @@ def _learned(run: Run) -> Iterator[str]:
 def _against_base(run: Run) -> Iterator[str]:
     name = score_names(run)[0] if main_score(run) else "loss"
     base, adapter, gain = measured(run, name, BASE), measured(run, name, ADAPTER), difference(run, name)
-    if base is None or adapter is None or gain is None:
+    if not is_of_run(run) or base is None or adapter is None or gain is None:
         return
     factor, unit = (1, "") if name == "loss" else (100, " points")
     sign = -1 if name == "loss" else 1
@@ -310,18 +311,16 @@ def _against_base(run: Run) -> Iterator[str]:
     digits = 3 if name == "loss" else 1
     reach = "" if isnan(low) else f" (95 % interval {low:.{digits}f} to {high:.{digits}f})".replace("-", "−")
     words = "lower" if name == "loss" else "higher"
-    what = f"{describe_metric(name)} on {describe_rows(run)}"
     amount = f"{sign * factor * gain.value:.{digits}f}{unit}".replace("-", "−")
+    found = f"{describe_metric(name)} {amount} {words}{reach} on {describe_rows(run)}."
     if low <= 0 <= high:
-        yield f"It is not clearly better than the base: {what} {amount} {words}{reach}."
-    elif sign * gain.value > 0:
-        yield f"It is better than the base: {what} {amount} {words}{reach}."
+        yield f"It is not clearly better than the base: {found}"
     else:
-        yield f"It is worse than the base: {what} {amount} {words}{reach}."
+        yield f"It is {'better' if sign * gain.value > 0 else 'worse'} than the base: {found}"
 
 
 def _updated(run: Run) -> Iterator[str]:
-    """Say what the size of the updates and the directions they use mean for the settings."""
+    """Report what the size of the updates and the directions they use mean for the settings."""
     updates = [update for own in (run.manifest.get("adapter_updates") or {}).values() for update in own]
     nonzero = [update for update in updates if update["ratio"]]
     if not nonzero:

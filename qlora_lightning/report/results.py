@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_lightning.evaluation.bootstrap import Interval
-from qlora_lightning.evaluation.names import describe_answered, describe_metric
-from qlora_lightning.evaluation.tables import choose_digits, format_interval
+from qlora_lightning.evaluation.comparison import Interval
+from qlora_lightning.evaluation.report import choose_digits, format_interval
+from qlora_lightning.evaluation.scores import describe_answered, describe_metric
 from qlora_lightning.report.run import Points, Run
 
 BASE, ADAPTER = "base", "adapter"
@@ -52,6 +52,11 @@ def is_of_fit(run: Run) -> bool:
     return not is_of_test(run) and not run.evaluation.get("adapters")
 
 
+def is_of_run(run: Run) -> bool:
+    """Whether the run's own adapter was among those evaluated."""
+    return _own_adapter(run) is not None
+
+
 def describe_rows(run: Run) -> str:
     """Describe which rows were evaluated, and how many."""
     rows, answered = run.evaluation.get("rows"), run.evaluation.get("answered_rows")
@@ -94,7 +99,7 @@ def find_results(run: Run) -> dict[str, float | None]:
     if the run's own adapter was not among those evaluated.
     """
     progress, metrics = run.manifest.get("progress") or {}, run.metrics
-    own, prefix = _own_adapter(run) is not None, _prefix(run)
+    own, prefix = is_of_run(run), _prefix(run)
     loss, accuracy = (measured(run, name, ADAPTER) if own else None for name in ("loss", "token_accuracy"))
     speeds = [value for _, value in metrics.get("tokens_per_second", [])]
     seconds = progress.get("seconds")
@@ -118,7 +123,7 @@ def find_results(run: Run) -> dict[str, float | None]:
 
 def main_score(run: Run) -> str | None:
     """Name the most important score, as in :func:`find_results`; ``None`` if none was measured."""
-    scores = score_names(run) if _own_adapter(run) is not None else []
+    scores = score_names(run) if is_of_run(run) else []
     return f"{_prefix(run)}{scores[0]}" if scores else None
 
 

@@ -16,7 +16,7 @@ from qlora_lightning.support.files import load_yaml, lock_folder, read_json_obje
 
 MANIFEST = "manifest.json"
 FORMAT = "qlora_lightning manifest"
-VERSION = 1  # a reader of version N reads every file up to N; keys are only ever added within a version
+VERSION = 1  # a reader of version N reads every file up to N
 READ = (MANIFEST, "metrics.csv", "config.yaml", "evaluation.json", "plan.json", "adapter/qlora_lightning.json")
 _MARKS = (MANIFEST, "metrics.csv")  # a folder with one of these is a run's
 _REMEDY = "Move it away to make the report without it."

@@ -1,8 +1,11 @@
 """What Lightning's connectors put on a Trainer, and its class does not declare."""
 
-from typing import Any
+from typing import Any, TypeVar
 
+import torch.distributed
 from lightning import Callback, Trainer
+
+Item = TypeVar("Item")
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -22,3 +25,12 @@ def log_interval(trainer: Trainer) -> int:
     """Return the optimizer steps between two lines of the loggers."""
     connected: Any = trainer
     return int(connected.log_every_n_steps)
+
+
+def gather_lists(trainer: Trainer, own: list[Item]) -> list[Item]:
+    """Return to every process the lists of all, one after the other in the order of their ranks."""
+    if trainer.world_size == 1:
+        return own
+    parts: list[list[Item]] = [[] for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(parts, own)
+    return [item for part in parts for item in part]

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _write_prompts(arguments: argparse.Namespace, file: Path) -> None:
     from qlora_lightning import InstructionDataModule
-    from qlora_lightning.evaluation.rows import cut_rows
+    from qlora_lightning.evaluation.judge import cut_rows
 
     data = InstructionDataModule(val=arguments.data, tokenizer=arguments.base)
     data.setup("validate")

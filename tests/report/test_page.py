@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -103,7 +104,8 @@ def test_the_first_screen_answers_what_it_learned_what_it_cost_and_what_comes_ne
     assert findings(run) == [
         "It learned: the validation loss fell from 2.000 of the base to 0.550 at step 20.",
         "The validation loss was still falling at the end: more steps may do better.",
-        "It is better than the base: numeric match on 7 validation rows 23.0 points higher (95 % interval 20.0 to 30.0).",
+        "It is better than the base: numeric match 23.0 points higher (95 % interval 20.0 to 30.0) on 7 "
+        "validation rows.",
         "It uses 31% of its rank of 8: half the rank may learn as much.",
     ]
     commands = [command for _, command in next_steps(run)]
@@ -117,16 +119,21 @@ def test_the_first_screen_answers_what_it_learned_what_it_cost_and_what_comes_ne
     ("losses", "difference", "words"),
     [
         ([1.0, 0.5, 0.8], {"value": -0.2, "low": -0.3, "high": 0.1}, ["rose again, to 0.800", "not clearly better"]),
-        ([2.5, 2.4], {"value": 0.4, "low": 0.3, "high": 0.5}, ["It did not learn", "worse than the base: loss on"]),
-        ([], {"value": -0.5}, ["better than the base: loss on 5 validation rows 0.500 lower."]),
+        ([2.5, 2.4], {"value": 0.4, "low": 0.3, "high": 0.5}, ["It did not learn", "worse than the base: loss"]),
+        ([], {"value": -0.5}, ["better than the base: loss 0.500 lower on 5 validation rows."]),
     ],
 )
 def test_what_went_wrong_is_found(losses, difference, words):
     loss = {"base": {"value": 2.0}, "adapter": {"value": 2.0 + difference["value"]}, "difference": difference}
     points = [(step, value) for step, value in enumerate(losses, start=1)]
-    run = Run("a", "a", "finished", metrics={"val_loss": points}, evaluation={"metrics": {"loss": loss}, "rows": 5})
+    run = Run(
+        Path("a"), "a", "finished", metrics={"val_loss": points}, evaluation={"metrics": {"loss": loss}, "rows": 5}
+    )
     found = " ".join(findings(run))
     assert all(each in found for each in words)
+    evaluation = {"metrics": {"loss": loss}, "adapters": {"mine": "runs/another/adapter"}}
+    other = Run(Path("a"), "a", "finished", evaluation=evaluation)
+    assert findings(other) == []  # of another run's adapter
 
 
 def test_a_run_has_a_chart_of_each_kind(make_run):

@@ -17,9 +17,7 @@ from qlora_lightning.commands.evaluate.rows import read_rows, source_names
 from qlora_lightning.commands.moved_run import refuse_moved_run
 from qlora_lightning.commands.quiet import quiet_lightning
 from qlora_lightning.evaluation.comparison import BASE
-from qlora_lightning.evaluation.judge import Answering, judge_rows
-from qlora_lightning.evaluation.progress import steps_bar
-from qlora_lightning.evaluation.rows import EvaluationRow
+from qlora_lightning.evaluation.judge import Answering, EvaluationRow, judge_rows, steps_bar
 from qlora_lightning.evaluation.scores import Judgement
 from qlora_lightning.model.adapters.lora import without_adapters
 from qlora_lightning.support.console import say

@@ -1,14 +1,12 @@
 """What happens around the loop: each callback works with any Trainer, and has a key of its own in the YAML."""
 
-from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, LoadingLines
 from qlora_lightning.callbacks.adapter_ema import AdapterEMA
 from qlora_lightning.callbacks.dry_batch import DryBatch
 from qlora_lightning.callbacks.evaluation import Evaluation
-from qlora_lightning.callbacks.gpu_memory import GPUMemoryMonitor
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
-from qlora_lightning.callbacks.loading_lines import LoadingLines
 from qlora_lightning.callbacks.loss_spikes import LossSpikeMonitor
-from qlora_lightning.callbacks.memory_comparison import MemoryComparison
+from qlora_lightning.callbacks.memory import GPUMemoryMonitor, MemoryComparison
 from qlora_lightning.callbacks.prediction_writer import PredictionWriter
 from qlora_lightning.callbacks.run_report import RunReport
 from qlora_lightning.callbacks.stop_signals import StopSignals

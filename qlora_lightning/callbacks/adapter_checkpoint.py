@@ -1,29 +1,35 @@
 """Checkpoints of the adapter to resume from, and the adapter folder to use."""
 
+import contextlib
+import json
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import rich
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from rich.markup import escape
 from torch import Tensor
 
 from qlora_lightning.callbacks.adapter_ema import holding_average
-from qlora_lightning.callbacks.checkpoint_writer import SaveFaults, clear_remains, write_checkpoint
-from qlora_lightning.callbacks.find_checkpoint import find_whole
-from qlora_lightning.callbacks.folder_lock import FolderLock
-from qlora_lightning.callbacks.metrics_logger import MetricsLogger
-from qlora_lightning.callbacks.started_folder import (
+from qlora_lightning.callbacks.checkpoint_file import (
     CHECKPOINTS,
     UNFINISHED,
-    goes_on,
-    refuse_everywhere,
-    refuse_started_folder,
+    SaveFaults,
+    clear_remains,
+    find_newest,
+    write_checkpoint,
 )
+from qlora_lightning.callbacks.metrics_logger import MetricsLogger
+from qlora_lightning.callbacks.run_folder import FolderLock, is_resumed, refuse_everywhere, refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import StopSignals
+from qlora_lightning.model.adapters.folder import loading_snippet
+from qlora_lightning.model.adapters.lora import copy_tensors, trainable_tensors
 from qlora_lightning.model.checkpoint.loops import ends_training, validation_follows
 from qlora_lightning.model.checkpoint.resume import has_other_validation
 from qlora_lightning.support.console import say
@@ -36,7 +42,7 @@ class AdapterCheckpoint(Checkpoint):
     """Write ``checkpoints/last.ckpt``, the best checkpoints, and ``adapter/`` with the best adapter.
 
     What Lightning's ``ModelCheckpoint`` does not do: save at validations *and* every n steps *and* every n minutes,
-    once where several are due, and write the PEFT folder. It all lies under ``trainer.default_root_dir``, which is kept
+    once if several are due, and write the PEFT folder. All of it is under ``trainer.default_root_dir``, which is kept
     to one run, and to one process that trains at a time.
 
     Args:
@@ -84,16 +90,16 @@ class AdapterCheckpoint(Checkpoint):
 
     @staticmethod
     def checkpoint_folder(run_folder: str | Path) -> Path:
-        """Where the checkpoints of a run lie."""
+        """Return the folder of a run's checkpoints."""
         return Path(run_folder) / CHECKPOINTS
 
     @staticmethod
     def adapter_folder(run_folder: str | Path) -> Path:
-        """Where the best adapter of a run lies."""
+        """Return the folder of a run's best adapter."""
         return Path(run_folder) / "adapter"
 
     def read_best(self, run_folder: str | Path) -> dict[str, Tensor] | None:
-        """Give the best adapter's tensors by the module's names, if there is a best and it was kept."""
+        """Return the best adapter's tensors by the module's names, if there is a best and its file was kept."""
         if self._best_tensors is not None or not self.best:
             return self._best_tensors
         file = self.checkpoint_folder(run_folder) / self.best[0][1]
@@ -111,11 +117,11 @@ class AdapterCheckpoint(Checkpoint):
         self._has_other_validation = has_other_validation(checkpoint, trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._has_other_validation and goes_on(trainer):
+        if self._has_other_validation and is_resumed(trainer):
             self._reset_ranking(trainer, f"The validation samples are not those of {trainer.ckpt_path}")
         if not trainer.enable_validation:
             self._reset_ranking(trainer, "Nothing is validated any more")
-        if not goes_on(trainer):
+        if not is_resumed(trainer):
             self._reset_ranking(trainer, f"{trainer.ckpt_path} is of another run folder")
             if self._writes(trainer):
                 refuse_everywhere(trainer, lambda: refuse_started_folder(trainer.default_root_dir, trainer.ckpt_path))
@@ -199,14 +205,14 @@ class AdapterCheckpoint(Checkpoint):
         return trainer.strategy.reduce_boolean_decision(over, all=False)
 
     def _stop_inside_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # From behind the last step Lightning would not go on, nor run the validation: it is let end.
+        # From behind the last step Lightning would not resume, nor run the validation: it may end.
         ended = trainer.global_step == trainer.max_steps
         if trainer.state.fn == "fit" and not trainer.sanity_checking and not ended and self._stop(trainer):
             self._write(trainer, pl_module)
             self._commit(trainer)
 
     def _stop(self, trainer: Trainer) -> StopSignals | None:
-        """Give the callback that has been asked to stop, if it has."""
+        """Return the callback that has been asked to stop, if it has."""
         return next(
             (found for found in callbacks_of(trainer) if isinstance(found, StopSignals) and found.stopping), None
         )
@@ -244,7 +250,7 @@ class AdapterCheckpoint(Checkpoint):
             if (self._is_best(name) or not self.best) and not faults.first:
                 with faults.noting(self.adapter_folder(run_folder)):
                     self._write_adapter(trainer, pl_module)
-        self._tell_fault(trainer, faults)
+        self._report_fault(trainer, faults)
         self._saved_step, self._saved_at, self._written = trainer.global_step, time.monotonic(), unfinished
 
     def _commit(self, trainer: Trainer, leaves: bool = True) -> None:
@@ -258,11 +264,11 @@ class AdapterCheckpoint(Checkpoint):
                 with faults.noting(unfinished.with_name("last.ckpt")):
                     put_in_place(unfinished, unfinished.with_name("last.ckpt"))
                     self._prune(unfinished.parent)
-            self._tell_fault(trainer, faults)
+            self._report_fault(trainer, faults)
         if leaves and (unfinished is not None or not self._writes(trainer)):
             self._leave(trainer)
 
-    def _tell_fault(self, trainer: Trainer, faults: SaveFaults) -> None:
+    def _report_fault(self, trainer: Trainer, faults: SaveFaults) -> None:
         """End the run on every rank if the first could not save.
 
         Raises:
@@ -274,11 +280,12 @@ class AdapterCheckpoint(Checkpoint):
         if faults.first is None:
             return
         self._clear_remains(trainer)
-        whole = find_whole(self.checkpoint_folder(trainer.default_root_dir))
-        state = "Nothing had been saved before: start again"
+        whole = find_newest(self.checkpoint_folder(trainer.default_root_dir))
+        state = "Nothing had been saved before: start again when that is mended."
         if whole is not None:
-            state = f"{whole} is whole: resume from it by `--ckpt_path {'last' if whole.stem == 'last' else whole}`"
-        raise UserError(f"{faults.first.sentence} {state} {faults.first.remedy}.")
+            name = "last" if whole.stem == "last" else whole
+            state = f"{whole} is whole: when that is mended, resume from it with `--ckpt_path {name}`."
+        raise UserError(f"{faults.first} {state}")
 
     def _clear_remains(self, trainer: Trainer) -> None:
         root = trainer.default_root_dir
@@ -297,12 +304,12 @@ class AdapterCheckpoint(Checkpoint):
             return []
         entries = [*[entry for entry in self.best if entry[1] != name], (value, name)]
         entries.sort(key=lambda entry: entry[0], reverse=self.mode == "max")
-        keep = max(self.save_top_k, 1)  # the best is remembered even where no file of it is kept
+        keep = max(self.save_top_k, 1)  # the best is remembered even if no file of it is kept
         self.best, dropped = entries[:keep], entries[keep:]
         return [name for _, name in dropped]
 
     def _reset_ranking(self, trainer: Trainer, why: str) -> None:
-        """Forget a ranking that does not hold here, and say where the best so far lies."""
+        """Forget a ranking that does not hold here, and report where the best so far is."""
         if self.best and trainer.ckpt_path and self._writes(trainer) and trainer.is_global_zero:
             value, name = self.best[0]
             file = Path(trainer.ckpt_path).with_name(name)
@@ -320,12 +327,12 @@ class AdapterCheckpoint(Checkpoint):
         resumed = Path(trainer.ckpt_path) if trainer.ckpt_path else None
         if resumed is None or not self._writes(trainer) or not self._is_best(resumed.name):
             return
-        if trainer.strategy.broadcast(find_whole(resumed.parent) == resumed):
+        if trainer.strategy.broadcast(find_newest(resumed.parent) == resumed):
             faults = SaveFaults()
             with holding_average(trainer, pl_module), faults.noting(self.adapter_folder(trainer.default_root_dir)):
                 if trainer.is_global_zero:
                     self._write_adapter(trainer, pl_module)
-            self._tell_fault(trainer, faults)
+            self._report_fault(trainer, faults)
 
     def _write_adapter(self, trainer: Trainer, pl_module: LightningModule) -> None:
         write: Any = getattr(pl_module, "save_adapter", None)
@@ -335,11 +342,39 @@ class AdapterCheckpoint(Checkpoint):
             write(self.adapter_folder(trainer.default_root_dir), tokenizer, stop_ids)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the best values and names, so that a resumed run goes on ranking."""
+        """Return the best values and names, so that a resumed run continues the ranking."""
         return {"best": [[value, name] for value, name in self.best], "dropped": list(self._dropped)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the ranking of the run that is resumed."""
+        """Continue the ranking of the run that is resumed."""
         self.best = [(float(value), str(name)) for value, name in state_dict["best"]]
         self._dropped = [str(name) for name in state_dict.get("dropped", [])]  # a kill may have kept them
         self._best_tensors = None
+
+
+@contextlib.contextmanager
+def best_adapter(trainer: Trainer, module: Any) -> Iterator[None]:
+    """Hold the best adapter of a run in the model, and put the last one back; nothing if no best is known."""
+    writer = next((each for each in callbacks_of(trainer) if isinstance(each, AdapterCheckpoint)), None)
+    best = writer and writer.read_best(trainer.default_root_dir)
+    if not best:
+        yield
+        return
+    last = {name: tensor.detach().clone() for name, tensor in trainable_tensors(module).items()}
+    copy_tensors(module, best, "The best adapter")
+    try:
+        yield
+    finally:
+        copy_tensors(module, last, "The last adapter")
+
+
+class LoadingLines(Callback):
+    """Print the three lines that load the run's adapter folder without this package, as the last lines of a fit."""
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # after every on_fit_end
+        folder = AdapterCheckpoint.adapter_folder(trainer.default_root_dir)
+        identity = folder / "qlora_lightning.json"
+        if stage == "fit" and trainer.is_global_zero and not is_trial_run(trainer) and identity.exists():
+            rich.print(f"\nAdapter: [bold]{escape(str(folder))}[/bold]. To load it with plain PEFT:\n")
+            # Not read_identity, which is for who builds on it: a build_model may have made another kind than LoRA.
+            print(loading_snippet(folder, json.loads(identity.read_text(encoding="utf-8"))))

@@ -24,7 +24,7 @@ class AdapterEMA(Callback):
     After each step ``average = d · average + (1 - d) · adapter``, with ``d`` the smaller one of ``decay`` and
     ``(1 + n) / (10 + n)`` after n steps (as TensorFlow's ``ExponentialMovingAverage`` has it): a short run is not
     held at its start. The average is validated, ranked, and written into ``adapter/`` and as the ``state_dict`` of a
-    checkpoint, which holds the trained adapter beside it, to go on from. At the end of a fit the model holds it.
+    checkpoint, which holds the trained adapter beside it, to resume from. At the end of a fit the model holds it.
 
     Args:
         decay: How slowly it follows, from 0 (not behind at all) to below 1; ``None``: 0.999.
@@ -96,7 +96,7 @@ class AdapterEMA(Callback):
         self._take_out(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the decay: so Lightning says which callback is missing where a run goes on without it."""
+        """Return the decay: Lightning reports which callback is missing if a run is resumed without it."""
         return {"decay": self.decay} if self.enabled else {}
 
     @contextlib.contextmanager
@@ -136,7 +136,7 @@ class AdapterEMA(Callback):
         if stored is None:
             return "The checkpoint holds no average of the adapter: it begins here." if self.enabled else None
         if not self.enabled:
-            return "ema is off now: training goes on from the trained adapter, and its average ends here."
+            return "ema is off now: training continues from the trained adapter, and its average ends here."
         if stored["decay"] != self.decay:
             return f"Settings that differ from the checkpoint's: ema.decay: {stored['decay']} → {self.decay}"
         return None
@@ -144,7 +144,7 @@ class AdapterEMA(Callback):
 
 @contextlib.contextmanager
 def holding_average(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Hold the average of an :class:`AdapterEMA` of the trainer in the model, where there is one."""
+    """Hold the average of an :class:`AdapterEMA` of the trainer in the model, if there is one."""
     averages = (each.holding(trainer, pl_module) for each in callbacks_of(trainer) if isinstance(each, AdapterEMA))
     with next(averages, contextlib.nullcontext()):
         yield

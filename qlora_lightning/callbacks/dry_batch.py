@@ -29,7 +29,7 @@ class DryBatch(Callback):
 
     The largest is that with the most tokens that are computed (the longest row decides between equals) among those
     still to come, in this epoch and, of small data, the nine after it; of a stream, among those of its first rows. It
-    runs where it has more than 1.2 times the tokens of the next batch, which runs at once anyway; on a resumed run
+    runs if it has more than 1.2 times the tokens of the next batch, which runs at once anyway; on a resumed run
     likewise, since the machine or the config may be another one. Nothing is left of it: no gradient, no step, no
     logged value, and every random generator and the loader's place are as before, so that results are bit-equal with
     and without it.
@@ -66,7 +66,7 @@ class DryBatch(Callback):
 
 
 def find_largest(trainer: Trainer, module: Any) -> Batch | None:
-    """Give the largest micro-batch to come on this rank; ``None`` where it is not worth a run, or nobody knows it.
+    """Return the largest micro-batch to come on this rank; ``None`` if it is not worth a run, or not known.
 
     Args:
         trainer: Of a fit that is about to take its first step.
@@ -86,7 +86,7 @@ def leaves_out(module: Any) -> bool:
 
 
 def look_ahead(trainer: Trainer, module: Any) -> tuple[EpochPlan, RankBatch, RankBatch] | None:
-    """Give the plan of batches to come, the first of them and the largest; ``None`` where nobody knows them.
+    """Return the plan of batches to come, the first of them and the largest; ``None`` if they are not known.
 
     Args:
         trainer: Of a fit that is about to take its first step.

@@ -12,19 +12,21 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from rich.markup import escape
 
-from qlora_lightning.callbacks.best_adapter import best_adapter
-from qlora_lightning.callbacks.gather import gather_lists
+from qlora_lightning.callbacks.adapter_checkpoint import best_adapter
 from qlora_lightning.evaluation.comparison import BASE, compare, duel
-from qlora_lightning.evaluation.judge import Answering, Judgement, answer_rows, judge_rows
-from qlora_lightning.evaluation.names import describe_answered
-from qlora_lightning.evaluation.progress import steps_bar
-from qlora_lightning.evaluation.report import EVALUATION_FILE, summarize, write_json
-from qlora_lightning.evaluation.rows import EvaluationRow, cut_rows
-from qlora_lightning.evaluation.scores import SCORES, check_scores, judge_answer
-from qlora_lightning.evaluation.tables import describe_duel, metrics_table, samples_table
+from qlora_lightning.evaluation.judge import Answering, EvaluationRow, answer_rows, cut_rows, judge_rows, steps_bar
+from qlora_lightning.evaluation.report import (
+    EVALUATION_FILE,
+    describe_duel,
+    metrics_table,
+    samples_table,
+    summarize,
+    write_json,
+)
+from qlora_lightning.evaluation.scores import SCORES, Judgement, check_scores, describe_answered, judge_answer
 from qlora_lightning.model.adapters.lora import without_adapters
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import is_trial_run
+from qlora_lightning.support.trainer import gather_lists, is_trial_run
 
 ADAPTER = "adapter"
 _BESIDES = ("stop_rate", "answer_tokens")  # logged with the scores
@@ -42,7 +44,7 @@ class Evaluation(Callback):
         enabled: ``False`` leaves all of it out.
         rows: How many validation rows to answer, the first ones.
         every_n_validations: Also answer at every so many validations; ``None``: only at the end of the fit.
-        max_new_tokens: Where an answer is cut; ``None``: at twice the longest expected one, from 32 to 512.
+        max_new_tokens: Length at which an answer is cut; ``None``: at twice the longest expected one, from 32 to 512.
         scores: Names of scores, or ``auto``: those that fit the expected answers; see
             :func:`qlora_lightning.evaluation.scores.choose_scores`.
         batch_size: Rows that are answered together, at most.
@@ -158,7 +160,7 @@ class Evaluation(Callback):
             self._report(trainer, sorted(gathered, key=lambda each: each[0].number), answering)
 
     def _choose(self, trainer: Trainer, rows: Sequence[EvaluationRow]) -> Answering | None:
-        """Choose scores and limits by what the rows of all processes answer; ``None`` where nothing can be answered."""
+        """Choose scores and limits by what the rows of all processes answer; ``None`` if nothing can be answered."""
         asked = [replace(row, batch={}) for row in rows if row.prompt is not None]
         everyones = gather_lists(trainer, asked)
         if not everyones or not _has_tokenizer(trainer):
@@ -197,7 +199,7 @@ def _has_tokenizer(trainer: Trainer) -> bool:
 
 
 def _validation_batches(trainer: Trainer) -> Iterator[Any]:
-    """Give the batches of this process that a validation takes."""
+    """Return the batches of this process that a validation takes."""
     loaders: Any = trainer.val_dataloaders
     limits = trainer.num_val_batches
     several = isinstance(loaders, list)

@@ -6,31 +6,31 @@ from collections import deque
 from typing import Any
 
 import rich
-import torch
 from lightning import Callback, LightningModule, Trainer
 from rich.markup import escape
 
-from qlora_lightning.callbacks.run_warnings import note_warning
+from qlora_lightning.callbacks.run_report import note_warning
 from qlora_lightning.model.batch import join_places, row_places
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.trainer import gather_lists
 
 _LEAST_SHARE = 0.01  # of the median: where losses hardly differ, their deviation says nothing
 
 
 class LossSpikeMonitor(Callback):
-    """Say a line when the loss of an optimizer step is far above those of the last steps, and name its rows.
+    """Report when the loss of an optimizer step is far above those of the last steps, and name its rows.
 
     Far above is more than ``deviations`` times the median absolute deviation above the median, a deviation being taken
     as at least 1 % of the median. Losses that are NaN or infinite are left to ``model.on_nonfinite``. The rows are
     those of all ranks; their places (``train.jsonl:17``) are known with our data module.
 
     Args:
-        enabled: ``False`` says nothing.
+        enabled: ``False`` reports nothing.
         monitor: Logged metric to watch.
         deviations: How far above the median is a spike.
         steps: How many of the last steps are compared with.
         least_steps: How many must have been seen before.
-        pause: Steps between two lines.
+        pause: Least steps between two reports.
 
     Raises:
         UserError: A number is out of range.
@@ -52,7 +52,7 @@ class LossSpikeMonitor(Callback):
         self.enabled, self.monitor = enabled, monitor
         self.deviations, self.least_steps, self.pause = deviations, least_steps, pause
         self._losses: deque[float] = deque(maxlen=steps)
-        self._said_at: int | None = None
+        self._reported_at: int | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step = trainer.global_step
@@ -64,30 +64,27 @@ class LossSpikeMonitor(Callback):
             return  # inside an accumulation window
         loss = trainer.callback_metrics.get(self.monitor)
         if loss is not None:
-            # Every rank must come to the same end, for all of them tell their rows then.
+            # Every rank must come to the same result: all of them send their rows then.
             mean = loss
             if trainer.world_size > 1:
                 mean = trainer.strategy.reduce(loss.detach().to(trainer.strategy.root_device), reduce_op="mean")
             window = getattr(pl_module, "window", None)
-            self._judge(trainer, float(mean), getattr(window, "closed_row_ids", []))
+            self._check(trainer, float(mean), getattr(window, "closed_row_ids", []))
 
-    def _judge(self, trainer: Trainer, loss: float, row_ids: list[int]) -> None:
+    def _check(self, trainer: Trainer, loss: float, row_ids: list[int]) -> None:
         if not math.isfinite(loss):
             return
         losses, step = self._losses, self._step
-        if len(losses) >= self.least_steps and (self._said_at is None or step - self._said_at >= self.pause):
+        if len(losses) >= self.least_steps and (self._reported_at is None or step - self._reported_at >= self.pause):
             median = statistics.median(losses)
             deviation = statistics.median(abs(other - median) for other in losses)
             if loss > median + self.deviations * max(deviation, _LEAST_SHARE * abs(median)):
-                self._said_at = step
-                self._say(trainer, loss, median, row_ids)
+                self._reported_at = step
+                self._report(trainer, loss, median, row_ids)
         losses.append(loss)
 
-    def _say(self, trainer: Trainer, loss: float, median: float, row_ids: list[int]) -> None:
-        if trainer.world_size > 1:
-            ranks: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(ranks, row_ids)
-            row_ids = [row_id for rank in ranks for row_id in rank]
+    def _report(self, trainer: Trainer, loss: float, median: float, row_ids: list[int]) -> None:
+        row_ids = gather_lists(trainer, row_ids)
         if trainer.is_global_zero:
             rows = join_places(row_places(getattr(trainer, "datamodule", None), row_ids), most=16)
             found = f"{self.monitor} {loss:.4g} at step {self._step}, the median of the last {len(self._losses)} is"
@@ -96,11 +93,11 @@ class LossSpikeMonitor(Callback):
             note_warning(trainer, f"Loss spike: {found}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what was seen."""
-        return {"losses": list(self._losses), "said_at": self._said_at}
+        """Return the losses seen."""
+        return {"losses": list(self._losses), "said_at": self._reported_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on watching."""
+        """Continue with them."""
         self._losses.clear()
         self._losses.extend(state_dict["losses"])
-        self._said_at = state_dict["said_at"]
+        self._reported_at = state_dict["said_at"]

@@ -1,9 +1,8 @@
-"""Writes ``metrics.csv`` into the run folder, and goes on with it when a run is resumed."""
+"""Writes ``metrics.csv`` into the run folder, and continues it when a run is resumed."""
 
 import contextlib
 import csv
 import io
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,29 +15,24 @@ from qlora_lightning.support.files import flush, write_whole
 
 
 class MetricsLogger(Logger):
-    """A line per logged step. Lightning's ``CSVLogger`` deletes the file when a run goes on; this one keeps it.
+    """A line per logged step. Lightning's ``CSVLogger`` deletes the file when a run is resumed; this one keeps it.
 
     Args:
         folder: The run folder.
 
     Attributes:
         rows: How many lines the table has, without its head.
-
-    Raises:
-        UserError: A folder lies where the table goes.
     """
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.file = Path(folder) / "metrics.csv"
-        if self.file.is_dir():
-            raise UserError(f"{self.file} is a folder, and the table of metrics goes there: move it away.")
         self.rows = 0
         self._columns: list[str] = []
 
     @property
     def name(self) -> str:
-        """Empty: the file lies in the run folder itself."""
+        """Empty: the file is in the run folder itself."""
         return ""
 
     @property
@@ -52,8 +46,8 @@ class MetricsLogger(Logger):
         return str(self.file.parent)
 
     @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Write nothing: ``config.yaml`` says it all."""
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Write nothing: ``config.yaml`` holds them."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -63,7 +57,7 @@ class MetricsLogger(Logger):
             UserError: The disk is full or fails.
         """
         row = {"step": step, **metrics}
-        with self._telling_faults():
+        with self._reporting_faults():
             if not self._columns and self.file.exists():
                 self._open()
             new = [name for name in row if name not in self._columns]
@@ -84,7 +78,7 @@ class MetricsLogger(Logger):
 
     @rank_zero_only
     def cut(self, rows: int, before_step: int = 0) -> None:
-        """Forget the lines that a resumed run writes again.
+        """Remove the lines that a resumed run writes again.
 
         Args:
             rows: So many lines stay.
@@ -93,7 +87,7 @@ class MetricsLogger(Logger):
         Raises:
             UserError: The file cannot be read or written.
         """
-        with self._telling_faults():
+        with self._reporting_faults():
             if self.file.exists():
                 self._open()
                 table = self._read()
@@ -102,17 +96,17 @@ class MetricsLogger(Logger):
                     self._rewrite(kept)
 
     @contextlib.contextmanager
-    def _telling_faults(self) -> Iterator[None]:
+    def _reporting_faults(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise UserError(
                 f"{self.file} could not be read or written: {error.strerror or error}. What was saved is intact: "
-                "go on from it by `--ckpt_path last` when there is room, and the folder can be written to."
+                "resume from it with `--ckpt_path last` when that is mended."
             ) from error
 
     def _open(self) -> None:
-        """Go on in a table that is there; half a line, as a kill leaves it, goes."""
+        """Continue a table that is there; half a line, as a kill leaves it, goes."""
         whole, end, half = self.file.read_text(encoding="utf-8").rpartition("\n")
         if half:
             write_whole(self.file, whole + end)

@@ -4,15 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import rich
 from lightning import Callback, LightningModule, Trainer
-from rich.markup import escape
+
+from qlora_lightning.support.console import say
+from qlora_lightning.support.files import write_whole
+from qlora_lightning.support.trainer import gather_lists
 
 
 class PredictionWriter(Callback):
     """Write ``predictions.jsonl`` into the run folder: the row, its own answer if it has one, and the model's.
 
-    Each rank writes a part, and the first puts the parts together in the order of the rows.
+    The first process writes those of all, in the order of the rows.
     """
 
     def __init__(self) -> None:
@@ -38,19 +40,9 @@ class PredictionWriter(Callback):
             self._lines.append({"row": row_id, "prediction": text, "reference": reference, "input": row})
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        parts: list[list[dict[str, Any]]] = [self._lines]
-        if trainer.world_size > 1:
-            parts = [[] for _ in range(trainer.world_size)]
-            import torch.distributed
-
-            torch.distributed.all_gather_object(parts, self._lines)
+        lines = sorted(gather_lists(trainer, self._lines), key=lambda line: line["row"])
         if trainer.is_global_zero:
-            lines = sorted((line for part in parts for line in part), key=lambda line: line["row"])
             file = Path(trainer.default_root_dir) / "predictions.jsonl"
             file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_suffix(".unfinished")
-            unfinished.write_text(
-                "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
-            )
-            unfinished.replace(file)
-            rich.print(escape(f"{len(lines)} predictions: {file}"))
+            write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            say(f"{len(lines)} predictions: {file}")

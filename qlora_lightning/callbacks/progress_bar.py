@@ -1,4 +1,4 @@
-"""How far a run is: a bar that fits into a terminal of 80 columns, or a line now and then in a log file."""
+"""Progress of a run: a bar that fits into a terminal of 80 columns, or a line now and then in a log file."""
 
 import sys
 import time
@@ -11,9 +11,8 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from rich.progress import BarColumn, ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
-from typing_extensions import override
 
-from qlora_lightning.callbacks.run_facts import planned_steps
+from qlora_lightning.callbacks.run_report import planned_steps
 from qlora_lightning.support.console import drop_lost_output
 
 # metric: (in the bar, in a line of a log); the most important first, for a narrow terminal cuts the last ones
@@ -22,7 +21,7 @@ _FORMATS = {
     "val_loss": ("val {:.3f}", "val_loss {:.4f}"),
     "learning_rate": ("lr {:.1e}", "learning rate {:.3g}"),
     "tokens_per_second": ("{:.0f} tok/s", "{:,.0f} tokens/s"),
-    "private_memory_gib": ("{:.2f} GiB", "{:.2f} GiB"),
+    "peak_rss_gib": ("{:.2f} GiB", "{:.2f} GiB"),
     "memory_peak_gib": ("{:.2f} GiB", "{:.2f} GiB"),
 }
 
@@ -39,7 +38,6 @@ class ShortProgressBar(RichProgressBar):
     takes the rest of the line.
     """
 
-    @override
     def configure_columns(self, trainer: Trainer) -> list[Any]:
         bars = [column for column in super().configure_columns(trainer) if isinstance(column, BarColumn)]
         for bar in bars:
@@ -48,19 +46,16 @@ class ShortProgressBar(RichProgressBar):
         self._line.epoch = _name_epoch(trainer)
         return [self._line, *bars]
 
-    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.is_enabled:
             self._line.epoch = _name_epoch(trainer)
         super().on_train_epoch_start(trainer, pl_module)
 
-    @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *args)
         if self.is_enabled:  # here and not where it is drawn: that is another thread
             self._line.metrics = " ".join(_format_metrics(trainer, in_bar=True))
 
-    @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         return {}  # Lightning's own column of them would wrap
 
@@ -68,12 +63,8 @@ class ShortProgressBar(RichProgressBar):
 class _Line(ProgressColumn):
     def __init__(self, bar: RichProgressBar) -> None:
         super().__init__(Column(no_wrap=True, overflow="ellipsis"))
-        self._others = (
-            bar.sanity_check_description,
-            bar.validation_description,
-            bar.test_description,
-            bar.predict_description,
-        )
+        descriptions = (bar.sanity_check_description, bar.validation_description)
+        self._others = (*descriptions, bar.test_description, bar.predict_description)
         self.epoch = self.metrics = ""
 
     def render(self, task: Task) -> Text:
@@ -97,53 +88,44 @@ class ProgressLines(ProgressBar):
         super().__init__()
         self._every, self._enabled = every_seconds, True
         self._began: tuple[float, int] | None = None  # when the first batch of this process began, and at which step
-        self._told_at = time.monotonic()
-        self._told_step, self._epoch = 0, ""
+        self._printed_at = time.monotonic()
+        self._printed_step, self._epoch = 0, ""
 
-    @override
     def enable(self) -> None:
         self._enabled = True
 
-    @override
     def disable(self) -> None:
         self._enabled = False
 
-    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)  # which disables all ranks but the first
-        self._began, self._told_at = None, time.monotonic()
+        self._began, self._printed_at = None, time.monotonic()
 
     # A step is printed at the start of what follows it, when all callbacks have logged it.
-    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._began is None:
             self._began = time.monotonic(), trainer.global_step
-            self._told_step = trainer.global_step
+            self._printed_step = trainer.global_step
         self._print_step_if_due(trainer)
         self._epoch = _name_epoch(trainer)  # at the end of a run Lightning has counted one more
 
-    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._print_step_if_due(trainer)
 
-    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._print_step(trainer)
 
-    @override
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._print_batch("validating", "total_val_batches_current_dataloader", *args)
 
-    @override
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._print_batch("testing", "total_test_batches_current_dataloader", *args)
 
-    @override
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._print_batch("predicting", "total_predict_batches_current_dataloader", *args)
 
     def _is_due(self) -> bool:
-        return time.monotonic() - self._told_at >= self._every
+        return time.monotonic() - self._printed_at >= self._every
 
     def _print(self, *parts: str) -> None:
         if self._enabled:
@@ -151,27 +133,26 @@ class ProgressLines(ProgressBar):
                 print(", ".join(parts), flush=True)
             except OSError:  # who read the pipe has gone: no reason to end a run
                 drop_lost_output()
-        self._told_at = time.monotonic()
+        self._printed_at = time.monotonic()
 
     def _print_batch(
         self, name: str, total: str, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self.has_dataloader_changed(dataloader_idx)  # which says what the current loader is
+        self.has_dataloader_changed(dataloader_idx)  # sets the current loader
         if self._is_due():
             self._print(f"{name} {_count(batch_idx + 1, getattr(self, total))}")
 
     def _print_step_if_due(self, trainer: Trainer) -> None:
-        first = self._began is not None and self._told_step == self._began[1]
+        first = self._began is not None and self._printed_step == self._began[1]
         if first or self._is_due():
             self._print_step(trainer)
 
     def _print_step(self, trainer: Trainer) -> None:
         step = trainer.global_step
-        if self._began is None or step == self._told_step:
+        if self._began is None or step == self._printed_step:
             return
-        self._told_step, total = step, planned_steps(trainer)
-        parts = [f"step {_count(step, total)}", self._epoch.lower()]
-        parts += _format_metrics(trainer, in_bar=False)
+        self._printed_step, total = step, planned_steps(trainer)
+        parts = [f"step {_count(step, total)}", self._epoch.lower(), *_format_metrics(trainer, in_bar=False)]
         if total is not None:
             mean = (time.monotonic() - self._began[0]) / (step - self._began[1])
             parts.append(f"{timedelta(seconds=round(mean * max(0, total - step)))} left")
@@ -194,5 +175,5 @@ def _format_metrics(trainer: Trainer, in_bar: bool) -> list[str]:
     if "learning_rate" in trainer.callback_metrics:
         found["learning_rate"] = float(trainer.callback_metrics["learning_rate"])
     names = [*(name for name in _FORMATS if name in found), *(name for name in found if name not in _FORMATS)]
-    own = {name: (f"{name} {{:.3f}}",) * 2 for name in names}
-    return [{**own, **_FORMATS}[name][0 if in_bar else 1].format(found[name]) for name in names]
+    formats = {name: (f"{name} {{:.3f}}",) * 2 for name in names} | _FORMATS
+    return [formats[name][0 if in_bar else 1].format(found[name]) for name in names]

@@ -1,33 +1,59 @@
-"""Writes what a run was into its folder: the manifest while it goes on, the page when it ends."""
+"""Writes what a run was into its folder: the manifest while it trains, the page when it ends."""
 
+import contextlib
+import importlib.metadata
+import logging
+import math
+import os
+import platform
 import shlex
+import subprocess
 import sys
+import textwrap
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningModule, Trainer
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 
-from qlora_lightning.callbacks.run_facts import find_early_stop, fixed_facts, planned_steps, progress_facts
-from qlora_lightning.callbacks.run_warnings import RunWarnings, TakesWarnings
-from qlora_lightning.callbacks.started_folder import goes_on
-from qlora_lightning.report.manifest import read_manifest, write_manifest
+from qlora_lightning import __version__
+from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, best_adapter
+from qlora_lightning.callbacks.run_folder import is_resumed
+from qlora_lightning.callbacks.throughput import ThroughputMonitor
+from qlora_lightning.model.adapters.identity import identity_of_data
+from qlora_lightning.model.adapters.update_norms import measure_updates
+from qlora_lightning.model.checkpoint.format import plain_settings
+from qlora_lightning.model.checkpoint.setting_changes import trainer_settings
+from qlora_lightning.model.device import device_memory_gib, read_peak_gib
+from qlora_lightning.model.summary import count_parameters
 from qlora_lightning.report.page import write_run_page
+from qlora_lightning.report.run import read_manifest, read_metrics, write_manifest
 from qlora_lightning.support.console import describe, say
 from qlora_lightning.support.errors import TrainingStopped, UserError
-from qlora_lightning.support.trainer import is_trial_run
+from qlora_lightning.support.trainer import callbacks_of, is_trial_run
+
+_PACKAGES = (
+    *("qlora-lightning", "torch", "lightning", "transformers", "peft", "bitsandbytes", "tokenizers", "datasets"),
+    *("accelerate", "safetensors", "torchmetrics", "numpy"),
+)
+_GIT_SECONDS = 5  # at most: a repository on a slow disk holds no run up
+_MOST_WARNINGS, _LONGEST_WARNING = 100, 600  # different ones, characters: a report is read by people
 
 
-class RunReport(TakesWarnings):
+class RunReport(Callback):
     """Write ``manifest.json`` at the start, at each validation and at the end of a fit, and then ``report.html``.
 
-    Also where a fit ends early, by a signal or an error. A run that was resumed has several lives, each with its
-    begin, end and steps; seconds and warnings are those of all of them. Nothing of it enters a checkpoint.
+    Also if a fit ends early, by a signal or an error. Each start of a run that is resumed is listed with its begin, end
+    and steps; seconds and warnings are those of all of them. Nothing of it enters a checkpoint.
 
     Args:
-        config: The run's whole config; ``None``: what module, data and Trainer say of themselves.
+        config: The run's whole config; ``None``: the settings of module, data and Trainer.
         command: What was typed, word by word; ``None``: what started this process.
         enabled: ``False`` writes nothing.
     """
@@ -43,7 +69,8 @@ class RunReport(TakesWarnings):
 
     def _clear(self) -> None:
         self._facts: dict[str, Any] | None = None  # of a run that has begun
-        self._lives: list[dict[str, Any]] = []  # the last one is going on
+        self._lives: list[dict[str, Any]] = []  # the last one is this process's
+        self._updates: dict[str, Any] | None = None  # of the trained adapter
         self._trained = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -68,14 +95,15 @@ class RunReport(TakesWarnings):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trained = True
+        if self._facts is not None:
+            self._updates = _measure_updates(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # The last hook of a fit: what other callbacks leave in the folder at its end is there.
         self._end(trainer, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        stopped = isinstance(exception, TrainingStopped | KeyboardInterrupt)
-        if stopped:
+        if isinstance(exception, TrainingStopped | KeyboardInterrupt):
             self._end(trainer, "finished" if self._trained else "stopped")
         else:
             self._end(trainer, "failed", f"{type(exception).__name__}: {exception}")
@@ -84,11 +112,16 @@ class RunReport(TakesWarnings):
         return self.enabled and trainer.is_global_zero and not is_trial_run(trainer)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take down what is fixed; not before all hooks have had the chance to refuse the folder."""
+        """Collect what does not change, but not before all hooks have had the chance to refuse the folder."""
         if self._facts is not None or not self._writes(trainer):
             return
-        earlier = _read_earlier(trainer)
-        self._facts = fixed_facts(trainer, pl_module, self.config)
+        earlier: Mapping[str, Any] = {}
+        if is_resumed(trainer):
+            try:
+                earlier = read_manifest(Path(trainer.default_root_dir)) or {}
+            except UserError as fault:
+                say(f"{fault} The report will not have what the run did before.")
+        self._facts = _fixed_facts(trainer, pl_module, self.config)
         self._lives = earlier.get("lives", [])
         for warning in earlier.get("warnings", []):
             self.warnings.counts.setdefault(warning["text"], warning["count"])
@@ -108,7 +141,7 @@ class RunReport(TakesWarnings):
         folder = Path(trainer.default_root_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            content = self._content(trainer, status, error)
+            content = self._content(trainer, self._facts, status, error)
             write_manifest(folder, content)
             if with_page:
                 if content["stopped_early"] is not None:  # Lightning says that max_epochs was reached
@@ -117,44 +150,232 @@ class RunReport(TakesWarnings):
         except Exception as fault:  # a run that has trained does not fail for its report, nor one that fails for both
             say(f"The report of the run could not be written: {type(fault).__name__}: {fault}")
 
-    def _content(self, trainer: Trainer, status: str, error: str | None) -> dict[str, Any]:
-        life, facts = self._lives[-1], progress_facts(trainer, ended=status != "running")
+    def _content(self, trainer: Trainer, facts: dict[str, Any], status: str, error: str | None) -> dict[str, Any]:
+        life, folder = self._lives[-1], Path(trainer.default_root_dir)
         life |= {"ended": _now(), "seconds": time.perf_counter() - self._began, "status": status, "error": error}
         life["to_step"] = trainer.global_step
-        facts["progress"]["seconds"] = sum(each["seconds"] for each in self._lives)
-        fixed = dict(self._facts or {})
-        planned = facts["progress"]["planned_steps"] = fixed.pop("planned_steps", None)
-        would_end_here = planned is not None and trainer.global_step >= planned
-        noted = [{"text": text, "count": count} for text, count in self.warnings.counts.items()]
-        again = _reproduction(Path(trainer.default_root_dir)) if self.config is not None else None
+        planned = facts.get("planned_steps")
+        speed, saved = _find(trainer, ThroughputMonitor), _find(trainer, AdapterCheckpoint)
+        counts = speed is not None and speed.enabled
+        best = saved.best[0] if saved and saved.best else None
+        again = ["qlora-lightning", "fit", "--config", str(folder / "config.yaml")]
+        again += ["--trainer.default_root_dir", str(folder.with_name(f"{folder.name}-again"))]
+        ends_here = planned is not None and trainer.global_step >= planned
         return {
             "status": status,
             "error": error,
-            **fixed,
+            **{name: value for name, value in facts.items() if name != "planned_steps"},
             "command": life["command"],
-            "reproduce": again,
-            **facts,
-            "stopped_early": None if would_end_here else find_early_stop(trainer),
+            "reproduce": shlex.join(again) if self.config is not None else None,
+            "progress": {
+                "steps": trainer.global_step,
+                "epoch": trainer.current_epoch,
+                "tokens": speed.tokens_seen if counts else None,
+                "labelled_tokens": speed.labelled_seen if counts else None,
+                "seconds": sum(each["seconds"] for each in self._lives),
+                "planned_steps": planned,
+            },
+            "peak_memory_gib": _peaks(trainer, ended=status != "running"),
+            "metrics": {name: float(value) for name, value in sorted(trainer.callback_metrics.items())},
+            "best": best and {"monitor": saved.monitor, "value": best[0], "checkpoint": best[1]},
+            "adapter_updates": self._updates,
+            "stopped_early": None if ends_here else _find_early_stop(trainer),
             "lives": self._lives,
-            "warnings": noted,
+            "warnings": [{"text": text, "count": count} for text, count in self.warnings.counts.items()],
         }
 
 
-def _read_earlier(trainer: Trainer) -> dict[str, Any]:
-    """Read the manifest of the run that goes on; of another run's folder nothing is taken over."""
-    if not goes_on(trainer):
-        return {}
+class RunWarnings:
+    """Counts warnings by their text: Python's, those of every logger, and those that callbacks note.
+
+    No handler is added to a logger: that would take Python's own last resort away, and silence it.
+
+    Attributes:
+        counts: How often each text came, in the order in which they came first.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self._stop: Callable[[], None] | None = None
+
+    def note(self, text: str) -> None:
+        """Count one."""
+        text = textwrap.shorten(text, _LONGEST_WARNING, placeholder=" …")
+        if text in self.counts or len(self.counts) < _MOST_WARNINGS:
+            self.counts[text] = self.counts.get(text, 0) + 1
+
+    def listen(self) -> None:
+        """Begin to count the warnings of this process, which are shown as before."""
+        self.stop()
+        show, make = warnings.showwarning, logging.getLogRecordFactory()
+
+        def show_and_note(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+            self.note(f"{category.__name__}: {message}")
+            show(message, category, *args, **kwargs)
+
+        def make_and_note(*args: Any, **kwargs: Any) -> logging.LogRecord:
+            record = make(*args, **kwargs)
+            if record.levelno >= logging.WARNING and record.name != "py.warnings":
+                try:
+                    self.note(record.getMessage())
+                except (TypeError, ValueError, KeyError):  # logging will report that the arguments do not fit
+                    self.note(str(record.msg))
+            return record
+
+        def stop() -> None:
+            if warnings.showwarning is show_and_note:  # else somebody has put a third one over it
+                warnings.showwarning = show
+            if logging.getLogRecordFactory() is make_and_note:
+                logging.setLogRecordFactory(make)
+
+        warnings.showwarning = show_and_note
+        logging.setLogRecordFactory(make_and_note)
+        self._stop = stop
+
+    def stop(self) -> None:
+        """Put back what was there before."""
+        if self._stop is not None:
+            self._stop()
+            self._stop = None
+
+
+def note_warning(trainer: Trainer, text: str) -> None:
+    """Add a warning that was printed to the report of the run, if there is one."""
+    report = _find(trainer, RunReport)
+    if report is not None:
+        report.warnings.note(text)
+
+
+def planned_steps(trainer: Trainer) -> int | None:
+    """Return the optimizer steps of the whole run; ``None`` if only time ends it."""
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if math.isfinite(steps) and steps >= 0 else None
+
+
+def _fixed_facts(trainer: Trainer, pl_module: LightningModule, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what does not change during a run whose model and data are loaded."""
+    module: Any = pl_module
+    data: Any = getattr(trainer, "datamodule", None)
+    files = {split: value for split, value in getattr(data, "files", {}).items() if value is not None}
+    hashes = identity_of_data(trainer)
+    settings, _ = hashes.pop("settings", {}), hashes.pop("samples", {})
+    own = {
+        "model": plain_settings(getattr(module, "hparams", {})),
+        "data": plain_settings({**getattr(data, "files", {}), **settings}),
+        "trainer": trainer_settings(trainer),
+    }
+    identity = {name: value for name, value in getattr(module, "identity", {}).items() if name != "data"}
+    adapter = identity.pop("adapter", None)
+    trainable, total = count_parameters(module)
+    chosen = data.state_dict().get("seed") if data is not None else None  # orders the rows
+    seed = os.environ.get("PL_GLOBAL_SEED") if chosen is None else chosen
+    return {
+        "written_by": f"qlora_lightning {__version__}",
+        "base": identity,
+        "adapter": adapter,
+        "parameters": {"trainable": trainable, "all": total},
+        "data": {
+            "files": files,
+            "splits": {split: asdict(report) for split, report in getattr(data, "reports", {}).items()},
+            "hashes": hashes,
+            "settings": settings,
+        },
+        "config": own if config is None else dict(config),
+        "seed": int(seed) if seed else seed,
+        "device": _device_facts(trainer),
+        "packages": _package_versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git": _git_state(),
+    }
+
+
+def _device_facts(trainer: Trainer) -> dict[str, Any]:
+    device = trainer.strategy.root_device
+    return {
+        "kind": device.type,
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name(),
+        "memory_gib": device_memory_gib(device),
+        "processor": _processor_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": trainer.world_size,
+        "nodes": trainer.num_nodes,
+        "strategy": type(trainer.strategy).__name__,
+        "precision": str(trainer.precision),
+    }
+
+
+def _processor_name() -> str:
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text(encoding="utf-8", errors="replace").splitlines() if cpus.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Return commit, branch, and whether tracked files were changed; ``None`` outside a repository or without git."""
+
+    def ask(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True).stdout.strip()
+
     try:
-        return read_manifest(Path(trainer.default_root_dir)) or {}
-    except UserError as fault:
-        say(f"{fault} The lives of this run before are not told in its report.")
-        return {}
+        changes = ask("status", "--porcelain", "--untracked-files=no")
+        branch = ask("branch", "--show-current") or None
+        return {"commit": ask("rev-parse", "HEAD"), "branch": branch, "dirty": bool(changes)}
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
-def _reproduction(folder: Path) -> str:
-    target = folder.with_name(f"{folder.name}-again")
-    words = ["qlora-lightning", "fit", "--config", str(folder / "config.yaml")]
-    return shlex.join([*words, "--trainer.default_root_dir", str(target)])
+def _peaks(trainer: Trainer, ended: bool) -> dict[str, float]:
+    """Return the highest of what was logged, of the whole run if it has ended, and of this process as it is now."""
+    device = trainer.strategy.root_device
+    name = "memory_peak_gib" if device.type == "cuda" else "peak_rss_gib"  # the former is reset at each logging
+    metrics = read_metrics(Path(trainer.default_root_dir) / "metrics.csv") if ended else {}
+    logged = {
+        column: max(value for _, value in points)
+        for column, points in metrics.items()
+        if column.endswith("_gib") and points
+    }
+    return {**logged, name: max(read_peak_gib(device), logged.get(name, 0.0))}
+
+
+def _measure_updates(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any] | None:
+    """Return ‖ΔW‖/‖W‖ and effective rank of the best adapter, by kind of module; ``None`` if that is not possible."""
+    model = getattr(pl_module, "model", None)
+    if model is None:
+        return None
+    try:
+        with best_adapter(trainer, pl_module):
+            table = measure_updates(model)
+    except Exception as fault:  # a model of another make: no reason to fail a run that has trained
+        say(f"The adapter's updates could not be measured: {type(fault).__name__}: {fault}")
+        return None
+    return {
+        kind: [{"layer": layer, **update._asdict()} for layer, update in by_layer.items()]
+        for kind, by_layer in table.items()
+    }
+
+
+def _find_early_stop(trainer: Trainer) -> str | None:
+    """Return why Lightning's EarlyStopping ended this fit; ``None`` if it did not."""
+    if not trainer.should_stop:  # what a checkpoint holds of the run before does not count
+        return None
+    reasons = [each.stopping_reason_message for each in callbacks_of(trainer) if isinstance(each, EarlyStopping)]
+    return next((reason.removesuffix(" Signaling Trainer to stop.") for reason in reasons if reason), None)
+
+
+def _find(trainer: Trainer, kind: type[Any]) -> Any:
+    return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
 
 
 def _now() -> str:

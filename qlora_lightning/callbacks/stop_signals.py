@@ -1,20 +1,25 @@
-"""Ends a command when a signal asks for it: training where it can go on exactly, all else at once."""
+"""Ends a command when a signal asks for it, training where it can be resumed exactly; and orphaned processes."""
 
 import contextlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from qlora_lightning.support.console import drop_lost_output, say
 from qlora_lightning.support.errors import ENDING_SIGNALS, TrainingStopped
 from qlora_lightning.support.trainer import callbacks_of
+
+_WATCH_SECONDS = 2.0
+_GRACE_SECONDS = 5.0  # for a process that is about to end by itself
 
 
 class StopSignals(Callback):
@@ -27,7 +32,7 @@ class StopSignals(Callback):
     ``validate``, ``test`` and ``predict`` have nothing to save: SIGTERM and SIGHUP end them at once.
 
     Attributes:
-        tells_how: Whether a stopped fit says how it goes on: so do ``fit`` and Python scripts.
+        tells_how: Whether a stopped fit reports how to resume it, as ``fit`` and Python scripts do.
         received: The first signal that this process got.
         stopping: Whether all ranks agreed to stop.
     """
@@ -81,7 +86,7 @@ class StopSignals(Callback):
         place = f"at step {trainer.global_step} in epoch {trainer.current_epoch}"
         if saved is None:
             self.end(trainer, f"Stopped {place}. Nothing was saved: there is no AdapterCheckpoint, or it is off.")
-        how = f' To go on, add `--ckpt_path last` to the same command; in Python: trainer.fit(…, ckpt_path="{saved}").'
+        how = f' To resume, add `--ckpt_path last` to the same command; in Python: trainer.fit(…, ckpt_path="{saved}").'
         self.end(trainer, f"Stopped {place}, saved in {saved}.{how if self.tells_how else ''}")
 
     def end(self, trainer: Trainer, message: str) -> NoReturn:
@@ -124,6 +129,36 @@ class StopSignals(Callback):
                 signal.signal(number, note)
 
 
+class ProcessWatch(Callback):
+    """Watch over the process that started this one.
+
+    Lightning's first process watches those that it started, and torchrun watches all of them. When the first process
+    dies, the others would sit in their next exchange until its timeout, and hold their GPUs.
+    """
+
+    def __init__(self) -> None:
+        self._done = threading.Event()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
+            self._done.clear()
+            arguments = (os.getppid(), trainer.global_rank)
+            threading.Thread(target=self._watch, args=arguments, daemon=True, name="process-watch").start()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._done.set()
+
+    def _watch(self, parent: int, rank: int) -> None:
+        while not self._done.wait(_WATCH_SECONDS):
+            if os.getppid() != parent:
+                if not self._done.wait(_GRACE_SECONDS):
+                    print(f"qlora-lightning: the first process is gone, so process {rank} ends too.", file=sys.stderr)
+                    sys.stderr.flush()
+                    os._exit(1)  # the main thread waits in an exchange that no exception can interrupt
+                return
+
+
 def _end_at_signals(trainer: Trainer) -> None:
     """Let SIGTERM and SIGHUP end the process where it is, until Lightning puts back what was there before."""
     if threading.current_thread() is not threading.main_thread():
@@ -148,12 +183,12 @@ def _end_at_signals(trainer: Trainer) -> None:
 
 
 def was_requeued() -> bool:
-    """Whether SLURM started this job again: then it goes on, whatever its command says."""
+    """Whether SLURM started this job again: then it resumes, whatever its command says."""
     return SLURMEnvironment.detect() and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
 
 
 def _slurm_environment(trainer: Trainer) -> SLURMEnvironment | None:
-    connector = getattr(trainer, "_accelerator_connector", None)  # public only where a strategy has several processes
+    connector = getattr(trainer, "_accelerator_connector", None)  # public only if a strategy has several processes
     environment = getattr(connector, "cluster_environment", None)
     return environment if isinstance(environment, SLURMEnvironment) else None
 

@@ -64,7 +64,7 @@ class ThroughputMonitor(Callback):
         return int(tokens), int(labelled)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the tokens seen so far, an open accumulation window of all ranks included."""
+        """Return the tokens seen so far, an open accumulation window of all ranks included."""
         tokens, labelled = self._count_over_ranks()
         seen = {"tokens_seen": self.tokens_seen, "labelled_seen": self.labelled_seen}
         return {**seen, "tokens": tokens, "labelled": labelled, "seconds": self._seconds}

@@ -12,11 +12,10 @@ from rich.text import Text
 
 from qlora_lightning.commands.options import OptionParser
 from qlora_lightning.commands.output import add_json_option, check_output, tables_beside, write_json, write_output
-from qlora_lightning.report.judged import is_of_fit
-from qlora_lightning.report.page import MARK, NAME, render_comparison, render_run, result_table
-from qlora_lightning.report.results import find_results, list_results, main_score
-from qlora_lightning.report.run import Run, name_runs, read_run
-from qlora_lightning.report.settings import find_differences
+from qlora_lightning.report.facts import find_differences
+from qlora_lightning.report.page import MARK, NAME, render_comparison, render_run
+from qlora_lightning.report.results import find_results, main_score, result_table
+from qlora_lightning.report.run import Run, name_runs, read_run, reading
 from qlora_lightning.support.errors import UserError
 
 _FORMAT, _VERSION = "qlora_lightning report", 1
@@ -31,14 +30,7 @@ _EPILOG = """examples:
 
 RUN is what trainer.default_root_dir of a fit was; one that is still going will do. Without --out the page of one run
 is its report.html, that of several is comparison.html here. A file that is no page of ours is kept, unless --force."""
-_TABLE = (
-    "val_loss",
-    "test_loss",
-    "evaluated_loss",
-    "tokens_per_second",
-    "peak_memory_gib",
-    "minutes",
-)  # what fits a terminal
+_TABLE = ("val_loss", "test_loss", "evaluated_loss", "tokens_per_second", "peak_memory_gib", "minutes")
 _HEADING, _COLUMN = 24, 14  # characters for what a figure is called, and for a run beside it
 
 
@@ -58,7 +50,9 @@ def main(argv: Sequence[str]) -> int:
     rendered = render_run(runs[0]) if len(runs) == 1 else render_comparison(runs)
     console = Console(highlight=False)
     with tables_beside(figures):
-        for table in _tables(runs, console.width):
+        with reading(*runs):
+            tables = list(_tables(runs, console.width))
+        for table in tables:
             console.print(table)
         write_output(page, rendered)
         if figures is not None:
@@ -115,11 +109,9 @@ def _is_page(file: Path) -> bool:
 
 
 def _tables(runs: Sequence[Run], width: int) -> Iterator[Table]:
-    """Give the figures that fit a terminal, a line each and a column for each run; figures of no run are left out."""
-    crowded = {"minutes"} if not all(is_of_fit(run) for run in runs) else set()
-    names = {*_TABLE, *(main_score(run) for run in runs)} - crowded
-    headings = {result.heading for result in list_results(runs) if result.name in names}
-    figures = [(heading, cells) for heading, cells in result_table(runs) if heading in headings]
+    """Yield the most important figures, a line each and a column for each run; of many runs several tables."""
+    names = {*_TABLE, *(main_score(run) for run in runs)}
+    figures = [(heading, cells) for name, heading, cells in result_table(runs) if name in names]
     beside = max(1, (width - _HEADING) // _COLUMN)
     for first in range(0, len(runs), beside):
         places = range(first, min(first + beside, len(runs)))

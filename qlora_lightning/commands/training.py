@@ -34,13 +34,11 @@ from qlora_lightning.callbacks import (
     StopSignals,
     ThroughputMonitor,
 )
-from qlora_lightning.callbacks.find_checkpoint import check_checkpoint, find_checkpoint
+from qlora_lightning.callbacks.checkpoint_file import check_checkpoint, find_checkpoint
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
-from qlora_lightning.callbacks.process_watch import ProcessWatch
 from qlora_lightning.callbacks.progress_bar import choose_progress_display
-from qlora_lightning.callbacks.run_folder import RunFolder
-from qlora_lightning.callbacks.started_folder import refuse_started_folder
-from qlora_lightning.callbacks.stop_signals import was_requeued
+from qlora_lightning.callbacks.run_folder import RunFolder, refuse_started_folder
+from qlora_lightning.callbacks.stop_signals import ProcessWatch, was_requeued
 from qlora_lightning.commands.config import (
     check_keys,
     describe_parse_error,

@@ -1,21 +1,79 @@
 """Lets a model judge and answer rows: loss and scores of each."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qlora_lightning.evaluation.rows import EvaluationRow, choose_max_new_tokens
-from qlora_lightning.evaluation.scores import choose_scores, describe_mixture, judge_answer
-from qlora_lightning.model.batch import is_flat
+from qlora_lightning.evaluation.scores import Judgement, choose_scores, describe_mixture, judge_answer
+from qlora_lightning.model.batch import cut_into_rows, is_flat
 from qlora_lightning.model.generate import dense_weights
 from qlora_lightning.model.layout import IGNORED, next_labels
 from qlora_lightning.model.loss import LossSums, head_loss
 
 _MOST_TOKENS = 2048  # of rows whose losses are computed in one pass: more make it no quicker
+_MOST_NEW, _FEWEST_NEW = 512, 32
+
+
+@dataclass
+class EvaluationRow:
+    """One row.
+
+    Attributes:
+        batch: It alone, as a flat batch.
+        number: Its number in its split.
+        source: Which of the split's sources it came from.
+        prompt: Token ids before the last answer; ``None`` if no prompt is before what is labelled.
+        expected: Token ids of the last answer, its stop token included.
+        place: File and line, if they are known.
+        group: What it is counted under, if the user groups rows.
+    """
+
+    batch: dict[str, Any]
+    number: int
+    source: int
+    prompt: list[int] | None
+    expected: list[int]
+    place: str = ""
+    group: str | None = None
+
+
+def cut_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:
+    """Cut a flat batch into rows to judge; fillers, and rows without a labelled token, are left out.
+
+    A batch of another form is judged as a whole, by its loss.
+    """
+    if not is_flat(batch):
+        return [EvaluationRow(dict(batch), -1, 0, None, [])]
+    rows = []
+    for alone in cut_into_rows(batch):
+        ids, labels = alone["input_ids"][0].tolist(), alone["labels"][0].tolist()
+        if any(label != IGNORED for label in labels):
+            prompt, expected = split_sample(ids, labels)
+            rows.append(EvaluationRow(alone, int(alone["row_ids"][0]), int(alone["source"][0]), prompt, expected))
+    return rows
+
+
+def split_sample(ids: Sequence[int], labels: Sequence[int]) -> tuple[list[int] | None, list[int]]:
+    """Return what stands before the last run of labelled tokens, and that run.
+
+    With all tokens labelled (``train_on: all``) nobody knows where the prompt ends: it is ``None``.
+    """
+    end = max(place for place, label in enumerate(labels) if label != IGNORED) + 1
+    start = next((place + 1 for place in range(end - 1, -1, -1) if labels[place] == IGNORED), 0)
+    return (list(ids[:start]) if start > 1 else None), list(ids[start:end])
+
+
+def choose_max_new_tokens(rows: Sequence[EvaluationRow]) -> int:
+    """Return twice the tokens of the longest expected answer, from 32 to 512: what rambles on shall not cost more."""
+    longest = max((len(row.expected) for row in rows), default=0)
+    return min(max(2 * longest, _FEWEST_NEW), _MOST_NEW)
 
 
 @dataclass(frozen=True)
@@ -26,9 +84,9 @@ class Answering:
         tokenizer: Of the model.
         stop_ids: Tokens that end an answer.
         scores: Names of the scores, the one that counts most first.
-        max_new_tokens: Where an answer is cut.
+        max_new_tokens: Length at which an answer is cut.
         batch_size: Rows that are answered together, at most.
-        mixture: What to tell the user of answers of several kinds; ``None``: nothing.
+        mixture: A note on answers of several kinds; ``None``: there are none.
     """
 
     tokenizer: Any
@@ -56,37 +114,9 @@ class Answering:
         return cls(tokenizer, list(stop_ids), choose_scores(texts, scores), limit, batch_size, mixture)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Give the text of an answer, without control tokens and space around it."""
+        """Return the text of an answer, without control tokens and space around it."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text.strip()
-
-
-@dataclass
-class Judgement:
-    """What one model makes of one row.
-
-    Attributes:
-        nll: Sum of the loss over its labelled tokens, in nats.
-        labelled_tokens: How many they are.
-        correct: Of how many the label was the most likely token.
-        answer: What the model answers; ``None`` where it was not asked.
-        answer_tokens: Of it.
-        stopped: Whether it ended by a stop token.
-        scores: By name.
-    """
-
-    nll: float
-    labelled_tokens: int
-    correct: int
-    answer: str | None = None
-    answer_tokens: int = 0
-    stopped: bool = False
-    scores: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def loss(self) -> float:
-        """Nats per labelled token; NaN where none is labelled."""
-        return self.nll / self.labelled_tokens if self.labelled_tokens else math.nan
 
 
 @torch.no_grad()
@@ -104,7 +134,7 @@ def judge_rows(
         rows: To judge.
         answering: How to answer; ``None``: by the loss alone.
         answered: How many of the rows, the first, are answered.
-        watch: Told of each loss and each answer that is done.
+        watch: Called with 1 for each loss and each answer that is done.
     """
     was_training = module.training
     module.eval()
@@ -189,3 +219,13 @@ def _add_answers(
         judgement.answer = answering.decode(ids)
         judgement.answer_tokens, judgement.stopped = len(ids), len(ids) < answering.max_new_tokens
         judgement.scores = judge_answer(judgement.answer, answering.decode(row.expected), answering.scores)
+
+
+@contextmanager
+def steps_bar(description: str, total: int, show: bool = True) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call with the number of steps done; in a terminal it moves a bar, gone at the end."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
+        task = progress.add_task(escape(description), total=total)
+        yield lambda steps: progress.advance(task, steps)

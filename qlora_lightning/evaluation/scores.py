@@ -1,20 +1,27 @@
-"""Which scores there are, and which of them apply to given references."""
+"""Scores of an answer beside its reference, and which of them apply to given references. Needs no torch."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any, NamedTuple
 
-from qlora_lightning.evaluation.final_number import MARK, find_number, numeric_match
-from qlora_lightning.evaluation.json_fields import json_f1, json_valid, parse_json
-from qlora_lightning.evaluation.overlap import chrf, rouge_l
 from qlora_lightning.support.errors import UserError
+
+MARK = "####"  # before GSM8K's final number
+# A minus after a digit or a bracket subtracts, and is no sign.
+_NUMBER = re.compile(r"(?:(?<![\d)])-\s?)?\$?\d[\d,]*(?:\.\d+)?")
+_NAMES = {"rouge_l": "ROUGE-L", "chrf": "chrF++", "json_f1": "JSON field F1", "json_valid": "valid JSON"}
 
 
 class Score(NamedTuple):
-    """How an answer is judged.
+    """How an answer is scored.
 
     Attributes:
         judge: Maps answer and reference, both stripped, to a number from 0 to 1; 1 is best.
-        applies: Whether a reference can be judged by.
+        applies: Whether a reference can be scored against.
         needs: What such a reference is, in words.
     """
 
@@ -23,9 +30,114 @@ class Score(NamedTuple):
     needs: str = "any text"
 
 
+@dataclass
+class Judgement:
+    """What one model makes of one row.
+
+    Attributes:
+        nll: Sum of the loss over its labelled tokens, in nats.
+        labelled_tokens: How many they are.
+        correct: Of how many the label was the most likely token.
+        answer: What the model answers; ``None`` if it was not asked.
+        answer_tokens: Of the answer.
+        stopped: Whether it ended with a stop token.
+        scores: By name.
+    """
+
+    nll: float
+    labelled_tokens: int
+    correct: int
+    answer: str | None = None
+    answer_tokens: int = 0
+    stopped: bool = False
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        """Nats per labelled token; NaN if none is labelled."""
+        return self.nll / self.labelled_tokens if self.labelled_tokens else math.nan
+
+
 def exact_match(answer: str, expected: str) -> float:
-    """Give 1 if the answer is the reference, letter by letter."""
+    """Return 1 if the answer is the reference, letter by letter."""
     return float(answer == expected)
+
+
+def parse_json(text: str) -> dict[str, Any] | list[Any] | None:
+    """Parse an answer that is a JSON object or array and nothing else; ``None`` for any other."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        value = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError):  # a model that runs on may open brackets without end
+        return None
+    return value if isinstance(value, dict | list) else None
+
+
+def json_valid(answer: str, expected: str) -> float:
+    """Return 1 if the answer is a JSON object or array and nothing else."""
+    return float(parse_json(answer) is not None)
+
+
+def json_f1(answer: str, expected: str) -> float:
+    """Return the F1 of fields: of all leaves ``path: value``, those that answer and reference share.
+
+    Order of keys does not count. An answer that is not JSON has no field right.
+    """
+    found, wanted = parse_json(answer), parse_json(expected)
+    if found is None or wanted is None:
+        return 0.0
+    fields, reference = set(_leaves(found)), set(_leaves(wanted))
+    return 2 * len(fields & reference) / (len(fields) + len(reference))
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each leaf as its path and its value as JSON; an empty object or array is a leaf."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{json.dumps(key)}")
+    elif isinstance(value, list) and value:
+        for place, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}[{place}]")
+    else:
+        whole = isinstance(value, float) and value.is_integer()
+        yield path, json.dumps(int(value) if whole else value)
+
+
+def find_number(text: str) -> Decimal | None:
+    """Return the first number behind the last ``####``; without the mark, the last number of all.
+
+    The second rule is for a base that was never trained on the mark (lm-evaluation-harness: flexible extraction).
+    Thousands' commas and a dollar sign are left out.
+    """
+    _, mark, after = text.rpartition(MARK)
+    numbers = _NUMBER.findall(after)
+    if not numbers:
+        return None
+    return Decimal(re.sub(r"[,$\s]", "", numbers[0] if mark else numbers[-1]))
+
+
+def numeric_match(answer: str, expected: str) -> float:
+    """Return 1 if answer and reference come to the same number; see :func:`find_number`."""
+    number = find_number(answer)
+    return float(number is not None and number == find_number(expected))
+
+
+def rouge_l(answer: str, expected: str) -> float:
+    """Return ROUGE-L's F1: of words, along the longest common subsequence (Lin 2004). Counts a-z and digits only."""
+    from torchmetrics.functional.text import rouge_score
+
+    return float(rouge_score(answer, expected, rouge_keys="rougeL")["rougeL_fmeasure"])
+
+
+def chrf(answer: str, expected: str) -> float:
+    """Return chrF++, from 0 to 1: F2 of n-grams of characters and words (Popović 2017). For any language."""
+    from torchmetrics.functional.text import chrf_score
+
+    score: Any = chrf_score([answer], [[expected]])
+    return float(score)
 
 
 def _is_json(reference: str) -> bool:
@@ -44,16 +156,13 @@ SCORES: dict[str, Score] = {
     "rouge_l": Score(rouge_l),
     "chrf": Score(chrf),
 }
-_OF_JSON = ["exact_match", "json_valid", "json_f1"]
-_OF_NUMBERS = ["numeric_match", "rouge_l"]
-_OF_TEXT = ["exact_match", "rouge_l", "chrf"]
 
 
 def check_scores(named: str | Sequence[str]) -> None:
-    """Refuse a score that there is not.
+    """Refuse a name that is not a score's.
 
     Raises:
-        UserError: There is one among them.
+        UserError: There is one.
     """
     unknown = [] if named == "auto" else [name for name in _as_list(named) if name not in SCORES]
     if unknown:
@@ -61,11 +170,11 @@ def check_scores(named: str | Sequence[str]) -> None:
 
 
 def choose_scores(references: Sequence[str], named: str | Sequence[str] = "auto") -> list[str]:
-    """Give the names of the scores that apply, the one that counts most first.
+    """Return the names of the scores that apply, the most important one first.
 
     Args:
         references: What the rows answer.
-        named: Those that the user wants; ``auto``: JSON answers are judged as JSON, answers of which each has
+        named: Those that the user wants; ``auto``: JSON answers are scored as JSON, answers of which each has
             GSM8K's ``####`` by their number, other text letter by letter, by ROUGE-L and by chrF.
 
     Raises:
@@ -73,8 +182,10 @@ def choose_scores(references: Sequence[str], named: str | Sequence[str] = "auto"
     """
     if named == "auto":
         if references and all(map(_is_json, references)):
-            return list(_OF_JSON)
-        return list(_OF_NUMBERS if references and all(MARK in text for text in references) else _OF_TEXT)
+            return ["exact_match", "json_valid", "json_f1"]
+        if references and all(MARK in text for text in references):
+            return ["numeric_match", "rouge_l"]
+        return ["exact_match", "rouge_l", "chrf"]
     check_scores(named)
     for name in _as_list(named):
         wrong = next((text for text in references if not SCORES[name].applies(text)), None)
@@ -84,21 +195,30 @@ def choose_scores(references: Sequence[str], named: str | Sequence[str] = "auto"
 
 
 def describe_mixture(references: Sequence[str], named: str | Sequence[str] = "auto") -> str | None:
-    """Say that answers of several kinds are all judged as text; ``None`` where they are of one, or the user chose."""
+    """Explain that answers of several kinds are all scored as text; ``None`` if they are of one, or the user chose."""
     kinds = {"JSON": sum(map(_is_json, references)), f"`{MARK}`": sum(MARK in text for text in references)}
     some = [f"{count:,} with {kind}" for kind, count in kinds.items() if 0 < count < len(references)]
     if named != "auto" or not some or len(references) in kinds.values():
         return None
     return (
-        f"Of the {len(references):,} expected answers some are of a kind of their own ({', '.join(some)}): "
-        "all are judged as text. A file of one kind, by `evaluate --data.val FILE`, is judged by the scores that fit "
-        "it."
+        f"Of the {len(references):,} expected answers some are of another kind ({', '.join(some)}): all are scored as "
+        "text. A file of one kind, with `evaluate --data.val FILE`, is scored as that kind."
     )
 
 
 def judge_answer(answer: str, expected: str, scores: Sequence[str]) -> dict[str, float]:
-    """Judge an answer by some scores; space around it does not count."""
+    """Score an answer; space around it does not count."""
     return {name: SCORES[name].judge(answer.strip(), expected.strip()) for name in scores}
+
+
+def describe_metric(name: str) -> str:
+    """Return a metric's name as people read it."""
+    return _NAMES.get(name, name.replace("_", " "))
+
+
+def describe_answered(answered: int, rows: int) -> str:
+    """Return, to follow a number of rows, how many of them were answered; nothing if it was all of them, or none."""
+    return f", {answered:,} of them answered" if 0 < answered < rows else ""
 
 
 def _as_list(named: str | Sequence[str]) -> list[str]:

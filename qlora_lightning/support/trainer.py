@@ -1,20 +1,36 @@
 """What Lightning's connectors put on a Trainer, and its class does not declare."""
 
-from typing import Any, cast
+from typing import Any, TypeVar
 
+import torch.distributed
 from lightning import Callback, Trainer
+
+Item = TypeVar("Item")
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """Return the callbacks, in the order in which they are called."""
-    return cast(list[Callback], cast(Any, trainer).callbacks)
+    connected: Any = trainer
+    callbacks: list[Callback] = connected.callbacks
+    return callbacks
 
 
 def is_trial_run(trainer: Trainer) -> bool:
     """Whether ``fast_dev_run`` was asked for: a few batches that leave nothing behind."""
-    return bool(cast(Any, trainer).fast_dev_run)
+    connected: Any = trainer
+    return bool(connected.fast_dev_run)
 
 
 def log_interval(trainer: Trainer) -> int:
     """Return the optimizer steps between two lines of the loggers."""
-    return int(cast(Any, trainer).log_every_n_steps)
+    connected: Any = trainer
+    return int(connected.log_every_n_steps)
+
+
+def gather_lists(trainer: Trainer, own: list[Item]) -> list[Item]:
+    """Return to every process the lists of all, one after the other in the order of their ranks."""
+    if trainer.world_size == 1:
+        return own
+    parts: list[list[Item]] = [[] for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(parts, own)
+    return [item for part in parts for item in part]

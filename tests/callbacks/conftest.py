@@ -92,3 +92,26 @@ def killed_fit(fit):
             fit(Stop(after), *callbacks, **options)
 
     return run
+
+
+class Scored(QLoRAModule):
+    """Logs a given score at each validation instead of one that happens to come out."""
+
+    scores = ()
+
+    def on_validation_epoch_end(self):
+        super().on_validation_epoch_end()
+        self.log("val_score", self.scores[0])
+        self.scores = self.scores[1:]
+
+
+@pytest.fixture
+def scored(make_module):
+    """A module whose validations have these scores."""
+
+    def make(*scores):
+        module = make_module(Scored)
+        module.scores = scores
+        return module
+
+    return make

@@ -7,19 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_lightning import AdapterCheckpoint, QLoRAModule
+from qlora_lightning import AdapterCheckpoint
 from qlora_lightning.support.errors import UserError
-
-
-class Scored(QLoRAModule):
-    """Logs a given score at each validation instead of one that happens to come out."""
-
-    scores = ()
-
-    def on_validation_epoch_end(self):
-        super().on_validation_epoch_end()
-        self.log("val_score", self.scores[0])
-        self.scores = self.scores[1:]
 
 
 class Rows(lightning.Callback):
@@ -49,16 +38,6 @@ def more_rows(rows_file, tmp_path):
     file = tmp_path / "more.jsonl"
     file.write_text(rows_file.read_text() + "".join(json.dumps(row) + "\n" for row in more))
     return str(file)
-
-
-@pytest.fixture
-def scored(make_module):
-    def make(*scores):
-        module = make_module(Scored)
-        module.scores = scores
-        return module
-
-    return make
 
 
 def monitored():
@@ -123,13 +102,6 @@ def test_with_other_validation_samples_the_ranking_begins_anew(fit, make_data, m
     assert again.best == [(2.0, "step-000016.ckpt")]
 
 
-def test_as_many_other_samples_are_told_with_the_settings_that_made_them(fit, make_data, last):
-    fit(AdapterCheckpoint())
-    with pytest.raises(UserError, match=r"other training samples \(16 there and here") as error:
-        fit(AdapterCheckpoint(), data=make_data(max_length=40), ckpt_path=last, max_epochs=2)
-    assert "data.max_length: 2048 → 40" in str(error.value)
-
-
 def test_inside_an_epoch_other_training_samples_are_refused_always_and_others_to_validate_on_are_not(
     fit, make_data, more_rows, last
 ):
@@ -190,10 +162,3 @@ def test_a_stream_goes_on_to_more_steps_and_names_no_flag_where_its_rows_changed
         with pytest.raises(UserError, match="inside an epoch with other training samples") as error:
             fit(AdapterCheckpoint(), data=data, ckpt_path=last, max_steps=7, **options)
         assert "begin a new run from the adapter folder" in str(error.value)
-
-
-def test_other_samples_may_be_judged(fit, make_data, more_rows, last):
-    trainer, module = fit(AdapterCheckpoint())
-    data = make_data(train=more_rows, val=more_rows, test=more_rows, predict=more_rows)
-    trainer.validate(module, datamodule=data, ckpt_path=last)
-    trainer.test(module, datamodule=data, ckpt_path=last)

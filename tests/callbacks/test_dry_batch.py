@@ -4,12 +4,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning import Callback
-from lightning.pytorch import LightningModule
 
-from qlora_lightning import GradientCheckpointing, InstructionDataModule, LossSums, QLoRAModule
+from qlora_lightning import InstructionDataModule, LossSums, QLoRAModule
 from qlora_lightning.callbacks import dry_batch
 from qlora_lightning.callbacks.dry_batch import DryBatch, find_largest
-from qlora_lightning.data.batches import epoch_plan
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.data.batches.loader import FlatLoader
 from qlora_lightning.data.samples import gather_samples, make_sample
@@ -31,9 +29,9 @@ def trainer_of(loader, **options):
     return SimpleNamespace(**{**defaults, **options})
 
 
-def largest(lengths, batch_size=2, trainer=None, rank=0, **options):
+def largest(lengths, batch_size=2, trainer=None, **options):
     """The rows of the largest batch, or None."""
-    loader = FlatLoader(EpochPlan(samples_of(lengths), batch_size, **options), rank)
+    loader = FlatLoader(EpochPlan(samples_of(lengths), batch_size, **options))
     found = find_largest(trainer_of(loader, **(trainer or {})), None)
     return None if found is None else found["row_ids"].tolist()
 
@@ -45,26 +43,14 @@ def test_the_one_with_most_tokens_not_that_with_the_longest_row():
     assert largest([3, 3, 9, 1, 6, 6, 2, 2]) == [4, 5]
 
 
-def test_between_equals_the_longest_row_decides():
-    assert largest([3, 3, 6, 6, 9, 3]) == [4, 5]
-
-
 @pytest.mark.parametrize(("second", "found"), [(12, None), (13, [1])])
 def test_it_must_have_more_than_a_fifth_more_tokens_than_the_first(second, found):
     assert largest([10, second], batch_size=1) == found
 
 
-def test_only_batches_that_are_trained_on_count():
-    assert largest([3, 5, 9], batch_size=1, trainer={"num_training_batches": 2}) == [1]
-
-
 @pytest.fixture
 def always_worth_it(monkeypatch):
     monkeypatch.setattr(dry_batch, "_WORTH", 0.0)
-
-
-def test_bins_of_a_token_budget_are_batches_too(always_worth_it):
-    assert largest([2, 3, 2, 9], batch_size=None, tokens_per_batch=9, shuffle=True) == [3]  # the other bin has seven
 
 
 @pytest.mark.parametrize(("now", "epochs"), [(0, 1), (0, 3), (1, 3), (0, 12), (11, 12), (2, None), (2, -1)])
@@ -78,14 +64,6 @@ def test_epochs_that_are_to_come_count_up_to_ten(now, epochs, always_worth_it):
     assert found["input_ids"].numel() == max(map(max, tokens[now:end]))
 
 
-def test_of_large_data_only_the_epoch_at_hand_is_looked_at(monkeypatch, always_worth_it):
-    loader = FlatLoader(EpochPlan(samples_of([1, 2, 4, 8]), 2, shuffle=True, seed=3))
-    tokens = [[int(loader.samples.lengths[rows].sum()) for rows, _ in loader.plan.batches(n)] for n in range(9)]
-    assert max(tokens[0]) < max(map(max, tokens))
-    monkeypatch.setattr(epoch_plan, "_ROWS", 3)
-    assert find_largest(trainer_of(loader, max_epochs=9), None)["input_ids"].numel() == max(tokens[0])
-
-
 def test_in_the_epoch_at_hand_only_what_is_left_counts():
     loader = FlatLoader(EpochPlan(samples_of([3, 9, 3, 5]), 1))
     assert find_largest(trainer_of(loader), None)["row_ids"].tolist() == [1]
@@ -95,15 +73,6 @@ def test_in_the_epoch_at_hand_only_what_is_left_counts():
     next(batches)
     assert find_largest(trainer_of(loader), None)["row_ids"].tolist() == [3]
     assert len(list(batches)) == 2  # the loader's place is as before
-
-
-def test_each_rank_looks_at_its_own():
-    found = [largest([3, 3, 9, 3, 3, 5], batch_size=1, rank=rank, world_size=2) for rank in (0, 1)]
-    assert found == [[2], [5]]
-
-
-def test_a_loader_of_another_make_has_no_plan():
-    assert find_largest(trainer_of(torch.utils.data.DataLoader([1])), None) is None
 
 
 # ---- in a run --------------------------------------------------------------------------------------------------------
@@ -172,25 +141,10 @@ def test_with_and_without_it_everything_is_bit_equal(
     assert rows == other_rows
 
 
-def test_its_tokens_time_and_peak_are_told(fit, long_last, spoken):
-    fit(DryBatch(), data=long_last())
-    (line,) = spoken()
-    assert line.groups() == ("2", "400", "200")
-
-
 @pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"limit_train_batches": 4}])
 def test_it_is_left_out_in_a_fast_dev_run_or_where_it_is_not_worth_it(fit, long_last, spoken, options):
     fit(DryBatch(), data=long_last(), **options)
     assert spoken() == []
-
-
-def test_of_a_stream_the_first_rows_are_looked_at(fit, make_data, spoken, always_worth_it):
-    seen = {"max_steps": 8, "max_epochs": -1, "limit_val_batches": 0}
-    trainer, _ = fit(DryBatch(), data=make_data(streaming=True), **seen)
-    samples = trainer.datamodule.samples["train"]
-    (line,) = spoken()
-    assert int(line[3]) <= max(samples.lengths)
-    assert int(line[2]) >= 2 * samples.lengths.mean()
 
 
 class MemoryRunsOut(QLoRAModule):
@@ -206,29 +160,3 @@ def test_memory_runs_out_before_the_first_step(fit, make_module, long_last):
     ):
         fit(DryBatch(), seen := Batches(), module=make_module(MemoryRunsOut), data=long_last())
     assert seen.rows == []
-
-
-class StopCheckpointing(Callback):
-    def on_train_start(self, trainer, pl_module):
-        for layer in pl_module.causal_lm.base_model.layers:
-            layer.gradient_checkpointing = False
-
-
-def test_checkpointing_that_is_not_active_is_noticed_all_the_same(fit, long_last, spoken):
-    with pytest.raises(RuntimeError, match="gradient_checkpointing is enabled, but 2 layers"):
-        fit(StopCheckpointing(), DryBatch(), GradientCheckpointing(), data=long_last())
-    assert len(spoken()) == 1
-
-
-def test_room_for_adams_averages_is_taken_until_it_has_them(fit, long_last, monkeypatch):
-    rooms, plain = [], dry_batch._room_of_optimizer
-    monkeypatch.setattr(dry_batch, "_room_of_optimizer", lambda *args: rooms.append(plain(*args)) or rooms[-1])
-    trainer, module = fit(DryBatch(), data=long_last())
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    assert sum(tensor.numel() for tensor in rooms[0]) == 2 * sum(parameter.numel() for parameter in trainable)
-    assert plain(trainer, trainable) == []
-
-
-def test_a_module_of_another_make_is_left_alone(spoken):
-    DryBatch().on_train_start(SimpleNamespace(fast_dev_run=False), LightningModule())
-    assert spoken() == []

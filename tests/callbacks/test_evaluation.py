@@ -5,9 +5,9 @@ import pytest
 import torch
 from lightning import Callback
 
-from qlora_lightning import AdapterCheckpoint, Evaluation, QLoRAModule
+from qlora_lightning import AdapterCheckpoint, Evaluation
 from qlora_lightning.callbacks import evaluation
-from qlora_lightning.evaluation.rows import cut_rows
+from qlora_lightning.evaluation.judge import cut_rows
 from qlora_lightning.model.loss import TokenStatistics
 from qlora_lightning.support.errors import UserError
 from tests.equality import same
@@ -67,19 +67,6 @@ def test_base_and_best_adapter_are_judged_and_the_last_one_stays(
     assert found["loss"][1] == pytest.approx(judge(untouched, data)["loss"], rel=1e-3)
 
 
-def test_modes_and_layers_are_left_as_they_were(fit):
-    _, module = fit(modes := Modes(), Evaluation(rows=1, max_new_tokens=2), AdapterCheckpoint())
-    assert {name: part.training for name, part in module.named_modules()} == modes.training
-    assert {name: type(part) for name, part in module.named_modules()} == modes.kinds
-    assert module.model.training
-
-
-def test_the_best_adapter_is_judged_where_no_checkpoint_of_it_is_kept(fit, figures):
-    checkpoint = AdapterCheckpoint(mode="max", save_top_k=0)
-    fit(Evaluation(rows=0), checkpoint, val_check_interval=1, limit_train_batches=3)
-    assert figures()["loss"][1] == pytest.approx(checkpoint.best[0][0], rel=1e-3)
-
-
 def test_answers_of_both_are_scored_and_shown_beside_what_was_expected(fit, figures, capsys, tmp_path):
     fit(Evaluation(rows=4, samples=2, max_new_tokens=3), AdapterCheckpoint(), limit_train_batches=1)
     text = capsys.readouterr().out
@@ -94,11 +81,6 @@ def test_answers_of_both_are_scored_and_shown_beside_what_was_expected(fit, figu
     assert [sample.keys() for sample in content["samples"]] == [{"prompt", "expected", "base", "adapter"}] * 2
     assert content["metrics"]["exact_match"]["base"].keys() == {"value", "low", "high"}
     assert content["metrics"]["stop_rate"]["difference"].keys() == {"value", "low", "high"}
-
-
-def test_only_the_validation_rows_that_the_trainer_takes_are_judged(fit, tmp_path):
-    fit(Evaluation(rows=0), limit_train_batches=1, limit_val_batches=3)
-    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"] == 6
 
 
 def test_the_model_is_restored_when_judging_fails(fit, monkeypatch, adapter_of, assert_same):
@@ -117,11 +99,6 @@ def test_the_model_is_restored_when_judging_fails(fit, monkeypatch, adapter_of, 
 @pytest.mark.parametrize("options", [{"limit_val_batches": 0}, {"fast_dev_run": True}])
 def test_without_validation_or_in_a_trial_run_nothing_is_compared(fit, tmp_path, options):
     fit(Evaluation(), limit_train_batches=1, **options)
-    assert not (tmp_path / "run" / "evaluation.json").exists()
-
-
-def test_switched_off_it_compares_nothing(fit, tmp_path):
-    fit(Evaluation(enabled=False, every_n_validations=1), limit_train_batches=1)
     assert not (tmp_path / "run" / "evaluation.json").exists()
 
 
@@ -181,22 +158,6 @@ def test_a_resumed_run_goes_on_counting_validations(fit, tmp_path):
     scored = [["val_stop_rate" in seen for seen in each.seen] for each in (whole, first, second)]
     assert scored == [[False, True, True], [False], [True, True]]  # a metric stays until it is logged again
     assert whole.seen[1] == second.seen[0]
-
-
-class FrozenA(QLoRAModule):
-    """LoRA-FA: A stays as it was drawn."""
-
-    def build_model(self):
-        model = super().build_model()
-        for name, tensor in model.named_parameters():
-            tensor.requires_grad_(".lora_B." in name)
-        return model
-
-
-def test_half_an_adapter_that_is_frozen_is_compared_too_and_stays_frozen(fit, make_module, adapter_of, figures):
-    _, module = fit(AdapterCheckpoint(), Evaluation(rows=0), module=make_module(FrozenA), limit_train_batches=4)
-    assert figures()["loss"][0] > figures()["loss"][1]
-    assert all(".lora_B." in name for name in adapter_of(module))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning import GradientCheckpointing
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.versions import enable_activation_checkpointing
 
 
 class LayerRuns(Callback):
@@ -60,22 +59,10 @@ def test_a_whole_run_is_bit_for_bit_that_without_it(fit, make_module, adapter_of
     assert_same(adapter_of(checkpointed), adapter_of(plain))
 
 
-def test_adapters_in_the_last_layer_only_are_enough(fit, make_module):
-    fit(GradientCheckpointing(), counter := LayerRuns(), module=make_module(layers="last:1"), **ONE_BATCH)
-    assert counter.runs == [1, 2]  # nothing below them has a backward
-
-
 def checkpointing_of(module):
     names = ("gradient_checkpointing", "_gradient_checkpointing_func")
     found = {part: [vars(part).get(name) for name in names] for part in module.causal_lm.modules()}
     return found | {"embedding": dict(module.causal_lm.get_input_embeddings()._forward_hooks)}
-
-
-@pytest.mark.parametrize("callbacks", [[], [GradientCheckpointing(enabled=False)]])
-def test_a_second_fit_without_it_keeps_activations_again(fit, callbacks):
-    _, module = fit(GradientCheckpointing(), **ONE_BATCH)
-    fit(*callbacks, counter := LayerRuns(), module=module, **ONE_BATCH)
-    assert counter.runs == [1, 1]
 
 
 class Fails(Callback):
@@ -94,95 +81,10 @@ def test_a_model_is_left_as_it_was_also_by_a_fit_that_fails(fit, make_module):
     assert checkpointing_of(module) == before
 
 
-def test_checkpointing_that_the_user_switched_on_stays(fit, make_module):
-    module = make_module()
-    module.configure_model()
-    enable_activation_checkpointing(module.causal_lm)
-    module.causal_lm.disable_input_require_grads()
-    before = checkpointing_of(module)
-    fit(GradientCheckpointing(every_n_layers=2), module=module, **ONE_BATCH)
-    assert checkpointing_of(module) == before
-
-
-def test_an_embedding_whose_output_took_a_gradient_before_does_so_again(fit, make_module):
-    module = make_module()
-    module.configure_model()
-    module.causal_lm.enable_input_require_grads()
-    fit(GradientCheckpointing(), module=module, **ONE_BATCH)
-    assert module.causal_lm.get_input_embeddings()(torch.tensor([1])).requires_grad
-    module.causal_lm.disable_input_require_grads()
-    assert not module.causal_lm.get_input_embeddings()(torch.tensor([1])).requires_grad
-
-
 @pytest.mark.parametrize("every_n_layers", [0, -1])
 def test_every_n_layers_below_one_is_refused(every_n_layers):
     with pytest.raises(UserError, match=rf"gradient_checkpointing\.every_n_layers is {every_n_layers}: expected 1"):
         GradientCheckpointing(every_n_layers=every_n_layers)
-
-
-class Layers(Callback):
-    """Does something to every part of the model at some hook, before GradientCheckpointing looks."""
-
-    def __init__(self, hook, do, part="causal_lm"):
-        setattr(self, hook, lambda trainer, pl_module: [do(m) for m in getattr(pl_module, part).modules()])
-
-
-def _stop_checkpointing(layer):
-    layer.gradient_checkpointing = False
-
-
-def test_a_layer_left_in_eval_mode_is_refused(fit):
-    def leave_in_eval(module):
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = False
-
-    with pytest.raises(RuntimeError, match=r"evaluation mode .*2 modules, as .*layers\.0"):
-        fit(Layers("on_train_start", leave_in_eval), GradientCheckpointing(), **ONE_BATCH)
-
-
-def test_a_model_left_in_eval_mode_is_refused(fit):
-    with pytest.raises(RuntimeError, match="evaluation mode"):
-        fit(Layers("on_train_start", lambda module: module.eval(), "model"), GradientCheckpointing(), **ONE_BATCH)
-
-
-def test_checkpointing_that_went_off_in_a_validation_is_noticed(fit):
-    with pytest.raises(RuntimeError, match=r"2 layers, as .*, were not run again in backward"):
-        fit(Layers("on_validation_start", _stop_checkpointing), GradientCheckpointing(), val_check_interval=4)
-
-
-def test_one_layer_that_went_off_in_a_validation_is_noticed(fit):
-    first = []
-
-    def stop_first(module):
-        if isinstance(module, GradientCheckpointingLayer) and not first:
-            first.append(module)
-            module.gradient_checkpointing = False
-
-    with pytest.raises(RuntimeError, match=r"gradient_checkpointing is enabled"):
-        fit(Layers("on_validation_start", stop_first), GradientCheckpointing(), val_check_interval=4)
-
-
-class EvalAfterValidation(Callback):
-    """What a callback does that calls `generate` and forgets the mode."""
-
-    validated = False
-
-    def on_validation_end(self, trainer, pl_module):
-        self.validated = True
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if self.validated:
-            pl_module.eval()
-
-
-def test_eval_mode_after_a_validation_is_noticed_at_the_next_step(fit):
-    with pytest.raises(RuntimeError, match="evaluation mode"):
-        fit(GradientCheckpointing(), EvalAfterValidation(), val_check_interval=4, limit_val_batches=1)
-
-
-def test_what_it_counts_with_is_gone_after_the_first_step(fit):
-    _, module = fit(GradientCheckpointing(), **ONE_BATCH)
-    assert not any(part._forward_pre_hooks for part in module.causal_lm.model.layers.modules())
 
 
 def test_less_is_kept_between_forward_and_backward(fit):

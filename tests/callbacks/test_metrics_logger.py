@@ -16,21 +16,6 @@ def read(file):
         return list(csv.DictReader(handle))
 
 
-def test_it_lies_in_the_run_folder_itself(logger, tmp_path):
-    assert logger.file == tmp_path / "run" / "metrics.csv"
-    assert (logger.save_dir, logger.name, logger.version) == (str(tmp_path / "run"), "", "")
-    logger.log_hyperparams({"rank": 8})
-    assert not logger.file.exists()
-
-
-def test_each_step_appends_a_line(logger):
-    logger.log_metrics({"train_loss": 1.5}, step=0)
-    inode = logger.file.stat().st_ino
-    logger.log_metrics({"train_loss": 1.25}, step=1)
-    assert logger.file.read_text().splitlines() == ["step,train_loss", "0,1.5", "1,1.25"]
-    assert logger.file.stat().st_ino == inode  # appended, not written anew
-
-
 def test_a_new_metric_widens_the_table(logger):
     logger.log_metrics({"train_loss": 1.5}, step=0)
     logger.log_metrics({"val_loss": 2.0, "val_perplexity": 7.4}, step=1)
@@ -72,25 +57,6 @@ def test_half_a_line_goes_wherever_a_kill_has_cut_it(logger, cut):
         again.log_metrics({"train_loss": 1.75}, step=1)
         assert logger.file.read_text() == whole + "1,1.75,\n"
         assert again.rows == 2
-
-
-def test_cut_of_no_file_makes_none(logger):
-    logger.cut(3)
-    logger.flush()
-    assert not logger.file.exists()
-
-
-def test_a_folder_in_the_tables_place_is_told(tmp_path):
-    (tmp_path / "metrics.csv").mkdir()
-    with pytest.raises(UserError, match=r"metrics\.csv is a folder, and the table of metrics goes there: move it away"):
-        MetricsLogger(tmp_path)
-
-
-def test_a_table_that_cannot_be_read_is_told(logger, monkeypatch):
-    logger.log_metrics({"train_loss": 1.0}, step=0)
-    monkeypatch.setattr("pathlib.Path.read_text", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "I/O error")))
-    with pytest.raises(UserError, match=r"metrics\.csv could not be read or written: I/O error\."):
-        logger.cut(1)
 
 
 def test_a_second_logger_goes_on_in_the_same_file(logger, tmp_path):

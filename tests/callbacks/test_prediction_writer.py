@@ -1,5 +1,4 @@
 import json
-import warnings
 
 import pytest
 
@@ -48,27 +47,3 @@ def test_rows_without_answers_are_answered_too(predict):
 def test_batches_of_another_size_give_the_same_lines(predict):
     rows = [{"instruction": f"Count to {n}." * n} for n in range(1, 6)]
     assert predict(rows, batch_size=1)[0] == predict(rows, batch_size=3)[0]
-
-
-def test_a_second_run_replaces_the_file(predict):
-    predict([{"instruction": "one"}, {"instruction": "two"}])
-    assert len(predict([{"instruction": "three"}])[0]) == 1
-
-
-def test_nothing_is_warned_about(predict):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own, on torch 2.13
-        predict([{"instruction": "one"}])
-
-
-def test_a_folder_with_brackets_is_named_as_it_is(make_module, make_data, make_trainer, tmp_path, capsys, monkeypatch):
-    from qlora_lightning.model import generate
-
-    plain = generate._generate
-    monkeypatch.setattr(generate, "_generate", lambda *arguments: plain(*arguments[:-1], 2))
-    file = tmp_path / "questions.jsonl"
-    file.write_text('{"instruction": "Hi."}\n')
-    trainer = make_trainer(PredictionWriter(), folder="[/b]")
-    trainer.predict(make_module(), datamodule=make_data(predict=str(file)))
-    assert "[/b]/predictions.jsonl" in "".join(capsys.readouterr().out.split())

@@ -1,5 +1,7 @@
+"""A run folder is kept to one run and one process, and a resumed run continues its files."""
+
 import csv
-import math
+import multiprocessing
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,12 @@ from lightning.pytorch.loggers.logger import DummyLogger
 
 from qlora_lightning import AdapterCheckpoint
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
-from qlora_lightning.callbacks.run_folder import RunFolder, describe_length
+from qlora_lightning.callbacks.run_folder import (
+    FolderLock,
+    RunFolder,
+    is_resumed,
+    refuse_started_folder,
+)
 from qlora_lightning.support.errors import UserError
 
 
@@ -44,17 +51,10 @@ def test_the_loggers_have_the_config_and_one_that_refuses_it_ends_no_run(fit, ca
     assert "Kept does not take the config: ValueError: rank was 4" in capsys.readouterr().out
 
 
-def test_a_trial_run_and_other_stages_write_no_config(fit, make_module, make_data, make_trainer, tmp_path):
-    fit(RunFolder({}), fast_dev_run=True)
-    make_trainer(RunFolder({})).validate(make_module(), datamodule=make_data(), verbose=False)
-    assert not (tmp_path / "run" / "config.yaml").exists()
-
-
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {"every_n_train_steps": 3},
         pytest.param(
             {"val_check_interval": 3},
         ),
@@ -81,44 +81,107 @@ def test_the_metrics_of_a_resumed_run_are_those_of_one_that_never_stopped(fit, k
     ]
 
 
-def test_the_metrics_have_a_line_per_step_and_per_validation(fit, tmp_path):
-    fit(RunFolder({}), logger=MetricsLogger(tmp_path / "run"), val_check_interval=4, limit_val_batches=1)
-    rows = read_metrics(tmp_path / "run")
-    training = [row for row in rows if row["train_loss"]]
-    assert [row["step"] for row in training] == [str(step) for step in range(8)]
-    assert all(math.isfinite(float(row[name])) for row in training for name in ("grad_norm", "learning_rate"))
-    assert sum(bool(row["val_loss"]) for row in rows) == 2
-
-
-def test_a_fit_into_a_folder_that_has_meanwhile_got_a_run_leaves_its_config(fit, tmp_path):
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    last.parent.mkdir(parents=True)
-    last.touch()
-    with pytest.raises(UserError, match="run holds a run already"):
-        fit(RunFolder({}), limit_train_batches=1, limit_val_batches=0)
-    assert not (tmp_path / "run" / "config.yaml").exists()
-
-
-def test_a_folder_that_cannot_be_written_to_is_refused(fit, tmp_path):
-    (tmp_path / "run").touch()
-    with pytest.raises(UserError, match=r"default_root_dir .*run cannot be written to: (File exists|Not a directory)"):
-        fit(RunFolder({}), limit_train_batches=1, limit_val_batches=0)
+# ---- one run in a folder ----
 
 
 @pytest.mark.parametrize(
-    ("max_epochs", "max_steps", "accumulate", "words"),
+    ("trace", "table", "refused"),
     [
-        (2, -1, 4, None),
-        (3, -1, 4, "trainer.max_epochs was 2 and is 3: the schedule is planned anew"),
-        (2, -1, 2, "trainer.accumulate_grad_batches was 4 and is 2: the schedule is planned anew"),
-        (2, 9, 4, "trainer.max_steps was -1 and is 9: the schedule"),
-        (2, 9, 2, "trainer.max_steps was -1 and is 9: the schedule"),  # steps count, however many batches each has
+        ("metrics.csv", True, True),
+        ("metrics.csv", False, False),
+        ("checkpoints/last.ckpt", True, True),
+        ("checkpoints/step-000004.ckpt", False, True),
+        ("checkpoints/unfinished.ckpt", False, False),  # of a kill during the very first save
     ],
 )
-def test_a_new_length_of_the_schedule_is_told(max_epochs, max_steps, accumulate, words):
-    optimizer = SimpleNamespace(param_groups=[{"lr": 0.5}])
-    lengths = {"max_epochs": max_epochs, "max_steps": max_steps, "accumulate_grad_batches": accumulate}
-    now = SimpleNamespace(optimizers=[optimizer], global_step=3, **lengths)
-    told = describe_length({"max_epochs": 2, "max_steps": -1, "accumulate_grad_batches": 4, "rate": 0.25}, now)
-    assert (told is None) if words is None else told.startswith(words)
-    assert words is None or told.endswith("at step 3 with learning rate 0.5 (by the old plan 0.25).")
+def test_a_folder_that_holds_a_run_is_refused_with_the_two_ways_out(tmp_path, trace, table, refused):
+    run = tmp_path / "run"
+    refuse_started_folder(run, table=table)
+    (run / trace).parent.mkdir(parents=True)
+    refuse_started_folder(run, table=table)
+    (run / trace).touch()
+    if not refused:
+        refuse_started_folder(run, table=table)
+        return
+    with pytest.raises(UserError, match=r"run holds a run already.*`--ckpt_path last`.*`--trainer.default_root_dir "):
+        refuse_started_folder(run, table=table)
+
+
+@pytest.mark.parametrize(
+    ("file", "own"),
+    [
+        ("runs/a/checkpoints/last.ckpt", True),
+        ("runs/a/../a/checkpoints/step-000004.ckpt", True),
+        ("runs/a/hpc_ckpt_1.ckpt", True),
+        ("runs/a/mine/epoch.ckpt", True),
+        ("runs/b/checkpoints/last.ckpt", False),
+        ("runs/a/b/checkpoints/last.ckpt", False),  # of a run in a folder of its own inside
+        ("last.ckpt", False),
+    ],
+)
+def test_it_goes_on_from_a_checkpoint_of_its_own_and_no_other(tmp_path, monkeypatch, file, own):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "a" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "checkpoints" / "last.ckpt").touch()
+    trainer = SimpleNamespace(ckpt_path=file, default_root_dir=str(tmp_path / "runs" / "a"), global_step=0)
+    assert is_resumed(trainer) == own
+    if own:
+        refuse_started_folder("runs/a", file)
+        return
+    with pytest.raises(UserError, match=f"runs/a holds a run already, which would be lost. {file} is not of it."):
+        refuse_started_folder("runs/a", file)
+
+
+def test_without_a_checkpoint_only_the_trainer_that_has_trained_is_resumed(tmp_path):
+    trainer = SimpleNamespace(ckpt_path=None, default_root_dir=tmp_path, global_step=0)
+    assert not is_resumed(trainer)
+    trainer.global_step = 3
+    assert is_resumed(trainer)
+
+
+# ---- one process in a folder ----
+
+
+@pytest.fixture
+def locks():
+    one, other = FolderLock(), FolderLock()
+    yield one, other
+    one.release()
+    other.release()
+
+
+def test_two_do_not_train_in_one_folder_and_the_next_may_and_no_file_is_left(locks, tmp_path):
+    one, other = locks
+    one.take(tmp_path / "run")
+    other.take(tmp_path / "elsewhere")
+    with pytest.raises(
+        UserError, match=r"^Another process trains in .*/run: wait until it has ended, or choose another folder"
+    ):
+        other.take(tmp_path / "run")
+    one.release()
+    other.take(tmp_path / "run")
+    assert list((tmp_path / "run").rglob("*")) == [tmp_path / "run" / "checkpoints"]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_worker_that_outlives_its_run_holds_nothing(locks, tmp_path):
+    locks[0].take(tmp_path)
+    context = multiprocessing.get_context("fork")
+    began, end = context.Event(), context.Event()
+    worker = context.Process(target=lambda: (began.set(), end.wait(60)), daemon=True)
+    worker.start()
+    assert began.wait(60)
+    with pytest.raises(UserError, match="Another process trains"):
+        locks[1].take(tmp_path)
+    locks[0].release()
+    locks[1].take(tmp_path)
+    end.set()
+    worker.join()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(fit, locks, tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(UserError, match=r"default_root_dir .*run cannot be written to: (File exists|Not a directory)"):
+        fit(RunFolder({}), limit_train_batches=1, limit_val_batches=0)
+    with pytest.raises(UserError, match=r"default_root_dir .*run cannot be written to: Not a directory\."):
+        locks[0].take(tmp_path / "run")

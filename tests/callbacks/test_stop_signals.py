@@ -2,7 +2,6 @@ import csv
 import os
 import signal
 import stat
-from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -13,7 +12,6 @@ from qlora_lightning.callbacks import StopSignals
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.prediction_writer import PredictionWriter
 from qlora_lightning.callbacks.run_folder import RunFolder
-from qlora_lightning.callbacks.stop_signals import was_requeued
 from qlora_lightning.support.errors import TrainingStopped
 from tests.equality import same
 
@@ -105,14 +103,6 @@ SETTINGS = {
         "limit_val_batches": 2,
     },
     "no validation": {"max_epochs": 2, "accumulate_grad_batches": 3, "limit_val_batches": 0, "every_n_train_steps": 2},
-    "across epochs": {
-        "max_epochs": -1,
-        "max_steps": 12,
-        "val_check_interval": 5,
-        "check_val_every_n_epoch": None,
-        "limit_val_batches": 1,
-        "every_n_train_steps": 4,
-    },
     # the sixteen rows come again and again, in a new order: eight batches a pass, twelve in all
     "stream": {
         "max_epochs": -1,
@@ -125,18 +115,6 @@ SETTINGS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_run_stopped_at_any_batch_goes_on_to_the_same_end(stopped_fit, tmp_path, name):
-    places = stopped_fit("whole", **SETTINGS[name])
-    for at in range(len(places)):
-        stopped_fit(f"stop {at}", at, **SETTINGS[name])
-        try:
-            assert_same_end(tmp_path / "whole", tmp_path / f"stop {at}")
-        except AssertionError as error:
-            raise AssertionError(f"stopped in {places[at]}") from error
-
-
 @pytest.mark.parametrize(
     ("name", "stops"),
     [
@@ -145,10 +123,7 @@ def test_a_run_stopped_at_any_batch_goes_on_to_the_same_end(stopped_fit, tmp_pat
         ("epochs", (11,)),  # the validation at the epoch's end, after its first batch
         ("steps", (9,)),  # the last batch of an epoch, whose validation is due
         ("no validation", (7,)),  # the last batch of an epoch, with nothing behind it
-        (
-            "stream",
-            (11,),
-        ),  # the last batch of all: a resume would not run its validation
+        ("stream", (11,)),  # the last batch of all: a resume would not run its validation
         ("stream", (2, 5)),  # inside a window, and again in the second pass over the rows
     ],
 )
@@ -169,7 +144,7 @@ def test_a_signal_ends_with_its_code_and_says_how_to_go_on(fit, tmp_path, capfd,
     name = "Ctrl-C" if number == signal.SIGINT else number.name
     assert f"{name}: saving at the end of this batch." in said.err
     assert ("again leaves at once" in said.err) is (number == signal.SIGINT)
-    assert f"Stopped at step 3 in epoch 0, saved in {last}. To go on, add `--ckpt_path last`" in said.out
+    assert f"Stopped at step 3 in epoch 0, saved in {last}. To resume, add `--ckpt_path last`" in said.out
     assert torch.load(last, weights_only=True)["global_step"] == 3
     assert {each: signal.getsignal(each) for each in before} == before
 
@@ -188,29 +163,6 @@ def test_a_second_ctrl_c_leaves_at_once_and_saves_nothing(fit, tmp_path):
     assert isinstance(left.value.__context__, KeyboardInterrupt)
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
     assert [file.name for file in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
-
-
-@pytest.mark.parametrize("callbacks", [(), (AdapterCheckpoint(enabled=False),)])
-def test_where_nothing_saves_it_stops_all_the_same_and_says_so(fit, tmp_path, capsys, callbacks):
-    sender = Sender(signal.SIGTERM, 2)
-    with pytest.raises(TrainingStopped):
-        fit(StopSignals(), sender, *callbacks)
-    assert "Nothing was saved" in capsys.readouterr().out
-    assert len(sender.places) <= 4
-
-
-def test_a_signal_with_the_very_last_batch_leaves_a_finished_run(fit, tmp_path, capsys):
-    options = {"limit_val_batches": 0}
-
-    class Late(lightning.Callback):
-        def on_train_end(self, trainer, pl_module):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(TrainingStopped) as stopped:
-        fit(Late(), StopSignals(), AdapterCheckpoint(), **options)
-    assert stopped.value.code == 143
-    assert "Training had come to its end, and all is saved." in capsys.readouterr().out
-    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8
 
 
 class EvaluationSender(lightning.Callback):
@@ -252,36 +204,6 @@ def test_a_signal_ends_an_evaluation_at_once_and_leaves_no_output(
     assert not (tmp_path / "run").exists() or list((tmp_path / "run").iterdir()) == []
 
 
-def test_sigterm_that_came_while_loaders_were_made_counts_too(make_module, make_data, make_trainer):
-    class Early(lightning.Callback):
-        def on_validation_start(self, trainer, pl_module):
-            os.kill(os.getpid(), signal.SIGTERM)  # in front of StopSignals, so that Lightning has noted it
-
-    sender = EvaluationSender()
-    with pytest.raises(TrainingStopped):
-        make_trainer(Early(), StopSignals(), sender).validate(make_module(), datamodule=make_data())
-    assert sender.batches == 0
-
-
-def test_the_processes_that_were_started_are_ended_too():
-    class Launcher:
-        killed = ()
-
-        def kill(self, number):
-            self.killed = (*self.killed, number)
-
-    launcher = Launcher()
-    trainer = SimpleNamespace(
-        is_global_zero=True,
-        received_sigterm=True,
-        strategy=SimpleNamespace(launcher=launcher),
-        state=SimpleNamespace(fn="validate"),
-    )
-    with pytest.raises(TrainingStopped):
-        StopSignals().on_validation_start(trainer, None)
-    assert launcher.killed == (signal.SIGTERM,)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_an_ignored_signal_stays_ignored(fit, tmp_path, number):
     """As ``nohup`` sets SIGHUP, and a shell's ``&`` Ctrl-C."""
@@ -311,10 +233,3 @@ def test_under_slurm_the_saved_job_is_requeued_as_lightning_would(fit, tmp_path,
         assert (tmp_path / "asked").read_text() == "requeue 7\n"
         assert (tmp_path / "saved").read_text() == "last.ckpt\n"
     assert not list((tmp_path / "run").glob("hpc_ckpt*"))  # Lightning's own, from inside the batch
-
-
-def test_a_job_that_slurm_started_again_is_known(monkeypatch):
-    monkeypatch.setenv("SLURM_NTASKS", "1")
-    assert not was_requeued()
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert was_requeued()

@@ -33,13 +33,6 @@ class FakeTime:
         return self.now
 
 
-def test_tokens_seen_are_those_of_the_epochs(fit, make_data):
-    data = make_data()
-    fit(ThroughputMonitor(), counted := Counted(), data=data, max_epochs=2, limit_val_batches=0)
-    tokens = sum(batch["input_ids"].numel() for batch in data.train_dataloader())
-    assert counted.logged[-1]["tokens_seen"] == counted.tokens == 2 * tokens
-
-
 def test_the_speed_is_tokens_by_seconds_of_the_whole_window(fit, monkeypatch):
     monkeypatch.setattr("qlora_lightning.callbacks.throughput.time", FakeTime())
     fit(ThroughputMonitor(), counted := Counted(), limit_train_batches=3, accumulate_grad_batches=3)
@@ -86,8 +79,3 @@ def test_a_resume_inside_a_window_does_not_look_faster_than_it_was(fit, killed_f
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     fit(ThroughputMonitor(), resumed := Counted(), AdapterCheckpoint(), ckpt_path=last, **options)
     assert resumed.logged[0]["tokens_per_second"] == pytest.approx(whole.logged[3]["tokens_per_second"])
-
-
-def test_switched_off_it_logs_nothing(fit):
-    fit(ThroughputMonitor(enabled=False), counted := Counted(), limit_train_batches=1, limit_val_batches=0)
-    assert counted.logged == [{}]

@@ -201,7 +201,7 @@ def test_data_sets_and_groups_have_tables_of_their_own(run, tmp_path):
     assert {name: part["answered_rows"] for name, part in found["groups"].items()} == {"(none)": 8, "l": 2, "d": 2}
     assert "By data set" in out
     assert "By kind" in out
-    assert "Of the 12 expected answers some are of a kind of their own (4 with JSON)" in " ".join(out.split())
+    assert "Of the 12 expected answers some are of another kind (4 with JSON)" in " ".join(out.split())
 
 
 def test_json_answers_are_scored_as_json(run, tmp_path):

@@ -43,7 +43,7 @@ def said(folder) -> str:
 def test_both_end_with_the_code_of_the_signal(said):
     # of the SIGHUP that the second process got, the first knows only that one came
     assert (said.count("code 143"), said.count("code 129"), said.count("code 0")) == (5, 1, 10)
-    assert said.count("saved in stop/training/checkpoints/last.ckpt. To go on, add `--ckpt_path last`") == 1
+    assert said.count("saved in stop/training/checkpoints/last.ckpt. To resume, add `--ckpt_path last`") == 1
 
 
 @pytest.mark.parametrize(

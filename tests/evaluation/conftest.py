@@ -1,6 +1,6 @@
 import pytest
 
-from qlora_lightning.evaluation.judge import Judgement
+from qlora_lightning.evaluation.scores import Judgement
 
 
 @pytest.fixture

@@ -1,10 +1,16 @@
+"""Rows are cut, judged and answered alone as in their batch."""
+
 import pytest
 import torch
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
-from qlora_lightning.evaluation.judge import Answering, judge_rows
-from qlora_lightning.evaluation.rows import cut_rows
+from qlora_lightning.data.batches.collate import collate
+from qlora_lightning.data.samples import make_sample
+from qlora_lightning.evaluation.judge import Answering, choose_max_new_tokens, cut_rows, judge_rows, split_sample
+from qlora_lightning.evaluation.report import last_turn
 from qlora_lightning.model.loss import TokenStatistics
+
+NO = -100
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +60,33 @@ def test_the_mode_is_put_back(module, data, training):
     module.train(training)
     judge_rows(module, cut_rows(next(iter(data.val_dataloader()))))
     assert {part.training for part in module.modules()} == {training}
+
+
+def test_the_last_run_of_labels_is_the_answer_and_all_before_it_the_prompt():
+    assert split_sample([1, 2, 3, 4], [NO, NO, 3, 4]) == ([1, 2], [3, 4])
+    turns = [1, 2, 9, 3, 4, 9, 5], [NO, 2, 9, NO, 4, 9, NO]
+    assert split_sample(*turns) == ([1, 2, 9, 3], [4, 9])
+
+
+def test_a_batch_is_cut_into_its_rows_without_fillers():
+    samples = [make_sample([1, 2, 3], [NO, NO, 3], 4, source=1), make_sample([5, 6], [NO, NO], -1)]
+    samples.append(make_sample([7, 8, 9], [NO, NO, 9], 2))
+    first, second = cut_rows(collate(samples))
+    assert (first.number, first.source, first.prompt, first.expected) == (4, 1, [1, 2], [3])
+    assert (second.number, second.source, second.prompt, second.expected) == (2, 0, [7, 8], [9])
+    assert torch.equal(second.batch["position_ids"], torch.tensor([[0, 1, 2]]))
+
+
+def test_the_last_turn_lies_between_the_last_two_stop_tokens():
+    assert last_turn([8, 1, 0, 5, 6, 0, 7], [0]) == [5, 6]
+    assert last_turn([5, 6, 0, 7], [0]) == [5, 6]
+    assert last_turn([5, 6], [0]) == [5, 6]
+
+
+def test_the_limit_is_twice_the_longest_answer_within_bounds():
+    rows = cut_rows(collate([make_sample(list(range(60)), [NO] * 20 + list(range(20, 60)), 0)]))
+    assert choose_max_new_tokens(rows) == 80
+    assert choose_max_new_tokens([]) == 32
+    assert choose_max_new_tokens(cut_rows(collate([make_sample([1, 2, 3], [NO, NO, 3], 0)]))) == 32
+    long = cut_rows(collate([make_sample([0] * 900, [NO] * 2 + [1] * 898, 0)]))
+    assert choose_max_new_tokens(long) == 512

@@ -1,54 +1,98 @@
+"""Each score is the number worked out by hand, and the scores that apply are chosen by the references."""
+
+from decimal import Decimal
+
 import pytest
 
-from qlora_lightning.evaluation.scores import check_scores, choose_scores, describe_mixture, judge_answer
+from qlora_lightning.evaluation.scores import (
+    check_scores,
+    choose_scores,
+    chrf,
+    describe_mixture,
+    find_number,
+    json_f1,
+    json_valid,
+    judge_answer,
+    numeric_match,
+    rouge_l,
+)
 from qlora_lightning.support.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("references", "expected"),
+    ("text", "number"),
     [
-        (['{"a": 1}', "[1, 2]"], ["exact_match", "json_valid", "json_f1"]),
-        (["So it is 3.\n#### 3", "#### 1,000"], ["numeric_match", "rouge_l"]),
-        (['{"a": 1}', "Hello."], ["exact_match", "rouge_l", "chrf"]),
-        (["42"], ["exact_match", "rouge_l", "chrf"]),
-        ([], ["exact_match", "rouge_l", "chrf"]),
+        ("9 * 2 = $18\n#### 18", "18"),
+        ("#### 3 then #### $1,234.50 of 7", "1234.50"),
+        ("She makes 9 * 2 = $18 a day.", "18"),
+        ("20-3", "3"),
+        ("It falls to -4", "-4"),
+        ("5 apples #### none", None),
+        ("", None),
     ],
 )
-def test_scores_are_chosen_by_the_references(references, expected):
-    assert choose_scores(references) == expected
+def test_the_number_behind_the_mark_counts_and_without_a_mark_the_last(text, number):
+    assert find_number(text) == (None if number is None else Decimal(number))
+
+
+@pytest.mark.parametrize(("answer", "score"), [("#### 1,000.0", 1.0), ("#### 1001", 0.0), ("nothing", 0.0)])
+def test_numbers_are_compared_by_value(answer, score):
+    assert numeric_match(answer, "#### 1000") == score
 
 
 @pytest.mark.parametrize(
-    ("references", "named", "told"),
+    "text", ['{"a": 1', "```json\n{}\n```", "{} and more", "3", '"text"', "[NaN]", "", "[" * 100_000]
+)
+def test_only_a_whole_object_or_array_is_json(text):
+    assert json_valid(text, "{}") == json_f1(text, '{"a": 1}') == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "f1"),
     [
-        (
-            ["#### 3", "Hello.", "{}"],
-            "auto",
-            "some are of a kind of their own (1 with JSON, 1 with `####`)",
-        ),
-        (["#### 3", "Hello."], "exact_match", None),
-        (["#### 3", "#### 4"], "auto", None),
-        (['{"a": "#### 3"}', "{}"], "auto", None),
-        (["Hello."], "auto", None),
-        ([], "auto", None),
+        ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}', 1.0),
+        ('{"a": 1}', '{"a": 1, "b": 2, "c": 3}', 0.5),  # 2 · 1 / (1 + 3)
+        ('{"a": {"b": [1, 2]}}', '{"a": {"b": [1, 3]}}', 0.5),
+        ('{"a": 1.0}', '{"a": 1}', 1.0),
+        ('{"a": true}', '{"a": 1}', 0.0),
+        ('{"a.b": 1}', '{"a": {"b": 1}}', 0.0),
+        ("{}", "{}", 1.0),
     ],
 )
-def test_answers_of_several_kinds_are_told(references, named, told):
-    said = describe_mixture(references, named)
-    assert said is told or told in said
+def test_f1_counts_shared_leaves(answer, expected, f1):
+    assert json_f1(answer, expected) == pytest.approx(f1)
 
 
-def test_named_scores_are_taken_as_they_are():
-    assert choose_scores(["a"], ["chrf", "exact_match"]) == ["chrf", "exact_match"]
-    assert choose_scores(["a"], "chrf, exact_match") == ["chrf", "exact_match"]
+def test_overlap_is_that_worked_out_by_hand():
+    # common: the, sat = 2 of 3 words answered and of 4 words wanted
+    assert rouge_l("The dog sat", "the cat sat down") == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
+    # 1-grams of characters: 2 of 2 answered and 2 of 3 wanted; 2-grams: 1 of 1 and 1 of 2; longer ones, and words of
+    # 1 and 2: none. The mean over 6 + 2 orders of F2 = 5 P R / (4 P + R).
+    assert chrf("ab", "abc") == pytest.approx((5 * (2 / 3) / (4 + 2 / 3) + 5 * (1 / 2) / (4 + 1 / 2)) / 8)
+    for score in (rouge_l, chrf):
+        assert [score(text, "one two") for text in ("one two", "")] == pytest.approx([1.0, 0.0])
 
 
-def test_a_score_that_does_not_apply_is_refused_with_the_reference():
+@pytest.mark.parametrize(
+    ("references", "expected", "mixture"),
+    [
+        (['{"a": 1}', "[1, 2]"], ["exact_match", "json_valid", "json_f1"], None),
+        (["So it is 3.\n#### 3", "#### 1,000"], ["numeric_match", "rouge_l"], None),
+        (["#### 3", "Hello.", "{}"], ["exact_match", "rouge_l", "chrf"], "(1 with JSON, 1 with `####`)"),
+        (["42"], ["exact_match", "rouge_l", "chrf"], None),
+        ([], ["exact_match", "rouge_l", "chrf"], None),
+    ],
+)
+def test_scores_are_chosen_by_the_references(references, expected, mixture):
+    assert choose_scores(references) == expected
+    found = describe_mixture(references)
+    assert found is None if mixture is None else mixture in found
+
+
+def test_named_scores_must_exist_and_apply():
+    assert choose_scores(["a"], ["chrf", "exact_match"]) == choose_scores(["a"], "chrf, exact_match")
     with pytest.raises(UserError, match="json_f1 needs JSON objects or arrays, but a row answers 'Hello"):
         choose_scores(['{"a": 1}', "Hello."], ["json_f1"])
-
-
-def test_an_unknown_score_is_refused_with_those_that_there_are():
     with pytest.raises(UserError, match="no score 'bleu': expected auto, or some of exact_match, json_valid"):
         check_scores(["exact_match", "bleu"])
 

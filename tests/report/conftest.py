@@ -1,121 +1,88 @@
+"""Run folders as a fit leaves them, made by hand."""
+
 import csv
 import json
 
 import pytest
 import yaml
 
-from qlora_lightning.report.manifest import write_manifest
+from qlora_lightning.report.run import write_manifest
 
 CONFIG = {
     "model": {"base": "package:tiny", "rank": 8, "learning_rate": 1e-3, "revision": None},
     "data": {"train": "rows.jsonl", "val": "val.jsonl", "batch_size": 4},
     "trainer": {"default_root_dir": "runs/a", "max_epochs": 1, "gradient_clip_val": 1.0},
 }
-REPORT = {
-    "split": "train",
-    **{"rows": 12, "samples": 9, "formats": ["alpaca"], "tokens": 400, "labelled": 100, "shortened": 2},
-    **{"lost_tokens": 30, "lost_labels": 5, "turn_by_turn": 0, "dropped": {"empty answer": 2}, "unusable": 0},
-    **{"bad_rows": 1, "bad": [], "duplicates": 0, "duplicate_pairs": [], "overlap": 0, "overlap_pairs": []},
+_SPLIT = {
+    **{"rows": 12, "samples": 9, "tokens": 400, "labelled": 100, "shortened": 2, "lost_labels": 5},
+    **{"dropped": {"empty answer": 2}, "bad_rows": 1, "duplicates": 0, "overlap": 0},
 }
-
-
-def manifest_of(config, **changes):
-    content = {
-        "status": "finished",
-        "error": None,
-        "base": {"base": "package:tiny", "fingerprint": "ab" * 32, "quantization": "nf4", "double_quant": True},
-        "adapter": {"rank": 8, "alpha": 16, "dropout": 0.0, "target_modules": ["q_proj"], "layers": [0, 1]},
-        "parameters": {"trainable": 1000, "all": 50_000},
-        "data": {
-            "files": {"train": "rows.jsonl", "val": "val.jsonl"},
-            "splits": {"train": REPORT},
-            "hashes": {"train": "cd" * 32},
-        },
-        "config": config,
-        "seed": 42,
-        "device": {
-            **{"kind": "cpu", "name": "A CPU", "memory_gib": 16.0, "processor": "A CPU", "cores": 2, "threads": 2},
-            **{"processes": 1, "nodes": 1, "strategy": "SingleDeviceStrategy", "precision": "32-true"},
-        },
-        "packages": {"torch": "2.13.0"},
-        "python": "3.11.9",
-        "platform": "Linux",
-        "git": {"commit": "1234567890abcdef1234", "branch": "main", "dirty": True},
-        "command": "qlora-lightning fit --config a.yaml",
-        "reproduce": "qlora-lightning fit --config runs/a/config.yaml",
-        "progress": {
-            "steps": 20,
-            "planned_steps": 40,
-            "epoch": 1,
-            "tokens": 2000,
-            "labelled_tokens": 500,
-            "seconds": 90.0,
-        },
-        "peak_memory_gib": {"peak_rss_gib": 1.5},
-        "metrics": {"val_loss": 0.5},
-        "best": {"monitor": "val_loss", "value": 0.5, "checkpoint": "step-000020.ckpt"},
-        "lives": [{"started": "2026-11-25T10:00:00+00:00", "seconds": 90.0, "from_step": 0, "to_step": 20}],
-        "warnings": [{"text": "UserWarning: slow", "count": 3}],
-    }
-    return content | changes
-
-
-COMPARED = {
-    "base": {"loss": 2.0, "token_accuracy": 0.4},
-    "adapter": {"loss": 0.45, "token_accuracy": 0.9},
-    "samples": [{"prompt": "One?", "expected": "1", "base": "one", "adapter": "1"}],
+MANIFEST = {
+    **{"status": "finished", "error": None, "seed": 42, "python": "3.11.9", "platform": "Linux"},
+    "base": {"base": "package:tiny", "fingerprint": "ab" * 32, "quantization": "nf4", "double_quant": True},
+    "adapter": {"rank": 8, "alpha": 16, "dropout": 0.0, "target_modules": ["q_proj"], "layers": [0, 1]},
+    "parameters": {"trainable": 1000, "all": 50_000},
+    "data": {
+        "files": {"train": "rows.jsonl", "val": "val.jsonl"},
+        "splits": {"train": _SPLIT},
+        "hashes": {"train": "cd" * 32, "val": "ef" * 32},
+    },
+    "device": {
+        **{"kind": "cpu", "name": "A CPU", "memory_gib": 16.0, "processor": "A CPU", "cores": 2, "threads": 2},
+        **{"processes": 1, "nodes": 1, "strategy": "SingleDeviceStrategy", "precision": "32-true"},
+    },
+    "packages": {"torch": "2.13.0"},
+    "git": {"commit": "1234567890abcdef1234", "branch": "main", "dirty": True},
+    "command": "qlora-lightning fit --config a.yaml",
+    "reproduce": "qlora-lightning fit --config runs/a/config.yaml",
+    "progress": {"steps": 20, "planned_steps": 40, "tokens": 2000, "labelled_tokens": 500, "seconds": 90.0},
+    "peak_memory_gib": {"peak_rss_gib": 1.5},
+    "best": {"monitor": "val_loss", "value": 0.5, "checkpoint": "step-000020.ckpt"},
+    "adapter_updates": {
+        "q_proj": [
+            {"layer": layer, "ratio": ratio, "rank": 8, "effective_rank": 2.5}
+            for layer, ratio in ((0, 0.02), (1, 0.04))
+        ],
+        "lm_head": [{"layer": None, "ratio": 0.01, "rank": 8, "effective_rank": 2.0}],
+    },
+    "lives": [{"started": "2026-11-25T10:00:00+00:00", "seconds": 90.0, "from_step": 0, "to_step": 20}],
+    "warnings": [{"text": "UserWarning: slow", "count": 3}],
 }
-
-
-def evaluation_of(compared):
-    sides = [compared["base"], compared["adapter"]]
-    metrics = {
-        name: {
-            "base": {"value": base},
-            "adapter": {"value": sides[1][name]},
-            "difference": {"value": sides[1][name] - base},
-        }
-        for name, base in sides[0].items()
-    }
-    return {"rows": 1, "metrics": metrics, "samples": compared["samples"]}
+SAMPLE = {"prompt": "One?", "expected": "1", "base": "one", "adapter": "1"}
+EVALUATION = {
+    "rows": 1,
+    "metrics": {
+        "loss": {"base": {"value": 2.0}, "adapter": {"value": 0.45}, "difference": {"value": -1.55}},
+        "token_accuracy": {"base": {"value": 0.4}, "adapter": {"value": 0.9}, "difference": {"value": 0.5}},
+    },
+    "samples": [SAMPLE],
+}
 
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Write a run folder of so many steps, with a validation every ten; gives the folder."""
+    """Write a run folder of so many steps, with a validation every ten; return the folder."""
 
-    def make(
-        name="a",
-        steps=20,
-        manifest=True,
-        metrics=True,
-        config=None,
-        tokens_per_step=100,
-        comparison=COMPARED,
-        **changes,
-    ):
+    def make(name="a", steps=20, manifest=True, config=CONFIG, tokens_per_step=100, evaluation=EVALUATION, **changes):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        config = config or CONFIG
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        if metrics:
-            with (folder / "metrics.csv").open("w", newline="") as handle:
-                writer = csv.writer(handle, lineterminator="\n")
-                writer.writerow(
-                    [
-                        *("step", "train_loss", "grad_norm", "learning_rate", "tokens_per_second", "tokens_seen"),
-                        *("private_memory_gib", "peak_rss_gib", "epoch", "val_loss", "val_perplexity"),
-                    ]
-                )
-                for step in range(steps):
-                    seen = tokens_per_step * (step + 1)
-                    writer.writerow([step, 2 - step / steps, 3.0, 1e-3, 50 + step, seen, 1.0, 1.25, 0, "", ""])
-                    if step % 10 == 9:
-                        writer.writerow([step, *[""] * 7, 0, 1.5 - step / steps, 2.0])
+        with (folder / "metrics.csv").open("w", newline="") as handle:
+            writer = csv.writer(handle, lineterminator="\n")
+            writer.writerow(
+                [
+                    *("step", "train_loss", "grad_norm", "learning_rate", "tokens_per_second", "tokens_seen"),
+                    *("private_memory_gib", "peak_rss_gib", "epoch", "val_loss", "val_perplexity"),
+                ]
+            )
+            for step in range(steps):
+                seen = tokens_per_step * (step + 1)
+                writer.writerow([step, 2 - step / steps, 3.0, 1e-3, 50 + step, seen, 1.0, 1.25, 0, "", ""])
+                if step % 10 == 9:
+                    writer.writerow([step, *[""] * 7, 0, 1.5 - step / steps, 2.0])
         if manifest:
-            write_manifest(folder, manifest_of(config, **changes))
-        if manifest and comparison:
-            (folder / "evaluation.json").write_text(json.dumps(evaluation_of(comparison)))
+            write_manifest(folder, {**MANIFEST, "config": config, **changes})
+            (folder / "evaluation.json").write_text(json.dumps(evaluation))
         return folder
 
     return make

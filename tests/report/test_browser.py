@@ -53,8 +53,8 @@ def open_page(browser):
 @pytest.fixture
 def page(make_run):
     sample = {"prompt": HOSTILE, "expected": "1", "base": HOSTILE, "adapter": "1"}
-    compared = {"base": {"loss": 2.0}, "adapter": {"loss": 0.5}, "samples": [sample]}
-    return write_run_page(make_run(steps=200, comparison=compared, warnings=[{"text": HOSTILE, "count": 1}]))
+    compared = {"metrics": {"loss": {"base": {"value": 2.0}, "adapter": {"value": 0.5}}}, "samples": [sample]}
+    return write_run_page(make_run(steps=200, evaluation=compared, warnings=[{"text": HOSTILE, "count": 1}]))
 
 
 @pytest.fixture
@@ -87,20 +87,19 @@ def test_every_curve_is_drawn_inside_its_plot(browser, open_page, page):
     figures = browser.find_elements(By.CSS_SELECTOR, "figure.chart")
     assert len(figures) == 5
     for figure in figures:
-        outer = figure.find_element(By.CSS_SELECTOR, "svg.plot").rect
-        curves = figure.find_elements(By.CSS_SELECTOR, "path.curve")
+        (outer,) = [plot.rect for plot in figure.find_elements(By.CSS_SELECTOR, ".plot svg") if plot.is_displayed()]
+        curves = figure.find_elements(By.CSS_SELECTOR, "path[style*='var(--c']")
         assert curves
-        for curve in curves:
-            assert browser.execute_script("return arguments[0].getTotalLength()", curve) >= 999  # all across
-            box = browser.execute_script("const b = arguments[0].getBoundingClientRect(); return b.toJSON()", curve)
-            assert outer["x"] <= box["left"] < box["right"] <= outer["x"] + outer["width"] + 1
+        for curve in (curve for curve in curves if curve.is_displayed()):
+            box = browser.execute_script("return arguments[0].getBoundingClientRect().toJSON()", curve)
+            assert outer["x"] <= box["left"] <= box["right"] <= outer["x"] + outer["width"] + 1
             assert outer["y"] - 1 <= box["top"] <= box["bottom"] <= outer["y"] + outer["height"]
 
 
 def test_hovering_tells_the_values_of_the_nearest_step(browser, open_page, page):
     open_page(page)
     figure = browser.find_element(By.CSS_SELECTOR, "figure.chart")
-    plot, tip = figure.find_element(By.CSS_SELECTOR, "svg.plot"), figure.find_element(By.CSS_SELECTOR, ".tip")
+    plot, tip = figure.find_element(By.CSS_SELECTOR, ".plot svg"), figure.find_element(By.CSS_SELECTOR, ".tip")
     assert not tip.is_displayed()
     ActionChains(browser).move_to_element_with_offset(plot, plot.rect["width"] // 2 - 12, 0).perform()
     assert tip.is_displayed()
@@ -115,7 +114,7 @@ def test_hovering_tells_the_values_of_the_nearest_step(browser, open_page, page)
 def test_a_phone_shows_it_without_scrolling_sideways_and_with_readable_text(browser, open_page, request, name):
     open_page(request.getfixturevalue(name), width=390)
     assert browser.execute_script("return document.documentElement.scrollWidth") == 390
-    ticks = browser.find_elements(By.CSS_SELECTOR, "svg.plot text")
+    ticks = [tick for tick in browser.find_elements(By.CSS_SELECTOR, ".plot text") if tick.is_displayed()]
     assert min(tick.rect["height"] for tick in ticks) >= 12
 
 

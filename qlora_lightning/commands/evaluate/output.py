@@ -8,24 +8,21 @@ from rich.console import Console
 
 from qlora_lightning.commands.evaluate.options import Options
 from qlora_lightning.evaluation.comparison import BASE, Judged, Part, compare, duel, hardest_first
-from qlora_lightning.evaluation.judge import Answering
-from qlora_lightning.evaluation.names import describe_answered, describe_metric
+from qlora_lightning.evaluation.judge import Answering, EvaluationRow
 from qlora_lightning.evaluation.report import (
+    describe_duel,
+    differences_table,
     metrics_as_json,
+    metrics_table,
+    parts_table,
     prediction_lines,
+    samples_table,
     show_row,
     summarize,
     write_json,
     write_lines,
 )
-from qlora_lightning.evaluation.rows import EvaluationRow
-from qlora_lightning.evaluation.tables import (
-    describe_duel,
-    differences_table,
-    metrics_table,
-    parts_table,
-    samples_table,
-)
+from qlora_lightning.evaluation.scores import describe_answered, describe_metric
 from qlora_lightning.model.batch import join_places
 from qlora_lightning.support.errors import UserError
 

@@ -7,7 +7,7 @@ from typing import Any
 from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import find_sources
-from qlora_lightning.evaluation.rows import EvaluationRow, cut_rows
+from qlora_lightning.evaluation.judge import EvaluationRow, cut_rows
 from qlora_lightning.support.errors import UserError
 
 

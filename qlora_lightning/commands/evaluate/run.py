@@ -17,9 +17,8 @@ from qlora_lightning.commands.evaluate.prompts import warn_of_other_prompts
 from qlora_lightning.commands.evaluate.rows import read_rows, source_names
 from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.evaluation.comparison import BASE
-from qlora_lightning.evaluation.judge import Answering, Judgement, judge_rows
-from qlora_lightning.evaluation.progress import steps_bar
-from qlora_lightning.evaluation.rows import EvaluationRow
+from qlora_lightning.evaluation.judge import Answering, EvaluationRow, judge_rows, steps_bar
+from qlora_lightning.evaluation.scores import Judgement
 from qlora_lightning.model.adapters.lora import without_adapters
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qlora_lightning.commands.sweep import Dimension, show_value
-from qlora_lightning.evaluation.bootstrap import resample_sums
+from qlora_lightning.evaluation.comparison import resample_sums
 from qlora_lightning.support.errors import UserError
 
 

@@ -1,35 +1,106 @@
-"""The memory that was planned for a run beside what it took."""
+"""Memory of a training: measured and logged, warned of when it runs short, and compared with the plan.
+
+One number is reported: the peak, in GiB. On CUDA that is the most that torch allocated, elsewhere the most of the whole
+process that was resident (peak RSS), imports and the mapped base included.
+"""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import rich
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.callbacks.dry_batch import leaves_out, look_ahead
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
-from qlora_lightning.callbacks.started_folder import writing_to
+from qlora_lightning.callbacks.run_folder import writing_to
+from qlora_lightning.callbacks.run_report import note_warning
 from qlora_lightning.model.batch import BatchShape, shape_of_batch, shape_of_rows
 from qlora_lightning.model.build import meta_copy
-from qlora_lightning.model.device import PeakWatch, give_back_freed_memory, read_resident_bytes
+from qlora_lightning.model.device import (
+    PeakWatch,
+    device_memory_gib,
+    give_back_freed_memory,
+    read_memory,
+    read_peak_gib,
+    read_resident_bytes,
+)
 from qlora_lightning.model.layout import filled
 from qlora_lightning.model.memory.plan import StepSettings, plan_memory
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.support.console import say
+from qlora_lightning.support.console import describe, say
 from qlora_lightning.support.files import write_whole
-from qlora_lightning.support.trainer import callbacks_of, is_trial_run
+from qlora_lightning.support.trainer import callbacks_of, is_trial_run, log_interval
 
-_FILE = "plan.json"
+_GIB = 1024**3
+_FULL = 0.95  # of the device's memory
+_REMEDIES = (
+    "The cheapest remedies: gradient_checkpointing.enabled: true; half the data.batch_size with twice the "
+    "trainer.accumulate_grad_batches (the result stays the same); a smaller data.max_length."
+)
+
+
+class GPUMemoryMonitor(Callback):
+    """Log memory in GiB per logging interval, and report the peak after loading and after the first step.
+
+    On CUDA it logs ``memory_allocated_gib``, ``memory_reserved_gib`` and ``memory_peak_gib`` (the most allocated since
+    the last logging; the peak is reset then). Elsewhere ``private_memory_gib`` (memory of this process alone, without
+    a base mapped from a file) and ``peak_rss_gib`` (the most that was resident since the process began).
+
+    It warns once, with the cheapest remedies, when the peak passes 95 % of the device's memory.
+
+    Args:
+        enabled: ``False`` logs nothing.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._warned = False
+        self._first = True
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._report(trainer, pl_module, "after loading")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.enabled or trainer.global_step == self._step:
+            return  # inside an accumulation window the peak is not reached yet
+        if self._first:
+            self._first = False
+            self._report(trainer, pl_module, "after the first step")
+        if trainer.global_step % log_interval(trainer) == 0:
+            is_cuda = pl_module.device.type == "cuda"
+            shown = "memory_peak_gib" if is_cuda else "peak_rss_gib"
+            values = read_memory(pl_module.device)
+            self._warn_if_full(trainer, values[shown], device_memory_gib(pl_module.device))
+            for name, gib in values.items():
+                pl_module.log(name, torch.tensor(gib), prog_bar=name == shown)
+            if is_cuda:
+                torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule, when: str) -> None:
+        if self.enabled and trainer.is_global_zero:
+            describe(f"Memory {when}: {read_peak_gib(pl_module.device):.2f} GiB at its peak")
+
+    def _warn_if_full(self, trainer: Trainer, peak: float, capacity: float) -> None:
+        if peak > _FULL * capacity and not self._warned:
+            self._warned = True
+            found = f"Peak memory {peak:.2f} GiB is over 95 % of {capacity:.2f} GiB."
+            rich.print(f"[yellow]{found}[/yellow] {_REMEDIES}")
+            note_warning(trainer, found)
 
 
 class MemoryComparison(Callback):
-    """Write ``plan.json`` into the run folder at the end of a fit, and say in a line how well memory was planned.
+    """Write ``plan.json`` into the run folder at the end of a fit, and report how well memory was planned.
 
-    Predicted is what ``qlora-lightning plan`` says of the config: for the largest micro-batch of the epochs to come, or
-    a larger one if it came. Measured is the most from the first step to the last: on a CPU what is resident of the
-    process, on CUDA what torch allocates.
+    Predicted is what ``qlora-lightning plan`` predicts for the config: for the largest micro-batch of the epochs to
+    come, or a larger one if it came. Measured is the most from the first step to the last: on a CPU what is resident of
+    the process, on CUDA what torch allocates.
 
     It comes before :class:`DryBatch` among the callbacks, whose batch is one of those that are measured. A module with
     a ``build_model`` of its own is left alone.
@@ -111,8 +182,8 @@ class MemoryComparison(Callback):
         folder = Path(trainer.default_root_dir)
         with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / _FILE, json.dumps(found, indent=2) + "\n")
-        say(describe(plan.peak_bytes, self._measured))
+            write_whole(folder / "plan.json", json.dumps(found, indent=2) + "\n")
+        say(describe_plan(plan.peak_bytes, self._measured))
 
     def _computed(self, shape: BatchShape) -> BatchShape:
         return shape if self._leaves_out else shape.whole()
@@ -123,15 +194,15 @@ class MemoryComparison(Callback):
 
 
 def _checkpointed(trainer: Trainer) -> int:
-    """Give how many layers share one checkpoint; 0: none has one."""
+    """Return how many layers share one checkpoint; 0: none has one."""
     found = (each for each in callbacks_of(trainer) if isinstance(each, GradientCheckpointing))
     return next((each.every_n_layers for each in found if each.enabled), 0)
 
 
-def describe(predicted: int, measured: int) -> str:
-    """Say in a line how far off a plan was, both in bytes."""
+def describe_plan(predicted: int, measured: int) -> str:
+    """Describe in a line how far off a plan was, both in bytes."""
     return (
-        f"Memory: planned {format_bytes(predicted)}, measured {format_bytes(measured)} at the most "
+        f"Memory: planned {predicted / _GIB:.2f} GiB, measured {measured / _GIB:.2f} GiB at its peak "
         f"({measured / predicted - 1:+.1%})"
     )
 

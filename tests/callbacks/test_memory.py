@@ -6,22 +6,70 @@ import torch
 from lightning import Callback
 from torch import nn
 
-from qlora_lightning import GradientCheckpointing, QLoRAModule
-from qlora_lightning.callbacks import memory_comparison
+from qlora_lightning import GPUMemoryMonitor, GradientCheckpointing, QLoRAModule
+from qlora_lightning.callbacks import memory
 from qlora_lightning.callbacks.dry_batch import DryBatch
-from qlora_lightning.callbacks.memory_comparison import MemoryComparison, describe
+from qlora_lightning.callbacks.memory import MemoryComparison
+from qlora_lightning.model.device import device_memory_gib
 from qlora_lightning.model.memory.plan import PARTS
+
+CPU = torch.device("cpu")
+
+
+class Logged(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.names = {name for name in trainer.callback_metrics if name.endswith("_gib")}
+        self.values = {name: float(trainer.callback_metrics[name]) for name in self.names}
+
+
+def test_on_a_cpu_private_memory_and_the_peak_are_logged(fit):
+    fit(GPUMemoryMonitor(), logged := Logged(), limit_train_batches=1, limit_val_batches=0)
+    assert logged.names == {"private_memory_gib", "peak_rss_gib"}
+    assert 0.1 < logged.values["private_memory_gib"] < logged.values["peak_rss_gib"] < device_memory_gib(CPU)
+
+
+def test_it_reports_one_number_after_loading_and_after_the_first_step(fit, capsys):
+    fit(GPUMemoryMonitor(), limit_train_batches=3, limit_val_batches=0)
+    lines = re.findall(r"Memory ([a-z ]+): \d+\.\d\d GiB at its peak", " ".join(capsys.readouterr().out.split()))
+    assert lines == ["after loading", "after the first step"]
+
+
+def test_it_warns_once_with_remedies_when_memory_is_nearly_full(fit, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "device_memory_gib", lambda device: 0.01)
+    fit(GPUMemoryMonitor(), limit_train_batches=3, limit_val_batches=0)
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("GiB is over 95 % of 0.01 GiB.") == 1
+    for remedy in ("gradient_checkpointing.enabled: true", "data.batch_size", "accumulate_grad_batches", "max_length"):
+        assert remedy in text
+
+
+@pytest.mark.gpu
+def test_on_cuda_allocated_reserved_and_a_peak_of_its_own_interval_are_logged(make_module, make_data, make_trainer):
+    class Spike(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 0:
+                torch.ones(512 * 1024**2 // 4, device=pl_module.device)  # freed at once
+
+    peaks = []
+
+    class Peaks(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            metrics = {name: float(v) for name, v in trainer.callback_metrics.items() if name.endswith("_gib")}
+            assert metrics.keys() == {"memory_allocated_gib", "memory_reserved_gib", "memory_peak_gib"}
+            assert metrics["memory_allocated_gib"] <= metrics["memory_peak_gib"] <= device_memory_gib(pl_module.device)
+            peaks.append(metrics["memory_peak_gib"])
+
+    options = {"accelerator": "cuda", "limit_train_batches": 2, "limit_val_batches": 0}
+    make_trainer(GPUMemoryMonitor(), Spike(), Peaks(), **options).fit(make_module(), datamodule=make_data())
+    assert peaks[0] > 0.5
+    assert peaks[1] < 0.5
+
+
+# ---- planned and measured ----
 
 
 def read(tmp_path):
     return json.loads((tmp_path / "run" / "plan.json").read_text())
-
-
-class Hoard(Callback):
-    """Take memory during one step, and give it back."""
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        torch.ones(300_000_000, dtype=torch.uint8)
 
 
 def test_a_fit_ends_with_what_was_planned_and_measured(fit, make_module, tmp_path, capsys):
@@ -37,7 +85,7 @@ def test_a_fit_ends_with_what_was_planned_and_measured(fit, make_module, tmp_pat
     assert measured > predicted["parts"]["process"] / 2
     assert found["measured"]["device"] == "cpu"
     out = capsys.readouterr().out
-    line = re.search(r"Memory: planned \S+ .B, measured \S+ .B at the most \(([-+][\d.]+)%\)", out)
+    line = re.search(r"Memory: planned [\d.]+ GiB, measured [\d.]+ GiB at its peak \(([-+][\d.]+)%\)", out)
     assert float(line[1]) == pytest.approx(100 * (measured / predicted["peak_bytes"] - 1), abs=0.1)
 
 
@@ -56,13 +104,6 @@ def test_checkpointing_is_planned(fit, tmp_path):
     whole = read(tmp_path)["predicted"]["parts"]["activations"]
     fit(MemoryComparison(), GradientCheckpointing())
     assert read(tmp_path)["predicted"]["parts"]["activations"] < whole / 2
-
-
-def test_a_peak_within_a_step_is_seen(fit, tmp_path):
-    fit(MemoryComparison(), limit_train_batches=2)
-    usual = read(tmp_path)["measured"]["peak_bytes"]
-    fit(MemoryComparison(), Hoard(), limit_train_batches=2)
-    assert read(tmp_path)["measured"]["peak_bytes"] > usual + 200_000_000
 
 
 def test_batches_that_nobody_knows_before_are_planned_as_they_came(fit, make_data, tmp_path):
@@ -101,8 +142,3 @@ def test_nothing_is_written_where_nothing_was_planned(fit, make_module, tmp_path
             fit(comparison, Fail())
     assert not (tmp_path / "run" / "plan.json").exists()
     assert comparison._watch is None
-
-
-def test_the_sentence_tells_the_error():
-    assert describe(1_000_000_000, 1_050_000_000) == "Memory: planned 1.0 GB, measured 1.1 GB at the most (+5.0%)"
-    assert memory_comparison.describe(200, 100).endswith("(-50.0%)")

@@ -1,5 +1,4 @@
 import json
-import shutil
 
 import lightning
 import numpy as np
@@ -8,19 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_lightning import AdapterCheckpoint, Evaluation, QLoRAModule
+from qlora_lightning import AdapterCheckpoint, LoadingLines
 from qlora_lightning.support.errors import UserError
-
-
-class Scored(QLoRAModule):
-    """Logs a given score at each validation instead of one that happens to come out."""
-
-    scores = ()
-
-    def on_validation_epoch_end(self):
-        super().on_validation_epoch_end()
-        self.log("val_score", self.scores[0])
-        self.scores = self.scores[1:]
 
 
 class Diary(lightning.Callback):
@@ -37,16 +25,6 @@ class Diary(lightning.Callback):
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         self.entries.append(("save", trainer.global_step))
-
-
-@pytest.fixture
-def scored(make_module):
-    def make(*scores):
-        module = make_module(Scored)
-        module.scores = scores
-        return module
-
-    return make
 
 
 def read_checkpoint(folder, name="last.ckpt"):
@@ -107,14 +85,6 @@ def test_a_fit_leaves_last_best_and_an_adapter_folder_for_plain_peft(fit, adapte
     assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (2, 4, str(tiny_base))
 
 
-def test_the_stop_tokens_of_the_data_go_into_the_adapter_folder(fit, make_data, tmp_path):
-    data = make_data(val=None)
-    data.renderer.stop_ids |= {7}
-    fit(AdapterCheckpoint(), data=data, limit_train_batches=1)
-    generation = json.loads((tmp_path / "run" / "adapter" / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == [2, 7]
-
-
 def test_last_is_small_and_contains_adapter_tensors_only(fit, make_module, adapter_of, tmp_path):
     _, module = fit(AdapterCheckpoint(), module=make_module(rank=64), limit_train_batches=2)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
@@ -144,9 +114,7 @@ def test_inside_an_open_window_the_gradients_come_on_top(killed_fit, make_module
 @pytest.mark.parametrize(
     ("mode", "save_top_k", "best_step", "kept"),
     [
-        ("min", 1, 6, [6]),
         ("min", 2, 6, [2, 6]),
-        ("max", 1, 4, [4]),
         ("max", 2, 4, [4, 8]),
         ("max", 0, 4, []),
     ],
@@ -171,24 +139,6 @@ def test_the_best_by_the_monitor_are_kept_and_the_rest_pruned(
         assert_same(read_checkpoint(run, f"step-{step:06d}.ckpt")["state_dict"], saved[step])
 
 
-def test_a_better_adapter_replaces_the_weights_alone_so_that_a_reader_finds_the_folder_at_any_time(
-    fit, scored, tmp_path
-):
-    class Looks(lightning.Callback):
-        seen = ()
-
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            folder = tmp_path / "run" / "adapter"
-            if folder.exists():
-                self.seen += ((folder.stat().st_ino, (folder / "adapter_model.safetensors").stat().st_ino),)
-
-    looks = Looks()
-    fit(AdapterCheckpoint(monitor="val_score"), looks, module=scored(4.0, 3.0, 2.0, 1.0), val_check_interval=2)
-    folders, weights = zip(*looks.seen, strict=True)
-    assert len(set(folders)) == 1
-    assert len(set(weights)) == 3  # validations before the last batch
-
-
 def test_a_score_of_nan_is_never_the_best(fit, scored, tmp_path):
     nan = float("nan")
     checkpoint = AdapterCheckpoint(monitor="val_score", save_top_k=2)
@@ -208,10 +158,7 @@ def test_without_validation_data_the_adapter_is_the_last(fit, make_data, adapter
     ("every_n_train_steps", "options", "expected"),
     [
         (2, {"val_check_interval": 4}, "save 2, validation 4, save 4, save 6, validation 8, save 8"),
-        (2, {"val_check_interval": 0.5}, "save 2, validation 4, save 4, save 6, validation 8, save 8"),
         (8, {"check_val_every_n_epoch": 2, "max_epochs": 2}, "save 8, validation 16, save 16"),
-        (4, {"max_epochs": 2}, "save 4, validation 8, save 8, save 12, validation 16, save 16"),
-        (4, {"limit_val_batches": 0}, "save 4, save 8"),
         (
             3,
             {"check_val_every_n_epoch": None, "val_check_interval": 6, "max_epochs": 2},
@@ -219,7 +166,6 @@ def test_without_validation_data_the_adapter_is_the_last(fit, make_data, adapter
         ),
         (1, {"accumulate_grad_batches": 4}, "save 1, validation 2, save 2"),
         (2, {"max_steps": 3, "max_epochs": -1}, "save 2, save 3"),
-        (None, {"val_check_interval": 4}, "validation 4, save 4, validation 8, save 8"),
         (None, {"val_check_interval": 6}, "validation 6, save 6, save 8"),
     ],
 )
@@ -234,7 +180,6 @@ def test_it_saves_every_n_steps_but_never_before_a_validation_that_is_due(fit, e
     [
         (1e-6, {}, "save 1, save 2, save 3, validation 4, save 4"),  # at each step, and not inside its window
         (1e-6, {"val_check_interval": 3}, "save 1, validation 1, save 1, save 2, validation 3, save 3, save 4"),
-        (10, {}, "validation 4, save 4"),  # not yet over
         (None, {}, "validation 4, save 4"),
     ],
 )
@@ -244,75 +189,9 @@ def test_it_saves_at_the_end_of_the_step_in_which_so_many_minutes_are_over(fit, 
     assert ", ".join(f"{what} {step}" for what, step in diary.entries) == expected
 
 
-def test_the_minutes_are_counted_from_the_last_save(fit, monkeypatch):
-    """A step takes four minutes by this clock, and a validation nothing."""
-    callback, diary = AdapterCheckpoint(), Diary()
-
-    class Clock(lightning.Callback):
-        now = 100.0
-
-        def on_train_batch_start(self, *_):
-            self.now += 240
-
-    monkeypatch.setattr("time.monotonic", lambda: clock.now)
-    clock = Clock()
-    fit(clock, callback, diary, val_check_interval=4, limit_val_batches=1)
-    assert diary.entries == [("save", 3), ("validation", 4), ("save", 4), ("save", 7), ("validation", 8), ("save", 8)]
-
-
-@pytest.mark.parametrize("save_top_k", [1, 0])
-def test_an_interrupted_save_leaves_the_earlier_files_readable(fit, monkeypatch, assert_same, tmp_path, save_top_k):
-    run, save = tmp_path / "run", lightning.Trainer.save_checkpoint
-
-    def fail_at_8(trainer, filepath, *args, **kwargs):
-        save(trainer, filepath, *args, **kwargs)
-        if trainer.global_step == 8:
-            filepath.write_bytes(filepath.read_bytes()[:1000])
-            raise OSError("disk full")
-
-    monkeypatch.setattr(lightning.Trainer, "save_checkpoint", fail_at_8)
-    told = rf"unfinished.ckpt could not be written: disk full\. {run}/checkpoints/last.ckpt is whole.*--ckpt_path last`"
-    with pytest.raises(UserError, match=told):
-        fit(AdapterCheckpoint(every_n_train_steps=4, save_top_k=save_top_k))
-    assert checkpoint_names(run) == ["last.ckpt"]
-    assert read_checkpoint(run)["global_step"] == 4
-    assert_same(adapter_of_folder(run), adapter_of_checkpoint(read_checkpoint(run)))
-    monkeypatch.undo()
-    fit(AdapterCheckpoint(save_top_k=save_top_k), ckpt_path=run / "checkpoints" / "last.ckpt")
-    assert read_checkpoint(run)["global_step"] == 8
-    assert checkpoint_names(run) == ["last.ckpt", *(["step-000008.ckpt"] if save_top_k else [])]
-
-
 def test_a_monitor_that_is_never_logged_is_refused_with_those_that_are(fit):
     with pytest.raises(UserError, match=r"'val_los'.* it logs val_loss, val_perplexity, val_token_accuracy\."):
         fit(AdapterCheckpoint(monitor="val_los"))
-
-
-def test_the_sanity_check_says_already_that_the_monitor_is_not_logged(fit, capsys):
-    fit(AdapterCheckpoint(monitor="val_los"), num_sanity_val_steps=1, max_steps=1, limit_val_batches=0.5)
-    told = (
-        "'val_los', which the sanity check did not log (it logged val_loss, val_perplexity, val_token_accuracy): unless"
-    )
-    assert told in capsys.readouterr().out
-    fit(AdapterCheckpoint(), num_sanity_val_steps=1, max_steps=1, limit_val_batches=0.5, folder="right")
-    assert "sanity" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("monitor", "evaluation", "told"),
-    [
-        ("val_exact_match", {"every_n_validations": 2}, False),
-        ("val_stop_rate", {"every_n_validations": 2}, False),
-        ("val_exact_mach", {"every_n_validations": 2}, True),
-        ("exact_match", {"every_n_validations": 2}, True),
-        ("val_exact_match", {"every_n_validations": 2, "enabled": False}, True),
-        ("val_exact_match", {}, True),
-    ],
-)
-def test_a_score_that_validations_log_later_is_no_unknown_monitor(fit, capsys, monitor, evaluation, told):
-    callbacks = [AdapterCheckpoint(monitor=monitor), Evaluation(rows=2, **evaluation)]
-    fit(*callbacks, num_sanity_val_steps=1, max_steps=1, limit_val_batches=0.5)
-    assert ("which the sanity check did not log" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize(
@@ -328,13 +207,6 @@ def test_switched_off_it_writes_nothing(fit, tmp_path):
     fit(AdapterCheckpoint(enabled=False, every_n_train_steps=1, monitor="none"))
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert not (tmp_path / "run" / "adapter").exists()
-
-
-def test_a_trial_run_does_not_touch_the_files_of_a_real_one(fit, tmp_path):
-    fit(AdapterCheckpoint())
-    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
-    fit(AdapterCheckpoint(), fast_dev_run=True)
-    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
 
 
 def test_a_resumed_run_goes_on_ranking(fit, scored, tmp_path):
@@ -354,27 +226,6 @@ def test_a_resumed_run_goes_on_ranking(fit, scored, tmp_path):
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
 
 
-def test_a_save_that_fails_at_the_adapter_folder_leaves_the_last_checkpoint_as_it_was(
-    fit, scored, assert_same, monkeypatch, tmp_path
-):
-    run = tmp_path / "run"
-    fit(AdapterCheckpoint(monitor="val_score"), module=scored(2.0), limit_val_batches=1)
-    last = run / "checkpoints" / "last.ckpt"
-    before = last.read_bytes()
-
-    def fail(module, folder, tokenizer, stop_ids):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(QLoRAModule, "save_adapter", fail)
-    again = {"max_epochs": 2, "ckpt_path": last, "limit_val_batches": 1}
-    with pytest.raises(UserError, match=rf"{run}/adapter could not be written: disk full. \S+/step-\d+.ckpt is whole"):
-        fit(AdapterCheckpoint(monitor="val_score"), module=scored(1.0), **again)
-    monkeypatch.undo()
-    assert last.read_bytes() == before
-    fit(AdapterCheckpoint(monitor="val_score"), module=scored(1.0), **again)  # goes on from there
-    assert_same(adapter_of_folder(run), adapter_of_checkpoint(read_checkpoint(run, "step-000016.ckpt")))
-
-
 STEPS = "every_n_train_steps"
 
 
@@ -385,11 +236,6 @@ STEPS = "every_n_train_steps"
         (8, 3, {}, STEPS),  # the last step of the first epoch is not saved yet: its validation was due
         (12, 5, {"val_check_interval": 3}, STEPS),  # a validation inside a window, whose gradients go on
         (13, 6, {}, "every_minutes"),
-        pytest.param(9, 4, {}, STEPS, marks=pytest.mark.slow),  # after the validation at an epoch's end
-        pytest.param(8, 3, {"val_check_interval": 7, "check_val_every_n_epoch": None}, STEPS, marks=pytest.mark.slow),
-        pytest.param(11, 5, {"check_val_every_n_epoch": 2}, STEPS, marks=pytest.mark.slow),
-        pytest.param(8, 3, {}, "every_minutes", marks=pytest.mark.slow),
-        pytest.param(12, 5, {"val_check_interval": 3}, "every_minutes", marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_resumed_ends_bit_for_bit_as_one_that_never_stopped(
@@ -467,24 +313,6 @@ def test_a_run_that_goes_on_in_another_folder_ranks_anew_and_says_where_the_best
     assert checkpoint_names(tmp_path / "run") == ["last.ckpt", "step-000002.ckpt"]
 
 
-def test_the_same_callback_in_another_run_begins_anew(fit, scored, tmp_path):
-    checkpoint = AdapterCheckpoint(monitor="val_score")
-    fit(checkpoint, module=scored(1.0), **SHORT)
-    fit(checkpoint, module=scored(2.0), folder="new", **SHORT)
-    assert checkpoint.best == [(2.0, "step-000002.ckpt")]
-    assert adapter_of_folder(tmp_path / "new")
-
-
-def test_no_second_fit_runs_in_a_folder_at_once(fit, tmp_path):
-    class Second(lightning.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            with pytest.raises(UserError, match=r"A run is going on in .*/run: wait until it has ended"):
-                AdapterCheckpoint().setup(trainer, pl_module, "fit")
-
-    fit(AdapterCheckpoint(), Second(), **SHORT)
-    fit(AdapterCheckpoint(), ckpt_path=tmp_path / "run" / "checkpoints" / "last.ckpt", max_epochs=2, **SHORT)
-
-
 def test_a_state_that_could_not_be_read_again_ends_the_run_and_the_last_checkpoint_stays(fit, tmp_path):
     class Odd(lightning.Callback):
         value = 1.0
@@ -495,50 +323,27 @@ def test_a_state_that_could_not_be_read_again_ends_the_run_and_the_last_checkpoi
         def state_dict(self):
             return {"value": self.value, "fine": 1}
 
-    told = (
-        r"Odd'\]\['value'\] is a numpy\.float64; expected .*last.ckpt is whole: resume from it by "
-        r"`--ckpt_path last` when every state_dict holds nothing else\.$"
-    )
+    told = r"would not be read again: it holds a numpy.*last.ckpt is whole: .*`--ckpt_path last`"
     with pytest.raises(UserError, match=told):
         fit(AdapterCheckpoint(every_n_train_steps=2), Odd())
     assert checkpoint_names(tmp_path / "run") == ["last.ckpt"]
     assert read_checkpoint(tmp_path / "run")["global_step"] == 2
 
 
-def test_a_checkpoint_that_lacks_a_part_is_refused_before_anything_is_restored(fit, tmp_path):
-    fit(AdapterCheckpoint(), **SHORT)
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    checkpoint = torch.load(last, weights_only=True)
-    del checkpoint["loops"]  # without them Lightning would count from zero again, and say nothing
-    torch.save(checkpoint, last)
-    with pytest.raises(UserError, match="The checkpoint lacks loops"):
-        fit(AdapterCheckpoint(), ckpt_path=last, max_epochs=2, **SHORT)
-
-
-@pytest.mark.parametrize(
-    "seconds", [(8, 14), pytest.param(sorted({*range(1, 17)} - {8, 14}), marks=pytest.mark.slow)], ids=str
-)
-def test_a_run_killed_at_an_epochs_end_and_again_in_the_next_epoch_ends_the_same(
-    fit, killed_fit, make_module, make_data, adapter_of, assert_same, tmp_path, seconds
-):
-    """Lightning does not count the epoch after such a resume, and would lose its rest at the next one."""
-    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
-
-    def parts():
-        module, data = make_module(dropout=0.1, schedule="cosine"), make_data(batch_size=1)  # 16 batches an epoch
-        return {"module": module, "data": data, "max_epochs": 2, "accumulate_grad_batches": 4, "val_check_interval": 6}
-
-    def checkpoint():
-        return AdapterCheckpoint(every_n_train_steps=1)
-
-    _, whole = fit(checkpoint(), folder="whole", limit_val_batches=1, **parts())
-    options = {"folder": "killed", "limit_val_batches": 1}
-    killed_fit(checkpoint(), after=17, **options, **parts())
-    shutil.copytree(tmp_path / "killed", tmp_path / "killed once")
-    for second in seconds:
-        shutil.rmtree(tmp_path / "killed")
-        shutil.copytree(tmp_path / "killed once", tmp_path / "killed")
-        killed_fit(checkpoint(), after=second, ckpt_path=last, **options, **parts())
-        trainer, module = fit(checkpoint(), ckpt_path=last, **options, **parts())
-        assert trainer.global_step == 8, second
-        assert_same(adapter_of(module), adapter_of(whole))
+# PEFT 0.21 asks transformers 5.24 for an attribute by its old name: whoever runs the three lines sees it.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_three_printed_lines_load_the_adapter_with_plain_peft(fit, capsys):
+    _, module = fit(LoadingLines(), AdapterCheckpoint(), limit_train_batches=2)
+    text = capsys.readouterr().out
+    lines = text[text.index("from peft") :].strip().splitlines()
+    assert len(lines) == 3
+    loaded = {}
+    exec("\n".join(lines), loaded)
+    ids = torch.tensor([loaded["tokenizer"]("Count to 3.")["input_ids"]])
+    with torch.no_grad():
+        module.eval()
+        ours = module.model(input_ids=ids).logits.float()
+        theirs = loaded["model"](input_ids=ids).logits.float()
+        with module.model.disable_adapter():
+            base = module.model(input_ids=ids).logits.float()
+    assert (ours - theirs).norm() < 0.05 * (ours - base).norm()

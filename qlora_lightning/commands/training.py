@@ -52,7 +52,7 @@ from qlora_lightning.commands.config import (
     shorten_config,
 )
 from qlora_lightning.commands.options import ParagraphFormatter
-from qlora_lightning.commands.processes import check_accelerator, check_strategy, find_lost_process, set_timeout
+from qlora_lightning.commands.processes import check_strategy, find_lost_process, set_timeout
 from qlora_lightning.data.chat.tokenizer import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.checkpoint.format import find_foreign_class, read_checkpoint, read_content, usable_settings
@@ -169,8 +169,7 @@ class QLoRACLI(LightningCLI):
             raise UserError(
                 f"trainer.gradient_clip_val is {settings['gradient_clip_val']:g}: expected 0 (off) or more."
             )
-        check_accelerator(settings["accelerator"])
-        check_strategy(settings["strategy"], self.model.quantization if isinstance(self.model, QLoRAModule) else "nf4")
+        check_strategy(settings["strategy"])
         folder, chosen = settings["default_root_dir"], settings.get("logger")
         others = [] if chosen in (None, True, False) else chosen if isinstance(chosen, list) else [chosen]
         own = [MetricsLogger(folder)] if self.subcommand == "fit" else []

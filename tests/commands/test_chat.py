@@ -5,11 +5,9 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lightning.cli import main
-from qlora_lightning.commands.chat import SETTINGS
-from qlora_lightning.commands.chat.session import TokenStreamer, stream_answer
+from qlora_lightning.commands.chat.session import TokenStreamer
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.tokenizer import load_choice
 from qlora_lightning.model.generate import generate_answers
@@ -19,7 +17,6 @@ from tests.help_examples import help_examples
 
 CALM, BOLD = "runs/a/adapter", "runs/b/adapter"
 SHORT = ("--max-new-tokens", "4")
-DEFAULTS = {name: setting.default for name, setting in SETTINGS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -210,16 +207,3 @@ def stream(data, stops=()):
 )
 def test_text_streams_token_by_token(data, stops, pieces):
     assert stream(data, stops) == (pieces, data.endswith(b"abc"))
-
-
-@pytest.mark.parametrize(("penalty", "third"), [(1.0, "b"), (2.0, "c")])
-def test_a_repetition_penalty_counts_against_what_was_said(penalty, third, tiny_base):
-    """A model that likes b best, then c, and knows nothing else; b has been said."""
-    model = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_base, vocab_size=128)).eval()
-    model.lm_head = torch.nn.Linear(64, 128, bias=True)
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-        model.lm_head.bias.zero_()
-        model.lm_head.bias[ord("b")], model.lm_head.bias[ord("c")] = 3.0, 2.0
-    settings = {**DEFAULTS, "repetition_penalty": penalty, "max_new_tokens": 1}
-    assert stream_answer(model, list(b"ab"), Characters(), [0], settings, lambda _: None).text == third

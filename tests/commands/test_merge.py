@@ -197,7 +197,6 @@ def test_what_is_wrong_is_reported_in_one_line(typed, folder, capsys):
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("qlora_lightning.json", '{"base": 3}', "qlora_lightning.json is damaged: base is 3"),
         ("generation_config.json", '{"eos_token_id": [', "generation_config.json is not JSON"),
         ("chat_template.jinja", "{% for message in messages %}{{", "the chat template of"),
     ],
@@ -264,27 +263,6 @@ def test_an_adapter_alone_as_gguf_is_the_same_update(folder):
             b = np.stack([rows[:, 0], rows[:, 1]], axis=2).reshape(b.shape)
         np.testing.assert_array_equal(tensors[f"{place}.weight.lora_a"], a)
         np.testing.assert_allclose(alpha / len(a) * tensors[f"{place}.weight.lora_b"], 2.0 * b, rtol=1e-6)
-
-
-PLAIN = """
-import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-for place, options in ("merged", {}), ("merged/gguf", {"gguf_file": "model-f16.gguf"}):
-    model = AutoModelForCausalLM.from_pretrained(place, **options)
-    tokenizer = AutoTokenizer.from_pretrained(place, **options)
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Count to 3."}], add_generation_prompt=True,
-                                        return_dict=True, return_tensors="pt")
-    print(model.generate(**ids, max_new_tokens=8, do_sample=False)[0].tolist())
-assert "qlora_lightning" not in sys.modules
-"""
-
-
-@pytest.mark.slow
-def test_plain_transformers_opens_model_and_gguf_and_both_answer_alike(folder):
-    merge("--out", "merged", "--gguf", "f16")
-    done = subprocess.run([sys.executable, "-c", PLAIN], capture_output=True, text=True, check=True)
-    one, other = done.stdout.splitlines()[-2:]
-    assert one == other
 
 
 @pytest.mark.slow

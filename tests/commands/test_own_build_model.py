@@ -96,9 +96,3 @@ def test_an_adapter_that_does_not_fit_what_is_built_is_rejected(run):
 def test_a_sweep_rejects_a_trial_that_would_train_something_else(arguments, words, run, tmp_path):
     assert words in run("sweep-rank", *arguments, code=2)
     assert not list(tmp_path.glob("run/*/*/trial.json"))
-
-
-@pytest.mark.slow
-def test_a_sweep_takes_a_module_that_builds_what_it_is_asked_for(run, tmp_path):
-    run("sweep-rank", "--target-modules", "attention,mlp", "--model", "own_modules.Heeding", "--model.layers", "last:1")
-    assert (tmp_path / "run" / "sweep-target-modules" / "sweep.json").exists()

@@ -384,7 +384,7 @@ ENVIRONMENT = [
 if not torch.cuda.is_available():
     ENVIRONMENT += [
         Wrong("no_cuda", "--trainer.accelerator cuda", ("trainer", "CUDA")),
-        Wrong("no_gpu", "--trainer.accelerator gpu", ("trainer.accelerator is gpu", "leave", "out", "cpu")),
+        Wrong("no_gpu", "--trainer.accelerator gpu", ("trainer", "No supported gpu backend")),
     ]
 ALL = [*KEYS, *VALUES, *BASES, *DATA, *CHECKPOINTS, *ADAPTERS, *ENVIRONMENT]
 

@@ -1,22 +1,65 @@
-"""An adapter folder in place of a config: its run's config, or the settings in the folder itself."""
+"""Adapter folders on a command line: their names, and what their run's config, or the folder itself, says."""
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.base.adapter_folder import find_run_config, read_adapter_config, read_identity
+from qlora_lightning.base.adapter_folder import (
+    find_adapter_folder,
+    find_run_config,
+    read_adapter_config,
+    read_identity,
+)
 from qlora_lightning.commands.config import find_configs
 from qlora_lightning.support.errors import UserError
 
-_RENDERING = ("system", "train_on", "max_length", "too_long")  # what data settings of the training other rows share
+BASE = "base"  # the side without an adapter
+_RENDERING = ("system", "train_on", "max_length", "too_long")  # settings of the training that other rows share
+
+
+def name_adapters(
+    values: Sequence[str], reserved: Collection[str] = (BASE,), single: str | None = None
+) -> dict[str, Path]:
+    """Return adapter folders by name: each value is ``NAME=DIR``, or ``DIR``, which is named after its run folder.
+
+    Args:
+        values: as they were typed.
+        reserved: names that no adapter may have.
+        single: the name of the only adapter, if it has none.
+
+    Raises:
+        UserError: a folder holds no adapter, or a name is missing, reserved or used twice.
+    """
+    found: dict[str, Path] = {}
+    for value in values:
+        name, equals, folder = value.partition("=")
+        if not equals or "/" in name or Path(value).expanduser().exists():
+            whole = Path(value).expanduser().absolute()
+            name, folder = (whole.parent if whole.name == "adapter" else whole).name, value
+            if single is not None and len(values) == 1:
+                name = single
+        if not name or not folder:
+            raise UserError(f"--adapter {value}: expected DIR or NAME=DIR.")
+        if name in reserved or name in found:
+            taken = "has another meaning" if name in reserved else "names two adapters"
+            raise UserError(f"--adapter {value}: {name!r} {taken}. Choose another name: NAME=DIR.")
+        found[name] = find_adapter_folder(folder)
+        read_identity(found[name])
+    return found
 
 
 def add_config(adapter: Path | None, arguments: Sequence[str], needs_rows: bool = True) -> list[str]:
     """Return options of ``fit`` with the config of an adapter's run in front, unless they name a config themselves.
 
-    Without that config it is what the folder itself holds; if rows are needed, some ``--data`` option must name them.
+    Args:
+        adapter: the adapter folder, if there is one.
+        arguments: options of ``fit``.
+        needs_rows: whether some ``--data`` option must name rows if there is no config of a run.
+
+    Raises:
+        UserError: nothing names rows, or the folder is no adapter folder.
     """
     if adapter is None or find_configs(arguments):
         return list(arguments)
@@ -26,8 +69,8 @@ def add_config(adapter: Path | None, arguments: Sequence[str], needs_rows: bool 
         return ["--config", os.path.relpath(config), *arguments]
     if needs_rows and not any(each.startswith("--data") for each in arguments):
         raise UserError(
-            f"Which rows? There is no config.yaml beside the adapter folder {adapter} that names them: give "
-            "--config FILE, or --data.val FILE."
+            f"Nothing names the rows: there is no config.yaml beside the adapter folder {adapter}. Add --config FILE "
+            "or --data.val FILE."
         )
     return ["--config", json.dumps(_settings_of(adapter, identity)), *arguments]
 

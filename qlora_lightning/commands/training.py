@@ -50,7 +50,7 @@ from qlora_lightning.commands.config import (
     shorten_config,
 )
 from qlora_lightning.commands.options import ParagraphFormatter
-from qlora_lightning.commands.processes import check_accelerator, check_strategy, find_lost_process, set_timeout
+from qlora_lightning.commands.processes import check_strategy, find_lost_process, set_timeout
 from qlora_lightning.data.chat.tokenizer import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.checkpoint.format import find_foreign_class, read_checkpoint, read_content, usable_settings
@@ -72,7 +72,8 @@ _TRAINER_DEFAULTS = {
     "enable_model_summary": False,  # the adapter table says more
 }
 
-
+# arguments of the Trainer's methods, which a run folder's config.yaml holds
+_METHOD_KEYS = ("ckpt_path", "weights_only", "verbose", "return_predictions")
 _KNOWN_KEYS: dict[str, type | None] = {
     "seed_everything": None,
     "trainer": Trainer,
@@ -84,12 +85,8 @@ _KNOWN_KEYS: dict[str, type | None] = {
     "throughput": ThroughputMonitor,
     "evaluation": Evaluation,
     "ema": AdapterEMA,
-    "ckpt_path": None,
     "config": None,
-    # arguments of the Trainer's methods, which a run folder's config.yaml holds
-    "weights_only": None,
-    "verbose": None,
-    "return_predictions": None,
+    **dict.fromkeys(_METHOD_KEYS),
 }
 
 
@@ -155,7 +152,7 @@ class QLoRACLI(LightningCLI):
     def _parse(parser: LightningArgumentParser, args: Any) -> Any:
         """Parse, and let ``~`` in the run folder be what it is to the Trainer, for all that is kept there."""
         config = parser.parse_args(args)
-        trainer = config[config.subcommand]["trainer"]
+        trainer = config.get(config.get("subcommand"), config)["trainer"]
         trainer["default_root_dir"] = os.path.expanduser(trainer["default_root_dir"])
         return config
 
@@ -170,8 +167,7 @@ class QLoRACLI(LightningCLI):
             raise UserError(
                 f"trainer.gradient_clip_val is {settings['gradient_clip_val']:g}: expected 0 (off) or more."
             )
-        check_accelerator(settings["accelerator"])
-        check_strategy(settings["strategy"], self.model.quantization if isinstance(self.model, QLoRAModule) else "nf4")
+        check_strategy(settings["strategy"])
         folder, chosen = settings["default_root_dir"], settings.get("logger")
         others = [] if chosen in (None, True, False) else chosen if isinstance(chosen, list) else [chosen]
         own = [MetricsLogger(folder)] if self.subcommand == "fit" else []
@@ -193,7 +189,7 @@ class QLoRACLI(LightningCLI):
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def _short_config(self) -> dict[str, Any]:
-        settings = self.config[str(self.subcommand)]
+        settings = self.config.get(str(self.subcommand), self.config)
         text = self._parser(self.subcommand).dump(settings, skip_unset=False, skip_link_targets=False)
         config = {key: value for key, value in yaml.safe_load(text).items() if key not in ("config", "ckpt_path")}
         short = shorten_config(config, _DEFAULT_CLASSES)
@@ -255,6 +251,20 @@ def read_stored_settings(checkpoint: str | Path, own: Mapping[str, Any]) -> dict
     return usable_settings(QLoRAModule, settings)
 
 
+_PARSER_OPTIONS = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
+_CLI_OPTIONS: dict[str, Any] = {
+    "model_class": QLoRAModule,
+    "datamodule_class": InstructionDataModule,
+    "save_config_callback": None,  # RunFolder writes it
+    "trainer_defaults": _TRAINER_DEFAULTS,
+    "seed_everything_default": 42,
+    "subclass_mode_model": True,
+    "subclass_mode_data": True,
+    "auto_configure_optimizers": False,
+    "load_from_checkpoint_support": False,
+}
+
+
 def main(argv: Sequence[str], cli: Callable[..., object] = QLoRACLI, name: str | None = None) -> int:
     """Run one of the four commands.
 
@@ -267,33 +277,88 @@ def main(argv: Sequence[str], cli: Callable[..., object] = QLoRACLI, name: str |
         UserError: a key or value is wrong.
     """
     verb = argv[0]
-    check_keys(argv[1:], read_configs(argv), _KNOWN_KEYS)
-    _read_whole_numbers_first()
-    set_timeout()
-    jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))
-    options = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
     help_texts = {
         "usage": f"qlora-lightning {verb} --config FILE [--KEY.NAME VALUE …]",
         "description": f"{_DESCRIPTIONS[verb]}\n\n{_KEYS}\n\nexamples:\n{EXAMPLES[verb]}",
     }
+    options = {**_PARSER_OPTIONS, "formatter_class": _HelpFormatter}
+    with _checked_and_logged(argv[1:], name or verb):
+        cli(
+            **_CLI_OPTIONS,
+            verb=verb,
+            parser_kwargs={**options, verb: {**options, **help_texts}},
+            args=expand_arguments(argv),
+        )
+    return 0
+
+
+@contextlib.contextmanager
+def open_run(
+    arguments: Sequence[str],
+    command: str,
+    adjust: Callable[[Any], None] = lambda settings: None,
+    with_trainer: bool = True,
+) -> Iterator[LightningCLI]:
+    """Make what the options of ``fit`` describe, and run nothing: ``LightningCLI(run=False)`` with our keys.
+
+    Within the context our code logs to the terminal, and errors are reported as those of ``fit``. Nothing is loaded:
+    that is up to ``module.configure_model()`` and ``datamodule.setup(stage)``.
+
+    Args:
+        arguments: options of ``fit``; its name is not among them.
+        command: the command that reads them, for messages.
+        adjust: changes the parsed settings (``settings["trainer"]["devices"] = 1``) before anything is made of them.
+        with_trainer: ``False`` makes no Trainer, and no logger, callback, plugin or profiler that it would have.
+
+    Yields:
+        LightningCLI: ``model``, ``datamodule``, ``trainer`` (or None) and ``config``, the settings.
+
+    Raises:
+        UserError: a key or value is wrong.
+    """
+    with _checked_and_logged(arguments, command):
+        yield _OpenedRun(
+            **_CLI_OPTIONS,
+            parser_kwargs=_PARSER_OPTIONS,
+            args=expand_arguments(arguments),
+            adjust=adjust,
+            with_trainer=with_trainer,
+        )
+
+
+class _OpenedRun(QLoRACLI):
+    def __init__(self, *args: Any, adjust: Callable[[Any], None], with_trainer: bool, **kwargs: Any) -> None:
+        self._adjust, self._with_trainer = adjust, with_trainer
+        super().__init__(*args, run=False, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        for name in _METHOD_KEYS:
+            parser.add_argument(f"--{name}", type=Any)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = self._parse(parser, args)
+        if not self._with_trainer:
+            for name in ("logger", "callbacks", "plugins", "profiler"):  # they may write, or need a device
+                self.config["trainer"][name] = None
+        self._adjust(self.config)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return super().instantiate_trainer(**kwargs) if self._with_trainer else None
+
+
+@contextlib.contextmanager
+def _checked_and_logged(arguments: Sequence[str], command: str) -> Iterator[None]:
+    """Check the keys of options of ``fit``, log to the terminal while they are used, and word what is wrong."""
+    check_keys(arguments, read_configs(arguments), _KNOWN_KEYS)
+    _read_whole_numbers_first()
+    set_timeout()
+    jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))
     try:
         with _logging_to_terminal():
-            cli(
-                QLoRAModule,
-                InstructionDataModule,
-                verb=verb,
-                save_config_callback=None,  # RunFolder writes it
-                trainer_defaults=_TRAINER_DEFAULTS,
-                seed_everything_default=42,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-                parser_kwargs={**options, "formatter_class": _HelpFormatter, verb: {**options, **help_texts}},
-                args=expand_arguments(argv),
-            )
+            yield
     except jsonargparse.ArgumentError as error:
-        raise UserError(f"{describe_parse_error(str(error))} See `qlora-lightning {name or verb} --help`.") from error
+        raise UserError(f"{describe_parse_error(str(error))} See `qlora-lightning {command} --help`.") from error
     except (ValueError, MisconfigurationException) as error:
         raise find_user_error(error) or error from None
     except RuntimeError as error:
@@ -302,7 +367,6 @@ def main(argv: Sequence[str], cli: Callable[..., object] = QLoRACLI, name: str |
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
-    return 0
 
 
 def _read_whole_numbers_first() -> None:

@@ -1,8 +1,7 @@
-"""The command as a user runs it, on a tiny base."""
+"""``merge`` as a user runs it, on a tiny base."""
 
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -19,11 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_lightning.base.cache import hash_key
 from qlora_lightning.cli import main
-from qlora_lightning.commands.merge.arguments import make_parser
 from qlora_lightning.model.base_model import load_base
 from tests.adapters import make_run
+from tests.help_examples import help_examples
 
 ADAPTER = "runs/quickstart/adapter"
+NAME = "model.layers.1.mlp.up_proj"
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
@@ -35,14 +35,9 @@ def made(tiny_base, tmp_path_factory):
 
 @pytest.fixture
 def folder(made, tmp_path, monkeypatch):
-    """A folder of its own, where the examples have theirs."""
-    (tmp_path / "runs").mkdir()
-    run = tmp_path / "runs" / "quickstart"
-    run.mkdir()
-    for name in ("adapter", "config.yaml", "val.jsonl"):
-        (run / name).symlink_to(made[0] / "runs" / "quickstart" / name)
+    """The current folder, a fresh one with the run in it."""
+    shutil.copytree(made[0] / "runs", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
     return tmp_path
 
 
@@ -50,29 +45,22 @@ def merge(*arguments, code=0):
     assert main(["merge", "--adapter", ADAPTER, *arguments]) == code
 
 
-def written(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if "quickstart/" not in str(path))
+def paths(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-def examples():
-    lines = [line.strip() for line in make_parser().format_help().splitlines()]
-    return [line for line in lines if line.startswith("qlora-lightning merge --adapter")]
+def update_of(name):
+    tensors = load_file(f"{ADAPTER}/adapter_model.safetensors")
+    a, b = (tensors[f"base_model.model.{name}.lora_{each}.weight"] for each in "AB")
+    return a, b, 2.0 * b @ a  # alpha is 2 x rank
 
 
-def test_help_has_examples():
-    assert len(examples()) == 3
-
-
-@pytest.mark.parametrize("line", examples())
-def test_the_examples_of_help_run_as_they_stand(line, folder, capsys):
-    assert main(shlex.split(line)[1:]) == 0
+@pytest.mark.parametrize("arguments", help_examples("merge"), ids=" ".join)
+def test_the_examples_of_help_run(arguments, folder, capsys):
+    assert main(arguments) == 0
     out = capsys.readouterr().out
-    if "--out" in line:
-        assert "base + adapter" in out
-        assert "written: onto dequantized, bf16" in out
-        assert "model.safetensors" in out
-    else:
-        assert "Adapter alone: runs/quickstart/adapter.gguf" in out
+    assert ("written: onto dequantized, bf16" in out) == ("--out" in arguments)
+    assert (folder / arguments[-1]).exists() or "--rows" in arguments
 
 
 def test_the_merged_folder_is_a_model_for_plain_transformers(folder, made, tiny_base):
@@ -84,8 +72,9 @@ def test_the_merged_folder_is_a_model_for_plain_transformers(folder, made, tiny_
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     config = json.loads((folder / "merged" / "config.json").read_text())
     assert "quantization_config" not in config
-    tokenizer, own = AutoTokenizer.from_pretrained("merged"), AutoTokenizer.from_pretrained(tiny_base)
-    assert tokenizer.chat_template == own.chat_template
+    assert (
+        AutoTokenizer.from_pretrained("merged").chat_template == AutoTokenizer.from_pretrained(tiny_base).chat_template
+    )
     stops = json.loads((folder / "merged" / "generation_config.json").read_text())["eos_token_id"]
     assert config["eos_token_id"] == stops == model.generation_config.eos_token_id
     found = json.loads((folder / "found.json").read_text())
@@ -99,165 +88,110 @@ def test_the_merged_folder_is_a_model_for_plain_transformers(folder, made, tiny_
     assert check["onto original, fp32"]["kl"] > 1e-5
 
 
-def test_the_trained_base_comes_from_the_cache_bit_for_bit_whatever_quantized_it(
-    folder, made, tiny_base, tmp_path, monkeypatch
-):
+def test_the_trained_base_comes_from_the_cache_whatever_quantized_it(folder, tiny_base, monkeypatch):
     def merged(name):
         merge("--out", name, "--dtype", "fp32", "--rows", "0")
         return load_file(f"{name}/model.safetensors")
 
     cached = merged("cached")
-    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(folder / "cache"))
     again = merged("again")
     assert all(torch.equal(tensor, cached[name]) for name, tensor in again.items())
     usual = bnb.functional.quantize_4bit
     with monkeypatch.context() as patch:  # a GPU may round otherwise
-        patch.setattr(
-            bnb.functional, "quantize_4bit", lambda weight, *more, **options: usual(2 * weight, *more, **options)
-        )
+        patch.setattr(bnb.functional, "quantize_4bit", lambda weight, *more, **own: usual(2 * weight, *more, **own))
         load_base(str(tiny_base), compute_dtype=torch.float32)
-    (entry,) = (tmp_path / "cache" / "quantized").glob("*/entry.json")
+    (entry,) = (folder / "cache" / "quantized").glob("*/entry.json")
     key = json.loads(entry.read_text())["key"]
     entry.parent.rename(entry.parent.with_name(hash_key({**key, "device": "cuda"})))
-    other = merged("other")
-    adapter = load_file(f"{ADAPTER}/adapter_model.safetensors")
-    name = "model.layers.1.mlp.up_proj"
-    a, b = (adapter[f"base_model.model.{name}.lora_{each}.weight"] for each in "AB")
-    update = 2.0 * b @ a
-    torch.testing.assert_close(other[f"{name}.weight"] - update, 2 * (cached[f"{name}.weight"] - update))
-    assert torch.equal(other["model.norm.weight"], cached["model.norm.weight"])
+    other, update = merged("other")[f"{NAME}.weight"], update_of(NAME)[2]
+    torch.testing.assert_close(other - update, 2 * (cached[f"{NAME}.weight"] - update))
 
 
 def test_onto_the_original_weights_is_the_original_plus_the_update(folder, tiny_base):
     merge("--out", "merged", "--onto", "original", "--dtype", "fp32")
     before, after = load_file(tiny_base / "model.safetensors"), load_file("merged/model.safetensors")
     assert before.keys() == after.keys()
-    adapter = load_file(f"{ADAPTER}/adapter_model.safetensors")
-    name = "model.layers.1.mlp.up_proj"
-    a, b = (adapter[f"base_model.model.{name}.lora_{each}.weight"] for each in "AB")
-    torch.testing.assert_close(after[f"{name}.weight"], before[f"{name}.weight"] + 2.0 * b @ a)  # alpha is 2 x rank
+    torch.testing.assert_close(after[f"{NAME}.weight"], before[f"{NAME}.weight"] + update_of(NAME)[2])
     assert torch.equal(after["model.norm.weight"], before["model.norm.weight"])
 
 
 def test_a_model_that_disagrees_is_not_kept(folder, capsys):
-    before = written(folder)
+    before = paths(folder)
     merge("--out", "merged", "--max-kl", "0", "--json", "found.json", code=2)
     captured = capsys.readouterr()
     assert "The merged model is not kept" in captured.err
     assert "written: onto dequantized, bf16: KL" in captured.err
-    assert "base + adapter" in captured.out  # the table says by how much
-    assert written(folder) == before
+    assert "base + adapter" in captured.out  # the table shows by how much
+    assert paths(folder) == before
 
 
-def test_nothing_is_written_over_unless_it_is_a_merged_model_and_force_is_given(folder, capsys):
-    merge("--out", "merged", "--rows", "0")
-    merge("--out", "merged", "--rows", "0", code=2)
-    assert "--out merged exists" in capsys.readouterr().err
-    merge("--out", "merged", "--rows", "0", "--dtype", "fp16", "--force")
-    assert load_file("merged/model.safetensors")["model.norm.weight"].dtype == torch.float16
-    assert not list(folder.glob(".merged*"))
-    merge("--out", "runs/quickstart", "--force", code=2)
-    assert "holds something else than a merged model" in capsys.readouterr().err
-    (folder / "merge.json").write_text('{"files": {}}')  # somebody else's
-    merge("--out", ".", "--force", code=2)
-    assert "holds something else than a merged model" in capsys.readouterr().err
-    (folder / "notes.txt").write_text("mine")
-    merge("--adapter-gguf", "notes.txt", code=2)
-    assert "exists" in capsys.readouterr().err
-    merge("--adapter-gguf", "notes.txt", "--force", code=2)
-    assert "is no GGUF file" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["notes.txt", "mine/notes.txt", "gguf"])
-def test_force_does_not_remove_what_merge_did_not_write(name, folder, capsys):
-    merge("--out", "merged", "--rows", "0")
-    place = folder / "merged" / name
-    place.parent.mkdir(exist_ok=True)
-    place.mkdir() if name == "gguf" else place.write_text("mine")
-    before = written(folder)
-    merge("--out", "merged", "--rows", "0", "--force", code=2)
-    assert f"--out merged holds {name}, which merge did not write" in capsys.readouterr().err
-    assert written(folder) == before
-
-
-def test_what_comes_into_the_folder_while_it_is_merged_is_not_removed(folder, capsys, monkeypatch):
-    from qlora_lightning.commands.merge import run
-
-    def write_and_be_overtaken(*arguments):
-        write_tensors(*arguments)
-        (folder / "merged").mkdir()
-        (folder / "merged" / "other").write_text("of another process")
-
-    write_tensors = run.write_tensors
-    monkeypatch.setattr(run, "write_tensors", write_and_be_overtaken)
-    merge("--out", "merged", "--rows", "0", code=2)
-    assert "--out merged exists" in capsys.readouterr().err
-    assert written(folder / "merged") == ["other"]
-
-
-def test_a_folder_behind_a_link_is_replaced_and_the_link_stays(folder):
+def test_only_a_merged_model_is_replaced_and_only_by_force(folder, capsys):
     (folder / "disk").mkdir()
     (folder / "merged").symlink_to("disk/model")
-    merge("--out", "merged", "--rows", "0", "--json", "found.json")
+    (folder / "disk" / ".model.unfinished").mkdir()  # of a merge that was killed
+    merge("--out", "merged", "--rows", "0")
+    merge("--out", "merged", "--rows", "0", code=2)
+    assert "--out merged exists" in capsys.readouterr().err
     merge("--out", "merged", "--rows", "0", "--dtype", "fp16", "--force")
     assert (folder / "merged").is_symlink()
     assert load_file("disk/model/model.safetensors")["model.norm.weight"].dtype == torch.float16
-    assert sorted(entry.name for entry in folder.iterdir()) == ["disk", "found.json", "merged", "runs"]
     assert [entry.name for entry in (folder / "disk").iterdir()] == ["model"]
+    before = paths(folder)
+    for other in ("runs/quickstart", f"{ADAPTER}/adapter_config.json"):
+        merge("--out", other, "--force", code=2)
+        assert "is no folder with a merged model" in capsys.readouterr().err
+    assert paths(folder) == before
 
 
-def test_all_files_of_a_merged_model_have_the_mode_of_the_umask(folder):
+def test_a_folder_that_comes_during_the_merge_is_not_replaced(folder, capsys, monkeypatch):
+    def finish(writer):
+        usual(writer)
+        (folder / "merged").mkdir()
+        (folder / "merged" / "other").write_text("of another process")
+
+    usual = gguf.GGUFWriter.close
+    monkeypatch.setattr(gguf.GGUFWriter, "close", finish)
+    merge("--out", "merged", "--rows", "0", "--gguf", "f16", code=2)
+    assert "--out merged exists" in capsys.readouterr().err
+    assert paths(folder / "merged") == ["other"]
+
+
+def test_all_files_have_the_mode_of_the_umask(folder):
     old = os.umask(0o027)
     try:
         merge("--out", "merged", "--rows", "0", "--adapter-gguf", "a.gguf")
     finally:
         os.umask(old)
-    files = [folder / "a.gguf", *(file for file in (folder / "merged").rglob("*"))]
-    assert {file.name: oct(file.stat().st_mode & 0o777) for file in files} == {file.name: "0o640" for file in files}
+    assert {file.stat().st_mode & 0o777 for file in (folder / "a.gguf", *(folder / "merged").rglob("*"))} == {0o640}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ((), "--out is missing"),
-        (("--out", "runs", "--adapter-gguf", "runs/a.gguf"), "--adapter-gguf runs/a.gguf lies in --out runs"),
-        (("--out", "runs", "--json", "runs/../runs/a.json"), "lies in --out runs"),
-        (("--out", "new", "--adapter-gguf", "new/a.gguf"), "--adapter-gguf new/a.gguf lies in --out new"),
-        (("--out", "new", "--adapter-gguf", "new"), "--out and --adapter-gguf both name new"),
-        (("--out", "x", "--json", "runs/quickstart/val.jsonl", "--force"), "val.jsonl: this command reads that file"),
-        (("--out", "x", "--json", f"{ADAPTER}/adapter_config.json"), "this command reads that file"),
-        (("--adapter-gguf", "a", "--json", "./a"), "--adapter-gguf and --json both name a"),
-        (("--adapter-gguf", f"{ADAPTER}/adapter_model.safetensors", "--force"), "this command reads that file"),
-        (("--out", "runs/quickstart/val.jsonl", "--force"), "that is a file; name a folder"),
-        (("--out", "runs/quickstart/val.jsonl/x"), "val.jsonl is a file; name a folder"),
-        (("--out", "/proc/merged"), "--out /proc/merged: nothing can be written there"),
-        (("--out", "/proc/merged", "--force"), "nothing can be written there"),
-        (("--out", "x", "stray"), "unrecognized arguments: stray"),
-        (("--out", "x", "--data.val", "runs/quickstart/val.jsonl", "stray"), "unrecognized arguments: stray"),
-        (("--out", "x", "--data.val"), "--data.val: expected a value"),
-        (("--out", "x", "--model.rank", "3"), "--model.rank: the model is what the adapter folder says"),
-        (("--out", "x", "--rows", "0", "--data.nothing", "3"), "--data.nothing chooses rows for the check"),
-        (("--out", "x", "--max-kl", "nan"), "--max-kl is nan"),
-        (("--out", "x", "--gguf", "q4_0"), "invalid choice: 'q4_0'"),
-        (("--json", "x.json", "--adapter-gguf", "x.gguf"), "--json holds the figures of a merged model"),
-        (("--gguf", "f16", "--adapter-gguf", "x.gguf"), "--gguf writes the merged model"),
-        (("--out", "x", "--rows", "-1"), "--rows is -1"),
-        (("--out", "x", "--max-kl", "-1"), "--max-kl is -1"),
-        (("--out", "x", "--json", "none/x.json"), "there is no folder none"),
-        (("--out", "x", "--adapter", "none"), "none is not an adapter folder"),
-        (("--out", "x", "--base", "none"), "Base 'none': no such file or folder"),
-        (("--out", "x", "--config", "none.yaml"), "none.yaml, but there is no such file"),
-        (("--out", "x", "--data.val", "none.jsonl"), "none.jsonl"),
-        (("--out", "x", "--nothing"), "unrecognized arguments: --nothing"),
-    ],
-)
-def test_mistakes_are_told_in_a_sentence(arguments, words, folder, capsys):
-    before = written(folder)
-    merge(*arguments, code=2)
+WRONG = {
+    "": "--out is missing",
+    "--gguf f16 --adapter-gguf x.gguf": "--out is missing",
+    "--out x stray": "unrecognized arguments: stray",
+    "--out x --rows 0 --data.val x.jsonl": "unrecognized arguments: --data.val",
+    "--out x --nothing 3": "nothing",
+    "--out x --gguf q4_0": "invalid choice: 'q4_0'",
+    "--out x --rows -1": "invalid NonNegativeInt value: '-1'",
+    "--out x --max-kl nan": "invalid NonNegativeFloat value: 'nan'",
+    "--out x --json none/x.json": "the folder none does not exist",
+    "--out x --adapter none": "none is not an adapter folder",
+    "--out x --base none": "Base 'none': no such file or folder",
+    "--out x --config none.yaml": "--config none.yaml: no such file",
+    "--out x --data.val none.jsonl": "none.jsonl",
+    f"--adapter-gguf {ADAPTER}/adapter_model.safetensors": "exists already",
+}
+
+
+@pytest.mark.parametrize("typed", WRONG)
+def test_what_is_wrong_is_reported_in_one_line(typed, folder, capsys):
+    before = paths(folder)
+    merge(*typed.split(), code=2)
     err = capsys.readouterr().err
-    assert words in err
+    assert WRONG[typed] in err
     assert err.count("\n") == 1
-    assert written(folder) == before
+    assert paths(folder) == before
 
 
 @pytest.mark.parametrize(
@@ -267,28 +201,22 @@ def test_mistakes_are_told_in_a_sentence(arguments, words, folder, capsys):
         ("chat_template.jinja", "{% for message in messages %}{{", "the chat template of"),
     ],
 )
-def test_a_damaged_file_of_the_adapter_ends_the_merge(name, text, words, made, folder, capsys):
-    shutil.copytree(made[0] / ADAPTER, folder / "damaged")
-    (folder / "damaged" / name).write_text(text)
-    before = written(folder)
-    assert main(["merge", "--adapter", "damaged", "--out", "merged", "--rows", "0"]) == 2
-    err = capsys.readouterr().err
-    assert words in err
-    assert err.count("\n") == 1
-    assert written(folder) == before
+def test_a_damaged_file_of_the_adapter_ends_the_merge(name, text, words, folder, capsys):
+    (folder / ADAPTER / name).write_text(text)
+    merge("--out", "merged", "--rows", "0", code=2)
+    assert words in capsys.readouterr().err
+    assert sorted(entry.name for entry in folder.iterdir()) == ["runs"]
 
 
-def test_an_adapter_of_another_tool_is_merged_onto_the_original(folder, made, capsys):
-    files = ("adapter_config.json", "adapter_model.safetensors")
+def test_an_adapter_of_another_tool_is_merged_onto_the_original(folder, tiny_base, capsys):
     (folder / "foreign").mkdir()
-    for name in files:
-        (folder / "foreign" / name).write_bytes((folder / ADAPTER / name).read_bytes())
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(f"{ADAPTER}/{name}", "foreign")
     assert main(["merge", "--adapter", "foreign", "--out", "merged"]) == 2
     assert "does not say how its base was quantized" in capsys.readouterr().err
     assert main(["merge", "--adapter", "foreign", "--out", "merged", "--onto", "original"]) == 2
     assert "there is no config.yaml beside the adapter folder" in capsys.readouterr().err
-    rows = ("--data.val", "runs/quickstart/val.jsonl", "--data.tokenizer", str(folder / "tiny"))
-    (folder / "tiny").symlink_to(json.loads((folder / ADAPTER / "qlora_lightning.json").read_text())["base"])
+    rows = ("--data.val", "runs/quickstart/val.jsonl")
     assert main(["merge", "--adapter", "foreign", "--out", "merged", "--onto", "original", *rows]) == 0
     check = json.loads((folder / "merged" / "merge.json").read_text())["check"]
     assert set(check) == {
@@ -298,7 +226,7 @@ def test_an_adapter_of_another_tool_is_merged_onto_the_original(folder, made, ca
 
 
 @pytest.mark.parametrize("kind", ["f16", pytest.param("q8_0", marks=pytest.mark.slow)])
-def test_a_gguf_file_holds_the_same_model(kind, folder, made, tiny_base):
+def test_a_gguf_file_holds_the_same_model(kind, folder, tiny_base):
     merge("--out", "merged", "--gguf", kind)
     check = json.loads((folder / "merged" / "merge.json").read_text())["check"]
     assert check[f"written: model-{kind}.gguf"]["kl"] < (1e-6 if kind == "f16" else 1e-3)
@@ -320,7 +248,7 @@ def test_a_gguf_file_holds_the_same_model(kind, folder, made, tiny_base):
     assert (again.chat_template, again.eos_token_id) == (tokenizer.chat_template, tokenizer.eos_token_id)
 
 
-def test_an_adapter_alone_as_gguf_is_the_same_update(folder, made):
+def test_an_adapter_alone_as_gguf_is_the_same_update(folder):
     merge("--adapter-gguf", "a.gguf")
     reader = gguf.GGUFReader("a.gguf")
     assert reader.get_field("general.type").contents() == "adapter"
@@ -328,53 +256,23 @@ def test_an_adapter_alone_as_gguf_is_the_same_update(folder, made):
     alpha = reader.get_field("adapter.lora.alpha").contents()
     tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
     assert len(tensors) == 2 * 2 * 7
-    adapter = load_file(f"{ADAPTER}/adapter_model.safetensors")
-    for name, place, heads in (
-        ("model.layers.1.mlp.up_proj", "blk.1.ffn_up", None),
-        ("model.layers.0.self_attn.k_proj", "blk.0.attn_k", 2),
-    ):
-        a, b = (adapter[f"base_model.model.{name}.lora_{each}.weight"].numpy() for each in "AB")
+    for name, place, heads in ((NAME, "blk.1.ffn_up", None), ("model.layers.0.self_attn.k_proj", "blk.0.attn_k", 2)):
+        a, b, _ = (each.numpy() for each in update_of(name))
         if heads:  # rows of a head: first half and second half in turns
             rows = b.reshape(heads, 2, -1, b.shape[1])
             b = np.stack([rows[:, 0], rows[:, 1]], axis=2).reshape(b.shape)
-        own_a, own_b = tensors[f"{place}.weight.lora_a"], tensors[f"{place}.weight.lora_b"]
-        np.testing.assert_array_equal(own_a, a)
-        np.testing.assert_allclose(alpha / len(a) * own_b, 2.0 * b, rtol=1e-6)
-
-
-PLAIN = """
-import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-for place, options in ("merged", {}), ("merged/gguf", {"gguf_file": "model-f16.gguf"}):
-    model = AutoModelForCausalLM.from_pretrained(place, **options)
-    tokenizer = AutoTokenizer.from_pretrained(place, **options)
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Count to 3."}], add_generation_prompt=True,
-                                        return_dict=True, return_tensors="pt")
-    print(model.generate(**ids, max_new_tokens=8, do_sample=False)[0].tolist())
-assert "qlora_lightning" not in sys.modules
-"""
+        np.testing.assert_array_equal(tensors[f"{place}.weight.lora_a"], a)
+        np.testing.assert_allclose(alpha / len(a) * tensors[f"{place}.weight.lora_b"], 2.0 * b, rtol=1e-6)
 
 
 @pytest.mark.slow
-def test_a_process_with_plain_transformers_opens_model_and_gguf_and_both_answer_alike(folder):
-    merge("--out", "merged", "--gguf", "f16")
-    done = subprocess.run([sys.executable, "-c", PLAIN], capture_output=True, text=True, check=True)
-    one, other = done.stdout.splitlines()[-2:]
-    assert one == other
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_merge_leaves_no_output(how, folder):
-    before = written(folder)
     command = [sys.executable, "-m", "qlora_lightning", "merge", "--adapter", ADAPTER, "--out", "merged"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while process.poll() is None and not list(folder.glob(".merged.*")):
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not (folder / ".merged.unfinished").exists():
         time.sleep(0.01)
     process.send_signal(how)
-    err = process.communicate()[1]
+    assert process.wait() == (-how if how == signal.SIGKILL else 128 + how)
     assert not (folder / "merged").exists()
-    if how != signal.SIGKILL:
-        assert process.returncode == 128 + how
-        assert ("interrupted" if how == signal.SIGINT else f"ended by {how.name}") in err
-        assert written(folder) == before
+    assert (folder / ".merged.unfinished").exists() == (how == signal.SIGKILL)

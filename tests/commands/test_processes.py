@@ -1,43 +1,14 @@
 from datetime import timedelta
 
-import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 
-from qlora_lightning.commands.processes import TIMEOUT, check_strategy, find_lost_process, set_timeout
-from qlora_lightning.support.errors import UserError
-
-
-@pytest.mark.parametrize(
-    ("name", "strategy"),
-    [("fsdp", "FSDP"), ("fsdp_cpu_offload", "FSDP"), ("deepspeed_stage_2", "DeepSpeed"), ("model_parallel", "Model")],
-)
-def test_strategies_that_shard_the_base_are_refused_by_name(name, strategy):
-    with pytest.raises(UserError, match=rf"trainer.strategy is {strategy}\w+, which shards.*nf4.*ddp"):
-        check_strategy(name, "nf4")
+from qlora_lightning.commands.processes import find_lost_process, set_timeout
 
 
-@pytest.mark.parametrize("name", ["ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_spawn_find_unused_parameters_true"])
-def test_strategies_that_copy_a_trainer_into_their_processes_are_refused(name):
-    with pytest.raises(UserError, match=rf"trainer.strategy is {name}, .*Use `trainer.strategy: ddp`"):
-        check_strategy(name, "nf4")
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "ddp_find_unused_parameters_true", "auto", DDPStrategy()])
-def test_other_strategies_pass(strategy):
-    check_strategy(strategy, "nf4")
-
-
-def test_ddp_by_name_waits_ten_minutes(monkeypatch):
-    monkeypatch.setattr(StrategyRegistry, "register", register := Register())
+def test_ddp_by_name_waits_ten_minutes():
     set_timeout()
-    assert register.asked == ("ddp", DDPStrategy, {"override": True, "start_method": "popen", "timeout": TIMEOUT})
-    assert timedelta(minutes=10) == TIMEOUT
-
-
-class Register:
-    def __call__(self, name, strategy, description, **options):
-        self.asked = (name, strategy, options)
+    assert StrategyRegistry["ddp"]["init_params"]["timeout"] == timedelta(minutes=10)
 
 
 def test_only_errors_of_the_exchange_are_a_lost_process(monkeypatch):

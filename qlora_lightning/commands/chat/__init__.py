@@ -1,69 +1,78 @@
 """``qlora-lightning chat``: talk with an adapter, or ask it once."""
 
-import io
-import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
-from rich.console import Console
-
-from qlora_lightning.commands.chat.arguments import Options, parse
-from qlora_lightning.commands.output import tables_beside, write_json
+from qlora_lightning.commands.adapter_config import name_adapters
+from qlora_lightning.commands.options import OptionParser
+from qlora_lightning.commands.output import add_json_option, check_output, tables_beside
 from qlora_lightning.support.errors import UserError
 
-if TYPE_CHECKING:
-    from qlora_lightning.commands.chat.screen import Screen
-    from qlora_lightning.commands.chat.session import Session
+_DESCRIPTION = """Talk with an adapter on its base; prompts are rendered by the code that rendered them in training.
+
+Answers stream as they are made, and end at the stop token. Greedy unless a temperature is given."""
+_EPILOG = """examples:
+  qlora-lightning chat --adapter runs/quickstart/adapter --prompt "Lunch with Zoe on Friday at 12:30 at Blue Room."
+  qlora-lightning chat --adapter runs/quickstart/adapter --compare --prompt "Book a call with Ana, Monday 9:00."
+  qlora-lightning chat --adapter runs/quickstart/adapter
+  qlora-lightning chat --adapter calm=runs/a/adapter --adapter bold=runs/b/adapter --temperature 0.7 --seed 1
+
+While talking: /adapter NAME, /compare, /system TEXT, /set NAME VALUE, /reset, /help, /quit. Ctrl-C stops an answer.
+Lines that come through a pipe are turns of one conversation."""
+
+
+class Setting(NamedTuple):
+    """How an answer's tokens are chosen: an option, and what ``/set`` changes."""
+
+    kind: type
+    default: Any
+    metavar: str
+    help: str
+
+
+SETTINGS = {
+    "temperature": Setting(float, 0.0, "T", "of sampling (default: 0, greedy)"),
+    "top_k": Setting(int, 0, "K", "sample from the K likeliest tokens (default: 0, from all)"),
+    "top_p": Setting(float, 1.0, "P", "sample from the likeliest tokens that make up P"),
+    "min_p": Setting(float, 0.0, "P", "sample from tokens P times as likely as the likeliest"),
+    "repetition_penalty": Setting(
+        float, 1.0, "X", "make tokens that were there already X times less likely (default: 1, no less)"
+    ),
+    "max_new_tokens": Setting(int, 512, "N", "cut an answer there (default: 512)"),
+    "stop": Setting(str, [], "TEXT", "end an answer at TEXT, too; may be repeated"),
+    "seed": Setting(int, None, "N", "of sampling"),
+}
 
 
 def main(argv: Sequence[str]) -> int:
     """Talk; return the exit code.
 
     Raises:
-        UserError: An option, an adapter or the one message cannot be used.
+        UserError: an option, an adapter or the one message cannot be used.
     """
-    options = parse(argv)
+    options = _parser().parse_args(argv)
+    if options.prompt is not None and not options.prompt.strip():
+        raise UserError("--prompt is empty: expected a message.")
+    adapters = name_adapters(options.adapter)
+    options.json = check_output("--json", options.json, options.force)
+
+    from qlora_lightning.commands.chat.session import chat  # here, so that --help and mistakes answer at once
+
     with tables_beside(options.json):
-        _talk(options)
+        chat(options, adapters)
     return 0
 
 
-def _talk(options: Options) -> None:
-    # here, so that --help and mistakes answer at once
-    from qlora_lightning.commands.chat.screen import Screen
-    from qlora_lightning.commands.chat.session import Session
-    from qlora_lightning.commands.chat.speakers import Speakers
-
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is told, and the next one read
-    speakers, screen = Speakers(options.adapters, options.base), Screen(Console(highlight=False))
-    session = Session(speakers, options.sampling, screen, options.system, options.compare)
-    with speakers.ready():
-        _converse(options, session, screen)
-
-
-def _converse(options: Options, session: "Session", screen: "Screen") -> None:
-    try:
-        if options.prompt is not None:
-            if not session.say(options.prompt, named=False):
-                raise UserError("--prompt was not answered, see above.")
-            _end_if_interrupted(session)
-            return
-        screen.tell(f"{session.speaker.name} answers. /help says what else there is.")
-        while (line := screen.read()) is not None:
-            if line.startswith("/"):
-                if not session.obey(line):
-                    break
-            elif line.strip():
-                session.say(line.strip())
-                if not sys.stdin.isatty():
-                    _end_if_interrupted(session)
-    finally:
-        if options.json is not None and session.turns:
-            write_json(options.json, session.as_json())
-
-
-def _end_if_interrupted(session: "Session") -> None:
-    """Let Ctrl-C end a conversation that nobody types."""
-    if session.was_interrupted:
-        raise KeyboardInterrupt
+def _parser() -> OptionParser:
+    parser = OptionParser("chat", _DESCRIPTION, _EPILOG)
+    add = parser.add_argument
+    add("--adapter", required=True, action="append", metavar="[NAME=]DIR", help="adapter folder; may be repeated")
+    add("--base", metavar="NAME", help="the base, if it is no longer found under the name it was trained under")
+    add("--prompt", metavar="TEXT", help="answer this one message, and end")
+    add("--compare", action="store_true", help="let the base answer beside the adapters")
+    add("--system", metavar="TEXT", help="system prompt (default: the one that data.system gave in training)")
+    for name, (kind, default, metavar, text) in SETTINGS.items():
+        action = "append" if name == "stop" else "store"
+        add(f"--{name.replace('_', '-')}", type=kind, action=action, default=default, metavar=metavar, help=text)
+    add_json_option(parser)
+    return parser

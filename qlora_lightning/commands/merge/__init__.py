@@ -1,20 +1,103 @@
 """``qlora-lightning merge``: an adapter worked into its base, checked against both."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from qlora_lightning.commands.merge.arguments import parse
-from qlora_lightning.commands.output import tables_beside
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
+
+from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
+from qlora_lightning.commands.options import OptionParser
+from qlora_lightning.commands.output import add_json_option, check_output, tables_beside
+from qlora_lightning.support.errors import UserError
+
+RECORD = "merge.json"  # in every folder that this command has written
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_DESCRIPTION = """Merge an adapter into its base: a folder for plain transformers, vLLM and others, or a GGUF file.
+
+Layer by layer, in fp32, never into 4 bits. Onto the dequantized base that the adapter was trained on, or with
+--onto original onto the 16-bit weights that it never saw. The result is then compared with base and adapter on
+validation rows, and kept only if they agree."""
+_EPILOG = """examples:
+  qlora-lightning merge --adapter runs/quickstart/adapter --out runs/quickstart/merged
+  qlora-lightning merge --adapter runs/quickstart/adapter --out runs/quickstart/gguf --gguf q8_0 --rows 16
+  qlora-lightning merge --adapter runs/quickstart/adapter --adapter-gguf runs/quickstart/adapter.gguf
+
+The validation rows are those of the run's config.yaml beside the adapter folder; --config FILE, or options of fit such
+as --data.val FILE, name others. Loading a GGUF file back for its check takes the whole model's memory in fp32."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Merge an adapter; return the exit code.
 
     Raises:
-        UserError: The adapter, the base or an option cannot be used, or the merged model disagrees with them.
+        UserError: the adapter, the base or an option cannot be used, or the merged model disagrees with them.
     """
-    options = parse(argv)
-    from qlora_lightning.commands.merge.run import merge  # here, so that --help and mistakes answer at once
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    options.fit = rest  # options of fit, which choose rows for the check
+    if options.out is None and (options.adapter_gguf is None or options.gguf or options.json):
+        raise UserError("--out is missing: name the folder to write the merged model into (or --adapter-gguf FILE).")
+    if rest and (options.out is None or not options.rows):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.json = check_output("--json", options.json, options.force)
+    options.adapter_gguf = check_output("--adapter-gguf", options.adapter_gguf, options.force)
+    if options.out is not None:
+        check_folder(options.out, options.force)
+    read_identity(find_adapter_folder(options.adapter))  # a misspelt folder is reported before anything is imported
+
+    from qlora_lightning.commands.merge.folder import merge  # here, so that --help and mistakes answer at once
 
     with tables_beside(options.json):
         merge(options)
     return 0
+
+
+def check_folder(target: Path, force: bool) -> None:
+    """Reject a folder that exists, unless it is empty, or holds a merged model and may be replaced.
+
+    Raises:
+        UserError: it is not to be replaced.
+    """
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not force:
+        raise UserError(f"--out {target} exists: choose another folder, or add --force to replace it.")
+    if not (target / RECORD).is_file():
+        raise UserError(
+            f"--out {target} is no folder with a merged model (no {RECORD} in it), and --force replaces nothing else. "
+            "Choose another folder."
+        )
+
+
+def _parser() -> OptionParser:
+    usage = "qlora-lightning merge --adapter DIR --out DIR [options] [--config FILE] [--data.KEY VALUE …]"
+    parser = OptionParser("merge", _DESCRIPTION, _EPILOG, usage)
+    add = parser.add_argument
+    add("--adapter", required=True, metavar="DIR", help="the adapter folder, or the run folder around it")
+    add("--out", type=Path, metavar="DIR", help="the folder to write")
+    add("--base", metavar="NAME", help="the base, if it is no longer found under the name it was trained under")
+    add(
+        "--onto",
+        choices=("dequantized", "original"),
+        default="dequantized",
+        help="dequantized (default): the base as the adapter saw it; original: the weights before quantization",
+    )
+    add("--dtype", choices=tuple(DTYPES), default="bf16", help="of the weights that are written (default: bf16)")
+    add("--gguf", choices=("q8_0", "f16"), help="write a GGUF file for llama.cpp into the folder, too")
+    add("--adapter-gguf", metavar="FILE", help="write the adapter alone as a GGUF file, for llama.cpp's --lora")
+    add(
+        "--rows",
+        type=NonNegativeInt,
+        default=32,
+        metavar="N",
+        help="validation rows to check on (default: 32; 0: no check)",
+    )
+    add(
+        "--max-kl",
+        type=NonNegativeFloat,
+        metavar="NATS",
+        help="keep nothing if what is written diverges from base and adapter by more, in nats per token "
+        "(default: 0.001 in fp32 and 0.01 rounded, onto dequantized; 0.5 onto original)",
+    )
+    add_json_option(parser)
+    return parser

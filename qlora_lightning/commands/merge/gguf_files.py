@@ -1,0 +1,266 @@
+"""GGUF files for llama.cpp: a merged model, tensor by tensor, with its tokenizer, or an adapter alone."""
+
+import functools
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf import GGMLQuantizationType
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from qlora_lightning.base.find import resolve_base
+from qlora_lightning.base.folder import BaseFolder
+from qlora_lightning.model.adapters.lora import ADAPTER
+from qlora_lightning.model.weights.merging import MergePlan, adapted_layers, changed_modules
+from qlora_lightning.support.errors import UserError
+
+Array = npt.NDArray[Any]
+_FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
+_ROPE_FACTORS = "rope_freqs.weight"
+_CONVERT = "Merge without --gguf, and convert the folder with llama.cpp's convert_hf_to_gguf.py."
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+
+
+class GGUFModelWriter:
+    """Takes the tensors of a merged model in the order of the plan, and writes each at once.
+
+    Args:
+        file: where to.
+        plan: what the tensors are.
+        kind: ``f16`` or ``q8_0``.
+        tokenizer: folder with the tokenizer's files.
+        title: name of the model.
+        split: llama.cpp's name of how text is split before merging, if the base's own file says it.
+
+    Raises:
+        UserError: the config or the tokenizer is of a kind that is not written.
+    """
+
+    def __init__(self, file: Path, plan: MergePlan, kind: str, tokenizer: Path, title: str, split: str | None) -> None:
+        self._config = plan.config
+        self._writer = writer = gguf.GGUFWriter(file, "llama")
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(title)
+        writer.add_file_type(_FILE_TYPES[kind])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        _add_shape(writer, self._config)
+        _add_tokenizer(writer, tokenizer, self._config.vocab_size, split)
+        factors = _rope_factors(plan)
+        if factors is not None:
+            writer.add_tensor_info(_ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+        self._types = {name: _choose_type(shape, kind) for name, shape in plan.shapes.items()}
+        for name, shape in plan.shapes.items():
+            block, block_bytes = gguf.GGML_QUANT_SIZES[self._types[name]]
+            size = math.prod(shape) // block * block_bytes
+            place = _map_name(name, self._config.num_hidden_layers)
+            writer.add_tensor_info(place, shape, np.dtype(np.float32), size, raw_dtype=self._types[name])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor.
+
+        Raises:
+            UserError: a weight is too large for f16.
+        """
+        kind = self._types[name]
+        values = _permute_rows(name, tensor.float().numpy(), self._config)
+        if kind == GGMLQuantizationType.F16 and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
+            raise UserError(f"--gguf: {name} holds a weight that is too large for f16. Leave --gguf out.")
+        self._writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(values), kind))
+
+    def finish(self) -> None:
+        """Close the file."""
+        self._writer.close()
+
+
+def write_adapter(file: Path, plan: MergePlan, title: str) -> None:
+    """Write A and B of every module in fp32, for ``llama-cli -m BASE.gguf --lora FILE``.
+
+    llama.cpp scales an update by alpha / rank with one alpha for all: if PEFT scales otherwise (rsLoRA, a pattern of
+    ranks or alphas), B takes the difference.
+
+    Args:
+        file: where to.
+        plan: the adapter.
+        title: its name.
+
+    Raises:
+        UserError: the adapter is more than plain LoRA on linears, for which the format has no place.
+    """
+    layers = adapted_layers(plan)
+    for name in changed_modules(plan.model.get_base_model()):
+        if not _is_plain(layers.get(name)):
+            raise UserError(
+                f"--adapter-gguf: {name} carries more than plain LoRA on a linear, for which the format has no place. "
+                "Merge it: --out DIR --gguf f16."
+            )
+    alpha = float(plan.model.peft_config[ADAPTER].lora_alpha)
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_name(title)
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    for name, layer in layers.items():
+        a, b = (each[ADAPTER].weight.detach().float() for each in (layer.lora_A, layer.lora_B))
+        factor = layer.scaling[ADAPTER] / (alpha / len(a))
+        factor = 1.0 if math.isclose(factor, 1.0) else factor
+        rows = _permute_rows(f"{name}.weight", (b * factor).numpy(), plan.config)
+        place = _map_name(f"{name}.weight", plan.config.num_hidden_layers)
+        writer.add_tensor(f"{place}.lora_a", a.numpy())  # (rank, in)
+        writer.add_tensor(f"{place}.lora_b", np.ascontiguousarray(rows))  # (out, rank)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _is_plain(layer: LoraLayer | None) -> bool:
+    return layer is not None and not layer.lora_variant and type(layer.get_base_layer()) is torch.nn.Linear
+
+
+# ---- tensors and shape -----------------------------------------------------------------------------------------------
+
+
+def _map_name(name: str, layers: int) -> str:
+    """Return llama.cpp's name of a tensor of a LLaMA."""
+    found: str | None = _name_map(layers).get_name(name, (".weight", ".bias"))
+    if found is None:
+        raise UserError(f"--gguf: llama.cpp has no place for the tensor {name}. Leave --gguf out.")
+    return found
+
+
+@functools.cache  # it takes 10 ms to make
+def _name_map(layers: int) -> Any:
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+
+
+def _permute_rows(name: str, rows: Array, config: Any) -> Array:
+    """Put the rows of queries and keys into the order in which llama.cpp rotates: pairs side by side.
+
+    transformers rotates the first half of a head's rows against the second. Other tensors come back as they are.
+
+    Args:
+        name: of the tensor in transformers.
+        rows: ``(out, …)``: a weight, a bias, or the B of an adapter.
+        config: of the model.
+    """
+    found = re.search(r"\.(q|k)_proj\.", name)
+    if found is None:
+        return rows
+    heads = config.num_attention_heads if found[1] == "q" else config.num_key_value_heads
+    pairs = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _choose_type(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
+    """Choose fp32 for vectors, what is asked for matrices, and f16 if their rows hold no whole blocks."""
+    if len(shape) == 1:
+        return GGMLQuantizationType.F32
+    block, _ = gguf.GGML_QUANT_SIZES[GGMLQuantizationType.Q8_0]
+    return GGMLQuantizationType.Q8_0 if kind == "q8_0" and shape[-1] % block == 0 else GGMLQuantizationType.F16
+
+
+def _add_shape(writer: gguf.GGUFWriter, config: Any) -> None:
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif rope["rope_type"] not in ("default", "llama3"):
+        raise UserError(
+            f"--gguf writes rotary embeddings of the kinds default, linear and llama3; this is {rope['rope_type']}. "
+            f"{_CONVERT}"
+        )
+
+
+def _rope_factors(plan: MergePlan) -> Array | None:
+    """Return what Llama 3.1's scaling divides each frequency by, ``(head_dim / 2,)``; None for other kinds."""
+    config = plan.config
+    if config.rope_parameters["rope_type"] != "llama3":
+        return None
+    scaled = plan.model.get_base_model().model.rotary_emb.inv_freq.float()
+    steps = torch.arange(len(scaled)) / len(scaled)
+    factors: Tensor = config.rope_parameters["rope_theta"] ** -steps / scaled
+    return factors.numpy().astype(np.float32)
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, split: str | None) -> None:
+    """Write tokens, their types, merges, special ids and the chat template of a tokenizer's folder.
+
+    Rows of the embedding (``vocabulary``) that no token has are marked as unused.
+    """
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    model = content["model"]
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        raise UserError(
+            f"--gguf writes byte-level BPE tokenizers (Llama 3, SmolLM); this one is of Llama 2's kind. {_CONVERT}"
+        )
+    types = gguf.TokenType
+    tokens = {number: (text, types.NORMAL) for text, number in model["vocab"].items()}
+    for token in content.get("added_tokens", []):
+        tokens[token["id"]] = (token["content"], types.CONTROL if token["special"] else types.USER_DEFINED)
+    listed = [tokens.get(number, (f"[PAD{number}]", types.UNUSED)) for number in range(vocabulary)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(split or _name_split(content.get("pre_tokenizer")))
+    writer.add_token_list([text for text, _ in listed])
+    writer.add_token_types([kind for _, kind in listed])
+    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
+    if special.chat_template is None and (folder / "chat_template.jinja").is_file():
+        special.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    special.add_to_gguf(writer, quiet=True)
+    # llama.cpp would begin every prompt with a BOS if the file is silent; templates write their own
+    if "bos" not in special.add_special_token:
+        writer.add_add_bos_token(False)
+
+
+def split_of_base(base: BaseFolder) -> str | None:
+    """Return llama.cpp's name of how the base's own GGUF file splits text; None if it is no GGUF."""
+    if base.kind != "gguf":
+        return None
+    found = gguf.GGUFReader(resolve_base(base.name).path).get_field(gguf.Keys.Tokenizer.PRE)
+    return None if found is None else str(found.contents())
+
+
+def _name_split(pre_tokenizer: dict[str, Any] | None) -> str:
+    """Return llama.cpp's name of a pre-tokenizer."""
+    parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
+    kinds = [part.get("type") for part in parts]
+    if kinds == ["Split", "ByteLevel"] and parts[0].get("pattern", {}).get("Regex") == _LLAMA3:
+        return "llama-bpe"
+    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
+        return "smollm"
+    if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
+        return "gpt-2"
+    raise UserError(
+        "--gguf: llama.cpp's name for how this tokenizer splits text is unknown here, and a wrong one would change "
+        f"prompts silently. {_CONVERT}"
+    )

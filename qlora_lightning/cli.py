@@ -42,8 +42,8 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "evaluate": ("qlora_lightning.commands.evaluate", False, "base against adapters on the same rows"),
     "sweep-rank": ("qlora_lightning.commands.sweep", False, "double the rank until it stops paying, and say where"),
     "report": ("qlora_lightning.commands.report", False, "make the page of a run again, or compare several runs"),
-    "merge": ("qlora_lightning.commands.merge", False, "work an adapter into its base, checked, for any tool to load"),
-    "chat": ("qlora_lightning.commands.chat", False, "talk with an adapter, or ask it once with --prompt"),
+    "merge": ("qlora_lightning.commands.merge", False, "merge an adapter into its base, checked, for any tool to load"),
+    "chat": ("qlora_lightning.commands.chat", False, "talk to an adapter, or ask it once with --prompt"),
     "cache": ("qlora_lightning.commands.cache", False, "list or clear unpacked and quantized bases"),
     "recipes": (
         "qlora_lightning.commands.recipes",
@@ -58,7 +58,8 @@ QLoRA fine-tuning of LLaMA models: a frozen base in 4 or 8 bits, small adapters 
 commands:
 {commands}
 
-  qlora-lightning COMMAND --help explains a command; --debug shows the traceback of an error. To begin:
+  qlora-lightning COMMAND --help explains a command, --debug shows the traceback of an error.
+  To begin:
 
   qlora-lightning recipes copy quickstart
   qlora-lightning fit --config configs/quickstart.yaml

@@ -65,7 +65,7 @@ def test_the_program_is_installed_and_runs_as_a_module():
 
 @pytest.mark.parametrize(
     ("command", "hint"),
-    [("fti", "Did you mean fit?"), ("vaildate", "Did you mean validate?"), ("zzz", "Commands are ")],
+    [("fti", "Did you mean 'fit'?"), ("vaildate", "Did you mean 'validate'?"), ("zzz", "Commands are ")],
 )
 def test_an_unknown_command_gets_the_nearest(command, hint, capsys):
     assert main([command, "--config", "x.yaml"]) == 2
@@ -80,7 +80,7 @@ def test_an_unknown_command_gets_the_nearest(command, hint, capsys):
         (
             PermissionError(errno.EACCES, "Permission denied", "run/x"),
             2,
-            "qlora-lightning: run/x cannot be opened: you have no right to. Name another.\n",
+            "qlora-lightning: run/x: permission denied. Choose another path.\n",
         ),
     ],
 )
@@ -101,10 +101,12 @@ def test_a_current_folder_that_is_gone_is_told(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().err == "qlora-lightning: The current folder is no longer there: change to another.\n"
 
 
-def test_our_own_mistakes_keep_their_traceback(monkeypatch):
+def test_any_other_error_is_a_line_and_debug_shows_its_traceback(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_run", lambda arguments: 1 // 0)
+    assert main(["fit"]) == 1
+    assert capsys.readouterr().err.startswith("qlora-lightning: ZeroDivisionError: ")
     with pytest.raises(ZeroDivisionError):
-        main(["fit"])
+        main(["fit", "--debug"])
 
 
 def test_the_arguments_are_those_of_the_process_by_default(monkeypatch, capsys):
@@ -118,7 +120,7 @@ def test_a_user_mistake_in_a_real_process_has_code_2_and_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("qlora-lightning: --config names ")
+    assert done.stderr.startswith("qlora-lightning: --config none.yaml: no such file")
     assert done.stderr.count("\n") == 1
 
 

@@ -1,6 +1,5 @@
 """``qlora-lightning plan``: what a config trains, and the memory and steps that it takes, before it is loaded."""
 
-import functools
 import re
 from collections.abc import Sequence
 
@@ -37,16 +36,14 @@ def main(argv: Sequence[str]) -> int:
     # here, so that --help and mistakes answer at once
     from rich.console import Console
 
-    from qlora_lightning.commands import training
-    from qlora_lightning.commands.plan.planner import PlanCLI
-    from qlora_lightning.commands.plan.report import Plan, print_plan, summarize
+    from qlora_lightning.commands.plan.planner import plan_run
+    from qlora_lightning.commands.plan.report import print_plan, summarize
 
-    plans: list[Plan] = []
     with quiet_lightning(), tables_beside(file):
-        training.main(["fit", *rest], functools.partial(PlanCLI, memory=memory, keep=plans.append), name="plan")
-        print_plan(plans[0], Console(highlight=False))
+        plan = plan_run(rest, memory)
+        print_plan(plan, Console(highlight=False))
     if file is not None:
-        write_json(file, summarize(plans[0]))
+        write_json(file, summarize(plan))
     return 0
 
 

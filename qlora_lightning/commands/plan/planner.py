@@ -1,19 +1,18 @@
 """A config as a plan: its model without numbers, its batches, the memory of its steps, and what changes would save."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import peft
 import torch
-from lightning.pytorch.cli import LightningArgumentParser
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.commands.epoch import Epoch, plan_epoch, training_plan
 from qlora_lightning.commands.plan.base import find_config, find_tokenizer
 from qlora_lightning.commands.plan.report import Device, Knob, Plan, RunLength
-from qlora_lightning.commands.training import QLoRACLI
+from qlora_lightning.commands.training import open_run
 from qlora_lightning.data.batches.epoch_plan import epochs_to_look_at, first_and_largest
 from qlora_lightning.data.rows.sources import find_sources
 from qlora_lightning.model.base_model import Quantization, check_stored_quantization
@@ -37,36 +36,23 @@ _CONTEXT = 600_000_000  # bytes that CUDA, cuBLAS and the kernels take on a card
 _SHORTEST = 256  # tokens: rows that are shorter already are not cut
 
 
-class PlanCLI(QLoRACLI):
-    """Parse a config as ``fit`` does, and plan it: no trainer, no model, no run folder.
+def plan_run(arguments: Sequence[str], memory: int | None) -> Plan:
+    """Parse options as ``fit`` does, and plan what they describe: no Trainer, no model, no run folder.
 
     Args:
-        args: Arguments of LightningCLI.
-        memory: Bytes of the device, if the user names them.
-        keep: Takes the plan.
-        kwargs: Arguments of LightningCLI.
+        arguments: options of ``fit``.
+        memory: bytes of the device, if the user names them.
     """
+    why_not: str | None = None
 
-    def __init__(self, *args: Any, memory: int | None, keep: Callable[[Plan], None], **kwargs: Any) -> None:
-        self._memory, self._keep = memory, keep
-        super().__init__(*args, **kwargs)
+    def use_local_tokenizer(settings: Any) -> None:
+        nonlocal why_not
+        data = settings["data"].get("init_args") or {}
+        if "tokenizer" in data:
+            data["tokenizer"], why_not = find_tokenizer(data["tokenizer"])
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
-        settings = self.config["fit"]
-        settings["ckpt_path"] = None
-        for name in ("logger", "callbacks", "plugins", "profiler"):  # they may write, or ask for devices
-            settings["trainer"][name] = None
-
-    def instantiate_classes(self) -> None:
-        """Make module and data, plan them, and run nothing."""
-        arguments, why_not = self.config["fit"]["data"].get("init_args") or {}, None
-        if "tokenizer" in arguments:
-            arguments["tokenizer"], why_not = find_tokenizer(arguments["tokenizer"])
-        self.config_init = self.parser.instantiate_classes(self.config)
-        module, data = self._get(self.config_init, "model"), self._get(self.config_init, "data")
-        self._keep(make_plan(module, data, why_not, self.config["fit"].as_dict(), self._memory))
-        self.subcommand = None
+    with open_run(arguments, "plan", adjust=use_local_tokenizer, with_trainer=False) as run:
+        return make_plan(run.model, run.datamodule, why_not, run.config.as_dict(), memory)
 
 
 def make_plan(module: Any, data: Any, no_tokenizer: str | None, settings: dict[str, Any], memory: int | None) -> Plan:

@@ -111,7 +111,6 @@ def test_an_adapter_folder_is_trained_on_by_its_key(fit, tmp_path):
     fit("second", *continued, *unmoved)
     first, second = adapter("first"), adapter("second")
     assert all(torch.equal(first[name], second[name]) for name in first | second)
-    identity = json.loads((tmp_path / "second" / "adapter" / "qlora_lightning.json").read_text())
     fit("third", *continued, "--trainer.max_steps", "2")
     third = adapter("third")
     assert not any(torch.equal(first[name], third[name]) for name in first)

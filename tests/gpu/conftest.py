@@ -25,7 +25,8 @@ def base(tmp_path_factory):
 
 
 def make_base(folder, **sizes):
-    save_tokenizer(folder, [f"Count to {n}. Please." for n in range(1, 17)], size=512)
+    texts = [f"Count to {n}. Please. " + " ".join(map(str, range(1, n + 1))) for n in range(1, 25)]
+    save_tokenizer(folder, texts, size=512)
     usual = {"hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 2048}
     save_random_llama(folder, torch.bfloat16, **(usual | sizes))
     return folder

@@ -21,9 +21,9 @@ def fit(folder, base, rows, *callbacks, ckpt_path=None, batch_size=2, accumulate
     """Train six steps; give what the last checkpoint holds."""
     seed_everything(7, verbose=False)
     data = InstructionDataModule(train=str(rows), batch_size=batch_size, tokenizer=str(base))
-    options = {"max_steps": 6, "accumulate_grad_batches": accumulate, "deterministic": True}
+    options = {"max_steps": 6, "accumulate_grad_batches": accumulate, "enable_checkpointing": True}
     callbacks = [*callbacks, AdapterCheckpoint(every_n_train_steps=1)]
-    trainer = make_trainer(folder, accelerator=ACCELERATOR, callbacks=callbacks, **options)
+    trainer = make_trainer(folder, accelerator=ACCELERATOR, deterministic=True, callbacks=callbacks, **options)
     trainer.fit(QLoRAModule(str(base), rank=4, compute_dtype=dtype, dropout=dropout), data, ckpt_path=ckpt_path)
     return torch.load(folder / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
 

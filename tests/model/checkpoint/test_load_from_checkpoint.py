@@ -110,6 +110,16 @@ def test_the_state_holds_the_adapter_only_and_honours_its_arguments(trained):
     assert next(iter(module.state_dict(keep_vars=True).values())).requires_grad
 
 
+@pytest.mark.parametrize("change", [dict.popitem, lambda values: values.update(more=torch.ones(1))])
+def test_of_a_state_that_does_not_fit_nothing_is_loaded(trained, change):
+    before = {name: tensor.clone() for name, tensor in trained[0].state_dict().items()}
+    values = {name: tensor + 1 for name, tensor in before.items()}
+    change(values)
+    with pytest.raises(UserError, match="The checkpoint does not fit the adapter"):
+        trained[0].load_state_dict(values)
+    assert same(before, dict(trained[0].state_dict()))
+
+
 def test_what_weights_only_would_not_read_again_is_not_stored(tmp_path):
     settings = {"path": tmp_path, "layers": (1, 2), "options": {"deep": [None, True, 0.5]}, "odd": [object()]}
     torch.save(plain_settings(settings), tmp_path / "settings")

@@ -126,8 +126,9 @@ class Copies(Callback):
 
 @pytest.mark.parametrize("fault", [{"steps": [2]}, {"gradient_step": 2}])
 def test_a_skipped_step_moves_nothing_but_the_schedule_and_is_counted(fit, fault, caplog):
+    options = {"schedule": "linear", "on_nonfinite": "skip", "weight_decay": 0.1}
     with caplog.at_level(logging.WARNING, "qlora_lightning"):
-        trainer, module = fit(Spoilt, seen := Copies(), schedule="linear", on_nonfinite="skip", weight_decay=0.1, **fault)
+        trainer, module = fit(Spoilt, seen := Copies(), **options, **fault)
     (adapters, state, rate), (later, state_later, next_rate) = seen.copies[2], seen.copies[3]
     assert same(later, adapters)
     assert same(state_later, state)

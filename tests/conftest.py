@@ -38,31 +38,14 @@ def smollm2_folder(session_cache: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory, smollm2_folder: Path) -> Path:
     """A random LLaMA of two layers (64 wide, 4 heads over 2) with SmolLM2's tokenizer, as a folder in float32."""
-    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
+
+    from tests.random_base import save_random_llama
 
     folder = tmp_path_factory.mktemp("base") / "tiny"
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2_folder).save_pretrained(folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 512, "tie_word_embeddings": True}
+    save_random_llama(folder, torch.float32, **sizes)
     return folder
 
 
@@ -76,3 +59,10 @@ def rows_file(tmp_path: Path) -> Path:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the test's own."""
+    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

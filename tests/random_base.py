@@ -1,4 +1,4 @@
-"""Bases of random weights with a tokenizer of their own: for machines that have no SmolLM2."""
+"""Bases of random weights, and a tokenizer of their own: for machines that have no SmolLM2."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 START, END = "<|im_start|>", "<|im_end|>"
 _TEMPLATE = (
@@ -40,11 +40,15 @@ def save_tokenizer(folder: Path, texts: Iterable[str], size: int = 8192) -> None
     made.save_pretrained(folder)
 
 
-def save_random_llama(folder: Path, config: Any, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a small LLaMA of random weights beside its tokenizer."""
+def save_random_llama(folder: Path, dtype: torch.dtype, **sizes: Any) -> None:
+    """Write a random LLaMA beside its tokenizer: of two layers with 4 heads over 2, unless told otherwise."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids["pad_token_id"] = tokenizer.eos_token_id
+    usual = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), **ids, **(usual | sizes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).to(dtype)
-    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ids)
     model.save_pretrained(folder)

@@ -1,7 +1,8 @@
-"""A step of a module whose adapters are random, on a flat batch: its loss and its gradients."""
+"""A step of a module whose adapters are random, on a flat batch: its loss and its gradients; and a quiet Trainer."""
 
 import itertools
 
+import lightning
 import torch
 
 from qlora_lightning import QLoRAModule
@@ -24,6 +25,13 @@ def make_module(base, device="cpu", **options):
     module = QLoRAModule(str(base), **{"rank": 4, "compute_dtype": "fp32"} | options).to(device)
     module.configure_model()
     return randomize(module)
+
+
+def make_trainer(folder, **options):
+    """A Trainer on one CPU that shows nothing and writes nothing of its own."""
+    quiet = ("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar")
+    usual = {"accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0} | dict.fromkeys(quiet, False)
+    return lightning.Trainer(**(usual | options), default_root_dir=folder)
 
 
 def make_batch(lengths=LENGTHS, seed=1, vocabulary=250):

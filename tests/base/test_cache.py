@@ -10,16 +10,10 @@ import time
 
 import pytest
 
-from qlora_lightning.base.cache import (
-    EntryCheck,
-    cache_root,
-    cached_folder,
-    clear_entries,
-    find_entry,
-    hash_key,
-    list_entries,
-)
+from qlora_lightning.base.cache import cache_root, cached_folder, clear_entries, find_entry, hash_key, list_entries
 from qlora_lightning.support.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
@@ -74,18 +68,6 @@ def test_a_damaged_entry_is_built_again_with_a_notice(damage, build, caplog):
     assert caplog.text.count("thing is damaged or unfinished") == 1
 
 
-def test_weights_of_a_large_entry_are_checked_by_who_reads_them(build):
-    folder = cached_folder("quantized", {}, build, "thing", checked_bytes=8)
-    EntryCheck(folder, "thing").wait()
-    EntryCheck(folder.parent, "a folder of the user's").wait()
-    flip(folder / "sub" / "x.safetensors")
-    assert find_entry("quantized", {}, checked_bytes=8) == folder
-    assert find_entry("quantized", {}, checked_bytes=9) is None
-    with pytest.raises(UserError, match=r"thing is damaged: .*x\.safetensors does not match its checksum"):
-        EntryCheck(folder, "thing").wait()
-    assert find_entry("quantized", {}, checked_bytes=8) is None  # the next start makes it again
-
-
 FULL = "No space left on device"
 
 
@@ -105,13 +87,6 @@ def test_a_failed_build_leaves_nothing_and_a_full_disk_names_the_ways_out(cache,
     with pytest.raises(expected, match=words):
         cached_folder(kind, {}, fail, "thing")
     assert not any(path.is_dir() for path in (cache / kind).iterdir())
-
-
-def test_a_cache_that_cannot_be_written_names_path_and_reason(build, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"file/unpacked/.*Not a directory.*QLORA_LIGHTNING_CACHE"):
-        cached_folder("unpacked", {}, build, "thing")
 
 
 def test_the_root_is_chosen_by_environment(monkeypatch):
@@ -154,7 +129,7 @@ def wait_for(file):
         time.sleep(0.02)
 
 
-def test_two_processes_build_once_and_what_is_being_built_is_not_cleared(tmp_path, cache):
+def test_two_processes_build_once_and_what_is_being_built_is_not_cleared(tmp_path):
     first = start_building(tmp_path)
     wait_for(tmp_path / "builds")
     second = start_building(tmp_path)
@@ -169,7 +144,7 @@ def test_two_processes_build_once_and_what_is_being_built_is_not_cleared(tmp_pat
     assert [entry.label for entry in list_entries()] == ["thing"]
 
 
-def test_a_killed_build_is_never_taken_for_complete(tmp_path, cache, build):
+def test_a_killed_build_is_never_taken_for_complete(tmp_path, build):
     process = start_building(tmp_path)
     wait_for(tmp_path / "builds")
     process.send_signal(signal.SIGKILL)

@@ -26,7 +26,9 @@ def test_in_float32_the_fused_layers_give_what_the_plain_ones_give(base, quantiz
 def test_in_16_bits_they_err_no_more_than_the_plain_ones(base, quantization, dtype):
     exact_loss, exact = loss_and_gradients(make_module(base, "cpu", fast=False, quantization=quantization))
     options = {"quantization": quantization, "compute_dtype": dtype}
-    loss, gradients = loss_and_gradients(make_module(base, fast=True, **options))
+    module = make_module(base, fast=True, **options)
+    assert (module.loss_scale > 1) == (dtype == "fp16")
+    loss, gradients = loss_and_gradients(module)
     _, plain = loss_and_gradients(make_module(base, fast=False, **options))
     assert loss == pytest.approx(exact_loss, abs=0.05)
     assert distance(gradients, exact) <= max(1.5 * distance(plain, exact), 1e-3)  # one batch is one draw

@@ -10,7 +10,6 @@ import torch
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model import generate
 from qlora_lightning.model.generate import dense_weights, generate_answers
-from qlora_lightning.support.errors import UserError
 from tests.steps import make_module, randomize
 
 PROMPTS = [[11, 12, 13, 14, 15, 16], [21], [31, 32, 33], [41, 42], [51]]
@@ -62,16 +61,6 @@ def test_an_answer_ends_before_its_first_stop_token_and_the_others_go_on(model, 
     expected = [ids[: ids.index(stop)] if stop in ids else ids for ids in together]
     assert answer(model, *PROMPTS, stop_ids=(stop, NEVER)) == expected
     assert len(set(map(len, expected))) > 1
-
-
-def test_the_training_mode_is_put_back_also_if_it_fails(model, monkeypatch):
-    model.train()
-    answer(model, [11], max_new_tokens=1)
-    assert all(module.training for module in model.modules())
-    monkeypatch.setattr(generate, "KeyValueCache", None)
-    with pytest.raises(TypeError):
-        answer(model, [11])
-    assert all(module.training for module in model.modules())
 
 
 # ---- dense weights ---------------------------------------------------------------------------------------------------
@@ -146,11 +135,3 @@ def test_each_adapter_answers_as_it_does_alone(tiny_base, folders):
         with module.model.disable_adapter():
             assert module.answer(PROMPTS, [NEVER], 8) == alone["base"]
     assert alone["a"] != alone["mlp"] != alone["base"]
-
-
-def test_an_adapter_of_another_base_is_rejected(tiny_base, folders):
-    folder = folders[0] / "mlp"
-    identity = folder / "qlora_lightning.json"
-    identity.write_text(identity.read_text().replace('"quantization": "nf4"', '"quantization": "fp4"'))
-    with pytest.raises(UserError, match=r"was trained with model\.quantization fp4"):
-        make(tiny_base).add_adapter("b", folder)

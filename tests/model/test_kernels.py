@@ -15,7 +15,7 @@ from qlora_lightning.base.cache import list_entries
 from qlora_lightning.model.kernels import library, loops, products
 from qlora_lightning.model.kernels.library import is_there, load_library
 from qlora_lightning.model.kernels.products import can_multiply, multiply
-from qlora_lightning.model.layers import elementwise
+from qlora_lightning.model.layers import elementwise, lora
 from qlora_lightning.model.layers.elementwise import Rotary, rms_norm, rms_norm_again, rms_norm_backward, swiglu
 from qlora_lightning.model.layers.lora import FrozenLinear, project
 
@@ -239,6 +239,25 @@ def test_products_are_the_same_on_any_threads_and_a_row_that_is_no_number_spoils
     assert spoilt.sum() == 512
 
 
+@pytest.mark.parametrize(("kind", "width"), [*((kind, 384) for kind in KINDS[:3]), (KINDS[0], 96)], ids=str)
+def test_tiles_of_a_weight_give_the_products_of_the_whole_to_the_last_bit(monkeypatch, kind, width, dtype):
+    """Rows of 96 hold no whole blocks."""
+    weight = draw_weight(kind, (640, width), dtype)
+    x, grad = draw(7, width, dtype=dtype), draw(7, 640, dtype=dtype)
+
+    def compute():
+        return [
+            lora.multiply_by_weight(weight, x),
+            lora.multiply_by_weight(weight, x, onto=grad.clone()),
+            lora.multiply_by_weight(weight, grad, backward=True),
+            lora.multiply_by_weight(weight, grad, backward=True, onto=x.clone()),
+        ]
+
+    whole = compute()
+    monkeypatch.setattr(lora, "TILE_BYTES", 100_000)  # 64 to 128 rows or columns, the last tile narrower
+    assert all(map(torch.equal, compute(), whole))
+
+
 # ---- what they do not know goes torch's way -------------------------------------------------------------------------
 
 
@@ -267,27 +286,24 @@ def test_loops_and_products_do_not_run(monkeypatch):
 
 def calls_of_norm(count):
     x, weight, grad = draw(count, 64), draw(64), draw(count, 64)
-    inverse = elementwise.rms_norm.__wrapped__(x, weight, 1e-5)[1]
-    return [
-        (elementwise.rms_norm.__wrapped__, (x, weight, 1e-5)),
-        (elementwise.rms_norm_again.__wrapped__, (x, weight, inverse)),
-        (elementwise.rms_norm_backward.__wrapped__, (grad, x, weight, inverse)),
-    ]
+    inverse = elementwise.rms_norm.__wrapped__(x, weight, EPS)[1]
+    yield elementwise.rms_norm.__wrapped__, (x, weight, EPS)
+    yield elementwise.rms_norm_again.__wrapped__, (x, weight, inverse)
+    yield elementwise.rms_norm_backward.__wrapped__, (grad, x, weight, inverse)
 
 
 def calls_of_rotary(count):
     query, key = (draw(1, count, 4, 16).transpose(1, 2) for _ in range(2))
     angles = draw(1, count, 8, dtype=torch.float32).repeat(1, 1, 2)
-    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
-    return [(elementwise._rotate, (query, key[:, :2], cos, sin, back)) for back in (False, True)]
+    for backward in (False, True):
+        yield elementwise._rotate, (query, key[:, :2], angles.cos().bfloat16(), angles.sin().bfloat16(), backward)
 
 
 def calls_of_swiglu(count):
     gate, up, grad = (draw(count, 96) for _ in range(3))
-    calls = [(elementwise.swiglu.__wrapped__, (gate, up))]
+    yield elementwise.swiglu.__wrapped__, (gate, up)
     for needed in ((True, True, True), (False, True, False)):
-        calls.append((elementwise.swiglu_backward.__wrapped__, (gate, up, grad, *needed)))
-    return calls
+        yield elementwise.swiglu_backward.__wrapped__, (gate, up, grad, *needed)
 
 
 def run(function, arguments):
@@ -305,9 +321,8 @@ def test_compiled_they_give_the_same_numbers_and_are_compiled_once_for_all_lengt
         if count == 33:
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         for function, arguments in calls(count):
-            for one, other in zip(
-                run(elementwise._compile(function), arguments), run(function, arguments), strict=True
-            ):
+            compiled = run(elementwise._compile(function), arguments)
+            for one, other in zip(compiled, run(function, arguments), strict=True):
                 assert one.dtype == other.dtype
                 assert (one - other).float().norm() <= 4e-3 * other.float().norm()  # a rounding of bfloat16
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs

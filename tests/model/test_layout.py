@@ -2,15 +2,12 @@
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 
-from qlora_lightning import QLoRAModule
 from qlora_lightning.model import layout
 from qlora_lightning.model import module as module_file
-from qlora_lightning.model.layout import IGNORED, add_noise, filled, find_needed, lay_out, whole_samples
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.model.layout import IGNORED, add_noise, filled, lay_out, whole_samples
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests.steps import assert_same_step, loss_and_gradients, make_batch, make_module
 
@@ -24,14 +21,10 @@ def batch_of(*samples):
         [IGNORED] * first + row[first : len(row) - last] + [IGNORED] * last
         for row, (_, first, last) in zip(ids, samples, strict=True)
     ]
-    lengths = [len(row) for row in ids]
-    return {
-        "input_ids": torch.tensor([[*itertools.chain(*ids)]]),
-        "labels": torch.tensor([[*itertools.chain(*labels)]]),
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
-        "longest": max(lengths),
-    }
+    batch = make_batch([len(row) for row in ids])
+    batch["input_ids"] = torch.tensor([[*itertools.chain(*ids)]])
+    batch["labels"] = torch.tensor([[*itertools.chain(*labels)]])
+    return batch
 
 
 def test_what_two_samples_begin_with_is_there_once_and_what_nothing_is_predicted_from_never():
@@ -108,18 +101,12 @@ def test_a_sample_without_labels_fills_the_last_block():
     assert whole.input_ids.shape == (1, filled(16)) == (1, 16)
 
 
-@pytest.mark.parametrize("bounds", [[1, 4, 8], [0, 5, 4, 8], [0, 4, 4, 8], [0, 4, 7], [0, 4, 9]], ids=str)
+@pytest.mark.parametrize("bounds", [[1, 4, 8], [0, 4, 4, 8], [0, 4, 7], [0, 4, 9]], ids=str)
 def test_bounds_that_are_none_are_refused(bounds):
     batch = batch_of(([*SYSTEM, 7], 3, 0), ([*SYSTEM, 8], 3, 0))
     batch["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 8, the tokens of the batch; found"):
         lay_out(batch)
-
-
-@pytest.mark.parametrize(("shared", "expected"), [([1], [0, 0]), ([1, 2, 3], [0, 3])])
-def test_a_few_shared_tokens_among_many_are_left_alone(shared, expected):
-    rows = [np.array([*shared, *range(10 * row, 10 * row + 41 - len(shared))]) for row in (1, 9)]
-    assert find_needed(rows, [np.arange(41) > 20] * 2).shared == expected
 
 
 def rows_beginning_alike(count, shared, own, seed=0):
@@ -166,19 +153,11 @@ def test_labels_that_a_subclass_changes_are_seen(tiny_base, in_place):
     assert_same_step(loss_and_gradients(module, batch), loss_and_gradients(plain, batch))
 
 
-def test_all_tokens_are_computed_on_the_plain_path_with_noise_and_with_another_attention(tiny_base):
-    assert not make_module(tiny_base, fast=False).leaves_out_unneeded
+def test_all_tokens_are_computed_where_random_numbers_are_drawn_for_each(tiny_base):
     for options in ({"dropout": 0.1}, {"neftune_alpha": 5.0}):
         module = make_module(tiny_base, **options)
         assert not module.leaves_out_unneeded
         assert module.eval().leaves_out_unneeded
-    module = make_module(tiny_base)
-    assert module.leaves_out_unneeded
-    module.causal_lm.model.layers[0].mlp.down_proj.lora_dropout["default"] = torch.nn.Dropout(0.5)
-    assert not module.leaves_out_unneeded
-    module = make_module(tiny_base)
-    module.causal_lm.set_attn_implementation("sdpa")
-    assert not module.leaves_out_unneeded
 
 
 @pytest.mark.parametrize("options", [{}, {"fast": False}, {"neftune_alpha": 5.0}], ids=str)
@@ -223,9 +202,3 @@ def test_noise_is_there_in_training_only(tiny_base):
     assert noisy[0] != losses(5.0, seed=1)[0]
     assert noisy[1] == plain[1]
     assert losses(1e-30) == plain  # below what a float32 holds: embedding first changes nothing
-
-
-@pytest.mark.parametrize("alpha", [0, -1, float("inf"), float("nan")])
-def test_a_strength_that_is_none_is_refused(alpha):
-    with pytest.raises(UserError, match="expected a positive number, such as 5, or null"):
-        QLoRAModule("base", neftune_alpha=alpha)

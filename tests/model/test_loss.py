@@ -1,3 +1,5 @@
+"""The head's loss, in chunks of labelled tokens, is cross-entropy over whole logits."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,17 +64,13 @@ def test_without_labelled_tokens_loss_and_gradient_are_zero(trainable_head):
 
 def test_each_token_is_predicted_from_the_one_before_it():
     # the head is the identity, so that token t predicts the index of its largest number
+    head = nn.Linear(4, 4, bias=False).requires_grad_(False)
+    head.weight.copy_(torch.eye(4))
     hidden = 10 * F.one_hot(torch.tensor([1, 2, 3, 0])).float()
-    sums = head_loss(hidden, next_labels(torch.tensor([-100, 1, 2, 0])), head=identity_head(4))
+    sums = head_loss(hidden, next_labels(torch.tensor([-100, 1, 2, 0])), head)
     assert sums.correct == 2  # 1 and 2 are right, 3 is not 0
     right = torch.tensor(3.0).add(torch.tensor(10.0).exp()).log() - 10  # -log softmax of the largest
     torch.testing.assert_close(sums.nll_sum, 3 * right + 10)
-
-
-def identity_head(size):
-    head = nn.Linear(size, size, bias=False).requires_grad_(False)
-    head.weight.copy_(torch.eye(size))
-    return head
 
 
 def test_a_hook_on_the_head_is_called():

@@ -1,3 +1,5 @@
+"""A whole module: its loss is plain transformers' row by row, in a batch as alone, however a step is cut."""
+
 import itertools
 
 import lightning
@@ -8,42 +10,19 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
-from qlora_lightning.data.batches.collate import collate
-from qlora_lightning.data.samples import make_sample
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import without_peft_warnings
-
-
-def make_module(base, **settings):
-    torch.manual_seed(3)
-    module = QLoRAModule(
-        str(base), **{"compute_dtype": "fp32", "warmup_ratio": 0.0, "schedule": "constant", **settings}
-    )
-    module.configure_model()
-    with torch.no_grad():  # B away from zero, so that every gradient is alive
-        for name, tensor in trainable_tensors(module).items():
-            if ".lora_B." in name:
-                tensor.normal_(std=0.02)
-    return module
-
-
-def make_trainer(tmp_path, **settings):
-    defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    return lightning.Trainer(
-        **{**defaults, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False, **settings},
-        default_root_dir=tmp_path,
-    )
+from tests.steps import assert_same_step, distance, loss_and_gradients, make_batch, make_module, make_trainer
 
 
 @pytest.fixture
 def batch():
-    generator = torch.Generator().manual_seed(0)
-    samples = []
-    for number, (length, prompt) in enumerate([(7, 3), (19, 4), (2, 1), (30, 11)]):
-        ids = torch.randint(5, 40_000, (length,), generator=generator).tolist()
-        samples.append(make_sample(ids, [-100] * prompt + ids[prompt:], number))
-    return collate(samples)
+    """Four samples whose prompts have no labels."""
+    made = make_batch((7, 19, 2, 30), vocabulary=40_000)
+    for start, prompt in zip(made["cu_seqlens"].tolist(), (3, 4, 1, 11), strict=False):
+        made["labels"][0, start : start + prompt] = -100
+    return made
 
 
 def rows_of(batch):
@@ -52,37 +31,23 @@ def rows_of(batch):
         yield batch["input_ids"][:, start:end], batch["labels"][:, start:end]
 
 
-def gradients(module, batch):
-    module.zero_grad(set_to_none=True)
-    module.compute_loss(batch).nll_sum.backward()
-    return {name: tensor.grad.clone() for name, tensor in trainable_tensors(module).items()}
-
-
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_loss_and_gradients_equal_those_of_the_plain_model_row_by_row(tiny_base, batch, quantization):
-    module = make_module(tiny_base, quantization=quantization)
-    plain = make_module(tiny_base, quantization=quantization, fast=False)
-    plain.load_state_dict(module.state_dict())
+    module, plain = (make_module(tiny_base, quantization=quantization, fast=fast) for fast in (True, False))
     plain.causal_lm.set_attn_implementation("eager")
-
-    expected = torch.zeros(())
+    expected, tokens = torch.zeros(()), 0
     for ids, labels in rows_of(batch):  # Hugging Face's own forward over whole logits, PEFT's own layers
         logits = plain.model(input_ids=ids).logits
         expected = expected + F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum")
-    expected.backward()
-    sums = module.compute_loss(batch)
-    sums.nll_sum.backward()
-
-    assert sums.labelled_tokens == sum(int((labels != -100).sum()) for _, labels in rows_of(batch))
-    torch.testing.assert_close(sums.nll_sum, expected, rtol=1e-6, atol=0)
-    reference = trainable_tensors(plain)
-    for name, tensor in trainable_tensors(module).items():
-        difference = (tensor.grad - reference[name].grad).norm()
-        assert difference <= 1e-5 * reference[name].grad.norm(), name
+        tokens += int((labels != -100).sum())
+    assert module.compute_loss(batch).labelled_tokens == tokens
+    gradients = torch.autograd.grad(expected, list(trainable_tensors(plain).values()))
+    flat = torch.cat([each.flatten() for each in gradients])
+    assert_same_step(loss_and_gradients(module, batch), (float(expected.detach()) / tokens, flat))
 
 
 def test_hidden_states_of_a_real_sample_in_a_batch_are_bit_equal_to_its_own_alone(smollm2_folder, batch):
-    module = make_module(smollm2_folder, compute_dtype="bf16")
+    module = make_module(smollm2_folder, compute_dtype="bf16", rank=8)
     backbone = module.causal_lm.base_model
 
     def hidden(ids, position_ids, cu_seqlens):
@@ -102,16 +67,20 @@ def test_hidden_states_of_a_real_sample_in_a_batch_are_bit_equal_to_its_own_alon
 def fit_adapter(tiny_base, rows_file, tmp_path):
     """Three steps on 16 ragged rows; returns the adapter before and after, as one vector each."""
 
+    def adapter_of(module):
+        return torch.cat([tensor.flatten() for tensor in module.state_dict().values()])
+
     def fit(batch_size, accumulate):
         lightning.seed_everything(1, verbose=False)
         module = QLoRAModule(str(tiny_base), compute_dtype="fp32", learning_rate=1e-2, warmup_ratio=0.0)
         data = InstructionDataModule(train=str(rows_file), tokenizer=str(tiny_base), batch_size=batch_size)
-        trainer = make_trainer(tmp_path, accumulate_grad_batches=accumulate, gradient_clip_val=1.0)
+        options = {"max_epochs": 1, "accumulate_grad_batches": accumulate, "gradient_clip_val": 1.0}
+        trainer = make_trainer(tmp_path, **options)
         module.configure_model()
-        before = torch.cat([tensor.flatten() for tensor in module.state_dict().values()])
+        before = adapter_of(module)
         trainer.fit(module, data)
         assert trainer.global_step == 3  # windows of 6, 6 and a short one of 4
-        return before, torch.cat([tensor.flatten() for tensor in module.state_dict().values()])
+        return before, adapter_of(module)
 
     return fit
 
@@ -129,8 +98,8 @@ def test_batch_accumulation_and_the_scale_of_the_loss_change_no_step(fit_adapter
 def test_in_fp16_the_loss_is_scaled_and_gradients_are_near_those_of_float32(tiny_base, batch):
     exact, half = (make_module(tiny_base, compute_dtype=dtype) for dtype in ("fp32", "fp16"))
     assert (exact.loss_scale, half.loss_scale) == (1.0, 32.0)
-    for of_exact, of_half in zip(gradients(exact, batch).values(), gradients(half, batch).values(), strict=True):
-        assert (of_exact - of_half).norm() <= 0.05 * of_exact.norm()
+    of_exact, of_half = (loss_and_gradients(module, batch)[1] for module in (exact, half))
+    assert distance(of_half, of_exact) <= 0.05
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
@@ -139,16 +108,15 @@ def test_gradients_and_base_are_bit_equal_after_a_validation_and_a_save(
 ):
     module = make_module(tiny_base, quantization=quantization, compute_dtype="bf16", double_quant=False)
     base = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
-    before = gradients(module, batch)
-
+    before = loss_and_gradients(module, batch)
     data = InstructionDataModule(val=str(rows_file), tokenizer=str(tiny_base))
     make_trainer(tmp_path).validate(module, data, verbose=False)
     module.save_adapter(tmp_path / "adapter", data.tokenizer)
     module.model.state_dict()  # what corrupts a packed base
     module.train()
-
-    after = gradients(module, batch)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    after = loss_and_gradients(module, batch)
+    assert after[0] == before[0]
+    assert torch.equal(after[1], before[1])
     assert all(torch.equal(base[name], dict(module.named_parameters())[name]) for name in base)
 
 
@@ -158,7 +126,7 @@ def test_every_quantization_trains_every_adapter_and_validation_judges_what_is_t
 ):
     module = QLoRAModule(str(tiny_base), quantization=quantization, compute_dtype="bf16", warmup_ratio=0.0)
     data = InstructionDataModule(train=str(rows_file), val=str(rows_file), tokenizer=str(tiny_base), batch_size=4)
-    trainer = make_trainer(tmp_path)
+    trainer = make_trainer(tmp_path, max_epochs=1)
     trainer.fit(module, data)  # four steps: the checks of B, and then of A, have passed
     moved = trainable_tensors(module)
     assert all(tensor.any() for tensor in moved.values())
@@ -174,12 +142,10 @@ def test_validation_loss_depends_neither_on_batch_size_nor_on_order(tiny_base, r
     lines = rows_file.read_text().splitlines()
     turned = tmp_path / "turned.jsonl"
     turned.write_text("\n".join(reversed(lines)) + "\n")
-    losses = [
-        make_trainer(tmp_path).validate(
-            module, InstructionDataModule(val=str(file), tokenizer=str(tiny_base), batch_size=size), verbose=False
-        )[0]["val_loss"]
-        for file, size in ((rows_file, 16), (rows_file, 3), (turned, 5))
-    ]
+    losses = []
+    for file, size in ((rows_file, 16), (rows_file, 3), (turned, 5)):
+        data = InstructionDataModule(val=str(file), tokenizer=str(tiny_base), batch_size=size)
+        losses.append(make_trainer(tmp_path).validate(module, data, verbose=False)[0]["val_loss"])
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
@@ -210,7 +176,7 @@ class LeavesEvaluationMode(QLoRAModule):
 def test_what_would_train_wrongly_is_stopped(tiny_base, rows_file, tmp_path, module, precision, error, sentence):
     data = InstructionDataModule(train=str(rows_file), tokenizer=str(tiny_base))
     with pytest.raises(error, match=sentence):
-        make_trainer(tmp_path, precision=precision).fit(module(str(tiny_base), warmup_ratio=0.0), data)
+        make_trainer(tmp_path, precision=precision, max_epochs=1).fit(module(str(tiny_base), warmup_ratio=0.0), data)
 
 
 class OwnBase(QLoRAModule):
@@ -240,4 +206,6 @@ def test_a_base_attends_within_samples_or_is_refused(tiny_base, batch, fast):
 def test_a_compiled_module_is_rejected(tiny_base, rows_file, tmp_path):
     module = torch.compile(QLoRAModule(str(tiny_base)))
     with pytest.raises(UserError, match=r"compiled by torch\.compile, .*set model\.fast to false"):
-        make_trainer(tmp_path).fit(module, InstructionDataModule(str(rows_file), tokenizer=str(tiny_base)))
+        make_trainer(tmp_path, max_epochs=1).fit(
+            module, InstructionDataModule(str(rows_file), tokenizer=str(tiny_base))
+        )

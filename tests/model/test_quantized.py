@@ -1,3 +1,5 @@
+"""The frozen base: stored as asked, the same bits from the cache and again, also after it carried an adapter."""
+
 import json
 import shutil
 
@@ -7,11 +9,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qlora_lightning import QLoRAModule
 from qlora_lightning.model.base_model import load_base
+from qlora_lightning.model.guards.checks import checksum_frozen
 from qlora_lightning.support.errors import UserError
+from tests.equality import same
+from tests.steps import make_module, randomize
 
 QUANTIZED = ["nf4", "fp4", "int8"]
-LINEARS = 2 * 7  # layers × linears
 
 
 def load(folder, quantization, **settings):
@@ -31,25 +36,14 @@ def tensors(model):
             found[f"{name}.absmax"] = state.absmax.clone()
             found[f"{name}.dense"] = bnb.functional.dequantize_4bit(module.weight.data, state)
         elif isinstance(module, bnb.nn.Linear8bitLt):
-            found[f"{name}.scales"] = (
-                module.state.SCB.clone() if module.weight.SCB is None else module.weight.SCB.clone()
-            )
+            scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB
+            found[f"{name}.scales"] = scales.clone()
     return found
-
-
-def are_bit_equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def forward(model):
     ids = torch.randint(5, 40_000, (1, 12), generator=torch.Generator().manual_seed(0))
     return model(input_ids=ids).logits
-
-
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.mark.parametrize(
@@ -66,16 +60,13 @@ def test_linears_are_stored_as_asked_and_all_else_is_frozen_in_the_compute_dtype
     tiny_base, quantization, dtype, double_quant
 ):
     model = load(tiny_base, quantization, compute_dtype=dtype, double_quant=double_quant)
-    assert len(linears(model)) == LINEARS
+    kinds = {"none": nn.Linear, "int8": bnb.nn.Linear8bitLt}
+    assert len(linears(model)) == 2 * 7  # layers × linears
     for linear in linears(model):
-        if quantization == "none":
-            assert (type(linear), linear.weight.dtype) == (nn.Linear, dtype)
-        elif quantization == "int8":
-            assert isinstance(linear, bnb.nn.Linear8bitLt)
-            assert linear.weight.dtype == torch.int8
+        assert isinstance(linear, kinds.get(quantization, bnb.nn.Linear4bit))
+        if quantization in kinds:
+            assert linear.weight.dtype == (torch.int8 if quantization == "int8" else dtype)
         else:
-            assert type(linear) is bnb.nn.Linear4bit
-            assert linear.weight.numel() == linear.in_features * linear.out_features // 2  # two numbers in a byte
             state = linear.weight.quant_state
             assert (state.quant_type, state.nested, linear.compute_dtype) == (quantization, double_quant, dtype)
     assert not any(p.requires_grad for p in model.parameters())
@@ -84,23 +75,23 @@ def test_linears_are_stored_as_asked_and_all_else_is_frozen_in_the_compute_dtype
 
 
 @pytest.mark.parametrize("quantization", QUANTIZED)
-def test_with_and_without_cache_and_at_a_second_start_the_bits_are_the_same(tiny_base, own_cache, caplog, quantization):
+def test_with_and_without_cache_and_at_a_second_start_the_bits_are_the_same(tiny_base, cache, caplog, quantization):
     caplog.set_level("INFO", logger="qlora_lightning")
     direct = load(tiny_base, quantization, cache=False)
-    assert not (own_cache / "quantized").exists()
+    assert not (cache / "quantized").exists()
     first, second = load(tiny_base, quantization), load(tiny_base, quantization)
     assert caplog.text.count("Quantizing") == 1
-    assert are_bit_equal(tensors(direct), tensors(first))
-    assert are_bit_equal(tensors(first), tensors(second))
+    assert same(tensors(direct), tensors(first))
+    assert same(tensors(first), tensors(second))
 
 
-def test_what_decides_the_bits_decides_the_cache_entry(tiny_base, own_cache):
+def test_what_decides_the_bits_decides_the_cache_entry(tiny_base, cache):
     for settings in ({}, {"double_quant": False}, {"compute_dtype": torch.float32}, {}):
         load(tiny_base, "nf4", **settings)
-    assert len(list((own_cache / "quantized").glob("*/entry.json"))) == 3
+    assert len(list((cache / "quantized").glob("*/entry.json"))) == 3
 
 
-def test_a_base_whose_config_was_edited_computes_what_it_says_now(tiny_base, tmp_path, own_cache):
+def test_a_base_whose_config_was_edited_computes_what_it_says_now(tiny_base, tmp_path, cache):
     shutil.copytree(tiny_base, base := tmp_path / "base")
     before = forward(load(base, "nf4"))
     config = json.loads((base / "config.json").read_text())
@@ -119,12 +110,12 @@ def store_quantized(folder, place, **settings):
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
 
 
-def test_a_folder_stored_quantized_loads_as_it_is_in_the_dtype_asked_for(tiny_base, tmp_path, own_cache):
+def test_a_folder_stored_quantized_loads_as_it_is_in_the_dtype_asked_for(tiny_base, tmp_path, cache):
     store_quantized(tiny_base, tmp_path / "stored", **NF4)
     model, other = (load(tmp_path / "stored", "nf4", compute_dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     assert {linear.compute_dtype for linear in linears(other)} == {torch.float32}
-    assert not (own_cache / "quantized").exists()
-    assert are_bit_equal(tensors(model), tensors(load(tiny_base, "nf4", double_quant=False, cache=False)))
+    assert not (cache / "quantized").exists()
+    assert same(tensors(model), tensors(load(tiny_base, "nf4", double_quant=False, cache=False)))
 
 
 @pytest.mark.parametrize(
@@ -138,3 +129,46 @@ def test_a_folder_stored_otherwise_than_asked_is_refused(tiny_base, tmp_path, le
     store_quantized(tiny_base, tmp_path / "stored", **NF4, llm_int8_skip_modules=left_out)
     with pytest.raises(UserError, match=words):
         load(tmp_path / "stored", quantization)
+
+
+# ---- kept between two adapters, as between the trials of a sweep -----------------------------------------------------
+
+
+def make_on(earlier, base, **options):
+    """A module on the base of an earlier one, if that fits."""
+    module = QLoRAModule(str(base), **({"compute_dtype": "fp32"} | options))
+    module.spare = earlier.made
+    module.configure_model()
+    return randomize(module)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "first"),
+    [
+        ("nf4", {"dropout": 0.1}),
+        ("nf4", {"lora_options": {"use_dora": True}}),
+        ("nf4", {"lora_options": {"trainable_token_indices": [5]}}),
+        ("int8", {}),
+        ("none", {"lora_options": {"use_dora": True}}),
+    ],
+    ids=str,
+)
+def test_a_base_that_carried_another_adapter_computes_as_one_just_loaded(tiny_base, quantization, first):
+    second = {"quantization": quantization, "target_modules": "attention", "rank": 3}
+    alone, before = make_module(tiny_base, **second), make_module(tiny_base, quantization=quantization, **first)
+    base = before.causal_lm
+    after = make_on(before, tiny_base, **second)
+    assert after.causal_lm is base
+    assert list(after.model.peft_config) == ["default"]
+    assert {n for n, _ in after.named_parameters()} == {n for n, _ in alone.named_parameters()}
+    assert checksum_frozen(after.causal_lm) == checksum_frozen(alone.causal_lm)
+    ids = {"input_ids": torch.arange(3, 11)[None]}
+    with torch.no_grad():
+        assert torch.equal(after.model(**ids).logits, alone.model(**ids).logits)
+
+
+def test_a_base_of_other_settings_or_that_trained_itself_is_not_taken_over(tiny_base):
+    first = make_module(tiny_base)
+    assert make_on(first, tiny_base, double_quant=False).causal_lm is not first.causal_lm
+    first.causal_lm.model.norm.weight.requires_grad_()
+    assert make_on(first, tiny_base).causal_lm is not first.causal_lm

@@ -1,28 +1,10 @@
 """What imports cost and change: no compiler, no fetched code, brief waits; nothing stays behind."""
 
-import gc
 import os
 import subprocess
 import sys
 
 import pytest
-
-from qlora_lightning.support.imports import without_garbage_collection
-
-
-def test_what_was_made_without_the_collector_is_old_afterwards():
-    with without_garbage_collection():
-        made = [[]]
-        assert any(item is made for item in gc.get_objects(generation=0))
-    assert any(item is made for item in gc.get_objects(generation=2))
-    gc.disable()
-    try:
-        with without_garbage_collection():
-            pass
-        assert not gc.isenabled()
-    finally:
-        gc.enable()
-
 
 _SHOW = """
 import gc, importlib.util, os, sys

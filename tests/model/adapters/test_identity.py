@@ -1,73 +1,154 @@
-"""An adapter of another base, quantization or shape is never loaded."""
+"""An adapter finds its base again and computes what was saved; another base, quantization or shape is refused."""
+
+import json
+import shutil
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
-from qlora_lightning.model.adapters.identity import check_identity, data_differences, describe_adapter, hash_config
-from qlora_lightning.model.adapters.lora import add_adapters
+from qlora_lightning import QLoRAModule
+from qlora_lightning.model.adapters.identity import check_identity, data_differences, hash_config
+from qlora_lightning.model.opened_adapter import find_adapter, open_adapter
 from qlora_lightning.support.errors import UserError
+from tests.equality import same
+from tests.steps import make_module
 
-HASHES = ["0123456789abcdef" * 4, "fedcba9876543210" * 4]
-OWN = {
-    "base": "a",
-    "fingerprint": HASHES[0],
-    "config_hash": HASHES[0],
-    "quantization": "nf4",
-    "double_quant": True,
-    "adapter": {"rank": 2, "alpha": 4, "target_modules": ["q_proj"], "layers": [0, 1], "lora_options": {}},
-}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-@pytest.mark.parametrize(
-    ("stored", "words"),
-    [
-        ({}, None),
-        ({"base": "b", "fingerprint": HASHES[0]}, None),  # moved
-        ({"adapter": {"dropout": 0.5}}, None),  # reported among the settings
-        ({"adapter": {"alpha": 8}}, "model.alpha 8, but here it is 4. Set model.alpha to 8"),
-        ({"config_hash": HASHES[1]}, r"config fedcba987654\) there.*config 0123456789ab\) here.*or by --base"),
-        ({"double_quant": False}, "model.double_quant false, but here it is true"),
-        ({"adapter": {"lora_options": {"use_dora": True}}}, "model.lora_options .*use_dora"),
-    ],
-)
-def test_another_function_is_refused_with_both_sides_and_what_is_unknown_passes(stored, words):
-    """Another base, rank, targets, layers and quantization: see ``tests/test_wrong_inputs.py``."""
-    if words is None:
-        check_identity(stored, OWN, "It")
-        return
-    with pytest.raises(UserError, match=words):
-        check_identity({**OWN, **stored}, OWN, "It")
-
-
-def test_the_scales_of_4_bits_are_not_compared_of_int8():
-    own = {"quantization": "int8", "double_quant": True}
-    check_identity({**own, "double_quant": False}, own, "It")
+@pytest.fixture(scope="module")
+def made(tiny_base, tmp_path_factory):
+    """A module of rank 4 whose B is not zero, and its adapter folder."""
+    module = make_module(tiny_base, target_modules="attention")
+    folder = tmp_path_factory.mktemp("run") / "adapter"
+    module.save_adapter(folder)
+    return module, folder
 
 
 @pytest.fixture
-def base(tiny_base):
-    return AutoModelForCausalLM.from_pretrained(tiny_base)
+def folder(made, tmp_path):
+    return shutil.copytree(made[1], tmp_path / "run" / "adapter")
 
 
-def test_the_config_hash_holds_what_changes_the_function_and_nothing_else(base):
-    first = hash_config(base.config)
-    base.config.transformers_version, base.config.pad_token_id, base.config.use_cache = "9.9", 5, False
-    assert hash_config(base.config) == first
-    base.config.rope_parameters = {**base.config.rope_parameters, "rope_theta": 5e5}
-    assert hash_config(base.config) != first
+def change(folder, file="qlora_lightning.json", **values):
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, **values}))
 
 
-def test_the_shape_is_read_off_the_modules_however_they_were_chosen(base):
-    options = {"use_dora": True, "init_lora_weights": "gaussian", "rank_pattern": {"q_proj": 4}}
-    settings = {"rank": 3, "alpha": 5, "dropout": 0.25, "target_modules": "attention", "layers": "last:1"}
-    assert describe_adapter(add_adapters(base, lora_options=options, **settings)) == {
-        "rank": 3,
-        "alpha": 5,
-        "dropout": 0.25,
-        "target_modules": ["k_proj", "o_proj", "q_proj", "v_proj"],
-        "layers": [1],
-        "lora_options": {"use_dora": True, "rank_pattern": {"q_proj": 4}},
-    }
+# ---- opened to be used -----------------------------------------------------------------------------------------------
+
+
+def test_by_its_own_or_its_run_folder_it_is_found_and_computes_what_was_saved(made, folder, tiny_base):
+    for place in (folder, folder.parent):
+        source = find_adapter(str(place))
+        assert (source.folder, source.base.folder) == (folder, tiny_base)
+        assert (source.quantization, source.double_quant, source.compute_dtype) == ("nf4", True, torch.float32)
+        assert not source.is_stored_quantized
+    ids, opened = torch.tensor([[5, 6, 7, 8]]), open_adapter(source).model.eval().cpu()
+    with torch.no_grad():
+        expected = made[0].model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(opened(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_base_that_moved_is_found_where_it_was_loaded_from_or_by_another_name(folder, tiny_base, tmp_path):
+    change(folder, base="./models/gone")
+    assert find_adapter(folder).base.folder == tiny_base
+    change(folder, "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=r"The base of .* is not found\. Base './models/gone'.*name it with --base"):
+        find_adapter(folder)
+    assert find_adapter(folder, base=str(tiny_base)).base.folder == tiny_base
+
+
+def test_another_base_is_refused(folder, tiny_base, tmp_path):
+    other = shutil.copytree(tiny_base, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file({**tensors, "model.norm.weight": 2 * tensors["model.norm.weight"]}, other / "model.safetensors")
+    with pytest.raises(UserError, match="was trained on another base"):
+        find_adapter(folder, base=str(other))
+
+
+def test_a_folder_of_another_tool_is_opened_by_the_name_in_its_config(folder, tiny_base):
+    (folder / "qlora_lightning.json").unlink()
+    source = find_adapter(folder)
+    assert (source.base.folder, source.quantization) == (tiny_base, None)
+    change(folder, "adapter_config.json", base_model_name_or_path=None)
+    with pytest.raises(UserError, match="does not name its base"):
+        find_adapter(folder)
+
+
+# ---- trained further -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rank": 4, "alpha": 8, "target_modules": ATTENTION, "layers": "last:2"},
+        {"lora_options": {"use_dora": False, "init_lora_weights": "gaussian"}},
+    ],
+)
+def test_training_continues_with_the_folder_and_with_options_that_say_what_it_is(tiny_base, made, options):
+    module, folder = made
+    again = QLoRAModule(str(tiny_base), compute_dtype="fp32", adapter=str(folder), **options)
+    again.configure_model()
+    assert same(dict(again.state_dict()), dict(module.state_dict()))
+    assert all(parameter.requires_grad == (".lora_" in name) for name, parameter in again.named_parameters())
+    assert again.model.peft_config["default"].base_model_name_or_path == str(tiny_base)
+    shape = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": sorted(ATTENTION), "layers": [0, 1]}
+    assert again.identity["adapter"] == {**shape, "lora_options": {}}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"alpha": 3.0}, "model.alpha is 3.0, but the adapter in .* has 8"),
+        ({"target_modules": "mlp"}, r"model.target_modules is mlp, but the adapter in .* has \['k_proj', 'o_proj'"),
+        ({"layers": "last:1"}, r"model.layers is last:1, but the adapter in .* has \[0, 1\]"),
+        ({"lora_options": {"use_dora": True}}, "model.lora_options.use_dora is True, but the adapter in .* has None"),
+        ({"quantization": "int8"}, "with model.quantization nf4, but here it is int8"),
+    ],
+)
+def test_options_that_contradict_the_adapter_are_refused(tiny_base, made, options, words):
+    module = QLoRAModule(str(tiny_base), compute_dtype="fp32", adapter=str(made[1]), **options)
+    with pytest.raises(UserError, match=words):
+        module.configure_model()
+
+
+# ---- compared --------------------------------------------------------------------------------------------------------
+
+HASHES = ["0123456789abcdef" * 4, "fedcba9876543210" * 4]
+OWN = {"base": "a", "fingerprint": HASHES[0], "config_hash": HASHES[0], "quantization": "nf4", "double_quant": True}
+
+
+@pytest.mark.parametrize(
+    ("stored", "own", "words"),
+    [
+        ({}, {}, None),
+        ({"base": "b"}, {}, None),  # moved
+        ({"double_quant": False, "quantization": "int8"}, {"quantization": "int8"}, None),  # scales of 4 bits only
+        ({"double_quant": False}, {}, "model.double_quant false, but here it is true"),
+        ({"config_hash": HASHES[1]}, {}, r"config fedcba987654\) there.*config 0123456789ab\) here.*or by --base"),
+    ],
+)
+def test_another_function_is_refused_with_both_sides(stored, own, words):
+    """Another base, rank, alpha, targets, layers and options: see ``tests/test_wrong_inputs.py``."""
+    if words is None:
+        check_identity({**OWN, **stored}, {**OWN, **own}, "It")
+        check_identity(stored, {}, "It")  # what is unknown passes
+        return
+    with pytest.raises(UserError, match=words):
+        check_identity({**OWN, **stored}, {**OWN, **own}, "It")
+
+
+def test_the_config_hash_holds_what_changes_the_function_and_nothing_else(tiny_base):
+    config = AutoConfig.from_pretrained(tiny_base)
+    first = hash_config(config)
+    config.transformers_version, config.pad_token_id, config.use_cache = "9.9", 5, False
+    assert hash_config(config) == first
+    config.rope_parameters = {**config.rope_parameters, "rope_theta": 5e5}
+    assert hash_config(config) != first
 
 
 def test_data_are_compared_by_name_and_only_if_both_sides_know():

@@ -1,19 +1,24 @@
-"""What is refused, what is reported, and what each process gets back when a run resumes."""
+"""What each process gets back when a run resumes, and which settings count: the checkpoint's, or those at hand."""
 
 import contextlib
+import copy
 import json
 import random
+import shutil
 
 import lightning
 import numpy as np
 import pytest
 import torch
+from torch.optim.lr_scheduler import OneCycleLR
 
-from qlora_lightning import InstructionDataModule, QLoRAModule
+from qlora_lightning import AdapterCheckpoint, InstructionDataModule, QLoRAModule
 from qlora_lightning.model.checkpoint.format import KEY
 from qlora_lightning.model.checkpoint.ranks import capture_generators, restore_generators, share_states
 from qlora_lightning.model.checkpoint.resume import check_save_point
 from qlora_lightning.support.errors import UserError
+from tests.equality import same
+from tests.steps import make_trainer
 
 # ---- what each process has of its own --------------------------------------------------------------------------------
 
@@ -29,15 +34,6 @@ def test_every_generator_continues_where_it_was_captured_also_from_a_file(tmp_pa
     draw()
     restore_generators(torch.load(tmp_path / "state", weights_only=True))
     assert draw() == expected
-
-
-@pytest.mark.gpu
-def test_the_generator_of_the_gpu_continues_too():
-    torch.zeros(1, device="cuda")  # a process that computes on no card has no generator of one
-    state = capture_generators()
-    expected = torch.randn(3, device="cuda")
-    restore_generators(state)
-    assert torch.equal(torch.randn(3, device="cuda"), expected)
 
 
 def state(seed, gradient, tokens, row_ids):
@@ -63,11 +59,8 @@ def test_each_process_gets_its_own_window_or_the_first_the_sum_of_all(rank, proc
     mine = share_states(SAVED, rank, processes)
     assert mine["generators"] == ({"seed": seed} if seed else {})
     torch.testing.assert_close(mine["window"], window, rtol=0, atol=0)
-
-
-def test_between_windows_there_is_nothing_to_share():
-    closed = [{"generators": {}, "window": {}}] * 2
-    assert share_states(closed, 0, 1)["window"] == share_states(closed, 2, 3)["window"] == {}
+    closed = [{"generators": {}, "window": {}}] * 2  # between windows there is nothing to share
+    assert share_states(closed, rank, processes)["window"] == {}
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -76,7 +69,6 @@ def test_between_windows_there_is_nothing_to_share():
 @pytest.mark.parametrize(
     ("micro_batches", "now", "refused"),
     [
-        (3, 4, None),
         (0, 2, None),  # where no window is open, it may change
         (3, 2, "accumulate_grad_batches was 4 and is 2, .*after 3 of its 4 .*Set it to 4"),
     ],
@@ -88,39 +80,112 @@ def test_an_open_window_keeps_its_number_of_micro_batches(micro_batches, now, re
         check_save_point(content, now)
 
 
-# ---- what is reported ------------------------------------------------------------------------------------------------
+# ---- optimizers and schedules ----------------------------------------------------------------------------------------
+
+
+class OneCycle(QLoRAModule):
+    """A schedule that changes betas too."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameter_groups(), lr=1e-2, weight_decay=self.weight_decay)
+        schedule = OneCycleLR(optimizer, max_lr=1e-2, total_steps=8)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Look(lightning.Callback):
+    """Remembers the optimizer as it is before the first step."""
+
+    optimizer = None
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.optimizer = self.optimizer or copy.deepcopy(trainer.optimizers[0].state_dict())
+
+
+@pytest.fixture(scope="module")
+def fit(tiny_base, tmp_path_factory):
+    """Train the tiny base, two rows a step, up to a step; gives the last checkpoint and the optimizer at the start."""
+    folder = tmp_path_factory.mktemp("settings")
+    rows = [f'{{"instruction": "Count to {n}.", "output": "{" ".join(map(str, range(n)))}"}}\n' for n in range(1, 17)]
+    (folder / "rows.jsonl").write_text("".join(rows))
+
+    def run(max_steps, cls=QLoRAModule, ckpt_path=None, **settings):
+        lightning.seed_everything(7, verbose=False)
+        run_folder = folder / f"run {len(list(folder.iterdir()))}"
+        defaults = {"rank": 2, "compute_dtype": "fp32", "learning_rate": 1e-2, "schedule": "linear"}
+        data = InstructionDataModule(train=str(folder / "rows.jsonl"), tokenizer=str(tiny_base), batch_size=2)
+        callbacks = [AdapterCheckpoint(), look := Look()]
+        trainer = make_trainer(run_folder, max_steps=max_steps, callbacks=callbacks, enable_checkpointing=True)
+        trainer.fit(cls(str(tiny_base), **(defaults | settings)), data, ckpt_path=ckpt_path)
+        return run_folder / "checkpoints" / "last.ckpt", look
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def stopped(fit):
+    """The last checkpoint of a run of three steps, by its class of module."""
+    return {cls: fit(3, cls)[0] for cls in (QLoRAModule, OneCycle)}
+
+
+def test_a_run_whose_schedule_changes_betas_resumes_to_the_same_bits(fit, stopped):
+    files = fit(6, OneCycle)[0], fit(6, OneCycle, stopped[OneCycle])[0]
+    whole, again = (torch.load(each, weights_only=True) for each in files)
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert same(again[part], whole[part]), part
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "changed"),
+    [
+        # rate and first rate of a schedule that follows from the step: half of the six steps are over
+        (QLoRAModule, {"learning_rate": 4e-2, "weight_decay": 0.5}, {"lr": 2e-2, "initial_lr": 4e-2}),
+        (OneCycle, {"weight_decay": 0.5}, {}),
+    ],
+)
+def test_only_what_is_configured_otherwise_counts_and_all_else_stays_the_checkpoints(
+    fit, stopped, cls, settings, changed, capsys
+):
+    (stored,) = torch.load(stopped[cls], weights_only=True)["optimizer_states"]
+    _, look = fit(6, cls, stopped[cls], warmup_ratio=0.0, **settings)
+    (group,), (before,) = look.optimizer["param_groups"], stored["param_groups"]
+    assert group == {**before, "weight_decay": 0.5, **changed}
+    assert same(look.optimizer["state"], stored["state"])
+    said = capsys.readouterr().out
+    assert all(f"model.{name}: " in said for name in settings)
+
+
+def test_another_optimizer_begins_with_a_fresh_state_and_the_schedule_continues(fit, stopped, capsys):
+    last, look = fit(6, QLoRAModule, stopped[QLoRAModule], optimizer="torch.optim.SGD", warmup_ratio=0.0)
+    assert look.optimizer["state"] == {}
+    assert look.optimizer["param_groups"][0]["lr"] == 5e-3  # half of the six steps are over
+    assert capsys.readouterr().out.count("it begins with a fresh state") == 1
+    assert torch.load(last, weights_only=True)["qlora_lightning"]["optimizers"][0]["class"].endswith("SGD")
+
+
+def test_a_new_ratio_of_loraplus_counts_and_to_switch_it_off_is_rejected(fit, capsys):
+    file, _ = fit(3, loraplus_ratio=4.0)
+    _, look = fit(6, ckpt_path=file, loraplus_ratio=8.0)
+    assert [group["initial_lr"] for group in look.optimizer["param_groups"]] == [1e-2, 8e-2]
+    assert "model.loraplus_ratio: 4.0 → 8.0" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        fit(6, ckpt_path=file)
 
 
 def test_another_tokenizer_than_that_of_the_checkpoint_or_of_the_adapter_folder_is_reported(
-    tiny_base, rows_file, tmp_path, capsys
+    fit, stopped, tmp_path, capsys
 ):
-    quiet = {"logger": False, "enable_model_summary": False, "enable_progress_bar": False}
-    quiet |= {"enable_checkpointing": False, "accelerator": "cpu", "devices": 1}
-
-    def fit(**options):
-        module = QLoRAModule(str(tiny_base), rank=2, compute_dtype="fp32", **options)
-        data = InstructionDataModule(train=str(rows_file), test=str(rows_file), batch_size=2)
-        trainer = lightning.Trainer(**quiet, max_steps=1, default_root_dir=tmp_path)
-        trainer.fit(module, data)
-        return trainer, module, data
-
-    trainer, module, data = fit()
-    trainer.save_checkpoint(tmp_path / "x.ckpt")
-    module.save_adapter(tmp_path / "adapter", data.tokenizer)
-    content = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    content = torch.load(stopped[QLoRAModule], weights_only=True)
     content[KEY]["identity"]["data"]["tokenizer"] = "another"
     torch.save(content, tmp_path / "other.ckpt")
-    file = tmp_path / "adapter" / "qlora_lightning.json"
-    identity = json.loads(file.read_text())
+    fit(4, ckpt_path=stopped[QLoRAModule])
+    assert "Other than in the checkpoint" not in capsys.readouterr().out
+    fit(4, ckpt_path=tmp_path / "other.ckpt")
+    assert "Other than in the checkpoint: tokenizer (another there, " in capsys.readouterr().out
+    folder = shutil.copytree(stopped[QLoRAModule].parents[1] / "adapter", tmp_path / "adapter")
+    identity = json.loads((folder / "qlora_lightning.json").read_text())
     identity["data"] |= {"tokenizer": "another", "train": "other rows, which are no matter here"}
-    file.write_text(json.dumps(identity))
-
-    capsys.readouterr()
-    for name, reported in (("x", False), ("other", True)):
-        trainer.test(module, data, ckpt_path=tmp_path / f"{name}.ckpt", weights_only=True, verbose=False)
-        said = capsys.readouterr().out
-        assert ("Other than in the checkpoint: tokenizer (another there, " in said) is reported
-    fit(adapter=str(tmp_path / "adapter"))
+    (folder / "qlora_lightning.json").write_text(json.dumps(identity))
+    fit(1, adapter=str(folder))
     said = capsys.readouterr().out
-    assert f"Other than in the adapter folder {tmp_path}/adapter: tokenizer (another there, " in said
+    assert f"Other than in the adapter folder {folder}: tokenizer (another there, " in said
     assert "training samples" not in said

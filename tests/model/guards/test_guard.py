@@ -1,5 +1,6 @@
-"""A run that would train on for nothing is stopped, in real fits."""
+"""A run that would train on for nothing is stopped: by losses, gradients, settings, token ids, a base that changes."""
 
+import contextlib
 import copy
 import json
 import logging
@@ -9,11 +10,18 @@ import lightning
 import pytest
 import torch
 from lightning import Callback
+from torch import nn
 
 from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, InstructionDataModule, LossSums, QLoRAModule
+from qlora_lightning.data.batches.collate import collate
+from qlora_lightning.data.samples import make_sample
 from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.base_model import load_base
+from qlora_lightning.model.guards.checks import check_frozen, check_gradients, check_trainer, checksum_frozen
+from qlora_lightning.model.guards.nonfinite import describe_findings
 from qlora_lightning.support.errors import UserError
 from tests.equality import same
+from tests.steps import make_module, make_trainer
 
 
 class Spoilt(QLoRAModule):
@@ -42,13 +50,8 @@ def fit(tiny_base, rows_file, tmp_path):
         module = cls(str(tiny_base), **{**defaults, "schedule": "constant", **settings})
         split = {"train": str(rows_file), "val": str(rows_file) if val else None}
         data = InstructionDataModule(**split, tokenizer=str(tiny_base), batch_size=2)
-        options = {"max_epochs": 1, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0, "logger": False}
-        trainer = lightning.Trainer(
-            **{**options, "enable_checkpointing": False, "enable_model_summary": False, **(trainer_options or {})},
-            **{"accelerator": "cpu", "devices": 1, "enable_progress_bar": False},
-            callbacks=list(callbacks),
-            default_root_dir=tmp_path / "run",
-        )
+        options = {"max_epochs": 1, "accumulate_grad_batches": 2, "callbacks": list(callbacks)}
+        trainer = make_trainer(tmp_path / "run", **(options | (trainer_options or {})))
         try:
             trainer.fit(module, data, ckpt_path=ckpt_path)
         finally:
@@ -98,6 +101,17 @@ def test_the_first_module_that_gave_it_is_named(fit, cls, callbacks, settings, w
         fit(cls, *callbacks, **settings)
 
 
+def test_of_several_ranks_those_that_found_something_speak_and_else_all_rows_are_named():
+    def finding(window, micro_batch=None, **found):
+        return {"window_rows": window, "micro_batch": micro_batch, "module": None, "rows": [], "error": None, **found}
+
+    nothing = finding(["a.jsonl:1"])
+    found = finding(["a.jsonl:2", "a.jsonl:3"], 0, module="m.q", rows=[{"place": "a.jsonl:3"}])
+    assert describe_findings([nothing, found]).startswith("First module: m.q; rows: a.jsonl:3. ")
+    nobody = describe_findings([nothing, finding(["a.jsonl:2"])])
+    assert nobody.startswith("Run again, each micro-batch is finite; rows: a.jsonl:1, a.jsonl:2. ")
+
+
 class Copies(Callback):
     """Copies adapters and optimizer after each step."""
 
@@ -112,8 +126,9 @@ class Copies(Callback):
 
 @pytest.mark.parametrize("fault", [{"steps": [2]}, {"gradient_step": 2}])
 def test_a_skipped_step_moves_nothing_but_the_schedule_and_is_counted(fit, fault, caplog):
+    options = {"schedule": "linear", "on_nonfinite": "skip", "weight_decay": 0.1}
     with caplog.at_level(logging.WARNING, "qlora_lightning"):
-        trainer, _ = fit(Spoilt, seen := Copies(), schedule="linear", on_nonfinite="skip", weight_decay=0.1, **fault)
+        trainer, module = fit(Spoilt, seen := Copies(), **options, **fault)
     (adapters, state, rate), (later, state_later, next_rate) = seen.copies[2], seen.copies[3]
     assert same(later, adapters)
     assert same(state_later, state)
@@ -122,20 +137,16 @@ def test_a_skipped_step_moves_nothing_but_the_schedule_and_is_counted(fit, fault
     assert trainer.callback_metrics["skipped_steps"] == 1
     assert trainer.callback_metrics["train_loss"].isfinite()
     assert "step 2, at learning rate" in caplog.text
+    assert not any(part._forward_hooks for part in module.modules())  # of the search: such layers would stay slow
 
 
 def test_ten_skipped_steps_are_written_down_and_the_twentieth_in_a_row_stops_resumes_counted(fit, tmp_path):
     trainer, module = fit(Spoilt, steps=[0, 2, 3], on_nonfinite="skip")
     assert module.guard.state_dict() == {"skipped_steps": 3, "skipped_in_a_row": 2}
     trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
+    resumed = {"ckpt_path": tmp_path / "x.ckpt", "trainer_options": {"max_epochs": 6}}
     with pytest.raises(UserError, match=r"step 21, .* is NaN or infinite. So were the 20 steps up to it"):
-        fit(
-            Spoilt,
-            steps=range(4, 99),
-            on_nonfinite="skip",
-            ckpt_path=tmp_path / "x.ckpt",
-            trainer_options={"max_epochs": 6},
-        )
+        fit(Spoilt, steps=range(4, 99), on_nonfinite="skip", **resumed)
     assert len(list((tmp_path / "run").glob("nonfinite-step-*.json"))) == 10
 
 
@@ -233,3 +244,91 @@ class NothingLabelled(QLoRAModule):
 
 def test_a_window_without_labels_is_no_dead_gradient(fit):
     fit(NothingLabelled, trainer_options={"max_steps": 2})
+
+
+# ---- the checks ------------------------------------------------------------------------------------------------------
+
+
+def test_precisions_that_train_pass_but_16_mixed_in_several_processes():
+    for precision in ("32-true", "bf16-mixed", "16-mixed"):
+        check_trainer(precision, "SingleDeviceStrategy", "nf4")
+    check_trainer("bf16-mixed", "DDPStrategy", "nf4", processes=2)
+    with pytest.raises(UserError, match="2 processes"):
+        check_trainer("16-mixed", "DDPStrategy", "nf4", processes=2)
+
+
+def test_a_token_that_the_base_lacks_stops_the_run_and_its_row_is_named(tiny_base):
+    """It is only at the end of the row, where no embedding is looked up."""
+    module = make_module(tiny_base)
+    vocabulary = module.causal_lm.config.vocab_size
+    for bad in (vocabulary, -1, vocabulary - 1):
+        rows = [[0, 1, 2], [3, 4, bad], [5, 6]]
+        batch = collate([make_sample(ids, [-100, *ids[1:]], number) for number, ids in enumerate(rows)])
+        words = f"A token of .*1.* has the id {bad:,}, .*tokens that the base lacks"
+        with pytest.raises(UserError, match=words) if bad != vocabulary - 1 else contextlib.nullcontext():
+            module.compute_loss(batch)
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+def parameter(value, gradient):
+    made = nn.Parameter(torch.full((2,), value))
+    made.grad = None if gradient is None else torch.full((2,), gradient)
+    return made
+
+
+def adapter(a_gradient, b, b_gradient, name="q_proj"):
+    return {
+        f"{name}.lora_A.default.weight": parameter(1.0, a_gradient),
+        f"{name}.lora_B.default.weight": parameter(b, b_gradient),
+    }
+
+
+WAITS = adapter(a_gradient=0.0, b=0.0, b_gradient=1.0)  # A's gradient is zero while B is
+ALIVE = adapter(a_gradient=1.0, b=0.1, b_gradient=1.0, name="v_proj")
+EMBEDDING = {"modules_to_save.default.weight": parameter(1.0, 0.0)}  # all its rows may be absent
+
+
+@pytest.mark.parametrize(
+    ("adapters", "expected"),
+    [
+        (WAITS | ALIVE, False),  # it is asked again until every B has moved
+        (ALIVE | EMBEDDING, True),
+        (adapter(a_gradient=0.0, b=0.0, b_gradient=0.0), "1 of 2 .*lora_B"),
+        (adapter(a_gradient=0.0, b=0.1, b_gradient=1.0), "1 of 2 .*lora_A"),
+        (adapter(a_gradient=0.0, b=0.1, b_gradient=0.0, name="k_proj") | WAITS | ALIVE, "2 of 6 .*k_proj.*k_proj"),
+        ({"modules_to_save.default.weight": parameter(1.0, None)}, "1 of 1 .*modules_to_save"),
+    ],
+)
+def test_adapters_without_gradient_are_named_and_living_ones_pass(adapters, expected):
+    if isinstance(expected, bool):
+        assert check_gradients(adapters) is expected
+        return
+    with pytest.raises(RuntimeError, match=expected):
+        check_gradients(adapters)
+
+
+# ---- the base --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("quantization", "double_quant", "scales"),
+    [("nf4", True, {"absmax", "nested_absmax", "offset"}), ("nf4", False, {"absmax"}), ("int8", False, {"SCB"})],
+)
+def test_the_scales_of_quantized_weights_count_and_a_forward_changes_nothing(
+    tiny_base, quantization, double_quant, scales
+):
+    options = {"quantization": quantization, "double_quant": double_quant, "compute_dtype": torch.float32}
+    base = load_base(str(tiny_base), **options).model
+    base.requires_grad_(False)
+    before = checksum_frozen(base)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert {key.removeprefix(f"{name}.") for key in before if key.startswith(f"{name}.")} == scales
+    base(input_ids=torch.tensor([[5, 6, 7]]))  # of int8 it moves the scales from the weights to their modules
+    check_frozen(before, checksum_frozen(base))
+    module = base.model.layers[0].mlp.up_proj
+    scale = module.state.SCB if quantization == "int8" else module.weight.quant_state.absmax
+    scale[0] += 1
+    with pytest.raises(RuntimeError, match=r"up_proj\.weight\.(absmax|SCB)"):
+        check_frozen(before, checksum_frozen(base))

@@ -4,15 +4,14 @@ import errno
 import mmap
 import re
 
-import lightning
 import pytest
 import torch
 from lightning import Callback
 
 from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule
-from qlora_lightning.model.device import read_peak_gib
 from qlora_lightning.model.memory.out_of_memory import is_out_of_memory
 from qlora_lightning.support.errors import UserError
+from tests.steps import make_trainer
 
 HUGE = 1 << 60  # bytes that no allocator has
 
@@ -43,14 +42,8 @@ def fit(tiny_base, rows_file, tmp_path):
         module.when = when
         split = {"train": str(rows_file), "val": str(rows_file) if val else None}
         data = InstructionDataModule(**split, tokenizer=str(tiny_base), **(batches or {"batch_size": 4}))
-        trainer = lightning.Trainer(
-            **{"accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_progress_bar": False, "logger": False},
-            **{"enable_checkpointing": False, "enable_model_summary": False, "num_sanity_val_steps": 0},
-            accumulate_grad_batches=accumulate,
-            callbacks=list(callbacks),
-            default_root_dir=tmp_path,
-        )
-        trainer.fit(module, data)
+        options = {"max_epochs": 1, "accumulate_grad_batches": accumulate, "callbacks": list(callbacks)}
+        make_trainer(tmp_path, **options).fit(module, data)
 
     return run
 
@@ -109,21 +102,3 @@ def test_a_step_tells_its_batch_the_peak_and_what_helps(fit, options, sentence):
 def test_so_does_the_optimizers_step_and_what_is_switched_on_is_not_proposed(fit):
     with pytest.raises(UserError, match=r"in the optimizer's step; .* What helps: \(1\) a smaller model\.base\. `"):
         fit(InOptimizer(), GradientCheckpointing(), batches={"batch_size": 1})
-
-
-def test_no_pages_for_a_checkpointed_input_are_reported_too(fit, monkeypatch):
-    usual = mmap.mmap
-
-    def refuse(file, *more, **options):
-        return usual(file, *((HUGE,) if file == -1 else more), **options)
-
-    monkeypatch.setattr(mmap, "mmap", refuse)
-    with pytest.raises(UserError, match=r"Out of memory on cpu in a batch of 4 rows"):
-        fit(GradientCheckpointing())
-
-
-def test_the_peak_holds_what_was_freed():
-    block = torch.ones(64 << 18)  # 64 MiB, written to
-    size = block.nbytes / 1024**3
-    del block
-    assert read_peak_gib(torch.device("cpu")) > size

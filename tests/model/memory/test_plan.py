@@ -1,23 +1,39 @@
-"""The parts of a planned step: by hand, and against the tensors that a real step makes and keeps."""
+"""What a model and its step take: by hand, beside real steps, and by a hollow model that is the one without numbers."""
 
+import json
 import shutil
+from collections import Counter
+from pathlib import Path
 
+import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
 
-from qlora_lightning import QLoRAModule
-from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.adapters.lora import add_adapters, trainable_tensors
+from qlora_lightning.model.base_model import load_base
 from qlora_lightning.model.batch import BatchShape, shape_of_batch
 from qlora_lightning.model.build import fuse, meta_base, meta_copy, put_adapters
 from qlora_lightning.model.kernels import library
+from qlora_lightning.model.layers.lora import runs_fused
 from qlora_lightning.model.layout import IGNORED
 from qlora_lightning.model.memory.layer_memory import LiveBytes
-from qlora_lightning.model.memory.plan import PARTS, StepSettings, count_optimizer_bytes, plan_memory
+from qlora_lightning.model.memory.plan import (
+    PARTS,
+    STORAGES,
+    StepSettings,
+    count_optimizer_bytes,
+    count_trained,
+    name_storage,
+    plan_memory,
+    read_base,
+)
+from qlora_lightning.model.summary import adapter_table, bytes_by_dtype, count_parameters, describe_sizes
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests import steps
 
+ROOT = Path(__file__).parents[3]
 SHORT, LONG = (65, 33, 129), (513, 9, 521)
 
 
@@ -26,12 +42,19 @@ def settings(device="cpu", dtype=torch.bfloat16, **changes):
     return StepSettings(device, dtype, **{**usual, **changes})
 
 
+def build(config, quantization="nf4", folder=None, fast=True, **options):
+    base = meta_base(config, torch.bfloat16, quantization)
+    options = options if folder else {"rank": 4, **options}
+    model = put_adapters(base, folder, **options).to("meta")
+    fuse(model, fast)
+    return model
+
+
 # ---- beside real steps -----------------------------------------------------------------------------------------------
 
 
 def make(tiny_base, every_n_layers=0, **options):
-    module = QLoRAModule(str(tiny_base), **{"rank": 4, "compute_dtype": "bf16", **options})
-    module.configure_model()
+    module = steps.make_module(tiny_base, **({"compute_dtype": "bf16"} | options))
     if every_n_layers:
         enable_activation_checkpointing(module.causal_lm, every_n_layers)
     return module
@@ -84,9 +107,8 @@ def test_without_the_loops_attention_saves_what_torchs_does(tiny_base, monkeypat
     library.load_library.cache_clear()
     monkeypatch.setattr(shutil, "which", lambda name: None)
     try:
-        for lengths, shared in ((SHORT, 0), ((97, 145, 97), 48)):
-            parts, saved, _ = step_beside_plan(make(tiny_base), make_batch(lengths, shared))
-            assert parts["activations"] == pytest.approx(saved, rel=0.05)
+        parts, saved, _ = step_beside_plan(make(tiny_base), make_batch((97, 145, 97), 48))
+        assert parts["activations"] == pytest.approx(saved, rel=0.05)
     finally:
         library.load_library.cache_clear()
 
@@ -134,15 +156,12 @@ SHAPES = {(2, 64): 12, (2, 128): 2, (64, 2): 6, (32, 2): 4, (128, 2): 4}
 @pytest.fixture(scope="module")
 def small():
     """A hollow model of two layers; its head is its embedding, of a hundred tokens."""
-    return build(tie_word_embeddings=True)
+    return build_small(tie_word_embeddings=True)
 
 
-def build(**changes):
+def build_small(**changes):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(**{**sizes, "vocab_size": 100, "num_hidden_layers": 2, **changes})
-    model = put_adapters(meta_base(config, torch.bfloat16, "nf4"), rank=2)
-    fuse(model, fast=True)
-    return model
+    return build(LlamaConfig(**{**sizes, "vocab_size": 100, "num_hidden_layers": 2, **changes}), rank=2)
 
 
 def test_every_part_is_there(small):
@@ -165,7 +184,6 @@ def test_every_part_is_there(small):
     ("choice", "expected"),
     [
         (None, 8 * TRAINED + 4 * 28),  # two averages, and a count for each tensor
-        ("torch.optim.AdamW", 8 * TRAINED + 4 * 28),
         ("torch.optim.SGD", 0),
         ({"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}, 4 * TRAINED),
     ],
@@ -186,8 +204,109 @@ def test_of_a_mapped_embedding_only_what_tokens_read_is_in_memory(small):
     def base(model, ids=None, device="cpu"):
         return plan_memory(model, BATCH, settings(device, ids=ids)).parts["base"]
 
-    untied, ids = build(vocab_size=4096), np.array([0, 1, 1, 600], dtype=np.int32)
+    untied, ids = build_small(vocab_size=4096), np.array([0, 1, 1, 600], dtype=np.int32)
     # 64 KiB around an address are mapped: 512 rows of 64 numbers, of which there are eight
     assert base(untied) - base(untied, ids) == 6 * 65_536
     assert base(untied, ids, "cuda") == base(untied)
     assert base(small, ids[:3]) == base(small)  # the head reads all of one that it shares
+
+
+# ---- the same model without its numbers ------------------------------------------------------------------------------
+
+
+def describe(model):
+    """What memory depends on: tensors that train, and parts by name."""
+    trained = {name: (tensor.shape, tensor.dtype) for name, tensor in trainable_tensors(model).items()}
+    parts = {name: (type(module), runs_fused(module)) for name, module in model.named_modules()}
+    return trained, {name: part for name, part in parts.items() if "lora_" not in name}, read_base(model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"quantization": "int8", "fast": False},
+        {"quantization": "none"},
+        {"dropout": 0.1, "layers": "last:1"},
+        {"target_modules": ["q_proj", "down_proj"], "lora_options": {"use_dora": True}},
+        {"lora_options": {"trainable_token_indices": [3], "rank_pattern": {"q_proj": 6}}},
+    ],
+    ids=str,
+)
+def test_a_hollow_model_is_the_model_without_its_numbers(tiny_base, options):
+    module = steps.make_module(tiny_base, compute_dtype="bf16", **options)
+    module.model.train()
+    module.choose_layers()
+    trained, parts, base = describe(module.model)
+    for name, (kind, fused) in parts.items():
+        parts[name] = (bnb.nn.Linear8bitLt if issubclass(kind, bnb.nn.Linear8bitLt) else kind), fused
+    copied = meta_copy(module.model, torch.bfloat16, module.quantization, module.fast)
+    for hollow in (build(tiny_base, **options), copied):
+        assert all(parameter.is_meta for parameter in hollow.parameters())
+        assert describe(hollow) == (trained, parts, base)
+
+
+def test_an_adapter_folder_brings_its_own_shape(tiny_base, tmp_path):
+    made = steps.make_module(tiny_base, rank=3, target_modules="attention")
+    made.save_adapter(tmp_path / "adapter")
+    assert count_trained(build(tiny_base, folder=tmp_path / "adapter")) == count_trained(made.model)
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+def test_llama_has_its_known_sizes():
+    config = json.loads((ROOT / "configs/shapes/llama-3.1-8b/config.json").read_text())
+    model = build(LlamaConfig(**config), rank=16)
+    base = read_base(model)
+    assert base.parameters == 8_030_261_248  # as its model card says: 8.03 billion
+    rounded = {storage: round(base.count_bytes(storage) / 1e9, 2) for storage in STORAGES}
+    assert rounded == {"fp32": 32.12, "bf16": 16.06, "int8": 9.09, "nf4": 6.03, "nf4, double quantized": 5.70}
+    assert count_trained(model) == 41_943_040  # rank 16 on all linears, as PEFT prints it
+
+
+EMBEDDING = 49_152 * 64  # tied: counted once
+LINEARS = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)  # layers × (q and o, k and v, the three of the MLP)
+NORMS = 5 * 64
+BASE = EMBEDDING + LINEARS + NORMS
+ADAPTER = 2 * 8 * 1024  # layers × rank × (in + out) of the seven linears
+# a scale for 64 weights: in 4 bytes, or in one byte and for each linear 4 bytes more (all have up to 256 scales)
+SCALES, DOUBLE_SCALES = 4 * LINEARS // 64, LINEARS // 64 + 4 * 14
+
+
+@pytest.mark.parametrize(
+    ("quantization", "double_quant", "storage", "of_base"),
+    [
+        ("nf4", True, "nf4, double quantized", {"nf4": LINEARS // 2 + DOUBLE_SCALES}),
+        ("fp4", False, "nf4", {"fp4": LINEARS // 2 + SCALES}),
+        ("int8", True, "int8", {"int8": LINEARS}),
+        ("none", True, "bf16", {"bfloat16": 2 * LINEARS}),
+    ],
+)
+def test_a_loaded_base_takes_the_bytes_that_are_shown_and_planned(
+    tiny_base, quantization, double_quant, storage, of_base
+):
+    model = load_base(str(tiny_base), quantization=quantization, double_quant=double_quant).model
+    sizes = dict(Counter({"bfloat16": 2 * (EMBEDDING + NORMS)}) + Counter(of_base))
+    assert count_parameters(model) == (0, BASE)  # the numbers that packed weights stand for
+    assert bytes_by_dtype(model) == sizes
+    assert name_storage(quantization, double_quant, number_bytes=2) == storage
+    scales_of_rows = 4 * 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64) if quantization == "int8" else 0  # no parameters
+    assert read_base(meta_base(tiny_base)).count_bytes(storage) == sum(sizes.values()) + scales_of_rows
+    adapted = add_adapters(model)
+    assert count_parameters(adapted) == (ADAPTER, BASE + ADAPTER)
+    assert bytes_by_dtype(adapted) == {**sizes, "float32": 4 * ADAPTER}
+    assert describe_sizes(adapted).startswith(f"16,384 of {BASE + ADAPTER:,} parameters train (0.51%); in memory: bfl")
+
+
+def test_the_table_lists_adapted_modules_by_kind_and_shape_and_what_trains_beside(tiny_base):
+    options = {"rank_pattern": {"layers.0.self_attn.v_proj": 2}, "trainable_token_indices": [5, 6]}
+    targets = ["q_proj", "v_proj", "down_proj"]
+    table = adapter_table(add_adapters(meta_base(tiny_base), target_modules=targets, lora_options=options))
+    assert sorted(zip(*(column.cells for column in table.columns), strict=True)) == [
+        ("down_proj", "2", "8 × 128", "64 × 8", "3,072"),
+        ("q_proj", "2", "8 × 64", "64 × 8", "2,048"),
+        ("trained beside", "", "", "", "128"),
+        ("v_proj", "1", "2 × 64", "32 × 2", "192"),
+        ("v_proj", "1", "8 × 64", "32 × 8", "768"),
+    ]

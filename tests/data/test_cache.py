@@ -30,13 +30,13 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def prepared(monkeypatch):
     """The splits that were prepared, rather than taken from the cache."""
-    splits, prepare = [], datamodule.prepare_samples
+    splits, prepare = [], datamodule.prepare
 
-    def record(rows, recipe, split, *arguments, **settings):
+    def record(rows, recipe, split, *settings):
         splits.append(split)
-        return prepare(rows, recipe, split, *arguments, **settings)
+        return prepare(rows, recipe, split, *settings)
 
-    monkeypatch.setattr(datamodule, "prepare_samples", record)
+    monkeypatch.setattr(datamodule, "prepare", record)
     return splits
 
 
@@ -145,7 +145,7 @@ class Mine(InstructionDataModule):
         return [{"prompt": "q", "completion": "k"}] if split == "train" else []
 
 
-def test_what_nobody_can_tell_the_origin_of_is_never_kept(setup, prepared, cache, tmp_path, monkeypatch, characters):
+def test_what_nobody_can_tell_the_origin_of_is_never_kept(setup, prepared, cache, tmp_path, monkeypatch):
     (tmp_path / "converting.py").write_text(
         "def convert(values):\n"
         "    turns = ('user', values['prompt']), ('assistant', values['completion'])\n"
@@ -154,7 +154,6 @@ def test_what_nobody_can_tell_the_origin_of_is_never_kept(setup, prepared, cache
     monkeypatch.syspath_prepend(tmp_path)
     for kind, settings in (
         (InstructionDataModule, {"format": "converting.convert"}),
-        (InstructionDataModule, {"tokenizer": characters}),
         (Mine, {}),
     ):
         prepared.clear()

@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
-from qlora_lightning.data.batches.collate import collate
-from qlora_lightning.data.samples import make_sample
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import without_peft_warnings
+from tests.flat import collate
 
 
 def make_module(base, **settings):
@@ -42,8 +41,8 @@ def batch():
     samples = []
     for number, (length, prompt) in enumerate([(7, 3), (19, 4), (2, 1), (30, 11)]):
         ids = torch.randint(5, 40_000, (length,), generator=generator).tolist()
-        samples.append(make_sample(ids, [-100] * prompt + ids[prompt:], number))
-    return collate(samples)
+        samples.append((ids, [-100] * prompt + ids[prompt:], number))
+    return collate(*samples)
 
 
 def rows_of(batch):

@@ -9,7 +9,7 @@ import peft
 
 from qlora_lightning.commands.chat.arguments import BASE
 from qlora_lightning.data.chat.labels import ChatRenderer
-from qlora_lightning.data.chat.tokenizer import load_choice
+from qlora_lightning.data.chat.templates import load_choice
 from qlora_lightning.model.adapters.folder import add_named_adapter
 from qlora_lightning.model.adapters.lora import ADAPTER, without_adapters
 from qlora_lightning.model.generate import dense_weights

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from qlora_lightning.data.chat.labels import IGNORED, ChatRenderer, Rendered
 from qlora_lightning.data.rows.conversation import Conversation, Tools
 
-TOO_LONG = ("truncate", "drop", "split")
 _FEWEST = 2  # characters that the longest message keeps
 _GUESSES = 8  # renderings that look for how much of it fits
 

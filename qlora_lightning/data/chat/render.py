@@ -6,13 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from qlora_lightning.data.chat.control_tokens import ControlTokens
 from qlora_lightning.data.chat.templates import find_reasoning_key
+from qlora_lightning.data.chat.tokenizer import ControlTokens
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Conversation, Message, Tools
 from qlora_lightning.support.errors import UserError
-
-REASONING = ("template", "keep", "drop")
 
 _OURS = ("train", "untrained", "reasoning_content")
 _TAG = r"\w*(?:think|reason)\w*"  # <think>, [THINK], <seed:think>, …

@@ -209,13 +209,13 @@ def test_a_window_holds_the_same_rows_on_one_rank_and_on_several(make, write):
 def test_a_rank_renders_only_what_it_trains_and_all_have_as_many_batches(make, write, batches, monkeypatch):
     long = {"prompt": "q", "completion": "k" * 200}  # in pieces, so that ranks make unlike numbers of batches
     write("train.jsonl", [long if number % 5 == 0 else pair for number, pair in enumerate(pairs(64))])
-    rendered, render = Counter(), ChatRenderer.render_all
+    rendered, render = Counter(), ChatRenderer.label
 
-    def count(renderer, contents):
-        rendered[threading.get_ident()] += len(contents)
-        return render(renderer, contents)
+    def count(renderer, *arguments):
+        rendered[threading.get_ident()] += 1
+        return render(renderer, *arguments)
 
-    monkeypatch.setattr(ChatRenderer, "render_all", count)
+    monkeypatch.setattr(ChatRenderer, "label", count)
     found = run_ranks(make, 2, length=30, shuffle_buffer=32, too_long="split", **batches)
     assert [len(received) for received in found] == [30, 30]
     assert [number % 16 for number in rendered.values()] == [0, 0]  # half of each block

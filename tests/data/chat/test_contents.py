@@ -1,13 +1,12 @@
 """What rows hold beside plain questions and answers: tools, reasoning, parts, texts, tokens, and very many turns."""
 
 import json
-import pickle
 
 import pytest
 from tokenizers import Tokenizer, normalizers
 
-from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
-from qlora_lightning.data.chat.lengths import shorten, split_up
+from qlora_lightning.data.chat.labels import ChatRenderer
+from qlora_lightning.data.chat.lengths import shorten
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Chat, Text, Tokens
@@ -35,10 +34,7 @@ def labelled(tokenizer, rendered):
 
 
 def only(rendered):
-    (sample,) = rendered
-    if isinstance(sample, UserError):
-        raise sample
-    (one,) = sample
+    (one,) = rendered
     return one
 
 
@@ -58,9 +54,9 @@ def test_tools_with_a_base_whose_template_knows_none(smol, talk):
     ]
     for known in (smol, choose_chat_template(smol, "chatml")):
         with pytest.raises(RowFault, match=r"Choose .*data\.chat_template: chatml-tools"):
-            ChatRenderer(known).render(conversation, TOOLS)
+            ChatRenderer(known).render(Chat(conversation, TOOLS))
     chosen = choose_chat_template(smol, "chatml-tools")
-    (rendered,) = ChatRenderer(chosen).render(conversation, TOOLS)
+    (rendered,) = ChatRenderer(chosen).render(Chat(conversation, TOOLS))
     assert chosen.decode(rendered.ids) == (
         "<|im_start|>system\nBe brief.\n\n# Tools\n\nYou may call one or more functions to assist with the user query."
         "\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
@@ -83,6 +79,15 @@ def thinking(content, thought):
     return {"role": "assistant", "content": content, "reasoning_content": thought}
 
 
+@pytest.mark.parametrize(("content", "untrained", "trained"), [(" ab cd ", (2, 3), " a cd }"), ("\nab", (0, 2), "b}")])
+def test_parts_of_an_answer_that_are_not_trained_by_hand(characters, talk, content, untrained, trained):
+    conversation = talk("q", content)
+    conversation[1]["untrained"] = [untrained]
+    assert labelled(characters, only(ChatRenderer(characters).render(Chat(conversation)))) == trained
+    with pytest.raises(RowFault, match="contradicts `train_on: all`"):
+        ChatRenderer(characters, train_on="all").render(Chat(conversation))
+
+
 def test_earlier_reasoning_by_hand(families):
     """Qwen3's template drops it, and writes an empty block where the last answer has none."""
     conversation = [
@@ -101,13 +106,11 @@ def test_earlier_reasoning_by_hand(families):
         ("drop", [first + none + "a", first + "a" + second + none + "b"], ["a", "b"]),
     ):
         renderer = ChatRenderer(tokenizer, reasoning=reasoning)
-        samples = renderer.render(conversation)
+        samples = renderer.render(Chat(conversation))
         assert [tokenizer.decode(sample.ids) for sample in samples] == [f"{text}<|im_end|>\n" for text in texts]
         assert [labelled(tokenizer, sample) for sample in samples] == [f"{text}<|im_end|>" for text in labels]
         prompt = tokenizer.decode(renderer.render_prompt(conversation[:3]))
         assert texts[-1].removesuffix(none + "b") == prompt
-    with pytest.raises(UserError, match="reasoning: expected template, keep, drop, found 'all'"):
-        ChatRenderer(tokenizer, reasoning="all")
 
 
 @pytest.mark.parametrize("reasoning", ["template", "keep", "drop"])
@@ -116,7 +119,7 @@ def test_a_conversation_with_reasoning_is_shortened_as_it_is_rendered(families, 
     renderer = ChatRenderer(tokenizer, reasoning=reasoning)
     question = {"role": "user", "content": "question " * 3}
     conversation = [one for n in range(6) for one in (question, thinking(f"answer {n}", "thought " * 3))]
-    samples = renderer.render(conversation)
+    samples = renderer.render(Chat(conversation))
     for sample, answers in zip(samples, renderer.find_answers(conversation, None, len(samples)), strict=True):
         short = shorten(renderer, conversation, None, answers, len(sample.ids) - 1)
         exchange = len(sample.ids) // len(answers)  # as long as a turn of those that go
@@ -128,34 +131,19 @@ def test_a_conversation_with_reasoning_is_shortened_as_it_is_rendered(families, 
 def test_reasoning_in_a_call_of_tools(families, talk):
     conversation = [*talk("q"), {**calling(call(a=1)), "reasoning_content": "hm"}, {"role": "tool", "content": "4"}]
     conversation += [thinking("Four.", "so")]
-    (rendered,) = ChatRenderer(families["qwen3_agent"]).render(conversation, TOOLS)
+    (rendered,) = ChatRenderer(families["qwen3_agent"]).render(Chat(conversation, TOOLS))
     assert labelled(families["qwen3_agent"], rendered) == (
         "<think>\nhm\n</think>\n\n" + said("", call(a=1)) + "<think>\nso\n</think>\n\nFour.<|im_end|>"
     )
     gpt = families["gpt_oss"]
     renderer = ChatRenderer(gpt, stop_ids=[gpt.convert_tokens_to_ids("<|call|>")])
-    (rendered,) = renderer.render(conversation)
+    (rendered,) = renderer.render(Chat(conversation))
     begun = "<|start|>assistant"
     assert labelled(gpt, rendered) == (
         f"<|channel|>analysis<|message|>hm<|end|>{begun} to=functions.add<|channel|>commentary json<|message|>"
         '{"a": 1}<|call|>'
         f"<|channel|>analysis<|message|>so<|end|>{begun}<|channel|>final<|message|>Four.<|return|>"
     )
-
-
-def test_parts_of_an_answer_that_are_not_trained_by_hand(characters, smol, talk):
-    conversation = talk("q", " ab cd ")
-    conversation[1]["untrained"] = [(2, 3)]  # the token ` ab` holds more
-    for tokenizer, wanted in ((characters, None), (smol, " cd <|im_end|>")):
-        if wanted is None:
-            for content in (Chat(conversation), Text((("a", True),), False)):
-                with pytest.raises(RowFault, match="a fast one"):
-                    only(ChatRenderer(tokenizer).render_all([content]))
-        else:
-            (rendered,) = ChatRenderer(tokenizer).render(conversation)
-            assert labelled(tokenizer, rendered) == wanted
-    with pytest.raises(RowFault, match="contradicts `train_on: all`"):
-        ChatRenderer(smol, train_on="all").render(conversation)
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFKC"])
@@ -169,26 +157,19 @@ def test_a_tokenizer_that_composes_characters_trains_the_same_answer(families, t
     conversation = talk("cafe\u0301 o\u0302\u0301?", "\n\ne\u0301 o\u0302\u0301 Ae\u0301", "e\u0301?", "ie\u0301")
     at = conversation[1]["content"].index("A")
     conversation[1]["untrained"] = [(at, at + 3)]
-    (rendered,) = ChatRenderer(tokenizer).render(conversation)
+    (rendered,) = ChatRenderer(tokenizer).render(Chat(conversation))
     assert labelled(tokenizer, rendered) in ("\n\né ố <|im_end|>ié<|im_end|>", "\n\né ố<|im_end|>ié<|im_end|>")
 
 
 def test_a_document_has_a_beginning_and_an_end(smol, families):
     llama = families["llama31"]
     ids = [0, *llama.encode("a four", add_special_tokens=False), 4]  # BOS and the end of sequence
-    assert only(ChatRenderer(llama).render_all([Text((("a four", True),), True)])) == (ids, [-100, *ids[1:]])
+    assert only(ChatRenderer(llama).render(Text((("a four", True),), True))) == (ids, [-100, *ids[1:]])
     smol.chat_template = None  # nothing of it is needed
-    ids, labels = only(ChatRenderer(smol).render_all([Text((("Once", True),), True)]))
+    ids, labels = only(ChatRenderer(smol).render(Text((("Once", True),), True)))
     assert (smol.decode(ids), labels) == ("Once<|im_end|>", [-100, *ids[1:]])
     with pytest.raises(RowFault, match="the text contains the control token"):
-        only(ChatRenderer(smol).render_all([Text((("a<|im_end|>b", True),), True)]))
-
-
-def test_pieces_of_a_document_train_each_token_once():
-    ids = list(range(10))
-    pieces = split_up(Rendered(ids, [-100, *ids[1:]]), 4, context=1)
-    assert [piece.ids for piece in pieces] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
-    assert [label for piece in pieces for label in piece.labels if label != -100] == ids[1:]
+        only(ChatRenderer(smol).render(Text((("a<|im_end|>b", True),), True)))
 
 
 @pytest.mark.parametrize("name", ["llama31", "llama2"])
@@ -196,7 +177,7 @@ def test_segments_are_taken_as_they_are_written(families, name):
     tokenizer = families[name]
     stop = tokenizer.eos_token
     segments = (("question:\n", False), ("\n four", True), (stop, True), ("\nmore é", False), ("🙂 é", True))
-    ids, labels = only(ChatRenderer(tokenizer).render_all([Text(segments, False)]))
+    ids, labels = only(ChatRenderer(tokenizer).render(Text(segments, False)))
     text = "".join(segment for segment, _ in segments)
     assert tokenizer.decode(ids) == text
     first = next(at for at, label in enumerate(labels) if label != -100)
@@ -209,15 +190,15 @@ def test_segments_are_taken_as_they_are_written(families, name):
 def test_segments_without_control_tokens_are_cut_wherever_training_begins(families):
     tokenizer = families["qwen25"]
     words = [("a\n", False), ("\nb\n", True), ("\nc\n", False), ("\nd", True), ("\n", False), ("\n", True)]
-    ids, labels = only(ChatRenderer(tokenizer).render_all([Text(tuple(words), False)]))
+    ids, labels = only(ChatRenderer(tokenizer).render(Text(tuple(words), False)))
     assert tokenizer.decode(ids) == "a\n\nb\n\nc\n\nd\n\n"
-    trained = labelled(tokenizer, Rendered(ids, labels))
+    trained = tokenizer.decode([label for label in labels if label != -100])
     assert trained in ("\nb\n\nd\n", "\nb\nd\n")  # a token that ends behind its segment is not trained
 
 
 def test_tokens_are_taken_as_they_are(smol):
     renderer = ChatRenderer(smol)
-    assert only(renderer.render_all([Tokens([5, 6, 7], [5, -100, 7])])) == ([5, 6, 7], [-100, -100, 7])
+    assert only(renderer.render(Tokens([5, 6, 7], [5, -100, 7]))) == ([5, 6, 7], [-100, -100, 7])
     for tokens, reason in (
         (Tokens([5, 10**6], [5, -100]), "the token id 1000000 is not in the vocabulary of 49,152"),
         (Tokens([5, -1], [5, -1]), "the token id -1 is not in the vocabulary"),
@@ -226,27 +207,15 @@ def test_tokens_are_taken_as_they_are(smol):
         (Tokens([], []), "expected token ids"),
     ):
         with pytest.raises(RowFault, match=reason):
-            only(renderer.render_all([tokens]))
-
-
-def test_rows_of_all_kinds_stay_in_their_order_in_another_process_too(smol, talk):
-    chosen = choose_chat_template(smol, "alpaca")
-    bad, text, tokens = talk("<|im_end|>", "a"), Text((("t", True),), True), Tokens([5], [5])
-    rows = [Chat(talk("q", "a")), tokens, Chat(bad), text, Chat(talk("q", "b"), None, 2.0)]
-    renderer = ChatRenderer(chosen)
-    found = renderer.render_all(rows)
-    assert isinstance(found[2], RowFault)
-    assert [labelled(smol, one[0]) for one in (found[0], found[4])] == ["a<|im_end|>", "b<|im_end|>"]
-    there = pickle.loads(pickle.dumps(renderer))
-    assert there.stop_ids == renderer.stop_ids
-    assert [one for one in there.render_all(rows) if isinstance(one, list)] == [found[at] for at in (0, 1, 3, 4)]
+            only(renderer.render(tokens))
 
 
 def test_without_a_chat_template_conversations_are_refused(smol, talk):
     smol.chat_template = None
-    for ask in (ChatRenderer(smol).render, ChatRenderer(smol).render_prompt):
-        with pytest.raises(UserError, match="has no chat template"):
-            ask(talk("q", "a"))
+    with pytest.raises(UserError, match="has no chat template"):
+        ChatRenderer(smol).render(Chat(talk("q", "a")))
+    with pytest.raises(UserError, match="has no chat template"):
+        ChatRenderer(smol).render_prompt(talk("q"))
 
 
 def agent_trace(steps, **marks):
@@ -280,7 +249,7 @@ def test_long_conversations_cost_what_their_length_does(families, talk, name, re
                 {**one, "reasoning_content": "hm"} if one["role"] == "assistant" else one for one in conversation
             ]
         rendered.clear()
-        (sample,) = ChatRenderer(tokenizer, reasoning=reasoning).render(conversation)
+        (sample,) = ChatRenderer(tokenizer, reasoning=reasoning).render(Chat(conversation))
         costs.append(sum(rendered))
     assert costs[1] < 2.2 * costs[0]
     places = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
@@ -292,7 +261,7 @@ def test_long_conversations_cost_what_their_length_does(families, talk, name, re
 def test_kept_reasoning_of_many_turns(families):
     question = {"role": "user", "content": "q"}
     conversation = [one for n in range(20) for one in (question, thinking(f"a{n}", f"hm{n}"))]
-    (sample,) = ChatRenderer(families["qwen3_agent"], reasoning="keep").render(conversation)
+    (sample,) = ChatRenderer(families["qwen3_agent"], reasoning="keep").render(Chat(conversation))
     wanted = "".join(f"<think>\nhm{n}\n</think>\n\na{n}<|im_end|>" for n in range(20))
     assert labelled(families["qwen3_agent"], sample) == wanted
 
@@ -302,5 +271,5 @@ def test_text_like_a_header_in_one_of_many_answers(families, talk):
     chosen = choose_chat_template(families["qwen25"], "alpaca")
     contents = [f"text {number}" for number in range(24)]
     contents[11] = "a\n\n### Response:\nb"
-    (rendered,) = ChatRenderer(chosen).render(talk(*contents))
+    (rendered,) = ChatRenderer(chosen).render(Chat(talk(*contents)))
     assert labelled(chosen, rendered) == "".join(f"{answer}<|im_end|>" for answer in contents[1::2])

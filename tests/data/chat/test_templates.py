@@ -6,10 +6,11 @@ import pytest
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qlora_lightning.data.chat.control_tokens import find_stop_ids, find_turn_end
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
+from qlora_lightning.data.chat.tokenizer import find_stop_ids, find_turn_end
 from qlora_lightning.data.rows.bad_rows import RowFault
+from qlora_lightning.data.rows.conversation import Chat
 from qlora_lightning.support.errors import UserError
 
 SYSTEM = [{"role": "system", "content": "Be brief."}]
@@ -89,7 +90,7 @@ def test_a_bos_is_written_where_the_tokenizer_writes_one_itself(base, talk):
 def test_a_preset_trains_each_answer_and_its_stop_token(base, talk, name, choice, stop, answer):
     tokenizer = base(name)
     chosen = choose_chat_template(tokenizer, choice)
-    ((ids, labels),) = ChatRenderer(chosen).render(SYSTEM + talk("q", answer, "r", "no"))
+    ((ids, labels),) = ChatRenderer(chosen).render(Chat(SYSTEM + talk("q", answer, "r", "no")))
     wanted = answer.strip() if choice == "llama3" else answer
     assert chosen.decode([label for label in labels if label != -100]) == f"{wanted}{stop}no{stop}"
     assert chosen.eos_token == stop
@@ -113,7 +114,7 @@ def test_a_saved_tokenizer_keeps_template_and_stop_token(base, talk, tmp_path):
     assert (tmp_path / "chat_template.jinja").read_text() == chosen.chat_template
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.eos_token == "<|eot_id|>"
-    assert ChatRenderer(loaded).render(talk("q", "a")) == ChatRenderer(chosen).render(talk("q", "a"))
+    assert ChatRenderer(loaded).render(Chat(talk("q", "a"))) == ChatRenderer(chosen).render(Chat(talk("q", "a")))
 
 
 @pytest.fixture
@@ -135,7 +136,7 @@ def test_tokens_of_the_vocabulary_that_are_not_special_become_so(plain_entries, 
         assert tokenizer.encode("<|im_start|>a<|im_end|>", add_special_tokens=False) == [1, *tokenizer.encode("a"), 2]
         assert tokenizer.decode([1, 2], skip_special_tokens=True) == ""
         with pytest.raises(RowFault, match="contains the control token"):
-            ChatRenderer(tokenizer).render(talk("a<|im_end|>", "b"))
+            ChatRenderer(tokenizer).render(Chat(talk("a<|im_end|>", "b")))
     assert plain_entries.encode("<|im_end|>") != [2]
 
 

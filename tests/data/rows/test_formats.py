@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_lightning.data.rows.bad_rows import BadRow, RowFault, refuse
+from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Chat, Text, Tokens
 from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.rows.readers import Row
@@ -392,16 +392,6 @@ def test_a_row_of_other_names_is_refused_with_the_columns_that_read_it(row, line
     assert says(content)[-2:] == [("user", prompt), ("assistant", "Ada")]
 
 
-def test_squad_is_refused_with_a_function_that_reads_it(tmp_path, monkeypatch):
-    row = {"id": "57", "context": "Ada wrote it.", "question": "Who?", "answers": {"text": ["Ada"]}}
-    message = refusal(row)
-    assert "`format: squad.convert`, with a file squad.py" in message
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "squad", raising=False)
-    Path("squad.py").write_text(message[message.index("def convert") : message.index(" Map other names")])
-    assert says(convert(row, format="squad.convert")) == [("user", "Ada wrote it.\n\nWho?"), ("assistant", "Ada")]
-
-
 @pytest.mark.parametrize(
     ("row", "columns"),
     [
@@ -436,14 +426,3 @@ def test_columns_of_other_tasks_that_hold_nothing_are_no_matter():
     assert convert({"messages": turns(U, A), **nothing}) == Chat(turns(U, A))
     judged = {"prompt": "u", "completion": "a", "label": True}
     assert convert(judged, needs_answer=False) == Chat(turns(U, A))
-
-
-def test_twenty_bad_rows_are_listed_and_the_rest_counted():
-    refuse([])
-    with pytest.raises(UserError) as error:
-        refuse([BadRow(f"a.jsonl:{line}", "empty") for line in range(1, 26)])
-    lines = str(error.value).splitlines()
-    assert lines[0] == "25 rows cannot be used:"
-    assert lines[1] == "  a.jsonl:1: empty"
-    assert lines[20:22] == ["  a.jsonl:20: empty", "  and 5 more"]
-    assert "on_bad_row: skip" in lines[22]

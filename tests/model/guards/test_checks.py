@@ -7,8 +7,6 @@ import torch
 from torch import nn
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.data.batches.collate import collate
-from qlora_lightning.data.samples import make_sample
 from qlora_lightning.model.base_model import load_base
 from qlora_lightning.model.guards.checks import (
     check_frozen,
@@ -17,6 +15,7 @@ from qlora_lightning.model.guards.checks import (
     checksum_frozen,
 )
 from qlora_lightning.support.errors import UserError
+from tests.flat import collate
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
@@ -30,7 +29,7 @@ def test_precisions_that_train_pass_but_16_mixed_in_several_processes(precision)
 
 
 def batch_of(*rows):
-    return collate([make_sample(ids, [-100, *ids[1:]], number) for number, ids in enumerate(rows)])
+    return collate(*((ids, [-100, *ids[1:]], number) for number, ids in enumerate(rows)))
 
 
 def test_a_token_that_the_base_lacks_stops_the_run_and_its_row_is_named(tiny_base):

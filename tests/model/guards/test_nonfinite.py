@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lightning.data.batches.collate import collate
-from qlora_lightning.data.samples import make_sample
 from qlora_lightning.model.guards.nonfinite import describe_findings, find_nonfinite
 from qlora_lightning.model.loss import LossSums
 from qlora_lightning.model.window import Window
+from tests.flat import collate
 
 
 class Second(nn.Module):
@@ -35,7 +34,7 @@ class Model(nn.Module):
 
 
 def batch_of(*rows):
-    return collate([make_sample(ids, ids, number) for number, ids in enumerate(rows)])
+    return collate(*((ids, ids, number) for number, ids in enumerate(rows)))
 
 
 @pytest.mark.parametrize(

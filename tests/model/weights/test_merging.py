@@ -11,14 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora_lightning.base import open_base
-from qlora_lightning.data.batches.collate import collate
-from qlora_lightning.data.samples import Sample
 from qlora_lightning.model.build import meta_base
 from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights
 from qlora_lightning.model.weights.layerwise import Reference, run_layerwise
 from qlora_lightning.model.weights.merging import MergedWeights, plan_merge
 from qlora_lightning.support.errors import UserError
 from tests.adapters import make_adapter
+from tests.flat import collate
 
 IDS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
 VARIANTS = {
@@ -45,8 +44,8 @@ def untied_base(tiny_base, tmp_path_factory):
 
 
 def batches():
-    samples = [Sample(torch.tensor(ids), torch.tensor([-100, *ids[1:]]), number, 0) for number, ids in enumerate(IDS)]
-    return [collate(samples[:1]), collate(samples)]
+    samples = [(ids, [-100, *ids[1:]], number) for number, ids in enumerate(IDS)]
+    return [collate(samples[0]), collate(*samples)]
 
 
 def plain_logits(model):

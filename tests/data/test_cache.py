@@ -1,10 +1,6 @@
 """What a data module takes from the cache, and what makes it prepare its rows again."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +13,6 @@ from qlora_lightning.data.report import Report
 from qlora_lightning.data.samples import SampleSetBuilder
 from qlora_lightning.support.errors import UserError
 
-REPOSITORY = Path(__file__).parents[2]
 KEY = {"rows": "a"}
 
 
@@ -191,15 +186,6 @@ def test_another_version_of_a_library_is_prepared_again(monkeypatch):
     assert prepare.calls == 2
 
 
-def test_what_preparing_rejects_is_rejected_without_a_trace(cache):
-    def refuse():
-        raise UserError("a.jsonl:1: empty")
-
-    with pytest.raises(UserError, match=r"a\.jsonl:1: empty"):
-        cached_samples(KEY, "rows", refuse)
-    assert not any(path.is_dir() for path in cache.iterdir())
-
-
 @pytest.mark.parametrize("fault", ["not writable", "full"])
 def test_a_cache_that_cannot_be_written_prepares_in_memory_once_with_one_warning(tmp_path, monkeypatch, caplog, fault):
     def save(self, folder):
@@ -217,26 +203,3 @@ def test_a_cache_that_cannot_be_written_prepares_in_memory_once_with_one_warning
     assert record.levelname == "WARNING"
     assert "The samples of rows are not kept for the next start" in record.message
     assert ("No space left on device" if fault == "full" else str(tmp_path / "file")) in record.message
-
-
-def test_a_killed_preparation_leaves_nothing_that_counts(cache):
-    script = """
-import os, signal
-from tests.data.test_cache import KEY, Prepare
-from qlora_lightning.data.cache import cached_samples
-from qlora_lightning.data.samples import SampleSet
-
-def save(self, folder):
-    (folder / "ids.npy").write_bytes(b"half")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-SampleSet.save = save
-cached_samples(KEY, "rows", Prepare())
-"""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    killed = subprocess.run([sys.executable, "-c", script], env=environment)
-    assert killed.returncode == -signal.SIGKILL
-    assert len(list(cache.glob("*/ids.npy"))) == 1  # half of it is there
-    prepare = Prepare()
-    samples, _ = cached_samples(KEY, "rows", prepare)
-    assert (prepare.calls, samples.ids.tolist()) == (1, [5, 6, 7])

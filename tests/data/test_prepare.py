@@ -90,14 +90,6 @@ def test_a_row_split_into_pieces_keeps_its_number(recipe):
     assert (report.rows, report.samples, report.labelled, report.shortened) == (2, 3, 2 + 17, 0)
 
 
-def test_turn_by_turn_rows_and_weights_are_counted(smol, templates, talk):
-    smol.chat_template = templates.qwen
-    row = {"messages": talk("q", "<think>hm</think>a", "r", "b")}
-    samples, report = prepared(source(row), recipe=Recipe(ChatRenderer(smol)))
-    assert samples.row_ids.tolist() == [0, 0]
-    assert (report.turn_by_turn, report.samples, report.rows) == (1, 2, 1)
-
-
 @pytest.mark.parametrize(("too_long", "cut"), [("truncate", [8]), ("drop", []), ("split", [8, 8, 7])])
 def test_a_document_is_cut_into_pieces_and_other_text_as_its_settings_say(recipe, too_long, cut):
     segments = [{"text": "x" * 19, "train": True}]
@@ -143,28 +135,6 @@ def test_prompts_keep_the_answer_as_reference(recipe):
     assert prompts[1][2:] == (1, {"prompt": "r"})
     assert report.describe().splitlines()[0] == "predict: 3 rows (prompt_completion), 18 tokens, 2 samples"
     assert [row.where for row in report.bad] == ["a.jsonl:3"]
-
-
-ANSWERS = [
-    "Four.",
-    "\nFour.",
-    "\n\n\n  Four.\n",
-    " Four",
-    "é🙂 Four\n\nand four",
-    "```python\n\tprint(4)\n```",
-    "4\r\n",
-]
-
-
-def test_what_is_trained_of_every_row_is_its_answers_and_their_stop_tokens(smol, talk):
-    turns = talk(*[text for answer in ANSWERS for text in ("Again?", answer)])
-    questions = [{"question": "Two and two?\n", "answer": answer} for answer in ANSWERS]
-    sources = [source(*[pair("Two and two?", answer) for answer in ANSWERS]), source(*questions)]
-    samples, report = prepared(*sources, source({"messages": turns}), recipe=Recipe(ChatRenderer(smol)))
-    said = [smol.decode([label for label in sample.labels.tolist() if label != -100]) for sample in samples]
-    ended = [f"{answer}<|im_end|>" for answer in ANSWERS]
-    assert said == [*ended, *ended, "".join(ended)]
-    assert (report.rows, report.samples, report.bad_rows) == (15, 15, 0)
 
 
 def test_what_takes_long_shows_a_bar_on_a_terminal_and_lines_elsewhere(recipe, capsys, caplog, monkeypatch):

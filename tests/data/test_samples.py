@@ -170,8 +170,5 @@ def test_tokenizer_and_template_are_identified_apart_if_they_can_be(tiny_base):
     assert mine["chat_template"] != theirs["chat_template"]
     other.eos_token = "<|endoftext|>"
     assert identify({}, other)["tokenizer"] != mine["tokenizer"]
-
-    class Strange:
-        chat_template = None
-
-    assert identify({"train": THREE}, Strange()) == {"train": THREE.content_hash, "samples": {"train": 3}}
+    found = identify({"train": THREE}, other)
+    assert (found["train"], found["samples"]) == (THREE.content_hash, {"train": 3})

@@ -10,7 +10,6 @@ import numpy.typing as npt
 from qlora_lightning.data.batches.order import (
     RankBatch,
     best_fit,
-    check_weights,
     count_batches,
     group_by_length,
     make_count,
@@ -47,7 +46,10 @@ class EpochPlan:
     def __post_init__(self) -> None:
         assert (self.batch_size is None) != (self.tokens_per_batch is None)
         if self.weights is not None:
-            check_weights(self.samples.source, self.weights)
+            rows = np.bincount(self.samples.source, minlength=len(self.weights))
+            if not rows.all():
+                number = int(rows.argmin()) + 1
+                raise UserError(f"weight: source {number} has no usable row, so it has no share: leave it out.")
         lengths, budget = self.samples.lengths, self.tokens_per_batch
         if budget is not None and lengths.max(initial=0) > budget:
             worst, longer = int(lengths.argmax()), int((lengths > budget).sum())

@@ -8,8 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qlora_lightning.support.errors import UserError
-
 
 class RankBatch(NamedTuple):
     """The rows of one micro-batch on one rank; a filler's row is only there to be run, its labels count nothing."""
@@ -63,15 +61,6 @@ def rank_bins(bins: Sequence[list[int]], rank: int, world_size: int) -> list[Ran
         mine = begin + rank < len(bins)
         batches.append(RankBatch(bins[begin + rank] if mine else bins[begin][:1], not mine))
     return batches
-
-
-def check_weights(source: npt.NDArray[np.int32], weights: Sequence[float]) -> None:
-    """Refuse a weight of a source that has no row; ``source`` is that of each row, ``(n,)``."""
-    rows = np.bincount(source, minlength=len(weights))
-    if not rows.all():
-        raise UserError(
-            f"weight: source {int(rows.argmin()) + 1} has no usable row, so it cannot have its share: leave it out."
-        )
 
 
 def share_out(weights: Sequence[float], n: int) -> list[int]:
@@ -160,13 +149,8 @@ _Numbers = Sequence[int] | npt.NDArray[Any]
 def best_fit(lengths: _Numbers, order: _Numbers, budget: int) -> list[list[int]]:
     """Pack rows into bins, from the longest to the shortest, each where it leaves the least room.
 
-    Rows of one length take their turn as they stand in ``order``, so that another order makes other bins. How many
-    bins it takes depends on the lengths alone.
-
-    Args:
-        lengths: tokens of every row.
-        order: the rows to pack; one that occurs twice is packed twice.
-        budget: tokens that fit into a bin; at least those of the longest row.
+    Rows of one length take their turn as they are in ``order``, so that another order makes other bins; one that occurs
+    twice is packed twice. How many bins it takes depends on the lengths alone. None is longer than the budget.
 
     Returns:
         The rows of each bin, the bin with the longest row first.

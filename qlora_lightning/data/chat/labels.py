@@ -3,7 +3,7 @@
 import json
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ class ChatRenderer:
                 f"{name_tokenizer(tokenizer)} does not know which characters its tokens stand for: expected a fast "
                 "one, of the library tokenizers."
             )
-        self._encode_header = lru_cache(_REMEMBERED)(lambda header: self.encode([header])[0])
+        self._headers: dict[str, _Encoded] = {}
 
     def render(self, content: Content) -> list[Rendered]:
         """Render one row; many are quicker by :meth:`write`, :meth:`encode` and :meth:`label`.
@@ -118,13 +118,7 @@ class ChatRenderer:
         return encoded.ids
 
     def find_answers(self, conversation: Conversation, tools: Tools, samples: int) -> list[list[int]]:
-        """Return the places of the trained answers in each of the samples that :meth:`render` made of a conversation.
-
-        Args:
-            conversation: one that is rendered without a fault.
-            tools: what may be called.
-            samples: how many it made; one holds them all.
-        """
+        """Return the places of the trained answers in each of the samples that :meth:`render` made of a conversation."""
         trained = self._find_trained(conversation)
         if samples == 1:
             return [trained]
@@ -229,13 +223,8 @@ class ChatRenderer:
         """Return how many ids lie before an answer, exactly those that generation begins with.
 
         Generation begins at the answer without knowing what follows. Encoded as a whole, the newline that ends a header
-        may melt with an answer that begins with one: there the text is cut, and encoded again from the answer on.
-
-        Args:
-            text: the whole.
-            encoded: its tokens, which a cut changes.
-            start: the first character of the answer.
-            before: a character at which the text was cut before; else its beginning.
+        may melt with an answer that begins with one: there ``encoded`` is cut, and encoded again from the answer on.
+        ``before`` is the character at which it was cut last.
         """
         ids, controls = encoded.ids, self._controls.known
         least = encoded.find(before) if before else 0
@@ -254,6 +243,13 @@ class ChatRenderer:
         encoded.spans[begin:behind] = [(a + by, b + by) for part, by in parts for a, b in part.spans]
         ids[begin:behind] = [*header.ids, *answer.ids]
         return first
+
+    def _encode_header(self, header: str) -> "_Encoded":
+        if header not in self._headers:
+            if len(self._headers) > _REMEMBERED:
+                self._headers.clear()
+            self._headers[header] = self.encode([header])[0]
+        return self._headers[header]
 
     def _check_bos(self, ids: list[int]) -> None:
         """Refuse a template that writes two BOS, or none where the tokenizer itself would write one.

@@ -39,10 +39,7 @@ def load_tokenizer(choice: TokenizerChoice) -> Any:
 def hash_tokenizer(choice: TokenizerChoice, chat_template: str | None = None, with_template: bool = True) -> str | None:
     """Hash all that a tokenizer and its template consist of, without loading it; None if that is unknown.
 
-    Args:
-        choice: as in ``load_choice``; of a name the files are hashed that tokenizer and stop tokens are read from.
-        chat_template: as in ``load_choice``.
-        with_template: whether the template of a tokenizer object counts.
+    Of a name the files are hashed that tokenizer and stop tokens are read from.
     """
     parts: list[Any] = [chat_template]
     if isinstance(choice, str | dict):

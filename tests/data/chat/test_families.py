@@ -44,15 +44,6 @@ def tokenizer(families, family):
 
 @pytest.mark.parametrize("system", [[], SYSTEM], ids=["no system prompt", "system prompt"])
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_one_turn(tokenizer, family, talk, system, answer):
-    conversation = system + talk("What is asked?", answer)
-    (rendered,) = ChatRenderer(tokenizer).render(Chat(conversation))
-    assert trained(tokenizer, rendered) == [TURNS[family](answer)]
-    assert tokenizer.decode(rendered.ids) == tokenizer.apply_chat_template(conversation, tokenize=False)
-
-
-@pytest.mark.parametrize("system", [[], SYSTEM], ids=["no system prompt", "system prompt"])
-@pytest.mark.parametrize("answer", ANSWERS)
 def test_several_turns(tokenizer, family, talk, system, answer):
     conversation = system + talk("What?", answer, "And?", f"{answer}!", "And then?", "no")
     rendered = ChatRenderer(tokenizer).render(Chat(conversation))
@@ -78,26 +69,3 @@ def test_the_last_answer_only_or_every_token(tokenizer, family, talk):
     assert tokenizer.decode(last.ids) == tokenizer.apply_chat_template(conversation, tokenize=False)
     for sample in ChatRenderer(tokenizer, train_on="all").render(Chat(conversation)):
         assert sample.labels == [-100, *sample.ids[1:]]
-
-
-TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
-CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
-
-
-@pytest.mark.parametrize(
-    ("name", "call"),
-    [
-        ("llama31", '{"name": "add", "parameters": {"a": 2, "b": 2}}<|eot_id|>'),
-        ("qwen25", '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call><|im_end|>'),
-    ],
-)
-def test_a_tool_call_is_an_answer_and_what_the_tool_says_is_not(families, talk, name, call):
-    conversation = [
-        *talk("What is 2 + 2?"),
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
-        {"role": "tool", "content": "4"},
-        {"role": "assistant", "content": "Four."},
-    ]
-    (rendered,) = ChatRenderer(families[name]).render(Chat(conversation, TOOLS))
-    assert trained(families[name], rendered) == [call, TURNS[name]("Four.")]
-    assert '"Adds."' in families[name].decode(rendered.ids)

@@ -17,8 +17,8 @@ from qlora_lightning.data.batches.loader import FabricLoader, FlatLoader, Prompt
 from qlora_lightning.data.batches.stream import StreamLoader
 from qlora_lightning.data.cache import cached_samples, describe_sources, identify
 from qlora_lightning.data.chat.labels import ChatRenderer
-from qlora_lightning.data.chat.templates import load_choice
-from qlora_lightning.data.chat.tokenizer import hash_tokenizer, tokenizer_of_base
+from qlora_lightning.data.chat.templates import choose_chat_template
+from qlora_lightning.data.chat.tokenizer import hash_tokenizer, load_tokenizer, tokenizer_of_base
 from qlora_lightning.data.prepare import Prepared, Prompt, Recipe, Sources, prepare
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow
@@ -174,7 +174,9 @@ class InstructionDataModule(LightningDataModule):
     def tokenizer(self) -> Any:
         """The tokenizer with the chosen chat template, loaded when it is first needed."""
         if self._tokenizer is None:
-            self._tokenizer = load_choice(self._tokenizer_choice, self.chat_template, self.template_options)
+            self._tokenizer = choose_chat_template(
+                load_tokenizer(self._tokenizer_choice), self.chat_template, self.template_options
+            )
         return self._tokenizer
 
     @property

@@ -65,7 +65,7 @@ def is_mapped(array):
 def test_the_second_time_samples_are_mapped_and_no_tokenizer_is_loaded(setup, prepared, monkeypatch):
     first = setup()
     assert prepared == ["train", "val"]
-    monkeypatch.setattr(datamodule, "load_choice", lambda *arguments: pytest.fail("the tokenizer was loaded"))
+    monkeypatch.setattr(datamodule, "load_tokenizer", lambda *arguments: pytest.fail("the tokenizer was loaded"))
     second = setup()
     assert prepared == ["train", "val"]
     assert contents(first) == contents(second)

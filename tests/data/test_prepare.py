@@ -127,6 +127,18 @@ def test_each_row_has_its_own_format_and_chunks_change_nothing(recipe, monkeypat
     assert (same, again.content_hash) == (report, samples.content_hash)
 
 
+def test_rows_of_all_kinds_stay_in_their_order(smol, templates, talk):
+    smol.chat_template = templates.qwen
+    turns = {"messages": talk("q", "<think>hm</think>a", "r", "b")}  # rendered turn by turn: two texts
+    rows = source(pair(), {"input_ids": [5, 6], "labels": [5, 6]}, turns, pair("<|im_end|>"), turns, pair("q", "z"))
+    samples, report = prepared(rows, recipe=Recipe(ChatRenderer(smol)))
+    said = [smol.decode([label for label in sample.labels.tolist() if label != -100]) for sample in samples]
+    thoughts = ["<think>hm</think>a<|im_end|>", "b<|im_end|>"]
+    assert said == ["k<|im_end|>", smol.decode([6]), *thoughts, *thoughts, "z<|im_end|>"]
+    assert samples.row_ids.tolist() == [0, 1, 2, 2, 4, 4, 5]
+    assert (report.turn_by_turn, report.bad_rows) == (2, 1)
+
+
 def test_prompts_keep_the_answer_as_reference(recipe):
     rows = source(pair("q", "ok"), {"prompt": "r"}, {"prompt": 7})
     _, report, prompts = prepare([rows], recipe(), "predict", for_prompts=True)

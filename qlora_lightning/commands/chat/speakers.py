@@ -9,7 +9,8 @@ import peft
 
 from qlora_lightning.commands.chat.arguments import BASE
 from qlora_lightning.data.chat.labels import ChatRenderer
-from qlora_lightning.data.chat.templates import load_choice
+from qlora_lightning.data.chat.templates import choose_chat_template
+from qlora_lightning.data.chat.tokenizer import load_tokenizer
 from qlora_lightning.model.adapters.folder import add_named_adapter
 from qlora_lightning.model.adapters.lora import ADAPTER, without_adapters
 from qlora_lightning.model.generate import dense_weights
@@ -91,7 +92,8 @@ class Speakers:
 
 def _make_renderer(source: AdapterSource) -> ChatRenderer:
     has_own = any((source.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return ChatRenderer(load_choice(str(source.folder if has_own else source.base.folder), None))
+    folder = source.folder if has_own else source.base.folder
+    return ChatRenderer(choose_chat_template(load_tokenizer(str(folder)), None))
 
 
 def _check_same_base(first: AdapterSource, other: AdapterSource, name: str) -> None:

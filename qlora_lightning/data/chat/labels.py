@@ -118,7 +118,7 @@ class ChatRenderer:
         return encoded.ids
 
     def find_answers(self, conversation: Conversation, tools: Tools, samples: int) -> list[list[int]]:
-        """Return the places of the trained answers in each of the samples that :meth:`render` made of a conversation."""
+        """Return the places of the trained answers in each of the samples that a conversation became."""
         trained = self._find_trained(conversation)
         if samples == 1:
             return [trained]

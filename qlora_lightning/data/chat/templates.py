@@ -10,13 +10,7 @@ from typing import Any
 from jinja2 import Environment, TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
 
-from qlora_lightning.data.chat.tokenizer import (
-    TokenizerChoice,
-    find_stop_ids,
-    find_turn_end,
-    load_tokenizer,
-    writes_bos,
-)
+from qlora_lightning.data.chat.tokenizer import find_stop_ids, find_turn_end, writes_bos
 from qlora_lightning.support.errors import UserError, nearest
 
 # each preset with the control tokens that it writes beside the tokenizer's own BOS and end-of-sequence tokens
@@ -36,13 +30,6 @@ _PASSED = frozenset({"messages", "tools", "documents", "add_generation_prompt", 
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")  # a tag that jinja itself does not know
 _PARSER = Environment(extensions=["jinja2.ext.loopcontrols"])  # only parses
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of messages, as templates name it
-
-
-def load_choice(
-    choice: TokenizerChoice, chat_template: str | None, template_options: Mapping[str, Any] | None = None
-) -> Any:
-    """Load a tokenizer, and put the chosen chat template on a copy."""
-    return choose_chat_template(load_tokenizer(choice), chat_template, template_options)
 
 
 def choose_chat_template(tokenizer: Any, choice: str | None, options: Mapping[str, Any] | None = None) -> Any:

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_lightning.data.chat.labels import ChatRenderer
-from qlora_lightning.data.chat.templates import choose_chat_template, load_choice
-from qlora_lightning.data.chat.tokenizer import find_stop_ids, find_turn_end, hash_tokenizer
+from qlora_lightning.data.chat.templates import choose_chat_template
+from qlora_lightning.data.chat.tokenizer import find_stop_ids, find_turn_end, hash_tokenizer, load_tokenizer
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Chat
@@ -231,7 +231,7 @@ def folder(families, tmp_path):
 def test_a_folder_a_mapping_or_the_object_itself(folder, families):
     text = families["qwen25"].apply_chat_template([{"role": "user", "content": "é"}], tokenize=False)
     for choice in (str(folder), {"name": str(folder)}, families["qwen25"]):
-        loaded = load_choice(choice, None)
+        loaded = load_tokenizer(choice)
         assert loaded.encode(text) == families["qwen25"].encode(text)
         assert loaded.chat_template == families["qwen25"].chat_template
 
@@ -246,7 +246,7 @@ def test_a_folder_a_mapping_or_the_object_itself(folder, families):
 )
 def test_what_is_no_choice_is_refused(choice, words):
     with pytest.raises(UserError, match=words):
-        load_choice(choice, None)
+        load_tokenizer(choice)
 
 
 def test_the_hash_tells_contents_apart_without_loading(folder, tmp_path, monkeypatch):

@@ -31,17 +31,11 @@ def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, Any]
 
     Samples are hashed as they are trained on, tokens and labels in file order: whatever changes none of them (another
     place of the file, another version of a library) changes no hash.
-
-    Args:
-        samples: of ``train`` and ``val``, as far as there are any.
-        tokenizer: with its template; one that cannot be hashed is left out.
     """
     found: dict[str, Any] = {split: samples[split].content_hash for split in ("train", "val") if split in samples}
     if found:
         found["samples"] = {split: len(samples[split]) for split in found}
-    hashed = hash_tokenizer(tokenizer, with_template=False)
-    if hashed is not None:
-        found["tokenizer"] = hashed
+    found["tokenizer"] = hash_tokenizer(tokenizer, with_template=False)
     template = tokenizer.chat_template  # a text, or several by name
     if template is not None:
         text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
@@ -69,13 +63,7 @@ def cached_samples(key: Mapping[str, Any], label: str, prepare: Callable[[], Pre
     Processes that ask at once prepare once; a killed one leaves nothing that counts. If the cache cannot be written,
     the samples stay in memory.
 
-    Args:
-        key: everything that they depend on.
-        label: what they are, for ``qlora-lightning cache list``.
-        prepare: makes samples and report.
-
-    Raises:
-        UserError: what ``prepare`` raises.
+    The key is everything that they depend on; the label is for ``qlora-lightning cache list``.
     """
     made: list[Prepared] = []
     begun = False

@@ -13,23 +13,27 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.data.batches.loader import FabricLoader, FlatLoader
+from qlora_lightning.data.batches.loader import FabricLoader, FlatLoader, PromptLoader
 from qlora_lightning.data.batches.stream import StreamLoader
-from qlora_lightning.data.cache import Prepared, cached_samples, describe_sources, identify
+from qlora_lightning.data.cache import cached_samples, describe_sources, identify
 from qlora_lightning.data.chat.labels import ChatRenderer
-from qlora_lightning.data.chat.lengths import TOO_LONG
-from qlora_lightning.data.chat.tokenizer import hash_tokenizer, load_choice, tokenizer_of_base
-from qlora_lightning.data.prepare import Recipe, Sources, prepare_prompts, prepare_samples, watch_rows
-from qlora_lightning.data.prompts import Prompt, PromptLoader, as_samples
+from qlora_lightning.data.chat.templates import choose_chat_template
+from qlora_lightning.data.chat.tokenizer import hash_tokenizer, load_tokenizer, tokenizer_of_base
+from qlora_lightning.data.prepare import Prepared, Prompt, Recipe, Sources, prepare
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.rows.readers import Row, RowReader
 from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources
-from qlora_lightning.data.samples import SampleSet, gather_samples, hold_out
+from qlora_lightning.data.samples import SampleSet, hold_out
 from qlora_lightning.support.errors import UserError
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 _SAMPLE_SETTINGS = ("train_on", "reasoning", "max_length", "too_long", "deduplicate")
+_CHOICES = {
+    "train_on": ("assistant", "last", "all"),
+    "reasoning": ("template", "keep", "drop"),
+    "too_long": ("truncate", "drop", "split"),
+}
 # Settings that a checkpoint remembers; one that it lacks had its default.
 _REMEMBERED = (
     *("format", "system", "on_bad_row", "val_fraction", *_SAMPLE_SETTINGS),
@@ -140,17 +144,15 @@ class InstructionDataModule(LightningDataModule):
         self._pool: Prepared | None = None  # training rows before validation rows are held out
 
     def _check_settings(self) -> None:
-        if self.too_long not in TOO_LONG:
-            raise UserError(f"too_long: expected {', '.join(TOO_LONG)}, found {self.too_long!r}.")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{name}: expected {', '.join(known)}, found {getattr(self, name)!r}.")
         for name, least in (("batch_size", 1), ("tokens_per_batch", 1), ("shuffle_buffer", 1), ("max_length", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name}: expected at least {least}, found {value}.")
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
-            raise UserError(
-                f"data.val_fraction is {self.val_fraction:g}: expected a share of the training rows between 0 and 1. "
-                "For no validation set it to null; for validation rows of their own name a file in data.val."
-            )
+            raise UserError(f"val_fraction: expected a share between 0 and 1, found {self.val_fraction:g}.")
         values = {**self.files, **vars(self), "shuffle: false": not self.shuffle, "load_rows": self._has_own_rows()}
         for one, other, reason in (
             ("val", "val_fraction", "both name the rows to validate on"),
@@ -172,7 +174,9 @@ class InstructionDataModule(LightningDataModule):
     def tokenizer(self) -> Any:
         """The tokenizer with the chosen chat template, loaded when it is first needed."""
         if self._tokenizer is None:
-            self._tokenizer = load_choice(self._tokenizer_choice, self.chat_template, self.template_options)
+            self._tokenizer = choose_chat_template(
+                load_tokenizer(self._tokenizer_choice), self.chat_template, self.template_options
+            )
         return self._tokenizer
 
     @property
@@ -274,9 +278,10 @@ class InstructionDataModule(LightningDataModule):
         if split == "train" and self.streaming:
             self._check_stream()
             return
-        samples, report = self._read(split)
-        if not report.rows:
+        found = self._read(split)
+        if found is None or not found[1].rows:
             return
+        samples, report = found
         report.check_bad(skip=self.on_bad_row == "skip" or self.lenient)
         report.check_left(self.lenient)
         if split == "train" and self.val_fraction is not None:
@@ -288,31 +293,29 @@ class InstructionDataModule(LightningDataModule):
             report.count_overlap(samples, self.samples["train"])
         rank_zero_info(report.describe())
 
-    def _read(self, split: str) -> Prepared:
+    def _read(self, split: str) -> Prepared | None:
         """Take the samples of a split from the cache, or make them; rows from elsewhere are made each time."""
-        own = self._has_own_rows()
-        sources = [] if own else self.sources(split)
+        sources = [] if self._has_own_rows() else self.sources(split)
         rows: Sources = [(source.settings, RowReader(source)) for source in sources]
-        if own:
+        if self._has_own_rows():
             rows = [(self._row_settings(), self._own_rows(split))]
+        if not rows:
+            return None
         if split == "train" and sources and sources[0].weight is not None:
             if not self.shuffle:
                 raise UserError("shuffle: false keeps the order of the files, which weights mix: leave them out.")
             self._weights = [source.weight or 0.0 for source in sources]
 
-        def prepare() -> Prepared:
-            with watch_rows(split, show=self._rank_and_world_size()[0] == 0) as watch:
-                if split != "predict":
-                    return prepare_samples(rows, self._recipe(), split, watch, self.deduplicate)
-                self._prompts, report = prepare_prompts(rows, self._recipe(), split, watch)
-                return as_samples(self._prompts), report
+        def make() -> Prepared:
+            for_prompts, show = split == "predict", self._rank_and_world_size()[0] == 0
+            samples, report, prompts = prepare(rows, self._recipe(), split, self.deduplicate, for_prompts, show)
+            self._prompts = prompts or self._prompts
+            return samples, report
 
-        if not rows:
-            return gather_samples([]), Report(split)
         key = None if split == "predict" else self._key(sources)
         if key is None:
-            return prepare()
-        samples, report = cached_samples(key, ", ".join(source.path for source in sources), prepare)
+            return make()
+        samples, report = cached_samples(key, ", ".join(source.path for source in sources), make)
         return samples, replace(report, split=split)
 
     def _divide(self) -> None:

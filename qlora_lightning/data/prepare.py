@@ -2,11 +2,11 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qlora_lightning.data.chat.labels import IGNORED, ChatRenderer, Rendered
 from qlora_lightning.data.chat.lengths import shorten, split_up
-from qlora_lightning.data.prompts import Prompt
+from qlora_lightning.data.chat.render import RenderedText
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow, RowFault
 from qlora_lightning.data.rows.conversation import Chat, Content, Text
@@ -26,14 +26,13 @@ from qlora_lightning.support.errors import UserError
 
 TOO_LONG = "longer than max_length (too_long: drop)"
 CHUNK = 512  # rows that are rendered together: the tokenizer encodes them on all cores
-_PAUSE = 10.0  # seconds between two lines, if there is no terminal
+_PAUSE = 10.0  # seconds between two lines of the log
+_log = logging.getLogger(__name__)
 
 Rows = Iterable[Row | BadRow]
 Sources = Sequence[tuple[RowSettings, Rows]]
 """How the rows of each source are read, and the rows."""
-Watch = Callable[[int], object]
-"""Called with the number of rows that are done."""
-_log = logging.getLogger(__name__)
+Prepared = tuple[SampleSet, Report]
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,15 @@ class Recipe:
     too_long: str = "truncate"
 
 
-class Converted(NamedTuple):
+class NumberedRow(NamedTuple):
+    """A row, its number in the split, and that of its source."""
+
+    number: int
+    source: int
+    row: Row | BadRow
+
+
+class _Converted(NamedTuple):
     """What a good row says, with its number in the split and that of its source."""
 
     number: int
@@ -54,157 +61,174 @@ class Converted(NamedTuple):
     content: Content
 
 
-def prepare_samples(
-    sources: Sources, recipe: Recipe, split: str, watch: Watch = lambda rows: None, deduplicate: bool = False
-) -> tuple[SampleSet, Report]:
-    """Turn the rows of a split into samples to train or validate on; bad ones are reported and left out.
+class Prompt(NamedTuple):
+    """One row to predict: the ids that generation starts from, the row's own answer if it has one, and the row."""
+
+    ids: list[int]
+    reference: str | None
+    row_id: int
+    values: dict[str, Any]
+
+
+class Preparation:
+    """Turns rows into samples; what becomes of a row depends on nothing but the row and the settings of its source.
+
+    Args:
+        recipe: the settings that all sources share.
+        split: its name.
+        settings: of each source.
+        for_prompts: make a prompt of each row instead, whole whatever its length; a sample of it has no labels.
+    """
+
+    def __init__(self, recipe: Recipe, split: str, settings: Iterable[RowSettings], for_prompts: bool = False) -> None:
+        self._recipe, self._split, self._for_prompts = recipe, split, for_prompts
+        self._converters = [RowConverter(each, needs_answer=not for_prompts) for each in settings]
+        self.report, self._builder = Report(split), SampleSetBuilder()
+        self.prompts: list[Prompt] = []
+
+    def check(self, source: int, rows: Rows) -> None:
+        """Check the settings of a source against its first rows.
+
+        Raises:
+            UserError: they do not fit.
+        """
+        self._converters[source].check([row for row in islice(rows, CHUNK) if isinstance(row, Row)])
+
+    def add(self, rows: Sequence[NumberedRow]) -> None:
+        """Add rows; bad ones are reported and left out.
+
+        Raises:
+            UserError: no row of the source can be used, or the template cannot.
+        """
+        renderer, bad = self._recipe.renderer, dict[int, BadRow]()
+        good: list[_Converted] = []
+        for number, source, row in rows:
+            if isinstance(row, BadRow):
+                bad[number] = row
+                continue
+            try:
+                good.append(_Converted(number, source, row, self._converters[source].convert(row)))
+            except RowFault as fault:
+                bad[number] = BadRow(row.where, str(fault))
+        written: list[tuple[_Converted, list[RenderedText]]] = []
+        for each in good:
+            with _noting_faults(each, bad):
+                if self._for_prompts:
+                    self._add_prompt(each)
+                else:
+                    written.append((each, renderer.write(each.content)))
+        encoded = iter(renderer.encode([text.text for _, texts in written for text in texts]))
+        for each, texts in written:
+            encodings = [next(encoded) for _ in texts]
+            with _noting_faults(each, bad):
+                self._add_samples(each, renderer.label(each.content, texts, encodings))
+        self.report.rows += len(rows)
+        for number in sorted(bad):
+            self.report.refuse(bad[number])
+
+    def take(self) -> Prepared:
+        """Return the samples and the report of the rows that were added since the last time."""
+        samples, report = self._builder.build(), self.report
+        report.count_samples(samples)
+        report.note_columns(self._converters)
+        self.report, self._builder = Report(self._split), SampleSetBuilder()
+        return samples, report
+
+    def _add_prompt(self, converted: _Converted) -> None:
+        number, source, row, content = converted
+        if not isinstance(content, Chat):
+            raise RowFault("holds no conversation, so there is nothing to answer")
+        *asked, last = content.messages
+        reference = last["content"] if last["role"] == "assistant" else None
+        ids = self._recipe.renderer.render_prompt(content.messages if reference is None else asked, content.tools)
+        self._builder.add(ids, [IGNORED] * len(ids), number, source, row.file, row.line)
+        self.prompts.append(Prompt(ids, reference, number, row.values))
+
+    def _add_samples(self, converted: _Converted, rendered: list[Rendered]) -> None:
+        (number, source, row, content), recipe, report = converted, self._recipe, self.report
+        if not content.weight:
+            report.drop("their weight is 0")
+            return
+        fitted = [sample for sample in _fit(recipe, content, rendered, report) if _count(sample)]
+        report.turn_by_turn += len(rendered) > 1
+        for ids, labels in fitted:
+            self._builder.add(ids, labels, number, source, row.file, row.line, content.weight)
+        if fitted:
+            return
+        if recipe.too_long == "drop" and any(len(sample.ids) > recipe.max_length for sample in rendered):
+            report.drop(TOO_LONG)
+            return
+        report.unusable += 1
+        marked = not any(map(_count, rendered))
+        report.drop("every answer is marked `train: false`" if marked else "no labelled token within max_length")
+
+
+@contextmanager
+def _noting_faults(converted: _Converted, bad: dict[int, BadRow]) -> Iterator[None]:
+    """Note a row that cannot be rendered as bad; add its place to an error that is not its own."""
+    where = converted.row.where
+    try:
+        yield
+    except RowFault as fault:
+        bad[converted.number] = BadRow(where, str(fault))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def prepare(
+    sources: Sources,
+    recipe: Recipe,
+    split: str,
+    deduplicate: bool = False,
+    for_prompts: bool = False,
+    show: bool = False,
+) -> tuple[SampleSet, Report, list[Prompt]]:
+    """Turn all rows of a split into samples, or into prompts for generation.
+
+    A source is read, and its settings are checked, when its turn comes.
 
     Args:
         sources: where the rows come from.
         recipe: the settings that all sources share.
         split: its name.
-        watch: called now and then with the number of rows that are done.
         deduplicate: leave out rows that equal an earlier one.
+        for_prompts: whether the rows are to be answered; they may lack answers.
+        show: show how many rows are done: by a bar on a terminal, else in the log every 10 seconds.
 
     Raises:
         UserError: a format is unclear, or the template cannot be used.
     """
-    report, builder = Report(split), SampleSetBuilder()
-    for chunk in _convert_chunks(sources, report):
-        render_rows(recipe, chunk, builder, report)
-        watch(report.rows)
-    samples = builder.build()
+    preparation, done = Preparation(recipe, split, [settings for settings, _ in sources], for_prompts), 0
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn()
+    console = Console(stderr=True)
+    began = logged = time.monotonic()
+    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
+        task = progress.add_task(split, total=None)  # how many there are is known when they have been read
+        for source, (_, rows) in enumerate(sources):
+            stream = iter(rows)
+            chunk = list(islice(stream, CHUNK))
+            preparation.check(source, chunk)
+            while chunk:
+                preparation.add([NumberedRow(number, source, row) for number, row in enumerate(chunk, start=done)])
+                done += len(chunk)
+                progress.update(task, completed=done)
+                now = time.monotonic()
+                if show and not console.is_terminal and now - logged > _PAUSE:
+                    _log.info("%s: %s rows prepared, %.0f rows/s", split, f"{done:,}", done / (now - began))
+                    logged = now
+                chunk = list(islice(stream, CHUNK))
+    samples, report = preparation.take()
+    if for_prompts:
+        return samples, report, preparation.prompts
     if deduplicate:
         repeated = find_repeats(samples).row_ids
         samples = samples.take(np.flatnonzero(~np.isin(samples.row_ids, repeated)))
         if len(repeated):
             report.drop("equal to an earlier row (deduplicate: true)", len(repeated))
+        report.count_samples(samples)
     else:
         report.count_duplicates(samples)
-    report.count_samples(samples)
-    return samples, report
-
-
-def prepare_prompts(
-    sources: Sources, recipe: Recipe, split: str, watch: Watch = lambda rows: None
-) -> tuple[list[Prompt], Report]:
-    """Turn rows into prompts, whole whatever their length; an answer that a row ends in becomes its reference.
-
-    Raises:
-        UserError: a format is unclear, or the template cannot be used.
-    """
-    report, prompts = Report(split), list[Prompt]()
-    for chunk in _convert_chunks(sources, report, needs_answer=False):
-        report.rows += len(chunk)
-        for row in chunk:
-            if isinstance(row, BadRow):
-                report.refuse(row)
-                continue
-            with _counting_faults(row, report):
-                prompts.append(_make_prompt(recipe.renderer, row))
-        watch(report.rows)
-    report.samples, report.tokens = len(prompts), sum(len(prompt.ids) for prompt in prompts)
-    return prompts, report
-
-
-def _make_prompt(renderer: ChatRenderer, converted: Converted) -> Prompt:
-    number, _, row, chat = converted
-    if not isinstance(chat, Chat):
-        raise RowFault("holds no conversation, so there is nothing to answer")
-    answered = chat.messages[-1]["role"] == "assistant"
-    reference = chat.messages[-1]["content"] if answered else None
-    ids = renderer.render_prompt(chat.messages[:-1] if answered else chat.messages, chat.tools)
-    return Prompt(ids, reference, number, row.values, row.file, row.line)
-
-
-def _convert_chunks(sources: Sources, report: Report, needs_answer: bool = True) -> Iterator[list[Converted | BadRow]]:
-    """Yield the rows of all sources in chunks; a source is read, and its settings are checked, when its turn comes."""
-    converters, done = [RowConverter(settings, needs_answer) for settings, _ in sources], 0
-    for source, ((_, rows), converter) in enumerate(zip(sources, converters, strict=True)):
-        stream = iter(rows)
-        chunk = list(islice(stream, CHUNK))
-        check_source(converter, chunk)
-        while chunk:
-            yield [convert_row(converter, row, number, source) for number, row in enumerate(chunk, start=done)]
-            done += len(chunk)
-            chunk = list(islice(stream, CHUNK))
-    report.note_columns(converters)
-
-
-def check_source(converter: RowConverter, rows: Rows) -> None:
-    """Check the settings of a source against its first rows.
-
-    Raises:
-        UserError: they do not fit.
-    """
-    converter.check([row for row in islice(rows, CHUNK) if isinstance(row, Row)])
-
-
-def convert_row(converter: RowConverter, row: Row | BadRow, number: int, source: int) -> Converted | BadRow:
-    """Convert one row.
-
-    Raises:
-        UserError: no row of the source can be used.
-    """
-    if isinstance(row, BadRow):
-        return row
-    try:
-        return Converted(number, source, row, converter.convert(row))
-    except RowFault as fault:
-        return BadRow(row.where, str(fault))
-
-
-def render_rows(recipe: Recipe, rows: Sequence[Converted | BadRow], builder: SampleSetBuilder, report: Report) -> None:
-    """Add the samples of rows to a builder, and what became of them to a report.
-
-    Raises:
-        UserError: the template cannot be used.
-    """
-    report.rows += len(rows)
-    contents = [row.content for row in rows if isinstance(row, Converted)]
-    rendered_rows = iter(recipe.renderer.render_all(contents))
-    for row in rows:
-        if isinstance(row, BadRow):
-            report.refuse(row)
-            continue
-        with _counting_faults(row, report):
-            rendered = next(rendered_rows)
-            if isinstance(rendered, UserError):
-                raise rendered
-            _add_samples(recipe, row, rendered, builder, report)
-
-
-@contextmanager
-def _counting_faults(converted: Converted, report: Report) -> Iterator[None]:
-    """Count a row that cannot be rendered as bad; add its place to an error that is not its own."""
-    where = converted.row.where
-    try:
-        yield
-    except RowFault as fault:
-        report.refuse(BadRow(where, str(fault)))
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-def _add_samples(
-    recipe: Recipe, converted: Converted, rendered: list[Rendered], builder: SampleSetBuilder, report: Report
-) -> None:
-    number, source, row, content = converted
-    if not content.weight:
-        report.drop("their weight is 0")
-        return
-    fitted = [sample for sample in _fit(recipe, content, rendered, report) if _count(sample)]
-    report.turn_by_turn += len(rendered) > 1
-    for sample in fitted:
-        builder.add(sample.ids, sample.labels, number, source, row.file, row.line, content.weight)
-    if fitted:
-        return
-    if recipe.too_long == "drop" and any(len(sample.ids) > recipe.max_length for sample in rendered):
-        report.drop(TOO_LONG)
-        return
-    report.unusable += 1
-    marked = not any(map(_count, rendered))
-    report.drop("every answer is marked `train: false`" if marked else "no labelled token within max_length")
+    return samples, report, []
 
 
 def _fit(recipe: Recipe, content: Content, rendered: list[Rendered], report: Report) -> list[Rendered]:
@@ -241,24 +265,3 @@ def _fit(recipe: Recipe, content: Content, rendered: list[Rendered], report: Rep
 def _count(sample: Rendered) -> int:
     """Count labelled tokens, on the list itself: an array of each row would be made for this alone."""
     return len(sample.labels) - sample.labels.count(IGNORED)
-
-
-@contextmanager
-def watch_rows(split: str, show: bool = True) -> Iterator[Watch]:
-    """Show how many rows are done: on a terminal a bar, which is gone at the end, else a line every 10 seconds."""
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn()
-    console = Console(stderr=True)
-    progress = Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal))
-    task = progress.add_task(split, total=None)  # how many there are is known when they have been read
-    began = logged = time.monotonic()
-
-    def watch(rows: int) -> None:
-        nonlocal logged
-        now = time.monotonic()
-        progress.update(task, completed=rows)
-        if show and not console.is_terminal and now - logged > _PAUSE:
-            _log.info("%s: %s rows prepared, %.0f rows/s", split, f"{rows:,}", rows / (now - began))
-            logged = now
-
-    with progress:
-        yield watch

@@ -4,62 +4,40 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_lightning.data.rows.bad_rows import SHOWN, BadRow, refuse
+from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.samples import SampleSet, find_repeats
 from qlora_lightning.support.errors import UserError
 
+_SHOWN = 20
 _LISTED = 5
 _MAX_UNUSABLE = 0.05
 
 
 @dataclass
 class Report:
-    """What became of the rows of one split; plain values.
-
-    Attributes:
-        split: ``train``, ``val``, ``test`` or ``predict``.
-        rows: rows read, bad and dropped ones included.
-        samples: samples made of them.
-        formats: names of the formats found.
-        tokens: tokens of all samples.
-        labelled: of these, labelled ones.
-        shortened: samples cut to ``max_length``.
-        lost_tokens: tokens cut away.
-        lost_labels: of these, labelled ones.
-        turn_by_turn: rows that became a sample per turn, since the template renders earlier answers otherwise.
-        weighted: samples whose row has another weight than 1.
-        dropped: rows left out though they are well-formed, by reason.
-        unusable: of these, rows without a labelled token.
-        bad_rows: malformed rows.
-        bad: the first of them.
-        duplicates: rows equal to an earlier one of the split.
-        duplicate_pairs: places of the first of these, each with that of the row that it equals.
-        overlap: rows of this split that are trained on too.
-        overlap_pairs: places of the first of these, each with that in the training rows.
-        unread_columns: columns of the rows that nothing reads, under our names.
-    """
+    """What became of the rows of one split; plain values."""
 
     split: str
-    rows: int = 0
+    rows: int = 0  # read, bad and dropped ones included
     samples: int = 0
-    formats: list[str] = field(default_factory=list)
+    formats: list[str] = field(default_factory=list)  # that were found
     tokens: int = 0
-    labelled: int = 0
-    shortened: int = 0
-    lost_tokens: int = 0
+    labelled: int = 0  # of the tokens
+    shortened: int = 0  # samples cut to max_length
+    lost_tokens: int = 0  # by that
     lost_labels: int = 0
-    turn_by_turn: int = 0
-    weighted: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    unusable: int = 0
+    turn_by_turn: int = 0  # rows that became a sample per turn, since the template renders earlier answers otherwise
+    weighted: int = 0  # samples whose row has another weight than 1
+    dropped: dict[str, int] = field(default_factory=dict)  # well-formed rows that are left out, by reason
+    unusable: int = 0  # of these, rows without a labelled token
     bad_rows: int = 0
-    bad: list[BadRow] = field(default_factory=list)
-    duplicates: int = 0
-    duplicate_pairs: list[tuple[str, str]] = field(default_factory=list)
-    overlap: int = 0
+    bad: list[BadRow] = field(default_factory=list)  # the first of them
+    duplicates: int = 0  # rows equal to an earlier one of the split
+    duplicate_pairs: list[tuple[str, str]] = field(default_factory=list)  # the first ones, each with what it equals
+    overlap: int = 0  # rows that are trained on too
     overlap_pairs: list[tuple[str, str]] = field(default_factory=list)
-    unread_columns: list[str] = field(default_factory=list)
+    unread_columns: list[str] = field(default_factory=list)  # under our names
 
     def drop(self, reason: str, rows: int = 1) -> None:
         """Count well-formed rows that are left out."""
@@ -68,7 +46,7 @@ class Report:
     def refuse(self, row: BadRow) -> None:
         """Count a bad row."""
         self.bad_rows += 1
-        self.bad = [*self.bad, row][:SHOWN]
+        self.bad = [*self.bad, row][:_SHOWN]
 
     def note_columns(self, converters: Iterable[RowConverter]) -> None:
         """Note the formats that were found, and the columns that nothing reads."""
@@ -105,8 +83,8 @@ class Report:
             parts.append(f"{self.turn_by_turn:,} rendered turn by turn")
         lines = [", ".join(parts)]
         if self.unread_columns:
-            more = ", …" if len(self.unread_columns) > SHOWN else ""
-            lines.append(f"  columns not read: {', '.join(self.unread_columns[:SHOWN])}{more}")
+            more = ", …" if len(self.unread_columns) > _SHOWN else ""
+            lines.append(f"  columns not read: {', '.join(self.unread_columns[:_SHOWN])}{more}")
         if self.weighted:
             lines.append(
                 f"  {self.weighted:,} samples have a weight, in batch['weights'] for a compute_loss of your own: the "
@@ -129,8 +107,9 @@ class Report:
         Raises:
             UserError: there are bad rows and ``skip`` is off.
         """
-        if not skip:
-            refuse(self.bad, total=self.bad_rows)
+        if self.bad_rows and not skip:
+            advice = "Correct them, or leave them out with `on_bad_row: skip`."
+            raise UserError(f"{self._list_bad()}\n{advice}")
 
     def check_left(self, lenient: bool = False) -> None:
         """Refuse rows of which no sample is left, or too many leave nothing to learn from.
@@ -139,7 +118,8 @@ class Report:
             UserError: no sample is left, or, unless ``lenient``, more than 5 % of the rows have no labelled token.
         """
         if self.samples == 0:
-            refuse(self.bad, skippable=False, total=self.bad_rows)
+            if self.bad_rows:
+                raise UserError(self._list_bad())
             raise UserError(f"{self.split}: none of {self.rows:,} rows is left ({self._reasons()}).")
         if not lenient and self.unusable > _MAX_UNUSABLE * self.rows:
             raise UserError(
@@ -147,6 +127,13 @@ class Report:
                 f"{_MAX_UNUSABLE:.0%}) and would teach nothing ({self._reasons()}). `qlora-lightning inspect` shows "
                 "them; look at max_length, train_on and `train: false`."
             )
+
+    def _list_bad(self) -> str:
+        rows = "1 row cannot be used:" if self.bad_rows == 1 else f"{self.bad_rows} rows cannot be used:"
+        lines = [rows, *(f"  {row.where}: {row.reason}" for row in self.bad)]
+        if self.bad_rows > len(self.bad):
+            lines.append(f"  and {self.bad_rows - len(self.bad)} more")
+        return "\n".join(lines)
 
     def _reasons(self) -> str:
         return "; ".join(f"{count:,}: {reason}" for reason, count in self.dropped.items())

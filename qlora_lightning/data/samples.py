@@ -3,7 +3,7 @@
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -21,18 +21,10 @@ _SHOWN = 20
 
 
 class Sample(NamedTuple):
-    """One conversation or piece of text, ready to be laid into a batch.
+    """One conversation or piece of text."""
 
-    Attributes:
-        ids: token ids, ``(length,)`` int32.
-        labels: aligned with ``ids``, -100 where nothing is trained; the first is always -100. ``(length,)`` int32.
-        row_id: number of the row among the rows of its split, from 0; -1 in a filler.
-        source: which of the split's sources the row came from.
-        weight: of the row, for a loss that reads it.
-    """
-
-    ids: torch.Tensor
-    labels: torch.Tensor
+    ids: torch.Tensor  # (length,) int32
+    labels: torch.Tensor  # aligned with ids, -100 where nothing is trained, as the first always; (length,) int32
     row_id: int
     source: int
     weight: float = 1.0
@@ -40,29 +32,17 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SampleSet(Sequence[Sample]):
-    """N samples with T tokens in all; none is empty, and pieces of one row follow each other.
+    """N samples with T tokens in all; none is empty, and pieces of one row follow each other."""
 
-    Attributes:
-        ids: token ids, sample after sample, ``(T,)`` int32.
-        labelled: whether a token is trained; never at a sample's start. ``(T,)`` bool.
-        starts: where each sample begins, and last T. ``(N + 1,)`` int64.
-        row_ids: number of each sample's row in its split, ``(N,)`` int64; the pieces of one row share it.
-        source: which of the split's sources it came from, ``(N,)`` int32.
-        file: which of ``files`` it is in, ``(N,)`` int32; -1 for none.
-        line: in which line of it, ``(N,)`` int64.
-        files: names of the files.
-        weights: of the rows, ``(N,)`` float32; None if every row weighs 1.
-    """
-
-    ids: npt.NDArray[np.int32]
-    labelled: npt.NDArray[np.bool_]
-    starts: npt.NDArray[np.int64]
-    row_ids: npt.NDArray[np.int64]
-    source: npt.NDArray[np.int32]
-    file: npt.NDArray[np.int32]
-    line: npt.NDArray[np.int64]
+    ids: npt.NDArray[np.int32]  # (T,), sample after sample
+    labelled: npt.NDArray[np.bool_]  # (T,): whether a token is trained; never at a sample's start
+    starts: npt.NDArray[np.int64]  # (N + 1,): where each sample begins, and last T
+    row_ids: npt.NDArray[np.int64]  # (N,): number of its row in the split, which the pieces of one row share
+    source: npt.NDArray[np.int32]  # (N,): which of the split's sources it came from
+    file: npt.NDArray[np.int32]  # (N,): which of ``files`` it is in; -1 for none
+    line: npt.NDArray[np.int64]  # (N,)
     files: tuple[str, ...]
-    weights: npt.NDArray[np.float32] | None = None
+    weights: npt.NDArray[np.float32] | None = None  # (N,), of the rows; None if each weighs 1
 
     @classmethod
     def load(cls, folder: Path) -> "SampleSet":
@@ -190,23 +170,6 @@ class SampleSetBuilder:
             tuple(self._files),
             None if (weights == 1).all() else weights,
         )
-
-
-def make_sample(ids: Sequence[int], labels: Sequence[int], row_id: int, source: int = 0, weight: float = 1.0) -> Sample:
-    """Make a sample of plain lists."""
-    builder = SampleSetBuilder()
-    builder.add(ids, labels, row_id, source, weight=weight)
-    return builder.build()[0]
-
-
-def gather_samples(samples: SampleSet | Iterable[Sample]) -> SampleSet:
-    """Make a set of samples that are in no file; a set is returned as it is."""
-    if isinstance(samples, SampleSet):
-        return samples
-    builder = SampleSetBuilder()
-    for sample in samples:
-        builder.add(sample.ids.tolist(), sample.labels.tolist(), sample.row_id, sample.source, weight=sample.weight)
-    return builder.build()
 
 
 class Repeats(NamedTuple):

@@ -10,8 +10,8 @@ from qlora_lightning.callbacks import dry_batch
 from qlora_lightning.callbacks.dry_batch import DryBatch, find_largest
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.data.batches.loader import FlatLoader
-from qlora_lightning.data.samples import gather_samples, make_sample
 from qlora_lightning.support.errors import UserError
+from tests.flat import gather
 
 LINE = re.compile(
     r"Dry run of the largest batch \((\d+) rows, (\d+) tokens, the longest row (\d+)\): \d+\.\d s, peak \d+\.\d\d GiB"
@@ -20,7 +20,7 @@ LINE = re.compile(
 
 def samples_of(lengths):
     """Rows of these lengths, all of their tokens but the first labelled."""
-    return gather_samples(make_sample([*range(5, 5 + n)], [*range(5, 5 + n)], row) for row, n in enumerate(lengths))
+    return gather(*(([*range(5, 5 + n)], [*range(5, 5 + n)], row) for row, n in enumerate(lengths)))
 
 
 def trainer_of(loader, **options):

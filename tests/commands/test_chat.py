@@ -9,7 +9,8 @@ import torch
 from qlora_lightning.cli import main
 from qlora_lightning.commands.chat.session import TokenStreamer
 from qlora_lightning.data.chat.labels import ChatRenderer
-from qlora_lightning.data.chat.tokenizer import load_choice
+from qlora_lightning.data.chat.templates import choose_chat_template
+from qlora_lightning.data.chat.tokenizer import load_tokenizer
 from qlora_lightning.model.generate import generate_answers
 from qlora_lightning.model.opened_adapter import find_adapter, open_adapter
 from tests.adapters import make_adapter, make_run
@@ -55,7 +56,7 @@ def test_the_examples_of_help_run(arguments, chat):
 def test_one_prompt_prints_the_answer_that_greedy_generation_gives(chat):
     out, turns = chat("--adapter", CALM, "--prompt", "Count to 3.", *SHORT)
     answer = turns[0]["answers"]["a"]
-    renderer = ChatRenderer(load_choice(CALM, None))
+    renderer = ChatRenderer(choose_chat_template(load_tokenizer(CALM), None))
     prompt = renderer.render_prompt([{"role": "user", "content": "Count to 3."}])
     model = open_adapter(find_adapter(CALM)).model.eval()
     expected = generate_answers(model, [prompt], stop_ids=sorted(renderer.stop_ids), max_new_tokens=4)[0]

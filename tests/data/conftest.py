@@ -1,6 +1,5 @@
 import copy
 import json
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,36 +19,39 @@ QWEN = (
 )
 
 
-class CharTokenizer:
+CHARACTERS = (
+    "{% for m in messages %}{{ '{' ~ m['role'][0] ~ '\n' ~ m['content'] ~ '}\n' }}{% endfor %}"
+    "{{ '{a\n' if add_generation_prompt else '' }}"
+)
+
+
+def make_characters():
     """Each character is its code; `{` begins a turn, `}` ends it: ids that can be written by hand.
 
     A newline followed by a newline is one token (1010), as byte-pair encodings have it.
     """
+    from transformers import PreTrainedTokenizerFast
 
-    chat_template = "built in"
-    name_or_path = "characters"
-    bos_token_id, eos_token_id = None, ord("}")
-    all_special_tokens, all_special_ids = ("{", "}"), (ord("{"), ord("}"))
+    vocabulary = {chr(number): number for number in range(1010)} | {"\n\n": 1010}
+    backend = Tokenizer(models.BPE(vocabulary, [("\n", "\n")]))
+    backend.add_special_tokens(["{", "}"])
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="}", clean_up_tokenization_spaces=False, chat_template=CHARACTERS
+    )
+    tokenizer.name_or_path = "characters"
+    return tokenizer
 
-    def __init__(self):
-        self.added_tokens_decoder = {}
 
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt, tools=None):
-        assert not tokenize
-        text = "".join(f"{{{m['role'][0]}\n{m['content']}}}\n" for m in messages)
-        return text + "{a\n" if add_generation_prompt else text
-
-    def encode(self, text, add_special_tokens):
-        assert not add_special_tokens
-        return [1010 if piece == "\n\n" else ord(piece) for piece in re.findall(r"\n\n|(?s:.)", text)]
-
-    def decode(self, ids, **kwargs):
-        return "".join("\n\n" if number == 1010 else chr(number) for number in ids)
+@pytest.fixture(scope="session")
+def _characters():
+    return make_characters()
 
 
 @pytest.fixture
-def characters():
-    return CharTokenizer()
+def characters(_characters):
+    """A copy that a test may change."""
+    return copy.deepcopy(_characters)
 
 
 @pytest.fixture(scope="session")

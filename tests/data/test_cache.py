@@ -1,10 +1,6 @@
 """What a data module takes from the cache, and what makes it prepare its rows again."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +13,6 @@ from qlora_lightning.data.report import Report
 from qlora_lightning.data.samples import SampleSetBuilder
 from qlora_lightning.support.errors import UserError
 
-REPOSITORY = Path(__file__).parents[2]
 KEY = {"rows": "a"}
 
 
@@ -30,13 +25,13 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def prepared(monkeypatch):
     """The splits that were prepared, rather than taken from the cache."""
-    splits, prepare = [], datamodule.prepare_samples
+    splits, prepare = [], datamodule.prepare
 
-    def record(rows, recipe, split, *arguments, **settings):
+    def record(rows, recipe, split, *settings):
         splits.append(split)
-        return prepare(rows, recipe, split, *arguments, **settings)
+        return prepare(rows, recipe, split, *settings)
 
-    monkeypatch.setattr(datamodule, "prepare_samples", record)
+    monkeypatch.setattr(datamodule, "prepare", record)
     return splits
 
 
@@ -70,7 +65,7 @@ def is_mapped(array):
 def test_the_second_time_samples_are_mapped_and_no_tokenizer_is_loaded(setup, prepared, monkeypatch):
     first = setup()
     assert prepared == ["train", "val"]
-    monkeypatch.setattr(datamodule, "load_choice", lambda *arguments: pytest.fail("the tokenizer was loaded"))
+    monkeypatch.setattr(datamodule, "load_tokenizer", lambda *arguments: pytest.fail("the tokenizer was loaded"))
     second = setup()
     assert prepared == ["train", "val"]
     assert contents(first) == contents(second)
@@ -145,7 +140,7 @@ class Mine(InstructionDataModule):
         return [{"prompt": "q", "completion": "k"}] if split == "train" else []
 
 
-def test_what_nobody_can_tell_the_origin_of_is_never_kept(setup, prepared, cache, tmp_path, monkeypatch, characters):
+def test_what_nobody_can_tell_the_origin_of_is_never_kept(setup, prepared, cache, tmp_path, monkeypatch):
     (tmp_path / "converting.py").write_text(
         "def convert(values):\n"
         "    turns = ('user', values['prompt']), ('assistant', values['completion'])\n"
@@ -154,7 +149,6 @@ def test_what_nobody_can_tell_the_origin_of_is_never_kept(setup, prepared, cache
     monkeypatch.syspath_prepend(tmp_path)
     for kind, settings in (
         (InstructionDataModule, {"format": "converting.convert"}),
-        (InstructionDataModule, {"tokenizer": characters}),
         (Mine, {}),
     ):
         prepared.clear()
@@ -192,15 +186,6 @@ def test_another_version_of_a_library_is_prepared_again(monkeypatch):
     assert prepare.calls == 2
 
 
-def test_what_preparing_rejects_is_rejected_without_a_trace(cache):
-    def refuse():
-        raise UserError("a.jsonl:1: empty")
-
-    with pytest.raises(UserError, match=r"a\.jsonl:1: empty"):
-        cached_samples(KEY, "rows", refuse)
-    assert not any(path.is_dir() for path in cache.iterdir())
-
-
 @pytest.mark.parametrize("fault", ["not writable", "full"])
 def test_a_cache_that_cannot_be_written_prepares_in_memory_once_with_one_warning(tmp_path, monkeypatch, caplog, fault):
     def save(self, folder):
@@ -218,26 +203,3 @@ def test_a_cache_that_cannot_be_written_prepares_in_memory_once_with_one_warning
     assert record.levelname == "WARNING"
     assert "The samples of rows are not kept for the next start" in record.message
     assert ("No space left on device" if fault == "full" else str(tmp_path / "file")) in record.message
-
-
-def test_a_killed_preparation_leaves_nothing_that_counts(cache):
-    script = """
-import os, signal
-from tests.data.test_cache import KEY, Prepare
-from qlora_lightning.data.cache import cached_samples
-from qlora_lightning.data.samples import SampleSet
-
-def save(self, folder):
-    (folder / "ids.npy").write_bytes(b"half")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-SampleSet.save = save
-cached_samples(KEY, "rows", Prepare())
-"""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    killed = subprocess.run([sys.executable, "-c", script], env=environment)
-    assert killed.returncode == -signal.SIGKILL
-    assert len(list(cache.glob("*/ids.npy"))) == 1  # half of it is there
-    prepare = Prepare()
-    samples, _ = cached_samples(KEY, "rows", prepare)
-    assert (prepare.calls, samples.ids.tolist()) == (1, [5, 6, 7])

@@ -137,7 +137,9 @@ SETTINGS = [
     ({"tokens_per_batch": 512}, "batch_size and tokens_per_batch are both given"),
     ({"batch_size": None, "tokens_per_batch": 9, "group_by_length": True}, "group_by_length and tokens_per_batch are"),
     ({"val": {"path": "val.jsonl"}, "val_fraction": 0.1}, "val and val_fraction are both given"),
-    ({"val": None, "val_fraction": 1.5}, "data.val_fraction is 1.5: expected a share"),
+    ({"train_on": "user"}, "train_on: expected assistant, last, all, found 'user'"),
+    ({"reasoning": "all"}, "reasoning: expected template, keep, drop, found 'all'"),
+    ({"val": None, "val_fraction": 1.5}, "val_fraction: expected a share between 0 and 1, found 1.5"),
     ({"shuffle": False, "group_by_length": True}, "shuffle: false and group_by_length"),
     ({"shuffle": False, "batch_size": None, "tokens_per_batch": 64}, "shuffle: false and tokens_per_batch"),
     ({"streaming": True, "val": None, "val_fraction": 0.1}, "a stream never has all rows"),
@@ -210,36 +212,14 @@ def test_settings_that_an_older_checkpoint_lacks_had_their_defaults(make):
     assert find_changes({}, now, "data", make()) == []  # of a data module that tells no settings
 
 
-def test_bad_rows_stop_or_are_skipped(make, write):
-    write("bad.jsonl", [{"prompt": "q", "completion": "k"}, {"prompt": "q", "completion": ""}])
-    with open("bad.jsonl", "a") as file:
-        file.write("no json\n")
-    with pytest.raises(UserError) as error:
-        make(train="bad.jsonl").setup("fit")
-    lines = str(error.value).splitlines()
-    assert lines[:2] == ["2 rows cannot be used:", "  bad.jsonl:2: the answer (message 2) is empty"]
-    assert lines[2].startswith("  bad.jsonl:3: not JSON")
-    data = make(train="bad.jsonl", on_bad_row="skip")
-    data.setup("fit")
-    report = data.reports["train"]
-    assert (report.rows, report.samples, report.bad_rows) == (3, 1, 2)
-    write("worse.jsonl", [{"prompt": "q", "completion": ""}])
-    with pytest.raises(UserError, match=r"worse.jsonl:1: the answer .message 2. is empty"):
-        make(train="worse.jsonl", on_bad_row="skip").setup("fit")
-
-
 PAIR = {"prompt": "q", "completion": "k"}
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "k"}]
-ASKED = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "k"}, {"from": "human", "value": "r"}]
 OTHER_TASKS = [
     ({"prompt": "q", "chosen": "k", "rejected": "b"}, "`chosen: completion`"),
-    ({"conversations": ASKED, "chosen": ASKED[1], "rejected": ASKED[1]}, "is a preference row"),
     ({**PAIR, "label": False}, "{label: null}"),  # of TRL
-    ({"messages": TALK, "label": True}, "{label: null}"),
     ({"instruction": "q", "output": "k", "kto_tag": False}, "{kto_tag: null}"),  # of LLaMA-Factory
     ({"messages": TALK, "images": ["a.png"]}, "{images: null}"),
     ({**PAIR, "image": {"bytes": None, "path": "a.png"}}, "{image: null}"),
-    ({"question": "q", "answer": "k", "audio": "a.wav"}, "{audio: null}"),
 ]
 
 
@@ -283,20 +263,12 @@ def test_what_only_looks_like_another_task_and_what_the_user_names_trains(make, 
     assert "".join(map(chr, data.samples["train"][0].ids.tolist())) == "{u\nq}\n{a\nk}\n"
 
 
-def test_rows_of_other_tasks_may_be_answered_and_be_read_by_a_function_of_the_users(make, write, tmp_path, monkeypatch):
-    write("judged.jsonl", [{**PAIR, "label": False, "image": "a.png"}])
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "reads_images.py").write_text(
-        'def read(row):\n    text = f\'{row["prompt"]} {row["image"]} {row["label"]}\'\n'
-        "    return [{'role': 'user', 'content': text}, {'role': 'assistant', 'content': 'k'}]\n"
-    )
-    data = make(train="judged.jsonl", val=None, format="reads_images.read")
-    data.setup("fit")
-    assert data.reports["train"].unread_columns == []
+def test_rows_of_other_tasks_may_be_answered(make, write):
     write("preferences.jsonl", [{"prompt": "q", "chosen": "k", "rejected": "b"}])
     make(predict="preferences.jsonl").setup("predict")  # only the prompt is asked for
-    with pytest.raises(UserError, match=r"judged.jsonl:1 has 'image'"):
-        make(predict="judged.jsonl").setup("predict")
+    write("seen.jsonl", [{**PAIR, "image": "a.png"}])
+    with pytest.raises(UserError, match=r"seen.jsonl:1 has 'image'"):
+        make(predict="seen.jsonl").setup("predict")
 
 
 def test_rows_from_elsewhere(characters):

@@ -5,9 +5,9 @@ from dataclasses import asdict
 
 import pytest
 
-from qlora_lightning.data import prepare
-from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
-from qlora_lightning.data.prepare import TOO_LONG, Recipe, prepare_prompts, prepare_samples, watch_rows
+from qlora_lightning.data import prepare as module
+from qlora_lightning.data.chat.labels import ChatRenderer
+from qlora_lightning.data.prepare import TOO_LONG, Recipe, prepare
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.rows.readers import Row
@@ -29,26 +29,30 @@ def source(*values, file="a.jsonl", **settings):
     return RowSettings(**settings), rows
 
 
+def prepared(*sources, recipe, **settings):
+    return prepare(sources, recipe, "train", **settings)[:2]
+
+
 def read(samples, n):
     return "".join(map(chr, samples[n].ids.tolist()))
 
 
 def test_rows_become_samples_and_a_report(recipe):
-    samples, report = prepare_samples([source(pair("q", "ok"), pair("q" * 20, "k"))], recipe(max_length=16), "train")
+    samples, report = prepared(source(pair("q", "ok"), pair("q" * 20, "k")), recipe=recipe(max_length=16))
     assert read(samples, 0) == "{u\nq}\n{a\nok}\n"
     assert samples[0].labels.tolist() == [-100] * 9 + [111, 107, 125, -100]
     assert read(samples, 1) == "{u\nqqqqqq}\n{a\nk}"  # of 31 tokens
     assert [samples.where(n) for n in range(2)] == ["a.jsonl:1", "a.jsonl:2"]
     counts = {"tokens": 29, "labelled": 5, "shortened": 1, "lost_tokens": 15}
     assert report == Report("train", rows=2, samples=2, formats=["prompt_completion"], **counts)
-    _, report = prepare_samples([source(pair("q", "k" * 20))], recipe(max_length=16), "train")
+    _, report = prepared(source(pair("q", "k" * 20)), recipe=recipe(max_length=16))
     assert (report.shortened, report.lost_tokens, report.lost_labels) == (1, 15, 14)  # 7 of 21 are left, without }
 
 
 def test_bad_rows_are_reported_in_file_order_and_left_out(recipe):
     bad = [BadRow(f"b.jsonl:{line}", "empty") for line in range(1, 1_026)]
     rows = source(pair(), pair("{", "k"), {"prompt": "q"}, BadRow("a.jsonl:4", "not JSON"), pair("q", ""), pair())
-    samples, report = prepare_samples([rows, source(*bad)], recipe(), "train")
+    samples, report = prepared(rows, source(*bad), recipe=recipe())
     assert samples.row_ids.tolist() == [0, 5]
     assert (report.rows, report.samples, report.bad_rows, len(report.bad)) == (1_031, 2, 1_029, 20)
     control = "message 1 (user) contains the control token '{' as text, which would end or begin a turn there"
@@ -64,13 +68,13 @@ def test_bad_rows_are_reported_in_file_order_and_left_out(recipe):
 def test_a_template_that_cannot_be_used_names_the_row(recipe, characters):
     characters.apply_chat_template = lambda messages, **kwargs: " ".join(m["content"] for m in messages) + " "
     with pytest.raises(UserError, match=r"^a.jsonl:1: the model would never learn to stop"):
-        prepare_samples([source(pair())], recipe(), "train")
+        prepared(source(pair()), recipe=recipe())
 
 
 def test_rows_left_out_are_counted_by_reason(recipe, talk):
     asked, answer = talk("q", "k")
     rows = source({"messages": [asked, {**answer, "train": False}]}, pair("q" * 20), pair(), pair("r"), pair())
-    samples, report = prepare_samples([rows], recipe(max_length=16, too_long="drop"), "train", deduplicate=True)
+    samples, report = prepared(rows, recipe=recipe(max_length=16, too_long="drop"), deduplicate=True)
     assert samples.row_ids.tolist() == [2, 3]
     assert (report.rows, report.samples, report.tokens, report.duplicates, report.bad_rows) == (5, 2, 24, 0, 0)
     assert report.unusable == 1  # what is dropped as too long, or twice, was asked for
@@ -80,114 +84,85 @@ def test_rows_left_out_are_counted_by_reason(recipe, talk):
 
 def test_a_row_split_into_pieces_keeps_its_number(recipe):
     rows = source(pair(), pair("q", "abcdefghijklmnop"))
-    samples, report = prepare_samples([rows], recipe(max_length=16, too_long="split"), "train")
+    samples, report = prepared(rows, recipe=recipe(max_length=16, too_long="split"))
     assert samples.row_ids.tolist() == [0, 1, 1]
     assert [read(samples, n) for n in (1, 2)] == ["{u\nq}\n{a\nabcdefg", "defghijklmnop}\n"]
     assert (report.rows, report.samples, report.labelled, report.shortened) == (2, 3, 2 + 17, 0)
 
 
-def test_turn_by_turn_rows_and_weights_are_counted(smol, templates, talk):
-    smol.chat_template = templates.qwen
-    row = {"messages": talk("q", "<think>hm</think>a", "r", "b")}
-    samples, report = prepare_samples([source(row)], Recipe(ChatRenderer(smol)), "train")
-    assert samples.row_ids.tolist() == [0, 0]
-    assert (report.turn_by_turn, report.samples, report.rows) == (1, 2, 1)
-
-
-class Plain:
-    """A renderer of texts as they are."""
-
-    def render_all(self, contents):
-        return [[Rendered(*[list(range(len(text.segments[0][0])))] * 2)] for text in contents]
-
-
 @pytest.mark.parametrize(("too_long", "cut"), [("truncate", [8]), ("drop", []), ("split", [8, 8, 7])])
-def test_a_document_is_cut_into_pieces_and_other_text_as_its_settings_say(too_long, cut):
-    recipe = Recipe(Plain(), max_length=8, too_long=too_long)
+def test_a_document_is_cut_into_pieces_and_other_text_as_its_settings_say(recipe, too_long, cut):
     segments = [{"text": "x" * 19, "train": True}]
-    for name, value, lengths in (("text", "x" * 19, [8, 8, 5]), ("segments", segments, cut)):
-        samples, report = prepare_samples([source({name: value}, format=name)], recipe, "train")
+    for name, value, lengths in (("text", "x" * 19, [8, 8, 6]), ("segments", segments, cut)):
+        rows = source({name: value}, format=name)
+        samples, report = prepared(rows, recipe=recipe(max_length=8, too_long=too_long))
         assert samples.lengths.tolist() == lengths
         assert report.shortened == (lengths == [8])
         assert report.dropped == ({} if lengths else {TOO_LONG: 1})
 
 
-def test_a_source_is_read_when_its_turn_comes_and_checked_by_its_own_rows(recipe, monkeypatch):
-    monkeypatch.setattr(prepare, "CHUNK", 2)
-    done, read_when = [], []
+def test_a_source_is_read_when_its_turn_comes_and_checked_by_its_own_rows(recipe):
+    begun = []
 
-    def rows(name, count):
-        read_when.append((name, list(done)))
-        yield from source(*[pair(f"{name}{n}") for n in range(count)], file=name)[1]
+    def rows(name):
+        begun.append(name)
+        yield from source(pair(name), file=name)[1]
 
-    sources = [(RowSettings(), rows("a", 5)), (RowSettings(columns={"prmpt": "question"}), rows("b", 2))]
+    sources = [(RowSettings(), rows("a")), (RowSettings(columns={"prmpt": "question"}), rows("b")), source(pair())]
     with pytest.raises(UserError, match="columns: no row has 'prmpt'"):
-        prepare_samples(sources, recipe(), "train", done.append)
-    assert read_when == [("a", []), ("b", [2, 4, 5])]
+        prepared(*sources, (RowSettings(), rows("c")), recipe=recipe())
+    assert begun == ["a", "b"]
 
 
 def test_each_row_has_its_own_format_and_chunks_change_nothing(recipe, monkeypatch):
     settings, rows = source(pair("r"), {"prompt": "q"}, pair())
     alpaca = source({"instruction": "q", "output": "k"}, file="b.jsonl")[1]
     sources = [(settings, rows + alpaca), source(pair("z"), file="c")]
-    samples, report = prepare_samples(sources, recipe(), "train")
+    samples, report = prepared(*sources, recipe=recipe())
     assert report.formats == ["prompt_completion", "alpaca"]
     assert (report.duplicates, report.duplicate_pairs) == (1, [("b.jsonl:1", "a.jsonl:3")])
     assert (samples.row_ids.tolist(), samples.source.tolist()) == ([0, 2, 3, 4], [0, 0, 0, 1])
-    monkeypatch.setattr(prepare, "CHUNK", 1)
-    again, same = prepare_samples(sources, recipe(), "train")
+    monkeypatch.setattr(module, "CHUNK", 1)
+    again, same = prepared(*sources, recipe=recipe())
     assert (same, again.content_hash) == (report, samples.content_hash)
+
+
+def test_rows_of_all_kinds_stay_in_their_order(smol, templates, talk):
+    smol.chat_template = templates.qwen
+    turns = {"messages": talk("q", "<think>hm</think>a", "r", "b")}  # rendered turn by turn: two texts
+    rows = source(pair(), {"input_ids": [5, 6], "labels": [5, 6]}, turns, pair("<|im_end|>"), turns, pair("q", "z"))
+    samples, report = prepared(rows, recipe=Recipe(ChatRenderer(smol)))
+    said = [smol.decode([label for label in sample.labels.tolist() if label != -100]) for sample in samples]
+    thoughts = ["<think>hm</think>a<|im_end|>", "b<|im_end|>"]
+    assert said == ["k<|im_end|>", smol.decode([6]), *thoughts, *thoughts, "z<|im_end|>"]
+    assert samples.row_ids.tolist() == [0, 1, 2, 2, 4, 4, 5]
+    assert (report.turn_by_turn, report.bad_rows) == (2, 1)
 
 
 def test_prompts_keep_the_answer_as_reference(recipe):
     rows = source(pair("q", "ok"), {"prompt": "r"}, {"prompt": 7})
-    prompts, report = prepare_prompts([rows], recipe(), "predict")
+    _, report, prompts = prepare([rows], recipe(), "predict", for_prompts=True)
     assert ["".join(map(chr, prompt.ids)) for prompt in prompts] == ["{u\nq}\n{a\n", "{u\nr}\n{a\n"]
     assert [prompt.reference for prompt in prompts] == ["ok", None]
-    assert prompts[1][2:] == (1, {"prompt": "r"}, "a.jsonl", 2)
+    assert prompts[1][2:] == (1, {"prompt": "r"})
     assert report.describe().splitlines()[0] == "predict: 3 rows (prompt_completion), 18 tokens, 2 samples"
     assert [row.where for row in report.bad] == ["a.jsonl:3"]
 
 
-ANSWERS = [
-    "Four.",
-    "\nFour.",
-    "\n\n\n  Four.\n",
-    " Four",
-    "é🙂 Four\n\nand four",
-    "```python\n\tprint(4)\n```",
-    "4\r\n",
-]
-
-
-def test_what_is_trained_of_every_row_is_its_answers_and_their_stop_tokens(smol, talk):
-    turns = talk(*[text for answer in ANSWERS for text in ("Again?", answer)])
-    questions = [{"question": "Two and two?\n", "answer": answer} for answer in ANSWERS]
-    sources = [source(*[pair("Two and two?", answer) for answer in ANSWERS]), source(*questions)]
-    samples, report = prepare_samples([*sources, source({"messages": turns})], Recipe(ChatRenderer(smol)), "train")
-    said = [smol.decode([label for label in sample.labels.tolist() if label != -100]) for sample in samples]
-    ended = [f"{answer}<|im_end|>" for answer in ANSWERS]
-    assert said == [*ended, *ended, "".join(ended)]
-    assert (report.rows, report.samples, report.bad_rows) == (15, 15, 0)
-
-
-def test_what_takes_long_shows_a_bar_on_a_terminal_and_lines_elsewhere(capsys, caplog, monkeypatch):
-    def watch_twice(**kwargs):
-        with watch_rows("train", **kwargs) as watch:
-            watch(512)
-            watch(7_473)
+def test_what_takes_long_shows_a_bar_on_a_terminal_and_lines_elsewhere(recipe, capsys, caplog, monkeypatch):
+    def shown(show=True):
+        prepared(source(*[pair()] * 600), recipe=recipe(), show=show)
         return capsys.readouterr()
 
     caplog.set_level("INFO", "qlora_lightning")
-    assert (watch_twice(), caplog.text) == (("", ""), "")
-    monkeypatch.setattr(prepare, "_PAUSE", -1)
-    assert watch_twice() == ("", "")
-    assert "train: 7,473 rows prepared" in caplog.text
-    caplog.clear()
+    assert (shown(), caplog.text) == (("", ""), "")
+    monkeypatch.setattr(module, "_PAUSE", -1)
+    assert shown() == ("", "")
+    assert "train: 600 rows prepared" in caplog.text
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the captured stream for a terminal
-    out, err = watch_twice()
-    assert (out, "7,473 rows" in err, caplog.text) == ("", True, "")
-    assert watch_twice(show=False) == ("", "")  # one of several processes shows it
+    out, err = shown()
+    assert (out, "600 rows" in err) == ("", True)
+    assert shown(show=False) == ("", "")  # one of several processes shows it
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -232,7 +207,7 @@ def test_bad_rows_nothing_left_and_too_much_that_teaches_nothing_are_rejected():
     report.check_bad(skip=True)
     with pytest.raises(UserError, match=r"25 rows cannot be used:\n  a.jsonl:3: empty\n(.*\n)*.*on_bad_row: skip"):
         report.check_bad(skip=False)
-    with pytest.raises(UserError, match=r"a.jsonl:9: not JSON\nCorrect them\.$"):  # skipping is what was done
+    with pytest.raises(UserError, match=r"a.jsonl:9: not JSON$"):  # skipping is what was done
         Report("train", rows=2, bad=BAD, bad_rows=2).check_left()
     with pytest.raises(UserError, match=r"val: none of 1,200 rows is left \(1,200: too long\)"):
         Report("val", rows=1_200, dropped={"too long": 1_200}).check_left()

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
-from qlora_lightning.data.batches.collate import collate
-from qlora_lightning.data.samples import make_sample
 from qlora_lightning.evaluation.judge import Answering, choose_max_new_tokens, cut_rows, judge_rows, split_sample
 from qlora_lightning.evaluation.report import last_turn
 from qlora_lightning.model.loss import TokenStatistics
+from tests.flat import collate
 
 NO = -100
 
@@ -69,9 +68,9 @@ def test_the_last_run_of_labels_is_the_answer_and_all_before_it_the_prompt():
 
 
 def test_a_batch_is_cut_into_its_rows_without_fillers():
-    samples = [make_sample([1, 2, 3], [NO, NO, 3], 4, source=1), make_sample([5, 6], [NO, NO], -1)]
-    samples.append(make_sample([7, 8, 9], [NO, NO, 9], 2))
-    first, second = cut_rows(collate(samples))
+    samples = [([1, 2, 3], [NO, NO, 3], 4, 1), ([5, 6], [NO, NO], -1)]
+    samples.append(([7, 8, 9], [NO, NO, 9], 2))
+    first, second = cut_rows(collate(*samples))
     assert (first.number, first.source, first.prompt, first.expected) == (4, 1, [1, 2], [3])
     assert (second.number, second.source, second.prompt, second.expected) == (2, 0, [7, 8], [9])
     assert torch.equal(second.batch["position_ids"], torch.tensor([[0, 1, 2]]))
@@ -84,9 +83,9 @@ def test_the_last_turn_lies_between_the_last_two_stop_tokens():
 
 
 def test_the_limit_is_twice_the_longest_answer_within_bounds():
-    rows = cut_rows(collate([make_sample(list(range(60)), [NO] * 20 + list(range(20, 60)), 0)]))
+    rows = cut_rows(collate((list(range(60)), [NO] * 20 + list(range(20, 60)), 0)))
     assert choose_max_new_tokens(rows) == 80
     assert choose_max_new_tokens([]) == 32
-    assert choose_max_new_tokens(cut_rows(collate([make_sample([1, 2, 3], [NO, NO, 3], 0)]))) == 32
-    long = cut_rows(collate([make_sample([0] * 900, [NO] * 2 + [1] * 898, 0)]))
+    assert choose_max_new_tokens(cut_rows(collate(([1, 2, 3], [NO, NO, 3], 0)))) == 32
+    long = cut_rows(collate(([0] * 900, [NO] * 2 + [1] * 898, 0)))
     assert choose_max_new_tokens(long) == 512

@@ -9,12 +9,12 @@ import torch
 
 from qlora_lightning import InstructionDataModule, LossSums, QLoRAModule
 from qlora_lightning.cli import main
-from qlora_lightning.data.batches.collate import collate
-from qlora_lightning.data.samples import SampleSetBuilder, make_sample
+from qlora_lightning.data.samples import SampleSetBuilder
 from qlora_lightning.evaluation import judge
 from qlora_lightning.evaluation.judge import losses_of_rows
 from qlora_lightning.model.batch import BatchShape, cut_into_rows, describe_row, join_places, row_places, shape_of_batch
 from qlora_lightning.model.loss import TokenStatistics
+from tests.flat import collate
 from tests.steps import make_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
@@ -147,7 +147,7 @@ def test_statistics_weigh_every_token_the_same_whatever_the_batch():
 
 # ---- cut and described -----------------------------------------------------------------------------------------------
 
-SAMPLES = [make_sample([7, 8, 9], [-100, 8, 9], 5), make_sample([4, 3], [-100, 3], 6)]
+SAMPLES = [([7, 8, 9], [-100, 8, 9], 5), ([4, 3], [-100, 3], 6)]
 
 
 @pytest.fixture
@@ -162,15 +162,15 @@ def test_places_are_file_and_line_if_the_data_know_them(data):
     assert row_places(data, [6, 5, -1, 40]) == ["train.jsonl:18", "train.jsonl:17", "row 40"]
     assert row_places(None, [3]) == ["row 3"]
     assert join_places(["a", "b", "c"], most=2) == "a, b and 1 more"
-    row = collate(SAMPLES[:1])
+    row = collate(SAMPLES[0])
     expected = {"row_id": 5, "place": "train.jsonl:17", "tokens": 3, "labelled_tokens": 2, "text": "[7, 8, 9]"}
     assert describe_row(data, row) == expected
     assert describe_row(None, row) == {**expected, "place": "row 5", "text": None}
 
 
 def test_a_batch_is_cut_into_what_its_rows_would_be_alone():
-    for found, sample in zip(cut_into_rows(collate(SAMPLES)), SAMPLES, strict=True):
-        expected = collate([sample])
+    for found, sample in zip(cut_into_rows(collate(*SAMPLES)), SAMPLES, strict=True):
+        expected = collate(sample)
         assert found.keys() == expected.keys()
         assert found.pop("longest") == expected.pop("longest")
         assert all(torch.equal(found[name], expected[name]) for name in found)

@@ -19,7 +19,8 @@ from qlora_lightning.commands.adapter_config import BASE
 from qlora_lightning.commands.chat import SETTINGS
 from qlora_lightning.commands.output import write_json
 from qlora_lightning.data.chat.labels import ChatRenderer
-from qlora_lightning.data.chat.tokenizer import load_choice
+from qlora_lightning.data.chat.templates import choose_chat_template
+from qlora_lightning.data.chat.tokenizer import load_tokenizer
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Message
 from qlora_lightning.model.adapters.folder import add_named_adapter
@@ -258,7 +259,8 @@ class Session:
 
 def _make_renderer(source: AdapterSource) -> ChatRenderer:
     has_own = any((source.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return ChatRenderer(load_choice(str(source.folder if has_own else source.base.folder), None))
+    folder = source.folder if has_own else source.base.folder
+    return ChatRenderer(choose_chat_template(load_tokenizer(str(folder)), None))
 
 
 # ---- one answer ------------------------------------------------------------------------------------------------------

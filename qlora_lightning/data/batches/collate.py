@@ -7,37 +7,22 @@ import numpy as np
 import torch
 
 from qlora_lightning.data.chat.labels import IGNORED
-from qlora_lightning.data.samples import Sample, SampleSet, gather_samples
+from qlora_lightning.data.samples import SampleSet
 
 
 class Batch(TypedDict):
-    """One flat stream of B samples with T tokens in all.
+    """One flat stream of B samples with T tokens in all."""
 
-    Attributes:
-        input_ids: ``(1, T)`` int64.
-        position_ids: ``(1, T)`` int64, from 0 in each sample.
-        labels: ``(1, T)`` int64, aligned with ``input_ids`` (the loss shifts); -100 where nothing is trained, and
-            at each sample's start, so that nothing is predicted across samples.
-        cu_seqlens: ``(B + 1,)`` int32, where each sample begins; the last is T.
-        longest: tokens of the longest sample.
-        row_ids: ``(B,)`` int64, number of each row in its split; -1 for a filler.
-        source: ``(B,)`` int64, which of the split's sources each row came from.
-        weights: ``(B,)`` float32, of each row; only if the split's rows have weights.
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
+    input_ids: torch.Tensor  # (1, T) int64
+    position_ids: torch.Tensor  # (1, T) int64, from 0 in each sample
+    # (1, T) int64, aligned with input_ids (the loss shifts): -100 where nothing is trained, and at each sample's start,
+    # so that nothing is predicted across samples
     labels: torch.Tensor
-    cu_seqlens: torch.Tensor
-    longest: int
-    row_ids: torch.Tensor
-    source: torch.Tensor
-    weights: NotRequired[torch.Tensor]
-
-
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Lay samples end to end; at least one, none of them empty."""
-    return collate_rows(gather_samples(samples), range(len(samples)))
+    cu_seqlens: torch.Tensor  # (B + 1,) int32, where each sample begins; the last is T
+    longest: int  # tokens of the longest sample
+    row_ids: torch.Tensor  # (B,) int64, number of each row in its split; -1 for a filler
+    source: torch.Tensor  # (B,) int64, which of the split's sources each row came from
+    weights: NotRequired[torch.Tensor]  # (B,) float32, of each row; only if the split's rows have weights
 
 
 def collate_rows(samples: SampleSet, rows: Sequence[int], filler: bool = False) -> Batch:

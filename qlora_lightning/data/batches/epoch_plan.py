@@ -9,15 +9,15 @@ import numpy.typing as npt
 
 from qlora_lightning.data.batches.order import (
     RankBatch,
-    check_weights,
+    best_fit,
     count_batches,
     group_by_length,
+    make_count,
     mix_sources,
     permute,
     rank_batches,
     rank_bins,
 )
-from qlora_lightning.data.batches.packing import best_fit, make_count
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
 
@@ -30,33 +30,26 @@ class EpochPlan:
     first. Every epoch has the same number of batches. Under ``weights`` the number of bins may come out
     differently: it is made that of epoch 0, by leaving out the emptiest bins or cutting the fullest in two.
 
-    Attributes:
-        samples: all samples of the split.
-        batch_size: rows per micro-batch on each rank; or
-        tokens_per_batch: tokens per micro-batch on each rank, which best-fit bins stay within.
-        shuffle: a new order each epoch; else file order.
-        group_by_length: rows of like length in a micro-batch (see ``group_by_length``); only with ``batch_size``.
-        weights: of each source (see ``mix_sources``); without, each row is taken once an epoch.
-        seed: of every order.
-        world_size: number of ranks that share the rows.
-
     Raises:
         UserError: a weight or ``tokens_per_batch`` does not fit the samples.
     """
 
     samples: SampleSet
-    batch_size: int | None = None
-    tokens_per_batch: int | None = None
+    batch_size: int | None = None  # rows per micro-batch on each rank; or
+    tokens_per_batch: int | None = None  # tokens per micro-batch on each rank, which best-fit bins stay within
     shuffle: bool = False
-    group_by_length: bool = False
-    weights: Sequence[float] | None = None
+    group_by_length: bool = False  # only with ``batch_size``
+    weights: Sequence[float] | None = None  # of each source; without, each row is taken once an epoch
     seed: int = 0
     world_size: int = 1
 
     def __post_init__(self) -> None:
         assert (self.batch_size is None) != (self.tokens_per_batch is None)
         if self.weights is not None:
-            check_weights(self.samples.source, self.weights)
+            rows = np.bincount(self.samples.source, minlength=len(self.weights))
+            if not rows.all():
+                number = int(rows.argmin()) + 1
+                raise UserError(f"weight: source {number} has no usable row, so it has no share: leave it out.")
         lengths, budget = self.samples.lengths, self.tokens_per_batch
         if budget is not None and lengths.max(initial=0) > budget:
             worst, longer = int(lengths.argmax()), int((lengths > budget).sum())
@@ -110,10 +103,7 @@ _ROWS = 500_000  # as long as they have no more rows than that: some five second
 def epochs_to_look_at(plan: EpochPlan, now: int = 0, max_epochs: int | None = None) -> range:
     """Return the epochs whose batches are worth a look: this one and, of small data that is shuffled, the nine after.
 
-    Args:
-        plan: of all epochs.
-        now: this epoch.
-        max_epochs: of the run; None or -1 without end.
+    ``max_epochs`` of None or -1 is a run without end.
     """
     changes = plan.shuffle and plan.tokens_per_batch is None  # packed batches are as full in every epoch
     last = max_epochs if changes and max_epochs is not None else now + 1

@@ -1,12 +1,15 @@
 """Batches in the order of an epoch, from which a run can stop and go on."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from qlora_lightning.data.batches.collate import Batch, collate_rows
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
+from qlora_lightning.data.batches.order import count_batches, rank_batches
+from qlora_lightning.data.prepare import Prompt
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
 
@@ -116,3 +119,38 @@ class FabricLoader(FlatLoader, DataLoader[Batch], IterableDataset[Batch]):  # ty
     def dataset(self) -> IterableDataset[Batch]:  # type: ignore[override]  # a plain attribute there
         """Itself: Fabric puts no sampler of its own before an iterable data set. Each rank has its own rows already."""
         return self
+
+
+class PromptBatch(TypedDict):
+    """Several rows to predict; plain lists. A rank that has no row left gets no prompts."""
+
+    prompt_ids: list[list[int]]
+    stop_ids: list[int]
+    references: list[str | None]
+    row_ids: list[int]
+    rows: list[dict[str, Any]]
+
+
+@dataclass
+class PromptLoader:
+    """One rank's prompts in file order; every rank has the same number of batches."""
+
+    prompts: Sequence[Prompt]
+    batch_size: int
+    stop_ids: list[int]
+    rank: int = 0
+    world_size: int = 1
+
+    def __len__(self) -> int:
+        return count_batches(len(self.prompts), self.batch_size, self.world_size)
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        for rows, filler in rank_batches(range(len(self.prompts)), self.batch_size, self.rank, self.world_size):
+            prompts = [] if filler else [self.prompts[row] for row in rows]
+            yield {
+                "prompt_ids": [prompt.ids for prompt in prompts],
+                "stop_ids": self.stop_ids,
+                "references": [prompt.reference for prompt in prompts],
+                "row_ids": [prompt.row_id for prompt in prompts],
+                "rows": [prompt.values for prompt in prompts],
+            }

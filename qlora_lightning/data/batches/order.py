@@ -1,14 +1,12 @@
-"""The order of an epoch's rows, mixed by weight or grouped by length, and which of them each rank takes."""
+"""The order of an epoch's rows, mixed by weight, grouped by length or packed, and which of them each rank takes."""
 
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-
-from qlora_lightning.support.errors import UserError
 
 
 class RankBatch(NamedTuple):
@@ -19,23 +17,15 @@ class RankBatch(NamedTuple):
 
 
 def permute(n: int, *key: int | str) -> npt.NDArray[np.int64]:
-    """Return a permutation of ``range(n)``, ``(n,)``: a pure function of its arguments, drawn from no global generator.
+    """Return a permutation of ``range(n)``, ``(n,)``, drawn from no global generator.
 
-    Args:
-        n: how many.
-        key: what tells this permutation from all others: the seed, the epoch, what is permuted.
+    It is a pure function of its arguments: the key (seed, epoch, what is permuted) tells it from all others.
     """
     # Hashed rather than added: seed 1 in epoch 2 must not repeat seed 2 in epoch 1.
     digest = hashlib.blake2b(":".join(map(str, key)).encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     permutation: npt.NDArray[np.int64] = torch.randperm(n, generator=generator).numpy()
     return permutation
-
-
-def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """Return the order of an epoch that takes each of ``n`` rows once."""
-    order: list[int] = permute(n, seed, epoch).tolist()
-    return order
 
 
 def count_batches(n: int, batch_size: int, world_size: int) -> int:
@@ -71,23 +61,6 @@ def rank_bins(bins: Sequence[list[int]], rank: int, world_size: int) -> list[Ran
         mine = begin + rank < len(bins)
         batches.append(RankBatch(bins[begin + rank] if mine else bins[begin][:1], not mine))
     return batches
-
-
-def check_weights(source: npt.NDArray[np.int32], weights: Sequence[float]) -> None:
-    """Refuse a weight of a source that has no row.
-
-    Args:
-        source: which source each row came from, ``(n,)``.
-        weights: of each source.
-
-    Raises:
-        UserError: if there is one.
-    """
-    rows = np.bincount(source, minlength=len(weights))
-    if not rows.all():
-        raise UserError(
-            f"weight: source {int(rows.argmin()) + 1} has no usable row, so it cannot have its share: leave it out."
-        )
 
 
 def share_out(weights: Sequence[float], n: int) -> list[int]:
@@ -149,8 +122,8 @@ def group_by_length(
         order: the rows of the epoch, shuffled, ``(n,)``.
         lengths: tokens of every row.
         stride: rows in a micro-batch of all ranks together.
-        seed: of the order of the batches.
-        epoch: of the order of the batches.
+        seed: of the order of the batches, as ``epoch`` is.
+        epoch: from 0.
 
     Returns:
         The same rows, ``(n,)``.
@@ -168,3 +141,53 @@ def group_by_length(
     first = int(np.argmax(lengths[batches].max(axis=1)))
     batches[[0, first]] = batches[[first, 0]]
     return np.concatenate([batches.ravel(), rest])
+
+
+_Numbers = Sequence[int] | npt.NDArray[Any]
+
+
+def best_fit(lengths: _Numbers, order: _Numbers, budget: int) -> list[list[int]]:
+    """Pack rows into bins, from the longest to the shortest, each where it leaves the least room.
+
+    Rows of one length take their turn as they are in ``order``, so that another order makes other bins; one that occurs
+    twice is packed twice. How many bins it takes depends on the lengths alone. None is longer than the budget.
+
+    Returns:
+        The rows of each bin, the bin with the longest row first.
+    """
+    chosen = np.asarray(order, dtype=np.int64)
+    sizes = np.asarray(lengths)[chosen]
+    falling = np.argsort(-sizes, kind="stable")
+    bins: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(budget + 1)]  # bins by the room left in them
+    rooms = 0  # bit r is set where with_room[r] is not empty: the least room that will do is one bit scan away
+    for row, size in zip(chosen[falling].tolist(), sizes[falling].tolist(), strict=True):
+        fitting = rooms >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            number = with_room[room].pop()
+            bins[number].append(row)
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, number = budget, len(bins)
+            bins.append([row])
+        with_room[room - size].append(number)
+        rooms |= 1 << (room - size)
+    return bins
+
+
+def make_count(bins: list[list[int]], lengths: _Numbers, count: int) -> list[list[int]]:
+    """Return ``count`` bins, at most as many as rows: the emptiest are left out, or those with most rows cut in two."""
+    if len(bins) > count:
+        sizes = np.asarray(lengths)
+        fill = np.array([sizes[rows].sum() for rows in bins])
+        kept = np.sort(np.argsort(-fill, kind="stable")[:count])
+        return [bins[number] for number in kept.tolist()]
+    bins = list(bins)
+    while len(bins) < count:
+        number = max(range(len(bins)), key=lambda n: len(bins[n]))
+        rows = bins[number]
+        bins[number] = rows[::2]
+        bins.append(rows[1::2])
+    return bins

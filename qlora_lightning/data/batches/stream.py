@@ -8,20 +8,16 @@ from typing import Any
 
 from qlora_lightning.data.batches.collate import Batch, collate_rows
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.data.batches.order import RankBatch, permute
-from qlora_lightning.data.batches.packing import make_count
-from qlora_lightning.data.prepare import Recipe, check_source, convert_row, render_rows
+from qlora_lightning.data.batches.order import RankBatch, make_count, permute
+from qlora_lightning.data.prepare import NumberedRow, Preparation, Prepared, Recipe
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow
-from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.rows.readers import Row, RowReader
 from qlora_lightning.data.rows.sources import Source
-from qlora_lightning.data.samples import SampleSet, SampleSetBuilder, gather_samples, make_sample
+from qlora_lightning.data.samples import SampleSet, SampleSetBuilder
 from qlora_lightning.support.errors import UserError
 
 _log = logging.getLogger(__name__)
-NumberedRow = tuple[int, int, Row | BadRow]
-"""A row's number in the stream, the number of its source, and the row."""
 _FAULT = 1 << 40  # instead of a number of batches: a rank cannot go on, and so none can
 
 
@@ -65,7 +61,7 @@ class RowStream:
                 taken[number].append(row)
             self.drawn[number] += 1
         rows = [(number, row) for number, of_source in enumerate(taken) for row in of_source]
-        return [(at, *each) for at, each in enumerate(rows, start=first)]
+        return [NumberedRow(at, *each) for at, each in enumerate(rows, start=first)]
 
     def position(self) -> dict[str, Any]:
         """Return where the next row begins, in plain values."""
@@ -105,14 +101,9 @@ class StreamLoader:
 
     Attributes:
         sources: what to read.
-        recipe: how rows are turned into samples.
         length: micro-batches of the whole run on each rank.
         batch_size: rows per micro-batch on each rank; or
         tokens_per_batch: tokens per micro-batch, a budget that a rank's rows of a block are packed into by best fit.
-        seed: of the order.
-        skip_bad_rows: leave bad rows out, rather than stop at them.
-        rank: of this process.
-        world_size: number of processes that share the rows.
         shuffle: the rows of a block, and in each pass the files of a source; else all are in their own order.
         shuffle_buffer: rows of a block, rounded up to whole batches of all ranks.
         agree: returns the largest of the numbers that the ranks call it with.
@@ -138,11 +129,14 @@ class StreamLoader:
         stride = (self.batch_size or 1) * self.world_size
         # whole batches, as long as each row gives one sample
         self.block_rows = -(-self.shuffle_buffer // stride) * stride
-        self._converters: list[RowConverter] = []
+        self._preparation: Preparation | None = None
         self._block = 0
         self._start = self._open_stream().position()
         self._done = 0  # batches of the block
         self._handed_out = 0  # batches of the run
+        stop, filler = min(self.recipe.renderer.stop_ids), SampleSetBuilder()
+        filler.add([stop, stop], [stop, stop], -1)
+        self._filler = filler.build()
 
     def __len__(self) -> int:
         return self.length
@@ -165,14 +159,13 @@ class StreamLoader:
             for rows, filler in batches[self._done : self._done + self.length - self._handed_out]:
                 self._done += 1
                 self._handed_out += 1
-                yield collate_rows(self._make_filler() if filler else samples, rows, filler)
+                yield collate_rows(self._filler if filler else samples, rows, filler)
             if self._done >= len(batches):
                 self._block, self._start, self._done = self._block + 1, stream.position(), 0
 
     def _next_block(self, stream: RowStream) -> tuple[SampleSet, list[RankBatch]]:
         """Render this rank's rows of the next block, and cut them into batches."""
-        samples, report = gather_samples([]), Report("train")
-        batches: list[RankBatch] = []
+        samples, report, batches = self._filler, Report("train"), list[RankBatch]()
         fault: UserError | None = None
         try:
             samples, report = self._render(self._choose_own(stream.take(self.block_rows)))
@@ -231,22 +224,13 @@ class StreamLoader:
         chunk = self.batch_size or 1
         return [rows[at] for place, at in enumerate(order) if place // chunk % self.world_size == self.rank]
 
-    def _render(self, rows: list[NumberedRow]) -> tuple[SampleSet, Report]:
-        if not self._converters:  # each looks at the first rows of its source, wherever the run begins
-            self._converters = [RowConverter(source.settings) for source in self.sources]
-            for converter, source in zip(self._converters, self.sources, strict=True):
-                check_source(converter, RowReader(source))
-        report, builder = Report("train"), SampleSetBuilder()
-        converted = [convert_row(self._converters[source], row, number, source) for number, source, row in rows]
-        render_rows(self.recipe, converted, builder, report)
-        samples = builder.build()
-        report.count_samples(samples)
-        report.note_columns(self._converters)
-        return samples, report
-
-    def _make_filler(self) -> SampleSet:
-        stop = min(self.recipe.renderer.stop_ids)
-        return gather_samples([make_sample([stop, stop], [stop, stop], -1)])
+    def _render(self, rows: list[NumberedRow]) -> Prepared:
+        if self._preparation is None:
+            self._preparation = Preparation(self.recipe, "train", [source.settings for source in self.sources])
+            for number, source in enumerate(self.sources):  # by its first rows, wherever the run begins
+                self._preparation.check(number, RowReader(source))
+        self._preparation.add(rows)
+        return self._preparation.take()
 
     def _made_of(self) -> dict[str, Any]:
         several = any(source.streaming or len(source.files) > 1 for source in self.sources)

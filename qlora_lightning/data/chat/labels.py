@@ -2,21 +2,21 @@
 
 import json
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
-from qlora_lightning.data.chat.control_tokens import ControlTokens, find_stop_ids, writes_bos
-from qlora_lightning.data.chat.render import REASONING, Answer, ChatText, RenderedText, find_places
+from qlora_lightning.data.chat.render import Answer, ChatText, RenderedText, find_places
 from qlora_lightning.data.chat.templates import find_presets, name_tokenizer
+from qlora_lightning.data.chat.tokenizer import ControlTokens, find_stop_ids, writes_bos
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Chat, Content, Conversation, Message, Text, Tokens, Tools
 from qlora_lightning.support.errors import UserError
 
 IGNORED = -100  # torch's cross entropy skips this label
-TRAIN_ON = ("assistant", "last", "all")
 
 _REMEMBERED = 1_000  # headers; some templates make one of the whole prompt
 
@@ -48,113 +48,36 @@ class ChatRenderer:
     def __init__(
         self, tokenizer: Any, stop_ids: Collection[int] = (), train_on: str = "assistant", reasoning: str = "template"
     ) -> None:
-        for name, value, known in (("train_on", train_on, TRAIN_ON), ("reasoning", reasoning, REASONING)):
-            if value not in known:
-                raise UserError(f"{name}: expected {', '.join(known)}, found {value!r}.")
         self.tokenizer = tokenizer
         self.train_on = train_on
         self.stop_ids = frozenset(stop_ids) | find_stop_ids(tokenizer)
         self._controls = ControlTokens(tokenizer, self.stop_ids)
         self._text = ChatText(tokenizer, self._controls, reasoning)
         self._writes_bos = writes_bos(tokenizer)
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)  # None: a slow one
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        if self._backend is None:
+            raise UserError(
+                f"{name_tokenizer(tokenizer)} does not know which characters its tokens stand for: expected a fast "
+                "one, of the library tokenizers."
+            )
         self._headers: dict[str, _Encoded] = {}
 
-    def render(self, conversation: Conversation, tools: Tools = None) -> list[Rendered]:
-        """Render one conversation; see :meth:`render_all`, which is quicker for many.
-
-        Raises:
-            RowFault: if this conversation cannot be trained on exactly.
-            UserError: if the template cannot be used at all: there is none, it writes no stop token after an answer,
-                or not one BOS.
-        """
-        (rendered,) = self.render_all([Chat(conversation, tools)])
-        if isinstance(rendered, UserError):
-            raise rendered
-        return rendered
-
-    def render_all(self, contents: Iterable[Content]) -> list[list[Rendered] | UserError]:
-        """Render rows.
+    def render(self, content: Content) -> list[Rendered]:
+        """Render one row; many are quicker by :meth:`write`, :meth:`encode` and :meth:`label`.
 
         Of a conversation the turns after the last answer are left out, since nothing would be learnt from them. It
         usually gives one sample; where the template renders an earlier answer otherwise once more turns follow, that
         answer gets a sample of its own, which ends with it. A text or tokens give one sample.
 
-        Returns:
-            For each row its samples, or what :meth:`render` would raise.
-        """
-        contents, written = list(contents), list[list[RenderedText] | UserError]()
-        for content in contents:
-            try:
-                written.append(self._write(content))
-            except UserError as error:
-                written.append(error)
-        encoded = iter(self._encode([text.text for texts in written if isinstance(texts, list) for text in texts]))
-        results: list[list[Rendered] | UserError] = []
-        for content, texts in zip(contents, written, strict=True):
-            if isinstance(texts, UserError):
-                results.append(texts)
-                continue
-            pairs = [(text, next(encoded)) for text in texts]
-            try:
-                if isinstance(content, Tokens):
-                    results.append([self._check_tokens(content)])
-                else:
-                    results.append([self._label(content, *pair) for pair in pairs])
-            except UserError as error:
-                results.append(error)
-        return results
-
-    def render_prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
-        """Return the ids that generation starts from: the conversation so far and the header of the answer to come.
-
         Raises:
-            RowFault: if the messages cannot be rendered, or hold control tokens as text.
-            UserError: if there is no chat template.
+            RowFault: if this row cannot be trained on exactly.
+            UserError: if the template cannot be used at all: there is none, it writes no stop token after an answer,
+                or not one BOS.
         """
-        self._check_messages(messages, tools)
-        text, answers = self._text.render_prompt(messages, tools)
-        (encoded,) = self._encode([text])
-        for answer in answers:
-            self._find_start(text, encoded, answer.start)
-        self._check_bos(encoded.ids)
-        return encoded.ids
+        texts = self.write(content)
+        return self.label(content, texts, self.encode([text.text for text in texts]))
 
-    def find_answers(self, conversation: Conversation, tools: Tools, samples: int) -> list[list[int]]:
-        """Return the places of the trained answers in each of the samples that :meth:`render` made of a conversation.
-
-        Args:
-            conversation: one that is rendered without a fault.
-            tools: what may be called.
-            samples: how many it made; one holds them all.
-        """
-        trained = self._find_trained(conversation)
-        if samples == 1:
-            return [trained]
-        texts = self._text.render(conversation[: _count_used(conversation)], tools, trained)
-        return [[answer.message for answer in text.answers] for text in texts]
-
-    def render_answers(self, messages: Conversation, tools: Tools, answers: Sequence[int]) -> Rendered:
-        """Render messages as one sample that trains the answers at these places, the last message among them."""
-        rendered = self._text.render(messages, tools, answers)[-1]
-        return self._label(Chat(messages), rendered, self._encode([rendered.text])[0])
-
-    def drop_earlier_reasoning(self, conversation: Conversation) -> Conversation:
-        """Return a conversation without what ``reasoning: drop`` leaves out of it."""
-        return self._text.drop_earlier_reasoning(conversation[: _count_used(conversation)])
-
-    def count_tokens(self, messages: Conversation, tools: Tools = None, generation: bool = False) -> int:
-        """Count the tokens of messages to the stop token that ends them, or of a prompt for generation."""
-        ids = self._encode([self._text.write(messages, tools, generation)])[0].ids
-        stops = () if generation else (at for at, number in enumerate(ids, start=1) if number in self.stop_ids)
-        return max(stops, default=len(ids))
-
-    def find_control(self, text: str) -> str | None:
-        """Return the first control token that a text would be encoded to."""
-        found = self._controls.pattern.search(text)
-        return found[0] if found else None
-
-    def _write(self, content: Content) -> list[RenderedText]:
+    def write(self, content: Content) -> list[RenderedText]:
         """Return the texts that a row becomes; tokens become none."""
         if isinstance(content, Tokens):
             return []
@@ -166,6 +89,61 @@ class ChatRenderer:
         if self.train_on == "all" and marked:
             raise RowFault("`train: false` in a message contradicts `train_on: all`")
         return self._text.render(messages, content.tools, self._find_trained(messages))
+
+    def encode(self, texts: Sequence[str]) -> list["_Encoded"]:
+        """Encode texts as they are, on all cores: the template writes the BOS itself."""
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        return [_Encoded(one) for one in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def label(self, content: Content, texts: Sequence[RenderedText], encoded: Sequence["_Encoded"]) -> list[Rendered]:
+        """Label what :meth:`write` and :meth:`encode` made of a row."""
+        if isinstance(content, Tokens):
+            return [self._check_tokens(content)]
+        return [self._label(content, *pair) for pair in zip(texts, encoded, strict=True)]
+
+    def render_prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
+        """Return the ids that generation starts from: the conversation so far and the header of the answer to come.
+
+        Raises:
+            RowFault: if the messages cannot be rendered, or hold control tokens as text.
+            UserError: if there is no chat template.
+        """
+        self._check_messages(messages, tools)
+        text, answers = self._text.render_prompt(messages, tools)
+        (encoded,) = self.encode([text])
+        for answer in answers:
+            self._find_start(text, encoded, answer.start)
+        self._check_bos(encoded.ids)
+        return encoded.ids
+
+    def find_answers(self, conversation: Conversation, tools: Tools, samples: int) -> list[list[int]]:
+        """Return the places of the trained answers in each of the samples that a conversation became."""
+        trained = self._find_trained(conversation)
+        if samples == 1:
+            return [trained]
+        texts = self._text.render(conversation[: _count_used(conversation)], tools, trained)
+        return [[answer.message for answer in text.answers] for text in texts]
+
+    def render_answers(self, messages: Conversation, tools: Tools, answers: Sequence[int]) -> Rendered:
+        """Render messages as one sample that trains the answers at these places, the last message among them."""
+        rendered = self._text.render(messages, tools, answers)[-1]
+        return self._label(Chat(messages), rendered, self.encode([rendered.text])[0])
+
+    def drop_earlier_reasoning(self, conversation: Conversation) -> Conversation:
+        """Return a conversation without what ``reasoning: drop`` leaves out of it."""
+        return self._text.drop_earlier_reasoning(conversation[: _count_used(conversation)])
+
+    def count_tokens(self, messages: Conversation, tools: Tools = None, generation: bool = False) -> int:
+        """Count the tokens of messages to the stop token that ends them, or of a prompt for generation."""
+        ids = self.encode([self._text.write(messages, tools, generation)])[0].ids
+        stops = () if generation else (at for at, number in enumerate(ids, start=1) if number in self.stop_ids)
+        return max(stops, default=len(ids))
+
+    def find_control(self, text: str) -> str | None:
+        """Return the first control token that a text would be encoded to."""
+        found = self._controls.pattern.search(text)
+        return found[0] if found else None
 
     def _write_document(self, content: Text) -> RenderedText:
         text = "".join(segment for segment, _ in content.segments)
@@ -199,29 +177,12 @@ class ChatRenderer:
         if found:
             raise RowFault(f"{place} the control token {found!r} as text, which would end or begin a turn there")
 
-    def _encode(self, texts: Sequence[str]) -> list["_Encoded"]:
-        """Encode texts as they are: the template writes the BOS itself."""
-        if self._backend is None:
-            encode = self.tokenizer.encode
-            return [_locate(encode(text, add_special_tokens=False), text, self._controls) for text in texts]
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        found = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        return [_Encoded(one.ids, encoding=one) for one in found]
-
-    def _decode(self, ids: list[int]) -> str:
-        if self._backend is None:
-            return str(self.tokenizer.decode(ids))
-        return str(self._backend.decode(ids, skip_special_tokens=False))
-
     def _label(self, content: Chat | Text, rendered: RenderedText, encoded: "_Encoded") -> Rendered:
         """Label the answers of a conversation, each to its stop token, or the trained segments of a text."""
         text, answers = rendered
         ids = encoded.ids
         starts, before = list[int](), 0
         for answer in answers:
-            if answer.untrained and self._backend is None:
-                raise RowFault("parts and segments need a tokenizer that knows the characters of tokens, a fast one")
             starts.append(self._find_start(text, encoded, answer.start, before))
             before = answer.start
         if isinstance(content, Chat):
@@ -230,7 +191,10 @@ class ChatRenderer:
         for first, answer in zip(starts, answers, strict=True):
             after = encoded.find(answer.end)
             if isinstance(content, Chat):
-                said, wanted = self._decode(ids[first:after]), text[answer.start : answer.end]
+                said, wanted = (
+                    str(self._backend.decode(ids[first:after], skip_special_tokens=False)),
+                    text[answer.start : answer.end],
+                )
                 if not _is_same_text(said, wanted):
                     raise RowFault(f"the labelled tokens say {said!r}, not the answer {wanted!r}")
             labels[first:after] = ids[first:after]
@@ -259,13 +223,8 @@ class ChatRenderer:
         """Return how many ids lie before an answer, exactly those that generation begins with.
 
         Generation begins at the answer without knowing what follows. Encoded as a whole, the newline that ends a header
-        may melt with an answer that begins with one: there the text is cut, and encoded again from the answer on.
-
-        Args:
-            text: the whole.
-            encoded: its tokens, which a cut changes.
-            start: the first character of the answer.
-            before: a character at which the text was cut before; else its beginning.
+        may melt with an answer that begins with one: there ``encoded`` is cut, and encoded again from the answer on.
+        ``before`` is the character at which it was cut last.
         """
         ids, controls = encoded.ids, self._controls.known
         least = encoded.find(before) if before else 0
@@ -279,7 +238,7 @@ class ChatRenderer:
             return first
         behind = next((token for token in range(begin + 1, len(ids)) if ids[token] in controls), len(ids))
         end = encoded.span(behind)[0] if behind < len(ids) else len(text)
-        (answer,) = self._encode([text[start:end]])
+        (answer,) = self.encode([text[start:end]])
         parts = ((header, at), (answer, start))
         encoded.spans[begin:behind] = [(a + by, b + by) for part, by in parts for a, b in part.spans]
         ids[begin:behind] = [*header.ids, *answer.ids]
@@ -289,7 +248,7 @@ class ChatRenderer:
         if header not in self._headers:
             if len(self._headers) > _REMEMBERED:
                 self._headers.clear()
-            self._headers[header] = self._encode([header])[0]
+            self._headers[header] = self.encode([header])[0]
         return self._headers[header]
 
     def _check_bos(self, ids: list[int]) -> None:
@@ -336,43 +295,21 @@ def _is_same_text(said: str, wanted: str) -> bool:
 class _Encoded:
     """The ids of a text, and of each its first character and the one behind it, looked up as they are needed."""
 
-    def __init__(self, ids: list[int], spans: list[tuple[int, int]] | None = None, encoding: Any = None) -> None:
-        self.ids, self._spans, self._encoding = ids, spans, encoding
+    def __init__(self, encoding: Any) -> None:
+        self.ids: list[int] = encoding.ids
+        self._encoding = encoding
 
-    @property
+    @cached_property
     def spans(self) -> list[tuple[int, int]]:
         """Those of all tokens."""
-        if self._spans is None:
-            self._spans = self._encoding.offsets
-        return self._spans
+        return list(self._encoding.offsets)
 
     def span(self, token: int) -> tuple[int, int]:
         """That of one token."""
-        if self._spans is None:
-            return self._encoding.token_to_chars(token) or (0, 0)
-        return self._spans[token]
+        if "spans" in vars(self):
+            return self.spans[token]
+        return self._encoding.token_to_chars(token) or (0, 0)
 
     def find(self, character: int) -> int:
         """Return the first token that begins at a character or behind it."""
         return bisect_left(range(len(self.ids)), character, key=lambda token: self.span(token)[0])
-
-
-def _locate(ids: list[int], text: str, controls: ControlTokens) -> _Encoded:
-    """Locate the tokens of a tokenizer without offsets by the control tokens alone; those between share a span.
-
-    Raises:
-        RowFault: if the tokenizer does not encode the control tokens of the text as themselves.
-    """
-    spans, at = list[tuple[int, int]](), 0
-    found = list(controls.pattern.finditer(text))
-    if [number for number in ids if number in controls.known] != [controls.ids[one[0]] for one in found]:
-        raise RowFault("the tokenizer does not encode the control tokens of the rendered text as themselves")
-    places = iter(one.span() for one in found)
-    following = next(places, (len(text), len(text)))
-    for number in ids:
-        if number in controls.known:
-            spans.append(following)
-            at, following = following[1], next(places, (len(text), len(text)))
-        else:
-            spans.append((at, following[0]))
-    return _Encoded(list(ids), spans)

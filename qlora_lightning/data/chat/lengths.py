@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from qlora_lightning.data.chat.labels import IGNORED, ChatRenderer, Rendered
 from qlora_lightning.data.rows.conversation import Conversation, Tools
 
-TOO_LONG = ("truncate", "drop", "split")
 _FEWEST = 2  # characters that the longest message keeps
 _GUESSES = 8  # renderings that look for how much of it fits
 
@@ -23,15 +22,8 @@ def shorten(
     beside its whole prompt, if that is shorter), it loses its end, and with it the stop token: none is trained where
     the text does not end.
 
-    Args:
-        renderer: renders it.
-        conversation: its messages.
-        tools: what the row says may be called.
-        answers: places of the trained answers that the sample shall keep; messages after the last of them are left out.
-        max_length: tokens, at least 2.
-
-    Returns:
-        The sample, or None if what must stay leaves no room for a labelled token.
+    ``answers`` are the places of the trained ones that the sample shall keep; messages after the last of them are left
+    out. If what must stay leaves no room for a labelled token, there is no sample.
 
     Raises:
         RowFault: the template refuses what remains.
@@ -136,13 +128,8 @@ def split_up(sample: Rendered, max_length: int, context: int | None = None) -> l
     """Cut a sample into pieces of at most ``max_length`` tokens that train each labelled token exactly once.
 
     Each later piece begins with the tokens that ended the one before as context without labels. A piece without a
-    labelled token is left out, so that there may be none.
-
-    Args:
-        sample: one that is too long.
-        max_length: tokens, at least 2.
-        context: tokens that a piece repeats, at least 1, without which its first token could not be predicted; 1 is
-            for documents. ``None``: a quarter of ``max_length``.
+    labelled token is left out, so that there may be none. ``context`` tokens are repeated, at least 1, without which
+    the first one could not be predicted: 1 for documents, else a quarter of ``max_length``.
     """
     ids, labels = sample
     context = context or _quarter(max_length)

@@ -6,13 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from qlora_lightning.data.chat.control_tokens import ControlTokens
 from qlora_lightning.data.chat.templates import find_reasoning_key
+from qlora_lightning.data.chat.tokenizer import ControlTokens
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Conversation, Message, Tools
 from qlora_lightning.support.errors import UserError
-
-REASONING = ("template", "keep", "drop")
 
 _OURS = ("train", "untrained", "reasoning_content")
 _TAG = r"\w*(?:think|reason)\w*"  # <think>, [THINK], <seed:think>, …
@@ -27,19 +25,12 @@ _ADVICE = "Choose a template that knows tools: data.chat_template: chatml-tools 
 
 
 class Answer(NamedTuple):
-    """An assistant turn in a rendered text: what generation must produce.
+    """An assistant turn in a rendered text: what generation must produce."""
 
-    Attributes:
-        message: its place in the conversation, from 0.
-        start: its first character.
-        end: the character behind its stop token.
-        untrained: stretches of characters in it that are not trained.
-    """
-
-    message: int
+    message: int  # its place in the conversation, from 0
     start: int
-    end: int
-    untrained: tuple[tuple[int, int], ...] = ()
+    end: int  # the character behind its stop token
+    untrained: tuple[tuple[int, int], ...] = ()  # stretches of characters in it
 
 
 class RenderedText(NamedTuple):
@@ -81,10 +72,7 @@ class ChatText:
         Usually that is one text. A template that renders an answer otherwise once more turns follow (some strip its
         reasoning) gives a text of its own for that answer: the conversation up to there, as generation would see it.
 
-        Args:
-            messages: the conversation, which ends in an answer.
-            tools: what the row says may be called.
-            wanted: places of the answers that are trained.
+        ``wanted`` are the places of the answers that are trained; the last message is an answer.
 
         Raises:
             RowFault: the template refuses the conversation, changes or leaves out a message, or writes an answer
@@ -125,12 +113,7 @@ class ChatText:
         return self._write(messages, tools, (), generation)[0]
 
     def drop_earlier_reasoning(self, messages: Sequence[Message], generation: bool = False) -> Conversation:
-        """Return messages without the reasoning of all answers but the last, if reasoning is dropped.
-
-        Args:
-            messages: a whole conversation.
-            generation: whether an answer is to come, so that those of the messages are all earlier ones.
-        """
+        """Return messages without the reasoning of earlier answers, if it is dropped; all are for generation."""
         if self.reasoning != "drop":
             return list(messages)
         places = find_places(messages)
@@ -246,15 +229,9 @@ def find_places(messages: Sequence[Message]) -> list[int]:
 
 
 def _find_turn(message: Message, prompt: str, whole: str) -> tuple[str, int] | None:
-    """Return what generation must produce behind a prompt; None if the template does not let it.
+    """Return what generation must produce behind a prompt to give the whole; None if the template does not let it.
 
-    Args:
-        message: the answer.
-        prompt: what generation begins with.
-        whole: the conversation that the answer ends.
-
-    Returns:
-        The text, and how many characters of it are a block without reasoning that the template itself writes.
+    With the text comes how many characters of it are a block without reasoning that the template itself writes.
     """
     thought, _ = _split_reasoning(message)
     if whole.startswith(prompt):

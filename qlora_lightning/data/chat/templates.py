@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
 
-from qlora_lightning.data.chat.control_tokens import find_stop_ids, find_turn_end, writes_bos
+from qlora_lightning.data.chat.tokenizer import find_stop_ids, find_turn_end, writes_bos
 from qlora_lightning.support.errors import UserError, nearest
 
 # each preset with the control tokens that it writes beside the tokenizer's own BOS and end-of-sequence tokens

@@ -1,13 +1,14 @@
-"""The tokenizer of a data module: what it is named by, what it consists of, and loading it."""
+"""A tokenizer: what it is named by and consists of, its control tokens, and those at which generation stops."""
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.data.chat.templates import PRESETS, choose_chat_template
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import read_json_object
 
 TokenizerChoice = str | dict[str, Any] | Any | None
 _KEYS = ("name", "revision", "trust_remote_code")
@@ -20,37 +21,25 @@ def tokenizer_of_base(base: str, revision: str | None = None, trust_remote_code:
     return {"name": base, "revision": revision, "trust_remote_code": trust_remote_code}
 
 
-def load_choice(
-    choice: TokenizerChoice, chat_template: str | None, template_options: Mapping[str, Any] | None = None
-) -> Any:
-    """Load a tokenizer, and put the chosen chat template on a copy.
-
-    Args:
-        choice: hub id, folder or ``package:NAME``; ``{name, revision, trust_remote_code}``; or a tokenizer object.
-        chat_template: as in ``choose_chat_template``.
-        template_options: its ``options``.
+def load_tokenizer(choice: TokenizerChoice) -> Any:
+    """Load a tokenizer by hub id, folder or ``package:NAME``, or ``{name, revision, trust_remote_code}``; or return it.
 
     Raises:
-        UserError: there is no such tokenizer or template.
+        UserError: there is no such tokenizer.
     """
-    if isinstance(choice, str | dict):
-        from qlora_lightning.base.folder import load_tokenizer
-
-        tokenizer: Any = load_tokenizer(**_as_arguments(choice))
-    elif choice is None:
+    if choice is None:
         raise UserError("tokenizer: expected a hub id, a folder or package:NAME, found none (the base's, usually).")
-    else:
-        tokenizer = choice
-    return choose_chat_template(tokenizer, chat_template, template_options)
+    if not isinstance(choice, str | dict):
+        return choice
+    from qlora_lightning.base.folder import load_tokenizer as load
+
+    return load(**_as_arguments(choice))
 
 
 def hash_tokenizer(choice: TokenizerChoice, chat_template: str | None = None, with_template: bool = True) -> str | None:
     """Hash all that a tokenizer and its template consist of, without loading it; None if that is unknown.
 
-    Args:
-        choice: as in ``load_choice``; of a name the files are hashed that tokenizer and stop tokens are read from.
-        chat_template: as in ``load_choice``.
-        with_template: whether the template of a tokenizer object counts.
+    Of a name the files are hashed that tokenizer and stop tokens are read from.
     """
     parts: list[Any] = [chat_template]
     if isinstance(choice, str | dict):
@@ -63,11 +52,8 @@ def hash_tokenizer(choice: TokenizerChoice, chat_template: str | None = None, wi
         if backend is None:
             return None
         parts += [backend.to_str(), tokenizer.chat_template if with_template else None, tokenizer.special_tokens_map]
-    if chat_template is not None and chat_template not in PRESETS:
-        file = Path(chat_template).expanduser()
-        if not file.is_file():
-            return None
-        parts.append(file.read_text(encoding="utf-8", errors="replace"))
+    if chat_template is not None and Path(chat_template).expanduser().is_file():
+        parts.append(Path(chat_template).expanduser().read_text(encoding="utf-8", errors="replace"))
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -83,3 +69,80 @@ def _find_folder(name: str, revision: str | None = None, trust_remote_code: bool
 
     folder = Path(name).expanduser()
     return folder if revision is None and folder.is_dir() else open_base(name, revision, weights=False).folder
+
+
+class ControlTokens:
+    """The control tokens of a tokenizer, which splits a text at them before anything else.
+
+    Ids at which generation stops count as control tokens whatever the tokenizer says of them.
+
+    Attributes:
+        ids: every control token with its id.
+        known: these ids.
+        pattern: finds any of them in a text.
+        stop_pattern: finds those at which generation stops.
+    """
+
+    def __init__(self, tokenizer: Any, stop_ids: Collection[int]) -> None:
+        stops = {tokenizer.decode([number]): number for number in stop_ids}
+        self.ids = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.ids.update(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        self.ids.update(stops)
+        self.known = frozenset(self.ids.values())
+        self.pattern = _any_of(self.ids)
+        self.stop_pattern = _any_of(stops)
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def writes_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a BOS before a text by itself."""
+    ids = tokenizer.encode("a", add_special_tokens=True) if hasattr(tokenizer, "backend_tokenizer") else []
+    return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+_ANSWER = "An answer, to be found again."
+_PROBE = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": _ANSWER}]
+_SHAPED_LIKE_A_CONTROL_TOKEN = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]\s]+\])")
+
+
+def find_stop_ids(tokenizer: Any) -> frozenset[int]:
+    """Return every id at which generation with this tokenizer's model stops.
+
+    They are the tokenizer's end-of-sequence id, the former one where a template was chosen, and those of the
+    ``generation_config.json`` in its folder (without one, of ``config.json``, which transformers then asks). They often
+    disagree (Llama 3.1 ends a turn with another token than a text), and generation stops at either.
+    """
+    ids = {tokenizer.eos_token_id, *getattr(tokenizer, "former_stop_ids", ())}
+    name = str(getattr(tokenizer, "name_or_path", ""))
+    files = [Path(name) / file for file in ("generation_config.json", "config.json")] if name else []
+    config = next((file for file in files if file.is_file()), None)
+    if config is not None:
+        found = read_json_object(config, "It names the stop tokens: mend or delete it.").get("eos_token_id")
+        ids.update(found if isinstance(found, list) else [found])
+    return frozenset(number for number in ids if number is not None)
+
+
+def find_turn_end(tokenizer: Any) -> int | None:
+    """Return the id of the first control token after an answer, as the chat template writes it; ``None`` without one.
+
+    It is found by rendering. A token that is in the vocabulary without being special counts if it looks like a control
+    token (``<|end|>``, ``[END]``) and nothing but white space lies before it.
+
+    Raises:
+        UserError: if the template leaves the answer out or changes it.
+        Exception: whatever the template raises; jinja's are ``jinja2.TemplateError``.
+    """
+    text = tokenizer.apply_chat_template(list(_PROBE), tokenize=False, add_generation_prompt=False)
+    _, found, after = str(text).rpartition(_ANSWER)
+    if not found:
+        raise UserError(f"the chat template does not write what an assistant message says: it makes {text!r} of one.")
+    controls = ControlTokens(tokenizer, ())
+    first = controls.pattern.search(after)
+    shaped = _SHAPED_LIKE_A_CONTROL_TOKEN.match(after[: first.start() if first else None])
+    if shaped and shaped[1] in tokenizer.get_vocab():
+        return int(tokenizer.convert_tokens_to_ids(shaped[1]))
+    return controls.ids[first[0]] if first else None

@@ -1,12 +1,9 @@
 """Rows that cannot be used, and the checks of single values in them."""
 
 import json
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from qlora_lightning.support.errors import UserError
-
-SHOWN = 20
 
 
 class RowFault(UserError):
@@ -18,25 +15,6 @@ class BadRow(NamedTuple):
 
     where: str
     reason: str
-
-
-def refuse(bad: Sequence[BadRow], skippable: bool = True, total: int | None = None) -> None:
-    """Raise one UserError that lists the first 20 bad rows and counts the rest, unless there are none.
-
-    Args:
-        bad: the refused rows, or the first of them, in file order.
-        skippable: whether ``on_bad_row: skip`` would help, so that the message offers it.
-        total: how many there are in all.
-    """
-    if not bad:
-        return
-    count = total or len(bad)
-    rows = "1 row cannot be used:" if count == 1 else f"{count} rows cannot be used:"
-    lines = [rows, *(f"  {row.where}: {row.reason}" for row in bad[:SHOWN])]
-    if count > SHOWN:
-        lines.append(f"  and {count - SHOWN} more")
-    lines.append("Correct them, or leave them out with `on_bad_row: skip`." if skippable else "Correct them.")
-    raise UserError("\n".join(lines))
 
 
 def kind_of(value: Any) -> str:

@@ -1,12 +1,13 @@
-"""What a row becomes: a checked conversation, a text or tokens; and the checks of messages."""
+"""What a row becomes: a checked conversation, a text or tokens; and the checks of messages and tools."""
 
+import json
+import re
 import reprlib
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from qlora_lightning.data.rows.bad_rows import RowFault, check_characters, kind_of, parse_json, read_string
-from qlora_lightning.data.rows.tools import read_calls
 
 
 class Message(TypedDict):
@@ -31,28 +32,18 @@ Tools = list[dict[str, Any]] | None
 
 
 class Chat(NamedTuple):
-    """A conversation, and the schemas of the tools that may be called in it.
-
-    ``weight``, here and below, is what the row counts in the loss.
-    """
+    """A conversation, and the schemas of the tools that may be called in it."""
 
     messages: Conversation
     tools: Tools = None
-    weight: float = 1.0
+    weight: float = 1.0  # of the row in the loss, as below
 
 
 class Text(NamedTuple):
-    """Text that is trained without a chat template.
+    """Text that is trained without a chat template."""
 
-    Attributes:
-        segments: pieces of text, each with whether it is trained.
-        whole: whether it is a document, to begin and end with the tokenizer's own tokens and to be cut into pieces
-            of ``max_length``; else it is taken as it is written.
-        weight: of the row.
-    """
-
-    segments: tuple[tuple[str, bool], ...]
-    whole: bool
+    segments: tuple[tuple[str, bool], ...]  # each with whether it is trained
+    whole: bool  # a document, with the tokenizer's own beginning and end, cut into pieces; else as it is written
     weight: float = 1.0
 
 
@@ -80,12 +71,10 @@ _UNREAD = {*MEDIA, "loss", "mask", "trian", "trained", "training", "weigth", "we
 
 
 def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message:
-    """Check one message and return it with the keys that matter, or raise a RowFault.
+    """Check one message and return it with the keys that matter, or raise a RowFault; null counts as absent.
 
     Args:
-        message: a dict with ``role`` and ``content``, or ShareGPT's ``from`` and ``value``; optionally ``train: false``
-            (or OpenAI's ``weight``); of an assistant ``tool_calls`` and ``reasoning_content``, of a tool ``name`` and
-            ``tool_call_id``. A key with null counts as absent.
+        message: OpenAI's ``role`` and ``content``, or ShareGPT's ``from`` and ``value``, and what else they may have.
         number: its place in the conversation, from 1.
         roles: names of roles beyond those that are known, ``{their name: our name}``.
     """
@@ -178,3 +167,78 @@ def check_order(conversation: Conversation, needs_answer: bool) -> None:
         raise RowFault("a tool's message follows a user's: no assistant message that calls the tool is before it")
     if needs_answer and "assistant" not in turns:
         raise RowFault("no assistant turn, so there is nothing to train on")
+
+
+# Tools
+
+
+def find_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """Return the tools of a row: JSON schemas as OpenAI has them, or of functions alone, or either as a JSON string."""
+    tools = parse_json(tools or [], "'tools'") or []
+    if not isinstance(tools, list):
+        raise RowFault(f"'tools' must be a list of JSON schemas, found {kind_of(tools)}")
+    functions = [_read_function(tool, f"tool {number}") for number, tool in enumerate(tools, start=1)]
+    return [{"type": "function", "function": function} for function in functions] or None
+
+
+def read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Return the ``tool_calls`` of a message with their arguments as objects, which is what templates expect."""
+    if not isinstance(calls, list):
+        raise RowFault(f"the tool_calls of {where} must be a list, found {kind_of(calls)}")
+    return [_read_call(call, f"tool call {number} of {where}") for number, call in enumerate(calls, start=1)]
+
+
+def _read_call(call: Any, where: str) -> dict[str, Any]:
+    function = _read_function(call, where)
+    arguments = parse_json(function.get("arguments"), f"the arguments of {where}")
+    if not isinstance(arguments, dict):
+        raise RowFault(f"the arguments of {where} must be an object, or a JSON string of one, found {arguments!r:.80}")
+    check_characters(arguments, where)
+    read: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    if call.get("id") is not None:
+        read["id"] = read_string(call["id"], f"the id of {where}")
+    return read
+
+
+def _read_function(value: Any, where: str) -> dict[str, Any]:
+    """Return what is under ``function``, or the value itself where it is the function alone."""
+    if isinstance(value, dict) and value.get("type") in (None, "function"):
+        function = value.get("function") or {key: inner for key, inner in value.items() if key != "type"}
+        if isinstance(function, dict) and isinstance(function.get("name"), str):
+            check_characters(function, where)
+            return function
+    raise RowFault(f"{where} must be a function with a 'name', found {reprlib.repr(value)}")
+
+
+_GLAIVE_TURN = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE): ?")
+_GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
+_GLAIVE_CALL = re.compile(r"""\{\s*"name": *("[^"]*"), *"arguments": *'(.*)'\s*\}""", re.DOTALL)
+
+
+def read_glaive(system: str, chat: str) -> tuple[list[Any], list[Any]]:
+    """Return messages and tools of a row of glaive-function-calling, in which both are text."""
+    text = system.strip().removeprefix("SYSTEM:").strip()
+    prompt, brace, functions = text.partition("{")
+    messages: list[dict[str, Any]] = []
+    if prompt:
+        # "… with access to the following functions. Use them if required -": the chat template says it
+        begin, announced, _ = prompt.partition(" with access to the following functions")
+        messages.append({"role": "system", "content": f"{begin.rstrip(',')}." if announced else prompt})
+    _, *turns = _GLAIVE_TURN.split(chat)
+    for speaker, said in zip(turns[::2], turns[1::2], strict=True):
+        content, call, function = said.replace("<|endoftext|>", "").partition("<functioncall>")
+        message: dict[str, Any] = {"role": _GLAIVE_ROLES[speaker], "content": content.strip()}
+        if call:
+            message["tool_calls"] = [_read_glaive_call(function.strip())]
+        messages.append(message)
+    # one function after the other, each on lines of its own: a line does not end inside a JSON string
+    array = re.sub(r"\}\s*\n\s*\{", "},{", f"[{brace}{functions}]")
+    return messages, parse_json(array, "the functions in 'system'")
+
+
+def _read_glaive_call(text: str) -> Any:
+    quoted = _GLAIVE_CALL.fullmatch(text)  # arguments in single quotes
+    if quoted:
+        return {"name": json.loads(quoted[1]), "arguments": quoted[2].replace("\\'", "'")}
+    call = parse_json(text, "a <functioncall>")
+    return {"arguments": {}, **call} if isinstance(call, dict) else call

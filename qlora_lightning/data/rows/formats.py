@@ -9,19 +9,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_lightning.data.rows.bad_rows import RowFault, parse_json, read_string
-from qlora_lightning.data.rows.conversation import MEDIA, ROLES, Chat, Content, Text, Tokens, check_order, read_message
+from qlora_lightning.data.rows.conversation import (
+    MEDIA,
+    ROLES,
+    Chat,
+    Content,
+    Text,
+    Tokens,
+    check_order,
+    find_tools,
+    read_glaive,
+    read_message,
+)
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
-from qlora_lightning.data.rows.tools import find_tools, read_glaive
 from qlora_lightning.support.errors import UserError, nearest
 
 
 class RowConverter:
     """Turns the rows of one source into contents. What becomes of a row follows from it and the settings alone.
-
-    Args:
-        settings: of the source.
-        needs_answer: whether the rows are trained on, so that they must hold answers.
 
     Attributes:
         formats: names of the formats that were recognised, in the order in which they came.
@@ -178,22 +184,13 @@ def from_tokens(values: dict[str, Any]) -> Tokens:
 
 
 class Format(NamedTuple):
-    """How a row becomes a content.
+    """How a row becomes a content."""
 
-    Attributes:
-        name: as in ``format:``.
-        prompt_keys: keys that every row has.
-        answer_keys: keys that a row to train on has as well; rows to predict may lack them.
-        convert: the function; the messages that it returns are checked by the caller.
-        other_keys: keys that a row may have.
-        is_chat: whether it becomes a conversation.
-    """
-
-    name: str
-    prompt_keys: tuple[str, ...]
-    answer_keys: tuple[str, ...]
-    convert: Callable[[dict[str, Any]], Any]
-    other_keys: tuple[str, ...] = ()
+    name: str  # as in ``format:``
+    prompt_keys: tuple[str, ...]  # keys that every row has
+    answer_keys: tuple[str, ...]  # keys that a row to train on has as well; rows to predict may lack them
+    convert: Callable[[dict[str, Any]], Any]  # the messages that it returns are checked by the caller
+    other_keys: tuple[str, ...] = ()  # keys that a row may have
     is_chat: bool = True
 
     @property
@@ -267,12 +264,6 @@ def _describe_unrecognised(row: Row, needs_answer: bool) -> str:
     )
 
 
-_SQUAD = """
-def convert(row):
-    prompt = row["context"] + "\\n\\n" + row["question"]
-    answer = row["answers"]["text"][0]
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-"""
 # names that other data sets have for our columns, the likeliest first
 _SYNONYMS = {
     "instruction": ("instruction", "question", "query", "problem", "prompt", "input"),
@@ -286,10 +277,6 @@ def _advise(values: Mapping[str, Any]) -> str:
     """Say what reads a row of a shape that people meet, or which column may be misspelt."""
     if "text" in values:
         return " Raw text, every token of which is trained, is read by `format: text`."
-    if {"question", "context", "answers"} <= values.keys():
-        return (
-            f" Rows of SQuAD are read by `format: squad.convert`, with a file squad.py in the current folder:\n{_SQUAD}"
-        )
     columns: dict[str, str] = {}
     for ours, names in _SYNONYMS.items():
         theirs = next((name for name in names if isinstance(values.get(name), str) and name not in columns), None)

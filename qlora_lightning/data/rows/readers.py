@@ -8,13 +8,12 @@ import json
 import lzma
 import reprlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from qlora_lightning.data.rows.bad_rows import BadRow, RowFault, kind_of, refuse
-from qlora_lightning.data.rows.sources import DataFile, Source, find_sources
+from qlora_lightning.data.rows.bad_rows import BadRow, RowFault, kind_of
+from qlora_lightning.data.rows.sources import DataFile, Source
 from qlora_lightning.data.rows.sources import kind_of as kind_of_file
 from qlora_lightning.support.errors import UserError
 
@@ -95,17 +94,6 @@ class RowReader:
             delimiter = source.delimiter or ("\t" if kind == ".tsv" else None)
             return itertools.islice(_read_csv(file, source.encoding, delimiter), skip, None)
         return _read_json(file, source.encoding, skip)
-
-
-def read_rows(value: str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]]) -> list[Row]:
-    """Read all rows of ``data.train`` at once, in order; weights are not looked at.
-
-    Raises:
-        UserError: as ``find_sources`` and ``RowReader`` do; or a row is none.
-    """
-    rows = [row for source in find_sources(value, "train") for row in RowReader(source)]
-    refuse([row for row in rows if isinstance(row, BadRow)])
-    return [row for row in rows if isinstance(row, Row)]
 
 
 def fingerprint(source: Source) -> str:

@@ -22,54 +22,31 @@ DataFile = Path | str
 
 @dataclass(frozen=True)
 class RowSettings:
-    """How the rows of a source are read: what ``data.format`` and its neighbours say, or the source's own entry.
+    """How the rows of a source are read: what ``data.format`` and its neighbours say, or the source's own entry."""
 
-    Attributes:
-        format: ``auto``, the name of a format, or the dotted path of a function ``row -> conversation``.
-        columns: other names for columns, ``{their name: our name}``; None leaves a column out.
-        system: a system prompt for conversations that have none.
-        roles: other names for roles, ``{their name: system | user | assistant | tool}``.
-    """
-
-    format: str = "auto"
-    columns: Mapping[str, str | None] = field(default_factory=dict)
-    system: str | None = None
-    roles: Mapping[str, str] = field(default_factory=dict)
+    format: str = "auto"  # or the name of a format, or the dotted path of a function ``row -> conversation``
+    columns: Mapping[str, str | None] = field(default_factory=dict)  # {their name: our name}; None leaves one out
+    system: str | None = None  # a system prompt for conversations that have none
+    roles: Mapping[str, str] = field(default_factory=dict)  # {their name: system | user | assistant | tool}
 
 
 @dataclass(frozen=True)
 class Source:
-    """One entry of ``data.train``: a file, a folder, a glob, a URL, or a data set of the hub.
+    """One entry of ``data.train``: a file, a folder, a glob, a URL, or a data set of the hub."""
 
-    Attributes:
-        path: as the user wrote it.
-        files: the data files, sorted; none for a hub data set.
-        weight: its share in a mixture, relative to the other sources; None where none is given.
-        split: of a hub data set, as ``datasets`` takes it; or of a folder that ``DatasetDict.save_to_disk`` wrote.
-        name: of a hub data set, the configuration.
-        revision: of a hub data set: branch, tag or commit.
-        data_files: of a hub data set: the files to read, as ``datasets`` takes them.
-        rows: at most so many rows are read, from the first; None: all.
-        encoding: of text files, as Python names it: ``utf-8``, ``latin-1``, ``utf-16``, …
-        delimiter: of CSV files; None: whichever the header uses.
-        streaming: whether a hub data set is read from the network, row by row, rather than downloaded first.
-        settings: how its rows are read.
-        shard_seed: of the order in which the shards of a streamed hub data set are read; None for their own.
-    """
-
-    path: str
-    files: tuple[DataFile, ...] = ()
-    weight: float | None = None
-    split: str | None = None
-    name: str | None = None
+    path: str  # as the user wrote it
+    files: tuple[DataFile, ...] = ()  # sorted; none for a hub data set
+    weight: float | None = None  # its share in a mixture, relative to the other sources
+    split: str | None = None  # of a hub data set, as ``datasets`` takes it; or of a saved ``DatasetDict``
+    name: str | None = None  # of a hub data set, as the next two: the configuration
     revision: str | None = None
     data_files: Any = None
-    rows: int | None = None
+    rows: int | None = None  # at most so many are read, from the first
     encoding: str = "utf-8"
-    delimiter: str | None = None
-    streaming: bool = False
+    delimiter: str | None = None  # of CSV files; None: whichever the header uses
+    streaming: bool = False  # read a hub data set from the network, row by row, rather than download it first
     settings: RowSettings = RowSettings()
-    shard_seed: int | None = None
+    shard_seed: int | None = None  # of the order of the shards of a streamed hub data set; None for their own
 
     @property
     def is_remote(self) -> bool:
@@ -79,14 +56,13 @@ class Source:
 
 _ROW_KEYS = tuple(each.name for each in fields(RowSettings))
 _KEYS = ("path", "weight", "rows", *_ROW_KEYS, "encoding", "delimiter", *_HUB_KEYS)
-_NO_SETTINGS = RowSettings()
 
 
 def find_sources(
     value: str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]],
     split: str,
     streaming: bool = False,
-    settings: RowSettings = _NO_SETTINGS,
+    settings: RowSettings | None = None,
     encoding: str = "utf-8",
 ) -> list[Source]:
     """Find the files behind ``data.train``, ``data.val``, ``data.test`` or ``data.predict``.
@@ -96,18 +72,16 @@ def find_sources(
     Args:
         value: a file, folder, glob, URL or hub id; a mapping with ``path`` and any of the other fields of ``Source``
             and ``RowSettings``; or a list of these.
-        split: ``train``, ``val``, ``test`` or ``predict``: named in messages, and the default split of a hub data set
-            (``train``, ``validation``, ``test``, ``test``).
+        split: named in messages, and the default split of a hub data set (``train``, ``validation`` or ``test``).
         streaming: read hub data sets from the network, without keeping them.
         settings: those of sources that name none of their own.
         encoding: likewise.
 
     Raises:
-        UserError: a file does not exist or is of an unknown kind; a folder or glob has no data files; an entry has an
-            unknown key or a wrong value; or only some sources have a weight.
+        UserError: a file does not exist or is of an unknown kind; an entry has an unknown key or a wrong value.
     """
     entries = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    default = Source("", encoding=encoding, settings=settings, streaming=streaming)
+    default = Source("", encoding=encoding, settings=settings or RowSettings(), streaming=streaming)
     sources = []
     for entry in entries:
         if not isinstance(entry, Mapping):

@@ -5,13 +5,14 @@ from collections import Counter
 import pytest
 import torch
 
-from qlora_lightning.data.batches.collate import collate, collate_rows
+from qlora_lightning.data.batches.collate import collate_rows
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.data.batches.loader import FlatLoader
-from qlora_lightning.data.batches.order import epoch_order
-from qlora_lightning.data.prompts import Prompt, PromptLoader
-from qlora_lightning.data.samples import SampleSetBuilder, gather_samples, make_sample
+from qlora_lightning.data.batches.loader import FlatLoader, PromptLoader
+from qlora_lightning.data.batches.order import permute
+from qlora_lightning.data.prepare import Prompt
+from qlora_lightning.data.samples import SampleSetBuilder
 from qlora_lightning.support.errors import UserError
+from tests.flat import collate, gather
 
 LENGTHS = [(7 * n) % 23 + 1 for n in range(100)]  # from 1 to 23
 
@@ -67,7 +68,7 @@ def test_an_epoch_depends_on_seed_and_number_and_without_shuffling_never_changes
 
 
 def test_rows_follow_the_order_of_the_epoch_and_the_longest_bin_of_an_unshuffled_one_comes_first():
-    order = epoch_order(100, 7, 2)
+    order = permute(100, 7, 2).tolist()
     assert planned(plan(batch_size=8).batches(2)) == [order[at : at + 8] for at in range(0, 100, 8)]
     assert planned(plan(batch_size=60, shuffle=False).batches(2)) == [list(range(60)), list(range(60, 100))]
     bins = planned(plan(tokens_per_batch=64).batches(0))
@@ -113,7 +114,7 @@ def test_a_sample_above_the_budget_and_a_source_without_rows_are_rejected():
 
 # ---- positions -------------------------------------------------------------------------------------------------------
 
-TWO_TOKENS = gather_samples([make_sample([n, n + 1], [-100, n + 1], n) for n in range(11)])
+TWO_TOKENS = gather(*(([n, n + 1], [-100, n + 1], n) for n in range(11)))
 
 
 def loader(samples=TWO_TOKENS, epoch=0, rank=0, **kwargs):
@@ -198,11 +199,11 @@ def test_a_position_in_other_batches_is_rejected_but_a_finished_epoch_is_not(bef
 
 # ---- flat batches ----------------------------------------------------------------------------------------------------
 
-TWO = [make_sample([5, 6, 7], [-100, 6, 7], 4, 0), make_sample([8, 9], [8, 9], 1, 2)]
+TWO = [([5, 6, 7], [-100, 6, 7], 4, 0), ([8, 9], [8, 9], 1, 2)]
 
 
 def test_two_samples_end_to_end():
-    batch = collate(TWO)
+    batch = collate(*TWO)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9]]  # nothing is predicted across samples
@@ -211,12 +212,11 @@ def test_two_samples_end_to_end():
     kinds = {key: value.dtype for key, value in batch.items() if key != "longest"}
     assert kinds.pop("cu_seqlens") == torch.int32
     assert set(kinds.values()) == {torch.int64}
-    weighted = [sample._replace(weight=weight) for sample, weight in zip(TWO, (0.5, 1.0), strict=True)]
-    assert collate(weighted)["weights"].tolist() == [0.5, 1.0]
+    assert collate((*TWO[0], 0.5), (*TWO[1], 1.0))["weights"].tolist() == [0.5, 1.0]
 
 
 def test_a_rank_without_rows_runs_the_same_rows_unlabelled():
-    samples = gather_samples(TWO)
+    samples = gather(*TWO)
     filler, batch = collate_rows(samples, [1, 0], filler=True), collate_rows(samples, [1, 0])
     assert set(filler["labels"].flatten().tolist()) == {-100}
     assert filler["row_ids"].tolist() == [-1, -1]

@@ -8,22 +8,22 @@ import pytest
 import torch
 
 from qlora_lightning.data.batches.order import (
+    best_fit,
     count_batches,
-    epoch_order,
     group_by_length,
+    make_count,
     mix_sources,
     permute,
     rank_batches,
     rank_bins,
     share_out,
 )
-from qlora_lightning.data.batches.packing import best_fit, make_count
 
 
 def test_the_order_is_a_permutation_by_seed_and_epoch_and_draws_from_no_global_generator():
     before = torch.get_rng_state()
-    assert epoch_order(8, 1, 2) == [1, 6, 7, 3, 2, 4, 5, 0]  # in which saved positions count
-    orders = {tuple(epoch_order(50, seed, epoch)) for seed in range(4) for epoch in range(4)}
+    assert permute(8, 1, 2).tolist() == [1, 6, 7, 3, 2, 4, 5, 0]  # in which saved positions count
+    orders = {tuple(permute(50, seed, epoch)) for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16
     assert {tuple(sorted(order)) for order in orders} == {tuple(range(50))}
     keys = [(1, 2), (1, 2, "bins"), (1, 2, "groups"), (12,), (1, 12), (11, 2)]

@@ -10,6 +10,7 @@ from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.rows.bad_rows import RowFault
+from qlora_lightning.data.rows.conversation import Chat
 from qlora_lightning.support.errors import UserError
 
 SPECIAL = {
@@ -67,7 +68,7 @@ def controls(tokenizer, rendered):
 def test_the_labelled_tokens_are_the_answers_and_their_stop_tokens_or_the_row_is_refused(families, name, conversation):
     tokenizer, renderer = families[name], ChatRenderer(families[name])
     try:
-        samples = renderer.render(conversation)
+        samples = renderer.render(Chat(conversation))
     except RowFault:
         return
     stretches = [(sample, *ends) for sample in samples for ends in labelled_stretches(sample)]
@@ -83,7 +84,7 @@ def test_the_labelled_tokens_are_the_answers_and_their_stop_tokens_or_the_row_is
         assert sample.ids[after - 1] == sample.labels[after - 1] == tokenizer.eos_token_id
         assert sample.ids[:first] == renderer.render_prompt(conversation[:turn])
     # nothing that stands in a message became a control token: there are those of the same turns that say "x"
-    skeleton = renderer.render([{**message, "content": "x"} for message in conversation])
+    skeleton = renderer.render(Chat([{**message, "content": "x"} for message in conversation]))
     assert [controls(tokenizer, sample) for sample in samples] == [controls(tokenizer, bare) for bare in skeleton]
 
 
@@ -146,7 +147,7 @@ def trained_turns(tokenizer, samples):
 )
 def test_labels_are_what_generation_must_produce_reasoning_included(families, name, conversation, reasoning):
     tokenizer, renderer = families[name], ChatRenderer(families[name], reasoning=reasoning)
-    samples = renderer.render(conversation)
+    samples = renderer.render(Chat(conversation))
     answers = [message for message in conversation if message["role"] == "assistant"]
     thoughts = [answer.get("reasoning_content") for answer in answers]
     if reasoning == "drop":
@@ -170,7 +171,7 @@ def test_the_block_of_a_prompt_without_thinking_is_not_trained(families, name, c
     chosen = choose_chat_template(families[name], None, {"enable_thinking": False})
     for message in conversation:
         message.pop("reasoning_content", None)
-    samples = ChatRenderer(chosen).render(conversation)
+    samples = ChatRenderer(chosen).render(Chat(conversation))
     answers = [message["content"] for message in conversation if message["role"] == "assistant"]
     assert trained_turns(chosen, samples) == [in_qwen3(answer, None) for answer in answers]
 
@@ -193,7 +194,7 @@ def test_no_character_that_is_not_to_be_trained_is_trained(families, name, drawn
         answer = {"role": "assistant", "content": content, "untrained": untrained}
         conversation += [{"role": "user", "content": "q"}, answer]
     tokenizer = families[name]
-    samples = ChatRenderer(tokenizer).render(conversation)
+    samples = ChatRenderer(tokenizer).render(Chat(conversation))
     said = "".join(trained_turns(tokenizer, samples))
     assert not set(said) & set("ABZYΩ𝒳\ufffd")
     assert said.count("x") == said.count(tokenizer.eos_token) == len(drawn)
@@ -207,7 +208,7 @@ def test_no_character_that_is_not_to_be_trained_is_trained(families, name, drawn
 )
 def test_text_without_control_tokens_is_never_refused(families, name, conversation):
     # the families whose tokenizers write any text back as it was, and whose templates change none
-    assert ChatRenderer(families[name]).render(conversation)
+    assert ChatRenderer(families[name]).render(Chat(conversation))
 
 
 @reproducible
@@ -218,9 +219,10 @@ def test_a_control_token_inside_a_message_is_always_refused(families, data, name
     typed = data.draw(st.sampled_from(SPECIAL[name]))
     message["content"] = message["content"][:at] + typed + message["content"][at:]
     renderer = ChatRenderer(families[name])
-    for refusing in (renderer.render, renderer.render_prompt):
-        with pytest.raises(RowFault, match="contains the control token"):
-            refusing(conversation)
+    with pytest.raises(RowFault, match="contains the control token"):
+        renderer.render(Chat(conversation))
+    with pytest.raises(RowFault, match="contains the control token"):
+        renderer.render_prompt(conversation)
 
 
 @st.composite

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from qlora_lightning.data.chat.labels import ChatRenderer
+from qlora_lightning.data.rows.conversation import Chat
 
 SYSTEM = [{"role": "system", "content": "You answer in one word."}]
 ANSWERS = ["yes", "\n\n  yes", " yes ", "é🙂\nyes", "\tyes\n", "yes <html> [INST", "1,000\r\n"]
@@ -43,18 +44,9 @@ def tokenizer(families, family):
 
 @pytest.mark.parametrize("system", [[], SYSTEM], ids=["no system prompt", "system prompt"])
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_one_turn(tokenizer, family, talk, system, answer):
-    conversation = system + talk("What is asked?", answer)
-    (rendered,) = ChatRenderer(tokenizer).render(conversation)
-    assert trained(tokenizer, rendered) == [TURNS[family](answer)]
-    assert tokenizer.decode(rendered.ids) == tokenizer.apply_chat_template(conversation, tokenize=False)
-
-
-@pytest.mark.parametrize("system", [[], SYSTEM], ids=["no system prompt", "system prompt"])
-@pytest.mark.parametrize("answer", ANSWERS)
 def test_several_turns(tokenizer, family, talk, system, answer):
     conversation = system + talk("What?", answer, "And?", f"{answer}!", "And then?", "no")
-    rendered = ChatRenderer(tokenizer).render(conversation)
+    rendered = ChatRenderer(tokenizer).render(Chat(conversation))
     said = [text for sample in rendered for text in trained(tokenizer, sample)]
     assert said == [TURNS[family](text) for text in (answer, f"{answer}!", "no")]
     # Mistral moves the system prompt on to the last question, Qwen3 strips thoughts: such a turn is a sample of its own
@@ -63,7 +55,7 @@ def test_several_turns(tokenizer, family, talk, system, answer):
 
 
 def test_one_bos(tokenizer, family, talk):
-    for sample in ChatRenderer(tokenizer).render(SYSTEM + talk("What?", "yes", "And?", "no")):
+    for sample in ChatRenderer(tokenizer).render(Chat(SYSTEM + talk("What?", "yes", "And?", "no"))):
         wanted = {"llama2": 2, "llama31": 1, "mistral": 1}.get(family, 0)  # Llama-2 begins each exchange with one
         assert sample.ids.count(tokenizer.bos_token_id) == wanted
         if wanted:
@@ -72,31 +64,8 @@ def test_one_bos(tokenizer, family, talk):
 
 def test_the_last_answer_only_or_every_token(tokenizer, family, talk):
     conversation = talk("What?", "yes", "And?", "no")
-    (last,) = ChatRenderer(tokenizer, train_on="last").render(conversation)
+    (last,) = ChatRenderer(tokenizer, train_on="last").render(Chat(conversation))
     assert trained(tokenizer, last) == [TURNS[family]("no")]
     assert tokenizer.decode(last.ids) == tokenizer.apply_chat_template(conversation, tokenize=False)
-    for sample in ChatRenderer(tokenizer, train_on="all").render(conversation):
+    for sample in ChatRenderer(tokenizer, train_on="all").render(Chat(conversation)):
         assert sample.labels == [-100, *sample.ids[1:]]
-
-
-TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
-CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
-
-
-@pytest.mark.parametrize(
-    ("name", "call"),
-    [
-        ("llama31", '{"name": "add", "parameters": {"a": 2, "b": 2}}<|eot_id|>'),
-        ("qwen25", '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call><|im_end|>'),
-    ],
-)
-def test_a_tool_call_is_an_answer_and_what_the_tool_says_is_not(families, talk, name, call):
-    conversation = [
-        *talk("What is 2 + 2?"),
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
-        {"role": "tool", "content": "4"},
-        {"role": "assistant", "content": "Four."},
-    ]
-    (rendered,) = ChatRenderer(families[name]).render(conversation, TOOLS)
-    assert trained(families[name], rendered) == [call, TURNS[name]("Four.")]
-    assert '"Adds."' in families[name].decode(rendered.ids)

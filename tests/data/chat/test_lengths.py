@@ -183,10 +183,3 @@ def test_pieces_train_each_labelled_token_once_after_what_stood_before_it(max_le
             assert all(label in (-100, token) for token, label in zip(piece_ids, piece_labels, strict=True))
             pairs = zip(piece_ids, piece_labels[1:], strict=False)
             assert {pair for pair in pairs if pair[1] == STOP} <= true_ends
-
-
-def test_settings_that_nothing_could_be_fitted_to_are_refused():
-    with pytest.raises(UserError, match="max_length: expected at least 2"):
-        InstructionDataModule(max_length=1)
-    with pytest.raises(UserError, match="too_long: expected truncate, drop, split, found 'cut'"):
-        InstructionDataModule(too_long="cut")

@@ -1,15 +1,21 @@
+"""Chat templates and tokenizers: presets, files, stop tokens, variables and dates, and what they are known by."""
+
 import copy
+import itertools
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qlora_lightning.data.chat.control_tokens import find_stop_ids, find_turn_end
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
+from qlora_lightning.data.chat.tokenizer import find_stop_ids, find_turn_end, hash_tokenizer, load_tokenizer
+from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.rows.bad_rows import RowFault
+from qlora_lightning.data.rows.conversation import Chat
 from qlora_lightning.support.errors import UserError
 
 SYSTEM = [{"role": "system", "content": "Be brief."}]
@@ -89,7 +95,7 @@ def test_a_bos_is_written_where_the_tokenizer_writes_one_itself(base, talk):
 def test_a_preset_trains_each_answer_and_its_stop_token(base, talk, name, choice, stop, answer):
     tokenizer = base(name)
     chosen = choose_chat_template(tokenizer, choice)
-    ((ids, labels),) = ChatRenderer(chosen).render(SYSTEM + talk("q", answer, "r", "no"))
+    ((ids, labels),) = ChatRenderer(chosen).render(Chat(SYSTEM + talk("q", answer, "r", "no")))
     wanted = answer.strip() if choice == "llama3" else answer
     assert chosen.decode([label for label in labels if label != -100]) == f"{wanted}{stop}no{stop}"
     assert chosen.eos_token == stop
@@ -113,7 +119,7 @@ def test_a_saved_tokenizer_keeps_template_and_stop_token(base, talk, tmp_path):
     assert (tmp_path / "chat_template.jinja").read_text() == chosen.chat_template
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.eos_token == "<|eot_id|>"
-    assert ChatRenderer(loaded).render(talk("q", "a")) == ChatRenderer(chosen).render(talk("q", "a"))
+    assert ChatRenderer(loaded).render(Chat(talk("q", "a"))) == ChatRenderer(chosen).render(Chat(talk("q", "a")))
 
 
 @pytest.fixture
@@ -135,7 +141,7 @@ def test_tokens_of_the_vocabulary_that_are_not_special_become_so(plain_entries, 
         assert tokenizer.encode("<|im_start|>a<|im_end|>", add_special_tokens=False) == [1, *tokenizer.encode("a"), 2]
         assert tokenizer.decode([1, 2], skip_special_tokens=True) == ""
         with pytest.raises(RowFault, match="contains the control token"):
-            ChatRenderer(tokenizer).render(talk("a<|im_end|>", "b"))
+            ChatRenderer(tokenizer).render(Chat(talk("a<|im_end|>", "b")))
     assert plain_entries.encode("<|im_end|>") != [2]
 
 
@@ -184,13 +190,6 @@ def test_a_file_that_cannot_work_is_refused_with_the_reason(base, write, text, f
         choose_chat_template(base("qwen25"), "own.jinja")
 
 
-def test_a_template_of_the_tokenizer_that_does_not_parse_is_refused(base):
-    tokenizer = base("llama31")
-    tokenizer.chat_template = "{% for message in messages %}\n{{ message['content'] }"
-    with pytest.raises(UserError, match=r"the chat template of .* is damaged, line 2"):
-        choose_chat_template(tokenizer, None)
-
-
 def test_stop_ids_are_those_of_tokenizer_config_and_former_end(characters, tmp_path):
     assert find_stop_ids(characters) == {125}
     characters.name_or_path = str(tmp_path)
@@ -204,11 +203,6 @@ def test_stop_ids_are_those_of_tokenizer_config_and_former_end(characters, tmp_p
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(UserError, match=r"generation_config\.json is not JSON"):
         find_stop_ids(characters)
-
-
-def test_the_end_of_a_turn_is_found_by_rendering(families):
-    for tokenizer in families.values():
-        assert find_turn_end(tokenizer) == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(
@@ -226,3 +220,202 @@ def test_the_first_control_token_after_an_answer_ends_the_turn(families, after, 
     tokenizer.add_tokens(["<think>"])
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}" + after + "{% endfor %}"
     assert find_turn_end(tokenizer) == (None if end is None else tokenizer.convert_tokens_to_ids(end))
+
+
+@pytest.fixture
+def folder(families, tmp_path):
+    families["qwen25"].save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def test_a_folder_a_mapping_or_the_object_itself(folder, families):
+    text = families["qwen25"].apply_chat_template([{"role": "user", "content": "é"}], tokenize=False)
+    for choice in (str(folder), {"name": str(folder)}, families["qwen25"]):
+        loaded = load_tokenizer(choice)
+        assert loaded.encode(text) == families["qwen25"].encode(text)
+        assert loaded.chat_template == families["qwen25"].chat_template
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        (None, "tokenizer: expected a hub id, a folder or package:NAME, found none"),
+        ({"revision": "v1"}, "tokenizer: expected a name, or a mapping with name, revision, trust_remote_code"),
+        ({"name": "a", "revison": "v1"}, "found {'name': 'a', 'revison': 'v1'}"),
+    ],
+)
+def test_what_is_no_choice_is_refused(choice, words):
+    with pytest.raises(UserError, match=words):
+        load_tokenizer(choice)
+
+
+def test_the_hash_tells_contents_apart_without_loading(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("qlora_lightning.base.folder.load_tokenizer", lambda **choice: pytest.fail("loaded"))
+    template, name = tmp_path / "own.jinja", str(folder)
+    template.write_text("a")
+    hashes = [hash_tokenizer(name, choice) for choice in (None, "chatml", "llama3", str(template))]
+    template.write_text("b")
+    hashes.append(hash_tokenizer(name, str(template)))
+    for file in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        (folder / file).write_text("{}")
+        hashes.append(hash_tokenizer(name))
+    assert len(set(hashes)) == 8
+    assert None not in hashes
+    for other in ("README.md", "model.safetensors.index.json"):
+        (folder / other).write_text("{}")
+    assert hash_tokenizer({"name": name}) == hashes[-1]
+
+
+def test_an_object_is_hashed_by_what_it_is_now(smol):
+    hashes = [hash_tokenizer(smol), hash_tokenizer(smol, "chatml")]
+    without = hash_tokenizer(smol, with_template=False)
+    smol.chat_template += " "
+    hashes.append(hash_tokenizer(smol))
+    assert hash_tokenizer(smol, with_template=False) == without
+    smol.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
+    hashes.append(hash_tokenizer(smol))
+    assert len({*hashes, without}) == 5
+
+
+# as Llama 3.2's template begins
+DATE = """{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+"""
+# as SmolLM3, gpt-oss and Mistral ask for it, without a variable
+TODAY = '{%- set today = strftime_now("%A, %-d %B %Y (%F, %j)") %}\n{{- today }}'
+CONVERSATION = [{"role": "user", "content": "What day is it?"}, {"role": "assistant", "content": "Saturday."}]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Set the day that templates see."""
+
+    def set_day(year, month, day):
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls(year, month, day)
+
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+
+    set_day(2026, 11, 27)
+    return set_day
+
+
+@pytest.fixture
+def tokenizers(families):
+    """Tokenizers whose templates have a date, a switch, or markers around answers, by what they have."""
+
+    def with_template(name, template):
+        tokenizer = copy.deepcopy(families[name])
+        tokenizer.chat_template = template
+        return tokenizer
+
+    llama = families["llama31"].chat_template.replace("{%- set date =", DATE + "{%- set date =", 1)
+    marked = TODAY + families["markers"].chat_template
+    thinking = "{%- if add_generation_prompt %}\n    {%- if enable_thinking is defined and enable_thinking is false %}"
+    switch = families["qwen25"].chat_template + thinking + "{{- '<think></think>' }}{%- endif %}{%- endif %}"
+    return {
+        "date": with_template("llama31", llama),
+        "marked": with_template("markers", marked),
+        "switch": with_template("qwen25", switch),
+        "named": with_template("llama31", {"default": llama, "tool_use": "{# tools #}" + llama}),
+    }
+
+
+@pytest.fixture
+def render(write, tmp_path, monkeypatch):
+    """Prepare one row with a tokenizer; a cache of its own each time, but where one is asked for."""
+    write("rows.jsonl", [{"messages": CONVERSATION}])
+    numbers = itertools.count()
+
+    def render(tokenizer, cache=None, split="train", **options):
+        monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / f"cache-{cache or next(numbers)}"))
+        data = InstructionDataModule(**{split: "rows.jsonl"}, tokenizer=tokenizer, **options)
+        data.setup("fit" if split == "train" else split)
+        (sample,) = data.samples[split]
+        return data, sample.ids.tolist(), data.tokenizer.decode(sample.ids)
+
+    return render
+
+
+@pytest.mark.parametrize("kind", ["date", "marked", "named"])
+def test_the_same_row_gives_the_same_tokens_on_every_day(tokenizers, render, clock, kind):
+    before, first, text = render(tokenizers[kind])
+    clock(2027, 1, 5)
+    after, second, _ = render(tokenizers[kind])
+    assert first == second
+    assert before.identity["chat_template"] == after.identity["chat_template"]
+    assert ("Friday, 26 July 2024 (2024-07-26, 208)" if kind == "marked" else "Today Date: 26 Jul 2024\n") in text
+
+
+def test_options_set_variables_of_the_template_in_samples_and_prompts(tokenizers, render, clock):
+    _, _, text = render(tokenizers["date"], template_options={"date_string": "27 Nov 2026"})
+    assert "Today Date: 27 Nov 2026\n" in text
+    value = "a\"b'c\n{{ x }} %} \\ é🙂"
+    assert f"Today Date: {value}\n" in render(tokenizers["date"], template_options={"date_string": value})[2]
+    for options, end in ((None, ""), ({"enable_thinking": False}, "<think></think>")):
+        _, _, text = render(tokenizers["switch"], split="predict", template_options=options)
+        assert text.endswith(f"<|im_start|>assistant\n{end}")
+
+
+@pytest.mark.parametrize("kind", ["date", "named"])
+def test_the_saved_tokenizer_renders_the_same_elsewhere_and_may_be_told_otherwise(tokenizers, render, clock, kind):
+    options = {"date_string": "27 Nov 2026"}
+    data, ids, _ = render(tokenizers[kind], template_options=options)
+    data.tokenizer.save_pretrained("saved")
+    clock(2027, 1, 5)
+    plain = AutoTokenizer.from_pretrained("saved")
+    assert plain.apply_chat_template(CONVERSATION, return_dict=False) == ids
+    other = plain.apply_chat_template(CONVERSATION, tokenize=False, date_string="1 Jan 1970")
+    assert "Today Date: 1 Jan 1970\n" in other
+    for same in (None, options):  # as `chat` opens it, and as `evaluate` does with the config of the run
+        again, found, _ = render("saved", template_options=same)
+        assert found == ids
+        assert again.identity["chat_template"] == data.identity["chat_template"]
+
+
+def test_the_date_of_a_saved_tokenizer_may_be_set_again_and_to_another(tokenizers, render, clock):
+    options = {"strftime_now": "2026-11-27", "date_string": 'a "word"'}
+    tokenizer = copy.deepcopy(tokenizers["marked"])
+    tokenizer.chat_template = DATE + tokenizer.chat_template
+    data, ids, text = render(tokenizer, template_options=options)
+    assert text.startswith("Friday, 27 November 2026")
+    data.tokenizer.save_pretrained("saved")
+    clock(2027, 1, 5)
+    for same in (None, options):  # as `chat` opens it, and as `fit` does with the config of the run
+        again, found, _ = render("saved", template_options=same)
+        assert found == ids
+        assert again.identity["chat_template"] == data.identity["chat_template"]
+    other = {**options, "strftime_now": "2026-11-28"}
+    again, _, text = render("saved", template_options=other)
+    assert text.startswith("Saturday, 28 November 2026 (2026-11-28, 332)<|im_start|>user")
+    assert again.identity["chat_template"] == render(tokenizer, template_options=other)[0].identity["chat_template"]
+
+
+def test_cached_samples_are_those_of_the_same_options(tokenizers, render):
+    one, two = ({"date_string": text} for text in ("1 May 2025", "2 May 2025"))
+    first = render(tokenizers["date"], cache="shared", template_options=one)[1]
+    assert render(tokenizers["date"], cache="shared", template_options=two)[1] != first
+    assert render(tokenizers["date"], cache="shared", template_options=one)[1] == first
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("switch", {"enable_thinkin": False}, r"'enable_thinkin', its variables: .* Did you mean 'enable_thinking'"),
+        ("switch", {"strftime_now": "2026-11-27"}, "has no variable 'strftime_now'"),
+        ("date", {"messages": []}, "has no variable 'messages'"),
+        ("date", {"bos_token": ""}, "has no variable 'bos_token', its variables: .*date_string, strftime_now"),
+    ],
+)
+def test_what_would_change_nothing_is_refused_by_name(tokenizers, render, kind, options, words):
+    with pytest.raises(UserError, match=words):
+        render(tokenizers[kind], template_options=options)
+    with pytest.raises(UserError, match=r"chat_template: chatml has no variable 'x', its variables: none"):
+        render(tokenizers["switch"], chat_template="chatml", template_options={"x": 1})

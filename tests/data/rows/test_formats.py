@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_lightning.data.rows.bad_rows import BadRow, RowFault, refuse
+from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Chat, Text, Tokens
 from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.rows.readers import Row
@@ -46,19 +46,14 @@ def says(content):
     ("values", "messages"),
     [
         ({"instruction": "u", "output": "a"}, turns(U, A)),
-        ({"instruction": "u", "input": "", "output": "a"}, turns(U, A)),
         ({"instruction": "u", "input": "more", "output": "a"}, turns(("user", "u\n\nmore"), A)),
         ({"instruction": "", "input": "u", "output": "a"}, turns(U, A)),
         ({"instruction": "u", "output": "a", "history": [["q", "r"]]}, turns(("user", "q"), ("assistant", "r"), U, A)),
         ({"instruction": "u", "output": "a", "history": '[["u", "a"]]'}, turns(U, A, U, A)),
         ({"instruction": "u", "output": "a", "system": "s"}, turns(S, U, A)),
-        ({"messages": turns(S, U, A)}, turns(S, U, A)),
         ({"messages": turns(U, A), "system": "s", "prompt": "p"}, turns(S, U, A)),
         ({"messages": '[{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]'}, turns(U, A)),
-        ({"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}, turns(U, A)),
         ({"conversations": turns(U, A), "system": "s"}, turns(S, U, A)),
-        ({"prompt": "u", "completion": "a", "id": 7}, turns(U, A)),
-        ({"question": "u", "answer": "a"}, turns(U, A)),
     ],
 )
 def test_rows_are_recognised_by_their_columns(values, messages):
@@ -96,19 +91,15 @@ def test_roles_of_other_names_are_a_setting():
     ("values", "reason"),
     [
         ({"messages": []}, "expected a list of messages by the format messages, found []"),
-        ({"messages": None}, "'messages' is missing or null"),
         ({"messages": "text"}, "'messages': not JSON (Expecting value"),
         ({"messages": turns(U, S, A)}, "a system message must come first"),
         ({"messages": turns(S, A, U)}, "must begin with a user turn, found assistant"),
         ({"messages": turns(S)}, "must begin with a user turn, found none"),
-        ({"messages": turns(U)}, "no assistant turn"),
         ({"messages": turns(U, T, A)}, "no assistant message that calls the tool is before it"),
-        ({"instruction": "u", "output": None}, "'output' is missing or null"),
         ({"instruction": "u", "output": "a", "input": 3}, "'input' must be a string, found int"),
         ({"instruction": "u", "output": "a", "history": ["q"]}, "'history' must be a list of [question, answer] pairs"),
         ({"prompt": "u", "completion": turns(A)}, "part 1 of message 2 is"),
         ({"prompt": turns(U), "completion": "a"}, "'prompt' must be a string, found list"),
-        ({"prompt": "u", "completion": 4}, "the assistant content of message 2 must be a string, found int"),
     ],
 )
 def test_rows_that_are_none(values, reason):
@@ -382,68 +373,9 @@ def test_tokens():
             "columns: {question: instruction, response: output, system_prompt: system}",
             "Who?",
         ),
-        ({"query": "Who?", "response": "Ada"}, "columns: {query: instruction, response: output}", "Who?"),
-        ({"input": "Who?", "output": "Ada"}, "columns: {input: instruction}", "Who?"),
     ],
 )
 def test_a_row_of_other_names_is_refused_with_the_columns_that_read_it(row, line, prompt):
     assert f"`{line}`" in refusal(row)
     content = convert(row, **yaml.safe_load(line))
     assert says(content)[-2:] == [("user", prompt), ("assistant", "Ada")]
-
-
-def test_squad_is_refused_with_a_function_that_reads_it(tmp_path, monkeypatch):
-    row = {"id": "57", "context": "Ada wrote it.", "question": "Who?", "answers": {"text": ["Ada"]}}
-    message = refusal(row)
-    assert "`format: squad.convert`, with a file squad.py" in message
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "squad", raising=False)
-    Path("squad.py").write_text(message[message.index("def convert") : message.index(" Map other names")])
-    assert says(convert(row, format="squad.convert")) == [("user", "Ada wrote it.\n\nWho?"), ("assistant", "Ada")]
-
-
-@pytest.mark.parametrize(
-    ("row", "columns"),
-    [
-        ({"prompt": "u", "chosen": "a", "rejected": "b"}, {"chosen": "completion", "rejected": None}),
-        ({"instruction": "u", "chosen": "a", "rejected": "b"}, {"chosen": "output", "rejected": None}),
-        ({"prompt": "u", "chosen": turns(U, A), "rejected": turns(U)}, {"chosen": "messages", "rejected": None}),
-        ({"prompt": turns(U), "chosen": turns(A), "rejected": turns(A)}, {"chosen": "completion", "rejected": None}),
-        ({"prompt": "u", "completion": "a", "label": True}, {"label": None}),
-        ({"prompt": "u", "completion": "a", "label": "False"}, {"label": None}),  # of CSV
-        ({"messages": turns(U, A), "kto_tag": False}, {"kto_tag": None}),
-        ({"messages": turns(U, A), "images": ["a.png"]}, {"images": None}),
-        ({"messages": turns(U, A), "image": {"bytes": b"x", "path": None}}, {"image": None}),
-    ],
-)
-def test_rows_of_other_tasks_are_refused_until_the_column_is_left_out(row, columns):
-    key = next(name for name, ours in columns.items() if ours is None)
-    message = refusal(row)
-    assert message.startswith(f"a.jsonl:1 has '{key}', ")
-    assert f"{key}: null" in message
-    assert says(convert(row, columns=columns))[-2:] == [U, A]
-
-
-def test_columns_of_other_tasks_that_hold_nothing_are_no_matter():
-    nothing = {
-        "images": [],
-        "video": None,
-        "image": {"bytes": None, "path": None},
-        "label": "positive",
-        "chosen": None,
-        "rejected": "",
-    }
-    assert convert({"messages": turns(U, A), **nothing}) == Chat(turns(U, A))
-    judged = {"prompt": "u", "completion": "a", "label": True}
-    assert convert(judged, needs_answer=False) == Chat(turns(U, A))
-
-
-def test_twenty_bad_rows_are_listed_and_the_rest_counted():
-    refuse([])
-    with pytest.raises(UserError) as error:
-        refuse([BadRow(f"a.jsonl:{line}", "empty") for line in range(1, 26)])
-    lines = str(error.value).splitlines()
-    assert lines[0] == "25 rows cannot be used:"
-    assert lines[1] == "  a.jsonl:1: empty"
-    assert lines[20:22] == ["  a.jsonl:20: empty", "  and 5 more"]
-    assert "on_bad_row: skip" in lines[22]

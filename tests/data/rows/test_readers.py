@@ -15,7 +15,7 @@ import pytest
 
 from qlora_lightning.data.rows import readers
 from qlora_lightning.data.rows.bad_rows import BadRow
-from qlora_lightning.data.rows.readers import Row, RowReader, fingerprint, read_rows
+from qlora_lightning.data.rows.readers import Row, RowReader, fingerprint
 from qlora_lightning.data.rows.sources import Source, find_sources
 from qlora_lightning.support.errors import UserError
 
@@ -38,6 +38,10 @@ def read(content, name="a.jsonl", **entry):
     Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
     rows = RowReader(source(name, **entry))
     return [(row.line, row.values) if isinstance(row, Row) else tuple(row) for row in rows]
+
+
+def values(value, **entry):
+    return [row.values for row in RowReader(source(value, **entry))]
 
 
 def refusal(content, name="a.jsonl", **entry):
@@ -122,7 +126,7 @@ def test_a_url_is_read_as_a_file_is():
         assert len(list(RowReader(source(f"memory://files/*{kind}.gz")))) == len(rows)
     assert len(list(RowReader(source("memory://files")))) == 6 * 7 + 4
     with pytest.raises(UserError, match=r"memory://nowhere/a.jsonl cannot be read"):
-        read_rows("memory://nowhere/a.jsonl")
+        values("memory://nowhere/a.jsonl")
 
 
 def test_what_save_to_disk_wrote_is_read_without_what_datasets_keeps_beside_it():
@@ -133,8 +137,8 @@ def test_what_save_to_disk_wrote_is_read_without_what_datasets_keeps_beside_it()
     saved.save_to_disk("both", num_shards={"train": 2, "test": 1})
     Path("both/train/cache-1.arrow").write_bytes(content(".arrow"))
     assert [row.values for row in check_every_position(source("both"))] == ROWS
-    assert [row.values for row in read_rows({"path": "both", "split": "test"})] == ROWS[:2]
-    assert [row.values for row in read_rows("both/train")] == ROWS
+    assert values("both", split="test") == ROWS[:2]
+    assert values("both/train") == ROWS
     with pytest.raises(UserError, match=r"data.val: data file both/validation does not exist"):
         find_sources("both", "val")
 
@@ -251,7 +255,7 @@ def test_keys_that_arrow_fills_in_are_left_out():
     """Every struct of a column has the keys of all; a null inside would teach the model to write it."""
     rows = [{"call": {"city": "Rome"}, "n": None}, {"call": {"day": "Monday", "list": [{"a": 1}, {"b": 2}]}, "n": 1}]
     pq.write_table(pa.Table.from_pylist(rows), "a.parquet")
-    assert [row.values for row in read_rows("a.parquet")] == rows
+    assert values("a.parquet") == rows
     with pa.ipc.new_file("a.arrow", pa.Table.from_pylist(rows).schema) as writer:  # as Feather and polars write it
         writer.write_table(pa.Table.from_pylist(rows))
     assert [row.values for row in check_every_position(source("a.arrow"))] == rows

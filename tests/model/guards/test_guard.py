@@ -13,14 +13,13 @@ from lightning import Callback
 from torch import nn
 
 from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, InstructionDataModule, LossSums, QLoRAModule
-from qlora_lightning.data.batches.collate import collate
-from qlora_lightning.data.samples import make_sample
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.base_model import load_base
 from qlora_lightning.model.guards.checks import check_frozen, check_gradients, check_trainer, checksum_frozen
 from qlora_lightning.model.guards.nonfinite import describe_findings
 from qlora_lightning.support.errors import UserError
 from tests.equality import same
+from tests.flat import collate
 from tests.steps import make_module, make_trainer
 
 
@@ -263,7 +262,7 @@ def test_a_token_that_the_base_lacks_stops_the_run_and_its_row_is_named(tiny_bas
     vocabulary = module.causal_lm.config.vocab_size
     for bad in (vocabulary, -1, vocabulary - 1):
         rows = [[0, 1, 2], [3, 4, bad], [5, 6]]
-        batch = collate([make_sample(ids, [-100, *ids[1:]], number) for number, ids in enumerate(rows)])
+        batch = collate(*((ids, [-100, *ids[1:]], number) for number, ids in enumerate(rows)))
         words = f"A token of .*1.* has the id {bad:,}, .*tokens that the base lacks"
         with pytest.raises(UserError, match=words) if bad != vocabulary - 1 else contextlib.nullcontext():
             module.compute_loss(batch)

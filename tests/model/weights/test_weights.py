@@ -13,8 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from qlora_lightning.base import open_base
-from qlora_lightning.data.batches.collate import collate
-from qlora_lightning.data.samples import Sample
 from qlora_lightning.model.adapters.targets import layer_of
 from qlora_lightning.model.adapters.update_norms import measure_updates
 from qlora_lightning.model.base_model import load_base
@@ -24,6 +22,7 @@ from qlora_lightning.model.weights.layerwise import Reference, run_layerwise
 from qlora_lightning.model.weights.merging import MergedWeights, plan_merge
 from qlora_lightning.support.errors import UserError
 from tests.adapters import make_adapter
+from tests.flat import collate
 
 # ---- the weights of a base -------------------------------------------------------------------------------------------
 
@@ -117,8 +116,8 @@ def trained_weights(base):
 
 
 def assert_says(model, weights, expected):
-    samples = [Sample(torch.tensor(ids), torch.tensor([-100, *ids[1:]]), number, 0) for number, ids in enumerate(IDS)]
-    found = torch.cat(list(run_layerwise(model, weights, [collate(samples[:1]), collate(samples)])))
+    samples = [(ids, [-100, *ids[1:]], number) for number, ids in enumerate(IDS)]
+    found = torch.cat(list(run_layerwise(model, weights, [collate(samples[0]), collate(*samples)])))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

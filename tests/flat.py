@@ -1,0 +1,19 @@
+"""Samples and flat batches of plain lists."""
+
+from typing import Any
+
+from qlora_lightning.data.batches.collate import Batch, collate_rows
+from qlora_lightning.data.samples import SampleSet, SampleSetBuilder
+
+
+def gather(*rows: tuple[Any, ...]) -> SampleSet:
+    """Make a set of samples: of each its ids, labels and the row's number, and perhaps its source and its weight."""
+    builder = SampleSetBuilder()
+    for ids, labels, number, source, weight in (row + (0, 1.0)[len(row) - 3 :] for row in rows):
+        builder.add(ids, labels, number, source, weight=weight)
+    return builder.build()
+
+
+def collate(*rows: tuple[Any, ...]) -> Batch:
+    """Lay samples, as ``gather`` takes them, end to end."""
+    return collate_rows(gather(*rows), range(len(rows)))

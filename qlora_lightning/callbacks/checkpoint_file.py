@@ -127,9 +127,9 @@ def check_checkpoint(file: str | Path) -> None:
 
 def _find_fault(file: Path) -> str | None:
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         with zipfile.ZipFile(file) as archive:  # torch.load does not look at the checksums of tensors
             damaged = archive.testzip()
+        checkpoint = None if damaged else torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of torch, zipfile or the disk: cut off, a flipped bit, a class that needs code to run
         return f"{file} is damaged or not a checkpoint: {_reason(error)}."
     if damaged:

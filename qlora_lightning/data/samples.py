@@ -48,7 +48,9 @@ class SampleSet(Sequence[Sample]):
     def load(cls, folder: Path) -> "SampleSet":
         """Map what ``save`` wrote: its tokens are read from the files when they are used."""
         # a view of a mapped file is a plain array, and quicker to cut
-        arrays = {file.stem: np.asarray(np.load(file, mmap_mode="r")) for file in folder.glob("*.npy")}
+        arrays = {
+            file.stem: np.asarray(np.load(file, mmap_mode="r", allow_pickle=False)) for file in folder.glob("*.npy")
+        }
         return cls(**arrays, files=tuple(json.loads((folder / "files.json").read_text(encoding="utf-8"))))
 
     def save(self, folder: Path) -> None:

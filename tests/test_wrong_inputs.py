@@ -264,7 +264,7 @@ CHECKPOINTS = [
     Wrong("empty_checkpoint", "--ckpt_path wrong.ckpt", ("wrong.ckpt", "not a checkpoint"), write("wrong.ckpt", "")),
     Wrong("text_checkpoint", "--ckpt_path rows.jsonl", ("rows.jsonl", "not a checkpoint")),
     Wrong(
-        "cut_checkpoint", "--ckpt_path wrong.ckpt", ("wrong.ckpt", "not a checkpoint"), cut(LAST, "wrong.ckpt", 20_000)
+        "cut_checkpoint", "--ckpt_path wrong.ckpt", ("not a checkpoint",), cut(LAST, "wrong.ckpt", 20_000)
     ),
     Wrong(
         "foreign_checkpoint",

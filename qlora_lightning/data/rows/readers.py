@@ -240,7 +240,7 @@ def _read_csv(file: DataFile, encoding: str, delimiter: str | None) -> Iterator[
                 if header and not is_blank:
                     yield begin, _name_fields(header, fields)
                 elif not is_blank:
-                    header = fields
+                    header = [name if name.strip() else "" for name in fields]
                     _check_decoded("".join(header))
                     twice = [name for name in header if name and header.count(name) > 1]
                     if twice:
@@ -259,7 +259,9 @@ def _name_fields(header: list[str], fields: list[str]) -> dict[str, Any] | RowFa
     if len(fields) != len(header):
         names = ", ".join(header)
         return RowFault(f"{len(fields)} fields, expected {len(header)} ({names}): quote a delimiter inside a field")
-    # the index that pandas' to_csv() writes has no name
+    for number, (name, field) in enumerate(zip(header, fields, strict=True), start=1):
+        if number > 1 and not name and field.strip():  # the index that pandas' to_csv() writes is the first column
+            return RowFault(f"column {number} has no name in the header: name it, or remove the column")
     return {name: field for name, field in zip(header, fields, strict=True) if name}
 
 

@@ -232,8 +232,12 @@ def test_a_csv_file_whose_rows_cannot_be_told_is_refused(text, said):
     assert said in refusal(text, "a.csv")
 
 
-def test_the_index_that_pandas_writes_is_left_out():
+def test_of_columns_without_a_name_only_the_index_that_pandas_writes_may_hold_anything():
     assert read(",x\n0,a\n17,b\n", "a.csv") == [(2, {"x": "a"}), (3, {"x": "b"})]
+    rows = read("x,y, \nWhy?,So,\nWhere?,Paris, France\nWho?,Ada, \n", "a.csv")
+    fault = "column 3 has no name in the header: name it, or remove the column"
+    assert rows == [(2, {"x": "Why?", "y": "So"}), ("a.csv:3", fault), (4, {"x": "Who?", "y": "Ada"})]
+    assert read("x,,y,\n1,2,3,\n", "a.csv") == [("a.csv:2", fault.replace("3", "2"))]
 
 
 # Encodings, tables, memory, the whole

@@ -178,10 +178,28 @@ def _read_json(file: DataFile, encoding: str, skip: int) -> Iterator[Parsed]:
                 return
             rows += bool(text)
             if text and rows > skip:
+                values: dict[str, Any] | RowFault
                 try:
-                    yield number, _check_object(_parse_json(text))
+                    values = _check_object(_parse_json(text))
                 except RowFault as fault:
-                    yield number, fault
+                    values = fault
+                if rows == 1:
+                    _refuse_table(file, text, values)
+                yield number, values
+
+
+def _refuse_table(file: DataFile, first: str, values: dict[str, Any] | RowFault) -> None:
+    """Refuse a file by its first line: objects over several lines, or a table, ``{column: {row number: value}}``."""
+    is_table = isinstance(values, dict) and values and all(map(_is_column, values.values()))
+    if is_table or (first[0] == "{" and first[-1] in "{[,"):
+        raise UserError(
+            f"{file}: expected one JSON object per line or an array of objects, found a table or an object over "
+            "several lines; write a DataFrame by df.to_json('rows.jsonl', orient='records', lines=True)."
+        )
+
+
+def _is_column(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(map(str.isdigit, value))
 
 
 def _parse_array(file: DataFile, text: str) -> list[Any]:

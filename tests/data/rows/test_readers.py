@@ -187,6 +187,25 @@ def test_an_array_is_refused_as_a_whole(text, said, monkeypatch):
     assert said in refusal(text, "a.json")
 
 
+@pytest.mark.parametrize("begin", ["", "\ufeff\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"x": {"0": "a", "1": "b"}, "y": {"0": "c", "1": "d"}}',  # as DataFrame.to_json() writes it
+        '{"x": {"17": "a"}, "y": {"17": "c"}}',  # likewise, of some rows
+        json.dumps({"x": "a", "y": "b"}, indent=2),
+        '{ "x": "a",\n  "y": "b" }\n{ "x": "c",\n  "y": "d" }\n',
+        '{"data": [\n{"x": "a"},\n{"x": "b"}]}',
+    ],
+)
+def test_a_table_and_objects_over_several_lines_are_refused_as_a_whole(text, begin):
+    assert "a.json: expected one JSON object per line or an array of objects, found" in refusal(begin + text, "a.json")
+    assert read('{"x": {"a": "0"}, "y": {}}\n{\n') == [  # nested rows, and a bad line behind the first
+        (1, {"x": {"a": "0"}, "y": {}}),
+        ("a.jsonl:2", "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+    ]
+
+
 # CSV
 
 

@@ -11,6 +11,7 @@ from jinja2 import Environment, TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
 
 from qlora_lightning.data.chat.tokenizer import find_stop_ids, find_turn_end, writes_bos
+from qlora_lightning.data.rows.conversation import REASONING_KEYS
 from qlora_lightning.support.errors import UserError, nearest
 
 # each preset with the control tokens that it writes beside the tokenizer's own BOS and end-of-sequence tokens
@@ -29,7 +30,6 @@ _DATE_CODES = ("%d", "%m", "%y", "%Y", "%b", "%B", "%a", "%A", "%j", "%H", "%I",
 _PASSED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception"})  # to every template
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")  # a tag that jinja itself does not know
 _PARSER = Environment(extensions=["jinja2.ext.loopcontrols"])  # only parses
-_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of messages, as templates name it
 
 
 def choose_chat_template(tokenizer: Any, choice: str | None, options: Mapping[str, Any] | None = None) -> Any:
@@ -84,7 +84,7 @@ def find_presets(tokenizer: Any) -> list[str]:
 def find_reasoning_key(template: str | Mapping[str, str] | None) -> str | None:
     """Return the key of a message under which a chat template looks for reasoning; None if it looks for none."""
     text = "\n".join(template.values()) if isinstance(template, Mapping) else template or ""
-    return next((key for key in _REASONING_KEYS if re.search(rf"\.{key}\b|(['\"]){key}\1", text)), None)
+    return next((key for key in REASONING_KEYS if re.search(rf"\.{key}\b|(['\"]){key}\1", text)), None)
 
 
 def _put_template(tokenizer: Any, choice: str) -> Any:

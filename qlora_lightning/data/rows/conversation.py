@@ -58,6 +58,7 @@ class Tokens(NamedTuple):
 Content = Chat | Text | Tokens
 
 ROLES = ("system", "user", "assistant", "tool")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of messages; templates use the same names
 MEDIA = ("images", "videos", "audios", "image", "video", "audio")  # keys of rows and of messages
 
 _SPEAKERS = {
@@ -90,7 +91,8 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
     calls = message.get("tool_calls") or message.get("function_call")
     if speaker == "function_call":
         calls, content = parse_json(content, f"{where} (function_call)"), None
-    reasoning = message.get("reasoning_content") or message.get("reasoning") or message.get("thinking")
+    thoughts = [(key, message[key]) for key in REASONING_KEYS if message.get(key)]
+    reasoning = thoughts[0][1] if thoughts else None
     if role != "assistant" and (calls or reasoning):
         raise RowFault(f"{where} ({role}) has calls or reasoning, which only an assistant has")
 
@@ -102,7 +104,12 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
         read["tool_calls"] = read_calls([calls] if isinstance(calls, dict) else calls, where)
     elif role == "assistant" and not text.strip():
         raise RowFault(f"the answer ({where}) is empty")
+    for name, other in thoughts[1:]:
+        if other != reasoning:
+            raise RowFault(f"{where} has {thoughts[0][0]!r} and {name!r}, which differ: keep one")
     if reasoning:
+        if text.lstrip().startswith("<think>"):
+            raise RowFault(f"{where} has reasoning beside a <think> block in its content: keep one")
         read["reasoning_content"] = read_string(reasoning, f"the reasoning of {where}")
     for key in ("name", "tool_call_id"):
         if role == "tool" and message.get(key) is not None:

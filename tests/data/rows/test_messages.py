@@ -74,6 +74,11 @@ def test_an_answer_that_is_not_trained_is_marked(mark):
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_what_an_assistant_thinks_has_one_name(key):
     assert answer(**{key: "Hm."}) == {**SAID, "reasoning_content": "Hm."}
+    assert answer(**{"reasoning_content": "Hm.", "thinking": "", key: "Hm."}) == answer(reasoning="Hm.")
+    inside = "Write a <think> tag, then </think>."
+    assert answer(**{key: "Hm."}, content=inside) == {**SAID, "content": inside, "reasoning_content": "Hm."}
+    with pytest.raises(RowFault, match=r"^message 2 has reasoning beside a <think> block in its content: keep one$"):
+        answer(**{key: "Hm."}, content="\n<think>\nHm.\n</think>\n\na")
 
 
 def test_an_assistant_that_calls_tools_may_say_nothing():
@@ -105,6 +110,7 @@ def test_an_assistant_that_calls_tools_may_say_nothing():
         ({**SAID, "content": "a\x00"}, "message 2 contains a NUL character"),
         ({**SAID, "content": "\ud83d"}, "message 2 contains half a character"),
         ({**SAID, "reasoning": ["Hm."]}, "the reasoning of message 2 must be a string, found list"),
+        ({**SAID, "thinking": "Hm.", "reasoning": "Ah."}, "has 'reasoning' and 'thinking', which differ: keep one"),
         ({**ASKED, "reasoning": "Hm."}, "message 2 (user) has calls or reasoning, which only an assistant has"),
         ({**ASKED, "tool_calls": [CALL]}, "message 2 (user) has calls or reasoning, which only an assistant has"),
         ({**ASKED, "content": ["x"]}, "part 1 of message 2 is 'x', expected {type: text"),

@@ -133,18 +133,15 @@ def _read_content(content: Any, where: str, role: str) -> tuple[str, list[tuple[
             raise RowFault(f"{place} is {reprlib.repr(part)}, expected {{type: text, text: …}}: only text is read")
         begin = len(text)
         text += read_string(part.get("text", part.get("value")), f"the text of {place}")
-        train = part.get("train")
-        if not isinstance(train, bool | None) or (train and role != "assistant"):
-            raise RowFault(f"{place} has train: {train!r}, expected true or false, of an answer only")
-        if train is False and role == "assistant" and len(text) > begin:
+        if not _read_marks(part, role, place) and role == "assistant" and len(text) > begin:
             untrained.append((begin, len(text)))
     check_characters(text, where)  # half a character in each of two parts
     return text, untrained
 
 
 def _read_marks(message: dict[str, Any], role: str, where: str) -> bool:
-    """Return whether a message is trained: what its ``train``, or OpenAI's ``weight``, says."""
-    if len(message) == 2:  # role and content alone, as most messages have
+    """Return whether a message, or a part of one, is trained: what its ``train``, or OpenAI's ``weight``, says."""
+    if len(message) == 2:  # role and content alone, as most messages have, or the type and text of a part
         return True
     for key in sorted(_UNREAD & message.keys()):
         if message[key] not in (None, "", []):

@@ -176,11 +176,11 @@ def check_order(conversation: Conversation, needs_answer: bool) -> None:
 # Tools
 
 
-def find_tools(tools: Any) -> list[dict[str, Any]] | None:
+def find_tools(tools: Any, key: str = "tools") -> list[dict[str, Any]] | None:
     """Return the tools of a row: JSON schemas as OpenAI has them, or of functions alone, or either as a JSON string."""
-    tools = parse_json(tools or [], "'tools'") or []
+    tools = parse_json(tools or [], repr(key)) or []
     if not isinstance(tools, list):
-        raise RowFault(f"'tools' must be a list of JSON schemas, found {kind_of(tools)}")
+        raise RowFault(f"{key!r} must be a list of JSON schemas, found {kind_of(tools)}")
     functions = [_read_function(tool, f"tool {number}") for number, tool in enumerate(tools, start=1)]
     return [{"type": "function", "function": function} for function in functions] or None
 

@@ -153,6 +153,21 @@ def test_tools_are_schemas_as_openai_has_them_or_functions_alone_or_either_as_js
     assert convert(ASKED, SAID, tools=tools).tools == [SCHEMA]
 
 
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+@pytest.mark.parametrize("functions", [[SKY], json.dumps([SKY])])
+def test_functions_of_openais_older_calls_are_tools(key, functions):
+    called = {"role": "assistant", "content": None, "function_call": {"name": "sky", "arguments": "{}"}}
+    row = {key: [ASKED, called], "functions": functions}
+    for tools in (None, "", "[]", [SCHEMA]):
+        converter = RowConverter(RowSettings())
+        assert converter.convert(Row({**row, "tools": tools}, "a.jsonl", 1)).tools == [SCHEMA]
+        assert converter.unread_columns == []
+    with pytest.raises(RowFault, match="'functions': not JSON"):
+        convert(ASKED, SAID, functions="sky")
+    with pytest.raises(RowFault, match="the row has 'tools' and 'functions', which differ: keep one"):
+        convert(ASKED, SAID, tools=[SCHEMA], functions=[{"name": "sea"}])
+
+
 @pytest.mark.parametrize("tools", [None, [], "", "[]"])
 def test_a_row_without_tools_has_none(tools):
     assert convert(ASKED, SAID, tools=tools).tools is None

@@ -1,6 +1,7 @@
 """The chat template that a tokenizer renders with: its own, a preset or the user's file, and its variables."""
 
 import copy
+import json
 import re
 from collections.abc import Mapping
 from datetime import date
@@ -127,7 +128,7 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], whose: str) -> An
     """Return a tokenizer whose template holds the options and no clock; itself if that changes nothing.
 
     Raises:
-        UserError: the template has no such variable.
+        UserError: the template has no such variable, or a value cannot be written into it.
         TemplateSyntaxError: it is not a template.
     """
     own = tokenizer.chat_template
@@ -139,11 +140,20 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], whose: str) -> An
     }
     passed = _PASSED.union(getattr(tokenizer, "special_tokens_map", ()))
     known = set[str]().union(*variables.values()) - passed
-    for name in options:
+    for name, value in options.items():
         if name not in known:
             others = ", ".join(sorted(known)) or "none"
             hint = nearest(name, known)
             raise UserError(f"template_options: {whose} has no variable {name!r}, its variables: {others}.{hint}")
+        expected = "a date such as 2026-11-27"
+        try:
+            if name == _CLOCK:
+                date.fromisoformat(str(value))
+            else:
+                expected = "a text, a number, true, false or a list or mapping of these (a date in quotes)"
+                json.dumps(value, allow_nan=False)  # what jinja has literals for
+        except (TypeError, ValueError) as error:
+            raise UserError(f"template_options: {name} must be {expected}, found {value!r}.") from error
     defaults = "".join(  # jinja's literals are Python's
         f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}\n"
         for name, value in options.items()

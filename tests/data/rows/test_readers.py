@@ -139,8 +139,10 @@ def test_what_save_to_disk_wrote_is_read_without_what_datasets_keeps_beside_it()
     assert [row.values for row in check_every_position(source("both"))] == ROWS
     assert values("both", split="test") == ROWS[:2]
     assert values("both/train") == ROWS
-    with pytest.raises(UserError, match=r"data.val: data file both/validation does not exist"):
+    with pytest.raises(UserError, match=r"^data.val: both has no split 'validation', expected one of train, test\.$"):
         find_sources("both", "val")
+    with pytest.raises(UserError, match=r"no split 'tets', expected one of train, test. Did you mean 'test'\?"):
+        find_sources({"path": "both", "split": "tets"}, "val")
 
 
 # JSON

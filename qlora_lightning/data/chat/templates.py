@@ -1,6 +1,7 @@
 """The chat template that a tokenizer renders with: its own, a preset or the user's file, and its variables."""
 
 import copy
+import json
 import re
 from collections.abc import Mapping
 from datetime import date
@@ -11,6 +12,7 @@ from jinja2 import Environment, TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
 
 from qlora_lightning.data.chat.tokenizer import find_stop_ids, find_turn_end, writes_bos
+from qlora_lightning.data.rows.conversation import REASONING_KEYS
 from qlora_lightning.support.errors import UserError, nearest
 
 # each preset with the control tokens that it writes beside the tokenizer's own BOS and end-of-sequence tokens
@@ -29,7 +31,6 @@ _DATE_CODES = ("%d", "%m", "%y", "%Y", "%b", "%B", "%a", "%A", "%j", "%H", "%I",
 _PASSED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception"})  # to every template
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")  # a tag that jinja itself does not know
 _PARSER = Environment(extensions=["jinja2.ext.loopcontrols"])  # only parses
-_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of messages, as templates name it
 
 
 def choose_chat_template(tokenizer: Any, choice: str | None, options: Mapping[str, Any] | None = None) -> Any:
@@ -84,7 +85,7 @@ def find_presets(tokenizer: Any) -> list[str]:
 def find_reasoning_key(template: str | Mapping[str, str] | None) -> str | None:
     """Return the key of a message under which a chat template looks for reasoning; None if it looks for none."""
     text = "\n".join(template.values()) if isinstance(template, Mapping) else template or ""
-    return next((key for key in _REASONING_KEYS if re.search(rf"\.{key}\b|(['\"]){key}\1", text)), None)
+    return next((key for key in REASONING_KEYS if re.search(rf"\.{key}\b|(['\"]){key}\1", text)), None)
 
 
 def _put_template(tokenizer: Any, choice: str) -> Any:
@@ -127,7 +128,7 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], whose: str) -> An
     """Return a tokenizer whose template holds the options and no clock; itself if that changes nothing.
 
     Raises:
-        UserError: the template has no such variable.
+        UserError: the template has no such variable, or a value cannot be written into it.
         TemplateSyntaxError: it is not a template.
     """
     own = tokenizer.chat_template
@@ -139,11 +140,20 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], whose: str) -> An
     }
     passed = _PASSED.union(getattr(tokenizer, "special_tokens_map", ()))
     known = set[str]().union(*variables.values()) - passed
-    for name in options:
+    for name, value in options.items():
         if name not in known:
             others = ", ".join(sorted(known)) or "none"
             hint = nearest(name, known)
             raise UserError(f"template_options: {whose} has no variable {name!r}, its variables: {others}.{hint}")
+        expected = "a date such as 2026-11-27"
+        try:
+            if name == _CLOCK:
+                date.fromisoformat(str(value))
+            else:
+                expected = "a text, a number, true, false or a list or mapping of these (a date in quotes)"
+                json.dumps(value, allow_nan=False)  # what jinja has literals for
+        except (TypeError, ValueError) as error:
+            raise UserError(f"template_options: {name} must be {expected}, found {value!r}.") from error
     defaults = "".join(  # jinja's literals are Python's
         f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}\n"
         for name, value in options.items()

@@ -58,6 +58,7 @@ class Tokens(NamedTuple):
 Content = Chat | Text | Tokens
 
 ROLES = ("system", "user", "assistant", "tool")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of messages; templates use the same names
 MEDIA = ("images", "videos", "audios", "image", "video", "audio")  # keys of rows and of messages
 
 _SPEAKERS = {
@@ -90,7 +91,8 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
     calls = message.get("tool_calls") or message.get("function_call")
     if speaker == "function_call":
         calls, content = parse_json(content, f"{where} (function_call)"), None
-    reasoning = message.get("reasoning_content") or message.get("reasoning") or message.get("thinking")
+    thoughts = [(key, message[key]) for key in REASONING_KEYS if message.get(key)]
+    reasoning = thoughts[0][1] if thoughts else None
     if role != "assistant" and (calls or reasoning):
         raise RowFault(f"{where} ({role}) has calls or reasoning, which only an assistant has")
 
@@ -102,7 +104,12 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
         read["tool_calls"] = read_calls([calls] if isinstance(calls, dict) else calls, where)
     elif role == "assistant" and not text.strip():
         raise RowFault(f"the answer ({where}) is empty")
+    for name, other in thoughts[1:]:
+        if other != reasoning:
+            raise RowFault(f"{where} has {thoughts[0][0]!r} and {name!r}, which differ: keep one")
     if reasoning:
+        if text.lstrip().startswith("<think>"):
+            raise RowFault(f"{where} has reasoning beside a <think> block in its content: keep one")
         read["reasoning_content"] = read_string(reasoning, f"the reasoning of {where}")
     for key in ("name", "tool_call_id"):
         if role == "tool" and message.get(key) is not None:
@@ -126,18 +133,15 @@ def _read_content(content: Any, where: str, role: str) -> tuple[str, list[tuple[
             raise RowFault(f"{place} is {reprlib.repr(part)}, expected {{type: text, text: …}}: only text is read")
         begin = len(text)
         text += read_string(part.get("text", part.get("value")), f"the text of {place}")
-        train = part.get("train")
-        if not isinstance(train, bool | None) or (train and role != "assistant"):
-            raise RowFault(f"{place} has train: {train!r}, expected true or false, of an answer only")
-        if train is False and role == "assistant" and len(text) > begin:
+        if not _read_marks(part, role, place) and role == "assistant" and len(text) > begin:
             untrained.append((begin, len(text)))
     check_characters(text, where)  # half a character in each of two parts
     return text, untrained
 
 
 def _read_marks(message: dict[str, Any], role: str, where: str) -> bool:
-    """Return whether a message is trained: what its ``train``, or OpenAI's ``weight``, says."""
-    if len(message) == 2:  # role and content alone, as most messages have
+    """Return whether a message, or a part of one, is trained: what its ``train``, or OpenAI's ``weight``, says."""
+    if len(message) == 2:  # role and content alone, as most messages have, or the type and text of a part
         return True
     for key in sorted(_UNREAD & message.keys()):
         if message[key] not in (None, "", []):
@@ -172,11 +176,11 @@ def check_order(conversation: Conversation, needs_answer: bool) -> None:
 # Tools
 
 
-def find_tools(tools: Any) -> list[dict[str, Any]] | None:
+def find_tools(tools: Any, key: str = "tools") -> list[dict[str, Any]] | None:
     """Return the tools of a row: JSON schemas as OpenAI has them, or of functions alone, or either as a JSON string."""
-    tools = parse_json(tools or [], "'tools'") or []
+    tools = parse_json(tools or [], repr(key)) or []
     if not isinstance(tools, list):
-        raise RowFault(f"'tools' must be a list of JSON schemas, found {kind_of(tools)}")
+        raise RowFault(f"{key!r} must be a list of JSON schemas, found {kind_of(tools)}")
     functions = [_read_function(tool, f"tool {number}") for number, tool in enumerate(tools, start=1)]
     return [{"type": "function", "function": function} for function in functions] or None
 

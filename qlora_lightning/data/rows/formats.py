@@ -207,8 +207,8 @@ FORMATS = {
     form.name: form
     for form in (
         Format("alpaca", ("instruction",), ("output",), from_alpaca, ("input", "history")),
-        Format("messages", ("messages",), (), from_list("messages")),
-        Format("sharegpt", ("conversations",), (), from_list("conversations")),
+        Format("messages", ("messages",), (), from_list("messages"), ("functions",)),
+        Format("sharegpt", ("conversations",), (), from_list("conversations"), ("functions",)),
         Format("prompt_completion", ("prompt",), ("completion",), from_prompt_completion),
         Format("question_answer", ("question",), ("answer",), from_question_answer),
         Format("glaive", ("system", "chat"), (), from_glaive),
@@ -346,7 +346,13 @@ def _to_content(values: dict[str, Any], form: Format, settings: RowSettings, nee
     system = read_string(own_system, "'system'") if own_system else settings.system
     if system and conversation[0]["role"] != "system":
         conversation.insert(0, {"role": "system", "content": system})
-    return Chat(conversation, find_tools(tools), weight)
+    schemas = find_tools(tools)
+    if "functions" in form.other_keys:  # OpenAI's older name
+        functions = find_tools(values.get("functions"), "functions")
+        if schemas and functions and schemas != functions:
+            raise RowFault("the row has 'tools' and 'functions', which differ: keep one")
+        schemas = schemas or functions
+    return Chat(conversation, schemas, weight)
 
 
 def _read_weight(value: Any) -> float:

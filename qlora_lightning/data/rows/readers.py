@@ -178,10 +178,28 @@ def _read_json(file: DataFile, encoding: str, skip: int) -> Iterator[Parsed]:
                 return
             rows += bool(text)
             if text and rows > skip:
+                values: dict[str, Any] | RowFault
                 try:
-                    yield number, _check_object(_parse_json(text))
+                    values = _check_object(_parse_json(text))
                 except RowFault as fault:
-                    yield number, fault
+                    values = fault
+                if rows == 1:
+                    _refuse_table(file, text, values)
+                yield number, values
+
+
+def _refuse_table(file: DataFile, first: str, values: dict[str, Any] | RowFault) -> None:
+    """Refuse a file by its first line: objects over several lines, or a table, ``{column: {row number: value}}``."""
+    is_table = isinstance(values, dict) and values and all(map(_is_column, values.values()))
+    if is_table or (first[0] == "{" and first[-1] in "{[,"):
+        raise UserError(
+            f"{file}: expected one JSON object per line or an array of objects, found a table or an object over "
+            "several lines; write a DataFrame by df.to_json('rows.jsonl', orient='records', lines=True)."
+        )
+
+
+def _is_column(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(map(str.isdigit, value))
 
 
 def _parse_array(file: DataFile, text: str) -> list[Any]:
@@ -240,7 +258,7 @@ def _read_csv(file: DataFile, encoding: str, delimiter: str | None) -> Iterator[
                 if header and not is_blank:
                     yield begin, _name_fields(header, fields)
                 elif not is_blank:
-                    header = fields
+                    header = [name if name.strip() else "" for name in fields]
                     _check_decoded("".join(header))
                     twice = [name for name in header if name and header.count(name) > 1]
                     if twice:
@@ -259,7 +277,9 @@ def _name_fields(header: list[str], fields: list[str]) -> dict[str, Any] | RowFa
     if len(fields) != len(header):
         names = ", ".join(header)
         return RowFault(f"{len(fields)} fields, expected {len(header)} ({names}): quote a delimiter inside a field")
-    # the index that pandas' to_csv() writes has no name
+    for number, (name, field) in enumerate(zip(header, fields, strict=True), start=1):
+        if number > 1 and not name and field.strip():  # the index that pandas' to_csv() writes is the first column
+            return RowFault(f"column {number} has no name in the header: name it, or remove the column")
     return {name: field for name, field in zip(header, fields, strict=True) if name}
 
 

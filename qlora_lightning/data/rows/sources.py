@@ -118,8 +118,13 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
     is_hub_id = _HUB_ID.fullmatch(path) and not kind_of(path)[0] and (hub or not file.parent.is_dir())
     if is_hub_id and not file.exists():
         return replace(source, split=source.split or split)
-    if (file / "dataset_dict.json").is_file():
+    saved = file / "dataset_dict.json"
+    if saved.is_file():
         source = replace(source, split=source.split or split)
+        splits = json.loads(saved.read_text(encoding="utf-8"))["splits"]
+        if source.split not in splits:
+            hint = nearest(str(source.split), splits)
+            raise UserError(f"{path} has no split {source.split!r}, expected one of {', '.join(splits)}.{hint}")
         file, hub = file / str(source.split), [key for key in hub if key != "split"]
     if hub:
         raise UserError(f"{hub[0]} is for data sets of the hub, but {path} is a path.")

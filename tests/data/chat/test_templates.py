@@ -3,7 +3,8 @@
 import copy
 import itertools
 import json
-from datetime import datetime
+import math
+from datetime import date, datetime
 from pathlib import Path
 
 import pytest
@@ -411,10 +412,15 @@ def test_cached_samples_are_those_of_the_same_options(tokenizers, render):
         ("switch", {"enable_thinkin": False}, r"'enable_thinkin', its variables: .* Did you mean 'enable_thinking'"),
         ("switch", {"strftime_now": "2026-11-27"}, "has no variable 'strftime_now'"),
         ("date", {"messages": []}, "has no variable 'messages'"),
+        ("named", {"strftime_now": "27 Nov 2026"}, "must be a date such as 2026-11-27, found '27 Nov 2026'"),
+        *(
+            ("date", {"date_string": value}, r"date_string must be a text, a number, .* found (datetime|\[inf)")
+            for value in (date(2026, 11, 27), [math.inf])
+        ),
         ("date", {"bos_token": ""}, "has no variable 'bos_token', its variables: .*date_string, strftime_now"),
     ],
 )
-def test_what_would_change_nothing_is_refused_by_name(tokenizers, render, kind, options, words):
+def test_options_that_no_template_has_or_can_hold_are_refused_by_name(tokenizers, render, kind, options, words):
     with pytest.raises(UserError, match=words):
         render(tokenizers[kind], template_options=options)
     with pytest.raises(UserError, match=r"chat_template: chatml has no variable 'x', its variables: none"):

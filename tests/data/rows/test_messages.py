@@ -61,6 +61,8 @@ def test_parts_that_are_not_trained_are_stretches_of_characters():
     parts = [part("é1 ", train=False), {"type": "text", "value": "two "}, part(""), part("3", train=False), part("4")]
     assert answer(content=parts) == {**SAID, "content": "é1 two 34", "untrained": [(0, 3), (7, 8)]}
     assert asked(content=parts) == {**ASKED, "content": "é1 two 34"}
+    weights = [part("é1 ", weight=0), part("two ", weight=1, loss=None), part("3", weight=0.0), part("4", id=7)]
+    assert answer(content=weights) == answer(content=parts)
     assert answer(content=[part("a", train=False), part("b", train=False)])["train"] is False
 
 
@@ -74,6 +76,11 @@ def test_an_answer_that_is_not_trained_is_marked(mark):
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_what_an_assistant_thinks_has_one_name(key):
     assert answer(**{key: "Hm."}) == {**SAID, "reasoning_content": "Hm."}
+    assert answer(**{"reasoning_content": "Hm.", "thinking": "", key: "Hm."}) == answer(reasoning="Hm.")
+    inside = "Write a <think> tag, then </think>."
+    assert answer(**{key: "Hm."}, content=inside) == {**SAID, "content": inside, "reasoning_content": "Hm."}
+    with pytest.raises(RowFault, match=r"^message 2 has reasoning beside a <think> block in its content: keep one$"):
+        answer(**{key: "Hm."}, content="\n<think>\nHm.\n</think>\n\na")
 
 
 def test_an_assistant_that_calls_tools_may_say_nothing():
@@ -105,6 +112,7 @@ def test_an_assistant_that_calls_tools_may_say_nothing():
         ({**SAID, "content": "a\x00"}, "message 2 contains a NUL character"),
         ({**SAID, "content": "\ud83d"}, "message 2 contains half a character"),
         ({**SAID, "reasoning": ["Hm."]}, "the reasoning of message 2 must be a string, found list"),
+        ({**SAID, "thinking": "Hm.", "reasoning": "Ah."}, "has 'reasoning' and 'thinking', which differ: keep one"),
         ({**ASKED, "reasoning": "Hm."}, "message 2 (user) has calls or reasoning, which only an assistant has"),
         ({**ASKED, "tool_calls": [CALL]}, "message 2 (user) has calls or reasoning, which only an assistant has"),
         ({**ASKED, "content": ["x"]}, "part 1 of message 2 is 'x', expected {type: text"),
@@ -117,8 +125,11 @@ def test_an_assistant_that_calls_tools_may_say_nothing():
         ({**SAID, "train": True, "weight": 0}, "'train' and 'weight' of message 2 contradict each other"),
         ({**ASKED, "train": True}, "message 2 (user) has train: True, but only answers are trained"),
         ({**ASKED, "weight": 1}, "message 2 (user) has weight: 1, but only answers are trained"),
-        ({**ASKED, "content": [part("x", train=True)]}, "part 1 of message 2 has train: True, expected"),
-        ({**SAID, "content": [part("x", train="no")]}, "part 1 of message 2 has train: 'no', expected true or false"),
+        ({**ASKED, "content": [part("x", train=True)]}, "part 1 of message 2 (user) has train: True, but only answers"),
+        ({**SAID, "content": [part("x", train="no")]}, "'train' of part 1 of message 2 must be true or false, found"),
+        ({**SAID, "content": [part("x", weight=0.5)]}, "'weight' of part 1 of message 2 must be 0 or 1, found 0.5"),
+        ({**SAID, "content": [part("x"), part("y", loss=False)]}, "part 2 of message 2 has 'loss', which is not read"),
+        ({**SAID, "content": [part("x", mask=1)]}, "part 1 of message 2 has 'mask', which is not read"),
         ({"role": "tool", "content": "x", "name": 1}, "'name' of message 2 must be a string, found int"),
         ({"from": "function_call", "value": "sky()"}, "message 2 (function_call): not JSON (Expecting value"),
         ({**SAID, "tool_calls": "sky"}, "the tool_calls of message 2 must be a list, found str"),
@@ -140,6 +151,21 @@ def test_messages_that_cannot_be_used(message, reason):
 )
 def test_tools_are_schemas_as_openai_has_them_or_functions_alone_or_either_as_json(tools):
     assert convert(ASKED, SAID, tools=tools).tools == [SCHEMA]
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+@pytest.mark.parametrize("functions", [[SKY], json.dumps([SKY])])
+def test_functions_of_openais_older_calls_are_tools(key, functions):
+    called = {"role": "assistant", "content": None, "function_call": {"name": "sky", "arguments": "{}"}}
+    row = {key: [ASKED, called], "functions": functions}
+    for tools in (None, "", "[]", [SCHEMA]):
+        converter = RowConverter(RowSettings())
+        assert converter.convert(Row({**row, "tools": tools}, "a.jsonl", 1)).tools == [SCHEMA]
+        assert converter.unread_columns == []
+    with pytest.raises(RowFault, match="'functions': not JSON"):
+        convert(ASKED, SAID, functions="sky")
+    with pytest.raises(RowFault, match="the row has 'tools' and 'functions', which differ: keep one"):
+        convert(ASKED, SAID, tools=[SCHEMA], functions=[{"name": "sea"}])
 
 
 @pytest.mark.parametrize("tools", [None, [], "", "[]"])

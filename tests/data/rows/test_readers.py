@@ -139,8 +139,10 @@ def test_what_save_to_disk_wrote_is_read_without_what_datasets_keeps_beside_it()
     assert [row.values for row in check_every_position(source("both"))] == ROWS
     assert values("both", split="test") == ROWS[:2]
     assert values("both/train") == ROWS
-    with pytest.raises(UserError, match=r"data.val: data file both/validation does not exist"):
+    with pytest.raises(UserError, match=r"^data.val: both has no split 'validation', expected one of train, test\.$"):
         find_sources("both", "val")
+    with pytest.raises(UserError, match=r"no split 'tets', expected one of train, test. Did you mean 'test'\?"):
+        find_sources({"path": "both", "split": "tets"}, "val")
 
 
 # JSON
@@ -185,6 +187,25 @@ def test_a_bad_line_is_named_and_the_next_one_is_read(line, fault):
 def test_an_array_is_refused_as_a_whole(text, said, monkeypatch):
     monkeypatch.setattr(readers, "MAX_ARRAY", 1000)
     assert said in refusal(text, "a.json")
+
+
+@pytest.mark.parametrize("begin", ["", "\ufeff\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"x": {"0": "a", "1": "b"}, "y": {"0": "c", "1": "d"}}',  # as DataFrame.to_json() writes it
+        '{"x": {"17": "a"}, "y": {"17": "c"}}',  # likewise, of some rows
+        json.dumps({"x": "a", "y": "b"}, indent=2),
+        '{ "x": "a",\n  "y": "b" }\n{ "x": "c",\n  "y": "d" }\n',
+        '{"data": [\n{"x": "a"},\n{"x": "b"}]}',
+    ],
+)
+def test_a_table_and_objects_over_several_lines_are_refused_as_a_whole(text, begin):
+    assert "a.json: expected one JSON object per line or an array of objects, found" in refusal(begin + text, "a.json")
+    assert read('{"x": {"a": "0"}, "y": {}}\n{\n') == [  # nested rows, and a bad line behind the first
+        (1, {"x": {"a": "0"}, "y": {}}),
+        ("a.jsonl:2", "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+    ]
 
 
 # CSV
@@ -232,8 +253,12 @@ def test_a_csv_file_whose_rows_cannot_be_told_is_refused(text, said):
     assert said in refusal(text, "a.csv")
 
 
-def test_the_index_that_pandas_writes_is_left_out():
+def test_of_columns_without_a_name_only_the_index_that_pandas_writes_may_hold_anything():
     assert read(",x\n0,a\n17,b\n", "a.csv") == [(2, {"x": "a"}), (3, {"x": "b"})]
+    rows = read("x,y, \nWhy?,So,\nWhere?,Paris, France\nWho?,Ada, \n", "a.csv")
+    fault = "column 3 has no name in the header: name it, or remove the column"
+    assert rows == [(2, {"x": "Why?", "y": "So"}), ("a.csv:3", fault), (4, {"x": "Who?", "y": "Ada"})]
+    assert read("x,,y,\n1,2,3,\n", "a.csv") == [("a.csv:2", fault.replace("3", "2"))]
 
 
 # Encodings, tables, memory, the whole

@@ -21,7 +21,7 @@ from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
 
 _log = logging.getLogger(__name__)
-_LAYOUT = 4  # of what is stored; counts up when the same rows would give other samples, or would be refused
+_LAYOUT = 5  # of what is stored; counts up when the same rows would give other samples, or would be refused
 
 Prepared = tuple[SampleSet, Report]
 

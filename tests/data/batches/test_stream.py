@@ -137,6 +137,14 @@ def test_the_files_of_a_source_come_in_another_order_in_each_pass_and_go_on_exac
     assert taken(RowStream(sources, 3, begun.position()).take(13)) == passes[1][3:]
 
 
+def test_of_a_source_with_rows_the_first_ones_are_read_in_every_pass(write):
+    Path("shards").mkdir()
+    for shard in range(8):
+        write(f"shards/{shard}.jsonl", [{"is": f"{shard}{row}"} for row in range(2)])
+    sources = find_sources({"path": "shards", "rows": 3}, "train")
+    assert [taken(RowStream(sources, seed).take(6)) for seed in range(4)] == [["00", "01", "10"] * 2] * 4
+
+
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 

@@ -142,12 +142,14 @@ class StreamLoader:
         return self.length
 
     def first_block(self) -> tuple[SampleSet, Report]:
-        """Read the first block, as a check of the data before anything is trained.
+        """Read as many rows as a block has, in file order, as a check of the data before anything is trained.
+
+        They are the same whatever the seed, so that they tell whether a run goes on with the same data.
 
         Raises:
             UserError: a row is bad, or more than 5 % of the rows are unusable.
         """
-        samples, report = self._render(self._open_stream().take(self.block_rows, once=True))
+        samples, report = self._render(RowStream(self.sources).take(self.block_rows, once=True))
         report.check_bad(self.skip_bad_rows)
         report.check_left()
         return samples, report

@@ -298,6 +298,15 @@ def test_what_becomes_of_a_row_does_not_depend_on_where_the_run_begins(make, wri
     assert sorted(row for batch in first + rest for row in batch) == [row for row in range(16) if row != 9]
 
 
+def test_the_first_block_is_the_same_under_every_seed(make, write):
+    """A run that goes on under another seed is told by it that the data are the same."""
+    Path("shards").mkdir()
+    for shard in range(8):
+        write(f"shards/{shard}.jsonl", pairs(2, first=2 * shard))
+    hashes = {make("shards", seed=seed).first_block()[0].content_hash for seed in range(4)}
+    assert len(hashes) == 1
+
+
 # ---- in the data module ----------------------------------------------------------------------------------------------
 
 

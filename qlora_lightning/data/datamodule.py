@@ -151,6 +151,11 @@ class InstructionDataModule(LightningDataModule):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name}: expected at least {least}, found {value}.")
+        if self.streaming and self.max_length > (self.tokens_per_batch or self.max_length):
+            raise UserError(
+                f"tokens_per_batch: expected at least max_length, {self.max_length:,}, in a stream, found "
+                f"{self.tokens_per_batch:,}: the first longer sample would stop the run."
+            )
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise UserError(f"val_fraction: expected a share between 0 and 1, found {self.val_fraction:g}.")
         values = {**self.files, **vars(self), "shuffle: false": not self.shuffle, "load_rows": self._has_own_rows()}

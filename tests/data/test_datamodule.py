@@ -134,6 +134,10 @@ SETTINGS = [
     ({"max_length": 1}, "max_length: expected at least 2, found 1"),
     ({"batch_size": 0}, "batch_size: expected at least 1, found 0"),
     ({"batch_size": None, "tokens_per_batch": -1}, "tokens_per_batch: expected at least 1, found -1"),
+    (
+        {"batch_size": None, "tokens_per_batch": 512, "streaming": True},
+        "tokens_per_batch: expected at least max_length, 2,048, in a stream, found 512",
+    ),
     ({"tokens_per_batch": 512}, "batch_size and tokens_per_batch are both given"),
     ({"batch_size": None, "tokens_per_batch": 9, "group_by_length": True}, "group_by_length and tokens_per_batch are"),
     ({"val": {"path": "val.jsonl"}, "val_fraction": 0.1}, "val and val_fraction are both given"),

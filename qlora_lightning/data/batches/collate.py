@@ -1,7 +1,7 @@
 """Several samples as one flat stream, end to end, without padding."""
 
 from collections.abc import Sequence
-from typing import NotRequired, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ class Batch(TypedDict):
     longest: int  # tokens of the longest sample
     row_ids: torch.Tensor  # (B,) int64, number of each row in its split; -1 for a filler
     source: torch.Tensor  # (B,) int64, which of the split's sources each row came from
-    weights: NotRequired[torch.Tensor]  # (B,) float32, of each row; only if the split's rows have weights
+    weights: torch.Tensor  # (B,) float32, of each row; 1 by default, and for a filler
 
 
 def collate_rows(samples: SampleSet, rows: Sequence[int], filler: bool = False) -> Batch:
@@ -38,7 +38,8 @@ def collate_rows(samples: SampleSet, rows: Sequence[int], filler: bool = False) 
     else:
         labelled = np.concatenate([samples.labelled[span] for span in spans])
         labels, row_ids = np.where(labelled, ids, IGNORED), samples.row_ids[rows]
-    batch: Batch = {
+    weights = None if filler else samples.weights
+    return {
         "input_ids": torch.from_numpy(ids).unsqueeze(0),
         "position_ids": torch.from_numpy(np.arange(len(ids)) - np.repeat(starts[:-1], lengths)).unsqueeze(0),
         "labels": torch.from_numpy(labels).unsqueeze(0),
@@ -46,7 +47,5 @@ def collate_rows(samples: SampleSet, rows: Sequence[int], filler: bool = False) 
         "longest": int(lengths.max()),
         "row_ids": torch.from_numpy(row_ids),
         "source": torch.from_numpy(samples.source[rows].astype(np.int64)),
+        "weights": torch.ones(len(rows)) if weights is None else torch.from_numpy(weights[rows]),
     }
-    if samples.weights is not None:
-        batch["weights"] = torch.from_numpy(samples.weights[rows])
-    return batch

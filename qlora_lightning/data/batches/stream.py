@@ -26,7 +26,7 @@ class RowStream:
 
     Args:
         sources: what to read; several need weights, since how large they are is not known beforehand.
-        seed: of the order of a source's files, another one in each pass; None for their own order.
+        seed: of the order of a source's files, another one in each pass; None for their own order, as with ``rows``.
         position: where to begin, as ``position()`` returned it.
 
     Raises:
@@ -70,7 +70,7 @@ class RowStream:
 
     def _open(self, number: int, position: Mapping[str, int] | None) -> tuple[RowReader, Iterator[Row | BadRow]]:
         source = self.sources[number]
-        if self.seed is not None and (source.streaming or len(source.files) > 1):
+        if self.seed is not None and _has_shards(source):
             key = (self.seed, "files", number, self.passes[number])
             order = permute(len(source.files), *key)
             seed = int(permute(1 << 16, *key)[0]) if source.streaming else None
@@ -142,12 +142,14 @@ class StreamLoader:
         return self.length
 
     def first_block(self) -> tuple[SampleSet, Report]:
-        """Read the first block, as a check of the data before anything is trained.
+        """Read as many rows as a block has, in file order, as a check of the data before anything is trained.
+
+        They are the same whatever the seed, so that they tell whether a run goes on with the same data.
 
         Raises:
             UserError: a row is bad, or more than 5 % of the rows are unusable.
         """
-        samples, report = self._render(self._open_stream().take(self.block_rows, once=True))
+        samples, report = self._render(RowStream(self.sources).take(self.block_rows, once=True))
         report.check_bad(self.skip_bad_rows)
         report.check_left()
         return samples, report
@@ -233,7 +235,6 @@ class StreamLoader:
         return self._preparation.take()
 
     def _made_of(self) -> dict[str, Any]:
-        several = any(source.streaming or len(source.files) > 1 for source in self.sources)
         return {
             "sources": [[source.path, *map(_describe_file, source.files)] for source in self.sources],
             "weights": [source.weight for source in self.sources],
@@ -245,8 +246,13 @@ class StreamLoader:
             "max_length": self.recipe.max_length,
             "too_long": self.recipe.too_long,
             "shuffle": self.shuffle,
-            "shuffled_files": several and self.shuffle,
+            "shuffled_files": any(map(_has_shards, self.sources)) and self.shuffle,
         }
+
+
+def _has_shards(source: Source) -> bool:
+    """Whether its files, or the shards of a hub data set, are shuffled: not where ``rows`` counts from the first."""
+    return source.rows is None and (source.streaming or len(source.files) > 1)
 
 
 def _describe_file(file: Path | str) -> int | str:

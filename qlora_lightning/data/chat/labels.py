@@ -60,6 +60,10 @@ class ChatRenderer:
                 f"{name_tokenizer(tokenizer)} does not know which characters its tokens stand for: expected a fast "
                 "one, of the library tokenizers."
             )
+        alone, newline, behind = (each.ids for each in self.encode(["a", "\n", "\na"]))
+        # Sentencepiece puts a space before a text: a part is encoded behind a newline there, whose ids are left out.
+        self._lead = "" if behind[len(newline) :] == alone else "\n"
+        self._lead_length = len(newline) if self._lead else 0
         self._headers: dict[str, _Encoded] = {}
 
     def render(self, content: Content) -> list[Rendered]:
@@ -232,16 +236,23 @@ class ChatRenderer:
         while begin > least and ids[begin] not in controls:
             begin -= 1
         at = encoded.span(begin)[0] if ids[begin] in controls else before
-        header = self._encode_header(text[at:start])
-        first = begin + len(header.ids)
-        if ids[begin:first] == header.ids:
+        lead = self._lead if at and ids[begin] not in controls else ""
+        header = self._encode_header(lead + text[at:start])
+        skipped = self._lead_length if lead else 0
+        header_ids = header.ids[skipped:]
+        first = begin + len(header_ids)
+        if ids[begin:first] == header_ids:
             return first
         behind = next((token for token in range(begin + 1, len(ids)) if ids[token] in controls), len(ids))
         end = encoded.span(behind)[0] if behind < len(ids) else len(text)
-        (answer,) = self.encode([text[start:end]])
-        parts = ((header, at), (answer, start))
-        encoded.spans[begin:behind] = [(a + by, b + by) for part, by in parts for a, b in part.spans]
-        ids[begin:behind] = [*header.ids, *answer.ids]
+        (answer,) = self.encode([self._lead + text[start:end]])
+        cut = [*header_ids, *answer.ids[self._lead_length :]]
+        said, wanted = (str(self._backend.decode(each, skip_special_tokens=False)) for each in (cut, ids[begin:behind]))
+        if not _is_same_text(said, wanted):
+            raise RowFault(f"cut where training begins, the tokens say {said!r}, not {wanted!r}")
+        parts = ((header.spans[skipped:], at - len(lead)), (answer.spans[self._lead_length :], start - len(self._lead)))
+        encoded.spans[begin:behind] = [(a + by, b + by) for spans, by in parts for a, b in spans]
+        ids[begin:behind] = cut
         return first
 
     def _encode_header(self, header: str) -> "_Encoded":

@@ -211,15 +211,16 @@ def test_two_samples_end_to_end():
     assert (batch["row_ids"].tolist(), batch["source"].tolist()) == ([4, 1], [0, 2])
     kinds = {key: value.dtype for key, value in batch.items() if key != "longest"}
     assert kinds.pop("cu_seqlens") == torch.int32
+    assert (kinds.pop("weights"), batch["weights"].tolist()) == (torch.float32, [1.0, 1.0])
     assert set(kinds.values()) == {torch.int64}
     assert collate((*TWO[0], 0.5), (*TWO[1], 1.0))["weights"].tolist() == [0.5, 1.0]
 
 
 def test_a_rank_without_rows_runs_the_same_rows_unlabelled():
-    samples = gather(*TWO)
+    samples = gather(*((*row, 0.5) for row in TWO))
     filler, batch = collate_rows(samples, [1, 0], filler=True), collate_rows(samples, [1, 0])
     assert set(filler["labels"].flatten().tolist()) == {-100}
-    assert filler["row_ids"].tolist() == [-1, -1]
+    assert (filler["row_ids"].tolist(), filler["weights"].tolist()) == ([-1, -1], [1.0, 1.0])
     assert all(filler[key].tolist() == batch[key].tolist() for key in ("input_ids", "cu_seqlens", "source"))
     assert rows(loader(batch_size=1, rank=1, world_size=2))[-1] == [-1]
     assert rows(loader(**PACKED, rank=3, world_size=4))[-1] == [-1]  # 6 bins over 4 ranks

@@ -137,6 +137,14 @@ def test_the_files_of_a_source_come_in_another_order_in_each_pass_and_go_on_exac
     assert taken(RowStream(sources, 3, begun.position()).take(13)) == passes[1][3:]
 
 
+def test_of_a_source_with_rows_the_first_ones_are_read_in_every_pass(write):
+    Path("shards").mkdir()
+    for shard in range(8):
+        write(f"shards/{shard}.jsonl", [{"is": f"{shard}{row}"} for row in range(2)])
+    sources = find_sources({"path": "shards", "rows": 3}, "train")
+    assert [taken(RowStream(sources, seed).take(6)) for seed in range(4)] == [["00", "01", "10"] * 2] * 4
+
+
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +296,15 @@ def test_what_becomes_of_a_row_does_not_depend_on_where_the_run_begins(make, wri
     again.load_state_dict(state)
     assert rows(again) == rest
     assert sorted(row for batch in first + rest for row in batch) == [row for row in range(16) if row != 9]
+
+
+def test_the_first_block_is_the_same_under_every_seed(make, write):
+    """A run that goes on under another seed is told by it that the data are the same."""
+    Path("shards").mkdir()
+    for shard in range(8):
+        write(f"shards/{shard}.jsonl", pairs(2, first=2 * shard))
+    hashes = {make("shards", seed=seed).first_block()[0].content_hash for seed in range(4)}
+    assert len(hashes) == 1
 
 
 # ---- in the data module ----------------------------------------------------------------------------------------------

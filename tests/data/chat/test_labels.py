@@ -361,6 +361,27 @@ def test_segments_without_control_tokens_are_cut_wherever_training_begins(famili
     assert trained in ("\nb\n\nd\n", "\nb\nd\n")  # a token that ends behind its segment is not trained
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_no_space_is_put_before_a_segment(families, legacy):
+    tokenizer = families["llama2"]
+    if legacy:  # as TinyLlama's file has it
+        pieces = json.loads(tokenizer.backend_tokenizer.to_str())
+        spaces = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+        pieces |= {"normalizer": {"type": "Sequence", "normalizers": spaces}, "pre_tokenizer": None}
+        tokenizer = type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(pieces)), eos_token="</s>")
+    for gap in ("\n", " ", ""):
+        asked, answer, other = f"question:{gap}", "four\n", "is two\n"
+        segments = ((asked, False), (answer, True), (asked, False), (other, True), (asked, False), (other, True))
+        ids, labels = only(ChatRenderer(tokenizer).render(Text(segments, False)))
+        text = "".join(segment for segment, _ in segments)
+        assert tokenizer.decode(ids) == text
+        if gap != " ":  # else `▁four` is cut
+            assert ids == tokenizer.encode(text, add_special_tokens=False)
+        prompt = tokenizer.encode(asked, add_special_tokens=False)
+        assert ids[: len(prompt)] == prompt
+        assert tokenizer.decode(prompt + [label for label in labels if label != -100]) == asked + answer + other + other
+
+
 def test_tokens_are_taken_as_they_are(smol):
     renderer = ChatRenderer(smol)
     assert only(renderer.render(Tokens([5, 6, 7], [5, -100, 7]))) == ([5, 6, 7], [-100, -100, 7])

@@ -307,8 +307,6 @@ class InstructionDataModule(LightningDataModule):
         if not rows:
             return None
         if split == "train" and sources and sources[0].weight is not None:
-            if not self.shuffle:
-                raise UserError("shuffle: false keeps the order of the files, which weights mix: leave them out.")
             self._weights = [source.weight or 0.0 for source in sources]
 
         def make() -> Prepared:
@@ -343,7 +341,11 @@ class InstructionDataModule(LightningDataModule):
         if value is None:
             return []
         streaming = self.streaming and split == "train"
-        return find_sources(value, split, streaming=streaming, settings=self._row_settings(), encoding=self.encoding)
+        settings = self._row_settings()
+        sources = find_sources(value, split, streaming=streaming, settings=settings, encoding=self.encoding)
+        if split == "train" and not self.shuffle and sources[0].weight is not None:
+            raise UserError("shuffle: false keeps the order of the files, which weights mix: leave them out.")
+        return sources
 
     def _has_own_rows(self) -> bool:
         return type(self).load_rows is not InstructionDataModule.load_rows

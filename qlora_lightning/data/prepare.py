@@ -240,8 +240,12 @@ def _fit(recipe: Recipe, content: Content, rendered: list[Rendered], report: Rep
     if document or recipe.too_long == "split":
         context = 1 if document else None
         return [piece for sample in rendered for piece in split_up(sample, most, context)]
-    answers: list[list[int]] = [[]] * len(rendered)  # none to keep
-    if recipe.too_long == "truncate" and isinstance(content, Chat):
+    if recipe.too_long == "drop":
+        report.lost_tokens += sum(len(sample.ids) for sample in rendered)
+        report.lost_labels += sum(map(_count, rendered))
+        return []
+    answers: list[list[int]] = [[]] * len(rendered)
+    if isinstance(content, Chat):
         answers = recipe.renderer.find_answers(content.messages, content.tools, len(rendered))
     fitted = []
     for sample, trained in zip(rendered, answers, strict=True):
@@ -251,7 +255,7 @@ def _fit(recipe: Recipe, content: Content, rendered: list[Rendered], report: Rep
         if isinstance(content, Chat):
             short = shorten(recipe.renderer, content.messages, content.tools, trained, most)
         else:
-            short = None if recipe.too_long == "drop" else Rendered(sample.ids[:most], sample.labels[:most])
+            short = Rendered(sample.ids[:most], sample.labels[:most])
         report.lost_tokens += len(sample.ids)
         report.lost_labels += _count(sample)
         if short is not None:

@@ -127,6 +127,8 @@ def test_without_shuffling_every_epoch_is_in_file_order(make, write):
     weighted = [{"path": "train.jsonl", "weight": 1}, {"path": "val.jsonl", "weight": 2}]
     with pytest.raises(UserError, match="shuffle: false keeps the order of the files, which weights mix"):
         make(train=weighted, shuffle=False).setup("fit")
+    with pytest.raises(UserError, match="shuffle: false keeps the order of the files, which weights mix"):
+        make(train=weighted, shuffle=False, streaming=True).setup("fit")
 
 
 SETTINGS = [

@@ -82,6 +82,13 @@ def test_rows_left_out_are_counted_by_reason(recipe, talk):
     assert report.dropped == {marked: 1, TOO_LONG: 1, twice: 1}
 
 
+def test_a_row_with_one_sample_that_is_too_long_is_dropped_as_a_whole(smol, templates, talk):
+    smol.chat_template = templates.qwen
+    rows = source({"messages": talk("q", "<think>hm</think>a", "r", "b " * 90)}, pair())
+    samples, report = prepared(rows, recipe=Recipe(ChatRenderer(smol), 60, "drop"))
+    assert (samples.row_ids.tolist(), report.dropped) == ([1], {TOO_LONG: 1})
+
+
 def test_a_row_split_into_pieces_keeps_its_number(recipe):
     rows = source(pair(), pair("q", "abcdefghijklmnop"))
     samples, report = prepared(rows, recipe=recipe(max_length=16, too_long="split"))

@@ -88,6 +88,7 @@ def train(make, callbacks=(), ckpt_path=None, data=None, **kwargs):
 
 
 TEN_STEPS = {"max_epochs": -1, "max_steps": 10}
+STREAM = {"streaming": True, "shuffle_buffer": 12}
 
 
 @pytest.mark.parametrize(
@@ -97,9 +98,9 @@ TEN_STEPS = {"max_epochs": -1, "max_steps": 10}
         TEN_STEPS,
         {"limit_train_batches": 11},
         {"data": {"batch_size": None, "tokens_per_batch": 40}},
-        {**TEN_STEPS, "data": {"streaming": True, "shuffle_buffer": 12}},
-        {**TEN_STEPS, "data": {"streaming": True, "shuffle_buffer": 12}, "limit_train_batches": 13},
-        {**TEN_STEPS, "data": {"streaming": True, "shuffle_buffer": 12, "batch_size": None, "tokens_per_batch": 40}},
+        {**TEN_STEPS, "data": STREAM},
+        {**TEN_STEPS, "data": STREAM, "limit_train_batches": 13},
+        {**TEN_STEPS, "data": {**STREAM, "batch_size": None, "tokens_per_batch": 40, "max_length": 40}},
     ],
 )
 def test_a_run_goes_on_exactly_from_every_save_point(make, tmp_path, monkeypatch, options):

@@ -44,7 +44,11 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "report": ("qlora_lightning.commands.report", False, "make the page of a run again, or compare several runs"),
     "merge": ("qlora_lightning.commands.merge", False, "merge an adapter into its base, checked, for any tool to load"),
     "chat": ("qlora_lightning.commands.chat", False, "talk to an adapter, or ask it once with --prompt"),
-    "cache": ("qlora_lightning.commands.cache", False, "list or clear unpacked and quantized bases"),
+    "cache": (
+        "qlora_lightning.commands.cache",
+        False,
+        "list or clear bases, samples and kernels that are kept on disk",
+    ),
     "recipes": (
         "qlora_lightning.commands.recipes",
         False,

@@ -263,9 +263,7 @@ CHECKPOINTS = [
     Wrong("folder_as_checkpoint", "--ckpt_path run", ("run", "Expected a .ckpt file")),
     Wrong("empty_checkpoint", "--ckpt_path wrong.ckpt", ("wrong.ckpt", "not a checkpoint"), write("wrong.ckpt", "")),
     Wrong("text_checkpoint", "--ckpt_path rows.jsonl", ("rows.jsonl", "not a checkpoint")),
-    Wrong(
-        "cut_checkpoint", "--ckpt_path wrong.ckpt", ("not a checkpoint",), cut(LAST, "wrong.ckpt", 20_000)
-    ),
+    Wrong("cut_checkpoint", "--ckpt_path wrong.ckpt", ("not a checkpoint",), cut(LAST, "wrong.ckpt", 20_000)),
     Wrong(
         "foreign_checkpoint",
         "--ckpt_path wrong.ckpt",

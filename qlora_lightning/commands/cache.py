@@ -8,7 +8,7 @@ from rich.table import Table
 
 from qlora_lightning.base.cache import Kind, cache_root, clear_entries, list_entries
 from qlora_lightning.base.tensors import format_bytes
-from qlora_lightning.commands.options import OptionParser, SentenceParser
+from qlora_lightning.commands.options import OptionParser, SentenceParser, confirm
 from qlora_lightning.support.errors import UserError
 
 _DESCRIPTION = "Unpacked and quantized bases, tokenized data and compiled loops, kept for the next start."
@@ -59,7 +59,9 @@ def _clear(kind: Kind | None, *, confirmed: bool) -> int:
         print(f"Nothing to remove in {cache_root()}.")
         return 0
     size = format_bytes(sum(entry.size_bytes for entry in entries))
-    if not confirmed and not _confirm(f"Remove {'it' if len(entries) == 1 else 'all of these'} and free {size}?"):
+    if not confirmed and not confirm(
+        f"Remove {'it' if len(entries) == 1 else 'all of these'} and free {size}?", "Clearing the cache"
+    ):
         print("Nothing removed.")
         return 1
     removed, busy = clear_entries(kind)
@@ -67,14 +69,3 @@ def _clear(kind: Kind | None, *, confirmed: bool) -> int:
         print(f"Left {entry.path}: a process is building it now.")
     print(f"Removed {len(removed)}, freed {format_bytes(sum(entry.size_bytes for entry in removed))}.")
     return 0
-
-
-def _confirm(question: str) -> bool:
-    """Ask for a yes; anything else is a no, Ctrl-D too."""
-    if not sys.stdin.isatty():
-        raise UserError("Clearing the cache asks for a yes, and there is no terminal to ask on. Add --yes.")
-    try:
-        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:
-        print()
-        return False

@@ -148,7 +148,9 @@ def _exchange(prompt: Any, answer: Any) -> list[dict[str, Any]]:
 def from_glaive(values: dict[str, Any]) -> Chat:
     """Read ``system`` and ``chat`` of glaive-function-calling, in which functions, calls and results are text."""
     messages, tools = read_glaive(read_string(values["system"], "'system'"), read_string(values["chat"], "'chat'"))
-    return Chat(messages, tools)
+    if tools and values.get("tools"):
+        raise RowFault("has functions in 'system' and the key 'tools' as well: keep one")
+    return Chat(messages, tools or values.get("tools"))
 
 
 def from_text(values: dict[str, Any]) -> Text:

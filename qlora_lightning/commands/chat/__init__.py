@@ -7,6 +7,7 @@ from qlora_lightning.commands.adapter_config import name_adapters
 from qlora_lightning.commands.options import OptionParser
 from qlora_lightning.commands.output import add_json_option, check_output, tables_beside
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.imports import quick_imports
 
 _DESCRIPTION = """Talk with an adapter on its base; prompts are rendered by the code that rendered them in training.
 
@@ -56,7 +57,8 @@ def main(argv: Sequence[str]) -> int:
     adapters = name_adapters(options.adapter)
     options.json = check_output("--json", options.json, options.force)
 
-    from qlora_lightning.commands.chat.session import chat  # here, so that --help and mistakes answer at once
+    with quick_imports():  # here, so that --help and mistakes answer at once
+        from qlora_lightning.commands.chat.session import chat
 
     with tables_beside(options.json):
         chat(options, adapters)

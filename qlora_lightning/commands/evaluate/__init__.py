@@ -10,6 +10,7 @@ from qlora_lightning.commands.config import find_configs
 from qlora_lightning.commands.options import OptionParser
 from qlora_lightning.commands.output import add_json_option, check_output, tables_beside
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.imports import quick_imports
 
 # keys of evaluation.json and predictions.jsonl
 _RESERVED = (BASE, "difference", "differences", "prompt", "expected", "row", "place", "source", "group")
@@ -51,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
         for name in ("evaluation.json", "predictions.jsonl"):
             check_output("--out", options.out / name, options.force)
 
-    from qlora_lightning.commands.evaluate.run import evaluate  # here, so that --help and mistakes answer at once
+    with quick_imports():  # here, so that --help and mistakes answer at once
+        from qlora_lightning.commands.evaluate.run import evaluate
 
     with tables_beside(options.json):
         if len(adapters) > 1 and not find_configs(rest):

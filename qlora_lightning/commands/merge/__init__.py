@@ -9,6 +9,7 @@ from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identi
 from qlora_lightning.commands.options import OptionParser
 from qlora_lightning.commands.output import add_json_option, check_output, tables_beside
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.imports import quick_imports
 
 RECORD = "merge.json"  # in every folder that this command has written
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -45,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
         check_folder(options.out, options.force)
     read_identity(find_adapter_folder(options.adapter))  # a misspelt folder is reported before anything is imported
 
-    from qlora_lightning.commands.merge.folder import merge  # here, so that --help and mistakes answer at once
+    with quick_imports():  # here, so that --help and mistakes answer at once
+        from qlora_lightning.commands.merge.folder import merge
 
     with tables_beside(options.json):
         merge(options)

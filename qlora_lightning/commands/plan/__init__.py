@@ -8,6 +8,7 @@ from qlora_lightning.commands.adapter_config import add_config
 from qlora_lightning.commands.options import OptionParser, quiet_lightning
 from qlora_lightning.commands.output import add_json_option, check_output, tables_beside, write_json
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.imports import quick_imports
 
 _DESCRIPTION = """Show the model of a config and plan its memory, steps and tokens before anything is loaded.
 
@@ -33,11 +34,11 @@ def main(argv: Sequence[str]) -> int:
         adapter = find_adapter_folder(own.adapter)
         rest = [*add_config(adapter, rest, needs_rows=False), "--model.adapter", str(adapter)]
 
-    # here, so that --help and mistakes answer at once
-    from rich.console import Console
+    with quick_imports():  # here, so that --help and mistakes answer at once
+        from rich.console import Console
 
-    from qlora_lightning.commands.plan.planner import plan_run
-    from qlora_lightning.commands.plan.report import print_plan, summarize
+        from qlora_lightning.commands.plan.planner import plan_run
+        from qlora_lightning.commands.plan.report import print_plan, summarize
 
     with quiet_lightning(), tables_beside(file):
         plan = plan_run(rest, memory)

@@ -13,6 +13,7 @@ from qlora_lightning.commands.options import OptionParser, quiet_lightning
 from qlora_lightning.commands.output import add_json_option, check_output, tables_beside, write_json
 from qlora_lightning.support.console import brief
 from qlora_lightning.support.errors import TrainingStopped, UserError
+from qlora_lightning.support.imports import quick_imports
 
 _DESCRIPTION = """Train a config with one rank after the other, and stop where the next one no longer pays.
 
@@ -43,13 +44,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _sweep(rest: Sequence[str], dimension: "Dimension", min_gain: float, file: Path | None) -> None:
-    # here, so that --help and mistakes answer at once
-    from rich.console import Console
-    from rich.text import Text
+    with quick_imports():  # here, so that --help and mistakes answer at once
+        from rich.console import Console
+        from rich.text import Text
 
-    from qlora_lightning.commands.sweep.choice import Trial, check_same_rows, choose, is_done
-    from qlora_lightning.commands.sweep.report import describe_last, print_table, write_results
-    from qlora_lightning.commands.sweep.trial import run_trial
+        from qlora_lightning.commands.sweep.choice import Trial, check_same_rows, choose, is_done
+        from qlora_lightning.commands.sweep.report import describe_last, print_table, write_results
+        from qlora_lightning.commands.sweep.trial import run_trial
 
     console, trials, done = Console(highlight=False), list[Trial](), None
     try:

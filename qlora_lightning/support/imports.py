@@ -15,7 +15,7 @@ _LOOKS = 3  # at what runs, some milliseconds apart
 
 @contextlib.contextmanager
 def quick_imports() -> Iterator[None]:
-    """Pause Python's garbage collector while modules are imported, have nothing compiled, and let threads wait briefly.
+    """Import without Python's garbage collector, compiling and fetching no code, with threads that wait briefly.
 
     bitsandbytes marks four functions for torch's compiler, which is imported with them: 0.5 seconds and 40 MB
     (measured). A GPU and a CPU with AVX-512 have kernels in their place; elsewhere they run as they are written.
@@ -32,7 +32,7 @@ def quick_imports() -> Iterator[None]:
     added = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(added)
     try:
-        with without_garbage_collection():
+        with without_garbage_collection(), _without_fetched_kernels():  # by whoever is the first to import bitsandbytes
             yield
     finally:
         for name in added:
@@ -71,7 +71,7 @@ def without_garbage_collection() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_fetched_kernels() -> Iterator[None]:
+def _without_fetched_kernels() -> Iterator[None]:
     """Keep bitsandbytes, while it is imported, from fetching code off the hub and running it.
 
     On a CPU with AVX512-BF16 it would, by Hugging Face's package ``kernels``, and complains if that is not installed.

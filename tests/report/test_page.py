@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -13,43 +12,11 @@ from qlora_lightning.report.charts import Chart, Curve, charts_of, charts_of_all
 from qlora_lightning.report.facts import findings, flatten, headline, next_steps, subject, write_setting
 from qlora_lightning.report.page import render_comparison, render_run, write_run_page
 from qlora_lightning.report.run import Run, read_run
+from tests.markup import Reader
 from tests.report.conftest import CONFIG
 
-VOID = {"meta", "br"}
 HOSTILE = "</pre></script><script>alert('1')</script><img src=x onerror=alert(1)>&amp;\" onmouseover=\"x"
 REFERENCES = ("http:", "https:", "src=", ' href="', "url(h", "@import", "@font-face", "fetch(", "XMLHttp")
-
-
-class Reader(HTMLParser):
-    """Collects elements and texts, and insists that every tag is closed where it should be."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.open, self.elements, self.text, self.scripts, self.headings = [], [], "", [], []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-        if self.open and self.open[-1] == "script":
-            self.scripts.append(data)
-        if self.open and self.open[-1] == "h2":
-            self.headings.append(data)
-
-    def of(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 def labels(chart):
@@ -62,7 +29,7 @@ def test_a_run_has_every_section_and_its_facts(make_run):
         '{"predicted": {"peak_bytes": 1073741824}, "measured": {"peak_bytes": 1073741824}}'
     )
     page = Reader(render_run(read_run(folder)))
-    assert page.headings == [
+    assert page.texts("h2") == [
         *["In short", "Curves", "Before and after", "Samples", "What the adapter changes", "To look at"],
         *["What was trained on what", "Data", "Machine", "Versions and fingerprints", "To do it again"],
     ]
@@ -187,7 +154,7 @@ def test_runs_share_charts_and_are_compared_by_tokens_if_their_steps_differ(make
     assert loss.x_label == "tokens trained on"
     assert [x for x, _ in loss.curves[1].points[:2]] == [200, 400]
     page = Reader(render_comparison([one, other]))
-    assert page.headings == ["Results", "Curves", "Settings that differ"]
+    assert page.texts("h2") == ["Results", "Curves", "Settings that differ"]
     assert "a · b" in page.text
     assert "model.rank" in page.text
 
@@ -210,7 +177,7 @@ def test_whatever_the_run_holds_is_text(make_run):
     runs = [read_run(one), read_run(other, "<b>&")]
     for html in (render_run(runs[0]), render_comparison(runs)):
         page = Reader(html)
-        assert len(page.scripts) == 1
+        assert len(page.texts("script")) == 1
         assert not {"img", "a", "iframe", "b onmouseover"} & {tag for tag, _ in page.elements}
         assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
         assert HOSTILE in page.text
@@ -222,7 +189,7 @@ def test_it_needs_nothing_beside_itself_and_runs_one_script_only(make_run):
         assert not [reference for reference in REFERENCES if reference in html]
         page = Reader(html)
         (policy,) = [meta["content"] for meta in page.of("meta") if meta.get("http-equiv")]
-        digest = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
+        digest = base64.b64encode(hashlib.sha256(page.texts("script")[0].encode()).digest()).decode()
         assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
         assert "prefers-color-scheme: dark" in html
 
@@ -232,7 +199,7 @@ def test_a_page_is_small_however_long_the_run_was_and_is_made_of_whatever_there_
     bare = make_run("bare", manifest=False)
     (bare / "metrics.csv").write_text("step,train_loss\n")
     assert write_run_page(bare).read_text().startswith("<!doctype html>")
-    assert Reader(render_run(read_run(bare))).headings == ["In short", "What was trained on what", "To do it again"]
+    assert Reader(render_run(read_run(bare))).texts("h2") == ["In short", "What was trained on what", "To do it again"]
 
 
 def test_settings_are_flattened_and_written_as_yaml_in_one_line():

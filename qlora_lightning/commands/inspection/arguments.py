@@ -1,7 +1,7 @@
 """What is typed after ``qlora-lightning inspect``: options of its own, and the config of ``fit``."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     add("--html", metavar="FILE", help="write all this as a self-contained page, too")
     add("--force", action="store_true", help="overwrite what --html names, if it is no page of this command")
     own, rest = parser.parse_known_args(argv)
-    return own, _parse_config(["inspect", *rest])
+    return own, _parse_config(rest, vars(own))
 
 
 def make_data_module(config: Config) -> InstructionDataModule:
@@ -108,12 +108,11 @@ def make_data_module(config: Config) -> InstructionDataModule:
     return data
 
 
-def _parse_config(arguments: list[str]) -> Config:
-    own = dict.fromkeys(("split", "row", "longest", "shortest", "search", "html", "force"))
-    check_keys(arguments[1:], read_configs(arguments), {**KNOWN_KEYS, **own})
+def _parse_config(arguments: Sequence[str], own: Iterable[str]) -> Config:
+    check_keys(arguments, read_configs(arguments), {**KNOWN_KEYS, **dict.fromkeys(own)})
     jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))
     try:
-        found = _config_parser().parse_args(expand_arguments(arguments[1:]))
+        found = _config_parser().parse_args(expand_arguments(arguments))
     except jsonargparse.ArgumentError as error:
         raise UserError(f"{describe_parse_error(str(error))} See `qlora-lightning inspect --help`.") from error
     names = ", ".join(str(path) for path in found.config or ())

@@ -1,7 +1,6 @@
 """The report in the terminal and as a page: the same figures, and nothing in a row acts on either."""
 
 import io
-from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
@@ -11,8 +10,8 @@ from qlora_lightning.commands.inspection.rows import PieceCutter
 from qlora_lightning.commands.inspection.terminal import RowWriter, print_inspection
 from qlora_lightning.data.rows.bad_rows import BadRow
 from tests.commands.inspection.conftest import cut_text
+from tests.markup import Reader
 
-VOID = {"meta", "br", "rect", "line"}
 HOSTILE = "</p><script>alert('1')</script>&amp;\" onmouseover=\"x"
 PLAIN = """c.yaml
 tokenizer letters · max_length 512 · too_long truncate · train_on assistant
@@ -134,40 +133,20 @@ def test_with_colour_labelled_is_green_and_the_stop_token_red_and_parts_have_the
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
-class Reader(HTMLParser):
-    """Collects elements and texts, and insists that every tag is closed where it should be."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.open, self.elements, self.tokens, self.text = [], [], [], ""
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop()[0] == tag
-
-    def handle_data(self, data):
-        self.text += data
-        tag, attributes = self.open[-1] if self.open else ("", {})
-        if tag == "span" and "data-about" in attributes:
-            self.tokens.append((data, attributes["class"], attributes["data-about"]))
+def tokens(page):
+    """The text, classes and description of each token of a page."""
+    spans = [(data, attributes) for tag, attributes, data in page.data if tag == "span" and "data-about" in attributes]
+    return [(data, attributes["class"], attributes["data-about"]) for data, attributes in spans]
 
 
 def test_tokens_of_the_page_have_their_kinds_and_ids(inspection):
     found = Reader(render_page(inspection(train=["{q\n}<[think]h[/think]a}>"])))
-    kinds = {text: (classes, about) for text, classes, about in found.tokens}
+    kinds = {text: (classes, about) for text, classes, about in tokens(found)}
     assert kinds["↵\n"] == ("t", "id 10")
     assert kinds["{"] == ("t sp", "id 123 · special")
     assert kinds["a"] == ("t la", "id 97 · labelled")
-    assert found.tokens[-1] == ("}", "t la sp st", "id 125 · labelled · special · stop")
-    assert ("h", "t la re", "id 104 · labelled · reasoning") in found.tokens
+    assert tokens(found)[-1] == ("}", "t la sp st", "id 125 · labelled · special · stop")
+    assert ("h", "t la re", "id 104 · labelled · reasoning") in tokens(found)
 
 
 def test_whatever_rows_hold_is_text_and_the_page_needs_nothing_beside_itself(inspection):

@@ -101,32 +101,32 @@ def compare(one: Path, other: Path) -> list[str]:
 
 def _live(setting: Setting, base: str, folder: Path, run: str, wait: float | None = None, began: Path | None = None):
     """Train in forked children until they end or are killed; gives the exit code of rank 0, which kills itself."""
+    (folder / f"{run}.yaml").write_text(yaml.safe_dump(_config(setting, base, run)))  # once: every rank reads it
     port = find_free_network_port()
-    children = [_fork(setting, base, folder, run, rank, port, wait, began) for rank in range(setting.processes)]
+    children = [_fork(setting, folder, run, rank, port, wait, began) for rank in range(setting.processes)]
     first, others = children[0], children[1:]
     code = _wait_for(first)  # before the others: it alone kills itself, and they may notice and end with an error
-    if code == -signal.SIGKILL:
+    if code != 0:
         for other in others:  # they would only wait for the dead one
             os.kill(other, signal.SIGKILL)
-            _wait_for(other)
-        return code
-    wrong = [code for code in (code, *map(_wait_for, others)) if code != 0]
-    if wrong:
-        raise RuntimeError(f"{run} ended with exit codes {wrong}:\n{(folder / f'{run}.log').read_text()[-3000:]}")
-    return 0
+    codes = [code, *map(_wait_for, others)]
+    if code != -signal.SIGKILL and any(codes):
+        logs = [(folder / f"{run}-{rank}.log").read_text()[-3000:] for rank in range(setting.processes)]
+        raise RuntimeError(f"{run} ended with exit codes {codes}:\n" + "\n".join(logs))
+    return code
 
 
 def _wait_for(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _fork(setting, base, folder, run, rank, port, wait, began):
+def _fork(setting, folder, run, rank, port, wait, began):
     child = os.fork()
     if child:
         return child
     code = 1
     try:
-        log = os.open(folder / f"{run}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        log = os.open(folder / f"{run}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.chdir(folder)
@@ -140,7 +140,6 @@ def _fork(setting, base, folder, run, rank, port, wait, began):
             os.environ["KILL_AFTER"] = str(wait)
         if began is not None:
             os.environ["BEGAN_AT"] = str(began)
-        (folder / f"{run}.yaml").write_text(yaml.safe_dump(_config(setting, base, run)))
         from qlora_lightning.cli import main
 
         code = main(["fit", "--config", f"{run}.yaml", "--ckpt_path", "last"])

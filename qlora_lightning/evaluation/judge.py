@@ -15,7 +15,7 @@ from qlora_lightning.evaluation.scores import Judgement, choose_scores, describe
 from qlora_lightning.model.batch import cut_into_rows, is_flat
 from qlora_lightning.model.generate import dense_weights
 from qlora_lightning.model.layout import IGNORED, next_labels
-from qlora_lightning.model.loss import LossSums, head_loss
+from qlora_lightning.model.loss import LossSums, head_loss, head_of
 
 _MOST_TOKENS = 2048  # of rows whose losses are computed in one pass: more make it no quicker
 _MOST_NEW, _FEWEST_NEW = 512, 32
@@ -196,7 +196,7 @@ def _losses_of_group(module: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator
     batch = {name: torch.cat([row[name] for row in rows], 1) for name in ("input_ids", "position_ids", "labels")}
     states, targets = module.last_states({**batch, "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0))})
     counts = [int((next_labels(row["labels"][0]) != IGNORED).sum()) for row in rows]
-    head = module.causal_lm.get_output_embeddings()
+    head = head_of(module.causal_lm)
     for own, wanted in zip(states.split(counts), targets.split(counts), strict=True):
         with module.autocast():
             yield head_loss(own, wanted, head, fast=module.fast)

@@ -2,7 +2,7 @@
 # mypy: allow-untyped-calls
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +96,8 @@ def head_loss(hidden: Tensor, targets: Tensor, head: Any, chunk: int | None = No
         chunk = chunk or rows_of_logits(len(head.weight), head.weight.element_size(), device)
         nll_sum, correct = _FrozenHeadLoss.apply(hidden, head.weight, targets, chunk)
     else:
-        chunk = chunk or (rows_of_logits(len(head.weight), _FLOAT, device) if is_frozen else _MOST_ROWS)
+        known = is_frozen or isinstance(head, _ScaledHead)
+        chunk = chunk or (rows_of_logits(len(head.weight), _FLOAT, device) if known else _MOST_ROWS)
         nll_sum, correct = _checkpointed_head_loss(hidden, head, targets, chunk)
     count = torch.full((), len(targets), device=hidden.device)  # torch.tensor would wait for a GPU
     return LossSums(nll_sum, count, correct)
@@ -110,6 +111,30 @@ def mean_with_gradient_of_sum(sums: LossSums, scale: float = 1.0) -> Tensor:
     """
     value = sums.nll_sum.detach()
     return value / sums.labelled_tokens.clamp(min=1) + scale * (sums.nll_sum - value)
+
+
+def head_of(causal_lm: Any) -> nn.Module:
+    """Return what maps last hidden states to logits as the model's own forward: Granite scales them, Gemma 2 caps."""
+    config, linear = causal_lm.config, causal_lm.get_output_embeddings()
+    scaling, softcap = (getattr(config, name, None) for name in ("logits_scaling", "final_logit_softcapping"))
+    return linear if scaling is None and softcap is None else _ScaledHead(linear, scaling or 1.0, softcap)
+
+
+class _ScaledHead(nn.Module):
+    """Compute ``softcap · tanh(logits / softcap)`` of ``logits = head(hidden) / scaling``."""
+
+    def __init__(self, linear: nn.Module, scaling: float, softcap: float | None) -> None:
+        super().__init__()
+        self.linear, self.scaling, self.softcap = linear, scaling, softcap
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the linear, ``(vocabulary, width)``."""
+        return cast(Tensor, self.linear.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.linear(hidden) / self.scaling
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
 def _is_frozen_linear(head: Any) -> bool:

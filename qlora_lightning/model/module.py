@@ -49,7 +49,7 @@ from qlora_lightning.model.layers.decoder_layer import cast_adapters
 from qlora_lightning.model.layers.elementwise import check_row_length
 from qlora_lightning.model.layers.fusing import choose_layers, explain_plain_layers
 from qlora_lightning.model.layout import Layout, add_noise, lay_out
-from qlora_lightning.model.loss import LossSums, TokenStatistics, head_loss, mean_with_gradient_of_sum
+from qlora_lightning.model.loss import LossSums, TokenStatistics, head_loss, head_of, mean_with_gradient_of_sum
 from qlora_lightning.model.memory.out_of_memory import telling_out_of_memory
 from qlora_lightning.model.optimizer import (
     ParameterGroups,
@@ -297,7 +297,7 @@ class QLoRAModule(lightning.LightningModule):
         """
         hidden, targets = self.last_states(batch)
         with self.autocast():
-            return head_loss(hidden, targets, self.causal_lm.get_output_embeddings(), fast=self.fast)
+            return head_loss(hidden, targets, head_of(self.causal_lm), fast=self.fast)
 
     def last_states(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Compute the states from which labelled tokens are predicted: ``(K, width)``, and those tokens, ``(K,)``.

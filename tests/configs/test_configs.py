@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from qlora_lightning.cli import main
+from tests.random_base import save_family
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -15,7 +16,9 @@ def test_the_recipes_that_the_readme_promises_are_here():
         "llama-3.1-8b-24gb",
         "llama-3.1-8b-multi-gpu",
         "llama-3.2-1b",
+        "mistral-7b-24gb",
         "quickstart",
+        "qwen3-4b-16gb",
         "smollm2-gsm8k",
     ]
 
@@ -27,10 +30,13 @@ def test_each_config_begins_with_a_sentence_and_runs_for_a_step(config, tiny_bas
     settings = yaml.safe_load(config.read_text())
     assert settings["data"]["train"].startswith(("data/", "configs/quickstart/"))
 
+    family = next((each for each in ("qwen3", "mistral") if config.stem.startswith(each)), None)
+    base = save_family(tmp_path / family, family, tiny_base) if family else tiny_base
     replaced = {  # what this machine does not have: the base, the data, the devices
-        "model.base": tiny_base,
+        "model.base": base,
         "data.train": rows_file,
         "data.val": rows_file,
+        "data.template_options": "{}",  # of a template that the tiny base does not have
         "trainer.accelerator": "cpu",
         "trainer.devices": 1,
         "trainer.strategy": "auto",

@@ -162,7 +162,7 @@ def _judge_losses(module: Any, rows: Sequence[EvaluationRow], watch: Callable[[i
     batches = [_on(module.device, row.batch) for row in rows]
     for sums in losses_of_rows(module, batches):
         watch(1)
-        yield Judgement(float(sums.nll_sum), int(sums.labelled_tokens), int(sums.correct))
+        yield Judgement(float(sums.nll_sum), int(sums.labelled_tokens), int(sums.correct or 0))
 
 
 def losses_of_rows(module: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[LossSums]:

@@ -133,7 +133,7 @@ def shape_of_batch(batch: Any) -> BatchShape:
 
 def shape_of_rows(samples: Any, rows: Sequence[int]) -> BatchShape:
     """Read the shape of the batch of some rows of a :class:`~qlora_lightning.data.samples.SampleSet`."""
-    spans = [slice(samples.starts[row], samples.starts[row + 1]) for row in rows]
+    spans = samples.spans(rows)
     return _shape_of([samples.ids[span] for span in spans], [samples.labelled[span] for span in spans])
 
 

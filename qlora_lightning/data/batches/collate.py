@@ -11,7 +11,7 @@ from qlora_lightning.data.samples import SampleSet
 
 
 class Batch(TypedDict):
-    """One flat stream of B samples with T tokens in all."""
+    """One flat stream of B samples with T tokens in all; a preference row is two samples, the chosen one first."""
 
     input_ids: torch.Tensor  # (1, T) int64
     position_ids: torch.Tensor  # (1, T) int64, from 0 in each sample
@@ -27,10 +27,9 @@ class Batch(TypedDict):
 
 def collate_rows(samples: SampleSet, rows: Sequence[int], filler: bool = False) -> Batch:
     """Lay samples of a set end to end; as a filler with nothing labelled and no rows of their own."""
-    rows = list(rows)
-    begins, ends = samples.starts[rows], samples.starts[1:][rows]
-    spans = list(map(slice, begins.tolist(), ends.tolist()))
-    lengths = ends - begins
+    spans = samples.spans(rows)
+    lengths = np.array([span.stop - span.start for span in spans])
+    rows = np.repeat(rows, len(spans) // len(rows)).tolist()
     starts = np.cumsum([0, *lengths])  # (B + 1,)
     ids = np.concatenate([samples.ids[span] for span in spans], dtype=np.int64)
     if filler:

@@ -38,15 +38,14 @@ def run_layerwise(
     finally:
         for layer in inner.layers:
             del layer.forward
-    states: Tensor = output.last_hidden_state
-    sizes = [batch["input_ids"].shape[1] for batch in batches]
+    states = torch.split(output.last_hidden_state[0], [batch["input_ids"].shape[1] for batch in batches])
     # (labelled tokens, width)
-    labelled = torch.cat([each[0, _predicting(b)] for each, b in zip(states.split(sizes, 1), batches, strict=True)])
+    labelled = torch.cat([each[_predicting(batch)] for each, batch in zip(states, batches, strict=True)])
     with filled(head, "lm_head", weights, _dtype_of(head)):
-        scaled = head_of(model)
+        whole: Any = head_of(model)
         for some in torch.split(labelled, _TOKENS):
-            if _dtype_of(head) is not None or head.bias is not None or scaled is not head:
-                yield scaled(some.to(head.weight.dtype) if _dtype_of(head) is None else some).float()
+            if _dtype_of(head) is not None or head.bias is not None or whole is not head:
+                yield whole(some.to(head.weight.dtype) if _dtype_of(head) is None else some).float()
             else:
                 yield torch.cat([some @ rows.float().t() for rows in torch.split(head.weight, _HEAD_ROWS)], dim=-1)
 

@@ -52,38 +52,23 @@ _SETTINGS: Any = {
 
 @dataclass(frozen=True)
 class Curve:
-    """One curve of a chart.
-
-    Attributes:
-        label: Its name in the legend.
-        points: What is drawn.
-        style: ``line``, ``faint`` (behind another curve), ``dots`` (few points) or ``level`` (one value all across).
-        colour: Number of its colour.
-    """
+    """One curve of a chart."""
 
     label: str
     points: Points
-    style: str = "line"
-    colour: int = 0
+    style: str = "line"  # or faint (behind another curve), dots (few points), level (one value all across)
+    colour: int = 0  # one of eight
 
 
 @dataclass(frozen=True)
 class Chart:
-    """What a chart shows.
-
-    Attributes:
-        title: What is measured.
-        unit: Of the y axis, in words.
-        curves: The hindmost first.
-        x_label: Of the x axis.
-        from_zero: Whether the y axis begins at 0; otherwise it may be logarithmic.
-    """
+    """What a chart shows."""
 
     title: str
-    unit: str
-    curves: Sequence[Curve]
+    unit: str  # of the y axis, in words
+    curves: Sequence[Curve]  # the hindmost first
     x_label: str = "optimizer steps"
-    from_zero: bool = True
+    from_zero: bool = True  # otherwise the y axis may be logarithmic
 
     @property
     def summary(self) -> str:
@@ -165,11 +150,10 @@ def running_mean(points: Points) -> Points:
 def draw_charts(charts: Sequence[Chart]) -> list[tuple[Chart, list[str]]]:
     """Draw charts over one range of steps: what happens at one step is at one place in all of them.
 
-    A chart whose curves have one point each says less than the tables, and is left out. The first is drawn wide as well
-    as narrow, for a phone.
+    A chart of one step says less than the tables, and is left out. The first is drawn narrow, for a phone, and wide.
     """
     charts = [replace(chart, curves=[curve for curve in chart.curves if curve.points]) for chart in charts]
-    charts = [chart for chart in charts if any(len(curve.points) > 1 for curve in chart.curves)]
+    charts = [chart for chart in charts if any(each.points[0][0] < each.points[-1][0] for each in chart.curves)]
     steps = [x for chart in charts for curve in chart.curves for x, _ in curve.points]
     return [
         (chart, [_draw(chart, (min(steps), max(steps)), size) for size in ((_NARROW,) if number else (_NARROW, _WIDE))])

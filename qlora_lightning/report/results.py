@@ -32,37 +32,22 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Base and the run's own adapter on the same rows.
+    """Base and the run's own adapter on the same rows."""
 
-    Attributes:
-        split: ``validation`` or ``test``.
-        rows: Which rows, and how many, in words.
-        side: Name of the adapter among the answers.
-        scores: Names of the scores of answers, the most important one first.
-        metrics: By name; empty if the run's adapter was not evaluated.
-    """
-
-    split: str
-    rows: str
-    side: str
-    scores: list[str]
-    metrics: Mapping[str, Measured]
+    split: str  # validation or test
+    rows: str  # which, and how many, in words
+    side: str  # name of the adapter among the answers
+    scores: list[str]  # of answers, the most important one first
+    metrics: Mapping[str, Measured]  # empty if the run's adapter was not evaluated
 
 
 class Figure(NamedTuple):
-    """A figure of a run.
-
-    Attributes:
-        heading: What it is.
-        format: How its value is written.
-        value: What was found.
-        best: Chooses the best of several runs; ``None`` for costs, and for what training rows show.
-    """
+    """A figure of a run; written as text it has its unit."""
 
     heading: str
     format: str
     value: float
-    best: Callable[[Iterable[float]], float] | None = None
+    best: Callable[[Iterable[float]], float] | None = None  # none of costs, and of what training rows show
 
     def __str__(self) -> str:
         if self.format == _MINUTES:

@@ -25,30 +25,17 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds.
+    """What a run folder holds; what it lacks is empty."""
 
-    Attributes:
-        folder: As the user typed it.
-        name: Distinguishes the run from the others of a report.
-        status: ``finished``, ``stopped`` (by a signal), ``failed``, ``running``, ``killed`` (nothing wrote how it
-            ended), or ``unknown``: no manifest.
-        manifest: Of ``manifest.json``; empty without one.
-        config: Of the manifest, else of ``config.yaml``.
-        metrics: Columns of ``metrics.csv``.
-        evaluation: Of ``evaluation.json``.
-        plan: Of ``plan.json``: memory predicted and measured.
-        adapter: Of ``adapter/qlora_lightning.json``: base, quantization, fingerprint.
-    """
-
-    folder: Path
-    name: str
-    status: str
+    folder: Path  # as the user typed it
+    name: str  # distinguishes the run from the others of a report
+    status: str  # finished, stopped (by a signal), failed, running, killed (nothing wrote its end), unknown
     manifest: Mapping[str, Any] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, Points] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)  # of the manifest, else of config.yaml
+    metrics: Mapping[str, Points] = field(default_factory=dict)  # the columns of metrics.csv
     evaluation: Mapping[str, Any] = field(default_factory=dict)
-    plan: Mapping[str, Any] = field(default_factory=dict)
-    adapter: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)  # memory predicted and measured
+    adapter: Mapping[str, Any] = field(default_factory=dict)  # base, quantization, fingerprint
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:

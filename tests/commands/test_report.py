@@ -10,27 +10,16 @@ import pytest
 
 from qlora_lightning.cli import main as cli
 from qlora_lightning.commands.report import main
-from qlora_lightning.report.run import write_manifest
 from qlora_lightning.support.errors import UserError
+from tests.report.conftest import CONFIG, write_run
 
 
 @pytest.fixture
 def make_run(tmp_path, monkeypatch):
-    """Write a small run folder under runs/, and go where it is."""
+    """Write a run folder of one step, which has no curves to draw, under runs/, and go where it is."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
-
-    def make(name, rank=8, loss=0.5, **manifest):
-        folder = tmp_path / "runs" / name
-        folder.mkdir(parents=True)
-        (folder / "metrics.csv").write_text(f"step,train_loss,val_loss\n1,1.0,\n1,,{loss}\n")
-        config = {"model": {"rank": rank}, "trainer": {"default_root_dir": f"runs/{name}"}}
-        write_manifest(
-            folder, {"status": "finished", "config": config, "progress": {"steps": 2, "seconds": 90}} | manifest
-        )
-        return folder
-
-    return make
+    return lambda name, **changes: write_run(tmp_path / "runs" / name, steps=1, **changes)
 
 
 def rows_of(out):
@@ -46,10 +35,14 @@ def test_a_run_gets_its_page_again_and_a_table(make_run, capsys):
     assert rows_of(out) == [
         ["run", "one"],
         ["status", "finished"],
-        ["validation loss", "0.5000"],
-        ["training loss, last", "1.0000"],
+        ["validation loss", "0.4500"],
+        ["token accuracy", "90.0%"],
+        ["training loss, last", "2.0000"],
+        ["tokens/s, median", "50"],
+        ["peak memory", "1.50\u00a0GiB"],
         ["wall time, h:mm:ss", "0:01:30"],
-        ["optimizer steps", "2"],
+        ["optimizer steps", "20"],
+        ["tokens", "2,000"],
     ]
     assert out.rstrip().endswith("Page: runs/one/report.html")
     first = (folder / "report.html").read_bytes()
@@ -59,32 +52,32 @@ def test_a_run_gets_its_page_again_and_a_table(make_run, capsys):
 
 def test_several_runs_are_compared_as_a_page_and_as_json(make_run, capsys, tmp_path):
     make_run("one")
-    make_run("two", rank=16, loss=0.25, status="running")
+    config = {**CONFIG, "model": {**CONFIG["model"], "rank": 16}}
+    make_run("two", config=config, status="running", evaluation={"metrics": {"loss": {"adapter": {"value": 0.25}}}})
     assert cli(["report", "runs/one", "runs/two", "--json", "both.json"]) == 0
     out = capsys.readouterr().out
     assert out.rstrip().endswith("Page: comparison.html")
     assert rows_of(out)[:3] == [
-        *[["run", "one", "two"], ["status", "finished", "killed"], ["validation loss", "0.5000", "0.2500"]]
+        *[["run", "one", "two"], ["status", "finished", "killed"], ["validation loss", "0.4500", "0.2500"]]
     ]
     assert not (tmp_path / "runs/one/report.html").exists()
     found = json.loads((tmp_path / "both.json").read_text())
     assert (found["format"], found["format_version"]) == ("qlora_lightning report", 1)
     assert found["differing_settings"] == {"model.rank": [8, 16]}
-    assert [run["results"]["val_loss"] for run in found["runs"]] == [0.5, 0.25]
+    assert [run["results"]["val_loss"] for run in found["runs"]] == [0.45, 0.25]
     assert [run["folder"] for run in found["runs"]] == ["runs/one", "runs/two"]
 
 
 def test_nothing_is_cut_in_a_terminal_of_80_columns(make_run, monkeypatch, capsys):
     names = [f"run-{number}-with-a-long-name" for number in range(9)]
     for name in names:
-        metrics = {metric: {"adapter": {"value": 0.25}} for metric in ("loss", "exact_match")}
-        (make_run(name) / "evaluation.json").write_text(json.dumps({"metrics": metrics, "rows": 1319}))
+        make_run(name)
     monkeypatch.setenv("COLUMNS", "80")
     main([f"runs/{name}" for name in names])
     out = capsys.readouterr().out
     assert "…" not in out
     assert max(map(len, out.splitlines())) <= 80
-    assert out.count("0.2500") == len(names)
+    assert out.count("0.4500") == len(names)
 
 
 @pytest.mark.parametrize("option", ["--out", "--json"])

@@ -5,17 +5,14 @@ import os
 
 import pytest
 
-from qlora_lightning.report.run import read_metrics, read_run, read_runs, write_manifest
+from qlora_lightning.report.run import read_metrics, read_run, read_runs
 from qlora_lightning.support.errors import UserError
 
 
-def test_a_folder_is_read_whole_also_as_editors_and_spreadsheets_save_it(make_run):
-    folder = make_run(plan={"predicted": {"peak_bytes": 5}})
-    for name in ("manifest.json", "metrics.csv", "config.yaml", "evaluation.json", "plan.json"):
-        file = folder / name
-        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-    run = read_run(folder)
+def test_a_folder_is_read_whole(make_run):
+    run = read_run(make_run(plan={"predicted": {"peak_bytes": 5}}))
     assert (run.name, run.status, run.config["model"]["rank"]) == ("a", "finished", 8)
+    assert run.manifest["format"] == "qlora_lightning manifest"
     assert run.metrics["val_loss"] == [(10, 1.5 - 9 / 20), (20, 1.5 - 19 / 20)]
     assert run.plan["predicted"] == {"peak_bytes": 5}
     assert run.evaluation["rows"] == 1
@@ -64,13 +61,6 @@ def test_runs_are_named_by_the_last_part_of_their_folders_if_that_tells_them_apa
     monkeypatch.chdir(folders[0])
     assert [run.name for run in read_runs([folders[0].relative_to(folders[0])])] == ["run"]
     assert [run.name for run in read_runs(folders)] == [str(folder) for folder in folders]
-
-
-def test_a_manifest_is_written_under_its_format_and_read_again(tmp_path):
-    write_manifest(tmp_path, {"name": "Grüße"})
-    assert [file.name for file in tmp_path.iterdir()] == ["manifest.json"]
-    head = {"format": "qlora_lightning manifest", "format_version": 1}
-    assert read_run(tmp_path).manifest == {**head, "name": "Grüße"}
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ class Report:
         """Count well-formed rows that are left out."""
         self.dropped[reason] = self.dropped.get(reason, 0) + rows
 
-    def refuse(self, row: BadRow) -> None:
+    def count_bad_row(self, row: BadRow) -> None:
         """Count a bad row."""
         self.bad_rows += 1
         self.bad = [*self.bad, row][:_SHOWN]

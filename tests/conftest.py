@@ -19,9 +19,10 @@ rich.get_console()
 
 @pytest.fixture(scope="session", autouse=True)
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of the session's own: nothing is read from the user's, and SmolLM2 is unpacked once."""
+    """A cache of the session's own, which its workers share: SmolLM2 is unpacked once, and nothing is the user's."""
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
+        base = tmp_path_factory.getbasetemp()
+        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
         patch.setenv("QLORA_LIGHTNING_CACHE", str(folder))
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield folder

@@ -1,8 +1,10 @@
-"""Samples and flat batches of plain lists."""
+"""Samples and flat batches of plain lists, and the samples of one row."""
 
 from typing import Any
 
 from qlora_lightning.data.batches.collate import Batch, collate_rows
+from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
+from qlora_lightning.data.rows.conversation import Content
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder
 
 
@@ -17,3 +19,9 @@ def gather(*rows: tuple[Any, ...]) -> SampleSet:
 def collate(*rows: tuple[Any, ...]) -> Batch:
     """Lay samples, as ``gather`` takes them, end to end."""
     return collate_rows(gather(*rows), range(len(rows)))
+
+
+def render(renderer: ChatRenderer, content: Content) -> list[Rendered]:
+    """Render one row by the three steps that render many."""
+    texts = renderer.write(content)
+    return renderer.label(content, texts, renderer.encode([text.text for text in texts]))

@@ -47,15 +47,17 @@ class AdapterEMA(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return
-        stored = checkpoint.get(_KEY)
+        stored = checkpoint.get(_KEY, {})
         self._average, self._trained = {}, {}
-        if self.enabled and stored is not None:  # the model holds the average now
+        if stored and self.enabled:  # the model holds the average now
             self._average = _copies(pl_module)
             self._updates, self._step = stored["updates"], checkpoint["global_step"]
-        if stored is not None:
+        if stored:
             copy_tensors(pl_module, stored["trained"], "The trained adapter of the checkpoint")
-        if trainer.is_global_zero and checkpoint["global_step"]:  # Lightning's learning-rate finder loads one of step 0
-            _tell(self._words_on(stored))
+        before, now = stored.get("decay", "off"), self.decay if self.enabled else "off"
+        # Lightning's learning-rate finder loads a checkpoint of step 0
+        if before != now and checkpoint["global_step"] and trainer.is_global_zero:
+            say(f"Settings that differ from the checkpoint's: ema.decay: {before} → {now}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.enabled:
@@ -65,56 +67,8 @@ class AdapterEMA(Callback):
         own = trainable_tensors(pl_module)
         self._average = {name: tensor.to(own[name].device) for name, tensor in self._average.items()}
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._follow(trainer, pl_module)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._follow(trainer, pl_module)
-            self._put_in(pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._take_out(pl_module)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._average and trainer.state.fn == "fit":
-            self._follow(trainer, pl_module)  # another callback may save before the end of a batch comes here
-            trained = self._trained or _copies(pl_module)
-            checkpoint[_KEY] = {"decay": self.decay, "updates": self._updates, "trained": trained}
-            checkpoint["state_dict"] = {**checkpoint["state_dict"], **self._average}
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._follow(trainer, pl_module)
-        self._put_in(pl_module)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._trained = {}  # the average stays
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._take_out(pl_module)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the decay: Lightning reports which callback is missing if a run is resumed without it."""
-        return {"decay": self.decay} if self.enabled else {}
-
-    @contextlib.contextmanager
-    def holding(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-        """Hold the average in the model, if there is one and it is not there already."""
-        mine = bool(self._average) and not self._trained
-        if mine:
-            self._follow(trainer, pl_module)
-            self._put_in(pl_module)
-        try:
-            yield
-        finally:
-            if mine:
-                self._take_out(pl_module)
-
-    def _follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take in the optimizer step that was taken since the last time, if one was."""
-        if not self._average or self._trained or trainer.global_step == self._step:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if not self._average or trainer.global_step == self._step:
             return
         self._step = trainer.global_step
         self._updates += 1
@@ -122,38 +76,60 @@ class AdapterEMA(Callback):
         for name, tensor in trainable_tensors(pl_module).items():
             self._average[name].lerp_(tensor.detach(), 1 - decay)
 
-    def _put_in(self, pl_module: LightningModule) -> None:
-        if self._average and not self._trained:
-            self._trained = _copies(pl_module)
-            copy_tensors(pl_module, self._average, "The average")
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.put_in(pl_module)
 
-    def _take_out(self, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.take_out(pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._average and trainer.state.fn == "fit":
+            if not self._trained:
+                self.on_train_batch_end(trainer, pl_module)  # which may come after another callback's, which saves
+            trained = self._trained or _copies(pl_module)
+            checkpoint[_KEY] = {"decay": self.decay, "updates": self._updates, "trained": trained}
+            checkpoint["state_dict"] = {**checkpoint["state_dict"], **self._average}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.put_in(pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trained = {}  # the average stays
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.take_out(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the decay: Lightning reports which callback is missing if a run is resumed without it."""
+        return {"decay": self.decay} if self.enabled else {}
+
+    def put_in(self, pl_module: LightningModule) -> bool:
+        """Put the average into the model; return False if there is none, or the model holds it already."""
+        if not self._average or self._trained:
+            return False
+        self._trained = _copies(pl_module)
+        copy_tensors(pl_module, self._average, "The average")
+        return True
+
+    def take_out(self, pl_module: LightningModule) -> None:
+        """Put the trained adapter back, if the model holds the average."""
         if self._trained:
             copy_tensors(pl_module, self._trained, "The trained adapter")
             self._trained = {}
-
-    def _words_on(self, stored: dict[str, Any] | None) -> str | None:
-        if stored is None:
-            return "The checkpoint holds no average of the adapter: it begins here." if self.enabled else None
-        if not self.enabled:
-            return "ema is off now: training continues from the trained adapter, and its average ends here."
-        if stored["decay"] != self.decay:
-            return f"Settings that differ from the checkpoint's: ema.decay: {stored['decay']} → {self.decay}"
-        return None
 
 
 @contextlib.contextmanager
 def holding_average(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """Hold the average of an :class:`AdapterEMA` of the trainer in the model, if there is one."""
-    averages = (each.holding(trainer, pl_module) for each in callbacks_of(trainer) if isinstance(each, AdapterEMA))
-    with next(averages, contextlib.nullcontext()):
+    ema = next((each for each in callbacks_of(trainer) if isinstance(each, AdapterEMA)), None)
+    holds = ema is not None and ema.put_in(pl_module)
+    try:
         yield
+    finally:
+        if ema is not None and holds:
+            ema.take_out(pl_module)
 
 
 def _copies(pl_module: LightningModule) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in trainable_tensors(pl_module).items()}
-
-
-def _tell(words: str | None) -> None:
-    if words is not None:
-        say(words)

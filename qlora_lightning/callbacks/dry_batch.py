@@ -1,8 +1,6 @@
 """Runs the largest batch to come once before the first step, so that memory runs out at the start or not at all."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import rich
@@ -32,8 +30,7 @@ class DryBatch(Callback):
     runs if it has more than 1.2 times the tokens of the next batch, which runs at once anyway; on a resumed run
     likewise, since the machine or the config may be another one. Nothing is left of it: no gradient, no step, no
     logged value, and every random generator and the loader's place are as before, so that results are bit-equal with
-    and without it.
-    ``fast_dev_run`` leaves it out.
+    and without it. ``fast_dev_run`` leaves it out.
 
     It comes before :class:`GradientCheckpointing` among the callbacks, which counts the layers' runs of the first step.
 
@@ -50,11 +47,8 @@ class DryBatch(Callback):
         batch = find_largest(trainer, pl_module)
         if batch is None:
             return
-        if pl_module.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(pl_module.device)
         began = time.perf_counter()
-        with _leaving_no_trace(pl_module):
-            _run(trainer, pl_module, batch)
+        _run(trainer, pl_module, batch)
         seconds, peak = time.perf_counter() - began, read_peak_gib(pl_module.device)
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)  # the next peak logged is that of the first steps
@@ -66,12 +60,7 @@ class DryBatch(Callback):
 
 
 def find_largest(trainer: Trainer, module: Any) -> Batch | None:
-    """Return the largest micro-batch to come on this rank; ``None`` if it is not worth a run, or not known.
-
-    Args:
-        trainer: Of a fit that is about to take its first step.
-        module: That is fitted.
-    """
+    """Return the largest micro-batch to come on this rank; None if it is not worth a run, or not known."""
     ahead = look_ahead(trainer, module)
     if ahead is None:
         return None
@@ -86,19 +75,27 @@ def leaves_out(module: Any) -> bool:
 
 
 def look_ahead(trainer: Trainer, module: Any) -> tuple[EpochPlan, RankBatch, RankBatch] | None:
-    """Return the plan of batches to come, the first of them and the largest; ``None`` if they are not known.
+    """Return the plan of batches to come, the first of them and the largest; None if they are not known.
 
     Args:
         trainer: Of a fit that is about to take its first step.
         module: That is fitted.
     """
-    loader: Any = trainer.train_dataloader
+    connected: Any = trainer
+    loader = connected.train_dataloader
     if isinstance(loader, FlatLoader):
         place, now = loader.state_dict(), trainer.current_epoch
         plan, epochs = loader.plan, epochs_to_look_at(loader.plan, now, trainer.max_epochs)
         done = place["position"] if place["epoch"] == now else 0
     elif isinstance(loader, StreamLoader):
-        plan, epochs, done = _plan_of_first_rows(trainer, loader), range(1), 0
+        plan = EpochPlan(
+            connected.datamodule.samples["train"],  # its first rows
+            loader.batch_size,
+            loader.tokens_per_batch,
+            seed=loader.seed,
+            world_size=loader.world_size,
+        )
+        epochs, done = range(1), 0
     else:
         return None
     limit = int(min(trainer.num_training_batches, len(loader)))
@@ -107,39 +104,28 @@ def look_ahead(trainer: Trainer, module: Any) -> tuple[EpochPlan, RankBatch, Ran
     return None if found is None else (plan, *found)
 
 
-def _plan_of_first_rows(trainer: Any, loader: StreamLoader) -> EpochPlan:
-    samples, world_size = trainer.datamodule.samples["train"], loader.world_size
-    return EpochPlan(samples, loader.batch_size, loader.tokens_per_batch, seed=loader.seed, world_size=world_size)
-
-
 def _run(trainer: Trainer, pl_module: Any, batch: Any) -> None:
+    """Run a batch with the memory that a step takes; no gradient, logged value or random number is left of it."""
     trainable = list(trainable_tensors(pl_module).values())
-    on_device = trainer.strategy.batch_to_device(pl_module.on_before_batch_transfer(batch, 0))
-    with telling_out_of_memory(pl_module, batch), torch.enable_grad(), trainer.precision_plugin.train_step_context():
-        room = _room_of_optimizer(trainer, trainable)
-        loss = pl_module.compute_loss(on_device).nll_sum
-        # Not backward(): `.grad`, and what DDP hangs on it, must not notice.
-        torch.autograd.grad(loss, trainable, allow_unused=True)
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
-        del room
-
-
-def _room_of_optimizer(trainer: Trainer, trainable: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """Take the memory that Adam's two averages will take from the first step on."""
     optimizer = trainer.optimizers[0] if trainer.optimizers else None
-    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) or optimizer.state:
-        return []
-    return [torch.empty_like(parameter) for parameter in trainable for _ in range(2)]
-
-
-@contextmanager
-def _leaving_no_trace(pl_module: Any) -> Iterator[None]:
-    """Put the random generators back, and let nothing that compute_loss logs be logged."""
     generators = capture_generators()
     pl_module.log = pl_module.log_dict = lambda *args, **kwargs: None
     try:
-        yield
+        on_device = trainer.strategy.batch_to_device(pl_module.on_before_batch_transfer(batch, 0))
+        with (
+            telling_out_of_memory(pl_module, batch),
+            torch.enable_grad(),
+            trainer.precision_plugin.train_step_context(),
+        ):
+            averages: list[torch.Tensor] = []  # of Adam, which are there from the first step on
+            if isinstance(optimizer, torch.optim.Adam) and not optimizer.state:
+                averages = [torch.empty_like(parameter) for parameter in trainable for _ in range(2)]
+            loss = pl_module.compute_loss(on_device).nll_sum
+            # Not backward(): `.grad`, and what DDP hangs on it, must not notice.
+            torch.autograd.grad(loss, trainable, allow_unused=True)
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize(pl_module.device)
+            del averages
     finally:
         del pl_module.log, pl_module.log_dict
         restore_generators(generators)

@@ -11,14 +11,15 @@ from rich.markup import escape
 
 from qlora_lightning.callbacks.run_report import note_warning
 from qlora_lightning.model.batch import join_places, row_places
-from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import gather_lists
 
+_MOST_LOSSES, _FEWEST_LOSSES = 100, 30  # of the last steps, which a loss is compared with
+_PAUSE = 10  # steps between two reports, at least
 _LEAST_SHARE = 0.01  # of the median: where losses hardly differ, their deviation says nothing
 
 
 class LossSpikeMonitor(Callback):
-    """Report when the loss of an optimizer step is far above those of the last steps, and name its rows.
+    """Report when the loss of an optimizer step is far above those of the last 100 steps, and name its rows.
 
     Far above is more than ``deviations`` times the median absolute deviation above the median, a deviation being taken
     as at least 1 % of the median. Losses that are NaN or infinite are left to ``model.on_nonfinite``. The rows are
@@ -26,69 +27,43 @@ class LossSpikeMonitor(Callback):
 
     Args:
         enabled: ``False`` reports nothing.
-        monitor: Logged metric to watch.
         deviations: How far above the median is a spike.
-        steps: How many of the last steps are compared with.
-        least_steps: How many must have been seen before.
-        pause: Least steps between two reports.
-
-    Raises:
-        UserError: A number is out of range.
     """
 
-    def __init__(
-        self,
-        enabled: bool = True,
-        monitor: str = "train_loss",
-        deviations: float = 6.0,
-        steps: int = 100,
-        least_steps: int = 30,
-        pause: int = 10,
-    ) -> None:
-        if deviations <= 0:
-            raise UserError(f"deviations of LossSpikeMonitor is {deviations}: expected a number above 0, such as 6.")
-        if not 2 <= least_steps <= steps:
-            raise UserError(f"least_steps of LossSpikeMonitor is {least_steps}: expected 2 to steps, which is {steps}.")
-        self.enabled, self.monitor = enabled, monitor
-        self.deviations, self.least_steps, self.pause = deviations, least_steps, pause
-        self._losses: deque[float] = deque(maxlen=steps)
+    def __init__(self, enabled: bool = True, deviations: float = 6.0) -> None:
+        self.enabled, self.deviations = enabled, deviations
+        self._losses: deque[float] = deque(maxlen=_MOST_LOSSES)
         self._reported_at: int | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not self.enabled or trainer.global_step == self._step:
-            return  # inside an accumulation window
-        loss = trainer.callback_metrics.get(self.monitor)
-        if loss is not None:
-            # Every rank must come to the same result: all of them send their rows then.
-            mean = loss
-            if trainer.world_size > 1:
-                mean = trainer.strategy.reduce(loss.detach().to(trainer.strategy.root_device), reduce_op="mean")
-            window = getattr(pl_module, "window", None)
-            self._check(trainer, float(mean), getattr(window, "closed_row_ids", []))
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if not self.enabled or trainer.global_step == self._step or "train_loss" not in trainer.callback_metrics:
+            return  # mostly inside an accumulation window
+        loss = trainer.callback_metrics["train_loss"]
+        if trainer.world_size > 1:  # every rank must come to the same result: all of them send their rows then
+            loss = trainer.strategy.reduce(loss.detach().to(trainer.strategy.root_device), reduce_op="mean")
+        if math.isfinite(loss):
+            self._compare(trainer, pl_module, float(loss))
+            self._losses.append(float(loss))
 
-    def _check(self, trainer: Trainer, loss: float, row_ids: list[int]) -> None:
-        if not math.isfinite(loss):
-            return
+    def _compare(self, trainer: Trainer, pl_module: LightningModule, loss: float) -> None:
         losses, step = self._losses, self._step
-        if len(losses) >= self.least_steps and (self._reported_at is None or step - self._reported_at >= self.pause):
-            median = statistics.median(losses)
-            deviation = statistics.median(abs(other - median) for other in losses)
-            if loss > median + self.deviations * max(deviation, _LEAST_SHARE * abs(median)):
-                self._reported_at = step
-                self._report(trainer, loss, median, row_ids)
-        losses.append(loss)
-
-    def _report(self, trainer: Trainer, loss: float, median: float, row_ids: list[int]) -> None:
-        row_ids = gather_lists(trainer, row_ids)
+        if len(losses) < _FEWEST_LOSSES or (self._reported_at is not None and step - self._reported_at < _PAUSE):
+            return
+        median = statistics.median(losses)
+        deviation = statistics.median(abs(other - median) for other in losses)
+        if loss <= median + self.deviations * max(deviation, _LEAST_SHARE * abs(median)):
+            return
+        self._reported_at = step
+        row_ids = gather_lists(trainer, getattr(getattr(pl_module, "window", None), "closed_row_ids", []))
         if trainer.is_global_zero:
             rows = join_places(row_places(getattr(trainer, "datamodule", None), row_ids), most=16)
-            found = f"{self.monitor} {loss:.4g} at step {self._step}, the median of the last {len(self._losses)} is"
-            found = f"{found} {median:.4g}; rows {rows}."
+            found = (
+                f"train_loss {loss:.4g} at step {step}, the median of the last {len(losses)} is {median:.4g}; "
+                f"rows {rows}."
+            )
             rich.print(f"[yellow]Loss spike:[/yellow] {escape(found)}")
             note_warning(trainer, f"Loss spike: {found}")
 

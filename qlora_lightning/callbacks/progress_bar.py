@@ -8,21 +8,21 @@ from typing import Any
 import rich
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
-from rich.progress import BarColumn, ProgressColumn, Task
+from rich.markup import escape
+from rich.progress import BarColumn, TextColumn
 from rich.table import Column
-from rich.text import Text
 
 from qlora_lightning.callbacks.run_report import planned_steps
 from qlora_lightning.support.console import drop_lost_output
 
-# metric: (in the bar, in a line of a log); the most important first, for a narrow terminal cuts the last ones
+# the most important metric first, for a narrow terminal cuts the last ones
 _FORMATS = {
-    "train_loss": ("loss {:.3f}", "loss {:.4f}"),
-    "val_loss": ("val {:.3f}", "val_loss {:.4f}"),
-    "learning_rate": ("lr {:.1e}", "learning rate {:.3g}"),
-    "tokens_per_second": ("{:.0f} tok/s", "{:,.0f} tokens/s"),
-    "peak_rss_gib": ("{:.2f} GiB", "{:.2f} GiB"),
-    "memory_peak_gib": ("{:.2f} GiB", "{:.2f} GiB"),
+    "train_loss": "loss {:.3f}",
+    "val_loss": "val {:.3f}",
+    "learning_rate": "lr {:.1e}",
+    "tokens_per_second": "{:.0f} tok/s",
+    "peak_rss_gib": "{:.2f} GiB",
+    "memory_peak_gib": "{:.2f} GiB",
 }
 
 
@@ -34,44 +34,31 @@ def choose_progress_display() -> ProgressBar:
 class ShortProgressBar(RichProgressBar):
     """Lightning's rich progress bar with all its text in one line, which a narrow terminal cuts and does not wrap.
 
-    It counts epochs from 1, and shows the learning rate and whatever is logged with ``prog_bar=True``. The bar itself
-    takes the rest of the line.
+    It counts epochs from 1, and shows the time left of the epoch, the learning rate and whatever is logged with
+    ``prog_bar=True``. The bar itself takes the rest of the line.
     """
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
-        bars = [column for column in super().configure_columns(trainer) if isinstance(column, BarColumn)]
-        for bar in bars:
-            bar.bar_width = None
-        self._line = _Line(self)
-        self._line.epoch = _name_epoch(trainer)
-        return [self._line, *bars]
+        text = "{task.completed:.0f}/{task.total:.0f} {task.description}"
+        return [TextColumn(text, table_column=Column(no_wrap=True, overflow="ellipsis")), BarColumn(bar_width=None)]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.is_enabled:
-            self._line.epoch = _name_epoch(trainer)
         super().on_train_epoch_start(trainer, pl_module)
+        self._describe(_name_epoch(trainer))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *args)
-        if self.is_enabled:  # here and not where it is drawn: that is another thread
-            self._line.metrics = " ".join(_format_metrics(trainer, in_bar=True))
+        if self.is_enabled:
+            left = self.train_progress_bar.time_remaining
+            shown = "-:--:--" if left is None else timedelta(seconds=int(left))
+            self._describe(f"{_name_epoch(trainer)} -{shown} {' '.join(_format_metrics(trainer))}")
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         return {}  # Lightning's own column of them would wrap
 
-
-class _Line(ProgressColumn):
-    def __init__(self, bar: RichProgressBar) -> None:
-        super().__init__(Column(no_wrap=True, overflow="ellipsis"))
-        descriptions = (bar.sanity_check_description, bar.validation_description)
-        self._others = (*descriptions, bar.test_description, bar.predict_description)
-        self.epoch = self.metrics = ""
-
-    def render(self, task: Task) -> Text:
-        trains = task.description not in self._others
-        name = self.epoch if trains else task.description
-        left = "-:--:--" if task.time_remaining is None else str(timedelta(seconds=int(task.time_remaining)))
-        return Text(f"{name} {_count(task.completed, task.total)} -{left} {self.metrics if trains else ''}".rstrip())
+    def _describe(self, text: str) -> None:
+        if self.progress is not None and self.train_progress_bar_id is not None:
+            self.progress.update(self.train_progress_bar_id, description=escape(text))
 
 
 class ProgressLines(ProgressBar):
@@ -87,9 +74,6 @@ class ProgressLines(ProgressBar):
     def __init__(self, every_seconds: float = 30.0) -> None:
         super().__init__()
         self._every, self._enabled = every_seconds, True
-        self._began: tuple[float, int] | None = None  # when the first batch of this process began, and at which step
-        self._printed_at = time.monotonic()
-        self._printed_step, self._epoch = 0, ""
 
     def enable(self) -> None:
         self._enabled = True
@@ -99,18 +83,20 @@ class ProgressLines(ProgressBar):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)  # which disables all ranks but the first
-        self._began, self._printed_at = None, time.monotonic()
+        self._printed_at = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.monotonic()
+        self._first_step = self._printed_step = trainer.global_step
 
     # A step is printed at the start of what follows it, when all callbacks have logged it.
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._began is None:
-            self._began = time.monotonic(), trainer.global_step
-            self._printed_step = trainer.global_step
         self._print_step_if_due(trainer)
         self._epoch = _name_epoch(trainer)  # at the end of a run Lightning has counted one more
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._print_step_if_due(trainer)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._print_step_if_due(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._print_step(trainer)
@@ -124,39 +110,39 @@ class ProgressLines(ProgressBar):
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._print_batch("predicting", "total_predict_batches_current_dataloader", *args)
 
-    def _is_due(self) -> bool:
-        return time.monotonic() - self._printed_at >= self._every
-
-    def _print(self, *parts: str) -> None:
+    def _print(self, line: str) -> None:
         if self._enabled:
             try:
-                print(", ".join(parts), flush=True)
+                print(line, flush=True)
             except OSError:  # who read the pipe has gone: no reason to end a run
                 drop_lost_output()
         self._printed_at = time.monotonic()
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._printed_at >= self._every
 
     def _print_batch(
         self, name: str, total: str, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self.has_dataloader_changed(dataloader_idx)  # sets the current loader
         if self._is_due():
-            self._print(f"{name} {_count(batch_idx + 1, getattr(self, total))}")
+            self._print(f"{name} {batch_idx + 1}/{getattr(self, total)}")
 
     def _print_step_if_due(self, trainer: Trainer) -> None:
-        first = self._began is not None and self._printed_step == self._began[1]
-        if first or self._is_due():
+        if self._is_due() or self._printed_step == self._first_step:
             self._print_step(trainer)
 
     def _print_step(self, trainer: Trainer) -> None:
-        step = trainer.global_step
-        if self._began is None or step == self._printed_step:
+        step, total = trainer.global_step, planned_steps(trainer)
+        if step == self._printed_step:
             return
-        self._printed_step, total = step, planned_steps(trainer)
-        parts = [f"step {_count(step, total)}", self._epoch.lower(), *_format_metrics(trainer, in_bar=False)]
+        self._printed_step = step
+        count = f"step {step}" if total is None else f"step {step}/{total}"
+        parts = [count, self._epoch.lower(), *_format_metrics(trainer)]
         if total is not None:
-            mean = (time.monotonic() - self._began[0]) / (step - self._began[1])
+            mean = (time.monotonic() - self._began) / (step - self._first_step)
             parts.append(f"{timedelta(seconds=round(mean * max(0, total - step)))} left")
-        self._print(*parts)
+        self._print(", ".join(parts))
 
 
 def _name_epoch(trainer: Trainer) -> str:
@@ -165,15 +151,10 @@ def _name_epoch(trainer: Trainer) -> str:
     return f"Epoch {number}/{last}" if last is not None and last > 0 else f"Epoch {number}"
 
 
-def _count(done: float, total: float | None) -> str:
-    return f"{done:.0f}" if total is None or total == float("inf") else f"{done:.0f}/{total:.0f}"
-
-
-def _format_metrics(trainer: Trainer, in_bar: bool) -> list[str]:
+def _format_metrics(trainer: Trainer) -> list[str]:
     """Format what is logged for the progress bar, and the learning rate."""
-    found = {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
+    found = dict(trainer.progress_bar_metrics)
     if "learning_rate" in trainer.callback_metrics:
         found["learning_rate"] = float(trainer.callback_metrics["learning_rate"])
-    names = [*(name for name in _FORMATS if name in found), *(name for name in found if name not in _FORMATS)]
-    formats = {name: (f"{name} {{:.3f}}",) * 2 for name in names} | _FORMATS
-    return [formats[name][0 if in_bar else 1].format(found[name]) for name in names]
+    formats = _FORMATS | {name: f"{name} {{:.3f}}" for name in found if name not in _FORMATS}
+    return [text.format(float(found[name])) for name, text in formats.items() if name in found]

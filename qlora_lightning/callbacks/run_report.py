@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +33,7 @@ from qlora_lightning.model.checkpoint.setting_changes import trainer_settings
 from qlora_lightning.model.device import device_memory_gib, read_peak_gib
 from qlora_lightning.model.summary import count_parameters
 from qlora_lightning.report.page import write_run_page
-from qlora_lightning.report.run import read_manifest, read_metrics, write_manifest
+from qlora_lightning.report.run import MEMORY, METRICS, read_manifest, read_metrics, write_manifest
 from qlora_lightning.support.console import describe, say
 from qlora_lightning.support.errors import TrainingStopped, UserError
 from qlora_lightning.support.trainer import callbacks_of, is_trial_run
@@ -49,49 +49,51 @@ _MOST_WARNINGS, _LONGEST_WARNING = 100, 600  # different ones, characters: a rep
 class RunReport(Callback):
     """Write ``manifest.json`` at the start, at each validation and at the end of a fit, and then ``report.html``.
 
-    Also if a fit ends early, by a signal or an error. Each start of a run that is resumed is listed with its begin, end
-    and steps; seconds and warnings are those of all of them. Nothing of it enters a checkpoint.
+    Also if a fit ends early, by a signal or an error. Each attempt of a run that is resumed is listed with its begin,
+    end and steps; seconds and warnings are those of all of them. Nothing of it enters a checkpoint.
 
     Args:
         config: The run's whole config; ``None``: the settings of module, data and Trainer.
         command: What was typed, word by word; ``None``: what started this process.
-        enabled: ``False`` writes nothing.
     """
 
-    def __init__(
-        self, config: Mapping[str, Any] | None = None, command: Sequence[str] | None = None, enabled: bool = True
-    ) -> None:
+    def __init__(self, config: Mapping[str, Any] | None = None, command: Sequence[str] | None = None) -> None:
         self.config = config
         self.command = list(sys.orig_argv if command is None else command)
-        self.enabled = enabled
-        self.warnings = RunWarnings()
-        self._clear()
-
-    def _clear(self) -> None:
         self._facts: dict[str, Any] | None = None  # of a run that has begun
-        self._lives: list[dict[str, Any]] = []  # the last one is this process's
-        self._updates: dict[str, Any] | None = None  # of the trained adapter
-        self._trained = False
+        self._listening = contextlib.ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._clear()
-        if stage == "fit" and self._writes(trainer):
-            self.warnings.counts.clear()
-            self.warnings.listen()
-
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin(trainer, pl_module)
+        self._facts = None
+        self._attempts: list[dict[str, Any]] = []  # the last one is this process's
+        self._warnings: dict[str, int] = {}  # how often each text came
+        self._updates: dict[str, Any] | None = None  # of the trained adapter
+        self._trained = False
+        self._listening.close()
+        if stage == "fit" and trainer.is_global_zero and not is_trial_run(trainer):
+            self._listening.enter_context(_noting_warnings(self.note_warning))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin(trainer, pl_module)
-        if self._facts is not None:
-            self._facts["planned_steps"] = planned_steps(trainer)
-            self._lives[-1]["from_step"] = trainer.global_step
-            self._write(trainer, "running")
+        if not trainer.is_global_zero or is_trial_run(trainer):
+            return
+        earlier: Mapping[str, Any] = {}
+        if is_resumed(trainer):
+            try:
+                earlier = read_manifest(Path(trainer.default_root_dir))
+            except UserError as fault:
+                say(f"{fault} The report will not have what the run did before.")
+        for warning in earlier.get("warnings", []):
+            self._warnings.setdefault(warning["text"], warning["count"])
+        attempt = {"command": shlex.join(self.command), "from_step": trainer.global_step, "started": _now()}
+        attempt["resumed_from"] = str(trainer.ckpt_path) if trainer.ckpt_path else None
+        self._attempts = [*earlier.get("lives", []), attempt]
+        self._began = time.perf_counter()
+        self._planned = planned_steps(trainer)
+        self._facts = _fixed_facts(trainer, pl_module, self.config)
+        self._write(trainer, "running")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._write(trainer, "running")
+        self._write(trainer, "running")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trained = True
@@ -108,34 +110,18 @@ class RunReport(Callback):
         else:
             self._end(trainer, "failed", f"{type(exception).__name__}: {exception}")
 
-    def _writes(self, trainer: Trainer) -> bool:
-        return self.enabled and trainer.is_global_zero and not is_trial_run(trainer)
-
-    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Collect what does not change, but not before all hooks have had the chance to refuse the folder."""
-        if self._facts is not None or not self._writes(trainer):
-            return
-        earlier: Mapping[str, Any] = {}
-        if is_resumed(trainer):
-            try:
-                earlier = read_manifest(Path(trainer.default_root_dir)) or {}
-            except UserError as fault:
-                say(f"{fault} The report will not have what the run did before.")
-        self._facts = _fixed_facts(trainer, pl_module, self.config)
-        self._lives = earlier.get("lives", [])
-        for warning in earlier.get("warnings", []):
-            self.warnings.counts.setdefault(warning["text"], warning["count"])
-        self._began = time.perf_counter()
-        resumed_from = str(trainer.ckpt_path) if trainer.ckpt_path else None
-        self._lives.append({"started": _now(), "command": shlex.join(self.command), "resumed_from": resumed_from})
+    def note_warning(self, text: str) -> None:
+        """Count a warning."""
+        text = textwrap.shorten(text, _LONGEST_WARNING, placeholder=" …")
+        if text in self._warnings or len(self._warnings) < _MOST_WARNINGS:
+            self._warnings[text] = self._warnings.get(text, 0) + 1
 
     def _end(self, trainer: Trainer, status: str, error: str | None = None) -> None:
-        self.warnings.stop()
-        if self._facts is not None:
-            self._write(trainer, status, error, with_page=True)
-            self._facts = None
+        self._listening.close()
+        self._write(trainer, status, error)
+        self._facts = None
 
-    def _write(self, trainer: Trainer, status: str, error: str | None = None, with_page: bool = False) -> None:
+    def _write(self, trainer: Trainer, status: str, error: str | None = None) -> None:
         if self._facts is None:
             return
         folder = Path(trainer.default_root_dir)
@@ -143,7 +129,7 @@ class RunReport(Callback):
             folder.mkdir(parents=True, exist_ok=True)
             content = self._content(trainer, self._facts, status, error)
             write_manifest(folder, content)
-            if with_page:
+            if status != "running":
                 if content["stopped_early"] is not None:  # Lightning says that max_epochs was reached
                     describe(f"Stopped early, at step {trainer.global_step:,}: {content['stopped_early']}")
                 describe(f"Report: {write_run_page(folder)}")
@@ -151,99 +137,72 @@ class RunReport(Callback):
             say(f"The report of the run could not be written: {type(fault).__name__}: {fault}")
 
     def _content(self, trainer: Trainer, facts: dict[str, Any], status: str, error: str | None) -> dict[str, Any]:
-        life, folder = self._lives[-1], Path(trainer.default_root_dir)
-        life |= {"ended": _now(), "seconds": time.perf_counter() - self._began, "status": status, "error": error}
-        life["to_step"] = trainer.global_step
-        planned = facts.get("planned_steps")
+        attempt, folder = self._attempts[-1], Path(trainer.default_root_dir)
+        attempt |= {"ended": _now(), "seconds": time.perf_counter() - self._began, "status": status, "error": error}
+        attempt["to_step"] = trainer.global_step
         speed, saved = _find(trainer, ThroughputMonitor), _find(trainer, AdapterCheckpoint)
-        counts = speed is not None and speed.enabled
         best = saved.best[0] if saved and saved.best else None
         again = ["qlora-lightning", "fit", "--config", str(folder / "config.yaml")]
         again += ["--trainer.default_root_dir", str(folder.with_name(f"{folder.name}-again"))]
-        ends_here = planned is not None and trainer.global_step >= planned
+        metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        ends_here = self._planned is not None and trainer.global_step >= self._planned
         return {
             "status": status,
             "error": error,
-            **{name: value for name, value in facts.items() if name != "planned_steps"},
-            "command": life["command"],
+            **facts,
+            "command": attempt["command"],
             "reproduce": shlex.join(again) if self.config is not None else None,
             "progress": {
                 "steps": trainer.global_step,
                 "epoch": trainer.current_epoch,
-                "tokens": speed.tokens_seen if counts else None,
-                "labelled_tokens": speed.labelled_seen if counts else None,
-                "seconds": sum(each["seconds"] for each in self._lives),
-                "planned_steps": planned,
+                "tokens": speed.tokens_seen if speed and speed.enabled else None,
+                "labelled_tokens": speed.labelled_seen if speed and speed.enabled else None,
+                "seconds": sum(each["seconds"] for each in self._attempts),
+                "planned_steps": self._planned,
             },
-            "peak_memory_gib": _peaks(trainer, ended=status != "running"),
-            "metrics": {name: float(value) for name, value in sorted(trainer.callback_metrics.items())},
+            "peak_memory_gib": {} if status == "running" else _find_peak(trainer),
+            "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},  # JSON has no NaN
             "best": best and {"monitor": saved.monitor, "value": best[0], "checkpoint": best[1]},
             "adapter_updates": self._updates,
             "stopped_early": None if ends_here else _find_early_stop(trainer),
-            "lives": self._lives,
-            "warnings": [{"text": text, "count": count} for text, count in self.warnings.counts.items()],
+            "lives": self._attempts,  # the key of the first manifests
+            "warnings": [{"text": text, "count": count} for text, count in self._warnings.items()],
         }
 
 
-class RunWarnings:
-    """Counts warnings by their text: Python's, those of every logger, and those that callbacks note.
+@contextlib.contextmanager
+def _noting_warnings(note: Callable[[str], None]) -> Iterator[None]:
+    """Note the warnings of Python and of every logger, which are shown as before.
 
-    No handler is added to a logger: that would take Python's own last resort away, and silence it.
-
-    Attributes:
-        counts: How often each text came, in the order in which they came first.
+    A handler on the root logger would miss loggers that do not propagate, and silence those that have none.
     """
+    show, make = warnings.showwarning, logging.getLogRecordFactory()
 
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-        self._stop: Callable[[], None] | None = None
+    def show_and_note(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+        note(f"{category.__name__}: {message}")
+        show(message, category, *args, **kwargs)
 
-    def note(self, text: str) -> None:
-        """Count one."""
-        text = textwrap.shorten(text, _LONGEST_WARNING, placeholder=" …")
-        if text in self.counts or len(self.counts) < _MOST_WARNINGS:
-            self.counts[text] = self.counts.get(text, 0) + 1
+    def make_and_note(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        if record.levelno >= logging.WARNING:
+            with contextlib.suppress(Exception):  # logging itself reports arguments that do not fit
+                note(record.getMessage())
+        return record
 
-    def listen(self) -> None:
-        """Begin to count the warnings of this process, which are shown as before."""
-        self.stop()
-        show, make = warnings.showwarning, logging.getLogRecordFactory()
-
-        def show_and_note(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
-            self.note(f"{category.__name__}: {message}")
-            show(message, category, *args, **kwargs)
-
-        def make_and_note(*args: Any, **kwargs: Any) -> logging.LogRecord:
-            record = make(*args, **kwargs)
-            if record.levelno >= logging.WARNING and record.name != "py.warnings":
-                try:
-                    self.note(record.getMessage())
-                except (TypeError, ValueError, KeyError):  # logging will report that the arguments do not fit
-                    self.note(str(record.msg))
-            return record
-
-        def stop() -> None:
-            if warnings.showwarning is show_and_note:  # else somebody has put a third one over it
-                warnings.showwarning = show
-            if logging.getLogRecordFactory() is make_and_note:
-                logging.setLogRecordFactory(make)
-
-        warnings.showwarning = show_and_note
-        logging.setLogRecordFactory(make_and_note)
-        self._stop = stop
-
-    def stop(self) -> None:
-        """Put back what was there before."""
-        if self._stop is not None:
-            self._stop()
-            self._stop = None
+    warnings.showwarning = show_and_note
+    logging.setLogRecordFactory(make_and_note)
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
+        logging.setLogRecordFactory(make)
 
 
 def note_warning(trainer: Trainer, text: str) -> None:
     """Add a warning that was printed to the report of the run, if there is one."""
     report = _find(trainer, RunReport)
     if report is not None:
-        report.warnings.note(text)
+        report.note_warning(text)
 
 
 def planned_steps(trainer: Trainer) -> int | None:
@@ -323,30 +282,22 @@ def _package_versions() -> dict[str, str]:
 
 def _git_state() -> dict[str, Any] | None:
     """Return commit, branch, and whether tracked files were changed; ``None`` outside a repository or without git."""
-
-    def ask(*arguments: str) -> str:
-        command = ["git", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True).stdout.strip()
-
+    command = ["git", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        changes = ask("status", "--porcelain", "--untracked-files=no")
-        branch = ask("branch", "--show-current") or None
-        return {"commit": ask("rev-parse", "HEAD"), "branch": branch, "dirty": bool(changes)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
+    lines = done.stdout.splitlines()
+    heads = dict(line[2:].split(" ", 1) for line in lines if line.startswith("# "))
+    return {"commit": heads["branch.oid"], "branch": heads["branch.head"], "dirty": len(lines) > len(heads)}
 
 
-def _peaks(trainer: Trainer, ended: bool) -> dict[str, float]:
-    """Return the highest of what was logged, of the whole run if it has ended, and of this process as it is now."""
+def _find_peak(trainer: Trainer) -> dict[str, float]:
+    """Return the most memory in GiB that was logged in the whole run, or that this process has held."""
     device = trainer.strategy.root_device
-    name = "memory_peak_gib" if device.type == "cuda" else "peak_rss_gib"  # the former is reset at each logging
-    metrics = read_metrics(Path(trainer.default_root_dir) / "metrics.csv") if ended else {}
-    logged = {
-        column: max(value for _, value in points)
-        for column, points in metrics.items()
-        if column.endswith("_gib") and points
-    }
-    return {**logged, name: max(read_peak_gib(device), logged.get(name, 0.0))}
+    name = MEMORY[0 if device.type == "cuda" else 1]  # on CUDA what is read now is reset at each logging
+    logged = read_metrics(Path(trainer.default_root_dir) / METRICS).get(name, [])
+    return {name: max([read_peak_gib(device), *(value for _, value in logged)])}
 
 
 def _measure_updates(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any] | None:

@@ -1,11 +1,13 @@
 """Ends a command when a signal asks for it, training where it can be resumed exactly; and orphaned processes."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -18,8 +20,7 @@ from qlora_lightning.support.console import drop_lost_output, say
 from qlora_lightning.support.errors import ENDING_SIGNALS, TrainingStopped
 from qlora_lightning.support.trainer import callbacks_of
 
-_WATCH_SECONDS = 2.0
-_GRACE_SECONDS = 5.0  # for a process that is about to end by itself
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class StopSignals(Callback):
@@ -32,13 +33,13 @@ class StopSignals(Callback):
     ``validate``, ``test`` and ``predict`` have nothing to save: SIGTERM and SIGHUP end them at once.
 
     Attributes:
-        tells_how: Whether a stopped fit reports how to resume it, as ``fit`` and Python scripts do.
+        explains_resume: Whether a stopped fit reports how to resume it, as ``fit`` and Python scripts do.
         received: The first signal that this process got.
         stopping: Whether all ranks agreed to stop.
     """
 
     def __init__(self) -> None:
-        self.tells_how = True
+        self.explains_resume = True
         self.received: int | None = None
         self.stopping = False
         self._requeue_signal: int | None = None
@@ -53,9 +54,7 @@ class StopSignals(Callback):
         self._listen(trainer)
         self._agree(trainer)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self._agree(trainer)
         if self.stopping and not any(hasattr(callback, "saves_when_stopped") for callback in callbacks_of(trainer)):
             self.leave(trainer, None)
@@ -87,7 +86,7 @@ class StopSignals(Callback):
         if saved is None:
             self.end(trainer, f"Stopped {place}. Nothing was saved: there is no AdapterCheckpoint, or it is off.")
         how = f' To resume, add `--ckpt_path last` to the same command; in Python: trainer.fit(…, ckpt_path="{saved}").'
-        self.end(trainer, f"Stopped {place}, saved in {saved}.{how if self.tells_how else ''}")
+        self.end(trainer, f"Stopped {place}, saved in {saved}.{how if self.explains_resume else ''}")
 
     def end(self, trainer: Trainer, message: str) -> NoReturn:
         """End with the code of the signal, after a last message."""
@@ -95,7 +94,9 @@ class StopSignals(Callback):
         if trainer.is_global_zero:
             say(message)
             if number == self._requeue_signal:
-                _requeue_job()
+                array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_JOB_ID", "")
+                name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
+                subprocess.run(["scontrol", "requeue", name], check=False)
         raise TrainingStopped(128 + number)
 
     def _agree(self, trainer: Trainer) -> None:
@@ -105,96 +106,68 @@ class StopSignals(Callback):
         self.stopping = self.stopping or trainer.strategy.reduce_boolean_decision(asked, all=False)
 
     def _listen(self, trainer: Trainer) -> None:
-        """Take the signals over from Lightning, which puts back at the end of a fit what was there before it."""
-        if threading.current_thread() is not threading.main_thread():
-            return  # only there Python allows it
-        environment = _slurm_environment(trainer)
-        asked = getattr(environment, "requeue_signal", None) or getattr(signal, "SIGUSR1", None)
-        self._requeue_signal = asked if environment is not None and environment.auto_requeue else None
+        """Take the signals over from Lightning."""
+        connector = getattr(trainer, "_accelerator_connector", None)  # public only if a strategy has several processes
+        environment = getattr(connector, "cluster_environment", None)
+        asked = getattr(signal, "SIGUSR1", None)
+        if isinstance(environment, SLURMEnvironment):
+            asked = environment.requeue_signal or asked
+            self._requeue_signal = asked if environment.auto_requeue else None
 
         def note(number: int, frame: FrameType | None) -> None:
             if self.received is None:
                 self.received = number
-                drop_lost_output()
-                if trainer.is_global_zero:
-                    again = " Ctrl-C again leaves at once, without saving." if number == signal.SIGINT else ""
-                    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-                    with contextlib.suppress(OSError):  # not print: the signal may have come inside one
-                        os.write(2, f"\n{name}: saving at the end of this batch.{again}\n".encode())
+                again = " Ctrl-C again leaves at once, without saving." if number == signal.SIGINT else ""
+                name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+                _announce(trainer, f"{name}: saving at the end of this batch.{again}")
             elif number == signal.SIGINT:
                 raise KeyboardInterrupt
 
-        for number in filter(None, (signal.SIGINT, *ENDING_SIGNALS, asked)):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP, and a shell's `&` Ctrl-C
-                signal.signal(number, note)
+        _handle(filter(None, (signal.SIGINT, *ENDING_SIGNALS, asked)), note)
 
 
 class ProcessWatch(Callback):
-    """Watch over the process that started this one.
+    """Let Linux end this process when the one that started it dies.
 
     Lightning's first process watches those that it started, and torchrun watches all of them. When the first process
     dies, the others would sit in their next exchange until its timeout, and hold their GPUs.
     """
 
-    def __init__(self) -> None:
-        self._done = threading.Event()
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         environment = getattr(trainer.strategy, "cluster_environment", None)
-        if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
-            self._done.clear()
-            arguments = (os.getppid(), trainer.global_rank)
-            threading.Thread(target=self._watch, args=arguments, daemon=True, name="process-watch").start()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._done.set()
-
-    def _watch(self, parent: int, rank: int) -> None:
-        while not self._done.wait(_WATCH_SECONDS):
-            if os.getppid() != parent:
-                if not self._done.wait(_GRACE_SECONDS):
-                    print(f"qlora-lightning: the first process is gone, so process {rank} ends too.", file=sys.stderr)
-                    sys.stderr.flush()
-                    os._exit(1)  # the main thread waits in an exchange that no exception can interrupt
-                return
+        if sys.platform == "linux" and isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
+            # by SIGKILL: who waits in an exchange runs no handler
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def _end_at_signals(trainer: Trainer) -> None:
-    """Let SIGTERM and SIGHUP end the process where it is, until Lightning puts back what was there before."""
-    if threading.current_thread() is not threading.main_thread():
-        return
+    """Let SIGTERM and SIGHUP end the process where it is."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGTERM:  # a shell and the system both send SIGHUP: a second one may not stop the cleaning
-            signal.signal(number, signal.SIG_IGN)
-        drop_lost_output()
-        if trainer.is_global_zero:
-            with contextlib.suppress(OSError):
-                os.write(2, f"\n{signal.Signals(number).name}: the command ends here, unfinished.\n".encode())
+        _announce(trainer, f"{signal.Signals(number).name}: the command ends here, unfinished.")
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(number)  # the processes that this one has started
         raise TrainingStopped(128 + number)
 
-    if trainer.received_sigterm:  # while the loaders were made
-        end(signal.SIGTERM, None)
-    for number in ENDING_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, end)
+    _handle(ENDING_SIGNALS, end)
+
+
+def _handle(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> None:
+    """Handle signals, unless they are ignored, until Lightning puts back what was there before it."""
+    if threading.current_thread() is threading.main_thread():  # only there Python allows it
+        for number in numbers:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP, and a shell's `&` Ctrl-C
+                signal.signal(number, handler)
+
+
+def _announce(trainer: Trainer, text: str) -> None:
+    """Print a line from inside a handler; not by print, in which the signal may have come."""
+    drop_lost_output()
+    if trainer.is_global_zero:
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{text}\n".encode())
 
 
 def was_requeued() -> bool:
     """Whether SLURM started this job again: then it resumes, whatever its command says."""
     return SLURMEnvironment.detect() and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
-
-
-def _slurm_environment(trainer: Trainer) -> SLURMEnvironment | None:
-    connector = getattr(trainer, "_accelerator_connector", None)  # public only if a strategy has several processes
-    environment = getattr(connector, "cluster_environment", None)
-    return environment if isinstance(environment, SLURMEnvironment) else None
-
-
-def _requeue_job() -> None:
-    array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_JOB_ID", "")
-    subprocess.run(
-        ["scontrol", "requeue", f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job], check=False
-    )

@@ -43,7 +43,7 @@ DataPath = str | dict[str, Any] | list[str | dict[str, Any]]
 
 
 class InstructionDataModule(LightningDataModule):
-    """Instruction data as flat batches without padding, in an order from which a run can stop and go on exactly.
+    """Instruction data as flat batches without padding, in an order from which a run can stop and resume exactly.
 
     The order is a pure function of seed and epoch. The seed is that of ``seed_everything`` (the environment variable
     ``PL_GLOBAL_SEED``), else ``torch.initial_seed()`` at the first ``setup``; a resumed run keeps the checkpoint's.
@@ -141,7 +141,7 @@ class InstructionDataModule(LightningDataModule):
         self._tokenizer: Any = None
         self._renderer: ChatRenderer | None = None
         self._prompts: list[Prompt] = []
-        self._weights: list[float] | None = None  # of the sources of training rows
+        self._shares: list[float] | None = None  # of an epoch, by source of training rows
         self._seed: int | None = None
         self._pool: Prepared | None = None  # training rows before validation rows are held out
 
@@ -242,7 +242,7 @@ class InstructionDataModule(LightningDataModule):
             return self._make_stream(self._stream_length())
         # `overfit_batches` is Lightning's wish for the same batches in every epoch.
         shuffle = self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
-        return self._make_loader("train", shuffle=shuffle, group_by_length=self.group_by_length, weights=self._weights)
+        return self._make_loader("train", shuffle=shuffle, group_by_length=self.group_by_length, shares=self._shares)
 
     @override
     def val_dataloader(self) -> FlatLoader:
@@ -267,7 +267,7 @@ class InstructionDataModule(LightningDataModule):
         if depends and own not in (stored, None) and os.environ.get("PL_GLOBAL_SEED"):
             rank_zero_info(
                 f"seed_everything is {own}, but the checkpoint's {stored} rules: the order of rows, and which of them "
-                "are held out for validation, go on as they were."
+                "are held out for validation, stay as they were."
             )
         self._seed = stored
         if self._pool is not None:
@@ -309,7 +309,7 @@ class InstructionDataModule(LightningDataModule):
         if not rows:
             return None
         if split == "train" and sources and sources[0].weight is not None:
-            self._weights = [source.weight or 0.0 for source in sources]
+            self._shares = [source.weight or 0.0 for source in sources]
 
         def make() -> Prepared:
             for_prompts, show = split == "predict", self._rank_and_world_size()[0] == 0
@@ -434,12 +434,12 @@ class InstructionDataModule(LightningDataModule):
             world_size,
             self.shuffle,
             self.shuffle_buffer,
-            self._agree,
+            self._gather,
         )
 
-    def _agree(self, count: int) -> int:
-        """Return the largest of the counts that the ranks call this with."""
-        counts: list[int] = [count] * self._rank_and_world_size()[1]
+    def _gather(self, count: int | None) -> list[int | None]:
+        """Return what each rank calls this with."""
+        counts = [count] * self._rank_and_world_size()[1]
         if len(counts) > 1:
             torch.distributed.all_gather_object(counts, count)
-        return max(counts)
+        return counts

@@ -134,7 +134,7 @@ class Preparation:
                 self._add_samples(each, list(map(renderer.label, each.parts, parts, encodings)))
         self.report.rows += len(rows)
         for number in sorted(bad):
-            self.report.refuse(bad[number])
+            self.report.count_bad_row(bad[number])
 
     def take(self) -> Prepared:
         """Return the samples and the report of the rows that were added since the last time."""

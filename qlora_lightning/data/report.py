@@ -25,8 +25,8 @@ class Report:
     tokens: int = 0
     labelled: int = 0  # of the tokens
     shortened: int = 0  # samples cut to max_length
-    lost_tokens: int = 0  # by that
-    lost_labels: int = 0
+    lost_tokens: int = 0  # that max_length cut off or, with too_long: drop, left out with their rows
+    lost_labels: int = 0  # of these
     turn_by_turn: int = 0  # rows that became a sample per turn, since the template renders earlier answers otherwise
     weighted: int = 0  # samples whose row has another weight than 1
     dropped: dict[str, int] = field(default_factory=dict)  # well-formed rows that are left out, by reason
@@ -43,7 +43,7 @@ class Report:
         """Count well-formed rows that are left out."""
         self.dropped[reason] = self.dropped.get(reason, 0) + rows
 
-    def refuse(self, row: BadRow) -> None:
+    def count_bad_row(self, row: BadRow) -> None:
         """Count a bad row."""
         self.bad_rows += 1
         self.bad = [*self.bad, row][:_SHOWN]

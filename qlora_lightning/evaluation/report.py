@@ -12,7 +12,7 @@ from rich.table import Table
 
 from qlora_lightning.evaluation.comparison import BASE, METHOD, Duel, Interval, Judged, Measured, Part
 from qlora_lightning.evaluation.scores import describe_metric
-from qlora_lightning.page.visible import show_controls
+from qlora_lightning.page import show_controls
 from qlora_lightning.support.files import write_whole
 
 if TYPE_CHECKING:  # a report of runs needs no torch

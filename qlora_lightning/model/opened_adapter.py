@@ -33,6 +33,12 @@ class AdapterSource:
     compute_dtype: torch.dtype
     is_stored_quantized: bool
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The adapter folder, or if it holds no tokenizer the base's."""
+        is_own = any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+        return self.folder if is_own else self.base.folder
+
 
 def find_adapter(folder: str | Path, base: str | None = None) -> AdapterSource:
     """Find an adapter folder (or the one in a run folder) and its base, and check that they belong together.

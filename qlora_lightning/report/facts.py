@@ -1,29 +1,17 @@
 """What a run was, in words for a person: figures, findings, what to do next, and facts with their headings."""
 
+import math
 import shlex
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from math import isnan
+from datetime import timedelta
 from typing import Any
 
 import yaml
 
 from qlora_lightning.evaluation.scores import describe_metric
 from qlora_lightning.report.charts import running_mean
-from qlora_lightning.report.results import (
-    ADAPTER,
-    BASE,
-    describe_rows,
-    difference,
-    find_results,
-    is_of_fit,
-    is_of_run,
-    is_of_test,
-    main_score,
-    measured,
-    score_names,
-    write_result,
-)
+from qlora_lightning.report.results import Evaluation, Table, find_figures, read_evaluation
 from qlora_lightning.report.run import Run
 
 Facts = list[tuple[str, str]]
@@ -37,286 +25,96 @@ STATUS = {
 }
 _GIB = 1024**3
 _HASH = 16  # digits shown of one; manifest.json has all
-_NOT_SHOWN = ("trainer.default_root_dir",)  # differs between any two runs, and changes nothing
+_NOT_SHOWN = "trainer.default_root_dir"  # differs between any two runs, and changes nothing
 _LITTLE, _MUCH = 1e-3, 0.5  # median ‖ΔW‖/‖W‖
 _SPARSE, _FULL = 0.5, 0.85  # share of the rank that is used; a random update uses about 0.9
-
-
-def headline(run: Run) -> Facts:
-    """Return the figures at the top of the page, each with what it is."""
-    found, score = find_results(run), main_score(run)
-    prefix = "test_" if is_of_test(run) else "val_" if is_of_fit(run) else "evaluated_"
-    rows = {"test_": "test ", "val_": "validation ", "evaluated_": ""}[prefix]
-    where = "" if rows else f" of {describe_rows(run)}"
-    figures: Facts = []
-    if (loss := found.get(f"{prefix}loss")) is not None:
-        base = measured(run, "loss", BASE)
-        before, sides = ("", "") if base is None else (f"{base:.3f} → ", ", base\u00a0→\u00a0adapter")
-        figures.append((f"{before}{loss:.3f}", f"{rows}loss{where}{sides}"))
-    if score is not None and (share := found[score]) is not None:
-        name = score_names(run)[0]
-        base = measured(run, name, BASE)
-        before, sides = ("", "") if base is None else (f"{base:.0%} → ", ", base\u00a0→\u00a0adapter")
-        figures.append((f"{before}{share:.0%}", f"{describe_metric(name)}{where}{sides}"))
-    if prefix != "val_" and found["val_loss"] is not None:
-        figures.append((f"{found['val_loss']:.3f}", "validation loss, best"))
-    planned = (run.manifest.get("progress") or {}).get("planned_steps")
-    if found["steps"] is not None:
-        of = f" of {planned:,}" if planned and planned != found["steps"] else ""
-        figures.append((f"{found['steps']:,.0f}{of}", "optimizer steps"))
-    for name, words in (
-        ("minutes", "wall time of the fit"),
-        ("tokens_per_second", "tokens/s, median"),
-        ("peak_memory_gib", f"peak memory of the {_memory_owner(run)}"),
-    ):
-        if found[name] is not None:
-            figures.append((write_result(name, found[name]), words))
-    return figures
-
-
-def findings(run: Run) -> list[str]:
-    """Report in a few sentences whether the run learned, whether it is better than the base, and what its ranks did."""
-    return [*_learned(run), *_against_base(run), *_updated(run)]
-
-
-def next_steps(run: Run) -> Facts:
-    """Return the commands that usually follow, each with what it is for."""
-    folder, command = shlex.quote(str(run.folder)), run.manifest.get("command")
-    if run.status in ("stopped", "failed", "killed") and command:
-        again = command if "--ckpt_path" in command else f"{command} --ckpt_path last"
-        return [("resume it, from the same working folder", again)]
-    if run.status not in ("finished", "unknown"):
-        return []
-    data = run.config.get("data") or {}
-    split = " --split test" if data.get("test") else ""
-    evaluate = f"qlora-lightning evaluate --adapter {folder}/adapter{split} --out {folder}-evaluated"
-    steps = [
-        ("talk to it", f"qlora-lightning chat --adapter {folder}/adapter"),
-        ("evaluate it, with its hardest rows", evaluate),
-        ("merge it, to serve it", f"qlora-lightning merge --adapter {folder}/adapter --out {folder}-merged"),
-    ]
-    return steps if data.get("val") or data.get("test") or data.get("val_fraction") else [steps[0], steps[2]]
+_SETTINGS = (
+    *("model.learning_rate", "model.schedule", "model.warmup_ratio", "model.optimizer", "model.weight_decay"),
+    *("model.neftune_alpha", "model.loraplus_ratio", "ema.decay", "trainer.gradient_clip_val"),
+    *("trainer.accumulate_grad_batches", "data.batch_size", "data.tokens_per_batch", "data.group_by_length"),
+    *("data.max_length", "gradient_checkpointing.enabled", "trainer.max_epochs", "trainer.max_steps"),
+)
 
 
 def subject(run: Run) -> str:
     """Describe in a sentence what was trained on what."""
-    flat, base = flatten(run.config), _base(run)
-    name, files = base.get("base") or flat.get("model.base"), _files(run).get("train")
+    flat, files, data = flatten(run.config), _files(run).get("train"), run.manifest.get("data") or {}
+    name = _base(run).get("base") or flat.get("model.base")
     rank = (run.manifest.get("adapter") or {}).get("rank") or flat.get("model.rank")
-    rows = (((run.manifest.get("data") or {}).get("splits") or {}).get("train") or {}).get("rows")
+    rows = ((data.get("splits") or {}).get("train") or {}).get("rows")
     trained = f"LoRA of rank {rank}" if rank else "An adapter"
     begun = f", continued from {flat['model.adapter']}" if flat.get("model.adapter") else ""
-    data = f", trained on {write_setting(files)}" if files else ""
-    return f"{trained}{f' on {name}' if name else ''}{begun}{data}{f' ({rows:,} rows)' if rows else ''}."
+    trained_on = f", trained on {format_setting(files)}" if files else ""
+    return f"{trained}{f' on {name}' if name else ''}{begun}{trained_on}{f' ({rows:,} rows)' if rows else ''}."
 
 
-def training_facts(run: Run) -> Facts:
-    """Return base, adapter, data, length and settings of the training."""
-    manifest, progress = run.manifest, run.manifest.get("progress") or {}
-    applied = (manifest.get("data") or {}).get("settings") or {}  # null has become what it stands for
-    flat = {**flatten(run.config), **flatten(applied, "data.")}
-    base, adapter = _base(run), manifest.get("adapter") or run.adapter.get("adapter") or {}
-    facts: Facts = []
-    if base or "model.base" in flat:
-        facts.append(("base", _describe_base(base, flat)))
-    if adapter:
-        facts.append(("adapter", _describe_adapter(adapter, manifest.get("parameters") or {})))
-    if flat.get("model.adapter"):
-        facts.append(("continued from", str(flat["model.adapter"])))
-    facts += [(split, write_setting(file)) for split, file in _files(run).items()]
-    if progress:
-        counts = {"optimizer steps": "steps", "tokens": "tokens", "labelled tokens": "labelled_tokens"}
-        known = [f"{progress[name]:,} {words}" for words, name in counts.items() if progress.get(name) is not None]
-        facts.append(("trained", ", ".join(known)))
-    if manifest.get("stopped_early"):
-        facts.append(("stopped early", str(manifest["stopped_early"])))
-    for heading, names in _SETTINGS.items():
-        values = {name.removesuffix(".enabled").rpartition(".")[2]: flat.get(name) for name in names}
-        known = [f"{name} {write_setting(value)}" for name, value in values.items() if value not in (None, -1)]
-        facts += [(heading, ", ".join(known))] if known else []
-    best = manifest.get("best")
-    if best:
-        facts.append(("best checkpoint", f"{best['checkpoint']}, {best['monitor']} {best['value']:.4f}"))
-    return facts
+def headline(run: Run) -> Facts:
+    """Return the figures at the top of the page, each with what it is."""
+    evaluation, figures = read_evaluation(run), find_figures(run)
+    shown: Facts = []
+    for metric in ("loss", *evaluation.scores[:1]):
+        if metric in evaluation.metrics:
+            base, adapter, _ = (side.value for side in evaluation.metrics[metric])
+            form = ".3f" if metric == "loss" else ".0%"
+            words = f"{evaluation.split} loss" if metric == "loss" else describe_metric(metric)
+            shown.append((f"{base:{form}} → {adapter:{form}}", f"{words}, base\u00a0→\u00a0adapter"))
+    if "val_loss" in figures and (evaluation.split == "test" or not shown):
+        shown.append((f"{figures['val_loss'].value:.3f}", "validation loss, best"))
+    planned = (run.manifest.get("progress") or {}).get("planned_steps")
+    for name in ("steps", "minutes", "tokens_per_second", "peak_memory_gib"):
+        if name in figures:
+            of = f" of {planned:,}" if name == "steps" and planned and planned != figures[name].value else ""
+            shown.append((f"{figures[name]}{of}", figures[name].heading))
+    return shown
 
 
-_SETTINGS = {
-    "optimization": (
-        *("model.learning_rate", "model.schedule", "model.warmup_ratio", "model.optimizer", "model.weight_decay"),
-        *("trainer.gradient_clip_val", "model.neftune_alpha", "model.loraplus_ratio", "ema.decay"),
-    ),
-    "batches": (
-        *("data.batch_size", "data.tokens_per_batch", "trainer.accumulate_grad_batches", "data.max_length"),
-        *("data.group_by_length", "gradient_checkpointing.enabled"),
-    ),
-    "length": ("trainer.max_epochs", "trainer.max_steps"),
-}
+def findings(run: Run) -> list[str]:
+    """Report in a few sentences whether the run learned, whether it is better than the base, and what its ranks did."""
+    evaluation = read_evaluation(run)
+    return [*_learned(run, evaluation), *_against_base(evaluation), *_updated(run)]
 
 
-def data_rows(run: Run) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Return the splits, and under each heading the count of each; why rows were left out is indented."""
-    splits: Mapping[str, Any] = (run.manifest.get("data") or {}).get("splits") or {}
-    reports = list(splits.values())
-    reasons = dict.fromkeys(reason for report in reports for reason in report.get("dropped") or {})
-    counts: dict[str, list[int]] = {
-        "rows read": [report["rows"] for report in reports],
-        "  − bad rows": [report["bad_rows"] for report in reports],
-        **{f"  − {reason}": [(each.get("dropped") or {}).get(reason, 0) for each in reports] for reason in reasons},
-        "samples": [report["samples"] for report in reports],
-        "tokens": [report["tokens"] for report in reports],
-        "labelled tokens": [report["labelled"] for report in reports],
-        "samples cut to max_length": [report["shortened"] for report in reports],
-        "labelled tokens cut away": [report["lost_labels"] for report in reports],
-        "rows equal to an earlier one": [report["duplicates"] for report in reports],
-        "rows that are trained on too": [report["overlap"] for report in reports],
-    }
-    rows = [(heading, [f"{count:,}" for count in found]) for heading, found in counts.items() if any(found)]
-    return list(splits), rows
-
-
-def data_warnings(run: Run) -> list[str]:
-    """Return a sentence for each thing in the data that makes results doubtful."""
-    splits: Mapping[str, Any] = (run.manifest.get("data") or {}).get("splits") or {}
-    return [
-        sentence.format(f"{report[name]:,}", split)
-        for split, report in splits.items()
-        for name, sentence in (
-            ("bad_rows", "{} bad rows of {} were left out."),
-            ("overlap", "{} rows of {} are trained on too: its loss is too good."),
-            ("lost_labels", "max_length cut {} labelled tokens away from {}."),
-        )
-        if report[name]
-    ]
-
-
-def machine_facts(run: Run) -> Facts:
-    """Return the machine, its memory and how the processes worked together."""
-    device, facts = run.manifest.get("device") or {}, list[tuple[str, str]]()
-    if device:
-        facts.append(("device", f"{device['name']}, {device['memory_gib']:.0f} GiB"))
-        if device["kind"] != "cpu":
-            facts.append(("processor", str(device["processor"])))
-        several = f", strategy {device['strategy']}" if device["processes"] > 1 else ""
-        facts.append(("threads", f"{device['threads']} on {device['cores']} cores"))
-        facts.append(("processes", f"{device['processes']} on {device['nodes']} machine(s){several}"))
-    peak = find_results(run)["peak_memory_gib"]
-    if peak is not None:
-        facts.append(("peak memory", f"{peak:.2f} GiB: the most that the {_memory_owner(run)} held at one time"))
-    planned, steps = ((run.plan.get(side) or {}).get("peak_bytes") for side in ("predicted", "measured"))
-    if planned and steps:
-        facts.append(
-            ("peak of the steps", f"{steps / _GIB:.2f} GiB, planned {planned / _GIB:.2f} GiB; without loading the base")
-        )
-    return facts
-
-
-def version_facts(run: Run) -> Facts:
-    """Return what it takes to do the same again: fingerprints, seed, versions, the code's commit."""
-    manifest, base = run.manifest, _base(run)
-    hashes = {"fingerprint of the base": base.get("fingerprint")}
-    hashes |= {f"hash of {name}": value for name, value in ((manifest.get("data") or {}).get("hashes") or {}).items()}
-    facts = [(name.replace("_", " "), str(value)[:_HASH]) for name, value in hashes.items() if value]
-    if manifest.get("seed") is not None:
-        facts.append(("seed", str(manifest["seed"])))
-    if git := manifest.get("git"):
-        branch = f" on {git['branch']}" if git.get("branch") else ""
-        facts.append(("git", f"{git['commit'][:_HASH]}{branch}{', with changes' if git['dirty'] else ''}"))
-    if packages := manifest.get("packages"):
-        facts.append(("packages", ", ".join(f"{name} {version}" for name, version in packages.items())))
-    if manifest.get("python"):
-        facts.append(("python", " on ".join(filter(None, [manifest["python"], manifest.get("platform")]))))
-    return facts
-
-
-def update_table(run: Run) -> tuple[list[int], list[tuple[str, list[tuple[str, str]], list[str]]]]:
-    """Return the decoder layers, and a row of the heat map and table of ‖ΔW‖/‖W‖ for each kind of module.
-
-    A row holds the kind, a cell for each layer (opacity, description), and median and largest ‖ΔW‖/‖W‖ and the median
-    effective rank in words.
-    """
-    updates = run.manifest.get("adapter_updates") or {}
-    every = [update for own in updates.values() for update in own]
-    layers = sorted({update["layer"] for update in every if update["layer"] is not None})
-    largest = max((update["ratio"] for update in every), default=0.0) or 1.0
-    rows = []
-    for kind, own in updates.items():
-        by_layer = {update["layer"]: update for update in own}
-        cells = [("0", "")] * len(layers)
-        for place, layer in enumerate(layers):
-            if layer in by_layer:
-                ratio = by_layer[layer]["ratio"]
-                cells[place] = (f"{ratio / largest:.2f}", f"{kind} of layer {layer}: {ratio:.2%}")
-        most = max(own, key=lambda update: update["ratio"])
-        where = "" if most["layer"] is None else f" in layer {most['layer']}"
-        used, rank = (statistics.median(update[name] for update in own) for name in ("effective_rank", "rank"))
-        median = statistics.median(update["ratio"] for update in own)
-        rows.append((kind, cells, [f"{median:.2%}", f"{most['ratio']:.2%}{where}", f"{used:.1f} of {rank:.0f}"]))
-    return layers, rows
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return ``{"model.rank": 8, …}`` of a nested config; lists and empty sections stay as they are."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
-    return flat
-
-
-def find_differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return each setting in which configs differ, with its value in each; ``None`` if one lacks it."""
-    flat = [flatten(config) for config in configs]
-    names = dict.fromkeys(name for config in flat for name in config if name not in _NOT_SHOWN)
-    columns = {name: [config.get(name) for config in flat] for name in names}
-    return {name: values for name, values in columns.items() if any(value != values[0] for value in values)}
-
-
-def write_setting(value: Any) -> str:
-    """Write a setting as YAML, in one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
-    return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _learned(run: Run) -> Iterator[str]:
-    points, kind = run.metrics.get("val_loss", []), "Validation"
-    if not points:
-        points, kind = running_mean(run.metrics.get("train_loss", [])), "Training"
-    if (len(points) < 2 and kind == "Training") or not points:
+def _learned(run: Run, evaluation: Evaluation) -> Iterator[str]:
+    points = run.metrics.get("val_loss", [])
+    kind = "validation" if points else "training"
+    points = points or running_mean(run.metrics.get("train_loss", []))
+    if len(points) < (1 if kind == "validation" else 2):
         return
-    base = measured(run, "loss", BASE) if kind == "Validation" and is_of_fit(run) else None
-    first, origin = (points[0][1], "") if base is None else (base, " of the base")
+    first, origin = points[0][1], ""
+    if kind == evaluation.split and "loss" in evaluation.metrics:
+        first, origin = evaluation.metrics["loss"].base.value, " of the base"
     last_step, last = points[-1]
     best_step, best = min(points, key=lambda point: point[1])
     if best >= first:
-        yield f"It did not learn: the {kind.lower()} loss never fell below {first:.3f}{origin or ', its first'}."
+        yield f"It did not learn: the {kind} loss never fell below {first:.3f}{origin or ', its first'}."
         return
-    yield f"It learned: the {kind.lower()} loss fell from {first:.3f}{origin} to {best:.3f} at step {best_step:,.0f}."
-    if kind == "Validation" and last > 1.02 * best:
+    yield f"It learned: the {kind} loss fell from {first:.3f}{origin} to {best:.3f} at step {best_step:,.0f}."
+    if kind == "validation" and last > 1.02 * best:
         yield (
             f"The validation loss rose again, to {last:.3f} at step {last_step:,.0f}: fewer epochs, a lower learning "
             "rate or more rows may do better. The adapter folder holds the best."
         )
-    elif kind == "Validation" and len(points) > 1 and points[-2][1] > 1.02 * last:
+    elif kind == "validation" and len(points) > 1 and points[-2][1] > 1.02 * last:
         yield "The validation loss was still falling at the end: more steps may do better."
 
 
-def _against_base(run: Run) -> Iterator[str]:
-    name = score_names(run)[0] if main_score(run) else "loss"
-    base, adapter, gain = measured(run, name, BASE), measured(run, name, ADAPTER), difference(run, name)
-    if not is_of_run(run) or base is None or adapter is None or gain is None:
+def _against_base(evaluation: Evaluation) -> Iterator[str]:
+    metric = next(iter(evaluation.scores), "loss")
+    if metric not in evaluation.metrics or math.isnan(evaluation.metrics[metric].difference.value):
         return
-    factor, unit = (1, "") if name == "loss" else (100, " points")
-    sign = -1 if name == "loss" else 1
-    low, high = sorted((sign * factor * gain.low, sign * factor * gain.high))
-    digits = 3 if name == "loss" else 1
-    reach = "" if isnan(low) else f" (95 % interval {low:.{digits}f} to {high:.{digits}f})".replace("-", "−")
-    words = "lower" if name == "loss" else "higher"
-    amount = f"{sign * factor * gain.value:.{digits}f}{unit}".replace("-", "−")
-    found = f"{describe_metric(name)} {amount} {words}{reach} on {describe_rows(run)}."
-    if low <= 0 <= high:
-        yield f"It is not clearly better than the base: {found}"
-    else:
-        yield f"It is {'better' if sign * gain.value > 0 else 'worse'} than the base: {found}"
+    difference = evaluation.metrics[metric].difference
+    digits, factor, unit = (3, 1, "") if metric == "loss" else (1, 100, " points")
+    factor = -factor if difference.value < 0 else factor
+    amount, *reach = (f"{factor * value:.{digits}f}".replace("-", "−") for value in difference)
+    low, high = reach if factor > 0 else reversed(reach)
+    interval = "" if math.isnan(difference.low) else f" (95 % interval {low} to {high})"
+    direction = "lower" if factor < 0 else "higher"
+    better = "better" if (direction == "lower") == (metric == "loss") else "worse"
+    verdict = "not clearly better" if difference.low <= 0 <= difference.high else better
+    yield (
+        f"It is {verdict} than the base: {describe_metric(metric)} {amount}{unit} {direction}{interval} on "
+        f"{evaluation.rows}."
+    )
 
 
 def _updated(run: Run) -> Iterator[str]:
@@ -342,26 +140,215 @@ def _updated(run: Run) -> Iterator[str]:
         yield f"It uses {used:.0%} of its rank of {rank}: half the rank may learn as much."
 
 
+def next_steps(run: Run) -> Facts:
+    """Return the commands that usually follow, each with what it is for."""
+    folder, command = shlex.quote(str(run.folder)), run.manifest.get("command")
+    if run.status in ("stopped", "failed", "killed") and command:
+        again = command if "--ckpt_path" in command else f"{command} --ckpt_path last"
+        return [("resume it, from the same working folder", again)]
+    if run.status not in ("finished", "unknown"):
+        return []
+    data = run.config.get("data") or {}
+    steps = [("talk to it", f"qlora-lightning chat --adapter {folder}/adapter")]
+    if data.get("val") or data.get("test") or data.get("val_fraction"):
+        split = " --split test" if data.get("test") else ""
+        evaluate = f"qlora-lightning evaluate --adapter {folder}/adapter{split} --out {folder}-evaluated"
+        steps.append(("evaluate it, with its hardest rows", evaluate))
+    merge = f"qlora-lightning merge --adapter {folder}/adapter --out {folder}-merged"
+    return [*steps, ("merge it, to serve it", merge)]
+
+
+def training_facts(run: Run) -> Facts:
+    """Return base, adapter, data, length and settings of the training."""
+    manifest, progress, best = run.manifest, run.manifest.get("progress") or {}, run.manifest.get("best")
+    applied = (manifest.get("data") or {}).get("settings") or {}  # null has become what it stands for
+    flat = {**flatten(run.config), **flatten(applied, "data.")}
+    counts = {"optimizer steps": "steps", "tokens": "tokens", "labelled tokens": "labelled_tokens"}
+    trained = [f"{progress[name]:,} {words}" for words, name in counts.items() if progress.get(name) is not None]
+    values = {name.removesuffix(".enabled").rpartition(".")[2]: flat.get(name) for name in _SETTINGS}
+    settings = [f"{name} {format_setting(value)}" for name, value in values.items() if value not in (None, -1)]
+    facts = [
+        ("base", _describe_base(_base(run), flat)),
+        ("adapter", _describe_adapter(run)),
+        ("continued from", flat.get("model.adapter")),
+        *((split, format_setting(file)) for split, file in _files(run).items()),
+        ("settings", ", ".join(settings)),
+        ("trained", ", ".join(trained)),
+        ("stopped early", manifest.get("stopped_early")),
+        ("best checkpoint", best and f"{best['checkpoint']}, {best['monitor']} {best['value']:.4f}"),
+    ]
+    return [(heading, text) for heading, text in facts if text]
+
+
 def _describe_base(base: Mapping[str, Any], flat: Mapping[str, Any]) -> str:
-    name = base.get("base") or flat.get("model.base")
-    revision = base.get("revision") or flat.get("model.revision")
-    kind = base.get("quantization") or flat.get("model.quantization")
-    double = " with double quantization" if base.get("double_quant") and kind in ("nf4", "fp4") else ""
+    known = {name: base.get(name) or flat.get(f"model.{name}") for name in ("base", "revision", "quantization")}
+    if not known["base"]:
+        return ""
+    revision = f" at {known['revision']}" if known["revision"] else ""
+    double = " with double quantization" if base.get("double_quant") and known["quantization"] in ("nf4", "fp4") else ""
     dtype = f", computed in {base['compute_dtype']}" if base.get("compute_dtype") else ""
-    return f"{name}{f' at {revision}' if revision else ''}, {kind}{double}{dtype}"
+    return f"{known['base']}{revision}, {known['quantization']}{double}{dtype}"
 
 
-def _describe_adapter(adapter: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
+def _describe_adapter(run: Run) -> str:
+    adapter = run.manifest.get("adapter") or run.adapter.get("adapter") or {}
     parts = [f"{name} {adapter[name]}" for name in ("rank", "alpha", "dropout") if adapter.get(name) is not None]
-    targets, layers = adapter.get("target_modules") or [], adapter.get("layers") or []
-    parts += [f"on {', '.join(targets)} of {len(layers)} layers"] if targets else []
+    if adapter.get("target_modules"):
+        parts.append(f"on {', '.join(adapter['target_modules'])} of {len(adapter.get('layers') or [])} layers")
+    parameters = run.manifest.get("parameters") or {}
     trainable, total = parameters.get("trainable"), parameters.get("all")
     share = f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})" if trainable and total else ""
     return ": ".join(filter(None, [", ".join(parts), share]))
 
 
-def _memory_owner(run: Run) -> str:
-    return "process" if (run.manifest.get("device") or {}).get("kind", "cpu") == "cpu" else "GPU"
+def data_table(run: Run) -> Table:
+    """Return what became of the rows of each split, and why some were left out."""
+    splits: Mapping[str, Any] = (run.manifest.get("data") or {}).get("splits") or {}
+    reports = list(splits.values())
+    reasons = dict.fromkeys(reason for report in reports for reason in report.get("dropped") or {})
+    counts: dict[str, list[int]] = {
+        "rows read": [report["rows"] for report in reports],
+        "− bad rows": [report["bad_rows"] for report in reports],
+        **{f"− {reason}": [(report.get("dropped") or {}).get(reason, 0) for report in reports] for reason in reasons},
+        "samples": [report["samples"] for report in reports],
+        "tokens": [report["tokens"] for report in reports],
+        "labelled tokens": [report["labelled"] for report in reports],
+        "samples cut to max_length": [report["shortened"] for report in reports],
+        "labelled tokens cut away": [report["lost_labels"] for report in reports],
+        "rows equal to an earlier one": [report["duplicates"] for report in reports],
+        "rows that are trained on too": [report["overlap"] for report in reports],
+    }
+    rows = [(heading, [(f"{count:,}", "") for count in found]) for heading, found in counts.items() if any(found)]
+    return ["", *splits], rows
+
+
+def data_warnings(run: Run) -> list[str]:
+    """Return a sentence for each thing in the data that makes results doubtful."""
+    splits: Mapping[str, Any] = (run.manifest.get("data") or {}).get("splits") or {}
+    sentences = {
+        "bad_rows": "{:,} bad rows of {} were left out.",
+        "overlap": "{:,} rows of {} are trained on too: its loss is too good.",
+        "lost_labels": "max_length cut {:,} labelled tokens away from {}.",
+    }
+    return [
+        sentence.format(report[name], split)
+        for split, report in splits.items()
+        for name, sentence in sentences.items()
+        if report[name]
+    ]
+
+
+def machine_facts(run: Run) -> Facts:
+    """Return the machine, how its processes worked together, and their memory."""
+    device, facts = run.manifest.get("device") or {}, list[tuple[str, str]]()
+    holder = "process" if device.get("kind", "cpu") == "cpu" else "GPU"
+    if device:
+        several = f", strategy {device['strategy']}" if device["processes"] > 1 else ""
+        processor = f" beside {device['processor']}" if holder == "GPU" else ""
+        facts = [
+            ("device", f"{device['name']}, {device['memory_gib']:.0f} GiB{processor}"),
+            ("threads", f"{device['threads']} on {device['cores']} cores"),
+            ("processes", f"{device['processes']} on {device['nodes']} machine(s){several}"),
+        ]
+    peak = find_figures(run).get("peak_memory_gib")
+    planned, steps = ((run.plan.get(side) or {}).get("peak_bytes") for side in ("predicted", "measured"))
+    if peak is not None:
+        text = f"{peak}: the most that the {holder} held, loading and evaluation included"
+        if planned and steps:
+            text += f"; the steps alone {steps / _GIB:.2f} GiB, planned {planned / _GIB:.2f} GiB"
+        facts.append(("peak memory", text))
+    return facts
+
+
+def version_facts(run: Run) -> Facts:
+    """Return what it takes to do the same again: fingerprints, seed, versions, the code's commit."""
+    manifest, git = run.manifest, run.manifest.get("git") or {}
+    hashes = {"fingerprint of the base": _base(run).get("fingerprint")}
+    hashes |= {f"hash of {name}": value for name, value in ((manifest.get("data") or {}).get("hashes") or {}).items()}
+    changed = ", with changes" if git.get("dirty") else ""
+    commit = f"{git['commit'][:_HASH]} on {git['branch'] or 'no branch'}{changed}" if git else ""
+    facts = [
+        *((name.replace("_", " "), str(value)[:_HASH]) for name, value in hashes.items() if value),
+        ("seed", str(manifest.get("seed", ""))),
+        ("git", commit),
+        ("packages", ", ".join(f"{name} {version}" for name, version in (manifest.get("packages") or {}).items())),
+        ("python", " on ".join(filter(None, [manifest.get("python"), manifest.get("platform")]))),
+    ]
+    return [(heading, text) for heading, text in facts if text]
+
+
+def update_map(run: Run) -> tuple[list[int], list[tuple[str, list[tuple[float, str]]]]]:
+    """Return the decoder layers, and for each kind of module a cell per layer: opacity and ‖ΔW‖/‖W‖ in words."""
+    updates = run.manifest.get("adapter_updates") or {}
+    every = [update for own in updates.values() for update in own if update["layer"] is not None]
+    layers = sorted({update["layer"] for update in every})
+    largest = max((update["ratio"] for update in every), default=0.0) or 1.0
+    rows = []
+    for kind, own in updates.items():
+        ratios = {update["layer"]: update["ratio"] for update in own}
+        cells = [
+            (round(ratios[layer] / largest, 2), f"{kind} of layer {layer}: {ratios[layer]:.2%}")
+            if layer in ratios
+            else (0.0, "")
+            for layer in layers
+        ]
+        rows.append((kind, cells))
+    return layers, rows
+
+
+def update_table(run: Run) -> Table:
+    """Return median and largest ‖ΔW‖/‖W‖ and the effective rank of each kind of module."""
+    rows = []
+    for kind, own in (run.manifest.get("adapter_updates") or {}).items():
+        most = max(own, key=lambda update: update["ratio"])
+        where = "" if most["layer"] is None else f" in layer {most['layer']}"
+        ratio, used, rank = (
+            statistics.median(update[name] for update in own) for name in ("ratio", "effective_rank", "rank")
+        )
+        cells = [f"{ratio:.2%}", f"{most['ratio']:.2%}{where}", f"{used:.1f} of {rank:.0f}"]
+        rows.append((kind, [(cell, "") for cell in cells]))
+    return ["", "‖ΔW‖/‖W‖, median", "largest", "effective rank, median"], rows
+
+
+def attempt_table(run: Run) -> Table:
+    """Return when and how a run that was resumed began and ended, each time."""
+    rows = []
+    for attempt in run.manifest.get("lives") or []:  # the key that manifests have
+        started = str(attempt.get("started") or "").replace("T", " ").replace("+00:00", " UTC")
+        steps = f"{attempt.get('from_step') or 0:,} to {attempt.get('to_step') or 0:,}"
+        took = str(timedelta(seconds=round(attempt.get("seconds") or 0)))
+        rows.append((started, [(steps, ""), (took, ""), (attempt.get("error") or attempt.get("status") or "", "")]))
+    return ["started", "steps", "took", "ended"], rows
+
+
+def difference_table(runs: Sequence[Run]) -> Table:
+    """Return the settings in which runs differ."""
+    differences = find_differences([run.config for run in runs])
+    rows = [(name, [(format_setting(value), "") for value in values]) for name, values in differences.items()]
+    return ["", *(run.name for run in runs)], rows
+
+
+def find_differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return each setting in which configs differ, with its value in each; ``None`` if one lacks it."""
+    flat = [flatten(config) for config in configs]
+    names = dict.fromkeys(name for config in flat for name in config if name != _NOT_SHOWN)
+    columns = {name: [config.get(name) for config in flat] for name in names}
+    return {name: values for name, values in columns.items() if any(value != values[0] for value in values)}
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return ``{"model.rank": 8, …}`` of a nested config; lists and empty sections stay as they are."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return flat
+
+
+def format_setting(value: Any) -> str:
+    """Return a setting as YAML, in one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _base(run: Run) -> Mapping[str, Any]:

@@ -7,16 +7,14 @@ from typing import Any
 import yaml
 
 from qlora_lightning import __version__
-from qlora_lightning.page.render import render_page
+from qlora_lightning.page import render_page
 from qlora_lightning.report import facts
-from qlora_lightning.report.charts import charts_of, charts_of_all, draw_charts
-from qlora_lightning.report.results import describe_rows, find_samples, metric_rows, result_table, write_seconds
-from qlora_lightning.report.run import Run, read_run, reading
+from qlora_lightning.report.charts import charts_of, draw_charts
+from qlora_lightning.report.results import evaluation_table, figure_table, find_samples
+from qlora_lightning.report.run import Run, read_run
 from qlora_lightning.support.files import write_whole
 
 NAME = "report.html"
-MARK = '<meta name="generator" content="qlora_lightning report">'
-_FOLDER = Path(__file__).parent
 
 
 def write_run_page(folder: Path) -> Path:
@@ -26,65 +24,53 @@ def write_run_page(folder: Path) -> Path:
         UserError: A file in it is damaged.
         OSError: The page cannot be written.
     """
-    write_whole(folder / NAME, render_run(read_run(folder)))
+    write_whole(folder / NAME, render_report([read_run(folder)]))
     return folder / NAME
 
 
-def render_run(run: Run) -> str:
-    """Return the page of one run; every text from outside is escaped."""
-    with reading(run):
-        warnings = [(warning["text"], warning["count"]) for warning in run.manifest.get("warnings") or []]
-        return _render(
-            "page.html",
-            run=run,
-            status=facts.STATUS.get(run.status, run.status),
-            subject=facts.subject(run),
-            headline=facts.headline(run),
-            findings=facts.findings(run),
-            next_steps=facts.next_steps(run),
-            error=run.manifest.get("error"),
-            metrics=metric_rows(run),
-            samples=find_samples(run)[:20],
-            evaluated=describe_rows(run),
-            charts=draw_charts(charts_of(run)),
-            updates=facts.update_table(run),
-            warnings=[(line, 1) for line in facts.data_warnings(run)] + warnings,
-            training=facts.training_facts(run),
-            data=facts.data_rows(run),
-            machine=facts.machine_facts(run),
-            versions=facts.version_facts(run),
-            lives=[_describe_life(life) for life in run.manifest.get("lives") or []],
-            config=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
-        )
+def render_report(runs: Sequence[Run]) -> str:
+    """Return the page of one run, or of several beside each other; every text from outside is escaped."""
+    names = [run.name for run in runs]
+    return render_page(
+        Path(__file__).with_name("report.html"),
+        title=f"{' · '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}",
+        runs=[(run, facts.STATUS.get(run.status, run.status), facts.subject(run)) for run in runs],
+        headline=facts.headline(runs[0]) if len(runs) == 1 else [],
+        sections=_sections_of_one(runs[0]) if len(runs) == 1 else _sections_of_several(runs),
+        version=__version__,
+    )
 
 
-def render_comparison(runs: Sequence[Run]) -> str:
-    """Return the page of several runs; every text from outside is escaped."""
-    with reading(*runs):
-        differences = facts.find_differences([run.config for run in runs])
-        return _render(
-            "comparison.html",
-            title=_name_all([run.name for run in runs]),
-            runs=[
-                (run, facts.STATUS.get(run.status, run.status), facts.subject(run), number % 8)
-                for number, run in enumerate(runs)
-            ],
-            results=[(heading, cells) for _, heading, cells in result_table(runs)],
-            charts=draw_charts(charts_of_all(runs)),
-            settings=[(name, [facts.write_setting(value) for value in values]) for name, values in differences.items()],
-        )
+def _sections_of_one(run: Run) -> list[tuple[str, str, Any]]:
+    """Return the heading of each section, the kind that the template shows it as, and its content."""
+    manifest, attempts = run.manifest, facts.attempt_table(run)
+    warnings = [(line, 1) for line in facts.data_warnings(run)]
+    warnings += [(warning["text"], warning["count"]) for warning in manifest.get("warnings") or []]
+    again = {"from the same working folder": manifest.get("reproduce"), "it was started by": manifest.get("command")}
+    config = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else ""
+    return [
+        ("What ended it", "fault grave", [(manifest["error"], 1)] if manifest.get("error") else []),
+        ("In short", "sentences", facts.findings(run)),
+        ("What to do next", "commands", facts.next_steps(run)),
+        ("Curves", "charts", draw_charts(charts_of([run]))),
+        ("Before and after", "table", evaluation_table(run)),
+        ("Samples", "samples", find_samples(run)[:20]),
+        ("What the adapter changes", "map", facts.update_map(run)),
+        ("", "table", facts.update_table(run)),
+        ("To look at", "fault", warnings),
+        ("What was trained on what", "facts", facts.training_facts(run)),
+        ("Data", "table", facts.data_table(run)),
+        ("Machine", "facts", facts.machine_facts(run)),
+        ("Starts", "table", attempts if len(attempts[1]) > 1 else None),
+        ("Versions and fingerprints", "facts", facts.version_facts(run)),
+        ("To do it again", "commands", [(purpose, command) for purpose, command in again.items() if command]),
+        ("Config", "config", config),
+    ]
 
 
-def _render(template: str, **values: Any) -> str:
-    script = (_FOLDER / "tooltip.js").read_text(encoding="utf-8")
-    return render_page(_FOLDER / template, script, version=__version__, **values)
-
-
-def _name_all(names: Sequence[str]) -> str:
-    return f"{' · '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-
-
-def _describe_life(life: dict[str, Any]) -> list[str]:
-    steps = f"{life.get('from_step') or 0:,} to {life.get('to_step') or 0:,}"
-    started = str(life.get("started") or "").replace("T", " ").replace("+00:00", " UTC")
-    return [started, steps, write_seconds(life.get("seconds") or 0.0), life.get("error") or life.get("status") or ""]
+def _sections_of_several(runs: Sequence[Run]) -> list[tuple[str, str, Any]]:
+    return [
+        ("Results", "table", figure_table(runs)),
+        ("Curves", "charts", draw_charts(charts_of(runs))),
+        ("Settings that differ", "table", facts.difference_table(runs)),
+    ]

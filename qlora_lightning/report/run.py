@@ -2,9 +2,9 @@
 
 import csv
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,43 +14,28 @@ import yaml
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_yaml, lock_folder, read_json_object, write_whole
 
-MANIFEST = "manifest.json"
-FORMAT = "qlora_lightning manifest"
-VERSION = 1  # a reader of version N reads every file up to N
-READ = (MANIFEST, "metrics.csv", "config.yaml", "evaluation.json", "plan.json", "adapter/qlora_lightning.json")
-_MARKS = (MANIFEST, "metrics.csv")  # a folder with one of these is a run's
+MANIFEST, METRICS = "manifest.json", "metrics.csv"
+MEMORY = ("memory_peak_gib", "peak_rss_gib")
+"""Where peaks of memory are, in metrics and manifest: of a GPU; of the process."""
+_FORMAT, _VERSION = "qlora_lightning manifest", 1  # a reader of version N reads every file up to N
 _REMEDY = "Move it away to make the report without it."
-_LARGEST = 3.5e38  # just beyond what float32 holds
 Points = list[tuple[float, float]]
 """(optimizer steps done, value), in the order of the file."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds.
+    """What a run folder holds; what it lacks is empty."""
 
-    Attributes:
-        folder: As the user typed it.
-        name: Distinguishes the run from the others of a report.
-        status: ``finished``, ``stopped`` (by a signal), ``failed``, ``running``, ``killed`` (nothing wrote how it
-            ended), or ``unknown``: no manifest.
-        manifest: Of ``manifest.json``; empty without one.
-        config: Of the manifest, else of ``config.yaml``.
-        metrics: Columns of ``metrics.csv``.
-        evaluation: Of ``evaluation.json``.
-        plan: Of ``plan.json``: memory predicted and measured.
-        adapter: Of ``adapter/qlora_lightning.json``: base, quantization, fingerprint.
-    """
-
-    folder: Path
-    name: str
-    status: str
+    folder: Path  # as the user typed it
+    name: str  # distinguishes the run from the others of a report
+    status: str  # finished, stopped (by a signal), failed, running, killed (nothing wrote its end), unknown
     manifest: Mapping[str, Any] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, Points] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)  # of the manifest, else of config.yaml
+    metrics: Mapping[str, Points] = field(default_factory=dict)  # the columns of metrics.csv
     evaluation: Mapping[str, Any] = field(default_factory=dict)
-    plan: Mapping[str, Any] = field(default_factory=dict)
-    adapter: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)  # memory predicted and measured
+    adapter: Mapping[str, Any] = field(default_factory=dict)  # base, quantization, fingerprint
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
@@ -59,73 +44,58 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     Raises:
         UserError: It holds no run, or a file of it is damaged.
     """
-    _check_folder(folder)
+    if not any((folder / file).is_file() for file in (MANIFEST, METRICS)):
+        raise UserError(
+            f"{folder} holds no run: expected {MANIFEST} or {METRICS} in it. Name the folder that "
+            "trainer.default_root_dir of its fit was."
+        )
     manifest = read_manifest(folder)
+    status = manifest.get("status", "unknown")
+    if status in ("running", "unknown"):
+        status = "running" if _is_training(folder) else {"running": "killed"}.get(status, status)
     return Run(
         folder=folder,
         name=name or folder.resolve().name,
-        status=_read_status(folder, manifest),
-        manifest=manifest or {},
-        config=(manifest or {}).get("config") or _read_config(folder / "config.yaml"),
-        metrics=read_metrics(folder / "metrics.csv"),
+        status=status,
+        manifest=manifest,
+        config=manifest.get("config") or _read_config(folder / "config.yaml"),
+        metrics=read_metrics(folder / METRICS),
         evaluation=_read_json(folder / "evaluation.json"),
         plan=_read_json(folder / "plan.json"),
         adapter=_read_json(folder / "adapter" / "qlora_lightning.json"),
     )
 
 
-def name_runs(folders: Sequence[Path]) -> list[str]:
-    """Name each folder by the shortest end of its path that no other one has."""
-    parts = [folder.resolve().parts for folder in folders]
-    for length in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(path[-length:]) for path in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read several run folders, named by their last part if that tells them apart, else as they were typed."""
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
-@contextmanager
-def reading(*runs: Run) -> Iterator[None]:
-    """Report a damaged file of a run: one whose JSON has another form than ours."""
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        folders, files = " or ".join(str(run.folder) for run in runs), ", ".join(READ)
-        raise UserError(
-            f"A file of {folders} is damaged ({type(error).__name__}: {error}): one of {files}. {_REMEDY}"
-        ) from error
-
-
-def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """Write ``manifest.json`` whole, under its format and version.
-
-    Args:
-        folder: The run folder.
-        content: Plain values; NaN and infinities become null, which JSON knows.
 
     Raises:
         OSError: The disk is full or fails.
     """
-    head = {"format": FORMAT, "format_version": VERSION}
-    text = json.dumps(_finite({**head, **content}), indent=2, ensure_ascii=False, allow_nan=False)
-    write_whole(folder / MANIFEST, text + "\n")
+    head = {"format": _FORMAT, "format_version": _VERSION}
+    write_whole(folder / MANIFEST, json.dumps({**head, **content}, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Read the manifest of a run folder; ``None`` if there is none.
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a run folder; empty if there is none.
 
     Raises:
         UserError: It is damaged, of another kind, or a newer version wrote it.
     """
-    file = folder / MANIFEST
-    if not file.exists():
-        return None
-    content = _read_json(file)
-    if content.get("format") != FORMAT:
-        raise UserError(f"{file} is not a manifest of qlora_lightning: expected format {FORMAT!r} in it.")
-    version = content.get("format_version")
-    if not isinstance(version, int) or version > VERSION:
-        raise UserError(f"{file} has format_version {version}, this version reads up to {VERSION}: update.")
+    content = _read_json(folder / MANIFEST)
+    if content and (content.get("format") != _FORMAT or content.get("format_version", math.inf) > _VERSION):
+        raise UserError(
+            f"{folder / MANIFEST}: expected format {_FORMAT!r}, version {_VERSION} or earlier, found "
+            f"{content.get('format')!r}, version {content.get('format_version')}. Update qlora_lightning."
+        )
     return content
 
 
@@ -133,67 +103,22 @@ def read_metrics(file: Path) -> dict[str, Points]:
     """Read each column of ``metrics.csv`` as points; empty cells, NaN and infinities are left out.
 
     Half a line at the end, which a killed or running fit leaves, is left out too. A missing file has no columns.
-
-    Raises:
-        UserError: It cannot be read, or has no column ``step``.
     """
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # a spreadsheet writes a mark of its own before the first name
-    except FileNotFoundError:
+    if not file.exists():
         return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-    whole, _, _ = text.rpartition("\n")
+    whole, _, _ = file.read_text(encoding="utf-8-sig").rpartition("\n")  # a spreadsheet adds a byte-order mark
     rows = csv.DictReader(whole.splitlines())
-    if whole and "step" not in (rows.fieldnames or ()):
-        raise UserError(f"{file} is not a table of metrics: expected a column `step` in its first line.")
     columns: dict[str, Points] = {name: [] for name in rows.fieldnames or () if name != "step"}
     for row in rows:
-        step = _number(row["step"])
         for name, points in columns.items():
-            value = _number(row[name])
-            if step is not None and value is not None:
-                points.append((step + 1, value))  # Lightning counts steps from 0
+            value = float(row[name] or "nan")
+            if math.isfinite(value):
+                points.append((float(row["step"]) + 1, value))  # Lightning counts steps from 0
     return columns
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        value = float(text or "")
-    except ValueError:
-        return None
-    return value if abs(value) <= _LARGEST else None  # which NaN is not
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     return read_json_object(file, _REMEDY) if file.exists() else {}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
-        return None
-    return value
-
-
-def _check_folder(folder: Path) -> None:
-    if any((folder / mark).is_file() for mark in _MARKS):
-        return
-    if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}: name the run folder (trainer.default_root_dir of its fit).")
-    inner = sorted({found.parent for mark in _MARKS for found in folder.glob(f"*/{mark}")})
-    hint = f" These folders in it do: {', '.join(map(str, inner[:6]))}." if inner else ""
-    raise UserError(f"{folder} holds no run: expected {' or '.join(_MARKS)} in it, which `fit` writes.{hint}")
-
-
-def _read_status(folder: Path, manifest: Mapping[str, Any] | None) -> str:
-    written = "unknown" if manifest is None else str(manifest.get("status", "unknown"))
-    if written in ("running", "unknown") and _is_training(folder):
-        return "running"
-    return "killed" if written == "running" else written
 
 
 def _is_training(folder: Path) -> bool:
@@ -211,10 +136,10 @@ def _is_training(folder: Path) -> bool:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = load_yaml(file.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
+    if not file.exists():
         return {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    try:
+        config: dict[str, Any] = load_yaml(file.read_text(encoding="utf-8-sig")) or {}
+    except yaml.YAMLError as error:
         raise UserError(f"{file} is damaged: {' '.join(str(error).split())}. {_REMEDY}") from error
-    return config if isinstance(config, dict) else {}
+    return config

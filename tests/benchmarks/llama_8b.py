@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lightning.model.base_model import load_base
 from qlora_lightning.model.summary import bytes_by_dtype
@@ -36,23 +36,6 @@ def make_config(layers: int) -> LlamaConfig:
         eos_token_id=1,
         pad_token_id=1,
     )
-
-
-def check_folder(folder: Path, layers: int) -> None:
-    """Reject a folder that holds another base: an hour later its figures would be taken for those of this one.
-
-    Raises:
-        ValueError: It does.
-    """
-    if not (folder / "config.json").exists():
-        return
-    wanted, found = make_config(layers), AutoConfig.from_pretrained(folder)
-    for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"):
-        if getattr(found, name, None) != getattr(wanted, name):
-            raise ValueError(
-                f"{folder} holds another base: expected {name} {getattr(wanted, name)}, found "
-                f"{getattr(found, name, None)}; name another folder, or its layers by --llama-8b-layers."
-            )
 
 
 def make_base(folder: Path, layers: int) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -15,7 +16,6 @@ from qlora_lightning.model.adapters.lora import add_adapters
 from qlora_lightning.model.batch import BatchShape
 from tests.benchmarks.ceiling import count_products
 from tests.benchmarks.child import ROOT, run_child
-from tests.benchmarks.llama_8b import check_folder, make_config
 from tests.benchmarks.table import BUSY, PLAIN, Row, make_rows
 
 RUN = {"side": "ours", "setting": PLAIN, "tokens": 1200, "start_seconds": 5.5, "import_seconds": 4.5}
@@ -108,29 +108,24 @@ def test_ceiling_has_the_products_counted_by_hand(
     assert sum(count * product.flop for product, count in products.items()) == flop
 
 
-def test_folder_of_another_base_is_rejected(tmp_path: Path) -> None:
-    make_config(4).save_pretrained(tmp_path)
-    check_folder(tmp_path, 4)
-    with pytest.raises(ValueError, match="num_hidden_layers 32, found 4"):
-        check_folder(tmp_path, 32)
+def run_all(base: Path, rows_file: Path, folder: Path, *more: str | Path) -> tuple[dict[str, Any], str]:
+    """Run the benchmarks on four rows; returns the JSON and what was printed."""
+    options = ["--base", base, "--rows", "4", "--repeats", "1", "--threads", "1", "--json", folder / "all.json"]
+    command = [sys.executable, "-m", "tests.benchmarks", rows_file, *options, *more]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "all.json").read_text(encoding="utf-8")), done.stdout
 
 
 @pytest.mark.slow
 def test_tiny_run_writes_table_json_and_plot(tiny_base: Path, rows_file: Path, tmp_path: Path) -> None:
-    options = ["--base", tiny_base, "--rows", "4", "--repeats", "1", "--threads", "1"]
-    options += ["--json", tmp_path / "all.json", "--plot", tmp_path / "all.png"]
-    with_peer = importlib.util.find_spec("trl") is not None
-    command = [sys.executable, "-m", "tests.benchmarks", rows_file, *options, *["--without-peer"] * (not with_peer)]
-
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
-
-    assert done.returncode == 0, done.stderr
-    content = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
+    without_peer = ["--without-peer"] * (importlib.util.find_spec("trl") is None)
+    content, printed = run_all(tiny_base, rows_file, tmp_path, "--plot", tmp_path / "all.png", *without_peer)
     assert content["complete"] is True
     assert {row["unit"] for row in content["rows"]} >= {"tokens/s", "share of ceiling", "peak memory, GB", "seconds"}
     assert all(row["ours"] > 0 and (row["peer"] or 1) > 0 for row in content["rows"])
     assert len({run["tokens"] for run in content["runs"]}) == 1  # both sides, in each setting
-    assert "share of ceiling" in done.stdout
+    assert "share of ceiling" in printed
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -139,15 +134,13 @@ def test_both_sides_generate_the_same_answers_in_fp32(tiny_base: Path, rows_file
     module = QLoRAModule(base=str(tiny_base), compute_dtype="fp32")
     module.configure_model()
     module.save_adapter(tmp_path / "adapter")
-    options = ["--base", tiny_base, "--adapter", tmp_path / "adapter", "--rows", "4", "--max-new-tokens", "5"]
-    options += ["--threads", "1", "--dtype", "fp32", "--json", tmp_path / "all.json"]
-    command = [sys.executable, "-m", "tests.benchmarks.generation", rows_file, *options]
-
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
-
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
-    assert [side["same_answers"] for side in found.values()] == [1.0, 1.0]
+    content, _ = run_all(tiny_base, rows_file, tmp_path, "--adapter", tmp_path / "adapter", "--dtype", "fp32")
+    plain, ours = (
+        [[answer[:5] for answer in run["answers"]] for run in content["runs"] if run["side"] == side]
+        for side in ("peer", "ours")
+    )
+    assert plain == ours
+    assert len(content["rows"]) == len(ours) == 2
 
 
 @pytest.mark.slow

@@ -30,10 +30,7 @@ CONFIG = {
 }
 FIT = ["fit", "--config", "c.yaml"]
 COMMAND = [sys.executable, "-m", "qlora_lightning", *FIT]
-NUMBERS = (
-    r"loss \d+\.\d{4}(, val_loss \d+\.\d{4})?, learning rate [\d.e-]+, [\d,]+ tokens/s, \d+\.\d\d GiB, "
-    r"\d:\d\d:\d\d left"
-)
+NUMBERS = r"loss \d+\.\d{3}, (val \d+\.\d{3}, )?lr [\d.e+-]+, \d+ tok/s, \d+\.\d\d GiB, \d:\d\d:\d\d left"
 
 
 @pytest.fixture(autouse=True)
@@ -48,14 +45,12 @@ def progress(text):
     return [line for line in text.splitlines() if line.startswith(("step", "validating"))]
 
 
-def test_a_log_file_has_a_line_after_the_first_step_and_at_the_end_and_no_bars(tmp_path, monkeypatch):
-    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "cache"))  # so that the base is quantized
-    monkeypatch.setenv("PYTHONUNBUFFERED", "")
-    done = subprocess.run(COMMAND, capture_output=True, text=True, check=True)
+def test_a_log_file_has_a_line_after_the_first_step_and_at_the_end_and_no_bars():
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(COMMAND, capture_output=True, text=True, check=True, env=environment)
     first, last = progress(done.stdout)
     assert re.fullmatch(rf"step 1/6, epoch 1/3, {NUMBERS}", first)
     assert re.fullmatch(rf"step 6/6, epoch 3/3, {NUMBERS}", last)
-    assert "Quantizing" in done.stderr
     assert not re.search(r"[\r\x1b]|it/s", done.stdout + done.stderr)
 
 
@@ -95,9 +90,9 @@ def test_the_bar_fits_into_a_terminal_of_80_columns_with_all_its_numbers():
     os.close(ours)
     assert process.returncode == 0
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())
-    drawn = [line for line in re.split(r"[\r\n]+", plain) if line.startswith("Epoch")]
-    assert {line.split()[1] for line in drawn} == {"1/3", "2/3", "3/3"}
-    numbers = r"Epoch 3/3 4/4 -\d:\d\d:\d\d loss [\d.]+ val [\d.]+ lr [\d.e-]+ "
+    drawn = [line for line in re.split(r"[\r\n]+", plain) if " loss " in line]
+    assert {line.split()[2] for line in drawn} == {"1/3", "2/3", "3/3"}
+    numbers = r"4/4 Epoch 3/3 -\d:\d\d:\d\d loss [\d.]+ val [\d.]+ lr [\d.e-]+ "
     speed = r"(\d{1,4} tok/s [\d.]+ GiB [╸━╺]+ ?|\d{5,} tok/s [\d.]+ GiB *)"  # beside five digits there is no bar
     whole = [line for line in drawn if re.fullmatch(numbers + speed, line)]
     assert whole

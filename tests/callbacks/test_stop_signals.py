@@ -52,15 +52,8 @@ def stopped_fit(fit, make_module, make_data, tmp_path):
                 sender,
                 AdapterCheckpoint(every_n_train_steps=every_n_train_steps),
             ]
-            data, logger = make_data(streaming=streaming), MetricsLogger(tmp_path / folder)
-            arguments = {
-                "module": module,
-                "data": data,
-                "folder": folder,
-                "logger": logger,
-                "ckpt_path": last,
-                **options,
-            }
+            arguments = {"module": module, "data": make_data(streaming=streaming), "folder": folder, **options}
+            arguments |= {"logger": MetricsLogger(tmp_path / folder), "ckpt_path": last}
             if at is None:
                 fit(*callbacks, **arguments)
             else:
@@ -92,49 +85,40 @@ def assert_same_end(folder, other):
     assert weights[0] == weights[1]
 
 
+# windows of 3, 3 and 2 batches; validations after the fourth and eighth: inside a window, and at the epoch's end
+VALIDATED = {"accumulate_grad_batches": 3, "val_check_interval": 4, "limit_val_batches": 2}
 SETTINGS = {
-    # windows of 3, 3 and 2 batches; validations after the fourth and eighth: inside a window, and at the epoch's end
-    "epochs": {"max_epochs": 2, "accumulate_grad_batches": 3, "val_check_interval": 4, "limit_val_batches": 2},
-    "steps": {
-        "max_epochs": -1,
-        "max_steps": 5,
-        "accumulate_grad_batches": 3,
-        "val_check_interval": 4,
-        "limit_val_batches": 2,
-    },
+    "epochs": {"max_epochs": 2, **VALIDATED},
     "no validation": {"max_epochs": 2, "accumulate_grad_batches": 3, "limit_val_batches": 0, "every_n_train_steps": 2},
     # the sixteen rows come again and again, in a new order: eight batches a pass, twelve in all
-    "stream": {
-        "max_epochs": -1,
-        "max_steps": 4,
-        "accumulate_grad_batches": 3,
-        "val_check_interval": 4,
-        "limit_val_batches": 2,
-        "streaming": True,
-    },
+    "stream": {"max_epochs": -1, "max_steps": 4, "streaming": True, **VALIDATED},
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "stops"),
-    [
-        ("epochs", (1, 2)),  # inside a window, and again inside the same epoch
-        ("epochs", (4,)),  # a validation inside a window
-        ("epochs", (11,)),  # the validation at the epoch's end, after its first batch
-        ("steps", (9,)),  # the last batch of an epoch, whose validation is due
-        ("no validation", (7,)),  # the last batch of an epoch, with nothing behind it
-        ("stream", (11,)),  # the last batch of all: a resume would not run its validation
-        ("stream", (2, 5)),  # inside a window, and again in the second pass over the rows
+STOPS = {
+    "epochs": [
+        (1, 2),  # inside a window, and in the validation behind it
+        (9,),  # the last batch of an epoch, whose validation is due
+        (11,),  # that validation, after its first batch
     ],
-)
-def test_a_stopped_run_goes_on_to_the_same_end(stopped_fit, tmp_path, name, stops):
+    "no validation": [(7,)],  # the last batch of an epoch, with nothing behind it
+    "stream": [
+        (2, 5),  # inside a window, and again in the second pass over the rows
+        (11,),  # the last batch of all: a resume would not run its validation
+    ],
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_stopped_run_resumes_to_the_same_end(stopped_fit, tmp_path, name):
     stopped_fit("whole", **SETTINGS[name])
-    stopped_fit("cut", *stops, **SETTINGS[name])
-    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    for stops in STOPS[name]:
+        stopped_fit(f"cut {stops}", *stops, **SETTINGS[name])
+        assert_same_end(tmp_path / "whole", tmp_path / f"cut {stops}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_ends_with_its_code_and_says_how_to_go_on(fit, tmp_path, capfd, number):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_ends_with_its_code_and_reports_how_to_resume(fit, tmp_path, capfd, number):
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
     with pytest.raises(TrainingStopped) as stopped:
         fit(StopSignals(), Sender(number, 2), AdapterCheckpoint())
@@ -166,13 +150,12 @@ def test_a_second_ctrl_c_leaves_at_once_and_saves_nothing(fit, tmp_path):
 
 
 class EvaluationSender(lightning.Callback):
-    """Sends a signal to its own process inside an evaluation, and counts what is begun behind it."""
+    """Sends a signal to its own process inside an evaluation."""
 
-    def __init__(self, number=signal.SIGTERM):
-        self.number, self.batches = number, 0
+    def __init__(self, number):
+        self.number = number
 
     def _send(self, *_):
-        self.batches += 1
         os.kill(os.getpid(), self.number)
         pytest.fail("it went on")
 
@@ -180,38 +163,28 @@ class EvaluationSender(lightning.Callback):
 
 
 @pytest.mark.parametrize(
-    ("verb", "number"),
-    [
-        ("validate", signal.SIGTERM),
-        ("test", signal.SIGTERM),
-        ("predict", signal.SIGTERM),
-        ("predict", signal.SIGHUP),
-    ],
+    ("verb", "number"), [("validate", signal.SIGTERM), ("test", signal.SIGTERM), ("predict", signal.SIGHUP)]
 )
 def test_a_signal_ends_an_evaluation_at_once_and_leaves_no_output(
     make_module, make_data, make_trainer, rows_file, tmp_path, capfd, verb, number
 ):
     before = signal.getsignal(number)
-    sender, module = EvaluationSender(number), make_module()
     data = make_data(test=str(rows_file), predict=str(rows_file))
-    trainer = make_trainer(StopSignals(), sender, PredictionWriter())
+    trainer = make_trainer(StopSignals(), EvaluationSender(number), PredictionWriter())
     with pytest.raises(TrainingStopped) as stopped:
-        getattr(trainer, verb)(module, datamodule=data)
+        getattr(trainer, verb)(make_module(), datamodule=data)
     assert stopped.value.code == 128 + number
-    assert sender.batches == 1
     assert f"{number.name}: the command ends here, unfinished." in capfd.readouterr().err
     assert signal.getsignal(number) == before
     assert not (tmp_path / "run").exists() or list((tmp_path / "run").iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_an_ignored_signal_stays_ignored(fit, tmp_path, number):
-    """As ``nohup`` sets SIGHUP, and a shell's ``&`` Ctrl-C."""
-    before = signal.signal(number, signal.SIG_IGN)
+def test_an_ignored_signal_stays_ignored(fit):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:
-        trainer, _ = fit(StopSignals(), Sender(number, 2), AdapterCheckpoint())
+        trainer, _ = fit(StopSignals(), Sender(signal.SIGHUP, 2))
     finally:
-        signal.signal(number, before)
+        signal.signal(signal.SIGHUP, before)
     assert trainer.global_step == 8
 
 

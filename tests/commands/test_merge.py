@@ -24,25 +24,52 @@ from tests.help_examples import help_examples
 
 ADAPTER = "runs/quickstart/adapter"
 NAME = "model.layers.1.mlp.up_proj"
+ADAPTER_ALONE = ("--adapter-gguf", "a.gguf")
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
 @pytest.fixture(scope="module")
-def made(tiny_base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("merge")
-    return folder, make_run(folder / "runs" / "quickstart", tiny_base)
+def whole(tiny_base, tmp_path_factory):
+    """A run's folder, merged into all that a merge can write; and the model that the adapter was written from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder := tmp_path_factory.mktemp("merge"))
+        model = make_run(folder / "runs" / "quickstart", tiny_base)
+        old = os.umask(0o027)
+        try:
+            merge(
+                "--out",
+                "merged",
+                "--dtype",
+                "fp32",
+                "--gguf",
+                "f16",
+                "--adapter-gguf",
+                "a.gguf",
+                "--json",
+                "found.json",
+            )
+        finally:
+            os.umask(old)
+    return folder, model
 
 
 @pytest.fixture
-def folder(made, tmp_path, monkeypatch):
+def merged(whole, monkeypatch):
+    """The folder of that merge, as the current one; only read."""
+    monkeypatch.chdir(whole[0])
+    return whole[0]
+
+
+@pytest.fixture
+def folder(whole, tmp_path, monkeypatch):
     """The current folder, a fresh one with the run in it."""
-    shutil.copytree(made[0] / "runs", tmp_path / "runs")
+    shutil.copytree(whole[0] / "runs", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def merge(*arguments, code=0):
-    assert main(["merge", "--adapter", ADAPTER, *arguments]) == code
+def merge(*arguments, code=0, adapter=ADAPTER):
+    assert main(["merge", "--adapter", adapter, *arguments]) == code
 
 
 def paths(folder):
@@ -60,40 +87,85 @@ def test_the_examples_of_help_run(arguments, folder, capsys):
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert ("written: onto dequantized, bf16" in out) == ("--out" in arguments)
-    assert (folder / arguments[-1]).exists() or "--rows" in arguments
+    if "q8_0" in arguments:
+        tensors = gguf.GGUFReader("runs/quickstart/gguf/gguf/model-q8_0.gguf").tensors
+        assert {tensor.tensor_type.name for tensor in tensors} == {"F32", "Q8_0"}
 
 
-def test_the_merged_folder_is_a_model_for_plain_transformers(folder, made, tiny_base):
-    merge("--out", "merged", "--dtype", "fp32", "--json", "found.json")
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+
+def test_the_merged_folder_is_a_model_for_plain_transformers(merged, whole, tiny_base):
     model = AutoModelForCausalLM.from_pretrained("merged")
     with torch.no_grad():
-        torch.testing.assert_close(model(IDS).logits, made[1](IDS).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(IDS).logits, whole[1](IDS).logits, rtol=1e-4, atol=1e-4)
     assert model.dtype == torch.float32
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    config = json.loads((folder / "merged" / "config.json").read_text())
+    config = json.loads((merged / "merged" / "config.json").read_text())
     assert "quantization_config" not in config
-    assert (
-        AutoTokenizer.from_pretrained("merged").chat_template == AutoTokenizer.from_pretrained(tiny_base).chat_template
-    )
-    stops = json.loads((folder / "merged" / "generation_config.json").read_text())["eos_token_id"]
+    templates = [AutoTokenizer.from_pretrained(each).chat_template for each in ("merged", tiny_base)]
+    assert templates[0] == templates[1]
+    stops = json.loads((merged / "merged" / "generation_config.json").read_text())["eos_token_id"]
     assert config["eos_token_id"] == stops == model.generation_config.eos_token_id
-    found = json.loads((folder / "found.json").read_text())
-    assert found == json.loads((folder / "merged" / "merge.json").read_text())
+    files = (merged / "a.gguf", *(each for each in (merged / "merged").rglob("*") if each.is_file()))
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o640}
+
+
+def test_the_check_is_written_beside(merged):
+    found = json.loads((merged / "found.json").read_text())
+    assert found == json.loads((merged / "merged" / "merge.json").read_text())
     check = found["check"]
     assert check["rows"] == 8
-    for name in ("onto dequantized, fp32", "written: onto dequantized, fp32"):
+    for name in ("written: onto dequantized, fp32", "written: model-f16.gguf"):
         assert check[name]["kl"] < 1e-6
         assert check[name]["top1"] == 1.0
-        assert check[name]["loss"] == pytest.approx(check["base + adapter"]["loss"], abs=1e-5)
-    assert check["onto original, fp32"]["kl"] > 1e-5
+        assert check[name]["loss"] == pytest.approx(check["base + adapter"]["loss"], abs=1e-4)
 
 
-def test_the_trained_base_comes_from_the_cache_whatever_quantized_it(folder, tiny_base, monkeypatch):
+def test_a_gguf_file_holds_the_same_model(merged, tiny_base):
+    reader = gguf.GGUFReader("merged/gguf/model-f16.gguf")
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert types["output_norm.weight"] == "F32"
+    assert types["blk.1.attn_q.weight"] == types["token_embd.weight"] == "F16"
+    assert "output.weight" not in types  # tied
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    expected = {
+        "general.architecture": "llama",
+        "llama.attention.head_count_kv": 2,
+        "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": tokenizer.chat_template,
+    }
+    assert {name: reader.get_field(name).contents() for name in expected} == expected
+    tokens = reader.get_field("tokenizer.ggml.tokens").contents()
+    assert tokens[:300] == tokenizer.convert_ids_to_tokens(range(300))
+    again = AutoTokenizer.from_pretrained("merged/gguf", gguf_file="model-f16.gguf")
+    text = "<|im_start|>user\nIt's 12:30, I'd say.\n\nGrüße 🙂<|im_end|>"
+    assert again(text).input_ids == tokenizer(text).input_ids
+
+
+def test_an_adapter_alone_as_gguf_is_the_same_update(merged):
+    reader = gguf.GGUFReader("a.gguf")
+    assert reader.get_field("general.type").contents() == "adapter"
+    assert reader.get_field("adapter.type").contents() == "lora"
+    alpha = reader.get_field("adapter.lora.alpha").contents()
+    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    assert len(tensors) == 2 * 2 * 7
+    for name, place, heads in ((NAME, "blk.1.ffn_up", None), ("model.layers.0.self_attn.k_proj", "blk.0.attn_k", 2)):
+        a, b, _ = (each.numpy() for each in update_of(name))
+        if heads:  # rows of a head: first half and second half in turns
+            rows = b.reshape(heads, 2, -1, b.shape[1])
+            b = np.stack([rows[:, 0], rows[:, 1]], axis=2).reshape(b.shape)
+        np.testing.assert_array_equal(tensors[f"{place}.weight.lora_a"], a)
+        np.testing.assert_allclose(alpha / len(a) * tensors[f"{place}.weight.lora_b"], 2.0 * b, rtol=1e-6)
+
+
+def test_the_trained_base_comes_from_the_cache_whatever_quantized_it(whole, folder, tiny_base, monkeypatch):
     def merged(name):
         merge("--out", name, "--dtype", "fp32", "--rows", "0")
         return load_file(f"{name}/model.safetensors")
 
-    cached = merged("cached")
+    cached = load_file(whole[0] / "merged" / "model.safetensors")
     monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(folder / "cache"))
     again = merged("again")
     assert all(torch.equal(tensor, cached[name]) for name, tensor in again.items())
@@ -108,21 +180,31 @@ def test_the_trained_base_comes_from_the_cache_whatever_quantized_it(folder, tin
     torch.testing.assert_close(other - update, 2 * (cached[f"{NAME}.weight"] - update))
 
 
-def test_onto_the_original_weights_is_the_original_plus_the_update(folder, tiny_base):
-    merge("--out", "merged", "--onto", "original", "--dtype", "fp32")
+def test_an_adapter_of_another_tool_is_added_to_the_original_weights(folder, tiny_base, capsys):
+    (folder / "foreign").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(f"{ADAPTER}/{name}", "foreign")
+    merge("--out", "merged", adapter="foreign", code=2)
+    assert "does not say how its base was quantized" in capsys.readouterr().err
+    original = ("--out", "merged", "--onto", "original", "--dtype", "fp32")
+    merge(*original, adapter="foreign", code=2)
+    assert "there is no config.yaml beside the adapter folder" in capsys.readouterr().err
+    merge(*original, "--data.val", "runs/quickstart/val.jsonl", adapter="foreign")
     before, after = load_file(tiny_base / "model.safetensors"), load_file("merged/model.safetensors")
     assert before.keys() == after.keys()
     torch.testing.assert_close(after[f"{NAME}.weight"], before[f"{NAME}.weight"] + update_of(NAME)[2])
     assert torch.equal(after["model.norm.weight"], before["model.norm.weight"])
 
 
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+
 def test_a_model_that_disagrees_is_not_kept(folder, capsys):
     before = paths(folder)
-    merge("--out", "merged", "--max-kl", "0", "--json", "found.json", code=2)
+    merge("--out", "merged", "--rows", "2", "--max-kl", "0", "--json", "found.json", code=2)
     captured = capsys.readouterr()
     assert "The merged model is not kept" in captured.err
     assert "written: onto dequantized, bf16: KL" in captured.err
-    assert "base + adapter" in captured.out  # the table shows by how much
     assert paths(folder) == before
 
 
@@ -140,45 +222,17 @@ def test_only_a_merged_model_is_replaced_and_only_by_force(folder, capsys):
     before = paths(folder)
     for other in ("runs/quickstart", f"{ADAPTER}/adapter_config.json"):
         merge("--out", other, "--force", code=2)
-        assert "is no folder with a merged model" in capsys.readouterr().err
     assert paths(folder) == before
-
-
-def test_a_folder_that_comes_during_the_merge_is_not_replaced(folder, capsys, monkeypatch):
-    def finish(writer):
-        usual(writer)
-        (folder / "merged").mkdir()
-        (folder / "merged" / "other").write_text("of another process")
-
-    usual = gguf.GGUFWriter.close
-    monkeypatch.setattr(gguf.GGUFWriter, "close", finish)
-    merge("--out", "merged", "--rows", "0", "--gguf", "f16", code=2)
-    assert "--out merged exists" in capsys.readouterr().err
-    assert paths(folder / "merged") == ["other"]
-
-
-def test_all_files_have_the_mode_of_the_umask(folder):
-    old = os.umask(0o027)
-    try:
-        merge("--out", "merged", "--rows", "0", "--adapter-gguf", "a.gguf")
-    finally:
-        os.umask(old)
-    assert {file.stat().st_mode & 0o777 for file in (folder / "a.gguf", *(folder / "merged").rglob("*"))} == {0o640}
 
 
 WRONG = {
     "": "--out is missing",
-    "--gguf f16 --adapter-gguf x.gguf": "--out is missing",
     "--out x stray": "unrecognized arguments: stray",
     "--out x --rows 0 --data.val x.jsonl": "unrecognized arguments: --data.val",
     "--out x --nothing 3": "nothing",
     "--out x --gguf q4_0": "invalid choice: 'q4_0'",
-    "--out x --rows -1": "invalid NonNegativeInt value: '-1'",
-    "--out x --max-kl nan": "invalid NonNegativeFloat value: 'nan'",
-    "--out x --json none/x.json": "the folder none does not exist",
     "--out x --adapter none": "none is not an adapter folder",
     "--out x --base none": "Base 'none': no such file or folder",
-    "--out x --config none.yaml": "--config none.yaml: no such file",
     "--out x --data.val none.jsonl": "none.jsonl",
     f"--adapter-gguf {ADAPTER}/adapter_model.safetensors": "exists already",
 }
@@ -194,79 +248,8 @@ def test_what_is_wrong_is_reported_in_one_line(typed, folder, capsys):
     assert paths(folder) == before
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "words"),
-    [
-        ("generation_config.json", '{"eos_token_id": [', "generation_config.json is not JSON"),
-        ("chat_template.jinja", "{% for message in messages %}{{", "the chat template of"),
-    ],
-)
-def test_a_damaged_file_of_the_adapter_ends_the_merge(name, text, words, folder, capsys):
-    (folder / ADAPTER / name).write_text(text)
-    merge("--out", "merged", "--rows", "0", code=2)
-    assert words in capsys.readouterr().err
-    assert sorted(entry.name for entry in folder.iterdir()) == ["runs"]
-
-
-def test_an_adapter_of_another_tool_is_merged_onto_the_original(folder, tiny_base, capsys):
-    (folder / "foreign").mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(f"{ADAPTER}/{name}", "foreign")
-    assert main(["merge", "--adapter", "foreign", "--out", "merged"]) == 2
-    assert "does not say how its base was quantized" in capsys.readouterr().err
-    assert main(["merge", "--adapter", "foreign", "--out", "merged", "--onto", "original"]) == 2
-    assert "there is no config.yaml beside the adapter folder" in capsys.readouterr().err
-    rows = ("--data.val", "runs/quickstart/val.jsonl")
-    assert main(["merge", "--adapter", "foreign", "--out", "merged", "--onto", "original", *rows]) == 0
-    check = json.loads((folder / "merged" / "merge.json").read_text())["check"]
-    assert set(check) == {
-        "rows", "labelled_tokens", "base + adapter",
-        "onto original, fp32", "written: onto original, bf16",
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", ["f16", pytest.param("q8_0", marks=pytest.mark.slow)])
-def test_a_gguf_file_holds_the_same_model(kind, folder, tiny_base):
-    merge("--out", "merged", "--gguf", kind)
-    check = json.loads((folder / "merged" / "merge.json").read_text())["check"]
-    assert check[f"written: model-{kind}.gguf"]["kl"] < (1e-6 if kind == "f16" else 1e-3)
-    reader = gguf.GGUFReader(f"merged/gguf/model-{kind}.gguf")
-    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-    assert types["output_norm.weight"] == "F32"
-    assert types["blk.1.attn_q.weight"] == types["token_embd.weight"] == kind.upper()
-    assert "output.weight" not in types  # tied
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    field = lambda name: reader.get_field(name).contents()  # noqa: E731
-    assert field("general.architecture") == "llama"
-    assert field("llama.attention.head_count_kv") == 2
-    assert field("tokenizer.ggml.eos_token_id") == tokenizer.eos_token_id
-    assert field("tokenizer.chat_template") == tokenizer.chat_template
-    assert field("tokenizer.ggml.tokens")[:300] == tokenizer.convert_ids_to_tokens(range(300))
-    again = AutoTokenizer.from_pretrained("merged/gguf", gguf_file=f"model-{kind}.gguf")
-    text = "<|im_start|>user\nIt's 12:30, I'd say.\n\nGrüße 🙂<|im_end|>"
-    assert again(text).input_ids == tokenizer(text).input_ids
-    assert (again.chat_template, again.eos_token_id) == (tokenizer.chat_template, tokenizer.eos_token_id)
-
-
-def test_an_adapter_alone_as_gguf_is_the_same_update(folder):
-    merge("--adapter-gguf", "a.gguf")
-    reader = gguf.GGUFReader("a.gguf")
-    assert reader.get_field("general.type").contents() == "adapter"
-    assert reader.get_field("adapter.type").contents() == "lora"
-    alpha = reader.get_field("adapter.lora.alpha").contents()
-    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
-    assert len(tensors) == 2 * 2 * 7
-    for name, place, heads in ((NAME, "blk.1.ffn_up", None), ("model.layers.0.self_attn.k_proj", "blk.0.attn_k", 2)):
-        a, b, _ = (each.numpy() for each in update_of(name))
-        if heads:  # rows of a head: first half and second half in turns
-            rows = b.reshape(heads, 2, -1, b.shape[1])
-            b = np.stack([rows[:, 0], rows[:, 1]], axis=2).reshape(b.shape)
-        np.testing.assert_array_equal(tensors[f"{place}.weight.lora_a"], a)
-        np.testing.assert_allclose(alpha / len(a) * tensors[f"{place}.weight.lora_b"], 2.0 * b, rtol=1e-6)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_merge_leaves_no_output(how, folder):
     command = [sys.executable, "-m", "qlora_lightning", "merge", "--adapter", ADAPTER, "--out", "merged"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})

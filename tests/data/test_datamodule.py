@@ -10,6 +10,7 @@ from qlora_lightning.data import datamodule
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.checkpoint.setting_changes import find_changes
 from qlora_lightning.support.errors import UserError
+from tests.steps import make_trainer
 
 # Lightning 2.6.6 still asks torch 2.13 with isinstance whether a loader is a leaf.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
@@ -78,35 +79,32 @@ class SaveAlways(pl.Callback):
 
 def train(make, callbacks=(), ckpt_path=None, data=None, **kwargs):
     model = Recorder()
-    options = {"max_epochs": 3, "accumulate_grad_batches": 4, "val_check_interval": 5} | kwargs
-    trainer = pl.Trainer(
-        **options, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, callbacks=list(callbacks),
-    )  # fmt: skip
+    options = {"max_epochs": 2, "accumulate_grad_batches": 4, "val_check_interval": 5} | kwargs
+    trainer = make_trainer(None, **options, callbacks=list(callbacks))
     trainer.fit(model, datamodule=make(**data or {}), ckpt_path=ckpt_path)
     return model.seen
 
 
-TEN_STEPS = {"max_epochs": -1, "max_steps": 10}
-STREAM = {"streaming": True, "shuffle_buffer": 12}
+STEPS = {"max_epochs": -1, "max_steps": 5}
+STREAM = {**STEPS, "data": {"streaming": True, "shuffle_buffer": 12}}
+PACKED = {"batch_size": None, "tokens_per_batch": 40}
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        TEN_STEPS,
+        STEPS,
         {"limit_train_batches": 11},
-        {"data": {"batch_size": None, "tokens_per_batch": 40}},
-        {**TEN_STEPS, "data": STREAM},
-        {**TEN_STEPS, "data": STREAM, "limit_train_batches": 13},
-        {**TEN_STEPS, "data": {**STREAM, "batch_size": None, "tokens_per_batch": 40, "max_length": 40}},
+        {"data": PACKED},
+        STREAM,
+        {**STREAM, "limit_train_batches": 13},
+        {**STREAM, "data": {**STREAM["data"], **PACKED, "max_length": 40}},
     ],
 )
-def test_a_run_goes_on_exactly_from_every_save_point(make, tmp_path, monkeypatch, options):
+def test_a_run_resumes_exactly_from_every_save_point(make, tmp_path, monkeypatch, options):
     saver = SaveAlways(tmp_path)
     seen = train(make, [saver], **options)
-    assert len({str(seen[at : at + 5]) for at in (0, 15, 30)}) > 1
     monkeypatch.setenv("PL_GLOBAL_SEED", "6")  # the checkpoint's seed is kept
     wrong = []
     for file in saver.files:
@@ -114,12 +112,12 @@ def test_a_run_goes_on_exactly_from_every_save_point(make, tmp_path, monkeypatch
         if train(make, ckpt_path=file, **options) != seen[saved:]:
             wrong.append(file)
     assert wrong == []
-    assert len(saver.files) > 20
+    assert len(saver.files) > 12
 
 
 def test_overfitting_repeats_the_same_rows(make):
     seen = [batch for batch in train(make, overfit_batches=2, val_check_interval=1.0) if batch != "val"]
-    assert seen == [[0, 1], [2, 3]] * 3
+    assert seen == [[0, 1], [2, 3]] * 2
 
 
 def test_without_shuffling_every_epoch_is_in_file_order(make, write):
@@ -135,18 +133,13 @@ def test_without_shuffling_every_epoch_is_in_file_order(make, write):
 SETTINGS = [
     ({"too_long": "cut"}, "too_long: expected truncate, drop, split, found 'cut'"),
     ({"max_length": 1}, "max_length: expected at least 2, found 1"),
-    ({"batch_size": 0}, "batch_size: expected at least 1, found 0"),
     ({"batch_size": None, "tokens_per_batch": -1}, "tokens_per_batch: expected at least 1, found -1"),
     (
         {"batch_size": None, "tokens_per_batch": 512, "streaming": True},
         "tokens_per_batch: expected at least max_length, 2,048, in a stream, found 512",
     ),
-    ({"tokens_per_batch": 512}, "batch_size and tokens_per_batch are both given"),
     ({"batch_size": None, "tokens_per_batch": 9, "group_by_length": True}, "group_by_length and tokens_per_batch are"),
     ({"val": {"path": "val.jsonl"}, "val_fraction": 0.1}, "val and val_fraction are both given"),
-    ({"train_on": "user"}, "train_on: expected assistant, last, all, found 'user'"),
-    ({"reasoning": "all"}, "reasoning: expected template, keep, drop, found 'all'"),
-    ({"val": None, "val_fraction": 1.5}, "val_fraction: expected a share between 0 and 1, found 1.5"),
     ({"shuffle": False, "group_by_length": True}, "shuffle: false and group_by_length"),
     ({"shuffle": False, "batch_size": None, "tokens_per_batch": 64}, "shuffle: false and tokens_per_batch"),
     ({"streaming": True, "val": None, "val_fraction": 0.1}, "a stream never has all rows"),
@@ -313,19 +306,6 @@ def test_the_arguments_are_the_keys_of_the_yaml():
     assert data.files["train"] == "a.jsonl"
     assert data.val_fraction == 0.1
     assert (data.batch_size, data.tokens_per_batch) == (8, None)
-    for wrong in ("--data.train_on=user", "--data.batch_size=many", "--data.colums=3", "--data.streaming=maybe"):
-        with pytest.raises(jsonargparse.ArgumentError):
-            parser.parse_args([wrong])
-
-
-def test_overlap_and_duplicates_are_counted_and_listed(make, write):
-    write("dup.jsonl", [{"prompt": "q0", "completion": "k"}] * 2)
-    data = make(val="dup.jsonl")
-    data.setup("fit")
-    report = data.reports["val"]
-    assert (report.duplicates, report.duplicate_pairs) == (1, [("dup.jsonl:2", "dup.jsonl:1")])
-    assert (report.overlap, report.overlap_pairs[0]) == (2, ("dup.jsonl:1", "train.jsonl:1"))
-    assert (data.reports["train"].overlap, data.reports["train"].duplicates) == (0, 0)
 
 
 def test_weights_give_each_source_its_share_of_an_epoch(make, write):

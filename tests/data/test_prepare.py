@@ -1,12 +1,14 @@
-"""From rows to samples or prompts, and a report of what became of them."""
+"""From rows to samples or prompts, and a report of what became of them; bad rows are named all at once."""
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
 from qlora_lightning.data import prepare as module
 from qlora_lightning.data.chat.labels import ChatRenderer
+from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.prepare import TOO_LONG, Recipe, prepare
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow
@@ -49,26 +51,50 @@ def test_rows_become_samples_and_a_report(recipe):
     assert (report.shortened, report.lost_tokens, report.lost_labels) == (1, 15, 14)  # 7 of 21 are left, without }
 
 
-def test_bad_rows_are_reported_in_file_order_and_left_out(recipe):
-    bad = [BadRow(f"b.jsonl:{line}", "empty") for line in range(1, 1_026)]
-    rows = source(pair(), pair("{", "k"), {"prompt": "q"}, BadRow("a.jsonl:4", "not JSON"), pair("q", ""), pair())
-    samples, report = prepared(rows, source(*bad), recipe=recipe())
-    assert samples.row_ids.tolist() == [0, 5]
-    assert (report.rows, report.samples, report.bad_rows, len(report.bad)) == (1_031, 2, 1_029, 20)
-    control = "message 1 (user) contains the control token '{' as text, which would end or begin a turn there"
-    assert report.bad[:5] == [
-        ("a.jsonl:2", control),
-        ("a.jsonl:3", "'completion' is missing or null (format prompt_completion, columns prompt)"),
-        ("a.jsonl:4", "not JSON"),
-        ("a.jsonl:5", "the answer (message 2) is empty"),
-        ("b.jsonl:1", "empty"),
-    ]
+BAD = [  # a line of a file, and how the reason begins for which it is refused
+    (b"no json", "not JSON: Expecting value: line 1 column 1"),
+    (b'["messages"]', "list, expected a JSON object"),
+    (b'{"text": "Four."}', "no format is recognised by its columns text"),
+    (b'{"prompt": "q"}', "'completion' is missing or null"),
+    (b'{"prompt": "q", "completion": " "}', "the answer (message 2) is empty"),
+    (b'{"prompt": "q{", "completion": "k"}', "message 1 (user) contains the control token '{' as text"),
+    (b'{"prompt": "F\xfcnf", "completion": "k"}', "not UTF-8 text"),
+]
 
 
-def test_a_template_that_cannot_be_used_names_the_row(recipe, characters):
-    characters.apply_chat_template = lambda messages, **kwargs: " ".join(m["content"] for m in messages) + " "
-    with pytest.raises(UserError, match=r"^a.jsonl:1: the model would never learn to stop"):
-        prepared(source(pair()), recipe=recipe())
+@pytest.fixture
+def bad_lines(tmp_path, monkeypatch):
+    """Write train.jsonl: a bad row after every ten good ones; gives the lines of the bad ones."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    good = [json.dumps(pair(f"q{number}")).encode() for number in range(10)]
+    Path("train.jsonl").write_bytes(b"\n".join(line for bad, _ in BAD for line in [*good, bad]))
+    return [11 * number for number in range(1, 1 + len(BAD))]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_each_bad_row_is_named_with_its_line_and_reason_in_one_error_or_left_out(characters, bad_lines, streaming):
+    with pytest.raises(UserError) as error:
+        InstructionDataModule("train.jsonl", tokenizer=characters, streaming=streaming).setup("fit")
+    first, *named, last = str(error.value).splitlines()
+    assert first == f"{len(BAD)} rows cannot be used:"
+    assert last == "Correct them, or leave them out with `on_bad_row: skip`."
+    for line, found, (_, reason) in zip(bad_lines, named, BAD, strict=True):
+        assert found.startswith(f"  train.jsonl:{line}: {reason}")
+    data = InstructionDataModule("train.jsonl", tokenizer=characters, on_bad_row="skip", streaming=streaming)
+    data.setup("fit")
+    report = data.reports["train"]
+    assert (report.rows, report.bad_rows, report.samples) == (11 * len(BAD), len(BAD), 10 * len(BAD))
+    assert [read(data.samples["train"], n) for n in range(11)] == [f"{{u\nq{n % 10}}}\n{{a\nk}}\n" for n in range(11)]
+    assert [bad.where for bad in report.bad] == [f"train.jsonl:{line}" for line in bad_lines]
+
+
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_a_source_without_rows_is_refused_in_any_case(characters, bad_lines, on_bad_row):
+    Path("blank.jsonl").write_text("\n\n")
+    for train in ("blank.jsonl", ["train.jsonl", "blank.jsonl"]):
+        with pytest.raises(UserError, match=r"blank\.jsonl is empty: it holds no rows"):
+            InstructionDataModule(train, tokenizer=characters, on_bad_row=on_bad_row).setup("fit")
 
 
 def test_rows_left_out_are_counted_by_reason(recipe, talk):
@@ -80,13 +106,6 @@ def test_rows_left_out_are_counted_by_reason(recipe, talk):
     assert report.unusable == 1  # what is dropped as too long, or twice, was asked for
     marked, twice = "every answer is marked `train: false`", "equal to an earlier row (deduplicate: true)"
     assert report.dropped == {marked: 1, TOO_LONG: 1, twice: 1}
-
-
-def test_a_row_with_one_sample_that_is_too_long_is_dropped_as_a_whole(smol, templates, talk):
-    smol.chat_template = templates.qwen
-    rows = source({"messages": talk("q", "<think>hm</think>a", "r", "b " * 90)}, pair())
-    samples, report = prepared(rows, recipe=Recipe(ChatRenderer(smol), 60, "drop"))
-    assert (samples.row_ids.tolist(), report.dropped) == ([1], {TOO_LONG: 1})
 
 
 def test_a_row_split_into_pieces_keeps_its_number(recipe):
@@ -144,6 +163,9 @@ def test_rows_of_all_kinds_stay_in_their_order(smol, templates, talk):
     assert said == ["k<|im_end|>", smol.decode([6]), *thoughts, *thoughts, "z<|im_end|>"]
     assert samples.row_ids.tolist() == [0, 1, 2, 2, 4, 4, 5]
     assert (report.turn_by_turn, report.bad_rows) == (2, 1)
+    rows = source({"messages": talk("q", "<think>hm</think>a", "r", "b " * 90)}, pair())
+    samples, report = prepared(rows, recipe=Recipe(ChatRenderer(smol), 60, "drop"))
+    assert (samples.row_ids.tolist(), report.dropped) == ([1], {TOO_LONG: 1})  # as a whole
 
 
 def test_prompts_keep_the_answer_as_reference(recipe):
@@ -174,7 +196,7 @@ def test_what_takes_long_shows_a_bar_on_a_terminal_and_lines_elsewhere(recipe, c
 
 # ---- the report ------------------------------------------------------------------------------------------------------
 
-BAD = [BadRow("a.jsonl:3", "empty"), BadRow("a.jsonl:9", "not JSON")]
+EMPTY = [BadRow("a.jsonl:3", "empty"), BadRow("a.jsonl:9", "not JSON")]
 FULL = Report(
     "val",
     rows=7_473,
@@ -187,7 +209,7 @@ FULL = Report(
     weighted=9,
     dropped={TOO_LONG: 8},
     bad_rows=2,
-    bad=BAD,
+    bad=EMPTY,
     duplicates=6,
     duplicate_pairs=[(f"a.jsonl:{line}", "a.jsonl:1") for line in range(2, 8)],
     overlap=1,
@@ -210,12 +232,12 @@ def test_a_split_without_surprises_is_one_line_and_each_thing_to_look_at_has_one
 
 
 def test_bad_rows_nothing_left_and_too_much_that_teaches_nothing_are_rejected():
-    report = Report("train", rows=30, samples=5, bad=BAD, bad_rows=25)
+    report = Report("train", rows=30, samples=5, bad=EMPTY, bad_rows=25)
     report.check_bad(skip=True)
     with pytest.raises(UserError, match=r"25 rows cannot be used:\n  a.jsonl:3: empty\n(.*\n)*.*on_bad_row: skip"):
         report.check_bad(skip=False)
     with pytest.raises(UserError, match=r"a.jsonl:9: not JSON$"):  # skipping is what was done
-        Report("train", rows=2, bad=BAD, bad_rows=2).check_left()
+        Report("train", rows=2, bad=EMPTY, bad_rows=2).check_left()
     with pytest.raises(UserError, match=r"val: none of 1,200 rows is left \(1,200: too long\)"):
         Report("val", rows=1_200, dropped={"too long": 1_200}).check_left()
     Report("train", rows=20, samples=19, unusable=1).check_left()

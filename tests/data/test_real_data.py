@@ -21,7 +21,7 @@ def read(name):
     ("name", "rows", "key"),
     [
         ("alpaca_en_demo.json", 999, "output"),
-        ("gsm8k_train.jsonl", 7473, "answer"),
+        pytest.param("gsm8k_train.jsonl", 7473, "answer", marks=pytest.mark.slow),
         ("gsm8k_test.jsonl", 1319, "answer"),
     ],
 )

@@ -89,10 +89,9 @@ def wait_for_end(pid, seconds):
 
 
 def test_the_others_end_when_the_first_process_is_killed(folder):
-    code, log = run(folder, rank=0, others_sleep=100.0)  # asleep, as in an exchange that nobody answers
+    code, _ = run(folder, rank=0, others_sleep=100.0)  # asleep, as in an exchange that nobody answers
     assert code == -signal.SIGKILL
     wait_for_end(int((folder / "pid-1").read_text()), seconds=20)
-    assert "the first process is gone, so process 1 ends too" in log.read_text()
 
 
 def test_the_first_process_ends_when_another_is_killed(folder):

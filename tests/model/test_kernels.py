@@ -122,7 +122,7 @@ def test_bfloat16_is_rounded_to_the_nearest_and_ties_to_even():
         assert torch.equal(turned[:, 0, 0], numbers * factor)
 
 
-@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (5, 50), (3, 4096), (7, 10000)])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (5, 50), (7, 10000)])
 def test_cross_entropy_and_its_gradient(rows, vocabulary, dtype):
     logits = (20 * draw(rows, vocabulary, dtype=dtype)).to(dtype)
     targets = torch.randint(vocabulary, (rows,), generator=draw.generator)
@@ -138,15 +138,12 @@ def test_cross_entropy_and_its_gradient(rows, vocabulary, dtype):
     assert_near(logits, gradient, dtype)
 
 
-def test_of_equal_logits_the_first_is_the_prediction(dtype):
+def test_of_equal_logits_the_first_is_the_prediction_and_a_target_beyond_the_vocabulary_is_refused(dtype):
     logits = torch.tensor([[1.0, 3, 3], [1, 3, 3], [3, 1, 2]], dtype=dtype)
     assert loops.cross_entropy(logits, torch.tensor([1, 2, 2]), False)[1].tolist() == [True, False, False]
-
-
-@pytest.mark.parametrize("bad", [-1, 10])
-def test_a_target_that_is_not_in_the_vocabulary_is_refused(bad):
-    with pytest.raises(IndexError, match=f"Target {bad} is out of bounds: the vocabulary has 10 tokens"):
-        loops.cross_entropy(torch.zeros(2, 10), torch.tensor([3, bad]), True)
+    for bad in (-1, 3):
+        with pytest.raises(IndexError, match=f"Target {bad} is out of bounds: the vocabulary has 3 tokens"):
+            loops.cross_entropy(logits, torch.tensor([0, 0, bad]), True)
 
 
 def test_one_number_that_is_none_spoils_its_row_alone(dtype):
@@ -210,11 +207,11 @@ def test_a_weight_is_made_dense_bit_for_bit_as_bitsandbytes_does(kind, dtype):
 @pytest.mark.parametrize(
     ("rows", "shape"),
     [
-        *((rows, (OUT, IN)) for rows in (1, 7, 8, 21, 128)),
+        *((rows, (OUT, IN)) for rows in (1, 8, 21)),
         *((9, shape) for shape in ((64, 8192), (4096, 64), (1568, 1600))),  # deep: summed up in several sweeps
     ],
 )
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[-1]], ids=str)
 def test_all_that_a_result_is_the_sum_of_is_rounded_once(rows, shape, kind):
     weight, x, bias, residual = draw_weight(kind, shape), draw(rows, shape[1]), draw(shape[0]), draw(rows, shape[0])
     # of several linears the products with A are beside each other
@@ -341,13 +338,14 @@ def fresh(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("fresh")
-def test_the_loops_are_compiled_once_for_a_cpu_and_kept(monkeypatch):
-    assert load_library() is not None
+def test_the_loops_are_compiled_once_for_a_cpu_and_kept(monkeypatch, tmp_path):
+    (tmp_path / "one.cpp").write_text('extern "C" int one() { return 1; }')  # the whole of them takes some seconds
+    monkeypatch.setattr(library, "_SOURCES", (tmp_path / "one.cpp",))
+    assert load_library().one() == 1
     library.load_library.cache_clear()
     monkeypatch.setattr(subprocess, "run", None)
-    assert load_library() is not None
-    (entry,) = list_entries("kernels")
-    assert entry.label == "C++ loops for this CPU"
+    assert load_library().one() == 1
+    assert [entry.label for entry in list_entries("kernels")] == ["C++ loops for this CPU"]
 
 
 @pytest.mark.usefixtures("fresh")

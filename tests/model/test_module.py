@@ -46,8 +46,9 @@ def test_loss_and_gradients_equal_those_of_the_plain_model_row_by_row(tiny_base,
     assert_same_step(loss_and_gradients(module, batch), (float(expected.detach()) / tokens, flat))
 
 
-def test_hidden_states_of_a_real_sample_in_a_batch_are_bit_equal_to_its_own_alone(smollm2_folder, batch):
-    module = make_module(smollm2_folder, compute_dtype="bf16", rank=8)
+@pytest.mark.parametrize("base", ["tiny_base", pytest.param("smollm2_folder", marks=pytest.mark.slow)])
+def test_hidden_states_of_a_sample_in_a_batch_are_bit_equal_to_its_own_alone(request, batch, base):
+    module = make_module(request.getfixturevalue(base), compute_dtype="bf16", rank=8)
     backbone = module.causal_lm.base_model
 
     def hidden(ids, position_ids, cu_seqlens):
@@ -102,7 +103,7 @@ def test_in_fp16_the_loss_is_scaled_and_gradients_are_near_those_of_float32(tiny
     assert distance(of_half, of_exact) <= 0.05
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_gradients_and_base_are_bit_equal_after_a_validation_and_a_save(
     tiny_base, rows_file, batch, tmp_path, quantization
 ):
@@ -128,9 +129,7 @@ def test_every_quantization_trains_every_adapter_and_validation_judges_what_is_t
     data = InstructionDataModule(train=str(rows_file), val=str(rows_file), tokenizer=str(tiny_base), batch_size=4)
     trainer = make_trainer(tmp_path, max_epochs=1)
     trainer.fit(module, data)  # four steps: the checks of B, and then of A, have passed
-    moved = trainable_tensors(module)
-    assert all(tensor.any() for tensor in moved.values())
-
+    assert all(tensor.any() for tensor in trainable_tensors(module).values())
     module.train()
     sums = [module.compute_loss(batch) for batch in data.val_dataloader()]
     loss = sum(s.nll_sum.double() for s in sums) / sum(s.labelled_tokens for s in sums)

@@ -103,7 +103,7 @@ def values(losses):
 
 @pytest.mark.parametrize(
     ("options", "most_tokens"),
-    [({}, 2048), ({}, 100), ({"fast": False}, 2048), ({"quantization": "int8"}, 2048)],
+    [({}, 100), ({"fast": False}, 2048), ({"quantization": "int8"}, 2048)],
 )
 def test_rows_together_have_the_losses_of_each_alone(tiny_base, rows, monkeypatch, options, most_tokens):
     monkeypatch.setattr(judge, "_MOST_TOKENS", most_tokens)

@@ -146,7 +146,6 @@ def make_on(earlier, base, **options):
     ("quantization", "first"),
     [
         ("nf4", {"dropout": 0.1}),
-        ("nf4", {"lora_options": {"use_dora": True}}),
         ("nf4", {"lora_options": {"trainable_token_indices": [5]}}),
         ("int8", {}),
         ("none", {"lora_options": {"use_dora": True}}),

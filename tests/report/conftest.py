@@ -45,44 +45,45 @@ MANIFEST = {
         ],
         "lm_head": [{"layer": None, "ratio": 0.01, "rank": 8, "effective_rank": 2.0}],
     },
-    "lives": [{"started": "2026-11-25T10:00:00+00:00", "seconds": 90.0, "from_step": 0, "to_step": 20}],
+    "lives": [
+        {"started": "2026-11-25T10:00:00+00:00", "seconds": 30.0, "from_step": 0, "to_step": 8, "status": "stopped"},
+        {"started": "2026-11-25T11:00:00+00:00", "seconds": 60.0, "from_step": 8, "to_step": 20, "status": "finished"},
+    ],
     "warnings": [{"text": "UserWarning: slow", "count": 3}],
 }
-SAMPLE = {"prompt": "One?", "expected": "1", "base": "one", "adapter": "1"}
 EVALUATION = {
     "rows": 1,
     "metrics": {
         "loss": {"base": {"value": 2.0}, "adapter": {"value": 0.45}, "difference": {"value": -1.55}},
         "token_accuracy": {"base": {"value": 0.4}, "adapter": {"value": 0.9}, "difference": {"value": 0.5}},
     },
-    "samples": [SAMPLE],
+    "samples": [{"prompt": "One?", "expected": "1", "base": "one", "adapter": "1"}],
 }
+
+
+def write_run(
+    folder, steps=20, manifest=True, config=CONFIG, tokens_per_step=100, evaluation=EVALUATION, plan=None, **changes
+):
+    """Write a run folder of so many steps, with a validation every ten; return the folder."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with (folder / "metrics.csv").open("w", newline="") as handle:
+        writer = csv.writer(handle, lineterminator="\n")
+        names = ("step", "train_loss", "grad_norm", "learning_rate", "tokens_per_second", "tokens_seen", "peak_rss_gib")
+        writer.writerow([*names, "epoch", "val_loss", "val_perplexity"])
+        for step in range(steps):
+            seen = tokens_per_step * (step + 1)
+            writer.writerow([step, 2 - step / steps, 3.0, 1e-3, 50 + step, seen, 1.25, 0, "", ""])
+            if step % 10 == 9:
+                writer.writerow([step, *[""] * 6, 0, 1.5 - step / steps, 2.0])
+    if manifest:
+        write_manifest(folder, {**MANIFEST, "config": config, **changes})
+        (folder / "evaluation.json").write_text(json.dumps(evaluation))
+        (folder / "plan.json").write_text(json.dumps(plan or {}))
+    return folder
 
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Write a run folder of so many steps, with a validation every ten; return the folder."""
-
-    def make(name="a", steps=20, manifest=True, config=CONFIG, tokens_per_step=100, evaluation=EVALUATION, **changes):
-        folder = tmp_path / "runs" / name
-        folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        with (folder / "metrics.csv").open("w", newline="") as handle:
-            writer = csv.writer(handle, lineterminator="\n")
-            writer.writerow(
-                [
-                    *("step", "train_loss", "grad_norm", "learning_rate", "tokens_per_second", "tokens_seen"),
-                    *("private_memory_gib", "peak_rss_gib", "epoch", "val_loss", "val_perplexity"),
-                ]
-            )
-            for step in range(steps):
-                seen = tokens_per_step * (step + 1)
-                writer.writerow([step, 2 - step / steps, 3.0, 1e-3, 50 + step, seen, 1.0, 1.25, 0, "", ""])
-                if step % 10 == 9:
-                    writer.writerow([step, *[""] * 7, 0, 1.5 - step / steps, 2.0])
-        if manifest:
-            write_manifest(folder, {**MANIFEST, "config": config, **changes})
-            (folder / "evaluation.json").write_text(json.dumps(evaluation))
-        return folder
-
-    return make
+    """Write a run folder under ``runs``."""
+    return lambda name="a", **changes: write_run(tmp_path / "runs" / name, **changes)

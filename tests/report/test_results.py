@@ -1,122 +1,145 @@
-"""Figures of runs: base against adapters with intervals, and several runs compared only if they can be."""
+"""What a report finds: the first screen, base against adapter with intervals, and runs compared only if they can be."""
 
-import json
+from pathlib import Path
 
 import pytest
 
-from qlora_lightning.report.results import (
-    describe_result,
-    find_results,
-    find_samples,
-    main_score,
-    metric_rows,
-    result_table,
-    write_result,
-)
+from qlora_lightning.report.facts import findings, headline, next_steps, subject
+from qlora_lightning.report.results import evaluation_table, figure_table, find_figures, find_samples
 from qlora_lightning.report.run import Run, read_run
-from tests.report.conftest import MANIFEST
+from tests.report.conftest import CONFIG, EVALUATION, MANIFEST
 
 
 def make(**files):
-    return Run(folder="a", name="a", status="finished", **files)
+    return Run(folder=Path("a"), name="a", status="finished", **files)
 
 
-def side(value, low=None, high=None):
-    return {"value": value, "low": low, "high": high}
+def sides(base, adapter, low=None, high=None, name="adapter"):
+    difference = {"value": adapter - base, "low": low, "high": high}
+    return {"base": {"value": base}, name: {"value": adapter}, "difference": difference}
 
 
-def test_a_line_has_one_number_of_digits_and_its_intervals():
-    metrics = {
-        "loss": {"base": side(2.0, 1.9, 2.1), "adapter": side(0.5), "difference": side(-1.5)},
-        "exact_match": {"base": side(0, 0, 0.04), "adapter": side(0.97, 0.92, 0.99), "difference": side(0.97, 0.9, 1)},
-    }
-    headings, rows = metric_rows(make(evaluation={"metrics": metrics}))
-    assert headings == ["base", "adapter", "difference"]
-    assert rows == [
-        ("loss", [("2.000", "1.900 to 2.100"), ("0.500", ""), ("−1.500", "")]),
-        ("exact match", [("0.0 %", "0.0 to 4.0"), ("97.0 %", "92.0 to 99.0"), ("+97.0", "90.0 to 100.0")]),
+def test_the_first_screen_answers_what_it_learned_what_it_cost_and_what_comes_next(make_run):
+    metrics = EVALUATION["metrics"] | {"numeric_match": sides(0.02, 0.25, 0.2, 0.3)}
+    evaluation = {**EVALUATION, "metrics": metrics, "scores": ["numeric_match"], "rows": 7}
+    folder = make_run(evaluation=evaluation, config={**CONFIG, "data": {**CONFIG["data"], "test": "test.jsonl"}})
+    run = read_run(folder)
+    assert subject(run) == "LoRA of rank 8 on package:tiny, trained on rows.jsonl (12 rows)."
+    assert headline(run) == [
+        ("2.000 → 0.450", "validation loss, base\u00a0→\u00a0adapter"),
+        ("2% → 25%", "numeric match, base\u00a0→\u00a0adapter"),
+        ("20 of 40", "optimizer steps"),
+        ("0:01:30", "wall time, h:mm:ss"),
+        ("60", "tokens/s, median"),
+        ("1.50\u00a0GiB", "peak memory"),
     ]
-
-
-def test_several_adapters_have_a_column_each_and_the_right_answers_are_marked():
-    two = {"base": side(0.25), "a": side(0.5), "b": side(0.75), "difference": side(0.25)}
-    two["differences"] = {"a": side(0.25), "b": side(0.5)}
-    samples = [{"prompt": "q", "expected": "x", "base": "x", "a": " x\n", "b": "y" * 5000}, {"prompt": None, "a": " "}]
-    run = make(evaluation={"metrics": {"json_f1": two}, "samples": samples})
-    headings, rows = metric_rows(run)
-    assert headings == ["base", "a", "a − base", "b", "b − base"]
-    assert [value for value, _ in rows[0][1]] == ["25.0 %", "50.0 %", "+25.0", "75.0 %", "+50.0"]
-    one, other = find_samples(run)
-    assert [(answer.side, answer.is_right) for answer in one.answers] == [("base", False), ("a", True), ("b", False)]
-    assert one.answers[2].text == "y" * 1200 + " …"
-    assert (other.prompt, other.expected, other.answers[0].text) == ("–", "–", "(empty)")
-    assert metric_rows(make())[1] == find_samples(make()) == []
-
-
-def test_a_fit_has_its_figures_from_all_its_files(make_run):
-    run = read_run(make_run())
-    assert find_results(run) == {
-        **{"val_loss": 0.45, "test_loss": None, "token_accuracy": 0.9, "train_loss": pytest.approx(1.05)},
-        **{"tokens_per_second": 59.5, "peak_memory_gib": 1.5, "minutes": 1.5, "steps": 20, "tokens": 2000},
-    }
-    assert main_score(run) is None
-    assert set(find_results(make(metrics={"train_loss": []})).values()) == {None}
-
-
-def test_a_run_without_manifest_has_what_its_table_holds(make_run):
-    found = find_results(read_run(make_run(manifest=False)))
-    assert (found["val_loss"], found["steps"], found["tokens"]) == (pytest.approx(0.55), 20, 2000)
-    assert (found["peak_memory_gib"], found["minutes"]) == (1.25, None)
+    assert findings(run) == [
+        "It learned: the validation loss fell from 2.000 of the base to 0.550 at step 20.",
+        "The validation loss was still falling at the end: more steps may do better.",
+        "It is better than the base: numeric match 23.0 points higher (95 % interval 20.0 to 30.0) on 7 "
+        "validation rows.",
+        "It uses 31% of its rank of 8: half the rank may learn as much.",
+    ]
+    assert [command for _, command in next_steps(run)] == [
+        f"qlora-lightning chat --adapter {folder}/adapter",
+        f"qlora-lightning evaluate --adapter {folder}/adapter --split test --out {folder}-evaluated",
+        f"qlora-lightning merge --adapter {folder}/adapter --out {folder}-merged",
+    ]
+    stopped = read_run(make_run("b", status="stopped"))
+    assert next_steps(stopped)[0][1] == "qlora-lightning fit --config a.yaml --ckpt_path last"
 
 
 @pytest.mark.parametrize(
-    ("evaluation", "names"),
+    ("losses", "measured", "words"),
     [
-        ({"split": "test"}, {"test_loss": 0.3, "test_exact_match": 0.75, "test_token_accuracy": 0.8}),
-        ({"adapters": {"mine": "runs/a/adapter"}}, {"evaluated_loss": 0.3, "evaluated_exact_match": 0.75}),
-        ({"adapters": {"mine": "runs/other/adapter"}}, {}),
+        ([1.0, 0.5, 0.8], sides(2.0, 1.8, -0.3, 0.1), ["rose again, to 0.800", "not clearly better"]),
+        ([2.5, 2.4], sides(2.0, 2.4, 0.3, 0.5), ["It did not learn", "worse than the base: loss 0.400 higher"]),
+        ([2.5, 2.4], sides(2.0, 2.4, 0.3, 0.5), ["(95 % interval 0.300 to 0.500)"]),
+        ([], sides(2.0, 1.5), ["better than the base: loss 0.500 lower on 5 validation rows."]),
+        ([], sides(2.0, 1.9, -0.3, 0.1), ["loss 0.100 lower (95 % interval −0.100 to 0.300) on 5"]),
     ],
 )
-def test_what_evaluate_measured_has_names_of_its_own_and_only_of_the_runs_adapter(make_run, evaluation, names):
-    folder = make_run()
-    metrics = {"loss": {"base": side(1.0), "mine": side(0.3)}, "token_accuracy": {"mine": side(0.8)}}
-    metrics["exact_match"] = {"mine": side(0.75)}
-    (folder / "evaluation.json").write_text(json.dumps({"metrics": metrics, "rows": 3, **evaluation}))
-    found = find_results(read_run(folder))
-    assert found["val_loss"] == pytest.approx(0.55)
-    assert {name: found[name] for name in names} == names
-    assert names or not {0.3, 0.75} & set(found.values())
+def test_what_went_wrong_is_found(losses, measured, words):
+    points = [(step, value) for step, value in enumerate(losses, start=1)]
+    found = " ".join(
+        findings(make(metrics={"val_loss": points}, evaluation={"metrics": {"loss": measured}, "rows": 5}))
+    )
+    assert all(each in found for each in words)
+
+
+def test_a_line_of_the_evaluation_has_one_number_of_digits_and_its_intervals():
+    loss, match = sides(2.0, 0.5), sides(0, 0.97, 0.9, 1)
+    loss["base"] |= {"low": 1.9, "high": 2.1}
+    match["adapter"] |= {"low": 0.92, "high": 0.99}
+    run = make(evaluation={"metrics": {"loss": loss, "exact_match": match}, "rows": 1000, "answered_rows": 7})
+    assert evaluation_table(run) == (
+        ["1,000 validation rows, 7 of them answered", "base", "adapter", "difference"],
+        [
+            ("loss", [("2.000", "1.900 to 2.100"), ("0.500", ""), ("−1.500", "")]),
+            ("exact match", [("0.0 %", ""), ("97.0 %", "92.0 to 99.0"), ("+97.0", "90.0 to 100.0")]),
+        ],
+    )
+    assert evaluation_table(make())[1] == find_samples(make()) == []
+
+
+def test_right_answers_are_marked_and_endless_ones_are_cut():
+    samples = [{"prompt": "q", "expected": "x", "base": "x", "adapter": " x\n"}, {"prompt": "p", "expected": "x"}]
+    samples[1] |= {"base": " ", "adapter": "y" * 5000}
+    run = make(evaluation={"metrics": {"loss": sides(2.0, 1.0)}, "samples": samples})
+    one, other = find_samples(run)
+    assert one == [("prompt", "q", False), ("expected", "x", False), ("base", "x", False), ("adapter", "x", True)]
+    assert other[2:] == [("base", "(empty)", False), ("adapter", "y" * 1200 + " …", False)]
+
+
+def test_a_fit_has_its_figures_from_all_its_files(make_run):
+    found = {name: figure.value for name, figure in find_figures(read_run(make_run())).items()}
+    assert found == {
+        **{"val_loss": 0.45, "token_accuracy": 0.9, "train_loss": pytest.approx(1.05), "tokens_per_second": 59.5},
+        **{"peak_memory_gib": 1.5, "minutes": 1.5, "steps": 20, "tokens": 2000},
+    }
+    assert find_figures(make(metrics={"train_loss": []})) == {}
+    of_table = find_figures(read_run(make_run("b", manifest=False)))
+    names = ("val_loss", "steps", "tokens", "peak_memory_gib")
+    assert [of_table[name].value for name in names] == pytest.approx([0.55, 20, 2000, 1.25])
+    assert "minutes" not in of_table
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "figures"),
+    [
+        (
+            {"split": "test", "adapters": {"other": "x/adapter", "mine": "runs/a/adapter"}},
+            {"val_loss": 0.55, "test_loss": 0.3, "test_exact_match": 0.75, "test_token_accuracy": 0.8},
+        ),
+        ({"adapters": {"mine": "runs/a/adapter"}}, {"val_loss": 0.3, "exact_match": 0.75, "token_accuracy": 0.8}),
+        ({"adapters": {"mine": "runs/other/adapter"}}, {"val_loss": 0.55}),
+    ],
+)
+def test_what_evaluate_measured_is_the_runs_only_if_its_adapter_was_asked(make_run, evaluation, figures):
+    measured = {"loss": (1.0, 0.3), "token_accuracy": (0.5, 0.8), "exact_match": (0.5, 0.75)}
+    metrics = {name: sides(*values, name="mine") for name, values in measured.items()}
+    run = read_run(make_run(evaluation={"metrics": metrics, "rows": 3, "samples": [{"mine": "x"}], **evaluation}))
+    quality = {name: figure.value for name, figure in find_figures(run).items() if figure.best}
+    assert quality == pytest.approx(figures)
+    is_own = len(figures) > 1
+    assert bool(find_samples(run)) == bool(evaluation_table(run)[1]) == is_own
+    assert any("than the base" in sentence for sentence in findings(run)) == is_own
 
 
 def test_a_best_is_marked_only_among_runs_measured_on_the_same_rows(make_run):
     def best(*runs):
-        return {name: [is_best for _, is_best in cells] for name, _, cells in result_table(runs)}
+        return {heading: [note == "best" for _, note in cells] for heading, cells in figure_table(runs)[1]}
 
-    other = {"loss": {"base": side(2.0), "adapter": side(0.4)}, "token_accuracy": {"adapter": side(0.8)}}
-    one, two = read_run(make_run("a")), read_run(make_run("b", evaluation={"rows": 1, "metrics": other}, seed=1))
+    other = {"rows": 1, "metrics": {"loss": sides(2.0, 0.4), "token_accuracy": sides(0.4, 0.8)}}
+    one, two = read_run(make_run("a")), read_run(make_run("b", evaluation=other, seed=1))
     marked = best(one, two)
-    assert marked["val_loss"] == [False, True]
-    assert marked["token_accuracy"] == [True, False]
-    assert not any(any(marked[name]) for name in ("train_loss", "tokens_per_second", "minutes", "peak_memory_gib"))
+    assert marked.pop("validation loss") == [False, True]
+    assert marked.pop("token accuracy") == [True, False]
+    assert not any(map(any, marked.values()))
     rows = {**MANIFEST["data"], "hashes": {"val": "other rows"}}
-    three = read_run(make_run("c", evaluation={"rows": 1, "metrics": other}, data=rows))
+    three = read_run(make_run("c", evaluation=other, data=rows))
     assert not any(map(any, best(one, three).values()))
     assert not any(map(any, best(one, one).values()))
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "text", "heading"),
-    [
-        ("val_loss", None, "–", "validation loss"),
-        ("exact_match", 0.98765, "98.8%", "exact match"),
-        ("test_rouge_l", 0.5, "50.0%", "ROUGE-L, test rows"),
-        ("evaluated_loss", 0.12345, "0.1235", "loss, by evaluate"),
-        ("tokens_per_second", 1234.5, "1,234", "tokens/s"),
-        ("peak_memory_gib", 1.234, "1.23 GiB", "peak memory"),
-        ("minutes", 0.7, "42 s", "wall time"),
-        ("minutes", 4.17, "4.2 min", "wall time"),
-        ("minutes", 210, "3.5 h", "wall time"),
-    ],
-)
-def test_figures_are_written_with_their_unit(name, value, text, heading):
-    assert (write_result(name, value), describe_result(name)) == (text, heading)
+    headings, lines = figure_table([one, read_run(make_run("d", manifest=False))])
+    assert headings == ["", "a", "d"]
+    assert ("wall time, h:mm:ss", [("0:01:30", ""), ("–", "")]) in lines

@@ -24,8 +24,12 @@ assert importlib.util.find_spec("kernels") is not None  # for whoever wants it
     ("code", "own", "expected"),
     [
         ("from qlora_lightning.cli import main; main(['fit', '--print_config'])", {}, "10000"),
-        ("from qlora_lightning.cli import main; main(['plan'])", {}, "10000"),
-        ("from qlora_lightning.cli import main; main(['evaluate', '--config=configs/quickstart.yaml'])", {}, "10000"),
+        *(
+            pytest.param(
+                f"from qlora_lightning.cli import main; main({arguments})", {}, "10000", marks=pytest.mark.slow
+            )
+            for arguments in (["plan"], ["evaluate", "--config=configs/quickstart.yaml"])
+        ),
         ("from qlora_lightning import QLoRAModule", {"GOMP_SPINCOUNT": "77", "OWN": "77"}, "77"),
         ("import qlora_lightning.model", {"OMP_WAIT_POLICY": "passive"}, "0"),
     ],

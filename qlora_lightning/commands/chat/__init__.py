@@ -1,10 +1,9 @@
 """``qlora-lightning chat``: talk with an adapter, or ask it once."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 from qlora_lightning.commands.adapter_config import name_adapters
-from qlora_lightning.commands.options import OptionParser
+from qlora_lightning.commands.options import OptionParser, SentenceParser
 from qlora_lightning.commands.output import add_json_option, check_output, tables_beside
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import quick_imports
@@ -20,29 +19,6 @@ _EPILOG = """examples:
 
 While talking: /adapter NAME, /compare, /system TEXT, /set NAME VALUE, /reset, /help, /quit. Ctrl-C stops an answer.
 Lines that come through a pipe are turns of one conversation."""
-
-
-class Setting(NamedTuple):
-    """How an answer's tokens are chosen: an option, and what ``/set`` changes."""
-
-    kind: type
-    default: Any
-    metavar: str
-    help: str
-
-
-SETTINGS = {
-    "temperature": Setting(float, 0.0, "T", "of sampling (default: 0, greedy)"),
-    "top_k": Setting(int, 0, "K", "sample from the K likeliest tokens (default: 0, from all)"),
-    "top_p": Setting(float, 1.0, "P", "sample from the likeliest tokens that make up P"),
-    "min_p": Setting(float, 0.0, "P", "sample from tokens P times as likely as the likeliest"),
-    "repetition_penalty": Setting(
-        float, 1.0, "X", "make tokens that were there already X times less likely (default: 1, no less)"
-    ),
-    "max_new_tokens": Setting(int, 512, "N", "cut an answer there (default: 512)"),
-    "stop": Setting(str, [], "TEXT", "end an answer at TEXT, too; may be repeated"),
-    "seed": Setting(int, None, "N", "of sampling"),
-}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,8 +49,21 @@ def _parser() -> OptionParser:
     add("--prompt", metavar="TEXT", help="answer this one message, and end")
     add("--compare", action="store_true", help="let the base answer beside the adapters")
     add("--system", metavar="TEXT", help="system prompt (default: the one that data.system gave in training)")
-    for name, (kind, default, metavar, text) in SETTINGS.items():
-        action = "append" if name == "stop" else "store"
-        add(f"--{name.replace('_', '-')}", type=kind, action=action, default=default, metavar=metavar, help=text)
+    add_settings(parser)
     add_json_option(parser)
+    return parser
+
+
+def add_settings(parser: SentenceParser) -> SentenceParser:
+    """Add how an answer's tokens are chosen: options, and what ``/set`` changes."""
+    add = parser.add_argument
+    add("--temperature", type=float, default=0.0, metavar="T", help="of sampling (default: 0, greedy)")
+    add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (default: 0, from all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that make up P")
+    add("--min-p", type=float, metavar="P", help="sample from tokens P times as likely as the likeliest")
+    penalty = "make tokens that were there already X times less likely (default: 1, no less)"
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help=penalty)
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="cut an answer there (default: 512)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end an answer at TEXT, too; may be repeated")
+    add("--seed", type=int, metavar="N", help="of sampling")
     return parser

@@ -15,8 +15,8 @@ from qlora_lightning.commands.inspection.facts import (
     table_rows,
 )
 from qlora_lightning.commands.inspection.rows import Piece
-from qlora_lightning.page.render import render_page as _render
-from qlora_lightning.page.visible import show_controls
+from qlora_lightning.page import render_page as _render
+from qlora_lightning.page import show_controls
 
 _MARK = b'<meta name="generator" content="qlora_lightning inspect">'
 _HEIGHT, _PITCH = 180, 46  # of the bars, in units of the drawing

@@ -17,7 +17,7 @@ from qlora_lightning.commands.inspection.facts import (
     table_rows,
 )
 from qlora_lightning.commands.inspection.rows import CALL, REASONING, Piece, ShownRow
-from qlora_lightning.page.visible import show_controls
+from qlora_lightning.page import show_controls
 
 _BAR_WIDTH = 40
 _EIGHTHS = "▏▎▍▌▋▊▉█"

@@ -13,6 +13,7 @@ from qlora_lightning.support.imports import quick_imports
 
 RECORD = "merge.json"  # in every folder that this command has written
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+GGUF_TYPES = ("q8_0", "f16")  # of matrices, as gguf names them
 _DESCRIPTION = """Merge an adapter into its base: a folder for plain transformers, vLLM and others, or a GGUF file.
 
 Layer by layer, in fp32, never into 4 bits. Onto the dequantized base that the adapter was trained on, or with
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     options.json = check_output("--json", options.json, options.force)
     options.adapter_gguf = check_output("--adapter-gguf", options.adapter_gguf, options.force)
     if options.out is not None:
-        check_folder(options.out, options.force)
+        _check_folder(options.out, options.force)
     read_identity(find_adapter_folder(options.adapter))  # a misspelt folder is reported before anything is imported
 
     with quick_imports():  # here, so that --help and mistakes answer at once
@@ -54,20 +55,14 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def check_folder(target: Path, force: bool) -> None:
-    """Reject a folder that exists, unless it is empty, or holds a merged model and may be replaced.
-
-    Raises:
-        UserError: it is not to be replaced.
-    """
+def _check_folder(target: Path, force: bool) -> None:
+    """Reject a folder that exists, unless it is empty, or holds a merged model and may be replaced."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if not force:
-        raise UserError(f"--out {target} exists: choose another folder, or add --force to replace it.")
-    if not (target / RECORD).is_file():
+    if not force or not (target / RECORD).is_file():
         raise UserError(
-            f"--out {target} is no folder with a merged model (no {RECORD} in it), and --force replaces nothing else. "
-            "Choose another folder."
+            f"--out {target} exists: choose another folder. --force replaces one that an earlier merge wrote "
+            f"(with {RECORD} in it)."
         )
 
 
@@ -85,15 +80,10 @@ def _parser() -> OptionParser:
         help="dequantized (default): the base as the adapter saw it; original: the weights before quantization",
     )
     add("--dtype", choices=tuple(DTYPES), default="bf16", help="of the weights that are written (default: bf16)")
-    add("--gguf", choices=("q8_0", "f16"), help="write a GGUF file for llama.cpp into the folder, too")
+    add("--gguf", choices=GGUF_TYPES, help="write a GGUF file for llama.cpp into the folder, too")
     add("--adapter-gguf", metavar="FILE", help="write the adapter alone as a GGUF file, for llama.cpp's --lora")
-    add(
-        "--rows",
-        type=NonNegativeInt,
-        default=32,
-        metavar="N",
-        help="validation rows to check on (default: 32; 0: no check)",
-    )
+    rows_help = "validation rows to check on (default: 32; 0: no check)"
+    add("--rows", type=NonNegativeInt, default=32, metavar="N", help=rows_help)
     add(
         "--max-kl",
         type=NonNegativeFloat,

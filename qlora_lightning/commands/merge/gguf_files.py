@@ -22,8 +22,7 @@ from qlora_lightning.model.weights.merging import MergePlan, adapted_layers, cha
 from qlora_lightning.support.errors import UserError
 
 Array = npt.NDArray[Any]
-_FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
-_ROPE_FACTORS = "rope_freqs.weight"
+_ARCHITECTURE = gguf.MODEL_ARCH.LLAMA
 _CONVERT = "Merge without --gguf, and convert the folder with llama.cpp's convert_hf_to_gguf.py."
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -37,32 +36,31 @@ class GGUFModelWriter:
     Args:
         file: where to.
         plan: what the tensors are.
-        kind: ``f16`` or ``q8_0``.
+        kind: of matrices, one of ``GGUF_TYPES``.
         tokenizer: folder with the tokenizer's files.
-        title: name of the model.
-        split: llama.cpp's name of how text is split before merging, if the base's own file says it.
+        base: whose own file, if it is a GGUF, says how text is split.
 
     Raises:
         UserError: the config or the tokenizer is of a kind that is not written.
     """
 
-    def __init__(self, file: Path, plan: MergePlan, kind: str, tokenizer: Path, title: str, split: str | None) -> None:
-        self._config = plan.config
-        self._writer = writer = gguf.GGUFWriter(file, "llama")
+    def __init__(self, file: Path, plan: MergePlan, kind: str, tokenizer: Path, base: BaseFolder) -> None:
+        self._file, self._config = file, plan.config
+        self._writer = writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[_ARCHITECTURE])
         writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(title)
-        writer.add_file_type(_FILE_TYPES[kind])
+        writer.add_name(Path(base.name).name)
+        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_shape(writer, self._config)
-        _add_tokenizer(writer, tokenizer, self._config.vocab_size, split)
+        _add_tokenizer(writer, tokenizer, self._config.vocab_size, base)
         factors = _rope_factors(plan)
         if factors is not None:
-            writer.add_tensor_info(_ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+            writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
         self._types = {name: _choose_type(shape, kind) for name, shape in plan.shapes.items()}
         for name, shape in plan.shapes.items():
             block, block_bytes = gguf.GGML_QUANT_SIZES[self._types[name]]
             size = math.prod(shape) // block * block_bytes
-            place = _map_name(name, self._config.num_hidden_layers)
+            place = _map_name(name, self._config)
             writer.add_tensor_info(place, shape, np.dtype(np.float32), size, raw_dtype=self._types[name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -71,32 +69,21 @@ class GGUFModelWriter:
             writer.write_tensor_data(factors)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor.
-
-        Raises:
-            UserError: a weight is too large for f16.
-        """
-        kind = self._types[name]
+        """Write the next tensor."""
         values = _permute_rows(name, tensor.float().numpy(), self._config)
-        if kind == GGMLQuantizationType.F16 and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
-            raise UserError(f"--gguf: {name} holds a weight that is too large for f16. Leave --gguf out.")
-        self._writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(values), kind))
+        self._writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(values), self._types[name]))
 
-    def finish(self) -> None:
-        """Close the file."""
+    def finish(self) -> Path:
+        """Close the file, and return it."""
         self._writer.close()
+        return self._file
 
 
-def write_adapter(file: Path, plan: MergePlan, title: str) -> None:
+def write_adapter(file: Path, plan: MergePlan, base: BaseFolder) -> None:
     """Write A and B of every module in fp32, for ``llama-cli -m BASE.gguf --lora FILE``.
 
     llama.cpp scales an update by alpha / rank with one alpha for all: if PEFT scales otherwise (rsLoRA, a pattern of
     ranks or alphas), B takes the difference.
-
-    Args:
-        file: where to.
-        plan: the adapter.
-        title: its name.
 
     Raises:
         UserError: the adapter is more than plain LoRA on linears, for which the format has no place.
@@ -109,17 +96,17 @@ def write_adapter(file: Path, plan: MergePlan, title: str) -> None:
                 "Merge it: --out DIR --gguf f16."
             )
     alpha = float(plan.model.peft_config[ADAPTER].lora_alpha)
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[_ARCHITECTURE])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_name(title)
+    writer.add_name(Path(base.name).name)
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     for name, layer in layers.items():
         a, b = (each[ADAPTER].weight.detach().float() for each in (layer.lora_A, layer.lora_B))
         factor = layer.scaling[ADAPTER] / (alpha / len(a))
         factor = 1.0 if math.isclose(factor, 1.0) else factor
         rows = _permute_rows(f"{name}.weight", (b * factor).numpy(), plan.config)
-        place = _map_name(f"{name}.weight", plan.config.num_hidden_layers)
+        place = _map_name(f"{name}.weight", plan.config)
         writer.add_tensor(f"{place}.lora_a", a.numpy())  # (rank, in)
         writer.add_tensor(f"{place}.lora_b", np.ascontiguousarray(rows))  # (out, rank)
     writer.write_header_to_file()
@@ -135,9 +122,9 @@ def _is_plain(layer: LoraLayer | None) -> bool:
 # ---- tensors and shape -----------------------------------------------------------------------------------------------
 
 
-def _map_name(name: str, layers: int) -> str:
-    """Return llama.cpp's name of a tensor of a LLaMA."""
-    found: str | None = _name_map(layers).get_name(name, (".weight", ".bias"))
+def _map_name(name: str, config: Any) -> str:
+    """Return llama.cpp's name of a tensor."""
+    found: str | None = _name_map(config.num_hidden_layers).get_name(name, (".weight", ".bias"))
     if found is None:
         raise UserError(f"--gguf: llama.cpp has no place for the tensor {name}. Leave --gguf out.")
     return found
@@ -145,18 +132,13 @@ def _map_name(name: str, layers: int) -> str:
 
 @functools.cache  # it takes 10 ms to make
 def _name_map(layers: int) -> Any:
-    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    return gguf.get_tensor_name_map(_ARCHITECTURE, layers)
 
 
 def _permute_rows(name: str, rows: Array, config: Any) -> Array:
-    """Put the rows of queries and keys into the order in which llama.cpp rotates: pairs side by side.
+    """Put the rows ``(out, …)`` of queries and keys into the order in which llama.cpp rotates: pairs side by side.
 
     transformers rotates the first half of a head's rows against the second. Other tensors come back as they are.
-
-    Args:
-        name: of the tensor in transformers.
-        rows: ``(out, …)``: a weight, a bias, or the B of an adapter.
-        config: of the model.
     """
     found = re.search(r"\.(q|k)_proj\.", name)
     if found is None:
@@ -170,13 +152,13 @@ def _choose_type(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
     """Choose fp32 for vectors, what is asked for matrices, and f16 if their rows hold no whole blocks."""
     if len(shape) == 1:
         return GGMLQuantizationType.F32
-    block, _ = gguf.GGML_QUANT_SIZES[GGMLQuantizationType.Q8_0]
-    return GGMLQuantizationType.Q8_0 if kind == "q8_0" and shape[-1] % block == 0 else GGMLQuantizationType.F16
+    wanted = GGMLQuantizationType[kind.upper()]
+    block, _ = gguf.GGML_QUANT_SIZES[wanted]
+    return wanted if shape[-1] % block == 0 else GGMLQuantizationType.F16
 
 
 def _add_shape(writer: gguf.GGUFWriter, config: Any) -> None:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = config.rope_parameters
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -188,32 +170,25 @@ def _add_shape(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_value_length(head)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-    elif rope["rope_type"] not in ("default", "llama3"):
-        raise UserError(
-            f"--gguf writes rotary embeddings of the kinds default, linear and llama3; this is {rope['rope_type']}. "
-            f"{_CONVERT}"
-        )
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
 
 
 def _rope_factors(plan: MergePlan) -> Array | None:
-    """Return what Llama 3.1's scaling divides each frequency by, ``(head_dim / 2,)``; None for other kinds."""
-    config = plan.config
-    if config.rope_parameters["rope_type"] != "llama3":
+    """Return what Llama 3's scaling divides each frequency by, ``(head_dim / 2,)``; None without scaling."""
+    rope = plan.config.rope_parameters
+    if rope["rope_type"] == "default":
         return None
+    if rope["rope_type"] != "llama3":
+        raise UserError(f"--gguf writes no rotary embeddings of the kind {rope['rope_type']}. {_CONVERT}")
     scaled = plan.model.get_base_model().model.rotary_emb.inv_freq.float()
-    steps = torch.arange(len(scaled)) / len(scaled)
-    factors: Tensor = config.rope_parameters["rope_theta"] ** -steps / scaled
+    factors: Tensor = rope["rope_theta"] ** -(torch.arange(len(scaled)) / len(scaled)) / scaled
     return factors.numpy().astype(np.float32)
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, split: str | None) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, base: BaseFolder) -> None:
     """Write tokens, their types, merges, special ids and the chat template of a tokenizer's folder.
 
     Rows of the embedding (``vocabulary``) that no token has are marked as unused.
@@ -230,19 +205,19 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, split
         tokens[token["id"]] = (token["content"], types.CONTROL if token["special"] else types.USER_DEFINED)
     listed = [tokens.get(number, (f"[PAD{number}]", types.UNUSED)) for number in range(vocabulary)]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(split or _name_split(content.get("pre_tokenizer")))
+    writer.add_tokenizer_pre(_read_split(base) or _name_split(content.get("pre_tokenizer") or {}))
     writer.add_token_list([text for text, _ in listed])
     writer.add_token_types([kind for _, kind in listed])
     special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
-    if special.chat_template is None and (folder / "chat_template.jinja").is_file():
-        special.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    special.add_to_gguf(writer, quiet=True)
+    template = folder / "chat_template.jinja"
+    if special.chat_template is None and template.is_file():  # gguf before 0.19 does not read it
+        special.chat_template = template.read_text(encoding="utf-8")
     # llama.cpp would begin every prompt with a BOS if the file is silent; templates write their own
-    if "bos" not in special.add_special_token:
-        writer.add_add_bos_token(False)
+    special.add_special_token.setdefault("bos", False)
+    special.add_to_gguf(writer, quiet=True)
 
 
-def split_of_base(base: BaseFolder) -> str | None:
+def _read_split(base: BaseFolder) -> str | None:
     """Return llama.cpp's name of how the base's own GGUF file splits text; None if it is no GGUF."""
     if base.kind != "gguf":
         return None
@@ -250,9 +225,9 @@ def split_of_base(base: BaseFolder) -> str | None:
     return None if found is None else str(found.contents())
 
 
-def _name_split(pre_tokenizer: dict[str, Any] | None) -> str:
+def _name_split(pre_tokenizer: dict[str, Any]) -> str:
     """Return llama.cpp's name of a pre-tokenizer."""
-    parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     kinds = [part.get("type") for part in parts]
     if kinds == ["Split", "ByteLevel"] and parts[0].get("pattern", {}).get("Regex") == _LLAMA3:
         return "llama-bpe"

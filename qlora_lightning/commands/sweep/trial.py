@@ -110,7 +110,7 @@ class TrialCLI(QLoRACLI):
             raise UserError("trainer.fast_dev_run keeps nothing that trials could be compared by: leave it out.")
         callbacks = [each for each in callbacks_of(trainer) if not isinstance(each, _LEFT_OUT)]
         for stops in (each for each in callbacks if isinstance(each, StopSignals)):
-            stops.tells_how = False  # the sweep does
+            stops.explains_resume = False  # the sweep does
         trainer.callbacks = [*callbacks, self._judge]
         return trainer
 

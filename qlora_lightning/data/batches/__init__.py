@@ -1,1 +1,1 @@
-"""Samples as flat batches, in an order from which a run can stop and go on exactly."""
+"""Samples as flat batches, in an order from which a run can stop and resume exactly."""

@@ -27,7 +27,7 @@ class EpochPlan:
     """Cuts epochs into micro-batches: a pure function of the settings and the epoch, the same on every rank.
 
     Without ``shuffle`` every epoch is the same: rows in file order, or, packed, bins of them with the longest row
-    first. Every epoch has the same number of batches. Under ``weights`` the number of bins may come out
+    first. Every epoch has the same number of batches. Under ``shares`` the number of bins may come out
     differently: it is made that of epoch 0, by leaving out the emptiest bins or cutting the fullest in two.
 
     Raises:
@@ -39,14 +39,14 @@ class EpochPlan:
     tokens_per_batch: int | None = None  # tokens per micro-batch on each rank, which best-fit bins stay within
     shuffle: bool = False
     group_by_length: bool = False  # only with ``batch_size``
-    weights: Sequence[float] | None = None  # of each source; without, each row is taken once an epoch
+    shares: Sequence[float] | None = None  # of an epoch, by source; without, each row is taken once an epoch
     seed: int = 0
     world_size: int = 1
 
     def __post_init__(self) -> None:
         assert (self.batch_size is None) != (self.tokens_per_batch is None)
-        if self.weights is not None:
-            rows = np.bincount(self.samples.source, minlength=len(self.weights))
+        if self.shares is not None:
+            rows = np.bincount(self.samples.source, minlength=len(self.shares))
             if not rows.all():
                 number = int(rows.argmin()) + 1
                 raise UserError(f"weight: source {number} has no usable row, so it has no share: leave it out.")
@@ -63,8 +63,8 @@ class EpochPlan:
         """Return the rows of an epoch in their order, ``(N,)``."""
         n = len(self.samples)
         epoch = epoch if self.shuffle else 0
-        if self.weights is not None:
-            order = mix_sources(self.samples.source, self.weights, self.seed, epoch)
+        if self.shares is not None:
+            order = mix_sources(self.samples.source, self.shares, self.seed, epoch)
         else:
             order = permute(n, self.seed, epoch) if self.shuffle else np.arange(n)
         if self.group_by_length and self.batch_size is not None:

@@ -1,4 +1,4 @@
-"""Batches in the order of an epoch, from which a run can stop and go on."""
+"""Batches in the order of an epoch, from which a run can stop and resume."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -58,10 +58,10 @@ class FlatLoader:
     def __iter__(self) -> Iterator[Batch]:
         # A generator: nothing below runs before the first batch is asked for, when Lightning has set the epoch.
         epoch = self.sampler.epoch
-        goes_on = self._restored and self._epoch == epoch and self._position < len(self)
-        if goes_on and self._has_ended:
+        continues = self._restored and self._epoch == epoch and self._position < len(self)
+        if continues and self._has_ended:
             return
-        start = self._position if goes_on else 0
+        start = self._position if continues else 0
         self._epoch, self._position, self._restored = epoch, start, False
         batches = self.plan.batches(epoch, self.rank)
         for position in range(start, len(batches)):
@@ -74,7 +74,7 @@ class FlatLoader:
         return {"epoch": self.sampler.epoch, "position": position, "batches": len(self), **self._cut_from()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on behind the batches that were consumed, if the next iteration is of the same epoch.
+        """Continue behind the batches that were consumed, if the next iteration is of the same epoch.
 
         Raises:
             UserError: if the position lies inside an epoch of other data, or of batches that were cut differently.
@@ -85,7 +85,7 @@ class FlatLoader:
             if 0 < position < batches and mine != stored:
                 raise UserError(
                     f"the checkpoint was saved after batch {position} of an epoch with {key} = {stored}, but now {key} "
-                    f"= {mine}: to go on inside that epoch keep the training data, max_length, too_long, batch_size "
+                    f"= {mine}: to resume inside that epoch keep the training data, max_length, too_long, batch_size "
                     "times processes (tokens_per_batch and processes), group_by_length, shuffle and weights as they "
                     "were."
                 )
@@ -105,7 +105,7 @@ class FlatLoader:
             "bins_per_batch": plan.world_size if plan.tokens_per_batch else 0,
             "group_by_length": plan.group_by_length,
             "shuffle": plan.shuffle,
-            "weights": None if plan.weights is None else [float(weight) for weight in plan.weights],
+            "weights": None if plan.shares is None else [float(share) for share in plan.shares],
         }
 
 

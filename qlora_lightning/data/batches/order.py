@@ -63,28 +63,26 @@ def rank_bins(bins: Sequence[list[int]], rank: int, world_size: int) -> list[Ran
     return batches
 
 
-def share_out(weights: Sequence[float], n: int) -> list[int]:
-    """Share ``n`` rows among sources in proportion to weights; largest remainders are rounded up: they sum to n."""
-    exact = np.array(weights) / np.sum(weights) * n
-    shares = np.floor(exact).astype(np.int64)
-    largest = np.argsort(shares - exact, kind="stable")  # of equal remainders, the first source's
-    shares[largest[: n - int(shares.sum())]] += 1
-    return [int(share) for share in shares]
+def share_out(shares: Sequence[float], n: int) -> list[int]:
+    """Divide ``n`` rows among sources in proportion; largest remainders are rounded up, so that they sum to n."""
+    exact = np.array(shares) / np.sum(shares) * n
+    rows = np.floor(exact).astype(np.int64)
+    largest = np.argsort(rows - exact, kind="stable")  # of equal remainders, the first source's
+    rows[largest[: n - int(rows.sum())]] += 1
+    return [int(count) for count in rows]
 
 
-def mix_sources(
-    source: npt.NDArray[np.int32], weights: Sequence[float], seed: int, epoch: int
-) -> npt.NDArray[np.int64]:
+def mix_sources(source: npt.NDArray[np.int32], shares: Sequence[float], seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """Return the shuffled rows of an epoch in which each source has its share.
 
     An epoch has as many rows as there are, over all sources. Each source is an endless line of permutations of its
     rows, from which every epoch takes the next stretch: within a source every row is seen before any is seen again,
-    over epochs too. So a source with a small weight takes several epochs to be seen whole, and one with a large weight
+    over epochs too. So a source with a small share takes several epochs to be seen whole, and one with a large share
     is seen several times in one. A pure function of its arguments: no epoch needs the ones before it.
 
     Args:
         source: which source each row came from, ``(n,)``.
-        weights: of each source.
+        shares: of each source, in any unit.
         seed: of the permutations.
         epoch: from 0.
 
@@ -93,8 +91,8 @@ def mix_sources(
     """
     n = len(source)
     taken = [
-        _take(np.flatnonzero(source == number), share * epoch, share, seed, number)
-        for number, share in enumerate(share_out(weights, n))
+        _take(np.flatnonzero(source == number), count * epoch, count, seed, number)
+        for number, count in enumerate(share_out(shares, n))
     ]
     return np.concatenate(taken)[permute(n, seed, epoch)]
 

@@ -18,7 +18,6 @@ from qlora_lightning.data.samples import SampleSet, SampleSetBuilder
 from qlora_lightning.support.errors import UserError
 
 _log = logging.getLogger(__name__)
-_FAULT = 1 << 40  # instead of a number of batches: a rank cannot go on, and so none can
 
 
 class RowStream:
@@ -106,7 +105,7 @@ class StreamLoader:
         tokens_per_batch: tokens per micro-batch, a budget that a rank's rows of a block are packed into by best fit.
         shuffle: the rows of a block, and in each pass the files of a source; else all are in their own order.
         shuffle_buffer: rows of a block, rounded up to whole batches of all ranks.
-        agree: returns the largest of the numbers that the ranks call it with.
+        gather: returns what each rank calls it with: its number of batches, or None if it cannot continue.
 
     Raises:
         UserError: from here and from iteration: a row is bad.
@@ -123,7 +122,7 @@ class StreamLoader:
     world_size: int = 1
     shuffle: bool = True
     shuffle_buffer: int = 1_000
-    agree: Callable[[int], int] = lambda count: count
+    gather: Callable[[int | None], list[int | None]] = lambda count: [count]
 
     def __post_init__(self) -> None:
         stride = (self.batch_size or 1) * self.world_size
@@ -144,7 +143,7 @@ class StreamLoader:
     def first_block(self) -> tuple[SampleSet, Report]:
         """Read as many rows as a block has, in file order, as a check of the data before anything is trained.
 
-        They are the same whatever the seed, so that they tell whether a run goes on with the same data.
+        They are the same whatever the seed, so that they tell whether a run resumes with the same data.
 
         Raises:
             UserError: a row is bad, or more than 5 % of the rows are unusable.
@@ -176,11 +175,13 @@ class StreamLoader:
                 batches = EpochPlan(samples, self.batch_size, self.tokens_per_batch).batches(0)
         except UserError as error:
             fault = error
-        wanted = self.agree(len(batches) if fault is None else _FAULT)
+        found = self.gather(len(batches) if fault is None else None)
+        counts = [count for count in found if count is not None]
         if fault is not None:
             raise fault
-        if wanted == _FAULT:
+        if len(counts) < len(found):
             raise UserError("another process stopped at a row of the stream that cannot be used, and names it.")
+        wanted = max(counts)
         if report.bad_rows or report.dropped:
             _log.info("block %d of the stream: %s", self._block + 1, replace(report, unread_columns=[]).describe())
         if not wanted and not self._block:
@@ -212,7 +213,7 @@ class StreamLoader:
             if stored != mine:
                 raise UserError(
                     f"the checkpoint was saved inside a stream with {key} = {stored}, but now {key} = {mine}: "
-                    "keep files, weights and batches as they were, to go on exactly there."
+                    "keep files, weights and batches as they were, to resume exactly there."
                 )
         self._block, self._start = state_dict["block"], state_dict["start"]
         self._done, self._handed_out = state_dict["done"], state_dict["handed_out"]

@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
@@ -37,7 +37,6 @@ class ChatRenderer:
 
     Args:
         tokenizer: a tokenizer of transformers; for conversations with a chat template.
-        stop_ids: token ids at which generation stops, beside those that come with the tokenizer.
         train_on: ``assistant``: every answer and its stop token; ``last``: only the last one; ``all``: every token.
             An answer with ``train: false`` is never trained.
         reasoning: of the answers before the last: ``template``: each answer is trained as the template renders it at
@@ -45,12 +44,10 @@ class ChatRenderer:
             client sees them that sends everything back; ``drop``: it is left out.
     """
 
-    def __init__(
-        self, tokenizer: Any, stop_ids: Collection[int] = (), train_on: str = "assistant", reasoning: str = "template"
-    ) -> None:
+    def __init__(self, tokenizer: Any, train_on: str = "assistant", reasoning: str = "template") -> None:
         self.tokenizer = tokenizer
         self.train_on = train_on
-        self.stop_ids = frozenset(stop_ids) | find_stop_ids(tokenizer)
+        self.stop_ids = find_stop_ids(tokenizer)
         self._controls = ControlTokens(tokenizer, self.stop_ids)
         self._text = ChatText(tokenizer, self._controls, reasoning)
         self._writes_bos = writes_bos(tokenizer)
@@ -66,23 +63,16 @@ class ChatRenderer:
         self._lead_length = len(newline) if self._lead else 0
         self._headers: dict[str, _Encoded] = {}
 
-    def render(self, content: Content) -> list[Rendered]:
-        """Render one row; many are quicker by :meth:`write`, :meth:`encode` and :meth:`label`.
+    def write(self, content: Content) -> list[RenderedText]:
+        """Return the texts that a row becomes, without the turns after its last answer; tokens become none.
 
-        Of a conversation the turns after the last answer are left out, since nothing would be learnt from them. It
-        usually gives one sample; where the template renders an earlier answer otherwise once more turns follow, that
-        answer gets a sample of its own, which ends with it. A text or tokens give one sample.
+        A conversation usually becomes one text. If the template renders an earlier answer otherwise once more turns
+        follow, that answer gets a text of its own, which ends with it.
 
         Raises:
-            RowFault: if this row cannot be trained on exactly.
-            UserError: if the template cannot be used at all: there is none, it writes no stop token after an answer,
-                or not one BOS.
+            RowFault: the row cannot be trained on exactly.
+            UserError: there is no chat template, or it writes no stop token after an answer.
         """
-        texts = self.write(content)
-        return self.label(content, texts, self.encode([text.text for text in texts]))
-
-    def write(self, content: Content) -> list[RenderedText]:
-        """Return the texts that a row becomes; tokens become none."""
         if isinstance(content, Tokens):
             return []
         if isinstance(content, Text):
@@ -101,7 +91,12 @@ class ChatRenderer:
         return [_Encoded(one) for one in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
     def label(self, content: Content, texts: Sequence[RenderedText], encoded: Sequence["_Encoded"]) -> list[Rendered]:
-        """Label what :meth:`write` and :meth:`encode` made of a row."""
+        """Label what :meth:`write` and :meth:`encode` made of a row.
+
+        Raises:
+            RowFault: the row cannot be trained on exactly.
+            UserError: the template writes not one BOS.
+        """
         if isinstance(content, Tokens):
             return [self._check_tokens(content)]
         return [self._label(content, *pair) for pair in zip(texts, encoded, strict=True)]

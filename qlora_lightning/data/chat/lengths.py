@@ -22,7 +22,7 @@ def shorten(
     beside its whole prompt, if that is shorter), it loses its end, and with it the stop token: none is trained where
     the text does not end.
 
-    ``answers`` are the places of the trained ones that the sample shall keep; messages after the last of them are left
+    ``answers`` are the places of the trained ones that the sample keeps; messages after the last of them are left
     out. If what must stay leaves no room for a labelled token, there is no sample.
 
     Raises:

@@ -356,7 +356,7 @@ def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:
             is_other = str(value).lower() in ("true", "false") and needs_answer  # a word in CSV
         if is_other:
             raise UserError(
-                f"{row.where} has {key!r}, {_OTHER_TASKS[key]}. Leave out what shall not be trained, and the column by "
+                f"{row.where} has {key!r}, {_OTHER_TASKS[key]}. Leave out what is not to be trained, and the column by "
                 f"`data.columns: {{{key}: null}}` (naming the answer, as in `chosen: completion`), or read such rows "
                 "by a function, `format: package.module.function`."
             )

@@ -41,7 +41,7 @@ class Row(NamedTuple):
 class RowReader:
     """Reads the rows of a source as a stream: memory grows with none but JSON arrays, which are read as a whole.
 
-    Each loop over it goes on behind the row last read, so that it can be left and taken up again.
+    Each loop over it continues behind the row last read, so that it can be left and resumed.
 
     Args:
         source: what to read.

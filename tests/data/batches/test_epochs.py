@@ -1,18 +1,139 @@
-"""Epochs cut into micro-batches, and resumed at every position of them."""
+"""Epochs: shuffled, mixed by weight, grouped by length, packed, cut into the ranks' micro-batches, and resumed."""
 
+import itertools
+import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
 from qlora_lightning.data.batches.collate import collate_rows
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.data.batches.loader import FlatLoader, PromptLoader
-from qlora_lightning.data.batches.order import permute
+from qlora_lightning.data.batches.order import (
+    best_fit,
+    group_by_length,
+    make_count,
+    mix_sources,
+    permute,
+    rank_batches,
+    rank_bins,
+    share_out,
+)
 from qlora_lightning.data.prepare import Prompt
 from qlora_lightning.data.samples import SampleSetBuilder
 from qlora_lightning.support.errors import UserError
 from tests.flat import collate, gather
+
+# ---- orders ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_order_is_a_permutation_by_seed_and_epoch_and_draws_from_no_global_generator():
+    before = torch.get_rng_state()
+    assert permute(8, 1, 2).tolist() == [1, 6, 7, 3, 2, 4, 5, 0]  # in which saved positions count
+    keys = [*itertools.product(range(4), range(4)), (1, 2, "bins"), (1, 2, "groups"), (12,), (1, 12), (11, 2)]
+    orders = {tuple(permute(50, *key)) for key in keys}
+    assert len(orders) == len(keys)
+    assert {tuple(sorted(order)) for order in orders} == {tuple(range(50))}
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_ranks_share_each_micro_batch_and_one_without_rows_gets_a_filler():
+    order = list("abcdefghij")
+    assert rank_batches(order, 2, 0, 2) == [(["a", "b"], False), (["e", "f"], False), (["i"], False)]
+    assert rank_batches(order, 2, 1, 2) == [(["c", "d"], False), (["g", "h"], False), (["j"], False)]
+    assert [rank_batches("abcde", 2, rank, 4)[0][0] for rank in range(4)] == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert rank_batches("abcde", 2, 1, 2)[1] == (["e"], True)
+    bins = [["a", "b"], ["c"], ["d", "e"], ["f"], ["g", "h"]]
+    assert rank_bins(bins, 0, 2) == [(["a", "b"], False), (["d", "e"], False), (["g", "h"], False)]
+    assert rank_bins(bins, 1, 2) == [(["c"], False), (["f"], False), (["g"], True)]
+
+
+def test_shares_are_in_proportion_and_sum_to_all():
+    assert share_out([1, 3], 8) == [2, 6]
+    assert share_out([0.5, 0.3, 0.2], 7) == [4, 2, 1]  # 3.5, 2.1, 1.4: the largest remainder is rounded up
+    assert share_out([1e-9, 1], 5) == [0, 5]
+
+
+@pytest.mark.parametrize("shares", [(1, 1), (1, 9), (2, 3)])
+def test_within_a_source_every_row_is_seen_before_any_is_seen_again(shares):
+    source = np.array([0] * 7 + [1] * 3, dtype=np.int32)
+    epochs = [mix_sources(source, shares, seed=5, epoch=epoch).tolist() for epoch in range(30)]
+    assert {len(epoch) for epoch in epochs} == {10}
+    assert len(set(map(tuple, epochs))) == 30
+    for rows in (range(7), range(7, 10)):
+        seen = Counter()
+        for epoch in epochs:
+            seen.update(row for row in epoch if row in rows)
+            times = [seen[row] for row in rows]
+            assert max(times) - min(times) <= 1
+
+
+def test_sources_are_shuffled_together():
+    source = np.repeat(np.array([0, 1], dtype=np.int32), 500)
+    drawn = source[mix_sources(source, [1, 1], 0, 0)]
+    assert 400 < np.count_nonzero(np.diff(drawn)) < 600  # as often as not the next row is of the other source
+
+
+@pytest.mark.parametrize(("n", "stride"), [(1, 1), (8, 4), (99, 8), (1003, 1), (2001, 8)])
+def test_grouped_rows_come_once_the_longest_in_the_first_batch_and_the_short_batch_last(n, stride):
+    lengths = np.random.default_rng(n).integers(1, 500, n)
+    orders = [
+        group_by_length(permute(n, 3, epoch), lengths, stride, seed=3, epoch=epoch).tolist() for epoch in range(2)
+    ]
+    for order in orders:
+        assert sorted(order) == list(range(n))
+        batches = [lengths[order[at : at + stride]] for at in range(0, n - stride + 1, stride)]
+        assert batches[0].max() == lengths.max()
+        if n > 1000 and stride > 1:  # of like length, and not one after the other by length
+            assert np.mean([np.ptp(batch) for batch in batches]) < 25
+            means = np.array([batch.mean() for batch in batches])
+            assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3
+    assert n < 50 or orders[0] != orders[1]
+
+
+# ---- packing ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_row_goes_where_it_leaves_the_least_room_in_the_order_of_the_epoch():
+    # 6 opens a bin, 5 another, 4 fits beside 6 (room 4, none left), 3 beside 5 (room 5), and 2 beside both
+    assert best_fit([2, 6, 3, 5, 4], range(5), 10) == [[1, 4], [3, 2, 0]]
+    assert best_fit([5, 5, 5, 5], [2, 0, 3, 1], 10) == [[2, 0], [3, 1]]
+    assert best_fit([4, 6], [0, 1, 0], 10) == [[1, 0], [0]]  # a row that is taken twice is packed twice
+    assert best_fit([], [], 10) == []
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_row_is_packed_once_within_the_budget_into_a_number_of_bins_that_no_order_changes(seed):
+    rng = random.Random(seed)
+    budget = rng.randrange(10, 40)
+    lengths = [rng.randrange(1, budget + 1) for _ in range(rng.randrange(1, 60))]
+    packed = [best_fit(lengths, permute(len(lengths), seed, epoch), budget) for epoch in range(4)]
+    for bins in packed:
+        assert sorted(row for rows in bins for row in rows) == list(range(len(lengths)))
+        assert all(0 < sum(lengths[row] for row in rows) <= budget for rows in bins)
+        assert lengths[bins[0][0]] == max(lengths)
+    assert len({len(bins) for bins in packed}) == 1
+
+
+def test_epochs_share_few_bins_and_are_at_least_98_percent_full():
+    # lengths as those of GSM8K's 7,473 training rows: from 97 to 570 tokens, 217 on average
+    lengths = np.clip(np.random.default_rng(0).lognormal(5.33, 0.31, 7473), 97, 570).astype(int)
+    first, second = (best_fit(lengths, permute(7473, 1, epoch), 2048) for epoch in range(2))
+    assert lengths.sum() >= 0.98 * 2048 * len(first)
+    same = {frozenset(rows) for rows in first} & {frozenset(rows) for rows in second}
+    assert len(same) < 0.01 * len(first)
+
+
+def test_too_many_bins_lose_the_emptiest_too_few_are_cut_in_two():
+    bins, lengths = [[0, 1], [2], [3, 4, 5]], [4, 4, 3, 2, 2, 1]
+    assert make_count(bins, lengths, 3) == bins
+    assert make_count(bins, lengths, 2) == [[0, 1], [3, 4, 5]]
+    assert make_count(bins, lengths, 5) == [[0], [2], [3, 5], [4], [1]]
+
+
+# ---- micro-batches ---------------------------------------------------------------------------------------------------
 
 LENGTHS = [(7 * n) % 23 + 1 for n in range(100)]  # from 1 to 23
 
@@ -49,59 +170,46 @@ CUTS = [{"batch_size": 8}, {"batch_size": 8, "group_by_length": True}, {"tokens_
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_without_weights_every_row_runs_once_an_epoch(cut, world_size, shuffle):
-    for epoch in range(3):
+def test_every_row_runs_once_an_epoch_and_with_shares_each_source_has_its_share(cut, world_size):
+    for epoch, shuffle in itertools.product(range(3), (True, False)):
         steps = together(epoch, world_size, shuffle=shuffle, **cut)
         assert sorted(row for step in steps for row in step) == list(range(100))
+    for epoch in range(6):
+        rows = [row for step in together(epoch, world_size, shares=[1, 1], **cut) for row in step]
+        counts = Counter(SAMPLES.source[rows].tolist())
+        # the emptiest bins may be left out
+        assert counts == {0: 50, 1: 50} if "batch_size" in cut else min(counts[0], counts[1]) >= 45
 
 
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("weights", [None, [1, 3]])
-def test_an_epoch_depends_on_seed_and_number_and_without_shuffling_never_changes(cut, weights):
-    third = planned(plan(weights=weights, **cut).batches(3))
-    assert third == planned(plan(weights=weights, **cut).batches(3))
-    others = plan(weights=weights, **cut).batches(4), plan(weights=weights, seed=8, **cut).batches(3)
+@pytest.mark.parametrize("shares", [None, [1, 3]])
+def test_an_epoch_depends_on_seed_and_number_and_without_shuffling_never_changes(cut, shares):
+    third = planned(plan(shares=shares, **cut).batches(3))
+    assert third == planned(plan(shares=shares, **cut).batches(3))
+    others = plan(shares=shares, **cut).batches(4), plan(shares=shares, seed=8, **cut).batches(3)
     assert third not in [planned(other) for other in others]
-    fixed = plan(weights=weights, shuffle=False, **cut)
+    fixed = plan(shares=shares, shuffle=False, **cut)
     assert planned(fixed.batches(0)) == planned(fixed.batches(1))
 
 
-def test_rows_follow_the_order_of_the_epoch_and_the_longest_bin_of_an_unshuffled_one_comes_first():
+def test_a_window_does_not_depend_on_the_number_of_ranks():
     order = permute(100, 7, 2).tolist()
     assert planned(plan(batch_size=8).batches(2)) == [order[at : at + 8] for at in range(0, 100, 8)]
+    assert together(2, 4, batch_size=2) == planned(plan(batch_size=8).batches(2))
     assert planned(plan(batch_size=60, shuffle=False).batches(2)) == [list(range(60)), list(range(60, 100))]
-    bins = planned(plan(tokens_per_batch=64).batches(0))
-    longest = [max(LENGTHS[row] for row in rows) for rows in bins]
+    for step in together(world_size=2, batch_size=4, group_by_length=True):
+        assert max(LENGTHS[row] for row in step) - min(LENGTHS[row] for row in step) <= 4
+    alone, second = plan(tokens_per_batch=64).batches(1), plan(tokens_per_batch=64, world_size=2).batches(1, rank=1)
+    assert planned(second)[: len(alone) // 2] == planned(alone)[1::2]
+
+
+def test_bins_are_shuffled_or_begin_with_the_longest_row_and_under_shares_are_as_many_as_in_epoch_0():
+    longest = [max(LENGTHS[row] for row in rows) for rows in planned(plan(tokens_per_batch=64).batches(0))]
     assert longest != sorted(longest, reverse=True)
     unshuffled = planned(plan(tokens_per_batch=64, shuffle=False).batches(0))
     assert LENGTHS[unshuffled[0][0]] == 23  # memory runs out in the first batch or never
-
-
-def test_ranks_take_the_bins_of_one_process_in_turn_and_groups_are_of_like_length_over_all_ranks():
-    alone = planned(plan(tokens_per_batch=64).batches(1))
-    second = plan(tokens_per_batch=64, world_size=2).batches(1, rank=1)
-    assert planned(second)[: len(alone) // 2] == alone[1::2]
-    for step in together(world_size=2, batch_size=4, group_by_length=True):
-        assert max(LENGTHS[row] for row in step) - min(LENGTHS[row] for row in step) <= 4
-
-
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_weights_give_each_source_its_share_in_epochs_of_one_size(cut, world_size):
-    for epoch in range(6):
-        counts = Counter(
-            SAMPLES.source[row] for step in together(epoch, world_size, weights=[1, 1], **cut) for row in step
-        )
-        if "batch_size" in cut:
-            assert counts == {0: 50, 1: 50}
-        else:  # the emptiest bins may be left out
-            assert all(45 <= counts[source] <= 50 for source in (0, 1))
-
-
-def test_bins_under_weights_are_as_many_as_in_epoch_0():
     lengths = [60] * 10 + [1] * 90  # an epoch takes a few of the long rows or many, and needs a bin for each
-    it = EpochPlan(build(lengths), tokens_per_batch=64, shuffle=True, weights=[1, 30], seed=3)
+    it = EpochPlan(build(lengths), tokens_per_batch=64, shuffle=True, shares=[1, 30], seed=3)
     assert {len(it.batches(epoch)) for epoch in range(12)} == {len(it)}
 
 
@@ -109,7 +217,7 @@ def test_a_sample_above_the_budget_and_a_source_without_rows_are_rejected():
     with pytest.raises(UserError, match=r"longest sample, 23 tokens \(train.jsonl:14\), found 22, for which 4 of 100"):
         plan(tokens_per_batch=22)
     with pytest.raises(UserError, match="source 3 has no usable row"):
-        plan(batch_size=8, weights=[1, 1, 1])
+        plan(batch_size=8, shares=[1, 1, 1])
 
 
 # ---- positions -------------------------------------------------------------------------------------------------------
@@ -130,7 +238,7 @@ def rows(batches):
 PACKED = {"batch_size": None, "tokens_per_batch": 4}
 
 
-@pytest.mark.parametrize("cut", [{}, {"group_by_length": True}, PACKED, {**PACKED, "weights": [1]}])
+@pytest.mark.parametrize("cut", [{}, {"group_by_length": True}, PACKED, {**PACKED, "shares": [1]}])
 @pytest.mark.parametrize("position", range(6))
 def test_resuming_is_exact_also_a_second_time_in_the_same_epoch(position, cut, tmp_path):
     def saved_after(it, batches):
@@ -162,8 +270,6 @@ def test_a_position_belongs_to_its_epoch_and_a_new_iteration_begins_at_the_start
     state = it.state_dict()
     assert state["position"] == 1
     assert len(rows(it)) == len(rows(it)) == 6
-    it.sampler.set_epoch(1)
-    assert it.state_dict()["position"] == 0
     other = loader()
     other.load_state_dict(state)
     other.sampler.set_epoch(1)
@@ -176,7 +282,7 @@ def test_a_position_belongs_to_its_epoch_and_a_new_iteration_begins_at_the_start
         ({}, {"batch_size": 3}, "rows_per_batch = 2, but now rows_per_batch = 3"),
         ({}, {"group_by_length": True}, "group_by_length = False, but now group_by_length = True"),
         ({}, {"shuffle": False}, "shuffle = True, but now shuffle = False"),
-        ({}, {"weights": [1]}, r"weights = None, but now weights = \[1.0\]"),
+        ({}, {"shares": [1]}, r"weights = None, but now weights = \[1.0\]"),
         ({}, PACKED, "rows_per_batch = 2, but now rows_per_batch = 0"),
         ({}, {"samples": TWO_TOKENS[:-1]}, "rows = 11, but now rows = 10"),
         (PACKED, {**PACKED, "tokens_per_batch": 6}, "tokens_per_batch = 4, but now tokens_per_batch = 6"),
@@ -191,8 +297,6 @@ def test_a_position_in_other_batches_is_rejected_but_a_finished_epoch_is_not(bef
     if message:
         with pytest.raises(UserError, match=message):
             loader(**now).load_state_dict(it.state_dict())
-    else:
-        loader(**now).load_state_dict(it.state_dict())
     list(walk)
     loader(**now).load_state_dict(it.state_dict())
 
@@ -211,7 +315,7 @@ def test_two_samples_end_to_end():
     assert (batch["row_ids"].tolist(), batch["source"].tolist()) == ([4, 1], [0, 2])
     kinds = {key: value.dtype for key, value in batch.items() if key != "longest"}
     assert kinds.pop("cu_seqlens") == torch.int32
-    assert (kinds.pop("weights"), batch["weights"].tolist()) == (torch.float32, [1.0, 1.0])
+    assert kinds.pop("weights") == torch.float32
     assert set(kinds.values()) == {torch.int64}
     assert collate((*TWO[0], 0.5), (*TWO[1], 1.0))["weights"].tolist() == [0.5, 1.0]
 

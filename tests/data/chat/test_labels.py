@@ -1,5 +1,6 @@
 """What is trained of a row: its answers and their stop tokens, parts, texts and tokens, in every kind of content."""
 
+import copy
 import json
 
 import pytest
@@ -7,16 +8,21 @@ from tokenizers import Tokenizer, normalizers
 from tokenizers.processors import TemplateProcessing
 
 from qlora_lightning.data.chat.labels import ChatRenderer
-from qlora_lightning.data.chat.lengths import shorten
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Chat, Text, Tokens
 from qlora_lightning.support.errors import UserError
+from tests.flat import render
 
 
-def render(tokenizer, conversation, **settings):
-    """The one sample of a conversation."""
-    (rendered,) = ChatRenderer(tokenizer, **settings).render(Chat(conversation))
+def render_all(tokenizer, content, tools=None, **settings):
+    """The samples of a conversation, or of another content."""
+    content = Chat(content, tools) if isinstance(content, list) else content
+    return render(ChatRenderer(tokenizer, **settings), content)
+
+
+def render_one(tokenizer, content, tools=None, **settings):
+    (rendered,) = render_all(tokenizer, content, tools, **settings)
     return rendered
 
 
@@ -28,287 +34,58 @@ def labelled(tokenizer, rendered):
     return tokenizer.decode([label for label in rendered.labels if label != -100])
 
 
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
 def test_ids_and_labels_by_hand(characters, talk):
-    ids, labels = render(characters, talk("q", "ok"))
+    ids, labels = render_one(characters, talk("q", "ok"))
     #      {    u   \n   q    }   \n   {   a   \n   o    k    }   \n
     assert ids == [123, 117, 10, 113, 125, 10, 123, 97, 10, 111, 107, 125, 10]
     assert labels == [-100] * 9 + [111, 107, 125] + [-100]
     assert render_prompt(characters, talk("q")) == ids[:9]
-
-
-def test_an_answer_that_begins_with_a_newline_is_cut_from_the_header(characters, talk):
-    ids, labels = render(characters, talk("q", "\nk"))
-    assert ids == [123, 117, 10, 113, 125, 10, 123, 97, 10, 10, 107, 125, 10]  # encoded as a whole: 1010
+    ids, labels = render_one(characters, talk("q", "\nk"))  # cut from the header: encoded as a whole it is 1010
+    assert ids == [123, 117, 10, 113, 125, 10, 123, 97, 10, 10, 107, 125, 10]
     assert labels == [-100] * 9 + [10, 107, 125] + [-100]
 
 
-def test_every_answer_is_trained_or_the_last_or_all(characters, talk):
+def test_every_answer_is_trained_or_the_last_or_all_and_what_follows_is_left_out(characters, talk):
     conversation = talk("q", "a", "r", "b")
-    assert labelled(characters, render(characters, conversation)) == "a}b}"
-    assert labelled(characters, render(characters, conversation, train_on="last")) == "b}"
-    rendered = render(characters, conversation, train_on="all")
+    assert labelled(characters, render_one(characters, conversation)) == "a}b}"
+    assert labelled(characters, render_one(characters, conversation, train_on="last")) == "b}"
+    rendered = render_one(characters, conversation, train_on="all")
     assert rendered.labels == [-100, *rendered.ids[1:]]
-
-
-def test_turns_after_the_last_answer_are_left_out(characters, talk):
-    assert render(characters, talk("q", "a", "r")) == render(characters, talk("q", "a"))
+    assert render_one(characters, talk("q", "a", "r")) == render_one(characters, talk("q", "a"))
 
 
 def test_a_template_that_rewrites_history_is_rendered_turn_by_turn(smol, templates, talk):
     smol.chat_template = templates.qwen
     conversation = talk("q", "<think>hm</think>a", "r", "b")
-    first, whole = ChatRenderer(smol).render(Chat(conversation))
+    first, whole = render_all(smol, conversation)
     assert labelled(smol, first) == "<think>hm</think>a<|im_end|>"
     assert labelled(smol, whole) == "b<|im_end|>"  # the first answer, stripped there, is no answer of this model
     for rendered, turns in ((first, 1), (whole, 3)):
         prompt = render_prompt(smol, conversation[:turns])
         assert rendered.ids[: len(prompt)] == prompt
-    assert ChatRenderer(smol, train_on="last").render(Chat(conversation)) == [whole]
-
-
-def test_a_template_that_writes_no_answer_as_it_begins_it_is_refused(smol, talk):
-    smol.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}Answer: {% endif %}"
-    )
-    with pytest.raises(RowFault, match=r"not prefix-preserving: it renders message 2 \(assistant\)"):
-        render(smol, talk("q", "a"))
+    assert render_all(smol, conversation, train_on="last") == [whole]
 
 
 def test_an_answer_that_is_not_to_be_trained_has_no_label(smol, talk):
     conversation = talk("q", "a", "r", "b")
     conversation[1]["train"] = False
-    assert labelled(smol, render(smol, conversation)) == "b<|im_end|>"
+    assert labelled(smol, render_one(smol, conversation)) == "b<|im_end|>"
     conversation[3]["train"] = False
-    assert labelled(smol, render(smol, conversation)) == ""
+    assert labelled(smol, render_one(smol, conversation)) == ""
     with pytest.raises(RowFault, match="`train: false` in a message contradicts `train_on: all`"):
-        render(smol, conversation, train_on="all")
-
-
-WITH_TOOLS = (
-    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
-    "{% for call in m['tool_calls'] or [] %}CALL {{ call['function'] | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-TURN = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        (TURN.replace("<|im_end|>", ""), "never learn to stop"),
-        (TURN.replace("<|im_end|>", "<|endoftext|>"), "never learn to stop"),
-        (TURN, "expected one BOS token .*, found none"),
-        ("{{ bos_token }}{{ bos_token }}" + TURN, "expected one BOS token .*, found two"),
-        ("{{ raise_exception('no system role') }}", "cannot render the conversation: TemplateError: no system role"),
-        ("{{ messages[0]['content'] + 1 }}", "cannot render the conversation: TypeError"),
-    ],
-)
-def test_a_template_that_would_train_something_else_is_refused(smol, talk, template, reason):
-    smol.chat_template = template
-    smol.add_special_tokens({"bos_token": "<|im_start|>"})
-    smol.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
-    )
-    with pytest.raises(UserError, match=reason):
-        render(smol, talk("q", "the answer"))
-
-
-def test_a_template_that_drops_or_changes_a_message_is_refused(smol, talk):
-    smol.chat_template = (
-        "{% for m in messages %}{% if m['role'] != 'system' %}"
-        "{{ m['content'] | upper }}<|im_end|>{% endif %}{% endfor %}"
-    )
-    system = [{"role": "system", "content": "be brief"}]
-    with pytest.raises(RowFault, match=r"leaves out or changes message 1 \(system\)"):
-        render(smol, system + talk("Q", "A"))
-    with pytest.raises(RowFault, match="changes the answer"):
-        render(smol, talk("Q", "abc"))
-
-
-CALL = {"type": "function", "function": {"name": "f", "arguments": {"city": "Rome"}}}
-
-
-def calling(*calls, **marks):
-    return [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [*calls], **marks}]
-
-
-@pytest.mark.parametrize(
-    ("function", "tools"),
-    [
-        ({"name": "f<|im_end|>", "arguments": {}}, None),
-        ({"name": "f", "arguments": {"city": "a<|im_end|>b"}}, None),
-        ({"name": "f", "arguments": {"<|im_start|>": 1}}, None),
-        (CALL["function"], [{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}]),
-    ],
-)
-def test_control_tokens_in_calls_and_tools_are_refused(smol, function, tools):
-    smol.chat_template = WITH_TOOLS
-    renderer, conversation = ChatRenderer(smol), calling({"type": "function", "function": function})
-    with pytest.raises(RowFault, match="the control token"):
-        renderer.render(Chat(conversation, tools))
-    with pytest.raises(RowFault, match="the control token"):
-        renderer.render_prompt(conversation, tools)
-
-
-@pytest.mark.parametrize("lost", ["'name': call['function']['name']", "'arguments': call['function']['arguments']"])
-def test_a_template_that_leaves_out_what_a_call_says_is_refused(smol, lost):
-    smol.chat_template = WITH_TOOLS.replace("call['function'] | tojson", "{" + lost + "} | tojson")
-    with pytest.raises(RowFault, match=r"changes the answer|leaves out the tool calls"):
-        ChatRenderer(smol).render(Chat(calling(CALL)))
-
-
-def test_calls_of_an_answer_that_is_not_trained_must_be_there_too(smol, talk):
-    conversation = [*calling(CALL, train=False), *talk("q", "a")]
-    smol.chat_template = WITH_TOOLS
-    assert labelled(smol, render(smol, conversation)) == "a<|im_end|>"
-    smol.chat_template = WITH_TOOLS.replace("m['tool_calls'] or []", "[]")
-    with pytest.raises(RowFault, match="leaves out the tool calls of message 2"):
-        render(smol, conversation)
-    smol.chat_template = WITH_TOOLS.replace("{% if tools %}", "{% if false %}")
-    with pytest.raises(RowFault, match="leaves out the tools"):
-        ChatRenderer(smol).render(Chat(conversation, [CALL]))
-
-
-def test_what_a_tool_returned_may_be_there_as_json(smol, talk):
-    conversation = [*talk("q", "wait"), {"role": "tool", "content": 'a "b"\nc'}, *talk("r", "d")[1:]]
-    smol.chat_template = WITH_TOOLS.replace(
-        "{{ m['content'] }}", "{{ m['content'] | tojson if m.role == 'tool' else m.content }}"
-    )
-    assert labelled(smol, render(smol, conversation)) == "wait<|im_end|>d<|im_end|>"
-
-
-TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
-
-
-def call(**arguments):
-    return {"type": "function", "function": {"name": "add", "arguments": arguments}}
-
-
-def answer_with(*calls, content=""):
-    return {"role": "assistant", "content": content, "tool_calls": list(calls)}
-
-
-def said(text, *calls):
-    """A turn of Hermes and Qwen that calls tools."""
-    written = [f"<tool_call>\n{json.dumps(one['function'])}\n</tool_call>" for one in calls]
-    return "\n".join([text] * bool(text) + written) + "<|im_end|>"
-
-
-def only(rendered):
-    (one,) = rendered
-    return one
-
-
-def test_tools_with_a_base_whose_template_knows_none(smol, talk):
-    two = [call(a=2, b=2), call(a="é")]
-    conversation = [
-        {"role": "system", "content": "Be brief."},
-        *talk("What is 2 + 2?"),
-        answer_with(*two, content="Let me add."),
-        {"role": "tool", "content": "4", "name": "add"},
-        {"role": "tool", "content": "an error"},
-        {"role": "assistant", "content": "Four."},
-        *talk("And 3?"),
-        answer_with(call(c=3)),
-        {"role": "tool", "content": "7"},
-        {"role": "assistant", "content": "Seven."},
-    ]
-    for known in (smol, choose_chat_template(smol, "chatml")):
-        with pytest.raises(RowFault, match=r"Choose .*data\.chat_template: chatml-tools"):
-            ChatRenderer(known).render(Chat(conversation, TOOLS))
-    chosen = choose_chat_template(smol, "chatml-tools")
-    (rendered,) = ChatRenderer(chosen).render(Chat(conversation, TOOLS))
-    assert chosen.decode(rendered.ids) == (
-        "<|im_start|>system\nBe brief.\n\n# Tools\n\nYou may call one or more functions to assist with the user query."
-        "\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
-        f"{json.dumps(TOOLS[0])}\n</tools>\n\nFor each function call, return a json object with function name and "
-        'arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": '
-        "<args-json-object>}\n</tool_call><|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n"
-        '<|im_start|>assistant\nLet me add.\n<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call>'
-        '\n<tool_call>\n{"name": "add", "arguments": {"a": "é"}}\n</tool_call><|im_end|>\n<|im_start|>user\n'
-        "<tool_response>\n4\n</tool_response>\n<tool_response>\nan error\n</tool_response><|im_end|>\n"
-        "<|im_start|>assistant\nFour.<|im_end|>\n<|im_start|>user\nAnd 3?<|im_end|>\n<|im_start|>assistant\n<tool_call>"
-        '\n{"name": "add", "arguments": {"c": 3}}\n</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n7\n'
-        "</tool_response><|im_end|>\n<|im_start|>assistant\nSeven.<|im_end|>\n"
-    )
-    trained = said("Let me add.", call(a=2, b=2)) + "Four.<|im_end|>" + said("", call(c=3)) + "Seven.<|im_end|>"
-    added = '\n<tool_call>\n{"name": "add", "arguments": {"a": "é"}}\n</tool_call><|im_end|>Four'
-    assert labelled(chosen, rendered) == trained.replace("<|im_end|>Four", added, 1)
-
-
-def thinking(content, thought):
-    return {"role": "assistant", "content": content, "reasoning_content": thought}
+        render_one(smol, conversation, train_on="all")
 
 
 @pytest.mark.parametrize(("content", "untrained", "trained"), [(" ab cd ", (2, 3), " a cd }"), ("\nab", (0, 2), "b}")])
 def test_parts_of_an_answer_that_are_not_trained_by_hand(characters, talk, content, untrained, trained):
     conversation = talk("q", content)
     conversation[1]["untrained"] = [untrained]
-    assert labelled(characters, only(ChatRenderer(characters).render(Chat(conversation)))) == trained
+    assert labelled(characters, render_one(characters, conversation)) == trained
     with pytest.raises(RowFault, match="contradicts `train_on: all`"):
-        ChatRenderer(characters, train_on="all").render(Chat(conversation))
-
-
-def test_earlier_reasoning_by_hand(families):
-    """Qwen3's template drops it, and writes an empty block where the last answer has none."""
-    conversation = [
-        {"role": "user", "content": "q"},
-        thinking("a", "hm"),
-        {"role": "user", "content": "r"},
-        {"role": "assistant", "content": "b"},
-    ]
-    tokenizer = families["qwen3_agent"]
-    first = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
-    second = "<|im_end|>\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n"
-    thought, none = "<think>\nhm\n</think>\n\na", "<think>\n\n</think>\n\n"
-    for reasoning, texts, labels in (
-        ("template", [first + thought, first + "a" + second + none + "b"], [thought, "b"]),
-        ("keep", [first + thought + second + none + "b"], [f"{thought}<|im_end|>b"]),
-        ("drop", [first + none + "a", first + "a" + second + none + "b"], ["a", "b"]),
-    ):
-        renderer = ChatRenderer(tokenizer, reasoning=reasoning)
-        samples = renderer.render(Chat(conversation))
-        assert [tokenizer.decode(sample.ids) for sample in samples] == [f"{text}<|im_end|>\n" for text in texts]
-        assert [labelled(tokenizer, sample) for sample in samples] == [f"{text}<|im_end|>" for text in labels]
-        prompt = tokenizer.decode(renderer.render_prompt(conversation[:3]))
-        assert texts[-1].removesuffix(none + "b") == prompt
-
-
-@pytest.mark.parametrize("reasoning", ["template", "keep", "drop"])
-def test_a_conversation_with_reasoning_is_shortened_as_it_is_rendered(families, reasoning):
-    tokenizer = families["qwen3_agent"]
-    renderer = ChatRenderer(tokenizer, reasoning=reasoning)
-    question = {"role": "user", "content": "question " * 3}
-    conversation = [one for n in range(6) for one in (question, thinking(f"answer {n}", "thought " * 3))]
-    samples = renderer.render(Chat(conversation))
-    for sample, answers in zip(samples, renderer.find_answers(conversation, None, len(samples)), strict=True):
-        short = shorten(renderer, conversation, None, answers, len(sample.ids) - 1)
-        exchange = len(sample.ids) // len(answers)  # as long as a turn of those that go
-        assert len(sample.ids) - 2 * exchange - 20 < len(short.ids) < len(sample.ids)
-        assert labelled(tokenizer, sample).endswith(labelled(tokenizer, short))
-        assert labelled(tokenizer, short).endswith(f"answer {answers[-1] // 2}<|im_end|>")
-
-
-def test_reasoning_in_a_call_of_tools(families, talk):
-    conversation = [*talk("q"), {**answer_with(call(a=1)), "reasoning_content": "hm"}, {"role": "tool", "content": "4"}]
-    conversation += [thinking("Four.", "so")]
-    (rendered,) = ChatRenderer(families["qwen3_agent"]).render(Chat(conversation, TOOLS))
-    assert labelled(families["qwen3_agent"], rendered) == (
-        "<think>\nhm\n</think>\n\n" + said("", call(a=1)) + "<think>\nso\n</think>\n\nFour.<|im_end|>"
-    )
-    gpt = families["gpt_oss"]
-    renderer = ChatRenderer(gpt, stop_ids=[gpt.convert_tokens_to_ids("<|call|>")])
-    (rendered,) = renderer.render(Chat(conversation))
-    begun = "<|start|>assistant"
-    assert labelled(gpt, rendered) == (
-        f"<|channel|>analysis<|message|>hm<|end|>{begun} to=functions.add<|channel|>commentary json<|message|>"
-        '{"a": 1}<|call|>'
-        f"<|channel|>analysis<|message|>so<|end|>{begun}<|channel|>final<|message|>Four.<|return|>"
-    )
+        render_one(characters, conversation, train_on="all")
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFKC"])
@@ -322,19 +99,254 @@ def test_a_tokenizer_that_composes_characters_trains_the_same_answer(families, t
     conversation = talk("cafe\u0301 o\u0302\u0301?", "\n\ne\u0301 o\u0302\u0301 Ae\u0301", "e\u0301?", "ie\u0301")
     at = conversation[1]["content"].index("A")
     conversation[1]["untrained"] = [(at, at + 3)]
-    (rendered,) = ChatRenderer(tokenizer).render(Chat(conversation))
+    rendered = render_one(tokenizer, conversation)
     assert labelled(tokenizer, rendered) in ("\n\né ố <|im_end|>ié<|im_end|>", "\n\né ố<|im_end|>ié<|im_end|>")
+
+
+def test_text_like_a_header_in_one_of_many_answers(families, talk):
+    """Alpaca's headers are plain text, which an answer may quote."""
+    chosen = choose_chat_template(families["qwen25"], "alpaca")
+    contents = [f"text {number}" for number in range(24)]
+    contents[11] = "a\n\n### Response:\nb"
+    rendered = render_one(chosen, talk(*contents))
+    assert labelled(chosen, rendered) == "".join(f"{answer}<|im_end|>" for answer in contents[1::2])
+
+
+# ---- templates that would train something else -----------------------------------------------------------------------
+
+WITH_TOOLS = (
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %}CALL {{ call['function'] | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TURN = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+UPPER = (
+    "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] | upper }}<|im_end|>{% endif %}{% endfor %}"
+)
+OTHER_HEADER = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "contents", "reason"),
+    [
+        (TURN.replace("<|im_end|>", ""), "qa", "never learn to stop"),
+        (TURN.replace("<|im_end|>", "<|endoftext|>"), "qa", "never learn to stop"),
+        ("{{ raise_exception('no system role') }}", "qa", "cannot render .*: TemplateError: no system role"),
+        ("{{ messages[0]['content'] + 1 }}", "qa", "cannot render the conversation: TypeError"),
+        (
+            OTHER_HEADER + "{% if add_generation_prompt %}Answer: {% endif %}",
+            "qa",
+            "prefix-preserving: .*message 2",
+        ),
+        (UPPER, "sQA", r"leaves out or changes message 1 \(system\)"),
+        (UPPER, "Qa", "changes the answer"),
+        (None, "qa", "has no chat template"),
+    ],
+)
+def test_a_template_that_would_train_something_else_is_refused(smol, talk, template, contents, reason):
+    smol.chat_template = template
+    system = [{"role": "system", "content": "s"}] if contents[0] == "s" else []
+    with pytest.raises(UserError, match=reason):
+        render_one(smol, system + talk(*contents.removeprefix("s")))
+
+
+@pytest.mark.parametrize(("begin", "found"), [("", "none"), ("{{ bos_token }}{{ bos_token }}", "two")])
+def test_a_template_that_writes_not_one_bos_is_refused(smol, talk, begin, found):
+    smol.add_special_tokens({"bos_token": "<|im_start|>"})
+    first = [("<|im_start|>", 1)]
+    smol.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=first)
+    smol.chat_template = begin + TURN
+    with pytest.raises(UserError, match=f"expected one BOS token .*, found {found}"):
+        render_one(smol, talk("q", "the answer"))
+
+
+# ---- tools -----------------------------------------------------------------------------------------------------------
+
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
+
+
+def call(**arguments):
+    return {"type": "function", "function": {"name": "add", "arguments": arguments}}
+
+
+def answer_with(*calls, content="", **marks):
+    return {"role": "assistant", "content": content, "tool_calls": list(calls), **marks}
+
+
+def said(text, *calls):
+    """A turn of Hermes and Qwen that calls tools."""
+    written = [f"<tool_call>\n{json.dumps(one['function'])}\n</tool_call>" for one in calls]
+    return "\n".join([text] * bool(text) + written) + "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("function", "tools"),
+    [
+        ({"name": "f<|im_end|>", "arguments": {}}, None),
+        ({"name": "f", "arguments": {"city": "a<|im_end|>b"}}, None),
+        ({"name": "f", "arguments": {"<|im_start|>": 1}}, None),
+        (
+            {"name": "f", "arguments": {}},
+            [{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}],
+        ),
+    ],
+)
+def test_control_tokens_in_calls_and_tools_are_refused(smol, talk, function, tools):
+    smol.chat_template = WITH_TOOLS
+    conversation = [*talk("q"), answer_with({"type": "function", "function": function})]
+    with pytest.raises(RowFault, match="the control token"):
+        render_one(smol, conversation, tools)
+    with pytest.raises(RowFault, match="the control token"):
+        ChatRenderer(smol).render_prompt(conversation, tools)
+
+
+@pytest.mark.parametrize(
+    ("train", "tools", "lost", "by", "reason"),
+    [
+        (True, None, "call['function'] |", "{'name': call['function']['name']} |", "changes the answer"),
+        (
+            True,
+            None,
+            "call['function'] |",
+            "{'arguments': call['function']['arguments']} |",
+            "leaves out the tool calls",
+        ),
+        (False, None, "m['tool_calls'] or []", "[]", "leaves out the tool calls of message 2"),
+        (False, TOOLS, "{% if tools %}", "{% if false %}", "leaves out the tools"),
+    ],
+)
+def test_a_template_that_leaves_out_calls_or_tools_is_refused(smol, talk, train, tools, lost, by, reason):
+    conversation = [*talk("q"), answer_with(call(city="Rome"), train=train), *talk("q", "a")]
+    smol.chat_template = WITH_TOOLS
+    assert labelled(smol, render_one(smol, conversation, tools)).endswith("a<|im_end|>")
+    smol.chat_template = WITH_TOOLS.replace(lost, by)
+    with pytest.raises(RowFault, match=reason):
+        render_one(smol, conversation, tools)
+
+
+def test_what_a_tool_returned_may_be_there_as_json(smol, talk):
+    conversation = [*talk("q", "wait"), {"role": "tool", "content": 'a "b"\nc'}, *talk("r", "d")[1:]]
+    smol.chat_template = WITH_TOOLS.replace(
+        "{{ m['content'] }}", "{{ m['content'] | tojson if m.role == 'tool' else m.content }}"
+    )
+    assert labelled(smol, render_one(smol, conversation)) == "wait<|im_end|>d<|im_end|>"
+
+
+def test_tools_with_a_base_whose_template_knows_none(smol, talk):
+    conversation = [
+        {"role": "system", "content": "Be brief."},
+        *talk("What is 2 + 2?"),
+        answer_with(call(a=2, b=2), call(a="é"), content="Let me add."),
+        {"role": "tool", "content": "4", "name": "add"},
+        {"role": "tool", "content": "an error"},
+        {"role": "assistant", "content": "Four."},
+    ]
+    for known in (smol, choose_chat_template(smol, "chatml")):
+        with pytest.raises(RowFault, match=r"Choose .*data\.chat_template: chatml-tools"):
+            render_one(known, conversation, TOOLS)
+    chosen = choose_chat_template(smol, "chatml-tools")
+    rendered = render_one(chosen, conversation, TOOLS)
+    trained = (
+        'Let me add.\n<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call>'
+        '\n<tool_call>\n{"name": "add", "arguments": {"a": "é"}}\n</tool_call><|im_end|>',
+        "Four.<|im_end|>",
+    )
+    assert chosen.decode(rendered.ids) == (
+        "<|im_start|>system\nBe brief.\n\n# Tools\n\nYou may call one or more functions to assist with the user query."
+        "\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+        f"{json.dumps(TOOLS[0])}\n</tools>\n\nFor each function call, return a json object with function name and "
+        'arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": '
+        "<args-json-object>}\n</tool_call><|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n"
+        f"<|im_start|>assistant\n{trained[0]}\n<|im_start|>user\n<tool_response>\n4\n</tool_response>\n"
+        "<tool_response>\nan error\n</tool_response><|im_end|>\n"
+        f"<|im_start|>assistant\n{trained[1]}\n"
+    )
+    assert labelled(chosen, rendered) == "".join(trained)
+
+
+# ---- reasoning -------------------------------------------------------------------------------------------------------
+
+
+def thinking(content, thought):
+    return {"role": "assistant", "content": content, "reasoning_content": thought}
+
+
+def test_earlier_reasoning_by_hand(families, talk):
+    """Qwen3's template drops it, and writes an empty block where the last answer has none."""
+    conversation = [*talk("q"), thinking("a", "hm"), *talk("r", "b")]
+    tokenizer = families["qwen3_agent"]
+    first = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    second = "<|im_end|>\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n"
+    thought, none = "<think>\nhm\n</think>\n\na", "<think>\n\n</think>\n\n"
+    for reasoning, texts, labels in (
+        ("template", [first + thought, first + "a" + second + none + "b"], [thought, "b"]),
+        ("keep", [first + thought + second + none + "b"], [f"{thought}<|im_end|>b"]),
+        ("drop", [first + none + "a", first + "a" + second + none + "b"], ["a", "b"]),
+    ):
+        samples = render_all(tokenizer, conversation, reasoning=reasoning)
+        assert [tokenizer.decode(sample.ids) for sample in samples] == [f"{text}<|im_end|>\n" for text in texts]
+        assert [labelled(tokenizer, sample) for sample in samples] == [f"{text}<|im_end|>" for text in labels]
+        prompt = ChatRenderer(tokenizer, reasoning=reasoning).render_prompt(conversation[:3])
+        assert texts[-1].removesuffix(none + "b") == tokenizer.decode(prompt)
+
+
+def test_reasoning_in_a_call_of_tools(families, talk):
+    conversation = [*talk("q"), answer_with(call(a=1), reasoning_content="hm"), {"role": "tool", "content": "4"}]
+    conversation += [thinking("Four.", "so")]
+    assert labelled(families["qwen3_agent"], render_one(families["qwen3_agent"], conversation, TOOLS)) == (
+        "<think>\nhm\n</think>\n\n" + said("", call(a=1)) + "<think>\nso\n</think>\n\nFour.<|im_end|>"
+    )
+    gpt = copy.deepcopy(families["gpt_oss"])
+    gpt.former_stop_ids = gpt.convert_tokens_to_ids(["<|call|>", "<|return|>"])  # as its generation_config has them
+    begun = "<|start|>assistant"
+    assert labelled(gpt, render_one(gpt, conversation)) == (
+        f"<|channel|>analysis<|message|>hm<|end|>{begun} to=functions.add<|channel|>commentary json<|message|>"
+        '{"a": 1}<|call|>'
+        f"<|channel|>analysis<|message|>so<|end|>{begun}<|channel|>final<|message|>Four.<|return|>"
+    )
+
+
+@pytest.mark.parametrize("name", ["qwen25", "mistral", "qwen3_agent"])
+def test_long_conversations_cost_what_their_length_does(families, talk, name, monkeypatch):
+    """And before each answer are the ids of the prompt, as for a short conversation."""
+    tokenizer, rendered, costs = families[name], [], []
+    reasoning = "keep" if name == "qwen3_agent" else "template"
+    apply = type(tokenizer).apply_chat_template
+
+    def count(self, messages, *rest, **options):
+        rendered.append(len(messages))
+        return apply(self, messages, *rest, **options)
+
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", count)
+    for turns in (50, 100):
+        conversation = talk(*(f"{'qa'[n % 2]}{n}" for n in range(2 * turns)))
+        if name != "mistral":  # one question, and many calls
+            marks = {"reasoning_content": "hm"} if name == "qwen3_agent" else {}
+            steps = [(answer_with(call(step=n), **marks), {"role": "tool", "content": f"{n}"}) for n in range(turns)]
+            conversation = [*talk("task"), *(one for step in steps for one in step), answer_with(content="done")]
+        rendered.clear()
+        sample = render_one(tokenizer, conversation, reasoning=reasoning)
+        costs.append(sum(rendered))
+    assert costs[1] < 2.2 * costs[0]
+    places = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
+    starts = [at for at, label in enumerate(sample.labels) if label >= 0 > sample.labels[at - 1]]
+    for place, start in [*zip(places, starts, strict=True)][::40]:
+        assert ChatRenderer(tokenizer, reasoning=reasoning).render_prompt(conversation[:place]) == sample.ids[:start]
+
+
+# ---- texts and tokens ------------------------------------------------------------------------------------------------
 
 
 def test_a_document_has_a_beginning_and_an_end(smol, families):
     llama = families["llama31"]
     ids = [0, *llama.encode("a four", add_special_tokens=False), 4]  # BOS and the end of sequence
-    assert only(ChatRenderer(llama).render(Text((("a four", True),), True))) == (ids, [-100, *ids[1:]])
+    assert render_one(llama, Text((("a four", True),), True)) == (ids, [-100, *ids[1:]])
     smol.chat_template = None  # nothing of it is needed
-    ids, labels = only(ChatRenderer(smol).render(Text((("Once", True),), True)))
+    ids, labels = render_one(smol, Text((("Once", True),), True))
     assert (smol.decode(ids), labels) == ("Once<|im_end|>", [-100, *ids[1:]])
     with pytest.raises(RowFault, match="the text contains the control token"):
-        only(ChatRenderer(smol).render(Text((("a<|im_end|>b", True),), True)))
+        render_one(smol, Text((("a<|im_end|>b", True),), True))
 
 
 @pytest.mark.parametrize("name", ["llama31", "llama2"])
@@ -342,9 +354,8 @@ def test_segments_are_taken_as_they_are_written(families, name):
     tokenizer = families[name]
     stop = tokenizer.eos_token
     segments = (("question:\n", False), ("\n four", True), (stop, True), ("\nmore é", False), ("🙂 é", True))
-    ids, labels = only(ChatRenderer(tokenizer).render(Text(segments, False)))
-    text = "".join(segment for segment, _ in segments)
-    assert tokenizer.decode(ids) == text
+    ids, labels = render_one(tokenizer, Text(segments, False))
+    assert tokenizer.decode(ids) == "".join(segment for segment, _ in segments)
     first = next(at for at, label in enumerate(labels) if label != -100)
     assert ids[:first] == tokenizer.encode("question:\n", add_special_tokens=False)
     assert tokenizer.decode(ids[:first] + [label for label in labels if label != -100]) == (
@@ -354,37 +365,36 @@ def test_segments_are_taken_as_they_are_written(families, name):
 
 def test_segments_without_control_tokens_are_cut_wherever_training_begins(families):
     tokenizer = families["qwen25"]
-    words = [("a\n", False), ("\nb\n", True), ("\nc\n", False), ("\nd", True), ("\n", False), ("\n", True)]
-    ids, labels = only(ChatRenderer(tokenizer).render(Text(tuple(words), False)))
+    words = (("a\n", False), ("\nb\n", True), ("\nc\n", False), ("\nd", True), ("\n", False), ("\n", True))
+    ids, labels = render_one(tokenizer, Text(words, False))
     assert tokenizer.decode(ids) == "a\n\nb\n\nc\n\nd\n\n"
     trained = tokenizer.decode([label for label in labels if label != -100])
     assert trained in ("\nb\n\nd\n", "\nb\nd\n")  # a token that ends behind its segment is not trained
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_no_space_is_put_before_a_segment(families, legacy):
+@pytest.mark.parametrize("gap", ["\n", " ", ""])
+def test_no_space_is_put_before_a_segment(families, legacy, gap):
     tokenizer = families["llama2"]
     if legacy:  # as TinyLlama's file has it
         pieces = json.loads(tokenizer.backend_tokenizer.to_str())
         spaces = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
         pieces |= {"normalizer": {"type": "Sequence", "normalizers": spaces}, "pre_tokenizer": None}
         tokenizer = type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(pieces)), eos_token="</s>")
-    for gap in ("\n", " ", ""):
-        asked, answer, other = f"question:{gap}", "four\n", "is two\n"
-        segments = ((asked, False), (answer, True), (asked, False), (other, True), (asked, False), (other, True))
-        ids, labels = only(ChatRenderer(tokenizer).render(Text(segments, False)))
-        text = "".join(segment for segment, _ in segments)
-        assert tokenizer.decode(ids) == text
-        if gap != " ":  # else `▁four` is cut
-            assert ids == tokenizer.encode(text, add_special_tokens=False)
-        prompt = tokenizer.encode(asked, add_special_tokens=False)
-        assert ids[: len(prompt)] == prompt
-        assert tokenizer.decode(prompt + [label for label in labels if label != -100]) == asked + answer + other + other
+    asked, answer, other = f"question:{gap}", "four\n", "is two\n"
+    segments = ((asked, False), (answer, True), (asked, False), (other, True), (asked, False), (other, True))
+    ids, labels = render_one(tokenizer, Text(segments, False))
+    text = "".join(segment for segment, _ in segments)
+    assert tokenizer.decode(ids) == text
+    if gap != " ":  # else `▁four` is cut
+        assert ids == tokenizer.encode(text, add_special_tokens=False)
+    prompt = tokenizer.encode(asked, add_special_tokens=False)
+    assert ids[: len(prompt)] == prompt
+    assert tokenizer.decode(prompt + [label for label in labels if label != -100]) == asked + answer + other + other
 
 
 def test_tokens_are_taken_as_they_are(smol):
-    renderer = ChatRenderer(smol)
-    assert only(renderer.render(Tokens([5, 6, 7], [5, -100, 7]))) == ([5, 6, 7], [-100, -100, 7])
+    assert render_one(smol, Tokens([5, 6, 7], [5, -100, 7])) == ([5, 6, 7], [-100, -100, 7])
     for tokens, reason in (
         (Tokens([5, 10**6], [5, -100]), "the token id 1000000 is not in the vocabulary of 49,152"),
         (Tokens([5, -1], [5, -1]), "the token id -1 is not in the vocabulary"),
@@ -393,61 +403,4 @@ def test_tokens_are_taken_as_they_are(smol):
         (Tokens([], []), "expected token ids"),
     ):
         with pytest.raises(RowFault, match=reason):
-            only(renderer.render(tokens))
-
-
-def test_without_a_chat_template_conversations_are_refused(smol, talk):
-    smol.chat_template = None
-    with pytest.raises(UserError, match="has no chat template"):
-        ChatRenderer(smol).render(Chat(talk("q", "a")))
-    with pytest.raises(UserError, match="has no chat template"):
-        ChatRenderer(smol).render_prompt(talk("q"))
-
-
-def agent_trace(steps, **marks):
-    conversation = [{"role": "user", "content": "task"}]
-    for number in range(steps):
-        conversation += [
-            {**answer_with(call(step=number)), **marks},
-            {"role": "tool", "content": f"result {number}"},
-        ]
-    return [*conversation, {"role": "assistant", "content": "done", **marks}]
-
-
-@pytest.mark.parametrize("reasoning", ["template", "keep"])
-@pytest.mark.parametrize("name", ["qwen25", "llama31", "mistral", "qwen3_agent"])
-def test_long_conversations_cost_what_their_length_does(families, talk, name, reasoning, monkeypatch):
-    """And before each answer are the ids of the prompt, as for a short conversation."""
-    tokenizer, rendered, costs = families[name], [], []
-    apply = type(tokenizer).apply_chat_template
-
-    def count(self, messages, *rest, **options):
-        rendered.append(len(messages))
-        return apply(self, messages, *rest, **options)
-
-    monkeypatch.setattr(type(tokenizer), "apply_chat_template", count)
-    for turns in (100, 200):
-        conversation = agent_trace(turns)
-        if name == "mistral":
-            conversation = talk(*(f"{'qa'[n % 2]}{n}" for n in range(2 * turns)))
-        if name == "qwen3_agent":
-            conversation = [
-                {**one, "reasoning_content": "hm"} if one["role"] == "assistant" else one for one in conversation
-            ]
-        rendered.clear()
-        (sample,) = ChatRenderer(tokenizer, reasoning=reasoning).render(Chat(conversation))
-        costs.append(sum(rendered))
-    assert costs[1] < 2.2 * costs[0]
-    places = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
-    starts = [at for at, label in enumerate(sample.labels) if label >= 0 > sample.labels[at - 1]]
-    for place, start in [*zip(places, starts, strict=True)][::40]:
-        assert ChatRenderer(tokenizer, reasoning=reasoning).render_prompt(conversation[:place]) == sample.ids[:start]
-
-
-def test_text_like_a_header_in_one_of_many_answers(families, talk):
-    """Alpaca's headers are plain text, which an answer may quote."""
-    chosen = choose_chat_template(families["qwen25"], "alpaca")
-    contents = [f"text {number}" for number in range(24)]
-    contents[11] = "a\n\n### Response:\nb"
-    (rendered,) = ChatRenderer(chosen).render(Chat(talk(*contents)))
-    assert labelled(chosen, rendered) == "".join(f"{answer}<|im_end|>" for answer in contents[1::2])
+            render_one(smol, tokens)

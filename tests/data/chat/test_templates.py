@@ -3,7 +3,6 @@
 import copy
 import itertools
 import json
-import math
 from datetime import date, datetime
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Chat
 from qlora_lightning.support.errors import UserError
+from tests.flat import render
 
 SYSTEM = [{"role": "system", "content": "Be brief."}]
 
@@ -40,34 +40,39 @@ def show(tokenizer, messages, generation=False):
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
 
 
-def test_llama3_by_hand(base, talk):
-    chosen = choose_chat_template(base("llama31"), "llama3")
-    assert show(chosen, SYSTEM + talk("q ", "\na", "r"), generation=True) == (
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\na<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nr<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    )
+ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
 
-def test_chatml_by_hand(base, talk):
-    chosen = choose_chat_template(base("qwen25"), "chatml")
-    assert show(chosen, SYSTEM + talk("q ", "\na", "r"), generation=True) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nq <|im_end|>\n"
-        "<|im_start|>assistant\n\na<|im_end|>\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n"
-    )
-
-
-def test_alpaca_by_hand(base, talk):
-    chosen = choose_chat_template(base("llama2"), "alpaca")
-    assert show(chosen, SYSTEM + talk("q", "a", "r"), generation=True) == (
-        "<s>Be brief.\n\n### Instruction:\nq\n\n### Response:\na</s>\n\n### Instruction:\nr\n\n### Response:\n"
-    )
-    assert show(chosen, talk("q", "a")) == (
-        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the "
-        "request.\n\n### Instruction:\nq\n\n### Response:\na</s>\n\n"
-    )
+@pytest.mark.parametrize(
+    ("name", "choice", "expected"),
+    [
+        (
+            "llama31",
+            "llama3",
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\na<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nr<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        (
+            "qwen25",
+            "chatml",
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nq <|im_end|>\n"
+            "<|im_start|>assistant\n\na<|im_end|>\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (
+            "llama2",
+            "alpaca",
+            "<s>Be brief.\n\n### Instruction:\nq \n\n### Response:\n\na</s>\n\n### Instruction:\nr\n\n### Response:\n",
+        ),
+    ],
+)
+def test_presets_by_hand(base, talk, name, choice, expected):
+    chosen = choose_chat_template(base(name), choice)
+    assert show(chosen, SYSTEM + talk("q ", "\na", "r"), generation=True) == expected
+    if choice == "alpaca":
+        assert show(chosen, talk("q", "a")) == f"<s>{ALPACA}\n\n### Instruction:\nq\n\n### Response:\na</s>\n\n"
 
 
 def test_a_bos_is_written_where_the_tokenizer_writes_one_itself(base, talk):
@@ -82,7 +87,7 @@ def test_a_bos_is_written_where_the_tokenizer_writes_one_itself(base, talk):
     assert show(choose_chat_template(tokenizer, "chatml"), talk("q", "a")).startswith("<|endoftext|><|im_start|>")
 
 
-@pytest.mark.parametrize("answer", ["yes", "\n\n yes ", "é🙂\n\n"])
+@pytest.mark.parametrize("answer", ["yes", "\n\n yes é🙂\n\n"])
 @pytest.mark.parametrize(
     ("name", "choice", "stop"),
     [
@@ -96,7 +101,7 @@ def test_a_bos_is_written_where_the_tokenizer_writes_one_itself(base, talk):
 def test_a_preset_trains_each_answer_and_its_stop_token(base, talk, name, choice, stop, answer):
     tokenizer = base(name)
     chosen = choose_chat_template(tokenizer, choice)
-    ((ids, labels),) = ChatRenderer(chosen).render(Chat(SYSTEM + talk("q", answer, "r", "no")))
+    ((ids, labels),) = render(ChatRenderer(chosen), Chat(SYSTEM + talk("q", answer, "r", "no")))
     wanted = answer.strip() if choice == "llama3" else answer
     assert chosen.decode([label for label in labels if label != -100]) == f"{wanted}{stop}no{stop}"
     assert chosen.eos_token == stop
@@ -104,7 +109,7 @@ def test_a_preset_trains_each_answer_and_its_stop_token(base, talk, name, choice
     assert ids.count(chosen.bos_token_id) == (chosen.bos_token is not None)
 
 
-def test_the_tokenizer_given_stays_as_it_is_and_no_id_is_added(base):
+def test_the_tokenizer_given_stays_as_it_is_no_id_is_added_and_what_is_saved_keeps_the_choice(base, talk, tmp_path):
     tokenizer = base("llama31")
     before = tokenizer.backend_tokenizer.to_str()
     chosen = choose_chat_template(tokenizer, "llama3")
@@ -112,38 +117,27 @@ def test_the_tokenizer_given_stays_as_it_is_and_no_id_is_added(base):
     assert tokenizer.backend_tokenizer.to_str() == before
     assert find_stop_ids(tokenizer) == {tokenizer.eos_token_id}
     assert (len(chosen), chosen.get_vocab()) == (len(tokenizer), tokenizer.get_vocab())
-
-
-def test_a_saved_tokenizer_keeps_template_and_stop_token(base, talk, tmp_path):
-    chosen = choose_chat_template(base("llama31"), "llama3")
     chosen.save_pretrained(tmp_path)
-    assert (tmp_path / "chat_template.jinja").read_text() == chosen.chat_template
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert loaded.eos_token == "<|eot_id|>"
-    assert ChatRenderer(loaded).render(Chat(talk("q", "a"))) == ChatRenderer(chosen).render(Chat(talk("q", "a")))
+    assert (loaded.chat_template, loaded.eos_token) == (chosen.chat_template, "<|eot_id|>")
+    assert render(ChatRenderer(loaded), Chat(talk("q", "a"))) == render(ChatRenderer(chosen), Chat(talk("q", "a")))
 
 
-@pytest.fixture
-def plain_entries(base):
-    """ChatML's tokens in the vocabulary, and nothing that says that they are special: a text is not split at them."""
+def test_tokens_of_the_vocabulary_that_are_not_special_become_so(base, talk, tmp_path):
+    """ChatML's are in it, and nothing says that they are special: a text is not split at them."""
     state = json.loads(base("qwen25").backend_tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] == "<|endoftext|>"]
     backend = Tokenizer.from_str(json.dumps(state))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
-    assert tokenizer.encode("<|im_end|>") != [2]
-    return tokenizer
-
-
-def test_tokens_of_the_vocabulary_that_are_not_special_become_so(plain_entries, talk, tmp_path):
-    chosen = choose_chat_template(plain_entries, "chatml")
+    given = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    chosen = choose_chat_template(given, "chatml")
     chosen.save_pretrained(tmp_path)
     for tokenizer in (chosen, AutoTokenizer.from_pretrained(tmp_path)):
-        assert len(tokenizer) == len(plain_entries)
+        assert len(tokenizer) == len(given)
         assert tokenizer.encode("<|im_start|>a<|im_end|>", add_special_tokens=False) == [1, *tokenizer.encode("a"), 2]
         assert tokenizer.decode([1, 2], skip_special_tokens=True) == ""
         with pytest.raises(RowFault, match="contains the control token"):
-            ChatRenderer(tokenizer).render(Chat(talk("a<|im_end|>", "b")))
-    assert plain_entries.encode("<|im_end|>") != [2]
+            render(ChatRenderer(tokenizer), Chat(talk("a<|im_end|>", "b")))
+    assert given.encode("<|im_end|>") != [2]
 
 
 def test_without_a_choice_a_stop_token_that_the_tokenizer_does_not_know_is_made_right(families, base):
@@ -159,36 +153,24 @@ def test_without_a_choice_a_stop_token_that_the_tokenizer_does_not_know_is_made_
     assert find_stop_ids(chosen) == {0, 2}
 
 
-def test_a_preset_whose_tokens_are_lacking_is_refused_with_those_that_fit(base):
-    with pytest.raises(UserError) as error:
-        choose_chat_template(base("qwen25"), "llama3")
-    assert "chat_template: llama3 needs <|start_header_id|>, <|end_header_id|>, <|eot_id|>" in str(error.value)
-    assert "Presets that fit it: chatml, chatml-tools, alpaca" in str(error.value)
-    endless = base("qwen25")
-    endless.eos_token = None
-    with pytest.raises(UserError, match="alpaca needs an end-of-sequence token"):
-        choose_chat_template(endless, "alpaca")
-
-
-@pytest.mark.parametrize(("choice", "hint"), [("lama3", "llama3"), ("no/x.jinja", "")])
-def test_what_is_not_there_is_refused_with_the_nearest(base, choice, hint):
-    with pytest.raises(UserError, match=f"expected llama3, .* or a .jinja file, found '{choice}'.*{hint}"):
-        choose_chat_template(base("qwen25"), choice)
-
-
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("choice", "found"),
     [
-        ("a\n{{ b\n", "own.jinja is damaged, line 2"),
-        ("{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}", "writes no token of .* after an answer"),
-        ("not a template", "does not write what an assistant message says: it makes 'not a template'"),
-        ("{{ raise_exception('no') }}", "cannot render a question and its answer: TemplateError: no"),
+        ("llama3", "llama3 needs <|start_header_id|>, .*, <|eot_id|>.* that fit it: chatml, chatml-tools, alpaca"),
+        ("lama3", "expected llama3, .* or a .jinja file, found 'lama3'.*llama3"),
+        ("no/x.jinja", "expected llama3, .* or a .jinja file, found 'no/x.jinja'"),
+        (b"a\n{{ b\n", "own.jinja is damaged, line 2"),
+        (b"{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}", "writes no token of .* after an answer"),
+        (b"not a template", "does not write what an assistant message says: it makes 'not a template'"),
+        (b"{{ raise_exception('no') }}", "cannot render a question and its answer: TemplateError: no"),
     ],
 )
-def test_a_file_that_cannot_work_is_refused_with_the_reason(base, write, text, found):
-    Path("own.jinja").write_bytes(text.encode("latin-1"))
+def test_a_choice_that_cannot_work_is_refused_with_the_reason(base, write, choice, found):
+    if isinstance(choice, bytes):
+        Path("own.jinja").write_bytes(choice)
+        choice = "own.jinja"
     with pytest.raises(UserError, match=f"chat_template: .*{found}"):
-        choose_chat_template(base("qwen25"), "own.jinja")
+        choose_chat_template(base("qwen25"), choice)
 
 
 def test_stop_ids_are_those_of_tokenizer_config_and_former_end(characters, tmp_path):
@@ -229,25 +211,15 @@ def folder(families, tmp_path):
     return tmp_path / "tokenizer"
 
 
-def test_a_folder_a_mapping_or_the_object_itself(folder, families):
+def test_a_folder_or_a_mapping_is_loaded_and_nothing_else(folder, families):
     text = families["qwen25"].apply_chat_template([{"role": "user", "content": "é"}], tokenize=False)
-    for choice in (str(folder), {"name": str(folder)}, families["qwen25"]):
+    for choice in (str(folder), {"name": str(folder)}):
         loaded = load_tokenizer(choice)
         assert loaded.encode(text) == families["qwen25"].encode(text)
         assert loaded.chat_template == families["qwen25"].chat_template
-
-
-@pytest.mark.parametrize(
-    ("choice", "words"),
-    [
-        (None, "tokenizer: expected a hub id, a folder or package:NAME, found none"),
-        ({"revision": "v1"}, "tokenizer: expected a name, or a mapping with name, revision, trust_remote_code"),
-        ({"name": "a", "revison": "v1"}, "found {'name': 'a', 'revison': 'v1'}"),
-    ],
-)
-def test_what_is_no_choice_is_refused(choice, words):
-    with pytest.raises(UserError, match=words):
-        load_tokenizer(choice)
+    for choice in ({"revision": "v1"}, {"name": "a", "revison": "v1"}):
+        with pytest.raises(UserError, match="tokenizer: expected a name, or a mapping with name, revision, trust_rem"):
+            load_tokenizer(choice)
 
 
 def test_the_hash_tells_contents_apart_without_loading(folder, tmp_path, monkeypatch):
@@ -260,10 +232,8 @@ def test_the_hash_tells_contents_apart_without_loading(folder, tmp_path, monkeyp
     for file in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         (folder / file).write_text("{}")
         hashes.append(hash_tokenizer(name))
-    assert len(set(hashes)) == 8
-    assert None not in hashes
-    for other in ("README.md", "model.safetensors.index.json"):
-        (folder / other).write_text("{}")
+    assert len({*hashes, None}) == 9
+    (folder / "README.md").write_text("{}")
     assert hash_tokenizer({"name": name}) == hashes[-1]
 
 
@@ -330,80 +300,70 @@ def tokenizers(families):
 
 
 @pytest.fixture
-def render(write, tmp_path, monkeypatch):
+def prepare(write, tmp_path, monkeypatch):
     """Prepare one row with a tokenizer; a cache of its own each time, but where one is asked for."""
     write("rows.jsonl", [{"messages": CONVERSATION}])
     numbers = itertools.count()
 
-    def render(tokenizer, cache=None, split="train", **options):
+    def prepare(tokenizer, cache=None, split="train", **options):
         monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / f"cache-{cache or next(numbers)}"))
         data = InstructionDataModule(**{split: "rows.jsonl"}, tokenizer=tokenizer, **options)
         data.setup("fit" if split == "train" else split)
         (sample,) = data.samples[split]
         return data, sample.ids.tolist(), data.tokenizer.decode(sample.ids)
 
-    return render
+    return prepare
 
 
 @pytest.mark.parametrize("kind", ["date", "marked", "named"])
-def test_the_same_row_gives_the_same_tokens_on_every_day(tokenizers, render, clock, kind):
-    before, first, text = render(tokenizers[kind])
+def test_the_same_row_gives_the_same_tokens_on_every_day(tokenizers, prepare, clock, kind):
+    before, first, text = prepare(tokenizers[kind])
     clock(2027, 1, 5)
-    after, second, _ = render(tokenizers[kind])
+    after, second, _ = prepare(tokenizers[kind])
     assert first == second
     assert before.identity["chat_template"] == after.identity["chat_template"]
     assert ("Friday, 26 July 2024 (2024-07-26, 208)" if kind == "marked" else "Today Date: 26 Jul 2024\n") in text
 
 
-def test_options_set_variables_of_the_template_in_samples_and_prompts(tokenizers, render, clock):
-    _, _, text = render(tokenizers["date"], template_options={"date_string": "27 Nov 2026"})
-    assert "Today Date: 27 Nov 2026\n" in text
-    value = "a\"b'c\n{{ x }} %} \\ é🙂"
-    assert f"Today Date: {value}\n" in render(tokenizers["date"], template_options={"date_string": value})[2]
+def test_options_set_variables_of_the_template_in_samples_and_prompts(tokenizers, prepare):
+    for value in ("27 Nov 2026", "a\"b'c\n{{ x }} %} \\ é🙂"):
+        assert f"Today Date: {value}\n" in prepare(tokenizers["date"], template_options={"date_string": value})[2]
     for options, end in ((None, ""), ({"enable_thinking": False}, "<think></think>")):
-        _, _, text = render(tokenizers["switch"], split="predict", template_options=options)
+        _, _, text = prepare(tokenizers["switch"], split="predict", template_options=options)
         assert text.endswith(f"<|im_start|>assistant\n{end}")
 
 
-@pytest.mark.parametrize("kind", ["date", "named"])
-def test_the_saved_tokenizer_renders_the_same_elsewhere_and_may_be_told_otherwise(tokenizers, render, clock, kind):
-    options = {"date_string": "27 Nov 2026"}
-    data, ids, _ = render(tokenizers[kind], template_options=options)
+@pytest.mark.parametrize("kind", ["date", "named", "marked"])
+def test_the_saved_tokenizer_renders_the_same_elsewhere_and_its_date_may_be_set_again(tokenizers, prepare, clock, kind):
+    tokenizer = copy.deepcopy(tokenizers[kind])
+    options = {"date_string": '27 Nov "2026"'}
+    if kind == "marked":
+        tokenizer.chat_template = DATE + tokenizer.chat_template
+        options["strftime_now"] = "2026-11-27"
+    data, ids, text = prepare(tokenizer, template_options=options)
+    assert ("Friday, 27 November 2026" if kind == "marked" else 'Today Date: 27 Nov "2026"\n') in text
     data.tokenizer.save_pretrained("saved")
     clock(2027, 1, 5)
-    plain = AutoTokenizer.from_pretrained("saved")
-    assert plain.apply_chat_template(CONVERSATION, return_dict=False) == ids
-    other = plain.apply_chat_template(CONVERSATION, tokenize=False, date_string="1 Jan 1970")
-    assert "Today Date: 1 Jan 1970\n" in other
-    for same in (None, options):  # as `chat` opens it, and as `evaluate` does with the config of the run
-        again, found, _ = render("saved", template_options=same)
+    assert AutoTokenizer.from_pretrained("saved").apply_chat_template(CONVERSATION, return_dict=False) == ids
+    for same in (None, options):  # as `chat` opens it, and as `fit` and `evaluate` do with the config of the run
+        again, found, _ = prepare("saved", template_options=same)
         assert found == ids
         assert again.identity["chat_template"] == data.identity["chat_template"]
-
-
-def test_the_date_of_a_saved_tokenizer_may_be_set_again_and_to_another(tokenizers, render, clock):
-    options = {"strftime_now": "2026-11-27", "date_string": 'a "word"'}
-    tokenizer = copy.deepcopy(tokenizers["marked"])
-    tokenizer.chat_template = DATE + tokenizer.chat_template
-    data, ids, text = render(tokenizer, template_options=options)
-    assert text.startswith("Friday, 27 November 2026")
-    data.tokenizer.save_pretrained("saved")
-    clock(2027, 1, 5)
-    for same in (None, options):  # as `chat` opens it, and as `fit` does with the config of the run
-        again, found, _ = render("saved", template_options=same)
-        assert found == ids
-        assert again.identity["chat_template"] == data.identity["chat_template"]
+    if kind != "marked":
+        plain = AutoTokenizer.from_pretrained("saved")
+        text = plain.apply_chat_template(CONVERSATION, tokenize=False, date_string="1 Jan 1970")
+        assert "Today Date: 1 Jan 1970\n" in text
+        return
     other = {**options, "strftime_now": "2026-11-28"}
-    again, _, text = render("saved", template_options=other)
+    again, _, text = prepare("saved", template_options=other)
     assert text.startswith("Saturday, 28 November 2026 (2026-11-28, 332)<|im_start|>user")
-    assert again.identity["chat_template"] == render(tokenizer, template_options=other)[0].identity["chat_template"]
+    assert again.identity["chat_template"] == prepare(tokenizer, template_options=other)[0].identity["chat_template"]
 
 
-def test_cached_samples_are_those_of_the_same_options(tokenizers, render):
+def test_cached_samples_are_those_of_the_same_options(tokenizers, prepare):
     one, two = ({"date_string": text} for text in ("1 May 2025", "2 May 2025"))
-    first = render(tokenizers["date"], cache="shared", template_options=one)[1]
-    assert render(tokenizers["date"], cache="shared", template_options=two)[1] != first
-    assert render(tokenizers["date"], cache="shared", template_options=one)[1] == first
+    found = [prepare(tokenizers["date"], cache="shared", template_options=options)[1] for options in (one, two, one)]
+    assert found[0] == found[2] != found[1]
 
 
 @pytest.mark.parametrize(
@@ -411,17 +371,11 @@ def test_cached_samples_are_those_of_the_same_options(tokenizers, render):
     [
         ("switch", {"enable_thinkin": False}, r"'enable_thinkin', its variables: .* Did you mean 'enable_thinking'"),
         ("switch", {"strftime_now": "2026-11-27"}, "has no variable 'strftime_now'"),
-        ("date", {"messages": []}, "has no variable 'messages'"),
-        ("named", {"strftime_now": "27 Nov 2026"}, "must be a date such as 2026-11-27, found '27 Nov 2026'"),
-        *(
-            ("date", {"date_string": value}, r"date_string must be a text, a number, .* found (datetime|\[inf)")
-            for value in (date(2026, 11, 27), [math.inf])
-        ),
         ("date", {"bos_token": ""}, "has no variable 'bos_token', its variables: .*date_string, strftime_now"),
+        ("named", {"strftime_now": "27 Nov 2026"}, "must be a date such as 2026-11-27, found '27 Nov 2026'"),
+        ("date", {"date_string": date(2026, 11, 27)}, "date_string must be a text, a number, .* found datetime"),
     ],
 )
-def test_options_that_no_template_has_or_can_hold_are_refused_by_name(tokenizers, render, kind, options, words):
+def test_options_that_no_template_has_or_can_hold_are_refused_by_name(tokenizers, prepare, kind, options, words):
     with pytest.raises(UserError, match=words):
-        render(tokenizers[kind], template_options=options)
-    with pytest.raises(UserError, match=r"chat_template: chatml has no variable 'x', its variables: none"):
-        render(tokenizers["switch"], chat_template="chatml", template_options={"x": 1})
+        prepare(tokenizers[kind], template_options=options)

@@ -47,7 +47,6 @@ def says(content):
     [
         ({"instruction": "u", "output": "a"}, turns(U, A)),
         ({"instruction": "u", "input": "more", "output": "a"}, turns(("user", "u\n\nmore"), A)),
-        ({"instruction": "", "input": "u", "output": "a"}, turns(U, A)),
         ({"instruction": "u", "output": "a", "history": [["q", "r"]]}, turns(("user", "q"), ("assistant", "r"), U, A)),
         ({"instruction": "u", "output": "a", "history": '[["u", "a"]]'}, turns(U, A, U, A)),
         ({"instruction": "u", "output": "a", "system": "s"}, turns(S, U, A)),
@@ -90,16 +89,13 @@ def test_roles_of_other_names_are_a_setting():
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"messages": []}, "expected a list of messages by the format messages, found []"),
         ({"messages": "text"}, "'messages': not JSON (Expecting value"),
         ({"messages": turns(U, S, A)}, "a system message must come first"),
-        ({"messages": turns(S, A, U)}, "must begin with a user turn, found assistant"),
         ({"messages": turns(S)}, "must begin with a user turn, found none"),
         ({"messages": turns(U, T, A)}, "no assistant message that calls the tool is before it"),
         ({"instruction": "u", "output": "a", "input": 3}, "'input' must be a string, found int"),
         ({"instruction": "u", "output": "a", "history": ["q"]}, "'history' must be a list of [question, answer] pairs"),
         ({"prompt": "u", "completion": turns(A)}, "part 1 of message 2 is"),
-        ({"prompt": turns(U), "completion": "a"}, "'prompt' must be a string, found list"),
     ],
 )
 def test_rows_that_are_none(values, reason):
@@ -138,15 +134,12 @@ def test_what_becomes_of_a_row_does_not_depend_on_the_rows_before_it():
     assert [type(each) for each in expected] == [tuple, Chat, Chat, tuple, Chat, tuple]
     for begin in range(len(all_rows)):
         assert outcomes(RowConverter(RowSettings()), all_rows[begin:]) == expected[begin:]
-        again = RowConverter(RowSettings())
-        again.check(all_rows[1:2])
-        assert outcomes(again, all_rows[begin:]) == expected[begin:]
     assert outcomes(RowConverter(RowSettings()), all_rows[::-1]) == expected[::-1]
     assert whole.formats == ["question_answer", "messages", "alpaca"]
     assert whole.unread_columns == ["note"]
 
 
-def test_a_source_is_refused_if_none_of_its_first_rows_is_recognised():
+def test_a_row_that_fits_no_format_or_two_is_refused_and_a_named_format_reports_what_it_lacks():
     message = refusal({"instuction": "a", "output": "b"})
     assert "a.jsonl:1: no format is recognised by the keys instuction, output; expected instruction + output" in message
     assert "Did you mean 'instruction' by 'instuction'?" in message
@@ -155,11 +148,8 @@ def test_a_source_is_refused_if_none_of_its_first_rows_is_recognised():
     both = {"instruction": "a", "output": "b", "prompt": "a", "completion": "b"}
     assert "a.jsonl:1 fits more than one format, alpaca and prompt_completion: name one" in refusal(both)
     assert convert(both, format="alpaca") == Chat(turns(("user", "a"), ("assistant", "b")))
-
-
-def test_a_named_format_says_what_a_row_lacks():
-    said = "'output' is missing or null (format alpaca, columns instruction)"
-    assert refusal({"instruction": "u"}, format="alpaca") == said
+    lacking = refusal({"instruction": "u"}, format="alpaca")
+    assert lacking == "'output' is missing or null (format alpaca, columns instruction)"
     with pytest.raises(UserError, match=r"found 'alpacca'\. Did you mean 'alpaca'\?"):
         RowConverter(RowSettings("alpacca"))
 
@@ -184,7 +174,6 @@ def test_columns_get_our_names_change_places_or_are_left_out():
             {"qestion": "prompt"},
             "columns: no row has 'qestion', found question, answer, label. Did you mean 'question'",
         ),
-        ({"lable": None}, "Did you mean 'label'?"),
         ({"question": "answer"}, "a.jsonl:1: `columns:` gives two of question, answer, label the same name."),
     ],
 )
@@ -195,10 +184,10 @@ def test_columns_that_make_no_sense(columns, said):
 # Weights
 
 
-@pytest.mark.parametrize(("weight", "read"), [(0.5, 0.5), ("2", 2.0), (0, 0.0), (None, 1.0), ("", 1.0)])
-def test_a_row_may_have_a_weight(weight, read):
-    assert convert({"question": "u", "answer": "a", "weight": weight}) == Chat(turns(U, A), None, read)
-    assert convert({"text": "x", "weight": weight}, format="text").weight == read
+def test_a_row_may_have_a_weight():
+    for weight, read in ((0.5, 0.5), ("2", 2.0), (0, 0.0), (None, 1.0), ("", 1.0)):
+        assert convert({"question": "u", "answer": "a", "weight": weight}) == Chat(turns(U, A), None, read)
+        assert convert({"text": "x", "weight": weight}, format="text").weight == read
 
 
 @pytest.mark.parametrize("weight", [-1, "70 kg", float("nan"), [1]])
@@ -239,7 +228,6 @@ def test_a_function_in_the_current_folder_reads_any_row(function):
     ("body", "reason"),
     [
         ("return row['question']", "cannot be read by the format rows_of_mine.convert: KeyError: 'question'"),
-        ("raise ValueError('two\\n lines ' + 'x' * 10_000)", "ValueError: two lines " + "x" * 290),
         ("return ('a',)", "expected a list of messages by the format rows_of_mine.convert, found ('a',)"),
         ("return [{'role': 'user', 'content': 'u'}]", "no assistant turn, so there is nothing to train on"),
     ],
@@ -260,26 +248,20 @@ def test_a_function_may_return_text_tokens_or_a_chat_with_tools(function):
 # Rows as other people's data sets have them
 
 
+def called(at):
+    return {"id": at, "type": "function", "function": {"name": "sky", "arguments": json.dumps({"at": at})}}
+
+
 OPENAI = {  # of OpenAI's guide to fine-tuning with tools
     "messages": [
         {"role": "developer", "content": "You tell the weather."},
         {"role": "user", "content": [{"type": "text", "text": "Ulm and Rome?"}]},
-        {
-            "role": "assistant",
-            "content": None,
-            "refusal": None,
-            "tool_calls": [
-                {"id": at, "type": "function", "function": {"name": "sky", "arguments": json.dumps({"at": at})}}
-                for at in ("Ulm", "Rome")
-            ],
-        },
+        {"role": "assistant", "content": None, "refusal": None, "tool_calls": [called("Ulm"), called("Rome")]},
         {"role": "tool", "tool_call_id": "Ulm", "content": "rain"},
         {"role": "tool", "tool_call_id": "Rome", "content": "sun"},
         {"role": "assistant", "content": "Rain and sun.", "weight": 1},
     ],
-    "tools": [
-        {"type": "function", "function": {"name": "sky", "parameters": {"type": "object", "properties": {"at": {}}}}}
-    ],
+    "tools": [{"type": "function", "function": {"name": "sky", "parameters": {"type": "object"}}}],
     "parallel_tool_calls": True,
 }
 
@@ -321,7 +303,6 @@ def test_glaive_function_calling():
     assert [tool["function"]["name"] for tool in content.tools] == ["get_exchange_rate", "get_news"]
     assert content.tools[0]["function"]["description"] == "Get {the}\n{rate}"
     plain = {**GLAIVE, "system": "SYSTEM: You are a helpful assistant, with no access to external functions.\n"}
-    assert convert(plain).messages[0]["content"].endswith("with no access to external functions.")
     assert convert(plain).tools is None
     with pytest.raises(RowFault, match="the functions in 'system': not JSON"):
         convert({**GLAIVE, "system": "SYSTEM: Use {these}"})
@@ -341,7 +322,7 @@ def test_segments():
     axolotl = [{"label": False, "text": "Q: "}, {"label": True, "text": "A</s>"}]
     for segments in (ours, axolotl, json.dumps(ours)):
         assert convert({"segments": segments}) == Text((("Q: ", False), ("A</s>", True)), whole=False)
-    for segments in ([], "x", [{"text": "a"}], [{"text": "a", "train": 1}], [{"text": 1, "train": True}], ["a"], 3):
+    for segments in ([], "x", [{"text": "a"}], [{"text": "a", "train": 1}], [{"text": 1, "train": True}]):
         with pytest.raises(RowFault):
             convert({"segments": segments})
 
@@ -360,22 +341,9 @@ def test_tokens():
 # Shapes that are not guessed: the message has the line to paste
 
 
-@pytest.mark.parametrize(
-    ("row", "line", "prompt"),
-    [
-        (  # databricks-dolly-15k
-            {"instruction": "Who?", "context": "Ada wrote it.", "response": "Ada", "category": "closed_qa"},
-            "columns: {context: input, response: output}",
-            "Who?\n\nAda wrote it.",
-        ),
-        (  # OpenOrca
-            {"id": "1", "system_prompt": "Be brief.", "question": "Who?", "response": "Ada"},
-            "columns: {question: instruction, response: output, system_prompt: system}",
-            "Who?",
-        ),
-    ],
-)
-def test_a_row_of_other_names_is_refused_with_the_columns_that_read_it(row, line, prompt):
+def test_a_row_of_other_names_is_refused_with_the_columns_that_read_it():
+    row = {"id": "1", "system_prompt": "Be brief.", "question": "Who?", "response": "Ada"}  # OpenOrca
+    line = "columns: {question: instruction, response: output, system_prompt: system}"
     assert f"`{line}`" in refusal(row)
-    content = convert(row, **yaml.safe_load(line))
-    assert says(content)[-2:] == [("user", prompt), ("assistant", "Ada")]
+    found = says(convert(row, **yaml.safe_load(line)))
+    assert found == [("system", "Be brief."), ("user", "Who?"), ("assistant", "Ada")]

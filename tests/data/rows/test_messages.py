@@ -101,13 +101,9 @@ def test_an_assistant_that_calls_tools_may_say_nothing():
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
-        ("text", "message 2 must have 'role' and 'content', found str"),
-        ({"content": "x"}, "message 2 has the role 'None', expected system, user, assistant, tool"),
         ({"role": "oracle", "content": "x"}, "message 2 has the role 'oracle', expected system, user, assistant, tool"),
         ({"role": "user"}, "the user content of message 2 must be a string, found null"),
-        ({"role": "tool", "content": {"sun": 1}}, "the tool content of message 2 must be a string, found dict"),
         ({**SAID, "content": " \n"}, "the answer (message 2) is empty"),
-        ({**ASKED, "content": []}, "the user content of message 2 must be a string, found list"),
         ({**SAID, "content": "", "reasoning": "Hm."}, "the answer (message 2) is empty"),
         ({**SAID, "content": "a\x00"}, "message 2 contains a NUL character"),
         ({**SAID, "content": "\ud83d"}, "message 2 contains half a character"),
@@ -120,24 +116,19 @@ def test_an_assistant_that_calls_tools_may_say_nothing():
         ({**ASKED, "images": ["a"]}, "message 2 has 'images', which is not read"),
         *(({**SAID, key: 0}, f"has {key!r}, which is not read") for key in ("mask", "loss", "trian", "weights")),
         ({**SAID, "train": "no"}, "'train' of message 2 must be true or false, found 'no'"),
-        ({**SAID, "train": 0}, "'train' of message 2 must be true or false, found 0"),
         ({**SAID, "weight": 0.5}, "'weight' of message 2 must be 0 or 1, found 0.5"),
         ({**SAID, "train": True, "weight": 0}, "'train' and 'weight' of message 2 contradict each other"),
         ({**ASKED, "train": True}, "message 2 (user) has train: True, but only answers are trained"),
         ({**ASKED, "weight": 1}, "message 2 (user) has weight: 1, but only answers are trained"),
         ({**ASKED, "content": [part("x", train=True)]}, "part 1 of message 2 (user) has train: True, but only answers"),
-        ({**SAID, "content": [part("x", train="no")]}, "'train' of part 1 of message 2 must be true or false, found"),
         ({**SAID, "content": [part("x", weight=0.5)]}, "'weight' of part 1 of message 2 must be 0 or 1, found 0.5"),
-        ({**SAID, "content": [part("x"), part("y", loss=False)]}, "part 2 of message 2 has 'loss', which is not read"),
         ({**SAID, "content": [part("x", mask=1)]}, "part 1 of message 2 has 'mask', which is not read"),
-        ({"role": "tool", "content": "x", "name": 1}, "'name' of message 2 must be a string, found int"),
         ({"from": "function_call", "value": "sky()"}, "message 2 (function_call): not JSON (Expecting value"),
         ({**SAID, "tool_calls": "sky"}, "the tool_calls of message 2 must be a list, found str"),
         ({**SAID, "tool_calls": [{"arguments": {}}]}, "tool call 1 of message 2 must be a function with a 'name'"),
         ({**SAID, "tool_calls": [{"name": "sky", "arguments": "[]"}]}, "must be an object, or a JSON string of one"),
         ({**SAID, "tool_calls": [{"name": "sky", "arguments": "at"}]}, "arguments of tool call 1 of message 2: not JS"),
         ({**SAID, "tool_calls": [{"name": "f", "arguments": {"at": "\ud83d"}}]}, "contains half a character"),
-        ({**SAID, "tool_calls": [{"name": "f", "arguments": {}, "id": 1}]}, "id of tool call 1 of message 2 must be a"),
     ],
 )
 def test_messages_that_cannot_be_used(message, reason):
@@ -151,6 +142,11 @@ def test_messages_that_cannot_be_used(message, reason):
 )
 def test_tools_are_schemas_as_openai_has_them_or_functions_alone_or_either_as_json(tools):
     assert convert(ASKED, SAID, tools=tools).tools == [SCHEMA]
+
+
+@pytest.mark.parametrize("tools", [None, [], "", "[]"])
+def test_a_row_without_tools_has_none(tools):
+    assert convert(ASKED, SAID, tools=tools).tools is None
 
 
 @pytest.mark.parametrize("key", ["messages", "conversations"])
@@ -168,11 +164,6 @@ def test_functions_of_openais_older_calls_are_tools(key, functions):
         convert(ASKED, SAID, tools=[SCHEMA], functions=[{"name": "sea"}])
 
 
-@pytest.mark.parametrize("tools", [None, [], "", "[]"])
-def test_a_row_without_tools_has_none(tools):
-    assert convert(ASKED, SAID, tools=tools).tools is None
-
-
 @pytest.mark.parametrize(
     ("tools", "reason"),
     [
@@ -180,7 +171,6 @@ def test_a_row_without_tools_has_none(tools):
         ("[" * 200_000, "'tools': not JSON"),
         ({"name": "sky"}, "'tools' must be a list of JSON schemas, found dict"),
         ([SCHEMA, {"function": {"name": 1}}], "tool 2 must be a function with a 'name'"),
-        ([{"type": "web_search", "name": "sky"}], "tool 1 must be a function with a 'name'"),
         ([{"name": "sky", "description": "\x00"}], "tool 1 contains a NUL character"),
     ],
 )

@@ -93,8 +93,9 @@ def check_every_position(found):
     return everything
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zst"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "suffix"), [(kind, "") for kind in KINDS] + [(".jsonl", each) for each in (".gz", ".bz2", ".xz", ".zst")]
+)
 def test_every_kind_is_read_and_taken_up_again_at_every_row(kind, suffix):
     Path(f"a{kind}{suffix}").write_bytes(compress(content(kind), suffix))
     rows = check_every_position(source(f"a{kind}{suffix}"))
@@ -116,15 +117,13 @@ def test_a_folder_is_taken_up_again_at_every_row_and_by_rows_of_all_files():
 
 
 def test_a_url_is_read_as_a_file_is():
-    for kind in KINDS:
+    for kind in (".jsonl", ".csv", ".parquet"):
         with fsspec.open(f"memory://files/a{kind}.gz", "wb") as file:
             file.write(gzip.compress(content(kind)))
-        by_name = source(f"memory://files/a{kind}.gz")
-        assert by_name.is_remote
-        rows = check_every_position(by_name)
+        rows = check_every_position(source(f"memory://files/a{kind}.gz"))
         assert [row.values for row in rows if isinstance(row, Row)] == ROWS
         assert len(list(RowReader(source(f"memory://files/*{kind}.gz")))) == len(rows)
-    assert len(list(RowReader(source("memory://files")))) == 6 * 7 + 4
+    assert len(list(RowReader(source("memory://files")))) == 3 * 7 + 2
     with pytest.raises(UserError, match=r"memory://nowhere/a.jsonl cannot be read"):
         values("memory://nowhere/a.jsonl")
 
@@ -189,19 +188,19 @@ def test_an_array_is_refused_as_a_whole(text, said, monkeypatch):
     assert said in refusal(text, "a.json")
 
 
-@pytest.mark.parametrize("begin", ["", "\ufeff\n"])
 @pytest.mark.parametrize(
     "text",
     [
         '{"x": {"0": "a", "1": "b"}, "y": {"0": "c", "1": "d"}}',  # as DataFrame.to_json() writes it
-        '{"x": {"17": "a"}, "y": {"17": "c"}}',  # likewise, of some rows
         json.dumps({"x": "a", "y": "b"}, indent=2),
         '{ "x": "a",\n  "y": "b" }\n{ "x": "c",\n  "y": "d" }\n',
         '{"data": [\n{"x": "a"},\n{"x": "b"}]}',
     ],
 )
-def test_a_table_and_objects_over_several_lines_are_refused_as_a_whole(text, begin):
-    assert "a.json: expected one JSON object per line or an array of objects, found" in refusal(begin + text, "a.json")
+def test_a_table_and_objects_over_several_lines_are_refused_as_a_whole(text):
+    for begin in ("", "\ufeff\n"):
+        found = refusal(begin + text, "a.json")
+        assert "a.json: expected one JSON object per line or an array of objects, found" in found
     assert read('{"x": {"a": "0"}, "y": {}}\n{\n') == [  # nested rows, and a bad line behind the first
         (1, {"x": {"a": "0"}, "y": {}}),
         ("a.jsonl:2", "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
@@ -220,13 +219,10 @@ def test_quoted_fields_over_several_lines_and_blank_lines():
     ]
 
 
-@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
-def test_the_delimiter_is_that_of_the_header(mark):
-    text = f'question{mark}answer\n"Why, oh; why{mark}"{mark}So.\n'
-    assert read(text, "a.csv") == [(2, {"question": f"Why, oh; why{mark}", "answer": "So."})]
-
-
-def test_a_delimiter_can_be_named():
+def test_the_delimiter_is_that_of_the_header_or_named():
+    for mark in (",", ";", "\t", "|"):
+        text = f'question{mark}answer\n"Why, oh; why{mark}"{mark}So.\n'
+        assert read(text, "a.csv") == [(2, {"question": f"Why, oh; why{mark}", "answer": "So."})]
     assert read("x, y~z\n1~2\n", "a.csv", delimiter="~") == [(2, {"x, y": "1", "z": "2"})]
     assert read("x,y\tz\n1\t2\n", "b.csv", delimiter="\\t") == [(2, {"x,y": "1", "z": "2"})]
 
@@ -264,8 +260,7 @@ def test_of_columns_without_a_name_only_the_index_that_pandas_writes_may_hold_an
 # Encodings, tables, memory, the whole
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+@pytest.mark.parametrize(("name", "encoding"), [("a.jsonl", "latin-1"), ("a.json", "utf-16"), ("a.csv", "utf-16")])
 def test_an_encoding_can_be_named(name, encoding):
     rows = [{"x": "é" * number, "y": "Ä,\n"} for number in range(1, 5)]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
@@ -288,23 +283,18 @@ def test_keys_that_arrow_fills_in_are_left_out():
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv", "a.parquet"])
 def test_memory_does_not_grow_with_the_file(name):
-    row = {"x": "y" * 100_000}
-    text = "\n".join(["x", *[row["x"]] * 300] if name == "a.csv" else [json.dumps(row)] * 300)
+    row = {"x": "y" * 10_000}
+    text = "\n".join(["x", *[row["x"]] * 1000] if name == "a.csv" else [json.dumps(row)] * 1000)
     if name == "a.parquet":
-        pq.write_table(pa.Table.from_pylist([row] * 300), name, compression="none", row_group_size=10)
+        pq.write_table(pa.Table.from_pylist([row] * 1000), name, compression="none", row_group_size=100)
     else:
         Path(name).write_bytes(compress(text.encode(), ".gz" if name.endswith(".gz") else ""))
     del text
     tracemalloc.start()
-    assert sum(found.values["x"] == row["x"] for found in RowReader(source(name))) == 300  # 30 MB
+    assert sum(found.values["x"] == row["x"] for found in RowReader(source(name))) == 1000  # 10 MB
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < (30_000_000 if name == "a.parquet" else 6_000_000)
-
-
-@pytest.mark.parametrize(("name", "text"), [("a.jsonl", "\n \n"), ("a.json", "[ ]"), ("a.csv", "x,y\n\n")])
-def test_a_source_without_rows_is_refused(name, text):
-    assert f"{name} is empty: it holds no rows" in refusal(text, name)
+    assert peak < 6_000_000
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.parquet"])
@@ -338,7 +328,7 @@ def hub(tmp_path, monkeypatch):
     # The environment may have been read before the session's fixture set it.
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    rows = [{"x": f"row {number}", "messages": [{"role": "user", "content": "é"}]} for number in range(600)]
+    rows = [{"x": f"row {number}", "messages": [{"role": "user", "content": "é"}]} for number in range(300)]
     Path("org/data").mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), "org/data/train-0.parquet")
     pq.write_table(pa.Table.from_pylist(rows[:2]), "org/data/test-0.parquet")
@@ -353,16 +343,16 @@ def test_rows_of_the_hub_are_numbered_and_taken_up_again(hub, streaming):
     rows = list(RowReader(found))
     assert [row.values for row in rows] == hub
     assert rows[16].where == "org/data:17"
-    for count in (0, 1, 255, 256, 257, 599, 600):
+    for count in (0, 1, 255, 256, 257, 300):
         reader = RowReader(found)
         begin = list(itertools.islice(reader, count))
         assert begin + list(RowReader(found, reader.position())) == rows
 
 
 def test_a_split_of_the_hub_a_slice_of_one_named_files_and_the_first_rows_are_read(hub):
-    assert len(list(RowReader(Source("org/data", split="train[:10%]")))) == 60
+    assert len(list(RowReader(Source("org/data", split="train[:10%]")))) == 30
     assert len(list(RowReader(Source("org/data", split="train", data_files="test-0.parquet")))) == 2
-    assert len(list(RowReader(Source("org/data", split="train", rows=300)))) == 300
+    assert len(list(RowReader(Source("org/data", split="train", rows=270)))) == 270
     with pytest.raises(UserError, match=r"^data set org/data cannot be read from the Hugging Face hub: Unknown split"):
         list(RowReader(Source("org/data", split="validation")))
     before = fingerprint(Source("org/data", split="train"))

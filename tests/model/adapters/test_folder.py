@@ -83,7 +83,7 @@ def run_snippet(snippet, place):
     return torch.load(place, weights_only=True)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
 def test_plain_peft_computes_the_same_logits_by_the_lines_of_the_card(tiny_base, tmp_path, quantization):
     model = make_adapter(tmp_path, tiny_base, quantization, std=0.1)
     snippet = loading_snippet(tmp_path, read_identity(tmp_path))
@@ -277,7 +277,6 @@ def with_tensors(change):
         (with_tensors(lambda found, name: found.update(more=torch.ones(1))), "0 tensors are missing in it and 1 are"),
         (with_tensors(lambda found, name: found.update({name: torch.ones(3, 128)})), r"has shape \(3, 128\) there"),
         (with_tensors(lambda found, name: found[name][0].fill_(torch.nan)), "is damaged: 128 of 512 values of .* are"),
-        (with_tensors(lambda found, name: found[name][0].fill_(-torch.inf)), "are NaN or infinite"),
     ],
 )
 def test_of_tensors_that_are_damaged_or_do_not_fit_none_is_loaded(folder, made, damage, sentence):

@@ -39,15 +39,16 @@ def dense(module):
     return module.weight.float()
 
 
-@pytest.mark.parametrize("cache", [False, True], ids=["quantized again", "cached"])
 @pytest.mark.parametrize(
-    ("quantization", "double_quant", "dtype"),
+    ("quantization", "double_quant", "dtype", "cache"),
     [
-        ("nf4", True, torch.bfloat16),
-        ("nf4", False, torch.float32),
-        ("fp4", True, torch.float32),
-        ("int8", True, torch.bfloat16),
-        ("none", True, torch.bfloat16),
+        ("nf4", True, torch.bfloat16, True),
+        ("nf4", True, torch.bfloat16, False),  # quantized again
+        ("nf4", False, torch.float32, True),
+        ("fp4", True, torch.float32, True),
+        ("int8", True, torch.bfloat16, True),
+        ("int8", True, torch.bfloat16, False),
+        ("none", True, torch.bfloat16, True),
     ],
 )
 def test_weights_are_those_that_a_loaded_base_computes_with(

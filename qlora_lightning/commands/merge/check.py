@@ -22,7 +22,7 @@ from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.commands.training import open_run
 from qlora_lightning.data.batches.collate import collate_rows
 from qlora_lightning.data.samples import SampleSet
-from qlora_lightning.evaluation.judge import steps_bar
+from qlora_lightning.evaluation.rows import steps_bar
 from qlora_lightning.model.build import meta_base
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.opened_adapter import AdapterSource

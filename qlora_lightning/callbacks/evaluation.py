@@ -18,10 +18,12 @@ from qlora_lightning.evaluation.rows import (
     limit_batches,
     read_rows,
 )
-from qlora_lightning.evaluation.scores import SCORES, check_scores
+from qlora_lightning.evaluation.scores import SCORES, check_scores, choose_scores
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import write_whole
 from qlora_lightning.support.trainer import gather_lists, is_trial_run
+
+_FEWEST_NEW_TOKENS, _MOST_NEW_TOKENS = 32, 512
 
 
 class Evaluation(Callback):
@@ -85,10 +87,14 @@ class Evaluation(Callback):
             rows: Those of this process that are to be answered.
         """
         asked = gather_lists(trainer, [row for row in rows if row.prompt is not None])
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         if not asked or not getattr(data, "tokenizer", None) or not getattr(data, "stop_ids", None):
             return None
-        return AnswerSettings.choose(asked, data, self.scores, self.max_new_tokens, self.batch_size)
+        texts = data.tokenizer.batch_decode([row.expected for row in asked], skip_special_tokens=True)
+        scores = choose_scores([text.strip() for text in texts], self.scores)
+        twice = 2 * max(len(row.expected) for row in asked)
+        limit = self.max_new_tokens or min(max(twice, _FEWEST_NEW_TOKENS), _MOST_NEW_TOKENS)
+        return AnswerSettings(data.tokenizer, list(data.stop_ids), scores, limit, self.batch_size)
 
     # ---- during validation -----------------------------------------------------------------------------------------
 

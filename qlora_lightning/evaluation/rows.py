@@ -12,14 +12,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qlora_lightning.evaluation.comparison import BASE, Answer, RowResult
-from qlora_lightning.evaluation.scores import SCORES, choose_scores
+from qlora_lightning.evaluation.scores import SCORES
 from qlora_lightning.model.adapters.lora import without_adapters
 from qlora_lightning.model.batch import cut_into_rows, is_flat
 from qlora_lightning.model.generate import dense_weights
 from qlora_lightning.model.layout import IGNORED, next_labels
 from qlora_lightning.model.loss import LossSums, head_loss
 
-_MOST_NEW_TOKENS, _FEWEST_NEW_TOKENS = 512, 32
 Watch = Callable[[int], None]
 """Called with the number of losses or answers that are done now."""
 
@@ -93,30 +92,6 @@ class AnswerSettings:
     scores: list[str]
     max_new_tokens: int
     batch_size: int
-
-    @classmethod
-    def choose(
-        cls,
-        rows: Sequence[EvaluationRow],
-        data: Any,
-        scores: str | Sequence[str] = "auto",
-        max_new_tokens: int | None = None,
-        batch_size: int = 64,
-    ) -> "AnswerSettings":
-        """Choose what the user left open by the answers that the rows hold.
-
-        Args:
-            rows: To answer.
-            data: A data module: its ``tokenizer`` and ``stop_ids`` are used.
-            scores: See :func:`~qlora_lightning.evaluation.scores.choose_scores`.
-            max_new_tokens: ``None``: twice the longest expected answer, from 32 to 512.
-            batch_size: Rows that are answered together, at most.
-        """
-        texts = data.tokenizer.batch_decode([row.expected for row in rows], skip_special_tokens=True)
-        twice = 2 * max(len(row.expected) for row in rows)
-        limit = max_new_tokens or min(max(twice, _FEWEST_NEW_TOKENS), _MOST_NEW_TOKENS)
-        chosen = choose_scores([text.strip() for text in texts], scores)
-        return cls(data.tokenizer, list(data.stop_ids), chosen, limit, batch_size)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of an answer, without control tokens and space around it."""
@@ -212,7 +187,7 @@ def answer_rows(
     found = module.answer(prompts, settings.stop_ids, limit, batch_size=settings.batch_size, watch=watch)
     for row, ids in zip(rows, found, strict=True):
         text, expected = settings.decode(ids), settings.decode(row.expected)
-        scores = {name: SCORES[name].score(text, expected) for name in settings.scores}
+        scores = {name: SCORES[name](text, expected) for name in settings.scores}
         answers.append(Answer(text, len(ids), len(ids) < limit, scores))
     return answers
 

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any
 
 from qlora_lightning.support.errors import UserError
 
@@ -12,20 +12,6 @@ MARK = "####"  # before GSM8K's final number
 # A minus after a digit or a bracket subtracts, and is no sign.
 _NUMBER = re.compile(r"(?:(?<![\d)])-\s?)?\$?\d[\d,]*(?:\.\d+)?")
 _NAMES = {"rouge_l": "ROUGE-L", "chrf": "chrF++", "json_f1": "JSON field F1", "json_valid": "valid JSON"}
-
-
-class Score(NamedTuple):
-    """How an answer is scored.
-
-    Attributes:
-        score: Maps answer and reference, without space around them, to a number from 0 to 1; 1 is best.
-        applies: Whether a reference can be scored against.
-        needs: What such a reference is, in words.
-    """
-
-    score: Callable[[str, str], float]
-    applies: Callable[[str], bool] = lambda reference: True
-    needs: str = "any text"
 
 
 def exact_match(answer: str, expected: str) -> float:
@@ -110,21 +96,19 @@ def chrf(answer: str, expected: str) -> float:
     return float(score)
 
 
-def _is_json(reference: str) -> bool:
-    return parse_json(reference) is not None
-
-
-def _has_number(reference: str) -> bool:
-    return find_number(reference) is not None
-
-
-SCORES: dict[str, Score] = {
-    "exact_match": Score(exact_match),
-    "json_valid": Score(json_valid, _is_json, "JSON objects or arrays"),
-    "json_f1": Score(json_f1, _is_json, "JSON objects or arrays"),
-    "numeric_match": Score(numeric_match, _has_number, f"answers with a number, such as `{MARK} 18`"),
-    "rouge_l": Score(rouge_l),
-    "chrf": Score(chrf),
+SCORES: dict[str, Callable[[str, str], float]] = {
+    "exact_match": exact_match,
+    "json_valid": json_valid,
+    "json_f1": json_f1,
+    "numeric_match": numeric_match,
+    "rouge_l": rouge_l,
+    "chrf": chrf,
+}
+"""Each maps an answer and the expected one, without space around them, to a number from 0 to 1; 1 is best."""
+_NEEDS = {  # without which no answer could be right
+    "json_valid": "JSON objects or arrays",
+    "json_f1": "JSON objects or arrays",
+    "numeric_match": f"answers with a number, such as `{MARK} 18`",
 }
 
 
@@ -147,15 +131,15 @@ def choose_scores(references: Sequence[str], named: str | Sequence[str] = "auto"
         UserError: A named score does not apply to a reference.
     """
     if named == "auto":
-        if all(map(_is_json, references)):
+        if all(parse_json(text) is not None for text in references):
             return ["exact_match", "json_valid", "json_f1"]
         if all(MARK in text for text in references):
             return ["numeric_match", "rouge_l"]
         return ["exact_match", "rouge_l", "chrf"]
-    for name in _as_list(named):
-        wrong = next((text for text in references if not SCORES[name].applies(text)), None)
+    for name in _NEEDS.keys() & _as_list(named):
+        wrong = next((text for text in references if not SCORES[name](text, text)), None)
         if wrong is not None:
-            raise UserError(f"The score {name} needs {SCORES[name].needs}, but a row answers {wrong[:80]!r}.")
+            raise UserError(f"The score {name} needs {_NEEDS[name]}, but a row answers {wrong[:80]!r}.")
     return _as_list(named)
 
 

@@ -94,17 +94,8 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution_for_many_rows
 class Letters:
     """A tokenizer of which the ids are code points; 0 is the stop token."""
 
-    stop_ids = (0,)
-
-    @property
-    def tokenizer(self):
-        return self
-
     def decode(self, ids, skip_special_tokens=False):
         return "".join(chr(number) if number else ("" if skip_special_tokens else "<stop>") for number in ids)
-
-    def batch_decode(self, rows, **options):
-        return [self.decode(ids, **options) for ids in rows]
 
 
 def ids(text):
@@ -121,7 +112,7 @@ ROWS = [
 def comparison():
     base = [result(loss=2.0, answer="no", exact_match=0.0, stopped=False), result(loss=1.0)]
     adapter = [result(loss=1.0, answer="ho", exact_match=1.0), result(loss=1.0)]
-    settings = AnswerSettings.choose(ROWS[:1], Letters(), ["exact_match"], 5)
+    settings = AnswerSettings(Letters(), [0], ["exact_match"], 5, 1)
     return Comparison(ROWS, {"base": base, "adapter": adapter}, settings)
 
 

@@ -1,11 +1,12 @@
 """Rows have the losses and answers that they have alone, whatever batch they come in."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from qlora_lightning import InstructionDataModule, LossSums, QLoRAModule
+from qlora_lightning import Evaluation, InstructionDataModule, LossSums, QLoRAModule
 from qlora_lightning.evaluation.rows import (
     AnswerSettings,
     evaluate_rows,
@@ -96,7 +97,7 @@ def test_losses_of_rows_add_up_to_the_loss_of_the_validation(module, batches):
 @pytest.mark.parametrize("training", [True, False])
 def test_the_first_rows_are_answered_from_their_prompts_and_scored(module, data, batches, training):
     rows = [row for batch in batches for row in read_rows(batch)]
-    settings = AnswerSettings.choose(rows, data, ["exact_match", "chrf"], max_new_tokens=3)
+    settings = AnswerSettings(data.tokenizer, data.stop_ids, ["exact_match", "chrf"], 3, 64)
     module.train(training)
     results = evaluate_rows(module, batches, rows[:2], settings)
     assert {part.training for part in module.modules()} == {training}
@@ -125,7 +126,8 @@ def test_rows_are_read_from_a_batch_without_fillers():
 @pytest.mark.parametrize(("length", "limit"), [(3, 32), (40, 80), (900, 512)])
 def test_an_answer_is_cut_at_twice_the_longest_expected_one_within_bounds(data, length, limit):
     rows = read_rows(collate(([1] * (length + 2), [NO] * 2 + [1] * length, 0)))
-    assert AnswerSettings.choose(rows, data).max_new_tokens == limit
+    settings = Evaluation().choose_settings(SimpleNamespace(world_size=1, datamodule=data), rows)
+    assert settings.max_new_tokens == limit
 
 
 @pytest.mark.parametrize(("limit", "count"), [(1.0, 10), (1, 1), (0.5, 5), (0, 0), (20, 10)])

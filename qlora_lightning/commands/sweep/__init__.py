@@ -89,37 +89,30 @@ def main(argv: Sequence[str]) -> int:
 def _run(sweep: Sweep, arguments: Sequence[str]) -> dict[str, Any]:
     """Train and compare trials until the sweep is done; return its figures."""
     with quick_imports():  # here, so that --help and mistakes answer at once
-        from qlora_lightning.commands.sweep.results import (
-            Trial,
-            check_same_rows,
-            choose,
-            is_done,
-            print_table,
-            write_results,
-        )
+        from qlora_lightning.commands.sweep import results
         from qlora_lightning.commands.sweep.trial import run_trial
 
-    trials, cli = list[Trial](), None
+    trials, cli = list[results.Trial](), None
     try:
-        while not is_done(sweep, trials):
+        while not results.is_done(sweep, trials):
             with contextlib.ExitStack() as quiet:
                 if trials:  # the first has reported base and data for all
                     quiet.enter_context(quiet_lightning())
                     quiet.enter_context(brief())
                 cli = run_trial(arguments, sweep, sweep.values[len(trials)], cli.spare if cli else None)
             trials.append(cli.trial)
-            check_same_rows(trials)
+            results.check_same_rows(trials)
             say(f"{sweep.name} {cli.trial.value}: val_loss {cli.trial.loss:.4f}")
     except (UserError, TrainingStopped, KeyboardInterrupt) as stop:
         if trials:
-            print_table(sweep, trials)
+            results.print_table(sweep, trials)
         if not isinstance(stop, UserError):
             say("The same command continues the sweep: finished trials count, this one is resumed.")
         raise
     assert cli is not None
-    chosen, why = choose(sweep, trials)
-    summary = write_results(cli.folder, cli.run_folder, sweep, trials, chosen, why)
-    print_table(sweep, trials)
+    chosen, why = results.choose(sweep, trials)
+    summary = results.write_results(cli.folder, cli.run_folder, sweep, trials, chosen, why)
+    results.print_table(sweep, trials)
     say(f"Chosen: {sweep.name} {chosen.value}. {why}")
     say(f"Its adapter: {cli.folder / chosen.folder / 'adapter'}")
     say(f"Its config: {cli.folder / 'chosen.yaml'}")

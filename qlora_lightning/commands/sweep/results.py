@@ -69,10 +69,8 @@ def measure_gain(before: Trial, after: Trial) -> Interval:
     Efron and Tibshirani 1993, chapter 13. The interval says what other validation rows would do, not what another seed
     of the training would.
     """
-    rows = {
-        name: list(zip(each.nll, each.tokens, strict=True)) for name, each in (("after", after), ("before", before))
-    }
-    return measure("loss", rows).differences["before"]
+    earlier, later = (list(zip(each.nll, each.tokens, strict=True)) for each in (before, after))
+    return measure("loss", {"after": later, "before": earlier}).differences["before"]
 
 
 def find_gains(sweep: Sweep, trials: Sequence[Trial]) -> list[Interval | None]:
@@ -110,7 +108,7 @@ def choose(sweep: Sweep, trials: Sequence[Trial]) -> tuple[Trial, str]:
     names = ", ".join(str(trial.value) for trial in near)
     return (
         chosen,
-        f"Within noise of the lowest loss: {names}. Of these it has the fewest parameters or the lowest loss.",
+        f"Within noise of the lowest loss: {names}. It has the fewest parameters, or of equals the lowest loss.",
     )
 
 
@@ -144,16 +142,7 @@ def _compared_with(sweep: Sweep) -> str:
 def write_results(
     folder: Path, run_folder: Path, sweep: Sweep, trials: Sequence[Trial], chosen: Trial, why: str
 ) -> dict[str, Any]:
-    """Write ``sweep.json``, ``sweep.png`` and ``chosen.yaml`` into the sweep's folder; return all figures.
-
-    Args:
-        folder: The sweep's folder, in which the trials' folders are.
-        run_folder: Run folder of the chosen config.
-        sweep: What was varied.
-        trials: In their order.
-        chosen: One of them.
-        why: Reason of the choice.
-    """
+    """Write ``sweep.json``, ``sweep.png`` and ``chosen.yaml`` into the sweep's folder; return all figures."""
     names = ("value", "folder", "parameters", "steps", "seconds")
     summary = {
         "setting": f"model.{sweep.setting}",
@@ -184,7 +173,7 @@ def _draw(sweep: Sweep, trials: Sequence[Trial], chosen: Trial) -> bytes:
     axes, blue = figure.subplots(), "#2a6fb0"
     axes.plot(range(len(trials)), [trial.loss for trial in trials], color="#888888", linewidth=1)
     for place, (trial, gain) in enumerate(zip(trials, find_gains(sweep, trials), strict=True)):
-        reach = None if gain is None else [[gain.high - gain.value], [gain.value - gain.low]]
+        reach = None if gain is None else [[max(0.0, gain.high - gain.value)], [max(0.0, gain.value - gain.low)]]
         filled = blue if trial is chosen else "white"
         axes.errorbar(place, trial.loss, yerr=reach, fmt="o", color=blue, markerfacecolor=filled, markersize=8)
     axes.set_xticks(range(len(trials)), [str(trial.value) for trial in trials])

@@ -39,14 +39,7 @@ _FILE, _VERSION = "trial.json", 2
 
 
 def run_trial(arguments: Sequence[str], sweep: Sweep, value: Any, spare: QLoRAModel | None) -> "TrialCLI":
-    """Train and evaluate one trial, or read it.
-
-    Args:
-        arguments: Options of ``fit``.
-        sweep: What is varied.
-        value: Value of this trial.
-        spare: The model of the trial before.
-    """
+    """Train and evaluate one trial, or read it; ``arguments`` are options of ``fit``."""
     done: list[TrialCLI] = []
 
     def cli(*args: Any, **kwargs: Any) -> None:
@@ -59,18 +52,11 @@ def run_trial(arguments: Sequence[str], sweep: Sweep, value: Any, spare: QLoRAMo
 class TrialCLI(QLoRACLI):
     """``fit`` of one value; if its folder holds the finished trial, that is read instead.
 
-    Args:
-        args: Arguments of LightningCLI.
-        sweep: What is varied.
-        value: Value of this trial.
-        spare: The model of the trial before, whose base is used again.
-        kwargs: Arguments of LightningCLI.
-
     Attributes:
-        trial: The result; ``None`` until there is one.
+        trial: The result, when there is one.
+        run_folder: The run folder in which the sweep's is.
         folder: The sweep's own folder.
-        run_folder: The one around it.
-        spare: The model of this trial, or of the one before if this one was only read.
+        spare: The model of this trial, or of the one before if this one was only read: the next uses its base again.
     """
 
     trial: Trial

@@ -284,12 +284,3 @@ def test_what_cannot_be_swept_is_rejected_in_a_sentence(arguments, words, folder
     assert words in out
     assert len([line for line in out.splitlines() if line.startswith("qlora-lightning: ")]) == 1
     assert not list(folder.glob("run/*/*/adapter"))
-
-
-@pytest.mark.slow
-def test_names_with_brackets_are_shown_as_they_are(sweep):
-    one = ("--trainer.max_steps", 1, "--trainer.default_root_dir", "[/b]")
-    said = sweep("--target-modules", ".*[qk]_proj,v_proj", *one)
-    assert "[/b]/sweep-target-modules/" in said
-    assert "│ .*[qk]_proj" in said
-    assert "target modules .*[qk]_proj" in said

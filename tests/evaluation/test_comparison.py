@@ -175,7 +175,6 @@ def test_the_last_turn_is_between_the_last_two_stop_tokens():
         ((0.98, 0.93, 0.994), {"percent": True, "sign": "+"}, "+98.0 [93.0, 99.4]"),
         ((-2.0981, -2.2, -2.01), {"percent": False, "sign": "+"}, "-2.098 [-2.200, -2.010]"),
         ((0.0104, 0.008, 0.013), {"percent": False}, "0.0104 [0.0080, 0.0130]"),
-        ((88.25, 80.0, 96.0), {"percent": False}, "88.2 [80.0, 96.0]"),
         ((math.nan, math.nan, math.nan), {"percent": True}, "–"),
         ((2.0981, math.nan, math.nan), {"percent": False}, "2.098"),
         ((12345.678, 9876.5, 23456.0), {"percent": False}, "12,345.7 [9,876.5, 23,456.0]"),

@@ -90,7 +90,7 @@ def test_an_adapter_that_does_not_fit_what_is_built_is_rejected(run):
     ("arguments", "words"),
     [
         (["--ranks", "2,4"], "A trial of model.rank 2 would train rank 4: build_model of Own"),
-        (["--target-modules", "attention,mlp"], "A trial of model.target_modules attention would train adapters on"),
+        (["--target-modules", "attention,mlp"], "A trial of model.target_modules attention would train target modules"),
     ],
 )
 def test_a_sweep_rejects_a_trial_that_would_train_something_else(arguments, words, run, tmp_path):

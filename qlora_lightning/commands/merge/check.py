@@ -17,7 +17,7 @@ from qlora_lightning.commands.adapter_config import add_config
 from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.commands.training import open_run
 from qlora_lightning.data.batches.collate import collate_rows
-from qlora_lightning.evaluation.judge import steps_bar
+from qlora_lightning.evaluation.rows import steps_bar
 from qlora_lightning.model.build import meta_base
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.weights.base import OriginalWeights, Weights

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from qlora_lightning.callbacks.run_report import planned_steps
 from qlora_lightning.support.console import drop_lost_output
+from qlora_lightning.support.versions import PEAK_NAMES
 
 # metric: (in the bar, in a line of a log); the most important first, for a narrow terminal cuts the last ones
 _FORMATS = {
@@ -21,8 +22,7 @@ _FORMATS = {
     "val_loss": ("val {:.3f}", "val_loss {:.4f}"),
     "learning_rate": ("lr {:.1e}", "learning rate {:.3g}"),
     "tokens_per_second": ("{:.0f} tok/s", "{:,.0f} tokens/s"),
-    "peak_rss_gib": ("{:.2f} GiB", "{:.2f} GiB"),
-    "memory_peak_gib": ("{:.2f} GiB", "{:.2f} GiB"),
+    **dict.fromkeys(PEAK_NAMES.values(), ("{:.2f} GiB", "{:.2f} GiB")),
 }
 
 

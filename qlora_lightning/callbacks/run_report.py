@@ -30,13 +30,13 @@ from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.adapters.update_norms import measure_updates
 from qlora_lightning.model.checkpoint.format import plain_settings
 from qlora_lightning.model.checkpoint.setting_changes import trainer_settings
-from qlora_lightning.model.device import device_memory_gib, read_peak_gib
+from qlora_lightning.model.device import device_memory_gib, name_of_peak, read_peak_gib
 from qlora_lightning.model.summary import count_parameters
 from qlora_lightning.report.page import write_run_page
 from qlora_lightning.report.run import read_manifest, read_metrics, write_manifest
 from qlora_lightning.support.console import describe, say
 from qlora_lightning.support.errors import TrainingStopped, UserError
-from qlora_lightning.support.trainer import callbacks_of, is_trial_run
+from qlora_lightning.support.trainer import callbacks_of, find_callback, is_trial_run
 
 _PACKAGES = (
     *("qlora-lightning", "torch", "lightning", "transformers", "peft", "bitsandbytes", "tokenizers", "datasets"),
@@ -155,7 +155,8 @@ class RunReport(Callback):
         life |= {"ended": _now(), "seconds": time.perf_counter() - self._began, "status": status, "error": error}
         life["to_step"] = trainer.global_step
         planned = facts.get("planned_steps")
-        speed, saved = _find(trainer, ThroughputMonitor), _find(trainer, AdapterCheckpoint)
+        speed: Any = find_callback(trainer, ThroughputMonitor)
+        saved: Any = find_callback(trainer, AdapterCheckpoint)
         counts = speed is not None and speed.enabled
         best = saved.best[0] if saved and saved.best else None
         again = ["qlora-lightning", "fit", "--config", str(folder / "config.yaml")]
@@ -241,7 +242,7 @@ class RunWarnings:
 
 def note_warning(trainer: Trainer, text: str) -> None:
     """Add a warning that was printed to the report of the run, if there is one."""
-    report = _find(trainer, RunReport)
+    report = find_callback(trainer, RunReport)
     if report is not None:
         report.warnings.note(text)
 
@@ -339,7 +340,7 @@ def _git_state() -> dict[str, Any] | None:
 def _peaks(trainer: Trainer, ended: bool) -> dict[str, float]:
     """Return the highest of what was logged, of the whole run if it has ended, and of this process as it is now."""
     device = trainer.strategy.root_device
-    name = "memory_peak_gib" if device.type == "cuda" else "peak_rss_gib"  # the former is reset at each logging
+    name = name_of_peak(device)  # on CUDA it is reset at each logging
     metrics = read_metrics(Path(trainer.default_root_dir) / "metrics.csv") if ended else {}
     logged = {
         column: max(value for _, value in points)
@@ -372,10 +373,6 @@ def _find_early_stop(trainer: Trainer) -> str | None:
         return None
     reasons = [each.stopping_reason_message for each in callbacks_of(trainer) if isinstance(each, EarlyStopping)]
     return next((reason.removesuffix(" Signaling Trainer to stop.") for reason in reasons if reason), None)
-
-
-def _find(trainer: Trainer, kind: type[Any]) -> Any:
-    return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
 
 
 def _now() -> str:

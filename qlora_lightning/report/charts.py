@@ -11,9 +11,10 @@ from typing import Any
 from qlora_lightning.evaluation.scores import describe_metric
 from qlora_lightning.report.results import BASE, is_of_fit, measured
 from qlora_lightning.report.run import Points, Run
+from qlora_lightning.support.versions import PEAK_NAMES
 
 _GIB = 1024**3
-_MEMORY = ("memory_peak_gib", "peak_rss_gib")  # of a GPU; of the process
+_MEMORY = tuple(PEAK_NAMES.values())
 _DRAWN = ("train_loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_second")
 _UNDRAWN = (
     *("epoch", "val_perplexity", "labelled_tokens_per_second", "tokens_seen", "skipped_steps"),

@@ -9,12 +9,13 @@ from qlora_lightning.evaluation.comparison import Interval
 from qlora_lightning.evaluation.report import choose_digits, format_interval
 from qlora_lightning.evaluation.scores import describe_answered, describe_metric
 from qlora_lightning.report.run import Points, Run
+from qlora_lightning.support.versions import PEAK_NAMES
 
 BASE, ADAPTER = "base", "adapter"
 _DIFFERENCES = ("difference", "differences")
 _NO_SCORES = ("loss", "perplexity", "token_accuracy", "stop_rate", "answer_tokens")
 _NO_SHARES = ("loss", "perplexity", "answer_tokens")
-_PEAKS = ("memory_peak_gib", "peak_rss_gib", "private_memory_gib")  # of the GPU; of the process
+_PEAKS = (*PEAK_NAMES.values(), "private_memory_gib")
 _COSTS = {
     "train_loss": "training loss, last",
     "tokens_per_second": "tokens/s",

@@ -40,7 +40,7 @@ from qlora_lightning.model.adapters.lora import ADAPTER, without_adapters
 from qlora_lightning.model.batch import join_places
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import callbacks_of
+from qlora_lightning.support.trainer import find_callback
 
 _ONE_DEVICE = {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False, "enable_progress_bar": False}
 _PROMPT_SETTINGS = {  # what makes prompts, and the settings that it comes from
@@ -66,7 +66,7 @@ def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], argument
         module: Any = run.model
         data: Any = run.datamodule
         adapters = adapters or _find_adapter_of_run(trainer.default_root_dir, arguments)
-        section = next(each for each in callbacks_of(trainer) if isinstance(each, Evaluation))
+        section: Any = find_callback(trainer, Evaluation)
         answered = section.rows if options.rows is None else options.rows
         options.show = section.samples if options.show is None else options.show
 

@@ -33,7 +33,7 @@ from qlora_lightning.model.build import QLoRAModel
 from qlora_lightning.model.checkpoint.setting_changes import describe_changes, find_changes
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_yaml, write_whole
-from qlora_lightning.support.trainer import callbacks_of, is_trial_run
+from qlora_lightning.support.trainer import callbacks_of, find_callback, is_trial_run
 
 # They judge a run at its end, or tell how to use it: a sweep does that for all of its trials.
 _LEFT_OUT = (Evaluation, MemoryComparison, LoadingLines)
@@ -219,7 +219,7 @@ class TrialJudge(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:
             raise UserError("No optimizer step was taken: trainer.limit_train_batches and max_steps must not be 0.")
-        writer = next((each for each in callbacks_of(trainer) if isinstance(each, AdapterCheckpoint)), None)
+        writer = find_callback(trainer, AdapterCheckpoint)
         best = writer.read_best(trainer.default_root_dir) if writer else None
         if best is not None:
             copy_tensors(pl_module, best, "The best adapter")
@@ -258,7 +258,7 @@ def _validation_batches(trainer: Any) -> Iterator[Any]:
     loader = trainer.val_dataloaders or trainer.datamodule.val_dataloader()
     limit = trainer.limit_val_batches
     most = limit if isinstance(limit, int) else int(len(loader) * limit)
-    stop = next((each for each in callbacks_of(trainer) if isinstance(each, StopSignals)), None)
+    stop = find_callback(trainer, StopSignals)
     for batch in itertools.islice(iter(loader), most):
         if stop is not None and stop.received is not None:
             stop.end(trainer, "Stopped while the trial was judged.")

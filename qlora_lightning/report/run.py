@@ -13,9 +13,10 @@ import yaml
 
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_yaml, lock_folder, read_json_object, write_whole
+from qlora_lightning.support.versions import PEAK_NAMES
 
 MANIFEST, METRICS = "manifest.json", "metrics.csv"
-MEMORY = ("memory_peak_gib", "peak_rss_gib")
+MEMORY = tuple(PEAK_NAMES.values())
 """Where peaks of memory are, in metrics and manifest: of a GPU; of the process."""
 _FORMAT, _VERSION = "qlora_lightning manifest", 1  # a reader of version N reads every file up to N
 _REMEDY = "Move it away to make the report without it."

@@ -19,7 +19,7 @@ from qlora_lightning.model.adapters.identity import data_differences
 from qlora_lightning.model.adapters.lora import ADAPTER
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import callbacks_of
+from qlora_lightning.support.trainer import find_callback
 
 _ONE_DEVICE = {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False, "enable_progress_bar": False}
 
@@ -40,7 +40,7 @@ def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], argument
         module: Any = run.model
         data: Any = run.datamodule
         adapters = adapters or _find_adapter_of_run(trainer.default_root_dir, arguments)
-        evaluation = next(each for each in callbacks_of(trainer) if isinstance(each, Evaluation))
+        evaluation: Any = find_callback(trainer, Evaluation)
         trainer.datamodule, module.trainer, data.trainer = data, trainer, trainer
         data.setup("validate" if options.split == "val" else "test")
         batches, rows = _read_rows(trainer, data, options)

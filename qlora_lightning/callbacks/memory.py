@@ -12,6 +12,7 @@ import rich
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from qlora_lightning.base.tensors import format_gib
 from qlora_lightning.callbacks.dry_batch import leaves_out, look_ahead
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
 from qlora_lightning.callbacks.run_folder import writing_to
@@ -33,7 +34,6 @@ from qlora_lightning.support.console import describe, say
 from qlora_lightning.support.files import write_whole
 from qlora_lightning.support.trainer import callbacks_of, is_trial_run, log_interval
 
-_GIB = 1024**3
 _FULL = 0.95  # of the device's memory
 _REMEDIES = (
     "The cheapest remedies: gradient_checkpointing.enabled: true; half the data.batch_size with twice the "
@@ -202,7 +202,7 @@ def _checkpointed(trainer: Trainer) -> int:
 def describe_plan(predicted: int, measured: int) -> str:
     """Describe in a line how far off a plan was, both in bytes."""
     return (
-        f"Memory: planned {predicted / _GIB:.2f} GiB, measured {measured / _GIB:.2f} GiB at its peak "
+        f"Memory: planned {format_gib(predicted)}, measured {format_gib(measured)} at its peak "
         f"({measured / predicted - 1:+.1%})"
     )
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qlora_lightning.base.tensors import GIB
 from qlora_lightning.evaluation.scores import describe_metric
 from qlora_lightning.report.results import BASE, is_of_fit, measured
 from qlora_lightning.report.run import Points, Run
 
-_GIB = 1024**3
 _MEMORY = ("memory_peak_gib", "peak_rss_gib")  # of a GPU; of the process
 _DRAWN = ("train_loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_second")
 _UNDRAWN = (
@@ -79,7 +79,7 @@ def charts_of(run: Run) -> list[Chart]:
     peak = next((name for name in _MEMORY if metrics.get(name)), "")
     planned = (run.plan.get("predicted") or {}).get("peak_bytes")
     memory = [Curve("peak", metrics.get(peak, []))]
-    memory += [Curve("planned", [(0, planned / _GIB)], "level", 3)] if planned else []
+    memory += [Curve("planned", [(0, planned / GIB)], "level", 3)] if planned else []
     clip = (run.config.get("trainer") or {}).get("gradient_clip_val")
     norms = metrics.get("grad_norm", [])
     clips = [Curve(f"clipped to {clip:g}", [(0, clip)], "level", 3)] if clip and any(y > clip for _, y in norms) else []

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from qlora_lightning.base.tensors import format_gib
 from qlora_lightning.evaluation.scores import describe_metric
 from qlora_lightning.report.charts import running_mean
 from qlora_lightning.report.results import (
@@ -35,7 +36,6 @@ STATUS = {
     "killed": "killed: nothing wrote how it ended",
     "unknown": "of a version that wrote no manifest",
 }
-_GIB = 1024**3
 _HASH = 16  # digits shown of one; manifest.json has all
 _NOT_SHOWN = ("trainer.default_root_dir",)  # differs between any two runs, and changes nothing
 _LITTLE, _MUCH = 1e-3, 0.5  # median ‖ΔW‖/‖W‖
@@ -205,7 +205,7 @@ def machine_facts(run: Run) -> Facts:
     planned, steps = ((run.plan.get(side) or {}).get("peak_bytes") for side in ("predicted", "measured"))
     if planned and steps:
         facts.append(
-            ("peak of the steps", f"{steps / _GIB:.2f} GiB, planned {planned / _GIB:.2f} GiB; without loading the base")
+            ("peak of the steps", f"{format_gib(steps)}, planned {format_gib(planned)}; without loading the base")
         )
     return facts
 

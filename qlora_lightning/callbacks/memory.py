@@ -12,6 +12,7 @@ import rich
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from qlora_lightning.base.tensors import format_gib
 from qlora_lightning.callbacks.dry_batch import leaves_out, look_ahead
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
 from qlora_lightning.callbacks.run_report import note_warning
@@ -33,7 +34,6 @@ from qlora_lightning.support.console import describe, say
 from qlora_lightning.support.files import write_whole
 from qlora_lightning.support.trainer import find_callback, is_trial_run, log_interval
 
-_GIB = 1024**3
 _FULL = 0.95  # of the device's memory
 _REMEDIES = (
     "The cheapest remedies: gradient_checkpointing.enabled: true; half the data.batch_size with twice the "
@@ -176,7 +176,7 @@ class MemoryComparison(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "plan.json", json.dumps(found, indent=2) + "\n")
         say(
-            f"Memory: planned {plan.peak_bytes / _GIB:.2f} GiB, measured {self._measured / _GIB:.2f} GiB at its peak "
+            f"Memory: planned {format_gib(plan.peak_bytes)}, measured {format_gib(self._measured)} at its peak "
             f"({self._measured / plan.peak_bytes - 1:+.1%})"
         )
 

@@ -29,7 +29,7 @@ from qlora_lightning.model.device import (
 from qlora_lightning.model.layout import filled
 from qlora_lightning.model.memory.plan import StepSettings, plan_memory
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.support.console import describe, say
+from qlora_lightning.support.console import print_detail, say
 from qlora_lightning.support.files import write_whole
 from qlora_lightning.support.trainer import callbacks_of, is_trial_run, log_interval
 
@@ -85,7 +85,7 @@ class GPUMemoryMonitor(Callback):
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, when: str) -> None:
         if self.enabled and trainer.is_global_zero:
-            describe(f"Memory {when}: {read_peak_gib(pl_module.device):.2f} GiB at its peak")
+            print_detail(f"Memory {when}: {read_peak_gib(pl_module.device):.2f} GiB at its peak")
 
     def _warn_if_full(self, trainer: Trainer, peak: float, capacity: float) -> None:
         if peak > _FULL * capacity and not self._warned:

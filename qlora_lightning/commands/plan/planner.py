@@ -12,7 +12,7 @@ from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.commands.epoch import Epoch, plan_epoch, training_plan
 from qlora_lightning.commands.plan.base import find_config, find_tokenizer
 from qlora_lightning.commands.plan.report import Device, Knob, Plan, RunLength
-from qlora_lightning.commands.training import open_run
+from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.epoch_plan import epochs_to_look_at, first_and_largest
 from qlora_lightning.data.rows.sources import find_sources
 from qlora_lightning.model.base_model import Quantization, check_stored_quantization
@@ -43,16 +43,19 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> Plan:
         arguments: options of ``fit``.
         memory: bytes of the device, if the user names them.
     """
-    why_not: str | None = None
+    run = _LocalRun(arguments, with_trainer=False)
+    return make_plan(run.model, run.datamodule, run.no_tokenizer, run.config.as_dict(), memory)
 
-    def use_local_tokenizer(settings: Any) -> None:
-        nonlocal why_not
-        data = settings["data"].get("init_args") or {}
+
+class _LocalRun(QLoRACLI):
+    """Takes a tokenizer of this machine."""
+
+    no_tokenizer: str | None = None
+
+    def before_instantiate_classes(self) -> None:
+        data = self.config["data"].get("init_args") or {}
         if "tokenizer" in data:
-            data["tokenizer"], why_not = find_tokenizer(data["tokenizer"])
-
-    with open_run(arguments, "plan", adjust=use_local_tokenizer, with_trainer=False) as run:
-        return make_plan(run.model, run.datamodule, why_not, run.config.as_dict(), memory)
+            data["tokenizer"], self.no_tokenizer = find_tokenizer(data["tokenizer"])
 
 
 def make_plan(module: Any, data: Any, no_tokenizer: str | None, settings: dict[str, Any], memory: int | None) -> Plan:

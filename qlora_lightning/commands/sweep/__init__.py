@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.commands.options import OptionParser, quiet_lightning
-from qlora_lightning.commands.output import add_json_option, check_output, tables_beside, write_json
+from qlora_lightning.commands.options import (
+    OptionParser,
+    add_json_option,
+    check_output,
+    quiet_lightning,
+    tables_beside,
+    write_json,
+)
 from qlora_lightning.support.console import brief
-from qlora_lightning.support.errors import TrainingStopped, UserError
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import quick_imports
 
 _DESCRIPTION = """Train a config with one rank after the other, and stop where the next one no longer pays.
@@ -60,7 +66,7 @@ def _sweep(rest: Sequence[str], dimension: "Dimension", min_gain: float, file: P
             trials.append(done.judged)
             check_same_rows(trials)
             console.print(describe_last(dimension, trials))
-    except (UserError, TrainingStopped, KeyboardInterrupt) as stop:
+    except (UserError, SystemExit, KeyboardInterrupt) as stop:  # as a signal's, and what Lightning makes of Ctrl-C
         if trials:
             print_table(dimension, trials, console)
         if not isinstance(stop, UserError):

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_lightning.commands.output import write_json
+from qlora_lightning.commands.options import write_json
 from qlora_lightning.commands.sweep import Dimension, show_value
 from qlora_lightning.commands.sweep.choice import Gain, Trial, measure_gain
 from qlora_lightning.support.files import load_yaml, write_whole

@@ -19,8 +19,7 @@ from rich.text import Text
 from torch import nn
 
 from qlora_lightning.callbacks import AdapterCheckpoint, Evaluation, LoadingLines, MemoryComparison, StopSignals
-from qlora_lightning.commands import training
-from qlora_lightning.commands.config import read_configs, refuse_moved_run
+from qlora_lightning.commands.config import refuse_moved_run
 from qlora_lightning.commands.sweep import Dimension, show_value, trial_name
 from qlora_lightning.commands.sweep.choice import RowLosses, Trial
 from qlora_lightning.commands.training import QLoRACLI
@@ -50,24 +49,19 @@ def run_trial(arguments: Sequence[str], dimension: Dimension, value: Any, spare:
         value: Value of this trial.
         spare: The model of the trial before.
     """
-    done: list[TrialCLI] = []
-
-    def cli(*args: Any, **kwargs: Any) -> None:
-        done.append(TrialCLI(*args, dimension=dimension, value=value, spare=spare, **kwargs))
-
-    training.main(["fit", *arguments], cli, name="sweep-rank")
-    return done[0]
+    trial = TrialCLI(arguments, dimension, value, spare)
+    trial.run()
+    return trial
 
 
 class TrialCLI(QLoRACLI):
     """``fit`` of one value of a dimension; if its folder holds the finished trial, that is read instead.
 
     Args:
-        args: Arguments of LightningCLI.
+        args: Options of ``fit``.
         dimension: What is varied.
         value: Value of this trial.
         spare: The model of the trial before, whose base is used again.
-        kwargs: Arguments of LightningCLI.
 
     Attributes:
         judged: The result.
@@ -78,17 +72,17 @@ class TrialCLI(QLoRACLI):
 
     judged: Trial
 
-    def __init__(self, *args: Any, dimension: Dimension, value: Any, spare: QLoRAModel | None, **kwargs: Any) -> None:
+    def __init__(self, args: Sequence[str], dimension: Dimension, value: Any, spare: QLoRAModel | None) -> None:
         self._dimension, self._value, self.spare = dimension, value, spare
         self._judge = TrialJudge(dimension, value)
-        super().__init__(*args, **kwargs)
+        super().__init__(args, "fit")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         setting = self._dimension.setting
         args = [*args, f"--model.{setting}", show_value(self._value)]
         if setting == "rank":  # the update is alpha / rank · B A x: with alpha = 2 × rank each rank acts as strongly
             args += ["--model.alpha", "null"]
-        asked = self._parse(parser, args)["fit"]
+        asked = self.parse(args)
         if asked.get("ckpt_path") not in (None, "last"):
             raise UserError("--ckpt_path: each trial of a sweep resumes from its own folder by itself; leave it out.")
         if setting != "learning_rate" and (asked["model"].get("init_args") or {}).get("adapter"):
@@ -96,7 +90,7 @@ class TrialCLI(QLoRACLI):
                 f"model.adapter: its own {self._dimension.title} rules, so that cannot be varied. Leave model.adapter "
                 "out, or sweep --learning-rates."
             )
-        refuse_moved_run(read_configs(args), asked["trainer"]["default_root_dir"])
+        refuse_moved_run(self.configs, asked["trainer"]["default_root_dir"])
         self.root = Path(asked["trainer"]["default_root_dir"])
         self.folder = self.root / self._dimension.folder
         own = self.folder / trial_name(self._dimension, self._value)
@@ -114,25 +108,23 @@ class TrialCLI(QLoRACLI):
         trainer.callbacks = [*callbacks, self._judge]
         return trainer
 
-    def before_fit(self) -> None:
-        """Read the trial if it is done, and keep its folder to these settings."""
+    def run(self) -> None:
+        """Read the trial if it is done, else train and judge; its folder is kept to these settings."""
         folder = Path(self.trainer.default_root_dir)
         self._refuse_other_settings(folder)
         judged = _read_trial(folder)
         if judged is not None:
             self.judged = judged
         name = f"{self._dimension.title} {show_value(self._value)}"
-        words = "done before" if judged else f"resumes in {folder}" if self._found else str(folder)
+        words = "done before" if judged else f"resumes in {folder}" if self.checkpoint else str(folder)
         rich.get_console().rule(Text.assemble((name, "bold"), " ", (words, "dim")), align="left")
-
-    def fit(self, model: Any, **kwargs: Any) -> None:
-        """Train and judge, unless that was done; in place of the trainer's own method."""
-        if hasattr(self, "judged"):
+        if judged is not None:
             return
+        model: Any = self.model
         model.spare = self.spare
-        self.trainer.fit(model, **kwargs)
+        self.trainer.fit(model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
         self.spare = None if model.overrides("build_model") else model.made
-        judge, folder = self._judge, Path(self.trainer.default_root_dir)
+        judge = self._judge
         if judge.rows is None:
             raise UserError(f"{folder.name} ended before it was judged: start the same command again.")
         counts = judge.parameters, self.trainer.global_step, judge.seconds

@@ -30,7 +30,7 @@ from qlora_lightning.model.device import (
 from qlora_lightning.model.layout import filled
 from qlora_lightning.model.memory.plan import StepSettings, plan_memory
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.support.console import describe, say
+from qlora_lightning.support.console import print_detail, say
 from qlora_lightning.support.files import write_whole
 from qlora_lightning.support.trainer import find_callback, is_trial_run, log_interval
 
@@ -86,7 +86,7 @@ class GPUMemoryMonitor(Callback):
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, when: str) -> None:
         if self.enabled and trainer.is_global_zero:
-            describe(f"Memory {when}: {read_peak_gib(pl_module.device):.2f} GiB at its peak")
+            print_detail(f"Memory {when}: {read_peak_gib(pl_module.device):.2f} GiB at its peak")
 
 
 class MemoryComparison(Callback):

@@ -8,10 +8,9 @@ from typing import Any
 
 from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.callbacks import AdapterCheckpoint, Evaluation
-from qlora_lightning.commands.config import read_configs, refuse_moved_run
-from qlora_lightning.commands.options import quiet_lightning
-from qlora_lightning.commands.output import write_json, write_output
-from qlora_lightning.commands.training import open_run
+from qlora_lightning.commands.config import refuse_moved_run
+from qlora_lightning.commands.options import quiet_lightning, write_json, write_output
+from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.evaluation.report import EVALUATION_FILE, PREDICTIONS_FILE, Comparison
 from qlora_lightning.evaluation.rows import EvaluationRow, evaluate_sides, limit_batches, read_rows
@@ -21,7 +20,13 @@ from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import find_callback
 
-_ONE_DEVICE = {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False, "enable_progress_bar": False}
+_ONE_DEVICE = (
+    "--trainer.devices=1",
+    "--trainer.num_nodes=1",
+    "--trainer.strategy=auto",
+    "--trainer.logger=false",
+    "--trainer.enable_progress_bar=false",
+)
 
 
 def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], arguments: Sequence[str]) -> None:
@@ -35,11 +40,12 @@ def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], argument
     Raises:
         UserError: a key, value, adapter or row is wrong.
     """
-    with quiet_lightning(), open_run(arguments, "evaluate", _run_on_one_device) as run:
+    with quiet_lightning():
+        run = QLoRACLI([*arguments, *_ONE_DEVICE])
         trainer: Any = run.trainer
         module: Any = run.model
         data: Any = run.datamodule
-        adapters = adapters or _find_adapter_of_run(trainer.default_root_dir, arguments)
+        adapters = adapters or _find_adapter_of_run(trainer.default_root_dir, run.configs)
         evaluation: Any = find_callback(trainer, Evaluation)
         trainer.datamodule, module.trainer, data.trainer = data, trainer, trainer
         data.setup("validate" if options.split == "val" else "test")
@@ -57,13 +63,8 @@ def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], argument
         _report(Comparison(rows, results, settings), adapters, options, evaluation.samples)
 
 
-def _run_on_one_device(settings: Any) -> None:
-    for key, value in _ONE_DEVICE.items():
-        settings["trainer"][key] = value
-
-
-def _find_adapter_of_run(run_folder: str, arguments: Sequence[str]) -> dict[str, Path]:
-    refuse_moved_run(read_configs(arguments), run_folder)
+def _find_adapter_of_run(run_folder: str, configs: Mapping[str, Any]) -> dict[str, Path]:
+    refuse_moved_run(configs, run_folder)
     folder = AdapterCheckpoint.adapter_folder(run_folder)
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"There is no adapter in {folder}: pass --adapter DIR, or run `fit` first.")

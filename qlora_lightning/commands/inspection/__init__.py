@@ -2,9 +2,9 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from qlora_lightning.commands.options import OptionParser, quiet_lightning
-from qlora_lightning.commands.output import check_output, write_output
+from qlora_lightning.commands.options import OptionParser, check_output, quiet_lightning, write_output
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import quick_imports
 
@@ -30,10 +30,11 @@ def main(argv: Sequence[str]) -> int:
 
         from qlora_lightning.commands.inspection.facts import inspect_data
         from qlora_lightning.commands.inspection.views import print_inspection, render_inspection
-        from qlora_lightning.commands.training import open_run
+        from qlora_lightning.commands.training import QLoRACLI
 
-    with quiet_lightning(), open_run(rest, "inspect", with_trainer=False) as run:
-        data = run.datamodule
+    with quiet_lightning():
+        run = QLoRACLI(rest, with_trainer=False)
+        data: Any = run.datamodule
         data.lenient = True  # bad rows are listed, and the rest is prepared
         data.setup()
         splits = [name for name in _SPLITS if name in data.reports and options.split in (None, name)]

@@ -5,8 +5,14 @@ from collections.abc import Sequence
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.commands.adapter_config import add_config
-from qlora_lightning.commands.options import OptionParser, quiet_lightning
-from qlora_lightning.commands.output import add_json_option, check_output, tables_beside, write_json
+from qlora_lightning.commands.options import (
+    OptionParser,
+    add_json_option,
+    check_output,
+    quiet_lightning,
+    tables_beside,
+    write_json,
+)
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import quick_imports
 

@@ -12,7 +12,7 @@ from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.base.tensors import GIB
 from qlora_lightning.commands.epoch import Epoch, plan_epoch, training_plan
 from qlora_lightning.commands.plan.local_base import find_config, find_tokenizer
-from qlora_lightning.commands.training import open_run
+from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.epoch_plan import EpochPlan, epochs_to_look_at, first_and_largest
 from qlora_lightning.model.base_model import Quantization, check_stored_quantization
 from qlora_lightning.model.batch import BatchShape, computed_counter, shape_of_rows
@@ -51,19 +51,22 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
     Returns:
         All figures, in bytes, as the JSON has them; and the model without numbers.
     """
+    run = _LocalRun(arguments, with_trainer=False)
+    return _plan(run.model, run.datamodule, run.config, memory, run.no_tokenizer)
+
+
+class _LocalRun(QLoRACLI):
+    """Takes a tokenizer that is on this machine."""
+
     no_tokenizer: UserError | None = None
 
-    def use_local_tokenizer(settings: Any) -> None:
-        nonlocal no_tokenizer
-        options = settings["data"].get("init_args") or {}
-        if "tokenizer" in options:
+    def before_instantiate_classes(self) -> None:
+        data = self.config["data"].get("init_args") or {}
+        if "tokenizer" in data:
             try:
-                options["tokenizer"] = find_tokenizer(options["tokenizer"])
+                data["tokenizer"] = find_tokenizer(data["tokenizer"])
             except UserError as error:
-                no_tokenizer = error
-
-    with open_run(arguments, "plan", adjust=use_local_tokenizer, with_trainer=False) as run:
-        return _plan(run.model, run.datamodule, run.config, memory, no_tokenizer)
+                self.no_tokenizer = error
 
 
 def _plan(

@@ -9,10 +9,16 @@ from typing import Any
 
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from qlora_lightning.commands.options import OptionParser, quiet_lightning
-from qlora_lightning.commands.output import add_json_option, check_output, tables_beside, write_json
+from qlora_lightning.commands.options import (
+    OptionParser,
+    add_json_option,
+    check_output,
+    quiet_lightning,
+    tables_beside,
+    write_json,
+)
 from qlora_lightning.support.console import brief, say
-from qlora_lightning.support.errors import TrainingStopped, UserError
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import quick_imports
 
 _DESCRIPTION = """Train a config with one rank after the other, and stop where the next one no longer pays.
@@ -103,7 +109,7 @@ def _run(sweep: Sweep, arguments: Sequence[str]) -> dict[str, Any]:
             trials.append(cli.trial)
             results.check_same_rows(trials)
             say(f"{sweep.name} {cli.trial.value}: val_loss {cli.trial.loss:.4f}")
-    except (UserError, TrainingStopped, KeyboardInterrupt) as stop:
+    except (UserError, SystemExit, KeyboardInterrupt) as stop:
         if trials:
             results.print_table(sweep, trials)
         if not isinstance(stop, UserError):

@@ -12,7 +12,7 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from qlora_lightning.commands.output import write_json, write_output
+from qlora_lightning.commands.options import write_json, write_output
 from qlora_lightning.commands.sweep import Sweep
 from qlora_lightning.evaluation.comparison import Interval, measure
 from qlora_lightning.evaluation.report import format_interval, plain_interval

@@ -16,8 +16,7 @@ from rich.text import Text
 from qlora_lightning.callbacks import Evaluation, LoadingLines, MemoryComparison, StopSignals
 from qlora_lightning.callbacks.adapter_checkpoint import best_adapter
 from qlora_lightning.callbacks.evaluation import validation_batches
-from qlora_lightning.commands import training
-from qlora_lightning.commands.config import read_configs, refuse_moved_run
+from qlora_lightning.commands.config import refuse_moved_run
 from qlora_lightning.commands.sweep import Sweep
 from qlora_lightning.commands.sweep.results import Trial
 from qlora_lightning.commands.training import QLoRACLI
@@ -40,13 +39,9 @@ _FILE, _VERSION = "trial.json", 2
 
 def run_trial(arguments: Sequence[str], sweep: Sweep, value: Any, spare: QLoRAModel | None) -> "TrialCLI":
     """Train and evaluate one trial, or read it; ``arguments`` are options of ``fit``."""
-    done: list[TrialCLI] = []
-
-    def cli(*args: Any, **kwargs: Any) -> None:
-        done.append(TrialCLI(*args, sweep=sweep, value=value, spare=spare, **kwargs))
-
-    training.main(["fit", *arguments], cli, name="sweep-rank")
-    return done[0]
+    trial = TrialCLI(arguments, sweep, value, spare)
+    trial.run()
+    return trial
 
 
 class TrialCLI(QLoRACLI):
@@ -61,24 +56,24 @@ class TrialCLI(QLoRACLI):
 
     trial: Trial
 
-    def __init__(self, *args: Any, sweep: Sweep, value: Any, spare: QLoRAModel | None, **kwargs: Any) -> None:
+    def __init__(self, args: Sequence[str], sweep: Sweep, value: Any, spare: QLoRAModel | None) -> None:
         self._sweep, self._value, self.spare = sweep, value, spare
         self._evaluation = TrialEvaluation(sweep, value)
-        super().__init__(*args, **kwargs)
+        super().__init__(args, "fit")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         setting = self._sweep.setting
         args = [*args, f"--model.{setting}", str(self._value)]
         if setting == "rank":  # the update is alpha / rank · B A x: with alpha = 2 × rank each rank acts as strongly
             args += ["--model.alpha", "null"]
-        asked = self._parse(parser, args)["fit"]
+        asked = self.parse(args)
         if asked.get("ckpt_path") not in (None, "last"):
             raise UserError("--ckpt_path: each trial of a sweep resumes from its own folder by itself; leave it out.")
         if setting != "learning_rate" and (asked["model"].get("init_args") or {}).get("adapter"):
             raise UserError(
                 f"model.adapter brings its own {self._sweep.name}: leave it out, or sweep --learning-rates."
             )
-        refuse_moved_run(read_configs(args), asked["trainer"]["default_root_dir"])
+        refuse_moved_run(self.configs, asked["trainer"]["default_root_dir"])
         self.run_folder = Path(asked["trainer"]["default_root_dir"])
         self.folder = self.run_folder / self._sweep.folder
         own = self.folder / self._sweep.trial_folder(self._value)
@@ -96,25 +91,23 @@ class TrialCLI(QLoRACLI):
         trainer.callbacks = [*callbacks, self._evaluation]
         return trainer
 
-    def before_fit(self) -> None:
-        """Keep the trial's folder to these settings, and read the trial if it is done."""
+    def run(self) -> None:
+        """Read the trial if it is done, else train and evaluate it; its folder is kept to these settings."""
         folder = Path(self.trainer.default_root_dir)
         self._refuse_other_settings(folder)
-        file, state = folder / _FILE, f"resumes in {folder}" if self._found else str(folder)
+        file, state = folder / _FILE, f"resumes in {folder}" if self.checkpoint else str(folder)
         stored = read_json_object(file, "Remove it, and the trial is evaluated again.") if file.exists() else {}
         if stored.pop("format_version", None) == _VERSION:
             self.trial, state = Trial(**stored), "done before"
         title = Text.assemble((f"{self._sweep.name} {self._value}", "bold"), " ", (state, "dim"))
         rich.get_console().rule(title, align="left")
-
-    def fit(self, model: Any, **kwargs: Any) -> None:
-        """Train and evaluate, unless that was done; in place of the trainer's own method."""
         if hasattr(self, "trial"):
             return
+        model: Any = self.model
         model.spare = self.spare
-        self.trainer.fit(model, **kwargs)
+        self.trainer.fit(model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
         self.spare = None if model.overrides("build_model") else model.made
-        folder, results = Path(self.trainer.default_root_dir), self._evaluation.results
+        results = self._evaluation.results
         if results is None:
             raise UserError(f"{folder.name} ended before it was evaluated: start the same command again.")
         self.trial = Trial(

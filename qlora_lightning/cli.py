@@ -3,6 +3,7 @@
 Each command is imported when it is called, so that ``--help`` answers at once.
 """
 
+import argparse
 import contextlib
 import importlib
 import logging
@@ -17,44 +18,27 @@ from traceback import extract_tb
 from types import FrameType
 
 from qlora_lightning import __version__
-from qlora_lightning.commands.config import read_configs
+from qlora_lightning.commands.config import describe_parse_error, read_configs
 from qlora_lightning.support.console import drop_lost_output
 from qlora_lightning.support.errors import ENDING_SIGNALS, LostProcess, TrainingStopped, UserError, nearest
 from qlora_lightning.support.imports import quick_imports
 
-# command: (module with `main(argv) -> int`, whether it wants the command's own name, one line of help)
-_TRAINING = "qlora_lightning.commands.training"
-COMMANDS: dict[str, tuple[str, bool, str]] = {
-    "fit": (_TRAINING, True, "train adapters on a quantized base"),
-    "validate": (_TRAINING, True, "loss, perplexity and token accuracy on the validation rows"),
-    "test": (_TRAINING, True, "the same on the test rows"),
-    "predict": (_TRAINING, True, "answer the rows of data.predict into predictions.jsonl"),
-    "inspect": (
-        "qlora_lightning.commands.inspection",
-        False,
-        "report on the data, and show rows as the model sees them",
-    ),
-    "plan": (
-        "qlora_lightning.commands.plan",
-        False,
-        "show the model, its memory and the run's length, before loading",
-    ),
-    "evaluate": ("qlora_lightning.commands.evaluate", False, "base against adapters on the same rows"),
-    "sweep-rank": ("qlora_lightning.commands.sweep", False, "double the rank until it stops paying, and say where"),
-    "report": ("qlora_lightning.commands.report", False, "make the page of a run again, or compare several runs"),
-    "merge": ("qlora_lightning.commands.merge", False, "merge an adapter into its base, checked, for any tool to load"),
-    "chat": ("qlora_lightning.commands.chat", False, "talk to an adapter, or ask it once with --prompt"),
-    "cache": (
-        "qlora_lightning.commands.cache",
-        False,
-        "list or clear bases, samples and kernels that are kept on disk",
-    ),
-    "recipes": (
-        "qlora_lightning.commands.recipes",
-        False,
-        "list the configs that travel with the package, or copy one",
-    ),
+COMMANDS = {
+    "fit": ("training", "train adapters on a quantized base"),
+    "validate": ("training", "loss, perplexity and token accuracy on the validation rows"),
+    "test": ("training", "the same on the test rows"),
+    "predict": ("training", "answer the rows of data.predict into predictions.jsonl"),
+    "inspect": ("inspection", "report on the data, and show rows as the model sees them"),
+    "plan": ("plan", "show the model, its memory and the run's length, before loading"),
+    "evaluate": ("evaluate", "base against adapters on the same rows"),
+    "sweep-rank": ("sweep", "double the rank until it stops paying, and say where"),
+    "report": ("report", "make the page of a run again, or compare several runs"),
+    "merge": ("merge", "merge an adapter into its base, checked, for any tool to load"),
+    "chat": ("chat", "talk to an adapter, or ask it once with --prompt"),
+    "cache": ("cache", "list or clear bases, samples and kernels that are kept on disk"),
+    "recipes": ("recipes", "list the configs that travel with the package, or copy one"),
 }
+"""Command: its module in ``qlora_lightning.commands``, which has a ``main``, and a line of help."""
 _HELP = """usage: qlora-lightning COMMAND [options]
 
 QLoRA fine-tuning of LLaMA models: a frozen base in 4 or 8 bits, small adapters trained on top.
@@ -76,54 +60,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = "\n".join(f"  {name:<10} {text}" for name, (_, _, text) in COMMANDS.items())
+        lines = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
         print(_HELP.format(commands=lines), end="")
         return 0
     if arguments[0] == "--version":
         print(f"qlora-lightning {__version__}")
         return 0
-    _quiet_libraries()
-    # before CUDA starts: batches of ever new lengths would leave holes in memory that is cut into fixed pieces
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets question marks, not a traceback
-            stream.reconfigure(errors="replace")
+    _prepare_process()
     try:
-        with _ending_at_signals():
+        with _ending_at_signals(), _logging_to_terminal():
             return _run(arguments)
     except TrainingStopped as stop:
         return int(str(stop.code))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise  # --help; Lightning makes a SystemExit of Ctrl-C
         print("qlora-lightning: interrupted.", file=sys.stderr)
         return 130
     except Exception as error:
-        if debug or _is_of_a_run(error):
+        known = _find_known_error(error, arguments[0])
+        # a run whose Trainer was at work cannot be repeated for its traceback
+        of_a_run = any("/lightning/pytorch/trainer/" in frame.filename for frame in extract_tb(error.__traceback__))
+        if debug or (known is None and of_a_run):
             raise
-        return _report(error)
-
-
-def _is_of_a_run(error: Exception) -> bool:
-    """Whether the Trainer was at work: such a run cannot be repeated for its traceback."""
-    if isinstance(error, UserError | LostProcess):
-        return False
-    return any("/lightning/pytorch/trainer/" in frame.filename for frame in extract_tb(error.__traceback__))
-
-
-def _report(error: Exception) -> int:
-    """Print an error in a line, and return its exit code."""
-    if isinstance(error, PermissionError) and error.filename is not None:
-        error = UserError(f"{error.filename}: permission denied. Choose another path.")
-    if isinstance(error, UserError | LostProcess):
-        message = str(error)
-    else:
         message = f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
-    # of several processes, which mostly fail for the same reason, the first one says it all
-    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or 0)
-    if rank:
-        message = f"(process {rank}) {textwrap.shorten(message, 120, placeholder=' …')}"
-    print(f"qlora-lightning: {message}", file=sys.stderr)
-    return 2 if isinstance(error, UserError) else 1
+        # of several processes, which mostly fail for the same reason, the first one says it all
+        rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or 0)
+        shown = message if known is None else str(known)
+        shown = f"(process {rank}) {textwrap.shorten(shown, 120, placeholder=' …')}" if rank else shown
+        print(f"qlora-lightning: {shown}", file=sys.stderr)
+        return 2 if isinstance(known, UserError) else 1
+
+
+def _run(arguments: list[str]) -> int:
+    command = arguments[0]
+    if command not in COMMANDS:
+        hint = nearest(command, COMMANDS) or f" Commands are {', '.join(COMMANDS)}."
+        raise UserError(f"{command!r} is not a command.{hint}")
+    read_configs(arguments)  # a misspelt name shows before seconds of imports
+    module, _ = COMMANDS[command]
+    with quick_imports():
+        found = importlib.import_module(f"qlora_lightning.commands.{module}")
+    code: int = found.main(arguments if module == "training" else arguments[1:])
+    return code
+
+
+def _find_known_error(error: BaseException, command: str) -> UserError | LostProcess | None:
+    """Return the error to report in its own words, which a library may have wrapped; None for any other."""
+    if isinstance(error, argparse.ArgumentError):
+        return UserError(f"{describe_parse_error(str(error))} See `qlora-lightning {command} --help`.")
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return UserError(f"{error.filename}: permission denied. Choose another path.")
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError | LostProcess):
+        cause = cause.__cause__
+    return cause
 
 
 @contextlib.contextmanager
@@ -149,34 +140,36 @@ def _ending_at_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _quiet_libraries() -> None:
-    """Keep away what libraries say that a user of this command can do nothing about; in this process only."""
-    # bitsandbytes offers a kernel from a hub at import
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # Lightning's tip to install a product of its maker
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+@contextlib.contextmanager
+def _logging_to_terminal() -> Iterator[None]:
+    """Show what our own code logs, while a command runs."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("qlora_lightning")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    """Whether a line of Lightning's is no list of devices that are not there, and no tip to install a product."""
+    return not str(record.msg).startswith(("GPU available", "TPU available", "💡"))
+
+
+def _prepare_process() -> None:
+    """Set what must be set before libraries are imported, and keep away what they say that helps nobody."""
+    # before CUDA starts: batches of ever new lengths would leave holes in memory that is cut into fixed pieces
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets question marks, not a traceback
+            stream.reconfigure(errors="replace")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_says_something)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # it is in the config
     if not sys.stderr.isatty():  # bars of tqdm, as transformers' while it quantizes, would fill a log with fragments
         os.environ.setdefault("TQDM_DISABLE", "1")
-    # By `python -W error`, or PYTHONWARNINGS. Nothing here warns by `warnings`, libraries do, some at each start: what
-    # they warn of is shown, and ends no fit
-    if any(option.startswith("error") for option in sys.warnoptions):
-        warnings.simplefilter("default")
     # Lightning 2.6 on torch 2.13
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*deprecated")
-
-
-def _run(arguments: list[str]) -> int:
-    try:
-        os.getcwd()
-    except FileNotFoundError as error:
-        raise UserError("The current folder is no longer there: change to another.") from error
-    command = arguments[0]
-    if command not in COMMANDS:
-        hint = nearest(command, COMMANDS) or f" Commands are {', '.join(COMMANDS)}."
-        raise UserError(f"{command!r} is not a command.{hint}")
-    read_configs(arguments)  # a misspelt name shows before seconds of imports
-    module, wants_name, _ = COMMANDS[command]
-    with quick_imports():
-        found = importlib.import_module(module)
-    code: int = found.main(arguments if wants_name else arguments[1:])
-    return code

@@ -1,15 +1,17 @@
 """What is damaged on the disk, at the same size, is never computed with: cached bases and samples, adapter folders."""
 
+import math
 import shutil
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_lightning.cli import main
 from qlora_lightning.model import base_model
+from tests.adapters import make_run
 
 _TRAINED = ("model.rank=2", "model.compute_dtype=fp32", "data.batch_size=8", "trainer.accelerator=cpu")
 
@@ -19,13 +21,6 @@ def flip(file, place):
     content = bytearray(file.read_bytes())
     content[place] ^= 1
     file.write_bytes(content)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(folder))
-    return folder
 
 
 @pytest.fixture
@@ -130,3 +125,41 @@ def test_an_adapter_that_plain_peft_trained_further_is_not_damaged(fit, tiny_bas
     assert code == 0
     found = adapter_of(further)
     assert all(torch.allclose(found[name], 2.0 * before[name], atol=1e-7) for name in before)
+
+
+# ---- numbers that no model can compute with --------------------------------------------------------------------------
+
+NAN = "layers.1.mlp.up_proj.lora_B.weight are NaN or infinite"
+
+
+@pytest.fixture(scope="module")
+def place(tiny_base, tmp_path_factory):
+    """A good run, and an adapter that holds a NaN."""
+    folder = tmp_path_factory.mktemp("damaged")
+    make_run(folder / "good", tiny_base)
+    (folder / "tiny").symlink_to(tiny_base)
+    shutil.copytree(folder / "good" / "adapter", folder / "nan")
+    file = folder / "nan" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.lora_B.weight"))][3, 1] = math.nan
+    save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "evaluate --config good/config.yaml --model.compute_dtype fp32 --adapter nan",
+        "evaluate --config good/config.yaml --model.compute_dtype fp32 --adapter good --adapter nan",
+        "validate --config good/config.yaml --model.compute_dtype fp32 --model.adapter nan",
+        "chat --adapter nan --prompt x",
+        "merge --adapter nan --out merged --rows 0",
+    ],
+)
+def test_an_adapter_that_cannot_be_computed_with_is_rejected(line, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    assert main(line.split()) == 2
+    message = capsys.readouterr().err.rpartition("qlora-lightning: ")[2]
+    assert NAN in message
+    assert message.count("\n") == 1
+    assert not (place / "merged").exists()

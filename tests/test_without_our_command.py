@@ -1,5 +1,7 @@
-"""Module and data module in Lightning's own hands: its CLI, its Trainer, Fabric."""
+"""Module and data module in Lightning's own hands: its CLI, its Trainer, its learning-rate finder, Fabric."""
 
+import math
+import random
 import shutil
 import warnings
 
@@ -8,23 +10,23 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.tuner.tuning import Tuner
 
-from qlora_lightning import InstructionDataModule, QLoRAModule
+from qlora_lightning import AdapterCheckpoint, InstructionDataModule, LossSums, QLoRAModule
 from qlora_lightning.support.errors import UserError
+from tests.equality import same
 
 _STEADY = {"compute_dtype": "fp32", "learning_rate": 1e-2, "schedule": "constant", "warmup_ratio": 0.0}
 _QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
-def fit(base, rows_file, tmp_path, **options):
-    """Adapter of one epoch of a plain Trainer."""
-    lightning.seed_everything(3, verbose=False)
-    module, data = QLoRAModule(str(base), **_STEADY), InstructionDataModule(str(rows_file), batch_size=4, **options)
-    trainer = lightning.Trainer(
-        max_epochs=1, gradient_clip_val=1.0, accelerator="cpu", devices=1, default_root_dir=tmp_path, **_QUIET
-    )
-    trainer.fit(module, data)
-    return module.state_dict()
+@pytest.fixture
+def make_trainer(tmp_path):
+    def make(**options):
+        usual = {"accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0, "default_root_dir": tmp_path}
+        return lightning.Trainer(**(usual | _QUIET | options))
+
+    return make
 
 
 def test_lightnings_own_cli_trains_from_base_and_rows_alone(tiny_base, rows_file, tmp_path):
@@ -43,45 +45,91 @@ def test_lightnings_own_cli_trains_from_base_and_rows_alone(tiny_base, rows_file
     assert cli.datamodule.tokenizer.name_or_path == str(tiny_base)
 
 
-def test_a_trainers_data_take_the_tokenizer_of_its_modules_base(tiny_base, rows_file, tmp_path):
-    found, expected = fit(tiny_base, rows_file, tmp_path), fit(tiny_base, rows_file, tmp_path, tokenizer=str(tiny_base))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")  # Lightning's: there are none
-def test_data_that_are_used_again_take_the_tokenizer_of_the_new_base(tiny_base, rows_file, tmp_path):
+def test_data_take_the_tokenizer_of_the_base_of_each_trainer_and_alone_ask_for_one(
+    tiny_base, rows_file, tmp_path, make_trainer
+):
+    with pytest.raises(UserError, match="tokenizer: expected a hub id"):
+        InstructionDataModule(str(rows_file)).setup("fit")
     other, data = shutil.copytree(tiny_base, tmp_path / "other"), InstructionDataModule(str(rows_file), batch_size=8)
     for base in (tiny_base, other):
-        trainer = lightning.Trainer(max_steps=1, accelerator="cpu", devices=1, default_root_dir=tmp_path, **_QUIET)
-        trainer.fit(QLoRAModule(str(base), **_STEADY), data)
+        make_trainer(max_steps=1).fit(QLoRAModule(str(base), **_STEADY), data)
         assert data.tokenizer.name_or_path == str(base)
+
+
+# ---- the learning-rate finder ----
+
+
+class Exploding(QLoRAModule):
+    def compute_loss(self, batch):
+        sums = super().compute_loss(batch)
+        return LossSums(sums.nll_sum * (math.inf if self.trainer.global_step == 15 else 1.0), *sums[1:])
+
+
+@pytest.fixture
+def make(tiny_base, rows_file, tmp_path, make_trainer):
+    def make(folder, module_class=QLoRAModule):
+        lightning.seed_everything(7, verbose=False)
+        module = module_class(str(tiny_base), rank=2, dropout=0.1, learning_rate=1e-2, compute_dtype="fp32")
+        data = InstructionDataModule(str(rows_file), val=str(rows_file), tokenizer=str(tiny_base), batch_size=2)
+        options = {"max_steps": 4, "accumulate_grad_batches": 2, "default_root_dir": tmp_path / folder}
+        return make_trainer(enable_checkpointing=True, callbacks=[AdapterCheckpoint()], **options), module, data
+
+    return make
+
+
+def test_a_fit_after_the_learning_rate_finder_is_bit_for_bit_one_without(make, tmp_path):
+    trainer, module, data = make("plain")
+    trainer.fit(module, data)
+    drawn = random.random(), torch.rand(1)
+
+    trainer, module, data = make("run")
+    finder = Tuner(trainer).lr_find(module, datamodule=data, num_training=20, max_lr=1e-1, update_attr=False)
+    assert finder.suggestion() is not None
+    assert not any(file.is_file() for file in (tmp_path / "run").rglob("*"))
+    assert (trainer.global_step, module.learning_rate) == (0, 1e-2)
+    trainer.fit(module, data)
+    assert (random.random(), torch.rand(1)) == drawn
+    first, second = (
+        torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True) for run in ("plain", "run")
+    )
+    for part in ("state_dict", "global_step", "lr_schedulers"):
+        assert same(first[part], second[part]), part
+
+
+def test_a_loss_that_is_not_finite_ends_the_search_and_not_the_program(make):
+    trainer, module, data = make("run", Exploding)
+    finder = Tuner(trainer).lr_find(
+        module, datamodule=data, num_training=40, max_lr=1e-3, early_stop_threshold=None, update_attr=True
+    )
+    assert len(finder.results["loss"]) == 16
+    assert finder.suggestion() == module.learning_rate
+
+
+# ---- loaders of our data ----
+
+
+@pytest.fixture
+def data(tiny_base, rows_file):
+    data = InstructionDataModule(str(rows_file), tokenizer=str(tiny_base), batch_size=4)
+    data.setup("fit")
+    return data
 
 
 @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")  # as it shall
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")  # Lightning's: there are none
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")  # Lightning's: there are none
-def test_a_loader_of_data_alone_trains_in_a_trainer(tiny_base, rows_file, tmp_path):
-    data = InstructionDataModule(str(rows_file), tokenizer=str(tiny_base), batch_size=4)
-    data.setup("fit")
-    module = QLoRAModule(str(tiny_base), **_STEADY)
-    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", devices=1, default_root_dir=tmp_path, **_QUIET)
-    trainer.fit(module, data.train_dataloader())
+def test_a_loop_in_fabric_and_a_loader_in_a_trainer_train_the_same(data, tiny_base, make_trainer):
+    lightning.seed_everything(3, verbose=False)
+    trainer = make_trainer(max_epochs=1, gradient_clip_val=1.0)
+    trainer.fit(expected := QLoRAModule(str(tiny_base), **_STEADY), data.train_dataloader())
     assert trainer.global_step == 4
 
-
-def test_data_alone_ask_for_a_tokenizer(rows_file):
-    with pytest.raises(UserError, match="tokenizer: expected a hub id"):
-        InstructionDataModule(str(rows_file)).setup("fit")
-
-
-def test_a_loop_in_fabric_trains_what_the_trainer_trains(tiny_base, rows_file, tmp_path):
     fabric = Fabric(accelerator="cpu", devices=1)
     fabric.launch()
     fabric.seed_everything(3)
     module = QLoRAModule(str(tiny_base), **_STEADY).to(fabric.device)
     module.configure_model()
-    data = InstructionDataModule(str(rows_file), tokenizer=str(tiny_base), batch_size=4)
-    data.setup("fit")
     optimizer = torch.optim.AdamW(module.parameter_groups(), lr=module.learning_rate, weight_decay=0.0)
     model, optimizer = fabric.setup(module, optimizer)
     model.mark_forward_method("compute_loss")
@@ -91,19 +139,15 @@ def test_a_loop_in_fabric_trains_what_the_trainer_trains(tiny_base, rows_file, t
         fabric.clip_gradients(model, optimizer, max_norm=1.0)
         optimizer.step()
         optimizer.zero_grad()
-    found, expected = module.state_dict(), fit(tiny_base, rows_file, tmp_path)
-    assert found.keys() == expected.keys()
-    updates = [
-        torch.cat([state[name].flatten() for name in state if ".lora_B." in name]) for state in (found, expected)
-    ]
+    states = [module.state_dict(), expected.state_dict()]
+    assert states[0].keys() == states[1].keys()
+    updates = [torch.cat([state[name].flatten() for name in state if ".lora_B." in name]) for state in states]
     assert (updates[0] - updates[1]).norm() < 1e-4 * updates[1].norm()  # the same up to rounding; B begins at zero
 
 
-def test_in_fabric_each_epoch_has_every_row_once_in_another_order(tiny_base, rows_file):
+def test_in_fabric_each_epoch_has_every_row_once_in_another_order(data):
     fabric = Fabric(accelerator="cpu", devices=1)
     fabric.launch()
-    data = InstructionDataModule(str(rows_file), tokenizer=str(tiny_base), batch_size=4)
-    data.setup("fit")
     loader = fabric.setup_dataloaders(data.train_dataloader())
     first, second = ([row for batch in loader for row in batch["row_ids"].tolist()] for _ in range(2))
     assert sorted(first) == sorted(second) == list(range(16))

@@ -1,12 +1,12 @@
-"""Writes train.jsonl and val.jsonl beside it, from the quickstart's events: a short answer is preferred to a long one."""
+"""Writes train.jsonl and val.jsonl from the quickstart's events: a short answer is preferred to a long one."""
 
 import json
 from pathlib import Path
 
 HERE = Path(__file__).parent
 LONG = (
-    "Thank you so much for letting me know! I have carefully taken note of your {title}, which is going to take place on "
-    "{day} at {time}{place}. Please do not hesitate to tell me if there is anything else that I can do for you today."
+    "Thank you so much for letting me know! I have carefully taken note of your {title}, which is going to take place "
+    "on {day} at {time}{place}. Please do not hesitate to tell me if there is anything else that I can do for you today."
 )
 SHORT = "Noted: {title}, {day}, {time}{place}."
 

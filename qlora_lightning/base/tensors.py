@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHARD_BYTES = 2_000_000_000
+GIB = 2**30
 
 
 def format_bytes(count: int) -> str:
@@ -23,6 +24,11 @@ def format_bytes(count: int) -> str:
         size, unit = size / 1000, larger
     digits = 1 if unit in ("GB", "TB") and size < 100 else 0
     return f"{size:.{digits}f} {unit}"
+
+
+def format_gib(count: float) -> str:
+    """Format a number of bytes as memory is sold: ``5.30 GiB``."""
+    return f"{count / GIB:.2f} GiB"
 
 
 @dataclass(frozen=True)

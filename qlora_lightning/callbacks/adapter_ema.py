@@ -10,7 +10,7 @@ from torch import Tensor
 from qlora_lightning.model.adapters.lora import copy_tensors, trainable_tensors
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import callbacks_of
+from qlora_lightning.support.trainer import find_callback
 
 _KEY = "adapter_ema"  # of a checkpoint
 _DECAY = 0.999
@@ -122,7 +122,7 @@ class AdapterEMA(Callback):
 @contextlib.contextmanager
 def holding_average(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """Hold the average of an :class:`AdapterEMA` of the trainer in the model, if there is one."""
-    ema = next((each for each in callbacks_of(trainer) if isinstance(each, AdapterEMA)), None)
+    ema = find_callback(trainer, AdapterEMA)
     holds = ema is not None and ema.put_in(pl_module)
     try:
         yield

@@ -1,8 +1,7 @@
-"""Checkpoint files: written straight to the disk and read back, found by ``--ckpt_path``, refused if damaged."""
+"""Checkpoint files: collected, written and read back, found by ``--ckpt_path``, rejected if damaged."""
 
 import contextlib
 import re
-import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,74 +11,76 @@ import torch
 from lightning import Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from qlora_lightning.model.adapters.folder import UNFINISHED as UNFINISHED_ADAPTER
 from qlora_lightning.model.checkpoint.format import read_content
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import find_storage_fault
+from qlora_lightning.support.files import find_storage_fault, flush
 
 CHECKPOINTS = "checkpoints"  # the folder of a run folder
-UNFINISHED = "unfinished.ckpt"
+LAST, UNFINISHED = "last.ckpt", "unfinished.ckpt"
 
 
-class SaveFaults:
-    """The first failure of a save; the other ranks must hear of it, or they would wait for the first forever."""
+class _Collector(TorchCheckpointIO):
+    """Keep what Lightning would write: a disk that fails while the other ranks wait for it would stop them forever."""
 
-    def __init__(self) -> None:
-        self.first: str | None = None
-
-    @contextlib.contextmanager
-    def noting(self, file: Path) -> Iterator[None]:
-        """Note a failure of the disk as one to write ``file``; let every other error pass."""
-        try:
-            yield
-        except Exception as error:
-            reason = find_storage_fault(error)
-            if reason is None:
-                raise
-            self.first = self.first or f"{file} could not be written: {reason}."
-
-
-class _DirectWriter(TorchCheckpointIO):
-    """Writes without Lightning's copy of the whole file in memory and its detour through the folder for temporaries."""
-
-    def __init__(self, faults: SaveFaults) -> None:
-        self.faults = faults
+    content: dict[str, Any] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        with self.faults.noting(Path(path)):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with Path(path).open("wb") as handle:
-                    torch.save(checkpoint, handle)
-                torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # none of its tensors is read
-            except Exception as error:
-                if find_storage_fault(error):
-                    raise
-                self.faults.first = self.faults.first or (
-                    f"The checkpoint would not be read again: {_reason(error)}. Every state_dict must hold tensors, "
-                    "numbers, strings, booleans and None, in lists, tuples, sets and dicts, and nothing else."
-                )
+        self.content = checkpoint
 
 
-def write_checkpoint(trainer: Trainer, file: Path, faults: SaveFaults) -> None:
-    """Write a checkpoint of this moment, and read it back; every rank takes part, and the first writes."""
-    usual, trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io, _DirectWriter(faults)
+def collect_checkpoint(trainer: Trainer) -> dict[str, Any] | None:
+    """Return the content of a checkpoint of this moment on the first rank; every rank takes part."""
+    collector = _Collector()
+    usual, trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io, collector
     try:
-        trainer.save_checkpoint(file, weights_only=False)
+        trainer.save_checkpoint(UNFINISHED, weights_only=False)
     finally:
         trainer.strategy.checkpoint_io = usual
+    return collector.content
 
 
-def clear_remains(checkpoints: Path, adapter: Path) -> None:
-    """Remove what a kill or a full disk left half written in a run's two folders, as far as it can be."""
-    with contextlib.suppress(OSError):
-        for file in checkpoints.glob("*unfinished"):
-            file.unlink()
-        (checkpoints / UNFINISHED).unlink(missing_ok=True)
-        shutil.rmtree(adapter / UNFINISHED_ADAPTER)
+def write_checkpoint(content: dict[str, Any] | None, file: Path) -> None:
+    """Write a checkpoint straight to the disk, and read it back.
+
+    Lightning would copy the whole file in memory first, and take a detour through the folder for temporary files.
+
+    Raises:
+        UserError: It would not be read again.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("wb") as handle:
+        torch.save(content, handle)
+    flush(file)
+    try:
+        torch.load(file, map_location="cpu", mmap=True, weights_only=True)  # none of its tensors is read
+    except Exception as error:
+        raise UserError(
+            f"The checkpoint would not be read again: {_shorten(error)}. Every state_dict must hold tensors, numbers, "
+            "strings, booleans and None, in lists, tuples, sets and dicts, and nothing else."
+        ) from error
 
 
-def find_checkpoint(folder: str | Path, name: str | None) -> str | None:
+@contextlib.contextmanager
+def reporting_disk_faults(run_folder: str | Path) -> Iterator[None]:
+    """Report in one sentence what the disk has against a write, and from where the run can be resumed.
+
+    Raises:
+        UserError: The disk is full or fails, or the folder cannot be written to. Other errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = find_storage_fault(error)
+        if reason is None:
+            raise
+        whole = find_newest(Path(run_folder) / CHECKPOINTS)
+        remedy = "Make room, or choose another folder."
+        if whole is not None:
+            remedy = f"{whole} is whole: when that is mended, resume from it with `--ckpt_path {whole}`."
+        raise UserError(f"trainer.default_root_dir {run_folder} cannot be written to: {reason}. {remedy}") from error
+
+
+def find_checkpoint(run_folder: str | Path, name: str | None) -> str | None:
     """Return the file that ``--ckpt_path`` means; ``last`` is the run folder's last checkpoint, ``None`` without one.
 
     A kill during the very first save may leave a whole checkpoint under its own name and no ``last.ckpt``: then it is
@@ -90,7 +91,7 @@ def find_checkpoint(folder: str | Path, name: str | None) -> str | None:
     """
     if name != "last":
         return name
-    file = Path(folder) / CHECKPOINTS / "last.ckpt"
+    file = Path(run_folder) / CHECKPOINTS / LAST
     if file.exists():
         check_checkpoint(file)
         return str(file)
@@ -100,14 +101,16 @@ def find_checkpoint(folder: str | Path, name: str | None) -> str | None:
 
 def find_newest(folder: Path, besides: str = "") -> Path | None:
     """Return the checkpoint of most optimizer steps in a folder that can be resumed; ``last.ckpt`` among equals."""
-    names = (UNFINISHED, besides)
-    files = [file for file in folder.glob("*.ckpt") if file.name not in names and file.is_file()]
-    whole = [file for file in files if _find_fault(file) is None]
-    return max(whole, key=lambda file: (_read_step(file), file.stem == "last"), default=None)
+    steps: dict[Path, int] = {}
+    for file in folder.glob("*.ckpt"):
+        if file.name not in (UNFINISHED, besides):
+            with contextlib.suppress(UserError):
+                steps[file] = _read_whole(file)["global_step"]
+    return max(steps, key=lambda file: (steps[file], file.name == LAST), default=None)
 
 
 def check_checkpoint(file: str | Path) -> None:
-    """Refuse a file that is not a whole checkpoint of ours, before anything is loaded for it.
+    """Reject a file that is not a whole checkpoint of ours, before anything is loaded for it.
 
     Raises:
         UserError: It is missing, cut off, damaged, foreign, or lacks a part.
@@ -115,37 +118,32 @@ def check_checkpoint(file: str | Path) -> None:
     file = Path(file)
     if not file.is_file():
         raise UserError(f"--ckpt_path {file}: there is no such file. Expected a .ckpt file, or `last`.")
-    fault = _find_fault(file)
-    if fault is None:
-        return
-    better = find_newest(file.parent, besides=file.name)
-    remedy = "There is no good checkpoint beside it."
-    if better is not None:
-        remedy = f"The newest good one beside it is {better}: resume from it with `--ckpt_path {better}`."
-    raise UserError(f"--ckpt_path {fault} {remedy}")
-
-
-def _find_fault(file: Path) -> str | None:
     try:
-        with zipfile.ZipFile(file) as archive:  # torch.load does not look at the checksums of tensors
+        _read_whole(file)
+    except UserError as error:
+        better = find_newest(file.parent, besides=file.name)
+        remedy = "There is no good checkpoint beside it."
+        if better is not None:
+            remedy = f"The newest good one beside it is {better}: resume from it with `--ckpt_path {better}`."
+        raise UserError(f"--ckpt_path {error} {remedy}") from error
+
+
+def _read_whole(file: Path) -> dict[str, Any]:
+    """Read a checkpoint of ours, and compare the checksums of its tensors, at which ``torch.load`` does not look."""
+    try:
+        with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
         checkpoint = None if damaged else torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of torch, zipfile or the disk: cut off, a flipped bit, a class that needs code to run
-        return f"{file} is damaged or not a checkpoint: {_reason(error)}."
+        raise UserError(f"{file} is damaged or not a checkpoint: {_shorten(error)}.") from error
     if damaged:
-        return f"{file} is damaged: {damaged} in it does not fit its checksum."
-    try:
-        read_content(checkpoint if isinstance(checkpoint, dict) else {}, str(file))
-    except UserError as error:
-        return str(error)
-    return None
+        raise UserError(f"{file} is damaged: {damaged} in it does not fit its checksum.")
+    content: dict[str, Any] = checkpoint if isinstance(checkpoint, dict) else {}
+    read_content(content, str(file))
+    return content
 
 
-def _read_step(file: Path) -> int:
-    return int(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-
-
-def _reason(error: Exception) -> str:
+def _shorten(error: Exception) -> str:
     """Return what matters in torch's long explanation: a class that plain data do not have, or its first line."""
     found = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
     first = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,7 +3,6 @@
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
@@ -12,11 +11,9 @@ from qlora_lightning.model.layers.checkpointing import keep_inputs_apart
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import enable_activation_checkpointing
 
-_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")  # that transformers sets in a module
-
 
 class GradientCheckpointing(Callback):
-    """Switch activation checkpointing on, non-reentrant, for the fit; after it the model is as it was before.
+    """Switch activation checkpointing on, non-reentrant, for the fit; it is off again after it.
 
     transformers' switch alone would let the gradient run on below the adapters, down to the embedding, and fragments
     the heap of a CPU.
@@ -35,43 +32,36 @@ class GradientCheckpointing(Callback):
             raise UserError(f"gradient_checkpointing.every_n_layers is {every_n_layers}: expected 1 or more.")
         self.enabled = enabled
         self.every_n_layers = every_n_layers
-        self._before: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._model: Any = None  # of a fit
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.enabled:
             return
         model: Any = pl_module.causal_lm
-        self._before = [
-            (module, {name: vars(module)[name] for name in _SETTINGS if name in vars(module)})
-            for module in model.modules()
-            if hasattr(module, _SETTINGS[0])
-        ]
+        self._model = model
         enable_activation_checkpointing(model, self.every_n_layers, draws=has_dropout(model))
         model.disable_input_require_grads()  # which only reentrant checkpointing would need
-        layers = [layer for layer in pl_module.modules() if _is_checkpointed(layer)]
+        # those that are switched on and have something to train: what is below all adapters never runs again
+        layers = [
+            layer
+            for layer in pl_module.modules()
+            if isinstance(layer, GradientCheckpointingLayer)
+            and layer.gradient_checkpointing
+            and trainable_tensors(layer)
+        ]
         if not layers:
             raise RuntimeError("gradient_checkpointing is enabled, but no layer with an adapter can be checkpointed.")
         if getattr(pl_module, "fast", True):
             keep_inputs_apart(layers)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._restore()
+        self._switch_off()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore()  # no teardown follows
+        self._switch_off()  # no teardown follows
 
-    def _restore(self) -> None:
-        for module, settings in self._before:
-            for name in _SETTINGS:
-                vars(module).pop(name, None)
-            vars(module).update(settings)
-        self._before = []
-
-
-def _is_checkpointed(layer: nn.Module) -> bool:
-    """Whether a layer is switched on and has something to train: what is below all adapters never runs again."""
-    return (
-        isinstance(layer, GradientCheckpointingLayer)
-        and layer.gradient_checkpointing
-        and bool(trainable_tensors(layer))
-    )
+    def _switch_off(self) -> None:
+        for module in self._model.modules() if self._model is not None else []:
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
+        self._model = None

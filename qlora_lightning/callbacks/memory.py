@@ -12,9 +12,9 @@ import rich
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from qlora_lightning.base.tensors import format_gib
 from qlora_lightning.callbacks.dry_batch import leaves_out, look_ahead
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
-from qlora_lightning.callbacks.run_folder import writing_to
 from qlora_lightning.callbacks.run_report import note_warning
 from qlora_lightning.model.batch import BatchShape, shape_of_batch, shape_of_rows
 from qlora_lightning.model.build import meta_copy
@@ -22,6 +22,7 @@ from qlora_lightning.model.device import (
     PeakWatch,
     device_memory_gib,
     give_back_freed_memory,
+    name_of_peak,
     read_memory,
     read_peak_gib,
     read_resident_bytes,
@@ -29,11 +30,10 @@ from qlora_lightning.model.device import (
 from qlora_lightning.model.layout import filled
 from qlora_lightning.model.memory.plan import StepSettings, plan_memory
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.support.console import describe, say
+from qlora_lightning.support.console import print_detail, say
 from qlora_lightning.support.files import write_whole
-from qlora_lightning.support.trainer import callbacks_of, is_trial_run, log_interval
+from qlora_lightning.support.trainer import find_callback, is_trial_run, log_interval
 
-_GIB = 1024**3
 _FULL = 0.95  # of the device's memory
 _REMEDIES = (
     "The cheapest remedies: gradient_checkpointing.enabled: true; half the data.batch_size with twice the "
@@ -62,37 +62,31 @@ class GPUMemoryMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._report(trainer, pl_module, "after loading")
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         self._step = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if not self.enabled or trainer.global_step == self._step:
             return  # inside an accumulation window the peak is not reached yet
         if self._first:
             self._first = False
             self._report(trainer, pl_module, "after the first step")
         if trainer.global_step % log_interval(trainer) == 0:
-            is_cuda = pl_module.device.type == "cuda"
-            shown = "memory_peak_gib" if is_cuda else "peak_rss_gib"
-            values = read_memory(pl_module.device)
-            self._warn_if_full(trainer, values[shown], device_memory_gib(pl_module.device))
+            values, shown = read_memory(pl_module.device), name_of_peak(pl_module.device)
             for name, gib in values.items():
                 pl_module.log(name, torch.tensor(gib), prog_bar=name == shown)
-            if is_cuda:
+            capacity = device_memory_gib(pl_module.device)
+            if values[shown] > _FULL * capacity and not self._warned:
+                self._warned = True
+                found = f"Peak memory {values[shown]:.2f} GiB is over 95 % of {capacity:.2f} GiB."
+                rich.print(f"[yellow]{found}[/yellow] {_REMEDIES}")
+                note_warning(trainer, found)
+            if pl_module.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, when: str) -> None:
         if self.enabled and trainer.is_global_zero:
-            describe(f"Memory {when}: {read_peak_gib(pl_module.device):.2f} GiB at its peak")
-
-    def _warn_if_full(self, trainer: Trainer, peak: float, capacity: float) -> None:
-        if peak > _FULL * capacity and not self._warned:
-            self._warned = True
-            found = f"Peak memory {peak:.2f} GiB is over 95 % of {capacity:.2f} GiB."
-            rich.print(f"[yellow]{found}[/yellow] {_REMEDIES}")
-            note_warning(trainer, found)
+            print_detail(f"Memory {when}: {read_peak_gib(pl_module.device):.2f} GiB at its peak")
 
 
 class MemoryComparison(Callback):
@@ -120,7 +114,7 @@ class MemoryComparison(Callback):
         self._process = read_resident_bytes()  # imports and data; the model comes next
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if is_trial_run(trainer) or not _is_planned(pl_module):
+        if is_trial_run(trainer) or not isinstance(pl_module, QLoRAModule) or pl_module.overrides("build_model"):
             return
         self._leaves_out = leaves_out(pl_module)
         ahead = look_ahead(trainer, pl_module)
@@ -138,9 +132,7 @@ class MemoryComparison(Callback):
             if self._largest is None or shape.computed > self._largest.computed:
                 self._largest = shape
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self._watch is not None:
             self._watch.look()  # before GPUMemoryMonitor resets what CUDA remembers
 
@@ -154,6 +146,7 @@ class MemoryComparison(Callback):
         if self._largest is None or not self._measured or not trainer.is_global_zero:
             return
         module: Any = pl_module
+        checkpointing = find_callback(trainer, GradientCheckpointing)
         dtype: torch.dtype = getattr(torch, module.identity["compute_dtype"])
         settings = StepSettings(
             device=module.device.type,
@@ -163,7 +156,7 @@ class MemoryComparison(Callback):
             optimizer=module.optimizer_choice,
             process=self._process if module.device.type == "cpu" else 0,  # on CUDA only torch's memory is measured
             autocasts=module.autocast_dtype is not None,
-            every_n_layers=_checkpointed(trainer),
+            every_n_layers=checkpointing.every_n_layers if checkpointing and checkpointing.enabled else 0,
             batch_lengths=max(1, len(self._lengths)),
             ids=self._ids if module.cache else None,
         )
@@ -180,10 +173,12 @@ class MemoryComparison(Callback):
             },
         }
         folder = Path(trainer.default_root_dir)
-        with writing_to(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / "plan.json", json.dumps(found, indent=2) + "\n")
-        say(describe_plan(plan.peak_bytes, self._measured))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "plan.json", json.dumps(found, indent=2) + "\n")
+        say(
+            f"Memory: planned {format_gib(plan.peak_bytes)}, measured {format_gib(self._measured)} at its peak "
+            f"({self._measured / plan.peak_bytes - 1:+.1%})"
+        )
 
     def _computed(self, shape: BatchShape) -> BatchShape:
         return shape if self._leaves_out else shape.whole()
@@ -191,21 +186,3 @@ class MemoryComparison(Callback):
     def _stop(self) -> int:
         watch, self._watch = self._watch, None
         return 0 if watch is None else watch.stop()
-
-
-def _checkpointed(trainer: Trainer) -> int:
-    """Return how many layers share one checkpoint; 0: none has one."""
-    found = (each for each in callbacks_of(trainer) if isinstance(each, GradientCheckpointing))
-    return next((each.every_n_layers for each in found if each.enabled), 0)
-
-
-def describe_plan(predicted: int, measured: int) -> str:
-    """Describe in a line how far off a plan was, both in bytes."""
-    return (
-        f"Memory: planned {predicted / _GIB:.2f} GiB, measured {measured / _GIB:.2f} GiB at its peak "
-        f"({measured / predicted - 1:+.1%})"
-    )
-
-
-def _is_planned(module: LightningModule) -> bool:
-    return isinstance(module, QLoRAModule) and not module.overrides("build_model")

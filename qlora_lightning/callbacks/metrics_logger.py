@@ -1,16 +1,15 @@
 """Writes ``metrics.csv`` into the run folder, and continues it when a run is resumed."""
 
-import contextlib
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.callbacks.checkpoint_file import reporting_disk_faults
 from qlora_lightning.support.files import flush, write_whole
 
 
@@ -28,7 +27,7 @@ class MetricsLogger(Logger):
         super().__init__()
         self.file = Path(folder) / "metrics.csv"
         self.rows = 0
-        self._columns: list[str] = []
+        self._columns: list[str] = []  # none: the file has not been read yet
 
     @property
     def name(self) -> str:
@@ -51,24 +50,15 @@ class MetricsLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append one line; a new metric widens the table.
-
-        Raises:
-            UserError: The disk is full or fails.
-        """
+        """Append one line; a new metric widens the table."""
         row = {"step": step, **metrics}
-        with self._reporting_faults():
-            if not self._columns and self.file.exists():
-                self._open()
-            new = [name for name in row if name not in self._columns]
-            if new:
-                earlier = self._read()
-                self._columns += new
-                self._rewrite([*earlier, row])
-            else:
+        with reporting_disk_faults(self.save_dir):
+            if row.keys() <= set(self._columns):
                 with self.file.open("a", newline="", encoding="utf-8") as handle:
-                    handle.write(self._to_text([row]))
+                    csv.DictWriter(handle, self._columns, lineterminator="\n").writerow(row)
                 self.rows += 1
+            else:
+                self._rewrite([*self._read(), row])
 
     @rank_zero_only
     def flush(self) -> None:
@@ -83,52 +73,23 @@ class MetricsLogger(Logger):
         Args:
             rows: So many lines stay.
             before_step: Those behind them stay that belong to an earlier optimizer step than this.
-
-        Raises:
-            UserError: The file cannot be read or written.
         """
-        with self._reporting_faults():
-            if self.file.exists():
-                self._open()
-                table = self._read()
-                kept = table[:rows] + [row for row in table[rows:] if int(row["step"]) < before_step]
-                if kept != table:
-                    self._rewrite(kept)
-
-    @contextlib.contextmanager
-    def _reporting_faults(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self.file} could not be read or written: {error.strerror or error}. What was saved is intact: "
-                "resume from it with `--ckpt_path last` when that is mended."
-            ) from error
-
-    def _open(self) -> None:
-        """Continue a table that is there; half a line, as a kill leaves it, goes."""
-        whole, end, half = self.file.read_text(encoding="utf-8").rpartition("\n")
-        if half:
-            write_whole(self.file, whole + end)
-        with self.file.open(newline="", encoding="utf-8") as handle:
-            self._columns = next(csv.reader(handle), [])
-        self.rows = len(self._read())
+        with reporting_disk_faults(self.save_dir):
+            table = self._read()
+            if table:
+                self._rewrite(table[:rows] + [row for row in table[rows:] if int(row["step"]) < before_step])
 
     def _read(self) -> list[dict[str, Any]]:
-        if not self.file.exists():
-            return []
-        with self.file.open(newline="", encoding="utf-8") as handle:
-            return list(csv.DictReader(handle))
+        """Return the lines that are there; half a line, as a kill leaves it, is none."""
+        text = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
+        return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
-    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.file, self._to_text(rows, head=True))
-        self.rows = len(rows)
-
-    def _to_text(self, rows: list[dict[str, Any]], head: bool = False) -> str:
+    def _rewrite(self, rows: Sequence[dict[str, Any]]) -> None:
+        self._columns = list(dict.fromkeys(name for row in rows for name in row))
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self._columns, lineterminator="\n")
-        if head:
-            writer.writeheader()
+        writer.writeheader()
         writer.writerows(rows)
-        return text.getvalue()
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.file, text.getvalue())
+        self.rows = len(rows)

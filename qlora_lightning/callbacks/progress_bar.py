@@ -14,6 +14,7 @@ from rich.table import Column
 
 from qlora_lightning.callbacks.run_report import planned_steps
 from qlora_lightning.support.console import drop_lost_output
+from qlora_lightning.support.versions import PEAK_NAMES
 
 # the most important metric first, for a narrow terminal cuts the last ones
 _FORMATS = {
@@ -21,8 +22,7 @@ _FORMATS = {
     "val_loss": "val {:.3f}",
     "learning_rate": "lr {:.1e}",
     "tokens_per_second": "{:.0f} tok/s",
-    "peak_rss_gib": "{:.2f} GiB",
-    "memory_peak_gib": "{:.2f} GiB",
+    **dict.fromkeys(PEAK_NAMES.values(), "{:.2f} GiB"),
 }
 
 

@@ -1,7 +1,7 @@
-"""Keeps a run folder to one run and one process, and writes the run's config into it."""
+"""Keeps a run folder to one run and one process, and writes the run's config and its predictions into it."""
 
 import contextlib
-import errno
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,15 +10,15 @@ from typing import Any
 import yaml
 from lightning import Callback, LightningModule, Trainer
 
-from qlora_lightning.callbacks.checkpoint_file import CHECKPOINTS, UNFINISHED
+from qlora_lightning.callbacks.checkpoint_file import CHECKPOINTS, UNFINISHED, reporting_disk_faults
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import lock_folder, write_whole
-from qlora_lightning.support.trainer import is_trial_run
+from qlora_lightning.support.trainer import gather_lists, is_trial_run
 
 _TABLE = "metrics_table"  # key of a checkpoint
-_held: set[int] = set()  # descriptors of locked folders
+_BY_STEPS = {"rows": 0, "line_follows": True}  # without that key the steps alone say which lines stay
 
 
 class RunFolder(Callback):
@@ -32,18 +32,15 @@ class RunFolder(Callback):
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
-        self._table: dict[str, Any] | None = None
-        self._line_follows = False  # the line of a step is written after the hooks of its batch
+        self._table: dict[str, Any] = _BY_STEPS
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_trial_run(trainer):
             return
-        folder = Path(trainer.default_root_dir)
-        if not is_resumed(trainer):  # the command line has looked, but a run may have come and gone since
-            refuse_everywhere(trainer, lambda: refuse_started_folder(folder, trainer.ckpt_path))
         if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-            with writing_to(folder):
+            with reporting_disk_faults(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 write_whole(folder / "config.yaml", text)
         for logger in trainer.loggers:
@@ -53,77 +50,73 @@ class RunFolder(Callback):
                 say(f"{type(logger).__name__} does not take the config: {type(fault).__name__}: {fault}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        # as long as on_train_batch_end lasts; Lightning logs the line of the step behind it
+        line_follows = trainer.training and batches.processed == batches.completed + 1
         for logger in _tables(trainer):
-            checkpoint[_TABLE] = {"rows": logger.rows, "line_follows": self._line_follows}
+            checkpoint[_TABLE] = {"rows": logger.rows, "line_follows": line_follows}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # A checkpoint without the table was saved without this callback: then the steps alone say what stays.
-        self._table = checkpoint.get(_TABLE, {"rows": 0, "line_follows": True})
+        self._table = checkpoint.get(_TABLE, _BY_STEPS)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        table, self._table, self._line_follows = self._table or {"rows": 0}, None, False
+        table, self._table = self._table, _BY_STEPS
         for logger in _tables(trainer):
-            logger.cut(table["rows"], before_step=trainer.global_step if table.get("line_follows") else 0)
+            logger.cut(table["rows"], before_step=trainer.global_step if table["line_follows"] else 0)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._line_follows = False
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+class PredictionWriter(Callback):
+    """Write ``predictions.jsonl`` into the run folder: the row, its own answer if it has one, and the model's.
+
+    The first process writes those of all, in the order of the rows.
+    """
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._lines: list[dict[str, Any]] = []
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        self._line_follows = True
+        tokenizer: Any = trainer.datamodule.tokenizer  # type: ignore[attr-defined]  # Trainer has it, untyped
+        for answer, row_id, reference, row in zip(
+            outputs, batch["row_ids"], batch["references"], batch["rows"], strict=True
+        ):
+            text = tokenizer.decode(answer)
+            self._lines.append({"row": row_id, "prediction": text, "reference": reference, "input": row})
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._line_follows = False
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._line_follows = False
-
-
-class FolderLock:
-    """An exclusive lock on a run's checkpoint folder itself: no file is left behind, and a kill releases it too."""
-
-    def __init__(self) -> None:
-        self._descriptor: int | None = None
-
-    def take(self, run_folder: str | Path) -> None:
-        """Make the checkpoint folder and lock it, if its file system has such locks (NFS has none for folders).
-
-        Raises:
-            UserError: The folder cannot be written to, or another process trains in it.
-        """
-        self.release()
-        folder = Path(run_folder) / CHECKPOINTS
-        with writing_to(run_folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        try:
-            self._descriptor = lock_folder(folder)
-        except BlockingIOError as error:
-            raise UserError(
-                f"Another process trains in {run_folder}: wait until it has ended, or choose another folder with "
-                "`--trainer.default_root_dir runs/NAME`."
-            ) from error
-        if self._descriptor is not None:
-            _held.add(self._descriptor)
-
-    def release(self) -> None:
-        """Let others in, if it was taken."""
-        if self._descriptor in _held:
-            _held.remove(self._descriptor)
-            os.close(self._descriptor)
-        self._descriptor = None
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        lines = sorted(gather_lists(trainer, self._lines), key=lambda line: line["row"])
+        if trainer.is_global_zero:
+            file = Path(trainer.default_root_dir) / "predictions.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            say(f"{len(lines)} predictions: {file}")
 
 
-def _release_in_child() -> None:
-    """Workers of a loader are forks: one that outlives a killed run would keep its folder locked."""
-    while _held:
-        os.close(_held.pop())
+@contextlib.contextmanager
+def locking(run_folder: str | Path) -> Iterator[None]:
+    """Hold an exclusive lock on a run's checkpoint folder itself: no file is left behind, and a kill releases it too.
 
+    Without effect if the file system has no such locks (NFS has none for folders).
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_release_in_child)
+    Raises:
+        UserError: The folder cannot be made, or another process trains in it.
+    """
+    folder = Path(run_folder) / CHECKPOINTS
+    with reporting_disk_faults(run_folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = lock_folder(folder)
+    except BlockingIOError as error:
+        raise UserError(
+            f"Another process trains in {run_folder}: wait until it has ended, or choose another folder with "
+            "`--trainer.default_root_dir runs/NAME`."
+        ) from error
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def is_resumed(trainer: Trainer) -> bool:
@@ -137,7 +130,7 @@ def is_resumed(trainer: Trainer) -> bool:
 
 
 def refuse_started_folder(run_folder: str | Path, resumed: str | Path | None = None, table: bool = False) -> None:
-    """Refuse a folder that holds a run already, unless that is the run that is resumed.
+    """Reject a folder that holds a run already, unless that is the run that is resumed.
 
     Args:
         run_folder: Where a run is to write.
@@ -160,36 +153,21 @@ def refuse_started_folder(run_folder: str | Path, resumed: str | Path | None = N
         )
 
 
-def refuse_everywhere(trainer: Trainer, check: Callable[[], object]) -> None:
-    """Let the first process check something, and end every process if it refuses.
+def refuse_everywhere(trainer: Trainer, act: Callable[[], object]) -> None:
+    """Let the first process do something, and end every process if that is refused: they would wait for it forever.
 
     Raises:
-        UserError: It does.
+        UserError: It is.
     """
     fault = None
     if trainer.is_global_zero:
         try:
-            check()
+            act()
         except UserError as error:
             fault = str(error)
     fault = trainer.strategy.broadcast(fault)
     if fault is not None:
         raise UserError(fault)
-
-
-@contextlib.contextmanager
-def writing_to(run_folder: str | Path) -> Iterator[None]:
-    """Report what the system has against a run folder.
-
-    Raises:
-        UserError: It cannot be written to.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"trainer.default_root_dir {run_folder} cannot be written to: {error.strerror}. Choose another folder."
-        ) from error
 
 
 def _is_in(file: str | Path, run_folder: str | Path) -> bool:

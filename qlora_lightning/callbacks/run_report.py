@@ -30,13 +30,13 @@ from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.adapters.update_norms import measure_updates
 from qlora_lightning.model.checkpoint.format import plain_settings
 from qlora_lightning.model.checkpoint.setting_changes import trainer_settings
-from qlora_lightning.model.device import device_memory_gib, read_peak_gib
+from qlora_lightning.model.device import device_memory_gib, name_of_peak, read_peak_gib
 from qlora_lightning.model.summary import count_parameters
 from qlora_lightning.report.page import write_run_page
-from qlora_lightning.report.run import MEMORY, METRICS, read_manifest, read_metrics, write_manifest
-from qlora_lightning.support.console import describe, say
+from qlora_lightning.report.run import METRICS, read_manifest, read_metrics, write_manifest
+from qlora_lightning.support.console import print_detail, say
 from qlora_lightning.support.errors import TrainingStopped, UserError
-from qlora_lightning.support.trainer import callbacks_of, is_trial_run
+from qlora_lightning.support.trainer import callbacks_of, find_callback, is_trial_run
 
 _PACKAGES = (
     *("qlora-lightning", "torch", "lightning", "transformers", "peft", "bitsandbytes", "tokenizers", "datasets"),
@@ -131,8 +131,8 @@ class RunReport(Callback):
             write_manifest(folder, content)
             if status != "running":
                 if content["stopped_early"] is not None:  # Lightning says that max_epochs was reached
-                    describe(f"Stopped early, at step {trainer.global_step:,}: {content['stopped_early']}")
-                describe(f"Report: {write_run_page(folder)}")
+                    print_detail(f"Stopped early, at step {trainer.global_step:,}: {content['stopped_early']}")
+                print_detail(f"Report: {write_run_page(folder)}")
         except Exception as fault:  # a run that has trained does not fail for its report, nor one that fails for both
             say(f"The report of the run could not be written: {type(fault).__name__}: {fault}")
 
@@ -140,7 +140,8 @@ class RunReport(Callback):
         attempt, folder = self._attempts[-1], Path(trainer.default_root_dir)
         attempt |= {"ended": _now(), "seconds": time.perf_counter() - self._began, "status": status, "error": error}
         attempt["to_step"] = trainer.global_step
-        speed, saved = _find(trainer, ThroughputMonitor), _find(trainer, AdapterCheckpoint)
+        speed: Any = find_callback(trainer, ThroughputMonitor)
+        saved: Any = find_callback(trainer, AdapterCheckpoint)
         best = saved.best[0] if saved and saved.best else None
         again = ["qlora-lightning", "fit", "--config", str(folder / "config.yaml")]
         again += ["--trainer.default_root_dir", str(folder.with_name(f"{folder.name}-again"))]
@@ -200,7 +201,7 @@ def _noting_warnings(note: Callable[[str], None]) -> Iterator[None]:
 
 def note_warning(trainer: Trainer, text: str) -> None:
     """Add a warning that was printed to the report of the run, if there is one."""
-    report = _find(trainer, RunReport)
+    report = find_callback(trainer, RunReport)
     if report is not None:
         report.note_warning(text)
 
@@ -295,7 +296,7 @@ def _git_state() -> dict[str, Any] | None:
 def _find_peak(trainer: Trainer) -> dict[str, float]:
     """Return the most memory in GiB that was logged in the whole run, or that this process has held."""
     device = trainer.strategy.root_device
-    name = MEMORY[0 if device.type == "cuda" else 1]  # on CUDA what is read now is reset at each logging
+    name = name_of_peak(device)  # on CUDA what is read now is reset at each logging
     logged = read_metrics(Path(trainer.default_root_dir) / METRICS).get(name, [])
     return {name: max([read_peak_gib(device), *(value for _, value in logged)])}
 
@@ -323,10 +324,6 @@ def _find_early_stop(trainer: Trainer) -> str | None:
         return None
     reasons = [each.stopping_reason_message for each in callbacks_of(trainer) if isinstance(each, EarlyStopping)]
     return next((reason.removesuffix(" Signaling Trainer to stop.") for reason in reasons if reason), None)
-
-
-def _find(trainer: Trainer, kind: type[Any]) -> Any:
-    return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
 
 
 def _now() -> str:

@@ -21,10 +21,7 @@ class ThroughputMonitor(Callback):
         self.enabled = enabled
         self.tokens_seen = self.labelled_seen = 0
         self._trainer: Trainer | None = None
-        self._clear()
-
-    def _clear(self) -> None:
-        self._seconds, self._tokens, self._labelled = 0.0, 0, 0
+        self._seconds, self._tokens, self._labelled = 0.0, 0, 0  # of the open accumulation window
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer = trainer
@@ -52,7 +49,7 @@ class ThroughputMonitor(Callback):
         pl_module.log("tokens_per_second", torch.tensor(tokens / self._seconds), prog_bar=True)
         pl_module.log("labelled_tokens_per_second", torch.tensor(labelled / self._seconds))
         pl_module.log("tokens_seen", torch.tensor(float(self.tokens_seen)))
-        self._clear()
+        self._seconds, self._tokens, self._labelled = 0.0, 0, 0
 
     def _count_over_ranks(self) -> tuple[int, int]:
         """Add up tokens and labelled tokens of the open window; every rank must call it."""
@@ -70,7 +67,7 @@ class ThroughputMonitor(Callback):
         return {**seen, "tokens": tokens, "labelled": labelled, "seconds": self._seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting; the first rank takes over what all had counted in an open window."""
+        """Continue counting; the first rank takes over what all had counted in an open window."""
         self.tokens_seen, self._seconds = state_dict["tokens_seen"], state_dict["seconds"]
         self.labelled_seen = state_dict.get("labelled_seen", 0)  # checkpoints of 0.1.0 do not know it
         if self._trainer is None or self._trainer.is_global_zero:

@@ -30,7 +30,7 @@ def name_adapters(
         single: the name of the only adapter, if it has none.
 
     Raises:
-        UserError: a folder holds no adapter, or a name is missing, reserved or used twice.
+        UserError: a folder holds no adapter, or a name is reserved or used twice.
     """
     found: dict[str, Path] = {}
     for value in values:
@@ -40,11 +40,8 @@ def name_adapters(
             name, folder = (whole.parent if whole.name == "adapter" else whole).name, value
             if single is not None and len(values) == 1:
                 name = single
-        if not name or not folder:
-            raise UserError(f"--adapter {value}: expected DIR or NAME=DIR.")
-        if name in reserved or name in found:
-            taken = "has another meaning" if name in reserved else "names two adapters"
-            raise UserError(f"--adapter {value}: {name!r} {taken}. Choose another name: NAME=DIR.")
+        if not name or name in reserved or name in found:
+            raise UserError(f"--adapter {value}: expected DIR or NAME=DIR with a new name, but {name!r} is taken.")
         found[name] = find_adapter_folder(folder)
         read_identity(found[name])
     return found
@@ -53,13 +50,8 @@ def name_adapters(
 def add_config(adapter: Path | None, arguments: Sequence[str], needs_rows: bool = True) -> list[str]:
     """Return options of ``fit`` with the config of an adapter's run in front, unless they name a config themselves.
 
-    Args:
-        adapter: the adapter folder, if there is one.
-        arguments: options of ``fit``.
-        needs_rows: whether some ``--data`` option must name rows if there is no config of a run.
-
     Raises:
-        UserError: nothing names rows, or the folder is no adapter folder.
+        UserError: ``needs_rows``, and nothing names rows; or the folder is no adapter folder.
     """
     if adapter is None or find_configs(arguments):
         return list(arguments)

@@ -1,14 +1,15 @@
 """``qlora-lightning cache``: what the cache holds, and clearing it."""
 
 import sys
+from collections.abc import Sequence
 from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
-from qlora_lightning.base.cache import Kind, cache_root, clear_entries, list_entries
+from qlora_lightning.base.cache import CacheEntry, Kind, cache_root, clear_entries, list_entries
 from qlora_lightning.base.tensors import format_bytes
-from qlora_lightning.commands.options import OptionParser, SentenceParser, confirm
+from qlora_lightning.commands.options import OptionParser
 from qlora_lightning.support.errors import UserError
 
 _DESCRIPTION = "Unpacked and quantized bases, tokenized data and compiled loops, kept for the next start."
@@ -23,22 +24,33 @@ clearing costs time at the next start, nothing else."""
 def main(argv: list[str]) -> int:
     """List or clear the cache; return the exit code."""
     parser = OptionParser("cache", _DESCRIPTION, _EPILOG)
-    actions = parser.add_subparsers(dest="action", metavar="list | clear", required=True, parser_class=SentenceParser)
-    actions.add_parser("list", help="what the cache holds, with sizes and paths")
-    clear = actions.add_parser("clear", help="remove it, or one kind of it")
-    clear.add_argument("--kind", choices=get_args(Kind), help="remove this kind only")
-    clear.add_argument("--yes", action="store_true", help="do not ask")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("action", choices=("list", "clear"), help="list entries with sizes and paths, or remove them")
+    parser.add_argument("--kind", choices=get_args(Kind), help="of this kind only")
+    parser.add_argument("--yes", action="store_true", help="clear without asking")
+    options = parser.parse_args(argv)
     if cache_root().is_file():
         raise UserError(f"The cache's folder {cache_root()} is a file: name a folder by QLORA_LIGHTNING_CACHE.")
-    return _list() if arguments.action == "list" else _clear(arguments.kind, confirmed=arguments.yes)
-
-
-def _list() -> int:
-    entries = list_entries()
+    entries = list_entries(options.kind)
     if not entries:
-        print(f"The cache is empty ({cache_root()}). It fills when a base is first loaded.")
+        print(f"The cache holds nothing to {options.action} ({cache_root()}). It fills when a base is first loaded.")
         return 0
+    _print_table(entries)
+    if options.action == "list":
+        return 0
+    if not options.yes:
+        if not sys.stdin.isatty():
+            raise UserError("Clearing the cache asks for a yes, and there is no terminal to ask on. Add --yes.")
+        if input("Remove all of these? [y/N] ").strip().lower() not in ("y", "yes"):
+            print("Nothing removed.")
+            return 1
+    removed, busy = clear_entries(options.kind)
+    for entry in busy:
+        print(f"Left {entry.path}: a process is building it now.")
+    print(f"Removed {len(removed)}, freed {format_bytes(sum(entry.size_bytes for entry in removed))}.")
+    return 0
+
+
+def _print_table(entries: Sequence[CacheEntry]) -> None:
     table = Table("kind", "what", "size", "made", "last used", "path", box=None, pad_edge=False)
     table.columns[2].justify = "right"
     table.columns[5].overflow = "fold"  # a path that is cut off cannot be copied
@@ -48,24 +60,3 @@ def _list() -> int:
     # In a pipe, rich would assume 80 columns and fold the paths that a script looks for.
     Console(width=None if sys.stdout.isatty() else 500, markup=False, highlight=False).print(table)
     print(f"total {format_bytes(sum(entry.size_bytes for entry in entries))} in {cache_root()}")
-    return 0
-
-
-def _clear(kind: Kind | None, *, confirmed: bool) -> int:
-    entries = list_entries(kind)
-    for entry in entries:
-        print(f"  {entry.kind}  {entry.label}  {format_bytes(entry.size_bytes)}  {entry.path}")
-    if not entries:
-        print(f"Nothing to remove in {cache_root()}.")
-        return 0
-    size = format_bytes(sum(entry.size_bytes for entry in entries))
-    if not confirmed and not confirm(
-        f"Remove {'it' if len(entries) == 1 else 'all of these'} and free {size}?", "Clearing the cache"
-    ):
-        print("Nothing removed.")
-        return 1
-    removed, busy = clear_entries(kind)
-    for entry in busy:
-        print(f"Left {entry.path}: a process is building it now.")
-    print(f"Removed {len(removed)}, freed {format_bytes(sum(entry.size_bytes for entry in removed))}.")
-    return 0

@@ -1,6 +1,7 @@
-"""What an epoch of a config costs, for ``inspect`` and ``plan``: from its data and its trainer section."""
+"""What an epoch of a config takes, for ``inspect`` and ``plan``: micro-batches, optimizer steps and tokens."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,38 +9,36 @@ import torch
 
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
 
-DEFAULT_EPOCHS = 1  # as `fit` has it
+_USUAL_EPOCHS = 1000  # Lightning's, if neither epochs nor steps end a run
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch of the training rows.
+    """One epoch of the training rows, and what the whole run makes of it.
 
     Attributes:
         batches: Micro-batches on each device.
         mean_tokens: Tokens per micro-batch, on average.
         most_tokens: Tokens of the largest micro-batch.
-        budget: ``tokens_per_batch``; None if batches are made of rows.
         tokens: Tokens of all rows.
         devices: Devices of all nodes, on which micro-batches run side by side.
         accumulate: Micro-batches per optimizer step.
         steps: Optimizer steps per epoch.
-        all_steps: Optimizer steps of the whole run; None if nothing ends it.
-        epochs: Epochs of the whole run; None if only steps end it.
-        streaming: Whether the rows are only the first ones of a stream, which has no epochs.
+        epochs: Epochs of the run at most; None if only steps end it.
+        all_steps: Optimizer steps of the run; None if nothing ends it.
+        all_tokens: Tokens of the run, about; None likewise.
     """
 
     batches: int
     mean_tokens: float
     most_tokens: int
-    budget: int | None
     tokens: int
     devices: int
     accumulate: int
     steps: int
-    all_steps: int | None
     epochs: int | None
-    streaming: bool = False
+    all_steps: int | None
+    all_tokens: int | None
 
 
 def training_plan(data: Any) -> EpochPlan:
@@ -50,56 +49,61 @@ def training_plan(data: Any) -> EpochPlan:
     return plan
 
 
-def plan_epoch(plan: EpochPlan, trainer: dict[str, Any], streaming: bool = False) -> Epoch:
-    """Count what the trainer's settings make of the first epoch.
+def plan_epoch(plan: EpochPlan, trainer: Mapping[str, Any], streaming: bool = False) -> Epoch:
+    """Count what the Trainer's settings make of the first epoch.
 
     Args:
         plan: Micro-batches for one device.
-        trainer: The trainer section of the config.
-        streaming: Whether these are only the first rows of a stream.
+        trainer: The trainer section of the config, with its defaults.
+        streaming: Whether these are only the first rows of a stream, which has no epochs.
     """
-    accumulate = _number(trainer, "accumulate_grad_batches", 1)
+    accumulate, max_steps, max_epochs = (
+        trainer[name] for name in ("accumulate_grad_batches", "max_steps", "max_epochs")
+    )
+    if max_epochs is None:
+        max_epochs = _USUAL_EPOCHS if max_steps == -1 else -1
+    epochs = None if streaming or max_epochs == -1 else max_epochs
     devices = count_devices(trainer)
-    batches, limit = len(replace(plan, world_size=devices)), trainer.get("limit_train_batches")
+    batches, limit = len(replace(plan, world_size=devices)), trainer["limit_train_batches"]
     if isinstance(limit, float):
         batches = int(batches * limit)
     elif limit is not None:
-        batches = min(batches, int(limit))
+        batches = min(batches, limit)
+    steps = math.ceil(batches / accumulate)
+    ends = [max_steps] if max_steps >= 0 else []
+    ends += [] if epochs is None else [epochs * steps]
+    all_steps = min(ends, default=None)
     lengths = plan.samples.lengths
     batch_tokens = [int(lengths[batch.rows].sum()) for batch in plan.batches(0)]
-    steps = math.ceil(batches / accumulate)
-    max_steps = _number(trainer, "max_steps", -1)
-    epochs = _number(trainer, "max_epochs", DEFAULT_EPOCHS)
-    ends = [end for end in (-1 if streaming else epochs * steps, max_steps) if end >= 0]
+    mean_tokens = sum(batch_tokens) / max(1, len(batch_tokens))
+    all_tokens = None
+    if all_steps is not None:
+        all_batches = all_steps * accumulate
+        if epochs is not None:
+            all_batches = min(all_batches, epochs * batches)
+        all_tokens = round(all_batches * devices * mean_tokens)
     return Epoch(
         batches=batches,
-        mean_tokens=sum(batch_tokens) / max(1, len(batch_tokens)),
+        mean_tokens=mean_tokens,
         most_tokens=max(batch_tokens, default=0),
-        budget=plan.tokens_per_batch,
         tokens=sum(batch_tokens),
         devices=devices,
         accumulate=accumulate,
         steps=steps,
-        all_steps=min(ends, default=None),
-        epochs=None if epochs < 0 or streaming else epochs,
-        streaming=streaming,
+        epochs=epochs,
+        all_steps=all_steps,
+        all_tokens=all_tokens,
     )
 
 
-def count_devices(trainer: dict[str, Any]) -> int:
+def count_devices(trainer: Mapping[str, Any]) -> int:
     """Count the devices of all nodes that ``trainer.devices`` asks for: a number, a list, or all of this machine."""
-    devices = trainer.get("devices", "auto")
-    listed = devices if isinstance(devices, list) else [part for part in str(devices).split(",") if part.strip()]
-    if isinstance(devices, list) or "," in str(devices):
-        count = len(listed)
-    elif str(devices).isdigit():
+    devices = str(trainer["devices"])
+    if devices in ("auto", "-1"):
+        on_gpu = trainer["accelerator"] in ("auto", "gpu", "cuda")
+        count = max(1, torch.cuda.device_count()) if on_gpu else 1
+    elif devices.isdigit():
         count = int(devices)
-    else:
-        on_gpu = trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
-        count = torch.cuda.device_count() if on_gpu else 1
-    return max(1, count) * _number(trainer, "num_nodes", 1)
-
-
-def _number(trainer: dict[str, Any], key: str, default: int) -> int:
-    value = trainer.get(key)
-    return default if value is None else int(value)
+    else:  # "0,1," or [0, 1]
+        count = len([number for number in devices.strip("[]").split(",") if number.strip()])
+    return count * int(trainer["num_nodes"])

@@ -1,14 +1,19 @@
-"""What commands with a few options of their own share: an argparse parser, a question, quiet libraries."""
+"""What commands have in common: the parser of a command's own options, and the files that they name for output."""
 
 import argparse
+import contextlib
+import json
 import logging
+import os
 import sys
 import textwrap
-from contextlib import AbstractContextManager
-from typing import NoReturn
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
 
 from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import write_whole
 
 
 class ParagraphFormatter(argparse.HelpFormatter):
@@ -21,20 +26,8 @@ class ParagraphFormatter(argparse.HelpFormatter):
         )
 
 
-class SentenceParser(argparse.ArgumentParser):
-    """argparse that raises a mistake in one sentence, without a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Reject what was typed.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(f"{message}. See `{self.prog} --help`.")
-
-
-class OptionParser(SentenceParser):
-    """The parser of a command.
+class OptionParser(argparse.ArgumentParser):
+    """The parser of a command, which raises a mistake in one sentence, without a page of usage.
 
     Args:
         command: behind ``qlora-lightning``.
@@ -53,22 +46,71 @@ class OptionParser(SentenceParser):
             allow_abbrev=False,
         )
 
+    def error(self, message: str) -> NoReturn:
+        """Reject what was typed.
 
-def confirm(question: str, action: str) -> bool:
-    """Ask on the terminal for a yes; anything else is a no, Ctrl-D too.
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message}. See `{self.prog} --help`.")
+
+
+@contextlib.contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Silence what Lightning logs of devices, data and the end of a fit, for a command with a report of its own."""
+    with quiet_loggers(logging.WARNING, "lightning.pytorch", "lightning.fabric"):
+        yield
+
+
+# ---- output ----------------------------------------------------------------------------------------------------------
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json FILE`` and ``--force``."""
+    parser.add_argument("--json", metavar="FILE", help="write all figures there too; - is standard output")
+    parser.add_argument("--force", action="store_true", help="overwrite a file that is there already")
+
+
+def check_output(option: str, name: str | Path | None, force: bool = False) -> Path | None:
+    """Return the file that an option names; ``-`` is standard output, None no file.
 
     Raises:
-        UserError: there is no terminal.
+        UserError: it cannot be written, or exists and ``force`` is off.
     """
-    if not sys.stdin.isatty():
-        raise UserError(f"{action} asks for a yes, and there is no terminal to ask on. Add --yes.")
+    if name is None:
+        return None
+    if str(name) == "-":
+        return Path("/dev/stdout")
+    file = Path(name).expanduser()
+    if file.is_dir():
+        raise UserError(f"{option} {file} is a folder; name a file.")
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(f"{option} {file}: the folder {file.parent} does not exist or cannot be written to.")
+    if file.is_file() and file.stat().st_size and not force:
+        raise UserError(f"{option} {file} exists already. Name another file, or add --force to overwrite it.")
+    return file
+
+
+@contextlib.contextmanager
+def tables_beside(file: Path | None) -> Iterator[None]:
+    """Print to standard error while a file is standard output, so that it can be piped."""
+    is_piped = file is not None and str(file) == "/dev/stdout"
+    with contextlib.redirect_stdout(sys.stderr) if is_piped else contextlib.nullcontext():
+        yield
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write figures for other programs to read; a date of a config that is echoed becomes text."""
+    write_output(file, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_output(file: Path, content: str | bytes) -> None:
+    """Write what a command has made.
+
+    Raises:
+        UserError: the disk does not take it.
+    """
     try:
-        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:
-        print()
-        return False
-
-
-def quiet_lightning() -> AbstractContextManager[None]:
-    """Silence what Lightning logs of devices, data and the end of a fit, for a command with a report of its own."""
-    return quiet_loggers(logging.WARNING, "lightning.pytorch", "lightning.fabric")
+        write_whole(file, content)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror or error}.") from error

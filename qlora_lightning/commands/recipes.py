@@ -1,15 +1,14 @@
 """``qlora-lightning recipes``: the configs that travel with the package."""
 
 import shlex
-import shutil
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 import qlora_lightning
-from qlora_lightning.commands.options import OptionParser, SentenceParser
-from qlora_lightning.support.errors import UserError, nearest
+from qlora_lightning.commands.options import OptionParser
+from qlora_lightning.support.errors import UserError
 
 _EPILOG = """examples:
   qlora-lightning recipes
@@ -21,28 +20,24 @@ _EPILOG = """examples:
 def main(argv: list[str]) -> int:
     """List the recipes, or copy one into the current folder; return the exit code."""
     parser = OptionParser("recipes", "The configs that travel with the package.", _EPILOG)
-    actions = parser.add_subparsers(dest="action", metavar="[list | copy NAME]", parser_class=SentenceParser)
-    actions.add_parser("list", help="their names, a line each (the default)")
-    copy = actions.add_parser("copy", help="write one and its data into the current folder")
-    copy.add_argument("name", metavar="NAME", help="as `qlora-lightning recipes` lists it")
-    copy.add_argument("--force", action="store_true", help="overwrite files that differ")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("action", nargs="?", default="list", choices=("list", "copy"), help="list is the default")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="what to copy, as `qlora-lightning recipes` lists it")
+    parser.add_argument("--force", action="store_true", help="overwrite files that differ")
+    options = parser.parse_args(argv)
     recipes = {file.stem: file for file in sorted(recipes_folder().glob("*.yaml"))}
-    if arguments.action == "copy":
-        name = arguments.name.removesuffix(".yaml")
+    if options.action == "copy":
+        name = str(options.name).removesuffix(".yaml")
         if name not in recipes:
-            raise UserError(
-                f"There is no recipe {name!r}: expected one of {', '.join(recipes)}.{nearest(name, recipes)}"
-            )
-        _copy(recipes[name], force=arguments.force)
-    else:
-        table = Table("recipe", "what it does", box=None, pad_edge=False)
-        table.columns[0].no_wrap = True
-        for name, file in recipes.items():
-            comments = (line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
-            table.add_row(name, next(comments, "").lstrip("# "))
-        Console(markup=False, highlight=False).print(table)
-        print("\nCopy one into the current folder: qlora-lightning recipes copy NAME")
+            raise UserError(f"There is no recipe {name!r}: expected one of {', '.join(recipes)}.")
+        _copy(recipes[name], force=options.force)
+        return 0
+    table = Table("recipe", "what it does", box=None, pad_edge=False)
+    table.columns[0].no_wrap = True
+    for name, file in recipes.items():
+        comments = (line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+        table.add_row(name, next(comments, "").lstrip("# "))
+    Console(markup=False, highlight=False).print(table)
+    print("\nCopy one into the current folder: qlora-lightning recipes copy NAME")
     return 0
 
 
@@ -56,20 +51,14 @@ def recipes_folder() -> Path:
 def _copy(config: Path, *, force: bool) -> None:
     files = [config, *sorted(file for file in config.with_suffix("").rglob("*") if file.is_file())]
     copies = {file: Path("configs") / file.relative_to(config.parent) for file in files}
-    same = {target for source, target in copies.items() if _equal(source, target)}
     # looked at before the first is written, so that a refusal leaves nothing half copied
-    for target in copies.values():
-        if target.exists() and target not in same and not force:
+    for source, target in copies.items():
+        if target.exists() and not force and target.read_bytes() != source.read_bytes():
             raise UserError(
                 f"{target} exists here and differs from the recipe's. Move it away, or overwrite it with --force."
             )
     for source, target in copies.items():
-        if target not in same:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-        print(f"{target} is there already" if target in same else f"wrote {target}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+        print(f"wrote {target}")
     print(f"\nNow run: qlora-lightning fit --config {shlex.quote(str(copies[config]))}")
-
-
-def _equal(source: Path, target: Path) -> bool:
-    return target.is_file() and target.read_bytes() == source.read_bytes()

@@ -8,8 +8,14 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from qlora_lightning.commands.options import OptionParser
-from qlora_lightning.commands.output import add_json_option, check_output, tables_beside, write_json, write_output
+from qlora_lightning.commands.options import (
+    OptionParser,
+    add_json_option,
+    check_output,
+    tables_beside,
+    write_json,
+    write_output,
+)
 from qlora_lightning.report.facts import find_differences
 from qlora_lightning.report.page import NAME, render_report
 from qlora_lightning.report.results import figure_table, find_figures

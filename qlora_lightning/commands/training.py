@@ -1,96 +1,233 @@
 """``fit``, ``validate``, ``test`` and ``predict``: LightningCLI with our module, data and callbacks."""
 
-import contextlib
-import functools
+import argparse
+import inspect
 import json
-import logging
-import operator
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any, get_args
 
 import jsonargparse
 import rich
+import torch
 import yaml
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from rich.markup import escape
 
-from qlora_lightning.callbacks import (
-    AdapterCheckpoint,
-    AdapterEMA,
-    DryBatch,
-    Evaluation,
-    GPUMemoryMonitor,
-    GradientCheckpointing,
-    LoadingLines,
-    LossSpikeMonitor,
-    MemoryComparison,
-    PredictionWriter,
-    RunReport,
-    StopSignals,
-    ThroughputMonitor,
-)
+from qlora_lightning import callbacks
 from qlora_lightning.callbacks.checkpoint_file import check_checkpoint, find_checkpoint
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.progress_bar import choose_progress_display
 from qlora_lightning.callbacks.run_folder import RunFolder, refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import ProcessWatch, was_requeued
 from qlora_lightning.commands.config import (
+    CALLBACKS,
+    METHOD_KEYS,
     check_keys,
-    describe_parse_error,
     expand_arguments,
     expand_config,
-    find_user_error,
     read_configs,
     refuse_moved_run,
-    shorten_config,
 )
 from qlora_lightning.commands.options import ParagraphFormatter
-from qlora_lightning.commands.processes import check_strategy, find_lost_process, set_timeout
 from qlora_lightning.data.chat.tokenizer import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.checkpoint.format import find_foreign_class, read_checkpoint, read_content, usable_settings
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import LostProcess, UserError
 from qlora_lightning.support.files import load_yaml
 from qlora_lightning.support.trainer import is_trial_run
 
-_DEFAULT_CLASSES = {
-    "model": "qlora_lightning.QLoRAModule",
-    "data": "qlora_lightning.InstructionDataModule",
-}
+_CLASSES = {"model": "qlora_lightning.QLoRAModule", "data": "qlora_lightning.InstructionDataModule"}
+_CALLBACKS: dict[str, type[Callback]] = {key: getattr(callbacks, name) for key, name in CALLBACKS.items()}
+_SECTIONS = {"trainer": Trainer, "model": QLoRAModule, "data": InstructionDataModule, **_CALLBACKS}
 _PARSER_MODE = "qlora_yaml"
-_TRAINER_DEFAULTS = {
+TRAINER_DEFAULTS = {
     "max_epochs": 1,
     "gradient_clip_val": 1.0,
     "default_root_dir": "runs/default",
     "log_every_n_steps": 1,  # a step of a language model takes seconds: a line for each is cheap
     "enable_model_summary": False,  # the adapter table says more
 }
-
-# arguments of the Trainer's methods, which a run folder's config.yaml holds
-_METHOD_KEYS = ("ckpt_path", "weights_only", "verbose", "return_predictions")
-_KNOWN_KEYS: dict[str, type | None] = {
-    "seed_everything": None,
-    "trainer": Trainer,
-    "model": QLoRAModule,
-    "data": InstructionDataModule,
-    "gradient_checkpointing": GradientCheckpointing,
-    "adapter_checkpoint": AdapterCheckpoint,
-    "gpu_memory": GPUMemoryMonitor,
-    "throughput": ThroughputMonitor,
-    "evaluation": Evaluation,
-    "ema": AdapterEMA,
-    "config": None,
-    **dict.fromkeys(_METHOD_KEYS),
-}
+_BASE_KEYS = ("base", "revision", "trust_remote_code")
 
 
-_NAME_BASE = ("base", "revision", "trust_remote_code")
+class QLoRACLI(LightningCLI):
+    """LightningCLI with our keys: parses options of ``fit`` and makes what they describe; nothing runs until ``run``.
+
+    Nothing is loaded: that is up to ``model.configure_model()`` and ``datamodule.setup(stage)``.
+
+    Args:
+        args: the options, without a command in front.
+        verb: what to run, ``fit``, ``validate``, ``test`` or ``predict``; by default nothing.
+        with_trainer: ``False`` makes no Trainer, and no logger, callback, plugin or profiler that it would have.
+
+    Attributes:
+        configs: the config files, as ``read_configs`` returns them.
+        checkpoint: file of the checkpoint to run with.
+
+    Raises:
+        UserError: a key or value is wrong.
+    """
+
+    checkpoint: str | None = None
+
+    def __init__(self, args: Sequence[str], verb: str | None = None, with_trainer: bool = True) -> None:
+        self.verb, self._with_trainer, self._starts_fresh = verb, with_trainer, False
+        self.configs = read_configs(args)
+        check_keys(args, self.configs, _SECTIONS)
+        args = expand_arguments(args)
+        self._command = ["qlora-lightning", str(verb), *args]
+        _read_whole_numbers_first()
+        jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))
+        options = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
+        super().__init__(
+            QLoRAModule,
+            InstructionDataModule,
+            save_config_callback=None,  # RunFolder writes it
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=42,
+            parser_kwargs=options if verb is None else {**options, **_help_texts(verb)},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=args,
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for key, kind in _CALLBACKS.items():
+            parser.add_lightning_class_args(kind, key)
+        parser.add_argument("--ckpt_path", type=str | None, help="checkpoint; `last` is that of the run folder")
+        for name in METHOD_KEYS[1:]:  # of Trainer.fit, validate, test and predict
+            parser.add_argument(f"--{name}", type=bool | None, help=argparse.SUPPRESS)
+        parser.set_defaults(
+            {
+                **{key: {"class_path": name} for key, name in _CLASSES.items()},
+                "gradient_checkpointing.enabled": False,
+                "ema.enabled": None,  # on where a decay is given
+            }
+        )
+        parser.link_arguments(
+            (*(f"model.init_args.{name}" for name in _BASE_KEYS), "data.init_args.tokenizer"),
+            "data.init_args.tokenizer",
+            compute_fn=_choose_tokenizer,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, without Lightning's warning that arguments come both from Python and from the command line.
+
+        What neither config nor command line says is the checkpoint's.
+        """
+        self.config = self.parse(args)
+        if not self._with_trainer:
+            for name in ("logger", "callbacks", "plugins", "profiler"):  # they may write, or need a device
+                self.config["trainer"][name] = None
+        if self.verb is None:
+            return
+        folder, asked = self.config["trainer"]["default_root_dir"], self.config["ckpt_path"]
+        refuse_moved_run(self.configs, folder)
+        if asked is None and self.verb == "fit" and was_requeued():
+            asked = "last"
+        if asked not in (None, "last"):
+            check_checkpoint(asked)  # before Lightning reads it
+        self.checkpoint = find_checkpoint(folder, asked)
+        self._starts_fresh = asked is not None and self.checkpoint is None  # `last` of a folder that has none yet
+        if self.checkpoint is not None:
+            stored = _read_stored_settings(self.checkpoint, self.config["model"].get("init_args") or {})
+            self.config = self.parse(["--config", json.dumps({"model": stored}), *args])
+        self.config["ckpt_path"] = self.checkpoint
+
+    def parse(self, args: Any) -> Any:
+        """Parse, and let ``~`` in the run folder be what it is to the Trainer, for all that is kept there."""
+        config = self.parser.parse_args(args)
+        config["trainer"]["default_root_dir"] = os.path.expanduser(config["trainer"]["default_root_dir"])
+        return config
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Make the Trainer: ``metrics.csv`` is always written, other loggers come beside it."""
+        if not self._with_trainer:
+            return None
+        settings = self.config_init["trainer"]
+        if (settings["gradient_clip_val"] or 0) < 0:
+            raise UserError(
+                f"trainer.gradient_clip_val is {settings['gradient_clip_val']:g}: expected 0 (off) or more."
+            )
+        folder, chosen = settings["default_root_dir"], settings["logger"]
+        others = [] if chosen in (None, True, False) else chosen if isinstance(chosen, list) else [chosen]
+        own = [MetricsLogger(folder)] if self.verb == "fit" else []
+        loggers: Any = False if chosen is False or settings["fast_dev_run"] else [*own, *others] or False
+        named = settings["callbacks"] or []
+        named = named if isinstance(named, list) else [named]
+        config = self._short_config()
+        usual = [
+            RunFolder(config),
+            callbacks.RunReport(config, self._command),
+            callbacks.StopSignals(),
+            callbacks.MemoryComparison(),
+            callbacks.DryBatch(),
+            callbacks.LossSpikeMonitor(),
+            callbacks.LoadingLines(),
+            callbacks.PredictionWriter(),
+            ProcessWatch(),
+        ]
+        added = [each for each in usual if not any(isinstance(other, type(each)) for other in named)]
+        shows = settings["enable_progress_bar"] in (None, True)
+        if shows and not any(isinstance(callback, ProgressBar) for callback in named):
+            added.append(choose_progress_display())
+        try:
+            return super().instantiate_trainer(logger=loggers, callbacks=[*named, *added], **kwargs)
+        except (ValueError, MisconfigurationException) as error:  # what Lightning does not take, in its own words
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+    def _short_config(self) -> dict[str, Any]:
+        """Return the config as users write it: model and data flat, with a ``class_path`` only if it is another one."""
+        config: dict[str, Any] = yaml.safe_load(
+            self.parser.dump(self.config, skip_unset=False, skip_link_targets=False)
+        )
+        for key in ("config", *METHOD_KEYS):
+            config.pop(key, None)
+        for key, usual in _CLASSES.items():
+            class_path, settings = config[key]["class_path"], config[key].get("init_args") or {}
+            config[key] = settings if class_path == usual else {"class_path": class_path, **settings}
+        if config["data"].get("tokenizer") == tokenizer_of_base(*(config["model"].get(name) for name in _BASE_KEYS)):
+            config["data"]["tokenizer"] = None  # so that it follows the base when that is changed
+        config["data"].pop("accept_changed_data", None)  # meant once: the next resume asks again
+        return config
+
+    def run(self) -> None:
+        """Train, or evaluate what was trained, by the Trainer's method of that name."""
+        if self.verb != "fit":
+            self._take_trained_adapter()
+        elif self._starts_fresh:
+            self._say("No checkpoint in the run folder yet: this starts fresh.")
+        elif self.trainer.is_global_zero and not is_trial_run(self.trainer):
+            refuse_started_folder(self.trainer.default_root_dir, self.checkpoint, table=True)
+        method = getattr(self.trainer, str(self.verb))
+        taken = inspect.signature(method).parameters.keys() & METHOD_KEYS
+        given = {name: self.config[name] for name in taken if self.config[name] is not None}
+        method(self.model, datamodule=self.datamodule, **given)
+
+    def _take_trained_adapter(self) -> None:
+        """Take the run folder's adapter unless the user names another: a new one would evaluate the base unnoticed."""
+        if self.checkpoint is not None or getattr(self.model, "adapter", "other") is not None:
+            return
+        folder = callbacks.AdapterCheckpoint.adapter_folder(self.trainer.default_root_dir)
+        if (folder / "adapter_config.json").exists():
+            self._say(f"Adapter: {folder}")
+            self.model.adapter = str(folder)
+        else:
+            self._say("No --ckpt_path, no model.adapter and no adapter in the run folder: this judges the base alone.")
+
+    def _say(self, message: str) -> None:
+        if self.trainer.is_global_zero:
+            rich.print(escape(message))
 
 
 def _choose_tokenizer(base: str, revision: str | None, trust_remote_code: bool, chosen: Any) -> Any:
@@ -98,152 +235,23 @@ def _choose_tokenizer(base: str, revision: str | None, trust_remote_code: bool, 
     return tokenizer_of_base(base, revision, trust_remote_code) if chosen is None else chosen
 
 
-class QLoRACLI(LightningCLI):
-    """LightningCLI with our keys; what a researcher's subclass of it may change are Lightning's own hooks."""
+def _read_whole_numbers_first() -> None:
+    """Let the Trainer's settings that take a whole number or a fraction read 1 as one batch, not as all of them.
 
-    def __init__(self, *args: Any, verb: str | None = None, **kwargs: Any) -> None:
-        self._command = ["qlora-lightning", *(kwargs.get("args") or [])]
-        self._verb = verb  # the only subcommand to make a parser for, which takes a while; None: all
-        super().__init__(*args, **kwargs)
-
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static there, but called by self
-        known = LightningCLI.subcommands()
-        return known if self._verb is None else {self._verb: known[self._verb]}
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(GradientCheckpointing, "gradient_checkpointing")
-        parser.add_lightning_class_args(AdapterCheckpoint, "adapter_checkpoint")
-        parser.add_lightning_class_args(GPUMemoryMonitor, "gpu_memory")
-        parser.add_lightning_class_args(ThroughputMonitor, "throughput")
-        parser.add_lightning_class_args(Evaluation, "evaluation")
-        parser.add_lightning_class_args(AdapterEMA, "ema")
-        parser.set_defaults(
-            {
-                "model": {"class_path": _DEFAULT_CLASSES["model"]},
-                "data": {"class_path": _DEFAULT_CLASSES["data"]},
-                "gradient_checkpointing.enabled": False,
-                "ema.enabled": None,  # on where a decay is given
-            }
-        )
-        parser.link_arguments(
-            (*(f"model.init_args.{name}" for name in _NAME_BASE), "data.init_args.tokenizer"),
-            "data.init_args.tokenizer",
-            compute_fn=_choose_tokenizer,
-        )
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse without Lightning's warning that arguments come both from Python and from the command line."""
-        self.config = self._parse(parser, args)
-        settings = self.config[self.config.subcommand]
-        refuse_moved_run(read_configs(args), settings["trainer"]["default_root_dir"])
-        asked = settings.get("ckpt_path")
-        if asked is None and self.config.subcommand == "fit" and was_requeued():
-            asked = "last"
-        if asked not in (None, "last"):
-            check_checkpoint(asked)  # before Lightning reads it
-        found = find_checkpoint(settings["trainer"]["default_root_dir"], asked)
-        if found is not None:  # what neither config nor command line says is the checkpoint's
-            stored = read_stored_settings(found, settings["model"].get("init_args") or {})
-            self.config = self._parse(parser, [args[0], "--config", json.dumps({"model": stored}), *args[1:]])
-        self.config[self.config.subcommand]["ckpt_path"] = found
-        self._starts_fresh = asked is not None and found is None  # `last` of a folder that has none yet
-
-    @staticmethod
-    def _parse(parser: LightningArgumentParser, args: Any) -> Any:
-        """Parse, and let ``~`` in the run folder be what it is to the Trainer, for all that is kept there."""
-        config = parser.parse_args(args)
-        trainer = config.get(config.get("subcommand"), config)["trainer"]
-        trainer["default_root_dir"] = os.path.expanduser(trainer["default_root_dir"])
-        return config
-
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Make the Trainer: ``metrics.csv`` is always written, other loggers come beside it."""
-        settings = self._get(self.config_init, "trainer")
-        if settings["accumulate_grad_batches"] < 1:
-            raise UserError(
-                f"trainer.accumulate_grad_batches is {settings['accumulate_grad_batches']}: expected 1 or more."
-            )
-        if (settings["gradient_clip_val"] or 0) < 0:
-            raise UserError(
-                f"trainer.gradient_clip_val is {settings['gradient_clip_val']:g}: expected 0 (off) or more."
-            )
-        check_strategy(settings["strategy"])
-        folder, chosen = settings["default_root_dir"], settings.get("logger")
-        others = [] if chosen in (None, True, False) else chosen if isinstance(chosen, list) else [chosen]
-        own = [MetricsLogger(folder)] if self.subcommand == "fit" else []
-        loggers: Any = False if chosen is False or settings.get("fast_dev_run") else [*own, *others] or False
-        named = settings.get("callbacks") or []
-        named = named if isinstance(named, list) else [named]
-        usual: list[type[Callback]] = [StopSignals, MemoryComparison, DryBatch, LossSpikeMonitor, LoadingLines]
-        usual += [PredictionWriter, ProcessWatch]
-        added = [kind() for kind in usual if not any(isinstance(callback, kind) for callback in named)]
-        config = self._short_config()
-        told = [] if any(isinstance(each, RunReport) for each in named) else [RunReport(config, self._command)]
-        callbacks = [*named, RunFolder(config), *told, *added]
-        shows = settings["enable_progress_bar"] in (None, True)
-        if shows and not any(isinstance(callback, ProgressBar) for callback in callbacks):
-            callbacks.append(choose_progress_display())
-        try:
-            return super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
-        except (ValueError, MisconfigurationException) as error:  # what Lightning does not take, in its own words
-            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
-
-    def _short_config(self) -> dict[str, Any]:
-        settings = self.config.get(str(self.subcommand), self.config)
-        text = self._parser(self.subcommand).dump(settings, skip_unset=False, skip_link_targets=False)
-        config = {key: value for key, value in yaml.safe_load(text).items() if key not in ("config", "ckpt_path")}
-        short = shorten_config(config, _DEFAULT_CLASSES)
-        if short["data"].get("tokenizer") == tokenizer_of_base(*(short["model"].get(name) for name in _NAME_BASE)):
-            short["data"]["tokenizer"] = None  # so that it follows the base when that is changed
-        short["data"].pop("accept_changed_data", None)  # meant once: the next resume asks again
-        return short
-
-    def before_fit(self) -> None:
-        """Keep a folder to one run, before anything large is loaded."""
-        if self._starts_fresh:
-            self._say("No checkpoint in the run folder yet: this starts fresh.")
-        elif self.trainer.is_global_zero and not is_trial_run(self.trainer):
-            refuse_started_folder(self.trainer.default_root_dir, self._found, table=True)
-
-    @property
-    def _found(self) -> str | None:
-        found: str | None = self.config_init[str(self.subcommand)]["ckpt_path"]
-        return found
-
-    def _say(self, message: str) -> None:
-        if self.trainer.is_global_zero:
-            rich.print(escape(message))
-
-    def _judge_what_was_trained(self) -> None:
-        """Take the run folder's adapter unless the user names another: a fresh one would judge the base unnoticed."""
-        if self._found is not None or getattr(self.model, "adapter", "other") is not None:
-            return
-        folder = AdapterCheckpoint.adapter_folder(self.trainer.default_root_dir)
-        if (folder / "adapter_config.json").exists():
-            self._say(f"Adapter: {folder}")
-            self.model.adapter = str(folder)
-        else:
-            self._say("No --ckpt_path, no model.adapter and no adapter in the run folder: this judges the base alone.")
-
-    before_validate = before_test = before_predict = _judge_what_was_trained
-
-
-def read_stored_settings(checkpoint: str | Path, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the model's settings of a checkpoint.
-
-    Arguments of a subclass are not among them: a file that named a class would decide which code runs. An optimizer
-    is, if it is torch's or bitsandbytes' own.
-
-    Args:
-        checkpoint: its file.
-        own: the model's settings as configs and command line give them.
-
-    Raises:
-        UserError: the file is no checkpoint, or a foreign one, or only it names an optimizer from elsewhere.
+    jsonargparse tries the types of a union in their order. Python's typing takes ``Union[int, float]`` and
+    ``Union[float, int]`` for the same, and returns whichever a library made first.
     """
-    settings = read_content(read_checkpoint(checkpoint, mmap=True), str(checkpoint))["settings"]
+    annotations = Trainer.__init__.__annotations__
+    for name, kind in annotations.items():
+        if {int, float} <= set(get_args(kind)):
+            annotations[name] = int | kind
+
+
+def _read_stored_settings(checkpoint: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model's settings of a checkpoint: no arguments of a subclass, no optimizer that would import code."""
+    settings = read_content(read_checkpoint(checkpoint, mmap=True), checkpoint)["settings"]
     foreign = find_foreign_class(settings)
-    if foreign is not None and own.get("optimizer") is None:
+    if foreign is not None and given.get("optimizer") is None:
         raise UserError(
             f"{checkpoint} names the optimizer {foreign}, and a file must not decide which module is imported: if you "
             f"trust it, name it yourself by `--model.optimizer {foreign}`."
@@ -251,152 +259,35 @@ def read_stored_settings(checkpoint: str | Path, own: Mapping[str, Any]) -> dict
     return usable_settings(QLoRAModule, settings)
 
 
-_PARSER_OPTIONS = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
-_CLI_OPTIONS: dict[str, Any] = {
-    "model_class": QLoRAModule,
-    "datamodule_class": InstructionDataModule,
-    "save_config_callback": None,  # RunFolder writes it
-    "trainer_defaults": _TRAINER_DEFAULTS,
-    "seed_everything_default": 42,
-    "subclass_mode_model": True,
-    "subclass_mode_data": True,
-    "auto_configure_optimizers": False,
-    "load_from_checkpoint_support": False,
-}
-
-
-def main(argv: Sequence[str], cli: Callable[..., object] = QLoRACLI, name: str | None = None) -> int:
-    """Run one of the four commands.
-
-    Args:
-        argv: the command and its options.
-        cli: reads and runs it.
-        name: what the user typed for it, if another command reads its options.
+def main(argv: Sequence[str]) -> int:
+    """Run the command that ``argv`` begins with; return the exit code.
 
     Raises:
         UserError: a key or value is wrong.
+        LostProcess: another process of the run is gone or silent.
     """
-    verb = argv[0]
-    help_texts = {
-        "usage": f"qlora-lightning {verb} --config FILE [--KEY.NAME VALUE …]",
-        "description": f"{_DESCRIPTIONS[verb]}\n\n{_KEYS}\n\nexamples:\n{EXAMPLES[verb]}",
-    }
-    options = {**_PARSER_OPTIONS, "formatter_class": _HelpFormatter}
-    with _checked_and_logged(argv[1:], name or verb):
-        cli(
-            **_CLI_OPTIONS,
-            verb=verb,
-            parser_kwargs={**options, verb: {**options, **help_texts}},
-            args=expand_arguments(argv),
-        )
+    # a silent process is given up after ten minutes; Lightning waits for thirty
+    limit = timedelta(minutes=10)
+    StrategyRegistry.register("ddp", DDPStrategy, "DDP", override=True, start_method="popen", timeout=limit)
+    verb, *options = argv
+    try:
+        QLoRACLI(options, verb).run()
+    except RuntimeError as error:
+        if not torch.distributed.is_initialized():
+            raise
+        message = " ".join(str(error).split())
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in message:
+            raise
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        raise LostProcess(
+            f"process {rank} of {world_size} (counted from 0) can no longer reach another one, which was killed (by "
+            "the system, for want of memory?), stopped with an error, or hangs; see its last lines above. What was "
+            f"saved is whole: resume from it by `--ckpt_path last`. ({message[:200]})"
+        ) from error
     return 0
 
 
-@contextlib.contextmanager
-def open_run(
-    arguments: Sequence[str],
-    command: str,
-    adjust: Callable[[Any], None] = lambda settings: None,
-    with_trainer: bool = True,
-) -> Iterator[LightningCLI]:
-    """Make what the options of ``fit`` describe, and run nothing: ``LightningCLI(run=False)`` with our keys.
-
-    Within the context our code logs to the terminal, and errors are reported as those of ``fit``. Nothing is loaded:
-    that is up to ``module.configure_model()`` and ``datamodule.setup(stage)``.
-
-    Args:
-        arguments: options of ``fit``; its name is not among them.
-        command: the command that reads them, for messages.
-        adjust: changes the parsed settings (``settings["trainer"]["devices"] = 1``) before anything is made of them.
-        with_trainer: ``False`` makes no Trainer, and no logger, callback, plugin or profiler that it would have.
-
-    Yields:
-        LightningCLI: ``model``, ``datamodule``, ``trainer`` (or None) and ``config``, the settings.
-
-    Raises:
-        UserError: a key or value is wrong.
-    """
-    with _checked_and_logged(arguments, command):
-        yield _OpenedRun(
-            **_CLI_OPTIONS,
-            parser_kwargs=_PARSER_OPTIONS,
-            args=expand_arguments(arguments),
-            adjust=adjust,
-            with_trainer=with_trainer,
-        )
-
-
-class _OpenedRun(QLoRACLI):
-    def __init__(self, *args: Any, adjust: Callable[[Any], None], with_trainer: bool, **kwargs: Any) -> None:
-        self._adjust, self._with_trainer = adjust, with_trainer
-        super().__init__(*args, run=False, **kwargs)
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        for name in _METHOD_KEYS:
-            parser.add_argument(f"--{name}", type=Any)
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = self._parse(parser, args)
-        if not self._with_trainer:
-            for name in ("logger", "callbacks", "plugins", "profiler"):  # they may write, or need a device
-                self.config["trainer"][name] = None
-        self._adjust(self.config)
-
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        return super().instantiate_trainer(**kwargs) if self._with_trainer else None
-
-
-@contextlib.contextmanager
-def _checked_and_logged(arguments: Sequence[str], command: str) -> Iterator[None]:
-    """Check the keys of options of ``fit``, log to the terminal while they are used, and word what is wrong."""
-    check_keys(arguments, read_configs(arguments), _KNOWN_KEYS)
-    _read_whole_numbers_first()
-    set_timeout()
-    jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))
-    try:
-        with _logging_to_terminal():
-            yield
-    except jsonargparse.ArgumentError as error:
-        raise UserError(f"{describe_parse_error(str(error))} See `qlora-lightning {command} --help`.") from error
-    except (ValueError, MisconfigurationException) as error:
-        raise find_user_error(error) or error from None
-    except RuntimeError as error:
-        raise find_lost_process(error) or error from None
-    except SystemExit as stop:  # what Lightning makes of Ctrl-C
-        if isinstance(stop.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise
-
-
-def _read_whole_numbers_first() -> None:
-    """Let the Trainer's settings that take a whole number or a fraction read 1 as one batch, not as all of them.
-
-    jsonargparse tries the types of a union in their order. Python's typing keeps only one of ``Optional[Union[int,
-    float]]`` and ``Optional[Union[float, int]]``, whichever a library made first, and forgets it after a while: which
-    order the Trainer's own annotations have depends on what has been imported before it.
-    """
-    annotations = Trainer.__init__.__annotations__
-    for name, annotation in annotations.items():
-        kinds = get_args(annotation)
-        if int in kinds and float in kinds:
-            others = (kind for kind in kinds if kind is not int)
-            annotations[name] = functools.reduce(operator.or_, others, int)
-
-
-@contextlib.contextmanager
-def _logging_to_terminal() -> Iterator[None]:
-    """Show what our own code logs, while a command runs."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("qlora_lightning")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-
+# ---- help ------------------------------------------------------------------------------------------------------------
 
 _KEYS = """Every key of the YAML is an option: model.rank is --model.rank. The command line counts more than --config.
 --model.help and --data.help explain the keys of these two."""
@@ -423,3 +314,12 @@ EXAMPLES = {
 
 class _HelpFormatter(ParagraphFormatter, jsonargparse.DefaultHelpFormatter):
     """jsonargparse's, with our paragraphs."""
+
+
+def _help_texts(verb: str) -> dict[str, Any]:
+    return {
+        "prog": f"qlora-lightning {verb}",
+        "usage": f"qlora-lightning {verb} --config FILE [--KEY.NAME VALUE …]",
+        "description": f"{_DESCRIPTIONS[verb]}\n\n{_KEYS}\n\nexamples:\n{EXAMPLES[verb]}",
+        "formatter_class": _HelpFormatter,
+    }

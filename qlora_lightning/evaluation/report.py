@@ -1,118 +1,226 @@
 """A comparison as tables for the terminal, and as ``evaluation.json`` and ``predictions.jsonl``."""
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import rich
 from rich.markup import escape
 from rich.table import Table
 
-from qlora_lightning.evaluation.comparison import BASE, METHOD, Duel, Interval, Judged, Measured, Part
-from qlora_lightning.evaluation.scores import describe_metric
+from qlora_lightning.evaluation.comparison import BASE, METHOD, Interval, Results, compare
+from qlora_lightning.evaluation.scores import describe_answered, describe_metric, is_share
 from qlora_lightning.page import show_controls
-from qlora_lightning.support.files import write_whole
+from qlora_lightning.support.console import say
 
 if TYPE_CHECKING:  # a report of runs needs no torch
-    from qlora_lightning.evaluation.judge import Answering, EvaluationRow
+    from qlora_lightning.evaluation.rows import AnswerSettings, EvaluationRow
 
 EVALUATION_FILE, PREDICTIONS_FILE = "evaluation.json", "predictions.jsonl"
+_MOST_PLACES = 8  # named in a line
+_LONGEST = 300  # characters shown of a text: a model that does not stop would fill the screen
 
 
-def metrics_table(measured: Mapping[str, Measured], title: str, width: int | None = None) -> Table:
-    """Show each metric of base and adapters with its interval; with one adapter also their difference.
-
-    Args:
-        measured: By metric.
-        title: Over the table.
-        width: Of the terminal, in characters; ``None``: asked for. In a narrow one intervals are below their values.
-    """
-    base, *adapters = next(iter(measured.values())).sides
-    differences = {"difference": adapters[0]} if len(adapters) == 1 else {}
-    return _figures_table(measured, title, [base, *adapters], differences, width)
-
-
-def differences_table(measured: Mapping[str, Measured], width: int | None = None) -> Table:
-    """Show the difference of each of several adapters from the base; ``width`` as of :func:`metrics_table`."""
-    differences = {side: side for side in next(iter(measured.values())).differences}
-    return _figures_table(measured, "Differences from the base, on the same rows", [], differences, width)
-
-
-def _figures_table(
-    measured: Mapping[str, Measured],
-    title: str,
-    sides: Sequence[str],
-    differences: Mapping[str, str],
-    width: int | None,
-) -> Table:
-    lines = [["", *sides, *differences]]
-    for name, metric in measured.items():
-        digits = choose_digits([*metric.sides.values(), *metric.differences.values()])
-        own = [format_interval(metric.sides[side], metric.percent, "", digits) for side in sides]
-        gains = [
-            format_interval(metric.differences[side], metric.percent, "+", digits) for side in differences.values()
-        ]
-        lines.append([describe_metric(name), *own, *gains])
-    table = Table(title=escape(title), title_justify="left")
-    for heading in lines[0]:
-        table.add_column(escape(heading), justify="right" if heading else "left")
-    needed = sum(3 + max(map(len, column)) for column in zip(*lines, strict=True)) + 1
-    fits = needed <= (rich.get_console().width if width is None else width)
-    for name, *cells in lines[1:]:
-        table.add_row(name, *(escape(cell if fits else cell.replace(" [", "\n[")) for cell in cells))
-    return table
-
-
-def parts_table(parts: Mapping[str, Part], title: str, metrics: Sequence[str]) -> Table:
-    """Show some metrics of parts of the rows: data sets, or groups.
+class Comparison:
+    """Base and adapters on the same rows.
 
     Args:
-        parts: By name.
-        title: Over the table.
-        metrics: Names of those to show.
+        rows: That were evaluated.
+        results: Of each side; see :func:`~qlora_lightning.evaluation.rows.evaluate_sides`.
+        settings: How rows were answered; ``None``: they were not.
+
+    Attributes:
+        metrics: By name.
+        adapters: Their names.
+        answered: Places of the rows that were answered.
+        score: The score that counts most; ``None``: the loss does.
     """
-    sides = list(next(iter(next(iter(parts.values())).measured.values())).sides)
-    some_answered = any(part.answered > 0 for part in parts.values())
-    all_answered = all(part.answered == part.rows for part in parts.values())
-    shows_answered = some_answered and not all_answered  # whose number the scores' intervals go by
-    table = Table(title=escape(title), title_justify="left")
-    table.add_column("", overflow="fold")
-    table.add_column("rows", justify="right")
-    if shows_answered:
-        table.add_column("answered", justify="right")
-    for name in metrics:
-        for side in sides:
-            table.add_column(f"{describe_metric(name)}, {escape(side)}", justify="right")
-    for part, (rows, answered, measured) in parts.items():
-        cells = [f"{answered:,}"] if shows_answered else []
-        for name in metrics:
-            metric = measured.get(name)
-            digits = choose_digits([*metric.sides.values(), *metric.differences.values()]) if metric else 0
-            for side in sides:
-                cells.append(format_interval(metric.sides[side], metric.percent, digits=digits) if metric else "–")
-        table.add_row(escape(part), f"{rows:,}", *cells)
-    return table
+
+    def __init__(self, rows: "Sequence[EvaluationRow]", results: Results, settings: "AnswerSettings | None") -> None:
+        self.rows, self.results, self.settings = rows, results, settings
+        self.metrics = compare(results, pairs=bool(rows) and rows[0].is_pair)
+        self.adapters = [side for side in results if side != BASE]
+        self.answered = [place for place, result in enumerate(results[BASE]) if result.answer is not None]
+        self.score = settings.scores[0] if settings else None
+
+    def split(self, name_of: "Callable[[EvaluationRow], str]") -> "dict[str, Comparison]":
+        """Return a comparison for each name of rows."""
+        parts: dict[str, list[int]] = {}
+        for place, row in enumerate(self.rows):
+            parts.setdefault(name_of(row), []).append(place)
+        return {
+            name: Comparison(
+                [self.rows[place] for place in places],
+                {side: [results[place] for place in places] for side, results in self.results.items()},
+                self.settings,
+            )
+            for name, places in parts.items()
+        }
+
+    def compare_rows(self, adapter: str) -> tuple[list[int], list[int], int]:
+        """Return the places of rows on which an adapter is better than the base, and worse, and how many are alike.
+
+        It is by the score of answered rows, or by the loss of all if there is none.
+        """
+        better, worse, alike = list[int](), list[int](), 0
+        for place in range(len(self.rows)) if self.score is None else self.answered:
+            gain = self._score(adapter, place) - self._score(BASE, place)
+            if self.score is None:
+                gain = self.results[BASE][place].loss - self.results[adapter][place].loss
+            if gain:
+                (better if gain > 0 else worse).append(place)
+            else:
+                alike += 1
+        return better, worse, alike
+
+    def hardest_first(self) -> list[int]:
+        """Return the places of all rows, the lowest score of the first adapter first; of equals, the highest loss."""
+        results = self.results[self.adapters[0]]
+        places = range(len(self.rows))
+        return sorted(places, key=lambda place: (self._score(self.adapters[0], place), -results[place].loss))
+
+    def is_wrong(self, place: int) -> bool:
+        """Whether a row was answered, and the first adapter has not the full score on it."""
+        return self._score(self.adapters[0], place) < 1
+
+    def _score(self, side: str, place: int) -> float:
+        answer = self.results[side][place].answer
+        return answer.scores[self.score] if answer and self.score else 1.0
+
+    # ---- for people ------------------------------------------------------------------------------------------------
+
+    def print(self, rows: str) -> None:
+        """Print all metrics, and on which rows each adapter is better than the base.
+
+        Args:
+            rows: What they are, as ``validation rows``.
+        """
+        self.print_metrics(rows)
+        by = describe_metric(self.score) if self.score else "lower loss"
+        for adapter in self.adapters:
+            better, worse, alike = self.compare_rows(adapter)
+            name = adapter if len(self.adapters) > 1 else "the adapter"
+            say(f"By {by}, {name} is better on {len(better):,} rows, the base on {len(worse):,}; {alike:,} alike.")
+            for word, found in (("better", better), ("worse", worse)):
+                places = [self.rows[place].place for place in found if self.rows[place].place]
+                if places:
+                    say(f"  {word}: {', '.join(places[:_MOST_PLACES])}{' …' if len(places) > _MOST_PLACES else ''}")
+
+    def print_metrics(self, rows: str) -> None:
+        """Print a table of all metrics with their intervals, which a narrow terminal has below their values."""
+        headings = ["difference"] if len(self.adapters) == 1 else [f"{adapter} − base" for adapter in self.adapters]
+        lines = [["", *self.results, *headings]]
+        for name, metric in self.metrics.items():
+            digits = choose_digits([*metric.sides.values(), *metric.differences.values()])
+            sides = [format_interval(each, is_share(name), "", digits) for each in metric.sides.values()]
+            gains = [format_interval(each, is_share(name), "+", digits) for each in metric.differences.values()]
+            lines.append([describe_metric(name), *sides, *gains])
+        cut = f", answers of at most {self.settings.max_new_tokens:,} tokens" if self.settings else ""
+        count = f"{len(self.rows):,} {rows}{describe_answered(len(self.answered), len(self.rows))}"
+        table = Table(title=escape(f"{count}{cut}, with 95 % intervals"), title_justify="left")
+        for heading in lines[0]:
+            table.add_column(escape(heading), justify="right" if heading else "left")
+        needed = sum(3 + max(map(len, column)) for column in zip(*lines, strict=True)) + 1
+        fits = needed <= rich.get_console().width
+        for name, *cells in lines[1:]:
+            table.add_row(name, *(escape(cell if fits else cell.replace(" [", "\n[")) for cell in cells))
+        rich.print(table)
+
+    def print_rows(self, places: Sequence[int]) -> None:
+        """Print rows that were answered: what was asked, what was expected, and what each side answered."""
+        for place in places:
+            table = Table(show_header=False, expand=True, title=escape(self.rows[place].place), title_justify="left")
+            table.add_column(style="dim", no_wrap=True, min_width=8)
+            table.add_column(overflow="fold")
+            for name, text in self._show(place).items():
+                text = show_controls(text.strip() or "(empty)")
+                table.add_row(escape(name), escape(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"))
+            rich.print(table)
+
+    def _show(self, place: int) -> dict[str, str]:
+        row, settings = self.rows[place], self.settings
+        assert settings is not None
+        asked = settings.decode(last_turn(row.prompt or [], settings.stop_ids))
+        question = asked.removeprefix("user\n")  # what ChatML and Llama-3 leave of the turn's header
+        answers = {side: results[place].answer for side, results in self.results.items()}
+        texts = {side: answer.text if answer else "" for side, answer in answers.items()}
+        return {"prompt": question, "expected": settings.decode(row.expected), **texts}
+
+    # ---- for programs ----------------------------------------------------------------------------------------------
+
+    def summary(self, samples: int) -> dict[str, Any]:
+        """Return all figures as plain values, and the first ``samples`` answered rows with their answers."""
+        outcomes = {adapter: self.compare_rows(adapter) for adapter in self.adapters}
+        return {
+            **self.figures(),
+            "labelled_tokens": sum(result.labelled_tokens for result in self.results[BASE]),
+            "method": METHOD,
+            "max_new_tokens": self.settings.max_new_tokens if self.settings else None,
+            "scores": self.settings.scores if self.settings else [],
+            "duels": {
+                adapter: {
+                    "score": self.score or "loss",
+                    "wins": [self.rows[place].number for place in better],
+                    "losses": [self.rows[place].number for place in worse],
+                    "ties": alike,
+                }
+                for adapter, (better, worse, alike) in outcomes.items()
+            },
+            "samples": [self._show(place) for place in self.answered[:samples]],
+        }
+
+    def figures(self) -> dict[str, Any]:
+        """Return counts of rows, and each metric's ``{side: {value, low, high}, difference: …}``.
+
+        ``difference`` is the first adapter's; several have ``differences`` too.
+        """
+        metrics: dict[str, Any] = {}
+        for name, metric in self.metrics.items():
+            differences = {side: plain_interval(interval) for side, interval in metric.differences.items()}
+            metrics[name] = {side: plain_interval(interval) for side, interval in metric.sides.items()}
+            metrics[name]["difference"] = differences[self.adapters[0]]
+            if len(self.adapters) > 1:
+                metrics[name]["differences"] = differences
+        return {"rows": len(self.rows), "answered_rows": len(self.answered), "metrics": metrics}
+
+    def predictions(self, order: Sequence[int]) -> list[dict[str, Any]]:
+        """Return each row's place, prompt and expected answer, and each side's answer, scores and loss, in an order.
+
+        A row without a prompt of its own (``train_on: all``) has losses only.
+        """
+        lines = []
+        for place in order:
+            row, settings = self.rows[place], self.settings
+            line: dict[str, Any] = {"row": row.number, "place": row.place, "source": row.source}
+            if row.group:
+                line["group"] = row.group
+            if settings is not None and row.prompt is not None:
+                line["prompt"] = settings.tokenizer.decode(row.prompt)
+                line["expected"] = settings.decode(row.expected)
+            for side, results in self.results.items():
+                result, answer = results[place], results[place].answer
+                line[side] = {
+                    "answer": answer.text if answer else None,
+                    "loss": result.loss if math.isfinite(result.loss) else None,
+                    "scores": answer.scores if answer else {},
+                    "labelled_tokens": result.labelled_tokens,
+                    "correct_tokens": result.correct,
+                    "stopped": answer.stopped if answer else False,
+                    "answer_tokens": answer.tokens if answer else 0,
+                }
+            lines.append(line)
+        return lines
 
 
-def describe_duel(duel: Duel, adapter: str = "the adapter") -> str:
-    """Describe which side was better how often."""
-    words = "lower loss" if duel.score == "loss" else describe_metric(duel.score)
-    return (
-        f"By {words}, {adapter} is better on {len(duel.wins):,} rows, the base on {len(duel.losses):,}; "
-        f"{duel.ties:,} alike."
-    )
+def plain_interval(interval: Interval) -> dict[str, float | None]:
+    """Return ``{value, low, high}`` for JSON, which knows no NaN: ``None``."""
+    return {name: value if math.isfinite(value) else None for name, value in interval._asdict().items()}
 
 
-def samples_table(entries: Mapping[str, str], title: str = "") -> Table:
-    """Show a row: what was asked, what was expected, and what each side answered."""
-    table = Table(show_header=False, expand=True, title=escape(title) or None, title_justify="left")
-    table.add_column(style="dim", no_wrap=True, width=max(8, *(len(name) for name in entries)))
-    table.add_column(overflow="fold")
-    for name, text in entries.items():
-        table.add_row(escape(name), escape(_shorten(show_controls(text))))
-    return table
+def last_turn(prompt: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
+    """Return the part of a prompt between its last two stop tokens: the question, without system prompt and header."""
+    stops = [place for place, token in enumerate(prompt) if token in stop_ids]
+    return list(prompt[(stops[-2] + 1 if len(stops) > 1 else 0) : (stops[-1] if stops else len(prompt))])
 
 
 def choose_digits(intervals: Sequence[Interval]) -> int:
@@ -139,126 +247,3 @@ def format_interval(interval: Interval, percent: bool, sign: str = "", digits: i
     unit = " %" if percent and not sign else ""
     reach = "" if math.isnan(low) else f" [{low:,.{digits}f}, {high:,.{digits}f}]"
     return f"{value:{sign},.{digits}f}{unit}{reach}"
-
-
-def _shorten(text: str, most: int = 300) -> str:
-    """Cut what a model that does not stop would fill the screen with."""
-    text = text.strip() or "(empty)"
-    return text if len(text) <= most else f"{text[:most]} …"
-
-
-def metrics_as_json(measured: Mapping[str, Measured]) -> dict[str, Any]:
-    """Return each metric's ``{side: {value, low, high}, difference: …}``; of several adapters also ``differences``.
-
-    ``difference`` is the first adapter's.
-    """
-    found: dict[str, Any] = {}
-    for name, metric in measured.items():
-        differences = {side: _interval(interval) for side, interval in metric.differences.items()}
-        entry = {side: _interval(interval) for side, interval in metric.sides.items()}
-        entry["difference"] = next(iter(differences.values()))
-        found[name] = entry | ({"differences": differences} if len(differences) > 1 else {})
-    return found
-
-
-def summarize(
-    rows: "Sequence[EvaluationRow]",
-    judged: Judged,
-    measured: Mapping[str, Measured],
-    answering: "Answering | None",
-    duels: Mapping[str, Duel],
-    samples: int,
-) -> dict[str, Any]:
-    """Return what was found as plain values, with a few rows to look at.
-
-    Args:
-        rows: That were judged.
-        judged: What base and adapters made of them.
-        measured: Their means.
-        answering: How rows were answered, if they were.
-        duels: Of each adapter with the base.
-        samples: How many of the answered rows to show.
-    """
-    answered = [place for place, judgement in enumerate(judged[BASE]) if judgement.answer is not None]
-    return {
-        "rows": len(rows),
-        "answered_rows": len(answered),
-        "labelled_tokens": sum(judgement.labelled_tokens for judgement in judged[BASE]),
-        "method": METHOD,
-        "max_new_tokens": answering.max_new_tokens if answering else None,
-        "scores": answering.scores if answering else [],
-        "metrics": metrics_as_json(measured),
-        "duels": {
-            name: {
-                "score": duel.score,
-                "wins": [rows[place].number for place in duel.wins],
-                "losses": [rows[place].number for place in duel.losses],
-                "ties": duel.ties,
-            }
-            for name, duel in duels.items()
-        },
-        "samples": [show_row(rows[place], judged, place, answering) for place in answered[:samples] if answering],
-    }
-
-
-def show_row(row: "EvaluationRow", judged: Judged, place: int, answering: "Answering") -> dict[str, str]:
-    """Return a row as people read it: ``prompt`` (its last turn), ``expected``, and each side's answer."""
-    asked = answering.decode(last_turn(row.prompt or [], answering.stop_ids))
-    question = asked.removeprefix("user\n")  # what ChatML and Llama-3 leave of the turn's header
-    answers = {side: judgements[place].answer or "" for side, judgements in judged.items()}
-    return {"prompt": question, "expected": answering.decode(row.expected), **answers}
-
-
-def prediction_lines(
-    rows: "Sequence[EvaluationRow]",
-    judged: Judged,
-    order: Sequence[int],
-    answering: "Answering | None",
-    sources: Sequence[str],
-) -> list[dict[str, Any]]:
-    """Return a row's place, whole prompt and reference, and each side's answer, scores and loss, in an order of rows.
-
-    A row without a prompt of its own (``train_on: all``) has losses only.
-    """
-    lines = []
-    for place in order:
-        row = rows[place]
-        line: dict[str, Any] = {
-            "row": row.number,
-            "place": row.place,
-            "source": sources[row.source] if row.source < len(sources) else str(row.source),
-            **({} if row.group is None else {"group": row.group}),
-        }
-        if answering is not None and row.prompt is not None:
-            line["prompt"] = answering.tokenizer.decode(row.prompt)
-            line["expected"] = answering.decode(row.expected)
-        for side, judgements in judged.items():
-            judgement = judgements[place]
-            loss = judgement.loss if math.isfinite(judgement.loss) else None
-            line[side] = {"answer": judgement.answer, "loss": loss, "scores": judgement.scores}
-            line[side] |= {"labelled_tokens": judgement.labelled_tokens, "correct_tokens": judgement.correct}
-            line[side] |= {"stopped": judgement.stopped, "answer_tokens": judgement.answer_tokens}
-        lines.append(line)
-    return lines
-
-
-def write_json(content: Mapping[str, Any], file: Path) -> None:
-    """Write a summary, whole or not at all."""
-    write_whole(file, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_lines(lines: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Write a line of JSON for each, whole or not at all."""
-    write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def _interval(interval: Interval) -> dict[str, float | None]:
-    return {
-        name: value if math.isfinite(value) else None for name, value in zip(interval._fields, interval, strict=True)
-    }
-
-
-def last_turn(prompt: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
-    """Return the part of a prompt between its last two stop tokens: the question, without system prompt and header."""
-    stops = [place for place, token in enumerate(prompt) if token in stop_ids]
-    return list(prompt[(stops[-2] + 1 if len(stops) > 1 else 0) : (stops[-1] if stops else len(prompt))])

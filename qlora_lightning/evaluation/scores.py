@@ -1,12 +1,10 @@
 """Scores of an answer beside its reference, and which of them apply to given references. Needs no torch."""
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any
 
 from qlora_lightning.support.errors import UserError
 
@@ -14,48 +12,6 @@ MARK = "####"  # before GSM8K's final number
 # A minus after a digit or a bracket subtracts, and is no sign.
 _NUMBER = re.compile(r"(?:(?<![\d)])-\s?)?\$?\d[\d,]*(?:\.\d+)?")
 _NAMES = {"rouge_l": "ROUGE-L", "chrf": "chrF++", "json_f1": "JSON field F1", "json_valid": "valid JSON"}
-
-
-class Score(NamedTuple):
-    """How an answer is scored.
-
-    Attributes:
-        judge: Maps answer and reference, both stripped, to a number from 0 to 1; 1 is best.
-        applies: Whether a reference can be scored against.
-        needs: What such a reference is, in words.
-    """
-
-    judge: Callable[[str, str], float]
-    applies: Callable[[str], bool] = lambda reference: True
-    needs: str = "any text"
-
-
-@dataclass
-class Judgement:
-    """What one model makes of one row.
-
-    Attributes:
-        nll: Sum of the loss over its labelled tokens, in nats.
-        labelled_tokens: How many they are.
-        correct: Of how many the label was the most likely token.
-        answer: What the model answers; ``None`` if it was not asked.
-        answer_tokens: Of the answer.
-        stopped: Whether it ended with a stop token.
-        scores: By name.
-    """
-
-    nll: float
-    labelled_tokens: int
-    correct: int
-    answer: str | None = None
-    answer_tokens: int = 0
-    stopped: bool = False
-    scores: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def loss(self) -> float:
-        """Nats per labelled token; NaN if none is labelled."""
-        return self.nll / self.labelled_tokens if self.labelled_tokens else math.nan
 
 
 def exact_match(answer: str, expected: str) -> float:
@@ -140,30 +96,24 @@ def chrf(answer: str, expected: str) -> float:
     return float(score)
 
 
-def _is_json(reference: str) -> bool:
-    return parse_json(reference) is not None
-
-
-def _has_number(reference: str) -> bool:
-    return find_number(reference) is not None
-
-
-SCORES: dict[str, Score] = {
-    "exact_match": Score(exact_match),
-    "json_valid": Score(json_valid, _is_json, "JSON objects or arrays"),
-    "json_f1": Score(json_f1, _is_json, "JSON objects or arrays"),
-    "numeric_match": Score(numeric_match, _has_number, f"answers with a number, such as `{MARK} 18`"),
-    "rouge_l": Score(rouge_l),
-    "chrf": Score(chrf),
+SCORES: dict[str, Callable[[str, str], float]] = {
+    "exact_match": exact_match,
+    "json_valid": json_valid,
+    "json_f1": json_f1,
+    "numeric_match": numeric_match,
+    "rouge_l": rouge_l,
+    "chrf": chrf,
+}
+"""Each maps an answer and the expected one, without space around them, to a number from 0 to 1; 1 is best."""
+_NEEDS = {  # without which no answer could be right
+    "json_valid": "JSON objects or arrays",
+    "json_f1": "JSON objects or arrays",
+    "numeric_match": f"answers with a number, such as `{MARK} 18`",
 }
 
 
 def check_scores(named: str | Sequence[str]) -> None:
-    """Refuse a name that is not a score's.
-
-    Raises:
-        UserError: There is one.
-    """
+    """Reject a name that is not a score's."""
     unknown = [] if named == "auto" else [name for name in _as_list(named) if name not in SCORES]
     if unknown:
         raise UserError(f"There is no score {unknown[0]!r}: expected auto, or some of {', '.join(SCORES)}.")
@@ -173,47 +123,34 @@ def choose_scores(references: Sequence[str], named: str | Sequence[str] = "auto"
     """Return the names of the scores that apply, the most important one first.
 
     Args:
-        references: What the rows answer.
+        references: The expected answers; one at least.
         named: Those that the user wants; ``auto``: JSON answers are scored as JSON, answers of which each has
-            GSM8K's ``####`` by their number, other text letter by letter, by ROUGE-L and by chrF.
+            GSM8K's ``####`` by their number, other text and mixtures letter by letter, by ROUGE-L and by chrF.
 
     Raises:
         UserError: A named score does not apply to a reference.
     """
     if named == "auto":
-        if references and all(map(_is_json, references)):
+        if all(parse_json(text) is not None for text in references):
             return ["exact_match", "json_valid", "json_f1"]
-        if references and all(MARK in text for text in references):
+        if all(MARK in text for text in references):
             return ["numeric_match", "rouge_l"]
         return ["exact_match", "rouge_l", "chrf"]
-    check_scores(named)
-    for name in _as_list(named):
-        wrong = next((text for text in references if not SCORES[name].applies(text)), None)
+    for name in _NEEDS.keys() & _as_list(named):
+        wrong = next((text for text in references if not SCORES[name](text, text)), None)
         if wrong is not None:
-            raise UserError(f"The score {name} needs {SCORES[name].needs}, but a row answers {wrong[:80]!r}.")
+            raise UserError(f"The score {name} needs {_NEEDS[name]}, but a row answers {wrong[:80]!r}.")
     return _as_list(named)
 
 
-def describe_mixture(references: Sequence[str], named: str | Sequence[str] = "auto") -> str | None:
-    """Explain that answers of several kinds are all scored as text; ``None`` if they are of one, or the user chose."""
-    kinds = {"JSON": sum(map(_is_json, references)), f"`{MARK}`": sum(MARK in text for text in references)}
-    some = [f"{count:,} with {kind}" for kind, count in kinds.items() if 0 < count < len(references)]
-    if named != "auto" or not some or len(references) in kinds.values():
-        return None
-    return (
-        f"Of the {len(references):,} expected answers some are of another kind ({', '.join(some)}): all are scored as "
-        "text. A file of one kind, with `evaluate --data.val FILE`, is scored as that kind."
-    )
+def is_share(metric: str) -> bool:
+    """Whether a metric is between 0 and 1, and shown in percent."""
+    return metric not in ("loss", "perplexity", "answer_tokens")
 
 
-def judge_answer(answer: str, expected: str, scores: Sequence[str]) -> dict[str, float]:
-    """Score an answer; space around it does not count."""
-    return {name: SCORES[name].judge(answer.strip(), expected.strip()) for name in scores}
-
-
-def describe_metric(name: str) -> str:
+def describe_metric(metric: str) -> str:
     """Return a metric's name as people read it."""
-    return _NAMES.get(name, name.replace("_", " "))
+    return _NAMES.get(metric, metric.replace("_", " "))
 
 
 def describe_answered(answered: int, rows: int) -> str:

@@ -14,7 +14,9 @@ import psutil
 import torch
 from lightning import Callback
 
+from qlora_lightning.base.tensors import GIB
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.versions import PEAK_NAMES
 
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 
@@ -59,16 +61,13 @@ def _has_bfloat16(device: torch.device) -> bool:
     return True
 
 
-_GIB = 1024**3
-
-
 def read_memory(device: torch.device) -> dict[str, float]:
     """Read memory in use and its peak, in GiB: of the CUDA device, or of this process."""
     if device.type == "cuda":
         return {
-            "memory_allocated_gib": torch.cuda.memory_allocated(device) / _GIB,
-            "memory_reserved_gib": torch.cuda.memory_reserved(device) / _GIB,
-            "memory_peak_gib": torch.cuda.max_memory_allocated(device) / _GIB,
+            "memory_allocated_gib": torch.cuda.memory_allocated(device) / GIB,
+            "memory_reserved_gib": torch.cuda.memory_reserved(device) / GIB,
+            PEAK_NAMES["cuda"]: torch.cuda.max_memory_allocated(device) / GIB,
         }
     private = peak = read_resident_bytes()
     status = Path("/proc/self/status")
@@ -79,19 +78,24 @@ def read_memory(device: torch.device) -> dict[str, float]:
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"private_memory_gib": private / _GIB, "peak_rss_gib": peak / _GIB}
+    return {"private_memory_gib": private / GIB, PEAK_NAMES["cpu"]: peak / GIB}
 
 
 def device_memory_gib(device: torch.device) -> float:
     """Read how much memory the device, or this machine, has, in GiB."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / _GIB
-    return float(psutil.virtual_memory().total / _GIB)
+        return torch.cuda.get_device_properties(device).total_memory / GIB
+    return float(psutil.virtual_memory().total / GIB)
+
+
+def name_of_peak(device: torch.device) -> str:
+    """Return the name under which a device's peak memory is logged."""
+    return PEAK_NAMES["cuda" if device.type == "cuda" else "cpu"]
 
 
 def read_peak_gib(device: torch.device) -> float:
     """Read the most memory that was in use, in GiB: of the CUDA device, or resident of this process."""
-    return read_memory(device)["memory_peak_gib" if device.type == "cuda" else "peak_rss_gib"]
+    return read_memory(device)[name_of_peak(device)]
 
 
 def read_resident_bytes() -> int:

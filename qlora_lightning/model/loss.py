@@ -29,14 +29,13 @@ class LossSums(NamedTuple):
     Attributes:
         nll_sum: Negative log-likelihood in nats, float32 scalar, with a gradient.
         labelled_tokens: How many tokens were counted, int64 scalar.
-        correct: For how many of them the most likely token was the label, int64 scalar; ``None`` if the objective
-            counts something else than tokens.
+        correct: For how many of them the most likely token was the label, int64 scalar.
         logged: More sums over the same, by name: their means are logged beside the loss.
     """
 
     nll_sum: Tensor
     labelled_tokens: Tensor
-    correct: Tensor | None
+    correct: Tensor
     logged: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -44,8 +43,7 @@ class TokenStatistics(Metric):
     """Add up :class:`LossSums` over batches and ranks, so that neither batch size nor order changes the result.
 
     ``compute`` returns ``loss`` (nats per labelled token), ``perplexity`` (its exponential) and ``token_accuracy``
-    (share of labelled tokens that were the most likely one); or, if the sums have no ``correct``, the loss and the
-    means of ``logged``.
+    (share of labelled tokens that were the most likely one); or the loss and the means of ``logged``, if there are.
 
     Args:
         logged: Names in ``logged`` of the sums that will be added.
@@ -70,8 +68,7 @@ class TokenStatistics(Metric):
         """Add the sums of one batch."""
         self.nll_sum += sums.nll_sum.detach()
         self.labelled_tokens += sums.labelled_tokens
-        if sums.correct is not None:
-            self.correct += sums.correct
+        self.correct += sums.correct
         for name in self.logged:
             setattr(self, name, getattr(self, name) + sums.logged[name].detach())
 

@@ -64,7 +64,7 @@ from qlora_lightning.model.optimizer import (
 )
 from qlora_lightning.model.summary import adapter_table, describe_sizes
 from qlora_lightning.model.window import Window, leave_gradients_to_window
-from qlora_lightning.support.console import describe
+from qlora_lightning.support.console import print_detail
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import without_garbage_collection
 from qlora_lightning.support.trainer import callbacks_of
@@ -466,7 +466,7 @@ class QLoRAModule(lightning.LightningModule):
         )
         total_steps = plan_steps(self.trainer)
         if total_steps == 0 and self.trainer.is_global_zero:
-            describe(explain_no_steps(self.trainer))
+            print_detail(explain_no_steps(self.trainer))
         schedule = build_schedule(optimizer, self.schedule, total_steps, self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -486,7 +486,7 @@ class QLoRAModule(lightning.LightningModule):
             explain_plain_layers(self.causal_lm, autocasts=autocasts, precision=precision) if self.fast else None,
         ):
             if line is not None:
-                describe(line)
+                print_detail(line)
 
     # ---- answers -----------------------------------------------------------------------------------------------------
 

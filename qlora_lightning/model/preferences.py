@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.model.adapters.lora import ADAPTER, trainable_tensors, without_adapters
+from qlora_lightning.model.adapters.lora import without_adapters
 from qlora_lightning.model.checkpoint.ranks import gather_states
 from qlora_lightning.model.loss import LossSums, TokenStatistics, head_of, token_losses
 from qlora_lightning.model.module import QLoRAModule
@@ -84,7 +84,10 @@ class PreferenceModule(QLoRAModule):
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, batch: dict[str, Any]) -> LossSums:
-        """Sum the loss of the pairs of a flat batch, in which the two answers of a row are neighbours."""
+        """Sum the loss of the pairs of a flat batch, in which the two answers of a row are neighbours.
+
+        What counts as a labelled token is a pair; as correct one whose chosen answer is the likelier, per token.
+        """
         layout = self.layout_of(batch)
         batch = {**batch, "layout": layout}
         nll = self._token_losses(batch)
@@ -92,7 +95,7 @@ class PreferenceModule(QLoRAModule):
         log_probs = -_sum_pieces(nll, layout.counts).view(-1, 2)  # (pairs, 2), a number for each answer
         if not counts.any():  # a filler
             zeros = nll.new_zeros(())
-            return LossSums(nll.sum() * 0.0, zeros.long(), None, dict.fromkeys(_LOGGED, zeros))
+            return LossSums(nll.sum() * 0.0, zeros.long(), zeros.long(), dict.fromkeys(_LOGGED, zeros))
         counts = counts.to(self.device, non_blocking=True)
         mean = log_probs / counts  # per token
         if self._has_reference:
@@ -105,9 +108,9 @@ class PreferenceModule(QLoRAModule):
         rewards = rewards.detach()
         margins = rewards[:, 0] - rewards[:, 1]
         logged = ((margins > 0).float(), margins, rewards[:, 0], rewards[:, 1])
-        pairs = torch.full((), len(counts), device=self.device)
         sums = {name: each.sum() for name, each in zip(_LOGGED, logged, strict=True)}
-        return LossSums(losses.sum(), pairs, None, sums)
+        likelier = (mean[:, 0] > mean[:, 1]).sum()
+        return LossSums(losses.sum(), torch.full((), len(counts), device=self.device), likelier, sums)
 
     def _losses(self, difference: Tensor, mean: Tensor) -> Tensor:
         """Compute the loss of each pair, ``(pairs,)``.
@@ -142,14 +145,14 @@ class PreferenceModule(QLoRAModule):
             with without_adapters(self.model):
                 yield
             return
-        trained = trainable_tensors(self.model).values()
+        active, trained = self.model.active_adapter, [(each, each.requires_grad) for each in self.model.parameters()]
         self.model.set_adapter(_REFERENCE)
         try:
             yield
         finally:
-            self.model.set_adapter(ADAPTER)
-            for tensor in self.model.parameters():
-                tensor.requires_grad_(any(tensor is each for each in trained))
+            self.model.set_adapter(active)
+            for tensor, trains in trained:
+                tensor.requires_grad_(trains)
 
     def _reference_log_probs(self, batch: dict[str, Any]) -> Tensor:
         """Return the reference's log-probabilities of both answers of each pair, ``(pairs, 2)``."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from qlora_lightning.base.tensors import format_gib
 from qlora_lightning.evaluation.scores import describe_metric
 from qlora_lightning.report.charts import running_mean
 from qlora_lightning.report.results import Evaluation, Table, find_figures, read_evaluation
@@ -23,7 +24,6 @@ STATUS = {
     "killed": "killed: nothing wrote how it ended",
     "unknown": "of a version that wrote no manifest",
 }
-_GIB = 1024**3
 _HASH = 16  # digits shown of one; manifest.json has all
 _NOT_SHOWN = "trainer.default_root_dir"  # differs between any two runs, and changes nothing
 _LITTLE, _MUCH = 1e-3, 0.5  # median ‖ΔW‖/‖W‖
@@ -255,7 +255,7 @@ def machine_facts(run: Run) -> Facts:
     if peak is not None:
         text = f"{peak}: the most that the {holder} held, loading and evaluation included"
         if planned and steps:
-            text += f"; the steps alone {steps / _GIB:.2f} GiB, planned {planned / _GIB:.2f} GiB"
+            text += f"; the steps alone {format_gib(steps)}, planned {format_gib(planned)}"
         facts.append(("peak memory", text))
     return facts
 

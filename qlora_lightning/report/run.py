@@ -13,9 +13,10 @@ import yaml
 
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_yaml, lock_folder, read_json_object, write_whole
+from qlora_lightning.support.versions import PEAK_NAMES
 
-MANIFEST, METRICS = "manifest.json", "metrics.csv"
-MEMORY = ("memory_peak_gib", "peak_rss_gib")
+MANIFEST, METRICS = RUN_FILES = "manifest.json", "metrics.csv"  # a folder with one of these is a run's
+MEMORY = tuple(PEAK_NAMES.values())
 """Where peaks of memory are, in metrics and manifest: of a GPU; of the process."""
 _FORMAT, _VERSION = "qlora_lightning manifest", 1  # a reader of version N reads every file up to N
 _REMEDY = "Move it away to make the report without it."
@@ -44,7 +45,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     Raises:
         UserError: It holds no run, or a file of it is damaged.
     """
-    if not any((folder / file).is_file() for file in (MANIFEST, METRICS)):
+    if not any((folder / file).is_file() for file in RUN_FILES):
         raise UserError(
             f"{folder} holds no run: expected {MANIFEST} or {METRICS} in it. Name the folder that "
             "trainer.default_root_dir of its fit was."

@@ -44,7 +44,7 @@ def drop_lost_output() -> None:
             os.close(nowhere)
 
 
-def describe(what: Any) -> None:
+def print_detail(what: Any) -> None:
     """Print what a run says of itself: its adapter, its memory; within :func:`brief` it says nothing of them."""
     if _is_brief.get():
         return

@@ -6,6 +6,7 @@ import torch.distributed
 from lightning import Callback, Trainer
 
 Item = TypeVar("Item")
+Found = TypeVar("Found", bound=Callback)
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -13,6 +14,11 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     connected: Any = trainer
     callbacks: list[Callback] = connected.callbacks
     return callbacks
+
+
+def find_callback(trainer: Trainer, kind: type[Found]) -> Found | None:
+    """Return the first callback of a class, if there is one."""
+    return next((each for each in callbacks_of(trainer) if isinstance(each, kind)), None)
 
 
 def is_trial_run(trainer: Trainer) -> bool:

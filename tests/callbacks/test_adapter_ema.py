@@ -4,7 +4,6 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_lightning import AdapterCheckpoint, AdapterEMA
-from qlora_lightning.commands import training
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.support.errors import UserError
 from tests.equality import same
@@ -106,19 +105,6 @@ def test_decay_out_of_range_is_rejected():
         AdapterEMA(1.0)
 
 
-class Reading(QLoRACLI):
-    """Reads the config and trains nothing."""
-
-    found = None
-
-    def before_fit(self):
-        (ema,) = (each for each in self.trainer.callbacks if isinstance(each, AdapterEMA))
-        Reading.found = ema.enabled, ema.decay
-
-    def fit(self, model, **_):
-        pass
-
-
 @pytest.mark.parametrize(
     ("yaml", "arguments", "expected"),
     [
@@ -134,8 +120,9 @@ def test_its_key_switches_it_on(yaml, arguments, expected, tiny_base, tmp_path):
     config.write_text(
         f"model: {{base: {tiny_base}}}\ntrainer: {{accelerator: cpu, default_root_dir: {tmp_path}}}\n{yaml}\n"
     )
-    training.main(["fit", "--config", str(config), *arguments], Reading)
-    assert Reading.found == expected
+    made = QLoRACLI(["--config", str(config), *arguments], "fit")
+    (ema,) = (each for each in made.trainer.callbacks if isinstance(each, AdapterEMA))
+    assert (ema.enabled, ema.decay) == expected
 
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")  # Lightning's, before ours

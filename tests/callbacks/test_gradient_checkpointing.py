@@ -1,3 +1,5 @@
+"""Gradient checkpointing keeps less, computes the same bits, and leaves the model as it was."""
+
 import pytest
 import torch
 from lightning import Callback
@@ -5,13 +7,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning import GradientCheckpointing
 from qlora_lightning.support.errors import UserError
+from tests.equality import same
 
 
-class LayerRuns(Callback):
-    """Counts, for each decoder layer, how often its inside runs in a training batch; keeps the first gradients."""
+class Watch(Callback):
+    """How often each decoder layer runs, what autograd keeps, and which functions of ours are behind the loss."""
 
     def __init__(self):
-        self.runs, self.gradients = [], None
+        self.runs, self.kept_bytes, self.names, self.gradients = [], 0, set(), None
 
     def on_train_start(self, trainer, pl_module):
         layers = [layer for layer in pl_module.modules() if isinstance(layer, GradientCheckpointingLayer)]
@@ -22,33 +25,48 @@ class LayerRuns(Callback):
     def _count(self, number):
         self.runs[number] += 1
 
+    def on_train_batch_start(self, *_):
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self.hooks.__enter__()
+
+    def _pack(self, tensor):
+        self.kept_bytes += tensor.nbytes
+        return tensor
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.hooks.__exit__()
+        nodes = {loss.grad_fn}
+        for node in (ahead := list(nodes)):
+            function = getattr(node, "_forward_cls", None)
+            if function is not None and function.__module__.startswith("qlora_lightning"):
+                self.names.add(function.__name__)
+            new = {each for each, _ in node.next_functions if each is not None} - nodes
+            nodes |= new
+            ahead += new
+
     def on_after_backward(self, trainer, pl_module):
-        if self.gradients is None:
-            self.gradients = {n: p.grad.clone() for n, p in pl_module.named_parameters() if p.requires_grad}
+        self.gradients = {n: p.grad.clone() for n, p in pl_module.named_parameters() if p.requires_grad}
 
 
 ONE_BATCH = {"limit_train_batches": 1, "limit_val_batches": 0}
 
 
-@pytest.mark.parametrize(
-    ("callback", "runs"),
-    [
-        (GradientCheckpointing(), [2, 2]),
-        (GradientCheckpointing(every_n_layers=2), [2, 1]),
-        (GradientCheckpointing(enabled=False), [1, 1]),
-    ],
-)
-def test_backward_runs_every_nth_layer_again(fit, callback, runs):
-    fit(callback, counter := LayerRuns(), **ONE_BATCH)
-    assert counter.runs == runs
-
-
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"fast": False}])
-def test_gradients_are_bit_for_bit_those_without_it(fit, make_module, assert_same, options):
-    fit(plain := LayerRuns(), module=make_module(**options), **ONE_BATCH)
-    fit(GradientCheckpointing(), checkpointed := LayerRuns(), module=make_module(**options), **ONE_BATCH)
+def test_backward_runs_every_layer_again_keeps_less_and_gives_the_same_bits(fit, make_module, options):
+    fit(plain := Watch(), module=make_module(**options), **ONE_BATCH)
+    fit(GradientCheckpointing(), checkpointed := Watch(), module=make_module(**options), **ONE_BATCH)
+    assert (plain.runs, checkpointed.runs) == ([1, 1], [2, 2])
+    assert checkpointed.kept_bytes < plain.kept_bytes / 2
     assert any(gradient.any() for gradient in plain.gradients.values())
-    assert_same(checkpointed.gradients, plain.gradients)
+    assert same(checkpointed.gradients, plain.gradients)
+    assert bool(plain.names) == bool(checkpointed.names) == options.get("fast", True)
+    assert ("_CopyApart" in checkpointed.names) == options.get("fast", True)
+
+
+@pytest.mark.parametrize(("options", "runs"), [({"every_n_layers": 2}, [2, 1]), ({"enabled": False}, [1, 1])])
+def test_every_nth_layer_runs_again_or_none(fit, options, runs):
+    fit(GradientCheckpointing(**options), watch := Watch(), **ONE_BATCH)
+    assert watch.runs == runs
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])  # fused layers, and plain ones
@@ -59,79 +77,22 @@ def test_a_whole_run_is_bit_for_bit_that_without_it(fit, make_module, adapter_of
     assert_same(adapter_of(checkpointed), adapter_of(plain))
 
 
-def checkpointing_of(module):
-    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
-    found = {part: [vars(part).get(name) for name in names] for part in module.causal_lm.modules()}
-    return found | {"embedding": dict(module.causal_lm.get_input_embeddings()._forward_hooks)}
-
-
 class Fails(Callback):
     def on_train_batch_end(self, *_):
         raise KeyError
 
 
-def test_a_model_is_left_as_it_was_also_by_a_fit_that_fails(fit, make_module):
+def test_it_is_off_again_after_a_fit_also_after_one_that_fails(fit, make_module):
     module = make_module()
-    module.configure_model()
-    before = checkpointing_of(module)
     fit(GradientCheckpointing(every_n_layers=2), module=module, **ONE_BATCH)
-    assert checkpointing_of(module) == before
     with pytest.raises(KeyError):
         fit(GradientCheckpointing(), Fails(), module=module, **ONE_BATCH)
-    assert checkpointing_of(module) == before
+    assert not any(getattr(part, "gradient_checkpointing", False) for part in module.causal_lm.modules())
+    assert not module.causal_lm.get_input_embeddings()._forward_hooks
+    fit(watch := Watch(), module=module, **ONE_BATCH)
+    assert watch.runs == [1, 1]
 
 
-@pytest.mark.parametrize("every_n_layers", [0, -1])
-def test_every_n_layers_below_one_is_refused(every_n_layers):
-    with pytest.raises(UserError, match=rf"gradient_checkpointing\.every_n_layers is {every_n_layers}: expected 1"):
-        GradientCheckpointing(every_n_layers=every_n_layers)
-
-
-def test_less_is_kept_between_forward_and_backward(fit):
-    kept = {}
-
-    class Saved(Callback):
-        """Counts the bytes of the tensors that autograd saves."""
-
-        def __init__(self, name):
-            self.name = name
-
-        def on_train_batch_start(self, *_):
-            kept[self.name] = 0
-
-            def pack(tensor):
-                kept[self.name] += tensor.nbytes
-                return tensor
-
-            self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-            self.hooks.__enter__()
-
-        def on_before_backward(self, *_):
-            self.hooks.__exit__()
-
-    fit(Saved("plain"), **ONE_BATCH)
-    fit(Saved("checkpointed"), GradientCheckpointing(), **ONE_BATCH)
-    assert kept["checkpointed"] < kept["plain"] / 2
-
-
-class OwnFunctions(Callback):
-    """Names the autograd functions of ours behind a loss."""
-
-    def on_before_backward(self, trainer, pl_module, loss):
-        nodes, self.names = {loss.grad_fn}, set()
-        for node in (ahead := list(nodes)):
-            function = getattr(node, "_forward_cls", None)
-            if function is not None and function.__module__.startswith("qlora_lightning"):
-                self.names.add(function.__name__)
-            new = {each for each, _ in node.next_functions if each is not None} - nodes
-            nodes |= new
-            ahead += new
-
-
-@pytest.mark.parametrize("callbacks", [[], [GradientCheckpointing()]])
-def test_without_fast_no_function_of_ours_is_behind_the_loss(fit, make_module, callbacks):
-    fit(*callbacks, fast := OwnFunctions(), **ONE_BATCH)
-    fit(*callbacks, plain := OwnFunctions(), module=make_module(fast=False), **ONE_BATCH)
-    assert "_FrozenHeadLoss" in fast.names
-    assert ("_CopyApart" in fast.names) == bool(callbacks)
-    assert plain.names == set()
+def test_every_n_layers_below_one_is_rejected():
+    with pytest.raises(UserError, match=r"gradient_checkpointing\.every_n_layers is 0: expected 1"):
+        GradientCheckpointing(every_n_layers=0)

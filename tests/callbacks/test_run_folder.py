@@ -1,38 +1,29 @@
-"""A run folder is kept to one run and one process, and a resumed run continues its files."""
+"""A run folder is kept to one run and one process; its config, metrics and predictions are whole and in order."""
 
+import contextlib
 import csv
-import multiprocessing
+import json
 from types import SimpleNamespace
 
 import pytest
 import yaml
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from qlora_lightning import AdapterCheckpoint
+from qlora_lightning import AdapterCheckpoint, PredictionWriter
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
-from qlora_lightning.callbacks.run_folder import (
-    FolderLock,
-    RunFolder,
-    is_resumed,
-    refuse_started_folder,
-)
+from qlora_lightning.callbacks.run_folder import RunFolder, is_resumed, locking, refuse_started_folder
 from qlora_lightning.support.errors import UserError
 
 
-def read_metrics(folder):
-    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as handle:
+def read(file):
+    with file.open(newline="", encoding="utf-8") as handle:
         return list(csv.DictReader(handle))
 
 
-def test_the_config_is_written_at_the_start_of_a_fit(fit, tmp_path):
-    config = {"model": {"rank": 2, "alpha": None}, "data": {"system": "Grüße, 日本"}}
-    fit(RunFolder(config), limit_train_batches=1, limit_val_batches=0)
-    file = tmp_path / "run" / "config.yaml"
-    assert yaml.safe_load(file.read_text(encoding="utf-8")) == config
-    assert "Grüße, 日本" in file.read_text(encoding="utf-8")
+# ---- config.yaml ----
 
 
-class Kept(DummyLogger):
+class Loud(DummyLogger):
     def __init__(self, fault=None):
         super().__init__()
         self.fault, self.params = fault, None
@@ -43,42 +34,97 @@ class Kept(DummyLogger):
         self.params = params
 
 
-def test_the_loggers_have_the_config_and_one_that_refuses_it_ends_no_run(fit, capsys):
-    logger, refusing = Kept(), Kept(ValueError("rank was 4"))
-    trainer, _ = fit(RunFolder({"model": {"rank": 2}}), logger=[refusing, logger], max_steps=1, limit_val_batches=0)
-    assert logger.params == {"model": {"rank": 2}}
+def test_the_config_is_in_the_folder_and_the_loggers_and_one_that_refuses_it_ends_no_run(fit, tmp_path, capsys):
+    config = {"model": {"rank": 2, "alpha": None}, "data": {"system": "Grüße, 日本"}}
+    logger, refusing = Loud(), Loud(ValueError("rank was 4"))
+    trainer, _ = fit(RunFolder(config), logger=[refusing, logger], max_steps=1, limit_val_batches=0)
+    text = (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
+    assert yaml.safe_load(text) == logger.params == config
+    assert "Grüße, 日本" in text
     assert trainer.global_step == 1
-    assert "Kept does not take the config: ValueError: rank was 4" in capsys.readouterr().out
+    assert "Loud does not take the config: ValueError: rank was 4" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_to_is_rejected(fit, tmp_path):
+    (tmp_path / "run").touch()
+    for callback in (RunFolder({}), AdapterCheckpoint()):
+        with pytest.raises(UserError, match=r"default_root_dir .*run cannot be written to: (File exists|Not a dir)"):
+            fit(callback, limit_train_batches=1, limit_val_batches=0)
+
+
+# ---- metrics.csv ----
+
+
+@pytest.fixture
+def logger(tmp_path):
+    return MetricsLogger(tmp_path / "run")
+
+
+def test_a_new_metric_widens_the_table_also_of_a_run_that_is_resumed(logger):
+    logger.log_metrics({"train_loss": 1.5}, step=0)
+    logger.log_metrics({"val_loss": 2.0, "val_perplexity": 7.4}, step=1)
+    again = MetricsLogger(logger.save_dir)
+    again.log_metrics({"val_loss": 3.0, "train_loss": 1.0}, step=1)  # in another order
+    again.log_metrics({"grad_norm": 4.0}, step=2)
+    assert logger.file.read_text().splitlines() == [
+        "step,train_loss,val_loss,val_perplexity,grad_norm",
+        "0,1.5,,,",
+        "1,,2.0,7.4,",
+        "1,1.0,3.0,,",
+        "2,,,,4.0",
+    ]
+    assert again.rows == 4
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        pytest.param(
-            {"val_check_interval": 3},
-        ),
-    ],
+    ("rows", "before_step", "kept"),
+    [(0, 0, ""), (2, 0, "01"), (2, 2, "01"), (1, 3, "012"), (0, 2, "01"), (9, 0, "0123")],
 )
-def test_the_metrics_of_a_resumed_run_are_those_of_one_that_never_stopped(fit, killed_fit, tmp_path, options):
-    checkpoint = {name: options[name] for name in ("every_n_train_steps",) if name in options}
-    common = {"max_epochs": 2, "limit_val_batches": 1, "accumulate_grad_batches": 2}
-    common |= {name: value for name, value in options.items() if name not in checkpoint}
+def test_cut_removes_the_lines_behind_a_row_but_those_of_earlier_steps(logger, rows, before_step, kept):
+    for step in range(4):
+        logger.log_metrics({"train_loss": 1.0}, step=step)
+    logger.cut(rows, before_step)
+    assert "".join(row["step"] for row in read(logger.file)) == kept
+    assert logger.rows == len(kept)
+    logger.log_metrics({"train_loss": 9.0}, step=7)
+    assert read(logger.file)[-1] == {"step": "7", "train_loss": "9.0"}
+    assert logger.rows == len(kept) + 1
 
-    def parts(folder):
-        return [RunFolder({}), AdapterCheckpoint(**checkpoint)], {"logger": MetricsLogger(tmp_path / folder)}
 
-    callbacks, logger = parts("whole")
-    fit(*callbacks, folder="whole", **logger, **common)
-    callbacks, logger = parts("cut")
-    killed_fit(*callbacks, after=13, folder="cut", **logger, **common)
-    callbacks, logger = parts("cut")
-    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
-    fit(*callbacks, folder="cut", ckpt_path=last, **logger, **common)
-    whole, cut = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "cut")
-    assert [(row["step"], row["train_loss"], row["val_loss"]) for row in cut] == [
-        (row["step"], row["train_loss"], row["val_loss"]) for row in whole
-    ]
+@pytest.mark.parametrize("cut", [True, False])
+def test_half_a_line_is_removed_wherever_a_kill_has_cut_it(logger, cut):
+    logger.log_metrics({"train_loss": 1.5, "val_loss": 2.5}, step=0)
+    whole, line = logger.file.read_text(), "1,1.25,3.5"  # without its end
+    for length in range(1, len(line) + 1):
+        logger.file.write_text(whole + line[:length])
+        again = MetricsLogger(logger.save_dir)
+        if cut:
+            again.cut(1)
+            assert logger.file.read_text() == whole
+        again.log_metrics({"train_loss": 1.75}, step=1)
+        assert logger.file.read_text() == whole + "1,1.75,\n"
+        assert again.rows == 2
+
+
+def test_a_full_disk_leaves_the_table_and_is_reported(logger, monkeypatch):
+    logger.log_metrics({"train_loss": 1.0}, step=0)
+    before = logger.file.read_text()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(UserError, match=r"run cannot be written to: disk full"):
+        logger.log_metrics({"val_loss": 1.0}, step=1)
+    assert logger.file.read_text() == before
+
+
+def test_the_metrics_of_a_resumed_run_are_those_of_one_that_never_stopped(fit, killed_fit, tmp_path):
+    def train(run, folder, **more):
+        options = {"max_epochs": 2, "limit_val_batches": 1, "accumulate_grad_batches": 2, "val_check_interval": 3}
+        writers = RunFolder({}), AdapterCheckpoint()  # which saves inside an accumulation window
+        run(*writers, logger=MetricsLogger(tmp_path / folder), folder=folder, **options, **more)
+
+    train(fit, "whole")
+    train(killed_fit, "cut", after=13)
+    train(fit, "cut", ckpt_path=tmp_path / "cut" / "checkpoints" / "last.ckpt")
+    assert read(tmp_path / "cut" / "metrics.csv") == read(tmp_path / "whole" / "metrics.csv")
 
 
 # ---- one run in a folder ----
@@ -94,16 +140,13 @@ def test_the_metrics_of_a_resumed_run_are_those_of_one_that_never_stopped(fit, k
         ("checkpoints/unfinished.ckpt", False, False),  # of a kill during the very first save
     ],
 )
-def test_a_folder_that_holds_a_run_is_refused_with_the_two_ways_out(tmp_path, trace, table, refused):
+def test_a_folder_that_holds_a_run_is_rejected_with_the_two_ways_out(tmp_path, trace, table, refused):
     run = tmp_path / "run"
-    refuse_started_folder(run, table=table)
     (run / trace).parent.mkdir(parents=True)
     refuse_started_folder(run, table=table)
     (run / trace).touch()
-    if not refused:
-        refuse_started_folder(run, table=table)
-        return
-    with pytest.raises(UserError, match=r"run holds a run already.*`--ckpt_path last`.*`--trainer.default_root_dir "):
+    message = r"run holds a run already.*`--ckpt_path last`.*`--trainer.default_root_dir "
+    with pytest.raises(UserError, match=message) if refused else contextlib.nullcontext():
         refuse_started_folder(run, table=table)
 
 
@@ -119,69 +162,56 @@ def test_a_folder_that_holds_a_run_is_refused_with_the_two_ways_out(tmp_path, tr
         ("last.ckpt", False),
     ],
 )
-def test_it_goes_on_from_a_checkpoint_of_its_own_and_no_other(tmp_path, monkeypatch, file, own):
+def test_a_run_continues_from_a_checkpoint_of_its_own_and_no_other(tmp_path, monkeypatch, file, own):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "a" / "checkpoints").mkdir(parents=True)
     (tmp_path / "runs" / "a" / "checkpoints" / "last.ckpt").touch()
     trainer = SimpleNamespace(ckpt_path=file, default_root_dir=str(tmp_path / "runs" / "a"), global_step=0)
     assert is_resumed(trainer) == own
-    if own:
-        refuse_started_folder("runs/a", file)
-        return
-    with pytest.raises(UserError, match=f"runs/a holds a run already, which would be lost. {file} is not of it."):
+    message = f"runs/a holds a run already, which would be lost. {file} is not of it."
+    with contextlib.nullcontext() if own else pytest.raises(UserError, match=message):
         refuse_started_folder("runs/a", file)
 
 
-def test_without_a_checkpoint_only_the_trainer_that_has_trained_is_resumed(tmp_path):
-    trainer = SimpleNamespace(ckpt_path=None, default_root_dir=tmp_path, global_step=0)
-    assert not is_resumed(trainer)
-    trainer.global_step = 3
-    assert is_resumed(trainer)
+def test_two_do_not_train_in_one_folder_and_the_next_may_and_no_file_is_left(tmp_path):
+    refused = pytest.raises(UserError, match=r"^Another process trains in .*/run: wait until it has ended, or choose")
+    with locking(tmp_path / "run"), locking(tmp_path / "elsewhere"), refused, locking(tmp_path / "run"):
+        pass
+    with locking(tmp_path / "run"):
+        assert list((tmp_path / "run").rglob("*")) == [tmp_path / "run" / "checkpoints"]
 
 
-# ---- one process in a folder ----
+# ---- predictions.jsonl ----
 
 
 @pytest.fixture
-def locks():
-    one, other = FolderLock(), FolderLock()
-    yield one, other
-    one.release()
-    other.release()
+def predict(make_module, make_data, make_trainer, monkeypatch, tmp_path):
+    # Answers of a random base run on until they are cut: two tokens will do.
+    from qlora_lightning.model import generate
+
+    plain = generate._generate
+    monkeypatch.setattr(generate, "_generate", lambda *arguments: plain(*arguments[:-1], 2))
+
+    def run(rows, **options):
+        file = tmp_path / "questions.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        data, module = make_data(predict=str(file), **options), make_module()
+        answers = make_trainer(PredictionWriter()).predict(module, datamodule=data)
+        lines = (tmp_path / "run" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines], [a for batch in answers for a in batch], data
+
+    return run
 
 
-def test_two_do_not_train_in_one_folder_and_the_next_may_and_no_file_is_left(locks, tmp_path):
-    one, other = locks
-    one.take(tmp_path / "run")
-    other.take(tmp_path / "elsewhere")
-    with pytest.raises(
-        UserError, match=r"^Another process trains in .*/run: wait until it has ended, or choose another folder"
-    ):
-        other.take(tmp_path / "run")
-    one.release()
-    other.take(tmp_path / "run")
-    assert list((tmp_path / "run").rglob("*")) == [tmp_path / "run" / "checkpoints"]
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-def test_a_worker_that_outlives_its_run_holds_nothing(locks, tmp_path):
-    locks[0].take(tmp_path)
-    context = multiprocessing.get_context("fork")
-    began, end = context.Event(), context.Event()
-    worker = context.Process(target=lambda: (began.set(), end.wait(60)), daemon=True)
-    worker.start()
-    assert began.wait(60)
-    with pytest.raises(UserError, match="Another process trains"):
-        locks[1].take(tmp_path)
-    locks[0].release()
-    locks[1].take(tmp_path)
-    end.set()
-    worker.join()
-
-
-def test_a_folder_that_cannot_be_written_to_is_refused(fit, locks, tmp_path):
-    (tmp_path / "run").touch()
-    with pytest.raises(UserError, match=r"default_root_dir .*run cannot be written to: (File exists|Not a directory)"):
-        fit(RunFolder({}), limit_train_batches=1, limit_val_batches=0)
-    with pytest.raises(UserError, match=r"default_root_dir .*run cannot be written to: Not a directory\."):
-        locks[0].take(tmp_path / "run")
+@pytest.mark.filterwarnings("ignore:Couldn't infer the batch indices")
+def test_each_row_has_its_prediction_in_order_beside_its_own_answer_however_rows_are_batched(predict, tmp_path):
+    rows = [{"instruction": "Say " + "so " * (9 - n), "output": f"ja „{n}“"} for n in range(4)]
+    rows.append({"instruction": "Count to 3."})
+    lines, answers, data = predict(rows)
+    assert [line["row"] for line in lines] == [0, 1, 2, 3, 4]
+    assert [line["input"] for line in lines] == rows
+    assert [line["reference"] for line in lines] == [row.get("output") for row in rows]
+    assert [line["prediction"] for line in lines] == [data.tokenizer.decode(answer) for answer in answers]
+    assert "„" in (tmp_path / "run" / "predictions.jsonl").read_text(encoding="utf-8")
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["predictions.jsonl"]
+    assert predict(rows, batch_size=3)[0] == lines

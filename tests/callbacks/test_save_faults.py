@@ -1,4 +1,4 @@
-"""Full disks and kills while a run saves: what was good stays good, and the run goes on from it."""
+"""Full disks, kills and damaged files: what was good stays good, and the run continues from it to the same end."""
 
 import csv
 import os
@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_lightning import AdapterCheckpoint
-from qlora_lightning.callbacks import checkpoint_file as finding
+from qlora_lightning import AdapterCheckpoint, InstructionDataModule, QLoRAModule
+from qlora_lightning.callbacks.checkpoint_file import check_checkpoint, find_checkpoint
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.run_folder import RunFolder
+from qlora_lightning.model.checkpoint.format import KEY
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.versions import FORMAT_VERSION
 from tests.dying import MachineFailed
-
-OPTIONS = {"val_check_interval": 4, "limit_val_batches": 1, "max_epochs": 1}  # saves at steps 2, 4, 6 and 8
 
 
 class At(lightning.Callback):
@@ -31,132 +31,41 @@ class At(lightning.Callback):
             self.act()
 
 
-@pytest.fixture
-def run(fit, make_module, tmp_path):
-    """Train in a folder with all that writes into it, from its last checkpoint if there is one; `rank` sets sizes."""
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    rows = [f'{{"instruction": "Count to {n}.", "output": "{" ".join(map(str, range(n)))}"}}\n' for n in range(1, 17)]
+    (folder / "rows.jsonl").write_text("".join(rows))
+    return folder
 
-    def call(folder, *callbacks, rank=2, every=2, mode="min", **options):
-        found = options.pop("ckpt_path", None) or finding.find_checkpoint(tmp_path / folder, "last")
-        logger = MetricsLogger(tmp_path / folder)
-        writers = [RunFolder({}), AdapterCheckpoint(every_n_train_steps=every, mode=mode)]
-        module = make_module(rank=rank, dropout=0.1)
-        fit(*callbacks, *writers, module=module, folder=folder, logger=logger, ckpt_path=found, **OPTIONS, **options)
+
+@pytest.fixture(scope="module")
+def run(tiny_base, root):
+    """Train with all that writes into a run folder, from its last checkpoint if there is one; saves at 2, 4, 6, 8."""
+
+    def call(folder, *callbacks):
+        lightning.seed_everything(7, verbose=False)
+        module = QLoRAModule(str(tiny_base), rank=2, learning_rate=1e-2, dropout=0.1)
+        rows = str(root / "rows.jsonl")
+        trainer = lightning.Trainer(
+            **{"accelerator": "cpu", "devices": 1, "max_epochs": 1, "log_every_n_steps": 1, "num_sanity_val_steps": 0},
+            **{"enable_progress_bar": False, "enable_model_summary": False},
+            **{"val_check_interval": 4, "limit_val_batches": 1},
+            callbacks=[*callbacks, RunFolder({}), AdapterCheckpoint(every_n_train_steps=2)],
+            default_root_dir=root / folder,
+            logger=MetricsLogger(root / folder),
+        )
+        data = InstructionDataModule(rows, val=rows, tokenizer=str(tiny_base), batch_size=2)
+        trainer.fit(module, data, ckpt_path=find_checkpoint(root / folder, "last"))
 
     return call
 
 
-def contents(folder):
-    """The files of a run that a later save may not damage."""
-    files = [file for part in ("checkpoints", "adapter") for file in (folder / part).glob("**/*") if file.is_file()]
-    return {file.relative_to(folder): file.read_bytes() for file in files}
-
-
-def assert_same_end(folder, other):
-    first, second = (torch.load(each / "checkpoints" / "last.ckpt", weights_only=True) for each in (folder, other))
-    assert second["global_step"] == first["global_step"] == 8
-    assert all(torch.equal(second["state_dict"][name], tensor) for name, tensor in first["state_dict"].items())
-    assert {f.name for f in (other / "checkpoints").iterdir()} == {f.name for f in (folder / "checkpoints").iterdir()}
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (other / "adapter" / name).read_bytes() == (folder / "adapter" / name).read_bytes()
-    assert sorted(os.listdir(other)) == sorted(os.listdir(folder))
-    tables = [list(csv.DictReader((each / "metrics.csv").read_text().splitlines())) for each in (folder, other)]
-    assert tables[0] == tables[1]
-
-
-@pytest.fixture
-def small_files():
-    """Let no file grow beyond so many bytes, as a full disk would."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda most: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.parametrize(
-    ("rank", "most", "file"),
-    [(64, 1_000_000, "checkpoints/unfinished.ckpt"), (2, 1_000_000, "adapter")],  # of the adapter, tokenizer.json
-)
-def test_a_full_disk_ends_the_run_with_a_sentence_and_it_goes_on_when_there_is_room(
-    run, small_files, tmp_path, rank, most, file
-):
-    run("whole", rank=rank)
-    before = {}
-
-    def remember_and_fill():
-        before.update(contents(tmp_path / "full"))
-        small_files(most)()
-
-    with pytest.raises(UserError) as told:
-        run("full", At(8, remember_and_fill), rank=rank)
-    small_files(resource.RLIM_INFINITY)()
-    folder = tmp_path / "full"
-    last = folder / "checkpoints" / "last.ckpt"
-    best = folder / "checkpoints" / "step-000008.ckpt"  # which is whole when the adapter folder is not
-    whole, name = (best, best) if file == "adapter" else (last, "last")
-    assert str(told.value) == (
-        f"{folder}/{file} could not be written: File too large. {whole} is whole: when that is mended, resume from "
-        f"it with `--ckpt_path {name}`."
-    )
-    after = contents(folder)
-    assert {name: after[name] for name in before} == before
-    assert not [name for name in after.keys() - before.keys() if "unfinished" in str(name) or ".writing" in str(name)]
-    assert torch.load(last, weights_only=True)["global_step"] == 6
-    run("full", rank=rank)
-    assert_same_end(tmp_path / "whole", folder)
-
-
-def test_a_full_disk_at_the_first_save_says_that_nothing_is_saved(run, small_files, tmp_path):
-    with pytest.raises(UserError, match=r"Nothing had been saved before: start again when that is mended"):
-        run("full", At(1, small_files(1_000_000)), rank=64)
-    assert not list((tmp_path / "full" / "checkpoints").iterdir())
-
-
-@pytest.mark.parametrize(
-    ("step", "mode", "most", "best"),
-    [
-        (8, "max", 10_000, 4),  # the last save has no room for itself
-        (8, "min", 1_000_000, 8),  # the last save has no room for tokenizer.json; nothing is left to train
-    ],
-)
-def test_a_full_disk_beside_a_whole_checkpoint_names_it_and_the_run_goes_on_from_there(
-    run, small_files, tmp_path, step, mode, most, best
-):
-    run("whole", mode=mode)
-    checkpoints = tmp_path / "full" / "checkpoints"
-    last, best = checkpoints / "last.ckpt", checkpoints / f"step-{best:06d}.ckpt"
-
-    def damage_and_fill():
-        if last.exists():
-            last.write_bytes(last.read_bytes()[:-100])
-        small_files(most)()
-
-    with pytest.raises(UserError) as told:
-        run("full", At(step, damage_and_fill), mode=mode)
-    small_files(resource.RLIM_INFINITY)()
-    assert f"{best} is whole: when that is mended, resume from it with `--ckpt_path {best}`." in str(told.value)
-    run("full", mode=mode, ckpt_path=str(best))
-    weights = [tmp_path / folder / "adapter" / "adapter_model.safetensors" for folder in ("whole", "full")]
-    assert weights[1].read_bytes() == weights[0].read_bytes()
-    if best.name != "step-000008.ckpt":  # from which no step is taken that would write another last.ckpt
-        assert_same_end(tmp_path / "whole", tmp_path / "full")
-
-
-def test_a_full_disk_in_the_metrics_table_is_told(run, monkeypatch, tmp_path):
-    def fill():
-        monkeypatch.setattr(MetricsLogger, "_to_text", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-
-    with pytest.raises(
-        UserError, match=r"full/metrics.csv could not be read or written: No space left\..*`--ckpt_path last`"
-    ):
-        run("full", At(4, fill))
-    assert torch.load(tmp_path / "full" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
-
-
 class Renames:
-    """Counts renames below a folder, and dies in front of one of them; a first run fills the cache elsewhere."""
+    """Lists renames below a folder, and dies in front of one of them."""
 
-    def __init__(self, monkeypatch, folder, dies_at=None):
+    def __init__(self, folder, dies_at=None):
         self.seen, self.folder, self.dies_at, self.replace = [], folder, dies_at, os.replace
-        monkeypatch.setattr("os.replace", self)
 
     def __call__(self, one, other):
         if self.folder in Path(other).parents:
@@ -166,66 +75,191 @@ class Renames:
         self.replace(one, other)
 
 
-def kill_and_go_on(run, monkeypatch, tmp_path, folder, at):
-    Renames(monkeypatch, tmp_path, dies_at=at)
-    with pytest.raises(MachineFailed):
-        run(folder)
-    monkeypatch.undo()
-    for file in (tmp_path / folder / "checkpoints").glob("*.ckpt"):
+@pytest.fixture(scope="module")
+def whole(run, root):
+    """The names of all files that a run renames from its beginning to its end in peace, in order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.replace", renames := Renames(root / "whole"))
+        run("whole")
+    return renames.seen
+
+
+def contents(folder):
+    """The files of a run that a later save may not damage."""
+    files = [file for part in ("checkpoints", "adapter") for file in (folder / part).glob("**/*") if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def read_last(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same_end(run, root, folder):
+    """Resume, and compare with the run in peace."""
+    run(folder)
+    one, other = root / "whole", root / folder
+    first, second = read_last(one), read_last(other)
+    assert second["global_step"] == first["global_step"] == 8
+    assert all(torch.equal(second["state_dict"][name], tensor) for name, tensor in first["state_dict"].items())
+    assert contents(other).keys() == contents(one).keys()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (other / "adapter" / name).read_bytes() == (one / "adapter" / name).read_bytes()
+    assert sorted(os.listdir(other)) == sorted(os.listdir(one))
+    tables = [list(csv.DictReader((each / "metrics.csv").read_text().splitlines())) for each in (one, other)]
+    assert tables[0] == tables[1]
+
+
+# ---- full disks ----
+
+
+@pytest.fixture
+def most_bytes():
+    """Let no file grow beyond so many bytes, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("most", [10_000, 1_000_000])  # no room for the checkpoint; none for the adapter's tokenizer
+def test_a_full_disk_ends_the_run_and_it_continues_when_there_is_room(run, root, whole, most_bytes, most):
+    folder, before = root / f"full {most}", {}
+
+    def remember_and_fill():
+        before.update(contents(folder))
+        most_bytes(most)
+
+    with pytest.raises(UserError, match="cannot be written to: File too large") as error:
+        run(folder.name, At(8, remember_and_fill))
+    most_bytes(resource.RLIM_INFINITY)
+    last = folder / "checkpoints" / "last.ckpt"
+    assert f"{last} is whole: when that is mended, resume from it with `--ckpt_path {last}`." in str(error.value)
+    assert read_last(folder)["global_step"] == 6
+    assert contents(folder) == before
+    assert_same_end(run, root, folder.name)
+
+
+def test_a_full_disk_at_the_first_save_leaves_nothing(run, root, most_bytes):
+    with pytest.raises(UserError, match=r"cannot be written to: File too large.* choose another folder"):
+        run("first", At(1, lambda: most_bytes(10_000)))
+    assert not list((root / "first" / "checkpoints").iterdir())
+
+
+# ---- kills ----
+
+
+def kill_and_resume(run, root, folder, at):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.replace", Renames(root / folder, dies_at=at))
+        with pytest.raises(MachineFailed):
+            run(folder)
+    for file in (root / folder / "checkpoints").glob("*.ckpt"):
         if file.name != "unfinished.ckpt":
-            finding.check_checkpoint(file)
-    weights = tmp_path / folder / "adapter" / "adapter_model.safetensors"
+            check_checkpoint(file)
+    weights = root / folder / "adapter" / "adapter_model.safetensors"
     if weights.exists():
         load_file(weights)
-    run(folder)
-    assert_same_end(tmp_path / "whole", tmp_path / folder)
+    assert_same_end(run, root, folder)
+
+
+KILLS = [("last.ckpt", 0), ("last.ckpt", 3), ("adapter_model.safetensors", 1), ("step-000008.ckpt", 0)]
+
+
+@pytest.mark.parametrize(("name", "count"), KILLS)
+def test_a_kill_between_write_and_rename_costs_nothing(run, root, whole, name, count):
+    at = [number for number, seen in enumerate(whole) if seen == name][count]
+    kill_and_resume(run, root, f"{name} {count}", at)
 
 
 @pytest.mark.slow
-def test_a_kill_in_front_of_any_rename_costs_nothing(run, monkeypatch, tmp_path):
-    renames = Renames(monkeypatch, tmp_path)
-    run("whole")
-    monkeypatch.undo()
-    assert renames.seen.count("last.ckpt") == 4
-    for at, name in enumerate(renames.seen):
+def test_a_kill_in_front_of_any_rename_costs_nothing(run, root, whole):
+    assert whole.count("last.ckpt") == 4
+    for at, name in enumerate(whole):
         try:
-            kill_and_go_on(run, monkeypatch, tmp_path, f"kill {at}", at)
+            kill_and_resume(run, root, f"kill {at}", at)
         except AssertionError as error:
             raise AssertionError(f"killed before rename {at}, of {name}") from error
 
 
-@pytest.mark.parametrize(("name", "count"), [("last.ckpt", 0), ("last.ckpt", 3), ("adapter_model.safetensors", 1)])
-def test_a_kill_between_write_and_rename_costs_nothing(run, monkeypatch, tmp_path, name, count):
-    renames = Renames(monkeypatch, tmp_path)
-    run("whole")
-    monkeypatch.undo()
-    places = [at for at, seen in enumerate(renames.seen) if seen == name]
-    kill_and_go_on(run, monkeypatch, tmp_path, "killed", places[count])
+@pytest.mark.parametrize(("hook", "step"), [("on_train_batch_end", 5), ("on_validation_end", 8)])
+def test_a_kill_between_a_line_of_metrics_and_its_checkpoint_repeats_and_loses_no_line(run, root, whole, hook, step):
+    def die(trainer, *_):
+        if trainer.global_step == step:
+            raise MachineFailed
 
-
-@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end"])
-def test_a_kill_between_a_line_of_metrics_and_its_checkpoint_repeats_and_loses_no_line(run, tmp_path, hook):
-    run("whole")
-
-    class Die(lightning.Callback):
-        def __init__(self):
-            def die(trainer, *_):
-                if trainer.global_step == (5 if hook == "on_train_batch_end" else 8):
-                    raise MachineFailed
-
-            setattr(self, hook, die)
-
+    killer = lightning.Callback()
+    setattr(killer, hook, die)
     with pytest.raises(MachineFailed):
-        run("killed", Die())
-    run("killed")
-    assert_same_end(tmp_path / "whole", tmp_path / "killed")
-
-
-def test_what_a_kill_left_unfinished_goes_at_the_next_start(run, tmp_path):
-    folder = tmp_path / "killed"
+        run(hook, killer)
     for name in ("checkpoints/unfinished.ckpt", "checkpoints/step-000004.ckpt.unfinished", "adapter/.writing/half"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"half")
-    run("killed", limit_train_batches=4)
-    assert {file.name for file in (folder / "checkpoints").iterdir()} == {"last.ckpt", "step-000004.ckpt"}
-    assert not (folder / "adapter" / ".writing").exists()
+        file = root / hook / name  # what such a kill may also leave
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"half")
+    assert_same_end(run, root, hook)
+
+
+def test_a_kill_between_a_checkpoint_and_the_line_of_its_step_loses_no_line(run, root, whole, monkeypatch):
+    plain = MetricsLogger.log_metrics
+
+    def log_metrics(logger, metrics, step):
+        if step == 5:
+            raise MachineFailed
+        plain(logger, metrics, step)
+
+    monkeypatch.setattr(MetricsLogger, "log_metrics", log_metrics)
+    with pytest.raises(MachineFailed):
+        run("line")
+    monkeypatch.undo()
+    assert_same_end(run, root, "line")
+
+
+# ---- damaged files ----
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path / "checkpoints"
+
+
+def write(file, step):
+    content = {"global_step": step, "state_dict": {"w": torch.arange(5000.0)}, KEY: {"format_version": FORMAT_VERSION}}
+    torch.save(content, file)
+    return file
+
+
+def test_last_is_the_last_checkpoint_or_the_newest_whole_one_or_a_fresh_start(folder, tmp_path):
+    assert find_checkpoint(tmp_path, None) is find_checkpoint(tmp_path, "last") is None
+    write(folder / "unfinished.ckpt", 12)
+    assert find_checkpoint(tmp_path, "last") is None
+    write(folder / "step-000010.ckpt", 10)
+    newest = write(folder / "step-000011.ckpt", 11)
+    (folder / "step-000012.ckpt").write_bytes(newest.read_bytes()[:-100])
+    assert find_checkpoint(tmp_path, "last") == str(newest)
+    last = write(folder / "last.ckpt", 8)
+    assert find_checkpoint(tmp_path, "last") == str(last)
+    assert find_checkpoint(tmp_path / "other", str(last)) == str(last)
+
+
+def cut(content, at):
+    return content[: len(content) * at // 10]
+
+
+def flip(content, at):
+    """Flip a bit of a tensor, which torch does not notice."""
+    tensor, content = torch.arange(5000.0).numpy().tobytes(), bytearray(content)
+    content[content.index(tensor) + len(tensor) * at // 10] ^= 1
+    return bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+@pytest.mark.parametrize("at", [0, 3, 6, 9])
+def test_a_damaged_last_is_rejected_and_the_newest_good_one_named(folder, tmp_path, damage, at):
+    last = write(folder / "last.ckpt", 9)
+    last.write_bytes(damage(last.read_bytes(), at))
+    with pytest.raises(UserError, match=rf"{last} is damaged.* There is no good checkpoint beside it\."):
+        find_checkpoint(tmp_path, "last")
+    write(folder / "step-000004.ckpt", 4)
+    newest = write(folder / "step-000008.ckpt", 8)
+    for asked in ("last", str(last)):
+        with pytest.raises(UserError, match=rf"is damaged.* The newest good one .* {newest}: .*`--ckpt_path {newest}`"):
+            check_checkpoint(find_checkpoint(tmp_path, asked))

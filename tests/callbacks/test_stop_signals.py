@@ -10,8 +10,7 @@ import torch
 from qlora_lightning import AdapterCheckpoint, ThroughputMonitor
 from qlora_lightning.callbacks import StopSignals
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
-from qlora_lightning.callbacks.prediction_writer import PredictionWriter
-from qlora_lightning.callbacks.run_folder import RunFolder
+from qlora_lightning.callbacks.run_folder import PredictionWriter, RunFolder
 from qlora_lightning.support.errors import TrainingStopped
 from tests.equality import same
 

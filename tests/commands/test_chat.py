@@ -157,7 +157,7 @@ def test_ctrl_c_ends_what_nobody_types_and_keeps_the_conversation(arguments, cha
 WRONG = {
     (): "--adapter",
     ("--adapter", "none"): "is not an adapter folder",
-    ("--adapter", CALM, "--adapter", CALM): "'a' names two adapters",
+    ("--adapter", CALM, "--adapter", CALM): "'a' is taken",
     ("--adapter", CALM, "--adapter", "unquantized"): "was trained with model.quantization none, but here it is nf4",
     ("--adapter", CALM, "--temperature", "warm"): "invalid float value: 'warm'",
     ("--adapter", CALM, "--temperature", "-1", "--prompt", "Hi."): "--prompt was not answered",

@@ -1,13 +1,17 @@
-"""Batches and steps of a run, from the training rows and the trainer's settings."""
+"""Batches and steps of a run, from the training rows and the Trainer's settings."""
 
 import lightning
 import pytest
 import torch
 
-from qlora_lightning.commands import epoch as epochs
 from qlora_lightning.commands.epoch import count_devices, plan_epoch
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.data.samples import SampleSetBuilder
+
+USUAL = {
+    **{"accelerator": "cpu", "devices": 1, "num_nodes": 1, "max_epochs": 1, "max_steps": -1},
+    **{"accumulate_grad_batches": 1, "limit_train_batches": None},
+}
 
 
 @pytest.fixture(scope="module")
@@ -20,39 +24,11 @@ def samples():
 
 
 def test_batches_of_rows_and_of_a_budget(samples):
-    trainer = {"devices": 1, "max_epochs": 3, "accumulate_grad_batches": 2}
-    epoch = plan_epoch(EpochPlan(samples, batch_size=4), trainer)
+    epoch = plan_epoch(EpochPlan(samples, batch_size=4), {**USUAL, "max_epochs": 3, "accumulate_grad_batches": 2})
     assert (epoch.batches, epoch.tokens, epoch.mean_tokens, epoch.most_tokens) == (3, 55, 55 / 3, 26)
-    assert (epoch.steps, epoch.all_steps, epoch.epochs, epoch.budget) == (2, 6, 3, None)
-    epoch = plan_epoch(EpochPlan(samples, tokens_per_batch=11), {"devices": 1})
-    assert (epoch.batches, epoch.mean_tokens, epoch.most_tokens, epoch.budget) == (5, 11.0, 11, 11)
-
-
-@pytest.mark.parametrize(
-    ("trainer", "steps", "all_steps", "of_epochs"),
-    [
-        ({}, 10, 10, 1),
-        ({"devices": 2}, 5, 5, 1),
-        ({"devices": [0, 1, 2, 3]}, 3, 3, 1),
-        ({"devices": "0,1,"}, 5, 5, 1),
-        ({"devices": "2", "num_nodes": 2}, 3, 3, 1),
-        ({"max_steps": 7, "max_epochs": -1}, 10, 7, None),
-        ({"max_steps": 7, "max_epochs": 5}, 10, 7, 5),
-        ({"max_steps": 70, "max_epochs": 2}, 10, 20, 2),
-        ({"max_epochs": -1}, 10, None, None),
-        ({"max_epochs": None, "max_steps": None}, 10, 10, 1),
-        ({"limit_train_batches": 4, "accumulate_grad_batches": 3}, 2, 2, 1),
-    ],
-)
-def test_steps_follow_the_trainer(samples, trainer, steps, all_steps, of_epochs):
-    epoch = plan_epoch(EpochPlan(samples, batch_size=1), {"accelerator": "cpu", **trainer})
-    assert (epoch.steps, epoch.all_steps, epoch.epochs) == (steps, all_steps, of_epochs)
-
-
-def test_a_stream_ends_by_steps_alone(samples):
-    plan = EpochPlan(samples, batch_size=1)
-    assert plan_epoch(plan, {"max_steps": 70}, streaming=True).all_steps == 70
-    assert plan_epoch(plan, {"max_epochs": 3}, streaming=True).all_steps is None
+    assert (epoch.steps, epoch.all_steps, epoch.epochs, epoch.all_tokens) == (2, 6, 3, 3 * 55)
+    epoch = plan_epoch(EpochPlan(samples, tokens_per_batch=11), {**USUAL, "max_steps": 2})
+    assert (epoch.batches, epoch.mean_tokens, epoch.most_tokens, epoch.all_tokens) == (5, 11.0, 11, 22)
 
 
 class Count(lightning.LightningModule):
@@ -67,18 +43,47 @@ class Count(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def test_steps_are_those_that_lightning_makes(samples):
-    settings = {"max_epochs": 2, "accumulate_grad_batches": 4, "devices": 1, "limit_train_batches": 0.7}
-    settings |= {"accelerator": "cpu", "logger": False}
-    quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_steps": 7, "max_epochs": -1},
+        {"max_steps": 7, "max_epochs": None},
+        {"max_steps": 70, "max_epochs": 2},
+        {"limit_train_batches": 4, "accumulate_grad_batches": 3},
+        {"limit_train_batches": 0.7, "accumulate_grad_batches": 4, "max_epochs": 2},
+    ],
+)
+def test_steps_are_those_that_lightning_takes(samples, settings):
+    settings = {**USUAL, **settings}
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = lightning.Trainer(**settings, **quiet)
     trainer.fit(Count(), [0] * 10)
     assert trainer.global_step == plan_epoch(EpochPlan(samples, batch_size=1), settings).all_steps
 
 
-def test_all_devices_are_those_of_this_machine(monkeypatch):
-    monkeypatch.setattr(epochs.torch.cuda, "device_count", lambda: 8)
-    assert count_devices({}) == count_devices({"devices": -1, "accelerator": "gpu"}) == 8
-    assert count_devices({"devices": "auto", "accelerator": "cpu"}) == 1
-    monkeypatch.setattr(epochs.torch.cuda, "device_count", lambda: 0)
-    assert count_devices({}) == 1
+def test_what_ends_no_run_ends_no_plan(samples):
+    plan = EpochPlan(samples, batch_size=1)
+    assert plan_epoch(plan, {**USUAL, "max_epochs": -1}).all_steps is None
+    assert plan_epoch(plan, {**USUAL, "max_epochs": None}).all_steps == 10 * 1000  # Lightning's 1,000 epochs
+    assert plan_epoch(plan, {**USUAL, "max_epochs": 3}, streaming=True).all_steps is None
+    assert plan_epoch(plan, {**USUAL, "max_steps": 70}, streaming=True).all_steps == 70
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices"),
+    [
+        ({"devices": 2}, 2),
+        ({"devices": "2", "num_nodes": 2}, 4),
+        ({"devices": [0, 1, 2, 3]}, 4),
+        ({"devices": "0,1,"}, 2),
+        ({"devices": "auto"}, 1),
+        ({"devices": "auto", "accelerator": "auto"}, 8),
+        ({"devices": -1, "accelerator": "gpu"}, 8),
+    ],
+)
+def test_rows_are_shared_by_all_devices(samples, monkeypatch, settings, devices):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert count_devices({**USUAL, **settings}) == devices
+    epoch = plan_epoch(EpochPlan(samples, batch_size=1), {**USUAL, **settings})
+    assert epoch.steps == -(-10 // devices)

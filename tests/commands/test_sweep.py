@@ -1,8 +1,9 @@
-"""The command as a user runs it, on a tiny base."""
+"""Which trial a sweep chooses; and the command as a user runs it, on a tiny base."""
 
 import json
 import logging
 import os
+import shutil
 import signal
 
 import pytest
@@ -12,12 +13,77 @@ from safetensors.torch import load_file
 
 from qlora_lightning.cli import main
 from qlora_lightning.commands import training  # noqa: F401  # here, and not inside a test, whose stderr it would keep
+from qlora_lightning.commands.sweep import Sweep
 from qlora_lightning.commands.sweep import trial as trials
+from qlora_lightning.commands.sweep.results import Trial, choose, is_done, measure_gain
 from qlora_lightning.model import base_model
 
+TARGETS = ("attention", "mlp", "all-linear")
+FLAT = [1.0, 1.1, 0.9] * 4
+
+
+def lower(by):
+    """Losses that are lower than FLAT by so much, more or less."""
+    return [loss - by * share for loss, share in zip(FLAT, [0.9, 1.1] * 6, strict=True)]
+
+
+NOISY = [0.5, 1.5] * 6
+
+
+def trial(value, nll, tokens=None, parameters=10):
+    return Trial(f"trial-{value}", value, parameters, 1, 1.0, "same", list(nll), tokens or [1] * len(nll))
+
+
+def test_the_gain_is_the_difference_of_the_losses_per_token():
+    # 6 nats over 4 tokens against 4 nats over 4 tokens
+    gain = measure_gain(trial(1, [4.0, 2.0], [3, 1]), trial(2, [3.0, 1.0], [3, 1]))
+    # Of the two rows a draw has both, or one of them twice: 1/3 per token, 1/2, or 1.
+    assert gain == pytest.approx((0.5, 1 / 3, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("nll", "min_gain", "expected", "why"),
+    [
+        ((FLAT, lower(0.2)), 0.3, 8, "Rank 16 does not pay: it gains +0.2000 ["),
+        ((FLAT, lower(0.2), NOISY), 0.0, 16, "Rank 32 does not pay: it gains -0.2000 ["),
+        ((FLAT, FLAT), 0.0, 8, "Rank 16 does not pay: it gains +0.0000 nats"),
+        ((FLAT, lower(0.2), lower(0.4)), 0.0, 32, "Each rank paid over the one before it: a larger one may pay too."),
+    ],
+)
+def test_ranks_are_tried_while_they_pay_and_the_last_that_paid_is_chosen(nll, min_gain, expected, why):
+    sweep = Sweep("rank", (8, 16, 32), min_gain)
+    found = [trial(*each) for each in zip(sweep.values, nll, strict=False)]
+    assert not any(is_done(sweep, found[:count]) for count in range(len(found)))
+    assert is_done(sweep, found)
+    chosen, reason = choose(sweep, found)
+    assert chosen.value == expected
+    assert reason.startswith(why)
+
+
+@pytest.mark.parametrize(
+    ("nll", "parameters", "expected", "why"),
+    [
+        ((FLAT, lower(-0.2), lower(0.2)), (1, 2, 3), "all-linear", "each other is worse by more than noise"),
+        ((NOISY, FLAT, lower(0.1)), (1, 2, 3), "attention", "Within noise of the lowest loss: attention, all-linear."),
+        ((FLAT, lower(0.2), NOISY), (5, 5, 5), "mlp", "Within noise of the lowest loss: mlp, all-linear."),
+    ],
+)
+def test_of_other_settings_the_smallest_within_noise_of_the_best_is_chosen(nll, parameters, expected, why):
+    sweep = Sweep("target_modules", TARGETS)
+    found = [trial(value, *each) for value, *each in zip(TARGETS, nll, [None] * 3, parameters, strict=True)]
+    assert not is_done(sweep, found[:2])
+    assert is_done(sweep, found)
+    chosen, reason = choose(sweep, found)
+    assert chosen.value == expected
+    assert why in reason
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
 CONFIG = {
-    "model": {"base": "tiny", "learning_rate": 0.03, "schedule": "constant", "warmup_ratio": 0.0},
+    "model": {"base": "tiny", "learning_rate": 0.03, "schedule": "constant", "warmup_ratio": 0.0, "alpha": 3},
     "data": {"train": "rows.jsonl", "val": "rows.jsonl", "batch_size": 4},
+    "evaluation": {"enabled": False},
     "trainer": {
         "accelerator": "cpu",
         "devices": 1,
@@ -25,6 +91,7 @@ CONFIG = {
         "enable_progress_bar": False,
         "num_sanity_val_steps": 0,
         "default_root_dir": "run",
+        "callbacks": [{"class_path": "stopping.Ask"}],
     },
 }
 STOPPING = """
@@ -37,6 +104,8 @@ class Ask(lightning.Callback):
         if os.environ.get("ASK") and pl_module.model.peft_config["default"].r == 4 and batch_idx == 1:
             os.kill(os.getpid(), int(os.environ["ASK"]))
 """
+RANKS = ("--ranks", "2,4,8", "--min-gain", "100")  # nothing pays so much: 8 is not tried
+SWEPT = "run/sweep-rank"
 
 
 @pytest.fixture
@@ -65,6 +134,18 @@ def sweep(folder, capsys):
     return run
 
 
+@pytest.fixture
+def swept(folder, sweep, tmp_path_factory):
+    """A folder with a sweep over ranks: made once, and copied for each test."""
+    whole = tmp_path_factory.getbasetemp() / "swept"
+    if not whole.exists():
+        sweep(*RANKS)
+        shutil.copytree("run", whole)
+        shutil.rmtree("run")
+    shutil.copytree(whole, "run")
+    return folder
+
+
 def adapter(folder):
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
@@ -73,10 +154,12 @@ def read(file):
     return json.loads(file.read_text())
 
 
-def test_each_trial_is_the_fit_that_it_stands_for_and_the_base_is_loaded_once(folder, sweep, monkeypatch):
+def test_each_trial_is_the_fit_that_it_stands_for_and_the_chosen_config_is_one_that_fit_takes(
+    folder, sweep, monkeypatch
+):
+    alone = ["--model.rank=4", "--model.alpha=null", "--trainer.default_root_dir=alone"]
+    assert main(["fit", "--config", "configs/quickstart.yaml", *alone]) == 0  # the base is in the cache now
     loads, load = [], base_model.AutoModelForCausalLM.from_pretrained
-    main(["fit", "--config", "configs/quickstart.yaml", "--model.rank", "2", "--trainer.default_root_dir", "alone-2"])
-    main(["fit", "--config", "configs/quickstart.yaml", "--model.rank", "4", "--trainer.default_root_dir", "alone-4"])
 
     class Counting(base_model.AutoModelForCausalLM):
         @classmethod
@@ -84,81 +167,85 @@ def test_each_trial_is_the_fit_that_it_stands_for_and_the_base_is_loaded_once(fo
             loads.append(args)
             return load(*args, **options)
 
-    monkeypatch.setattr(base_model, "AutoModelForCausalLM", Counting)
-    out = sweep("--ranks", "2,4", "--json", "found.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(base_model, "AutoModelForCausalLM", Counting)
+        out = sweep(*RANKS, "--json", "found.json")
     assert len(loads) == 1
-    for rank in (2, 4):
-        alone, trial = adapter(folder / f"alone-{rank}"), adapter(folder / "run" / "sweep-rank" / f"rank-{rank}")
-        assert alone.keys() == trial.keys()
-        assert all(torch.equal(alone[name], trial[name]) for name in alone)
+    place = folder / SWEPT
+    assert {file.name for file in place.iterdir()} == {"rank-2", "rank-4", "sweep.json", "sweep.png", "chosen.yaml"}
+    assert (place / "sweep.png").read_bytes().startswith(b"\x89PNG")
     found = read(folder / "found.json")
-    assert found == read(folder / "run" / "sweep-rank" / "sweep.json")
+    assert found == read(place / "sweep.json")
     assert [trial["value"] for trial in found["trials"]] == [2, 4]
+    assert "Chosen: rank 2. Rank 4 does not pay" in out
     # the mean over all labelled tokens, row by row, is what validation in batches logs
     for trial in found["trials"]:
-        logged = (folder / "run" / "sweep-rank" / trial["folder"] / "metrics.csv").read_text().splitlines()
+        logged = (place / trial["folder"] / "metrics.csv").read_text().splitlines()
         column = logged[0].split(",").index("val_loss")
         assert trial["val_loss"] == pytest.approx(float(logged[-1].split(",")[column]), rel=1e-5)
-    assert f"Chosen: rank {found['chosen']}" in out
-    assert (folder / "run" / "sweep-rank" / "sweep.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-def test_the_chosen_config_is_one_that_fit_takes_and_it_gives_the_chosen_adapter(folder, sweep):
-    config = {**CONFIG, "model": {**CONFIG["model"], "alpha": 3}}
-    (folder / "configs" / "quickstart.yaml").write_text(yaml.safe_dump(config))
-    sweep("--ranks", "2,4,8", "--min-gain", "100")  # nothing pays so much
-    place = folder / "run" / "sweep-rank"
-    assert {file.name for file in place.iterdir()} == {"rank-2", "rank-4", "sweep.json", "sweep.png", "chosen.yaml"}
     chosen = yaml.safe_load((place / "chosen.yaml").read_text())
     assert (chosen["model"]["rank"], chosen["model"]["alpha"]) == (2, None)  # the config's alpha was of its own rank
-    assert chosen["trainer"]["default_root_dir"] == "run"
     assert main(["fit", "--config", str(place / "chosen.yaml")]) == 0
-    alone, trial = adapter(folder / "run"), adapter(place / "rank-2")
-    assert all(torch.equal(alone[name], trial[name]) for name in alone)
+    for one, rank in ((folder / "run", 2), (folder / "alone", 4)):
+        fitted, tried = adapter(one), adapter(place / f"rank-{rank}")
+        assert fitted.keys() == tried.keys()
+        assert all(torch.equal(fitted[name], tried[name]) for name in fitted)
 
 
 @pytest.mark.slow
-def test_a_stopped_sweep_goes_on_and_ends_as_one_in_peace(folder, sweep, monkeypatch):
-    stopping = ("--ranks", "2,4", "--trainer.callbacks", "stopping.Ask")
-    sweep(*stopping, "--trainer.default_root_dir", "peace")
+def test_a_stopped_sweep_continues_and_ends_as_one_that_was_not_stopped(swept, sweep, monkeypatch):
+    other = ("--trainer.default_root_dir", "stopped")
     monkeypatch.setenv("ASK", str(int(signal.SIGTERM)))
-    out = sweep(*stopping, code=143)
+    out = sweep(*RANKS, *other, code=143)
     assert "The same command continues the sweep" in out
     assert "--ckpt_path" not in out
-    place = folder / "run" / "sweep-rank"
+    place = swept / "stopped" / "sweep-rank"
     assert (place / "rank-2" / "trial.json").exists()
     assert not (place / "rank-4" / "trial.json").exists()
     before = (place / "rank-2" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
     monkeypatch.delenv("ASK")
-    out = sweep(*stopping)
-    assert "done before" in out
+    assert "done before" in sweep(*RANKS, *other)
     assert (place / "rank-2" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
-    ended, peace = read(place / "sweep.json"), read(folder / "peace" / "sweep-rank" / "sweep.json")
-    for found in (ended, peace):
+    ended, whole = read(place / "sweep.json"), read(swept / SWEPT / "sweep.json")
+    for found in (ended, whole):
         for trial in found["trials"]:
             del trial["seconds"]
-    assert ended == peace
+    assert ended == whole
 
 
 @pytest.mark.slow
-def test_a_sweep_begun_again_judges_a_trial_that_was_only_trained_and_compares_no_others(folder, sweep, rows_file):
-    sweep("--ranks", "2,4")
-    file = folder / "run" / "sweep-rank" / "rank-4" / "trial.json"
+def test_a_trial_that_was_only_trained_is_evaluated_and_other_trials_are_not_compared(swept, sweep, rows_file):
+    file = swept / SWEPT / "rank-4" / "trial.json"
     text, found = file.read_text(), read(file)
     file.write_text(text[:50])
-    assert "trial.json cannot be read as the result of a trial" in sweep("--ranks", "2,4", code=2)
+    assert "trial.json is not JSON, or it is cut off" in sweep(*RANKS, code=2)
     file.unlink()
-    sweep("--ranks", "2,4")
+    sweep(*RANKS)
     again = read(file)
-    assert again["rows"] == found["rows"]
-    assert again["seconds"] is None
-    out = sweep("--ranks", "2,4", "--model.learning_rate", "0.001", code=2)
+    assert again["nll"] == found["nll"]
+    out = sweep(*RANKS, "--model.learning_rate", "0.001", code=2)
     assert "holds a trial with other settings" in out
     assert "model.learning_rate: 0.03 → 0.001" in out
+    file.write_text(json.dumps({**found, "validation": "another"}))
+    assert "rank-2 and rank-4 have other validation rows" in sweep(*RANKS, code=2)
     file.unlink()
     rows_file.write_text(rows_file.read_text().replace("Count to 3.", "Count down from 3."))
-    assert "The data are not those of the checkpoint" in sweep("--ranks", "2,4", code=2)
+    assert "The data are not those of the checkpoint" in sweep(*RANKS, code=2)
+
+
+@pytest.mark.slow
+def test_a_signal_while_rows_are_evaluated_ends_the_sweep(folder, sweep, monkeypatch):
+    plain = trials.evaluate_rows
+
+    def asked(*args, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return plain(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "evaluate_rows", asked)
+        out = sweep("--ranks", "2,4", code=130)
+    assert "The same command continues the sweep" in out
+    assert not list(folder.glob("run/*/*/trial.json"))
 
 
 @pytest.mark.slow
@@ -172,59 +259,28 @@ def test_target_modules_and_learning_rates_are_all_tried(folder, sweep):
     found = read(folder / "run" / "sweep-learning-rate" / "sweep.json")
     assert found["chosen"] == 0.03
     assert found["trials"][0]["gain"]["high"] < 0
-    assert (folder / "run" / "sweep-learning-rate" / "learning-rate-1e-9" / "trial.json").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--ranks", "8,x"], "--ranks is '8,x': expected values with commas between, such as 8,16,32,64."),
+        (["--ranks", "8,x"], "argument --ranks: invalid"),
         (["--ranks", "8"], "expected two values or more"),
-        (["--ranks", "16,8"], "--ranks is '16,8': expected positive integers that rise."),
-        (["--ranks", "2,4", "--learning-rates", "1e-4,1e-3"], "a sweep varies one thing at a time"),
-        (["--learning-rates", "0,1e-3"], "--learning-rates is '0,1e-3': expected positive numbers."),
-        (["--min-gain", "-1"], "--min-gain is -1: expected 0 or more"),
+        (["--ranks", "2,4", "--learning-rates", "1e-4,1e-3"], "not allowed with argument --ranks"),
+        (["--learning-rates", "0,1e-3"], "argument --learning-rates: invalid"),
         (["--json", "no/such.json"], "the folder no does not exist"),
         (["--data.val", "null"], "A sweep compares trials on validation rows, and there are none"),
-        (["--model.alpha=3"], "--model.alpha 3: in a sweep of ranks alpha follows the rank"),
-        (["--model.rank", "3"], "--model.rank 3: the sweep sets model.rank itself, to 2, 4. Leave it out."),
+        (["--model.alpha=3"], "--model.alpha: the sweep sets it itself"),
+        (["--model.rank", "3"], "--model.rank: the sweep sets it itself"),
         (["--target-modules", "attention,foo"], "model.target_modules is 'foo', but the base has no such module"),
-        (["stray"], "stray. See `qlora-lightning sweep-rank --help`."),
         (["--ckpt_path", "x.ckpt"], "resumes from its own folder by itself"),
-        (["--model.adapter", "run/adapter"], "model.adapter: its own rank rules"),
+        (["--model.adapter", "run/adapter"], "model.adapter brings its own rank"),
         (["--trainer.fast_dev_run", "true"], "leave it out"),
-        (["--model.rnk", "8"], "There is no key 'model.rnk'"),
     ],
 )
-def test_what_cannot_be_swept_is_told_in_a_sentence(arguments, words, folder, sweep):
-    ranks = (
-        [] if any(a in arguments for a in ("--ranks", "--learning-rates", "--target-modules")) else ["--ranks", "2,4"]
-    )
-    out = sweep(*arguments, *ranks, code=2)
+def test_what_cannot_be_swept_is_rejected_in_a_sentence(arguments, words, folder, sweep):
+    has_values = {"--ranks", "--learning-rates", "--target-modules"} & set(arguments)
+    out = sweep(*arguments, *([] if has_values else ["--ranks", "2,4"]), code=2)
     assert words in out
     assert len([line for line in out.splitlines() if line.startswith("qlora-lightning: ")]) == 1
     assert not list(folder.glob("run/*/*/adapter"))
-
-
-@pytest.mark.slow
-def test_a_signal_while_rows_are_judged_ends_the_sweep(folder, sweep, monkeypatch):
-    plain = trials.judge_rows
-
-    def asked(module, trainer):
-        os.kill(os.getpid(), signal.SIGINT)
-        return plain(module, trainer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trials, "judge_rows", asked)
-        out = sweep("--ranks", "2,4", code=130)
-    assert "The same command continues the sweep" in out
-    assert not list(folder.glob("run/*/*/trial.json"))
-    sweep("--ranks", "2,4")
-
-
-def test_names_with_brackets_are_shown_as_they_are(folder, sweep):
-    one = ("--trainer.max_steps", 1, "--trainer.default_root_dir", "[/b]")
-    said = sweep("--target-modules", ".*[qk]_proj,v_proj", *one)
-    assert "[/b]/sweep-target-modules/" in said
-    assert "│ .*[qk]_proj" in said
-    assert "target modules .*[qk]_proj" in said

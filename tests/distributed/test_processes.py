@@ -135,7 +135,7 @@ def test_predictions_stand_in_the_order_of_the_rows_each_once(folder):
 
 def test_each_thing_is_said_once(said):
     assert said.count("Memory after loading") == len(TWO) + len(SAVED)
-    assert said.count("Validation rows, base → adapter") == 1
+    assert said.count("the adapter is better on") == 1
     assert said.count("9 predictions: ") == 1
     assert "sync_dist" not in said
     assert "code 2" not in said

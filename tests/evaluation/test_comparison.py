@@ -1,4 +1,4 @@
-"""Means, paired differences and their confidence intervals, by formula and by hand."""
+"""Means, paired differences and intervals, by formula and by hand; and a comparison as people and programs read it."""
 
 import math
 
@@ -6,107 +6,209 @@ import numpy as np
 import pytest
 
 from qlora_lightning.evaluation.comparison import (
-    alike_interval,
+    Answer,
+    Interval,
+    Metric,
+    RowResult,
     compare,
-    duel,
-    hardest_first,
+    measure,
     percentile_interval,
-    resample_sums,
     wilson_interval,
 )
+from qlora_lightning.evaluation.report import Comparison, format_interval, last_turn
+from qlora_lightning.evaluation.rows import AnswerSettings, EvaluationRow
 
 
-def test_losses_are_weighted_by_tokens_and_differences_are_paired(judged):
-    base = [judged(loss=2.0, tokens=1, correct=0), judged(loss=1.0, tokens=3, correct=3)]
-    adapter = [judged(loss=1.0, tokens=1, correct=1), judged(loss=0.0, tokens=3, correct=3)]
-    measured = compare({"base": base, "adapter": adapter}, [])
-    assert list(measured) == ["loss", "perplexity", "token_accuracy"]
-    loss = measured["loss"]
-    assert loss.sides["base"].value == pytest.approx(5 / 4)
+def result(loss=1.0, tokens=1, correct=0, answer=None, stopped=True, answer_tokens=0, **scores):
+    found = None if answer is None else Answer(answer, answer_tokens, stopped, scores)
+    return RowResult(loss * tokens, tokens, correct, found)
+
+
+def test_losses_are_weighted_by_tokens_and_differences_are_paired():
+    base = [result(loss=2.0, tokens=1, correct=0), result(loss=1.0, tokens=3, correct=3)]
+    adapter = [result(loss=1.0, tokens=1, correct=1), result(loss=0.0, tokens=3, correct=3)]
+    metrics = compare({"base": base, "adapter": adapter})
+    assert list(metrics) == ["loss", "perplexity", "token_accuracy"]
+    loss = metrics["loss"]
+    assert loss.sides["base"] == pytest.approx((5 / 4, 1.0, 2.0))
     assert loss.sides["adapter"].value == pytest.approx(1 / 4)
     # Each row is better by exactly one nat a token: so is every resample, which tells nothing of other rows.
-    assert loss.differences["adapter"] == pytest.approx((-1.0, math.nan, math.nan), nan_ok=True)
-    assert loss.sides["base"].low == pytest.approx(1.0)
-    assert loss.sides["base"].high == pytest.approx(2.0)
-    assert measured["perplexity"].sides["base"].value == pytest.approx(math.exp(5 / 4))
-    assert measured["token_accuracy"].sides["base"].value == pytest.approx(3 / 4)
+    assert loss.differences == {"adapter": pytest.approx((-1.0, math.nan, math.nan), nan_ok=True)}
+    assert metrics["perplexity"].sides["base"].value == pytest.approx(math.exp(5 / 4))
+    assert metrics["token_accuracy"].sides["base"].value == pytest.approx(3 / 4)
 
 
-def test_scores_are_means_over_the_rows_that_were_answered(judged):
-    base = [judged(answer="a", exact_match=0.0, chrf=0.5, answer_tokens=4, stopped=False), judged(loss=3.0)]
-    adapter = [judged(answer="b", exact_match=1.0, chrf=0.75, answer_tokens=2), judged(loss=3.0)]
-    measured = compare({"base": base, "adapter": adapter}, ["exact_match", "chrf"])
-    assert measured["loss"].sides["base"].value == pytest.approx(2.0)
-    assert measured["exact_match"].differences["adapter"].value == 1.0
-    assert measured["chrf"].sides["adapter"].value == pytest.approx(0.75)
-    assert measured["stop_rate"].sides["base"].value == 0.0
-    assert measured["answer_tokens"].differences["adapter"].value == -2.0
+def test_scores_are_means_over_the_rows_that_were_answered():
+    base = [result(answer="a", exact_match=0.0, chrf=0.5, answer_tokens=4, stopped=False), result(loss=3.0)]
+    adapter = [result(answer="b", exact_match=1.0, chrf=0.75, answer_tokens=2), result(loss=3.0)]
+    metrics = compare({"base": base, "adapter": adapter})
+    assert metrics["loss"].sides["base"].value == pytest.approx(2.0)
+    assert metrics["exact_match"].differences["adapter"].value == 1.0
+    assert metrics["chrf"].sides["adapter"].value == pytest.approx(0.75)
+    assert metrics["stop_rate"].sides["base"].value == 0.0
+    assert metrics["answer_tokens"].differences["adapter"].value == -2.0
 
 
-def test_an_interval_of_a_share_of_rows_is_wilsons(judged):
-    rows = [judged(answer="a", exact_match=float(row < 50)) for row in range(100)]
-    found = compare({"base": rows, "adapter": rows}, ["exact_match"])["exact_match"].sides["base"]
-    assert found == pytest.approx((0.5, 0.4038, 0.5962), abs=1e-4)
-
-
-def test_no_interval_says_that_a_share_is_certain(judged):
-    base = [judged(answer="a", exact_match=0.0, chrf=0.0)] * 100
-    adapter = [judged(answer="a", exact_match=1.0, chrf=1.0, correct=1)] * 100
-    measured = compare({"base": base, "adapter": adapter}, ["exact_match", "chrf"])
+def test_no_interval_says_that_a_share_is_certain():
+    base = [result(answer="a", exact_match=0.0, chrf=0.0)] * 100
+    adapter = [result(answer="a", exact_match=1.0, chrf=1.0, correct=1)] * 100
+    metrics = compare({"base": base, "adapter": adapter})
     for name in ("exact_match", "chrf", "token_accuracy", "stop_rate"):
-        for interval in (*measured[name].sides.values(), *measured[name].differences.values()):
+        for interval in (*metrics[name].sides.values(), *metrics[name].differences.values()):
             assert interval.high - interval.low > 0.03, name
-    assert measured["chrf"].differences["adapter"] == pytest.approx((1.0, 0.926, 1.0), abs=1e-4)
-    assert math.isnan(measured["loss"].sides["base"].low)
-
-
-def test_a_duel_counts_rows_by_score_and_leaves_out_what_was_not_answered(judged):
-    base = [judged(answer="x", exact_match=score) for score in (0.0, 1.0, 1.0)] + [judged()]
-    adapter = [judged(answer="y", exact_match=score) for score in (1.0, 0.0, 1.0)] + [judged()]
-    found = duel(base, adapter, "exact_match")
-    assert (found.wins, found.losses, found.ties) == ([0], [1], 1)
-
-
-def test_the_hardest_row_has_the_lowest_score_and_then_the_highest_loss(judged):
-    rows = [
-        judged(answer="a", loss=9.0, chrf=1.0),
-        judged(answer="b", loss=1.0, chrf=0.2),
-        judged(answer="c", loss=2.0, chrf=0.2),
-    ]
-    assert hardest_first(rows, "chrf") == [2, 1, 0]
-    assert hardest_first(rows, None) == [0, 2, 1]
-
-
-def test_resamples_hold_as_many_rows_and_are_the_same_each_time():
-    sums = resample_sums(np.ones((7, 2)))
-    assert sums.shape == (2000, 2)
-    assert (sums == 7).all()
-    columns = np.arange(10.0)[:, None]
-    assert (resample_sums(columns) == resample_sums(columns)).all()
-
-
-def test_the_interval_of_a_mean_is_that_of_the_normal_distribution_for_many_rows():
-    values = np.random.default_rng(1).normal(5.0, 2.0, 400)
-    means = resample_sums(values[:, None])[:, 0] / 400
-    interval = percentile_interval(float(values.mean()), means, 400)
-    reach = 1.96 * values.std() / math.sqrt(400)
-    assert interval.low == pytest.approx(values.mean() - reach, abs=0.1 * reach)
-    assert interval.high == pytest.approx(values.mean() + reach, abs=0.1 * reach)
+    # none of 100 rows is otherwise: z²/(n + z²) of all rows may be, 3.70 %, and these are at the worst at -1
+    assert metrics["chrf"].differences["adapter"] == pytest.approx((1.0, 0.926, 1.0), abs=1e-4)
+    assert math.isnan(metrics["loss"].sides["base"].low)  # nobody knows how high a loss may be elsewhere
 
 
 def test_wilson_knows_that_all_of_a_hundred_may_be_luck():
     # (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), by hand for n = 100
     assert wilson_interval(100, 100) == pytest.approx((1.0, 0.9630, 1.0), abs=1e-4)
     assert wilson_interval(0, 100) == pytest.approx((0.0, 0.0, 0.0370), abs=1e-4)
-    assert wilson_interval(50, 100) == pytest.approx((0.5, 0.4038, 0.5962), abs=1e-4)
+    half = [result(answer="a", exact_match=float(row < 50)) for row in range(100)]
+    assert compare({"base": half})["exact_match"].sides["base"] == pytest.approx((0.5, 0.4038, 0.5962), abs=1e-4)
 
 
-def test_rows_that_are_all_alike_may_be_luck():
-    # none of 100 rows is otherwise: z²/(n + z²) of all rows may be, 3.70 %
-    assert alike_interval(0.0, 100, (0.0, 1.0)) == pytest.approx((0.0, 0.0, 0.0370), abs=1e-4)
-    assert alike_interval(1.0, 100, (0.0, 1.0)) == pytest.approx((1.0, 0.9630, 1.0), abs=1e-4)
-    assert alike_interval(0.5, 100, (0.0, 1.0)) == pytest.approx((0.5, 0.4815, 0.5185), abs=1e-4)
-    assert alike_interval(1.0, 100, (-1.0, 1.0)) == pytest.approx((1.0, 0.9260, 1.0), abs=1e-4)
-    alike = np.full(2000, 0.5) + np.array([0, 1e-16] * 1000)
-    assert percentile_interval(0.5, alike, 100, (0.0, 1.0)) == alike_interval(0.5, 100, (0.0, 1.0))
-    assert math.isnan(percentile_interval(0.5, alike, 100).low)  # of a loss nobody knows how high it may be elsewhere
+def test_rows_that_are_all_alike_are_worth_an_interval_only_within_bounds():
+    alike = np.full(2000, 0.5) + np.array([0, 1e-16] * 1000)  # equal but for rounding
+    assert percentile_interval(0.5, alike, 100, (0.0, 1.0)) == pytest.approx((0.5, 0.4815, 0.5185), abs=1e-4)
+    assert math.isnan(percentile_interval(0.5, alike, 100).low)
+
+
+def test_the_interval_of_a_mean_is_that_of_the_normal_distribution_for_many_rows_and_the_same_each_time():
+    values = np.random.default_rng(1).normal(5.0, 2.0, 400)
+    rows = {"base": [(value, 1.0) for value in values], "other": [(value + 1, 1.0) for value in values[::-1]]}
+    found = measure("loss", rows)
+    reach = 1.96 * values.std() / math.sqrt(400)
+    expected = (values.mean(), values.mean() - reach, values.mean() + reach)
+    assert found.sides["base"] == pytest.approx(expected, abs=0.1 * reach)
+    gains = 1 + values[::-1] - values  # of each row
+    reach = 1.96 * gains.std() / math.sqrt(400)
+    assert found.differences["other"] == pytest.approx((1.0, 1 - reach, 1 + reach), abs=0.1 * reach)
+    assert measure("loss", rows) == found
+
+
+# ---- rows side by side -----------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer of which the ids are code points; 0 is the stop token."""
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(chr(number) if number else ("" if skip_special_tokens else "<stop>") for number in ids)
+
+
+def ids(text):
+    return [0 if letter == "." else ord(letter) for letter in text]
+
+
+ROWS = [
+    EvaluationRow(7, "a.jsonl", ids("user\nhi."), ids("ho."), "a.jsonl:8"),
+    EvaluationRow(9, "1", None, ids("all."), "b.jsonl:1", group="g"),
+]
+
+
+@pytest.fixture
+def comparison():
+    base = [result(loss=2.0, answer="no", exact_match=0.0, stopped=False), result(loss=1.0)]
+    adapter = [result(loss=1.0, answer="ho", exact_match=1.0), result(loss=1.0)]
+    settings = AnswerSettings(Letters(), [0], ["exact_match"], 5, 1)
+    return Comparison(ROWS, {"base": base, "adapter": adapter}, settings)
+
+
+def side_by_side(base, adapter, score):
+    rows = [EvaluationRow(number, "0", [1], [2]) for number in range(len(base))]
+    settings = AnswerSettings(Letters(), [0], [score], 5, 1) if score else None
+    return Comparison(rows, {"base": base, "adapter": adapter}, settings)
+
+
+def test_rows_are_compared_by_the_score_of_those_answered_or_else_by_the_loss():
+    base = [result(answer="x", exact_match=score) for score in (0.0, 1.0, 1.0)] + [result()]
+    adapter = [result(answer="y", exact_match=score) for score in (1.0, 0.0, 1.0)] + [result()]
+    assert side_by_side(base, adapter, "exact_match").compare_rows("adapter") == ([0], [1], 1)
+    base, adapter = ([result(loss=loss) for loss in losses] for losses in ((1.0, 2.0, 3.0), (0.5, 2.0, 4.0)))
+    assert side_by_side(base, adapter, None).compare_rows("adapter") == ([0], [2], 1)
+
+
+def test_the_hardest_row_has_the_lowest_score_and_then_the_highest_loss():
+    losses, scores = (9.0, 1.0, 2.0), (1.0, 0.2, 0.2)
+    rows = [result(answer="a", loss=loss, chrf=score) for loss, score in zip(losses, scores, strict=True)]
+    assert side_by_side(rows, rows, "chrf").hardest_first() == [2, 1, 0]
+    assert side_by_side(rows, rows, None).hardest_first() == [0, 2, 1]
+
+
+def test_a_summary_holds_figures_outcomes_and_samples(comparison):
+    summary = comparison.summary(samples=3)
+    assert (summary["rows"], summary["answered_rows"], summary["labelled_tokens"]) == (2, 1, 2)
+    assert summary["samples"] == [{"prompt": "hi", "expected": "ho", "base": "no", "adapter": "ho"}]
+    assert summary["duels"]["adapter"] == {"score": "exact_match", "wins": [7], "losses": [], "ties": 0}
+    assert summary["metrics"]["exact_match"]["difference"]["value"] == 1.0
+    assert summary["metrics"]["loss"]["base"]["value"] == pytest.approx(1.5)
+    parts = comparison.split(lambda row: row.source)
+    assert {name: part.figures()["rows"] for name, part in parts.items()} == {"a.jsonl": 1, "1": 1}
+
+
+def test_predictions_hold_whole_prompts_and_each_sides_answer_in_the_order_asked_for(comparison):
+    first, second = comparison.predictions([1, 0])
+    assert (first["row"], first["group"], first["source"], first["adapter"]["answer"]) == (9, "g", "1", None)
+    assert "prompt" not in first
+    assert (second["prompt"], second["expected"], second["source"]) == ("user\nhi<stop>", "ho", "a.jsonl")
+    assert second["adapter"] == {
+        "answer": "ho", "loss": 1.0, "scores": {"exact_match": 1.0}, "labelled_tokens": 1, "correct_tokens": 0,
+        "stopped": True, "answer_tokens": 0,
+    }  # fmt: skip
+
+
+def test_the_last_turn_is_between_the_last_two_stop_tokens():
+    assert last_turn([8, 1, 0, 5, 6, 0, 7], [0]) == [5, 6]
+    assert last_turn([5, 6, 0, 7], [0]) == [5, 6]
+    assert last_turn([5, 6], [0]) == [5, 6]
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("interval", "options", "expected"),
+    [
+        ((0.98, 0.93, 0.994), {"percent": True}, "98.0 % [93.0, 99.4]"),
+        ((0.98, 0.93, 0.994), {"percent": True, "sign": "+"}, "+98.0 [93.0, 99.4]"),
+        ((-2.0981, -2.2, -2.01), {"percent": False, "sign": "+"}, "-2.098 [-2.200, -2.010]"),
+        ((0.0104, 0.008, 0.013), {"percent": False}, "0.0104 [0.0080, 0.0130]"),
+        ((math.nan, math.nan, math.nan), {"percent": True}, "–"),
+        ((2.0981, math.nan, math.nan), {"percent": False}, "2.098"),
+        ((12345.678, 9876.5, 23456.0), {"percent": False}, "12,345.7 [9,876.5, 23,456.0]"),
+        ((-1e-7, -1e-6, 0.0), {"percent": True, "sign": "+"}, "+0.0 [0.0, 0.0]"),
+    ],
+)
+def test_intervals_are_written_as_people_read_them(interval, options, expected):
+    assert format_interval(Interval(*interval), **options) == expected
+
+
+@pytest.mark.parametrize(("width", "fits"), [(80, False), (120, True)])
+def test_in_80_columns_an_interval_is_below_its_value_where_both_do_not_fit(
+    width, fits, comparison, monkeypatch, capsys
+):
+    def metric(base, adapter, difference):
+        return Metric({"base": Interval(*base), "adapter": Interval(*adapter)}, {"adapter": Interval(*difference)})
+
+    comparison.metrics = {
+        "loss": metric((2.0981, 2.01, 2.2), (0.0104, 0.008, 0.013), (-2.0877, -2.2, -1.99)),
+        "exact_match": metric((0.0, 0.0, 0.037), (0.98, 0.93, 0.994), (0.98, 0.95, 1.0)),
+    }
+    monkeypatch.setenv("COLUMNS", str(width))
+    comparison.print("validation rows")
+    text = capsys.readouterr().out
+    for cell in ("[93.0, 99.4]", "+98.0", "[95.0, 100.0]", "-2.0877", "[-2.2000, -1.9900]"):
+        assert cell in text
+    assert ("+98.0 [95.0, 100.0]" in text) == fits
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_texts_of_rows_act_on_no_terminal_and_are_cut(comparison, capsys):
+    texts = {"base": "[bold]x[/bold] a\x1b[31mred", "adapter": "z" * 400}
+    results = {side: [result(answer=text, exact_match=0.0)] for side, text in texts.items()}
+    Comparison(ROWS[:1], results, comparison.settings).print_rows([0])
+    text = capsys.readouterr().out
+    assert "[bold]x[/bold] a␛[31mred" in text
+    assert text.count("z") == 300

@@ -8,11 +8,9 @@ from qlora_lightning.evaluation.scores import (
     check_scores,
     choose_scores,
     chrf,
-    describe_mixture,
     find_number,
     json_f1,
     json_valid,
-    judge_answer,
     numeric_match,
     rouge_l,
 )
@@ -74,19 +72,16 @@ def test_overlap_is_that_worked_out_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("references", "expected", "mixture"),
+    ("references", "expected"),
     [
-        (['{"a": 1}', "[1, 2]"], ["exact_match", "json_valid", "json_f1"], None),
-        (["So it is 3.\n#### 3", "#### 1,000"], ["numeric_match", "rouge_l"], None),
-        (["#### 3", "Hello.", "{}"], ["exact_match", "rouge_l", "chrf"], "(1 with JSON, 1 with `####`)"),
-        (["42"], ["exact_match", "rouge_l", "chrf"], None),
-        ([], ["exact_match", "rouge_l", "chrf"], None),
+        (['{"a": 1}', "[1, 2]"], ["exact_match", "json_valid", "json_f1"]),
+        (["So it is 3.\n#### 3", "#### 1,000"], ["numeric_match", "rouge_l"]),
+        (["#### 3", "Hello.", "{}"], ["exact_match", "rouge_l", "chrf"]),
+        (["42"], ["exact_match", "rouge_l", "chrf"]),
     ],
 )
-def test_scores_are_chosen_by_the_references(references, expected, mixture):
+def test_scores_are_chosen_by_the_expected_answers(references, expected):
     assert choose_scores(references) == expected
-    found = describe_mixture(references)
-    assert found is None if mixture is None else mixture in found
 
 
 def test_named_scores_must_exist_and_apply():
@@ -95,8 +90,3 @@ def test_named_scores_must_exist_and_apply():
         choose_scores(['{"a": 1}', "Hello."], ["json_f1"])
     with pytest.raises(UserError, match="no score 'bleu': expected auto, or some of exact_match, json_valid"):
         check_scores(["exact_match", "bleu"])
-
-
-def test_space_around_an_answer_does_not_count_and_letters_do():
-    assert judge_answer(" yes\n", "yes", ["exact_match"]) == {"exact_match": 1.0}
-    assert judge_answer("Yes", "yes", ["exact_match"]) == {"exact_match": 0.0}

@@ -143,7 +143,7 @@ def parameter_with_gradient(value):
 def window():
     window = Window()
     window.add(sums(6.0, 1), most=2, row_ids=[3, 1], batch="first")
-    window.add(LossSums(torch.tensor(4.0, requires_grad=True), torch.tensor(4), None), most=2, row_ids=[7])
+    window.add(LossSums(torch.tensor(4.0, requires_grad=True), torch.tensor(4), torch.tensor(0)), most=2, row_ids=[7])
     return window
 
 

@@ -7,11 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qlora_lightning import InstructionDataModule, LossSums, QLoRAModule
+from qlora_lightning import InstructionDataModule, LossSums
 from qlora_lightning.cli import main
 from qlora_lightning.data.samples import SampleSetBuilder
-from qlora_lightning.evaluation import judge
-from qlora_lightning.evaluation.judge import losses_of_rows
 from qlora_lightning.model.batch import BatchShape, cut_into_rows, describe_row, join_places, row_places, shape_of_batch
 from qlora_lightning.model.loss import TokenStatistics
 from tests.flat import collate
@@ -83,52 +81,6 @@ def test_rows_within_the_length_of_pre_training_train_as_they_would_alone(dynami
         losses(module, batches(dynamic_base, rows_file, batch_size=size, max_length=40)) for size in (5, 1)
     )
     assert {row: pytest.approx(value, rel=1e-5) for row, value in single.items()} == together
-
-
-# ---- judged row by row -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def rows(tiny_base, rows_file):
-    (batch,) = batches(tiny_base, rows_file, batch_size=16, system="Count, please.", shuffle=False)
-    found = cut_into_rows(batch)
-    found[3]["labels"] = torch.full_like(found[3]["labels"], -100)
-    return found
-
-
-@torch.no_grad()
-def values(losses):
-    return [(float(each.nll_sum), int(each.labelled_tokens), int(each.correct)) for each in losses]
-
-
-@pytest.mark.parametrize(
-    ("options", "most_tokens"),
-    [({}, 100), ({"fast": False}, 2048), ({"quantization": "int8"}, 2048)],
-)
-def test_rows_together_have_the_losses_of_each_alone(tiny_base, rows, monkeypatch, options, most_tokens):
-    monkeypatch.setattr(judge, "_MOST_TOKENS", most_tokens)
-    module = make_module(tiny_base, **options).eval()
-    together, alone = values(losses_of_rows(module, rows)), values(map(module.compute_loss, rows))
-    assert len(together) == 16
-    assert together[3] == (0.0, 0, 0)  # no labels
-    assert [each[1:] for each in together] == [each[1:] for each in alone]
-    assert [each[0] for each in together] == pytest.approx([each[0] for each in alone], rel=1e-5)
-
-
-def test_an_overridden_loss_is_given_rows_one_by_one_and_a_batch_of_another_kind_is_judged_whole(tiny_base, rows):
-    class HalfLoss(QLoRAModule):
-        def compute_loss(self, batch):
-            assert len(batch["row_ids"]) == 1  # it may mix rows
-            sums = super().compute_loss(batch)
-            return sums._replace(nll_sum=0.5 * sums.nll_sum)
-
-    usual = make_module(tiny_base).eval()
-    expected = [0.5 * nll for nll, *_ in values(losses_of_rows(usual, rows))]
-    usual.__class__ = HalfLoss
-    assert [nll for nll, *_ in values(losses_of_rows(usual, rows))] == pytest.approx(expected, rel=1e-5)
-    sums = LossSums(torch.tensor(1.0), torch.tensor(2), torch.tensor(1))
-    usual.compute_loss = lambda batch: sums
-    assert list(losses_of_rows(usual, [{"x": torch.zeros(1)}])) == [sums]
 
 
 def test_statistics_weigh_every_token_the_same_whatever_the_batch():

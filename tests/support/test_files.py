@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora_lightning.support.console import brief, describe, say
+from qlora_lightning.support.console import brief, print_detail, say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import find_storage_fault, put_in_place, read_json_object, write_whole
 
@@ -98,9 +98,9 @@ def test_a_line_is_printed_as_it_is(capsys):
 
 
 def test_what_a_run_says_of_itself_is_left_out_in_brief(capsys):
-    describe("one")
+    print_detail("one")
     with brief():
-        describe("two")
+        print_detail("two")
         say("three")
-    describe("four")
+    print_detail("four")
     assert capsys.readouterr().out.splitlines() == ["one", "three", "four"]

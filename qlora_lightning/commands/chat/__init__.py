@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from qlora_lightning.commands.adapter_config import name_adapters
-from qlora_lightning.commands.options import OptionParser, SentenceParser
-from qlora_lightning.commands.output import add_json_option, check_output, tables_beside
+from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import quick_imports
 
@@ -54,7 +53,7 @@ def _parser() -> OptionParser:
     return parser
 
 
-def add_settings(parser: SentenceParser) -> SentenceParser:
+def add_settings(parser: OptionParser) -> OptionParser:
     """Add how an answer's tokens are chosen: options, and what ``/set`` changes."""
     add = parser.add_argument
     add("--temperature", type=float, default=0.0, metavar="T", help="of sampling (default: 0, greedy)")

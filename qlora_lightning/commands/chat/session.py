@@ -15,8 +15,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from qlora_lightning.commands.adapter_config import BASE
 from qlora_lightning.commands.chat import add_settings
-from qlora_lightning.commands.options import SentenceParser
-from qlora_lightning.commands.output import write_json
+from qlora_lightning.commands.options import OptionParser, write_json
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.chat.tokenizer import load_tokenizer
@@ -138,7 +137,7 @@ class Session:
         }
         self.peft_names[BASE], self.renderers[BASE] = None, self.renderers[self.speaker]
         self.context = int(self.model.get_base_model().config.max_position_embeddings)
-        self.setting_parser = add_settings(SentenceParser("qlora-lightning chat", add_help=False, allow_abbrev=False))
+        self.setting_parser = add_settings(OptionParser("chat", "", ""))
         names = vars(self.setting_parser.parse_args([]))
         self.settings: dict[str, Any] = {name: getattr(options, name) for name in names}
         if options.seed is not None:

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import PositiveInt
 
 from qlora_lightning.commands.adapter_config import BASE, add_config, name_adapters
 from qlora_lightning.commands.config import find_configs
-from qlora_lightning.commands.options import OptionParser
-from qlora_lightning.commands.output import add_json_option, check_output, tables_beside
+from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import quick_imports
 
@@ -24,7 +23,7 @@ _EPILOG = """examples:
   qlora-lightning evaluate --config runs/quickstart/config.yaml --rows 20
   qlora-lightning evaluate --adapter runs/quickstart/adapter --scores chrf
   qlora-lightning evaluate --config configs/quickstart.yaml --adapter a=runs/a/adapter --adapter b=runs/b/adapter
-  qlora-lightning evaluate --config runs/quickstart/config.yaml --data.test more.jsonl --split test --out judged
+  qlora-lightning evaluate --config runs/quickstart/config.yaml --data.test more.jsonl --split test --out evaluated
 
 Without --adapter it is the run folder's own. Nothing is written but what --out and --json name: --out writes
 evaluation.json (all figures) and predictions.jsonl (a line per row, the hardest first) into a folder.
@@ -46,6 +45,11 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("Nothing to evaluate: pass --adapter or --config.")
     first = next(iter(adapters.values()), None)
     arguments = add_config(first, rest)
+    for key, value in vars(options).items():  # --scores is --evaluation.scores, and so on
+        if key.startswith("evaluation.") and value is not None:
+            arguments += [f"--{key}", value]
+    if options.rows is not None:
+        arguments += ["--evaluation.rows", str(options.rows)]
     options.json = check_output("--json", options.json, options.force)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -69,11 +73,11 @@ def _parser() -> OptionParser:
     add("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="adapter folder; may be repeated")
     add("--split", choices=("val", "test"), default="val", help="rows of data.val (default) or data.test")
     add("--rows", type=PositiveInt, metavar="N", help="only the first N rows, and answer all of them")
-    add("--max-new-tokens", type=PositiveInt, metavar="N", help="cut answers there (evaluation.max_new_tokens)")
-    add("--batch-size", type=PositiveInt, metavar="N", help="rows answered together, at most (evaluation.batch_size)")
-    add("--scores", metavar="NAMES", help="auto, or names with commas between them (evaluation.scores)")
     add("--group-by", metavar="COLUMN", help="also a table by the values of a column of the rows")
-    add("--show", type=NonNegativeInt, metavar="N", help="print the N hardest rows (evaluation.samples)")
     add("--out", type=Path, metavar="DIR", help="write evaluation.json and predictions.jsonl there")
+    add("--max-new-tokens", dest="evaluation.max_new_tokens", metavar="N", help="length at which answers are cut")
+    add("--batch-size", dest="evaluation.batch_size", metavar="N", help="rows answered together, at most")
+    add("--scores", dest="evaluation.scores", metavar="NAMES", help="auto, or names with commas between them")
+    add("--show", dest="evaluation.samples", metavar="N", help="print the N hardest rows")
     add_json_option(parser)
     return parser

@@ -2,46 +2,75 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-import lightning
-from rich.console import Console
-
-from qlora_lightning.commands.inspection.arguments import make_data_module, parse
-from qlora_lightning.commands.inspection.facts import inspect_data
-from qlora_lightning.commands.inspection.page import is_page, render_page
-from qlora_lightning.commands.inspection.terminal import print_inspection
-from qlora_lightning.commands.options import quiet_lightning
-from qlora_lightning.commands.output import check_output, write_output
+from qlora_lightning.commands.options import OptionParser, check_output, quiet_lightning, write_output
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.imports import quick_imports
+
+_SPLITS = ("train", "val", "test", "predict")
+_DESCRIPTION = """Report on the data of a config, and show rows as the model sees them. No model is loaded.
+
+The config is the one that `fit` takes, or the config.yaml of a run folder. Every key of it can be given on the command
+line, as for `fit`: --data.max_length 512, --trainer.devices 4."""
+_EPILOG = """examples:
+  qlora-lightning inspect --config configs/quickstart.yaml
+  qlora-lightning inspect --config configs/quickstart.yaml --row 17 --row 23
+  qlora-lightning inspect --config configs/quickstart.yaml --split val --longest --html data.html
+
+The exit code is 2 if `fit` would stop at bad rows (`on_bad_row: error`)."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Report on the data of a config; return the exit code."""
-    options, config = parse(argv)
-    page = None
-    if options.html is not None:  # checked before a second is spent
-        if not options.html.lower().endswith((".html", ".htm")):
-            raise UserError(f"--html {options.html}: expected a file name that ends in .html.")
-        file = Path(options.html)
-        page = check_output("--html", file, options.force or (file.is_file() and is_page(file)))
-    if config.seed is not False:  # the split by val_fraction depends on it
-        lightning.seed_everything(None if config.seed is True else config.seed, verbose=False)
-    data = make_data_module(config)
-    bad_rows_stop, data.lenient = data.on_bad_row == "error", True  # here they are listed, and the rest goes on
+    options, rest = _parser().parse_known_args(argv)
+    page = check_output("--html", options.html, options.force)
+    with quick_imports():  # here, so that --help and mistakes answer at once
+        from rich.console import Console
+
+        from qlora_lightning.commands.inspection.facts import inspect_data
+        from qlora_lightning.commands.inspection.views import print_inspection, render_inspection
+        from qlora_lightning.commands.training import QLoRACLI
+
     with quiet_lightning():
-        found = inspect_data(data, config, options)
+        run = QLoRACLI(rest, with_trainer=False)
+        data: Any = run.datamodule
+        data.lenient = True  # bad rows are listed, and the rest is prepared
+        data.setup()
+        splits = [name for name in _SPLITS if name in data.reports and options.split in (None, name)]
+        if not splits:
+            raise UserError(f"There are no rows to inspect: data.{options.split or 'train'} names no file.")
+        found = inspect_data(data, splits, run.config, options)
     print_inspection(found, Console(highlight=False))
     if page is not None:
-        write_output(page, render_page(found))
+        write_output(page, render_inspection(found))
         print(f"\nPage: {page}")
     sys.stdout.flush()
-    bad = [f"{split.report.bad_rows:,} in {split.name}" for split in found.splits if split.report.bad_rows]
-    if bad and bad_rows_stop:
+    reports = [data.reports[split] for split in splits]
+    bad = [f"{report.bad_rows:,} in {report.split}" for report in reports if report.bad_rows]
+    if bad and data.on_bad_row == "error":
         raise UserError(
-            f"there are bad rows ({', '.join(bad)}), listed above: `fit` stops at them. Correct them, or leave them "
+            f"There are bad rows ({', '.join(bad)}), listed above: `fit` stops at them. Correct them, or leave them "
             "out with `on_bad_row: skip`."
         )
-    for split in found.splits:
-        split.report.check_left()
+    for report in reports:
+        report.check_left()
     return 0
+
+
+def _parser() -> OptionParser:
+    usage = "qlora-lightning inspect --config FILE [options] [options of fit]"
+    parser = OptionParser("inspect", _DESCRIPTION, _EPILOG, usage)
+    add = parser.add_argument
+    add("--split", choices=_SPLITS, help="report on this split only (default: all; rows are shown from the first)")
+    row_help = (
+        "show the row in line N of its file, as messages name it (row N of .parquet and hub data); FILE:N if a split "
+        "has several files; may be repeated"
+    )
+    add("--row", action="append", default=[], metavar="N", help=row_help)
+    add("--longest", action="store_true", help="show the longest row")
+    add("--shortest", action="store_true", help="show the shortest row")
+    add("--search", metavar="TEXT", help="count the rows that contain TEXT, in upper or lower case, and show the first")
+    add("--html", metavar="FILE", help="write the report as a self-contained page, too")
+    add("--force", action="store_true", help="overwrite a file that is there already")
+    return parser

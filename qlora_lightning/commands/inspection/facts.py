@@ -1,68 +1,29 @@
-"""Prepares the data and gathers what is shown: figures of each split and of an epoch, their sentences, and rows."""
+"""What `inspect` shows: tables of counts, lengths and an epoch, histograms, what to look at, and rows."""
 
 import argparse
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from qlora_lightning.commands.epoch import Epoch, plan_epoch, training_plan
-from qlora_lightning.commands.inspection.arguments import SPLITS, Config
-from qlora_lightning.commands.inspection.rows import PieceCutter, ShownRow, choose_rows
+from qlora_lightning.commands.inspection.rows import ShownRow, choose_rows
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.data.samples import SampleSet
-from qlora_lightning.support.errors import UserError
 
-PERCENTILES = {"min": 0, "5 %": 5, "25 %": 25, "50 %": 50, "75 %": 75, "95 %": 95, "99 %": 99, "max": 100}
+_PERCENTILES = {"min": 0, "5 %": 5, "25 %": 25, "50 %": 50, "75 %": 75, "95 %": 95, "99 %": 99, "max": 100}
 _WITHOUT_TEMPLATE = {"text", "segments", "tokens"}  # formats
-_RARE = ("  tokens lost", "  labels lost", "turn by turn", "with a weight")
+_SHOWN_IF_ZERO = ("bad rows", "dropped", "duplicates")
 
 
-class Bar(NamedTuple):
-    """Samples of ``low`` to ``high`` tokens, both included; ``high`` is None in an open last bar."""
-
-    low: int
-    high: int | None
-    samples: int
-
-    @property
-    def label(self) -> str:
-        """The bar's range in words."""
-        if self.high is None:
-            return f"{self.low:,} and more"
-        return f"{self.low:,}" if self.low == self.high else f"{self.low:,} to {self.high:,}"
-
-
-class Finding(NamedTuple):
-    """Something to look at: what it is, where (a line each), and whether ``fit`` may stop at it."""
+class Table(NamedTuple):
+    """A table: the first cell of each line is its name; without headings there are two columns of text."""
 
     title: str
-    lines: list[str]
-    grave: bool = False
-
-
-@dataclass(frozen=True)
-class SplitFacts:
-    """Figures of one split.
-
-    Attributes:
-        name: train, val, test or predict.
-        report: The data module's ``Report``.
-        lengths: Percentiles of tokens per sample.
-        labels: Percentiles of labelled tokens per sample; none if nothing is labelled.
-        bars: Histogram of tokens per sample.
-        sources: Headings and lines of the table of sources; None if there is only one.
-    """
-
-    name: str
-    report: Report
-    lengths: dict[str, int]
-    labels: dict[str, int]
-    bars: list[Bar]
-    sources: tuple[list[str], list[list[str]]] | None = None
+    headings: Sequence[str]
+    lines: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -70,281 +31,233 @@ class Inspection:
     """All that terminal and page show.
 
     Attributes:
-        config: Name of the config.
+        config: The config files as they were typed.
         notes: Settings that the data were prepared with, and what else there is to say; a line each.
-        splits: Figures of each split, in order; rows to show are of the first.
-        ends: Sentences on stop token and BOS, with whether all is well: ``(well, sentence)``.
-        epoch: What an epoch of training costs; None if there are no training rows to report on.
-        batch_size: Rows per batch, if they are counted.
+        tables: All figures.
+        histograms: Of each split, how many samples have so many tokens: a range in words and a count.
+        findings: What to look at: a title and the lines below it.
+        split: Whose rows are shown.
         rows: Rows to show.
     """
 
     config: str
     notes: list[str]
-    splits: list[SplitFacts]
-    ends: list[tuple[bool, str]]
-    epoch: Epoch | None
-    batch_size: int | None
+    tables: list[Table]
+    histograms: dict[str, dict[str, int]]
+    findings: dict[str, list[str]]
+    split: str
     rows: list[ShownRow]
 
 
-def inspect_data(data: Any, config: Config, options: argparse.Namespace) -> Inspection:
-    """Prepare all splits that the config names and gather what is to be shown.
+def inspect_data(data: Any, splits: Sequence[str], config: Any, options: argparse.Namespace) -> Inspection:
+    """Gather what is to be shown.
 
     Args:
-        data: An ``InstructionDataModule``, not yet set up.
-        config: With the trainer's settings.
-        options: Which split and rows.
+        data: An ``InstructionDataModule`` that is set up.
+        splits: Names of those to report on.
+        config: The parsed settings.
+        options: Which rows to show.
     """
-    data.setup()
-    names = [name for name in SPLITS if name in data.reports and options.split in (None, name)]
-    if not names:
-        raise UserError(f"there are no rows to inspect: data.{options.split or 'train'} names no file.")
-    cutter = PieceCutter(data.tokenizer, data.stop_ids)
-    epoch = plan_epoch(training_plan(data), config.trainer, data.streaming) if "train" in names else None
-    notes = [_settings(data, config)]
-    if data.streaming and "train" in names:
-        read = data.reports["train"].rows
-        notes.append(f"Streaming: of train only the first {read:,} rows were read; its figures are theirs.")
+    tokenizer, stop_ids = data.tokenizer, data.stop_ids
+    stops = " or ".join(f"{tokenizer.decode([number])} ({number})" for number in stop_ids)
+    name = config["data"]["init_args"]["tokenizer"]
+    settings = {"tokenizer": name["name"] if isinstance(name, dict) else name, "stop token": stops}
+    settings |= {key: getattr(data, key) for key in ("max_length", "too_long", "train_on")}
+    notes = [" · ".join(f"{key} {value}" for key, value in settings.items())]
+    if data.streaming and "train" in splits:
+        rows = data.reports["train"].rows
+        notes.append(f"Streaming: of train only the first {rows:,} rows were read; its figures are theirs.")
+
+    counts: list[dict[str, str]] = []
+    tables: list[Table] = []
+    findings: dict[str, list[str]] = {}
+    for split in splits:
+        samples, report = data.samples[split], data.reports[split]
+        ends = Ends(0, 0, 0) if split == "predict" else count_ends(samples, stop_ids, tokenizer.bos_token_id)
+        counts.append(_count(report, ends))
+        findings.update(find_faults(report, ends))
+        held_out = split == "val" and data.val_fraction is not None
+        sources = data.sources("train" if held_out else split)
+        if len(sources) > 1:
+            tables.append(source_table(f"{split}: sources", samples, sources))
+    lines = [[heading, *(column[heading] for column in counts)] for heading in counts[0]]
+    lines = [line for line in lines if line[0] in _SHOWN_IF_ZERO or set(line[1:]) != {"0"}]
+    tables.insert(0, Table("Rows, samples and tokens", ["", *splits], lines))
+    if "train" in splits and not data.streaming:
+        epoch = plan_epoch(training_plan(data), config["trainer"])
+        tables.append(Table("An epoch of train", [], _describe_epoch(epoch, data)))
+    tables.append(_length_table({split: data.samples[split] for split in splits}))
+    first = splits[0]
+    shown = choose_rows(first, data.samples[first], data.reports[first], tokenizer, stop_ids, options)
     return Inspection(
-        config=config.name,
+        config=", ".join(str(file) for file in config["config"] or ()) or "Data",
         notes=notes,
-        splits=[_split_facts(data, name) for name in names],
-        ends=_describe_ends(data, [name for name in names if name != "predict"]),
-        epoch=epoch,
-        batch_size=data.batch_size,
-        rows=choose_rows(names[0], data.samples[names[0]], data.reports[names[0]], cutter, options),
+        tables=tables,
+        histograms={split: histogram(data.samples[split].lengths) for split in splits},
+        findings=findings,
+        split=first,
+        rows=list(shown),
     )
 
 
-def _settings(data: Any, config: Config) -> str:
-    tokenizer = config.data.init_args.get("tokenizer")
-    shown = {"tokenizer": tokenizer["name"] if isinstance(tokenizer, dict) else tokenizer}
-    shown |= {key: getattr(data, key) for key in ("max_length", "too_long", "train_on")}
-    usual = {"reasoning": "template", "deduplicate": False, "shuffle": True}
-    shown |= {key: getattr(data, key) for key, default in usual.items() if getattr(data, key) != default}
-    return " · ".join(f"{key} {value}" for key, value in shown.items())
+# ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _split_facts(data: Any, name: str) -> SplitFacts:
-    samples = data.samples[name]
-    labels, sources = {}, []
-    if name != "predict":
-        labels = percentiles(samples.labelled_counts)
-        held_out = name == "val" and data.val_fraction is not None
-        sources = data.sources("train" if held_out else name)
-    table = source_table(samples, sources) if len(sources) > 1 else None
-    lengths = samples.lengths
-    return SplitFacts(name, data.reports[name], percentiles(lengths), labels, histogram(lengths), table)
+def _count(report: Report, ends: "Ends") -> dict[str, str]:
+    counts: dict[str, int | str] = {
+        "formats": ", ".join(report.formats) or "–",
+        "rows read": report.rows,
+        "bad rows": report.bad_rows,
+        "dropped": sum(report.dropped.values()),
+        "samples": report.samples,
+        "with a stop token": ends.stopping,
+        "with a BOS": ends.begun,
+        "with a weight": report.weighted,
+        "turn by turn": report.turn_by_turn,
+        "shortened": report.shortened,
+        "tokens": report.tokens,
+        "labelled tokens": report.labelled,
+        "labelled share": _share(report.labelled, report.tokens),
+        "tokens lost": report.lost_tokens,
+        "labelled tokens lost": report.lost_labels,
+        "duplicates": report.duplicates,
+        "also in train": report.overlap,
+    }
+    return {heading: count if isinstance(count, str) else f"{count:,}" for heading, count in counts.items()}
 
 
-# ---- lengths ---------------------------------------------------------------------------------------------------------
-
-
-def percentiles(values: Any) -> dict[str, int]:
-    """Return minimum, quantiles and maximum of ``(N,)`` whole numbers, each one that occurs; nothing if N is 0."""
-    if not len(values):
-        return {}
-    found = np.percentile(values, list(PERCENTILES.values()), method="inverted_cdf")
-    return dict(zip(PERCENTILES, map(int, found), strict=True))
-
-
-def histogram(values: Any, most_bars: int = 12) -> list[Bar]:
-    """Count ``(N,)`` whole numbers in bars of one round width; none if N is 0.
-
-    Args:
-        values: Lengths in tokens.
-        most_bars: About how many bars at most. What is far beyond the 99th percentile is one open bar at the end:
-            a single long row must not flatten the others.
-    """
-    if not len(values):
-        return []
-    low, bulk, high = int(min(values)), int(percentiles(values)["99 %"]), int(max(values))
-    least = (bulk - low + 1) / (most_bars - 1)
-    width = next(factor * 10**power for power in range(20) for factor in (1, 2, 5) if factor * 10**power >= least)
-    first = low // width * width
-    closed = (high - first) // width + 1
-    is_open = closed > most_bars
-    if is_open:
-        closed = (bulk - first) // width + 1
-    edges = [first + number * width for number in range(closed + 1)]
-    counts = np.histogram(np.minimum(values, edges[-1]), [*edges, edges[-1] + 1])[0].tolist()
-    bars = [Bar(edge, edge + width - 1, count) for edge, count in zip(edges, counts[:closed], strict=False)]
-    return [*bars, Bar(edges[-1], None, counts[-1])] if is_open else bars
-
-
-# ---- stop token and BOS ----------------------------------------------------------------------------------------------
-
-
-def count_ends(samples: SampleSet, stop_ids: Collection[int], bos_id: int | None) -> Counter[str]:
-    """Count samples: all, those that train a stop token, those that begin with the BOS, and those with two of it."""
-    starts, ids = samples.starts, samples.ids
-    stops = np.flatnonzero(np.isin(ids, list(stop_ids)) & samples.labelled)
-    counts = Counter(all=len(samples), stopping=len(np.unique(np.searchsorted(starts, stops, side="right"))))
-    if bos_id is not None:
-        begins = ids[starts[:-1]] == bos_id
-        begins |= np.diff(samples.row_ids, prepend=-1) == 0  # of a row that was split only the first piece has one
-        second = ids[np.minimum(starts[:-1] + 1, len(ids) - 1)] == bos_id
-        counts.update(begun=int(begins.sum()), doubled=int((begins & second & (np.diff(starts) > 1)).sum()))
-    return counts
-
-
-def describe_ends(
-    counts: Counter[str], tokenizer: Any, stop_ids: Collection[int], has_template: bool = True
-) -> list[tuple[bool, str]]:
-    """Describe counts in a sentence each, with whether it is well: the stop token, then the BOS."""
-    every, stopping, begun, doubled = (counts[name] for name in ("all", "stopping", "begun", "doubled"))
-    stops = " or ".join(f"{tokenizer.decode([number])} ({number})" for number in sorted(stop_ids))
-    if stopping == every:
-        stop = (True, f"Stop token {stops}: every sample trains one.")
-    elif not has_template:
-        found = f"{stopping:,} of {every:,} samples train one"
-        stop = (True, f"Stop token {stops}: {found} (a text ends in one; segments and tokens are taken as written).")
-    else:
-        found = f"{every - stopping:,} of {every:,} samples do not train" if stopping else "no sample trains"
-        why = "(an answer that was cut, or a piece before its end, has none)"
-        stop = (False, f"Stop token {stops}: {found} one {why}.")
-    if tokenizer.bos_token_id is None:
-        return [stop, (True, "BOS: this tokenizer has none.")]
-    name = f"BOS {tokenizer.bos_token} ({tokenizer.bos_token_id})"
-    if doubled:
-        return [stop, (False, f"{name}: {doubled:,} of {every:,} samples begin with two.")]
-    if begun == every:
-        return [stop, (True, f"{name}: every sample begins with exactly one.")]
-    if not begun:
-        whose = "; the chat template writes none" if has_template else ""
-        return [stop, (True, f"{name}: no sample begins with it{whose}.")]
-    return [stop, (not has_template, f"{name}: {begun:,} of {every:,} samples begin with one.")]
-
-
-def _describe_ends(data: Any, names: Sequence[str]) -> list[tuple[bool, str]]:
-    """Describe the ends of all splits together, those of splits without a chat template by themselves."""
-    groups: dict[bool, Counter[str]] = {}
-    for name in names:
-        has_template = _WITHOUT_TEMPLATE.isdisjoint(data.reports[name].formats)
-        counts = count_ends(data.samples[name], data.stop_ids, data.tokenizer.bos_token_id)
-        groups.setdefault(has_template, Counter()).update(counts)
-    return [
-        sentence
-        for has_template, counts in sorted(groups.items(), reverse=True)
-        for sentence in describe_ends(counts, data.tokenizer, data.stop_ids, has_template)
-    ]
-
-
-# ---- tables and sentences --------------------------------------------------------------------------------------------
-
-
-def source_table(samples: SampleSet, sources: Sequence[Source]) -> tuple[list[str], list[list[str]]]:
-    """Return headings, and a line for each source."""
+def source_table(title: str, samples: SampleSet, sources: Sequence[Source]) -> Table:
+    """Return a line for each source."""
     weights = sum(source.weight or 0.0 for source in sources)
     lines = []
     for number, source in enumerate(sources):
         own = samples.source == number
-        rows, tokens = len(np.unique(samples.row_ids[own])), int(samples.lengths[own].sum())
-        labelled = share(int(samples.labelled_counts[own].sum()), tokens)
-        of_epoch = [f"{(source.weight or 0.0) / weights:.1%}"] if weights else []
-        lines.append([source.path, f"{rows:,}", f"{own.sum():,}", f"{tokens:,}", labelled, *of_epoch])
+        tokens, labelled = int(samples.lengths[own].sum()), int(samples.labelled_counts[own].sum())
+        line = [source.path, f"{len(np.unique(samples.row_ids[own])):,}", f"{own.sum():,}", f"{tokens:,}"]
+        line.append(_share(labelled, tokens))
+        lines.append(line + ([_share(source.weight or 0.0, weights)] if weights else []))
     headings = ["source", "rows left", "samples", "tokens", "labelled", *(["of an epoch"] if weights else [])]
-    return headings, lines
+    return Table(title, headings, lines)
 
 
-def table_rows(splits: Sequence[SplitFacts]) -> list[tuple[str, list[str]]]:
-    """Return the table of counts: a heading and a cell for each split; rare rows are left out if all are zero."""
-    reports = [split.report for split in splits]
-
-    def count(name: str) -> list[str]:
-        return [f"{getattr(report, name):,}" for report in reports]
-
-    rows = {
-        "shapes found": [", ".join(report.formats) or "–" for report in reports],
-        "rows read": count("rows"),
-        "bad rows": count("bad_rows"),
-        "dropped": [f"{sum(report.dropped.values()):,}" for report in reports],
-        "samples": count("samples"),
-        "tokens": count("tokens"),
-        "labelled tokens": count("labelled"),
-        "labelled share": [share(report.labelled, report.tokens) for report in reports],
-        "samples shortened": count("shortened"),
-        "  tokens lost": count("lost_tokens"),
-        "  labels lost": count("lost_labels"),
-        "turn by turn": count("turn_by_turn"),
-        "with a weight": count("weighted"),
-        "duplicates": count("duplicates"),
-    }
-    if [split.name for split in splits] != ["train"]:
-        rows["also in train"] = ["" if split.name == "train" else f"{split.report.overlap:,}" for split in splits]
-    return [(heading, cells) for heading, cells in rows.items() if heading not in _RARE or {*cells} != {"0"}]
+def _length_table(samples: Mapping[str, SampleSet]) -> Table:
+    lines = []
+    for split, own in samples.items():
+        for kind, values in (("tokens", own.lengths), ("labelled", own.labelled_counts)):
+            if values.any():
+                lines.append([f"{split} {kind}", *(f"{value:,}" for value in percentiles(values))])
+    return Table("Tokens per sample", ["", *_PERCENTILES], lines)
 
 
-def find_faults(splits: Sequence[SplitFacts]) -> list[Finding]:
-    """List what a user should look at: bad rows, drops, cuts, duplicates, overlap."""
-    found = []
-    for name, report in ((split.name, split.report) for split in splits):
-        if report.bad_rows:
-            lines = [f"{row.where}: {row.reason}" for row in report.bad]
-            title = f"{name}: {count_of(report.bad_rows, 'bad row')}"
-            found.append(Finding(title, _and_more(lines, report.bad_rows), grave=True))
-        if report.unread_columns:
-            found.append(Finding(f"{name}: columns not read", [", ".join(report.unread_columns)]))
-        if report.dropped:
-            lines = [f"{count:,}: {reason}" for reason, count in report.dropped.items()]
-            found.append(Finding(f"{name}: {count_of(sum(report.dropped.values()), 'row')} dropped", lines))
-        if report.lost_labels:
-            of_all = share(report.lost_labels, report.labelled + report.lost_labels)
-            lost = f"{report.lost_labels:,} labelled tokens lost, {of_all} of all"
-            found.append(Finding(f"{name}: answers were cut", [f"{lost}: a larger max_length would keep them"]))
-        pairs = (
-            (report.duplicates, report.duplicate_pairs, "equal to an earlier one"),
-            (report.overlap, report.overlap_pairs, f"also in train, so {name}_loss is too good"),
-        )
-        for count, places, what in pairs:
-            if count:
-                lines = [_describe_pair(*pair) for pair in places]
-                found.append(Finding(f"{name}: {count_of(count, 'row')} {what}", _and_more(lines, count)))
+def percentiles(values: Any) -> list[int]:
+    """Return minimum, quantiles and maximum of ``(N,)`` whole numbers, each one that occurs; N is not 0."""
+    found: list[int] = np.percentile(values, list(_PERCENTILES.values()), method="inverted_cdf").tolist()
     return found
 
 
-def describe_epoch(epoch: Epoch, batch_size: int | None) -> list[tuple[str, str]]:
-    """Describe what an epoch costs, as pairs of a heading and a sentence."""
-    of = f"up to {epoch.budget:,} tokens" if epoch.budget else count_of(batch_size or 0, "row")
-    fill = f"; {epoch.mean_tokens / epoch.budget:.1%} of tokens_per_batch" if epoch.budget else ""
-    on = "" if epoch.devices == 1 else f" on each of {epoch.devices} devices"
-    accumulated = "" if epoch.accumulate == 1 else f", a step every {epoch.accumulate}"
-    filled = ("tokens per batch", f"{epoch.mean_tokens:,.0f} on average, {epoch.most_tokens:,} at most{fill}")
-    if epoch.streaming:
-        steps = "trainer.max_steps is missing: it says where to stop"
-        if epoch.all_steps is not None:
-            steps = f"{epoch.all_steps:,} in all (max_steps){accumulated}"
-        return [("batches", f"of {of}{on}"), filled, ("optimizer steps", steps)]
+def histogram(values: Any, most_bars: int = 12) -> dict[str, int]:
+    """Count ``(N,)`` whole numbers in ranges of one round width; N is not 0.
+
+    Args:
+        values: Lengths in tokens.
+        most_bars: About how many ranges at most. What is far beyond the 99th percentile is in one open range at the
+            end: a single long row must not flatten the others.
+    """
+    low, bulk, high = int(min(values)), percentiles(values)[-2], int(max(values))
+    least = (bulk - low + 1) / (most_bars - 1)
+    width = next(factor * 10**power for power in range(20) for factor in (1, 2, 5) if factor * 10**power >= least)
+    first = low // width * width
+    is_open = (high - first) // width >= most_bars
+    starts = range(first, (bulk if is_open else high) + 1, width)
+    beyond = starts[-1] + width
+    counts = np.bincount((np.minimum(values, beyond) - first) // width, minlength=len(starts)).tolist()
+    names = [f"{start:,}" if width == 1 else f"{start:,} to {start + width - 1:,}" for start in starts]
+    return dict(zip([*names, f"{beyond:,} and more"], counts, strict=False))
+
+
+def _describe_epoch(epoch: Epoch, data: Any) -> list[tuple[str, str]]:
+    """Describe what an epoch costs, as pairs of a name and a sentence."""
+    budget = data.tokens_per_batch
+    size = f"up to {budget:,} tokens" if budget else _plural(data.batch_size, "row")
+    devices = "" if epoch.devices == 1 else f" on each of {epoch.devices} devices"
+    filled = f"; {epoch.mean_tokens / budget:.1%} of tokens_per_batch" if budget else ""
+    every = "" if epoch.accumulate == 1 else f", a step every {epoch.accumulate}"
     if epoch.all_steps is None:
-        whole = "no end (max_epochs and max_steps are -1)"
+        run = "no end: set trainer.max_steps"
     elif epoch.epochs is None or epoch.all_steps < epoch.epochs * epoch.steps:
-        whole = f"{epoch.all_steps:,} in all (max_steps)"
+        run = f"{epoch.all_steps:,} in all (max_steps)"
     else:
-        whole = f"{epoch.all_steps:,} in all ({count_of(epoch.epochs, 'epoch')})"
+        run = f"{epoch.all_steps:,} in all ({_plural(epoch.epochs, 'epoch')})"
     return [
-        ("batches per epoch", f"{epoch.batches:,} of {of}{on}"),
-        filled,
-        ("tokens per epoch", f"{epoch.tokens:,}, no padding"),
-        ("optimizer steps", f"{epoch.steps:,} per epoch{accumulated}; {whole}"),
+        ("micro-batches", f"{epoch.batches:,} of {size}{devices}"),
+        ("tokens per micro-batch", f"{epoch.mean_tokens:,.0f} on average, {epoch.most_tokens:,} at most{filled}"),
+        ("tokens", f"{epoch.tokens:,}, no padding"),
+        ("optimizer steps", f"{epoch.steps:,}{every}; {run}"),
     ]
 
 
-def share(part: int, whole: int) -> str:
-    """Format a share in percent."""
-    return f"{part / whole:.1%}" if whole else "–"
+# ---- what to look at -------------------------------------------------------------------------------------------------
 
 
-def count_of(number: int, noun: str) -> str:
-    """Format a number with its noun, in the plural unless it is one."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+class Ends(NamedTuple):
+    """How many samples train a stop token, begin with a BOS, and begin with two."""
+
+    stopping: int
+    begun: int
+    doubled: int
 
 
-def _describe_pair(where: str, first: str) -> str:
-    """Describe which row equals which; a file is named once."""
-    (file, _, _), (first_file, _, line) = where.rpartition(":"), first.rpartition(":")
-    return f"{where} = line {line}" if file == first_file else f"{where} = {first}"
+def count_ends(samples: SampleSet, stop_ids: Sequence[int], bos_id: int | None) -> Ends:
+    """Count the samples that train a stop token, and those that begin with one or two BOS."""
+    starts, ids = samples.starts, samples.ids
+    stops = np.flatnonzero(np.isin(ids, stop_ids) & samples.labelled)
+    stopping = len(np.unique(np.searchsorted(starts, stops, side="right")))
+    if bos_id is None:
+        return Ends(stopping, 0, 0)
+    begins = ids[starts[:-1]] == bos_id
+    begins |= np.diff(samples.row_ids, prepend=-1) == 0  # of a row that was split only the first piece has one
+    second = ids[np.minimum(starts[:-1] + 1, len(ids) - 1)] == bos_id
+    return Ends(stopping, int(begins.sum()), int((begins & second & (np.diff(starts) > 1)).sum()))
+
+
+def find_faults(report: Report, ends: Ends) -> Iterator[tuple[str, list[str]]]:
+    """Yield what a user should look at in a split: a title, and a line for each place or reason."""
+    split, samples = report.split, report.samples
+    if report.bad_rows:
+        places = [f"{row.where}: {row.reason}" for row in report.bad]
+        yield f"{split}: {_plural(report.bad_rows, 'bad row')}", _and_more(places, report.bad_rows)
+    if report.unread_columns:
+        yield f"{split}: columns not read", [", ".join(report.unread_columns)]
+    if report.dropped:
+        title = f"{split}: {_plural(sum(report.dropped.values()), 'row')} dropped"
+        yield title, [f"{count:,}: {reason}" for reason, count in report.dropped.items()]
+    if report.lost_labels:
+        share = _share(report.lost_labels, report.labelled + report.lost_labels)
+        lost = f"{report.lost_labels:,} labelled tokens lost, {share} of all: a larger max_length would keep them"
+        yield f"{split}: answers were cut", [lost]
+    if split != "predict" and _WITHOUT_TEMPLATE.isdisjoint(report.formats):
+        if ends.stopping < samples:
+            title = f"{split}: {samples - ends.stopping:,} of {_plural(samples, 'sample')} without a stop token"
+            yield title, ["they do not teach the model to stop: an answer that was cut, or a piece of a long row"]
+        if 0 < ends.begun < samples:
+            yield f"{split}: only {ends.begun:,} of {_plural(samples, 'sample')} begin with a BOS", []
+        if ends.doubled:
+            yield f"{split}: {ends.doubled:,} of {_plural(samples, 'sample')} begin with two BOS", []
+    if report.duplicates:
+        title = f"{split}: {_plural(report.duplicates, 'row')} equal to an earlier one"
+        yield title, _and_more([f"{row} = {first}" for row, first in report.duplicate_pairs], report.duplicates)
+    if report.overlap:
+        title = f"{split}: {_plural(report.overlap, 'row')} also in train, so {split}_loss is too good"
+        yield title, _and_more([f"{row} = {first}" for row, first in report.overlap_pairs], report.overlap)
 
 
 def _and_more(lines: list[str], count: int) -> list[str]:
     return lines if count <= len(lines) else [*lines, f"and {count - len(lines):,} more"]
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole else "–"
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -3,25 +3,24 @@
 import argparse
 import itertools
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from qlora_lightning.data.chat.tokenizer import ControlTokens
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
 
-REASONING, CALL = "reasoning", "tool call"
+REASONING, TOOL_CALL = "reasoning", "tool call"
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no character yet
-_LONGEST_GROUP = 16
-# <think>, [THINK], <seed:think>, …, and the calls of ChatML; what is not closed goes to the end of its turn
+_MOST_TOKENS = 16  # of a piece
+# <think>, [THINK], <seed:think>, …, and the calls of ChatML; what is not closed ends with its turn
 _NAMES = r"[\w:]*(?:think|reason)\w*|tool_call"
 _MARK = re.compile(rf"\s*[<\[]/?(?:{_NAMES})[>\]]\s*", re.IGNORECASE)
 _MARKED = re.compile(rf"([<\[])({_NAMES})[>\]].*?(?:\1/\2[>\]]|\Z)", re.IGNORECASE | re.DOTALL)
 _FIRST, _FOUND = 2, 3  # rows shown if none are asked for, and of those that a search finds
-_CHUNK = 1_000
 _DECODING = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
 
 
@@ -32,7 +31,7 @@ class Piece(NamedTuple):
         text: Its text.
         ids: Token ids.
         labelled: Whether the loss counts it.
-        special: Whether it structures the text, rather than being text.
+        special: Whether it is a control token.
         stop: Whether it is labelled and ends generation.
         part: ``reasoning`` or ``tool call`` if it is between the marks of one, these included; else nothing.
     """
@@ -45,151 +44,114 @@ class Piece(NamedTuple):
     part: str = ""
 
 
-@dataclass(frozen=True)
-class ShownRow:
-    """A row to show, or a sentence about one that gave no sample.
-
-    Attributes:
-        where: File and line.
-        why: What it was chosen for.
-        pieces: Pieces of its sample, in order.
-        tokens: Tokens of its sample.
-        labelled: Labelled tokens among these.
-        weight: Its weight.
-        note: What became of it, if it gave no sample.
-    """
+class ShownRow(NamedTuple):
+    """A row to show: where it is, what is said about it, and the pieces of its sample if it has one."""
 
     where: str
-    why: str = ""
-    pieces: tuple[Piece, ...] = ()
-    tokens: int = 0
-    labelled: int = 0
-    weight: float = 1.0
-    note: str = ""
+    about: str
+    pieces: Sequence[Piece] = ()
 
 
-class PieceCutter:
-    """Cuts samples into pieces.
+def choose_rows(
+    split: str,
+    samples: SampleSet,
+    report: Report,
+    tokenizer: Any,
+    stop_ids: Collection[int],
+    options: argparse.Namespace,
+) -> Iterator[ShownRow]:
+    """Yield rows of a split, in the order of the options; the first two if none are asked for.
+
+    Raises:
+        UserError: ``--row`` is not a line number.
+    """
+
+    def show(number: int, why: str = "") -> ShownRow:
+        span = slice(*samples.starts[number : number + 2])
+        ids, labelled = samples.ids[span].tolist(), samples.labelled[span].tolist()
+        about = [f"{len(ids):,} tokens", f"{sum(labelled):,} labelled"]
+        if samples.weights is not None:
+            about.append(f"weight {samples.weights[number]:g}")
+        pieces = cut_into_pieces(ids, labelled, tokenizer, stop_ids)
+        return ShownRow(samples.where(number), ", ".join([*about, why] if why else about), pieces)
+
+    for place in options.row:
+        file, _, line = place.rpartition(":")
+        if not line.isdecimal():
+            raise UserError(f"--row {place}: expected a line number, or FILE:LINE as messages name a row.")
+        end = f"{file}:{line}"
+        of_line = np.flatnonzero(samples.line == int(line)).tolist()
+        here = [number for number in of_line if samples.where(number).endswith(end)]
+        bad = [row for row in report.bad if row.where.endswith(end)]
+        yield from map(show, here)
+        yield from (ShownRow(row.where, f"bad row: {row.reason}") for row in bad)
+        if not here and not bad:
+            yield ShownRow(f"{split} {place}", "no row begins in this line, or it was dropped or is in another split")
+    if options.longest:
+        yield show(int(samples.lengths.argmax()), "the longest")
+    if options.shortest:
+        yield show(int(samples.lengths.argmin()), "the shortest")
+    if options.search is not None:
+        wanted = options.search.casefold()
+        rows = (samples.ids[start:end].tolist() for start, end in itertools.pairwise(samples.starts.tolist()))
+        found = [n for n, ids in enumerate(rows) if wanted in tokenizer.decode(ids, **_DECODING).casefold()]
+        yield ShownRow(f"search for {options.search!r}", f"found in {len(found):,} of {len(samples):,} samples")
+        yield from map(show, found[:_FOUND])
+    if not (options.row or options.longest or options.shortest or options.search is not None):
+        yield from map(show, range(min(_FIRST, len(samples))))
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def cut_into_pieces(
+    ids: Sequence[int], labelled: Sequence[bool], tokenizer: Any, stop_ids: Collection[int]
+) -> list[Piece]:
+    """Cut a sample into pieces, whose texts joined are the decoded sample.
 
     Args:
-        tokenizer: Tokenizer of transformers.
+        ids: Token ids.
+        labelled: Whether the loss counts each, aligned with ``ids``.
+        tokenizer: Of transformers.
         stop_ids: Token ids at which generation stops.
     """
 
-    def __init__(self, tokenizer: Any, stop_ids: Collection[int]) -> None:
-        self.tokenizer = tokenizer
-        self.stop_ids = frozenset(stop_ids)
-        added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.special_ids = added | set(tokenizer.all_special_ids) | self.stop_ids
+    def decode(start: int, end: int) -> str:
+        return str(tokenizer.decode(list(ids[start:end]), **_DECODING)) if start < end else ""
 
-    def cut(self, ids: Sequence[int], labelled: Sequence[bool]) -> list[Piece]:
-        """Cut a sample into pieces, whose texts joined are the decoded sample; ``labelled`` is aligned with ``ids``."""
-        pieces: list[Piece] = []
-        start = before = 0
-        while start < len(ids):
-            end, text = self._grow(ids, labelled, start, before)
-            special = ids[start] in self.special_ids
-            stop = bool(labelled[start]) and ids[start] in self.stop_ids
-            pieces.append(Piece(text, tuple(ids[start:end]), bool(labelled[start]), special, stop))
-            before, start = start, end
-        return _find_parts(pieces)
-
-    def _grow(self, ids: Sequence[int], labelled: Sequence[bool], start: int, before: int) -> tuple[int, str]:
-        """Take tokens from ``start`` on until they are whole characters."""
+    special_ids = ControlTokens(tokenizer, stop_ids).known
+    pieces: list[Piece] = []
+    before = start = 0
+    while start < len(ids):
         # Decoded behind the piece before it, a token keeps the space that some decoders drop at the start of a text.
-        context = self._decode(ids[before:start])
-        end = start + 1
-        while True:
-            text = self._decode(ids[before:end])
-            text = text[len(context) :] if text.startswith(context) else self._decode(ids[start:end])
-            alone = (
-                end == len(ids)
-                or end - start == _LONGEST_GROUP
+        context = decode(before, start)
+        for end in range(start + 1, len(ids) + 1):
+            text = decode(before, end)
+            text = text.removeprefix(context) if text.startswith(context) else decode(start, end)
+            if (
+                not text.endswith(_UNFINISHED)
+                or end in (len(ids), start + _MOST_TOKENS)
                 or labelled[end] != labelled[start]
-                or ids[end] in self.special_ids
-            )
-            if alone or not text.endswith(_UNFINISHED):
-                return end, text
-            end += 1
+                or ids[end] in special_ids
+            ):
+                break
+        stop = labelled[start] and ids[start] in stop_ids
+        pieces.append(Piece(text, tuple(ids[start:end]), labelled[start], ids[start] in special_ids, stop))
+        before, start = start, end
+    return list(_name_parts(pieces))
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), **_DECODING)) if ids else ""
 
-
-def _find_parts(pieces: Sequence[Piece]) -> list[Piece]:
-    """Return the pieces with the part that each is of, turn by turn: control tokens part the turns."""
+def _name_parts(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """Yield the pieces with the part that each is of, turn by turn: control tokens divide the turns."""
 
     def is_text(piece: Piece) -> bool:
         return not piece.special or _MARK.fullmatch(piece.text) is not None
 
-    found: list[Piece] = []
     for is_turn, group in itertools.groupby(pieces, is_text):
         turn = list(group)
         marked = list(_MARKED.finditer("".join(piece.text for piece in turn))) if is_turn else []
-        at = 0
+        end = 0
         for piece in turn:
-            at += len(piece.text)  # a token may reach over a mark: its last character decides
-            match = next((one for one in marked if one.start() < at <= one.end()), None)
-            part = "" if match is None else CALL if match[2].lower() == "tool_call" else REASONING
-            found.append(piece._replace(part=part))
-    return found
-
-
-def choose_rows(
-    split: str, samples: SampleSet, report: Report, cutter: PieceCutter, options: argparse.Namespace
-) -> list[ShownRow]:
-    """Choose rows of a split, in the order of the options; the first two if none are asked for."""
-
-    def show(number: int, why: str = "") -> ShownRow:
-        begin, end = (int(at) for at in samples.starts[number : number + 2])
-        labelled = samples.labelled[begin:end].tolist()
-        pieces = cutter.cut(samples.ids[begin:end].tolist(), labelled)
-        weight = 1.0 if samples.weights is None else float(samples.weights[number])
-        return ShownRow(samples.where(number), why, tuple(pieces), end - begin, sum(labelled), weight)
-
-    chosen = []
-    for place in options.row:
-        numbers, bad = _find(split, samples, report, place)
-        chosen += [show(number) for number in numbers] + bad
-    lengths = samples.lengths
-    if options.longest and len(lengths):
-        chosen.append(show(int(lengths.argmax()), "the longest"))
-    if options.shortest and len(lengths):
-        chosen.append(show(int(lengths.argmin()), "the shortest"))
-    if options.search is not None:
-        found = _search(samples, cutter.tokenizer, options.search)
-        more = f"; the first {_FOUND} are shown" if len(found) > _FOUND else ""
-        note = f"{len(found):,} of {len(samples):,} samples hold it{more}."
-        chosen.append(ShownRow(f"search for {options.search!r}", note=note))
-        chosen += [show(number, f"holds {options.search!r}") for number in found[:_FOUND]]
-    if options.row or options.longest or options.shortest or options.search is not None:
-        return chosen
-    return [show(number) for number in range(min(_FIRST, len(lengths)))]
-
-
-def _find(split: str, samples: SampleSet, report: Report, place: str) -> tuple[list[int], list[ShownRow]]:
-    """Return the samples of a line, in any file if none is named, and what became of a row that gave none."""
-    file, _, line = place.rpartition(":")
-    if not line.isdecimal() or int(line) < 1:
-        raise UserError(f"--row {place}: expected a line number from 1, or FILE:LINE as messages name a row.")
-    end = f"{file}:{line}"
-    of_line = np.flatnonzero(samples.line == int(line)).tolist()
-    numbers = [number for number in of_line if samples.where(number).endswith(end)]
-    bad = [ShownRow(row.where, note=f"a bad row: {row.reason}") for row in report.bad if row.where.endswith(end)]
-    if numbers or bad:
-        return numbers, bad
-    last = max([report.rows, *samples.line.tolist()])
-    if int(line) > last or not any(name.endswith(file) for name in samples.files):
-        raise UserError(f"--row {place}: {split} has no such row; its {report.rows:,} rows end at {last}.")
-    note = "no sample comes from here: no row begins in that line, or it is bad, dropped or in another split."
-    return [], [ShownRow(place if file else f"{split} line {line}", note=note)]
-
-
-def _search(samples: SampleSet, tokenizer: Any, text: str) -> list[int]:
-    found = []
-    for begin in range(0, len(samples), _CHUNK):
-        bounds = samples.starts[begin : begin + _CHUNK + 1].tolist()
-        rows = [samples.ids[start:end].tolist() for start, end in itertools.pairwise(bounds)]
-        decoded = tokenizer.batch_decode(rows, **_DECODING)
-        found += [begin + number for number, row in enumerate(decoded) if text.casefold() in row.casefold()]
-    return found
+            end += len(piece.text)  # a token may reach over a mark: its last character decides
+            names = [match[2].lower() for match in marked if match.start() < end <= match.end()]
+            yield piece._replace(part=(TOOL_CALL if names == ["tool_call"] else REASONING) if names else "")

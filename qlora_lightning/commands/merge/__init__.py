@@ -6,8 +6,7 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
-from qlora_lightning.commands.options import OptionParser
-from qlora_lightning.commands.output import add_json_option, check_output, tables_beside
+from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import quick_imports
 

@@ -15,9 +15,9 @@ from qlora_lightning.base.folder import BaseFolder
 from qlora_lightning.base.gguf import silence_transformers
 from qlora_lightning.commands.adapter_config import add_config
 from qlora_lightning.commands.options import quiet_lightning
-from qlora_lightning.commands.training import open_run
+from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.collate import collate_rows
-from qlora_lightning.evaluation.judge import steps_bar
+from qlora_lightning.evaluation.rows import steps_bar
 from qlora_lightning.model.build import meta_base
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.weights.base import OriginalWeights, Weights
@@ -109,8 +109,8 @@ def read_rows(options: argparse.Namespace, adapter: Path, vocabulary: int) -> li
     arguments = add_config(adapter, options.fit)
     if options.base is not None:
         arguments += ["--model.base", options.base]
-    with quiet_lightning(), open_run(arguments, "merge", with_trainer=False) as run:
-        data: Any = run.datamodule
+    with quiet_lightning():
+        data: Any = QLoRACLI(arguments, with_trainer=False).datamodule
         data.setup("validate")
         samples = data.samples["val"]
     rows = np.unique(np.linspace(0, len(samples) - 1, min(options.rows, len(samples)), dtype=int))

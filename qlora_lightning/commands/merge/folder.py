@@ -17,8 +17,8 @@ from qlora_lightning.base.tensors import ShardWriter, format_bytes
 from qlora_lightning.commands.merge import DTYPES, RECORD
 from qlora_lightning.commands.merge.check import check_written, read_rows
 from qlora_lightning.commands.merge.gguf_files import GGUFModelWriter, write_adapter
-from qlora_lightning.commands.output import write_json
-from qlora_lightning.evaluation.judge import steps_bar
+from qlora_lightning.commands.options import write_json
+from qlora_lightning.evaluation.rows import steps_bar
 from qlora_lightning.model.opened_adapter import AdapterSource, find_adapter
 from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights, Weights
 from qlora_lightning.model.weights.merging import MergedWeights, MergePlan, plan_merge

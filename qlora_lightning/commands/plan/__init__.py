@@ -5,16 +5,22 @@ from collections.abc import Sequence
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.commands.adapter_config import add_config
-from qlora_lightning.commands.options import OptionParser, quiet_lightning
-from qlora_lightning.commands.output import add_json_option, check_output, tables_beside, write_json
+from qlora_lightning.commands.options import (
+    OptionParser,
+    add_json_option,
+    check_output,
+    quiet_lightning,
+    tables_beside,
+    write_json,
+)
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import quick_imports
 
-_DESCRIPTION = """Show the model of a config and plan its memory, steps and tokens before anything is loaded.
+_DESCRIPTION = """Show the model of a config, and plan its memory, steps and tokens before anything is loaded.
 
 The config is the one that `fit` takes, and so is every other option: --model.rank 16, --data.batch_size 4. No weight
-is read and nothing is fetched; the data are read if they are on this machine. Nothing is written but what --json
-names. With --adapter it is planned to train that adapter further, by the config of its run."""
+is read and nothing is fetched; the data are read if they are on this machine. Nothing is written except the file that
+--json names. With --adapter, the plan is to train that adapter further, by the config of its run."""
 _EPILOG = """examples:
   qlora-lightning plan --config configs/quickstart.yaml
   qlora-lightning plan --config configs/llama-3.1-8b-16gb.yaml --device-memory 16GiB --json plan.json
@@ -22,7 +28,7 @@ _EPILOG = """examples:
 
 GB are 10^9 bytes, GiB 2^30. The device is that of trainer.accelerator; `auto` means a GPU if there is one or if
 --device-memory is given. Figures for GPUs come from the same formulas, which were checked on CPUs only."""
-_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_UNITS = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,20 +44,20 @@ def main(argv: Sequence[str]) -> int:
         from rich.console import Console
 
         from qlora_lightning.commands.plan.planner import plan_run
-        from qlora_lightning.commands.plan.report import print_plan, summarize
+        from qlora_lightning.commands.plan.report import print_plan
 
     with quiet_lightning(), tables_beside(file):
-        plan = plan_run(rest, memory)
-        print_plan(plan, Console(highlight=False))
+        figures, model = plan_run(rest, memory)
+        print_plan(figures, model, Console(highlight=False))
     if file is not None:
-        write_json(file, summarize(plan))
+        write_json(file, figures)
     return 0
 
 
 def read_size(text: str) -> int:
-    """Read a number of bytes with a unit: ``16GiB``, ``24 GB``."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([a-z]+)", text.strip().lower(), re.ASCII)
-    size = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
+    """Read a number of bytes with a unit: ``16GiB``, ``24 GB``, ``81559 MiB``."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([mg]i?b)", text.strip().lower(), re.ASCII)
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if not size:
         raise UserError(f"--device-memory is {text[:40]!r}: expected a size with its unit, such as 16GiB or 24GB.")
     return size
@@ -61,10 +67,7 @@ def _parser() -> OptionParser:
     usage = "qlora-lightning plan --config FILE [--adapter DIR] [options] [options of fit]"
     parser = OptionParser("plan", _DESCRIPTION, _EPILOG, usage)
     parser.add_argument("--adapter", metavar="DIR", help="adapter folder to train further (model.adapter)")
-    parser.add_argument(
-        "--device-memory",
-        metavar="SIZE",
-        help="memory of the device, such as 16GiB or 24GB (default: of this machine's GPU, or its own)",
-    )
+    memory_help = "memory of the device, such as 16GiB or 24GB (default: of this machine's GPU, or its own)"
+    parser.add_argument("--device-memory", metavar="SIZE", help=memory_help)
     add_json_option(parser)
     return parser

@@ -1,20 +1,19 @@
-"""A config as a plan: its model without numbers, its batches, the memory of its steps, and what changes would save."""
+"""Plans a config: its model without numbers, its batches, the memory of a step, and what one change would save."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import peft
 import torch
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
+from qlora_lightning.base.tensors import GIB
 from qlora_lightning.commands.epoch import Epoch, plan_epoch, training_plan
-from qlora_lightning.commands.plan.base import find_config, find_tokenizer
-from qlora_lightning.commands.plan.report import Device, Knob, Plan, RunLength
-from qlora_lightning.commands.training import open_run
-from qlora_lightning.data.batches.epoch_plan import epochs_to_look_at, first_and_largest
-from qlora_lightning.data.rows.sources import find_sources
+from qlora_lightning.commands.plan.local_base import find_config, find_tokenizer
+from qlora_lightning.commands.training import QLoRACLI
+from qlora_lightning.data.batches.epoch_plan import EpochPlan, epochs_to_look_at, first_and_largest
 from qlora_lightning.model.base_model import Quantization, check_stored_quantization
 from qlora_lightning.model.batch import BatchShape, computed_counter, shape_of_rows
 from qlora_lightning.model.build import fuse, meta_base, put_adapters
@@ -23,8 +22,9 @@ from qlora_lightning.model.layers.attention import can_leave_out
 from qlora_lightning.model.layout import filled
 from qlora_lightning.model.memory.plan import (
     MOST_LENGTHS,
-    MemoryPlan,
+    STORAGES,
     StepSettings,
+    count_trained,
     name_storage,
     plan_memory,
     read_base,
@@ -35,260 +35,172 @@ from qlora_lightning.support.errors import UserError
 _CONTEXT = 600_000_000  # bytes that CUDA, cuBLAS and the kernels take on a card, beside tensors; an estimate
 _SHORTEST = 256  # tokens: rows that are shorter already are not cut
 
+Step = tuple[peft.PeftModel, BatchShape, StepSettings]
+"""What memory is planned for: a model without numbers, its largest micro-batch, and everything else."""
+Build = Callable[[Quantization, dict[str, Any]], tuple[peft.PeftModel, bool]]
+"""From a quantization and adapter options to the model without numbers, and whether its products are autocast."""
 
-def plan_run(arguments: Sequence[str], memory: int | None) -> Plan:
-    """Parse options as ``fit`` does, and plan what they describe: no Trainer, no model, no run folder.
+
+def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, Any], peft.PeftModel]:
+    """Parse options as ``fit`` does, and plan what they describe: no Trainer, no weights, no run folder.
 
     Args:
         arguments: options of ``fit``.
         memory: bytes of the device, if the user names them.
-    """
-    why_not: str | None = None
 
-    def use_local_tokenizer(settings: Any) -> None:
-        nonlocal why_not
-        data = settings["data"].get("init_args") or {}
+    Returns:
+        All figures, in bytes, as the JSON has them; and the model without numbers.
+    """
+    run = _LocalRun(arguments, with_trainer=False)
+    return _plan(run.model, run.datamodule, run.config, memory, run.no_tokenizer)
+
+
+class _LocalRun(QLoRACLI):
+    """Takes a tokenizer that is on this machine."""
+
+    no_tokenizer: UserError | None = None
+
+    def before_instantiate_classes(self) -> None:
+        data = self.config["data"].get("init_args") or {}
         if "tokenizer" in data:
-            data["tokenizer"], why_not = find_tokenizer(data["tokenizer"])
+            try:
+                data["tokenizer"] = find_tokenizer(data["tokenizer"])
+            except UserError as error:
+                self.no_tokenizer = error
 
-    with open_run(arguments, "plan", adjust=use_local_tokenizer, with_trainer=False) as run:
-        return make_plan(run.model, run.datamodule, why_not, run.config.as_dict(), memory)
 
-
-def make_plan(module: Any, data: Any, no_tokenizer: str | None, settings: dict[str, Any], memory: int | None) -> Plan:
-    """Plan a config.
-
-    Args:
-        module: A ``QLoRAModule`` without its model.
-        data: The data module, not yet set up.
-        no_tokenizer: Why the data cannot be rendered here.
-        settings: The whole config.
-        memory: Bytes of the device, if the user names them.
-    """
+def _plan(
+    module: Any, data: Any, settings: Any, memory: int | None, no_tokenizer: UserError | None
+) -> tuple[dict[str, Any], peft.PeftModel]:
     if not isinstance(module, QLoRAModule):
         raise UserError(f"model.class_path names {type(module).__name__}: plan knows QLoRAModule and its subclasses.")
     trainer, checkpointing = settings["trainer"], settings["gradient_checkpointing"]
+    notes: list[str] = []
     device = _choose_device(str(trainer["accelerator"]), memory)
+    is_cuda = device["kind"] == "cuda"
+    process = _CONTEXT if is_cuda else read_resident_bytes()  # before there are data and a model
+    # a card that is not here is taken for one of this decade
+    dtype_device = "meta" if is_cuda and not torch.cuda.is_available() else device["kind"]
+    dtype = choose_compute_dtype(module.compute_dtype, torch.device(dtype_device))
+
     config, origin = find_config(module.base, module.revision, module.trust_remote_code)
     double_quant, is_stored_quantized = module.double_quant, getattr(config, "quantization_config", None) is not None
     if is_stored_quantized:
         stored = check_stored_quantization(config, module.quantization, module.base)
         double_quant = bool(stored.get("bnb_4bit_use_double_quant", False))
-    choice = Choice(
-        quantization=module.quantization,
-        double_quant=double_quant,
-        optimizer=module.optimizer_choice,
-        adapter=module.adapter,
-        adapter_options=module.adapter_options,
-        fast=module.fast,
-        has_noise=module.neftune_alpha is not None,
-        every_n_layers=checkpointing["every_n_layers"] if checkpointing["enabled"] else 0,
-    )
-    planner = Planner(config, device.kind, module.compute_dtype)
-    run = measure_run(data, trainer, no_tokenizer, planner.leaves_out(choice))
-    is_mapped = module.cache or is_stored_quantized or module.quantization == "none"
-    choice = replace(choice, batch=run.batch, batch_lengths=run.batch_lengths, ids=run.ids if is_mapped else None)
-    peak = planner.plan(choice)
-    changes = _changes(choice, config.num_hidden_layers, trainer["accumulate_grad_batches"], data)
-    knobs = [
-        Knob(change, peak.peak_bytes - planner.plan(changed).peak_bytes, costs) for change, changed, costs in changes
-    ]
-    notes = [] if run.why_not is None else [f"The data were not read. {run.why_not}"]
-    if device.kind == "cuda":
+    folder = None if module.adapter is None else find_adapter_folder(module.adapter)
+
+    def build(quantization: Quantization, options: dict[str, Any]) -> tuple[peft.PeftModel, bool]:
+        built = put_adapters(meta_base(config, dtype, quantization), folder, **options).to("meta")
+        return built, fuse(built, module.fast) and dtype != torch.float32
+
+    model, autocasts = build(module.quantization, module.adapter_options)
+    leaves_out = module.fast and module.neftune_alpha is None and can_leave_out(model.get_base_model(), True)
+    epoch: Epoch | None = None
+    batch, batch_lengths, ids = _largest_allowed(data), 1, None
+    try:
+        if no_tokenizer is not None:
+            raise no_tokenizer
+        rows = _read_rows(data)
+        epoch = plan_epoch(rows, trainer, data.streaming)
+        batch, batch_lengths = _measure_batches(rows, epoch, data.streaming, leaves_out)
+        is_mapped = module.cache or is_stored_quantized or module.quantization == "none"
+        ids = rows.samples.ids if is_mapped else None
+    except UserError as error:
+        epoch = None
+        notes.append(f"The data were not read. {error}")
+    if is_cuda:
         notes.append("Figures for GPUs are an estimate: their formulas were checked on CPUs only.")
     for name in ("build_model", "compute_loss"):
         if module.overrides(name):
-            notes.append(f"{type(module).__name__} has a {name} of its own: planned is the usual one.")
-    return Plan(
-        base=module.base,
-        origin=origin,
-        storage=name_storage(choice.quantization, choice.double_quant, planner.dtype.itemsize),
-        model=planner.model(choice),
-        shape=read_base(planner.model(choice)),
-        dtype=planner.dtype,
-        memory=peak,
-        device=device,
-        knobs=sorted((knob for knob in knobs if knob.saves > 0), key=lambda knob: -knob.saves),
-        run=run,
-        notes=notes,
+            notes.append(f"{type(module).__name__} has a {name} of its own: the plan is for the usual one.")
+
+    step_settings = StepSettings(
+        device=device["kind"],
+        dtype=dtype,
+        quantization=module.quantization,
+        double_quant=double_quant,
+        optimizer=module.optimizer_choice,
+        process=process,
+        autocasts=autocasts,
+        every_n_layers=checkpointing["every_n_layers"] if checkpointing["enabled"] else 0,
+        batch_lengths=batch_lengths,
+        ids=ids,
     )
+    step = model, batch if leaves_out else batch.whole(), step_settings
+    planned, shape = plan_memory(*step), read_base(model)
+    changes: list[dict[str, Any]] = [
+        {"change": change, "saves": planned.peak_bytes - plan_memory(*changed).peak_bytes, "costs": costs}
+        for change, costs, changed in _changes(module, data, trainer["accumulate_grad_batches"], step, build)
+    ]
+    figures = {
+        "base": {
+            "name": module.base,
+            "config": origin,
+            "stored": name_storage(module.quantization, double_quant, dtype.itemsize),
+            "parameters": shape.parameters,
+            "bytes": {storage: shape.count_bytes(storage) for storage in STORAGES},
+        },
+        "adapters": {"parameters": count_trained(model)},
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "device": device,
+        "memory": {
+            "parts": planned.parts,
+            "peak_bytes": planned.peak_bytes,
+            "fits": planned.peak_bytes <= device["memory"],
+        },
+        "largest_batch": {
+            "rows": len(batch.lengths),
+            "tokens": batch.tokens,
+            "longest": max(batch.lengths),
+            "labelled": batch.labelled,
+        },
+        "changes": sorted((each for each in changes if each["saves"] > 0), key=lambda each: -each["saves"]),
+        "run": epoch and {"steps": epoch.all_steps, "tokens": epoch.all_tokens, "epoch": asdict(epoch)},
+        "notes": notes,
+    }
+    return figures, model
 
 
-def _choose_device(accelerator: str, memory: int | None) -> Device:
+def _choose_device(accelerator: str, memory: int | None) -> dict[str, Any]:
     """Choose whose memory is planned; ``auto`` is CUDA if this machine has it, or if the user names its memory."""
     if accelerator not in ("auto", "gpu", "cuda", "cpu"):
         raise UserError(f"trainer.accelerator is {accelerator}: plan knows cpu, gpu and auto.")
     has_gpu = torch.cuda.is_available()
     kind = "cpu" if accelerator == "cpu" or (accelerator == "auto" and memory is None and not has_gpu) else "cuda"
     if memory is not None:
-        return Device(kind, memory, named=True)
+        return {"kind": kind, "memory": memory, "named": True}
     if kind == "cuda" and not has_gpu:
-        raise UserError("trainer.accelerator asks for a GPU, and there is none here: give --device-memory, as 16GiB.")
-    return Device(kind, int(device_memory_gib(torch.device(kind)) * 2**30), named=False)
+        raise UserError("trainer.accelerator asks for a GPU, and there is none here: add --device-memory, as 16GiB.")
+    return {"kind": kind, "memory": int(device_memory_gib(torch.device(kind)) * GIB), "named": False}
 
 
-# ---- the model and its memory ----------------------------------------------------------------------------------------
+# ---- batches ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Choice:
-    """All that a plan depends on, beside the base; settings are named as under ``model``.
-
-    Attributes:
-        has_noise: Whether there is a ``model.neftune_alpha``.
-        every_n_layers: Every n-th layer is checkpointed; 0: none.
-        batch: The largest micro-batch; none before the data are read.
-        batch_lengths: How many numbers of tokens the run's micro-batches have.
-        ids: Token ids of the data, if only what is read of the embedding is in memory; ``None``: all of it is.
-    """
-
-    quantization: Quantization
-    double_quant: bool
-    optimizer: str | dict[str, Any] | None
-    adapter: str | None
-    adapter_options: dict[str, Any]
-    fast: bool
-    has_noise: bool
-    every_n_layers: int
-    batch: BatchShape = BatchShape((), 0)  # noqa: RUF009  # frozen
-    batch_lengths: int = 1
-    ids: Any = None
+def _read_rows(data: Any) -> EpochPlan:
+    """Read the training data, unless they are not on this machine; return their micro-batches."""
+    for source in [*data.sources("train"), *data.sources("val")]:
+        if source.is_remote:
+            raise UserError(f"{source.path} is not on this machine, and plan fetches nothing.")
+    data.setup("fit")
+    return training_plan(data)
 
 
-class Planner:
-    """Plans choices on one base, given by transformers' config, and one kind of device, ``cpu`` or ``cuda``."""
-
-    def __init__(self, config: Any, device: str, compute_dtype: Any) -> None:
-        self.config, self.device = config, device
-        self.process = read_resident_bytes() if device == "cpu" else _CONTEXT
-        if device == "cuda" and not torch.cuda.is_available():  # a config for another machine: a card of this decade
-            meta = torch.device("meta")
-            self.dtype = torch.bfloat16 if compute_dtype == "auto" else choose_compute_dtype(compute_dtype, meta)
-        else:
-            self.dtype = choose_compute_dtype(compute_dtype, torch.device(device))
-        self._built: dict[str, tuple[peft.PeftModel, bool]] = {}
-
-    def model(self, choice: Choice) -> peft.PeftModel:
-        """Return the model of a choice, without numbers."""
-        return self._build(choice)[0]
-
-    def _build(self, choice: Choice) -> tuple[peft.PeftModel, bool]:
-        """Return the model, and whether something trains in PEFT's own layers."""
-        key = repr((choice.quantization, choice.adapter, choice.adapter_options, choice.fast))
-        if key not in self._built:
-            folder = None if choice.adapter is None else find_adapter_folder(choice.adapter)
-            base = meta_base(self.config, self.dtype, choice.quantization)
-            model = put_adapters(base, folder, **choice.adapter_options).to("meta")
-            self._built[key] = model, fuse(model, choice.fast)
-        return self._built[key]
-
-    def plan(self, choice: Choice) -> MemoryPlan:
-        """Plan the memory of a choice."""
-        model, unfused = self._build(choice)
-        settings = StepSettings(
-            device=self.device,
-            dtype=self.dtype,
-            quantization=choice.quantization,
-            double_quant=choice.double_quant,
-            optimizer=choice.optimizer,
-            process=self.process,
-            autocasts=unfused and self.dtype != torch.float32,
-            every_n_layers=choice.every_n_layers,
-            batch_lengths=choice.batch_lengths,
-            ids=choice.ids,
-        )
-        return plan_memory(model, choice.batch if self.leaves_out(choice) else choice.batch.whole(), settings)
-
-    def leaves_out(self, choice: Choice) -> bool:
-        """Return whether tokens that no label needs are left out, as ``QLoRAModule.leaves_out_unneeded`` would."""
-        return choice.fast and not choice.has_noise and can_leave_out(self.model(choice).get_base_model(), True)
-
-
-def _changes(now: Choice, layers: int, accumulate: int, data: Any) -> Iterator[tuple[str, Choice, str]]:
-    """Yield each change of one setting that applies: what to type, the changed choice, what it costs in words."""
-    lengths, size, budget = now.batch.lengths, data.batch_size, data.tokens_per_batch
-    if now.every_n_layers != 1:
-        option = "every_n_layers: 1" if now.every_n_layers else "enabled: true"
-        changed = replace(now, every_n_layers=1)
-        yield f"gradient_checkpointing.{option}", changed, "same result, about a third slower"
-    if size is not None and size > 1 and len(lengths) > 1:
-        rows = next(n for n in range(size // 2, 0, -1) if size % n == 0)
-        change = f"data.batch_size: {rows}, trainer.accumulate_grad_batches: {accumulate * size // rows}"
-        yield change, replace(now, batch=now.batch.longest(rows)), "same result, a little slower"
-    if budget is not None and max(lengths) <= budget // 2:
-        change = f"data.tokens_per_batch: {budget // 2}, trainer.accumulate_grad_batches: {2 * accumulate}"
-        half = now.batch.longest(math.ceil(len(lengths) / 2))
-        yield change, replace(now, batch=half), "nearly the same result, a little slower"
-    if (length := max(lengths) // 2) >= _SHORTEST:
-        shorter = replace(now, batch=now.batch.cut(length))
-        yield f"data.max_length: {length}", shorter, "longer rows are cut, see data.too_long"
-    if now.quantization in ("int8", "none"):
-        four = replace(now, quantization="nf4", double_quant=True)
-        yield "model.quantization: nf4", four, "a base in 4 bits: small losses of quality"
-    elif not now.double_quant:
-        yield "model.double_quant: true", replace(now, double_quant=True), "next to nothing"
-    if now.optimizer is None:
-        name = "bitsandbytes.optim.AdamW8bit"
-        yield f"model.optimizer: {name}", replace(now, optimizer=name), "averages in 8 bits"
-    options = now.adapter_options
-    if now.adapter is None and not options["lora_options"]:
-        if rank := int(options["rank"]) // 2:
-            yield f"model.rank: {rank}", replace(now, adapter_options={**options, "rank": rank}), "a smaller adapter"
-        if options["layers"] == "all" and layers > 1:
-            upper = f"last:{layers // 2}"
-            fewer = replace(now, adapter_options={**options, "layers": upper})
-            yield f"model.layers: {upper}", fewer, "trains the upper half of the layers only; faster"
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------------
-
-
-def measure_run(data: Any, trainer: dict[str, Any], no_tokenizer: str | None, leaves_out: bool) -> RunLength:
-    """Read the training data and plan their batches; if that cannot be done, take the largest batch there can be.
-
-    Args:
-        data: The data module, not yet set up.
-        trainer: The trainer section of the config.
-        no_tokenizer: Why the data cannot be rendered here.
-        leaves_out: Whether tokens that the loss does not need are left out.
-    """
-    try:
-        for split in ("train", "val"):
-            value = data.files[split]
-            for source in [] if value is None else find_sources(value, split):
-                if source.is_remote:
-                    raise UserError(f"{source.path} in data.{split} is not on this machine, and plan fetches nothing.")
-        if no_tokenizer is not None:
-            raise UserError(no_tokenizer)
-        data.setup("fit")
-    except UserError as error:
-        if "train" not in data.samples:
-            return RunLength(_largest_allowed(data), why_not=str(error))
-    plan = training_plan(data)
-    epoch = plan_epoch(plan, trainer, streaming=data.streaming)
-    epochs = range(1) if data.streaming else epochs_to_look_at(plan, max_epochs=epoch.epochs)
-    count = computed_counter(plan.samples, leaves_out)
-    found = first_and_largest(plan, epochs, limit=epoch.batches, count=count)
+def _measure_batches(rows: EpochPlan, epoch: Epoch, streaming: bool, leaves_out: bool) -> tuple[BatchShape, int]:
+    """Return the largest micro-batch, and how many numbers of tokens the run's micro-batches have."""
+    epochs = range(1) if streaming else epochs_to_look_at(rows, max_epochs=epoch.epochs)
+    count = computed_counter(rows.samples, leaves_out)
+    found = first_and_largest(rows, epochs, limit=epoch.batches, count=count)
     if found is None:
-        return RunLength(_largest_allowed(data), why_not="There are no training rows.")
-    batches = [batch for number in epochs for batch in plan.batches(number)[: epoch.batches]]
-    batches = batches[: None if epoch.all_steps is None else epoch.all_steps * epoch.accumulate]
+        raise UserError("There are no training rows.")
+    batches = [batch for number in epochs for batch in rows.batches(number)[: epoch.batches]]
     lengths: set[int] = set()
-    for batch in batches:
+    for batch in batches[: None if epoch.all_steps is None else epoch.all_steps * epoch.accumulate]:
         lengths.add(filled(count(batch.rows)))
         if len(lengths) == MOST_LENGTHS:
             break
-    largest = shape_of_rows(plan.samples, found[1].rows)
-    return RunLength(largest, epoch, _count_tokens(epoch), len(lengths), plan.samples.ids)
-
-
-def _count_tokens(epoch: Epoch) -> int | None:
-    """Count the tokens of all optimizer steps; ``None`` if nothing ends the run."""
-    if epoch.all_steps is None:
-        return None
-    whole = epoch.epochs is not None and epoch.all_steps == epoch.epochs * epoch.steps
-    batches = (epoch.epochs or 0) * epoch.batches if whole else epoch.all_steps * epoch.accumulate
-    return round(batches * epoch.devices * epoch.mean_tokens)
+    return shape_of_rows(rows.samples, found[1].rows), len(lengths)
 
 
 def _largest_allowed(data: Any) -> BatchShape:
@@ -299,3 +211,47 @@ def _largest_allowed(data: Any) -> BatchShape:
         whole, rest = divmod(data.tokens_per_batch, data.max_length)
         lengths = (data.max_length,) * whole + ((rest,) if rest else ())
     return BatchShape(lengths, sum(lengths) - len(lengths))
+
+
+# ---- changes ---------------------------------------------------------------------------------------------------------
+
+
+def _changes(
+    module: QLoRAModule, data: Any, accumulate: int, step: Step, build: Build
+) -> Iterator[tuple[str, str, Step]]:
+    """Yield each change of one setting that applies: what to type, what it costs, and the step that it makes."""
+    model, batch, now = step
+    size, budget, longest = data.batch_size, data.tokens_per_batch, max(batch.lengths)
+    if now.every_n_layers != 1:
+        option = "every_n_layers: 1" if now.every_n_layers else "enabled: true"
+        changed = model, batch, replace(now, every_n_layers=1)
+        yield f"gradient_checkpointing.{option}", "same result, about a third slower", changed
+    if size is not None and size > 1 and len(batch.lengths) > 1:
+        rows = next(n for n in range(size // 2, 0, -1) if size % n == 0)
+        change = f"data.batch_size: {rows}, trainer.accumulate_grad_batches: {accumulate * size // rows}"
+        yield change, "same result, a little slower", (model, batch.longest(rows), now)
+    if budget is not None and longest <= budget // 2:
+        change = f"data.tokens_per_batch: {budget // 2}, trainer.accumulate_grad_batches: {2 * accumulate}"
+        half = batch.longest(math.ceil(len(batch.lengths) / 2))
+        yield change, "nearly the same result, a little slower", (model, half, now)
+    if (length := longest // 2) >= _SHORTEST:
+        yield f"data.max_length: {length}", "longer rows are cut, see data.too_long", (model, batch.cut(length), now)
+    if now.quantization in ("int8", "none"):
+        built, autocasts = build("nf4", module.adapter_options)
+        changed = built, batch, replace(now, quantization="nf4", double_quant=True, autocasts=autocasts)
+        yield "model.quantization: nf4", "a base in 4 bits: small losses of quality", changed
+    elif not now.double_quant:
+        yield "model.double_quant: true", "next to nothing", (model, batch, replace(now, double_quant=True))
+    if now.optimizer is None:
+        name = "bitsandbytes.optim.AdamW8bit"
+        yield f"model.optimizer: {name}", "averages in 8 bits", (model, batch, replace(now, optimizer=name))
+    options, layers = module.adapter_options, model.get_base_model().config.num_hidden_layers
+    if module.adapter is None and not options["lora_options"]:
+        smaller: list[tuple[str, Any, str]] = []
+        if rank := options["rank"] // 2:
+            smaller.append(("rank", rank, "a smaller adapter"))
+        if options["layers"] == "all" and layers > 1:
+            smaller.append(("layers", f"last:{layers // 2}", "trains the upper half of the layers only; faster"))
+        for name, value, costs in smaller:
+            built, autocasts = build(module.quantization, {**options, name: value})
+            yield f"model.{name}: {value}", costs, (built, batch, replace(now, autocasts=autocasts))

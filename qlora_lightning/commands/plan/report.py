@@ -1,267 +1,140 @@
-"""A plan as JSON, as tables, and as a picture of the model with what is adapted."""
+"""A plan as tables: the model with what is adapted, bytes by storage and by part, changes, and the run."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from peft.tuners.lora import LoraLayer
-from rich.console import Console, Group
-from rich.panel import Panel
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
-from qlora_lightning.base.tensors import format_bytes
-from qlora_lightning.commands.epoch import Epoch
+from qlora_lightning.base.tensors import format_bytes, format_gib
 from qlora_lightning.model.adapters.lora import ADAPTER
-from qlora_lightning.model.batch import BatchShape
-from qlora_lightning.model.memory.plan import PARTS, STORAGES, BaseShape, MemoryPlan, count_trained
+from qlora_lightning.model.memory.plan import PARTS
 
 _BAR = 16  # characters
-_ADAPTED = "green"
 
 
-class Device(NamedTuple):
-    """Whose memory is planned: ``cpu`` or ``cuda``, bytes, and whether the user named them."""
-
-    kind: str
-    memory: int
-    named: bool
-
-
-class Knob(NamedTuple):
-    """A change of one setting: what to type, bytes that it saves at the peak, what it costs in words."""
-
-    change: str
-    saves: int
-    costs: str
-
-
-@dataclass(frozen=True)
-class RunLength:
-    """What a run trains on.
-
-    Attributes:
-        batch: The largest micro-batch, or the largest that the settings allow.
-        epoch: One epoch, and the steps of the run; ``None`` if the data were not read.
-        tokens: Tokens of all optimizer steps; ``None`` if nobody knows.
-        batch_lengths: How many numbers of tokens the micro-batches have, as far as it matters.
-        ids: Token ids of all training rows that were read.
-        why_not: Why they were not, in a sentence.
-    """
-
-    batch: BatchShape
-    epoch: Epoch | None = None
-    tokens: int | None = None
-    batch_lengths: int = 1
-    ids: Any = None
-    why_not: str | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that is shown.
-
-    Attributes:
-        base: ``model.base``.
-        origin: Where its config comes from.
-        storage: How it is stored.
-        model: Base and adapters without numbers.
-        shape: Shape of the base.
-        dtype: Dtype of the products.
-        memory: Memory by part.
-        device: Where it is to run.
-        knobs: What changes would save.
-        run: Steps and tokens.
-        notes: What else there is to say.
-    """
-
-    base: str
-    origin: str
-    storage: str
-    model: Any
-    shape: BaseShape
-    dtype: Any
-    memory: MemoryPlan
-    device: Device
-    knobs: list[Knob]
-    run: RunLength
-    notes: list[str]
-
-
-def summarize(plan: Plan) -> dict[str, Any]:
-    """Return all figures, in bytes, in the form of the JSON."""
-    epoch, peak = plan.run.epoch, plan.memory.peak_bytes
-    return {
-        "base": {
-            "name": plan.base,
-            "config": plan.origin,
-            "stored": plan.storage,
-            "parameters": plan.shape.parameters,
-            "bytes": {storage: plan.shape.count_bytes(storage) for storage in STORAGES},
-        },
-        "adapters": {"parameters": count_trained(plan.model)},
-        "compute_dtype": str(plan.dtype).removeprefix("torch."),
-        "device": plan.device._asdict(),
-        "memory": {"parts": plan.memory.parts, "peak_bytes": peak, "fits": peak <= plan.device.memory},
-        "largest_batch": {
-            "rows": len(plan.run.batch.lengths),
-            "tokens": plan.run.batch.tokens,
-            "longest": max(plan.run.batch.lengths),
-            "labelled": plan.run.batch.labelled,
-        },
-        "knobs": [knob._asdict() for knob in plan.knobs],
-        "run": None if epoch is None else {"steps": epoch.all_steps, "tokens": plan.run.tokens, "epoch": asdict(epoch)},
-        "notes": plan.notes,
-    }
-
-
-def print_plan(plan: Plan, console: Console) -> None:
-    """Print picture and tables."""
-    console.print(Text.assemble((plan.base, "bold"), f", by {plan.origin}"))
-    console.print(draw_model(plan.model))
-    console.print(_sizes(plan))
-    console.print(_memory(plan))
-    peak, device = plan.memory.peak_bytes, plan.device
-    kind = "a GPU" if device.kind == "cuda" else "a CPU"
-    whose = f"{kind} with {_gib(device.memory)}" if device.named else f"this machine's {_gib(device.memory)}"
-    longest = " for the longest possible batch, since the data were not read" if plan.run.why_not else ""
-    fits = peak <= device.memory
+def print_plan(plan: Mapping[str, Any], model: Any, console: Console) -> None:
+    """Print the figures of a plan and its model."""
+    base, device, peak = plan["base"], plan["device"], plan["memory"]["peak_bytes"]
+    console.print(Text.assemble((base["name"], "bold"), f", by {base['config']}"))
+    console.print(_model_table(model))
+    console.print(_size_table(base, plan["adapters"]["parameters"]))
+    console.print(_memory_table(plan))
+    machine = "this machine" if not device["named"] else "a GPU" if device["kind"] == "cuda" else "a CPU"
+    longest = " for the longest possible batch, since the data were not read" if plan["run"] is None else ""
+    fits, rest = plan["memory"]["fits"], format_gib(abs(device["memory"] - peak))
     verdict = ("It fits", "bold green") if fits else ("It does not fit", "bold red")
-    rest = f"{_gib(abs(device.memory - peak))} {'to spare' if fits else 'too much'}"
-    console.print(Text.assemble(verdict, f": {_gib(peak)} of {whose}{longest}, {rest}."))
-    if plan.knobs:
-        table = Table("change", "saves", "costs", title="What one change would save", title_justify="left")
-        table.columns[1].justify = "right"
-        for knob in plan.knobs:
-            table.add_row(knob.change, format_bytes(knob.saves), knob.costs)
+    numbers = f"{format_gib(peak)} of {format_gib(device['memory'])} of {machine}{longest}"
+    console.print(Text.assemble(verdict, f": {numbers}, {rest} {'to spare' if fits else 'too much'}."))
+    if plan["changes"]:
+        table = _table("What one change would save", "change", "saves", "costs")
+        for change in plan["changes"]:
+            table.add_row(change["change"], format_bytes(change["saves"]), change["costs"])
         console.print(table)
-    console.print(_run(plan.run))
-    for note in plan.notes:
+    console.print(_run_table(plan["run"], plan["largest_batch"]))
+    for note in plan["notes"]:
         console.print(Text(note))
 
 
-def _sizes(plan: Plan) -> Table:
-    base, trained = plan.shape.parameters, count_trained(plan.model)
-    table = Table("stored as", "bytes", "", title=f"The base, {base:,} parameters", title_justify="left")
+def _table(title: str, *headings: str) -> Table:
+    table = Table(*headings, title=title, title_justify="left")
     table.columns[1].justify = "right"
-    for storage in STORAGES:
-        here = Text("← this config" if storage == plan.storage else "", "green")
-        table.add_row(storage, format_bytes(plan.shape.count_bytes(storage)), here)
+    return table
+
+
+def _size_table(base: Mapping[str, Any], trained: int) -> Table:
+    table = _table(f"The base, {base['parameters']:,} parameters", "stored as", "bytes", "")
+    for storage, size in base["bytes"].items():
+        table.add_row(storage, format_bytes(size), Text("← this config" if storage == base["stored"] else "", "green"))
     table.add_section()
-    share = f"{trained:,} parameters ({trained / (base + trained):.2%}), float32"
-    table.add_row("adapters", format_bytes(4 * trained), share)
+    share = trained / (base["parameters"] + trained)
+    table.add_row("adapters", format_bytes(4 * trained), f"{trained:,} parameters ({share:.2%}), float32")
     table.caption = "int8 and nf4: the linears of the layers, embedding, norms and head in bf16"
     return table
 
 
-def _memory(plan: Plan) -> Table:
-    table = Table("part", "bytes", "", "", title="Memory of a step", title_justify="left")
-    table.columns[1].justify = "right"
-    peak, dtype = plan.memory.peak_bytes, str(plan.dtype).removeprefix("torch.")
-    told = {}
-    if plan.storage not in ("fp32", "bf16"):
-        told["base"] = f"frozen: {plan.storage.split(',')[0]}, the rest {dtype}"
-    if plan.device.kind == "cuda":
-        told["process"] = "CUDA's context, an estimate"
-    for part, size in plan.memory.parts.items():
+def _memory_table(plan: Mapping[str, Any]) -> Table:
+    parts, peak, stored = plan["memory"]["parts"], plan["memory"]["peak_bytes"], plan["base"]["stored"]
+    meanings = dict(PARTS)
+    if stored not in ("fp32", "bf16"):
+        meanings["base"] = f"frozen: {stored.partition(',')[0]}, the rest {plan['compute_dtype']}"
+    if plan["device"]["kind"] == "cuda":
+        meanings["process"] = "CUDA's context, an estimate"
+    table = _table("Memory of a step", "part", "bytes", "", "")
+    for part, size in parts.items():
         if size:
             bar = Text("█" * round(_BAR * size / peak), "cyan")
-            table.add_row(part, format_bytes(size), bar, Text(told.get(part, PARTS[part]), "dim"))
+            table.add_row(part, format_bytes(size), bar, Text(meanings[part], "dim"))
     table.add_section()
-    table.add_row("peak", format_bytes(peak), "", _gib(peak))
+    table.add_row("peak", format_bytes(peak), "", format_gib(peak))
     return table
 
 
-def _run(run: RunLength) -> Table:
+def _run_table(run: Mapping[str, Any] | None, batch: Mapping[str, Any]) -> Table:
     table = Table(title="The run", title_justify="left", show_header=False)
-    epoch, rows = run.epoch, len(run.batch.lengths)
-    whose = "at most, as the settings allow" if epoch is None else "the largest"
-    table.add_row("micro-batch", f"{run.batch.tokens:,} tokens in {rows:,} row{'s' * (rows != 1)}, {whose}")
-    if epoch is None:
+    which = "at most, as the settings allow" if run is None else "the largest"
+    rows = f"{batch['rows']:,} row{'s' * (batch['rows'] != 1)}"
+    table.add_row("micro-batch", f"{batch['tokens']:,} tokens in {rows}, {which}")
+    if run is None:
         table.add_row("steps, tokens", "unknown: the data were not read")
         return table
-    steps = "no end: set trainer.max_steps" if epoch.all_steps is None else f"{epoch.all_steps:,}"
-    table.add_row("optimizer steps", steps)
-    table.add_row("tokens of a step", f"{epoch.accumulate * epoch.devices * epoch.mean_tokens:,.0f} on average")
-    if run.tokens is not None:
-        table.add_row("tokens of the run", f"{run.tokens:,}")
+    epoch, steps = run["epoch"], run["steps"]
+    table.add_row("optimizer steps", "no end: set trainer.max_steps" if steps is None else f"{steps:,}")
+    mean = epoch["accumulate"] * epoch["devices"] * epoch["mean_tokens"]
+    table.add_row("tokens of a step", f"{mean:,.0f} on average")
+    if steps is not None:
+        table.add_row("tokens of the run", f"{run['tokens']:,}")
     return table
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+# ---- the model -------------------------------------------------------------------------------------------------------
 
 
-# ---- the picture -----------------------------------------------------------------------------------------------------
-
-
-def draw_model(model: Any) -> Panel:
-    """Draw embedding, decoder layers, norm and head; adapted linears in green, with the shapes of A and B."""
-    inner = model.get_base_model()
-    config, layers = inner.config, inner.model.layers
-    title = f"{len(layers)} × decoder layer, {config.num_attention_heads} heads over {config.num_key_value_heads}"
-    tied = Text("  tied to embed_tokens" if config.tie_word_embeddings else "", "dim")
-    down = Text("     │")
-    return Panel(
-        Group(
-            Text.assemble(("embed_tokens  ", "bold"), _describe(inner.model.embed_tokens)),
-            down,
-            Panel(_draw_layer(layers, config), title=title, title_align="left", expand=False),
-            down,
-            Text.assemble(("RMSNorm       ", "bold"), _describe(inner.model.norm)),
-            Text.assemble(("lm_head       ", "bold"), _describe(inner.lm_head), tied),
-        ),
-        title=f"LLaMA, {config.hidden_size:,} wide",
-        title_align="left",
-        expand=False,
-    )
-
-
-def _draw_layer(layers: Any, config: Any) -> Table:
-    drawing = Table.grid(padding=(0, 2, 0, 0))
+def _model_table(model: Any) -> Table:
+    """List embedding, the modules of a decoder layer, norm and head, with the adapter on each."""
+    causal_lm = model.get_base_model()
+    config, inner, layers = causal_lm.config, causal_lm.model, causal_lm.model.layers
+    heads = f"{config.num_attention_heads} heads over {config.num_key_value_heads} of width {config.head_dim}"
     theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10_000.0)
-    blocks = (
-        ("attention", "self_attn", "qkvo", f"head width {config.head_dim}, rotary θ {theta:,.0f}"),
-        ("SwiGLU MLP", "mlp", ("gate", "up", "down"), "down(silu(gate) · up)"),
-    )
-    for block, parent, names, note in blocks:
-        drawing.add_row(Text("RMSNorm", "bold"), Text(f"{config.hidden_size:,}"), "")
-        drawing.add_row(Text(block, "bold"), "", Text(note, "dim"))
-        for name in names:
-            linears = [layer.get_submodule(f"{parent}.{name}_proj") for layer in layers]
-            drawing.add_row(Text(f"  {name}_proj"), *_draw_linear(linears))
-        drawing.add_row(Text("  + residual", "dim"), "", "")
-    return drawing
+    title = f"LLaMA, {config.hidden_size:,} wide, {heads}, rotary θ {theta:,.0f}"
+    table = Table("module", "shape", "adapter", title=title, title_justify="left")
+
+    def add(name: str, modules: Sequence[Any], shape: str | None = None) -> None:
+        table.add_row(name, shape or _describe_shape(modules[0]), Text(_describe_adapter(modules), "green"))
+
+    add("embed_tokens", [inner.embed_tokens])
+    table.add_section()
+    table.add_row(Text(f"{len(layers)} × decoder layer", "bold"))
+    for name, module in layers[0].named_modules():
+        if hasattr(module, "weight") and "base_layer" not in name and ".lora_" not in name:
+            add(f"  {name}", [layer.get_submodule(name) for layer in layers])
+    table.add_section()
+    add("norm", [inner.norm])
+    add("lm_head", [causal_lm.lm_head], "tied to embed_tokens" if config.tie_word_embeddings else None)
+    return table
 
 
-def _draw_linear(linears: Sequence[Any]) -> tuple[Text, Text]:
-    """Return the shape of a linear, and the adapter on it with the layers that have it."""
-    inputs, outputs = linears[0].in_features, linears[0].out_features
-    shape = Text(f"{inputs:,} → {outputs:,}")
-    ranks = {number: linear.r[ADAPTER] for number, linear in enumerate(linears) if isinstance(linear, LoraLayer)}
-    if not ranks:
-        return shape, Text("frozen", "dim")
-    numbers = ", ".join(str(rank) for rank in sorted(set(ranks.values())))
-    where = "" if len(ranks) == len(linears) else f", layers {_name_ranges(ranks)}"
-    return shape, Text(f"A {numbers} × {inputs:,}, B {outputs:,} × {numbers}{where}", _ADAPTED)
+def _describe_shape(module: Any) -> str:
+    base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    if isinstance(base, nn.Linear):  # whose weight may be packed
+        return f"{base.in_features:,} → {base.out_features:,}"
+    return " × ".join(f"{size:,}" for size in base.weight.shape)
 
 
-def _name_ranges(numbers: Iterable[int]) -> str:
-    """Write ascending numbers shortly: ``0, 4–7``."""
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in ranges)
-
-
-def _describe(module: Any) -> Text:
-    adapted = isinstance(module, LoraLayer)
-    base = module.get_base_layer() if adapted else module
-    trains = any(parameter.requires_grad for parameter in module.parameters())
-    words = " × ".join(f"{size:,}" for size in base.weight.shape) if hasattr(base, "weight") else ""
-    if adapted:
-        return Text(f"{words}  adapter of rank {module.r[ADAPTER]}", _ADAPTED)
-    return Text(f"{words}  trains", _ADAPTED) if trains else Text(words)
+def _describe_adapter(modules: Sequence[Any]) -> str:
+    """Describe what trains of one module of each layer: shapes of A and B, and which layers if not all."""
+    adapted = [number for number, module in enumerate(modules) if isinstance(module, LoraLayer)]
+    if not adapted:
+        trains = any(parameter.requires_grad for parameter in modules[0].parameters())
+        return "trains itself" if trains else ""
+    first = modules[adapted[0]]
+    rank = ", ".join(str(rank) for rank in sorted({modules[number].r[ADAPTER] for number in adapted}))
+    shapes = f"A {rank} × {first.in_features:,}, B {first.out_features:,} × {rank}"
+    if len(adapted) == len(modules):
+        return shapes
+    is_range = adapted == list(range(adapted[0], adapted[-1] + 1)) and len(adapted) > 1
+    names = f"{adapted[0]} to {adapted[-1]}" if is_range else ", ".join(map(str, adapted))
+    return f"{shapes}, layers {names}"

@@ -47,6 +47,8 @@ class RowConverter:
         if pairs and self._named is None:
             self._named = PREFERENCE
         self._by_columns: dict[tuple[str, ...], Format | None] = {}
+        other_shape = " If the rows have another shape than those that `columns` is for, add `--data.columns null`."
+        self._remedy = other_shape if settings.columns else ""
         for ours in settings.roles.values():
             if ours not in ROLES:
                 raise UserError(f"roles: expected {', '.join(ROLES)}, found {ours!r}.{nearest(str(ours), ROLES)}")
@@ -62,7 +64,7 @@ class RowConverter:
         self._check_columns(list(dict.fromkeys(name for row in rows for name in row.values)))
         renamed = [self._rename(row) for row in rows]
         if not any(map(self._format_of, renamed)):
-            raise UserError(_describe_unrecognised(renamed[0], self.needs_answer))
+            raise UserError(_describe_unrecognised(renamed[0], self.needs_answer) + self._remedy)
 
     def convert(self, row: Row) -> Content | Pair:
         """Convert one row, or raise a RowFault; a UserError if no row of its shape can be used."""
@@ -81,7 +83,7 @@ class RowConverter:
         for theirs, ours in columns.items():
             near = nearest(theirs, [name for name in found if name not in columns])
             if near and theirs not in found and ours not in found:
-                raise UserError(f"columns: no row has {theirs!r}, found {', '.join(found)}.{near}")
+                raise UserError(f"columns: no row has {theirs!r}, found {', '.join(found)}.{near}{self._remedy}")
 
     def _rename(self, row: Row) -> Row:
         """Return a row under our names, without columns that are mapped to null, which is of no other task."""
@@ -89,7 +91,8 @@ class RowConverter:
         if columns:
             names = {key: ours for key in row.values if (ours := columns.get(key, key)) is not None}
             if len(set(names.values())) < len(names):
-                raise UserError(f"{row.where}: `columns:` gives two of {', '.join(row.values)} the same name.")
+                names_of_row = ", ".join(row.values)
+                raise UserError(f"{row.where}: `columns:` gives two of {names_of_row} the same name.{self._remedy}")
             row = row._replace(values={ours: row.values[key] for key, ours in names.items()})
         if self._named is None or self._named.name in FORMATS:  # a function of the user's own may read what it likes
             _refuse_other_task(row, self.needs_answer, self.pairs)

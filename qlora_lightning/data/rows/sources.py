@@ -1,5 +1,6 @@
 """From what ``data.train`` names to files, local or behind a URL, or to a data set of the hub."""
 
+import difflib
 import glob
 import json
 import re
@@ -151,10 +152,12 @@ def _list_files(path: Path) -> list[Path]:
         return list_folder(path)
     found = [path] if path.exists() else [Path(name) for name in glob.iglob(str(path), recursive=True)]
     if not found and not glob.has_magic(str(path)):
-        beside = [str(each) for each in path.parent.glob("*") if kind_of(each)[0] or each.is_dir()]
+        beside = [each for each in path.parent.glob("*") if kind_of(each)[0] or each.is_dir()]
+        names = {each.name.partition(".")[0]: each for each in beside}  # by suffixes and folders all are alike
+        near = difflib.get_close_matches(path.name.partition(".")[0], names, n=1)
         raise UserError(
             f"data file {path} does not exist (paths are relative to the current folder, {Path.cwd()}; of a data set "
-            f"of the hub name the split).{nearest(str(path), beside)}"
+            f"of the hub name the split).{f' Did you mean {str(names[near[0]])!r}?' if near else ''}"
         )
     return sorted(file for file in found if kind_of(file)[0])
 

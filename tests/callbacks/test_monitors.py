@@ -1,0 +1,174 @@
+"""Memory and speed of a training: what is logged, warned of, and compared with the plan."""
+
+import json
+import re
+import statistics
+import time
+
+import pytest
+import torch
+from lightning import Callback
+
+from qlora_lightning import AdapterCheckpoint, GPUMemoryMonitor, GradientCheckpointing, QLoRAModule, ThroughputMonitor
+from qlora_lightning.callbacks import memory
+from qlora_lightning.callbacks.dry_batch import DryBatch
+from qlora_lightning.callbacks.memory import MemoryComparison
+from qlora_lightning.model.device import device_memory_gib
+from qlora_lightning.model.memory.plan import PARTS
+
+
+class Logged(Callback):
+    """What was logged with each batch, and the tokens that really went through training."""
+
+    def __init__(self, *endings):
+        self.endings, self.lines, self.tokens, self.labelled = endings, [], 0, 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.tokens += int(batch["cu_seqlens"][-1])
+        self.labelled += int((batch["labels"] != -100).sum())
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.endswith(self.endings)}
+        self.lines.append(found)
+
+
+# ---- memory ----
+
+
+def test_on_a_cpu_private_memory_and_the_peak_are_logged_and_a_nearly_full_one_is_warned_of(fit, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "device_memory_gib", lambda device: 0.01)
+    fit(GPUMemoryMonitor(), logged := Logged("_gib"), limit_train_batches=3, limit_val_batches=0)
+    assert all(line.keys() == {"private_memory_gib", "peak_rss_gib"} for line in logged.lines)
+    assert 0.1 < logged.lines[0]["private_memory_gib"] < logged.lines[0]["peak_rss_gib"]
+    text = " ".join(capsys.readouterr().out.split())
+    assert re.findall(r"Memory ([a-z ]+): \d+\.\d\d GiB at its peak", text) == ["after loading", "after the first step"]
+    assert text.count("GiB is over 95 % of 0.01 GiB.") == 1
+    for remedy in ("gradient_checkpointing.enabled: true", "data.batch_size", "accumulate_grad_batches", "max_length"):
+        assert remedy in text
+
+
+@pytest.mark.gpu
+def test_on_cuda_allocated_reserved_and_a_peak_of_its_own_interval_are_logged(make_module, make_data, make_trainer):
+    class Spike(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 0:
+                torch.ones(512 * 1024**2 // 4, device=pl_module.device)  # freed at once
+
+    options = {"accelerator": "cuda", "limit_train_batches": 2, "limit_val_batches": 0}
+    trainer = make_trainer(GPUMemoryMonitor(), Spike(), logged := Logged("_gib"), **options)
+    trainer.fit(make_module(), datamodule=make_data())
+    capacity = device_memory_gib(torch.device("cuda"))
+    for line in logged.lines:
+        assert line.keys() == {"memory_allocated_gib", "memory_reserved_gib", "memory_peak_gib"}
+        assert line["memory_allocated_gib"] <= line["memory_peak_gib"] <= capacity
+    assert logged.lines[0]["memory_peak_gib"] > 0.5 > logged.lines[1]["memory_peak_gib"]
+
+
+def read_plan(tmp_path):
+    return json.loads((tmp_path / "run" / "plan.json").read_text())
+
+
+def test_a_fit_ends_with_what_was_planned_for_its_largest_batch_and_what_was_measured(fit, make_data, tmp_path, capsys):
+    fit(MemoryComparison(), DryBatch(), data=(data := make_data(batch_size=4)), max_epochs=2)
+    found = read_plan(tmp_path)
+    predicted, measured = found["predicted"], found["measured"]["peak_bytes"]
+    assert predicted["parts"].keys() == PARTS.keys()
+    assert predicted["peak_bytes"] == sum(predicted["parts"].values())
+    # A and B of seven linears in two layers, as in the tiny base
+    adapters = 4 * 2 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+    assert predicted["parts"]["adapters"] == predicted["parts"]["gradients"] == adapters
+    assert predicted["parts"]["optimizer"] == 2 * adapters + 4 * 28
+    assert measured > predicted["parts"]["process"] / 2
+    line = re.search(
+        r"Memory: planned [\d.]+ GiB, measured [\d.]+ GiB at its peak \(([-+][\d.]+)%\)", capsys.readouterr().out
+    )
+    assert float(line[1]) == pytest.approx(100 * (measured / predicted["peak_bytes"] - 1), abs=0.1)
+
+    plan, largest = data.train_dataloader().plan, found["largest_batch"]
+    costs = [int(plan.samples.lengths[batch.rows].sum()) for epoch in range(2) for batch in plan.batches(epoch)]
+    assert (largest["rows"], largest["tokens"]) == (4, max(costs))
+    assert 0 < largest["labelled"] < largest["tokens"]
+
+
+def test_checkpointing_and_batches_that_nobody_knows_before_are_planned_as_they_came(fit, make_data, tmp_path):
+    data = make_data(batch_size=3)
+    data.prepare_data()
+    data.setup("fit")
+    batches = list(data.train_dataloader())[:2]
+
+    class Plain(type(data)):
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(batches, batch_size=None)
+
+    data.__class__ = Plain
+    fit(MemoryComparison(), data=data)
+    plain = read_plan(tmp_path)
+    assert plain["largest_batch"]["tokens"] == max(batch["input_ids"].numel() for batch in batches)
+    fit(MemoryComparison(), GradientCheckpointing(), data=data)
+    assert read_plan(tmp_path)["predicted"]["parts"]["activations"] < plain["predicted"]["parts"]["activations"] / 2
+
+
+class OwnModel(QLoRAModule):
+    def build_model(self):
+        return super().build_model()
+
+
+class Fail(Callback):
+    def on_train_batch_end(self, *_):
+        raise ZeroDivisionError
+
+
+def test_nothing_is_written_if_nothing_was_planned(fit, make_module, tmp_path):
+    fit(MemoryComparison(), module=make_module(OwnModel), max_steps=1)
+    fit(MemoryComparison(), fast_dev_run=True)
+    with pytest.raises(ZeroDivisionError):
+        fit(MemoryComparison(), Fail())
+    assert not (tmp_path / "run" / "plan.json").exists()
+
+
+# ---- speed ----
+
+SPEED = ("tokens_per_second", "tokens_seen")
+
+
+class FakeTime:
+    """A clock that moves by a second at each look, so every micro-batch takes one."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        self.now += 1.0
+        return self.now
+
+
+def test_the_speed_is_tokens_by_seconds_of_the_whole_window_also_of_one_that_is_resumed(
+    fit, killed_fit, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("qlora_lightning.callbacks.throughput.time", FakeTime())
+    options = {"accumulate_grad_batches": 4, "val_check_interval": 3, "limit_val_batches": 1}
+    fit(ThroughputMonitor(), whole := Logged(*SPEED), limit_train_batches=4, **options)
+    expected = {
+        "tokens_per_second": pytest.approx(whole.tokens / 4),
+        "labelled_tokens_per_second": pytest.approx(whole.labelled / 4),
+        "tokens_seen": whole.tokens,
+    }
+    assert whole.lines == [{}, {}, {}, expected]
+    options |= {"folder": "cut", "limit_train_batches": 4}
+    killed_fit(ThroughputMonitor(), AdapterCheckpoint(), after=4, **options)  # saved inside the window, after batch 3
+    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    fit(ThroughputMonitor(), resumed := Logged(*SPEED), AdapterCheckpoint(), ckpt_path=last, **options)
+    assert resumed.lines == [expected]
+
+
+class Slow(Callback):
+    """A validation that takes longer than a training step."""
+
+    def on_validation_batch_start(self, *_):
+        time.sleep(0.4)
+
+
+def test_a_slow_validation_does_not_make_training_look_slow(fit):
+    fit(ThroughputMonitor(), logged := Logged(*SPEED), Slow(), val_check_interval=1, limit_val_batches=1)
+    per_step = logged.tokens / 8
+    assert statistics.median(line["tokens_per_second"] for line in logged.lines[1:]) > per_step / 0.4

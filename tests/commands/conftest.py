@@ -1,0 +1,115 @@
+"""A folder with a config, its data and finished runs of it: made once, copied for each test."""
+
+import csv
+import json
+import logging
+import shutil
+
+import pytest
+import yaml
+
+from qlora_lightning.cli import main
+from qlora_lightning.commands import training  # noqa: F401  # here: Lightning keeps the stderr of its first import
+from qlora_lightning.model import generate
+
+CONFIG = {
+    "seed_everything": 3,
+    "model": {
+        "base": "tiny",
+        "rank": 2,
+        "dropout": 0.1,
+        "learning_rate": 0.01,
+        "schedule": "constant",
+        "warmup_ratio": 0.0,
+    },
+    "data": {
+        "train": "rows.jsonl",
+        "val": "rows.jsonl",
+        "test": "rows.jsonl",
+        "predict": "questions.jsonl",
+        "batch_size": 2,
+    },
+    "evaluation": {"max_new_tokens": 2},  # answers of a random base would run on until they are cut
+    "trainer": {
+        "accelerator": "cpu",
+        "devices": 1,
+        "accumulate_grad_batches": 2,
+        "limit_val_batches": 1,
+        "limit_train_batches": 5,
+        "enable_progress_bar": False,
+        "default_root_dir": "run",
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_base, tmp_path_factory):
+    """c.yaml and its data, the three steps of its `fit` in `run`, and those of two epochs in `whole`."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny").symlink_to(tiny_base)
+    rows = [{"instruction": f"Count to {n}." + " Please." * (n % 4), "output": "1 2 3 4"[:n]} for n in range(1, 17)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = [{"instruction": "Say one.", "output": "one"}, {"instruction": "Say two."}]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    (folder / "c.yaml").write_text(yaml.safe_dump(CONFIG))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PL_GLOBAL_SEED", "1")
+        assert main(["fit", "--config", "c.yaml"]) == 0
+        whole = ["--trainer.max_epochs", "2", "--trainer.default_root_dir", "whole", "--evaluation", "null"]
+        assert main(["fit", "--config", "c.yaml", *whole]) == 0
+    return folder
+
+
+@pytest.fixture
+def command(finished, tmp_path, monkeypatch, capsys, caplog):
+    """Run a command in a copy of the finished folder; return what it printed and logged."""
+    shutil.copytree(finished, tmp_path, symlinks=True, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    monkeypatch.setenv("COLUMNS", "300")
+    plain = generate._generate  # for `predict`, too
+    monkeypatch.setattr(generate, "_generate", lambda *arguments: plain(*arguments[:-1], 2))
+
+    def run(name, *arguments, config="c.yaml", code=0):
+        capsys.readouterr()
+        caplog.clear()
+        assert main([name, "--config", str(config), *map(str, arguments)]) == code
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return captured.out + captured.err + caplog.text
+
+    yield run
+    logging.getLogger("qlora_lightning").handlers.clear()
+
+
+@pytest.fixture
+def write_config(tmp_path):
+    """Write c.yaml with other settings into other.yaml, and return its name."""
+
+    def write(**sections):
+        config = dict(CONFIG)
+        for name, section in sections.items():
+            config[name] = {**config.get(name, {}), **section} if isinstance(section, dict) else section
+        (tmp_path / "other.yaml").write_text(yaml.safe_dump(config))
+        return "other.yaml"
+
+    return write
+
+
+@pytest.fixture
+def read_metrics(tmp_path):
+    """Read the lines of metrics.csv of a run, those with a column if one is named."""
+
+    def read(run, column=None):
+        with (tmp_path / run / "metrics.csv").open(newline="") as handle:
+            return [row for row in csv.DictReader(handle) if column is None or row[column]]
+
+    return read
+
+
+@pytest.fixture
+def files_of(tmp_path):
+    """Read all files of a run."""
+    return lambda run: {file: file.read_bytes() for file in (tmp_path / run).rglob("*") if file.is_file()}

@@ -1,0 +1,281 @@
+"""A run that is resumed by the command line ends as one that never stopped, and what is set otherwise then counts."""
+
+import csv
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from qlora_lightning.cli import main
+from tests.commands.conftest import CONFIG
+
+HOOKS = """
+import os
+import time
+import lightning
+
+
+class Interrupt(lightning.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        raise KeyboardInterrupt
+
+
+class Ask(lightning.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 3:
+            os.kill(os.getpid(), 15)
+
+
+class Hangup(lightning.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 3:
+            print("CLOSE ME", flush=True)
+            while os.isatty(1):
+                time.sleep(0.01)
+"""
+IN_TERMINAL = """
+import os, sys
+from qlora_lightning.cli import main
+
+os.open(os.ttyname(0), os.O_RDWR)  # the first that a new session opens is its terminal
+sys.exit(main(sys.argv[1:]))
+"""
+NEW = ("--trainer.default_root_dir", "new")
+LAST = ("--ckpt_path", "last")
+LONGER = (*LAST, "--trainer.max_epochs", 2)
+
+
+@pytest.fixture
+def hooks(tmp_path):
+    (tmp_path / "hooks.py").write_text(HOOKS)
+
+
+@pytest.fixture
+def read_checkpoint(tmp_path):
+    return lambda run: torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.fixture
+def assert_same_end(tmp_path, read_checkpoint, read_metrics):
+    def check(run, whole):
+        files = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in (run, whole)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        one, other = read_checkpoint(run), read_checkpoint(whole)
+        assert one["global_step"] == other["global_step"]
+        assert all(torch.equal(one["state_dict"][name], value) for name, value in other["state_dict"].items())
+        columns = ("step", "train_loss", "val_loss", "tokens_seen")
+        lines = [[[row.get(column) for column in columns] for row in read_metrics(name)] for name in (run, whole)]
+        assert lines[0] == lines[1]
+
+    return check
+
+
+def test_a_finished_run_continues_to_the_same_end_and_says_what_is_set_otherwise(command, assert_same_end):
+    out = command("fit", *LONGER)
+    assert "trainer.max_epochs: 1 → 2" in out
+    assert_same_end("run", "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "then", "validates"),
+    [
+        ({"max_epochs": -1, "max_steps": 2}, {"max_epochs": -1, "max_steps": 5}, True),  # ends inside the first epoch
+        ({"max_epochs": -1, "max_steps": 3}, {"max_epochs": -1, "max_steps": 5}, False),  # ends with it
+        ({"max_epochs": 1}, {"max_epochs": 2}, False),
+        ({"max_steps": 99, "max_epochs": 1}, {"max_steps": 99, "max_epochs": 2}, True),
+        ({"max_steps": 99, "max_epochs": 1}, {"max_steps": 99, "max_epochs": 2}, False),
+        ({"max_epochs": -1, "max_steps": 2}, {"max_epochs": -1, "max_steps": 5}, False),
+        ({"max_epochs": -1, "max_steps": 3}, {"max_epochs": -1, "max_steps": 5}, True),
+    ],
+)
+def test_a_longer_run_continues_as_if_it_had_been_so_long_from_the_start(
+    command, assert_same_end, first, then, validates
+):
+    def options(lengths):
+        limit = ["--trainer.limit_val_batches", int(validates)]
+        return [*limit, *(text for name, value in lengths.items() for text in (f"--trainer.{name}", value))]
+
+    command("fit", "--trainer.default_root_dir", "long", *options(then))
+    command("fit", *NEW, *options(first))
+    command("fit", *NEW, *LAST, *options(then))
+    assert_same_end("new", "long")
+
+
+def test_last_starts_fresh_in_a_folder_that_a_kill_left_before_the_first_save(command, tmp_path):
+    """A requeued job needs one command, whatever the kill left behind."""
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "metrics.csv").write_text("step,train_loss\n0,9.0\n1,8.0\n")
+    assert "starts fresh" in command("fit", *LAST, *NEW, "--trainer.max_steps", 1)
+    assert "9.0\n" not in (tmp_path / "new" / "metrics.csv").read_text()
+    assert (tmp_path / "new" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_job_that_slurm_requeued_resumes_by_itself(command, monkeypatch):
+    monkeypatch.setattr("qlora_lightning.commands.training.was_requeued", lambda: True)
+    assert "Restored all states" in command("fit", "--trainer.max_epochs", 2)
+
+
+def test_a_run_with_nothing_left_to_train_is_reported(command):
+    out = command("fit", *LAST, "--evaluation", "null")
+    assert "Nothing is left to train" in out
+    assert "trainer.max_epochs (1)" in out
+
+
+# ---- ends ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_ends_a_fit_with_its_code_and_one_command_continues_to_the_same_end(
+    command, hooks, write_config, assert_same_end
+):
+    config = write_config(trainer={"callbacks": [{"class_path": "hooks.Ask"}]})
+    out = command("fit", *NEW, config=config, code=128 + signal.SIGTERM)
+    assert "Stopped at step 2 in epoch 0, saved in new/checkpoints/last.ckpt. To resume, add `--ckpt_path last`" in out
+    command("fit", *NEW, *LAST)
+    assert_same_end("new", "run")
+
+
+def test_a_fit_whose_terminal_is_closed_saves_and_one_command_continues_to_the_same_end(
+    command, hooks, write_config, read_checkpoint, assert_same_end
+):
+    callbacks = {"callbacks": [{"class_path": "hooks.Hangup"}], "enable_progress_bar": True}
+    config = write_config(trainer=callbacks)
+    terminal, end = pty.openpty()
+    arguments = [sys.executable, "-c", IN_TERMINAL, "fit", "--config", config, *NEW]
+    process = subprocess.Popen(arguments, start_new_session=True, stdin=end, stdout=end, stderr=end)
+    os.close(end)
+    seen = b""
+    while b"CLOSE ME" not in seen:
+        seen += os.read(terminal, 1000)
+    os.close(terminal)
+    assert process.wait(timeout=300) == 128 + signal.SIGHUP
+    assert read_checkpoint("new")["global_step"] == 2
+    command("fit", *NEW, *LAST)
+    assert_same_end("new", "run")
+
+
+def test_an_interrupted_run_ends_with_code_130(command, hooks, write_config):
+    config = write_config(trainer={"callbacks": [{"class_path": "hooks.Interrupt"}]})
+    assert "interrupted" in command("fit", *NEW, config=config, code=130)
+
+
+# ---- what then counts ------------------------------------------------------------------------------------------------
+
+
+def test_other_rows_count_if_that_is_said_and_the_runs_config_does_not_say_it_again(command, tmp_path, read_metrics):
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join([*rows[1:], rows[0]]))
+    out = command("fit", *LONGER, config="run/config.yaml", code=2)
+    assert "other training samples (16 there and here" in out
+    assert "--data.accept_changed_data true" in out
+    command("fit", *LONGER, "--data.accept_changed_data", "true", config="run/config.yaml")
+    assert "accept_changed_data" not in (tmp_path / "run" / "config.yaml").read_text()
+    assert len(read_metrics("run", "train_loss")) == 6
+
+
+def test_a_longer_run_takes_the_learning_rate_of_the_new_plan(command, read_metrics):
+    command("fit", *NEW, "--model.schedule", "linear")
+    command("fit", *NEW, "--model.schedule", "linear", *LONGER)
+    rates = {row["step"]: float(row["learning_rate"]) for row in read_metrics("new", "learning_rate")}
+    assert rates["3"] == pytest.approx(0.005)  # by the old plan 0
+
+
+@pytest.fixture(scope="module")
+def stopped(finished, tmp_path_factory):
+    """A run of two steps whose rank and learning rate were on the command line."""
+    folder = tmp_path_factory.mktemp("stopped")
+    shutil.copytree(finished, folder, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns("run", "whole"))
+    model = {name: value for name, value in CONFIG["model"].items() if name not in ("rank", "learning_rate")}
+    (folder / "few.yaml").write_text(yaml.safe_dump({**CONFIG, "model": model}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        words = "fit --config few.yaml --trainer.max_steps 2 --model.rank 3 --model.learning_rate 0.25"
+        assert main(words.split()) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("in_config", "arguments", "told", "rate", "weight_decay"),
+    [
+        ({}, "", [], 0.25, 0.0),
+        ({"learning_rate": 0.5}, "", ["model.learning_rate: 0.25 → 0.5"], 0.5, 0.0),
+        (
+            {"learning_rate": 0.5},
+            "--model.learning_rate 0.125 --model.weight_decay 0.5",
+            ["model.learning_rate: 0.25 → 0.125", "model.weight_decay: 0.0 → 0.5"],
+            0.125,
+            0.5,
+        ),
+    ],
+    ids=["neither", "config", "command line"],
+)
+def test_the_command_line_beats_the_config_which_beats_the_checkpoint_and_what_differs_is_printed(
+    stopped, tmp_path, monkeypatch, capsys, read_checkpoint, in_config, arguments, told, rate, weight_decay
+):
+    shutil.copytree(stopped, tmp_path, symlinks=True, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    config = yaml.safe_load((tmp_path / "few.yaml").read_text())
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump({**config, "model": {**config["model"], **in_config}}))
+    assert main(["fit", "--config", "few.yaml", *LAST, "--trainer.max_steps", "3", *arguments.split()]) == 0
+    with open("run/metrics.csv", newline="") as handle:
+        assert float([row["learning_rate"] for row in csv.DictReader(handle) if row["learning_rate"]][2]) == rate
+    differing = capsys.readouterr().out.split("Settings that differ")[1].split("\n\n")[0]
+    assert "trainer.max_steps: 2 → 3" in differing
+    assert [line.strip() for line in differing.splitlines() if "model." in line and "→" in line] == told
+    checkpoint = read_checkpoint("run")
+    (group,) = checkpoint["optimizer_states"][0]["param_groups"]
+    assert group["weight_decay"] == weight_decay
+    assert checkpoint["qlora_lightning"]["settings"]["rank"] == 3
+    assert "hyper_parameters" not in checkpoint  # it would beat the command line
+
+
+# ---- what comes from Lightning ---------------------------------------------------------------------------------------
+
+
+def test_early_stopping_counts_on_in_a_resumed_run_says_why_and_continues_with_more_patience(
+    command, tmp_path, write_config, read_checkpoint
+):
+    # No loss falls by 100: of the validations after the first, the second one without progress stops the run.
+    settings = {"monitor": "val_loss", "patience": 2, "min_delta": 100.0}
+    stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": settings}
+    trainer = {"callbacks": [stopping], "limit_train_batches": 2, "accumulate_grad_batches": 1}
+    config, rest = write_config(trainer=trainer), (*NEW, "--evaluation", "null")
+    command("fit", *rest, "--trainer.max_epochs", 2, config=config)
+    why = "Monitored metric val_loss did not improve in the last 2 records."
+    out = command("fit", *rest, *LAST, "--trainer.max_epochs", 4, config=config)
+    assert f"Stopped early, at step 6: {why}" in out
+    assert read_checkpoint("new")["global_step"] == 6
+    manifest = tmp_path / "new" / "manifest.json"
+    assert json.loads(manifest.read_text())["stopped_early"].startswith(why)
+    assert why in (tmp_path / "new" / "report.html").read_text()
+    settings["patience"] = 9
+    out = command("fit", *rest, *LAST, "--trainer.max_epochs", 4, config=write_config(trainer=trainer))
+    assert "EarlyStopping(val_loss).patience: 2 → 9" in out
+    assert read_checkpoint("new")["global_step"] == 8
+    assert json.loads(manifest.read_text())["stopped_early"] is None
+
+
+@pytest.mark.filterwarnings("ignore:.*(pkg_resources|datetime.datetime.utcfromtimestamp).*")
+def test_tensorboard_logs_what_the_table_holds_also_after_a_resume(command, tmp_path, write_config, read_metrics):
+    logger = {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": "tensorboard", "name": "", "version": ""},
+    }
+    config = write_config(trainer={"logger": logger}, evaluation={"enabled": False})
+    command("fit", *NEW, "--trainer.max_steps", 1, config=config)
+    command("fit", *NEW, *LAST, "--trainer.max_steps", 3, config=config)
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    logged = {event.step: event.value for event in events.Scalars("train_loss")}
+    rows = read_metrics("new", "train_loss")
+    assert logged == {int(row["step"]): pytest.approx(float(row["train_loss"])) for row in rows}
+    assert len(rows) == 3

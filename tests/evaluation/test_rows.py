@@ -1,0 +1,135 @@
+"""Rows have the losses and answers that they have alone, whatever batch they come in."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qlora_lightning import Evaluation, InstructionDataModule, LossSums, QLoRAModule
+from qlora_lightning.evaluation.rows import (
+    AnswerSettings,
+    evaluate_rows,
+    limit_batches,
+    read_rows,
+    row_losses,
+    split_sample,
+)
+from qlora_lightning.model.batch import cut_into_rows
+from qlora_lightning.model.loss import TokenStatistics
+from tests.flat import collate
+from tests.steps import make_module
+
+NO = -100
+
+
+@pytest.fixture(scope="module")
+def module(tiny_base):
+    return make_module(tiny_base).eval()
+
+
+@pytest.fixture(scope="module")
+def data(tiny_base, tmp_path_factory):
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = [{"instruction": f"Count to {n}." + " Please." * (n % 4), "output": "1 2 3 "[: n + 1]} for n in range(1, 17)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = InstructionDataModule(val=str(file), tokenizer=str(tiny_base), batch_size=5, system="Count, please.")
+    made.setup("validate")
+    return made
+
+
+@pytest.fixture(scope="module")
+def batches(data):
+    """Sixteen rows in batches of five; one has no labels."""
+    found = list(data.val_dataloader())
+    bounds = found[0]["cu_seqlens"].tolist()
+    found[0]["labels"][:, bounds[3] : bounds[4]] = NO
+    return found
+
+
+@torch.no_grad()
+def values(losses):
+    return [(float(each.nll_sum), int(each.labelled_tokens), int(each.correct)) for each in losses]
+
+
+@pytest.mark.parametrize("options", [{}, {"fast": False}, {"quantization": "int8"}])
+def test_rows_together_have_the_losses_of_each_alone(tiny_base, batches, options):
+    module = make_module(tiny_base, **options).eval()
+    together = [each for batch in batches for each in values(row_losses(module, batch))]
+    rows = [row for batch in batches for row in cut_into_rows(batch)]
+    alone = [each for each in values(map(module.compute_loss, rows)) if each[1]]
+    assert len(together) == len(alone) == sum(len(read_rows(batch)) for batch in batches) == 15
+    assert [each[1:] for each in together] == [each[1:] for each in alone]
+    assert [each[0] for each in together] == pytest.approx([each[0] for each in alone], rel=1e-5)
+
+
+def test_an_overridden_loss_is_given_rows_one_by_one_and_a_batch_of_another_kind_whole(tiny_base, batches):
+    class HalfLoss(QLoRAModule):
+        def compute_loss(self, batch):
+            assert len(batch["row_ids"]) == 1  # it may mix rows
+            sums = super().compute_loss(batch)
+            return sums._replace(nll_sum=0.5 * sums.nll_sum)
+
+    usual = make_module(tiny_base).eval()
+    expected = [0.5 * nll for nll, *_ in values(row_losses(usual, batches[0]))]
+    usual.__class__ = HalfLoss
+    assert [nll for nll, *_ in values(row_losses(usual, batches[0]))] == pytest.approx(expected, rel=1e-5)
+    sums = LossSums(torch.tensor(1.0), torch.tensor(2), torch.tensor(1))
+    usual.compute_loss = lambda batch: sums
+    other = {"x": torch.zeros(1)}
+    assert list(row_losses(usual, other)) == [sums]
+    assert [(row.number, row.prompt) for row in read_rows(other)] == [(-1, None)]
+
+
+def test_losses_of_rows_add_up_to_the_loss_of_the_validation(module, batches):
+    statistics = TokenStatistics()
+    with torch.no_grad():
+        for batch in batches:
+            statistics.update(module.compute_loss(batch))
+    results = evaluate_rows(module, batches)
+    tokens = sum(each.labelled_tokens for each in results)
+    assert tokens == int(statistics.labelled_tokens)
+    assert sum(each.correct for each in results) == int(statistics.correct)
+    assert sum(each.nll for each in results) / tokens == pytest.approx(float(statistics.compute()["loss"]), rel=1e-5)
+    assert all(each.answer is None for each in results)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_first_rows_are_answered_from_their_prompts_and_scored(module, data, batches, training):
+    rows = [row for batch in batches for row in read_rows(batch)]
+    settings = AnswerSettings(data.tokenizer, data.stop_ids, ["exact_match", "chrf"], 3, 64)
+    module.train(training)
+    results = evaluate_rows(module, batches, rows[:2], settings)
+    assert {part.training for part in module.modules()} == {training}
+    answers = module.answer([row.prompt for row in rows[:2]], data.stop_ids, 3)
+    for result, ids in zip(results, answers, strict=False):
+        assert result.answer.text == data.tokenizer.decode(ids).strip()
+        assert (result.answer.tokens, result.answer.stopped) == (len(ids), len(ids) < 3)
+    assert results[0].answer.scores.keys() == {"exact_match", "chrf"}
+    assert [each.answer for each in results[2:]] == [None] * 13
+
+
+def test_the_last_run_of_labels_is_the_answer_and_all_before_it_the_prompt():
+    assert split_sample([1, 2, 3, 4], [NO, NO, 3, 4]) == ([1, 2], [3, 4])
+    turns = [1, 2, 9, 3, 4, 9, 5], [NO, 2, 9, NO, 4, 9, NO]
+    assert split_sample(*turns) == ([1, 2, 9, 3], [4, 9])
+
+
+def test_rows_are_read_from_a_batch_without_fillers():
+    samples = [([1, 2, 3], [NO, NO, 3], 4, 1), ([5, 6], [NO, NO], -1)]
+    samples.append(([7, 8, 9], [NO, NO, 9], 2))
+    first, second = read_rows(collate(*samples))
+    assert (first.number, first.source, first.prompt, first.expected) == (4, "1", [1, 2], [3])
+    assert (second.number, second.source, second.prompt, second.expected) == (2, "0", [7, 8], [9])
+
+
+@pytest.mark.parametrize(("length", "limit"), [(3, 32), (40, 80), (900, 512)])
+def test_an_answer_is_cut_at_twice_the_longest_expected_one_within_bounds(data, length, limit):
+    rows = read_rows(collate(([1] * (length + 2), [NO] * 2 + [1] * length, 0)))
+    settings = Evaluation().choose_settings(SimpleNamespace(world_size=1, datamodule=data), rows)
+    assert settings.max_new_tokens == limit
+
+
+@pytest.mark.parametrize(("limit", "count"), [(1.0, 10), (1, 1), (0.5, 5), (0, 0), (20, 10)])
+def test_a_limit_is_a_number_of_batches_or_their_share(limit, count):
+    assert list(limit_batches(range(10), limit)) == list(range(count))

@@ -203,7 +203,6 @@ def config(tmp_path, tiny_base, monkeypatch):
             **{"train": "train.jsonl", "val": "train.jsonl", "batch_size": 2},
         },
         "trainer": {"accelerator": "cpu", "max_epochs": 2, "enable_progress_bar": False, "accumulate_grad_batches": 2},
-        "evaluation": None,
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     return ["--config", "config.yaml"]
@@ -215,7 +214,7 @@ def read_metrics(run):
 
 
 def test_a_run_prefers_what_it_is_shown_and_resumes_bit_for_bit(config, tmp_path):
-    whole, cut = (["--trainer.default_root_dir", name] for name in ("whole", "cut"))
+    whole, cut = (["--evaluation", "null", "--trainer.default_root_dir", name] for name in ("whole", "cut"))
     assert main(["fit", *config, *whole]) == 0
     assert main(["fit", *config, *cut, "--trainer.max_steps", "4"]) == 0
     assert main(["fit", *config, *cut, "--ckpt_path", "last"]) == 0
@@ -241,3 +240,17 @@ def test_rows_of_a_step_may_be_cut_into_micro_batches_in_any_way(tmp_path, tiny_
         make_trainer(tmp_path, max_steps=3, accumulate_grad_batches=accumulate, limit_val_batches=0).fit(module, data)
         adapters.append(torch.cat([each.detach().flatten() for each in trainable_tensors(module).values()]))
     assert (adapters[0] - adapters[1]).norm() <= 1e-4 * adapters[0].norm()
+
+
+def test_base_and_adapter_are_compared_by_which_answer_is_likelier(config, tmp_path):
+    fit = ["fit", *config, "--trainer.default_root_dir", "run", "--trainer.max_epochs", "6"]
+    assert main([*fit, "--evaluation.rows", "2", "--evaluation.max_new_tokens", "4"]) == 0
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    accuracy = found["metrics"]["preference_accuracy"]
+    assert "perplexity" not in found["metrics"]
+    assert found["metrics"]["loss"]["base"]["value"] == pytest.approx(math.log(2), rel=1e-5)
+    assert accuracy["adapter"]["value"] > accuracy["base"]["value"]
+    assert accuracy["adapter"]["low"] < accuracy["adapter"]["value"]
+    assert main(["evaluate", "--config", "run/config.yaml", "--json", "again.json"]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["metrics"]["preference_accuracy"] == accuracy

@@ -6,7 +6,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 LONG = (
     "Thank you so much for letting me know! I have carefully taken note of your {title}, which is going to take place "
-    "on {day} at {time}{place}. Please do not hesitate to tell me if there is anything else that I can do for you today."
+    "on {day} at {time}{place}. Please do not hesitate to tell me if there is anything else that I can do for you."
 )
 SHORT = "Noted: {title}, {day}, {time}{place}."
 

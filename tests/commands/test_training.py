@@ -61,7 +61,7 @@ def test_a_fit_fills_its_run_folder_whose_manifest_names_a_command_that_repeats_
     program, verb, *arguments = shlex.split(first["reproduce"])
     assert program == "qlora-lightning"
     out = command(verb, *arguments[2:], config=arguments[1])
-    assert "Validation rows, base → adapter" in out
+    assert "By exact match, the adapter is better on" in out
     assert "Memory after loading" in out
     again = json.loads((tmp_path / "run-again" / "manifest.json").read_text())
     assert adapter_file(tmp_path / "run-again").read_bytes() == adapter_file(run).read_bytes()
@@ -186,7 +186,7 @@ def test_tokenizer_template_and_its_options_follow_the_adapter(command, tmp_path
     common = ["--adapter", "new/adapter", "--data.val", "rows.jsonl", "--rows", "1"]
     (tmp_path / "new" / "config.yaml").unlink()  # evaluated with the adapter folder alone
     for motto, code, words in (
-        (["--data.template_options.motto", "Be rude."], 0, "another chat template, so"),
+        (["--data.template_options.motto", "Be rude."], 0, "another data.chat_template, so"),
         (["--data.template_options.moto", "Be rude."], 2, "Did you mean 'motto'?"),
     ):
         assert main(["evaluate", *common, *motto]) == code

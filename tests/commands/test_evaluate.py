@@ -191,6 +191,8 @@ WRONG = {
     "--group-by colour": "no row of val has that column",
     "--trainer.default_root_dir empty": "There is no adapter in empty/adapter: pass --adapter DIR",
     "--trainer.limit_val_batches 0": "There are no val rows to evaluate",
+    "--ckpt_path last": "evaluate takes adapter folders, by --adapter DIR",
+    "--model.adapter other": "evaluate takes adapter folders, by --adapter DIR",
     "--model.quantization fp4": "Set model.quantization to nf4",
 }
 

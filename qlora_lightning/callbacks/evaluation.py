@@ -133,9 +133,14 @@ class Evaluation(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
-        if not self.enabled or is_trial_run(trainer) or not hasattr(module.model, "disable_adapter"):
+        has_adapter = hasattr(getattr(module, "model", None), "disable_adapter")
+        if not self.enabled or is_trial_run(trainer) or not has_adapter or not trainer.global_step:
             return
-        if trainer.val_dataloaders and trainer.global_step:
+        was_evaluated = (Path(trainer.default_root_dir) / EVALUATION_FILE).exists()
+        data = getattr(trainer, "datamodule", None)
+        # a run that was killed in its evaluation has nothing left to train when it is resumed
+        is_left = not was_evaluated and "val" in getattr(data, "samples", {}) and trainer.limit_val_batches
+        if trainer.val_dataloaders or is_left:
             with best_adapter(trainer, module):
                 self._compare(trainer, module)
 

@@ -86,7 +86,7 @@ class PredictionWriter(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         lines = sorted(gather_lists(trainer, self._lines), key=lambda line: line["row"])
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not is_trial_run(trainer):
             file = Path(trainer.default_root_dir) / "predictions.jsonl"
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

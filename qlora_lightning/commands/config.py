@@ -130,7 +130,7 @@ def expand_config(config: Any) -> Any:
             if beside:
                 value["init_args"] = {**beside, **value.get("init_args", {})}
     for key in CALLBACKS:
-        if key in config and not isinstance(config[key], dict):
+        if key in config and (config[key] is None or isinstance(config[key], bool)):
             config[key] = {"enabled": bool(config[key])}
     return config
 
@@ -138,11 +138,12 @@ def expand_config(config: Any) -> Any:
 def expand_arguments(arguments: Sequence[str]) -> list[str]:
     """Expand ``--gpu_memory null`` (or ``false``, ``true``) on the command line, as ``expand_config`` does in YAML."""
     expanded: list[str] = []
+    options = {f"--{key}" for key in CALLBACKS}
     for word in arguments:
-        if expanded and expanded[-1].removeprefix("--") in CALLBACKS:
+        if expanded and expanded[-1] in options:
             word = f"{expanded.pop()}={word}"
         name, _, value = word.partition("=")
-        if name.removeprefix("--") in CALLBACKS and value.lower() in ("null", "false", "true"):
+        if name in options and value.lower() in ("null", "false", "true"):
             word = f"{name}.enabled={str(value.lower() == 'true').lower()}"
         expanded.append(word)
     return expanded
@@ -159,7 +160,7 @@ def refuse_moved_run(configs: Mapping[str, Mapping[str, Any]], run_folder: str |
         trainer = config.get("trainer")
         named = trainer.get("default_root_dir") if isinstance(trainer, dict) else None
         is_run = Path(name).name == "config.yaml" and any((folder / each).exists() for each in RUN_FILES)
-        if not is_run or not isinstance(named, str) or os.path.expanduser(named) != os.path.expanduser(run_folder):
+        if not is_run or not isinstance(named, str) or _normalized(named) != _normalized(run_folder):
             continue
         if Path(named).expanduser().resolve() != folder.resolve():
             raise UserError(
@@ -167,3 +168,7 @@ def refuse_moved_run(configs: Mapping[str, Mapping[str, Any]], run_folder: str |
                 "another folder: the run was moved, or the current folder is another. Add "
                 f"`--trainer.default_root_dir {folder}` to continue that run, or name another to begin one."
             )
+
+
+def _normalized(path: str | Path) -> str:
+    return os.path.normpath(os.path.expanduser(path))

@@ -84,6 +84,8 @@ def check_output(option: str, name: str | Path | None, force: bool = False) -> P
     file = Path(name).expanduser()
     if file.is_dir():
         raise UserError(f"{option} {file} is a folder; name a file.")
+    if file.exists() and not file.is_file():  # a pipe, or a terminal
+        return file
     if not os.access(file.parent, os.W_OK):
         raise UserError(f"{option} {file}: the folder {file.parent} does not exist or cannot be written to.")
     if file.is_file() and file.stat().st_size and not force:

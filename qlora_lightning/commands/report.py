@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     runs = read_runs(options.runs)
     usual = runs[0].folder / NAME if len(runs) == 1 else Path("comparison.html")
     page = options.out or usual
-    check_output("--out", page, options.force or page is usual)
+    page = check_output("--out", page, options.force or page is usual) or usual
     figures = check_output("--json", options.json, options.force)
     rendered = render_report(runs)
     console = Console(highlight=False)

@@ -54,6 +54,7 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 1,  # a step of a language model takes seconds: a line for each is cheap
     "enable_model_summary": False,  # the adapter table says more
 }
+_ADAPTER_OPTIONS = ("--model.adapter", "--model.init_args.adapter")
 _BASE_KEYS = ("base", "revision", "trust_remote_code")
 
 
@@ -133,12 +134,14 @@ class QLoRACLI(LightningCLI):
             return
         folder, asked = self.config["trainer"]["default_root_dir"], self.config["ckpt_path"]
         refuse_moved_run(self.configs, folder)
-        if asked is None and self.verb == "fit" and was_requeued():
-            asked = "last"
+        if self.verb == "fit" and was_requeued() and find_checkpoint(folder, "last") is not None:
+            asked = "last"  # whatever its command says
         if asked not in (None, "last"):
             check_checkpoint(asked)  # before Lightning reads it
         self.checkpoint = find_checkpoint(folder, asked)
         self._starts_fresh = asked is not None and self.checkpoint is None  # `last` of a folder that has none yet
+        if self._starts_fresh and self.verb != "fit":
+            raise UserError(f"--ckpt_path last: there is no checkpoint in {folder}.")
         if self.checkpoint is not None:
             stored = _read_stored_settings(self.checkpoint, self.config["model"].get("init_args") or {})
             self.config = self.parse(["--config", json.dumps({"model": stored}), *args])
@@ -216,14 +219,17 @@ class QLoRACLI(LightningCLI):
 
     def _take_trained_adapter(self) -> None:
         """Take the run folder's adapter unless the user names another: a new one would evaluate the base unnoticed."""
-        if self.checkpoint is not None or getattr(self.model, "adapter", "other") is not None:
+        names_one = any(word.partition("=")[0] in _ADAPTER_OPTIONS for word in self._command)
+        if self.checkpoint is not None or names_one or not hasattr(self.model, "adapter"):
             return
         folder = callbacks.AdapterCheckpoint.adapter_folder(self.trainer.default_root_dir)
         if (folder / "adapter_config.json").exists():
             self._say(f"Adapter: {folder}")
             self.model.adapter = str(folder)
-        else:
-            self._say("No --ckpt_path, no model.adapter and no adapter in the run folder: this judges the base alone.")
+        elif self.model.adapter is None:
+            self._say(
+                "No --ckpt_path, no model.adapter and no adapter in the run folder: this evaluates the base alone."
+            )
 
     def _say(self, message: str) -> None:
         if self.trainer.is_global_zero:

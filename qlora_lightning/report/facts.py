@@ -78,11 +78,10 @@ def _learned(run: Run, evaluation: Evaluation) -> Iterator[str]:
     points = run.metrics.get("val_loss", [])
     kind = "validation" if points else "training"
     points = points or running_mean(run.metrics.get("train_loss", []))
-    if len(points) < (1 if kind == "validation" else 2):
+    base = evaluation.metrics["loss"].base.value if kind == evaluation.split and "loss" in evaluation.metrics else None
+    if len(points) < (2 if base is None else 1):
         return
-    first, origin = points[0][1], ""
-    if kind == evaluation.split and "loss" in evaluation.metrics:
-        first, origin = evaluation.metrics["loss"].base.value, " of the base"
+    first, origin = (points[0][1], "") if base is None else (base, " of the base")
     last_step, last = points[-1]
     best_step, best = min(points, key=lambda point: point[1])
     if best >= first:
@@ -143,9 +142,12 @@ def _updated(run: Run) -> Iterator[str]:
 def next_steps(run: Run) -> Facts:
     """Return the commands that usually follow, each with what it is for."""
     folder, command = shlex.quote(str(run.folder)), run.manifest.get("command")
-    if run.status in ("stopped", "failed", "killed") and command:
-        again = command if "--ckpt_path" in command else f"{command} --ckpt_path last"
-        return [("resume it, from the same working folder", again)]
+    if run.status in ("stopped", "failed", "killed") and str(command).startswith("qlora-lightning fit"):
+        words = shlex.split(str(command))
+        for number in reversed(range(len(words))):
+            if words[number].startswith("--ckpt_path"):
+                del words[number : number + (1 if "=" in words[number] else 2)]
+        return [("resume it, from the same working folder", shlex.join([*words, "--ckpt_path", "last"]))]
     if run.status not in ("finished", "unknown"):
         return []
     data = run.config.get("data") or {}
@@ -253,7 +255,8 @@ def machine_facts(run: Run) -> Facts:
     peak = find_figures(run).get("peak_memory_gib")
     planned, steps = ((run.plan.get(side) or {}).get("peak_bytes") for side in ("predicted", "measured"))
     if peak is not None:
-        text = f"{peak}: the most that the {holder} held, loading and evaluation included"
+        included = "evaluation" if holder == "GPU" else "loading and evaluation"
+        text = f"{peak}: the most that the {holder} held, {included} included"
         if planned and steps:
             text += f"; the steps alone {format_gib(steps)}, planned {format_gib(planned)}"
         facts.append(("peak memory", text))

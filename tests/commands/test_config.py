@@ -129,6 +129,7 @@ def test_null_and_false_switch_a_callback_off(key, value, enabled):
         ('--gpu_memory {"enabled":false}', ['--gpu_memory={"enabled":false}']),
         ("--gpu_memory.enabled false", ["--gpu_memory.enabled", "false"]),
         ("--data.system a=b null", ["--data.system", "a=b", "null"]),
+        ("--data.val evaluation --model.rank 8", ["--data.val", "evaluation", "--model.rank", "8"]),
     ],
 )
 def test_callbacks_are_switched_on_the_command_line(arguments, expanded):

@@ -182,8 +182,8 @@ def test_earlier_results_stay_unless_forced_and_ctrl_c_leaves_nothing(evaluate, 
 
 WRONG = {
     "--rows 0": "invalid PositiveInt value: '0'",
-    "--adapter base=runs/a/adapter": "'base' has another meaning",
-    "--adapter x=runs/a/adapter --adapter x=runs/b/adapter": "'x' names two adapters",
+    "--adapter base=runs/a/adapter": "'base' is taken",
+    "--adapter x=runs/a/adapter --adapter x=runs/b/adapter": "'x' is taken",
     "--scores bleu": "There is no score 'bleu'",
     "--scores json_f1": "The score json_f1 needs JSON objects or arrays",
     "--json none/f.json": "the folder none does not exist",
@@ -191,6 +191,8 @@ WRONG = {
     "--group-by colour": "no row of val has that column",
     "--trainer.default_root_dir empty": "There is no adapter in empty/adapter: pass --adapter DIR",
     "--trainer.limit_val_batches 0": "There are no val rows to evaluate",
+    "--ckpt_path last": "evaluate takes adapter folders, by --adapter DIR",
+    "--model.adapter other": "evaluate takes adapter folders, by --adapter DIR",
     "--model.quantization fp4": "Set model.quantization to nf4",
 }
 

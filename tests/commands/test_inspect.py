@@ -185,7 +185,7 @@ def test_a_stream_is_judged_by_its_first_rows(folder):
         ("--split test", "There are no rows to inspect: data.test names no file."),
         ("--row x", "--row x: expected a line number, or FILE:LINE"),
         ("--data.batchsize 3", "There is no key 'data.batchsize'. Did you mean data.batch_size?"),
-        ("--data.max_length q", "data.max_length: Expected int. Got value: q."),
+        ("--data.max_length q", "data.max_length: Expected a <class 'int'>. Got value: q."),
         ("--spilt val", "spilt"),
         ("--model.base nowhere", "no such file or folder"),
         ("--data.val_fraction 0.5", "val and val_fraction are both given"),

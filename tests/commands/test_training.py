@@ -61,7 +61,7 @@ def test_a_fit_fills_its_run_folder_whose_manifest_names_a_command_that_repeats_
     program, verb, *arguments = shlex.split(first["reproduce"])
     assert program == "qlora-lightning"
     out = command(verb, *arguments[2:], config=arguments[1])
-    assert "Validation rows, base → adapter" in out
+    assert "By exact match, the adapter is better on" in out
     assert "Memory after loading" in out
     again = json.loads((tmp_path / "run-again" / "manifest.json").read_text())
     assert adapter_file(tmp_path / "run-again").read_bytes() == adapter_file(run).read_bytes()
@@ -106,7 +106,7 @@ def test_checkpoint_and_adapter_folder_are_evaluated_alike_and_without_either_th
     checkpoint = command("validate", "--ckpt_path", "last")
     assert "Adapter:" not in checkpoint
     base = command("validate", "--trainer.default_root_dir", "elsewhere")
-    assert "this judges the base alone" in base
+    assert "this evaluates the base alone" in base
     assert loss(folder) == loss(checkpoint) != loss(base)
 
 
@@ -161,6 +161,16 @@ def test_an_adapter_folder_is_trained_further_by_its_key(command, tmp_path):
     command("fit", "--model.adapter", "run", "--trainer.default_root_dir", "further", *unmoved)
     first, second = (load_file(adapter_file(tmp_path / name)) for name in ("run", "further"))
     assert all(torch.equal(first[name], second[name]) for name in first | second)
+    again = ("--config", "further/config.yaml", "--trainer.limit_val_batches", "1")
+    assert "Adapter: further/adapter" in command(
+        "validate", *again[2:], config=again[1]
+    )  # and not the one it began with
+    assert "Adapter:" not in command("validate", *again[2:], "--model.adapter", "run", config=again[1])
+
+
+def test_no_checkpoint_is_evaluated_where_there_is_none(command):
+    options = ("--ckpt_path", "last", "--trainer.default_root_dir", "empty")
+    assert "there is no checkpoint in empty" in command("validate", *options, code=2)
 
 
 @pytest.mark.parametrize("limit", ["trainer.max_epochs", "trainer.limit_train_batches"])
@@ -186,7 +196,7 @@ def test_tokenizer_template_and_its_options_follow_the_adapter(command, tmp_path
     common = ["--adapter", "new/adapter", "--data.val", "rows.jsonl", "--rows", "1"]
     (tmp_path / "new" / "config.yaml").unlink()  # evaluated with the adapter folder alone
     for motto, code, words in (
-        (["--data.template_options.motto", "Be rude."], 0, "another chat template, so"),
+        (["--data.template_options.motto", "Be rude."], 0, "another data.chat_template, so"),
         (["--data.template_options.moto", "Be rude."], 2, "Did you mean 'motto'?"),
     ):
         assert main(["evaluate", *common, *motto]) == code

@@ -45,8 +45,16 @@ def test_the_first_screen_answers_what_it_learned_what_it_cost_and_what_comes_ne
         f"qlora-lightning evaluate --adapter {folder}/adapter --split test --out {folder}-evaluated",
         f"qlora-lightning merge --adapter {folder}/adapter --out {folder}-merged",
     ]
-    stopped = read_run(make_run("b", status="stopped"))
-    assert next_steps(stopped)[0][1] == "qlora-lightning fit --config a.yaml --ckpt_path last"
+    for command in ("", " --ckpt_path runs/old.ckpt", " --ckpt_path=runs/old.ckpt"):
+        stopped = read_run(
+            make_run(
+                f"b{command.count('=')}{len(command)}",
+                status="stopped",
+                command=f"qlora-lightning fit --config a.yaml{command}",
+            )
+        )
+        assert next_steps(stopped)[0][1] == "qlora-lightning fit --config a.yaml --ckpt_path last"
+    assert next_steps(read_run(make_run("c", status="stopped", command="python train.py"))) == []
 
 
 @pytest.mark.parametrize(
@@ -65,6 +73,10 @@ def test_what_went_wrong_is_found(losses, measured, words):
         findings(make(metrics={"val_loss": points}, evaluation={"metrics": {"loss": measured}, "rows": 5}))
     )
     assert all(each in found for each in words)
+
+
+def test_one_validation_alone_says_nothing_of_what_was_learned():
+    assert list(findings(make(metrics={"val_loss": [(10, 0.4)]}))) == []
 
 
 def test_a_line_of_the_evaluation_has_one_number_of_digits_and_its_intervals():

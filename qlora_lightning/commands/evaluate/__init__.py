@@ -52,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
         arguments += ["--evaluation.rows", str(options.rows)]
     options.json = check_output("--json", options.json, options.force)
     if options.out is not None:
+        options.out = options.out.expanduser()
         options.out.mkdir(parents=True, exist_ok=True)
         for name in ("evaluation.json", "predictions.jsonl"):
             check_output("--out", options.out / name, options.force)

@@ -77,6 +77,7 @@ class TrialCLI(QLoRACLI):
         self.run_folder = Path(asked["trainer"]["default_root_dir"])
         self.folder = self.run_folder / self._sweep.folder
         own = self.folder / self._sweep.trial_folder(self._value)
+        self._command = ["qlora-lightning", "fit", *args, "--trainer.default_root_dir", str(own)]
         super().parse_arguments(parser, [*args, "--trainer.default_root_dir", str(own), "--ckpt_path", "last"])
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
         ThroughputMonitor,
     )
     from qlora_lightning.data.datamodule import InstructionDataModule
+    from qlora_lightning.data.preferences import PreferenceDataModule
     from qlora_lightning.model.loss import LossSums
     from qlora_lightning.model.module import QLoRAModule
+    from qlora_lightning.model.preferences import PreferenceModule
 
 __version__ = "0.1.0"
 
@@ -41,6 +43,8 @@ __all__ = [
     "LossSpikeMonitor",
     "LossSums",
     "PredictionWriter",
+    "PreferenceDataModule",
+    "PreferenceModule",
     "QLoRAModule",
     "RunReport",
     "StopSignals",
@@ -50,6 +54,8 @@ __all__ = [
 _HOMES = {
     "InstructionDataModule": "qlora_lightning.data.datamodule",
     "LossSums": "qlora_lightning.model.loss",
+    "PreferenceDataModule": "qlora_lightning.data.preferences",
+    "PreferenceModule": "qlora_lightning.model.preferences",
     "QLoRAModule": "qlora_lightning.model.module",
 }
 

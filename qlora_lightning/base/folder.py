@@ -20,8 +20,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
-# What a config can ask for, and our attention and transformers' LLaMA would ignore without a word.
-_UNSUPPORTED = ("sliding_window", "attention_chunk_size", "attn_logit_softcapping", "final_logit_softcapping")
+# Types that are trained. Each gives the losses of plain transformers: tests/model/test_families.py.
+MODEL_TYPES = (
+    *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "granite"),
+    *("smollm3", "glm4", "exaone4", "ernie4_5", "seed_oss"),
+)
+# What a LLaMA's config can ask for, and transformers' LLaMA ignores without a word.
+_IGNORED = ("sliding_window", "attention_chunk_size", "attn_logit_softcapping", "final_logit_softcapping")
 
 _FINGERPRINT_FORMAT = 1  # raised whenever the same tensors would give another fingerprint
 _CHUNK_BYTES = 4 << 20
@@ -50,24 +55,27 @@ def open_base(name: str, revision: str | None = None, *, weights: bool = True) -
 
 
 def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> None:
-    """Check that a folder holds a LLaMA that this package trains as it is; ``name`` is what the user wrote."""
+    """Check that a folder holds a model that this package trains as it is; ``name`` is what the user wrote."""
     config = read_config(folder, name)
     model_type = config.get("model_type")
-    if model_type != "llama":
-        raise UserError(
-            f"Base {name}: expected model_type llama in {folder / 'config.json'}, found {model_type!r}. "
-            "Choose a LLaMA-family base (Llama 2, 3, SmolLM, TinyLlama, Yi, …)."
-        )
-    asked = {key: config.get(key) for key in _UNSUPPORTED}
-    if config.get("use_sliding_window") is False:
-        asked["sliding_window"] = None
-    asked["layer_types"] = set(config.get("layer_types") or ()) - {"full_attention"}
-    for key, value in asked.items():
-        if value:
+    if model_type not in MODEL_TYPES:
+        found = f"Base {name}: its model_type is {model_type!r} ({folder / 'config.json'})"
+        if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")):
             raise UserError(
-                f"Base {name}: its config.json sets {key}: {config[key]}, which qlora_lightning does not compute and "
-                "will not ignore. Choose a base without it."
+                f"{found}, a mixture of experts. bitsandbytes quantizes linears, and its experts would stay in 16 "
+                "bits. Choose a dense base."
             )
+        raise UserError(f"{found}: expected one of {', '.join(MODEL_TYPES)}. Choose a base of these.")
+    asked = {key: config[key] for key in _IGNORED if model_type == "llama" and config.get(key)}
+    if config.get("use_sliding_window") is False:
+        asked.pop("sliding_window", None)
+    unknown = set(config.get("layer_types") or ()) - {"full_attention", model_type != "llama" and "sliding_attention"}
+    asked |= {"layer_types": sorted(unknown)} if unknown else {}
+    for key, value in asked.items():
+        raise UserError(
+            f"Base {name}: its config.json sets {key}: {value}, which qlora_lightning does not compute and will not "
+            "ignore. Choose a base without it."
+        )
     if weights:
         for file in weight_files(folder, name):
             read_spans(file)

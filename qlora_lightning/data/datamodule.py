@@ -88,6 +88,8 @@ class InstructionDataModule(LightningDataModule):
             written to config.yaml. If validation samples differ, the ranking of the best adapter starts over.
     """
 
+    pairs = False  # whether a row is two answers to compare, see PreferenceDataModule
+
     def __init__(
         self,
         train: DataPath | None = None,
@@ -355,7 +357,7 @@ class InstructionDataModule(LightningDataModule):
             yield Row(row, split, number) if isinstance(row, dict) else row
 
     def _recipe(self) -> Recipe:
-        return Recipe(self.renderer, self.max_length, self.too_long)
+        return Recipe(self.renderer, self.max_length, self.too_long, self.pairs)
 
     def _row_settings(self) -> RowSettings:
         return RowSettings(self.format, self.columns, self.system, self.roles)
@@ -371,6 +373,7 @@ class InstructionDataModule(LightningDataModule):
             "tokenizer": tokenizer,
             "template_options": json.dumps(self.template_options, sort_keys=True, default=str),
             **{name: getattr(self, name) for name in _SAMPLE_SETTINGS},
+            **({"pairs": True} if self.pairs else {}),
         }
 
     def _take_tokenizer_of_base(self) -> None:

@@ -17,7 +17,7 @@ from qlora_lightning.data.chat.lengths import shorten, split_up
 from qlora_lightning.data.chat.render import RenderedText
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow, RowFault
-from qlora_lightning.data.rows.conversation import Chat, Content, Text
+from qlora_lightning.data.rows.conversation import Chat, Content, Pair, Text
 from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
@@ -37,11 +37,15 @@ Prepared = tuple[SampleSet, Report]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How rows are turned into samples: the settings that every split shares."""
+    """How rows are turned into samples: the settings that every split shares.
+
+    With ``pairs`` a row is two answers to compare, and its sample both, one behind the other.
+    """
 
     renderer: ChatRenderer
     max_length: int = 2048
     too_long: str = "truncate"
+    pairs: bool = False
 
 
 class NumberedRow(NamedTuple):
@@ -58,7 +62,12 @@ class _Converted(NamedTuple):
     number: int
     source: int
     row: Row
-    content: Content
+    content: Content | Pair
+
+    @property
+    def parts(self) -> Sequence[Content]:
+        """The content itself, or both of a pair."""
+        return self.content if isinstance(self.content, Pair) else [self.content]
 
 
 class Prompt(NamedTuple):
@@ -82,7 +91,8 @@ class Preparation:
 
     def __init__(self, recipe: Recipe, split: str, settings: Iterable[RowSettings], for_prompts: bool = False) -> None:
         self._recipe, self._split, self._for_prompts = recipe, split, for_prompts
-        self._converters = [RowConverter(each, needs_answer=not for_prompts) for each in settings]
+        pairs = recipe.pairs and not for_prompts
+        self._converters = [RowConverter(each, not for_prompts, pairs) for each in settings]
         self.report, self._builder = Report(split), SampleSetBuilder()
         self.prompts: list[Prompt] = []
 
@@ -110,18 +120,18 @@ class Preparation:
                 good.append(_Converted(number, source, row, self._converters[source].convert(row)))
             except RowFault as fault:
                 bad[number] = BadRow(row.where, str(fault))
-        written: list[tuple[_Converted, list[RenderedText]]] = []
+        written: list[tuple[_Converted, list[list[RenderedText]]]] = []
         for each in good:
             with _noting_faults(each, bad):
                 if self._for_prompts:
                     self._add_prompt(each)
                 else:
-                    written.append((each, renderer.write(each.content)))
-        encoded = iter(renderer.encode([text.text for _, texts in written for text in texts]))
-        for each, texts in written:
-            encodings = [next(encoded) for _ in texts]
+                    written.append((each, [renderer.write(part) for part in each.parts]))
+        encoded = iter(renderer.encode([text.text for _, parts in written for texts in parts for text in texts]))
+        for each, parts in written:
+            encodings = [[next(encoded) for _ in texts] for texts in parts]
             with _noting_faults(each, bad):
-                self._add_samples(each, renderer.label(each.content, texts, encodings))
+                self._add_samples(each, list(map(renderer.label, each.parts, parts, encodings)))
         self.report.rows += len(rows)
         for number in sorted(bad):
             self.report.count_bad_row(bad[number])
@@ -144,16 +154,26 @@ class Preparation:
         self._builder.add(ids, [IGNORED] * len(ids), number, source, row.file, row.line)
         self.prompts.append(Prompt(ids, reference, number, row.values))
 
-    def _add_samples(self, converted: _Converted, rendered: list[Rendered]) -> None:
+    def _add_samples(self, converted: _Converted, parts: list[list[Rendered]]) -> None:
         (number, source, row, content), recipe, report = converted, self._recipe, self.report
         if not content.weight:
             report.drop("their weight is 0")
             return
-        fitted = [sample for sample in _fit(recipe, content, rendered, report) if _count(sample)]
-        report.turn_by_turn += len(rendered) > 1
-        for ids, labels in fitted:
-            self._builder.add(ids, labels, number, source, row.file, row.line, content.weight)
-        if fitted:
+        fitted = [
+            [sample for sample in _fit(recipe, part, samples, report) if _count(sample)]
+            for part, samples in zip(converted.parts, parts, strict=True)
+        ]
+        rendered = [sample for samples in parts for sample in samples]
+        report.turn_by_turn += len(rendered) > len(parts)
+        if isinstance(content, Pair):
+            if all(len(samples) == 1 for samples in fitted):
+                (one,), (other,) = fitted
+                ids, labels = one.ids + other.ids, one.labels + other.labels
+                self._builder.add(ids, labels, number, source, row.file, row.line, content.weight, len(one.ids))
+                return
+        elif fitted[0]:
+            for ids, labels in fitted[0]:
+                self._builder.add(ids, labels, number, source, row.file, row.line, content.weight)
             return
         if recipe.too_long == "drop" and any(len(sample.ids) > recipe.max_length for sample in rendered):
             report.drop(TOO_LONG)

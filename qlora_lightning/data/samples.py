@@ -43,6 +43,8 @@ class SampleSet(Sequence[Sample]):
     line: npt.NDArray[np.int64]  # (N,)
     files: tuple[str, ...]
     weights: npt.NDArray[np.float32] | None = None  # (N,), of the rows; None if each weighs 1
+    # (N,): tokens of the first of two answers to compare, which a sample of preferences holds one behind the other
+    first: npt.NDArray[np.int64] | None = None
 
     @classmethod
     def load(cls, folder: Path) -> "SampleSet":
@@ -64,7 +66,7 @@ class SampleSet(Sequence[Sample]):
     def content_hash(self) -> str:
         """Hash of tokens, labels, weights and order of the samples, and of which source each comes from."""
         total = hashlib.sha256()
-        for values in (self.starts, self.ids, self.labelled, self.source, self.weights):
+        for values in (self.starts, self.ids, self.labelled, self.source, self.weights, self.first):
             if values is not None:
                 total.update(values.data)
         return total.hexdigest()
@@ -102,7 +104,17 @@ class SampleSet(Sequence[Sample]):
             self.line[chosen],
             self.files,
             None if self.weights is None else self.weights[chosen],
+            None if self.first is None else self.first[chosen],
         )
+
+    def spans(self, rows: Sequence[int]) -> list[slice]:
+        """Return where the tokens of some samples are; of preferences, those of each answer."""
+        begins, ends = self.starts[list(rows)], self.starts[1:][list(rows)]
+        if self.first is None:
+            return list(map(slice, begins.tolist(), ends.tolist()))
+        middles = (begins + self.first[list(rows)]).tolist()
+        pairs = zip(begins.tolist(), middles, ends.tolist(), strict=True)
+        return [span for begin, middle, end in pairs for span in (slice(begin, middle), slice(middle, end))]
 
     def __repr__(self) -> str:
         return f"SampleSet({len(self):,} samples, {len(self.ids):,} tokens)"
@@ -132,7 +144,7 @@ class SampleSetBuilder:
     def __init__(self) -> None:
         self._ids, self._labelled = array("i"), bytearray()
         self._starts, self._row_ids, self._source = array("q", [0]), array("q"), array("i")
-        self._file, self._line, self._weights = array("i"), array("q"), array("f")
+        self._file, self._line, self._weights, self._first = array("i"), array("q"), array("f"), array("q")
         self._files: dict[str, int] = {}
 
     def add(
@@ -144,11 +156,15 @@ class SampleSetBuilder:
         file: str | None = None,
         line: int = 0,
         weight: float = 1.0,
+        first: int = 0,
     ) -> None:
-        """Append one sample of at least one token; its first label counts as -100, since nothing predicts it."""
+        """Append one sample of at least one token; its first label counts as -100, since nothing predicts it.
+
+        ``first``: of a sample of preferences, the tokens of the first answer; then the second begins.
+        """
         assert 0 < len(ids) == len(labels)
         labelled = np.array(labels, dtype=np.int64) != IGNORED
-        labelled[0] = False
+        labelled[[0, first]] = False
         self._ids.extend(ids)
         self._labelled += labelled.tobytes()
         self._starts.append(len(self._ids))
@@ -157,10 +173,11 @@ class SampleSetBuilder:
         self._file.append(-1 if file is None else self._files.setdefault(file, len(self._files)))
         self._line.append(line)
         self._weights.append(weight)
+        self._first.append(first)
 
     def build(self) -> SampleSet:
         """Return all that was added, without copying it; the builder is used up."""
-        weights = np.frombuffer(self._weights, dtype=np.float32)
+        weights, first = np.frombuffer(self._weights, np.float32), np.frombuffer(self._first, np.int64)
         return SampleSet(
             np.frombuffer(self._ids, dtype=np.int32),
             np.frombuffer(self._labelled, dtype=np.bool_),
@@ -171,6 +188,7 @@ class SampleSetBuilder:
             np.frombuffer(self._line, dtype=np.int64),
             tuple(self._files),
             None if (weights == 1).all() else weights,
+            first if first.any() else None,
         )
 
 

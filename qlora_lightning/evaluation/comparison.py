@@ -17,7 +17,13 @@ METHOD = (
     "same resamples; of a share of rows alone by Wilson's score interval; if all rows are alike, by how many others "
     "may then be otherwise (Wilson), and none of what has no bounds, as a loss"
 )
-_YES_OR_NO = ("exact_match", "json_valid", "numeric_match", "stop_rate")  # each row counts as 0 or 1
+_YES_OR_NO = (
+    "preference_accuracy",
+    "exact_match",
+    "json_valid",
+    "numeric_match",
+    "stop_rate",
+)  # each row counts as 0 or 1
 _NO_WIDTH = 1e-9  # what sums of equal rows differ by in rounding
 _Z = 1.959964  # of the normal distribution, two-sided 95 %
 Floats = npt.NDArray[np.float64]
@@ -50,7 +56,8 @@ class RowResult(NamedTuple):
     Attributes:
         nll: Sum of the loss over its labelled tokens, in nats.
         labelled_tokens: How many they are.
-        correct: Of how many the label was the most likely token.
+        correct: Of how many the label was the most likely token; of two answers to compare, which count as one token,
+            whether the chosen one is the likelier.
         answer: ``None`` if the row was not answered.
     """
 
@@ -84,12 +91,16 @@ class Metric(NamedTuple):
     differences: dict[str, Interval]
 
 
-def compare(results: Results) -> dict[str, Metric]:
-    """Compute every metric of every side by its name: losses over all rows, scores over those that were answered."""
+def compare(results: Results, pairs: bool = False) -> dict[str, Metric]:
+    """Compute every metric of every side by its name: losses over all rows, scores over those that were answered.
+
+    ``pairs``: whether rows are two answers to compare.
+    """
     nll = {side: [(row.nll, row.labelled_tokens) for row in rows] for side, rows in results.items()}
     correct = {side: [(row.correct, row.labelled_tokens) for row in rows] for side, rows in results.items()}
-    found = {name: measure(name, nll) for name in ("loss", "perplexity")}
-    found["token_accuracy"] = measure("token_accuracy", correct)
+    found = {name: measure(name, nll) for name in (("loss",) if pairs else ("loss", "perplexity"))}
+    accuracy = "preference_accuracy" if pairs else "token_accuracy"
+    found[accuracy] = measure(accuracy, correct)
     figures = {side: [row.answer.figures for row in rows if row.answer is not None] for side, rows in results.items()}
     names = next(iter(next(iter(figures.values()))), {})
     for name in names:

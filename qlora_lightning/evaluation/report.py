@@ -38,7 +38,7 @@ class Comparison:
 
     def __init__(self, rows: "Sequence[EvaluationRow]", results: Results, settings: "AnswerSettings | None") -> None:
         self.rows, self.results, self.settings = rows, results, settings
-        self.metrics = compare(results)
+        self.metrics = compare(results, pairs=bool(rows) and rows[0].is_pair)
         self.adapters = [side for side in results if side != BASE]
         self.answered = [place for place, result in enumerate(results[BASE]) if result.answer is not None]
         self.score = settings.scores[0] if settings else None

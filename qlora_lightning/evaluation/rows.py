@@ -17,7 +17,7 @@ from qlora_lightning.model.adapters.lora import without_adapters
 from qlora_lightning.model.batch import cut_into_rows, is_flat
 from qlora_lightning.model.generate import dense_weights
 from qlora_lightning.model.layout import IGNORED, next_labels
-from qlora_lightning.model.loss import LossSums, head_loss
+from qlora_lightning.model.loss import LossSums, head_loss, head_of
 
 Watch = Callable[[int], None]
 """Called with the number of losses or answers that are done now."""
@@ -34,6 +34,7 @@ class EvaluationRow:
         expected: Token ids of the last answer, its stop token included.
         place: File and line, if they are known.
         group: What it is counted under, if the user groups rows.
+        is_pair: Whether it is two answers to compare; prompt and expected answer are those of the chosen one.
     """
 
     number: int
@@ -42,6 +43,7 @@ class EvaluationRow:
     expected: list[int]
     place: str = ""
     group: str = ""
+    is_pair: bool = False
 
 
 def limit_batches(loader: Any, limit: float) -> Iterator[Any]:
@@ -56,8 +58,10 @@ def read_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:
         return [EvaluationRow(-1, "0", None, [])]
     rows = []
     for row in _labelled_rows(batch):
-        prompt, expected = split_sample(row["input_ids"][0].tolist(), row["labels"][0].tolist())
-        rows.append(EvaluationRow(int(row["row_ids"][0]), str(int(row["source"][0])), prompt, expected))
+        end = int(row["cu_seqlens"][1])
+        prompt, expected = split_sample(row["input_ids"][0, :end].tolist(), row["labels"][0, :end].tolist())
+        number, source = int(row["row_ids"][0]), str(int(row["source"][0]))
+        rows.append(EvaluationRow(number, source, prompt, expected, is_pair=row.get("pairs", False)))
     return rows
 
 
@@ -172,7 +176,7 @@ def row_losses(module: Any, batch: Mapping[str, Any]) -> Iterator[LossSums]:
         return
     counts = [int((next_labels(row["labels"][0]) != IGNORED).sum()) for row in _labelled_rows(batch)]
     states, targets = module.last_states(batch)
-    head = module.causal_lm.get_output_embeddings()
+    head = head_of(module.causal_lm)
     for own, wanted in zip(states.split(counts), targets.split(counts), strict=True):
         with module.autocast():
             yield head_loss(own, wanted, head, fast=module.fast)

@@ -1,12 +1,10 @@
 """A micro-batch: its rows, and the shape that memory and time depend on."""
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from qlora_lightning.model.layout import IGNORED, find_needed
 
@@ -41,19 +39,26 @@ def is_flat(batch: Any) -> bool:
 
 
 def cut_into_rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Cut a flat batch into one of each row, as if it came alone; one of another kind is not cut: no rows."""
+    """Cut a flat batch into one of each row, as if it came alone; one of another kind is not cut: no rows.
+
+    A row of preferences is a pair of samples.
+    """
     if not is_flat(batch):
         return []
-    bounds: Tensor = batch["cu_seqlens"]
-    return [
-        {
+    bounds, size = batch["cu_seqlens"], 2 if batch.get("pairs") else 1
+    rows = []
+    for first in range(0, len(bounds) - 1, size):
+        own = bounds[first : first + size + 1]
+        start, end = int(own[0]), int(own[-1])
+        names = [name for name in ("row_ids", "source", "weights") if name in batch]
+        row = {
             **{name: batch[name][:, start:end] for name in ("input_ids", "position_ids", "labels")},
-            **{name: batch[name][number : number + 1] for name in ("row_ids", "source", "weights") if name in batch},
-            "cu_seqlens": bounds.new_tensor([0, end - start]),
-            "longest": end - start,
+            **{name: batch[name][first : first + size] for name in names},
+            "cu_seqlens": own - start,
+            "longest": int(own.diff().max()),
         }
-        for number, (start, end) in enumerate(itertools.pairwise(bounds.tolist()))
-    ]
+        rows.append({**row, "pairs": True} if size == 2 else row)
+    return rows
 
 
 def describe_row(data: Any, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +138,7 @@ def shape_of_batch(batch: Any) -> BatchShape:
 
 def shape_of_rows(samples: Any, rows: Sequence[int]) -> BatchShape:
     """Read the shape of the batch of some rows of a :class:`~qlora_lightning.data.samples.SampleSet`."""
-    spans = [slice(samples.starts[row], samples.starts[row + 1]) for row in rows]
+    spans = samples.spans(rows)
     return _shape_of([samples.ids[span] for span in spans], [samples.labelled[span] for span in spans])
 
 

@@ -135,6 +135,9 @@ def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Qua
                     model.set_submodule(name, _quantized_linear(linear, quantization, dtype))
             model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantization == "int8", quantization != "int8"
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    embedding = model.get_input_embeddings()
+    if hasattr(embedding, "scalar_embed_scale"):  # Gemma 3's, a number in a buffer
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
     model.requires_grad_(False)
     return model
 

@@ -15,6 +15,7 @@ from qlora_lightning.model.layers.elementwise import rope_limit
 from qlora_lightning.model.layers.fusing import choose_layers
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
 from qlora_lightning.model.layout import Samples, whole_samples
+from qlora_lightning.model.loss import head_of
 
 BATCH_SIZE = 64  # rows that are answered together
 TOKEN_BUDGET = 32_768  # keys and values that are kept at a time: of SmolLM2-135M 0.75 GB, of Llama-3.1-8B 4.3 GB
@@ -154,7 +155,7 @@ def _generate(
             use_cache=False,
         )
         hidden: Tensor = output.last_hidden_state[0]  # (tokens, width)
-        logits: Tensor = causal_lm.get_output_embeddings()(hidden if last is None else hidden[last])
+        logits: Tensor = head_of(causal_lm)(hidden if last is None else hidden[last])
         return logits.argmax(-1)
 
     samples = whole_samples(lengths).to(device)

@@ -111,6 +111,7 @@ class Layout(_Moves):
         position_ids: ``(1, tokens)``.
         predicting: From which tokens something is predicted, ``(K,)``; samples in the order of the batch.
         targets: What is predicted from each, ``(K,)``.
+        counts: How many are predicted of each sample.
         samples: Where samples lie.
         rows: The ids of the batch's rows.
         origin: The batch's tensors that it was made from, and the version of each; see :meth:`bind`.
@@ -120,6 +121,7 @@ class Layout(_Moves):
     position_ids: Tensor
     predicting: Tensor
     targets: Tensor
+    counts: tuple[int, ...]
     samples: Samples
     rows: tuple[int, ...] = ()
     origin: tuple[tuple[Tensor, int], ...] = ()
@@ -185,6 +187,7 @@ def lay_out(batch: Mapping[str, Any], *, leaves_out: bool = True, fills: bool = 
     starts = bounds[:-1]
     ids, positions, labels = (batch[name][0].cpu().numpy() for name in ("input_ids", "position_ids", "labels"))
     targets = next_labels(torch.from_numpy(labels)).numpy()
+    counts = np.add.reduceat(targets != IGNORED, starts, dtype=np.int64).tolist()
     needed = Needed(np.diff(bounds).tolist(), [0] * len(starts), [])
     if leaves_out:
         states = ids + (positions.astype(np.int64) << 32)  # at another position a token has another state
@@ -202,6 +205,7 @@ def lay_out(batch: Mapping[str, Any], *, leaves_out: bool = True, fills: bool = 
         torch.from_numpy(positions)[None],
         torch.from_numpy(predicting),
         torch.from_numpy(targets[predicting]),
+        tuple(counts),
         place_samples(needed, pads=pads),
         () if batch.get("row_ids") is None else tuple(batch["row_ids"].tolist()),
     )

@@ -1,8 +1,9 @@
 """Next-token loss on the labelled tokens only; the full ``(tokens, vocabulary)`` logits never exist."""
 # mypy: allow-untyped-calls
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,18 +30,23 @@ class LossSums(NamedTuple):
         nll_sum: Negative log-likelihood in nats, float32 scalar, with a gradient.
         labelled_tokens: How many tokens were counted, int64 scalar.
         correct: For how many of them the most likely token was the label, int64 scalar.
+        logged: More sums over the same, by name: their means are logged beside the loss.
     """
 
     nll_sum: Tensor
     labelled_tokens: Tensor
     correct: Tensor
+    logged: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class TokenStatistics(Metric):
     """Add up :class:`LossSums` over batches and ranks, so that neither batch size nor order changes the result.
 
     ``compute`` returns ``loss`` (nats per labelled token), ``perplexity`` (its exponential) and ``token_accuracy``
-    (share of labelled tokens that were the most likely one).
+    (share of labelled tokens that were the most likely one); or the loss and the means of ``logged``, if there are.
+
+    Args:
+        logged: Names in ``logged`` of the sums that will be added.
     """
 
     full_state_update = False
@@ -48,8 +54,11 @@ class TokenStatistics(Metric):
     labelled_tokens: Tensor
     correct: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, logged: Sequence[str] = ()) -> None:
         super().__init__()
+        self.logged = tuple(logged)
+        for name in self.logged:
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         # float64: a sum over millions of tokens must not depend on the order in which batches come
         self.add_state("nll_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("labelled_tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
@@ -60,10 +69,14 @@ class TokenStatistics(Metric):
         self.nll_sum += sums.nll_sum.detach()
         self.labelled_tokens += sums.labelled_tokens
         self.correct += sums.correct
+        for name in self.logged:
+            setattr(self, name, getattr(self, name) + sums.logged[name].detach())
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means over all that was added; NaN where nothing was."""
         loss = self.nll_sum / self.labelled_tokens
+        if self.logged:
+            return {"loss": loss, **{name: getattr(self, name) / self.labelled_tokens for name in self.logged}}
         return {"loss": loss, "perplexity": loss.exp(), "token_accuracy": self.correct / self.labelled_tokens}
 
 
@@ -81,12 +94,21 @@ def rows_of_probabilities(vocabulary: int, number_bytes: int, device: str) -> in
 
 
 def head_loss(hidden: Tensor, targets: Tensor, head: Any, chunk: int | None = None, *, fast: bool = True) -> LossSums:
-    """Sum the loss of labelled tokens.
+    """Sum the loss of labelled tokens; arguments are those of :func:`token_losses`."""
+    nll, correct = token_losses(hidden, targets, head, chunk, fast=fast)
+    count = torch.full((), len(targets), device=hidden.device)  # torch.tensor would wait for a GPU
+    return LossSums(nll.sum(), count, correct.sum())
+
+
+def token_losses(
+    hidden: Tensor, targets: Tensor, head: Any, chunk: int | None = None, *, fast: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Compute the loss of each labelled token, ``(K,)`` float32, and whether it is the most likely one, ``(K,)``.
 
     Args:
         hidden: The last hidden states, after the final norm, from which they are predicted, ``(K, width)``.
         targets: The tokens, ``(K,)``.
-        head: Maps hidden states to logits.
+        head: Maps hidden states to logits; see :func:`head_of`.
         chunk: Labelled tokens whose logits exist at a time; by default as many as 64 MiB hold, but at most 512; on
             a GPU as many as 256 MiB hold.
         fast: Whether a frozen head's gradient may be made while the logits exist; ``False`` leaves it to autograd.
@@ -94,12 +116,11 @@ def head_loss(hidden: Tensor, targets: Tensor, head: Any, chunk: int | None = No
     is_frozen, device = _is_frozen_linear(head), hidden.device.type
     if fast and is_frozen:
         chunk = chunk or rows_of_logits(len(head.weight), head.weight.element_size(), device)
-        nll_sum, correct = _FrozenHeadLoss.apply(hidden, head.weight, targets, chunk)
-    else:
-        chunk = chunk or (rows_of_logits(len(head.weight), _FLOAT, device) if is_frozen else _MOST_ROWS)
-        nll_sum, correct = _checkpointed_head_loss(hidden, head, targets, chunk)
-    count = torch.full((), len(targets), device=hidden.device)  # torch.tensor would wait for a GPU
-    return LossSums(nll_sum, count, correct)
+        found: tuple[Tensor, Tensor] = _FrozenHeadLoss.apply(hidden, head.weight, targets, chunk)
+        return found
+    known = is_frozen or isinstance(head, _ScaledHead)
+    chunk = chunk or (rows_of_logits(len(head.weight), _FLOAT, device) if known else _MOST_ROWS)
+    return _checkpointed_head_loss(hidden, head, targets, chunk)
 
 
 def mean_with_gradient_of_sum(sums: LossSums, scale: float = 1.0) -> Tensor:
@@ -110,6 +131,30 @@ def mean_with_gradient_of_sum(sums: LossSums, scale: float = 1.0) -> Tensor:
     """
     value = sums.nll_sum.detach()
     return value / sums.labelled_tokens.clamp(min=1) + scale * (sums.nll_sum - value)
+
+
+def head_of(causal_lm: Any) -> nn.Module:
+    """Return what maps last hidden states to logits as the model's own forward: Granite scales them, Gemma 2 caps."""
+    config, linear = causal_lm.config, causal_lm.get_output_embeddings()
+    scaling, softcap = (getattr(config, name, None) for name in ("logits_scaling", "final_logit_softcapping"))
+    return linear if scaling is None and softcap is None else _ScaledHead(linear, scaling or 1.0, softcap)
+
+
+class _ScaledHead(nn.Module):
+    """Compute ``softcap · tanh(logits / softcap)`` of ``logits = head(hidden) / scaling``."""
+
+    def __init__(self, linear: nn.Module, scaling: float, softcap: float | None) -> None:
+        super().__init__()
+        self.linear, self.scaling, self.softcap = linear, scaling, softcap
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the linear, ``(vocabulary, width)``."""
+        return cast(Tensor, self.linear.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.linear(hidden) / self.scaling
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
 def _is_frozen_linear(head: Any) -> bool:
@@ -126,27 +171,29 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        nll_sum = torch.zeros((), device=hidden.device)
-        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        nll, correct = hidden.new_empty(len(targets), dtype=torch.float32), torch.empty_like(targets, dtype=torch.bool)
         head = FrozenLinear(weight, bias=None, scaling=1.0)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             logits = project(hidden[part].to(weight.dtype), None, None, head)  # then their gradient
-            for nll, right in _cross_entropies(logits, targets[part], gradient is not None):
-                nll_sum += nll.sum()
-                correct += right.sum()
+            done = start
+            for own_nll, own_correct in _cross_entropies(logits, targets[part], gradient is not None):
+                rows = slice(done, done + len(own_nll))
+                nll[rows], correct[rows], done = own_nll.flatten(), own_correct.flatten(), rows.stop
             if gradient is not None:
                 gradient[part] = gradient_of_input([logits], [head], None, [])
             del logits  # before the next are made
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(correct)
-        return nll_sum, correct
+        return nll, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_nll: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return None if gradient is None else gradient * grad_nll, None, None, None
+        if gradient is not None:  # by factors in float32, and rounded once
+            gradient = torch.mul(gradient, grad_nll[:, None], out=torch.empty_like(gradient))
+        return gradient, None, None, None
 
 
 def _cross_entropies(logits: Tensor, targets: Tensor, with_gradient: bool) -> Iterator[tuple[Tensor, Tensor]]:
@@ -171,16 +218,17 @@ def _cross_entropies(logits: Tensor, targets: Tensor, with_gradient: bool) -> It
 
 
 def _checkpointed_head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Compute the same sums by autograd, logits again in backward: for a head that trains, and as the plain path."""
+    """Compute the same by autograd, logits again in backward: for a head that trains, and as the plain path."""
 
-    def sums(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(hidden).float()
-        return F.cross_entropy(logits, target, reduction="sum"), (logits.argmax(-1) == target).sum()
+        return F.cross_entropy(logits, target, reduction="none"), logits.argmax(-1) == target
 
-    nll_sum = hidden.sum().float() * 0.0  # keeps the graph connected where nothing is labelled
-    correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-    for start in range(0, len(targets), chunk):
-        part = slice(start, start + chunk)
-        nll, right = checkpoint(sums, hidden[part], targets[part], use_reentrant=False)
-        nll_sum, correct = nll_sum + nll, correct + right
-    return nll_sum, correct
+    parts = [
+        checkpoint(losses, hidden[start : start + chunk], targets[start : start + chunk], use_reentrant=False)
+        for start in range(0, len(targets), chunk)
+    ]
+    if not parts:  # keeps the graph connected if nothing is labelled
+        return hidden.sum(-1).float() * 0.0, torch.zeros_like(targets, dtype=torch.bool)
+    nll, correct = (torch.cat(each) for each in zip(*parts, strict=True))
+    return nll, correct

@@ -49,7 +49,7 @@ from qlora_lightning.model.layers.decoder_layer import cast_adapters
 from qlora_lightning.model.layers.elementwise import check_row_length
 from qlora_lightning.model.layers.fusing import choose_layers, explain_plain_layers
 from qlora_lightning.model.layout import Layout, add_noise, lay_out
-from qlora_lightning.model.loss import LossSums, TokenStatistics, head_loss, mean_with_gradient_of_sum
+from qlora_lightning.model.loss import LossSums, TokenStatistics, head_loss, head_of, mean_with_gradient_of_sum
 from qlora_lightning.model.memory.out_of_memory import telling_out_of_memory
 from qlora_lightning.model.optimizer import (
     ParameterGroups,
@@ -116,7 +116,10 @@ class QLoRAModule(lightning.LightningModule):
         identity: What the adapter belongs to: the base's name, fingerprint, config and quantization, its own shape.
         window: The accumulation window in progress.
         spare: The ``made`` of a module which is not used any more: its base is taken over if it is the same.
+        pairs: Whether rows are two answers to compare: what the objective takes.
     """
+
+    pairs = False
 
     def __init__(
         self,
@@ -297,7 +300,7 @@ class QLoRAModule(lightning.LightningModule):
         """
         hidden, targets = self.last_states(batch)
         with self.autocast():
-            return head_loss(hidden, targets, self.causal_lm.get_output_embeddings(), fast=self.fast)
+            return head_loss(hidden, targets, head_of(self.causal_lm), fast=self.fast)
 
     def last_states(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Compute the states from which labelled tokens are predicted: ``(K, width)``, and those tokens, ``(K,)``.
@@ -311,9 +314,7 @@ class QLoRAModule(lightning.LightningModule):
         check_attends_flatly(self.causal_lm)
         if not torch.compiler.is_compiling():
             self.choose_layers()
-        layout: Layout | None = batch.get("layout")
-        if layout is None or not layout.is_of(batch):
-            layout = self.lay_out(batch).to(self.device)
+        layout = self.layout_of(batch)
         casts = cast_adapters(self.model) if self.device.type == "cuda" and self.fast else None
         tokens = {"input_ids": layout.input_ids}
         if self.training and self.neftune_alpha is not None:
@@ -329,6 +330,13 @@ class QLoRAModule(lightning.LightningModule):
                 use_cache=False,
             ).last_hidden_state
         return hidden[0].index_select(0, layout.predicting), layout.targets
+
+    def layout_of(self, batch: Mapping[str, Any]) -> Layout:
+        """Return the layout that came with a batch, or make it."""
+        layout: Layout | None = batch.get("layout")
+        if layout is None or not layout.is_of(batch):
+            layout = self.lay_out(batch).to(self.device).bind(batch)
+        return layout
 
     def lay_out(self, batch: Mapping[str, Any]) -> Layout:
         """Lay a flat batch out: best before it moves to a GPU, whose numbers would have to be waited for.
@@ -346,6 +354,12 @@ class QLoRAModule(lightning.LightningModule):
         return layout
 
     def setup(self, stage: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "pairs", self.pairs) != self.pairs:
+            raise UserError(
+                f"{type(self).__name__} cannot train on {type(data).__name__}: preferences take "
+                "qlora_lightning.PreferenceModule as model and qlora_lightning.PreferenceDataModule as data."
+            )
         # Lightning warns of these hooks beside a data module that has none of its own.
         warnings.filterwarnings("ignore", "You have overridden `on_(before|after)_batch_transfer` in `LightningModule`")
 
@@ -395,15 +409,16 @@ class QLoRAModule(lightning.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        loss = self.window.divide_gradients(
+        means = self.window.divide_gradients(
             trainable,
             divided_by=self.trainer.accumulate_grad_batches / self.loss_scale,
             reduce_sum=self._reduce_sum if self.trainer.world_size > 1 else None,
         )
         gradients = [parameter.grad for parameter in trainable if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(loss)
-        loss, norm = self.guard.judge_step(self, optimizer, loss, norm)
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(means["loss"])
+        loss, norm = self.guard.judge_step(self, optimizer, means.pop("loss"), norm)
         self.log("train_loss", loss, prog_bar=True)
+        self.log_dict({f"train_{name}": mean for name, mean in means.items()})
         self.log_dict({"grad_norm": norm, "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"])})
         if self.guard.on_nonfinite == "skip":
             self.log("skipped_steps", torch.tensor(float(self.guard.skipped_steps)))

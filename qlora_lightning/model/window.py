@@ -30,6 +30,7 @@ class Window:
         self.closed_row_ids = self.row_ids
         self.nll_sum: Tensor | None = None
         self.labelled_tokens: Tensor | None = None
+        self.logged: dict[str, Tensor] = {}  # see LossSums
         self.micro_batches = 0
         self.row_ids = []
         self.batches: list[Any] = []  # to run again what was not finite; token ids take little
@@ -52,6 +53,8 @@ class Window:
         self.nll_sum = nll_sum if self.nll_sum is None else self.nll_sum + nll_sum
         tokens = sums.labelled_tokens
         self.labelled_tokens = tokens if self.labelled_tokens is None else self.labelled_tokens + tokens
+        for name, each in sums.logged.items():
+            self.logged[name] = each.detach() + self.logged.get(name, 0.0)
         self.row_ids += row_ids
         if batch is not None:
             self.batches.append(batch)
@@ -61,8 +64,8 @@ class Window:
         parameters: Iterable[nn.Parameter],
         divided_by: float,
         reduce_sum: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """Turn accumulated gradients into those of the window's mean loss, and return that loss.
+    ) -> dict[str, Tensor]:
+        """Turn accumulated gradients into those of the window's mean loss; return that ``loss`` and what is logged.
 
         ``divided_by`` is what Lightning has divided them by already, for accumulation; ``reduce_sum`` sums a tensor
         over all ranks, in its place, if there are several.
@@ -70,17 +73,17 @@ class Window:
         if self.nll_sum is None or self.labelled_tokens is None:
             raise RuntimeError("An optimizer step without a micro-batch: call compute_loss in training_step.")
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        sums = torch.stack([self.nll_sum.double(), self.labelled_tokens.double()])
+        sums = torch.stack([each.double() for each in (self.labelled_tokens, self.nll_sum, *self.logged.values())])
         if reduce_sum is not None:
             sums = reduce_sum(sums)
             flat = reduce_sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
             pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
             torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
-        self.labelled_tokens_of_all_ranks = sums[1]
-        tokens = sums[1].clamp(min=1.0)  # a window without labels has gradients of zero
+        self.labelled_tokens_of_all_ranks = sums[0]
+        tokens = sums[0].clamp(min=1.0)  # a window without labels has gradients of zero
         if gradients:
             torch._foreach_mul_(gradients, (divided_by / tokens).float())
-        return (sums[0] / tokens).float()
+        return dict(zip(("loss", *self.logged), (sums[1:] / tokens).float(), strict=True))
 
     def state_dict(self, trainable: Mapping[str, nn.Parameter]) -> dict[str, Any]:
         """Return an open window with its gradients, to continue inside it; nothing of a closed one."""
@@ -90,6 +93,7 @@ class Window:
             "micro_batches": self.micro_batches,
             "nll_sum": self.nll_sum,
             "labelled_tokens": self.labelled_tokens,
+            "logged": dict(self.logged),
             "row_ids": list(self.row_ids),
             "gradients": {name: p.grad.clone() for name, p in trainable.items() if p.grad is not None},
         }
@@ -101,6 +105,7 @@ class Window:
             return
         self.nll_sum, self.labelled_tokens = state["nll_sum"], state["labelled_tokens"]
         self.micro_batches, self.row_ids = state["micro_batches"], list(state["row_ids"])
+        self.logged = dict(state.get("logged", {}))
         for name, gradient in state["gradients"].items():
             parameter = trainable[name]
             parameter.grad = gradient.to(parameter.device).clone()

@@ -16,7 +16,7 @@ from qlora_lightning.report.run import MEMORY, Run
 Table = tuple[list[str], list[tuple[str, list[tuple[str, str]]]]]
 """Headings, and rows: what a row is, and its cells, each with a note below it."""
 
-_NO_SCORES = ("loss", "perplexity", "token_accuracy", "stop_rate", "answer_tokens")
+_NO_SCORES = ("loss", "perplexity", "token_accuracy", "preference_accuracy", "stop_rate", "answer_tokens")
 _NO_SHARES = ("loss", "perplexity", "answer_tokens")
 _LOSS, _SHARE, _COUNT, _GIB, _MINUTES = "{:.4f}", "{:.1%}", "{:,.0f}", "{:.2f}\u00a0GiB", "minutes"
 _LONGEST = 1_200  # characters shown of an answer: a model that does not stop would fill the page

@@ -49,7 +49,13 @@ def mend_gguf_tokens(tokenizer: Any, config: Any) -> None:
 
 
 def attend_ragged(
-    query: "Tensor", key: "Tensor", value: "Tensor", cu_seqlens: "Tensor", longest: int, scale: float | None
+    query: "Tensor",
+    key: "Tensor",
+    value: "Tensor",
+    cu_seqlens: "Tensor",
+    longest: int,
+    scale: float | None,
+    window: int | None = None,
 ) -> "Tensor":
     """Let each token attend to itself and those before it in its sample, by torch's kernel for ragged samples.
 
@@ -62,10 +68,12 @@ def attend_ragged(
         cu_seqlens: Where samples begin and the last one ends.
         longest: Tokens of the longest sample.
         scale: Factor on the scores; ``None`` means ``head_dim ** -0.5``.
+        window: How many tokens each sees, itself included; ``None``: all before it.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # every earlier token, no later one
+    earlier = -1 if window is None else window - 1  # -1: every one
+    options: dict[str, Any] = {"scale": scale, "window_size": (earlier, 0)}
     if _takes_grouped_heads(varlen_attn):
         options["enable_gqa"] = True
     else:

@@ -106,6 +106,17 @@ class Benchmarks:
                 for model, figures in found.items():
                     self.add(side, f"answers of the {model}", figures)
 
+    def measure_preferences(self, with_peer: bool) -> None:
+        """Train by DPO on the first rows of a file of pairs, in turns."""
+        lines = Path(self._arguments.preferences).read_text(encoding="utf-8").splitlines()[: self._arguments.rows]
+        with tempfile.TemporaryDirectory() as folder:
+            rows = Path(folder) / "pairs.jsonl"
+            rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            pythons = {"ours": sys.executable} | ({"peer": self._arguments.peer_python} if with_peer else {})
+            for side, python in list(pythons.items()) * self._arguments.repeats:
+                common = {"side": side, "base": self._base, "rows": str(rows), "dtype": self._dtype}
+                self.add(side, "DPO", run_child("preferences", self._arguments.threads, python=python, **common))
+
     def measure_scaling(self) -> None:
         """Take batches of more and more short rows, and one longer and longer row."""
         for tokens in _SCALING:
@@ -177,6 +188,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--base", help=base_help)
     adapter_help = "measure answers with this adapter folder and without, not training; peer: transformers + PEFT"
     parser.add_argument("--adapter", metavar="DIR", help=adapter_help)
+    pairs_help = "measure DPO on a file of prompt, chosen and rejected, not training on DATA; on a CPU"
+    parser.add_argument("--preferences", metavar="FILE", help=pairs_help)
     parser.add_argument("--scaling", action="store_true", help="also batches of 1 k to 16 k tokens, on a CPU")
     llama_help = "also steps of a base with random weights in Llama-3.1-8B's shape, 16 GB, made there"
     parser.add_argument("--llama-8b", metavar="FOLDER", type=Path, help=llama_help)
@@ -204,7 +217,9 @@ def main() -> None:
     dtype = _DTYPES[choose_compute_dtype(arguments.dtype, torch.device("cuda" if on_gpu else "cpu"))]
     benchmarks = Benchmarks(arguments, str(open_base(base).folder.absolute()), dtype)
     try:
-        if arguments.adapter is None:
+        if arguments.preferences is not None:
+            benchmarks.measure_preferences(not arguments.without_peer)
+        elif arguments.adapter is None:
             benchmarks.measure_sides(not arguments.without_peer)
         else:
             benchmarks.measure_answers(arguments.adapter, not arguments.without_peer)

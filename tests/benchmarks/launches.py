@@ -139,7 +139,7 @@ def pretending(launches: Launches) -> Iterator[None]:
     def attend(*arguments: Any) -> Any:
         return launches.run_region(attend_at_once, *arguments)
 
-    def attend_at_once(query: Any, key: Any, value: Any, cu_seqlens: Any, longest: int, scale: float | None) -> Any:
+    def attend_at_once(query: Any, key: Any, value: Any, bounds: Any, longest: int, scale: Any, window: Any) -> Any:
         by_head = (each.transpose(0, 1)[None] for each in (query, key, value))
         return F.scaled_dot_product_attention(*by_head, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1)
 

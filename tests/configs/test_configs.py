@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from qlora_lightning.cli import main
+from tests.random_base import save_family
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -15,8 +16,11 @@ def test_the_recipes_that_the_readme_promises_are_here():
         "llama-3.1-8b-24gb",
         "llama-3.1-8b-multi-gpu",
         "llama-3.2-1b",
+        "mistral-7b-24gb",
         "quickstart",
+        "qwen3-4b-16gb",
         "smollm2-gsm8k",
+        "smollm2-preferences",
     ]
 
 
@@ -25,12 +29,17 @@ def test_each_config_begins_with_a_sentence_and_runs_for_a_step(config, tiny_bas
     monkeypatch.chdir(tmp_path)
     assert config.read_text().startswith("# ")
     settings = yaml.safe_load(config.read_text())
-    assert settings["data"]["train"].startswith(("data/", "configs/quickstart/"))
+    assert settings["data"]["train"].startswith(("data/", f"configs/{config.stem}/"))
 
+    family = next((each for each in ("qwen3", "mistral") if config.stem.startswith(each)), None)
+    base = save_family(tmp_path / family, family, tiny_base) if family else tiny_base
+    own = config.with_suffix("") / "train.jsonl"  # of another task than the usual rows
+    rows = own if "preferences" in config.stem else rows_file
     replaced = {  # what this machine does not have: the base, the data, the devices
-        "model.base": tiny_base,
-        "data.train": rows_file,
-        "data.val": rows_file,
+        "model.base": base,
+        "data.train": rows,
+        "data.val": rows,
+        "data.template_options": "{}",  # of a template that the tiny base does not have
         "trainer.accelerator": "cpu",
         "trainer.devices": 1,
         "trainer.strategy": "auto",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_lightning import InstructionDataModule
+from qlora_lightning import InstructionDataModule, PreferenceDataModule
 from qlora_lightning.data.rows.formats import FORMATS
 from qlora_lightning.support.errors import UserError
 
@@ -91,6 +91,14 @@ def test_every_format_is_known_by_its_row(name, row, tmp_path, smol):
 
 def test_no_format_is_missing():
     assert {name.strip("`") for name, _ in table_of("`format:`")} == set(FORMATS)
+
+
+@pytest.mark.parametrize(("row", "source"), table_of("pair"), ids=lambda cell: cell[:20].strip("`"))
+def test_every_pair_of_answers_is_read_alike(row, source, tmp_path, smol):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row_of(row)))
+    data = PreferenceDataModule(tmp_path / "rows.jsonl", tokenizer=smol)
+    data.setup("fit")
+    assert re.findall("⟦(.*?)⟧", trained(data, 0)) == ["4<|im_end|>", "5<|im_end|>"]
 
 
 @pytest.mark.parametrize(("row", "why"), table_of("row"), ids=lambda cell: cell[:20].strip("`"))

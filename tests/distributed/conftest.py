@@ -25,4 +25,12 @@ def folder(tiny_base, tmp_path_factory) -> Path:
         (folder / "cache").mkdir()
         (folder / "cache" / "kernels").symlink_to(Path(library._name).parents[1])
     (folder / "c.yaml").write_text(yaml.safe_dump(CONFIG))
+    pairs = [
+        {"prompt": row["instruction"], "chosen": row["output"], "rejected": "No. " * (n % 3 + 1)}
+        for n, row in enumerate(rows[:9])
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    model = {"class_path": "qlora_lightning.PreferenceModule", **CONFIG["model"]}
+    data = {"class_path": "qlora_lightning.PreferenceDataModule", "train": "pairs.jsonl", "val": "pairs.jsonl"}
+    (folder / "pairs.yaml").write_text(yaml.safe_dump({**CONFIG, "model": model, "data": data, "evaluation": None}))
     return folder

@@ -20,6 +20,7 @@ TWO = {
     "rows": ["--data.batch_size", "4", "--data.val", "nine.jsonl", *EPOCHS],
     "packed": ["--data.tokens_per_batch", "256", *FEW],
     "uneven": ["--data.train", "nine.jsonl", "--data.batch_size", "4", *FEW],
+    "pairs": ["--data.batch_size", "2", *FEW],
     "dropout": ["--data.batch_size", "1", *DROPOUT],
 }
 ONE = {
@@ -27,10 +28,12 @@ ONE = {
     "windows": ["--data.batch_size", "2", "--trainer.accumulate_grad_batches", "4", *EPOCHS],
     "packed": ["--data.tokens_per_batch", "256", "--trainer.accumulate_grad_batches", "2", *FEW],
     "uneven": ["--data.train", "nine.jsonl", "--data.batch_size", "8", *FEW],
+    "pairs": ["--data.batch_size", "4", *FEW],
 }
 
 
 def fit(name, *arguments, config="c.yaml"):
+    config = "pairs.yaml" if name.endswith("pairs") else config
     return ["fit", "--config", config, *arguments, "--trainer.default_root_dir", name]
 
 
@@ -42,7 +45,7 @@ def said(folder) -> str:
         {"class_path": "hooks.SaveAt", "init_args": {"batches": SAVED, "folder": "saved"}}
     ]
     (folder / "saving.yaml").write_text(yaml.safe_dump(config))
-    commands = [fit(f"two/{name}", *TWO[name]) for name in ("rows", "packed", "uneven")]
+    commands = [fit(f"two/{name}", *TWO[name]) for name in ("rows", "packed", "uneven", "pairs")]
     commands.append(fit("two/dropout", *TWO["dropout"], config="saving.yaml"))
     for number in SAVED:
         commands.append(fit(f"two/from-{number}", *TWO["dropout"], "--ckpt_path", f"saved/{number}.ckpt"))
@@ -65,7 +68,13 @@ def alone(folder):
 @pytest.mark.usefixtures("said", "alone")
 @pytest.mark.parametrize(
     ("one", "two", "steps"),
-    [("rows", "rows", 10), ("windows", "rows", 10), ("packed", "packed", 4), ("uneven", "uneven", 4)],
+    [
+        ("rows", "rows", 10),
+        ("windows", "rows", 10),
+        ("packed", "packed", 4),
+        ("uneven", "uneven", 4),
+        ("pairs", "pairs", 6),
+    ],
 )
 def test_how_rows_are_cut_into_processes_and_windows_changes_nothing(folder, one, two, steps):
     one, two = folder / "one" / one, folder / "two" / two

@@ -48,7 +48,7 @@ def test_loss_and_gradients_equal_cross_entropy_over_whole_logits(chunk, trainab
     torch.testing.assert_close(sums.nll_sum, expected, rtol=1e-6, atol=0)
     with torch.no_grad():
         evaluated = head_loss(hidden, next_labels(labels), head, chunk, fast=fast)
-    assert all(map(torch.equal, evaluated, sums))
+    assert all(map(torch.equal, evaluated[:3], sums[:3]))
     for gradient, reference in zip(gradients, expected_gradients, strict=True):
         assert (gradient / 3 - reference).norm() <= 1e-6 * reference.norm()
 
@@ -58,7 +58,7 @@ def test_without_labelled_tokens_loss_and_gradient_are_zero(trainable_head):
     hidden, labels, head = draw(trainable_head)
     sums = head_loss(hidden, torch.full_like(labels, -100), head)
     sums.nll_sum.backward()
-    assert [value.item() for value in sums] == [0, 0, 0]
+    assert [value.item() for value in sums[:3]] == [0, 0, 0]
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))
 
 

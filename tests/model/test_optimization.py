@@ -143,13 +143,13 @@ def parameter_with_gradient(value):
 def window():
     window = Window()
     window.add(sums(6.0, 1), most=2, row_ids=[3, 1], batch="first")
-    window.add(LossSums(torch.tensor(4.0, requires_grad=True), torch.tensor(4), None), most=2, row_ids=[7])
+    window.add(LossSums(torch.tensor(4.0, requires_grad=True), torch.tensor(4), torch.tensor(0)), most=2, row_ids=[7])
     return window
 
 
 def test_gradients_of_sums_become_those_of_the_mean_over_all_tokens(window):
     parameter, unused = parameter_with_gradient(10.0), nn.Parameter(torch.zeros(2))
-    loss = window.divide_gradients([parameter, unused], divided_by=2)
+    loss = window.divide_gradients([parameter, unused], divided_by=2)["loss"]
     assert loss == 2.0  # (6 + 4) / (1 + 4)
     assert not loss.requires_grad
     assert parameter.grad.tolist() == [4.0, 4.0]  # 10 × 2 / 5: what Lightning has divided by is multiplied back
@@ -160,12 +160,12 @@ def test_tokens_of_all_ranks_count_and_none_at_all_give_zeros_not_nan():
     window, parameter = Window(), parameter_with_gradient(10.0)
     window.add(sums(6.0, 1), most=1)
     other_rank = iter([torch.tensor([4.0, 4.0]), torch.tensor([10.0, 10.0])])  # its sums, and its gradients
-    assert window.divide_gradients([parameter], 1, reduce_sum=lambda tensor: tensor + next(other_rank)) == 2.0
+    assert window.divide_gradients([parameter], 1, reduce_sum=lambda tensor: tensor + next(other_rank)) == {"loss": 2.0}
     assert parameter.grad.tolist() == [4.0, 4.0]
     assert window.labelled_tokens_of_all_ranks == 5
     window, parameter = Window(), parameter_with_gradient(0.0)
     window.add(sums(0.0, 0), most=1)
-    assert window.divide_gradients([parameter], 1) == 0.0
+    assert window.divide_gradients([parameter], 1) == {"loss": 0.0}
     assert parameter.grad.tolist() == [0.0, 0.0]
 
 
@@ -181,6 +181,6 @@ def test_an_open_window_continues_from_its_saved_state(window):
     again.load_state_dict(saved, {"a": other})
     assert other.grad.tolist() == [10.0, 10.0]
     assert (again.micro_batches, again.row_ids) == (2, [3, 1, 7])
-    assert again.divide_gradients([other], 2) == 2.0
+    assert again.divide_gradients([other], 2) == {"loss": 2.0}
     again.load_state_dict(Window().state_dict({"a": other}), {})
     assert not again.is_open

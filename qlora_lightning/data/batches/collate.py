@@ -1,7 +1,7 @@
 """Several samples as one flat stream, end to end, without padding."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from qlora_lightning.data.samples import SampleSet
 
 
 class Batch(TypedDict):
-    """One flat stream of B samples with T tokens in all."""
+    """One flat stream of B samples with T tokens in all; a preference row is two samples, the chosen one first."""
 
     input_ids: torch.Tensor  # (1, T) int64
     position_ids: torch.Tensor  # (1, T) int64, from 0 in each sample
@@ -23,14 +23,14 @@ class Batch(TypedDict):
     row_ids: torch.Tensor  # (B,) int64, number of each row in its split; -1 for a filler
     source: torch.Tensor  # (B,) int64, which of the split's sources each row came from
     weights: torch.Tensor  # (B,) float32, of each row; 1 by default, and for a filler
+    pairs: NotRequired[bool]  # whether rows are two samples each: answers to compare
 
 
 def collate_rows(samples: SampleSet, rows: Sequence[int], filler: bool = False) -> Batch:
     """Lay samples of a set end to end; as a filler with nothing labelled and no rows of their own."""
-    rows = list(rows)
-    begins, ends = samples.starts[rows], samples.starts[1:][rows]
-    spans = list(map(slice, begins.tolist(), ends.tolist()))
-    lengths = ends - begins
+    spans = samples.spans(rows)
+    lengths = np.array([span.stop - span.start for span in spans])
+    rows = np.repeat(rows, len(spans) // len(rows)).tolist()
     starts = np.cumsum([0, *lengths])  # (B + 1,)
     ids = np.concatenate([samples.ids[span] for span in spans], dtype=np.int64)
     if filler:
@@ -39,7 +39,7 @@ def collate_rows(samples: SampleSet, rows: Sequence[int], filler: bool = False) 
         labelled = np.concatenate([samples.labelled[span] for span in spans])
         labels, row_ids = np.where(labelled, ids, IGNORED), samples.row_ids[rows]
     weights = None if filler else samples.weights
-    return {
+    batch: Batch = {
         "input_ids": torch.from_numpy(ids).unsqueeze(0),
         "position_ids": torch.from_numpy(np.arange(len(ids)) - np.repeat(starts[:-1], lengths)).unsqueeze(0),
         "labels": torch.from_numpy(labels).unsqueeze(0),
@@ -49,3 +49,4 @@ def collate_rows(samples: SampleSet, rows: Sequence[int], filler: bool = False) 
         "source": torch.from_numpy(samples.source[rows].astype(np.int64)),
         "weights": torch.ones(len(rows)) if weights is None else torch.from_numpy(weights[rows]),
     }
+    return batch if samples.first is None else {**batch, "pairs": True}

@@ -57,6 +57,19 @@ class Tokens(NamedTuple):
 
 Content = Chat | Text | Tokens
 
+
+class Pair(NamedTuple):
+    """Two answers to one prompt, of which the first is preferred."""
+
+    chosen: Chat
+    rejected: Chat
+
+    @property
+    def weight(self) -> float:
+        """Of the row in the loss."""
+        return self.chosen.weight
+
+
 ROLES = ("system", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of messages; templates use the same names
 MEDIA = ("images", "videos", "audios", "image", "video", "audio")  # keys of rows and of messages

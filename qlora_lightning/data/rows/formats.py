@@ -1,10 +1,11 @@
-"""Row formats: from the columns of a row to a conversation, a text or tokens."""
+"""Row formats: from the columns of a row to a conversation, a text, tokens, or two answers to compare."""
 
 import math
 import pkgutil
 import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from qlora_lightning.data.rows.conversation import (
     ROLES,
     Chat,
     Content,
+    Pair,
     Text,
     Tokens,
     check_order,
@@ -37,11 +39,13 @@ class RowConverter:
         UserError: there is no such format, role or column.
     """
 
-    def __init__(self, settings: RowSettings, needs_answer: bool = True) -> None:
-        self.settings, self.needs_answer = settings, needs_answer
+    def __init__(self, settings: RowSettings, needs_answer: bool = True, pairs: bool = False) -> None:
+        self.settings, self.needs_answer, self.pairs = settings, needs_answer, pairs
         self.formats: list[str] = []
         self.unread_columns: list[str] = []
         self._named = None if settings.format == "auto" else _name_format(settings.format)
+        if pairs and self._named is None:
+            self._named = PREFERENCE
         self._by_columns: dict[tuple[str, ...], Format | None] = {}
         other_shape = " If the rows have another shape than those that `columns` is for, add `--data.columns null`."
         self._remedy = other_shape if settings.columns else ""
@@ -62,7 +66,7 @@ class RowConverter:
         if not any(map(self._format_of, renamed)):
             raise UserError(_describe_unrecognised(renamed[0], self.needs_answer) + self._remedy)
 
-    def convert(self, row: Row) -> Content:
+    def convert(self, row: Row) -> Content | Pair:
         """Convert one row, or raise a RowFault; a UserError if no row of its shape can be used."""
         row = self._rename(row)
         form = self._format_of(row)
@@ -91,7 +95,7 @@ class RowConverter:
                 raise UserError(f"{row.where}: `columns:` gives two of {names_of_row} the same name.{self._remedy}")
             row = row._replace(values={ours: row.values[key] for key, ours in names.items()})
         if self._named is None or self._named.name in FORMATS:  # a function of the user's own may read what it likes
-            _refuse_other_task(row, self.needs_answer)
+            _refuse_other_task(row, self.needs_answer, self.pairs)
         return row
 
     def _format_of(self, row: Row) -> "Format | None":
@@ -145,7 +149,11 @@ def from_list(key: str) -> Callable[[dict[str, Any]], Any]:
 
 def _exchange(prompt: Any, answer: Any) -> list[dict[str, Any]]:
     asked = [{"role": "user", "content": prompt}]
-    return asked if answer is None else [*asked, {"role": "assistant", "content": answer}]
+    return asked if answer is None else [*asked, _answer(answer)]
+
+
+def _answer(content: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
 
 
 def from_glaive(values: dict[str, Any]) -> Chat:
@@ -188,6 +196,37 @@ def from_tokens(values: dict[str, Any]) -> Tokens:
     return Tokens(ids, labels)
 
 
+def from_preference(values: dict[str, Any]) -> tuple[Any, Any]:
+    """Read ``chosen`` and ``rejected``: each a text, a message or a list of messages, behind the row's prompt.
+
+    The prompt is ``prompt`` (a text or messages), ``messages``, ``conversations``, or Alpaca's columns (LLaMA-Factory);
+    without one both hold whole conversations, which begin alike (TRL's implicit prompt).
+    """
+    answers = [values["chosen"], values["rejected"]]
+    whole = next((values[key] for key in ("prompt", "messages", "conversations") if values.get(key)), None)
+    if values.get("instruction"):
+        prompt = from_alpaca({**values, "output": None})
+    elif isinstance(whole, str):
+        prompt = _exchange(whole, None)
+    elif whole is not None:
+        prompt = whole
+    elif all(isinstance(answer, list) for answer in answers):
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*answers, strict=False)))
+        prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
+    else:
+        raise RowFault(
+            "a preference row needs a prompt beside 'chosen' and 'rejected', or a whole conversation in each"
+        )
+    asked = [{**message, "train": False} for message in prompt]
+    chosen, rejected = (
+        [*asked, *(each if isinstance(each, list) else [each if isinstance(each, dict) else _answer(each)])]
+        for each in answers
+    )
+    if chosen == rejected:
+        raise RowFault("'chosen' and 'rejected' are the same")
+    return chosen, rejected
+
+
 class Format(NamedTuple):
     """How a row becomes a content."""
 
@@ -222,10 +261,14 @@ FORMATS = {
         Format("tokens", ("input_ids", "labels"), (), from_tokens, ("attention_mask",), is_chat=False),
     )
 }
+PREFERENCE = Format(
+    *("preference", (), ("chosen", "rejected"), from_preference),
+    ("prompt", "messages", "conversations", "instruction", "input", "history", "functions"),
+)
 # Text is read where `format:` names it: it may be a conversation with a template applied, or be beside a misspelt one.
 _BY_COLUMNS = [form for form in FORMATS.values() if form.name != "text"]
 
-KEYS = tuple(dict.fromkeys(key for form in FORMATS.values() for key in form.read_keys))
+KEYS = tuple(dict.fromkeys(key for form in (*FORMATS.values(), PREFERENCE) for key in form.read_keys))
 
 
 def _name_format(name: str) -> Format:
@@ -298,20 +341,20 @@ def _advise(values: Mapping[str, Any]) -> str:
 
 _OTHER_TASKS = {
     **dict.fromkeys(MEDIA, "but only text is read: its answer would be trained without what it is about"),
-    "rejected": "so it is a preference row, which is no instruction to train on",
+    "rejected": "so it is a preference row, for PreferenceModule with PreferenceDataModule",
     # TRL's and LLaMA-Factory's names
     **dict.fromkeys(("label", "kto_tag"), "which says whether its answer is good: bad ones would be trained as well"),
 }
 
 
-def _refuse_other_task(row: Row, needs_answer: bool) -> None:
+def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:
     """Refuse a row of another task by a UserError, also with ``on_bad_row: skip``: all rows of its source are such."""
     for key in sorted(_OTHER_TASKS.keys() & row.values.keys()):
         value = row.values[key]
         if key in MEDIA:
             is_other = any(value.values()) if isinstance(value, dict) else bool(value)  # {"bytes": None, "path": None}
         elif key == "rejected":
-            is_other = bool(value) and "chosen" in row.values and needs_answer
+            is_other = not pairs and bool(value) and "chosen" in row.values and needs_answer
         else:
             is_other = str(value).lower() in ("true", "false") and needs_answer  # a word in CSV
         if is_other:
@@ -322,7 +365,7 @@ def _refuse_other_task(row: Row, needs_answer: bool) -> None:
             )
 
 
-def _to_content(values: dict[str, Any], form: Format, settings: RowSettings, needs_answer: bool) -> Content:
+def _to_content(values: dict[str, Any], form: Format, settings: RowSettings, needs_answer: bool) -> Content | Pair:
     """Convert one row, under our names, and check what comes out."""
     missing = [key for key in form.keys(needs_answer) if values.get(key) is None]
     if missing:
@@ -335,10 +378,21 @@ def _to_content(values: dict[str, Any], form: Format, settings: RowSettings, nee
     except Exception as error:  # a user's function may raise anything, and ours meet rows that nobody expects
         said = " ".join(str(error).split())[:300]  # an error may repeat the whole row
         raise RowFault(f"cannot be read by the format {form.name}: {type(error).__name__}: {said}") from error
-    is_ours = form.name in FORMATS
+    is_ours = form.name in FORMATS or form is PREFERENCE
     weight = _read_weight(values.get("weight")) if is_ours else getattr(content, "weight", 1.0)
     if isinstance(content, Text | Tokens):
         return content._replace(weight=weight)
+    if isinstance(content, tuple) and not isinstance(content, Chat):
+        chosen, rejected = (_to_chat(each, values, form, settings, needs_answer, weight) for each in content)
+        return Pair(chosen, rejected)
+    return _to_chat(content, values, form, settings, needs_answer, weight)
+
+
+def _to_chat(
+    content: Any, values: dict[str, Any], form: Format, settings: RowSettings, needs_answer: bool, weight: float
+) -> Chat:
+    """Check a conversation, and put system prompt and tools beside it."""
+    is_ours = form.name in FORMATS or form is PREFERENCE
     messages, tools, own_system = content, values.get("tools"), values.get("system") if is_ours else None
     if isinstance(content, Chat):
         messages, tools, own_system = content.messages, content.tools, None

@@ -33,6 +33,11 @@ _COMPUTES = (
     "sliding_window",
     "layer_types",
 )
+# Of families beside LLaMA, hashed if they are set: hashes of earlier versions stay.
+_COMPUTES_TOO = (
+    *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "hidden_activation"),
+    *("logits_scaling", "attention_multiplier", "embedding_multiplier", "residual_multiplier", "no_rope_layers"),
+)
 # Options of PEFT that change the adapter's shape or function; the others, as the initialization, are of the past.
 _OPTIONS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices")
 _OF_BASE = {"fingerprint": "weights", "config_hash": "config"}
@@ -48,6 +53,7 @@ _DATA = {
 def hash_config(config: Any) -> str:
     """Hash what a transformers config says of the function that a model computes."""
     values = {name: getattr(config, name, None) for name in _COMPUTES}
+    values |= {name: value for name in _COMPUTES_TOO if (value := getattr(config, name, None)) is not None}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 

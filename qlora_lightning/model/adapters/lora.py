@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -151,7 +152,14 @@ def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextlib.contextmanager
 def without_adapters(model: Any) -> Iterator[None]:
-    """Disable the adapters; afterwards the same tensors train, where PEFT would let all of an active adapter train."""
+    """Disable the adapters; afterwards the same tensors train, where PEFT would let all of an active adapter train.
+
+    Within another such context nothing changes: PEFT would enable them at the end of the inner one.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    if layers and all(layer.disable_adapters for layer in layers):
+        yield
+        return
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with model.disable_adapter():

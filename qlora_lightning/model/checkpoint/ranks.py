@@ -67,6 +67,7 @@ def share_states(states: Sequence[RankState], rank: int, world_size: int) -> Ran
         "micro_batches": windows[0]["micro_batches"],
         "nll_sum": share * sum(each["nll_sum"] for each in windows),
         "labelled_tokens": share * sum(each["labelled_tokens"] for each in windows),
+        "logged": {n: share * sum(each["logged"][n] for each in windows) for n in windows[0].get("logged", {})},
         "row_ids": share * [row_id for each in windows for row_id in each["row_ids"]],
         "gradients": {
             n: share * sum(each["gradients"][n] for each in windows if n in each["gradients"]) for n in names

@@ -8,6 +8,9 @@ The keyword ``samples``, which transformers hands on to here, describes a batch'
 * on an older card one causal kernel over samples that are padded on the right: no query of a sample sees what is behind
   it, so there is no mask;
 * else, and as the plain way, torch's attention for one sample after the other.
+
+A sliding window that no sample is longer than changes nothing. A narrower one takes the ragged kernel or the last way,
+with a mask; a soft cap on the scores (Gemma 2) takes the last way, by products.
 """
 # mypy: allow-untyped-calls
 
@@ -92,6 +95,8 @@ def flat_attention(
     samples: Samples | None = None,
     kv_cache: KeyValueCache | None = None,
     cu_seqlens: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     *,
     fast: bool = True,
     **kwargs: Any,
@@ -109,6 +114,8 @@ def flat_attention(
         samples: Where the samples are; without them (generation by transformers) this is torch's SDPA.
         kv_cache: Of rows that are being answered: takes in their prompts, then attends for one token of each.
         cu_seqlens: Of a flat batch that was not laid out, where each sample begins and the last one ends.
+        sliding_window: How many tokens each sees, itself and those right before it; ``None``: all before it.
+        softcap: Scores become ``softcap · tanh(score / softcap)``.
         fast: ``False`` takes torch's attention, one sample after the other.
         kwargs: Handed on to transformers' SDPA.
 
@@ -116,26 +123,28 @@ def flat_attention(
         The mixed values ``(1, tokens, heads, head_dim)``, and no weights.
     """
     if kv_cache is not None and kv_cache.decoding:
-        return kv_cache.attend(module.layer_idx, query, key, value, scaling), None
+        return kv_cache.attend(module.layer_idx, query, key, value, scaling, sliding_window, softcap), None
     if kv_cache is not None:
         kv_cache.fill(module.layer_idx, key, value)
     if samples is None and cu_seqlens is not None:
         samples = whole_samples(cu_seqlens.diff().tolist()).to(cu_seqlens.device)
     if samples is None:
-        options = {"scaling": scaling, "dropout": dropout, **kwargs}
+        options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, **kwargs}
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output, None
     # as SDPA chooses it: under autocast what trains in float32 makes some states float32
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
-    exact = fast and dropout == 0.0
-    if exact and has_loops(value, dtype):
+    window = sliding_window if sliding_window is not None and sliding_window < samples.longest else None
+    exact, is_causal = fast and dropout == 0.0 and softcap is None, window is None and softcap is None
+    if exact and is_causal and has_loops(value, dtype):
         mixed = SampleAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), samples, scaling)
     elif exact and has_ragged_kernel(query.device, query.dtype):
-        mixed = _attend_expanded(_attend_ragged, query, key, value, samples, scaling)
-    elif fast and samples.padded is not None:
+        attend = functools.partial(_attend_ragged, window=window)
+        mixed = _attend_expanded(attend, query, key, value, samples, scaling)
+    elif fast and is_causal and samples.padded is not None:
         mixed = _attend_padded(query, key, value, samples, samples.padded, scaling, dropout)
     else:
-        attend = functools.partial(_attend_per_sample, dropout=dropout)
+        attend = functools.partial(attend_per_sample, dropout=dropout, window=window, softcap=softcap)
         mixed = _attend_expanded(attend, query, key, value, samples, scaling)
     return mixed, None
 
@@ -206,9 +215,11 @@ class _Expand(torch.autograd.Function):
         return summed.view(-1, heads, head_dim).transpose(0, 1)[None], None
 
 
-def _attend_ragged(query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None) -> Tensor:
+def _attend_ragged(
+    query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None, window: int | None
+) -> Tensor:
     query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))  # (tokens, heads, head_dim)
-    return attend_ragged(query, key, value, samples.cu_seqlens, samples.longest, scaling)[None]
+    return attend_ragged(query, key, value, samples.cu_seqlens, samples.longest, scaling, window)[None]
 
 
 def _attend_padded(
@@ -235,22 +246,44 @@ def _attend_padded(
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would compile again for each batch
-def _attend_per_sample(
-    query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None, dropout: float
+def attend_per_sample(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    samples: Samples,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
-    outputs = [
-        F.scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            is_causal=True,
-            scale=scaling,
-            dropout_p=dropout,
-            enable_gqa=True,
-        )
-        for start, end in itertools.pairwise(samples.bounds)
-    ]
+    """Attend for one sample after the other by torch's SDPA; with a soft cap by products."""
+    outputs = []
+    for start, end in itertools.pairwise(samples.bounds):
+        states = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
+        mask = None
+        if softcap is not None or (window is not None and window < end - start):
+            mask = query.new_ones(end - start, end - start, dtype=torch.bool).tril()
+            mask = mask if window is None else mask.triu(1 - window)
+        if softcap is None:
+            output = F.scaled_dot_product_attention(
+                *states, mask, is_causal=mask is None, scale=scaling, dropout_p=dropout, enable_gqa=True
+            )
+        else:
+            assert mask is not None
+            output = _attend_capped(*states, mask, scaling, dropout, softcap)
+        outputs.append(output)
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _attend_capped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, dropout: float, softcap: float
+) -> Tensor:
+    """Attend as transformers' eager attention does: torch's kernels have no soft cap."""
+    key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, -torch.inf)
+    weights = F.dropout(torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype), dropout)
+    return weights @ value
 
 
 class SampleAttention(torch.autograd.Function):

@@ -1,14 +1,19 @@
-"""A LLaMA layer in few autograd functions, which save little and share what can be shared."""
+"""A decoder layer in few autograd functions, which save little and share what can be shared.
+
+It is that of LLaMA, Mistral, Qwen2 and Qwen3: linears with or without bias, RMSNorm before attention and MLP, in Qwen3
+also of each head's queries and keys, rotary positions, SwiGLU.
+"""
 # mypy: allow-untyped-calls
 
+import functools
 import itertools
+import sys
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from qlora_lightning.model.layers.attention import flat_attention
 from qlora_lightning.model.layers.elementwise import (
@@ -175,8 +180,37 @@ class SwiGLUProjection(torch.autograd.Function):
         return grad_gate, grad_up, grad_a, grad_b, None, grad if needs_residual else None, None
 
 
-class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy transformers is untyped
-    """transformers' layer with a fused forward for flat batches; parameters and their names stay as they are."""
+class HeadNorm(torch.autograd.Function):
+    """Normalize each head's queries or keys by RMSNorm with a frozen weight; its input is kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Normalize ``(…, head_dim)``."""
+        flat = x.reshape(-1, x.shape[-1])
+        normed, inverse = rms_norm(flat, weight, eps)
+        ctx.save_for_backward(flat, weight, inverse)
+        return normed.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        flat, weight, inverse = ctx.saved_tensors
+        of_rows = grad.reshape(flat.shape).clone()  # which is written over
+        return rms_norm_backward(of_rows, flat, weight, inverse).view(grad.shape), None, None
+
+
+class FusedDecoderLayer(nn.Module):
+    """A fused forward for flat batches, put before that of transformers' layer: see :func:`fused_class`.
+
+    Attributes:
+        parts: Types of its attention, MLP and norms, whose work the fused forward does.
+    """
+
+    parts: tuple[type[nn.Module], ...]
+    self_attn: Any
+    mlp: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(1, tokens, width)`` to the same; what is not a flat batch over plain linears goes the usual way."""
@@ -189,8 +223,15 @@ class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy tra
         linears: tuple[nn.Module, ...] = (attention.q_proj, attention.k_proj, attention.v_proj)
         projected = _apply_norm_and_linears(NormedQKV, hidden_states, self.input_layernorm, linears, casts)
         by_heads = (*hidden_states.shape[:2], -1, attention.head_dim)
-        query, key, value = (each.view(by_heads).transpose(1, 2) for each in projected)
+        query, key, value = (each.view(by_heads) for each in projected)
+        if hasattr(attention, "q_norm"):
+            query, key = (
+                HeadNorm.apply(each, norm.weight, norm.variance_epsilon)
+                for each, norm in ((query, attention.q_norm), (key, attention.k_norm))
+            )
+        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
         query, key = Rotary.apply(query, key, *kwargs["position_embeddings"])
+        samples["sliding_window"] = window_of(attention)
         mixed, _ = flat_attention(attention, query, key, value, None, scaling=attention.scaling, **samples)
         out = frozen_linear(attention.o_proj, mixed.dtype, casts)
         hidden_states = LoRALinearFunction.apply(mixed.flatten(-2), *adapters_of(attention.o_proj), out, hidden_states)
@@ -202,6 +243,22 @@ class FusedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # to mypy tra
         gate, up = KeptForSwiGLU.apply(gate, up, *adapters)
         output = SwiGLUProjection.apply(gate, up, *adapters, down, hidden_states, needed)
         return cast(Tensor, output)
+
+
+@functools.cache
+def fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Make the fused class of a decoder layer of transformers; parameters and their names stay as they are."""
+    modeling, family = sys.modules[kind.__module__], kind.__name__.removesuffix("DecoderLayer")
+    attention, mlp, norm = (getattr(modeling, f"{family}{part}") for part in ("Attention", "MLP", "RMSNorm"))
+    body = {"parts": (attention, mlp, norm), "__module__": __name__}
+    return type(f"Fused{kind.__name__}", (FusedDecoderLayer, kind), body)
+
+
+def window_of(attention: Any) -> int | None:
+    """Return how many tokens an attention sees, as its own forward: Mistral's asks the config."""
+    config = getattr(attention, "config", None)
+    window: int | None = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+    return window
 
 
 def _apply_norm_and_linears(

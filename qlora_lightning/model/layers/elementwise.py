@@ -7,7 +7,7 @@ elsewhere torch runs it operation by operation.
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -181,11 +181,13 @@ def rope_limit(config: Any) -> int | None:
     base's pre-training. All other types rotate a row as if it were alone: ``None``.
     """
     rope = getattr(config, "rope_parameters", None) or {}
-    kind = str(rope.get("rope_type"))
-    if "dynamic" not in kind and kind != "longrope":  # as transformers' dynamic_rope_update asks
-        return None
-    most: int = config.max_position_embeddings
-    return rope.get("original_max_position_embeddings", most) if kind == "longrope" else most
+    limits = []
+    for each in (rope, *rope.values()):  # some have parameters for each type of layer
+        kind = str(each.get("rope_type")) if isinstance(each, Mapping) else ""
+        if "dynamic" in kind or kind == "longrope":  # as transformers' dynamic_rope_update asks
+            most: int = config.max_position_embeddings
+            limits.append(each.get("original_max_position_embeddings", most) if kind == "longrope" else most)
+    return min(limits, default=None)
 
 
 def check_row_length(config: Any, longest: int) -> None:

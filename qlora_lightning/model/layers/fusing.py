@@ -5,6 +5,9 @@ libraries made them, nobody watches them, and they compute what the fused functi
 """
 # mypy: allow-untyped-calls
 
+import functools
+import sys
+from types import ModuleType
 from typing import Any
 
 import bitsandbytes as bnb
@@ -16,12 +19,10 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers.activations import SiLUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama import modeling_llama as llama
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.layers.attention import FLAT_ATTENTION
-from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
+from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, fused_class
 from qlora_lightning.model.layers.lora import (
     FusedLinear,
     FusedLinear4bit,
@@ -31,28 +32,40 @@ from qlora_lightning.model.layers.lora import (
     runs_fused,
 )
 
-_PARTS = (LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRMSNorm)
+FUSED_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers compute what fused ones do
 _ACTIVATIONS = (SiLUActivation, nn.SiLU)  # of hidden_act silu, and of swish, which is the same function
 _LINEARS = (nn.Linear, bnb.nn.Linear4bit, nn.Identity, nn.Dropout, PeftLinear, PeftLinear4bit)
 _FUSED = {
     **{PeftLinear4bit: FusedLinear4bit, PeftLinear: FusedLinear},
     **{FusedLinear4bit: FusedLinear4bit, FusedLinear: FusedLinear},  # of an adapter before
 }
-# What fused functions compute themselves: who replaces it, for all models at once, wants it called.
-_ORIGINALS = {
-    **{(kind, "forward"): kind.forward for kind in (*_LINEARS, LlamaDecoderLayer, *_PARTS, *_ACTIVATIONS)},
-    (llama, "apply_rotary_pos_emb"): llama.apply_rotary_pos_emb,
-    (llama, "rotate_half"): llama.rotate_half,
-    (F, "silu"): F.silu,
-}
 _LIBRARIES = ("torch.", "transformers.", "peft.", "bitsandbytes.")
 
 
-def libraries_are_original() -> bool:
+@functools.cache
+def _originals(model_type: str) -> dict[tuple[Any, str], Any]:
+    """Return what fused functions compute themselves: who replaces it, for all models at once, wants it called."""
+    owners: list[tuple[Any, str]] = [(kind, "forward") for kind in (*_LINEARS, *_ACTIVATIONS)] + [(F, "silu")]
+    modeling = _modeling(model_type)
+    if modeling is not None:
+        parts = ("DecoderLayer", "Attention", "MLP", "RMSNorm")
+        kinds = [kind for name, kind in vars(modeling).items() if name.endswith(parts) and isinstance(kind, type)]
+        owners += [(kind, "forward") for kind in kinds if kind.__module__ == modeling.__name__]
+        owners += [(modeling, "apply_rotary_pos_emb"), (modeling, "rotate_half")]
+    return {(owner, name): getattr(owner, name) for owner, name in owners}
+
+
+def _modeling(model_type: str) -> ModuleType | None:
+    """Return the module of transformers that has a family's layers, if these can run fused."""
+    name = f"transformers.models.{model_type}.modeling_{model_type}"
+    return sys.modules.get(name) if model_type in FUSED_TYPES else None
+
+
+def libraries_are_original(model_type: str = "") -> bool:
     """Whether nobody has replaced a function that ours stand for, as libraries of kernels do."""
     return all(
         getattr(owner, name, None) is function and str(getattr(function, "__module__", "")).startswith(_LIBRARIES)
-        for (owner, name), function in _ORIGINALS.items()
+        for (owner, name), function in _originals(model_type).items()
     )
 
 
@@ -69,17 +82,22 @@ def fuse_layers(model: nn.Module) -> list[str]:
     Returns:
         The names of the LoRA layers that keep PEFT's forward: int8, dropout, DoRA and other variants.
     """
-    left = []
+    left, modeling = [], _modeling(_type_of(model))
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             if _is_fusable_kind(layer):
                 layer.__class__ = _FUSED[type(layer)]
             else:
                 left.append(name)
-        elif type(layer) is LlamaDecoderLayer:
-            layer.__class__ = FusedDecoderLayer
+        elif isinstance(layer, GradientCheckpointingLayer) and sys.modules.get(type(layer).__module__) is modeling:
+            kind: Any = type(layer)
+            layer.__class__ = fused_class(kind)
     choose_layers(model)
     return left
+
+
+def _type_of(model: Any) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", ""))
 
 
 def _is_fusable_kind(layer: LoraLayer) -> bool:
@@ -120,7 +138,8 @@ def _reasons(model: Any) -> list[Any]:
     It is asked for in every micro-batch: of SmolLM2's 2,499 modules 2 ms, where a choice takes 18.
     """
     attention = getattr(getattr(model, "config", None), "_attn_implementation", FLAT_ATTENTION)
-    fast = attention == FLAT_ATTENTION and libraries_are_original() and not torch_module._has_any_global_hook()
+    is_original = libraries_are_original(_type_of(model)) and not torch_module._has_any_global_hook()
+    fast = attention == FLAT_ATTENTION and is_original
     found: list[Any] = [fast]
     left = [model]
     while left:
@@ -141,8 +160,10 @@ def _reasons(model: Any) -> list[Any]:
 def _is_usual(layer: Any) -> bool:
     """Whether a layer computes what its fused forward does, and nobody watches parts that this skips."""
     attention, mlp = layer.self_attn, layer.mlp
-    norms = layer.input_layernorm, layer.post_attention_layernorm
-    if tuple(map(type, (attention, mlp, *norms))) != _PARTS or type(mlp.act_fn) not in _ACTIVATIONS:
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    kinds = {type(attention), type(mlp), *map(type, norms)}
+    if kinds != set(layer.parts) or getattr(mlp, "act_fn", None).__class__ not in _ACTIVATIONS:
         return False
     of_attention = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
     linears = *of_attention, mlp.gate_proj, mlp.up_proj, mlp.down_proj
@@ -176,7 +197,9 @@ def explain_plain_layers(model: Any, *, autocasts: bool, precision: str) -> str 
     beside = [name for name in trainable_tensors(model) if ".lora_" not in name]
     attention_dropout = getattr(model.config, "attention_dropout", 0)
     activation = getattr(getattr(plain[0], "mlp", None), "act_fn", None)
+    family = _type_of(model)
     reasons = {
+        f"layers of the type {family} have no fused form": family not in FUSED_TYPES,
         "model.dropout is not 0": any(getattr(p, "p", 0) for each in adapted for p in each.lora_dropout.values()),
         f"model.lora_options ask for PEFT's {', '.join(sorted(variants))}": variants,
         "model.lora_options train biases": any(any(each.lora_bias.values()) for each in adapted),
@@ -184,7 +207,7 @@ def explain_plain_layers(model: Any, *, autocasts: bool, precision: str) -> str 
         f"model.lora_options train {', '.join(beside[:1])} beside the adapters": beside,
         f"the base's attention_dropout is {attention_dropout:g}": attention_dropout,
         f"the base's hidden_act is {getattr(model.config, 'hidden_act', '?')}, not silu": (
-            activation is not None and type(activation) not in _ACTIVATIONS
+            family in FUSED_TYPES and activation is not None and type(activation) not in _ACTIVATIONS
         ),
         f"trainer.precision is {precision} (32-true computes products in model.compute_dtype anyway)": mixed,
     }

@@ -30,7 +30,7 @@ class KeyValueCache:
         self.decoding = False
         self._layers: dict[int, Tensor] = {}  # keys and values: (2, rows, kv_heads, capacity, head_dim)
         self._rows = torch.arange(len(self._known), device=device)
-        self._hidden: Tensor | None = None  # 0 where a row has a token, else minus infinity
+        self._hidden: dict[int | None, Tensor] = {}  # by window: 0 where a row sees a token, else minus infinity
         self._of_prompts = (
             torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(self._known)).to(device),
             torch.cat([torch.arange(tokens) for tokens in prompts]).to(device),
@@ -47,29 +47,46 @@ class KeyValueCache:
     def begin_step(self) -> None:
         """Count one more token of each row, which attention is about to see."""
         self.decoding = True
-        places = torch.arange(max(self._known) + 1, device=self.lengths.device)
-        self._hidden = torch.where(places <= self.lengths[:, None], 0.0, -torch.inf)[:, None, None]
+        self._hidden = {}
         self._known = [tokens + 1 for tokens in self._known]
 
     def end_step(self) -> None:
         """Count the token that every layer has seen."""
         self.lengths = self.lengths + 1
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Add one token of each row, and let it attend to all of its row.
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Add one token of each row, and let it attend to all of its row, or to the last ones that a window shows.
 
         Queries are ``(1, heads, rows, head_dim)``, keys and values ``(1, kv_heads, rows, head_dim)``; the result is
         ``(1, rows, heads, head_dim)``.
         """
-        assert self._hidden is not None, "begin_step comes first"
-        states = self._layers[layer]
+        states, hidden = self._layers[layer], self._hide(window)
         self._write(states, self._rows, self.lengths, key, value)
-        keys, values = states[:, :, :, : self._hidden.shape[-1]]
+        keys, values = states[:, :, :, : hidden.shape[-1]]
         # the heads that share a key head are like queries of one position
         queries = query[0].transpose(0, 1).reshape(len(keys), keys.shape[1], -1, query.shape[-1]).to(keys.dtype)
-        attend = _attend_by_products if keys.device.type == "cpu" else F.scaled_dot_product_attention
-        mixed: Tensor = attend(queries, keys, values, attn_mask=self._hidden.to(keys.dtype), scale=scale)
+        if keys.device.type == "cpu" or softcap is not None:
+            mixed = _attend_by_products(queries, keys, values, hidden.to(keys.dtype), scale, softcap)
+        else:
+            mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=hidden.to(keys.dtype), scale=scale)
         return mixed.reshape(1, len(keys), -1, query.shape[-1])
+
+    def _hide(self, window: int | None) -> Tensor:
+        """Return what is added to the scores of this step, ``(rows, 1, 1, tokens)``; the same for all layers."""
+        if window not in self._hidden:
+            places, lengths = torch.arange(max(self._known), device=self.lengths.device), self.lengths[:, None]
+            seen = places <= lengths if window is None else (places <= lengths) & (places > lengths - window)
+            self._hidden[window] = torch.where(seen, 0.0, -torch.inf)[:, None, None]
+        return self._hidden[window]
 
     def keep(self, rows: list[int]) -> None:
         """Let go of all rows but these."""
@@ -86,9 +103,10 @@ class KeyValueCache:
 
 
 def _attend_by_products(
-    queries: Tensor, keys: Tensor, values: Tensor, *, attn_mask: Tensor, scale: float | None
+    queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scale: float | None, softcap: float | None
 ) -> Tensor:
     """Attend as torch's SDPA, whose bfloat16 kernels for a CPU round otherwise beside rows of other lengths."""
-    factor = queries.shape[-1] ** -0.5 if scale is None else scale
-    scores = torch.matmul(queries, keys.transpose(-2, -1)).mul_(factor).add_(attn_mask)
-    return torch.matmul(torch.softmax(scores, -1), values)
+    scores = torch.matmul(queries, keys.transpose(-2, -1)).mul_(queries.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    return torch.matmul(torch.softmax(scores.add_(hidden), -1), values)

@@ -1,6 +1,6 @@
 """What a decoder layer keeps for backward and makes on the way: learned by running it on torch's meta device.
 
-Two rules stand for what that device does not show: :class:`_Attention` for the kernels of attention, and
+Two rules stand for what that device does not show: :class:`_Attention` for the kernels of causal attention, and
 :class:`LiveBytes` for weights that a CPU makes dense in tiles.
 """
 
@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from qlora_lightning.model.batch import BatchShape
-from qlora_lightning.model.layers.attention import FLAT_ATTENTION, attends_in
+from qlora_lightning.model.layers.attention import FLAT_ATTENTION, attend_per_sample, attends_in
 from qlora_lightning.model.layers.lora import TILE_BYTES, runs_fused
+from qlora_lightning.model.layout import whole_samples
 from qlora_lightning.support.console import quiet_loggers
 
 
@@ -47,7 +48,7 @@ def measure_layers(
     """
     causal_lm: Any = model.get_base_model()
     config = causal_lm.config
-    usual = config._attn_implementation == FLAT_ATTENTION and not config.attention_dropout
+    usual = config._attn_implementation == FLAT_ATTENTION and not getattr(config, "attention_dropout", 0)
     loops = bool(usual and device == "cpu" and attends_in(dtype))
     input_trains = any(each.requires_grad for each in causal_lm.get_input_embeddings().parameters())
     known: dict[tuple[str, bool, bool], tuple[int, int]] = {}
@@ -67,6 +68,13 @@ def measure_layers(
     return found
 
 
+def rotated_width(config: Any) -> int:
+    """Return how many numbers of a query or key are rotated by its position."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    return int(width * rope.get("partial_rotary_factor", 1.0))
+
+
 def _hollow_run(
     layer: nn.Module, config: Any, batch: BatchShape, dtype: torch.dtype, loops: bool, autocasts: bool
 ) -> Callable[[Tensor], Any]:
@@ -74,11 +82,25 @@ def _hollow_run(
     adapters = {name: each.detach() for name, each in layer.named_parameters() if each.requires_grad}
     for each in adapters.values():
         each.requires_grad_().grad = torch.empty_like(each)
-    angles = torch.empty(1, batch.computed, config.head_dim, dtype=dtype, device="meta")
-    tokens = sum(batch.attended)
+    angles = torch.empty(1, batch.computed, rotated_width(config), dtype=dtype, device="meta")
+    samples = whole_samples(batch.attended)
 
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Any:
-        return _Attention.apply(query, key, value, tokens, loops)  # type: ignore[no-untyped-call]
+    def attend(
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> Any:
+        if softcap is None and (window is None or window >= samples.longest):
+            tokens = samples.bounds[-1]
+            return _Attention.apply(query, key, value, tokens, loops)  # type: ignore[no-untyped-call]
+        places = torch.zeros(samples.bounds[-1], dtype=torch.int64, device="meta")  # as if expanded
+        states = (each.index_select(2, places) for each in (query, key, value))
+        mixed = attend_per_sample(*states, samples, scaling, 0.0, window, softcap)
+        return mixed.index_select(1, places[: batch.computed])
 
     arguments = {
         "attention_mask": None,

@@ -16,7 +16,7 @@ from qlora_lightning.model.adapters.targets import layer_of
 from qlora_lightning.model.batch import BatchShape
 from qlora_lightning.model.layers.lora import TILE_BYTES
 from qlora_lightning.model.loss import rows_of_logits, rows_of_probabilities
-from qlora_lightning.model.memory.layer_memory import measure_layers
+from qlora_lightning.model.memory.layer_memory import measure_layers, rotated_width
 from qlora_lightning.model.optimizer import build_optimizer
 
 # ---- the base --------------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def plan_memory(model: peft.PeftModel, batch: BatchShape, settings: StepSettings
 
     # beside the layers: the input of the last norm, in float32, and the loss's gradient with its places
     saved += batch.computed * (width + 1) * _FLOAT + batch.labelled * (width * e + _INDEX)
-    saved += 2 * batch.computed * causal_lm.config.head_dim * e  # the angles of rotary embedding
+    saved += 2 * batch.computed * rotated_width(causal_lm.config) * e  # the angles of rotary embedding
     storage = name_storage(settings.quantization, settings.double_quant, e)
     sizes = (
         base.count_bytes(storage, e) - _unread(causal_lm, settings),

@@ -1,5 +1,6 @@
 """Runs a model layer by layer, to compare two that do not fit into memory together."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from qlora_lightning.model.layers.attention import NO_MASK
 from qlora_lightning.model.layout import IGNORED, whole_samples
+from qlora_lightning.model.loss import head_of
 from qlora_lightning.model.weights.base import Weights, filled
 
 _HEAD_ROWS = 16_384  # of the head's weight that are turned into fp32 at a time
@@ -19,41 +21,59 @@ _TOKENS = 64  # whose logits exist at a time: 64 x 128,256 x 4 bytes are 33 MB
 def run_layerwise(
     model: Any, weights: Weights, batches: Sequence[Mapping[str, Any]], advance: Callable[[], object] = lambda: None
 ) -> Iterator[Tensor]:
-    """Run flat batches through a hollow LLaMA in fp32, a layer in memory at a time.
+    """Run flat batches through a hollow model in fp32, a layer in memory at a time.
 
     Yields:
         The logits ``(tokens, vocabulary)`` of the next labelled tokens, in the order of :func:`labels_of`.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    inner, embedding, head = model.model, model.get_input_embeddings(), model.get_output_embeddings()
+    ids, positions = (torch.cat([batch[name] for batch in batches], 1) for name in ("input_ids", "position_ids"))
     with filled(embedding, "model.embed_tokens", weights, _dtype_of(embedding)):
-        states = [embedding(batch["input_ids"]).float() for batch in batches]
-    for number, layer in enumerate(model.model.layers):
-        with filled(layer, f"model.layers.{number}", weights, torch.float32):
-            for index, batch in enumerate(batches):  # in place: two lists of states would be large
-                states[index] = _run(layer, model.model.rotary_emb, states[index], batch)
-        advance()
-    with filled(model.model.norm, "model.norm", weights, torch.float32):
-        # (labelled tokens, width)
-        labelled = torch.cat([model.model.norm(s[0, _predicting(b)]) for s, b in zip(states, batches, strict=True)])
+        embedded = embedding(ids).float()
+    for number, layer in enumerate(inner.layers):
+        layer.forward = _filling(layer, f"model.layers.{number}", weights, batches, advance)
+    try:
+        with filled(inner.norm, "model.norm", weights, torch.float32):
+            output = inner(inputs_embeds=embedded, position_ids=positions, attention_mask=NO_MASK, use_cache=False)
+    finally:
+        for layer in inner.layers:
+            del layer.forward
+    states = torch.split(output.last_hidden_state[0], [batch["input_ids"].shape[1] for batch in batches])
+    # (labelled tokens, width)
+    labelled = torch.cat([each[_predicting(batch)] for each, batch in zip(states, batches, strict=True)])
     with filled(head, "lm_head", weights, _dtype_of(head)):
+        whole: Any = head_of(model)
         for some in torch.split(labelled, _TOKENS):
-            if _dtype_of(head) is not None or head.bias is not None:
-                yield head(some)
+            if _dtype_of(head) is not None or head.bias is not None or whole is not head:
+                yield whole(some.to(head.weight.dtype) if _dtype_of(head) is None else some).float()
             else:
                 yield torch.cat([some @ rows.float().t() for rows in torch.split(head.weight, _HEAD_ROWS)], dim=-1)
 
 
-def _run(layer: nn.Module, rotary: nn.Module, hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    positions = batch["position_ids"]
-    output: Tensor = layer(
-        hidden,
-        attention_mask=NO_MASK,
-        position_ids=positions,
-        position_embeddings=rotary(hidden, position_ids=positions),
-        samples=whole_samples(batch["cu_seqlens"].diff().tolist()),
-        use_cache=False,
-    )
-    return output
+def _filling(
+    layer: nn.Module, name: str, weights: Weights, batches: Sequence[Mapping[str, Any]], advance: Callable[[], object]
+) -> Callable[..., Tensor]:
+    """Return a layer's forward over all batches, one after the other, with weights that are dropped at its end."""
+    ends = list(itertools.accumulate(batch["input_ids"].shape[1] for batch in batches))
+
+    def cut(value: Any, start: int, end: int) -> Any:
+        if isinstance(value, tuple):
+            return tuple(cut(each, start, end) for each in value)
+        is_of_tokens = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == ends[-1]
+        return value[:, start:end] if is_of_tokens else value
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        outputs = []
+        with filled(layer, name, weights, torch.float32):
+            for batch, start, end in zip(batches, [0, *ends], ends, strict=False):
+                own_args = cut(args, start, end)
+                own = {key: cut(value, start, end) for key, value in kwargs.items()}
+                own["samples"] = whole_samples(batch["cu_seqlens"].diff().tolist())
+                outputs.append(type(layer).forward(layer, hidden[:, start:end], *own_args, **own))
+        advance()
+        return torch.cat(outputs, 1)
+
+    return forward
 
 
 def labels_of(batches: Sequence[Mapping[str, Any]]) -> Tensor:

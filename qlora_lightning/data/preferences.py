@@ -1,0 +1,21 @@
+"""Preference rows as flat batches: two answers to each prompt, of which the first is the better one."""
+
+from qlora_lightning.data.datamodule import InstructionDataModule
+from qlora_lightning.support.errors import UserError
+
+
+class PreferenceDataModule(InstructionDataModule):
+    """Rows with a prompt, a ``chosen`` and a ``rejected`` answer: what :class:`PreferenceModule` trains on.
+
+    All arguments are those of :class:`InstructionDataModule`; ``format: auto`` reads TRL's and LLaMA-Factory's shapes,
+    and a function of the user's returns two conversations. A row is one sample with both answers, so ``batch_size``
+    counts pairs; in a batch it becomes two samples that begin with the same prompt, which is computed once.
+    ``max_length`` is of each answer with its prompt. A pair of which one answer is left out is left out.
+    """
+
+    pairs = True
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        if self.too_long == "split":
+            raise UserError("too_long: split cuts rows into pieces, which cannot be compared: truncate or drop.")

@@ -1,0 +1,213 @@
+"""Training on preferences: two answers to each prompt, of which the first is the better one."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qlora_lightning.base.adapter_folder import find_adapter_folder
+from qlora_lightning.model.adapters.lora import without_adapters
+from qlora_lightning.model.checkpoint.ranks import gather_states
+from qlora_lightning.model.loss import LossSums, TokenStatistics, head_of, token_losses
+from qlora_lightning.model.module import QLoRAModule
+from qlora_lightning.support.errors import UserError
+
+Objective = Literal["dpo", "ipo", "simpo", "orpo"]
+_BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}
+_LOGGED = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+_REFERENCE = "reference"  # name of the adapter that the reference has
+_KEPT = "reference_log_probs"  # key of a checkpoint
+
+
+class PreferenceModule(QLoRAModule):
+    """A :class:`QLoRAModule` that learns to prefer one answer to another; takes a :class:`PreferenceDataModule`.
+
+    The reference of ``dpo`` and ``ipo`` is the model as training found it: the same base with its adapter switched off,
+    or with the adapter that ``adapter`` names. Its log-probabilities are computed once for each row, and kept.
+
+    Logs, beside ``train_loss`` (per pair) and ``grad_norm``, for each split ``…_accuracy`` (share of pairs whose chosen
+    answer has the larger reward), ``…_margin`` (mean difference of the rewards), ``…_chosen_reward`` and
+    ``…_rejected_reward``. A reward is ``beta`` times the log-probability of an answer, against the reference's if there
+    is one, else per token.
+
+    Args:
+        base: Arguments that are not named here are those of :class:`QLoRAModule`.
+        objective: ``dpo`` (Rafailov et al. 2023), ``ipo`` (Azar et al. 2023), ``simpo`` (Meng et al. 2024) or ``orpo``
+            (Hong et al. 2024); the last two need no reference.
+        beta: How far the model may go from the reference: the smaller, the farther; of ``simpo`` the scale of rewards,
+            of ``orpo`` the weight of the odds ratio. ``None``: 0.1, of ``simpo`` 2.
+        gamma: Of ``simpo``: by how much the chosen reward is to be larger.
+        label_smoothing: Of ``dpo`` and ``simpo``: the share of pairs that are labelled the wrong way around.
+        sft_share: Factor of the chosen answer's loss per token, which is added.
+        kwargs: See ``base``.
+    """
+
+    pairs = True
+
+    def __init__(
+        self,
+        base: str,
+        objective: Objective = "dpo",
+        beta: float | None = None,
+        gamma: float = 1.0,
+        label_smoothing: float = 0.0,
+        sft_share: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(base, **kwargs)
+        if objective not in _BETAS:
+            raise UserError(f"model.objective is {objective!r}: expected {', '.join(_BETAS)}.")
+        if beta is not None and beta <= 0:
+            raise UserError(f"model.beta is {beta:g}: expected a positive number, such as {_BETAS[objective]:g}.")
+        if not 0 <= label_smoothing < 0.5:
+            raise UserError(f"model.label_smoothing is {label_smoothing:g}: expected a share in [0, 0.5).")
+        self.objective, self.beta, self.gamma = objective, _BETAS[objective] if beta is None else beta, gamma
+        self.label_smoothing, self.sft_share = label_smoothing, sft_share
+        self.val_statistics, self.test_statistics = TokenStatistics(_LOGGED), TokenStatistics(_LOGGED)
+        # of each split, by the hash of its samples: what the reference makes of a row, (2,)
+        self._kept: dict[str, dict[int, Tensor]] = {}
+        self._keeps: dict[int, Tensor] | None = None  # those of the step at work
+
+    def configure_model(self) -> None:
+        is_new = self.model is None
+        super().configure_model()
+        if is_new and self.adapter is not None and self._has_reference:
+            self.add_adapter(_REFERENCE, find_adapter_folder(self.adapter))
+
+    @property
+    def _has_reference(self) -> bool:
+        return self.objective in ("dpo", "ipo")
+
+    # ---- the loss ----------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, batch: dict[str, Any]) -> LossSums:
+        """Sum the loss of the pairs of a flat batch, in which the two answers of a row are neighbours.
+
+        What counts as a labelled token is a pair; as correct one whose chosen answer is the likelier, per token.
+        """
+        layout = self.layout_of(batch)
+        batch = {**batch, "layout": layout}
+        nll = self._token_losses(batch)
+        counts = torch.tensor(layout.counts, dtype=torch.float32).view(-1, 2)
+        log_probs = -_sum_pieces(nll, layout.counts).view(-1, 2)  # (pairs, 2), a number for each answer
+        if not counts.any():  # a filler
+            zeros = nll.new_zeros(())
+            return LossSums(nll.sum() * 0.0, zeros.long(), zeros.long(), dict.fromkeys(_LOGGED, zeros))
+        counts = counts.to(self.device, non_blocking=True)
+        mean = log_probs / counts  # per token
+        if self._has_reference:
+            ratios = log_probs - self._reference_log_probs(batch)
+            rewards = self.beta * ratios
+            compared = ratios / counts if self.objective == "ipo" else rewards
+        else:
+            rewards = compared = self.beta * mean
+        losses = self._losses(compared[:, 0] - compared[:, 1], mean)
+        rewards = rewards.detach()
+        margins = rewards[:, 0] - rewards[:, 1]
+        logged = ((margins > 0).float(), margins, rewards[:, 0], rewards[:, 1])
+        sums = {name: each.sum() for name, each in zip(_LOGGED, logged, strict=True)}
+        likelier = (mean[:, 0] > mean[:, 1]).sum()
+        return LossSums(losses.sum(), torch.full((), len(counts), device=self.device), likelier, sums)
+
+    def _losses(self, difference: Tensor, mean: Tensor) -> Tensor:
+        """Compute the loss of each pair, ``(pairs,)``.
+
+        Args:
+            difference: By how much the chosen answer is ahead: of its reward, of ``ipo`` of its log-ratio per token.
+            mean: Log-probability per token of both answers, ``(pairs, 2)``.
+        """
+        if self.objective == "ipo":  # Azar et al., equation 17, per token as the authors' results are
+            losses = (difference - 1 / (2 * self.beta)).square()
+        elif self.objective == "orpo":  # Hong et al., equations 6 and 7
+            log_odds = mean - torch.log(-torch.expm1(mean))
+            losses = -mean[:, 0] - self.beta * F.logsigmoid(log_odds[:, 0] - log_odds[:, 1])
+        else:  # Rafailov et al., equation 7; Meng et al., equation 6
+            ahead = difference - (self.gamma if self.objective == "simpo" else 0.0)
+            right, wrong = F.logsigmoid(ahead), F.logsigmoid(-ahead)
+            losses = -(1 - self.label_smoothing) * right - self.label_smoothing * wrong
+        return losses - self.sft_share * mean[:, 0]
+
+    def _token_losses(self, batch: dict[str, Any]) -> Tensor:
+        hidden, targets = self.last_states(batch)
+        with self.autocast():
+            nll, _ = token_losses(hidden, targets, head_of(self.causal_lm), fast=self.fast)
+        return nll
+
+    # ---- the reference -----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Let the model be what it was when training began."""
+        if self.adapter is None:
+            with without_adapters(self.model):
+                yield
+            return
+        active, trained = self.model.active_adapter, [(each, each.requires_grad) for each in self.model.parameters()]
+        self.model.set_adapter(_REFERENCE)
+        try:
+            yield
+        finally:
+            self.model.set_adapter(active)
+            for tensor, trains in trained:
+                tensor.requires_grad_(trains)
+
+    def _reference_log_probs(self, batch: dict[str, Any]) -> Tensor:
+        """Return the reference's log-probabilities of both answers of each pair, ``(pairs, 2)``."""
+        kept, rows = self._keeps, batch["layout"].rows[::2]
+        if kept is not None and all(row in kept for row in rows):
+            return torch.stack([kept[row] for row in rows])
+        noise, self.neftune_alpha = self.neftune_alpha, None
+        try:
+            with torch.no_grad(), self.reference():
+                log_probs = -_sum_pieces(self._token_losses(batch), batch["layout"].counts).view(-1, 2)
+        finally:
+            self.neftune_alpha = noise
+        if kept is not None:
+            kept.update(zip(rows, log_probs, strict=True))
+        return log_probs
+
+    @contextlib.contextmanager
+    def _keeping(self, split: str) -> Iterator[None]:
+        """Keep what the reference makes of the rows of a split, if its data module knows them."""
+        samples = getattr(getattr(self.trainer, "datamodule", None), "samples", {}).get(split)
+        self._keeps = None if samples is None else self._kept.setdefault(samples.content_hash, {})
+        try:
+            yield
+        finally:
+            self._keeps = None
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        with self._keeping("train"):
+            return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        with self._keeping("val"):
+            super().validation_step(batch, batch_idx)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        with self._keeping("test"):
+            super().test_step(batch, batch_idx)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = {
+            split: {"rows": torch.tensor(list(kept)), "log_probs": torch.stack(list(kept.values())).cpu()}
+            for split, kept in self._kept.items()
+            if kept
+        }
+        checkpoint[_KEPT] = gather_states(own, self.trainer.global_rank, self.trainer.world_size)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        states: Sequence[Mapping[str, Any]] = checkpoint.get(_KEPT, [])
+        rank, world_size = (0, 1) if self._trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        if len(states) == world_size:  # else they are computed again
+            for split, state in states[rank].items():
+                values = state["log_probs"].to(self.device)
+                self._kept[split] = dict(zip(state["rows"].tolist(), values, strict=True))
+
+
+def _sum_pieces(values: Tensor, counts: Sequence[int]) -> Tensor:
+    return torch.stack([piece.sum() for piece in torch.split(values, list(counts))])

@@ -1,0 +1,119 @@
+"""Preferences: one epoch of DPO over pairs, with our modules or with TRL's DPOTrainer.
+
+The peer's interpreter needs no more of this project than this folder.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks import child
+
+PAIRS = 4  # of a micro-batch
+BETA = 0.1
+
+
+def measure(side: str, base: str, rows: str, dtype: str) -> dict[str, Any]:
+    """Train over a file of ``prompt``, ``chosen`` and ``rejected``, from top to bottom, on the CPU.
+
+    Returns:
+        ``pairs``, ``seconds`` of the loop, ``peak_bytes``, and what one's own data module counts as ``tokens``.
+    """
+    return (_measure_ours if side == "ours" else _measure_peer)(base, rows, dtype)
+
+
+def _measure_ours(base: str, rows: str, dtype: Any) -> dict[str, Any]:
+    from qlora_lightning import PreferenceDataModule, PreferenceModule
+    from tests.benchmarks.ours import Meter, make_trainer
+
+    module = PreferenceModule(
+        base,
+        beta=BETA,
+        compute_dtype=dtype,
+        rank=child.RANK,
+        alpha=child.ALPHA,
+        learning_rate=child.LEARNING_RATE,
+        schedule="linear",
+        warmup_ratio=0.0,
+    )
+    data = PreferenceDataModule(rows, max_length=child.MAX_LENGTH, batch_size=PAIRS, shuffle=False, tokenizer=base)
+    meter = Meter()
+    make_trainer("cpu", meter, max_epochs=1).fit(module, data)
+    return {
+        "tokens": meter.tokens,
+        "seconds": meter.seconds,
+        "peak_bytes": meter.peak_bytes,
+        "losses": meter.losses,
+        "versions": child.versions_of("torch", "lightning", "transformers", "peft", "bitsandbytes"),
+    }
+
+
+def _measure_peer(base: str, rows: str, dtype: str) -> dict[str, Any]:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from trl import DPOConfig, DPOTrainer
+
+    from tests.benchmarks.peer import Clock
+
+    compute = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    texts = [json.loads(line) for line in Path(rows).read_text(encoding="utf-8").splitlines()]
+    speakers = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    pairs = [{key: [{"role": role, "content": row[key]}] for key, role in speakers.items()} for row in texts]
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+    clock = Clock(on_gpu=False)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = DPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(
+                base, dtype=compute, device_map={"": "cpu"}, quantization_config=quantization
+            ),
+            processing_class=AutoTokenizer.from_pretrained(base),
+            train_dataset=Dataset.from_list(pairs),
+            peft_config=LoraConfig(
+                task_type="CAUSAL_LM", r=child.RANK, lora_alpha=child.ALPHA, target_modules="all-linear"
+            ),
+            args=DPOConfig(  # all that is not named is TRL's default
+                output_dir=folder,
+                seed=child.SEED,
+                beta=BETA,
+                num_train_epochs=1,
+                per_device_train_batch_size=PAIRS,
+                max_length=child.MAX_LENGTH,
+                optim="adamw_torch_fused",
+                learning_rate=child.LEARNING_RATE,
+                lr_scheduler_type="linear",
+                max_grad_norm=child.GRADIENT_CLIP,
+                gradient_checkpointing=False,
+                bf16=dtype == "bf16",
+                use_cpu=True,
+                dataloader_pin_memory=False,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            callbacks=[clock],
+        )
+        tokens = sum(
+            2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+            for row in trainer.train_dataset
+        )
+        trainer.train()
+    return {
+        "tokens": tokens,
+        "seconds": clock.seconds,
+        "peak_bytes": child.read_peak_bytes(on_gpu=False),
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "versions": child.versions_of("torch", "trl", "transformers", "peft", "bitsandbytes"),
+    }
+
+
+if __name__ == "__main__":
+    child.serve(measure)

@@ -1,0 +1,90 @@
+"""Each family that is trained computes what plain transformers and PEFT compute, row by row."""
+
+import itertools
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from qlora_lightning.base.folder import MODEL_TYPES
+from qlora_lightning.cli import main
+from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.build import meta_base
+from qlora_lightning.model.layers.fusing import FUSED_TYPES
+from qlora_lightning.model.layers.lora import runs_fused
+from qlora_lightning.model.memory.plan import read_base
+from qlora_lightning.support.versions import without_peft_warnings
+from tests.adapters import make_run
+from tests.random_base import save_family
+from tests.steps import assert_same_step, distance, loss_and_gradients, make_batch, make_module
+
+LENGTHS = (23, 1, 12, 6)  # some longer than the sliding window, some not
+
+
+@pytest.fixture(scope="session", params=MODEL_TYPES)
+def family(request, tmp_path_factory, tiny_base):
+    return save_family(tmp_path_factory.mktemp(request.param), request.param, tiny_base)
+
+
+def plain_step(model):
+    """Compute the mean loss of rows that come alone, and its gradients, by transformers and PEFT alone."""
+    batch, loss = make_batch(LENGTHS), 0.0
+    for start, end in itertools.pairwise(batch["cu_seqlens"].tolist()):
+        ids = batch["input_ids"][:, start:end]
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        loss = loss + F.cross_entropy(logits, ids[0, 1:], reduction="sum")
+    gradients = torch.autograd.grad(loss, list(trainable_tensors(model).values()))
+    labelled = sum(LENGTHS) - len(LENGTHS)
+    return float(loss.detach() / labelled), torch.cat([each.flatten() for each in gradients])
+
+
+def test_losses_gradients_and_answers_are_those_of_plain_transformers(family, tmp_path):
+    module = make_module(family, quantization="none")
+    module.save_adapter(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(family, dtype=torch.float32, attn_implementation="eager")
+    with without_peft_warnings():
+        plain = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True).eval()
+    expected = plain_step(plain)
+    for fast in (True, False):
+        module.fast = fast
+        found = loss_and_gradients(module, make_batch(LENGTHS))
+        assert abs(found[0] - expected[0]) <= 2e-6 * expected[0]
+        assert distance(found[1], expected[1]) <= 2e-6
+    module.fast = True
+    module.choose_layers()
+    fused = [runs_fused(layer) for layer in module.causal_lm.model.layers]
+    assert all(fused) if base.config.model_type in FUSED_TYPES else not any(fused)
+
+    prompts = [list(range(5, 5 + length)) for length in (3, 20, 7)]
+    with torch.no_grad():
+        for prompt, answer in zip(prompts, module.answer(prompts, [], max_new_tokens=12), strict=True):
+            logits = plain(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0]
+            assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+
+
+@pytest.mark.parametrize("model_type", FUSED_TYPES)
+def test_quantized_fused_layers_compute_what_plain_ones_do(model_type, tmp_path, tiny_base):
+    base = save_family(tmp_path, model_type, tiny_base)
+    fast, plain = (loss_and_gradients(make_module(base, fast=fast), make_batch(LENGTHS)) for fast in (True, False))
+    assert_same_step(fast, plain)
+
+
+@pytest.mark.slow
+def test_a_merged_model_is_checked_against_base_and_adapter(family, tmp_path, capsys):
+    make_run(tmp_path / "run", family)
+    assert main(["merge", "--adapter", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+    assert "onto dequantized, fp32" in capsys.readouterr().out
+    with torch.no_grad():
+        ids = make_batch(LENGTHS)["input_ids"]
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+        assert merged(input_ids=ids).logits.isfinite().all()
+
+
+def test_shapes_alone_have_the_numbers_of_the_whole_model(family):
+    base = read_base(meta_base(family))
+    whole = AutoModelForCausalLM.from_pretrained(family)
+    assert base.parameters == sum(parameter.numel() for parameter in whole.parameters())
+    linears = {id(m.weight) for n, m in whole.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n}
+    assert len(base.weights) == len(linears)

@@ -1,0 +1,256 @@
+"""Preferences: rows of every shape, the objectives of the papers, and what holds for every run."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from qlora_lightning import InstructionDataModule, PreferenceDataModule, PreferenceModule, QLoRAModule
+from qlora_lightning.cli import main
+from qlora_lightning.model.adapters.lora import trainable_tensors, without_adapters
+from qlora_lightning.support.errors import UserError
+from tests.equality import same
+from tests.steps import assert_same_step, make_trainer, randomize
+
+ROWS = [
+    {
+        "prompt": f"Count to {n}.",
+        "chosen": " ".join(map(str, range(1, n + 1))),
+        "rejected": "No." if n % 2 else "I would rather not " * (n // 2),
+    }
+    for n in range(1, 13)
+]
+
+
+def write_rows(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def make_data(tmp_path, tokenizer, rows=ROWS, **options):
+    file = write_rows(tmp_path / "train.jsonl", rows)
+    data = PreferenceDataModule(train=file, val=file, tokenizer=str(tokenizer), **{"batch_size": 4} | options)
+    data.setup("fit")
+    return data
+
+
+def make_module(base, **options):
+    module = PreferenceModule(str(base), rank=4, **{"compute_dtype": "fp32"} | options)
+    module.configure_model()
+    return randomize(module)
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+ASKED, GOOD, BAD = (
+    [{"role": role, "content": content}]
+    for role, content in (("user", "Hi?"), ("assistant", "Hello."), ("assistant", "No"))
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ({"prompt": ASKED, "chosen": GOOD, "rejected": BAD}, {}),  # TRL's
+        ({"chosen": ASKED + GOOD, "rejected": ASKED + BAD}, {}),  # TRL's, the prompt implicit
+        ({"instruction": "Hi?", "input": "", "chosen": "Hello.", "rejected": "No"}, {}),  # LLaMA-Factory's Alpaca
+        (
+            {
+                "conversations": [{"from": "human", "value": "Hi?"}],
+                "chosen": {"from": "gpt", "value": "Hello."},
+                "rejected": {"from": "gpt", "value": "No"},
+            },
+            {},
+        ),
+        ({"question": "Hi?", "yes": "Hello.", "no": "No"}, {"question": "prompt", "yes": "chosen", "no": "rejected"}),
+    ],
+    ids=["messages", "implicit", "alpaca", "sharegpt", "columns"],
+)
+def test_every_shape_of_row_gives_the_same_pair(tmp_path, smollm2_folder, row, options):
+    found = make_data(tmp_path, smollm2_folder, [row], columns=options)
+    (batch,) = found.train_dataloader()
+    tokenizer, ids, labels = found.tokenizer, batch["input_ids"][0], batch["labels"][0]
+    first, second = batch["cu_seqlens"].diff().tolist()
+    texts = [tokenizer.decode(part) for part in ids.split([first, second])]
+    trained = [tokenizer.decode(part[part >= 0]) for part in labels.split([first, second])]
+    prompt = tokenizer.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True)
+    assert texts == [f"{prompt}Hello.<|im_end|>\n"[: len(texts[0])], f"{prompt}No<|im_end|>\n"[: len(texts[1])]]
+    assert trained == ["Hello.<|im_end|>", "No<|im_end|>"]
+    assert batch["position_ids"][0].tolist() == [*range(first), *range(second)]
+    assert batch["row_ids"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"chosen": "a", "rejected": "b"}, "needs a prompt"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
+        ({"prompt": "a", "chosen": "b", "rejected": ""}, "is empty"),
+        ({"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_line(tmp_path, smollm2_folder, row, words):
+    with pytest.raises(UserError, match=rf"train\.jsonl:2.*{words}"):
+        make_data(tmp_path, smollm2_folder, [ROWS[0], row])
+
+
+@pytest.mark.parametrize(
+    ("module", "data"), [(PreferenceModule, InstructionDataModule), (QLoRAModule, PreferenceDataModule)]
+)
+def test_module_and_data_must_both_be_of_preferences(tmp_path, tiny_base, module, data):
+    rows = [{**row, "completion": "x"} for row in ROWS] if data is InstructionDataModule else ROWS
+    columns = {"chosen": None, "rejected": None} if data is InstructionDataModule else {}
+    data = data(train=write_rows(tmp_path / "rows.jsonl", rows), columns=columns)
+    with pytest.raises(UserError, match="cannot train on"):
+        make_trainer(tmp_path, max_steps=1).fit(module(str(tiny_base)), data)
+
+
+# ---- objectives ------------------------------------------------------------------------------------------------------
+
+
+def plain_log_probs(model, batch):
+    """Log-probabilities and labelled tokens of each sample, which comes alone, by transformers' forward."""
+    found, bounds = [], batch["cu_seqlens"].tolist()
+    for start, end in itertools.pairwise(bounds):
+        ids, labels = (batch[name][:, start:end] for name in ("input_ids", "labels"))
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+        there = labels[0, 1:] != -100
+        found.append((logits[there, labels[0, 1:][there]].sum(), int(there.sum())))
+    log_probs, counts = zip(*found, strict=True)
+    return torch.stack(log_probs).view(-1, 2), torch.tensor(counts).view(-1, 2)
+
+
+FORMULAS = {
+    # -log σ(β (log π(c)/π_ref(c) - log π(r)/π_ref(r)))
+    "dpo": lambda own, ref, counts: -F.logsigmoid(0.1 * ((own - ref)[:, 0] - (own - ref)[:, 1])),
+    # (log-ratio per token of chosen minus that of rejected, minus 1 / 2β)²
+    "ipo": lambda own, ref, counts: (((own - ref) / counts) @ torch.tensor([1.0, -1.0]) - 5.0) ** 2,
+    # -log σ(β (log π(c)/|c| - log π(r)/|r|) - γ)
+    "simpo": lambda own, ref, counts: -F.logsigmoid(2.0 * ((own / counts) @ torch.tensor([1.0, -1.0])) - 1.0),
+    # NLL per token of chosen - λ log σ(log odds(c) - log odds(r)), odds = p / (1 - p)
+    "orpo": lambda own, ref, counts: (
+        -(own / counts)[:, 0] - 0.1 * F.logsigmoid(torch.logit((own / counts).exp()) @ torch.tensor([1.0, -1.0]))
+    ),
+}
+
+
+@pytest.mark.parametrize("objective", FORMULAS)
+def test_loss_and_gradients_are_those_of_the_papers(tmp_path, tiny_base, objective):
+    batch = next(iter(make_data(tmp_path, tiny_base).train_dataloader()))
+    module = make_module(tiny_base, objective=objective, quantization="none")
+    sums = module.compute_loss(batch)
+    trained = list(trainable_tensors(module).values())
+    found = torch.cat([each.flatten() for each in torch.autograd.grad(sums.nll_sum, trained)])
+
+    own, counts = plain_log_probs(module.model, batch)
+    with torch.no_grad(), without_adapters(module.model):
+        reference, _ = plain_log_probs(module.model, batch)
+    losses = FORMULAS[objective](own, reference, counts)
+    expected = torch.cat([each.flatten() for each in torch.autograd.grad(losses.sum(), trained)])
+    assert_same_step((float(sums.nll_sum.detach()), found), (float(losses.detach().sum()), expected))
+    assert sums.labelled_tokens == 4
+    rewards = 0.1 * (own - reference) if objective in ("dpo", "ipo") else module.beta * own / counts
+    assert sums.logged["accuracy"] == (rewards[:, 0] > rewards[:, 1]).sum()
+    torch.testing.assert_close(sums.logged["chosen_reward"], rewards[:, 0].sum().detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_smoothing_and_the_share_of_imitation_add_their_terms(tmp_path, tiny_base):
+    batch = next(iter(make_data(tmp_path, tiny_base).train_dataloader()))
+    module = make_module(tiny_base, label_smoothing=0.2, sft_share=0.5, quantization="none")
+    own, counts = plain_log_probs(module.model, batch)
+    with without_adapters(module.model):
+        reference, _ = plain_log_probs(module.model, batch)
+    ahead = 0.1 * ((own - reference) @ torch.tensor([1.0, -1.0]))
+    expected = -0.8 * F.logsigmoid(ahead) - 0.2 * F.logsigmoid(-ahead) - 0.5 * (own / counts)[:, 0]
+    torch.testing.assert_close(module.compute_loss(batch).nll_sum, expected.sum(), rtol=1e-5, atol=0)
+
+
+def test_the_reference_of_a_run_from_an_adapter_is_that_adapter(tmp_path, tiny_base):
+    start = make_module(tiny_base)
+    start.save_adapter(tmp_path / "start")
+    batch = next(iter(make_data(tmp_path, tiny_base).train_dataloader()))
+    module = PreferenceModule(str(tiny_base), adapter=str(tmp_path / "start"), compute_dtype="fp32")
+    module.configure_model()
+    trained = set(trainable_tensors(module))
+    sums = module.compute_loss(batch)
+    assert float(sums.nll_sum.detach()) == pytest.approx(4 * math.log(2), rel=1e-6)  # nothing is ahead of anything
+    assert set(trainable_tensors(module)) == trained
+    sums.nll_sum.backward()
+    assert all(tensor.grad.abs().sum() > 0 for name, tensor in trainable_tensors(module).items())
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tmp_path, tiny_base, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "train.jsonl", ROWS)
+    settings = {
+        "model": {
+            "class_path": "qlora_lightning.PreferenceModule",
+            "base": str(tiny_base),
+            "rank": 4,
+            "learning_rate": 5e-3,
+            "schedule": "constant",
+        },
+        "data": {
+            "class_path": "qlora_lightning.PreferenceDataModule",
+            **{"train": "train.jsonl", "val": "train.jsonl", "batch_size": 2},
+        },
+        "trainer": {"accelerator": "cpu", "max_epochs": 2, "enable_progress_bar": False, "accumulate_grad_batches": 2},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    return ["--config", "config.yaml"]
+
+
+def read_metrics(run):
+    lines = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
+
+
+def test_a_run_prefers_what_it_is_shown_and_resumes_bit_for_bit(config, tmp_path):
+    whole, cut = (["--evaluation", "null", "--trainer.default_root_dir", name] for name in ("whole", "cut"))
+    assert main(["fit", *config, *whole]) == 0
+    assert main(["fit", *config, *cut, "--trainer.max_steps", "4"]) == 0
+    assert main(["fit", *config, *cut, "--ckpt_path", "last"]) == 0
+    one, other = (
+        torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True) for run in ("whole", "cut")
+    )
+    assert one["global_step"] == 6
+    for part in ("state_dict", "optimizer_states", "reference_log_probs"):
+        assert same(one[part], other[part]), part
+    lines = read_metrics(tmp_path / "whole")
+    accuracies = [float(line["val_accuracy"]) for line in lines if line.get("val_accuracy")]
+    margins = [float(line["train_margin"]) for line in lines if line.get("train_margin")]
+    assert accuracies[-1] == 1.0
+    assert margins[-1] > margins[0]
+    assert "val_token_accuracy" not in lines[0]
+
+
+def test_rows_of_a_step_may_be_cut_into_micro_batches_in_any_way(tmp_path, tiny_base):
+    adapters = []
+    for batch_size, accumulate in ((4, 1), (1, 4)):
+        data = make_data(tmp_path, tiny_base, batch_size=batch_size)
+        module = PreferenceModule(str(tiny_base), rank=4, compute_dtype="fp32", learning_rate=1e-2)
+        make_trainer(tmp_path, max_steps=3, accumulate_grad_batches=accumulate, limit_val_batches=0).fit(module, data)
+        adapters.append(torch.cat([each.detach().flatten() for each in trainable_tensors(module).values()]))
+    assert (adapters[0] - adapters[1]).norm() <= 1e-4 * adapters[0].norm()
+
+
+def test_base_and_adapter_are_compared_by_which_answer_is_likelier(config, tmp_path):
+    fit = ["fit", *config, "--trainer.default_root_dir", "run", "--trainer.max_epochs", "6"]
+    assert main([*fit, "--evaluation.rows", "2", "--evaluation.max_new_tokens", "4"]) == 0
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    accuracy = found["metrics"]["preference_accuracy"]
+    assert "perplexity" not in found["metrics"]
+    assert found["metrics"]["loss"]["base"]["value"] == pytest.approx(math.log(2), rel=1e-5)
+    assert accuracy["adapter"]["value"] > accuracy["base"]["value"]
+    assert accuracy["adapter"]["low"] < accuracy["adapter"]["value"]
+    assert main(["evaluate", "--config", "run/config.yaml", "--json", "again.json"]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["metrics"]["preference_accuracy"] == accuracy

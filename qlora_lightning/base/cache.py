@@ -266,7 +266,7 @@ def _locked(folder: Path, label: str) -> Iterator[None]:
 
 @contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """Report what the disk has against a write to the cache; a build's other errors are its own."""
+    """Report why the disk rejects a write to the cache; a build's other errors are its own."""
     try:
         yield
     except UserError:

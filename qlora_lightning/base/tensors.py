@@ -73,7 +73,7 @@ class ShardWriter:
         self._written: list[tuple[Path, list[str]]] = []
 
     def add(self, name: str, tensor: "Tensor") -> None:
-        """Take a tensor, in the dtype in which it shall be stored."""
+        """Take a tensor, in the dtype in which it is stored."""
         if self._shard and self._size + tensor.nbytes > self.shard_bytes:
             self._write()
         self._shard[name] = tensor.contiguous()

@@ -1,4 +1,4 @@
-"""What happens around the loop: each callback works with any Trainer, and has a key of its own in the YAML."""
+"""What happens around the loop: Lightning callbacks; those that take settings have a key of their own in the YAML."""
 
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, LoadingLines
 from qlora_lightning.callbacks.adapter_ema import AdapterEMA

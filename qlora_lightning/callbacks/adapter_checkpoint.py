@@ -267,7 +267,7 @@ class AdapterCheckpoint(Checkpoint):
                 (folder / Path(name).name).unlink(missing_ok=True)
 
     def _remove_unfinished(self, trainer: Trainer) -> None:
-        """Remove what a kill or a full disk left half written, as far as it can be."""
+        """Remove what a kill or a full disk left half written."""
         folder = Path(trainer.default_root_dir) / CHECKPOINTS
         shutil.rmtree(self.adapter_folder(trainer.default_root_dir) / UNFINISHED_ADAPTER, ignore_errors=True)
         with contextlib.suppress(OSError):

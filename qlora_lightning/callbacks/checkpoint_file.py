@@ -62,7 +62,7 @@ def write_checkpoint(content: dict[str, Any] | None, file: Path) -> None:
 
 @contextlib.contextmanager
 def reporting_disk_faults(run_folder: str | Path) -> Iterator[None]:
-    """Report in one sentence what the disk has against a write, and from where the run can be resumed.
+    """Report in one sentence why the disk rejects a write, and from where the run can be resumed.
 
     Raises:
         UserError: The disk is full or fails, or the folder cannot be written to. Other errors pass.
@@ -76,7 +76,7 @@ def reporting_disk_faults(run_folder: str | Path) -> Iterator[None]:
         whole = find_newest(Path(run_folder) / CHECKPOINTS)
         remedy = "Make room, or choose another folder."
         if whole is not None:
-            remedy = f"{whole} is whole: when that is mended, resume from it with `--ckpt_path {whole}`."
+            remedy = f"{whole} is whole: when that is solved, resume from it with `--ckpt_path {whole}`."
         raise UserError(f"trainer.default_root_dir {run_folder} cannot be written to: {reason}. {remedy}") from error
 
 

@@ -69,6 +69,6 @@ class ThroughputMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue counting; the first rank takes over what all had counted in an open window."""
         self.tokens_seen, self._seconds = state_dict["tokens_seen"], state_dict["seconds"]
-        self.labelled_seen = state_dict.get("labelled_seen", 0)  # checkpoints of 0.1.0 do not know it
+        self.labelled_seen = state_dict.get("labelled_seen", 0)  # early checkpoints lack it
         if self._trainer is None or self._trainer.is_global_zero:
             self._tokens, self._labelled = state_dict["tokens"], state_dict["labelled"]

@@ -5,7 +5,7 @@ import inspect
 import itertools
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,6 @@ def check_keys(
     arguments: Sequence[str],
     configs: Mapping[str, Mapping[str, Any]],
     classes: Mapping[str, type],
-    own: Iterable[str] = (),
 ) -> None:
     """Reject keys that nothing reads, with the nearest right one: jsonargparse lets an empty section pass.
 
@@ -69,14 +68,12 @@ def check_keys(
         arguments: the command line.
         configs: the config files that it names.
         classes: sections of a config, each with the class whose arguments its keys are.
-        own: options of the command itself.
     """
-    top = (*_KEYS, *own)
     typed: list[tuple[str, str]] = []
     for word in arguments:
         key = word[2:].partition("=")[0]
         # what is like no key is left to the parser
-        if word.startswith("--") and ("." in key or difflib.get_close_matches(key, top)):
+        if word.startswith("--") and ("." in key or difflib.get_close_matches(key, _KEYS)):
             typed.append(("on the command line", key))
     for name, config in configs.items():
         for section, values in config.items():
@@ -86,7 +83,7 @@ def check_keys(
     foreign = {key.partition(".")[0] for _, key in typed if re.match(r"\w+\.class_path\b", key)}
     for place, key in typed:
         section, dot, rest = key.partition(".")
-        _check_key("", section, top, place)
+        _check_key("", section, _KEYS, place)
         if dot and section in classes and section not in foreign:
             known = {*inspect.signature(classes[section]).parameters, "init_args", "class_path", "help"} - {"kwargs"}
             _check_key(f"{section}.", rest.partition(".")[0], known, place)

@@ -230,19 +230,19 @@ def choose_digits(intervals: Sequence[Interval]) -> int:
     return 1 if smallest >= 10 else 3 if smallest >= 0.1 else 4
 
 
-def format_interval(interval: Interval, percent: bool, sign: str = "", digits: int | None = None) -> str:
+def format_interval(interval: Interval, percent: bool, sign: str, digits: int) -> str:
     """Write ``98.0 % [93.0, 99.4]``, or ``2.098 [2.010, 2.201]`` of what is no share; a difference with its sign.
 
     Args:
         interval: To write.
         percent: Whether it is a share, which always has one decimal.
         sign: ``+`` for a difference.
-        digits: Decimals of what is no share; ``None``: those that show the value.
+        digits: Decimals of what is no share.
     """
     if math.isnan(interval.value):
         return "–"
     factor = 100 if percent else 1
-    digits = 1 if percent else choose_digits([interval]) if digits is None else digits
+    digits = 1 if percent else digits
     value, low, high = (round(part * factor, digits) + 0.0 for part in interval)  # + 0.0: no -0.0
     unit = " %" if percent and not sign else ""
     reach = "" if math.isnan(low) else f" [{low:,.{digits}f}, {high:,.{digits}f}]"

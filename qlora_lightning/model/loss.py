@@ -17,7 +17,7 @@ from qlora_lightning.model.layers.fusing import is_watched, libraries_are_origin
 from qlora_lightning.model.layers.lora import FrozenLinear, gradient_of_input, project
 
 _MOST_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no quicker
-_LOGIT_BYTES = 64 << 20  # nor shall their logits be more than this; of 128,256 tokens in bf16 261 rows
+_LOGIT_BYTES = 64 << 20  # and their logits take no more than this; of 128,256 tokens in bf16 261 rows
 _LOGIT_BYTES_OF_GPU = 256 << 20  # there the rows that this holds, 1,046 of these: few large kernels
 _FLOAT = 4  # bytes
 _CACHED_BYTES = 6 << 20  # of probabilities in float32 that a CPU makes at a time: they stay in its cache
@@ -202,7 +202,7 @@ def _cross_entropies(logits: Tensor, targets: Tensor, with_gradient: bool) -> It
     With the gradient it takes the place of the logits.
     """
     # In float32 torch's softmax of 49,152 logits puts the loss off by 3e-6, and the gradient of hidden states by 7e-6;
-    # the loop by a fifth of that. There both paths shall agree, so both take torch's.
+    # the loop by a fifth of that. There both paths have to agree, so both take torch's.
     if logits.dtype is torch.bfloat16 and loops.can_run(logits):
         yield loops.cross_entropy(logits, targets, with_gradient)
         return

@@ -95,7 +95,7 @@ class QLoRAModule(lightning.LightningModule):
         target_modules: ``all-linear``, ``attention``, ``mlp``, a list of names, or a regular expression.
         layers: ``all``, ``last:N`` or a list of layer indices.
         lora_options: More for ``peft.LoraConfig``: ``use_rslora``, ``use_dora``, ``init_lora_weights``, …
-        adapter: Adapter folder, or run folder with one, to go on training; its own rank, alpha and targets rule.
+        adapter: Adapter folder, or run folder with one, to train further; its own rank, alpha and targets apply.
         learning_rate: Peak learning rate.
         optimizer: Class path, or class_path and init_args without lr; ``None``: torch's AdamW, fused.
         weight_decay: Of all adapters.

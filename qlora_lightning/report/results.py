@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 from qlora_lightning.evaluation.comparison import BASE, Interval
 from qlora_lightning.evaluation.report import choose_digits, format_interval
-from qlora_lightning.evaluation.scores import describe_answered, describe_metric
+from qlora_lightning.evaluation.scores import describe_answered, describe_metric, is_share
 from qlora_lightning.report.run import MEMORY, Run
 
 Table = tuple[list[str], list[tuple[str, list[tuple[str, str]]]]]
 """Headings, and rows: what a row is, and its cells, each with a note below it."""
 
 _NO_SCORES = ("loss", "perplexity", "token_accuracy", "preference_accuracy", "stop_rate", "answer_tokens")
-_NO_SHARES = ("loss", "perplexity", "answer_tokens")
 _LOSS, _SHARE, _COUNT, _GIB, _MINUTES = "{:.4f}", "{:.1%}", "{:,.0f}", "{:.2f}\u00a0GiB", "minutes"
 _LONGEST = 1_200  # characters shown of an answer: a model that does not stop would fill the page
 
@@ -127,10 +126,10 @@ def evaluation_table(run: Run) -> Table:
     evaluation = read_evaluation(run)
     rows = []
     for metric, measured in evaluation.metrics.items():
-        digits, is_share = choose_digits(measured), metric not in _NO_SHARES
+        digits, percent = choose_digits(measured), is_share(metric)
         cells = []
         for interval, sign in zip(measured, ("", "", "+"), strict=True):
-            value, _, reach = format_interval(interval, is_share, sign, digits).replace("-", "−").partition(" [")
+            value, _, reach = format_interval(interval, percent, sign, digits).replace("-", "−").partition(" [")
             cells.append((value, reach.removesuffix("]").replace(", ", " to ")))
         rows.append((describe_metric(metric), cells))
     return [evaluation.rows, *Measured._fields], rows

@@ -31,4 +31,4 @@ class TrainingStopped(SystemExit):
 
 
 class LostProcess(RuntimeError):
-    """Another process of the run is gone: this one cannot go on. The command line exits with code 1."""
+    """Another process of the run is gone, so this one ends. The command line exits with code 1."""

@@ -132,7 +132,7 @@ def test_a_full_disk_ends_the_run_and_it_continues_when_there_is_room(run, root,
         run(folder.name, At(8, remember_and_fill))
     most_bytes(resource.RLIM_INFINITY)
     last = folder / "checkpoints" / "last.ckpt"
-    assert f"{last} is whole: when that is mended, resume from it with `--ckpt_path {last}`." in str(error.value)
+    assert f"{last} is whole: when that is solved, resume from it with `--ckpt_path {last}`." in str(error.value)
     assert read_last(folder)["global_step"] == 6
     assert contents(folder) == before
     assert_same_end(run, root, folder.name)

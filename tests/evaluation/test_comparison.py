@@ -15,7 +15,7 @@ from qlora_lightning.evaluation.comparison import (
     percentile_interval,
     wilson_interval,
 )
-from qlora_lightning.evaluation.report import Comparison, format_interval, last_turn
+from qlora_lightning.evaluation.report import Comparison, choose_digits, format_interval, last_turn
 from qlora_lightning.evaluation.rows import AnswerSettings, EvaluationRow
 
 
@@ -182,7 +182,8 @@ def test_the_last_turn_is_between_the_last_two_stop_tokens():
     ],
 )
 def test_intervals_are_written_as_people_read_them(interval, options, expected):
-    assert format_interval(Interval(*interval), **options) == expected
+    found = Interval(*interval)
+    assert format_interval(found, **{"sign": "", "digits": choose_digits([found]), **options}) == expected
 
 
 @pytest.mark.parametrize(("width", "fits"), [(80, False), (120, True)])

@@ -1,1 +1,1 @@
-"""What a checkpoint holds beside tensors, and how a run goes on exactly where it stopped."""
+"""What a checkpoint holds beside tensors, and how a run resumes exactly where it stopped."""

@@ -79,7 +79,7 @@ def let_validation_follow(trainer: Trainer, checkpoint: Mapping[str, Any]) -> No
     """Let a resume begin with the validation that is due, or that has begun, when a checkpoint is made.
 
     Lightning takes a validation up before it trains on if its very first batch is in work, so that is what the
-    checkpoint is made to say. From a later batch its counters would go on, while loader and metrics begin again.
+    checkpoint is made to say. From a later batch its counters would continue, while loader and metrics begin again.
     """
     _, batches, validation = counters_of(checkpoint)
     current, done = batches["current"], validation["current"]["completed"]

@@ -1,1 +1,1 @@
-"""What stops a run that would go on for nothing."""
+"""What stops a run that would continue for nothing."""

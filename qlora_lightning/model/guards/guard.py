@@ -1,4 +1,4 @@
-"""Stops a run that would go on for nothing: losses that are not finite, adapters that stay, a base that changes."""
+"""Stops a run that would continue for nothing: losses that are not finite, adapters that stay, a base that changes."""
 
 import contextlib
 import json

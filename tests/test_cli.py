@@ -109,8 +109,8 @@ def test_a_user_mistake_in_a_real_process_has_code_2_and_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_figures_on_standard_output_can_be_piped():
-    command = "plan --config configs/quickstart.yaml --json -"
+def test_figures_on_standard_output_can_be_piped(tiny_base):
+    command = f"plan --config configs/quickstart.yaml --model.base {tiny_base} --json -"
     done = subprocess.run(
         [sys.executable, "-m", "qlora_lightning", *command.split()], capture_output=True, text=True, check=True
     )

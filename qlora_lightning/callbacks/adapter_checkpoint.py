@@ -181,6 +181,12 @@ class AdapterCheckpoint(Checkpoint):
         if trainer.global_step != self._saved_step:
             self._save(trainer, pl_module)
         self._finish_save(trainer, may_end=False)
+        unknown = not self.best and self.monitor not in trainer.callback_metrics
+        if unknown and trainer.enable_validation and self._writes(trainer) and trainer.is_global_zero:
+            say(
+                f"Nothing was validated: the run ended at step {trainer.global_step}, before its first validation (set "
+                "trainer.val_check_interval). The adapter folder holds the last adapter."
+            )
 
     def _is_time(self, trainer: Trainer) -> bool:
         """Whether ``every_minutes`` have passed since the last save by any rank's clock; every rank must call it."""

@@ -129,6 +129,10 @@ class Evaluation(Callback):
             # They are those of all ranks already; their mean over ranks is the same, and Lightning wants it.
             module.log_dict(means, sync_dist=True)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not is_trial_run(trainer):  # what is there is of the adapter as it was before
+            (Path(trainer.default_root_dir) / EVALUATION_FILE).unlink(missing_ok=True)
+
     # ---- at the end of a fit ---------------------------------------------------------------------------------------
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -100,6 +100,11 @@ class RunReport(Callback):
         if self._facts is not None:
             self._updates = _measure_updates(trainer, pl_module)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._facts is None and trainer.global_step:  # nothing was left: a run that was killed at its end
+            self.on_train_start(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # The last hook of a fit: what other callbacks leave in the folder at its end is there.
         self._end(trainer, "finished")

@@ -84,7 +84,8 @@ class StopSignals(Callback):
         """End the fit, for which a checkpoint may have been ``saved``, and report how to resume it."""
         place = f"at step {trainer.global_step} in epoch {trainer.current_epoch}"
         if saved is None:
-            self.end(trainer, f"Stopped {place}. Nothing was saved: there is no AdapterCheckpoint, or it is off.")
+            why = "there is no AdapterCheckpoint, or it is off" if trainer.global_step else "no step was taken yet"
+            self.end(trainer, f"Stopped {place}. Nothing was saved: {why}.")
         how = f' To resume, add `--ckpt_path last` to the same command; in Python: trainer.fit(…, ckpt_path="{saved}").'
         self.end(trainer, f"Stopped {place}, saved in {saved}.{how if self.explains_resume else ''}")
 

@@ -26,9 +26,9 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     recipes = {file.stem: file for file in sorted(recipes_folder().glob("*.yaml"))}
     if options.action == "copy":
-        name = str(options.name).removesuffix(".yaml")
+        name = (options.name or "").removesuffix(".yaml")
         if name not in recipes:
-            raise UserError(f"There is no recipe {name!r}: expected one of {', '.join(recipes)}.")
+            raise UserError(f"recipes copy {name}: expected one of {', '.join(recipes)}.")
         _copy(recipes[name], force=options.force)
         return 0
     table = Table("recipe", "what it does", box=None, pad_edge=False)

@@ -138,14 +138,16 @@ def build_schedule(
     """Build one of transformers' schedules, to be stepped once per optimizer step.
 
     ``choice`` is a name, or ``{"name": …, …}`` with the schedule's own arguments, as ``min_lr_rate``. Over a share
-    ``warmup_ratio`` of the steps, rounded up to whole ones, the rate rises from 0.
+    ``warmup_ratio`` of the steps, rounded up to whole ones, the rate rises from 0; not if that is less than one step,
+    which would move nothing.
     """
     name, arguments = check_schedule(choice, warmup_ratio)
+    warmup = warmup_ratio * total_steps
     try:
         schedule: LRScheduler = get_scheduler(
             name,
             optimizer,
-            num_warmup_steps=math.ceil(warmup_ratio * total_steps),
+            num_warmup_steps=math.ceil(warmup) if warmup >= 1 else 0,
             num_training_steps=total_steps,
             scheduler_specific_kwargs=arguments,
         )

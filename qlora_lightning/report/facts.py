@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from qlora_lightning.base.tensors import format_gib
+from qlora_lightning.base.tensors import GIB, format_gib
 from qlora_lightning.evaluation.scores import describe_metric
 from qlora_lightning.report.charts import running_mean
 from qlora_lightning.report.results import Evaluation, Table, find_figures, read_evaluation
@@ -98,7 +98,10 @@ def _learned(run: Run, evaluation: Evaluation) -> Iterator[str]:
 
 
 def _against_base(evaluation: Evaluation) -> Iterator[str]:
+    clear = {name: not each.difference.low <= 0 <= each.difference.high for name, each in evaluation.metrics.items()}
     metric = next(iter(evaluation.scores), "loss")
+    if not clear.get(metric) and clear.get("loss"):  # answers may be as before, and their likelihood not
+        metric = "loss"
     if metric not in evaluation.metrics or math.isnan(evaluation.metrics[metric].difference.value):
         return
     difference = evaluation.metrics[metric].difference
@@ -255,10 +258,11 @@ def machine_facts(run: Run) -> Facts:
     peak = find_figures(run).get("peak_memory_gib")
     planned, steps = ((run.plan.get(side) or {}).get("peak_bytes") for side in ("predicted", "measured"))
     if peak is not None:
-        included = "evaluation" if holder == "GPU" else "loading and evaluation"
-        text = f"{peak}: the most that the {holder} held, {included} included"
+        text = f"{peak}: the most that the {holder} held"
         if planned and steps:
-            text += f"; the steps alone {format_gib(steps)}, planned {format_gib(planned)}"
+            whole = max((run.manifest.get("peak_memory_gib") or {}).values(), default=0.0)
+            text += f" in a step, planned {format_gib(planned)}"
+            text += f"; {whole:.2f} GiB with loading and evaluation" if whole * GIB > steps else ""
         facts.append(("peak memory", text))
     return facts
 

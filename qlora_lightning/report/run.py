@@ -112,9 +112,12 @@ def read_metrics(file: Path) -> dict[str, Points]:
     columns: dict[str, Points] = {name: [] for name in rows.fieldnames or () if name != "step"}
     for row in rows:
         for name, points in columns.items():
-            value = float(row[name] or "nan")
+            try:
+                value, step = float(row[name] or "nan"), float(row["step"]) + 1  # Lightning counts steps from 0
+            except (KeyError, ValueError) as error:
+                raise UserError(f"{file} is damaged ({type(error).__name__}: {error}). {_REMEDY}") from error
             if math.isfinite(value):
-                points.append((float(row["step"]) + 1, value))  # Lightning counts steps from 0
+                points.append((step, value))
     return columns
 
 

@@ -116,7 +116,7 @@ def test_recipes_are_in_an_installed_package_or_beside_it(tmp_path, monkeypatch)
         ("cache", "required: action. See `qlora-lightning cache --help`"),
         ("cache clear --kind x", "argument --kind: invalid choice: 'x'"),
         ("recipes bogus", "invalid choice: 'bogus'"),
-        ("recipes copy quickstrat", "no recipe 'quickstrat': expected one of llama3-alpaca, quickstart"),
+        ("recipes copy quickstrat", "recipes copy quickstrat: expected one of llama3-alpaca, quickstart"),
     ],
 )
 def test_mistakes_are_reported_in_a_sentence(here, run, arguments, words):

@@ -132,6 +132,22 @@ def test_a_run_with_nothing_left_to_train_is_reported(command):
 # ---- ends ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_run_that_was_killed_in_its_evaluation_is_finished_by_a_resume(command, tmp_path):
+    run = tmp_path / "run"
+    manifest = json.loads((run / "manifest.json").read_text())
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    (run / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
+    (run / "evaluation.json").unlink()
+    command("fit", *LAST)
+    assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
+    assert json.loads((run / "evaluation.json").read_text())["metrics"] == evaluation["metrics"]
+
+
+def test_an_evaluation_is_not_kept_of_an_adapter_that_was_trained_further(command, tmp_path):
+    command("fit", *LONGER, "--evaluation", "null")
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+
+
 def test_a_signal_ends_a_fit_with_its_code_and_one_command_continues_to_the_same_end(
     command, hooks, write_config, assert_same_end
 ):

@@ -107,6 +107,7 @@ COSINE = [(1 + math.cos(math.pi * step / 10)) / 2 for step in range(11)]
         ("cosine", 0.0, COSINE),
         ("constant", 0.0, [1.0] * 11),
         ("constant_with_warmup", 0.11, [0.0, 0.5] + [1.0] * 9),  # rounded up to whole steps
+        ("constant_with_warmup", 0.09, [1.0] * 11),  # less than a step: the first one moves too
         ({"name": "cosine_with_min_lr", "min_lr_rate": 0.25}, 0.0, [0.25 + 0.75 * each for each in COSINE]),
     ],
 )

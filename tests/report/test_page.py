@@ -58,9 +58,9 @@ def test_a_run_has_every_section_and_its_facts(pages):
 
 def test_memory_is_one_number_with_its_part(pages):
     page = Reader(pages["one"])
-    assert page.texts("b").count("1.50\u00a0GiB") == 1
-    assert "1.50\u00a0GiB: the most that the process held, loading and evaluation included" in page.text
-    assert "; the steps alone 1.25 GiB, planned 1.00 GiB" in page.text
+    assert page.texts("b").count("1.25\u00a0GiB") == 1
+    assert "1.25\u00a0GiB: the most that the process held in a step, planned 1.00 GiB" in page.text
+    assert "; 1.50 GiB with loading and evaluation" in page.text
     assert len(re.findall(r"\sGiB", page.text)) == 5  # and the machine's own
 
 

@@ -179,7 +179,8 @@ class ExactResume(Callback):
             _report(
                 f"Nothing is left to train: with the checkpoint's step {trainer.global_step} trainer.max_steps "
                 f"({trainer.max_steps}) or trainer.max_epochs ({trainer.max_epochs}) is reached. Raise it to train on. "
-                "A validation that had not ended is made up for by `qlora-lightning validate --ckpt_path last`."
+                "A validation that had not ended is made up for by `qlora-lightning validate --config "
+                f"{trainer.default_root_dir}/config.yaml --ckpt_path last`."
             )
         self._put_back(trainer, pl_module)
 

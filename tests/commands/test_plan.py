@@ -169,7 +169,7 @@ def test_a_damaged_adapter_folder_is_rejected(folder):
         (["stray"], "stray. See `qlora-lightning plan --help`."),
         (["--model.target_modules", "[q_prj]"], "Did you mean 'q_proj'?"),
         (["--model.layers", "last:9"], "the base has 2 layers"),
-        (["--model.base", "owner/other"], "Shapes known without it: llama-3.1-8b, llama-3.2-1b."),
+        (["--model.base", "owner/other"], "Shapes known without it: llama-3.1-8b, llama-3.2-1b, mistral-7b, qwen3-4b."),
         (["--adapter", "tiny"], "tiny is not an adapter folder"),
         (["--trainer.accelerator", "tpu"], "plan knows cpu, gpu and auto"),
         (["--trainer.accelerator", "gpu"], "add --device-memory"),

@@ -157,7 +157,7 @@ def test_two_processes_that_start_on_an_empty_cache_make_each_entry_once(folder,
     assert (base / "config.json").exists()
     samples = [entry for entry in (cache / "samples").iterdir() if entry.is_dir()]
     labels = [json.loads((entry / "entry.json").read_text())["label"] for entry in samples]
-    assert sorted(labels) == ["nine.jsonl", "rows.jsonl"]
+    assert sorted(labels) == ["nine.jsonl", "pairs.jsonl", "rows.jsonl"]
 
 
 @pytest.mark.usefixtures("said")

@@ -75,7 +75,7 @@ class RowConverter:
             form = next(near, None)
         if form is None:
             raise RowFault(f"no format is recognised by its columns {', '.join(row.values)}")
-        return _to_content(row.values, form, self.settings, self.needs_answer)
+        return _to_content(row.values, form, self.settings, self.needs_answer, self.pairs)
 
     def _check_columns(self, found: list[str]) -> None:
         """Refuse a misspelt name in ``columns``; those of other sources pass."""
@@ -365,7 +365,9 @@ def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:
             )
 
 
-def _to_content(values: dict[str, Any], form: Format, settings: RowSettings, needs_answer: bool) -> Content | Pair:
+def _to_content(
+    values: dict[str, Any], form: Format, settings: RowSettings, needs_answer: bool, pairs: bool
+) -> Content | Pair:
     """Convert one row, under our names, and check what comes out."""
     missing = [key for key in form.keys(needs_answer) if values.get(key) is None]
     if missing:
@@ -382,7 +384,9 @@ def _to_content(values: dict[str, Any], form: Format, settings: RowSettings, nee
     weight = _read_weight(values.get("weight")) if is_ours else getattr(content, "weight", 1.0)
     if isinstance(content, Text | Tokens):
         return content._replace(weight=weight)
-    if isinstance(content, tuple) and not isinstance(content, Chat):
+    if pairs:
+        if not isinstance(content, tuple | list) or len(content) != 2:
+            raise RowFault(f"expected two conversations by the format {form.name}, found {reprlib.repr(content)}")
         chosen, rejected = (_to_chat(each, values, form, settings, needs_answer, weight) for each in content)
         return Pair(chosen, rejected)
     return _to_chat(content, values, form, settings, needs_answer, weight)

@@ -41,6 +41,7 @@ def state(seed, gradient, tokens, row_ids):
         "micro_batches": 2,
         "nll_sum": torch.tensor(float(tokens)),
         "labelled_tokens": torch.tensor(tokens),
+        "logged": {"margin": torch.tensor(2.0 * tokens)},
         "row_ids": row_ids,
         "gradients": {"a": torch.tensor(gradient)},
     }

@@ -19,7 +19,10 @@ from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.support.errors import UserError
 from tests.adapters import make_run
+from tests.data import conftest as data
 from tests.random_base import WINDOW, save_family, save_random_llama
+
+families = data.families  # tokenizers in the style of known models
 
 
 def merge(*arguments, code=0):
@@ -58,12 +61,8 @@ def test_transformers_reads_the_same_model(model_type, folder, tiny_base):
     model = AutoModelForCausalLM.from_pretrained(**place, config=config if model_type == "mistral" else written)
     for name, tensor in load_file("merged/model.safetensors").items():
         assert torch.equal(model.state_dict()[name], tensor.half().float() if tensor.dim() > 1 else tensor), name
-    (check,) = (
-        found
-        for name, found in json.loads((folder / "merged/merge.json").read_text())["check"].items()
-        if "gguf" in name
-    )
-    assert check["kl"] < 1e-4
+    check = json.loads((folder / "merged" / "merge.json").read_text())["check"]
+    assert check["written: model-f16.gguf"]["kl"] < 1e-4
 
 
 def test_other_families_are_refused_before_the_work(folder, tiny_base, capsys):
@@ -83,6 +82,51 @@ def test_a_tokenizer_of_qwen_is_named_so(with_run):
     merge("--gguf", "f16", "--rows", "0")
     reader = gguf.GGUFReader("merged/gguf/model-f16.gguf")
     assert reader.get_field("tokenizer.ggml.pre").contents() == "qwen2"
+
+
+def test_a_tokenizer_of_llama_2_is_written(folder, families):
+    save_llama2(folder, families)
+    merge("--gguf", "f16", "--rows", "0")
+    tokenizer = AutoTokenizer.from_pretrained("merged")
+    reader = gguf.GGUFReader("merged/gguf/model-f16.gguf")
+    expected = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_space_prefix": False}
+    assert {name: reader.get_field(name).contents() for name in expected} == expected
+    assert reader.get_field("tokenizer.ggml.tokens").contents() == tokenizer.convert_ids_to_tokens(
+        range(len(tokenizer))
+    )
+    kinds = reader.get_field("tokenizer.ggml.token_type").contents()
+    assert [kinds.count(kind) for kind in (gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.BYTE)] == [
+        1,
+        2,
+        256,
+    ]
+
+
+def save_llama2(folder, families):
+    """Write a run on a random LLaMA with a tokenizer of Llama 2's kind."""
+    families["llama2"].save_pretrained(folder / "base")
+    save_random_llama(folder / "base", torch.float32, hidden_size=64, intermediate_size=128)
+    make_run(folder / "run", folder / "base")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", [False, True])
+def test_llama_cpp_splits_text_as_llama_2_does(prefix, folder, families):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    save_llama2(folder, families)
+    if prefix:
+        file = folder / "run" / "adapter" / "tokenizer.json"
+        content = json.loads(file.read_text()) | {"pre_tokenizer": None}
+        spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]}
+        file.write_text(json.dumps(content))
+    merge("--gguf", "f16", "--rows", "0")
+    tokenizer = AutoTokenizer.from_pretrained("merged")
+    model = llama_cpp.Llama("merged/gguf/model-f16.gguf", vocab_only=True, verbose=False)
+    for text in ("<s>The answer is  four, Grüße 🙂</s>What was the question?", "<s> You are helpful.\n\n</s> 12:30"):
+        expected = tokenizer(text, add_special_tokens=False).input_ids
+        assert model.tokenize(text.encode(), add_bos=False, special=True) == expected
+    model.close()
 
 
 # ---- llama.cpp's quantizer -------------------------------------------------------------------------------------------

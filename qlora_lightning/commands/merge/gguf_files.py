@@ -31,6 +31,10 @@ _ARCHITECTURES = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
 _CONVERT = "Merge without --gguf, and convert the folder with llama.cpp's convert_hf_to_gguf.py."
+_UNKNOWN_SPLIT = (
+    "--gguf: llama.cpp's name for how this tokenizer splits text is unknown here, and a wrong one would change "
+    f"prompts silently. {_CONVERT}"
+)
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 # llama.cpp's names of the expressions by which tokenizers split text
@@ -245,26 +249,51 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, base:
     """
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     model = content["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise UserError(
-            f"--gguf writes byte-level BPE tokenizers (Llama 3, Qwen); this one is of Llama 2's kind. {_CONVERT}"
-        )
+    if model.get("type") != "BPE":
+        raise UserError(f"--gguf writes BPE tokenizers; this one is of the kind {model.get('type')}. {_CONVERT}")
     types = gguf.TokenType
     tokens = {number: (text, types.NORMAL) for text, number in model["vocab"].items()}
     for token in content.get("added_tokens", []):
         tokens[token["id"]] = (token["content"], types.CONTROL if token["special"] else types.USER_DEFINED)
     listed = [tokens.get(number, (f"[PAD{number}]", types.UNUSED)) for number in range(vocabulary)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_read_split(base) or _name_split(content.get("pre_tokenizer") or {}))
+    if model.get("byte_fallback"):
+        listed = [(text, _kind_of_piece(text, kind, model["unk_token"])) for text, kind in listed]
+        _add_pieces(writer, content, [text for text, _ in listed])
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_read_split(base) or _name_split(content.get("pre_tokenizer") or {}))
     writer.add_token_list([text for text, _ in listed])
     writer.add_token_types([kind for _, kind in listed])
-    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
+    special = gguf.SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=vocabulary)
     template = folder / "chat_template.jinja"
     if special.chat_template is None and template.is_file():  # gguf before 0.19 does not read it
         special.chat_template = template.read_text(encoding="utf-8")
     # llama.cpp would begin every prompt with a BOS if the file is silent; templates write their own
     special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)
+
+
+def _kind_of_piece(text: str, kind: gguf.TokenType, unknown: str | None) -> gguf.TokenType:
+    if text == unknown:
+        return gguf.TokenType.UNKNOWN
+    return gguf.TokenType.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", text) else kind
+
+
+def _add_pieces(writer: gguf.GGUFWriter, content: dict[str, Any], pieces: list[str]) -> None:
+    """Write a tokenizer of Llama 2's kind: llama.cpp merges the neighbours whose piece has the highest score first."""
+    merges = ("".join(pair) if isinstance(pair, list) else pair.replace(" ", "") for pair in content["model"]["merges"])
+    ranks: dict[str, int] = {}
+    for rank, piece in enumerate(merges):
+        ranks.setdefault(piece, rank)
+    before = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
+    # a space before each text between control tokens; without it only before the first, and prompts begin with a BOS
+    has_prefix = '"Prepend"' in before
+    if not has_prefix and not re.search('"prepend_scheme": "(first|never)"', before):
+        raise UserError(_UNKNOWN_SPLIT)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_add_space_prefix(has_prefix)
+    writer.add_token_scores([-float(ranks.get(piece, len(ranks))) for piece in pieces])
 
 
 def adds_bos(folder: Path) -> bool:
@@ -290,7 +319,4 @@ def _name_split(pre_tokenizer: dict[str, Any]) -> str:
         return "smollm"
     if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
         return "gpt-2"
-    raise UserError(
-        "--gguf: llama.cpp's name for how this tokenizer splits text is unknown here, and a wrong one would change "
-        f"prompts silently. {_CONVERT}"
-    )
+    raise UserError(_UNKNOWN_SPLIT)

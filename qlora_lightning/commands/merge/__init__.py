@@ -6,13 +6,14 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
+from qlora_lightning.commands.merge.quantizer import K_QUANTS, find_quantizer
 from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import quick_imports
 
 RECORD = "merge.json"  # in every folder that this command has written
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-GGUF_TYPES = ("q8_0", "f16")  # of matrices, as gguf names them
+GGUF_TYPES = (*K_QUANTS, "q8_0", "f16")  # of matrices, as llama.cpp names them
 _DESCRIPTION = """Merge an adapter into its base: a folder for plain transformers, vLLM and others, or a GGUF file.
 
 Layer by layer, in fp32, never into 4 bits. Onto the dequantized base that the adapter was trained on, or with
@@ -24,7 +25,8 @@ _EPILOG = """examples:
   qlora-lightning merge --adapter runs/quickstart/adapter --adapter-gguf runs/quickstart/adapter.gguf
 
 The validation rows are those of the run's config.yaml beside the adapter folder; --config FILE, or options of fit such
-as --data.val FILE, name others. Loading a GGUF file back for its check takes the whole model's memory in fp32."""
+as --data.val FILE, name others. q4_k_m, q5_k_m and q6_k are quantized by llama.cpp's own program llama-quantize, or by
+the Python package llama-cpp-python."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
     options.adapter_gguf = check_output("--adapter-gguf", options.adapter_gguf, options.force)
     if options.out is not None:
         _check_folder(options.out, options.force)
+    if options.gguf in K_QUANTS:
+        find_quantizer(options.gguf)
     read_identity(find_adapter_folder(options.adapter))  # a misspelt folder is reported before anything is imported
 
     with quick_imports():  # here, so that --help and mistakes answer at once
@@ -79,16 +83,17 @@ def _parser() -> OptionParser:
         help="dequantized (default): the base as the adapter saw it; original: the weights before quantization",
     )
     add("--dtype", choices=tuple(DTYPES), default="bf16", help="of the weights that are written (default: bf16)")
-    add("--gguf", choices=GGUF_TYPES, help="write a GGUF file for llama.cpp into the folder, too")
+    add("--gguf", choices=GGUF_TYPES, help="write a GGUF file for llama.cpp, and a Modelfile for Ollama, too")
     add("--adapter-gguf", metavar="FILE", help="write the adapter alone as a GGUF file, for llama.cpp's --lora")
-    rows_help = "validation rows to check on (default: 32; 0: no check)"
-    add("--rows", type=NonNegativeInt, default=32, metavar="N", help=rows_help)
+    rows_help = "validation rows to check on (default: 8; 0: no check)"
+    add("--rows", type=NonNegativeInt, default=8, metavar="N", help=rows_help)
     add(
         "--max-kl",
         type=NonNegativeFloat,
         metavar="NATS",
         help="keep nothing if what is written diverges from base and adapter by more, in nats per token "
-        "(default: 0.001 in fp32 and 0.01 rounded, onto dequantized; 0.5 onto original)",
+        "(default: 0.001 in fp32 and 0.01 rounded, onto dequantized; 0.5 onto original; at least 0.01 for a GGUF file, "
+        "0.05 for q6_k, 0.15 for q5_k_m and 0.25 for q4_k_m)",
     )
     add_json_option(parser)
     return parser

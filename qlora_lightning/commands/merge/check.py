@@ -9,26 +9,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GgufConfig
 
 from qlora_lightning.base.folder import BaseFolder
-from qlora_lightning.base.gguf import silence_transformers
 from qlora_lightning.commands.adapter_config import add_config
+from qlora_lightning.commands.merge.gguf_files import GGUFWeights
 from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.collate import collate_rows
 from qlora_lightning.evaluation.rows import steps_bar
 from qlora_lightning.model.build import meta_base
-from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.weights.base import OriginalWeights, Weights
 from qlora_lightning.model.weights.layerwise import Reference, labels_of, run_layerwise
 from qlora_lightning.model.weights.merging import MergePlan
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 
-_MAX_KL = {"exact": 1e-3, "rounded": 1e-2, "original": 0.5}
+_MAX_KL = {"exact": 1e-3, "rounded": 1e-2, "original": 0.5, "q4_k_m": 0.25, "q5_k_m": 0.15, "q6_k": 0.05}
 _BATCH_TOKENS = 1_024  # one layer's activations of a batch exist at a time
-_LOGIT_BYTES = 500_000_000  # the reference's logits are kept
+_LOGIT_BYTES = 200_000_000  # the reference's logits are kept: 1,000 tokens of 50,000 numbers
 
 
 def check_written(
@@ -59,18 +57,20 @@ def check_written(
     max_kl = _MAX_KL["original" if options.onto == "original" else "exact" if is_exact else "rounded"]
     max_kl = max_kl if options.max_kl is None else options.max_kl
     weights = OriginalWeights(BaseFolder(str(folder), folder, "folder", None))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows, labels, faults = sum(len(batch["row_ids"]) for batch in batches), labels_of(batches), []
     with steps_bar("checking", (2 + bool(gguf_file)) * plan.config.num_hidden_layers) as watch:
 
         def run(model: Any, weights: Weights) -> Iterator[Tensor]:
-            return run_layerwise(model, weights, batches, lambda: watch(1))
+            return run_layerwise(model, weights, batches, lambda: watch(1), device)
 
         reference = Reference(run(plan.model.get_base_model(), trained), labels)
         found = {f"written: onto {options.onto}, {options.dtype}": reference.compare(run(meta_base(folder), weights))}
         limits = [max_kl]
-        if gguf_file is not None:  # which is loaded whole: nothing is left to fill in
-            found[f"written: {gguf_file.name}"] = reference.compare(run(_open_gguf(gguf_file, folder), weights))
-            limits.append(max(max_kl, _MAX_KL["rounded"]))
+        if gguf_file is not None:
+            read_back = run(meta_base(folder), GGUFWeights(gguf_file, plan.config))
+            found[f"written: {gguf_file.name}"] = reference.compare(read_back)
+            limits.append(max(max_kl, _MAX_KL.get(options.gguf, _MAX_KL["rounded"])))
     say(f"Checked in fp32 on {rows} validation rows, {len(labels):,} labelled tokens:")
     say(f"  base + adapter: loss {reference.loss:.4f}")
     for (name, one), limit in zip(found.items(), limits, strict=True):
@@ -80,25 +80,10 @@ def check_written(
     if faults:
         raise UserError(
             f"The merged model is not kept: it differs from base and adapter ({'; '.join(faults)}). Merge in fp32 or "
-            "onto the dequantized base, or allow more with --max-kl."
+            "onto the dequantized base, choose a --gguf type of more bits, or allow more with --max-kl."
         )
     counts = {"rows": rows, "labelled_tokens": len(labels), "base + adapter": {"loss": reference.loss}}
     return counts | {name: dataclasses.asdict(one) for name, one in found.items()}
-
-
-def _open_gguf(file: Path, folder: Path) -> Any:
-    """Load a GGUF file as transformers reads it: the whole model in memory, in fp32."""
-    with silence_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            config=meta_base(folder).config,  # transformers reads no llama3 rope scaling in a GGUF
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-            attn_implementation=register_flat_attention(),
-            local_files_only=True,
-        )
-    return model.eval()
 
 
 def read_rows(options: argparse.Namespace, adapter: Path, vocabulary: int) -> list[Mapping[str, Any]]:

@@ -16,7 +16,9 @@ from qlora_lightning.base.folder import load_tokenizer, read_config
 from qlora_lightning.base.tensors import ShardWriter, format_bytes
 from qlora_lightning.commands.merge import DTYPES, RECORD
 from qlora_lightning.commands.merge.check import check_written, read_rows
-from qlora_lightning.commands.merge.gguf_files import GGUFModelWriter, write_adapter
+from qlora_lightning.commands.merge.gguf_files import GGUFModelWriter, adds_bos, architecture_of, write_adapter
+from qlora_lightning.commands.merge.modelfile import write_modelfile
+from qlora_lightning.commands.merge.quantizer import K_QUANTS, quantize
 from qlora_lightning.commands.options import write_json
 from qlora_lightning.evaluation.rows import steps_bar
 from qlora_lightning.model.opened_adapter import AdapterSource, find_adapter
@@ -46,6 +48,8 @@ def merge(options: argparse.Namespace) -> None:
         trained = TrainedWeights(source.base, source.quantization, source.double_quant, source.compute_dtype)
     EntryCheck(source.base.folder, source.base.name).wait()  # of an unpacked GGUF
     plan = plan_merge(source.base.folder, source.folder)
+    if options.gguf or options.adapter_gguf:
+        architecture_of(plan.config)  # before the work
     if options.adapter_gguf is not None:
         unfinished = options.adapter_gguf.with_name(f"{options.adapter_gguf.name}.unfinished")
         try:
@@ -54,6 +58,10 @@ def merge(options: argparse.Namespace) -> None:
         finally:
             unfinished.unlink(missing_ok=True)
         print(f"Adapter alone: {options.adapter_gguf}")
+        print(
+            f"It was trained on a base in {source.quantization or '16 bits'}. A base that llama.cpp has quantized "
+            "otherwise differs from that, so answers may differ; merge --gguf writes a model whose answers are checked."
+        )
     if options.out is None:
         return
 
@@ -70,6 +78,11 @@ def merge(options: argparse.Namespace) -> None:
     with _whole_folder(options.out) as folder:
         _write_companions(source, folder, options)
         gguf_file = _write_weights(source, plan, original if options.onto == "original" else trained, folder, options)
+        has_template = True
+        if gguf_file is not None:
+            settings = (source.identity.get("data") or {}).get("settings") or {}
+            tokenizer = load_tokenizer(str(folder))
+            has_template = write_modelfile(gguf_file, tokenizer, adds_bos(folder), settings.get("system"))
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         figures["files"] = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
         figures["check"] = check_written(options, plan, trained, folder, gguf_file, batches) if batches else None
@@ -80,6 +93,19 @@ def merge(options: argparse.Namespace) -> None:
     for name, size in figures["files"].items():
         if name.endswith((".safetensors", ".gguf")):
             print(f"{options.out / name}  {format_bytes(size)}")
+    if gguf_file is not None:
+        _tell_commands(options.out / "gguf" / gguf_file.name, has_template)
+
+
+def _tell_commands(file: Path, has_template: bool) -> None:
+    print(f"Run it:  ollama create my-model -f {file.parent / 'Modelfile'}")
+    print("         ollama run my-model")
+    print(f"     or  llama-cli -m {file}")
+    if not has_template:
+        print(
+            "The Modelfile has no TEMPLATE, because the form of this chat template in Ollama's language is not known: "
+            "write one, or run the file by llama-cli, which reads the chat template itself."
+        )
 
 
 @contextlib.contextmanager
@@ -113,9 +139,10 @@ def _write_weights(
     writer = None
     if options.gguf is not None:
         # in a folder of its own: beside a tokenizer's files transformers misreads the tokenizer in a GGUF
-        file = folder / "gguf" / f"model-{options.gguf}.gguf"
+        kind = "f16" if options.gguf in K_QUANTS else options.gguf
+        file = folder / "gguf" / f"model-{kind}.gguf"
         file.parent.mkdir()
-        writer = GGUFModelWriter(file, plan, options.gguf, folder, source.base)
+        writer = GGUFModelWriter(file, plan, kind, folder, source.base)
     with steps_bar("merging", len(plan.shapes)) as advance:
         for name in plan.shapes:
             tensor = merged(name)
@@ -124,7 +151,10 @@ def _write_weights(
                 writer.add(name, tensor)
             advance(1)
     shards.finish()
-    return None if writer is None else writer.finish()
+    if writer is None:
+        return None
+    file = writer.finish()
+    return quantize(file, options.gguf) if options.gguf in K_QUANTS else file
 
 
 def _write_companions(source: AdapterSource, folder: Path, options: argparse.Namespace) -> None:

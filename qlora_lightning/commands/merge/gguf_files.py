@@ -18,16 +18,61 @@ from torch import Tensor
 from qlora_lightning.base.find import resolve_base
 from qlora_lightning.base.folder import BaseFolder
 from qlora_lightning.model.adapters.lora import ADAPTER
+from qlora_lightning.model.weights.base import EMBEDDING, HEAD
 from qlora_lightning.model.weights.merging import MergePlan, adapted_layers, changed_modules
 from qlora_lightning.support.errors import UserError
 
 Array = npt.NDArray[Any]
-_ARCHITECTURE = gguf.MODEL_ARCH.LLAMA
+# llama.cpp's architecture of each type of which the files are verified
+_ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
 _CONVERT = "Merge without --gguf, and convert the folder with llama.cpp's convert_hf_to_gguf.py."
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-    r"\s+(?!\S)|\s+"
+_UNKNOWN_SPLIT = (
+    "--gguf: llama.cpp's name for how this tokenizer splits text is unknown here, and a wrong one would change "
+    f"prompts silently. {_CONVERT}"
 )
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+# llama.cpp's names of the expressions by which tokenizers split text
+_SPLITS = {
+    rf"{_WORDS}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}": "llama-bpe",
+    rf"{_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}": "qwen2",
+    (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+        rf"\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_REST}"
+    ): "tekken",
+}
+
+
+def architecture_of(config: Any) -> Any:
+    """Return llama.cpp's architecture of a model; raise UserError if files of its type are not verified."""
+    if config.model_type not in _ARCHITECTURES:
+        raise UserError(
+            f"--gguf writes models of the types {', '.join(_ARCHITECTURES)}, not of {config.model_type}. {_CONVERT}"
+        )
+    return _ARCHITECTURES[config.model_type]
+
+
+class GGUFWeights:
+    """The weights of a GGUF file, one tensor at a time, by their names in transformers and as transformers has them."""
+
+    def __init__(self, file: Path, config: Any) -> None:
+        self._tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+        self._config = config
+
+    def __call__(self, name: str) -> Tensor:
+        """Return a tensor in fp32."""
+        place = _map_name(name, self._config)
+        if name == HEAD and place not in self._tensors:
+            place = _map_name(EMBEDDING, self._config)  # tied
+        tensor = self._tensors[place]
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        return torch.from_numpy(np.array(_permute_rows(name, values, self._config, back=True), dtype=np.float32))
 
 
 class GGUFModelWriter:
@@ -46,7 +91,7 @@ class GGUFModelWriter:
 
     def __init__(self, file: Path, plan: MergePlan, kind: str, tokenizer: Path, base: BaseFolder) -> None:
         self._file, self._config = file, plan.config
-        self._writer = writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[_ARCHITECTURE])
+        self._writer = writer = _open_writer(file, plan.config)
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(Path(base.name).name)
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
@@ -96,7 +141,7 @@ def write_adapter(file: Path, plan: MergePlan, base: BaseFolder) -> None:
                 "Merge it: --out DIR --gguf f16."
             )
     alpha = float(plan.model.peft_config[ADAPTER].lora_alpha)
-    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[_ARCHITECTURE])
+    writer = _open_writer(file, plan.config)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_name(Path(base.name).name)
@@ -115,6 +160,10 @@ def write_adapter(file: Path, plan: MergePlan, base: BaseFolder) -> None:
     writer.close()
 
 
+def _open_writer(file: Path, config: Any) -> gguf.GGUFWriter:
+    return gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture_of(config)])
+
+
 def _is_plain(layer: LoraLayer | None) -> bool:
     return layer is not None and not layer.lora_variant and type(layer.get_base_layer()) is torch.nn.Linear
 
@@ -124,27 +173,30 @@ def _is_plain(layer: LoraLayer | None) -> bool:
 
 def _map_name(name: str, config: Any) -> str:
     """Return llama.cpp's name of a tensor."""
-    found: str | None = _name_map(config.num_hidden_layers).get_name(name, (".weight", ".bias"))
+    names = _name_map(architecture_of(config), config.num_hidden_layers)
+    found: str | None = names.get_name(name, (".weight", ".bias"))
     if found is None:
         raise UserError(f"--gguf: llama.cpp has no place for the tensor {name}. Leave --gguf out.")
     return found
 
 
 @functools.cache  # it takes 10 ms to make
-def _name_map(layers: int) -> Any:
-    return gguf.get_tensor_name_map(_ARCHITECTURE, layers)
+def _name_map(architecture: Any, layers: int) -> Any:
+    return gguf.get_tensor_name_map(architecture, layers)
 
 
-def _permute_rows(name: str, rows: Array, config: Any) -> Array:
-    """Put the rows ``(out, …)`` of queries and keys into the order in which llama.cpp rotates: pairs side by side.
+def _permute_rows(name: str, rows: Array, config: Any, back: bool = False) -> Array:
+    """Put the rows ``(out, …)`` of a LLaMA's queries and keys into llama.cpp's order, pairs that rotate side by side.
 
-    transformers rotates the first half of a head's rows against the second. Other tensors come back as they are.
+    transformers rotates the first half of a head's rows against the second, and so does llama.cpp in the other
+    architectures. Other tensors come back as they are.
     """
     found = re.search(r"\.(q|k)_proj\.", name)
-    if found is None:
+    if found is None or architecture_of(config) != gguf.MODEL_ARCH.LLAMA:
         return rows
     heads = config.num_attention_heads if found[1] == "q" else config.num_key_value_heads
-    pairs = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    half = rows.shape[0] // heads // 2
+    pairs = rows.reshape(heads, *((half, 2) if back else (2, half)), *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -160,7 +212,9 @@ def _choose_type(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
 def _add_shape(writer: gguf.GGUFWriter, config: Any) -> None:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
+    # llama.cpp knows no sliding windows in these architectures; up to the window they make no difference
+    window = getattr(config, "sliding_window", None)
+    writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -195,26 +249,56 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, base:
     """
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     model = content["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise UserError(
-            f"--gguf writes byte-level BPE tokenizers (Llama 3, SmolLM); this one is of Llama 2's kind. {_CONVERT}"
-        )
+    if model.get("type") != "BPE":
+        raise UserError(f"--gguf writes BPE tokenizers; this one is of the kind {model.get('type')}. {_CONVERT}")
     types = gguf.TokenType
     tokens = {number: (text, types.NORMAL) for text, number in model["vocab"].items()}
     for token in content.get("added_tokens", []):
         tokens[token["id"]] = (token["content"], types.CONTROL if token["special"] else types.USER_DEFINED)
     listed = [tokens.get(number, (f"[PAD{number}]", types.UNUSED)) for number in range(vocabulary)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_read_split(base) or _name_split(content.get("pre_tokenizer") or {}))
+    if model.get("byte_fallback"):
+        listed = [(text, _kind_of_piece(text, kind, model["unk_token"])) for text, kind in listed]
+        _add_pieces(writer, content, [text for text, _ in listed])
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_read_split(base) or _name_split(content.get("pre_tokenizer") or {}))
     writer.add_token_list([text for text, _ in listed])
     writer.add_token_types([kind for _, kind in listed])
-    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
+    special = gguf.SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=vocabulary)
     template = folder / "chat_template.jinja"
     if special.chat_template is None and template.is_file():  # gguf before 0.19 does not read it
         special.chat_template = template.read_text(encoding="utf-8")
     # llama.cpp would begin every prompt with a BOS if the file is silent; templates write their own
     special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)
+
+
+def _kind_of_piece(text: str, kind: gguf.TokenType, unknown: str | None) -> gguf.TokenType:
+    if text == unknown:
+        return gguf.TokenType.UNKNOWN
+    return gguf.TokenType.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", text) else kind
+
+
+def _add_pieces(writer: gguf.GGUFWriter, content: dict[str, Any], pieces: list[str]) -> None:
+    """Write a tokenizer of Llama 2's kind: llama.cpp merges the neighbours whose piece has the highest score first."""
+    merges = ("".join(pair) if isinstance(pair, list) else pair.replace(" ", "") for pair in content["model"]["merges"])
+    ranks: dict[str, int] = {}
+    for rank, piece in enumerate(merges):
+        ranks.setdefault(piece, rank)
+    before = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
+    # a space before each text between control tokens; without it only before the first, and prompts begin with a BOS
+    has_prefix = '"Prepend"' in before
+    if not has_prefix and not re.search('"prepend_scheme": "(first|never)"', before):
+        raise UserError(_UNKNOWN_SPLIT)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_add_space_prefix(has_prefix)
+    writer.add_token_scores([-float(ranks.get(piece, len(ranks))) for piece in pieces])
+
+
+def adds_bos(folder: Path) -> bool:
+    """Whether a file with a folder's tokenizer lets llama.cpp put a BOS before every prompt."""
+    return bool(gguf.SpecialVocab(folder).add_special_token.get("bos"))
 
 
 def _read_split(base: BaseFolder) -> str | None:
@@ -229,13 +313,10 @@ def _name_split(pre_tokenizer: dict[str, Any]) -> str:
     """Return llama.cpp's name of a pre-tokenizer."""
     parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     kinds = [part.get("type") for part in parts]
-    if kinds == ["Split", "ByteLevel"] and parts[0].get("pattern", {}).get("Regex") == _LLAMA3:
-        return "llama-bpe"
+    if kinds == ["Split", "ByteLevel"] and parts[0].get("pattern", {}).get("Regex") in _SPLITS:
+        return _SPLITS[parts[0]["pattern"]["Regex"]]
     if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
         return "smollm"
     if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
         return "gpt-2"
-    raise UserError(
-        "--gguf: llama.cpp's name for how this tokenizer splits text is unknown here, and a wrong one would change "
-        f"prompts silently. {_CONVERT}"
-    )
+    raise UserError(_UNKNOWN_SPLIT)

@@ -13,15 +13,27 @@ from qlora_lightning.model.layout import IGNORED, whole_samples
 from qlora_lightning.model.loss import head_of
 from qlora_lightning.model.weights.base import Weights, filled
 
+_CPU = torch.device("cpu")
 _HEAD_ROWS = 16_384  # of the head's weight that are turned into fp32 at a time
 _TOKENS = 64  # whose logits exist at a time: 64 x 128,256 x 4 bytes are 33 MB
 
 
 @torch.no_grad()
 def run_layerwise(
-    model: Any, weights: Weights, batches: Sequence[Mapping[str, Any]], advance: Callable[[], object] = lambda: None
+    model: Any,
+    weights: Weights,
+    batches: Sequence[Mapping[str, Any]],
+    advance: Callable[[], object] = lambda: None,
+    device: torch.device = _CPU,
 ) -> Iterator[Tensor]:
     """Run flat batches through a hollow model in fp32, a layer in memory at a time.
+
+    Args:
+        model: Its layers lie on ``device`` afterwards, as far as they have numbers.
+        weights: What it is filled with.
+        batches: Flat batches on the CPU.
+        advance: Called after each layer.
+        device: Where layers compute; all else is on the CPU, the default.
 
     Yields:
         The logits ``(tokens, vocabulary)`` of the next labelled tokens, in the order of :func:`labels_of`.
@@ -31,7 +43,7 @@ def run_layerwise(
     with filled(embedding, "model.embed_tokens", weights, _dtype_of(embedding)):
         embedded = embedding(ids).float()
     for number, layer in enumerate(inner.layers):
-        layer.forward = _filling(layer, f"model.layers.{number}", weights, batches, advance)
+        layer.forward = _filling(layer, f"model.layers.{number}", weights, batches, advance, device)
     try:
         with filled(inner.norm, "model.norm", weights, torch.float32):
             output = inner(inputs_embeds=embedded, position_ids=positions, attention_mask=NO_MASK, use_cache=False)
@@ -51,7 +63,12 @@ def run_layerwise(
 
 
 def _filling(
-    layer: nn.Module, name: str, weights: Weights, batches: Sequence[Mapping[str, Any]], advance: Callable[[], object]
+    layer: nn.Module,
+    name: str,
+    weights: Weights,
+    batches: Sequence[Mapping[str, Any]],
+    advance: Callable[[], object],
+    device: torch.device,
 ) -> Callable[..., Tensor]:
     """Return a layer's forward over all batches, one after the other, with weights that are dropped at its end."""
     ends = list(itertools.accumulate(batch["input_ids"].shape[1] for batch in batches))
@@ -60,16 +77,17 @@ def _filling(
         if isinstance(value, tuple):
             return tuple(cut(each, start, end) for each in value)
         is_of_tokens = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == ends[-1]
-        return value[:, start:end] if is_of_tokens else value
+        return (value[:, start:end] if is_of_tokens else value).to(device) if isinstance(value, Tensor) else value
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         outputs = []
         with filled(layer, name, weights, torch.float32):
+            layer.to(device)
             for batch, start, end in zip(batches, [0, *ends], ends, strict=False):
                 own_args = cut(args, start, end)
                 own = {key: cut(value, start, end) for key, value in kwargs.items()}
-                own["samples"] = whole_samples(batch["cu_seqlens"].diff().tolist())
-                outputs.append(type(layer).forward(layer, hidden[:, start:end], *own_args, **own))
+                own["samples"] = whole_samples(batch["cu_seqlens"].diff().tolist()).to(device)
+                outputs.append(type(layer).forward(layer, cut(hidden, start, end), *own_args, **own).cpu())
         advance()
         return torch.cat(outputs, 1)
 

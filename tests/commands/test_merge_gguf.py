@@ -1,0 +1,283 @@
+"""``merge --gguf``: what llama.cpp and Ollama are given, of every family that it writes."""
+
+import json
+import os
+import re
+import sys
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from qlora_lightning.cli import main
+from qlora_lightning.commands.merge.modelfile import write_modelfile
+from qlora_lightning.commands.merge.quantizer import K_QUANTS, find_quantizer
+from qlora_lightning.data.chat.labels import ChatRenderer
+from qlora_lightning.data.chat.templates import choose_chat_template
+from qlora_lightning.support.errors import UserError
+from tests.adapters import make_run
+from tests.data import conftest as data
+from tests.random_base import WINDOW, save_family, save_random_llama
+
+families = data.families  # tokenizers in the style of known models
+
+
+def merge(*arguments, code=0):
+    assert main(["merge", "--adapter", "run/adapter", "--out", "merged", *arguments]) == code
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, an empty one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def with_run(folder, tiny_base):
+    """The current folder, with a run on the tiny base in it."""
+    make_run(folder / "run", tiny_base)
+    return folder
+
+
+# ---- families --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_transformers_reads_the_same_model(model_type, folder, tiny_base):
+    make_run(folder / "run", save_family(folder / "base", model_type, tiny_base))
+    merge("--gguf", "f16", "--dtype", "fp32")
+    place = {"pretrained_model_name_or_path": "merged/gguf", "gguf_file": "model-f16.gguf"}
+    config = AutoConfig.from_pretrained(**place)
+    written = AutoConfig.from_pretrained("merged")
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    for name in (*names, "vocab_size", "rms_norm_eps", "rope_parameters"):
+        assert getattr(config, name) == pytest.approx(getattr(written, name)), name
+    # llama.cpp attends to all in these architectures, which is the same up to the window
+    assert config.max_position_embeddings == (256 if model_type == "llama" else WINDOW)
+    model = AutoModelForCausalLM.from_pretrained(**place, config=config if model_type == "mistral" else written)
+    for name, tensor in load_file("merged/model.safetensors").items():
+        assert torch.equal(model.state_dict()[name], tensor.half().float() if tensor.dim() > 1 else tensor), name
+    check = json.loads((folder / "merged" / "merge.json").read_text())["check"]
+    assert check["written: model-f16.gguf"]["kl"] < 1e-4
+
+
+def test_other_families_are_refused_before_the_work(folder, tiny_base, capsys):
+    make_run(folder / "run", save_family(folder / "base", "phi3", tiny_base))
+    merge("--gguf", "f16", code=2)
+    assert "llama, mistral, qwen2, qwen3, not of phi3" in capsys.readouterr().err
+    assert not (folder / "merged").exists()
+
+
+def test_a_tokenizer_of_qwen_is_named_so(with_run):
+    file = with_run / "run" / "adapter" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    split = {"type": "Split", "pattern": {"Regex": PRETOKENIZE_REGEX}, "behavior": "Isolated", "invert": False}
+    bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, bytewise]}
+    file.write_text(json.dumps(content))
+    merge("--gguf", "f16", "--rows", "0")
+    reader = gguf.GGUFReader("merged/gguf/model-f16.gguf")
+    assert reader.get_field("tokenizer.ggml.pre").contents() == "qwen2"
+
+
+def test_a_tokenizer_of_llama_2_is_written(folder, families):
+    save_llama2(folder, families)
+    merge("--gguf", "f16", "--rows", "0")
+    tokenizer = AutoTokenizer.from_pretrained("merged")
+    reader = gguf.GGUFReader("merged/gguf/model-f16.gguf")
+    expected = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_space_prefix": False}
+    assert {name: reader.get_field(name).contents() for name in expected} == expected
+    assert reader.get_field("tokenizer.ggml.tokens").contents() == tokenizer.convert_ids_to_tokens(
+        range(len(tokenizer))
+    )
+    kinds = reader.get_field("tokenizer.ggml.token_type").contents()
+    assert [kinds.count(kind) for kind in (gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.BYTE)] == [
+        1,
+        2,
+        256,
+    ]
+
+
+def save_llama2(folder, families):
+    """Write a run on a random LLaMA with a tokenizer of Llama 2's kind."""
+    families["llama2"].save_pretrained(folder / "base")
+    save_random_llama(folder / "base", torch.float32, hidden_size=64, intermediate_size=128)
+    make_run(folder / "run", folder / "base")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", [False, True])
+def test_llama_cpp_splits_text_as_llama_2_does(prefix, folder, families):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    save_llama2(folder, families)
+    if prefix:
+        file = folder / "run" / "adapter" / "tokenizer.json"
+        content = json.loads(file.read_text()) | {"pre_tokenizer": None}
+        spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]}
+        file.write_text(json.dumps(content))
+    merge("--gguf", "f16", "--rows", "0")
+    tokenizer = AutoTokenizer.from_pretrained("merged")
+    model = llama_cpp.Llama("merged/gguf/model-f16.gguf", vocab_only=True, verbose=False)
+    for text in ("<s>The answer is  four, Grüße 🙂</s>What was the question?", "<s> You are helpful.\n\n</s> 12:30"):
+        expected = tokenizer(text, add_special_tokens=False).input_ids
+        assert model.tokenize(text.encode(), add_bos=False, special=True) == expected
+    model.close()
+
+
+# ---- llama.cpp's quantizer -------------------------------------------------------------------------------------------
+
+
+def put_quantizer(folder, monkeypatch, script):
+    """Put a program of that name alone on the PATH."""
+    program = folder / "bin" / "llama-quantize"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    return program
+
+
+def test_the_program_quantizes(with_run, monkeypatch, capsys):
+    program = put_quantizer(with_run, monkeypatch, 'echo "$3" > asked; cp "$1" "$2"')
+    merge("--gguf", "q4_k_m", "--dtype", "fp32")
+    out = capsys.readouterr().out
+    assert f"Quantized to q4_k_m by {program}" in out
+    assert "written: model-q4_k_m.gguf: loss" in out
+    assert (with_run / "asked").read_text() == "Q4_K_M\n"
+    assert sorted(file.name for file in (with_run / "merged" / "gguf").iterdir()) == ["Modelfile", "model-q4_k_m.gguf"]
+    assert (with_run / "merged" / "gguf" / "Modelfile").read_text().startswith("FROM ./model-q4_k_m.gguf\nTEMPLATE ")
+    for command in ("ollama create my-model -f merged/gguf/Modelfile", "llama-cli -m merged/gguf/model-q4_k_m.gguf"):
+        assert command in out
+
+
+def test_a_quantizer_that_fails_leaves_nothing(with_run, monkeypatch, capsys):
+    put_quantizer(with_run, monkeypatch, "echo broken tensor >&2; exit 3")
+    merge("--gguf", "q6_k", "--rows", "0", code=2)
+    assert "failed with code 3: broken tensor" in capsys.readouterr().err
+    assert not (with_run / "merged").exists()
+
+
+def test_without_a_quantizer_the_way_to_get_it_is_said_before_the_work(with_run, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(with_run))
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    merge("--gguf", "q5_k_m", code=2)
+    err = capsys.readouterr().err
+    assert "pip install llama-cpp-python" in err
+    assert err.count("\n") == 1
+
+
+def _has_quantizer():
+    try:
+        return bool(find_quantizer("q6_k"))
+    except UserError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _has_quantizer(), reason="neither llama-quantize nor llama-cpp-python is installed")
+@pytest.mark.parametrize("kind", K_QUANTS)
+def test_llama_cpp_quantizes(kind, folder, tiny_base):
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder / "base")
+    save_random_llama(folder / "base", torch.float32, hidden_size=256, intermediate_size=512)
+    make_run(folder / "run", folder / "base", std=0.002)
+    merge("--gguf", kind)
+    tensors = gguf.GGUFReader(f"merged/gguf/model-{kind}.gguf").tensors
+    types = {tensor.name: tensor.tensor_type.name for tensor in tensors}
+    assert types["blk.1.attn_q.weight"] == kind[:4].upper()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_llama_cpp_computes_the_same(model_type, folder, tiny_base):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    make_run(folder / "run", save_family(folder / "base", model_type, tiny_base))
+    merge("--gguf", "f16", "--rows", "0", "--dtype", "fp32")
+    tokenizer = AutoTokenizer.from_pretrained("merged")
+    model = llama_cpp.Llama("merged/gguf/model-f16.gguf", n_ctx=64, logits_all=True, verbose=False)
+    text = "It's 12:30.\n\nGrüße"
+    assert model.tokenize(text.encode(), add_bos=False) == tokenizer(text).input_ids
+    ids = list(range(5, 5 + WINDOW))
+    model.eval(ids)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained("merged")(torch.tensor([ids])).logits[0].log_softmax(-1)
+    found = torch.from_numpy(model.scores[: len(ids)]).log_softmax(-1)
+    assert (expected.exp() * (expected - found)).sum(-1).mean() < 1e-3
+
+
+# ---- Ollama ----------------------------------------------------------------------------------------------------------
+
+CONVERSATIONS = [
+    ["user", "What is two and two?"],
+    ["system", "Be brief.", "user", 'Name {{ .Content }} and <b>"it"</b>.'],
+    ["user", "Hi", "assistant", "Hello!\n\nWhat is it?", "user", "Grüße 🙂"],
+    ["system", "You count.\nOnly that.", "user", "1", "assistant", "2", "user", "3"],
+    ["user", "a", "assistant", "b", "user", "c", "assistant", "d", "user", "e"],
+]
+MARKS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>", "[INST]", "[/INST]")
+
+
+def with_template(base, choice):
+    """A tokenizer with the tokens of every template here, that renders with one of them."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(list(MARKS), special_tokens=True)
+    if "llama" in choice:
+        tokenizer.bos_token = "<|begin_of_text|>"
+    return choose_chat_template(tokenizer, None if choice == "SmolLM2's own" else choice)
+
+
+def run_go(template, messages):
+    """Evaluate what the templates use of Go's text/template: texts, range, if, else if, end, eq and fields."""
+    parts = re.split(r"\{\{ (.*?) \}\}", template)  # texts and actions in turns
+    conditions = {'eq .Role "system"': lambda at: messages[at]["role"] == "system"}
+    conditions |= {'eq .Role "user"': lambda at: messages[at]["role"] == "user", "eq $i 0": lambda at: at == 0}
+    conditions['eq .Role "assistant"'] = lambda at: messages[at]["role"] == "assistant"
+    assert parts[:2] == ["", "range $i, $_ := .Messages"]
+    assert parts[-2:] == ["end", ""]
+    out = ""
+    for at in range(len(messages)):
+        active = []  # of each open if: whether this branch is taken, and whether one has been
+        for number, part in enumerate(parts[2:-2]):
+            if number % 2 == 0:
+                out += part if all(taken for taken, _ in active) else ""
+            elif part.startswith("if "):
+                taken = conditions[part[3:]](at)
+                active.append((taken, taken))
+            elif part.startswith("else if "):
+                _, done = active.pop()
+                taken = not done and conditions[part[8:]](at)
+                active.append((taken, done or taken))
+            elif part == "end":
+                active.pop()
+            else:
+                text = messages[at]["content"] if part == ".Content" else json.loads(part)
+                out += text if all(taken for taken, _ in active) else ""
+    return out
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("choice", ["SmolLM2's own", "chatml", "alpaca", "llama3", "llama31.jinja", "qwen25.jinja"])
+def test_a_modelfile_writes_our_prompts(choice, adds_bos, tmp_path, tiny_base, pytestconfig):
+    name = str(pytestconfig.rootpath / "tests/data/model_templates" / choice) if "jinja" in choice else choice
+    tokenizer = with_template(tiny_base, name)
+    assert write_modelfile(tmp_path / "model.gguf", tokenizer, adds_bos, "Be brief.")
+    written = (tmp_path / "Modelfile").read_text(encoding="utf-8")
+    start, template, end = written.split('"""', 2)
+    assert start == "FROM ./model.gguf\nTEMPLATE "
+    assert end.startswith('\nSYSTEM """Be brief."""\n')
+    assert f'\nPARAMETER stop "{tokenizer.eos_token}"\n' in end
+    for turns in CONVERSATIONS:
+        messages = [{"role": role, "content": said} for role, said in zip(turns[::2], turns[1::2], strict=True)]
+        expected = tokenizer.decode(ChatRenderer(tokenizer).render_prompt(messages))
+        expected = expected.removeprefix(tokenizer.bos_token) if adds_bos else expected
+        assert run_go(template, messages) == expected
+
+
+def test_a_template_without_a_known_form_is_left_out(tmp_path, tiny_base, pytestconfig):
+    choice = str(pytestconfig.rootpath / "tests/data/model_templates" / "mistral.jinja")
+    assert not write_modelfile(tmp_path / "model.gguf", with_template(tiny_base, choice), False, None)
+    assert (tmp_path / "Modelfile").read_text() == 'FROM ./model.gguf\nPARAMETER stop "<|im_end|>"\n'

@@ -94,6 +94,11 @@ def test_a_tokenizer_of_llama_2_is_written(folder, families):
     assert reader.get_field("tokenizer.ggml.tokens").contents() == tokenizer.convert_ids_to_tokens(
         range(len(tokenizer))
     )
+    scores = reader.get_field("tokenizer.ggml.scores").contents()
+    merges = json.loads((folder / "merged" / "tokenizer.json").read_text())["model"]["merges"]
+    made = list(dict.fromkeys("".join(pair) for pair in merges))  # in the order in which they are merged
+    assert sorted(made, key=lambda piece: -scores[tokenizer.convert_tokens_to_ids(piece)]) == made
+    assert len({scores[tokenizer.convert_tokens_to_ids(piece)] for piece in made}) == len(made)
     kinds = reader.get_field("tokenizer.ggml.token_type").contents()
     assert [kinds.count(kind) for kind in (gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.BYTE)] == [
         1,

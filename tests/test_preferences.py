@@ -91,6 +91,7 @@ def test_every_shape_of_row_gives_the_same_pair(tmp_path, smollm2_folder, row, o
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
         ({"prompt": "a", "chosen": "b", "rejected": ""}, "is empty"),
         ({"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
+        ({**ROWS[0], "images": ["cat.png"]}, "has 'images', but only text is read"),
     ],
 )
 def test_a_bad_row_is_named_with_its_line(tmp_path, smollm2_folder, row, words):

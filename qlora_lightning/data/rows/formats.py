@@ -94,7 +94,7 @@ class RowConverter:
                 names_of_row = ", ".join(row.values)
                 raise UserError(f"{row.where}: `columns:` gives two of {names_of_row} the same name.{self._remedy}")
             row = row._replace(values={ours: row.values[key] for key, ours in names.items()})
-        if self._named is None or self._named.name in FORMATS:  # a function of the user's own may read what it likes
+        if self._named is None or self._named.is_ours:  # a function of the user's own may read what it likes
             _refuse_other_task(row, self.needs_answer, self.pairs)
         return row
 
@@ -110,7 +110,7 @@ class RowConverter:
             return None
         if form.name not in self.formats:
             self.formats.append(form.name)
-        if form.name in FORMATS and self.needs_answer:
+        if form.is_ours and self.needs_answer:
             unread = self.unread_columns
             unread += [name for name in columns if name not in form.read_keys and name not in unread]
         return form
@@ -236,6 +236,11 @@ class Format(NamedTuple):
     convert: Callable[[dict[str, Any]], Any]  # the messages that it returns are checked by the caller
     other_keys: tuple[str, ...] = ()  # keys that a row may have
     is_chat: bool = True
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is no function of the user's, which is named by its dotted path."""
+        return "." not in self.name
 
     @property
     def read_keys(self) -> tuple[str, ...]:
@@ -380,8 +385,7 @@ def _to_content(
     except Exception as error:  # a user's function may raise anything, and ours meet rows that nobody expects
         said = " ".join(str(error).split())[:300]  # an error may repeat the whole row
         raise RowFault(f"cannot be read by the format {form.name}: {type(error).__name__}: {said}") from error
-    is_ours = form.name in FORMATS or form is PREFERENCE
-    weight = _read_weight(values.get("weight")) if is_ours else getattr(content, "weight", 1.0)
+    weight = _read_weight(values.get("weight")) if form.is_ours else getattr(content, "weight", 1.0)
     if isinstance(content, Text | Tokens):
         return content._replace(weight=weight)
     if pairs:
@@ -396,8 +400,7 @@ def _to_chat(
     content: Any, values: dict[str, Any], form: Format, settings: RowSettings, needs_answer: bool, weight: float
 ) -> Chat:
     """Check a conversation, and put system prompt and tools beside it."""
-    is_ours = form.name in FORMATS or form is PREFERENCE
-    messages, tools, own_system = content, values.get("tools"), values.get("system") if is_ours else None
+    messages, tools, own_system = content, values.get("tools"), values.get("system") if form.is_ours else None
     if isinstance(content, Chat):
         messages, tools, own_system = content.messages, content.tools, None
     if not isinstance(messages, list) or not messages:

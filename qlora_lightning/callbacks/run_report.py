@@ -74,6 +74,9 @@ class RunReport(Callback):
             self._listening.enter_context(_noting_warnings(self.note_warning))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or is_trial_run(trainer):
             return
         earlier: Mapping[str, Any] = {}
@@ -102,7 +105,7 @@ class RunReport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._facts is None and trainer.global_step:  # nothing was left: a run that was killed at its end
-            self.on_train_start(trainer, pl_module)
+            self._begin(trainer, pl_module)
             self.on_train_end(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -217,10 +217,14 @@ class QLoRACLI(LightningCLI):
         given = {name: self.config[name] for name in taken if self.config[name] is not None}
         method(self.model, datamodule=self.datamodule, **given)
 
+    @property
+    def names_adapter(self) -> bool:
+        """Whether the command line names an adapter folder, and not a config alone."""
+        return any(word.partition("=")[0] in _ADAPTER_OPTIONS for word in self._command)
+
     def _take_trained_adapter(self) -> None:
         """Take the run folder's adapter unless the user names another: a new one would evaluate the base unnoticed."""
-        names_one = any(word.partition("=")[0] in _ADAPTER_OPTIONS for word in self._command)
-        if self.checkpoint is not None or names_one or not hasattr(self.model, "adapter"):
+        if self.checkpoint is not None or self.names_adapter or not hasattr(self.model, "adapter"):
             return
         folder = callbacks.AdapterCheckpoint.adapter_folder(self.trainer.default_root_dir)
         if (folder / "adapter_config.json").exists():

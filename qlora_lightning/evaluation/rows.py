@@ -16,7 +16,7 @@ from qlora_lightning.evaluation.scores import SCORES
 from qlora_lightning.model.adapters.lora import without_adapters
 from qlora_lightning.model.batch import cut_into_rows, is_flat
 from qlora_lightning.model.generate import dense_weights
-from qlora_lightning.model.layout import IGNORED, next_labels
+from qlora_lightning.model.layout import IGNORED
 from qlora_lightning.model.loss import LossSums, head_loss, head_of
 
 Watch = Callable[[int], None]
@@ -174,12 +174,13 @@ def row_losses(module: Any, batch: Mapping[str, Any]) -> Iterator[LossSums]:
         for row in _labelled_rows(batch) if is_flat(batch) else [batch]:
             yield module.compute_loss(module.transfer_batch_to_device(row, module.device, 0))
         return
-    counts = [int((next_labels(row["labels"][0]) != IGNORED).sum()) for row in _labelled_rows(batch)]
-    states, targets = module.last_states(batch)
+    layout = module.layout_of(batch)
+    states, targets = module.last_states({**batch, "layout": layout})
     head = head_of(module.causal_lm)
-    for own, wanted in zip(states.split(counts), targets.split(counts), strict=True):
-        with module.autocast():
-            yield head_loss(own, wanted, head, fast=module.fast)
+    for own, wanted in zip(states.split(layout.counts), targets.split(layout.counts), strict=True):
+        if len(wanted):
+            with module.autocast():
+                yield head_loss(own, wanted, head, fast=module.fast)
 
 
 def answer_rows(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.model.adapters.lora import without_adapters
+from qlora_lightning.model.adapters.lora import with_adapter, without_adapters
 from qlora_lightning.model.checkpoint.ranks import gather_states
 from qlora_lightning.model.loss import LossSums, TokenStatistics, head_of, token_losses
 from qlora_lightning.model.module import QLoRAModule
@@ -138,21 +138,9 @@ class PreferenceModule(QLoRAModule):
 
     # ---- the reference -----------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def reference(self) -> Iterator[None]:
+    def reference(self) -> contextlib.AbstractContextManager[None]:
         """Let the model be what it was when training began."""
-        if self.adapter is None:
-            with without_adapters(self.model):
-                yield
-            return
-        active, trained = self.model.active_adapter, [(each, each.requires_grad) for each in self.model.parameters()]
-        self.model.set_adapter(_REFERENCE)
-        try:
-            yield
-        finally:
-            self.model.set_adapter(active)
-            for tensor, trains in trained:
-                tensor.requires_grad_(trains)
+        return without_adapters(self.model) if self.adapter is None else with_adapter(self.model, _REFERENCE)
 
     def _reference_log_probs(self, batch: dict[str, Any]) -> Tensor:
         """Return the reference's log-probabilities of both answers of each pair, ``(pairs, 2)``."""

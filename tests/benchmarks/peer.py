@@ -44,58 +44,69 @@ class Clock(TrainerCallback):
         self.seconds = time.perf_counter() - self._began
 
 
-def measure(
-    base: str, samples: str, accelerator: str, dtype: str, checkpoint_every: int, steps: int = -1
-) -> dict[str, Any]:
-    """Train one epoch over a JSON file of samples, from top to bottom."""
-    rows = json.loads(Path(samples).read_text(encoding="utf-8"))
-    on_gpu = accelerator == "gpu"
+def load_base(base: str, dtype: str, on_gpu: bool) -> Any:
+    """Load a base in NF4 with double quantization, as ours does."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=_DTYPES[dtype],
     )
+    device = 0 if on_gpu else "cpu"
+    return AutoModelForCausalLM.from_pretrained(
+        base, dtype=_DTYPES[dtype], device_map={"": device}, quantization_config=quantization
+    )
+
+
+def make_lora_config() -> LoraConfig:
+    """Return the adapter that both sides agree on."""
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=child.RANK, lora_alpha=child.ALPHA, lora_dropout=0.0, target_modules="all-linear"
+    )
+
+
+def make_arguments(folder: str, dtype: str, on_gpu: bool) -> dict[str, Any]:
+    """Return what TRL's trainers are told alike: one epoch, and nothing shown or saved."""
+    return {
+        "output_dir": folder,
+        "seed": child.SEED,
+        "num_train_epochs": 1,
+        "max_length": child.MAX_LENGTH,
+        "optim": "adamw_torch_fused",
+        "learning_rate": child.LEARNING_RATE,
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": child.GRADIENT_CLIP,
+        "bf16": dtype == "bf16",
+        "fp16": dtype == "fp16",
+        "use_cpu": not on_gpu,
+        "dataloader_pin_memory": on_gpu,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def measure(
+    base: str, samples: str, accelerator: str, dtype: str, checkpoint_every: int, steps: int = -1
+) -> dict[str, Any]:
+    """Train one epoch over a JSON file of samples, from top to bottom."""
+    rows = json.loads(Path(samples).read_text(encoding="utf-8"))
+    on_gpu = accelerator == "gpu"
     clock = Clock(on_gpu)
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
-            model=AutoModelForCausalLM.from_pretrained(
-                base,
-                dtype=_DTYPES[dtype],
-                device_map={"": 0 if on_gpu else "cpu"},
-                quantization_config=quantization,
-            ),
+            model=load_base(base, dtype, on_gpu),
             processing_class=AutoTokenizer.from_pretrained(base),
             train_dataset=Dataset.from_list(rows),
-            peft_config=LoraConfig(
-                task_type="CAUSAL_LM",
-                r=child.RANK,
-                lora_alpha=child.ALPHA,
-                lora_dropout=0.0,
-                target_modules="all-linear",
-            ),
+            peft_config=make_lora_config(),
             args=SFTConfig(  # all that is not named is TRL's default
-                output_dir=folder,
-                seed=child.SEED,
-                num_train_epochs=1,
+                **make_arguments(folder, dtype, on_gpu),
                 max_steps=steps,
                 per_device_train_batch_size=child.BATCH_SIZE,
-                max_length=child.MAX_LENGTH,
                 train_sampling_strategy="sequential",
-                optim="adamw_torch_fused",
-                learning_rate=child.LEARNING_RATE,
-                lr_scheduler_type="linear",
-                max_grad_norm=child.GRADIENT_CLIP,
                 gradient_checkpointing=checkpoint_every > 0,
-                bf16=dtype == "bf16",
-                fp16=dtype == "fp16",
-                use_cpu=not on_gpu,
                 use_liger_kernel=on_gpu,
-                dataloader_pin_memory=on_gpu,
-                logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
             ),
             callbacks=[clock],
         )

@@ -50,54 +50,27 @@ def _measure_ours(base: str, rows: str, dtype: Any) -> dict[str, Any]:
 
 
 def _measure_peer(base: str, rows: str, dtype: str) -> dict[str, Any]:
-    import torch
     from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    from tests.benchmarks.peer import Clock
+    from tests.benchmarks.peer import Clock, load_base, make_arguments, make_lora_config
 
-    compute = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     texts = [json.loads(line) for line in Path(rows).read_text(encoding="utf-8").splitlines()]
     speakers = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     pairs = [{key: [{"role": role, "content": row[key]}] for key, role in speakers.items()} for row in texts]
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-    )
     clock = Clock(on_gpu=False)
     with tempfile.TemporaryDirectory() as folder:
         trainer = DPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(
-                base, dtype=compute, device_map={"": "cpu"}, quantization_config=quantization
-            ),
+            model=load_base(base, dtype, on_gpu=False),
             processing_class=AutoTokenizer.from_pretrained(base),
             train_dataset=Dataset.from_list(pairs),
-            peft_config=LoraConfig(
-                task_type="CAUSAL_LM", r=child.RANK, lora_alpha=child.ALPHA, target_modules="all-linear"
-            ),
+            peft_config=make_lora_config(),
             args=DPOConfig(  # all that is not named is TRL's default
-                output_dir=folder,
-                seed=child.SEED,
+                **make_arguments(folder, dtype, on_gpu=False),
                 beta=BETA,
-                num_train_epochs=1,
                 per_device_train_batch_size=PAIRS,
-                max_length=child.MAX_LENGTH,
-                optim="adamw_torch_fused",
-                learning_rate=child.LEARNING_RATE,
-                lr_scheduler_type="linear",
-                max_grad_norm=child.GRADIENT_CLIP,
                 gradient_checkpointing=False,
-                bf16=dtype == "bf16",
-                use_cpu=True,
-                dataloader_pin_memory=False,
-                logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
             ),
             callbacks=[clock],
         )

@@ -42,7 +42,7 @@ def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], argument
     """
     with quiet_lightning():
         run = QLoRACLI([*arguments, *_ONE_DEVICE])
-        if run.config["ckpt_path"] is not None or any(word.startswith("--model.adapter") for word in arguments):
+        if run.config["ckpt_path"] is not None or run.names_adapter:
             raise UserError("evaluate takes adapter folders, by --adapter DIR, not --ckpt_path or --model.adapter.")
         trainer: Any = run.trainer
         module: Any = run.model

@@ -27,9 +27,10 @@ from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.adapters.targets import resolve_targets
 from qlora_lightning.model.build import QLoRAModel
 from qlora_lightning.model.checkpoint.setting_changes import describe_changes, find_changes
+from qlora_lightning.report.facts import flatten
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_yaml, read_json_object, write_whole
-from qlora_lightning.support.trainer import callbacks_of, is_trial_run
+from qlora_lightning.support.trainer import callbacks_of, find_callback, is_trial_run
 
 # They evaluate a run at its end, or tell how to use it: a sweep does that for all of its trials.
 _LEFT_OUT = (Evaluation, MemoryComparison, LoadingLines)
@@ -87,7 +88,8 @@ class TrialCLI(QLoRACLI):
         if is_trial_run(trainer):
             raise UserError("trainer.fast_dev_run keeps nothing that trials could be compared by: leave it out.")
         callbacks = [each for each in callbacks_of(trainer) if not isinstance(each, _LEFT_OUT)]
-        for stops in (each for each in callbacks if isinstance(each, StopSignals)):
+        stops = find_callback(trainer, StopSignals)
+        if stops is not None:
             stops.explains_resume = False  # the sweep does
         trainer.callbacks = [*callbacks, self._evaluation]
         return trainer
@@ -128,8 +130,8 @@ class TrialCLI(QLoRACLI):
         file = folder / "config.yaml"
         if not file.exists():
             return
-        stored = _flatten(load_yaml(file.read_text(encoding="utf-8")))
-        own = _flatten(yaml.safe_load(yaml.safe_dump(self._short_config())))
+        stored = flatten(load_yaml(file.read_text(encoding="utf-8")) or {})
+        own = flatten(yaml.safe_load(yaml.safe_dump(self._short_config())))
         changes = [(name.lstrip("."), before, now) for name, before, now in find_changes(stored, own, "")]
         changes = [change for change in changes if change[0] not in _MAY_DIFFER]
         if changes:
@@ -138,12 +140,6 @@ class TrialCLI(QLoRACLI):
                 f"{folder} holds a trial with other settings, which would be compared with these.\n{listed}\n"
                 "Put them back, or choose another folder by `--trainer.default_root_dir runs/NAME`."
             )
-
-
-def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(config, dict) or not config:
-        return {prefix.removesuffix("."): config}
-    return {name: value for key, inner in config.items() for name, value in _flatten(inner, f"{prefix}{key}.").items()}
 
 
 class TrialEvaluation(Timer):
@@ -171,9 +167,9 @@ class TrialEvaluation(Timer):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         def stop_if_asked(_: int) -> None:
-            for stop in callbacks_of(trainer):
-                if isinstance(stop, StopSignals) and stop.received is not None:
-                    stop.end(trainer, "Stopped while the trial was evaluated.")
+            stops = find_callback(trainer, StopSignals)
+            if stops is not None and stops.received is not None:
+                stops.end(trainer, "Stopped while the trial was evaluated.")
 
         with best_adapter(trainer, pl_module):
             self.results = evaluate_rows(pl_module, validation_batches(trainer), watch=stop_if_asked)

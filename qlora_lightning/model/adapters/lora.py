@@ -152,7 +152,7 @@ def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextlib.contextmanager
 def without_adapters(model: Any) -> Iterator[None]:
-    """Disable the adapters; afterwards the same tensors train, where PEFT would let all of an active adapter train.
+    """Disable the adapters; afterwards the same tensors train.
 
     Within another such context nothing changes: PEFT would enable them at the end of the inner one.
     """
@@ -160,10 +160,28 @@ def without_adapters(model: Any) -> Iterator[None]:
     if layers and all(layer.disable_adapters for layer in layers):
         yield
         return
+    with _training_as_before(model), model.disable_adapter():
+        yield
+
+
+@contextlib.contextmanager
+def with_adapter(model: Any, name: str) -> Iterator[None]:
+    """Switch to another adapter; afterwards to the one before, and the same tensors train."""
+    active = model.active_adapter
+    with _training_as_before(model):
+        model.set_adapter(name)
+        try:
+            yield
+        finally:
+            model.set_adapter(active)
+
+
+@contextlib.contextmanager
+def _training_as_before(model: nn.Module) -> Iterator[None]:
+    """Let the same tensors train afterwards: PEFT's switches let all of an active adapter train."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with model.disable_adapter():
-            yield
+        yield
     finally:
         for parameter, trains in trained:
             parameter.requires_grad_(trains)

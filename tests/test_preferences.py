@@ -57,6 +57,10 @@ ASKED, GOOD, BAD = (
     [
         ({"prompt": ASKED, "chosen": GOOD, "rejected": BAD}, {}),  # TRL's
         ({"chosen": ASKED + GOOD, "rejected": ASKED + BAD}, {}),  # TRL's, the prompt implicit
+        ({"prompt": "Hi?", "chosen": ASKED + GOOD, "rejected": ASKED + BAD}, {}),  # as UltraFeedback's
+        ({"prompt": ASKED, "chosen": ASKED + GOOD, "rejected": ASKED + BAD}, {}),
+        ({"messages": json.dumps(ASKED), "chosen": GOOD, "rejected": BAD}, {}),
+        ({"prompt": "Hi?", "chosen": GOOD, "rejected": BAD}, {}),
         ({"instruction": "Hi?", "input": "", "chosen": "Hello.", "rejected": "No"}, {}),  # LLaMA-Factory's Alpaca
         (
             {
@@ -68,7 +72,7 @@ ASKED, GOOD, BAD = (
         ),
         ({"question": "Hi?", "yes": "Hello.", "no": "No"}, {"question": "prompt", "yes": "chosen", "no": "rejected"}),
     ],
-    ids=["messages", "implicit", "alpaca", "sharegpt", "columns"],
+    ids=["messages", "implicit", "with-text", "with-messages", "json", "answers", "alpaca", "sharegpt", "columns"],
 )
 def test_every_shape_of_row_gives_the_same_pair(tmp_path, smollm2_folder, row, options):
     found = make_data(tmp_path, smollm2_folder, [row], columns=options)
@@ -91,12 +95,36 @@ def test_every_shape_of_row_gives_the_same_pair(tmp_path, smollm2_folder, row, o
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
         ({"prompt": "a", "chosen": "b", "rejected": ""}, "is empty"),
         ({"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
+        ({"chosen": ASKED + GOOD, "rejected": [{**ASKED[0], "content": "Who?"}, *BAD]}, "different prompts"),
+        ({"chosen": ASKED + GOOD, "rejected": ASKED}, "has no answer"),
         ({**ROWS[0], "images": ["cat.png"]}, "has 'images', but only text is read"),
     ],
 )
 def test_a_bad_row_is_named_with_its_line(tmp_path, smollm2_folder, row, words):
     with pytest.raises(UserError, match=rf"train\.jsonl:2.*{words}"):
         make_data(tmp_path, smollm2_folder, [ROWS[0], row])
+
+
+def test_a_pair_whose_answers_would_keep_other_parts_of_the_prompt_is_left_out(tmp_path, smollm2_folder, caplog):
+    long = {"prompt": "Count. " * 40, "chosen": "1", "rejected": "2 " * 20}
+    data = make_data(tmp_path, smollm2_folder, [ROWS[0], long], max_length=64)
+    assert data.samples["train"].row_ids.tolist() == [0]
+    assert "too long for the two answers to share" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"objective": "ipo", "label_smoothing": 0.1}, "label_smoothing is 0.1, which ipo has no use for"),
+        ({"objective": "dpo", "gamma": 0.5}, "gamma is 0.5, which dpo has no use for"),
+        ({"beta": math.inf}, "beta is inf: expected a positive number"),
+        ({"sft_share": -1.0}, "sft_share is -1"),
+        ({"objective": "dop"}, "expected dpo, ipo, simpo, orpo"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_rejected(options, words):
+    with pytest.raises(UserError, match=words):
+        PreferenceModule("tiny", **options)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +187,12 @@ def test_loss_and_gradients_are_those_of_the_papers(tmp_path, tiny_base, objecti
     torch.testing.assert_close(sums.logged["chosen_reward"], rewards[:, 0].sum().detach(), rtol=1e-5, atol=1e-5)
 
 
+def test_a_certain_answer_has_a_gradient(tiny_base):
+    mean = torch.tensor([[-0.0, -1.0]], requires_grad=True)
+    PreferenceModule(str(tiny_base), objective="orpo")._losses(mean[:, 0] - mean[:, 1], mean).sum().backward()
+    assert mean.grad.isfinite().all()
+
+
 def test_smoothing_and_the_share_of_imitation_add_their_terms(tmp_path, tiny_base):
     batch = next(iter(make_data(tmp_path, tiny_base).train_dataloader()))
     module = make_module(tiny_base, label_smoothing=0.2, sft_share=0.5, quantization="none")
@@ -170,14 +204,22 @@ def test_smoothing_and_the_share_of_imitation_add_their_terms(tmp_path, tiny_bas
     torch.testing.assert_close(module.compute_loss(batch).nll_sum, expected.sum(), rtol=1e-5, atol=0)
 
 
-def test_the_reference_of_a_run_from_an_adapter_is_that_adapter(tmp_path, tiny_base):
-    start = make_module(tiny_base)
+def test_the_reference_of_a_run_from_an_adapter_is_that_adapter_without_dropout(tmp_path, tiny_base):
+    start = make_module(tiny_base, dropout=0.5).eval()
     start.save_adapter(tmp_path / "start")
     batch = next(iter(make_data(tmp_path, tiny_base).train_dataloader()))
     module = PreferenceModule(str(tiny_base), adapter=str(tmp_path / "start"), compute_dtype="fp32")
     module.configure_model()
     trained = set(trainable_tensors(module))
-    sums = module.compute_loss(batch)
+    with without_adapters(module.model), torch.no_grad():  # as the base is evaluated
+        own, _ = plain_log_probs(module.model, batch)
+        base = module.compute_loss(batch)
+    rewards = 0.1 * (own - plain_log_probs(start.model, batch)[0])
+    torch.testing.assert_close(base.logged["chosen_reward"], rewards[:, 0].sum().detach(), rtol=1e-4, atol=1e-6)
+    first, second = module.compute_loss(batch), module.compute_loss(batch)
+    assert first.nll_sum != second.nll_sum  # what is trained drops inputs
+    sums = module.eval().compute_loss(batch)
+    module.train()
     assert float(sums.nll_sum.detach()) == pytest.approx(4 * math.log(2), rel=1e-6)  # nothing is ahead of anything
     assert set(trainable_tensors(module)) == trained
     sums.nll_sum.backward()
@@ -233,6 +275,23 @@ def test_a_run_prefers_what_it_is_shown_and_resumes_bit_for_bit(config, tmp_path
     assert "val_token_accuracy" not in lines[0]
 
 
+def test_a_run_on_a_streamed_adapter_is_evaluated_against_where_it_started(config, tmp_path):
+    first = ["--trainer.default_root_dir", "first", "--evaluation", "null"]
+    assert main(["fit", *config, *first, "--model.objective", "orpo"]) == 0
+    then = ["--model.adapter", "first", "--trainer.default_root_dir", "then", "--evaluation.rows", "2"]
+    stream = ["--data.streaming", "true", "--trainer.max_steps", "9", "--trainer.max_epochs", "-1"]
+    assert main(["fit", *config, *then, *stream, "--evaluation.max_new_tokens", "4"]) == 0
+    found = json.loads((tmp_path / "then" / "evaluation.json").read_text())["metrics"]["loss"]
+    assert found["adapter"]["value"] < math.log(2)
+    assert found["base"]["value"] != pytest.approx(math.log(2), abs=1e-3)
+    assert main(["evaluate", "--config", "then/config.yaml", "--json", "again.json"]) == 0
+    assert json.loads((tmp_path / "again.json").read_text())["metrics"]["loss"] == found
+    assert main(["validate", *config, "--model.adapter", "first", "--trainer.default_root_dir", "other"]) == 2
+    assert main(["validate", "--config", "then/config.yaml"]) == 0
+    kept = torch.load(tmp_path / "then" / "checkpoints" / "last.ckpt", weights_only=True)["reference_log_probs"]
+    assert sum(len(split["rows"]) for split in kept[0].values()) == 12  # the validation rows', and no stream's
+
+
 def test_rows_of_a_step_may_be_cut_into_micro_batches_in_any_way(tmp_path, tiny_base):
     adapters = []
     for batch_size, accumulate in ((4, 1), (1, 4)):
@@ -254,4 +313,5 @@ def test_base_and_adapter_are_compared_by_which_answer_is_likelier(config, tmp_p
     assert accuracy["adapter"]["low"] < accuracy["adapter"]["value"]
     assert main(["evaluate", "--config", "run/config.yaml", "--json", "again.json"]) == 0
     again = json.loads((tmp_path / "again.json").read_text())
-    assert again["metrics"]["preference_accuracy"] == accuracy
+    assert again["metrics"] == {name: found["metrics"][name] for name in again["metrics"]}
+    assert again["metrics"]["loss"]["adapter"]["value"] < math.log(2)

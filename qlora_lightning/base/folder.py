@@ -69,9 +69,13 @@ def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> None
     asked = {key: config[key] for key in _IGNORED if model_type == "llama" and config.get(key)}
     if config.get("use_sliding_window") is False:
         asked.pop("sliding_window", None)
-    unknown = set(config.get("layer_types") or ()) - {"full_attention", model_type != "llama" and "sliding_attention"}
+    known = {"full_attention"} if model_type == "llama" else {"full_attention", "sliding_attention"}
+    unknown = set(config.get("layer_types") or ()) - known
     asked |= {"layer_types": sorted(unknown)} if unknown else {}
-    for key, value in asked.items():
+    if config.get("use_bidirectional_attention"):  # Gemma 3's, of models that embed texts
+        asked["use_bidirectional_attention"] = True
+    if asked:
+        key, value = next(iter(asked.items()))
         raise UserError(
             f"Base {name}: its config.json sets {key}: {value}, which qlora_lightning does not compute and will not "
             "ignore. Choose a base without it."

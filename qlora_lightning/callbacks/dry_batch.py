@@ -53,10 +53,9 @@ class DryBatch(Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)  # the next peak logged is that of the first steps
         if trainer.is_global_zero:
-            rich.print(
-                f"Dry run of the largest batch ({len(batch['row_ids']):,} rows, {batch['input_ids'].numel():,} tokens, "
-                f"the longest row {batch['longest']:,}): {seconds:.1f} s, peak {peak:.2f} GiB"
-            )
+            rows, tokens = len(set(batch["row_ids"].tolist())), batch["input_ids"].numel()
+            size = f"{rows:,} rows, {tokens:,} tokens, the longest row {batch['longest']:,}"
+            rich.print(f"Dry run of the largest batch ({size}): {seconds:.1f} s, peak {peak:.2f} GiB")
 
 
 def find_largest(trainer: Trainer, module: Any) -> Batch | None:

@@ -168,6 +168,9 @@ class Preparation:
         if isinstance(content, Pair):
             if all(len(samples) == 1 for samples in fitted):
                 (one,), (other,) = fitted
+                if fitted != parts and _prompt_of(one) != _prompt_of(other):
+                    report.drop("their prompt is too long for the two answers to share what is left of it")
+                    return
                 ids, labels = one.ids + other.ids, one.labels + other.labels
                 self._builder.add(ids, labels, number, source, row.file, row.line, content.weight, len(one.ids))
                 return
@@ -284,6 +287,10 @@ def _fit(recipe: Recipe, content: Content, rendered: list[Rendered], report: Rep
             report.lost_labels -= _count(short)
             fitted.append(short)
     return fitted
+
+
+def _prompt_of(sample: Rendered) -> list[int]:
+    return sample.ids[: next(at for at, label in enumerate(sample.labels) if label != IGNORED)]
 
 
 def _count(sample: Rendered) -> int:

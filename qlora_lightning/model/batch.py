@@ -18,7 +18,7 @@ def row_places(data: Any, row_ids: Iterable[int]) -> list[str]:
     """
     samples: Any = getattr(data, "samples", {}).get("train")
     places = []
-    for row_id in row_ids:
+    for row_id in dict.fromkeys(row_ids):
         if row_id < 0:
             continue
         found = [] if samples is None else np.flatnonzero(samples.row_ids == row_id)[:1].tolist()

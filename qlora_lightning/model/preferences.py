@@ -1,16 +1,19 @@
 """Training on preferences: two answers to each prompt, of which the first is the better one."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.model.adapters.lora import with_adapter, without_adapters
 from qlora_lightning.model.checkpoint.ranks import gather_states
+from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.loss import LossSums, TokenStatistics, head_of, token_losses
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.support.errors import UserError
@@ -19,7 +22,7 @@ Objective = Literal["dpo", "ipo", "simpo", "orpo"]
 _BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}
 _LOGGED = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 _REFERENCE = "reference"  # name of the adapter that the reference has
-_KEPT = "reference_log_probs"  # key of a checkpoint
+_REFERENCES = "reference_log_probs"  # key of a checkpoint
 
 
 class PreferenceModule(QLoRAModule):
@@ -34,15 +37,15 @@ class PreferenceModule(QLoRAModule):
     is one, else per token.
 
     Args:
-        base: Arguments that are not named here are those of :class:`QLoRAModule`.
+        base: As of :class:`QLoRAModule`.
         objective: ``dpo`` (Rafailov et al. 2023), ``ipo`` (Azar et al. 2023), ``simpo`` (Meng et al. 2024) or ``orpo``
             (Hong et al. 2024); the last two need no reference.
         beta: How far the model may go from the reference: the smaller, the farther; of ``simpo`` the scale of rewards,
             of ``orpo`` the weight of the odds ratio. ``None``: 0.1, of ``simpo`` 2.
-        gamma: Of ``simpo``: by how much the chosen reward is to be larger.
+        gamma: Of ``simpo``: by how much the chosen reward is to be larger; ``None``: 1.
         label_smoothing: Of ``dpo`` and ``simpo``: the share of pairs that are labelled the wrong way around.
         sft_share: Factor of the chosen answer's loss per token, which is added.
-        kwargs: See ``base``.
+        kwargs: More arguments of :class:`QLoRAModule`.
     """
 
     pairs = True
@@ -52,7 +55,7 @@ class PreferenceModule(QLoRAModule):
         base: str,
         objective: Objective = "dpo",
         beta: float | None = None,
-        gamma: float = 1.0,
+        gamma: float | None = None,
         label_smoothing: float = 0.0,
         sft_share: float = 0.0,
         **kwargs: Any,
@@ -60,22 +63,39 @@ class PreferenceModule(QLoRAModule):
         super().__init__(base, **kwargs)
         if objective not in _BETAS:
             raise UserError(f"model.objective is {objective!r}: expected {', '.join(_BETAS)}.")
-        if beta is not None and beta <= 0:
+        if beta is not None and not 0 < beta < math.inf:
             raise UserError(f"model.beta is {beta:g}: expected a positive number, such as {_BETAS[objective]:g}.")
+        if not 0 <= sft_share < math.inf:
+            raise UserError(f"model.sft_share is {sft_share:g}: expected 0 (off) or more.")
         if not 0 <= label_smoothing < 0.5:
             raise UserError(f"model.label_smoothing is {label_smoothing:g}: expected a share in [0, 0.5).")
-        self.objective, self.beta, self.gamma = objective, _BETAS[objective] if beta is None else beta, gamma
+        if gamma is not None and objective != "simpo":
+            raise UserError(f"model.gamma is {gamma:g}, which {objective} has no use for: only simpo has.")
+        if label_smoothing and objective not in ("dpo", "simpo"):
+            raise UserError(
+                f"model.label_smoothing is {label_smoothing:g}, which {objective} has no use for: only dpo and simpo."
+            )
+        self.objective, self.beta = objective, _BETAS[objective] if beta is None else beta
+        self.gamma = 0.0 if objective != "simpo" else 1.0 if gamma is None else gamma
         self.label_smoothing, self.sft_share = label_smoothing, sft_share
         self.val_statistics, self.test_statistics = TokenStatistics(_LOGGED), TokenStatistics(_LOGGED)
-        # of each split, by the hash of its samples: what the reference makes of a row, (2,)
-        self._kept: dict[str, dict[int, Tensor]] = {}
-        self._keeps: dict[int, Tensor] | None = None  # those of the step at work
+        self._reference_adapter = self.adapter  # evaluation sets `adapter` to the trained one
+        # of each split, by the hash of its rows: the reference's log-probabilities of the two answers of a row, (2,)
+        self._references: dict[str, dict[int, Tensor]] = {}
+        self._references_of_step: dict[int, Tensor] | None = None
 
     def configure_model(self) -> None:
         is_new = self.model is None
+        trains = self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING or self.trainer.ckpt_path
+        is_reference = self._has_reference and self.adapter is not None and self.adapter == self._reference_adapter
+        if is_reference and not trains:
+            raise UserError(
+                f"The adapter {self.adapter} would be compared with itself: model.adapter names the reference of "
+                f"{self.objective}. Evaluate a run by its own config.yaml, or name its checkpoint by --ckpt_path."
+            )
         super().configure_model()
-        if is_new and self.adapter is not None and self._has_reference:
-            self.add_adapter(_REFERENCE, find_adapter_folder(self.adapter))
+        if is_new and self._reference_adapter is not None and self._has_reference:
+            self.add_adapter(_REFERENCE, find_adapter_folder(self._reference_adapter))
 
     @property
     def _has_reference(self) -> bool:
@@ -122,10 +142,11 @@ class PreferenceModule(QLoRAModule):
         if self.objective == "ipo":  # Azar et al., equation 17, per token as the authors' results are
             losses = (difference - 1 / (2 * self.beta)).square()
         elif self.objective == "orpo":  # Hong et al., equations 6 and 7
-            log_odds = mean - torch.log(-torch.expm1(mean))
+            certain = mean.clamp(max=-1e-7)  # of a probability of 1 the odds are infinite
+            log_odds = certain - torch.log(-torch.expm1(certain))
             losses = -mean[:, 0] - self.beta * F.logsigmoid(log_odds[:, 0] - log_odds[:, 1])
         else:  # Rafailov et al., equation 7; Meng et al., equation 6
-            ahead = difference - (self.gamma if self.objective == "simpo" else 0.0)
+            ahead = difference - self.gamma
             right, wrong = F.logsigmoid(ahead), F.logsigmoid(-ahead)
             losses = -(1 - self.label_smoothing) * right - self.label_smoothing * wrong
         return losses - self.sft_share * mean[:, 0]
@@ -140,61 +161,69 @@ class PreferenceModule(QLoRAModule):
 
     def reference(self) -> contextlib.AbstractContextManager[None]:
         """Let the model be what it was when training began."""
-        return without_adapters(self.model) if self.adapter is None else with_adapter(self.model, _REFERENCE)
+        if self._reference_adapter is None:
+            return without_adapters(self.model)
+        return with_adapter(self.model, _REFERENCE)
 
     def _reference_log_probs(self, batch: dict[str, Any]) -> Tensor:
         """Return the reference's log-probabilities of both answers of each pair, ``(pairs, 2)``."""
-        kept, rows = self._keeps, batch["layout"].rows[::2]
-        if kept is not None and all(row in kept for row in rows):
-            return torch.stack([kept[row] for row in rows])
+        known, rows = self._references_of_step, batch["layout"].rows[::2]
+        if known is not None and all(row in known for row in rows):
+            return torch.stack([known[row] for row in rows])
         noise, self.neftune_alpha = self.neftune_alpha, None
+        drops = self.training and has_dropout(self.causal_lm)
         try:
+            self.model.train(self.training and not drops)
             with torch.no_grad(), self.reference():
                 log_probs = -_sum_pieces(self._token_losses(batch), batch["layout"].counts).view(-1, 2)
         finally:
             self.neftune_alpha = noise
-        if kept is not None:
-            kept.update(zip(rows, log_probs, strict=True))
+            self.model.train(self.training)
+        if known is not None:
+            known.update(zip(rows, log_probs, strict=True))
         return log_probs
 
     @contextlib.contextmanager
-    def _keeping(self, split: str) -> Iterator[None]:
-        """Keep what the reference makes of the rows of a split, if its data module knows them."""
-        samples = getattr(getattr(self.trainer, "datamodule", None), "samples", {}).get(split)
-        self._keeps = None if samples is None else self._kept.setdefault(samples.content_hash, {})
+    def _caching_references(self, split: str) -> Iterator[None]:
+        """Compute the reference of each row of a split once, if its rows come again and the data module knows them."""
+        data = getattr(self.trainer, "datamodule", None)
+        samples = getattr(data, "samples", {}).get(split)
+        streams = split == "train" and getattr(data, "streaming", False)
+        if samples is not None and not streams:
+            self._references_of_step = self._references.setdefault(samples.rows_hash, {})
         try:
             yield
         finally:
-            self._keeps = None
+            self._references_of_step = None
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        with self._keeping("train"):
+        with self._caching_references("train"):
             return super().training_step(batch, batch_idx)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        with self._keeping("val"):
+        with self._caching_references("val"):
             super().validation_step(batch, batch_idx)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        with self._keeping("test"):
+        with self._caching_references("test"):
             super().test_step(batch, batch_idx)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = {
-            split: {"rows": torch.tensor(list(kept)), "log_probs": torch.stack(list(kept.values())).cpu()}
-            for split, kept in self._kept.items()
-            if kept
+            split: {"rows": torch.tensor(list(known)), "log_probs": torch.stack(list(known.values())).cpu()}
+            for split, known in self._references.items()
+            if known
         }
-        checkpoint[_KEPT] = gather_states(own, self.trainer.global_rank, self.trainer.world_size)
+        checkpoint[_REFERENCES] = gather_states(own, self.trainer.global_rank, self.trainer.world_size)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        states: Sequence[Mapping[str, Any]] = checkpoint.get(_KEPT, [])
+        states: Sequence[Mapping[str, Any]] = checkpoint.get(_REFERENCES, [])
         rank, world_size = (0, 1) if self._trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         if len(states) == world_size:  # else they are computed again
             for split, state in states[rank].items():
-                values = state["log_probs"].to(self.device)
-                self._kept[split] = dict(zip(state["rows"].tolist(), values, strict=True))
+                values = state["log_probs"].to(self._device_of_process())  # the module comes there later
+                self._references[split] = dict(zip(state["rows"].tolist(), values, strict=True))
 
 
 def _sum_pieces(values: Tensor, counts: Sequence[int]) -> Tensor:

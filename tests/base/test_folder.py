@@ -77,6 +77,7 @@ CONFIG_FAULTS = [
     (set_config(model_type="gpt2"), r"Base tiny: its model_type is 'gpt2' .*expected one of llama, mistral, "),
     (set_config(model_type="mixtral", num_local_experts=8), "a mixture of experts.* in 16 bits"),
     (set_config(model_type="qwen2", layer_types=["chunked_attention"]), r"sets layer_types: \['chunked_attention'\]"),
+    (set_config(model_type="gemma3_text", use_bidirectional_attention=True), "sets use_bidirectional_attention: True"),
     (set_config(sliding_window=4096), "Base tiny: .*sets sliding_window: 4096, which"),
     (set_config(attn_logit_softcapping=50.0), "attn_logit_softcapping"),
     (set_config(layer_types=["full_attention", "sliding_attention"]), "layer_types"),

@@ -156,8 +156,10 @@ def test_the_program_quantizes(with_run, monkeypatch, capsys):
     assert (with_run / "asked").read_text() == "Q4_K_M\n"
     assert sorted(file.name for file in (with_run / "merged" / "gguf").iterdir()) == ["Modelfile", "model-q4_k_m.gguf"]
     assert (with_run / "merged" / "gguf" / "Modelfile").read_text().startswith("FROM ./model-q4_k_m.gguf\nTEMPLATE ")
-    for command in ("ollama create my-model -f merged/gguf/Modelfile", "llama-cli -m merged/gguf/model-q4_k_m.gguf"):
-        assert command in out
+    card = (with_run / "merged" / "README.md").read_text()
+    for command in ("ollama create my-model -f %sgguf/Modelfile", "llama-cli -m %sgguf/model-q4_k_m.gguf"):
+        assert command % "merged/" in out
+        assert command % "" in card
 
 
 def test_a_quantizer_that_fails_leaves_nothing(with_run, monkeypatch, capsys):
@@ -232,15 +234,17 @@ def with_template(base, choice):
     tokenizer.add_tokens(list(MARKS), special_tokens=True)
     if "llama" in choice:
         tokenizer.bos_token = "<|begin_of_text|>"
-    return choose_chat_template(tokenizer, None if choice == "SmolLM2's own" else choice)
+    options = {"enable_thinking": False} if "qwen3" in choice else None  # as the recipe for Qwen3 has it
+    return choose_chat_template(tokenizer, None if choice == "SmolLM2's own" else choice, options)
 
 
 def run_go(template, messages):
-    """Evaluate what the templates use of Go's text/template: texts, range, if, else if, end, eq and fields."""
+    """Evaluate what the templates use of Go's text/template: texts, range, if, else if, else, end and conditions."""
     parts = re.split(r"\{\{ (.*?) \}\}", template)  # texts and actions in turns
     conditions = {'eq .Role "system"': lambda at: messages[at]["role"] == "system"}
     conditions |= {'eq .Role "user"': lambda at: messages[at]["role"] == "user", "eq $i 0": lambda at: at == 0}
     conditions['eq .Role "assistant"'] = lambda at: messages[at]["role"] == "assistant"
+    conditions["eq (len (slice $.Messages $i)) 1"] = lambda at: at == len(messages) - 1
     assert parts[:2] == ["", "range $i, $_ := .Messages"]
     assert parts[-2:] == ["end", ""]
     out = ""
@@ -256,6 +260,8 @@ def run_go(template, messages):
                 _, done = active.pop()
                 taken = not done and conditions[part[8:]](at)
                 active.append((taken, done or taken))
+            elif part == "else":
+                active.append((not active.pop()[1], True))
             elif part == "end":
                 active.pop()
             else:
@@ -265,7 +271,9 @@ def run_go(template, messages):
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
-@pytest.mark.parametrize("choice", ["SmolLM2's own", "chatml", "alpaca", "llama3", "llama31.jinja", "qwen25.jinja"])
+@pytest.mark.parametrize(
+    "choice", ["SmolLM2's own", "chatml", "alpaca", "llama3", "llama31.jinja", "qwen25.jinja", "qwen3.jinja"]
+)
 def test_a_modelfile_writes_our_prompts(choice, adds_bos, tmp_path, tiny_base, pytestconfig):
     name = str(pytestconfig.rootpath / "tests/data/model_templates" / choice) if "jinja" in choice else choice
     tokenizer = with_template(tiny_base, name)

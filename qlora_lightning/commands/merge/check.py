@@ -58,7 +58,7 @@ def check_written(
     max_kl = max_kl if options.max_kl is None else options.max_kl
     weights = OriginalWeights(BaseFolder(str(folder), folder, "folder", None))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows, labels, faults = sum(len(batch["row_ids"]) for batch in batches), labels_of(batches), []
+    rows, labels, faults = sum(len(set(batch["row_ids"].tolist())) for batch in batches), labels_of(batches), []
     with steps_bar("checking", (2 + bool(gguf_file)) * plan.config.num_hidden_layers) as watch:
 
         def run(model: Any, weights: Weights) -> Iterator[Tensor]:

@@ -83,6 +83,9 @@ def merge(options: argparse.Namespace) -> None:
             settings = (source.identity.get("data") or {}).get("settings") or {}
             tokenizer = load_tokenizer(str(folder))
             has_template = write_modelfile(gguf_file, tokenizer, adds_bos(folder), settings.get("system"))
+            commands = _commands(gguf_file.relative_to(folder), has_template)
+            title = f"# {options.out.name}\n\n{figures['base']} with the adapter {source.folder.name} merged into it."
+            (folder / "README.md").write_text(f"{title}\n\n```\n{commands}\n```\n", encoding="utf-8")
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         figures["files"] = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
         figures["check"] = check_written(options, plan, trained, folder, gguf_file, batches) if batches else None
@@ -94,18 +97,22 @@ def merge(options: argparse.Namespace) -> None:
         if name.endswith((".safetensors", ".gguf")):
             print(f"{options.out / name}  {format_bytes(size)}")
     if gguf_file is not None:
-        _tell_commands(options.out / "gguf" / gguf_file.name, has_template)
+        print(_commands(options.out / "gguf" / gguf_file.name, has_template))
 
 
-def _tell_commands(file: Path, has_template: bool) -> None:
-    print(f"Run it:  ollama create my-model -f {file.parent / 'Modelfile'}")
-    print("         ollama run my-model")
-    print(f"     or  llama-cli -m {file}")
+def _commands(file: Path, has_template: bool) -> str:
+    """Return how to run a GGUF file."""
+    lines = [
+        f"Run it:  ollama create my-model -f {file.parent / 'Modelfile'}",
+        "         ollama run my-model",
+        f"     or  llama-cli -m {file}",
+    ]
     if not has_template:
-        print(
+        lines.append(
             "The Modelfile has no TEMPLATE, because the form of this chat template in Ollama's language is not known: "
             "write one, or run the file by llama-cli, which reads the chat template itself."
         )
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager

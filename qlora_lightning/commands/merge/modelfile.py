@@ -18,18 +18,21 @@ class _Form(NamedTuple):
     behind_system: str
     begin: str  # before the first question, without a system message
     behind_question: str  # up to the answer's first character
+    behind_earlier_question: str  # the same of a turn before: Qwen3 leaves the empty thoughts out there
     behind_answer: str  # up to the next question's first character
 
     def write(self, messages: _Messages) -> str:
         """Write a prompt as Ollama does by the template in Go."""
-        behind = {"system": self.behind_system, "user": self.behind_question, "assistant": self.behind_answer}
+        behind = {"system": self.behind_system, "user": self.behind_earlier_question, "assistant": self.behind_answer}
         begin = self.system if messages[0]["role"] == "system" else self.begin
-        return begin + "".join(each["content"] + behind[each["role"]] for each in messages)
+        earlier = "".join(each["content"] + behind[each["role"]] for each in messages[:-1])
+        return begin + earlier + messages[-1]["content"] + self.behind_question
 
 
 _TEMPLATE = (
     '{{ range $i, $_ := .Messages }}{{ if eq .Role "system" }}%s{{ .Content }}%s'
-    '{{ else if eq .Role "user" }}{{ if eq $i 0 }}%s{{ end }}{{ .Content }}%s'
+    '{{ else if eq .Role "user" }}{{ if eq $i 0 }}%s{{ end }}{{ .Content }}'
+    "{{ if eq (len (slice $.Messages $i)) 1 }}%s{{ else }}%s{{ end }}"
     '{{ else if eq .Role "assistant" }}{{ .Content }}%s{{ end }}{{ end }}'
 )
 
@@ -68,8 +71,8 @@ def _find_form(tokenizer: Any) -> _Form | None:
     talk = _say("user", _QUESTION, "assistant", _ANSWER, "user", _NEXT)
     try:
         system, behind_system, _ = _take_apart(write(_say("system", _SYSTEM, "user", _QUESTION)), _SYSTEM, _QUESTION)
-        begin, _, behind_answer, behind_question = _take_apart(write(talk), _QUESTION, _ANSWER, _NEXT)
-        form = _Form(system, behind_system, begin, behind_question, behind_answer)
+        begin, earlier, behind_answer, behind_question = _take_apart(write(talk), _QUESTION, _ANSWER, _NEXT)
+        form = _Form(system, behind_system, begin, behind_question, earlier, behind_answer)
         others = talk[:1], _say("system", _NEXT, "user", _ANSWER), [*_say("system", _SYSTEM), *talk], [*talk[:2], *talk]
         return form if all(form.write(each) == write(each) for each in others) else None
     except Exception:  # a template is a program, and may fail in any way: of a system message, for example

@@ -134,7 +134,7 @@ class StreamLoader:
         self._done = 0  # batches of the block
         self._handed_out = 0  # batches of the run
         stop, filler = min(self.recipe.renderer.stop_ids), SampleSetBuilder()
-        filler.add([stop, stop], [stop, stop], -1)
+        filler.add([stop, stop], [stop, stop], -1, first=int(self.recipe.pairs))
         self._filler = filler.build()
 
     def __len__(self) -> int:

@@ -84,6 +84,12 @@ _SPEAKERS = {
 _UNREAD = {*MEDIA, "loss", "mask", "trian", "trained", "training", "weigth", "weights"}
 
 
+def is_answer(message: Mapping[str, Any]) -> bool:
+    """Whether an assistant speaks, by a name that is known."""
+    speaker = _speaker_of(message)
+    return _SPEAKERS.get(speaker, speaker) == "assistant"
+
+
 def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message:
     """Check one message and return it with the keys that matter, or raise a RowFault; null counts as absent.
 
@@ -95,7 +101,7 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
     where = f"message {number}"
     if not isinstance(message, dict):
         raise RowFault(f"{where} must have 'role' and 'content', found {kind_of(message)}")
-    speaker = str(message.get("role", message.get("from")))
+    speaker = _speaker_of(message)
     role = roles.get(speaker, _SPEAKERS.get(speaker, speaker))
     if role not in ROLES:
         known = ", ".join((*ROLES, *_SPEAKERS))
@@ -169,6 +175,10 @@ def _read_marks(message: dict[str, Any], role: str, where: str) -> bool:
     if len(set(map(bool, marks.values()))) > 1:
         raise RowFault(f"'train' and 'weight' of {where} contradict each other")
     return all(marks.values())
+
+
+def _speaker_of(message: Mapping[str, Any]) -> str:
+    return str(message.get("role", message.get("from")))
 
 
 def check_order(conversation: Conversation, needs_answer: bool) -> None:

@@ -20,6 +20,7 @@ from qlora_lightning.data.rows.conversation import (
     Tokens,
     check_order,
     find_tools,
+    is_answer,
     read_glaive,
     read_message,
 )
@@ -200,19 +201,22 @@ def from_preference(values: dict[str, Any]) -> tuple[Any, Any]:
     """Read ``chosen`` and ``rejected``: each a text, a message or a list of messages, behind the row's prompt.
 
     The prompt is ``prompt`` (a text or messages), ``messages``, ``conversations``, or Alpaca's columns (LLaMA-Factory);
-    without one both hold whole conversations, which begin alike (TRL's implicit prompt).
+    without one, or beside one, both hold whole conversations, which begin alike (TRL's implicit prompt).
     """
     answers = [values["chosen"], values["rejected"]]
-    whole = next((values[key] for key in ("prompt", "messages", "conversations") if values.get(key)), None)
+    of_lists = (parse_json(values[key], repr(key)) for key in ("messages", "conversations") if values.get(key))
+    whole = values.get("prompt") or next(of_lists, None)
+    if all(isinstance(each, list) and not is_answer(each[0]) for each in answers):
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*answers, strict=False)))
+        whole, answers = answers[0][:shared], [answer[shared:] for answer in answers]
+        if not all(whole and answer and is_answer(answer[0]) for answer in answers):
+            raise RowFault("'chosen' and 'rejected' answer different prompts, or one has no answer")
     if values.get("instruction"):
         prompt = from_alpaca({**values, "output": None})
     elif isinstance(whole, str):
         prompt = _exchange(whole, None)
     elif whole is not None:
         prompt = whole
-    elif all(isinstance(answer, list) for answer in answers):
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*answers, strict=False)))
-        prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
     else:
         raise RowFault(
             "a preference row needs a prompt beside 'chosen' and 'rejected', or a whole conversation in each"
@@ -386,7 +390,7 @@ def _to_content(
         said = " ".join(str(error).split())[:300]  # an error may repeat the whole row
         raise RowFault(f"cannot be read by the format {form.name}: {type(error).__name__}: {said}") from error
     weight = _read_weight(values.get("weight")) if form.is_ours else getattr(content, "weight", 1.0)
-    if isinstance(content, Text | Tokens):
+    if isinstance(content, Text | Tokens) and not pairs:
         return content._replace(weight=weight)
     if pairs:
         if not isinstance(content, tuple | list) or len(content) != 2:

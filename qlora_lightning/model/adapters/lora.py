@@ -166,13 +166,18 @@ def without_adapters(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def with_adapter(model: Any, name: str) -> Iterator[None]:
-    """Switch to another adapter; afterwards to the one before, and the same tensors train."""
+    """Switch to another adapter, also within :func:`without_adapters`; afterwards all is as before."""
     active = model.active_adapter
+    disabled = [each for each in model.modules() if isinstance(each, BaseTunerLayer) and each.disable_adapters]
     with _training_as_before(model):
         model.set_adapter(name)
+        for layer in disabled:
+            layer.enable_adapters(True)
         try:
             yield
         finally:
+            for layer in disabled:
+                layer.enable_adapters(False)
             model.set_adapter(active)
 
 

@@ -1,11 +1,9 @@
-"""Ends a command when a signal asks for it, training where it can be resumed exactly; and orphaned processes."""
+"""Ends a command when a signal asks for it, training where it can be resumed exactly."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,14 +11,11 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from qlora_lightning.support.console import drop_lost_output, say
 from qlora_lightning.support.errors import ENDING_SIGNALS, TrainingStopped
 from qlora_lightning.support.trainer import callbacks_of
-
-_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class StopSignals(Callback):
@@ -125,20 +120,6 @@ class StopSignals(Callback):
                 raise KeyboardInterrupt
 
         _handle(filter(None, (signal.SIGINT, *ENDING_SIGNALS, asked)), note)
-
-
-class ProcessWatch(Callback):
-    """Let Linux end this process when the one that started it dies.
-
-    Lightning's first process watches those that it started, and torchrun watches all of them. When the first process
-    dies, the others would sit in their next exchange until its timeout, and hold their GPUs.
-    """
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        if sys.platform == "linux" and isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
-            # by SIGKILL: who waits in an exchange runs no handler
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def _end_at_signals(trainer: Trainer) -> None:

@@ -10,7 +10,6 @@ from typing import Any, get_args
 
 import jsonargparse
 import rich
-import torch
 import yaml
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -22,9 +21,10 @@ from rich.markup import escape
 from qlora_lightning import callbacks
 from qlora_lightning.callbacks.checkpoint_file import check_checkpoint, find_checkpoint
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
+from qlora_lightning.callbacks.process_watch import ProcessWatch
 from qlora_lightning.callbacks.progress_bar import choose_progress_display
 from qlora_lightning.callbacks.run_folder import RunFolder, refuse_started_folder
-from qlora_lightning.callbacks.stop_signals import ProcessWatch, was_requeued
+from qlora_lightning.callbacks.stop_signals import was_requeued
 from qlora_lightning.commands.config import (
     CALLBACKS,
     METHOD_KEYS,
@@ -39,7 +39,7 @@ from qlora_lightning.data.chat.tokenizer import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.checkpoint.format import find_foreign_class, read_checkpoint, read_content, usable_settings
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.support.errors import LostProcess, UserError
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_yaml
 from qlora_lightning.support.trainer import is_trial_run
 
@@ -274,26 +274,12 @@ def main(argv: Sequence[str]) -> int:
 
     Raises:
         UserError: a key or value is wrong.
-        LostProcess: another process of the run is gone or silent.
     """
     # a silent process is given up after ten minutes; Lightning waits for thirty
     limit = timedelta(minutes=10)
     StrategyRegistry.register("ddp", DDPStrategy, "DDP", override=True, start_method="popen", timeout=limit)
     verb, *options = argv
-    try:
-        QLoRACLI(options, verb).run()
-    except RuntimeError as error:
-        if not torch.distributed.is_initialized():
-            raise
-        message = " ".join(str(error).split())
-        if not isinstance(error, torch.distributed.DistError) and "gloo" not in message:
-            raise
-        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        raise LostProcess(
-            f"process {rank} of {world_size} (counted from 0) can no longer reach another one, which was killed (by "
-            "the system, for want of memory?), stopped with an error, or hangs; see its last lines above. What was "
-            f"saved is whole: resume from it by `--ckpt_path last`. ({message[:200]})"
-        ) from error
+    QLoRACLI(options, verb).run()
     return 0
 
 

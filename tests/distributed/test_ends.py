@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -55,26 +56,6 @@ def test_the_resumed_run_ends_as_the_one_that_never_stopped(said, folder, name, 
         assert metrics(folder / "stop" / name, column) == metrics(folder / "stop" / whole, column)
 
 
-def run(folder, **die):
-    """Start two processes by Lightning's own launcher; gives the first one's exit code, and what both said."""
-    config = {**CONFIG, "data": {"train": "rows.jsonl", "batch_size": 1}}
-    config["trainer"] = {**CONFIG["trainer"], "callbacks": [{"class_path": "hooks.Die", "init_args": die}]}
-    name = f"die-{'-'.join(map(str, die.values()))}"
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "qlora_lightning", "fit", "--config", f"{name}.yaml"]
-    with (folder / f"{name}.log").open("w") as log:
-        done = subprocess.run(
-            [*command, "--trainer.default_root_dir", name],
-            cwd=folder,
-            env=environment(folder),
-            stdout=log,
-            stderr=log,
-            timeout=120,
-            check=False,
-        )
-    return done.returncode, folder / f"{name}.log"
-
-
 def wait_for_end(pid, seconds):
     """Wait until there is no such process."""
     end = time.monotonic() + seconds
@@ -85,18 +66,38 @@ def wait_for_end(pid, seconds):
             return
         time.sleep(0.2)
     os.kill(pid, signal.SIGKILL)
-    pytest.fail(f"the other process is still there after {seconds} s")
+    pytest.fail(f"process {pid} is still there after {seconds} s")
 
 
-def test_the_others_end_when_the_first_process_is_killed(folder):
-    code, _ = run(folder, rank=0, others_sleep=100.0)  # asleep, as in an exchange that nobody answers
-    assert code == -signal.SIGKILL
-    wait_for_end(int((folder / "pid-1").read_text()), seconds=20)
+KILLED, RAISED = "without a word: killed", ": ValueError: no rows left"
 
 
-def test_the_first_process_ends_when_another_is_killed(folder):
-    code, log = run(folder, rank=1)
-    said = log.read_text()
-    assert code == 1
-    assert "process 0 of 2 (counted from 0) can no longer reach another one" in said
-    assert "Traceback" not in said
+# asleep: as in an exchange over NCCL, which does not notice
+@pytest.mark.parametrize(
+    ("processes", "rank", "error", "others_sleep", "code", "reports"),
+    [
+        (2, 1, None, 0.0, 1, 1),
+        (2, 0, None, 100.0, -signal.SIGKILL, 1),
+        (2, 1, "no rows left", 100.0, 1, 1),
+        (2, 0, "no rows left", 0.0, 1, 1),
+        (3, 2, None, 100.0, 1, 2),
+    ],
+)
+def test_a_process_that_dies_ends_the_others_which_say_who_and_why(
+    folder, processes, rank, error, others_sleep, code, reports
+):
+    name = f"die-{processes}-{rank}-{others_sleep}"
+    die = {"class_path": "hooks.Die", "init_args": {"rank": rank, "error": error, "others_sleep": others_sleep}}
+    config = {**CONFIG, "data": {"train": "rows.jsonl", "batch_size": 1}}
+    config["trainer"] = {**CONFIG["trainer"], "devices": processes, "callbacks": [die], "default_root_dir": name}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "qlora_lightning", "fit", "--config", f"{name}.yaml"]
+    with (folder / f"{name}.log").open("w") as log:
+        done = subprocess.run(command, cwd=folder, env=environment(folder), stdout=log, stderr=log, timeout=120)
+    for other in range(processes):
+        wait_for_end(int((folder / f"pid-{other}").read_text()), seconds=30)
+    said = (folder / f"{name}.log").read_text()
+    assert done.returncode == code, said
+    sentence = f"process {rank} of {processes} (counted from 0) on {socket.gethostname()} ended"
+    assert said.count(f"{sentence}{RAISED if error else f' {KILLED}'}") == reports, said
+    assert ("Traceback" in said) is (error is not None)

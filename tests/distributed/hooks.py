@@ -74,3 +74,12 @@ class Call(Callback):
             (stop,) = (each for each in trainer.callbacks if isinstance(each, StopSignals))
             while stop.received is None:
                 time.sleep(0.1)
+
+
+class LoseMachine(Callback):
+    """Kill this process and its launcher at the batch that the environment names."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if str(batch_idx) == os.environ.get("LOST_AT_BATCH"):
+            for process in (os.getppid(), os.getpid()):
+                os.kill(process, signal.SIGKILL)

@@ -537,7 +537,7 @@ class QLoRAModule(lightning.LightningModule):
 
         Options are more arguments of :func:`~qlora_lightning.model.generate.generate_answers`.
         """
-        with self.autocast():
+        with self.turns(), self.autocast():
             return generate_answers(self.model, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, **options)
 
     # ---- what it saves and loads -------------------------------------------------------------------------------------

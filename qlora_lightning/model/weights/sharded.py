@@ -21,8 +21,6 @@ from qlora_lightning.model.layers.attention import NO_MASK
 from qlora_lightning.model.layout import whole_samples
 from qlora_lightning.model.loss import HeadInParts, head_of
 
-PASS, _HEAD, DONE = range(3)  # what a process runs next, the first first
-
 
 class ShardedBase:
     """A base in parts, this process's share of it; lies on the model of transformers as ``in_parts``.
@@ -34,6 +32,8 @@ class ShardedBase:
         device: Of this process.
         offload: Keep the parts on the host, pinned: all of them, or those of the first layers.
     """
+
+    PASS, HEAD, DONE = range(3)  # what a process runs next, in the order in which they come
 
     def __init__(self, causal_lm: Any, device: torch.device, offload: bool | int = False) -> None:
         # A group of its own: what DDP exchanges comes in an order of its own.
@@ -55,15 +55,15 @@ class ShardedBase:
             for linear in linears:
                 _unpack(linear, device)
             self._of_body.append(shard(layer, offload is True or number < offload))
-            layer.register_forward_pre_hook(_pack(linears))  # after FSDP2's, which gathers
+            _pack_when_gathered(layer, linears)
         if embedding.weight is not head.weight:
             self._of_body.insert(0, shard(embedding, offload is True))
             self._of_body[0].set_unshard_in_backward(False)
             self._head = shard(HeadInParts(head), offload is True)
-            self._head.register_forward_pre_hook(lambda *_: self._wait_for_turn(_HEAD), prepend=True)
+            self._head.register_forward_pre_hook(lambda *_: self._wait_for_turn(self.HEAD), prepend=True)
             vars(causal_lm)["head_in_parts"] = self._head  # no part of the model, which has the head already
         fully_shard(body, mesh=mesh, ignored_params=set(body.parameters()))  # the root, with no part of its own
-        body.register_forward_pre_hook(lambda *_: self._wait_for_turn(PASS), prepend=True)
+        body.register_forward_pre_hook(lambda *_: self._wait_for_turn(self.PASS), prepend=True)
         causal_lm.in_parts = self
 
     def start(self) -> None:
@@ -95,12 +95,12 @@ class ShardedBase:
         self._in_turns = True
         try:
             yield
-            self.take_turn(DONE, self._gather_along)
+            self.take_turn(self.DONE, self._gather_along)
         finally:
             self._in_turns = False
 
     def take_turn(self, wanted: int, help_others: Callable[[int], object]) -> None:
-        """Return when it is this process's turn: others', of smaller numbers, come first; :data:`DONE` is the last."""
+        """Return when it is this process's turn: others', of smaller numbers, come first; :attr:`DONE` is the last."""
         while (turn := self._least(wanted)) != wanted:
             help_others(turn)
 
@@ -118,7 +118,7 @@ class ShardedBase:
             self.take_turn(wanted, self._gather_along)
 
     def _gather_along(self, turn: int) -> None:
-        for module in self._of_body if turn == PASS else [self._head]:
+        for module in self._of_body if turn == self.PASS else [self._head]:
             module.unshard()
             module.reshard()
 
@@ -149,8 +149,8 @@ def _unpack(linear: Any, device: torch.device) -> None:
     linear.weight = nn.Parameter(weight.data, requires_grad=False)
 
 
-def _pack(linears: list[Any]) -> Callable[..., None]:
-    """Make a hook that gives gathered weights back what bitsandbytes knows of them."""
+def _pack_when_gathered(layer: nn.Module, linears: list[Any]) -> None:
+    """Give a layer's weights back what bitsandbytes knows of them, by hooks that come after FSDP2's, which gather."""
 
     def pack(*_: Any) -> None:
         for linear in linears:
@@ -159,4 +159,9 @@ def _pack(linears: list[Any]) -> Callable[..., None]:
                 known = {"quant_state": state, "quant_type": state.quant_type, "blocksize": state.blocksize}
                 linear.weight = _Packed(linear.weight.data, bnb_quantized=True, **known)
 
-    return pack
+    def pack_before_backward(_: Any, inputs: Any, output: Any) -> None:
+        if output.requires_grad:
+            output.register_hook(pack)
+
+    layer.register_forward_pre_hook(pack)
+    layer.register_forward_hook(pack_before_backward)

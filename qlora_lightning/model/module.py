@@ -271,7 +271,7 @@ class QLoRAModule(lightning.LightningModule):
         from qlora_lightning.model.weights.sharded import ShardedBase  # FSDP2: only for who asks for it
 
         strategy = cast(ShardedDDPStrategy, self.trainer.strategy)
-        self.in_parts = ShardedBase(self.causal_lm, strategy.root_device, strategy.offload)
+        self.in_parts = ShardedBase(self.causal_lm, strategy.new_group(), strategy.root_device, strategy.offload)
         if self.made is not None:
             self.made = dataclasses.replace(self.made, asked={})  # to nobody else of use
         self.to(strategy.root_device)

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 _UNGATHERED = re.compile("got mixed torch.Tensor and DTensor|object of type DTensor")
@@ -22,6 +23,11 @@ class ShardedDDPStrategy(DDPStrategy):
     def __init__(self, *args: Any, offload: bool | int = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.offload = offload
+
+    def new_group(self) -> torch.distributed.ProcessGroup:
+        """Make another group of all processes, which gives a silent one up as soon as the usual group does."""
+        group: torch.distributed.ProcessGroup = torch.distributed.new_group(timeout=self._timeout)
+        return group
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)

@@ -59,13 +59,13 @@ class Weigh(Callback):
     """Write how many bytes of the decoder layers, and of embedding and head, this process holds when training ends."""
 
     def on_train_end(self, trainer, pl_module):
-        held = {True: 0, False: 0}
+        held = {"layers": 0, "others": 0}
         for name, tensor in pl_module.causal_lm.named_parameters():
             if not tensor.requires_grad:
                 part = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-                held[".layers." in name] += part.nbytes
+                held["layers" if ".layers." in name else "others"] += part.nbytes
         folder = Path(trainer.default_root_dir)
-        (folder / f"held-{trainer.global_rank}.json").write_text(json.dumps([held[True], held[False]]))
+        (folder / f"held-{trainer.global_rank}.json").write_text(json.dumps(held))
 
 
 class Spoil(Callback):

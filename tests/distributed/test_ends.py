@@ -55,11 +55,12 @@ def test_the_resumed_run_ends_as_the_one_that_never_stopped(said, folder, name, 
         assert metrics(folder / "stop" / name, column) == metrics(folder / "stop" / whole, column)
 
 
-def run(folder, **die):
+def run(folder, strategy, **die):
     """Start two processes by Lightning's own launcher; gives the first one's exit code, and what both said."""
     config = {**CONFIG, "data": {"train": "rows.jsonl", "batch_size": 1}}
-    config["trainer"] = {**CONFIG["trainer"], "callbacks": [{"class_path": "hooks.Die", "init_args": die}]}
-    name = f"die-{'-'.join(map(str, die.values()))}"
+    callbacks = [{"class_path": "hooks.Die", "init_args": die}]
+    config["trainer"] = {**CONFIG["trainer"], "strategy": strategy, "callbacks": callbacks}
+    name = f"die-{strategy}-{'-'.join(map(str, die.values()))}"
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "qlora_lightning", "fit", "--config", f"{name}.yaml"]
     with (folder / f"{name}.log").open("w") as log:
@@ -88,14 +89,16 @@ def wait_for_end(pid, seconds):
     pytest.fail(f"the other process is still there after {seconds} s")
 
 
-def test_the_others_end_when_the_first_process_is_killed(folder):
-    code, _ = run(folder, rank=0, others_sleep=100.0)  # asleep, as in an exchange that nobody answers
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_sharded"])
+def test_the_others_end_when_the_first_process_is_killed(folder, strategy):
+    code, _ = run(folder, strategy, rank=0, others_sleep=100.0)  # asleep, as in an exchange that nobody answers
     assert code == -signal.SIGKILL
     wait_for_end(int((folder / "pid-1").read_text()), seconds=20)
 
 
-def test_the_first_process_ends_when_another_is_killed(folder):
-    code, log = run(folder, rank=1)
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_sharded"])
+def test_the_first_process_ends_when_another_is_killed(folder, strategy):
+    code, log = run(folder, strategy, rank=1)
     said = log.read_text()
     assert code == 1
     assert "process 0 of 2 (counted from 0) can no longer reach another one" in said

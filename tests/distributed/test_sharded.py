@@ -1,12 +1,16 @@
 """A base in parts trains, judges, answers and resumes as a whole one, to the last byte."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 import yaml
 
-from tests.distributed.runs import CONFIG, adapter_bytes, launch, metrics
+from qlora_lightning.model.guards.checks import check_trainer
+from qlora_lightning.support.errors import UserError
+from tests.distributed.runs import CONFIG, adapter_bytes, environment, launch, metrics
 from tests.random_base import save_random_llama, save_tokenizer
 
 PARTS = ["--trainer.strategy", "ddp_sharded"]
@@ -28,9 +32,8 @@ ALIKE = {  # what slow runs differ in
     "fp4": ["--model.quantization", "fp4", "--model.double_quant", "false"],
     "tied": ["--model.base", "tiny"],
     "noise": ["--model.neftune_alpha", "5"],
-    "host": ["--model.base", "tiny", "--dry_batch"],
 }
-del ALIKE["host"]
+PAIRS = ["--model.base", "untied", "--trainer.max_steps", "-1", "--trainer.max_epochs", "2"]
 
 
 def fit(name, *arguments, config="parts.yaml"):
@@ -89,13 +92,11 @@ def test_it_trains_and_judges_as_a_whole_one(runs):
 
 
 @pytest.mark.usefixtures("said")
-def test_each_process_holds_half_of_it(runs):
-    whole, parts = (
-        [json.loads((runs / name / f"held-{rank}.json").read_text()) for rank in (0, 1)]
-        for name in ("judged", "judged-parts")
-    )
-    for each in zip(*whole, *parts):
-        assert each[2] <= 0.51 * each[0]
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_process_holds_half_of_layers_and_of_embedding_and_head(runs, rank):
+    whole, parts = (json.loads((runs / name / f"held-{rank}.json").read_text()) for name in ("judged", "judged-parts"))
+    for name in ("layers", "others"):
+        assert parts[name] <= 0.51 * whole[name]
 
 
 @pytest.mark.usefixtures("said")
@@ -120,8 +121,7 @@ def test_a_checkpoint_of_it_goes_on_with_a_whole_one(runs):
 
 
 @pytest.mark.slow
-def test_whatever_is_trained_and_how_the_bytes_are_the_same(runs):
-    """And a checkpoint of a whole one goes on in parts."""
+def test_whatever_trains_and_however_the_bytes_are_the_same(runs):
     commands = [
         fit(f"{name}{suffix}", *more, *strategy)
         for name, more in ALIKE.items()
@@ -130,3 +130,49 @@ def test_whatever_is_trained_and_how_the_bytes_are_the_same(runs):
     launch(runs, commands, timeout=900)
     for name in ALIKE:
         assert_same(runs, name)
+
+
+@pytest.mark.slow
+def test_preferences_ask_the_reference_when_some_process_needs_it(runs):
+    launch(
+        runs,
+        [fit(f"pairs{name}", *PAIRS, *each, config="pairs.yaml") for name, each in (("", WHOLE), ("-parts", PARTS))],
+    )
+    assert_same(runs, "pairs")
+
+
+@pytest.mark.slow
+def test_three_processes_train_and_resume_as_a_whole_one(runs):
+    """From three on parts are of unlike sizes, and a sum depends on its order."""
+    three = [*ACCUMULATED, "--trainer.devices", "3"]
+    commands = [fit("three", *three, *WHOLE, config="saves.yaml"), fit("three-parts", *three, *PARTS)]
+    launch(runs, [*commands, fit("three-resumed", *three, *PARTS, "--ckpt_path", "saved/3.ckpt")], processes=3)
+    assert_same(runs, "three")
+    assert adapter_bytes(runs / "three") == adapter_bytes(runs / "three-resumed")
+
+
+@pytest.mark.slow
+def test_one_process_streams_layers_from_the_host(runs):
+    one = ["--trainer.devices", "1"]
+    some = {"class_path": "qlora_lightning.ShardedDDPStrategy", "init_args": {"offload": 2}}
+    ways = {"one": "auto", "one-parts": "ddp_sharded_offload", "one-some": json.dumps(some)}
+    launch(runs, [fit(name, *one, "--trainer.strategy", each) for name, each in ways.items()], processes=1)
+    assert_same(runs, "one")
+    assert_same(runs, "one", "one-some")
+
+
+@pytest.mark.slow
+def test_a_rank_that_raises_ends_the_others(runs):
+    config = yaml.safe_load((runs / "spoilt.yaml").read_text())
+    config["trainer"]["callbacks"] = [{"class_path": "hooks.Spoil", "init_args": {"rank": 1, "raises": True}}]
+    (runs / "raises.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "qlora_lightning", *fit("raises", *PARTS, config="raises.yaml")]
+    done = subprocess.run(command, cwd=runs, env=environment(runs), timeout=120, text=True, capture_output=True)
+    assert done.returncode == 1
+    assert "a bug of the user's" in done.stderr
+    assert "process 0 of 2 (counted from 0) can no longer reach another one" in done.stdout + done.stderr
+
+
+def test_a_base_in_8_bits_is_refused_by_name():
+    with pytest.raises(UserError, match="int8"):
+        check_trainer("32-true", "ShardedDDPStrategy", "int8")

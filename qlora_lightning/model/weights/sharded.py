@@ -29,16 +29,18 @@ class ShardedBase:
 
     Args:
         causal_lm: On the CPU, where it may be mapped from a file: one layer after the other is read and cut.
+        group: Of all processes, and for this alone: what DDP exchanges comes in an order of its own.
         device: Of this process.
         offload: Keep the parts on the host, pinned: all of them, or those of the first layers.
     """
 
     PASS, HEAD, DONE = range(3)  # what a process runs next, in the order in which they come
 
-    def __init__(self, causal_lm: Any, device: torch.device, offload: bool | int = False) -> None:
-        # A group of its own: what DDP exchanges comes in an order of its own.
-        self.group, self.device = dist.new_group(), device
-        mesh = DeviceMesh.from_group(self.group, device.type)
+    def __init__(
+        self, causal_lm: Any, group: dist.ProcessGroup, device: torch.device, offload: bool | int = False
+    ) -> None:
+        self.group, self.device = group, device
+        mesh = DeviceMesh.from_group(group, device.type)
         on_host, on_device = CPUOffloadPolicy(pin_memory=device.type == "cuda"), OffloadPolicy()
         trainable = {parameter for parameter in causal_lm.parameters() if parameter.requires_grad}
 
@@ -55,6 +57,8 @@ class ShardedBase:
             for linear in linears:
                 _unpack(linear, device)
             self._of_body.append(shard(layer, offload is True or number < offload))
+            for linear in linears:
+                linear.weight.quant_state = linear.quant_state  # for who asks for sizes
             _pack_when_gathered(layer, linears)
         if embedding.weight is not head.weight:
             self._of_body.insert(0, shard(embedding, offload is True))

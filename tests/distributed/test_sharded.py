@@ -18,7 +18,16 @@ WHOLE = ["--trainer.strategy", "ddp"]
 CHECKPOINTING = ["--gradient_checkpointing.enabled", "true"]
 USUAL = ["--data.batch_size", "2", "--trainer.max_steps", "3", "--evaluation.enabled", "false"]
 JUDGED = ["--data.batch_size", "2", "--trainer.max_steps", "2", "--data.val", "nine.jsonl", *CHECKPOINTING]
-JUDGED += ["--evaluation.every_n_validations", "1", "--evaluation.rows", "5", "--trainer.val_check_interval", "2"]
+JUDGED += [
+    "--evaluation.enabled",
+    "true",
+    "--evaluation.every_n_validations",
+    "1",
+    "--evaluation.rows",
+    "5",
+    "--trainer.val_check_interval",
+    "2",
+]
 ACCUMULATED = ["--data.batch_size", "1", "--trainer.accumulate_grad_batches", "2", "--model.dropout", "0.1"]
 ALIKE = {  # what slow runs differ in
     "checkpointing": CHECKPOINTING,
@@ -77,7 +86,7 @@ def assert_same(runs, name, other=None):
     other = other or f"{name}-parts"
     assert adapter_bytes(runs / name) == adapter_bytes(runs / other)
     for column in ("train_loss", "grad_norm"):
-        assert metrics(runs / name, column) == metrics(runs / other, column)
+        assert str(metrics(runs / name, column)) == str(metrics(runs / other, column))  # one may be NaN
         assert metrics(runs / name, column)
 
 

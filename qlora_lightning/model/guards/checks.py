@@ -155,7 +155,8 @@ def checksum_frozen(model: nn.Module) -> dict[str, int]:
     found = {name: _checksum(each) for name, each in model.named_parameters() if not each.requires_grad}
     for name, module in model.named_modules():
         weight: Any = dict(module.named_parameters(recurse=False)).get("weight")
-        state = getattr(weight, "quant_state", None)  # of 4 bits
+        # of 4 bits; of a weight in parts its linear has it
+        state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
         rows = getattr(weight, "SCB", None)  # of int8
         if rows is None:  # the first forward moves it from the weight to the module
             rows = getattr(getattr(module, "state", None), "SCB", None)

@@ -6,6 +6,7 @@ processes: see :meth:`ShardedBase.turns`.
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ from qlora_lightning.model.loss import HeadInParts, head_of
 
 
 class ShardedBase:
-    """A base in parts, this process's share of it; lies on the model of transformers as ``in_parts``.
+    """A base of which each process holds a part.
 
     Embedding and head are in parts too unless they are one tensor.
 
@@ -39,6 +40,8 @@ class ShardedBase:
     def __init__(
         self, causal_lm: Any, group: dist.ProcessGroup, device: torch.device, offload: bool | int = False
     ) -> None:
+        # FSDP2's warning of outputs that are views: nobody writes into a layer's output
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         self.group, self.device = group, device
         mesh = DeviceMesh.from_group(group, device.type)
         on_host, on_device = CPUOffloadPolicy(pin_memory=device.type == "cuda"), OffloadPolicy()
@@ -57,8 +60,6 @@ class ShardedBase:
             for linear in linears:
                 _unpack(linear, device)
             self._of_body.append(shard(layer, offload is True or number < offload))
-            for linear in linears:
-                linear.weight.quant_state = linear.quant_state  # for who asks for sizes
             _pack_when_gathered(layer, linears)
         if embedding.weight is not head.weight:
             self._of_body.insert(0, shard(embedding, offload is True))
@@ -68,7 +69,6 @@ class ShardedBase:
             vars(causal_lm)["head_in_parts"] = self._head  # no part of the model, which has the head already
         fully_shard(body, mesh=mesh, ignored_params=set(body.parameters()))  # the root, with no part of its own
         body.register_forward_pre_hook(lambda *_: self._wait_for_turn(self.PASS), prepend=True)
-        causal_lm.in_parts = self
 
     def start(self) -> None:
         """Run one token: of its modules FSDP2 takes the one that runs first for the root; and the processes meet."""

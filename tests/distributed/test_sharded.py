@@ -41,12 +41,18 @@ ALIKE = {  # what slow runs differ in
     "fp4": ["--model.quantization", "fp4", "--model.double_quant", "false"],
     "tied": ["--model.base", "tiny"],
     "noise": ["--model.neftune_alpha", "5"],
+    "dora": ["--model.lora_options", '{"use_dora": true}'],
 }
 PAIRS = ["--model.base", "untied", "--trainer.max_steps", "-1", "--trainer.max_epochs", "2"]
 
 
 def fit(name, *arguments, config="parts.yaml"):
     return ["fit", "--config", config, "--trainer.default_root_dir", name, *USUAL, *arguments]
+
+
+def both(name, *arguments, **config):
+    """The commands of a run with a base each, and of the same with one in parts."""
+    return [fit(name, *arguments, *WHOLE, **config), fit(f"{name}-parts", *arguments, *PARTS, **config)]
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +76,10 @@ def runs(folder):
 @pytest.fixture(scope="module")
 def said(runs):
     """What one launch of two processes said."""
-    commands = [fit("judged", *JUDGED, *WHOLE), fit("judged-parts", *JUDGED, *PARTS)]
+    commands = both("judged", *JUDGED)
     predict = ["predict", "--config", "judged-parts/config.yaml", "--data.predict", "nine.jsonl"]
     commands += [[*predict, "--trainer.default_root_dir", name] for name in ("judged", "judged-parts")]
     commands[-2] += WHOLE
-    skip = ["--model.on_nonfinite", "skip"]
-    commands += [fit("spoilt", *skip, *WHOLE, config="spoilt.yaml")]
-    commands += [fit("spoilt-parts", *skip, *PARTS, config="spoilt.yaml")]
     commands += [fit("saves", *ACCUMULATED, *PARTS, config="saves.yaml")]
     commands += [fit("resumed", *ACCUMULATED, *WHOLE, "--ckpt_path", "saved/3.ckpt")]
     return launch(runs, commands)
@@ -115,7 +118,9 @@ def test_answers_are_those_of_a_whole_one(runs):
     assert one == other
 
 
-def test_a_loss_that_is_not_finite_is_looked_for_by_all(runs, said):
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_on_one_is_looked_for_by_all(runs):
+    launch(runs, both("spoilt", "--model.on_nonfinite", "skip", config="spoilt.yaml"))
     assert_same(runs, "spoilt")
     one, other = (
         json.loads((runs / name / "nonfinite-step-1.json").read_text()) for name in ("spoilt", "spoilt-parts")
@@ -131,22 +136,14 @@ def test_a_checkpoint_of_it_goes_on_with_a_whole_one(runs):
 
 @pytest.mark.slow
 def test_whatever_trains_and_however_the_bytes_are_the_same(runs):
-    commands = [
-        fit(f"{name}{suffix}", *more, *strategy)
-        for name, more in ALIKE.items()
-        for suffix, strategy in (("", WHOLE), ("-parts", PARTS))
-    ]
-    launch(runs, commands, timeout=900)
+    launch(runs, [command for name, more in ALIKE.items() for command in both(name, *more)], timeout=900)
     for name in ALIKE:
         assert_same(runs, name)
 
 
 @pytest.mark.slow
 def test_preferences_ask_the_reference_when_some_process_needs_it(runs):
-    launch(
-        runs,
-        [fit(f"pairs{name}", *PAIRS, *each, config="pairs.yaml") for name, each in (("", WHOLE), ("-parts", PARTS))],
-    )
+    launch(runs, both("pairs", *PAIRS, config="pairs.yaml"))
     assert_same(runs, "pairs")
 
 

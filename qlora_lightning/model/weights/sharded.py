@@ -22,6 +22,8 @@ from qlora_lightning.model.layers.attention import NO_MASK
 from qlora_lightning.model.layout import whole_samples
 from qlora_lightning.model.loss import HeadInParts, head_of
 
+_BYTE = torch.float8_e4m3fn  # as which bytes travel: FSDP2 of torch 2.11 takes floating dtypes only
+
 
 class ShardedBase:
     """A base of which each process holds a part.
@@ -150,7 +152,7 @@ def _unpack(linear: Any, device: torch.device) -> None:
     weight = linear.weight
     linear.quant_state = weight.quant_state
     linear.quant_state.to(device)
-    linear.weight = nn.Parameter(weight.data, requires_grad=False)
+    linear.weight = nn.Parameter(weight.data.view(_BYTE), requires_grad=False)
 
 
 def _pack_when_gathered(layer: nn.Module, linears: list[Any]) -> None:
@@ -161,7 +163,7 @@ def _pack_when_gathered(layer: nn.Module, linears: list[Any]) -> None:
             if not isinstance(linear.weight, bnb.nn.Params4bit):
                 state = linear.quant_state
                 known = {"quant_state": state, "quant_type": state.quant_type, "blocksize": state.blocksize}
-                linear.weight = _Packed(linear.weight.data, bnb_quantized=True, **known)
+                linear.weight = _Packed(linear.weight.data.view(torch.uint8), bnb_quantized=True, **known)
 
     def pack_before_backward(_: Any, inputs: Any, output: Any) -> None:
         if output.requires_grad:

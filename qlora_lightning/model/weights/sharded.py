@@ -129,8 +129,8 @@ class ShardedBase:
             module.reshard()
 
 
-class _Packed(bnb.nn.Params4bit):  # type: ignore[misc]  # bitsandbytes ships no types
-    """A gathered weight, which is read only while it is whole: C++ would read memory that is gone."""
+class Params4bit(bnb.nn.Params4bit):  # type: ignore[misc]  # bitsandbytes ships no types
+    """A gathered weight, read only while it is whole: C++ would read memory that is gone. PEFT goes by its name."""
 
     @property
     def quant_state(self) -> Any:
@@ -163,7 +163,7 @@ def _pack_when_gathered(layer: nn.Module, linears: list[Any]) -> None:
             if not isinstance(linear.weight, bnb.nn.Params4bit):
                 state = linear.quant_state
                 known = {"quant_state": state, "quant_type": state.quant_type, "blocksize": state.blocksize}
-                linear.weight = _Packed(linear.weight.data.view(torch.uint8), bnb_quantized=True, **known)
+                linear.weight = Params4bit(linear.weight.data.view(torch.uint8), bnb_quantized=True, **known)
 
     def pack_before_backward(_: Any, inputs: Any, output: Any) -> None:
         if output.requires_grad:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qlora_lightning.model.loss import LossSums
     from qlora_lightning.model.module import QLoRAModule
     from qlora_lightning.model.preferences import PreferenceModule
+    from qlora_lightning.model.sharded_strategy import ShardedDDPStrategy
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "PreferenceModule",
     "QLoRAModule",
     "RunReport",
+    "ShardedDDPStrategy",
     "StopSignals",
     "ThroughputMonitor",
 ]
@@ -57,6 +59,7 @@ _HOMES = {
     "PreferenceDataModule": "qlora_lightning.data.preferences",
     "PreferenceModule": "qlora_lightning.model.preferences",
     "QLoRAModule": "qlora_lightning.model.module",
+    "ShardedDDPStrategy": "qlora_lightning.model.sharded_strategy",
 }
 
 

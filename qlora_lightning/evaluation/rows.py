@@ -149,7 +149,7 @@ def evaluate_rows(
     module.eval()
     results = []
     try:
-        with dense_weights(module.model):
+        with module.turns(), dense_weights(module.model):
             for batch in batches:
                 for sums in row_losses(module, batch):
                     results.append(RowResult(float(sums.nll_sum), int(sums.labelled_tokens), int(sums.correct)))

@@ -9,6 +9,7 @@ import peft
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model.layers.attention import NO_MASK, check_attends_flatly
 from qlora_lightning.model.layers.elementwise import rope_limit
@@ -31,12 +32,15 @@ def dense_weights(model: nn.Module) -> Iterator[bool]:
     Nothing is merged: adapters act as before, and every product has the same operands. Afterwards the 4-bit linears
     are back, untouched. A second call inside the first changes nothing.
 
+    Weights of a base in parts stay as they are: no process has them all.
+
     Yields:
         Whether the weights are dense now.
     """
     children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
     linears: list[tuple[nn.Module, str, Any]] = [each for each in children if type(each[2]) is bnb.nn.Linear4bit]
-    if not linears or not _fits([linear for _, _, linear in linears]):
+    in_parts = any(isinstance(linear.weight, DTensor) for _, _, linear in linears)
+    if not linears or in_parts or not _fits([linear for _, _, linear in linears]):
         yield not linears
         return
     try:
@@ -140,7 +144,7 @@ def _batches(lengths: list[int], max_new_tokens: int, batch_size: int, limit: in
 def _generate(
     causal_lm: Any, prompts: Sequence[Sequence[int]], stop_ids: frozenset[int], max_new_tokens: int
 ) -> list[list[int]]:
-    device = causal_lm.get_input_embeddings().weight.device
+    device = causal_lm.base_model.norm.weight.device  # the embedding may be in parts, and they on the host
     lengths = [len(prompt) for prompt in prompts]
     cache = KeyValueCache(lengths, max_new_tokens, device)
 

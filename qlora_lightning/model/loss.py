@@ -113,6 +113,9 @@ def token_losses(
             a GPU as many as 256 MiB hold.
         fast: Whether a frozen head's gradient may be made while the logits exist; ``False`` leaves it to autograd.
     """
+    if isinstance(head, HeadInParts):
+        losses: tuple[Tensor, Tensor] = head.losses(hidden, targets, chunk, fast)
+        return losses
     is_frozen, device = _is_frozen_linear(head), hidden.device.type
     if fast and is_frozen:
         chunk = chunk or rows_of_logits(len(head.weight), head.weight.element_size(), device)
@@ -135,6 +138,8 @@ def mean_with_gradient_of_sum(sums: LossSums, scale: float = 1.0) -> Tensor:
 
 def head_of(causal_lm: Any) -> nn.Module:
     """Return what maps last hidden states to logits as the model's own forward: Granite scales them, Gemma 2 caps."""
+    if "head_in_parts" in vars(causal_lm):
+        return cast(nn.Module, causal_lm.head_in_parts)
     config, linear = causal_lm.config, causal_lm.get_output_embeddings()
     scaling, softcap = (getattr(config, name, None) for name in ("logits_scaling", "final_logit_softcapping"))
     return linear if scaling is None and softcap is None else _ScaledHead(linear, scaling or 1.0, softcap)
@@ -155,6 +160,26 @@ class _ScaledHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.linear(hidden) / self.scaling
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+class HeadInParts(nn.Module):
+    """A head of which each process holds a part: FSDP2 makes it whole for this module's forward, and its backward."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor, *of_losses: Any) -> Any:
+        if not of_losses:
+            return self.head(hidden)
+        targets, chunk, fast = of_losses
+        return token_losses(hidden, targets, self.head, chunk, fast=fast)
+
+    def losses(self, hidden: Tensor, targets: Tensor, chunk: int | None, fast: bool) -> Any:
+        """Compute :func:`token_losses`; backward reads the head only where autograd makes its gradient."""
+        sharded: Any = self
+        sharded.set_unshard_in_backward(not (fast and _is_frozen_linear(self.head)))
+        return self(hidden, targets, chunk, fast)
 
 
 def _is_frozen_linear(head: Any) -> bool:

@@ -1,10 +1,11 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train them."""
 
 import contextlib
+import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import lightning
 import peft
@@ -62,12 +63,16 @@ from qlora_lightning.model.optimizer import (
     group_parameters,
     plan_steps,
 )
+from qlora_lightning.model.sharded_strategy import ShardedDDPStrategy
 from qlora_lightning.model.summary import adapter_table, describe_sizes
 from qlora_lightning.model.window import Window, leave_gradients_to_window
 from qlora_lightning.support.console import print_detail
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import without_garbage_collection
 from qlora_lightning.support.trainer import callbacks_of
+
+if TYPE_CHECKING:
+    from qlora_lightning.model.weights.sharded import ShardedBase
 
 
 class QLoRAModule(lightning.LightningModule):
@@ -183,6 +188,7 @@ class QLoRAModule(lightning.LightningModule):
         self.strict_loading = True
         self.made: QLoRAModel | None = None
         self.spare: QLoRAModel | None = None
+        self.in_parts: ShardedBase | None = None
 
     def configure_callbacks(self) -> list[Callback]:
         return [ExactResume(), self.guard, QuietCollector()]
@@ -212,6 +218,8 @@ class QLoRAModule(lightning.LightningModule):
         report_start_adapter(self._trainer, self)
         self.model.train()  # Hugging Face models come in eval()
         self.choose_layers()
+        if self._is_sharded:
+            self._shard()
         if self._device_of_process().type == "cpu":
             keep_freed_memory()
         # DDP would send the whole base to every rank, which has it already, mapped from a file.
@@ -227,11 +235,10 @@ class QLoRAModule(lightning.LightningModule):
         Returns:
             A causal language model of transformers, or of PEFT around one, in which only adapters require gradients.
         """
-        device = self._device_of_process()
-        dtype = choose_compute_dtype(self.compute_dtype, device)
+        dtype = choose_compute_dtype(self.compute_dtype, self._device_of_process())
         made = assemble_model(
             name=self.base,
-            device=device,
+            device=torch.device("cpu") if self._is_sharded else self._device_of_process(),
             compute_dtype=dtype,
             quantization=self.quantization,
             double_quant=self.double_quant,
@@ -255,6 +262,28 @@ class QLoRAModule(lightning.LightningModule):
 
     def _device_of_process(self) -> torch.device:
         return self.device if self._trainer is None else self.trainer.strategy.root_device
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self._trainer is not None and isinstance(self.trainer.strategy, ShardedDDPStrategy)
+
+    def _shard(self) -> None:
+        from qlora_lightning.model.weights.sharded import ShardedBase  # FSDP2: only for who asks for it
+
+        strategy = cast(ShardedDDPStrategy, self.trainer.strategy)
+        self.in_parts = ShardedBase(self.causal_lm, strategy.new_group(), strategy.root_device, strategy.offload)
+        if self.made is not None:
+            self.made = dataclasses.replace(self.made, asked={})  # to nobody else of use
+        self.to(strategy.root_device)
+        self.in_parts.start()
+
+    def turns(self) -> contextlib.AbstractContextManager[None]:
+        """Where processes may run different numbers of passes, which a base in parts makes passes of all."""
+        return contextlib.nullcontext() if self.in_parts is None else self.in_parts.turns()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        fn = fn if self.in_parts is None else self.in_parts.leaving_parts(fn)
+        return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def on_fit_end(self) -> None:
         give_back_freed_memory()
@@ -508,7 +537,7 @@ class QLoRAModule(lightning.LightningModule):
 
         Options are more arguments of :func:`~qlora_lightning.model.generate.generate_answers`.
         """
-        with self.autocast():
+        with self.turns(), self.autocast():
             return generate_answers(self.model, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, **options)
 
     # ---- what it saves and loads -------------------------------------------------------------------------------------

@@ -111,6 +111,10 @@ class PreferenceModule(QLoRAModule):
         layout = self.layout_of(batch)
         batch = {**batch, "layout": layout}
         nll = self._token_losses(batch)
+        reference = None
+        if self._has_reference:
+            with self.turns():  # a process that knows it, or has a filler, computes none
+                reference = self._reference_log_probs(batch) if any(layout.counts) else None
         counts = torch.tensor(layout.counts, dtype=torch.float32).view(-1, 2)
         log_probs = -_sum_pieces(nll, layout.counts).view(-1, 2)  # (pairs, 2), a number for each answer
         if not counts.any():  # a filler
@@ -118,8 +122,8 @@ class PreferenceModule(QLoRAModule):
             return LossSums(nll.sum() * 0.0, zeros.long(), zeros.long(), dict.fromkeys(_LOGGED, zeros))
         counts = counts.to(self.device, non_blocking=True)
         mean = log_probs / counts  # per token
-        if self._has_reference:
-            ratios = log_probs - self._reference_log_probs(batch)
+        if reference is not None:
+            ratios = log_probs - reference
             rewards = self.beta * ratios
             compared = ratios / counts if self.objective == "ipo" else rewards
         else:

@@ -1,7 +1,10 @@
 """The table at the start: what is adapted, what trains, and how many bytes are in which dtype."""
 
 from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
 
+import bitsandbytes as bnb
 from peft.tuners.lora import LoraLayer
 from rich.table import Table
 from torch import nn
@@ -12,8 +15,7 @@ from qlora_lightning.base.tensors import format_bytes
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Count trainable and all parameters; a 4-bit weight counts as the numbers that it stands for."""
     trainable = total = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
+    for parameter, state in _with_states(model):
         total += parameter.numel() if state is None else state.shape.numel()
         trainable += parameter.numel() * parameter.requires_grad
     return trainable, total
@@ -22,14 +24,20 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
     """Sum the bytes of all parameters by dtype, the scales of quantized weights included."""
     sizes: dict[str, int] = defaultdict(int)
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
+    for parameter, state in _with_states(model):
         if state is None:
             sizes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel() * parameter.element_size()
             continue
         tensors = [parameter, state.absmax] + ([] if state.state2 is None else [state.state2.absmax])
         sizes[state.quant_type] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return dict(sizes)
+
+
+def _with_states(model: nn.Module) -> Iterator[tuple[nn.Parameter, Any]]:
+    """Yield each parameter, and what bitsandbytes knows of a 4-bit one; of a weight in parts its linear knows that."""
+    of_linears = {id(each.weight): each.quant_state for each in model.modules() if isinstance(each, bnb.nn.Linear4bit)}
+    for parameter in model.parameters():
+        yield parameter, getattr(parameter, "quant_state", None) or of_linears.get(id(parameter))
 
 
 def adapter_table(model: nn.Module) -> Table:

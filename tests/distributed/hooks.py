@@ -1,5 +1,6 @@
 """Callbacks that the launched runs name in their configs, by this module's name alone."""
 
+import json
 import os
 import signal
 import subprocess
@@ -83,3 +84,40 @@ class LoseMachine(Callback):
         if str(batch_idx) == os.environ.get("LOST_AT_BATCH"):
             for process in (os.getppid(), os.getpid()):
                 os.kill(process, signal.SIGKILL)
+
+
+class Weigh(Callback):
+    """Write how many bytes of the decoder layers, and of embedding and head, this process holds when training ends."""
+
+    def on_train_end(self, trainer, pl_module):
+        held = {"layers": 0, "others": 0}
+        for name, tensor in pl_module.causal_lm.named_parameters():
+            if not tensor.requires_grad:
+                part = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+                held["layers" if ".layers." in name else "others"] += part.nbytes
+        folder = Path(trainer.default_root_dir)
+        (folder / f"held-{trainer.global_rank}.json").write_text(json.dumps(held))
+
+
+class Spoil(Callback):
+    """Make the loss of one rank's second batch NaN, however often it is computed; or let the rank raise there."""
+
+    def __init__(self, rank: int, raises: bool = False):
+        self.rank, self.raises = rank, raises
+
+    def on_train_start(self, trainer, pl_module):
+        if trainer.global_rank == self.rank:
+            self.compute, self.bad = pl_module.compute_loss, None
+            pl_module.compute_loss = self.spoilt
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 1:
+            self.bad = set(batch["row_ids"].tolist())
+
+    def spoilt(self, batch):
+        sums = self.compute(batch)
+        if self.bad is None or not self.bad & set(batch["row_ids"].tolist()):
+            return sums
+        if self.raises:
+            raise ValueError("a bug of the user's")
+        return sums._replace(nll_sum=sums.nll_sum * float("nan"))

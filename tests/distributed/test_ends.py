@@ -74,22 +74,24 @@ KILLED, RAISED = "without a word: killed", ": ValueError: no rows left"
 
 # asleep: as in an exchange over NCCL, which does not notice
 @pytest.mark.parametrize(
-    ("processes", "rank", "error", "others_sleep", "code", "reports"),
+    ("strategy", "processes", "rank", "error", "others_sleep", "code", "reports"),
     [
-        (2, 1, None, 0.0, 1, 1),
-        (2, 0, None, 100.0, -signal.SIGKILL, 1),
-        (2, 1, "no rows left", 100.0, 1, 1),
-        (2, 0, "no rows left", 0.0, 1, 1),
-        (3, 2, None, 100.0, 1, 2),
+        ("ddp", 2, 1, None, 0.0, 1, 1),
+        ("ddp", 2, 0, None, 100.0, -signal.SIGKILL, 1),
+        ("ddp", 2, 1, "no rows left", 100.0, 1, 1),
+        ("ddp", 2, 0, "no rows left", 0.0, 1, 1),
+        ("ddp", 3, 2, None, 100.0, 1, 2),
+        ("ddp_sharded", 2, 1, None, 0.0, 1, 1),
     ],
 )
 def test_a_process_that_dies_ends_the_others_which_say_who_and_why(
-    folder, processes, rank, error, others_sleep, code, reports
+    folder, strategy, processes, rank, error, others_sleep, code, reports
 ):
-    name = f"die-{processes}-{rank}-{others_sleep}"
+    name = f"die-{strategy}-{processes}-{rank}-{others_sleep}"
     die = {"class_path": "hooks.Die", "init_args": {"rank": rank, "error": error, "others_sleep": others_sleep}}
     config = {**CONFIG, "data": {"train": "rows.jsonl", "batch_size": 1}}
     config["trainer"] = {**CONFIG["trainer"], "devices": processes, "callbacks": [die], "default_root_dir": name}
+    config["trainer"]["strategy"] = strategy
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "qlora_lightning", "fit", "--config", f"{name}.yaml"]
     with (folder / f"{name}.log").open("w") as log:

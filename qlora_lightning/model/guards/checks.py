@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model.batch import join_places, row_places
 from qlora_lightning.support.errors import UserError
@@ -30,7 +31,13 @@ def check_trainer(precision: str, strategy: str, quantization: str, processes: i
     if any(kind in strategy for kind in ("FSDP", "DeepSpeed", "ModelParallel")):
         raise UserError(
             f"trainer.strategy is {strategy}, which shards parameters: with a base quantized as {quantization} that is "
-            "silently wrong or unverified. Use `trainer.strategy: ddp`: each device holds its own small base."
+            "silently wrong or unverified. Use `trainer.strategy: ddp`: each device holds its own small base. "
+            "`ddp_sharded` cuts a base that no device can hold."
+        )
+    if strategy == "ShardedDDPStrategy" and quantization == "int8":
+        raise UserError(
+            "trainer.strategy ddp_sharded cuts bases in 4 bits or in 16, and model.quantization is int8, of which that "
+            "is untested: set nf4, or train with `ddp`."
         )
 
 
@@ -148,7 +155,8 @@ def checksum_frozen(model: nn.Module) -> dict[str, int]:
     found = {name: _checksum(each) for name, each in model.named_parameters() if not each.requires_grad}
     for name, module in model.named_modules():
         weight: Any = dict(module.named_parameters(recurse=False)).get("weight")
-        state = getattr(weight, "quant_state", None)  # of 4 bits
+        # of 4 bits; of a weight in parts its linear has it
+        state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
         rows = getattr(weight, "SCB", None)  # of int8
         if rows is None:  # the first forward moves it from the weight to the module
             rows = getattr(getattr(module, "state", None), "SCB", None)
@@ -174,6 +182,7 @@ def check_frozen(before: dict[str, int], now: dict[str, int]) -> None:
 
 
 def _checksum(tensor: Tensor) -> int:
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     if len(data) > _READ:
         spacing = len(data) // _RUNS

@@ -89,7 +89,14 @@ class TrainingGuard(Callback):
         found = f"The {what} of step {trainer.global_step}, at learning rate {rate:.3g}, is NaN or infinite."
         if self.on_nonfinite == "stop" or self.skipped_steps < _MOST_REPORTS:
             data = getattr(trainer, "datamodule", None)
-            mine = find_nonfinite(pl_module.model, pl_module.compute_loss, pl_module.window, data, trainer.global_rank)
+            mine = find_nonfinite(
+                pl_module.model,
+                pl_module.compute_loss,
+                pl_module.window,
+                data,
+                trainer.global_rank,
+                pl_module.in_parts,
+            )
             findings: list[Finding] = [mine] * trainer.world_size
             if trainer.world_size > 1:
                 torch.distributed.all_gather_object(findings, mine)

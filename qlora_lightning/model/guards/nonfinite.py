@@ -25,25 +25,40 @@ those that give it alone, or all of the micro-batch if none does; ``error``, wha
 """
 
 
-def find_nonfinite(model: nn.Module, compute_loss: ComputeLoss, window: Window, data: Any, rank: int = 0) -> Finding:
+def find_nonfinite(
+    model: nn.Module, compute_loss: ComputeLoss, window: Window, data: Any, rank: int = 0, in_parts: Any = None
+) -> Finding:
     """Run the micro-batches of a window again, one by one, until one gives a NaN or an infinity.
 
     Gradients and random generators stay as they were. Dropout is drawn again, so that what it alone caused may be gone.
     It never fails: the step is decided, and other ranks wait. Places and text of rows come from ``data``, the Trainer's
-    data module, if there is one.
+    data module, if there is one. With a base in parts (see ``ShardedBase``) each pass is one of all ranks.
     """
+
+    def run(batch: Any) -> tuple[bool, str | None]:
+        if in_parts is not None:
+            in_parts.take_turn(in_parts.PASS, help_others)
+        return _run(model, compute_loss, batch)
+
+    def help_others(_: int) -> None:
+        _run(model, compute_loss, window.batches[0])
+
     finding: Finding = {"rank": rank, "window_rows": row_places(data, window.row_ids), "rows": []}
     finding |= dict.fromkeys(("micro_batch", "module", "error"))
     generators = capture_generators()
     try:
         for number, batch in enumerate(window.batches):
-            is_finite, finding["module"] = _run(model, compute_loss, batch)
+            is_finite, finding["module"] = run(batch)
             if not is_finite:
                 rows = cut_into_rows(batch)
-                bad = [row for row in rows if not _run(model, compute_loss, row)[0]]
+                bad = [row for row in rows if not run(row)[0]]
                 finding |= {"micro_batch": number, "rows": [describe_row(data, row) for row in bad or rows]}
                 break
+        if in_parts is not None:
+            in_parts.take_turn(in_parts.DONE, help_others)
     except Exception as error:
+        if in_parts is not None:  # others wait in a pass that this one does not take part in any more
+            raise
         finding["error"] = f"{type(error).__name__}: {error}"
     finally:
         restore_generators(generators)

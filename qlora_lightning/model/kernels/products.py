@@ -104,10 +104,12 @@ class _Weight(ctypes.Structure):
 
 def _describe(left: Tensor, weight: Any) -> _Weight:
     of_left = left.data_ptr(), left.stride(0)
+    if not (numbers := weight.data_ptr()):
+        raise RuntimeError("A weight without numbers was read: one of a base in parts, outside its decoder layer?")
     if not isinstance(weight, bnb.nn.Params4bit):
-        return _Weight(*of_left, weight.data_ptr(), *weight.shape, None, None, None, None, None, _DEPTH, 1, 0.0)
+        return _Weight(*of_left, numbers, *weight.shape, None, None, None, None, None, _DEPTH, 1, 0.0)
     state = weight.quant_state
-    of_weight = weight.data_ptr(), *state.shape, state.code.data_ptr()
+    of_weight = numbers, *state.shape, state.code.data_ptr()
     if not state.nested:
         return _Weight(*of_left, *of_weight, state.absmax.data_ptr(), None, None, None, state.blocksize, 1, 0.0)
     inner = state.state2

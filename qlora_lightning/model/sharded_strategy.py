@@ -1,0 +1,38 @@
+"""DDP over a base in parts, for ``trainer.strategy: ddp_sharded`` and ``ddp_sharded_offload``."""
+
+import re
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+_UNGATHERED = re.compile("got mixed torch.Tensor and DTensor|object of type DTensor")
+
+
+class ShardedDDPStrategy(DDPStrategy):
+    """DDP of the adapters over a base of which each process holds a part: what one device cannot hold.
+
+    See :mod:`qlora_lightning.model.weights.sharded`. Results, checkpoints and adapter folders are those of ``ddp``.
+
+    Args:
+        offload: Keep the parts in the machine's memory, and copy each layer to the device when it is used: ``True``
+            all of them, a number those of the first layers. One process alone may do so too.
+        kwargs: Arguments of ``DDPStrategy``.
+    """
+
+    def __init__(self, *args: Any, offload: bool | int = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.offload = offload
+
+    def new_group(self) -> torch.distributed.ProcessGroup:
+        """Make another group of all processes, which gives a silent one up as soon as the usual group does."""
+        group: torch.distributed.ProcessGroup = torch.distributed.new_group(timeout=self._timeout)
+        return group
+
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if _UNGATHERED.search(str(exception)):
+            exception.args = (
+                "A weight of the base was read outside the forward of its decoder layer: under trainer.strategy "
+                f"ddp_sharded it is whole only inside. Call the layer, or train with `ddp`. ({exception})",
+            )

@@ -1,0 +1,173 @@
+"""Spreads a frozen base over the processes of a run: torch's FSDP2 gathers each decoder layer where it is used.
+
+A step goes so: the layer's packed weights come together before its forward, and again before its backward; afterwards
+each process keeps its own part. The adapters are whole on every process, and DDP's. So every pass is one of all
+processes: see :meth:`ShardedBase.turns`.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from qlora_lightning.model.layers.attention import NO_MASK
+from qlora_lightning.model.layout import whole_samples
+from qlora_lightning.model.loss import HeadInParts, head_of
+
+_BYTE = torch.float8_e4m3fn  # as which bytes travel: FSDP2 of torch 2.11 takes floating dtypes only
+
+
+class ShardedBase:
+    """A base of which each process holds a part.
+
+    Embedding and head are in parts too unless they are one tensor.
+
+    Args:
+        causal_lm: On the CPU, where it may be mapped from a file: one layer after the other is read and cut.
+        group: Of all processes, and for this alone: what DDP exchanges comes in an order of its own.
+        device: Of this process.
+        offload: Keep the parts on the host, pinned: all of them, or those of the first layers.
+    """
+
+    PASS, HEAD, DONE = range(3)  # what a process runs next, in the order in which they come
+
+    def __init__(
+        self, causal_lm: Any, group: dist.ProcessGroup, device: torch.device, offload: bool | int = False
+    ) -> None:
+        # FSDP2's warning of outputs that are views: nobody writes into a layer's output
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        self.group, self.device = group, device
+        mesh = DeviceMesh.from_group(group, device.type)
+        on_host, on_device = CPUOffloadPolicy(pin_memory=device.type == "cuda"), OffloadPolicy()
+        trainable = {parameter for parameter in causal_lm.parameters() if parameter.requires_grad}
+
+        def shard(module: nn.Module, offloads: bool) -> Any:
+            settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": trainable}
+            return fully_shard(module, offload_policy=on_host if offloads else on_device, **settings)
+
+        body, embedding, head = causal_lm.base_model, causal_lm.get_input_embeddings(), head_of(causal_lm)
+        self._body, self._in_turns = body, False
+        self._of_body: list[FSDPModule] = []
+        self._head: Any = None
+        for number, layer in enumerate(body.layers):
+            linears = [module for module in layer.modules() if isinstance(module, bnb.nn.Linear4bit)]
+            for linear in linears:
+                _unpack(linear, device)
+            self._of_body.append(shard(layer, offload is True or number < offload))
+            _pack_when_gathered(layer, linears)
+        if embedding.weight is not head.weight:
+            self._of_body.insert(0, shard(embedding, offload is True))
+            self._of_body[0].set_unshard_in_backward(False)
+            self._head = shard(HeadInParts(head), offload is True)
+            self._head.register_forward_pre_hook(lambda *_: self._wait_for_turn(self.HEAD), prepend=True)
+            vars(causal_lm)["head_in_parts"] = self._head  # no part of the model, which has the head already
+        fully_shard(body, mesh=mesh, ignored_params=set(body.parameters()))  # the root, with no part of its own
+        body.register_forward_pre_hook(lambda *_: self._wait_for_turn(self.PASS), prepend=True)
+
+    def start(self) -> None:
+        """Run one token: of its modules FSDP2 takes the one that runs first for the root; and the processes meet."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        samples = whole_samples([1]).to(self.device)
+        with torch.no_grad(), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            options = {"attention_mask": NO_MASK, "samples": samples, "use_cache": False}
+            states: Tensor = self._body(token, position_ids=token, **options).last_hidden_state[0]
+            if self._head is not None:
+                self._head(states)
+
+    @staticmethod
+    def leaving_parts(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Return a function that moves, say, a tensor, but leaves one in parts where it is."""
+        return lambda tensor: tensor if isinstance(tensor, DTensor) else fn(tensor)
+
+    # ---- passes that not every process runs --------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def turns(self) -> Iterator[None]:
+        """Let each process run as many passes without gradients as it likes: the others gather along.
+
+        All processes must enter. One that raises inside ends, and the others with it.
+        """
+        if self._in_turns or self.group.size() == 1:
+            yield
+            return
+        self._in_turns = True
+        try:
+            yield
+            self.take_turn(self.DONE, self._gather_along)
+        finally:
+            self._in_turns = False
+
+    def take_turn(self, wanted: int, help_others: Callable[[int], object]) -> None:
+        """Return when it is this process's turn: others', of smaller numbers, come first; :attr:`DONE` is the last."""
+        while (turn := self._least(wanted)) != wanted:
+            help_others(turn)
+
+    def any(self, mine: bool) -> bool:
+        """Whether any process says so; all must ask."""
+        return not self._least(not mine)
+
+    def _least(self, number: int) -> int:
+        least = torch.tensor(number, device=self.device)
+        dist.all_reduce(least, dist.ReduceOp.MIN, self.group)
+        return int(least)
+
+    def _wait_for_turn(self, wanted: int) -> None:
+        if self._in_turns:
+            self.take_turn(wanted, self._gather_along)
+
+    def _gather_along(self, turn: int) -> None:
+        for module in self._of_body if turn == self.PASS else [self._head]:
+            module.unshard()
+            module.reshard()
+
+
+class Params4bit(bnb.nn.Params4bit):  # type: ignore[misc]  # bitsandbytes ships no types
+    """A gathered weight, read only while it is whole: C++ would read memory that is gone. PEFT goes by its name."""
+
+    @property
+    def quant_state(self) -> Any:
+        """Of bitsandbytes; who reads the weight asks for it first."""
+        if not self.untyped_storage().size():
+            raise RuntimeError(
+                "A weight of the base was read outside the forward and backward of its decoder layer: under "
+                "trainer.strategy ddp_sharded it is whole only inside."
+            )
+        return self._state
+
+    @quant_state.setter
+    def quant_state(self, state: Any) -> None:
+        self._state = state
+
+
+def _unpack(linear: Any, device: torch.device) -> None:
+    """Leave to a linear its packed bytes as a plain tensor, which FSDP2 can cut, and what else they need beside it."""
+    weight = linear.weight
+    linear.quant_state = weight.quant_state
+    linear.quant_state.to(device)
+    linear.weight = nn.Parameter(weight.data.view(_BYTE), requires_grad=False)
+
+
+def _pack_when_gathered(layer: nn.Module, linears: list[Any]) -> None:
+    """Give a layer's weights back what bitsandbytes knows of them, by hooks that come after FSDP2's, which gather."""
+
+    def pack(*_: Any) -> None:
+        for linear in linears:
+            if not isinstance(linear.weight, bnb.nn.Params4bit):
+                state = linear.quant_state
+                known = {"quant_state": state, "quant_type": state.quant_type, "blocksize": state.blocksize}
+                linear.weight = Params4bit(linear.weight.data.view(torch.uint8), bnb_quantized=True, **known)
+
+    def pack_before_backward(_: Any, inputs: Any, output: Any) -> None:
+        if output.requires_grad:
+            output.register_hook(pack)
+
+    layer.register_forward_pre_hook(pack)
+    layer.register_forward_hook(pack_before_backward)

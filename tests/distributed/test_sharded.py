@@ -1,0 +1,185 @@
+"""A base in parts trains, judges, answers and resumes as a whole one, to the last byte."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from qlora_lightning.model.guards.checks import check_trainer
+from qlora_lightning.support.errors import UserError
+from tests.distributed.runs import CONFIG, adapter_bytes, environment, launch, metrics
+from tests.random_base import save_random_llama, save_tokenizer
+
+PARTS = ["--trainer.strategy", "ddp_sharded"]
+WHOLE = ["--trainer.strategy", "ddp"]
+CHECKPOINTING = ["--gradient_checkpointing.enabled", "true"]
+USUAL = ["--data.batch_size", "2", "--trainer.max_steps", "3", "--evaluation.enabled", "false"]
+JUDGED = ["--data.batch_size", "2", "--trainer.max_steps", "2", "--data.val", "nine.jsonl", *CHECKPOINTING]
+JUDGED += [
+    "--evaluation.enabled",
+    "true",
+    "--evaluation.every_n_validations",
+    "1",
+    "--evaluation.rows",
+    "5",
+    "--trainer.val_check_interval",
+    "2",
+]
+ACCUMULATED = ["--data.batch_size", "1", "--trainer.accumulate_grad_batches", "2", "--model.dropout", "0.1"]
+ALIKE = {  # what slow runs differ in
+    "checkpointing": CHECKPOINTING,
+    "bf16": ["--model.compute_dtype", "bf16", *CHECKPOINTING],
+    "plain": ["--model.fast", "false"],
+    "plain-checkpointing": ["--model.fast", "false", *CHECKPOINTING],
+    "accumulated": [*ACCUMULATED, "--trainer.max_steps", "2"],
+    "top": ["--model.layers", "last:3", *CHECKPOINTING],
+    "filler": ["--data.train", "nine.jsonl", "--trainer.max_steps", "-1", "--trainer.max_epochs", "1"],
+    "none": ["--model.quantization", "none"],
+    "fp4": ["--model.quantization", "fp4", "--model.double_quant", "false"],
+    "tied": ["--model.base", "tiny"],
+    "noise": ["--model.neftune_alpha", "5"],
+    "dora": ["--model.lora_options", '{"use_dora": true}'],
+}
+PAIRS = ["--model.base", "untied", "--trainer.max_steps", "-1", "--trainer.max_epochs", "2"]
+
+
+def fit(name, *arguments, config="parts.yaml"):
+    return ["fit", "--config", config, "--trainer.default_root_dir", name, *USUAL, *arguments]
+
+
+def both(name, *arguments, **config):
+    """The commands of a run with a base each, and of the same with one in parts."""
+    return [fit(name, *arguments, *WHOLE, **config), fit(f"{name}-parts", *arguments, *PARTS, **config)]
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """The folder of the runs, with a base of four layers that ties nothing, and its configs."""
+    (folder / "untied").mkdir()
+    save_tokenizer(folder / "untied", (folder / "rows.jsonl").read_text().splitlines(), size=512)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "max_position_embeddings": 512}
+    save_random_llama(folder / "untied", torch.float32, **sizes, tie_word_embeddings=False)
+    hooks = {
+        "parts": {"class_path": "hooks.Weigh"},
+        "saves": {"class_path": "hooks.SaveAt", "init_args": {"batches": [3], "folder": "saved"}},
+        "spoilt": {"class_path": "hooks.Spoil", "init_args": {"rank": 1}},
+    }
+    for name, hook in hooks.items():
+        model, trainer = {**CONFIG["model"], "base": "untied"}, {**CONFIG["trainer"], "callbacks": [hook]}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**CONFIG, "model": model, "trainer": trainer}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(runs):
+    """What one launch of two processes said."""
+    commands = both("judged", *JUDGED)
+    predict = ["predict", "--config", "judged-parts/config.yaml", "--data.predict", "nine.jsonl"]
+    commands += [[*predict, "--trainer.default_root_dir", name] for name in ("judged", "judged-parts")]
+    commands[-2] += WHOLE
+    commands += [fit("saves", *ACCUMULATED, *PARTS, config="saves.yaml")]
+    commands += [fit("resumed", *ACCUMULATED, *WHOLE, "--ckpt_path", "saved/3.ckpt")]
+    return launch(runs, commands)
+
+
+def assert_same(runs, name, other=None):
+    other = other or f"{name}-parts"
+    assert adapter_bytes(runs / name) == adapter_bytes(runs / other)
+    for column in ("train_loss", "grad_norm"):
+        assert str(metrics(runs / name, column)) == str(metrics(runs / other, column))  # one may be NaN
+        assert metrics(runs / name, column)
+
+
+@pytest.mark.usefixtures("said")
+def test_it_trains_and_judges_as_a_whole_one(runs):
+    assert_same(runs, "judged")
+    for column in ("val_loss", "val_stop_rate"):
+        assert metrics(runs / "judged", column) == metrics(runs / "judged-parts", column)
+        assert metrics(runs / "judged", column)
+    one, other = (json.loads((runs / name / "evaluation.json").read_text()) for name in ("judged", "judged-parts"))
+    assert one == other
+
+
+@pytest.mark.usefixtures("said")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_process_holds_half_of_layers_and_of_embedding_and_head(runs, rank):
+    whole, parts = (json.loads((runs / name / f"held-{rank}.json").read_text()) for name in ("judged", "judged-parts"))
+    for name in ("layers", "others"):
+        assert parts[name] <= 0.51 * whole[name]
+
+
+@pytest.mark.usefixtures("said")
+def test_answers_are_those_of_a_whole_one(runs):
+    one, other = ((runs / name / "predictions.jsonl").read_text() for name in ("judged", "judged-parts"))
+    assert len(one.splitlines()) == 9
+    assert one == other
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_on_one_is_looked_for_by_all(runs):
+    launch(runs, both("spoilt", "--model.on_nonfinite", "skip", config="spoilt.yaml"))
+    assert_same(runs, "spoilt")
+    one, other = (
+        json.loads((runs / name / "nonfinite-step-1.json").read_text()) for name in ("spoilt", "spoilt-parts")
+    )
+    assert one["ranks"] == other["ranks"]
+    assert one["ranks"][1]["rows"]
+
+
+@pytest.mark.usefixtures("said")
+def test_a_checkpoint_of_it_goes_on_with_a_whole_one(runs):
+    assert adapter_bytes(runs / "saves") == adapter_bytes(runs / "resumed")
+
+
+@pytest.mark.slow
+def test_whatever_trains_and_however_the_bytes_are_the_same(runs):
+    launch(runs, [command for name, more in ALIKE.items() for command in both(name, *more)], timeout=900)
+    for name in ALIKE:
+        assert_same(runs, name)
+
+
+@pytest.mark.slow
+def test_preferences_ask_the_reference_when_some_process_needs_it(runs):
+    launch(runs, both("pairs", *PAIRS, config="pairs.yaml"))
+    assert_same(runs, "pairs")
+
+
+@pytest.mark.slow
+def test_three_processes_train_and_resume_as_a_whole_one(runs):
+    """From three on parts are of unlike sizes, and a sum depends on its order."""
+    three = [*ACCUMULATED, "--trainer.devices", "3"]
+    commands = [fit("three", *three, *WHOLE, config="saves.yaml"), fit("three-parts", *three, *PARTS)]
+    launch(runs, [*commands, fit("three-resumed", *three, *PARTS, "--ckpt_path", "saved/3.ckpt")], processes=3)
+    assert_same(runs, "three")
+    assert adapter_bytes(runs / "three") == adapter_bytes(runs / "three-resumed")
+
+
+@pytest.mark.slow
+def test_one_process_streams_layers_from_the_host(runs):
+    one = ["--trainer.devices", "1"]
+    some = {"class_path": "qlora_lightning.ShardedDDPStrategy", "init_args": {"offload": 2}}
+    ways = {"one": "auto", "one-parts": "ddp_sharded_offload", "one-some": json.dumps(some)}
+    launch(runs, [fit(name, *one, "--trainer.strategy", each) for name, each in ways.items()], processes=1)
+    assert_same(runs, "one")
+    assert_same(runs, "one", "one-some")
+
+
+@pytest.mark.slow
+def test_a_rank_that_raises_ends_the_others(runs):
+    config = yaml.safe_load((runs / "spoilt.yaml").read_text())
+    config["trainer"]["callbacks"] = [{"class_path": "hooks.Spoil", "init_args": {"rank": 1, "raises": True}}]
+    (runs / "raises.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "qlora_lightning", *fit("raises", *PARTS, config="raises.yaml")]
+    done = subprocess.run(command, cwd=runs, env=environment(runs), timeout=120, text=True, capture_output=True)
+    assert done.returncode == 1
+    assert "a bug of the user's" in done.stderr
+    assert f"process 1 of 2 (counted from 0) on {socket.gethostname()} ended: ValueError" in done.stdout + done.stderr
+
+
+def test_a_base_in_8_bits_is_refused_by_name():
+    with pytest.raises(UserError, match="int8"):
+        check_trainer("32-true", "ShardedDDPStrategy", "int8")

@@ -28,8 +28,9 @@ from qlora_lightning.model.device import (
     read_resident_bytes,
 )
 from qlora_lightning.model.layout import filled
-from qlora_lightning.model.memory.plan import StepSettings, plan_memory
+from qlora_lightning.model.memory.plan import Sharding, StepSettings, plan_memory
 from qlora_lightning.model.module import QLoRAModule
+from qlora_lightning.model.sharded_strategy import ShardedDDPStrategy
 from qlora_lightning.support.console import print_detail, say
 from qlora_lightning.support.files import write_whole
 from qlora_lightning.support.trainer import find_callback, is_trial_run, log_interval
@@ -148,6 +149,8 @@ class MemoryComparison(Callback):
         module: Any = pl_module
         checkpointing = find_callback(trainer, GradientCheckpointing)
         dtype: torch.dtype = getattr(torch, module.identity["compute_dtype"])
+        strategy: Any = trainer.strategy
+        is_sharded = isinstance(strategy, ShardedDDPStrategy)
         settings = StepSettings(
             device=module.device.type,
             dtype=dtype,
@@ -159,6 +162,7 @@ class MemoryComparison(Callback):
             every_n_layers=checkpointing.every_n_layers if checkpointing and checkpointing.enabled else 0,
             batch_lengths=max(1, len(self._lengths)),
             ids=self._ids if module.cache else None,
+            sharding=Sharding(trainer.world_size, strategy.offload) if is_sharded else None,
         )
         hollow = meta_copy(module.model, dtype, module.quantization, module.fast)
         plan = plan_memory(hollow, self._largest, settings)

@@ -114,6 +114,64 @@ def test_a_change_saves_what_a_plan_with_it_says(usual, change, options):
     assert without_process(usual[1]) - without_process(plan(*options)[1]) == saved[change]
 
 
+# Of the small base, in 4 bits with double quantization: packed weights of q and o, k and v, and the MLP; two norms.
+LAYER = (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) // 2 + 2 * 2 * 64
+TABLE = 100 * 64 * 2  # embedding or head, of a hundred tokens
+# packed in rows of one byte, which are divided by three and rounded up, as are rows of norms and tables
+THIRD_OF_LAYER, THIRD_OF_TABLE = 2 * 683 + 2 * 342 + 3 * 1366 + 2 * 2 * 22, 34 * 64 * 2
+OFFLOAD = "{class_path: qlora_lightning.ShardedDDPStrategy, init_args: {offload: 1}}"
+
+
+@pytest.mark.parametrize(
+    ("devices", "strategy", "layers", "tables", "gathered", "host"),
+    [
+        (2, "ddp_sharded", LAYER, TABLE, 2 * LAYER, 0),  # a layer that is whole, and the next one on its way
+        (3, "ddp_sharded", 2 * THIRD_OF_LAYER, 2 * THIRD_OF_TABLE, 2 * LAYER, 0),
+        (2, "ddp_sharded_offload", 0, 0, 2.5 * LAYER, LAYER + TABLE),  # this device's part of it comes from the host
+        (1, "ddp_sharded_offload", 0, 0, 3 * LAYER, 2 * LAYER + 2 * TABLE),
+        (2, OFFLOAD, LAYER / 2, TABLE, 2.5 * LAYER, LAYER / 2),
+    ],
+)
+def test_processes_share_a_base(folder, devices, strategy, layers, tables, gathered, host):
+    shutil.copytree("tiny", "untied", dirs_exist_ok=True)
+    sizes = {"tie_word_embeddings": False, "vocab_size": 100}
+    config = json.loads(Path("tiny/config.json").read_text()) | sizes
+    Path("untied/config.json").write_text(json.dumps(config))
+    options = ["--model.base", "untied", "--trainer.accelerator", "gpu", "--device-memory", "1GB", "--data.train=null"]
+    whole = plan(*options)[1]["memory"]
+    _, found, out, _ = plan(*options, "--trainer.devices", str(devices), "--trainer.strategy", strategy)
+    memory, norm, scales = found["memory"], 2 * 64, 2 * 36_864 // 64 + 4 * 14
+    changed = {"base": layers + norm, "scales": scales, "vocabulary": tables, "gathered": gathered}
+    changed["gradients"] = 2 * 4 * ADAPTERS  # DDP has its own copy
+    assert memory["parts"] == whole["parts"] | changed
+    assert memory["host_bytes"] == host
+    assert f"Memory of a step, on each of {devices} devices" in out
+    assert ("of the base in host memory" in out) == (host > 0)
+    saved = {each["change"]: each["saves"] for each in found["changes"]}
+    assert ("trainer.strategy: ddp_sharded_offload" in saved) == (host == 0 or strategy == OFFLOAD)
+    assert whole["parts"]["base"] == 2 * LAYER + 2 * TABLE + norm + scales
+    assert not any(whole["parts"][part] for part in ("scales", "vocabulary", "gathered"))
+
+
+def test_tied_embeddings_are_whole_on_each_device_and_a_cpu_has_no_other_memory(folder):
+    _, found, _, _ = plan("--trainer.devices", "2", "--trainer.strategy", "ddp_sharded_offload")
+    parts = found["memory"]["parts"]
+    assert (parts["vocabulary"], parts["base"], found["memory"]["host_bytes"]) == (49_152 * 64 * 2, LAYER + 2 * 64, 0)
+
+
+@pytest.mark.slow
+def test_llama_70b_takes_of_two_devices_what_its_recipe_says(folder):
+    recipe = ROOT / "configs/llama-3.1-70b-2x24gb.yaml"
+    _, found, _, _ = plan("--device-memory", "23GiB", config=recipe)
+    memory = found["memory"]
+    assert found["base"]["parameters"] == 70_553_706_496
+    said = f"{memory['peak_bytes'] / 2**30:.1f} GiB planned on each, and {memory['host_bytes'] / 1e9:.1f} GB of host"
+    assert said in recipe.read_text().partition("\n")[0]
+    assert memory["fits"]
+    assert memory["peak_bytes"] + memory["host_bytes"] > 24 * 2**30  # what is offloaded has no room on the device
+    assert memory["parts"]["gathered"] == 2 * 128_256 * 8192 * 2  # the head, and the buffer it is gathered into
+
+
 def test_changes_follow_the_config(usual):
     saves = [each["saves"] for each in usual[1]["changes"]]
     assert saves == sorted(saves, reverse=True)
@@ -169,10 +227,14 @@ def test_a_damaged_adapter_folder_is_rejected(folder):
         (["stray"], "stray. See `qlora-lightning plan --help`."),
         (["--model.target_modules", "[q_prj]"], "Did you mean 'q_proj'?"),
         (["--model.layers", "last:9"], "the base has 2 layers"),
-        (["--model.base", "owner/other"], "Shapes known without it: llama-3.1-8b, llama-3.2-1b, mistral-7b, qwen3-4b."),
+        (
+            ["--model.base", "owner/other"],
+            "Shapes known without it: llama-3.1-70b, llama-3.1-8b, llama-3.2-1b, mistral-7b, qwen3-4b.",
+        ),
         (["--adapter", "tiny"], "tiny is not an adapter folder"),
         (["--trainer.accelerator", "tpu"], "plan knows cpu, gpu and auto"),
         (["--trainer.accelerator", "gpu"], "add --device-memory"),
+        (["--trainer.strategy", "ddp_sharded", "--model.quantization", "int8"], "model.quantization is int8"),
     ],
 )
 def test_a_mistake_is_reported_in_a_sentence(folder, arguments, words):
@@ -213,6 +275,7 @@ def fill_hub_cache(tiny_base, tmp_path, monkeypatch):
     [
         ("meta-llama/Llama-3.1-8B-Instruct", "llama-3.1-8b", 4096),
         ("someone/Meta-Llama-3.1-8B", "llama-3.1-8b", 4096),
+        ("meta-llama/Llama-3.1-70B-Instruct", "llama-3.1-70b", 8192),
         ("meta-llama/Llama-3.2-1B", "llama-3.2-1b", 2048),
     ],
 )

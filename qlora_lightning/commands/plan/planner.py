@@ -10,7 +10,7 @@ import torch
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.base.tensors import GIB
-from qlora_lightning.commands.epoch import Epoch, plan_epoch, training_plan
+from qlora_lightning.commands.epoch import Epoch, count_devices, plan_epoch, training_plan
 from qlora_lightning.commands.plan.local_base import find_config, find_tokenizer
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.epoch_plan import EpochPlan, epochs_to_look_at, first_and_largest
@@ -18,11 +18,13 @@ from qlora_lightning.model.base_model import Quantization, check_stored_quantiza
 from qlora_lightning.model.batch import BatchShape, computed_counter, shape_of_rows
 from qlora_lightning.model.build import fuse, meta_base, put_adapters
 from qlora_lightning.model.device import choose_compute_dtype, device_memory_gib, read_resident_bytes
+from qlora_lightning.model.guards.checks import check_trainer
 from qlora_lightning.model.layers.attention import can_leave_out
 from qlora_lightning.model.layout import filled
 from qlora_lightning.model.memory.plan import (
     MOST_LENGTHS,
     STORAGES,
+    Sharding,
     StepSettings,
     count_trained,
     name_storage,
@@ -30,6 +32,7 @@ from qlora_lightning.model.memory.plan import (
     read_base,
 )
 from qlora_lightning.model.module import QLoRAModule
+from qlora_lightning.model.sharded_strategy import ShardedDDPStrategy
 from qlora_lightning.support.errors import UserError
 
 _CONTEXT = 600_000_000  # bytes that CUDA, cuBLAS and the kernels take on a card, beside tensors; an estimate
@@ -83,6 +86,9 @@ def _plan(
     dtype_device = "meta" if is_cuda and not torch.cuda.is_available() else device["kind"]
     dtype = choose_compute_dtype(module.compute_dtype, torch.device(dtype_device))
 
+    sharding = _read_sharding(trainer)
+    if sharding is not None:
+        check_trainer(str(trainer["precision"]), ShardedDDPStrategy.__name__, module.quantization)
     config, origin = find_config(module.base, module.revision, module.trust_remote_code)
     double_quant, is_stored_quantized = module.double_quant, getattr(config, "quantization_config", None) is not None
     if is_stored_quantized:
@@ -126,6 +132,7 @@ def _plan(
         every_n_layers=checkpointing["every_n_layers"] if checkpointing["enabled"] else 0,
         batch_lengths=batch_lengths,
         ids=ids,
+        sharding=sharding,
     )
     step = model, batch if leaves_out else batch.whole(), step_settings
     planned, shape = plan_memory(*step), read_base(model)
@@ -148,6 +155,8 @@ def _plan(
             "parts": planned.parts,
             "peak_bytes": planned.peak_bytes,
             "fits": planned.peak_bytes <= device["memory"],
+            "host_bytes": planned.host_bytes,
+            "sharding": step_settings.sharding and asdict(step_settings.sharding),
         },
         "largest_batch": {
             "rows": len(batch.lengths),
@@ -173,6 +182,16 @@ def _choose_device(accelerator: str, memory: int | None) -> dict[str, Any]:
     if kind == "cuda" and not has_gpu:
         raise UserError("trainer.accelerator asks for a GPU, and there is none here: add --device-memory, as 16GiB.")
     return {"kind": kind, "memory": int(device_memory_gib(torch.device(kind)) * GIB), "named": False}
+
+
+def _read_sharding(trainer: Any) -> Sharding | None:
+    strategy = trainer["strategy"]
+    if isinstance(strategy, str):
+        offloads = {"ddp_sharded": False, "ddp_sharded_offload": True}.get(strategy)
+    else:
+        is_sharded = strategy["class_path"].endswith(f".{ShardedDDPStrategy.__name__}")
+        offloads = strategy["init_args"]["offload"] if is_sharded else None
+    return None if offloads is None else Sharding(count_devices(trainer), offloads)
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -242,6 +261,9 @@ def _changes(
         yield "model.quantization: nf4", "a base in 4 bits: small losses of quality", changed
     elif not now.double_quant:
         yield "model.double_quant: true", "next to nothing", (model, batch, replace(now, double_quant=True))
+    if now.sharding is not None and now.sharding.offload is not True:
+        changed = model, batch, replace(now, sharding=replace(now.sharding, offload=True))
+        yield "trainer.strategy: ddp_sharded_offload", "same result; the base is copied twice a micro-batch", changed
     if now.optimizer is None:
         name = "bitsandbytes.optim.AdamW8bit"
         yield f"model.optimizer: {name}", "averages in 8 bits", (model, batch, replace(now, optimizer=name))

@@ -29,6 +29,8 @@ def print_plan(plan: Mapping[str, Any], model: Any, console: Console) -> None:
     verdict = ("It fits", "bold green") if fits else ("It does not fit", "bold red")
     numbers = f"{format_gib(peak)} of {format_gib(device['memory'])} of {machine}{longest}"
     console.print(Text.assemble(verdict, f": {numbers}, {rest} {'to spare' if fits else 'too much'}."))
+    if host := plan["memory"]["host_bytes"]:
+        console.print(f"Each process keeps {format_bytes(host)} of the base in host memory, pinned.")
     if plan["changes"]:
         table = _table("What one change would save", "change", "saves", "costs")
         for change in plan["changes"]:
@@ -63,7 +65,11 @@ def _memory_table(plan: Mapping[str, Any]) -> Table:
         meanings["base"] = f"frozen: {stored.partition(',')[0]}, the rest {plan['compute_dtype']}"
     if plan["device"]["kind"] == "cuda":
         meanings["process"] = "CUDA's context, an estimate"
-    table = _table("Memory of a step", "part", "bytes", "", "")
+    sharding, title = plan["memory"]["sharding"], "Memory of a step"
+    if sharding is not None:
+        title += f", on each of {sharding['processes']} devices"
+        meanings.update(gradients="of the adapters, float32, and DDP's copy of them")
+    table = _table(title, "part", "bytes", "", "")
     for part, size in parts.items():
         if size:
             bar = Text("█" * round(_BAR * size / peak), "cyan")

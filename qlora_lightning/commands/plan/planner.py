@@ -19,6 +19,7 @@ from qlora_lightning.model.batch import BatchShape, computed_counter, shape_of_r
 from qlora_lightning.model.build import fuse, meta_base, put_adapters
 from qlora_lightning.model.device import choose_compute_dtype, device_memory_gib, read_resident_bytes
 from qlora_lightning.model.layers.attention import can_leave_out
+from qlora_lightning.model.layers.elementwise import check_row_length
 from qlora_lightning.model.layout import filled
 from qlora_lightning.model.memory.plan import (
     MOST_LENGTHS,
@@ -109,6 +110,10 @@ def _plan(
     except UserError as error:
         epoch = None
         notes.append(f"The data were not read. {error}")
+    check_row_length(config, data.max_length)
+    longest, known = max(batch.lengths), getattr(config, "max_position_embeddings", None)
+    if known is not None and longest > known:
+        notes.append(f"Rows of up to {longest:,} tokens: the base was made for {known:,} (max_position_embeddings).")
     if is_cuda:
         notes.append("Figures for GPUs are an estimate: their formulas were checked on CPUs only.")
     for name in ("build_model", "compute_loss"):

@@ -128,7 +128,8 @@ def test_changes_follow_the_config(usual):
 
 def test_offload_is_planned_and_its_host_memory_named(folder):
     on_card = ("--trainer.accelerator", "gpu", "--device-memory", "1GiB", "--data.train", "missing.jsonl")
-    _, usual, _, _ = plan(*on_card, "--data.max_length", "4096", "--gradient_checkpointing", "true")
+    _, usual, _, error = plan(*on_card, "--data.max_length", "4096", "--gradient_checkpointing", "true")
+    assert usual, error
     _, found, _, _ = plan(
         *on_card, "--data.max_length", "4096", "--gradient_checkpointing", "{enabled: true, offload: true}"
     )

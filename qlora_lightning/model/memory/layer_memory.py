@@ -4,7 +4,6 @@ Two rules stand for what that device does not show: :class:`_Attention` for the 
 :class:`LiveBytes` for weights that a CPU makes dense in tiles.
 """
 
-import functools
 import logging
 import weakref
 from collections.abc import Callable
@@ -60,7 +59,7 @@ def measure_layers(
         kind = repr(layer), input_trains, checkpointed  # its text names parts, shapes, ranks and dropout
         if kind not in known:
             run = _hollow_run(layer, config, batch, dtype, loops, autocasts)
-            layer.gradient_checkpointing, layer._gradient_checkpointing_func = checkpointed, _checkpoint
+            layer.gradient_checkpointing, layer._gradient_checkpointing_func = checkpointed, _call  # _measure does it
             root = torch.empty(1, 1, config.hidden_size, dtype=dtype, device="meta", requires_grad=input_trains)
             live = LiveBytes(tiles=device == "cpu" and runs_fused(layer) and not autocasts)
             # whose 8-bit layers say in each run that they round their input to float16
@@ -121,7 +120,8 @@ def _hollow_run(
     return run
 
 
-_checkpoint = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def _measure(
@@ -130,7 +130,7 @@ def _measure(
     with live:
         hidden = states.contiguous()  # no leaf, which would be kept in any case
         offloaded = hidden.nbytes if checkpointed and offload else 0
-        output = run(hidden)
+        output = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False) if checkpointed else run(hidden)
         if not checkpointed:  # whose input is kept in any case
             del hidden
         saved = live.now - offloaded - output.nbytes  # which is the input of the next one

@@ -8,6 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.layers.checkpointing import keep_inputs_apart
+from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import enable_activation_checkpointing
 
@@ -21,17 +22,20 @@ class GradientCheckpointing(Callback):
     Args:
         enabled: ``False`` leaves the model alone.
         every_n_layers: Checkpoint every n-th decoder layer: 1 saves most memory, more costs less time.
+        offload: Keep the inputs of these layers in pinned host memory instead of on the GPU, for long rows. The result
+            is the same to the last bit. A CPU has them there in any case.
 
     Raises:
         UserError: ``every_n_layers`` is less than 1.
         RuntimeError: No layer with an adapter can be checkpointed.
     """
 
-    def __init__(self, enabled: bool = True, every_n_layers: int = 1) -> None:
+    def __init__(self, enabled: bool = True, every_n_layers: int = 1, offload: bool = False) -> None:
         if every_n_layers < 1:
             raise UserError(f"gradient_checkpointing.every_n_layers is {every_n_layers}: expected 1 or more.")
         self.enabled = enabled
         self.every_n_layers = every_n_layers
+        self.offload = offload
         self._model: Any = None  # of a fit
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -51,8 +55,11 @@ class GradientCheckpointing(Callback):
         ]
         if not layers:
             raise RuntimeError("gradient_checkpointing is enabled, but no layer with an adapter can be checkpointed.")
-        if getattr(pl_module, "fast", True):
-            keep_inputs_apart(layers)
+        offloads = self.offload and pl_module.device.type == "cuda"
+        if self.offload and not offloads and trainer.is_global_zero:
+            say("gradient_checkpointing.offload does nothing here: without a GPU, inputs of layers are in host memory.")
+        if offloads or getattr(pl_module, "fast", True):
+            keep_inputs_apart(layers, offloads)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._switch_off()

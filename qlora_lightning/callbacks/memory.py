@@ -160,6 +160,7 @@ class MemoryComparison(Callback):
             process=self._process if module.device.type == "cpu" else 0,  # on CUDA only torch's memory is measured
             autocasts=module.autocast_dtype is not None,
             every_n_layers=checkpointing.every_n_layers if checkpointing and checkpointing.enabled else 0,
+            offload=bool(checkpointing and checkpointing.offload),
             batch_lengths=max(1, len(self._lengths)),
             ids=self._ids if module.cache else None,
             sharding=Sharding(trainer.world_size, strategy.offload) if is_sharded else None,

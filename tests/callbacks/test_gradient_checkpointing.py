@@ -6,6 +6,7 @@ from lightning import Callback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning import GradientCheckpointing
+from qlora_lightning.model.layers import decoder_layer, lora
 from qlora_lightning.support.errors import UserError
 from tests.equality import same
 
@@ -61,6 +62,34 @@ def test_backward_runs_every_layer_again_keeps_less_and_gives_the_same_bits(fit,
     assert same(checkpointed.gradients, plain.gradients)
     assert bool(plain.names) == bool(checkpointed.names) == options.get("fast", True)
     assert ("_CopyApart" in checkpointed.names) == options.get("fast", True)
+
+
+class WatchFused(Watch):
+    """It watches no part of a layer, which would then not run fused."""
+
+    def on_train_start(self, trainer, pl_module):
+        pass
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"compute_dtype": "fp32"}, {"layers": [0], "target_modules": ["down_proj"]}], ids=str
+)
+def test_long_rows_take_the_mlp_by_tiles_of_tokens_and_give_the_same_bits(fit, make_module, monkeypatch, options):
+    for module in (lora, decoder_layer):
+        monkeypatch.setattr(module, "TILE_TOKENS", 16)
+    fit(plain := WatchFused(), module=make_module(**options), **ONE_BATCH)
+    fit(GradientCheckpointing(), tiled := WatchFused(), module=make_module(**options), **ONE_BATCH)
+    assert "MLPByTiles" in tiled.names - plain.names
+    assert any(gradient.any() for gradient in plain.gradients.values())
+    assert same(tiled.gradients, plain.gradients)
+
+
+def test_offload_does_nothing_on_a_cpu_and_says_so(fit, capsys):
+    fit(GradientCheckpointing(), usual := Watch(), **ONE_BATCH)
+    fit(GradientCheckpointing(offload=True), offloaded := Watch(), **ONE_BATCH)
+    assert capsys.readouterr().out.count("gradient_checkpointing.offload does nothing here") == 1
+    assert offloaded.kept_bytes == usual.kept_bytes
+    assert same(offloaded.gradients, usual.gradients)
 
 
 @pytest.mark.parametrize(("options", "runs"), [({"every_n_layers": 2}, [2, 1]), ({"enabled": False}, [1, 1])])

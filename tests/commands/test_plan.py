@@ -184,6 +184,19 @@ def test_changes_follow_the_config(usual):
         assert any(change in each for each in changes)
 
 
+def test_offload_is_planned_and_its_host_memory_named(folder):
+    on_card = ("--trainer.accelerator", "gpu", "--device-memory", "1GiB", "--data.train", "missing.jsonl")
+    _, usual, _, error = plan(*on_card, "--data.max_length", "4096", "--gradient_checkpointing", "true")
+    assert usual, error
+    _, found, _, _ = plan(
+        *on_card, "--data.max_length", "4096", "--gradient_checkpointing", "{enabled: true, offload: true}"
+    )
+    (change,) = [each for each in usual["changes"] if each["change"] == "gradient_checkpointing.offload: true"]
+    assert usual["memory"]["peak_bytes"] - found["memory"]["peak_bytes"] == change["saves"] > 0
+    assert any("GiB in pinned host memory" in note for note in found["notes"])
+    assert any("Rows of up to 4,096 tokens: the base was made for" in note for note in found["notes"])
+
+
 def test_what_is_adapted_is_shown_and_missing_data_are_planned_at_their_longest(folder):
     adapted = ("--model.layers", "last:1", "--model.target_modules", "[q_proj, down_proj]")
     _, found, out, _ = plan(*adapted, "--data.train", "nothing.jsonl")

@@ -6,7 +6,7 @@ import torch
 from lightning import seed_everything
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_lightning import AdapterCheckpoint, InstructionDataModule, QLoRAModule
+from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, InstructionDataModule, QLoRAModule
 from qlora_lightning.cli import main
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from tests.dying import MachineFailed, Stop
@@ -38,6 +38,12 @@ def test_a_resumed_run_ends_bit_for_bit_where_one_without_a_stop_ends(base, rows
         assert same(whole[part], parts[part])
 
 
+def test_inputs_of_layers_in_host_memory_give_the_same_bits(base, rows_file, tmp_path):
+    callbacks = GradientCheckpointing(), GradientCheckpointing(offload=True)
+    ends = [fit(tmp_path / f"{each.offload}", base, rows_file, each) for each in callbacks]
+    assert same(ends[0]["state_dict"], ends[1]["state_dict"])
+
+
 def test_the_same_seed_draws_the_same_adapters_as_on_a_cpu(base):
     drawn = []
     for device in (DEVICE, "cpu"):
@@ -58,8 +64,8 @@ def test_one_batch_of_eight_trains_as_eight_of_one(base, rows_file, tmp_path):
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="planned against measured on a CPU is a slow test elsewhere")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_is_as_planned(rows_file, tmp_path, capsys, checkpointing):
+@pytest.mark.parametrize(("checkpointing", "offload"), [(False, False), (True, False), (True, True)])
+def test_memory_is_as_planned(rows_file, tmp_path, capsys, checkpointing, offload):
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 16}
     wide = make_base(tmp_path / "wide", **sizes)
     settings = {
@@ -71,6 +77,7 @@ def test_memory_is_as_planned(rows_file, tmp_path, capsys, checkpointing):
         "trainer.max_steps": 4,
         "trainer.default_root_dir": tmp_path / "run",
         "gradient_checkpointing.enabled": str(checkpointing).lower(),
+        "gradient_checkpointing.offload": str(offload).lower(),
     }
     assert main(["fit", *[f"--{name}={value}" for name, value in settings.items()]]) == 0
     said = capsys.readouterr()

@@ -9,7 +9,7 @@ import peft
 import torch
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.base.tensors import GIB
+from qlora_lightning.base.tensors import GIB, format_gib
 from qlora_lightning.commands.epoch import Epoch, count_devices, plan_epoch, training_plan
 from qlora_lightning.commands.plan.local_base import find_config, find_tokenizer
 from qlora_lightning.commands.training import QLoRACLI
@@ -20,6 +20,7 @@ from qlora_lightning.model.build import fuse, meta_base, put_adapters
 from qlora_lightning.model.device import choose_compute_dtype, device_memory_gib, read_resident_bytes
 from qlora_lightning.model.guards.checks import check_trainer
 from qlora_lightning.model.layers.attention import can_leave_out
+from qlora_lightning.model.layers.elementwise import check_row_length
 from qlora_lightning.model.layout import filled
 from qlora_lightning.model.memory.plan import (
     MOST_LENGTHS,
@@ -115,6 +116,10 @@ def _plan(
     except UserError as error:
         epoch = None
         notes.append(f"The data were not read. {error}")
+    check_row_length(config, data.max_length)
+    longest, known = max(batch.lengths), getattr(config, "max_position_embeddings", None)
+    if known is not None and longest > known:
+        notes.append(f"Rows of up to {longest:,} tokens: the base was made for {known:,} (max_position_embeddings).")
     if is_cuda:
         notes.append("Figures for GPUs are an estimate: their formulas were checked on CPUs only.")
     for name in ("build_model", "compute_loss"):
@@ -130,12 +135,17 @@ def _plan(
         process=process,
         autocasts=autocasts,
         every_n_layers=checkpointing["every_n_layers"] if checkpointing["enabled"] else 0,
+        offload=checkpointing["offload"],
         batch_lengths=batch_lengths,
         ids=ids,
         sharding=sharding,
     )
     step = model, batch if leaves_out else batch.whole(), step_settings
     planned, shape = plan_memory(*step), read_base(model)
+    if is_cuda and checkpointing["enabled"] and checkpointing["offload"]:
+        layers = math.ceil(config.num_hidden_layers / checkpointing["every_n_layers"])
+        kept = format_gib(layers * step[1].computed * config.hidden_size * dtype.itemsize)
+        notes.append(f"gradient_checkpointing.offload keeps {kept} in pinned host memory.")
     changes: list[dict[str, Any]] = [
         {"change": change, "saves": planned.peak_bytes - plan_memory(*changed).peak_bytes, "costs": costs}
         for change, costs, changed in _changes(module, data, trainer["accumulate_grad_batches"], step, build)
@@ -245,6 +255,9 @@ def _changes(
         option = "every_n_layers: 1" if now.every_n_layers else "enabled: true"
         changed = model, batch, replace(now, every_n_layers=1)
         yield f"gradient_checkpointing.{option}", "same result, about a third slower", changed
+    elif not now.offload:
+        changed = model, batch, replace(now, offload=True)
+        yield "gradient_checkpointing.offload: true", "same result; as much in pinned host memory", changed
     if size is not None and size > 1 and len(batch.lengths) > 1:
         rows = next(n for n in range(size // 2, 0, -1) if size % n == 0)
         change = f"data.batch_size: {rows}, trainer.accumulate_grad_batches: {accumulate * size // rows}"

@@ -25,6 +25,7 @@ from qlora_lightning.model.layers.elementwise import (
     swiglu_backward,
 )
 from qlora_lightning.model.layers.lora import (
+    TILE_TOKENS,
     FrozenLinear,
     LoRALinearFunction,
     adapters_of,
@@ -113,31 +114,30 @@ class NormedGateUp(NormedLinears):
     """Those of the MLP."""
 
 
-class KeptForSwiGLU(torch.autograd.Function):
-    """Hand gate and up on, and keep what :class:`SwiGLUProjection` behind takes for backward.
+class Kept(torch.autograd.Function):
+    """Hand the first tensors on, and keep all for backward of the function behind, which takes them from here.
 
     A function of its own, so that a checkpointed layer that is run again has all that it must keep, and stops, before
-    SwiGLU and the last product: backward makes h again in any case.
+    the products of the function behind: backward makes what it needs of these in any case.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, gate: Tensor, up: Tensor, lora_a: Tensor | None, lora_b: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(gate, up, lora_a, lora_b)
+    def forward(ctx: Any, count: int, *tensors: Any) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        return gate.view_as(gate), up.view_as(up)
+        ctx.others = len(tensors) - count
+        return tuple(each.view_as(each) for each in tensors[:count])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_gate: Tensor | None, grad_up: Tensor | None) -> tuple[Tensor | None, ...]:
-        return grad_gate, grad_up, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *grads, *[None] * ctx.others
 
 
 class SwiGLUProjection(torch.autograd.Function):
     """Compute ``residual + h Wᵀ + bias + scaling (h Aᵀ) Bᵀ`` of ``h = silu(gate) · up``: the last of a decoder layer.
 
-    It saves nothing through autograd; ``h Aᵀ``, a few columns, is kept by hand, all else by :class:`KeptForSwiGLU`.
+    It saves nothing through autograd; ``h Aᵀ``, a few columns, is kept by hand, all else by :class:`Kept`.
     """
 
     @staticmethod
@@ -150,21 +150,23 @@ class SwiGLUProjection(torch.autograd.Function):
         down: FrozenLinear,
         residual: Tensor,
         needed: tuple[bool, bool],
+        again: bool,
     ) -> Tensor:
         """Compute the shape of the residual, ``(…, out)``, from gate and up, ``(tokens, wide)``.
 
-        ``needed``: which of these take a gradient. What KeptForSwiGLU hands on always does if an adapter trains.
+        ``needed``: which of these take a gradient. What Kept hands on always does if an adapter trains. ``again``: only
+        backward is wanted, and no numbers.
         """
         hidden = swiglu(gate, up)
         xa = None if lora_a is None else lora_down(hidden, [lora_a], [down])
         ctx.kept, ctx.xa, ctx.down, ctx.needed = gate.grad_fn, xa, down, needed
-        return project(hidden, xa, lora_b, down, residual).view(residual.shape)
+        return residual.view_as(residual) if again else project(hidden, xa, lora_b, down, residual).view(residual.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, lora_a, lora_b = ctx.kept.saved_tensors
-        needs_hidden, (_, _, needs_a, needs_b, _, needs_residual, _) = any(ctx.needed), ctx.needs_input_grad
+        needs_hidden, (_, _, needs_a, needs_b, _, needs_residual, _, _) = any(ctx.needed), ctx.needs_input_grad
         of_output = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         hidden = grad_xa = grad_gate = grad_up = grad_a = grad_b = None
         if lora_b is not None:
@@ -177,7 +179,66 @@ class SwiGLUProjection(torch.autograd.Function):
             hidden = swiglu(gate, up)
         if needs_a and hidden is not None and grad_xa is not None:
             grad_a = gradient_of_a(grad_xa, hidden).to(lora_a.dtype)
-        return grad_gate, grad_up, grad_a, grad_b, None, grad if needs_residual else None, None
+        return grad_gate, grad_up, grad_a, grad_b, None, grad if needs_residual else None, None, None
+
+
+def run_mlp(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    linears: tuple[FrozenLinear, ...],
+    *adapters: Tensor | None,
+    again: bool = False,
+) -> Tensor:
+    """Compute ``x + MLP(RMSNorm(x))``, ``(1, tokens, width)``, by the linears gate, up and down.
+
+    ``adapters``: A and B of each. ``again``: only backward is wanted, and no numbers.
+    """
+    *of_inputs, lora_a, lora_b = adapters
+    projected = NormedGateUp.apply(x, weight, eps, linears[:2], *of_inputs)
+    gate, up = (each.flatten(0, 1) for each in projected)
+    needed = gate.requires_grad, up.requires_grad
+    gate, up = Kept.apply(2, gate, up, lora_a, lora_b)
+    output: Tensor = SwiGLUProjection.apply(gate, up, lora_a, lora_b, linears[2], x, needed, again)
+    return output
+
+
+class MLPByTiles(torch.autograd.Function):
+    """Compute :func:`run_mlp` of so many tokens at a time, forward and backward (Bekman et al. 2025, ALST).
+
+    What is as wide as the MLP, five times in backward, exists for one tile. It saves nothing but what :class:`Kept`
+    does; backward computes gate and up again. In a checkpointed layer that takes no more products, as the layer stops
+    before them when it is run again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, needs_x: bool, frozen: tuple[Any, ...], *adapters: Tensor | None) -> Tensor:
+        """Compute ``(1, tokens, width)``; ``frozen`` are the arguments of run_mlp between x and the adapters."""
+        ctx.kept, ctx.needs_x, ctx.frozen = x.grad_fn, needs_x, frozen
+        output = torch.empty_like(x)
+        for rows, part in zip(_tiles(x), _tiles(output), strict=True):
+            part.copy_(run_mlp(rows, *frozen, *adapters))
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *adapters = ctx.kept.saved_tensors
+        pairs = zip(adapters, ctx.needs_input_grad[3:], strict=True)
+        leaves = [None if each is None else each.detach().requires_grad_(needed) for each, needed in pairs]
+        grad_x = torch.empty_like(x)
+        for rows, of_rows, part in zip(_tiles(x), _tiles(grad), _tiles(grad_x), strict=True):
+            rows = rows.detach().requires_grad_(ctx.needs_x)
+            with torch.enable_grad():
+                output = run_mlp(rows, *ctx.frozen, *leaves, again=True)
+            output.backward(of_rows)  # which adds up the leaves' gradients
+            if rows.grad is not None:
+                part.copy_(rows.grad)
+        return grad_x if ctx.needs_x else None, None, None, *(each if each is None else each.grad for each in leaves)
+
+
+def _tiles(x: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(x, TILE_TOKENS, 1)
 
 
 class HeadNorm(torch.autograd.Function):
@@ -207,6 +268,7 @@ class FusedDecoderLayer(nn.Module):
     """
 
     parts: tuple[type[nn.Module], ...]
+    gradient_checkpointing: bool
     self_attn: Any
     mlp: Any
     input_layernorm: Any
@@ -221,7 +283,8 @@ class FusedDecoderLayer(nn.Module):
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
         attention, mlp, casts = self.self_attn, self.mlp, kwargs.get("casts")
         linears: tuple[nn.Module, ...] = (attention.q_proj, attention.k_proj, attention.v_proj)
-        projected = _apply_norm_and_linears(NormedQKV, hidden_states, self.input_layernorm, linears, casts)
+        adapters, frozen = _parts_of(self.input_layernorm, linears, hidden_states.dtype, casts)
+        projected = NormedQKV.apply(hidden_states, *frozen, *adapters)
         by_heads = (*hidden_states.shape[:2], -1, attention.head_dim)
         query, key, value = (each.view(by_heads) for each in projected)
         if hasattr(attention, "q_norm"):
@@ -235,14 +298,12 @@ class FusedDecoderLayer(nn.Module):
         mixed, _ = flat_attention(attention, query, key, value, None, scaling=attention.scaling, **samples)
         out = frozen_linear(attention.o_proj, mixed.dtype, casts)
         hidden_states = LoRALinearFunction.apply(mixed.flatten(-2), *adapters_of(attention.o_proj), out, hidden_states)
-        linears = (mlp.gate_proj, mlp.up_proj)
-        projected = _apply_norm_and_linears(NormedGateUp, hidden_states, self.post_attention_layernorm, linears, casts)
-        gate, up = (each.flatten(0, 1) for each in projected)
-        needed = gate.requires_grad, up.requires_grad
-        adapters, down = adapters_of(mlp.down_proj), frozen_linear(mlp.down_proj, gate.dtype, casts)
-        gate, up = KeptForSwiGLU.apply(gate, up, *adapters)
-        output = SwiGLUProjection.apply(gate, up, *adapters, down, hidden_states, needed)
-        return cast(Tensor, output)
+        norm, linears = self.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        adapters, frozen = _parts_of(norm, linears, hidden_states.dtype, casts)
+        if not (self.gradient_checkpointing and hidden_states.shape[1] > TILE_TOKENS):
+            return run_mlp(hidden_states, *frozen, *adapters)
+        (x,) = Kept.apply(1, hidden_states, *adapters)
+        return cast(Tensor, MLPByTiles.apply(x, hidden_states.requires_grad, frozen, *adapters))
 
 
 @functools.cache
@@ -261,17 +322,13 @@ def window_of(attention: Any) -> int | None:
     return window
 
 
-def _apply_norm_and_linears(
-    function: type[NormedLinears],
-    x: Tensor,
-    norm: Any,
-    linears: tuple[nn.Module, ...],
-    casts: Mapping[Tensor, Tensor] | None,
-) -> tuple[Tensor, ...]:
-    frozen = tuple(frozen_linear(linear, x.dtype, casts) for linear in linears)
+def _parts_of(
+    norm: Any, linears: tuple[nn.Module, ...], dtype: torch.dtype, casts: Mapping[Tensor, Tensor] | None
+) -> tuple[list[Tensor | None], tuple[Any, ...]]:
+    """Return A and B of each linear, and what does not train of it and of the norm before."""
+    frozen = tuple(frozen_linear(linear, dtype, casts) for linear in linears)
     adapters = [matrix for linear in linears for matrix in adapters_of(linear)]
-    outputs: tuple[Tensor, ...] = function.apply(x, norm.weight, norm.variance_epsilon, frozen, *adapters)
-    return outputs
+    return adapters, (norm.weight, norm.variance_epsilon, frozen)
 
 
 def cast_adapters(model: nn.Module) -> dict[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """A LoRA linear over a frozen weight: products with the weight and with the adapter, as one autograd function."""
 # mypy: allow-untyped-calls
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from qlora_lightning.model.kernels import products
 
 _FEW_ROWS = 16  # on a GPU bitsandbytes reads the packed weight itself, if that is quicker for so few on this card
 TILE_BYTES = 8 << 20  # dense: what a product has just made is still in the CPU's cache, and the memory is used again
+TILE_TOKENS = 8192  # that a gradient of A or B, and the MLP of a checkpointed layer, take at a time
 
 
 # ---- the frozen weight ----------------------------------------------------------------------------------------------
@@ -211,7 +213,14 @@ def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 def _master_gradient(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
-    """Compute ``scaling · a b``; on a GPU in float32, in which it is summed up there."""
+    """Compute ``scaling · a b``; on a GPU in float32, in which it is summed up there.
+
+    More than :data:`TILE_TOKENS` are added up in float32 tile by tile, as where only a tile of the factors exists.
+    """
+    if len(b) > TILE_TOKENS:
+        tiles = zip(a.split(TILE_TOKENS, 1), b.split(TILE_TOKENS), strict=True)
+        first, *others = (_master_gradient(*tile, scaling) for tile in tiles)
+        return functools.reduce(Tensor.add_, others, first.float())
     if sums_in_float32(a):
         nothing = a.new_empty((), dtype=torch.float32)
         return torch.addmm(nothing, a, b, beta=0, alpha=scaling, out_dtype=torch.float32)

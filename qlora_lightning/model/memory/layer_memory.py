@@ -36,6 +36,7 @@ def measure_layers(
     *,
     autocasts: bool = False,
     every_n_layers: int = 0,
+    offload: bool = False,
 ) -> list[tuple[int, int]]:
     """Measure every decoder layer of a hollow model; layers that are alike are run once.
 
@@ -58,11 +59,12 @@ def measure_layers(
         kind = repr(layer), input_trains, checkpointed  # its text names parts, shapes, ranks and dropout
         if kind not in known:
             run = _hollow_run(layer, config, batch, dtype, loops, autocasts)
+            layer.gradient_checkpointing, layer._gradient_checkpointing_func = checkpointed, _call  # _measure does it
             root = torch.empty(1, 1, config.hidden_size, dtype=dtype, device="meta", requires_grad=input_trains)
             live = LiveBytes(tiles=device == "cpu" and runs_fused(layer) and not autocasts)
             # whose 8-bit layers say in each run that they round their input to float16
             with quiet_loggers(logging.ERROR, "bitsandbytes.autograd._functions"):
-                known[kind] = _measure(run, root.expand(1, batch.computed, -1), checkpointed, live)
+                known[kind] = _measure(run, root.expand(1, batch.computed, -1), checkpointed, offload, live)
         found.append(known[kind])
         input_trains = input_trains or any(each.requires_grad for each in layer.parameters())
     return found
@@ -118,13 +120,20 @@ def _hollow_run(
     return run
 
 
-def _measure(run: Callable[[Tensor], Any], states: Tensor, checkpointed: bool, live: "LiveBytes") -> tuple[int, int]:
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _measure(
+    run: Callable[[Tensor], Any], states: Tensor, checkpointed: bool, offload: bool, live: "LiveBytes"
+) -> tuple[int, int]:
     with live:
         hidden = states.contiguous()  # no leaf, which would be kept in any case
+        offloaded = hidden.nbytes if checkpointed and offload else 0
         output = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False) if checkpointed else run(hidden)
         if not checkpointed:  # whose input is kept in any case
             del hidden
-        saved = live.now - output.nbytes  # which is the input of the next one
+        saved = live.now - offloaded - output.nbytes  # which is the input of the next one
         workspace = live.peak - saved
         if output.requires_grad:
             live.peak = 0

@@ -171,6 +171,7 @@ class StepSettings:
         process: Bytes of the process without the model, on a CPU; of the context on CUDA.
         autocasts: Whether PEFT's own layers train, which are autocast to the dtype.
         every_n_layers: Every n-th layer is checkpointed; 0: none.
+        offload: Whether the inputs of these layers are in host memory, on CUDA.
         batch_lengths: How many numbers of tokens the run's micro-batches have.
         ids: Token ids of the data, if the base is mapped from a file: on a CPU only what they read of the embedding is
             in memory. ``None``: all of it is.
@@ -185,6 +186,7 @@ class StepSettings:
     process: int
     autocasts: bool = False
     every_n_layers: int = 0
+    offload: bool = False
     batch_lengths: int = 1
     ids: Any = None
     sharding: Sharding | None = None
@@ -224,7 +226,13 @@ def plan_memory(model: peft.PeftModel, batch: BatchShape, settings: StepSettings
     trained, shapes = count_trained(model), Counter(tuple(each.shape) for each in trainable_tensors(model).values())
     device, e = settings.device, settings.dtype.itemsize
     layers = measure_layers(
-        model, batch, device, settings.dtype, autocasts=settings.autocasts, every_n_layers=settings.every_n_layers
+        model,
+        batch,
+        device,
+        settings.dtype,
+        autocasts=settings.autocasts,
+        every_n_layers=settings.every_n_layers,
+        offload=settings.offload and device == "cuda",
     )
     saved, workspace = sum(saved for saved, _ in layers), max(workspace for _, workspace in layers)
 

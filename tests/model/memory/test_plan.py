@@ -144,6 +144,20 @@ def test_the_tensors_of_a_step_take_at_most_about_what_is_planned(tiny_base, eve
     assert 0.95 < sum(parts[name] for name in ("activations", "logits", "workspace")) / peak < 1.25
 
 
+def test_tiles_of_the_mlp_take_about_what_is_planned_and_less_than_the_whole(tiny_base, monkeypatch):
+    parts, module = [], make(tiny_base, 1)
+    for tokens in (10_000, 256):
+        for name in ("lora", "decoder_layer"):
+            monkeypatch.setattr(f"qlora_lightning.model.layers.{name}.TILE_TOKENS", tokens)
+        batch = make_batch((1350,))
+        batch["labels"][0, :-2] = IGNORED
+        planned, saved, peak = step_beside_plan(module, batch, every_n_layers=1)
+        assert planned["activations"] == pytest.approx(saved, rel=0.03)
+        assert 0.95 < sum(planned[name] for name in ("activations", "logits", "workspace")) / peak < 1.25
+        parts.append(planned)
+    assert parts[1]["workspace"] < 0.7 * parts[0]["workspace"]
+
+
 # ---- by hand ---------------------------------------------------------------------------------------------------------
 
 BATCH = BatchShape((40, 24), labelled=32)
@@ -177,6 +191,17 @@ def test_every_part_is_there(small):
     on_cuda = plan_memory(small, BATCH, settings("cuda")).parts
     assert (on_cuda["kernels"], on_cuda["base"]) == (0, parts["base"])
     assert on_cuda["activations"] > parts["activations"]  # attention's output too
+
+
+def test_offloaded_inputs_of_layers_leave_a_card_but_for_one(small):
+    def parts(device, offload):
+        return plan_memory(small, BATCH, settings(device, every_n_layers=1, offload=offload)).parts
+
+    usual, offloaded = parts("cuda", False), parts("cuda", True)
+    one = BATCH.computed * 64 * 2  # of two layers, in bfloat16
+    assert usual["activations"] - offloaded["activations"] == 2 * one
+    assert offloaded["workspace"] in (usual["workspace"], usual["workspace"] + one)
+    assert parts("cpu", True) == parts("cpu", False)
 
 
 @pytest.mark.parametrize(

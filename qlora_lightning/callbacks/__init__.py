@@ -7,6 +7,7 @@ from qlora_lightning.callbacks.evaluation import Evaluation
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
 from qlora_lightning.callbacks.loss_spikes import LossSpikeMonitor
 from qlora_lightning.callbacks.memory import GPUMemoryMonitor, MemoryComparison
+from qlora_lightning.callbacks.process_watch import ProcessWatch
 from qlora_lightning.callbacks.run_folder import PredictionWriter
 from qlora_lightning.callbacks.run_report import RunReport
 from qlora_lightning.callbacks.stop_signals import StopSignals
@@ -23,6 +24,7 @@ __all__ = [
     "LossSpikeMonitor",
     "MemoryComparison",
     "PredictionWriter",
+    "ProcessWatch",
     "RunReport",
     "StopSignals",
     "ThroughputMonitor",

@@ -65,9 +65,9 @@ def find_largest(trainer: Trainer, module: Any) -> Batch | None:
         return None
     plan, first, largest = ahead
     count = computed_counter(plan.samples, leaves_out(module))
-    is_worth, in_parts = count(largest.rows) > _WORTH * count(first.rows), getattr(module, "in_parts", None)
-    if in_parts is not None:  # then a pass is one of all ranks
-        is_worth = in_parts.any(is_worth)
+    is_worth, sharded_base = count(largest.rows) > _WORTH * count(first.rows), getattr(module, "sharded_base", None)
+    if sharded_base is not None:  # then a pass is one of all ranks
+        is_worth = sharded_base.any(is_worth)
     return collate_rows(plan.samples, *largest) if is_worth else None
 
 

@@ -145,8 +145,10 @@ class Evaluation(Callback):
         # a run that was killed in its evaluation has nothing left to train when it is resumed
         is_left = not was_evaluated and "val" in getattr(data, "samples", {}) and trainer.limit_val_batches
         if trainer.val_dataloaders or is_left:
+            module.to(trainer.strategy.root_device)  # the Trainer has moved it to the CPU by now
             with best_adapter(trainer, module):
                 self._compare(trainer, module)
+            module.cpu()
 
     def _compare(self, trainer: Trainer, module: Any) -> None:
         batches = list(validation_batches(trainer))

@@ -150,14 +150,15 @@ class MemoryComparison(Callback):
         checkpointing = find_callback(trainer, GradientCheckpointing)
         dtype: torch.dtype = getattr(torch, module.identity["compute_dtype"])
         strategy: Any = trainer.strategy
+        device: torch.device = strategy.root_device  # the Trainer has moved the module to the CPU by now
         is_sharded = isinstance(strategy, ShardedDDPStrategy)
         settings = StepSettings(
-            device=module.device.type,
+            device=device.type,
             dtype=dtype,
             quantization=module.quantization,
             double_quant=module.identity["double_quant"],
             optimizer=module.optimizer_choice,
-            process=self._process if module.device.type == "cpu" else 0,  # on CUDA only torch's memory is measured
+            process=self._process if device.type == "cpu" else 0,  # on CUDA only torch's memory is measured
             autocasts=module.autocast_dtype is not None,
             every_n_layers=checkpointing.every_n_layers if checkpointing and checkpointing.enabled else 0,
             offload=bool(checkpointing and checkpointing.offload),
@@ -169,7 +170,7 @@ class MemoryComparison(Callback):
         plan = plan_memory(hollow, self._largest, settings)
         found = {
             "predicted": {"parts": plan.parts, "peak_bytes": plan.peak_bytes},
-            "measured": {"peak_bytes": self._measured, "device": module.device.type},
+            "measured": {"peak_bytes": self._measured, "device": device.type},
             "largest_batch": {
                 "rows": len(self._largest.lengths),
                 "tokens": self._largest.tokens,

@@ -2,17 +2,20 @@
 
 import contextlib
 import os
+import secrets
 import socket
 import sys
 import threading
 import time
-from typing import Any
+from typing import IO, Any
 
 import torch.distributed
 from lightning import Callback, LightningModule, Trainer
 
+from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import LostProcess, TrainingStopped
+from qlora_lightning.support.trainer import callbacks_of
 
 _GOODBYE = "done"
 _ADVICE = "What was saved is whole: resume from it by `--ckpt_path last`."
@@ -37,13 +40,13 @@ class ProcessWatch(Callback):
             return
         self._watch = _Watch(getattr(trainer.strategy.launcher, "procs", []))
         with socket.create_server(("", 0)) if trainer.is_global_zero else contextlib.nullcontext() as server:
-            mine = (server.getsockname()[1] if server else 0, _name(trainer))
-            port, name = trainer.strategy.broadcast(mine)
+            mine = (server.getsockname()[1] if server else 0, secrets.token_hex(), _name(trainer))
+            port, password, name = trainer.strategy.broadcast(mine)
             try:
                 if server:
-                    self._watch.accept(server, trainer.world_size - 1)
+                    self._watch.accept(server, password, trainer.world_size - 1)
                 else:
-                    self._watch.connect(os.environ["MASTER_ADDR"], port, name, _name(trainer))
+                    self._watch.connect(os.environ["MASTER_ADDR"], port, f"{password} {_name(trainer)}", name)
             except OSError as error:
                 say(f"{_name(trainer)} may be late to notice the end of another one, which it cannot reach: {error}")
 
@@ -64,8 +67,10 @@ class ProcessWatch(Callback):
             known = self._watch.wait() if self._watch else ""
             exception.__cause__ = LostProcess(known or unknown)  # which the command line reports instead
         if self._watch:  # all agree on a stop, and the first process may still have to save
-            stopped = isinstance(exception, TrainingStopped)
-            self._watch.leave(_GOODBYE if stopped else f"{_name(trainer)} ended: {text.rstrip(': .')}. {_ADVICE}")
+            agreed = isinstance(exception, TrainingStopped) and any(
+                isinstance(each, StopSignals) and each.stopping for each in callbacks_of(trainer)
+            )
+            self._watch.leave(_GOODBYE if agreed else f"{_name(trainer)} ended: {text.rstrip(': .')}. {_ADVICE}")
 
 
 class _Watch:
@@ -76,19 +81,25 @@ class _Watch:
         self._ends, self._children = threading.Event(), children
         self._connections: list[socket.socket] = []
 
-    def accept(self, server: socket.socket, others: int) -> None:
-        """Wait until the others have connected."""
+    def accept(self, server: socket.socket, password: str, others: int) -> None:
+        """Wait until the others have connected; who does not know the password is none of them."""
         server.settimeout(60)
-        for _ in range(others):
+        while others:
             connection, _ = server.accept()
-            self._listen(connection)
+            connection.settimeout(60)
+            lines = connection.makefile(encoding="utf-8", errors="replace")
+            known, _, name = lines.readline().strip().partition(" ")
+            if known == password:
+                self._listen(connection, lines, name)
+                others -= 1
+            else:
+                connection.close()
 
-    def connect(self, host: str, port: int, name: str, own_name: str) -> None:
+    def connect(self, host: str, port: int, greeting: str, name: str) -> None:
         """Connect to the first process."""
         connection = socket.create_connection((host, port), timeout=60)
-        connection.settimeout(None)
-        connection.sendall(f"{own_name}\n".encode())
-        self._listen(connection, name)
+        connection.sendall(f"{greeting}\n".encode())
+        self._listen(connection, connection.makefile(encoding="utf-8", errors="replace"), name)
 
     def wait(self) -> str:
         """Return who died and why, after waiting a while for that; empty if nobody did."""
@@ -100,18 +111,18 @@ class _Watch:
         self._ends.set()
         self._send(message)
 
-    def _listen(self, connection: socket.socket, name: str | None = None) -> None:
+    def _listen(self, connection: socket.socket, lines: IO[str], name: str) -> None:
+        connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _KEEPALIVE.items():
             if hasattr(socket, option):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         self._connections.append(connection)
-        threading.Thread(target=self._wait, args=(connection, name), daemon=True).start()
+        threading.Thread(target=self._wait, args=(connection, lines, name), daemon=True).start()
 
-    def _wait(self, connection: socket.socket, name: str | None) -> None:
+    def _wait(self, connection: socket.socket, lines: IO[str], name: str) -> None:
         line = ""
-        with connection, connection.makefile(encoding="utf-8") as lines, contextlib.suppress(OSError):
-            name = name or lines.readline().strip()
+        with connection, lines, contextlib.suppress(OSError):
             line = lines.readline().strip()
         if line != _GOODBYE and not self._ends.is_set():
             killed = f"{name} ended without a word: killed (by the system, for want of memory?) or crashed. {_ADVICE}"

@@ -314,6 +314,9 @@ def _measure_updates(trainer: Trainer, pl_module: LightningModule) -> dict[str, 
     model = getattr(pl_module, "model", None)
     if model is None:
         return None
+    if getattr(pl_module, "sharded_base", None) is not None:
+        say("The adapter's updates are not measured: no process has the whole base.")
+        return None
     try:
         with best_adapter(trainer, pl_module):
             table = measure_updates(model)

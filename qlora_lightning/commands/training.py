@@ -21,7 +21,6 @@ from rich.markup import escape
 from qlora_lightning import callbacks
 from qlora_lightning.callbacks.checkpoint_file import check_checkpoint, find_checkpoint
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
-from qlora_lightning.callbacks.process_watch import ProcessWatch
 from qlora_lightning.callbacks.progress_bar import choose_progress_display
 from qlora_lightning.callbacks.run_folder import RunFolder, refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import was_requeued
@@ -171,6 +170,7 @@ class QLoRACLI(LightningCLI):
         named = named if isinstance(named, list) else [named]
         config = self._short_config()
         usual = [
+            callbacks.ProcessWatch(),  # before those that have something to write when a run fails
             RunFolder(config),
             callbacks.RunReport(config, self._command),
             callbacks.StopSignals(),
@@ -179,7 +179,6 @@ class QLoRACLI(LightningCLI):
             callbacks.LossSpikeMonitor(),
             callbacks.LoadingLines(),
             callbacks.PredictionWriter(),
-            ProcessWatch(),
         ]
         added = [each for each in usual if not any(isinstance(other, type(each)) for other in named)]
         shows = settings["enable_progress_bar"] in (None, True)

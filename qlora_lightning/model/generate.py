@@ -39,8 +39,8 @@ def dense_weights(model: nn.Module) -> Iterator[bool]:
     """
     children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
     linears: list[tuple[nn.Module, str, Any]] = [each for each in children if type(each[2]) is bnb.nn.Linear4bit]
-    in_parts = any(isinstance(linear.weight, DTensor) for _, _, linear in linears)
-    if not linears or in_parts or not _fits([linear for _, _, linear in linears]):
+    is_sharded = any(isinstance(linear.weight, DTensor) for _, _, linear in linears)
+    if not linears or is_sharded or not _fits([linear for _, _, linear in linears]):
         yield not linears
         return
     try:

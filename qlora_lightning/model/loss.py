@@ -113,7 +113,7 @@ def token_losses(
             a GPU as many as 256 MiB hold.
         fast: Whether a frozen head's gradient may be made while the logits exist; ``False`` leaves it to autograd.
     """
-    if isinstance(head, HeadInParts):
+    if isinstance(head, ShardedHead):
         losses: tuple[Tensor, Tensor] = head.losses(hidden, targets, chunk, fast)
         return losses
     is_frozen, device = _is_frozen_linear(head), hidden.device.type
@@ -138,8 +138,8 @@ def mean_with_gradient_of_sum(sums: LossSums, scale: float = 1.0) -> Tensor:
 
 def head_of(causal_lm: Any) -> nn.Module:
     """Return what maps last hidden states to logits as the model's own forward: Granite scales them, Gemma 2 caps."""
-    if "head_in_parts" in vars(causal_lm):
-        return cast(nn.Module, causal_lm.head_in_parts)
+    if "sharded_head" in vars(causal_lm):
+        return cast(nn.Module, causal_lm.sharded_head)
     config, linear = causal_lm.config, causal_lm.get_output_embeddings()
     scaling, softcap = (getattr(config, name, None) for name in ("logits_scaling", "final_logit_softcapping"))
     return linear if scaling is None and softcap is None else _ScaledHead(linear, scaling or 1.0, softcap)
@@ -162,7 +162,7 @@ class _ScaledHead(nn.Module):
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
-class HeadInParts(nn.Module):
+class ShardedHead(nn.Module):
     """A head of which each process holds a part: FSDP2 makes it whole for this module's forward, and its backward."""
 
     def __init__(self, head: nn.Module) -> None:

@@ -188,7 +188,7 @@ class QLoRAModule(lightning.LightningModule):
         self.strict_loading = True
         self.made: QLoRAModel | None = None
         self.spare: QLoRAModel | None = None
-        self.in_parts: ShardedBase | None = None
+        self.sharded_base: ShardedBase | None = None
 
     def configure_callbacks(self) -> list[Callback]:
         return [ExactResume(), self.guard, QuietCollector()]
@@ -271,18 +271,18 @@ class QLoRAModule(lightning.LightningModule):
         from qlora_lightning.model.weights.sharded import ShardedBase  # FSDP2: only for who asks for it
 
         strategy = cast(ShardedDDPStrategy, self.trainer.strategy)
-        self.in_parts = ShardedBase(self.causal_lm, strategy.new_group(), strategy.root_device, strategy.offload)
+        self.sharded_base = ShardedBase(self.causal_lm, strategy.new_group(), strategy.root_device, strategy.offload)
         if self.made is not None:
             self.made = dataclasses.replace(self.made, asked={})  # to nobody else of use
         self.to(strategy.root_device)
-        self.in_parts.start()
+        self.sharded_base.start()
 
     def turns(self) -> contextlib.AbstractContextManager[None]:
         """Where processes may run different numbers of passes, which a base in parts makes passes of all."""
-        return contextlib.nullcontext() if self.in_parts is None else self.in_parts.turns()
+        return contextlib.nullcontext() if self.sharded_base is None else self.sharded_base.turns()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        fn = fn if self.in_parts is None else self.in_parts.leaving_parts(fn)
+        fn = fn if self.sharded_base is None else self.sharded_base.leaving_parts(fn)
         return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def on_fit_end(self) -> None:

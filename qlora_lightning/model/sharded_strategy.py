@@ -1,6 +1,7 @@
 """DDP over a base in parts, for ``trainer.strategy: ddp_sharded`` and ``ddp_sharded_offload``."""
 
 import re
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ class ShardedDDPStrategy(DDPStrategy):
     Args:
         offload: Keep the parts in the machine's memory, and copy each layer to the device when it is used: ``True``
             all of them, a number those of the first layers. One process alone may do so too.
-        kwargs: Arguments of ``DDPStrategy``.
+        kwargs: Arguments of ``DDPStrategy``; ``timeout`` is ten minutes by default.
     """
 
     def __init__(self, *args: Any, offload: bool | int = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{"timeout": timedelta(minutes=10), **kwargs})
         self.offload = offload
 
     def new_group(self) -> torch.distributed.ProcessGroup:

@@ -39,11 +39,10 @@ RANK, TOKENS, MICRO_BATCHES, UTILIZATION = 16, 16_384, 4, 0.4  # tokens of a dev
 
 
 def read_shape(name: str) -> dict[str, Any]:
-    """Return a recipe's config of transformers; Llama-3.1-70B is the 8B in larger."""
-    file = ROOT / "configs" / "shapes" / "llama-3.1-8b" / "config.json"
+    """Return the config of Llama-3.1 of a size."""
+    file = ROOT / "configs" / "shapes" / f"llama-3.1-{name.lower()}" / "config.json"
     shape: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    larger = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
-    return shape | larger if name == "70B" else shape
+    return shape
 
 
 def linears(shape: dict[str, Any]) -> list[tuple[int, int]]:
@@ -136,7 +135,8 @@ def main() -> None:
             found = measure(Path(folder), strategy)
         expected = sent(shape, 8, 2, micro_batches)
         print(
-            f"{strategy}: {found['sent']:,} bytes sent by TCP, {expected:,.0f} by theory. Collectives and their bytes:"
+            f"{strategy}: {found['seconds']:.2f} s a step, peak RSS {found['peak_bytes'] / 1e9:.2f} GB; "
+            f"{found['sent']:,} bytes sent by TCP, {expected:,.0f} by theory. Collectives and their bytes:"
         )
         for (name, size), times in sorted(Counter(map(tuple, found["collectives"])).items()):
             print(f"  {times:>3} × {name} {size:,}")

@@ -44,7 +44,7 @@ ALIKE = {  # what slow runs differ in
     "noise": ["--model.neftune_alpha", "5"],
     "dora": ["--model.lora_options", '{"use_dora": true}'],
 }
-PAIRS = ["--model.base", "untied", "--trainer.max_steps", "-1", "--trainer.max_epochs", "2"]
+PAIRS = ["--trainer.max_steps", "-1", "--trainer.max_epochs", "2"]
 
 
 def fit(name, *arguments, config="parts.yaml"):
@@ -137,15 +137,20 @@ def test_a_checkpoint_of_it_goes_on_with_a_whole_one(runs):
 
 @pytest.mark.slow
 def test_whatever_trains_and_however_the_bytes_are_the_same(runs):
-    launch(runs, [command for name, more in ALIKE.items() for command in both(name, *more)], timeout=900)
+    some = {"class_path": "qlora_lightning.ShardedDDPStrategy", "init_args": {"offload": 2}}
+    commands = [command for name, more in ALIKE.items() for command in both(name, *more)]
+    launch(runs, [*commands, fit("some", *CHECKPOINTING, "--trainer.strategy", json.dumps(some))], timeout=900)
     for name in ALIKE:
         assert_same(runs, name)
+    assert_same(runs, "checkpointing", "some")
 
 
 @pytest.mark.slow
 def test_preferences_ask_the_reference_when_some_process_needs_it(runs):
-    launch(runs, both("pairs", *PAIRS, config="pairs.yaml"))
-    assert_same(runs, "pairs")
+    bases = {base: both(base, "--model.base", base, *PAIRS, config="pairs.yaml") for base in ("untied", "tiny")}
+    launch(runs, [command for commands in bases.values() for command in commands])
+    for base in bases:
+        assert_same(runs, base)
 
 
 @pytest.mark.slow

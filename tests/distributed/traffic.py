@@ -2,8 +2,10 @@
 
 import json
 import os
+import resource
 import socket
 import struct
+import time
 from pathlib import Path
 
 import torch
@@ -17,7 +19,10 @@ class Traffic(Callback):
         self.file, self.profile, self.before = file, None, 0
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 1:
+            self.began = time.perf_counter()
         if trainer.global_rank == 0 and batch_idx == 2:
+            self.seconds = time.perf_counter() - self.began
             self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
             self.profile.start()
             self.before = bytes_sent()
@@ -28,8 +33,13 @@ class Traffic(Callback):
             events = json.loads(Path(self.file).read_text())["traceEvents"]
             found = [(event["name"], event["args"]) for event in events if event["name"].startswith("gloo:")]
             collectives = [(name.removeprefix("gloo:"), _bytes(args)) for name, args in found]
-            Path(self.file).write_text(json.dumps({"collectives": collectives, "sent": sent}))
+            Path(self.file).write_text(json.dumps(self.facts(collectives, sent)))
             self.profile = None
+
+    def facts(self, collectives, sent):
+        """What a step sends, how long the one before took, and the most memory until then."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"collectives": collectives, "sent": sent, "seconds": self.seconds, "peak_bytes": peak}
 
 
 _SIZES = {"float": 4, "double": 8, "unsigned char": 1, "int": 4, "long int": 8, "c10::BFloat16": 2}

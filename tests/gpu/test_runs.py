@@ -6,7 +6,7 @@ import torch
 from lightning import seed_everything
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, InstructionDataModule, QLoRAModule
+from qlora_lightning import AdapterCheckpoint, Evaluation, GradientCheckpointing, InstructionDataModule, QLoRAModule
 from qlora_lightning.cli import main
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from tests.dying import MachineFailed, Stop
@@ -42,6 +42,23 @@ def test_inputs_of_layers_in_host_memory_give_the_same_bits(base, rows_file, tmp
     callbacks = GradientCheckpointing(), GradientCheckpointing(offload=True)
     ends = [fit(tmp_path / f"{each.offload}", base, rows_file, each) for each in callbacks]
     assert same(ends[0]["state_dict"], ends[1]["state_dict"])
+
+
+def test_base_and_adapter_are_compared_where_they_were_trained(base, rows_file, tmp_path):
+    """The Trainer has moved the model to the CPU when a fit ends."""
+    devices = []
+
+    class Module(QLoRAModule):
+        def compute_loss(self, batch):
+            devices.append((self.training, self.device.type, batch["input_ids"].device.type))
+            return super().compute_loss(batch)
+
+    data = InstructionDataModule(train=str(rows_file), val=str(rows_file), batch_size=2, tokenizer=str(base))
+    trainer = make_trainer(tmp_path, accelerator=ACCELERATOR, callbacks=[Evaluation(rows=2)], max_steps=1)
+    trainer.fit(module := Module(str(base), rank=4, cache=False), data)
+    assert set(devices) == {(mode, DEVICE.type, DEVICE.type) for mode in (True, False)}
+    assert (tmp_path / "evaluation.json").exists()
+    assert module.device.type == "cpu"
 
 
 def test_the_same_seed_draws_the_same_adapters_as_on_a_cpu(base):

@@ -29,6 +29,7 @@ from qlora_lightning.model.memory.plan import (
     StepSettings,
     count_trained,
     name_storage,
+    pinned_bytes,
     plan_memory,
     read_base,
 )
@@ -144,7 +145,7 @@ def _plan(
     planned, shape = plan_memory(*step), read_base(model)
     if is_cuda and checkpointing["enabled"] and checkpointing["offload"]:
         layers = math.ceil(config.num_hidden_layers / checkpointing["every_n_layers"])
-        kept = format_gib(layers * step[1].computed * config.hidden_size * dtype.itemsize)
+        kept = format_gib(layers * pinned_bytes(step[1].computed * config.hidden_size * dtype.itemsize))
         notes.append(f"gradient_checkpointing.offload keeps {kept} in pinned host memory.")
     changes: list[dict[str, Any]] = [
         {"change": change, "saves": planned.peak_bytes - plan_memory(*changed).peak_bytes, "costs": costs}

@@ -26,18 +26,19 @@ those that give it alone, or all of the micro-batch if none does; ``error``, wha
 
 
 def find_nonfinite(
-    model: nn.Module, compute_loss: ComputeLoss, window: Window, data: Any, rank: int = 0, in_parts: Any = None
+    model: nn.Module, compute_loss: ComputeLoss, window: Window, data: Any, rank: int = 0, sharded_base: Any = None
 ) -> Finding:
     """Run the micro-batches of a window again, one by one, until one gives a NaN or an infinity.
 
     Gradients and random generators stay as they were. Dropout is drawn again, so that what it alone caused may be gone.
     It never fails: the step is decided, and other ranks wait. Places and text of rows come from ``data``, the Trainer's
-    data module, if there is one. With a base in parts (see ``ShardedBase``) each pass is one of all ranks.
+    data module, if there is one. With a sharded base (see ``ShardedBase``) each pass is one of all ranks, and who fails
+    ends them all.
     """
 
     def run(batch: Any) -> tuple[bool, str | None]:
-        if in_parts is not None:
-            in_parts.take_turn(in_parts.PASS, help_others)
+        if sharded_base is not None:
+            sharded_base.take_turn(sharded_base.PASS, help_others)
         return _run(model, compute_loss, batch)
 
     def help_others(_: int) -> None:
@@ -54,10 +55,10 @@ def find_nonfinite(
                 bad = [row for row in rows if not run(row)[0]]
                 finding |= {"micro_batch": number, "rows": [describe_row(data, row) for row in bad or rows]}
                 break
-        if in_parts is not None:
-            in_parts.take_turn(in_parts.DONE, help_others)
+        if sharded_base is not None:
+            sharded_base.take_turn(sharded_base.DONE, help_others)
     except Exception as error:
-        if in_parts is not None:  # others wait in a pass that this one does not take part in any more
+        if sharded_base is not None and sharded_base.group.size() > 1:  # others wait for this one in a pass
             raise
         finding["error"] = f"{type(error).__name__}: {error}"
     finally:

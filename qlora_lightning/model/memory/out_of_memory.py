@@ -44,7 +44,9 @@ def telling_out_of_memory(pl_module: Any, batch: Any) -> Iterator[None]:
         if isinstance(batch, Mapping) and {"input_ids", "cu_seqlens", "longest"} <= batch.keys():
             rows, tokens, longest = len(batch["cu_seqlens"]) - 1, batch["input_ids"].numel(), int(batch["longest"])
             where = f"a batch of {rows:,} rows and {tokens:,} tokens, the longest row {longest:,}"
-        changes = "; ".join(f"({number}) {each}" for number, each in enumerate(_list_changes(pl_module, longest), 1))
+        changes = "; ".join(
+            f"({number}) {each}" for number, each in enumerate(_list_changes(pl_module, longest, device), 1)
+        )
         raise UserError(
             f"Out of memory on {device} in {where}; the peak was {read_peak_gib(device):.2f} of "
             f"{device_memory_gib(device):.2f} GiB. What helps: {changes}. `qlora-lightning plan` with the same config "
@@ -52,7 +54,7 @@ def telling_out_of_memory(pl_module: Any, batch: Any) -> Iterator[None]:
         ) from error
 
 
-def _list_changes(pl_module: Any, longest: int) -> list[str]:
+def _list_changes(pl_module: Any, longest: int, device: torch.device) -> list[str]:
     """List the changes that apply: first those that cost time only, then bits of the base and ends of rows."""
     trainer = pl_module.trainer
     data = getattr(trainer, "datamodule", None)
@@ -67,6 +69,8 @@ def _list_changes(pl_module: Any, longest: int) -> list[str]:
     checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in pl_module.modules())
     if trainer.training and not checkpoints:  # validation keeps no activations
         changes.append("gradient_checkpointing.enabled: true (the same result, about a third slower)")
+    elif trainer.training and device.type == "cuda":
+        changes.append("gradient_checkpointing.offload: true (the same result), if it is not set")
     if pl_module.quantization in ("int8", "none"):
         changes.append("model.quantization: nf4")
     if longest > _SHORTEST:

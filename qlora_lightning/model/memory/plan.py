@@ -276,9 +276,12 @@ def _shard(
         the layers (a layer, and the buffer of the next one) and in the head; what is in host memory.
     """
 
-    def count(module: nn.Module, processes: int) -> int:  # split by rows
+    def sizes(module: nn.Module, processes: int) -> list[int]:  # split by rows
         frozen = (each for each in module.parameters() if not each.requires_grad)
-        return sum(math.ceil(len(each) / processes) * (each.nbytes // len(each)) for each in frozen)
+        return [math.ceil(len(each) / processes) * (each.nbytes // len(each)) for each in frozen]
+
+    def count(module: nn.Module, processes: int) -> int:
+        return sum(sizes(module, processes))
 
     modules = [*causal_lm.model.layers]
     number, embedding, head = len(modules), causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
@@ -292,7 +295,13 @@ def _shard(
     stored = count(causal_lm, 1)
     frozen = stored - sum(whole) + sum(here) - vocabulary, total - stored, vocabulary
     on_the_way = max(parts[:number]) if offloaded else 0  # of a layer, from host memory
-    return frozen, (2 * max(whole[:number]) + on_the_way, 2 * max(whole[number:], default=0)), sum(parts[:offloaded])
+    host = sum(pinned_bytes(size) for module in modules[:offloaded] for size in sizes(module, sharding.processes))
+    return frozen, (2 * max(whole[:number]) + on_the_way, 2 * max(whole[number:], default=0)), host
+
+
+def pinned_bytes(size: int) -> int:
+    """Return what a tensor takes in pinned host memory, which torch hands out in powers of two."""
+    return 1 << (size - 1).bit_length()
 
 
 def _unread(causal_lm: Any, settings: StepSettings) -> int:

@@ -8,6 +8,7 @@ processes: see :meth:`ShardedBase.turns`.
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import bitsandbytes as bnb
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model.layers.attention import NO_MASK
 from qlora_lightning.model.layout import whole_samples
-from qlora_lightning.model.loss import HeadInParts, head_of
+from qlora_lightning.model.loss import ShardedHead, head_of
 
 _BYTE = torch.float8_e4m3fn  # as which bytes travel: FSDP2 of torch 2.11 takes floating dtypes only
 
@@ -66,14 +67,20 @@ class ShardedBase:
         if embedding.weight is not head.weight:
             self._of_body.insert(0, shard(embedding, offload is True))
             self._of_body[0].set_unshard_in_backward(False)
-            self._head = shard(HeadInParts(head), offload is True)
+            self._head = shard(ShardedHead(head), offload is True)
             self._head.register_forward_pre_hook(lambda *_: self._wait_for_turn(self.HEAD), prepend=True)
-            vars(causal_lm)["head_in_parts"] = self._head  # no part of the model, which has the head already
+            vars(causal_lm)["sharded_head"] = self._head  # no part of the model, which has the head already
         fully_shard(body, mesh=mesh, ignored_params=set(body.parameters()))  # the root, with no part of its own
+        # FSDP2 would gather ahead in the order of the passes that a process has run, which may differ among them
+        for before, layer in pairwise([body.layers[0], *body.layers]):
+            layer.set_modules_to_backward_prefetch([before])
         body.register_forward_pre_hook(lambda *_: self._wait_for_turn(self.PASS), prepend=True)
 
     def start(self) -> None:
-        """Run one token: of its modules FSDP2 takes the one that runs first for the root; and the processes meet."""
+        """Run one token, so that the processes meet.
+
+        FSDP2 takes the module that runs first for the root, and NEFTune calls the embedding before the body.
+        """
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         samples = whole_samples([1]).to(self.device)
         with torch.no_grad(), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
@@ -129,8 +136,8 @@ class ShardedBase:
             module.reshard()
 
 
-class Params4bit(bnb.nn.Params4bit):  # type: ignore[misc]  # bitsandbytes ships no types
-    """A gathered weight, read only while it is whole: C++ would read memory that is gone. PEFT goes by its name."""
+class GatheredParams4bit(bnb.nn.Params4bit):  # type: ignore[misc]  # bitsandbytes ships no types
+    """A gathered weight, read only while it is whole: C++ would read memory that is gone."""
 
     @property
     def quant_state(self) -> Any:
@@ -145,6 +152,9 @@ class Params4bit(bnb.nn.Params4bit):  # type: ignore[misc]  # bitsandbytes ships
     @quant_state.setter
     def quant_state(self, state: Any) -> None:
         self._state = state
+
+
+GatheredParams4bit.__name__ = "Params4bit"  # by which PEFT goes
 
 
 def _unpack(linear: Any, device: torch.device) -> None:
@@ -163,11 +173,11 @@ def _pack_when_gathered(layer: nn.Module, linears: list[Any]) -> None:
             if not isinstance(linear.weight, bnb.nn.Params4bit):
                 state = linear.quant_state
                 known = {"quant_state": state, "quant_type": state.quant_type, "blocksize": state.blocksize}
-                linear.weight = Params4bit(linear.weight.data.view(torch.uint8), bnb_quantized=True, **known)
+                linear.weight = GatheredParams4bit(linear.weight.data.view(torch.uint8), bnb_quantized=True, **known)
 
     def pack_before_backward(_: Any, inputs: Any, output: Any) -> None:
         if output.requires_grad:
-            output.register_hook(pack)
+            output.register_hook(pack)  # behind FSDP2's own hook of this output, which gathers
 
     layer.register_forward_pre_hook(pack)
     layer.register_forward_hook(pack_before_backward)

@@ -55,6 +55,8 @@ def test_a_is_drawn_from_the_seed_alone_and_the_generator_stays_where_it_was(tin
             for options, sentence in (
                 ({"loftq_config": {}}, "'loftq_config': expected one of .*use_rslora"),
                 ({"init_lora_weights": "eva"}, "'eva': expected one of True, False, gaussian, orthogonal"),
+                ({"init_lora_weights": "loftq"}, "'loftq': expected one of"),
+                ({"init_lora_weights": "olora"}, "'olora': expected one of"),  # PEFT would quantize the base once more
                 ({"modules_to_save": ["embedding"]}, "names 'embedding', but the base has no such module"),
                 ({"modules_to_save": ["lm_head"]}, "ties head and embedding.*Add `ensure_weight_tying: true`"),
             )

@@ -107,15 +107,16 @@ class Benchmarks:
                     self.add(side, f"answers of the {model}", figures)
 
     def measure_preferences(self, with_peer: bool) -> None:
-        """Train by DPO on the first rows of a file of pairs, in turns."""
+        """Train by DPO on the first rows of a file of pairs, in turns: in the second epoch ours knows the reference."""
         lines = Path(self._arguments.preferences).read_text(encoding="utf-8").splitlines()[: self._arguments.rows]
         with tempfile.TemporaryDirectory() as folder:
             rows = Path(folder) / "pairs.jsonl"
             rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
             pythons = {"ours": sys.executable} | ({"peer": self._arguments.peer_python} if with_peer else {})
-            for side, python in list(pythons.items()) * self._arguments.repeats:
-                common = {"side": side, "base": self._base, "rows": str(rows), "dtype": self._dtype}
-                self.add(side, "DPO", run_child("preferences", self._arguments.threads, python=python, **common))
+            for epochs, (side, python) in itertools.product((1, 2), list(pythons.items()) * self._arguments.repeats):
+                common = {"side": side, "base": self._base, "rows": str(rows), "dtype": self._dtype, "epochs": epochs}
+                found = run_child("preferences", self._arguments.threads, python=python, **common)
+                self.add(side, f"DPO, epochs: {epochs}", found)
 
     def measure_scaling(self) -> None:
         """Take batches of more and more short rows, and one longer and longer row."""

@@ -1,4 +1,4 @@
-"""Preferences: one epoch of DPO over pairs, with our modules or with TRL's DPOTrainer.
+"""Preferences: epochs of DPO over pairs, with our modules or with TRL's DPOTrainer.
 
 The peer's interpreter needs no more of this project than this folder.
 """
@@ -14,16 +14,16 @@ PAIRS = 4  # of a micro-batch
 BETA = 0.1
 
 
-def measure(side: str, base: str, rows: str, dtype: str) -> dict[str, Any]:
-    """Train over a file of ``prompt``, ``chosen`` and ``rejected``, from top to bottom, on the CPU.
+def measure(side: str, base: str, rows: str, dtype: str, epochs: int) -> dict[str, Any]:
+    """Train some epochs over a file of ``prompt``, ``chosen`` and ``rejected``, from top to bottom, on the CPU.
 
     Returns:
         ``pairs``, ``seconds`` of the loop, ``peak_bytes``, and what one's own data module counts as ``tokens``.
     """
-    return (_measure_ours if side == "ours" else _measure_peer)(base, rows, dtype)
+    return (_measure_ours if side == "ours" else _measure_peer)(base, rows, dtype, epochs)
 
 
-def _measure_ours(base: str, rows: str, dtype: Any) -> dict[str, Any]:
+def _measure_ours(base: str, rows: str, dtype: Any, epochs: int) -> dict[str, Any]:
     from qlora_lightning import PreferenceDataModule, PreferenceModule
     from tests.benchmarks.ours import Meter, make_trainer
 
@@ -39,7 +39,7 @@ def _measure_ours(base: str, rows: str, dtype: Any) -> dict[str, Any]:
     )
     data = PreferenceDataModule(rows, max_length=child.MAX_LENGTH, batch_size=PAIRS, shuffle=False, tokenizer=base)
     meter = Meter()
-    make_trainer("cpu", meter, max_epochs=1).fit(module, data)
+    make_trainer("cpu", meter, max_epochs=epochs).fit(module, data)
     return {
         "tokens": meter.tokens,
         "seconds": meter.seconds,
@@ -49,7 +49,7 @@ def _measure_ours(base: str, rows: str, dtype: Any) -> dict[str, Any]:
     }
 
 
-def _measure_peer(base: str, rows: str, dtype: str) -> dict[str, Any]:
+def _measure_peer(base: str, rows: str, dtype: str, epochs: int) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
@@ -67,14 +67,14 @@ def _measure_peer(base: str, rows: str, dtype: str) -> dict[str, Any]:
             train_dataset=Dataset.from_list(pairs),
             peft_config=make_lora_config(),
             args=DPOConfig(  # all that is not named is TRL's default
-                **make_arguments(folder, dtype, on_gpu=False),
+                **make_arguments(folder, dtype, on_gpu=False) | {"num_train_epochs": epochs},
                 beta=BETA,
                 per_device_train_batch_size=PAIRS,
                 gradient_checkpointing=False,
             ),
             callbacks=[clock],
         )
-        tokens = sum(
+        tokens = epochs * sum(
             2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
             for row in trainer.train_dataset
         )

@@ -60,8 +60,8 @@ def merge(options: argparse.Namespace) -> None:
         print(f"Adapter alone: {options.adapter_gguf}")
         print(
             f"It was trained on a base in {source.quantization or '16 bits'}. A base that llama.cpp has quantized "
-            "otherwise differs from that: of SmolLM2 in q4_1 an answer in three was another one. merge --gguf writes a model "
-            "whose answers are checked."
+            "otherwise differs from that: of SmolLM2 in q4_1 an answer in three was another one. merge --gguf writes a "
+            "model whose answers are checked."
         )
     if options.out is None:
         return

@@ -165,6 +165,7 @@ class MemoryComparison(Callback):
             batch_lengths=max(1, len(self._lengths)),
             ids=self._ids if module.cache else None,
             sharding=Sharding(trainer.world_size, strategy.offload) if is_sharded else None,
+            processes=trainer.world_size,
         )
         hollow = meta_copy(module.model, dtype, module.quantization, module.fast)
         plan = plan_memory(hollow, self._largest, settings)

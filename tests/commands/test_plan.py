@@ -153,6 +153,13 @@ def test_processes_share_a_base(folder, devices, strategy, layers, tables, gathe
     assert not any(whole["parts"][part] for part in ("scales", "vocabulary", "gathered"))
 
 
+def test_several_processes_each_have_a_copy_of_the_gradients(folder):
+    one, two = (
+        plan("--trainer.devices", devices, "--trainer.strategy", "ddp")[1]["memory"]["parts"] for devices in "12"
+    )
+    assert two["gradients"] == 2 * one["gradients"]
+
+
 def test_tied_embeddings_are_whole_on_each_device_and_a_cpu_has_no_other_memory(folder):
     _, found, _, _ = plan("--trainer.devices", "2", "--trainer.strategy", "ddp_sharded_offload")
     parts = found["memory"]["parts"]

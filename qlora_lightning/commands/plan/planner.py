@@ -140,6 +140,7 @@ def _plan(
         batch_lengths=batch_lengths,
         ids=ids,
         sharding=sharding,
+        processes=count_devices(trainer),
     )
     step = model, batch if leaves_out else batch.whole(), step_settings
     planned, shape = plan_memory(*step), read_base(model)

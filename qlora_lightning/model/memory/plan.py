@@ -176,6 +176,7 @@ class StepSettings:
         ids: Token ids of the data, if the base is mapped from a file: on a CPU only what they read of the embedding is
             in memory. ``None``: all of it is.
         sharding: ``None``: each process holds the base as a whole.
+        processes: How many train.
     """
 
     device: str
@@ -190,6 +191,7 @@ class StepSettings:
     batch_lengths: int = 1
     ids: Any = None
     sharding: Sharding | None = None
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,7 @@ def plan_memory(model: peft.PeftModel, batch: BatchShape, settings: StepSettings
         *frozen,
         gathered_bytes,
         _MASTER * trained,
-        _MASTER * trained * (1 if settings.sharding is None else 2),  # and DDP's buckets
+        _MASTER * trained * (1 if settings.processes == 1 and settings.sharding is None else 2),  # and DDP's buckets
         count_optimizer_bytes(shapes, settings.optimizer),
         saved,
         logits,

@@ -49,7 +49,7 @@ def test_links_lead_to_a_page_and_a_heading(folder):
         file, _, heading = target.partition("#")
         linked = ROOT / folder / file
         assert linked.exists()
-        assert not heading or f"## {heading}" in linked.read_text(encoding="utf-8").lower()
+        assert not heading or f"## {heading.replace('-', ' ')}" in linked.read_text(encoding="utf-8").lower()
 
 
 @pytest.mark.parametrize("config", [text for name, text in blocks(PAGES["qlora_lightning/callbacks"], "yaml") if name])

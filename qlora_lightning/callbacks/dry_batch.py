@@ -65,9 +65,9 @@ def find_largest(trainer: Trainer, module: Any) -> Batch | None:
         return None
     plan, first, largest = ahead
     count = computed_counter(plan.samples, leaves_out(module))
-    is_worth, sharded_base = count(largest.rows) > _WORTH * count(first.rows), getattr(module, "sharded_base", None)
-    if sharded_base is not None:  # then a pass is one of all ranks
-        is_worth = sharded_base.any(is_worth)
+    is_worth = count(largest.rows) > _WORTH * count(first.rows)
+    if getattr(module, "sharded_base", None) is not None:  # then a pass is one of all ranks
+        is_worth = trainer.strategy.reduce_boolean_decision(is_worth, all=False)
     return collate_rows(plan.samples, *largest) if is_worth else None
 
 

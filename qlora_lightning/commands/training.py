@@ -38,7 +38,7 @@ from qlora_lightning.data.chat.tokenizer import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.checkpoint.format import find_foreign_class, read_checkpoint, read_content, usable_settings
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.model.sharded_strategy import ShardedDDPStrategy
+from qlora_lightning.model.sharded_strategy import SHARDED_STRATEGIES, ShardedDDPStrategy
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_yaml
 from qlora_lightning.support.trainer import is_trial_run
@@ -279,7 +279,7 @@ def main(argv: Sequence[str]) -> int:
     limit = timedelta(minutes=10)
     usual: dict[str, Any] = {"override": True, "start_method": "popen", "timeout": limit}
     StrategyRegistry.register("ddp", DDPStrategy, "DDP", **usual)
-    for name, offload in (("ddp_sharded", False), ("ddp_sharded_offload", True)):
+    for name, offload in SHARDED_STRATEGIES.items():
         StrategyRegistry.register(name, ShardedDDPStrategy, "DDP, the base in parts", offload=offload, **usual)
     verb, *options = argv
     QLoRACLI(options, verb).run()

@@ -97,12 +97,11 @@ def load_base(
     else:
         settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
         if cache:
-            own, of_gpu = (
-                _cache_key(source, config, settings, compute_dtype, kind)
-                for kind in (torch.device(device).type, "cuda")
-            )
+            key = _cache_key(source, config, settings, compute_dtype, torch.device(device).type)
             # a base that will be sharded over GPUs is read here on a CPU: the one that a GPU has quantized is the same
-            key = of_gpu if find_entry("quantized", own) is None and find_entry("quantized", of_gpu) else own
+            of_gpu = key | {"device": "cuda"}
+            if find_entry("quantized", key) is None and find_entry("quantized", of_gpu):
+                key = of_gpu
             folder = _quantized_folder(source, key, settings, load)
             is_large = sum(file.stat().st_size for file in folder.iterdir()) > _CHECKED_AT_ONCE
             check = EntryCheck(folder, source.name) if is_large else None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
+SHARDED_STRATEGIES = {"ddp_sharded": False, "ddp_sharded_offload": True}  # names, and whether all parts are offloaded
 _UNGATHERED = re.compile("got mixed torch.Tensor and DTensor|object of type DTensor")
 
 

@@ -34,7 +34,7 @@ from qlora_lightning.model.memory.plan import (
     read_base,
 )
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.model.sharded_strategy import ShardedDDPStrategy
+from qlora_lightning.model.sharded_strategy import SHARDED_STRATEGIES, ShardedDDPStrategy
 from qlora_lightning.support.errors import UserError
 
 _CONTEXT = 600_000_000  # bytes that CUDA, cuBLAS and the kernels take on a card, beside tensors; an estimate
@@ -199,7 +199,7 @@ def _choose_device(accelerator: str, memory: int | None) -> dict[str, Any]:
 def _read_sharding(trainer: Any) -> Sharding | None:
     strategy = trainer["strategy"]
     if isinstance(strategy, str):
-        offloads = {"ddp_sharded": False, "ddp_sharded_offload": True}.get(strategy)
+        offloads = SHARDED_STRATEGIES.get(strategy)
     else:
         is_sharded = strategy["class_path"].endswith(f".{ShardedDDPStrategy.__name__}")
         offloads = strategy["init_args"]["offload"] if is_sharded else None

@@ -117,10 +117,6 @@ class ShardedBase:
         while (turn := self._least(wanted)) != wanted:
             help_others(turn)
 
-    def any(self, mine: bool) -> bool:
-        """Whether any process says so; all must ask."""
-        return not self._least(not mine)
-
     def _least(self, number: int) -> int:
         least = torch.tensor(number, device=self.device)
         dist.all_reduce(least, dist.ReduceOp.MIN, self.group)

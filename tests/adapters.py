@@ -14,6 +14,7 @@ from qlora_lightning.model.base_model import load_base
 
 def make_adapter(folder, base, quantization="nf4", compute_dtype=torch.float32, std=0.05, seed=0, **options):
     """Write an adapter folder; give the model that it was written from."""
+    torch.manual_seed(seed)  # of A
     options = {"rank": 4, **options}
     loaded = load_base(str(base), quantization=quantization, compute_dtype=compute_dtype)
     model = add_adapters(loaded.model, base_name=str(base), **options)

@@ -17,6 +17,12 @@ import torch
 rich.get_console()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Let each test draw the same numbers, whatever ran before it; first, so that its fixtures do as well."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache of the session's own, which its workers share: SmolLM2 is unpacked once, and nothing is the user's."""

@@ -92,6 +92,20 @@ def test_a_conversation_continues_and_commands_change_it(chat):
     assert "never" not in out
 
 
+def test_a_conversation_goes_on_after_an_answer_with_control_tokens(chat, monkeypatch):
+    begin = load_tokenizer(CALM).convert_tokens_to_ids("<|im_start|>")
+    count = AnswerStream.__call__
+
+    def stream_a_control_token(stream, input_ids, scores, **kwargs):
+        input_ids[:, -1] = begin
+        return count(stream, input_ids, scores, **kwargs)
+
+    monkeypatch.setattr(AnswerStream, "__call__", stream_a_control_token)
+    _, turns = chat("--adapter", CALM, *SHORT, lines=["Hi.", "And now?"])
+    assert [turn["answers"]["a"]["text"] for turn in turns] == ["", ""]
+    assert turns[1]["answers"]["a"]["tokens"] == 4
+
+
 def test_base_and_adapters_answer_beside_others_as_alone(chat):
     def answers(*adapters, compare=()):
         named = [part for name in adapters for part in ("--adapter", name)]
@@ -177,7 +191,7 @@ def test_what_is_wrong_is_reported(arguments, chat):
 class Characters:
     """A tokenizer of bytes."""
 
-    def decode(self, ids, clean_up_tokenization_spaces):
+    def decode(self, ids, **options):
         return bytes(ids).decode("utf-8", errors="replace")
 
 

@@ -96,7 +96,8 @@ class AnswerStream(StoppingCriteria):  # type: ignore[misc]  # transformers ship
     def show(self, is_whole: bool = False) -> None:
         """Write what is new, but for half a character or what may become a stop, unless the answer is whole."""
         ids = [token for token in self.ids if token not in self._stop_ids]
-        text: str = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        # without control tokens, which a base may answer with: as text, they could not be sent with the next message
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         ends = [end for stop in self._stops if (end := text.find(stop)) >= 0]
         self.has_stopped = bool(ends) or len(ids) < len(self.ids)
         if ends:

@@ -185,6 +185,16 @@ def test_a_rank_that_raises_ends_the_others(runs):
     assert f"process 1 of 2 (counted from 0) on {socket.gethostname()} ended: ValueError" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
+def test_all_find_one_learning_rate_and_then_train_as_if_they_had_not_searched(runs):
+    fits = [["plain", "ddp_sharded", False], ["whole", "ddp", True], ["found", "ddp_sharded", True]]
+    launch(runs, fits, script="find_rates.py")
+    found = [json.loads((runs / f"{name}-{rank}.json").read_text()) for name in ("whole", "found") for rank in (0, 1)]
+    assert found == [[found[0][0], []]] * 4  # no file is left
+    assert 1e-8 < found[0][0] < 0.1
+    assert adapter_bytes(runs / "plain") == adapter_bytes(runs / "whole") == adapter_bytes(runs / "found")
+
+
 def test_a_base_in_8_bits_is_refused_by_name():
     with pytest.raises(UserError, match="int8"):
         check_trainer("32-true", "ShardedDDPStrategy", "int8")

@@ -94,6 +94,14 @@ def assert_same(runs, name, other=None):
         assert metrics(runs / name, column)
 
 
+def assert_same_updates(runs, name):
+    one, other = (
+        json.loads((runs / each / "manifest.json").read_text())["adapter_updates"] for each in (name, f"{name}-parts")
+    )
+    assert one["q_proj"]
+    assert one == other
+
+
 @pytest.mark.usefixtures("said")
 def test_it_trains_and_judges_as_a_whole_one(runs):
     assert_same(runs, "judged")
@@ -102,6 +110,11 @@ def test_it_trains_and_judges_as_a_whole_one(runs):
         assert metrics(runs / "judged", column)
     one, other = (json.loads((runs / name / "evaluation.json").read_text()) for name in ("judged", "judged-parts"))
     assert one == other
+
+
+@pytest.mark.usefixtures("said")
+def test_the_report_says_how_far_weights_moved_as_of_a_whole_one(runs):
+    assert_same_updates(runs, "judged")
 
 
 @pytest.mark.usefixtures("said")
@@ -142,6 +155,7 @@ def test_whatever_trains_and_however_the_bytes_are_the_same(runs):
     launch(runs, [*commands, fit("some", *CHECKPOINTING, "--trainer.strategy", json.dumps(some))], timeout=900)
     for name in ALIKE:
         assert_same(runs, name)
+        assert_same_updates(runs, name)
     assert_same(runs, "checkpointing", "some")
 
 

@@ -132,6 +132,11 @@ def test_answers_are_those_of_a_whole_one(runs):
     assert one == other
 
 
+@pytest.mark.usefixtures("said")
+def test_passes_without_backward_leave_nothing_behind(runs):
+    assert json.loads((runs / "judged-parts" / "gained-0.json").read_text()) < 20
+
+
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_is_looked_for_by_all(runs):
     launch(runs, both("spoilt", "--model.on_nonfinite", "skip", config="spoilt.yaml"))

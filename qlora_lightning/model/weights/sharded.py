@@ -74,6 +74,8 @@ class ShardedBase:
         for before, layer in pairwise([body.layers[0], *body.layers]):
             layer.set_modules_to_backward_prefetch([before])
         body.register_forward_pre_hook(lambda *_: self._wait_for_turn(self.PASS), prepend=True)
+        for root in filter(None, (body, self._head)):
+            root.register_forward_hook(_forget_pass)
 
     def start(self) -> None:
         """Run one token, so that the processes meet.
@@ -159,6 +161,12 @@ class GatheredParams4bit(bnb.nn.Params4bit):  # type: ignore[misc]  # bitsandbyt
 
 
 GatheredParams4bit.__name__ = "Params4bit"  # by which PEFT goes
+
+
+def _forget_pass(root: Any, *_: Any) -> None:
+    """Clear the order of a pass without backward, which FSDP2 would keep; before torch 2.13 nothing public does."""
+    if not torch.is_grad_enabled() and hasattr(root, "reset_iter_state"):
+        root.reset_iter_state()
 
 
 def _unpack(linear: Any, device: torch.device) -> None:

@@ -9,6 +9,7 @@ import lightning
 import pytest
 import torch
 from lightning.fabric import Fabric
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.tuner.tuning import Tuner
 
@@ -104,6 +105,14 @@ def test_a_loss_that_is_not_finite_ends_the_search_and_not_the_program(make):
     )
     assert len(finder.results["loss"]) == 16
     assert finder.suggestion() == module.learning_rate
+
+
+def test_a_rate_that_would_hold_for_one_step_is_reported_and_not_trained_with(make):
+    trainer, module, data = make("run")
+    trainer.callbacks.insert(0, LearningRateFinder(num_training_steps=20, max_lr=1e-1))
+    with pytest.raises(UserError, match="found the learning rate 0"):
+        trainer.fit(module, data)
+    assert trainer.global_step == 0
 
 
 # ---- loaders of our data ----

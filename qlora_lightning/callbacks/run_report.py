@@ -100,11 +100,11 @@ class RunReport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trained = True
-        if self._facts is not None:
+        if self._facts is not None or getattr(pl_module, "sharded_base", None) is not None:  # which all must gather
             self._updates = _measure_updates(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._facts is None and trainer.global_step:  # nothing was left: a run that was killed at its end
+        if not self._trained and trainer.global_step:  # nothing was left: a run that was killed at its end
             self._begin(trainer, pl_module)
             self.on_train_end(trainer, pl_module)
 
@@ -314,12 +314,10 @@ def _measure_updates(trainer: Trainer, pl_module: LightningModule) -> dict[str, 
     model = getattr(pl_module, "model", None)
     if model is None:
         return None
-    if getattr(pl_module, "sharded_base", None) is not None:
-        say("The adapter's updates are not measured: no process has the whole base.")
-        return None
+    base: Any = getattr(pl_module, "sharded_base", None)
     try:
         with best_adapter(trainer, pl_module):
-            table = measure_updates(model)
+            table = measure_updates(model, () if base is None else base.whole_modules())
     except Exception as fault:  # a model of another make: no reason to fail a run that has trained
         say(f"The adapter's updates could not be measured: {type(fault).__name__}: {fault}")
         return None

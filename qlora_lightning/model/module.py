@@ -36,7 +36,13 @@ from qlora_lightning.model.device import (
     keep_freed_memory,
 )
 from qlora_lightning.model.generate import generate_answers
-from qlora_lightning.model.guards.checks import check_callbacks, check_token_ids, check_trainer, check_training_mode
+from qlora_lightning.model.guards.checks import (
+    check_callbacks,
+    check_token_ids,
+    check_trainer,
+    check_training_mode,
+    refuse_found_rate,
+)
 from qlora_lightning.model.guards.guard import OnNonfinite, TrainingGuard
 from qlora_lightning.model.layers.attention import (
     NO_MASK,
@@ -500,6 +506,7 @@ class QLoRAModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
+        refuse_found_rate(callbacks_of(self.trainer))
         self.choose_layers()
         data = getattr(self.trainer, "datamodule", None)
         check_row_length(self.causal_lm.config, getattr(data, "max_length", 0))  # not first at a row

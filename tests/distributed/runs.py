@@ -32,13 +32,15 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, **own, "PYTHONPATH": path}
 
 
-def launch(folder: Path, commands: list[list[str]], processes: int = 2, timeout: float = 300.0) -> str:
+def launch(
+    folder: Path, commands: list[list], processes: int = 2, timeout: float = 300.0, script: str = "run_commands.py"
+) -> str:
     """Run commands one after another on processes that torchrun starts at the same moment; gives what they printed."""
     file = folder / "commands.json"
     file.write_text(json.dumps(commands))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [*torchrun, HERE / "run_commands.py", file],
+        [*torchrun, HERE / script, file],
         cwd=folder,
         env=environment(folder),
         timeout=timeout,

@@ -94,6 +94,14 @@ def assert_same(runs, name, other=None):
         assert metrics(runs / name, column)
 
 
+def assert_same_updates(runs, name):
+    one, other = (
+        json.loads((runs / each / "manifest.json").read_text())["adapter_updates"] for each in (name, f"{name}-parts")
+    )
+    assert one["q_proj"]
+    assert one == other
+
+
 @pytest.mark.usefixtures("said")
 def test_it_trains_and_judges_as_a_whole_one(runs):
     assert_same(runs, "judged")
@@ -102,6 +110,11 @@ def test_it_trains_and_judges_as_a_whole_one(runs):
         assert metrics(runs / "judged", column)
     one, other = (json.loads((runs / name / "evaluation.json").read_text()) for name in ("judged", "judged-parts"))
     assert one == other
+
+
+@pytest.mark.usefixtures("said")
+def test_the_report_says_how_far_weights_moved_as_of_a_whole_one(runs):
+    assert_same_updates(runs, "judged")
 
 
 @pytest.mark.usefixtures("said")
@@ -117,6 +130,11 @@ def test_answers_are_those_of_a_whole_one(runs):
     one, other = ((runs / name / "predictions.jsonl").read_text() for name in ("judged", "judged-parts"))
     assert len(one.splitlines()) == 9
     assert one == other
+
+
+@pytest.mark.usefixtures("said")
+def test_passes_without_backward_leave_nothing_behind(runs):
+    assert json.loads((runs / "judged-parts" / "gained-0.json").read_text()) < 20
 
 
 @pytest.mark.slow
@@ -142,6 +160,7 @@ def test_whatever_trains_and_however_the_bytes_are_the_same(runs):
     launch(runs, [*commands, fit("some", *CHECKPOINTING, "--trainer.strategy", json.dumps(some))], timeout=900)
     for name in ALIKE:
         assert_same(runs, name)
+        assert_same_updates(runs, name)
     assert_same(runs, "checkpointing", "some")
 
 
@@ -183,6 +202,16 @@ def test_a_rank_that_raises_ends_the_others(runs):
     assert done.returncode == 1
     assert "a bug of the user's" in done.stderr
     assert f"process 1 of 2 (counted from 0) on {socket.gethostname()} ended: ValueError" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_all_find_one_learning_rate_and_then_train_as_if_they_had_not_searched(runs):
+    fits = [["plain", "ddp_sharded", False], ["whole", "ddp", True], ["found", "ddp_sharded", True]]
+    launch(runs, fits, script="find_rates.py")
+    found = [json.loads((runs / f"{name}-{rank}.json").read_text()) for name in ("whole", "found") for rank in (0, 1)]
+    assert found == [[found[0][0], []]] * 4  # no file is left
+    assert 1e-8 < found[0][0] < 0.1
+    assert adapter_bytes(runs / "plain") == adapter_bytes(runs / "whole") == adapter_bytes(runs / "found")
 
 
 def test_a_base_in_8_bits_is_refused_by_name():

@@ -1,6 +1,8 @@
 """How far an adapter moves each weight of the base, and how many directions of its rank the update uses."""
 
+import itertools
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,19 +29,27 @@ class UpdateNorm(NamedTuple):
 
 
 @torch.no_grad()
-def measure_updates(model: nn.Module) -> dict[str, dict[int | None, UpdateNorm]]:
+def measure_updates(
+    model: nn.Module, whole_modules: Iterable[nn.Module] = ()
+) -> dict[str, dict[int | None, UpdateNorm]]:
     """Measure the update of each LoRA layer, by kind of module (``q_proj``, …) and then by decoder layer.
 
     Args:
-        model: Base and adapter in memory, quantized or not; a base that is sharded over devices has no whole weights.
+        model: Base and adapter in memory, quantized or not.
+        whole_modules: Of a base in parts, see ``ShardedBase.whole_modules``.
 
     Returns:
         Kinds in the model's order. A module outside of the decoder layers (``lm_head``) has ``None`` as its layer.
     """
+    names = {layer: name for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    updates: dict[nn.Module, UpdateNorm] = {}
+    for module in itertools.chain(whole_modules, [model]):
+        for layer in module.modules():
+            if layer in names and layer not in updates:
+                updates[layer] = _measure(layer)
     table: dict[str, dict[int | None, UpdateNorm]] = defaultdict(dict)
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            table[name.rpartition(".")[2]][layer_of(name)] = _measure(layer)
+    for layer, name in names.items():
+        table[name.rpartition(".")[2]][layer_of(name)] = updates[layer]
     return dict(table)
 
 

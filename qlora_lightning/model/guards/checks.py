@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -60,6 +60,21 @@ def check_callbacks(callbacks: Iterable[object], *needed: type) -> None:
             f"{missing[0]} is missing, and runs would not resume, or not be watched over: return "
             "`[*super().configure_callbacks(), …]` from `configure_callbacks`."
         )
+
+
+def refuse_found_rate(callbacks: Iterable[object]) -> None:
+    """Report the learning rate that a LearningRateFinder of the Trainer has found, instead of training with it.
+
+    The schedule would return to the configured rate at the second step, and a checkpoint that is resumed is forgotten.
+    """
+    for finder in callbacks:
+        if isinstance(finder, LearningRateFinder):
+            rate = finder.optimal_lr and finder.optimal_lr.suggestion()
+            raise UserError(
+                f"LearningRateFinder found {'no learning rate' if rate is None else f'the learning rate {rate:.3g}'}. "
+                "Lightning would use it for the first step alone, and could not resume: set model.learning_rate "
+                "yourself, and remove LearningRateFinder from trainer.callbacks."
+            )
 
 
 def check_training_mode(model: nn.Module) -> None:

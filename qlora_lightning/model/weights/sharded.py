@@ -59,11 +59,10 @@ class ShardedBase:
         self._of_body: list[FSDPModule] = []
         self._head: Any = None
         for number, layer in enumerate(body.layers):
-            linears = [module for module in layer.modules() if isinstance(module, bnb.nn.Linear4bit)]
-            for linear in linears:
+            for linear in _linears_of(layer):
                 _unpack(linear, device)
             self._of_body.append(shard(layer, offload is True or number < offload))
-            _pack_when_gathered(layer, linears)
+            _pack_when_gathered(layer)
         if embedding.weight is not head.weight:
             self._of_body.insert(0, shard(embedding, offload is True))
             self._of_body[0].set_unshard_in_backward(False)
@@ -75,6 +74,8 @@ class ShardedBase:
         for before, layer in pairwise([body.layers[0], *body.layers]):
             layer.set_modules_to_backward_prefetch([before])
         body.register_forward_pre_hook(lambda *_: self._wait_for_turn(self.PASS), prepend=True)
+        for root in filter(None, (body, self._head)):
+            root.register_forward_hook(_forget_pass)
 
     def start(self) -> None:
         """Run one token, so that the processes meet.
@@ -93,6 +94,15 @@ class ShardedBase:
     def leaving_parts(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Return a function that moves, say, a tensor, but leaves one in parts where it is."""
         return lambda tensor: tensor if isinstance(tensor, DTensor) else fn(tensor)
+
+    def whole_modules(self) -> Iterator[nn.Module]:
+        """Yield each module that is in parts while it is whole. All processes must iterate to the end."""
+        for module in [*self._of_body, self._head]:
+            if module is not None:
+                module.unshard()
+                _pack(_linears_of(module))
+                yield module
+                module.reshard()
 
     # ---- passes that not every process runs --------------------------------------------------------------------------
 
@@ -153,6 +163,12 @@ class GatheredParams4bit(bnb.nn.Params4bit):  # type: ignore[misc]  # bitsandbyt
 GatheredParams4bit.__name__ = "Params4bit"  # by which PEFT goes
 
 
+def _forget_pass(root: Any, *_: Any) -> None:
+    """Clear the order of a pass without backward, which FSDP2 would keep; before torch 2.13 nothing public does."""
+    if not torch.is_grad_enabled() and hasattr(root, "reset_iter_state"):
+        root.reset_iter_state()
+
+
 def _unpack(linear: Any, device: torch.device) -> None:
     """Leave to a linear its packed bytes as a plain tensor, which FSDP2 can cut, and what else they need beside it."""
     weight = linear.weight
@@ -161,19 +177,26 @@ def _unpack(linear: Any, device: torch.device) -> None:
     linear.weight = nn.Parameter(weight.data.view(_BYTE), requires_grad=False)
 
 
-def _pack_when_gathered(layer: nn.Module, linears: list[Any]) -> None:
-    """Give a layer's weights back what bitsandbytes knows of them, by hooks that come after FSDP2's, which gather."""
+def _linears_of(module: nn.Module) -> list[Any]:
+    return [each for each in module.modules() if isinstance(each, bnb.nn.Linear4bit)]
 
-    def pack(*_: Any) -> None:
-        for linear in linears:
-            if not isinstance(linear.weight, bnb.nn.Params4bit):
-                state = linear.quant_state
-                known = {"quant_state": state, "quant_type": state.quant_type, "blocksize": state.blocksize}
-                linear.weight = GatheredParams4bit(linear.weight.data.view(torch.uint8), bnb_quantized=True, **known)
+
+def _pack(linears: list[Any]) -> None:
+    """Give gathered weights back what bitsandbytes knows of them."""
+    for linear in linears:
+        if not isinstance(linear.weight, bnb.nn.Params4bit):
+            state = linear.quant_state
+            known = {"quant_state": state, "quant_type": state.quant_type, "blocksize": state.blocksize}
+            linear.weight = GatheredParams4bit(linear.weight.data.view(torch.uint8), bnb_quantized=True, **known)
+
+
+def _pack_when_gathered(layer: nn.Module) -> None:
+    """Pack a layer's weights by hooks that come after FSDP2's, which gather."""
+    linears = _linears_of(layer)
 
     def pack_before_backward(_: Any, inputs: Any, output: Any) -> None:
         if output.requires_grad:
-            output.register_hook(pack)  # behind FSDP2's own hook of this output, which gathers
+            output.register_hook(lambda _: _pack(linears))  # behind FSDP2's own hook of this output, which gathers
 
-    layer.register_forward_pre_hook(pack)
+    layer.register_forward_pre_hook(lambda *_: _pack(linears))
     layer.register_forward_hook(pack_before_backward)

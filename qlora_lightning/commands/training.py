@@ -280,7 +280,7 @@ def main(argv: Sequence[str]) -> int:
     usual: dict[str, Any] = {"override": True, "start_method": "popen", "timeout": limit}
     StrategyRegistry.register("ddp", DDPStrategy, "DDP", **usual)
     for name, offload in SHARDED_STRATEGIES.items():
-        StrategyRegistry.register(name, ShardedDDPStrategy, "DDP, the base in parts", offload=offload, **usual)
+        StrategyRegistry.register(name, ShardedDDPStrategy, "DDP, the base sharded", offload=offload, **usual)
     verb, *options = argv
     QLoRACLI(options, verb).run()
     return 0

@@ -163,7 +163,7 @@ class _ScaledHead(nn.Module):
 
 
 class ShardedHead(nn.Module):
-    """A head of which each process holds a part: FSDP2 makes it whole for this module's forward, and its backward."""
+    """A head of which each process holds a shard: FSDP2 makes it whole for this module's forward, and its backward."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()

@@ -105,7 +105,7 @@ class _Weight(ctypes.Structure):
 def _describe(left: Tensor, weight: Any) -> _Weight:
     of_left = left.data_ptr(), left.stride(0)
     if not (numbers := weight.data_ptr()):
-        raise RuntimeError("A weight without numbers was read: one of a base in parts, outside its decoder layer?")
+        raise RuntimeError("A weight without numbers was read: one of a sharded base, outside its decoder layer?")
     if not isinstance(weight, bnb.nn.Params4bit):
         return _Weight(*of_left, numbers, *weight.shape, None, None, None, None, None, _DEPTH, 1, 0.0)
     state = weight.quant_state

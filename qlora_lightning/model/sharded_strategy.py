@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
+from qlora_lightning.model.kernels.products import NOT_GATHERED
+
 SHARDED_STRATEGIES = {"ddp_sharded": False, "ddp_sharded_offload": True}  # names, and whether all shards are offloaded
-_UNGATHERED = re.compile("got mixed torch.Tensor and DTensor|object of type DTensor")
+_READ_SHARD = re.compile("got mixed torch.Tensor and DTensor|object of type DTensor")
 
 
 class ShardedDDPStrategy(DDPStrategy):
@@ -33,8 +35,5 @@ class ShardedDDPStrategy(DDPStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
-        if _UNGATHERED.search(str(exception)):
-            exception.args = (
-                "A weight of the base was read outside the forward of its decoder layer: under trainer.strategy "
-                f"ddp_sharded it is whole only inside. Call the layer, or train with `ddp`. ({exception})",
-            )
+        if _READ_SHARD.search(str(exception)):
+            exception.args = (f"{NOT_GATHERED} ({exception})",)

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from qlora_lightning.model.kernels.products import NOT_GATHERED
 from qlora_lightning.model.layers.attention import NO_MASK
 from qlora_lightning.model.layout import whole_samples
 from qlora_lightning.model.loss import ShardedHead, head_of
@@ -139,10 +140,7 @@ class GatheredParams4bit(bnb.nn.Params4bit):  # type: ignore[misc]  # bitsandbyt
     def quant_state(self) -> Any:
         """Of bitsandbytes; who reads the weight asks for it first."""
         if not self.untyped_storage().size():
-            raise RuntimeError(
-                "A weight of the base was read outside the forward and backward of its decoder layer: under "
-                "trainer.strategy ddp_sharded it is whole only inside."
-            )
+            raise RuntimeError(NOT_GATHERED)
         return self._state
 
     @quant_state.setter

@@ -1,7 +1,6 @@
 """Whether a merged model computes what base and adapter computed, in fp32, on validation rows."""
 
 import argparse
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,7 @@ def check_written(
             "onto the dequantized base, choose a --gguf type of more bits, or allow more with --max-kl."
         )
     counts = {"rows": rows, "labelled_tokens": len(labels), "base + adapter": {"loss": reference.loss}}
-    return counts | {name: dataclasses.asdict(one) for name, one in found.items()}
+    return counts | {name: one._asdict() for name, one in found.items()}
 
 
 def read_rows(options: argparse.Namespace, adapter: Path, vocabulary: int) -> list[Mapping[str, Any]]:

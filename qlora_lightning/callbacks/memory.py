@@ -31,6 +31,7 @@ from qlora_lightning.model.layout import filled
 from qlora_lightning.model.memory.plan import Sharding, StepSettings, plan_memory
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded_strategy import ShardedDDPStrategy
+from qlora_lightning.report.run import PLAN
 from qlora_lightning.support.console import print_detail, say
 from qlora_lightning.support.files import write_whole
 from qlora_lightning.support.trainer import find_callback, is_trial_run, log_interval
@@ -181,7 +182,7 @@ class MemoryComparison(Callback):
         }
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "plan.json", json.dumps(found, indent=2) + "\n")
+        write_whole(folder / PLAN, json.dumps(found, indent=2) + "\n")
         say(
             f"Memory: planned {format_gib(plan.peak_bytes)}, measured {format_gib(self._measured)} at its peak "
             f"({self._measured / plan.peak_bytes - 1:+.1%})"

@@ -85,7 +85,7 @@ def check_written(
     return counts | {name: one._asdict() for name, one in found.items()}
 
 
-def read_rows(options: argparse.Namespace, adapter: Path, vocabulary: int) -> list[Mapping[str, Any]]:
+def sample_validation_rows(options: argparse.Namespace, adapter: Path, vocabulary: int) -> list[Mapping[str, Any]]:
     """Prepare validation rows as the run did, and lay ``--rows`` of them, evenly spaced, into flat batches.
 
     Fewer are taken if their logits, each as wide as the vocabulary, would need much memory.

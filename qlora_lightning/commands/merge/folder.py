@@ -15,7 +15,7 @@ from qlora_lightning.base.cache import EntryCheck
 from qlora_lightning.base.folder import load_tokenizer, read_config
 from qlora_lightning.base.tensors import ShardWriter, format_bytes
 from qlora_lightning.commands.merge import DTYPES, RECORD
-from qlora_lightning.commands.merge.check import check_written, read_rows
+from qlora_lightning.commands.merge.check import check_written, sample_validation_rows
 from qlora_lightning.commands.merge.gguf_files import GGUFModelWriter, adds_bos, architecture_of, write_adapter
 from qlora_lightning.commands.merge.modelfile import write_modelfile
 from qlora_lightning.commands.merge.quantizer import K_QUANTS, quantize
@@ -67,7 +67,7 @@ def merge(options: argparse.Namespace) -> None:
         return
 
     began = time.monotonic()
-    batches = read_rows(options, source.folder, plan.config.vocab_size) if options.rows else []
+    batches = sample_validation_rows(options, source.folder, plan.config.vocab_size) if options.rows else []
     figures: dict[str, Any] = {
         "adapter": str(source.folder),
         "base": source.identity.get("base", source.base.name),

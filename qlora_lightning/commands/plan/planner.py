@@ -109,7 +109,7 @@ def _plan(
     try:
         if no_tokenizer is not None:
             raise no_tokenizer
-        rows = _read_rows(data)
+        rows = _plan_batches(data)
         epoch = plan_epoch(rows, trainer, data.streaming)
         batch, batch_lengths = _measure_batches(rows, epoch, data.streaming, leaves_out)
         is_mapped = module.cache or is_stored_quantized or module.quantization == "none"
@@ -209,7 +209,7 @@ def _read_sharding(trainer: Any) -> Sharding | None:
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
-def _read_rows(data: Any) -> EpochPlan:
+def _plan_batches(data: Any) -> EpochPlan:
     """Read the training data, unless they are not on this machine; return their micro-batches."""
     for source in [*data.sources("train"), *data.sources("val")]:
         if source.is_remote:

@@ -17,6 +17,7 @@ from qlora_lightning.commands.options import (
     tables_beside,
     write_json,
 )
+from qlora_lightning.report.run import ADAPTER_FOLDER
 from qlora_lightning.support.console import brief, say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import quick_imports
@@ -120,7 +121,7 @@ def _run(sweep: Sweep, arguments: Sequence[str]) -> dict[str, Any]:
     summary = results.write_results(cli.folder, cli.run_folder, sweep, trials, chosen, why)
     results.print_table(sweep, trials)
     say(f"Chosen: {sweep.name} {chosen.value}. {why}")
-    say(f"Its adapter: {cli.folder / chosen.folder / 'adapter'}")
+    say(f"Its adapter: {cli.folder / chosen.folder / ADAPTER_FOLDER}")
     say(f"Its config: {cli.folder / 'chosen.yaml'}")
     say(f"The plot: {cli.folder / 'sweep.png'}")
     return summary

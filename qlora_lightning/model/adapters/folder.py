@@ -20,6 +20,7 @@ from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
 from qlora_lightning.model.adapters.lora import ADAPTER, check_fit, inject
 from qlora_lightning.model.layers.fusing import fuse_layers
+from qlora_lightning.report.run import IDENTITY
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import flush, set_usual_mode
 from qlora_lightning.support.versions import FORMAT_VERSION, without_peft_warnings
@@ -90,7 +91,7 @@ def save_adapter_folder(
             _write_json(place / "generation_config.json", generation)
         config.save_pretrained(place)
         (place / "README.md").write_text(_card(identity), encoding="utf-8")
-        _write_json(place / "qlora_lightning.json", identity)
+        _write_json(place / IDENTITY, identity)
         _save_tensors(weights, place / _WEIGHTS)
 
     refill_folder(folder, write, key_file=_WEIGHTS, own=("chat_template.jinja", "generation_config.json"))

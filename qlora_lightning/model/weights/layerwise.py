@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qlora_lightning.model.layers.attention import NO_MASK
 from qlora_lightning.model.layout import IGNORED, whole_samples
 from qlora_lightning.model.loss import head_of
-from qlora_lightning.model.weights.base import Weights, filled
+from qlora_lightning.model.weights.base import Weights, holding_weights
 
 _CPU = torch.device("cpu")
 _HEAD_ROWS = 16_384  # of the head's weight that are turned into fp32 at a time
@@ -39,12 +39,12 @@ def run_layerwise(
     """
     inner, embedding, head = model.model, model.get_input_embeddings(), model.get_output_embeddings()
     ids, positions = (torch.cat([batch[name] for batch in batches], 1) for name in ("input_ids", "position_ids"))
-    with filled(embedding, "model.embed_tokens", weights, _dtype_of(embedding)):
+    with holding_weights(embedding, "model.embed_tokens", weights, _dtype_of(embedding)):
         embedded = embedding(ids).float()
     for number, layer in enumerate(inner.layers):
         layer.forward = _filling(layer, f"model.layers.{number}", weights, batches, advance, device)
     try:
-        with filled(inner.norm, "model.norm", weights, torch.float32):
+        with holding_weights(inner.norm, "model.norm", weights, torch.float32):
             output = inner(inputs_embeds=embedded, position_ids=positions, attention_mask=NO_MASK, use_cache=False)
     finally:
         for layer in inner.layers:
@@ -52,7 +52,7 @@ def run_layerwise(
     states = torch.split(output.last_hidden_state[0], [batch["input_ids"].shape[1] for batch in batches])
     # (labelled tokens, width)
     labelled = torch.cat([each[_predicting(batch)] for each, batch in zip(states, batches, strict=True)])
-    with filled(head, "lm_head", weights, _dtype_of(head)):
+    with holding_weights(head, "lm_head", weights, _dtype_of(head)):
         whole: Any = head_of(model)
         for some in torch.split(labelled, _TOKENS):
             if _dtype_of(head) is not None or head.bias is not None or whole is not head:
@@ -80,7 +80,7 @@ def _filling(
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         outputs = []
-        with filled(layer, name, weights, torch.float32):
+        with holding_weights(layer, name, weights, torch.float32):
             layer.to(device)
             for batch, start, end in zip(batches, [0, *ends], ends, strict=False):
                 own_args = cut(args, start, end)

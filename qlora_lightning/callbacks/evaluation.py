@@ -1,6 +1,5 @@
 """Answers and scores: now and then during validation, and base against best adapter at the end of a fit."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -164,9 +163,7 @@ class Evaluation(Callback):
             comparison = Comparison(rows, dict(zip(results, sides, strict=True)), settings)
             comparison.print("validation rows")
             comparison.print_rows(comparison.answered[: self.samples])
-            file = Path(trainer.default_root_dir) / EVALUATION
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(comparison.summary(self.samples), indent=2, ensure_ascii=False) + "\n")
+            write_whole(Path(trainer.default_root_dir) / EVALUATION, comparison.summary(self.samples))
 
 
 def validation_batches(trainer: Any) -> Iterator[Any]:

@@ -4,7 +4,6 @@ One number is reported: the peak, in GiB. On CUDA that is the most that torch al
 process that was resident (peak RSS), imports and the mapped base included.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -180,9 +179,7 @@ class MemoryComparison(Callback):
                 "labelled": self._largest.labelled,
             },
         }
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / PLAN, json.dumps(found, indent=2) + "\n")
+        write_whole(Path(trainer.default_root_dir) / PLAN, found)
         say(
             f"Memory: planned {format_gib(plan.peak_bytes)}, measured {format_gib(self._measured)} at its peak "
             f"({self._measured / plan.peak_bytes - 1:+.1%})"

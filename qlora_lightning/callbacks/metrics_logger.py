@@ -91,6 +91,5 @@ class MetricsLogger(Logger):
         writer = csv.DictWriter(text, self._columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.file, text.getvalue())
         self.rows = len(rows)

@@ -42,7 +42,6 @@ class RunFolder(Callback):
             folder = Path(trainer.default_root_dir)
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
             with reporting_disk_faults(folder):
-                folder.mkdir(parents=True, exist_ok=True)
                 write_whole(folder / CONFIG, text)
         for logger in trainer.loggers:
             try:
@@ -89,7 +88,6 @@ class PredictionWriter(Callback):
         lines = sorted(gather_lists(trainer, self._lines), key=lambda line: line["row"])
         if trainer.is_global_zero and not is_trial_run(trainer):
             file = Path(trainer.default_root_dir) / PREDICTIONS
-            file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             say(f"{len(lines)} predictions: {file}")
 

@@ -134,7 +134,6 @@ class RunReport(Callback):
             return
         folder = Path(trainer.default_root_dir)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             content = self._content(trainer, self._facts, status, error)
             write_manifest(folder, content)
             if status != "running":

@@ -13,7 +13,6 @@ from qlora_lightning.commands.options import (
     add_json_option,
     check_output,
     tables_beside,
-    write_json,
     write_output,
 )
 from qlora_lightning.report.facts import find_differences
@@ -57,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
             console.print(_table(runs, slice(first, first + _BESIDE)))
         write_output(page, rendered)
         if figures is not None:
-            write_json(
+            write_output(
                 figures,
                 {
                     "format": "qlora_lightning report",

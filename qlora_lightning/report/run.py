@@ -1,7 +1,6 @@
 """A run folder as data: its manifest, its table of metrics, and the other files that a report reads."""
 
 import csv
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -87,7 +86,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
         OSError: The disk is full or fails.
     """
     head = {"format": _FORMAT, "format_version": _VERSION}
-    write_whole(folder / MANIFEST, json.dumps({**head, **content}, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / MANIFEST, {**head, **content})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

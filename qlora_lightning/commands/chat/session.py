@@ -16,7 +16,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from qlora_lightning.base.folder import load_tokenizer
 from qlora_lightning.commands.adapter_config import BASE
 from qlora_lightning.commands.chat import add_settings
-from qlora_lightning.commands.options import OptionParser, write_json
+from qlora_lightning.commands.options import OptionParser, write_output
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.rows.bad_rows import RowFault
@@ -56,7 +56,7 @@ def chat(options: argparse.Namespace, adapters: Mapping[str, Path]) -> None:
     finally:
         if options.json is not None and session.turns:
             folders = {name: str(folder) for name, folder in adapters.items()}
-            write_json(options.json, {"adapters": folders, "sampling": session.settings, "turns": session.turns})
+            write_output(options.json, {"adapters": folders, "sampling": session.settings, "turns": session.turns})
 
 
 class ChatAnswer(NamedTuple):

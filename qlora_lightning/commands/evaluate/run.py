@@ -9,7 +9,7 @@ from typing import Any
 from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.callbacks import Evaluation
 from qlora_lightning.commands.config import refuse_moved_run
-from qlora_lightning.commands.options import quiet_lightning, write_json, write_output
+from qlora_lightning.commands.options import quiet_lightning, write_output
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.evaluation.report import Comparison
@@ -172,10 +172,10 @@ def _report(comparison: Comparison, adapters: Mapping[str, Path], options: argpa
         "groups": {name: part.figures() for name, part in groups.items()},
     }
     if options.json is not None:
-        write_json(options.json, summary)
+        write_output(options.json, summary)
     if options.out is not None:
         figures, predictions = options.out / EVALUATION, options.out / PREDICTIONS
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in comparison.predictions(hardest)]
         write_output(predictions, "".join(lines))
-        write_json(figures, summary)
+        write_output(figures, summary)
         say(f"Written: {figures}, {predictions}")

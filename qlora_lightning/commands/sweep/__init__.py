@@ -15,7 +15,7 @@ from qlora_lightning.commands.options import (
     check_output,
     quiet_lightning,
     tables_beside,
-    write_json,
+    write_output,
 )
 from qlora_lightning.report.run import ADAPTER_FOLDER
 from qlora_lightning.support.console import brief, say
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
     with tables_beside(options.json):
         summary = _run(sweep, rest)
         if options.json is not None:
-            write_json(options.json, summary)
+            write_output(options.json, summary)
     return 0
 
 

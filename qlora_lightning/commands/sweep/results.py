@@ -12,7 +12,7 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from qlora_lightning.commands.options import write_json, write_output
+from qlora_lightning.commands.options import write_output
 from qlora_lightning.commands.sweep import Sweep
 from qlora_lightning.evaluation.comparison import Interval, measure
 from qlora_lightning.evaluation.report import format_interval, plain_interval
@@ -158,7 +158,7 @@ def write_results(
         "chosen": chosen.value,
         "why": why,
     }
-    write_json(folder / "sweep.json", summary)
+    write_output(folder / "sweep.json", summary)
     config = load_yaml((folder / chosen.folder / CONFIG).read_text(encoding="utf-8"))
     config["trainer"]["default_root_dir"] = str(run_folder)
     write_output(folder / "chosen.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))

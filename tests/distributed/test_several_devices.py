@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from qlora_lightning.cli import main
-from tests.distributed.runs import CONFIG, adapter_bytes, environment, launch
+from tests.distributed.runs import CONFIG, environment, launch
+from tests.equality import adapter_bytes
 
 pytestmark = pytest.mark.slow
 

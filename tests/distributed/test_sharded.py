@@ -11,7 +11,8 @@ import yaml
 
 from qlora_lightning.model.guards.checks import check_trainer
 from qlora_lightning.support.errors import UserError
-from tests.distributed.runs import CONFIG, adapter_bytes, environment, launch, metrics
+from tests.distributed.runs import CONFIG, environment, launch, metrics
+from tests.equality import adapter_bytes
 from tests.random_base import save_random_llama, save_tokenizer
 
 SHARDED = ["--trainer.strategy", "ddp_sharded"]

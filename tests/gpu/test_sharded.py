@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from qlora_lightning import InstructionDataModule, QLoRAModule, ShardedDDPStrategy
-from tests.distributed.runs import adapter_bytes
-from tests.equality import same
+from tests.equality import adapter_bytes, same
 from tests.gpu.conftest import DEVICE, make_base
 from tests.steps import make_trainer
 

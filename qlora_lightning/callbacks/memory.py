@@ -172,12 +172,7 @@ class MemoryComparison(Callback):
         found = {
             "predicted": {"parts": plan.parts, "peak_bytes": plan.peak_bytes},
             "measured": {"peak_bytes": self._measured, "device": device.type},
-            "largest_batch": {
-                "rows": len(self._largest.lengths),
-                "tokens": self._largest.tokens,
-                "longest": max(self._largest.lengths),
-                "labelled": self._largest.labelled,
-            },
+            "largest_batch": self._largest.figures(),
         }
         write_whole(Path(trainer.default_root_dir) / PLAN, found)
         say(

@@ -1,6 +1,11 @@
-"""Whether what checkpoints hold is the same, bit for bit."""
+"""What runs leave, and whether it is the same, bit for bit."""
+
+import csv
 
 import torch
+from safetensors.torch import load_file
+
+_OWN_TIME = ("tokens_per_second", "labelled_tokens_per_second", "private_memory_gib", "peak_rss_gib", "seconds")
 
 
 def same(one, other) -> bool:
@@ -12,3 +17,35 @@ def same(one, other) -> bool:
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     return one == other
+
+
+def read_checkpoint(run, name="last.ckpt"):
+    return torch.load(run / "checkpoints" / name, map_location="cpu", weights_only=True)
+
+
+def read_adapter(run):
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def adapter_bytes(run) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def differences(one, other) -> list[str]:
+    """Name what differs between two finished runs, time, speed and memory aside."""
+    first, second = read_checkpoint(one), read_checkpoint(other)
+    parts = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
+    found = [f"{part} of last.ckpt" for part in parts if not same(first[part], second[part])]
+    if not same(first["qlora_lightning"]["generators"], second["qlora_lightning"]["generators"]):
+        found.append("random generators")
+    if adapter_bytes(one) != adapter_bytes(other):
+        found.append("adapter/adapter_model.safetensors")
+    tables = [_read_table(run / "metrics.csv") for run in (one, other)]
+    if tables[0] != tables[1]:
+        found.append(f"metrics.csv ({len(tables[0])} and {len(tables[1])} rows)")
+    return found
+
+
+def _read_table(file):
+    with file.open(newline="") as handle:
+        return [{key: row[key] for key in row if key not in _OWN_TIME} for row in csv.DictReader(handle)]

@@ -11,7 +11,7 @@ import pytest
 import qlora_lightning
 from qlora_lightning import cli
 from qlora_lightning.cli import COMMANDS, main
-from qlora_lightning.commands.options import check_output, write_json
+from qlora_lightning.commands.options import check_output, write_output
 from qlora_lightning.support.errors import UserError
 
 
@@ -121,10 +121,10 @@ def test_figures_on_standard_output_can_be_piped(tiny_base):
 def test_a_file_that_exists_is_kept_without_force(tmp_path):
     file = tmp_path / "a.json"
     assert check_output("--json", None) is None
-    write_json(check_output("--json", file), {"a": 1})
+    write_output(check_output("--json", file), {"a": 1})
     with pytest.raises(UserError, match=r"a\.json exists already.*--force"):
         check_output("--json", file)
-    write_json(check_output("--json", file, force=True), {"a": 2})
+    write_output(check_output("--json", file, force=True), {"a": 2})
     assert json.loads(file.read_text()) == {"a": 2}
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from qlora_lightning.cli import main
 from qlora_lightning.model import base_model
 from tests.adapters import make_run
+from tests.equality import read_adapter, same
 
 _TRAINED = ("model.rank=2", "model.compute_dtype=fp32", "data.batch_size=8", "trainer.accelerator=cpu")
 
@@ -40,13 +41,8 @@ def entry_file(cache, kind, pattern):
     return found
 
 
-def adapter_of(folder):
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
 def assert_same_adapter(folder, other):
-    found, expected = adapter_of(folder), adapter_of(other)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert same(read_adapter(folder), read_adapter(other))
 
 
 def test_damaged_bases_and_samples_in_the_cache_are_made_again(cache, fit, caplog):
@@ -113,7 +109,7 @@ def test_an_adapter_with_a_flipped_bit_is_refused(fit, tiny_base, rows_file, tmp
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 def test_an_adapter_that_plain_peft_trained_further_is_not_damaged(fit, tiny_base):
     _, run = fit("run")
-    before = adapter_of(run)
+    before = read_adapter(run)
     base = AutoModelForCausalLM.from_pretrained(tiny_base)
     model = peft.PeftModel.from_pretrained(base, run / "adapter")
     with torch.no_grad():
@@ -123,7 +119,7 @@ def test_an_adapter_that_plain_peft_trained_further_is_not_damaged(fit, tiny_bas
     model.save_pretrained(run / "adapter")
     code, further = fit("further", f"model.adapter={run}", "trainer.max_steps=1", "model.learning_rate=1e-9")
     assert code == 0
-    found = adapter_of(further)
+    found = read_adapter(further)
     assert all(torch.allclose(found[name], 2.0 * before[name], atol=1e-7) for name in before)
 
 

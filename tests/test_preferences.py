@@ -13,7 +13,7 @@ from qlora_lightning import InstructionDataModule, PreferenceDataModule, Prefere
 from qlora_lightning.cli import main
 from qlora_lightning.model.adapters.lora import trainable_tensors, without_adapters
 from qlora_lightning.support.errors import UserError
-from tests.equality import same
+from tests.equality import read_checkpoint, same
 from tests.steps import assert_same_step, make_trainer, randomize
 
 ROWS = [
@@ -261,9 +261,7 @@ def test_a_run_prefers_what_it_is_shown_and_resumes_bit_for_bit(config, tmp_path
     assert main(["fit", *config, *whole]) == 0
     assert main(["fit", *config, *cut, "--trainer.max_steps", "4"]) == 0
     assert main(["fit", *config, *cut, "--ckpt_path", "last"]) == 0
-    one, other = (
-        torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True) for run in ("whole", "cut")
-    )
+    one, other = (read_checkpoint(tmp_path / run) for run in ("whole", "cut"))
     assert one["global_step"] == 6
     for part in ("state_dict", "optimizer_states", "reference_log_probs"):
         assert same(one[part], other[part]), part
@@ -288,7 +286,7 @@ def test_a_run_on_a_streamed_adapter_is_evaluated_against_where_it_started(confi
     assert json.loads((tmp_path / "again.json").read_text())["metrics"]["loss"] == found
     assert main(["validate", *config, "--model.adapter", "first", "--trainer.default_root_dir", "other"]) == 2
     assert main(["validate", "--config", "then/config.yaml"]) == 0
-    kept = torch.load(tmp_path / "then" / "checkpoints" / "last.ckpt", weights_only=True)["reference_log_probs"]
+    kept = read_checkpoint(tmp_path / "then")["reference_log_probs"]
     assert sum(len(split["rows"]) for split in kept[0].values()) == 12  # the validation rows', and no stream's
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.tuner.tuning import Tuner
 
 from qlora_lightning import AdapterCheckpoint, InstructionDataModule, LossSums, QLoRAModule
 from qlora_lightning.support.errors import UserError
-from tests.equality import same
+from tests.equality import read_checkpoint, same
 
 _STEADY = {"compute_dtype": "fp32", "learning_rate": 1e-2, "schedule": "constant", "warmup_ratio": 0.0}
 _QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -91,9 +91,7 @@ def test_a_fit_after_the_learning_rate_finder_is_bit_for_bit_one_without(make, t
     assert (trainer.global_step, module.learning_rate) == (0, 1e-2)
     trainer.fit(module, data)
     assert (random.random(), torch.rand(1)) == drawn
-    first, second = (
-        torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True) for run in ("plain", "run")
-    )
+    first, second = (read_checkpoint(tmp_path / run) for run in ("plain", "run"))
     for part in ("state_dict", "global_step", "lr_schedulers"):
         assert same(first[part], second[part]), part
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from qlora_lightning.report.run import ADAPTER_FOLDER, CONFIG, IDENTITY
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import read_json_object
 from qlora_lightning.support.versions import check_version
@@ -19,7 +20,7 @@ def read_identity(folder: Path) -> dict[str, Any]:
             f"missing {' and '.join(missing)}."
         )
     read_adapter_config(folder)  # its faults are reported before a base is loaded
-    file = folder / "qlora_lightning.json"
+    file = folder / IDENTITY
     if not file.is_file():
         return {}
     identity = read_json_object(file, _REMEDY)
@@ -39,12 +40,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def find_adapter_folder(named: str | Path) -> Path:
     """Return the adapter folder itself if the run folder around it was named; any other folder as it is."""
     folder = Path(named).expanduser()
-    inner = folder / "adapter"
+    inner = folder / ADAPTER_FOLDER
     is_run = not (folder / "adapter_config.json").is_file() and (inner / "adapter_config.json").is_file()
     return inner if is_run else folder
 
 
 def find_run_config(adapter: Path) -> Path | None:
     """Return the ``config.yaml`` of the run folder around an adapter folder; None if there is none."""
-    beside = adapter.absolute().parent / "config.yaml"
+    beside = adapter.absolute().parent / CONFIG
     return beside if beside.is_file() else None

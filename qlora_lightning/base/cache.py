@@ -242,7 +242,7 @@ def _seal(folder: Path, label: str, key: Mapping[str, Json]) -> None:
         "files": {name: file.stat().st_size for name, file in files.items()},
         "crc32": {name: _crc32(file) for name, file in files.items()},
     }
-    write_whole(folder / _ENTRY_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / _ENTRY_FILE, content)
 
 
 def _lock_path(folder: Path) -> Path:

@@ -191,8 +191,7 @@ def fingerprint(folder: Path) -> str:
         for span, digest in zip(spans, pool.map(_hash_span, spans), strict=True):
             total.update(json.dumps([span.name, span.dtype, span.shape, digest]).encode())
     with suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, json.dumps({"fingerprint": total.hexdigest(), **key}, indent=2) + "\n")
+        write_whole(kept, {"fingerprint": total.hexdigest(), **key})
     return total.hexdigest()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import set_usual_mode
+from qlora_lightning.support.files import set_usual_mode, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,8 +92,7 @@ class ShardWriter:
             final = file.rename(self.folder / f"model-{number:05d}-of-{count:05d}.safetensors")
             weight_map.update(dict.fromkeys(names, final.name))
         index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2) + "\n"
-        (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        write_whole(self.folder / "model.safetensors.index.json", index)
 
     def _write(self) -> None:
         from safetensors.torch import save_file

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from qlora_lightning.callbacks.adapter_ema import holding_average
 from qlora_lightning.callbacks.checkpoint_file import (
-    CHECKPOINTS,
     LAST,
     UNFINISHED,
     collect_checkpoint,
@@ -33,6 +32,7 @@ from qlora_lightning.model.adapters.folder import loading_snippet
 from qlora_lightning.model.adapters.lora import copy_tensors, trainable_tensors
 from qlora_lightning.model.checkpoint.loops import ends_training, validation_follows
 from qlora_lightning.model.checkpoint.resume import has_other_validation
+from qlora_lightning.report.run import ADAPTER_FOLDER, CHECKPOINTS, IDENTITY
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import put_in_place
@@ -91,11 +91,6 @@ class AdapterCheckpoint(Checkpoint):
         self._saved_at = 0.0  # by a clock that no change of the time moves
         self._waits = False  # a written checkpoint, to become last.ckpt
         self._lock = contextlib.ExitStack()
-
-    @staticmethod
-    def adapter_folder(run_folder: str | Path) -> Path:
-        """Return the folder of a run's best adapter."""
-        return Path(run_folder) / "adapter"
 
     def read_best(self, run_folder: str | Path) -> dict[str, Tensor] | None:
         """Return the best adapter's tensors by the module's names, if there is a best and its file was kept."""
@@ -251,7 +246,7 @@ class AdapterCheckpoint(Checkpoint):
         if hasattr(pl_module, "save_adapter"):
             data = getattr(trainer, "datamodule", None)
             tokenizer, stop_ids = getattr(data, "tokenizer", None), getattr(data, "stop_ids", ())
-            pl_module.save_adapter(self.adapter_folder(trainer.default_root_dir), tokenizer, stop_ids)
+            pl_module.save_adapter(Path(trainer.default_root_dir) / ADAPTER_FOLDER, tokenizer, stop_ids)
 
     def _finish_save(self, trainer: Trainer, may_end: bool = True) -> None:
         """Let what was written become ``last.ckpt``, and end the fit if a signal asked for it."""
@@ -275,7 +270,7 @@ class AdapterCheckpoint(Checkpoint):
     def _remove_unfinished(self, trainer: Trainer) -> None:
         """Remove what a kill or a full disk left half written."""
         folder = Path(trainer.default_root_dir) / CHECKPOINTS
-        shutil.rmtree(self.adapter_folder(trainer.default_root_dir) / UNFINISHED_ADAPTER, ignore_errors=True)
+        shutil.rmtree(folder.parent / ADAPTER_FOLDER / UNFINISHED_ADAPTER, ignore_errors=True)
         with contextlib.suppress(OSError):
             for file in [folder / UNFINISHED, *folder.glob("*.unfinished")]:
                 file.unlink(missing_ok=True)
@@ -344,8 +339,8 @@ class LoadingLines(Callback):
     """Print the three lines that load the run's adapter folder without this package, as the last lines of a fit."""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # after every on_fit_end
-        folder = AdapterCheckpoint.adapter_folder(trainer.default_root_dir)
-        identity = folder / "qlora_lightning.json"
+        folder = Path(trainer.default_root_dir) / ADAPTER_FOLDER
+        identity = folder / IDENTITY
         if stage == "fit" and trainer.is_global_zero and not is_trial_run(trainer) and identity.exists():
             rich.print(f"\nAdapter: [bold]{escape(str(folder))}[/bold]. To load it with plain PEFT:\n")
             # Not read_identity, which is for who builds on it: a build_model may have made another kind than LoRA.

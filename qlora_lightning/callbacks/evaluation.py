@@ -1,6 +1,5 @@
 """Answers and scores: now and then during validation, and base against best adapter at the end of a fit."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,16 +8,17 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks.adapter_checkpoint import best_adapter
-from qlora_lightning.evaluation.report import EVALUATION_FILE, Comparison
+from qlora_lightning.evaluation.report import Comparison
 from qlora_lightning.evaluation.rows import (
     AnswerSettings,
     EvaluationRow,
     answer_rows,
     evaluate_sides,
     limit_batches,
-    read_rows,
+    unpack_rows,
 )
 from qlora_lightning.evaluation.scores import SCORES, check_scores, choose_scores
+from qlora_lightning.report.run import EVALUATION
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import write_whole
 from qlora_lightning.support.trainer import gather_lists, is_trial_run
@@ -107,7 +107,7 @@ class Evaluation(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: int
     ) -> None:
         if self._rows is not None and len(self._rows) < self._share(trainer):
-            self._rows += read_rows(batch)
+            self._rows += unpack_rows(batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows, self._rows = self._rows, None
@@ -131,7 +131,7 @@ class Evaluation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and not is_trial_run(trainer):  # what is there is of the adapter as it was before
-            (Path(trainer.default_root_dir) / EVALUATION_FILE).unlink(missing_ok=True)
+            (Path(trainer.default_root_dir) / EVALUATION).unlink(missing_ok=True)
 
     # ---- at the end of a fit ---------------------------------------------------------------------------------------
 
@@ -140,7 +140,7 @@ class Evaluation(Callback):
         has_adapter = hasattr(getattr(module, "model", None), "disable_adapter")
         if not self.enabled or is_trial_run(trainer) or not has_adapter or not trainer.global_step:
             return
-        was_evaluated = (Path(trainer.default_root_dir) / EVALUATION_FILE).exists()
+        was_evaluated = (Path(trainer.default_root_dir) / EVALUATION).exists()
         data = getattr(trainer, "datamodule", None)
         # a run that was killed in its evaluation has nothing left to train when it is resumed
         is_left = not was_evaluated and "val" in getattr(data, "samples", {}) and trainer.limit_val_batches
@@ -152,7 +152,7 @@ class Evaluation(Callback):
 
     def _compare(self, trainer: Trainer, module: Any) -> None:
         batches = list(validation_batches(trainer))
-        rows = [row for batch in batches for row in read_rows(batch)]
+        rows = [row for batch in batches for row in unpack_rows(batch)]
         asked = rows[: self._share(trainer)]
         settings = self.choose_settings(trainer, asked)
         adapters = {"adapter": module.model.active_adapter}
@@ -163,9 +163,7 @@ class Evaluation(Callback):
             comparison = Comparison(rows, dict(zip(results, sides, strict=True)), settings)
             comparison.print("validation rows")
             comparison.print_rows(comparison.answered[: self.samples])
-            file = Path(trainer.default_root_dir) / EVALUATION_FILE
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(comparison.summary(self.samples), indent=2, ensure_ascii=False) + "\n")
+            write_whole(Path(trainer.default_root_dir) / EVALUATION, comparison.summary(self.samples))
 
 
 def validation_batches(trainer: Any) -> Iterator[Any]:

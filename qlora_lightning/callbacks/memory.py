@@ -4,7 +4,6 @@ One number is reported: the peak, in GiB. On CUDA that is the most that torch al
 process that was resident (peak RSS), imports and the mapped base included.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from qlora_lightning.model.layout import filled
 from qlora_lightning.model.memory.plan import Sharding, StepSettings, plan_memory
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded_strategy import ShardedDDPStrategy
+from qlora_lightning.report.run import PLAN
 from qlora_lightning.support.console import print_detail, say
 from qlora_lightning.support.files import write_whole
 from qlora_lightning.support.trainer import find_callback, is_trial_run, log_interval
@@ -172,16 +172,9 @@ class MemoryComparison(Callback):
         found = {
             "predicted": {"parts": plan.parts, "peak_bytes": plan.peak_bytes},
             "measured": {"peak_bytes": self._measured, "device": device.type},
-            "largest_batch": {
-                "rows": len(self._largest.lengths),
-                "tokens": self._largest.tokens,
-                "longest": max(self._largest.lengths),
-                "labelled": self._largest.labelled,
-            },
+            "largest_batch": self._largest.figures(),
         }
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "plan.json", json.dumps(found, indent=2) + "\n")
+        write_whole(Path(trainer.default_root_dir) / PLAN, found)
         say(
             f"Memory: planned {format_gib(plan.peak_bytes)}, measured {format_gib(self._measured)} at its peak "
             f"({self._measured / plan.peak_bytes - 1:+.1%})"

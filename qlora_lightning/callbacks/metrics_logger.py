@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from qlora_lightning.callbacks.checkpoint_file import reporting_disk_faults
+from qlora_lightning.report.run import METRICS
 from qlora_lightning.support.files import flush, write_whole
 
 
@@ -25,7 +26,7 @@ class MetricsLogger(Logger):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
-        self.file = Path(folder) / "metrics.csv"
+        self.file = Path(folder) / METRICS
         self.rows = 0
         self._columns: list[str] = []  # none: the file has not been read yet
 
@@ -90,6 +91,5 @@ class MetricsLogger(Logger):
         writer = csv.DictWriter(text, self._columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.file, text.getvalue())
         self.rows = len(rows)

@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 from lightning import Callback, LightningModule, Trainer
 
-from qlora_lightning.callbacks.checkpoint_file import CHECKPOINTS, UNFINISHED, reporting_disk_faults
+from qlora_lightning.callbacks.checkpoint_file import LAST, UNFINISHED, reporting_disk_faults
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
+from qlora_lightning.report.run import CHECKPOINTS, CONFIG, METRICS, PREDICTIONS
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import lock_folder, write_whole
@@ -41,8 +42,7 @@ class RunFolder(Callback):
             folder = Path(trainer.default_root_dir)
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
             with reporting_disk_faults(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                write_whole(folder / "config.yaml", text)
+                write_whole(folder / CONFIG, text)
         for logger in trainer.loggers:
             try:
                 logger.log_hyperparams(self.config)
@@ -87,8 +87,7 @@ class PredictionWriter(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         lines = sorted(gather_lists(trainer, self._lines), key=lambda line: line["row"])
         if trainer.is_global_zero and not is_trial_run(trainer):
-            file = Path(trainer.default_root_dir) / "predictions.jsonl"
-            file.parent.mkdir(parents=True, exist_ok=True)
+            file = Path(trainer.default_root_dir) / PREDICTIONS
             write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             say(f"{len(lines)} predictions: {file}")
 
@@ -144,11 +143,11 @@ def refuse_started_folder(run_folder: str | Path, resumed: str | Path | None = N
     if resumed is not None and _is_in(resumed, folder):
         return
     saved = any(file.name != UNFINISHED for file in (folder / CHECKPOINTS).glob("*.ckpt"))
-    if saved or (table and (folder / "metrics.csv").exists()):
+    if saved or (table and (folder / METRICS).exists()):
         other = "" if resumed is None else f" {resumed} is not of it."
         raise UserError(
             f"{folder} holds a run already, which would be lost.{other} Resume it with `--ckpt_path last` (in Python: "
-            f'ckpt_path="{folder / CHECKPOINTS / "last.ckpt"}"), or choose another folder with '
+            f'ckpt_path="{folder / CHECKPOINTS / LAST}"), or choose another folder with '
             "`--trainer.default_root_dir runs/NAME`."
         )
 

@@ -33,7 +33,7 @@ from qlora_lightning.model.checkpoint.setting_changes import trainer_settings
 from qlora_lightning.model.device import device_memory_gib, name_of_peak, read_peak_gib
 from qlora_lightning.model.summary import count_parameters
 from qlora_lightning.report.page import write_run_page
-from qlora_lightning.report.run import METRICS, read_manifest, read_metrics, write_manifest
+from qlora_lightning.report.run import CONFIG, METRICS, read_manifest, read_metrics, write_manifest
 from qlora_lightning.support.console import print_detail, say
 from qlora_lightning.support.errors import TrainingStopped, UserError
 from qlora_lightning.support.trainer import callbacks_of, find_callback, is_trial_run
@@ -134,7 +134,6 @@ class RunReport(Callback):
             return
         folder = Path(trainer.default_root_dir)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             content = self._content(trainer, self._facts, status, error)
             write_manifest(folder, content)
             if status != "running":
@@ -151,7 +150,7 @@ class RunReport(Callback):
         speed: Any = find_callback(trainer, ThroughputMonitor)
         saved: Any = find_callback(trainer, AdapterCheckpoint)
         best = saved.best[0] if saved and saved.best else None
-        again = ["qlora-lightning", "fit", "--config", str(folder / "config.yaml")]
+        again = ["qlora-lightning", "fit", "--config", str(folder / CONFIG)]
         again += ["--trainer.default_root_dir", str(folder.with_name(f"{folder.name}-again"))]
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
         ends_here = self._planned is not None and trainer.global_step >= self._planned

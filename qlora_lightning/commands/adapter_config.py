@@ -13,6 +13,7 @@ from qlora_lightning.base.adapter_folder import (
     read_identity,
 )
 from qlora_lightning.commands.config import find_configs
+from qlora_lightning.report.run import ADAPTER_FOLDER
 from qlora_lightning.support.errors import UserError
 
 BASE = "base"  # the side without an adapter
@@ -37,7 +38,7 @@ def name_adapters(
         name, equals, folder = value.partition("=")
         if not equals or "/" in name or Path(value).expanduser().exists():
             whole = Path(value).expanduser().absolute()
-            name, folder = (whole.parent if whole.name == "adapter" else whole).name, value
+            name, folder = (whole.parent if whole.name == ADAPTER_FOLDER else whole).name, value
             if single is not None and len(values) == 1:
                 name = single
         if not name or name in reserved or name in found:

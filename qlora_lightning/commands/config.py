@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from qlora_lightning.report.run import RUN_FILES
+from qlora_lightning.report.run import CONFIG, RUN_FILES
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_yaml
 
@@ -156,7 +156,7 @@ def refuse_moved_run(configs: Mapping[str, Mapping[str, Any]], run_folder: str |
         folder = Path(name).expanduser().parent
         trainer = config.get("trainer")
         named = trainer.get("default_root_dir") if isinstance(trainer, dict) else None
-        is_run = Path(name).name == "config.yaml" and any((folder / each).exists() for each in RUN_FILES)
+        is_run = Path(name).name == CONFIG and any((folder / each).exists() for each in RUN_FILES)
         if not is_run or not isinstance(named, str) or _normalized(named) != _normalized(run_folder):
             continue
         if Path(named).expanduser().resolve() != folder.resolve():

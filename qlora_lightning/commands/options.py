@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -101,13 +100,8 @@ def tables_beside(file: Path | None) -> Iterator[None]:
         yield
 
 
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write figures for other programs to read; a date of a config that is echoed becomes text."""
-    write_output(file, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-def write_output(file: Path, content: str | bytes) -> None:
-    """Write what a command has made.
+def write_output(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
+    """Write what a command has made, as :func:`~qlora_lightning.support.files.write_whole` does.
 
     Raises:
         UserError: the disk does not take it.

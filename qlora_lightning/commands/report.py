@@ -13,13 +13,12 @@ from qlora_lightning.commands.options import (
     add_json_option,
     check_output,
     tables_beside,
-    write_json,
     write_output,
 )
 from qlora_lightning.report.facts import find_differences
-from qlora_lightning.report.page import NAME, render_report
+from qlora_lightning.report.page import render_report
 from qlora_lightning.report.results import figure_table, find_figures
-from qlora_lightning.report.run import Run, read_runs
+from qlora_lightning.report.run import PAGE, Run, read_runs
 
 _DESCRIPTION = """Make the report of a run again, from what its folder holds now, or compare several runs.
 
@@ -46,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     add_json_option(parser)
     options = parser.parse_args(argv)
     runs = read_runs(options.runs)
-    usual = runs[0].folder / NAME if len(runs) == 1 else Path("comparison.html")
+    usual = runs[0].folder / PAGE if len(runs) == 1 else Path("comparison.html")
     page = options.out or usual
     page = check_output("--out", page, options.force or page is usual) or usual
     figures = check_output("--json", options.json, options.force)
@@ -57,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
             console.print(_table(runs, slice(first, first + _BESIDE)))
         write_output(page, rendered)
         if figures is not None:
-            write_json(
+            write_output(
                 figures,
                 {
                     "format": "qlora_lightning report",

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, get_args
 
 import jsonargparse
@@ -39,6 +40,7 @@ from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.checkpoint.format import find_foreign_class, read_checkpoint, read_content, usable_settings
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded_strategy import SHARDED_STRATEGIES, ShardedDDPStrategy
+from qlora_lightning.report.run import ADAPTER_FOLDER
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_yaml
 from qlora_lightning.support.trainer import is_trial_run
@@ -226,7 +228,7 @@ class QLoRACLI(LightningCLI):
         """Take the run folder's adapter unless the user names another: a new one would evaluate the base unnoticed."""
         if self.checkpoint is not None or self.names_adapter or not hasattr(self.model, "adapter"):
             return
-        folder = callbacks.AdapterCheckpoint.adapter_folder(self.trainer.default_root_dir)
+        folder = Path(self.trainer.default_root_dir) / ADAPTER_FOLDER
         if (folder / "adapter_config.json").exists():
             self._say(f"Adapter: {folder}")
             self.model.adapter = str(folder)
@@ -280,7 +282,7 @@ def main(argv: Sequence[str]) -> int:
     usual: dict[str, Any] = {"override": True, "start_method": "popen", "timeout": limit}
     StrategyRegistry.register("ddp", DDPStrategy, "DDP", **usual)
     for name, offload in SHARDED_STRATEGIES.items():
-        StrategyRegistry.register(name, ShardedDDPStrategy, "DDP, the base in parts", offload=offload, **usual)
+        StrategyRegistry.register(name, ShardedDDPStrategy, "DDP, the base sharded", offload=offload, **usual)
     verb, *options = argv
     QLoRACLI(options, verb).run()
     return 0

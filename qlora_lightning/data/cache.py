@@ -14,16 +14,15 @@ import transformers
 import qlora_lightning
 from qlora_lightning.base.cache import cached_folder
 from qlora_lightning.data.chat.tokenizer import hash_tokenizer
+from qlora_lightning.data.prepare import Prepared
 from qlora_lightning.data.report import Report
-from qlora_lightning.data.rows.readers import fingerprint
+from qlora_lightning.data.rows.readers import hash_source
 from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
 
 _log = logging.getLogger(__name__)
 _LAYOUT = 5  # of what is stored; counts up when the same rows would give other samples, or would be refused
-
-Prepared = tuple[SampleSet, Report]
 
 
 def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, Any]:
@@ -49,7 +48,7 @@ def describe_sources(sources: Sequence[Source]) -> list[dict[str, Any]]:
         {
             "path": source.path,
             "files": [str(file) for file in source.files],
-            "hash": fingerprint(source),
+            "hash": hash_source(source),
             "read": repr([source.split, source.name, source.revision, source.data_files]),  # the hash tells the rest
             "settings": repr(source.settings),
         }

@@ -18,7 +18,7 @@ from qlora_lightning.data.batches.stream import StreamLoader
 from qlora_lightning.data.cache import cached_samples, describe_sources, identify
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
-from qlora_lightning.data.chat.tokenizer import hash_tokenizer, load_tokenizer, tokenizer_of_base
+from qlora_lightning.data.chat.tokenizer import hash_tokenizer, load_chosen_tokenizer, tokenizer_of_base
 from qlora_lightning.data.prepare import Prepared, Prompt, Recipe, Sources, prepare
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow
@@ -182,7 +182,7 @@ class InstructionDataModule(LightningDataModule):
         """The tokenizer with the chosen chat template, loaded when it is first needed."""
         if self._tokenizer is None:
             self._tokenizer = choose_chat_template(
-                load_tokenizer(self._tokenizer_choice), self.chat_template, self.template_options
+                load_chosen_tokenizer(self._tokenizer_choice), self.chat_template, self.template_options
             )
         return self._tokenizer
 

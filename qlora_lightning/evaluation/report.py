@@ -16,7 +16,6 @@ from qlora_lightning.support.console import say
 if TYPE_CHECKING:  # a report of runs needs no torch
     from qlora_lightning.evaluation.rows import AnswerSettings, EvaluationRow
 
-EVALUATION_FILE, PREDICTIONS_FILE = "evaluation.json", "predictions.jsonl"
 _MOST_PLACES = 8  # named in a line
 _LONGEST = 300  # characters shown of a text: a model that does not stop would fill the screen
 

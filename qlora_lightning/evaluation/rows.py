@@ -52,7 +52,7 @@ def limit_batches(loader: Any, limit: float) -> Iterator[Any]:
     return itertools.islice(loader, most)
 
 
-def read_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:
+def unpack_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:
     """Return the rows of a batch that have a labelled token; a batch that is not flat counts as one row."""
     if not is_flat(batch):
         return [EvaluationRow(-1, "0", None, [])]
@@ -117,7 +117,7 @@ def evaluate_sides(
     :func:`evaluate_rows`.
     """
     model, results = module.model, {}
-    losses = sum(len(read_rows(batch)) for batch in batches)
+    losses = sum(len(unpack_rows(batch)) for batch in batches)
     steps = (1 + len(adapters)) * (losses + (len(rows) if settings else 0))
     with steps_bar(f"base and {', '.join(adapters)}", steps, show) as watch:
         for side in (BASE, *adapters):
@@ -141,7 +141,7 @@ def evaluate_rows(
     Args:
         module: A :class:`~qlora_lightning.model.module.QLoRAModule`; its training mode is restored.
         batches: As a loader gives them, on the host.
-        rows: To answer: the first that :func:`read_rows` finds in these batches. One without a prompt is left out.
+        rows: To answer: the first that :func:`unpack_rows` finds in these batches. One without a prompt is left out.
         settings: How to answer; ``None``: no row is answered.
         watch: Called for each loss and each answer.
     """
@@ -165,7 +165,7 @@ def evaluate_rows(
 
 
 def row_losses(module: Any, batch: Mapping[str, Any]) -> Iterator[LossSums]:
-    """Compute what ``module.compute_loss`` returns for each row alone that :func:`read_rows` finds in a batch.
+    """Compute what ``module.compute_loss`` returns for each row alone that :func:`unpack_rows` finds in a batch.
 
     If that is not overridden, rows go through the model together, which is two to three times as quick. An override
     gets one row after the other: only it knows how its loss is made up.

@@ -19,7 +19,7 @@ def exact_match(answer: str, expected: str) -> float:
     return float(answer == expected)
 
 
-def parse_json(text: str) -> dict[str, Any] | list[Any] | None:
+def parse_json_answer(text: str) -> dict[str, Any] | list[Any] | None:
     """Parse an answer that is a JSON object or array and nothing else; ``None`` for any other."""
 
     def refuse(name: str) -> None:
@@ -34,7 +34,7 @@ def parse_json(text: str) -> dict[str, Any] | list[Any] | None:
 
 def json_valid(answer: str, expected: str) -> float:
     """Return 1 if the answer is a JSON object or array and nothing else."""
-    return float(parse_json(answer) is not None)
+    return float(parse_json_answer(answer) is not None)
 
 
 def json_f1(answer: str, expected: str) -> float:
@@ -42,7 +42,7 @@ def json_f1(answer: str, expected: str) -> float:
 
     Order of keys does not count. An answer that is not JSON has no field right.
     """
-    found, wanted = parse_json(answer), parse_json(expected)
+    found, wanted = parse_json_answer(answer), parse_json_answer(expected)
     if found is None or wanted is None:
         return 0.0
     fields, reference = set(_leaves(found)), set(_leaves(wanted))
@@ -131,7 +131,7 @@ def choose_scores(references: Sequence[str], named: str | Sequence[str] = "auto"
         UserError: A named score does not apply to a reference.
     """
     if named == "auto":
-        if all(parse_json(text) is not None for text in references):
+        if all(parse_json_answer(text) is not None for text in references):
             return ["exact_match", "json_valid", "json_f1"]
         if all(MARK in text for text in references):
             return ["numeric_match", "rouge_l"]

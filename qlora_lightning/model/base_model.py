@@ -87,8 +87,7 @@ def load_base(
 
     check = None
     if getattr(config, "quantization_config", None) is not None:
-        stored = check_stored_quantization(config, quantization, name)
-        double_quant = bool(stored.get("bnb_4bit_use_double_quant", False))
+        double_quant = check_stored_quantization(config, quantization, name)
         model = load(source.folder)
         _set_compute_dtype(model, compute_dtype)
     elif quantization == "none":
@@ -223,8 +222,8 @@ def stored_quantization(settings: Mapping[str, Any]) -> str:
     return str(settings.get("bnb_4bit_quant_type") if four_bits else settings.get("quant_method", "unknown"))
 
 
-def check_stored_quantization(config: PretrainedConfig, quantization: Quantization, name: str) -> dict[str, Any]:
-    """Return the settings with which a base is stored quantized; reject others than asked for, or a part left out."""
+def check_stored_quantization(config: PretrainedConfig, quantization: Quantization, name: str) -> bool:
+    """Return whether the scales of a quantized base are too; reject one stored otherwise than asked for, or in part."""
     stored: Any = config.quantization_config
     if not isinstance(stored, dict):
         stored = stored.to_dict()
@@ -241,7 +240,7 @@ def check_stored_quantization(config: PretrainedConfig, quantization: Quantizati
             f"model.base {name} is stored quantized, but not whole: it left out {', '.join(skipped)}. "
             "Name a base in 16 bits instead, which is quantized here."
         )
-    return dict(stored)
+    return bool(stored.get("bnb_4bit_use_double_quant", False))
 
 
 def freeze(model: nn.Module) -> None:

@@ -106,6 +106,11 @@ class BatchShape:
         """Tokens that are computed."""
         return sum(self.attended) - sum(self.shared)
 
+    def figures(self) -> dict[str, int]:
+        """Return what ``plan`` and ``plan.json`` say of it."""
+        longest = max(self.lengths)
+        return {"rows": len(self.lengths), "tokens": self.tokens, "longest": longest, "labelled": self.labelled}
+
     def whole(self) -> "BatchShape":
         """Return the shape if all tokens are computed."""
         return BatchShape(self.lengths, self.labelled)

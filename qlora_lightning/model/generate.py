@@ -32,7 +32,7 @@ def dense_weights(model: nn.Module) -> Iterator[bool]:
     Nothing is merged: adapters act as before, and every product has the same operands. Afterwards the 4-bit linears
     are back, untouched. A second call inside the first changes nothing.
 
-    Weights of a base in parts stay as they are: no process has them all.
+    Weights of a sharded base stay as they are: no process has them all.
 
     Yields:
         Whether the weights are dense now.
@@ -144,7 +144,7 @@ def _batches(lengths: list[int], max_new_tokens: int, batch_size: int, limit: in
 def _generate(
     causal_lm: Any, prompts: Sequence[Sequence[int]], stop_ids: frozenset[int], max_new_tokens: int
 ) -> list[list[int]]:
-    device = causal_lm.base_model.norm.weight.device  # the embedding may be in parts, and they on the host
+    device = causal_lm.base_model.norm.weight.device  # the embedding may be sharded, and its shards on the host
     lengths = [len(prompt) for prompt in prompts]
     cache = KeyValueCache(lengths, max_new_tokens, device)
 

@@ -93,36 +93,34 @@ def rows_of_probabilities(vocabulary: int, number_bytes: int, device: str) -> in
     return max(1, min(most, _CACHED_BYTES // (vocabulary * _FLOAT))) if device == "cpu" else most
 
 
-def head_loss(hidden: Tensor, targets: Tensor, head: Any, chunk: int | None = None, *, fast: bool = True) -> LossSums:
+def head_loss(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool = True) -> LossSums:
     """Sum the loss of labelled tokens; arguments are those of :func:`token_losses`."""
-    nll, correct = token_losses(hidden, targets, head, chunk, fast=fast)
+    nll, correct = token_losses(hidden, targets, head, fast=fast)
     count = torch.full((), len(targets), device=hidden.device)  # torch.tensor would wait for a GPU
     return LossSums(nll.sum(), count, correct.sum())
 
 
-def token_losses(
-    hidden: Tensor, targets: Tensor, head: Any, chunk: int | None = None, *, fast: bool = True
-) -> tuple[Tensor, Tensor]:
+def token_losses(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool) -> tuple[Tensor, Tensor]:
     """Compute the loss of each labelled token, ``(K,)`` float32, and whether it is the most likely one, ``(K,)``.
+
+    As many tokens' logits exist at a time as 64 MiB hold, but at most 512; on a GPU as many as 256 MiB hold.
 
     Args:
         hidden: The last hidden states, after the final norm, from which they are predicted, ``(K, width)``.
         targets: The tokens, ``(K,)``.
         head: Maps hidden states to logits; see :func:`head_of`.
-        chunk: Labelled tokens whose logits exist at a time; by default as many as 64 MiB hold, but at most 512; on
-            a GPU as many as 256 MiB hold.
         fast: Whether a frozen head's gradient may be made while the logits exist; ``False`` leaves it to autograd.
     """
     if isinstance(head, ShardedHead):
-        losses: tuple[Tensor, Tensor] = head.losses(hidden, targets, chunk, fast)
+        losses: tuple[Tensor, Tensor] = head.losses(hidden, targets, fast)
         return losses
     is_frozen, device = _is_frozen_linear(head), hidden.device.type
     if fast and is_frozen:
-        chunk = chunk or rows_of_logits(len(head.weight), head.weight.element_size(), device)
+        chunk = rows_of_logits(len(head.weight), head.weight.element_size(), device)
         found: tuple[Tensor, Tensor] = _FrozenHeadLoss.apply(hidden, head.weight, targets, chunk)
         return found
     known = is_frozen or isinstance(head, _ScaledHead)
-    chunk = chunk or (rows_of_logits(len(head.weight), _FLOAT, device) if known else _MOST_ROWS)
+    chunk = rows_of_logits(len(head.weight), _FLOAT, device) if known else _MOST_ROWS
     return _checkpointed_head_loss(hidden, head, targets, chunk)
 
 
@@ -163,7 +161,7 @@ class _ScaledHead(nn.Module):
 
 
 class ShardedHead(nn.Module):
-    """A head of which each process holds a part: FSDP2 makes it whole for this module's forward, and its backward."""
+    """A head of which each process holds a shard: FSDP2 makes it whole for this module's forward, and its backward."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -172,14 +170,14 @@ class ShardedHead(nn.Module):
     def forward(self, hidden: Tensor, *of_losses: Any) -> Any:
         if not of_losses:
             return self.head(hidden)
-        targets, chunk, fast = of_losses
-        return token_losses(hidden, targets, self.head, chunk, fast=fast)
+        targets, fast = of_losses
+        return token_losses(hidden, targets, self.head, fast=fast)
 
-    def losses(self, hidden: Tensor, targets: Tensor, chunk: int | None, fast: bool) -> Any:
+    def losses(self, hidden: Tensor, targets: Tensor, fast: bool) -> Any:
         """Compute :func:`token_losses`; backward reads the head only where autograd makes its gradient."""
         sharded: Any = self
         sharded.set_unshard_in_backward(not (fast and _is_frozen_linear(self.head)))
-        return self(hidden, targets, chunk, fast)
+        return self(hidden, targets, fast)
 
 
 def _is_frozen_linear(head: Any) -> bool:

@@ -284,11 +284,11 @@ class QLoRAModule(lightning.LightningModule):
         self.sharded_base.start()
 
     def turns(self) -> contextlib.AbstractContextManager[None]:
-        """Where processes may run different numbers of passes, which a base in parts makes passes of all."""
+        """Where processes may run different numbers of passes, which a sharded base makes passes of all."""
         return contextlib.nullcontext() if self.sharded_base is None else self.sharded_base.turns()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        fn = fn if self.sharded_base is None else self.sharded_base.leaving_parts(fn)
+        fn = fn if self.sharded_base is None else self.sharded_base.leaving_shards(fn)
         return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def on_fit_end(self) -> None:

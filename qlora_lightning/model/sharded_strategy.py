@@ -1,4 +1,4 @@
-"""DDP over a base in parts, for ``trainer.strategy: ddp_sharded`` and ``ddp_sharded_offload``."""
+"""DDP over a sharded base, for ``trainer.strategy: ddp_sharded`` and ``ddp_sharded_offload``."""
 
 import re
 from datetime import timedelta
@@ -7,17 +7,19 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-SHARDED_STRATEGIES = {"ddp_sharded": False, "ddp_sharded_offload": True}  # names, and whether all parts are offloaded
-_UNGATHERED = re.compile("got mixed torch.Tensor and DTensor|object of type DTensor")
+from qlora_lightning.model.kernels.products import NOT_GATHERED
+
+SHARDED_STRATEGIES = {"ddp_sharded": False, "ddp_sharded_offload": True}  # names, and whether all shards are offloaded
+_READ_SHARD = re.compile("got mixed torch.Tensor and DTensor|object of type DTensor")
 
 
 class ShardedDDPStrategy(DDPStrategy):
-    """DDP of the adapters over a base of which each process holds a part: what one device cannot hold.
+    """DDP of the adapters over a base of which each process holds a shard: what one device cannot hold.
 
     See :mod:`qlora_lightning.model.weights.sharded`. Results, checkpoints and adapter folders are those of ``ddp``.
 
     Args:
-        offload: Keep the parts in the machine's memory, and copy each layer to the device when it is used: ``True``
+        offload: Keep the shards in the machine's memory, and copy each layer to the device when it is used: ``True``
             all of them, a number those of the first layers. One process alone may do so too.
         kwargs: Arguments of ``DDPStrategy``; ``timeout`` is ten minutes by default.
     """
@@ -33,8 +35,5 @@ class ShardedDDPStrategy(DDPStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
-        if _UNGATHERED.search(str(exception)):
-            exception.args = (
-                "A weight of the base was read outside the forward of its decoder layer: under trainer.strategy "
-                f"ddp_sharded it is whole only inside. Call the layer, or train with `ddp`. ({exception})",
-            )
+        if _READ_SHARD.search(str(exception)):
+            exception.args = (f"{NOT_GATHERED} ({exception})",)

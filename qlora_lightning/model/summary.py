@@ -34,7 +34,7 @@ def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
 
 
 def _with_states(model: nn.Module) -> Iterator[tuple[nn.Parameter, Any]]:
-    """Yield each parameter, and what bitsandbytes knows of a 4-bit one; of a weight in parts its linear knows that."""
+    """Yield each parameter, and what bitsandbytes knows of a 4-bit one; of a sharded weight its linear knows that."""
     of_linears = {id(each.weight): each.quant_state for each in model.modules() if isinstance(each, bnb.nn.Linear4bit)}
     for parameter in model.parameters():
         yield parameter, getattr(parameter, "quant_state", None) or of_linears.get(id(parameter))

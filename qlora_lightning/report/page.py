@@ -11,10 +11,8 @@ from qlora_lightning.page import render_page
 from qlora_lightning.report import facts
 from qlora_lightning.report.charts import charts_of, draw_charts
 from qlora_lightning.report.results import evaluation_table, figure_table, find_samples
-from qlora_lightning.report.run import Run, read_run
+from qlora_lightning.report.run import PAGE, Run, read_run
 from qlora_lightning.support.files import write_whole
-
-NAME = "report.html"
 
 
 def write_run_page(folder: Path) -> Path:
@@ -24,8 +22,8 @@ def write_run_page(folder: Path) -> Path:
         UserError: A file in it is damaged.
         OSError: The page cannot be written.
     """
-    write_whole(folder / NAME, render_report([read_run(folder)]))
-    return folder / NAME
+    write_whole(folder / PAGE, render_report([read_run(folder)]))
+    return folder / PAGE
 
 
 def render_report(runs: Sequence[Run]) -> str:

@@ -12,7 +12,7 @@ from qlora_lightning.base.tensors import GIB
 from qlora_lightning.evaluation.comparison import BASE, Interval
 from qlora_lightning.evaluation.report import choose_digits, format_interval
 from qlora_lightning.evaluation.scores import describe_answered, describe_metric, is_share
-from qlora_lightning.report.run import MEMORY, Run
+from qlora_lightning.report.run import ADAPTER_FOLDER, MEMORY, Run
 
 Table = tuple[list[str], list[tuple[str, list[tuple[str, str]]]]]
 """Headings, and rows: what a row is, and its cells, each with a note below it."""
@@ -57,7 +57,7 @@ class Figure(NamedTuple):
 
 def read_evaluation(run: Run) -> Evaluation:
     """Read ``evaluation.json`` as the fit or `evaluate` wrote it."""
-    content, own = run.evaluation, (run.folder / "adapter").resolve()
+    content, own = run.evaluation, (run.folder / ADAPTER_FOLDER).resolve()
     folders = content.get("adapters") or {"adapter": own}  # a fit evaluates its own
     # `evaluate` may have been started in another folder: the two last parts must do
     side = next((name for name, folder in folders.items() if Path(folder).absolute().parts[-2:] == own.parts[-2:]), "")

@@ -1,7 +1,6 @@
 """A run folder as data: its manifest, its table of metrics, and the other files that a report reads."""
 
 import csv
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,12 @@ from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_yaml, lock_folder, read_json_object, write_whole
 from qlora_lightning.support.versions import PEAK_NAMES
 
-MANIFEST, METRICS = RUN_FILES = "manifest.json", "metrics.csv"  # a folder with one of these is a run's
+# The names in a run folder.
+CONFIG, METRICS, MANIFEST, PLAN = "config.yaml", "metrics.csv", "manifest.json", "plan.json"
+EVALUATION, PREDICTIONS, PAGE = "evaluation.json", "predictions.jsonl", "report.html"
+CHECKPOINTS, ADAPTER_FOLDER = "checkpoints", "adapter"
+IDENTITY = "qlora_lightning.json"  # in the adapter folder
+RUN_FILES = MANIFEST, METRICS  # a folder with one of these is a run's
 MEMORY = tuple(PEAK_NAMES.values())
 """Where peaks of memory are, in metrics and manifest: of a GPU; of the process."""
 _FORMAT, _VERSION = "qlora_lightning manifest", 1  # a reader of version N reads every file up to N
@@ -59,11 +63,11 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         name=name or folder.resolve().name,
         status=status,
         manifest=manifest,
-        config=manifest.get("config") or _read_config(folder / "config.yaml"),
+        config=manifest.get("config") or _read_config(folder / CONFIG),
         metrics=read_metrics(folder / METRICS),
-        evaluation=_read_json(folder / "evaluation.json"),
-        plan=_read_json(folder / "plan.json"),
-        adapter=_read_json(folder / "adapter" / "qlora_lightning.json"),
+        evaluation=_read_json(folder / EVALUATION),
+        plan=_read_json(folder / PLAN),
+        adapter=_read_json(folder / ADAPTER_FOLDER / IDENTITY),
     )
 
 
@@ -82,7 +86,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
         OSError: The disk is full or fails.
     """
     head = {"format": _FORMAT, "format_version": _VERSION}
-    write_whole(folder / MANIFEST, json.dumps({**head, **content}, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / MANIFEST, {**head, **content})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -127,7 +131,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _is_training(folder: Path) -> bool:
     """Whether a process holds the lock that ``fit`` takes on the folder of its checkpoints."""
-    checkpoints = folder / "checkpoints"
+    checkpoints = folder / CHECKPOINTS
     if not checkpoints.is_dir():
         return False
     try:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ import yaml
 from qlora_lightning.support.errors import UserError
 
 
-def write_whole(file: Path, content: str | bytes) -> None:
+def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
     """Write a small file so that a reader, and a machine that dies, leave the old or the new one, never half.
 
-    A link is followed: the file that it leads to is replaced, and keeps its mode. A stream is written into.
+    A mapping is written as JSON. The file's folder is made. A link is followed: the file that it leads to is replaced,
+    and keeps its mode. A stream is written into.
 
     Raises:
         OSError: The disk is full or fails, or who reads the pipe has gone.
     """
+    if isinstance(content, Mapping):
+        content = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"  # a config may hold dates
     # a file name may hold bytes that are no UTF-8, which Python keeps as lone surrogates
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     if is_stream(file):
@@ -35,6 +39,7 @@ def write_whole(file: Path, content: str | bytes) -> None:
             stream.write(data)
         return
     target = Path(os.path.realpath(file))
+    target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"{target.name}.unfinished")
     try:
         unfinished.write_bytes(data)

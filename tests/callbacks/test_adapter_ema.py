@@ -1,12 +1,10 @@
 import lightning
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from qlora_lightning import AdapterCheckpoint, AdapterEMA
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.support.errors import UserError
-from tests.equality import same
+from tests.equality import adapter_bytes, read_adapter, read_checkpoint, same
 
 
 class Steps(lightning.Callback):
@@ -41,10 +39,6 @@ def average_of(after, decay):
     return average
 
 
-def read(folder, name="last.ckpt"):
-    return torch.load(folder / "checkpoints" / name, weights_only=True)
-
-
 def test_training_goes_as_without_and_what_is_validated_and_saved_is_the_average(
     fit, tmp_path, adapter_of, assert_same
 ):
@@ -58,15 +52,15 @@ def test_training_goes_as_without_and_what_is_validated_and_saved_is_the_average
     assert_same(adapter_of(module), average)
     assert_same(steps.validated[0], average_of(steps.after[:3], 0.2))
     assert_same(steps.validated[1], average)
-    last = read(tmp_path / "run")
+    last = read_checkpoint(tmp_path / "run")
     assert_same(last["adapter_ema"]["trained"], adapter_of(plain))
     assert_same(last["state_dict"], average)
     best = min((tmp_path / "run" / "checkpoints").glob("step-*"))
     averages = {
         name.removeprefix("model.").replace(".default.", "."): tensor
-        for name, tensor in read(tmp_path / "run", best.name)["state_dict"].items()
+        for name, tensor in read_checkpoint(tmp_path / "run", best.name)["state_dict"].items()
     }
-    assert_same(load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors"), averages)
+    assert_same(read_adapter(tmp_path / "run"), averages)
 
 
 @pytest.mark.parametrize(
@@ -81,23 +75,23 @@ def test_a_run_that_is_killed_and_resumed_ends_as_one_that_never_was(after, fit,
     fit(*callbacks(), folder="peace", **options)
     killed_fit(*callbacks(), after=after, **options)
     fit(*callbacks(), ckpt_path=str(tmp_path / "run" / "checkpoints" / "last.ckpt"), **options)
-    ended, peace = read(tmp_path / "run"), read(tmp_path / "peace")
+    ended, peace = read_checkpoint(tmp_path / "run"), read_checkpoint(tmp_path / "peace")
     for part in ("state_dict", "adapter_ema", "optimizer_states", "lr_schedulers"):
         assert same(ended[part], peace[part])
-    adapters = [tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("run", "peace")]
-    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "peace")
 
 
 def test_a_resumed_run_may_switch_it_off_or_on(fit, tmp_path, capsys, assert_same):
     fit(AdapterEMA(0.9), AdapterCheckpoint(), max_steps=2)
-    last, trained = tmp_path / "run" / "checkpoints" / "last.ckpt", read(tmp_path / "run")["adapter_ema"]["trained"]
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    trained = read_checkpoint(tmp_path / "run")["adapter_ema"]["trained"]
     fit(steps := Steps(), AdapterEMA(enabled=False), AdapterCheckpoint(), ckpt_path=last, max_steps=3)
     assert_same(steps.after[0], trained)
     assert "ema.decay: 0.9 → off" in capsys.readouterr().out
-    assert "adapter_ema" not in read(tmp_path / "run")
+    assert "adapter_ema" not in read_checkpoint(tmp_path / "run")
     fit(steps := Steps(), AdapterEMA(0.5), AdapterCheckpoint(), ckpt_path=last, max_steps=4)
     assert "ema.decay: off → 0.5" in capsys.readouterr().out
-    assert_same(read(tmp_path / "run")["state_dict"], average_of(steps.after, 0.5))
+    assert_same(read_checkpoint(tmp_path / "run")["state_dict"], average_of(steps.after, 0.5))
 
 
 def test_decay_out_of_range_is_rejected():

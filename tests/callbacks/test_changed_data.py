@@ -5,10 +5,10 @@ import json
 import lightning
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from qlora_lightning import AdapterCheckpoint
 from qlora_lightning.support.errors import UserError
+from tests.equality import read_adapter, read_checkpoint
 
 
 class Rows(lightning.Callback):
@@ -49,8 +49,7 @@ def step_of(file):
 
 
 def same_adapter(folder, checkpoint):
-    stored = torch.load(folder / "checkpoints" / checkpoint, weights_only=True)["state_dict"]
-    written = load_file(folder / "adapter" / "adapter_model.safetensors")
+    stored, written = read_checkpoint(folder, checkpoint)["state_dict"], read_adapter(folder)
     names = {name: name.removeprefix("model.").replace(".default.", ".") for name in stored}
     return all(torch.equal(written[names[name]], tensor) for name, tensor in stored.items())
 

@@ -7,11 +7,10 @@ import numpy as np
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from qlora_lightning import AdapterCheckpoint, LoadingLines
 from qlora_lightning.support.errors import UserError
-from tests.equality import same
+from tests.equality import read_adapter, read_checkpoint, same
 
 
 class Diary(lightning.Callback):
@@ -31,18 +30,10 @@ class Diary(lightning.Callback):
         return ", ".join(f"{what} {step}" for what, step in self.entries)
 
 
-def read_checkpoint(folder, name="last.ckpt"):
-    return torch.load(folder / "checkpoints" / name, weights_only=True)
-
-
 def tensors_of(folder, name="last.ckpt"):
     """The adapter's tensors in a checkpoint, under the names that PEFT gives them in a file."""
     stored = read_checkpoint(folder, name)["state_dict"]
     return {key.removeprefix("model.").replace(".default.", "."): tensor for key, tensor in stored.items()}
-
-
-def adapter_of_folder(folder):
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
 def checkpoint_names(folder):
@@ -68,8 +59,8 @@ def test_a_fit_leaves_a_small_checkpoint_and_an_adapter_folder_that_plain_peft_l
     size = (run / "checkpoints" / "last.ckpt").stat().st_size
     assert 3 * adapter_bytes < size < 3 * adapter_bytes + 1_000_000  # A, B and two moments of each, and little else
 
-    assert_same(adapter_of_folder(run), tensors_of(run))
-    assert {tensor.dtype for tensor in adapter_of_folder(run).values()} == {torch.float32}
+    assert_same(read_adapter(run), tensors_of(run))
+    assert {tensor.dtype for tensor in read_adapter(run).values()} == {torch.float32}
     identity = json.loads((run / "adapter" / "qlora_lightning.json").read_text())
     assert (identity["base"], identity["quantization"]) == (str(tiny_base), "nf4")
     config = peft.PeftConfig.from_pretrained(run / "adapter")
@@ -120,7 +111,7 @@ def test_the_best_by_the_monitor_are_kept_and_the_rest_removed(
         content = read_checkpoint(run, name)
         assert_same(content["state_dict"], saved[content["global_step"]])
     assert_same(checkpoint.read_best(run), saved[kept[0]])
-    values = {float(tensor.sum()) for tensor in adapter_of_folder(run).values()}
+    values = {float(tensor.sum()) for tensor in read_adapter(run).values()}
     assert values == {float(tensor.sum()) for tensor in saved[kept[0]].values()}
 
 
@@ -155,7 +146,7 @@ def test_without_validation_data_the_adapter_is_the_last(fit, make_data, assert_
     fit(AdapterCheckpoint(every_n_train_steps=3), diary := Diary(), data=make_data(val=None))
     assert diary.text() == "save 3, save 6, save 8"
     assert checkpoint_names(tmp_path / "run") == ["last.ckpt"]
-    assert_same(adapter_of_folder(tmp_path / "run"), tensors_of(tmp_path / "run"))
+    assert_same(read_adapter(tmp_path / "run"), tensors_of(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("sanity", [0, 1])
@@ -213,13 +204,13 @@ def test_a_resumed_run_continues_the_ranking_and_in_another_folder_it_starts_ove
 
     run, options = tmp_path / "run", {"max_epochs": 2, "ckpt_path": tmp_path / "run" / "checkpoints" / "last.ckpt"}
     fit(checkpoint(), module=scored(1.0), **SHORT)
-    before, adapter = contents(run), adapter_of_folder(run)
+    before, adapter = contents(run), read_adapter(run)
     moved = checkpoint()
     fit(moved, module=scored(2.0), folder="new", **options, **SHORT)
     best = run / "checkpoints" / "step-000002.ckpt"
     assert f"starts over here. The best so far, with val_score 1, is {best}.\n" in capsys.readouterr().out
     assert moved.best == [(2.0, "step-000004.ckpt")]
-    assert same(adapter_of_folder(tmp_path / "new"), tensors_of(tmp_path / "new"))
+    assert same(read_adapter(tmp_path / "new"), tensors_of(tmp_path / "new"))
     assert contents(run) == before
 
     resumed = checkpoint()
@@ -227,7 +218,7 @@ def test_a_resumed_run_continues_the_ranking_and_in_another_folder_it_starts_ove
     assert resumed.best == [(1.0, "step-000002.ckpt")]
     assert same(resumed.read_best(run), read_checkpoint(run, "step-000002.ckpt")["state_dict"])
     assert checkpoint_names(run) == ["last.ckpt", "step-000002.ckpt"]
-    assert same(adapter_of_folder(run), adapter)
+    assert same(read_adapter(run), adapter)
 
 
 def test_a_run_is_never_written_over_by_another(fit, tmp_path):

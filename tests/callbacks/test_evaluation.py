@@ -6,7 +6,7 @@ import torch
 from lightning import Callback
 
 from qlora_lightning import AdapterCheckpoint, Evaluation
-from qlora_lightning.evaluation.rows import read_rows
+from qlora_lightning.evaluation.rows import unpack_rows
 from qlora_lightning.model.loss import TokenStatistics
 from qlora_lightning.support.errors import UserError
 from tests.equality import same
@@ -114,7 +114,7 @@ def test_every_second_validation_answers_rows_and_training_ends_in_the_same_byte
     assert "val_loss" in first
     assert not {f"val_{name}" for name in SCORES} & first.keys()
     assert {f"val_{name}" for name in [*SCORES, "stop_rate", "answer_tokens"]} <= second.keys()
-    rows = [row for batch in data.val_dataloader() for row in read_rows(batch)][:3]
+    rows = [row for batch in data.val_dataloader() for row in unpack_rows(batch)][:3]
     answers = module.answer([row.prompt for row in rows], data.stop_ids, 4)
     assert second["val_answer_tokens"] == pytest.approx(sum(map(len, answers)) / 3)
     assert second["val_stop_rate"] == pytest.approx(sum(len(each) < 4 for each in answers) / 3)

@@ -18,6 +18,7 @@ from qlora_lightning.model.checkpoint.format import KEY
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import FORMAT_VERSION
 from tests.dying import MachineFailed
+from tests.equality import read_checkpoint
 
 
 class At(lightning.Callback):
@@ -90,15 +91,11 @@ def contents(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
-def read_last(folder):
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-
-
 def assert_same_end(run, root, folder):
     """Resume, and compare with the run in peace."""
     run(folder)
     one, other = root / "whole", root / folder
-    first, second = read_last(one), read_last(other)
+    first, second = read_checkpoint(one), read_checkpoint(other)
     assert second["global_step"] == first["global_step"] == 8
     assert all(torch.equal(second["state_dict"][name], tensor) for name, tensor in first["state_dict"].items())
     assert contents(other).keys() == contents(one).keys()
@@ -133,7 +130,7 @@ def test_a_full_disk_ends_the_run_and_it_continues_when_there_is_room(run, root,
     most_bytes(resource.RLIM_INFINITY)
     last = folder / "checkpoints" / "last.ckpt"
     assert f"{last} is whole: when that is solved, resume from it with `--ckpt_path {last}`." in str(error.value)
-    assert read_last(folder)["global_step"] == 6
+    assert read_checkpoint(folder)["global_step"] == 6
     assert contents(folder) == before
     assert_same_end(run, root, folder.name)
 

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 
+from qlora_lightning.base.folder import load_tokenizer
 from qlora_lightning.cli import main
 from qlora_lightning.commands.chat.session import AnswerStream
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
-from qlora_lightning.data.chat.tokenizer import load_tokenizer
 from qlora_lightning.model.generate import generate_answers
 from qlora_lightning.model.opened_adapter import find_adapter, open_adapter
 from tests.adapters import make_adapter, make_run

@@ -24,7 +24,6 @@ from tests.help_examples import help_examples
 
 ADAPTER = "runs/quickstart/adapter"
 NAME = "model.layers.1.mlp.up_proj"
-ADAPTER_ALONE = ("--adapter-gguf", "a.gguf")
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 

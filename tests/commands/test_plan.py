@@ -127,7 +127,7 @@ OFFLOAD = "{class_path: qlora_lightning.ShardedDDPStrategy, init_args: {offload:
     [
         (2, "ddp_sharded", LAYER, TABLE, 2 * LAYER, 0),  # a layer that is whole, and the next one on its way
         (3, "ddp_sharded", 2 * THIRD_OF_LAYER, 2 * THIRD_OF_TABLE, 2 * LAYER, 0),
-        (2, "ddp_sharded_offload", 0, 0, 2.5 * LAYER, LAYER + 2 * 8192),  # this device's part of it comes from the host
+        (2, "ddp_sharded_offload", 0, 0, 2.5 * LAYER, LAYER + 2 * 8192),  # whose own shard comes from the host
         (1, "ddp_sharded_offload", 0, 0, 3 * LAYER, 2 * LAYER + 2 * 16_384),  # which pins powers of two
         (2, OFFLOAD, LAYER / 2, TABLE, 2.5 * LAYER, LAYER / 2),
     ],

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from qlora_lightning.cli import main
+from tests import equality
 from tests.commands.conftest import CONFIG
 
 HOOKS = """
@@ -59,14 +60,13 @@ def hooks(tmp_path):
 
 @pytest.fixture
 def read_checkpoint(tmp_path):
-    return lambda run: torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True)
+    return lambda run: equality.read_checkpoint(tmp_path / run)
 
 
 @pytest.fixture
 def assert_same_end(tmp_path, read_checkpoint, read_metrics):
     def check(run, whole):
-        files = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in (run, whole)]
-        assert files[0].read_bytes() == files[1].read_bytes()
+        assert equality.adapter_bytes(tmp_path / run) == equality.adapter_bytes(tmp_path / whole)
         one, other = read_checkpoint(run), read_checkpoint(whole)
         assert one["global_step"] == other["global_step"]
         assert all(torch.equal(one["state_dict"][name], value) for name, value in other["state_dict"].items())

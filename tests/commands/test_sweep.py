@@ -7,9 +7,7 @@ import shutil
 import signal
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
 
 from qlora_lightning.cli import main
 from qlora_lightning.commands import training  # noqa: F401  # here, and not inside a test, whose stderr it would keep
@@ -17,6 +15,7 @@ from qlora_lightning.commands.sweep import Sweep
 from qlora_lightning.commands.sweep import trial as trials
 from qlora_lightning.commands.sweep.results import Trial, choose, is_done, measure_gain
 from qlora_lightning.model import base_model
+from tests.equality import read_adapter, same
 
 TARGETS = ("attention", "mlp", "all-linear")
 FLAT = [1.0, 1.1, 0.9] * 4
@@ -146,10 +145,6 @@ def swept(folder, sweep, tmp_path_factory):
     return folder
 
 
-def adapter(folder):
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
 def read(file):
     return json.loads(file.read_text())
 
@@ -187,9 +182,7 @@ def test_each_trial_is_the_fit_that_it_stands_for_and_the_chosen_config_is_one_t
     assert (chosen["model"]["rank"], chosen["model"]["alpha"]) == (2, None)  # the config's alpha was of its own rank
     assert main(["fit", "--config", str(place / "chosen.yaml")]) == 0
     for one, rank in ((folder / "run", 2), (folder / "alone", 4)):
-        fitted, tried = adapter(one), adapter(place / f"rank-{rank}")
-        assert fitted.keys() == tried.keys()
-        assert all(torch.equal(fitted[name], tried[name]) for name in fitted)
+        assert same(read_adapter(one), read_adapter(place / f"rank-{rank}"))
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def contents(data):
 def test_the_second_time_samples_are_mapped_and_no_tokenizer_is_loaded(setup, prepared, monkeypatch):
     first = setup()
     assert prepared == ["train", "val"]
-    monkeypatch.setattr(datamodule, "load_tokenizer", lambda *arguments: pytest.fail("the tokenizer was loaded"))
+    monkeypatch.setattr(datamodule, "load_chosen_tokenizer", lambda *arguments: pytest.fail("the tokenizer was loaded"))
     second = setup()
     assert prepared == ["train", "val"]
     assert contents(first) == contents(second)

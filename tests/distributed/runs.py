@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+
+from tests.equality import read_adapter
 
 HERE = Path(__file__).parent
 CONFIG = {
@@ -59,10 +60,6 @@ def metrics(run: Path, column: str) -> list[float]:
 
 def distance(one: Path, other: Path) -> float:
     """How far two runs' adapters are apart, as a share of what training has moved (at least B, which began at zero)."""
-    a, b = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, other))
+    a, b = (read_adapter(run) for run in (one, other))
     moved = sum(tensor.square().sum() for name, tensor in a.items() if "lora_B" in name)
     return float(torch.sqrt(sum((a[name] - b[name]).square().sum() for name in a) / moved))
-
-
-def adapter_bytes(run: Path) -> bytes:
-    return (run / "adapter" / "adapter_model.safetensors").read_bytes()

@@ -10,7 +10,8 @@ import time
 import pytest
 import yaml
 
-from tests.distributed.runs import CONFIG, adapter_bytes, environment, launch, metrics
+from tests.distributed.runs import CONFIG, environment, launch, metrics
+from tests.equality import adapter_bytes
 
 pytestmark = pytest.mark.slow
 

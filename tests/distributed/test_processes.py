@@ -10,7 +10,8 @@ import yaml
 from qlora_lightning.cli import main
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.module import QLoRAModule
-from tests.distributed.runs import CONFIG, adapter_bytes, distance, launch, metrics
+from tests.distributed.runs import CONFIG, distance, launch, metrics
+from tests.equality import adapter_bytes
 
 EPOCHS = ["--trainer.max_epochs", "5", "--trainer.check_val_every_n_epoch", "5"]  # ten steps of eight rows
 FEW = ["--trainer.max_epochs", "2"]

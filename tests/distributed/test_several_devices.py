@@ -1,6 +1,6 @@
 """The commands that configs/README.md shows for several devices, run by two processes of this machine's CPU.
 
-Each ends in the same bytes: by Lightning's launcher, by two of torchrun, by Ray after a worker was killed, in parts.
+Each ends in the same bytes: by Lightning's launcher, by two of torchrun, by Ray after a worker was killed, sharded.
 """
 
 import importlib.util
@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from qlora_lightning.cli import main
-from tests.distributed.runs import CONFIG, adapter_bytes, environment, launch
+from tests.distributed.runs import CONFIG, environment, launch
+from tests.equality import adapter_bytes
 
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,4 @@
-"""A base in parts trains, judges, answers and resumes as a whole one, to the last byte."""
+"""A sharded base trains, judges, answers and resumes as a whole one, to the last byte."""
 
 import json
 import socket
@@ -11,10 +11,11 @@ import yaml
 
 from qlora_lightning.model.guards.checks import check_trainer
 from qlora_lightning.support.errors import UserError
-from tests.distributed.runs import CONFIG, adapter_bytes, environment, launch, metrics
+from tests.distributed.runs import CONFIG, environment, launch, metrics
+from tests.equality import adapter_bytes
 from tests.random_base import save_random_llama, save_tokenizer
 
-PARTS = ["--trainer.strategy", "ddp_sharded"]
+SHARDED = ["--trainer.strategy", "ddp_sharded"]
 WHOLE = ["--trainer.strategy", "ddp"]
 CHECKPOINTING = ["--gradient_checkpointing.enabled", "true"]
 USUAL = ["--data.batch_size", "2", "--trainer.max_steps", "3", "--evaluation.enabled", "false"]
@@ -47,13 +48,13 @@ ALIKE = {  # what slow runs differ in
 PAIRS = ["--trainer.max_steps", "-1", "--trainer.max_epochs", "2"]
 
 
-def fit(name, *arguments, config="parts.yaml"):
+def fit(name, *arguments, config="sharded.yaml"):
     return ["fit", "--config", config, "--trainer.default_root_dir", name, *USUAL, *arguments]
 
 
 def both(name, *arguments, **config):
-    """The commands of a run with a base each, and of the same with one in parts."""
-    return [fit(name, *arguments, *WHOLE, **config), fit(f"{name}-parts", *arguments, *PARTS, **config)]
+    """The commands of a run with a base each, and of the same with a sharded one."""
+    return [fit(name, *arguments, *WHOLE, **config), fit(f"{name}-sharded", *arguments, *SHARDED, **config)]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def runs(folder):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "max_position_embeddings": 512}
     save_random_llama(folder / "untied", torch.float32, **sizes, tie_word_embeddings=False)
     hooks = {
-        "parts": {"class_path": "hooks.Weigh"},
+        "sharded": {"class_path": "hooks.Weigh"},
         "saves": {"class_path": "hooks.SaveAt", "init_args": {"batches": [3], "folder": "saved"}},
         "spoilt": {"class_path": "hooks.Spoil", "init_args": {"rank": 1}},
     }
@@ -78,16 +79,16 @@ def runs(folder):
 def said(runs):
     """What one launch of two processes said."""
     commands = both("judged", *JUDGED)
-    predict = ["predict", "--config", "judged-parts/config.yaml", "--data.predict", "nine.jsonl"]
-    commands += [[*predict, "--trainer.default_root_dir", name] for name in ("judged", "judged-parts")]
+    predict = ["predict", "--config", "judged-sharded/config.yaml", "--data.predict", "nine.jsonl"]
+    commands += [[*predict, "--trainer.default_root_dir", name] for name in ("judged", "judged-sharded")]
     commands[-2] += WHOLE
-    commands += [fit("saves", *ACCUMULATED, *PARTS, config="saves.yaml")]
+    commands += [fit("saves", *ACCUMULATED, *SHARDED, config="saves.yaml")]
     commands += [fit("resumed", *ACCUMULATED, *WHOLE, "--ckpt_path", "saved/3.ckpt")]
     return launch(runs, commands)
 
 
 def assert_same(runs, name, other=None):
-    other = other or f"{name}-parts"
+    other = other or f"{name}-sharded"
     assert adapter_bytes(runs / name) == adapter_bytes(runs / other)
     for column in ("train_loss", "grad_norm"):
         assert str(metrics(runs / name, column)) == str(metrics(runs / other, column))  # one may be NaN
@@ -106,9 +107,9 @@ def assert_same_updates(runs, name):
 def test_it_trains_and_judges_as_a_whole_one(runs):
     assert_same(runs, "judged")
     for column in ("val_loss", "val_stop_rate"):
-        assert metrics(runs / "judged", column) == metrics(runs / "judged-parts", column)
+        assert metrics(runs / "judged", column) == metrics(runs / "judged-sharded", column)
         assert metrics(runs / "judged", column)
-    one, other = (json.loads((runs / name / "evaluation.json").read_text()) for name in ("judged", "judged-parts"))
+    one, other = (json.loads((runs / name / "evaluation.json").read_text()) for name in ("judged", "judged-sharded"))
     assert one == other
 
 
@@ -120,14 +121,15 @@ def test_the_report_says_how_far_weights_moved_as_of_a_whole_one(runs):
 @pytest.mark.usefixtures("said")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_process_holds_half_of_layers_and_of_embedding_and_head(runs, rank):
-    whole, parts = (json.loads((runs / name / f"held-{rank}.json").read_text()) for name in ("judged", "judged-parts"))
+    names = "judged", "judged-sharded"
+    whole, sharded = (json.loads((runs / name / f"held-{rank}.json").read_text()) for name in names)
     for name in ("layers", "others"):
-        assert parts[name] <= 0.51 * whole[name]
+        assert sharded[name] <= 0.51 * whole[name]
 
 
 @pytest.mark.usefixtures("said")
 def test_answers_are_those_of_a_whole_one(runs):
-    one, other = ((runs / name / "predictions.jsonl").read_text() for name in ("judged", "judged-parts"))
+    one, other = ((runs / name / "predictions.jsonl").read_text() for name in ("judged", "judged-sharded"))
     assert len(one.splitlines()) == 9
     assert one == other
 
@@ -142,7 +144,7 @@ def test_a_loss_that_is_not_finite_on_one_is_looked_for_by_all(runs):
     launch(runs, both("spoilt", "--model.on_nonfinite", "skip", config="spoilt.yaml"))
     assert_same(runs, "spoilt")
     one, other = (
-        json.loads((runs / name / "nonfinite-step-1.json").read_text()) for name in ("spoilt", "spoilt-parts")
+        json.loads((runs / name / "nonfinite-step-1.json").read_text()) for name in ("spoilt", "spoilt-sharded")
     )
     assert one["ranks"] == other["ranks"]
     assert one["ranks"][1]["rows"]
@@ -174,10 +176,10 @@ def test_preferences_ask_the_reference_when_some_process_needs_it(runs):
 
 @pytest.mark.slow
 def test_three_processes_train_and_resume_as_a_whole_one(runs):
-    """From three on parts are of unlike sizes, and a sum depends on its order."""
+    """From three on shards are of unlike sizes, and a sum depends on its order."""
     three = [*ACCUMULATED, "--trainer.devices", "3"]
-    commands = [fit("three", *three, *WHOLE, config="saves.yaml"), fit("three-parts", *three, *PARTS)]
-    launch(runs, [*commands, fit("three-resumed", *three, *PARTS, "--ckpt_path", "saved/3.ckpt")], processes=3)
+    commands = [fit("three", *three, *WHOLE, config="saves.yaml"), fit("three-sharded", *three, *SHARDED)]
+    launch(runs, [*commands, fit("three-resumed", *three, *SHARDED, "--ckpt_path", "saved/3.ckpt")], processes=3)
     assert_same(runs, "three")
     assert adapter_bytes(runs / "three") == adapter_bytes(runs / "three-resumed")
 
@@ -186,7 +188,7 @@ def test_three_processes_train_and_resume_as_a_whole_one(runs):
 def test_one_process_streams_layers_from_the_host(runs):
     one = ["--trainer.devices", "1"]
     some = {"class_path": "qlora_lightning.ShardedDDPStrategy", "init_args": {"offload": 2}}
-    ways = {"one": "auto", "one-parts": "ddp_sharded_offload", "one-some": json.dumps(some)}
+    ways = {"one": "auto", "one-sharded": "ddp_sharded_offload", "one-some": json.dumps(some)}
     launch(runs, [fit(name, *one, "--trainer.strategy", each) for name, each in ways.items()], processes=1)
     assert_same(runs, "one")
     assert_same(runs, "one", "one-some")
@@ -197,7 +199,7 @@ def test_a_rank_that_raises_ends_the_others(runs):
     config = yaml.safe_load((runs / "spoilt.yaml").read_text())
     config["trainer"]["callbacks"] = [{"class_path": "hooks.Spoil", "init_args": {"rank": 1, "raises": True}}]
     (runs / "raises.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "qlora_lightning", *fit("raises", *PARTS, config="raises.yaml")]
+    command = [sys.executable, "-m", "qlora_lightning", *fit("raises", *SHARDED, config="raises.yaml")]
     done = subprocess.run(command, cwd=runs, env=environment(runs), timeout=120, text=True, capture_output=True)
     assert done.returncode == 1
     assert "a bug of the user's" in done.stderr

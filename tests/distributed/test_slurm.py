@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from qlora_lightning.cli import main
-from tests.distributed.runs import CONFIG, adapter_bytes, environment, metrics
+from tests.distributed.runs import CONFIG, environment, metrics
+from tests.equality import adapter_bytes
 
 pytestmark = [
     pytest.mark.slow,

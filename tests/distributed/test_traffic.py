@@ -1,4 +1,4 @@
-"""A step sends the gradients of the adapters once, and a base in parts once in each direction; nothing else of size."""
+"""A step sends the gradients of the adapters once, and a sharded base once in each direction; nothing else of size."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_ddp_sends_the_adapters_gradients_and_nothing_else(found):
     assert gradients <= found["ddp"]["sent"] < 1.5 * gradients  # 2 (N - 1) / N = 1; messages have heads
 
 
-def test_a_base_in_parts_is_gathered_once_in_each_direction(found):
+def test_a_sharded_base_is_gathered_once_in_each_direction(found):
     shape = found["shape"]
     assert shape["tie_word_embeddings"]  # one tensor, which stays whole
     gathered = [("all_gather", layer_bytes(shape, dtype_size=4) // 2)] * 2 * shape["num_hidden_layers"]

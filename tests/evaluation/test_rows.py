@@ -11,9 +11,9 @@ from qlora_lightning.evaluation.rows import (
     AnswerSettings,
     evaluate_rows,
     limit_batches,
-    read_rows,
     row_losses,
     split_sample,
+    unpack_rows,
 )
 from qlora_lightning.model.batch import cut_into_rows
 from qlora_lightning.model.loss import TokenStatistics
@@ -58,7 +58,7 @@ def test_rows_together_have_the_losses_of_each_alone(tiny_base, batches, options
     together = [each for batch in batches for each in values(row_losses(module, batch))]
     rows = [row for batch in batches for row in cut_into_rows(batch)]
     alone = [each for each in values(map(module.compute_loss, rows)) if each[1]]
-    assert len(together) == len(alone) == sum(len(read_rows(batch)) for batch in batches) == 15
+    assert len(together) == len(alone) == sum(len(unpack_rows(batch)) for batch in batches) == 15
     assert [each[1:] for each in together] == [each[1:] for each in alone]
     assert [each[0] for each in together] == pytest.approx([each[0] for each in alone], rel=1e-5)
 
@@ -78,7 +78,7 @@ def test_an_overridden_loss_is_given_rows_one_by_one_and_a_batch_of_another_kind
     usual.compute_loss = lambda batch: sums
     other = {"x": torch.zeros(1)}
     assert list(row_losses(usual, other)) == [sums]
-    assert [(row.number, row.prompt) for row in read_rows(other)] == [(-1, None)]
+    assert [(row.number, row.prompt) for row in unpack_rows(other)] == [(-1, None)]
 
 
 def test_losses_of_rows_add_up_to_the_loss_of_the_validation(module, batches):
@@ -96,7 +96,7 @@ def test_losses_of_rows_add_up_to_the_loss_of_the_validation(module, batches):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_first_rows_are_answered_from_their_prompts_and_scored(module, data, batches, training):
-    rows = [row for batch in batches for row in read_rows(batch)]
+    rows = [row for batch in batches for row in unpack_rows(batch)]
     settings = AnswerSettings(data.tokenizer, data.stop_ids, ["exact_match", "chrf"], 3, 64)
     module.train(training)
     results = evaluate_rows(module, batches, rows[:2], settings)
@@ -118,14 +118,14 @@ def test_the_last_run_of_labels_is_the_answer_and_all_before_it_the_prompt():
 def test_rows_are_read_from_a_batch_without_fillers():
     samples = [([1, 2, 3], [NO, NO, 3], 4, 1), ([5, 6], [NO, NO], -1)]
     samples.append(([7, 8, 9], [NO, NO, 9], 2))
-    first, second = read_rows(collate(*samples))
+    first, second = unpack_rows(collate(*samples))
     assert (first.number, first.source, first.prompt, first.expected) == (4, "1", [1, 2], [3])
     assert (second.number, second.source, second.prompt, second.expected) == (2, "0", [7, 8], [9])
 
 
 @pytest.mark.parametrize(("length", "limit"), [(3, 32), (40, 80), (900, 512)])
 def test_an_answer_is_cut_at_twice_the_longest_expected_one_within_bounds(data, length, limit):
-    rows = read_rows(collate(([1] * (length + 2), [NO] * 2 + [1] * length, 0)))
+    rows = unpack_rows(collate(([1] * (length + 2), [NO] * 2 + [1] * length, 0)))
     settings = Evaluation().choose_settings(SimpleNamespace(world_size=1, datamodule=data), rows)
     assert settings.max_new_tokens == limit
 

@@ -10,7 +10,7 @@ from qlora_lightning import AdapterCheckpoint, Evaluation, GradientCheckpointing
 from qlora_lightning.cli import main
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from tests.dying import MachineFailed, Stop
-from tests.equality import same
+from tests.equality import read_checkpoint, same
 from tests.gpu.conftest import DEVICE, make_base, make_module
 from tests.steps import distance, make_batch, make_trainer
 
@@ -25,7 +25,7 @@ def fit(folder, base, rows, *callbacks, ckpt_path=None, batch_size=2, accumulate
     callbacks = [*callbacks, AdapterCheckpoint(every_n_train_steps=1)]
     trainer = make_trainer(folder, accelerator=ACCELERATOR, deterministic=True, callbacks=callbacks, **options)
     trainer.fit(QLoRAModule(str(base), rank=4, compute_dtype=dtype, dropout=dropout), data, ckpt_path=ckpt_path)
-    return torch.load(folder / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+    return read_checkpoint(folder)
 
 
 def test_a_resumed_run_ends_bit_for_bit_where_one_without_a_stop_ends(base, rows_file, tmp_path):

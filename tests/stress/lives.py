@@ -1,6 +1,5 @@
 """Runs training in child processes, kills them at random moments, and resumes from what is on disk."""
 
-import csv
 import json
 import os
 import random
@@ -12,13 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lightning
-import torch
 import yaml
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
-from tests.equality import same
-
-_OWN_TIME = ("tokens_per_second", "labelled_tokens_per_second", "private_memory_gib", "peak_rss_gib", "seconds")
+from tests.equality import differences, read_checkpoint
 
 
 class Killer(lightning.Callback):
@@ -65,7 +61,7 @@ def torture(setting: Setting, base: str, folder: Path, kills: int, seed: int) ->
     seconds = time.time() - float(began.read_text())
     steps = _steps(folder / "peace")
     chance = random.Random(seed)
-    killed, lives, differences, chain = 0, 0, [], 0
+    killed, lives, differing, chain = 0, 0, [], 0
     while killed < kills:
         chain += 1
         run, dead = f"killed-{chain}", True
@@ -75,28 +71,8 @@ def torture(setting: Setting, base: str, folder: Path, kills: int, seed: int) ->
             dead = _live(setting, base, folder, run, wait) != 0
             lives += 1
             killed += dead
-        differences += [f"{run}: {found}" for found in compare(folder / "peace", folder / run)]
-    return lives, differences
-
-
-def compare(one: Path, other: Path) -> list[str]:
-    """Name what differs between two finished runs, time, speed and memory aside."""
-    found = []
-    first, second = (
-        torch.load(run / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True) for run in (one, other)
-    )
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
-        if not same(first[part], second[part]):
-            found.append(f"{part} of last.ckpt")
-    if not same(first["qlora_lightning"]["generators"], second["qlora_lightning"]["generators"]):
-        found.append("random generators")
-    weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (one, other)]
-    if weights[0] != weights[1]:
-        found.append("adapter/adapter_model.safetensors")
-    tables = [_read_table(run / "metrics.csv") for run in (one, other)]
-    if tables[0] != tables[1]:
-        found.append(f"metrics.csv ({len(tables[0])} and {len(tables[1])} rows)")
-    return found
+        differing += [f"{run}: {found}" for found in differences(folder / "peace", folder / run)]
+    return lives, differing
 
 
 def _live(setting: Setting, base: str, folder: Path, run: str, wait: float | None = None, began: Path | None = None):
@@ -186,10 +162,4 @@ def _write_rows(folder: Path) -> None:
 
 
 def _steps(run: Path) -> int:
-    file = run / "checkpoints" / "last.ckpt"
-    return torch.load(file, map_location="cpu", weights_only=True)["global_step"] if file.exists() else 0
-
-
-def _read_table(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="") as handle:
-        return [{key: row[key] for key in row if key not in _OWN_TIME} for row in csv.DictReader(handle)]
+    return read_checkpoint(run)["global_step"] if (run / "checkpoints" / "last.ckpt").exists() else 0

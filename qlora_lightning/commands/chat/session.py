@@ -13,12 +13,12 @@ import torch
 from rich.console import Console
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
+from qlora_lightning.base.folder import load_tokenizer
 from qlora_lightning.commands.adapter_config import BASE
 from qlora_lightning.commands.chat import add_settings
-from qlora_lightning.commands.options import OptionParser, write_json
+from qlora_lightning.commands.options import OptionParser, write_output
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
-from qlora_lightning.data.chat.tokenizer import load_tokenizer
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Message
 from qlora_lightning.model.adapters.folder import add_named_adapter
@@ -56,10 +56,10 @@ def chat(options: argparse.Namespace, adapters: Mapping[str, Path]) -> None:
     finally:
         if options.json is not None and session.turns:
             folders = {name: str(folder) for name, folder in adapters.items()}
-            write_json(options.json, {"adapters": folders, "sampling": session.settings, "turns": session.turns})
+            write_output(options.json, {"adapters": folders, "sampling": session.settings, "turns": session.turns})
 
 
-class Answer(NamedTuple):
+class ChatAnswer(NamedTuple):
     """What was answered: ``ended`` is ``stop`` (at a stop token or text), ``length`` or ``interrupted``."""
 
     text: str
@@ -183,7 +183,7 @@ class Session:
         names = [BASE, *(name for name in self.renderers if name != BASE)] if self.compare else [self.speaker]
         asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        answers: dict[str, Answer] = {}
+        answers: dict[str, ChatAnswer] = {}
         try:
             prompts = {name: self.renderers[name].render_prompt([*system, *asked]) for name in names}
             longest = max(map(len, prompts.values()))
@@ -214,7 +214,7 @@ class Session:
                 raise KeyboardInterrupt  # which ends the conversation
         return True
 
-    def _answer(self, name: str, prompt: list[int]) -> Answer:
+    def _answer(self, name: str, prompt: list[int]) -> ChatAnswer:
         """Continue a prompt until a stop token; Ctrl-C keeps what was answered until then.
 
         Raises:
@@ -246,7 +246,7 @@ class Session:
             interrupted = True
         stream.show(is_whole=True)
         ended = "interrupted" if interrupted else "stop" if stream.has_stopped else "length"
-        return Answer(stream.text, len(stream.ids), ended, time.monotonic() - began)
+        return ChatAnswer(stream.text, len(stream.ids), ended, time.monotonic() - began)
 
     def _write(self, text: str) -> None:
         self.console.file.write(text)

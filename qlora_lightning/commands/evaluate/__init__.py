@@ -8,6 +8,7 @@ from jsonargparse.typing import PositiveInt
 from qlora_lightning.commands.adapter_config import BASE, add_config, name_adapters
 from qlora_lightning.commands.config import find_configs
 from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
+from qlora_lightning.report.run import EVALUATION, PREDICTIONS
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import quick_imports
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     if options.out is not None:
         options.out = options.out.expanduser()
         options.out.mkdir(parents=True, exist_ok=True)
-        for name in ("evaluation.json", "predictions.jsonl"):
+        for name in (EVALUATION, PREDICTIONS):
             check_output("--out", options.out / name, options.force)
 
     with quick_imports():  # here, so that --help and mistakes answer at once

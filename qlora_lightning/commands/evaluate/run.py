@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lightning.base.adapter_folder import read_identity
-from qlora_lightning.callbacks import AdapterCheckpoint, Evaluation
+from qlora_lightning.callbacks import Evaluation
 from qlora_lightning.commands.config import refuse_moved_run
-from qlora_lightning.commands.options import quiet_lightning, write_json, write_output
+from qlora_lightning.commands.options import quiet_lightning, write_output
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.rows.readers import Row
-from qlora_lightning.evaluation.report import EVALUATION_FILE, PREDICTIONS_FILE, Comparison
-from qlora_lightning.evaluation.rows import EvaluationRow, evaluate_sides, limit_batches, read_rows
+from qlora_lightning.evaluation.report import Comparison
+from qlora_lightning.evaluation.rows import EvaluationRow, evaluate_sides, limit_batches, unpack_rows
 from qlora_lightning.model.adapters.identity import data_differences
 from qlora_lightning.model.adapters.lora import ADAPTER
+from qlora_lightning.report.run import ADAPTER_FOLDER, EVALUATION, PREDICTIONS
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import find_callback
@@ -51,7 +52,7 @@ def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], argument
         evaluation: Any = find_callback(trainer, Evaluation)
         trainer.datamodule, module.trainer, data.trainer = data, trainer, trainer
         data.setup("validate" if options.split == "val" else "test")
-        batches, rows = _read_rows(trainer, data, options)
+        batches, rows = _select_rows(trainer, data, options)
         report = data.reports.get(options.split)
         if report is not None and report.shortened:
             say(f"{report.describe()}\n  what shortens rows: data.max_length, data.too_long")
@@ -67,7 +68,7 @@ def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], argument
 
 def _find_adapter_of_run(run_folder: str, configs: Mapping[str, Any]) -> dict[str, Path]:
     refuse_moved_run(configs, run_folder)
-    folder = AdapterCheckpoint.adapter_folder(run_folder)
+    folder = Path(run_folder) / ADAPTER_FOLDER
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"There is no adapter in {folder}: pass --adapter DIR, or run `fit` first.")
     return {"adapter": folder}
@@ -91,7 +92,7 @@ def _load(module: Any, adapters: Mapping[str, Path]) -> list[str]:
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _read_rows(trainer: Any, data: Any, options: argparse.Namespace) -> tuple[list[Any], list[EvaluationRow]]:
+def _select_rows(trainer: Any, data: Any, options: argparse.Namespace) -> tuple[list[Any], list[EvaluationRow]]:
     """Return batches of a split and their rows, each with its place, source and group.
 
     They are the first ``--rows``, else those within the Trainer's limit of batches.
@@ -102,7 +103,7 @@ def _read_rows(trainer: Any, data: Any, options: argparse.Namespace) -> tuple[li
     loader = data.val_dataloader() if split == "val" else data.test_dataloader()
     for batch in limit_batches(loader, limit) if options.rows is None else loader:
         batches.append(batch)
-        rows += read_rows(batch)
+        rows += unpack_rows(batch)
         if options.rows is not None and len(rows) >= options.rows:
             break
     rows = rows[: options.rows]
@@ -171,10 +172,10 @@ def _report(comparison: Comparison, adapters: Mapping[str, Path], options: argpa
         "groups": {name: part.figures() for name, part in groups.items()},
     }
     if options.json is not None:
-        write_json(options.json, summary)
+        write_output(options.json, summary)
     if options.out is not None:
-        figures, predictions = options.out / EVALUATION_FILE, options.out / PREDICTIONS_FILE
+        figures, predictions = options.out / EVALUATION, options.out / PREDICTIONS
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in comparison.predictions(hardest)]
         write_output(predictions, "".join(lines))
-        write_json(figures, summary)
+        write_output(figures, summary)
         say(f"Written: {figures}, {predictions}")

@@ -1,7 +1,6 @@
 """Whether a merged model computes what base and adapter computed, in fp32, on validation rows."""
 
 import argparse
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,10 +82,10 @@ def check_written(
             "onto the dequantized base, choose a --gguf type of more bits, or allow more with --max-kl."
         )
     counts = {"rows": rows, "labelled_tokens": len(labels), "base + adapter": {"loss": reference.loss}}
-    return counts | {name: dataclasses.asdict(one) for name, one in found.items()}
+    return counts | {name: one._asdict() for name, one in found.items()}
 
 
-def read_rows(options: argparse.Namespace, adapter: Path, vocabulary: int) -> list[Mapping[str, Any]]:
+def sample_validation_rows(options: argparse.Namespace, adapter: Path, vocabulary: int) -> list[Mapping[str, Any]]:
     """Prepare validation rows as the run did, and lay ``--rows`` of them, evenly spaced, into flat batches.
 
     Fewer are taken if their logits, each as wide as the vocabulary, would need much memory.

@@ -15,11 +15,11 @@ from qlora_lightning.base.cache import EntryCheck
 from qlora_lightning.base.folder import load_tokenizer, read_config
 from qlora_lightning.base.tensors import ShardWriter, format_bytes
 from qlora_lightning.commands.merge import DTYPES, RECORD
-from qlora_lightning.commands.merge.check import check_written, read_rows
+from qlora_lightning.commands.merge.check import check_written, sample_validation_rows
 from qlora_lightning.commands.merge.gguf_files import GGUFModelWriter, adds_bos, architecture_of, write_adapter
 from qlora_lightning.commands.merge.modelfile import write_modelfile
 from qlora_lightning.commands.merge.quantizer import K_QUANTS, quantize
-from qlora_lightning.commands.options import write_json
+from qlora_lightning.commands.options import write_output
 from qlora_lightning.evaluation.rows import steps_bar
 from qlora_lightning.model.opened_adapter import AdapterSource, find_adapter
 from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights, Weights
@@ -67,7 +67,7 @@ def merge(options: argparse.Namespace) -> None:
         return
 
     began = time.monotonic()
-    batches = read_rows(options, source.folder, plan.config.vocab_size) if options.rows else []
+    batches = sample_validation_rows(options, source.folder, plan.config.vocab_size) if options.rows else []
     figures: dict[str, Any] = {
         "adapter": str(source.folder),
         "base": source.identity.get("base", source.base.name),
@@ -91,9 +91,9 @@ def merge(options: argparse.Namespace) -> None:
         figures["files"] = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
         figures["check"] = check_written(options, plan, trained, folder, gguf_file, batches) if batches else None
         figures["seconds"] = round(time.monotonic() - began, 1)
-        write_json(folder / RECORD, figures)
+        write_output(folder / RECORD, figures)
     if options.json is not None:
-        write_json(options.json, figures)
+        write_output(options.json, figures)
     for name, size in figures["files"].items():
         if name.endswith((".safetensors", ".gguf")):
             print(f"{options.out / name}  {format_bytes(size)}")
@@ -177,5 +177,5 @@ def _write_companions(source: AdapterSource, folder: Path, options: argparse.Nam
             settings = read_json_object(generation, "Copy it from where the base came from.")
             tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
             config |= {name: settings[name] for name in tokens if settings.get(name) is not None}
-    write_json(folder / "config.json", config)
+    write_output(folder / "config.json", config)
     load_tokenizer(str(source.tokenizer_folder)).save_pretrained(folder)

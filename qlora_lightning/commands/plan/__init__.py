@@ -11,7 +11,7 @@ from qlora_lightning.commands.options import (
     check_output,
     quiet_lightning,
     tables_beside,
-    write_json,
+    write_output,
 )
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import quick_imports
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         figures, model = plan_run(rest, memory)
         print_plan(figures, model, Console(highlight=False))
     if file is not None:
-        write_json(file, figures)
+        write_output(file, figures)
     return 0
 
 

@@ -94,8 +94,7 @@ def _plan(
     config, origin = find_config(module.base, module.revision, module.trust_remote_code)
     double_quant, is_stored_quantized = module.double_quant, getattr(config, "quantization_config", None) is not None
     if is_stored_quantized:
-        stored = check_stored_quantization(config, module.quantization, module.base)
-        double_quant = bool(stored.get("bnb_4bit_use_double_quant", False))
+        double_quant = check_stored_quantization(config, module.quantization, module.base)
     folder = None if module.adapter is None else find_adapter_folder(module.adapter)
 
     def build(quantization: Quantization, options: dict[str, Any]) -> tuple[peft.PeftModel, bool]:
@@ -109,7 +108,7 @@ def _plan(
     try:
         if no_tokenizer is not None:
             raise no_tokenizer
-        rows = _read_rows(data)
+        rows = _plan_batches(data)
         epoch = plan_epoch(rows, trainer, data.streaming)
         batch, batch_lengths = _measure_batches(rows, epoch, data.streaming, leaves_out)
         is_mapped = module.cache or is_stored_quantized or module.quantization == "none"
@@ -170,12 +169,7 @@ def _plan(
             "host_bytes": planned.host_bytes,
             "sharding": step_settings.sharding and asdict(step_settings.sharding),
         },
-        "largest_batch": {
-            "rows": len(batch.lengths),
-            "tokens": batch.tokens,
-            "longest": max(batch.lengths),
-            "labelled": batch.labelled,
-        },
+        "largest_batch": batch.figures(),
         "changes": sorted((each for each in changes if each["saves"] > 0), key=lambda each: -each["saves"]),
         "run": epoch and {"steps": epoch.all_steps, "tokens": epoch.all_tokens, "epoch": asdict(epoch)},
         "notes": notes,
@@ -209,7 +203,7 @@ def _read_sharding(trainer: Any) -> Sharding | None:
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
-def _read_rows(data: Any) -> EpochPlan:
+def _plan_batches(data: Any) -> EpochPlan:
     """Read the training data, unless they are not on this machine; return their micro-batches."""
     for source in [*data.sources("train"), *data.sources("val")]:
         if source.is_remote:

@@ -15,8 +15,9 @@ from qlora_lightning.commands.options import (
     check_output,
     quiet_lightning,
     tables_beside,
-    write_json,
+    write_output,
 )
+from qlora_lightning.report.run import ADAPTER_FOLDER
 from qlora_lightning.support.console import brief, say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import quick_imports
@@ -88,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
     with tables_beside(options.json):
         summary = _run(sweep, rest)
         if options.json is not None:
-            write_json(options.json, summary)
+            write_output(options.json, summary)
     return 0
 
 
@@ -120,7 +121,7 @@ def _run(sweep: Sweep, arguments: Sequence[str]) -> dict[str, Any]:
     summary = results.write_results(cli.folder, cli.run_folder, sweep, trials, chosen, why)
     results.print_table(sweep, trials)
     say(f"Chosen: {sweep.name} {chosen.value}. {why}")
-    say(f"Its adapter: {cli.folder / chosen.folder / 'adapter'}")
+    say(f"Its adapter: {cli.folder / chosen.folder / ADAPTER_FOLDER}")
     say(f"Its config: {cli.folder / 'chosen.yaml'}")
     say(f"The plot: {cli.folder / 'sweep.png'}")
     return summary

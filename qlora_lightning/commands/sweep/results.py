@@ -12,10 +12,11 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from qlora_lightning.commands.options import write_json, write_output
+from qlora_lightning.commands.options import write_output
 from qlora_lightning.commands.sweep import Sweep
 from qlora_lightning.evaluation.comparison import Interval, measure
 from qlora_lightning.evaluation.report import format_interval, plain_interval
+from qlora_lightning.report.run import CONFIG
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_yaml
 
@@ -157,8 +158,8 @@ def write_results(
         "chosen": chosen.value,
         "why": why,
     }
-    write_json(folder / "sweep.json", summary)
-    config = load_yaml((folder / chosen.folder / "config.yaml").read_text(encoding="utf-8"))
+    write_output(folder / "sweep.json", summary)
+    config = load_yaml((folder / chosen.folder / CONFIG).read_text(encoding="utf-8"))
     config["trainer"]["default_root_dir"] = str(run_folder)
     write_output(folder / "chosen.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     write_output(folder / "sweep.png", _draw(sweep, trials, chosen))

@@ -28,6 +28,7 @@ from qlora_lightning.model.adapters.targets import resolve_targets
 from qlora_lightning.model.build import QLoRAModel
 from qlora_lightning.model.checkpoint.setting_changes import describe_changes, find_changes
 from qlora_lightning.report.facts import flatten
+from qlora_lightning.report.run import CONFIG
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_yaml, read_json_object, write_whole
 from qlora_lightning.support.trainer import callbacks_of, find_callback, is_trial_run
@@ -127,7 +128,7 @@ class TrialCLI(QLoRACLI):
         write_whole(folder / _FILE, json.dumps({"format_version": _VERSION, **asdict(self.trial)}) + "\n")
 
     def _refuse_other_settings(self, folder: Path) -> None:
-        file = folder / "config.yaml"
+        file = folder / CONFIG
         if not file.exists():
             return
         stored = flatten(load_yaml(file.read_text(encoding="utf-8")) or {})

@@ -9,7 +9,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
-from qlora_lightning.data.chat.render import Answer, ChatText, RenderedText, find_places
+from qlora_lightning.data.chat.render import AnswerSpan, ChatText, RenderedText, find_places
 from qlora_lightning.data.chat.templates import find_presets, name_tokenizer
 from qlora_lightning.data.chat.tokenizer import ControlTokens, find_stop_ids, writes_bos
 from qlora_lightning.data.rows.bad_rows import RowFault
@@ -275,12 +275,12 @@ class ChatRenderer:
 
 def _write_segments(content: Text) -> RenderedText:
     """Return the trained segments as answers, behind each of which nothing is trained."""
-    text, answers = "", list[Answer]()
+    text, answers = "", list[AnswerSpan]()
     for is_trained, group in groupby(filter(itemgetter(0), content.segments), key=itemgetter(1)):
         start = len(text)
         text += "".join(segment for segment, _ in group)
         if is_trained:
-            answers.append(Answer(0, start, len(text), ((len(text), len(text) + 1),)))
+            answers.append(AnswerSpan(0, start, len(text), ((len(text), len(text) + 1),)))
     return RenderedText(text, answers)
 
 

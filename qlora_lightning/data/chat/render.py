@@ -24,7 +24,7 @@ _ANSWER: Message = {"role": "assistant", "content": "An answer, to be found agai
 _ADVICE = "Choose a template that knows tools: data.chat_template: chatml-tools (if the base has ChatML's tokens)"
 
 
-class Answer(NamedTuple):
+class AnswerSpan(NamedTuple):
     """An assistant turn in a rendered text: what generation must produce."""
 
     message: int  # its place in the conversation, from 0
@@ -37,7 +37,7 @@ class RenderedText(NamedTuple):
     """A text and the answers in it that are to be trained."""
 
     text: str
-    answers: list[Answer]
+    answers: list[AnswerSpan]
 
 
 class _Place(NamedTuple):
@@ -84,7 +84,7 @@ class ChatText:
         _check_messages(messages, text)
         if tools and self.write(messages, None) == text:
             raise RowFault(f"the chat template leaves out the tools. {_ADVICE}")
-        apart, together = list[RenderedText](), list[Answer]()
+        apart, together = list[RenderedText](), list[AnswerSpan]()
         for number in wanted:
             place = places[number]
             if place is None:
@@ -106,7 +106,7 @@ class ChatText:
         text, places = self._write(messages, tools, find_places(messages), generation=True)
         _check_messages(messages, text)
         found = [(number, place) for number, place in places.items() if place and place.text == text]
-        return RenderedText(text, [Answer(number, place.start, place.end) for number, place in found])
+        return RenderedText(text, [AnswerSpan(number, place.start, place.end) for number, place in found])
 
     def write(self, messages: Conversation, tools: Tools, generation: bool = False) -> str:
         """Return the text of messages, or of a prompt, with the earlier answers as ``render`` and it have them."""
@@ -200,7 +200,7 @@ class ChatText:
             text = text[: stop.end() if stop else None] + behind[end.end() if end else 0 :]
         return text, {number: _Place(text, *span) for number, span in spans.items()}
 
-    def _check_answer(self, message: Message, number: int, place: _Place) -> Answer:
+    def _check_answer(self, message: Message, number: int, place: _Place) -> AnswerSpan:
         """Check what the turn of an answer says, and return it to the end of its stop token."""
         text, start, limit = place
         stop = self.controls.stop_pattern.search(text, start, limit)
@@ -220,7 +220,7 @@ class ChatText:
         if at < 0:
             raise RowFault(f"parts of message {number + 1} are not trained, but the chat template changes the message")
         at -= len(message["content"]) - len(message["content"].lstrip())
-        return Answer(number, start, stop.end(), tuple((at + first, at + behind) for first, behind in spans))
+        return AnswerSpan(number, start, stop.end(), tuple((at + first, at + behind) for first, behind in spans))
 
 
 def find_places(messages: Sequence[Message]) -> list[int]:

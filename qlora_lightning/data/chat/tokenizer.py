@@ -21,7 +21,7 @@ def tokenizer_of_base(base: str, revision: str | None = None, trust_remote_code:
     return {"name": base, "revision": revision, "trust_remote_code": trust_remote_code}
 
 
-def load_tokenizer(choice: TokenizerChoice) -> Any:
+def load_chosen_tokenizer(choice: TokenizerChoice) -> Any:
     """Load a tokenizer by hub id, folder or ``package:NAME``, or ``{name, revision, trust_remote_code}``; or return it.
 
     Raises:
@@ -31,9 +31,9 @@ def load_tokenizer(choice: TokenizerChoice) -> Any:
         raise UserError("tokenizer: expected a hub id, a folder or package:NAME, found none (the base's, usually).")
     if not isinstance(choice, str | dict):
         return choice
-    from qlora_lightning.base.folder import load_tokenizer as load
+    from qlora_lightning.base.folder import load_tokenizer
 
-    return load(**_as_arguments(choice))
+    return load_tokenizer(**_as_arguments(choice))
 
 
 def hash_tokenizer(choice: TokenizerChoice, chat_template: str | None = None, with_template: bool = True) -> str | None:

@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TextIO
 
 from qlora_lightning.data.rows.bad_rows import BadRow, RowFault, kind_of
-from qlora_lightning.data.rows.sources import DataFile, Source
-from qlora_lightning.data.rows.sources import kind_of as kind_of_file
+from qlora_lightning.data.rows.sources import DataFile, Source, kind_of_file
 from qlora_lightning.support.errors import UserError
 
 
@@ -96,7 +95,7 @@ class RowReader:
         return _read_json(file, source.encoding, skip)
 
 
-def fingerprint(source: Source) -> str:
+def hash_source(source: Source) -> str:
     """Return a hash of what a source's rows are: the bytes and kinds of its files in order, and how they are read.
 
     Names do not count. Of a data set of the hub it is a hash of what ``datasets`` knows its content by.

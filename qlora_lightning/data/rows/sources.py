@@ -116,7 +116,7 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
 
     hub = [key for key in _HUB_KEYS if key in given]
     file = Path(path).expanduser()
-    is_hub_id = _HUB_ID.fullmatch(path) and not kind_of(path)[0] and (hub or not file.parent.is_dir())
+    is_hub_id = _HUB_ID.fullmatch(path) and not kind_of_file(path)[0] and (hub or not file.parent.is_dir())
     if is_hub_id and not file.exists():
         return replace(source, split=source.split or split)
     saved = file / "dataset_dict.json"
@@ -138,12 +138,12 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
 
 def _list_urls(path: str) -> list[str]:
     """Return the URL of a file, or those of the data files in a folder or glob behind a URL."""
-    if kind_of(path)[0] and "*" not in path:
+    if kind_of_file(path)[0] and "*" not in path:
         return [path]
     from fsspec.core import url_to_fs
 
     system, pattern = url_to_fs(path if "*" in path else f"{path.rstrip('/')}/**")
-    return sorted(system.unstrip_protocol(name) for name in system.glob(pattern) if kind_of(name)[0])
+    return sorted(system.unstrip_protocol(name) for name in system.glob(pattern) if kind_of_file(name)[0])
 
 
 def _list_files(path: Path) -> list[Path]:
@@ -152,14 +152,14 @@ def _list_files(path: Path) -> list[Path]:
         return list_folder(path)
     found = [path] if path.exists() else [Path(name) for name in glob.iglob(str(path), recursive=True)]
     if not found and not glob.has_magic(str(path)):
-        beside = [each for each in path.parent.glob("*") if kind_of(each)[0] or each.is_dir()]
+        beside = [each for each in path.parent.glob("*") if kind_of_file(each)[0] or each.is_dir()]
         names = {each.name.partition(".")[0]: each for each in beside}  # by suffixes and folders all are alike
         near = difflib.get_close_matches(path.name.partition(".")[0], names, n=1)
         raise UserError(
             f"data file {path} does not exist (paths are relative to the current folder, {Path.cwd()}; of a data set "
             f"of the hub name the split).{f' Did you mean {str(names[near[0]])!r}?' if near else ''}"
         )
-    return sorted(file for file in found if kind_of(file)[0])
+    return sorted(file for file in found if kind_of_file(file)[0])
 
 
 def list_folder(folder: Path) -> list[Path]:
@@ -172,10 +172,10 @@ def list_folder(folder: Path) -> list[Path]:
     if state.is_file() and (folder / "dataset_info.json").is_file():
         return [folder / part["filename"] for part in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
     found = (Path(name) for name in glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True))
-    return sorted(file for file in found if kind_of(file)[0] and file.is_file())
+    return sorted(file for file in found if kind_of_file(file)[0] and file.is_file())
 
 
-def kind_of(file: DataFile) -> tuple[str, str]:
+def kind_of_file(file: DataFile) -> tuple[str, str]:
     """Return kind and compression by the file's name: ``a.jsonl.gz`` is ``(".jsonl", ".gz")``, else empty strings."""
     name = (file.partition("?")[0] if isinstance(file, str) else file.name).lower()
     compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")

@@ -20,8 +20,9 @@ from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
 from qlora_lightning.model.adapters.lora import ADAPTER, check_fit, inject
 from qlora_lightning.model.layers.fusing import fuse_layers
+from qlora_lightning.report.run import IDENTITY
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import flush, set_usual_mode
+from qlora_lightning.support.files import flush, set_usual_mode, write_whole
 from qlora_lightning.support.versions import FORMAT_VERSION, without_peft_warnings
 
 UNFINISHED = ".writing"  # a folder inside: what a kill left of a save
@@ -87,10 +88,10 @@ def save_adapter_folder(
     def write(place: Path) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
-            _write_json(place / "generation_config.json", generation)
+            write_whole(place / "generation_config.json", generation)
         config.save_pretrained(place)
         (place / "README.md").write_text(_card(identity), encoding="utf-8")
-        _write_json(place / "qlora_lightning.json", identity)
+        write_whole(place / IDENTITY, identity)
         _save_tensors(weights, place / _WEIGHTS)
 
     refill_folder(folder, write, key_file=_WEIGHTS, own=("chat_template.jinja", "generation_config.json"))
@@ -177,10 +178,6 @@ def _generation_config(model: peft.PeftModel, tokenizer: Any, stop_ids: Sequence
     own = {"eos_token_id": stops, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     settings.update({name: value for name, value in own.items() if value not in (None, [])})
     return settings, set(stops) <= set(known)
-
-
-def _write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:

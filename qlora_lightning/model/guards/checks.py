@@ -32,12 +32,12 @@ def check_trainer(precision: str, strategy: str, quantization: str, processes: i
         raise UserError(
             f"trainer.strategy is {strategy}, which shards parameters: with a base quantized as {quantization} that is "
             "silently wrong or unverified. Use `trainer.strategy: ddp`: each device holds its own small base. "
-            "`ddp_sharded` cuts a base that no device can hold."
+            "`ddp_sharded` shards a base that no device can hold."
         )
     if strategy == "ShardedDDPStrategy" and quantization == "int8":
         raise UserError(
-            "trainer.strategy ddp_sharded cuts bases in 4 bits or in 16, and model.quantization is int8, of which that "
-            "is untested: set nf4, or train with `ddp`."
+            "trainer.strategy ddp_sharded shards bases in 4 bits or in 16, and model.quantization is int8, of which "
+            "that is untested: set nf4, or train with `ddp`."
         )
 
 
@@ -170,7 +170,7 @@ def checksum_frozen(model: nn.Module) -> dict[str, int]:
     found = {name: _checksum(each) for name, each in model.named_parameters() if not each.requires_grad}
     for name, module in model.named_modules():
         weight: Any = dict(module.named_parameters(recurse=False)).get("weight")
-        # of 4 bits; of a weight in parts its linear has it
+        # of 4 bits; of a sharded weight its linear has it
         state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
         rows = getattr(weight, "SCB", None)  # of int8
         if rows is None:  # the first forward moves it from the weight to the module

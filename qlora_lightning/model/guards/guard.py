@@ -1,7 +1,6 @@
 """Stops a run that would continue for nothing: losses that are not finite, adapters that stay, a base that changes."""
 
 import contextlib
-import json
 import logging
 import math
 from pathlib import Path
@@ -105,8 +104,7 @@ class TrainingGuard(Callback):
                 head = {"step": trainer.global_step, "what": what, "learning_rate": rate}
                 file = Path(trainer.default_root_dir) / f"nonfinite-step-{trainer.global_step}.json"
                 with contextlib.suppress(OSError):  # the step is decided, whatever the disk says
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    write_whole(file, json.dumps({**head, "ranks": findings}, indent=2, ensure_ascii=False) + "\n")
+                    write_whole(file, {**head, "ranks": findings})
                     found = f"{found} Rows and text: {file}."
         if self.on_nonfinite == "stop":
             raise UserError(found)

@@ -14,6 +14,10 @@ from qlora_lightning.model.kernels.library import call, has_numbers, is_there
 
 _COLUMNS = 32  # of a panel: a result has a multiple of them
 _DEPTH = 32  # numbers of a row that are read at a time: a block of them with one scale has a multiple of it
+NOT_GATHERED = (
+    "A weight of the base was read outside the forward and backward of its decoder layer: under trainer.strategy "
+    "ddp_sharded it is whole only inside. Call the layer, or train with `ddp`."
+)
 
 
 def can_multiply(weight: Any, left: Tensor, *, backward: bool) -> bool:
@@ -105,7 +109,7 @@ class _Weight(ctypes.Structure):
 def _describe(left: Tensor, weight: Any) -> _Weight:
     of_left = left.data_ptr(), left.stride(0)
     if not (numbers := weight.data_ptr()):
-        raise RuntimeError("A weight without numbers was read: one of a base in parts, outside its decoder layer?")
+        raise RuntimeError(NOT_GATHERED)
     if not isinstance(weight, bnb.nn.Params4bit):
         return _Weight(*of_left, numbers, *weight.shape, None, None, None, None, None, _DEPTH, 1, 0.0)
     state = weight.quant_state

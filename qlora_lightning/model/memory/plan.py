@@ -147,11 +147,11 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Sharding:
-    """How processes share a frozen base: each keeps a part of every layer, embedding and head.
+    """How processes share a frozen base: each keeps a shard of every layer, embedding and head.
 
     Attributes:
         processes: How many share it.
-        offload: Whether the parts are in host memory, or those of how many first layers.
+        offload: Whether the shards are in host memory, or those of how many first layers.
     """
 
     processes: int
@@ -200,7 +200,7 @@ class MemoryPlan:
 
     Attributes:
         parts: Bytes by part, in the order of :data:`PARTS`; they add up to the peak.
-        host_bytes: Of a GPU's part of the base that is in host memory.
+        host_bytes: Of a GPU's shard of the base that is in host memory.
     """
 
     parts: dict[str, int]
@@ -290,13 +290,13 @@ def _shard(
     is_tied = embedding.weight is head.weight
     modules += [] if is_tied else [embedding, head]
     whole = [count(module, 1) for module in modules]
-    parts = [count(module, sharding.processes) for module in modules]
+    shards = [count(module, sharding.processes) for module in modules]
     offloaded = 0 if device == "cpu" else len(modules) if sharding.offload is True else min(sharding.offload, number)
-    here = [0] * offloaded + parts[offloaded:]
+    here = [0] * offloaded + shards[offloaded:]
     vocabulary = count(embedding, 1) if is_tied else sum(here[number:])
     stored = count(causal_lm, 1)
     frozen = stored - sum(whole) + sum(here) - vocabulary, total - stored, vocabulary
-    on_the_way = max(parts[:number]) if offloaded else 0  # of a layer, from host memory
+    on_the_way = max(shards[:number]) if offloaded else 0  # of a layer, from host memory
     host = sum(pinned_bytes(size) for module in modules[:offloaded] for size in sizes(module, sharding.processes))
     return frozen, (2 * max(whole[:number]) + on_the_way, 2 * max(whole[number:], default=0)), host
 

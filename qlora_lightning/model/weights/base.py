@@ -85,7 +85,9 @@ def name_in_base(name: str) -> str:
 
 
 @contextlib.contextmanager
-def filled(module: nn.Module, prefix: str, weights: Weights, dtype: torch.dtype | None = None) -> Iterator[None]:
+def holding_weights(
+    module: nn.Module, prefix: str, weights: Weights, dtype: torch.dtype | None = None
+) -> Iterator[None]:
     """Hold the weights of a hollow module, whose name in the base is ``prefix``, in memory for a while."""
     empty: list[tuple[nn.Module, str, nn.Parameter]] = []
     for path, owner in module.named_modules(prefix=prefix):

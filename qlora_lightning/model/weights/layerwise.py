@@ -2,8 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from qlora_lightning.model.layers.attention import NO_MASK
 from qlora_lightning.model.layout import IGNORED, whole_samples
 from qlora_lightning.model.loss import head_of
-from qlora_lightning.model.weights.base import Weights, filled
+from qlora_lightning.model.weights.base import Weights, holding_weights
 
 _CPU = torch.device("cpu")
 _HEAD_ROWS = 16_384  # of the head's weight that are turned into fp32 at a time
@@ -40,12 +39,12 @@ def run_layerwise(
     """
     inner, embedding, head = model.model, model.get_input_embeddings(), model.get_output_embeddings()
     ids, positions = (torch.cat([batch[name] for batch in batches], 1) for name in ("input_ids", "position_ids"))
-    with filled(embedding, "model.embed_tokens", weights, _dtype_of(embedding)):
+    with holding_weights(embedding, "model.embed_tokens", weights, _dtype_of(embedding)):
         embedded = embedding(ids).float()
     for number, layer in enumerate(inner.layers):
         layer.forward = _filling(layer, f"model.layers.{number}", weights, batches, advance, device)
     try:
-        with filled(inner.norm, "model.norm", weights, torch.float32):
+        with holding_weights(inner.norm, "model.norm", weights, torch.float32):
             output = inner(inputs_embeds=embedded, position_ids=positions, attention_mask=NO_MASK, use_cache=False)
     finally:
         for layer in inner.layers:
@@ -53,7 +52,7 @@ def run_layerwise(
     states = torch.split(output.last_hidden_state[0], [batch["input_ids"].shape[1] for batch in batches])
     # (labelled tokens, width)
     labelled = torch.cat([each[_predicting(batch)] for each, batch in zip(states, batches, strict=True)])
-    with filled(head, "lm_head", weights, _dtype_of(head)):
+    with holding_weights(head, "lm_head", weights, _dtype_of(head)):
         whole: Any = head_of(model)
         for some in torch.split(labelled, _TOKENS):
             if _dtype_of(head) is not None or head.bias is not None or whole is not head:
@@ -81,7 +80,7 @@ def _filling(
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         outputs = []
-        with filled(layer, name, weights, torch.float32):
+        with holding_weights(layer, name, weights, torch.float32):
             layer.to(device)
             for batch, start, end in zip(batches, [0, *ends], ends, strict=False):
                 own_args = cut(args, start, end)
@@ -109,25 +108,18 @@ def _dtype_of(module: nn.Module) -> torch.dtype | None:
     return None if type(module) in (nn.Linear, nn.Embedding) else torch.float32
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A model against a reference, at the labelled tokens.
+class Agreement(NamedTuple):
+    """How far a model agrees with a reference, at the labelled tokens.
 
     Attributes:
         loss: Mean negative log-likelihood of the labels, in nats.
         kl: Mean Kullback-Leibler divergence of the model from the reference, in nats.
-        largest_kl: The largest of a token.
         top1: Share of tokens at which both put the same token first.
-        mean_difference: Mean absolute difference of logits.
-        largest_difference: The largest.
     """
 
     loss: float
     kl: float
-    largest_kl: float
     top1: float
-    mean_difference: float
-    largest_difference: float
 
 
 class Reference:
@@ -137,23 +129,14 @@ class Reference:
         self.labels, self.logits = labels, torch.cat(list(logits))
         self.loss = float(-self.logits.log_softmax(-1)[torch.arange(len(labels)), labels].double().mean())
 
-    def compare(self, logits: Iterable[Tensor]) -> Comparison:
+    def compare(self, logits: Iterable[Tensor]) -> Agreement:
         """Compare another model's logits at the same tokens."""
         parts = torch.split(self.logits, _TOKENS), logits, torch.split(self.labels, _TOKENS)
-        rows = []  # of each token: KL, negative log-likelihood, same first token, mean and largest difference
+        rows = []  # of each token: negative log-likelihood, KL, same first token
         for own, other, labels in zip(*parts, strict=True):
-            log_p, log_q, apart = own.log_softmax(-1), other.log_softmax(-1), (own - other).abs()
-            kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+            log_p, log_q = own.log_softmax(-1), other.log_softmax(-1)
             nll = -log_q.gather(1, labels.unsqueeze(1))[:, 0]
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)  # rounding may put it below
             same = own.argmax(-1) == other.argmax(-1)
-            rows.append(torch.stack([each.double() for each in (kl, nll, same, apart.mean(-1), apart.amax(-1))]))
-        kl, nll, same, mean, largest = torch.cat(rows, dim=1)
-        kl = kl.clamp_min(0)  # rounding may put it below
-        return Comparison(
-            loss=float(nll.mean()),
-            kl=float(kl.mean()),
-            largest_kl=float(kl.max()),
-            top1=float(same.mean()),
-            mean_difference=float(mean.mean()),
-            largest_difference=float(largest.max()),
-        )
+            rows.append(torch.stack([each.double() for each in (nll, kl, same)]))
+        return Agreement(*torch.cat(rows, dim=1).mean(1).tolist())

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from qlora_lightning.base.adapter_folder import read_adapter_config
 from qlora_lightning.model.adapters.lora import ADAPTER, OURS, check_lora_options
 from qlora_lightning.model.build import meta_base, put_adapters
-from qlora_lightning.model.weights.base import EMBEDDING, HEAD, Weights, filled, name_in_base
+from qlora_lightning.model.weights.base import EMBEDDING, HEAD, Weights, holding_weights, name_in_base
 from qlora_lightning.support.errors import UserError
 
 # Fields of an adapter's config that say nothing of the function it computes.
@@ -69,7 +69,7 @@ def merge_module(module: nn.Module, name: str, kind: str, weights: Weights) -> T
         tensor: Tensor = getattr(module.modules_to_save[ADAPTER], kind)
         return tensor.detach().float()
     layer: Any = module
-    with torch.no_grad(), filled(layer, name, weights, torch.float32):
+    with torch.no_grad(), holding_weights(layer, name, weights, torch.float32):
         try:
             layer.merge(safe_merge=True, adapter_names=[ADAPTER])
         except ValueError as error:

@@ -1,7 +1,7 @@
 """Spreads a frozen base over the processes of a run: torch's FSDP2 gathers each decoder layer where it is used.
 
 A step goes so: the layer's packed weights come together before its forward, and again before its backward; afterwards
-each process keeps its own part. The adapters are whole on every process, and DDP's. So every pass is one of all
+each process keeps its own shard. The adapters are whole on every process, and DDP's. So every pass is one of all
 processes: see :meth:`ShardedBase.turns`.
 """
 
@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from qlora_lightning.model.kernels.products import NOT_GATHERED
 from qlora_lightning.model.layers.attention import NO_MASK
 from qlora_lightning.model.layout import whole_samples
 from qlora_lightning.model.loss import ShardedHead, head_of
@@ -27,15 +28,15 @@ _BYTE = torch.float8_e4m3fn  # as which bytes travel: FSDP2 of torch 2.11 takes 
 
 
 class ShardedBase:
-    """A base of which each process holds a part.
+    """A base of which each process holds a shard.
 
-    Embedding and head are in parts too unless they are one tensor.
+    Embedding and head are sharded too unless they are one tensor.
 
     Args:
-        causal_lm: On the CPU, where it may be mapped from a file: one layer after the other is read and cut.
+        causal_lm: On the CPU, where it may be mapped from a file: one layer after the other is read and sharded.
         group: Of all processes, and for this alone: what DDP exchanges comes in an order of its own.
         device: Of this process.
-        offload: Keep the parts on the host, pinned: all of them, or those of the first layers.
+        offload: Keep the shards on the host, pinned: all of them, or those of the first layers.
     """
 
     PASS, HEAD, DONE = range(3)  # what a process runs next, in the order in which they come
@@ -69,7 +70,7 @@ class ShardedBase:
             self._head = shard(ShardedHead(head), offload is True)
             self._head.register_forward_pre_hook(lambda *_: self._wait_for_turn(self.HEAD), prepend=True)
             vars(causal_lm)["sharded_head"] = self._head  # no part of the model, which has the head already
-        fully_shard(body, mesh=mesh, ignored_params=set(body.parameters()))  # the root, with no part of its own
+        fully_shard(body, mesh=mesh, ignored_params=set(body.parameters()))  # the root, with no weights of its own
         # FSDP2 would gather ahead in the order of the passes that a process has run, which may differ among them
         for before, layer in pairwise([body.layers[0], *body.layers]):
             layer.set_modules_to_backward_prefetch([before])
@@ -91,8 +92,8 @@ class ShardedBase:
                 self._head(states)
 
     @staticmethod
-    def leaving_parts(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Return a function that moves, say, a tensor, but leaves one in parts where it is."""
+    def leaving_shards(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Return a function that moves, say, a tensor, but leaves a sharded one where it is."""
         return lambda tensor: tensor if isinstance(tensor, DTensor) else fn(tensor)
 
     def whole_modules(self) -> Iterator[nn.Module]:
@@ -149,10 +150,7 @@ class GatheredParams4bit(bnb.nn.Params4bit):  # type: ignore[misc]  # bitsandbyt
     def quant_state(self) -> Any:
         """Of bitsandbytes; who reads the weight asks for it first."""
         if not self.untyped_storage().size():
-            raise RuntimeError(
-                "A weight of the base was read outside the forward and backward of its decoder layer: under "
-                "trainer.strategy ddp_sharded it is whole only inside."
-            )
+            raise RuntimeError(NOT_GATHERED)
         return self._state
 
     @quant_state.setter
@@ -170,7 +168,7 @@ def _forget_pass(root: Any, *_: Any) -> None:
 
 
 def _unpack(linear: Any, device: torch.device) -> None:
-    """Leave to a linear its packed bytes as a plain tensor, which FSDP2 can cut, and what else they need beside it."""
+    """Leave a linear its packed bytes as a plain tensor, which FSDP2 can shard, and beside it what else they need."""
     weight = linear.weight
     linear.quant_state = weight.quant_state
     linear.quant_state.to(device)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
-from qlora_lightning.data.chat.tokenizer import find_stop_ids, find_turn_end, hash_tokenizer, load_tokenizer
+from qlora_lightning.data.chat.tokenizer import find_stop_ids, find_turn_end, hash_tokenizer, load_chosen_tokenizer
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Chat
@@ -214,12 +214,12 @@ def folder(families, tmp_path):
 def test_a_folder_or_a_mapping_is_loaded_and_nothing_else(folder, families):
     text = families["qwen25"].apply_chat_template([{"role": "user", "content": "é"}], tokenize=False)
     for choice in (str(folder), {"name": str(folder)}):
-        loaded = load_tokenizer(choice)
+        loaded = load_chosen_tokenizer(choice)
         assert loaded.encode(text) == families["qwen25"].encode(text)
         assert loaded.chat_template == families["qwen25"].chat_template
     for choice in ({"revision": "v1"}, {"name": "a", "revison": "v1"}):
         with pytest.raises(UserError, match="tokenizer: expected a name, or a mapping with name, revision, trust_rem"):
-            load_tokenizer(choice)
+            load_chosen_tokenizer(choice)
 
 
 def test_the_hash_tells_contents_apart_without_loading(folder, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 
 from qlora_lightning.data.rows import readers
 from qlora_lightning.data.rows.bad_rows import BadRow
-from qlora_lightning.data.rows.readers import Row, RowReader, fingerprint
+from qlora_lightning.data.rows.readers import Row, RowReader, hash_source
 from qlora_lightning.data.rows.sources import Source, find_sources
 from qlora_lightning.support.errors import UserError
 
@@ -308,12 +308,12 @@ def test_the_fingerprint_is_that_of_bytes_kinds_and_how_they_are_read_not_of_nam
     Path("d").mkdir()
     for name in ("d/a.jsonl", "b.jsonl", "b.json"):
         Path(name).write_text('{"x": 1}\n')
-    before = fingerprint(source("d"))
-    assert before == fingerprint(source("b.jsonl"))
+    before = hash_source(source("d"))
+    assert before == hash_source(source("b.jsonl"))
     others = [source("b.json"), source("d", rows=1), source("d", encoding="latin-1"), source("d", delimiter=";")]
-    assert before not in map(fingerprint, others)
+    assert before not in map(hash_source, others)
     Path("d/a.jsonl").write_text('{"x": 2}\n')
-    assert before != fingerprint(source("d"))
+    assert before != hash_source(source("d"))
 
 
 # The hub
@@ -355,7 +355,7 @@ def test_a_split_of_the_hub_a_slice_of_one_named_files_and_the_first_rows_are_re
     assert len(list(RowReader(Source("org/data", split="train", rows=270)))) == 270
     with pytest.raises(UserError, match=r"^data set org/data cannot be read from the Hugging Face hub: Unknown split"):
         list(RowReader(Source("org/data", split="validation")))
-    before = fingerprint(Source("org/data", split="train"))
-    assert before == fingerprint(Source("org/data", split="train")) != fingerprint(Source("org/data", split="test"))
+    before = hash_source(Source("org/data", split="train"))
+    assert before == hash_source(Source("org/data", split="train")) != hash_source(Source("org/data", split="test"))
     pq.write_table(pa.Table.from_pylist(hub[:100]), "org/data/train-0.parquet")
-    assert before != fingerprint(Source("org/data", split="train"))
+    assert before != hash_source(Source("org/data", split="train"))

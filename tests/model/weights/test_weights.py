@@ -1,6 +1,5 @@
 """A base's tensors, one at a time, are those of training; merged, they compute what base and adapter do."""
 
-import dataclasses
 import json
 import math
 import shutil
@@ -222,14 +221,11 @@ def test_figures_are_those_computed_by_hand():
     assert reference.loss == pytest.approx((-math.log(3 / 4) - math.log(1 / 2)) / 2)
     found = reference.compare([torch.tensor([even, [0.0, math.log(3)]])])
     kl = [3 / 4 * math.log(3 / 2) + 1 / 4 * math.log(1 / 2), 1 / 2 * math.log(2 / 1) + 1 / 2 * math.log(2 / 3)]
-    assert dataclasses.asdict(found) == pytest.approx(
+    assert found._asdict() == pytest.approx(
         {
             "loss": (-math.log(1 / 2) - math.log(3 / 4)) / 2,
             "kl": sum(kl) / 2,
-            "largest_kl": max(kl),
             "top1": 0.5,  # of equal logits the first counts as the top
-            "mean_difference": math.log(3) / 2,
-            "largest_difference": math.log(3),
         }
     )
     assert math.isnan(reference.compare([torch.tensor([[math.nan, 0.0], even])]).kl)

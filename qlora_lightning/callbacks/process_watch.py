@@ -13,6 +13,7 @@ import torch.distributed
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks.stop_signals import StopSignals
+from qlora_lightning.model.sharded_strategy import ShardedDDPStrategy
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import LostProcess, TrainingStopped
 from qlora_lightning.support.trainer import callbacks_of
@@ -61,9 +62,14 @@ class ProcessWatch(Callback):
         closed = isinstance(exception, RuntimeError) and "gloo" in text
         if closed or isinstance(exception, torch.distributed.DistError):
             unknown = (
-                f"{_name(trainer)} can no longer reach another one, which was killed, stopped with an error or hangs. "
-                f"{_ADVICE} ({text[:200]})"
+                f"{_name(trainer)} can no longer reach another one, which was killed, hangs, or ended with an error"
             )
+            if isinstance(trainer.strategy, ShardedDDPStrategy):
+                unknown += ", or runs other passes: over a sharded base these belong into `module.turns()`"
+            unknown = f"{unknown}. {_ADVICE} ({text[:200]})"
+            if self._watch is None:
+                place = ":".join(os.environ.get(key, "") for key in ("MASTER_ADDR", "MASTER_PORT"))
+                unknown = f"The processes could not meet at {place}. Is the port free, and reached by all? ({text})"
             known = self._watch.wait() if self._watch else ""
             exception.__cause__ = LostProcess(known or unknown)  # which the command line reports instead
         if self._watch:  # all agree on a stop, and the first process may still have to save
@@ -86,9 +92,10 @@ class _Watch:
         server.settimeout(60)
         while others:
             connection, _ = server.accept()
-            connection.settimeout(60)
-            lines = connection.makefile(encoding="utf-8", errors="replace")
-            known, _, name = lines.readline().strip().partition(" ")
+            connection.settimeout(_GRACE)
+            lines, known, name = connection.makefile(encoding="utf-8", errors="replace"), "", ""
+            with contextlib.suppress(OSError):  # a stranger may say nothing
+                known, _, name = lines.readline().strip().partition(" ")
             if known == password:
                 self._listen(connection, lines, name)
                 others -= 1

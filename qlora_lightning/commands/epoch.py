@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
+from qlora_lightning.support.errors import UserError
 
 _USUAL_EPOCHS = 1000  # Lightning's, if neither epochs nor steps end a run
 
@@ -106,4 +107,6 @@ def count_devices(trainer: Mapping[str, Any]) -> int:
         count = int(devices)
     else:  # "0,1," or [0, 1]
         count = len([number for number in devices.strip("[]").split(",") if number.strip()])
+    if count < 1:
+        raise UserError(f"trainer.devices is {devices}: expected one or more.")
     return count * int(trainer["num_nodes"])

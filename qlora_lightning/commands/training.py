@@ -39,7 +39,6 @@ from qlora_lightning.data.chat.tokenizer import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.checkpoint.format import find_foreign_class, read_checkpoint, read_content, usable_settings
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.model.sharded_strategy import SHARDED_STRATEGIES, ShardedDDPStrategy
 from qlora_lightning.report.run import ADAPTER_FOLDER
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_yaml
@@ -279,10 +278,7 @@ def main(argv: Sequence[str]) -> int:
     """
     # a silent process is given up after ten minutes; Lightning waits for thirty
     limit = timedelta(minutes=10)
-    usual: dict[str, Any] = {"override": True, "start_method": "popen", "timeout": limit}
-    StrategyRegistry.register("ddp", DDPStrategy, "DDP", **usual)
-    for name, offload in SHARDED_STRATEGIES.items():
-        StrategyRegistry.register(name, ShardedDDPStrategy, "DDP, the base sharded", offload=offload, **usual)
+    StrategyRegistry.register("ddp", DDPStrategy, "DDP", override=True, start_method="popen", timeout=limit)
     verb, *options = argv
     QLoRACLI(options, verb).run()
     return 0

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -141,6 +142,13 @@ def head_of(causal_lm: Any) -> nn.Module:
     config, linear = causal_lm.config, causal_lm.get_output_embeddings()
     scaling, softcap = (getattr(config, name, None) for name in ("logits_scaling", "final_logit_softcapping"))
     return linear if scaling is None and softcap is None else _ScaledHead(linear, scaling or 1.0, softcap)
+
+
+def shards_vocabulary(causal_lm: Any) -> bool:
+    """Whether a sharded base shards embedding and head: not one tensor for both, nor where PEFT trains single rows."""
+    ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    trains_rows = any(isinstance(part, TrainableTokensLayer) for end in ends for part in end.modules())
+    return not trains_rows and ends[0].weight is not ends[1].weight
 
 
 class _ScaledHead(nn.Module):

@@ -210,11 +210,15 @@ class QLoRAModule(lightning.LightningModule):
                 "The module is compiled by torch.compile, which breaks the backward of its fused layers: pass it as it "
                 "is, or set model.fast to false."
             )
-        if self.model is not None:
-            return
         if self._trainer is not None:
-            strategy = type(self.trainer.strategy).__name__
+            strategy = type(self.trainer.strategy)
             check_trainer(str(self.trainer.precision), strategy, self.quantization, self.trainer.world_size)
+        if self.model is None:
+            self._make_model()
+        if self._is_sharded and self.sharded_base is None:
+            self._shard()
+
+    def _make_model(self) -> None:
         with without_garbage_collection():  # loading imports much, and makes many objects that stay
             self.model = self.build_model()
             if not attends_flatly(self.causal_lm):  # an override has loaded it otherwise
@@ -224,8 +228,6 @@ class QLoRAModule(lightning.LightningModule):
         report_start_adapter(self._trainer, self)
         self.model.train()  # Hugging Face models come in eval()
         self.choose_layers()
-        if self._is_sharded:
-            self._shard()
         if self._device_of_process().type == "cpu":
             keep_freed_memory()
         # DDP would send the whole base to every rank, which has it already, mapped from a file.
@@ -277,6 +279,11 @@ class QLoRAModule(lightning.LightningModule):
         from qlora_lightning.model.weights.sharded import ShardedBase  # FSDP2: only for who asks for it
 
         strategy = cast(ShardedDDPStrategy, self.trainer.strategy)
+        if self.device.type != "cpu":
+            raise UserError(
+                f"The base is on {self.device} already, and would be sharded from the CPU's memory: hand the Trainer a "
+                "module without a model, or one that is on the CPU."
+            )
         self.sharded_base = ShardedBase(self.causal_lm, strategy.new_group(), strategy.root_device, strategy.offload)
         if self.made is not None:
             self.made = dataclasses.replace(self.made, asked={})  # to nobody else of use

@@ -5,9 +5,10 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 from qlora_lightning.model.kernels.products import NOT_GATHERED
+from qlora_lightning.support.errors import UserError
 
 SHARDED_STRATEGIES = {"ddp_sharded": False, "ddp_sharded_offload": True}  # names, and whether all shards are offloaded
 _READ_SHARD = re.compile("got mixed torch.Tensor and DTensor|object of type DTensor")
@@ -22,10 +23,15 @@ class ShardedDDPStrategy(DDPStrategy):
         offload: Keep the shards in the machine's memory, and copy each layer to the device when it is used: ``True``
             all of them, a number those of the first layers. One process alone may do so too.
         kwargs: Arguments of ``DDPStrategy``; ``timeout`` is ten minutes by default.
+
+    Raises:
+        UserError: ``offload`` is negative.
     """
 
     def __init__(self, *args: Any, offload: bool | int = False, **kwargs: Any) -> None:
         super().__init__(*args, **{"timeout": timedelta(minutes=10), **kwargs})
+        if offload < 0:
+            raise UserError(f"offload is {offload}: expected how many first layers, or true for all.")
         self.offload = offload
 
     def new_group(self) -> torch.distributed.ProcessGroup:
@@ -37,3 +43,7 @@ class ShardedDDPStrategy(DDPStrategy):
         super().on_exception(exception)
         if _READ_SHARD.search(str(exception)):
             exception.args = (f"{NOT_GATHERED} ({exception})",)
+
+
+for name, offloads in SHARDED_STRATEGIES.items():
+    StrategyRegistry.register(name, ShardedDDPStrategy, "DDP, the base sharded", override=True, offload=offloads)

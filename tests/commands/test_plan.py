@@ -255,6 +255,9 @@ def test_a_damaged_adapter_folder_is_rejected(folder):
         (["--trainer.accelerator", "tpu"], "plan knows cpu, gpu and auto"),
         (["--trainer.accelerator", "gpu"], "add --device-memory"),
         (["--trainer.strategy", "ddp_sharded", "--model.quantization", "int8"], "model.quantization is int8"),
+        (["--trainer.strategy", "ddp_shraded"], "trainer.strategy is ddp_shraded, which is no strategy"),
+        (["--trainer.strategy", OFFLOAD.replace("offload", "ofload")], "has arguments that it lacks"),
+        (["--trainer.devices", "0", "--trainer.strategy", "ddp"], "trainer.devices is 0"),
     ],
 )
 def test_a_mistake_is_reported_in_a_sentence(folder, arguments, words):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from qlora_lightning import ShardedDDPStrategy
 from qlora_lightning.model.guards.checks import check_trainer
 from qlora_lightning.support.errors import UserError
 from tests.distributed.runs import CONFIG, environment, launch, metrics
@@ -43,6 +44,8 @@ ALIKE = {  # what slow runs differ in
     "fp4": ["--model.quantization", "fp4", "--model.double_quant", "false"],
     "tied": ["--model.base", "tiny"],
     "noise": ["--model.neftune_alpha", "5"],
+    "rows": ["--model.lora_options", '{"trainable_token_indices": [1, 2, 3]}'],
+    "tied-rows": ["--model.base", "tiny", "--model.lora_options", '{"trainable_token_indices": [1, 2, 3]}'],
     "dora": ["--model.lora_options", '{"use_dora": true}'],
 }
 PAIRS = ["--trainer.max_steps", "-1", "--trainer.max_epochs", "2"]
@@ -97,7 +100,7 @@ def assert_same(runs, name, other=None):
 
 def assert_same_updates(runs, name):
     one, other = (
-        json.loads((runs / each / "manifest.json").read_text())["adapter_updates"] for each in (name, f"{name}-parts")
+        json.loads((runs / each / "manifest.json").read_text())["adapter_updates"] for each in (name, f"{name}-sharded")
     )
     assert one["q_proj"]
     assert one == other
@@ -136,7 +139,7 @@ def test_answers_are_those_of_a_whole_one(runs):
 
 @pytest.mark.usefixtures("said")
 def test_passes_without_backward_leave_nothing_behind(runs):
-    assert json.loads((runs / "judged-parts" / "gained-0.json").read_text()) < 20
+    assert json.loads((runs / "judged-sharded" / "gained-0.json").read_text()) < 20
 
 
 @pytest.mark.slow
@@ -208,14 +211,26 @@ def test_a_rank_that_raises_ends_the_others(runs):
 
 @pytest.mark.slow
 def test_all_find_one_learning_rate_and_then_train_as_if_they_had_not_searched(runs):
-    fits = [["plain", "ddp_sharded", False], ["whole", "ddp", True], ["found", "ddp_sharded", True]]
+    fits = [["plain", "ddp_sharded", ""], ["whole", "ddp", "search"], ["found", "ddp_sharded", "search"]]
+    fits += [["loaded", "ddp_sharded", "load"]]  # a module that had its model before its Trainer
     launch(runs, fits, script="find_rates.py")
     found = [json.loads((runs / f"{name}-{rank}.json").read_text()) for name in ("whole", "found") for rank in (0, 1)]
     assert found == [[found[0][0], []]] * 4  # no file is left
     assert 1e-8 < found[0][0] < 0.1
-    assert adapter_bytes(runs / "plain") == adapter_bytes(runs / "whole") == adapter_bytes(runs / "found")
+    assert len({str(adapter_bytes(runs / name)) for name, *_ in fits}) == 1
+    assert len({(runs / name / "held-1.json").read_text() for name in ("plain", "found", "loaded")}) == 1
 
 
-def test_a_base_in_8_bits_is_refused_by_name():
+class OfAUser(ShardedDDPStrategy):
+    pass
+
+
+@pytest.mark.parametrize("strategy", [ShardedDDPStrategy, OfAUser])
+def test_a_base_in_8_bits_is_refused_by_name(strategy):
     with pytest.raises(UserError, match="int8"):
-        check_trainer("32-true", "ShardedDDPStrategy", "int8")
+        check_trainer("32-true", strategy, "int8")
+
+
+def test_a_negative_number_of_layers_is_no_way_to_say_all():
+    with pytest.raises(UserError, match="offload is -1"):
+        ShardedDDPStrategy(offload=-1)

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from pydoc import locate
+from typing import Any, cast
 
 import peft
 import torch
+from lightning.pytorch.strategies import StrategyRegistry
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.base.tensors import GIB, format_gib
@@ -90,7 +92,7 @@ def _plan(
 
     sharding = _read_sharding(trainer)
     if sharding is not None:
-        check_trainer(str(trainer["precision"]), ShardedDDPStrategy.__name__, module.quantization)
+        check_trainer(str(trainer["precision"]), ShardedDDPStrategy, module.quantization)
     config, origin = find_config(module.base, module.revision, module.trust_remote_code)
     double_quant, is_stored_quantized = module.double_quant, getattr(config, "quantization_config", None) is not None
     if is_stored_quantized:
@@ -192,11 +194,13 @@ def _choose_device(accelerator: str, memory: int | None) -> dict[str, Any]:
 
 def _read_sharding(trainer: Any) -> Sharding | None:
     strategy = trainer["strategy"]
+    offloads: bool | int | None = None
     if isinstance(strategy, str):
+        if strategy not in ("auto", *StrategyRegistry.available_strategies()):
+            raise UserError(f"trainer.strategy is {strategy}, which is no strategy, or has arguments that it lacks.")
         offloads = SHARDED_STRATEGIES.get(strategy)
-    else:
-        is_sharded = strategy["class_path"].endswith(f".{ShardedDDPStrategy.__name__}")
-        offloads = strategy["init_args"]["offload"] if is_sharded else None
+    elif issubclass(cast(type, locate(strategy["class_path"])), ShardedDDPStrategy):
+        offloads = ShardedDDPStrategy(offload=strategy["init_args"]["offload"]).offload
     return None if offloads is None else Sharding(count_devices(trainer), offloads)
 
 

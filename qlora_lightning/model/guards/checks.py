@@ -7,17 +7,19 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model.batch import join_places, row_places
+from qlora_lightning.model.sharded_strategy import ShardedDDPStrategy
 from qlora_lightning.support.errors import UserError
 
 # ---- before training -------------------------------------------------------------------------------------------------
 
 
-def check_trainer(precision: str, strategy: str, quantization: str, processes: int = 1) -> None:
-    """Refuse Trainer settings under which training would silently go wrong; ``strategy`` is a class's name."""
+def check_trainer(precision: str, strategy: type[Strategy], quantization: str, processes: int = 1) -> None:
+    """Refuse Trainer settings under which training would silently go wrong."""
     if precision == "16-mixed" and processes > 1:  # each would skip steps by its own gradients, before they are added
         raise UserError(
             f"trainer.precision is 16-mixed with {processes} processes, whose adapters would drift apart. Leave it at "
@@ -28,13 +30,14 @@ def check_trainer(precision: str, strategy: str, quantization: str, processes: i
             f"trainer.precision is {precision}: it would cast the adapters' float32 masters down, and small updates "
             "would vanish. Leave it at 32-true; the products are computed in model.compute_dtype anyway."
         )
-    if any(kind in strategy for kind in ("FSDP", "DeepSpeed", "ModelParallel")):
+    kinds = " ".join(kind.__name__ for kind in strategy.__mro__)
+    if any(kind in kinds for kind in ("FSDP", "DeepSpeed", "ModelParallel")):
         raise UserError(
-            f"trainer.strategy is {strategy}, which shards parameters: with a base quantized as {quantization} that is "
-            "silently wrong or unverified. Use `trainer.strategy: ddp`: each device holds its own small base. "
+            f"trainer.strategy is {strategy.__name__}, which shards parameters: with a base quantized as "
+            f"{quantization} that is silently wrong or unverified. Use `ddp`: each device holds its own small base. "
             "`ddp_sharded` shards a base that no device can hold."
         )
-    if strategy == "ShardedDDPStrategy" and quantization == "int8":
+    if issubclass(strategy, ShardedDDPStrategy) and quantization == "int8":
         raise UserError(
             "trainer.strategy ddp_sharded shards bases in 4 bits or in 16, and model.quantization is int8, of which "
             "that is untested: set nf4, or train with `ddp`."

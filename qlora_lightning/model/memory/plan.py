@@ -15,7 +15,7 @@ from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.adapters.targets import layer_of
 from qlora_lightning.model.batch import BatchShape
 from qlora_lightning.model.layers.lora import TILE_BYTES
-from qlora_lightning.model.loss import rows_of_logits, rows_of_probabilities
+from qlora_lightning.model.loss import rows_of_logits, rows_of_probabilities, shards_vocabulary
 from qlora_lightning.model.memory.layer_memory import measure_layers, rotated_width
 from qlora_lightning.model.optimizer import build_optimizer
 
@@ -287,13 +287,14 @@ def _shard(
 
     modules = [*causal_lm.model.layers]
     number, embedding, head = len(modules), causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    is_tied = embedding.weight is head.weight
-    modules += [] if is_tied else [embedding, head]
+    is_sharded = shards_vocabulary(causal_lm)
+    ends = {each for end in (embedding, head) for each in end.parameters() if not each.requires_grad}
+    modules += [embedding, head] if is_sharded else []
     whole = [count(module, 1) for module in modules]
     shards = [count(module, sharding.processes) for module in modules]
     offloaded = 0 if device == "cpu" else len(modules) if sharding.offload is True else min(sharding.offload, number)
     here = [0] * offloaded + shards[offloaded:]
-    vocabulary = count(embedding, 1) if is_tied else sum(here[number:])
+    vocabulary = sum(here[number:]) if is_sharded else sum(each.nbytes for each in ends)
     stored = count(causal_lm, 1)
     frozen = stored - sum(whole) + sum(here) - vocabulary, total - stored, vocabulary
     on_the_way = max(shards[:number]) if offloaded else 0  # of a layer, from host memory

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from qlora_lightning.model.kernels.products import NOT_GATHERED
 from qlora_lightning.model.layers.attention import NO_MASK
 from qlora_lightning.model.layout import whole_samples
-from qlora_lightning.model.loss import ShardedHead, head_of
+from qlora_lightning.model.loss import ShardedHead, head_of, shards_vocabulary
 
 _BYTE = torch.float8_e4m3fn  # as which bytes travel: FSDP2 of torch 2.11 takes floating dtypes only
 
@@ -30,7 +30,7 @@ _BYTE = torch.float8_e4m3fn  # as which bytes travel: FSDP2 of torch 2.11 takes 
 class ShardedBase:
     """A base of which each process holds a shard.
 
-    Embedding and head are sharded too unless they are one tensor.
+    Embedding and head are sharded too unless they are one tensor, or single rows of them are trained.
 
     Args:
         causal_lm: On the CPU, where it may be mapped from a file: one layer after the other is read and sharded.
@@ -64,7 +64,7 @@ class ShardedBase:
                 _unpack(linear, device)
             self._of_body.append(shard(layer, offload is True or number < offload))
             _pack_when_gathered(layer)
-        if embedding.weight is not head.weight:
+        if shards_vocabulary(causal_lm):
             self._of_body.insert(0, shard(embedding, offload is True))
             self._of_body[0].set_unshard_in_backward(False)
             self._head = shard(ShardedHead(head), offload is True)
@@ -97,7 +97,7 @@ class ShardedBase:
         return lambda tensor: tensor if isinstance(tensor, DTensor) else fn(tensor)
 
     def whole_modules(self) -> Iterator[nn.Module]:
-        """Yield each module that is in parts while it is whole. All processes must iterate to the end."""
+        """Yield each sharded module while it is whole. All processes must iterate to the end."""
         for module in [*self._of_body, self._head]:
             if module is not None:
                 module.unshard()

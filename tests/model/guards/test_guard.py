@@ -10,6 +10,7 @@ import lightning
 import pytest
 import torch
 from lightning import Callback
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 
 from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, InstructionDataModule, LossSums, QLoRAModule
@@ -251,10 +252,10 @@ def test_a_window_without_labels_is_no_dead_gradient(fit):
 
 def test_precisions_that_train_pass_but_16_mixed_in_several_processes():
     for precision in ("32-true", "bf16-mixed", "16-mixed"):
-        check_trainer(precision, "SingleDeviceStrategy", "nf4")
-    check_trainer("bf16-mixed", "DDPStrategy", "nf4", processes=2)
+        check_trainer(precision, SingleDeviceStrategy, "nf4")
+    check_trainer("bf16-mixed", DDPStrategy, "nf4", processes=2)
     with pytest.raises(UserError, match="2 processes"):
-        check_trainer("16-mixed", "DDPStrategy", "nf4", processes=2)
+        check_trainer("16-mixed", DDPStrategy, "nf4", processes=2)
 
 
 def test_a_token_that_the_base_lacks_stops_the_run_and_its_row_is_named(tiny_base):

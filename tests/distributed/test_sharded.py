@@ -97,7 +97,7 @@ def assert_same(runs, name, other=None):
 
 def assert_same_updates(runs, name):
     one, other = (
-        json.loads((runs / each / "manifest.json").read_text())["adapter_updates"] for each in (name, f"{name}-parts")
+        json.loads((runs / each / "manifest.json").read_text())["adapter_updates"] for each in (name, f"{name}-sharded")
     )
     assert one["q_proj"]
     assert one == other
@@ -136,7 +136,7 @@ def test_answers_are_those_of_a_whole_one(runs):
 
 @pytest.mark.usefixtures("said")
 def test_passes_without_backward_leave_nothing_behind(runs):
-    assert json.loads((runs / "judged-parts" / "gained-0.json").read_text()) < 20
+    assert json.loads((runs / "judged-sharded" / "gained-0.json").read_text()) < 20
 
 
 @pytest.mark.slow
@@ -208,12 +208,12 @@ def test_a_rank_that_raises_ends_the_others(runs):
 
 @pytest.mark.slow
 def test_all_find_one_learning_rate_and_then_train_as_if_they_had_not_searched(runs):
-    fits = [["plain", "ddp_sharded", False], ["whole", "ddp", True], ["found", "ddp_sharded", True]]
+    fits = [["unsearched", "ddp_sharded", False], ["ddp", "ddp", True], ["searched", "ddp_sharded", True]]
     launch(runs, fits, script="find_rates.py")
-    found = [json.loads((runs / f"{name}-{rank}.json").read_text()) for name in ("whole", "found") for rank in (0, 1)]
+    found = [json.loads((runs / f"{name}-{rank}.json").read_text()) for name in ("ddp", "searched") for rank in (0, 1)]
     assert found == [[found[0][0], []]] * 4  # no file is left
     assert 1e-8 < found[0][0] < 0.1
-    assert adapter_bytes(runs / "plain") == adapter_bytes(runs / "whole") == adapter_bytes(runs / "found")
+    assert adapter_bytes(runs / "unsearched") == adapter_bytes(runs / "ddp") == adapter_bytes(runs / "searched")
 
 
 def test_a_base_in_8_bits_is_refused_by_name():

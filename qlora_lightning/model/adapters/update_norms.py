@@ -36,7 +36,7 @@ def measure_updates(
 
     Args:
         model: Base and adapter in memory, quantized or not.
-        whole_modules: Of a base in parts, see ``ShardedBase.whole_modules``.
+        whole_modules: Of a sharded base, see ``ShardedBase.whole_modules``.
 
     Returns:
         Kinds in the model's order. A module outside of the decoder layers (``lm_head``) has ``None`` as its layer.

@@ -97,7 +97,7 @@ class ShardedBase:
         return lambda tensor: tensor if isinstance(tensor, DTensor) else fn(tensor)
 
     def whole_modules(self) -> Iterator[nn.Module]:
-        """Yield each module that is in parts while it is whole. All processes must iterate to the end."""
+        """Yield each sharded module while it is whole. All processes must iterate to the end."""
         for module in [*self._of_body, self._head]:
             if module is not None:
                 module.unshard()

@@ -211,14 +211,14 @@ def test_a_rank_that_raises_ends_the_others(runs):
 
 @pytest.mark.slow
 def test_all_find_one_learning_rate_and_then_train_as_if_they_had_not_searched(runs):
-    fits = [["plain", "ddp_sharded", ""], ["whole", "ddp", "search"], ["found", "ddp_sharded", "search"]]
+    fits = [["unsearched", "ddp_sharded", ""], ["ddp", "ddp", "search"], ["searched", "ddp_sharded", "search"]]
     fits += [["loaded", "ddp_sharded", "load"]]  # a module that had its model before its Trainer
     launch(runs, fits, script="find_rates.py")
-    found = [json.loads((runs / f"{name}-{rank}.json").read_text()) for name in ("whole", "found") for rank in (0, 1)]
+    found = [json.loads((runs / f"{name}-{rank}.json").read_text()) for name in ("ddp", "searched") for rank in (0, 1)]
     assert found == [[found[0][0], []]] * 4  # no file is left
     assert 1e-8 < found[0][0] < 0.1
     assert len({str(adapter_bytes(runs / name)) for name, *_ in fits}) == 1
-    assert len({(runs / name / "held-1.json").read_text() for name in ("plain", "found", "loaded")}) == 1
+    assert len({(runs / name / "held-1.json").read_text() for name in ("unsearched", "searched", "loaded")}) == 1
 
 
 class OfAUser(ShardedDDPStrategy):

@@ -22,14 +22,17 @@ class ShardedDDPStrategy(DDPStrategy):
     Args:
         offload: Keep the shards in the machine's memory, and copy each layer to the device when it is used: ``True``
             all of them, a number those of the first layers. One process alone may do so too.
-        kwargs: Arguments of ``DDPStrategy``; ``timeout`` is ten minutes by default.
+        timeout: After which a process that is silent is given up.
+        kwargs: More arguments of ``DDPStrategy``.
 
     Raises:
         UserError: ``offload`` is negative.
     """
 
-    def __init__(self, *args: Any, offload: bool | int = False, **kwargs: Any) -> None:
-        super().__init__(*args, **{"timeout": timedelta(minutes=10), **kwargs})
+    def __init__(
+        self, *, offload: bool | int = False, timeout: timedelta | None = timedelta(minutes=10), **kwargs: Any
+    ) -> None:
+        super().__init__(timeout=timeout, **kwargs)
         if offload < 0:
             raise UserError(f"offload is {offload}: expected how many first layers, or true for all.")
         self.offload = offload

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.report.run import ADAPTER_FOLDER, CONFIG, IDENTITY
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import read_json_object
+from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, read_json_object
 from qlora_lightning.support.versions import check_version
 
 _REMEDY = "Copy the adapter folder again."

@@ -32,10 +32,9 @@ from qlora_lightning.model.adapters.folder import loading_snippet
 from qlora_lightning.model.adapters.lora import copy_tensors, trainable_tensors
 from qlora_lightning.model.checkpoint.loops import ends_training, validation_follows
 from qlora_lightning.model.checkpoint.resume import has_other_validation
-from qlora_lightning.report.run import ADAPTER_FOLDER, CHECKPOINTS, IDENTITY
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import put_in_place
+from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS, IDENTITY, put_in_place
 from qlora_lightning.support.trainer import callbacks_of, find_callback, is_trial_run
 
 

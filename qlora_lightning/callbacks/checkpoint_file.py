@@ -12,9 +12,8 @@ from lightning import Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from qlora_lightning.model.checkpoint.format import read_content
-from qlora_lightning.report.run import CHECKPOINTS
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import find_storage_fault, flush
+from qlora_lightning.support.files import CHECKPOINTS, find_storage_fault, flush
 
 LAST, UNFINISHED = "last.ckpt", "unfinished.ckpt"
 

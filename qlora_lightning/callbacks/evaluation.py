@@ -18,9 +18,8 @@ from qlora_lightning.evaluation.rows import (
     unpack_rows,
 )
 from qlora_lightning.evaluation.scores import SCORES, check_scores, choose_scores
-from qlora_lightning.report.run import EVALUATION
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import write_whole
+from qlora_lightning.support.files import EVALUATION, write_whole
 from qlora_lightning.support.trainer import gather_lists, is_trial_run
 
 _FEWEST_NEW_TOKENS, _MOST_NEW_TOKENS = 32, 512

@@ -30,9 +30,8 @@ from qlora_lightning.model.layout import filled
 from qlora_lightning.model.memory.plan import Sharding, StepSettings, plan_memory
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded_strategy import ShardedDDPStrategy
-from qlora_lightning.report.run import PLAN
 from qlora_lightning.support.console import print_detail, say
-from qlora_lightning.support.files import write_whole
+from qlora_lightning.support.files import PLAN, write_whole
 from qlora_lightning.support.trainer import find_callback, is_trial_run, log_interval
 
 _FULL = 0.95  # of the device's memory

@@ -10,8 +10,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from qlora_lightning.callbacks.checkpoint_file import reporting_disk_faults
-from qlora_lightning.report.run import METRICS
-from qlora_lightning.support.files import flush, write_whole
+from qlora_lightning.support.files import METRICS, flush, write_whole
 
 
 class MetricsLogger(Logger):

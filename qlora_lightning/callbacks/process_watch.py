@@ -61,17 +61,16 @@ class ProcessWatch(Callback):
         text = " ".join(f"{type(exception).__name__}: {exception}".split())
         closed = isinstance(exception, RuntimeError) and "gloo" in text
         if closed or isinstance(exception, torch.distributed.DistError):
-            unknown = (
-                f"{_name(trainer)} can no longer reach another one, which was killed, hangs, or ended with an error"
-            )
-            if isinstance(trainer.strategy, ShardedDDPStrategy):
-                unknown += ", or runs other passes: over a sharded base these belong into `module.turns()`"
-            unknown = f"{unknown}. {_ADVICE} ({text[:200]})"
             if self._watch is None:
                 place = ":".join(os.environ.get(key, "") for key in ("MASTER_ADDR", "MASTER_PORT"))
-                unknown = f"The processes could not meet at {place}. Is the port free, and reached by all? ({text})"
-            known = self._watch.wait() if self._watch else ""
-            exception.__cause__ = LostProcess(known or unknown)  # which the command line reports instead
+                lost = f"The processes could not meet at {place}. Is the port free, and reached by all? ({text})"
+            else:
+                reasons = "was killed, hangs, or ended with an error"
+                if isinstance(trainer.strategy, ShardedDDPStrategy):
+                    reasons += ", or runs other passes: over a sharded base these belong into `module.turns()`"
+                unknown = f"{_name(trainer)} can no longer reach another one, which {reasons}. {_ADVICE} ({text[:200]})"
+                lost = self._watch.wait() or unknown
+            exception.__cause__ = LostProcess(lost)  # which the command line reports instead
         if self._watch:  # all agree on a stop, and the first process may still have to save
             agreed = isinstance(exception, TrainingStopped) and any(
                 isinstance(each, StopSignals) and each.stopping for each in callbacks_of(trainer)

@@ -12,10 +12,9 @@ from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks.checkpoint_file import LAST, UNFINISHED, reporting_disk_faults
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
-from qlora_lightning.report.run import CHECKPOINTS, CONFIG, METRICS, PREDICTIONS
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import lock_folder, write_whole
+from qlora_lightning.support.files import CHECKPOINTS, CONFIG, METRICS, PREDICTIONS, lock_folder, write_whole
 from qlora_lightning.support.trainer import gather_lists, is_trial_run
 
 _TABLE = "metrics_table"  # key of a checkpoint

@@ -33,9 +33,10 @@ from qlora_lightning.model.checkpoint.setting_changes import trainer_settings
 from qlora_lightning.model.device import device_memory_gib, name_of_peak, read_peak_gib
 from qlora_lightning.model.summary import count_parameters
 from qlora_lightning.report.page import write_run_page
-from qlora_lightning.report.run import CONFIG, METRICS, read_manifest, read_metrics, write_manifest
+from qlora_lightning.report.run import read_manifest, read_metrics, write_manifest
 from qlora_lightning.support.console import print_detail, say
 from qlora_lightning.support.errors import TrainingStopped, UserError
+from qlora_lightning.support.files import CONFIG, METRICS
 from qlora_lightning.support.trainer import callbacks_of, find_callback, is_trial_run
 
 _PACKAGES = (

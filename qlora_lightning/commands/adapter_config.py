@@ -13,8 +13,8 @@ from qlora_lightning.base.adapter_folder import (
     read_identity,
 )
 from qlora_lightning.commands.config import find_configs
-from qlora_lightning.report.run import ADAPTER_FOLDER
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import ADAPTER_FOLDER
 
 BASE = "base"  # the side without an adapter
 _RENDERING = ("system", "train_on", "max_length", "too_long")  # settings of the training that other rows share

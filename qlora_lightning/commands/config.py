@@ -11,9 +11,8 @@ from typing import Any
 
 import yaml
 
-from qlora_lightning.report.run import CONFIG, RUN_FILES
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import load_yaml
+from qlora_lightning.support.files import CONFIG, RUN_FILES, load_yaml
 
 CALLBACKS = {
     "gradient_checkpointing": "GradientCheckpointing",

@@ -18,7 +18,8 @@ from qlora_lightning.commands.options import (
 from qlora_lightning.report.facts import find_differences
 from qlora_lightning.report.page import render_report
 from qlora_lightning.report.results import figure_table, find_figures
-from qlora_lightning.report.run import PAGE, Run, read_runs
+from qlora_lightning.report.run import Run, read_runs
+from qlora_lightning.support.files import PAGE
 
 _DESCRIPTION = """Make the report of a run again, from what its folder holds now, or compare several runs.
 

@@ -39,9 +39,8 @@ from qlora_lightning.data.chat.tokenizer import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.checkpoint.format import find_foreign_class, read_checkpoint, read_content, usable_settings
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.report.run import ADAPTER_FOLDER
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import load_yaml
+from qlora_lightning.support.files import ADAPTER_FOLDER, load_yaml
 from qlora_lightning.support.trainer import is_trial_run
 
 _CLASSES = {"model": "qlora_lightning.QLoRAModule", "data": "qlora_lightning.InstructionDataModule"}

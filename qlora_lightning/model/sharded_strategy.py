@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
-from qlora_lightning.model.kernels.products import NOT_GATHERED
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import NOT_GATHERED, UserError
 
 SHARDED_STRATEGIES = {"ddp_sharded": False, "ddp_sharded_offload": True}  # names, and whether all shards are offloaded
 _READ_SHARD = re.compile("got mixed torch.Tensor and DTensor|object of type DTensor")

@@ -11,8 +11,8 @@ from qlora_lightning.page import render_page
 from qlora_lightning.report import facts
 from qlora_lightning.report.charts import charts_of, draw_charts
 from qlora_lightning.report.results import evaluation_table, figure_table, find_samples
-from qlora_lightning.report.run import PAGE, Run, read_run
-from qlora_lightning.support.files import write_whole
+from qlora_lightning.report.run import Run, read_run
+from qlora_lightning.support.files import PAGE, write_whole
 
 
 def write_run_page(folder: Path) -> Path:

@@ -12,7 +12,8 @@ from qlora_lightning.base.tensors import GIB
 from qlora_lightning.evaluation.comparison import BASE, Interval
 from qlora_lightning.evaluation.report import choose_digits, format_interval
 from qlora_lightning.evaluation.scores import describe_answered, describe_metric, is_share
-from qlora_lightning.report.run import ADAPTER_FOLDER, MEMORY, Run
+from qlora_lightning.report.run import MEMORY, Run
+from qlora_lightning.support.files import ADAPTER_FOLDER
 
 Table = tuple[list[str], list[tuple[str, list[tuple[str, str]]]]]
 """Headings, and rows: what a row is, and its cells, each with a note below it."""

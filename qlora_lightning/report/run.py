@@ -11,15 +11,23 @@ from typing import Any
 import yaml
 
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import load_yaml, lock_folder, read_json_object, write_whole
+from qlora_lightning.support.files import (
+    ADAPTER_FOLDER,
+    CHECKPOINTS,
+    CONFIG,
+    EVALUATION,
+    IDENTITY,
+    MANIFEST,
+    METRICS,
+    PLAN,
+    RUN_FILES,
+    load_yaml,
+    lock_folder,
+    read_json_object,
+    write_whole,
+)
 from qlora_lightning.support.versions import PEAK_NAMES
 
-# The names in a run folder.
-CONFIG, METRICS, MANIFEST, PLAN = "config.yaml", "metrics.csv", "manifest.json", "plan.json"
-EVALUATION, PREDICTIONS, PAGE = "evaluation.json", "predictions.jsonl", "report.html"
-CHECKPOINTS, ADAPTER_FOLDER = "checkpoints", "adapter"
-IDENTITY = "qlora_lightning.json"  # in the adapter folder
-RUN_FILES = MANIFEST, METRICS  # a folder with one of these is a run's
 MEMORY = tuple(PEAK_NAMES.values())
 """Where peaks of memory are, in metrics and manifest: of a GPU; of the process."""
 _FORMAT, _VERSION = "qlora_lightning manifest", 1  # a reader of version N reads every file up to N

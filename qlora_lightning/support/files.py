@@ -15,6 +15,13 @@ import yaml
 
 from qlora_lightning.support.errors import UserError
 
+# The names in a run folder.
+CONFIG, METRICS, MANIFEST, PLAN = "config.yaml", "metrics.csv", "manifest.json", "plan.json"
+EVALUATION, PREDICTIONS, PAGE = "evaluation.json", "predictions.jsonl", "report.html"
+CHECKPOINTS, ADAPTER_FOLDER = "checkpoints", "adapter"
+IDENTITY = "qlora_lightning.json"  # in the adapter folder
+RUN_FILES = MANIFEST, METRICS  # a folder with one of these is a run's
+
 
 def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
     """Write a small file so that a reader, and a machine that dies, leave the old or the new one, never half.

@@ -37,6 +37,12 @@ def enable_activation_checkpointing(model: Any, every_n_layers: int = 1, *, draw
     enable({"use_reentrant": False, "preserve_rng_state": draws}, every_n_layers=every_n_layers)
 
 
+def reset_passes(module: Any) -> None:
+    """Let a module of FSDP2 forget in which order its passes ran; before torch 2.13 nothing public does."""
+    if hasattr(module, "reset_iter_state"):
+        module.reset_iter_state()
+
+
 def mend_gguf_tokens(tokenizer: Any, config: Any) -> None:
     """Let a tokenizer that was read from a GGUF know the end and the padding token which the config of that file names.
 

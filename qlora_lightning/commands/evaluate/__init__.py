@@ -8,8 +8,8 @@ from jsonargparse.typing import PositiveInt
 from qlora_lightning.commands.adapter_config import BASE, add_config, name_adapters
 from qlora_lightning.commands.config import find_configs
 from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
-from qlora_lightning.report.run import EVALUATION, PREDICTIONS
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import EVALUATION, PREDICTIONS
 from qlora_lightning.support.imports import quick_imports
 
 # keys of evaluation.json and predictions.jsonl

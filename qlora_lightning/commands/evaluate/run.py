@@ -16,9 +16,9 @@ from qlora_lightning.evaluation.report import Comparison
 from qlora_lightning.evaluation.rows import EvaluationRow, evaluate_sides, limit_batches, unpack_rows
 from qlora_lightning.model.adapters.identity import data_differences
 from qlora_lightning.model.adapters.lora import ADAPTER
-from qlora_lightning.report.run import ADAPTER_FOLDER, EVALUATION, PREDICTIONS
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import ADAPTER_FOLDER, EVALUATION, PREDICTIONS
 from qlora_lightning.support.trainer import find_callback
 
 _ONE_DEVICE = (

@@ -200,7 +200,7 @@ def _read_sharding(trainer: Any) -> Sharding | None:
             raise UserError(f"trainer.strategy is {strategy}, which is no strategy, or has arguments that it lacks.")
         offloads = SHARDED_STRATEGIES.get(strategy)
     elif issubclass(cast(type, locate(strategy["class_path"])), ShardedDDPStrategy):
-        offloads = ShardedDDPStrategy(offload=strategy["init_args"]["offload"]).offload
+        offloads = strategy["init_args"]["offload"]
     return None if offloads is None else Sharding(count_devices(trainer), offloads)
 
 

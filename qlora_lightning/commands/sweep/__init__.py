@@ -17,9 +17,9 @@ from qlora_lightning.commands.options import (
     tables_beside,
     write_output,
 )
-from qlora_lightning.report.run import ADAPTER_FOLDER
 from qlora_lightning.support.console import brief, say
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import ADAPTER_FOLDER
 from qlora_lightning.support.imports import quick_imports
 
 _DESCRIPTION = """Train a config with one rank after the other, and stop where the next one no longer pays.

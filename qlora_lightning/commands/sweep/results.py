@@ -16,9 +16,8 @@ from qlora_lightning.commands.options import write_output
 from qlora_lightning.commands.sweep import Sweep
 from qlora_lightning.evaluation.comparison import Interval, measure
 from qlora_lightning.evaluation.report import format_interval, plain_interval
-from qlora_lightning.report.run import CONFIG
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import load_yaml
+from qlora_lightning.support.files import CONFIG, load_yaml
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,8 @@ from qlora_lightning.model.adapters.targets import resolve_targets
 from qlora_lightning.model.build import QLoRAModel
 from qlora_lightning.model.checkpoint.setting_changes import describe_changes, find_changes
 from qlora_lightning.report.facts import flatten
-from qlora_lightning.report.run import CONFIG
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import load_yaml, read_json_object, write_whole
+from qlora_lightning.support.files import CONFIG, load_yaml, read_json_object, write_whole
 from qlora_lightning.support.trainer import callbacks_of, find_callback, is_trial_run
 
 # They evaluate a run at its end, or tell how to use it: a sweep does that for all of its trials.

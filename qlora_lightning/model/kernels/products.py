@@ -11,14 +11,10 @@ import torch
 from torch import Tensor
 
 from qlora_lightning.model.kernels.library import call, has_numbers, is_there
+from qlora_lightning.support.errors import NOT_GATHERED
 
 _COLUMNS = 32  # of a panel: a result has a multiple of them
 _DEPTH = 32  # numbers of a row that are read at a time: a block of them with one scale has a multiple of it
-NOT_GATHERED = (
-    "A weight of the base was read outside the forward and backward of its decoder layer: under trainer.strategy "
-    "ddp_sharded it is whole only inside. Call the layer (for logits `qlora_lightning.model.loss.head_of(causal_lm)`), "
-    "or train with `ddp`."
-)
 
 
 def can_multiply(weight: Any, left: Tensor, *, backward: bool) -> bool:

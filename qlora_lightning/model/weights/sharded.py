@@ -19,10 +19,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from qlora_lightning.model.kernels.products import NOT_GATHERED
 from qlora_lightning.model.layers.attention import NO_MASK
 from qlora_lightning.model.layout import whole_samples
 from qlora_lightning.model.loss import ShardedHead, head_of, shards_vocabulary
+from qlora_lightning.support.errors import NOT_GATHERED
+from qlora_lightning.support.versions import reset_passes
 
 _BYTE = torch.float8_e4m3fn  # as which bytes travel: FSDP2 of torch 2.11 takes floating dtypes only
 
@@ -162,9 +163,9 @@ GatheredParams4bit.__name__ = "Params4bit"  # by which PEFT goes
 
 
 def _forget_pass(root: Any, *_: Any) -> None:
-    """Clear the order of a pass without backward, which FSDP2 would keep; before torch 2.13 nothing public does."""
-    if not torch.is_grad_enabled() and hasattr(root, "reset_iter_state"):
-        root.reset_iter_state()
+    """Clear the order of a pass without backward, which FSDP2 would keep until the next one with it."""
+    if not torch.is_grad_enabled():
+        reset_passes(root)
 
 
 def _unpack(linear: Any, device: torch.device) -> None:

@@ -32,7 +32,7 @@ import qlora_lightning
 package = Path(qlora_lightning.__file__).parent
 for file in sorted(package.rglob("*.py")):
     parts = file.relative_to(package.parent).with_suffix("").parts
-    if parts[-1] != "__main__":
+    if parts[-1] != "__main__" and parts[1] != "recipes":  # a wheel's recipes hold scripts to copy, not modules
         importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
 from qlora_lightning.cli import COMMANDS, main
 from qlora_lightning.model.kernels.library import load_library

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from qlora_lightning.callbacks.run_report import note_warning
 from qlora_lightning.model.batch import join_places, row_places
+from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.support.trainer import gather_lists
 
 _MOST_LOSSES, _FEWEST_LOSSES = 100, 30  # of the last steps, which a loss is compared with
@@ -42,7 +43,7 @@ class LossSpikeMonitor(Callback):
         if not self.enabled or trainer.global_step == self._step or "train_loss" not in trainer.callback_metrics:
             return  # mostly inside an accumulation window
         loss = trainer.callback_metrics["train_loss"]
-        if trainer.world_size > 1:  # every rank must come to the same result: all of them send their rows then
+        if trainer.world_size > 1 and not isinstance(pl_module, QLoRAModule):  # ours logs that of all ranks
             loss = trainer.strategy.reduce(loss.detach().to(trainer.strategy.root_device), reduce_op="mean")
         if math.isfinite(loss):
             self._compare(trainer, pl_module, float(loss))
@@ -57,6 +58,7 @@ class LossSpikeMonitor(Callback):
         if loss <= median + self.deviations * max(deviation, _LEAST_SHARE * abs(median)):
             return
         self._reported_at = step
+        # every rank has come to the same result
         row_ids = gather_lists(trainer, getattr(getattr(pl_module, "window", None), "closed_row_ids", []))
         if trainer.is_global_zero:
             rows = join_places(row_places(getattr(trainer, "datamodule", None), row_ids), most=16)

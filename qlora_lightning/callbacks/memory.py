@@ -126,11 +126,13 @@ class MemoryComparison(Callback):
         self._watch.start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._watch is not None:
-            shape = self._computed(shape_of_batch(batch))
-            self._lengths.add(filled(shape.computed))
-            if self._largest is None or shape.computed > self._largest.computed:
-                self._largest = shape
+        if self._watch is None:
+            return
+        module: Any = pl_module
+        tokens = module.layout_of(batch).input_ids.shape[1]  # made on the host; a GPU's numbers would be waited for
+        self._lengths.add(tokens)
+        if self._largest is None or tokens > filled(self._largest.computed):
+            self._largest = self._computed(shape_of_batch(batch))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self._watch is not None:

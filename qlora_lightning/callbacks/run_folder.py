@@ -152,11 +152,7 @@ def refuse_started_folder(run_folder: str | Path, resumed: str | Path | None = N
 
 
 def refuse_everywhere(trainer: Trainer, act: Callable[[], object]) -> None:
-    """Let the first process do something, and end every process if that is refused: they would wait for it forever.
-
-    Raises:
-        UserError: It is.
-    """
+    """Let the first process do something, and end every process if that is refused: they would wait for it forever."""
     fault = None
     if trainer.is_global_zero:
         try:

@@ -71,7 +71,7 @@ from qlora_lightning.model.optimizer import (
 )
 from qlora_lightning.model.sharded_strategy import ShardedDDPStrategy
 from qlora_lightning.model.summary import adapter_table, describe_sizes
-from qlora_lightning.model.window import Window, leave_gradients_to_window
+from qlora_lightning.model.window import Window, leave_gradients_to_window, sum_over_ranks
 from qlora_lightning.support.console import print_detail
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import without_garbage_collection
@@ -454,20 +454,18 @@ class QLoRAModule(lightning.LightningModule):
         means = self.window.divide_gradients(
             trainable,
             divided_by=self.trainer.accumulate_grad_batches / self.loss_scale,
-            reduce_sum=self._reduce_sum if self.trainer.world_size > 1 else None,
+            reduce_sum=sum_over_ranks if self.trainer.world_size > 1 else None,
         )
         gradients = [parameter.grad for parameter in trainable if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(means["loss"])
-        loss, norm = self.guard.judge_step(self, optimizer, means.pop("loss"), norm)
-        self.log("train_loss", loss, prog_bar=True)
+        means = self.guard.judge_step(self, optimizer, {**means, "grad_norm": norm})
+        norm = means.pop("grad_norm")
+        self.log("train_loss", means.pop("loss"), prog_bar=True)
         self.log_dict({f"train_{name}": mean for name, mean in means.items()})
         self.log_dict({"grad_norm": norm, "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"])})
         if self.guard.on_nonfinite == "skip":
             self.log("skipped_steps", torch.tensor(float(self.guard.skipped_steps)))
         self.window.clear()
-
-    def _reduce_sum(self, tensor: Tensor) -> Tensor:
-        return cast(Tensor, self.trainer.strategy.reduce(tensor, reduce_op="sum"))
 
     # ---- validation and test -----------------------------------------------------------------------------------------
 

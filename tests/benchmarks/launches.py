@@ -21,12 +21,17 @@ import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 import transformers
+from lightning import Callback
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_lightning.callbacks.loss_spikes import LossSpikeMonitor
+from qlora_lightning.callbacks.memory import MemoryComparison
+from qlora_lightning.callbacks.throughput import ThroughputMonitor
 from qlora_lightning.model.adapters.lora import add_adapters
 from qlora_lightning.model.base_model import freeze, unnest
+from qlora_lightning.model.batch import BatchShape
 from qlora_lightning.model.layers import attention, elementwise, lora
 from qlora_lightning.model.layers.attention import NO_MASK, register_flat_attention
 from qlora_lightning.model.layers.decoder_layer import cast_adapters
@@ -211,15 +216,27 @@ class HostReads(TorchDispatchMode):
         return function(*args, **options)
 
 
-def count_host_reads() -> int:
-    """Count the reads of a step but the optimizer's own: layout, loss, window, guards and log, on fake CUDA tensors."""
-    module, batch = QLoRAModule("a"), make_batch(LENGTHS) | {"row_ids": torch.arange(3), "source": torch.arange(3)}
+def count_host_reads(module_class: type[QLoRAModule] = QLoRAModule) -> int:
+    """Count the reads of a step but the optimizer's own, on fake CUDA tensors.
+
+    With layout, loss, window, guards, log, and the callbacks that measure each step.
+    """
+    module, batch = module_class("a"), make_batch(LENGTHS) | {"row_ids": torch.arange(3), "source": torch.arange(3)}
     module.model, module._device = make_model(fast=True), torch.device("cuda", 0)
     trainer = SimpleNamespace(accumulate_grad_batches=1, world_size=1, callbacks=[module.guard], precision_plugin=None)
     module.trainer = trainer  # type: ignore[assignment]
     trainer.training, trainer.global_step, trainer.lightning_module = True, 5, module
     module.guard.checks_due = False  # later steps, between validations
-    module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign,assignment]
+    memory = MemoryComparison()
+    memory._watch, memory._largest = mock.Mock(), BatchShape((sum(LENGTHS),), 1)
+    callbacks: list[Callback] = [memory, ThroughputMonitor(), LossSpikeMonitor()]
+    trainer.callback_metrics = {}
+
+    def log(name: str, value: Any, **_: Any) -> None:
+        trainer.callback_metrics[name] = float(value)  # as loggers read it
+
+    module.log = log  # type: ignore[method-assign,assignment]
+    module.log_dict = lambda values: [log(*item) for item in values.items()]  # type: ignore
     launches = Launches()
     batch = module.on_before_batch_transfer(batch, 0)
     with FakeTensorMode(allow_non_fake_inputs=True), pretending(launches):
@@ -227,12 +244,17 @@ def count_host_reads() -> int:
         with HostReads() as reads:
             moved = {name: move(each, "cuda:0") for name, each in batch.items()}
             moved = module.on_after_batch_transfer(moved, 0)
+            for callback in callbacks:
+                callback.on_train_batch_start(trainer, module, moved, 0)
             with torch.no_grad():  # autograd asks a driver for CUDA's streams
                 module.training_step(moved, 0)
             trainable = [parameter for parameter in module.model.parameters() if parameter.requires_grad]
             for parameter in trainable:
                 parameter.grad = torch.empty_like(parameter)
             module.on_before_optimizer_step(torch.optim.SGD(trainable, lr=0.1))
+            trainer.global_step += 1
+            for callback in callbacks:
+                callback.on_train_batch_end(trainer, module, None, moved, 0)
     return reads.count
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,20 +56,20 @@ class TrainingGuard(Callback):
     # ---- before each optimizer step --------------------------------------------------------------------------------
 
     def judge_step(
-        self, pl_module: Any, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Judge a window by its mean loss and its gradients' norm over all ranks; without gradients a step is skipped.
+        self, pl_module: Any, optimizer: torch.optim.Optimizer, means: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Judge a window by its mean ``loss`` and ``grad_norm`` over all ranks; without gradients a step is skipped.
 
-        The one time in a step that the host waits for a GPU: both are returned as it has read them.
+        The one time in a step that the host waits for a GPU: all means are returned as it has read them, for the log.
         """
         trainer = pl_module.trainer
         # Under 16-mixed the scaler itself skips steps with infinite gradients: they are how it finds its scale.
         scales = getattr(trainer.precision_plugin, "scaler", None) is not None
         tokens = pl_module.window.labelled_tokens_of_all_ranks
-        numbers = torch.stack([each.detach().double() for each in (loss, norm, tokens)]).cpu()
-        found = numbers[0].float(), numbers[1].float()  # of all ranks, which decide alike
-        of_loss, of_norm, labelled = numbers.tolist()
-        bad_loss, bad_gradient = not math.isfinite(of_loss), not math.isfinite(of_norm)
+        *numbers, labelled = torch.stack([each.detach().double() for each in (*means.values(), tokens)]).cpu().unbind()
+        found = {name: number.float() for name, number in zip(means, numbers, strict=True)}
+        # of all ranks, which decide alike
+        bad_loss, bad_gradient = (not math.isfinite(found[name]) for name in ("loss", "grad_norm"))
         if self not in callbacks_of(trainer):
             # Lightning's search for a learning rate runs without them, and ends where training diverges.
             trainer.should_stop = trainer.should_stop or bad_loss or bad_gradient

@@ -109,15 +109,6 @@ KEYS = [
             "model:\n  base: tiny\ndata:\n  max_length: 64\n  train: rows.jsonl\n  max_length: 128\n",
         ),
     ),
-    Wrong(
-        "key_twice_in_a_runs_config",
-        "report run --out other.html",
-        ("'seed_everything'", "line 1", "line 2", "config.yaml"),
-        lambda: (
-            Path("run/manifest.json").unlink(),  # which would say it too
-            write("run/config.yaml", "seed_everything: 1\nseed_everything: 2\n")(),
-        ),
-    ),
     Wrong("binary_config", "fit --config wrong.yaml", ("utf-8",), write("wrong.yaml", b"\x00\xff\xfe")),
     Wrong("unknown_model_key", "--model.rnak 3", ("model.rnak", "Did you mean model.rank?")),
     Wrong("no_base", "fit --data.train rows.jsonl", ("arguments are required: base",)),

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import CONFIG, RUN_FILES, load_yaml
+from qlora_lightning.support.files import CONFIG, MANIFEST, load_yaml
 
 CALLBACKS = {
     "gradient_checkpointing": "GradientCheckpointing",
@@ -155,7 +155,7 @@ def refuse_moved_run(configs: Mapping[str, Mapping[str, Any]], run_folder: str |
         folder = Path(name).expanduser().parent
         trainer = config.get("trainer")
         named = trainer.get("default_root_dir") if isinstance(trainer, dict) else None
-        is_run = Path(name).name == CONFIG and any((folder / each).exists() for each in RUN_FILES)
+        is_run = Path(name).name == CONFIG and (folder / MANIFEST).exists()
         if not is_run or not isinstance(named, str) or _normalized(named) != _normalized(run_folder):
             continue
         if Path(named).expanduser().resolve() != folder.resolve():

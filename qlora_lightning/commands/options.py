@@ -46,11 +46,7 @@ class OptionParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Reject what was typed.
-
-        Raises:
-            UserError: always.
-        """
+        """Reject what was typed."""
         raise UserError(f"{message}. See `{self.prog} --help`.")
 
 

@@ -35,11 +35,7 @@ _BESIDE = 4  # runs in a table of the terminal: more would not fit into 80 colum
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the page of one run or several; return the exit code.
-
-    Raises:
-        UserError: A folder holds no run, a file of it is damaged, or a file cannot be written or would be lost.
-    """
+    """Write the page of one run or several; return the exit code."""
     parser = OptionParser("report", _DESCRIPTION, _EXAMPLES)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the page there")

@@ -71,9 +71,6 @@ class QLoRACLI(LightningCLI):
     Attributes:
         configs: the config files, as ``read_configs`` returns them.
         checkpoint: file of the checkpoint to run with.
-
-    Raises:
-        UserError: a key or value is wrong.
     """
 
     checkpoint: str | None = None
@@ -270,11 +267,7 @@ def _read_stored_settings(checkpoint: str, given: Mapping[str, Any]) -> dict[str
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command that ``argv`` begins with; return the exit code.
-
-    Raises:
-        UserError: a key or value is wrong.
-    """
+    """Run the command that ``argv`` begins with; return the exit code."""
     # a silent process is given up after ten minutes; Lightning waits for thirty
     limit = timedelta(minutes=10)
     StrategyRegistry.register("ddp", DDPStrategy, "DDP", override=True, start_method="popen", timeout=limit)

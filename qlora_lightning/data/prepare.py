@@ -97,19 +97,11 @@ class Preparation:
         self.prompts: list[Prompt] = []
 
     def check(self, source: int, rows: Rows) -> None:
-        """Check the settings of a source against its first rows.
-
-        Raises:
-            UserError: they do not fit.
-        """
+        """Check the settings of a source against its first rows."""
         self._converters[source].check([row for row in islice(rows, CHUNK) if isinstance(row, Row)])
 
     def add(self, rows: Sequence[NumberedRow]) -> None:
-        """Add rows; bad ones are reported and left out.
-
-        Raises:
-            UserError: no row of the source can be used, or the template cannot.
-        """
+        """Add rows; bad ones are reported and left out."""
         renderer, bad = self._recipe.renderer, dict[int, BadRow]()
         good: list[_Converted] = []
         for number, source, row in rows:
@@ -217,9 +209,6 @@ def prepare(
         deduplicate: leave out rows that equal an earlier one.
         for_prompts: whether the rows are to be answered; they may lack answers.
         show: show how many rows are done: by a bar on a terminal, else in the log every 10 seconds.
-
-    Raises:
-        UserError: a format is unclear, or the template cannot be used.
     """
     preparation, done = Preparation(recipe, split, [settings for settings, _ in sources], for_prompts), 0
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn()

@@ -22,7 +22,6 @@ STATUS = {
     "failed": "ended by an error",
     "running": "still training",
     "killed": "killed: nothing wrote how it ended",
-    "unknown": "of a version that wrote no manifest",
 }
 _HASH = 16  # digits shown of one; manifest.json has all
 _NOT_SHOWN = "trainer.default_root_dir"  # differs between any two runs, and changes nothing
@@ -151,7 +150,7 @@ def next_steps(run: Run) -> Facts:
             if words[number].startswith("--ckpt_path"):
                 del words[number : number + (1 if "=" in words[number] else 2)]
         return [("resume it, from the same working folder", shlex.join([*words, "--ckpt_path", "last"]))]
-    if run.status not in ("finished", "unknown"):
+    if run.status != "finished":
         return []
     data = run.config.get("data") or {}
     steps = [("talk to it", f"qlora-lightning chat --adapter {folder}/adapter")]
@@ -196,7 +195,7 @@ def _describe_base(base: Mapping[str, Any], flat: Mapping[str, Any]) -> str:
 
 
 def _describe_adapter(run: Run) -> str:
-    adapter = run.manifest.get("adapter") or run.adapter.get("adapter") or {}
+    adapter = run.manifest.get("adapter") or {}
     parts = [f"{name} {adapter[name]}" for name in ("rank", "alpha", "dropout") if adapter.get(name) is not None]
     if adapter.get("target_modules"):
         parts.append(f"on {', '.join(adapter['target_modules'])} of {len(adapter.get('layers') or [])} layers")
@@ -359,7 +358,7 @@ def format_setting(value: Any) -> str:
 
 
 def _base(run: Run) -> Mapping[str, Any]:
-    return run.manifest.get("base") or run.adapter
+    return run.manifest.get("base") or {}
 
 
 def _files(run: Run) -> dict[str, Any]:

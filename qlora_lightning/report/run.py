@@ -8,20 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import (
-    ADAPTER_FOLDER,
     CHECKPOINTS,
-    CONFIG,
     EVALUATION,
-    IDENTITY,
     MANIFEST,
     METRICS,
     PLAN,
-    RUN_FILES,
-    load_yaml,
     lock_folder,
     read_json_object,
     write_whole,
@@ -42,13 +35,12 @@ class Run:
 
     folder: Path  # as the user typed it
     name: str  # distinguishes the run from the others of a report
-    status: str  # finished, stopped (by a signal), failed, running, killed (nothing wrote its end), unknown
+    status: str  # finished, stopped (by a signal), failed, running, killed (nothing wrote its end)
     manifest: Mapping[str, Any] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)  # of the manifest, else of config.yaml
+    config: Mapping[str, Any] = field(default_factory=dict)  # of the manifest
     metrics: Mapping[str, Points] = field(default_factory=dict)  # the columns of metrics.csv
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     plan: Mapping[str, Any] = field(default_factory=dict)  # memory predicted and measured
-    adapter: Mapping[str, Any] = field(default_factory=dict)  # base, quantization, fingerprint
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
@@ -57,25 +49,24 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     Raises:
         UserError: It holds no run, or a file of it is damaged.
     """
-    if not any((folder / file).is_file() for file in RUN_FILES):
+    manifest = read_manifest(folder)
+    if not manifest:
         raise UserError(
-            f"{folder} holds no run: expected {MANIFEST} or {METRICS} in it. Name the folder that "
+            f"{folder} holds no run: expected {MANIFEST} in it. Name the folder that "
             "trainer.default_root_dir of its fit was."
         )
-    manifest = read_manifest(folder)
-    status = manifest.get("status", "unknown")
-    if status in ("running", "unknown"):
-        status = "running" if _is_training(folder) else {"running": "killed"}.get(status, status)
+    status = manifest["status"]
+    if status == "running" and not _is_training(folder):
+        status = "killed"
     return Run(
         folder=folder,
         name=name or folder.resolve().name,
         status=status,
         manifest=manifest,
-        config=manifest.get("config") or _read_config(folder / CONFIG),
+        config=manifest.get("config") or {},
         metrics=read_metrics(folder / METRICS),
         evaluation=_read_json(folder / EVALUATION),
         plan=_read_json(folder / PLAN),
-        adapter=_read_json(folder / ADAPTER_FOLDER / IDENTITY),
     )
 
 
@@ -149,13 +140,3 @@ def _is_training(folder: Path) -> bool:
     if descriptor is not None:
         os.close(descriptor)
     return False
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        config: dict[str, Any] = load_yaml(file.read_text(encoding="utf-8-sig")) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is damaged: {' '.join(str(error).split())}. {_REMEDY}") from error
-    return config

@@ -20,7 +20,6 @@ CONFIG, METRICS, MANIFEST, PLAN = "config.yaml", "metrics.csv", "manifest.json",
 EVALUATION, PREDICTIONS, PAGE = "evaluation.json", "predictions.jsonl", "report.html"
 CHECKPOINTS, ADAPTER_FOLDER = "checkpoints", "adapter"
 IDENTITY = "qlora_lightning.json"  # in the adapter folder
-RUN_FILES = MANIFEST, METRICS  # a folder with one of these is a run's
 
 
 def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:

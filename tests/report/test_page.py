@@ -8,9 +8,9 @@ import pytest
 from qlora_lightning.page import show_controls
 from qlora_lightning.report.charts import Chart, Curve, charts_of, draw_charts, running_mean
 from qlora_lightning.report.page import render_report, write_run_page
-from qlora_lightning.report.run import Run, read_run
+from qlora_lightning.report.run import Run, read_run, write_manifest
 from tests.markup import Reader
-from tests.report.conftest import write_run
+from tests.report.conftest import CONFIG, write_run
 
 HOSTILE = "</pre></script><script>alert('1')</script><img src=x onerror=alert(1)>&amp;\" onmouseover=\"x"
 REFERENCES = ("http:", "https:", "src=", ' href="', "url(h", "@import", "@font-face", "<script")
@@ -148,11 +148,12 @@ def test_a_page_needs_nothing_beside_itself_and_runs_no_script(pages, name):
 
 def test_a_page_is_small_however_long_the_run_was_and_is_made_of_whatever_there_is(make_run):
     assert len(render_report([read_run(make_run(steps=20_000))])) < 400_000
-    bare = make_run("bare", manifest=False)
+    bare = make_run("bare", evaluation={})
+    write_manifest(bare, {"status": "running", "config": CONFIG})
     (bare / "metrics.csv").write_text("step,train_loss\n")
     page = Reader(write_run_page(bare).read_text())
-    assert page.texts("h2") == ["What to do next", "What was trained on what", "Config"]
-    assert "of a version that wrote no manifest" in page.text
+    assert page.texts("h2") == ["What was trained on what", "Config"]
+    assert "killed: nothing wrote how it ended" in page.text
 
 
 def test_what_cannot_be_seen_is_shown():

@@ -110,7 +110,8 @@ def test_a_fit_has_its_figures_from_all_its_files(make_run):
         **{"peak_memory_gib": 1.5, "minutes": 1.5, "steps": 20, "tokens": 2000},
     }
     assert find_figures(make(metrics={"train_loss": []})) == {}
-    of_table = find_figures(read_run(make_run("b", manifest=False)))
+    running = {"status": "running", "progress": {}, "peak_memory_gib": {}, "evaluation": {}}
+    of_table = find_figures(read_run(make_run("b", **running)))
     names = ("val_loss", "steps", "tokens", "peak_memory_gib")
     assert [of_table[name].value for name in names] == pytest.approx([0.55, 20, 2000, 1.25])
     assert "minutes" not in of_table
@@ -152,6 +153,6 @@ def test_a_best_is_marked_only_among_runs_measured_on_the_same_rows(make_run):
     three = read_run(make_run("c", evaluation=other, data=rows))
     assert not any(map(any, best(one, three).values()))
     assert not any(map(any, best(one, one).values()))
-    headings, lines = figure_table([one, read_run(make_run("d", manifest=False))])
+    headings, lines = figure_table([one, read_run(make_run("d", status="running"))])
     assert headings == ["", "a", "d"]
     assert ("wall time, h:mm:ss", [("0:01:30", ""), ("–", "")]) in lines

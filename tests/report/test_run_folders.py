@@ -1,4 +1,4 @@
-"""Any run folder is read: whole, half, still training, of version 0.1; a damaged one is rejected by name."""
+"""Any run folder is read: whole, half, still training; a damaged one is rejected by name."""
 
 import fcntl
 import os
@@ -18,12 +18,10 @@ def test_a_folder_is_read_whole(make_run):
     assert run.evaluation["rows"] == 1
 
 
-@pytest.mark.parametrize("manifest", [True, False])
-def test_a_locked_folder_is_of_a_run_that_is_training(make_run, manifest):
-    folder = make_run(manifest=manifest, status="running")
+def test_a_locked_folder_is_of_a_run_that_is_training(make_run):
+    folder = make_run(status="running")
     (folder / "checkpoints").mkdir()
-    ended = "killed" if manifest else "unknown"
-    assert read_run(folder).status == ended
+    assert read_run(folder).status == "killed"
     assert read_run(folder).config["data"]["train"] == "rows.jsonl"
     descriptor = os.open(folder / "checkpoints", os.O_RDONLY)
     try:
@@ -31,32 +29,32 @@ def test_a_locked_folder_is_of_a_run_that_is_training(make_run, manifest):
         assert read_run(folder).status == "running"
     finally:
         os.close(descriptor)
-    assert read_run(folder).status == ended
+    assert read_run(folder).status == "killed"
 
 
 def test_what_is_no_run_is_rejected(make_run, tmp_path):
     for wrong in (tmp_path / "missing", make_run().parent):
-        with pytest.raises(UserError, match=f"{wrong} holds no run: expected manifest.json or metrics.csv"):
+        with pytest.raises(UserError, match=f"{wrong} holds no run: expected manifest.json in it"):
             read_run(wrong)
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        *[(name, "{ [") for name in ("manifest.json", "evaluation.json", "plan.json", "config.yaml")],
+        *[(name, "{ [") for name in ("manifest.json", "evaluation.json", "plan.json")],
         *[("plan.json", 100_000 * "["), ("evaluation.json", "[]"), ("manifest.json", '{"format": "another"}')],
         ("manifest.json", '{"format": "qlora_lightning manifest", "format_version": 2}'),
     ],
 )
 def test_a_damaged_file_is_named(make_run, name, content):
-    folder = make_run(manifest=name != "config.yaml")
+    folder = make_run()
     (folder / name).write_text(content)
     with pytest.raises(UserError, match=name):
         read_run(folder)
 
 
 def test_runs_are_named_by_the_last_part_of_their_folders_if_that_tells_them_apart(make_run, monkeypatch):
-    folders = [make_run(name, manifest=False) for name in ("x/run", "y/run", "other")]
+    folders = [make_run(name) for name in ("x/run", "y/run", "other")]
     assert [run.name for run in read_runs(folders[1:])] == ["run", "other"]
     monkeypatch.chdir(folders[0])
     assert [run.name for run in read_runs([folders[0].relative_to(folders[0])])] == ["run"]

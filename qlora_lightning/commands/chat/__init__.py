@@ -21,11 +21,7 @@ Lines that come through a pipe are turns of one conversation."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Talk; return the exit code.
-
-    Raises:
-        UserError: an option, an adapter or the one message cannot be used.
-    """
+    """Talk; return the exit code."""
     options = _parser().parse_args(argv)
     if options.prompt is not None and not options.prompt.strip():
         raise UserError("--prompt is empty: expected a message.")

@@ -37,11 +37,7 @@ _HELP = """/adapter NAME  let another adapter answer, or `base`; alone: list the
 
 
 def chat(options: argparse.Namespace, adapters: Mapping[str, Path]) -> None:
-    """Load base and adapters, and converse as the options ask.
-
-    Raises:
-        UserError: an adapter cannot be used, or ``--prompt`` not be answered.
-    """
+    """Load base and adapters, and converse as the options ask."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     session = Session(options, adapters)
@@ -117,9 +113,6 @@ class Session:
     Args:
         options: of the command.
         adapters: folders by name.
-
-    Raises:
-        UserError: a folder cannot be used, or the adapters were trained on different bases.
     """
 
     def __init__(self, options: argparse.Namespace, adapters: Mapping[str, Path]) -> None:

@@ -35,11 +35,7 @@ answers that end by themselves. A row is an answer's last turn, answered from al
 
 
 def main(argv: Sequence[str]) -> int:
-    """Evaluate; return the exit code.
-
-    Raises:
-        UserError: a key, value, adapter or file is wrong.
-    """
+    """Evaluate; return the exit code."""
     options, rest = _parser().parse_known_args(argv)
     adapters = name_adapters(options.adapter, _RESERVED, single="adapter")
     if not adapters and not rest:

@@ -37,9 +37,6 @@ def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], argument
         options: the command's own.
         adapters: folders by name; none: that of the run folder.
         arguments: options of ``fit``, among them those of ``evaluation``.
-
-    Raises:
-        UserError: a key, value, adapter or row is wrong.
     """
     with quiet_lightning():
         run = QLoRACLI([*arguments, *_ONE_DEVICE])

@@ -30,11 +30,7 @@ the Python package llama-cpp-python."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Merge an adapter; return the exit code.
-
-    Raises:
-        UserError: the adapter, the base or an option cannot be used, or the merged model disagrees with them.
-    """
+    """Merge an adapter; return the exit code."""
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
     options.fit = rest  # options of fit, which choose rows for the check

@@ -29,11 +29,7 @@ from qlora_lightning.support.files import flush, put_in_place, read_json_object
 
 
 def merge(options: argparse.Namespace) -> None:
-    """Do what the command line asks for.
-
-    Raises:
-        UserError: the adapter, the base or an option cannot be used, or the merged model disagrees with them.
-    """
+    """Do what the command line asks for."""
     source = find_adapter(options.adapter, options.base)
     if options.onto == "original" and source.is_stored_quantized:
         raise UserError(f"--onto original: {source.base.name} is stored quantized; it has no weights from before.")

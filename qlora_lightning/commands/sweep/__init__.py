@@ -71,11 +71,7 @@ class Sweep:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Sweep; return the exit code.
-
-    Raises:
-        UserError: an option, key, value or file is wrong.
-    """
+    """Sweep; return the exit code."""
     options, rest = _parser().parse_known_args(argv)
     sweep = Sweep("rank", tuple(sorted(options.ranks or (8, 16, 32, 64))), options.min_gain)
     if options.target_modules:

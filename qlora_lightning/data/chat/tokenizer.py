@@ -22,11 +22,7 @@ def tokenizer_of_base(base: str, revision: str | None = None, trust_remote_code:
 
 
 def load_chosen_tokenizer(choice: TokenizerChoice) -> Any:
-    """Load a tokenizer by hub id, folder or ``package:NAME``, or ``{name, revision, trust_remote_code}``; or return it.
-
-    Raises:
-        UserError: there is no such tokenizer.
-    """
+    """Load a tokenizer by hub id, folder, ``package:NAME`` or ``{name, revision, trust_remote_code}``; or return it."""
     if choice is None:
         raise UserError("tokenizer: expected a hub id, a folder or package:NAME, found none (the base's, usually).")
     if not isinstance(choice, str | dict):

@@ -96,7 +96,7 @@ def measure(folder: str, layers: int) -> dict[str, Any]:
         figures[f"{name}_private_bytes"] = max(private for private, _ in watch.stop())
         figures["quantized_bytes"] = sum(bytes_by_dtype(loaded.model).values())
         for parameter in loaded.model.parameters():  # the next process shall find the files in memory, as after a run
-            parameter.detach().view(torch.uint8).sum()
+            parameter.detach().view(torch.uint8).flatten()[::4096].sum()  # a byte of each page
         del loaded
     return figures
 

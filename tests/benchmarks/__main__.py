@@ -107,16 +107,31 @@ class Benchmarks:
                     self.add(side, f"answers of the {model}", figures)
 
     def measure_preferences(self, with_peer: bool) -> None:
-        """Train by DPO on the first rows of a file of pairs, in turns: in the second epoch ours knows the reference."""
+        """Compare a loss and its gradients; then train by DPO in turns: in the second epoch ours knows the reference.
+
+        The rows are the first of a file of pairs.
+        """
         lines = Path(self._arguments.preferences).read_text(encoding="utf-8").splitlines()[: self._arguments.rows]
         with tempfile.TemporaryDirectory() as folder:
             rows = Path(folder) / "pairs.jsonl"
             rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
             pythons = {"ours": sys.executable} | ({"peer": self._arguments.peer_python} if with_peer else {})
+            if with_peer:
+                self._compare_preferences(folder, str(rows), pythons)
             for epochs, (side, python) in itertools.product((1, 2), list(pythons.items()) * self._arguments.repeats):
                 common = {"side": side, "base": self._base, "rows": str(rows), "dtype": self._dtype, "epochs": epochs}
                 found = run_child("preferences", self._arguments.threads, python=python, **common)
                 self.add(side, f"DPO, epochs: {epochs}", found)
+
+    def _compare_preferences(self, folder: str, rows: str, pythons: dict[str, str]) -> None:
+        losses, gradients = [], []
+        for side, python in pythons.items():
+            file = Path(folder) / f"{side}.pt"
+            common = {"side": side, "base": self._base, "rows": rows, "dtype": self._dtype, "gradients": str(file)}
+            losses.append(run_child("preferences", self._arguments.threads, python=python, **common)["loss"])
+            gradients.append(torch.load(file, weights_only=True))
+        apart = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
+        self.setup["DPO's first loss"] = f"{losses[0]:.7f}, the peer's {losses[1]:.7f}; gradients differ by {apart:.1e}"
 
     def measure_scaling(self) -> None:
         """Take batches of more and more short rows, and one longer and longer row."""

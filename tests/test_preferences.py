@@ -105,6 +105,18 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, smollm2_folder, row, words):
         make_data(tmp_path, smollm2_folder, [ROWS[0], row])
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"train_on": "all"}, "train_on: all trains the prompt too"),
+        ({"format": "alpaca"}, "format: expected auto or the dotted path of a function .* found 'alpaca'"),
+    ],
+)
+def test_a_setting_that_does_not_fit_pairs_is_rejected(tmp_path, smollm2_folder, options, words):
+    with pytest.raises(UserError, match=words):
+        make_data(tmp_path, smollm2_folder, **options)
+
+
 def test_a_pair_whose_answers_would_keep_other_parts_of_the_prompt_is_left_out(tmp_path, smollm2_folder, caplog):
     long = {"prompt": "Count. " * 40, "chosen": "1", "rejected": "2 " * 20}
     data = make_data(tmp_path, smollm2_folder, [ROWS[0], long], max_length=64)

@@ -17,5 +17,7 @@ class PreferenceDataModule(InstructionDataModule):
 
     def _check_settings(self) -> None:
         super()._check_settings()
+        if self.train_on == "all":
+            raise UserError("train_on: all trains the prompt too, but answers alone are compared: assistant or last.")
         if self.too_long == "split":
             raise UserError("too_long: split cuts rows into pieces, which cannot be compared: truncate or drop.")

@@ -44,7 +44,12 @@ class RowConverter:
         self.settings, self.needs_answer, self.pairs = settings, needs_answer, pairs
         self.formats: list[str] = []
         self.unread_columns: list[str] = []
-        self._named = None if settings.format == "auto" else _name_format(settings.format)
+        named = settings.format
+        if pairs and named != "auto" and "." not in named:
+            raise UserError(
+                f"format: expected auto or the dotted path of a function that returns two answers, found {named!r}."
+            )
+        self._named = None if named == "auto" else _name_format(named)
         if pairs and self._named is None:
             self._named = PREFERENCE
         self._by_columns: dict[tuple[str, ...], Format | None] = {}

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,12 @@ ASKED, GOOD, BAD = (
     [{"role": role, "content": content}]
     for role, content in (("user", "Hi?"), ("assistant", "Hello."), ("assistant", "No"))
 )
+ROLES = {"customer": "user", "agent": "assistant"}
+# the same, by speakers of other names
+ASKED_BY_NAME, GOOD_BY_NAME, BAD_BY_NAME = (
+    [{"from": name, "value": messages[0]["content"]}]
+    for name, messages in (("customer", ASKED), ("agent", GOOD), ("agent", BAD))
+)
 
 
 @pytest.mark.parametrize(
@@ -70,12 +77,19 @@ ASKED, GOOD, BAD = (
             },
             {},
         ),
-        ({"question": "Hi?", "yes": "Hello.", "no": "No"}, {"question": "prompt", "yes": "chosen", "no": "rejected"}),
+        ({"q": "Hi?", "yes": "Hello.", "no": "No"}, {"columns": {"q": "prompt", "yes": "chosen", "no": "rejected"}}),
+        ({"prompt": json.dumps(ASKED), "chosen": json.dumps(GOOD), "rejected": json.dumps(BAD[0])}, {}),  # from CSV
+        ({"prompt": "Hi?", "chosen": json.dumps(ASKED + GOOD), "rejected": json.dumps(ASKED + BAD)}, {}),
+        ({"prompt": ASKED_BY_NAME, "chosen": GOOD_BY_NAME, "rejected": BAD_BY_NAME}, {"roles": ROLES}),
+        ({"chosen": ASKED_BY_NAME + GOOD_BY_NAME, "rejected": ASKED_BY_NAME + BAD_BY_NAME}, {"roles": ROLES}),
     ],
-    ids=["messages", "implicit", "with-text", "with-messages", "json", "answers", "alpaca", "sharegpt", "columns"],
+    ids=[
+        *("messages", "implicit", "with-text", "with-messages", "json", "answers", "alpaca", "sharegpt", "columns"),
+        *("csv", "csv-implicit", "roles", "roles-implicit"),
+    ],
 )
 def test_every_shape_of_row_gives_the_same_pair(tmp_path, smollm2_folder, row, options):
-    found = make_data(tmp_path, smollm2_folder, [row], columns=options)
+    found = make_data(tmp_path, smollm2_folder, [row], **options)
     (batch,) = found.train_dataloader()
     tokenizer, ids, labels = found.tokenizer, batch["input_ids"][0], batch["labels"][0]
     first, second = batch["cu_seqlens"].diff().tolist()
@@ -97,12 +111,43 @@ def test_every_shape_of_row_gives_the_same_pair(tmp_path, smollm2_folder, row, o
         ({"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
         ({"chosen": ASKED + GOOD, "rejected": [{**ASKED[0], "content": "Who?"}, *BAD]}, "different prompts"),
         ({"chosen": ASKED + GOOD, "rejected": ASKED}, "has no answer"),
+        ({"chosen": ASKED + GOOD, "rejected": ASKED + GOOD}, "are the same"),
+        ({"prompt": "a", "chosen": [], "rejected": "b"}, "'chosen' or 'rejected' is an empty list"),
+        ({"prompt": "a", "chosen": str(GOOD), "rejected": str(BAD)}, "'chosen': not JSON"),
+        ({"prompt": ASKED + GOOD, "chosen": "a", "rejected": "b"}, "the prompt ends with an assistant's message"),
+        ({"messages": ASKED + GOOD, "chosen": "a", "rejected": "b"}, "the prompt ends with an assistant's message"),
+        ({"question": "a", "chosen": "b", "rejected": "c"}, "did you mean `columns: {question: prompt}`"),
         ({**ROWS[0], "images": ["cat.png"]}, "has 'images', but only text is read"),
     ],
 )
 def test_a_bad_row_is_named_with_its_line(tmp_path, smollm2_folder, row, words):
     with pytest.raises(UserError, match=rf"train\.jsonl:2.*{words}"):
         make_data(tmp_path, smollm2_folder, [ROWS[0], row])
+
+
+def test_an_answer_that_is_json_of_something_else_is_a_text(tmp_path, smollm2_folder):
+    row = {"prompt": "Book.", "chosen": '[{"from": "Rome", "to": "Oslo"}]', "rejected": "{Rome}"}
+    samples = make_data(tmp_path, smollm2_folder, [row])
+    ids, labels, *_ = samples.samples["train"][0]
+    assert row["chosen"] in samples.tokenizer.decode(ids[labels >= 0])
+
+
+ASKED_ON = [*ASKED, {**GOOD[0], "reasoning_content": "A greeting."}, *ASKED]
+QWEN3 = str(Path(__file__).parent / "data" / "model_templates" / "qwen3.jinja")  # earlier reasoning is left out
+
+
+@pytest.mark.parametrize("template", ["chatml", QWEN3], ids=["chatml", "qwen3"])
+def test_a_function_gives_the_same_pair_as_a_row(tmp_path, smollm2_folder, monkeypatch, template):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_pairs.py").write_text("def read(row):\n    return row['good'], row['bad']\n")
+    one, other = ASKED_ON + GOOD, ASKED_ON + BAD
+    implicit = make_data(tmp_path, smollm2_folder, [{"chosen": one, "rejected": other}], chat_template=template)
+    options = {"format": "my_pairs.read", "chat_template": template}
+    own = make_data(tmp_path, smollm2_folder, [{"good": one, "bad": other}], **options)
+    assert own.samples["train"].content_hash == implicit.samples["train"].content_hash
+    for bad, words in ((one, "are the same"), (ASKED_ON, "one has no answer")):
+        with pytest.raises(UserError, match=words):
+            make_data(tmp_path, smollm2_folder, [{"good": one, "bad": bad}], **options)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ class PreferenceDataModule(InstructionDataModule):
     """Rows with a prompt, a ``chosen`` and a ``rejected`` answer: what :class:`PreferenceModule` trains on.
 
     All arguments are those of :class:`InstructionDataModule`; ``format: auto`` reads TRL's and LLaMA-Factory's shapes,
-    and a function of the user's returns two conversations. A row is one sample with both answers, so ``batch_size``
-    counts pairs; in a batch it becomes two samples that begin with the same prompt, which is computed once.
-    ``max_length`` is of each answer with its prompt. A pair of which one answer is left out is left out.
+    and a function of the user's returns two conversations, which begin alike. A row is one sample with both answers, so
+    ``batch_size`` counts pairs; in a batch it becomes two samples that begin with the same prompt, which is computed
+    once. ``max_length`` is of each answer with its prompt. A pair of which one answer is left out is left out.
     """
 
     pairs = True

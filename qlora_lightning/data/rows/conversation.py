@@ -84,10 +84,9 @@ _SPEAKERS = {
 _UNREAD = {*MEDIA, "loss", "mask", "trian", "trained", "training", "weigth", "weights"}
 
 
-def is_answer(message: Mapping[str, Any]) -> bool:
-    """Whether an assistant speaks, by a name that is known."""
-    speaker = _speaker_of(message)
-    return _SPEAKERS.get(speaker, speaker) == "assistant"
+def is_answer(message: Mapping[str, Any], roles: Mapping[str, str]) -> bool:
+    """Whether an assistant speaks, by a name that is known or in ``roles``."""
+    return _role_of(message, roles) == "assistant"
 
 
 def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message:
@@ -101,8 +100,7 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
     where = f"message {number}"
     if not isinstance(message, dict):
         raise RowFault(f"{where} must have 'role' and 'content', found {kind_of(message)}")
-    speaker = _speaker_of(message)
-    role = roles.get(speaker, _SPEAKERS.get(speaker, speaker))
+    speaker, role = _speaker_of(message), _role_of(message, roles)
     if role not in ROLES:
         known = ", ".join((*ROLES, *_SPEAKERS))
         raise RowFault(f"{where} has the role {speaker!r}, expected {known}; name others by `roles: {{theirs: ours}}`")
@@ -179,6 +177,11 @@ def _read_marks(message: dict[str, Any], role: str, where: str) -> bool:
 
 def _speaker_of(message: Mapping[str, Any]) -> str:
     return str(message.get("role", message.get("from")))
+
+
+def _role_of(message: Mapping[str, Any], roles: Mapping[str, str]) -> str:
+    speaker = _speaker_of(message)
+    return roles.get(speaker, _SPEAKERS.get(speaker, speaker))
 
 
 def check_order(conversation: Conversation, needs_answer: bool) -> None:

@@ -5,6 +5,7 @@ import pkgutil
 import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +52,7 @@ class RowConverter:
             )
         self._named = None if named == "auto" else _name_format(named)
         if pairs and self._named is None:
-            self._named = PREFERENCE
+            self._named = PREFERENCE._replace(convert=partial(from_preference, roles=settings.roles))
         self._by_columns: dict[tuple[str, ...], Format | None] = {}
         other_shape = " If the rows have another shape than those that `columns` is for, add `--data.columns null`."
         self._remedy = other_shape if settings.columns else ""
@@ -202,38 +203,73 @@ def from_tokens(values: dict[str, Any]) -> Tokens:
     return Tokens(ids, labels)
 
 
-def from_preference(values: dict[str, Any]) -> tuple[Any, Any]:
+def from_preference(values: dict[str, Any], roles: Mapping[str, str]) -> tuple[Any, Any]:
     """Read ``chosen`` and ``rejected``: each a text, a message or a list of messages, behind the row's prompt.
 
     The prompt is ``prompt`` (a text or messages), ``messages``, ``conversations``, or Alpaca's columns (LLaMA-Factory);
-    without one, or beside one, both hold whole conversations, which begin alike (TRL's implicit prompt).
+    without one, or beside one, both hold whole conversations, which begin alike (TRL's implicit prompt). Messages may
+    be JSON strings.
     """
-    answers = [values["chosen"], values["rejected"]]
+    answers = [_parse_messages(values[key], repr(key)) for key in ("chosen", "rejected")]
+    if [] in answers:
+        raise RowFault("'chosen' or 'rejected' is an empty list: expected an answer")
     of_lists = (parse_json(values[key], repr(key)) for key in ("messages", "conversations") if values.get(key))
-    whole = values.get("prompt") or next(of_lists, None)
-    if all(isinstance(each, list) and not is_answer(each[0]) for each in answers):
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*answers, strict=False)))
-        whole, answers = answers[0][:shared], [answer[shared:] for answer in answers]
-        if not all(whole and answer and is_answer(answer[0]) for answer in answers):
-            raise RowFault("'chosen' and 'rejected' answer different prompts, or one has no answer")
-    if values.get("instruction"):
+    prompt = _parse_messages(values.get("prompt"), "'prompt'") or next(of_lists, None)
+    if all(isinstance(each, list) and not is_answer(each[0], roles) for each in answers):
+        shared = _count_shared(answers[0], answers[1], roles)
+        prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
+    elif values.get("instruction"):
         prompt = from_alpaca({**values, "output": None})
-    elif isinstance(whole, str):
-        prompt = _exchange(whole, None)
-    elif whole is not None:
-        prompt = whole
-    else:
+    elif isinstance(prompt, str):
+        prompt = _exchange(prompt, None)
+    elif not prompt:
+        theirs = next((name for name in _SYNONYMS["instruction"] if values.get(name)), None)
+        hint = f": did you mean `columns: {{{theirs}: prompt}}`?" if theirs else ""
         raise RowFault(
-            "a preference row needs a prompt beside 'chosen' and 'rejected', or a whole conversation in each"
+            f"a preference row needs a prompt beside 'chosen' and 'rejected', or a whole conversation in each{hint}"
         )
+    elif is_answer(prompt[-1], roles):
+        raise RowFault("the prompt ends with an assistant's message: expected a user's or a tool's, to answer")
     asked = [{**message, "train": False} for message in prompt]
     chosen, rejected = (
         [*asked, *(each if isinstance(each, list) else [each if isinstance(each, dict) else _answer(each)])]
         for each in answers
     )
     if chosen == rejected:
-        raise RowFault("'chosen' and 'rejected' are the same")
+        raise RowFault(_ALIKE)
     return chosen, rejected
+
+
+_ALIKE = "'chosen' and 'rejected' are the same"
+# keys of a message, in one of the ways in which it is written
+_MESSAGE_KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
+
+
+def _parse_messages(value: Any, where: str) -> Any:
+    """Return the messages that a JSON string holds, as it does in CSV; any other text, which is said, as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        found = parse_json(value, where)
+    except RowFault:
+        if value.startswith(("[{'role': ", "[{'content': ", "[{'from': ")):  # as Python shows a list of messages
+            raise
+        return value
+    messages = found if isinstance(found, list) else [found]
+    are_messages = all(
+        isinstance(each, dict) and any(keys <= each.keys() for keys in _MESSAGE_KEYS) for each in messages
+    )
+    return messages if messages and are_messages else value
+
+
+def _count_shared(chosen: Sequence[Any], rejected: Sequence[Any], roles: Mapping[str, str]) -> int:
+    """Count the messages with which two whole conversations begin: their prompt, which each of them must answer."""
+    if chosen == rejected:
+        raise RowFault(_ALIKE)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    if not shared or not all(each[shared:] and is_answer(each[shared], roles) for each in (chosen, rejected)):
+        raise RowFault("'chosen' and 'rejected' answer different prompts, or one has no answer")
+    return shared
 
 
 class Format(NamedTuple):
@@ -276,7 +312,7 @@ FORMATS = {
     )
 }
 PREFERENCE = Format(
-    *("preference", (), ("chosen", "rejected"), from_preference),
+    *("preference", (), ("chosen", "rejected"), partial(from_preference, roles={})),
     ("prompt", "messages", "conversations", "instruction", "input", "history", "functions"),
 )
 # Text is read where `format:` names it: it may be a conversation with a template applied, or be beside a misspelt one.
@@ -401,6 +437,11 @@ def _to_content(
         if not isinstance(content, tuple | list) or len(content) != 2:
             raise RowFault(f"expected two conversations by the format {form.name}, found {reprlib.repr(content)}")
         chosen, rejected = (_to_chat(each, values, form, settings, needs_answer, weight) for each in content)
+        if not form.is_ours:
+            shared = _count_shared(chosen.messages, rejected.messages, {})
+            for message in (*chosen.messages[:shared], *rejected.messages[:shared]):
+                if message["role"] == "assistant":
+                    message["train"] = False
         return Pair(chosen, rejected)
     return _to_chat(content, values, form, settings, needs_answer, weight)
 

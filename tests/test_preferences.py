@@ -150,6 +150,16 @@ def test_a_function_gives_the_same_pair_as_a_row(tmp_path, smollm2_folder, monke
             make_data(tmp_path, smollm2_folder, [{"good": one, "bad": bad}], **options)
 
 
+def test_a_pair_that_cannot_be_compared_is_left_out_with_its_reason(tmp_path, smollm2_folder, caplog):
+    turns = {"chosen": ASKED + GOOD + ASKED + GOOD, "rejected": ASKED + BAD + ASKED + BAD}
+    with pytest.raises(UserError, match=r"1 of 2 rows .*; 1: the chat template makes several samples of an answer"):
+        make_data(tmp_path, smollm2_folder, [ROWS[0], turns], chat_template=QWEN3)
+    alike = {"prompt": "Count.", "chosen": "1 " * 40 + "2", "rejected": "1 " * 40 + "3"}
+    data = make_data(tmp_path, smollm2_folder, [ROWS[0], alike], max_length=48)
+    assert data.samples["train"].row_ids.tolist() == [0]
+    assert "1 rows dropped: their two answers are the same within max_length" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -156,10 +156,14 @@ class Preparation:
             for part, samples in zip(converted.parts, parts, strict=True)
         ]
         rendered = [sample for samples in parts for sample in samples]
-        report.turn_by_turn += len(rendered) > len(parts)
+        several = len(rendered) > len(parts)
+        report.turn_by_turn += several
         if isinstance(content, Pair):
-            if all(len(samples) == 1 for samples in fitted):
+            if not several and all(fitted):
                 (one,), (other,) = fitted
+                if one == other:
+                    report.drop("their two answers are the same within max_length")
+                    return
                 if fitted != parts and _prompt_of(one) != _prompt_of(other):
                     report.drop("their prompt is too long for the two answers to share what is left of it")
                     return
@@ -174,8 +178,12 @@ class Preparation:
             report.drop(TOO_LONG)
             return
         report.unusable += 1
-        marked = not any(map(_count, rendered))
-        report.drop("every answer is marked `train: false`" if marked else "no labelled token within max_length")
+        if several and isinstance(content, Pair):
+            report.drop("the chat template makes several samples of an answer, which cannot be compared")
+        elif not any(map(_count, rendered)):
+            report.drop("every answer is marked `train: false`")
+        else:
+            report.drop("no labelled token within max_length")
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class Report:
     turn_by_turn: int = 0  # rows that became a sample per turn, since the template renders earlier answers otherwise
     weighted: int = 0  # samples whose row has another weight than 1
     dropped: dict[str, int] = field(default_factory=dict)  # well-formed rows that are left out, by reason
-    unusable: int = 0  # of these, rows without a labelled token
+    unusable: int = 0  # of these, rows that leave nothing to train on
     bad_rows: int = 0
     bad: list[BadRow] = field(default_factory=list)  # the first of them
     duplicates: int = 0  # rows equal to an earlier one of the split
@@ -115,7 +115,7 @@ class Report:
         """Refuse rows of which no sample is left, or too many leave nothing to learn from.
 
         Raises:
-            UserError: no sample is left, or, unless ``lenient``, more than 5 % of the rows have no labelled token.
+            UserError: no sample is left, or, unless ``lenient``, more than 5 % of the rows leave nothing to train on.
         """
         if self.samples == 0:
             if self.bad_rows:
@@ -123,9 +123,9 @@ class Report:
             raise UserError(f"{self.split}: none of {self.rows:,} rows is left ({self._reasons()}).")
         if not lenient and self.unusable > _MAX_UNUSABLE * self.rows:
             raise UserError(
-                f"{self.unusable:,} of {self.rows:,} rows of {self.split} have no labelled token (more than "
-                f"{_MAX_UNUSABLE:.0%}) and would teach nothing ({self._reasons()}). `qlora-lightning inspect` shows "
-                "them; look at max_length, train_on and `train: false`."
+                f"{self.unusable:,} of {self.rows:,} rows of {self.split} leave nothing to train on (more than "
+                f"{_MAX_UNUSABLE:.0%}; {self._reasons()}). `qlora-lightning inspect` shows them; look at max_length, "
+                "train_on and `train: false`."
             )
 
     def _list_bad(self) -> str:

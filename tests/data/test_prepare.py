@@ -241,5 +241,5 @@ def test_bad_rows_nothing_left_and_too_much_that_teaches_nothing_are_rejected():
     with pytest.raises(UserError, match=r"val: none of 1,200 rows is left \(1,200: too long\)"):
         Report("val", rows=1_200, dropped={"too long": 1_200}).check_left()
     Report("train", rows=20, samples=19, unusable=1).check_left()
-    with pytest.raises(UserError, match=r"^1 of 19 rows of train have no labelled token \(more than 5%\)"):
+    with pytest.raises(UserError, match=r"^1 of 19 rows of train leave nothing to train on \(more than 5%"):
         Report("train", rows=19, samples=18, unusable=1).check_left()

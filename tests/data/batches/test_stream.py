@@ -273,7 +273,7 @@ def test_the_first_block_is_checked_beforehand_and_read_again(make, write, talk)
         next(iter(make(skip_bad_rows=True)))
     said, unsaid = ([*talk("q", "k")[:1], talk("q", "k")[1] | marks] for marks in ({}, {"train": False}))
     write("train.jsonl", [{"messages": unsaid}] + [{"messages": said}] * 15)
-    with pytest.raises(UserError, match="1 of 8 rows of train have no labelled token"):
+    with pytest.raises(UserError, match="1 of 8 rows of train leave nothing to train on"):
         make().first_block()
     write("train.jsonl", [{"messages": said}] * 15 + [{"messages": unsaid}])
     assert len(rows(make())) == 12  # a sorted file must not stop it on its way

@@ -160,7 +160,7 @@ def test_the_program_quantizes(with_run, monkeypatch, capsys):
     card = (with_run / "merged" / "README.md").read_text()
     for command in ("ollama create my-model -f %sgguf/Modelfile", "llama-cli -m %sgguf/model-q4_k_m.gguf"):
         assert command % "merged/" in out
-        assert command % "" in card
+        assert f"\n    {command % ''}\n" in card  # a block of its own, to paste
 
 
 def test_a_quantizer_that_fails_leaves_nothing(with_run, monkeypatch, capsys):
@@ -273,12 +273,22 @@ def run_go(template, messages):
 
 @pytest.mark.parametrize("adds_bos", [False, True])
 @pytest.mark.parametrize(
-    "choice", ["SmolLM2's own", "chatml", "alpaca", "llama3", "llama31.jinja", "qwen25.jinja", "qwen3.jinja"]
+    ("choice", "different"),
+    [
+        *((choice, []) for choice in ("SmolLM2's own", "chatml", "alpaca", "qwen25.jinja")),
+        *((choice, ["questions", "answers with white space"]) for choice in ("llama3", "llama31.jinja")),
+        *((choice, ["answers with reasoning"]) for choice in ("qwen3.jinja", "qwen3_agent.jinja", "deepseek_r1.jinja")),
+    ],
 )
-def test_a_modelfile_writes_our_prompts(choice, adds_bos, tmp_path, tiny_base, pytestconfig):
+def test_a_modelfile_writes_our_prompts_or_the_difference_is_named(
+    choice, different, adds_bos, tmp_path, tiny_base, pytestconfig
+):
     name = str(pytestconfig.rootpath / "tests/data/model_templates" / choice) if "jinja" in choice else choice
     tokenizer = with_template(tiny_base, name)
-    assert write_modelfile(tmp_path / "model.gguf", tokenizer, adds_bos, "Be brief.")
+    note = write_modelfile(tmp_path / "model.gguf", tokenizer, adds_bos, {"system": "Be brief."})
+    assert [each for each in ("questions", "answers with white space", "answers with reasoning") if each in note] == (
+        different
+    )
     written = (tmp_path / "Modelfile").read_text(encoding="utf-8")
     start, template, end = written.split('"""', 2)
     assert start == "FROM ./model.gguf\nTEMPLATE "
@@ -293,5 +303,6 @@ def test_a_modelfile_writes_our_prompts(choice, adds_bos, tmp_path, tiny_base, p
 
 def test_a_template_without_a_known_form_is_left_out(tmp_path, tiny_base, pytestconfig):
     choice = str(pytestconfig.rootpath / "tests/data/model_templates" / "mistral.jinja")
-    assert not write_modelfile(tmp_path / "model.gguf", with_template(tiny_base, choice), False, None)
+    note = write_modelfile(tmp_path / "model.gguf", with_template(tiny_base, choice), False, {})
+    assert "no TEMPLATE" in note
     assert (tmp_path / "Modelfile").read_text() == 'FROM ./model.gguf\nPARAMETER stop "<|im_end|>"\n'

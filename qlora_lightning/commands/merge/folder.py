@@ -75,14 +75,13 @@ def merge(options: argparse.Namespace) -> None:
     with _whole_folder(options.out) as folder:
         _write_companions(source, folder, options)
         gguf_file = _write_weights(source, plan, original if options.onto == "original" else trained, folder, options)
-        has_template = True
+        note = ""
         if gguf_file is not None:
             settings = (source.identity.get("data") or {}).get("settings") or {}
-            tokenizer = load_tokenizer(str(folder))
-            has_template = write_modelfile(gguf_file, tokenizer, adds_bos(folder), settings.get("system"))
-            commands = _commands(gguf_file.relative_to(folder), has_template)
-            title = f"# {options.out.name}\n\n{figures['base']} with the adapter {source.folder.name} merged into it."
-            (folder / "README.md").write_text(f"{title}\n\n```\n{commands}\n```\n", encoding="utf-8")
+            note = write_modelfile(gguf_file, load_tokenizer(str(folder)), adds_bos(folder), settings)
+            how = _how_to_run(gguf_file.relative_to(folder), note)
+            card = f"# {options.out.name}\n\n{figures['base']} with an adapter merged into it.\n\n{how}\n"
+            (folder / "README.md").write_text(card, encoding="utf-8")
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         figures["files"] = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
         figures["check"] = check_written(options, plan, trained, folder, gguf_file, batches) if batches else None
@@ -94,22 +93,20 @@ def merge(options: argparse.Namespace) -> None:
         if name.endswith((".safetensors", ".gguf")):
             print(f"{options.out / name}  {format_bytes(size)}")
     if gguf_file is not None:
-        print(_commands(options.out / "gguf" / gguf_file.name, has_template))
+        print(_how_to_run(options.out / "gguf" / gguf_file.name, note))
 
 
-def _commands(file: Path, has_template: bool) -> str:
-    """Return how to run a GGUF file."""
+def _how_to_run(file: Path, note: str) -> str:
+    """Return the commands that run a GGUF file, for the terminal and as Markdown."""
     lines = [
-        f"Run it:  ollama create my-model -f {file.parent / 'Modelfile'}",
-        "         ollama run my-model",
-        f"     or  llama-cli -m {file}",
+        "Run it with Ollama:\n",
+        f"    ollama create my-model -f {file.parent / 'Modelfile'}",
+        "    ollama run my-model\n",
+        "or with llama.cpp:\n",
+        f"    llama-cli -m {file}",
+        f"\n{note}" if note else "",
     ]
-    if not has_template:
-        lines.append(
-            "The Modelfile has no TEMPLATE, because the form of this chat template in Ollama's language is not known: "
-            "write one, or run the file by llama-cli, which reads the chat template itself."
-        )
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
 @contextlib.contextmanager

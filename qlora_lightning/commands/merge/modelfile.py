@@ -1,13 +1,16 @@
 """A Modelfile, by which Ollama runs a GGUF file on the prompts of the training."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_lightning.data.chat.tokenizer import find_stop_ids
+from qlora_lightning.data.chat.render import ChatText
+from qlora_lightning.data.chat.tokenizer import ControlTokens, find_stop_ids
+from qlora_lightning.data.rows.bad_rows import RowFault
+from qlora_lightning.data.rows.conversation import Conversation
 
-_Messages = Sequence[Mapping[str, str]]
+_Write = Callable[[Conversation], str]
 _SYSTEM, _QUESTION, _ANSWER, _NEXT = "What rules all.", "What is asked?", "What is said\nto it.", "What else is asked?"
 
 
@@ -21,7 +24,7 @@ class _Form(NamedTuple):
     behind_earlier_question: str  # the same of a turn before: Qwen3 leaves the empty thoughts out there
     behind_answer: str  # up to the next question's first character
 
-    def write(self, messages: _Messages) -> str:
+    def write(self, messages: Conversation) -> str:
         """Write a prompt as Ollama does by the template in Go."""
         behind = {"system": self.behind_system, "user": self.behind_earlier_question, "assistant": self.behind_answer}
         begin = self.system if messages[0]["role"] == "system" else self.begin
@@ -35,18 +38,35 @@ _TEMPLATE = (
     "{{ if eq (len (slice $.Messages $i)) 1 }}%s{{ else }}%s{{ end }}"
     '{{ else if eq .Role "assistant" }}{{ .Content }}%s{{ end }}{{ end }}'
 )
+_NO_TEMPLATE = (
+    "The Modelfile has no TEMPLATE, because the form of this chat template in Ollama's language is not known: "
+    "write one, or run the file by llama-cli, which reads the chat template itself."
+)
 
 
-def write_modelfile(file: Path, tokenizer: Any, adds_bos: bool, system: str | None) -> bool:
-    """Write ``Modelfile`` beside a GGUF file; return whether it has a template, the chat template's form in Go.
+def write_modelfile(file: Path, tokenizer: Any, adds_bos: bool, settings: Mapping[str, Any]) -> str:
+    """Write ``Modelfile`` beside a GGUF file, with the chat template's form in Go if it is known.
 
     Args:
         file: what Ollama runs.
         tokenizer: that of the training, with its chat template.
         adds_bos: whether llama.cpp puts a BOS before a prompt by itself.
-        system: the system prompt of the training.
+        settings: those of the training's data: its ``system`` prompt, and ``reasoning``.
+
+    Returns:
+        A sentence on how Ollama's prompts differ from those of the training; empty if no difference is known.
     """
-    lines, form = [f"FROM ./{file.name}"], _find_form(tokenizer)
+    controls = ControlTokens(tokenizer, find_stop_ids(tokenizer))
+    text = ChatText(tokenizer, controls, settings.get("reasoning", "template"))
+
+    def write(messages: Conversation) -> str:
+        try:
+            return text.render_prompt(messages, None).text
+        except RowFault:  # the template refuses a system message, for example
+            return ""
+
+    lines, form, system = [f"FROM ./{file.name}"], _find_form(write), settings.get("system")
+    note = _NO_TEMPLATE if form is None else _describe_differences(form, write)
     if form is not None and adds_bos:
         system_begin, begin = (each.removeprefix(tokenizer.bos_token) for each in (form.system, form.begin))
         form = form._replace(system=system_begin, begin=begin)
@@ -58,16 +78,11 @@ def write_modelfile(file: Path, tokenizer: Any, adds_bos: bool, system: str | No
     stops = (tokenizer.decode([number]) for number in sorted(find_stop_ids(tokenizer)))
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     (file.parent / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return form is not None
+    return note
 
 
-def _find_form(tokenizer: Any) -> _Form | None:
+def _find_form(write: _Write) -> _Form | None:
     """Take a prompt apart; None if the parts, put together again, do not give other prompts of the chat template."""
-
-    def write(messages: _Messages) -> str:
-        made = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return str(made)
-
     talk = _say("user", _QUESTION, "assistant", _ANSWER, "user", _NEXT)
     try:
         system, behind_system, _ = _take_apart(write(_say("system", _SYSTEM, "user", _QUESTION)), _SYSTEM, _QUESTION)
@@ -75,11 +90,23 @@ def _find_form(tokenizer: Any) -> _Form | None:
         form = _Form(system, behind_system, begin, behind_question, earlier, behind_answer)
         others = talk[:1], _say("system", _NEXT, "user", _ANSWER), [*_say("system", _SYSTEM), *talk], [*talk[:2], *talk]
         return form if all(form.write(each) == write(each) for each in others) else None
-    except Exception:  # a template is a program, and may fail in any way: of a system message, for example
+    except ValueError:
         return None
 
 
-def _say(*turns: str) -> list[dict[str, str]]:
+def _describe_differences(form: _Form, write: _Write) -> str:
+    """Compare prompts that a template may change, and Ollama cannot: Go's language strips and drops nothing."""
+    padded, reasoning = f" {_QUESTION}\n", f"<think>\n{_NEXT}\n</think>\n\n{_ANSWER}"
+    conversations = {
+        "questions with white space at an end": _say("user", padded),
+        "earlier answers with white space at an end": _say("user", _NEXT, "assistant", padded, "user", _NEXT),
+        "earlier answers with reasoning (<think>…</think>)": _say("user", _NEXT, "assistant", reasoning, "user", _NEXT),
+    }
+    found = [name for name, messages in conversations.items() if form.write(messages) != write(messages)]
+    return f"In Ollama, prompts differ from those of the training if they have {' or '.join(found)}." if found else ""
+
+
+def _say(*turns: str) -> Conversation:
     return [{"role": role, "content": content} for role, content in zip(turns[::2], turns[1::2], strict=True)]
 
 

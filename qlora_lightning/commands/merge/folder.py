@@ -45,7 +45,7 @@ def merge(options: argparse.Namespace) -> None:
     EntryCheck(source.base.folder, source.base.name).wait()  # of an unpacked GGUF
     plan = plan_merge(source.base.folder, source.folder)
     if options.gguf or options.adapter_gguf:
-        architecture_of(plan.config)  # before the work
+        architecture_of(plan.config, adapter_only=not options.gguf)  # before the work
     if options.adapter_gguf is not None:
         unfinished = options.adapter_gguf.with_name(f"{options.adapter_gguf.name}.unfinished")
         try:

@@ -31,6 +31,7 @@ _ARCHITECTURES = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
 _CONVERT = "Merge without --gguf, and convert the folder with llama.cpp's convert_hf_to_gguf.py."
+_CONVERT_ADAPTER = "Convert the adapter folder with llama.cpp's convert_lora_to_gguf.py instead."
 _UNKNOWN_SPLIT = (
     "--gguf: llama.cpp's name for how this tokenizer splits text is unknown here, and a wrong one would change "
     f"prompts silently. {_CONVERT}"
@@ -49,12 +50,12 @@ _SPLITS = {
 }
 
 
-def architecture_of(config: Any) -> Any:
+def architecture_of(config: Any, adapter_only: bool = False) -> Any:
     """Return llama.cpp's architecture of a model; raise UserError if files of its type are not verified."""
     if config.model_type not in _ARCHITECTURES:
-        raise UserError(
-            f"--gguf writes models of the types {', '.join(_ARCHITECTURES)}, not of {config.model_type}. {_CONVERT}"
-        )
+        option, remedy = ("--adapter-gguf", _CONVERT_ADAPTER) if adapter_only else ("--gguf", _CONVERT)
+        types = ", ".join(_ARCHITECTURES)
+        raise UserError(f"{option} writes files for models of the types {types}, not of {config.model_type}. {remedy}")
     return _ARCHITECTURES[config.model_type]
 
 

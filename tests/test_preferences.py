@@ -367,7 +367,7 @@ def test_rows_of_a_step_may_be_cut_into_micro_batches_in_any_way(tmp_path, tiny_
     assert (adapters[0] - adapters[1]).norm() <= 1e-4 * adapters[0].norm()
 
 
-def test_base_and_adapter_are_compared_by_which_answer_is_likelier(config, tmp_path):
+def test_base_and_adapter_are_compared_by_which_answer_is_likelier(config, tmp_path, capsys):
     fit = ["fit", *config, "--trainer.default_root_dir", "run", "--trainer.max_epochs", "6"]
     assert main([*fit, "--evaluation.rows", "2", "--evaluation.max_new_tokens", "4"]) == 0
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
@@ -376,6 +376,13 @@ def test_base_and_adapter_are_compared_by_which_answer_is_likelier(config, tmp_p
     assert found["metrics"]["loss"]["base"]["value"] == pytest.approx(math.log(2), rel=1e-5)
     assert accuracy["adapter"]["value"] > accuracy["base"]["value"]
     assert accuracy["adapter"]["low"] < accuracy["adapter"]["value"]
+    assert "By preference accuracy, the adapter is better on" in capsys.readouterr().out
+    won = (accuracy["adapter"]["value"] - accuracy["base"]["value"]) * len(ROWS)
+    assert len(found["duels"]["adapter"]["wins"]) - len(found["duels"]["adapter"]["losses"]) == pytest.approx(won)
+    assert main(["report", "run", "--json", "report.json"]) == 0
+    (reported,) = json.loads((tmp_path / "report.json").read_text())["runs"]
+    assert reported["results"]["preference_accuracy"] == accuracy["adapter"]["value"]
+    assert "preference accuracy, base\u00a0→\u00a0adapter" in (tmp_path / "run" / "report.html").read_text()
     assert main(["evaluate", "--config", "run/config.yaml", "--json", "again.json"]) == 0
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["metrics"] == {name: found["metrics"][name] for name in again["metrics"]}

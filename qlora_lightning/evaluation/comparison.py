@@ -17,13 +17,8 @@ METHOD = (
     "same resamples; of a share of rows alone by Wilson's score interval; if all rows are alike, by how many others "
     "may then be otherwise (Wilson), and none of what has no bounds, as a loss"
 )
-_YES_OR_NO = (
-    "preference_accuracy",
-    "exact_match",
-    "json_valid",
-    "numeric_match",
-    "stop_rate",
-)  # each row counts as 0 or 1
+PREFERENCE = "preference_accuracy"
+_YES_OR_NO = (PREFERENCE, "exact_match", "json_valid", "numeric_match", "stop_rate")  # each row counts as 0 or 1
 _NO_WIDTH = 1e-9  # what sums of equal rows differ by in rounding
 _Z = 1.959964  # of the normal distribution, two-sided 95 %
 Floats = npt.NDArray[np.float64]
@@ -99,7 +94,7 @@ def compare(results: Results, pairs: bool = False) -> dict[str, Metric]:
     nll = {side: [(row.nll, row.labelled_tokens) for row in rows] for side, rows in results.items()}
     correct = {side: [(row.correct, row.labelled_tokens) for row in rows] for side, rows in results.items()}
     found = {name: measure(name, nll) for name in (("loss",) if pairs else ("loss", "perplexity"))}
-    accuracy = "preference_accuracy" if pairs else "token_accuracy"
+    accuracy = PREFERENCE if pairs else "token_accuracy"
     found[accuracy] = measure(accuracy, correct)
     figures = {side: [row.answer.figures for row in rows if row.answer is not None] for side, rows in results.items()}
     names = next(iter(next(iter(figures.values()))), {})

@@ -8,7 +8,7 @@ import rich
 from rich.markup import escape
 from rich.table import Table
 
-from qlora_lightning.evaluation.comparison import BASE, METHOD, Interval, Results, compare
+from qlora_lightning.evaluation.comparison import BASE, METHOD, PREFERENCE, Interval, Results, compare
 from qlora_lightning.evaluation.scores import describe_answered, describe_metric, is_share
 from qlora_lightning.page import show_controls
 from qlora_lightning.support.console import say
@@ -32,15 +32,18 @@ class Comparison:
         metrics: By name.
         adapters: Their names.
         answered: Places of the rows that were answered.
-        score: The score that counts most; ``None``: the loss does.
+        score: The answers' score that counts most; ``None``: they were not scored.
+        compared_by: Metric by which rows are won and lost: the preference of pairs, else that score, else the loss.
     """
 
     def __init__(self, rows: "Sequence[EvaluationRow]", results: Results, settings: "AnswerSettings | None") -> None:
         self.rows, self.results, self.settings = rows, results, settings
-        self.metrics = compare(results, pairs=bool(rows) and rows[0].is_pair)
+        pairs = bool(rows) and rows[0].is_pair
+        self.metrics = compare(results, pairs)
         self.adapters = [side for side in results if side != BASE]
         self.answered = [place for place, result in enumerate(results[BASE]) if result.answer is not None]
         self.score = settings.scores[0] if settings else None
+        self.compared_by = PREFERENCE if pairs else self.score or "loss"
 
     def split(self, name_of: "Callable[[EvaluationRow], str]") -> "dict[str, Comparison]":
         """Return a comparison for each name of rows."""
@@ -59,13 +62,17 @@ class Comparison:
     def compare_rows(self, adapter: str) -> tuple[list[int], list[int], int]:
         """Return the places of rows on which an adapter is better than the base, and worse, and how many are alike.
 
-        It is by the score of answered rows, or by the loss of all if there is none.
+        It is by ``compared_by``: a score of answered rows, or the preference or loss of all.
         """
         better, worse, alike = list[int](), list[int](), 0
-        for place in range(len(self.rows)) if self.score is None else self.answered:
-            gain = self._score(adapter, place) - self._score(BASE, place)
-            if self.score is None:
-                gain = self.results[BASE][place].loss - self.results[adapter][place].loss
+        for place in self.answered if self.compared_by == self.score else range(len(self.rows)):
+            base, own = self.results[BASE][place], self.results[adapter][place]
+            if self.compared_by == PREFERENCE:
+                gain = float(own.correct - base.correct)
+            elif self.compared_by == "loss":
+                gain = base.loss - own.loss
+            else:
+                gain = self._score(adapter, place) - self._score(BASE, place)
             if gain:
                 (better if gain > 0 else worse).append(place)
             else:
@@ -95,7 +102,7 @@ class Comparison:
             rows: What they are, as ``validation rows``.
         """
         self.print_metrics(rows)
-        by = describe_metric(self.score) if self.score else "lower loss"
+        by = "lower loss" if self.compared_by == "loss" else describe_metric(self.compared_by)
         for adapter in self.adapters:
             better, worse, alike = self.compare_rows(adapter)
             name = adapter if len(self.adapters) > 1 else "the adapter"
@@ -158,7 +165,7 @@ class Comparison:
             "scores": self.settings.scores if self.settings else [],
             "duels": {
                 adapter: {
-                    "score": self.score or "loss",
+                    "score": self.compared_by,
                     "wins": [self.rows[place].number for place in better],
                     "losses": [self.rows[place].number for place in worse],
                     "ties": alike,

@@ -112,8 +112,8 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     if len(runs) == 1:
         charts = [_loss_chart(runs[0])]
     else:
-        charts = [chart("val_loss", "Validation loss", "nats per labelled token")]
-        charts.append(chart("train_loss", "Training loss", "nats per labelled token"))
+        charts = [chart("val_loss", "Validation loss", _loss_unit(runs))]
+        charts.append(chart("train_loss", "Training loss", _loss_unit(runs)))
     return charts + [chart(name, *kind) for name, kind in kinds.items()]
 
 
@@ -125,7 +125,12 @@ def _loss_chart(run: Run) -> Chart:
         base = evaluation.metrics["loss"].base.value
         curves.append(Curve("base, validation", [(min(steps), base), (max(steps), base)], "level", 3))
     curves.append(Curve("validation", validation, "dots", 1))
-    return Chart("Loss", "nats per labelled token", curves, from_zero=False)
+    return Chart("Loss", _loss_unit([run]), curves, from_zero=False)
+
+
+def _loss_unit(runs: Sequence[Run]) -> str:
+    has_pairs = any("train_chosen_reward" in run.metrics for run in runs)  # of preferences
+    return "mean over pairs" if has_pairs else "nats per labelled token"
 
 
 def _smooth(label: str, points: Points) -> list[Curve]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_lightning.base.tensors import GIB
-from qlora_lightning.evaluation.comparison import BASE, Interval
+from qlora_lightning.evaluation.comparison import BASE, PREFERENCE, Interval
 from qlora_lightning.evaluation.report import choose_digits, format_interval
 from qlora_lightning.evaluation.scores import describe_answered, describe_metric, is_share
 from qlora_lightning.report.run import MEMORY, Run
@@ -18,7 +18,7 @@ from qlora_lightning.support.files import ADAPTER_FOLDER
 Table = tuple[list[str], list[tuple[str, list[tuple[str, str]]]]]
 """Headings, and rows: what a row is, and its cells, each with a note below it."""
 
-_NO_SCORES = ("loss", "perplexity", "token_accuracy", "preference_accuracy", "stop_rate", "answer_tokens")
+_NO_SCORES = ("loss", "perplexity", "token_accuracy", "stop_rate", "answer_tokens")
 _LOSS, _SHARE, _COUNT, _GIB, _MINUTES = "{:.4f}", "{:.1%}", "{:,.0f}", "{:.2f}\u00a0GiB", "minutes"
 _LONGEST = 1_200  # characters shown of an answer: a model that does not stop would fill the page
 
@@ -38,7 +38,7 @@ class Evaluation:
     split: str  # validation or test
     rows: str  # which, and how many, in words
     side: str  # name of the adapter among the answers
-    scores: list[str]  # of answers, the most important one first
+    scores: list[str]  # of pairs and of answers, the most important one first
     metrics: Mapping[str, Measured]  # empty if the run's adapter was not evaluated
 
 
@@ -69,7 +69,8 @@ def read_evaluation(run: Run) -> Evaluation:
     split = "test" if content.get("split") == "test" else "validation"
     rows, answered = content.get("rows"), content.get("answered_rows")
     words = f"{rows:,} {split} rows{describe_answered(answered or 0, rows)}" if rows else f"{split} rows"
-    scores = [name for name in content.get("scores") or metrics if name in metrics and name not in _NO_SCORES]
+    names = dict.fromkeys([PREFERENCE, *(content.get("scores") or metrics)])
+    scores = [name for name in names if name in metrics and name not in _NO_SCORES]
     return Evaluation(split, words, side, scores, metrics)
 
 

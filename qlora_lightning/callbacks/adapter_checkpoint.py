@@ -28,7 +28,7 @@ from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.run_folder import is_resumed, locking, refuse_everywhere, refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.model.adapters.folder import UNFINISHED as UNFINISHED_ADAPTER
-from qlora_lightning.model.adapters.folder import loading_snippet
+from qlora_lightning.model.adapters.folder import loading_class, loading_snippet
 from qlora_lightning.model.adapters.lora import copy_tensors, trainable_tensors
 from qlora_lightning.model.checkpoint.loops import ends_training, validation_follows
 from qlora_lightning.model.checkpoint.resume import has_other_validation
@@ -335,12 +335,16 @@ def best_adapter(trainer: Trainer, module: Any) -> Iterator[None]:
 
 
 class LoadingLines(Callback):
-    """Print the three lines that load the run's adapter folder without this package, as the last lines of a fit."""
+    """Print how to load the run's adapter folder without this package, in three lines of Python if that will do."""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # after every on_fit_end
         folder = Path(trainer.default_root_dir) / ADAPTER_FOLDER
         identity = folder / IDENTITY
         if stage == "fit" and trainer.is_global_zero and not is_trial_run(trainer) and identity.exists():
-            rich.print(f"\nAdapter: [bold]{escape(str(folder))}[/bold]. To load it with plain PEFT:\n")
             # Not read_identity, which is for who builds on it: a build_model may have made another kind than LoRA.
-            print(loading_snippet(folder, json.loads(identity.read_text(encoding="utf-8"))))
+            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            other_class = loading_class(config["task_type"])
+            how = other_class or "To load it with plain PEFT:"
+            rich.print(f"\nAdapter: [bold]{escape(str(folder))}[/bold]. {how}\n")
+            if not other_class:
+                print(loading_snippet(folder, json.loads(identity.read_text(encoding="utf-8"))))

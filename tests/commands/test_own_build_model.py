@@ -25,6 +25,14 @@ class Other(QLoRAModule):
             return peft.get_peft_model(base, peft.IA3Config(task_type="CAUSAL_LM"))
 
 
+class Features(QLoRAModule):
+    def build_model(self):
+        base = load_base(self.base, compute_dtype=torch.float32).model
+        with without_peft_warnings():
+            config = peft.LoraConfig(task_type="FEATURE_EXTRACTION", target_modules=["q_proj"])
+            return peft.get_peft_model(base, config)
+
+
 class Heeding(QLoRAModule):
     def build_model(self):
         return add_adapters(load_base(self.base, compute_dtype=torch.float32).model, **self.adapter_options)
@@ -54,6 +62,13 @@ def test_validate_and_evaluate_use_what_was_trained(kind, command, config, read_
         found = json.loads((tmp_path / "found.json").read_text())["metrics"]["loss"]
         assert found["adapter"]["value"] == pytest.approx(trained, rel=1e-5)
         assert found["difference"]["value"] != 0.0
+
+
+def test_an_adapter_of_another_task_shows_no_lines_that_its_class_refuses(command, config, tmp_path):
+    printed = command("fit", "--model", "own_modules.Features", config=config)
+    for text in (printed, (tmp_path / "own" / "adapter" / "README.md").read_text()):
+        assert "PEFT's PeftModelForFeatureExtraction" in " ".join(text.split())
+        assert "AutoPeftModelForCausalLM" not in text
 
 
 def test_an_adapter_that_does_not_fit_what_is_built_is_rejected(command, config):

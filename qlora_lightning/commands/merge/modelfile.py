@@ -45,16 +45,13 @@ _NO_TEMPLATE = (
 
 
 def write_modelfile(file: Path, tokenizer: Any, adds_bos: bool, settings: Mapping[str, Any]) -> str:
-    """Write ``Modelfile`` beside a GGUF file, with the chat template's form in Go if it is known.
+    """Write ``Modelfile`` beside a GGUF file; return how its prompts differ from the training's, as far as is known.
 
     Args:
         file: what Ollama runs.
         tokenizer: that of the training, with its chat template.
         adds_bos: whether llama.cpp puts a BOS before a prompt by itself.
         settings: those of the training's data: its ``system`` prompt, and ``reasoning``.
-
-    Returns:
-        A sentence on how Ollama's prompts differ from those of the training; empty if no difference is known.
     """
     controls = ControlTokens(tokenizer, find_stop_ids(tokenizer))
     text = ChatText(tokenizer, controls, settings.get("reasoning", "template"))

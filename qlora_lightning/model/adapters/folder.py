@@ -36,13 +36,14 @@ tags: [lora, qlora]
 
 # LoRA adapter for {base}
 
-Trained with qlora_lightning on the base quantized as {quantization}. Load it with plain PEFT, with
+{loading}
+"""
+_LOADING = """Trained with qlora_lightning on the base quantized as {quantization}. Load it with plain PEFT, with
 this folder's path or hub id in place of the dot:
 
 ```python
 {snippet}
-```
-"""
+```"""
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -89,7 +90,7 @@ def save_adapter_folder(
             tokenizer.save_pretrained(place)
             write_whole(place / "generation_config.json", generation)
         config.save_pretrained(place)
-        (place / "README.md").write_text(_card(identity), encoding="utf-8")
+        (place / "README.md").write_text(_card(identity, config.task_type), encoding="utf-8")
         write_whole(place / IDENTITY, identity)
         _save_tensors(weights, place / _WEIGHTS)
 
@@ -137,10 +138,19 @@ def _equal(one: Path, other: Path) -> bool:
     return other.is_file() and one.read_bytes() == other.read_bytes()
 
 
-def _card(identity: Mapping[str, Any]) -> str:
+def _card(identity: Mapping[str, Any], task_type: str | None) -> str:
     """Return the ``README.md``, which names no path, so that the folder can be moved and uploaded as it is."""
     snippet = loading_snippet(".", identity)
-    return _CARD.format(base=identity["base"], quantization=identity["quantization"], snippet=snippet)
+    loading = loading_class(task_type) or _LOADING.format(quantization=identity["quantization"], snippet=snippet)
+    return _CARD.format(base=identity["base"], loading=loading)
+
+
+def loading_class(task_type: str | None) -> str:
+    """Name PEFT's class that loads an adapter of another kind of model; empty for a causal language model."""
+    if task_type in (None, peft.TaskType.CAUSAL_LM):
+        return ""
+    name = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task_type].__name__
+    return f"Load it with PEFT's {name} onto a base of that kind."
 
 
 def loading_snippet(folder: Path | str, identity: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ import argparse
 import inspect
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
@@ -83,6 +83,8 @@ class QLoRACLI(LightningCLI):
         self._command = ["qlora-lightning", str(verb), *args]
         _read_whole_numbers_first()
         jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))
+        # a checkpoint's settings, too, are parsed: none may make an object of a class that a text in it names
+        jsonargparse.set_parsing_settings(instantiate_subclass_spec_in_any=False)
         options = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
         super().__init__(
             QLoRAModule,
@@ -140,7 +142,7 @@ class QLoRACLI(LightningCLI):
         if self._starts_fresh and self.verb != "fit":
             raise UserError(f"--ckpt_path last: there is no checkpoint in {folder}.")
         if self.checkpoint is not None:
-            stored = _read_stored_settings(self.checkpoint, self.config["model"].get("init_args") or {})
+            stored = _read_stored_settings(self.checkpoint, self.config["model"])
             self.config = self.parse(["--config", json.dumps({"model": stored}), *args])
         self.config["ckpt_path"] = self.checkpoint
 
@@ -254,16 +256,18 @@ def _read_whole_numbers_first() -> None:
             annotations[name] = int | kind
 
 
-def _read_stored_settings(checkpoint: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the model's settings of a checkpoint: no arguments of a subclass, no optimizer that would import code."""
+def _read_stored_settings(checkpoint: str, model: Any) -> dict[str, Any]:
+    """Return the settings of a checkpoint that the model's class takes, and that class; see :func:`usable_settings`."""
     settings = read_content(read_checkpoint(checkpoint, mmap=True), checkpoint)["settings"]
+    own = vars(model["init_args"]) if "init_args" in model else {}  # all that the class has
     foreign = find_foreign_class(settings)
-    if foreign is not None and given.get("optimizer") is None:
+    if foreign is not None and own.get("optimizer") is None:
         raise UserError(
             f"{checkpoint} names the optimizer {foreign}, and a file must not decide which module is imported: if you "
             f"trust it, name it yourself by `--model.optimizer {foreign}`."
         )
-    return usable_settings(QLoRAModule, settings)
+    class_path = model["class_path"]
+    return {"class_path": class_path, **usable_settings(settings, own, class_path.rpartition(".")[2])}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -606,7 +607,10 @@ class QLoRAModule(lightning.LightningModule):
         """
         checkpoint = read_checkpoint(checkpoint_path, map_location)
         content = read_content(checkpoint, str(checkpoint_path))
-        settings = {**usable_settings(cls, content["settings"]), **overrides}
+        parameters = inspect.signature(cls).parameters
+        hands_on = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        known = content["settings"] if hands_on else parameters
+        settings = {**usable_settings(content["settings"], known, cls.__name__), **overrides}
         start = settings.get("adapter")
         if start is not None and not find_adapter_folder(start).is_dir():
             own = content["identity"].get("adapter") or {}

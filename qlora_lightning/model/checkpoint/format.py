@@ -1,8 +1,7 @@
 """What a checkpoint holds."""
 
 import contextlib
-import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +51,15 @@ def find_foreign_class(settings: Mapping[str, Any]) -> str | None:
     return None if path is None or str(path).startswith(_OPTIMIZERS) else str(path)
 
 
-def usable_settings(cls: type, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the stored settings that a class takes, without those that a file must not decide."""
+def usable_settings(stored: Mapping[str, Any], known: Collection[str], owner: str) -> dict[str, Any]:
+    """Return the stored settings that a class, ``owner``, knows, without those that a file must not decide."""
     never = {"trust_remote_code"}
-    parameters = inspect.signature(cls).parameters
-    hands_on = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    known = stored.keys() if hands_on else stored.keys() & parameters.keys()
     if unknown := sorted(stored.keys() - known):
-        say(f"Settings of the checkpoint that {cls.__name__} does not know, ignored: {', '.join(unknown)}.")
+        say(f"Settings of the checkpoint that {owner} does not know, ignored: {', '.join(unknown)}.")
     if foreign := find_foreign_class(stored):
         say(f"The checkpoint's optimizer {foreign} is not taken over: a file must not choose which code runs.")
         never.add("optimizer")
-    return {name: stored[name] for name in sorted(known - never)}
+    return {name: stored[name] for name in sorted((stored.keys() & known) - never)}
 
 
 def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

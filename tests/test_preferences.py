@@ -357,6 +357,32 @@ def test_a_run_on_a_streamed_adapter_is_evaluated_against_where_it_started(confi
     assert sum(len(split["rows"]) for split in kept[0].values()) == 12  # the validation rows', and no stream's
 
 
+def test_a_resume_keeps_the_objective_of_its_checkpoint(config, tmp_path, capsys):
+    fit = ["fit", *config, "--trainer.default_root_dir", "run", "--evaluation", "null"]
+    first = ["--model.objective", "simpo", "--model.beta", "3", "--model.weight_decay", "0.1"]
+    assert main([*fit, *first, "--trainer.max_steps", "2"]) == 0
+    capsys.readouterr()
+    for options, told in (["--trainer.max_steps", "2"], []), (["--model.beta", "4"], ["model.beta: 3.0 → 4.0"]):
+        assert main([*fit, "--ckpt_path", "last", *options]) == 0
+        out = capsys.readouterr().out
+        assert "does not know" not in out
+        assert [line.strip() for line in out.splitlines() if "model." in line and "→" in line] == told
+    settings = read_checkpoint(tmp_path / "run")["qlora_lightning"]["settings"]
+    assert [settings[name] for name in ("objective", "beta", "weight_decay")] == ["simpo", 4.0, 0.1]
+
+
+def test_a_resume_with_another_adapter_asks_it_for_every_row(config, tmp_path):
+    def fit(run, *options):
+        assert main(["fit", *config, "--trainer.default_root_dir", run, "--evaluation", "null", *options]) == 0
+        return [known["log_probs"] for known in read_checkpoint(tmp_path / run)["reference_log_probs"][0].values()]
+
+    fit("one", "--model.objective", "orpo", "--trainer.max_steps", "3")
+    fit("other", "--model.objective", "orpo", "--trainer.max_steps", "6")
+    (before,) = fit("run", "--model.adapter", "one", "--trainer.max_steps", "3")
+    (after,) = fit("run", "--model.adapter", "other", "--ckpt_path", "last")
+    assert not torch.isin(before, after).any()
+
+
 def test_rows_of_a_step_may_be_cut_into_micro_batches_in_any_way(tmp_path, tiny_base):
     adapters = []
     for batch_size, accumulate in ((4, 1), (1, 4)):

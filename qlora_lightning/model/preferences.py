@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.model.adapters.lora import with_adapter, without_adapters
+from qlora_lightning.model.checkpoint.format import KEY
 from qlora_lightning.model.checkpoint.ranks import gather_states
 from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.loss import LossSums, TokenStatistics, head_of, token_losses
@@ -222,6 +223,8 @@ class PreferenceModule(QLoRAModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        if str(checkpoint[KEY]["settings"].get("adapter")) != str(self.hparams.get("adapter")):
+            return  # they are of another reference
         states: Sequence[Mapping[str, Any]] = checkpoint.get(_REFERENCES, [])
         rank, world_size = (0, 1) if self._trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         if len(states) == world_size:  # else they are computed again

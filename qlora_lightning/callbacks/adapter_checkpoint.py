@@ -54,7 +54,7 @@ class AdapterCheckpoint(Checkpoint):
             the end and ``every_minutes``.
         monitor: Metric that says which adapter is best; without validation data the last is.
         save_top_k: How many best checkpoints to keep besides ``last.ckpt``.
-        mode: Whether a small or a large ``monitor`` is good.
+        mode: Whether a small or a large ``monitor`` is good; ``None``: a small one if it is a loss or a perplexity.
         enabled: ``False`` writes nothing.
         every_minutes: Also write ``last.ckpt`` after the optimizer step that ends so many minutes after the last save;
             ``None``: never for the time alone.
@@ -67,7 +67,7 @@ class AdapterCheckpoint(Checkpoint):
         every_n_train_steps: int | None = None,
         monitor: str = "val_loss",
         save_top_k: int = 1,
-        mode: Literal["min", "max"] = "min",
+        mode: Literal["min", "max"] | None = None,
         enabled: bool = True,
         every_minutes: float | None = 10,
     ) -> None:
@@ -76,6 +76,11 @@ class AdapterCheckpoint(Checkpoint):
                 raise UserError(f"adapter_checkpoint.{name} is {value:g}: expected more than 0, or null.")
         if save_top_k < 0:
             raise UserError(f"adapter_checkpoint.save_top_k is {save_top_k}: expected 0 or more.")
+        if enabled and mode is None and not monitor.endswith(("loss", "perplexity")):
+            raise UserError(
+                f"adapter_checkpoint.monitor is {monitor!r}, of which a small or a large value may be good: set "
+                "adapter_checkpoint.mode to min or to max."
+            )
         self.every_n_train_steps = every_n_train_steps
         self.monitor = monitor
         self.save_top_k = save_top_k

@@ -26,13 +26,18 @@ class GradientCheckpointing(Callback):
             is the same to the last bit. A CPU has them there in any case.
 
     Raises:
-        UserError: ``every_n_layers`` is less than 1.
+        UserError: ``every_n_layers`` is less than 1, or ``offload`` has nothing to keep.
         RuntimeError: No layer with an adapter can be checkpointed.
     """
 
     def __init__(self, enabled: bool = True, every_n_layers: int = 1, offload: bool = False) -> None:
         if every_n_layers < 1:
             raise UserError(f"gradient_checkpointing.every_n_layers is {every_n_layers}: expected 1 or more.")
+        if offload and not enabled:
+            raise UserError(
+                "gradient_checkpointing.offload is true, but enabled is false, so that no layer is checkpointed: set "
+                "enabled to true, or offload to false."
+            )
         self.enabled = enabled
         self.every_n_layers = every_n_layers
         self.offload = offload

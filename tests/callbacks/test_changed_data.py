@@ -41,7 +41,7 @@ def more_rows(rows_file, tmp_path):
 
 
 def monitored():
-    return AdapterCheckpoint(monitor="val_score")
+    return AdapterCheckpoint(monitor="val_score", mode="min")
 
 
 def step_of(file):

@@ -152,7 +152,7 @@ def test_without_validation_data_the_adapter_is_the_last(fit, make_data, assert_
 @pytest.mark.parametrize("sanity", [0, 1])
 def test_a_monitor_that_is_never_logged_is_rejected_before_training_or_at_the_first_validation(fit, sanity):
     with pytest.raises(UserError, match=r"'val_los'.* it logs val_loss, val_perplexity, val_token_accuracy\.") as error:
-        fit(diary := Diary(), AdapterCheckpoint(monitor="val_los", every_n_train_steps=4), num_sanity_val_steps=sanity)
+        fit(diary := Diary(), AdapterCheckpoint(4, "val_los", mode="min"), num_sanity_val_steps=sanity)
     assert ("num_sanity_val_steps" in str(error.value)) == bool(sanity)
     assert diary.entries[:1] == ([("validation", 0)] if sanity else [("save", 4)])
 
@@ -200,7 +200,7 @@ SHORT = {"limit_train_batches": 2, "limit_val_batches": 1}
 
 def test_a_resumed_run_continues_the_ranking_and_in_another_folder_it_starts_over(fit, scored, tmp_path, capsys):
     def checkpoint():
-        return AdapterCheckpoint(monitor="val_score")
+        return AdapterCheckpoint(monitor="val_score", mode="min")
 
     run, options = tmp_path / "run", {"max_epochs": 2, "ckpt_path": tmp_path / "run" / "checkpoints" / "last.ckpt"}
     fit(checkpoint(), module=scored(1.0), **SHORT)

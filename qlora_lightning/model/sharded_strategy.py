@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from qlora_lightning.support.errors import NOT_GATHERED, UserError
 
 SHARDED_STRATEGIES = {"ddp_sharded": False, "ddp_sharded_offload": True}  # names, and whether all shards are offloaded
-_READ_SHARD = re.compile("got mixed torch.Tensor and DTensor|object of type DTensor")
+_READ_SHARD = re.compile("got mixed torch.Tensor and DTensor|object of type DTensor|'DTensor' object has no attribute")
 
 
 class ShardedDDPStrategy(DDPStrategy):

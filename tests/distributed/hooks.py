@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import bitsandbytes as bnb
 from lightning import Callback
 from lightning.pytorch.callbacks import Checkpoint
 
@@ -133,6 +134,14 @@ class Spoil(Callback):
         if self.raises:
             raise ValueError("a bug of the user's")
         return sums._replace(nll_sum=sums.nll_sum * float("nan"))
+
+
+class Dequantize(Callback):
+    """Read a weight of the base as bitsandbytes' users do."""
+
+    def on_train_start(self, trainer, pl_module):
+        weight = pl_module.get_parameter("model.base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
+        bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
 
 
 class DieOnce(Callback):

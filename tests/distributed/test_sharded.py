@@ -201,6 +201,14 @@ def test_one_process_streams_layers_from_the_host(runs):
     assert_same(runs, "one", "one-some")
 
 
+def test_a_weight_that_is_read_before_it_is_gathered_says_so(runs):
+    callbacks = ["--trainer.callbacks", json.dumps([{"class_path": "hooks.Dequantize"}])]
+    command = [sys.executable, "-m", "qlora_lightning", *fit("read", *callbacks, "--trainer.devices", "1", *SHARDED)]
+    done = subprocess.run(command, cwd=runs, env=environment(runs), timeout=120, text=True, capture_output=True)
+    assert done.returncode == 1
+    assert "A weight of the base was read outside the forward and backward of its decoder layer" in done.stderr
+
+
 @pytest.mark.slow
 def test_a_rank_that_raises_ends_the_others(runs):
     config = yaml.safe_load((runs / "spoilt.yaml").read_text())

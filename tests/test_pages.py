@@ -86,7 +86,7 @@ def test_the_memory_table_is_what_plan_says(base, rank, cells, tmp_path, monkeyp
 TOP_TOKENS = """
 import json, torch
 top = []
-for line in open("configs/quickstart/val.jsonl", encoding="utf-8").read().splitlines()[:20]:
+for line in open("configs/quickstart/val.jsonl", encoding="utf-8").read().splitlines()[:50]:
     messages = json.loads(line)["messages"]
     whole = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)

@@ -235,13 +235,16 @@ def count_host_reads(module_class: type[QLoRAModule] = QLoRAModule) -> int:
     def log(name: str, value: Any, **_: Any) -> None:
         trainer.callback_metrics[name] = float(value)  # as loggers read it
 
-    module.log = log  # type: ignore[method-assign,assignment]
-    module.log_dict = lambda values: [log(*item) for item in values.items()]  # type: ignore
+    def log_dict(values: dict[str, Any]) -> None:
+        for item in values.items():
+            log(*item)
+
+    logs = mock.patch.multiple(module, log=log, log_dict=log_dict)
     launches = Launches()
     batch = module.on_before_batch_transfer(batch, 0)
     with FakeTensorMode(allow_non_fake_inputs=True), pretending(launches):
         make_fake(module.model, "cuda:0")
-        with HostReads() as reads:
+        with HostReads() as reads, logs:
             moved = {name: move(each, "cuda:0") for name, each in batch.items()}
             moved = module.on_after_batch_transfer(moved, 0)
             for callback in callbacks:

@@ -138,9 +138,7 @@ def test_answers_are_those_of_a_whole_one(runs):
     assert one == other
 
 
-@pytest.mark.skipif(
-    not hasattr(FSDPModule, "reset_iter_state"), reason="FSDP2 has no way to forget passes before torch 2.13"
-)
+@pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="FSDP2 before torch 2.13 forgets no passes")
 @pytest.mark.usefixtures("said")
 def test_passes_without_backward_leave_nothing_behind(runs):
     assert json.loads((runs / "judged-sharded" / "gained-0.json").read_text()) < 20

@@ -141,12 +141,12 @@ def _equal(one: Path, other: Path) -> bool:
 def _card(identity: Mapping[str, Any], task_type: str | None) -> str:
     """Return the ``README.md``, which names no path, so that the folder can be moved and uploaded as it is."""
     snippet = loading_snippet(".", identity)
-    loading = loading_class(task_type) or _LOADING.format(quantization=identity["quantization"], snippet=snippet)
+    loading = explain_other_task(task_type) or _LOADING.format(quantization=identity["quantization"], snippet=snippet)
     return _CARD.format(base=identity["base"], loading=loading)
 
 
-def loading_class(task_type: str | None) -> str:
-    """Name PEFT's class that loads an adapter of another kind of model; empty for a causal language model."""
+def explain_other_task(task_type: str | None) -> str:
+    """Say how an adapter of another task is loaded; empty for a causal language model: see :func:`loading_snippet`."""
     if task_type in (None, peft.TaskType.CAUSAL_LM):
         return ""
     name = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task_type].__name__

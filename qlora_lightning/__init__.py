@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     )
     from qlora_lightning.data.datamodule import InstructionDataModule
     from qlora_lightning.data.preferences import PreferenceDataModule
-    from qlora_lightning.model.loss import LossSums
     from qlora_lightning.model.module import QLoRAModule
     from qlora_lightning.model.preferences import PreferenceModule
-    from qlora_lightning.model.sharded_strategy import ShardedDDPStrategy
+    from qlora_lightning.model.sharded.strategy import ShardedDDPStrategy
+    from qlora_lightning.model.step.loss import LossSums
 
 __version__ = "0.1.0"
 
@@ -57,11 +57,11 @@ __all__ = [
 
 _HOMES = {
     "InstructionDataModule": "qlora_lightning.data.datamodule",
-    "LossSums": "qlora_lightning.model.loss",
+    "LossSums": "qlora_lightning.model.step.loss",
     "PreferenceDataModule": "qlora_lightning.data.preferences",
     "PreferenceModule": "qlora_lightning.model.preferences",
     "QLoRAModule": "qlora_lightning.model.module",
-    "ShardedDDPStrategy": "qlora_lightning.model.sharded_strategy",
+    "ShardedDDPStrategy": "qlora_lightning.model.sharded.strategy",
 }
 
 

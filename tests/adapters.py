@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from qlora_lightning.model.adapters.folder import save_adapter_folder
 from qlora_lightning.model.adapters.identity import describe_adapter, hash_config
 from qlora_lightning.model.adapters.lora import add_adapters, trainable_tensors
-from qlora_lightning.model.base_model import load_base
+from qlora_lightning.model.load.base_model import load_base
 
 
 def make_adapter(folder, base, quantization="nf4", compute_dtype=torch.float32, std=0.05, seed=0, **options):

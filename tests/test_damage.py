@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_lightning.cli import main
-from qlora_lightning.model import base_model
+from qlora_lightning.model.load import base_model
 from tests.adapters import make_run
 from tests.equality import read_adapter, same
 

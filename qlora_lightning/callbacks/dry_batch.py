@@ -13,10 +13,10 @@ from qlora_lightning.data.batches.loader import FlatLoader
 from qlora_lightning.data.batches.order import RankBatch
 from qlora_lightning.data.batches.stream import StreamLoader
 from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.model.batch import computed_counter
 from qlora_lightning.model.checkpoint.ranks import capture_generators, restore_generators
-from qlora_lightning.model.device import read_peak_gib
+from qlora_lightning.model.load.device import read_peak_gib
 from qlora_lightning.model.memory.out_of_memory import telling_out_of_memory
+from qlora_lightning.model.step.batch import computed_counter
 from qlora_lightning.support.trainer import is_trial_run
 
 _WORTH = 1.2  # times the tokens of the first batch: what is hardly larger is not worth a step's time

@@ -10,8 +10,8 @@ from lightning import Callback, LightningModule, Trainer
 from rich.markup import escape
 
 from qlora_lightning.callbacks.run_report import note_warning
-from qlora_lightning.model.batch import join_places, row_places
 from qlora_lightning.model.module import QLoRAModule
+from qlora_lightning.model.step.batch import join_places, row_places
 from qlora_lightning.support.trainer import gather_lists
 
 _MOST_LOSSES, _FEWEST_LOSSES = 100, 30  # of the last steps, which a loss is compared with

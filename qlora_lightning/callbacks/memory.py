@@ -15,9 +15,8 @@ from qlora_lightning.base.tensors import format_gib
 from qlora_lightning.callbacks.dry_batch import leaves_out, look_ahead
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
 from qlora_lightning.callbacks.run_report import note_warning
-from qlora_lightning.model.batch import BatchShape, shape_of_batch, shape_of_rows
-from qlora_lightning.model.build import meta_copy
-from qlora_lightning.model.device import (
+from qlora_lightning.model.load.build import meta_copy
+from qlora_lightning.model.load.device import (
     PeakWatch,
     device_memory_gib,
     give_back_freed_memory,
@@ -26,10 +25,11 @@ from qlora_lightning.model.device import (
     read_peak_gib,
     read_resident_bytes,
 )
-from qlora_lightning.model.layout import filled
 from qlora_lightning.model.memory.plan import Sharding, StepSettings, plan_memory
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.model.sharded_strategy import ShardedDDPStrategy
+from qlora_lightning.model.sharded.strategy import ShardedDDPStrategy
+from qlora_lightning.model.step.batch import BatchShape, shape_of_batch, shape_of_rows
+from qlora_lightning.model.step.layout import filled
 from qlora_lightning.support.console import print_detail, say
 from qlora_lightning.support.files import PLAN, write_whole
 from qlora_lightning.support.trainer import find_callback, is_trial_run, log_interval

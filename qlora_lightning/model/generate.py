@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model.layers.attention import NO_MASK, check_attends_flatly
 from qlora_lightning.model.layers.elementwise import rope_limit
-from qlora_lightning.model.layers.fusing import choose_layers
+from qlora_lightning.model.layers.fuse import choose_layers
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
-from qlora_lightning.model.layout import Samples, whole_samples
-from qlora_lightning.model.loss import head_of
+from qlora_lightning.model.step.layout import Samples, whole_samples
+from qlora_lightning.model.step.loss import head_of
 
 BATCH_SIZE = 64  # rows that are answered together
 TOKEN_BUDGET = 32_768  # keys and values that are kept at a time: of SmolLM2-135M 0.75 GB, of Llama-3.1-8B 4.3 GB

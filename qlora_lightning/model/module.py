@@ -22,20 +22,10 @@ from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.model.adapters.folder import add_named_adapter, fill_adapter, save_adapter_folder
 from qlora_lightning.model.adapters.identity import check_identity, identity_of_data
 from qlora_lightning.model.adapters.lora import check_adapter_settings, copy_tensors, trainable_tensors
+from qlora_lightning.model.adapters.summary import adapter_table, describe_sizes
 from qlora_lightning.model.adapters.targets import check_layers
-from qlora_lightning.model.base_model import Quantization
-from qlora_lightning.model.batch import is_flat
-from qlora_lightning.model.build import QLoRAModel, assemble_model
 from qlora_lightning.model.checkpoint.format import read_checkpoint, read_content, usable_settings
 from qlora_lightning.model.checkpoint.resume import ExactResume, report_start_adapter
-from qlora_lightning.model.device import (
-    ComputeDtype,
-    QuietCollector,
-    choose_compute_dtype,
-    explain_dtype,
-    give_back_freed_memory,
-    keep_freed_memory,
-)
 from qlora_lightning.model.generate import generate_answers
 from qlora_lightning.model.guards.checks import (
     check_callbacks,
@@ -55,11 +45,23 @@ from qlora_lightning.model.layers.attention import (
 )
 from qlora_lightning.model.layers.decoder_layer import cast_adapters
 from qlora_lightning.model.layers.elementwise import check_row_length
-from qlora_lightning.model.layers.fusing import choose_layers, explain_plain_layers
-from qlora_lightning.model.layout import Layout, add_noise, lay_out
-from qlora_lightning.model.loss import LossSums, TokenStatistics, head_loss, head_of, mean_with_gradient_of_sum
+from qlora_lightning.model.layers.fuse import choose_layers, explain_plain_layers
+from qlora_lightning.model.load.base_model import Quantization
+from qlora_lightning.model.load.build import QLoRAModel, assemble_model
+from qlora_lightning.model.load.device import (
+    ComputeDtype,
+    QuietCollector,
+    choose_compute_dtype,
+    explain_dtype,
+    give_back_freed_memory,
+    keep_freed_memory,
+)
 from qlora_lightning.model.memory.out_of_memory import telling_out_of_memory
-from qlora_lightning.model.optimizer import (
+from qlora_lightning.model.sharded.strategy import ShardedDDPStrategy
+from qlora_lightning.model.step.batch import is_flat
+from qlora_lightning.model.step.layout import Layout, add_noise, lay_out
+from qlora_lightning.model.step.loss import LossSums, TokenStatistics, head_loss, head_of, mean_with_gradient_of_sum
+from qlora_lightning.model.step.optimizer import (
     ParameterGroups,
     build_optimizer,
     build_schedule,
@@ -70,16 +72,14 @@ from qlora_lightning.model.optimizer import (
     group_parameters,
     plan_steps,
 )
-from qlora_lightning.model.sharded_strategy import ShardedDDPStrategy
-from qlora_lightning.model.summary import adapter_table, describe_sizes
-from qlora_lightning.model.window import Window, leave_gradients_to_window, sum_over_ranks
+from qlora_lightning.model.step.window import Window, leave_gradients_to_window, sum_over_ranks
 from qlora_lightning.support.console import print_detail
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import without_garbage_collection
 from qlora_lightning.support.trainer import callbacks_of
 
 if TYPE_CHECKING:
-    from qlora_lightning.model.weights.sharded import ShardedBase
+    from qlora_lightning.model.sharded.sharded_base import ShardedBase
 
 
 class QLoRAModule(lightning.LightningModule):
@@ -277,7 +277,7 @@ class QLoRAModule(lightning.LightningModule):
         return self._trainer is not None and isinstance(self.trainer.strategy, ShardedDDPStrategy)
 
     def _shard(self) -> None:
-        from qlora_lightning.model.weights.sharded import ShardedBase  # FSDP2: only for who asks for it
+        from qlora_lightning.model.sharded.sharded_base import ShardedBase  # FSDP2: only for who asks for it
 
         strategy = cast(ShardedDDPStrategy, self.trainer.strategy)
         if self.device.type != "cpu":

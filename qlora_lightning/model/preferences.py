@@ -15,8 +15,8 @@ from qlora_lightning.model.adapters.lora import with_adapter, without_adapters
 from qlora_lightning.model.checkpoint.format import KEY
 from qlora_lightning.model.checkpoint.ranks import gather_states
 from qlora_lightning.model.layers.attention import has_dropout
-from qlora_lightning.model.loss import LossSums, TokenStatistics, head_of, token_losses
 from qlora_lightning.model.module import QLoRAModule
+from qlora_lightning.model.step.loss import LossSums, TokenStatistics, head_of, token_losses
 from qlora_lightning.support.errors import UserError
 
 Objective = Literal["dpo", "ipo", "simpo", "orpo"]

@@ -9,8 +9,8 @@ ENDING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") i
 
 NOT_GATHERED = (
     "A weight of the base was read outside the forward and backward of its decoder layer: under trainer.strategy "
-    "ddp_sharded it is whole only inside. Call the layer (for logits `qlora_lightning.model.loss.head_of(causal_lm)`), "
-    "or train with `ddp`."
+    "ddp_sharded it is whole only inside. Call the layer (for logits `head_of(causal_lm)` of "
+    "qlora_lightning.model.step.loss), or train with `ddp`."
 )
 
 

@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_lightning.model.batch import BatchShape, shape_of_batch
-from qlora_lightning.model.device import choose_compute_dtype
+from qlora_lightning.model.load.device import choose_compute_dtype
+from qlora_lightning.model.step.batch import BatchShape, shape_of_batch
 
 _TILE = 64  # queries: smaller products are slower, larger ones hold more scores behind the diagonal
 # The linears of a layer in the order in which they run; those of one line share their input.

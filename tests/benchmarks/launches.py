@@ -30,14 +30,14 @@ from qlora_lightning.callbacks.loss_spikes import LossSpikeMonitor
 from qlora_lightning.callbacks.memory import MemoryComparison
 from qlora_lightning.callbacks.throughput import ThroughputMonitor
 from qlora_lightning.model.adapters.lora import add_adapters
-from qlora_lightning.model.base_model import freeze, unnest
-from qlora_lightning.model.batch import BatchShape
 from qlora_lightning.model.layers import attention, elementwise, lora
 from qlora_lightning.model.layers.attention import NO_MASK, register_flat_attention
 from qlora_lightning.model.layers.decoder_layer import cast_adapters
-from qlora_lightning.model.layers.fusing import choose_layers, fuse_layers
-from qlora_lightning.model.layout import lay_out
+from qlora_lightning.model.layers.fuse import choose_layers, fuse_layers
+from qlora_lightning.model.load.base_model import freeze, unnest
 from qlora_lightning.model.module import QLoRAModule
+from qlora_lightning.model.step.batch import BatchShape
+from qlora_lightning.model.step.layout import lay_out
 from tests.steps import make_batch
 
 LAYERS = 4

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora_lightning.model.base_model import load_base
-from qlora_lightning.model.summary import bytes_by_dtype
+from qlora_lightning.model.adapters.summary import bytes_by_dtype
+from qlora_lightning.model.load.base_model import load_base
 from tests.benchmarks import child
 from tests.benchmarks.one_batch import MemoryWatch
 from tests.random_base import save_tokenizer

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model.adapters.lora import add_adapters
-from qlora_lightning.model.batch import BatchShape
+from qlora_lightning.model.step.batch import BatchShape
 from tests.benchmarks import communication
 from tests.benchmarks.ceiling import count_products
 from tests.benchmarks.child import ROOT, run_child

@@ -7,7 +7,7 @@ from lightning import Callback
 
 from qlora_lightning import AdapterCheckpoint, Evaluation
 from qlora_lightning.evaluation.rows import unpack_rows
-from qlora_lightning.model.loss import TokenStatistics
+from qlora_lightning.model.step.loss import TokenStatistics
 from qlora_lightning.support.errors import UserError
 from tests.equality import same
 

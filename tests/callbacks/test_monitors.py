@@ -13,7 +13,7 @@ from qlora_lightning import AdapterCheckpoint, GPUMemoryMonitor, GradientCheckpo
 from qlora_lightning.callbacks import memory
 from qlora_lightning.callbacks.dry_batch import DryBatch
 from qlora_lightning.callbacks.memory import MemoryComparison
-from qlora_lightning.model.device import device_memory_gib
+from qlora_lightning.model.load.device import device_memory_gib
 from qlora_lightning.model.memory.plan import PARTS
 
 

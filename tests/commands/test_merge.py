@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_lightning.base.cache import hash_key
 from qlora_lightning.cli import main
-from qlora_lightning.model.base_model import load_base
+from qlora_lightning.model.load.base_model import load_base
 from tests.adapters import make_run
 from tests.help_examples import help_examples
 

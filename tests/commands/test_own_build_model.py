@@ -12,7 +12,7 @@ import peft
 import torch
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model.adapters.lora import add_adapters
-from qlora_lightning.model.base_model import load_base
+from qlora_lightning.model.load.base_model import load_base
 from qlora_lightning.support.versions import without_peft_warnings
 
 

@@ -14,7 +14,7 @@ from qlora_lightning.commands import training  # noqa: F401  # here, and not ins
 from qlora_lightning.commands.sweep import Sweep
 from qlora_lightning.commands.sweep import trial as trials
 from qlora_lightning.commands.sweep.results import Trial, choose, is_done, measure_gain
-from qlora_lightning.model import base_model
+from qlora_lightning.model.load import base_model
 from tests.equality import read_adapter, same
 
 TARGETS = ("attention", "mlp", "all-linear")

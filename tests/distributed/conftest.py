@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_lightning.model.kernels.library import load_library
+from qlora_lightning.model.cpu.library import load_library
 from tests.distributed.runs import CONFIG
 
 

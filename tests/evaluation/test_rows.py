@@ -15,8 +15,8 @@ from qlora_lightning.evaluation.rows import (
     split_sample,
     unpack_rows,
 )
-from qlora_lightning.model.batch import cut_into_rows
-from qlora_lightning.model.loss import TokenStatistics
+from qlora_lightning.model.step.batch import cut_into_rows
+from qlora_lightning.model.step.loss import TokenStatistics
 from tests.flat import collate
 from tests.steps import make_module
 

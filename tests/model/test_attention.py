@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from qlora_lightning.model.layers import attention
 from qlora_lightning.model.layers.attention import attends_in, flat_attention, register_flat_attention
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
-from qlora_lightning.model.layout import Needed, place_samples, whole_samples
+from qlora_lightning.model.step.layout import Needed, place_samples, whole_samples
 from qlora_lightning.support.versions import attend_ragged
 
 LENGTHS = (5, 1, 137, 64, 70)  # strips of 8 queries, tiles of 64 and vectors of 16 keys, full and not

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from qlora_lightning.base.folder import MODEL_TYPES
 from qlora_lightning.cli import main
 from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.model.build import meta_base
-from qlora_lightning.model.layers.fusing import FUSED_TYPES
+from qlora_lightning.model.layers.fuse import FUSED_TYPES
 from qlora_lightning.model.layers.lora import runs_fused
+from qlora_lightning.model.load.build import meta_base
 from qlora_lightning.model.memory.plan import read_base
 from qlora_lightning.support.versions import without_peft_warnings
 from tests.adapters import make_run

@@ -20,9 +20,9 @@ from transformers.models.llama import modeling_llama as llama
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
 from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.model.kernels import library
+from qlora_lightning.model.cpu import library
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, cast_adapters
-from qlora_lightning.model.layers.fusing import explain_plain_layers, fuse_layers
+from qlora_lightning.model.layers.fuse import explain_plain_layers, fuse_layers
 from qlora_lightning.model.layers.lora import FusedLinear, FusedLinear4bit, runs_fused
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests.random_base import save_random_llama

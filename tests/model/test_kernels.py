@@ -12,9 +12,9 @@ from bitsandbytes.functional import dequantize_4bit
 from torch import nn
 
 from qlora_lightning.base.cache import list_entries
-from qlora_lightning.model.kernels import library, loops, products
-from qlora_lightning.model.kernels.library import is_there, load_library
-from qlora_lightning.model.kernels.products import can_multiply, multiply
+from qlora_lightning.model.cpu import library, loops, products
+from qlora_lightning.model.cpu.library import is_there, load_library
+from qlora_lightning.model.cpu.products import can_multiply, multiply
 from qlora_lightning.model.layers import elementwise, lora
 from qlora_lightning.model.layers.elementwise import Rotary, rms_norm, rms_norm_again, rms_norm_backward, swiglu
 from qlora_lightning.model.layers.lora import FrozenLinear, project

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from qlora_lightning.model import layout
 from qlora_lightning.model import module as module_file
-from qlora_lightning.model.layout import IGNORED, add_noise, filled, lay_out, whole_samples
+from qlora_lightning.model.step import layout
+from qlora_lightning.model.step.layout import IGNORED, add_noise, filled, lay_out, whole_samples
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests.steps import assert_same_step, loss_and_gradients, make_batch, make_module
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from qlora_lightning.model.device import PeakWatch, choose_compute_dtype, explain_dtype
+from qlora_lightning.model.load.device import PeakWatch, choose_compute_dtype, explain_dtype
 from qlora_lightning.support.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -56,7 +56,7 @@ import functools
 import resource
 import torch
 from torch.utils.checkpoint import checkpoint
-from qlora_lightning.model.device import giving_memory_back, keep_freed_memory, read_memory
+from qlora_lightning.model.load.device import giving_memory_back, keep_freed_memory, read_memory
 from qlora_lightning.model.layers.checkpointing import keep_inputs_apart
 
 def private_mib():

@@ -8,8 +8,8 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 from qlora_lightning import LossSums, QLoRAModule
-from qlora_lightning.model.optimizer import build_optimizer, build_schedule, count_optimizer_steps
-from qlora_lightning.model.window import Window
+from qlora_lightning.model.step.optimizer import build_optimizer, build_schedule, count_optimizer_steps
+from qlora_lightning.model.step.window import Window
 from qlora_lightning.support.errors import UserError
 from tests.steps import make_module
 

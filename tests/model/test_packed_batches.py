@@ -10,8 +10,15 @@ import torch
 from qlora_lightning import InstructionDataModule, LossSums
 from qlora_lightning.cli import main
 from qlora_lightning.data.samples import SampleSetBuilder
-from qlora_lightning.model.batch import BatchShape, cut_into_rows, describe_row, join_places, row_places, shape_of_batch
-from qlora_lightning.model.loss import TokenStatistics
+from qlora_lightning.model.step.batch import (
+    BatchShape,
+    cut_into_rows,
+    describe_row,
+    join_places,
+    row_places,
+    shape_of_batch,
+)
+from qlora_lightning.model.step.loss import TokenStatistics
 from tests.flat import collate
 from tests.steps import make_module
 

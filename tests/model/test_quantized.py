@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.model.base_model import load_base
 from qlora_lightning.model.guards.checks import checksum_frozen
+from qlora_lightning.model.load.base_model import load_base
 from qlora_lightning.support.errors import UserError
 from tests.equality import same
 from tests.steps import make_module, randomize

@@ -35,7 +35,7 @@ for file in sorted(package.rglob("*.py")):
     if parts[-1] != "__main__" and parts[1] != "recipes":  # a wheel's recipes hold scripts to copy, not modules
         importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
 from qlora_lightning.cli import COMMANDS, main
-from qlora_lightning.model.kernels.library import load_library
+from qlora_lightning.model.cpu.library import load_library
 assert load_library() is None
 assert main(["--help"]) == 0
 sizes = ["--model.rank=2", "--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.default_root_dir=run"]

@@ -24,7 +24,7 @@ from qlora_lightning.data.rows.conversation import Message
 from qlora_lightning.model.adapters.folder import add_named_adapter
 from qlora_lightning.model.adapters.lora import ADAPTER, without_adapters
 from qlora_lightning.model.generate import dense_weights
-from qlora_lightning.model.opened_adapter import find_adapter, open_adapter
+from qlora_lightning.model.load.opened_adapter import find_adapter, open_adapter
 from qlora_lightning.support.errors import UserError
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes half a character to

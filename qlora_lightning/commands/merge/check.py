@@ -16,7 +16,7 @@ from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.collate import collate_rows
 from qlora_lightning.evaluation.rows import steps_bar
-from qlora_lightning.model.build import meta_base
+from qlora_lightning.model.load.build import meta_base
 from qlora_lightning.model.weights.base import OriginalWeights, Weights
 from qlora_lightning.model.weights.layerwise import Reference, labels_of, run_layerwise
 from qlora_lightning.model.weights.merging import MergePlan

@@ -16,14 +16,12 @@ from qlora_lightning.commands.epoch import Epoch, count_devices, plan_epoch, tra
 from qlora_lightning.commands.plan.local_base import find_config, find_tokenizer
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.epoch_plan import EpochPlan, epochs_to_look_at, first_and_largest
-from qlora_lightning.model.base_model import Quantization, check_stored_quantization
-from qlora_lightning.model.batch import BatchShape, computed_counter, shape_of_rows
-from qlora_lightning.model.build import fuse, meta_base, put_adapters
-from qlora_lightning.model.device import choose_compute_dtype, device_memory_gib, read_resident_bytes
 from qlora_lightning.model.guards.checks import check_trainer
 from qlora_lightning.model.layers.attention import can_leave_out
 from qlora_lightning.model.layers.elementwise import check_row_length
-from qlora_lightning.model.layout import filled
+from qlora_lightning.model.load.base_model import Quantization, check_stored_quantization
+from qlora_lightning.model.load.build import fuse, meta_base, put_adapters
+from qlora_lightning.model.load.device import choose_compute_dtype, device_memory_gib, read_resident_bytes
 from qlora_lightning.model.memory.plan import (
     MOST_LENGTHS,
     STORAGES,
@@ -36,7 +34,9 @@ from qlora_lightning.model.memory.plan import (
     read_base,
 )
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.model.sharded_strategy import SHARDED_STRATEGIES, ShardedDDPStrategy
+from qlora_lightning.model.sharded.strategy import SHARDED_STRATEGIES, ShardedDDPStrategy
+from qlora_lightning.model.step.batch import BatchShape, computed_counter, shape_of_rows
+from qlora_lightning.model.step.layout import filled
 from qlora_lightning.support.errors import UserError
 
 _CONTEXT = 600_000_000  # bytes that CUDA, cuBLAS and the kernels take on a card, beside tensors; an estimate

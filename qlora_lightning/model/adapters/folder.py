@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
 from qlora_lightning.model.adapters.lora import ADAPTER, check_fit, inject
-from qlora_lightning.model.layers.fusing import fuse_layers
+from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import IDENTITY, flush, set_usual_mode, write_whole
 from qlora_lightning.support.versions import FORMAT_VERSION, without_peft_warnings

@@ -11,8 +11,8 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qlora_lightning.model.batch import join_places, row_places
-from qlora_lightning.model.sharded_strategy import ShardedDDPStrategy
+from qlora_lightning.model.sharded.strategy import ShardedDDPStrategy
+from qlora_lightning.model.step.batch import join_places, row_places
 from qlora_lightning.support.errors import UserError
 
 # ---- before training -------------------------------------------------------------------------------------------------

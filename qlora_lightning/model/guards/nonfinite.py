@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.model.batch import cut_into_rows, describe_row, join_places, row_places
 from qlora_lightning.model.checkpoint.ranks import capture_generators, restore_generators
-from qlora_lightning.model.loss import LossSums
-from qlora_lightning.model.window import Window
+from qlora_lightning.model.step.batch import cut_into_rows, describe_row, join_places, row_places
+from qlora_lightning.model.step.loss import LossSums
+from qlora_lightning.model.step.window import Window
 
 ComputeLoss = Callable[[Any], LossSums]
 

@@ -1,7 +1,7 @@
 """Attention over a flat batch: samples lie end to end in one stream, and each attends to itself alone.
 
 The keyword ``samples``, which transformers hands on to here, describes a batch's samples
-(:class:`~qlora_lightning.model.layout.Samples`). Four ways lead to the same numbers within rounding:
+(:class:`~qlora_lightning.model.step.layout.Samples`). Four ways lead to the same numbers within rounding:
 
 * on a CPU the C++ loops, which take all samples at once and find in the stream what several begin with;
 * on a card from compute capability 8.0 on, torch's kernel for ragged samples;
@@ -27,9 +27,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from qlora_lightning.model.kernels.library import call, has_numbers, is_there
+from qlora_lightning.model.cpu.library import call, has_numbers, is_there
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
-from qlora_lightning.model.layout import Expansion, Samples, whole_samples
+from qlora_lightning.model.step.layout import Expansion, Samples, whole_samples
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import attend_ragged
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_lightning.model.kernels import loops
+from qlora_lightning.model.cpu import loops
 from qlora_lightning.support.errors import UserError
 
 _log = logging.getLogger(__name__)

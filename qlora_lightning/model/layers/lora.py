@@ -15,7 +15,7 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qlora_lightning.model.kernels import products
+from qlora_lightning.model.cpu import products
 
 _FEW_ROWS = 16  # on a GPU bitsandbytes reads the packed weight itself, if that is quicker for so few on this card
 TILE_BYTES = 8 << 20  # dense: what a product has just made is still in the CPU's cache, and the memory is used again
@@ -326,7 +326,7 @@ def _is_frozen(linear: Any) -> bool:
 
 
 def runs_fused(layer: nn.Module) -> bool:
-    """Whether a layer was chosen to run fused in its mode; see :mod:`qlora_lightning.model.layers.fusing`."""
+    """Whether a layer was chosen to run fused in its mode; see :mod:`qlora_lightning.model.layers.fuse`."""
     chosen: dict[bool, bool] = layer.__dict__.get("_runs_fused", {})
     return chosen.get(layer.training, False) and not torch.compiler.is_compiling()
 

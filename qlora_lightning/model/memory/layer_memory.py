@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lightning.model.batch import BatchShape
 from qlora_lightning.model.layers.attention import FLAT_ATTENTION, attend_per_sample, attends_in
 from qlora_lightning.model.layers.lora import TILE_BYTES, runs_fused
-from qlora_lightning.model.layout import whole_samples
+from qlora_lightning.model.step.batch import BatchShape
+from qlora_lightning.model.step.layout import whole_samples
 from qlora_lightning.support.console import quiet_loggers
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qlora_lightning.model.device import device_memory_gib, read_peak_gib
+from qlora_lightning.model.load.device import device_memory_gib, read_peak_gib
 from qlora_lightning.support.errors import UserError
 
 # What torch raises as a plain RuntimeError: its CPU allocator, the driver, and cuBLAS when it finds no workspace.

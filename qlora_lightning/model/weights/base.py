@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lightning.base.folder import BaseFolder, TensorFiles
-from qlora_lightning.model.base_model import Quantization, find_quantized
+from qlora_lightning.model.load.base_model import Quantization, find_quantized
 
 Weights = Callable[[str], Tensor]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

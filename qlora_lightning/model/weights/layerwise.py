@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lightning.model.layers.attention import NO_MASK
-from qlora_lightning.model.layout import IGNORED, whole_samples
-from qlora_lightning.model.loss import head_of
+from qlora_lightning.model.step.layout import IGNORED, whole_samples
+from qlora_lightning.model.step.loss import head_of
 from qlora_lightning.model.weights.base import Weights, holding_weights
 
 _CPU = torch.device("cpu")

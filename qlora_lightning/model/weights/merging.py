@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from qlora_lightning.base.adapter_folder import read_adapter_config
 from qlora_lightning.model.adapters.lora import ADAPTER, OURS, check_lora_options
-from qlora_lightning.model.build import meta_base, put_adapters
+from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.weights.base import EMBEDDING, HEAD, Weights, holding_weights, name_in_base
 from qlora_lightning.support.errors import UserError
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model.adapters.identity import check_identity, data_differences, hash_config
-from qlora_lightning.model.opened_adapter import find_adapter, open_adapter
+from qlora_lightning.model.load.opened_adapter import find_adapter, open_adapter
 from qlora_lightning.support.errors import UserError
 from tests.equality import same
 from tests.steps import make_module

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lightning.model.adapters.lora import add_adapters, trainable_tensors
 from qlora_lightning.model.adapters.targets import compact_targets, resolve_targets
-from qlora_lightning.model.base_model import load_base
+from qlora_lightning.model.load.base_model import load_base
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import without_peft_warnings
 from tests.steps import make_batch, make_module

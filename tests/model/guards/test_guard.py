@@ -15,9 +15,9 @@ from torch import nn
 
 from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, InstructionDataModule, LossSums, QLoRAModule
 from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.model.base_model import load_base
 from qlora_lightning.model.guards.checks import check_frozen, check_gradients, check_trainer, checksum_frozen
 from qlora_lightning.model.guards.nonfinite import describe_findings
+from qlora_lightning.model.load.base_model import load_base
 from qlora_lightning.support.errors import UserError
 from tests.equality import same
 from tests.flat import collate

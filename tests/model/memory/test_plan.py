@@ -12,13 +12,12 @@ import torch
 from transformers import LlamaConfig
 
 from qlora_lightning.model.adapters.lora import add_adapters, trainable_tensors
-from qlora_lightning.model.base_model import load_base
-from qlora_lightning.model.batch import BatchShape, shape_of_batch
-from qlora_lightning.model.build import fuse, meta_base, meta_copy, put_adapters
-from qlora_lightning.model.kernels import library
+from qlora_lightning.model.adapters.summary import adapter_table, bytes_by_dtype, count_parameters, describe_sizes
+from qlora_lightning.model.cpu import library
 from qlora_lightning.model.layers.attention import attends_in
 from qlora_lightning.model.layers.lora import runs_fused
-from qlora_lightning.model.layout import IGNORED
+from qlora_lightning.model.load.base_model import load_base
+from qlora_lightning.model.load.build import fuse, meta_base, meta_copy, put_adapters
 from qlora_lightning.model.memory.layer_memory import LiveBytes
 from qlora_lightning.model.memory.plan import (
     PARTS,
@@ -30,7 +29,8 @@ from qlora_lightning.model.memory.plan import (
     plan_memory,
     read_base,
 )
-from qlora_lightning.model.summary import adapter_table, bytes_by_dtype, count_parameters, describe_sizes
+from qlora_lightning.model.step.batch import BatchShape, shape_of_batch
+from qlora_lightning.model.step.layout import IGNORED
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests import steps
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from qlora_lightning.base import open_base
 from qlora_lightning.model.adapters.targets import layer_of
 from qlora_lightning.model.adapters.update_norms import measure_updates
-from qlora_lightning.model.base_model import load_base
-from qlora_lightning.model.build import meta_base
+from qlora_lightning.model.load.base_model import load_base
+from qlora_lightning.model.load.build import meta_base
 from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights, name_in_base
 from qlora_lightning.model.weights.layerwise import Reference, run_layerwise
 from qlora_lightning.model.weights.merging import MergedWeights, plan_merge

@@ -9,9 +9,9 @@ import torch
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_adapter_config, read_identity
 from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base, read_config
 from qlora_lightning.model.adapters.identity import check_identity
-from qlora_lightning.model.base_model import Quantization, stored_quantization
-from qlora_lightning.model.build import QLoRAModel, assemble_model
-from qlora_lightning.model.device import ComputeDtype, choose_compute_dtype
+from qlora_lightning.model.load.base_model import Quantization, stored_quantization
+from qlora_lightning.model.load.build import QLoRAModel, assemble_model
+from qlora_lightning.model.load.device import ComputeDtype, choose_compute_dtype
 from qlora_lightning.support.errors import UserError
 
 

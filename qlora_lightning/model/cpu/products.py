@@ -10,7 +10,7 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor
 
-from qlora_lightning.model.kernels.library import call, has_numbers, is_there
+from qlora_lightning.model.cpu.library import call, has_numbers, is_there
 from qlora_lightning.support.errors import NOT_GATHERED
 
 _COLUMNS = 32  # of a panel: a result has a multiple of them

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_lightning.model.layout import IGNORED, find_needed
+from qlora_lightning.model.step.layout import IGNORED, find_needed
 
 
 def row_places(data: Any, row_ids: Iterable[int]) -> list[str]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qlora_lightning.model.kernels.library import NAMES, call, has_numbers, load_library
+from qlora_lightning.model.cpu.library import NAMES, call, has_numbers, load_library
 
 
 def can_run(*tensors: Tensor) -> bool:

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from qlora_lightning.base.cache import EntryCheck, Json, cached_folder, find_entry, list_entries
 from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base
 from qlora_lightning.base.tensors import save_model
-from qlora_lightning.model.device import giving_memory_back
 from qlora_lightning.model.layers.attention import register_flat_attention
+from qlora_lightning.model.load.device import giving_memory_back
 from qlora_lightning.support.errors import UserError
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]

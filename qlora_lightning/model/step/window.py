@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from qlora_lightning.model.loss import LossSums
+from qlora_lightning.model.step.loss import LossSums
 
 
 class Window:

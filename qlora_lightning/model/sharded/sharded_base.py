@@ -20,8 +20,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model.layers.attention import NO_MASK
-from qlora_lightning.model.layout import whole_samples
-from qlora_lightning.model.loss import ShardedHead, head_of, shards_vocabulary
+from qlora_lightning.model.step.layout import whole_samples
+from qlora_lightning.model.step.loss import ShardedHead, head_of, shards_vocabulary
 from qlora_lightning.support.errors import NOT_GATHERED
 from qlora_lightning.support.versions import reset_passes
 

@@ -21,9 +21,9 @@ from qlora_lightning.model.adapters.identity import (
 )
 from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, inject, trainable_tensors
 from qlora_lightning.model.adapters.targets import layer_of
-from qlora_lightning.model.base_model import Quantization, QuantizedBase, load_base
 from qlora_lightning.model.layers.attention import register_flat_attention
-from qlora_lightning.model.layers.fusing import fuse_layers
+from qlora_lightning.model.layers.fuse import fuse_layers
+from qlora_lightning.model.load.base_model import Quantization, QuantizedBase, load_base
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
-from qlora_lightning.model.kernels import loops
-from qlora_lightning.model.layers.fusing import is_watched, libraries_are_original
+from qlora_lightning.model.cpu import loops
+from qlora_lightning.model.layers.fuse import is_watched, libraries_are_original
 from qlora_lightning.model.layers.lora import FrozenLinear, gradient_of_input, project
 
 _MOST_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no quicker
@@ -128,7 +128,7 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool) -> t
 def mean_with_gradient_of_sum(sums: LossSums, scale: float = 1.0) -> Tensor:
     """Return a scalar with the value of the mean per labelled token, and ``scale`` times the gradient of the sum.
 
-    A :class:`qlora_lightning.model.window.Window` wants sums; who watches the loss (Lightning's
+    A :class:`qlora_lightning.model.step.window.Window` wants sums; who watches the loss (Lightning's
     learning-rate finder, callbacks) compares batches of different size.
     """
     value = sums.nll_sum.detach()

@@ -16,7 +16,7 @@ _READ_SHARD = re.compile("got mixed torch.Tensor and DTensor|object of type DTen
 class ShardedDDPStrategy(DDPStrategy):
     """DDP of the adapters over a base of which each process holds a shard: what one device cannot hold.
 
-    See :mod:`qlora_lightning.model.weights.sharded`. Results, checkpoints and adapter folders are those of ``ddp``.
+    See :mod:`qlora_lightning.model.sharded.sharded_base`. Results, checkpoints, adapter folders are those of ``ddp``.
 
     Args:
         offload: Keep the shards in the machine's memory, and copy each layer to the device when it is used: ``True``

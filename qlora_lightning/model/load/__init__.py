@@ -1,0 +1,1 @@
+"""A base loaded and put together with adapters, on a device."""

@@ -1,0 +1,1 @@
+"""A base of which each process holds a shard."""

@@ -1,0 +1,1 @@
+"""A step: its batches, their layout, the loss at the head, the window and the optimizer."""

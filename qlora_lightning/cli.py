@@ -19,7 +19,7 @@ from types import FrameType
 
 from qlora_lightning import __version__
 from qlora_lightning.commands.config import describe_parse_error, read_configs
-from qlora_lightning.support.console import drop_lost_output
+from qlora_lightning.support.console import VisibleFormatter, drop_lost_output, show_controls
 from qlora_lightning.support.errors import ENDING_SIGNALS, LostProcess, TrainingStopped, UserError, nearest
 from qlora_lightning.support.imports import quick_imports
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or 0)
         shown = message if known is None else str(known)
         shown = f"(process {rank}) {textwrap.shorten(shown, 120, placeholder=' …')}" if rank else shown
-        print(f"qlora-lightning: {shown}", file=sys.stderr)
+        print(f"qlora-lightning: {show_controls(shown)}", file=sys.stderr)
         return 2 if isinstance(known, UserError) else 1
 
 
@@ -144,7 +144,7 @@ def _ending_at_signals() -> Iterator[None]:
 def _logging_to_terminal() -> Iterator[None]:
     """Show what our own code logs, while a command runs."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(VisibleFormatter("%(message)s"))
     logger = logging.getLogger("qlora_lightning")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -8,6 +8,14 @@ from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, read
 from qlora_lightning.support.versions import check_version
 
 _REMEDY = "Copy the adapter folder again."
+_TYPES = {
+    **dict.fromkeys(("base", "revision", "fingerprint", "config_hash", "quantization", "compute_dtype"), str),
+    **{"format_version": int, "double_quant": bool, "adapter": dict, "data": dict},
+}  # of what qlora_lightning.json says
+_CHOICES = {
+    "quantization": ("nf4", "fp4", "int8", "none"),
+    "compute_dtype": ("bfloat16", "float16", "float32"),
+}
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
@@ -22,9 +30,23 @@ def read_identity(folder: Path) -> dict[str, Any]:
     file = folder / IDENTITY
     if not file.is_file():
         return {}
-    identity = read_json_object(file, _REMEDY)
-    check_version(identity.get("format_version") or 1, f"The adapter folder {folder}")
-    return {name: value for name, value in identity.items() if value is not None}
+    identity = {name: value for name, value in read_json_object(file, _REMEDY).items() if value is not None}
+    for name, kind in _TYPES.items():
+        _check_value(file, name, identity.get(name), kind)
+    for name in ("settings", "samples"):
+        _check_value(file, f"data.{name}", identity.get("data", {}).get(name), dict)
+    for name, count in identity.get("data", {}).get("samples", {}).items():
+        _check_value(file, f"data.samples.{name}", count, int)
+    for name, choices in _CHOICES.items():
+        if identity.get(name, choices[0]) not in choices:
+            raise UserError(f"{file}: {name} is {identity[name]!r}, expected one of {', '.join(choices)}. {_REMEDY}")
+    check_version(identity.get("format_version", 1), f"The adapter folder {folder}")
+    return identity
+
+
+def _check_value(file: Path, name: str, value: Any, kind: type) -> None:
+    if value is not None and type(value) is not kind:
+        raise UserError(f"{file}: {name} must be {kind.__name__}, found {type(value).__name__}. {_REMEDY}")
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -33,6 +55,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f"{folder} holds an adapter of peft_type {kind}: expected LORA.")
+    _check_value(folder / "adapter_config.json", "base_model_name_or_path", config.get("base_model_name_or_path"), str)
     return config
 
 

@@ -43,6 +43,13 @@ def cache_root() -> Path:
     return Path(parent).expanduser().absolute() / "qlora_lightning"
 
 
+def make_root() -> None:
+    """Make the cache's folder, for this user alone: what is read from it is trained on, and libraries in it run."""
+    root = cache_root()
+    root.parent.mkdir(parents=True, exist_ok=True)
+    root.mkdir(mode=0o700, exist_ok=True)
+
+
 def hash_key(key: Mapping[str, Json]) -> str:
     """Name a key: 24 hexadecimal digits, the same whatever the order of its items."""
     canonical = json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -251,7 +258,8 @@ def _lock_path(folder: Path) -> Path:
 
 @contextmanager
 def _locked(folder: Path, label: str) -> Iterator[None]:
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_root()
+    folder.parent.mkdir(exist_ok=True)
     lock = FileLock(_lock_path(folder))
     try:
         lock.acquire(timeout=1)

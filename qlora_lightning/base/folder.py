@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora_lightning.base.cache import Json, cache_root, hash_key
+from qlora_lightning.base.cache import Json, cache_root, hash_key, make_root
 from qlora_lightning.base.find import resolve_base
 from qlora_lightning.base.gguf import unpack_gguf
 from qlora_lightning.base.tensors import TensorSpan, read_spans
@@ -111,8 +111,12 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             )
         raise UserError(f"Base {name}: expected {single.name} or {index.name} in {folder}, found {found}. {remedy}")
     remedy = "Download or save the base again."
-    shards = read_json_object(index, remedy)["weight_map"]
-    files = [folder / shard for shard in sorted(set(shards.values()))]
+    weight_map = read_json_object(index, remedy).get("weight_map")
+    shards: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise UserError(f"Base {name}: weight_map in {index} must name files beside it, found {shard!r}. {remedy}")
+    files = [folder / shard for shard in sorted(set(shards))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise UserError(f"Base {name}: {missing[0]} is missing, which {index} names. {remedy}")
@@ -191,6 +195,7 @@ def fingerprint(folder: Path) -> str:
         for span, digest in zip(spans, pool.map(_hash_span, spans), strict=True):
             total.update(json.dumps([span.name, span.dtype, span.shape, digest]).encode())
     with suppress(OSError):
+        make_root()
         write_whole(kept, {"fingerprint": total.hexdigest(), **key})
     return total.hexdigest()
 

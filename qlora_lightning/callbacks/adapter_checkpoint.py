@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import rich
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -32,7 +31,7 @@ from qlora_lightning.model.adapters.folder import explain_other_task, loading_sn
 from qlora_lightning.model.adapters.lora import copy_tensors, trainable_tensors
 from qlora_lightning.model.checkpoint.loops import ends_training, validation_follows
 from qlora_lightning.model.checkpoint.resume import has_other_validation
-from qlora_lightning.support.console import say
+from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS, IDENTITY, put_in_place
 from qlora_lightning.support.trainer import callbacks_of, find_callback, is_trial_run
@@ -350,6 +349,6 @@ class LoadingLines(Callback):
             config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             other_task = explain_other_task(config["task_type"])
             how = other_task or "To load it with plain PEFT:"
-            rich.print(f"\nAdapter: [bold]{escape(str(folder))}[/bold]. {how}\n")
+            terminal().print(f"\nAdapter: [bold]{escape(str(folder))}[/bold]. {how}\n")
             if not other_task:
-                print(loading_snippet(folder, json.loads(identity.read_text(encoding="utf-8"))))
+                say(loading_snippet(folder, json.loads(identity.read_text(encoding="utf-8"))))

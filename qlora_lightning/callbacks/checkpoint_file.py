@@ -11,7 +11,7 @@ import torch
 from lightning import Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from qlora_lightning.model.checkpoint.format import read_content
+from qlora_lightning.model.checkpoint.format import read_checkpoint, read_content
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import CHECKPOINTS, find_storage_fault, flush
 
@@ -132,12 +132,11 @@ def _read_whole(file: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
-        checkpoint = None if damaged else torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # of torch, zipfile or the disk: cut off, a flipped bit, a class that needs code to run
-        raise UserError(f"{file} is damaged or not a checkpoint: {_shorten(error)}.") from error
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, EOFError) as error:  # or encrypted, or too new
+        raise UserError(f"{file} is damaged or not a checkpoint: {' '.join(str(error).split())}.") from error
     if damaged:
         raise UserError(f"{file} is damaged: {damaged} in it does not fit its checksum.")
-    content: dict[str, Any] = checkpoint if isinstance(checkpoint, dict) else {}
+    content = read_checkpoint(file, mmap=True)
     read_content(content, str(file))
     return content
 

@@ -3,7 +3,6 @@
 import time
 from typing import Any
 
-import rich
 import torch
 from lightning import Callback, LightningModule, Trainer
 
@@ -17,6 +16,7 @@ from qlora_lightning.model.checkpoint.ranks import capture_generators, restore_g
 from qlora_lightning.model.load.device import read_peak_gib
 from qlora_lightning.model.memory.out_of_memory import telling_out_of_memory
 from qlora_lightning.model.step.batch import computed_counter
+from qlora_lightning.support.console import terminal
 from qlora_lightning.support.trainer import is_trial_run
 
 _WORTH = 1.2  # times the tokens of the first batch: what is hardly larger is not worth a step's time
@@ -55,7 +55,7 @@ class DryBatch(Callback):
         if trainer.is_global_zero:
             rows, tokens = len(set(batch["row_ids"].tolist())), batch["input_ids"].numel()
             size = f"{rows:,} rows, {tokens:,} tokens, the longest row {batch['longest']:,}"
-            rich.print(f"Dry run of the largest batch ({size}): {seconds:.1f} s, peak {peak:.2f} GiB")
+            terminal().print(f"Dry run of the largest batch ({size}): {seconds:.1f} s, peak {peak:.2f} GiB")
 
 
 def find_largest(trainer: Trainer, module: Any) -> Batch | None:

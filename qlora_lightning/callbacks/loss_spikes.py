@@ -5,13 +5,13 @@ import statistics
 from collections import deque
 from typing import Any
 
-import rich
 from lightning import Callback, LightningModule, Trainer
 from rich.markup import escape
 
 from qlora_lightning.callbacks.run_report import note_warning
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.step.batch import join_places, row_places
+from qlora_lightning.support.console import terminal
 from qlora_lightning.support.trainer import gather_lists
 
 _MOST_LOSSES, _FEWEST_LOSSES = 100, 30  # of the last steps, which a loss is compared with
@@ -66,7 +66,7 @@ class LossSpikeMonitor(Callback):
                 f"train_loss {loss:.4g} at step {step}, the median of the last {len(losses)} is {median:.4g}; "
                 f"rows {rows}."
             )
-            rich.print(f"[yellow]Loss spike:[/yellow] {escape(found)}")
+            terminal().print(f"[yellow]Loss spike:[/yellow] {escape(found)}")
             note_warning(trainer, f"Loss spike: {found}")
 
     def state_dict(self) -> dict[str, Any]:

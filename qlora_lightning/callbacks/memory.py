@@ -7,7 +7,6 @@ process that was resident (peak RSS), imports and the mapped base included.
 from pathlib import Path
 from typing import Any
 
-import rich
 import torch
 from lightning import Callback, LightningModule, Trainer
 
@@ -30,7 +29,7 @@ from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded.strategy import ShardedDDPStrategy
 from qlora_lightning.model.step.batch import BatchShape, shape_of_batch, shape_of_rows
 from qlora_lightning.model.step.layout import filled
-from qlora_lightning.support.console import print_detail, say
+from qlora_lightning.support.console import print_detail, say, terminal
 from qlora_lightning.support.files import PLAN, write_whole
 from qlora_lightning.support.trainer import find_callback, is_trial_run, log_interval
 
@@ -79,7 +78,7 @@ class GPUMemoryMonitor(Callback):
             if values[shown] > _FULL * capacity and not self._warned:
                 self._warned = True
                 found = f"Peak memory {values[shown]:.2f} GiB is over 95 % of {capacity:.2f} GiB."
-                rich.print(f"[yellow]{found}[/yellow] {_REMEDIES}")
+                terminal().print(f"[yellow]{found}[/yellow] {_REMEDIES}")
                 note_warning(trainer, found)
             if pl_module.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(pl_module.device)

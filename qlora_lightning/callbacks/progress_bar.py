@@ -5,7 +5,6 @@ import time
 from datetime import timedelta
 from typing import Any
 
-import rich
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from rich.markup import escape
@@ -13,7 +12,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.table import Column
 
 from qlora_lightning.callbacks.run_report import planned_steps
-from qlora_lightning.support.console import drop_lost_output
+from qlora_lightning.support.console import drop_lost_output, terminal
 from qlora_lightning.support.versions import PEAK_NAMES
 
 # the most important metric first, for a narrow terminal cuts the last ones
@@ -28,7 +27,7 @@ _FORMATS = {
 
 def choose_progress_display() -> ProgressBar:
     """Return the bar if standard output is a terminal that can redraw a line, else the lines."""
-    return ShortProgressBar() if sys.stdout.isatty() and rich.get_console().is_interactive else ProgressLines()
+    return ShortProgressBar() if sys.stdout.isatty() and terminal().is_interactive else ProgressLines()
 
 
 class ShortProgressBar(RichProgressBar):

@@ -1,7 +1,10 @@
-"""Adapter folders on a command line: their names, and what their run's config, or the folder itself, says."""
+"""Adapter folders on a command line: their names, and what their run's config, or the folder itself, says.
+
+An adapter folder, and the run folder around it, may come from anybody. What they say is data: of a config that the user
+has not typed only plain values of a short list count.
+"""
 
 import json
-import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,36 @@ from qlora_lightning.base.adapter_folder import (
     read_adapter_config,
     read_identity,
 )
-from qlora_lightning.commands.config import find_configs
+from qlora_lightning.commands.config import find_configs, read_configs
+from qlora_lightning.data.rows.sources import kind_of_file
+from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER
 
 BASE = "base"  # the side without an adapter
 _RENDERING = ("system", "train_on", "max_length", "too_long")  # settings of the training that other rows share
+# what counts of a config that nobody has typed
+_KEYS = {
+    "model": (
+        *("class_path", "base", "revision", "quantization", "double_quant", "compute_dtype", "adapter"),
+        *("objective", "beta", "gamma", "label_smoothing", "sft_share"),
+    ),
+    "data": (
+        *("class_path", "train", "val", "test", "val_fraction", "format", "columns", "roles", "system", "encoding"),
+        *("chat_template", "template_options", "reasoning", "train_on", "max_length", "too_long", "on_bad_row"),
+        *("deduplicate", "batch_size", "tokens_per_batch", "shuffle", "tokenizer"),
+    ),
+    "evaluation": ("rows", "max_new_tokens", "scores", "batch_size", "samples"),
+    "gradient_checkpointing": ("enabled", "every_n_layers", "offload"),
+    "trainer": (
+        *("limit_val_batches", "limit_test_batches", "accumulate_grad_batches", "max_epochs", "max_steps"),
+        *("precision", "devices", "num_nodes"),
+    ),
+}
+_OWN_CLASSES = (
+    *("qlora_lightning.QLoRAModule", "qlora_lightning.PreferenceModule"),
+    *("qlora_lightning.InstructionDataModule", "qlora_lightning.PreferenceDataModule"),
+)
 
 
 def name_adapters(
@@ -59,13 +86,58 @@ def add_config(adapter: Path | None, arguments: Sequence[str], needs_rows: bool 
     identity = read_identity(adapter)
     config = find_run_config(adapter)
     if config is not None:
-        return ["--config", os.path.relpath(config), *arguments]
+        settings = _read_run_config(config)
+        if not needs_rows or settings["data"].keys() & {"train", "val", "test"}:
+            return ["--config", json.dumps(settings), *arguments]
     if needs_rows and not any(each.startswith("--data") for each in arguments):
         raise UserError(
-            f"Nothing names the rows: there is no config.yaml beside the adapter folder {adapter}. Add --config FILE "
-            "or --data.val FILE."
+            f"Nothing names the rows: there is no config.yaml beside the adapter folder {adapter}, or it names no file "
+            "of this machine. Add --config FILE or --data.val FILE."
         )
     return ["--config", json.dumps(_settings_of(adapter, identity)), *arguments]
+
+
+def _read_run_config(file: Path) -> dict[str, Any]:
+    """Return what counts of the config of a run that the user has not named, and report what does not."""
+    config, ignored = read_configs(["--config", str(file)])[str(file)], list[str]()
+    settings: dict[str, Any] = {}
+    for section, keys in _KEYS.items():
+        given = config.get(section)
+        given = dict(given) if isinstance(given, dict) else {}
+        arguments = given.pop("init_args", None)
+        given |= arguments if isinstance(arguments, dict) else {}
+        settings[section] = {key: value for key, value in _take(given, section, ignored).items() if key in keys}
+    if ignored:
+        say(
+            f"{file} is not named by --config, so only plain settings of it count. Ignored: {', '.join(ignored)}. "
+            f"If you trust its author, `--config {file}` takes them too."
+        )
+    return settings
+
+
+def _take(value: Any, name: str, ignored: list[str]) -> Any:
+    """Return a value without what :func:`_is_harmless` rejects in it."""
+    if isinstance(value, list):
+        return [_take(each, name, ignored) for each in value if _is_harmless(each, name, ignored)]
+    if isinstance(value, dict):
+        named = ((key, f"{name}.{key}", each) for key, each in value.items())
+        return {key: _take(each, path, ignored) for key, path, each in named if _is_harmless(each, path, ignored)}
+    return value
+
+
+def _is_harmless(value: Any, name: str, ignored: list[str]) -> bool:
+    """Whether a setting neither imports code nor asks the network; one that does is added to ``ignored``."""
+    harmless = True
+    if name.endswith((".class_path", ".optimizer", ".trust_remote_code")):
+        harmless = value in (None, False, *_OWN_CLASSES)
+    elif name.endswith(".format"):
+        harmless = "." not in str(value)
+    elif isinstance(value, str) and name.removesuffix(".path") in ("data.train", "data.val", "data.test"):
+        is_here = bool(kind_of_file(value)[0]) or "*" in value or Path(value).expanduser().exists()
+        harmless = is_here and "://" not in value
+    if not harmless:
+        ignored.append(f"{name}: {value}")
+    return harmless
 
 
 def _settings_of(adapter: Path, identity: dict[str, Any]) -> dict[str, Any]:

@@ -4,12 +4,13 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from qlora_lightning.base.cache import CacheEntry, Kind, cache_root, clear_entries, list_entries
 from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.options import OptionParser
+from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.errors import UserError
 
 _DESCRIPTION = "Unpacked and quantized bases, tokenized data and compiled loops, kept for the next start."
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"The cache's folder {cache_root()} is a file: name a folder by QLORA_LIGHTNING_CACHE.")
     entries = list_entries(options.kind)
     if not entries:
-        print(f"The cache holds nothing to {options.action} ({cache_root()}). It fills when a base is first loaded.")
+        say(f"The cache holds nothing to {options.action} ({cache_root()}). It fills when a base is first loaded.")
         return 0
     _print_table(entries)
     if options.action == "list":
@@ -45,8 +46,8 @@ def main(argv: list[str]) -> int:
             return 1
     removed, busy = clear_entries(options.kind)
     for entry in busy:
-        print(f"Left {entry.path}: a process is building it now.")
-    print(f"Removed {len(removed)}, freed {format_bytes(sum(entry.size_bytes for entry in removed))}.")
+        say(f"Left {entry.path}: a process is building it now.")
+    say(f"Removed {len(removed)}, freed {format_bytes(sum(entry.size_bytes for entry in removed))}.")
     return 0
 
 
@@ -56,7 +57,7 @@ def _print_table(entries: Sequence[CacheEntry]) -> None:
     table.columns[5].overflow = "fold"  # a path that is cut off cannot be copied
     for entry in entries:
         times = (time.astimezone().strftime("%Y-%m-%d %H:%M") for time in (entry.created, entry.last_used))
-        table.add_row(entry.kind, entry.label, format_bytes(entry.size_bytes), *times, str(entry.path))
+        table.add_row(entry.kind, escape(entry.label), format_bytes(entry.size_bytes), *times, escape(str(entry.path)))
     # In a pipe, rich would assume 80 columns and fold the paths that a script looks for.
-    Console(width=None if sys.stdout.isatty() else 500, markup=False, highlight=False).print(table)
-    print(f"total {format_bytes(sum(entry.size_bytes for entry in entries))} in {cache_root()}")
+    terminal().print(table, width=None if sys.stdout.isatty() else 500)
+    say(f"total {format_bytes(sum(entry.size_bytes for entry in entries))} in {cache_root()}")

@@ -3,11 +3,12 @@
 import shlex
 from pathlib import Path
 
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import qlora_lightning
-from qlora_lightning.commands.options import OptionParser
+from qlora_lightning.commands.options import OptionParser, write_output
+from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
 
 _EPILOG = """examples:
@@ -35,8 +36,8 @@ def main(argv: list[str]) -> int:
     table.columns[0].no_wrap = True
     for name, file in recipes.items():
         comments = (line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
-        table.add_row(name, next(comments, "").lstrip("# "))
-    Console(markup=False, highlight=False).print(table)
+        table.add_row(name, escape(next(comments, "").lstrip("# ")))
+    terminal().print(table)
     print("\nCopy one into the current folder: qlora-lightning recipes copy NAME")
     return 0
 
@@ -58,7 +59,6 @@ def _copy(config: Path, *, force: bool) -> None:
                 f"{target} exists here and differs from the recipe's. Move it away, or overwrite it with --force."
             )
     for source, target in copies.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(source.read_bytes())
+        write_output(target, source.read_bytes())
         print(f"wrote {target}")
     print(f"\nNow run: qlora-lightning fit --config {shlex.quote(str(copies[config]))}")

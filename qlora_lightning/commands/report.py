@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
@@ -19,6 +18,7 @@ from qlora_lightning.report.facts import find_differences
 from qlora_lightning.report.page import render_report
 from qlora_lightning.report.results import figure_table, find_figures
 from qlora_lightning.report.run import Run, read_runs
+from qlora_lightning.support.console import terminal
 from qlora_lightning.support.files import PAGE
 
 _DESCRIPTION = """Make the report of a run again, from what its folder holds now, or compare several runs.
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     page = check_output("--out", page, options.force or page is usual) or usual
     figures = check_output("--json", options.json, options.force)
     rendered = render_report(runs)
-    console = Console(highlight=False)
+    console = terminal()
     with tables_beside(figures):
         for first in range(0, len(runs), _BESIDE):
             console.print(_table(runs, slice(first, first + _BESIDE)))

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jsonargparse
-import rich
 import yaml
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from rich.markup import escape
 
 from qlora_lightning import callbacks
 from qlora_lightning.callbacks.checkpoint_file import check_checkpoint, find_checkpoint
@@ -39,6 +37,7 @@ from qlora_lightning.data.chat.tokenizer import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.checkpoint.format import find_foreign_class, read_checkpoint, read_content, usable_settings
 from qlora_lightning.model.module import QLoRAModule
+from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, load_yaml
 from qlora_lightning.support.trainer import is_trial_run
@@ -236,7 +235,7 @@ class QLoRACLI(LightningCLI):
 
     def _say(self, message: str) -> None:
         if self.trainer.is_global_zero:
-            rich.print(escape(message))
+            say(message)
 
 
 def _choose_tokenizer(base: str, revision: str | None, trust_remote_code: bool, chosen: Any) -> Any:

@@ -9,7 +9,6 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qlora_lightning.data.chat.labels import IGNORED, ChatRenderer, Rendered
@@ -22,6 +21,7 @@ from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder, find_repeats
+from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
 
 TOO_LONG = "longer than max_length (too_long: drop)"
@@ -220,7 +220,7 @@ def prepare(
     """
     preparation, done = Preparation(recipe, split, [settings for settings, _ in sources], for_prompts), 0
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn()
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     began = logged = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
         task = progress.add_task(split, total=None)  # how many there are is known when they have been read

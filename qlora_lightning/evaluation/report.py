@@ -4,14 +4,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import rich
 from rich.markup import escape
 from rich.table import Table
 
 from qlora_lightning.evaluation.comparison import BASE, METHOD, PREFERENCE, Interval, Results, compare
 from qlora_lightning.evaluation.scores import describe_answered, describe_metric, is_share
-from qlora_lightning.page import show_controls
-from qlora_lightning.support.console import say
+from qlora_lightning.support.console import say, terminal
 
 if TYPE_CHECKING:  # a report of runs needs no torch
     from qlora_lightning.evaluation.rows import AnswerSettings, EvaluationRow
@@ -127,10 +125,10 @@ class Comparison:
         for heading in lines[0]:
             table.add_column(escape(heading), justify="right" if heading else "left")
         needed = sum(3 + max(map(len, column)) for column in zip(*lines, strict=True)) + 1
-        fits = needed <= rich.get_console().width
+        fits = needed <= terminal().width
         for name, *cells in lines[1:]:
             table.add_row(name, *(escape(cell if fits else cell.replace(" [", "\n[")) for cell in cells))
-        rich.print(table)
+        terminal().print(table)
 
     def print_rows(self, places: Sequence[int]) -> None:
         """Print rows that were answered: what was asked, what was expected, and what each side answered."""
@@ -139,9 +137,9 @@ class Comparison:
             table.add_column(style="dim", no_wrap=True, min_width=8)
             table.add_column(overflow="fold")
             for name, text in self._show(place).items():
-                text = show_controls(text.strip() or "(empty)")
+                text = text.strip() or "(empty)"
                 table.add_row(escape(name), escape(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"))
-            rich.print(table)
+            terminal().print(table)
 
     def _show(self, place: int) -> dict[str, str]:
         row, settings = self.rows[place], self.settings

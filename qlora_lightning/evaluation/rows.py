@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -18,6 +17,7 @@ from qlora_lightning.model.generate import dense_weights
 from qlora_lightning.model.step.batch import cut_into_rows, is_flat
 from qlora_lightning.model.step.layout import IGNORED
 from qlora_lightning.model.step.loss import LossSums, head_loss, head_of
+from qlora_lightning.support.console import terminal
 
 Watch = Callable[[int], None]
 """Called with the number of losses or answers that are done now."""
@@ -201,7 +201,7 @@ def answer_rows(
 def steps_bar(description: str, total: int, show: bool = True) -> Iterator[Watch]:
     """Yield a function to call with the number of steps done; in a terminal it moves a bar, gone at the end."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
         task = progress.add_task(escape(description), total=total)
         yield lambda steps: progress.advance(task, steps)

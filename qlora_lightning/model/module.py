@@ -397,6 +397,8 @@ class QLoRAModule(lightning.LightningModule):
         return layout
 
     def setup(self, stage: str) -> None:
+        if Path(self.trainer.ckpt_path or "").is_file():
+            read_checkpoint(str(self.trainer.ckpt_path), mmap=True)  # before Lightning does, in torch's words
         data = getattr(self.trainer, "datamodule", None)
         if getattr(data, "pairs", self.pairs) != self.pairs:
             raise UserError(

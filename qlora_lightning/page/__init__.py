@@ -1,12 +1,11 @@
 """What every HTML page of ours shares: one style, nothing beside itself, and whatever comes from outside stays text."""
 
-import unicodedata
 from pathlib import Path
 from typing import Any
 
+from qlora_lightning.support.console import show_controls
+
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # no script, no request, no font
-_PICTURES = {code: 0x2400 + code for code in range(32)} | {9: "⇥", 10: "\n", 127: "␡"}
-_SHOWN = "\n\N{ZERO WIDTH JOINER}"  # the joiner is inside emoji
 
 
 def render_page(template: Path, **values: Any) -> str:
@@ -28,13 +27,3 @@ def render_page(template: Path, **values: Any) -> str:
     )
     environment.filters["visible"] = show_controls
     return environment.get_template(template.name).render(policy=_POLICY, **values)
-
-
-def show_controls(text: str) -> str:
-    """Make characters visible that would not be, or that would act on a terminal; newlines stay."""
-    return "".join(
-        character.encode("unicode_escape").decode()
-        if unicodedata.category(character) in ("Cc", "Cf") and character not in _SHOWN
-        else character
-        for character in text.translate(_PICTURES)
-    )

@@ -1,21 +1,57 @@
-"""Lines for the user, as they are: paths and row texts may look like markup."""
+"""What is printed: lines and tables as they are, whatever paths, rows, answers and settings of others contain."""
 
 import contextlib
 import logging
 import os
 import select
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
-import rich
+from rich.console import Console
+from rich.segment import Segment
 
 _is_brief = ContextVar("is_brief", default=False)
+_JOINER = "\N{ZERO WIDTH JOINER}"  # is inside emoji
+_PICTURES = {chr(code): chr(0x2400 + code) for code in range(32)} | {"\t": "⇥", "\x7f": "␡"}
+
+
+def show_controls(text: str, keep: str = "\n") -> str:
+    """Make characters visible that would not be, or that would act on a terminal, except those to ``keep``."""
+    if text.isprintable():
+        return text
+    return "".join(
+        _PICTURES.get(each) or each.encode("unicode_escape").decode()
+        if unicodedata.category(each) in ("Cc", "Cf") and each not in keep and each != _JOINER
+        else each
+        for each in text
+    )
+
+
+class _VisibleConsole(Console):
+    """Shows control characters in what it prints; what rich itself sends to the terminal is not part of a text."""
+
+    def render(self, *args: Any, **kwargs: Any) -> Iterable[Segment]:
+        for segment in super().render(*args, **kwargs):
+            yield segment if segment.control else Segment(show_controls(segment.text), segment.style)
+
+
+def terminal(stderr: bool = False) -> Console:
+    """Return the console for all that is printed; strings in square brackets are markup unless they are escaped."""
+    return _VisibleConsole(stderr=stderr, highlight=False)
 
 
 def say(line: str) -> None:
     """Print a line without markup, colours or breaks of our own."""
-    rich.get_console().print(line, markup=False, highlight=False, soft_wrap=True)
+    terminal().print(line, markup=False, soft_wrap=True)
+
+
+class VisibleFormatter(logging.Formatter):
+    """Shows control characters in what is logged."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return show_controls(super().format(record))
 
 
 @contextlib.contextmanager
@@ -51,7 +87,7 @@ def print_detail(what: Any) -> None:
     if isinstance(what, str):
         say(what)
     else:
-        rich.print(what)
+        terminal().print(what)
 
 
 @contextlib.contextmanager

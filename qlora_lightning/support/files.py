@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ IDENTITY = "qlora_lightning.json"  # in the adapter folder
 def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
     """Write a small file so that a reader, and a machine that dies, leave the old or the new one, never half.
 
-    A mapping is written as JSON. The file's folder is made. A link is followed: the file that it leads to is replaced,
-    and keeps its mode. A stream is written into.
+    A mapping is written as JSON. The file's folder is made. A stream is written into. A link is replaced and not
+    followed: a folder from elsewhere may hold one that leads to any file of the user's.
 
     Raises:
         OSError: The disk is full or fails, or who reads the pipe has gone.
@@ -44,21 +45,29 @@ def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
         with os.fdopen(os.open(file, os.O_WRONLY) if own is None else os.dup(own), "wb") as stream:
             stream.write(data)
         return
-    target = Path(os.path.realpath(file))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{target.name}.unfinished")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=".unfinished-", dir=file.parent)
+    unfinished = Path(name)
     try:
-        unfinished.write_bytes(data)
-        if target.exists():
-            shutil.copymode(target, unfinished)
-        put_in_place(unfinished, target)
+        with open(descriptor, "wb") as stream:
+            stream.write(data)
+        if file.is_file() and not file.is_symlink():
+            shutil.copymode(file, unfinished)
+        else:
+            set_usual_mode(unfinished)
+        put_in_place(unfinished, file)
     except BaseException:  # Ctrl-C too
         unfinished.unlink(missing_ok=True)
         raise
 
 
 def is_stream(file: Path) -> bool:
-    """Whether a name leads to what is written into and not replaced: a pipe, a terminal, this process's own output."""
+    """Whether a name means what is written into and not replaced: a pipe, a terminal, this process's own output.
+
+    A link does not, except the system's own in ``/dev``.
+    """
+    if file.is_symlink() and Path("/dev") not in file.absolute().parents:
+        return False
     return (file.exists() and not file.is_file() and not file.is_dir()) or _find_own_output(file) is not None
 
 
@@ -72,7 +81,7 @@ def _find_own_output(file: Path) -> int | None:
 
 
 def set_usual_mode(file: Path) -> None:
-    """Set the mode that the umask wants: safetensors lets nobody but its owner read what it writes."""
+    """Set the mode that the umask wants: safetensors and ``tempfile`` let nobody but the owner read what they write."""
     mask = os.umask(0)  # which can only be read by setting it
     os.umask(mask)
     file.chmod(0o666 & ~mask)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from qlora_lightning.base.folder import load_tokenizer
@@ -25,6 +24,7 @@ from qlora_lightning.model.adapters.folder import add_named_adapter
 from qlora_lightning.model.adapters.lora import ADAPTER, without_adapters
 from qlora_lightning.model.generate import dense_weights
 from qlora_lightning.model.load.opened_adapter import find_adapter, open_adapter
+from qlora_lightning.support.console import show_controls, terminal
 from qlora_lightning.support.errors import UserError
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes half a character to
@@ -139,7 +139,7 @@ class Session:
         self.compare: bool = options.compare
         trained = (first.identity.get("data") or {}).get("settings") or {}
         self.system: str | None = trained.get("system") if options.system is None else options.system
-        self.console = Console(highlight=False)
+        self.console = terminal()
         self.messages: list[Message] = []
         self.turns: list[dict[str, Any]] = []
         self.is_typed: bool = options.prompt is None and sys.stdin.isatty()
@@ -242,7 +242,7 @@ class Session:
         return ChatAnswer(stream.text, len(stream.ids), ended, time.monotonic() - began)
 
     def _write(self, text: str) -> None:
-        self.console.file.write(text)
+        self.console.file.write(show_controls(text, keep="\n\t"))
         self.console.file.flush()
 
     # ---- commands ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from jsonargparse.typing import PositiveInt
 from qlora_lightning.commands.adapter_config import BASE, add_config, name_adapters
 from qlora_lightning.commands.config import find_configs
 from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
+from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, PREDICTIONS
 from qlora_lightning.support.imports import quick_imports
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
 
     with tables_beside(options.json):
         if len(adapters) > 1 and not find_configs(rest):
-            print(f"Config, rows and limits are those of {first}, the first adapter; --config FILE names others.")
+            say(f"Config, rows and limits are those of {first}, the first adapter; --config FILE names others.")
         evaluate(options, adapters, arguments)
     return 0
 

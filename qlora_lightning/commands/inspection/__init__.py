@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora_lightning.commands.options import OptionParser, check_output, quiet_lightning, write_output
+from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import quick_imports
 
@@ -26,8 +27,6 @@ def main(argv: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(argv)
     page = check_output("--html", options.html, options.force)
     with quick_imports():  # here, so that --help and mistakes answer at once
-        from rich.console import Console
-
         from qlora_lightning.commands.inspection.facts import inspect_data
         from qlora_lightning.commands.inspection.views import print_inspection, render_inspection
         from qlora_lightning.commands.training import QLoRACLI
@@ -41,10 +40,10 @@ def main(argv: Sequence[str]) -> int:
         if not splits:
             raise UserError(f"There are no rows to inspect: data.{options.split or 'train'} names no file.")
         found = inspect_data(data, splits, run.config, options)
-    print_inspection(found, Console(highlight=False))
+    print_inspection(found, terminal())
     if page is not None:
         write_output(page, render_inspection(found))
-        print(f"\nPage: {page}")
+        say(f"\nPage: {page}")
     sys.stdout.flush()
     reports = [data.reports[split] for split in splits]
     bad = [f"{report.bad_rows:,} in {report.split}" for report in reports if report.bad_rows]

@@ -10,7 +10,8 @@ from rich.text import Text
 from qlora_lightning import __version__
 from qlora_lightning.commands.inspection import facts
 from qlora_lightning.commands.inspection.rows import REASONING, TOOL_CALL, Piece
-from qlora_lightning.page import render_page, show_controls
+from qlora_lightning.page import render_page
+from qlora_lightning.support.console import show_controls
 
 _BAR = "█" * 40
 _BORDER, _OPEN, _CLOSE, _STOP = "│", "⟦", "⟧", "■"
@@ -26,7 +27,7 @@ def print_inspection(found: facts.Inspection, console: Console) -> None:
 
     console.print(Text(found.config, "bold"))
     for note in found.notes:
-        console.print(Text(show_controls(note), "dim"))
+        console.print(Text(note, "dim"))
     for table in found.tables:
         heading(table.title)
         console.print(_draw_table(table))
@@ -36,13 +37,13 @@ def print_inspection(found: facts.Inspection, console: Console) -> None:
     for title, lines in found.findings.items():
         heading(title)
         for line in lines:
-            _print_indented(Text(show_controls(line)), console)
+            _print_indented(Text(line), console)
     heading(f"Rows of {found.split} as the model sees them")
     is_coloured = console.color_system is not None and not console.no_color
     console.print(_legend(is_coloured))
     for row in found.rows:
         console.print()
-        console.print(Text.assemble((show_controls(row.where), "bold"), f"  {show_controls(row.about)}"))
+        console.print(Text.assemble((row.where, "bold"), f"  {row.about}"))
         if row.pieces:
             _print_indented(_write_row(row.pieces, is_coloured), console)
 
@@ -58,7 +59,7 @@ def _draw_table(table: facts.Table) -> Table:
         is_number = number > 0 and bool(table.headings)
         drawn.add_column(heading, justify="right" if is_number else "left", overflow="fold")
     for line in table.lines:
-        drawn.add_row(*(Text(show_controls(cell)) for cell in line))
+        drawn.add_row(*map(Text, line))
     return drawn
 
 

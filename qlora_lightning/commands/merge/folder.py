@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from qlora_lightning.evaluation.rows import steps_bar
 from qlora_lightning.model.load.opened_adapter import AdapterSource, find_adapter
 from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights, Weights
 from qlora_lightning.model.weights.merging import MergedWeights, MergePlan, plan_merge
+from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import flush, put_in_place, read_json_object
 
@@ -47,14 +49,11 @@ def merge(options: argparse.Namespace) -> None:
     if options.gguf or options.adapter_gguf:
         architecture_of(plan.config, adapter_only=not options.gguf)  # before the work
     if options.adapter_gguf is not None:
-        unfinished = options.adapter_gguf.with_name(f"{options.adapter_gguf.name}.unfinished")
-        try:
-            write_adapter(unfinished, plan, source.base)
-            put_in_place(unfinished, options.adapter_gguf)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        print(f"Adapter alone: {options.adapter_gguf}")
-        print(
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=options.adapter_gguf.parent) as place:
+            write_adapter(Path(place) / options.adapter_gguf.name, plan, source.base)
+            put_in_place(Path(place) / options.adapter_gguf.name, options.adapter_gguf)
+        say(f"Adapter alone: {options.adapter_gguf}")
+        say(
             f"It was trained on a base in {source.quantization or '16 bits'}. A base that llama.cpp has quantized "
             "otherwise differs from that: of SmolLM2 in q4_1 an answer in three was another one. merge --gguf writes a "
             "model whose answers are checked."
@@ -91,9 +90,9 @@ def merge(options: argparse.Namespace) -> None:
         write_output(options.json, figures)
     for name, size in figures["files"].items():
         if name.endswith((".safetensors", ".gguf")):
-            print(f"{options.out / name}  {format_bytes(size)}")
+            say(f"{options.out / name}  {format_bytes(size)}")
     if gguf_file is not None:
-        print(_how_to_run(options.out / "gguf" / gguf_file.name, note))
+        say(_how_to_run(options.out / "gguf" / gguf_file.name, note))
 
 
 def _how_to_run(file: Path, note: str) -> str:
@@ -161,7 +160,8 @@ def _write_weights(
 def _write_companions(source: AdapterSource, folder: Path, options: argparse.Namespace) -> None:
     """Write all that belongs to a model beside its weights; tokenizer and stop tokens are the adapter's."""
     config = read_config(source.base.folder, source.base.name)
-    config = {name: value for name, value in config.items() if name not in ("quantization_config", "torch_dtype")}
+    left_out = ("quantization_config", "torch_dtype", "auto_map")  # the last names code that comes with the base
+    config = {name: value for name, value in config.items() if name not in left_out}
     config["dtype"] = DTYPES[options.dtype]
     for place in (source.base.folder, source.folder):
         generation = place / "generation_config.json"

@@ -38,6 +38,8 @@ _TEMPLATE = (
     "{{ if eq (len (slice $.Messages $i)) 1 }}%s{{ else }}%s{{ end }}"
     '{{ else if eq .Role "assistant" }}{{ .Content }}%s{{ end }}{{ end }}'
 )
+_ENDS_A_TEXT = '"""'  # whatever is behind it would be another instruction, as FROM or ADAPTER
+_NO_SYSTEM = f"The Modelfile has no SYSTEM, because the system prompt holds {_ENDS_A_TEXT}, which would end it there."
 _NO_TEMPLATE = (
     "The Modelfile has no TEMPLATE, because the form of this chat template in Ollama's language is not known: "
     "write one, or run the file by llama-cli, which reads the chat template itself."
@@ -63,7 +65,11 @@ def write_modelfile(file: Path, tokenizer: Any, adds_bos: bool, settings: Mappin
             return ""
 
     lines, form, system = [f"FROM ./{file.name}"], _find_form(write), settings.get("system")
+    if form is not None and _ENDS_A_TEXT in "".join(form):
+        form = None
     note = _NO_TEMPLATE if form is None else _describe_differences(form, write)
+    if system and _ENDS_A_TEXT in system:
+        system, note = None, f"{note} {_NO_SYSTEM}".strip()
     if form is not None and adds_bos:
         system_begin, begin = (each.removeprefix(tokenizer.bos_token) for each in (form.system, form.begin))
         form = form._replace(system=system_begin, begin=begin)
@@ -73,7 +79,7 @@ def write_modelfile(file: Path, tokenizer: Any, adds_bos: bool, settings: Mappin
     if system:
         lines.append(f'SYSTEM """{system}"""')
     stops = (tokenizer.decode([number]) for number in sorted(find_stop_ids(tokenizer)))
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops if '"' not in stop and stop.isprintable()]
     (file.parent / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return note
 

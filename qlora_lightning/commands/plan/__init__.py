@@ -13,6 +13,7 @@ from qlora_lightning.commands.options import (
     tables_beside,
     write_output,
 )
+from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import quick_imports
 
@@ -41,14 +42,12 @@ def main(argv: Sequence[str]) -> int:
         rest = [*add_config(adapter, rest, needs_rows=False), "--model.adapter", str(adapter)]
 
     with quick_imports():  # here, so that --help and mistakes answer at once
-        from rich.console import Console
-
         from qlora_lightning.commands.plan.planner import plan_run
         from qlora_lightning.commands.plan.report import print_plan
 
     with quiet_lightning(), tables_beside(file):
         figures, model = plan_run(rest, memory)
-        print_plan(figures, model, Console(highlight=False))
+        print_plan(figures, model, terminal())
     if file is not None:
         write_output(file, figures)
     return 0

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import rich
 import yaml
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +15,7 @@ from qlora_lightning.commands.options import write_output
 from qlora_lightning.commands.sweep import Sweep
 from qlora_lightning.evaluation.comparison import Interval, measure
 from qlora_lightning.evaluation.report import format_interval, plain_interval
+from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import CONFIG, load_yaml
 
@@ -132,7 +132,7 @@ def print_table(sweep: Sweep, trials: Sequence[Trial]) -> None:
     for trial, gain in zip(trials, find_gains(sweep, trials), strict=True):
         cells = f"{trial.parameters:,}", f"{trial.loss:.4f}", Text(_format(gain)), f"{trial.seconds:,.0f} s"
         table.add_row(Text(str(trial.value)), *cells)
-    rich.print(table)
+    terminal().print(table)
 
 
 def _compared_with(sweep: Sweep) -> str:

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import rich
 import yaml
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
@@ -28,6 +27,7 @@ from qlora_lightning.model.adapters.targets import resolve_targets
 from qlora_lightning.model.checkpoint.setting_changes import describe_changes, find_changes
 from qlora_lightning.model.load.build import QLoRAModel
 from qlora_lightning.report.facts import flatten
+from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import CONFIG, load_yaml, read_json_object, write_whole
 from qlora_lightning.support.trainer import callbacks_of, find_callback, is_trial_run
@@ -103,7 +103,7 @@ class TrialCLI(QLoRACLI):
         if stored.pop("format_version", None) == _VERSION:
             self.trial, state = Trial(**stored), "done before"
         title = Text.assemble((f"{self._sweep.name} {self._value}", "bold"), " ", (state, "dim"))
-        rich.get_console().rule(title, align="left")
+        terminal().rule(title, align="left")
         if hasattr(self, "trial"):
             return
         model: Any = self.model

@@ -1,5 +1,6 @@
 """Row formats: from the columns of a row to a conversation, a text, tokens, or two answers to compare."""
 
+import inspect
 import math
 import pkgutil
 import reprlib
@@ -330,14 +331,20 @@ def _name_format(name: str) -> Format:
         names = ", ".join(known)
         hint = nearest(name, known)
         raise UserError(f"format: expected {names} or the dotted path of a function, found {name!r}.{hint}")
+    wanted = "expected a plain Python function of a module in the current folder or of an installed package"
+    if name.partition(".")[0] in sys.stdlib_module_names:
+        raise UserError(f"format: {wanted}, found {name!r}, which is Python's own.")
     folder = str(Path.cwd())
     sys.path.append(folder)  # an installed command does not look there, where people keep their function
     try:
-        return Format(name, (), (), pkgutil.resolve_name(name))
+        function = pkgutil.resolve_name(name)
     except Exception as error:
         raise UserError(f"format: cannot import {name!r}: {type(error).__name__}: {error}.") from error
     finally:
         sys.path.remove(folder)
+    if not inspect.isfunction(function) or function.__module__.partition(".")[0] in sys.stdlib_module_names:
+        raise UserError(f"format: {wanted}, found {name!r}, which is {function!r}.")
+    return Format(name, (), (), function)
 
 
 def _recognise(row: Row, needs_answer: bool) -> Format | None:

@@ -150,6 +150,24 @@ def _open_text(file: DataFile, encoding: str, newline: str) -> Iterator[TextIO]:
         raise UserError(f"{file} cannot be read: {error}. Name its encoding, as in `encoding: latin-1`.") from error
 
 
+MAX_LINE = 64_000_000  # characters: a few MB of a compressed file may be one line of many GB
+MAX_WHOLE = 1_000_000_000  # characters of a JSON array, bytes of a compressed table: what is read as a whole
+
+
+def _lines(stream: TextIO) -> Iterator[str]:
+    """Yield lines; of one of more than :data:`MAX_LINE` the beginning, which :func:`_check_line` rejects."""
+    while line := stream.readline(MAX_LINE + 1):
+        yield line
+        while len(line) > MAX_LINE and not line.endswith(("\n", "\r")):
+            line = stream.readline(MAX_LINE + 1)  # the rest, a part of it at a time
+
+
+def _check_line(line: str) -> str:
+    if len(line) > MAX_LINE:
+        raise RowFault(f"a line of more than {MAX_LINE // 1_000_000} MB, the most that is read")
+    return line
+
+
 def _check_decoded(text: str) -> None:
     try:
         text.encode()
@@ -159,19 +177,18 @@ def _check_decoded(text: str) -> None:
 
 # JSON
 
-MAX_ARRAY = 1_000_000_000  # characters: an array is parsed as a whole, into several times as much memory
-
 
 def _read_json(file: DataFile, encoding: str, skip: int) -> Iterator[Parsed]:
     """Yield the rows of a JSON file: one object per line, or the elements of one array. Blank lines are skipped."""
     rows = 0
     with _open_text(file, encoding, newline="\n") as stream:
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(_lines(stream), start=1):
             # Windows editors write the mark at the beginning of a file, and files are put end to end.
             line = line.removeprefix("\ufeff")
             text = line.strip(" \t\r\n")
             if not rows and text.startswith("["):
-                for place, element in enumerate(_parse_array(file, line + stream.read(MAX_ARRAY)), start=1):
+                most = MAX_LINE if kind_of_file(file)[1] else MAX_WHOLE  # parsed into several times as much memory
+                for place, element in enumerate(_parse_array(file, line + stream.read(most), most), start=1):
                     if place > skip:
                         yield place, _check_object(element)
                 return
@@ -179,7 +196,7 @@ def _read_json(file: DataFile, encoding: str, skip: int) -> Iterator[Parsed]:
             if text and rows > skip:
                 values: dict[str, Any] | RowFault
                 try:
-                    values = _check_object(_parse_json(text))
+                    values = _check_object(_parse_json(_check_line(text)))
                 except RowFault as fault:
                     values = fault
                 if rows == 1:
@@ -201,9 +218,10 @@ def _is_column(value: Any) -> bool:
     return isinstance(value, dict) and bool(value) and all(map(str.isdigit, value))
 
 
-def _parse_array(file: DataFile, text: str) -> list[Any]:
-    if len(text) > MAX_ARRAY:
-        raise UserError(f"{file} is a JSON array of more than 1 GB: convert it to .jsonl, one object per line.")
+def _parse_array(file: DataFile, text: str, most: int) -> list[Any]:
+    if len(text) > most:
+        size = f"{most // 1_000_000:,} MB{' in a compressed file' if most == MAX_LINE else ''}"
+        raise UserError(f"{file} is a JSON array of more than {size}: convert it to .jsonl, one object per line.")
     try:
         return _parse_json(text)  # type: ignore[no-any-return]
     except RowFault as fault:
@@ -234,7 +252,6 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 # CSV
 
-_LARGEST_FIELD = 1 << 30
 _DELIMITERS = ",;\t|"
 
 
@@ -244,14 +261,16 @@ def _read_csv(file: DataFile, encoding: str, delimiter: str | None) -> Iterator[
     Without a ``delimiter`` it is the one that divides the header into most names.
     """
     # The module's limit on a field, 128 KiB, is one for the whole process: it is raised here, never lowered.
-    csv.field_size_limit(max(csv.field_size_limit(), _LARGEST_FIELD))
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
     with _open_text(file, encoding, newline="") as stream:
-        first = stream.readline().removeprefix("\ufeff")
-        delimiter = delimiter or max(_DELIMITERS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
-        records = csv.reader(itertools.chain([first], stream), delimiter=delimiter, strict=True)
         header: list[str] = []
         begin = 1
         try:
+            lines = map(_check_line, _lines(stream))
+            first = next(lines, "").removeprefix("\ufeff")
+            names = {mark: len(next(csv.reader([first], delimiter=mark), [])) for mark in _DELIMITERS}
+            delimiter = delimiter or max(names, key=lambda mark: names[mark])
+            records = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
             for fields in records:
                 is_blank = len(fields) < 2 and not "".join(fields).strip()
                 if header and not is_blank:
@@ -295,7 +314,10 @@ def _read_table(file: DataFile, skip: int) -> Iterator[Parsed]:
     kind, compression = kind_of_file(file)
     with _open(file) as stream:
         try:
-            table = io.BytesIO(stream.read()) if compression else stream  # both are read from any place
+            table = io.BytesIO(stream.read(MAX_WHOLE + 1)) if compression else stream  # both are read from any place
+            if compression and table.getbuffer().nbytes > MAX_WHOLE:
+                size = f"{MAX_WHOLE // 1_000_000:,} MB"
+                raise UserError(f"{file} holds more than {size}: decompress it, and name the file that comes out.")
             batches: Iterable[Any]
             if kind == ".parquet":
                 # By itself it reads row groups as a whole, which may be as large as the file.

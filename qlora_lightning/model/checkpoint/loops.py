@@ -4,24 +4,17 @@ Each counts what is ``ready``, ``started``, ``processed`` (trained on) and ``com
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning import Trainer
 
-
-class Counters(NamedTuple):
-    """Those of a checkpoint, with ``total`` and ``current`` (since the epoch or the validation began) each."""
-
-    epochs: dict[str, Any]
-    batches: dict[str, Any]
-    validation: dict[str, Any]
+_EPOCHS, _BATCHES = "epoch_progress", "epoch_loop.batch_progress"
+_VALIDATION = "epoch_loop.val_loop.batch_progress"
 
 
-def counters_of(checkpoint: Mapping[str, Any]) -> Counters:
-    """Return the counters of a checkpoint themselves, to read and to correct."""
-    loops = checkpoint["loops"]["fit_loop"]
-    names = ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress")
-    return Counters(*(loops[name] for name in names))
+def _counts(checkpoint: Mapping[str, Any], name: str) -> Any:
+    """Return counters of a checkpoint themselves: ``total`` and ``current``, since the epoch or validation began."""
+    return checkpoint["loops"]["fit_loop"][name]
 
 
 # ---- where a run is --------------------------------------------------------------------------------------------------
@@ -29,13 +22,13 @@ def counters_of(checkpoint: Mapping[str, Any]) -> Counters:
 
 def is_inside_batch(checkpoint: Mapping[str, Any]) -> bool:
     """Whether a batch had been fetched and not trained on to its end, or an epoch was just about to start."""
-    epoch, batch = (counts["current"] for counts in counters_of(checkpoint)[:2])
+    epoch, batch = (_counts(checkpoint, name)["current"] for name in (_EPOCHS, _BATCHES))
     return bool(epoch["ready"] > epoch["started"] or batch["ready"] > batch["processed"])
 
 
 def is_inside_epoch(checkpoint: Mapping[str, Any]) -> bool:
     """Whether some of an epoch's batches, and not all, were trained on."""
-    batches = counters_of(checkpoint).batches
+    batches = _counts(checkpoint, _BATCHES)
     return bool(batches["current"]["completed"] and not batches["is_last_batch"])
 
 
@@ -91,7 +84,7 @@ def repeat_validation(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
     Lightning takes a validation up if one of its batches is in work. From a later batch than the first its counters
     would continue, while loader and metrics begin again.
     """
-    validation = counters_of(checkpoint).validation
+    validation = _counts(checkpoint, _VALIDATION)
     total, current = validation["total"], validation["current"]
     has_ended = validation["is_last_batch"] and current["completed"] == current["ready"]
     if trainer.validating and not has_ended:
@@ -106,13 +99,13 @@ def leave_validation_out(trainer: Trainer, checkpoint: Mapping[str, Any]) -> Non
     Lightning then takes its first batch for one more of the epoch that is over. As a checkpoint of a run without
     validation is saved, in the epoch's last batch, it counts right.
     """
-    epochs, batches, _ = counters_of(checkpoint)
+    batches, epoch = _counts(checkpoint, _BATCHES), _counts(checkpoint, _EPOCHS)["current"]["processed"]
     done, interval = batches["current"]["completed"], trainer.val_check_interval
     if not batches["is_last_batch"] or not 0 < done == batches["current"]["ready"]:
         return
     every = interval if isinstance(interval, int) else max(1, int(done * interval))
     ends_epoch = trainer.check_val_every_n_epoch is None or done % every == 0
-    if not (ends_epoch and _validates_epoch(trainer, epochs["current"]["processed"])):
+    if not (ends_epoch and _validates_epoch(trainer, epoch)):
         batches["total"]["completed"] -= 1
         batches["current"]["completed"] -= 1
 
@@ -120,7 +113,7 @@ def leave_validation_out(trainer: Trainer, checkpoint: Mapping[str, Any]) -> Non
 def lengthen_stream(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
     """Let a stream, which is one epoch as long as ``max_steps``, continue behind the end that it had."""
     if checkpoint["global_step"] < trainer.max_steps:
-        counters_of(checkpoint).batches["is_last_batch"] = False
+        _counts(checkpoint, _BATCHES)["is_last_batch"] = False
 
 
 def count_epoch(trainer: Trainer) -> None:

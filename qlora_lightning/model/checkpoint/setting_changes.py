@@ -83,8 +83,8 @@ def keep_configured(trainer: Any, checkpoint: Mapping[str, Any], stored: Sequenc
     for optimizer, state, before, now in zip(trainer.optimizers, states, stored, configured, strict=False):
         if before["class"] != now["class"]:
             raise UserError(
-                f"The optimizer was {before['class']} and is {now['class']}, which cannot continue from that state: put "
-                "model.optimizer back, or begin a new run from the adapter folder with model.adapter."
+                f"The optimizer was {before['class']} and is {now['class']}, which cannot continue from that state: "
+                "put model.optimizer back, or begin a new run from the adapter folder with model.adapter."
             )
         groups = zip(state["param_groups"], optimizer.param_groups, before["groups"], now["groups"], strict=False)
         for group, fresh, old, new in groups:  # torch compares their numbers

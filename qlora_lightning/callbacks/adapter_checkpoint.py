@@ -96,6 +96,7 @@ class AdapterCheckpoint(Checkpoint):
         self._dropped: list[str] = []  # file names that are no longer among the best, to remove after the next save
         self._has_other_validation = False  # than the resumed checkpoint
         self._saved_step = self._seen_step = -1
+        self._saved_file: Path | None = None  # the checkpoint of _saved_step
         self._step_ended = True  # no accumulation window is open
         self._stops_later = False  # when the open window ends
         self._saved_at = 0.0  # by a clock that no change of the time moves
@@ -150,6 +151,7 @@ class AdapterCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = self._seen_step = trainer.global_step  # nothing new yet, also after a resume
+        self._saved_file = Path(trainer.ckpt_path) if trainer.ckpt_path else None
         self._saved_at = time.monotonic()
         self._waits, self._step_ended, self._stops_later = False, True, False
         self._end_if_asked(trainer)
@@ -245,19 +247,20 @@ class AdapterCheckpoint(Checkpoint):
             refuse_everywhere(trainer, lambda: self._write(trainer, pl_module, content, name))
         if self._step_ended:
             self._saved_step, self._saved_at, self._waits = trainer.global_step, time.monotonic(), True
+            self._saved_file = Path(trainer.default_root_dir) / CHECKPOINTS / LAST
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, content: dict[str, Any] | None, name: str) -> None:
         folder = Path(trainer.default_root_dir) / CHECKPOINTS
-        # Inside a window it is last.ckpt that is of this step, unless the validation came by the clock.
-        source = folder / (LAST if content is None else UNFINISHED)
-        has_file = content is not None or (self._saved_step == trainer.global_step and source.exists())
+        source: Path | None = folder / UNFINISHED
+        if content is None:  # inside a window; a validation by the clock finds no checkpoint of its step
+            source = self._saved_file if self._saved_step == trainer.global_step else None
         try:
             with reporting_disk_faults(trainer.default_root_dir):
                 if content is not None:
-                    write_checkpoint(content, source)
+                    write_checkpoint(content, folder / UNFINISHED)
                 if self._is_best(name) or not self.best:
                     self._write_adapter(trainer, pl_module)
-                if has_file and self.save_top_k and any(kept == name for _, kept in self.best):
+                if source is not None and self.save_top_k and any(kept == name for _, kept in self.best):
                     copy = folder / f"{name}.unfinished"  # no hard link, which would share any damage
                     shutil.copyfile(source, copy)
                     put_in_place(copy, folder / name)

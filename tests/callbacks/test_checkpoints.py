@@ -194,6 +194,26 @@ def test_a_resumed_run_continues_the_ranking_and_in_another_folder_it_starts_ove
     assert same(read_adapter(run), adapter)
 
 
+def test_a_validation_inside_a_window_keeps_the_checkpoint_of_its_step_also_behind_an_older_one(fit, scored, tmp_path):
+    options = {"accumulate_grad_batches": 3, "val_check_interval": 4, "limit_val_batches": 1}
+    older = tmp_path / "run" / "checkpoints" / "step-000001.ckpt"
+    fit(AdapterCheckpoint(monitor="val_score", mode="min"), module=scored(1.0, 2.0), **options)
+    assert checkpoint_names(tmp_path / "run") == ["last.ckpt", older.name]
+    fit(AdapterCheckpoint(monitor="val_score", mode="min"), module=scored(1.0, 2.0), ckpt_path=older, **options)
+    assert read_checkpoint(tmp_path / "run", older.name)["global_step"] == 1
+    assert read_checkpoint(tmp_path / "run")["global_step"] == 3
+
+
+def test_a_stop_that_is_asked_for_inside_a_window_lets_it_end(fit, make_data, tmp_path):
+    class Timer(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = trainer.should_stop or batch_idx == 3
+
+    fit(Timer(), AdapterCheckpoint(), data=make_data(val=None), accumulate_grad_batches=3)
+    content = read_checkpoint(tmp_path / "run")
+    assert (content["global_step"], content["qlora_lightning"]["inside_step"]) == (2, False)
+
+
 def test_a_run_is_never_written_over_by_another(fit, tmp_path):
     trainer, module = fit(AdapterCheckpoint(), **SHORT)
     fit(AdapterCheckpoint(), folder="other", **SHORT)

@@ -85,11 +85,11 @@ def repeat_validation(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
     would continue, while loader and metrics begin again.
     """
     validation = _counts(checkpoint, _VALIDATION)
-    total, current = validation["total"], validation["current"]
+    current = validation["current"]
     has_ended = validation["is_last_batch"] and current["completed"] == current["ready"]
     if trainer.validating and not has_ended:
-        for counts, done in ((total, total["completed"] - current["completed"]), (current, 0)):
-            counts.update(ready=done + 1, started=done + 1, processed=done, completed=done)
+        for counts in (validation["total"], current):
+            counts.update(ready=1, started=1, processed=0, completed=0)
         validation["is_last_batch"] = False
 
 

@@ -95,7 +95,7 @@ class TrainingGuard(Callback):
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= _MOST_SKIPPED:
             raise UserError(
-                f"{fault} So were the {_MOST_SKIPPED} steps up to it, all of them skipped (model.on_nonfinite: skip): "
+                f"{fault} The last {_MOST_SKIPPED} steps were all like this, and skipped (model.on_nonfinite: skip): "
                 "this is not a bad row. Lower model.learning_rate, or set model.compute_dtype: fp32 to compare."
             )
         if trainer.is_global_zero:

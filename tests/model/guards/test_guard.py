@@ -120,7 +120,7 @@ def test_the_twentieth_skipped_step_in_a_row_stops_resumes_counted(fit, tmp_path
     assert module.guard.state_dict() == {"skipped_steps": 3, "skipped_in_a_row": 2}
     trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
     resumed = {"ckpt_path": tmp_path / "x.ckpt", "trainer_options": {"max_epochs": 6}}
-    with pytest.raises(UserError, match=r"step 21, .* is NaN or infinite. So were the 20 steps up to it"):
+    with pytest.raises(UserError, match=r"step 21, .* is NaN or infinite\..* The last 20 steps were all"):
         fit(Spoilt, steps=range(4, 99), on_nonfinite="skip", **resumed)
 
 
@@ -233,9 +233,9 @@ def test_a_token_that_the_base_lacks_stops_the_run_and_its_row_is_named(tiny_bas
 
 
 def parameter(value, gradient):
-    made = nn.Parameter(torch.full((2,), value))
-    made.grad = None if gradient is None else torch.full((2,), gradient)
-    return made
+    tensor = nn.Parameter(torch.full((2,), value))
+    tensor.grad = None if gradient is None else torch.full((2,), gradient)
+    return tensor
 
 
 def adapter(a_gradient, b, b_gradient, name="q_proj"):
@@ -255,7 +255,6 @@ EMBEDDING = {"modules_to_save.default.weight": parameter(1.0, 0.0)}  # all its r
     [
         (WAITS | ALIVE, False),  # it is asked again until every B has moved
         (ALIVE | EMBEDDING, True),
-        (adapter(a_gradient=0.0, b=0.0, b_gradient=0.0), "1 of 2 .*lora_B"),
         (adapter(a_gradient=0.0, b=0.1, b_gradient=1.0), "1 of 2 .*lora_A"),
         (adapter(a_gradient=0.0, b=0.1, b_gradient=0.0, name="k_proj") | WAITS | ALIVE, "2 of 6 .*k_proj.*k_proj"),
         ({"modules_to_save.default.weight": parameter(1.0, None)}, "1 of 1 .*modules_to_save"),

@@ -131,6 +131,8 @@ class ExactResume(Callback):
         self._checkpoint = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module: Any = pl_module
+        module.window.clear()  # a search for a learning rate, or a fit that failed, may have ended inside one
         if self._content is not None:
             # Lightning may end an epoch first, whose validation was before: there early stopping looks at them.
             monitored = self._content["monitored"]

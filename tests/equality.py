@@ -19,6 +19,23 @@ def same(one, other) -> bool:
     return one == other
 
 
+def base_tensors(model):
+    """Copy all frozen parameters of a model, and the scales of those that are quantized."""
+    tensors = {name: each.detach().clone() for name, each in model.named_parameters() if not each.requires_grad}
+    for name, module in model.named_modules():
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        state = getattr(weight, "quant_state", None)
+        rows = getattr(weight, "SCB", None)  # of int8; the first forward moves it to the module
+        scales = {
+            "absmax": getattr(state, "absmax", None),
+            "nested_absmax": getattr(getattr(state, "state2", None), "absmax", None),
+            "offset": getattr(state, "offset", None),
+            "SCB": getattr(getattr(module, "state", None), "SCB", None) if rows is None else rows,
+        }
+        tensors |= {f"{name}.{key}": each.clone() for key, each in scales.items() if each is not None}
+    return tensors
+
+
 def read_checkpoint(run, name="last.ckpt"):
     return torch.load(run / "checkpoints" / name, map_location="cpu", weights_only=True)
 

@@ -96,6 +96,23 @@ def test_a_fit_after_the_learning_rate_finder_is_bit_for_bit_one_without(make, t
         assert same(first[part], second[part]), part
 
 
+def test_a_fit_after_one_that_failed_inside_a_window_begins_a_new_window(make, tmp_path):
+    class Fail(lightning.Callback):
+        def on_train_batch_end(self, *_):
+            raise ValueError("inside a window")
+
+    trainer, module, data = make("whole")
+    trainer.fit(module, data)
+    failing, module, data = make("run")
+    failing.callbacks.insert(0, Fail())
+    with pytest.raises(ValueError, match="inside a window"):
+        failing.fit(module, data)
+    trainer, _, data = make("run")
+    trainer.fit(module, data)
+    first, second = (read_checkpoint(tmp_path / run) for run in ("whole", "run"))
+    assert same(first["state_dict"], second["state_dict"])
+
+
 def test_a_loss_that_is_not_finite_ends_the_search_and_not_the_program(make):
     trainer, module, data = make("run", Exploding)
     finder = Tuner(trainer).lr_find(

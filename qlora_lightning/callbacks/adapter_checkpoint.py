@@ -29,7 +29,7 @@ from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.model.adapters.folder import UNFINISHED as UNFINISHED_ADAPTER
 from qlora_lightning.model.adapters.folder import explain_other_task, loading_snippet
 from qlora_lightning.model.adapters.lora import copy_tensors, trainable_tensors
-from qlora_lightning.model.checkpoint.loops import ends_training, validation_follows
+from qlora_lightning.model.checkpoint.loops import ends_training, validation_follows, window_has_validation
 from qlora_lightning.model.checkpoint.resume import has_other_validation
 from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.errors import UserError
@@ -47,6 +47,10 @@ class AdapterCheckpoint(Checkpoint):
     A save is a checkpoint beside ``last.ckpt``, then the adapter and the best checkpoint's own file if it is the best.
     It takes the name ``last.ckpt`` when the line of its step is in ``metrics.csv``, before the next batch. A kill at
     any moment so leaves the last whole state.
+
+    Each checkpoint is of the end of an optimizer step. A validation inside an accumulation window judges the adapter of
+    the step before: it is saved at the end of that step, and that checkpoint is ranked by the validation. A run that is
+    resumed from there trains the window again, and validates again.
 
     Args:
         every_n_train_steps: Also write ``last.ckpt`` every so many optimizer steps; ``None``: at each validation, at
@@ -91,6 +95,9 @@ class AdapterCheckpoint(Checkpoint):
         self._dropped: list[str] = []  # file names that are no longer among the best, to remove after the next save
         self._has_other_validation = False  # than the resumed checkpoint
         self._saved_step = self._seen_step = -1
+        self._saved_file: Path | None = None  # the checkpoint of _saved_step
+        self._step_ended = True  # no accumulation window is open
+        self._stops_later = False  # when the open window ends
         self._saved_at = 0.0  # by a clock that no change of the time moves
         self._waits = False  # a written checkpoint, to become last.ckpt
         self._lock = contextlib.ExitStack()
@@ -143,8 +150,9 @@ class AdapterCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = self._seen_step = trainer.global_step  # nothing new yet, also after a resume
+        self._saved_file = Path(trainer.ckpt_path) if trainer.ckpt_path else None
         self._saved_at = time.monotonic()
-        self._waits = False
+        self._waits, self._step_ended, self._stops_later = False, True, False
         self._end_if_asked(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -153,12 +161,11 @@ class AdapterCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        every, step = self.every_n_train_steps, trainer.global_step
-        step_ends, self._seen_step = step != self._seen_step, step
-        if validation_follows(trainer, batch_idx):
-            return  # it saves
-        due = step != self._saved_step and ((every and step % every == 0) or ends_training(trainer))
-        if due or _find_stop(trainer) or (step_ends and self._is_time(trainer)):
+        step = trainer.global_step
+        self._step_ended, self._seen_step = step != self._seen_step, step
+        self._stops_later = self._stops_later or trainer.should_stop
+        trainer.should_stop = self._stops_later and self._step_ended  # as Timer asks for at any batch
+        if self._step_ended and not validation_follows(trainer, batch_idx) and self._is_due(trainer, batch_idx):
             self._save(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,8 +174,11 @@ class AdapterCheckpoint(Checkpoint):
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         # From behind the last step Lightning would not resume, nor run the validation: it may end.
         if _is_validating_fit(trainer) and trainer.global_step != trainer.max_steps and _find_stop(trainer):
-            self._save(trainer, pl_module)
-            self._finish_save(trainer)
+            if self._step_ended:
+                self._save(trainer, pl_module)
+                self._finish_save(trainer)
+            elif self._saved_step == trainer.global_step:  # at the end of that step
+                self._end_if_asked(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if _is_validating_fit(trainer):
@@ -185,6 +195,12 @@ class AdapterCheckpoint(Checkpoint):
                 f"Nothing was validated: the run ended at step {trainer.global_step}, before its first validation (set "
                 "trainer.val_check_interval). The adapter folder holds the last adapter."
             )
+
+    def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
+        """Whether to save at the end of a step, behind which no validation follows; every rank must call it."""
+        step, every = trainer.global_step, self.every_n_train_steps
+        asked = ends_training(trainer) or window_has_validation(trainer, batch_idx) or _find_stop(trainer)
+        return bool(asked or (every and step % every == 0)) or self._is_time(trainer)
 
     def _is_time(self, trainer: Trainer) -> bool:
         """Whether ``every_minutes`` have passed since the last save by any rank's clock; every rank must call it."""
@@ -226,21 +242,27 @@ class AdapterCheckpoint(Checkpoint):
                 self._best_tensors = {
                     key: tensor.to("cpu", copy=True) for key, tensor in pl_module.state_dict().items()
                 }
-            content = collect_checkpoint(trainer)
+            content = collect_checkpoint(trainer) if self._step_ended else None
             refuse_everywhere(trainer, lambda: self._write(trainer, pl_module, content, name))
-        self._saved_step, self._saved_at, self._waits = trainer.global_step, time.monotonic(), True
+        if self._step_ended:
+            self._saved_step, self._saved_at, self._waits = trainer.global_step, time.monotonic(), True
+            self._saved_file = Path(trainer.default_root_dir) / CHECKPOINTS / LAST
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, content: dict[str, Any] | None, name: str) -> None:
-        unfinished = Path(trainer.default_root_dir) / CHECKPOINTS / UNFINISHED
+        folder = Path(trainer.default_root_dir) / CHECKPOINTS
+        source: Path | None = folder / UNFINISHED
+        if content is None:  # inside a window; a validation by the clock finds no checkpoint of its step
+            source = self._saved_file if self._saved_step == trainer.global_step else None
         try:
             with reporting_disk_faults(trainer.default_root_dir):
-                write_checkpoint(content, unfinished)
+                if content is not None:
+                    write_checkpoint(content, folder / UNFINISHED)
                 if self._is_best(name) or not self.best:
                     self._write_adapter(trainer, pl_module)
-                if self.save_top_k and any(kept == name for _, kept in self.best):
-                    copy = unfinished.with_name(f"{name}.unfinished")  # no hard link, which would share any damage
-                    shutil.copyfile(unfinished, copy)
-                    put_in_place(copy, unfinished.with_name(name))
+                if source is not None and self.save_top_k and any(kept == name for _, kept in self.best):
+                    copy = folder / f"{name}.unfinished"  # no hard link, which would share any damage
+                    shutil.copyfile(source, copy)
+                    put_in_place(copy, folder / name)
         except UserError:
             self._remove_unfinished(trainer)
             raise

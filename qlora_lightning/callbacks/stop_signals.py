@@ -19,12 +19,13 @@ from qlora_lightning.support.trainer import callbacks_of
 
 
 class StopSignals(Callback):
-    """Let Ctrl-C, SIGTERM, SIGHUP and SLURM's preemption signal end training after a batch, with ``last.ckpt`` saved.
+    """Let Ctrl-C, SIGTERM, SIGHUP and SLURM's preemption signal end training after a step, with ``last.ckpt`` saved.
 
-    Lightning ends inside the batch and saves nothing, or, under SLURM, saves inside it. Here a signal is only noted;
-    after the batch all ranks agree that one was noted anywhere, :class:`AdapterCheckpoint` saves, and
-    :class:`TrainingStopped` ends the fit. A second Ctrl-C ends it at once without saving. Under SLURM with automatic
-    requeueing the job is requeued, as Lightning would. Signals that are ignored, as under ``nohup``, stay ignored.
+    Lightning ends inside the batch and saves nothing, or, under SLURM, saves inside it. Here a signal is only noted. At
+    the end of the optimizer step (or of a validation's batch: a validation is not waited for) all ranks agree that one
+    was noted anywhere, :class:`AdapterCheckpoint` saves, and :class:`TrainingStopped` ends the fit. A second Ctrl-C
+    ends it at once without saving. Under SLURM with automatic requeueing the job is requeued, as Lightning would.
+    Signals that are ignored, as under ``nohup``, stay ignored.
     ``validate``, ``test`` and ``predict`` have nothing to save: SIGTERM and SIGHUP end them at once.
 
     Attributes:
@@ -38,6 +39,7 @@ class StopSignals(Callback):
         self.received: int | None = None
         self.stopping = False
         self._requeue_signal: int | None = None
+        self._step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.received, self.stopping = None, False
@@ -47,9 +49,13 @@ class StopSignals(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen(trainer)
+        self._step = trainer.global_step
         self._agree(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self._step:
+            return  # inside an accumulation window, which ends first
+        self._step = trainer.global_step
         self._agree(trainer)
         if self.stopping and not any(hasattr(callback, "saves_when_stopped") for callback in callbacks_of(trainer)):
             self.leave(trainer, None)
@@ -115,7 +121,7 @@ class StopSignals(Callback):
                 self.received = number
                 again = " Ctrl-C again leaves at once, without saving." if number == signal.SIGINT else ""
                 name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-                _announce(trainer, f"{name}: saving at the end of this batch.{again}")
+                _announce(trainer, f"{name}: saving at the end of this step.{again}")
             elif number == signal.SIGINT:
                 raise KeyboardInterrupt
 

@@ -61,14 +61,9 @@ class ThroughputMonitor(Callback):
         return int(tokens), int(labelled)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the tokens seen so far, an open accumulation window of all ranks included."""
-        tokens, labelled = self._count_over_ranks()
-        seen = {"tokens_seen": self.tokens_seen, "labelled_seen": self.labelled_seen}
-        return {**seen, "tokens": tokens, "labelled": labelled, "seconds": self._seconds}
+        """Return the tokens seen so far."""
+        return {"tokens_seen": self.tokens_seen, "labelled_seen": self.labelled_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue counting; the first rank takes over what all had counted in an open window."""
-        self.tokens_seen, self._seconds = state_dict["tokens_seen"], state_dict["seconds"]
-        self.labelled_seen = state_dict.get("labelled_seen", 0)  # early checkpoints lack it
-        if self._trainer is None or self._trainer.is_global_zero:
-            self._tokens, self._labelled = state_dict["tokens"], state_dict["labelled"]
+        """Continue counting."""
+        self.tokens_seen, self.labelled_seen = state_dict["tokens_seen"], state_dict["labelled_seen"]

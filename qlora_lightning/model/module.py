@@ -190,6 +190,7 @@ class QLoRAModule(lightning.LightningModule):
         self.identity: dict[str, Any] = {"base": base, "quantization": quantization}
         self.autocast_dtype: torch.dtype | None = None
         self.window = Window()
+        self._batch: Any = None  # whose backward is at work
         self.guard = TrainingGuard(on_nonfinite)
         self.val_statistics, self.test_statistics = TokenStatistics(), TokenStatistics()
         self.strict_loading = True
@@ -430,7 +431,8 @@ class QLoRAModule(lightning.LightningModule):
         with telling_out_of_memory(self, batch):
             sums = self.compute_loss(batch)
         rows = batch["layout"].rows if "layout" in batch else batch.get("row_ids", torch.empty(0)).tolist()
-        self.window.add(sums, self.trainer.accumulate_grad_batches, rows, batch)
+        self.window.add(sums, self.trainer.accumulate_grad_batches, rows)
+        self._batch = batch
         return mean_with_gradient_of_sum(sums, self.loss_scale)
 
     @property
@@ -445,7 +447,7 @@ class QLoRAModule(lightning.LightningModule):
         return 32.0 * (1 if self._trainer is None else self.trainer.accumulate_grad_batches)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        with telling_out_of_memory(self, next(reversed(self.window.batches), None)):
+        with telling_out_of_memory(self, self._batch):
             super().backward(loss, *args, **kwargs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -1,9 +1,8 @@
-"""What AdapterCheckpoint writes, when, and that a run that was killed ends as one that was not."""
+"""What AdapterCheckpoint writes, and when. That a run resumes from it to the same end: distributed/test_resume.py."""
 
 import json
 
 import lightning
-import numpy as np
 import peft
 import pytest
 import torch
@@ -85,16 +84,18 @@ NAN = float("nan")
 
 
 @pytest.mark.parametrize(
-    ("scores", "options", "kept"),
+    ("scores", "options", "trainer", "kept"),
     [
-        ((2.0, 4.0, 1.0, 3.0), {"mode": "min", "save_top_k": 2}, [6, 2]),
-        ((2.0, 4.0, 1.0, 3.0), {"mode": "max", "save_top_k": 2}, [4, 8]),
-        ((2.0, 4.0, 1.0, 3.0), {"mode": "max", "save_top_k": 0}, [4]),
-        ((NAN, 4.0, NAN, 5.0), {"mode": "min", "save_top_k": 2}, [4, 8]),  # NaN is never the best
+        ((2.0, 4.0, 1.0, 3.0), {"mode": "min", "save_top_k": 2}, {}, [6, 2]),
+        ((2.0, 4.0, 1.0, 3.0), {"mode": "max", "save_top_k": 2}, {}, [4, 8]),
+        ((2.0, 4.0, 1.0, 3.0), {"mode": "max", "save_top_k": 0}, {}, [4]),
+        ((NAN, 4.0, NAN, 5.0), {"mode": "min", "save_top_k": 2}, {}, [4, 8]),  # NaN is never the best
+        # after steps 1, 3, 4 and 6; the first and the third inside a window, before its last micro-batch
+        ((2.0, 4.0, 1.0, 3.0), {"mode": "min", "save_top_k": 2}, {"accumulate_grad_batches": 3}, [4, 1]),
     ],
 )
 def test_the_best_by_the_monitor_are_kept_and_the_rest_removed(
-    fit, scored, assert_same, tmp_path, scores, options, kept
+    fit, scored, assert_same, tmp_path, scores, options, trainer, kept
 ):
     saved = {}
 
@@ -103,7 +104,8 @@ def test_the_best_by_the_monitor_are_kept_and_the_rest_removed(
             saved[trainer.global_step] = {name: each.clone() for name, each in content["state_dict"].items()}
 
     checkpoint = AdapterCheckpoint(monitor="val_score", **options)
-    fit(checkpoint, Remember(), module=scored(*scores), val_check_interval=2, limit_val_batches=1)
+    accumulates = {"val_check_interval": 4, "max_epochs": 2} if trainer else {"val_check_interval": 2}
+    fit(checkpoint, Remember(), module=scored(*scores), limit_val_batches=1, **trainer, **accumulates)
     run, best = tmp_path / "run", [name for _, name in checkpoint.best]
     assert best == [f"step-{step:06d}.ckpt" for step in kept]
     assert checkpoint_names(run) == ["last.ckpt", *(sorted(best) if options["save_top_k"] else [])]
@@ -135,6 +137,8 @@ def test_the_best_by_the_monitor_are_kept_and_the_rest_removed(
         # at each step, and not inside its window
         ({"every_minutes": 1e-6}, {"accumulate_grad_batches": 2}, "save 1, save 2, save 3, validation 4, save 4"),
         ({"every_minutes": None}, {"accumulate_grad_batches": 2}, "validation 4, save 4"),
+        # inside the second window: the step before it is saved, of which that validation is
+        ({}, {"accumulate_grad_batches": 3, "val_check_interval": 4}, "save 1, validation 1, validation 3, save 3"),
     ],
 )
 def test_it_saves_once_however_much_is_due_and_never_before_a_validation_that_follows(fit, when, options, expected):
@@ -164,37 +168,6 @@ def test_numbers_that_make_no_sense_are_rejected(options):
         AdapterCheckpoint(**options)
 
 
-EVERY_STEP = {"every_n_train_steps": 1}
-
-
-@pytest.mark.parametrize(
-    ("after", "saved_step", "options", "when"),
-    [
-        (8, 3, {}, EVERY_STEP),  # the last step of the first epoch is not saved yet: its validation was due
-        (12, 5, {"val_check_interval": 3}, EVERY_STEP),  # a validation inside a window, whose gradients are stored
-        (13, 6, {}, {"every_minutes": 1e-6}),  # inside the second epoch, inside a window
-    ],
-)
-def test_a_killed_run_resumed_ends_bit_for_bit_as_one_that_never_stopped(
-    fit, killed_fit, make_module, tmp_path, after, saved_step, options, when
-):
-    def options_of(folder):
-        common = {"max_epochs": 2, "accumulate_grad_batches": 2, "limit_val_batches": 1, "folder": folder}
-        return {"module": make_module(dropout=0.1)} | common | options
-
-    whole, before, resumed = Diary(), Diary(), Diary()
-    fit(AdapterCheckpoint(**when), whole, **options_of("whole"))
-    killed_fit(AdapterCheckpoint(**when), before, after=after, **options_of("cut"))
-    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
-    assert read_checkpoint(tmp_path / "cut")["global_step"] == saved_step
-    fit(AdapterCheckpoint(**when), resumed, seed=99, ckpt_path=last, **options_of("cut"))
-    assert before.entries + resumed.entries == whole.entries
-    assert before.losses + resumed.losses == whole.losses
-    found, expected = (read_checkpoint(tmp_path / folder) for folder in ("cut", "whole"))
-    parts = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
-    assert [part for part in parts if not same(found[part], expected[part])] == []
-
-
 SHORT = {"limit_train_batches": 2, "limit_val_batches": 1}
 
 
@@ -221,6 +194,26 @@ def test_a_resumed_run_continues_the_ranking_and_in_another_folder_it_starts_ove
     assert same(read_adapter(run), adapter)
 
 
+def test_a_validation_inside_a_window_keeps_the_checkpoint_of_its_step_also_behind_an_older_one(fit, scored, tmp_path):
+    options = {"accumulate_grad_batches": 3, "val_check_interval": 4, "limit_val_batches": 1}
+    older = tmp_path / "run" / "checkpoints" / "step-000001.ckpt"
+    fit(AdapterCheckpoint(monitor="val_score", mode="min"), module=scored(1.0, 2.0), **options)
+    assert checkpoint_names(tmp_path / "run") == ["last.ckpt", older.name]
+    fit(AdapterCheckpoint(monitor="val_score", mode="min"), module=scored(1.0, 2.0), ckpt_path=older, **options)
+    assert read_checkpoint(tmp_path / "run", older.name)["global_step"] == 1
+    assert read_checkpoint(tmp_path / "run")["global_step"] == 3
+
+
+def test_a_stop_that_is_asked_for_inside_a_window_lets_it_end(fit, make_data, tmp_path):
+    class Timer(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = trainer.should_stop or batch_idx == 3
+
+    fit(Timer(), AdapterCheckpoint(), data=make_data(val=None), accumulate_grad_batches=3)
+    content = read_checkpoint(tmp_path / "run")
+    assert (content["global_step"], content["qlora_lightning"]["inside_step"]) == (2, False)
+
+
 def test_a_run_is_never_written_over_by_another(fit, tmp_path):
     trainer, module = fit(AdapterCheckpoint(), **SHORT)
     fit(AdapterCheckpoint(), folder="other", **SHORT)
@@ -235,19 +228,3 @@ def test_a_run_is_never_written_over_by_another(fit, tmp_path):
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, datamodule=trainer.datamodule)  # the Trainer that made it may continue
     assert read_checkpoint(tmp_path / "run")["global_step"] == 4
-
-
-def test_a_state_that_could_not_be_read_again_ends_the_run_and_the_last_checkpoint_stays(fit, tmp_path):
-    class Odd(lightning.Callback):
-        value = 1.0
-
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            self.value = np.float64(1) if trainer.global_step == 3 else 1.0
-
-        def state_dict(self):
-            return {"value": self.value, "fine": 1}
-
-    with pytest.raises(UserError, match=r"would not be read again: it holds a numpy"):
-        fit(AdapterCheckpoint(every_n_train_steps=2), Odd())
-    assert checkpoint_names(tmp_path / "run") == ["last.ckpt"]
-    assert read_checkpoint(tmp_path / "run")["global_step"] == 2

@@ -1,3 +1,5 @@
+"""A signal ends training at the end of a step, saved, and an evaluation at once. What then resumes: test_resume.py."""
+
 import os
 import signal
 import stat
@@ -5,100 +7,22 @@ import stat
 import lightning
 import pytest
 
-from qlora_lightning import AdapterCheckpoint, ThroughputMonitor
+from qlora_lightning import AdapterCheckpoint
 from qlora_lightning.callbacks import StopSignals
-from qlora_lightning.callbacks.metrics_logger import MetricsLogger
-from qlora_lightning.callbacks.run_folder import PredictionWriter, RunFolder
+from qlora_lightning.callbacks.run_folder import PredictionWriter
 from qlora_lightning.support.errors import TrainingStopped
-from tests.equality import differences, read_checkpoint
+from tests.equality import read_checkpoint
 
 
 class Sender(lightning.Callback):
-    """Sends a signal to its own process when the n-th batch begins, batches of validations counted with the others."""
+    """Sends a signal to its own process when the n-th batch of training begins."""
 
     def __init__(self, number, at):
-        self.number, self.at, self.places = number, at, []
-
-    def _count(self, place):
-        self.places.append(place)
-        if len(self.places) - 1 == self.at:
-            os.kill(os.getpid(), self.number)
+        self.number, self.at = number, at
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self._count(f"train {trainer.current_epoch}.{batch_idx}")
-
-    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-        self._count(f"val {trainer.current_epoch}.{batch_idx}")
-
-
-@pytest.fixture
-def stopped_fit(fit, make_module, make_data, tmp_path):
-    """Train with everything that a run has, in pieces: a signal ends each but the last."""
-
-    def run(folder, *stops, number=signal.SIGTERM, every_n_train_steps=None, streaming=False, **options):
-        last = None
-        for at in (*stops, None):
-            module = make_module(dropout=0.1, schedule="cosine")
-            sender = Sender(number, at)
-            callbacks = [
-                ThroughputMonitor(),
-                RunFolder({}),
-                StopSignals(),
-                sender,
-                AdapterCheckpoint(every_n_train_steps=every_n_train_steps),
-            ]
-            arguments = {"module": module, "data": make_data(streaming=streaming), "folder": folder, **options}
-            arguments |= {"logger": MetricsLogger(tmp_path / folder), "ckpt_path": last}
-            if at is None:
-                fit(*callbacks, **arguments)
-            else:
-                with pytest.raises(TrainingStopped) as stopped:
-                    fit(*callbacks, **arguments)
-                assert stopped.value.code == 128 + number
-                # it may have begun the batch behind, or a validation; the two batches of a run's last one are finished
-                assert at + 1 <= len(sender.places) <= at + 3
-                last = tmp_path / folder / "checkpoints" / "last.ckpt"
-        return sender.places
-
-    return run
-
-
-def assert_same_end(folder, other):
-    assert differences(folder, other) == []
-    names = [sorted(file.name for file in (run / "checkpoints").iterdir()) for run in (folder, other)]
-    assert names[0] == names[1]
-
-
-# windows of 3, 3 and 2 batches; validations after the fourth and eighth: inside a window, and at the epoch's end
-VALIDATED = {"accumulate_grad_batches": 3, "val_check_interval": 4, "limit_val_batches": 2}
-SETTINGS = {
-    "epochs": {"max_epochs": 2, **VALIDATED},
-    "no validation": {"max_epochs": 2, "accumulate_grad_batches": 3, "limit_val_batches": 0, "every_n_train_steps": 2},
-    # the sixteen rows come again and again, in a new order: eight batches a pass, twelve in all
-    "stream": {"max_epochs": -1, "max_steps": 4, "streaming": True, **VALIDATED},
-}
-
-
-STOPS = {
-    "epochs": [
-        (1, 2),  # inside a window, and in the validation behind it
-        (9,),  # the last batch of an epoch, whose validation is due
-        (11,),  # that validation, after its first batch
-    ],
-    "no validation": [(7,)],  # the last batch of an epoch, with nothing behind it
-    "stream": [
-        (2, 5),  # inside a window, and again in the second pass over the rows
-        (11,),  # the last batch of all: a resume would not run its validation
-    ],
-}
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_stopped_run_resumes_to_the_same_end(stopped_fit, tmp_path, name):
-    stopped_fit("whole", **SETTINGS[name])
-    for stops in STOPS[name]:
-        stopped_fit(f"cut {stops}", *stops, **SETTINGS[name])
-        assert_same_end(tmp_path / "whole", tmp_path / f"cut {stops}")
+        if batch_idx == self.at:
+            os.kill(os.getpid(), self.number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
@@ -110,7 +34,7 @@ def test_a_signal_ends_with_its_code_and_reports_how_to_resume(fit, tmp_path, ca
     said = capfd.readouterr()
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     name = "Ctrl-C" if number == signal.SIGINT else number.name
-    assert f"{name}: saving at the end of this batch." in said.err
+    assert f"{name}: saving at the end of this step." in said.err
     assert ("again leaves at once" in said.err) is (number == signal.SIGINT)
     assert f"Stopped at step 3 in epoch 0, saved in {last}. To resume, add `--ckpt_path last`" in said.out
     assert read_checkpoint(tmp_path / "run")["global_step"] == 3

@@ -1,4 +1,7 @@
-"""A run that is resumed by the command line ends as one that never stopped, and what is set otherwise then counts."""
+"""What a resume by the command line makes of a folder, and that what is set otherwise then counts.
+
+That it ends as a run that never stopped, wherever it was stopped: ``tests/distributed/test_resume.py``.
+"""
 
 import csv
 import json
@@ -26,12 +29,6 @@ import lightning
 class Interrupt(lightning.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         raise KeyboardInterrupt
-
-
-class Ask(lightning.Callback):
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == 3:
-            os.kill(os.getpid(), 15)
 
 
 class Hangup(lightning.Callback):
@@ -146,16 +143,6 @@ def test_a_run_that_was_killed_in_its_evaluation_is_finished_by_a_resume(command
 def test_an_evaluation_is_not_kept_of_an_adapter_that_was_trained_further(command, tmp_path):
     command("fit", *LONGER, "--evaluation", "null")
     assert not (tmp_path / "run" / "evaluation.json").exists()
-
-
-def test_a_signal_ends_a_fit_with_its_code_and_one_command_continues_to_the_same_end(
-    command, hooks, write_config, assert_same_end
-):
-    config = write_config(trainer={"callbacks": [{"class_path": "hooks.Ask"}]})
-    out = command("fit", *NEW, config=config, code=128 + signal.SIGTERM)
-    assert "Stopped at step 2 in epoch 0, saved in new/checkpoints/last.ckpt. To resume, add `--ckpt_path last`" in out
-    command("fit", *NEW, *LAST)
-    assert_same_end("new", "run")
 
 
 def test_a_fit_whose_terminal_is_closed_saves_and_one_command_continues_to_the_same_end(

@@ -8,7 +8,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from qlora_lightning.data import datamodule
 from qlora_lightning.data.datamodule import InstructionDataModule
-from qlora_lightning.model.checkpoint.setting_changes import find_changes
 from qlora_lightning.support.errors import UserError
 from tests.steps import make_trainer
 
@@ -203,13 +202,6 @@ def test_the_seed_is_torchs_without_seed_everything_and_no_global_number_is_draw
     assert torch.equal(before, torch.get_rng_state())
     data.trainer = SimpleNamespace(global_rank=1, world_size=2)
     assert [batch["row_ids"].tolist() for batch in data.val_dataloader()] == [[2, 3], [-1]]
-
-
-def test_settings_that_an_older_checkpoint_lacks_had_their_defaults(make):
-    now = {"shuffle": True, "shuffle_buffer": 5, "train_on": "all"}
-    changes = find_changes({"train_on": "last"}, now, "data", make())
-    assert changes == [("data.shuffle_buffer", 1_000, 5), ("data.train_on", "last", "all")]
-    assert find_changes({}, now, "data", make()) == []  # of a data module that tells no settings
 
 
 PAIR = {"prompt": "q", "completion": "k"}

@@ -13,10 +13,11 @@ from lightning import Callback
 from lightning.pytorch.callbacks import Checkpoint
 
 from qlora_lightning.callbacks import StopSignals
+from tests.dying import MachineFailed
 
 
 class SaveAt(Checkpoint):  # which Lightning calls after all other callbacks
-    """Save after some batches of the run, wherever in an accumulation window they lie."""
+    """Save after some batches of the run."""
 
     def __init__(self, batches: list[int], folder: str):
         self.batches, self.folder = batches, Path(folder)
@@ -46,22 +47,21 @@ class Die(Callback):
 
 
 class Ask(Callback):
-    """Send a signal to one rank when a batch of training or of a validation begins."""
+    """Send a signal to one rank when the n-th batch of a life begins, those of validations counted; 0 is a crash."""
 
-    def __init__(self, rank: int, batch: int, validation: bool = False, number: int = int(signal.SIGTERM)):
-        self.rank, self.batch, self.validation, self.number = rank, batch, validation, number
+    def __init__(self, at: int, number: int = int(signal.SIGTERM), rank: int = 0):
+        self.left, self.number, self.rank = at, number, rank
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if not self.validation and trainer.fit_loop.total_batch_idx == self.batch:
-            self._ask(trainer)
-
-    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-        if self.validation and batch_idx == self.batch:
-            self._ask(trainer)
-
-    def _ask(self, trainer):
-        if trainer.global_rank == self.rank:
+    def on_train_batch_start(self, trainer, *_):
+        self.left -= 1
+        if self.left == -1 and trainer.global_rank == self.rank:
+            if not self.number:
+                raise MachineFailed
             os.kill(os.getpid(), self.number)
+
+    def on_validation_batch_start(self, trainer, *_):
+        if not trainer.sanity_checking:
+            self.on_train_batch_start(trainer)
 
 
 class Call(Callback):

@@ -28,7 +28,7 @@ CONFIG = {
 
 
 def environment(folder: Path) -> dict[str, str]:
-    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(HERE), str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     own = {"OMP_NUM_THREADS": "1", "QLORA_LIGHTNING_CACHE": str(folder / "cache"), "COLUMNS": "200"}
     return {**os.environ, **own, "PYTHONPATH": path}
 

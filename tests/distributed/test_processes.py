@@ -16,7 +16,7 @@ from tests.equality import adapter_bytes
 EPOCHS = ["--trainer.max_epochs", "5", "--trainer.check_val_every_n_epoch", "5"]  # ten steps of eight rows
 FEW = ["--trainer.max_epochs", "2"]
 DROPOUT = ["--model.dropout", "0.1", "--trainer.max_epochs", "2", "--trainer.accumulate_grad_batches", "4"]
-SAVED = (3, 12)  # batches: inside the first window, at the end of one in the second epoch
+SAVED = (4, 12)  # batches: at the end of the first window, and of one in the second epoch
 TWO = {
     "rows": ["--data.batch_size", "4", "--data.val", "nine.jsonl", *EPOCHS],
     "packed": ["--data.tokens_per_batch", "256", *FEW],
@@ -114,26 +114,21 @@ def test_a_resumed_run_ends_in_the_same_bytes(folder, number):
 
 
 @pytest.mark.usefixtures("said")
-def test_each_process_has_its_own_generators_and_open_window_in_a_checkpoint(folder):
-    content = torch.load(folder / "saved" / "3.ckpt", weights_only=True)["qlora_lightning"]
-    (other,) = content["other_ranks"]
-    assert not torch.equal(content["generators"]["torch"], other["generators"]["torch"])
-    assert content["window"]["row_ids"] != other["window"]["row_ids"]
-    assert len(content["window"]["row_ids"]) == len(other["window"]["row_ids"]) == 3
+def test_each_process_has_its_own_generators_in_a_checkpoint(folder):
+    content = torch.load(folder / "saved" / "4.ckpt", weights_only=True)["qlora_lightning"]
+    one, other = content["generators"]
+    assert not torch.equal(one["torch"], other["torch"])
 
 
 @pytest.mark.usefixtures("said")
-def test_another_number_of_processes_goes_on_inside_a_window_and_says_what_is_not_exact(folder, monkeypatch, capsys):
+def test_another_number_of_processes_trains_the_same_rows_and_says_what_is_not_exact(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "400")
-    argv = ["--data.batch_size", "2", "--ckpt_path", "saved/3.ckpt", "--trainer.devices", "1"]
-    assert main(fit("one/from-3", *TWO["dropout"], *argv, "--trainer.strategy", "auto")) == 0
+    argv = ["--data.batch_size", "2", "--ckpt_path", "saved/4.ckpt", "--trainer.devices", "1"]
+    assert main(fit("one/from-4", *TWO["dropout"], *argv, "--trainer.strategy", "auto")) == 0
     assert "Processes: 2 saved the checkpoint, 1 resume it." in " ".join(capsys.readouterr().out.split())
-    mine, whole = folder / "one" / "from-3", folder / "two" / "dropout"
-    assert metrics(mine, "tokens_seen") == metrics(whole, "tokens_seen")
-    # the first window was three quarters done: what dropout draws in the rest hardly shows
-    assert metrics(mine, "train_loss")[0] == pytest.approx(metrics(whole, "train_loss")[0], rel=1e-5)
-    assert metrics(mine, "grad_norm")[0] == pytest.approx(metrics(whole, "grad_norm")[0], rel=0.2)
+    mine, whole = folder / "one" / "from-4", folder / "two" / "dropout"
+    assert metrics(mine, "tokens_seen") == metrics(whole, "tokens_seen")[1:]
 
 
 @pytest.mark.usefixtures("said")
@@ -171,14 +166,14 @@ def test_no_unfinished_file_is_left(folder):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_three_processes_resume_to_the_same_bytes_too(folder, streaming):
     """From three on a sum depends on its order: where a gradient is in DDP's buckets must not change."""
-    saving = {"class_path": "hooks.SaveAt", "init_args": {"batches": [2, 3, 4], "folder": f"three-{streaming}"}}
+    saving = {"class_path": "hooks.SaveAt", "init_args": {"batches": [2, 4], "folder": f"three-{streaming}"}}
     trainer = {**CONFIG["trainer"], "devices": 3, "callbacks": [saving], "accumulate_grad_batches": 2, "max_steps": 3}
     data = {"train": "rows.jsonl", "batch_size": 1, "streaming": streaming}
     model = {**CONFIG["model"], "dropout": 0.1}
     config = {**CONFIG, "model": model, "data": data, "trainer": trainer}
     (folder / f"three-{streaming}.yaml").write_text(yaml.safe_dump(config))
     fit = ["fit", "--config", f"three-{streaming}.yaml", "--trainer.default_root_dir"]
-    runs = {number: f"{streaming}-from-{number}" for number in (2, 3, 4)}
+    runs = {number: f"{streaming}-from-{number}" for number in (2, 4)}
     checkpoints = {number: ["--ckpt_path", f"three-{streaming}/{number}.ckpt"] for number in runs}
     resumed = [[*fit, runs[number], *checkpoints[number], "--trainer.callbacks", "null"] for number in runs]
     launch(folder, [[*fit, f"{streaming}-whole"], *resumed], processes=3)

@@ -13,7 +13,6 @@ from qlora_lightning.data.samples import SampleSetBuilder
 from qlora_lightning.model.step.batch import (
     BatchShape,
     cut_into_rows,
-    describe_row,
     join_places,
     row_places,
     shape_of_batch,
@@ -121,10 +120,6 @@ def test_places_are_file_and_line_if_the_data_know_them(data):
     assert row_places(data, [6, 5, -1, 40]) == ["train.jsonl:18", "train.jsonl:17", "row 40"]
     assert row_places(None, [3]) == ["row 3"]
     assert join_places(["a", "b", "c"], most=2) == "a, b and 1 more"
-    row = collate(SAMPLES[0])
-    expected = {"row_id": 5, "place": "train.jsonl:17", "tokens": 3, "labelled_tokens": 2, "text": "[7, 8, 9]"}
-    assert describe_row(data, row) == expected
-    assert describe_row(None, row) == {**expected, "place": "row 5", "text": None}
 
 
 def test_a_batch_is_cut_into_what_its_rows_would_be_alone():

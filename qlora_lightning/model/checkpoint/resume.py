@@ -9,22 +9,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
 from qlora_lightning.model.adapters.identity import data_differences, identity_of_data
-from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.checkpoint import loops
 from qlora_lightning.model.checkpoint.format import KEY, plain_settings, read_content
-from qlora_lightning.model.checkpoint.loops import (
-    count_epoch,
-    is_inside_batch,
-    is_inside_epoch,
-    leave_validation_out,
-    lengthen_stream,
-    let_validation_follow,
-)
-from qlora_lightning.model.checkpoint.ranks import (
-    capture_generators,
-    gather_states,
-    restore_generators,
-    share_states,
-)
+from qlora_lightning.model.checkpoint.ranks import capture_generators, gather_states, restore_generators
 from qlora_lightning.model.checkpoint.setting_changes import (
     describe_changes,
     describe_optimizers,
@@ -38,26 +25,11 @@ from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import FORMAT_VERSION
 
-
-def check_save_point(content: Mapping[str, Any], accumulate: int) -> None:
-    """Refuse to resume from inside a batch, or from a window whose gradients are divided by another ``accumulate``."""
-    if content["inside_batch"]:
-        raise UserError(
-            "The checkpoint was saved inside a batch or at the start of an epoch (by a callback of yours, or when an "
-            "error came): a run cannot resume exactly there. Take one that was saved at the end of a batch, such as "
-            "`--ckpt_path last`."
-        )
-    before = content["trainer"]["accumulate_grad_batches"]
-    if content["window"] and before != accumulate:
-        raise UserError(
-            f"trainer.accumulate_grad_batches was {before} and is {accumulate}, but the checkpoint was saved inside an "
-            f"optimizer step, after {content['window']['micro_batches']} of its {before} micro-batches. Set it to "
-            f"{before} to resume from here; it may change only where a step ends, as at the end of an epoch."
-        )
+_report = rank_zero_only(say)
 
 
 def check_data(stored: Mapping[str, Any], own: Mapping[str, Any], inside_epoch: bool, accepted: bool) -> None:
-    """Refuse other samples, unless that is ``accepted``; inside an epoch other training samples in any case.
+    """Reject other samples, unless that is ``accepted``; inside an epoch other training samples in any case.
 
     There some would come twice and others never. Another tokenizer or template that gives the same samples is accepted.
     """
@@ -87,9 +59,10 @@ def has_other_validation(checkpoint: Mapping[str, Any], trainer: Any) -> bool:
 
 
 class ExactResume(Callback):
-    """Save and restore what Lightning does not: random generators, the gradients of an open window, and an identity.
+    """Save and restore what Lightning does not: the random generators of each process, settings, and an identity.
 
-    The module brings it along by ``configure_callbacks``, a new one for each fit. A subclass that overrides
+    A checkpoint to resume from is of the end of an optimizer step: there are no gradients to keep. The module brings
+    this callback along by ``configure_callbacks``, a new one for each fit. A subclass that overrides
     ``on_save_checkpoint`` without calling ``super()`` so breaks nothing.
     """
 
@@ -102,49 +75,49 @@ class ExactResume(Callback):
         module: Any = pl_module
         module.check_base()
         settings = checkpoint.pop("hyper_parameters", {})
-        own = {"generators": capture_generators(), "window": module.window.state_dict(trainable_tensors(module))}
-        first, *others = gather_states(own, trainer.global_rank, trainer.world_size)
         checkpoint[KEY] = {
             "format_version": FORMAT_VERSION,
             "settings": plain_settings(settings),
             "trainer": trainer_settings(trainer),
             "optimizers": self._optimizers,
             "identity": {**module.identity, "data": identity_of_data(trainer)},
-            "inside_batch": is_inside_batch(checkpoint),
+            "inside_step": module.window.is_open or loops.is_inside_batch(checkpoint),
             "monitored": {name: float(value) for name, value in trainer.callback_metrics.items()},
-            **first,
-            "other_ranks": others,
+            "generators": gather_states(capture_generators(), trainer.global_rank, trainer.world_size),
         }
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            let_validation_follow(trainer, checkpoint)
+            loops.repeat_validation(trainer, checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         module: Any = pl_module
         data = getattr(trainer, "datamodule", None)
         content = read_content(checkpoint, "The checkpoint")
         stored, own = content["identity"].get("data", {}), identity_of_data(trainer)
+        _report_other_data("the checkpoint", stored, own, with_samples=trainer.state.fn == "fit")
         if trainer.state.fn != "fit":
-            _report_other_data("the checkpoint", stored, own)
             return
         is_stream = bool(getattr(data, "streaming", False))
         accepted = bool(getattr(data, "accept_changed_data", False))
-        check_data(stored, own, is_inside_epoch(checkpoint) or is_stream, accepted)
-        check_save_point(content, trainer.accumulate_grad_batches)
-        leave_validation_out(trainer, checkpoint)
+        check_data(stored, own, loops.is_inside_epoch(checkpoint) or is_stream, accepted)
+        if content["inside_step"]:
+            raise UserError(
+                "The checkpoint was saved inside an optimizer step or at the start of an epoch (by a callback of "
+                "yours, or when an error came): a run cannot resume exactly there. Take one that was saved at the end "
+                "of a step, such as `--ckpt_path last`."
+            )
+        loops.leave_validation_out(trainer, checkpoint)
         if is_stream:
-            lengthen_stream(trainer, checkpoint)
+            loops.lengthen_stream(trainer, checkpoint)
         self._content, self._checkpoint = content, checkpoint
-        _report_other_data("the checkpoint", stored, own, with_samples=True)
         changes = [
-            *find_changes(content["settings"], plain_settings(module.hparams), "model", module),
-            *find_changes(stored.get("settings", {}), own.get("settings", {}), "data", data),
+            *find_changes(content["settings"], plain_settings(module.hparams), "model"),
+            *find_changes(stored.get("settings", {}), own.get("settings", {}), "data"),
             *find_changes(content["trainer"], trainer_settings(trainer), "trainer"),
             *keep_patience(trainer, checkpoint["callbacks"]),
         ]
         if changes:
             _report(describe_changes(changes))
-        saved = 1 + len(content["other_ranks"])
-        if saved != trainer.world_size:
+        if (saved := len(content["generators"])) != trainer.world_size:
             _report(
                 f"Processes: {saved} saved the checkpoint, {trainer.world_size} resume it. Keep batch_size times "
                 "processes times trainer.accumulate_grad_batches, and each step has the same rows. But dropout and "
@@ -154,11 +127,12 @@ class ExactResume(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._optimizers = describe_optimizers(trainer)
         if self._content is not None:  # Lightning restores the optimizers after this hook
-            for line in keep_configured(trainer, self._checkpoint, self._content["optimizers"]):
-                _report(line)
+            keep_configured(trainer, self._checkpoint, self._content["optimizers"])
         self._checkpoint = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module: Any = pl_module
+        module.window.clear()  # a search for a learning rate, or a fit that failed, may have ended inside one
         if self._content is not None:
             # Lightning may end an epoch first, whose validation was before: there early stopping looks at them.
             monitored = self._content["monitored"]
@@ -166,37 +140,27 @@ class ExactResume(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._put_back(trainer, pl_module)  # a run that stopped inside a validation begins with it
+            self._put_back(trainer)  # a run that stopped inside a validation begins with it
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         module: Any = pl_module
         module.check_base(wait=False)
-        count_epoch(trainer)
-        self._put_back(trainer, pl_module)
+        loops.count_epoch(trainer)
+        self._put_back(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._content is not None:
             _report(
                 f"Nothing is left to train: with the checkpoint's step {trainer.global_step} trainer.max_steps "
-                f"({trainer.max_steps}) or trainer.max_epochs ({trainer.max_epochs}) is reached. Raise it to train on. "
-                "A validation that had not ended is made up for by `qlora-lightning validate --config "
-                f"{trainer.default_root_dir}/config.yaml --ckpt_path last`."
+                f"({trainer.max_steps}) or trainer.max_epochs ({trainer.max_epochs}) is reached. Raise it to train on."
             )
-        self._put_back(trainer, pl_module)
+        self._put_back(trainer)
 
-    def _put_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._content is None:
-            return
-        module: Any = pl_module
-        first = {name: self._content[name] for name in ("generators", "window")}
-        own = share_states([first, *self._content["other_ranks"]], trainer.global_rank, trainer.world_size)
-        module.window.load_state_dict(own["window"], trainable_tensors(module))
-        if own["generators"]:  # a rank that there was not has none
-            restore_generators(own["generators"])  # last: making loaders and iterators draws numbers too
+    def _put_back(self, trainer: Trainer) -> None:
+        """Restore this process's generators; last, since building loaders and iterators draws numbers too."""
+        if self._content is not None and trainer.global_rank < len(self._content["generators"]):
+            restore_generators(self._content["generators"][trainer.global_rank])
         self._content = None
-
-
-_report = rank_zero_only(say)
 
 
 def _report_other_data(

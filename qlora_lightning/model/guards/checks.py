@@ -1,15 +1,13 @@
-"""Checks of what silently breaks training: token ids, training mode, gradients, a base that changes."""
+"""Checks of what silently breaks training: Trainer settings, training mode, token ids, gradients."""
 
 import math
-import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import Strategy
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from qlora_lightning.model.sharded.strategy import ShardedDDPStrategy
 from qlora_lightning.model.step.batch import join_places, row_places
@@ -156,53 +154,3 @@ def check_gradients(trainable: Mapping[str, nn.Parameter]) -> bool:
             f"never learn. {cause}"
         )
     return not waits
-
-
-# ---- the base --------------------------------------------------------------------------------------------------------
-
-_READ = 256 << 10  # bytes of a tensor: a base that is mapped from a file is not read in for it
-_RUNS = 16  # evenly spaced, of which these bytes are read
-
-
-def checksum_frozen(model: nn.Module) -> dict[str, int]:
-    """Return a checksum of every frozen parameter and of its quantization scales, by name.
-
-    Buffers are left out: rotary embeddings may rescale theirs to the longest row. Of a large tensor 16
-    evenly spaced runs are read: a change of all of it is found, of a single row perhaps not.
-    """
-    found = {name: _checksum(each) for name, each in model.named_parameters() if not each.requires_grad}
-    for name, module in model.named_modules():
-        weight: Any = dict(module.named_parameters(recurse=False)).get("weight")
-        # of 4 bits; of a sharded weight its linear has it
-        state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
-        rows = getattr(weight, "SCB", None)  # of int8
-        if rows is None:  # the first forward moves it from the weight to the module
-            rows = getattr(getattr(module, "state", None), "SCB", None)
-        scales = {
-            "absmax": getattr(state, "absmax", None),
-            "nested_absmax": getattr(getattr(state, "state2", None), "absmax", None),  # the scales' own scales
-            "offset": getattr(state, "offset", None),  # of these
-            "SCB": rows,
-        }
-        found |= {f"{name}.weight.{key}": _checksum(each) for key, each in scales.items() if isinstance(each, Tensor)}
-    return found
-
-
-def check_frozen(before: dict[str, int], now: dict[str, int]) -> None:
-    """Refuse a frozen tensor that is no longer what it was: the adapter would be trained on another base."""
-    changed = [name for name in before.keys() & now.keys() if before[name] != now[name]]  # others froze or thawed
-    if changed:
-        raise RuntimeError(
-            f"{len(changed)} of {len(before)} frozen tensors changed during training, as {', '.join(changed[:3])}: the "
-            "adapter no longer belongs to the base it is loaded on. An optimizer that holds frozen tensors, a hook or "
-            "a callback that writes to the base does that; resume from a checkpoint before it."
-        )
-
-
-def _checksum(tensor: Tensor) -> int:
-    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if len(data) > _READ:
-        spacing = len(data) // _RUNS
-        data = data[: _RUNS * spacing].view(_RUNS, spacing)[:, : _READ // _RUNS].reshape(-1)
-    return zlib.crc32(data.cpu().numpy().data)

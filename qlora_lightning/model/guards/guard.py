@@ -1,10 +1,8 @@
-"""Stops a run that would continue for nothing: losses that are not finite, adapters that stay, a base that changes."""
+"""Stops a run that would continue for nothing: losses that are not finite, adapters that do not learn."""
 
-import contextlib
 import logging
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,26 +10,19 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.model.guards.checks import (
-    check_frozen,
-    check_gradients,
-    check_held,
-    checksum_frozen,
-)
-from qlora_lightning.model.guards.nonfinite import Finding, describe_findings, find_nonfinite
+from qlora_lightning.model.guards.checks import check_gradients, check_held
+from qlora_lightning.model.step.batch import join_places, row_places
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import write_whole
-from qlora_lightning.support.trainer import callbacks_of
+from qlora_lightning.support.trainer import callbacks_of, gather_lists
 
 OnNonfinite = Literal["stop", "skip"]
-_MOST_REPORTS = 10  # of skipped steps: a run that skips often would fill its folder
 _MOST_SKIPPED = 20  # in a row
 
 _log = logging.getLogger(__name__)
 
 
 class TrainingGuard(Callback):
-    """Judges each optimizer step before it is taken, and the base after each validation.
+    """Judges each optimizer step before it is taken, and each validation before it is saved.
 
     The module brings it along by ``configure_callbacks`` and asks it by :meth:`judge_step`.
 
@@ -51,7 +42,7 @@ class TrainingGuard(Callback):
         self.checks_due = True
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
-        self._frozen: dict[str, int] = {}
+        self._last_loss: float | None = None  # of the step before, if this process took it
 
     # ---- before each optimizer step --------------------------------------------------------------------------------
 
@@ -67,13 +58,13 @@ class TrainingGuard(Callback):
         scales = getattr(trainer.precision_plugin, "scaler", None) is not None
         tokens = pl_module.window.labelled_tokens_of_all_ranks
         *numbers, labelled = torch.stack([each.detach().double() for each in (*means.values(), tokens)]).cpu().unbind()
-        found = {name: number.float() for name, number in zip(means, numbers, strict=True)}
+        on_host = {name: number.float() for name, number in zip(means, numbers, strict=True)}
         # of all ranks, which decide alike
-        bad_loss, bad_gradient = (not math.isfinite(found[name]) for name in ("loss", "grad_norm"))
+        bad_loss, bad_gradient = (not math.isfinite(on_host[name]) for name in ("loss", "grad_norm"))
         if self not in callbacks_of(trainer):
             # Lightning's search for a learning rate runs without them, and ends where training diverges.
             trainer.should_stop = trainer.should_stop or bad_loss or bad_gradient
-            return found
+            return on_host
         if bad_loss or (bad_gradient and not scales):
             self._handle_nonfinite(pl_module, optimizer, "loss" if bad_loss else "gradient")
         elif not bad_gradient:
@@ -82,67 +73,51 @@ class TrainingGuard(Callback):
                 trainable = trainable_tensors(pl_module)
                 check_held(trainable, optimizer)
                 self.checks_due = not check_gradients(trainable)
-        return found
+        self._last_loss = float(on_host["loss"])
+        return on_host
 
     def _handle_nonfinite(self, pl_module: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
+        """Stop the run, or leave the step out; every rank must call it."""
         trainer, rate = pl_module.trainer, float(optimizer.param_groups[0]["lr"])
-        found = f"The {what} of step {trainer.global_step}, at learning rate {rate:.3g}, is NaN or infinite."
-        if self.on_nonfinite == "stop" or self.skipped_steps < _MOST_REPORTS:
-            data = getattr(trainer, "datamodule", None)
-            mine = find_nonfinite(
-                pl_module.model,
-                pl_module.compute_loss,
-                pl_module.window,
-                data,
-                trainer.global_rank,
-                pl_module.sharded_base,
-            )
-            findings: list[Finding] = [mine] * trainer.world_size
-            if trainer.world_size > 1:
-                torch.distributed.all_gather_object(findings, mine)
-            found = f"{found} {describe_findings(findings)}"
-            if trainer.is_global_zero:
-                head = {"step": trainer.global_step, "what": what, "learning_rate": rate}
-                file = Path(trainer.default_root_dir) / f"nonfinite-step-{trainer.global_step}.json"
-                with contextlib.suppress(OSError):  # the step is decided, whatever the disk says
-                    write_whole(file, {**head, "ranks": findings})
-                    found = f"{found} Rows and text: {file}."
+        data = getattr(trainer, "datamodule", None)
+        rows = join_places(gather_lists(trainer, row_places(data, pl_module.window.row_ids)))
+        before = "" if self._last_loss is None else f" The loss of the step before was {self._last_loss:.4g}."
+        fault = (
+            f"The {what} of step {trainer.global_step}, at learning rate {rate:.3g}, is NaN or infinite.{before} "
+            f"Rows of the step: {rows}."
+        )
         if self.on_nonfinite == "stop":
-            raise UserError(found)
+            remedy = "Look at these rows, lower model.learning_rate, or skip such steps by model.on_nonfinite: skip."
+            if pl_module.identity.get("compute_dtype") == "float16":
+                remedy = f"First use bf16 or fp32 (`model.compute_dtype`): fp16 ends at 65,504. {remedy}"
+            raise UserError(f"{fault} {remedy}")
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= _MOST_SKIPPED:
             raise UserError(
-                f"{found} So were the {_MOST_SKIPPED} steps up to it, all of them skipped (model.on_nonfinite: skip): "
+                f"{fault} The last {_MOST_SKIPPED} steps were all like this, and skipped (model.on_nonfinite: skip): "
                 "this is not a bad row. Lower model.learning_rate, or set model.compute_dtype: fp32 to compare."
             )
         if trainer.is_global_zero:
-            _log.warning("%s Step skipped (model.on_nonfinite: skip), %d so far.", found, self.skipped_steps)
+            _log.warning("%s Step skipped (model.on_nonfinite: skip), %d so far.", fault, self.skipped_steps)
         optimizer.zero_grad(set_to_none=True)
 
     # ---- around validations ----------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.checks_due = True
-        self._frozen = checksum_frozen(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.checks_due = True  # an evaluation pass is what breaks training elsewhere
-            check_frozen(self._frozen, checksum_frozen(pl_module))
-            self._judge_validation(trainer)  # before callbacks that write checkpoints, which come last
-
-    def _judge_validation(self, trainer: Trainer) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self.checks_due = True  # an evaluation pass is what breaks training elsewhere
         loss = trainer.callback_metrics.get("val_loss")
         if self.on_nonfinite == "stop" and loss is not None and not loss.isfinite():
-            raise UserError(
+            raise UserError(  # before callbacks that write checkpoints, which come last
                 f"The validation at step {trainer.global_step} gave a val_loss of {float(loss)}. What gave it is not "
                 "saved: a checkpoint from before is intact (`--ckpt_path last`). Lower model.learning_rate, look at "
                 "the validation rows, or set model.on_nonfinite: skip to continue."
             )
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_frozen(self._frozen, checksum_frozen(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped_steps": self.skipped_steps, "skipped_in_a_row": self._skipped_in_a_row}

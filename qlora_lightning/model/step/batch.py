@@ -61,20 +61,6 @@ def cut_into_rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def describe_row(data: Any, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe a batch of one row in plain values: id, place, tokens and, where there is a tokenizer, text."""
-    row_id = int(row["row_ids"][0])
-    ids = row["input_ids"][0].tolist()
-    tokenizer = getattr(data, "tokenizer", None)
-    return {
-        "row_id": row_id,
-        "place": next(iter(row_places(data, [row_id])), "filler"),
-        "tokens": len(ids),
-        "labelled_tokens": int((row["labels"] != -100).sum()),
-        "text": None if tokenizer is None else tokenizer.decode(ids),
-    }
-
-
 @dataclass(frozen=True)
 class BatchShape:
     """The shape of a micro-batch.

@@ -77,11 +77,12 @@ def group_parameters(
         return [{"params": list(trainable_tensors(model).values())}]
     from peft.optimizers import create_loraplus_optimizer
 
-    made = create_loraplus_optimizer(
+    # PEFT gives the groups only as those of an optimizer, of whatever class.
+    sgd = create_loraplus_optimizer(
         model, SGD, lr=learning_rate, loraplus_lr_ratio=ratio, loraplus_weight_decay=weight_decay
     )
     names = ("params", "lr", "weight_decay")
-    return [{name: group[name] for name in names} for group in made.param_groups if group["params"]]
+    return [{name: group[name] for name in names} for group in sgd.param_groups if group["params"]]
 
 
 def count_optimizer_steps(

@@ -1,7 +1,6 @@
 """The micro-batches of one optimizer step: their sums, and the gradient of their mean over all ranks."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,6 @@ class Window:
         self.logged: dict[str, Tensor] = {}  # see LossSums
         self.micro_batches = 0
         self.row_ids = []
-        self.batches: list[Any] = []  # to run again what was not finite; token ids take little
         self.labelled_tokens_of_all_ranks: Tensor | None = None
 
     @property
@@ -41,8 +39,8 @@ class Window:
         """Whether a micro-batch has been added since the last optimizer step."""
         return self.micro_batches > 0
 
-    def add(self, sums: LossSums, most: int, row_ids: Sequence[int] = (), batch: Any = None) -> None:
-        """Count one micro-batch of at most ``most``; ``batch`` itself is kept until the window is closed."""
+    def add(self, sums: LossSums, most: int, row_ids: Sequence[int] = ()) -> None:
+        """Count one micro-batch of at most ``most``."""
         if self.micro_batches >= most:
             raise RuntimeError(
                 "The last optimizer step left the gradients of a sum undivided: a subclass overrides "
@@ -56,8 +54,6 @@ class Window:
         for name, each in sums.logged.items():
             self.logged[name] = each.detach() + self.logged.get(name, 0.0)
         self.row_ids += row_ids
-        if batch is not None:
-            self.batches.append(batch)
 
     def divide_gradients(
         self,
@@ -84,31 +80,6 @@ class Window:
         if gradients:
             torch._foreach_mul_(gradients, (divided_by / tokens).float())
         return dict(zip(("loss", *self.logged), (sums[1:] / tokens).float(), strict=True))
-
-    def state_dict(self, trainable: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-        """Return an open window with its gradients, to continue inside it; nothing of a closed one."""
-        if not self.is_open:
-            return {}
-        return {
-            "micro_batches": self.micro_batches,
-            "nll_sum": self.nll_sum,
-            "labelled_tokens": self.labelled_tokens,
-            "logged": dict(self.logged),
-            "row_ids": list(self.row_ids),
-            "gradients": {name: p.grad.clone() for name, p in trainable.items() if p.grad is not None},
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any], trainable: Mapping[str, nn.Parameter]) -> None:
-        """Continue inside the window of a :meth:`state_dict`."""
-        self.clear()
-        if not state:
-            return
-        self.nll_sum, self.labelled_tokens = state["nll_sum"], state["labelled_tokens"]
-        self.micro_batches, self.row_ids = state["micro_batches"], list(state["row_ids"])
-        self.logged = dict(state.get("logged", {}))
-        for name, gradient in state["gradients"].items():
-            parameter = trainable[name]
-            parameter.grad = gradient.to(parameter.device).clone()
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

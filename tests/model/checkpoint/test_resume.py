@@ -1,6 +1,5 @@
-"""What each process gets back when a run resumes, and which settings count: the checkpoint's, or those at hand."""
+"""Generators come back, and of the settings those at hand count; what cannot resume exactly is rejected."""
 
-import contextlib
 import copy
 import json
 import random
@@ -14,13 +13,10 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from qlora_lightning import AdapterCheckpoint, InstructionDataModule, QLoRAModule
 from qlora_lightning.model.checkpoint.format import KEY
-from qlora_lightning.model.checkpoint.ranks import capture_generators, restore_generators, share_states
-from qlora_lightning.model.checkpoint.resume import check_save_point
+from qlora_lightning.model.checkpoint.ranks import capture_generators, restore_generators
 from qlora_lightning.support.errors import UserError
 from tests.equality import same
 from tests.steps import make_trainer
-
-# ---- what each process has of its own --------------------------------------------------------------------------------
 
 
 def draw():
@@ -34,51 +30,6 @@ def test_every_generator_continues_where_it_was_captured_also_from_a_file(tmp_pa
     draw()
     restore_generators(torch.load(tmp_path / "state", weights_only=True))
     assert draw() == expected
-
-
-def state(seed, gradient, tokens, row_ids):
-    window = {
-        "micro_batches": 2,
-        "nll_sum": torch.tensor(float(tokens)),
-        "labelled_tokens": torch.tensor(tokens),
-        "logged": {"margin": torch.tensor(2.0 * tokens)},
-        "row_ids": row_ids,
-        "gradients": {"a": torch.tensor(gradient)},
-    }
-    return {"generators": {"seed": seed}, "window": window}
-
-
-SAVED = [state(7, [2.0, 1.0], 10, [7]), state(8, [3.0, 1.0], 5, [8])]
-SUMS, ZEROS = state(0, [5.0, 2.0], 15, [7, 8])["window"], state(0, [0.0, 0.0], 0, [])["window"]
-
-
-@pytest.mark.parametrize(
-    ("rank", "processes", "seed", "window"),
-    [(1, 2, 8, SAVED[1]["window"]), (0, 1, 7, SUMS), (0, 3, 7, SUMS), (1, 3, 8, ZEROS), (2, 3, None, ZEROS)],
-)
-def test_each_process_gets_its_own_window_or_the_first_the_sum_of_all(rank, processes, seed, window):
-    mine = share_states(SAVED, rank, processes)
-    assert mine["generators"] == ({"seed": seed} if seed else {})
-    torch.testing.assert_close(mine["window"], window, rtol=0, atol=0)
-    closed = [{"generators": {}, "window": {}}] * 2  # between windows there is nothing to share
-    assert share_states(closed, rank, processes)["window"] == {}
-
-
-# ---- what is refused -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("micro_batches", "now", "refused"),
-    [
-        (0, 2, None),  # where no window is open, it may change
-        (3, 2, "accumulate_grad_batches was 4 and is 2, .*after 3 of its 4 .*Set it to 4"),
-    ],
-)
-def test_an_open_window_keeps_its_number_of_micro_batches(micro_batches, now, refused):
-    window = {"micro_batches": micro_batches} if micro_batches else {}
-    content = {"inside_batch": False, "trainer": {"accumulate_grad_batches": 4}, "window": window}
-    with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
-        check_save_point(content, now)
 
 
 # ---- optimizers and schedules ----------------------------------------------------------------------------------------
@@ -109,13 +60,14 @@ def fit(tiny_base, tmp_path_factory):
     rows = [f'{{"instruction": "Count to {n}.", "output": "{" ".join(map(str, range(n)))}"}}\n' for n in range(1, 17)]
     (folder / "rows.jsonl").write_text("".join(rows))
 
-    def run(max_steps, cls=QLoRAModule, ckpt_path=None, **settings):
+    def run(max_steps, cls=QLoRAModule, ckpt_path=None, more=(), accumulate_grad_batches=1, **settings):
         lightning.seed_everything(7, verbose=False)
         run_folder = folder / f"run {len(list(folder.iterdir()))}"
         defaults = {"rank": 2, "compute_dtype": "fp32", "learning_rate": 1e-2, "schedule": "linear"}
         data = InstructionDataModule(train=str(folder / "rows.jsonl"), tokenizer=str(tiny_base), batch_size=2)
-        callbacks = [AdapterCheckpoint(), look := Look()]
-        trainer = make_trainer(run_folder, max_steps=max_steps, callbacks=callbacks, enable_checkpointing=True)
+        options = {"max_steps": max_steps, "accumulate_grad_batches": accumulate_grad_batches}
+        callbacks = [*more, AdapterCheckpoint(), look := Look()]
+        trainer = make_trainer(run_folder, callbacks=callbacks, enable_checkpointing=True, **options)
         trainer.fit(cls(str(tiny_base), **(defaults | settings)), data, ckpt_path=ckpt_path)
         return run_folder / "checkpoints" / "last.ckpt", look
 
@@ -155,12 +107,31 @@ def test_only_what_is_configured_otherwise_counts_and_all_else_stays_the_checkpo
     assert all(f"model.{name}: " in said for name in settings)
 
 
-def test_another_optimizer_begins_with_a_fresh_state_and_the_schedule_continues(fit, stopped, capsys):
-    last, look = fit(6, QLoRAModule, stopped[QLoRAModule], optimizer="torch.optim.SGD", warmup_ratio=0.0)
-    assert look.optimizer["state"] == {}
-    assert look.optimizer["param_groups"][0]["lr"] == 5e-3  # half of the six steps are over
-    assert capsys.readouterr().out.count("it begins with a fresh state") == 1
-    assert torch.load(last, weights_only=True)["qlora_lightning"]["optimizers"][0]["class"].endswith("SGD")
+def test_another_optimizer_is_rejected(fit, stopped):
+    with pytest.raises(UserError, match=r"optimizer was torch\.optim\.adamw\.AdamW and is torch\.optim\.sgd\.SGD, "):
+        fit(6, ckpt_path=stopped[QLoRAModule], optimizer="torch.optim.SGD")
+
+
+class SaveAt(lightning.Callback):
+    """Saves a checkpoint at a hook, the second time that it comes."""
+
+    def __init__(self, hook, file):
+        self.times = 0
+        setattr(self, hook, lambda trainer, *_: self.save(trainer, file))
+
+    def save(self, trainer, file):
+        self.times += 1
+        if self.times == 2:
+            trainer.save_checkpoint(file)
+
+
+@pytest.mark.parametrize(
+    "hook", ["on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end", "on_train_epoch_start"]
+)
+def test_a_checkpoint_of_the_inside_of_a_step_is_rejected(fit, tmp_path, hook):
+    fit(6, more=[SaveAt(hook, tmp_path / "inside.ckpt")], accumulate_grad_batches=4)
+    with pytest.raises(UserError, match="saved inside an optimizer step or at the start of an epoch"):
+        fit(6, ckpt_path=tmp_path / "inside.ckpt", accumulate_grad_batches=4)
 
 
 def test_a_new_ratio_of_loraplus_counts_and_to_switch_it_off_is_rejected(fit, capsys):

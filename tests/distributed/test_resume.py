@@ -1,0 +1,132 @@
+"""A run that is stopped or killed at any batch, and resumed, ends in the same bytes as one that never stopped.
+
+Windows are of 3, 3 and 2 micro-batches, validations after the fourth and the eighth of an epoch: inside a window, and
+at the end of one. So an epoch is, with `|` at the end of a step, and counted from 0 as in the tables below:
+`t t t | t v v t t | t t | v v`.
+"""
+
+import json
+
+import pytest
+import yaml
+
+from qlora_lightning.cli import main
+from tests.distributed.runs import CONFIG, launch
+from tests.dying import MachineFailed
+from tests.equality import differences, read_checkpoint
+
+TRAINER = {
+    **CONFIG["trainer"],
+    **{"devices": 1, "strategy": "auto", "max_epochs": 2},
+    **{"accumulate_grad_batches": 3, "val_check_interval": 4, "limit_val_batches": 2},
+}
+MODEL = {**CONFIG["model"], "dropout": 0.1, "schedule": "cosine", "loraplus_ratio": 4.0}
+ROWS = {"train": "rows.jsonl", "val": "rows.jsonl", "batch_size": 2}
+PAIRS = {"train": "pairs.jsonl", "val": "pairs.jsonl", "batch_size": 1}
+RUNS = {
+    "rows": {"data": ROWS},
+    "no-validation": {"data": ROWS, "trainer": {**TRAINER, "limit_val_batches": 0}},
+    "packed": {"data": {"train": "rows.jsonl", "val": "rows.jsonl", "tokens_per_batch": 160}},
+    "stream": {"data": {**ROWS, "streaming": True}, "trainer": {**TRAINER, "max_epochs": 1, "max_steps": 4}},
+    "pairs": {
+        "data": {"class_path": "qlora_lightning.PreferenceDataModule", **PAIRS},
+        "model": {"class_path": "qlora_lightning.PreferenceModule", **MODEL},
+    },
+    "two": {"data": {**ROWS, "batch_size": 1}, "trainer": {**TRAINER, "devices": 2, "strategy": "ddp"}},
+}
+# the run, the batches at whose beginning a signal comes in its first life and those after it, and the steps saved then
+SIGNALS = [
+    ("rows", [1], [1]),  # inside a window, which ends first
+    ("rows", [5], [1]),  # in a validation inside a window: it is left, and the window trained again
+    ("rows", [9], [3]),  # in the last batch of an epoch, with a validation due
+    ("rows", [11], [3]),  # in that validation, which is run again as a whole
+    ("rows", [1, 6, 12], [1, 3, 6]),
+    ("no-validation", [7], [3]),  # in the last batch of an epoch, with nothing behind it
+    ("packed", [13], [4]),
+    ("stream", [5], [1]),
+    ("stream", [6, 4], [2, 3]),
+    ("pairs", [1, 3], [1, 2]),
+]
+KILLS = [
+    ("rows", 7, 1),  # inside a window, behind a validation inside it
+    ("rows", 10, 2),  # before the first batch of a validation: its step is not saved
+    ("rows", 19, 4),
+]
+
+
+def fit(kind, run, at=None, number=15, rank=0):
+    """The command of one life of a run, which a signal ends if a batch is named."""
+    command = ["fit", "--config", f"resume-{kind}.yaml", "--ckpt_path", "last"]
+    command += ["--trainer.default_root_dir", f"resume/{run}"]
+    ask = {"class_path": "tests.distributed.hooks.Ask", "init_args": {"at": at, "number": number, "rank": rank}}
+    return command if at is None else [*command, "--trainer.callbacks", json.dumps([ask])]
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """The folder with the configs of all runs."""
+    common = {"seed_everything": 3, "evaluation": None, "model": MODEL, "trainer": TRAINER}
+    for kind, own in RUNS.items():
+        (folder / f"resume-{kind}.yaml").write_text(yaml.safe_dump({**common, **own}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
+    """Train a kind of run in peace, once; return its folder."""
+
+    def train(kind):
+        folder = runs / "resume" / f"{kind}-whole"
+        if not folder.exists():
+            assert main(fit(kind, folder.name)) == 0
+        return folder
+
+    return train
+
+
+@pytest.fixture(autouse=True)
+def _inside(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(runs / "cache"))
+
+
+def step_of(run):
+    return read_checkpoint(run)["global_step"] if (run / "checkpoints" / "last.ckpt").exists() else 0
+
+
+def assert_same_end(whole, run):
+    assert differences(whole, run) == []
+    names = [sorted(file.name for file in (each / "checkpoints").iterdir()) for each in (whole, run)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize(("kind", "stops", "steps"), SIGNALS)
+def test_a_run_that_a_signal_stops_resumes_to_the_same_end(runs, whole, kind, stops, steps):
+    run = runs / "resume" / f"{kind}-{stops}"
+    for at, step in zip(stops, steps, strict=True):
+        assert main(fit(kind, run.name, at)) == 128 + 15
+        assert step_of(run) == step
+    assert main(fit(kind, run.name)) == 0
+    assert_same_end(whole(kind), run)
+
+
+@pytest.mark.parametrize(("kind", "at", "step"), KILLS)
+def test_a_run_that_is_killed_resumes_to_the_same_end(runs, whole, kind, at, step):
+    run = runs / "resume" / f"{kind}-killed-{at}"
+    with pytest.raises(MachineFailed):
+        main([*fit(kind, run.name, at, number=0), "--adapter_checkpoint.every_n_train_steps", "1"])
+    assert step_of(run) == step
+    assert main(fit(kind, run.name)) == 0
+    assert_same_end(whole(kind), run)
+
+
+def test_two_processes_of_which_one_gets_the_signal_resume_to_the_same_end(runs):
+    stops = {1: 1, 11: 3}  # inside a window, and inside a validation at an epoch's end; the steps that are saved
+    commands = [fit("two", "two-whole")]
+    commands += [fit("two", f"two-{at}", at, rank=1) for at in stops]
+    commands += [fit("two", f"two-{at}") for at in stops]
+    said = launch(runs, commands)
+    assert (said.count("code 143"), said.count("code 0")) == (4, 6)
+    for at, step in stops.items():
+        assert said.count(f"Stopped at step {step} ") == 1
+        assert_same_end(runs / "resume" / "two-whole", runs / "resume" / f"two-{at}")

@@ -118,15 +118,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @_region(alike=3)
-def swiglu_backward(
-    gate: Tensor, up: Tensor, grad: Tensor, needs_hidden: bool, needs_gate: bool, needs_up: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Compute h again, and the gradients of gate and up from that of h, which is written over: what is needed."""
+def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute h once more, and the gradients of gate and up from that of h, which is written over."""
     active = F.silu(gate)
-    hidden = active * up if needs_hidden else None
-    of_up = active.mul_(grad) if needs_up else None
-    of_gate = torch.ops.aten.silu_backward(grad.mul_(up), gate) if needs_gate else None
-    return hidden, of_gate, of_up
+    hidden = active * up
+    grad_up = active.mul_(grad)
+    grad_gate: Tensor = torch.ops.aten.silu_backward(grad.mul_(up), gate)
+    return hidden, grad_gate, grad_up
 
 
 # ---- rotary position embedding --------------------------------------------------------------------------------------
@@ -146,8 +144,8 @@ class Rotary(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_query: Tensor, of_key: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return *_rotate_both(of_query, of_key, *ctx.saved_tensors, backward=True), None, None
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *_rotate_both(grad_q, grad_k, *ctx.saved_tensors, backward=True), None, None
 
 
 def _rotate_both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> tuple[Tensor, Tensor]:

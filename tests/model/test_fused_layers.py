@@ -108,7 +108,7 @@ def test_a_linear_gives_the_outputs_and_gradients_of_pefts_own(storage, bias):
         output = layer(x)
         results.append([output, *torch.autograd.grad(output.sin().sum(), [x, *trainable_tensors(model).values()])])
     for one, other in zip(*results, strict=True):
-        assert distance(one, other) <= 1e-5
+        assert distance(one.detach(), other.detach()) <= 1e-5
     with model.disable_adapter():
         assert torch.equal(layer(x), layer.base_layer(x))
     assert layer(x[:, :0]).shape == (2, 0, 48)
@@ -153,18 +153,13 @@ def add_dora(model):
             layer.lora_magnitude_vector["d"].weight.data *= 1.5
 
 
-def add_dropout(model):
-    model.add_adapter("d", peft.LoraConfig(r=2, lora_dropout=0.5, target_modules=["k_proj"], init_lora_weights=False))
-    model.set_adapter("d")
-
-
 def add_second(model):
     model.add_adapter("b", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     model.base_model.set_adapter(["default", "b"])
 
 
 SWITCHES = [
-    *(add_dora, add_dropout, add_second, lambda model: model.merge_adapter()),
+    *(add_dora, add_second, lambda model: model.merge_adapter()),
     lambda model: model.base_model.disable_adapter_layers(),
 ]
 
@@ -176,11 +171,8 @@ def test_adapters_that_are_switched_and_merged_count_at_once(tiny_base, change):
         module = make_module(tiny_base, fast=fast, quantization="none", target_modules=["q_proj", "up_proj"])
         torch.manual_seed(0)
         change(module.model)
-        with torch.no_grad():
-            torch.manual_seed(0)
-            results.append(module.compute_loss(make_batch()).nll_sum)
+        results.append(module.compute_loss(make_batch()).nll_sum.detach())
         module.choose_layers()
-        torch.manual_seed(0)
         results.append(module.compute_loss(make_batch()).nll_sum.detach())
         results.append(module.answer([[5, 6, 7, 8], [9, 10]], [1], 8))
     torch.testing.assert_close(ours, plain)

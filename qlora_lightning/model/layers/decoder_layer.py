@@ -27,6 +27,7 @@ from qlora_lightning.model.layers.elementwise import (
     swiglu_backward,
 )
 from qlora_lightning.model.layers.lora import (
+    Fused,
     FusedLoRA,
     LinearParts,
     LoRALinearFunction,
@@ -149,34 +150,19 @@ class HeadNorm(torch.autograd.Function):
         return rms_norm_backward(rows, flat, weight, inverse_rms).view(grad.shape), None, None
 
 
-class FusedDecoderLayer(nn.Module):
-    """A fused forward for flat batches, before that of transformers' layer, with whose parts it works.
+class FusedDecoderLayer(Fused):
+    """A decoder layer of transformers, whose flat batches take a fused forward.
 
     Attributes:
-        plain_reason: Why it runs as transformers wrote it; ``None`` if flat batches run fused. See
-            :func:`~qlora_lightning.model.layers.fuse.choose_layers`.
         compute_dtype: Of hidden states and all products, where it runs fused.
     """
 
-    plain_reason: str | None = "it was not chosen yet"
     compute_dtype: torch.dtype
     gradient_checkpointing: bool
     self_attn: Any
     mlp: Any
     input_layernorm: Any
     post_attention_layernorm: Any
-
-    @staticmethod
-    def from_layer(layer: nn.Module) -> "FusedDecoderLayer":
-        """Make one of a layer of transformers, whose parts it shares: parameters and their names stay."""
-        kind: Any = type(layer)
-        fused_class = _fused_class(kind)
-        fused = fused_class.__new__(fused_class)
-        vars(fused).update(vars(layer))
-        return fused
-
-    def extra_repr(self) -> str:
-        return f"plain_reason={self.plain_reason!r}"
 
     def linears(self) -> list[nn.Module]:
         """Return all of its linears."""
@@ -243,12 +229,6 @@ class FusedDecoderLayer(nn.Module):
         gate, up = NormedGateUp.apply(hidden, norm.weight, norm.variance_epsilon, linears, *adapters)
         (lora_A, lora_B), (down,) = _split([mlp.down_proj], hidden.dtype, casts)
         return cast(Tensor, SwiGLUDown.apply(gate, up, lora_A, lora_B, down, hidden))
-
-
-@functools.cache
-def _fused_class(kind: type[nn.Module]) -> type[FusedDecoderLayer]:
-    """Make the fused class of a decoder layer of transformers, which finds its layers by their class."""
-    return type(f"Fused{kind.__name__}", (FusedDecoderLayer, kind), {"__module__": __name__})
 
 
 def window_of(attention: Any) -> int | None:

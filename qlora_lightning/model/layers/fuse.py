@@ -17,11 +17,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
-from qlora_lightning.model.layers.lora import FusedLinear, FusedLinear4bit, FusedLoRA, base_of, compute_dtype_of
+from qlora_lightning.model.layers.lora import Fused, FusedLoRA, base_of, compute_dtype_of
 
 FUSED_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers compute what fused ones do
-_FUSED_LINEARS: dict[type, type[FusedLoRA]] = {PeftLinear4bit: FusedLinear4bit, PeftLinear: FusedLinear}
 _ACTIVATIONS = (SiLUActivation, nn.SiLU)  # of hidden_act silu, and of swish, which is the same function
+_UNUSUAL = "their parts are hooked, replaced or trained"
 
 
 class Fusion(NamedTuple):
@@ -42,8 +42,8 @@ def fuse_layers(model: nn.Module) -> Fusion:
     for name, module in list(model.named_modules()):
         if isinstance(module, GradientCheckpointingLayer) and type(module).__module__ == family:
             model.set_submodule(name, FusedDecoderLayer.from_layer(module))
-        elif type(module) in _FUSED_LINEARS:
-            model.set_submodule(name, _FUSED_LINEARS[type(module)].from_layer(module))
+        elif type(module) in (PeftLinear, PeftLinear4bit):
+            model.set_submodule(name, FusedLoRA.from_layer(module))
     return choose_layers(model)
 
 
@@ -66,54 +66,50 @@ def choose_layers(model: nn.Module, fast: bool = True) -> Fusion:
             reason = fusion.linears[name] = _why_linear_is_plain(module) if fast else "model.fast is false"
         elif isinstance(module, GradientCheckpointingLayer):
             reason = fusion.layers[name] = _why_layer_is_plain(module, family) if fast else "model.fast is false"
-        if isinstance(module, FusedDecoderLayer | FusedLoRA):
+        if isinstance(module, Fused):
             module.plain_reason = reason
     return fusion
 
 
 def _why_linear_is_plain(layer: Any) -> str | None:
     base = base_of(layer)
+    if isinstance(base, bnb.nn.Linear8bitLt):
+        return "model.quantization is int8"
     if isinstance(layer, LoraLayer):
-        if isinstance(base, bnb.nn.Linear8bitLt):
-            return "model.quantization is int8"
-        if type(layer) not in _FUSED_LINEARS.values():
-            return "their parts are no linears or not fused"
         for variant in layer.lora_variant.values():
             return f"model.lora_options ask for PEFT's {type(variant).__name__}"
         if any(layer.lora_bias.values()):
             return "model.lora_options train biases"
         if any(getattr(dropout, "p", 0) for dropout in layer.lora_dropout.values()):
             return "model.dropout is not 0"
-    if type(base) not in (nn.Linear, bnb.nn.Linear4bit):
-        return f"their parts are of the type {type(base).__name__}"
-    if any(parameter.requires_grad for parameter in base.parameters()):
-        return "the base trains"
-    return "their parts are hooked or replaced" if any(map(is_watched, layer.children())) else None
+    is_usual = isinstance(layer, FusedLoRA) or not isinstance(layer, LoraLayer)
+    is_usual = is_usual and type(base) in (nn.Linear, bnb.nn.Linear4bit) and not any(map(is_watched, layer.children()))
+    return None if is_usual and not _trains(base) else _UNUSUAL
 
 
 def _why_layer_is_plain(layer: Any, family: str | None) -> str | None:
     if not isinstance(layer, FusedDecoderLayer):
-        return "layers of this family have no fused form" if family is None else "they are not fused"
+        return "layers of this family have no fused form"
     attention, mlp = layer.self_attn, layer.mlp
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
     if {type(part).__module__ for part in (attention, mlp, *norms)} != {family}:
-        return "their parts are hooked or replaced"
+        return _UNUSUAL
     if attention.attention_dropout:
         return f"the base's attention_dropout is {attention.attention_dropout:g}"
     if type(mlp.act_fn) not in _ACTIVATIONS:
         return f"the base's hidden_act is {type(mlp.act_fn).__name__}, not silu"
-    for linear in layer.linears():
-        reason = _why_linear_is_plain(linear)
-        if reason is not None:
-            return reason
-    if any(map(is_watched, layer.children())):
-        return "their parts are hooked or replaced"
-    if any(norm.weight.requires_grad for norm in norms):
-        return "the base trains"
-    layer.compute_dtype = norms[0].weight.dtype
-    dtypes = {compute_dtype_of(linear) or layer.compute_dtype for linear in layer.linears()} - {layer.compute_dtype}
-    return f"the base is {layer.compute_dtype} and computes in {dtypes.pop()}" if dtypes else None
+    linears = layer.linears()
+    for reason in filter(None, map(_why_linear_is_plain, linears)):
+        return reason
+    layer.compute_dtype = layer.input_layernorm.weight.dtype
+    if any(compute_dtype_of(linear) not in (layer.compute_dtype, None) for linear in linears):
+        return f"the base is in {layer.compute_dtype}, and computes in another dtype"
+    return _UNUSUAL if any(map(is_watched, layer.children())) or any(map(_trains, norms)) else None
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -140,12 +136,12 @@ def explain_plain_layers(model: nn.Module, fusion: Fusion, *, autocasts: bool, p
         A sentence; ``None`` if all layers run fused.
     """
     reasons = [reason for reason in fusion.layers.values() if reason is not None]
+    beside = [name for name in trainable_tensors(model) if ".lora_" not in name]
     which = "All" if len(reasons) == len(fusion.layers) else f"{len(reasons)} of"
     if precision.endswith("-mixed"):
         which, reasons = "All", [f"trainer.precision is {precision} (32-true computes in model.compute_dtype anyway)"]
-    elif autocasts and which != "All":
-        beside = next(name for name in trainable_tensors(model) if ".lora_" not in name)
-        which, reasons = "All", [f"model.lora_options train {beside} beside the adapters"]
+    elif beside and (autocasts or reasons):
+        which, reasons = "All", [f"model.lora_options train {beside[0]} beside the adapters"]
     if not reasons:
         return None
     listed = "; ".join(dict.fromkeys(reasons))

@@ -1,15 +1,14 @@
 """A LoRA linear over a frozen weight: products with the weight and with the adapter, as one autograd function."""
 # mypy: allow-untyped-calls
 
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -176,23 +175,40 @@ class LoRALinearFunction(torch.autograd.Function):
 # ---- the modules ----------------------------------------------------------------------------------------------------
 
 
-class FusedLoRA(nn.Module):
-    """PEFT's LoRA over a frozen linear with a fused forward; saving, merging and switching adapters stay PEFT's.
+class Fused(nn.Module):
+    """A layer of a library with a forward of ours before its own.
 
     Attributes:
-        plain_reason: Why it runs as PEFT wrote it; ``None`` if it runs fused. See
+        plain_reason: Why it runs as the library wrote it; ``None`` if it runs fused. See
             :func:`~qlora_lightning.model.layers.fuse.choose_layers`.
     """
 
     plain_reason: str | None = "it was not chosen yet"
-    active_adapters: list[str]
 
     @classmethod
     def from_layer(cls, layer: nn.Module) -> Self:
-        """Make one of a layer of PEFT, whose parts it shares: parameters and their names stay."""
-        fused = cls.__new__(cls)
+        """Make one that shares all parts of a layer: parameters and their names stay.
+
+        Its class is a subclass of the layer's, by which transformers and PEFT find what is theirs.
+        """
+        classes: tuple[Any, Any] = cls, type(layer)
+        fused = object.__new__(_fused_class(*classes))
         vars(fused).update(vars(layer))
-        return fused
+        return cast(Self, fused)
+
+    def extra_repr(self) -> str:
+        return f"plain_reason={self.plain_reason!r}"
+
+
+@functools.cache
+def _fused_class(fused: Any, kind: Any) -> Any:
+    return type(f"Fused{kind.__name__}", (fused, kind), {"__module__": fused.__module__})
+
+
+class FusedLoRA(Fused):
+    """PEFT's LoRA over a frozen linear, dense or in 4 bits; saving, merging and switching adapters stay PEFT's."""
+
+    active_adapters: list[str]
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """Take one more adapter, as PEFT calls it."""
@@ -203,9 +219,6 @@ class FusedLoRA(nn.Module):
         """Whether the fused forward computes what the layer is to compute now: PEFT switches adapters at any time."""
         is_plain_sum = not self.merged and (self.disable_adapters or len(self.active_adapters) == 1)
         return self.plain_reason is None and is_plain_sum and not torch.compiler.is_compiling()
-
-    def extra_repr(self) -> str:
-        return f"plain_reason={self.plain_reason!r}"
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``; whatever is not plain LoRA goes PEFT's own way."""
@@ -218,14 +231,6 @@ class FusedLoRA(nn.Module):
         with torch.autocast(device, enabled=False):
             output = LoRALinearFunction.apply(x.to(dtype), *split_linear(self, dtype), None)
         return output if autocasts else output.to(x.dtype)
-
-
-class FusedLinear4bit(FusedLoRA, PeftLinear4bit):  # type: ignore[misc]  # PEFT ships no types
-    """A fused LoRA linear over a 4-bit weight."""
-
-
-class FusedLinear(FusedLoRA, PeftLinear):  # type: ignore[misc]  # PEFT ships no types
-    """The same over a weight that is not quantized."""
 
 
 def split_linear(

@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model.layers.attention import NO_MASK, check_attends_flatly
 from qlora_lightning.model.layers.elementwise import rope_limit
-from qlora_lightning.model.layers.fuse import choose_layers
 from qlora_lightning.model.layers.kv_cache import KeyValueCache
 from qlora_lightning.model.step.layout import Samples, whole_samples
 from qlora_lightning.model.step.loss import head_of
@@ -109,7 +108,6 @@ def generate_answers(
     answers: list[list[int]] = [[] for _ in prompts]
     was_training = model.training
     model.eval()
-    choose_layers(model)
     try:
         packed = len(prompts) <= _FEW_PROMPTS and next(model.parameters()).is_cuda
         with torch.no_grad(), contextlib.nullcontext() if packed else dense_weights(model):

@@ -45,7 +45,7 @@ from qlora_lightning.model.layers.attention import (
 )
 from qlora_lightning.model.layers.decoder_layer import cast_adapters
 from qlora_lightning.model.layers.elementwise import check_row_length
-from qlora_lightning.model.layers.fuse import choose_layers, explain_plain_layers
+from qlora_lightning.model.layers.fuse import Fusion, choose_layers, explain_plain_layers
 from qlora_lightning.model.load.base_model import Quantization
 from qlora_lightning.model.load.build import QLoRAModel, assemble_model
 from qlora_lightning.model.load.device import (
@@ -313,6 +313,7 @@ class QLoRAModule(lightning.LightningModule):
         self._fast = fast
         if self.model is not None and attends_flatly(self.causal_lm):
             self.causal_lm.set_attn_implementation(register_flat_attention(fast))
+            self.choose_layers()
 
     @property
     def causal_lm(self) -> Any:
@@ -325,11 +326,12 @@ class QLoRAModule(lightning.LightningModule):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
 
-    def choose_layers(self) -> None:
-        """Choose which layers run fused, if anything has changed that this rests on: ``compute_loss`` may begin so."""
-        choose_layers(self.model)
+    def choose_layers(self) -> Fusion:
+        """Choose which layers run fused: where anything runs, and for who changes or watches parts in between."""
+        return choose_layers(self.model, self.fast)
 
     def on_train_start(self) -> None:
+        self.choose_layers()  # callbacks may have hooked parts
         if isinstance(self.trainer.strategy.model, DistributedDataParallel):
             leave_gradients_to_window(self.trainer.strategy.model)
 
@@ -356,8 +358,6 @@ class QLoRAModule(lightning.LightningModule):
             UserError: See :meth:`lay_out`; or the model does not attend within samples.
         """
         check_attends_flatly(self.causal_lm)
-        if not torch.compiler.is_compiling():
-            self.choose_layers()
         layout = self.layout_of(batch)
         casts = cast_adapters(self.model) if self.device.type == "cuda" and self.fast else None
         tokens = {"input_ids": layout.input_ids}
@@ -482,6 +482,12 @@ class QLoRAModule(lightning.LightningModule):
         with telling_out_of_memory(self, batch):
             self.test_statistics.update(self.compute_loss(batch))
 
+    def on_validation_start(self) -> None:
+        self.choose_layers()
+
+    def on_test_start(self) -> None:
+        self.choose_layers()
+
     def on_validation_epoch_end(self) -> None:
         self._log_statistics("val", self.val_statistics)
 
@@ -517,19 +523,18 @@ class QLoRAModule(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         refuse_found_rate(callbacks_of(self.trainer))
-        self.choose_layers()
         data = getattr(self.trainer, "datamodule", None)
         check_row_length(self.causal_lm.config, getattr(data, "max_length", 0))  # not first at a row
-        self._describe_fit()
+        self._describe_fit(self.choose_layers())
 
     @rank_zero_only
-    def _describe_fit(self) -> None:
+    def _describe_fit(self, fusion: Fusion) -> None:
         precision, autocasts = str(self.trainer.precision), self.autocast_dtype is not None
         for line in (
             explain_dtype(self.compute_dtype, self.device),
             adapter_table(self.model),
             describe_sizes(self.model),
-            explain_plain_layers(self.causal_lm, autocasts=autocasts, precision=precision) if self.fast else None,
+            explain_plain_layers(self.model, fusion, autocasts=autocasts, precision=precision) if self.fast else None,
         ):
             if line is not None:
                 print_detail(line)
@@ -554,6 +559,7 @@ class QLoRAModule(lightning.LightningModule):
 
         Options are more arguments of :func:`~qlora_lightning.model.generate.generate_answers`.
         """
+        self.choose_layers()
         with self.turns(), self.autocast():
             return generate_answers(self.model, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, **options)
 

@@ -67,6 +67,6 @@ def test_few_rows_are_multiplied_by_the_packed_weight_itself(rows: int, kernels:
         weight = model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
         with found, torch.no_grad():
             states = torch.empty(rows, 256, dtype=torch.bfloat16, device="cuda")
-            product = launches.lora.multiply_by_weight(weight, states)
+            product = launches.lora.apply_linear(states, None, launches.lora.LinearParts(weight))
     assert product.shape == (rows, 512)
     assert list(found.found.elements()) == kernels

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_lightning.model.layers import attention, decoder_layer, elementwise, lora
+from qlora_lightning.model.layers import attention, decoder_layer, elementwise
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests.gpu.conftest import DEVICE, make_module
 from tests.steps import LENGTHS, assert_same_step, distance, loss_and_gradients, make_batch, to_device
@@ -21,10 +21,9 @@ def test_in_float32_the_fused_layers_give_what_the_plain_ones_give(base, quantiz
     assert distance(fast[1], plain[1]) <= (1e-2 if quantization == "int8" else 1e-5)  # int8 rounds inputs
 
 
-def test_the_mlp_by_tiles_of_tokens_gives_what_the_whole_gives(base, monkeypatch):
+def test_the_mlp_in_pieces_gives_what_the_whole_gives(base, monkeypatch):
     whole = loss_and_gradients(make_module(base))
-    for module in (lora, decoder_layer):
-        monkeypatch.setattr(module, "TILE_TOKENS", 32)
+    monkeypatch.setattr(decoder_layer, "PIECE_TOKENS", 32)
     module = make_module(base)
     enable_activation_checkpointing(module.causal_lm)
     assert_same_step(loss_and_gradients(module), whole)  # a card's products of fewer rows may round otherwise

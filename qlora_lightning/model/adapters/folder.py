@@ -288,7 +288,7 @@ def add_named_adapter(
     with without_peft_warnings():
         model.add_adapter(name, read_lora_config(folder))
     fill_adapter(model, folder, name)
-    return fast and not fuse_layers(model)
+    return fast and not any(fuse_layers(model).linears.values())
 
 
 def _tensors_by_key(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:

@@ -7,13 +7,15 @@ also of each head's queries and keys, rotary positions, SwiGLU.
 
 import functools
 import itertools
-import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from qlora_lightning.model.layers.attention import flat_attention
 from qlora_lightning.model.layers.elementwise import (
@@ -25,85 +27,60 @@ from qlora_lightning.model.layers.elementwise import (
     swiglu_backward,
 )
 from qlora_lightning.model.layers.lora import (
-    TILE_TOKENS,
-    FrozenLinear,
+    Fused,
+    FusedLoRA,
+    LinearParts,
     LoRALinearFunction,
-    adapters_of,
+    adapter_of,
+    apply_A,
+    apply_linear,
     device_of_autocast,
-    frozen_linear,
-    gradient_of_a,
-    gradient_of_input,
-    gradients_of_b,
-    lora_down,
-    project,
-    runs_fused,
+    gradients_of_A,
+    gradients_of_B,
+    input_gradient,
+    split_linear,
 )
+
+PIECE_TOKENS = 8192  # that the MLP of a checkpointed layer takes at a time
+
+Casts = Mapping[Tensor, Tensor]
 
 
 class NormedLinears(torch.autograd.Function):
     """Compute ``y = linear(RMSNorm(x))`` of several linears that share their input.
 
     Kept for backward are x, its inverse root mean squares and the products with A; the normed input is made again. The
-    adapters' A act as one matrix. Where x takes no gradient, an output takes one only for the adapter of its linear.
+    adapters' A act as one matrix.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, linears: tuple[FrozenLinear, ...], *adapters: Tensor | None
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, linears: tuple[LinearParts, ...], *adapters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Compute ``(…, out)`` of each linear from x, ``(…, in)``.
+        """Compute ``(1, n_tokens, out)`` of each linear from x, ``(1, n_tokens, in)``.
 
-        ``adapters`` are A and B of each linear in turn, ``None`` if it has none.
+        ``adapters`` are the masters of A and B of each linear in turn.
         """
-        flat = x.reshape(-1, x.shape[-1])
-        normed, inverse = rms_norm(flat, weight, eps)
-        all_a, all_b = adapters[::2], adapters[1::2]
-        there = [a for a in all_a if a is not None]
-        xa = lora_down(normed, there, linears) if there else normed.new_empty(len(normed), 0)
-        outputs = [project(normed, *each) for each in zip(_split(xa, all_a), all_b, linears, strict=True)]
-        ctx.save_for_backward(flat, inverse, xa, weight, *adapters)
-        ctx.linears, ctx.shape = linears, x.shape
-        ctx.set_materialize_grads(False)
-        shaped = tuple(output.view(*x.shape[:-1], -1) for output in outputs)
-        needs_x, _, _, _, *needed = ctx.needs_input_grad
-        if not needs_x:
-            pairs = zip(shaped, needed[::2], needed[1::2], strict=True)
-            ctx.mark_non_differentiable(*(output for output, of_a, of_b in pairs if not (of_a or of_b)))
-        return shaped
+        normed, inverse_rms = rms_norm(x[0], weight, eps)
+        all_xa = apply_A(normed, linears)
+        ctx.save_for_backward(x[0], weight, inverse_rms, *all_xa, *adapters)
+        ctx.linears = linears
+        return tuple(apply_linear(normed, xa, linear)[None] for xa, linear in zip(all_xa, linears, strict=True))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        flat, inverse, xa, weight, *adapters = ctx.saved_tensors
-        all_a, all_b, (needs_x, _, _, _, *needed) = adapters[::2], adapters[1::2], ctx.needs_input_grad
-        of_outputs: list[Any] = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        grads_xa: list[Tensor] = []
-        grads_a: list[Tensor | None] = [None] * len(all_a)
-        grads_b: list[Tensor | None] = []
-        of_linears = of_outputs, _split(xa, all_a), all_b, ctx.linears, needed[1::2]
-        for grad, own_xa, b, linear, b_needs in zip(*of_linears, strict=True):
-            grad_xa = grad_b = None
-            if b is not None and grad is not None:
-                grad_xa, grad_b = gradients_of_b(grad, own_xa, b, linear, (True, b_needs))
-            grads_xa.append(torch.zeros_like(own_xa) if grad_xa is None else grad_xa)
-            grads_b.append(grad_b)
-        grad_xa = torch.cat(grads_xa, 1)
-        if any(needed[::2]):
-            normed = rms_norm_again(flat, weight, inverse)
-            pairs = zip(all_a, _split(gradient_of_a(grad_xa, normed), all_a, 0), strict=True)
-            grads_a = [None if a is None else grad.to(a.dtype) for a, grad in pairs]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse_rms, *rest = ctx.saved_tensors
+        grads = [grad[0] for grad in grad_outputs]  # (n_tokens, out) each
+        grad_xa, grads_B = gradients_of_B(grads, rest[: len(grads)], ctx.linears)
+        grads_A: list[Tensor | None] = [None] * len(grads)
+        if grad_xa is not None:
+            grads_A = gradients_of_A(grad_xa, rms_norm_again(x, weight, inverse_rms), ctx.linears)
         grad_x = None
-        if needs_x:
-            there = [grad is not None for grad in of_outputs]
-            with_grad, linears = (list(itertools.compress(each, there)) for each in (of_outputs, ctx.linears))
-            grad_normed = gradient_of_input(with_grad, linears, grad_xa, [a for a in all_a if a is not None])
-            grad_x = rms_norm_backward(grad_normed, flat, weight, inverse).view(ctx.shape)
-        return grad_x, None, None, None, *itertools.chain(*zip(grads_a, grads_b, strict=True))
-
-
-def _split(stacked: Tensor, all_a: Any, dim: int = 1) -> tuple[Tensor, ...]:
-    """Return the part of each linear, of no width if it has no adapter."""
-    return torch.split(stacked, [0 if a is None else len(a) for a in all_a], dim)
+        if ctx.needs_input_grad[0]:
+            grad_normed = input_gradient(grads, grad_xa, ctx.linears)
+            grad_x = rms_norm_backward(grad_normed, x, weight, inverse_rms)[None]
+        return grad_x, None, None, None, *itertools.chain(*zip(grads_A, grads_B, strict=True))
 
 
 class NormedQKV(NormedLinears):
@@ -114,30 +91,10 @@ class NormedGateUp(NormedLinears):
     """Those of the MLP."""
 
 
-class Kept(torch.autograd.Function):
-    """Hand the first tensors on, and keep all for backward of the function behind, which takes them from here.
+class SwiGLUDown(torch.autograd.Function):
+    """Compute ``residual + h Wᵀ + bias + scaling (h Aᵀ) Bᵀ`` of ``h = silu(gate) · up``: the MLP behind gate and up.
 
-    A function of its own, so that a checkpointed layer that is run again has all that it must keep, and stops, before
-    the products of the function behind: backward makes what it needs of these in any case.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Any) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-        ctx.others = len(tensors) - count
-        return tuple(each.view_as(each) for each in tensors[:count])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *grads, *[None] * ctx.others
-
-
-class SwiGLUProjection(torch.autograd.Function):
-    """Compute ``residual + h Wᵀ + bias + scaling (h Aᵀ) Bᵀ`` of ``h = silu(gate) · up``: the last of a decoder layer.
-
-    It saves nothing through autograd; ``h Aᵀ``, a few columns, is kept by hand, all else by :class:`Kept`.
+    Kept for backward are gate, up and ``h Aᵀ``; h is made again.
     """
 
     @staticmethod
@@ -145,100 +102,33 @@ class SwiGLUProjection(torch.autograd.Function):
         ctx: Any,
         gate: Tensor,
         up: Tensor,
-        lora_a: Tensor | None,
-        lora_b: Tensor | None,
-        down: FrozenLinear,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        down: LinearParts,
         residual: Tensor,
-        needed: tuple[bool, bool],
-        again: bool,
     ) -> Tensor:
-        """Compute the shape of the residual, ``(…, out)``, from gate and up, ``(tokens, wide)``.
-
-        ``needed``: which of these take a gradient. What Kept hands on always does if an adapter trains. ``again``: only
-        backward is wanted, and no numbers.
-        """
-        hidden = swiglu(gate, up)
-        xa = None if lora_a is None else lora_down(hidden, [lora_a], [down])
-        ctx.kept, ctx.xa, ctx.down, ctx.needed = gate.grad_fn, xa, down, needed
-        return residual.view_as(residual) if again else project(hidden, xa, lora_b, down, residual).view(residual.shape)
+        """Compute the residual's shape, ``(1, n_tokens, width)``, from gate and up, ``(1, n_tokens, intermediate)``."""
+        hidden = swiglu(gate[0], up[0])
+        (xa,) = apply_A(hidden, [down])
+        ctx.save_for_backward(gate[0], up[0], xa, lora_A, lora_B)
+        ctx.down = down
+        return apply_linear(hidden, xa, down, residual)[None]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, lora_a, lora_b = ctx.kept.saved_tensors
-        needs_hidden, (_, _, needs_a, needs_b, _, needs_residual, _, _) = any(ctx.needed), ctx.needs_input_grad
-        of_output = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        hidden = grad_xa = grad_gate = grad_up = grad_a = grad_b = None
-        if lora_b is not None:
-            needed = needs_hidden or needs_a, needs_b
-            grad_xa, grad_b = gradients_of_b(of_output, ctx.xa, lora_b, ctx.down, needed)
-        if needs_hidden:
-            grad_hidden = gradient_of_input([of_output], [ctx.down], grad_xa, [] if lora_a is None else [lora_a])
-            hidden, grad_gate, grad_up = swiglu_backward(gate, up, grad_hidden, needs_a, *ctx.needed)
-        elif needs_a:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, xa, _, _ = ctx.saved_tensors
+        grad = grad_output[0]  # (n_tokens, width)
+        grad_xa, (grad_B,) = gradients_of_B([grad], [xa], [ctx.down])
+        grad_gate = grad_up = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = input_gradient([grad], grad_xa, [ctx.down])
+            hidden, grad_gate, grad_up = swiglu_backward(gate, up, grad_hidden)
+            grad_gate, grad_up = grad_gate[None], grad_up[None]
+        else:
             hidden = swiglu(gate, up)
-        if needs_a and hidden is not None and grad_xa is not None:
-            grad_a = gradient_of_a(grad_xa, hidden).to(lora_a.dtype)
-        return grad_gate, grad_up, grad_a, grad_b, None, grad if needs_residual else None, None, None
-
-
-def run_mlp(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    linears: tuple[FrozenLinear, ...],
-    *adapters: Tensor | None,
-    again: bool = False,
-) -> Tensor:
-    """Compute ``x + MLP(RMSNorm(x))``, ``(1, tokens, width)``, by the linears gate, up and down.
-
-    ``adapters``: A and B of each. ``again``: only backward is wanted, and no numbers.
-    """
-    *of_inputs, lora_a, lora_b = adapters
-    projected = NormedGateUp.apply(x, weight, eps, linears[:2], *of_inputs)
-    gate, up = (each.flatten(0, 1) for each in projected)
-    needed = gate.requires_grad, up.requires_grad
-    gate, up = Kept.apply(2, gate, up, lora_a, lora_b)
-    output: Tensor = SwiGLUProjection.apply(gate, up, lora_a, lora_b, linears[2], x, needed, again)
-    return output
-
-
-class MLPByTiles(torch.autograd.Function):
-    """Compute :func:`run_mlp` of so many tokens at a time, forward and backward (Bekman et al. 2025, ALST).
-
-    What is as wide as the MLP, five times in backward, exists for one tile. It saves nothing but what :class:`Kept`
-    does; backward computes gate and up again. In a checkpointed layer that takes no more products, as the layer stops
-    before them when it is run again.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, needs_x: bool, frozen: tuple[Any, ...], *adapters: Tensor | None) -> Tensor:
-        """Compute ``(1, tokens, width)``; ``frozen`` are the arguments of run_mlp between x and the adapters."""
-        ctx.kept, ctx.needs_x, ctx.frozen = x.grad_fn, needs_x, frozen
-        output = torch.empty_like(x)
-        for rows, part in zip(_tiles(x), _tiles(output), strict=True):
-            part.copy_(run_mlp(rows, *frozen, *adapters))
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *adapters = ctx.kept.saved_tensors
-        pairs = zip(adapters, ctx.needs_input_grad[3:], strict=True)
-        leaves = [None if each is None else each.detach().requires_grad_(needed) for each, needed in pairs]
-        grad_x = torch.empty_like(x)
-        for rows, of_rows, part in zip(_tiles(x), _tiles(grad), _tiles(grad_x), strict=True):
-            rows = rows.detach().requires_grad_(ctx.needs_x)
-            with torch.enable_grad():
-                output = run_mlp(rows, *ctx.frozen, *leaves, again=True)
-            output.backward(of_rows)  # which adds up the leaves' gradients
-            if rows.grad is not None:
-                part.copy_(rows.grad)
-        return grad_x if ctx.needs_x else None, None, None, *(each if each is None else each.grad for each in leaves)
-
-
-def _tiles(x: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(x, TILE_TOKENS, 1)
+        (grad_A,) = gradients_of_A(grad_xa, hidden, [ctx.down])
+        return grad_gate, grad_up, grad_A, grad_B, None, grad_output if ctx.needs_input_grad[5] else None
 
 
 class HeadNorm(torch.autograd.Function):
@@ -248,71 +138,97 @@ class HeadNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Normalize ``(…, head_dim)``."""
         flat = x.reshape(-1, x.shape[-1])
-        normed, inverse = rms_norm(flat, weight, eps)
-        ctx.save_for_backward(flat, weight, inverse)
+        normed, inverse_rms = rms_norm(flat, weight, eps)
+        ctx.save_for_backward(flat, weight, inverse_rms)
         return normed.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        flat, weight, inverse = ctx.saved_tensors
-        of_rows = grad.reshape(flat.shape).clone()  # which is written over
-        return rms_norm_backward(of_rows, flat, weight, inverse).view(grad.shape), None, None
+        flat, weight, inverse_rms = ctx.saved_tensors
+        rows = grad.reshape(flat.shape).clone()  # which is written over
+        return rms_norm_backward(rows, flat, weight, inverse_rms).view(grad.shape), None, None
 
 
-class FusedDecoderLayer(nn.Module):
-    """A fused forward for flat batches, put before that of transformers' layer: see :func:`fused_class`.
+class FusedDecoderLayer(Fused):
+    """A decoder layer of transformers, whose flat batches take a fused forward.
 
     Attributes:
-        parts: Types of its attention, MLP and norms, whose work the fused forward does.
+        compute_dtype: Of hidden states and all products, where it runs fused.
     """
 
-    parts: tuple[type[nn.Module], ...]
+    compute_dtype: torch.dtype
     gradient_checkpointing: bool
     self_attn: Any
     mlp: Any
     input_layernorm: Any
     post_attention_layernorm: Any
 
+    def linears(self) -> list[nn.Module]:
+        """Return all of its linears."""
+        attention, mlp = self.self_attn, self.mlp
+        of_attention = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        return [*of_attention, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map ``(1, tokens, width)`` to the same; what is not a flat batch over plain linears goes the usual way."""
-        samples: dict[str, Any] = {name: kwargs.get(name) for name in ("samples", "kv_cache", "cu_seqlens")}
-        is_flat = any(each is not None for each in samples.values())
-        dtype = None if torch.is_autocast_enabled(device_of_autocast(hidden_states)) else hidden_states.dtype
-        if args or not (is_flat and runs_fused(self) and dtype == self.__dict__["_dtype"]):  # that of all products
+        """Map ``(1, n_tokens, width)`` to the same; what is not a flat batch over plain linears goes the usual way."""
+        if args or not self._computes_fused(hidden_states, kwargs):
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
-        attention, mlp, casts = self.self_attn, self.mlp, kwargs.get("casts")
-        linears: tuple[nn.Module, ...] = (attention.q_proj, attention.k_proj, attention.v_proj)
-        adapters, frozen = _parts_of(self.input_layernorm, linears, hidden_states.dtype, casts)
-        projected = NormedQKV.apply(hidden_states, *frozen, *adapters)
-        by_heads = (*hidden_states.shape[:2], -1, attention.head_dim)
-        query, key, value = (each.view(by_heads) for each in projected)
-        if hasattr(attention, "q_norm"):
-            query, key = (
-                HeadNorm.apply(each, norm.weight, norm.variance_epsilon)
-                for each, norm in ((query, attention.q_norm), (key, attention.k_norm))
+        casts = kwargs.pop("casts", None)
+        hidden_states = self._attend(hidden_states, casts, **kwargs)
+        if not (self.gradient_checkpointing and hidden_states.shape[1] > PIECE_TOKENS):
+            return self._apply_mlp(hidden_states, casts)
+        pieces = hidden_states.split(PIECE_TOKENS, dim=1)
+        run = functools.partial(checkpoint, self._apply_mlp, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([run(piece, casts) for piece in pieces], dim=1)
+
+    def _computes_fused(self, hidden_states: Tensor, options: Mapping[str, Any]) -> bool:
+        """Whether a call takes the fused forward: what may change between two passes is looked at here."""
+        is_flat = options.get("samples") is not None or options.get("cu_seqlens") is not None
+        if self.plain_reason is not None or not is_flat or torch.compiler.is_compiling():
+            return False
+        if torch.is_autocast_enabled(device_of_autocast(hidden_states)):
+            return False
+        if hidden_states.dtype != self.compute_dtype:
+            warnings.warn(
+                f"Hidden states are {hidden_states.dtype} where a layer computes in {self.compute_dtype}: it runs by "
+                "the slower layer of transformers.",
+                stacklevel=2,
             )
-        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-        query, key = Rotary.apply(query, key, *kwargs["position_embeddings"])
-        samples["sliding_window"] = window_of(attention)
-        mixed, _ = flat_attention(attention, query, key, value, None, scaling=attention.scaling, **samples)
-        out = frozen_linear(attention.o_proj, mixed.dtype, casts)
-        hidden_states = LoRALinearFunction.apply(mixed.flatten(-2), *adapters_of(attention.o_proj), out, hidden_states)
-        norm, linears = self.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        adapters, frozen = _parts_of(norm, linears, hidden_states.dtype, casts)
-        if not (self.gradient_checkpointing and hidden_states.shape[1] > TILE_TOKENS):
-            return run_mlp(hidden_states, *frozen, *adapters)
-        (x,) = Kept.apply(1, hidden_states, *adapters)
-        return cast(Tensor, MLPByTiles.apply(x, hidden_states.requires_grad, frozen, *adapters))
+            return False
+        adapted = [linear for linear in self.linears() if isinstance(linear, LoraLayer)]
+        return all(isinstance(linear, FusedLoRA) and linear.computes_fused() for linear in adapted)
 
+    def _attend(
+        self,
+        hidden: Tensor,
+        casts: Casts | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Compute ``hidden + attention(RMSNorm(hidden))``; ``options`` are more arguments of the attention."""
+        attention, norm = self.self_attn, self.input_layernorm
+        adapters, linears = _split([attention.q_proj, attention.k_proj, attention.v_proj], hidden.dtype, casts)
+        projected = NormedQKV.apply(hidden, norm.weight, norm.variance_epsilon, linears, *adapters)
+        query, key, value = (each.unflatten(-1, (-1, attention.head_dim)) for each in projected)
+        if hasattr(attention, "q_norm"):
+            query = HeadNorm.apply(query, attention.q_norm.weight, attention.q_norm.variance_epsilon)
+            key = HeadNorm.apply(key, attention.k_norm.weight, attention.k_norm.variance_epsilon)
+        query, key, value = (each.transpose(1, 2) for each in (query, key, value))  # (1, heads, n_tokens, head_dim)
+        query, key = Rotary.apply(query, key, *position_embeddings)
+        options |= {"scaling": attention.scaling, "sliding_window": window_of(attention)}
+        attn_out, _ = flat_attention(attention, query, key, value, attention_mask, **options)
+        (lora_A, lora_B), (o_proj,) = _split([attention.o_proj], hidden.dtype, casts)
+        return cast(Tensor, LoRALinearFunction.apply(attn_out.flatten(-2), lora_A, lora_B, o_proj, hidden))
 
-@functools.cache
-def fused_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """Make the fused class of a decoder layer of transformers; parameters and their names stay as they are."""
-    modeling, family = sys.modules[kind.__module__], kind.__name__.removesuffix("DecoderLayer")
-    attention, mlp, norm = (getattr(modeling, f"{family}{part}") for part in ("Attention", "MLP", "RMSNorm"))
-    body = {"parts": (attention, mlp, norm), "__module__": __name__}
-    return type(f"Fused{kind.__name__}", (FusedDecoderLayer, kind), body)
+    def _apply_mlp(self, hidden: Tensor, casts: Casts | None) -> Tensor:
+        """Compute ``hidden + MLP(RMSNorm(hidden))``."""
+        norm, mlp = self.post_attention_layernorm, self.mlp
+        adapters, linears = _split([mlp.gate_proj, mlp.up_proj], hidden.dtype, casts)
+        gate, up = NormedGateUp.apply(hidden, norm.weight, norm.variance_epsilon, linears, *adapters)
+        (lora_A, lora_B), (down,) = _split([mlp.down_proj], hidden.dtype, casts)
+        return cast(Tensor, SwiGLUDown.apply(gate, up, lora_A, lora_B, down, hidden))
 
 
 def window_of(attention: Any) -> int | None:
@@ -322,13 +238,12 @@ def window_of(attention: Any) -> int | None:
     return window
 
 
-def _parts_of(
-    norm: Any, linears: tuple[nn.Module, ...], dtype: torch.dtype, casts: Mapping[Tensor, Tensor] | None
-) -> tuple[list[Tensor | None], tuple[Any, ...]]:
-    """Return A and B of each linear, and what does not train of it and of the norm before."""
-    frozen = tuple(frozen_linear(linear, dtype, casts) for linear in linears)
-    adapters = [matrix for linear in linears for matrix in adapters_of(linear)]
-    return adapters, (norm.weight, norm.variance_epsilon, frozen)
+def _split(
+    linears: Sequence[nn.Module], dtype: torch.dtype, casts: Casts | None
+) -> tuple[list[Tensor | None], tuple[LinearParts, ...]]:
+    """Return A and B of each linear in turn, and what each computes with."""
+    parts = [split_linear(linear, dtype, casts) for linear in linears]
+    return [matrix for *adapter, _ in parts for matrix in adapter], tuple(frozen for *_, frozen in parts)
 
 
 def cast_adapters(model: nn.Module) -> dict[Tensor, Tensor]:
@@ -337,25 +252,13 @@ def cast_adapters(model: nn.Module) -> dict[Tensor, Tensor]:
     They train in float32, and a layer has fourteen of them.
 
     Returns:
-        For each A those of the linears that share its input, stacked, and each B; the model takes it as ``casts``.
+        Each A and B in the dtype of the products; the model takes it as ``casts``.
     """
     casts: dict[Tensor, Tensor] = {}
-    targets: list[Tensor] = []
-    sources: list[Tensor] = []
     for layer in model.modules():
-        if not (isinstance(layer, FusedDecoderLayer) and runs_fused(layer)):
-            continue
-        attention, mlp = layer.self_attn, layer.mlp
-        of_attention = [attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]
-        for linears in (*of_attention, [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]):
-            pairs = [(a, b) for a, b in map(adapters_of, linears) if a is not None and b is not None]
-            for group in ([a for a, _ in pairs], *([b] for _, b in pairs)):
-                rows = [len(each) for each in group]
-                if rows:
-                    stacked = group[0].new_empty(sum(rows), group[0].shape[1], dtype=layer.__dict__["_dtype"])
-                    targets += torch.split(stacked, rows)
-                    sources += (each.detach() for each in group)
-                    casts.update(dict.fromkeys(group, stacked))
-    if targets:
-        torch._foreach_copy_(targets, sources)
+        if isinstance(layer, FusedDecoderLayer) and layer.plain_reason is None:
+            adapters = itertools.chain(*map(adapter_of, layer.linears()))
+            casts |= {each: torch.empty_like(each, dtype=layer.compute_dtype) for each in adapters if each is not None}
+    if casts:
+        torch._foreach_copy_(list(casts.values()), [each.detach() for each in casts])
     return casts

@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +19,34 @@ from qlora_lightning.model.cpu import loops
 from qlora_lightning.support.errors import UserError
 
 _log = logging.getLogger(__name__)
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
+_Operations = TypeVar("_Operations", bound=Callable[..., Any])
 
 
-def run_region(function: Callable[..., _Result], *arguments: Any) -> _Result:
+def _region(alike: int) -> Callable[[_Operations], _Operations]:
+    """Make a region of torch's operations, the first ``alike`` of whose arguments a C++ loop wants in one dtype."""
+
+    def decorate(operations: _Operations) -> _Operations:
+        @functools.wraps(operations)
+        def run(*arguments: Any) -> Any:
+            if loops.can_run(*arguments[:alike]):
+                return getattr(loops, operations.__name__)(*arguments)
+            return run_region(operations, *arguments)
+
+        return cast(_Operations, run)
+
+    return decorate
+
+
+def run_region(function: Callable[..., Any], *arguments: Any) -> Any:
     """Run element-wise code: on a GPU, if Triton can, compiled into one kernel for any number of rows."""
     if arguments[0].is_cuda and has_triton():
         function = _compile(function)
     return function(*arguments)
+
+
+@functools.cache
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
 
 
 @functools.cache
@@ -42,28 +61,6 @@ def has_triton() -> bool:
         _log.warning("Triton compiles nothing here (%s): norm, rotary and SwiGLU take several kernels each.", reason)
         return False
     return True
-
-
-@functools.cache
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
-
-
-def _region(alike: int) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
-    """Make a region of torch's operations, the first ``alike`` of whose arguments a C++ loop wants in one dtype."""
-
-    def decorate(operations: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-        @functools.wraps(operations)
-        def run(*arguments: _Arguments.args, **_: _Arguments.kwargs) -> _Result:
-            tensors: Any = arguments[:alike]
-            if loops.can_run(*tensors):
-                result: _Result = getattr(loops, operations.__name__)(*arguments)
-                return result
-            return run_region(operations, *arguments)
-
-        return run
-
-    return decorate
 
 
 # ---- RMSNorm (Zhang and Sennrich 2019) with a frozen weight ---------------------------------------------------------
@@ -118,15 +115,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @_region(alike=3)
-def swiglu_backward(
-    gate: Tensor, up: Tensor, grad: Tensor, needs_hidden: bool, needs_gate: bool, needs_up: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Compute h again, and the gradients of gate and up from that of h, which is written over: what is needed."""
+def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute h once more, and the gradients of gate and up from that of h, which is written over."""
     active = F.silu(gate)
-    hidden = active * up if needs_hidden else None
-    of_up = active.mul_(grad) if needs_up else None
-    of_gate = torch.ops.aten.silu_backward(grad.mul_(up), gate) if needs_gate else None
-    return hidden, of_gate, of_up
+    hidden = active * up
+    grad_up = active.mul_(grad)
+    grad_gate: Tensor = torch.ops.aten.silu_backward(grad.mul_(up), gate)
+    return hidden, grad_gate, grad_up
 
 
 # ---- rotary position embedding --------------------------------------------------------------------------------------
@@ -140,23 +135,24 @@ class Rotary(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate both, ``(1, heads, tokens, head_dim)``, by ``cos`` and ``sin`` ``(1, tokens, head_dim)``."""
+        """Rotate both, ``(1, heads, n_tokens, head_dim)``, by ``cos`` and ``sin`` ``(1, n_tokens, head_dim)``."""
         ctx.save_for_backward(cos, sin)
         return _rotate_both(query, key, cos, sin, backward=False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_query: Tensor, of_key: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return *_rotate_both(of_query, of_key, *ctx.saved_tensors, backward=True), None, None
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *_rotate_both(grad_q, grad_k, *ctx.saved_tensors, backward=True), None, None
 
 
 def _rotate_both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> tuple[Tensor, Tensor]:
     """Rotate, or backward, the other way: each number by the angle where forward had put it."""
     by_token = [each.transpose(1, 2) for each in (query, key)]
     if len(query) == len(cos) == 1 and loops.can_run(*by_token, cos, sin):
-        rotated = [loops.rotate(each[0], cos[0], sin[0], backward=backward)[None].transpose(1, 2) for each in by_token]
-        return rotated[0], rotated[1]
-    return run_region(_rotate, query, key, cos, sin, backward)
+        query, key = (loops.rotate(each[0], cos[0], sin[0], backward=backward)[None] for each in by_token)
+        return query.transpose(1, 2), key.transpose(1, 2)
+    rotated: tuple[Tensor, Tensor] = run_region(_rotate, query, key, cos, sin, backward)
+    return rotated
 
 
 def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:

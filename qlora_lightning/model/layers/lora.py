@@ -2,237 +2,142 @@
 # mypy: allow-untyped-calls
 
 import functools
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self, cast
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
-from peft.tuners.lora import Linear as PeftLinear
+from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qlora_lightning.model.cpu import products
-
 _FEW_ROWS = 16  # on a GPU bitsandbytes reads the packed weight itself, if that is quicker for so few on this card
-TILE_BYTES = 8 << 20  # dense: what a product has just made is still in the CPU's cache, and the memory is used again
-TILE_TOKENS = 8192  # that a gradient of A or B, and the MLP of a checkpointed layer, take at a time
 
 
-# ---- the frozen weight ----------------------------------------------------------------------------------------------
-
-
-def multiply_by_weight(weight: Any, left: Tensor, *, backward: bool = False, onto: Tensor | None = None) -> Tensor:
-    """Compute ``(onto +) left Wᵀ``, or backward ``(onto +) left W``, of a frozen weight W ``(out, in)``.
-
-    On a CPU a weight in 4 bits that is larger than :data:`TILE_BYTES` is made dense in tiles: of Llama-3.1-8B's widest
-    linears the whole has 117 MB. The products are the same to the last bit, as each number comes from one tile.
-
-    Args:
-        weight: ``Params4bit``, or dense.
-        left: ``(tokens, in)``, backward ``(tokens, out)``.
-        backward: Whether to multiply by W, as the gradient of the input takes, rather than by its transpose.
-        onto: As the result, in its dtype; the sum takes its place.
-    """
-    if not isinstance(weight, bnb.nn.Params4bit):
-        return _multiply(left, weight.to(left.dtype), backward, onto)
-    if left.is_cuda and not backward and len(left) <= _FEW_ROWS:
-        product: Tensor = bnb.matmul_4bit(left, weight.data, weight.quant_state)
-        return product if onto is None else onto.add_(product)
-    if not _has_tiles(weight, left.dtype):
-        return _multiply(left, dequantize_4bit(weight.data, weight.quant_state).to(left.dtype), backward, onto)
-    output = left.new_empty(len(left), weight.quant_state.shape[int(backward)]) if onto is None else onto
-    for columns, tile in _tiles(weight, int(backward), left.dtype):
-        right, part = tile if backward else tile.t(), output[:, columns]
-        if onto is None:
-            torch.mm(left, right, out=part)
-        else:
-            part.addmm_(left, right)
-    return output
-
-
-def _multiply(left: Tensor, weight: Tensor, backward: bool, onto: Tensor | None) -> Tensor:
-    right = weight if backward else weight.t()
-    return left @ right if onto is None else onto.addmm_(left, right)
-
-
-def _has_tiles(weight: Any, dtype: torch.dtype) -> bool:
-    state = weight.quant_state
-    is_large = state.shape.numel() * dtype.itemsize > TILE_BYTES  # first: to ask a Params4bit for more takes longer
-    has_whole_blocks = is_large and state.shape[1] % state.blocksize == 0
-    return bool(has_whole_blocks and weight.device.type == "cpu" and weight.dtype == torch.uint8)
-
-
-def _tiles(weight: Any, dim: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the weight dense in strips of rows (``dim`` 0) or columns (1), and where each is."""
-    state = weight.quant_state
-    # double quantization keeps the blocks' scales in 8 bits
-    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-    scales = scales.view(state.shape[0], -1)
-    packed = weight.data.view(state.shape[0], -1)  # two numbers a byte
-    count = math.ceil(state.shape.numel() * dtype.itemsize / TILE_BYTES)
-    width = math.ceil(state.shape[dim] / count / state.blocksize) * state.blocksize
-    per_byte, per_scale = (1, 1) if dim == 0 else (2, state.blocksize)
-    for start in range(0, state.shape[dim], width):
-        length = min(width, state.shape[dim] - start)
-        strip = packed.narrow(dim, start // per_byte, length // per_byte).contiguous()
-        of_strip = QuantState(
-            scales.narrow(dim, start // per_scale, length // per_scale).contiguous(),
-            torch.Size((length, state.shape[1]) if dim == 0 else (state.shape[0], length)),
-            state.code,
-            state.blocksize,
-            state.quant_type,
-            state.dtype,
-        )
-        yield slice(start, start + length), dequantize_4bit(strip.view(-1, 1), of_strip).to(dtype)
-
-
-# ---- the adapter ----------------------------------------------------------------------------------------------------
-
-
-class FrozenLinear(NamedTuple):
-    """What of a linear does not train, and its adapter in the dtype of the products if it was cast before.
+class LinearParts(NamedTuple):
+    """What a linear computes with, all of it without a gradient: an autograd function hands those of A and B back.
 
     Attributes:
-        weight: ``(out, in)``, ``Params4bit`` or dense.
+        weight: W, ``(out, in)``: ``Params4bit`` or dense.
         bias: ``(out,)``, or none.
         scaling: Factor on the adapter's part.
-        cast_a: A, together with those of the linears that share its input.
-        cast_b: B.
+        lora_A: ``(rank, in)``, in the dtype of the products; ``None`` without an adapter.
+        lora_B: ``(out, rank)``, likewise.
     """
 
     weight: Any
-    bias: Tensor | None
-    scaling: float
-    cast_a: Tensor | None = None
-    cast_b: Tensor | None = None
+    bias: Tensor | None = None
+    scaling: float = 1.0
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
 
 
-def lora_down(x: Tensor, all_a: Sequence[Tensor], linears: Sequence[FrozenLinear]) -> Tensor:
-    """Compute ``x Aᵀ``, ``(tokens, sum of ranks)``, of ``(tokens, in)`` and A, ``(rank, in)`` each."""
-    return x @ _stack(all_a, linears, x.dtype).t()
+# ---- products -------------------------------------------------------------------------------------------------------
 
 
-def _stack(all_a: Sequence[Tensor], linears: Sequence[FrozenLinear], dtype: torch.dtype) -> Tensor:
-    for linear in linears:
-        if linear.cast_a is not None:
-            return linear.cast_a
-    stacked = all_a[0] if len(all_a) == 1 else torch.cat(list(all_a))
-    return stacked.to(dtype)
+def apply_A(x: Tensor, linears: Sequence[LinearParts]) -> list[Tensor | None]:
+    """Compute ``x Aᵀ``, ``(n_tokens, rank)``, of linears that share their input, ``(n_tokens, in)``, by one product."""
+    stacked_A = _stack_A(linears)
+    return _split_ranks(None if stacked_A is None else x @ stacked_A.t(), linears, dim=1)
 
 
-def project(
-    x: Tensor, xa: Tensor | None, lora_b: Tensor | None, linear: FrozenLinear, residual: Tensor | None = None
-) -> Tensor:
-    """Compute ``(residual +) x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ``; all in x's dtype.
+def apply_linear(x: Tensor, xa: Tensor | None, linear: LinearParts, residual: Tensor | None = None) -> Tensor:
+    """Compute ``(residual +) x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ``, ``(n_tokens, out)``; all in x's dtype.
 
     Args:
-        x: ``(tokens, in)``.
-        xa: ``x Aᵀ``, ``(tokens, rank)``.
-        lora_b: ``(out, rank)``; ``None`` without an adapter.
-        linear: Its frozen part.
+        x: ``(n_tokens, in)``.
+        xa: ``x Aᵀ``, ``(n_tokens, rank)``; ``None`` without an adapter.
+        linear: Its parts.
         residual: ``(…, out)``, as many rows; left as it is.
     """
-    b = None if lora_b is None else _cast_b(lora_b, linear, x.dtype)
-    xa = None if b is None else xa
-    residual = None if residual is None else residual.reshape(len(x), -1)
-    fits = residual is None or (residual.dtype == x.dtype and residual.is_contiguous())
-    if fits and _sums_up_once([x], [linear], xa, backward=False):
-        return products.multiply([x], [linear.weight], False, xa, b, linear.scaling, linear.bias, residual)
     output = None
-    if xa is not None and b is not None:
+    if xa is not None and linear.lora_B is not None:
         # First the adapter's product: beta is 0, so that no sum has to be read.
-        output = _scaled_product(xa, b.t(), linear.scaling)
-    output = multiply_by_weight(linear.weight, x, onto=output)
+        output = _product(xa, linear.lora_B.t(), linear.scaling)
+    if x.is_cuda and len(x) <= _FEW_ROWS and isinstance(linear.weight, bnb.nn.Params4bit):
+        product: Tensor = bnb.matmul_4bit(x, linear.weight.data, linear.weight.quant_state)
+        output = product if output is None else output.add_(product)
+    else:
+        weight = _dense(linear.weight, x.dtype)
+        output = x @ weight.t() if output is None else output.addmm_(x, weight.t())
     if linear.bias is not None:
         output.add_(linear.bias)
     # last the residual: its numbers are larger, and each sum with them is rounded as they are
-    return output if residual is None else output.add_(residual)
+    return output if residual is None else output.add_(residual.reshape(output.shape))
 
 
-def _cast_b(lora_b: Tensor, linear: FrozenLinear, dtype: torch.dtype) -> Tensor:
-    return lora_b.to(dtype) if linear.cast_b is None else linear.cast_b
-
-
-def gradient_of_input(
-    grads: Sequence[Tensor], linears: Sequence[FrozenLinear], grad_xa: Tensor | None, all_a: Sequence[Tensor]
-) -> Tensor:
-    """Compute the gradient of the input that linears share, ``(tokens, in)``: ``Σ g W + g' A``.
+def input_gradient(grads: Sequence[Tensor], grad_xa: Tensor | None, linears: Sequence[LinearParts]) -> Tensor:
+    """Compute the gradient of the input that linears share, ``(n_tokens, in)``: ``Σ grad W + grad_xa A``.
 
     Args:
-        grads: Of the outputs, ``(tokens, out)`` each; at least one.
-        linears: Their frozen parts.
-        grad_xa: Of the products with A, ``(tokens, sum of ranks)``.
-        all_a: Of the adapters, ``(rank, in)`` each.
+        grads: Of the outputs, ``(n_tokens, out)`` each.
+        grad_xa: Of the products with A, ``(n_tokens, sum of ranks)``; ``None`` without an adapter.
+        linears: Their parts; at least one.
     """
-    a = _stack(all_a, linears, grads[0].dtype) if all_a else None
-    if _sums_up_once(grads, linears, grad_xa, backward=True):
-        return products.multiply(grads, [each.weight for each in linears], True, grad_xa, a)
-    grad_x = None if grad_xa is None or a is None else grad_xa @ a
-    for grad, each in zip(grads, linears, strict=True):
-        grad_x = multiply_by_weight(each.weight, grad, backward=True, onto=grad_x)
-    assert grad_x is not None, "grads has at least one"
+    stacked_A = _stack_A(linears)
+    grad_x = None if grad_xa is None or stacked_A is None else grad_xa @ stacked_A
+    for grad, linear in zip(grads, linears, strict=True):
+        weight = _dense(linear.weight, grad.dtype)
+        grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
+    assert grad_x is not None, "there is a linear"
     return grad_x
 
 
-def _sums_up_once(
-    lefts: Sequence[Tensor], linears: Sequence[FrozenLinear], xa: Tensor | None, *, backward: bool
-) -> bool:
-    """Whether the C++ has this product, which is summed up in float32 as a whole."""
-    has_pairs = xa is None or (xa.shape[1] % 2 == 0 and xa.stride(1) == 1)
-    return has_pairs and all(
-        products.can_multiply(each.weight, left, backward=backward) for each, left in zip(linears, lefts, strict=True)
-    )
+def gradients_of_B(
+    grads: Sequence[Tensor], all_xa: Sequence[Tensor | None], linears: Sequence[LinearParts]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Compute the gradients of all ``x Aᵀ``, ``(n_tokens, sum of ranks)``, and of each B, from those of the outputs."""
+    grads_xa, grads_B = [], list[Tensor | None]()
+    for grad, xa, linear in zip(grads, all_xa, linears, strict=True):
+        if xa is None or linear.lora_B is None:
+            grads_B.append(None)
+            continue
+        grads_xa.append(_product(grad, linear.lora_B, linear.scaling))
+        grads_B.append(_master_gradient(grad.t(), xa, linear.scaling))
+    return (torch.cat(grads_xa, 1) if len(grads_xa) > 1 else next(iter(grads_xa), None)), grads_B
 
 
-def gradient_of_a(grad_xa: Tensor, x: Tensor) -> Tensor:
-    """Compute the gradient of A, ``(rank, in)``, from that of ``x Aᵀ``; in x's dtype or in float32."""
-    return _master_gradient(grad_xa.t(), x)
+def gradients_of_A(grad_xa: Tensor | None, x: Tensor, linears: Sequence[LinearParts]) -> list[Tensor | None]:
+    """Compute the gradient of each A, ``(rank, in)``, from those of ``x Aᵀ``."""
+    return _split_ranks(None if grad_xa is None else _master_gradient(grad_xa.t(), x), linears, dim=0)
 
 
-def gradients_of_b(
-    grad: Tensor, xa: Tensor, lora_b: Tensor, linear: FrozenLinear, needed: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Compute the gradients of ``x Aᵀ``, ``(tokens, rank)``, and of B, ``(out, rank)``: those that are needed."""
-    grad_xa = grad_b = None
-    if needed[0]:
-        grad_xa = _scaled_product(grad, _cast_b(lora_b, linear, grad.dtype), linear.scaling)
-    if needed[1] and sums_in_float32(grad):
-        grad_b = _master_gradient(grad.t(), xa, linear.scaling)
-    elif needed[1]:
-        # As (x Aᵀ)ᵀ grad, and then transposed: with the wide side last the product is quicker.
-        grad_b = _master_gradient(xa.t(), grad, linear.scaling).t().to(lora_b.dtype)
-    return grad_xa, grad_b
+def _dense(weight: Any, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, bnb.nn.Params4bit):
+        weight = dequantize_4bit(weight.data, weight.quant_state)
+    return weight.to(dtype)  # type: ignore[no-any-return]
 
 
-def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
+def _stack_A(linears: Sequence[LinearParts]) -> Tensor | None:
+    all_A = [linear.lora_A for linear in linears if linear.lora_A is not None]
+    return torch.cat(all_A) if len(all_A) > 1 else next(iter(all_A), None)
 
 
-def _master_gradient(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
-    """Compute ``scaling · a b``; on a GPU in float32, in which it is summed up there.
+def _split_ranks(stacked: Tensor | None, linears: Sequence[LinearParts], dim: int) -> list[Tensor | None]:
+    """Return the part of each linear, ``None`` if it has no adapter."""
+    if stacked is None:
+        return [None] * len(linears)
+    parts = stacked.split([0 if linear.lora_A is None else len(linear.lora_A) for linear in linears], dim)
+    return [None if linear.lora_A is None else part for linear, part in zip(linears, parts, strict=True)]
 
-    More than :data:`TILE_TOKENS` are added up in float32 tile by tile, as where only a tile of the factors exists.
-    """
-    if len(b) > TILE_TOKENS:
-        tiles = zip(a.split(TILE_TOKENS, 1), b.split(TILE_TOKENS), strict=True)
-        first, *others = (_master_gradient(*tile, scaling) for tile in tiles)
-        return functools.reduce(Tensor.add_, others, first.float())
-    if sums_in_float32(a):
-        nothing = a.new_empty((), dtype=torch.float32)
-        return torch.addmm(nothing, a, b, beta=0, alpha=scaling, out_dtype=torch.float32)
-    return a @ b if scaling == 1.0 else _scaled_product(a, b, scaling)
+
+def _product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """Compute ``scaling · left right`` in one operation."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
+
+
+def _master_gradient(left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
+    """Compute ``scaling · left right``, of a float32 master; on a GPU it is summed up in float32 and never rounded."""
+    if sums_in_float32(left):
+        nothing = left.new_empty((), dtype=torch.float32)
+        return torch.addmm(nothing, left, right, beta=0, alpha=scaling, out_dtype=torch.float32)
+    return _product(left, right, scaling).float()
 
 
 def sums_in_float32(tensor: Tensor) -> bool:
     """Whether a product of 16-bit numbers can be had in the float32 in which it is summed up: on a GPU."""
     return tensor.is_cuda and tensor.dtype.itemsize == 2
-
-
-# ---- both -----------------------------------------------------------------------------------------------------------
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -244,120 +149,125 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, linear: FrozenLinear, residual: Tensor | None
+        ctx: Any, x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, linear: LinearParts, residual: Tensor | None
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        xa = None if lora_a is None else lora_down(flat, [lora_a], [linear])  # (tokens, rank)
-        output = project(flat, xa, lora_b, linear, residual)
-        ctx.save_for_backward(None if lora_a is None else flat, xa, lora_a, lora_b)
+        flat = x.reshape(-1, x.shape[-1])  # (n_tokens, in)
+        (xa,) = apply_A(flat, [linear])
+        output = apply_linear(flat, xa, linear, residual)
+        # A and B, so that autograd notices if they change before backward
+        ctx.save_for_backward(None if xa is None else flat, xa, lora_A, lora_B)
         ctx.linear, ctx.shape = linear, x.shape
         return output.view(*x.shape[:-1], output.shape[-1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        flat, xa, lora_a, lora_b = ctx.saved_tensors
-        needs_x, needs_a, needs_b, _, needs_residual = ctx.needs_input_grad
-        of_output = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        grad_xa = grad_x = grad_a = grad_b = None
-        if lora_a is not None:
-            grad_xa, grad_b = gradients_of_b(of_output, xa, lora_b, ctx.linear, (needs_x or needs_a, needs_b))
-        if needs_a and grad_xa is not None:
-            grad_a = gradient_of_a(grad_xa, flat).to(lora_a.dtype)
-        if needs_x:
-            all_a = [] if lora_a is None else [lora_a]
-            grad_x = gradient_of_input([of_output], [ctx.linear], grad_xa, all_a).view(ctx.shape)
-        return grad_x, grad_a, grad_b, None, grad if needs_residual else None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        flat, xa, _, _ = ctx.saved_tensors
+        grad = grad_output.reshape(-1, grad_output.shape[-1])  # (n_tokens, out)
+        grad_xa, (grad_B,) = gradients_of_B([grad], [xa], [ctx.linear])
+        (grad_A,) = gradients_of_A(grad_xa, flat, [ctx.linear])
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = input_gradient([grad], grad_xa, [ctx.linear]).view(ctx.shape)
+        return grad_x, grad_A, grad_B, None, grad_output if ctx.needs_input_grad[4] else None
 
 
-class _Fused(nn.Module):
+# ---- the modules ----------------------------------------------------------------------------------------------------
+
+
+class Fused(nn.Module):
+    """A layer of a library with a forward of ours before its own.
+
+    Attributes:
+        plain_reason: Why it runs as the library wrote it; ``None`` if it runs fused. See
+            :func:`~qlora_lightning.model.layers.fuse.choose_layers`.
+    """
+
+    plain_reason: str | None = "it was not chosen yet"
+
+    @classmethod
+    def from_layer(cls, layer: nn.Module) -> Self:
+        """Make one that shares all parts of a layer: parameters and their names stay.
+
+        Its class is a subclass of the layer's, by which transformers and PEFT find what is theirs.
+        """
+        classes: tuple[Any, Any] = cls, type(layer)
+        fused = object.__new__(_fused_class(*classes))
+        vars(fused).update(vars(layer))
+        return cast(Self, fused)
+
+    def extra_repr(self) -> str:
+        return f"plain_reason={self.plain_reason!r}"
+
+
+@functools.cache
+def _fused_class(fused: Any, kind: Any) -> Any:
+    return type(f"Fused{kind.__name__}", (fused, kind), {"__module__": fused.__module__})
+
+
+class FusedLoRA(Fused):
+    """PEFT's LoRA over a frozen linear, dense or in 4 bits; saving, merging and switching adapters stay PEFT's."""
+
+    active_adapters: list[str]
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """Take one more adapter, as PEFT calls it."""
+        super().update_layer(*args, **kwargs)  # type: ignore[misc]  # of PEFT
+        self.plain_reason = "an adapter was added since layers were chosen"
+
+    def computes_fused(self) -> bool:
+        """Whether the fused forward computes what the layer is to compute now: PEFT switches adapters at any time."""
+        is_plain_sum = not self.merged and (self.disable_adapters or len(self.active_adapters) == 1)
+        return self.plain_reason is None and is_plain_sum and not torch.compiler.is_compiling()
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``; whatever is not plain LoRA goes PEFT's own way."""
-        if args or kwargs or self.disable_adapters or not (runs_fused(self) and is_plain_lora(self)):
+        if args or kwargs or self.disable_adapters or not self.computes_fused():
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
         device = device_of_autocast(x)
         autocasts = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocasts else compute_dtype_of(self) or x.dtype
         with torch.autocast(device, enabled=False):
-            output = LoRALinearFunction.apply(x.to(dtype), *adapters_of(self), frozen_linear(self, dtype), None)
+            output = LoRALinearFunction.apply(x.to(dtype), *split_linear(self, dtype), None)
         return output if autocasts else output.to(x.dtype)
 
 
-class FusedLinear4bit(_Fused, PeftLinear4bit):  # type: ignore[misc]  # PEFT ships no types
-    """PEFT's LoRA over a 4-bit linear with a fused forward; saving, merging and disabling stay PEFT's."""
+def split_linear(
+    layer: nn.Module, dtype: torch.dtype, casts: Mapping[Tensor, Tensor] | None = None
+) -> tuple[Tensor | None, Tensor | None, LinearParts]:
+    """Return A and B of a linear, which may train, and all that it computes with in ``dtype``.
+
+    ``casts`` may have A and B in that dtype. Where no adapter acts, they are ``None``.
+    """
+    base = base_of(layer)
+    bias = None if base.bias is None else base.bias.to(dtype)
+    lora_A, lora_B = adapter_of(layer)
+    if lora_A is None or lora_B is None or not isinstance(layer, LoraLayer):
+        return None, None, LinearParts(base.weight, bias)
+    cast_A, cast_B = (each.detach().to(dtype) if casts is None else casts[each] for each in (lora_A, lora_B))
+    return lora_A, lora_B, LinearParts(base.weight, bias, layer.scaling[layer.active_adapters[0]], cast_A, cast_B)
 
 
-class FusedLinear(_Fused, PeftLinear):  # type: ignore[misc]  # PEFT ships no types
-    """The same over a linear that is not quantized."""
+def adapter_of(layer: nn.Module) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Return A ``(rank, in)`` and B ``(out, rank)`` of a linear's active adapter, if it has one."""
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.active_adapters[0] not in layer.lora_A:
+        return None, None
+    adapter = layer.active_adapters[0]
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks or a forward of its own."""
-    own = module.__dict__  # torch has no public way to ask
-    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return bool(hooks) or "forward" in own
+def base_of(layer: nn.Module) -> Any:
+    """Return the frozen linear inside a LoRA linear, or one without an adapter itself."""
+    return layer.base_layer if isinstance(layer, LoraLayer) else layer
 
 
-def is_plain_lora(layer: Any) -> bool:
-    """Whether a linear is frozen, with at most one active, unmerged, unwatched adapter: no dropout, bias or variant."""
-    if type(layer) not in (FusedLinear4bit, FusedLinear):
-        return _is_frozen(layer)
-    if "forward" in vars(layer) or len(layer.active_adapters) != 1 or layer.merged or not _is_frozen(layer.base_layer):
-        return False
-    parts = layer.__dict__["_modules"].values()
-    if any(has_hooks(part) or any(map(has_hooks, part.__dict__["_modules"].values())) for part in parts):
-        return False
-    (adapter,) = layer.active_adapters
-    if adapter not in layer.lora_A:  # it leaves this linear as it is
-        return True
-    matrices, dropout = (layer.lora_A[adapter], layer.lora_B[adapter]), layer.lora_dropout[adapter]
-    return (
-        all(type(each) is nn.Linear and each.bias is None for each in matrices)
-        and adapter not in layer.lora_variant
-        and (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training))
-    )
-
-
-def _is_frozen(linear: Any) -> bool:
-    if type(linear) not in (nn.Linear, bnb.nn.Linear4bit) or "forward" in vars(linear):
-        return False
-    return not (linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad))
-
-
-def runs_fused(layer: nn.Module) -> bool:
-    """Whether a layer was chosen to run fused in its mode; see :mod:`qlora_lightning.model.layers.fuse`."""
-    chosen: dict[bool, bool] = layer.__dict__.get("_runs_fused", {})
-    return chosen.get(layer.training, False) and not torch.compiler.is_compiling()
+def compute_dtype_of(layer: nn.Module) -> torch.dtype | None:
+    """Return the dtype of a linear's products; ``None`` if it is that of the input."""
+    base = base_of(layer)
+    return base.compute_dtype if isinstance(base, bnb.nn.Linear4bit) else base.weight.dtype  # type: ignore[no-any-return]
 
 
 def device_of_autocast(tensor: Tensor) -> str:
     """Return the type of a tensor's device; of one without numbers the CPU, since the meta device has no autocast."""
     return "cpu" if tensor.is_meta else tensor.device.type
-
-
-def compute_dtype_of(layer: nn.Module) -> torch.dtype | None:
-    """Return the dtype of a linear's products; ``None`` if it is that of the input."""
-    base = _base_of(layer)
-    return base.compute_dtype if isinstance(base, bnb.nn.Linear4bit) else base.weight.dtype  # type: ignore[no-any-return]
-
-
-def adapters_of(layer: nn.Module) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Return A ``(rank, in)`` and B ``(out, rank)`` of a plain linear, if it has an adapter that is not disabled."""
-    if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.active_adapters[0] not in layer.lora_A:
-        return None, None
-    (adapter,) = layer.active_adapters
-    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-
-
-def frozen_linear(layer: nn.Module, dtype: torch.dtype, casts: Mapping[Tensor, Tensor] | None = None) -> FrozenLinear:
-    """Return what of a plain linear does not train, the bias in ``dtype``, and what ``casts`` has of its adapter."""
-    base = _base_of(layer)
-    bias = None if base.bias is None else base.bias.to(dtype)
-    scaling = layer.scaling.get(layer.active_adapters[0], 1.0) if isinstance(layer, LoraLayer) else 1.0
-    cast_a, cast_b = (None if each is None or casts is None else casts.get(each) for each in adapters_of(layer))
-    return FrozenLinear(base.weight, bias, scaling, cast_a, cast_b)
-
-
-def _base_of(layer: nn.Module) -> Any:
-    return layer.base_layer if isinstance(layer, LoraLayer) else layer

@@ -110,7 +110,7 @@ def fuse(model: peft.PeftModel, fast: bool) -> bool:
         model.get_base_model().set_attn_implementation(register_flat_attention(fast=False))
         return True
     beside = any(".lora_" not in name for name in trainable_tensors(model))
-    return bool(fuse_layers(model)) or beside
+    return any(fuse_layers(model).linears.values()) or beside
 
 
 def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Quantization = "none") -> PreTrainedModel:

@@ -1,7 +1,6 @@
 """What a decoder layer keeps for backward and makes on the way: learned by running it on torch's meta device.
 
-Two rules stand for what that device does not show: :class:`_Attention` for the kernels of causal attention, and
-:class:`LiveBytes` for weights that a CPU makes dense in tiles.
+:class:`_Attention` stands for what that device does not show: the kernels of causal attention.
 """
 
 import logging
@@ -22,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from qlora_lightning.model.layers.attention import FLAT_ATTENTION, attend_per_sample, attends_in
-from qlora_lightning.model.layers.lora import TILE_BYTES, runs_fused
 from qlora_lightning.model.step.batch import BatchShape
 from qlora_lightning.model.step.layout import whole_samples
 from qlora_lightning.support.console import quiet_loggers
@@ -61,7 +59,7 @@ def measure_layers(
             run = _hollow_run(layer, config, batch, dtype, loops, autocasts)
             layer.gradient_checkpointing, layer._gradient_checkpointing_func = checkpointed, _call  # _measure does it
             root = torch.empty(1, 1, config.hidden_size, dtype=dtype, device="meta", requires_grad=input_trains)
-            live = LiveBytes(tiles=device == "cpu" and runs_fused(layer) and not autocasts)
+            live = LiveBytes()
             # whose 8-bit layers say in each run that they round their input to float16
             with quiet_loggers(logging.ERROR, "bitsandbytes.autograd._functions"):
                 known[kind] = _measure(run, root.expand(1, batch.computed, -1), checkpointed, offload, live)
@@ -106,6 +104,7 @@ def _hollow_run(
 
     arguments = {
         "attention_mask": None,
+        "samples": samples,
         "position_embeddings": (angles, angles),
         "kv_cache": SimpleNamespace(decoding=True, attend=attend),  # which layers ask in place of attention
         "use_cache": False,
@@ -143,11 +142,11 @@ def _measure(
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count the bytes of tensors that operations make and that still exist; ``tiles``: dense weights come in tiles."""
+    """Count the bytes of tensors that operations make and that still exist."""
 
-    def __init__(self, tiles: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tiles, self.now, self.peak = tiles, 0, 0
+        self.now, self.peak = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -155,8 +154,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for storage in _storages(result):
             if storage._cdata not in seen:
                 seen.add(storage._cdata)
-                dense = self.tiles and func.namespace == "bitsandbytes"
-                size = min(storage.nbytes(), TILE_BYTES) if dense else storage.nbytes()
+                size = storage.nbytes()
                 self.now += size
                 self.peak = max(self.peak, self.now)
                 weakref.finalize(storage, self._remove, size)

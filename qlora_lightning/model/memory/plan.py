@@ -13,7 +13,6 @@ from torch import nn
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.adapters.targets import layer_of
-from qlora_lightning.model.layers.lora import TILE_BYTES
 from qlora_lightning.model.memory.layer_memory import measure_layers, rotated_width
 from qlora_lightning.model.step.batch import BatchShape
 from qlora_lightning.model.step.loss import rows_of_logits, rows_of_probabilities, shards_vocabulary
@@ -326,4 +325,4 @@ def _kernels(base: BaseShape, settings: StepSettings, layers: int) -> int:
     # is where such a weight has been. Measured on SmolLM2: 110 MB after 4 steps, 140 after 40, where this gives 106.
     checkpointed = math.ceil(layers / settings.every_n_layers) if settings.every_n_layers else 0
     largest = max(rows * columns for rows, columns in base.weights) * _FLOAT
-    return _FIRST_STEP_FLOAT32 + checkpointed * min(largest, TILE_BYTES)
+    return _FIRST_STEP_FLOAT32 + checkpointed * largest

@@ -14,8 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
 from qlora_lightning.model.cpu import loops
-from qlora_lightning.model.layers.fuse import is_watched, libraries_are_original
-from qlora_lightning.model.layers.lora import FrozenLinear, gradient_of_input, project
+from qlora_lightning.model.layers.fuse import is_watched
 
 _MOST_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no quicker
 _LOGIT_BYTES = 64 << 20  # and their logits take no more than this; of 128,256 tokens in bf16 261 rows
@@ -189,7 +188,7 @@ class ShardedHead(nn.Module):
 
 
 def _is_frozen_linear(head: Any) -> bool:
-    is_plain = type(head) is nn.Linear and libraries_are_original() and not is_watched(head)
+    is_plain = type(head) is nn.Linear and not is_watched(head)
     return is_plain and head.bias is None and not head.weight.requires_grad
 
 
@@ -203,16 +202,15 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         nll, correct = hidden.new_empty(len(targets), dtype=torch.float32), torch.empty_like(targets, dtype=torch.bool)
-        head = FrozenLinear(weight, bias=None, scaling=1.0)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            logits = project(hidden[part].to(weight.dtype), None, None, head)  # then their gradient
+            logits = hidden[part].to(weight.dtype) @ weight.t()  # then their gradient
             done = start
             for own_nll, own_correct in _cross_entropies(logits, targets[part], gradient is not None):
                 rows = slice(done, done + len(own_nll))
                 nll[rows], correct[rows], done = own_nll.flatten(), own_correct.flatten(), rows.stop
             if gradient is not None:
-                gradient[part] = gradient_of_input([logits], [head], None, [])
+                gradient[part] = logits @ weight
             del logits  # before the next are made
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(correct)

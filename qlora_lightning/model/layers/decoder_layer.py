@@ -276,7 +276,7 @@ class FusedDecoderLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(1, tokens, width)`` to the same; what is not a flat batch over plain linears goes the usual way."""
-        samples: dict[str, Any] = {name: kwargs.get(name) for name in ("samples", "kv_cache", "cu_seqlens")}
+        samples: dict[str, Any] = {name: kwargs.get(name) for name in ("samples", "cu_seqlens")}
         is_flat = any(each is not None for each in samples.values())
         dtype = None if torch.is_autocast_enabled(device_of_autocast(hidden_states)) else hidden_states.dtype
         if args or not (is_flat and runs_fused(self) and dtype == self.__dict__["_dtype"]):  # that of all products

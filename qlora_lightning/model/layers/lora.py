@@ -15,8 +15,6 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qlora_lightning.model.cpu import products
-
 _FEW_ROWS = 16  # on a GPU bitsandbytes reads the packed weight itself, if that is quicker for so few on this card
 TILE_BYTES = 8 << 20  # dense: what a product has just made is still in the CPU's cache, and the memory is used again
 TILE_TOKENS = 8192  # that a gradient of A or B, and the MLP of a checkpointed layer, take at a time
@@ -139,9 +137,6 @@ def project(
     b = None if lora_b is None else _cast_b(lora_b, linear, x.dtype)
     xa = None if b is None else xa
     residual = None if residual is None else residual.reshape(len(x), -1)
-    fits = residual is None or (residual.dtype == x.dtype and residual.is_contiguous())
-    if fits and _sums_up_once([x], [linear], xa, backward=False):
-        return products.multiply([x], [linear.weight], False, xa, b, linear.scaling, linear.bias, residual)
     output = None
     if xa is not None and b is not None:
         # First the adapter's product: beta is 0, so that no sum has to be read.
@@ -169,23 +164,11 @@ def gradient_of_input(
         all_a: Of the adapters, ``(rank, in)`` each.
     """
     a = _stack(all_a, linears, grads[0].dtype) if all_a else None
-    if _sums_up_once(grads, linears, grad_xa, backward=True):
-        return products.multiply(grads, [each.weight for each in linears], True, grad_xa, a)
     grad_x = None if grad_xa is None or a is None else grad_xa @ a
     for grad, each in zip(grads, linears, strict=True):
         grad_x = multiply_by_weight(each.weight, grad, backward=True, onto=grad_x)
     assert grad_x is not None, "grads has at least one"
     return grad_x
-
-
-def _sums_up_once(
-    lefts: Sequence[Tensor], linears: Sequence[FrozenLinear], xa: Tensor | None, *, backward: bool
-) -> bool:
-    """Whether the C++ has this product, which is summed up in float32 as a whole."""
-    has_pairs = xa is None or (xa.shape[1] % 2 == 0 and xa.stride(1) == 1)
-    return has_pairs and all(
-        products.can_multiply(each.weight, left, backward=backward) for each, left in zip(linears, lefts, strict=True)
-    )
 
 
 def gradient_of_a(grad_xa: Tensor, x: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ Two rules stand for what that device does not show: :class:`_Attention` for the 
 import logging
 import weakref
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import peft
 import torch
@@ -20,8 +20,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
 
-from qlora_lightning.model.layers.attention import FLAT_ATTENTION, attend_per_sample, attends_in
+from qlora_lightning.model.layers import decoder_layer
+from qlora_lightning.model.layers.attention import (
+    FLAT_ATTENTION,
+    attend_per_sample,
+    attends_in,
+    register_flat_attention,
+)
 from qlora_lightning.model.layers.lora import TILE_BYTES, runs_fused
 from qlora_lightning.model.step.batch import BatchShape
 from qlora_lightning.model.step.layout import whole_samples
@@ -88,34 +95,42 @@ def _hollow_run(
     samples = whole_samples(batch.attended)
 
     def attend(
-        layer: int,
+        module: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
-    ) -> Any:
+        attention_mask: Any,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **_: Any,
+    ) -> tuple[Any, None]:
+        window = sliding_window
         if softcap is None and (window is None or window >= samples.longest):
             tokens = samples.bounds[-1]
-            return _Attention.apply(query, key, value, tokens, loops)  # type: ignore[no-untyped-call]
+            return _Attention.apply(query, key, value, tokens, loops), None  # type: ignore[no-untyped-call]
         places = torch.zeros(samples.bounds[-1], dtype=torch.int64, device="meta")  # as if expanded
         states = (each.index_select(2, places) for each in (query, key, value))
         mixed = attend_per_sample(*states, samples, scaling, 0.0, window, softcap)
-        return mixed.index_select(1, places[: batch.computed])
+        return mixed.index_select(1, places[: batch.computed]), None
 
     arguments = {
         "attention_mask": None,
+        "samples": samples,
         "position_embeddings": (angles, angles),
-        "kv_cache": SimpleNamespace(decoding=True, attend=attend),  # which layers ask in place of attention
         "use_cache": False,
     }
 
     def run(hidden: Tensor) -> Any:
-        if not autocasts:
-            return functional_call(layer, adapters, (hidden,), arguments)
-        with torch.autocast("cpu", dtype), _CastLinears(dtype):  # layers ask the CPU whether it does
-            return functional_call(layer, adapters, (hidden,), arguments)
+        AttentionInterface.register(FLAT_ATTENTION, attend)
+        try:
+            with mock.patch.object(decoder_layer, "flat_attention", attend):
+                if not autocasts:
+                    return functional_call(layer, adapters, (hidden,), arguments)
+                with torch.autocast("cpu", dtype), _CastLinears(dtype):  # layers ask the CPU whether it does
+                    return functional_call(layer, adapters, (hidden,), arguments)
+        finally:
+            register_flat_attention()
 
     return run
 

@@ -17,6 +17,7 @@ from qlora_lightning.base.cache import EntryCheck, Json, cached_folder, find_ent
 from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base
 from qlora_lightning.base.tensors import save_model
 from qlora_lightning.model.layers.attention import register_flat_attention
+from qlora_lightning.model.load.device import giving_memory_back
 from qlora_lightning.support.errors import UserError
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
@@ -72,7 +73,7 @@ def load_base(
     def load(folder: Path, settings: BitsAndBytesConfig | None = None) -> PreTrainedModel:
         quantize: dict[str, Any] = {} if settings is None else {"quantization_config": settings}
         # Quantizing takes minutes and shows its bar; reading does not.
-        with contextlib.nullcontext() if quantize else _quiet_bars():
+        with contextlib.nullcontext() if quantize else _quiet_bars(), giving_memory_back():
             return AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=compute_dtype,

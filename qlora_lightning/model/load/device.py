@@ -1,9 +1,11 @@
 """The machine: its dtypes, its memory and its allocator."""
 
+import contextlib
 import ctypes
 import functools
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -137,6 +139,26 @@ class PeakWatch:
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _NEVER = -1
 _KEPT_BYTES = 1 << 28  # larger than any tensor of a step but a very long batch's
+_USUAL_BYTES = 32 << 20  # where glibc's own threshold ends up in a process that frees large blocks
+
+
+@contextlib.contextmanager
+def giving_memory_back() -> Iterator[None]:
+    """Return each block of 1 MiB or more to the system as soon as it is freed; does nothing without glibc.
+
+    Quantizing makes short-lived copies in 16 and 32 bits between small tensors that stay: in one heap these hold it
+    open. With each decoder layer of Llama-3.1-8B's shape 0.05 GiB more would stay (measured), of all together as much
+    as a third of the quantized base.
+    """
+    glibc = _load_glibc()
+    if glibc is not None:
+        glibc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        if glibc is not None:
+            glibc.mallopt(_M_MMAP_THRESHOLD, _USUAL_BYTES)
+            glibc.malloc_trim(0)
 
 
 def keep_freed_memory() -> None:

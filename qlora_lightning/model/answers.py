@@ -20,9 +20,10 @@ BATCH_SIZE = 64  # rows that are answered together
 TOKEN_BUDGET = 32_768  # keys and values that are kept at a time: of SmolLM2-135M 0.75 GB, of Llama-3.1-8B 4.3 GB
 _FEW_PROMPTS = 4  # for so few bitsandbytes multiplies packed weights on every card
 _SHARE = 0.5  # of the free memory that the dense weights may take
-# whatever a base's generation_config.json asks for
-_GREEDY = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
-_GREEDY |= {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "max_length": None}
+_GREEDY: dict[str, Any] = {  # whatever a base's generation_config.json asks for
+    **{"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None},
+    **{"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "max_length": None},
+}
 
 
 def generate_answers(

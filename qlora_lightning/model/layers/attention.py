@@ -226,7 +226,7 @@ def _attend_padded(
     def pad(states: Tensor) -> Tensor:
         """Return ``(samples, heads, longest, head_dim)``, heads as of queries: kernels for grouped ones are newer."""
         _, heads, _, head_dim = states.shape
-        by_sample = _Expand.apply(states, padded).view(heads, *shape, head_dim).transpose(0, 1)
+        by_sample: Tensor = _Expand.apply(states, padded).view(heads, *shape, head_dim).transpose(0, 1)
         return by_sample.repeat_interleave(query.shape[1] // heads, dim=1)
 
     attn_out = F.scaled_dot_product_attention(
@@ -249,7 +249,7 @@ def attend_per_sample(
     """Attend for one sample after the other by torch's SDPA; with a soft cap by products."""
     outputs = []
     for start, end in itertools.pairwise(samples.bounds):
-        states, mask = [each[:, :, start:end] for each in (query, key, value)], None
+        states, mask = (query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]), None
         if window is not None and window < end - start:
             mask = query.new_ones(end - start, end - start, dtype=torch.bool).tril().triu(1 - window)
         if softcap is None:

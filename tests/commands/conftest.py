@@ -8,9 +8,9 @@ import shutil
 import pytest
 import yaml
 
+from qlora_lightning import QLoRAModule
 from qlora_lightning.cli import main
 from qlora_lightning.commands import training  # noqa: F401  # here: Lightning keeps the stderr of its first import
-from qlora_lightning.model import generate
 
 CONFIG = {
     "seed_everything": 3,
@@ -69,8 +69,8 @@ def command(finished, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "1")
     monkeypatch.setenv("COLUMNS", "300")
-    plain = generate._generate  # for `predict`, too
-    monkeypatch.setattr(generate, "_generate", lambda *arguments: plain(*arguments[:-1], 2))
+    plain = QLoRAModule.answer  # for `predict`, too
+    monkeypatch.setattr(QLoRAModule, "answer", lambda *arguments, **options: plain(*arguments[:3], 2, **options))
 
     def run(name, *arguments, config="c.yaml", code=0):
         capsys.readouterr()

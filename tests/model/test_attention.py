@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from qlora_lightning.model.layers import attention
 from qlora_lightning.model.layers.attention import attends_in, flat_attention, register_flat_attention
-from qlora_lightning.model.layers.kv_cache import KeyValueCache
 from qlora_lightning.model.step.layout import Needed, place_samples, whole_samples
 from qlora_lightning.support.versions import attend_ragged
 
@@ -37,12 +36,12 @@ def by_formula(query, key, value, samples, scale=SCALE):
     """Attend within samples in float64, by the formula; what these share is laid out."""
     query, key, value = (each.double()[:, :, samples.expanded.gather_index] for each in (query, key, value))
     key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (key, value))
-    mixed = []
+    outputs = []
     for start, end in itertools.pairwise(samples.bounds):
         scores = query[:, :, start:end] @ key[:, :, start:end].transpose(2, 3) * scale
         later = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
-        mixed.append(scores.masked_fill(later, -torch.inf).softmax(-1) @ value[:, :, start:end])
-    return torch.cat(mixed, 2).transpose(1, 2)[:, samples.expanded.first_copy]
+        outputs.append(scores.masked_fill(later, -torch.inf).softmax(-1) @ value[:, :, start:end])
+    return torch.cat(outputs, 2).transpose(1, 2)[:, samples.expanded.first_copy]
 
 
 def attend_by(*, fast=True, loops=True, ragged_kernel=False):
@@ -71,11 +70,11 @@ def ragged_kernel_of_torch_2_11(query, key, value, cu_q, cu_k, max_q, max_k, *, 
     assert max_q == max_k == max(cu_q.diff().tolist())
     assert query.shape == key.shape == value.shape
     parts = (each.split(cu_q.diff().tolist()) for each in (query, key, value))
-    mixed = [
+    outputs = [
         scaled_dot_product_attention(*(each.transpose(0, 1) for each in part), is_causal=True, scale=scale)
         for part in zip(*parts, strict=True)
     ]
-    return torch.cat(mixed, dim=1).transpose(0, 1)
+    return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
 def with_gradients(attend, qkv, **options):
@@ -92,12 +91,10 @@ def errors(found, exact):
 # ---- by the formula -------------------------------------------------------------------------------------------------
 
 SAMPLES = {
-    "many": whole_samples(LENGTHS),
+    "many": place_samples(Needed(list(LENGTHS), [0] * 5, []), pads=True),
     "one token": whole_samples((1,)),
-    "over a tile": whole_samples((65, 65)),
     "long": whole_samples((700, 3)),
     "a beginning that two share": place_samples(SHARED, pads=True),
-    "padded": place_samples(Needed(list(LENGTHS), [0] * 5, []), pads=True),
 }
 
 
@@ -191,68 +188,24 @@ def test_samples_of_another_batch_are_refused():
 def test_the_installed_torch_s_ragged_kernel_takes_grouped_heads_as_they_are_given():
     qkv = [torch.empty(25, heads, 64, dtype=torch.bfloat16, device="meta").requires_grad_() for heads in (4, 2, 2)]
     bounds = torch.tensor([0, 5, 25], dtype=torch.int32, device="meta")
-    mixed = attend_ragged(*qkv, bounds, 20, None)
-    assert mixed.shape == (25, 4, 64)
-    assert [gradient.shape[1] for gradient in torch.autograd.grad(mixed.sum(), qkv)] == [4, 2, 2]
-
-
-# ---- inside a model of transformers ---------------------------------------------------------------------------------
-
-PROMPTS = [[*range(7, 12)], [9], [*range(40, 52)], [*range(20, 27)]]
-IDS = torch.tensor([list(itertools.chain(*PROMPTS))])
-BOUNDS = list(itertools.pairwise(itertools.accumulate(map(len, PROMPTS), initial=0)))
-
-
-@pytest.fixture(scope="module")
-def model(tiny_base):
-    """A model of transformers that attends flatly."""
-    loaded = AutoModelForCausalLM.from_pretrained(
-        tiny_base, dtype=torch.float32, attn_implementation=register_flat_attention()
-    )
-    return loaded.eval()
+    output = attend_ragged(*qkv, bounds, 20, None)
+    assert output.shape == (25, 4, 64)
+    assert [gradient.shape[1] for gradient in torch.autograd.grad(output.sum(), qkv)] == [4, 2, 2]
 
 
 @torch.no_grad()
-def test_samples_that_positions_alone_tell_apart_and_a_filled_cache_work_as_in_transformers(model):
-    positions = torch.cat([torch.arange(len(prompt)) for prompt in PROMPTS])[None]
-    together = model(input_ids=IDS, position_ids=positions, use_cache=False).logits
-    alone = [model(input_ids=IDS[:, start:end], use_cache=False).logits for start, end in BOUNDS]
-    torch.testing.assert_close(together, torch.cat(alone, 1), rtol=1e-4, atol=1e-4)
-    whole, cache = model(input_ids=IDS).logits, DynamicCache(config=model.config)
-    model(IDS[:, :10], None, None, cache)  # by place: its name differs between versions of transformers
-    torch.testing.assert_close(model(IDS[:, 10:], None, None, cache).logits, whole[:, 10:], rtol=1e-4, atol=1e-4)
-
-
-def test_left_padded_generation_equals_generation_alone(model):
-    longest = max(map(len, PROMPTS))
-    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
-    ids = torch.tensor([[2] * (longest - len(prompt)) + prompt for prompt in PROMPTS])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
-    together = model.generate(input_ids=ids, attention_mask=mask, **settings)[:, longest:]
-    for prompt, answer in zip(PROMPTS, together, strict=True):
-        alone = model.generate(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **settings)
-        assert alone[0, len(prompt) :].tolist() == answer.tolist()
-
-
-def test_each_row_of_a_cache_attends_to_its_own_tokens_and_rows_that_go_leave_the_others_alone():
-    cache, (_, key, value) = KeyValueCache([2, 5, 3], 2, torch.device("cpu")), [each.detach() for each in draw(10)]
-    cache.fill(5, key, value)
-    seen = [(key[:, :, start:end], value[:, :, start:end]) for start, end in ((0, 2), (2, 7), (7, 10))]
-    for step in range(2):
-        query, key, value = (each.detach()[:, :, : len(seen)] + step for each in draw(3))
-        seen = [
-            (torch.cat([keys, key[:, :, [row]]], 2), torch.cat([values, value[:, :, [row]]], 2))
-            for row, (keys, values) in enumerate(seen)
-        ]
-        cache.begin_step()
-        mixed = cache.attend(5, query, key, value, SCALE)
-        cache.end_step()
-        for row, (keys, values) in enumerate(seen):
-            # the formula's last query, which sees all
-            queries = query[:, :, [row]].expand(-1, -1, keys.shape[2], -1)
-            exact = by_formula(queries, keys, values, whole_samples([keys.shape[2]]))[:, -1]
-            torch.testing.assert_close(mixed[:, row].double(), exact, rtol=1e-5, atol=1e-6)
-        if step == 0:
-            cache.keep([0, 2])  # the longest row goes
-            seen = [seen[0], seen[2]]
-    assert cache.lengths.tolist() == [4, 5]
+def test_without_samples_a_model_of_transformers_computes_as_with_its_own_attention(tiny_base):
+    """Also rows that positions alone tell apart, rows padded on the left, and a cache that holds some tokens."""
+    flat, own = (
+        AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32, attn_implementation=name).eval()
+        for name in (register_flat_attention(), "sdpa")
+    )
+    ids = torch.arange(7, 31).view(2, 12)
+    mask = torch.tensor([[1] * 12, [0] * 5 + [1] * 7])
+    packed = {"input_ids": ids.view(1, -1), "position_ids": torch.arange(24)[None] % 12, "use_cache": False}
+    for inputs in (packed, {"input_ids": ids, "attention_mask": mask}):
+        torch.testing.assert_close(flat(**inputs).logits, own(**inputs).logits, rtol=1e-5, atol=1e-5)
+    cache = DynamicCache(config=flat.config)
+    flat(ids[:1, :8], None, None, cache)  # by place: its name differs between versions of transformers
+    rest = flat(ids[:1, 8:], None, None, cache).logits
+    torch.testing.assert_close(rest, own(ids[:1]).logits[:, 8:], rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""What the machine can do: dtypes, memory, and an allocator that keeps what a step needs again."""
+"""What the machine can do: dtypes, memory, and an allocator that keeps what a step frees."""
 
 import re
 import subprocess
@@ -48,16 +48,11 @@ def test_memory_that_was_taken_and_given_back_is_seen():
 
 
 # Blocks of 8 MiB, each followed by one of 64 KiB that stays: in one heap every block would be held open.
-# Without keep_freed_memory a tensor of 8 MiB gets fresh pages, 2,048 of 4 KiB, each time; and beside small objects that
-# stay a tensor of 4 MB needs a new place. Only a checkpointed layer's input goes back at once: in pages of its own.
+# Without keep_freed_memory a tensor of 8 MiB gets fresh pages, 2,048 of 4 KiB, each time.
 PROGRAM = """
-import ctypes
-import functools
 import resource
 import torch
-from torch.utils.checkpoint import checkpoint
 from qlora_lightning.model.load.device import giving_memory_back, keep_freed_memory, read_memory
-from qlora_lightning.model.layers.checkpointing import keep_inputs_apart
 
 def private_mib():
     return read_memory(torch.device("cpu"))["private_memory_gib"] * 1024
@@ -81,29 +76,11 @@ keep_freed_memory()
 first, *others = [faults_of_a_tensor() for _ in range(5)]
 assert first > 2, first
 assert max(others) <= 2, others
-
-glibc = ctypes.CDLL(None)
-before = private_mib()
-for _ in range(40):
-    tensors = torch.ones(1024**2), torch.ones(1024**2)
-    for size in range(16, 128, 8):
-        for _ in range(3):
-            glibc.malloc(size)
-    del tensors
-assert private_mib() - before < 20, private_mib() - before
-
-layer, kept = torch.nn.Linear(4, 4), []
-layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
-keep_inputs_apart([layer])
-layer._gradient_checkpointing_func(kept.append, torch.zeros(16 * 1024**2))
-before = private_mib()
-kept.clear()
-assert before - private_mib() > 60, private_mib() - before
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
-def test_the_allocator_gives_back_what_is_not_needed_and_keeps_what_is():
+def test_the_allocator_gives_back_what_loading_frees_and_keeps_what_a_step_frees():
     """In a process of its own: what is set stays for good."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Message
 from qlora_lightning.model.adapters.folder import add_named_adapter
 from qlora_lightning.model.adapters.lora import ADAPTER, without_adapters
-from qlora_lightning.model.generate import dense_weights
+from qlora_lightning.model.answers import dense_weights, generate_answers
 from qlora_lightning.model.load.opened_adapter import find_adapter, open_adapter
 from qlora_lightning.support.console import show_controls, terminal
 from qlora_lightning.support.errors import UserError
@@ -216,24 +216,22 @@ class Session:
         renderer, peft_name, settings = self.renderers[name], self.peft_names[name], self.settings
         stop_ids = sorted(renderer.stop_ids)
         stream = AnswerStream(renderer.tokenizer, len(prompt), stop_ids, settings["stop"], self._write)
-        ids = torch.tensor([prompt], device=next(self.model.parameters()).device)
-        sampling: dict[str, Any] = {"do_sample": settings["temperature"] != 0}
-        for each in ("temperature", "top_k", "top_p", "min_p"):  # None, and no top_k of 50, transformers' default
-            sampling[each] = settings[each] if sampling["do_sample"] else None
+        sampling: dict[str, Any] = {"repetition_penalty": settings["repetition_penalty"]}
+        if settings["temperature"] != 0:
+            names = "temperature", "top_k", "top_p", "min_p"
+            sampling |= {"do_sample": True, **{name: settings[name] for name in names}}
         if peft_name is not None:
             self.model.set_adapter(peft_name, inference_mode=True)
         began, interrupted = time.monotonic(), False
         try:
-            with without_adapters(self.model) if peft_name is None else contextlib.nullcontext(), torch.no_grad():
-                self.model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    **sampling,
-                    repetition_penalty=settings["repetition_penalty"],
-                    stopping_criteria=StoppingCriteriaList([stream]),
+            with without_adapters(self.model) if peft_name is None else contextlib.nullcontext():
+                generate_answers(
+                    self.model,
+                    [prompt],
+                    stop_ids=stop_ids,
                     max_new_tokens=min(settings["max_new_tokens"], self.context - len(prompt)),
-                    eos_token_id=stop_ids,
-                    pad_token_id=stop_ids[0],
+                    stopping_criteria=StoppingCriteriaList([stream]),
+                    **sampling,
                 )
         except KeyboardInterrupt:
             interrupted = True

@@ -1,1 +1,1 @@
-"""C++ for a CPU: attention, products with 4-bit weights, loops in place of many passes of torch."""
+"""C++ for a CPU: attention, and loops in place of many passes of torch."""

@@ -1,19 +1,21 @@
-// Causal attention within each of many samples of a stream, forward and backward.
+// Causal attention within each of many samples of a stream, forward and backward; the formula is in
+// ../layers/attention.py. Tensors are contiguous: query and attn_out (tokens, heads, head_dim), key and value
+// (tokens, kv_heads, head_dim).
 //
 // A thread takes a sample and a key head: its keys and values are packed once and stay in the cache, a strip of
-// queries meets the keys up to its last row, and scores and probabilities never leave the first cache. Backward makes
-// them again. Products are summed up in float32. The formula is in ../layers/attention.py.
+// queries meets the keys up to its last row, and scores and probabilities never leave the first cache. Backward
+// computes them again. Products are summed up in float32.
 
 #include <algorithm>
-#include <atomic>
+#include <vector>
 
 #include "vectors.h"
 
 namespace {
 
-constexpr int64_t TILE = 64;        // queries whose gradients of keys and values are one product
-constexpr int64_t MOST_WIDE = 256;  // numbers of a head
-constexpr int64_t ALIGNED = 16;     // keys are filled up to a multiple of it
+constexpr int64_t TILE = 64;           // queries whose gradients of keys and values are one product
+constexpr int64_t MAX_HEAD_DIM = 256;  // numbers of a head
+constexpr int64_t KEY_BLOCK = 16;      // keys are padded with zeros to a multiple of it
 
 // The left factor of a product: word (row, depth) is at row * by_row + depth * by_depth.
 struct Left {
@@ -45,7 +47,7 @@ Left left_of(const T *rows, int64_t by_row) {
     return {reinterpret_cast<const uint32_t *>(rows), by_row / PAIR<T>, 1};
 }
 
-// to = factor * left * right, or to += that; right is (depth, columns) in words, columns a multiple of ALIGNED.
+// to = factor * left * right, or to += that; right is (depth, columns) in words, columns a multiple of KEY_BLOCK.
 template <class T>
 void multiply(Left left, int64_t rows, const uint32_t *right, int64_t by_depth, int64_t depth, int64_t columns,
               float factor, float *to, int64_t by_row, bool add = false) {
@@ -60,15 +62,15 @@ void multiply(Left left, int64_t rows, const uint32_t *right, int64_t by_depth, 
     }
 }
 
-// Where the tokens of samples are, see ../layout.py: token t of sample i at gather_index[bounds[i] + t]; it has queries
-// from query_start[i] on.
+// Where the tokens of samples are, see ../step/layout.py: token t of sample i is at gather_index[bounds[i] + t] of the
+// stream; it has queries from query_start[i] on.
 struct Samples {
     const int64_t *bounds, *query_start, *gather_index;
     int64_t count;
 };
 
 struct Shape {
-    int64_t heads, kv_heads, width;
+    int64_t heads, kv_heads, head_dim;
 
     int64_t group() const { return heads / kv_heads; }  // query heads of a key head
 };
@@ -78,17 +80,17 @@ template <class T>
 struct Head {
     const T *states;
     const int64_t *places;
-    int64_t by_token, length, width;
+    int64_t by_token, length, head_dim;
 
     const T *row(int64_t token) const { return states + places[token] * by_token; }
 
-    // (width / PAIR, filled): words along the width, a column for each token
-    void pack_columns(uint32_t *to, int64_t filled) const {
-        static const std::vector<T> nothing(MOST_WIDE);
-        for (int64_t start = 0; start < filled; start += ALIGNED) {
-            for (int64_t k = 0; k < width / PAIR<T>; k += LANES)
-                for (int64_t part = start; part < start + ALIGNED; part += LANES) {
-                    const int64_t count = std::min(LANES, width / PAIR<T> - k);
+    // (head_dim / PAIR, padded): words along the head_dim, a column for each token
+    void pack_columns(uint32_t *to, int64_t padded) const {
+        static const std::vector<T> nothing(MAX_HEAD_DIM);
+        for (int64_t start = 0; start < padded; start += KEY_BLOCK) {
+            for (int64_t k = 0; k < head_dim / PAIR<T>; k += LANES)
+                for (int64_t part = start; part < start + KEY_BLOCK; part += LANES) {
+                    const int64_t count = std::min(LANES, head_dim / PAIR<T> - k);
                     Words words[LANES] = {};
                     for (int64_t i = 0; i < LANES; i++) {
                         const T *from = part + i < length ? row(part + i) : nothing.data();
@@ -96,25 +98,25 @@ struct Head {
                     }
                     transpose(words);
                     for (int64_t i = 0; i < count; i++)
-                        std::memcpy(to + (k + i) * filled + part, &words[i], sizeof(Words));
+                        std::memcpy(to + (k + i) * padded + part, &words[i], sizeof(Words));
                 }
         }
     }
 
-    // (filled / PAIR, width): words along the tokens
-    void pack_rows(uint32_t *to, int64_t first, int64_t filled) const {
-        static const std::vector<T> nothing(MOST_WIDE);
-        for (int64_t token = 0; token < filled; token += PAIR<T>) {
+    // (padded / PAIR, head_dim): words along the tokens
+    void pack_rows(uint32_t *to, int64_t first, int64_t padded) const {
+        static const std::vector<T> nothing(MAX_HEAD_DIM);
+        for (int64_t token = 0; token < padded; token += PAIR<T>) {
             const int64_t at = first + token;
             const T *lower = at < length ? row(at) : nothing.data();
             const T *upper = at + PAIR<T> - 1 < length ? row(at + PAIR<T> - 1) : nothing.data();
-            pack(lower, upper, to + token / PAIR<T> * width, width);
+            pack(lower, upper, to + token / PAIR<T> * head_dim, head_dim);
         }
     }
 
     // A strip of rows as the left factor; a strip that is not full is copied.
     Left strip(int64_t token, int64_t rows, uint32_t *copy) const {
-        const int64_t words = width / PAIR<T>;
+        const int64_t words = head_dim / PAIR<T>;
         if (rows == ROWS) return left_of(row(token), by_token);
         std::memset(copy, 0, ROWS * words * sizeof(uint32_t));
         for (int64_t i = 0; i < rows; i++) std::memcpy(copy + i * words, row(token + i), words * sizeof(uint32_t));
@@ -126,12 +128,12 @@ struct Head {
 struct Unit {
     Samples samples;
     Shape shape;
-    int64_t sample, kv_head, length, filled;
+    int64_t sample, kv_head, length, padded;
 
     Unit(Samples samples, Shape shape, int64_t number)
         : samples(samples), shape(shape), sample(number / shape.kv_heads), kv_head(number % shape.kv_heads) {
         length = samples.bounds[sample + 1] - samples.bounds[sample];
-        filled = round_up(length, ALIGNED);
+        padded = round_up(length, KEY_BLOCK);
     }
 
     template <class T>
@@ -155,7 +157,7 @@ struct Unit {
     template <class T>
     Head<T> head(const T *states, int64_t heads, int64_t number) const {
         const int64_t *places = samples.gather_index + samples.bounds[sample];
-        return {states + number * shape.width, places, heads * shape.width, length, shape.width};
+        return {states + number * shape.head_dim, places, heads * shape.head_dim, length, shape.head_dim};
     }
 };
 
@@ -168,17 +170,20 @@ std::vector<Unit> list_units(Samples samples, Shape shape) {
     return units;
 }
 
-// Pieces of a thread's memory, one behind the other.
+// Memory of a thread, kept from call to call, and handed out piece by piece.
 class Room {
    public:
-    explicit Room(int64_t words) : next_(scratch(words)) {}
-
-    bool is_there() const { return next_; }
+    explicit Room(int64_t words) {
+        thread_local std::vector<uint32_t> kept;
+        kept.resize(std::max<size_t>(kept.size(), words + KEY_BLOCK));
+        const uintptr_t start = reinterpret_cast<uintptr_t>(kept.data());
+        next_ = reinterpret_cast<uint32_t *>((start + 63) / 64 * 64);  // a cache line has 64 bytes
+    }
 
     template <class Number>
     Number *take(int64_t count) {
         Number *piece = reinterpret_cast<Number *>(next_);
-        next_ += round_up(count * sizeof(Number) / sizeof(uint32_t), ALIGNED);
+        next_ += round_up(count * sizeof(Number) / sizeof(uint32_t), KEY_BLOCK);
         return piece;
     }
 
@@ -187,14 +192,14 @@ class Room {
 };
 
 template <class T>
-void write_row(const float *numbers, float factor, int64_t width, T *to) {
-    for (int64_t i = 0; i < width; i += LANES) store(load(numbers + i) * factor, to + i);
+void write_row(const float *numbers, float factor, int64_t head_dim, T *to) {
+    for (int64_t i = 0; i < head_dim; i += LANES) store(load(numbers + i) * factor, to + i);
 }
 
-// What lies behind `seen` of the numbers from `start` on is another number.
-inline Floats hide(Floats numbers, int64_t start, int64_t seen, float other) {
-    if (start + LANES <= seen) return numbers;
-    return count_up() < static_cast<uint32_t>(std::max<int64_t>(seen - start, 0)) ? numbers : Floats{} + other;
+// Replace the numbers at `end` and behind it, the first of them being at `start`.
+inline Floats mask_from(int64_t end, Floats numbers, int64_t start, float other) {
+    if (start + LANES <= end) return numbers;
+    return count_up() < static_cast<uint32_t>(std::max<int64_t>(end - start, 0)) ? numbers : Floats{} + other;
 }
 
 // Where one of them is NaN: the right one.
@@ -219,231 +224,232 @@ inline Floats exponentials(Floats x) {
 
 constexpr float NEVER = -__builtin_inff();
 
-// What makes weights of a row of scores: e^(score - largest) * inverse. Not one number, the logarithm of the sum: of
-// large scores that would be as coarse as they are.
-struct Normalizer {
+// The log-sum-exp of a row of scores, in two numbers: a probability is e^(score - largest) * inverse. As one number,
+// the logarithm of the sum, it would be as coarse as large scores are.
+struct LogSumExp {
     float largest, inverse;
 };
 
-// Turn scores into e^(score - largest), 0 from `seen` on; return their sum and the largest.
+// Turn a row of scores into e^(score - largest), 0 from key `visible` on; return their sum and the largest.
 template <class T>
-void to_weights(const float *scores, int64_t seen, int64_t filled, T *weights, float &sum, float &largest) {
+void exponentiate(const float *scores, int64_t visible, int64_t end, T *probs, float &sum, float &largest) {
     Floats most = Floats{} + NEVER, total{};
-    for (int64_t i = 0; i < filled; i += LANES) most = larger(hide(load(scores + i), i, seen, NEVER), most);
+    for (int64_t i = 0; i < end; i += LANES) most = larger(mask_from(visible, load(scores + i), i, NEVER), most);
     largest = reduce(most, larger);
-    for (int64_t i = 0; i < filled; i += LANES) {
-        const Floats weight = hide(exponentials(load(scores + i) - largest), i, seen, 0);
-        total += weight;
-        store(weight, weights + i);
+    for (int64_t i = 0; i < end; i += LANES) {
+        const Floats prob = mask_from(visible, exponentials(load(scores + i) - largest), i, 0);
+        total += prob;
+        store(prob, probs + i);
     }
     sum = sum_of(total);
 }
 
 template <class T>
-bool attend(const T *query, const T *key, const T *value, const int64_t *bounds, const int64_t *query_start,
-            const int64_t *gather_index, int64_t count, int64_t heads, int64_t kv_heads, int64_t width, float scale,
-            T *mixed, Normalizer *normalizers) {
+void attend(const T *query, const T *key, const T *value, const int64_t *bounds, const int64_t *query_start,
+            const int64_t *gather_index, int64_t count, int64_t heads, int64_t kv_heads, int64_t head_dim, float scale,
+            T *attn_out, LogSumExp *lse) {
     const Samples samples{bounds, query_start, gather_index, count};
-    const Shape shape{heads, kv_heads, width};
+    const Shape shape{heads, kv_heads, head_dim};
     const auto units = list_units(samples, shape);
-    const int64_t deep = width / PAIR<T>;
-    std::atomic<bool> fits{true};
+    const int64_t head_words = head_dim / PAIR<T>;
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t each = 0; each < units.size(); each++) {
         const Unit &unit = units[each];
-        const int64_t filled = unit.filled;
-        Room room(2 * filled * deep + ROWS * (2 * filled + 2 * width));
-        if (!room.is_there()) {
-            fits = false;
-            continue;
-        }
-        auto *columns = room.take<uint32_t>(filled * deep), *rows_of_values = room.take<uint32_t>(filled * deep);
-        auto *copy = room.take<uint32_t>(ROWS * deep);
-        auto *scores = room.take<float>(ROWS * filled), *sums = room.take<float>(ROWS * width);
-        auto *weights = room.take<T>(ROWS * filled);
-        unit.keys(key).pack_columns(columns, filled);
-        unit.keys(value).pack_rows(rows_of_values, 0, filled);
+        const int64_t padded = unit.padded;
+        Room room(2 * padded * head_words + ROWS * (2 * padded + 2 * head_dim));
+        auto *k_columns = room.take<uint32_t>(padded * head_words);  // (head_words, padded)
+        auto *v_rows = room.take<uint32_t>(padded * head_words);     // (padded / PAIR, head_dim)
+        auto *copy = room.take<uint32_t>(ROWS * head_words);
+        auto *scores = room.take<float>(ROWS * padded), *sums = room.take<float>(ROWS * head_dim);
+        auto *probs = room.take<T>(ROWS * padded);
+        unit.keys(key).pack_columns(k_columns, padded);
+        unit.keys(value).pack_rows(v_rows, 0, padded);
         for (int64_t token = samples.query_start[unit.sample]; token < unit.length; token += ROWS) {
-            const int64_t rows = std::min(ROWS, unit.length - token), seen = round_up(token + rows, ALIGNED);
+            const int64_t rows = std::min(ROWS, unit.length - token), end = round_up(token + rows, KEY_BLOCK);
             for (int64_t member = 0; member < shape.group(); member++) {
-                const Left queries = unit.queries(query, member).strip(token, rows, copy);
-                multiply<T>(queries, ROWS, columns, filled, deep, seen, scale, scores, filled);
+                const Left q_strip = unit.queries(query, member).strip(token, rows, copy);
+                multiply<T>(q_strip, ROWS, k_columns, padded, head_words, end, scale, scores, padded);
                 float sum[ROWS], largest[ROWS];
                 for (int64_t row = 0; row < rows; row++)
-                    to_weights(scores + row * filled, token + row + 1, seen, weights + row * filled, sum[row],
-                               largest[row]);
-                multiply<T>(left_of(weights, filled), ROWS, rows_of_values, width, seen / PAIR<T>, width, 1.0f, sums,
-                            width);
+                    exponentiate(scores + row * padded, token + row + 1, end, probs + row * padded, sum[row],
+                                 largest[row]);
+                multiply<T>(left_of(probs, padded), ROWS, v_rows, head_dim, end / PAIR<T>, head_dim, 1.0f, sums,
+                            head_dim);
                 for (int64_t row = 0; row < rows; row++) {
                     const int64_t at = unit.row(token + row, member);
-                    normalizers[at] = {largest[row], 1.0f / sum[row]};
-                    write_row(sums + row * width, normalizers[at].inverse, width, mixed + at * width);
+                    lse[at] = {largest[row], 1.0f / sum[row]};
+                    write_row(sums + row * head_dim, lse[at].inverse, head_dim, attn_out + at * head_dim);
                 }
             }
         }
     }
-    return fits;
 }
 
-// Of one row: compute the weights again from scores, and the gradient of scale * scores from that of theirs.
+// Of one row: compute the probabilities again, in the place of scores, and from their gradient that of scale * scores.
 template <class T>
-void differentiate(float *scores, const float *grads, int64_t seen, int64_t filled, Normalizer normalizer, T *weights,
-                   T *of_scores) {
+void differentiate(float *scores, const float *grad_probs, int64_t visible, int64_t end, LogSumExp lse, T *probs,
+                   T *grad_scores) {
     Floats total{};
-    for (int64_t i = 0; i < filled; i += LANES) {
-        const Floats positive = exponentials(load(scores + i) - normalizer.largest) * normalizer.inverse;
-        const Floats weight = hide(positive, i, seen, 0);
-        total += weight * load(grads + i);
-        store(weight, scores + i);
-        store(weight, weights + i);
+    for (int64_t i = 0; i < end; i += LANES) {
+        const Floats unmasked = exponentials(load(scores + i) - lse.largest) * lse.inverse;
+        const Floats prob = mask_from(visible, unmasked, i, 0);
+        total += prob * load(grad_probs + i);
+        store(prob, scores + i);
+        store(prob, probs + i);
     }
     const float mean = sum_of(total);
-    for (int64_t i = 0; i < filled; i += LANES) store(load(scores + i) * (load(grads + i) - mean), of_scores + i);
+    for (int64_t i = 0; i < end; i += LANES) store(load(scores + i) * (load(grad_probs + i) - mean), grad_scores + i);
 }
 
-// The gradients that leave backward.
+// The gradients that leave backward, and those of tokens that several samples share, a copy for each sample.
 template <class T>
 struct Gradients {
-    T *query, *key, *value;
-    float *parts;           // (2, tokens of all samples, kv_heads, width): of keys and values of shared tokens, by sample
-    const int64_t *copy_offsets;  // where the tokens of each place begin among its copies
+    T *grad_q, *grad_k, *grad_v;  // (tokens, heads, head_dim) and twice (tokens, kv_heads, head_dim)
+    float *copies;                // of keys, then of values: (2, tokens of all samples, kv_heads, head_dim)
+    const int64_t *copy_offsets;  // where the copies of each token begin, and the end of the last: (tokens + 1)
 };
 
 // Backward of one unit.
 template <class T>
 struct Backward {
     const Unit &unit;
-    const T *query, *grad;
-    const Normalizer *normalizers;
+    const T *query, *grad;  // grad: of attn_out
+    const LogSumExp *lse;
     float scale;
-    int64_t width, deep, filled;
-    uint32_t *columns, *columns_of_values, *rows_of_keys;   // what is packed of keys and values
-    uint32_t *weights, *of_scores;                          // of a tile, in pairs of rows, (TILE / PAIR, filled)
-    uint32_t *rows_of_queries, *rows_of_grads, *copies;     // of a tile, of a strip
-    float *of_keys, *of_values, *scores, *grads, *sums;     // gradients, (filled, width); of a strip
-    T *strip_of_weights, *strip_of_scores;
+    int64_t head_dim, head_words, padded;
+    uint32_t *k_columns, *v_columns;                // (head_words, padded)
+    uint32_t *k_rows;                               // (padded / PAIR, head_dim)
+    float *grad_k, *grad_v;                         // (padded, head_dim)
+    uint32_t *tile_probs, *tile_grad_scores;        // (TILE / PAIR, padded)
+    uint32_t *tile_q, *tile_grad;                   // (TILE / PAIR, head_dim)
+    uint32_t *copies;                               // of strips that are not full: (2, ROWS, head_words)
+    float *scores, *grad_probs;                     // of a strip: (ROWS, padded)
+    float *grad_q;                                  // of a strip: (ROWS, head_dim)
+    T *probs, *grad_scores;                         // of a strip: (ROWS, padded)
 
-    Backward(const Unit &unit, const T *query, const T *key, const T *value, const T *grad,
-             const Normalizer *normalizers, float scale, Room &room)
-        : unit(unit), query(query), grad(grad), normalizers(normalizers), scale(scale), width(unit.shape.width),
-          deep(width / PAIR<T>), filled(unit.filled) {
-        columns = room.take<uint32_t>(filled * deep), columns_of_values = room.take<uint32_t>(filled * deep);
-        rows_of_keys = room.take<uint32_t>(filled * deep);
-        of_keys = room.take<float>(filled * width), of_values = room.take<float>(filled * width);
-        weights = room.take<uint32_t>(TILE / PAIR<T> * filled), of_scores = room.take<uint32_t>(TILE / PAIR<T> * filled);
-        rows_of_queries = room.take<uint32_t>(TILE * deep), rows_of_grads = room.take<uint32_t>(TILE * deep);
-        copies = room.take<uint32_t>(2 * ROWS * deep);
-        scores = room.take<float>(ROWS * filled), grads = room.take<float>(ROWS * filled);
-        sums = room.take<float>(ROWS * width);
-        strip_of_weights = room.take<T>(ROWS * filled), strip_of_scores = room.take<T>(ROWS * filled);
-        unit.keys(key).pack_columns(columns, filled);
-        unit.keys(value).pack_columns(columns_of_values, filled);
-        unit.keys(key).pack_rows(rows_of_keys, 0, filled);
-        std::fill(of_keys, of_keys + filled * width, 0.0f);
-        std::fill(of_values, of_values + filled * width, 0.0f);
+    Backward(const Unit &unit, const T *query, const T *key, const T *value, const T *grad, const LogSumExp *lse,
+             float scale, Room &room)
+        : unit(unit), query(query), grad(grad), lse(lse), scale(scale), head_dim(unit.shape.head_dim),
+          head_words(head_dim / PAIR<T>), padded(unit.padded) {
+        k_columns = room.take<uint32_t>(padded * head_words), v_columns = room.take<uint32_t>(padded * head_words);
+        k_rows = room.take<uint32_t>(padded * head_words);
+        grad_k = room.take<float>(padded * head_dim), grad_v = room.take<float>(padded * head_dim);
+        tile_probs = room.take<uint32_t>(TILE / PAIR<T> * padded);
+        tile_grad_scores = room.take<uint32_t>(TILE / PAIR<T> * padded);
+        tile_q = room.take<uint32_t>(TILE * head_words), tile_grad = room.take<uint32_t>(TILE * head_words);
+        copies = room.take<uint32_t>(2 * ROWS * head_words);
+        scores = room.take<float>(ROWS * padded), grad_probs = room.take<float>(ROWS * padded);
+        grad_q = room.take<float>(ROWS * head_dim);
+        probs = room.take<T>(ROWS * padded), grad_scores = room.take<T>(ROWS * padded);
+        unit.keys(key).pack_columns(k_columns, padded);
+        unit.keys(value).pack_columns(v_columns, padded);
+        unit.keys(key).pack_rows(k_rows, 0, padded);
+        std::fill(grad_k, grad_k + padded * head_dim, 0.0f);
+        std::fill(grad_v, grad_v + padded * head_dim, 0.0f);
     }
 
+    // How much memory that takes, in words.
     static int64_t words(const Unit &unit) {
-        const int64_t width = unit.shape.width, filled = unit.filled;
-        return 5 * filled * width + 2 * TILE * (filled + width) + ROWS * (4 * filled + 3 * width);
+        const int64_t head_dim = unit.shape.head_dim, padded = unit.padded;
+        return 5 * padded * head_dim + 2 * TILE * (padded + head_dim) + ROWS * (4 * padded + 3 * head_dim);
     }
 
     void run(const Gradients<T> &to) {
         for (int64_t start = unit.samples.query_start[unit.sample]; start < unit.length; start += TILE)
-            for (int64_t member = 0; member < unit.shape.group(); member++) do_tile(start, member, to.query);
-        for (int64_t token = 0; token < unit.length; token++) write_token(token, to);
+            for (int64_t member = 0; member < unit.shape.group(); member++) do_tile(start, member, to.grad_q);
+        for (int64_t token = 0; token < unit.length; token++) write_keys(token, to);
     }
 
    private:
-    void do_tile(int64_t start, int64_t member, T *of_query) {
-        const int64_t tile = std::min(TILE, unit.length - start), seen = round_up(start + tile, ALIGNED);
+    void do_tile(int64_t start, int64_t member, T *to_grad_q) {
+        const int64_t tile = std::min(TILE, unit.length - start), end = round_up(start + tile, KEY_BLOCK);
         const int64_t rows = round_up(tile, ROWS), depth = rows / PAIR<T>;
-        unit.queries(query, member).pack_rows(rows_of_queries, start, rows);
-        unit.queries(grad, member).pack_rows(rows_of_grads, start, rows);
+        unit.queries(query, member).pack_rows(tile_q, start, rows);
+        unit.queries(grad, member).pack_rows(tile_grad, start, rows);
         for (int64_t first = 0; first < tile; first += ROWS)
-            do_strip(start + first, std::min(ROWS, tile - first), first, seen, member, of_query);
-        multiply<T>({of_scores, 1, filled}, seen, rows_of_queries, width, depth, width, scale, of_keys, width, true);
-        multiply<T>({weights, 1, filled}, seen, rows_of_grads, width, depth, width, 1.0f, of_values, width, true);
+            do_strip(start + first, std::min(ROWS, tile - first), first, end, member, to_grad_q);
+        multiply<T>({tile_grad_scores, 1, padded}, end, tile_q, head_dim, depth, head_dim, scale, grad_k, head_dim,
+                    true);
+        multiply<T>({tile_probs, 1, padded}, end, tile_grad, head_dim, depth, head_dim, 1.0f, grad_v, head_dim, true);
     }
 
-    void do_strip(int64_t token, int64_t rows, int64_t first, int64_t seen_by_tile, int64_t member, T *of_query) {
-        const int64_t seen = round_up(token + rows, ALIGNED);
-        const Left queries = unit.queries(query, member).strip(token, rows, copies);
-        const Left of_mixed = unit.queries(grad, member).strip(token, rows, copies + ROWS * deep);
-        multiply<T>(queries, ROWS, columns, filled, deep, seen, scale, scores, filled);
-        multiply<T>(of_mixed, ROWS, columns_of_values, filled, deep, seen, 1.0f, grads, filled);
+    void do_strip(int64_t token, int64_t rows, int64_t first, int64_t tile_end, int64_t member, T *to_grad_q) {
+        const int64_t end = round_up(token + rows, KEY_BLOCK);
+        const Left q_strip = unit.queries(query, member).strip(token, rows, copies);
+        const Left grad_strip = unit.queries(grad, member).strip(token, rows, copies + ROWS * head_words);
+        multiply<T>(q_strip, ROWS, k_columns, padded, head_words, end, scale, scores, padded);
+        multiply<T>(grad_strip, ROWS, v_columns, padded, head_words, end, 1.0f, grad_probs, padded);
         for (int64_t row = 0; row < ROWS; row++) {  // those behind the end see nothing
-            const int64_t own = row < rows ? token + row + 1 : 0, at = unit.row(token + std::min(row, rows - 1), member);
-            differentiate(scores + row * filled, grads + row * filled, own, seen, normalizers[at],
-                          strip_of_weights + row * filled, strip_of_scores + row * filled);
+            const int64_t visible = row < rows ? token + row + 1 : 0;
+            const int64_t at = unit.row(token + std::min(row, rows - 1), member);
+            differentiate(scores + row * padded, grad_probs + row * padded, visible, end, lse[at],
+                          probs + row * padded, grad_scores + row * padded);
         }
         for (int64_t row = 0; row < ROWS; row += PAIR<T>) {
-            keep_pair(strip_of_weights + row * filled, weights + (first + row) / PAIR<T> * filled, seen, seen_by_tile);
-            keep_pair(strip_of_scores + row * filled, of_scores + (first + row) / PAIR<T> * filled, seen, seen_by_tile);
+            const int64_t tile_row = (first + row) / PAIR<T> * padded;
+            keep_pair(probs + row * padded, tile_probs + tile_row, end, tile_end);
+            keep_pair(grad_scores + row * padded, tile_grad_scores + tile_row, end, tile_end);
         }
-        multiply<T>(left_of(strip_of_scores, filled), ROWS, rows_of_keys, width, seen / PAIR<T>, width, scale, sums,
-                    width);
+        multiply<T>(left_of(grad_scores, padded), ROWS, k_rows, head_dim, end / PAIR<T>, head_dim, scale, grad_q,
+                    head_dim);
         for (int64_t row = 0; row < rows; row++)
-            write_row(sums + row * width, 1.0f, width, of_query + unit.row(token + row, member) * width);
+            write_row(grad_q + row * head_dim, 1.0f, head_dim, to_grad_q + unit.row(token + row, member) * head_dim);
     }
 
-    void keep_pair(const T *rows, uint32_t *to, int64_t seen, int64_t seen_by_tile) {
-        pack(rows, rows + (PAIR<T> - 1) * filled, to, seen);
-        std::fill(to + seen, to + seen_by_tile, 0);
+    void keep_pair(const T *rows, uint32_t *to, int64_t end, int64_t tile_end) {
+        pack(rows, rows + (PAIR<T> - 1) * padded, to, end);
+        std::fill(to + end, to + tile_end, 0);
     }
 
-    void write_token(int64_t token, const Gradients<T> &to) {
+    void write_keys(int64_t token, const Gradients<T> &to) {
         const int64_t place = unit.place(token), kv_heads = unit.shape.kv_heads;
-        const float *from = of_keys + token * width, *from_values = of_values + token * width;
+        const float *k = grad_k + token * head_dim, *v = grad_v + token * head_dim;
         if (to.copy_offsets[place + 1] - to.copy_offsets[place] == 1) {
-            const int64_t at = (place * kv_heads + unit.kv_head) * width;
-            write_row(from, 1.0f, width, to.key + at);
-            write_row(from_values, 1.0f, width, to.value + at);
+            const int64_t at = (place * kv_heads + unit.kv_head) * head_dim;
+            write_row(k, 1.0f, head_dim, to.grad_k + at);
+            write_row(v, 1.0f, head_dim, to.grad_v + at);
         } else {
             const Samples &samples = unit.samples;
-            const int64_t at = ((samples.bounds[unit.sample] + token) * kv_heads + unit.kv_head) * width;
-            write_row(from, 1.0f, width, to.parts + at);
-            write_row(from_values, 1.0f, width, to.parts + samples.bounds[samples.count] * kv_heads * width + at);
+            const int64_t at = ((samples.bounds[unit.sample] + token) * kv_heads + unit.kv_head) * head_dim;
+            write_row(k, 1.0f, head_dim, to.copies + at);
+            write_row(v, 1.0f, head_dim, to.copies + samples.bounds[samples.count] * kv_heads * head_dim + at);
         }
     }
 };
 
-// Sum up what the tokens of samples at each place have, in their copies; those of place p are copies[copy_offsets[p]]
-// and on.
+// Add up the gradients of each token that several samples share: those of token t are parts[copies[i]] for i from
+// copy_offsets[t] to copy_offsets[t + 1].
 template <class T>
-void sum_up(const float *parts, const int64_t *copies, const int64_t *copy_offsets, int64_t places, int64_t width, T *to) {
+void sum_copies(const float *parts, const int64_t *copies, const int64_t *copy_offsets, int64_t tokens, int64_t width,
+                T *grad) {
 #pragma omp parallel for
-    for (int64_t place = 0; place < places; place++) {
-        if (copy_offsets[place + 1] - copy_offsets[place] == 1) continue;
+    for (int64_t token = 0; token < tokens; token++) {
+        if (copy_offsets[token + 1] - copy_offsets[token] == 1) continue;
 #pragma omp simd
         for (int64_t i = 0; i < width; i++) {
             float sum = 0;
-            for (int64_t each = copy_offsets[place]; each < copy_offsets[place + 1]; each++) sum += parts[copies[each] * width + i];
-            write(to[place * width + i], sum);
+            for (int64_t at = copy_offsets[token]; at < copy_offsets[token + 1]; at++)
+                sum += parts[copies[at] * width + i];
+            write(grad[token * width + i], sum);
         }
     }
 }
 
 template <class T>
-bool attend_backward(const T *query, const T *key, const T *value, const T *grad, const Normalizer *normalizers,
+void attend_backward(const T *query, const T *key, const T *value, const T *grad, const LogSumExp *lse,
                      const int64_t *bounds, const int64_t *query_start, const int64_t *gather_index,
                      const int64_t *copies, const int64_t *copy_offsets, int64_t count, int64_t tokens, int64_t heads,
-                     int64_t kv_heads, int64_t width, float scale, float *parts, T *of_query, T *of_key, T *of_value) {
-    const auto units = list_units({bounds, query_start, gather_index, count}, {heads, kv_heads, width});
-    const Gradients<T> to{of_query, of_key, of_value, parts, copy_offsets};
-    std::atomic<bool> fits{true};
+                     int64_t kv_heads, int64_t head_dim, float scale, float *parts, T *grad_q, T *grad_k, T *grad_v) {
+    const auto units = list_units({bounds, query_start, gather_index, count}, {heads, kv_heads, head_dim});
+    const Gradients<T> to{grad_q, grad_k, grad_v, parts, copy_offsets};
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t each = 0; each < units.size(); each++) {
         Room room(Backward<T>::words(units[each]));
-        if (room.is_there())
-            Backward<T>(units[each], query, key, value, grad, normalizers, scale, room).run(to);
-        else
-            fits = false;
+        Backward<T>(units[each], query, key, value, grad, lse, scale, room).run(to);
     }
-    const int64_t wide = kv_heads * width;
-    if (fits) sum_up(parts, copies, copy_offsets, tokens, wide, of_key);
-    if (fits) sum_up(parts + bounds[count] * wide, copies, copy_offsets, tokens, wide, of_value);
-    return fits;
+    const int64_t width = kv_heads * head_dim;
+    sum_copies(parts, copies, copy_offsets, tokens, width, grad_k);
+    sum_copies(parts + bounds[count] * width, copies, copy_offsets, tokens, width, grad_v);
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 """The C++ for this CPU: compiled once, kept in the cache, called with tensors."""
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -11,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +70,8 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def _compile(compiler: str, folder: Path) -> None:
-    def run(*arguments: str | Path) -> None:
-        command = [compiler, *_options(), *map(str, arguments)]
-        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
-
-    def compile_one(source: Path) -> Path:
-        compiled = folder / f"{source.stem}.o"
-        run("-c", source, "-o", compiled)
-        return compiled
-
-    with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(compile_one, _SOURCES))
-    run("-shared", *objects, "-o", folder / _LIBRARY)
-    for each in objects:
-        each.unlink()
+    command = [compiler, *_options(), "-shared", *map(str, _SOURCES), "-o", str(folder / _LIBRARY)]
+    subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
     folder.chmod(0o700)
     (folder / _LIBRARY).chmod(0o600)
 
@@ -112,9 +98,8 @@ def _has_gnu_threads() -> bool:
     return "/libgomp.so.1\n" in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
 
 
-PROFILED = "loops::"  # what calls are called in a profile
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_Pointer: Any = ctypes.CFUNCTYPE(ctypes.c_bool)
+_Pointer: Any = ctypes.CFUNCTYPE(None)
 
 
 def _function(name: str, dtype: torch.dtype) -> Any:
@@ -127,7 +112,7 @@ def _function(name: str, dtype: torch.dtype) -> Any:
         return None
 
 
-def is_there(name: str, dtype: torch.dtype) -> bool:
+def has_function(name: str, dtype: torch.dtype) -> bool:
     """Whether a function has been compiled for a dtype."""
     return _function(name, dtype) is not None
 
@@ -140,21 +125,13 @@ def has_numbers(*tensors: Tensor) -> bool:
     return plain and not torch.compiler.is_compiling()
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | ctypes.Array[Any] | None) -> None:
-    """Call a function: of a tensor its address is handed over, of ``None`` a null pointer.
-
-    Raises:
-        MemoryError: There is none for what each thread keeps.
-    """
-    profiled = torch.autograd.profiler._is_profiler_enabled
-    with torch.profiler.record_function(f"{PROFILED}{name}") if profiled else contextlib.nullcontext():
-        if not _function(name, dtype)(*map(_to_c, arguments)):
-            raise MemoryError(f"There is no memory for what the C++ loop {name} keeps for each thread.")
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | float) -> None:
+    """Call a function; of a tensor its address is handed over."""
+    with torch.profiler.record_function(f"loops::{name}"):
+        _function(name, dtype)(*map(_to_c, arguments))
 
 
-def _to_c(argument: Any) -> Any:
-    if isinstance(argument, float):
-        return ctypes.c_float(argument)
-    if isinstance(argument, int):
-        return ctypes.c_int64(argument)
-    return ctypes.c_void_p(argument.data_ptr()) if isinstance(argument, Tensor) else argument
+def _to_c(argument: Tensor | float) -> Any:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)

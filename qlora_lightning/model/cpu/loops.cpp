@@ -1,5 +1,5 @@
 // What a LLaMA computes row by row, without operators' results in between; sums are taken in float32, results rounded
-// once. The same in torch's operations: ../layers/elementwise.py and ../loss.py.
+// once. The same in torch's operations: ../layers/elementwise.py and ../step/loss.py.
 
 #include "numbers.h"
 
@@ -8,13 +8,13 @@ namespace {
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 template <class T>
-bool rms_norm(const T *__restrict x, const T *__restrict weight, float eps, int64_t again, T *__restrict out,
-               float *__restrict inverse, int64_t rows, int64_t width) {
+void rms_norm(const T *__restrict x, const T *__restrict weight, float eps, int64_t has_inverse, T *__restrict out,
+              float *__restrict inverse, int64_t rows, int64_t width) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
         const T *from = x + row * width;
         T *to = out + row * width;
-        if (!again) {  // else backward passes what forward has found
+        if (!has_inverse) {  // which backward passes, as forward had it
             float squares = 0;
 #pragma omp simd reduction(+ : squares)
             for (int64_t i = 0; i < width; i++) squares += read(from[i]) * read(from[i]);
@@ -24,12 +24,11 @@ bool rms_norm(const T *__restrict x, const T *__restrict weight, float eps, int6
 #pragma omp simd
         for (int64_t i = 0; i < width; i++) write(to[i], read(from[i]) * factor * read(weight[i]));
     }
-    return true;
 }
 
 template <class T>
-bool rms_norm_backward(const T *__restrict x, const T *__restrict weight, const float *__restrict inverse,
-                        T *__restrict grad, int64_t rows, int64_t width) {
+void rms_norm_backward(const T *__restrict x, const T *__restrict weight, const float *__restrict inverse,
+                       T *__restrict grad, int64_t rows, int64_t width) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
         const T *from = x + row * width;
@@ -42,42 +41,39 @@ bool rms_norm_backward(const T *__restrict x, const T *__restrict weight, const 
         for (int64_t i = 0; i < width; i++)
             write(to[i], factor * (read(to[i]) * read(weight[i]) - read(from[i]) * mean));
     }
-    return true;
 }
 
 constexpr int64_t BLOCK = 4096;  // numbers that a thread takes at a time
 
 template <class T>
-bool swiglu(const T *__restrict gate, const T *__restrict up, T *__restrict out, int64_t count) {
+void swiglu(const T *__restrict gate, const T *__restrict up, T *__restrict out, int64_t count) {
 #pragma omp parallel for
     for (int64_t start = 0; start < count; start += BLOCK) {
         const int64_t end = start + BLOCK < count ? start + BLOCK : count;
 #pragma omp simd
         for (int64_t i = start; i < end; i++) write(out[i], read(gate[i]) * sigmoid(read(gate[i])) * read(up[i]));
     }
-    return true;
 }
 
 template <class T>
-bool swiglu_backward(const T *__restrict gate, const T *__restrict up, T *__restrict grad, T *__restrict grad_up,
+void swiglu_backward(const T *__restrict gate, const T *__restrict up, T *__restrict grad, T *__restrict grad_up,
                      T *__restrict out, int64_t count) {
 #pragma omp parallel for
     for (int64_t start = 0; start < count; start += BLOCK) {
         const int64_t end = start + BLOCK < count ? start + BLOCK : count;
 #pragma omp simd
         for (int64_t i = start; i < end; i++) {
-            const float x = read(gate[i]), y = read(up[i]), of_out = read(grad[i]);
+            const float x = read(gate[i]), y = read(up[i]), grad_out = read(grad[i]);
             const float part = sigmoid(x), active = x * part;
             write(out[i], active * y);
-            write(grad_up[i], of_out * active);
-            write(grad[i], of_out * y * part * (1.0f + x * (1.0f - part)));
+            write(grad_up[i], grad_out * active);
+            write(grad[i], grad_out * y * part * (1.0f + x * (1.0f - part)));
         }
     }
-    return true;
 }
 
 template <class T>
-bool rotate(const T *__restrict x, const T *__restrict cos, const T *__restrict sin, float sign, T *__restrict out,
+void rotate(const T *__restrict x, const T *__restrict cos, const T *__restrict sin, float sign, T *__restrict out,
             int64_t tokens, int64_t heads, int64_t width) {
     const int64_t half = width / 2;
 #pragma omp parallel for
@@ -95,43 +91,41 @@ bool rotate(const T *__restrict x, const T *__restrict cos, const T *__restrict 
             }
         }
     }
-    return true;
 }
 
 // Of each row of logits the negative log-likelihood of its target, and whether that is the first of the largest; in the
 // place of the logits, if wanted, the gradient: softmax - onehot.
 template <class T>
-bool cross_entropy(T *__restrict logits, const int64_t *targets, int64_t with_gradient, float *nll, bool *correct,
+void cross_entropy(T *__restrict logits, const int64_t *targets, int64_t with_gradient, float *nll, bool *correct,
                    int64_t rows, int64_t vocabulary) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
-        T *of_row = logits + row * vocabulary;
+        T *row_logits = logits + row * vocabulary;
         const int64_t target = targets[row];
-        const float wanted = read(of_row[target]);
+        const float target_logit = read(row_logits[target]);
         float largest = -__builtin_inff();
 #pragma omp simd reduction(max : largest)
-        for (int64_t i = 0; i < vocabulary; i++) largest = read(of_row[i]) > largest ? read(of_row[i]) : largest;
+        for (int64_t i = 0; i < vocabulary; i++) largest = read(row_logits[i]) > largest ? read(row_logits[i]) : largest;
         int32_t earlier = 0;
-        if (wanted == largest)
+        if (target_logit == largest)
 #pragma omp simd reduction(+ : earlier)
-            for (int64_t i = 0; i < target; i++) earlier += read(of_row[i]) == largest;
-        correct[row] = wanted == largest && !earlier;
+            for (int64_t i = 0; i < target; i++) earlier += read(row_logits[i]) == largest;
+        correct[row] = target_logit == largest && !earlier;
         double sum = 0;  // of blocks' sums: a float would lose digits of a large vocabulary
         for (int64_t start = 0; start < vocabulary; start += BLOCK) {
             const int64_t end = start + BLOCK < vocabulary ? start + BLOCK : vocabulary;
             float part = 0;
 #pragma omp simd reduction(+ : part)
-            for (int64_t i = start; i < end; i++) part += exponential(read(of_row[i]) - largest);
+            for (int64_t i = start; i < end; i++) part += exponential(read(row_logits[i]) - largest);
             sum += part;
         }
-        nll[row] = static_cast<float>(std::log(sum)) + (largest - wanted);
+        nll[row] = static_cast<float>(std::log(sum)) + (largest - target_logit);
         if (!with_gradient) continue;
         const float factor = static_cast<float>(1 / sum);
 #pragma omp simd
-        for (int64_t i = 0; i < vocabulary; i++) write(of_row[i], exponential(read(of_row[i]) - largest) * factor);
-        write(of_row[target], exponential(wanted - largest) * factor - 1.0f);
+        for (int64_t i = 0; i < vocabulary; i++) write(row_logits[i], exponential(read(row_logits[i]) - largest) * factor);
+        write(row_logits[target], exponential(target_logit - largest) * factor - 1.0f);
     }
-    return true;
 }
 
 }  // namespace

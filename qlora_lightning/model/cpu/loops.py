@@ -1,4 +1,4 @@
-"""What ``loops.cpp`` computes, for tensors."""
+"""What ``loops.cpp`` computes, called with tensors."""
 
 import torch
 from torch import Tensor
@@ -15,20 +15,20 @@ def can_run(*tensors: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Compute ``weight · x / rms(x)`` of each row, ``(rows, width)``, and ``1 / rms(x)``, ``(rows, 1)`` in float32."""
-    normed, inverse = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
-    call("rms_norm", x.dtype, x, weight, float(eps), False, normed, inverse, *x.shape)
+    normed, inverse, has_inverse = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32), False
+    call("rms_norm", x.dtype, x, weight, float(eps), has_inverse, normed, inverse, *x.shape)
     return normed, inverse
 
 
 def rms_norm_again(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """Compute the first of what :func:`rms_norm` returns, from the second."""
-    normed = torch.empty_like(x)
-    call("rms_norm", x.dtype, x, weight, 0.0, True, normed, inverse, *x.shape)
+    """Compute the first of what :func:`rms_norm` returns, from the second: in backward."""
+    normed, eps, has_inverse = torch.empty_like(x), 0.0, True
+    call("rms_norm", x.dtype, x, weight, eps, has_inverse, normed, inverse, *x.shape)
     return normed
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """Compute the gradient of x in the place of that of the normed rows."""
+    """Compute the gradient of x from that of the normed rows, whose place it takes."""
     call("rms_norm_backward", x.dtype, x, weight, inverse, grad, *x.shape)
     return grad
 

@@ -12,7 +12,7 @@ struct bf16 {
     uint16_t bits;
 };
 
-// A function under a name that Python finds: a pointer to it. Each returns whether its threads got the memory they need.
+// A function under a name that Python finds: a pointer to it.
 #define EXPORT(NAME, ...) extern "C" { auto *NAME = __VA_ARGS__; }
 
 inline float read(float number) { return number; }

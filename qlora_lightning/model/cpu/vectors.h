@@ -2,9 +2,6 @@
 
 #pragma once
 
-#include <new>
-#include <vector>
-
 #include "numbers.h"
 
 #ifdef __AVX512BF16__
@@ -36,12 +33,6 @@ inline Words load_words(const void *from) {
     return words;
 }
 
-inline Floats load(const bf16 *from) {
-    uint16_t bits __attribute__((vector_size(2 * LANES)));
-    std::memcpy(&bits, from, sizeof bits);
-    return reinterpret_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
-}
-
 inline void store(Floats numbers, float *to) { std::memcpy(to, &numbers, sizeof numbers); }
 
 inline void store(Floats numbers, bf16 *to) {
@@ -68,14 +59,11 @@ inline Floats multiply_add<float>(uint32_t left, Words right, Floats sum) {
 }
 
 #ifdef __AVX512BF16__
-inline Floats multiply_add(Words left, Words right, Floats sum) {
-    return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(left),
-                                                     reinterpret_cast<__m512bh>(right)));
-}
-
 template <>
 inline Floats multiply_add<bf16>(uint32_t left, Words right, Floats sum) {
-    return multiply_add(reinterpret_cast<Words>(_mm512_set1_epi32(left)), right, sum);
+    const auto pairs = reinterpret_cast<__m512bh>(_mm512_set1_epi32(left));
+    return reinterpret_cast<Floats>(
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), pairs, reinterpret_cast<__m512bh>(right)));
 }
 #endif
 
@@ -100,8 +88,6 @@ inline void transpose(Words (&rows)[LANES]) {
     if constexpr (2 * SIZE < LANES) transpose<2 * SIZE>(rows);
 }
 
-inline uint32_t pair(bf16 first, bf16 second) { return first.bits | static_cast<uint32_t>(second.bits) << 16; }
-
 // Lay two rows into pairs; of floats there is one.
 inline void pack(const float *first, const float *, uint32_t *to, int64_t width) {
     std::memcpy(to, first, width * sizeof(float));
@@ -109,22 +95,9 @@ inline void pack(const float *first, const float *, uint32_t *to, int64_t width)
 
 inline void pack(const bf16 *first, const bf16 *second, uint32_t *to, int64_t width) {
 #pragma omp simd
-    for (int64_t i = 0; i < width; i++) to[i] = pair(first[i], second[i]);
+    for (int64_t i = 0; i < width; i++) to[i] = first[i].bits | static_cast<uint32_t>(second[i].bits) << 16;
 }
 
 inline int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
-
-// Memory of a thread, kept from call to call; none where there is not enough: no exception leaves a thread of OpenMP.
-inline uint32_t *scratch(int64_t words) {
-    thread_local std::vector<uint32_t> kept;
-    const int64_t spare = 16;
-    try {
-        if (static_cast<int64_t>(kept.size()) < words + spare) kept.resize(words + spare);
-    } catch (const std::bad_alloc &) {
-        return nullptr;
-    }
-    const uintptr_t start = reinterpret_cast<uintptr_t>(kept.data());
-    return reinterpret_cast<uint32_t *>((start + 63) / 64 * 64);
-}
 
 }  // namespace

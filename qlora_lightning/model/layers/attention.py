@@ -11,6 +11,8 @@ The keyword ``samples``, which transformers hands on to here, describes a batch'
 
 A sliding window that no sample is longer than changes nothing. A narrower one takes the ragged kernel or the last way,
 with a mask; a soft cap on the scores (Gemma 2) takes the last way, by products.
+
+Without ``samples``, as when transformers generates, this is torch's attention with transformers' mask.
 """
 # mypy: allow-untyped-calls
 
@@ -27,8 +29,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from qlora_lightning.model.cpu.library import call, has_numbers, is_there
-from qlora_lightning.model.layers.kv_cache import KeyValueCache
+from qlora_lightning.model.cpu.library import call, has_function, has_numbers
 from qlora_lightning.model.step.layout import Expansion, Samples, whole_samples
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import attend_ragged
@@ -93,7 +94,6 @@ def flat_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     samples: Samples | None = None,
-    kv_cache: KeyValueCache | None = None,
     cu_seqlens: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -108,45 +108,44 @@ def flat_attention(
         query: Queries, ``(1, heads, tokens, head_dim)``.
         key: Keys, ``(1, kv_heads, tokens, head_dim)``.
         value: Values, ``(1, kv_heads, tokens, head_dim)``.
-        attention_mask: Only read without ``samples``.
+        attention_mask: ``(batch, 1, queries, keys)``, true where a query sees a key, or ``None``: causal. Only read
+            without ``samples``.
         scaling: Factor on the scores; ``None`` means ``head_dim ** -0.5``.
         dropout: Probability with which attention weights are dropped.
-        samples: Where the samples are; without them (generation by transformers) this is torch's SDPA.
-        kv_cache: Of rows that are being answered: takes in their prompts, then attends for one token of each.
+        samples: Where the samples are.
         cu_seqlens: Of a flat batch that was not laid out, where each sample begins and the last one ends.
-        sliding_window: How many tokens each sees, itself and those right before it; ``None``: all before it.
+        sliding_window: How many tokens each sees, itself and those right before it; ``None``: all before it. Without
+            ``samples`` the mask has it.
         softcap: Scores become ``softcap · tanh(score / softcap)``.
         fast: ``False`` takes torch's attention, one sample after the other.
         kwargs: Handed on to transformers' SDPA.
 
     Returns:
-        The mixed values ``(1, tokens, heads, head_dim)``, and no weights.
+        attn_out ``(1, tokens, heads, head_dim)``, and no weights.
     """
-    if kv_cache is not None and kv_cache.decoding:
-        return kv_cache.attend(module.layer_idx, query, key, value, scaling, sliding_window, softcap), None
-    if kv_cache is not None:
-        kv_cache.fill(module.layer_idx, key, value)
     if samples is None and cu_seqlens is not None:
         samples = whole_samples(cu_seqlens.diff().tolist()).to(cu_seqlens.device)
+    if samples is None and softcap is not None:
+        return _attend_capped(query, key, value, attention_mask, scaling, dropout, softcap).transpose(1, 2), None
     if samples is None:
-        options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, **kwargs}
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-        return output, None
+        options = {"scaling": scaling, "dropout": dropout, **kwargs}
+        attn_out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return attn_out, None
     # as SDPA chooses it: under autocast what trains in float32 makes some states float32
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
     window = sliding_window if sliding_window is not None and sliding_window < samples.longest else None
     exact, is_causal = fast and dropout == 0.0 and softcap is None, window is None and softcap is None
     if exact and is_causal and has_loops(value, dtype):
-        mixed = SampleAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), samples, scaling)
+        attn_out = SampleAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), samples, scaling)
     elif exact and has_ragged_kernel(query.device, query.dtype):
         attend = functools.partial(_attend_ragged, window=window)
-        mixed = _attend_expanded(attend, query, key, value, samples, scaling)
+        attn_out = _attend_expanded(attend, query, key, value, samples, scaling)
     elif fast and is_causal and samples.padded is not None:
-        mixed = _attend_padded(query, key, value, samples, samples.padded, scaling, dropout)
+        attn_out = _attend_padded(query, key, value, samples, samples.padded, scaling, dropout)
     else:
         attend = functools.partial(attend_per_sample, dropout=dropout, window=window, softcap=softcap)
-        mixed = _attend_expanded(attend, query, key, value, samples, scaling)
-    return mixed, None
+        attn_out = _attend_expanded(attend, query, key, value, samples, scaling)
+    return attn_out, None
 
 
 def plain_flat_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -162,17 +161,13 @@ def has_loops(value: Tensor, dtype: torch.dtype) -> bool:
 
 def attends_in(dtype: torch.dtype) -> bool:
     """Whether this CPU has the loops in a dtype; in bfloat16 they take AVX512-BF16."""
-    return is_there("attend", dtype)
+    return has_function("attend", dtype)
 
 
 def has_ragged_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch has FlashAttention over ragged samples: from compute capability 8.0 on, in 16 bits."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _capability(device) >= (8, 0)
-
-
-@functools.cache  # every layer of every step asks
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and is_half and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _attend_expanded(
@@ -181,20 +176,15 @@ def _attend_expanded(
     """Let all tokens of samples that share some attend, and return one of each: the copies have the same result."""
     if not samples.expanded.shares:
         return attend(query, key, value, samples, scaling)
-    expanded = (expand_states(each, samples.expanded) for each in (query, key, value))
+    expanded = (_Expand.apply(each, samples.expanded) for each in (query, key, value))
     return attend(*expanded, samples, scaling).index_select(1, samples.expanded.first_copy)
 
 
-def expand_states(states: Tensor, expansion: Expansion) -> Tensor:
-    """Expand states ``(1, heads, tokens, head_dim)`` of a stream."""
-    expanded: Tensor = _Expand.apply(states, expansion)
-    return expanded
-
-
 class _Expand(torch.autograd.Function):
-    """``states[:, :, gather_index]``; gradients of one token's copies are summed up in float32, in their order.
+    """Compute ``states[:, :, gather_index]`` of a stream's states ``(1, heads, tokens, head_dim)``.
 
-    The backward of an index would add them up in any order on CUDA, and round after each.
+    Gradients of one token's copies are summed up in float32, in their order. The backward of an index would add them up
+    in any order on CUDA, and round after each.
     """
 
     @staticmethod
@@ -236,13 +226,13 @@ def _attend_padded(
     def pad(states: Tensor) -> Tensor:
         """Return ``(samples, heads, longest, head_dim)``, heads as of queries: kernels for grouped ones are newer."""
         _, heads, _, head_dim = states.shape
-        by_sample = expand_states(states, padded).view(heads, *shape, head_dim).transpose(0, 1)
+        by_sample: Tensor = _Expand.apply(states, padded).view(heads, *shape, head_dim).transpose(0, 1)
         return by_sample.repeat_interleave(query.shape[1] // heads, dim=1)
 
-    mixed = F.scaled_dot_product_attention(
+    attn_out = F.scaled_dot_product_attention(
         pad(query), pad(key), pad(value), is_causal=True, scale=scaling, dropout_p=dropout
     )
-    return mixed.transpose(1, 2).flatten(0, 1).index_select(0, padded.first_copy)[None]
+    return attn_out.transpose(1, 2).flatten(0, 1).index_select(0, padded.first_copy)[None]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would compile again for each batch
@@ -259,66 +249,76 @@ def attend_per_sample(
     """Attend for one sample after the other by torch's SDPA; with a soft cap by products."""
     outputs = []
     for start, end in itertools.pairwise(samples.bounds):
-        states = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
-        mask = None
-        if softcap is not None or (window is not None and window < end - start):
-            mask = query.new_ones(end - start, end - start, dtype=torch.bool).tril()
-            mask = mask if window is None else mask.triu(1 - window)
+        states, mask = (query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]), None
+        if window is not None and window < end - start:
+            mask = query.new_ones(end - start, end - start, dtype=torch.bool).tril().triu(1 - window)
         if softcap is None:
             output = F.scaled_dot_product_attention(
                 *states, mask, is_causal=mask is None, scale=scaling, dropout_p=dropout, enable_gqa=True
             )
         else:
-            assert mask is not None
             output = _attend_capped(*states, mask, scaling, dropout, softcap)
         outputs.append(output)
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
 def _attend_capped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, dropout: float, softcap: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float,
 ) -> Tensor:
-    """Attend as transformers' eager attention does: torch's kernels have no soft cap."""
+    """Attend as transformers' eager attention does: torch's kernels have no soft cap. Without a mask it is causal."""
     key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
+    if mask is None:  # the queries are of the last tokens
+        n_queries, n_keys = query.shape[2], key.shape[2]
+        mask = query.new_ones(n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, -torch.inf)
-    weights = F.dropout(torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype), dropout)
-    return weights @ value
+    lowest = torch.finfo(scores.dtype).min  # minus infinity would make a padded query, which sees nothing, NaN
+    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, lowest)
+    probabilities = F.dropout(torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype), dropout)
+    return probabilities @ value
 
 
 class SampleAttention(torch.autograd.Function):
     """Compute ``softmax(scale · Q Kᵀ + causal) V`` per sample by the C++ loops.
 
     On a CPU torch's flash kernel runs at a fraction of the speed of matrix products, one sample at a time. The loops
-    keep no probabilities, but Q, K, V and normalizers of each row: backward makes them again from the largest score and
-    the sum of each row (as in Dao et al. 2022, FlashAttention).
+    keep no probabilities, but Q, K, V and the log-sum-exp of each row, from which backward computes them again (as in
+    Dao et al. 2022, FlashAttention).
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None) -> Tensor:
         query, key, value = (each[0].transpose(0, 1).contiguous() for each in (query, key, value))
-        found = len(samples.expanded.first_copy)
-        if found != len(query):  # the loops would read beyond
-            raise ValueError(f"samples: expected those of {len(query)} tokens, found {found}.")
-        ctx.samples, ctx.scale = samples, float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-        ctx.of_samples = samples.cu_seqlens.long(), samples.query_start, samples.expanded.gather_index
-        ctx.heads = query.shape[1], *key.shape[1:]
-        mixed, normalizers = torch.empty_like(query), query.new_empty(*query.shape[:2], 2, dtype=torch.float32)
-        counts = len(samples.query_start), *ctx.heads
-        call("attend", query.dtype, query, key, value, *ctx.of_samples, *counts, ctx.scale, mixed, normalizers)
-        ctx.save_for_backward(query, key, value, normalizers)
-        return mixed[None]
+        n_tokens, n_heads, head_dim = query.shape
+        n_expected = len(samples.expanded.first_copy)
+        if n_expected != n_tokens:  # the loops would read beyond
+            raise ValueError(f"samples: expected those of {n_tokens} tokens, found {n_expected}.")
+        scale = float(head_dim**-0.5 if scaling is None else scaling)
+        attn_out = torch.empty_like(query)  # (n_tokens, n_heads, head_dim)
+        lse = query.new_empty(n_tokens, n_heads, 2, dtype=torch.float32)  # in two numbers, see attention.cpp
+        places = samples.cu_seqlens.long(), samples.query_start, samples.expanded.gather_index
+        sizes = len(samples.query_start), n_heads, *key.shape[1:]
+        call("attend", query.dtype, query, key, value, *places, *sizes, scale, attn_out, lse)
+        ctx.save_for_backward(query, key, value, lse)
+        ctx.samples, ctx.places, ctx.scale = samples, places, scale
+        return attn_out[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, normalizers = ctx.saved_tensors
+        query, key, value, lse = ctx.saved_tensors
         expanded: Expansion = ctx.samples.expanded
-        tokens = len(expanded.gather_index) if expanded.shares else 0
-        parts = key.new_empty(2 * tokens, *key.shape[1:], dtype=torch.float32)
+        # of tokens that samples share, the gradients of keys and values by sample, before they are added up
+        n_copies = len(expanded.gather_index) if expanded.shares else 0
+        copies = key.new_empty(2 * n_copies, *key.shape[1:], dtype=torch.float32)
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        states = query, key, value, grad[0].contiguous(), normalizers
-        of_samples = *ctx.of_samples, expanded.copies, expanded.copy_offsets
-        counts = len(ctx.samples.query_start), len(query), *ctx.heads
-        call("attend_backward", query.dtype, *states, *of_samples, *counts, ctx.scale, parts, *grads)
+        states = query, key, value, grad[0].contiguous(), lse
+        places = *ctx.places, expanded.copies, expanded.copy_offsets
+        sizes = len(ctx.samples.query_start), len(query), query.shape[1], *key.shape[1:]
+        call("attend_backward", query.dtype, *states, *places, *sizes, ctx.scale, copies, *grads)
         return *(each.transpose(0, 1)[None] for each in grads), None, None

@@ -1,13 +1,14 @@
 """What a decoder layer keeps for backward and makes on the way: learned by running it on torch's meta device.
 
-:class:`_Attention` stands for what that device does not show: the kernels of causal attention.
+Two rules stand for what that device does not show: :class:`_Attention` for the kernels of causal attention, and
+:class:`LiveBytes` for weights that a CPU makes dense in tiles.
 """
 
 import logging
 import weakref
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import peft
 import torch
@@ -19,8 +20,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
 
-from qlora_lightning.model.layers.attention import FLAT_ATTENTION, attend_per_sample, attends_in
+from qlora_lightning.model.layers import decoder_layer
+from qlora_lightning.model.layers.attention import (
+    FLAT_ATTENTION,
+    attend_per_sample,
+    attends_in,
+    register_flat_attention,
+)
+from qlora_lightning.model.layers.lora import TILE_BYTES, runs_fused
 from qlora_lightning.model.step.batch import BatchShape
 from qlora_lightning.model.step.layout import whole_samples
 from qlora_lightning.support.console import quiet_loggers
@@ -59,7 +68,7 @@ def measure_layers(
             run = _hollow_run(layer, config, batch, dtype, loops, autocasts)
             layer.gradient_checkpointing, layer._gradient_checkpointing_func = checkpointed, _call  # _measure does it
             root = torch.empty(1, 1, config.hidden_size, dtype=dtype, device="meta", requires_grad=input_trains)
-            live = LiveBytes()
+            live = LiveBytes(tiles=device == "cpu" and runs_fused(layer) and not autocasts)
             # whose 8-bit layers say in each run that they round their input to float16
             with quiet_loggers(logging.ERROR, "bitsandbytes.autograd._functions"):
                 known[kind] = _measure(run, root.expand(1, batch.computed, -1), checkpointed, offload, live)
@@ -86,35 +95,42 @@ def _hollow_run(
     samples = whole_samples(batch.attended)
 
     def attend(
-        layer: int,
+        module: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
-    ) -> Any:
+        attention_mask: Any,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **_: Any,
+    ) -> tuple[Any, None]:
+        window = sliding_window
         if softcap is None and (window is None or window >= samples.longest):
             tokens = samples.bounds[-1]
-            return _Attention.apply(query, key, value, tokens, loops)  # type: ignore[no-untyped-call]
+            return _Attention.apply(query, key, value, tokens, loops), None  # type: ignore[no-untyped-call]
         places = torch.zeros(samples.bounds[-1], dtype=torch.int64, device="meta")  # as if expanded
         states = (each.index_select(2, places) for each in (query, key, value))
         mixed = attend_per_sample(*states, samples, scaling, 0.0, window, softcap)
-        return mixed.index_select(1, places[: batch.computed])
+        return mixed.index_select(1, places[: batch.computed]), None
 
     arguments = {
         "attention_mask": None,
         "samples": samples,
         "position_embeddings": (angles, angles),
-        "kv_cache": SimpleNamespace(decoding=True, attend=attend),  # which layers ask in place of attention
         "use_cache": False,
     }
 
     def run(hidden: Tensor) -> Any:
-        if not autocasts:
-            return functional_call(layer, adapters, (hidden,), arguments)
-        with torch.autocast("cpu", dtype), _CastLinears(dtype):  # layers ask the CPU whether it does
-            return functional_call(layer, adapters, (hidden,), arguments)
+        AttentionInterface.register(FLAT_ATTENTION, attend)
+        try:
+            with mock.patch.object(decoder_layer, "flat_attention", attend):
+                if not autocasts:
+                    return functional_call(layer, adapters, (hidden,), arguments)
+                with torch.autocast("cpu", dtype), _CastLinears(dtype):  # layers ask the CPU whether it does
+                    return functional_call(layer, adapters, (hidden,), arguments)
+        finally:
+            register_flat_attention()
 
     return run
 
@@ -142,11 +158,11 @@ def _measure(
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count the bytes of tensors that operations make and that still exist."""
+    """Count the bytes of tensors that operations make and that still exist; ``tiles``: dense weights come in tiles."""
 
-    def __init__(self) -> None:
+    def __init__(self, tiles: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now, self.peak = 0, 0
+        self.tiles, self.now, self.peak = tiles, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -154,7 +170,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for storage in _storages(result):
             if storage._cdata not in seen:
                 seen.add(storage._cdata)
-                size = storage.nbytes()
+                dense = self.tiles and func.namespace == "bitsandbytes"
+                size = min(storage.nbytes(), TILE_BYTES) if dense else storage.nbytes()
                 self.now += size
                 self.peak = max(self.peak, self.now)
                 weakref.finalize(storage, self._remove, size)

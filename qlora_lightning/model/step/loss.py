@@ -175,8 +175,10 @@ class ShardedHead(nn.Module):
         self.head = head
 
     def forward(self, hidden: Tensor, *of_losses: Any) -> Any:
+        """Compute losses, or the linear's output: as the head of a model of transformers, which scales it itself."""
         if not of_losses:
-            return self.head(hidden)
+            linear = self.head.linear if isinstance(self.head, _ScaledHead) else self.head
+            return linear(hidden)
         targets, fast = of_losses
         return token_losses(hidden, targets, self.head, fast=fast)
 

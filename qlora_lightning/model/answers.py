@@ -1,0 +1,163 @@
+"""Answers to prompts by transformers' ``generate``: rows of like length together, 4-bit weights dense meanwhile."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import bitsandbytes as bnb
+import peft
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from qlora_lightning.model.layers.elementwise import rope_limit
+from qlora_lightning.model.step.loss import ShardedHead, head_of
+
+BATCH_SIZE = 64  # rows that are answered together
+TOKEN_BUDGET = 32_768  # keys and values that are kept at a time: of SmolLM2-135M 0.75 GB, of Llama-3.1-8B 4.3 GB
+_FEW_PROMPTS = 4  # for so few bitsandbytes multiplies packed weights on every card
+_SHARE = 0.5  # of the free memory that the dense weights may take
+_GREEDY: dict[str, Any] = {  # whatever a base's generation_config.json asks for
+    **{"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None},
+    **{"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "max_length": None},
+}
+
+
+def generate_answers(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_ids: Sequence[int],
+    max_new_tokens: int = 128,
+    batch_size: int = BATCH_SIZE,
+    watch: Callable[[int], None] = lambda rows: None,
+    **options: Any,
+) -> list[list[int]]:
+    """Continue each prompt until a stop token, greedily; in float32 an answer is the same whatever it is batched with.
+
+    4-bit weights are dequantized once for all of it, if there is memory for that; a GPU multiplies a few rows by the
+    packed ones. The model's mode is restored.
+
+    Args:
+        model: A causal language model of transformers or PEFT.
+        prompts: Token ids of each prompt.
+        stop_ids: Tokens that end an answer.
+        max_new_tokens: Tokens after which an answer is cut.
+        batch_size: Rows of a batch at most; fewer if ``TOKEN_BUDGET`` would be passed.
+        watch: Called with the number of rows that are done now.
+        options: More arguments of ``generate``, such as ``do_sample`` and ``temperature``.
+
+    Returns:
+        The ids of each answer, without the stop token: one shorter than ``max_new_tokens`` has stopped by itself.
+    """
+    causal_lm: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    device = causal_lm.base_model.norm.weight.device  # the embedding may be sharded, and its shards on the host
+    padding = min(stop_ids, default=0)
+    answers: list[list[int]] = [[] for _ in prompts]
+    settings = {**_GREEDY, "max_new_tokens": max_new_tokens, "pad_token_id": padding, "synced_gpus": False, **options}
+    settings["eos_token_id"] = list(stop_ids) or None
+    is_packed = len(prompts) <= _FEW_PROMPTS and device.type == "cuda"
+    was_training = model.training
+    model.eval()
+    try:
+        with contextlib.nullcontext() if is_packed else dense_weights(model), _gathered_head(causal_lm):
+            for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size, causal_lm.config):
+                longest = max(len(prompts[row]) for row in rows)
+                ids = torch.full((len(rows), longest), padding)
+                mask = torch.zeros_like(ids)
+                for each, row in enumerate(rows):  # padded on the left
+                    start = longest - len(prompts[row])
+                    ids[each, start:], mask[each, start:] = torch.tensor(prompts[row]), 1
+                output: Tensor = causal_lm.generate(ids.to(device), attention_mask=mask.to(device), **settings)
+                for row, answer in zip(rows, output[:, longest:].tolist(), strict=True):
+                    answers[row] = list(itertools.takewhile(lambda token: token not in stop_ids, answer))
+                watch(len(rows))
+    finally:
+        model.train(was_training)
+    return answers
+
+
+def _batches(lengths: list[int], max_new_tokens: int, batch_size: int, config: Any) -> Iterator[list[int]]:
+    """Put rows of like length together, the longest first: memory that does not suffice fails at once.
+
+    A row that may grow beyond :func:`rope_limit` is alone.
+    """
+    batch: list[int] = []
+    limit = rope_limit(config)
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        longest = lengths[batch[0] if batch else row] + max_new_tokens
+        alone = limit is not None and longest > limit
+        if batch and (alone or len(batch) == batch_size or (len(batch) + 1) * longest > TOKEN_BUDGET):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+@contextlib.contextmanager
+def _gathered_head(causal_lm: Any) -> Iterator[None]:
+    """Let the model's own forward call a sharded head so that it is gathered."""
+    head, linear = head_of(causal_lm), causal_lm.get_output_embeddings()
+    if not isinstance(head, ShardedHead):
+        yield
+        return
+    causal_lm.set_output_embeddings(head)
+    try:
+        yield
+    finally:
+        causal_lm.set_output_embeddings(linear)
+
+
+@contextlib.contextmanager
+def dense_weights(model: nn.Module) -> Iterator[bool]:
+    """Hold every 4-bit linear's weight in its compute dtype, as it is multiplied anyway, if there is memory for it.
+
+    Nothing is merged: adapters act as before, and every product has the same operands. Afterwards the 4-bit linears
+    are back, untouched. A second call inside the first changes nothing.
+
+    Weights of a sharded base stay as they are: no process has them all.
+
+    Yields:
+        Whether the weights are dense now.
+    """
+    children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
+    linears: list[tuple[nn.Module, str, Any]] = [each for each in children if type(each[2]) is bnb.nn.Linear4bit]
+    is_sharded = any(isinstance(linear.weight, DTensor) for _, _, linear in linears)
+    if not linears or is_sharded or not _fits([linear for _, _, linear in linears]):
+        yield not linears
+        return
+    try:
+        for parent, name, linear in linears:
+            setattr(parent, name, _make_dense(linear))
+        yield True
+    finally:
+        for parent, name, linear in linears:
+            setattr(parent, name, linear)
+
+
+def _fits(linears: list[Any]) -> bool:
+    size = sum(linear.in_features * linear.out_features * _dtype_of(linear).itemsize for linear in linears)
+    device = linears[0].weight.device
+    if device.type == "cuda":  # what torch has cached is free too
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return bool(size <= _SHARE * (torch.cuda.mem_get_info(device)[0] + cached))
+    return bool(size <= _SHARE * psutil.virtual_memory().available)
+
+
+def _dtype_of(linear: Any) -> torch.dtype:
+    dtype: torch.dtype = linear.compute_dtype or linear.weight.quant_state.dtype
+    return dtype
+
+
+@torch.no_grad()
+def _make_dense(linear: Any) -> nn.Linear:
+    dtype = _dtype_of(linear)
+    dense = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    weight = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state).to(dtype)
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    if linear.bias is not None:
+        dense.bias = nn.Parameter(linear.bias.to(dtype), requires_grad=False)
+    return dense.train(linear.training)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.checkpoint.ranks import capture_generators, restore_generators
-from qlora_lightning.model.step.batch import cut_into_rows, describe_row, join_places, row_places
+from qlora_lightning.model.step.batch import cut_into_rows, join_places, row_places
 from qlora_lightning.model.step.loss import LossSums
 from qlora_lightning.model.step.window import Window
 
@@ -53,7 +53,7 @@ def find_nonfinite(
             if not is_finite:
                 rows = cut_into_rows(batch)
                 bad = [row for row in rows if not run(row)[0]]
-                finding |= {"micro_batch": number, "rows": [describe_row(data, row) for row in bad or rows]}
+                finding |= {"micro_batch": number, "rows": [_describe_row(data, row) for row in bad or rows]}
                 break
         if sharded_base is not None:
             sharded_base.take_turn(sharded_base.DONE, help_others)
@@ -116,3 +116,17 @@ def describe_findings(findings: Sequence[Finding]) -> str:
         f"{again}; rows: {join_places(places)}. Look at these rows, lower model.learning_rate, or set "
         "model.on_nonfinite: skip to leave such steps out."
     )
+
+
+def _describe_row(data: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe a batch of one row in plain values: id, place, tokens and, where there is a tokenizer, text."""
+    row_id = int(row["row_ids"][0])
+    ids = row["input_ids"][0].tolist()
+    tokenizer = getattr(data, "tokenizer", None)
+    return {
+        "row_id": row_id,
+        "place": next(iter(row_places(data, [row_id])), "filler"),
+        "tokens": len(ids),
+        "labelled_tokens": int((row["labels"] != -100).sum()),
+        "text": None if tokenizer is None else tokenizer.decode(ids),
+    }

@@ -11,12 +11,10 @@ from qlora_lightning import InstructionDataModule, LossSums
 from qlora_lightning.cli import main
 from qlora_lightning.data.samples import SampleSetBuilder
 from qlora_lightning.model.step.batch import (
-    BatchShape,
+    computed_counter,
     cut_into_rows,
-    describe_row,
     join_places,
     row_places,
-    shape_of_batch,
 )
 from qlora_lightning.model.step.loss import TokenStatistics
 from tests.flat import collate
@@ -104,7 +102,7 @@ def test_statistics_weigh_every_token_the_same_whatever_the_batch():
     assert all(value.isnan() for value in statistics.compute().values())
 
 
-# ---- cut and described -----------------------------------------------------------------------------------------------
+# ---- cut and counted -------------------------------------------------------------------------------------------------
 
 SAMPLES = [([7, 8, 9], [-100, 8, 9], 5), ([4, 3], [-100, 3], 6)]
 
@@ -121,10 +119,6 @@ def test_places_are_file_and_line_if_the_data_know_them(data):
     assert row_places(data, [6, 5, -1, 40]) == ["train.jsonl:18", "train.jsonl:17", "row 40"]
     assert row_places(None, [3]) == ["row 3"]
     assert join_places(["a", "b", "c"], most=2) == "a, b and 1 more"
-    row = collate(SAMPLES[0])
-    expected = {"row_id": 5, "place": "train.jsonl:17", "tokens": 3, "labelled_tokens": 2, "text": "[7, 8, 9]"}
-    assert describe_row(data, row) == expected
-    assert describe_row(None, row) == {**expected, "place": "row 5", "text": None}
 
 
 def test_a_batch_is_cut_into_what_its_rows_would_be_alone():
@@ -136,16 +130,11 @@ def test_a_batch_is_cut_into_what_its_rows_would_be_alone():
     assert cut_into_rows({"input_ids": torch.ones(1, 2)}) == cut_into_rows(torch.ones(2)) == []
 
 
-def test_the_shape_of_a_batch_counts_tokens_that_are_computed_once():
-    ids = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 5, 6]])
-    labels = torch.tensor([[-100, -100, -100, 4, -100, -100, -100, 5, -100]])
-    shape = shape_of_batch({"input_ids": ids, "labels": labels, "cu_seqlens": torch.tensor([0, 4, 9])})
-    assert shape == BatchShape((4, 5), 2, (3, 3), (0, 2))
-    assert (shape.tokens, shape.computed) == (9, 3 + 3 - 2)
-    assert (shape.whole().attended, shape.whole().computed) == ((4, 5), 9)
-
-
-def test_a_shape_that_is_cut_or_thinned_out_keeps_its_proportions():
-    shape = BatchShape(lengths=(10, 20, 30), labelled=30, seen=(9, 19, 29), shared=(4, 0, 4))
-    assert shape.cut(12) == BatchShape((10, 12, 12), 17, (9, 12, 12), (4, 0, 4))
-    assert shape.longest(2) == BatchShape((30, 20), 25, (29, 19), (0, 0))
+def test_tokens_that_are_computed_are_counted_once():
+    builder = SampleSetBuilder()
+    builder.add([1, 2, 3, 4], [-100, -100, -100, 4], 0, 0, "train.jsonl", 1)
+    builder.add([1, 2, 3, 5, 6], [-100, -100, -100, 5, -100], 1, 0, "train.jsonl", 2)
+    samples = builder.build()
+    # no token behind the last that predicts, and 1 2 once
+    assert computed_counter(samples, True)([0, 1]) == 3 + 3 - 2
+    assert computed_counter(samples, False)([0, 1]) == 9

@@ -105,7 +105,7 @@ class StepMemory:
 
     def host_bytes(self, tokens: int) -> int:
         """Return the bytes in host memory: of a sharded base, and of the inputs of layers."""
-        return self.host_base + self.offload * self.checkpointed * tokens * self.state
+        return self.host_base + self.offload * self.checkpointed * _pinned_bytes(tokens * self.state)
 
 
 def build_step_memory(
@@ -118,7 +118,7 @@ def build_step_memory(
     processes: int = 1,
     sharded_offload: bool | int | None = None,
 ) -> StepMemory:
-    """Build the formula of a model on the meta device, in training mode, whose fused layers are chosen; no checkpointing.
+    """Build the formula, without checkpointing, of a model on the meta device whose fused layers are chosen.
 
     ``optimizer`` is as ``model.optimizer`` takes it. ``sharded_offload`` is ``None`` if each process holds the base as
     a whole; else whether the shards are in host memory, or those of how many first layers.
@@ -172,26 +172,33 @@ def _count_base(
 
     FSDP2 gathers a layer into a buffer, and copies that to its parameters while the next one is on its way.
     """
-    layers, ends = causal_lm.model.layers, [causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()]
-    of_layers, vocabulary = [_frozen_bytes([each]) for each in layers], _frozen_bytes(ends)
-    rest = _frozen_bytes([causal_lm]) - sum(of_layers) - vocabulary
+    layers, ends = list(causal_lm.model.layers), [causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()]
+    base, vocabulary = _frozen_bytes([causal_lm]) - _frozen_bytes(ends), _frozen_bytes(ends)
     if sharded_offload is None:
-        return {"base": sum(of_layers) + rest, "vocabulary": vocabulary}, (0, 0), 0
-    of_ends = [_frozen_bytes([each]) for each in ends] if shards_vocabulary(causal_lm) else []
-    shards = [size // processes for size in (*of_layers, *of_ends)]
-    offloaded = len(shards) if sharded_offload is True else min(sharded_offload, len(layers))
-    on_device = [0] * offloaded + shards[offloaded:]
-    held = {
-        "base": sum(on_device[: len(layers)]) + rest,
-        "vocabulary": sum(on_device[len(layers) :]) if of_ends else vocabulary,
-    }
-    from_host = max(shards[: len(layers)]) if offloaded else 0
-    return held, (2 * max(of_layers) + from_host, 2 * max(of_ends, default=0)), sum(shards[:offloaded])
+        return {"base": base, "vocabulary": vocabulary}, (0, 0), 0
+    ends = ends if shards_vocabulary(causal_lm) else []
+    on_host = [*layers, *ends] if sharded_offload is True else layers[: int(sharded_offload)]
+    on_device = [each for each in layers if each not in on_host]
+    held = {"base": base - _frozen_bytes(layers) + _frozen_bytes(on_device) // processes, "vocabulary": vocabulary}
+    if ends:
+        held["vocabulary"] = 0 if ends[0] in on_host else vocabulary // processes
+    largest, largest_end = (max((_frozen_bytes([each]) for each in modules), default=0) for modules in (layers, ends))
+    from_host = largest // processes if on_host else 0
+    host_bytes = sum(_pinned_bytes(each.nbytes // processes) for each in _frozen(on_host))
+    return held, (2 * largest + from_host, 2 * largest_end), host_bytes
+
+
+def _frozen(modules: Sequence[nn.Module]) -> set[nn.Parameter]:
+    return {each for module in modules for each in module.parameters() if not each.requires_grad}
 
 
 def _frozen_bytes(modules: Sequence[nn.Module]) -> int:
-    frozen = {each for module in modules for each in module.parameters() if not each.requires_grad}
-    return sum(each.nbytes for each in frozen)
+    return sum(each.nbytes for each in _frozen(modules))
+
+
+def _pinned_bytes(size: int) -> int:
+    """Return what a tensor takes in pinned host memory, which torch hands out in powers of two."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 def _count_saved(causal_lm: Any, layer: Any, dtype: torch.dtype) -> tuple[float, float]:

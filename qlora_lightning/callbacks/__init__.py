@@ -6,7 +6,7 @@ from qlora_lightning.callbacks.dry_batch import DryBatch
 from qlora_lightning.callbacks.evaluation import Evaluation
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
 from qlora_lightning.callbacks.loss_spikes import LossSpikeMonitor
-from qlora_lightning.callbacks.memory import GPUMemoryMonitor, MemoryComparison
+from qlora_lightning.callbacks.memory import GPUMemoryMonitor
 from qlora_lightning.callbacks.process_watch import ProcessWatch
 from qlora_lightning.callbacks.run_folder import PredictionWriter
 from qlora_lightning.callbacks.run_report import RunReport
@@ -22,7 +22,6 @@ __all__ = [
     "GradientCheckpointing",
     "LoadingLines",
     "LossSpikeMonitor",
-    "MemoryComparison",
     "PredictionWriter",
     "ProcessWatch",
     "RunReport",

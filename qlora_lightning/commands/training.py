@@ -172,7 +172,6 @@ class QLoRACLI(LightningCLI):
             RunFolder(config),
             callbacks.RunReport(config, self._command),
             callbacks.StopSignals(),
-            callbacks.MemoryComparison(),
             callbacks.DryBatch(),
             callbacks.LossSpikeMonitor(),
             callbacks.LoadingLines(),

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from qlora_lightning.base.tensors import GIB, format_gib
 from qlora_lightning.evaluation.scores import describe_metric
 from qlora_lightning.report.charts import running_mean
 from qlora_lightning.report.results import Evaluation, Table, find_figures, read_evaluation
@@ -255,14 +254,8 @@ def machine_facts(run: Run) -> Facts:
             ("processes", f"{device['processes']} on {device['nodes']} machine(s){several}"),
         ]
     peak = find_figures(run).get("peak_memory_gib")
-    planned, steps = ((run.plan.get(side) or {}).get("peak_bytes") for side in ("predicted", "measured"))
     if peak is not None:
-        text = f"{peak}: the most that the {holder} held"
-        if planned and steps:
-            whole = max((run.manifest.get("peak_memory_gib") or {}).values(), default=0.0)
-            text += f" in a step, planned {format_gib(planned)}"
-            text += f"; {whole:.2f} GiB with loading and evaluation" if whole * GIB > steps else ""
-        facts.append(("peak memory", text))
+        facts.append(("peak memory", f"{peak}: the most that the {holder} held"))
     return facts
 
 

@@ -8,7 +8,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_lightning.base.tensors import GIB
 from qlora_lightning.evaluation.comparison import BASE, PREFERENCE, Interval
 from qlora_lightning.evaluation.report import choose_digits, format_interval
 from qlora_lightning.evaluation.scores import describe_answered, describe_metric, is_share
@@ -96,9 +95,7 @@ def find_figures(run: Run) -> dict[str, Figure]:
     add("train_loss", "training loss, last", _LOSS, logged.get("train_loss", [math.nan])[-1])
     add("tokens_per_second", "tokens/s, median", _COUNT, statistics.median(logged.get("tokens_per_second", [math.nan])))
     peaks = run.manifest.get("peak_memory_gib") or {name: max(logged[name]) for name in MEMORY if name in logged}
-    steps = (run.plan.get("measured") or {}).get("peak_bytes")  # without loading and evaluation, as planned
-    whole = next((peaks[name] for name in MEMORY if name in peaks), None)
-    add("peak_memory_gib", "peak memory", _GIB, steps / GIB if steps else whole)
+    add("peak_memory_gib", "peak memory", _GIB, next((peaks[name] for name in MEMORY if name in peaks), None))
     if run.status not in ("running", "killed"):  # the manifest has the seconds at the last validation
         add("minutes", "wall time, h:mm:ss", _MINUTES, progress.get("seconds", math.nan) / 60)
     last_step = max((points[-1][0] for points in run.metrics.values() if points), default=None)

@@ -14,7 +14,6 @@ from qlora_lightning.support.files import (
     EVALUATION,
     MANIFEST,
     METRICS,
-    PLAN,
     lock_folder,
     read_json_object,
     write_whole,
@@ -40,7 +39,6 @@ class Run:
     config: Mapping[str, Any] = field(default_factory=dict)  # of the manifest
     metrics: Mapping[str, Points] = field(default_factory=dict)  # the columns of metrics.csv
     evaluation: Mapping[str, Any] = field(default_factory=dict)
-    plan: Mapping[str, Any] = field(default_factory=dict)  # memory predicted and measured
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
@@ -66,7 +64,6 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         config=manifest.get("config") or {},
         metrics=read_metrics(folder / METRICS),
         evaluation=_read_json(folder / EVALUATION),
-        plan=_read_json(folder / PLAN),
     )
 
 

@@ -17,7 +17,7 @@ import yaml
 from qlora_lightning.support.errors import UserError
 
 # The names in a run folder.
-CONFIG, METRICS, MANIFEST, PLAN = "config.yaml", "metrics.csv", "manifest.json", "plan.json"
+CONFIG, METRICS, MANIFEST = "config.yaml", "metrics.csv", "manifest.json"
 EVALUATION, PREDICTIONS, PAGE = "evaluation.json", "predictions.jsonl", "report.html"
 CHECKPOINTS, ADAPTER_FOLDER = "checkpoints", "adapter"
 IDENTITY = "qlora_lightning.json"  # in the adapter folder

@@ -7,14 +7,15 @@ is in tiles of 64 queries of all samples of that length, with the keys up to the
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qlora_lightning.model.load.device import choose_compute_dtype
-from qlora_lightning.model.step.batch import BatchShape, shape_of_batch
+from qlora_lightning.model.step.layout import IGNORED, find_needed
 
 _TILE = 64  # queries: smaller products are slower, larger ones hold more scores behind the diagonal
 # The linears of a layer in the order in which they run; those of one line share their input.
@@ -49,6 +50,28 @@ class Product(NamedTuple):
         return 2 * self.batch * self.rows * self.inner * self.columns
 
 
+class BatchShape(NamedTuple):
+    """What products of a batch depend on.
+
+    Attributes:
+        attended: Tokens of each sample that attention has.
+        shared: How many of these are computed with another sample.
+        labelled: Labelled tokens.
+    """
+
+    attended: Sequence[int]
+    shared: Sequence[int]
+    labelled: int
+
+
+def read_shape(batch: Any) -> BatchShape:
+    """Read the shape of a flat batch."""
+    ids, labels = (batch[name][0].cpu().numpy() for name in ("input_ids", "labels"))
+    samples, labelled = (np.split(each, batch["cu_seqlens"].tolist()[1:-1]) for each in (ids, labels != IGNORED))
+    needed = find_needed(samples, [each[1:] for each in labelled])
+    return BatchShape(needed.seen, needed.shared, int((labels != IGNORED).sum()))
+
+
 _Tiles = list[tuple[int, int, int, int]]
 
 
@@ -65,7 +88,7 @@ def measure_ceiling(module: Any, batch: Any, trains: bool, checkpointing: bool) 
         ``seconds`` and ``flop`` of all products.
     """
     device, dtype = module.device, choose_compute_dtype(module.compute_dtype, module.device)
-    products = count_products(module.causal_lm, shape_of_batch(batch), trains, checkpointing)
+    products = count_products(module.causal_lm, read_shape(batch), trains, checkpointing)
     seconds = sum(_time_product(product, count, dtype, device) for product, count in products.items())
     return {"seconds": seconds, "flop": sum(count * product.flop for product, count in products.items())}
 
@@ -76,7 +99,7 @@ def count_products(causal_lm: Any, batch: BatchShape, trains: bool, checkpointin
     Backward has none below the lowest adapter, and none for the base's weights. Gradient checkpointing runs the forward
     pass of the layers from there on again, up to their last linear, whose result backward does not need.
     """
-    tokens, head = batch.computed, causal_lm.get_output_embeddings()
+    tokens, head = sum(batch.attended) - sum(batch.shared), causal_lm.get_output_embeddings()
     tiles = list(_find_tiles(causal_lm.config, batch))
     products = Counter([Product(batch.labelled, head.in_features, head.out_features, "nt")])
     flows = False  # whether the gradient of what flows into a linear is needed
@@ -129,10 +152,10 @@ def _find_tiles(config: Any, batch: BatchShape) -> Iterator[tuple[int, int, int,
     """Yield matrices in each product of a tile, their rows, the keys that these see, and the width of a head."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     width = config.head_dim or config.hidden_size // heads
-    shared = batch.shared or [0] * len(batch.attended)
     for first in range(0, max(batch.attended), _TILE):
         end = first + _TILE
-        samples = sum(begin < end and length > first for begin, length in zip(shared, batch.attended, strict=True))
+        spans = zip(batch.shared, batch.attended, strict=True)
+        samples = sum(begin < end and length > first for begin, length in spans)
         yield samples * kv_heads, _TILE * heads // kv_heads, end, width
 
 

@@ -27,7 +27,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_lightning.callbacks.loss_spikes import LossSpikeMonitor
-from qlora_lightning.callbacks.memory import MemoryComparison
 from qlora_lightning.callbacks.throughput import ThroughputMonitor
 from qlora_lightning.model.adapters.lora import add_adapters
 from qlora_lightning.model.layers import attention, elementwise, lora
@@ -36,7 +35,6 @@ from qlora_lightning.model.layers.decoder_layer import cast_adapters
 from qlora_lightning.model.layers.fuse import choose_layers, fuse_layers
 from qlora_lightning.model.load.base_model import freeze, unnest
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.model.step.batch import BatchShape
 from qlora_lightning.model.step.layout import lay_out
 from tests.steps import make_batch
 
@@ -227,9 +225,7 @@ def count_host_reads(module_class: type[QLoRAModule] = QLoRAModule) -> int:
     module.trainer = trainer  # type: ignore[assignment]
     trainer.training, trainer.global_step, trainer.lightning_module = True, 5, module
     module.guard.checks_due = False  # later steps, between validations
-    memory = MemoryComparison()
-    memory._watch, memory._largest = mock.Mock(), BatchShape((sum(LENGTHS),), 1)
-    callbacks: list[Callback] = [memory, ThroughputMonitor(), LossSpikeMonitor()]
+    callbacks: list[Callback] = [ThroughputMonitor(), LossSpikeMonitor()]
     trainer.callback_metrics = {}
 
     def log(name: str, value: Any, **_: Any) -> None:

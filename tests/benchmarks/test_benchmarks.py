@@ -12,9 +12,8 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lightning.model.adapters.lora import add_adapters
-from qlora_lightning.model.step.batch import BatchShape
 from tests.benchmarks import communication
-from tests.benchmarks.ceiling import count_products
+from tests.benchmarks.ceiling import BatchShape, count_products
 from tests.benchmarks.child import ROOT, run_child
 from tests.benchmarks.table import BUSY, PLAIN, Row, make_rows
 
@@ -66,7 +65,7 @@ def test_rows_of_one_batch_are_its_memory() -> None:
 
 
 # A LLaMA of two layers: 4 wide, 2 heads of 2 over 1, 6 inner, 10 words, rank 1; and a batch of five tokens
-BATCH = BatchShape(lengths=(3, 2), labelled=2)
+BATCH = BatchShape(attended=(3, 2), shared=(0, 0), labelled=2)
 WEIGHTS = 16 + 8 + 8 + 16 + 24 + 24 + 24  # of one layer's q, k, v, o, gate, up and down
 ENDS = 8 + 6 + 6 + 8 + 10 + 10 + 10  # their inputs and outputs
 BY_TOKEN = 2 * 5  # a multiplication and an addition for each of five tokens

@@ -1,6 +1,5 @@
-"""Memory and speed of a training: what is logged, warned of, and compared with the plan."""
+"""Memory and speed of a training: what is logged and warned of."""
 
-import json
 import re
 import statistics
 import time
@@ -9,12 +8,9 @@ import pytest
 import torch
 from lightning import Callback
 
-from qlora_lightning import GPUMemoryMonitor, GradientCheckpointing, QLoRAModule, ThroughputMonitor
+from qlora_lightning import GPUMemoryMonitor, ThroughputMonitor
 from qlora_lightning.callbacks import memory
-from qlora_lightning.callbacks.dry_batch import DryBatch
-from qlora_lightning.callbacks.memory import MemoryComparison
 from qlora_lightning.model.load.device import device_memory_gib
-from qlora_lightning.model.memory.plan import PARTS
 
 
 class Logged(Callback):
@@ -62,68 +58,6 @@ def test_on_cuda_allocated_reserved_and_a_peak_of_its_own_interval_are_logged(ma
         assert line.keys() == {"memory_allocated_gib", "memory_reserved_gib", "memory_peak_gib"}
         assert line["memory_allocated_gib"] <= line["memory_peak_gib"] <= capacity
     assert logged.lines[0]["memory_peak_gib"] > 0.5 > logged.lines[1]["memory_peak_gib"]
-
-
-def read_plan(tmp_path):
-    return json.loads((tmp_path / "run" / "plan.json").read_text())
-
-
-def test_a_fit_ends_with_what_was_planned_for_its_largest_batch_and_what_was_measured(fit, make_data, tmp_path, capsys):
-    fit(MemoryComparison(), DryBatch(), data=(data := make_data(batch_size=4)), max_epochs=2)
-    found = read_plan(tmp_path)
-    predicted, measured = found["predicted"], found["measured"]["peak_bytes"]
-    assert predicted["parts"].keys() == PARTS.keys()
-    assert predicted["peak_bytes"] == sum(predicted["parts"].values())
-    # A and B of seven linears in two layers, as in the tiny base
-    adapters = 4 * 2 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
-    assert predicted["parts"]["adapters"] == predicted["parts"]["gradients"] == adapters
-    assert predicted["parts"]["optimizer"] == 2 * adapters + 4 * 28
-    assert measured > predicted["parts"]["process"] / 2
-    line = re.search(
-        r"Memory: planned [\d.]+ GiB, measured [\d.]+ GiB at its peak \(([-+][\d.]+)%\)", capsys.readouterr().out
-    )
-    assert float(line[1]) == pytest.approx(100 * (measured / predicted["peak_bytes"] - 1), abs=0.1)
-
-    plan, largest = data.train_dataloader().plan, found["largest_batch"]
-    costs = [int(plan.samples.lengths[batch.rows].sum()) for epoch in range(2) for batch in plan.batches(epoch)]
-    assert (largest["rows"], largest["tokens"]) == (4, max(costs))
-    assert 0 < largest["labelled"] < largest["tokens"]
-
-
-def test_checkpointing_and_batches_that_nobody_knows_before_are_planned_as_they_came(fit, make_data, tmp_path):
-    data = make_data(batch_size=3)
-    data.prepare_data()
-    data.setup("fit")
-    batches = list(data.train_dataloader())[:2]
-
-    class Plain(type(data)):
-        def train_dataloader(self):
-            return torch.utils.data.DataLoader(batches, batch_size=None)
-
-    data.__class__ = Plain
-    fit(MemoryComparison(), data=data)
-    plain = read_plan(tmp_path)
-    assert plain["largest_batch"]["tokens"] == max(batch["input_ids"].numel() for batch in batches)
-    fit(MemoryComparison(), GradientCheckpointing(), data=data)
-    assert read_plan(tmp_path)["predicted"]["parts"]["activations"] < plain["predicted"]["parts"]["activations"] / 2
-
-
-class OwnModel(QLoRAModule):
-    def build_model(self):
-        return super().build_model()
-
-
-class Fail(Callback):
-    def on_train_batch_end(self, *_):
-        raise ZeroDivisionError
-
-
-def test_nothing_is_written_if_nothing_was_planned(fit, make_module, tmp_path):
-    fit(MemoryComparison(), module=make_module(OwnModel), max_steps=1)
-    fit(MemoryComparison(), fast_dev_run=True)
-    with pytest.raises(ZeroDivisionError):
-        fit(MemoryComparison(), Fail())
-    assert not (tmp_path / "run" / "plan.json").exists()
 
 
 # ---- speed ----

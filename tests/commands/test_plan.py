@@ -64,61 +64,45 @@ def usual(folder):
 
 
 def test_model_memory_and_length_of_a_run_are_reported(usual):
-    _, found, out, _ = usual
-    assert found["adapters"]["parameters"] == ADAPTERS
-    parts = found["memory"]["parts"]
+    _, figures, out, _ = usual
+    assert figures["adapters"]["parameters"] == ADAPTERS
+    parts = figures["memory"]["parts"]
+    assert parts.keys() == {"base", "scales", "vocabulary", "adapters", "gradients", "optimizer"}  # of a CPU
     assert parts["adapters"] == parts["gradients"] == 4 * ADAPTERS
-    assert parts["optimizer"] == 8 * ADAPTERS + 4 * 2 * 2 * 7
-    assert found["memory"]["peak_bytes"] == sum(parts.values())
-    assert found["memory"]["fits"]
+    assert parts["optimizer"] == 8 * ADAPTERS
+    assert (figures["memory"]["peak_bytes"], figures["memory"]["fits"]) == (None, True)
     # 16 rows: four batches of four, two of them a step
-    assert found["run"]["steps"] == 2
-    assert found["run"]["tokens"] == found["run"]["epoch"]["tokens"]
-    assert found["largest_batch"]["rows"] == 4
-    for words in ("decoder layer", "Memory of a step", "What one change would save", "The run", "It fits"):
+    assert figures["run"]["steps"] == 2
+    assert figures["run"]["tokens"] == figures["run"]["epoch"]["tokens"]
+    batch = figures["largest_batch"]
+    assert batch["rows"] == 4
+    assert batch["longest"] < batch["computed"] < batch["tokens"]
+    for words in ("decoder layer", "Memory of a step", "The run", "what a step adds on a CPU is not planned"):
         assert words in out
-    assert f"{found['run']['tokens']:,}" in out
+    assert f"{figures['run']['tokens']:,}" in out
 
 
 def test_llama_8b_is_planned_without_weights_data_or_network(folder):
     recipe = ROOT / "configs/llama-3.1-8b-16gb.yaml"
-    _, found, out, _ = plan("--device-memory", "16GiB", config=recipe)
-    assert found["base"]["parameters"] == 8_030_261_248
-    assert found["device"] == {"kind": "cuda", "memory": 16 * 2**30, "named": True}
-    assert found["memory"]["fits"]
-    assert found["memory"]["parts"]["base"] == pytest.approx(5.70e9, rel=0.01)
-    assert found["run"] is None
-    assert found["largest_batch"] == {"rows": 1, "tokens": 2048, "longest": 2048, "labelled": 2047}
+    _, figures, out, _ = plan("--device-memory", "16GiB", config=recipe)
+    memory = figures["memory"]
+    assert figures["base"]["parameters"] == 8_030_261_248
+    assert figures["device"] == {"kind": "cuda", "memory": 16 * 2**30, "named": True}
+    assert memory["fits"]
+    assert memory["peak_bytes"] == sum(memory["parts"].values())
+    assert sum(memory["parts"][part] for part in ("base", "scales", "vocabulary")) == pytest.approx(6.03e9, rel=0.01)
+    assert figures["run"] is None
+    assert figures["largest_batch"] == {"rows": 1, "tokens": 2048, "longest": 2048, "computed": 2048}
     for words in ("32 × decoder layer", "4,096 → 14,336", "A 16 × 4,096, B 1,024 × 16", "128,256 × 4,096"):
         assert words in out
-    for size in ("32.1 GB", "16.1 GB", "9.1 GB", "6.0 GB", "5.7 GB"):
-        assert size in out
     assert "It fits: " in out
-    assert "for the longest possible batch, since the data were not read" in out
+    assert "for the longest possible batch" in out
     assert "It does not fit" in plan("--device-memory", "1MB")[2]
-
-
-@pytest.mark.parametrize(
-    ("change", "options"),
-    [
-        ("gradient_checkpointing.enabled: true", ["--gradient_checkpointing.enabled", "true"]),
-        ("model.rank: 1", ["--model.rank", "1"]),
-        ("model.layers: last:1", ["--model.layers", "last:1"]),
-    ],
-)
-def test_a_change_saves_what_a_plan_with_it_says(usual, change, options):
-    def without_process(found):
-        return found["memory"]["peak_bytes"] - found["memory"]["parts"]["process"]
-
-    saved = {each["change"]: each["saves"] for each in usual[1]["changes"]}
-    assert without_process(usual[1]) - without_process(plan(*options)[1]) == saved[change]
 
 
 # Of the small base, in 4 bits with double quantization: packed weights of q and o, k and v, and the MLP; two norms.
 LAYER = (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) // 2 + 2 * 2 * 64
 TABLE = 100 * 64 * 2  # embedding or head, of a hundred tokens
-# packed in rows of one byte, which are divided by three and rounded up, as are rows of norms and tables
-THIRD_OF_LAYER, THIRD_OF_TABLE = 2 * 683 + 2 * 342 + 3 * 1366 + 2 * 2 * 22, 34 * 64 * 2
 OFFLOAD = "{class_path: qlora_lightning.ShardedDDPStrategy, init_args: {offload: 1}}"
 
 
@@ -126,7 +110,7 @@ OFFLOAD = "{class_path: qlora_lightning.ShardedDDPStrategy, init_args: {offload:
     ("devices", "strategy", "layers", "tables", "gathered", "host"),
     [
         (2, "ddp_sharded", LAYER, TABLE, 2 * LAYER, 0),  # a layer that is whole, and the next one on its way
-        (3, "ddp_sharded", 2 * THIRD_OF_LAYER, 2 * THIRD_OF_TABLE, 2 * LAYER, 0),
+        (3, "ddp_sharded", 2 * LAYER // 3, 2 * TABLE // 3, 2 * LAYER, 0),
         (2, "ddp_sharded_offload", 0, 0, 2.5 * LAYER, LAYER + 2 * 8192),  # whose own shard comes from the host
         (1, "ddp_sharded_offload", 0, 0, 3 * LAYER, 2 * LAYER + 2 * 16_384),  # which pins powers of two
         (2, OFFLOAD, LAYER / 2, TABLE, 2.5 * LAYER, LAYER / 2),
@@ -139,69 +123,51 @@ def test_processes_share_a_base(folder, devices, strategy, layers, tables, gathe
     Path("untied/config.json").write_text(json.dumps(config))
     options = ["--model.base", "untied", "--trainer.accelerator", "gpu", "--device-memory", "1GB", "--data.train=null"]
     whole = plan(*options)[1]["memory"]
-    _, found, out, _ = plan(*options, "--trainer.devices", str(devices), "--trainer.strategy", strategy)
-    memory, norm, scales = found["memory"], 2 * 64, 2 * 36_864 // 64 + 4 * 14
-    changed = {"base": layers + norm, "scales": scales, "vocabulary": tables, "gathered": gathered}
-    changed["gradients"] = 2 * 4 * ADAPTERS  # DDP has its own copy
-    assert memory["parts"] == whole["parts"] | changed
+    _, figures, out, _ = plan(*options, "--trainer.devices", str(devices), "--trainer.strategy", strategy)
+    memory, norm, scales = figures["memory"], 2 * 64, 2 * 36_864 // 64
+    changed = {"base": layers + norm, "vocabulary": tables, "gathered": gathered}
+    changed["scales"] = scales + 4 * (scales // 256)  # double quantized, as they come from a CPU
+    changed["gradients"] = min(2, devices) * 4 * ADAPTERS  # DDP has a copy
+    # the largest moment may be another one with what is gathered
+    for part, size in (whole["parts"] | changed).items():
+        assert memory["parts"][part] == size or part in ("workspace", "gathered"), part
+    assert memory["parts"]["gathered"] in (gathered, 2 * TABLE)
     assert memory["host_bytes"] == host
     assert f"Memory of a step, on each of {devices} devices" in out
     assert ("of the base in host memory" in out) == (host > 0)
-    saved = {each["change"]: each["saves"] for each in found["changes"]}
-    assert ("trainer.strategy: ddp_sharded_offload" in saved) == (host == 0 or strategy == OFFLOAD)
-    assert whole["parts"]["base"] == 2 * LAYER + 2 * TABLE + norm + scales
-    assert not any(whole["parts"][part] for part in ("scales", "vocabulary", "gathered"))
-
-
-def test_several_processes_each_have_a_copy_of_the_gradients(folder):
-    one, two = (
-        plan("--trainer.devices", devices, "--trainer.strategy", "ddp")[1]["memory"]["parts"] for devices in "12"
-    )
-    assert two["gradients"] == 2 * one["gradients"]
+    assert (whole["parts"]["base"], whole["parts"]["vocabulary"]) == (2 * LAYER + norm, 2 * TABLE)
+    assert whole["parts"]["gathered"] == 0
 
 
 def test_tied_embeddings_are_whole_on_each_device_and_a_cpu_has_no_other_memory(folder):
-    _, found, _, _ = plan("--trainer.devices", "2", "--trainer.strategy", "ddp_sharded_offload")
-    parts = found["memory"]["parts"]
-    assert (parts["vocabulary"], parts["base"], found["memory"]["host_bytes"]) == (49_152 * 64 * 2, LAYER + 2 * 64, 0)
+    _, figures, _, _ = plan("--trainer.devices", "2", "--trainer.strategy", "ddp_sharded_offload")
+    parts, host = figures["memory"]["parts"], figures["memory"]["host_bytes"]
+    assert (parts["vocabulary"], parts["base"], host) == (49_152 * 64 * 2, LAYER + 2 * 64, 0)
 
 
 @pytest.mark.slow
 def test_llama_70b_takes_of_two_devices_what_its_recipe_says(folder):
     recipe = ROOT / "configs/llama-3.1-70b-2x24gb.yaml"
-    _, found, _, _ = plan("--device-memory", "23GiB", config=recipe)
-    memory = found["memory"]
-    assert found["base"]["parameters"] == 70_553_706_496
+    _, figures, _, _ = plan("--device-memory", "23GiB", config=recipe)
+    memory = figures["memory"]
+    assert figures["base"]["parameters"] == 70_553_706_496
     said = f"{memory['peak_bytes'] / 2**30:.1f} GiB planned on each, and {memory['host_bytes'] / 1e9:.1f} GB of host"
     assert said in recipe.read_text().partition("\n")[0]
     assert memory["fits"]
     assert memory["peak_bytes"] + memory["host_bytes"] > 24 * 2**30  # what is offloaded has no room on the device
-    assert memory["parts"]["gathered"] == 2 * 128_256 * 8192 * 2  # the head, and the buffer it is gathered into
 
 
-def test_changes_follow_the_config(usual):
-    saves = [each["saves"] for each in usual[1]["changes"]]
-    assert saves == sorted(saves, reverse=True)
-    assert min(saves) > 0
-    assert any("batch_size: 2, trainer.accumulate_grad_batches: 4" in each["change"] for each in usual[1]["changes"])
-    other = ["--model.quantization", "int8", "--data.batch_size", "null", "--data.tokens_per_batch", "400"]
-    _, found, _, _ = plan(*other, "--gradient_checkpointing", "{enabled: true, every_n_layers: 2}")
-    changes = [each["change"] for each in found["changes"]]
-    for change in ("model.quantization: nf4", "data.tokens_per_batch: 200", "every_n_layers: 1"):
-        assert any(change in each for each in changes)
-
-
-def test_offload_is_planned_and_its_host_memory_named(folder):
-    on_card = ("--trainer.accelerator", "gpu", "--device-memory", "1GiB", "--data.train", "missing.jsonl")
-    _, usual, _, error = plan(*on_card, "--data.max_length", "4096", "--gradient_checkpointing", "true")
-    assert usual, error
-    _, found, _, _ = plan(
-        *on_card, "--data.max_length", "4096", "--gradient_checkpointing", "{enabled: true, offload: true}"
-    )
-    (change,) = [each for each in usual["changes"] if each["change"] == "gradient_checkpointing.offload: true"]
-    assert usual["memory"]["peak_bytes"] - found["memory"]["peak_bytes"] == change["saves"] > 0
-    assert any("GiB in pinned host memory" in note for note in found["notes"])
-    assert any("Rows of up to 4,096 tokens: the base was made for" in note for note in found["notes"])
+def test_checkpointing_and_its_offload_save_memory_and_host_memory_is_named(folder):
+    options = ("--trainer.accelerator", "gpu", "--device-memory", "1GiB", "--data.train", "missing.jsonl")
+    options += ("--data.max_length", "4096", "--gradient_checkpointing")
+    peaks = []
+    for checkpointing in ("false", "true", "{enabled: true, offload: true}"):
+        _, figures, _, error = plan(*options, checkpointing)
+        assert figures, error
+        peaks.append(figures["memory"]["peak_bytes"])
+    assert peaks == sorted(set(peaks), reverse=True)
+    assert any("GiB in pinned host memory" in note for note in figures["notes"])
+    assert any("Rows of up to 4,096 tokens: the base was made for" in note for note in figures["notes"])
 
 
 def test_what_is_adapted_is_shown_and_missing_data_are_planned_at_their_longest(folder):

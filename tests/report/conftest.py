@@ -61,7 +61,7 @@ EVALUATION = {
 }
 
 
-def write_run(folder, steps=20, config=CONFIG, tokens_per_step=100, evaluation=EVALUATION, plan=None, **changes):
+def write_run(folder, steps=20, config=CONFIG, tokens_per_step=100, evaluation=EVALUATION, **changes):
     """Write a run folder of so many steps, with a validation every ten; return the folder."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -76,7 +76,6 @@ def write_run(folder, steps=20, config=CONFIG, tokens_per_step=100, evaluation=E
                 writer.writerow([step, *[""] * 6, 0, 1.5 - step / steps, 2.0])
     write_manifest(folder, {**MANIFEST, "config": config, **changes})
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    (folder / "plan.json").write_text(json.dumps(plan or {}))
     return folder
 
 

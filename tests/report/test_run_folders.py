@@ -10,11 +10,10 @@ from qlora_lightning.support.errors import UserError
 
 
 def test_a_folder_is_read_whole(make_run):
-    run = read_run(make_run(plan={"predicted": {"peak_bytes": 5}}))
+    run = read_run(make_run())
     assert (run.name, run.status, run.config["model"]["rank"]) == ("a", "finished", 8)
     assert run.manifest["format"] == "qlora_lightning manifest"
     assert run.metrics["val_loss"] == [(10, 1.5 - 9 / 20), (20, 1.5 - 19 / 20)]
-    assert run.plan["predicted"] == {"peak_bytes": 5}
     assert run.evaluation["rows"] == 1
 
 
@@ -41,8 +40,8 @@ def test_what_is_no_run_is_rejected(make_run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        *[(name, "{ [") for name in ("manifest.json", "evaluation.json", "plan.json")],
-        *[("plan.json", 100_000 * "["), ("evaluation.json", "[]"), ("manifest.json", '{"format": "another"}')],
+        *[(name, "{ [") for name in ("manifest.json", "evaluation.json")],
+        *[("evaluation.json", 100_000 * "["), ("evaluation.json", "[]"), ("manifest.json", '{"format": "another"}')],
         ("manifest.json", '{"format": "qlora_lightning manifest", "format_version": 2}'),
     ],
 )

@@ -28,7 +28,7 @@ _EPILOG = """examples:
   qlora-lightning plan --adapter runs/quickstart/adapter
 
 GB are 10^9 bytes, GiB 2^30. The device is that of trainer.accelerator; `auto` means a GPU if there is one or if
---device-memory is given. Figures for GPUs come from the same formulas, which were checked on CPUs only."""
+--device-memory is given. Of a CPU only what a step finds in memory is planned; all else is measured in training."""
 _UNITS = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 
 

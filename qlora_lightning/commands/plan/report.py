@@ -1,4 +1,4 @@
-"""A plan as tables: the model with what is adapted, bytes by storage and by part, changes, and the run."""
+"""A plan as tables: the model with what is adapted, bytes by part, and the run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,72 +11,72 @@ from torch import nn
 
 from qlora_lightning.base.tensors import format_bytes, format_gib
 from qlora_lightning.model.adapters.lora import ADAPTER
-from qlora_lightning.model.memory.plan import PARTS
 
 _BAR = 16  # characters
+_PARTS = {
+    "base": "frozen",
+    "scales": "of the quantized weights",
+    "vocabulary": "embedding and head",
+    "gathered": "of the base, whole for a moment",
+    "adapters": "float32",
+    "gradients": "of the adapters, float32",
+    "optimizer": "its state",
+    "copies": "of the adapters, in the dtype of the products",
+    "activations": "kept until backward",
+    "workspace": "of the logits, or of one layer's backward",
+    "context": "of CUDA and its libraries, an estimate",
+}
 
 
 def print_plan(plan: Mapping[str, Any], model: Any, console: Console) -> None:
     """Print the figures of a plan and its model."""
-    base, device, peak = plan["base"], plan["device"], plan["memory"]["peak_bytes"]
+    base, trained = plan["base"], plan["adapters"]["parameters"]
     console.print(Text.assemble((base["name"], "bold"), f", by {base['config']}"))
     console.print(_model_table(model))
-    console.print(_size_table(base, plan["adapters"]["parameters"]))
+    share = trained / (base["parameters"] + trained)
+    console.print(f"{base['parameters']:,} parameters are frozen, {trained:,} train ({share:.2%}).")
     console.print(_memory_table(plan))
-    machine = "this machine" if not device["named"] else "a GPU" if device["kind"] == "cuda" else "a CPU"
-    longest = " for the longest possible batch, since the data were not read" if plan["run"] is None else ""
-    fits, rest = plan["memory"]["fits"], format_gib(abs(device["memory"] - peak))
-    verdict = ("It fits", "bold green") if fits else ("It does not fit", "bold red")
-    numbers = f"{format_gib(peak)} of {format_gib(device['memory'])} of {machine}{longest}"
-    console.print(Text.assemble(verdict, f": {numbers}, {rest} {'to spare' if fits else 'too much'}."))
+    console.print(_describe_fit(plan))
     if host := plan["memory"]["host_bytes"]:
         console.print(f"Each process keeps {format_bytes(host)} of the base in host memory, pinned.")
-    if plan["changes"]:
-        table = _table("What one change would save", "change", "saves", "costs")
-        for change in plan["changes"]:
-            table.add_row(change["change"], format_bytes(change["saves"]), change["costs"])
-        console.print(table)
     console.print(_run_table(plan["run"], plan["largest_batch"]))
     for note in plan["notes"]:
         console.print(Text(note))
 
 
-def _table(title: str, *headings: str) -> Table:
-    table = Table(*headings, title=title, title_justify="left")
-    table.columns[1].justify = "right"
-    return table
-
-
-def _size_table(base: Mapping[str, Any], trained: int) -> Table:
-    table = _table(f"The base, {base['parameters']:,} parameters", "stored as", "bytes", "")
-    for storage, size in base["bytes"].items():
-        table.add_row(storage, format_bytes(size), Text("← this config" if storage == base["stored"] else "", "green"))
-    table.add_section()
-    share = trained / (base["parameters"] + trained)
-    table.add_row("adapters", format_bytes(4 * trained), f"{trained:,} parameters ({share:.2%}), float32")
-    table.caption = "int8 and nf4: the linears of the layers, embedding, norms and head in bf16"
-    return table
-
-
 def _memory_table(plan: Mapping[str, Any]) -> Table:
-    parts, peak, stored = plan["memory"]["parts"], plan["memory"]["peak_bytes"], plan["base"]["stored"]
-    meanings = dict(PARTS)
-    if stored not in ("fp32", "bf16"):
-        meanings["base"] = f"frozen: {stored.partition(',')[0]}, the rest {plan['compute_dtype']}"
-    if plan["device"]["kind"] == "cuda":
-        meanings["process"] = "CUDA's context, an estimate"
+    parts, peak, base = plan["memory"]["parts"], plan["memory"]["peak_bytes"], plan["base"]
+    meanings = dict(_PARTS)
+    if base["quantization"] != "none":
+        meanings["base"] = f"frozen: {base['quantization']}, the rest {plan['compute_dtype']}"
     sharding, title = plan["memory"]["sharding"], "Memory of a step"
     if sharding is not None:
         title += f", on each of {sharding['processes']} devices"
-        meanings.update(gradients="of the adapters, float32, and DDP's copy of them")
-    table = _table(title, "part", "bytes", "", "")
-    for part, size in parts.items():
-        if size:
-            bar = Text("█" * round(_BAR * size / peak), "cyan")
-            table.add_row(part, format_bytes(size), bar, Text(meanings[part], "dim"))
+        meanings["gradients"] = "of the adapters, float32, and DDP's copy of them"
+    table = Table("part", "bytes", "", "", title=title, title_justify="left")
+    table.columns[1].justify = "right"
+    total = sum(parts.values())
+    for part, meaning in meanings.items():
+        if size := parts.get(part, 0):
+            bar = Text("█" * round(_BAR * size / total), "cyan")
+            table.add_row(part, format_bytes(size), bar, Text(meaning, "dim"))
     table.add_section()
-    table.add_row("peak", format_bytes(peak), "", format_gib(peak))
+    table.add_row("in all" if peak is None else "peak", format_bytes(total), "", format_gib(total))
     return table
+
+
+def _describe_fit(plan: Mapping[str, Any]) -> Text:
+    device, memory = plan["device"], plan["memory"]
+    total = sum(memory["parts"].values())
+    machine = "this machine" if not device["named"] else "a GPU" if device["kind"] == "cuda" else "a CPU"
+    numbers = f"{format_gib(total)} of {format_gib(device['memory'])} of {machine}"
+    rest = format_gib(abs(device["memory"] - total))
+    if not memory["fits"]:
+        return Text.assemble(("It does not fit", "bold red"), f": {numbers}, {rest} too much.")
+    if memory["peak_bytes"] is None:
+        return Text(f"{numbers}; what a step adds on a CPU is not planned: `fit` measures and logs it.")
+    longest = " for the longest possible batch, since the data were not read" if plan["run"] is None else ""
+    return Text.assemble(("It fits", "bold green"), f": {numbers}{longest}, {rest} to spare.")
 
 
 def _run_table(run: Mapping[str, Any] | None, batch: Mapping[str, Any]) -> Table:

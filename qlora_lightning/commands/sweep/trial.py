@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.text import Text
 
-from qlora_lightning.callbacks import Evaluation, LoadingLines, MemoryComparison, StopSignals
+from qlora_lightning.callbacks import Evaluation, LoadingLines, StopSignals
 from qlora_lightning.callbacks.adapter_checkpoint import best_adapter
 from qlora_lightning.callbacks.evaluation import validation_batches
 from qlora_lightning.commands.config import refuse_moved_run
@@ -33,7 +33,7 @@ from qlora_lightning.support.files import CONFIG, load_yaml, read_json_object, w
 from qlora_lightning.support.trainer import callbacks_of, find_callback, is_trial_run
 
 # They evaluate a run at its end, or tell how to use it: a sweep does that for all of its trials.
-_LEFT_OUT = (Evaluation, MemoryComparison, LoadingLines)
+_LEFT_OUT = (Evaluation, LoadingLines)
 _MAY_DIFFER = {"trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.logger"}
 _FILE, _VERSION = "trial.json", 2
 

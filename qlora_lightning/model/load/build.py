@@ -19,7 +19,7 @@ from qlora_lightning.model.adapters.identity import (
     describe_adapter,
     hash_config,
 )
-from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, inject, trainable_tensors
+from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, trainable_tensors
 from qlora_lightning.model.adapters.targets import layer_of
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.fuse import fuse_layers
@@ -140,14 +140,6 @@ def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Qua
         embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
     model.requires_grad_(False)
     return model
-
-
-def meta_copy(model: peft.PeftModel, dtype: torch.dtype, quantization: Quantization, fast: bool) -> peft.PeftModel:
-    """Make a model, which may be training, again without numbers; see :func:`meta_base`."""
-    base = meta_base(model.get_base_model().config, dtype, quantization)
-    made = inject(base, copy.deepcopy(model.peft_config[ADAPTER]))
-    fuse(made, fast)
-    return made
 
 
 def _quantized_linear(linear: nn.Linear, quantization: Quantization, dtype: torch.dtype) -> nn.Module:

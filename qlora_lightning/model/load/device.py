@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import functools
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -99,41 +98,6 @@ def read_peak_gib(device: torch.device) -> float:
 def read_resident_bytes() -> int:
     """Read how much of this process is in memory now, mapped files included."""
     return int(psutil.Process().memory_info().rss)
-
-
-class PeakWatch:
-    """Watches the memory of this process from a thread, or that of a CUDA device by its own counter.
-
-    The kernel's peak counts from the start of the process, in which a base may have been quantized.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._peak = device, 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="peak-watch")
-
-    def start(self) -> None:
-        """Start to watch."""
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        else:
-            self._thread.start()
-
-    def look(self) -> None:
-        """Take what is in use now into account; on CUDA the peak since somebody reset it."""
-        on_cuda = self._device.type == "cuda"
-        in_use = torch.cuda.max_memory_allocated(self._device) if on_cuda else read_resident_bytes()
-        self._peak = max(self._peak, in_use)
-
-    def stop(self) -> int:
-        """Stop, and return the most bytes."""
-        self._done.set()
-        self.look()
-        return self._peak
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.02):  # seconds; a look takes some 20 microseconds
-            self.look()
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning import Callback
 
-from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule
+from qlora_lightning import InstructionDataModule, QLoRAModule
 from qlora_lightning.model.memory.out_of_memory import is_out_of_memory
 from qlora_lightning.support.errors import UserError
 from tests.steps import make_trainer
@@ -35,19 +35,6 @@ def test_what_allocators_raise_is_known_and_other_errors_are_not():
         assert not is_out_of_memory(error)
 
 
-@pytest.fixture
-def fit(tiny_base, rows_file, tmp_path):
-    def run(*callbacks, when=None, val=False, batches=None, accumulate=1, **settings):
-        module = Hungry(str(tiny_base), rank=2, **settings)
-        module.when = when
-        split = {"train": str(rows_file), "val": str(rows_file) if val else None}
-        data = InstructionDataModule(**split, tokenizer=str(tiny_base), **(batches or {"batch_size": 4}))
-        options = {"max_epochs": 1, "accumulate_grad_batches": accumulate, "callbacks": list(callbacks)}
-        make_trainer(tmp_path, **options).fit(module, data)
-
-    return run
-
-
 class Hungry(QLoRAModule):
     """Asks for memory in forward, or in backward, of training or of validation."""
 
@@ -64,41 +51,23 @@ class Hungry(QLoRAModule):
 
 class InOptimizer(Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        torch.empty(HUGE, dtype=torch.uint8)
+        if pl_module.when == "optimizer":
+            torch.empty(HUGE, dtype=torch.uint8)
 
 
-BATCH = r"in a batch of \d+ rows and (\d+) tokens, the longest row (\d+); the peak was \d+\.\d\d of \d+\.\d\d GiB\. "
-CHECKPOINTING = r"gradient_checkpointing\.enabled: true \(.*\)"
-FEWER = r"data\.{} with trainer\.accumulate_grad_batches: {}"
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        (  # a step keeps its rows
-            {"when": "training", "accumulate": 3},
-            rf"{BATCH}What helps: \(1\) {FEWER.format('batch_size: 2', 6)}; \(2\) {CHECKPOINTING}\. `.*plan`.*",
-        ),
-        (
-            {"when": "backward", "batches": {"tokens_per_batch": 600}},
-            rf"{BATCH}.*\(1\) {FEWER.format('tokens_per_batch: 300', 2)}; .*",
-        ),
-        (
-            {"when": "validation", "val": True, "quantization": "none", "batches": {"batch_size": 1}},
-            rf"{BATCH}What helps: \(1\) model\.quantization: nf4\. .*",
-        ),
-    ],
-    ids=["forward", "backward", "validation"],
-)
-def test_a_step_tells_its_batch_the_peak_and_what_helps(fit, options, sentence):
-    with pytest.raises(UserError) as told:
-        fit(**options)
-    found = re.fullmatch(f"Out of memory on cpu {sentence}", str(told.value))
-    assert found, told.value
-    assert 0 < int(found[2]) <= int(found[1])
-    assert isinstance(told.value.__cause__, RuntimeError)
-
-
-def test_so_does_the_optimizers_step_and_what_is_switched_on_is_not_proposed(fit):
-    with pytest.raises(UserError, match=r"in the optimizer's step; .* What helps: \(1\) a smaller model\.base\. `"):
-        fit(InOptimizer(), GradientCheckpointing(), batches={"batch_size": 1})
+@pytest.mark.parametrize("when", ["training", "backward", "validation", "optimizer"])
+def test_a_run_ends_with_its_batch_the_peak_and_what_helps(tiny_base, rows_file, tmp_path, when):
+    module = Hungry(str(tiny_base), rank=2)
+    module.when = when
+    split = {"train": str(rows_file), "val": str(rows_file) if when == "validation" else None}
+    data = InstructionDataModule(**split, tokenizer=str(tiny_base), batch_size=4)
+    with pytest.raises(UserError) as reported:
+        make_trainer(tmp_path, max_epochs=1, callbacks=[InOptimizer()]).fit(module, data)
+    batch = r"a batch of 4 rows and (\d+) tokens, the longest row (\d+)"
+    place = "the optimizer's step" if when == "optimizer" else batch
+    peak = r"the peak was \d+\.\d\d of \d+\.\d\d GiB"
+    helps = r"data\.batch_size .* gradient_checkpointing\.enabled: true.*"
+    found = re.fullmatch(rf"Out of memory on cpu in {place}; {peak}\. What helps: {helps}", str(reported.value))
+    assert found, reported.value
+    assert when == "optimizer" or 0 < int(found[2]) <= int(found[1])
+    assert isinstance(reported.value.__cause__, RuntimeError)

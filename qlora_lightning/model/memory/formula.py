@@ -1,0 +1,223 @@
+"""The peak memory of a training step on a CUDA device: one formula, from shapes alone, to be followed on paper.
+
+    peak = base + scales + vocabulary           as they are held, or a process's share of them
+         + numbers that train · (4 weight + 4 gradient + 8 averages of AdamW + 2 copy in 16 bits)
+         + context                              of CUDA, an estimate
+         + tokens · activations                 of all layers and the head, kept until backward
+         + workspace                            of the head or of one layer's backward, whichever takes more
+
+Of Llama-3.1-8B with rank 8 a layer keeps 94,456 bytes a token, or with checkpointing 8,192, its input.
+
+It forgets padding, and keys and values repeated for all heads, on cards before compute capability 8.0, in float32 and
+in torch 2.11; copies of beginnings that samples share; fragments in torch's allocator. It takes each token for labelled
+and each optimizer for AdamW, if it is none in 8 bits. A CPU's memory is measured, not planned.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import bitsandbytes as bnb
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.layers.decoder_layer import PIECE_TOKENS, FusedDecoderLayer
+from qlora_lightning.model.memory.plain_layer import count_saved
+from qlora_lightning.model.step.loss import rows_of_logits, shards_vocabulary
+
+_CONTEXT = 600_000_000  # bytes of CUDA's context, kernels and cuBLAS's workspace: some 300 to 600 MB, by card
+_FLOAT, _INDEX = 4, 8  # bytes of a float32, of a position
+_MOST_TOKENS = 1 << 24  # of a micro-batch
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Memory of a training step on one device; ``dataclasses.replace`` asks for another checkpointing.
+
+    Attributes:
+        fixed: Bytes by part of what does not depend on tokens.
+        state: Bytes of a token's hidden state, which is the input of each layer.
+        logits: Bytes of a token's logits.
+        number_bytes: Of a number in the dtype of the products.
+        layers: Number of decoder layers from the first that trains on; those below keep nothing.
+        saved: Bytes a token that one of these keeps for backward, its input included.
+        saved_per_key: And for each token of its row: attention scores, if no kernel spares them.
+        mlp: Of ``saved`` gate and up, which a fused checkpointed layer has of :data:`PIECE_TOKENS` tokens at a time.
+        grad_mlp: Bytes a token of what backward has at a time that is as wide as the MLP.
+        dense: Bytes of the largest quantized weight, made dense for a product.
+        gathered: Bytes of a sharded base that are whole for a moment: in a layer, in the head.
+        host_base: Bytes of a sharded base in host memory.
+        every_n_layers: Every n-th layer is checkpointed; 0: none.
+        offload: Whether the inputs of these layers are in host memory.
+    """
+
+    fixed: dict[str, int]
+    state: int
+    logits: int
+    number_bytes: int
+    layers: int
+    saved: float
+    saved_per_key: float
+    mlp: int
+    grad_mlp: int
+    dense: int
+    gathered: tuple[int, int]
+    host_base: int
+    every_n_layers: int = 0
+    offload: bool = False
+
+    @property
+    def checkpointed(self) -> int:
+        """Number of checkpointed layers."""
+        return math.ceil(self.layers / self.every_n_layers) if self.every_n_layers else 0
+
+    def parts(self, tokens: int, longest_row: int) -> dict[str, int]:
+        """Return the bytes at the peak by part, for a micro-batch of so many computed tokens; they add up to it."""
+        inputs, saved = float(tokens * self.state), tokens * (self.saved + self.saved_per_key * longest_row)
+        # of the head: the last norm's input and its inverse norm in float32; a labelled state's gradient and place
+        kept = tokens * (self.state / self.number_bytes * _FLOAT + _FLOAT + self.state + _INDEX)
+        kept += (self.layers - self.checkpointed) * saved + (0 if self.offload else self.checkpointed * inputs)
+        piece = min(tokens, PIECE_TOKENS) if self.checkpointed and self.mlp else tokens
+        in_layer = inputs + piece * self.grad_mlp + self.dense  # the first of these for the output's gradient
+        if self.checkpointed:  # makes again what it did not keep
+            in_layer += saved + (piece - tokens) * self.mlp - (0 if self.offload else inputs)
+        # the last norm's output, and its labelled states; logits of some tokens, and probabilities in float32
+        rows = min(rows_of_logits(self.logits // self.number_bytes, self.number_bytes, "cuda"), tokens)
+        in_head = 2 * inputs + rows * self.logits * (1 + _FLOAT / self.number_bytes)
+        gathered, workspace = max(zip(self.gathered, (in_layer, in_head), strict=True), key=sum)
+        return {**self.fixed, "gathered": gathered, "activations": round(kept), "workspace": round(workspace)}
+
+    def peak(self, tokens: int, longest_row: int) -> int:
+        """Return the most bytes at a time; see :meth:`parts`."""
+        return sum(self.parts(tokens, longest_row).values())
+
+    def most_tokens(self, free: int, longest_row: int) -> int:
+        """Return how many tokens a micro-batch may have for a step within so many bytes; 0 if not even one."""
+        counts = range(1, _MOST_TOKENS)
+        return bisect_right(counts, free, key=lambda tokens: self.peak(tokens, min(tokens, longest_row)))
+
+    def host_bytes(self, tokens: int) -> int:
+        """Return the bytes in host memory: of a sharded base, and of the inputs of layers."""
+        return self.host_base + self.offload * self.checkpointed * _pinned_bytes(tokens * self.state)
+
+
+def build_step_memory(
+    model: peft.PeftModel,
+    dtype: torch.dtype,
+    *,
+    double_quant: bool = True,
+    optimizer: Any = None,
+    device_bytes: float = math.inf,
+    processes: int = 1,
+    sharded_offload: bool | int | None = None,
+) -> StepMemory:
+    """Build the formula, without checkpointing, of a model on the meta device whose fused layers are chosen.
+
+    ``optimizer`` is as ``model.optimizer`` takes it. ``sharded_offload`` is ``None`` if each process holds the base as
+    a whole; else whether the shards are in host memory, or those of how many first layers.
+    """
+    causal_lm: Any = model.get_base_model()
+    fixed, gathered, host_base = _count_base(causal_lm, processes, sharded_offload)
+    linears = [each for each in causal_lm.modules() if isinstance(each, bnb.nn.Linear4bit)]
+    scales = sum(each.in_features * each.out_features for each in linears) // 64
+    fixed["scales"] = scales * _FLOAT
+    # double quantized they are bytes, and a float32 for 256 of these; unnest_scales of load/base_model.py makes them
+    # plain if a twentieth of a GPU's free memory holds what that takes
+    free = device_bytes - _CONTEXT - sum(fixed.values()) + 3 * scales  # as the base is loaded
+    if double_quant and (sharded_offload is not None or 20 * 3 * scales > free):
+        fixed["scales"] = scales + scales // 256 * _FLOAT
+    numbers = sum(each.numel() for each in trainable_tensors(model).values())
+    fixed["adapters"] = _FLOAT * numbers
+    fixed["gradients"] = _FLOAT * numbers * (2 if processes > 1 else 1)  # DDP has a copy
+    fixed["optimizer"] = (2 if "8bit" in str(optimizer) else 2 * _FLOAT) * numbers
+    fixed["copies"] = dtype.itemsize * numbers if dtype.itemsize < _FLOAT else 0
+    fixed["context"] = _CONTEXT
+
+    layers = list(causal_lm.model.layers)
+    if not trainable_tensors(causal_lm.get_input_embeddings()):
+        first = next((number for number, each in enumerate(layers) if trainable_tensors(each)), len(layers) - 1)
+        layers = layers[first:]
+    kinds = {repr(each): each for each in layers}  # a layer's text names parts, shapes, ranks and dropout
+    saved = {kind: _count_saved(causal_lm, layer, dtype) for kind, layer in kinds.items()}
+    sizes = [(each.out_features, each.in_features) for each in layers[-1].modules() if isinstance(each, nn.Linear)]
+    is_quantized = bool(linears) or any(isinstance(each, bnb.nn.Linear8bitLt) for each in layers[-1].modules())
+    widest = max(map(max, sizes)) * dtype.itemsize
+    return StepMemory(
+        fixed,
+        state=causal_lm.config.hidden_size * dtype.itemsize,
+        logits=len(causal_lm.get_output_embeddings().weight) * dtype.itemsize,
+        number_bytes=dtype.itemsize,
+        layers=len(layers),
+        saved=fmean(saved[repr(each)][0] for each in layers),
+        saved_per_key=fmean(saved[repr(each)][1] for each in layers),
+        mlp=2 * widest if _is_fused(layers[-1]) else 0,
+        grad_mlp=4 * widest,  # of the MLP's hidden states, gate and up, and the hidden states themselves
+        dense=max(map(math.prod, sizes)) * dtype.itemsize if is_quantized else 0,
+        gathered=gathered,
+        host_base=host_base,
+    )
+
+
+def _count_base(
+    causal_lm: Any, processes: int, sharded_offload: bool | int | None
+) -> tuple[dict[str, int], tuple[int, int], int]:
+    """Count the bytes of a base without scales: what a process holds, what it gathers, and what is in host memory.
+
+    FSDP2 gathers a layer into a buffer, and copies that to its parameters while the next one is on its way.
+    """
+    layers, ends = list(causal_lm.model.layers), [causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()]
+    base, vocabulary = _frozen_bytes([causal_lm]) - _frozen_bytes(ends), _frozen_bytes(ends)
+    if sharded_offload is None:
+        return {"base": base, "vocabulary": vocabulary}, (0, 0), 0
+    ends = ends if shards_vocabulary(causal_lm) else []
+    on_host = [*layers, *ends] if sharded_offload is True else layers[: int(sharded_offload)]
+    on_device = [each for each in layers if each not in on_host]
+    held = {"base": base - _frozen_bytes(layers) + _frozen_bytes(on_device) // processes, "vocabulary": vocabulary}
+    if ends:
+        held["vocabulary"] = 0 if ends[0] in on_host else vocabulary // processes
+    largest, largest_end = (max((_frozen_bytes([each]) for each in modules), default=0) for modules in (layers, ends))
+    from_host = largest // processes if on_host else 0
+    host_bytes = sum(_pinned_bytes(each.nbytes // processes) for each in _frozen(on_host))
+    return held, (2 * largest + from_host, 2 * largest_end), host_bytes
+
+
+def _frozen(modules: Sequence[nn.Module]) -> set[nn.Parameter]:
+    return {each for module in modules for each in module.parameters() if not each.requires_grad}
+
+
+def _frozen_bytes(modules: Sequence[nn.Module]) -> int:
+    return sum(each.nbytes for each in _frozen(modules))
+
+
+def _pinned_bytes(size: int) -> int:
+    """Return what a tensor takes in pinned host memory, which torch hands out in powers of two."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def _count_saved(causal_lm: Any, layer: Any, dtype: torch.dtype) -> tuple[float, float]:
+    """Return the bytes a token that a layer keeps for backward, and those more for each token of its row.
+
+    Of a fused layer it is what the functions of layers/decoder_layer.py save; any other is run without numbers.
+    """
+    if not _is_fused(layer):
+        return count_saved(causal_lm, layer, dtype)
+    attention, width = layer.self_attn, causal_lm.config.hidden_size
+    queries, keys = attention.q_proj.out_features, attention.k_proj.out_features
+    heads = queries // attention.head_dim
+    ranks = sum(sum(each.r.values()) for each in layer.modules() if isinstance(each, LoraLayer))
+    # inputs of both norms; queries and attention's output; keys and values; gate and up; x A of all adapters
+    numbers = 2 * width + 2 * queries + 2 * keys + 2 * layer.mlp.gate_proj.out_features + ranks
+    floats = 2 + heads  # inverse root mean squares of the norms; log-sum-exp of attention's scores
+    if hasattr(attention, "q_norm"):  # queries and keys before their norms
+        numbers, floats = numbers + queries + keys, floats + (queries + keys) // attention.head_dim
+    return numbers * dtype.itemsize + floats * _FLOAT, 0.0
+
+
+def _is_fused(layer: nn.Module) -> bool:
+    return isinstance(layer, FusedDecoderLayer) and layer.plain_reason is None

@@ -1,0 +1,250 @@
+"""What a step takes by the formula: by hand, beside what real steps keep, and by a model without numbers."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import Gemma2Config, LlamaConfig
+
+from qlora_lightning.model.adapters.lora import add_adapters, trainable_tensors
+from qlora_lightning.model.adapters.summary import adapter_table, bytes_by_dtype, count_parameters, describe_sizes
+from qlora_lightning.model.load.base_model import load_base
+from qlora_lightning.model.load.build import fuse, meta_base, put_adapters
+from qlora_lightning.model.memory.formula import build_step_memory
+from qlora_lightning.support.versions import enable_activation_checkpointing
+from tests import steps
+
+ROOT = Path(__file__).parents[3]
+GIB = 2**30
+
+
+def build(config, quantization="nf4", folder=None, fast=True, dtype=torch.bfloat16, **options):
+    base = meta_base(config, dtype, quantization)
+    options = options if folder else {"rank": 4, **options}
+    model = put_adapters(base, folder, **options).to("meta")
+    fuse(model, fast)
+    return model
+
+
+# ---- beside real steps -----------------------------------------------------------------------------------------------
+
+LENGTHS = (161, 97, 129)
+
+
+def count_kept(module, batch):
+    """Return the bytes that autograd keeps for backward, but for weights."""
+    kept = set()
+
+    def keep(tensor):
+        kept.add(tensor.untyped_storage())
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        module.compute_loss(batch)
+    weights = {each.untyped_storage() for each in (*module.parameters(), *module.buffers())}
+    return sum(each.nbytes() for each in kept - weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "every_n_layers", "tolerance"),
+    [
+        ({}, 0, 0.03),
+        ({"compute_dtype": "fp32", "quantization": "none"}, 0, 0.03),
+        ({"layers": "last:1"}, 0, 0.05),
+        ({"target_modules": "attention"}, 0, 0.03),
+        ({}, 1, 0.1),
+        ({}, 2, 0.1),
+        ({"dropout": 0.1}, 0, 0.15),  # from here on PEFT's layers; masks of a CPU are wider
+        ({"quantization": "int8"}, 0, 0.1),
+        ({"lora_options": {"use_dora": True}}, 0, 0.1),
+        ({"fast": False}, 0, 0.2),  # attention copies each sample
+        ({"fast": False}, 1, 0.1),
+    ],
+    ids=str,
+)
+def test_a_step_keeps_the_activations_that_are_planned(tiny_base, options, every_n_layers, tolerance):
+    options = {"compute_dtype": "bf16"} | options
+    module = steps.make_module(tiny_base, **options)
+    if every_n_layers:
+        enable_activation_checkpointing(module.causal_lm, every_n_layers)
+    batch = steps.make_batch(LENGTHS, vocabulary=40_000)
+    dtype = getattr(torch, module.identity["compute_dtype"])
+    del options["compute_dtype"]
+    step = replace(build_step_memory(build(tiny_base, dtype=dtype, **options), dtype), every_n_layers=every_n_layers)
+    planned = step.parts(sum(LENGTHS), max(LENGTHS))["activations"]
+    assert planned == pytest.approx(count_kept(module, batch), rel=tolerance)
+
+
+# ---- by hand ---------------------------------------------------------------------------------------------------------
+
+# Two layers 64 wide, 4 heads over 2 of width 16, an MLP 128 wide, 100 tokens; A and B of rank 2 of seven linears
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL |= {"vocab_size": 100, "num_hidden_layers": 2}
+LINEARS = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+TRAINED = 2 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+# inputs of two norms, queries and output, keys and values, gate and up, seven x A; two norms and four heads in float32
+SAVED = 2 * (2 * 64 + 2 * 64 + 2 * 32 + 2 * 128 + 7 * 2) + 4 * (2 + 4)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return build_step_memory(build(LlamaConfig(**SMALL, tie_word_embeddings=True), rank=2), torch.bfloat16)
+
+
+def test_every_part_is_counted_as_on_paper(small):
+    tokens = 300
+    head = tokens * (4 * 64 + 4 + 2 * 64 + 8)
+    assert small.parts(tokens, 100) == {
+        "base": LINEARS // 2 + 2 * 5 * 64,
+        "scales": 4 * LINEARS // 64,
+        "vocabulary": 2 * 100 * 64,
+        "gathered": 0,
+        "adapters": 4 * TRAINED,
+        "gradients": 4 * TRAINED,
+        "optimizer": 8 * TRAINED,
+        "copies": 2 * TRAINED,
+        "activations": head + 2 * tokens * SAVED,
+        # a layer's: the gradient of its output, four as wide as the MLP, and a dense weight; the head's takes less
+        "workspace": tokens * (2 * 64 + 4 * 2 * 128) + 2 * 64 * 128,
+        "context": 600_000_000,
+    }
+    assert small.peak(tokens, 100) == sum(small.parts(tokens, 100).values())
+
+
+def test_checkpointed_layers_keep_their_inputs_and_offloaded_ones_not_even_these(small):
+    tokens, state = 20_000, 20_000 * 2 * 64
+    usual, checkpointed = small.parts(tokens, 100), replace(small, every_n_layers=1)
+    parts = checkpointed.parts(tokens, 100)
+    assert usual["activations"] - parts["activations"] == 2 * (tokens * SAVED - state)
+    # its MLP takes 8,192 tokens at a time
+    again = tokens * (SAVED - 2 * 2 * 128) + 8192 * 2 * 2 * 128 - state
+    assert parts["workspace"] == again + state + 8192 * 4 * 2 * 128 + 2 * 64 * 128
+    offloaded = replace(checkpointed, offload=True)
+    assert parts["activations"] - offloaded.parts(tokens, 100)["activations"] == 2 * state
+    assert offloaded.parts(tokens, 100)["workspace"] - parts["workspace"] == state  # of one, which comes back
+    assert (offloaded.host_bytes(tokens), checkpointed.host_bytes(tokens)) == (
+        2 * 2**22,
+        0,
+    )  # pinned memory is in powers of two
+
+
+def test_as_many_tokens_fit_as_their_peak_allows(small):
+    longest, counts = 512, []
+    for step in (small, replace(small, every_n_layers=1), replace(small, every_n_layers=1, offload=True)):
+        tokens = step.most_tokens(GIB, longest)
+        assert step.peak(tokens, longest) <= GIB < step.peak(tokens + 1, longest)
+        counts.append(tokens)
+    assert counts == sorted(set(counts))
+    assert small.most_tokens(600_000_000, longest) == 0
+
+
+def test_optimizers_in_8_bits_and_several_processes_are_counted():
+    model = build(LlamaConfig(**SMALL), rank=2)
+    step = build_step_memory(model, torch.bfloat16, optimizer="bitsandbytes.optim.AdamW8bit", processes=2)
+    assert (step.fixed["optimizer"], step.fixed["gradients"]) == (2 * TRAINED, 2 * 4 * TRAINED)
+
+
+def test_llama_8b_has_its_known_sizes_and_plain_scales_if_a_card_has_room():
+    config = json.loads((ROOT / "configs/shapes/llama-3.1-8b/config.json").read_text())
+    model = build(LlamaConfig(**config), rank=16)
+    assert count_parameters(model) == (41_943_040, 8_030_261_248 + 41_943_040)  # by PEFT, and by its model card
+
+    def base(memory):
+        fixed = build_step_memory(model, torch.bfloat16, device_bytes=memory).fixed
+        return round(sum(fixed[part] for part in ("base", "scales", "vocabulary")) / 1e9, 2)
+
+    assert (base(8 * GIB), base(24 * GIB)) == (5.70, 6.03)
+
+
+def test_attention_scores_that_no_kernel_spares_grow_with_the_row():
+    config = Gemma2Config(**SMALL, head_dim=16, sliding_window=4096)
+    step = build_step_memory(build(config), torch.bfloat16)
+    assert step.saved_per_key > 4 * 2  # of four heads at least the weights, in 16 bits
+    assert step.peak(4096, 4096) > step.peak(4096, 64) + 2 * 4096 * 4032 * 4 * 2
+
+
+# ---- the same model without its numbers ------------------------------------------------------------------------------
+
+
+def describe(model):
+    """What memory depends on: tensors that train, parts by name, and parameters."""
+    trained = {name: (tensor.shape, tensor.dtype) for name, tensor in trainable_tensors(model).items()}
+    parts = {name: repr(module) for name, module in model.named_modules() if "lora_" not in name and name}
+    return trained, parts.keys(), count_parameters(model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"quantization": "int8", "fast": False},
+        {"quantization": "none"},
+        {"dropout": 0.1, "layers": "last:1"},
+        {"target_modules": ["q_proj", "down_proj"], "lora_options": {"use_dora": True}},
+        {"lora_options": {"trainable_token_indices": [3], "rank_pattern": {"q_proj": 6}}},
+    ],
+    ids=str,
+)
+def test_a_hollow_model_is_the_model_without_its_numbers(tiny_base, options):
+    module = steps.make_module(tiny_base, compute_dtype="bf16", **options)
+    hollow = build(tiny_base, **options)
+    assert all(parameter.is_meta for parameter in hollow.parameters())
+    assert describe(hollow) == describe(module.model)
+
+
+def test_an_adapter_folder_brings_its_own_shape(tiny_base, tmp_path):
+    made = steps.make_module(tiny_base, rank=3, target_modules="attention")
+    made.save_adapter(tmp_path / "adapter")
+    assert count_parameters(build(tiny_base, folder=tmp_path / "adapter")) == count_parameters(made.model)
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+EMBEDDING = 49_152 * 64  # tied: counted once
+NORMS = 5 * 64
+BASE = EMBEDDING + LINEARS + NORMS
+ADAPTER = 2 * 8 * 1024  # layers × rank × (in + out) of the seven linears
+# a scale for 64 weights: in 4 bytes, or in one byte and for each linear 4 bytes more (all have up to 256 scales)
+SCALES, DOUBLE_SCALES = 4 * LINEARS // 64, LINEARS // 64 + 4 * 14
+
+
+@pytest.mark.parametrize(
+    ("quantization", "double_quant", "of_base"),
+    [
+        ("nf4", True, {"nf4": LINEARS // 2 + DOUBLE_SCALES}),
+        ("fp4", False, {"fp4": LINEARS // 2 + SCALES}),
+        ("int8", True, {"int8": LINEARS}),
+        ("none", True, {"bfloat16": 2 * LINEARS}),
+    ],
+)
+def test_a_loaded_base_takes_the_bytes_that_are_shown_and_planned(tiny_base, quantization, double_quant, of_base):
+    model = load_base(str(tiny_base), quantization=quantization, double_quant=double_quant).model
+    sizes = dict(Counter({"bfloat16": 2 * (EMBEDDING + NORMS)}) + Counter(of_base))
+    assert count_parameters(model) == (0, BASE)  # the numbers that packed weights stand for
+    assert bytes_by_dtype(model) == sizes
+    fixed = build_step_memory(
+        build(tiny_base, quantization), torch.bfloat16, double_quant=double_quant, device_bytes=0
+    ).fixed
+    planned = sum(fixed[part] for part in ("base", "scales", "vocabulary"))
+    assert planned == pytest.approx(sum(sizes.values()), rel=1e-4)
+    adapted = add_adapters(model)
+    assert count_parameters(adapted) == (ADAPTER, BASE + ADAPTER)
+    assert bytes_by_dtype(adapted) == {**sizes, "float32": 4 * ADAPTER}
+    assert describe_sizes(adapted).startswith(f"16,384 of {BASE + ADAPTER:,} parameters train (0.51%); in memory: bfl")
+
+
+def test_the_table_lists_adapted_modules_by_kind_and_shape_and_what_trains_beside(tiny_base):
+    options = {"rank_pattern": {"layers.0.self_attn.v_proj": 2}, "trainable_token_indices": [5, 6]}
+    targets = ["q_proj", "v_proj", "down_proj"]
+    table = adapter_table(add_adapters(meta_base(tiny_base), target_modules=targets, lora_options=options))
+    assert sorted(zip(*(column.cells for column in table.columns), strict=True)) == [
+        ("down_proj", "2", "8 × 128", "64 × 8", "3,072"),
+        ("q_proj", "2", "8 × 64", "64 × 8", "2,048"),
+        ("trained beside", "", "", "", "128"),
+        ("v_proj", "1", "2 × 64", "32 × 2", "192"),
+        ("v_proj", "1", "8 × 64", "32 × 8", "768"),
+    ]

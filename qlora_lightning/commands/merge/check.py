@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
 from qlora_lightning.commands.adapter_config import add_config
+from qlora_lightning.commands.merge.gguf_files import architecture_of
 from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.collate import collate_rows
@@ -60,14 +62,13 @@ def check_written(
     is_exact = options.dtype == "fp32" and source.compute_dtype == torch.float32
     usual_kl = _MAX_KL["original" if options.onto == "original" else "exact" if is_exact else "rounded"]
     max_kl = usual_kl if options.max_kl is None else options.max_kl
-    written: list[tuple[str, float, dict[str, str]]] = [(f"onto {options.onto}, {options.dtype}", max_kl, {})]
+    written: list[tuple[str, float, Path | None]] = [(f"onto {options.onto}, {options.dtype}", max_kl, None)]
     if gguf_file is not None:
-        limit = max(max_kl, _MAX_KL.get(options.gguf, _MAX_KL["rounded"]))
-        written.append((gguf_file.name, limit, {"gguf_file": str(gguf_file.relative_to(folder))}))
+        written.append((gguf_file.name, max(max_kl, _MAX_KL.get(options.gguf, _MAX_KL["rounded"])), gguf_file))
     figures: dict[str, Any] = {"rows": rows, "labelled_tokens": len(labels), "base + adapter": {"loss": loss}}
     faults = []
     for name, limit, file in written:
-        logits, _ = labelled_logits(_load_written(folder, device, **file), batches)
+        logits, _ = labelled_logits(_load_written(folder, file, device), batches)
         one = compare_logits(reference, logits, labels)
         figures[f"written: {name}"] = one._asdict()
         say(f"  written: {name}: loss {one.loss:.4f}, KL {one.kl:.1e}, same top token {one.top1:.2%}")
@@ -99,19 +100,19 @@ def _reference_logits(
         return labelled_logits(module.model, batches)
 
 
-def _load_written(folder: Path, device: torch.device, **file: str) -> Any:
-    """Load a merged model with transformers: as it is written if the hardware multiplies that quickly, else in fp32."""
+def _load_written(folder: Path, gguf_file: Path | None, device: torch.device) -> Any:
+    """Load a merged model, or its GGUF file, with transformers: in fp32 if the hardware multiplies slowly otherwise."""
     gc.collect()  # the model before is in circles of references
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     is_quick = device.type == "cuda" or config.dtype == choose_compute_dtype("auto", device)
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,  # a GGUF's own says nothing of scaled rotary embeddings
-        dtype=config.dtype if is_quick else torch.float32,
-        device_map={"": device},
-        local_files_only=True,
-        **file,
-    ).eval()
+    options: dict[str, Any] = {"dtype": config.dtype if is_quick else torch.float32, "device_map": {"": device}}
+    if gguf_file is not None:
+        # transformers reads of a file's own config neither scaled rotary embeddings nor, of Qwen3, the size of heads
+        kind = gguf.MODEL_ARCH_NAMES[architecture_of(config)]  # a Mistral is a llama there
+        config = AutoConfig.for_model(**{**config.to_dict(), "model_type": kind})
+        options |= {"gguf_file": gguf_file.name, "quantization_config": GgufConfig(dequantize=True)}
+        folder = gguf_file.parent
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, **options).eval()
 
 
 def sample_validation_rows(options: argparse.Namespace, adapter: Path, vocabulary: int) -> list[Mapping[str, Any]]:

@@ -228,7 +228,6 @@ CHECKPOINTS = [
 ]
 ADAPTERS = [
     Wrong("no_adapter", "--model.adapter none", ("none", "adapter_config.json")),
-    Wrong("adapter_rank", "--model.adapter run/adapter --model.rank 3", ("model.rank is 3", "has 2")),
     Wrong(
         "adapter_of_another_base",
         "--model.adapter wrong",

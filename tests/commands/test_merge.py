@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_lightning.base.cache import hash_key
 from qlora_lightning.cli import main
 from qlora_lightning.model.load.base_model import load_base
+from qlora_lightning.model.merge import MergedWeights
 from tests.adapters import make_run
 from tests.help_examples import help_examples
 
@@ -35,18 +36,8 @@ def whole(tiny_base, tmp_path_factory):
         model = make_run(folder / "runs" / "quickstart", tiny_base)
         old = os.umask(0o027)
         try:
-            merge(
-                "--out",
-                "merged",
-                "--dtype",
-                "fp32",
-                "--gguf",
-                "f16",
-                "--adapter-gguf",
-                "a.gguf",
-                "--json",
-                "found.json",
-            )
+            files = ("--out", "merged", "--adapter-gguf", "a.gguf", "--json", "found.json")
+            merge(*files, "--dtype", "fp32", "--gguf", "f16")
         finally:
             os.umask(old)
     return folder, model
@@ -94,7 +85,7 @@ def test_the_examples_of_help_run(arguments, folder, capsys):
 # ---- what is written -------------------------------------------------------------------------------------------------
 
 
-def test_the_merged_folder_is_a_model_for_plain_transformers(merged, whole, tiny_base):
+def test_the_merged_folder_is_a_model_for_plain_transformers_and_agrees(merged, whole, tiny_base):
     model = AutoModelForCausalLM.from_pretrained("merged")
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, whole[1](IDS).logits, rtol=1e-4, atol=1e-4)
@@ -108,16 +99,12 @@ def test_the_merged_folder_is_a_model_for_plain_transformers(merged, whole, tiny
     assert config["eos_token_id"] == stops == model.generation_config.eos_token_id
     files = (merged / "a.gguf", *(each for each in (merged / "merged").rglob("*") if each.is_file()))
     assert {file.stat().st_mode & 0o777 for file in files} == {0o640}
-
-
-def test_the_check_is_written_beside(merged):
-    found = json.loads((merged / "found.json").read_text())
-    assert found == json.loads((merged / "merged" / "merge.json").read_text())
-    check = found["check"]
+    figures = json.loads((merged / "found.json").read_text())
+    assert figures == json.loads((merged / "merged" / "merge.json").read_text())
+    check = figures["check"]
     assert check["rows"] == 8
     for name in ("written: onto dequantized, fp32", "written: model-f16.gguf"):
         assert check[name]["kl"] < 1e-6
-        assert check[name]["top1"] == 1.0
         assert check[name]["loss"] == pytest.approx(check["base + adapter"]["loss"], abs=1e-4)
 
 
@@ -198,12 +185,22 @@ def test_an_adapter_of_another_tool_is_added_to_the_original_weights(folder, tin
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_disagrees_is_not_kept(folder, capsys):
+@pytest.mark.parametrize("wrong", ["model.safetensors", "gguf"])
+def test_a_model_that_disagrees_is_not_kept(folder, capsys, monkeypatch, wrong):
+    """What is written is loaded again: a fault in either file is seen."""
+    if wrong == "gguf":
+        usual = gguf.quants.quantize
+        monkeypatch.setattr("gguf.quants.quantize", lambda values, kind: usual(2 * values, kind))
+        typed, words = ["--gguf", "f16"], "written: model-f16.gguf: KL"
+    else:
+        usual = MergedWeights.__call__
+        monkeypatch.setattr(MergedWeights, "__call__", lambda self, name: 2 * usual(self, name))
+        typed, words = [], "written: onto dequantized, bf16: KL"
     before = paths(folder)
-    merge("--out", "merged", "--rows", "2", "--max-kl", "0", "--json", "found.json", code=2)
-    captured = capsys.readouterr()
-    assert "The merged model is not kept" in captured.err
-    assert "written: onto dequantized, bf16: KL" in captured.err
+    merge("--out", "merged", "--rows", "2", "--json", "found.json", *typed, code=2)
+    err = capsys.readouterr().err
+    assert "The merged model is not kept" in err
+    assert words in err
     assert paths(folder) == before
 
 

@@ -23,8 +23,14 @@ from qlora_lightning.commands.merge.quantizer import K_QUANTS, quantize
 from qlora_lightning.commands.options import write_output
 from qlora_lightning.evaluation.rows import steps_bar
 from qlora_lightning.model.load.opened_adapter import AdapterSource, find_adapter
-from qlora_lightning.model.weights.base import OriginalWeights, TrainedWeights, Weights
-from qlora_lightning.model.weights.merging import MergedWeights, MergePlan, plan_merge
+from qlora_lightning.model.merge import (
+    MergedWeights,
+    MergePlan,
+    TrainedWeights,
+    Weights,
+    original_weights,
+    plan_merge,
+)
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import flush, put_in_place, read_json_object
@@ -40,10 +46,9 @@ def merge(options: argparse.Namespace) -> None:
             f"{source.folder} does not say how its base was quantized (no qlora_lightning.json), so the dequantized "
             "base that it was trained on is unknown. Add --onto original."
         )
-    original: Weights = OriginalWeights(source.base)
-    trained = original
-    if source.quantization is not None:
-        trained = TrainedWeights(source.base, source.quantization, source.double_quant, source.compute_dtype)
+    weights: Weights = original_weights(source.base)
+    if options.onto == "dequantized" and source.quantization is not None:
+        weights = TrainedWeights(source.base, source.quantization, source.double_quant, source.compute_dtype)
     EntryCheck(source.base.folder, source.base.name).wait()  # of an unpacked GGUF
     plan = plan_merge(source.base.folder, source.folder)
     if options.gguf or options.adapter_gguf:
@@ -73,7 +78,7 @@ def merge(options: argparse.Namespace) -> None:
     }
     with _whole_folder(options.out) as folder:
         _write_companions(source, folder, options)
-        gguf_file = _write_weights(source, plan, original if options.onto == "original" else trained, folder, options)
+        gguf_file = _write_weights(source, plan, weights, folder, options)
         note = ""
         if gguf_file is not None:
             settings = (source.identity.get("data") or {}).get("settings") or {}
@@ -83,7 +88,7 @@ def merge(options: argparse.Namespace) -> None:
             (folder / "README.md").write_text(card, encoding="utf-8")
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         figures["files"] = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
-        figures["check"] = check_written(options, plan, trained, folder, gguf_file, batches) if batches else None
+        figures["check"] = check_written(options, source, folder, gguf_file, batches) if batches else None
         figures["seconds"] = round(time.monotonic() - began, 1)
         write_output(folder / RECORD, figures)
     if options.json is not None:

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from qlora_lightning.base.find import resolve_base
 from qlora_lightning.base.folder import BaseFolder
-from qlora_lightning.model.adapters.lora import ADAPTER
-from qlora_lightning.model.weights.base import EMBEDDING, HEAD
-from qlora_lightning.model.weights.merging import MergePlan, adapted_layers, changed_modules
+from qlora_lightning.model.adapters.lora import ADAPTER, lora_matrices
+from qlora_lightning.model.merge import MergePlan, changed_modules
 from qlora_lightning.support.errors import UserError
 
 Array = npt.NDArray[Any]
@@ -57,23 +56,6 @@ def architecture_of(config: Any, adapter_only: bool = False) -> Any:
         types = ", ".join(_ARCHITECTURES)
         raise UserError(f"{option} writes files for models of the types {types}, not of {config.model_type}. {remedy}")
     return _ARCHITECTURES[config.model_type]
-
-
-class GGUFWeights:
-    """The weights of a GGUF file, one tensor at a time, by their names in transformers and as transformers has them."""
-
-    def __init__(self, file: Path, config: Any) -> None:
-        self._tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-        self._config = config
-
-    def __call__(self, name: str) -> Tensor:
-        """Return a tensor in fp32."""
-        place = _map_name(name, self._config)
-        if name == HEAD and place not in self._tensors:
-            place = _map_name(EMBEDDING, self._config)  # tied
-        tensor = self._tensors[place]
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        return torch.from_numpy(np.array(_permute_rows(name, values, self._config, back=True), dtype=np.float32))
 
 
 class GGUFModelWriter:
@@ -134,9 +116,9 @@ def write_adapter(file: Path, plan: MergePlan, base: BaseFolder) -> None:
     Raises:
         UserError: the adapter is more than plain LoRA on linears, for which the format has no place.
     """
-    layers = adapted_layers(plan)
-    for name in changed_modules(plan.model.get_base_model()):
-        if not _is_plain(layers.get(name)):
+    layers: dict[str, Any] = changed_modules(plan)
+    for name, layer in layers.items():
+        if not _is_plain(layer):
             raise UserError(
                 f"--adapter-gguf: {name} carries more than plain LoRA on a linear, for which the format has no place. "
                 "Merge it: --out DIR --gguf f16."
@@ -148,7 +130,7 @@ def write_adapter(file: Path, plan: MergePlan, base: BaseFolder) -> None:
     writer.add_name(Path(base.name).name)
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     for name, layer in layers.items():
-        a, b = (each[ADAPTER].weight.detach().float() for each in (layer.lora_A, layer.lora_B))
+        a, b = (matrix.detach().float() for matrix in lora_matrices(layer))
         factor = layer.scaling[ADAPTER] / (alpha / len(a))
         factor = 1.0 if math.isclose(factor, 1.0) else factor
         rows = _permute_rows(f"{name}.weight", (b * factor).numpy(), plan.config)
@@ -165,8 +147,8 @@ def _open_writer(file: Path, config: Any) -> gguf.GGUFWriter:
     return gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture_of(config)])
 
 
-def _is_plain(layer: LoraLayer | None) -> bool:
-    return layer is not None and not layer.lora_variant and type(layer.get_base_layer()) is torch.nn.Linear
+def _is_plain(layer: Any) -> bool:
+    return isinstance(layer, LoraLayer) and not layer.lora_variant and type(layer.get_base_layer()) is torch.nn.Linear
 
 
 # ---- tensors and shape -----------------------------------------------------------------------------------------------
@@ -186,7 +168,7 @@ def _name_map(architecture: Any, layers: int) -> Any:
     return gguf.get_tensor_name_map(architecture, layers)
 
 
-def _permute_rows(name: str, rows: Array, config: Any, back: bool = False) -> Array:
+def _permute_rows(name: str, rows: Array, config: Any) -> Array:
     """Put the rows ``(out, …)`` of a LLaMA's queries and keys into llama.cpp's order, pairs that rotate side by side.
 
     transformers rotates the first half of a head's rows against the second, and so does llama.cpp in the other
@@ -197,7 +179,7 @@ def _permute_rows(name: str, rows: Array, config: Any, back: bool = False) -> Ar
         return rows
     heads = config.num_attention_heads if found[1] == "q" else config.num_key_value_heads
     half = rows.shape[0] // heads // 2
-    pairs = rows.reshape(heads, *((half, 2) if back else (2, half)), *rows.shape[1:])
+    pairs = rows.reshape(heads, 2, half, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,7 +17,7 @@ from qlora_lightning.support.errors import UserError, nearest
 from qlora_lightning.support.versions import without_peft_warnings
 
 ADAPTER = "default"  # PEFT's name for the adapter that a model is made with
-OURS = {
+SET_BY_KEYS = {  # fields of peft.LoraConfig that have a key of their own
     "r": "model.rank",
     "lora_alpha": "model.alpha",
     "lora_dropout": "model.dropout",
@@ -28,23 +29,17 @@ OURS = {
     "revision": "model.revision",
 }
 _VERIFIED = (  # on a frozen, quantized base
-    "alpha_pattern",
-    "ensure_weight_tying",
-    "init_lora_weights",
-    "modules_to_save",
-    "rank_pattern",
-    "trainable_token_indices",
-    "use_dora",
-    "use_rslora",
+    *("alpha_pattern", "ensure_weight_tying", "init_lora_weights", "modules_to_save", "rank_pattern"),
+    *("trainable_token_indices", "use_dora", "use_rslora"),
 )
 _INITS = (True, False, "gaussian", "orthogonal")
 
 
-def check_lora_options(options: dict[str, Any], model: nn.Module, tied_embeddings: bool) -> None:
-    """Reject options that cannot work on a frozen, quantized base."""
+def check_lora_options(options: dict[str, Any], model: PreTrainedModel) -> None:
+    """Reject options that cannot work on a frozen, quantized base, or that PEFT would ignore."""
     for name in options:
-        if name in OURS:
-            raise UserError(f"model.lora_options sets {name!r}, which has a key of its own: set {OURS[name]}.")
+        if name in SET_BY_KEYS:
+            raise UserError(f"model.lora_options sets {name!r}, which has a key of its own: set {SET_BY_KEYS[name]}.")
         if name not in _VERIFIED:
             raise UserError(
                 f"model.lora_options sets {name!r}: expected one of {', '.join(_VERIFIED)}, which are verified on a "
@@ -56,14 +51,15 @@ def check_lora_options(options: dict[str, Any], model: nn.Module, tied_embedding
             f"model.lora_options.init_lora_weights is {init!r}: expected one of {', '.join(map(str, _INITS))}. PEFT's "
             "others rewrite the frozen base, or need its weights before quantization or a pass over the data."
         )
-    whole_modules = options.get("modules_to_save") or []
+    saved_modules = options.get("modules_to_save") or []
     names = [f".{name}" for name, _ in model.named_modules()]
-    for module in whole_modules:
-        if not any(name.endswith(f".{module}") for name in names):  # PEFT ignores it
+    for module in saved_modules:
+        if not any(name.endswith(f".{module}") for name in names):
             raise UserError(f"model.lora_options.modules_to_save names {module!r}, but the base has no such module.")
-    if tied_embeddings and {"embed_tokens", "lm_head"} & set(whole_modules) and not options.get("ensure_weight_tying"):
+    is_tied = model.config.tie_word_embeddings and not options.get("ensure_weight_tying")
+    if is_tied and {"embed_tokens", "lm_head"} & set(saved_modules):
         raise UserError(
-            f"model.lora_options.modules_to_save is {whole_modules}, but this base ties head and embedding: trained "
+            f"model.lora_options.modules_to_save is {saved_modules}, but this base ties head and embedding: trained "
             "alone they would part. Add `ensure_weight_tying: true` with modules_to_save: [embed_tokens], "
             "or train single tokens with trainable_token_indices."
         )
@@ -107,13 +103,12 @@ def add_adapters(
     """
     options = copy.deepcopy(lora_options or {})  # PEFT writes into lists that it is handed
     check_adapter_settings(rank, alpha, dropout)
-    tied = bool(model.config.tie_word_embeddings)
-    check_lora_options(options, model, tied)
+    check_lora_options(options, model)
     targets = resolve_targets(model, target_modules, layers)
-    apart = [name for name in targets if tied and name.endswith(("embed_tokens", "lm_head"))]
-    if apart:
+    tied = [name for name in targets if name.endswith(("embed_tokens", "lm_head"))]
+    if tied and model.config.tie_word_embeddings:
         raise UserError(
-            f"model.target_modules selects {apart[0]}, but this base ties head and embedding: an adapter on one would "
+            f"model.target_modules selects {tied[0]}, but this base ties head and embedding: an adapter on one would "
             "part them. Train single tokens with lora_options: {trainable_token_indices: …} instead."
         )
     config = peft.LoraConfig(
@@ -148,6 +143,13 @@ def inject(model: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every tensor that trains, by name: the adapter, and nothing of the base."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def lora_matrices(layer: LoraLayer, adapter: str = ADAPTER) -> tuple[Tensor, Tensor]:
+    """Return A ``(rank, in)`` and B ``(out, rank)`` of a linear, or of an embedding."""
+    if adapter in layer.lora_A:
+        return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
 
 
 @contextlib.contextmanager
@@ -201,9 +203,9 @@ def copy_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
             tensor.copy_(tensors[name])
 
 
-def check_fit(own: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:
+def check_fit(own: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: str) -> None:
     """Reject tensors of ``source`` that have other names or shapes than the model's own."""
-    missing, foreign = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+    missing, foreign = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
     if missing or foreign:
         shown = ", ".join((missing or foreign)[:3])
         raise UserError(
@@ -212,9 +214,8 @@ def check_fit(own: Mapping[str, Tensor], found: Mapping[str, Tensor], source: st
             "was trained with."
         )
     for name, tensor in own.items():
-        there, here = tuple(found[name].shape), tuple(tensor.shape)
-        if there != here:
+        if stored[name].shape != tensor.shape:
             raise UserError(
-                f"{source} does not fit the adapter of this model: {name} has shape {there} there and {here} here. "
-                "Use the base and the model.rank that it was trained with."
+                f"{source} does not fit the adapter of this model: {name} has shape {tuple(stored[name].shape)} there "
+                f"and {tuple(tensor.shape)} here. Use the base and the model.rank that it was trained with."
             )

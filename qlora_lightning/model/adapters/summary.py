@@ -10,6 +10,7 @@ from rich.table import Table
 from torch import nn
 
 from qlora_lightning.base.tensors import format_bytes
+from qlora_lightning.model.adapters.lora import lora_matrices
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -45,7 +46,7 @@ def adapter_table(model: nn.Module) -> Table:
     groups: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0])
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
-            weights = _matrices(layer)
+            weights = lora_matrices(layer)
             key = (name.rpartition(".")[2], *(" × ".join(map(str, weight.shape)) for weight in weights))
             groups[key][0] += 1
             groups[key][1] += sum(weight.numel() for weight in weights)
@@ -58,12 +59,6 @@ def adapter_table(model: nn.Module) -> Table:
     if others:
         table.add_row("trained beside", "", "", "", f"{others:,}")
     return table
-
-
-def _matrices(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
-    if layer.lora_A:
-        return layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
 
 
 def describe_sizes(model: nn.Module) -> str:

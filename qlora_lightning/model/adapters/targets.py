@@ -6,12 +6,12 @@ from torch import nn
 
 from qlora_lightning.support.errors import UserError, nearest
 
-PRESETS = {"all-linear": ".", "attention": ".self_attn.", "mlp": ".mlp."}  # what the names of their modules hold
+PRESETS = {"all-linear": ".", "attention": ".self_attn.", "mlp": ".mlp."}  # what full names of their modules contain
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 def resolve_targets(model: nn.Module, target_modules: str | list[str], layers: str | list[int] = "all") -> list[str]:
-    """Name every module that is to carry an adapter, in the model's order.
+    """Return the full name of every module that is to carry an adapter, in the model's order.
 
     Args:
         model: The base; adapters on it are not seen.
@@ -24,14 +24,9 @@ def resolve_targets(model: nn.Module, target_modules: str | list[str], layers: s
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Embedding) and ".lora_" not in name
     ]
-    return select_targets(candidates, target_modules, layers)
-
-
-def select_targets(candidates: list[str], target_modules: str | list[str], layers: str | list[int]) -> list[str]:
-    """Do :func:`resolve_targets` with the names of all modules that could carry an adapter."""
-    selected = _select_modules(candidates, target_modules)
-    chosen = {None, *_choose_layers(candidates, layers)}  # None: modules outside of layers
-    targets = [name for name in selected if layer_of(name) in chosen]
+    selected = _select_by_name(candidates, target_modules)
+    chosen_layers = {None, *_select_layers(candidates, layers)}  # None: modules outside of layers
+    targets = [name for name in candidates if name in selected and layer_of(name) in chosen_layers]
     if not targets:
         raise UserError(
             f"model.target_modules {target_modules!r} and model.layers {layers!r} together select no module: "
@@ -59,33 +54,32 @@ def layer_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _select_modules(candidates: list[str], target_modules: str | list[str]) -> list[str]:
+def _select_by_name(candidates: list[str], target_modules: str | list[str]) -> set[str]:
     if isinstance(target_modules, str) and target_modules in PRESETS:
-        return [name for name in candidates if layer_of(name) is not None and PRESETS[target_modules] in name]
+        return {name for name in candidates if layer_of(name) is not None and PRESETS[target_modules] in name}
     if not target_modules:
         raise UserError("model.target_modules is an empty list: name at least one module, or write all-linear.")
-    endings = [target_modules] if isinstance(target_modules, str) else target_modules
     try:
         pattern = re.compile(target_modules) if isinstance(target_modules, str) else None
     except re.error as error:
         raise UserError(f"model.target_modules {target_modules!r} is not a regular expression: {error}.") from error
-    selected = set()
-    for ending in endings:
-        found = {name for name in candidates if _ends_with(name, ending) or (pattern and pattern.fullmatch(name))}
-        if not found:
-            verb = "names" if pattern is None else "is"
-            raise UserError(f"model.target_modules {verb} {ending!r}, {_nothing_matches(candidates, ending)}")
-        selected |= found
-    return [name for name in candidates if name in selected]
+    selected: set[str] = set()
+    for ending in [target_modules] if isinstance(target_modules, str) else target_modules:
+        matches = {name for name in candidates if f".{name}".endswith(f".{ending}")}
+        matches |= {name for name in candidates if pattern and pattern.fullmatch(name)}
+        if not matches:
+            names = list(dict.fromkeys(name.rpartition(".")[2] for name in candidates))
+            hint = nearest(ending, [*names, *PRESETS])
+            raise UserError(
+                f"model.target_modules {'names' if pattern is None else 'is'} {ending!r}, but the base has no such "
+                f"module; it has {', '.join(names)}."
+                + (hint or f" An expression must match a full name such as {candidates[1]}.")
+            )
+        selected |= matches
+    return selected
 
 
-def _nothing_matches(candidates: list[str], wanted: str) -> str:
-    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in candidates))
-    hint = nearest(wanted, [*endings, *PRESETS]) or f" An expression must match a full name such as {candidates[1]}."
-    return f"but the base has no such module; it has {', '.join(endings)}.{hint}"
-
-
-def _choose_layers(candidates: list[str], layers: str | list[int]) -> list[int]:
+def _select_layers(candidates: list[str], layers: str | list[int]) -> list[int]:
     check_layers(layers)
     present = sorted({layer for name in candidates if (layer := layer_of(name)) is not None})
     if layers == "all":
@@ -98,7 +92,3 @@ def _choose_layers(candidates: list[str], layers: str | list[int]) -> list[int]:
             f"last:{len(present)}, or a list of some of 0 … {len(present) - 1}."
         )
     return chosen
-
-
-def _ends_with(name: str, ending: str) -> bool:
-    return f".{name}".endswith(f".{ending}")

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Embedding, LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
-from qlora_lightning.model.adapters.lora import ADAPTER
+from qlora_lightning.model.adapters.lora import ADAPTER, lora_matrices
 from qlora_lightning.model.adapters.targets import layer_of
 
 
@@ -59,25 +59,20 @@ def _measure(layer: Any) -> UpdateNorm:
     With B = Q_B R_B and Aᵀ = Q_A R_A, the singular values of B A are those of the small R_B R_Aᵀ. The effective rank is
     the exponential of the entropy of their shares (Roy and Vetterli 2007, The effective rank).
     """
-    is_embedding = ADAPTER in layer.lora_embedding_A
-    if is_embedding:
-        a, b = layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
-    else:
-        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    a, b = a.double().cpu(), b.double().cpu()  # (rank, in), (out, rank)
-    core = torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
+    lora_A, lora_B = (matrix.double().cpu() for matrix in lora_matrices(layer))
+    core = torch.linalg.qr(lora_B).R @ torch.linalg.qr(lora_A.T).R.T
     values = layer.scaling[ADAPTER] * torch.linalg.svdvals(core)
     before = _base_weight(layer)
     update = values.norm()
     if ADAPTER in layer.lora_variant:  # DoRA scales each output of W + scaling · B A as well
         after = before + layer.get_delta_weight(ADAPTER).float()
         magnitude = layer.lora_magnitude_vector[ADAPTER].weight
-        lengths = after.norm(dim=0 if is_embedding else 1, keepdim=True)
+        lengths = after.norm(dim=0 if isinstance(layer, Embedding) else 1, keepdim=True)
         update = (magnitude.view_as(lengths) / lengths * after - before).norm()
     shares = values / values.sum()
     entropy = -torch.xlogy(shares, shares).sum()
     effective = float(entropy.exp()) if values.any() else 0.0
-    return UpdateNorm(float(update) / float(before.norm()), len(a), effective)
+    return UpdateNorm(float(update) / float(before.norm()), len(lora_A), effective)
 
 
 def _base_weight(layer: Any) -> Tensor:

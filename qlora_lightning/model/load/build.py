@@ -13,12 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
 from qlora_lightning.model.adapters.folder import open_adapter_folder
-from qlora_lightning.model.adapters.identity import (
-    check_adapter_options,
-    check_identity,
-    describe_adapter,
-    hash_config,
-)
+from qlora_lightning.model.adapters.identity import check_identity, describe_adapter, hash_config
 from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, trainable_tensors
 from qlora_lightning.model.adapters.targets import layer_of
 from qlora_lightning.model.layers.attention import register_flat_attention
@@ -93,12 +88,11 @@ def put_adapters(
         base: If it is on the meta device, new adapters are too; those of a folder have their numbers.
         folder: The adapter folder, whose own rank and targets rule.
         base_name: Written into the adapter's config, for PEFT to load the base by.
-        options: Arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`.
+        options: Arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`, of new adapters.
     """
     if folder is None:
         return add_adapters(base, base_name=base_name, **options)
     model = open_adapter_folder(base, folder)
-    check_adapter_options(model, options, folder)
     if base_name is not None:
         model.peft_config[ADAPTER].base_model_name_or_path = base_name
     return model

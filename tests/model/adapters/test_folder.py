@@ -1,4 +1,4 @@
-"""The adapter folder: what plain PEFT loads, whole or not at all, and refused if it is damaged."""
+"""The adapter folder: what plain PEFT loads, whole or not at all, and rejected if it is damaged."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from qlora_lightning import QLoRAModule
 from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.base.cache import list_entries
 from qlora_lightning.base.folder import load_tokenizer
-from qlora_lightning.model.adapters.folder import fill_adapter, loading_snippet, refill_folder, save_adapter_folder
+from qlora_lightning.model.adapters.folder import fill_adapter, loading_snippet, save_adapter_folder
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.support.errors import UserError
 from tests.adapters import make_adapter
@@ -53,7 +53,7 @@ def logits(model):
 
 
 def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
 def save(folder, model, tokenizer=None, stop_ids=(), **identity):
@@ -75,26 +75,18 @@ assert len(tokenizer) == model.config.vocab_size
 """
 
 
-def run_snippet(snippet, place):
-    """Run the card's lines in a process of their own; return the logits."""
-    program = PROGRAM.replace("SNIPPET", snippet).replace("IDS", str(IDS))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", program, str(place)], check=True, env=environment, capture_output=True)
-    return torch.load(place, weights_only=True)
-
-
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
 def test_plain_peft_computes_the_same_logits_by_the_lines_of_the_card(tiny_base, tmp_path, quantization):
     model = make_adapter(tmp_path, tiny_base, quantization, std=0.1)
-    snippet = loading_snippet(tmp_path, read_identity(tmp_path))
     of_card = loading_snippet(".", read_identity(tmp_path))
     assert f"```python\n{of_card}\n```" in (tmp_path / "README.md").read_text()
-    if quantization == "nf4":
-        found = run_snippet(snippet, tmp_path / "logits")
-    else:
-        names = {}
-        exec(snippet, names)
-        found = logits(names["model"].train())
+    program = PROGRAM.replace("SNIPPET", loading_snippet(tmp_path, read_identity(tmp_path))).replace("IDS", str(IDS))
+    command, environment = (
+        [sys.executable, "-c", program, str(tmp_path / "logits")],
+        {**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    found = torch.load(tmp_path / "logits", weights_only=True)
     ours = logits(model)
     torch.testing.assert_close(found, ours, rtol=1e-4, atol=1e-4)
     with model.disable_adapter():
@@ -192,69 +184,43 @@ class KilledError(BaseException):
     pass
 
 
-OLD = {"config": "alpha 4", "card": "card", "weights": "old"}
-SAME_CONFIG, OTHER_CONFIG = {**OLD, "weights": "new"}, {**OLD, "config": "alpha 8", "weights": "new"}
+def dying(change, countdown):
+    """Let a function that changes a file count down, and die in front of the last change."""
+
+    def change_or_die(*args, **kwargs):
+        countdown[0] -= 1
+        if countdown[0] == 0:
+            raise KilledError
+        return change(*args, **kwargs)
+
+    return change_or_die
 
 
-def refill(folder, files, own=()):
-    def write(place):
-        for name, text in files.items():
-            (place / name).write_text(text)
-
-    refill_folder(folder, write, key_file="weights", own=own)
-
-
-def read(folder):
-    return {file.name: file.read_text() for file in folder.iterdir() if file.is_file()}
-
-
-@pytest.mark.parametrize("new", [SAME_CONFIG, OTHER_CONFIG])
-@pytest.mark.parametrize("number", range(1, 6))
-def test_a_kill_at_any_change_of_the_folder_mixes_no_two_adapters(tmp_path, monkeypatch, new, number):
-    folder, left = tmp_path / "a", [number]
-    refill(folder, OLD)
-    (folder / "notes.txt").write_text("mine")
-
-    def dying(change):
-        def change_or_die(*args, **kwargs):
-            left[0] -= 1
-            if not left[0]:
-                raise KilledError
-            return change(*args, **kwargs)
-
-        return change_or_die
-
-    with monkeypatch.context() as patch, contextlib.suppress(KilledError):
-        patch.setattr("os.replace", dying(os.replace))
-        patch.setattr("pathlib.Path.unlink", dying(Path.unlink))
-        refill(folder, new)
-    found = read(folder)
-    assert found.pop("notes.txt") == "mine"
-    assert "weights" not in found or found in (OLD, new)
-    refill(folder, new)
-    assert read(folder) == {**new, "notes.txt": "mine"}
-    assert sorted(entry.name for entry in folder.iterdir()) == ["card", "config", "notes.txt", "weights"]
+def test_a_kill_at_any_change_of_the_folder_mixes_no_two_adapters(made, tiny_base, tmp_path):
+    """Also behind a link, and whether or not both came with a tokenizer; files of the user's stay."""
+    old, new = contents(made[0]), contents(save(tmp_path / "new", make_module(tiny_base, rank=2).model))
+    for number in range(1, 100):
+        shutil.copytree(made[0], tmp_path / str(number))
+        (tmp_path / str(number) / "notes.txt").write_text("mine")
+        folder = tmp_path / f"link{number}"
+        folder.symlink_to(str(number))
+        model, countdown = make_module(tiny_base, rank=2).model, [number]
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KilledError):
+            patch.setattr("os.replace", dying(os.replace, countdown))
+            patch.setattr("pathlib.Path.unlink", dying(Path.unlink, countdown))
+            save(folder, model)
+        found = contents(folder)
+        assert found.pop("notes.txt") == b"mine"
+        assert WEIGHTS not in found or found == old or found.items() >= new.items()
+        save(folder, model)
+        assert contents(folder).items() >= new.items()
+        assert not {"chat_template.jinja", "generation_config.json", ".writing"} & set(os.listdir(folder))
+        if countdown[0] > 0:
+            break
+    assert number > len(new)  # kills in front of each change came before
 
 
-def test_what_an_earlier_filling_wrote_and_this_one_does_not_goes_also_behind_a_link(tmp_path):
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "a").symlink_to("disk")
-    refill(tmp_path / "a", OLD)
-    (tmp_path / "a" / "template").write_text("old")
-    refill(tmp_path / "a", OTHER_CONFIG, own=("template", "other"))
-    assert read(tmp_path / "disk") == OTHER_CONFIG
-    assert (tmp_path / "a").is_symlink()
-
-    def fail(place):
-        (place / "config").write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        refill_folder(tmp_path / "a", fail, key_file="weights")
-    assert read(tmp_path / "a") == OTHER_CONFIG
-
-
-# ---- read, and refused -----------------------------------------------------------------------------------------------
+# ---- read, and rejected ----------------------------------------------------------------------------------------------
 
 
 def with_tensors(change):
@@ -279,8 +245,7 @@ def with_tensors(change):
         (with_tensors(lambda found, name: found[name][0].fill_(torch.nan)), "is damaged: 128 of 512 values of .* are"),
     ],
 )
-def test_of_tensors_that_are_damaged_or_do_not_fit_none_is_loaded(folder, made, damage, sentence):
-    """A flipped bit, and weights that plain PEFT trained further: see ``tests/test_damage.py``."""
+def test_of_tensors_that_are_damaged_or_do_not_fit_none_is_read(folder, made, damage, sentence):
     before = {name: tensor.detach().clone() for name, tensor in trainable_tensors(made[1]).items()}
     tensors = load_file(folder / WEIGHTS)
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})

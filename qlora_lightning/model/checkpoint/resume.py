@@ -100,7 +100,6 @@ class ExactResume(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         module: Any = pl_module
-        module.check_base()
         settings = checkpoint.pop("hyper_parameters", {})
         own = {"generators": capture_generators(), "window": module.window.state_dict(trainable_tensors(module))}
         first, *others = gather_states(own, trainer.global_rank, trainer.world_size)
@@ -169,8 +168,6 @@ class ExactResume(Callback):
             self._put_back(trainer, pl_module)  # a run that stopped inside a validation begins with it
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        module: Any = pl_module
-        module.check_base(wait=False)
         count_epoch(trainer)
         self._put_back(trainer, pl_module)
 

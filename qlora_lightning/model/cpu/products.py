@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from qlora_lightning.model.cpu.library import call, has_numbers, is_there
-from qlora_lightning.support.errors import NOT_GATHERED
 
 _COLUMNS = 32  # of a panel: a result has a multiple of them
 _DEPTH = 32  # numbers of a row that are read at a time: a block of them with one scale has a multiple of it
@@ -106,7 +105,7 @@ class _Weight(ctypes.Structure):
 def _describe(left: Tensor, weight: Any) -> _Weight:
     of_left = left.data_ptr(), left.stride(0)
     if not (numbers := weight.data_ptr()):
-        raise RuntimeError(NOT_GATHERED)
+        raise RuntimeError("This weight is sharded, and whole only while its decoder layer runs.")
     if not isinstance(weight, bnb.nn.Params4bit):
         return _Weight(*of_left, numbers, *weight.shape, None, None, None, None, None, _DEPTH, 1, 0.0)
     state = weight.quant_state

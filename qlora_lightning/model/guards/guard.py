@@ -95,7 +95,7 @@ class TrainingGuard(Callback):
                 pl_module.window,
                 data,
                 trainer.global_rank,
-                pl_module.sharded_base,
+                pl_module.sharded_base is not None,
             )
             findings: list[Finding] = [mine] * trainer.world_size
             if trainer.world_size > 1:

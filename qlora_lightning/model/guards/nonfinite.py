@@ -26,40 +26,31 @@ those that give it alone, or all of the micro-batch if none does; ``error``, wha
 
 
 def find_nonfinite(
-    model: nn.Module, compute_loss: ComputeLoss, window: Window, data: Any, rank: int = 0, sharded_base: Any = None
+    model: nn.Module, compute_loss: ComputeLoss, window: Window, data: Any, rank: int = 0, is_sharded: bool = False
 ) -> Finding:
     """Run the micro-batches of a window again, one by one, until one gives a NaN or an infinity.
 
     Gradients and random generators stay as they were. Dropout is drawn again, so that what it alone caused may be gone.
     It never fails: the step is decided, and other ranks wait. Places and text of rows come from ``data``, the Trainer's
-    data module, if there is one. With a sharded base (see ``ShardedBase``) each pass is one of all ranks, and who fails
-    ends them all.
+    data module, if there is one. With a sharded base each pass is one of all ranks: nothing is run
+    again.
     """
 
     def run(batch: Any) -> tuple[bool, str | None]:
-        if sharded_base is not None:
-            sharded_base.take_turn(sharded_base.PASS, help_others)
         return _run(model, compute_loss, batch)
-
-    def help_others(_: int) -> None:
-        _run(model, compute_loss, window.batches[0])
 
     finding: Finding = {"rank": rank, "window_rows": row_places(data, window.row_ids), "rows": []}
     finding |= dict.fromkeys(("micro_batch", "module", "error"))
     generators = capture_generators()
     try:
-        for number, batch in enumerate(window.batches):
+        for number, batch in enumerate([] if is_sharded else window.batches):
             is_finite, finding["module"] = run(batch)
             if not is_finite:
                 rows = cut_into_rows(batch)
                 bad = [row for row in rows if not run(row)[0]]
                 finding |= {"micro_batch": number, "rows": [describe_row(data, row) for row in bad or rows]}
                 break
-        if sharded_base is not None:
-            sharded_base.take_turn(sharded_base.DONE, help_others)
     except Exception as error:
-        if sharded_base is not None and sharded_base.group.size() > 1:  # others wait for this one in a pass
-            raise
         finding["error"] = f"{type(error).__name__}: {error}"
     finally:
         restore_generators(generators)

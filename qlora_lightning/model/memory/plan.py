@@ -15,8 +15,9 @@ from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.adapters.targets import layer_of
 from qlora_lightning.model.layers.lora import TILE_BYTES
 from qlora_lightning.model.memory.layer_memory import measure_layers, rotated_width
+from qlora_lightning.model.sharded.sharded_base import shards_vocabulary
 from qlora_lightning.model.step.batch import BatchShape
-from qlora_lightning.model.step.loss import rows_of_logits, rows_of_probabilities, shards_vocabulary
+from qlora_lightning.model.step.loss import rows_of_logits, rows_of_probabilities
 from qlora_lightning.model.step.optimizer import build_optimizer
 
 # ---- the base --------------------------------------------------------------------------------------------------------

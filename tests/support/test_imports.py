@@ -8,7 +8,6 @@ import pytest
 
 _SHOW = """
 import gc, importlib.util, os, sys
-before = dict(os.environ)
 CODE
 assert gc.isenabled()
 assert "torch._inductor.compile_fx" not in sys.modules
@@ -16,7 +15,7 @@ assert "bitsandbytes" in sys.modules
 assert importlib.util.find_spec("kernels") is not None  # for whoever wants it
 if "qlora_lightning.cli" not in sys.modules:
     from lightning.pytorch.strategies import StrategyRegistry
-    assert os.environ == before
+    assert not {"GOMP_SPINCOUNT", "TORCHDYNAMO_DISABLE"} & os.environ.keys()
     assert "ddp_sharded" not in StrategyRegistry.available_strategies()
 """
 

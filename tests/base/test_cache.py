@@ -2,12 +2,10 @@
 
 import errno
 import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from filelock import FileLock
 
 from qlora_lightning.base.cache import (
     cache_root,
@@ -108,56 +106,16 @@ def test_the_root_is_chosen_by_environment(monkeypatch):
         assert str(cache_root()) == root
 
 
-_BUILDER = """
-import logging, sys, time
-from pathlib import Path
-from qlora_lightning.base.cache import cached_folder
-import qlora_lightning.base, qlora_lightning.base.adapter_folder
-assert not {"torch", "transformers", "huggingface_hub"} & set(sys.modules)
-logging.basicConfig(level="INFO")
-here = Path(sys.argv[1])
-def build(folder):
-    (folder / "text").write_bytes(b"abc")
-    (here / "builds").open("a").write("built ")
-    while not (here / "go").exists():
-        time.sleep(0.02)
-assert (cached_folder("unpacked", {}, build, "thing") / "text").read_bytes() == b"abc"
-"""
-
-
-@pytest.fixture
-def start_building(tmp_path):
-    def start():
-        return subprocess.Popen([sys.executable, "-c", _BUILDER, str(tmp_path)], stderr=subprocess.PIPE, text=True)
-
-    first, deadline = start(), time.monotonic() + 30
-    while not (tmp_path / "builds").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return first, start
-
-
-def test_two_processes_build_once_and_what_is_being_built_is_not_cleared(tmp_path, start_building):
-    first, start = start_building
-    second = start()
-    message = second.stderr.readline()
-    removed, busy = clear_entries()
-    (tmp_path / "go").touch()
-    rest = [process.communicate(timeout=30)[1] for process in (first, second)]
-    assert "Another process is making thing in the cache; waiting for it" in message
-    assert (first.returncode, second.returncode, rest) == (0, 0, ["", ""])
-    assert (tmp_path / "builds").read_text() == "built "
-    assert (removed, [entry.label for entry in busy]) == ([], ["(unfinished)"])
-    assert [entry.label for entry in list_entries()] == ["thing"]
-
-
-def test_a_killed_build_is_never_taken_for_complete(start_building):
-    process, _ = start_building
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+def test_what_a_killed_build_left_is_never_taken_for_complete_and_a_running_one_is_not_cleared(cache):
+    half = cache / "unpacked" / hash_key({})
+    half.mkdir(parents=True)
+    (half / "text").write_bytes(b"ab")
     assert find_entry("unpacked", {}) is None
-    assert [(entry.label, entry.size_bytes) for entry in list_entries()] == [("(unfinished)", 3)]
-    assert (cached_folder("unpacked", {}, build, "thing") / "sub").is_dir()  # nobody holds the lock
+    assert [(entry.label, entry.size_bytes) for entry in list_entries()] == [("(unfinished)", 2)]
+    with FileLock(f"{half}.lock"):  # which a build holds
+        removed, busy = clear_entries()
+    assert (removed, [entry.path for entry in busy]) == ([], [half])
+    assert (cached_folder("unpacked", {}, build, "thing") / "sub").is_dir()
 
 
 def test_entries_are_listed_by_use():

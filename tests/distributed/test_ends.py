@@ -10,7 +10,6 @@ import time
 import pytest
 import yaml
 
-from qlora_lightning.callbacks import process_watch
 from tests.distributed.runs import CONFIG, environment, launch, metrics
 from tests.equality import adapter_bytes
 
@@ -100,14 +99,3 @@ def test_a_process_that_dies_ends_the_others_which_say_who_and_why(
     sentence = f"process {rank} of {processes} (counted from 0) on {socket.gethostname()} ended"
     assert output.count(f"{sentence}{RAISED if error else f' {KILLED}'}") == reports, output
     assert ("Traceback" in output) is (error is not None)
-
-
-def test_a_stranger_that_says_nothing_does_not_hold_up_the_processes(monkeypatch):
-    monkeypatch.setattr(process_watch, "_GRACE", 0.1)
-    first, other = process_watch._Watch([]), process_watch._Watch([])
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
-        other.connect(*server.getsockname(), "password other", "first")
-        first.accept(server, "password", 1)
-    assert first.wait() == other.wait() == ""
-    for watch in (first, other):
-        watch.leave("done")

@@ -118,16 +118,6 @@ def test_what_a_killed_build_left_is_never_taken_for_complete_and_a_running_one_
     assert (cached_folder("unpacked", {}, build, "thing") / "sub").is_dir()
 
 
-def test_entries_are_listed_by_use():
-    one, two = (cached_folder(kind, {}, build, kind) for kind in ("unpacked", "quantized"))
-    os.utime(one / "entry.json", (1_000_000, 1_000_000))
-    first, second = list_entries()
-    assert (first.kind, first.label, first.size_bytes, first.path) == ("quantized", "quantized", 9, two)
-    assert (second.path, second.last_used.timestamp()) == (one, 1_000_000)
-    cached_folder("unpacked", {}, build_no_more, "unpacked")
-    assert [entry.label for entry in list_entries()] == ["unpacked", "quantized"]
-
-
 def test_clearing_leaves_nothing_of_the_cache_and_all_else(cache, tmp_path):
     """QLORA_LIGHTNING_CACHE may be set to a folder that holds other things, and links may lead out of it."""
     outside = tmp_path / "outside"

@@ -90,7 +90,7 @@ def load_base(
     else:
         settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
         if cache:
-            key = _cache_key(source, config, settings, compute_dtype, torch.device(device).type)
+            key = _cache_key(source, config, settings, compute_dtype)
             model = load(_quantized_folder(source, key, settings, load))
         else:
             check_entry(source.folder)
@@ -114,24 +114,19 @@ def _quantized_folder(
         with _quiet_bars():
             save_model(model, folder, max_shard_size="200MB")  # a shard is held in memory while it is written
 
-    # a base that will be sharded over GPUs is read here on a CPU: the one that a GPU has quantized is the same
-    key_of_gpu = key | {"device": "cuda"}
-    has_own = find_entry("quantized", key, check_weights=False) is not None
-    if not has_own and find_entry("quantized", key_of_gpu, check_weights=False) is not None:
-        key = key_of_gpu
     kind = settings.bnb_4bit_quant_type if settings.load_in_4bit else "int8"
     return cached_folder("quantized", key, build, label=f"{source.name} {kind}")
 
 
 def _cache_key(
-    source: BaseFolder, config: PretrainedConfig, settings: BitsAndBytesConfig, dtype: torch.dtype, device: str
+    source: BaseFolder, config: PretrainedConfig, settings: BitsAndBytesConfig, dtype: torch.dtype
 ) -> dict[str, Json]:
+    """Return what the bits depend on; whether a CPU or a GPU has quantized them, the layout is the same."""
     return {
         "source": fingerprint(source.folder),
         "config": {name: value for name, value in config.to_diff_dict().items() if name not in _OF_THE_COPY},
         "settings": settings.to_diff_dict(),
         "dtype": str(dtype),
-        "device": device,
         "bitsandbytes": bnb.__version__,
         "transformers": transformers.__version__,
     }
@@ -140,13 +135,12 @@ def _cache_key(
 def find_quantized(
     source: BaseFolder, quantization: Quantization, double_quant: bool, dtype: torch.dtype
 ) -> Path | None:
-    """Find a quantized base in the cache, made by the CPU or a GPU."""
+    """Find a quantized base in the cache."""
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
     if quantization == "none" or getattr(config, "quantization_config", None) is not None:
         return None
     settings = _bitsandbytes_config(quantization, double_quant, dtype)
-    keys = [_cache_key(source, config, settings, dtype, device) for device in ("cpu", "cuda")]
-    return find_entry("quantized", keys[0]) or find_entry("quantized", keys[1])
+    return find_entry("quantized", _cache_key(source, config, settings, dtype))
 
 
 def _bitsandbytes_config(quantization: Quantization, double_quant: bool, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -83,9 +83,9 @@ def _find_in_package(name: str) -> Path:
     folders = [Path(folder) for folder in spec.submodule_search_locations or []]
     files = sorted(file for folder in folders for file in folder.rglob("*.gguf"))
     if len(files) != 1:
-        found = ", ".join(file.name for file in files) or "none"
+        names = ", ".join(file.name for file in files) or "none"
         raise UserError(
-            f"Base {name}: expected exactly one .gguf file in the package {package}, found {found}. "
+            f"Base {name}: expected exactly one .gguf file in the package {package}, found {names}. "
             "Give the path of a .gguf file instead."
         )
     return files[0]

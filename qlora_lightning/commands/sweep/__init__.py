@@ -138,9 +138,9 @@ def _parser() -> OptionParser:
 
 def _values_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     def values(text: str) -> tuple[Any, ...]:
-        found = tuple(kind(part.strip()) for part in text.split(","))
-        if len(found) < 2 or len(set(found)) < len(found):
+        parsed = tuple(kind(part.strip()) for part in text.split(","))
+        if len(parsed) < 2 or len(set(parsed)) < len(parsed):
             raise argparse.ArgumentTypeError(f"{text!r}: expected two values or more, each once, as 8,16,32")
-        return found
+        return parsed
 
     return values

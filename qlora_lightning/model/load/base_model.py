@@ -212,12 +212,12 @@ def check_stored_quantization(config: PretrainedConfig, quantization: Quantizati
     stored: Any = config.quantization_config
     if not isinstance(stored, dict):
         stored = stored.to_dict()
-    found = stored_quantization(stored)
-    if found != quantization:
+    kind = stored_quantization(stored)
+    if kind != quantization:
         raise UserError(
-            f"model.base {name} is stored quantized as {found}, but model.quantization is {quantization}: "
-            f"set model.quantization: {found}"
-            + ("." if found in ("nf4", "fp4", "int8") else ", which is not supported: name a base in 16 bits instead.")
+            f"model.base {name} is stored quantized as {kind}, but model.quantization is {quantization}: "
+            f"set model.quantization: {kind}"
+            + ("." if kind in ("nf4", "fp4", "int8") else ", which is not supported: name a base in 16 bits instead.")
         )
     skipped = [part for part in stored.get("llm_int8_skip_modules") or [] if part != "lm_head"]
     if skipped:

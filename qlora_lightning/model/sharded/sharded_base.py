@@ -203,9 +203,9 @@ def _restore_weights(linears: list[Any]) -> None:
     for linear in linears:
         if not isinstance(linear.weight, bnb.nn.Params4bit):
             state = linear.quant_state
-            known = {"quant_state": state, "quant_type": state.quant_type, "blocksize": state.blocksize}
+            settings = {"quant_state": state, "quant_type": state.quant_type, "blocksize": state.blocksize}
             packed = linear.weight.data.view(torch.uint8)
-            linear.weight = bnb.nn.Params4bit(packed, requires_grad=False, bnb_quantized=True, **known)
+            linear.weight = bnb.nn.Params4bit(packed, requires_grad=False, bnb_quantized=True, **settings)
 
 
 def _restore_weights_when_gathered(layer: nn.Module) -> None:

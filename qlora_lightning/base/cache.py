@@ -181,19 +181,21 @@ def _read_entry(folder: Path) -> dict[str, Any] | None:
 def _find_damage(folder: Path, content: Mapping[str, Any], check_weights: bool = True) -> str | None:
     """Return the first file of an entry that does not match its checksum."""
     names = [name for name in content["crc32"] if check_weights or not name.endswith(".safetensors")]
-    size = sum(content["files"][name] for name in names)
+    times = tuple((folder / name).stat().st_mtime_ns for name in names)
+    return _find_damage_as_of(folder, content["label"], tuple((name, content["crc32"][name]) for name in names), times)
+
+
+@functools.cache  # a process opens the same base several times, as for each trial of a sweep
+def _find_damage_as_of(
+    folder: Path, label: str, checksums: tuple[tuple[str, int], ...], times: tuple[int, ...]
+) -> str | None:
+    size = sum((folder / name).stat().st_size for name, _ in checksums)
     if size > _TAKES_SECONDS:
-        _log.info("Checking the cached %s (%s).", content["label"], format_bytes(size))
-    return next((name for name in names if _crc32(folder / name) != content["crc32"][name]), None)
+        _log.info("Checking the cached %s (%s).", label, format_bytes(size))
+    return next((name for name, checksum in checksums if _crc32(folder / name) != checksum), None)
 
 
 def _crc32(file: Path) -> int:
-    status = file.stat()
-    return _crc32_as_of(file, status.st_size, status.st_mtime_ns)
-
-
-@functools.cache  # a start looks at a base several times
-def _crc32_as_of(file: Path, size: int, mtime_ns: int) -> int:
     """Read a file, without mapping it: its pages would count as resident."""
     total = 0
     with file.open("rb", buffering=0) as stream:

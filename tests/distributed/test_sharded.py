@@ -22,7 +22,8 @@ WHOLE = ["--trainer.strategy", "ddp"]
 CHECKPOINTING = ["--gradient_checkpointing.enabled", "true"]
 USUAL = ["--data.batch_size", "2", "--trainer.max_steps", "3", "--evaluation.enabled", "false"]
 EVALUATED = ["--trainer.max_steps", "2", "--data.val", "nine.jsonl", "--evaluation.enabled", "true", *CHECKPOINTING]
-EVALUATED += ["--evaluation.rows", "5", "--evaluation.every_n_validations", "1", "--trainer.val_check_interval", "2"]
+EVALUATED += ["--evaluation.rows", "5", "--evaluation.max_new_tokens", "2"]
+EVALUATED += ["--evaluation.every_n_validations", "1", "--trainer.val_check_interval", "2"]
 ACCUMULATED = ["--data.batch_size", "1", "--trainer.accumulate_grad_batches", "2", "--model.dropout", "0.1"]
 ALIKE = {  # what slow runs differ in
     "checkpointing": CHECKPOINTING,

@@ -21,7 +21,7 @@ from qlora_lightning import __version__
 from qlora_lightning.commands.config import describe_parse_error, read_configs
 from qlora_lightning.support.console import VisibleFormatter, drop_lost_output, show_controls
 from qlora_lightning.support.errors import ENDING_SIGNALS, LostProcess, TrainingStopped, UserError, nearest
-from qlora_lightning.support.imports import quick_imports
+from qlora_lightning.support.imports import without_garbage_collection
 
 COMMANDS = {
     "fit": ("training", "train adapters on a quantized base"),
@@ -99,7 +99,7 @@ def _run(arguments: list[str]) -> int:
         raise UserError(f"{command!r} is not a command.{hint}")
     read_configs(arguments)  # a misspelt name shows before seconds of imports
     module, _ = COMMANDS[command]
-    with quick_imports():
+    with without_garbage_collection():
         found = importlib.import_module(f"qlora_lightning.commands.{module}")
     code: int = found.main(arguments if module == "training" else arguments[1:])
     return code
@@ -164,6 +164,11 @@ def _prepare_process() -> None:
     # before CUDA starts: batches of ever new lengths would leave holes in memory that is cut into fixed pieces
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # GNU's threads spin for some milliseconds at each barrier by default, on a core that their partner may be waiting
+    # for: beside other programs at work a step then takes ten times as long (measured). A tenth of a millisecond is set
+    # before torch is imported, which reads it.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets question marks, not a traceback
             stream.reconfigure(errors="replace")

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from filelock import FileLock, Timeout
 
+from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import find_storage_fault, flush, write_whole
 
@@ -29,6 +29,7 @@ Kind: TypeAlias = Literal["unpacked", "quantized", "samples", "kernels"]
 
 _ENTRY_FILE = "entry.json"
 _CHUNK_BYTES = 4 << 20
+_TAKES_SECONDS = 1_000_000_000  # bytes: what is read of a larger entry is announced
 _DISK_FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 # Only names that the cache itself gives: QLORA_LIGHTNING_CACHE may point to a folder that holds other things too.
 _ENTRY_NAME = "[0-9a-f]" * 24
@@ -57,11 +58,7 @@ def hash_key(key: Mapping[str, Json]) -> str:
 
 
 def cached_folder(
-    kind: Kind,
-    key: Mapping[str, Json],
-    build: Callable[[Path], None],
-    label: str,
-    checked_bytes: int | None = None,
+    kind: Kind, key: Mapping[str, Json], build: Callable[[Path], None], label: str, check_weights: bool = True
 ) -> Path:
     """Return the complete folder for ``key``, building it if the cache does not hold it.
 
@@ -73,71 +70,54 @@ def cached_folder(
         key: everything that the content depends on, versions of libraries included.
         build: writes the content into the empty folder that it is given.
         label: what the content is, for messages and ``qlora-lightning cache list``.
-        checked_bytes: see :func:`find_entry`.
+        check_weights: see :func:`find_entry`.
 
     Raises:
         UserError: the cache cannot be written, or its disk is full.
     """
     folder = cache_root() / kind / hash_key(key)
-    if find_entry(kind, key, checked_bytes) is None:
+    if find_entry(kind, key, check_weights) is None:
         with _explained(folder), _locked(folder, label):
-            if find_entry(kind, key, checked_bytes) is None:  # else the process that we waited for has built it
+            if find_entry(kind, key, check_weights) is None:  # else the process that we waited for has built it
                 _build_entry(folder, key, build, label)
     with suppress(OSError):  # a read-only cache does not note when it was used
         os.utime(folder / _ENTRY_FILE)
     return folder
 
 
-def find_entry(kind: Kind, key: Mapping[str, Json], checked_bytes: int | None = None) -> Path | None:
+def find_entry(kind: Kind, key: Mapping[str, Json], check_weights: bool = True) -> Path | None:
     """Return the folder for ``key`` if it is complete and matches its checksums.
 
-    The weights of an entry larger than ``checked_bytes`` are not read here: who uses them checks them, by
-    :class:`EntryCheck`.
+    The checksums of ``*.safetensors`` are left out unless ``check_weights``: an entry of which only other files are
+    needed is found at once.
     """
     folder = cache_root() / kind / hash_key(key)
     content = _read_entry(folder)
     if content is None:
         return None
-    weights = checked_bytes is None or sum(content["files"].values()) <= checked_bytes
-    sums = {name: crc for name, crc in content["crc32"].items() if weights or not name.endswith(".safetensors")}
     try:
-        return None if _find_damage(folder, sums) else folder
+        return None if _find_damage(folder, content, check_weights) else folder
     except OSError:  # as of a bad sector
         return None
 
 
-class EntryCheck(threading.Thread):
-    """Compares an entry with its checksums in a thread: a base of 8B parameters takes some seconds to read."""
+def check_entry(folder: Path) -> None:
+    """Compare a folder with its checksums before its weights are read, if it is an entry of the cache.
 
-    def __init__(self, folder: Path, label: str) -> None:
-        super().__init__(daemon=True, name="cache-check")
-        self._folder, self._label = folder, label
-        self._fault: str | None = None
-        self.start()
-
-    def run(self) -> None:
-        """Read the entry; of the thread itself."""
-        try:
-            name = _find_damage(self._folder, (_read_entry(self._folder) or {"crc32": {}})["crc32"])
-            self._fault = None if name is None else f"{self._folder / name} does not match its checksum"
-        except Exception as error:  # as of a bad sector
-            self._fault = f"{self._folder} cannot be read ({error})"
-
-    def wait(self) -> None:
-        """Wait for the result.
-
-        Raises:
-            UserError: the entry is damaged. It no longer counts: the next start makes it again.
-        """
-        self.join()
-        fault = self._fault
-        if fault is not None:
-            with suppress(OSError):
-                (self._folder / _ENTRY_FILE).unlink()
-            raise UserError(
-                f"The cached {self._label} is damaged: {fault}. Nothing that was computed with it is saved. Start "
-                "again: the entry is then made again. If this comes back, check the disk and the memory."
-            )
+    Raises:
+        UserError: the entry is damaged. It no longer counts: the next start makes it again.
+    """
+    content = _read_entry(folder)
+    if content is None:
+        return
+    name = _find_damage(folder, content)
+    if name is not None:
+        with suppress(OSError):
+            (folder / _ENTRY_FILE).unlink()
+        raise UserError(
+            f"The cached {content['label']} is damaged: {folder / name} does not match its checksum. Start again: the "
+            "entry is then made again. If this comes back, check the disk and the memory."
+        )
 
 
 @dataclass(frozen=True)
@@ -205,17 +185,24 @@ def _read_entry(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _find_damage(folder: Path, sums: Mapping[str, int]) -> str | None:
-    return next((name for name, expected in sums.items() if _crc32(folder / name) != expected), None)
+def _find_damage(folder: Path, content: Mapping[str, Any], check_weights: bool = True) -> str | None:
+    """Return the first file of an entry that does not match its checksum."""
+    names = [name for name in content["crc32"] if check_weights or not name.endswith(".safetensors")]
+    times = tuple((folder / name).stat().st_mtime_ns for name in names)
+    return _find_damage_as_of(folder, content["label"], tuple((name, content["crc32"][name]) for name in names), times)
+
+
+@functools.cache  # a process opens the same base several times, as for each trial of a sweep
+def _find_damage_as_of(
+    folder: Path, label: str, checksums: tuple[tuple[str, int], ...], times: tuple[int, ...]
+) -> str | None:
+    size = sum((folder / name).stat().st_size for name, _ in checksums)
+    if size > _TAKES_SECONDS:
+        _log.info("Checking the cached %s (%s).", label, format_bytes(size))
+    return next((name for name, checksum in checksums if _crc32(folder / name) != checksum), None)
 
 
 def _crc32(file: Path) -> int:
-    status = file.stat()
-    return _crc32_as_of(file, status.st_size, status.st_mtime_ns)
-
-
-@functools.cache  # a start looks at a base several times
-def _crc32_as_of(file: Path, size: int, mtime_ns: int) -> int:
     """Read a file, without mapping it: its pages would count as resident."""
     total = 0
     with file.open("rb", buffering=0) as stream:

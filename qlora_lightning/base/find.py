@@ -2,9 +2,7 @@
 
 import importlib.util
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from qlora_lightning.support.errors import UserError
 
@@ -14,25 +12,16 @@ _OTHER_LAYOUTS = ["*/*.safetensors", "consolidated*.safetensors"]
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-@dataclass(frozen=True)
-class BaseSource:
-    """Where a base is: ``path`` is a GGUF file, or a folder that is still unchecked.
+def resolve_base(name: str, revision: str | None = None, *, weights: bool = True) -> tuple[Path, str | None]:
+    """Find a base by its name; only a hub id can touch the network, for its weights too if these are wanted.
 
-    ``revision`` is the commit of a hub snapshot, else None.
+    Returns:
+        A GGUF file, or a folder that is still unchecked; and the commit of a hub snapshot, else None.
     """
-
-    name: str
-    kind: Literal["hub", "folder", "gguf"]
-    path: Path
-    revision: str | None
-
-
-def resolve_base(name: str, revision: str | None = None, *, weights: bool = True) -> BaseSource:
-    """Find a base by its name; only a hub id can touch the network, for its weights too if these are wanted."""
     path = Path(name).expanduser()
     if is_hub_id(name):
         folder = download_snapshot(name, revision, weights=weights)
-        return BaseSource(name, "hub", folder, folder.name)
+        return folder, folder.name
     if not _is_local(name):
         raise UserError(
             f"Base {name!r}: no such file or folder. A base is a hub id (org/name), a folder with config.json, "
@@ -44,14 +33,12 @@ def resolve_base(name: str, revision: str | None = None, *, weights: bool = True
         )
     if name.startswith("package:"):
         path = _find_in_package(name)
-    if path.is_dir():
-        return BaseSource(name, "folder", path.absolute(), None)
-    if path.suffix.lower() != ".gguf":
+    if not path.is_dir() and path.suffix.lower() != ".gguf":
         raise UserError(
             f"Base {name}: expected a folder with config.json or a .gguf file, found the file {path.name}. "
             "Give the folder that holds it, or a GGUF."
         )
-    return BaseSource(name, "gguf", path.absolute(), None)
+    return path.absolute(), None
 
 
 def is_hub_id(name: str) -> bool:
@@ -96,9 +83,9 @@ def _find_in_package(name: str) -> Path:
     folders = [Path(folder) for folder in spec.submodule_search_locations or []]
     files = sorted(file for folder in folders for file in folder.rglob("*.gguf"))
     if len(files) != 1:
-        found = ", ".join(file.name for file in files) or "none"
+        names = ", ".join(file.name for file in files) or "none"
         raise UserError(
-            f"Base {name}: expected exactly one .gguf file in the package {package}, found {found}. "
+            f"Base {name}: expected exactly one .gguf file in the package {package}, found {names}. "
             "Give the path of a .gguf file instead."
         )
     return files[0]

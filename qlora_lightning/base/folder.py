@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -48,10 +48,11 @@ class BaseFolder:
 
 def open_base(name: str, revision: str | None = None, *, weights: bool = True) -> BaseFolder:
     """Find a base, unpack it if it is a GGUF, and check what is there, its weights only if they are wanted."""
-    source = resolve_base(name, revision, weights=weights)
-    folder = unpack_gguf(source) if source.kind == "gguf" else source.path
+    path, commit = resolve_base(name, revision, weights=weights)
+    is_gguf = path.is_file()
+    folder = unpack_gguf(path, name) if is_gguf else path
     check_model_folder(folder, name, weights=weights)
-    return BaseFolder(name, folder, source.kind, source.revision)
+    return BaseFolder(name, folder, "gguf" if is_gguf else "folder" if commit is None else "hub", commit)
 
 
 def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> None:
@@ -59,23 +60,16 @@ def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> None
     config = read_config(folder, name)
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
-        found = f"Base {name}: its model_type is {model_type!r} ({folder / 'config.json'})"
+        problem = f"Base {name}: its model_type is {model_type!r} ({folder / 'config.json'})"
         if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")):
             raise UserError(
-                f"{found}, a mixture of experts. bitsandbytes quantizes linears, and its experts would stay in 16 "
+                f"{problem}, a mixture of experts. bitsandbytes quantizes linears, and its experts would stay in 16 "
                 "bits. Choose a dense base."
             )
-        raise UserError(f"{found}: expected one of {', '.join(MODEL_TYPES)}. Choose a base of these.")
-    asked = {key: config[key] for key in _IGNORED if model_type == "llama" and config.get(key)}
-    if config.get("use_sliding_window") is False:
-        asked.pop("sliding_window", None)
-    known = {"full_attention"} if model_type == "llama" else {"full_attention", "sliding_attention"}
-    unknown = set(config.get("layer_types") or ()) - known
-    asked |= {"layer_types": sorted(unknown)} if unknown else {}
-    if config.get("use_bidirectional_attention"):  # Gemma 3's, of models that embed texts
-        asked["use_bidirectional_attention"] = True
-    if asked:
-        key, value = next(iter(asked.items()))
+        raise UserError(f"{problem}: expected one of {', '.join(MODEL_TYPES)}. Choose a base of these.")
+    unsupported = _unsupported_settings(config)
+    if unsupported:
+        key, value = next(iter(unsupported.items()))
         raise UserError(
             f"Base {name}: its config.json sets {key}: {value}, which qlora_lightning does not compute and will not "
             "ignore. Choose a base without it."
@@ -83,6 +77,21 @@ def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> None
     if weights:
         for file in weight_files(folder, name):
             read_spans(file)
+
+
+def _unsupported_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config sets that is computed neither by us nor by transformers."""
+    is_llama = config["model_type"] == "llama"
+    unsupported = {key: config[key] for key in _IGNORED if is_llama and config.get(key)}
+    if config.get("use_sliding_window") is False:
+        unsupported.pop("sliding_window", None)
+    supported_types = {"full_attention"} if is_llama else {"full_attention", "sliding_attention"}
+    other_types = set(config.get("layer_types") or ()) - supported_types
+    if other_types:
+        unsupported["layer_types"] = sorted(other_types)
+    if config.get("use_bidirectional_attention"):  # Gemma 3's, of models that embed texts
+        unsupported["use_bidirectional_attention"] = True
+    return unsupported
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -102,14 +111,14 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        found = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))) or "no *.safetensors file"
+        others = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))) or "no *.safetensors file"
         remedy = "Give the folder of a whole model."
         if any(folder.glob("pytorch_model*.bin")):
             remedy = (
                 "Its pytorch_model*.bin is a pickle, which can run code when it is opened and is refused. Convert it "
                 "once, where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new)."
             )
-        raise UserError(f"Base {name}: expected {single.name} or {index.name} in {folder}, found {found}. {remedy}")
+        raise UserError(f"Base {name}: expected {single.name} or {index.name} in {folder}, found {others}. {remedy}")
     remedy = "Download or save the base again."
     weight_map = read_json_object(index, remedy).get("weight_map")
     shards: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
@@ -142,8 +151,8 @@ def load_tokenizer(
             f"Tokenizer {name}: none can be loaded from {folder} ({type(error).__name__}: {first_line}). {remedy}"
         ) from error
     if not tokenizer.is_fast:
-        found = type(tokenizer).__name__
-        raise UserError(f"Tokenizer {name}: expected a fast tokenizer, found {found}, written in Python. {remedy}")
+        kind = type(tokenizer).__name__
+        raise UserError(f"Tokenizer {name}: expected a fast tokenizer, found {kind}, written in Python. {remedy}")
     return tokenizer
 
 
@@ -186,9 +195,9 @@ def fingerprint(folder: Path) -> str:
         "format": _FINGERPRINT_FORMAT,
         "files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
     }
-    kept = cache_root() / "fingerprints" / f"{hash_key(key)}.json"
+    file_of_result = cache_root() / "fingerprints" / f"{hash_key(key)}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads(kept.read_text(encoding="utf-8"))["fingerprint"])
+        return str(json.loads(file_of_result.read_text(encoding="utf-8"))["fingerprint"])
     spans = sorted((span for file in files for span in read_spans(file)), key=lambda span: span.name)
     total = hashlib.sha256(f"qlora_lightning fingerprint {_FINGERPRINT_FORMAT}\n".encode())
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -196,7 +205,7 @@ def fingerprint(folder: Path) -> str:
             total.update(json.dumps([span.name, span.dtype, span.shape, digest]).encode())
     with suppress(OSError):
         make_root()
-        write_whole(kept, {"fingerprint": total.hexdigest(), **key})
+        write_whole(file_of_result, {"fingerprint": total.hexdigest(), **key})
     return total.hexdigest()
 
 
@@ -205,6 +214,6 @@ def _hash_span(span: TensorSpan) -> str:
     # Read, not mapped: mapped pages of 16 GB would all count as resident while the loop runs over them.
     with span.file.open("rb") as stream:
         stream.seek(span.start)
-        for done in range(0, span.size_bytes, _CHUNK_BYTES):
-            digest.update(stream.read(min(_CHUNK_BYTES, span.size_bytes - done)))
+        for start in range(0, span.size_bytes, _CHUNK_BYTES):
+            digest.update(stream.read(min(_CHUNK_BYTES, span.size_bytes - start)))
     return digest.hexdigest()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lightning.base.cache import Json, cached_folder, find_entry
-from qlora_lightning.base.find import BaseSource
 from qlora_lightning.base.tensors import format_bytes, save_model
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import mend_gguf_tokens
@@ -19,26 +18,26 @@ _log = logging.getLogger(__name__)
 _FORMAT = 1  # raised whenever the same GGUF would be unpacked into another folder
 
 
-def unpack_gguf(source: BaseSource) -> Path:
+def unpack_gguf(file: Path, name: str) -> Path:
     """Return a bf16 transformers folder with weights, configs, tokenizer and chat template of a GGUF.
 
-    It is made once and kept in the cache. While it is made, the whole model is in memory in bf16.
+    It is made once and kept in the cache. While it is made, the whole model is in memory in bf16. The checksums of its
+    weights are not compared: a usual start reads config and tokenizer alone. Who reads them calls ``check_entry``.
     """
-    file = source.path.resolve()
+    file = file.resolve()
 
     def build(folder: Path) -> None:
         size = format_bytes(file.stat().st_size)
         _log.info("Unpacking %s (%s), once; kept in %s", file.name, size, folder.parent)
         with silence_transformers():
-            _unpack(file, folder, source.name)
+            _unpack(file, folder, name)
 
-    # A usual start reads config and tokenizer alone: the weights are checked when they are quantized.
-    return cached_folder("unpacked", _key(file), build, label=file.name, checked_bytes=0)
+    return cached_folder("unpacked", _key(file), build, label=file.name, check_weights=False)
 
 
-def find_unpacked(source: BaseSource) -> Path | None:
+def find_unpacked(file: Path) -> Path | None:
     """Return the folder that :func:`unpack_gguf` has made of a GGUF; None if it would have to make it."""
-    return find_entry("unpacked", _key(source.path.resolve()), checked_bytes=0)
+    return find_entry("unpacked", _key(file.resolve()), check_weights=False)
 
 
 def _key(file: Path) -> dict[str, Json]:
@@ -84,14 +83,14 @@ def _load(file: Path, name: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    place: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-    config = AutoConfig.from_pretrained(file.parent, **place)
+    source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    config = AutoConfig.from_pretrained(file.parent, **source)
     if config.model_type != "llama":
         raise UserError(
             f"Base {name}: expected a GGUF of a LLaMA-family model, found model type {config.model_type!r} in {file}. "
             "Choose another base."
         )
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
     mend_gguf_tokens(tokenizer, config)
     model, report = AutoModelForCausalLM.from_pretrained(
         file.parent,
@@ -99,7 +98,7 @@ def _load(file: Path, name: str) -> tuple[Any, Any]:
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
         output_loading_info=True,
-        **place,
+        **source,
     )
     # transformers fills what the file lacks with random numbers, and only a warning says so.
     lacking = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))

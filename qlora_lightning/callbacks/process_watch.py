@@ -67,7 +67,7 @@ class ProcessWatch(Callback):
             else:
                 reasons = "was killed, hangs, or ended with an error"
                 if isinstance(trainer.strategy, ShardedDDPStrategy):
-                    reasons += ", or runs other passes: over a sharded base these belong into `module.turns()`"
+                    reasons += ", or runs other passes, which belong into `collective_passes(module)`"
                 unknown = f"{_name(trainer)} can no longer reach another one, which {reasons}. {_ADVICE} ({text[:200]})"
                 lost = self._watch.wait() or unknown
             exception.__cause__ = LostProcess(lost)  # which the command line reports instead

@@ -37,6 +37,7 @@ from qlora_lightning.data.chat.tokenizer import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.checkpoint.format import find_foreign_class, read_checkpoint, read_content, usable_settings
 from qlora_lightning.model.module import QLoRAModule
+from qlora_lightning.model.sharded.strategy import register_strategies
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, load_yaml
@@ -80,6 +81,7 @@ class QLoRACLI(LightningCLI):
         check_keys(args, self.configs, _SECTIONS)
         args = expand_arguments(args)
         self._command = ["qlora-lightning", str(verb), *args]
+        register_strategies()
         _read_whole_numbers_first()
         jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))
         # a checkpoint's settings, too, are parsed: none may make an object of a class that a text in it names

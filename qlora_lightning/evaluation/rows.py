@@ -14,6 +14,7 @@ from qlora_lightning.evaluation.comparison import BASE, Answer, RowResult
 from qlora_lightning.evaluation.scores import SCORES
 from qlora_lightning.model.adapters.lora import without_adapters
 from qlora_lightning.model.answers import dense_weights
+from qlora_lightning.model.sharded.sharded_base import collective_passes
 from qlora_lightning.model.step.batch import cut_into_rows, is_flat
 from qlora_lightning.model.step.layout import IGNORED
 from qlora_lightning.model.step.loss import LossSums, head_loss, head_of
@@ -149,7 +150,7 @@ def evaluate_rows(
     module.eval()
     results = []
     try:
-        with module.turns(), dense_weights(module.model):
+        with collective_passes(module), dense_weights(module.model):
             for batch in batches:
                 for sums in row_losses(module, batch):
                     results.append(RowResult(float(sums.nll_sum), int(sums.labelled_tokens), int(sums.correct)))

@@ -1,7 +1,5 @@
 """What is trained: the quantized base with its adapters, its loss and its optimizer."""
 
-from qlora_lightning.support.imports import quick_imports
+from qlora_lightning.support.imports import import_bitsandbytes
 
-# Before any module of this package imports it, whichever way a program comes here.
-with quick_imports():
-    import bitsandbytes  # noqa: F401
+import_bitsandbytes()  # before any module of this package does so, whichever way a program comes here

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model.layers.elementwise import rope_limit
-from qlora_lightning.model.step.loss import ShardedHead, head_of
 
 BATCH_SIZE = 64  # rows that are answered together
 TOKEN_BUDGET = 32_768  # keys and values that are kept at a time: of SmolLM2-135M 0.75 GB, of Llama-3.1-8B 4.3 GB
@@ -100,8 +99,8 @@ def _batches(lengths: list[int], max_new_tokens: int, batch_size: int, config: A
 @contextlib.contextmanager
 def _gathered_head(causal_lm: Any) -> Iterator[None]:
     """Let the model's own forward call a sharded head so that it is gathered."""
-    head, linear = head_of(causal_lm), causal_lm.get_output_embeddings()
-    if not isinstance(head, ShardedHead):
+    head, linear = vars(causal_lm).get("sharded_head"), causal_lm.get_output_embeddings()
+    if head is None:
         yield
         return
     causal_lm.set_output_embeddings(head)

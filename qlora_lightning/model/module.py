@@ -1,12 +1,11 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train them."""
 
 import contextlib
-import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Self, cast
 
 import lightning
 import peft
@@ -48,7 +47,7 @@ from qlora_lightning.model.layers.decoder_layer import cast_adapters
 from qlora_lightning.model.layers.elementwise import check_row_length
 from qlora_lightning.model.layers.fuse import Fusion, choose_layers, explain_plain_layers
 from qlora_lightning.model.load.base_model import Quantization
-from qlora_lightning.model.load.build import QLoRAModel, assemble_model
+from qlora_lightning.model.load.build import assemble_model
 from qlora_lightning.model.load.device import (
     ComputeDtype,
     choose_compute_dtype,
@@ -57,6 +56,7 @@ from qlora_lightning.model.load.device import (
     keep_freed_memory,
 )
 from qlora_lightning.model.memory.out_of_memory import telling_out_of_memory
+from qlora_lightning.model.sharded.sharded_base import ShardedBase, collective_passes
 from qlora_lightning.model.sharded.strategy import ShardedDDPStrategy
 from qlora_lightning.model.step.batch import is_flat
 from qlora_lightning.model.step.layout import Layout, add_noise, lay_out
@@ -77,9 +77,6 @@ from qlora_lightning.support.console import print_detail
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import without_garbage_collection
 from qlora_lightning.support.trainer import callbacks_of
-
-if TYPE_CHECKING:
-    from qlora_lightning.model.sharded.sharded_base import ShardedBase
 
 
 class QLoRAModule(lightning.LightningModule):
@@ -127,7 +124,7 @@ class QLoRAModule(lightning.LightningModule):
             ``set_adapter(name)`` of it choose whose losses and answers are computed.
         identity: What the adapter belongs to: the base's name, fingerprint, config and quantization, its own shape.
         window: The accumulation window in progress.
-        spare: The ``made`` of a module which is not used any more: its base is taken over if it is the same.
+        sharded_base: What the base becomes under ``trainer.strategy: ddp_sharded``, else ``None``.
         pairs: Whether rows are two answers to compare: what the objective takes.
     """
 
@@ -194,8 +191,6 @@ class QLoRAModule(lightning.LightningModule):
         self.guard = TrainingGuard(on_nonfinite)
         self.val_statistics, self.test_statistics = TokenStatistics(), TokenStatistics()
         self.strict_loading = True
-        self.made: QLoRAModel | None = None
-        self.spare: QLoRAModel | None = None
         self.sharded_base: ShardedBase | None = None
 
     def configure_callbacks(self) -> list[Callback]:
@@ -217,8 +212,6 @@ class QLoRAModule(lightning.LightningModule):
             check_trainer(str(self.trainer.precision), strategy, self.quantization, self.trainer.world_size)
         if self.model is None:
             self._make_model()
-        if self._is_sharded and self.sharded_base is None:
-            self._shard()
 
     def _make_model(self) -> None:
         with without_garbage_collection():  # loading imports much, and makes many objects that stay
@@ -246,9 +239,10 @@ class QLoRAModule(lightning.LightningModule):
             A causal language model of transformers, or of PEFT around one, in which only adapters require gradients.
         """
         dtype = choose_compute_dtype(self.compute_dtype, self._device_of_process())
-        made = assemble_model(
+        is_sharded = self._trainer is not None and isinstance(self.trainer.strategy, ShardedDDPStrategy)
+        loaded = assemble_model(
             name=self.base,
-            device=torch.device("cpu") if self._is_sharded else self._device_of_process(),
+            device=torch.device("cpu") if is_sharded else self._device_of_process(),
             compute_dtype=dtype,
             quantization=self.quantization,
             double_quant=self.double_quant,
@@ -258,13 +252,11 @@ class QLoRAModule(lightning.LightningModule):
             adapter=self.adapter,
             adapter_options=self.adapter_options,
             fast=self.fast,
-            check_later=self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING,
-            spare=self.spare,
         )
-        self.made, self.spare, self.identity = made, None, made.identity
-        if made.unfused and dtype != torch.float32:
+        self.identity = loaded.identity
+        if loaded.unfused and dtype != torch.float32:
             self.autocast_dtype = dtype  # PEFT's own layers would compute the fp32 adapters in fp32
-        return cast(nn.Module, made.model)
+        return cast(nn.Module, loaded.model)
 
     def overrides(self, name: str) -> bool:
         """Whether a method is other than QLoRAModule's: what follows from how that works does not hold then."""
@@ -272,29 +264,6 @@ class QLoRAModule(lightning.LightningModule):
 
     def _device_of_process(self) -> torch.device:
         return self.device if self._trainer is None else self.trainer.strategy.root_device
-
-    @property
-    def _is_sharded(self) -> bool:
-        return self._trainer is not None and isinstance(self.trainer.strategy, ShardedDDPStrategy)
-
-    def _shard(self) -> None:
-        from qlora_lightning.model.sharded.sharded_base import ShardedBase  # FSDP2: only for who asks for it
-
-        strategy = cast(ShardedDDPStrategy, self.trainer.strategy)
-        if self.device.type != "cpu":
-            raise UserError(
-                f"The base is on {self.device} already, and would be sharded from the CPU's memory: hand the Trainer a "
-                "module without a model, or one that is on the CPU."
-            )
-        self.sharded_base = ShardedBase(self.causal_lm, strategy.new_group(), strategy.root_device, strategy.offload)
-        if self.made is not None:
-            self.made = dataclasses.replace(self.made, asked={})  # to nobody else of use
-        self.to(strategy.root_device)
-        self.sharded_base.start()
-
-    def turns(self) -> contextlib.AbstractContextManager[None]:
-        """Where processes may run different numbers of passes, which a sharded base makes passes of all."""
-        return contextlib.nullcontext() if self.sharded_base is None else self.sharded_base.turns()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         fn = fn if self.sharded_base is None else self.sharded_base.leaving_shards(fn)
@@ -560,23 +529,16 @@ class QLoRAModule(lightning.LightningModule):
         Options are more arguments of :func:`~qlora_lightning.model.answers.generate_answers`.
         """
         self.choose_layers()
-        with self.turns(), self.autocast():
+        with collective_passes(self), self.autocast():
             return generate_answers(self.model, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, **options)
 
     # ---- what it saves and loads -------------------------------------------------------------------------------------
-
-    def check_base(self, wait: bool = True) -> None:
-        """Reject a base that is not what was cached, before anything of a fit is saved, or as soon as it is known."""
-        check = None if self.made is None else self.made.base.check
-        if check is not None and (wait or not check.is_alive()):
-            check.wait()
 
     def save_adapter(self, folder: str | Path, tokenizer: Any = None, stop_ids: Sequence[int] = ()) -> None:
         """Write the adapter folder: PEFT's files, the tokenizer with its chat template, and what it belongs to.
 
         At ``stop_ids`` generation stops, beside the tokenizer's end and the base's own.
         """
-        self.check_base()
         data = identity_of_data(self._trainer)
         identity = {**self.identity, "data": data} if data else self.identity
         save_adapter_folder(Path(folder), self.model, tokenizer, identity, stop_ids)

@@ -16,6 +16,7 @@ from qlora_lightning.model.checkpoint.format import KEY
 from qlora_lightning.model.checkpoint.ranks import gather_states
 from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.module import QLoRAModule
+from qlora_lightning.model.sharded.sharded_base import collective_passes
 from qlora_lightning.model.step.loss import LossSums, TokenStatistics, head_of, token_losses
 from qlora_lightning.support.errors import UserError
 
@@ -114,7 +115,7 @@ class PreferenceModule(QLoRAModule):
         nll = self._token_losses(batch)
         reference = None
         if self._has_reference:
-            with self.turns():  # a process that knows it, or has a filler, computes none
+            with collective_passes(self):  # a process that knows it, or has a filler, computes none
                 reference = self._reference_log_probs(batch) if any(layout.counts) else None
         counts = torch.tensor(layout.counts, dtype=torch.float32).view(-1, 2)
         log_probs = -_sum_pieces(nll, layout.counts).view(-1, 2)  # (pairs, 2), a number for each answer

@@ -7,12 +7,6 @@ from collections.abc import Iterable
 # that of a closed terminal is not there on Windows
 ENDING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
-NOT_GATHERED = (
-    "A weight of the base was read outside the forward and backward of its decoder layer: under trainer.strategy "
-    "ddp_sharded it is whole only inside. Call the layer (for logits `head_of(causal_lm)` of "
-    "qlora_lightning.model.step.loss), or train with `ddp`."
-)
-
 
 class UserError(ValueError):
     """A mistake in what the user gave: a config value, a file, a checkpoint.

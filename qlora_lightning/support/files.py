@@ -141,9 +141,9 @@ def find_storage_fault(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, OSError):
             return error.strerror or str(error)
-        found = re.search(r"([^:\n]+) \(os error \d+\)", str(error))
-        if found:
-            return found[1].strip()
+        match = re.search(r"([^:\n]+) \(os error \d+\)", str(error))
+        if match:
+            return match[1].strip()
         error = error.__cause__ or error.__context__
     return None
 

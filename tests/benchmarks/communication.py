@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,10 +135,8 @@ def main() -> None:
         expected = sent(shape, 8, 2, micro_batches)
         print(
             f"{strategy}: {found['seconds']:.2f} s a step, peak RSS {found['peak_bytes'] / 1e9:.2f} GB; "
-            f"{found['sent']:,} bytes sent by TCP, {expected:,.0f} by theory. Collectives and their bytes:"
+            f"{found['sent']:,} bytes sent by TCP, {expected:,.0f} by theory."
         )
-        for (name, size), times in sorted(Counter(map(tuple, found["collectives"])).items()):
-            print(f"  {times:>3} × {name} {size:,}")
 
 
 if __name__ == "__main__":

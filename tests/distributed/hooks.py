@@ -8,7 +8,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import bitsandbytes as bnb
 from lightning import Callback
 from lightning.pytorch.callbacks import Checkpoint
 
@@ -105,43 +104,22 @@ class Weigh(Callback):
         items = []
         for _ in range(2):
             for _ in range(5):
-                pl_module.answer([[1]], [])  # two tokens
+                pl_module.answer([[1]], [], max_new_tokens=2)
             gc.collect()
             items.append(sum(len(each) for each in gc.get_objects() if type(each) is list))
         folder = Path(trainer.default_root_dir)
         (folder / f"gained-{trainer.global_rank}.json").write_text(json.dumps(items[1] - items[0]))
 
 
-class Spoil(Callback):
-    """Make the loss of one rank's second batch NaN, however often it is computed; or let the rank raise there."""
+class Raise(Callback):
+    """Let one rank raise inside its second batch, while the others wait for it in a pass."""
 
-    def __init__(self, rank: int, raises: bool = False):
-        self.rank, self.raises = rank, raises
-
-    def on_train_start(self, trainer, pl_module):
-        if trainer.global_rank == self.rank:
-            self.compute, self.bad = pl_module.compute_loss, None
-            pl_module.compute_loss = self.spoilt
+    def __init__(self, rank: int):
+        self.rank = rank
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == 1:
-            self.bad = set(batch["row_ids"].tolist())
-
-    def spoilt(self, batch):
-        sums = self.compute(batch)
-        if self.bad is None or not self.bad & set(batch["row_ids"].tolist()):
-            return sums
-        if self.raises:
+        if batch_idx == 1 and trainer.global_rank == self.rank:
             raise ValueError("a bug of the user's")
-        return sums._replace(nll_sum=sums.nll_sum * float("nan"))
-
-
-class Dequantize(Callback):
-    """Read a weight of the base as bitsandbytes' users do."""
-
-    def on_train_start(self, trainer, pl_module):
-        weight = pl_module.get_parameter("model.base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
-        bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
 
 
 class DieOnce(Callback):

@@ -7,11 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from qlora_lightning import QLoRAModule
 from qlora_lightning.cli import main
 
 if __name__ == "__main__":
-    plain = QLoRAModule.answer  # answers of a random base run on until they are cut: two tokens will do
-    QLoRAModule.answer = lambda *arguments, **options: plain(*arguments[:3], 2, **options)
     for argv in json.loads(Path(sys.argv[1]).read_text()):
         print(f"\ncode {main(argv)}: {argv[-1]}", flush=True)

@@ -1,6 +1,7 @@
 """The commands that configs/README.md shows for several devices, run by two processes of this machine's CPU.
 
-Each ends in the same bytes: by Lightning's launcher, by two of torchrun, by Ray after a worker was killed, sharded.
+Each ends in the same bytes: by Lightning's launcher, sharded, by two of torchrun of which one is lost and comes back,
+by Ray after a worker was killed.
 """
 
 import importlib.util
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -38,16 +40,10 @@ def shown(*words):
     return [sys.executable, *PROGRAMS[program], *arguments]
 
 
-def run(folder, *commands, **more):
-    """Run commands beside each other; give what they printed."""
-    env = {**environment(folder), **more}
-    started = [
-        subprocess.Popen(each, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for each in commands
-    ]
-    said = [process.communicate(timeout=900)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * len(started), "\n".join(said)
-    return "\n".join(said)
+def start(folder, command, log, **variables):
+    with (folder / log).open("a") as output:
+        env = {**environment(folder), **variables}
+        return subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=output)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +53,8 @@ def whole(folder) -> bytes:
         patch.chdir(folder)
         assert main(shown("recipes copy")[3:]) == 0
     config = {**CONFIG, "data": {"train": "rows.jsonl", "batch_size": 2}, "evaluation": None}
+    config["trainer"] = {**CONFIG["trainer"], "callbacks": [{"class_path": "hooks.LoseMachine"}]}
+    config["adapter_checkpoint"] = {"every_n_train_steps": 1}
     (folder / "configs" / f"{RECIPE}.yaml").write_text(yaml.safe_dump(config))
     launch(folder, [["fit", "--config", f"configs/{RECIPE}.yaml", "--trainer.default_root_dir", "whole"]])
     return adapter_bytes(folder / "whole")
@@ -64,17 +62,31 @@ def whole(folder) -> bytes:
 
 @pytest.mark.parametrize("words", [["fit", "ckpt_path last"], ["fit", "ddp_sharded"]], ids=["ddp", "ddp_sharded"])
 def test_one_machine(folder, whole, words):
-    words = ["qlora-lightning", *words]
-    run(folder, [*shown(*words), "--trainer.default_root_dir", f"one/{words[-1]}"])
+    command = [*shown("qlora-lightning", *words), "--trainer.default_root_dir", f"one/{words[-1]}"]
+    assert start(folder, command, "one.log").wait(900) == 0, (folder / "one.log").read_text()
     assert adapter_bytes(folder / "one" / words[-1]) == whole
 
 
-def test_two_machines(folder, whole):
+def test_two_machines_of_which_one_is_lost_and_comes_back(folder, whole):
     with socket.create_server(("127.0.0.1", 0)) as free:
-        host = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [{"HOST:29500": host, "8": "1"}.get(word, word) for word in shown("torchrun", "--nnodes 2")]
+        port = free.getsockname()[1]
+    command = [{"HOST:29500": f"127.0.0.1:{port}", "8": "1"}.get(word, word) for word in shown("torchrun", "--nnodes")]
     command += ["--trainer.devices", "1", "--trainer.default_root_dir", "two"]
-    run(folder, command, command)
+    shares = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the page says
+    first = start(folder, command, "first.log", **shares)
+    try:
+        for _ in range(600):  # until it serves the rendezvous
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        assert start(folder, command, "second.log", LOST_AT_BATCH="2", **shares).wait(200) == -9
+        assert start(folder, command, "second.log", **shares).wait(200) == 0, (folder / "second.log").read_text()
+        assert first.wait(60) == 0
+    finally:
+        first.kill()
+    host = socket.gethostname()
+    assert f"of 2 (counted from 0) on {host} ended without a word: killed" in (folder / "first.log").read_text()
     assert adapter_bytes(folder / "two") == whole
 
 
@@ -85,9 +97,9 @@ def test_ray_starts_again_from_the_last_checkpoint_when_a_worker_is_killed_and_r
 ):
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
     command = [{"16": "2"}.get(word, word) for word in shown("ray_train.py") if word != "--gpus"]
-    command += ["--trainer.callbacks+=hooks.DieOnce", "--adapter_checkpoint.every_n_train_steps", "1"]
+    command += ["--trainer.callbacks+=hooks.DieOnce", "--trainer.default_root_dir", "ray"]
     with tempfile.TemporaryDirectory(prefix="ray-") as logs:  # sockets are there too: a short path
-        run(folder, [*command, "--trainer.default_root_dir", "ray"], RAY_TMPDIR=logs)
+        assert start(folder, command, "ray.log", RAY_TMPDIR=logs).wait(900) == 0, (folder / "ray.log").read_text()
         assert "Usage reporting is disabled" in "".join(file.read_text() for file in Path(logs).rglob("dashboard.log"))
     assert (folder / "died").exists()
     assert adapter_bytes(folder / "ray") == whole

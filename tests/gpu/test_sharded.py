@@ -52,13 +52,8 @@ def test_two_processes_on_one_card_train_as_with_a_base_each(untied, rows_file, 
             "trainer.max_steps": 3,
             "trainer.default_root_dir": tmp_path / name,
         }
-        command = [
-            sys.executable,
-            "-m",
-            "qlora_lightning",
-            "fit",
-            *[f"--{key}={each}" for key, each in settings.items()],
-        ]
+        options = [f"--{key}={each}" for key, each in settings.items()]
+        command = [sys.executable, "-m", "qlora_lightning", "fit", *options]
         shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
         nodes = [subprocess.Popen(command, env={**shared, "NODE_RANK": str(rank)}) for rank in (0, 1)]
         assert [node.wait(timeout=300) for node in nodes] == [0, 0]

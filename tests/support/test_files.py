@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from qlora_lightning.support.console import brief, print_detail, say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import find_storage_fault, put_in_place, read_json_object, write_whole
+from qlora_lightning.support.files import find_storage_fault, read_json_object, write_whole
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -34,15 +34,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside(tmp_path, mon
     with pytest.raises(OSError, match="No space left"):
         write_whole(tmp_path / "a.txt", "new")
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a.txt": "old"}
-
-
-def test_file_and_folder_are_flushed_around_the_rename(tmp_path, monkeypatch):
-    done, replace = [], os.replace
-    monkeypatch.setattr("os.fsync", lambda descriptor: done.append(os.readlink(f"/proc/self/fd/{descriptor}")))
-    monkeypatch.setattr("os.replace", lambda one, other: (done.append("renamed"), replace(one, other)))
-    (tmp_path / "new").write_text("new")
-    put_in_place(tmp_path / "new", tmp_path / "old")
-    assert done == [str(tmp_path / "new"), "renamed", str(tmp_path)]
 
 
 @pytest.mark.parametrize("kind", ["named pipe", "file"])

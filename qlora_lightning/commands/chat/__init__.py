@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from qlora_lightning.commands.adapter_config import name_adapters
 from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.imports import quick_imports
+from qlora_lightning.support.imports import without_garbage_collection
 
 _DESCRIPTION = """Talk with an adapter on its base; prompts are rendered by the code that rendered them in training.
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     adapters = name_adapters(options.adapter)
     options.json = check_output("--json", options.json, options.force)
 
-    with quick_imports():  # here, so that --help and mistakes answer at once
+    with without_garbage_collection():  # here, so that --help and mistakes answer at once
         from qlora_lightning.commands.chat.session import chat
 
     with tables_beside(options.json):

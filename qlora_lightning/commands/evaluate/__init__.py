@@ -11,7 +11,7 @@ from qlora_lightning.commands.options import OptionParser, add_json_option, chec
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, PREDICTIONS
-from qlora_lightning.support.imports import quick_imports
+from qlora_lightning.support.imports import without_garbage_collection
 
 # keys of evaluation.json and predictions.jsonl
 _RESERVED = (BASE, "difference", "differences", "prompt", "expected", "row", "place", "source", "group")
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         for name in (EVALUATION, PREDICTIONS):
             check_output("--out", options.out / name, options.force)
 
-    with quick_imports():  # here, so that --help and mistakes answer at once
+    with without_garbage_collection():  # here, so that --help and mistakes answer at once
         from qlora_lightning.commands.evaluate.run import evaluate
 
     with tables_beside(options.json):

@@ -7,7 +7,7 @@ from typing import Any
 from qlora_lightning.commands.options import OptionParser, check_output, quiet_lightning, write_output
 from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.imports import quick_imports
+from qlora_lightning.support.imports import without_garbage_collection
 
 _SPLITS = ("train", "val", "test", "predict")
 _DESCRIPTION = """Report on the data of a config, and show rows as the model sees them. No model is loaded.
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     """Report on the data of a config; return the exit code."""
     options, rest = _parser().parse_known_args(argv)
     page = check_output("--html", options.html, options.force)
-    with quick_imports():  # here, so that --help and mistakes answer at once
+    with without_garbage_collection():  # here, so that --help and mistakes answer at once
         from qlora_lightning.commands.inspection.facts import inspect_data
         from qlora_lightning.commands.inspection.views import print_inspection, render_inspection
         from qlora_lightning.commands.training import QLoRACLI

@@ -9,7 +9,7 @@ from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identi
 from qlora_lightning.commands.merge.quantizer import K_QUANTS, find_quantizer
 from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.imports import quick_imports
+from qlora_lightning.support.imports import without_garbage_collection
 
 RECORD = "merge.json"  # in every folder that this command has written
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         find_quantizer(options.gguf)
     read_identity(find_adapter_folder(options.adapter))  # a misspelt folder is reported before anything is imported
 
-    with quick_imports():  # here, so that --help and mistakes answer at once
+    with without_garbage_collection():  # here, so that --help and mistakes answer at once
         from qlora_lightning.commands.merge.folder import merge
 
     with tables_beside(options.json):

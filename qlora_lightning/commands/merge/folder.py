@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qlora_lightning.base.cache import EntryCheck
+from qlora_lightning.base.cache import check_entry
 from qlora_lightning.base.folder import load_tokenizer, read_config
 from qlora_lightning.base.tensors import ShardWriter, format_bytes
 from qlora_lightning.commands.merge import DTYPES, RECORD
@@ -49,7 +49,7 @@ def merge(options: argparse.Namespace) -> None:
     weights: Weights = original_weights(source.base)
     if options.onto == "dequantized" and source.quantization is not None:
         weights = TrainedWeights(source.base, source.quantization, source.double_quant, source.compute_dtype)
-    EntryCheck(source.base.folder, source.base.name).wait()  # of an unpacked GGUF
+    check_entry(source.base.folder)  # of an unpacked GGUF
     plan = plan_merge(source.base.folder, source.folder)
     if options.gguf or options.adapter_gguf:
         architecture_of(plan.config, adapter_only=not options.gguf)  # before the work

@@ -288,7 +288,7 @@ def _read_split(base: BaseFolder) -> str | None:
     """Return llama.cpp's name of how the base's own GGUF file splits text; None if it is no GGUF."""
     if base.kind != "gguf":
         return None
-    found = gguf.GGUFReader(resolve_base(base.name).path).get_field(gguf.Keys.Tokenizer.PRE)
+    found = gguf.GGUFReader(resolve_base(base.name)[0]).get_field(gguf.Keys.Tokenizer.PRE)
     return None if found is None else str(found.contents())
 
 

@@ -15,7 +15,7 @@ from qlora_lightning.commands.options import (
 )
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.imports import quick_imports
+from qlora_lightning.support.imports import import_bitsandbytes, without_garbage_collection
 
 _DESCRIPTION = """Show the model of a config, and plan its memory, steps and tokens before anything is loaded.
 
@@ -41,7 +41,9 @@ def main(argv: Sequence[str]) -> int:
         adapter = find_adapter_folder(own.adapter)
         rest = [*add_config(adapter, rest, needs_rows=False), "--model.adapter", str(adapter)]
 
-    with quick_imports():  # here, so that --help and mistakes answer at once
+    with without_garbage_collection():  # here, so that --help and mistakes answer at once
+        import_bitsandbytes()  # before the planner imports PEFT, which would
+
         from qlora_lightning.commands.plan.planner import plan_run
         from qlora_lightning.commands.plan.report import print_plan
 

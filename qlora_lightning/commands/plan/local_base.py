@@ -26,7 +26,7 @@ def find_config(name: str, revision: str | None = None, trust_remote_code: bool 
         check_model_folder(folder, name, weights=False)
         return _read_config(name, folder, trust_remote_code=trust_remote_code), str(folder / "config.json")
     if not is_hub_id(name):
-        file = resolve_base(name, revision).path
+        file, _ = resolve_base(name, revision)
         config = _read_config(name, file.parent, gguf_file=file.name)
         if config.model_type != "llama":
             raise UserError(f"Base {name}: expected a GGUF of a LLaMA-family model, found type {config.model_type!r}.")
@@ -57,7 +57,7 @@ def find_tokenizer(choice: Any) -> Any:
         return {**settings, "name": str(folder), "revision": None}
     if is_hub_id(name):
         raise UserError(f"The tokenizer of {name} is not in the hub's local cache, and plan fetches nothing.")
-    file = resolve_base(name, revision).path
+    file, _ = resolve_base(name, revision)
     if file.stat().st_size > _SMALL:
         raise UserError(f"The tokenizer is inside {file.name}, which `fit` unpacks first.")
     return choice
@@ -70,8 +70,8 @@ def _find_folder(name: str, file: str, revision: str | None) -> Path | None:
 
         found = try_to_load_from_cache(name, file, revision=revision)
         return Path(found).parent if isinstance(found, str) else None
-    source = resolve_base(name, revision)
-    return source.path if source.kind == "folder" else find_unpacked(source)
+    path, _ = resolve_base(name, revision)
+    return path if path.is_dir() else find_unpacked(path)
 
 
 def _read_config(name: str, folder: Path, **options: Any) -> Any:

@@ -20,12 +20,12 @@ from qlora_lightning.commands.options import (
 from qlora_lightning.support.console import brief, say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER
-from qlora_lightning.support.imports import quick_imports
+from qlora_lightning.support.imports import without_garbage_collection
 
 _DESCRIPTION = """Train a config with one rank after the other, and stop where the next one no longer pays.
 
 Start at 8 and double: the sweep continues while the loss on the validation rows falls by more than its noise, which is
-a paired bootstrap over these rows. alpha is 2 × rank, data and their order are the same, the base is loaded once.
+a paired bootstrap over these rows. alpha is 2 × rank, data and their order are the same.
 Every other option is one of `fit`. Each trial has a folder of its own in RUN/sweep-rank; the same command continues
 after a kill. With --target-modules or --learning-rates all values are tried, and the one with the fewest parameters
 is chosen among those that the best does not beat by more than noise, of equals the one of the lowest loss."""
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(sweep: Sweep, arguments: Sequence[str]) -> dict[str, Any]:
     """Train and compare trials until the sweep is done; return its figures."""
-    with quick_imports():  # here, so that --help and mistakes answer at once
+    with without_garbage_collection():  # here, so that --help and mistakes answer at once
         from qlora_lightning.commands.sweep import results
         from qlora_lightning.commands.sweep.trial import run_trial
 
@@ -102,7 +102,7 @@ def _run(sweep: Sweep, arguments: Sequence[str]) -> dict[str, Any]:
                 if trials:  # the first has reported base and data for all
                     quiet.enter_context(quiet_lightning())
                     quiet.enter_context(brief())
-                cli = run_trial(arguments, sweep, sweep.values[len(trials)], cli.spare if cli else None)
+                cli = run_trial(arguments, sweep, sweep.values[len(trials)])
             trials.append(cli.trial)
             results.check_same_rows(trials)
             say(f"{sweep.name} {cli.trial.value}: val_loss {cli.trial.loss:.4f}")
@@ -138,9 +138,9 @@ def _parser() -> OptionParser:
 
 def _values_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     def values(text: str) -> tuple[Any, ...]:
-        found = tuple(kind(part.strip()) for part in text.split(","))
-        if len(found) < 2 or len(set(found)) < len(found):
+        parsed = tuple(kind(part.strip()) for part in text.split(","))
+        if len(parsed) < 2 or len(set(parsed)) < len(parsed):
             raise argparse.ArgumentTypeError(f"{text!r}: expected two values or more, each once, as 8,16,32")
-        return found
+        return parsed
 
     return values

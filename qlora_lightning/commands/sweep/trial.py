@@ -1,4 +1,4 @@
-"""One trial: a fit like any other, in a folder of its own, on the base of the trial before, evaluated at its end."""
+"""One trial: a fit like any other, in a folder of its own, evaluated at its end."""
 
 import json
 from collections.abc import Sequence
@@ -25,7 +25,6 @@ from qlora_lightning.model.adapters.identity import describe_adapter, identity_o
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.adapters.targets import resolve_targets
 from qlora_lightning.model.checkpoint.setting_changes import describe_changes, find_changes
-from qlora_lightning.model.load.build import QLoRAModel
 from qlora_lightning.report.facts import flatten
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
@@ -38,9 +37,9 @@ _MAY_DIFFER = {"trainer.default_root_dir", "trainer.enable_progress_bar", "train
 _FILE, _VERSION = "trial.json", 2
 
 
-def run_trial(arguments: Sequence[str], sweep: Sweep, value: Any, spare: QLoRAModel | None) -> "TrialCLI":
+def run_trial(arguments: Sequence[str], sweep: Sweep, value: Any) -> "TrialCLI":
     """Train and evaluate one trial, or read it; ``arguments`` are options of ``fit``."""
-    trial = TrialCLI(arguments, sweep, value, spare)
+    trial = TrialCLI(arguments, sweep, value)
     trial.run()
     return trial
 
@@ -52,13 +51,12 @@ class TrialCLI(QLoRACLI):
         trial: The result, when there is one.
         run_folder: The run folder in which the sweep's is.
         folder: The sweep's own folder.
-        spare: The model of this trial, or of the one before if this one was only read: the next uses its base again.
     """
 
     trial: Trial
 
-    def __init__(self, args: Sequence[str], sweep: Sweep, value: Any, spare: QLoRAModel | None) -> None:
-        self._sweep, self._value, self.spare = sweep, value, spare
+    def __init__(self, args: Sequence[str], sweep: Sweep, value: Any) -> None:
+        self._sweep, self._value = sweep, value
         self._evaluation = TrialEvaluation(sweep, value)
         super().__init__(args, "fit")
 
@@ -107,9 +105,7 @@ class TrialCLI(QLoRACLI):
         if hasattr(self, "trial"):
             return
         model: Any = self.model
-        model.spare = self.spare
         self.trainer.fit(model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
-        self.spare = None if model.overrides("build_model") else model.made
         results = self._evaluation.results
         if results is None:
             raise UserError(f"{folder.name} ended before it was evaluated: start the same command again.")

@@ -73,7 +73,6 @@ class ExactResume(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         module: Any = pl_module
-        module.check_base()
         settings = checkpoint.pop("hyper_parameters", {})
         checkpoint[KEY] = {
             "format_version": FORMAT_VERSION,
@@ -143,8 +142,6 @@ class ExactResume(Callback):
             self._put_back(trainer)  # a run that stopped inside a validation begins with it
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        module: Any = pl_module
-        module.check_base(wait=False)
         loops.count_epoch(trainer)
         self._put_back(trainer)
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
-from qlora_lightning.base.cache import EntryCheck, Json, cached_folder, find_entry, list_entries
+from qlora_lightning.base.cache import Json, cached_folder, check_entry, find_entry
 from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base
 from qlora_lightning.base.tensors import save_model
 from qlora_lightning.model.layers.attention import register_flat_attention
@@ -24,21 +25,18 @@ Quantization = Literal["nf4", "fp4", "int8", "none"]
 
 _OF_THE_COPY = ("_name_or_path", "transformers_version", "dtype")  # of a config: nothing that the model computes
 
-_CHECKED_AT_ONCE = 256 << 20  # bytes: read in some tenths of a second; a larger base is checked while it trains
-
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class QuantizedBase:
-    """A frozen base, and what it was made from: ``check`` is of a large one, which is still compared with its sums."""
+    """A frozen base, and what it was made from."""
 
     model: PreTrainedModel
     source: BaseFolder
     fingerprint: str
     quantization: Quantization
     double_quant: bool
-    check: EntryCheck | None = None
 
 
 def load_base(
@@ -51,7 +49,6 @@ def load_base(
     compute_dtype: torch.dtype = torch.bfloat16,
     cache: bool = True,
     device: torch.device | str = "cpu",
-    check_later: bool = False,
 ) -> QuantizedBase:
     """Load a base onto ``device``, frozen, its linears quantized and all else in ``compute_dtype``.
 
@@ -64,8 +61,6 @@ def load_base(
         compute_dtype: Dtype of the products, the embedding, the norms and the head.
         cache: Keep the quantized base for the next start.
         device: Where the model is put.
-        check_later: Return while a large base from the cache is still compared with its checksums; the caller must call
-            ``wait()`` of the result's ``check`` before anything that was computed with it is kept.
     """
     source = open_base(name, revision)
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=trust_remote_code)
@@ -85,61 +80,53 @@ def load_base(
                 **quantize,
             )
 
-    check = None
     if getattr(config, "quantization_config", None) is not None:
         double_quant = check_stored_quantization(config, quantization, name)
         model = load(source.folder)
         _set_compute_dtype(model, compute_dtype)
     elif quantization == "none":
-        check = EntryCheck(source.folder, source.name)
+        check_entry(source.folder)  # of an unpacked GGUF
         model = load(source.folder)
     else:
         settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
         if cache:
-            key = _cache_key(source, config, settings, compute_dtype, torch.device(device).type)
-            # a base that will be sharded over GPUs is read here on a CPU: the one that a GPU has quantized is the same
-            of_gpu = key | {"device": "cuda"}
-            if find_entry("quantized", key) is None and find_entry("quantized", of_gpu):
-                key = of_gpu
-            folder = _quantized_folder(source, key, settings, load)
-            is_large = sum(file.stat().st_size for file in folder.iterdir()) > _CHECKED_AT_ONCE
-            check = EntryCheck(folder, source.name) if is_large else None
-            model = load(folder)
+            key = _cache_key(source, config, settings, compute_dtype)
+            model = load(_quantized_folder(source, key, settings, load))
         else:
-            EntryCheck(source.folder, source.name).wait()
+            check_entry(source.folder)
             model = load(source.folder, settings)
     freeze(model)
     _check_quantized(model, quantization)
     unnest_scales(model)
-    if check is not None and not check_later:
-        check.wait()
-    return QuantizedBase(model, source, fingerprint(source.folder), quantization, double_quant, check)
+    return QuantizedBase(model, source, fingerprint(source.folder), quantization, double_quant)
 
 
 def _quantized_folder(
     source: BaseFolder, key: dict[str, Json], settings: BitsAndBytesConfig, load: Callable[..., PreTrainedModel]
 ) -> Path:
+    """Return the cached folder of a quantized base, which is made if it is not there."""
+
     def build(folder: Path) -> None:
         _log.info("Quantizing %s, once; later starts read it from the cache.", source.name)
-        EntryCheck(source.folder, source.name).wait()  # of an unpacked GGUF
+        check_entry(source.folder)
         model = load(source.folder, settings)
         freeze(model)  # packed weights would be saved wrongly, see there
         with _quiet_bars():
             save_model(model, folder, max_shard_size="200MB")  # a shard is held in memory while it is written
 
     kind = settings.bnb_4bit_quant_type if settings.load_in_4bit else "int8"
-    return cached_folder("quantized", key, build, label=f"{source.name} {kind}", checked_bytes=_CHECKED_AT_ONCE)
+    return cached_folder("quantized", key, build, label=f"{source.name} {kind}")
 
 
 def _cache_key(
-    source: BaseFolder, config: PretrainedConfig, settings: BitsAndBytesConfig, dtype: torch.dtype, device: str
+    source: BaseFolder, config: PretrainedConfig, settings: BitsAndBytesConfig, dtype: torch.dtype
 ) -> dict[str, Json]:
+    """Return what the bits depend on; whether a CPU or a GPU has quantized them, the layout is the same."""
     return {
         "source": fingerprint(source.folder),
         "config": {name: value for name, value in config.to_diff_dict().items() if name not in _OF_THE_COPY},
         "settings": settings.to_diff_dict(),
         "dtype": str(dtype),
-        "device": device,
         "bitsandbytes": bnb.__version__,
         "transformers": transformers.__version__,
     }
@@ -148,14 +135,12 @@ def _cache_key(
 def find_quantized(
     source: BaseFolder, quantization: Quantization, double_quant: bool, dtype: torch.dtype
 ) -> Path | None:
-    """Find a quantized base in the cache, made by the CPU or a GPU: the one that was used last."""
+    """Find a quantized base in the cache."""
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
     if quantization == "none" or getattr(config, "quantization_config", None) is not None:
         return None
     settings = _bitsandbytes_config(quantization, double_quant, dtype)
-    keys = [_cache_key(source, config, settings, dtype, device) for device in ("cpu", "cuda")]
-    found = {find_entry("quantized", key) for key in keys}
-    return next((entry.path for entry in list_entries("quantized") if entry.path in found), None)
+    return find_entry("quantized", _cache_key(source, config, settings, dtype))
 
 
 def _bitsandbytes_config(quantization: Quantization, double_quant: bool, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -227,12 +212,12 @@ def check_stored_quantization(config: PretrainedConfig, quantization: Quantizati
     stored: Any = config.quantization_config
     if not isinstance(stored, dict):
         stored = stored.to_dict()
-    found = stored_quantization(stored)
-    if found != quantization:
+    kind = stored_quantization(stored)
+    if kind != quantization:
         raise UserError(
-            f"model.base {name} is stored quantized as {found}, but model.quantization is {quantization}: "
-            f"set model.quantization: {found}"
-            + ("." if found in ("nf4", "fp4", "int8") else ", which is not supported: name a base in 16 bits instead.")
+            f"model.base {name} is stored quantized as {kind}, but model.quantization is {quantization}: "
+            f"set model.quantization: {kind}"
+            + ("." if kind in ("nf4", "fp4", "int8") else ", which is not supported: name a base in 16 bits instead.")
         )
     skipped = [part for part in stored.get("llm_int8_skip_modules") or [] if part != "lm_head"]
     if skipped:
@@ -252,16 +237,18 @@ def freeze(model: nn.Module) -> None:
     """
     model.requires_grad_(False)
     for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-        elif type(module) is bnb.nn.Linear8bitLt:
-            module.__class__ = _AlwaysTrainingLinear8bit
-            module.training = True
+        layer: Any = module
+        if isinstance(layer, bnb.nn.Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+        elif isinstance(layer, bnb.nn.Linear8bitLt):
+            # A method of this one layer. A hook that sets the mode before each forward would run in every pass.
+            layer.train()
+            layer.train = partial(_keep_training_mode, layer)
 
 
-class _AlwaysTrainingLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]  # bitsandbytes ships no types
-    def train(self, mode: bool = True) -> nn.Module:
-        return self
+def _keep_training_mode(layer: nn.Module, mode: bool = True) -> nn.Module:
+    """Take the place of ``layer.train``, which ``eval()`` of the whole model calls too."""
+    return layer
 
 
 def _check_quantized(model: nn.Module, quantization: Quantization) -> None:

@@ -1,9 +1,8 @@
 """Base and adapters put together: on a device, to train, or on torch's meta device, shapes without numbers."""
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import peft
@@ -18,65 +17,48 @@ from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, trainable
 from qlora_lightning.model.adapters.targets import layer_of
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.fuse import fuse_layers
-from qlora_lightning.model.load.base_model import Quantization, QuantizedBase, load_base
+from qlora_lightning.model.load.base_model import Quantization, load_base
 
 
-@dataclass(frozen=True)
-class QLoRAModel:
-    """A model ready to train.
+class LoadedModel(NamedTuple):
+    """A base with adapters.
 
     Attributes:
         identity: What checkpoints and adapter folders say of the base and of the adapter's own shape.
         unfused: Whether something trains in PEFT's own layers.
-        asked: What the base was loaded by: arguments of :func:`load_base`.
     """
 
     model: peft.PeftModel
     identity: dict[str, Any]
     unfused: bool
-    base: QuantizedBase
-    asked: dict[str, Any]
 
 
 def assemble_model(
-    adapter: str | None,
-    adapter_options: dict[str, Any],
-    fast: bool,
-    check_later: bool = False,
-    spare: QLoRAModel | None = None,
-    **asked: Any,
-) -> QLoRAModel:
+    adapter: str | None, adapter_options: dict[str, Any], fast: bool, **base_options: Any
+) -> LoadedModel:
     """Load a base by ``load_base``, and put new adapters on it or those of an adapter folder.
 
-    ``adapter_options`` are those of :func:`qlora_lightning.model.adapters.lora.add_adapters`. ``spare`` is a model that
-    is not used any more, whose base is taken over if it is the same.
+    ``adapter_options`` are those of :func:`qlora_lightning.model.adapters.lora.add_adapters`, ``base_options`` the
+    arguments of ``load_base``.
     """
     folder = None if adapter is None else find_adapter_folder(adapter)
     stored = {} if folder is None else read_identity(folder)  # a misspelt name is reported before the base is loaded
-    loaded = _take_base(spare, asked) or load_base(**asked, check_later=check_later)
+    loaded = load_base(**base_options)
     identity: dict[str, Any] = {
-        "base": asked["name"],
+        "base": base_options["name"],
         "revision": loaded.source.revision,
         "fingerprint": loaded.fingerprint,
         "config_hash": hash_config(loaded.model.config),
         "quantization": loaded.quantization,
         "double_quant": loaded.double_quant,
-        "compute_dtype": str(asked["compute_dtype"]).removeprefix("torch."),
+        "compute_dtype": str(base_options["compute_dtype"]).removeprefix("torch."),
     }
     if folder is not None:
         check_identity(stored, identity, f"The adapter folder {folder}")
     loadable_name = loaded.source.name if loaded.source.kind == "hub" else str(loaded.source.folder)
     model = put_adapters(loaded.model, folder, base_name=loadable_name, **adapter_options)
     identity["adapter"] = describe_adapter(model)
-    return QLoRAModel(model, identity, fuse(model, fast), loaded, asked)
-
-
-def _take_base(spare: QLoRAModel | None, asked: dict[str, Any]) -> QuantizedBase | None:
-    """Take the adapters off a model by PEFT's own means; return its base if it is the one that is asked for."""
-    if spare is None or spare.asked != asked:
-        return None
-    base: Any = spare.model.unload()
-    return None if trainable_tensors(base) else spare.base
+    return LoadedModel(model, identity, fuse(model, fast))
 
 
 def put_adapters(

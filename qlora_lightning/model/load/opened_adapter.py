@@ -10,7 +10,7 @@ from qlora_lightning.base.adapter_folder import find_adapter_folder, read_adapte
 from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base, read_config
 from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.load.base_model import Quantization, stored_quantization
-from qlora_lightning.model.load.build import QLoRAModel, assemble_model
+from qlora_lightning.model.load.build import LoadedModel, assemble_model
 from qlora_lightning.model.load.device import ComputeDtype, choose_compute_dtype
 from qlora_lightning.support.errors import UserError
 
@@ -66,7 +66,7 @@ def find_adapter(folder: str | Path, base: str | None = None) -> AdapterSource:
     return AdapterSource(place, identity, found, kind, double_quant, dtype, is_stored_quantized=True)
 
 
-def open_adapter(source: AdapterSource) -> QLoRAModel:
+def open_adapter(source: AdapterSource) -> LoadedModel:
     """Load the base of an adapter as it was trained, on a CUDA device if there is one, and put the adapter on it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted: ComputeDtype = "fp32" if source.compute_dtype == torch.float32 else "auto"

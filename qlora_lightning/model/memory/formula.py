@@ -29,7 +29,8 @@ from torch import nn
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.layers.decoder_layer import PIECE_TOKENS, FusedDecoderLayer
 from qlora_lightning.model.memory.plain_layer import count_saved
-from qlora_lightning.model.step.loss import rows_of_logits, shards_vocabulary
+from qlora_lightning.model.sharded.sharded_base import shards_vocabulary
+from qlora_lightning.model.step.loss import rows_of_logits
 
 _CONTEXT = 600_000_000  # bytes of CUDA's context, kernels and cuBLAS's workspace: some 300 to 600 MB, by card
 _FLOAT, _INDEX = 4, 8  # bytes of a float32, of a position

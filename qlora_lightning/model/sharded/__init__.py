@@ -1,1 +1,4 @@
-"""A base of which each process holds a shard."""
+"""A base of which each process holds a shard: the strategy, and what it does to the model.
+
+Outside of this room a pass that not every process runs enters ``collective_passes``, and that is all.
+"""

@@ -2,7 +2,7 @@
 
 A step goes so: the layer's packed weights come together before its forward, and again before its backward; afterwards
 each process keeps its own shard. The adapters are whole on every process, and DDP's. So every pass is one of all
-processes: see :meth:`ShardedBase.turns`.
+processes: see :func:`collective_passes`.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 import torch.distributed as dist
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
@@ -21,11 +22,22 @@ from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model.layers.attention import NO_MASK
 from qlora_lightning.model.step.layout import whole_samples
-from qlora_lightning.model.step.loss import ShardedHead, head_of, shards_vocabulary
-from qlora_lightning.support.errors import NOT_GATHERED
+from qlora_lightning.model.step.loss import head_of, is_frozen_linear, token_losses
 from qlora_lightning.support.versions import reset_passes
 
 _BYTE = torch.float8_e4m3fn  # as which bytes travel: FSDP2 of torch 2.11 takes floating dtypes only
+_BODY, _HEAD, _DONE = range(3)  # what a process runs next among collective passes, in the order in which they come
+
+
+def collective_passes(module: Any) -> contextlib.AbstractContextManager[None]:
+    """Let each process run as many forward passes without gradients as it likes, even if the base is sharded.
+
+    Such a pass gathers layers, which takes all processes. Inside this context a process announces each pass, and one
+    that has none gathers along. All processes must enter; one that raises inside ends, and the others with it. It does
+    nothing if the base of the module is not sharded.
+    """
+    base: ShardedBase | None = getattr(module, "sharded_base", None)
+    return contextlib.nullcontext() if base is None else base.collective_passes()
 
 
 class ShardedBase:
@@ -40,14 +52,12 @@ class ShardedBase:
         offload: Keep the shards on the host, pinned: all of them, or those of the first layers.
     """
 
-    PASS, HEAD, DONE = range(3)  # what a process runs next, in the order in which they come
-
     def __init__(
         self, causal_lm: Any, group: dist.ProcessGroup, device: torch.device, offload: bool | int = False
     ) -> None:
         # FSDP2's warning of outputs that are views: nobody writes into a layer's output
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-        self.group, self.device = group, device
+        self._group, self._device, self._announces = group, device, False
         mesh = DeviceMesh.from_group(group, device.type)
         on_host, on_device = CPUOffloadPolicy(pin_memory=device.type == "cuda"), OffloadPolicy()
         trainable = {parameter for parameter in causal_lm.parameters() if parameter.requires_grad}
@@ -56,27 +66,26 @@ class ShardedBase:
             settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": trainable}
             return fully_shard(module, offload_policy=on_host if offloads else on_device, **settings)
 
-        body, embedding, head = causal_lm.base_model, causal_lm.get_input_embeddings(), head_of(causal_lm)
-        self._body, self._in_turns = body, False
-        self._of_body: list[FSDPModule] = []
+        self._body, embedding, head = causal_lm.base_model, causal_lm.get_input_embeddings(), head_of(causal_lm)
+        self._parts_of_body: list[FSDPModule] = []
         self._head: Any = None
-        for number, layer in enumerate(body.layers):
-            for linear in _linears_of(layer):
-                _unpack(linear, device)
-            self._of_body.append(shard(layer, offload is True or number < offload))
-            _pack_when_gathered(layer)
+        for number, layer in enumerate(self._body.layers):
+            for linear in _quantized_linears(layer):
+                _hold_as_bytes(linear, device)
+            self._parts_of_body.append(shard(layer, offload is True or number < offload))
+            _restore_weights_when_gathered(layer)
         if shards_vocabulary(causal_lm):
-            self._of_body.insert(0, shard(embedding, offload is True))
-            self._of_body[0].set_unshard_in_backward(False)
+            self._parts_of_body.insert(0, shard(embedding, offload is True))
+            self._parts_of_body[0].set_unshard_in_backward(False)
             self._head = shard(ShardedHead(head), offload is True)
-            self._head.register_forward_pre_hook(lambda *_: self._wait_for_turn(self.HEAD), prepend=True)
+            self._head.register_forward_pre_hook(lambda *_: self._announce(_HEAD), prepend=True)
             vars(causal_lm)["sharded_head"] = self._head  # no part of the model, which has the head already
-        fully_shard(body, mesh=mesh, ignored_params=set(body.parameters()))  # the root, with no weights of its own
+        fully_shard(self._body, mesh=mesh, ignored_params=set(self._body.parameters()))  # the root: no own weights
         # FSDP2 would gather ahead in the order of the passes that a process has run, which may differ among them
-        for before, layer in pairwise([body.layers[0], *body.layers]):
+        for before, layer in pairwise([self._body.layers[0], *self._body.layers]):
             layer.set_modules_to_backward_prefetch([before])
-        body.register_forward_pre_hook(lambda *_: self._wait_for_turn(self.PASS), prepend=True)
-        for root in filter(None, (body, self._head)):
+        self._body.register_forward_pre_hook(lambda *_: self._announce(_BODY), prepend=True)
+        for root in filter(None, (self._body, self._head)):
             root.register_forward_hook(_forget_pass)
 
     def start(self) -> None:
@@ -84,13 +93,13 @@ class ShardedBase:
 
         FSDP2 takes the module that runs first for the root, and NEFTune calls the embedding before the body.
         """
-        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        samples = whole_samples([1]).to(self.device)
-        with torch.no_grad(), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+        token = torch.zeros(1, 1, dtype=torch.long, device=self._device)
+        samples = whole_samples([1]).to(self._device)
+        with torch.no_grad(), torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             options = {"attention_mask": NO_MASK, "samples": samples, "use_cache": False}
-            states: Tensor = self._body(token, position_ids=token, **options).last_hidden_state[0]
+            hidden: Tensor = self._body(token, position_ids=token, **options).last_hidden_state[0]  # (1, width)
             if self._head is not None:
-                self._head(states)
+                self._head(hidden)
 
     @staticmethod
     def leaving_shards(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -99,67 +108,43 @@ class ShardedBase:
 
     def whole_modules(self) -> Iterator[nn.Module]:
         """Yield each sharded module while it is whole. All processes must iterate to the end."""
-        for module in [*self._of_body, self._head]:
-            if module is not None:
-                module.unshard()
-                _pack(_linears_of(module))
-                yield module
-                module.reshard()
-
-    # ---- passes that not every process runs --------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def turns(self) -> Iterator[None]:
-        """Let each process run as many passes without gradients as it likes: the others gather along.
-
-        All processes must enter. One that raises inside ends, and the others with it.
-        """
-        if self._in_turns or self.group.size() == 1:
-            yield
-            return
-        self._in_turns = True
-        try:
-            yield
-            self.take_turn(self.DONE, self._gather_along)
-        finally:
-            self._in_turns = False
-
-    def take_turn(self, wanted: int, help_others: Callable[[int], object]) -> None:
-        """Return when it is this process's turn: others', of smaller numbers, come first; :attr:`DONE` is the last."""
-        while (turn := self._least(wanted)) != wanted:
-            help_others(turn)
-
-    def _least(self, number: int) -> int:
-        least = torch.tensor(number, device=self.device)
-        dist.all_reduce(least, dist.ReduceOp.MIN, self.group)
-        return int(least)
-
-    def _wait_for_turn(self, wanted: int) -> None:
-        if self._in_turns:
-            self.take_turn(wanted, self._gather_along)
-
-    def _gather_along(self, turn: int) -> None:
-        for module in self._of_body if turn == self.PASS else [self._head]:
+        for module in filter(None, [*self._parts_of_body, self._head]):
             module.unshard()
+            _restore_weights(_quantized_linears(module))
+            yield module
             module.reshard()
 
+    @contextlib.contextmanager
+    def collective_passes(self) -> Iterator[None]:
+        """See the function of this name."""
+        if self._announces or self._group.size() == 1:
+            yield
+            return
+        self._announces = True
+        try:
+            yield
+            self._announce(_DONE)
+        finally:
+            self._announces = False
 
-class GatheredParams4bit(bnb.nn.Params4bit):  # type: ignore[misc]  # bitsandbytes ships no types
-    """A gathered weight, read only while it is whole: C++ would read memory that is gone."""
+    def _announce(self, wanted: int) -> None:
+        """Return when it is this process's turn: the smallest number comes first, and who wants another gathers along.
 
-    @property
-    def quant_state(self) -> Any:
-        """Of bitsandbytes; who reads the weight asks for it first."""
-        if not self.untyped_storage().size():
-            raise RuntimeError(NOT_GATHERED)
-        return self._state
+        When all want ``_DONE``, all have run what they had to run.
+        """
+        if not self._announces:
+            return
+        now = self._smallest(wanted)
+        while now != wanted:
+            for module in self._parts_of_body if now == _BODY else [self._head]:
+                module.unshard()
+                module.reshard()
+            now = self._smallest(wanted)
 
-    @quant_state.setter
-    def quant_state(self, state: Any) -> None:
-        self._state = state
-
-
-GatheredParams4bit.__name__ = "Params4bit"  # by which PEFT goes
+    def _smallest(self, number: int) -> int:
+        smallest = torch.tensor(number, device=self._device)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN, self._group)
+        return int(smallest)
 
 
 def _forget_pass(root: Any, *_: Any) -> None:
@@ -168,7 +153,45 @@ def _forget_pass(root: Any, *_: Any) -> None:
         reset_passes(root)
 
 
-def _unpack(linear: Any, device: torch.device) -> None:
+# ---- embedding and head ----------------------------------------------------------------------------------------------
+
+
+def shards_vocabulary(causal_lm: Any) -> bool:
+    """Whether a sharded base shards embedding and head: not one tensor for both, nor where PEFT trains single rows."""
+    ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    trains_rows = any(isinstance(part, TrainableTokensLayer) for end in ends for part in end.modules())
+    return not trains_rows and ends[0].weight is not ends[1].weight
+
+
+class ShardedHead(nn.Module):
+    """A head of which each process holds a shard: FSDP2 makes it whole for this module's forward, and its backward."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor, *of_losses: Any) -> Any:
+        """Compute losses, or the linear's output: as the head of a model of transformers, which scales it itself."""
+        if not of_losses:
+            return getattr(self.head, "linear", self.head)(hidden)
+        targets, fast = of_losses
+        return token_losses(hidden, targets, self.head, fast=fast)
+
+    def token_losses(self, hidden: Tensor, targets: Tensor, fast: bool) -> Any:
+        """Compute the losses of tokens; backward reads the head only where autograd makes its gradient."""
+        sharded: Any = self
+        sharded.set_unshard_in_backward(not (fast and is_frozen_linear(self.head)))
+        return self(hidden, targets, fast)
+
+
+# ---- packed weights --------------------------------------------------------------------------------------------------
+
+
+def _quantized_linears(module: nn.Module) -> list[Any]:
+    return [each for each in module.modules() if isinstance(each, bnb.nn.Linear4bit)]
+
+
+def _hold_as_bytes(linear: Any, device: torch.device) -> None:
     """Leave a linear its packed bytes as a plain tensor, which FSDP2 can shard, and beside it what else they need."""
     weight = linear.weight
     linear.quant_state = weight.quant_state
@@ -176,26 +199,23 @@ def _unpack(linear: Any, device: torch.device) -> None:
     linear.weight = nn.Parameter(weight.data.view(_BYTE), requires_grad=False)
 
 
-def _linears_of(module: nn.Module) -> list[Any]:
-    return [each for each in module.modules() if isinstance(each, bnb.nn.Linear4bit)]
-
-
-def _pack(linears: list[Any]) -> None:
+def _restore_weights(linears: list[Any]) -> None:
     """Give gathered weights back what bitsandbytes knows of them."""
     for linear in linears:
         if not isinstance(linear.weight, bnb.nn.Params4bit):
             state = linear.quant_state
-            known = {"quant_state": state, "quant_type": state.quant_type, "blocksize": state.blocksize}
-            linear.weight = GatheredParams4bit(linear.weight.data.view(torch.uint8), bnb_quantized=True, **known)
+            settings = {"quant_state": state, "quant_type": state.quant_type, "blocksize": state.blocksize}
+            packed = linear.weight.data.view(torch.uint8)
+            linear.weight = bnb.nn.Params4bit(packed, requires_grad=False, bnb_quantized=True, **settings)
 
 
-def _pack_when_gathered(layer: nn.Module) -> None:
-    """Pack a layer's weights by hooks that come after FSDP2's, which gather."""
-    linears = _linears_of(layer)
+def _restore_weights_when_gathered(layer: nn.Module) -> None:
+    """Restore a layer's weights by hooks that come after FSDP2's, which gather."""
+    linears = _quantized_linears(layer)
 
-    def pack_before_backward(_: Any, inputs: Any, output: Any) -> None:
+    def restore_before_backward(_: Any, inputs: Any, output: Any) -> None:
         if output.requires_grad:
-            output.register_hook(lambda _: _pack(linears))  # behind FSDP2's own hook of this output, which gathers
+            output.register_hook(lambda _: _restore_weights(linears))  # behind FSDP2's own hook, which gathers
 
-    layer.register_forward_pre_hook(lambda *_: _pack(linears))
-    layer.register_forward_hook(pack_before_backward)
+    layer.register_forward_pre_hook(lambda *_: _restore_weights(linears))
+    layer.register_forward_hook(restore_before_backward)

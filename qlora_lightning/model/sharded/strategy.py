@@ -1,22 +1,24 @@
 """DDP over a sharded base, for ``trainer.strategy: ddp_sharded`` and ``ddp_sharded_offload``."""
 
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
-from qlora_lightning.support.errors import NOT_GATHERED, UserError
+from qlora_lightning.model.sharded.sharded_base import ShardedBase
+from qlora_lightning.support.errors import UserError
 
 SHARDED_STRATEGIES = {"ddp_sharded": False, "ddp_sharded_offload": True}  # names, and whether all shards are offloaded
-_READ_SHARD = re.compile("got mixed torch.Tensor and DTensor|object of type DTensor|'DTensor' object has no attribute")
 
 
 class ShardedDDPStrategy(DDPStrategy):
     """DDP of the adapters over a base of which each process holds a shard: what one device cannot hold.
 
-    See :mod:`qlora_lightning.model.sharded.sharded_base`. Results, checkpoints, adapter folders are those of ``ddp``.
+    Results, checkpoints and adapter folders are those of ``ddp``. The module's ``sharded_base`` is what the base has
+    become: see :class:`~qlora_lightning.model.sharded.sharded_base.ShardedBase`.
 
     Args:
         offload: Keep the shards in the machine's memory, and copy each layer to the device when it is used: ``True``
@@ -35,17 +37,27 @@ class ShardedDDPStrategy(DDPStrategy):
         if offload < 0:
             raise UserError(f"offload is {offload}: expected how many first layers, or true for all.")
         self.offload = offload
+        self._silence_limit = timeout
 
-    def new_group(self) -> torch.distributed.ProcessGroup:
-        """Make another group of all processes, which gives a silent one up as soon as the usual group does."""
-        group: torch.distributed.ProcessGroup = torch.distributed.new_group(timeout=self._timeout)
-        return group
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Shard the base as soon as ``configure_model``, which runs inside, has loaded it on the CPU."""
+        yield
+        module: Any = self.lightning_module
+        if module.sharded_base is not None:
+            return
+        if module.device.type != "cpu":
+            raise UserError(
+                f"The base is on {module.device} already, and would be sharded from the CPU's memory: hand the Trainer "
+                "a module without a model, or one that is on the CPU."
+            )
+        group = torch.distributed.new_group(timeout=self._silence_limit)  # gives a silent process up as DDP's does
+        module.sharded_base = ShardedBase(module.causal_lm, group, self.root_device, self.offload)
+        module.to(self.root_device)
+        module.sharded_base.start()
 
-    def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
-        if _READ_SHARD.search(str(exception)):
-            exception.args = (f"{NOT_GATHERED} ({exception})",)
 
-
-for name, offloads in SHARDED_STRATEGIES.items():
-    StrategyRegistry.register(name, ShardedDDPStrategy, "DDP, the base sharded", override=True, offload=offloads)
+def register_strategies() -> None:
+    """Let Lightning's Trainer know the sharded strategies by their names; the command line does so."""
+    for name, offload in SHARDED_STRATEGIES.items():
+        StrategyRegistry.register(name, ShardedDDPStrategy, "DDP, the base sharded", override=True, offload=offload)

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -111,10 +110,10 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool) -> t
         head: Maps hidden states to logits; see :func:`head_of`.
         fast: Whether a frozen head's gradient may be made while the logits exist; ``False`` leaves it to autograd.
     """
-    if isinstance(head, ShardedHead):
-        losses: tuple[Tensor, Tensor] = head.losses(hidden, targets, fast)
+    if hasattr(head, "token_losses"):  # a sharded head, which is whole only inside its own forward
+        losses: tuple[Tensor, Tensor] = head.token_losses(hidden, targets, fast)
         return losses
-    is_frozen, device = _is_frozen_linear(head), hidden.device.type
+    is_frozen, device = is_frozen_linear(head), hidden.device.type
     if fast and is_frozen:
         chunk = rows_of_logits(len(head.weight), head.weight.element_size(), device)
         found: tuple[Tensor, Tensor] = _FrozenHeadLoss.apply(hidden, head.weight, targets, chunk)
@@ -143,13 +142,6 @@ def head_of(causal_lm: Any) -> nn.Module:
     return linear if scaling is None and softcap is None else _ScaledHead(linear, scaling or 1.0, softcap)
 
 
-def shards_vocabulary(causal_lm: Any) -> bool:
-    """Whether a sharded base shards embedding and head: not one tensor for both, nor where PEFT trains single rows."""
-    ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    trains_rows = any(isinstance(part, TrainableTokensLayer) for end in ends for part in end.modules())
-    return not trains_rows and ends[0].weight is not ends[1].weight
-
-
 class _ScaledHead(nn.Module):
     """Compute ``softcap · tanh(logits / softcap)`` of ``logits = head(hidden) / scaling``."""
 
@@ -167,29 +159,8 @@ class _ScaledHead(nn.Module):
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
-class ShardedHead(nn.Module):
-    """A head of which each process holds a shard: FSDP2 makes it whole for this module's forward, and its backward."""
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, hidden: Tensor, *of_losses: Any) -> Any:
-        """Compute losses, or the linear's output: as the head of a model of transformers, which scales it itself."""
-        if not of_losses:
-            linear = self.head.linear if isinstance(self.head, _ScaledHead) else self.head
-            return linear(hidden)
-        targets, fast = of_losses
-        return token_losses(hidden, targets, self.head, fast=fast)
-
-    def losses(self, hidden: Tensor, targets: Tensor, fast: bool) -> Any:
-        """Compute :func:`token_losses`; backward reads the head only where autograd makes its gradient."""
-        sharded: Any = self
-        sharded.set_unshard_in_backward(not (fast and _is_frozen_linear(self.head)))
-        return self(hidden, targets, fast)
-
-
-def _is_frozen_linear(head: Any) -> bool:
+def is_frozen_linear(head: Any) -> bool:
+    """Whether a head is a plain linear without a bias that is not trained, and nobody watches."""
     is_plain = type(head) is nn.Linear and not is_watched(head)
     return is_plain and head.bias is None and not head.weight.requires_grad
 

@@ -1,7 +1,6 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train them."""
 
 import contextlib
-import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,47 +10,30 @@ import lightning
 import peft
 import torch
 from lightning import Callback
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.model.adapters.folder import add_named_adapter, fill_adapter, save_adapter_folder
+from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters.identity import check_identity, identity_of_data
 from qlora_lightning.model.adapters.lora import check_adapter_settings, copy_tensors, trainable_tensors
-from qlora_lightning.model.adapters.summary import adapter_table, describe_sizes
 from qlora_lightning.model.adapters.targets import check_layers
 from qlora_lightning.model.answers import generate_answers
-from qlora_lightning.model.checkpoint.format import read_checkpoint, read_content, usable_settings
+from qlora_lightning.model.checkpoint.format import read_content
+from qlora_lightning.model.checkpoint.restore import restore_module
 from qlora_lightning.model.checkpoint.resume import ExactResume, report_start_adapter
-from qlora_lightning.model.guards.checks import (
-    check_callbacks,
-    check_token_ids,
-    check_trainer,
-    check_training_mode,
-    refuse_found_rate,
-)
+from qlora_lightning.model.guards.checks import check_token_ids, check_training_mode
 from qlora_lightning.model.guards.collector import QuietCollector
 from qlora_lightning.model.guards.guard import OnNonfinite, TrainingGuard
-from qlora_lightning.model.layers.attention import (
-    NO_MASK,
-    attends_flatly,
-    can_leave_out,
-    check_attends_flatly,
-    has_ragged_kernel,
-    register_flat_attention,
-)
-from qlora_lightning.model.layers.decoder_layer import cast_adapters
-from qlora_lightning.model.layers.elementwise import check_row_length
-from qlora_lightning.model.layers.fuse import Fusion, choose_layers, explain_plain_layers
+from qlora_lightning.model.guards.start import check_fit, check_setup, check_start
+from qlora_lightning.model.layers.attention import attends_flatly, register_flat_attention
+from qlora_lightning.model.layers.fuse import Fusion, choose_layers
 from qlora_lightning.model.load.base_model import Quantization
 from qlora_lightning.model.load.build import assemble_model
+from qlora_lightning.model.load.description import describe_fit
 from qlora_lightning.model.load.device import (
     ComputeDtype,
     choose_compute_dtype,
-    explain_dtype,
     give_back_freed_memory,
     keep_freed_memory,
 )
@@ -59,7 +41,8 @@ from qlora_lightning.model.memory.out_of_memory import telling_out_of_memory
 from qlora_lightning.model.sharded.sharded_base import ShardedBase, collective_passes
 from qlora_lightning.model.sharded.strategy import ShardedDDPStrategy
 from qlora_lightning.model.step.batch import is_flat
-from qlora_lightning.model.step.layout import Layout, add_noise, lay_out
+from qlora_lightning.model.step.forward import compute_states, lay_out_for, leaves_out_unneeded
+from qlora_lightning.model.step.layout import Layout
 from qlora_lightning.model.step.loss import LossSums, TokenStatistics, head_loss, head_of, mean_with_gradient_of_sum
 from qlora_lightning.model.step.optimizer import (
     ParameterGroups,
@@ -76,7 +59,6 @@ from qlora_lightning.model.step.window import Window, leave_gradients_to_window,
 from qlora_lightning.support.console import print_detail
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import without_garbage_collection
-from qlora_lightning.support.trainer import callbacks_of
 
 
 class QLoRAModule(lightning.LightningModule):
@@ -200,16 +182,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def configure_model(self) -> None:
         """Make the model once, on the device of this process."""
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            check_callbacks(callbacks_of(self.trainer), ExactResume, TrainingGuard)
-        if self.fast and self._compiler_ctx is not None:
-            raise UserError(
-                "The module is compiled by torch.compile, which breaks the backward of its fused layers: pass it as it "
-                "is, or set model.fast to false."
-            )
-        if self._trainer is not None:
-            strategy = type(self.trainer.strategy)
-            check_trainer(str(self.trainer.precision), strategy, self.quantization, self.trainer.world_size)
+        check_start(self, needed=(ExactResume, TrainingGuard))
         if self.model is None:
             self._make_model()
 
@@ -219,7 +192,8 @@ class QLoRAModule(lightning.LightningModule):
             if not attends_flatly(self.causal_lm):  # an override has loaded it otherwise
                 self.causal_lm.set_attn_implementation(register_flat_attention(self.fast))
             if self.adapter is not None and self.overrides("build_model"):
-                fill_adapter(self.model, find_adapter_folder(self.adapter))  # it need not have read self.adapter
+                # which need not have read self.adapter
+                adapter_folder.fill_adapter(self.model, find_adapter_folder(self.adapter))
         report_start_adapter(self._trainer, self)
         self.model.train()  # Hugging Face models come in eval()
         self.choose_layers()
@@ -301,8 +275,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         self.choose_layers()  # callbacks may have hooked parts
-        if isinstance(self.trainer.strategy.model, DistributedDataParallel):
-            leave_gradients_to_window(self.trainer.strategy.model)
+        leave_gradients_to_window(self.trainer.strategy.model)
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
@@ -320,29 +293,24 @@ class QLoRAModule(lightning.LightningModule):
     def last_states(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Compute the states from which labelled tokens are predicted: ``(K, width)``, and those tokens, ``(K,)``.
 
-        Only tokens that a label of this batch needs are computed (:attr:`leaves_out_unneeded`): what hooks on the
-        model see is shorter than the batch. States are in the order of the samples.
+        Only tokens that a label of this batch needs are computed: what hooks on the model see is shorter than the
+        batch. States are in the order of the samples.
 
         Raises:
             UserError: See :meth:`lay_out`; or the model does not attend within samples.
         """
-        check_attends_flatly(self.causal_lm)
         layout = self.layout_of(batch)
-        casts = cast_adapters(self.model) if self.device.type == "cuda" and self.fast else None
-        tokens = {"input_ids": layout.input_ids}
-        if self.training and self.neftune_alpha is not None:
-            embeddings = self.causal_lm.get_input_embeddings()(layout.input_ids)
-            tokens = {"inputs_embeds": add_noise(embeddings, layout.samples, self.neftune_alpha)}
         with self.autocast():
-            hidden: Tensor = self.causal_lm.base_model(
-                **tokens,
-                position_ids=layout.position_ids,
-                attention_mask=NO_MASK,
-                samples=layout.samples,
-                casts=casts,
-                use_cache=False,
-            ).last_hidden_state
-        return hidden[0].index_select(0, layout.predicting), layout.targets
+            return compute_states(self.causal_lm, layout, self._noise_alpha, fast=self.fast), layout.targets
+
+    @property
+    def _noise_alpha(self) -> float | None:
+        return self.neftune_alpha if self.training else None
+
+    @property
+    def leaves_out_unneeded(self) -> bool:
+        """Whether the loss is computed without the tokens that it does not need."""
+        return leaves_out_unneeded(self.causal_lm, self._noise_alpha, fast=self.fast)
 
     def layout_of(self, batch: Mapping[str, Any]) -> Layout:
         """Return the layout that came with a batch, or make it."""
@@ -360,21 +328,10 @@ class QLoRAModule(lightning.LightningModule):
         trains = self._trainer is not None and self.trainer.training
         data = getattr(self.trainer, "datamodule", None) if trains else None
         check_token_ids(batch, len(self.causal_lm.get_input_embeddings().weight), data)
-        on_cpu = self.device.type == "cpu"
-        pads = not (on_cpu or has_ragged_kernel(self.device, self.causal_lm.dtype))
-        layout = lay_out(batch, leaves_out=self.leaves_out_unneeded, fills=self.fast and on_cpu, pads=pads)
-        check_row_length(self.causal_lm.config, layout.samples.longest)
-        return layout
+        return lay_out_for(self.causal_lm, batch, self.device, self._noise_alpha, fast=self.fast)
 
     def setup(self, stage: str) -> None:
-        if Path(self.trainer.ckpt_path or "").is_file():
-            read_checkpoint(str(self.trainer.ckpt_path), mmap=True)  # before Lightning does, in torch's words
-        data = getattr(self.trainer, "datamodule", None)
-        if getattr(data, "pairs", self.pairs) != self.pairs:
-            raise UserError(
-                f"{type(self).__name__} cannot train on {type(data).__name__}: preferences take "
-                "qlora_lightning.PreferenceModule as model and qlora_lightning.PreferenceDataModule as data."
-            )
+        check_setup(self)
         # Lightning warns of these hooks beside a data module that has none of its own.
         warnings.filterwarnings("ignore", "You have overridden `on_(before|after)_batch_transfer` in `LightningModule`")
 
@@ -384,12 +341,6 @@ class QLoRAModule(lightning.LightningModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         layout = batch.get("layout") if is_flat(batch) else None  # who moves a batch by hand need not have laid it out
         return batch if layout is None else {**batch, "layout": layout.bind(batch)}
-
-    @property
-    def leaves_out_unneeded(self) -> bool:
-        """Whether the loss is computed without the tokens that it does not need; not under NEFTune's noise."""
-        has_noise = self.training and self.neftune_alpha is not None
-        return self.fast and not has_noise and can_leave_out(self.causal_lm, self.training)
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -491,28 +442,14 @@ class QLoRAModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        refuse_found_rate(callbacks_of(self.trainer))
-        data = getattr(self.trainer, "datamodule", None)
-        check_row_length(self.causal_lm.config, getattr(data, "max_length", 0))  # not first at a row
-        self._describe_fit(self.choose_layers())
-
-    @rank_zero_only
-    def _describe_fit(self, fusion: Fusion) -> None:
-        precision, autocasts = str(self.trainer.precision), self.autocast_dtype is not None
-        for line in (
-            explain_dtype(self.compute_dtype, self.device),
-            adapter_table(self.model),
-            describe_sizes(self.model),
-            explain_plain_layers(self.model, fusion, autocasts=autocasts, precision=precision) if self.fast else None,
-        ):
-            if line is not None:
-                print_detail(line)
+        check_fit(self)
+        describe_fit(self, self.choose_layers())
 
     # ---- answers -----------------------------------------------------------------------------------------------------
 
     def add_adapter(self, name: str, folder: Path) -> None:
         """Put the adapter of a folder beside the model's own, to evaluate and to answer with."""
-        fused = add_named_adapter(self.model, name, folder, self.identity, self.fast)
+        fused = adapter_folder.add_named_adapter(self.model, name, folder, self.identity, self.fast)
         dtype: torch.dtype = getattr(torch, self.identity.get("compute_dtype", "float32"))
         if not fused and dtype != torch.float32:
             self.autocast_dtype = dtype
@@ -541,7 +478,7 @@ class QLoRAModule(lightning.LightningModule):
         """
         data = identity_of_data(self._trainer)
         identity = {**self.identity, "data": data} if data else self.identity
-        save_adapter_folder(Path(folder), self.model, tokenizer, identity, stop_ids)
+        adapter_folder.save_adapter_folder(Path(folder), self.model, tokenizer, identity, stop_ids)
 
     def state_dict(  # type: ignore[override]  # torch's overloads, in one signature
         self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
@@ -577,22 +514,4 @@ class QLoRAModule(lightning.LightningModule):
         Raises:
             UserError: The file is no checkpoint or a foreign one, or belongs to another base.
         """
-        checkpoint = read_checkpoint(checkpoint_path, map_location)
-        content = read_content(checkpoint, str(checkpoint_path))
-        parameters = inspect.signature(cls).parameters
-        hands_on = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-        known = content["settings"] if hands_on else parameters
-        settings = {**usable_settings(content["settings"], known, cls.__name__), **overrides}
-        start = settings.get("adapter")
-        if start is not None and not find_adapter_folder(start).is_dir():
-            own = content["identity"].get("adapter") or {}
-            raise UserError(
-                f"{checkpoint_path} continues the adapter folder {start}, which is not there: pass its new place as "
-                f"adapter=…, or {', '.join(f'{name}={value!r}' for name, value in {'adapter': None, **own}.items())}."
-            )
-        module = cls(**settings)
-        module.to(map_location)
-        module.configure_model()
-        check_identity(content["identity"], module.identity, str(checkpoint_path))
-        module.load_state_dict(checkpoint["state_dict"])
-        return module
+        return cast(Self, restore_module(cls, checkpoint_path, map_location, overrides))

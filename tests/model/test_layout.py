@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from qlora_lightning.model import module as module_file
+from qlora_lightning.model.step import forward as forward_file
 from qlora_lightning.model.step import layout
 from qlora_lightning.model.step.layout import IGNORED, add_noise, filled, lay_out, whole_samples
 from qlora_lightning.support.versions import enable_activation_checkpointing
@@ -169,7 +169,7 @@ def test_loss_and_gradients_are_those_of_the_batch_that_is_not_filled_up(tiny_ba
 
     filled = train()
     plain = layout.lay_out
-    monkeypatch.setattr(module_file, "lay_out", lambda batch, *, fills, **options: plain(batch, **options))
+    monkeypatch.setattr(forward_file, "lay_out", lambda batch, *, fills, **options: plain(batch, **options))
     assert_same_step(filled, train())
 
 

@@ -91,14 +91,14 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 _LEFT = "_leaves_gradients_to_window"
 
 
-def leave_gradients_to_window(ddp: DistributedDataParallel) -> None:
-    """Keep DDP from adding up gradients: :meth:`Window.divide_gradients` does, once for all of a step.
+def leave_gradients_to_window(model: nn.Module | None) -> None:
+    """Keep DDP, if it wraps a model, from adding up gradients: :meth:`Window.divide_gradients` does, once a step.
 
     DDP puts gradients into buckets, and orders them again after the first backward. The place of a number decides in
     which order three or more ranks are added up, and so its last bit: a resumed run would be rounded otherwise than
     one that was never stopped. In one flat tensor the order is always the same. A model takes one such hook, and
     Lightning's search for a learning rate trains it before the fit does.
     """
-    if not getattr(ddp, _LEFT, False):
-        ddp.register_comm_hook(None, noop_hook)
-        setattr(ddp, _LEFT, True)
+    if isinstance(model, DistributedDataParallel) and not getattr(model, _LEFT, False):
+        model.register_comm_hook(None, noop_hook)
+        setattr(model, _LEFT, True)

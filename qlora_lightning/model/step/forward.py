@@ -1,0 +1,73 @@
+"""A flat batch through the model, up to the states from which its labels are predicted."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_lightning.model.layers.attention import (
+    NO_MASK,
+    can_leave_out,
+    check_attends_flatly,
+    has_ragged_kernel,
+)
+from qlora_lightning.model.layers.decoder_layer import cast_adapters
+from qlora_lightning.model.layers.elementwise import check_row_length
+from qlora_lightning.model.step.layout import Layout, add_noise, lay_out
+
+
+def leaves_out_unneeded(causal_lm: Any, noise_alpha: float | None, *, fast: bool) -> bool:
+    """Whether the loss is computed without the tokens that it does not need; not under noise, each sample's own."""
+    return fast and noise_alpha is None and can_leave_out(causal_lm, causal_lm.training)
+
+
+def lay_out_for(
+    causal_lm: Any, batch: Mapping[str, Any], device: torch.device, noise_alpha: float | None, *, fast: bool
+) -> Layout:
+    """Lay a flat batch out as a model computes it, on the host.
+
+    Args:
+        causal_lm: The model of transformers.
+        batch: See :func:`~qlora_lightning.model.step.layout.lay_out`.
+        device: Where the model computes.
+        noise_alpha: See :func:`compute_states`.
+        fast: Whether tokens that no label needs may be left out, and a CPU's stream filled up.
+
+    Raises:
+        UserError: A row is too long for the base's rotary embedding.
+    """
+    leaves_out = leaves_out_unneeded(causal_lm, noise_alpha, fast=fast)
+    on_cpu = device.type == "cpu"
+    pads = not (on_cpu or has_ragged_kernel(device, causal_lm.dtype))
+    layout = lay_out(batch, leaves_out=leaves_out, fills=fast and on_cpu, pads=pads)
+    check_row_length(causal_lm.config, layout.samples.longest)
+    return layout
+
+
+def compute_states(causal_lm: Any, layout: Layout, noise_alpha: float | None, *, fast: bool) -> Tensor:
+    """Compute the last hidden states from which labels are predicted, ``(K, width)``, samples in the batch's order.
+
+    Args:
+        causal_lm: The model of transformers, its adapters in it.
+        layout: Of the batch, on the model's device.
+        noise_alpha: Strength of NEFTune's noise on the embeddings; ``None``: none.
+        fast: Whether a GPU's adapters are cast all at once.
+
+    Raises:
+        UserError: The model does not attend within samples.
+    """
+    check_attends_flatly(causal_lm)
+    tokens: dict[str, Tensor] = {"input_ids": layout.input_ids}
+    if noise_alpha is not None:
+        embeddings = causal_lm.get_input_embeddings()(layout.input_ids)
+        tokens = {"inputs_embeds": add_noise(embeddings, layout.samples, noise_alpha)}
+    hidden: Tensor = causal_lm.base_model(
+        **tokens,
+        position_ids=layout.position_ids,
+        attention_mask=NO_MASK,
+        samples=layout.samples,
+        casts=cast_adapters(causal_lm) if fast and layout.input_ids.is_cuda else None,
+        use_cache=False,
+    ).last_hidden_state  # (1, n_tokens, width)
+    return hidden[0].index_select(0, layout.predicting)

@@ -19,7 +19,7 @@ from types import FrameType
 
 from qlora_lightning import __version__
 from qlora_lightning.commands.config import describe_parse_error, read_configs
-from qlora_lightning.support.console import VisibleFormatter, drop_lost_output, show_controls
+from qlora_lightning.support.console import drop_lost_output, show_controls, show_controls_everywhere
 from qlora_lightning.support.errors import ENDING_SIGNALS, LostProcess, TrainingStopped, UserError, nearest
 from qlora_lightning.support.imports import without_garbage_collection
 
@@ -144,7 +144,7 @@ def _ending_at_signals() -> Iterator[None]:
 def _logging_to_terminal() -> Iterator[None]:
     """Show what our own code logs, while a command runs."""
     handler = logging.StreamHandler()
-    handler.setFormatter(VisibleFormatter("%(message)s"))
+    handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("qlora_lightning")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -161,6 +161,7 @@ def _says_something(record: logging.LogRecord) -> bool:
 
 def _prepare_process() -> None:
     """Set what must be set before libraries are imported, and keep away what they say that helps nobody."""
+    show_controls_everywhere()
     # before CUDA starts: batches of ever new lengths would leave holes in memory that is cut into fixed pieces
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -42,7 +42,7 @@ def folder(tiny_base, tmp_path_factory):
         "trainer": {"default_root_dir": str(place / "run"), "callbacks": [{"class_path": "evil.Evil"}]},
     }
     settings["data"]["tokenizer"] = {"name": str(base), "trust_remote_code": True}
-    settings["data"]["val"] = [{"path": str(data), "format": "subprocess.call"}, "https://localhost:9/rows.jsonl"]
+    settings["data"]["val"] = {"path": str(place / "run" / "val*.jsonl"), "columns": {"key": None}}
     (place / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
     tokenizer = place / "run" / "adapter" / "tokenizer.json"
     content = json.loads(tokenizer.read_text())
@@ -85,12 +85,55 @@ def test_a_strangers_folder_runs_nothing_writes_nothing_elsewhere_and_prints_no_
     after.pop(str(folder / "run" / "report.html"), None)
     assert after == before
     if line.startswith("evaluate"):
-        ignored = ("model.class_path: evil.Evil", "model.trust_remote_code: True", "model.optimizer: evil.Evil")
-        ignored += ("data.format: evil.rows", "data.val.format: subprocess.call", "data.val: https://localhost:9/")
+        ignored = ("model.class_path: 'evil.Evil'", "model.trust_remote_code: True", "model.optimizer: 'evil.Evil'")
+        ignored += ("data.format: 'evil.rows'", "data.class_path: 'evil.Evil'", "data.tokenizer: {")
         assert [each for each in ignored if each not in out] == []
         assert f"`--config {folder / 'run' / 'config.yaml'}` takes them too" in out
     if line.startswith("merge"):
         assert "auto_map" not in (tmp_path / "out" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"data": {"val": "[{path: val.jsonl, format: evil.rows}] # *"}},
+        {"data": {"val": ["val.jsonl", "https://localhost:9/rows.jsonl"]}},
+        {"data": {"val": '{path: "http:/\\u002flocalhost:9/rows.jsonl"} # *.jsonl'}},
+        {"data": {"val": {"path": "org/rows", "split": "train"}}},
+        {"data": {"val": {"path": "val.jsonl", "format": '"subprocess\\u002ecall"'}}},
+    ],
+)
+def test_rows_that_would_run_code_or_ask_the_network_are_not_read(settings, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    run = shutil.copytree(folder / "run", tmp_path / "run", symlinks=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "val.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    assert main(["evaluate", "--adapter", str(run / "adapter")]) == 2
+    captured = capsys.readouterr()
+    assert "Ignored: data.val: " in captured.out
+    assert "Nothing names the rows" in captured.err
+    assert not list(folder.rglob("ran"))
+
+
+def test_a_config_of_aliases_is_named(folder, tmp_path, capsys):
+    run = shutil.copytree(folder / "run", tmp_path / "run", symlinks=True)
+    (run / "config.yaml").write_text("data: {template_options: {a: &a [x, x], b: [*a, *a]}}\n")
+    assert main(["plan", "--adapter", str(run / "adapter")]) == 2
+    assert "has YAML aliases: name it by --config" in capsys.readouterr().err
+
+
+def test_rows_are_held_out_by_the_seed_of_the_run(tiny_base, rows_file, tmp_path, capsys):
+    """Else an evaluation of the adapter alone would judge rows that were trained."""
+    run = tmp_path / "run"
+    line = f"fit --seed_everything 7 --model.base {tiny_base} --data.train {rows_file} --data.val_fraction 0.2"
+    options = f"--trainer.default_root_dir {run} --trainer.accelerator cpu --trainer.max_steps 1 --model.rank 2"
+    assert main(f"{line} {options} --evaluation null".split()) == 0
+    rows = []
+    for number, named in enumerate((["--adapter", run / "adapter"], ["--config", run / "config.yaml"])):
+        out = tmp_path / f"out-{number}"
+        assert main(["evaluate", *map(str, named), "--out", str(out), "--max-new-tokens", "1"]) == 0
+        rows.append([json.loads(line)["place"] for line in (out / "predictions.jsonl").read_text().splitlines()])
+    assert sorted(rows[0]) == sorted(rows[1]) != []
 
 
 @pytest.mark.parametrize("named", ["subprocess.call", "os.system", "builtins.dict", "evil.Evil", "evil.call"])

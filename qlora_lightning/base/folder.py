@@ -150,6 +150,7 @@ def load_tokenizer(
         raise UserError(
             f"Tokenizer {name}: none can be loaded from {folder} ({type(error).__name__}: {first_line}). {remedy}"
         ) from error
+    tokenizer.init_kwargs.pop("auto_map", None)  # names code that comes with it: no folder that we write shall
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
         raise UserError(f"Tokenizer {name}: expected a fast tokenizer, found {kind}, written in Python. {remedy}")

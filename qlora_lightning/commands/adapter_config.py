@@ -4,10 +4,14 @@ An adapter folder, and the run folder around it, may come from anybody. What the
 has not typed only plain values of a short list count.
 """
 
+import glob
 import json
+import reprlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from qlora_lightning.base.adapter_folder import (
     find_adapter_folder,
@@ -19,32 +23,34 @@ from qlora_lightning.commands.config import find_configs, read_configs
 from qlora_lightning.data.rows.sources import kind_of_file
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import ADAPTER_FOLDER
+from qlora_lightning.support.files import ADAPTER_FOLDER, load_yaml
 
 BASE = "base"  # the side without an adapter
 _RENDERING = ("system", "train_on", "max_length", "too_long")  # settings of the training that other rows share
 # what counts of a config that nobody has typed
 _KEYS = {
     "model": (
-        *("class_path", "base", "revision", "quantization", "double_quant", "compute_dtype", "adapter"),
+        *("class_path", "base", "revision", "quantization", "double_quant", "compute_dtype", "adapter", "fast"),
         *("objective", "beta", "gamma", "label_smoothing", "sft_share"),
     ),
     "data": (
         *("class_path", "train", "val", "test", "val_fraction", "format", "columns", "roles", "system", "encoding"),
         *("chat_template", "template_options", "reasoning", "train_on", "max_length", "too_long", "on_bad_row"),
-        *("deduplicate", "batch_size", "tokens_per_batch", "shuffle", "tokenizer"),
+        *("deduplicate", "batch_size", "tokens_per_batch", "group_by_length", "shuffle", "streaming", "tokenizer"),
     ),
     "evaluation": ("rows", "max_new_tokens", "scores", "batch_size", "samples"),
     "gradient_checkpointing": ("enabled", "every_n_layers", "offload"),
     "trainer": (
-        *("limit_val_batches", "limit_test_batches", "accumulate_grad_batches", "max_epochs", "max_steps"),
-        *("precision", "devices", "num_nodes"),
+        *("limit_train_batches", "limit_val_batches", "limit_test_batches", "accumulate_grad_batches", "max_epochs"),
+        *("max_steps", "precision", "accelerator", "strategy", "devices", "num_nodes"),
     ),
 }
 _OWN_CLASSES = (
     *("qlora_lightning.QLoRAModule", "qlora_lightning.PreferenceModule"),
     *("qlora_lightning.InstructionDataModule", "qlora_lightning.PreferenceDataModule"),
 )
+_STRATEGIES = ("auto", "ddp", "ddp_sharded", "ddp_sharded_offload")
+_CODE = ("class_path", "init_args", "optimizer", "trust_remote_code")  # name what is imported, or let it run
 
 
 def name_adapters(
@@ -100,44 +106,64 @@ def add_config(adapter: Path | None, arguments: Sequence[str], needs_rows: bool 
 def _read_run_config(file: Path) -> dict[str, Any]:
     """Return what counts of the config of a run that the user has not named, and report what does not."""
     config, ignored = read_configs(["--config", str(file)])[str(file)], list[str]()
+    if any(isinstance(each, yaml.AliasEvent) for each in yaml.parse(file.read_text(encoding="utf-8"))):
+        # a few may stand for billions of values
+        raise UserError(f"{file} has YAML aliases: name it by --config, if you trust its author.")
     settings: dict[str, Any] = {}
     for section, keys in _KEYS.items():
         given = config.get(section)
         given = dict(given) if isinstance(given, dict) else {}
         arguments = given.pop("init_args", None)
         given |= arguments if isinstance(arguments, dict) else {}
-        settings[section] = {key: value for key, value in _take(given, section, ignored).items() if key in keys}
+        settings[section] = {}
+        for key in given.keys() & {*keys, *_CODE}:
+            if _is_harmless(given[key], f"{section}.{key}"):
+                settings[section] |= {key: given[key]} if key in keys else {}
+            else:
+                ignored.append(f"{section}.{key}: {reprlib.repr(given[key])}")
+    if type(config.get("seed_everything")) is int:  # which chooses the rows that are held out
+        settings["seed_everything"] = config["seed_everything"]
     if ignored:
+        listed = ", ".join(sorted(ignored))
         say(
-            f"{file} is not named by --config, so only plain settings of it count. Ignored: {', '.join(ignored)}. "
+            f"{file} is not named by --config, so only plain settings of it count. Ignored: {listed}. "
             f"If you trust its author, `--config {file}` takes them too."
         )
     return settings
 
 
-def _take(value: Any, name: str, ignored: list[str]) -> Any:
-    """Return a value without what :func:`_is_harmless` rejects in it."""
-    if isinstance(value, list):
-        return [_take(each, name, ignored) for each in value if _is_harmless(each, name, ignored)]
+def _is_harmless(value: Any, name: str) -> bool:
+    """Whether a setting of a config from elsewhere, with all that is in it, imports no code and asks no network."""
     if isinstance(value, dict):
-        named = ((key, f"{name}.{key}", each) for key, each in value.items())
-        return {key: _take(each, path, ignored) for key, path, each in named if _is_harmless(each, path, ignored)}
-    return value
+        return all(_is_harmless(each, f"{name}.{key}") for key, each in value.items())
+    if isinstance(value, list):
+        return all(_is_harmless(each, name) for each in value)
+    key = name.rpartition(".")[2]
+    if key in _CODE:
+        return value in (None, False, *_OWN_CLASSES)
+    if not isinstance(value, str) or key == "system":
+        return True
+    if _is_parsed_otherwise(value):
+        return False
+    if key == "format":
+        return "." not in value
+    if key == "strategy":
+        return value in _STRATEGIES
+    if name in ("data.tokenizer", "data.tokenizer.name"):
+        return value.startswith("package:") or Path(value).expanduser().is_dir()
+    if name.removesuffix(".path") in ("data.train", "data.val", "data.test"):
+        is_here = bool(kind_of_file(value)[0]) or glob.has_magic(value) or Path(value).expanduser().exists()
+        return is_here and "://" not in value
+    return True
 
 
-def _is_harmless(value: Any, name: str, ignored: list[str]) -> bool:
-    """Whether a setting neither imports code nor asks the network; one that does is added to ``ignored``."""
-    harmless = True
-    if name.endswith((".class_path", ".optimizer", ".trust_remote_code")):
-        harmless = value in (None, False, *_OWN_CLASSES)
-    elif name.endswith(".format"):
-        harmless = "." not in str(value)
-    elif isinstance(value, str) and name.removesuffix(".path") in ("data.train", "data.val", "data.test"):
-        is_here = bool(kind_of_file(value)[0]) or "*" in value or Path(value).expanduser().exists()
-        harmless = is_here and "://" not in value
-    if not harmless:
-        ignored.append(f"{name}: {value}")
-    return harmless
+def _is_parsed_otherwise(text: str) -> bool:
+    """Whether a parser of YAML, as jsonargparse is where a setting may have several types, takes a text for another."""
+    try:
+        found = load_yaml(text)
+    except yaml.YAMLError:
+        return True
+    return isinstance(found, dict | list) or (isinstance(found, str) and found != text)
 
 
 def _settings_of(adapter: Path, identity: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,10 @@ import contextlib
 import logging
 import os
 import select
+import sys
+import traceback
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -47,11 +50,20 @@ def say(line: str) -> None:
     terminal().print(line, markup=False, soft_wrap=True)
 
 
-class VisibleFormatter(logging.Formatter):
-    """Shows control characters in what is logged."""
+class _VisibleRecord(logging.LogRecord):
+    """Shows control characters in what is logged, by any library."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        return show_controls(super().format(record))
+    def getMessage(self) -> str:  # logging's own name
+        return show_controls(super().getMessage())
+
+
+def show_controls_everywhere() -> None:
+    """Let whatever this process logs, warns of or fails with show its control characters."""
+    logging.setLogRecordFactory(_VisibleRecord)
+    format_warning = warnings.formatwarning
+    if getattr(format_warning, "__module__", "") == "warnings":
+        warnings.formatwarning = lambda *args, **kwargs: show_controls(format_warning(*args, **kwargs))
+    sys.excepthook = lambda *error: print(show_controls("".join(traceback.format_exception(*error))), file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,9 @@ CHECKPOINTS, ADAPTER_FOLDER = "checkpoints", "adapter"
 IDENTITY = "qlora_lightning.json"  # in the adapter folder
 
 
+_CONTROLS = re.compile("[\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")  # JSON escapes those below 0x20 itself
+
+
 def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
     """Write a small file so that a reader, and a machine that dies, leave the old or the new one, never half.
 
@@ -34,6 +37,7 @@ def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
     """
     if isinstance(content, Mapping):
         content = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"  # a config may hold dates
+        content = _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", content)  # it may be printed
     # a file name may hold bytes that are no UTF-8, which Python keeps as lone surrogates
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     if is_stream(file):
@@ -64,9 +68,9 @@ def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
 def is_stream(file: Path) -> bool:
     """Whether a name means what is written into and not replaced: a pipe, a terminal, this process's own output.
 
-    A link does not, except the system's own in ``/dev``.
+    A link does not, except the system's own in ``/dev`` and ``/proc``.
     """
-    if file.is_symlink() and Path("/dev") not in file.absolute().parents:
+    if file.is_symlink() and not {Path("/dev"), Path("/proc")} & set(file.absolute().parents):
         return False
     return (file.exists() and not file.is_file() and not file.is_dir()) or _find_own_output(file) is not None
 

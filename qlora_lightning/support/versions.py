@@ -37,12 +37,6 @@ def enable_activation_checkpointing(model: Any, every_n_layers: int = 1, *, draw
     enable({"use_reentrant": False, "preserve_rng_state": draws}, every_n_layers=every_n_layers)
 
 
-def reset_passes(module: Any) -> None:
-    """Let a module of FSDP2 forget in which order its passes ran; before torch 2.13 nothing public does."""
-    if hasattr(module, "reset_iter_state"):
-        module.reset_iter_state()
-
-
 def mend_gguf_tokens(tokenizer: Any, config: Any) -> None:
     """Let a tokenizer that was read from a GGUF know the end and the padding token which the config of that file names.
 
@@ -96,8 +90,8 @@ def _takes_grouped_heads(kernel: Callable[..., Any]) -> bool:
 def without_peft_warnings() -> Iterator[None]:
     """Silence what PEFT warns of without need, and what users can do nothing about.
 
-    PEFT 0.19 takes head and embedding for tied where they are not; where they are, an adapter on one of them is refused
-    before PEFT is asked. PEFT 0.21 asks transformers 5.24 for an attribute by its old name.
+    PEFT 0.19 takes head and embedding for tied where they are not; PEFT 0.21 asks transformers 5.24 for an attribute by
+    its old name.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)

@@ -78,7 +78,7 @@ def _ignored_settings(config: dict[str, Any]) -> list[str]:
     names = ["use_bidirectional_attention"]  # Gemma 3's, of models that embed texts
     if is_llama:
         names += ["attention_chunk_size", "attn_logit_softcapping", "final_logit_softcapping"]
-        names += ["sliding_window"] if config.get("use_sliding_window", True) else []
+        names += [] if config.get("use_sliding_window") is False else ["sliding_window"]
     ignored = [f"{name}: {config[name]}" for name in names if config.get(name)]
     computed = {"full_attention"} if is_llama else {"full_attention", "sliding_attention"}
     others = sorted(set(config.get("layer_types") or ()) - computed)

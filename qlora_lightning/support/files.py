@@ -89,11 +89,8 @@ def flush(path: Path) -> None:
 def lock_folder(folder: Path, *, shared: bool = False) -> int | None:
     """Lock a folder itself, so that no file is left behind, until the descriptor is closed or the process dies.
 
-    Returns:
-        The descriptor; ``None`` if the system (Windows) or the file system (NFS) knows no such locks.
-
-    Raises:
-        BlockingIOError: Another process holds the lock.
+    Return the descriptor; ``None`` if the system (Windows) or the file system (NFS) knows no such locks. It raises
+    ``BlockingIOError`` if another process holds the lock.
     """
     try:
         import fcntl

@@ -29,7 +29,6 @@ def enable_activation_checkpointing(model: Any, every_n_layers: int = 1, *, draw
     """Checkpoint every n-th decoder layer of a model of transformers, non-reentrant.
 
     Where layers draw no numbers, the generators' states need not be read and put back: a GPU's would be waited for.
-
     transformers 5.17 has this as ``gradient_checkpointing_enable``, a name that 5.24 warns of.
     """
     newer = "activation_checkpointing_enable"
@@ -61,14 +60,9 @@ def attend_ragged(
 
     torch 2.11 wants as many heads of keys and values as of queries; later ones take fewer, by ``enable_gqa``.
 
-    Args:
-        query: ``(tokens, heads, head_dim)``, as is what is returned.
-        key: ``(tokens, kv_heads, head_dim)``, as is ``value``.
-        value: See ``key``.
-        cu_seqlens: Where samples begin and the last one ends.
-        longest: Tokens of the longest sample.
-        scale: Factor on the scores; ``None`` means ``head_dim ** -0.5``.
-        window: How many tokens each sees, itself included; ``None``: all before it.
+    ``query`` and the result are ``(tokens, heads, head_dim)``, ``key`` and ``value`` ``(tokens, kv_heads, head_dim)``.
+    ``cu_seqlens`` says where samples begin and the last one ends, ``longest`` is the longest sample's length. Without
+    ``scale`` it is ``head_dim ** -0.5``. A token sees ``window`` tokens, itself included, or all before it.
     """
     from torch.nn.attention.varlen import varlen_attn
 

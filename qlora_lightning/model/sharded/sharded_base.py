@@ -169,11 +169,11 @@ class ShardedHead(nn.Module):
         super().__init__()
         self.head = head
 
-    def forward(self, hidden: Tensor, *of_losses: Any) -> Any:
+    def forward(self, hidden: Tensor, *loss_arguments: Any) -> Any:
         """Compute losses, or the linear's output: as the head of a model of transformers, which scales it itself."""
-        if not of_losses:
+        if not loss_arguments:
             return getattr(self.head, "linear", self.head)(hidden)
-        targets, fast = of_losses
+        targets, fast = loss_arguments
         return token_losses(hidden, targets, self.head, fast=fast)
 
     def token_losses(self, hidden: Tensor, targets: Tensor, fast: bool) -> Any:

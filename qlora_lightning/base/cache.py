@@ -11,26 +11,23 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 from filelock import FileLock, Timeout
 
-from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import find_storage_fault, flush, write_whole
+from qlora_lightning.support.files import flush, write_whole
 
 Json: TypeAlias = "str | int | float | bool | list[Json] | Mapping[str, Json] | None"
 Kind: TypeAlias = Literal["unpacked", "quantized", "samples", "kernels"]
 
 _ENTRY_FILE = "entry.json"
 _CHUNK_BYTES = 4 << 20
-_TAKES_SECONDS = 1_000_000_000  # bytes: what is read of a larger entry is announced
-_DISK_FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 # Only names that the cache itself gives: QLORA_LIGHTNING_CACHE may point to a folder that holds other things too.
 _ENTRY_NAME = "[0-9a-f]" * 24
 _log = logging.getLogger(__name__)
@@ -77,9 +74,19 @@ def cached_folder(
     """
     folder = cache_root() / kind / hash_key(key)
     if find_entry(kind, key, check_weights) is None:
-        with _explained(folder), _locked(folder, label):
-            if find_entry(kind, key, check_weights) is None:  # else the process that we waited for has built it
-                _build_entry(folder, key, build, label)
+        try:
+            make_root()
+            folder.parent.mkdir(exist_ok=True)
+            with _lock(folder):
+                if find_entry(kind, key, check_weights) is None:  # else the process that we waited for has built it
+                    _build_entry(folder, key, build, label)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) and str(cache_root()) not in str(error.filename):
+                raise  # of what the build reads
+            raise UserError(
+                f"The cache cannot keep {folder}: {error.strerror}. Set QLORA_LIGHTNING_CACHE to a folder with room "
+                "that can be written, or make room with `qlora-lightning cache clear`."
+            ) from error
     with suppress(OSError):  # a read-only cache does not note when it was used
         os.utime(folder / _ENTRY_FILE)
     return folder
@@ -92,12 +99,9 @@ def find_entry(kind: Kind, key: Mapping[str, Json], check_weights: bool = True) 
     needed is found at once.
     """
     folder = cache_root() / kind / hash_key(key)
-    content = _read_entry(folder)
-    if content is None:
-        return None
     try:
-        return None if _find_damage(folder, content, check_weights) else folder
-    except OSError:  # as of a bad sector
+        return folder if _find_damage(folder, check_weights) is None else None
+    except (OSError, ValueError, KeyError):  # a file is missing or cannot be read; entry.json is of an older version
         return None
 
 
@@ -107,16 +111,15 @@ def check_entry(folder: Path) -> None:
     Raises:
         UserError: the entry is damaged. It no longer counts: the next start makes it again.
     """
-    content = _read_entry(folder)
-    if content is None:
+    if not (folder / _ENTRY_FILE).is_file():
         return
-    name = _find_damage(folder, content)
+    name = _find_damage(folder)
     if name is not None:
         with suppress(OSError):
             (folder / _ENTRY_FILE).unlink()
         raise UserError(
-            f"The cached {content['label']} is damaged: {folder / name} does not match its checksum. Start again: the "
-            "entry is then made again. If this comes back, check the disk and the memory."
+            f"The cached {folder / name} is damaged: it does not match its checksum. Start again: it is then made "
+            "again. If this comes back, check the disk and the memory."
         )
 
 
@@ -127,82 +130,53 @@ class CacheEntry:
     kind: Kind
     label: str
     size_bytes: int
-    created: datetime
     last_used: datetime
     path: Path
 
 
 def list_entries(kind: Kind | None = None) -> list[CacheEntry]:
-    """Return what the cache holds, of one kind or of all, unfinished builds included, the last used first."""
+    """Return what the cache holds, of one kind or of all, the last used first."""
     entries = [
         _describe(path, each)
-        for each in _kinds(kind)
+        for each in (get_args(Kind) if kind is None else (kind,))
         for path in (cache_root() / each).glob(_ENTRY_NAME)
         if path.is_dir() and not path.is_symlink()
     ]
     return sorted(entries, key=lambda entry: entry.last_used, reverse=True)
 
 
-def clear_entries(kind: Kind | None = None) -> tuple[list[CacheEntry], list[CacheEntry]]:
-    """Remove what the cache holds, of one kind or of all, with locks and remains.
+def clear_entries(kind: Kind | None = None) -> list[CacheEntry]:
+    """Remove what the cache holds, of one kind or of all, but what a process is building; return what was removed.
 
     A running process that has mapped an entry into memory keeps its data. Symbolic links are never followed.
-
-    Returns:
-        What was removed, and what was left because a process is building it.
     """
-    removed: list[CacheEntry] = []
-    busy: list[CacheEntry] = []
+    removed = []
     for entry in list_entries(kind):
-        try:
-            with FileLock(_lock_path(entry.path), timeout=0):
-                shutil.rmtree(entry.path)
+        with suppress(Timeout), _lock(entry.path, timeout=0):
+            shutil.rmtree(entry.path)
             removed.append(entry)
-        except Timeout:
-            busy.append(entry)
-    for each in _kinds(kind):
-        for file in (cache_root() / each).glob(f"{_ENTRY_NAME}.lock"):
-            # Who waits for this lock looks, once he holds it, whether its file is still there, and else starts over.
-            with suppress(Timeout), FileLock(file, timeout=0):
-                file.unlink()
     if kind is None:
-        for file in (cache_root() / "fingerprints").glob("*.json"):
-            file.unlink()
-    return removed, busy
+        shutil.rmtree(cache_root() / "fingerprints", ignore_errors=True)
+    return removed
 
 
-def _kinds(kind: Kind | None) -> tuple[Kind, ...]:
-    return get_args(Kind) if kind is None else (kind,)
+def _lock(folder: Path, timeout: float = -1) -> FileLock:
+    return FileLock(folder.with_name(f"{folder.name}.lock"), timeout)
 
 
-def _read_entry(folder: Path) -> dict[str, Any] | None:
-    """Read the ``entry.json`` of ``folder``; None if it is missing, or a file is not as long as it says."""
-    try:
-        content: dict[str, Any] = json.loads((folder / _ENTRY_FILE).read_text(encoding="utf-8"))
-        is_whole = all((folder / name).stat().st_size == size for name, size in content["files"].items())
-        return content if is_whole and "crc32" in content else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _find_damage(folder: Path, content: Mapping[str, Any], check_weights: bool = True) -> str | None:
+def _find_damage(folder: Path, check_weights: bool = True) -> str | None:
     """Return the first file of an entry that does not match its checksum."""
-    names = [name for name in content["crc32"] if check_weights or not name.endswith(".safetensors")]
-    times = tuple((folder / name).stat().st_mtime_ns for name in names)
-    return _find_damage_as_of(folder, content["label"], tuple((name, content["crc32"][name]) for name in names), times)
+    for name, checksum in json.loads((folder / _ENTRY_FILE).read_text(encoding="utf-8"))["crc32"].items():
+        file = folder / name
+        if not check_weights and file.suffix == ".safetensors":
+            continue
+        if _crc32(file, file.stat().st_mtime_ns) != checksum:
+            return str(name)
+    return None
 
 
 @functools.cache  # a process opens the same base several times, as for each trial of a sweep
-def _find_damage_as_of(
-    folder: Path, label: str, checksums: tuple[tuple[str, int], ...], times: tuple[int, ...]
-) -> str | None:
-    size = sum((folder / name).stat().st_size for name, _ in checksums)
-    if size > _TAKES_SECONDS:
-        _log.info("Checking the cached %s (%s).", label, format_bytes(size))
-    return next((name for name, checksum in checksums if _crc32(folder / name) != checksum), None)
-
-
-def _crc32(file: Path) -> int:
+def _crc32(file: Path, mtime_ns: int) -> int:
     """Read a file, without mapping it: its pages would count as resident."""
     total = 0
     with file.open("rb", buffering=0) as stream:
@@ -218,76 +192,22 @@ def _build_entry(folder: Path, key: Mapping[str, Json], build: Callable[[Path], 
     folder.mkdir()
     try:
         build(folder)
-        _seal(folder, label, key)
+        files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+        for file in files.values():
+            flush(file)
+        crc32 = {name: _crc32(file, file.stat().st_mtime_ns) for name, file in files.items()}
+        write_whole(folder / _ENTRY_FILE, {"label": label, "key": key, "crc32": crc32})
     except BaseException:  # an interrupted build as well must not keep gigabytes
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def _seal(folder: Path, label: str, key: Mapping[str, Json]) -> None:
-    """Flush every file of ``folder`` to the disk, then write the ``entry.json`` by which it counts."""
-    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    for file in files.values():
-        flush(file)
-    content = {
-        "label": label,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "key": key,
-        "files": {name: file.stat().st_size for name, file in files.items()},
-        "crc32": {name: _crc32(file) for name, file in files.items()},
-    }
-    write_whole(folder / _ENTRY_FILE, content)
-
-
-def _lock_path(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.lock")
-
-
-@contextmanager
-def _locked(folder: Path, label: str) -> Iterator[None]:
-    make_root()
-    folder.parent.mkdir(exist_ok=True)
-    lock = FileLock(_lock_path(folder))
-    try:
-        lock.acquire(timeout=1)
-    except Timeout:
-        _log.info("Another process is making %s in the cache; waiting for it (%s).", label, folder)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """Report why the disk rejects a write to the cache; a build's other errors are its own."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        fault = find_storage_fault(error)
-        is_ours = str(cache_root()) in str(getattr(error, "filename", None))
-        if fault is None or (fault not in _DISK_FULL and not is_ours):
-            raise
-        raise UserError(
-            f"The cache cannot keep {folder}: {fault}. Set QLORA_LIGHTNING_CACHE to a folder with room that can be "
-            "written, or make room with `qlora-lightning cache clear`."
-        ) from error
-
-
 def _describe(folder: Path, kind: Kind) -> CacheEntry:
-    content = _read_entry(folder)
-    if content is not None:
-        size, created = sum(content["files"].values()), datetime.fromisoformat(content["created"])
-        return CacheEntry(kind, content["label"], size, created, _changed(folder / _ENTRY_FILE), folder)
+    label, changed = "(unfinished)", folder
+    with suppress(OSError, ValueError, KeyError):
+        label, changed = json.loads((folder / _ENTRY_FILE).read_text(encoding="utf-8"))["label"], folder / _ENTRY_FILE
     size = 0
     for file in folder.rglob("*"):
         with suppress(OSError):  # a build may be renaming its files just now
-            size += file.lstat().st_size if not file.is_dir() else 0
-    return CacheEntry(kind, "(unfinished)", size, _changed(folder), _changed(folder), folder)
-
-
-def _changed(path: Path) -> datetime:
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+            size += file.lstat().st_size if file.is_file() else 0
+    return CacheEntry(kind, label, size, datetime.fromtimestamp(changed.stat().st_mtime, UTC), folder)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qlora_lightning.base.cache import Json, cache_root, hash_key, make_root
 from qlora_lightning.base.find import resolve_base
 from qlora_lightning.base.gguf import unpack_gguf
-from qlora_lightning.base.tensors import TensorSpan, read_spans
+from qlora_lightning.base.tensors import open_tensors
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import read_json_object, write_whole
 
@@ -25,11 +25,8 @@ MODEL_TYPES = (
     *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "granite"),
     *("smollm3", "glm4", "exaone4", "ernie4_5", "seed_oss"),
 )
-# What a LLaMA's config can ask for, and transformers' LLaMA ignores without a word.
-_IGNORED = ("sliding_window", "attention_chunk_size", "attn_logit_softcapping", "final_logit_softcapping")
-
 _FINGERPRINT_FORMAT = 1  # raised whenever the same tensors would give another fingerprint
-_CHUNK_BYTES = 4 << 20
+_REMEDY = "Download or save the base again."
 _THREADS = 4  # hashlib lets go of the interpreter's lock; more threads than disks feed gain nothing
 
 
@@ -60,76 +57,60 @@ def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> None
     config = read_config(folder, name)
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
-        problem = f"Base {name}: its model_type is {model_type!r} ({folder / 'config.json'})"
-        if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")):
-            raise UserError(
-                f"{problem}, a mixture of experts. bitsandbytes quantizes linears, and its experts would stay in 16 "
-                "bits. Choose a dense base."
-            )
-        raise UserError(f"{problem}: expected one of {', '.join(MODEL_TYPES)}. Choose a base of these.")
-    unsupported = _unsupported_settings(config)
-    if unsupported:
-        key, value = next(iter(unsupported.items()))
         raise UserError(
-            f"Base {name}: its config.json sets {key}: {value}, which qlora_lightning does not compute and will not "
-            "ignore. Choose a base without it."
+            f"Base {name}: its model_type is {model_type!r} ({folder / 'config.json'}), expected one of "
+            f"{', '.join(MODEL_TYPES)}. Choose a base of these."
+        )
+    ignored = _ignored_settings(config)
+    if ignored:
+        raise UserError(
+            f"Base {name}: its config.json sets {', '.join(ignored)}, which qlora_lightning does not compute and will "
+            "not ignore. Choose a base without it."
         )
     if weights:
         for file in weight_files(folder, name):
-            read_spans(file)
+            open_tensors(file)
 
 
-def _unsupported_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a config sets that is computed neither by us nor by transformers."""
+def _ignored_settings(config: dict[str, Any]) -> list[str]:
+    """Return the settings that neither we nor transformers compute, which leaves them out without a word."""
     is_llama = config["model_type"] == "llama"
-    unsupported = {key: config[key] for key in _IGNORED if is_llama and config.get(key)}
-    if config.get("use_sliding_window") is False:
-        unsupported.pop("sliding_window", None)
-    supported_types = {"full_attention"} if is_llama else {"full_attention", "sliding_attention"}
-    other_types = set(config.get("layer_types") or ()) - supported_types
-    if other_types:
-        unsupported["layer_types"] = sorted(other_types)
-    if config.get("use_bidirectional_attention"):  # Gemma 3's, of models that embed texts
-        unsupported["use_bidirectional_attention"] = True
-    return unsupported
+    names = ["use_bidirectional_attention"]  # Gemma 3's, of models that embed texts
+    if is_llama:
+        names += ["attention_chunk_size", "attn_logit_softcapping", "final_logit_softcapping"]
+        names += [] if config.get("use_sliding_window") is False else ["sliding_window"]
+    ignored = [f"{name}: {config[name]}" for name in names if config.get(name)]
+    computed = {"full_attention"} if is_llama else {"full_attention", "sliding_attention"}
+    others = sorted(set(config.get("layer_types") or ()) - computed)
+    return [*ignored, f"layer_types: {others}"] if others else ignored
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
     """Return the folder's ``config.json``."""
     file = folder / "config.json"
     if not file.is_file():
-        hint = ""
-        if (folder / "adapter_config.json").is_file():
-            hint = " It is an adapter folder: give it as model.adapter, and its base as model.base."
+        is_adapter = (folder / "adapter_config.json").is_file()
+        hint = " It is an adapter folder: give it as model.adapter, and its base as model.base." if is_adapter else ""
         raise UserError(f"Base {name}: expected a transformers folder, found no config.json in {folder}.{hint}")
-    return read_json_object(file, "Download or save the base again.")
+    return read_json_object(file, _REMEDY)
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """Return the safetensors files that transformers loads from ``folder``, all of which exist."""
+    """Return the safetensors files that transformers loads from ``folder``."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
-        others = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))) or "no *.safetensors file"
-        remedy = "Give the folder of a whole model."
-        if any(folder.glob("pytorch_model*.bin")):
-            remedy = (
-                "Its pytorch_model*.bin is a pickle, which can run code when it is opened and is refused. Convert it "
-                "once, where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new)."
-            )
-        raise UserError(f"Base {name}: expected {single.name} or {index.name} in {folder}, found {others}. {remedy}")
-    remedy = "Download or save the base again."
-    weight_map = read_json_object(index, remedy).get("weight_map")
-    shards: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
-    for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise UserError(f"Base {name}: weight_map in {index} must name files beside it, found {shard!r}. {remedy}")
-    files = [folder / shard for shard in sorted(set(shards))]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise UserError(f"Base {name}: {missing[0]} is missing, which {index} names. {remedy}")
-    return files
+        raise UserError(
+            f"Base {name}: expected {single.name} or {index.name} in {folder}. Pickles (pytorch_model.bin) can run "
+            "code when they are opened, and are refused. Where you trust one, convert it once: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new)."
+        )
+    weight_map = read_json_object(index, _REMEDY).get("weight_map")
+    shards: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    if any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards):
+        raise UserError(f"Base {name}: weight_map in {index} must name files beside it. {_REMEDY}")
+    return [folder / shard for shard in sorted(set(shards))]
 
 
 def load_tokenizer(
@@ -152,8 +133,7 @@ def load_tokenizer(
         ) from error
     tokenizer.init_kwargs.pop("auto_map", None)  # names code that comes with it: no folder that we write shall
     if not tokenizer.is_fast:
-        kind = type(tokenizer).__name__
-        raise UserError(f"Tokenizer {name}: expected a fast tokenizer, found {kind}, written in Python. {remedy}")
+        raise UserError(f"Tokenizer {name}: expected a fast one, found {type(tokenizer).__name__}. {remedy}")
     return tokenizer
 
 
@@ -162,7 +142,7 @@ class TensorFiles:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
-        self._files = {span.name: file for file in weight_files(folder, name) for span in read_spans(file)}
+        self._files = {key: file for file in weight_files(folder, name) for key in open_tensors(file).keys()}  # noqa: SIM118
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
@@ -172,15 +152,9 @@ class TensorFiles:
 
     def read(self, name: str) -> "Tensor":
         """Read one tensor, in the dtype in which it is stored."""
-        from safetensors import safe_open
-
         if name not in self._files:
-            raise UserError(
-                f"Base {self.name}: expected the tensor {name} in {self.folder}, found none of that name. "
-                "Save the model again with transformers' save_pretrained."
-            )
-        with safe_open(self._files[name], "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+            raise UserError(f"Base {self.name}: there is no tensor {name} in {self.folder}. {_REMEDY}")
+        tensor: Tensor = open_tensors(self._files[name]).get_tensor(name)
         return tensor
 
 
@@ -188,7 +162,7 @@ def fingerprint(folder: Path) -> str:
     """Return the SHA-256 of a transformers folder's weights: names, dtypes, shapes and bytes of all tensors.
 
     It does not depend on sharding or on other files. The result is kept in the cache under the files' paths, sizes
-    and times; if the cache cannot be written, it is computed each time. A few MB of memory are enough.
+    and times; if the cache cannot be written, it is computed each time.
     """
     files = weight_files(folder, str(folder))
     stats = [(file.resolve(), file.stat()) for file in files]
@@ -199,22 +173,23 @@ def fingerprint(folder: Path) -> str:
     file_of_result = cache_root() / "fingerprints" / f"{hash_key(key)}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads(file_of_result.read_text(encoding="utf-8"))["fingerprint"])
-    spans = sorted((span for file in files for span in read_spans(file)), key=lambda span: span.name)
+    names = sorted((name, file) for file in files for name in open_tensors(file).keys())  # noqa: SIM118
     total = hashlib.sha256(f"qlora_lightning fingerprint {_FINGERPRINT_FORMAT}\n".encode())
     with ThreadPoolExecutor(_THREADS) as pool:
-        for span, digest in zip(spans, pool.map(_hash_span, spans), strict=True):
-            total.update(json.dumps([span.name, span.dtype, span.shape, digest]).encode())
+        for description in pool.map(_describe_tensor, names):
+            total.update(json.dumps(description).encode())
     with suppress(OSError):
         make_root()
         write_whole(file_of_result, {"fingerprint": total.hexdigest(), **key})
     return total.hexdigest()
 
 
-def _hash_span(span: TensorSpan) -> str:
-    digest = hashlib.sha256()
-    # Read, not mapped: mapped pages of 16 GB would all count as resident while the loop runs over them.
-    with span.file.open("rb") as stream:
-        stream.seek(span.start)
-        for start in range(0, span.size_bytes, _CHUNK_BYTES):
-            digest.update(stream.read(min(_CHUNK_BYTES, span.size_bytes - start)))
-    return digest.hexdigest()
+def _describe_tensor(item: tuple[str, Path]) -> tuple[str, str, list[int], str]:
+    """Return name, dtype, shape and SHA-256 of a tensor; from a mapping of its own, which is given back."""
+    import torch
+
+    name, file = item
+    tensors = open_tensors(file)
+    stored = tensors.get_slice(name)
+    content = tensors.get_tensor(name).flatten().view(torch.uint8).numpy()
+    return name, stored.get_dtype(), stored.get_shape(), hashlib.sha256(content).hexdigest()

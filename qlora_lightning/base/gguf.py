@@ -2,14 +2,14 @@
 
 import io
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from qlora_lightning.base.cache import Json, cached_folder, find_entry
 from qlora_lightning.base.tensors import format_bytes, save_model
+from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import mend_gguf_tokens
 
@@ -29,7 +29,8 @@ def unpack_gguf(file: Path, name: str) -> Path:
     def build(folder: Path) -> None:
         size = format_bytes(file.stat().st_size)
         _log.info("Unpacking %s (%s), once; kept in %s", file.name, size, folder.parent)
-        with silence_transformers():
+        # one line of ours reports the work: no notices of transformers, no bars of gguf
+        with quiet_loggers(logging.ERROR, "transformers"), redirect_stderr(io.StringIO()):
             _unpack(file, folder, name)
 
     return cached_folder("unpacked", _key(file), build, label=file.name, check_weights=False)
@@ -63,7 +64,7 @@ def _unpack(file: Path, folder: Path, name: str) -> None:
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(
             f"Base {name}: {file} cannot be read as a GGUF model ({type(error).__name__}: {first_line}). "
-            "It may be cut off, or newer than the installed transformers: download it again, or give a folder."
+            "Download it again, or give a folder."
         ) from error
     config = model.config
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -72,9 +73,7 @@ def _unpack(file: Path, folder: Path, name: str) -> None:
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
-    # The title of the GGUF ("Smollm2 135M 8k …") is no name that anything could be loaded from.
-    if hasattr(config, "_model_name_or_path"):
-        del config._model_name_or_path
+    vars(config).pop("_model_name_or_path", None)  # the title in the GGUF, by which nothing could be loaded
     save_model(model, folder)
     tokenizer.save_pretrained(folder)
 
@@ -86,10 +85,7 @@ def _load(file: Path, name: str) -> tuple[Any, Any]:
     source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     config = AutoConfig.from_pretrained(file.parent, **source)
     if config.model_type != "llama":
-        raise UserError(
-            f"Base {name}: expected a GGUF of a LLaMA-family model, found model type {config.model_type!r} in {file}. "
-            "Choose another base."
-        )
+        raise UserError(f"Base {name}: expected a GGUF of a LLaMA-family model, found type {config.model_type!r}.")
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
     mend_gguf_tokens(tokenizer, config)
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -103,22 +99,5 @@ def _load(file: Path, name: str) -> tuple[Any, Any]:
     # transformers fills what the file lacks with random numbers, and only a warning says so.
     lacking = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if lacking:
-        raise UserError(
-            f"Base {name}: {file} lacks {len(lacking)} tensors of the model that it describes ({lacking[0]}, …). "
-            "Download it again."
-        )
+        raise UserError(f"Base {name}: {file} lacks tensors of its model ({lacking[0]}, …). Download it again.")
     return model, tokenizer
-
-
-@contextmanager
-def silence_transformers() -> Iterator[None]:
-    """Switch off transformers' notices and all progress bars: one line of ours reports the work, errors are raised."""
-    from transformers.utils import logging as noise
-
-    verbosity = noise.get_verbosity()
-    noise.set_verbosity_error()
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        noise.set_verbosity(verbosity)

@@ -11,8 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks.run_report import note_warning
 from qlora_lightning.model.load.device import device_memory_gib, name_of_peak, read_memory, read_peak_gib
-from qlora_lightning.support.console import print_detail, terminal
-from qlora_lightning.support.trainer import log_interval
+from qlora_lightning.support.console import say, terminal
 
 _FULL = 0.95  # of the device's memory
 _REMEDIES = (
@@ -45,13 +44,13 @@ class GPUMemoryMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         self._step = trainer.global_step
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *_: Any) -> None:
         if not self.enabled or trainer.global_step == self._step:
             return  # inside an accumulation window the peak is not reached yet
         if self._first:
             self._first = False
             self._report(trainer, pl_module, "after the first step")
-        if trainer.global_step % log_interval(trainer) == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:
             values, shown = read_memory(pl_module.device), name_of_peak(pl_module.device)
             for name, gib in values.items():
                 pl_module.log(name, torch.tensor(gib), prog_bar=name == shown)
@@ -66,4 +65,4 @@ class GPUMemoryMonitor(Callback):
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, when: str) -> None:
         if self.enabled and trainer.is_global_zero:
-            print_detail(f"Memory {when}: {read_peak_gib(pl_module.device):.2f} GiB at its peak")
+            say(f"Memory {when}: {read_peak_gib(pl_module.device):.2f} GiB at its peak")

@@ -34,7 +34,7 @@ from qlora_lightning.model.checkpoint.setting_changes import trainer_settings
 from qlora_lightning.model.load.device import device_memory_gib, name_of_peak, read_peak_gib
 from qlora_lightning.report.page import write_run_page
 from qlora_lightning.report.run import read_manifest, read_metrics, write_manifest
-from qlora_lightning.support.console import print_detail, say
+from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import TrainingStopped, UserError
 from qlora_lightning.support.files import CONFIG, METRICS
 from qlora_lightning.support.trainer import callbacks_of, find_callback, is_trial_run
@@ -139,8 +139,8 @@ class RunReport(Callback):
             write_manifest(folder, content)
             if status != "running":
                 if content["stopped_early"] is not None:  # Lightning says that max_epochs was reached
-                    print_detail(f"Stopped early, at step {trainer.global_step:,}: {content['stopped_early']}")
-                print_detail(f"Report: {write_run_page(folder)}")
+                    say(f"Stopped early, at step {trainer.global_step:,}: {content['stopped_early']}")
+                say(f"Report: {write_run_page(folder)}")
         except Exception as fault:  # a run that has trained does not fail for its report, nor one that fails for both
             say(f"The report of the run could not be written: {type(fault).__name__}: {fault}")
 

@@ -44,20 +44,18 @@ def main(argv: list[str]) -> int:
         if input("Remove all of these? [y/N] ").strip().lower() not in ("y", "yes"):
             print("Nothing removed.")
             return 1
-    removed, busy = clear_entries(options.kind)
-    for entry in busy:
-        say(f"Left {entry.path}: a process is building it now.")
+    removed = clear_entries(options.kind)
     say(f"Removed {len(removed)}, freed {format_bytes(sum(entry.size_bytes for entry in removed))}.")
     return 0
 
 
 def _print_table(entries: Sequence[CacheEntry]) -> None:
-    table = Table("kind", "what", "size", "made", "last used", "path", box=None, pad_edge=False)
+    table = Table("kind", "what", "size", "last used", "path", box=None, pad_edge=False)
     table.columns[2].justify = "right"
-    table.columns[5].overflow = "fold"  # a path that is cut off cannot be copied
+    table.columns[4].overflow = "fold"  # a path that is cut off cannot be copied
     for entry in entries:
-        times = (time.astimezone().strftime("%Y-%m-%d %H:%M") for time in (entry.created, entry.last_used))
-        table.add_row(entry.kind, escape(entry.label), format_bytes(entry.size_bytes), *times, escape(str(entry.path)))
+        used = entry.last_used.astimezone().strftime("%Y-%m-%d %H:%M")
+        table.add_row(entry.kind, escape(entry.label), format_bytes(entry.size_bytes), used, escape(str(entry.path)))
     console = terminal()
     if not sys.stdout.isatty():  # in a pipe rich would assume 80 columns, and fold the paths that a script looks for
         console.width = 500

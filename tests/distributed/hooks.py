@@ -1,6 +1,5 @@
 """Callbacks that the launched runs name in their configs, by this module's name alone."""
 
-import gc
 import json
 import os
 import signal
@@ -98,28 +97,6 @@ class Weigh(Callback):
                 held["layers" if ".layers." in name else "others"] += part.nbytes
         folder = Path(trainer.default_root_dir)
         (folder / f"held-{trainer.global_rank}.json").write_text(json.dumps(held))
-
-    def on_predict_end(self, trainer, pl_module):
-        """Write how many items the lists of this process gain in ten passes without backward."""
-        items = []
-        for _ in range(2):
-            for _ in range(5):
-                pl_module.answer([[1]], [], max_new_tokens=2)
-            gc.collect()
-            items.append(sum(len(each) for each in gc.get_objects() if type(each) is list))
-        folder = Path(trainer.default_root_dir)
-        (folder / f"gained-{trainer.global_rank}.json").write_text(json.dumps(items[1] - items[0]))
-
-
-class Raise(Callback):
-    """Let one rank raise inside its second batch, while the others wait for it in a pass."""
-
-    def __init__(self, rank: int):
-        self.rank = rank
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == 1 and trainer.global_rank == self.rank:
-            raise ValueError("a bug of the user's")
 
 
 class DieOnce(Callback):

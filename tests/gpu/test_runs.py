@@ -15,7 +15,7 @@ from qlora_lightning.report.run import read_metrics
 from tests.dying import MachineFailed, Stop
 from tests.equality import read_checkpoint, same
 from tests.gpu.conftest import DEVICE, make_base, make_module
-from tests.steps import distance, make_batch, make_trainer
+from tests.steps import make_batch, make_trainer
 
 ACCELERATOR = "gpu" if DEVICE.type == "cuda" else "cpu"
 
@@ -55,15 +55,6 @@ def test_the_same_seed_draws_the_same_adapters_as_on_a_cpu(base):
         module.configure_model()
         drawn.append({name: tensor.detach().cpu() for name, tensor in trainable_tensors(module).items()})
     assert same(*drawn)
-
-
-def test_one_batch_of_eight_trains_as_eight_of_one(base, rows_file, tmp_path):
-    ends = [
-        fit(tmp_path / f"{size}", base, rows_file, batch_size=size, accumulate=8 // size, dtype="fp32", dropout=0.0)
-        for size in (8, 1)
-    ]
-    one, other = (torch.cat([tensor.flatten() for tensor in end["state_dict"].values()]) for end in ends)
-    assert distance(one, other) <= 1e-4  # six steps of AdamW, which divides small differences by small numbers
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="a CPU's memory is not planned")

@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from qlora_lightning.model.layers import decoder_layer, elementwise
-from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests.gpu.conftest import DEVICE, make_module
-from tests.steps import LENGTHS, assert_same_step, distance, loss_and_gradients, make_batch, to_device
+from tests.steps import distance, loss_and_gradients, make_batch, to_device
 
 QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
 HALVES = ("bf16", "fp16")
@@ -19,14 +17,6 @@ def test_in_float32_the_fused_layers_give_what_the_plain_ones_give(base, quantiz
     )
     assert fast[0] == pytest.approx(plain[0], rel=1e-5)
     assert distance(fast[1], plain[1]) <= (1e-2 if quantization == "int8" else 1e-5)  # int8 rounds inputs
-
-
-def test_the_mlp_in_pieces_gives_what_the_whole_gives(base, monkeypatch):
-    whole = loss_and_gradients(make_module(base))
-    monkeypatch.setattr(decoder_layer, "PIECE_TOKENS", 32)
-    module = make_module(base)
-    enable_activation_checkpointing(module.causal_lm)
-    assert_same_step(loss_and_gradients(module), whole)  # a card's products of fewer rows may round otherwise
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -96,15 +86,3 @@ def test_the_host_waits_for_nothing_in_forward_and_backward(base):
         module.compute_loss(laid_out).nll_sum.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="a CPU has C++ loops instead")
-def test_regions_are_compiled_once_for_all_lengths(base):
-    module = make_module(base, compute_dtype="bf16")
-    for lengths in (LENGTHS, (8, 24), (33, 33, 33)):
-        loss_and_gradients(module, make_batch(lengths))
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs or not elementwise.has_triton()
-    for lengths in ((7, 7, 12), (100,), (2, 3, 4, 5)):
-        loss_and_gradients(module, make_batch(lengths))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs

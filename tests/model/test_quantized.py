@@ -46,9 +46,8 @@ def forward(model):
 @pytest.mark.parametrize(
     ("quantization", "dtype", "double_quant"),
     [
-        ("nf4", torch.bfloat16, True),
         ("nf4", torch.float32, False),
-        ("fp4", torch.float32, True),
+        ("fp4", torch.bfloat16, True),
         ("int8", torch.bfloat16, True),
         ("none", torch.bfloat16, True),
     ],
@@ -75,17 +74,12 @@ def test_linears_are_stored_as_asked_and_all_else_is_frozen_in_the_compute_dtype
 def test_with_and_without_cache_and_at_a_second_start_the_bits_are_the_same(tiny_base, cache, caplog, quantization):
     caplog.set_level("INFO", logger="qlora_lightning")
     direct = load(tiny_base, quantization, cache=False)
-    assert not (cache / "quantized").exists()
     first, second = load(tiny_base, quantization), load(tiny_base, quantization)
     assert caplog.text.count("Quantizing") == 1
+    load(tiny_base, quantization, compute_dtype=torch.float32)
+    assert caplog.text.count("Quantizing") == 2
     assert same(tensors(direct), tensors(first))
     assert same(tensors(first), tensors(second))
-
-
-def test_what_decides_the_bits_decides_the_cache_entry(tiny_base, cache):
-    for settings in ({}, {"double_quant": False}, {"compute_dtype": torch.float32}, {}):
-        load(tiny_base, "nf4", **settings)
-    assert len(list((cache / "quantized").glob("*/entry.json"))) == 3
 
 
 def test_a_base_whose_config_was_edited_computes_what_it_says_now(tiny_base, tmp_path, cache):
@@ -118,8 +112,8 @@ def test_a_folder_stored_quantized_loads_as_it_is_in_the_dtype_asked_for(tiny_ba
 @pytest.mark.parametrize(
     ("left_out", "quantization", "words"),
     [
-        (["lm_head"], "int8", "stored quantized as nf4, but .* is int8: set model.quantization: nf4"),
-        (["q_proj", "lm_head"], "nf4", "not whole: it left out q_proj"),
+        (["lm_head"], "int8", "stored quantized as nf4, but .* is int8: set that to nf4"),
+        (["q_proj", "lm_head"], "nf4", "stored quantized without q_proj"),
     ],
 )
 def test_a_folder_stored_otherwise_than_asked_is_refused(tiny_base, tmp_path, left_out, quantization, words):

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 
 from qlora_lightning.base.cache import check_entry
 from qlora_lightning.base.folder import load_tokenizer, read_config
-from qlora_lightning.base.tensors import ShardWriter, format_bytes
+from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.merge import DTYPES, RECORD
 from qlora_lightning.commands.merge.check import check_written, sample_validation_rows
 from qlora_lightning.commands.merge.gguf_files import GGUFModelWriter, adds_bos, architecture_of, write_adapter
@@ -33,7 +35,9 @@ from qlora_lightning.model.merge import (
 )
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import flush, put_in_place, read_json_object
+from qlora_lightning.support.files import flush, put_in_place, read_json_object, set_usual_mode
+
+_SHARD_BYTES = 2_000_000_000
 
 
 def merge(options: argparse.Namespace) -> None:
@@ -140,7 +144,12 @@ def _write_weights(
 ) -> Path | None:
     """Merge tensor by tensor, write each into the shards and the GGUF file, and return that file if there is one."""
     dtype: torch.dtype = getattr(torch, DTYPES[options.dtype])
-    merged, shards = MergedWeights(plan, weights), ShardWriter(folder)
+    merged = MergedWeights(plan, weights)
+    shapes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in plan.shapes.items()}
+    shard_bytes = max(
+        _SHARD_BYTES, *(each.nbytes for each in shapes.values())
+    )  # a larger tensor would change the order
+    shards = split_torch_state_dict_into_shards(shapes, max_shard_size=shard_bytes)
     writer = None
     if options.gguf is not None:
         # in a folder of its own: beside a tokenizer's files transformers misreads the tokenizer in a GGUF
@@ -149,13 +158,19 @@ def _write_weights(
         file.parent.mkdir()
         writer = GGUFModelWriter(file, plan, kind, folder, source.base)
     with steps_bar("merging", len(plan.shapes)) as advance:
-        for name in plan.shapes:
-            tensor = merged(name)
-            shards.add(name, tensor.to(dtype))
-            if writer is not None:
-                writer.add(name, tensor)
-            advance(1)
-    shards.finish()
+        for shard, names in shards.filename_to_tensors.items():
+            tensors = {}
+            for name in names:
+                tensor = merged(name)
+                tensors[name] = tensor.to(dtype).contiguous()
+                if writer is not None:
+                    writer.add(name, tensor)
+                advance(1)
+            save_file(tensors, folder / shard, {"format": "pt"})
+            set_usual_mode(folder / shard)  # a server may be another user
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        write_output(folder / "model.safetensors.index.json", index)
     if writer is None:
         return None
     file = writer.finish()

@@ -17,7 +17,7 @@ from qlora_lightning.commands.options import (
     tables_beside,
     write_output,
 )
-from qlora_lightning.support.console import brief, say
+from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER
 from qlora_lightning.support.imports import without_garbage_collection
@@ -98,10 +98,7 @@ def _run(sweep: Sweep, arguments: Sequence[str]) -> dict[str, Any]:
     trials, cli = list[results.Trial](), None
     try:
         while not results.is_done(sweep, trials):
-            with contextlib.ExitStack() as quiet:
-                if trials:  # the first has reported base and data for all
-                    quiet.enter_context(quiet_lightning())
-                    quiet.enter_context(brief())
+            with quiet_lightning() if trials else contextlib.nullcontext():  # the first reports for all
                 cli = run_trial(arguments, sweep, sweep.values[len(trials)])
             trials.append(cli.trial)
             results.check_same_rows(trials)

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from qlora_lightning.base.cache import Json, cached_folder, check_entry, find_en
 from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base
 from qlora_lightning.base.tensors import save_model
 from qlora_lightning.model.layers.attention import register_flat_attention
-from qlora_lightning.model.load.device import giving_memory_back
+from qlora_lightning.model.load.device import give_back_freed_memory
 from qlora_lightning.support.errors import UserError
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
@@ -66,9 +66,10 @@ def load_base(
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
     def load(folder: Path, settings: BitsAndBytesConfig | None = None) -> PreTrainedModel:
+        if folder == source.folder:
+            check_entry(folder)  # an unpacked GGUF
         quantize: dict[str, Any] = {} if settings is None else {"quantization_config": settings}
-        # Quantizing takes minutes and shows its bar; reading does not.
-        with contextlib.nullcontext() if quantize else _quiet_bars(), giving_memory_back():
+        with contextlib.nullcontext() if quantize else _quiet_bars():  # quantizing takes minutes; reading does not
             return AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=compute_dtype,
@@ -80,42 +81,31 @@ def load_base(
                 **quantize,
             )
 
-    if getattr(config, "quantization_config", None) is not None:
-        double_quant = check_stored_quantization(config, quantization, name)
-        model = load(source.folder)
-        _set_compute_dtype(model, compute_dtype)
-    elif quantization == "none":
-        check_entry(source.folder)  # of an unpacked GGUF
-        model = load(source.folder)
-    else:
-        settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
-        if cache:
-            key = _cache_key(source, config, settings, compute_dtype)
-            model = load(_quantized_folder(source, key, settings, load))
-        else:
-            check_entry(source.folder)
-            model = load(source.folder, settings)
-    freeze(model)
-    _check_quantized(model, quantization)
-    unnest_scales(model)
-    return QuantizedBase(model, source, fingerprint(source.folder), quantization, double_quant)
-
-
-def _quantized_folder(
-    source: BaseFolder, key: dict[str, Json], settings: BitsAndBytesConfig, load: Callable[..., PreTrainedModel]
-) -> Path:
-    """Return the cached folder of a quantized base, which is made if it is not there."""
-
     def build(folder: Path) -> None:
         _log.info("Quantizing %s, once; later starts read it from the cache.", source.name)
-        check_entry(source.folder)
         model = load(source.folder, settings)
         freeze(model)  # packed weights would be saved wrongly, see there
         with _quiet_bars():
             save_model(model, folder, max_shard_size="200MB")  # a shard is held in memory while it is written
 
-    kind = settings.bnb_4bit_quant_type if settings.load_in_4bit else "int8"
-    return cached_folder("quantized", key, build, label=f"{source.name} {kind}")
+    if getattr(config, "quantization_config", None) is not None:
+        double_quant = check_stored_quantization(config, quantization, name)
+        model = load(source.folder)
+        _set_compute_dtype(model, compute_dtype)
+    elif quantization == "none":
+        model = load(source.folder)
+    else:
+        settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
+        if cache:
+            key = _cache_key(source, config, settings, compute_dtype)
+            model = load(cached_folder("quantized", key, build, label=f"{source.name} {quantization}"))
+        else:
+            model = load(source.folder, settings)
+    give_back_freed_memory()  # copies in 16 and 32 bits that quantizing has made
+    freeze(model)
+    _check_quantized(model, quantization)
+    unnest_scales(model)
+    return QuantizedBase(model, source, fingerprint(source.folder), quantization, double_quant)
 
 
 def _cache_key(
@@ -215,16 +205,12 @@ def check_stored_quantization(config: PretrainedConfig, quantization: Quantizati
     kind = stored_quantization(stored)
     if kind != quantization:
         raise UserError(
-            f"model.base {name} is stored quantized as {kind}, but model.quantization is {quantization}: "
-            f"set model.quantization: {kind}"
-            + ("." if kind in ("nf4", "fp4", "int8") else ", which is not supported: name a base in 16 bits instead.")
+            f"model.base {name} is stored quantized as {kind}, but model.quantization is {quantization}: set that to "
+            f"{kind}, if it is nf4, fp4 or int8, or name a base in 16 bits."
         )
     skipped = [part for part in stored.get("llm_int8_skip_modules") or [] if part != "lm_head"]
     if skipped:
-        raise UserError(
-            f"model.base {name} is stored quantized, but not whole: it left out {', '.join(skipped)}. "
-            "Name a base in 16 bits instead, which is quantized here."
-        )
+        raise UserError(f"model.base {name} is stored quantized without {', '.join(skipped)}: name a base in 16 bits.")
     return bool(stored.get("bnb_4bit_use_double_quant", False))
 
 
@@ -241,9 +227,8 @@ def freeze(model: nn.Module) -> None:
         if isinstance(layer, bnb.nn.Linear4bit):
             layer.support_avx512bf16_for_cpu = False
         elif isinstance(layer, bnb.nn.Linear8bitLt):
-            # A method of this one layer. A hook that sets the mode before each forward would run in every pass.
             layer.train()
-            layer.train = partial(_keep_training_mode, layer)
+            layer.train = partial(_keep_training_mode, layer)  # a method of this one layer
 
 
 def _keep_training_mode(layer: nn.Module, mode: bool = True) -> nn.Module:
@@ -253,19 +238,10 @@ def _keep_training_mode(layer: nn.Module, mode: bool = True) -> nn.Module:
 
 def _check_quantized(model: nn.Module, quantization: Quantization) -> None:
     """See that every linear of the decoder layers is stored as asked, and that there is one."""
+    kinds: dict[str, type[nn.Module]] = {"none": nn.Linear, "int8": bnb.nn.Linear8bitLt}
+    kind = kinds.get(quantization, bnb.nn.Linear4bit)
     linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name]
-    wrong = [name for name, linear in linears if not _is_stored(linear, quantization)]
+    wrong = [name for name, linear in linears if not isinstance(linear, kind)]
     if wrong or not linears:
-        shown = ", ".join(wrong[:3]) or "no linear in any decoder layer"
-        raise RuntimeError(
-            f"After loading with quantization {quantization}, {len(wrong)} of {len(linears)} linears are not stored so "
-            f"({shown}). Clear the cache with `qlora-lightning cache clear` and start again."
-        )
-
-
-def _is_stored(linear: nn.Linear, quantization: Quantization) -> bool:
-    if quantization == "none":
-        return True
-    if quantization == "int8":
-        return isinstance(linear, bnb.nn.Linear8bitLt) and linear.weight.dtype == torch.int8
-    return isinstance(linear, bnb.nn.Linear4bit) and linear.weight.quant_state is not None
+        shown = ", ".join(wrong[:3]) or "there is none"
+        raise RuntimeError(f"Linears of the base are not stored as model.quantization {quantization} wants: {shown}.")

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from qlora_lightning.model.adapters.summary import adapter_table, describe_sizes
 from qlora_lightning.model.layers.fuse import Fusion, explain_plain_layers
 from qlora_lightning.model.load.device import explain_dtype
-from qlora_lightning.support.console import print_detail
+from qlora_lightning.support.console import say
 
 
 @rank_zero_only
@@ -21,4 +21,4 @@ def describe_fit(module: Any, fusion: Fusion) -> None:
         explain_plain_layers(module.model, fusion, autocasts=autocasts, precision=precision) if module.fast else None,
     ):
         if line is not None:
-            print_detail(line)
+            say(line)

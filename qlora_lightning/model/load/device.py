@@ -1,10 +1,7 @@
 """The machine: its dtypes, its memory and its allocator."""
 
-import contextlib
 import ctypes
-import functools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -66,15 +63,12 @@ def read_memory(device: torch.device) -> dict[str, float]:
             "memory_reserved_gib": torch.cuda.memory_reserved(device) / GIB,
             PEAK_NAMES["cuda"]: torch.cuda.max_memory_allocated(device) / GIB,
         }
-    private = peak = read_resident_bytes()
     status = Path("/proc/self/status")
     if status.exists():
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         private, peak = (int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmHWM"))
-    elif psutil.MACOS:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    else:
+        private = peak = psutil.Process().memory_info().rss
     return {"private_memory_gib": private / GIB, PEAK_NAMES["cpu"]: peak / GIB}
 
 
@@ -95,34 +89,8 @@ def read_peak_gib(device: torch.device) -> float:
     return read_memory(device)[name_of_peak(device)]
 
 
-def read_resident_bytes() -> int:
-    """Read how much of this process is in memory now, mapped files included."""
-    return int(psutil.Process().memory_info().rss)
-
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_NEVER = -1
 _KEPT_BYTES = 1 << 28  # larger than any tensor of a step but a very long batch's
-_USUAL_BYTES = 32 << 20  # where glibc's own threshold ends up in a process that frees large blocks
-
-
-@contextlib.contextmanager
-def giving_memory_back() -> Iterator[None]:
-    """Return each block of 1 MiB or more to the system as soon as it is freed; does nothing without glibc.
-
-    Quantizing makes short-lived copies in 16 and 32 bits between small tensors that stay: in one heap these hold it
-    open. With each decoder layer of Llama-3.1-8B's shape 0.05 GiB more would stay (measured), of all together as much
-    as a third of the quantized base.
-    """
-    glibc = _load_glibc()
-    if glibc is not None:
-        glibc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-    try:
-        yield
-    finally:
-        if glibc is not None:
-            glibc.mallopt(_M_MMAP_THRESHOLD, _USUAL_BYTES)
-            glibc.malloc_trim(0)
 
 
 def keep_freed_memory() -> None:
@@ -131,22 +99,16 @@ def keep_freed_memory() -> None:
     A step on the CPU asks for the same blocks again and again. Fresh pages from the system must be zeroed first: an
     element-wise operation on a few MiB takes ten times as long then (measured).
     """
-    glibc = _load_glibc()
-    if glibc is not None:
-        glibc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
-        glibc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
+    if sys.platform.startswith("linux"):
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+            libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
 def give_back_freed_memory() -> None:
     """Return all that is free to the system; does nothing without glibc."""
-    glibc = _load_glibc()
-    if glibc is not None:
-        glibc.malloc_trim(0)
-
-
-@functools.cache
-def _load_glibc() -> ctypes.CDLL | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    library = ctypes.CDLL(None)
-    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
+    if sys.platform.startswith("linux"):
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)

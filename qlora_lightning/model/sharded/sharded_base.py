@@ -23,7 +23,6 @@ from torch.distributed.tensor import DTensor
 from qlora_lightning.model.layers.attention import NO_MASK
 from qlora_lightning.model.step.layout import whole_samples
 from qlora_lightning.model.step.loss import head_of, is_frozen_linear, token_losses
-from qlora_lightning.support.versions import reset_passes
 
 _BYTE = torch.float8_e4m3fn  # as which bytes travel: FSDP2 of torch 2.11 takes floating dtypes only
 _BODY, _HEAD, _DONE = range(3)  # what a process runs next among collective passes, in the order in which they come
@@ -149,8 +148,8 @@ class ShardedBase:
 
 def _forget_pass(root: Any, *_: Any) -> None:
     """Clear the order of a pass without backward, which FSDP2 would keep until the next one with it."""
-    if not torch.is_grad_enabled():
-        reset_passes(root)
+    if not torch.is_grad_enabled() and hasattr(root, "reset_iter_state"):  # torch 2.11 and 2.12 have nothing public
+        root.reset_iter_state()
 
 
 # ---- embedding and head ----------------------------------------------------------------------------------------------
@@ -170,11 +169,11 @@ class ShardedHead(nn.Module):
         super().__init__()
         self.head = head
 
-    def forward(self, hidden: Tensor, *of_losses: Any) -> Any:
+    def forward(self, hidden: Tensor, *loss_arguments: Any) -> Any:
         """Compute losses, or the linear's output: as the head of a model of transformers, which scales it itself."""
-        if not of_losses:
+        if not loss_arguments:
             return getattr(self.head, "linear", self.head)(hidden)
-        targets, fast = of_losses
+        targets, fast = loss_arguments
         return token_losses(hidden, targets, self.head, fast=fast)
 
     def token_losses(self, hidden: Tensor, targets: Tensor, fast: bool) -> Any:

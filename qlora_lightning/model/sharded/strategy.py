@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 from qlora_lightning.model.sharded.sharded_base import ShardedBase
-from qlora_lightning.support.errors import UserError
 
 SHARDED_STRATEGIES = {"ddp_sharded": False, "ddp_sharded_offload": True}  # names, and whether all shards are offloaded
 
@@ -25,17 +24,12 @@ class ShardedDDPStrategy(DDPStrategy):
             all of them, a number those of the first layers. One process alone may do so too.
         timeout: After which a process that is silent is given up.
         kwargs: More arguments of ``DDPStrategy``.
-
-    Raises:
-        UserError: ``offload`` is negative.
     """
 
     def __init__(
         self, *, offload: bool | int = False, timeout: timedelta | None = timedelta(minutes=10), **kwargs: Any
     ) -> None:
         super().__init__(timeout=timeout, **kwargs)
-        if offload < 0:
-            raise UserError(f"offload is {offload}: expected how many first layers, or true for all.")
         self.offload = offload
         self._silence_limit = timeout
 
@@ -46,11 +40,6 @@ class ShardedDDPStrategy(DDPStrategy):
         module: Any = self.lightning_module
         if module.sharded_base is not None:
             return
-        if module.device.type != "cpu":
-            raise UserError(
-                f"The base is on {module.device} already, and would be sharded from the CPU's memory: hand the Trainer "
-                "a module without a model, or one that is on the CPU."
-            )
         group = torch.distributed.new_group(timeout=self._silence_limit)  # gives a silent process up as DDP's does
         module.sharded_base = ShardedBase(module.causal_lm, group, self.root_device, self.offload)
         module.to(self.root_device)

@@ -1,7 +1,6 @@
 """Checkpoint files: collected and written, found by ``--ckpt_path``, rejected if damaged."""
 
 import contextlib
-import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,10 +128,3 @@ def _read_whole(file: Path) -> dict[str, Any]:
     content = read_checkpoint(file, mmap=True)
     read_content(content, str(file))
     return content
-
-
-def _shorten(error: Exception) -> str:
-    """Return what matters in torch's long explanation: a class that plain data do not have, or its first line."""
-    found = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"it holds a {found[1]}" if found else first.rstrip(".")

@@ -25,16 +25,14 @@ from qlora_lightning.model.adapters.summary import adapter_table, describe_sizes
 from qlora_lightning.model.adapters.targets import check_layers
 from qlora_lightning.model.answers import generate_answers
 from qlora_lightning.model.checkpoint.format import read_checkpoint, read_content, usable_settings
-from qlora_lightning.model.checkpoint.resume import ExactResume, report_start_adapter
+from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.guards.checks import (
     check_callbacks,
     check_token_ids,
     check_trainer,
     check_training_mode,
-    refuse_found_rate,
 )
-from qlora_lightning.model.guards.collector import QuietCollector
-from qlora_lightning.model.guards.guard import OnNonfinite, TrainingGuard
+from qlora_lightning.model.guards.guard import OnNonfinite, QuietCollector, TrainingGuard
 from qlora_lightning.model.layers.attention import (
     NO_MASK,
     attends_flatly,
@@ -220,7 +218,6 @@ class QLoRAModule(lightning.LightningModule):
                 self.causal_lm.set_attn_implementation(register_flat_attention(self.fast))
             if self.adapter is not None and self.overrides("build_model"):
                 fill_adapter(self.model, find_adapter_folder(self.adapter))  # it need not have read self.adapter
-        report_start_adapter(self._trainer, self)
         self.model.train()  # Hugging Face models come in eval()
         self.choose_layers()
         if self._device_of_process().type == "cpu":
@@ -491,7 +488,6 @@ class QLoRAModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        refuse_found_rate(callbacks_of(self.trainer))
         data = getattr(self.trainer, "datamodule", None)
         check_row_length(self.causal_lm.config, getattr(data, "max_length", 0))  # not first at a row
         self._describe_fit(self.choose_layers())

@@ -23,9 +23,9 @@ class StopSignals(Callback):
     Lightning ends inside the batch and saves nothing, or, under SLURM, saves inside it. Here a signal is only noted. At
     the end of the optimizer step (or of a validation's batch: a validation is not waited for) all ranks agree that one
     was noted anywhere, and :class:`AdapterCheckpoint` saves. Before the next batch, when loggers have the step's line,
-    :class:`TrainingStopped` ends the fit. A second Ctrl-C ends it at once without saving. Under SLURM with automatic
-    requeueing the job is requeued, as Lightning would. Signals that are ignored, as under ``nohup``, stay ignored.
-    ``validate``, ``test`` and ``predict`` have nothing to save: SIGTERM and SIGHUP end them at once.
+    :class:`TrainingStopped` ends the fit. A second Ctrl-C ends it at once. Under SLURM with automatic requeueing the
+    job is requeued. Signals that are ignored, as under ``nohup``, stay ignored. ``validate``, ``test`` and ``predict``
+    have nothing to save: SIGTERM and SIGHUP end them at once.
 
     Attributes:
         explains_resume: Whether a stopped fit reports how to resume it, as ``fit`` and Python scripts do.

@@ -66,7 +66,6 @@ from qlora_lightning.model.step.optimizer import (
     check_loraplus_ratio,
     check_optimizer,
     check_schedule,
-    explain_no_steps,
     group_parameters,
     plan_steps,
 )
@@ -481,10 +480,7 @@ class QLoRAModule(lightning.LightningModule):
             self.weight_decay,
             fused=not str(self.trainer.precision).endswith("-mixed"),  # there Lightning clips no fused optimizer
         )
-        total_steps = plan_steps(self.trainer)
-        if total_steps == 0 and self.trainer.is_global_zero:
-            print_detail(explain_no_steps(self.trainer))
-        schedule = build_schedule(optimizer, self.schedule, total_steps, self.warmup_ratio)
+        schedule = build_schedule(optimizer, self.schedule, plan_steps(self.trainer), self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:

@@ -2,7 +2,7 @@
 
 Windows are of 3, 3 and 2 micro-batches, validations after the third and the sixth of an epoch, each at the end of a
 step. So an epoch is, with `|` at the end of a step, and counted from 0 as in the tables below:
-`t t t | v v t t t | v v t t |`, and of the kind "epochs", which is validated at an epoch's end, `t t t | t t t | t t | v v`.
+`t t t | v v t t t | v v t t |`. The kind "epochs" is validated at an epoch's end: `t t t | t t t | t t | v v`.
 """
 
 import json

@@ -81,9 +81,8 @@ class ExactResume(Callback):
             _report(describe_changes(changes))
         if (saved := len(content["generators"])) != trainer.world_size:
             _report(
-                f"Processes: {saved} saved the checkpoint, {trainer.world_size} resume it. Keep batch_size times "
-                "processes times trainer.accumulate_grad_batches, and each step has the same rows. But dropout and "
-                "rounding differ: the adapter will be as good, and not the same bit for bit."
+                f"Processes: {saved} saved the checkpoint, {trainer.world_size} resume it. The adapter will be as good "
+                "if processes times batch_size stays, but not the same bit for bit: dropout and rounding differ."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -106,14 +105,6 @@ class ExactResume(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         loops.count_epoch(trainer)
-        self._put_back(trainer)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._content is not None:
-            _report(
-                f"Nothing is left to train: with the checkpoint's step {trainer.global_step} trainer.max_steps "
-                f"({trainer.max_steps}) or trainer.max_epochs ({trainer.max_epochs}) is reached. Raise it to train on."
-            )
         self._put_back(trainer)
 
     def _put_back(self, trainer: Trainer) -> None:

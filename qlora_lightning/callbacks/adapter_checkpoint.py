@@ -164,12 +164,6 @@ class AdapterCheckpoint(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step != self._saved_step:
             self._save(trainer, pl_module)
-        unknown = not self.best and self.monitor not in trainer.callback_metrics
-        if unknown and trainer.enable_validation and self._writes(trainer) and trainer.is_global_zero:
-            say(
-                f"Nothing was validated: the run ended at step {trainer.global_step}, before its first validation (set "
-                "trainer.val_check_interval). The adapter folder holds the last adapter."
-            )
 
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether to save at the end of a step, behind which no validation follows; every rank must call it."""

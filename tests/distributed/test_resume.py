@@ -123,7 +123,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_end(runs, whole, kind, at, ste
 
 
 def test_two_processes_of_which_one_gets_the_signal_resume_to_the_same_end(runs):
-    stops = {1: 1, 4: 1}  # inside a window, and inside a validation; the steps that are saved
+    stops = {1: 1, 8: 2}  # inside a window, and inside a validation; the steps that are saved
     commands = [fit("two", "two-whole")]
     commands += [fit("two", f"two-{at}", at, rank=1) for at in stops]
     commands += [fit("two", f"two-{at}") for at in stops]

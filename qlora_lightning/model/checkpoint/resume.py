@@ -100,8 +100,9 @@ class ExactResume(Callback):
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in monitored.items()})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._put_back(trainer)  # a run that stopped inside a validation begins with it
+        if self._content is not None and not trainer.sanity_checking:  # stopped inside a validation, it begins with it
+            trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()  # see repeat_validation: only once
+            self._put_back(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         loops.count_epoch(trainer)

@@ -29,7 +29,7 @@ from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.model.adapters.folder import UNFINISHED as UNFINISHED_ADAPTER
 from qlora_lightning.model.adapters.folder import explain_other_task, loading_snippet
 from qlora_lightning.model.adapters.lora import copy_tensors, trainable_tensors
-from qlora_lightning.model.checkpoint.loops import ends_training, validation_follows, window_has_validation
+from qlora_lightning.model.checkpoint.loops import ends_training, validation_follows
 from qlora_lightning.model.checkpoint.resume import has_other_validation
 from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.errors import UserError
@@ -44,13 +44,9 @@ class AdapterCheckpoint(Checkpoint):
     once if several are due, and write the PEFT folder. All of it is under ``trainer.default_root_dir``, which is kept
     to one run, and to one process that trains at a time.
 
-    A save is a checkpoint beside ``last.ckpt``, then the adapter and the best checkpoint's own file if it is the best.
-    It takes the name ``last.ckpt`` when the line of its step is in ``metrics.csv``, before the next batch. A kill at
-    any moment so leaves the last whole state.
-
-    Each checkpoint is of the end of an optimizer step. A validation inside an accumulation window judges the adapter of
-    the step before: it is saved at the end of that step, and that checkpoint is ranked by the validation. A run that is
-    resumed from there trains the window again, and validates again.
+    Each checkpoint is of the end of an optimizer step. It is written beside ``last.ckpt``, then the adapter and a file
+    of its own if it is the best, and then it takes the name ``last.ckpt``: a kill at any moment leaves the last whole
+    state.
 
     Args:
         every_n_train_steps: Also write ``last.ckpt`` every so many optimizer steps; ``None``: at each validation, at
@@ -62,8 +58,6 @@ class AdapterCheckpoint(Checkpoint):
         every_minutes: Also write ``last.ckpt`` after the optimizer step that ends so many minutes after the last save;
             ``None``: never for the time alone.
     """
-
-    saves_when_stopped = True  # by StopSignals
 
     def __init__(
         self,
@@ -92,14 +86,10 @@ class AdapterCheckpoint(Checkpoint):
         self.every_minutes = every_minutes
         self.best: list[tuple[float, str]] = []  # (monitored value, file name), the best first
         self._best_tensors: dict[str, Tensor] | None = None  # of the best adapter, if this process trained it
-        self._dropped: list[str] = []  # file names that are no longer among the best, to remove after the next save
         self._has_other_validation = False  # than the resumed checkpoint
-        self._saved_step = self._seen_step = -1
-        self._saved_file: Path | None = None  # the checkpoint of _saved_step
-        self._step_ended = True  # no accumulation window is open
+        self._saved_step = self._last_step = -1
         self._stops_later = False  # when the open window ends
         self._saved_at = 0.0  # by a clock that no change of the time moves
-        self._waits = False  # a written checkpoint, to become last.ckpt
         self._lock = contextlib.ExitStack()
 
     def read_best(self, run_folder: str | Path) -> dict[str, Tensor] | None:
@@ -128,8 +118,6 @@ class AdapterCheckpoint(Checkpoint):
             self._reset_ranking(trainer, f"{trainer.ckpt_path} is of another run folder")
             if self._writes(trainer):
                 refuse_everywhere(trainer, lambda: refuse_started_folder(trainer.default_root_dir, trainer.ckpt_path))
-        elif not trainer.enable_validation:
-            self._reset_ranking(trainer, "Nothing is validated any more")
         elif self._has_other_validation:
             self._reset_ranking(trainer, f"The validation samples are not those of {trainer.ckpt_path}")
         if self._writes(trainer) and trainer.is_global_zero:
@@ -149,58 +137,39 @@ class AdapterCheckpoint(Checkpoint):
             self._read_monitor(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved_step = self._seen_step = trainer.global_step  # nothing new yet, also after a resume
-        self._saved_file = Path(trainer.ckpt_path) if trainer.ckpt_path else None
+        self._saved_step = self._last_step = trainer.global_step  # nothing new yet, also after a resume
         self._saved_at = time.monotonic()
-        self._waits, self._step_ended, self._stops_later = False, True, False
-        self._end_if_asked(trainer)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._finish_save(trainer)
+        self._stops_later = False
+        stop = find_callback(trainer, StopSignals)
+        if stop is not None and trainer.ckpt_path and self._writes(trainer):
+            stop.saved = Path(trainer.ckpt_path)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        self._step_ended, self._seen_step = step != self._seen_step, step
-        self._stops_later = self._stops_later or trainer.should_stop
-        trainer.should_stop = self._stops_later and self._step_ended  # as Timer asks for at any batch
-        if self._step_ended and not validation_follows(trainer, batch_idx) and self._is_due(trainer, batch_idx):
+        ends_step, self._last_step = trainer.global_step != self._last_step, trainer.global_step
+        self._stops_later = self._stops_later or trainer.should_stop  # as Timer asks for at any batch
+        trainer.should_stop = self._stops_later and ends_step
+        if ends_step and not validation_follows(trainer, batch_idx) and self._is_due(trainer):
             self._save(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._finish_save(trainer)
-
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        # From behind the last step Lightning would not resume, nor run the validation: it may end.
-        if _is_validating_fit(trainer) and trainer.global_step != trainer.max_steps and _find_stop(trainer):
-            if self._step_ended:
-                self._save(trainer, pl_module)
-                self._finish_save(trainer)
-            elif self._saved_step == trainer.global_step:  # at the end of that step
-                self._end_if_asked(trainer)
+        if _is_validating_fit(trainer) and _is_stopping(trainer) and trainer.global_step != self._saved_step:
+            self._save(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if _is_validating_fit(trainer):
             self._save(trainer, pl_module, self._read_monitor(trainer))
-            self._finish_save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step != self._saved_step:
             self._save(trainer, pl_module)
-        self._finish_save(trainer, may_end=False)
-        unknown = not self.best and self.monitor not in trainer.callback_metrics
-        if unknown and trainer.enable_validation and self._writes(trainer) and trainer.is_global_zero:
-            say(
-                f"Nothing was validated: the run ended at step {trainer.global_step}, before its first validation (set "
-                "trainer.val_check_interval). The adapter folder holds the last adapter."
-            )
 
-    def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
+    def _is_due(self, trainer: Trainer) -> bool:
         """Whether to save at the end of a step, behind which no validation follows; every rank must call it."""
-        step, every = trainer.global_step, self.every_n_train_steps
-        asked = ends_training(trainer) or window_has_validation(trainer, batch_idx) or _find_stop(trainer)
-        return bool(asked or (every and step % every == 0)) or self._is_time(trainer)
+        every = self.every_n_train_steps
+        asked = ends_training(trainer) or _is_stopping(trainer) or (every and trainer.global_step % every == 0)
+        return bool(asked) or self._is_time(trainer)
 
     def _is_time(self, trainer: Trainer) -> bool:
         """Whether ``every_minutes`` have passed since the last save by any rank's clock; every rank must call it."""
@@ -219,50 +188,46 @@ class AdapterCheckpoint(Checkpoint):
             )
         return math.nan if value is None else float(value)
 
-    def _end_if_asked(self, trainer: Trainer) -> None:
-        """End the fit if a signal asked for it."""
-        stop, last = _find_stop(trainer), Path(trainer.default_root_dir) / CHECKPOINTS / LAST
-        if stop is not None:
-            stop.leave(trainer, last if self._writes(trainer) and last.exists() else None)
-
     def _writes(self, trainer: Trainer) -> bool:
         return self.enabled and not is_trial_run(trainer)
 
     # ---- how it saves ----------------------------------------------------------------------------------------------
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, value: float = math.nan) -> None:
-        """Write a checkpoint beside ``last.ckpt``, and what belongs to the best if it is that by a monitored value."""
+        """Write a checkpoint, and what belongs to the best if it is that by a monitored value."""
         if not self._writes(trainer):
             return
         name = f"step-{trainer.global_step:06d}.ckpt"
-        if not math.isnan(value):
-            self._rank(name, value)
+        dropped = [] if math.isnan(value) else self._rank(name, value)
         with holding_average(trainer, pl_module):
             if self._is_best(name):
                 self._best_tensors = {
                     key: tensor.to("cpu", copy=True) for key, tensor in pl_module.state_dict().items()
                 }
-            content = collect_checkpoint(trainer) if self._step_ended else None
-            refuse_everywhere(trainer, lambda: self._write(trainer, pl_module, content, name))
-        if self._step_ended:
-            self._saved_step, self._saved_at, self._waits = trainer.global_step, time.monotonic(), True
-            self._saved_file = Path(trainer.default_root_dir) / CHECKPOINTS / LAST
+            content = collect_checkpoint(trainer)
+            refuse_everywhere(trainer, lambda: self._write(trainer, pl_module, content, name, dropped))
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+        stop = find_callback(trainer, StopSignals)
+        if stop is not None:
+            stop.saved = Path(trainer.default_root_dir) / CHECKPOINTS / LAST
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule, content: dict[str, Any] | None, name: str) -> None:
+    def _write(self, trainer: Trainer, pl_module: Any, content: Any, name: str, dropped: list[str]) -> None:
         folder = Path(trainer.default_root_dir) / CHECKPOINTS
-        source: Path | None = folder / UNFINISHED
-        if content is None:  # inside a window; a validation by the clock finds no checkpoint of its step
-            source = self._saved_file if self._saved_step == trainer.global_step else None
         try:
             with reporting_disk_faults(trainer.default_root_dir):
-                if content is not None:
-                    write_checkpoint(content, folder / UNFINISHED)
+                write_checkpoint(content, folder / UNFINISHED)
                 if self._is_best(name) or not self.best:
                     self._write_adapter(trainer, pl_module)
-                if source is not None and self.save_top_k and any(kept == name for _, kept in self.best):
+                if self.save_top_k and any(kept == name for _, kept in self.best):
                     copy = folder / f"{name}.unfinished"  # no hard link, which would share any damage
-                    shutil.copyfile(source, copy)
+                    shutil.copyfile(folder / UNFINISHED, copy)
                     put_in_place(copy, folder / name)
+                for logger in trainer.loggers:
+                    if isinstance(logger, MetricsLogger):
+                        logger.flush()  # a checkpoint counts on the lines before it
+                put_in_place(folder / UNFINISHED, folder / LAST)
+                for each in dropped:
+                    (folder / Path(each).name).unlink(missing_ok=True)
         except UserError:
             self._remove_unfinished(trainer)
             raise
@@ -272,25 +237,6 @@ class AdapterCheckpoint(Checkpoint):
             data = getattr(trainer, "datamodule", None)
             tokenizer, stop_ids = getattr(data, "tokenizer", None), getattr(data, "stop_ids", ())
             pl_module.save_adapter(Path(trainer.default_root_dir) / ADAPTER_FOLDER, tokenizer, stop_ids)
-
-    def _finish_save(self, trainer: Trainer, may_end: bool = True) -> None:
-        """Let what was written become ``last.ckpt``, and end the fit if a signal asked for it."""
-        saved, self._waits = self._waits, False
-        if saved:
-            refuse_everywhere(trainer, lambda: self._replace_last(trainer))
-            self._dropped = []
-        if may_end and (saved or not self._writes(trainer)):
-            self._end_if_asked(trainer)
-
-    def _replace_last(self, trainer: Trainer) -> None:
-        folder = Path(trainer.default_root_dir) / CHECKPOINTS
-        with reporting_disk_faults(trainer.default_root_dir):
-            for logger in trainer.loggers:
-                if isinstance(logger, MetricsLogger):
-                    logger.flush()  # a checkpoint counts on the lines before it
-            put_in_place(folder / UNFINISHED, folder / LAST)
-            for name in self._dropped:
-                (folder / Path(name).name).unlink(missing_ok=True)
 
     def _remove_unfinished(self, trainer: Trainer) -> None:
         """Remove what a kill or a full disk left half written."""
@@ -302,12 +248,13 @@ class AdapterCheckpoint(Checkpoint):
 
     # ---- the ranking -----------------------------------------------------------------------------------------------
 
-    def _rank(self, name: str, value: float) -> None:
+    def _rank(self, name: str, value: float) -> list[str]:
+        """Put a checkpoint among the best; return the names of those that no longer are."""
         others = [entry for entry in self.best if entry[1] != name]
         ranked = sorted([*others, (value, name)], key=lambda entry: entry[0], reverse=self.mode == "max")
         keep = max(self.save_top_k, 1)  # the best is remembered even if no file of it is kept
         self.best = ranked[:keep]
-        self._dropped += [name for _, name in ranked[keep:]]
+        return [name for _, name in ranked[keep:]]
 
     def _is_best(self, name: str) -> bool:
         return bool(self.best) and self.best[0][1] == name
@@ -321,16 +268,15 @@ class AdapterCheckpoint(Checkpoint):
                 f"{why}: the ranking of checkpoints starts over here. The best so far, with {self.monitor} "
                 f"{value:.4g}, {f'is {file}' if file.exists() else f'was {name}'}."
             )
-        self.best, self._dropped, self._best_tensors = [], [], None
+        self.best, self._best_tensors = [], None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best values and names, so that a resumed run continues the ranking."""
-        return {"best": [[value, name] for value, name in self.best], "dropped": list(self._dropped)}
+        return {"best": [[value, name] for value, name in self.best]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the ranking of the run that is resumed."""
         self.best = [(float(value), str(name)) for value, name in state_dict["best"]]
-        self._dropped = [str(name) for name in state_dict.get("dropped", [])]  # a kill may have kept them
         self._best_tensors = None
 
 
@@ -338,10 +284,10 @@ def _is_validating_fit(trainer: Trainer) -> bool:
     return trainer.state.fn == "fit" and not trainer.sanity_checking
 
 
-def _find_stop(trainer: Trainer) -> StopSignals | None:
-    """Return the callback that has been asked to stop, if it has."""
+def _is_stopping(trainer: Trainer) -> bool:
+    """Whether a signal asked the fit to stop."""
     stop = find_callback(trainer, StopSignals)
-    return stop if stop is not None and stop.stopping else None
+    return stop is not None and stop.stopping
 
 
 @contextlib.contextmanager

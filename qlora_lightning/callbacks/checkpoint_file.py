@@ -1,7 +1,6 @@
 """Checkpoint files: collected and written, found by ``--ckpt_path``, rejected if damaged."""
 
 import contextlib
-import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,11 +50,7 @@ def write_checkpoint(content: dict[str, Any], file: Path) -> None:
 
 @contextlib.contextmanager
 def reporting_disk_faults(run_folder: str | Path) -> Iterator[None]:
-    """Report in one sentence why the disk rejects a write, and from where the run can be resumed.
-
-    Raises:
-        UserError: The disk is full or fails, or the folder cannot be written to. Other errors pass.
-    """
+    """Report in one sentence why the disk rejects a write, and from where the run can be resumed; pass other errors."""
     try:
         yield
     except Exception as error:
@@ -72,11 +67,7 @@ def reporting_disk_faults(run_folder: str | Path) -> Iterator[None]:
 def find_checkpoint(run_folder: str | Path, name: str | None) -> str | None:
     """Return the file that ``--ckpt_path`` means; ``last`` is the run folder's last checkpoint, ``None`` without one.
 
-    A kill during the very first save may leave a whole checkpoint under its own name and no ``last.ckpt``: then it is
-    the last.
-
-    Raises:
-        UserError: ``last.ckpt`` is damaged.
+    A kill during the very first save may leave a whole checkpoint under its own name alone: then it is the last.
     """
     if name != "last":
         return name
@@ -99,11 +90,7 @@ def find_newest(folder: Path, besides: str = "") -> Path | None:
 
 
 def check_checkpoint(file: str | Path) -> None:
-    """Reject a file that is not a whole checkpoint of ours, before anything is loaded for it.
-
-    Raises:
-        UserError: It is missing, cut off, damaged, foreign, or lacks a part.
-    """
+    """Reject a file that is not a whole checkpoint of ours, before anything is loaded for it."""
     file = Path(file)
     if not file.is_file():
         raise UserError(f"--ckpt_path {file}: there is no such file. Expected a .ckpt file, or `last`.")
@@ -111,9 +98,7 @@ def check_checkpoint(file: str | Path) -> None:
         _read_whole(file)
     except UserError as error:
         better = find_newest(file.parent, besides=file.name)
-        remedy = "There is no good checkpoint beside it."
-        if better is not None:
-            remedy = f"The newest good one beside it is {better}: resume from it with `--ckpt_path {better}`."
+        remedy = f"Resume from the newest good one, with `--ckpt_path {better}`." if better else "No other is good."
         raise UserError(f"--ckpt_path {error} {remedy}") from error
 
 
@@ -129,10 +114,3 @@ def _read_whole(file: Path) -> dict[str, Any]:
     content = read_checkpoint(file, mmap=True)
     read_content(content, str(file))
     return content
-
-
-def _shorten(error: Exception) -> str:
-    """Return what matters in torch's long explanation: a class that plain data do not have, or its first line."""
-    found = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"it holds a {found[1]}" if found else first.rstrip(".")

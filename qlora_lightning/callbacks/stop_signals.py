@@ -15,7 +15,6 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from qlora_lightning.support.console import drop_lost_output, say
 from qlora_lightning.support.errors import ENDING_SIGNALS, TrainingStopped
-from qlora_lightning.support.trainer import callbacks_of
 
 
 class StopSignals(Callback):
@@ -23,26 +22,28 @@ class StopSignals(Callback):
 
     Lightning ends inside the batch and saves nothing, or, under SLURM, saves inside it. Here a signal is only noted. At
     the end of the optimizer step (or of a validation's batch: a validation is not waited for) all ranks agree that one
-    was noted anywhere, :class:`AdapterCheckpoint` saves, and :class:`TrainingStopped` ends the fit. A second Ctrl-C
-    ends it at once without saving. Under SLURM with automatic requeueing the job is requeued, as Lightning would.
-    Signals that are ignored, as under ``nohup``, stay ignored.
-    ``validate``, ``test`` and ``predict`` have nothing to save: SIGTERM and SIGHUP end them at once.
+    was noted anywhere, and :class:`AdapterCheckpoint` saves. Before the next batch, when loggers have the step's line,
+    :class:`TrainingStopped` ends the fit. A second Ctrl-C ends it at once. Under SLURM with automatic requeueing the
+    job is requeued. Signals that are ignored, as under ``nohup``, stay ignored. ``validate``, ``test`` and ``predict``
+    have nothing to save: SIGTERM and SIGHUP end them at once.
 
     Attributes:
         explains_resume: Whether a stopped fit reports how to resume it, as ``fit`` and Python scripts do.
         received: The first signal that this process got.
         stopping: Whether all ranks agreed to stop.
+        saved: The checkpoint of the last step that was saved, set by who saves.
     """
 
     def __init__(self) -> None:
         self.explains_resume = True
         self.received: int | None = None
         self.stopping = False
+        self.saved: Path | None = None
         self._requeue_signal: int | None = None
         self._step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.received, self.stopping = None, False
+        self.received, self.stopping, self.saved = None, False, None
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen(trainer)
@@ -52,17 +53,27 @@ class StopSignals(Callback):
         self._step = trainer.global_step
         self._agree(trainer)
 
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self._leave_if_asked(trainer)
+
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self._step:
-            return  # inside an accumulation window, which ends first
-        self._step = trainer.global_step
-        self._agree(trainer)
-        if self.stopping and not any(hasattr(callback, "saves_when_stopped") for callback in callbacks_of(trainer)):
-            self.leave(trainer, None)
+        if trainer.global_step != self._step:  # else it is inside an accumulation window, which ends first
+            self._step = trainer.global_step
+            self._agree(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        # Saved at the end of the batch before. Behind the last step Lightning would not resume: a validation may end.
+        if batch_idx > 0 and trainer.global_step != trainer.max_steps:
+            self._leave_if_asked(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._agree(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave_if_asked(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._agree(trainer)
@@ -81,14 +92,17 @@ class StopSignals(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _end_at_signals(trainer)
 
-    def leave(self, trainer: Trainer, saved: Path | None) -> NoReturn:
-        """End the fit, for which a checkpoint may have been ``saved``, and report how to resume it."""
+    def _leave_if_asked(self, trainer: Trainer) -> None:
+        """End the fit if all ranks agreed to, and report how to resume it."""
+        if not self.stopping:
+            return
         place = f"at step {trainer.global_step} in epoch {trainer.current_epoch}"
-        if saved is None:
+        if self.saved is None:
             why = "there is no AdapterCheckpoint, or it is off" if trainer.global_step else "no step was taken yet"
             self.end(trainer, f"Stopped {place}. Nothing was saved: {why}.")
-        how = f' To resume, add `--ckpt_path last` to the same command; in Python: trainer.fit(…, ckpt_path="{saved}").'
-        self.end(trainer, f"Stopped {place}, saved in {saved}.{how if self.explains_resume else ''}")
+        how = f'add `--ckpt_path last` to the same command; in Python: trainer.fit(…, ckpt_path="{self.saved}").'
+        how = f" To resume, {how}" if self.explains_resume else ""
+        self.end(trainer, f"Stopped {place}, saved in {self.saved}.{how}")
 
     def end(self, trainer: Trainer, message: str) -> NoReturn:
         """End with the code of the signal, after a last message."""

@@ -21,10 +21,9 @@ from qlora_lightning.model.adapters.targets import check_layers
 from qlora_lightning.model.answers import generate_answers
 from qlora_lightning.model.checkpoint.format import read_content
 from qlora_lightning.model.checkpoint.restore import restore_module
-from qlora_lightning.model.checkpoint.resume import ExactResume, report_start_adapter
+from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.guards.checks import check_token_ids, check_training_mode
-from qlora_lightning.model.guards.collector import QuietCollector
-from qlora_lightning.model.guards.guard import OnNonfinite, TrainingGuard
+from qlora_lightning.model.guards.guard import OnNonfinite, QuietCollector, TrainingGuard
 from qlora_lightning.model.guards.start import check_fit, check_setup, check_start
 from qlora_lightning.model.layers.attention import attends_flatly, register_flat_attention
 from qlora_lightning.model.layers.fuse import Fusion, choose_layers
@@ -51,12 +50,10 @@ from qlora_lightning.model.step.optimizer import (
     check_loraplus_ratio,
     check_optimizer,
     check_schedule,
-    explain_no_steps,
     group_parameters,
     plan_steps,
 )
 from qlora_lightning.model.step.window import Window, leave_gradients_to_window, sum_over_ranks
-from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import without_garbage_collection
 
@@ -194,7 +191,6 @@ class QLoRAModule(lightning.LightningModule):
             if self.adapter is not None and self.overrides("build_model"):
                 # which need not have read self.adapter
                 adapter_folder.fill_adapter(self.model, find_adapter_folder(self.adapter))
-        report_start_adapter(self._trainer, self)
         self.model.train()  # Hugging Face models come in eval()
         self.choose_layers()
         if self._device_of_process().type == "cpu":
@@ -435,10 +431,7 @@ class QLoRAModule(lightning.LightningModule):
             self.weight_decay,
             fused=not str(self.trainer.precision).endswith("-mixed"),  # there Lightning clips no fused optimizer
         )
-        total_steps = plan_steps(self.trainer)
-        if total_steps == 0 and self.trainer.is_global_zero:
-            say(explain_no_steps(self.trainer))
-        schedule = build_schedule(optimizer, self.schedule, total_steps, self.warmup_ratio)
+        schedule = build_schedule(optimizer, self.schedule, plan_steps(self.trainer), self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:

@@ -101,35 +101,24 @@ def test_inside_an_epoch_only_other_validation_samples_may_be_meant(fit, make_da
     assert step_of(last) == 8
 
 
-@pytest.mark.parametrize("options", [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 3}], ids=str)
-def test_a_run_that_is_no_longer_validated_continues_as_one_that_never_was(
-    fit, folder, last, adapter_of, assert_same, capsys, options
-):
-    _, expected = fit(AdapterCheckpoint(), folder="whole", max_epochs=2, limit_val_batches=0)
-    fit(AdapterCheckpoint())
-    capsys.readouterr()
-    rows = Rows()
-    _, module = fit(rows, checkpoint := AdapterCheckpoint(), ckpt_path=last, max_epochs=2, **options)
-    assert rows.of_epoch.keys() == {1}
-    assert sorted(rows.of_epoch[1]) == list(range(16))
+def test_other_validations_are_rejected_at_an_epochs_end_and_reported_inside_it(fit, last, capsys):
+    fit(AdapterCheckpoint(), limit_train_batches=4)
+    with pytest.raises(
+        UserError, match=r"validations were others: trainer\.limit_val_batches: 1\.0 → 0\. Put that back"
+    ):
+        fit(AdapterCheckpoint(), ckpt_path=last, max_epochs=2, limit_val_batches=0)
+    fit(AdapterCheckpoint(), folder="inside", max_steps=3)
+    fit(
+        AdapterCheckpoint(),
+        folder="inside",
+        ckpt_path=last.parents[2] / "inside" / "checkpoints" / "last.ckpt",
+        val_check_interval=4,
+    )
+    assert "trainer.val_check_interval: 1.0 → 4" in capsys.readouterr().out
+
+
+def test_a_stream_continues_to_more_steps(fit, make_data, last, adapter_of, assert_same):
+    _, expected = fit(AdapterCheckpoint(), data=make_data(streaming=True), folder="whole", max_steps=5)
+    fit(AdapterCheckpoint(), data=make_data(streaming=True), max_steps=3)
+    _, module = fit(AdapterCheckpoint(), data=make_data(streaming=True), ckpt_path=last, max_steps=5)
     assert_same(adapter_of(module), adapter_of(expected))
-    if "limit_val_batches" in options:
-        assert "Nothing is validated any more: the ranking of checkpoints starts over here." in capsys.readouterr().out
-        assert checkpoint.best == []
-        assert same_adapter(folder, "last.ckpt")
-
-
-def test_a_stream_continues_to_more_steps_and_takes_no_other_rows(
-    fit, make_data, more_rows, last, adapter_of, assert_same
-):
-    def stream(**options):
-        return make_data(streaming=True, **options)
-
-    _, expected = fit(AdapterCheckpoint(), data=stream(), folder="whole", max_steps=5)
-    fit(AdapterCheckpoint(), data=stream(), max_steps=3)
-    _, module = fit(AdapterCheckpoint(), data=stream(), ckpt_path=last, max_steps=5)
-    assert_same(adapter_of(module), adapter_of(expected))
-    data = stream(train=more_rows, accept_changed_data=True)
-    with pytest.raises(UserError, match="inside an epoch with other training samples") as error:
-        fit(AdapterCheckpoint(), data=data, ckpt_path=last, max_steps=7)
-    assert "begin a new run from the adapter folder" in str(error.value)

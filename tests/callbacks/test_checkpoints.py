@@ -84,18 +84,15 @@ NAN = float("nan")
 
 
 @pytest.mark.parametrize(
-    ("scores", "options", "trainer", "kept"),
+    ("scores", "options", "kept"),
     [
-        ((2.0, 4.0, 1.0, 3.0), {"mode": "min", "save_top_k": 2}, {}, [6, 2]),
-        ((2.0, 4.0, 1.0, 3.0), {"mode": "max", "save_top_k": 2}, {}, [4, 8]),
-        ((2.0, 4.0, 1.0, 3.0), {"mode": "max", "save_top_k": 0}, {}, [4]),
-        ((NAN, 4.0, NAN, 5.0), {"mode": "min", "save_top_k": 2}, {}, [4, 8]),  # NaN is never the best
-        # after steps 1, 3, 4 and 6; the first and the third inside a window, before its last micro-batch
-        ((2.0, 4.0, 1.0, 3.0), {"mode": "min", "save_top_k": 2}, {"accumulate_grad_batches": 3}, [4, 1]),
+        ((2.0, 4.0, 1.0, 3.0), {"mode": "min", "save_top_k": 2}, [6, 2]),
+        ((2.0, 4.0, 1.0, 3.0), {"mode": "max", "save_top_k": 0}, [4]),
+        ((NAN, 4.0, NAN, 5.0), {"mode": "min", "save_top_k": 2}, [4, 8]),  # NaN is never the best
     ],
 )
 def test_the_best_by_the_monitor_are_kept_and_the_rest_removed(
-    fit, scored, assert_same, tmp_path, scores, options, trainer, kept
+    fit, scored, assert_same, tmp_path, scores, options, kept
 ):
     saved = {}
 
@@ -104,8 +101,7 @@ def test_the_best_by_the_monitor_are_kept_and_the_rest_removed(
             saved[trainer.global_step] = {name: each.clone() for name, each in content["state_dict"].items()}
 
     checkpoint = AdapterCheckpoint(monitor="val_score", **options)
-    accumulates = {"val_check_interval": 4, "max_epochs": 2} if trainer else {"val_check_interval": 2}
-    fit(checkpoint, Remember(), module=scored(*scores), limit_val_batches=1, **trainer, **accumulates)
+    fit(checkpoint, Remember(), module=scored(*scores), limit_val_batches=1, val_check_interval=2)
     run, best = tmp_path / "run", [name for _, name in checkpoint.best]
     assert best == [f"step-{step:06d}.ckpt" for step in kept]
     assert checkpoint_names(run) == ["last.ckpt", *(sorted(best) if options["save_top_k"] else [])]
@@ -125,20 +121,22 @@ def test_the_best_by_the_monitor_are_kept_and_the_rest_removed(
             {"val_check_interval": 4},
             "save 2, validation 4, save 4, save 6, validation 8, save 8",
         ),
-        ({"every_n_train_steps": 8}, {"check_val_every_n_epoch": 2, "max_epochs": 2}, "save 8, validation 16, save 16"),
         (
             {"every_n_train_steps": 3},
             {"check_val_every_n_epoch": None, "val_check_interval": 6, "max_epochs": 2},
             "save 3, validation 6, save 6, save 9, validation 12, save 12, save 15, save 16",
         ),
         ({"every_n_train_steps": 1}, {"accumulate_grad_batches": 4}, "save 1, validation 2, save 2"),
-        ({"every_n_train_steps": 2}, {"max_steps": 3, "max_epochs": -1}, "save 2, save 3"),
         ({}, {"val_check_interval": 6}, "validation 6, save 6, save 8"),
         # at each step, and not inside its window
         ({"every_minutes": 1e-6}, {"accumulate_grad_batches": 2}, "save 1, save 2, save 3, validation 4, save 4"),
         ({"every_minutes": None}, {"accumulate_grad_batches": 2}, "validation 4, save 4"),
-        # inside the second window: the step before it is saved, of which that validation is
-        ({}, {"accumulate_grad_batches": 3, "val_check_interval": 4}, "save 1, validation 1, validation 3, save 3"),
+        # a share of an epoch, 4 of its 8 batches, is rounded down to whole windows
+        (
+            {},
+            {"accumulate_grad_batches": 3, "val_check_interval": 0.5},
+            "validation 1, save 1, validation 2, save 2, save 3",
+        ),
     ],
 )
 def test_it_saves_once_however_much_is_due_and_never_before_a_validation_that_follows(fit, when, options, expected):
@@ -194,16 +192,6 @@ def test_a_resumed_run_continues_the_ranking_and_in_another_folder_it_starts_ove
     assert same(read_adapter(run), adapter)
 
 
-def test_a_validation_inside_a_window_keeps_the_checkpoint_of_its_step_also_behind_an_older_one(fit, scored, tmp_path):
-    options = {"accumulate_grad_batches": 3, "val_check_interval": 4, "limit_val_batches": 1}
-    older = tmp_path / "run" / "checkpoints" / "step-000001.ckpt"
-    fit(AdapterCheckpoint(monitor="val_score", mode="min"), module=scored(1.0, 2.0), **options)
-    assert checkpoint_names(tmp_path / "run") == ["last.ckpt", older.name]
-    fit(AdapterCheckpoint(monitor="val_score", mode="min"), module=scored(1.0, 2.0), ckpt_path=older, **options)
-    assert read_checkpoint(tmp_path / "run", older.name)["global_step"] == 1
-    assert read_checkpoint(tmp_path / "run")["global_step"] == 3
-
-
 def test_a_stop_that_is_asked_for_inside_a_window_lets_it_end(fit, make_data, tmp_path):
     class Timer(lightning.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -211,7 +199,17 @@ def test_a_stop_that_is_asked_for_inside_a_window_lets_it_end(fit, make_data, tm
 
     fit(Timer(), AdapterCheckpoint(), data=make_data(val=None), accumulate_grad_batches=3)
     content = read_checkpoint(tmp_path / "run")
-    assert (content["global_step"], content["qlora_lightning"]["inside_step"]) == (2, False)
+    batches = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    assert (content["global_step"], batches["processed"]) == (2, 6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"val_check_interval": 4}, {"check_val_every_n_epoch": None, "val_check_interval": 3}]
+)
+def test_a_validation_that_would_come_inside_a_step_is_rejected_before_training(fit, options):
+    with pytest.raises(UserError, match=r"val_check_interval \d leads into .*or to a multiple of 3, ") as error:
+        fit(accumulate_grad_batches=3, **options)
+    assert "trainer.accumulate_grad_batches" in str(error.value)
 
 
 def test_a_run_is_never_written_over_by_another(fit, tmp_path):

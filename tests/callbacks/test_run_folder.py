@@ -117,7 +117,7 @@ def test_a_full_disk_leaves_the_table_and_is_reported(logger, monkeypatch):
 
 def test_the_metrics_of_a_resumed_run_are_those_of_one_that_never_stopped(fit, killed_fit, tmp_path):
     def train(run, folder, **more):
-        options = {"max_epochs": 2, "limit_val_batches": 1, "accumulate_grad_batches": 2, "val_check_interval": 3}
+        options = {"max_epochs": 2, "limit_val_batches": 1, "accumulate_grad_batches": 2, "val_check_interval": 4}
         writers = RunFolder({}), AdapterCheckpoint()
         run(*writers, logger=MetricsLogger(tmp_path / folder), folder=folder, **options, **more)
 

@@ -172,12 +172,6 @@ def test_no_checkpoint_is_evaluated_where_there_is_none(command):
     assert "there is no checkpoint in empty" in command("validate", *options, code=2)
 
 
-@pytest.mark.parametrize("limit", ["trainer.max_epochs", "trainer.limit_train_batches"])
-def test_a_run_without_a_step_is_reported(command, limit):
-    options = ("--evaluation", "null", "--trainer.default_root_dir", "none")
-    assert f"Nothing will train: {limit} is 0" in command("fit", f"--{limit}", "0", *options)
-
-
 def test_tokenizer_template_and_its_options_follow_the_adapter(command, tmp_path, write_config, capsys):
     shutil.copytree(tmp_path / "tiny", tmp_path / "dated")
     template = tmp_path / "dated" / "chat_template.jinja"

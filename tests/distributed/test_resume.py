@@ -1,8 +1,8 @@
 """A run that is stopped or killed at any batch, and resumed, ends in the same bytes as one that never stopped.
 
-Windows are of 3, 3 and 2 micro-batches, validations after the fourth and the eighth of an epoch: inside a window, and
-at the end of one. So an epoch is, with `|` at the end of a step, and counted from 0 as in the tables below:
-`t t t | t v v t t | t t | v v`.
+Windows are of 3, 3 and 2 micro-batches, validations after the third and the sixth of an epoch, each at the end of a
+step. So an epoch is, with `|` at the end of a step, and counted from 0 as in the tables below:
+`t t t | v v t t t | v v t t |`. The kind "epochs" is validated at an epoch's end: `t t t | t t t | t t | v v`.
 """
 
 import json
@@ -18,13 +18,14 @@ from tests.equality import differences, read_checkpoint
 TRAINER = {
     **CONFIG["trainer"],
     **{"devices": 1, "strategy": "auto", "max_epochs": 2},
-    **{"accumulate_grad_batches": 3, "val_check_interval": 4, "limit_val_batches": 2},
+    **{"accumulate_grad_batches": 3, "val_check_interval": 3, "limit_val_batches": 2},
 }
 MODEL = {**CONFIG["model"], "dropout": 0.1, "schedule": "cosine", "loraplus_ratio": 4.0}
 ROWS = {"train": "rows.jsonl", "val": "rows.jsonl", "batch_size": 2}
 PAIRS = {"train": "pairs.jsonl", "val": "pairs.jsonl", "batch_size": 1}
 RUNS = {
     "rows": {"data": ROWS},
+    "epochs": {"data": ROWS, "trainer": {**TRAINER, "val_check_interval": 1.0}},
     "no-validation": {"data": ROWS, "trainer": {**TRAINER, "limit_val_batches": 0}},
     "packed": {"data": {"train": "rows.jsonl", "val": "rows.jsonl", "tokens_per_batch": 160}},
     "stream": {"data": {**ROWS, "streaming": True}, "trainer": {**TRAINER, "max_epochs": 1, "max_steps": 4}},
@@ -37,20 +38,21 @@ RUNS = {
 # the run, the batches at whose beginning a signal comes in its first life and those after it, and the steps saved then
 SIGNALS = [
     ("rows", [1], [1]),  # inside a window, which ends first
-    ("rows", [5], [1]),  # in a validation inside a window: it is left, and the window trained again
-    ("rows", [9], [3]),  # in the last batch of an epoch, with a validation due
-    ("rows", [11], [3]),  # in that validation, which is run again as a whole
-    ("rows", [1, 6, 12], [1, 3, 6]),
+    ("rows", [2], [1]),  # in the last batch of a window, with a validation due
+    ("rows", [4], [1]),  # in that validation, which is run again as a whole
+    ("rows", [6, 3, 10], [2, 3, 6]),
+    ("epochs", [7], [3]),  # in the last batch of an epoch, with a validation due
+    ("epochs", [8, 9], [3, 6]),  # in that validation, and in that of the next epoch
     ("no-validation", [7], [3]),  # in the last batch of an epoch, with nothing behind it
     ("packed", [13], [4]),
-    ("stream", [5], [1]),
-    ("stream", [6, 4], [2, 3]),
+    ("stream", [5], [2]),
+    ("stream", [3, 4], [1, 2]),
     ("pairs", [1, 3], [1, 2]),
 ]
 KILLS = [
-    ("rows", 7, 1),  # inside a window, behind a validation inside it
-    ("rows", 10, 2),  # before the first batch of a validation: its step is not saved
-    ("rows", 19, 4),
+    ("rows", 6, 1),  # inside a window
+    ("rows", 8, 1),  # before the first batch of a validation: its step is not saved
+    ("epochs", 17, 5),
 ]
 
 
@@ -121,7 +123,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_end(runs, whole, kind, at, ste
 
 
 def test_two_processes_of_which_one_gets_the_signal_resume_to_the_same_end(runs):
-    stops = {1: 1, 11: 3}  # inside a window, and inside a validation at an epoch's end; the steps that are saved
+    stops = {1: 1, 8: 2}  # inside a window, and inside a validation; the steps that are saved
     commands = [fit("two", "two-whole")]
     commands += [fit("two", f"two-{at}", at, rank=1) for at in stops]
     commands += [fit("two", f"two-{at}") for at in stops]

@@ -35,7 +35,7 @@ def rates_of(choice, warmup_ratio=0.0):
     ("arguments", "cls", "group"),
     [
         ({"weight_decay": 0.25}, torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.25, "fused": True}),
-        ({"fused": False, "lr": 0.5}, torch.optim.AdamW, {"lr": 0.5, "fused": False}),  # a group's own rate
+        ({"lr": 0.5}, torch.optim.AdamW, {"lr": 0.5}),  # a group's own rate
         ({"choice": {**SGD, "init_args": {"momentum": 0.5}}}, torch.optim.SGD, {"momentum": 0.5}),
     ],
 )
@@ -49,11 +49,8 @@ def test_the_optimizer_is_built_as_chosen(arguments, cls, group):
     ("build", "sentence"),
     [
         (lambda: optimizer_of({**SGD, "init_args": {"lr": 1.0}}), "sets lr.*set model.learning_rate"),
-        (lambda: optimizer_of({**SGD, "init_args": {"momentun": 0.9}}), "does not take.*momentun"),
-        (lambda: optimizer_of({**SGD, "lr": 1.0}), "expected a class_path"),
         (lambda: optimizer_of("torch.optim.LBFGS", 0.5), "weight_decay is 0.5, but torch.optim.LBFGS has none"),
         (lambda: rates_of("reduce_lr_on_plateau"), "expected a name among"),
-        (lambda: rates_of("cosine_with_min_lr"), "does not take {}.*min_lr.*Give its arguments beside the name"),
         (lambda: QLoRAModule("base", loraplus_ratio=0.5), "model.loraplus_ratio is .*: expected .*, such as 16"),
         (lambda: QLoRAModule("base", neftune_alpha=-1.0), "model.neftune_alpha is .*: expected .*, such as 5"),
     ],

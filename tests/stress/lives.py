@@ -131,7 +131,7 @@ def _config(setting: Setting, base: str, run: str) -> dict:
         "accelerator": "cpu",
         "devices": setting.processes,
         "accumulate_grad_batches": 4,
-        "val_check_interval": 6,  # inside the epoch, and inside a window
+        "val_check_interval": 8,  # inside the epoch too
         "max_epochs": 2,
         "enable_progress_bar": False,
         "default_root_dir": run,

@@ -12,21 +12,19 @@ from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import check_version
 
-KEY = "qlora_lightning"  # our settings lie under our own key: under Lightning's they would beat the command line
+KEY = "qlora_lightning"  # our settings have a key of their own: under Lightning's they would beat the command line
 
 _OPTIMIZERS = ("torch.optim.", "bitsandbytes.optim.")
 
 
 def read_checkpoint(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint file; raise UserError if it is none, cut off, or holds what would run code when it is read."""
-    if not Path(file).is_file():
-        raise UserError(f"{file}: there is no such file. Expected a .ckpt file that a run wrote.")
     try:
         checkpoint = torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:  # torch has no exception of its own for a file that it cannot read
         raise UserError(
-            f"{file} is not read: it is cut off or no checkpoint, or it holds objects that run code when they are "
-            "loaded. Expected a .ckpt file that a run wrote: tensors, numbers and texts alone."
+            f"{file} is not read: it is missing, cut off or no checkpoint, or it holds objects that run code when they "
+            "are loaded. Expected a .ckpt file that a run wrote: tensors, numbers and texts alone."
         ) from error
     return checkpoint if isinstance(checkpoint, dict) else {}
 
@@ -42,9 +40,6 @@ def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
         )
     check_version(version, source)
     return content
-
-
-# ---- settings --------------------------------------------------------------------------------------------------------
 
 
 def find_foreign_class(settings: Mapping[str, Any]) -> str | None:

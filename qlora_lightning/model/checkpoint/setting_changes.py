@@ -3,21 +3,21 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch.callbacks import EarlyStopping
 from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import callbacks_of
 
 Change = tuple[str, Any, Any]
 """A setting's name, its value in the checkpoint, and its value now."""
 
 _OF_TRAINER = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision", "world_size")
+OF_VALIDATIONS = ("limit_val_batches", "val_check_interval", "check_val_every_n_epoch")
 
 
 def trainer_settings(trainer: Any) -> dict[str, Any]:
     """Return those of the Trainer's settings that training depends on, as plain values."""
-    return {name: _plain(getattr(trainer, name, None)) for name in _OF_TRAINER}
+    values = {name: getattr(trainer, name, None) for name in (*_OF_TRAINER, *OF_VALIDATIONS)}
+    return {name: value if isinstance(value, int | float | None) else str(value) for name, value in values.items()}
 
 
 def find_changes(stored: Mapping[str, Any], own: Mapping[str, Any], prefix: str) -> list[Change]:
@@ -38,65 +38,39 @@ def show_change(change: Change) -> str:
     return f"{name}: " + " → ".join(text if len(text) <= 60 else f"{text[:57]}…" for text in texts)
 
 
-def keep_patience(trainer: Any, states: Mapping[str, dict[str, Any]]) -> list[Change]:
-    """Let the configured patience of EarlyStopping rule, in the states that callbacks are restored from."""
-    changes: list[Change] = []
-    for stopping in callbacks_of(trainer):
-        if isinstance(stopping, EarlyStopping) and stopping.state_key in states:
-            state = states[stopping.state_key]
-            if state["patience"] != stopping.patience:
-                changes.append((f"EarlyStopping({stopping.monitor}).patience", state["patience"], stopping.patience))
-                state["patience"] = stopping.patience
-    return changes
+def optimizer_classes(trainer: Any) -> list[str]:
+    """Return the names of the optimizers' classes."""
+    return [f"{type(each).__module__}.{type(each).__qualname__}" for each in trainer.optimizers]
 
 
-def describe_optimizers(trainer: Any) -> list[dict[str, Any]]:
-    """Return each optimizer's ``class`` and the options of its ``groups``, as they are configured, as plain values."""
-    return [
-        {
-            "class": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
-            "groups": [
-                {name: _plain(value) for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
-                for group in optimizer.param_groups
-            ],
-        }
-        for optimizer in trainer.optimizers
-    ]
-
-
-def keep_configured(trainer: Any, checkpoint: Mapping[str, Any], stored: Sequence[Mapping[str, Any]]) -> None:
-    """Let configured options of optimizers beat those in the states that they are restored from.
+def keep_configured(trainer: Any, checkpoint: Mapping[str, Any], classes: Sequence[str]) -> None:
+    """Let the configured options of optimizers beat those in the states that they are restored from.
 
     torch restores learning rate and weight decay together with the moments: a new ``model.learning_rate`` would change
-    nothing. Options that are configured as they were stay the checkpoint's: a schedule may have changed them, as
-    OneCycleLR does betas.
+    nothing. The rates of a schedule other than transformers' stay the checkpoint's.
 
     Args:
         trainer: Its optimizers are about to be restored.
         checkpoint: They are restored from it; changed in place.
-        stored: What :func:`describe_optimizers` returned in the run that saved it.
+        classes: What :func:`optimizer_classes` returned in the run that saved it.
 
     Raises:
         UserError: An optimizer is of another class: the state means nothing to it.
     """
-    states, configured = checkpoint["optimizer_states"], describe_optimizers(trainer)
-    for optimizer, state, before, now in zip(trainer.optimizers, states, stored, configured, strict=False):
-        if before["class"] != now["class"]:
+    for before, now in zip(classes, optimizer_classes(trainer), strict=False):
+        if before != now:
             raise UserError(
-                f"The optimizer was {before['class']} and is {now['class']}, which cannot continue from that state: "
-                "put model.optimizer back, or begin a new run from the adapter folder with model.adapter."
+                f"The optimizer was {before} and is {now}, which cannot continue from that state: put model.optimizer "
+                "back, or begin a new run from the adapter folder with model.adapter."
             )
-        groups = zip(state["param_groups"], optimizer.param_groups, before["groups"], now["groups"], strict=False)
-        for group, fresh, old, new in groups:  # torch compares their numbers
-            group.update({name: fresh[name] for name, value in new.items() if old.get(name) != value})
-    for config, of_schedule in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=False):
+    states = checkpoint["optimizer_states"]
+    for optimizer, state in zip(trainer.optimizers, states, strict=False):  # torch compares the numbers of groups
+        for group, fresh in zip(state["param_groups"], optimizer.param_groups, strict=False):
+            group.update({name: fresh[name] for name in fresh if name not in ("params", "lr", "initial_lr")})
+    for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=False):
         schedule = config.scheduler
         if isinstance(schedule, LambdaLR):  # its rates follow from the step alone, as those of transformers do
             groups = states[trainer.optimizers.index(schedule.optimizer)]["param_groups"]
             for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=False):
-                group.update(initial_lr=base, lr=base * factor(of_schedule["last_epoch"]))
-            of_schedule["base_lrs"] = schedule.base_lrs
-
-
-def _plain(value: Any) -> Any:
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+                group.update(initial_lr=base, lr=base * factor(state["last_epoch"]))
+            state["base_lrs"] = schedule.base_lrs

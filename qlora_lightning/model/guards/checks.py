@@ -1,11 +1,10 @@
 """Checks of what silently breaks training: Trainer settings, training mode, token ids, gradients."""
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import Strategy
 from torch import nn
 
@@ -17,7 +16,7 @@ from qlora_lightning.support.errors import UserError
 
 
 def check_trainer(precision: str, strategy: type[Strategy], quantization: str, processes: int = 1) -> None:
-    """Refuse Trainer settings under which training would silently go wrong."""
+    """Reject Trainer settings under which training would silently go wrong."""
     if precision == "16-mixed" and processes > 1:  # each would skip steps by its own gradients, before they are added
         raise UserError(
             f"trainer.precision is 16-mixed with {processes} processes, whose adapters would drift apart. Leave it at "
@@ -32,8 +31,8 @@ def check_trainer(precision: str, strategy: type[Strategy], quantization: str, p
     if any(kind in kinds for kind in ("FSDP", "DeepSpeed", "ModelParallel")):
         raise UserError(
             f"trainer.strategy is {strategy.__name__}, which shards parameters: with a base quantized as "
-            f"{quantization} that is silently wrong or unverified. Use `ddp`: each device holds its own small base. "
-            "`ddp_sharded` shards a base that no device can hold."
+            f"{quantization} that is silently wrong or unverified. Use `ddp`, or `ddp_sharded` for a base that no "
+            "device can hold."
         )
     if issubclass(strategy, ShardedDDPStrategy) and quantization == "int8":
         raise UserError(
@@ -42,11 +41,8 @@ def check_trainer(precision: str, strategy: type[Strategy], quantization: str, p
         )
 
 
-def check_callbacks(callbacks: Iterable[object], *needed: type) -> None:
-    """Refuse to train without the callbacks that the module itself brings along, or with averages of the whole model.
-
-    The copy that Lightning's callbacks average is made before there is a model, or holds the packed bytes of the base.
-    """
+def check_callbacks(callbacks: Iterable[object], *required: type) -> None:
+    """Reject a fit without the callbacks that the module brings along, or with averages of the whole model."""
     present = list(callbacks)
     for callback in present:
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
@@ -55,7 +51,7 @@ def check_callbacks(callbacks: Iterable[object], *needed: type) -> None:
                 "a frozen base. Average the adapter instead: `ema: {decay: 0.999}` in the config, AdapterEMA() in "
                 "Python."
             )
-    missing = [kind.__name__ for kind in needed if not any(isinstance(callback, kind) for callback in present)]
+    missing = [kind.__name__ for kind in required if not any(isinstance(callback, kind) for callback in present)]
     if missing:
         raise RuntimeError(
             f"{missing[0]} is missing, and runs would not resume, or not be watched over: return "
@@ -63,34 +59,22 @@ def check_callbacks(callbacks: Iterable[object], *needed: type) -> None:
         )
 
 
-def refuse_found_rate(callbacks: Iterable[object]) -> None:
-    """Report the learning rate that a LearningRateFinder of the Trainer has found, instead of training with it.
-
-    The schedule would return to the configured rate at the second step, and a checkpoint that is resumed is forgotten.
-    """
-    for finder in callbacks:
-        if isinstance(finder, LearningRateFinder):
-            rate = finder.optimal_lr and finder.optimal_lr.suggestion()
-            raise UserError(
-                f"LearningRateFinder found {'no learning rate' if rate is None else f'the learning rate {rate:.3g}'}. "
-                "Lightning would use it for the first step alone, and could not resume: set model.learning_rate "
-                "yourself, and remove LearningRateFinder from trainer.callbacks."
-            )
+# ---- in a step -------------------------------------------------------------------------------------------------------
 
 
 def check_training_mode(model: nn.Module) -> None:
-    """Refuse a model that generation, say, left in evaluation mode: dropout and checkpointing would silently be off."""
-    asleep = [name for name, module in model.named_modules() if not module.training]
-    if asleep:
+    """Reject a model that generation, say, left in evaluation mode: dropout and checkpointing would silently be off."""
+    in_eval = [name for name, module in model.named_modules() if not module.training]
+    if in_eval:
         raise RuntimeError(
-            f"The model is in evaluation mode in a training step ({len(asleep)} modules, as {asleep[0] or 'all'}): "
+            f"The model is in evaluation mode in a training step ({len(in_eval)} modules, as {in_eval[0] or 'all'}): "
             "dropout and activation checkpointing would be off. "
             "A callback or hook called `model.eval()` or `generate`; call `model.train()` after it."
         )
 
 
 def check_token_ids(batch: Mapping[str, Any], vocabulary: int, data: Any) -> None:
-    """Refuse a token id of a flat batch that is not one of the ``vocabulary`` rows of the embedding.
+    """Reject a token id of a flat batch that is not one of the ``vocabulary`` rows of the embedding.
 
     A stop token at the end of rows is never looked up there: only the loss would meet it, as a label. The place of its
     row comes from ``data``, the Trainer's data module, if there is one.
@@ -109,24 +93,19 @@ def check_token_ids(batch: Mapping[str, Any], vocabulary: int, data: Any) -> Non
     )
 
 
-# ---- the adapters ----------------------------------------------------------------------------------------------------
-
-_GROWN = 1.0  # A begins below it, B at zero, and sound training leaves both far below
-
-
 def check_held(trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer that was not given every tensor that trains: it would stay as it is."""
+    """Reject an optimizer that was not given every tensor that trains: it would stay as it is."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    left = [name for name, parameter in trainable.items() if id(parameter) not in held]
-    if left:
+    missing = [name for name, parameter in trainable.items() if id(parameter) not in held]
+    if missing:
         raise RuntimeError(
-            f"{len(left)} of {len(trainable)} trainable tensors are in none of the optimizer's groups, as "
-            f"{', '.join(left[:3])}: they would stay as they are. Let `parameter_groups` return every trainable tensor."
+            f"{len(missing)} of {len(trainable)} trainable tensors are in none of the optimizer's groups, as "
+            f"{', '.join(missing[:3])}: they would never learn. Let `parameter_groups` return every trainable tensor."
         )
 
 
 def check_gradients(trainable: Mapping[str, nn.Parameter]) -> bool:
-    """Refuse adapters that get no gradient.
+    """Reject adapters that get no gradient.
 
     B has one from the first step. A's is exactly zero until B has moved away from zero, so A is asked only then. Of an
     adapter a gradient of zeros counts as none; of an embedding's rows, say, all may be absent from a window.
@@ -136,21 +115,16 @@ def check_gradients(trainable: Mapping[str, nn.Parameter]) -> bool:
     """
     dead, waits = [], False
     for name, parameter in trainable.items():
-        is_a, is_b = ".lora_A." in name, ".lora_B." in name
         if parameter.grad is None:
             dead.append(name)
-        elif is_a and not trainable[name.replace(".lora_A.", ".lora_B.")].detach().any():
+        elif ".lora_A." in name and not trainable[name.replace(".lora_A.", ".lora_B.")].detach().any():
             waits = True
-        elif (is_a or is_b) and not parameter.grad.any():
+        elif (".lora_A." in name or ".lora_B." in name) and not parameter.grad.any():
             dead.append(name)
     if dead:
-        adapters = [tensor.detach() for name, tensor in trainable.items() if ".lora_" in name]
-        largest = max((float(each.abs().max().nan_to_num(nan=math.inf)) for each in adapters), default=0.0)
-        cause = "A frozen layer passes no gradient, or compute_loss does not use them."
-        if largest > _GROWN:
-            cause = f"Training has diverged, to weights up to {largest:.3g}: lower model.learning_rate and start again."
         raise RuntimeError(
             f"{len(dead)} of {len(trainable)} trainable tensors get no gradient, as {', '.join(dead[:3])}: they would "
-            f"never learn. {cause}"
+            "never learn. A frozen layer passes no gradient, compute_loss does not use them, or training has diverged "
+            "(lower model.learning_rate)."
         )
     return not waits

@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch.trainer.states import TrainerFn
 
 from qlora_lightning.model.checkpoint.format import read_checkpoint
-from qlora_lightning.model.guards.checks import check_callbacks, check_trainer, refuse_found_rate
+from qlora_lightning.model.guards.checks import check_callbacks, check_trainer
 from qlora_lightning.model.layers.elementwise import check_row_length
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import callbacks_of
@@ -41,6 +41,5 @@ def check_start(module: Any, needed: tuple[type, ...]) -> None:
 
 def check_fit(module: Any) -> None:
     """Check what would show only at some step of a fit."""
-    refuse_found_rate(callbacks_of(module.trainer))
     data = getattr(module.trainer, "datamodule", None)
     check_row_length(module.causal_lm.config, getattr(data, "max_length", 0))

@@ -26,10 +26,7 @@ def build_optimizer(
     optimizer_class, arguments = check_optimizer(choice, learning_rate, weight_decay)
     if choice is None:
         arguments["fused"] = fused
-    try:
-        return optimizer_class(groups, **arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model.optimizer {optimizer_class.__name__} does not take {arguments}: {error}.") from error
+    return optimizer_class(groups, **arguments)
 
 
 def check_optimizer(
@@ -113,13 +110,6 @@ def plan_steps(trainer: Any) -> int:
     return count_optimizer_steps(batches, trainer.accumulate_grad_batches, trainer.max_epochs, trainer.max_steps)
 
 
-def explain_no_steps(trainer: Any) -> str:
-    """Name the setting because of which a Trainer takes no optimizer step."""
-    limits = ("max_epochs", "max_steps", "limit_train_batches")
-    zero = [f"trainer.{name}" for name in limits if getattr(trainer, name) == 0]
-    return f"Nothing will train: {', '.join(zero) or 'the number of training batches'} is 0. Set it to 1 or more."
-
-
 def check_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[str, dict[str, Any]]:
     """Return name and arguments of a schedule; see :func:`build_schedule`."""
     if not 0.0 <= warmup_ratio < 1.0:
@@ -144,17 +134,11 @@ def build_schedule(
     """
     name, arguments = check_schedule(choice, warmup_ratio)
     warmup = warmup_ratio * total_steps
-    try:
-        schedule: LRScheduler = get_scheduler(
-            name,
-            optimizer,
-            num_warmup_steps=math.ceil(warmup) if warmup >= 1 else 0,
-            num_training_steps=total_steps,
-            scheduler_specific_kwargs=arguments,
-        )
-        return schedule
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"model.schedule {name!r} does not take {arguments}: {error}. Give its arguments beside the name: "
-            "`schedule: {name: …, …}`."
-        ) from error
+    schedule: LRScheduler = get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=math.ceil(warmup) if warmup >= 1 else 0,
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=arguments,
+    )
+    return schedule

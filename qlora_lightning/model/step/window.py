@@ -15,7 +15,7 @@ class Window:
 
     Each micro-batch gives the gradient of a *sum* of losses. At the end of the window the gradients are divided by the
     labelled tokens of the whole window over all ranks, so that every token weighs the same, however the rows were cut
-    into micro-batches and ranks. A mean of means would weigh tokens of short micro-batches more.
+    into micro-batches and ranks.
 
     ``row_ids`` are those of this process in the open window, ``closed_row_ids`` in the one before it.
     """
@@ -33,11 +33,6 @@ class Window:
         self.micro_batches = 0
         self.row_ids = []
         self.labelled_tokens_of_all_ranks: Tensor | None = None
-
-    @property
-    def is_open(self) -> bool:
-        """Whether a micro-batch has been added since the last optimizer step."""
-        return self.micro_batches > 0
 
     def add(self, sums: LossSums, most: int, row_ids: Sequence[int] = ()) -> None:
         """Count one micro-batch of at most ``most``."""

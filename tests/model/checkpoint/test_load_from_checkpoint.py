@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.model.checkpoint.format import KEY, find_foreign_class, plain_settings
+from qlora_lightning.model.checkpoint.format import KEY, plain_settings
 from qlora_lightning.support.errors import UserError
 from tests.equality import same
 from tests.steps import make_module, make_trainer
@@ -79,20 +79,6 @@ def test_a_checkpoint_decides_neither_that_code_may_run_nor_what_is_imported(cha
     with pytest.raises(UserError, match=r"evil.ckpt is not read"):
         QLoRAModule.load_from_checkpoint(tmp_path / "evil.ckpt")
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "foreign"),
-    [
-        (None, False),
-        ("torch.optim.SGD", False),
-        ({"class_path": "bitsandbytes.optim.AdamW8bit", "init_args": {"eps": 1e-6}}, False),
-        ("torch.optimizers.X", True),
-        ("evil.torch.optim.SGD", True),
-    ],
-)
-def test_an_optimizer_counts_only_if_a_file_does_not_decide_what_is_imported(optimizer, foreign):
-    assert find_foreign_class({"rank": 3, "optimizer": optimizer}) == (optimizer if foreign else None)
 
 
 def test_another_shape_is_refused(trained):

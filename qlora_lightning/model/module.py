@@ -21,7 +21,7 @@ from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.model.adapters.folder import add_named_adapter, fill_adapter, save_adapter_folder
 from qlora_lightning.model.adapters.identity import check_identity, identity_of_data
 from qlora_lightning.model.adapters.lora import check_adapter_settings, copy_tensors, trainable_tensors
-from qlora_lightning.model.adapters.summary import adapter_table, describe_sizes
+from qlora_lightning.model.adapters.summary import describe_sizes
 from qlora_lightning.model.adapters.targets import check_layers
 from qlora_lightning.model.answers import generate_answers
 from qlora_lightning.model.checkpoint.format import read_checkpoint, read_content, usable_settings
@@ -501,7 +501,6 @@ class QLoRAModule(lightning.LightningModule):
         precision, autocasts = str(self.trainer.precision), self.autocast_dtype is not None
         for line in (
             explain_dtype(self.compute_dtype, self.device),
-            adapter_table(self.model),
             describe_sizes(self.model),
             explain_plain_layers(self.model, fusion, autocasts=autocasts, precision=precision) if self.fast else None,
         ):

@@ -257,7 +257,7 @@ ADAPTERS = [
     Wrong(
         "pickled_adapter",
         "--model.adapter wrong",
-        ("missing adapter_model.safetensors",),
+        ("no adapter_model.safetensors",),
         change_adapter(lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")),
     ),
 ]

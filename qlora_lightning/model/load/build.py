@@ -60,7 +60,7 @@ def assemble_model(
     is_of_hub = loaded.source.kind == "hub"  # PEFT loads the base by this
     model.peft_config[ADAPTER].base_model_name_or_path = loaded.source.name if is_of_hub else str(loaded.source.folder)
     identity["adapter"] = describe_adapter(model)
-    return LoadedModel(model, identity, fuse(model, fast))
+    return LoadedModel(model, identity, set_fast(model, fast))
 
 
 def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: Any) -> peft.PeftModel:
@@ -90,7 +90,7 @@ def _check_own_shape(model: peft.PeftModel, options: dict[str, Any], folder: Pat
             raise UserError(f"model.{name} is {options[name]}, but {folder} has {own[name]}: leave it out.")
 
 
-def fuse(model: peft.PeftModel, fast: bool) -> bool:
+def set_fast(model: peft.PeftModel, fast: bool) -> bool:
     """Let layers run fused if they can and ``fast`` is set; return whether something trains in PEFT's own layers."""
     if not fast:
         model.get_base_model().set_attn_implementation(register_flat_attention(fast=False))

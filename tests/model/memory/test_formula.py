@@ -13,7 +13,7 @@ from transformers import Gemma2Config, LlamaConfig
 from qlora_lightning.model.adapters.lora import add_adapters, trainable_tensors
 from qlora_lightning.model.adapters.summary import bytes_by_dtype, count_parameters, describe_sizes
 from qlora_lightning.model.load.base_model import load_base
-from qlora_lightning.model.load.build import fuse, meta_base, put_adapters
+from qlora_lightning.model.load.build import meta_base, put_adapters, set_fast
 from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests import steps
@@ -26,7 +26,7 @@ def build(config, quantization="nf4", folder=None, fast=True, dtype=torch.bfloat
     base = meta_base(config, dtype, quantization)
     options = options if folder else {"rank": 4, **options}
     model = put_adapters(base, folder, **options).to("meta")
-    fuse(model, fast)
+    set_fast(model, fast)
     return model
 
 

@@ -194,7 +194,7 @@ def test_a_pickle_in_a_checkpoint_is_rejected_in_our_own_words(tiny_base, rows_f
     [
         ("qlora_lightning.json", {"base": ["x"]}, "base must be str, found list"),
         ("qlora_lightning.json", {"format_version": "9"}, "format_version must be int, found str"),
-        ("qlora_lightning.json", {"data": {"settings": 3}}, "data.settings must be dict, found int"),
+        ("qlora_lightning.json", {"data": {"settings": 3}}, "settings must be dict, found int"),
         ("qlora_lightning.json", {"compute_dtype": "load"}, "compute_dtype is 'load', expected one of bfloat16"),
         ("adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": 3}, "must be str, found int"),
     ],

@@ -121,7 +121,7 @@ VALUES = [
     Wrong("layers_word", "--model.layers first:2", ("model.layers", "last:N")),
     Wrong("layers_beyond", "--model.layers last:9", ("model.layers", "2 layers")),
     Wrong("target_modules", "--model.target_modules q_prj", ("model.target_modules", "q_proj")),
-    Wrong("lora_options", "--model.lora_options {'use_rslroa':true}", ("use_rslroa", "Did you mean 'use_rslora'?")),
+    Wrong("lora_options", "--model.lora_options {'use_rslroa':true}", ("use_rslroa", "use_rslora")),
     Wrong("learning_rate", "--model.learning_rate -1", ("model.learning_rate is -1", "positive")),
     Wrong("optimizer_path", "--model.optimizer no.such.Optimizer", ("no.such.Optimizer", "cannot be imported")),
     Wrong("optimizer_kind", "--model.optimizer os.system", ("os.system", "not a torch optimizer class")),
@@ -257,7 +257,7 @@ ADAPTERS = [
     Wrong(
         "pickled_adapter",
         "--model.adapter wrong",
-        ("missing adapter_model.safetensors",),
+        ("no adapter_model.safetensors",),
         change_adapter(lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")),
     ),
 ]

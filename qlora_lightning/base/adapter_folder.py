@@ -1,5 +1,6 @@
 """An adapter folder as files: where it is, and what it says it belongs to."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,35 +9,24 @@ from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, read
 from qlora_lightning.support.versions import check_version
 
 _REMEDY = "Copy the adapter folder again."
-_TYPES = {
-    **dict.fromkeys(("base", "revision", "fingerprint", "config_hash", "quantization", "compute_dtype"), str),
-    **{"format_version": int, "double_quant": bool, "adapter": dict, "data": dict},
-}  # of what qlora_lightning.json says
-_CHOICES = {
-    "quantization": ("nf4", "fp4", "int8", "none"),
-    "compute_dtype": ("bfloat16", "float16", "float32"),
-}
+_STRINGS = ("base", "revision", "fingerprint", "config_sha256", "quantization", "compute_dtype")
+_TYPES = {**dict.fromkeys(_STRINGS, str), "format_version": int, "double_quant": bool, "adapter": dict, "data": dict}
+_DATA_TYPES = {"settings": dict, "samples": dict}
+_CHOICES = {"quantization": ("nf4", "fp4", "int8", "none"), "compute_dtype": ("bfloat16", "float16", "float32")}
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
     """Check an adapter folder, and read what it says it belongs to; nothing if other tools wrote it."""
-    missing = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (folder / name).is_file()]
-    if missing:
-        raise UserError(
-            f"{folder} is not an adapter folder: expected adapter_config.json and adapter_model.safetensors in it, "
-            f"missing {' and '.join(missing)}."
-        )
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is not an adapter folder: there is no {name} in it.")
     read_adapter_config(folder)  # its faults are reported before a base is loaded
     file = folder / IDENTITY
     if not file.is_file():
         return {}
     identity = {name: value for name, value in read_json_object(file, _REMEDY).items() if value is not None}
-    for name, kind in _TYPES.items():
-        _check_value(file, name, identity.get(name), kind)
-    for name in ("settings", "samples"):
-        _check_value(file, f"data.{name}", identity.get("data", {}).get(name), dict)
-    for name, count in identity.get("data", {}).get("samples", {}).items():
-        _check_value(file, f"data.samples.{name}", count, int)
+    _check_types(file, identity, _TYPES)
+    _check_types(file, identity.get("data", {}), _DATA_TYPES)
     for name, choices in _CHOICES.items():
         if identity.get(name, choices[0]) not in choices:
             raise UserError(f"{file}: {name} is {identity[name]!r}, expected one of {', '.join(choices)}. {_REMEDY}")
@@ -44,9 +34,11 @@ def read_identity(folder: Path) -> dict[str, Any]:
     return identity
 
 
-def _check_value(file: Path, name: str, value: Any, kind: type) -> None:
-    if value is not None and type(value) is not kind:
-        raise UserError(f"{file}: {name} must be {kind.__name__}, found {type(value).__name__}. {_REMEDY}")
+def _check_types(file: Path, content: dict[str, Any], kinds: Mapping[str, type]) -> None:
+    for name, kind in kinds.items():
+        value = content.get(name)
+        if value is not None and type(value) is not kind:
+            raise UserError(f"{file}: {name} must be {kind.__name__}, found {type(value).__name__}. {_REMEDY}")
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -55,7 +47,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f"{folder} holds an adapter of peft_type {kind}: expected LORA.")
-    _check_value(folder / "adapter_config.json", "base_model_name_or_path", config.get("base_model_name_or_path"), str)
+    _check_types(folder / "adapter_config.json", config, {"base_model_name_or_path": str})
     return config
 
 

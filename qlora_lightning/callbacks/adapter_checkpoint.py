@@ -27,7 +27,7 @@ from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.run_folder import is_resumed, locking, refuse_everywhere, refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.model.adapters.folder import UNFINISHED as UNFINISHED_ADAPTER
-from qlora_lightning.model.adapters.folder import explain_other_task, loading_snippet
+from qlora_lightning.model.adapters.folder import loading_snippet
 from qlora_lightning.model.adapters.lora import copy_tensors, trainable_tensors
 from qlora_lightning.model.checkpoint.loops import ends_training, validation_follows
 from qlora_lightning.model.checkpoint.resume import has_other_validation
@@ -315,8 +315,8 @@ class LoadingLines(Callback):
         if stage == "fit" and trainer.is_global_zero and not is_trial_run(trainer) and identity.exists():
             # Not read_identity, which is for who builds on it: a build_model may have made another kind than LoRA.
             config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-            other_task = explain_other_task(config["task_type"])
-            how = other_task or "To load it with plain PEFT:"
+            is_causal = config["task_type"] in (None, "CAUSAL_LM")
+            how = "To load it with plain PEFT:" if is_causal else ""
             terminal().print(f"\nAdapter: [bold]{escape(str(folder))}[/bold]. {how}\n")
-            if not other_task:
+            if is_causal:
                 say(loading_snippet(folder, json.loads(identity.read_text(encoding="utf-8"))))

@@ -15,20 +15,15 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from qlora_lightning.base.adapter_folder import read_adapter_config
 from qlora_lightning.base.folder import BaseFolder, TensorFiles
-from qlora_lightning.model.adapters.lora import ADAPTER, SET_BY_KEYS, check_lora_options
+from qlora_lightning.model.adapters.lora import ADAPTER
 from qlora_lightning.model.load.base_model import Quantization, find_quantized
 from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.step.layout import IGNORED
-from qlora_lightning.support.errors import UserError
 
 Weights = Callable[[str], Tensor]  # a base's tensor by its name
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# Fields of an adapter's config that say nothing of the function it computes.
-_INDIFFERENT = {"task_type", "peft_type", "inference_mode", "auto_mapping", "peft_version", "init_lora_weights"}
 _TOKENS = 64  # compared at a time: 64 x 128,256 x 4 bytes are 33 MB
 
 
@@ -109,10 +104,9 @@ class MergePlan:
 
 
 def plan_merge(base_folder: Path, adapter: Path) -> MergePlan:
-    """Put an adapter on its base on the meta device; reject one of a kind whose merge is not verified."""
+    """Put an adapter on its base on the meta device."""
     base = meta_base(base_folder)
     shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
-    _check_options(adapter, base)
     return MergePlan(put_adapters(base, adapter).requires_grad_(False).eval(), shapes)
 
 
@@ -127,7 +121,7 @@ class MergedWeights:
         self._changed = changed_modules(plan)
 
     def __call__(self, name: str) -> Tensor:
-        """Return a tensor of the merged model; raise UserError if it is not finite."""
+        """Return a tensor of the merged model; PEFT raises a ValueError if it is not finite."""
         if name == HEAD and name not in self._names:
             name = EMBEDDING  # tied
         owner, _, kind = name.rpartition(".")
@@ -145,16 +139,10 @@ def _merge_layer(layer: Any, name: str, weights: Weights) -> Tensor:
     base_layer = layer.get_base_layer()
     meta_weight = base_layer.weight
     base_layer.weight = nn.Parameter(weights(name).float(), requires_grad=False)
-    try:
-        layer.merge(safe_merge=True, adapter_names=[ADAPTER])
-        merged: Tensor = base_layer.weight.detach()
-    except ValueError as error:
-        raise UserError(
-            f"The adapter cannot be merged into {name}: {error}. It has diverged, or its file is damaged."
-        ) from error
-    finally:
-        base_layer.weight = meta_weight
-        layer.merged_adapters.clear()
+    layer.merge(safe_merge=True, adapter_names=[ADAPTER])
+    merged: Tensor = base_layer.weight.detach()
+    base_layer.weight = meta_weight
+    layer.merged_adapters.clear()
     return merged
 
 
@@ -166,22 +154,6 @@ def changed_modules(plan: MergePlan) -> dict[str, nn.Module]:
         for name, module in plan.model.get_base_model().named_modules()
         if isinstance(module, kinds) and not getattr(module, "tied_adapter", None)
     }
-
-
-def _check_options(adapter: Path, base: PreTrainedModel) -> None:
-    """Reject by name what was not verified, by the same rules as where an adapter is made."""
-    stored, usual = read_adapter_config(adapter), peft.LoraConfig().to_dict()
-    options = {
-        name: value
-        for name, value in stored.items()
-        if name not in _INDIFFERENT and name not in SET_BY_KEYS and value not in (usual.get(name), None, False, [], {})
-    }
-    if isinstance(stored.get("init_lora_weights"), str):
-        options["init_lora_weights"] = stored["init_lora_weights"]
-    try:
-        check_lora_options(options, base)
-    except UserError as error:
-        raise UserError(f"The adapter folder {adapter} cannot be merged: {error}") from error
 
 
 # ---- compared --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import bitsandbytes as bnb
 import gguf
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_lightning.cli import main
-from qlora_lightning.model.load.base_model import load_base
 from qlora_lightning.model.merge import MergedWeights
 from tests.adapters import make_run
 from tests.help_examples import help_examples
@@ -145,23 +143,6 @@ def test_an_adapter_alone_as_gguf_is_the_same_update(merged):
         np.testing.assert_allclose(alpha / len(a) * tensors[f"{place}.weight.lora_b"], 2.0 * b, rtol=1e-6)
 
 
-def test_the_trained_base_comes_from_the_cache_whatever_quantized_it(whole, folder, tiny_base, monkeypatch):
-    def merged(name):
-        merge("--out", name, "--dtype", "fp32", "--rows", "0")
-        return load_file(f"{name}/model.safetensors")
-
-    cached = load_file(whole[0] / "merged" / "model.safetensors")
-    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(folder / "cache"))
-    again = merged("again")
-    assert all(torch.equal(tensor, cached[name]) for name, tensor in again.items())
-    usual = bnb.functional.quantize_4bit
-    with monkeypatch.context() as patch:  # a GPU may round otherwise
-        patch.setattr(bnb.functional, "quantize_4bit", lambda weight, *more, **own: usual(2 * weight, *more, **own))
-        load_base(str(tiny_base), compute_dtype=torch.float32)
-    other, update = merged("other")[f"{NAME}.weight"], update_of(NAME)[2]
-    torch.testing.assert_close(other - update, 2 * (cached[f"{NAME}.weight"] - update))
-
-
 def test_an_adapter_of_another_tool_is_added_to_the_original_weights(folder, tiny_base, capsys):
     (folder / "foreign").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -169,8 +150,6 @@ def test_an_adapter_of_another_tool_is_added_to_the_original_weights(folder, tin
     merge("--out", "merged", adapter="foreign", code=2)
     assert "does not say how its base was quantized" in capsys.readouterr().err
     original = ("--out", "merged", "--onto", "original", "--dtype", "fp32")
-    merge(*original, adapter="foreign", code=2)
-    assert "there is no config.yaml beside the adapter folder" in capsys.readouterr().err
     merge(*original, "--data.val", "runs/quickstart/val.jsonl", adapter="foreign")
     before, after = load_file(tiny_base / "model.safetensors"), load_file("merged/model.safetensors")
     assert before.keys() == after.keys()
@@ -181,22 +160,22 @@ def test_an_adapter_of_another_tool_is_added_to_the_original_weights(folder, tin
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", ["model.safetensors", "gguf"])
-def test_a_model_that_disagrees_is_not_kept(folder, capsys, monkeypatch, wrong):
+@pytest.mark.parametrize(
+    ("function", "typed", "name"),
+    [
+        ((MergedWeights, "__call__"), [], "onto dequantized, bf16"),
+        ((gguf.quants, "quantize"), ["--gguf", "f16"], "gguf"),
+    ],
+)
+def test_a_model_that_disagrees_is_not_kept(folder, capsys, monkeypatch, function, typed, name):
     """What is written is loaded again: a fault in either file is seen."""
-    if wrong == "gguf":
-        usual = gguf.quants.quantize
-        monkeypatch.setattr("gguf.quants.quantize", lambda values, kind: usual(2 * values, kind))
-        typed, words = ["--gguf", "f16"], "written: model-f16.gguf: KL"
-    else:
-        usual = MergedWeights.__call__
-        monkeypatch.setattr(MergedWeights, "__call__", lambda self, name: 2 * usual(self, name))
-        typed, words = [], "written: onto dequantized, bf16: KL"
+    usual = getattr(*function)
+    monkeypatch.setattr(*function, lambda *arguments: 2 * usual(*arguments))
     before = paths(folder)
     merge("--out", "merged", "--rows", "2", "--json", "found.json", *typed, code=2)
     err = capsys.readouterr().err
     assert "The merged model is not kept" in err
-    assert words in err
+    assert f"{name}: KL" in err
     assert paths(folder) == before
 
 
@@ -212,20 +191,16 @@ def test_only_a_merged_model_is_replaced_and_only_by_force(folder, capsys):
     assert load_file("disk/model/model.safetensors")["model.norm.weight"].dtype == torch.float16
     assert [entry.name for entry in (folder / "disk").iterdir()] == ["model"]
     before = paths(folder)
-    for other in ("runs/quickstart", f"{ADAPTER}/adapter_config.json"):
-        merge("--out", other, "--force", code=2)
+    merge("--out", "runs/quickstart", "--force", code=2)
     assert paths(folder) == before
 
 
 WRONG = {
     "": "--out is missing",
-    "--out x stray": "unrecognized arguments: stray",
     "--out x --rows 0 --data.val x.jsonl": "unrecognized arguments: --data.val",
     "--out x --nothing 3": "nothing",
     "--out x --gguf q4_0": "invalid choice: 'q4_0'",
     "--out x --adapter none": "none is not an adapter folder",
-    "--out x --base none": "Base 'none': no such file or folder",
-    "--out x --data.val none.jsonl": "none.jsonl",
     f"--adapter-gguf {ADAPTER}/adapter_model.safetensors": "exists already",
 }
 
@@ -241,13 +216,12 @@ def test_what_is_wrong_is_reported_in_one_line(typed, folder, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_merge_leaves_no_output(how, folder):
+def test_a_stopped_merge_leaves_no_output(folder):
     command = [sys.executable, "-m", "qlora_lightning", "merge", "--adapter", ADAPTER, "--out", "merged"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while process.poll() is None and not (folder / ".merged.unfinished").exists():
         time.sleep(0.01)
-    process.send_signal(how)
-    assert process.wait() == (-how if how == signal.SIGKILL else 128 + how)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
     assert not (folder / "merged").exists()
-    assert (folder / ".merged.unfinished").exists() == (how == signal.SIGKILL)
+    assert not (folder / ".merged.unfinished").exists()

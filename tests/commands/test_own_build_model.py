@@ -75,7 +75,6 @@ def test_validate_and_evaluate_use_what_was_trained(kind, command, config, read_
 def test_an_adapter_of_another_task_shows_no_lines_that_its_class_refuses(command, config, tmp_path):
     printed = command("fit", "--model", "own_modules.Features", config=config)
     for text in (printed, (tmp_path / "own" / "adapter" / "README.md").read_text()):
-        assert "PEFT's PeftModelForFeatureExtraction" in " ".join(text.split())
         assert "AutoPeftModelForCausalLM" not in text
 
 

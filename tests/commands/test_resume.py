@@ -162,7 +162,7 @@ def test_other_rows_count_if_that_is_said_and_the_runs_config_does_not_say_it_ag
     rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join([*rows[1:], rows[0]]))
     out = command("fit", *LONGER, config="run/config.yaml", code=2)
-    assert "other training samples (16 there and here" in out
+    assert "other training samples (16 there, 16 here" in out
     assert "--data.accept_changed_data true" in out
     command("fit", *LONGER, "--data.accept_changed_data", "true", config="run/config.yaml")
     assert "accept_changed_data" not in (tmp_path / "run" / "config.yaml").read_text()

@@ -88,8 +88,8 @@ def _parser() -> OptionParser:
         type=NonNegativeFloat,
         metavar="NATS",
         help="keep nothing if what is written diverges from base and adapter by more, in nats per token "
-        "(default: 0.001 in fp32 and 0.01 rounded, onto dequantized; 0.5 onto original; at least 0.01 for a GGUF file, "
-        "0.05 for q6_k, 0.15 for q5_k_m and 0.25 for q4_k_m)",
+        "(default: onto dequantized 0.01, or 0.001 if trained and written in fp32; 0.5 onto original; at least 0.01 "
+        "for a GGUF file, 0.05 for q6_k, 0.15 for q5_k_m and 0.25 for q4_k_m)",
     )
     add_json_option(parser)
     return parser

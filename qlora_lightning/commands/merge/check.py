@@ -1,6 +1,7 @@
 """Whether a merged model computes what base and adapter compute, on validation rows."""
 
 import argparse
+import dataclasses
 import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
 from qlora_lightning.commands.adapter_config import add_config
@@ -18,9 +18,8 @@ from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.collate import collate_rows
 from qlora_lightning.model.load.device import choose_compute_dtype
-from qlora_lightning.model.load.opened_adapter import AdapterSource
+from qlora_lightning.model.load.opened_adapter import AdapterSource, open_adapter
 from qlora_lightning.model.merge import compare_logits, labelled_logits
-from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 
@@ -37,23 +36,12 @@ def check_written(
 ) -> dict[str, Any]:
     """Load what was written with transformers, and compare it with base and adapter, on a GPU if there is one.
 
-    One model is in memory at a time: base and adapter first, whose logits are kept.
-
-    Args:
-        options: of the command.
-        source: the adapter and its base.
-        folder: what was written.
-        gguf_file: likewise, if it was asked for.
-        batches: of validation rows.
-
-    Returns:
-        What was found, for ``merge.json``.
-
-    Raises:
-        UserError: a model differs by too much.
+    One model is in memory at a time: base and adapter first, whose logits are kept. Returns what was found, for
+    ``merge.json``; raises UserError if a model differs by too much. ``gguf_file`` is in ``folder``.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reference, labels = _reference_logits(source, device, batches)
+    trained_on = dataclasses.replace(source, quantization=source.quantization or "none")
+    reference, labels = labelled_logits(open_adapter(trained_on).model.eval(), batches)
     rows = sum(len(set(batch["row_ids"].tolist())) for batch in batches)
     loss = compare_logits(reference, reference, labels).loss
     say(f"Checked on {rows} validation rows, {len(labels):,} labelled tokens:")
@@ -80,24 +68,6 @@ def check_written(
             "onto the dequantized base, choose a --gguf type of more bits, or allow more with --max-kl."
         )
     return figures
-
-
-def _reference_logits(
-    source: AdapterSource, device: torch.device, batches: Sequence[Mapping[str, Any]]
-) -> tuple[Tensor, Tensor]:
-    """Return the labelled logits, and the labels, of the base as it is in training with the adapter on it."""
-    module = QLoRAModule(
-        source.base.name,
-        revision=source.base.revision,
-        quantization=source.quantization or "none",
-        double_quant=source.double_quant,
-        compute_dtype="fp32" if source.compute_dtype == torch.float32 else "auto",
-        adapter=str(source.folder),
-    ).to(device)
-    module.configure_model()
-    module.eval()
-    with module.autocast():
-        return labelled_logits(module.model, batches)
 
 
 def _load_written(folder: Path, gguf_file: Path | None, device: torch.device) -> Any:

@@ -20,7 +20,7 @@ from qlora_lightning.model.guards.checks import check_trainer
 from qlora_lightning.model.layers.attention import can_leave_out
 from qlora_lightning.model.layers.elementwise import check_row_length
 from qlora_lightning.model.load.base_model import check_stored_quantization
-from qlora_lightning.model.load.build import fuse, meta_base, put_adapters
+from qlora_lightning.model.load.build import meta_base, put_adapters, set_fast
 from qlora_lightning.model.load.device import choose_compute_dtype, device_memory_gib
 from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.model.module import QLoRAModule
@@ -82,7 +82,7 @@ def _plan(
     folder = None if module.adapter is None else find_adapter_folder(module.adapter)
     base = meta_base(config, dtype, module.quantization)
     model = put_adapters(base, folder, **module.adapter_options).to("meta")
-    fuse(model, module.fast)
+    set_fast(model, module.fast)
 
     leaves_out = module.fast and module.neftune_alpha is None and can_leave_out(model.get_base_model(), True)
     epoch: Epoch | None = None

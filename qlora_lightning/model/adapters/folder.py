@@ -1,6 +1,7 @@
 """The adapter folder: written whole or not at all, read, and its tensors put on a base."""
 
 import copy
+import filecmp
 import json
 import os
 import shutil
@@ -13,11 +14,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.model.adapters.identity import check_identity
-from qlora_lightning.model.adapters.lora import ADAPTER, check_fit, inject
+from qlora_lightning.model.adapters.lora import ADAPTER, check_fit, check_options
 from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import IDENTITY, flush, set_usual_mode, write_whole
@@ -25,7 +25,6 @@ from qlora_lightning.support.versions import FORMAT_VERSION, without_peft_warnin
 
 UNFINISHED = ".writing"  # a folder inside, in which the files of a save are written
 _WEIGHTS = "adapter_model.safetensors"
-_OPTIONAL = ("chat_template.jinja", "generation_config.json")  # an earlier save may have written them, this one not
 _OWN_STOPS = "stops_only_with_its_generation_config"  # a key of qlora_lightning.json
 _CARD = """---
 base_model: {base}
@@ -35,14 +34,13 @@ tags: [lora, qlora]
 
 # LoRA adapter for {base}
 
-{loading}
-"""
-_LOADING = """Trained with qlora_lightning on the base quantized as {quantization}. Load it with plain PEFT, with
+Trained with qlora_lightning on the base quantized as {quantization}. Load it with plain PEFT, with
 this folder's path or hub id in place of the dot:
 
 ```python
 {snippet}
-```"""
+```
+"""
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -57,8 +55,7 @@ def save_adapter_folder(
 ) -> None:
     """Write weights (safetensors, fp32), PEFT config, tokenizer, chat template, identity and a card, without network.
 
-    With the tokenizer goes a ``generation_config.json``: the base's, with every token at which generation stops. How
-    an earlier adapter is replaced, see :func:`_replace_files`.
+    With the tokenizer goes a ``generation_config.json``: the base's, with every token at which generation stops.
 
     Args:
         folder: Where to; it may hold an earlier adapter, and files of the user's, which stay.
@@ -83,7 +80,11 @@ def save_adapter_folder(
     config = copy.copy(model.peft_config[adapter])
     config.inference_mode = True  # as PEFT writes it: who loads the folder uses it, unless asked to train
     config.save_pretrained(staging)
-    (staging / "README.md").write_text(_card(identity, config.task_type), encoding="utf-8")
+    is_causal = config.task_type in (None, peft.TaskType.CAUSAL_LM)
+    # no path, so that the folder can be moved and uploaded as it is
+    snippet = loading_snippet(".", identity) if is_causal else f"# by PEFT's class for the task {config.task_type}"
+    card = _CARD.format(base=identity["base"], quantization=identity["quantization"], snippet=snippet)
+    (staging / "README.md").write_text(card, encoding="utf-8")
     write_whole(staging / IDENTITY, identity)
     # copies: tied tensors share memory, which the format rejects
     own = _tensors_by_key(model, adapter)
@@ -96,47 +97,26 @@ def save_adapter_folder(
 def _replace_files(folder: Path, staging: Path) -> None:
     """Rename the files of ``staging``, which is inside ``folder``, over those of the adapter before.
 
-    No reader finds half a file or the files of two adapters: all files are on the disk before the first rename, the
-    old weights are removed first, and the new ones come last. What a kill leaves:
-
-    - before the old weights are removed, the old adapter;
-    - until the new weights come, a folder without weights, which every reader rejects as no adapter folder; the new
-      weights are in ``staging``;
-    - then the new adapter.
-
-    The next save completes the folder in each case.
+    No reader finds half a file or the files of two adapters. If only weights differ, as between two saves of a run,
+    one rename replaces them. Else the old weights are removed first, and the new ones come last: a kill in between
+    leaves a folder without weights, which every reader rejects, and which the next save completes.
     """
-    files = sorted(staging.rglob("*"), key=lambda file: file.name == _WEIGHTS)  # the weights last
-    files = [file for file in files if file.is_file()]
-    for file in files:
-        flush(file)
-    for name in (_WEIGHTS, *_OPTIONAL):
-        (folder / name).unlink(missing_ok=True)
-    flush(folder)
-    for file in files:
-        target = folder / file.relative_to(staging)  # several chat templates are in a folder of their own
-        target.parent.mkdir(exist_ok=True)
-        if file.name == _WEIGHTS:
-            flush(folder)
-        os.replace(file, target)
+    flush(staging / _WEIGHTS)
+    files = {file: folder / file.relative_to(staging) for file in staging.rglob("*") if file.is_file()}
+    del files[staging / _WEIGHTS]
+    if not all(target.is_file() and filecmp.cmp(file, target, shallow=False) for file, target in files.items()):
+        for file in files:
+            flush(file)
+        (folder / _WEIGHTS).unlink(missing_ok=True)
+        flush(folder)
+        for file, target in files.items():
+            target.parent.mkdir(exist_ok=True)  # several chat templates are in a folder of their own
+            os.replace(file, target)
+        flush(folder)
+    os.replace(staging / _WEIGHTS, folder / _WEIGHTS)
     shutil.rmtree(staging)
     flush(folder)
     flush(folder.parent)
-
-
-def _card(identity: Mapping[str, Any], task_type: str | None) -> str:
-    """Return the ``README.md``, which names no path, so that the folder can be moved and uploaded as it is."""
-    snippet = loading_snippet(".", identity)
-    loading = explain_other_task(task_type) or _LOADING.format(quantization=identity["quantization"], snippet=snippet)
-    return _CARD.format(base=identity["base"], loading=loading)
-
-
-def explain_other_task(task_type: str | None) -> str:
-    """Say how an adapter of another task is loaded; empty for a causal language model: see :func:`loading_snippet`."""
-    if task_type in (None, peft.TaskType.CAUSAL_LM):
-        return ""
-    name = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task_type].__name__
-    return f"Load it with PEFT's {name} onto a base of that kind."
 
 
 def loading_snippet(folder: Path | str, identity: Mapping[str, Any]) -> str:
@@ -150,15 +130,15 @@ def loading_snippet(folder: Path | str, identity: Mapping[str, Any]) -> str:
         f'load_in_4bit=True, bnb_4bit_quant_type="{quantization}", '
         f'bnb_4bit_use_double_quant={identity.get("double_quant", True)}, bnb_4bit_compute_dtype="{dtype}"'
     )
-    place = json.dumps(str(folder))
+    path = json.dumps(str(folder))
     settings = {"none": "", "int8": "load_in_8bit=True"}.get(quantization, four_bits)
     quantize = f", quantization_config=BitsAndBytesConfig({settings})" if settings else ""
-    stops = f", generation_config=GenerationConfig.from_pretrained({place})" if identity.get(_OWN_STOPS) else ""
+    stops = f", generation_config=GenerationConfig.from_pretrained({path})" if identity.get(_OWN_STOPS) else ""
     names = "AutoTokenizer, BitsAndBytesConfig" + (", GenerationConfig" if stops else "")
     return (
         f"from peft import AutoPeftModelForCausalLM; from transformers import {names}\n"
-        f'model = AutoPeftModelForCausalLM.from_pretrained({place}, dtype="{dtype}"{quantize}{stops})\n'
-        f"tokenizer = AutoTokenizer.from_pretrained({place})"
+        f'model = AutoPeftModelForCausalLM.from_pretrained({path}, dtype="{dtype}"{quantize}{stops})\n'
+        f"tokenizer = AutoTokenizer.from_pretrained({path})"
     )
 
 
@@ -171,7 +151,7 @@ def _generation_config(model: peft.PeftModel, tokenizer: Any, stop_ids: Sequence
     # the first is the token that ends an assistant turn, if that is the tokenizer's, as it is with a chosen template
     stops = [number for number in dict.fromkeys([tokenizer.eos_token_id, *stop_ids, *known]) if number is not None]
     own = {"eos_token_id": stops, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    settings.update({name: value for name, value in own.items() if value not in (None, [])})
+    settings |= {name: value for name, value in own.items() if value is not None}
     return settings, set(stops) <= set(known)
 
 
@@ -184,24 +164,20 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(file)
     except SafetensorError as error:
-        raise UserError(
-            f"{file} is not a whole safetensors file, but cut off or damaged ({error}). Copy the adapter folder again."
-        ) from error
+        raise UserError(f"{file} is cut off or damaged ({error}). Copy the adapter folder again.") from error
     for name, tensor in tensors.items():
-        bad = int((~tensor.isfinite()).sum())
-        if bad:
-            raise UserError(
-                f"The adapter folder {folder} is damaged: {bad:,} of {tensor.numel():,} values of {name} are NaN or "
-                "infinite. Copy the folder again, or train again with a lower learning rate."
-            )
+        if not tensor.isfinite().all():
+            raise UserError(f"{file} is damaged, or its training has diverged: values of {name} are NaN or infinite.")
     return tensors
 
 
-def open_adapter_folder(base: PreTrainedModel, folder: Path) -> peft.PeftModel:
-    """Put the adapter of a folder on the base, to train it further; its tensors are real even on a meta base."""
-    model = inject(base, _read_lora_config(folder))
-    fill_adapter(model, folder)
-    return model
+def read_lora_config(folder: Path) -> peft.LoraConfig:
+    """Read PEFT's config of an adapter folder, to train it."""
+    read_identity(folder)  # reports what is missing or damaged
+    config: peft.LoraConfig = peft.LoraConfig.from_pretrained(str(folder))
+    check_options({"init_lora_weights": config.init_lora_weights}, f"The adapter folder {folder}")
+    config.inference_mode = False
+    return config
 
 
 def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
@@ -226,17 +202,9 @@ def add_named_adapter(
     of_base = {key: value for key, value in identity.items() if key != "adapter"}  # its shape may be another
     check_identity(read_identity(folder), of_base, f"The adapter folder {folder}")
     with without_peft_warnings():
-        model.add_adapter(name, _read_lora_config(folder))
+        model.add_adapter(name, read_lora_config(folder))
     fill_adapter(model, folder, name)
     return fast and not any(fuse_layers(model).linears.values())
-
-
-def _read_lora_config(folder: Path) -> peft.LoraConfig:
-    """Read PEFT's config of an adapter folder, to train it."""
-    read_identity(folder)  # reports what is missing or damaged
-    config: peft.LoraConfig = peft.LoraConfig.from_pretrained(str(folder))
-    config.inference_mode = False
-    return config
 
 
 def _tensors_by_key(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:

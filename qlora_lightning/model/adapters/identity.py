@@ -17,15 +17,12 @@ _COMPUTES = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "vocab_size", "hidden_act", "rms_norm_eps", "rope_parameters"),
     *("attention_bias", "mlp_bias", "tie_word_embeddings", "sliding_window", "layer_types"),
-)
-# Of families beside LLaMA, hashed if they are set: hashes of earlier versions stay.
-_COMPUTES_TOO = (
     *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "hidden_activation"),
     *("logits_scaling", "attention_multiplier", "embedding_multiplier", "residual_multiplier", "no_rope_layers"),
 )
 # Options of PEFT that change the adapter's shape or function; the others, as the initialization, are of the past.
 _OPTIONS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices")
-_OF_BASE = {"fingerprint": "weights", "config_hash": "config"}
+_OF_BASE = {"fingerprint": "weights", "config_sha256": "config"}
 _SETTINGS = ("quantization", "double_quant", "rank", "alpha", "target_modules", "layers", "lora_options")
 _DATA = {
     "tokenizer": "tokenizer",
@@ -37,8 +34,7 @@ _DATA = {
 
 def hash_config(config: Any) -> str:
     """Hash what a transformers config says of the function that a model computes."""
-    values = {name: getattr(config, name, None) for name in _COMPUTES}
-    values |= {name: value for name in _COMPUTES_TOO if (value := getattr(config, name, None)) is not None}
+    values = {name: value for name in _COMPUTES if (value := getattr(config, name, None)) is not None}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -49,7 +45,6 @@ def describe_adapter(model: peft.PeftModel) -> dict[str, Any]:
     """
     config = model.peft_config[ADAPTER]
     modules = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
-    layers = {layer for name in modules if (layer := layer_of(name)) is not None}
     options = {name: value for name in _OPTIONS if (value := getattr(config, name))}
     if "modules_to_save" in options:
         options["modules_to_save"] = sorted(options["modules_to_save"])
@@ -58,15 +53,14 @@ def describe_adapter(model: peft.PeftModel) -> dict[str, Any]:
         "alpha": config.lora_alpha,
         "dropout": config.lora_dropout,
         "target_modules": sorted({name.rpartition(".")[2] for name in modules}),
-        "layers": sorted(layers),
+        "layers": sorted({layer for name in modules if (layer := layer_of(name)) is not None}),
         "lora_options": options,
     }
 
 
 def identity_of_data(trainer: Any) -> dict[str, Any]:
     """Return what the trainer's data module says of its rows, tokenizer and template, if it does."""
-    identity = getattr(getattr(trainer, "datamodule", None), "identity", None)
-    return dict(identity) if isinstance(identity, Mapping) else {}
+    return dict(getattr(getattr(trainer, "datamodule", None), "identity", None) or {})
 
 
 def check_identity(stored: Mapping[str, Any], own: Mapping[str, Any], source: str) -> None:
@@ -75,24 +69,22 @@ def check_identity(stored: Mapping[str, Any], own: Mapping[str, Any], source: st
     What one of the two does not know is not compared.
     """
     theirs, mine = ({**each, **(each.get("adapter") or {})} for each in (stored, own))
-    names = [name for name in (*_OF_BASE, *_SETTINGS) if _differ(theirs, mine, name)]
-    if own.get("quantization") not in ("nf4", "fp4"):  # only 4-bit weights have scales to quantize
-        names = [name for name in names if name != "double_quant"]
-    if not names:
-        return
-    name = names[0]
-    theirs_short, mine_short = _short(theirs[name]), _short(mine[name])
-    if name in _OF_BASE:
-        part = _OF_BASE[name]
+    for name in (*_OF_BASE, *_SETTINGS):
+        if not _differ(theirs, mine, name):
+            continue
+        if name == "double_quant" and mine.get("quantization") not in ("nf4", "fp4"):  # which alone have such scales
+            continue
+        there, here = _short(theirs[name]), _short(mine[name])
+        if name in _OF_BASE:
+            part = _OF_BASE[name]
+            raise UserError(
+                f"{source} was trained on another base: {stored.get('base')} ({part} {there}) there, "
+                f"{own.get('base')} ({part} {here}) here. Name its base by model.base or --base."
+            )
         raise UserError(
-            f"{source} was trained on another base: {stored.get('base')} ({part} {theirs_short}) there, "
-            f"{own.get('base')} ({part} {mine_short}) here. Name the base that it was trained on, by model.base and "
-            "model.revision, or by --base if a command has that."
+            f"{source} was trained with model.{name} {there}, but here it is {here}. Set model.{name} to {there}, or "
+            "train a new adapter."
         )
-    raise UserError(
-        f"{source} was trained with model.{name} {theirs_short}, but here it is {mine_short}. Set model.{name} to "
-        f"{theirs_short}, or train a new adapter."
-    )
 
 
 def data_differences(stored: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, str]:
@@ -100,14 +92,8 @@ def data_differences(stored: Mapping[str, Any], own: Mapping[str, Any]) -> dict[
     differences = {}
     for name, words in _DATA.items():
         if _differ(stored, own, name):
-            then, now = (each.get("samples", {}).get(name) for each in (stored, own))
-            if then is None or now is None:
-                sides = f"{_short(stored[name])} there, {_short(own[name])} here"
-            elif then == now:
-                sides = f"{now:,} there and here, not the same or in another order"
-            else:
-                sides = f"{then:,} there, {now:,} here"
-            differences[name] = f"{words} ({sides})"
+            then, now = (_short(each.get("samples", {}).get(name, each[name])) for each in (stored, own))
+            differences[name] = f"{words} ({then} there, {now} here)"
     return differences
 
 
@@ -118,6 +104,4 @@ def _differ(stored: Mapping[str, Any], own: Mapping[str, Any], name: str) -> boo
 def _short(value: Any) -> str:
     """Format a hash by its first digits, anything else as YAML would have it."""
     text = value if isinstance(value, str) else json.dumps(value)
-    if re.fullmatch(r"[0-9a-f]{40,}", text):
-        return text[:12]
-    return text if len(text) <= 80 else f"{text[:77]}…"
+    return text[:12] if re.fullmatch(r"[0-9a-f]{40,}", text) else text

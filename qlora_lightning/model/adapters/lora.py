@@ -8,61 +8,34 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_lightning.model.adapters.targets import compact_targets, resolve_targets
-from qlora_lightning.support.errors import UserError, nearest
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import without_peft_warnings
 
 ADAPTER = "default"  # PEFT's name for the adapter that a model is made with
-SET_BY_KEYS = {  # fields of peft.LoraConfig that have a key of their own
-    "r": "model.rank",
-    "lora_alpha": "model.alpha",
-    "lora_dropout": "model.dropout",
-    "target_modules": "model.target_modules",
-    "exclude_modules": "model.target_modules",
-    "layers_to_transform": "model.layers",
-    "layers_pattern": "model.layers",
-    "base_model_name_or_path": "model.base",
-    "revision": "model.revision",
-}
-_VERIFIED = (  # on a frozen, quantized base
+_VERIFIED = (  # options of peft.LoraConfig, on a frozen, quantized base
     *("alpha_pattern", "ensure_weight_tying", "init_lora_weights", "modules_to_save", "rank_pattern"),
     *("trainable_token_indices", "use_dora", "use_rslora"),
 )
-_INITS = (True, False, "gaussian", "orthogonal")
 
 
-def check_lora_options(options: dict[str, Any], model: PreTrainedModel) -> None:
-    """Reject options that cannot work on a frozen, quantized base, or that PEFT would ignore."""
-    for name in options:
-        if name in SET_BY_KEYS:
-            raise UserError(f"model.lora_options sets {name!r}, which has a key of its own: set {SET_BY_KEYS[name]}.")
+def check_options(options: Mapping[str, Any], source: str) -> None:
+    """Reject options that are not verified, and starts of A and B that go wrong on a quantized base.
+
+    PEFT quantizes the base once more for ``olora`` and begins a plain adapter for ``eva`` and ``lora_ga``, without a
+    word; ``pissa``, ``corda`` and ``loftq`` need the weights from before quantization.
+    """
+    for name, value in options.items():
         if name not in _VERIFIED:
+            raise UserError(f"{source} sets {name}: expected one of {', '.join(_VERIFIED)}.")
+        if name == "init_lora_weights" and value not in (True, False, "gaussian", "orthogonal"):
             raise UserError(
-                f"model.lora_options sets {name!r}: expected one of {', '.join(_VERIFIED)}, which are verified on a "
-                f"frozen, quantized base.{nearest(name, _VERIFIED)}"
+                f"{source} sets {name} to {value!r}, which does not work on a quantized base: expected true, false, "
+                "gaussian or orthogonal."
             )
-    init = options.get("init_lora_weights", True)
-    if init not in _INITS:
-        raise UserError(
-            f"model.lora_options.init_lora_weights is {init!r}: expected one of {', '.join(map(str, _INITS))}. PEFT's "
-            "others rewrite the frozen base, or need its weights before quantization or a pass over the data."
-        )
-    saved_modules = options.get("modules_to_save") or []
-    names = [f".{name}" for name, _ in model.named_modules()]
-    for module in saved_modules:
-        if not any(name.endswith(f".{module}") for name in names):
-            raise UserError(f"model.lora_options.modules_to_save names {module!r}, but the base has no such module.")
-    is_tied = model.config.tie_word_embeddings and not options.get("ensure_weight_tying")
-    if is_tied and {"embed_tokens", "lm_head"} & set(saved_modules):
-        raise UserError(
-            f"model.lora_options.modules_to_save is {saved_modules}, but this base ties head and embedding: trained "
-            "alone they would part. Add `ensure_weight_tying: true` with modules_to_save: [embed_tokens], "
-            "or train single tokens with trainable_token_indices."
-        )
 
 
 def check_adapter_settings(rank: int, alpha: float | None, dropout: float) -> None:
@@ -96,20 +69,25 @@ def add_adapters(
         rank: Rows of A and columns of B.
         alpha: Multiplier of the update; ``None`` means ``2 × rank``.
         dropout: Probability with which an input of A is dropped in training.
-        target_modules: See :func:`qlora_lightning.model.adapters.targets.resolve_targets`.
-        layers: Likewise.
-        lora_options: More arguments of ``peft.LoraConfig``; see :func:`check_lora_options`.
+        target_modules: See :func:`~qlora_lightning.model.adapters.targets.resolve_targets`, as for ``layers``.
+        layers: Which decoder layers.
+        lora_options: More arguments of ``peft.LoraConfig``; see :func:`check_options`.
         base_name: Written into the adapter's config as ``base_model_name_or_path``.
     """
     options = copy.deepcopy(lora_options or {})  # PEFT writes into lists that it is handed
-    check_adapter_settings(rank, alpha, dropout)
-    check_lora_options(options, model)
+    check_options(options, "model.lora_options")
     targets = resolve_targets(model, target_modules, layers)
-    tied = [name for name in targets if name.endswith(("embed_tokens", "lm_head"))]
+    trained = options.get("modules_to_save") or []
+    for ending in trained:  # which PEFT passes over
+        if not any(name.endswith(ending) for name, _ in model.named_modules()):
+            raise UserError(f"model.lora_options.modules_to_save names {ending}, which the base does not have.")
+    alone = targets if options.get("ensure_weight_tying") else [*targets, *trained]
+    tied = {"embed_tokens", "lm_head"} & {name.rpartition(".")[2] for name in alone}
     if tied and model.config.tie_word_embeddings:
         raise UserError(
-            f"model.target_modules selects {tied[0]}, but this base ties head and embedding: an adapter on one would "
-            "part them. Train single tokens with lora_options: {trainable_token_indices: …} instead."
+            f"This base ties head and embedding, and to train {min(tied)} alone would part them: set "
+            "model.lora_options to {modules_to_save: [embed_tokens], ensure_weight_tying: true}, or train single "
+            "tokens with {trainable_token_indices: …}."
         )
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
@@ -154,14 +132,7 @@ def lora_matrices(layer: LoraLayer, adapter: str = ADAPTER) -> tuple[Tensor, Ten
 
 @contextlib.contextmanager
 def without_adapters(model: Any) -> Iterator[None]:
-    """Disable the adapters; afterwards the same tensors train.
-
-    Within another such context nothing changes: PEFT would enable them at the end of the inner one.
-    """
-    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-    if layers and all(layer.disable_adapters for layer in layers):
-        yield
-        return
+    """Disable the adapters; afterwards the same tensors train."""
     with _training_as_before(model), model.disable_adapter():
         yield
 
@@ -169,18 +140,16 @@ def without_adapters(model: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def with_adapter(model: Any, name: str) -> Iterator[None]:
     """Switch to another adapter, also within :func:`without_adapters`; afterwards all is as before."""
-    active = model.active_adapter
-    disabled = [each for each in model.modules() if isinstance(each, BaseTunerLayer) and each.disable_adapters]
+    active, was_disabled = model.active_adapter, model.get_model_status().enabled is False
     with _training_as_before(model):
         model.set_adapter(name)
-        for layer in disabled:
-            layer.enable_adapters(True)
+        model.enable_adapter_layers()
         try:
             yield
         finally:
-            for layer in disabled:
-                layer.enable_adapters(False)
             model.set_adapter(active)
+            if was_disabled:
+                model.disable_adapter_layers()
 
 
 @contextlib.contextmanager
@@ -205,17 +174,11 @@ def copy_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
 
 def check_fit(own: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: str) -> None:
     """Reject tensors of ``source`` that have other names or shapes than the model's own."""
-    missing, foreign = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
-    if missing or foreign:
-        shown = ", ".join((missing or foreign)[:3])
+    mine, theirs = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (own, stored))
+    odd = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+    if odd:
+        there, here = (shapes.get(odd[0], "missing") for shapes in (theirs, mine))
         raise UserError(
-            f"{source} does not fit the adapter of this model: {len(missing)} tensors are missing in it and "
-            f"{len(foreign)} are foreign ({shown}, …). Use the base, target_modules, layers and lora_options that it "
-            "was trained with."
+            f"{source} does not fit the adapter of this model: {len(odd)} tensors differ ({odd[0]} is {there} there, "
+            f"{here} here). Use the base, rank, target_modules, layers and lora_options that it was trained with."
         )
-    for name, tensor in own.items():
-        if stored[name].shape != tensor.shape:
-            raise UserError(
-                f"{source} does not fit the adapter of this model: {name} has shape {tuple(stored[name].shape)} there "
-                f"and {tuple(tensor.shape)} here. Use the base and the model.rank that it was trained with."
-            )

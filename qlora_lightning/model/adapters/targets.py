@@ -4,9 +4,9 @@ import re
 
 from torch import nn
 
-from qlora_lightning.support.errors import UserError, nearest
+from qlora_lightning.support.errors import UserError
 
-PRESETS = {"all-linear": ".", "attention": ".self_attn.", "mlp": ".mlp."}  # what full names of their modules contain
+_PRESETS = {"all-linear": ".", "attention": ".self_attn.", "mlp": ".mlp."}  # what full names of their modules contain
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -28,10 +28,7 @@ def resolve_targets(model: nn.Module, target_modules: str | list[str], layers: s
     chosen_layers = {None, *_select_layers(candidates, layers)}  # None: modules outside of layers
     targets = [name for name in candidates if name in selected and layer_of(name) in chosen_layers]
     if not targets:
-        raise UserError(
-            f"model.target_modules {target_modules!r} and model.layers {layers!r} together select no module: "
-            "the modules are in other layers. Choose layers that hold them."
-        )
+        raise UserError(f"model.target_modules {target_modules!r} has no module in model.layers {layers!r}.")
     return targets
 
 
@@ -55,40 +52,29 @@ def layer_of(name: str) -> int | None:
 
 
 def _select_by_name(candidates: list[str], target_modules: str | list[str]) -> set[str]:
-    if isinstance(target_modules, str) and target_modules in PRESETS:
-        return {name for name in candidates if layer_of(name) is not None and PRESETS[target_modules] in name}
-    if not target_modules:
-        raise UserError("model.target_modules is an empty list: name at least one module, or write all-linear.")
-    try:
-        pattern = re.compile(target_modules) if isinstance(target_modules, str) else None
-    except re.error as error:
-        raise UserError(f"model.target_modules {target_modules!r} is not a regular expression: {error}.") from error
+    if isinstance(target_modules, str) and target_modules in _PRESETS:
+        return {name for name in candidates if layer_of(name) is not None and _PRESETS[target_modules] in name}
     selected: set[str] = set()
     for ending in [target_modules] if isinstance(target_modules, str) else target_modules:
         matches = {name for name in candidates if f".{name}".endswith(f".{ending}")}
-        matches |= {name for name in candidates if pattern and pattern.fullmatch(name)}
+        if isinstance(target_modules, str):
+            matches |= {name for name in candidates if re.fullmatch(ending, name)}
         if not matches:
-            names = list(dict.fromkeys(name.rpartition(".")[2] for name in candidates))
-            hint = nearest(ending, [*names, *PRESETS])
+            names = dict.fromkeys([*_PRESETS, *(name.rpartition(".")[2] for name in candidates)])
             raise UserError(
-                f"model.target_modules {'names' if pattern is None else 'is'} {ending!r}, but the base has no such "
-                f"module; it has {', '.join(names)}."
-                + (hint or f" An expression must match a full name such as {candidates[1]}.")
+                f"model.target_modules names {ending!r}, which the base does not have: expected {', '.join(names)}, "
+                f"or an expression that matches a full name such as {candidates[1]}."
             )
         selected |= matches
     return selected
 
 
 def _select_layers(candidates: list[str], layers: str | list[int]) -> list[int]:
-    check_layers(layers)
     present = sorted({layer for name in candidates if (layer := layer_of(name)) is not None})
     if layers == "all":
         return present
     count = int(layers.removeprefix("last:")) if isinstance(layers, str) else len(layers)
     chosen = present[-count:] if isinstance(layers, str) else layers
     if not 1 <= count <= len(present) or not set(chosen) <= set(present):
-        raise UserError(
-            f"model.layers is {layers!r}, but the base has {len(present)} layers: expected last:1 … "
-            f"last:{len(present)}, or a list of some of 0 … {len(present) - 1}."
-        )
+        raise UserError(f"model.layers is {layers!r}, but the base has {len(present)} layers: 0 … {len(present) - 1}.")
     return chosen

@@ -6,19 +6,19 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora import Embedding, LoraLayer
+from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
-from torch import Tensor, nn
+from torch import nn
 
 from qlora_lightning.model.adapters.lora import ADAPTER, lora_matrices
 from qlora_lightning.model.adapters.targets import layer_of
 
 
 class UpdateNorm(NamedTuple):
-    """Size of the update ΔW of one weight W.
+    """Size of the update ΔW = scaling · B A of one weight W; DoRA's magnitudes are not counted.
 
     Attributes:
-        ratio: ``‖ΔW‖ / ‖W‖`` in Frobenius norms, scaling included.
+        ratio: ``‖ΔW‖ / ‖W‖`` in Frobenius norms.
         rank: Rank of the adapter there.
         effective_rank: Directions that the update uses, from 1 to ``rank``; 0 if it is zero.
     """
@@ -54,7 +54,7 @@ def measure_updates(
 
 
 def _measure(layer: Any) -> UpdateNorm:
-    """Measure one layer without forming ΔW = scaling · B A.
+    """Measure one layer without forming ΔW.
 
     With B = Q_B R_B and Aᵀ = Q_A R_A, the singular values of B A are those of the small R_B R_Aᵀ. The effective rank is
     the exponential of the entropy of their shares (Roy and Vetterli 2007, The effective rank).
@@ -62,23 +62,10 @@ def _measure(layer: Any) -> UpdateNorm:
     lora_A, lora_B = (matrix.double().cpu() for matrix in lora_matrices(layer))
     core = torch.linalg.qr(lora_B).R @ torch.linalg.qr(lora_A.T).R.T
     values = layer.scaling[ADAPTER] * torch.linalg.svdvals(core)
-    before = _base_weight(layer)
-    update = values.norm()
-    if ADAPTER in layer.lora_variant:  # DoRA scales each output of W + scaling · B A as well
-        after = before + layer.get_delta_weight(ADAPTER).float()
-        magnitude = layer.lora_magnitude_vector[ADAPTER].weight
-        lengths = after.norm(dim=0 if isinstance(layer, Embedding) else 1, keepdim=True)
-        update = (magnitude.view_as(lengths) / lengths * after - before).norm()
+    base = layer.get_base_layer()
+    is_quantized = type(base.weight) is not nn.Parameter
+    weight = dequantize_bnb_weight(base.weight, getattr(base, "state", None)) if is_quantized else base.weight
     shares = values / values.sum()
     entropy = -torch.xlogy(shares, shares).sum()
     effective = float(entropy.exp()) if values.any() else 0.0
-    return UpdateNorm(float(update) / float(before.norm()), len(lora_A), effective)
-
-
-def _base_weight(layer: Any) -> Tensor:
-    """Return the frozen weight in fp32, dequantized."""
-    base = layer.get_base_layer()
-    weight: Tensor = base.weight
-    if type(weight) is not nn.Parameter:
-        weight = dequantize_bnb_weight(weight, getattr(base, "state", None))
-    return weight.float()
+    return UpdateNorm(float(values.norm()) / float(weight.float().norm()), len(lora_A), effective)

@@ -1,6 +1,7 @@
 """Base and adapters put together: on a device, to train, or on torch's meta device, shapes without numbers."""
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,13 +12,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
-from qlora_lightning.model.adapters.folder import open_adapter_folder
+from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter, hash_config
-from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, trainable_tensors
-from qlora_lightning.model.adapters.targets import layer_of
+from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, inject, trainable_tensors
+from qlora_lightning.model.adapters.targets import layer_of, resolve_targets
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.model.load.base_model import Quantization, load_base
+from qlora_lightning.support.errors import UserError
 
 
 class LoadedModel(NamedTuple):
@@ -38,8 +40,7 @@ def assemble_model(
 ) -> LoadedModel:
     """Load a base by ``load_base``, and put new adapters on it or those of an adapter folder.
 
-    ``adapter_options`` are those of :func:`qlora_lightning.model.adapters.lora.add_adapters`, ``base_options`` the
-    arguments of ``load_base``.
+    ``adapter_options`` are those of :func:`~qlora_lightning.model.adapters.lora.add_adapters`.
     """
     folder = None if adapter is None else find_adapter_folder(adapter)
     stored = {} if folder is None else read_identity(folder)  # a misspelt name is reported before the base is loaded
@@ -48,39 +49,48 @@ def assemble_model(
         "base": base_options["name"],
         "revision": loaded.source.revision,
         "fingerprint": loaded.fingerprint,
-        "config_hash": hash_config(loaded.model.config),
+        "config_sha256": hash_config(loaded.model.config),
         "quantization": loaded.quantization,
         "double_quant": loaded.double_quant,
         "compute_dtype": str(base_options["compute_dtype"]).removeprefix("torch."),
     }
     if folder is not None:
         check_identity(stored, identity, f"The adapter folder {folder}")
-    loadable_name = loaded.source.name if loaded.source.kind == "hub" else str(loaded.source.folder)
-    model = put_adapters(loaded.model, folder, base_name=loadable_name, **adapter_options)
+    model = put_adapters(loaded.model, folder, **adapter_options)
+    is_of_hub = loaded.source.kind == "hub"  # PEFT loads the base by this
+    model.peft_config[ADAPTER].base_model_name_or_path = loaded.source.name if is_of_hub else str(loaded.source.folder)
     identity["adapter"] = describe_adapter(model)
-    return LoadedModel(model, identity, fuse(model, fast))
+    return LoadedModel(model, identity, set_fast(model, fast))
 
 
-def put_adapters(
-    base: PreTrainedModel, folder: Path | None = None, base_name: str | None = None, **options: Any
-) -> peft.PeftModel:
-    """Put new adapters on a base, or those of an adapter folder.
+def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: Any) -> peft.PeftModel:
+    """Put new adapters on a base, or those of an adapter folder, whose own rank and targets rule.
 
-    Args:
-        base: If it is on the meta device, new adapters are too; those of a folder have their numbers.
-        folder: The adapter folder, whose own rank and targets rule.
-        base_name: Written into the adapter's config, for PEFT to load the base by.
-        options: Arguments of :func:`qlora_lightning.model.adapters.lora.add_adapters`, of new adapters.
+    On a base on the meta device new adapters are shapes alone too; those of a folder have their numbers. ``options``
+    are arguments of :func:`~qlora_lightning.model.adapters.lora.add_adapters`.
     """
     if folder is None:
-        return add_adapters(base, base_name=base_name, **options)
-    model = open_adapter_folder(base, folder)
-    if base_name is not None:
-        model.peft_config[ADAPTER].base_model_name_or_path = base_name
+        return add_adapters(base, **options)
+    model = inject(base, read_lora_config(folder))
+    fill_adapter(model, folder)
+    if options:
+        _check_own_shape(model, options, folder)
     return model
 
 
-def fuse(model: peft.PeftModel, fast: bool) -> bool:
+def _check_own_shape(model: peft.PeftModel, options: dict[str, Any], folder: Path) -> None:
+    """Reject options that are set, and ask for another rank, alpha, targets or layers than the folder's adapter has."""
+    own, defaults = describe_adapter(model), inspect.signature(add_adapters).parameters
+    names = resolve_targets(model.get_base_model(), options["target_modules"], options["layers"])
+    kinds = sorted({name.rpartition(".")[2] for name in names})
+    layers = sorted({layer for name in names if (layer := layer_of(name)) is not None})
+    asked = {**options, "target_modules": kinds, "layers": layers}
+    for name in ("rank", "alpha", "target_modules", "layers"):
+        if options[name] != defaults[name].default and asked[name] != own[name]:
+            raise UserError(f"model.{name} is {options[name]}, but {folder} has {own[name]}: leave it out.")
+
+
+def set_fast(model: peft.PeftModel, fast: bool) -> bool:
     """Let layers run fused if they can and ``fast`` is set; return whether something trains in PEFT's own layers."""
     if not fast:
         model.get_base_model().set_attn_implementation(register_flat_attention(fast=False))

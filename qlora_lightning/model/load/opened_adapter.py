@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -46,24 +46,18 @@ def find_adapter(folder: str | Path, base: str | None = None) -> AdapterSource:
     The base is looked for by ``base``, else by the name that it was trained under, and if that leads nowhere (it was a
     relative path) in the folder that it was loaded from. No model is loaded.
     """
-    place = find_adapter_folder(folder)
-    identity = read_identity(place)
-    found = _find_base(place, identity, base)
-    own = {"base": found.name, "fingerprint": fingerprint(found.folder)}
-    check_identity(identity, own, f"The adapter folder {place}")
-    dtype = getattr(torch, identity.get("compute_dtype", "bfloat16"))
-    settings = read_config(found.folder, found.name).get("quantization_config")
-    if settings is None:
-        quantization, double_quant = identity.get("quantization"), bool(identity.get("double_quant", True))
-        return AdapterSource(place, identity, found, quantization, double_quant, dtype, is_stored_quantized=False)
-    kind: Any = stored_quantization(settings)
-    if kind not in get_args(Quantization) or identity.get("quantization", kind) != kind:
-        raise UserError(
-            f"The base {found.name} is stored quantized as {kind}, the adapter folder {place} was trained on "
-            f"{identity.get('quantization', 'nf4, fp4, int8 or none')}. Name another base with --base."
-        )
-    double_quant = bool(settings.get("bnb_4bit_use_double_quant", False))
-    return AdapterSource(place, identity, found, kind, double_quant, dtype, is_stored_quantized=True)
+    path = find_adapter_folder(folder)
+    identity = read_identity(path)
+    source = _find_base(path, identity) if base is None else open_base(base)
+    own: dict[str, Any] = {"base": source.name, "fingerprint": fingerprint(source.folder)}
+    settings = read_config(source.folder, source.name).get("quantization_config")
+    if settings is not None:
+        own["quantization"] = stored_quantization(settings)
+        own["double_quant"] = bool(settings.get("bnb_4bit_use_double_quant", False))
+    check_identity(identity, own, f"The adapter folder {path}")
+    held, dtype = {**identity, **own}, getattr(torch, identity.get("compute_dtype", "bfloat16"))
+    quantization, double_quant = held.get("quantization"), held.get("double_quant", True)
+    return AdapterSource(path, identity, source, quantization, double_quant, dtype, settings is not None)
 
 
 def open_adapter(source: AdapterSource) -> LoadedModel:
@@ -85,16 +79,14 @@ def open_adapter(source: AdapterSource) -> LoadedModel:
     )
 
 
-def _find_base(place: Path, identity: dict[str, Any], base: str | None) -> BaseFolder:
-    if base is not None:
-        return open_base(base)
-    loaded_from = read_adapter_config(place).get("base_model_name_or_path")
-    named = identity.get("base") or loaded_from
-    if not named:
-        raise UserError(f"The adapter folder {place} does not name its base: name it with --base.")
+def _find_base(adapter: Path, identity: dict[str, Any]) -> BaseFolder:
+    loaded_from = read_adapter_config(adapter).get("base_model_name_or_path")
+    name = identity.get("base") or loaded_from
+    if not name:
+        raise UserError(f"The adapter folder {adapter} does not name its base: name it with --base.")
     try:
-        return open_base(named, identity.get("revision"))
+        return open_base(name, identity.get("revision"))
     except UserError as error:
         if loaded_from and Path(loaded_from).is_dir():
             return open_base(loaded_from)
-        raise UserError(f"The base of {place} is not found. {error} Or name it with --base.") from error
+        raise UserError(f"The base of {adapter} is not found. {error} Or name it with --base.") from error

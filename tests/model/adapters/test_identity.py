@@ -5,17 +5,13 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from qlora_lightning import QLoRAModule
-from qlora_lightning.model.adapters.identity import check_identity, data_differences, hash_config
+from qlora_lightning.model.adapters.identity import hash_config
 from qlora_lightning.model.load.opened_adapter import find_adapter, open_adapter
 from qlora_lightning.support.errors import UserError
 from tests.equality import same
 from tests.steps import make_module
-
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +33,11 @@ def change(folder, file="qlora_lightning.json", **values):
     (folder / file).write_text(json.dumps({**content, **values}))
 
 
-# ---- opened to be used -----------------------------------------------------------------------------------------------
-
-
 def test_by_its_own_or_its_run_folder_it_is_found_and_computes_what_was_saved(made, folder, tiny_base):
     for place in (folder, folder.parent):
         source = find_adapter(str(place))
         assert (source.folder, source.base.folder) == (folder, tiny_base)
         assert (source.quantization, source.double_quant, source.compute_dtype) == ("nf4", True, torch.float32)
-        assert not source.is_stored_quantized
     ids, opened = torch.tensor([[5, 6, 7, 8]]), open_adapter(source).model.eval().cpu()
     with torch.no_grad():
         expected = made[0].model.eval()(input_ids=ids).logits
@@ -61,67 +53,28 @@ def test_a_base_that_moved_is_found_where_it_was_loaded_from_or_by_another_name(
     assert find_adapter(folder, base=str(tiny_base)).base.folder == tiny_base
 
 
-def test_another_base_is_rejected(folder, tiny_base, tmp_path):
-    other = shutil.copytree(tiny_base, tmp_path / "other")
-    tensors = load_file(other / "model.safetensors")
-    save_file({**tensors, "model.norm.weight": 2 * tensors["model.norm.weight"]}, other / "model.safetensors")
-    with pytest.raises(UserError, match="was trained on another base"):
-        find_adapter(folder, base=str(other))
-
-
-def test_a_folder_of_another_tool_is_opened_by_the_name_in_its_config(folder, tiny_base):
-    (folder / "qlora_lightning.json").unlink()
-    source = find_adapter(folder)
-    assert (source.base.folder, source.quantization) == (tiny_base, None)
-    change(folder, "adapter_config.json", base_model_name_or_path=None)
-    with pytest.raises(UserError, match="does not name its base"):
-        find_adapter(folder)
-
-
-# ---- trained further -------------------------------------------------------------------------------------------------
-
-
-def test_training_continues_with_the_shape_of_the_folder_whatever_options_say(tiny_base, made):
+def test_training_continues_with_the_shape_of_the_folder(tiny_base, made):
     module, folder = made
-    options = {"rank": 16, "target_modules": "mlp", "layers": "last:1", "lora_options": {"use_dora": True}}
-    again = QLoRAModule(str(tiny_base), compute_dtype="fp32", adapter=str(folder), **options)
-    again.configure_model()
+    again = make_module(tiny_base, adapter=str(folder), rank=8)  # the default: not asked for
+    assert again.identity["adapter"] == module.identity["adapter"]
+    again = make_module(
+        tiny_base, adapter=str(folder), alpha=8.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
     assert same(dict(again.state_dict()), dict(module.state_dict()))
-    assert all(parameter.requires_grad == (".lora_" in name) for name, parameter in again.named_parameters())
-    shape = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": sorted(ATTENTION), "layers": [0, 1]}
-    assert again.identity["adapter"] == {**shape, "lora_options": {}}
-
-
-def test_another_quantization_is_rejected(tiny_base, made):
-    module = QLoRAModule(str(tiny_base), compute_dtype="fp32", adapter=str(made[1]), quantization="int8")
-    with pytest.raises(UserError, match=r"with model\.quantization nf4, but here it is int8"):
-        module.configure_model()
-
-
-# ---- compared --------------------------------------------------------------------------------------------------------
-
-HASHES = ["0123456789abcdef" * 4, "fedcba9876543210" * 4]
-OWN = {"base": "a", "fingerprint": HASHES[0], "config_hash": HASHES[0], "quantization": "nf4", "double_quant": True}
 
 
 @pytest.mark.parametrize(
-    ("stored", "own", "words"),
+    ("options", "words"),
     [
-        ({}, {}, None),
-        ({"base": "b"}, {}, None),  # moved
-        ({"double_quant": False, "quantization": "int8"}, {"quantization": "int8"}, None),  # scales of 4 bits only
-        ({"double_quant": False}, {}, "model.double_quant false, but here it is true"),
-        ({"config_hash": HASHES[1]}, {}, r"config fedcba987654\) there.*config 0123456789ab\) here.*or by --base"),
+        ({"rank": 16}, "model.rank is 16, but .* has 4"),
+        ({"target_modules": "mlp"}, "model.target_modules is mlp, but .* has .*'q_proj'"),
+        ({"layers": "last:1"}, r"model.layers is last:1, but .* has \[0, 1\]"),
+        ({"quantization": "int8"}, "with model.quantization nf4, but here it is int8"),
     ],
 )
-def test_another_function_is_rejected_with_both_sides(stored, own, words):
-    """Another base, rank, alpha, targets, layers and options: see ``tests/test_wrong_inputs.py``."""
-    if words is None:
-        check_identity({**OWN, **stored}, {**OWN, **own}, "It")
-        check_identity(stored, {}, "It")  # what is unknown passes
-        return
+def test_what_contradicts_the_folder_is_rejected(tiny_base, made, options, words):
     with pytest.raises(UserError, match=words):
-        check_identity({**OWN, **stored}, {**OWN, **own}, "It")
+        make_module(tiny_base, adapter=str(made[1]), **options)
 
 
 def test_the_config_hash_holds_what_changes_the_function_and_nothing_else(tiny_base):
@@ -131,12 +84,3 @@ def test_the_config_hash_holds_what_changes_the_function_and_nothing_else(tiny_b
     assert hash_config(config) == first
     config.rope_parameters = {**config.rope_parameters, "rope_theta": 5e5}
     assert hash_config(config) != first
-
-
-def test_data_are_compared_by_name_and_only_if_both_sides_know():
-    stored = {"tokenizer": HASHES[0], "train": "1", "val": "2", "samples": {"train": 1000}}
-    own = {"tokenizer": HASHES[1], "train": "3", "samples": {"train": 900}}
-    assert data_differences(stored, own) == {
-        "tokenizer": "tokenizer (0123456789ab there, fedcba987654 here)",
-        "train": "training samples (1,000 there, 900 here)",
-    }

@@ -52,7 +52,7 @@ TRAINER_DEFAULTS = {
     "gradient_clip_val": 1.0,
     "default_root_dir": "runs/default",
     "log_every_n_steps": 1,  # a step of a language model takes seconds: a line for each is cheap
-    "enable_model_summary": False,  # the adapter table says more
+    "enable_model_summary": False,  # a line of ours says more
 }
 _ADAPTER_OPTIONS = ("--model.adapter", "--model.init_args.adapter")
 _BASE_KEYS = ("base", "revision", "trust_remote_code")

@@ -76,13 +76,17 @@ def _load_written(folder: Path, gguf_file: Path | None, device: torch.device) ->
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     is_quick = device.type == "cuda" or config.dtype == choose_compute_dtype("auto", device)
     options: dict[str, Any] = {"dtype": config.dtype if is_quick else torch.float32, "device_map": {"": device}}
-    if gguf_file is not None:
-        # transformers reads of a file's own config neither scaled rotary embeddings nor, of Qwen3, the size of heads
-        kind = gguf.MODEL_ARCH_NAMES[architecture_of(config)]  # a Mistral is a llama there
-        config = AutoConfig.for_model(**{**config.to_dict(), "model_type": kind})
-        options |= {"gguf_file": gguf_file.name, "quantization_config": GgufConfig(dequantize=True)}
-        folder = gguf_file.parent
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, **options).eval()
+    if gguf_file is None:
+        return AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, **options).eval()
+    # transformers reads of a file's own config neither scaled rotary embeddings nor, of Qwen3, the size of heads
+    kind = gguf.MODEL_ARCH_NAMES[architecture_of(config)]
+    of_file = AutoConfig.for_model(**{**config.to_dict(), "model_type": kind})
+    options |= {"gguf_file": gguf_file.name, "quantization_config": GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, config=of_file, local_files_only=True, **options)
+    if kind != config.model_type:  # a Mistral is a llama there, which has no window
+        weights, model = model.state_dict(), AutoModelForCausalLM.from_config(config, dtype=model.dtype).to(device)
+        model.load_state_dict(weights)
+    return model.eval()
 
 
 def sample_validation_rows(options: argparse.Namespace, adapter: Path, vocabulary: int) -> list[Mapping[str, Any]]:

@@ -45,13 +45,9 @@ from qlora_lightning.model.step.layout import Layout
 from qlora_lightning.model.step.loss import LossSums, TokenStatistics, head_loss, head_of, mean_with_gradient_of_sum
 from qlora_lightning.model.step.optimizer import (
     ParameterGroups,
-    build_optimizer,
-    build_schedule,
-    check_loraplus_ratio,
-    check_optimizer,
-    check_schedule,
+    check_optimization,
+    configure_optimizer,
     group_parameters,
-    plan_steps,
 )
 from qlora_lightning.model.step.window import Window, leave_gradients_to_window, sum_over_ranks
 from qlora_lightning.support.errors import UserError
@@ -62,6 +58,12 @@ class QLoRAModule(lightning.LightningModule):
     """A frozen, quantized LLaMA with LoRA adapters.
 
     Doors for subclasses: :meth:`build_model`, :meth:`compute_loss` and :meth:`parameter_groups`.
+
+    Lightning's hooks, in the order in which a fit runs them: ``configure_callbacks``, ``setup``, ``configure_model``,
+    ``configure_optimizers``, ``on_load_checkpoint`` of a resume, ``on_fit_start``, ``on_train_start``; for each batch
+    ``on_before_batch_transfer``, ``on_after_batch_transfer``, ``training_step``, ``backward``; behind those of a step
+    ``on_before_optimizer_step``, ``optimizer_step``; in a validation ``on_validation_start``, ``validation_step``,
+    ``on_validation_epoch_end``; at last ``on_fit_end``.
 
     Logs ``train_loss`` (nats per labelled token of the optimizer step) and ``grad_norm`` (before clipping) per
     optimizer step, under ``on_nonfinite: skip`` also ``skipped_steps``; ``val_loss``, ``val_perplexity`` and
@@ -92,9 +94,7 @@ class QLoRAModule(lightning.LightningModule):
         loraplus_ratio: How many times as fast B learns as A (LoRA+, Hayou et al. 2024), as 16; ``None``: as fast.
         neftune_alpha: Of noise on the embeddings in training (NEFTune, Jain et al. 2023), as 5; ``None``: no noise.
         fast: ``False`` takes every plain path of PEFT, transformers and torch instead of ours: layers, attention, the
-            head's loss, the inputs of checkpointed layers; all tokens are computed, and no batch is filled up. What
-            computes nothing of a step stays: flat batches, logits of some labelled tokens at a time, freed memory that
-            is kept for the next step, the collector's rest.
+            head's loss; all tokens are computed, and no batch is filled up.
         on_nonfinite: What to do when a loss or gradient is NaN or infinite: ``stop`` the run, or ``skip`` the step,
             which then moves nothing and counts as a step of the schedule. See :class:`TrainingGuard`.
 
@@ -138,9 +138,7 @@ class QLoRAModule(lightning.LightningModule):
         super().__init__()
         check_adapter_settings(rank, alpha, dropout)  # here, and not only where they are used: after minutes of loading
         check_layers(layers)
-        check_optimizer(optimizer, learning_rate, weight_decay)
-        check_schedule(schedule, warmup_ratio)
-        check_loraplus_ratio(loraplus_ratio)
+        check_optimization(optimizer, learning_rate, weight_decay, schedule, warmup_ratio, loraplus_ratio)
         if neftune_alpha is not None and not 0 < neftune_alpha < float("inf"):
             raise UserError(
                 f"model.neftune_alpha is {neftune_alpha:g}: expected a positive number, such as 5, or null."
@@ -371,19 +369,16 @@ class QLoRAModule(lightning.LightningModule):
             super().optimizer_step(*args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         means = self.window.divide_gradients(
-            trainable,
+            [parameter for group in optimizer.param_groups for parameter in group["params"]],
             divided_by=self.trainer.accumulate_grad_batches / self.loss_scale,
             reduce_sum=sum_over_ranks if self.trainer.world_size > 1 else None,
         )
-        gradients = [parameter.grad for parameter in trainable if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(means["loss"])
-        means = self.guard.judge_step(self, optimizer, {**means, "grad_norm": norm})
-        norm = means.pop("grad_norm")
+        means = self.guard.judge_step(self, optimizer, means)
+        norm, rate = means.pop("grad_norm"), torch.tensor(optimizer.param_groups[0]["lr"])
         self.log("train_loss", means.pop("loss"), prog_bar=True)
         self.log_dict({f"train_{name}": mean for name, mean in means.items()})
-        self.log_dict({"grad_norm": norm, "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"])})
+        self.log_dict({"grad_norm": norm, "learning_rate": rate})
         if self.guard.on_nonfinite == "skip":
             self.log("skipped_steps", torch.tensor(float(self.guard.skipped_steps)))
         self.window.clear()
@@ -424,15 +419,7 @@ class QLoRAModule(lightning.LightningModule):
         return group_parameters(self.model, self.learning_rate, self.weight_decay, self.loraplus_ratio)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = build_optimizer(
-            self.parameter_groups(),
-            self.optimizer_choice,
-            self.learning_rate,
-            self.weight_decay,
-            fused=not str(self.trainer.precision).endswith("-mixed"),  # there Lightning clips no fused optimizer
-        )
-        schedule = build_schedule(optimizer, self.schedule, plan_steps(self.trainer), self.warmup_ratio)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return configure_optimizer(self)
 
     def on_fit_start(self) -> None:
         check_fit(self)

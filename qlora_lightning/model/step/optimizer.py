@@ -5,6 +5,7 @@ import math
 import pydoc
 from typing import Any
 
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -14,6 +15,31 @@ from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.support.errors import UserError
 
 ParameterGroups = list[dict[str, Any]]
+
+
+def check_optimization(
+    optimizer: str | dict[str, Any] | None,
+    learning_rate: float,
+    weight_decay: float,
+    schedule: str | dict[str, Any],
+    warmup_ratio: float,
+    loraplus_ratio: float | None,
+) -> None:
+    """Reject settings of the optimizer and its schedule, before minutes of loading."""
+    check_optimizer(optimizer, learning_rate, weight_decay)
+    check_schedule(schedule, warmup_ratio)
+    if loraplus_ratio is not None and not 1 <= loraplus_ratio < float("inf"):
+        raise UserError(f"model.loraplus_ratio is {loraplus_ratio:g}: expected 1 or more, such as 16, or null.")
+
+
+def configure_optimizer(module: Any) -> OptimizerLRSchedulerConfig:
+    """Build the optimizer of a module over its parameter groups, and its schedule, as Lightning takes them."""
+    fused = not str(module.trainer.precision).endswith("-mixed")  # there Lightning clips no fused optimizer
+    optimizer = build_optimizer(
+        module.parameter_groups(), module.optimizer_choice, module.learning_rate, module.weight_decay, fused
+    )
+    schedule = build_schedule(optimizer, module.schedule, plan_steps(module.trainer), module.warmup_ratio)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def build_optimizer(
@@ -54,12 +80,6 @@ def check_optimizer(
     elif weight_decay:
         raise UserError(f"model.weight_decay is {weight_decay}, but {path} has none: set it to 0.")
     return optimizer_class, arguments
-
-
-def check_loraplus_ratio(ratio: float | None) -> None:
-    """Reject a ratio that would make B the slower one."""
-    if ratio is not None and not 1 <= ratio < float("inf"):
-        raise UserError(f"model.loraplus_ratio is {ratio:g}: expected 1 or more, such as 16, or null.")
 
 
 def group_parameters(

@@ -56,7 +56,9 @@ class Window:
         divided_by: float,
         reduce_sum: Callable[[Tensor], Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Turn accumulated gradients into those of the window's mean loss; return that ``loss`` and what is logged.
+        """Turn accumulated gradients into those of the window's mean loss; return what is logged.
+
+        That is ``loss``, ``grad_norm`` (before clipping), and the means of ``LossSums.logged``.
 
         ``divided_by`` is what Lightning has divided them by already, for accumulation; ``reduce_sum`` sums a tensor
         over all ranks, in its place, if there are several.
@@ -74,7 +76,9 @@ class Window:
         tokens = sums[0].clamp(min=1.0)  # a window without labels has gradients of zero
         if gradients:
             torch._foreach_mul_(gradients, (divided_by / tokens).float())
-        return dict(zip(("loss", *self.logged), (sums[1:] / tokens).float(), strict=True))
+        means = dict(zip(("loss", *self.logged), (sums[1:] / tokens).float(), strict=True))
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(means["loss"])
+        return {**means, "grad_norm": norm}
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.model.adapters.identity import check_identity
-from qlora_lightning.model.adapters.lora import ADAPTER, check_fit, check_options
+from qlora_lightning.model.adapters.lora import ADAPTER, check_fit
 from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import IDENTITY, flush, set_usual_mode, write_whole
@@ -26,6 +26,7 @@ from qlora_lightning.support.versions import FORMAT_VERSION, without_peft_warnin
 UNFINISHED = ".writing"  # a folder inside, in which the files of a save are written
 _WEIGHTS = "adapter_model.safetensors"
 _OWN_STOPS = "stops_only_with_its_generation_config"  # a key of qlora_lightning.json
+_CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _CARD = """---
 base_model: {base}
 library_name: peft
@@ -175,7 +176,12 @@ def read_lora_config(folder: Path) -> peft.LoraConfig:
     """Read PEFT's config of an adapter folder, to train it."""
     read_identity(folder)  # reports what is missing or damaged
     config: peft.LoraConfig = peft.LoraConfig.from_pretrained(str(folder))
-    check_options({"init_lora_weights": config.init_lora_weights}, f"The adapter folder {folder}")
+    if str(config.init_lora_weights).startswith(_CHANGING_THE_BASE):
+        raise UserError(
+            f"The adapter folder {folder} began by {config.init_lora_weights}, for which PEFT changes the base's "
+            "weights: it belongs to a base that is not the one it names."
+        )
+    config.init_lora_weights = True  # its tensors come from the file
     config.inference_mode = False
     return config
 

@@ -213,7 +213,7 @@ class Before(Callback):
         ({"quantization": "int8"}, {"SCB"}),
         ({"quantization": "none"}, set()),
     ],
-    ids=str,
+    ids=["double quant", "single quant", "int8", "none"],
 )
 def test_training_validating_and_saving_change_no_bit_of_the_base(fit, settings, scales):
     options = {"enable_checkpointing": True, "val_check_interval": 4, "limit_val_batches": 1}

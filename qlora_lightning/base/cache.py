@@ -81,11 +81,11 @@ def cached_folder(
                 if find_entry(kind, key, check_weights) is None:  # else the process that we waited for has built it
                     _build_entry(folder, key, build, label)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) and str(cache_root()) not in str(error.filename):
+            if error.errno not in (None, errno.ENOSPC, errno.EDQUOT) and str(cache_root()) not in str(error.filename):
                 raise  # of what the build reads
             raise UserError(
-                f"The cache cannot keep {folder}: {error.strerror}. Set QLORA_LIGHTNING_CACHE to a folder with room "
-                "that can be written, or make room with `qlora-lightning cache clear`."
+                f"The cache cannot keep {folder}: {error.strerror or error}. Set QLORA_LIGHTNING_CACHE to a folder "
+                "with room that can be written, or make room with `qlora-lightning cache clear`."
             ) from error
     with suppress(OSError):  # a read-only cache does not note when it was used
         os.utime(folder / _ENTRY_FILE)

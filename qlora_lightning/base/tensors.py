@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import written_in_rust
 
 GIB = 2**30
 
@@ -42,6 +43,7 @@ def save_model(model: Any, folder: Path, **options: Any) -> None:
     """
     model.should_save_on_this_rank = lambda is_main_process: True  # transformers' own method asks torch for the rank
     try:
-        model.save_pretrained(folder, **options)
+        with written_in_rust():
+            model.save_pretrained(folder, **options)
     finally:
         del model.should_save_on_this_rank

@@ -1,5 +1,6 @@
 """Files that are whole or not there, and what users may have cut off or mixed up in JSON and YAML."""
 
+import contextlib
 import errno
 import json
 import os
@@ -7,7 +8,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,22 @@ def lock_folder(folder: Path, *, shared: bool = False) -> int | None:
 def find_storage_fault(error: BaseException | None) -> str | None:
     """Return what the disk had against a write, as "No space left on device"; None for errors of another kind.
 
-    torch hides it behind a RuntimeError of its own.
+    torch hides it behind a RuntimeError of its own, safetensors and tokenizers in :func:`written_in_rust`.
     """
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return None if error is None else error.strerror or str(error)
+
+
+@contextlib.contextmanager
+def written_in_rust() -> Iterator[None]:
+    """Raise an ``OSError`` if safetensors or tokenizers fail at writing a file, which raise classes of their own."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(str(error)) from error
 
 
 def read_json_object(file: Path, remedy: str) -> dict[str, Any]:

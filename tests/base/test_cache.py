@@ -70,6 +70,7 @@ def test_weights_that_were_left_unread_are_checked_before_they_are_used(tmp_path
     [
         (OSError(errno.ENOENT, "not ours", "source.gguf"), FileNotFoundError),
         (OSError(errno.ENOSPC, "No space left on device"), UserError),
+        (OSError("No space left on device, of what is written in Rust"), UserError),
     ],
 )
 def test_a_failed_build_leaves_nothing_and_a_full_disk_names_the_ways_out(cache, error, expected):

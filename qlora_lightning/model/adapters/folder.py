@@ -20,7 +20,7 @@ from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.adapters.lora import ADAPTER, check_fit
 from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import IDENTITY, flush, set_usual_mode, write_whole
+from qlora_lightning.support.files import IDENTITY, flush, set_usual_mode, write_whole, written_in_rust
 from qlora_lightning.support.versions import FORMAT_VERSION, without_peft_warnings
 
 UNFINISHED = ".writing"  # a folder inside, in which the files of a save are written
@@ -74,7 +74,8 @@ def save_adapter_folder(
     identity = {"format_version": FORMAT_VERSION, **identity}
     adapter = model.active_adapter
     if tokenizer is not None:
-        tokenizer.save_pretrained(staging)
+        with written_in_rust():
+            tokenizer.save_pretrained(staging)
         generation, base_stops_too = _generation_config(model, tokenizer, stop_ids)
         write_whole(staging / "generation_config.json", generation)
         identity |= {} if base_stops_too else {_OWN_STOPS: True}
@@ -90,7 +91,8 @@ def save_adapter_folder(
     # copies: tied tensors share memory, which the format rejects
     own = _tensors_by_key(model, adapter)
     weights = {key: tensor.detach().float().cpu().clone().contiguous() for key, tensor in own.items()}
-    save_file(weights, staging / _WEIGHTS, {"format": "pt"})
+    with written_in_rust():
+        save_file(weights, staging / _WEIGHTS, {"format": "pt"})
     set_usual_mode(staging / _WEIGHTS)
     _replace_files(folder, staging)
 

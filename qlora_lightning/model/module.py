@@ -37,14 +37,11 @@ from qlora_lightning.model.guards.collector import QuietCollector
 from qlora_lightning.model.guards.guard import OnNonfinite, TrainingGuard
 from qlora_lightning.model.layers.attention import (
     NO_MASK,
-    attends_flatly,
-    can_leave_out,
-    check_attends_flatly,
+    has_dropout,
     has_ragged_kernel,
     register_flat_attention,
 )
 from qlora_lightning.model.layers.decoder_layer import cast_adapters
-from qlora_lightning.model.layers.elementwise import check_row_length
 from qlora_lightning.model.layers.fuse import Fusion, choose_layers, explain_plain_layers
 from qlora_lightning.model.load.base_model import Quantization
 from qlora_lightning.model.load.build import assemble_model
@@ -58,7 +55,7 @@ from qlora_lightning.model.load.device import (
 from qlora_lightning.model.memory.out_of_memory import telling_out_of_memory
 from qlora_lightning.model.sharded.sharded_base import ShardedBase, collective_passes
 from qlora_lightning.model.sharded.strategy import ShardedDDPStrategy
-from qlora_lightning.model.step.batch import is_flat
+from qlora_lightning.model.step.batch import check_row_length, is_flat
 from qlora_lightning.model.step.layout import Layout, add_noise, lay_out
 from qlora_lightning.model.step.loss import LossSums, TokenStatistics, head_loss, head_of, mean_with_gradient_of_sum
 from qlora_lightning.model.step.optimizer import (
@@ -216,8 +213,7 @@ class QLoRAModule(lightning.LightningModule):
     def _make_model(self) -> None:
         with without_garbage_collection():  # loading imports much, and makes many objects that stay
             self.model = self.build_model()
-            if not attends_flatly(self.causal_lm):  # an override has loaded it otherwise
-                self.causal_lm.set_attn_implementation(register_flat_attention(self.fast))
+            self.causal_lm.set_attn_implementation(register_flat_attention(self.fast))  # whatever loaded it
             if self.adapter is not None and self.overrides("build_model"):
                 fill_adapter(self.model, find_adapter_folder(self.adapter))  # it need not have read self.adapter
         report_start_adapter(self._trainer, self)
@@ -280,7 +276,7 @@ class QLoRAModule(lightning.LightningModule):
     @fast.setter
     def fast(self, fast: bool) -> None:
         self._fast = fast
-        if self.model is not None and attends_flatly(self.causal_lm):
+        if self.model is not None:
             self.causal_lm.set_attn_implementation(register_flat_attention(fast))
             self.choose_layers()
 
@@ -324,9 +320,8 @@ class QLoRAModule(lightning.LightningModule):
         model see is shorter than the batch. States are in the order of the samples.
 
         Raises:
-            UserError: See :meth:`lay_out`; or the model does not attend within samples.
+            UserError: See :meth:`lay_out`.
         """
-        check_attends_flatly(self.causal_lm)
         layout = self.layout_of(batch)
         casts = cast_adapters(self.model) if self.device.type == "cuda" and self.fast else None
         tokens = {"input_ids": layout.input_ids}
@@ -387,9 +382,12 @@ class QLoRAModule(lightning.LightningModule):
 
     @property
     def leaves_out_unneeded(self) -> bool:
-        """Whether the loss is computed without the tokens that it does not need; not under NEFTune's noise."""
-        has_noise = self.training and self.neftune_alpha is not None
-        return self.fast and not has_noise and can_leave_out(self.causal_lm, self.training)
+        """Whether the loss is computed without the tokens that it does not need, and shared ones once.
+
+        Not where each token is to draw numbers of its own: for NEFTune's noise, or for dropout.
+        """
+        draws = self.training and (self.neftune_alpha is not None or has_dropout(self.causal_lm))
+        return self.fast and not draws
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -503,7 +501,7 @@ class QLoRAModule(lightning.LightningModule):
             explain_dtype(self.compute_dtype, self.device),
             adapter_table(self.model),
             describe_sizes(self.model),
-            explain_plain_layers(self.model, fusion, autocasts=autocasts, precision=precision) if self.fast else None,
+            explain_plain_layers(fusion, autocasts=autocasts, precision=precision) if self.fast else None,
         ):
             if line is not None:
                 print_detail(line)

@@ -13,7 +13,7 @@ from qlora_lightning.base.cache import list_entries
 from qlora_lightning.model.cpu import library, loops
 from qlora_lightning.model.cpu.library import load_library
 from qlora_lightning.model.layers import elementwise
-from qlora_lightning.model.layers.elementwise import Rotary, rms_norm, rms_norm_again, rms_norm_backward, swiglu
+from qlora_lightning.model.layers.elementwise import Rotary, rms_norm, rms_norm_backward, swiglu
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="takes Linux and g++")
 
@@ -46,7 +46,6 @@ def test_a_norm_and_its_gradient(rows, width, dtype):
     exact_x = x.double().requires_grad_()
     exact = F.rms_norm(exact_x, (width,), weight.double(), EPS)
     normed, inverse = rms_norm(x, weight, EPS)
-    assert torch.equal(rms_norm_again(x, weight, inverse), normed)
     assert_near(normed, exact.detach(), dtype)
     (exact_grad,) = torch.autograd.grad((exact * grad.double()).sum(), exact_x)
     assert_near(rms_norm_backward(grad.clone(), x, weight, inverse), exact_grad, dtype)
@@ -110,7 +109,7 @@ def test_of_equal_logits_the_first_is_the_prediction_and_a_target_beyond_the_voc
     logits = torch.tensor([[1.0, 3, 3], [1, 3, 3], [3, 1, 2]], dtype=dtype)
     assert loops.cross_entropy(logits, torch.tensor([1, 2, 2]), False)[1].tolist() == [True, False, False]
     for bad in (-1, 3):
-        with pytest.raises(IndexError, match=f"Target {bad} is out of bounds: the vocabulary has 3 tokens"):
+        with pytest.raises(IndexError, match="not in the vocabulary of 3 tokens"):
             loops.cross_entropy(logits, torch.tensor([0, 0, bad]), True)
 
 
@@ -149,7 +148,7 @@ def test_what_the_loops_do_not_know_goes_torchs_way():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch warns of what its own compiler does
-@pytest.mark.parametrize("name", ["rms_norm", "rms_norm_again", "rms_norm_backward", "swiglu", "swiglu_backward"])
+@pytest.mark.parametrize("name", ["rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward"])
 def test_compiled_as_a_gpu_runs_them_they_give_the_same_numbers_and_are_compiled_once_for_all_lengths(name):
     region = getattr(elementwise, name).__wrapped__  # torch's operations, without the loops
     torch._dynamo.reset()
@@ -158,10 +157,9 @@ def test_compiled_as_a_gpu_runs_them_they_give_the_same_numbers_and_are_compiled
         x, y, grad, weight, inverse = draw(count, 64), draw(count, 64), draw(count, 64), draw(64), draw(count, 1).abs()
         arguments = {
             "rms_norm": (x, weight, EPS),
-            "rms_norm_again": (x, weight, inverse.float()),
             "rms_norm_backward": (grad, x, weight, inverse.float()),
             "swiglu": (x, y),
-            "swiglu_backward": (x, y, grad, True, True, True),
+            "swiglu_backward": (x, y, grad),
         }[name]
         results = []
         for function in (compiled, region):

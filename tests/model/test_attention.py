@@ -22,7 +22,9 @@ SHARED = ComputedTokens([4, 70], [3, 0], [1, 0])
 SCALE = 0.3
 DTYPES = [
     torch.float32,
-    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not has_function("attend", torch.bfloat16), reason="takes AVX512-BF16")),
+    pytest.param(
+        torch.bfloat16, marks=pytest.mark.skipif(not has_function("attend", torch.bfloat16), reason="takes AVX512-BF16")
+    ),
 ]
 
 

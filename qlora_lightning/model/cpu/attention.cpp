@@ -1,6 +1,6 @@
 // Causal attention within each of many samples of a stream, forward and backward; the formula is in
-// ../layers/attention.py. Tensors are contiguous: query and attn_out (tokens, heads, head_dim), key and value
-// (tokens, kv_heads, head_dim).
+// ../layers/attention.py. Tensors are contiguous: query and attn_out (queries, heads, head_dim), key and value
+// (keys, kv_heads, head_dim).
 //
 // A thread takes a sample and a key head: its keys and values are packed once and stay in the cache, a strip of
 // queries meets the keys up to its last row, and scores and probabilities never leave the first cache. Backward
@@ -116,42 +116,45 @@ struct Head {
     }
 };
 
-// A sample, whose tokens are from `start` on, and a key head.
+// A sample, whose keys are from row `start` on, and a key head. The queries are of its last tokens, from `first` on: those
+// before are computed with another sample. Token t has query t + query_shift.
 struct Unit {
     Shape shape;
-    int64_t start, length, kv_head;
+    int64_t start, length, kv_head, first, query_shift;
 
     int64_t padded() const { return round_up(length, KEY_BLOCK); }
 
     template <class T>
     Head<T> keys(const T *states) const {
-        return head(states, shape.kv_heads, kv_head);
+        return head(states, start, shape.kv_heads, kv_head);
     }
 
     template <class T>
     Head<T> queries(const T *states, int64_t member) const {
-        return head(states, shape.heads, kv_head * shape.group() + member);
+        return head(states, query_shift, shape.heads, kv_head * shape.group() + member);
     }
 
     // Of a query head of the group, the row of (tokens, heads) that a token has.
     int64_t row(int64_t token, int64_t member) const {
-        return (start + token) * shape.heads + kv_head * shape.group() + member;
+        return (token + query_shift) * shape.heads + kv_head * shape.group() + member;
     }
 
    private:
     template <class T>
-    Head<T> head(const T *states, int64_t heads, int64_t number) const {
-        const int64_t first = (start * heads + number) * shape.head_dim;
-        return {states + first, heads * shape.head_dim, length, shape.head_dim};
+    Head<T> head(const T *states, int64_t row, int64_t heads, int64_t number) const {
+        return {states + (row * heads + number) * shape.head_dim, heads * shape.head_dim, length, shape.head_dim};
     }
 };
 
-// All of them, the longest first, so that no thread is left with one; sample i is from bounds[i] to bounds[i + 1].
-std::vector<Unit> list_units(const int32_t *bounds, int64_t count, Shape shape) {
+// All of them, the longest first, so that no thread is left with one. Sample i has keys from cu_k[i] to cu_k[i + 1], and
+// queries from cu_q[i] to cu_q[i + 1].
+std::vector<Unit> list_units(const int32_t *cu_q, const int32_t *cu_k, int64_t count, Shape shape) {
     std::vector<Unit> units;
-    for (int64_t i = 0; i < count; i++)
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t length = cu_k[i + 1] - cu_k[i], first = length - (cu_q[i + 1] - cu_q[i]);
         for (int64_t kv_head = 0; kv_head < shape.kv_heads; kv_head++)
-            units.push_back({shape, bounds[i], bounds[i + 1] - bounds[i], kv_head});
+            units.push_back({shape, cu_k[i], length, kv_head, first, cu_q[i] - first});
+    }
     std::stable_sort(units.begin(), units.end(),
                      [](const Unit &left, const Unit &right) { return left.length > right.length; });
     return units;
@@ -226,9 +229,9 @@ void exponentiate(const float *scores, int64_t visible, int64_t end, T *probs, f
 }
 
 template <class T>
-void attend(const T *query, const T *key, const T *value, const int32_t *bounds, int64_t count, int64_t heads,
-            int64_t kv_heads, int64_t head_dim, float scale, T *attn_out, float *lse) {
-    const auto units = list_units(bounds, count, {heads, kv_heads, head_dim});
+void attend(const T *query, const T *key, const T *value, const int32_t *cu_q, const int32_t *cu_k, int64_t count,
+            int64_t heads, int64_t kv_heads, int64_t head_dim, float scale, T *attn_out, float *lse) {
+    const auto units = list_units(cu_q, cu_k, count, {heads, kv_heads, head_dim});
     const int64_t head_words = head_dim / PAIR<T>;
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t each = 0; each < units.size(); each++) {
@@ -242,7 +245,7 @@ void attend(const T *query, const T *key, const T *value, const int32_t *bounds,
         auto *probs = room.take<T>(ROWS * padded);
         unit.keys(key).pack_columns(k_columns, padded);
         unit.keys(value).pack_rows(v_rows, 0, padded);
-        for (int64_t token = 0; token < unit.length; token += ROWS) {
+        for (int64_t token = unit.first; token < unit.length; token += ROWS) {
             const int64_t rows = std::min(ROWS, unit.length - token), end = round_up(token + rows, KEY_BLOCK);
             for (int64_t member = 0; member < unit.shape.group(); member++) {
                 const Left q_strip = unit.queries(query, member).strip(token, rows, copy);
@@ -325,7 +328,7 @@ struct Backward {
     }
 
     void run(T *to_grad_q, T *to_grad_k, T *to_grad_v) {
-        for (int64_t start = 0; start < unit.length; start += TILE)
+        for (int64_t start = unit.first; start < unit.length; start += TILE)
             for (int64_t member = 0; member < unit.shape.group(); member++) do_tile(start, member, to_grad_q);
         for (int64_t token = 0; token < unit.length; token++) {
             const int64_t at = ((unit.start + token) * unit.shape.kv_heads + unit.kv_head) * head_dim;
@@ -378,9 +381,9 @@ struct Backward {
 
 template <class T>
 void attend_backward(const T *query, const T *key, const T *value, const T *grad, const float *lse,
-                     const int32_t *bounds, int64_t count, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                     float scale, T *grad_q, T *grad_k, T *grad_v) {
-    const auto units = list_units(bounds, count, {heads, kv_heads, head_dim});
+                     const int32_t *cu_q, const int32_t *cu_k, int64_t count, int64_t heads, int64_t kv_heads,
+                     int64_t head_dim, float scale, T *grad_q, T *grad_k, T *grad_v) {
+    const auto units = list_units(cu_q, cu_k, count, {heads, kv_heads, head_dim});
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t each = 0; each < units.size(); each++) {
         Room room(Backward<T>::words(units[each]));

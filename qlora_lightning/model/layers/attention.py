@@ -109,8 +109,10 @@ def flat_attention(
     if fast and dropout == 0.0 and softcap is None:
         if window is None and has_loops(value, dtype):
             query, key, value = (each.to(dtype) for each in (query, key, value))
-            attend = SampleAttention.apply
-        elif has_ragged_kernel(query.device, query.dtype):
+            if samples.expanded.shares:
+                key, value = (_Expand.apply(each, samples.expanded) for each in (key, value))
+            return SampleAttention.apply(query, key, value, samples, scaling), None
+        if has_ragged_kernel(query.device, query.dtype):
             attend = functools.partial(_attend_ragged, window=window)
         elif window is None and samples.padded is not None:
             return _attend_padded(query, key, value, samples, samples.padded, scaling), None
@@ -246,12 +248,13 @@ class SampleAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None) -> Tensor:
         query, key, value = (each[0].transpose(0, 1).contiguous() for each in (query, key, value))
-        assert samples.bounds[-1] == len(query) == len(key), "samples are of these tokens"  # else loops read beyond
+        n_queries, n_keys = len(samples.expanded.first_copy), samples.bounds[-1]
+        assert (len(query), len(key)) == (n_queries, n_keys), "samples are of these tokens"  # else loops read beyond
         attn_out = torch.empty_like(query)  # (n_tokens, n_heads, head_dim)
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)  # (n_tokens, n_heads)
         ctx.scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-        ctx.cu_seqlens, ctx.sizes = samples.cu_seqlens, (len(samples.bounds) - 1, query.shape[1], *key.shape[1:])
-        call("attend", query.dtype, query, key, value, ctx.cu_seqlens, *ctx.sizes, ctx.scale, attn_out, lse)
+        ctx.places = samples.cu_queries, samples.cu_seqlens, len(samples.bounds) - 1, query.shape[1], *key.shape[1:]
+        call("attend", query.dtype, query, key, value, *ctx.places, ctx.scale, attn_out, lse)
         ctx.save_for_backward(query, key, value, lse)
         return attn_out[None]
 
@@ -261,5 +264,5 @@ class SampleAttention(torch.autograd.Function):
         query, key, value, lse = ctx.saved_tensors
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         states = query, key, value, grad[0].contiguous(), lse
-        call("attend_backward", query.dtype, *states, ctx.cu_seqlens, *ctx.sizes, ctx.scale, *grads)
+        call("attend_backward", query.dtype, *states, *ctx.places, ctx.scale, *grads)
         return *(each.transpose(0, 1)[None] for each in grads), None, None

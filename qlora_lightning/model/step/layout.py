@@ -12,6 +12,7 @@ An example: the samples ``1 2 3 7 8`` and ``1 2 3 5 6``, in which only the last 
     position_ids   3 0 1 2 3
     predicting     0 4                  places in the stream; targets 8 6
     bounds         0 4 8                of the expanded samples, 1 2 3 7 and 1 2 3 5
+    cu_queries     0 1 5                of the first sample only 7 has a query
     gather_index   1 2 3 0  1 2 3 4     where in the stream each expanded token comes from
     copies         3  0 4  1 5  2 6  7  expanded tokens by place in the stream: 7 is the fourth, 1 the first and fifth
     copy_offsets   0 1 3 5 7 8          where in copies those of each place begin, and the end of the last
@@ -84,12 +85,14 @@ class Samples(_Moves):
     Attributes:
         bounds: Where the tokens of each sample begin among those of all samples, and the end of the last.
         cu_seqlens: The same for a kernel, int32.
+        cu_queries: Where the queries of each sample begin in the stream: a shared token has one for all its samples.
         expanded: Every token of each sample, sample after sample.
         padded: Every sample with as many tokens as the longest, ``(samples · longest,)``; only where it was asked for.
     """
 
     bounds: tuple[int, ...]
     cu_seqlens: Tensor
+    cu_queries: Tensor
     expanded: Expansion
     padded: Expansion | None = None
 
@@ -220,7 +223,9 @@ def place_samples(computed: ComputedTokens, *, pads: bool = False) -> Samples:
         is_token = (np.arange(longest) < lengths).reshape(-1)
         padded = _expand(gather_index[within.reshape(-1)], is_token, computed.count)
     expanded = _expand(gather_index, np.ones(len(gather_index), dtype=np.bool_), computed.count)
-    return Samples(tuple(bounds), torch.tensor(bounds, dtype=torch.int32), expanded, padded)
+    own = np.cumsum(np.subtract(computed.lengths, computed.shared)).tolist()
+    cu_seqlens, cu_queries = (torch.tensor(each, dtype=torch.int32) for each in (bounds, [0, *own]))
+    return Samples(tuple(bounds), cu_seqlens, cu_queries, expanded, padded)
 
 
 def whole_samples(lengths: Sequence[int]) -> Samples:
